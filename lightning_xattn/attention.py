@@ -1,0 +1,179 @@
+"""The vocabulary: one direction's attention, the pair of directions of a layer, and the axes of their tokens.
+
+One axis order everywhere: ``(batch, heads, queries, keys)``. A *direction* is named ``<query>_to_<key>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_xattn.errors import SettingError, ShapeError
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Which modality asks (query) and which is looked at (key), e.g. ``eeg_to_spec``."""
+
+    query: str
+    key: str
+
+    @classmethod
+    def parse(cls, name: str) -> Direction:
+        """Read ``<query>_to_<key>``.
+
+        Raises
+        ------
+        SettingError
+            If the name is not two different modality names joined by one ``_to_``.
+        """
+        query, separator, key = name.partition("_to_")
+        if not (separator and query and key) or "_to_" in key or query == key:
+            raise SettingError(
+                f"A direction is named '<query>_to_<key>' with two different modalities, "
+                f"e.g. 'eeg_to_spec'; got '{name}'."
+            )
+        return cls(query, key)
+
+    @property
+    def opposite(self) -> Direction:
+        """The direction that asks the other way round."""
+        return Direction(self.key, self.query)
+
+    def __str__(self) -> str:
+        return f"{self.query}_to_{self.key}"
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Attention weights of one direction of one layer, with the masks that were in force.
+
+    Parameters
+    ----------
+    direction
+        Who asks whom.
+    weights
+        ``(batch, heads, queries, keys)``, rows sum to 1, any floating dtype, before dropout.
+    key_mask
+        ``(batch, keys)`` bool, True where the key is a real token (key padding); None: all are.
+    visible
+        Bool, broadcastable to ``weights``, True where the attention mask lets the query see the key; None: everywhere.
+    query_mask
+        ``(batch, queries)`` bool, True where the query is a real token; None: all are.
+    extra_keys
+        How many of the last keys are no tokens but learned or zero slots (``add_bias_kv``, ``add_zero_attn``).
+
+    Raises
+    ------
+    ShapeError
+        If ``weights`` does not have four axes or a mask does not fit it.
+    """
+
+    direction: Direction
+    weights: Tensor
+    key_mask: Tensor | None = None
+    visible: Tensor | None = None
+    query_mask: Tensor | None = None
+    extra_keys: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weights.dim() != 4:
+            raise ShapeError(
+                f"Attention of {self.direction} must be (batch, heads, queries, keys); "
+                f"got shape {tuple(self.weights.shape)}."
+            )
+        batch, _, queries, keys = self.weights.shape
+        for name, mask, expected in (
+            ("key_mask", self.key_mask, (batch, keys)),
+            ("query_mask", self.query_mask, (batch, queries)),
+        ):
+            if mask is not None and tuple(mask.shape) != expected:
+                raise ShapeError(
+                    f"{name} of {self.direction} must have shape {expected} to go with weights of shape "
+                    f"{tuple(self.weights.shape)}; got {tuple(mask.shape)}."
+                )
+
+    @property
+    def tokens(self) -> int:
+        """Number of keys that are tokens."""
+        return self.weights.shape[3] - self.extra_keys
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPair:
+    """One layer's attention in both directions (or in one, when the model has only one).
+
+    Parameters
+    ----------
+    layer
+        Name of the layer, unique within a model.
+    forward, backward
+        The two directions; ``backward.direction`` is the opposite of ``forward.direction``.
+
+    Raises
+    ------
+    ShapeError
+        If the queries of one direction are not the keys of the other.
+    """
+
+    layer: str
+    forward: Attention
+    backward: Attention | None = None
+
+    def __post_init__(self) -> None:
+        if self.backward is None:
+            return
+        there, back = self.forward, self.backward
+        if back.direction != there.direction.opposite:
+            raise ShapeError(
+                f"Layer '{self.layer}' pairs {there.direction} with {back.direction}; "
+                f"expected {there.direction.opposite}."
+            )
+        expected = (there.weights.shape[0], there.tokens, there.weights.shape[2])
+        got = (back.weights.shape[0], back.weights.shape[2], back.tokens)
+        if got != expected:
+            raise ShapeError(
+                f"Layer '{self.layer}': {there.direction} has weights of shape {tuple(there.weights.shape)}, so "
+                f"{back.direction} must be (batch={expected[0]}, heads, queries={expected[1]}, keys={expected[2]}); "
+                f"got {tuple(back.weights.shape)}."
+            )
+
+    @property
+    def directions(self) -> tuple[Attention, ...]:
+        """The recorded directions, forward first."""
+        return (self.forward,) if self.backward is None else (self.forward, self.backward)
+
+
+@dataclass(frozen=True)
+class TokenAxis:
+    """What the tokens of one modality are, so that a figure can label them.
+
+    Parameters
+    ----------
+    title
+        Axis title with its unit, e.g. ``"EEG window (s from the labelled moment)"``.
+    spans
+        ``(start, stop)`` of each token in the title's unit, ascending; for tokens along a continuous axis.
+    names
+        A name for each token; for tokens without an order, such as regions.
+
+    Raises
+    ------
+    SettingError
+        Unless exactly one of ``spans`` and ``names`` is given.
+    """
+
+    title: str
+    spans: Sequence[tuple[float, float]] | None = None
+    names: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.spans is None) == (self.names is None):
+            raise SettingError(f"TokenAxis '{self.title}' takes either spans or names, and not both.")
+
+    def __len__(self) -> int:
+        tokens = self.names if self.spans is None else self.spans
+        assert tokens is not None
+        return len(tokens)

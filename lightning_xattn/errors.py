@@ -1,0 +1,21 @@
+"""The few kinds of error that the library raises on purpose."""
+
+
+class XAttnError(Exception):
+    """Base of every error raised on purpose: catch this one to catch them all."""
+
+
+class SettingError(XAttnError, ValueError):
+    """A setting has a value that is not allowed; the message lists what is."""
+
+
+class DiscoveryError(XAttnError):
+    """The attention, the predictions or the targets were not found where they were looked for."""
+
+
+class ShapeError(XAttnError, ValueError):
+    """Tensors that belong together do not fit each other."""
+
+
+class DataError(XAttnError, ValueError):
+    """A recording, a table or a batch does not hold what it should."""

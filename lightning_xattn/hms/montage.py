@@ -1,0 +1,51 @@
+"""Names and geometry that every HMS recording shares: classes, electrodes, regions and who neighbours whom."""
+
+from __future__ import annotations
+
+CLASSES = ("Seizure", "LPD", "GPD", "LRDA", "GRDA", "Other")
+"""The six patterns in the competition's order; the index is the class id."""
+
+VOTE_COLUMNS = tuple(f"{name.lower()}_vote" for name in CLASSES)
+
+# fmt: off
+ELECTRODES = (
+    "Fp1", "F3", "C3", "P3", "F7", "T3", "T5", "O1", "Fz", "Cz", "Pz",
+    "Fp2", "F4", "C4", "P4", "F8", "T4", "T6", "O2",
+)
+"""The 19 electrodes of the 10-20 system in the order of the competition's files (which add EKG)."""
+
+_NEIGHBOURS = (
+    ("Fp1", "Fp2"), ("Fp1", "F7"), ("Fp1", "F3"), ("Fp1", "Fz"), ("Fp2", "F8"), ("Fp2", "F4"), ("Fp2", "Fz"),
+    ("F7", "F3"), ("F3", "Fz"), ("Fz", "F4"), ("F4", "F8"),
+    ("F7", "T3"), ("F3", "C3"), ("Fz", "Cz"), ("F4", "C4"), ("F8", "T4"),
+    ("T3", "C3"), ("C3", "Cz"), ("Cz", "C4"), ("C4", "T4"),
+    ("T3", "T5"), ("C3", "P3"), ("Cz", "Pz"), ("C4", "P4"), ("T4", "T6"),
+    ("T5", "P3"), ("P3", "Pz"), ("Pz", "P4"), ("P4", "T6"),
+    ("T5", "O1"), ("P3", "O1"), ("Pz", "O1"), ("Pz", "O2"), ("P4", "O2"), ("T6", "O2"), ("O1", "O2"),
+)
+# fmt: on
+
+REGIONS = ("LL", "RL", "LP", "RP")
+"""Left lateral, right lateral, left parasagittal, right parasagittal: the spectrogram's four regions."""
+
+REGION_ELECTRODES = {
+    "LL": ("Fp1", "F7", "T3", "T5", "O1"),
+    "RL": ("Fp2", "F8", "T4", "T6", "O2"),
+    "LP": ("Fp1", "F3", "C3", "P3", "O1"),
+    "RP": ("Fp2", "F4", "C4", "P4", "O2"),
+}
+"""The electrode chain along which each region's spectrogram is computed."""
+
+_REGION_RING = (("LL", "LP"), ("LP", "RP"), ("RP", "RL"), ("RL", "LL"))
+
+
+def _directed(pairs: tuple[tuple[str, str], ...], names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    index = {name: i for i, name in enumerate(names)}
+    return tuple(sorted((index[a], index[b]) for pair in pairs for a, b in (pair, pair[::-1])))
+
+
+EEG_EDGES = _directed(_NEIGHBOURS, ELECTRODES)
+"""72 directed ``(source, target)`` edges between neighbouring electrodes, as indices into ``ELECTRODES``."""
+
+SPEC_EDGES = _directed(_REGION_RING, REGIONS)
+"""8 directed edges around the ring LL, LP, RP, RL, as indices into ``REGIONS``."""
