@@ -19,3 +19,7 @@ class ShapeError(XAttnError, ValueError):
 
 class DataError(XAttnError, ValueError):
     """A recording, a table or a batch does not hold what it should."""
+
+
+class XAttnWarning(UserWarning):
+    """Something that does not stop a run but that its user should act on."""

@@ -1,0 +1,34 @@
+"""Every number's one definition, as pure functions of tensors (see docs/metrics)."""
+
+from lightning_xattn.functional.alignment import (
+    alignment,
+    alignment_interaction,
+    best_head_matching,
+    head_alignment,
+    head_alignment_matrix,
+    round_trip_lift,
+)
+from lightning_xattn.functional.heads import head_diversity, query_selectivity
+from lightning_xattn.functional.outcomes import Separation, class_adjusted_gap, score_bins, separation
+from lightning_xattn.functional.rows import Rows, RowStatistics, prepare_rows, row_statistics
+from lightning_xattn.functional.samples import sample_statistics
+
+__all__ = [
+    "RowStatistics",
+    "Rows",
+    "Separation",
+    "alignment",
+    "alignment_interaction",
+    "best_head_matching",
+    "class_adjusted_gap",
+    "head_alignment",
+    "head_alignment_matrix",
+    "head_diversity",
+    "prepare_rows",
+    "query_selectivity",
+    "round_trip_lift",
+    "row_statistics",
+    "sample_statistics",
+    "score_bins",
+    "separation",
+]

@@ -1,0 +1,56 @@
+"""Do the queries of a head, and the heads of a layer, attend to different things?"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.functional.rows import WEIGHT_FLOOR, Rows
+
+
+def query_selectivity(rows: Rows) -> Tensor:
+    """How much a head's attention depends on the query: ``[H(mean_q a_q) - mean_q H(a_q)] / ln K``.
+
+    Returns
+    -------
+    Tensor
+        ``(batch, heads)`` in [0, 1]. 0: every query attends alike and the head is a fixed pooling. NaN with a
+        single valid key (K) or a single valid query, which cannot differ from itself.
+    """
+    queries = rows.valid.sum(-1)
+    pooled = rows.weights.sum(2) / queries[..., None]
+    excess = _entropy(pooled) - rows.entropy.sum(-1) / queries
+    # K counts the keys that some valid query can see.
+    seen = rows.keys.masked_fill(~rows.valid, 0).amax(-1) if rows.visible is None else _keys_seen(rows)
+    return torch.where((queries > 1) & (seen > 1), (excess / seen.log()).clamp(0, 1), torch.nan)
+
+
+def head_diversity(rows: Rows) -> Tensor:
+    """How much the heads differ: ``mean_q [H(mean_h a_h) - mean_h H(a_h)] / min(ln H, ln K_q)``.
+
+    The generalised Jensen-Shannon divergence between heads, over the queries that are valid in every head.
+
+    Returns
+    -------
+    Tensor
+        ``(batch,)`` in [0, 1]. 0: all heads alike. NaN with one head or where no row has two valid keys.
+    """
+    heads = rows.weights.shape[1]
+    keys = rows.keys.amax(1)
+    defined = rows.valid.all(1) & (keys > 1)
+    excess = _entropy(rows.weights.mean(1)) - rows.entropy.mean(1)
+    diversity = (excess / keys.log().clamp_max(math.log(heads))).clamp(0, 1)
+    if heads == 1:
+        return torch.full_like(diversity[:, 0], torch.nan)
+    return torch.where(defined, diversity, 0).sum(-1) / defined.sum(-1)
+
+
+def _entropy(weights: Tensor) -> Tensor:
+    return -(weights * weights.clamp_min(WEIGHT_FLOOR).log()).sum(-1)
+
+
+def _keys_seen(rows: Rows) -> Tensor:
+    assert rows.visible is not None
+    return (rows.visible & rows.valid[..., None]).any(2).sum(-1).to(rows.weights.dtype)

@@ -1,0 +1,164 @@
+"""How is one query's attention spread over its keys? Statistics of rows, averaged over the rows of a head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.attention import Attention, Direction
+
+ROW_SUM_TOLERANCE = 1e-3
+"""A row whose weights sum to 1 within this is attention; any other row is invalid."""
+
+WEIGHT_FLOOR = 1e-12
+"""Weights are floored here before a logarithm: far below any weight that float32 softmax keeps apart from 0."""
+
+SPARSITY_THRESHOLD = 0.1
+"""A weight below this counts as sparse; ``relative_sparsity`` uses the same share of uniform attention."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Attention made ready for statistics: float32 or wider, with hidden keys and invalid rows set to 0.
+
+    Attributes
+    ----------
+    direction
+        Who asks whom.
+    weights
+        ``(batch, heads, queries, keys)``.
+    log_weights
+        Natural logarithm of ``weights`` floored at ``WEIGHT_FLOOR``, same shape.
+    valid
+        ``(batch, heads, queries)`` bool: the query is a real token, the row is finite, sums to 1 and has a key.
+    keys
+        Number of valid keys of each row, float, broadcastable to ``valid``.
+    entropy
+        ``(batch, heads, queries)``, Shannon entropy in nats; 0 for an invalid row.
+    visible
+        Bool, broadcastable to ``weights``, True where no mask hides the key; None: everywhere.
+    tokens
+        The first so many keys are tokens; the rest are slots of ``add_bias_kv`` or ``add_zero_attn``.
+    """
+
+    direction: Direction
+    weights: Tensor
+    log_weights: Tensor
+    valid: Tensor
+    keys: Tensor
+    entropy: Tensor
+    visible: Tensor | None
+    tokens: int
+
+    @property
+    def token_visible(self) -> Tensor | None:
+        """``visible`` over the keys that are tokens."""
+        if self.visible is None or self.visible.shape[-1] == 1:
+            return self.visible
+        return self.visible[..., : self.tokens]
+
+
+@dataclass(frozen=True, eq=False)
+class RowStatistics:
+    """Means over the valid rows of each head, each ``(batch, heads)``; NaN where no row defines the number.
+
+    Attributes
+    ----------
+    entropy
+        ``-sum a ln a / ln K_q`` in [0, 1]; rows with a single valid key do not count. 0: one key, 1: diffuse.
+    effective_keys
+        ``exp(-sum a ln a)`` in [1, K_q]: how many keys a row really uses.
+    max
+        Largest weight of a row, in [1 / K_q, 1]: the "confidence" of a head (Voita et al. 2019).
+    sparsity
+        Percentage of valid keys with a weight below ``SPARSITY_THRESHOLD``, in [0, 100]. With more than
+        ``1 / SPARSITY_THRESHOLD`` keys even uniform attention scores 100.
+    relative_sparsity
+        Percentage of valid keys with a weight below ``SPARSITY_THRESHOLD / K_q``, in [0, 100].
+    std
+        Population standard deviation of a row over its valid keys.
+    mean
+        Always ``1 / K_q``: says nothing about the model.
+    """
+
+    entropy: Tensor
+    effective_keys: Tensor
+    max: Tensor
+    sparsity: Tensor
+    relative_sparsity: Tensor
+    std: Tensor
+    mean: Tensor
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of the statistics, in the order of their definition."""
+        return tuple(field.name for field in fields(cls))
+
+
+def prepare_rows(attention: Attention) -> Rows:
+    """Set aside what no statistic may use, and compute what all of them share.
+
+    A row is valid when its query is a real token, it has at least one valid key, it is finite and sums to 1
+    within ``ROW_SUM_TOLERANCE``. Half-precision weights sum to 1 only up to their rounding: there the tolerance
+    is four times the spacing of the dtype at 1, and the row is scaled back to sum to 1.
+    """
+    dtype = attention.weights.dtype
+    weights = attention.weights.detach().to(torch.promote_types(dtype, torch.float32))
+    visible = _visible_keys(attention)
+    if visible is None:
+        keys = weights.new_full((1, 1, 1), weights.shape[-1])
+    else:
+        weights = weights.masked_fill(~visible, 0)
+        keys = visible.sum(-1).to(weights.dtype)
+
+    total = weights.sum(-1)
+    # A comparison with NaN is False and an infinite sum is far from 1, so this is the check for finiteness too.
+    valid = (total - 1).abs() <= max(ROW_SUM_TOLERANCE, 4 * torch.finfo(dtype).eps if dtype.itemsize < 4 else 0)
+    if attention.query_mask is not None:
+        valid = valid & attention.query_mask[:, None, :]
+    weights = weights.masked_fill(~valid[..., None], 0)
+    if dtype.itemsize < 4:
+        weights = weights / torch.where(valid, total, 1)[..., None]
+
+    log_weights = weights.clamp_min(WEIGHT_FLOOR).log()
+    entropy = -(weights * log_weights).sum(-1)
+    return Rows(attention.direction, weights, log_weights, valid, keys, entropy, visible, attention.tokens)
+
+
+def row_statistics(rows: Rows) -> RowStatistics:
+    """Average each statistic of METRICS' row table over the valid rows of every head."""
+    weights, valid, keys = rows.weights, rows.valid, rows.keys
+    size = weights.shape[-1]
+    uniform = 1 / keys
+
+    def mean(values: Tensor, where: Tensor = valid) -> Tensor:
+        return torch.where(where, values, 0).sum(-1) / where.sum(-1)
+
+    def percent_below(threshold: Tensor | float) -> Tensor:
+        # Hidden keys were set to 0, so they are below every threshold: take them out again.
+        below = (weights < threshold).sum(-1, dtype=weights.dtype) - (size - keys)
+        return mean(100 * below / keys)
+
+    centred = weights - uniform[..., None]
+    if rows.visible is not None:
+        centred = centred.masked_fill(~rows.visible, 0)
+    return RowStatistics(
+        entropy=mean((rows.entropy / keys.log()).clamp(0, 1), valid & (keys > 1)),
+        effective_keys=mean(rows.entropy.exp()),
+        max=mean(weights.amax(-1)),
+        sparsity=percent_below(SPARSITY_THRESHOLD),
+        relative_sparsity=percent_below(SPARSITY_THRESHOLD * uniform[..., None]),
+        std=mean(torch.linalg.vector_norm(centred, dim=-1) * uniform.sqrt()),
+        mean=mean(uniform.expand(valid.shape)),
+    )
+
+
+def _visible_keys(attention: Attention) -> Tensor | None:
+    """Where no mask hides the key, broadcastable to the weights; None when nothing is masked."""
+    visible = attention.visible
+    if attention.key_mask is not None:
+        padding = attention.key_mask[:, None, None, :]
+        visible = padding if visible is None else visible & padding
+    return visible

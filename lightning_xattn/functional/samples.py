@@ -1,0 +1,43 @@
+"""Every number that describes one sample's attention in one layer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_xattn.functional.alignment import alignment, alignment_interaction
+from lightning_xattn.functional.heads import head_diversity, query_selectivity
+from lightning_xattn.functional.rows import Rows, row_statistics
+
+HEADLINE_ROWS = ("entropy", "max", "sparsity", "effective_keys")
+"""The row statistics that are followed by sample; the others are for looking at single maps."""
+
+
+def sample_statistics(forward: Rows, backward: Rows | None = None) -> dict[str, Tensor]:
+    """All per-sample numbers of a layer, by name; each ``(batch,)``, NaN where undefined.
+
+    Returns
+    -------
+    dict
+        ``alignment``, ``interaction`` (head mean of the ``alignment_interaction``; undefined when the directions
+        differ in heads), ``entropy`` (mean over the directions), ``invalid_rows`` (a count), and for each direction
+        ``<direction>/entropy|max|sparsity|effective_keys|query_selectivity|head_diversity`` (means over rows, then
+        heads) and ``<direction>/entropy/head_<i>``. ``alignment`` and ``interaction`` need both directions.
+    """
+    directions = (forward,) if backward is None else (forward, backward)
+    statistics: dict[str, Tensor] = {}
+    if backward is not None:
+        statistics["alignment"] = alignment(forward, backward)
+        if forward.weights.shape[1] == backward.weights.shape[1]:
+            statistics["interaction"] = alignment_interaction(forward, backward).nanmean(1)
+    for rows in directions:
+        by_head = row_statistics(rows)
+        for name in HEADLINE_ROWS:
+            statistics[f"{rows.direction}/{name}"] = getattr(by_head, name).nanmean(1)
+        statistics[f"{rows.direction}/query_selectivity"] = query_selectivity(rows).nanmean(1)
+        statistics[f"{rows.direction}/head_diversity"] = head_diversity(rows)
+        for head, entropy in enumerate(by_head.entropy.unbind(1)):
+            statistics[f"{rows.direction}/entropy/head_{head}"] = entropy
+    entropies = [statistics[f"{rows.direction}/entropy"] for rows in directions]
+    statistics["entropy"] = sum(entropies[1:], entropies[0]) / len(entropies)
+    statistics["invalid_rows"] = sum((~rows.valid).sum((1, 2)) for rows in directions)  # type: ignore[assignment]
+    return statistics

@@ -1,0 +1,188 @@
+"""Every statistic against the slow reference, on plain, masked, ragged, broken and half-precision attention."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_xattn import functional as F
+from lightning_xattn.attention import Attention, Direction
+from tests import reference
+
+BATCH, HEADS, QUERIES, KEYS = 2, 3, 5, 7
+EEG_TO_SPEC = Direction("eeg", "spec")
+
+
+def softmax_pair(generator, dtype=torch.float32):
+    there = torch.randn(BATCH, HEADS, QUERIES, KEYS, generator=generator)
+    back = 0.5 * there.transpose(-1, -2) + torch.randn(BATCH, HEADS, KEYS, QUERIES, generator=generator)
+    return (2 * there).softmax(-1).to(dtype), (2 * back).softmax(-1).to(dtype)
+
+
+def masked(weights, visible):
+    weights = weights * visible
+    return weights / weights.sum(-1, keepdim=True)  # a fully masked row becomes NaN, as softmax makes it
+
+
+def make_case(name):
+    """Forward and backward attention, and the masks as the reference takes them, by sample."""
+    generator = torch.Generator().manual_seed(3)
+    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    there, back = softmax_pair(generator, dtype)
+    eeg = spec = there_sees = back_sees = None
+    if name == "padded":
+        eeg = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+        spec = torch.tensor([[True] * 4 + [False] * 3, [True] * 7])
+        there, back = masked(there, spec[:, None, None]), masked(back, eeg[:, None, None])
+    elif name == "attention mask":
+        there_sees = torch.rand(BATCH, HEADS, QUERIES, KEYS, generator=generator) > 0.3
+        there_sees[0, 1, 2] = False
+        there, back_sees = masked(there, there_sees), torch.ones(1, 1, KEYS, QUERIES, dtype=torch.bool)
+    elif name == "broken rows":
+        there[0, 1, 2, 3] = torch.nan
+        there[1, 0, 4] *= 1.01
+        back[1, :, 6] = torch.inf
+    elif name == "one head broken":
+        back[0, 2] = torch.nan
+    elif name == "uniform":
+        there = torch.full_like(there, 1 / KEYS)
+    elif name == "one key":
+        there, back = torch.ones(BATCH, HEADS, 1, 1), torch.ones(BATCH, HEADS, 1, 1)
+    elif name == "nothing valid":
+        there, back = there * torch.nan, back * torch.nan
+    elif name == "one valid key":
+        spec = torch.tensor([[True] + [False] * 6] * 2)
+        there = masked(there, spec[:, None, None])
+    forward = Attention(EEG_TO_SPEC, there, key_mask=spec, visible=there_sees, query_mask=eeg)
+    backward = Attention(EEG_TO_SPEC.opposite, back, key_mask=eeg, visible=back_sees, query_mask=spec)
+    return forward, backward
+
+
+CASES = (
+    "plain",
+    "padded",
+    "attention mask",
+    "broken rows",
+    "one head broken",
+    "uniform",
+    "one key",
+    "one valid key",
+    "nothing valid",
+    "bfloat16",
+)
+
+
+def sample(attention, b):
+    """One sample's weights in float64 and its query and key masks, as the reference takes them."""
+    weights = attention.weights[b].double().numpy()
+    if attention.weights.dtype == torch.bfloat16:
+        weights = weights / weights.sum(-1, keepdims=True)
+    queries = None if attention.query_mask is None else attention.query_mask[b].numpy()
+    keys = None
+    if attention.key_mask is not None:
+        keys = attention.key_mask[b].numpy()
+    if attention.visible is not None:
+        visible = attention.visible.expand(attention.weights.shape)[b].numpy()
+        keys = visible if keys is None else keys & visible
+    return weights, queries, keys
+
+
+def compare(ours, expected, **tolerance):
+    np.testing.assert_allclose(ours.double().numpy(), np.array(expected), **{"rtol": 2e-5, "atol": 2e-6} | tolerance)
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return make_case(request.param)
+
+
+def test_row_statistics(case):
+    for attention in case:
+        ours = F.row_statistics(F.prepare_rows(attention))
+        expected = [reference.row_statistics(*sample(attention, b)) for b in range(BATCH)]
+        for name in ours.names():
+            compare(getattr(ours, name), [e[name] for e in expected])
+
+
+def test_rows_are_valid_as_the_reference_says(case):
+    for attention in case:
+        expected = [reference.valid_rows(*sample(attention, b)) for b in range(BATCH)]
+        np.testing.assert_array_equal(F.prepare_rows(attention).valid.numpy(), expected)
+
+
+def test_heads(case):
+    for attention in case:
+        rows = F.prepare_rows(attention)
+        samples = [sample(attention, b) for b in range(BATCH)]
+        compare(F.query_selectivity(rows), [reference.query_selectivity(*s) for s in samples])
+        compare(F.head_diversity(rows), [reference.head_diversity(*s) for s in samples])
+
+
+@pytest.mark.parametrize("name", ["alignment", "head_alignment_matrix", "alignment_interaction", "round_trip_lift"])
+def test_alignment(case, name):
+    forward, backward = case
+    expected = []
+    for b in range(BATCH):
+        there, eeg, there_sees = sample(forward, b)
+        back, spec, back_sees = sample(backward, b)
+        expected.append(getattr(reference, name)(there, back, eeg, spec, there_sees, back_sees))
+    ours = getattr(F, name)(F.prepare_rows(forward), F.prepare_rows(backward))
+    compare(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_head_alignment_is_the_diagonal_of_the_matrix(case):
+    rows = [F.prepare_rows(attention) for attention in case]
+    matrix = F.head_alignment_matrix(*rows)
+    torch.testing.assert_close(
+        F.head_alignment(*rows), matrix.diagonal(dim1=-2, dim2=-1), equal_nan=True, rtol=1e-5, atol=1e-6
+    )
+
+
+def made_up_scores(n_correct, n_incorrect):
+    rng = np.random.default_rng(n_correct)
+    correct = rng.normal(0.2, 0.3, n_correct).clip(-1, 1)
+    incorrect = rng.normal(0, 0.3, n_incorrect).clip(-1, 1)
+    correct[:2] = incorrect[:2]  # ties
+    return correct, incorrect
+
+
+def separation(correct, incorrect):
+    def histogram(scores):
+        return torch.bincount(F.score_bins(torch.tensor(scores), -1, 1), minlength=2**14)
+
+    return F.separation(histogram(correct), histogram(incorrect))
+
+
+@pytest.mark.parametrize(("n_correct", "n_incorrect"), [(5, 5), (40, 13), (200, 7)])
+def test_separation_of_binned_scores(n_correct, n_incorrect):
+    scores = made_up_scores(n_correct, n_incorrect)
+    ours = separation(*scores)
+    binned = [reference.binned(s, -1, 1) for s in scores]
+    assert ours.auroc == pytest.approx(reference.auroc(*binned), abs=1e-9)
+    assert (ours.low, ours.high) == pytest.approx(reference.delong_interval(*binned), abs=1e-9)
+    assert ours.cliffs_delta == pytest.approx(2 * ours.auroc - 1)
+    assert (ours.correct, ours.incorrect) == (n_correct, n_incorrect)
+
+
+def test_bins_are_fine_enough_for_the_raw_scores_separation():
+    scores = made_up_scores(1500, 400)
+    ours = separation(*scores)
+    assert ours.auroc == pytest.approx(reference.auroc(*scores), abs=1e-4)
+
+
+def test_nothing_is_claimed_of_fewer_than_five():
+    ours = F.separation(torch.tensor([4, 0, 0]), torch.tensor([0, 0, 50]))
+    assert np.isnan([ours.auroc, ours.low, ours.high, ours.cliffs_delta]).all()
+    assert (ours.correct, ours.incorrect) == (4, 50)
+
+
+def test_class_adjusted_gap():
+    rng = np.random.default_rng(0)
+    scores, classes, correct = rng.normal(size=60), rng.integers(0, 4, 60), rng.random(60) < 0.6
+    correct[classes == 3] = True  # a class without errors has no gap
+    counts, sums = torch.zeros(4, 2), torch.zeros(4, 2)
+    for score, c, ok in zip(scores, classes, correct, strict=True):
+        counts[c, 0 if ok else 1] += 1
+        sums[c, 0 if ok else 1] += score
+    expected = reference.class_adjusted_gap(scores, classes, correct)
+    assert F.class_adjusted_gap(counts, sums) == pytest.approx(expected, abs=1e-5)
+    assert np.isnan(F.class_adjusted_gap(counts[3:], sums[3:]))

@@ -1,0 +1,144 @@
+"""Attention planted by hand with a known answer, and what must hold whatever the attention."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_xattn import functional as F
+from lightning_xattn.attention import Attention, Direction
+
+DIRECTION = Direction("eeg", "spec")
+
+
+def rows_of(weights, **masks):
+    return F.prepare_rows(Attention(DIRECTION, weights, **masks))
+
+
+def back_rows_of(weights, **masks):
+    return F.prepare_rows(Attention(DIRECTION.opposite, weights, **masks))
+
+
+def random_logits(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_uniform_attention():
+    statistics = F.row_statistics(rows_of(torch.full((2, 3, 5, 7), 1 / 7)))
+    for name, expected in (("entropy", 1), ("effective_keys", 7), ("max", 1 / 7), ("std", 0), ("mean", 1 / 7)):
+        torch.testing.assert_close(
+            getattr(statistics, name), torch.full((2, 3), expected).float(), atol=1e-6, rtol=1e-5
+        )
+
+
+def test_many_keys_make_uniform_attention_look_sparse_unless_relative():
+    statistics = F.row_statistics(rows_of(torch.full((2, 3, 5, 119), 1 / 119)))
+    assert (statistics.sparsity == 100).all()
+    assert (statistics.relative_sparsity == 0).all()
+
+
+def test_one_hot_attention():
+    weights = torch.zeros(2, 3, 5, 7)
+    weights[..., 4] = 1
+    statistics = F.row_statistics(rows_of(weights))
+    torch.testing.assert_close(statistics.entropy, torch.zeros(2, 3))
+    torch.testing.assert_close(statistics.effective_keys, torch.ones(2, 3))
+    torch.testing.assert_close(statistics.sparsity, torch.full((2, 3), 100 * 6 / 7))
+
+
+def test_a_half_masked_uniform_row_is_as_diffuse_as_it_can_be():
+    weights = torch.tensor([0.25] * 4 + [0.0] * 3).expand(2, 3, 5, 7)
+    key_mask = torch.tensor([True] * 4 + [False] * 3).expand(2, 7)
+    assert F.row_statistics(rows_of(weights, key_mask=key_mask)).entropy.allclose(torch.ones(2, 3))
+    assert F.row_statistics(rows_of(weights)).entropy.allclose(torch.full((2, 3), math.log(4) / math.log(7)))
+
+
+def test_a_single_key_says_nothing():
+    one, back = rows_of(torch.ones(2, 3, 1, 1)), back_rows_of(torch.ones(2, 3, 1, 1))
+    statistics = F.sample_statistics(one, back)
+    for name in ("alignment", "interaction", "entropy", "eeg_to_spec/query_selectivity", "eeg_to_spec/head_diversity"):
+        assert statistics[name].isnan().all(), name
+    assert (statistics["invalid_rows"] == 0).all()
+
+
+def test_queries_that_differ_are_selective_and_heads_that_differ_are_diverse():
+    one_hot = torch.eye(7)
+    by_query = one_hot[:5].expand(2, 3, 5, 7)
+    torch.testing.assert_close(F.query_selectivity(rows_of(by_query)), torch.full((2, 3), math.log(5) / math.log(7)))
+    torch.testing.assert_close(F.head_diversity(rows_of(by_query)), torch.zeros(2))
+    by_head = one_hot[:3][:, None].expand(2, 3, 5, 7)
+    torch.testing.assert_close(F.query_selectivity(rows_of(by_head)), torch.zeros(2, 3))
+    torch.testing.assert_close(F.head_diversity(rows_of(by_head)), torch.ones(2))
+
+
+def test_check_values_of_the_definition():
+    """Random logits, sizes 2, 3, 5, 7: the values that METRICS.md states, over many draws."""
+    shape = (400, 3, 5, 7)
+    logits, other = random_logits(*shape), random_logits(400, 3, 7, 5, seed=1)
+    there, back = rows_of(logits.softmax(-1)), back_rows_of(logits.transpose(-1, -2).softmax(-1))
+    assert F.head_alignment(there, back).mean() == pytest.approx(0.76, abs=0.01)
+    torch.testing.assert_close(F.alignment_interaction(there, back), torch.ones(400, 3))
+
+    independent = back_rows_of(other.softmax(-1))
+    assert F.head_alignment(there, independent).mean() == pytest.approx(0.0, abs=0.01)
+    assert F.alignment_interaction(there, independent).mean() == pytest.approx(0.0, abs=0.01)
+    assert F.round_trip_lift(there, independent).mean() == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_popular_key_moves_the_correlation_and_leaves_the_interaction():
+    logits = random_logits(400, 3, 5, 7)
+    popular = torch.tensor([5.0] + [0.0] * 6)  # one key draws every query
+    there, back = rows_of((logits + popular).softmax(-1)), back_rows_of(logits.transpose(-1, -2).softmax(-1))
+    assert F.head_alignment(there, back).mean() < 0.2
+    torch.testing.assert_close(F.alignment_interaction(there, back), torch.ones(400, 3), atol=1e-3, rtol=0)
+
+
+def test_best_head_matching_finds_the_permutation():
+    logits = 2 * random_logits(1, 3, 5, 7)
+    order = [2, 0, 1]
+    back = back_rows_of(logits[:, order].transpose(-1, -2).softmax(-1))
+    matrix = F.head_alignment_matrix(rows_of(logits.softmax(-1)), back)
+    assert F.best_head_matching(matrix[0]) == [(0, 1), (1, 2), (2, 0)]
+
+
+def test_round_trip_of_perfect_partners():
+    identity = torch.eye(5).expand(2, 3, 5, 5)
+    torch.testing.assert_close(F.round_trip_lift(rows_of(identity), back_rows_of(identity)), torch.full((2, 3), 5.0))
+
+
+def test_extra_keys_are_attended_to_but_are_no_tokens():
+    """add_bias_kv gives the rows a key more; alignment compares tokens with tokens."""
+    logits = random_logits(2, 3, 5, 8)
+    there = F.prepare_rows(Attention(DIRECTION, logits.softmax(-1), extra_keys=1))
+    back = back_rows_of(random_logits(2, 3, 7, 5, seed=1).softmax(-1))
+    assert F.row_statistics(there).mean.allclose(torch.tensor(1 / 8))
+    same_tokens = rows_of(logits[..., :7].softmax(-1))
+    torch.testing.assert_close(F.alignment_interaction(there, back), F.alignment_interaction(same_tokens, back))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), scale=st.floats(0.01, 8))
+def test_permuting_samples_permutes_their_numbers_and_all_stay_in_range(seed, scale):
+    there = (scale * random_logits(5, 3, 5, 7, seed=seed)).softmax(-1)
+    back = (scale * random_logits(5, 3, 7, 5, seed=seed + 1)).softmax(-1)
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+    numbers = F.sample_statistics(rows_of(there), back_rows_of(back))
+    permuted = F.sample_statistics(rows_of(there[order]), back_rows_of(back[order]))
+    for name, values in numbers.items():
+        torch.testing.assert_close(permuted[name], values[order], msg=name)
+        low, high = {"alignment": (-1, 1), "interaction": (-1, 1)}.get(name, (0, math.inf))
+        assert (values >= low - 1e-5).all(), name
+        assert (values <= high + 1e-5).all(), name
+        if "entropy" in name or "diversity" in name or "selectivity" in name:
+            assert (values <= 1).all(), name
+
+
+def test_different_numbers_of_heads_are_refused_where_heads_are_matched():
+    there, back = rows_of(random_logits(2, 3, 5, 7).softmax(-1)), back_rows_of(random_logits(2, 2, 7, 5).softmax(-1))
+    for function in (F.head_alignment, F.alignment_interaction, F.round_trip_lift):
+        with pytest.raises(ValueError, match="got 3 and 2"):
+            function(there, back)
+    assert F.head_alignment_matrix(there, back).shape == (2, 3, 2)
+    assert "interaction" not in F.sample_statistics(there, back)

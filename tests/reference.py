@@ -1,0 +1,212 @@
+"""METRICS.md once more, in plain numpy loops and float64: slow, obvious, and importing nothing from the package.
+
+Every function takes one sample: ``A`` is (heads, queries, keys), ``B`` is (heads, keys, queries); masks are bool
+arrays, True where valid. Undefined is NaN.
+"""
+
+import math
+
+import numpy as np
+
+NAN = float("nan")
+
+
+def mean_defined(values):
+    values = [v for v in values if not math.isnan(v)]
+    return sum(values) / len(values) if values else NAN
+
+
+def shannon(weights):
+    return -sum(a * math.log(a) for a in weights if a > 0)
+
+
+def row_is_valid(row, query_valid, keys_valid):
+    if not query_valid or not keys_valid.any():
+        return False
+    return bool(np.isfinite(row[keys_valid]).all()) and abs(row[keys_valid].sum() - 1) <= 1e-3
+
+
+def valid_rows(A, queries=None, keys=None):
+    """(heads, queries) bool. ``keys`` is (keys,) or (heads, queries, keys)."""
+    queries, keys = masks_of(A, queries, keys)
+    return np.array(
+        [[row_is_valid(A[h, q], queries[q], keys[h, q]) for q in range(A.shape[1])] for h in range(A.shape[0])]
+    )
+
+
+def masks_of(A, queries, keys):
+    queries = np.ones(A.shape[1], bool) if queries is None else queries
+    keys = np.ones(A.shape[2], bool) if keys is None else keys
+    return queries, np.broadcast_to(keys, A.shape)
+
+
+def row_statistics(A, queries=None, keys=None, threshold=0.1):
+    """Dict of (heads,) arrays: the mean of each row statistic over the valid rows of a head."""
+    valid = valid_rows(A, queries, keys)
+    _, keys = masks_of(A, queries, keys)
+    names = ("entropy", "effective_keys", "max", "sparsity", "relative_sparsity", "std", "mean")
+    result = {name: [] for name in names}
+    for h in range(A.shape[0]):
+        collected = {name: [] for name in names}
+        for q in range(A.shape[1]):
+            if not valid[h, q]:
+                continue
+            a = A[h, q][keys[h, q]]
+            k = len(a)
+            collected["entropy"].append(shannon(a) / math.log(k) if k > 1 else NAN)
+            collected["effective_keys"].append(math.exp(shannon(a)))
+            collected["max"].append(a.max())
+            collected["sparsity"].append(100 * sum(a < threshold) / k)
+            collected["relative_sparsity"].append(100 * sum(a < threshold / k) / k)
+            collected["std"].append(math.sqrt(sum((a - 1 / k) ** 2) / k))
+            collected["mean"].append(1 / k)
+        for name in names:
+            result[name].append(mean_defined(collected[name]))
+    return {name: np.array(values) for name, values in result.items()}
+
+
+def query_selectivity(A, queries=None, keys=None):
+    valid = valid_rows(A, queries, keys)
+    _, keys = masks_of(A, queries, keys)
+    result = []
+    for h in range(A.shape[0]):
+        rows = [np.where(keys[h, q], A[h, q], 0) for q in range(A.shape[1]) if valid[h, q]]
+        seen = sum(any(keys[h, q, k] for q in range(A.shape[1]) if valid[h, q]) for k in range(A.shape[2]))
+        if len(rows) < 2 or seen < 2:
+            result.append(NAN)
+            continue
+        mean_entropy = sum(shannon(row) for row in rows) / len(rows)
+        result.append((shannon(np.mean(rows, axis=0)) - mean_entropy) / math.log(seen))
+    return np.array(result)
+
+
+def head_diversity(A, queries=None, keys=None):
+    valid = valid_rows(A, queries, keys)
+    _, keys = masks_of(A, queries, keys)
+    heads = A.shape[0]
+    values = []
+    for q in range(A.shape[1]):
+        k = max(keys[h, q].sum() for h in range(heads))
+        if heads < 2 or k < 2 or not valid[:, q].all():
+            continue
+        rows = [np.where(keys[h, q], A[h, q], 0) for h in range(heads)]
+        divergence = shannon(np.mean(rows, axis=0)) - sum(shannon(row) for row in rows) / heads
+        values.append(divergence / min(math.log(heads), math.log(k)))
+    return mean_defined(values)
+
+
+def pearson(x, y, scale_x=None, scale_y=None):
+    """Pearson r of two lists; NaN where either varies by no more than float32 rounding."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if len(x) == 0:
+        return NAN
+    scale_x = np.sqrt((x**2).mean()) if scale_x is None else scale_x
+    scale_y = np.sqrt((y**2).mean()) if scale_y is None else scale_y
+    dx, dy = x - x.mean(), y - y.mean()
+    if math.sqrt((dx**2).mean()) <= 1e-6 * scale_x or math.sqrt((dy**2).mean()) <= 1e-6 * scale_y:
+        return NAN
+    return float((dx * dy).sum() / math.sqrt((dx**2).sum() * (dy**2).sum()))
+
+
+def cells(A, B, eeg, spec, there, back, heads_there, heads_back):
+    """(queries, keys) pairs whose two rows are valid in the heads asked for and which see each other."""
+    valid_a, valid_b = valid_rows(A, eeg, there), valid_rows(B, spec, back)
+    _, there = masks_of(A, eeg, there)
+    _, back = masks_of(B, spec, back)
+    return [
+        (q, k)
+        for q in range(A.shape[1])
+        for k in range(B.shape[1])
+        if all(valid_a[h, q] and there[h, q, k] for h in heads_there)
+        and all(valid_b[h, k] and back[h, k, q] for h in heads_back)
+    ]
+
+
+def alignment(A, B, eeg=None, spec=None, there=None, back=None):
+    """``eeg`` / ``spec``: valid tokens; ``there`` / ``back``: valid keys of A / of B."""
+    everywhere = range(A.shape[0]), range(B.shape[0])
+    both = cells(A, B, eeg, spec, there, back, *everywhere)
+    x = [sum(A[h, q, k] for h in everywhere[0]) / A.shape[0] for q, k in both]
+    y = [sum(B[h, k, q] for h in everywhere[1]) / B.shape[0] for q, k in both]
+    return pearson(x, y)
+
+
+def head_alignment_matrix(A, B, eeg=None, spec=None, there=None, back=None):
+    matrix = np.zeros((A.shape[0], B.shape[0]))
+    for i in range(A.shape[0]):
+        for j in range(B.shape[0]):
+            both = cells(A, B, eeg, spec, there, back, [i], [j])
+            matrix[i, j] = pearson([A[i, q, k] for q, k in both], [B[j, k, q] for q, k in both])
+    return matrix
+
+
+def double_centred(values, both):
+    """Subtract row means and column means, add the grand mean, over the cells in ``both``."""
+
+    def mean(pairs):
+        pairs = list(pairs)
+        return sum(values[p] for p in pairs) / len(pairs)
+
+    grand = mean(both)
+    rows = {q: mean(p for p in both if p[0] == q) for q, _ in both}
+    columns = {k: mean(p for p in both if p[1] == k) for _, k in both}
+    return [values[q, k] - rows[q] - columns[k] + grand for q, k in both]
+
+
+def alignment_interaction(A, B, eeg=None, spec=None, there=None, back=None):
+    result = []
+    for h in range(A.shape[0]):
+        both = cells(A, B, eeg, spec, there, back, [h], [h])
+        if not both:
+            result.append(NAN)
+            continue
+        x = {(q, k): math.log(max(A[h, q, k], 1e-12)) for q, k in both}
+        y = {(q, k): math.log(max(B[h, k, q], 1e-12)) for q, k in both}
+        scales = [math.sqrt(sum(v**2 for v in z.values()) / len(z)) for z in (x, y)]
+        result.append(pearson(double_centred(x, both), double_centred(y, both), *scales))
+    return np.array(result)
+
+
+def round_trip_lift(A, B, eeg=None, spec=None, there=None, back=None):
+    valid_a, valid_b = valid_rows(A, eeg, there), valid_rows(B, spec, back)
+    _, there = masks_of(A, eeg, there)
+    _, back = masks_of(B, spec, back)
+    result = []
+    for h in range(A.shape[0]):
+        total = 0.0
+        for q in range(A.shape[1]):
+            for k in range(B.shape[1]):
+                if valid_a[h, q] and valid_b[h, k] and there[h, q, k] and back[h, k, q]:
+                    total += A[h, q, k] * B[h, k, q]
+        result.append(total if valid_a[h].any() and valid_b[h].any() else NAN)
+    return np.array(result)
+
+
+def binned(scores, low, high):
+    """The bin of each score among 2^14 over its range: scores that share one count as tied."""
+    return np.minimum(np.floor((np.asarray(scores, float) - low) / (high - low) * 2**14), 2**14 - 1)
+
+
+def auroc(correct, incorrect):
+    wins = sum((c > i) + 0.5 * (c == i) for c in correct for i in incorrect)
+    return wins / (len(correct) * len(incorrect))
+
+
+def delong_interval(correct, incorrect):
+    """95 % interval of the AUROC from the placement values of every sample."""
+    value = auroc(correct, incorrect)
+    of_correct = np.array([auroc([c], incorrect) for c in correct])
+    of_incorrect = np.array([auroc(correct, [i]) for i in incorrect])
+    variance = of_correct.var(ddof=1) / len(correct) + of_incorrect.var(ddof=1) / len(incorrect)
+    margin = 1.959963984540054 * math.sqrt(variance)
+    return max(0.0, value - margin), min(1.0, value + margin)
+
+
+def class_adjusted_gap(scores, classes, correct):
+    gaps = []
+    for c in sorted(set(classes)):
+        hit = [s for s, k, ok in zip(scores, classes, correct, strict=True) if k == c and ok and not math.isnan(s)]
+        miss = [s for s, k, ok in zip(scores, classes, correct, strict=True) if k == c and not ok and not math.isnan(s)]
+        if hit and miss:
+            gaps.append(np.mean(hit) - np.mean(miss))
+    return float(np.mean(gaps)) if gaps else NAN
