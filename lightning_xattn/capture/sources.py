@@ -1,0 +1,159 @@
+"""One adapter for each way a model computes attention: it watches a module and hands over weights and masks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MASKED = -1e4
+"""A float mask at or below this hides the key: ``exp`` of it is 0 in every floating dtype."""
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedWeights:
+    """What one call of an attention module computed.
+
+    Attributes
+    ----------
+    weights
+        ``(batch, heads, queries, keys)``, detached, before dropout.
+    key_mask
+        ``(batch, keys)`` bool, True for a real token; None: all are.
+    visible
+        Bool broadcastable to ``weights``, True where the attention mask lets the query see the key; None: all.
+    extra_keys
+        How many of the last keys are slots of ``add_bias_kv`` or ``add_zero_attn``.
+    """
+
+    weights: Tensor
+    key_mask: Tensor | None
+    visible: Tensor | None
+    extra_keys: int
+
+
+def watch_multihead_attention(
+    module: nn.MultiheadAttention, record: Callable[[RecordedWeights], None], hooks: ExitStack
+) -> None:
+    """Record every call of an ``nn.MultiheadAttention``; what the caller gets stays bit for bit the same.
+
+    A caller that asks for weights gets the module to compute them per head, and they are averaged for it afterwards
+    as the module would have done. A caller that does not ask keeps its fused kernel: the weights are computed once
+    more beside it. The same goes for dropout in training mode, which the returned weights would contain.
+
+    Parameters
+    ----------
+    module
+        The module to watch.
+    record
+        Called once for each call of the module.
+    hooks
+        Takes the hooks; closing it removes them.
+    """
+    signature = inspect.signature(type(module).forward)
+    asked_for_average = False
+
+    def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+        bound = signature.bind(module, *args, **kwargs)
+        bound.apply_defaults()
+        return bound
+
+    def ask_per_head(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        nonlocal asked_for_average
+        bound = bind(args, kwargs)
+        asked_for_average = bound.arguments["need_weights"] and bound.arguments["average_attn_weights"]
+        if not asked_for_average:
+            return None
+        bound.arguments["average_attn_weights"] = False
+        return bound.args[1:], bound.kwargs
+
+    def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        call = bind(args, kwargs).arguments
+        batched = call["query"].dim() == 3
+        returned = output[1]
+        if returned is None or (module.training and module.dropout > 0):
+            weights = _recompute(module, call)
+        else:
+            weights = returned.detach() if batched else returned.detach()[None]
+        record(_with_masks(module, call, weights))
+        if not asked_for_average:
+            return None
+        per_head = returned if batched else returned[None]
+        averaged = per_head.mean(dim=1)
+        return output[0], averaged if batched else averaged[0]
+
+    hooks.callback(module.register_forward_pre_hook(ask_per_head, with_kwargs=True).remove)
+    hooks.callback(module.register_forward_hook(read, with_kwargs=True).remove)
+
+
+@torch.no_grad()
+def _recompute(module: nn.MultiheadAttention, call: dict[str, Any]) -> Tensor:
+    """``softmax(Q K^T / sqrt(d) + masks)`` from the module's own projections, ``(batch, heads, queries, keys)``."""
+    query, key = _batch_first(module, call["query"]), _batch_first(module, call["key"])
+    if module._qkv_same_embed_dim:
+        query_weight, key_weight, _ = module.in_proj_weight.chunk(3)
+    else:
+        query_weight, key_weight = module.q_proj_weight, module.k_proj_weight
+    query_bias = key_bias = None
+    if module.in_proj_bias is not None:
+        query_bias, key_bias, _ = module.in_proj_bias.chunk(3)
+    query, key = F.linear(query, query_weight, query_bias), F.linear(key, key_weight, key_bias)
+    if module.bias_k is not None:
+        key = torch.cat([key, module.bias_k.to(key.dtype).expand(len(key), 1, -1)], dim=1)
+    if module.add_zero_attn:
+        key = torch.cat([key, key.new_zeros(len(key), 1, key.shape[2])], dim=1)
+
+    query, key = (x.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2) for x in (query, key))
+    logits = (query @ key.transpose(-1, -2)).float() * module.head_dim**-0.5
+    extra = _extra_keys(module)
+    padding, attention_mask = call["key_padding_mask"], call["attn_mask"]
+    if padding is not None:
+        logits = logits + F.pad(_additive(padding.reshape(len(key), 1, 1, -1)), (0, extra))
+    if attention_mask is not None:
+        logits = logits + F.pad(_additive(_per_head(attention_mask, module)), (0, extra))
+    weights: Tensor = logits.softmax(-1)
+    return weights
+
+
+def _with_masks(module: nn.MultiheadAttention, call: dict[str, Any], weights: Tensor) -> RecordedWeights:
+    padding, attention_mask = call["key_padding_mask"], call["attn_mask"]
+    extra = _extra_keys(module)
+    key_mask = visible = None
+    if padding is not None:
+        key_mask = F.pad(_is_visible(padding.reshape(len(weights), -1)), (0, extra), value=True)
+    if attention_mask is not None:
+        visible = F.pad(_is_visible(_per_head(attention_mask, module)), (0, extra), value=True)
+    return RecordedWeights(weights, key_mask, visible, extra)
+
+
+def _batch_first(module: nn.MultiheadAttention, tokens: Tensor) -> Tensor:
+    if tokens.dim() == 2:
+        return tokens[None]
+    return tokens if module.batch_first else tokens.transpose(0, 1)
+
+
+def _per_head(mask: Tensor, module: nn.MultiheadAttention) -> Tensor:
+    """Broadcastable to the weights: ``(queries, keys)`` for all, or ``(batch * heads, queries, keys)``."""
+    return mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, module.num_heads))
+
+
+def _is_visible(mask: Tensor) -> Tensor:
+    return ~mask if mask.dtype == torch.bool else mask > MASKED
+
+
+def _additive(mask: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.float()
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf)
+
+
+def _extra_keys(module: nn.MultiheadAttention) -> int:
+    return int(module.bias_k is not None) + int(module.add_zero_attn)

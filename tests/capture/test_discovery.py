@@ -1,0 +1,102 @@
+"""Which layers are found by name, which by path, and what a wrong name is told."""
+
+import pytest
+from torch import nn
+
+from lightning_xattn.attention import Direction
+from lightning_xattn.capture import locate_attention
+from lightning_xattn.errors import DiscoveryError, SettingError
+
+
+def attention():
+    return nn.MultiheadAttention(4, 2)
+
+
+def module(**children):
+    root = nn.Module()
+    for path, child in children.items():
+        parent, parts = root, path.split("__")
+        for part in parts[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(parts[-1], child)
+    return root
+
+
+def found(root, paths=None):
+    return [
+        (layer.layer, *(f"{direction}: {path}" for direction, path in layer.sites))
+        for layer in locate_attention(root, paths)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("there", "back", "direction"),
+    [
+        ("eeg_to_spec_attn", "spec_to_eeg_attn", "eeg_to_spec"),
+        ("cross_attn_eeg_to_spec", "cross_attn_spec_to_eeg", "eeg_to_spec"),
+        ("image_to_text_cross_attention", "text_to_image_cross_attention", "image_to_text"),
+        ("a_to_b", "b_to_a", "a_to_b"),
+        ("raw_eeg_to_spec", "spec_to_raw_eeg", "raw_eeg_to_spec"),
+    ],
+)
+def test_names_that_say_the_direction(there, back, direction):
+    root = module(
+        **{f"model__fusion__{there}": attention(), f"model__fusion__{back}": attention(), "other": attention()}
+    )
+    opposite = Direction.parse(direction).opposite
+    assert found(root) == [("model.fusion", f"{direction}: model.fusion.{there}", f"{opposite}: model.fusion.{back}")]
+
+
+def test_layers_in_lists_and_blocks():
+    root = nn.Module()
+    root.eeg_to_spec_attn = nn.ModuleList([attention(), attention()])
+    root.spec_to_eeg_attn = nn.ModuleList([attention(), attention()])
+    root.blocks = nn.ModuleList(
+        [module(a_to_b__cross=attention(), a_to_b__self_attn=attention(), b_to_a__cross=attention())]
+    )
+    assert found(root) == [
+        ("0", "eeg_to_spec: eeg_to_spec_attn.0", "spec_to_eeg: spec_to_eeg_attn.0"),
+        ("1", "eeg_to_spec: eeg_to_spec_attn.1", "spec_to_eeg: spec_to_eeg_attn.1"),
+        ("blocks.0.cross", "a_to_b: blocks.0.a_to_b.cross", "b_to_a: blocks.0.b_to_a.cross"),
+    ]
+
+
+def test_one_direction_alone_and_three_modalities():
+    assert found(module(text_to_image_attn=attention())) == [("", "text_to_image: text_to_image_attn")]
+    three = {f"{a}_to_{b}": attention() for a in "xyz" for b in "xyz" if a != b}
+    assert found(module(**three)) == [
+        ("x_to_y", "x_to_y: x_to_y", "y_to_x: y_to_x"),
+        ("x_to_z", "x_to_z: x_to_z", "z_to_x: z_to_x"),
+        ("y_to_z", "y_to_z: y_to_z", "z_to_y: z_to_y"),
+    ]
+
+
+def test_named_paths_and_several_layers():
+    root = module(f__a=attention(), f__b=attention(), g__a=attention(), g__b=attention())
+    paths = {"eeg_to_spec": ["f.a", "g.a"], "spec_to_eeg": ["f.b", "g.b"]}
+    assert found(root, paths) == [
+        ("f", "eeg_to_spec: f.a", "spec_to_eeg: f.b"),
+        ("g", "eeg_to_spec: g.a", "spec_to_eeg: g.b"),
+    ]
+
+
+def test_errors_say_what_there_is():
+    root = module(model__fuse=attention(), model__linear=nn.Linear(2, 2))
+    with pytest.raises(DiscoveryError, match=r"No cross-attention found.*Found: model\.fuse\..*attention="):
+        locate_attention(root)
+    with pytest.raises(DiscoveryError, match=r"No module 'model\.fusion' for eeg_to_spec\. Found: model\.fuse\."):
+        locate_attention(root, {"eeg_to_spec": "model.fusion"})
+    with pytest.raises(DiscoveryError, match=r"'model\.linear' for eeg_to_spec is a Linear"):
+        locate_attention(root, {"eeg_to_spec": "model.linear"})
+    with pytest.raises(DiscoveryError, match=r"Linear has no nn\.MultiheadAttention at all"):
+        locate_attention(nn.Linear(2, 2))
+    with pytest.raises(SettingError, match="1 layer.*and 2 for spec_to_eeg"):
+        locate_attention(root, {"eeg_to_spec": "model.fuse", "spec_to_eeg": ["model.fuse", "model.fuse"]})
+
+
+@pytest.mark.parametrize("name", ["eeg", "eeg_to_", "_to_spec", "eeg_to_eeg", "a_to_b_to_c"])
+def test_direction_names(name):
+    with pytest.raises(SettingError, match=f"got '{name}'"):
+        Direction.parse(name)

@@ -1,0 +1,28 @@
+"""What every test may rely on, and what none may leave behind."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+IIIC_IRR = Path(__file__).parents[2] / "shared/data/iiic_irr"
+
+
+@pytest.fixture(scope="session")
+def iiic_irr() -> Path:
+    """The folder of 20 real recordings; where it is absent its tests skip, in CI they fail."""
+    if not IIIC_IRR.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"CI needs the real recordings at {IIIC_IRR}.")
+        pytest.skip(f"No real recordings at {IIIC_IRR}.")
+    return IIIC_IRR
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind():
+    yield
+    assert not dist.is_initialized(), "a process group was left behind"
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    assert pyplot is None or not pyplot.get_fignums(), "a figure was left with pyplot"

@@ -1,0 +1,75 @@
+"""A small two-modality LightningModule as a user would write it, and data for it."""
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+AUDIO, TEXT, WIDTH, HEADS, CLASSES = 5, 7, 12, 3, 4
+
+
+class ToyModule(pl.LightningModule):
+    """Audio and text, 5 and 7 tokens, fused by two nn.MultiheadAttention of 3 heads."""
+
+    def __init__(self, need_weights=True):
+        super().__init__()
+        self.need_weights = need_weights
+        self.audio, self.text = nn.Linear(3, WIDTH), nn.Linear(2, WIDTH)
+        self.audio_to_text_attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.text_to_audio_attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.head = nn.Linear(2 * WIDTH, CLASSES)
+
+    def forward(self, audio, text):
+        audio, text = self.audio(audio), self.text(text)
+        there, _ = self.audio_to_text_attn(audio, text, text, need_weights=self.need_weights)
+        back, _ = self.text_to_audio_attn(text, audio, audio, need_weights=self.need_weights)
+        return self.head(torch.cat([there.mean(1), back.mean(1)], dim=1))
+
+    def training_step(self, batch, _):
+        return self._loss(batch)
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        return self._loss(batch)
+
+    def test_step(self, batch, batch_idx, dataloader_idx=0):
+        return self._loss(batch)
+
+    def _loss(self, batch):
+        audio, text, target = batch
+        return nn.functional.cross_entropy(self(audio, text), target)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def toy_data(samples=23, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(
+        torch.randn(samples, AUDIO, 3, generator=generator),
+        torch.randn(samples, TEXT, 2, generator=generator),
+        torch.randint(CLASSES, (samples,), generator=generator),
+    )
+
+
+def toy_loader(samples=23, batch_size=5, seed=0):
+    return DataLoader(toy_data(samples, seed), batch_size=batch_size)
+
+
+def quiet_trainer(**settings):
+    """A Trainer that writes nothing unless asked to."""
+    defaults = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 1,
+        "log_every_n_steps": 1,
+    }
+    return pl.Trainer(**(defaults | settings))
+
+
+def count_hooks(module):
+    """Hooks of any kind on the module and all below it."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(m, kind)) for m in module.modules() for kind in kinds)
