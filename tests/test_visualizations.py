@@ -1,0 +1,500 @@
+"""The epoch's figures: what is drawn is what was given, where it was said to be, and it can be read."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+from matplotlib.patches import StepPatch
+from matplotlib.text import Text
+from numpy.typing import NDArray
+
+from lightning_xattn.attention import TokenAxis
+from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.functional import separation
+from lightning_xattn.visualizations import (
+    OutcomeSummary,
+    plot_class_attention,
+    plot_head_entropy,
+    plot_outcome_alignment,
+    render,
+)
+
+HMS = ["Seizure", "LPD", "GPD", "LRDA", "GRDA", "Other"]
+LONG = [
+    "Lateralised periodic discharges over the left hemisphere",
+    "Generalised rhythmic delta activity with superimposed fast activity",
+    "Other_without_a_single_space_in_its_very_long_name",
+]
+EEG = TokenAxis("EEG window (s from the labelled moment)", spans=[(5 * i - 25, 5 * i - 15) for i in range(9)])
+SPEC = TokenAxis("spectrogram window (s from the labelled moment)", spans=[(5 * i, 5 * i + 10) for i in range(119)])
+REGIONS = TokenAxis("region", names=["LL", "RL", "LP", "RP"])
+LONG_REGIONS = TokenAxis(
+    "EEG region", names=["left lateral", "right lateral", "left parasagittal", "right parasagittal"]
+)
+CONTEXT = "validation, epoch 117, layer model.backbone.fusion.cross_attention_block_3"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_reaches_pyplot():
+    yield
+    assert pyplot.get_fignums() == []
+
+
+def make_maps(*shape: int) -> NDArray[np.float64]:
+    logits = np.random.default_rng(0).normal(size=shape)
+    weights = np.exp(2 * logits)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def panels(figure: Figure) -> list[Axes]:
+    """The axes that hold something, without the colour bar."""
+    return [ax for ax in figure.axes if ax.axison and ax.get_label() != "<colorbar>"]
+
+
+def mesh(ax: Axes) -> QuadMesh:
+    (found,) = (c for c in ax.collections if isinstance(c, QuadMesh))
+    return found
+
+
+def drawn(ax: Axes) -> NDArray[np.float64]:
+    return np.ma.filled(mesh(ax).get_array(), np.nan)
+
+
+def texts(figure: Figure) -> str:
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+# Mean attention maps
+
+
+def test_one_panel_per_class_shows_weight_times_keys() -> None:
+    maps = make_maps(5, 3, 7)
+    figure = plot_class_attention(maps, [2, 3, 5, 7, 11], list("abcde"), direction="eeg_to_spec")
+    assert [ax.get_title() for ax in panels(figure)] == ["a (n=2)", "b (n=3)", "c (n=5)", "d (n=7)", "e (n=11)"]
+    for ax, weights in zip(panels(figure), maps, strict=True):
+        np.testing.assert_allclose(drawn(ax), weights * 7)
+
+
+def test_tensors_are_taken() -> None:
+    maps = make_maps(1, 3, 7)
+    figure = plot_class_attention(torch.tensor(maps), torch.tensor([2]), ["a"], direction="eeg_to_spec")
+    np.testing.assert_allclose(drawn(panels(figure)[0]), maps[0] * 7)
+
+
+def test_all_panels_and_the_colour_bar_share_one_scale() -> None:
+    maps = make_maps(3, 3, 7)
+    figure = plot_class_attention(maps, [1, 1, 1], list("abc"), direction="eeg_to_spec")
+    limits = {mesh(ax).get_clim() for ax in panels(figure)}
+    assert limits == {(maps.min() * 7, maps.max() * 7)}
+    (bar,) = (ax for ax in figure.axes if ax.get_label() == "<colorbar>")
+    assert {bar.get_ylim()} == limits
+    assert bar.get_ylabel().startswith("lift over uniform: mean weight / (1/7)")
+
+
+def test_uniform_maps_are_not_zoomed_into_noise() -> None:
+    maps = np.full((2, 3, 7), 1 / 7) + 1e-9 * make_maps(2, 3, 7)
+    figure = plot_class_attention(maps, [1, 1], ["a", "b"], direction="eeg_to_spec")
+    assert mesh(panels(figure)[0]).get_clim() == pytest.approx((0.9, 1.1))
+
+
+def test_the_longer_axis_lies_horizontally_and_says_who_asks() -> None:
+    maps = make_maps(2, 7, 3)
+    figure = plot_class_attention(maps, [1, 1], ["a", "b"], direction="spec_to_eeg")
+    np.testing.assert_allclose(drawn(panels(figure)[1]), maps[1].T * 3)
+    assert figure.get_supxlabel() == "query: spec token"
+    assert figure.get_supylabel() == "key: eeg token"
+    assert "spec → eeg per true class" in figure.get_suptitle()
+
+
+def test_cells_lie_at_the_centres_of_overlapping_windows() -> None:
+    figure = plot_class_attention(
+        make_maps(1, 9, 119), [4], ["a"], direction="eeg_to_spec", query_axis=EEG, key_axis=SPEC
+    )
+    corners = mesh(panels(figure)[0]).get_coordinates()
+    np.testing.assert_allclose(corners[0, :, 0], np.arange(2.5, 600, 5))  # centres 5, 10, ... 595 s
+    np.testing.assert_allclose(corners[:, 0, 1], np.arange(-22.5, 23, 5))
+    assert figure.get_supxlabel() == f"key: {SPEC.title}"
+
+
+def test_uneven_windows_meet_half_way_between_their_centres() -> None:
+    axis = TokenAxis("time (s)", spans=[(0, 2), (2, 6), (10, 20)])
+    figure = plot_class_attention(make_maps(1, 2, 3), [4], ["a"], direction="x_to_y", key_axis=axis)
+    np.testing.assert_allclose(mesh(panels(figure)[0]).get_coordinates()[0, :, 0], [-0.5, 2.5, 9.5, 20.5])
+
+
+def test_the_first_token_is_at_the_top_and_tokens_are_named() -> None:
+    figure = plot_class_attention(
+        make_maps(2, 4, 4), [1, 1], ["a", "b"], direction="x_to_y", query_axis=LONG_REGIONS, key_axis=REGIONS
+    )
+    first = panels(figure)[0]
+    assert [label.get_text() for label in first.get_yticklabels()] == LONG_REGIONS.names
+    assert [label.get_text() for label in first.get_xticklabels()] == REGIONS.names
+    assert first.yaxis_inverted()
+
+
+def test_names_that_do_not_fit_are_thinned_out() -> None:
+    names = [f"electrode {i}" for i in range(128)]
+    axis = TokenAxis("electrode", names=names)
+    figure = plot_class_attention(make_maps(1, 2, 128), [4], ["a"], direction="x_to_y", key_axis=axis)
+    shown = [label.get_text() for label in panels(figure)[0].get_xticklabels()]
+    assert 10 < len(shown) < 64
+    assert shown == names[:: 128 // len(shown) + 1]
+
+
+@pytest.mark.parametrize("missing", [np.nan, 0.0])
+def test_a_class_without_samples_says_so_and_draws_nothing(missing: float) -> None:
+    maps = make_maps(3, 3, 7)
+    maps[1] = missing
+    figure = plot_class_attention(maps, [4, 0, 5], list("abc"), direction="eeg_to_spec")
+    shown = [[text.get_text() for text in ax.texts] for ax in panels(figure)]
+    assert shown == [[], ["no samples"], []]
+    assert np.isnan(drawn(panels(figure)[1])).all()
+    assert mesh(panels(figure)[0]).get_clim()[0] > 0
+
+
+def test_nothing_defined_at_all_still_draws() -> None:
+    figure = plot_class_attention(np.full((2, 3, 7), np.nan), [4, 0], ["a", "b"], direction="eeg_to_spec")
+    render(figure)
+    assert [ax.texts[0].get_text() for ax in panels(figure)] == ["undefined", "no samples"]
+
+
+@pytest.mark.parametrize("queries", [1, 9])
+def test_one_key_is_labelled(queries: int) -> None:
+    figure = plot_class_attention(np.ones((2, queries, 1)), [4, 5], ["a", "b"], direction="eeg_to_spec")
+    assert "One key: every weight is 1 by construction" in figure.get_suptitle()
+    assert "One key" not in texts(plot_class_attention(make_maps(1, 1, 2), [4], ["a"], direction="eeg_to_spec"))
+
+
+@pytest.mark.parametrize(
+    ("group_by", "said"), [("target", "per true class"), ("prediction", "per predicted class"), (None, "spec")]
+)
+def test_the_title_says_what_the_classes_are(group_by: str | None, said: str) -> None:
+    figure = plot_class_attention(make_maps(1, 3, 7), [4], ["a"], direction="eeg_to_spec", group_by=group_by)
+    assert figure.get_suptitle().endswith(said)
+
+
+# Entropy per head
+
+
+def test_entropy_cells_show_their_values() -> None:
+    values = np.array([[0.0, 0.25, 1.0], [0.5, np.nan, 0.75]])
+    figure = plot_head_entropy({"eeg_to_spec": values, "spec_to_eeg": 1 - values}, [3, 5], ["a", "b"])
+    there, back = panels(figure)
+    assert (there.get_title(), back.get_title()) == ("eeg → spec", "spec → eeg")
+    np.testing.assert_array_equal(drawn(there), values)
+    np.testing.assert_array_equal(drawn(back), 1 - values)
+    assert mesh(there).get_clim() == mesh(back).get_clim() == (0, 1)
+    printed = {text.get_position(): text.get_text() for text in there.texts}
+    assert printed == {(0, 0): "0.00", (1, 0): "0.25", (2, 0): "1.00", (0, 1): "0.50", (1, 1): "\u2013", (2, 1): "0.75"}
+    assert [label.get_text() for label in there.get_yticklabels()] == ["a (n=3)", "b (n=5)"]
+    assert there.yaxis_inverted()
+    assert "Hatched: undefined" in figure.get_suptitle()
+
+
+def test_printed_values_contrast_with_their_cells() -> None:
+    values = np.linspace(0, 1, 21)[None]
+    ax = panels(plot_head_entropy({"eeg_to_spec": values}, [3], ["a"]))[0]
+    weights = np.array([0.2126, 0.7152, 0.0722])
+
+    def luminance(colour: NDArray[np.float64]) -> float:
+        linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+        return float(linear @ weights)
+
+    for text, value in zip(ax.texts, values[0], strict=True):
+        cell = luminance(np.array(mesh(ax).to_rgba(value)[:3]))
+        ink = {"black": 0.0, "white": 1.0}[text.get_color()]
+        ratio = (max(cell, ink) + 0.05) / (min(cell, ink) + 0.05)
+        assert ratio >= 4.5, f"{value}: contrast {ratio:.1f} (WCAG asks for 4.5)"
+
+
+# Correct against incorrect
+
+EDGES = np.linspace(-1, 1, 2**14 + 1)
+
+
+def summary(scores: list[NDArray[np.float64]]) -> OutcomeSummary:
+    """What the accumulators would say of these scores, given by class."""
+    together = np.concatenate(scores)
+    return OutcomeSummary(
+        histogram=np.histogram(together, EDGES)[0],
+        mean=together.mean() if together.size else np.nan,
+        class_means=[s.mean() if s.size else np.nan for s in scores],
+        class_stds=[s.std(ddof=1) if s.size > 1 else np.nan for s in scores],
+        class_counts=[s.size for s in scores],
+    )
+
+
+def make_outcome(mean: float, classes: int, seed: int) -> OutcomeSummary:
+    rng = np.random.default_rng(seed)
+    return summary([rng.normal(mean, 0.1, 20 + i) for i in range(classes)])
+
+
+def make_alignment(correct: OutcomeSummary, incorrect: OutcomeSummary, names: list[str], context: str = "") -> Figure:
+    told = separation(torch.as_tensor(correct.histogram), torch.as_tensor(incorrect.histogram))
+    auroc = (told.auroc, told.low, told.high)
+    return plot_outcome_alignment(correct, incorrect, EDGES, auroc, names, context=context)
+
+
+def test_densities_have_area_one_and_put_samples_where_they_are() -> None:
+    correct, incorrect = make_outcome(0.4, 3, 0), make_outcome(0.2, 3, 1)
+    above, _ = panels(make_alignment(correct, incorrect, list("abc")))
+    steps = [patch.get_data() for patch in above.patches if isinstance(patch, StepPatch)]
+    for outcome, step in zip((correct, incorrect), steps, strict=True):
+        masses = step.values * np.diff(step.edges)
+        middles = (step.edges[1:] + step.edges[:-1]) / 2
+        assert len(masses) <= 40
+        assert masses.sum() == pytest.approx(1)
+        assert masses @ middles == pytest.approx(outcome.mean, abs=0.01)
+        # Whole fine bins make up a bar, so no sample is split between two.
+        np.testing.assert_allclose(masses * np.sum(outcome.histogram), np.round(masses * np.sum(outcome.histogram)))
+    low, high = above.get_xlim()
+    occupied = EDGES[:-1][np.add(correct.histogram, incorrect.histogram) > 0]
+    assert low < occupied[0] < occupied[-1] < high
+    assert high - low < 1.1 * np.ptp(occupied), "zoomed to the occupied range"
+
+
+def test_means_are_marked_and_counted() -> None:
+    correct, incorrect = make_outcome(0.4, 3, 0), make_outcome(0.2, 3, 1)
+    figure = make_alignment(correct, incorrect, list("abc"))
+    above, _ = panels(figure)
+    assert [line.get_xdata()[0] for line in above.lines] == [correct.mean, incorrect.mean]
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert said == [f"correct (n = 63, mean {correct.mean:.3f})", f"incorrect (n = 63, mean {incorrect.mean:.3f})"]
+
+
+def test_class_means_have_their_standard_errors() -> None:
+    correct = summary([np.array([0.1, 0.3]), np.array([0.5]), np.array([])])
+    incorrect = summary([np.array([]), np.array([0.2, 0.4, 0.9]), np.array([])])
+    _, below = panels(make_alignment(correct, incorrect, list("abc")))
+    dots, _, (bars,) = below.containers[0]
+    np.testing.assert_allclose(dots.get_xdata(), [0.2, 0.5, np.nan])
+    # The standard error of 0.1 and 0.3 is 0.1; a single sample has none.
+    np.testing.assert_allclose(bars.get_segments()[0][:, 0], [0.1, 0.3])
+    assert [len(segment) for segment in bars.get_segments()] == [2, 0, 0]
+    np.testing.assert_allclose(below.containers[1][0].get_xdata(), [np.nan, 0.5, np.nan])
+    assert [label.get_text() for label in below.get_yticklabels()] == ["a (2/0)", "b (1/3)", "c (0/0)"]
+
+
+def test_few_samples_claim_nothing() -> None:
+    few = summary([np.array([0.1, 0.3])])
+    above, _ = panels(make_alignment(make_outcome(0.4, 1, 0), few, ["a"]))
+    assert above.get_title() == "No AUROC (fewer than 5 in a group: nothing claimed)"
+
+
+def test_the_auroc_stands_with_its_interval() -> None:
+    outcome = make_outcome(0.4, 1, 0)
+    above, _ = panels(plot_outcome_alignment(outcome, outcome, EDGES, (0.6342, 0.551, 0.7174), ["a"]))
+    assert above.get_title().startswith("AUROC 0.634, 95 % interval 0.551 to 0.717")
+
+
+def test_no_defined_alignment_says_so() -> None:
+    nothing = summary([np.array([])])
+    figure = make_alignment(nothing, nothing, ["a"])
+    above, _ = panels(figure)
+    assert above.texts[0].get_text() == "no sample with a defined alignment"
+    assert not above.patches
+    assert "correct (no samples)" in texts(figure)
+
+
+@pytest.mark.parametrize("score", [-1.0, 0.3, 1.0])
+def test_equal_scores_are_not_zoomed_apart(score: float) -> None:
+    above, _ = panels(make_alignment(summary([np.full(9, score)]), summary([np.full(7, score)]), ["a"]))
+    low, high = above.get_xlim()
+    assert 0.02 < high - low < 0.1
+    assert low < score < high
+
+
+# Every figure
+
+
+def attention_figure(classes: list[str], query: TokenAxis, key: TokenAxis, missing: int | None = None) -> Figure:
+    maps, counts = make_maps(len(classes), len(query), len(key)), np.arange(len(classes)) + 120
+    if missing is not None:
+        maps[missing], counts[missing] = np.nan, 0
+    return plot_class_attention(
+        maps, counts, classes, direction="eeg_to_spec", query_axis=query, key_axis=key, context=CONTEXT
+    )
+
+
+def entropy_figure(classes: list[str], heads: int, missing: int | None = None) -> Figure:
+    values = np.random.default_rng(0).uniform(size=(len(classes), heads))
+    if missing is not None:
+        values[missing] = np.nan
+    directions = {"eeg_to_spec": values, "spec_to_eeg": values}
+    return plot_head_entropy(directions, np.full(len(classes), 120), classes, context=CONTEXT)
+
+
+def alignment_figure(classes: list[str]) -> Figure:
+    return make_alignment(
+        make_outcome(0.4, len(classes), 0), make_outcome(0.2, len(classes), 1), classes, context=CONTEXT
+    )
+
+
+ONE = TokenAxis("pooled", names=["all"])
+MANY = [f"class {i}" for i in range(20)]
+FIGURES = {
+    "six classes": lambda: attention_figure(HMS, EEG, SPEC, missing=3),
+    "six classes, the way back": lambda: attention_figure(HMS, SPEC, EEG),
+    "five classes": lambda: attention_figure(HMS[:5], EEG, SPEC),
+    "two classes": lambda: attention_figure(HMS[:2], EEG, SPEC),
+    "one class": lambda: attention_figure(HMS[:1], EEG, SPEC),
+    "twenty classes": lambda: attention_figure(MANY, EEG, SPEC),
+    "long class names": lambda: attention_figure(LONG, EEG, SPEC),
+    "regions": lambda: attention_figure(HMS, LONG_REGIONS, REGIONS),
+    "long names below": lambda: attention_figure(HMS, REGIONS, LONG_REGIONS),
+    "one key": lambda: attention_figure(HMS, ONE, ONE),
+    "one key, two classes": lambda: attention_figure(HMS[:2], EEG, ONE),
+    "entropy": lambda: entropy_figure(HMS, 8, missing=3),
+    "entropy of twelve heads": lambda: entropy_figure(HMS, 12),
+    "entropy of 32 heads": lambda: entropy_figure(HMS, 32),
+    "entropy of two classes": lambda: entropy_figure(HMS[:2], 1),
+    "entropy, twenty classes": lambda: entropy_figure(MANY, 8),
+    "entropy, long class names": lambda: entropy_figure(LONG, 8),
+    "alignment": lambda: alignment_figure(HMS),
+    "alignment, twenty classes": lambda: alignment_figure(MANY),
+    "alignment, long class names": lambda: alignment_figure(LONG),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_text_is_legible_inside_the_canvas_and_by_itself(name: str) -> None:
+    figure = FIGURES[name]()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    shown = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
+    for ax in figure.axes:
+        if not ax.axison:
+            continue
+        shown += [ax.title, *ax.texts]
+        for axis in (ax.xaxis, ax.yaxis):
+            # Axes that are switched off keep labels that nobody sees, and so do ticks outside the limits.
+            if axis.get_visible():
+                low, high = sorted(axis.get_view_interval())
+                ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+                shown += [axis.label, *(tick.label1 for tick in ticks)]
+    shown = [text for text in shown if text.get_visible() and text.get_text().strip()]
+    assert all(text.get_fontsize() >= 9 for text in shown)
+
+    boxes = {text: text.get_window_extent(renderer) for text in shown}
+    width, height = canvas.get_width_height()
+    for text, box in boxes.items():
+        inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+        assert inside, f"'{text.get_text()}' is cut: {box}"
+    for (one, box), (other, other_box) in combinations(boxes.items(), 2):
+        # A box is a little larger than its letters.
+        assert not box.padded(-1).overlaps(other_box.padded(-1)), f"'{one.get_text()}' over '{other.get_text()}'"
+
+
+@pytest.mark.parametrize("name", ["six classes", "entropy", "alignment"])
+@pytest.mark.parametrize("kind", ["pdf", "svg"])
+def test_vector_output_works_and_stays_small(name: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"figure.{kind}"
+    FIGURES[name]().savefig(path)
+    assert 5_000 < path.stat().st_size < 300_000
+
+
+def test_a_rendered_figure_is_a_picture() -> None:
+    figure = FIGURES["two classes"]()
+    picture = render(figure)
+    width, height = figure.get_size_inches() * figure.dpi
+    assert picture.shape == (round(height), round(width), 3)
+    assert picture.dtype == np.uint8
+    assert (picture[0, 0] == 255).all()
+    # The darkest colour of viridis is somewhere: the maps were drawn.
+    assert (picture == (68, 1, 84)).all(-1).any()
+
+
+@pytest.mark.parametrize("name", ["six classes", "entropy", "alignment"])
+def test_figures_are_as_wide_as_tensorboard_shows(name: str) -> None:
+    figure = FIGURES[name]()
+    assert figure.get_figwidth() * figure.dpi == 900
+    assert CONTEXT.rpartition(" ")[2] in figure.get_suptitle()
+
+
+# What does not fit
+
+OUTCOME = make_outcome(0.4, 2, 0)
+NOTHING = (np.nan, np.nan, np.nan)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: plot_class_attention(make_maps(3, 5), [1, 1, 1], list("abc"), direction="x_to_y"),
+            ShapeError,
+            r"'maps' must have shape \(classes=3, queries, keys\); got \(3, 5\)",
+        ),
+        (
+            lambda: plot_class_attention(make_maps(2, 3, 5), [1, 1, 1], list("abc"), direction="x_to_y"),
+            ShapeError,
+            r"\(classes=3, queries, keys\); got \(2, 3, 5\)",
+        ),
+        (
+            lambda: plot_class_attention(make_maps(2, 3, 5), [1], ["a", "b"], direction="x_to_y"),
+            ShapeError,
+            r"'counts' must have shape \(classes=2\); got \(1,\)",
+        ),
+        (
+            lambda: plot_class_attention(make_maps(1, 3, 5), [1], ["a"], direction="x_to_y", key_axis=REGIONS),
+            ShapeError,
+            "key axis 'region' has 4 tokens, the maps have 5",
+        ),
+        (
+            lambda: plot_class_attention(make_maps(1, 3, 4), [1], ["a"], direction="x_to_y", query_axis=REGIONS),
+            ShapeError,
+            "query axis 'region' has 4 tokens, the maps have 3",
+        ),
+        (
+            lambda: plot_class_attention(
+                make_maps(1, 2, 2),
+                [1],
+                ["a"],
+                direction="x_to_y",
+                key_axis=TokenAxis("time (s)", spans=[(5, 6), (0, 1)]),
+            ),
+            SettingError,
+            r"key axis 'time \(s\)' must ascend",
+        ),
+        (
+            lambda: plot_class_attention(make_maps(1, 2, 2), [1], ["a"], direction="x"),
+            SettingError,
+            "<query>_to_<key>",
+        ),
+        (lambda: plot_class_attention(make_maps(0, 2, 2), [], [], direction="x_to_y"), SettingError, "at least one"),
+        (
+            lambda: plot_class_attention(make_maps(1, 2, 2), [1], ["a"], direction="x_to_y", group_by="class"),
+            SettingError,
+            "'target', 'prediction', None; got 'class'",
+        ),
+        (lambda: plot_head_entropy({}, [1], ["a"]), SettingError, "at least one direction"),
+        (
+            lambda: plot_head_entropy({"x_to_y": np.ones((2, 3))}, [1], ["a"]),
+            ShapeError,
+            r"entropy\['x_to_y'\]' must have shape \(classes=1, heads\); got \(2, 3\)",
+        ),
+        (
+            lambda: plot_outcome_alignment(OUTCOME, OUTCOME, EDGES[1:], NOTHING, ["a", "b"]),
+            ShapeError,
+            r"correct histogram' must have shape \(bins=16383\); got \(16384,\)",
+        ),
+        (
+            lambda: plot_outcome_alignment(OUTCOME, OUTCOME, EDGES, NOTHING, ["a"]),
+            ShapeError,
+            r"class_means' must have shape \(classes=1\); got \(2,\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
