@@ -49,3 +49,15 @@ EEG_EDGES = _directed(_NEIGHBOURS, ELECTRODES)
 
 SPEC_EDGES = _directed(_REGION_RING, REGIONS)
 """8 directed edges around the ring LL, LP, RP, RL, as indices into ``REGIONS``."""
+
+EEG_RATE = 200
+"""Samples a second of every EEG recording."""
+
+SPEC_ROW_SECONDS = 2
+"""What one row of a spectrogram file covers; its ``time`` column holds the middle: 1, 3, 5, … s."""
+
+SPEC_SECONDS = 600
+"""What one labelled spectrogram window covers."""
+
+SPEC_FREQUENCIES = tuple((k + 3) * 50 / 256 for k in range(100))
+"""The 100 frequencies in Hz, 0.59 to 19.92; a column is named ``f"{region}_{frequency:.2f}"``."""
