@@ -1,0 +1,60 @@
+"""Figures into whichever loggers the Trainer has."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lightning_xattn.errors import XAttnWarning
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def log_figures(loggers: Sequence[Any], figures: Iterable[tuple[str, Figure]], step: int) -> None:
+    """Hand figures to every logger: as images where it takes images, else as PNG files in its folder.
+
+    A logger that fails is reported in a warning and skipped: a broken logger must never end a training run.
+
+    Parameters
+    ----------
+    loggers
+        Lightning loggers: TensorBoard's, those with a ``log_image`` method (such as Weights & Biases'), and any other
+        with a ``log_dir``, which gets ``<log_dir>/<tag>/step_<step>.png``.
+    figures
+        Tags and figures; drawn as they are asked for, so that only one is alive at a time.
+    step
+        The Trainer's global step.
+    """
+    from lightning_xattn.visualizations import render
+
+    working = list(loggers)
+    for tag, figure in figures if working else ():
+        image = render(figure)
+        for logger in list(working):
+            try:
+                _log_image(logger, tag, image, step)
+            except Exception as error:  # whatever a logger's backend, network or disk may raise
+                message = f"{type(logger).__name__} could not take the figure '{tag}': {error!r}."
+                warnings.warn(message, XAttnWarning, stacklevel=2)
+                working.remove(logger)
+
+
+def _log_image(logger: Any, tag: str, image: NDArray[np.uint8], step: int) -> None:
+    if hasattr(logger, "log_image"):
+        logger.log_image(key=tag, images=[image], step=step)
+    elif hasattr(logger.experiment, "add_image"):
+        logger.experiment.add_image(tag, image, global_step=step, dataformats="HWC")
+    elif logger.log_dir is not None:
+        path = Path(logger.log_dir) / tag / f"step_{step:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A reader never sees half a file: it appears under its name when it is whole.
+        part = path.with_suffix(".part")
+        Image.fromarray(image).save(part, format="png")
+        part.replace(path)

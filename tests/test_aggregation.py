@@ -1,0 +1,181 @@
+"""Accumulated sums say what a list of all samples would say, whatever the batches."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN, LayerAccumulator
+from lightning_xattn.attention import Attention, Direction
+from lightning_xattn.functional import prepare_rows
+from tests import reference
+
+SAMPLES, HEADS, QUERIES, KEYS, CLASSES = 23, 3, 5, 7, 3
+DIRECTION = Direction("eeg", "spec")
+
+
+def make_samples(seed=0):
+    """Attention of all samples with a few broken rows, class ids (3 is none) and outcomes."""
+    generator = torch.Generator().manual_seed(seed)
+    there = torch.randn(SAMPLES, HEADS, QUERIES, KEYS, generator=generator)
+    back = there.transpose(-1, -2) + torch.randn(SAMPLES, HEADS, KEYS, QUERIES, generator=generator)
+    there, back = there.softmax(-1), back.softmax(-1)
+    there[3] = torch.nan
+    back[4, 1, 2] = torch.nan
+    classes = torch.randint(0, CLASSES + 1, (SAMPLES,), generator=generator)
+    outcomes = torch.randint(0, 2, (SAMPLES,), generator=generator)
+    outcomes[::7] = UNKNOWN
+    tied = torch.rand(SAMPLES, generator=generator) < 0.3
+    return there, back, classes, outcomes, tied
+
+
+def rows_of(there, back):
+    return prepare_rows(Attention(DIRECTION, there)), prepare_rows(Attention(DIRECTION.opposite, back))
+
+
+def accumulate(samples, batches):
+    accumulator = None
+    for batch in batches:
+        there, back, classes, outcomes, tied = (x[batch] for x in samples)
+        rows = rows_of(there, back)
+        accumulator = accumulator or LayerAccumulator(rows, CLASSES)
+        accumulator.update(rows, classes, outcomes, tied)
+    return accumulator
+
+
+def in_batches(order, size):
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+EVERYTHING = {"all": (None, None)} | {
+    f"class {c}, outcome {o}": (c, o) for c in (None, *range(CLASSES)) for o in (None, CORRECT, INCORRECT)
+}
+
+
+def expected_numbers(samples):
+    """The reference's value of every column for every sample, NaN where undefined."""
+    there, back, *_ = (x.double().numpy() for x in samples)
+    numbers = {}
+    alignments = [reference.alignment(there[b], back[b]) for b in range(SAMPLES)]
+    interactions = [reference.mean_defined(reference.alignment_interaction(there[b], back[b])) for b in range(SAMPLES)]
+    numbers["alignment"], numbers["interaction"] = alignments, interactions
+    invalid = [0] * SAMPLES
+    for name, maps in (("eeg_to_spec", there), ("spec_to_eeg", back)):
+        by_head = [reference.row_statistics(maps[b]) for b in range(SAMPLES)]
+        for column in ("entropy", "max", "sparsity", "effective_keys"):
+            numbers[f"{name}/{column}"] = [reference.mean_defined(s[column]) for s in by_head]
+        for head in range(HEADS):
+            numbers[f"{name}/entropy/head_{head}"] = [s["entropy"][head] for s in by_head]
+        selectivity = [reference.mean_defined(reference.query_selectivity(maps[b])) for b in range(SAMPLES)]
+        numbers[f"{name}/query_selectivity"] = selectivity
+        numbers[f"{name}/head_diversity"] = [reference.head_diversity(maps[b]) for b in range(SAMPLES)]
+        invalid = [n + (~reference.valid_rows(maps[b])).sum() for b, n in enumerate(invalid)]
+    entropies = zip(numbers["eeg_to_spec/entropy"], numbers["spec_to_eeg/entropy"], strict=True)
+    numbers["entropy"] = [(a + b) / 2 for a, b in entropies]
+    numbers["invalid_rows"] = invalid
+    return numbers
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return make_samples()
+
+
+def test_every_number_by_class_and_outcome(samples):
+    summary = accumulate(samples, in_batches(torch.arange(SAMPLES), 5)).compute()
+    numbers = expected_numbers(samples)
+    assert set(summary.columns) == set(numbers)
+    classes, outcomes = samples[2].numpy(), samples[3].numpy()
+    for class_id, outcome in EVERYTHING.values():
+        chosen = np.ones(SAMPLES, bool) if class_id is None else classes == class_id
+        chosen = chosen if outcome is None else chosen & (outcomes == outcome)
+        for column, values in numbers.items():
+            values = np.array(values, float)[chosen]
+            values = values[~np.isnan(values)]
+            assert summary.count(column, class_id, outcome) == len(values), column
+            mean = values.mean() if len(values) else np.nan
+            std = values.std(ddof=1) if len(values) > 1 else np.nan
+            np.testing.assert_allclose(summary.mean(column, class_id, outcome), mean, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(summary.std(column, class_id, outcome), std, rtol=1e-3, atol=1e-5)
+    assert summary.samples == SAMPLES
+    assert summary.undefined_share() == pytest.approx(np.isnan(numbers["alignment"]).mean())
+    assert summary.total("invalid_rows") == sum(numbers["invalid_rows"])
+    assert summary.ties == samples[4].sum()
+
+
+def test_outcome_statistics(samples):
+    summary = accumulate(samples, [torch.arange(SAMPLES)]).compute()
+    numbers, (_, _, classes, outcomes, _) = expected_numbers(samples), samples
+    for score in ("alignment", "entropy"):
+        values = np.array(numbers[score])
+        defined = ~np.isnan(values)
+        correct = values[defined & (outcomes == CORRECT).numpy()]
+        incorrect = values[defined & (outcomes == INCORRECT).numpy()]
+        separation = summary.separation(score)
+        low = -1 if score == "alignment" else 0
+        binned = reference.binned(correct, low, 1), reference.binned(incorrect, low, 1)
+        assert separation.auroc == pytest.approx(reference.auroc(*binned), abs=1e-9)
+        assert (separation.correct, separation.incorrect) == (len(correct), len(incorrect))
+        assert summary.gap(score) == pytest.approx(correct.mean() - incorrect.mean(), abs=1e-5)
+        known = ((outcomes != UNKNOWN) & (classes < CLASSES)).numpy()
+        adjusted = reference.class_adjusted_gap(values[known], classes[known].tolist(), (outcomes == CORRECT)[known])
+        assert summary.class_adjusted_gap(score) == pytest.approx(adjusted, abs=1e-5)
+
+
+def test_mean_maps(samples):
+    there, back, classes, _, _ = samples
+    summary = accumulate(samples, in_batches(torch.arange(SAMPLES), 4)).compute()
+    for direction, weights in ((DIRECTION, there), (DIRECTION.opposite, back)):
+        for c in range(CLASSES):
+            expected = weights[classes == c].nanmean((0, 1))
+            torch.testing.assert_close(summary.maps[direction][c].float(), expected)
+
+
+def test_maps_end_when_token_counts_change_and_numbers_go_on(samples):
+    accumulator = accumulate(samples, [torch.arange(SAMPLES)])
+    there, back, classes, outcomes, tied = make_samples(1)
+    accumulator.update(rows_of(*_shorter(there, back)), classes, outcomes, tied)
+    summary = accumulator.compute()
+    assert summary.maps == {}
+    assert summary.samples == 2 * SAMPLES
+
+
+def _shorter(there, back):
+    there, back = there[..., :4], back[:, :, :4]
+    return there / there.sum(-1, keepdim=True), back
+
+
+@settings(max_examples=20, deadline=None)
+@given(size=st.integers(1, SAMPLES), seed=st.integers(0, 10**6))
+def test_any_order_in_any_batches_is_the_same(size, seed):
+    samples = make_samples()
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(seed))
+    whole, parts = accumulate(samples, [torch.arange(SAMPLES)]), accumulate(samples, in_batches(order, size))
+    for name in ("moments", "ties", "ragged", "map_eeg_to_spec", "map_spec_to_eeg"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-6, msg=name)
+    # A score within rounding of a bin's edge may change its bin with the batch.
+    shift = (parts.histograms.cumsum(0) - whole.histograms.cumsum(0)).abs()
+    assert shift.max() <= 1
+    assert (shift > 0).sum() <= 2
+
+
+def test_one_direction_and_no_classes():
+    there, _, _, outcomes, tied = make_samples()
+    rows = rows_of(there, there.transpose(-1, -2))[:1]
+    accumulator = LayerAccumulator(rows, 0)
+    accumulator.update(rows, torch.full((SAMPLES,), -1), outcomes, tied)
+    summary = accumulator.compute()
+    assert "alignment" not in summary.columns
+    assert summary.undefined_share() == pytest.approx(1 / SAMPLES)  # the sample whose rows are all broken
+    assert summary.n_classes == 0
+    torch.testing.assert_close(summary.maps[DIRECTION][0].float(), there.nanmean((0, 1)))
+
+
+def test_sums_made_in_inference_mode_go_on_outside_of_it(samples):
+    with torch.inference_mode():
+        accumulator = accumulate(samples, [torch.arange(10)])
+    there, back, classes, outcomes, tied = (x[10:] for x in samples)
+    accumulator.update(rows_of(there, back), classes, outcomes, tied)
+    whole = accumulate(samples, [torch.arange(SAMPLES)])
+    torch.testing.assert_close(accumulator.moments, whole.moments)

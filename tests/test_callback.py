@@ -1,0 +1,326 @@
+"""Real Trainers: what is logged, what stays untouched, and what a wrong setting is told."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.capture import AttentionRecorder
+from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
+from tests import reference
+from tests.toy import CLASSES, HEADS, ToyModule, count_hooks, quiet_trainer, toy_data, toy_loader
+
+NAMES = ["a", "b", "c", "d"]
+
+
+def validate(module, callback, loader=None, **settings):
+    trainer = quiet_trainer(callbacks=[callback], **settings)
+    trainer.validate(module, toy_loader() if loader is None else loader, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def record_all(module, dataset):
+    """Attention of the whole data set in one pass, and the predicted classes."""
+    audio, text, target = dataset[:]
+    with torch.no_grad(), AttentionRecorder(module.eval()) as recorder:
+        predicted = module(audio, text).argmax(1)
+    (pair,) = recorder.attention
+    return pair.forward.weights.double().numpy(), pair.backward.weights.double().numpy(), predicted, target
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_curves_are_the_references_numbers(need_weights):
+    torch.manual_seed(0)
+    module = ToyModule(need_weights)
+    logged = validate(module, AttentionExplainabilityCallback(class_names=NAMES))
+    there, back, predicted, target = record_all(module, toy_data())
+    samples = range(len(there))
+    alignment = np.array([reference.alignment(there[b], back[b]) for b in samples])
+    correct = (predicted == target).numpy()
+    expected = {
+        "xattn_alignment/val/all": alignment.mean(),
+        "xattn_alignment/val/correct": alignment[correct].mean(),
+        "xattn_alignment/val/incorrect": alignment[~correct].mean(),
+        "xattn_alignment/val/gap": alignment[correct].mean() - alignment[~correct].mean(),
+        "xattn_health/val/undefined_share": 0.0,
+        "xattn_health/val/invalid_rows": 0.0,
+    }
+    for c, name in enumerate(NAMES):
+        expected[f"xattn_alignment/val/{name}"] = alignment[(target == c).numpy()].mean()
+    entropies = []
+    for direction, maps in (("audio_to_text", there), ("text_to_audio", back)):
+        rows = [reference.row_statistics(maps[b]) for b in samples]
+        entropy = np.array([r["entropy"] for r in rows])
+        entropies.append(entropy.mean(1))
+        expected[f"xattn_entropy/val/{direction}/all"] = entropy.mean()
+        for h in range(HEADS):
+            expected[f"xattn_entropy/val/{direction}/head_{h}"] = entropy[:, h].mean()
+        for c, name in enumerate(NAMES):
+            expected[f"xattn_entropy/val/{direction}/{name}"] = entropy[(target == c).numpy()].mean()
+        for name in ("max", "sparsity", "effective_keys"):
+            expected[f"xattn_focus/val/{direction}/{name}"] = np.mean([r[name].mean() for r in rows])
+        for name in ("head_diversity", "query_selectivity"):
+            values = [np.mean(getattr(reference, name)(maps[b])) for b in samples]
+            expected[f"xattn_health/val/{name}/{direction}"] = np.mean(values)
+    assert min(correct.sum(), (~correct).sum()) >= 5
+    for name, low, score in (("alignment", -1, alignment), ("entropy", 0, np.mean(entropies, axis=0))):
+        bins = reference.binned(score, low, 1)
+        expected[f"xattn_outcome/val/{name}_auroc"] = reference.auroc(bins[correct], bins[~correct])
+    assert set(logged) == set(expected)
+    for name, value in expected.items():
+        assert logged[name] == pytest.approx(value, abs=1e-4, rel=1e-4), name
+
+
+def test_grouping_by_prediction():
+    torch.manual_seed(0)
+    module = ToyModule()
+    logged = validate(module, AttentionExplainabilityCallback(group_by="prediction"))
+    there, back, predicted, _ = record_all(module, toy_data())
+    alignment = np.array([reference.alignment(there[b], back[b]) for b in range(len(there))])
+    for c in range(CLASSES):
+        chosen = (predicted == c).numpy()
+        if chosen.any():
+            assert logged[f"xattn_alignment/val/class_{c}"] == pytest.approx(alignment[chosen].mean(), abs=1e-5)
+        else:
+            assert f"xattn_alignment/val/class_{c}" not in logged
+
+
+def test_fit_leaves_curves_and_images_in_tensorboard_at_every_epoch(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    trainer = quiet_trainer(
+        logger=logger,
+        max_epochs=2,
+        callbacks=[AttentionExplainabilityCallback(class_names=NAMES)],
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(ToyModule(), toy_loader(), toy_loader(seed=1))
+    trainer.test(trainer.model, toy_loader(seed=2), verbose=False)
+    logger.finalize("success")
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    for stage, times in (("val", 2), ("test", 1)):  # the sanity check leaves nothing
+        for name in ("all", "correct", "incorrect", *NAMES):
+            points = events.Scalars(f"xattn_alignment/{stage}/{name}")
+            assert len(points) == times
+            assert all(-1 <= point.value <= 1 for point in points)
+        for tag in ("map/{}/audio_to_text", "map/{}/text_to_audio", "entropy/{}/by_head", "alignment/{}/by_outcome"):
+            images = events.Images(f"xattn_{tag.format(stage)}")
+            assert len(images) == times
+            assert images[0].width == 900
+    steps = [point.step for point in events.Scalars("xattn_alignment/val/all")]
+    assert [image.step for image in events.Images("xattn_map/val/audio_to_text")] == steps
+
+
+def test_loggers_without_images_get_files_and_a_broken_logger_ends_nothing(tmp_path):
+    class Broken(CSVLogger):
+        def log_image(self, key, images, step):
+            raise OSError("disk on fire")
+
+    loggers = [Broken(tmp_path / "broken"), CSVLogger(tmp_path, name="", version="run")]
+    with pytest.warns(XAttnWarning, match="Broken could not take the figure.*disk on fire"):
+        validate(ToyModule(), AttentionExplainabilityCallback(), logger=loggers[:1])
+    validate(ToyModule(), AttentionExplainabilityCallback(), logger=loggers[1:])
+    files = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("xattn_*/**/*.*"))
+    assert files == [
+        "xattn_alignment/val/by_outcome/step_000000.png",
+        "xattn_entropy/val/by_head/step_000000.png",
+        "xattn_map/val/audio_to_text/step_000000.png",
+        "xattn_map/val/text_to_audio/step_000000.png",
+    ]
+
+
+class Collect(Callback):
+    """Keeps what every validation step computed."""
+
+    def __init__(self):
+        self.logits = []
+
+    def setup(self, trainer, pl_module, stage):
+        self.handle = pl_module.register_forward_hook(lambda m, a, out: self.logits.append(out.detach().clone()))
+
+    def teardown(self, trainer, pl_module, stage):
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_training_with_the_callback_is_bit_for_bit_training_without(need_weights):
+    def run(callbacks):
+        torch.manual_seed(0)
+        module, collect = ToyModule(need_weights), Collect()
+        trainer = quiet_trainer(max_epochs=2, callbacks=[collect, *callbacks])
+        trainer.fit(module, toy_loader(), toy_loader(seed=1))
+        return collect.logits, module
+
+    plain, _ = run([])
+    watched, module = run([AttentionExplainabilityCallback()])
+    assert len(plain) == len(watched)
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+    assert count_hooks(module) == 0
+
+
+class Crash(ToyModule):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        loss = super().validation_step(batch, batch_idx)
+        if batch_idx == 2:
+            raise RuntimeError("the step crashed")
+        return loss
+
+
+def test_no_hook_stays_when_a_step_crashes():
+    module = Crash()
+    with pytest.raises(RuntimeError, match="the step crashed"):
+        validate(module, AttentionExplainabilityCallback())
+    assert count_hooks(module) == 0
+
+
+def test_hooks_are_on_the_model_only_while_it_is_recorded():
+    class Count(Callback):
+        def __init__(self):
+            self.training, self.validation = [], []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.training.append(count_hooks(pl_module))
+
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            if not trainer.sanity_checking:
+                self.validation.append((trainer.current_epoch, count_hooks(pl_module) > 0))
+
+    count = Count()
+    callback = AttentionExplainabilityCallback(every_n_epochs=2)
+    quiet_trainer(max_epochs=3, callbacks=[callback, count]).fit(ToyModule(), toy_loader(), toy_loader())
+    assert set(count.training) == {0}
+    assert set(count.validation) == {(0, True), (1, False), (2, True)}
+
+
+def test_figures_every_n_epochs(tmp_path):
+    for figures, epochs in ((0, []), (1, [0, 1, 2]), (2, [0, 2])):
+        logger = CSVLogger(tmp_path, name="", version=f"run_{figures}")
+        callback = AttentionExplainabilityCallback(figures_every_n_epochs=figures)
+        trainer = quiet_trainer(max_epochs=3, logger=logger, callbacks=[callback], default_root_dir=tmp_path)
+        trainer.fit(ToyModule(), toy_loader(), toy_loader())
+        files = sorted((tmp_path / f"run_{figures}").rglob("xattn_entropy/**/*.png"))
+        assert [int(path.stem.removeprefix("step_")) for path in files] == [5 * (epoch + 1) - 1 for epoch in epochs]
+
+
+def test_a_second_dataloader_and_a_second_layer_add_their_names():
+    logged = validate(ToyModule(), AttentionExplainabilityCallback(), [toy_loader(), toy_loader(seed=1)])
+    assert {"xattn_alignment/val/all", "xattn_alignment/val/dataloader_1/all"} <= set(logged)
+    assert logged["xattn_alignment/val/all"] != logged["xattn_alignment/val/dataloader_1/all"]
+
+    class TwoLayers(ToyModule):
+        def __init__(self):
+            super().__init__()
+            self.second = nn.Module()
+            self.second.audio_to_text_attn = nn.MultiheadAttention(12, 2, batch_first=True)
+            self.second.text_to_audio_attn = nn.MultiheadAttention(12, 2, batch_first=True)
+
+        def forward(self, audio, text):
+            a, t = self.audio(audio), self.text(text)
+            self.second.audio_to_text_attn(a, t, t)
+            self.second.text_to_audio_attn(t, a, a)
+            return super().forward(audio, text)
+
+    logged = validate(TwoLayers(), AttentionExplainabilityCallback())
+    assert {"xattn_entropy/val/audio_to_text/head_2", "xattn_entropy/val/second/audio_to_text/head_1"} <= set(logged)
+
+
+class Pooled(ToyModule):
+    """Pools each modality to one vector before the fusion."""
+
+    def forward(self, audio, text):
+        return super().forward(audio.mean(1, keepdim=True), text.mean(1, keepdim=True))
+
+
+def test_one_key_attention_is_said_to_say_nothing():
+    with pytest.warns(XAttnWarning, match="single key.*pool after the fusion") as caught:
+        logged = validate(Pooled(), AttentionExplainabilityCallback())
+    assert len([w for w in caught if w.category is XAttnWarning]) == 2  # one a direction, not one a batch
+    assert logged["xattn_health/val/undefined_share"] == 1
+    assert not any(math.isnan(value) for value in logged.values())
+    assert not any(name.startswith(("xattn_alignment", "xattn_entropy", "xattn_outcome")) for name in logged)
+
+
+class Unlabelled(ToyModule):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self(*batch[:2])
+
+
+def test_without_labels_the_class_and_outcome_parts_switch_off_and_say_so():
+    dataset = torch.utils.data.TensorDataset(*toy_data().tensors[:2])
+    loader = torch.utils.data.DataLoader(dataset, batch_size=5)
+    with pytest.warns(XAttnWarning, match=r"No targets found.*batch is a list.*targets=<key or callable>"):
+        logged = validate(Unlabelled(), AttentionExplainabilityCallback(), loader)
+    assert {name for name in logged if "alignment" in name} == {"xattn_alignment/val/all"}
+
+
+def test_targets_and_names_that_do_not_fit_fail_in_the_sanity_check():
+    class Steps(Callback):
+        def on_train_batch_start(self, *args):
+            raise AssertionError("training has begun")
+
+    for settings, message in (
+        ({"class_names": NAMES[:3]}, r"3 class_names \(a, b, c\) but 4 columns"),
+        ({"targets": lambda outputs, batch: batch[2] + 2}, r"targets in 0 ... 3 for 4 classes; got"),
+        ({"targets": lambda outputs, batch: batch[2][:2]}, r"Expected targets as class ids \(5,\)"),
+    ):
+        trainer = quiet_trainer(callbacks=[AttentionExplainabilityCallback(**settings), Steps()])
+        with pytest.raises(ShapeError, match=message):
+            trainer.fit(ToyModule(), toy_loader(), toy_loader())
+
+
+def test_settings_are_checked_at_once():
+    for settings, message in (
+        ({"group_by": "patient"}, "'target' or 'prediction'; got 'patient'"),
+        ({"every_n_epochs": 0}, "every_n_epochs must be a whole number >= 1; got 0"),
+        ({"figures_every_n_epochs": -1}, "figures_every_n_epochs must be a whole number >= 0; got -1"),
+        ({"attention": {"eeg": "fusion"}}, "got 'eeg'"),
+        ({"class_names": ["all", "b"]}, "none of them all, correct"),
+        ({"class_names": ["b", "b"]}, "different strings"),
+        ({"predictions": 3}, "predictions must be None, a key or a callable; got 3"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            AttentionExplainabilityCallback(**settings)
+    with pytest.raises(TypeError, match="unknown"):
+        AttentionExplainabilityCallback(unknown=1)
+
+
+def test_a_wrong_path_fails_before_anything_runs():
+    with pytest.raises(DiscoveryError, match=r"No module 'fusion'.*Found: audio_to_text_attn, text_to_audio_attn"):
+        validate(ToyModule(), AttentionExplainabilityCallback(attention={"audio_to_text": "fusion"}))
+
+
+class Idle(ToyModule):
+    def forward(self, audio, text):
+        return self.head(torch.cat([self.audio(audio).mean(1), self.text(text).mean(1)], dim=1))
+
+
+def test_attention_that_never_runs_is_an_error():
+    with pytest.raises(DiscoveryError, match="None of audio_to_text_attn, text_to_audio_attn ran in the first step"):
+        validate(Idle(), AttentionExplainabilityCallback())
+
+
+def test_both_namespaces_of_lightning():
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Other(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.toy = ToyModule()
+
+        def forward(self, audio, text):
+            return self.toy(audio, text)
+
+        def validation_step(self, batch, batch_idx):
+            self(*batch[:2])
+
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[AttentionExplainabilityCallback()]
+    )
+    trainer.validate(Other(), toy_loader(), verbose=False)
+    assert "xattn_alignment/val/all" in trainer.callback_metrics
