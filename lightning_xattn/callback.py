@@ -18,7 +18,7 @@ from lightning_xattn.capture.labels import LabelSetting, describe
 from lightning_xattn.epoch import check_class_names, epoch_curves, epoch_figures
 from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
 from lightning_xattn.functional import prepare_rows
-from lightning_xattn.sinks import log_figures
+from lightning_xattn.sinks import log_images
 
 
 class AttentionExplainabilityCallback(Callback):
@@ -90,6 +90,8 @@ class AttentionExplainabilityCallback(Callback):
         self.group_by = group_by
         self.every_n_epochs = every_n_epochs
         self.figures_every_n_epochs = figures_every_n_epochs
+        self.summaries: dict[str, LayerSummary] = {}
+        """The last epoch of each scope: ``val``, ``test``, and ``val/dataloader_1`` and so on where there are more."""
         self._labels = LabelFinder(predictions, targets)
         self._recorder: AttentionRecorder | None = None
         self._accumulators: dict[tuple[int, str], LayerAccumulator] = {}
@@ -193,7 +195,8 @@ class AttentionExplainabilityCallback(Callback):
                 # A first dataloader and a first layer go without saying; others add their name.
                 scope += f"/dataloader_{dataloader_idx}" if dataloader_idx else ""
                 scope += "" if layer == next(iter(self._accumulators))[1] else f"/{layer}"
-                self._log(trainer, pl_module, accumulator.compute(), scope)
+                self.summaries[scope] = accumulator.compute()
+                self._log(trainer, pl_module, self.summaries[scope], scope)
         self._stop()
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, summary: LayerSummary, scope: str) -> None:
@@ -201,13 +204,15 @@ class AttentionExplainabilityCallback(Callback):
         pl_module.log_dict(epoch_curves(summary, scope, names), on_step=False, on_epoch=True, batch_size=1)
         due = not _is_fitting(trainer) or epoch % (self.figures_every_n_epochs or 1) == 0
         if self.figures_every_n_epochs and due and trainer.is_global_zero:
+            from lightning_xattn.visualizations import render  # matplotlib, only where figures are wanted
+
             axes = getattr(pl_module, "attention_axes", None)
             axes = axes or getattr(getattr(trainer, "datamodule", None), "attention_axes", None) or {}
-            figures = epoch_figures(
-                summary, scope, names, group_by=self.group_by, axes=axes, context=f"{scope}, epoch {epoch}"
-            )
+            context = f"{scope}, epoch {epoch}"
+            figures = epoch_figures(summary, scope, names, group_by=self.group_by, axes=axes, context=context)
             # The step at which Lightning logs the scalars of this same hook.
-            log_figures(trainer.loggers, figures, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            log_images(trainer.loggers, ((tag, render(figure)) for tag, figure in figures), step)
 
     def _check_first_batch(
         self, pl_module: LightningModule, labels: Labels, outputs: Any, batch: Any

@@ -1,11 +1,11 @@
-"""Figures into whichever loggers the Trainer has."""
+"""Pictures into whichever loggers the Trainer has."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +13,9 @@ from PIL import Image
 
 from lightning_xattn.errors import XAttnWarning
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-
-def log_figures(loggers: Sequence[Any], figures: Iterable[tuple[str, Figure]], step: int) -> None:
-    """Hand figures to every logger: as images where it takes images, else as PNG files in its folder.
+def log_images(loggers: Sequence[Any], images: Iterable[tuple[str, NDArray[np.uint8]]], step: int) -> None:
+    """Hand pictures to every logger: as images where it takes images, else as PNG files in its folder.
 
     A logger that fails is reported in a warning and skipped: a broken logger must never end a training run.
 
@@ -27,21 +24,18 @@ def log_figures(loggers: Sequence[Any], figures: Iterable[tuple[str, Figure]], s
     loggers
         Lightning loggers: TensorBoard's, those with a ``log_image`` method (such as Weights & Biases'), and any other
         with a ``log_dir``, which gets ``<log_dir>/<tag>/step_<step>.png``.
-    figures
-        Tags and figures; drawn as they are asked for, so that only one is alive at a time.
+    images
+        Tags and pictures ``(height, width, 3)``; may be lazy, and is not touched without loggers.
     step
         The Trainer's global step.
     """
-    from lightning_xattn.visualizations import render
-
     working = list(loggers)
-    for tag, figure in figures if working else ():
-        image = render(figure)
+    for tag, image in images if working else ():
         for logger in list(working):
             try:
                 _log_image(logger, tag, image, step)
             except Exception as error:  # whatever a logger's backend, network or disk may raise
-                message = f"{type(logger).__name__} could not take the figure '{tag}': {error!r}."
+                message = f"{type(logger).__name__} could not take the picture '{tag}': {error!r}."
                 warnings.warn(message, XAttnWarning, stacklevel=2)
                 working.remove(logger)
 

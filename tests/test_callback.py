@@ -123,7 +123,7 @@ def test_loggers_without_images_get_files_and_a_broken_logger_ends_nothing(tmp_p
             raise OSError("disk on fire")
 
     loggers = [Broken(tmp_path / "broken"), CSVLogger(tmp_path, name="", version="run")]
-    with pytest.warns(XAttnWarning, match="Broken could not take the figure.*disk on fire"):
+    with pytest.warns(XAttnWarning, match="Broken could not take the picture.*disk on fire"):
         validate(ToyModule(), AttentionExplainabilityCallback(), logger=loggers[:1])
     validate(ToyModule(), AttentionExplainabilityCallback(), logger=loggers[1:])
     files = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("xattn_*/**/*.*"))

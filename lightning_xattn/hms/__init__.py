@@ -1,0 +1,19 @@
+"""The reference application: EEG and spectrogram of the Kaggle HMS task, from recordings to a trained model.
+
+Needs the extra ``hms``: ``pip install "lightning-xattn[hms]"``.
+"""
+
+try:
+    import pyarrow as _pyarrow  # noqa: F401 - asked for here so that its absence is explained
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'lightning_xattn.hms reads recordings with pyarrow: pip install "lightning-xattn[hms]".', name="pyarrow"
+    ) from error
+
+from lightning_xattn.hms.datamodule import HMSDataModule
+from lightning_xattn.hms.module import HMSLightningModule
+from lightning_xattn.hms.montage import CLASSES
+from lightning_xattn.hms.recordings import EEGGeometry, Recordings
+from lightning_xattn.hms.simulator import simulate
+
+__all__ = ["CLASSES", "EEGGeometry", "HMSDataModule", "HMSLightningModule", "Recordings", "simulate"]

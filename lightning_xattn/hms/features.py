@@ -1,0 +1,254 @@
+"""From microvolts and spectrogram power to node and edge features; numpy and scipy only.
+
+Everything is vectorised over windows and channels. `FEATURE_VERSION` changes with any number that comes out.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import signal
+
+from lightning_xattn.errors import DataError
+from lightning_xattn.hms.montage import (
+    EEG_EDGES,
+    EEG_RATE,
+    ELECTRODES,
+    REGIONS,
+    SPEC_FREQUENCIES,
+    SPEC_ROW_SECONDS,
+    SPEC_SECONDS,
+)
+from lightning_xattn.hms.recordings import EEGGeometry
+
+FEATURE_VERSION = 1
+"""Part of the key of every stored feature."""
+
+EEG_BANDS = {
+    "delta": (0.5, 4.0),
+    "theta": (4.0, 8.0),
+    "alpha": (8.0, 13.0),
+    "beta": (13.0, 30.0),
+    "gamma": (30.0, 50.0),
+}
+"""EEG bands in Hz, lower end included, upper end not."""
+
+SPEC_BANDS = {"delta": (0.5, 4.0), "theta": (4.0, 8.0), "alpha": (8.0, 13.0), "beta": (13.0, 20.0)}
+"""Spectrogram bands in Hz; its data go from 0.59 to 19.92 Hz."""
+
+SPEC_WINDOW_SECONDS = 10
+SPEC_STEP_SECONDS = 5
+
+POWER_FLOOR = 1e-3
+"""µV² in a band that count as no power; its log10 is the least EEG feature."""
+
+SPEC_POWER_RANGE = (float(np.exp(-4)), float(np.exp(8)))
+"""Spectrogram power is clipped to this range before its logarithm: 0.018 to 2981."""
+
+_PASS_BAND = (0.5, 50.0)
+_MAINS = 60.0
+_SEGMENT_SECONDS = 2.0  # Welch segments: 0.5 Hz resolution, the same for windows of 2 s and of 10 s
+_FLAT = 1e-6  # µV; an envelope that varies less says nothing about its neighbour's
+
+SPEC_WINDOWS = (SPEC_SECONDS - SPEC_WINDOW_SECONDS) // SPEC_STEP_SECONDS + 1
+
+Array = NDArray[np.floating[Any]]
+
+
+def spectrogram_spans() -> tuple[tuple[float, float], ...]:
+    """``(start, stop)`` of each spectrogram window in seconds from the labelled moment, the middle of the 600 s."""
+    starts = [i * SPEC_STEP_SECONDS - SPEC_SECONDS / 2 for i in range(SPEC_WINDOWS)]
+    return tuple((start, start + SPEC_WINDOW_SECONDS) for start in starts)
+
+
+def fill_gaps(values: Array) -> tuple[NDArray[np.float64], int]:
+    """Replace what is not finite by straight lines between its neighbours in time.
+
+    A gap at an end takes the nearest value, a channel without any finite value becomes 0. A long gap thus ends up
+    with no power in any band: it looks like what it is, no signal.
+
+    Parameters
+    ----------
+    values
+        ``(time, channels)``.
+
+    Returns
+    -------
+    The filled values, and how many were filled.
+    """
+    filled = np.array(values, dtype=np.float64)
+    missing = ~np.isfinite(filled)
+    time = np.arange(len(filled))
+    for channel in np.flatnonzero(missing.any(axis=0)):
+        gap = missing[:, channel]
+        known = time[~gap]
+        filled[gap, channel] = np.interp(time[gap], known, filled[known, channel]) if known.size else 0.0
+    return filled, int(missing.sum())
+
+
+def filter_eeg(microvolts: Array) -> NDArray[np.float64]:
+    """Keep 0.5 to 50 Hz and take out 60 Hz, forwards and backwards so that nothing moves in time.
+
+    Parameters
+    ----------
+    microvolts
+        ``(samples, channels)``, finite.
+    """
+    padding = min(int(2 / _PASS_BAND[0] * EEG_RATE), len(microvolts) - 1)
+    filtered: NDArray[np.float64] = signal.sosfiltfilt(_filter_sections(), microvolts, axis=0, padlen=padding)
+    return filtered
+
+
+@lru_cache(maxsize=1)
+def _filter_sections() -> NDArray[np.float64]:
+    band_pass = signal.butter(4, _PASS_BAND, "bandpass", fs=EEG_RATE, output="sos")
+    notch = signal.tf2sos(*signal.iirnotch(_MAINS, 30, fs=EEG_RATE))
+    return np.concatenate([band_pass, notch])
+
+
+def eeg_windows(samples: Array, geometry: EEGGeometry) -> NDArray[np.float64]:
+    """Cut ``(samples, channels)`` into ``(windows, channels, samples of a window)``; a view where possible.
+
+    Raises
+    ------
+    DataError
+        If there are not ``geometry.seconds`` of samples.
+    """
+    length, step = round(geometry.window_seconds * EEG_RATE), round(geometry.step_seconds * EEG_RATE)
+    if samples.shape[0] != round(geometry.seconds * EEG_RATE):
+        raise DataError(
+            f"{geometry} needs {round(geometry.seconds * EEG_RATE)} samples; got an array of shape {samples.shape}."
+        )
+    windows = np.lib.stride_tricks.sliding_window_view(samples, length, axis=0)
+    return np.asarray(windows[::step], dtype=np.float64)
+
+
+def band_powers(windows: Array) -> NDArray[np.float32]:
+    """Log power of each of `EEG_BANDS`.
+
+    Parameters
+    ----------
+    windows
+        ``(..., samples)`` microvolts.
+
+    Returns
+    -------
+    ``(..., 5)`` log10 of the µV² in the band (Welch, Hann segments of 2 s), at least log10 of `POWER_FLOOR`.
+    """
+    segment = min(round(_SEGMENT_SECONDS * EEG_RATE), windows.shape[-1])
+    frequencies, density = signal.welch(windows, fs=EEG_RATE, nperseg=segment, axis=-1)
+    power = density @ _band_members(frequencies, EEG_BANDS) * (frequencies[1] - frequencies[0])
+    return np.asarray(np.log10(np.maximum(power, POWER_FLOOR)), dtype=np.float32)
+
+
+def _band_members(frequencies: Array, bands: dict[str, tuple[float, float]]) -> NDArray[np.float64]:
+    """``(frequencies, bands)``, 1 where the frequency is in the band."""
+    edges = np.asarray(list(bands.values()))
+    inside = (frequencies[:, None] >= edges[:, 0]) & (frequencies[:, None] < edges[:, 1])
+    return inside.astype(np.float64)
+
+
+def envelope_correlations(filtered: Array, geometry: EEGGeometry) -> NDArray[np.float32]:
+    """How neighbouring electrodes' amplitudes rise and fall together, the weight of an edge.
+
+    Parameters
+    ----------
+    filtered
+        ``(samples, 19)`` filtered microvolts; the envelope (Hilbert) is taken of the whole stretch, so that a window
+        has no ends of its own.
+
+    Returns
+    -------
+    ``(windows, 72)`` Pearson correlation of the envelopes over each window for each of ``montage.EEG_EDGES``, -1 to 1;
+    0 where an electrode is flat.
+    """
+    envelopes = eeg_windows(np.abs(signal.hilbert(filtered, axis=0)), geometry)
+    centred = envelopes - envelopes.mean(axis=-1, keepdims=True)
+    deviation = np.sqrt((centred**2).mean(axis=-1, keepdims=True))
+    unit = np.where(deviation > _FLAT, centred / np.maximum(deviation, _FLAT), 0.0)
+    # All 19 x 19 pairs by matrix product are faster than the 72 picked out first.
+    correlations = unit @ unit.swapaxes(-1, -2) / unit.shape[-1]
+    sources, targets = np.asarray(EEG_EDGES).T
+    return np.asarray(np.clip(correlations[:, sources, targets], -1.0, 1.0), dtype=np.float32)
+
+
+def eeg_features(microvolts: Array, geometry: EEGGeometry) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
+    """Node and edge features of one labelled stretch of EEG.
+
+    Parameters
+    ----------
+    microvolts
+        ``(samples, 19)`` as `Recordings.eeg` gives it; NaN allowed.
+    geometry
+        How it is cut.
+
+    Returns
+    -------
+    x
+        ``(windows, 19, 5)``, see `band_powers`.
+    edge_attr
+        ``(windows, 72, 1)``, see `envelope_correlations`.
+    filled
+        How many samples were missing, see `fill_gaps`.
+
+    Raises
+    ------
+    DataError
+        If the array is not ``(samples of the geometry, 19)``.
+    """
+    if microvolts.ndim != 2 or microvolts.shape[1] != len(ELECTRODES):
+        raise DataError(f"EEG must be (samples, {len(ELECTRODES)} electrodes); got shape {microvolts.shape}.")
+    finite, filled = fill_gaps(microvolts)
+    filtered = filter_eeg(finite)
+    edge_attr = envelope_correlations(filtered, geometry)[..., None]
+    return band_powers(eeg_windows(filtered, geometry)), edge_attr, filled
+
+
+def spectrogram_features(power: Array) -> tuple[NDArray[np.float32], int]:
+    """Node features of one labelled stretch of spectrogram.
+
+    Power is clipped to `SPEC_POWER_RANGE`, its logarithm standardised over all of the recording's bins (so that loud
+    and quiet recordings look alike and what remains is where, when and in which band power is), averaged over each
+    of `SPEC_BANDS`, and over windows of 10 s each 5 s. A row of the file covers 2 s, so a window's ends fall within
+    rows: a row counts by the share of it that lies in the window.
+
+    Parameters
+    ----------
+    power
+        ``(300, 4, 100)`` as `Recordings.spectrogram` gives it; NaN allowed.
+
+    Returns
+    -------
+    x
+        ``(119, 4, 4)``: windows, regions, bands.
+    filled
+        How many bins were not finite, see `fill_gaps`; a frequency that is missing throughout becomes the mean.
+
+    Raises
+    ------
+    DataError
+        If the array is not ``(300, 4, 100)``.
+    """
+    expected = (SPEC_SECONDS // SPEC_ROW_SECONDS, len(REGIONS), len(SPEC_FREQUENCIES))
+    if power.shape != expected:
+        raise DataError(f"A spectrogram must be (rows, regions, frequencies) {expected}; got shape {power.shape}.")
+    logarithm = np.log(np.clip(np.where(np.isfinite(power), power, np.nan), *SPEC_POWER_RANGE), dtype=np.float64)
+    finite = logarithm[np.isfinite(logarithm)]
+    mean, deviation = (finite.mean(), finite.std()) if finite.size else (0.0, 0.0)
+    standard = (logarithm - mean) / (deviation if deviation > 0 else 1.0)
+    flat, filled = fill_gaps(standard.reshape(len(standard), -1))
+    members = _band_members(np.asarray(SPEC_FREQUENCIES), SPEC_BANDS)
+    bands = flat.reshape(expected) @ (members / members.sum(axis=0))
+    return np.tensordot(_window_weights(), bands, axes=1).astype(np.float32), filled
+
+
+@lru_cache(maxsize=1)
+def _window_weights() -> NDArray[np.float64]:
+    """``(119, 300)`` share of each window that each row covers; rows sum to 1."""
+    starts = np.arange(SPEC_WINDOWS)[:, None] * SPEC_STEP_SECONDS
+    row_starts = np.arange(0, SPEC_SECONDS, SPEC_ROW_SECONDS)[None, :]
+    overlap = np.minimum(starts + SPEC_WINDOW_SECONDS, row_starts + SPEC_ROW_SECONDS) - np.maximum(starts, row_starts)
+    return np.asarray(np.maximum(overlap, 0) / SPEC_WINDOW_SECONDS)

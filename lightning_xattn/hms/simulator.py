@@ -1,0 +1,413 @@
+"""Simulate recordings in the layout of the competition "HMS - Harmful Brain Activity Classification".
+
+Every sample starts as the activity of five sources over the 600 s around the labelled moment: the four regions
+(background, plus the class's pattern in bouts) and a posterior alpha rhythm. One fixed mixing leads from the
+sources to the electrodes; the EEG is the middle of that, and a region's spectrogram is computed from the mean of
+the region's electrodes over all 600 s. The two modalities therefore agree by construction, unless a sample is
+made to disagree.
+"""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from scipy import fft, signal
+from tqdm import tqdm
+
+from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.hms.montage import (
+    CLASSES,
+    EEG_RATE,
+    ELECTRODES,
+    REGION_ELECTRODES,
+    REGIONS,
+    SPEC_FREQUENCIES,
+    SPEC_ROW_SECONDS,
+    SPEC_SECONDS,
+    VOTE_COLUMNS,
+)
+
+Array = NDArray[np.floating[Any]]
+
+EEG_SECONDS = (10, 50)
+"""The supported lengths: the labelled centre alone, or the competition's window around it."""
+
+NAN_SHARE = 0.05
+"""The probability that an EEG has a gap: 0.2 to 1 s of NaN in every channel, as in the competition's files."""
+
+_WORKERS = 2
+"""Threads; nearly all of the time goes into calls that let the other run, and each holds one sample."""
+
+_N = SPEC_SECONDS * EEG_RATE
+_MOMENT = SPEC_SECONDS / 2
+_LEFT = np.array([region.startswith("L") for region in REGIONS])
+
+_ALPHA_AT = {"O1": 1.0, "O2": 1.0, "P3": 0.7, "Pz": 0.7, "P4": 0.7, "T5": 0.6, "T6": 0.6}
+_MIDLINE = ("Fz", "Cz", "Pz")
+
+
+def _mixing() -> tuple[Array, Array]:
+    """Weights from the sources (regions, alpha) to the electrodes ``(19, 5)`` and to the regions ``(4, 5)``."""
+    members = np.array([[e in REGION_ELECTRODES[region] for region in REGIONS] for e in ELECTRODES])
+    chains = members.T / members.sum(axis=0)[:, None]
+    parasagittal = np.array([region.endswith("P") for region in REGIONS])
+    members[[ELECTRODES.index(name) for name in _MIDLINE]] = parasagittal
+    alpha = np.array([[_ALPHA_AT.get(name, 0.15)] for name in ELECTRODES])
+    to_electrodes = np.hstack([members / members.sum(axis=1, keepdims=True), alpha])
+    return to_electrodes.astype(np.float32), (chains @ to_electrodes).astype(np.float32)
+
+
+_TO_ELECTRODES, _TO_REGIONS = _mixing()
+
+_CHAIN_POWER = 0.2
+"""The competition's spectrograms are of differences between neighbours in a chain, in µV²/Hz. A difference keeps
+about a fifth of the power: the median of the 20 real recordings in iiic_irr is 0.17, at all frequencies alike."""
+
+_SPEC_RATE, _FFT_POINTS = 50, 256
+"""256 points at 50 samples a second give the competition's frequencies, which end below 20 Hz."""
+_FFT_BINS = np.rint(np.array(SPEC_FREQUENCIES) * _FFT_POINTS / _SPEC_RATE).astype(int)
+_TAPERS = signal.windows.dpss(2 * SPEC_ROW_SECONDS * _SPEC_RATE, NW=2, Kmax=3).astype(np.float32)
+
+
+def simulate(
+    root: str | Path,
+    n_samples: int = 240,
+    *,
+    eeg_seconds: int = 50,
+    disagreeing: float = 0.2,
+    seed: int = 0,
+) -> Path:
+    """Write a folder of simulated recordings: ``train.csv``, ``train_eegs/`` and ``train_spectrograms/``.
+
+    The classes are balanced (each six successive samples hold each class once) and a patient has one to three
+    samples, of any class. In a disagreeing sample the spectrogram shows another class than the EEG, each of the
+    five others being as likely; the votes, and so the label, follow the **EEG**. The truth is written to three
+    columns beside the competition's: ``eeg_class``, ``spectrogram_class`` and ``agrees`` (``true`` or ``false``).
+    ``expert_consensus`` is the class with most votes: nearly always, not always, that of the EEG.
+
+    The pattern comes in bouts of 15 to 100 s, of which one always covers the labelled 10 s in the middle.
+
+    ===========  ==========================================================================================
+    Seizure      rhythm falling from 6-8 to 3-4 Hz while it grows; starts on one side, spreads to the other
+    LPD, GPD     periodic sharp discharges, 0.5-2 a second, on one side or on both
+    LRDA, GRDA   rhythmic delta of 1-3 Hz, on one side or on both
+    Other        background alone, with more alpha than the others have
+    ===========  ==========================================================================================
+
+    EEGs are float32 ``(eeg_seconds * 200, 20)`` in µV, 19 electrodes and EKG, a few with gaps (`NAN_SHARE`);
+    spectrograms ``time`` (1, 3, 5, … s) and float32 ``(300, 400)`` in µV²/Hz, region by region.
+
+    Parameters
+    ----------
+    root
+        The folder to make, with its parents; it must not exist or be empty. It appears when it is complete.
+    n_samples
+        How many samples, at least 1. The first n do not depend on how many follow.
+    eeg_seconds
+        Length of the EEGs: 50 (the competition) or 10 (the labelled centre alone).
+    disagreeing
+        Share of the samples whose modalities disagree, in [0, 1], rounded to whole samples and spread evenly.
+    seed
+        At least 0. The same seed writes the same values.
+
+    Returns
+    -------
+    pathlib.Path
+        ``root``, resolved.
+
+    Raises
+    ------
+    SettingError
+        If a setting has a value that is not allowed.
+    DataError
+        If ``root`` is a file or a folder that holds something.
+    """
+    if n_samples < 1:
+        raise SettingError(f"n_samples must be at least 1, got {n_samples}")
+    if eeg_seconds not in EEG_SECONDS:
+        raise SettingError(f"eeg_seconds must be one of {EEG_SECONDS}, got {eeg_seconds}")
+    if not 0 <= disagreeing <= 1:
+        raise SettingError(f"disagreeing must lie in [0, 1], got {disagreeing}")
+    if seed < 0:
+        raise SettingError(f"seed must be at least 0, got {seed}")
+    root = Path(root).resolve()
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise DataError(f"{root} exists and is not an empty folder: name a new one, or remove it first")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as unfinished:
+        folder = Path(unfinished) / "complete"
+        (folder / "train_eegs").mkdir(parents=True)
+        (folder / "train_spectrograms").mkdir()
+        write = partial(_write_sample, folder, eeg_seconds)
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            written = pool.map(write, _plan(n_samples, disagreeing, seed))
+            rows = list(tqdm(written, total=n_samples, desc="Simulating", unit="sample"))
+        with (folder / "train.csv").open("w", newline="") as file:
+            table = csv.DictWriter(file, rows[0], lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+        if root.exists():
+            root.rmdir()
+        folder.rename(root)
+    return root
+
+
+@dataclass(frozen=True)
+class _Patient:
+    """What a patient's recordings share."""
+
+    index: int
+    gain: float
+    """Factor on every amplitude: skulls and electrodes differ."""
+    slope: float
+    """The background's power falls with frequency as ``f ** -slope``."""
+    asymmetry: float
+    """Log of the left background's amplitude over the right's."""
+    alpha_hz: float
+
+
+@dataclass(frozen=True)
+class _Sample:
+    index: int
+    patient: _Patient
+    eeg_class: str
+    spectrogram_class: str
+    seed: int
+
+    def rng(self, purpose: int) -> np.random.Generator:
+        return _rng(self.seed, purpose, self.index)
+
+
+_PATIENT, _ORDER, _OTHER_CLASS, _EEG, _SPECTROGRAM, _VOTES = range(6)
+"""Purposes of random streams: one each, so that no choice shifts the numbers of another."""
+
+
+def _rng(seed: int, purpose: int, index: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, index)))
+
+
+def _plan(n_samples: int, disagreeing: float, seed: int) -> Iterator[_Sample]:
+    """Yield who is recorded, and showing what."""
+    patients, samples_left = 0, 0
+    for i in range(n_samples):
+        if samples_left == 0:
+            rng = _rng(seed, _PATIENT, patients)
+            samples_left = int(rng.integers(1, 4))
+            patient = _Patient(
+                patients,
+                gain=float(np.exp(rng.normal(0, 0.4))),
+                slope=float(rng.uniform(1.5, 2.1)),
+                asymmetry=float(rng.normal(0, 0.2)),
+                alpha_hz=float(rng.uniform(8.5, 11.5)),
+            )
+            patients += 1
+        samples_left -= 1
+        block, place = divmod(i, len(CLASSES))
+        shown = int(_rng(seed, _ORDER, block).permutation(len(CLASSES))[place])
+        spectrogram = shown
+        if np.floor((i + 1) * disagreeing + 0.5) > np.floor(i * disagreeing + 0.5):
+            spectrogram = (shown + int(_rng(seed, _OTHER_CLASS, i).integers(1, len(CLASSES)))) % len(CLASSES)
+        yield _Sample(i, patient, CLASSES[shown], CLASSES[spectrogram], seed)
+
+
+def _write_sample(folder: Path, eeg_seconds: int, sample: _Sample) -> dict[str, object]:
+    """Write a sample's two files and return its row of ``train.csv``."""
+    rng = sample.rng(_EEG)
+    sources = _sources(sample.eeg_class, sample.patient, rng)
+    eeg = _eeg(sources, eeg_seconds, rng)
+    if sample.spectrogram_class != sample.eeg_class:
+        sources = _sources(sample.spectrogram_class, sample.patient, sample.rng(_SPECTROGRAM))
+    votes = _votes(CLASSES.index(sample.eeg_class), sample.rng(_VOTES))
+
+    eeg_id, spectrogram_id = 100_001 + sample.index, 200_001 + sample.index
+    columns = dict(zip((*ELECTRODES, "EKG"), eeg, strict=True))
+    _write_parquet(folder / "train_eegs" / f"{eeg_id}.parquet", columns)
+    _write_parquet(folder / "train_spectrograms" / f"{spectrogram_id}.parquet", _spectrogram(sources))
+    return {
+        "eeg_id": eeg_id,
+        "eeg_sub_id": 0,
+        "eeg_label_offset_seconds": 0.0,
+        "spectrogram_id": spectrogram_id,
+        "spectrogram_sub_id": 0,
+        "spectrogram_label_offset_seconds": 0.0,
+        "label_id": 300_001 + sample.index,
+        "patient_id": 400_001 + sample.patient.index,
+        "expert_consensus": CLASSES[int(votes.argmax())],
+        **dict(zip(VOTE_COLUMNS, votes.tolist(), strict=True)),
+        "eeg_class": sample.eeg_class,
+        "spectrogram_class": sample.spectrogram_class,
+        "agrees": str(sample.eeg_class == sample.spectrogram_class).lower(),
+    }
+
+
+def _write_parquet(path: Path, columns: dict[str, NDArray[Any]]) -> None:
+    # Noise does not compress.
+    pq.write_table(pa.table(columns), path, compression="none", use_dictionary=False)
+
+
+def _votes(shown: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Votes ``(6,)`` of 10 to 20 experts, who are of one mind about most samples and divided about some."""
+    divided = rng.random() < 0.15
+    agreement = rng.uniform(0.45, 0.65) if divided else rng.uniform(0.75, 1.0)
+    # Half a pseudo-count a class: who disagrees tends to have one or two other classes in mind, not all.
+    shares = rng.dirichlet(np.full(len(CLASSES), 0.5)) * (1 - agreement)
+    shares[shown] += agreement
+    return rng.multinomial(rng.integers(10, 21), shares)
+
+
+def _eeg(sources: Array, seconds: int, rng: np.random.Generator) -> Array:
+    """Mix the sources' middle ``seconds`` into EEG and EKG, ``(20, seconds * 200)`` in µV."""
+    n = seconds * EEG_RATE
+    start = (_N - n) // 2
+    eeg = _TO_ELECTRODES @ sources[:, start : start + n]
+    eeg += _noise(_falling(n, 1.2), len(ELECTRODES), rng) * 4
+    hum = np.sin(2 * np.pi * (60 * np.arange(n) / EEG_RATE + rng.random()))
+    eeg += rng.uniform(0.2, 1.5, (len(ELECTRODES), 1)) * hum
+    beat = 60 * signal.windows.gaussian(17, 2) - 10 * signal.windows.gaussian(17, 8)
+    ekg = rng.uniform(1, 6) * _train(n, rng.uniform(0.9, 1.6), 0.03, beat, rng) + 3 * rng.standard_normal(n)
+    recording = np.vstack([eeg, ekg]).astype(np.float32)
+    if rng.random() < NAN_SHARE:
+        gap = int(rng.uniform(0.2, 1) * EEG_RATE)
+        start = int(rng.integers(n - gap))
+        recording[:, start : start + gap] = np.nan
+    return recording
+
+
+def _spectrogram(sources: Array) -> dict[str, NDArray[Any]]:
+    """Return the columns of a spectrogram file: one row each 2 s, from the 4 s around its ``time``."""
+    step = SPEC_ROW_SECONDS * _SPEC_RATE
+    regions = signal.resample_poly(_TO_REGIONS @ sources, 1, EEG_RATE // _SPEC_RATE, axis=1)
+    regions = np.pad(regions, ((0, 0), (step // 2, step // 2)), mode="reflect")
+    spans = np.lib.stride_tricks.sliding_window_view(regions, 2 * step, axis=1)[:, ::step]
+    power = np.zeros((len(REGIONS), spans.shape[1], len(SPEC_FREQUENCIES)), np.float32)
+    for taper in _TAPERS:
+        spectrum = fft.rfft(spans * taper, _FFT_POINTS)[..., _FFT_BINS]
+        power += spectrum.real**2 + spectrum.imag**2
+    # Twice the mean over the (unit energy) tapers: the density of both signs of frequency.
+    power *= 2 / len(_TAPERS) / _SPEC_RATE * _CHAIN_POWER
+    names = (f"{region}_{frequency:.2f}" for region in REGIONS for frequency in SPEC_FREQUENCIES)
+    time = np.arange(SPEC_ROW_SECONDS // 2, SPEC_SECONDS, SPEC_ROW_SECONDS)
+    columns = power.swapaxes(1, 2).reshape(-1, len(time))
+    return {"time": time, **dict(zip(names, columns, strict=True))}
+
+
+def _sources(name: str, patient: _Patient, rng: np.random.Generator) -> Array:
+    """Return 600 s of the four regions' and the alpha rhythm's activity, ``(5, 120000)`` in µV."""
+    shared, *own = _noise(_falling(_N, patient.slope), 1 + len(REGIONS), rng)
+    background = 15 * (shared + np.stack(own))
+    background *= np.exp(np.where(_LEFT, 1, -1) * patient.asymmetry / 2)[:, None]
+    regions = background + _pattern(name, rng)
+    frequencies = fft.rfftfreq(_N, 1 / EEG_RATE)
+    alpha = _noise(np.exp(-0.5 * ((frequencies - patient.alpha_hz) / 0.7) ** 2), 1, rng)
+    alpha *= np.exp(rng.normal(0, 0.5)) * (12 if name == "Other" else 5)
+    return (patient.gain * np.vstack([regions, alpha])).astype(np.float32)
+
+
+def _pattern(name: str, rng: np.random.Generator) -> Array:
+    """Return what the class adds to each region's background, ``(4, 120000)`` in µV."""
+    pattern = np.zeros((len(REGIONS), _N), np.float32)
+    if name == "Other":
+        return pattern
+    near = rng.uniform(0.6, 1.0, len(REGIONS))
+    one_sided = near * np.where((rng.random() < 0.5) == _LEFT, 1, rng.uniform(0.05, 0.6))
+    gains = near if name.startswith("G") else one_sided
+    strength = np.exp(rng.normal(0.1, 0.4))
+    hertz = rng.uniform(0.5, 2) if name.endswith("PD") else rng.uniform(1, 3)
+    for start, stop in _bouts(rng):
+        n = stop - start
+        if name == "Seizure":
+            bout = strength * _seizure(n, near, one_sided, rng)
+        elif name.endswith("PD"):
+            bout = strength * gains[:, None] * _train(n, hertz, 0.12, _DISCHARGE, rng)
+        else:
+            bout = strength * gains[:, None] * _delta(n, hertz, rng)
+        pattern[:, start:stop] = bout * signal.windows.tukey(n, 2 * EEG_RATE / n)
+    return pattern
+
+
+def _bouts(rng: np.random.Generator) -> Iterator[tuple[int, int]]:
+    """Yield where the pattern runs, as ``(start, stop)`` in samples: around the labelled moment, and elsewhere."""
+    before, after = rng.uniform(8, 50, 2)
+    yield int((_MOMENT - before) * EEG_RATE), int((_MOMENT + after) * EEG_RATE)
+    for edge, outwards in ((before, -1), (after, 1)):
+        start = edge + rng.uniform(20, 90)
+        while (stop := start + rng.uniform(15, 80)) < _MOMENT:
+            ends = sorted((_MOMENT + outwards * start, _MOMENT + outwards * stop))
+            yield int(ends[0] * EEG_RATE), int(ends[1] * EEG_RATE)
+            start = stop + rng.uniform(20, 90)
+
+
+def _seizure(n: int, everywhere: Array, onset: Array, rng: np.random.Generator) -> Array:
+    """Return one evolving bout ``(4, n)``: slowing, growing, and reaching ``everywhere`` from its ``onset``."""
+    progress = np.linspace(0, 1, n)
+    first, last = rng.uniform(6, 8), rng.uniform(3, 4)
+    phase = _phase((first + progress * (last - first)) * _wander(n, 0.08, rng), rng)
+    wave = np.sin(phase) + 0.4 * np.sin(2 * phase + 1) + 0.15 * np.sin(3 * phase + 2)
+    spread = np.clip(2 * progress - rng.uniform(0, 0.8), 0, 1)
+    gains = onset[:, None] + (everywhere - onset)[:, None] * spread
+    return 34 * (0.6 + 0.6 * progress) * wave * gains
+
+
+def _delta(n: int, hertz: float, rng: np.random.Generator) -> Array:
+    """Return ``n`` samples of a rhythm that wanders a little in frequency and amplitude."""
+    return 44 * _wander(n, 0.25, rng) * np.sin(_phase(hertz * _wander(n, 0.1, rng), rng))
+
+
+def _wander(n: int, deviation: float, rng: np.random.Generator) -> Array:
+    """Return ``n`` samples of a factor around 1 that changes within seconds."""
+    knots = np.arange(0, n + 2 * EEG_RATE, 2 * EEG_RATE)
+    return np.interp(np.arange(n), knots, np.exp(rng.normal(0, deviation, len(knots))))
+
+
+def _phase(hertz: Array, rng: np.random.Generator) -> Array:
+    return 2 * np.pi * (np.cumsum(hertz) / EEG_RATE + rng.random())
+
+
+def _train(n: int, hertz: float, jitter: float, shape: Array, rng: np.random.Generator) -> Array:
+    """Return ``n`` samples of ``shape`` recurring ``hertz`` times a second, at intervals varying by ``jitter``."""
+    count = int(n / EEG_RATE * hertz) + 4  # some more than fit on average, as intervals may turn out short
+    intervals = np.clip(rng.normal(1, jitter, count), 0.5, 1.5) / hertz
+    at = ((np.cumsum(intervals) - rng.random() * intervals[0]) * EEG_RATE).astype(int)
+    at = at[at < n]
+    impulses = np.zeros(n, np.float32)
+    impulses[at] = rng.uniform(0.7, 1.3, len(at))
+    train: Array = signal.oaconvolve(impulses, shape, mode="full")[:n]
+    return train
+
+
+def _discharge() -> Array:
+    """Return one discharge in µV: sharp (about 150 ms at its base), then a slow wave of the other sign."""
+    seconds = np.arange(-0.15, 0.6, 1 / EEG_RATE)
+    x = (seconds / 0.033) ** 2
+    sharp = (1 - x) * np.exp(-x / 2)
+    slow = np.exp(-0.5 * ((seconds - 0.25) / 0.08) ** 2)
+    return (120 * (sharp - 0.5 * slow)).astype(np.float32)
+
+
+_DISCHARGE = _discharge()
+
+
+def _falling(n: int, slope: float) -> Array:
+    """Return amplitudes of a spectrum ``f ** -(slope / 2)``, level below 0.5 Hz, for the ``rfft`` of ``n`` samples."""
+    frequencies: Array = fft.rfftfreq(n, 1 / EEG_RATE)
+    return (frequencies**2 + 0.25) ** (-slope / 4)
+
+
+def _noise(amplitudes: Array, rows: int, rng: np.random.Generator) -> Array:
+    """Return noise ``(rows, n)`` of unit variance whose spectrum has these ``amplitudes`` ``(n // 2 + 1,)``."""
+    n = 2 * (len(amplitudes) - 1)
+    amplitudes = amplitudes * n / 2 / np.sqrt(np.sum(amplitudes**2))
+    white = rng.standard_normal((rows, len(amplitudes), 2), dtype=np.float32).view(np.complex64)[..., 0]
+    noise: Array = fft.irfft(white * amplitudes.astype(np.float32), n)
+    return noise

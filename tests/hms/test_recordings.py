@@ -1,0 +1,259 @@
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.hms.folds import patient_folds
+from lightning_xattn.hms.montage import CLASSES, ELECTRODES
+from lightning_xattn.hms.recordings import COMPETITION, IIIC, EEGGeometry, Recordings
+from lightning_xattn.hms.table import Recording, RowError
+from tests.hms.conftest import table_rows, write_eeg, write_parquet, write_spectrogram, write_table
+
+
+def test_both_geometries_give_nine_windows_around_the_labelled_moment():
+    assert COMPETITION.n_windows == IIIC.n_windows == 9
+    assert COMPETITION.spans[0] == (-25, -15)
+    assert COMPETITION.spans[4] == (-5, 5)
+    assert IIIC.spans[-1] == (3, 5)
+
+
+@pytest.mark.parametrize("values", [(10, 3, 2), (10, 12, 1), (10, 2, 0), (60, 10, 5), (10, 2.001, 1), (10, 0, 1)])
+def test_a_geometry_that_does_not_fit_is_refused(values):
+    with pytest.raises(SettingError, match="multiples of 1/200 s"):
+        EEGGeometry(*values)
+
+
+def test_the_real_recordings(iiic_irr: Path):
+    recordings = Recordings.read(iiic_irr)
+    assert len(recordings) == 20
+    assert recordings.infer_geometry() == IIIC
+    assert sum(row.tied for row in recordings) == 12
+    assert Counter(CLASSES[row.consensus] for row in recordings if not row.tied)["Other"] == 0
+    for row in recordings:
+        eeg, spectrogram = recordings.eeg(row, IIIC), recordings.spectrogram(row)
+        assert eeg.shape == (2000, 19)
+        assert spectrogram.shape == (300, 4, 100)
+        assert eeg.dtype == spectrogram.dtype == np.float32
+        assert np.isfinite(eeg).all()
+        assert (spectrogram > 0).all()
+    assert recordings.by_label_id[3013].extra["expert_consensus"] == "LRDA"
+    # GPD 6, LRDA 6 of 12 votes
+    np.testing.assert_array_equal(recordings.by_label_id[3011].soft_label, np.float32([0, 0, 0.5, 0.5, 0, 0]))
+
+
+def test_extra_columns_keep_their_type(make_folder):
+    recordings = Recordings.read(make_folder())
+    assert [recordings.by_label_id[300 + i].extra["agrees"] for i in range(5)] == [True, False, True, False, True]
+
+
+def test_offsets_cut_the_labelled_window(tmp_path):
+    write_table(
+        tmp_path,
+        [{**row, "eeg_label_offset_seconds": 6.5, "spectrogram_label_offset_seconds": 14} for row in table_rows(1)],
+    )
+    eeg = write_eeg(tmp_path / "train_eegs/100.parquet", 70)
+    power = write_spectrogram(tmp_path / "train_spectrograms/200.parquet", 320)
+    recordings = Recordings.read(tmp_path)
+    (row,) = recordings
+    assert recordings.infer_geometry() == COMPETITION
+    np.testing.assert_array_equal(recordings.eeg(row, COMPETITION), eeg[1300:11300, :19])
+    # 10 s of a competition recording: the middle of its 50 s.
+    np.testing.assert_array_equal(recordings.eeg(row, IIIC), eeg[5300:7300, :19])
+    np.testing.assert_array_equal(recordings.spectrogram(row), power[7:307].reshape(300, 4, 100))
+
+
+def test_an_odd_spectrogram_offset_takes_the_rows_whose_middle_is_inside(tmp_path):
+    write_table(tmp_path, [{**row, "spectrogram_label_offset_seconds": 3.5} for row in table_rows(1)])
+    write_eeg(tmp_path / "train_eegs/100.parquet", 10)
+    power = write_spectrogram(tmp_path / "train_spectrograms/200.parquet", 310)
+    recordings = Recordings.read(tmp_path)
+    np.testing.assert_array_equal(recordings.spectrogram(recordings.rows[0]).reshape(300, 400), power[2:302])
+
+
+def test_columns_are_taken_by_name_not_by_place(make_folder):
+    root = make_folder()
+    path = root / "train_eegs/100.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.select(table.column_names[::-1]), path)
+    recordings = Recordings.read(root)
+    np.testing.assert_array_equal(
+        recordings.eeg(recordings.rows[0], IIIC)[:, ELECTRODES.index("Cz")], table["Cz"].to_numpy()
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"gpd_vote": 0, "seizure_vote": 0, "lpd_vote": 0}, "no votes"),
+        ({"lrda_vote": "many"}, "not a number: lrda_vote must be a finite float, got 'many'"),
+        ({"lrda_vote": "nan"}, "not a number: lrda_vote"),
+        ({"lrda_vote": ""}, "not a number: lrda_vote"),
+        ({"lrda_vote": -1}, "negative votes"),
+        ({"eeg_label_offset_seconds": "inf"}, "not a number: eeg_label_offset_seconds"),
+        ({"patient_id": "x7"}, "not a number: patient_id must be a finite int"),
+        ({"label_id": 300}, "repeated label_id: also on line 2"),
+    ],
+)
+def test_a_bad_row_of_the_table(tmp_path, change, reason):
+    rows = table_rows(4)
+    rows[2] |= change
+    write_table(tmp_path, rows)
+    with pytest.raises(RowError) as error:
+        Recordings.read(tmp_path)
+    message = str(error.value)
+    assert reason in message
+    assert str(tmp_path / "train.csv") in message
+    assert f"train.csv line 4, label_id {rows[2]['label_id']}" in message
+    assert "on_bad_row='skip'" in message
+
+    recordings = Recordings.read(tmp_path, on_bad_row="skip")
+    assert [row.line for row in recordings] == [2, 3, 5]
+    assert [bad_row.line for bad_row in recordings.skipped] == [4]
+    assert reason.startswith(recordings.skipped[0].reason)
+
+
+def damage_missing(root: Path) -> None:
+    (root / "train_eegs/102.parquet").unlink()
+
+
+def damage_truncated(root: Path) -> None:
+    path = root / "train_eegs/102.parquet"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def damage_column(root: Path) -> None:
+    path = root / "train_eegs/102.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["T3"]), path)
+
+
+def damage_text(root: Path) -> None:
+    path = root / "train_eegs/102.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(0, "Fp1", pa.array(["a"] * len(table))), path)
+
+
+def damage_short(root: Path) -> None:
+    write_eeg(root / "train_eegs/102.parquet", 9)
+
+
+def damage_spectrogram_short(root: Path) -> None:
+    write_spectrogram(root / "train_spectrograms/202.parquet", 299)
+
+
+def damage_spectrogram_time(root: Path) -> None:
+    table = pq.read_table(root / "train_spectrograms/202.parquet")
+    values = np.stack([column.to_numpy() for column in table.columns], axis=1)
+    values[100:, 0] += 2
+    write_parquet(root / "train_spectrograms/202.parquet", table.column_names, values)
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "reason"),
+    [
+        (damage_missing, "train_eegs/102.parquet", "missing file"),
+        (damage_truncated, "train_eegs/102.parquet", "unreadable file"),
+        (damage_column, "train_eegs/102.parquet", "missing column: T3"),
+        (damage_text, "train_eegs/102.parquet", "column not numeric: expected numbers in Fp1"),
+        (damage_short, "train_eegs/102.parquet", "needs 0 to 10 s, the recording has 9 s"),
+        (damage_spectrogram_short, "train_spectrograms/202.parquet", "the recording has 598 s"),
+        (damage_spectrogram_time, "train_spectrograms/202.parquet", "uneven time"),
+    ],
+)
+def test_a_bad_recording(make_folder, damage, file, reason):
+    root = make_folder()
+    damage(root)
+    recordings = Recordings.read(root)
+    row = recordings.by_label_id[302]
+    with pytest.raises(RowError) as error:  # noqa: PT012 - either of the two is damaged
+        recordings.eeg(row, IIIC)
+        recordings.spectrogram(row)
+    assert str(root / file) in str(error.value)
+    assert reason in str(error.value)
+    assert "train.csv line 4, label_id 302" in str(error.value)
+
+
+def test_a_file_that_changes_is_read_again(make_folder):
+    root = make_folder()
+    recordings = Recordings.read(root)
+    recordings.eeg(recordings.rows[0], IIIC)
+    damage = write_eeg(root / "train_eegs/100.parquet", 11, seed=7)
+    np.testing.assert_array_equal(recordings.eeg(recordings.rows[0], IIIC), damage[:2000, :19])
+
+
+def test_a_folder_without_a_table(tmp_path):
+    with pytest.raises(DataError, match=r"train\.csv does not exist: expected a folder with"):
+        Recordings.read(tmp_path)
+
+
+def test_a_table_without_a_column(tmp_path):
+    rows = table_rows(2)
+    for row in rows:
+        del row["patient_id"]
+    write_table(tmp_path, rows)
+    with pytest.raises(DataError, match=r"train\.csv: missing column\(s\) patient_id; it has eeg_id"):
+        Recordings.read(tmp_path)
+
+
+def test_no_usable_row_is_an_error_even_when_skipping(tmp_path):
+    write_table(tmp_path, [{**row, "patient_id": "?"} for row in table_rows(2)])
+    with pytest.raises(DataError, match="All 2 rows were left out"):
+        Recordings.read(tmp_path, on_bad_row="skip")
+
+
+def test_on_bad_row_is_checked(tmp_path):
+    with pytest.raises(SettingError, match="'raise' or 'skip'; got 'ignore'"):
+        Recordings.read(tmp_path, on_bad_row="ignore")
+
+
+@pytest.mark.parametrize("lengths", [(10, 50), (30, 30), (10, 11)])
+def test_lengths_that_tell_no_geometry(make_folder, lengths):
+    root = make_folder(rows=table_rows(2))
+    for eeg_id, seconds in zip((100, 101), lengths, strict=True):
+        write_eeg(root / f"train_eegs/{eeg_id}.parquet", seconds)
+    with pytest.raises(DataError, match=f"got {lengths[0]} s .*Pass eeg_geometry="):
+        Recordings.read(root).infer_geometry()
+
+
+def row_of(patient: int, label: int, consensus: int) -> Recording:
+    votes = tuple(float(c == consensus) for c in range(6))
+    return Recording(label + 2, label, label, label, patient, 0.0, 0.0, votes)
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5)), min_size=3, max_size=120),
+    n_folds=st.integers(2, 7),
+    seed=st.integers(0, 99),
+)
+def test_no_patient_is_in_two_folds_and_no_fold_is_empty(rows, n_folds, seed):
+    recordings = [row_of(patient, i, consensus) for i, (patient, consensus) in enumerate(rows)]
+    patients = {row.patient_id for row in recordings}
+    if len(patients) < n_folds:
+        with pytest.raises(DataError, match=f"at least {n_folds} patients"):
+            patient_folds(recordings, n_folds, seed)
+        return
+    folds = patient_folds(recordings, n_folds, seed)
+    assert set(folds) == set(range(n_folds))
+    assert len({(row.patient_id, fold) for row, fold in zip(recordings, folds, strict=True)}) == len(patients)
+    np.testing.assert_array_equal(folds, patient_folds(recordings, n_folds, seed))
+
+
+def test_folds_are_stratified():
+    rng = np.random.default_rng(0)
+    recordings = [
+        row_of(patient, patient * 10 + i, consensus)
+        for patient, consensus in enumerate(rng.choice(6, 300, p=[0.4, 0.25, 0.15, 0.1, 0.06, 0.04]))
+        for i in range(rng.integers(1, 6))
+    ]
+    folds = patient_folds(recordings, 5, seed=1)
+    counts = np.zeros((5, 6))
+    for row, fold in zip(recordings, folds, strict=True):
+        counts[fold, row.consensus] += 1
+    shares = counts / counts.sum(axis=0)
+    assert np.abs(shares - 0.2).max() < 0.05
+    assert (folds != patient_folds(recordings, 5, seed=2)).any()

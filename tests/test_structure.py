@@ -1,0 +1,76 @@
+"""The house keeps its walls: imports go downwards, and importing the package stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_xattn
+
+PACKAGE = Path(lightning_xattn.__file__).parent
+
+ROOMS = {
+    "errors": set(),
+    "attention": {"errors"},
+    "functional": {"attention", "errors"},
+    "capture": {"attention", "errors"},
+    "aggregation": {"functional", "attention"},
+    "visualizations": {"attention", "functional", "errors"},
+    "epoch": {"aggregation", "attention", "functional", "visualizations", "errors"},
+    "sinks": {"errors"},
+    "callback": {"attention", "capture", "functional", "aggregation", "visualizations", "epoch", "sinks", "errors"},
+    "hms": {"", "attention", "epoch", "errors", "functional"},
+    "cli": {"", "hms"},
+    "": {"attention", "callback", "capture", "errors"},  # the package itself: the public names
+}
+"""What each room may import besides itself; "" is the package's public API."""
+
+ONLY_IN = {"torch_geometric": "hms", "pyarrow": "hms", "matplotlib": "visualizations"}
+
+
+def room_of(path):
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "" if part == "__init__" else part
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield node.module
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_downwards(path):
+    room = room_of(path)
+    for name in imports_of(path):
+        top, _, rest = name.partition(".")
+        if top == PACKAGE.name:
+            target = rest.partition(".")[0]
+            assert target == room or target in ROOMS[room], f"{room} imports {name}"
+        for library, home in ONLY_IN.items():
+            # `if TYPE_CHECKING` imports of matplotlib are names only: the next test sees that nothing is loaded.
+            if top == library and library != "matplotlib":
+                assert room == home, f"{room} imports {name}"
+
+
+def test_every_room_is_known():
+    assert {room_of(path) for path in FILES} == set(ROOMS)
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import sys, pytorch_lightning; before = set(sys.modules); import lightning_xattn; "
+        "print(*(set(sys.modules) - before))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "lightning_xattn.callback" in loaded
+    heavy = ("matplotlib", "torch_geometric", "pyarrow", "lightning_xattn.visualizations", "lightning_xattn.hms")
+    assert not [name for name in loaded if name.startswith(heavy)]
