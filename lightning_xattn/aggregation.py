@@ -105,9 +105,9 @@ class LayerAccumulator(Metric):
             self.ragged = self.ragged + 1
             return
         for r in rows:
-            cells = r.valid[..., None] if r.visible is None else r.valid[..., None] & r.visible
             weights = r.weights[..., : r.tokens].sum(1)
-            counts = cells.expand(r.weights.shape)[..., : r.tokens].sum(1)
+            seen = r.valid[..., None] if r.token_visible is None else r.valid[..., None] & r.token_visible
+            counts = seen.sum(1).expand(weights.shape)
             state = f"map_{r.direction}"
             terms = torch.stack([weights, counts], dim=-1).to(self._dtype_of_sums)
             setattr(self, state, getattr(self, state).index_add(0, classes, terms))

@@ -10,11 +10,11 @@ from lightning_xattn.functional.alignment import (
 )
 from lightning_xattn.functional.heads import head_diversity, query_selectivity
 from lightning_xattn.functional.outcomes import Separation, class_adjusted_gap, score_bins, separation
-from lightning_xattn.functional.rows import Rows, RowStatistics, prepare_rows, row_statistics
+from lightning_xattn.functional.rows import ROW_STATISTICS, Rows, prepare_rows, row_statistics
 from lightning_xattn.functional.samples import sample_statistics
 
 __all__ = [
-    "RowStatistics",
+    "ROW_STATISTICS",
     "Rows",
     "Separation",
     "alignment",

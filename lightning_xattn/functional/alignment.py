@@ -62,13 +62,14 @@ def head_alignment_matrix(forward: Rows, backward: Rows) -> Tensor:
     """
     x = forward.weights[:, :, None, :, : forward.tokens]
     y = backward.weights[:, None, :, :, : backward.tokens].transpose(-1, -2)
-    row_valid = forward.valid[:, :, None, :, None]
-    column_valid = backward.valid[:, None, :, None, :]
-    cells = row_valid & column_valid
-    if forward.token_visible is not None:
-        cells = cells & forward.token_visible[:, :, None]
-    if backward.token_visible is not None:
-        cells = cells & backward.token_visible[:, None].transpose(-1, -2)
+    x, y = torch.broadcast_tensors(x, y)
+    there, back = forward.token_visible, backward.token_visible
+    cells = _Cells(
+        forward.valid[:, :, None],
+        backward.valid[:, None],
+        None if there is None else there[:, :, None],
+        None if back is None else back[:, None].transpose(-1, -2),
+    )
     return _pearson(x, y, cells)
 
 
@@ -132,42 +133,68 @@ def round_trip_lift(forward: Rows, backward: Rows) -> Tensor:
     return torch.where(defined, (there * back).sum((-1, -2)), torch.nan)
 
 
-def _cells(forward: Rows, backward: Rows, *, per_head: bool) -> Tensor:
-    """Where both maps may be compared: ``(batch, heads or nothing, queries, keys)`` bool, or broadcastable to it."""
-    row_valid, column_valid = forward.valid, backward.valid
-    masks = [forward.token_visible, backward.token_visible]
+class _Cells:
+    """The cells over which two maps are compared: 1 where a cell counts and 0 elsewhere, kept as factors.
+
+    Parameters
+    ----------
+    rows, columns
+        ``(..., queries)`` and ``(..., keys)`` bool: valid rows of the forward and of the backward direction.
+    masks
+        ``(..., queries, keys)`` bool or broadcastable to it, or None: where a query and a key see each other.
+    """
+
+    def __init__(self, rows: Tensor, columns: Tensor, *masks: Tensor | None) -> None:
+        self._factors = [rows[..., :, None].float(), columns[..., None, :].float()]
+        seen = [mask for mask in masks if mask is not None]
+        if seen:
+            whole = torch.stack(torch.broadcast_tensors(*self._factors, *(mask.float() for mask in seen))).prod(0)
+            self._factors = [whole]
+            self.in_row, self.in_column = whole.sum(-1, keepdim=True), whole.sum(-2, keepdim=True)
+        else:
+            row, column = self._factors
+            self.in_row, self.in_column = row * column.sum(-1, keepdim=True), column * row.sum(-2, keepdim=True)
+        self.count = self.in_row.sum(-2, keepdim=True)
+
+    def keep_(self, maps: Tensor) -> Tensor:
+        """Set every other cell to 0, in place."""
+        for factor in self._factors:
+            maps.mul_(factor)
+        return maps
+
+
+def _cells(forward: Rows, backward: Rows, *, per_head: bool) -> _Cells:
+    rows, columns = forward.valid, backward.valid
+    there, back = forward.token_visible, backward.token_visible
     if not per_head:
         # A head average needs the row in every head.
-        row_valid, column_valid = row_valid.all(1), column_valid.all(1)
-        masks = [mask if mask is None else mask.all(1) for mask in masks]
-    cells = row_valid[..., :, None] & column_valid[..., None, :]
-    there, back = masks
-    if there is not None:
-        cells = cells & there
-    if back is not None:
-        cells = cells & back.transpose(-1, -2)
-    return cells
+        rows, columns = rows.all(1), columns.all(1)
+        there, back = (mask if mask is None else mask.all(1) for mask in (there, back))
+    return _Cells(rows, columns, there, None if back is None else back.transpose(-1, -2))
 
 
-def _pearson(x: Tensor, y: Tensor, cells: Tensor, *, double_centred: bool = False) -> Tensor:
-    """Pearson correlation over the last two axes where ``cells`` is True; NaN without variance."""
-    x, y = _centre(x, cells, double_centred), _centre(y, cells, double_centred)
-    return (x * y).sum((-1, -2))
+def _pearson(x: Tensor, y: Tensor, cells: _Cells, *, double_centred: bool = False) -> Tensor:
+    """Pearson correlation over the last two axes; NaN without variance."""
+    x, x_norm = _centre(x, cells, double_centred)
+    y, y_norm = _centre(y, cells, double_centred)
+    # A product of matrices, as it needs no memory for the single terms.
+    products = x.flatten(-2)[..., None, :] @ y.flatten(-2)[..., :, None]
+    return products[..., 0, 0] / (x_norm * y_norm)
 
 
-def _centre(values: Tensor, cells: Tensor, double: bool) -> Tensor:
-    """Standardise maps over their cells to mean 0 and norm 1; all NaN where a map has no variance."""
-    count = cells.sum((-1, -2), keepdim=True)
-    kept = torch.where(cells, values, 0)
-    scale = torch.linalg.vector_norm(kept, dim=(-1, -2), keepdim=True)
+def _centre(maps: Tensor, cells: _Cells, double: bool) -> tuple[Tensor, Tensor]:
+    """Centre maps over their cells, with 0 elsewhere; and their norms, NaN where a map has no variance."""
+    # In place from here on: at this size a new tensor costs more than the arithmetic.
+    centred = cells.keep_(maps.clone(memory_format=torch.contiguous_format))
+    scale = torch.linalg.vector_norm(centred, dim=(-1, -2))
     if double:
-        rows = kept.sum(-1, keepdim=True) / cells.sum(-1, keepdim=True).clamp_min(1)
-        columns = kept.sum(-2, keepdim=True) / cells.sum(-2, keepdim=True).clamp_min(1)
-        kept = torch.where(cells, kept - rows - columns, 0)
+        rows = centred.sum(-1, keepdim=True) / cells.in_row.clamp_min(1)
+        columns = centred.sum(-2, keepdim=True) / cells.in_column.clamp_min(1)
+        cells.keep_(centred.sub_(rows).sub_(columns))
     # The grand mean goes last: with irregular masks double centring alone does not leave the mean at 0.
-    centred = torch.where(cells, kept - kept.sum((-1, -2), keepdim=True) / count.clamp_min(1), 0)
-    norm = torch.linalg.vector_norm(centred, dim=(-1, -2), keepdim=True)
-    return torch.where(norm > NO_VARIANCE * scale, centred / norm, torch.nan)
+    cells.keep_(centred.sub_(centred.sum((-1, -2), keepdim=True) / cells.count.clamp_min(1)))
+    norm = torch.linalg.vector_norm(centred, dim=(-1, -2))
+    return centred, torch.where(norm > NO_VARIANCE * scale, norm, torch.nan)
 
 
 def _require_equal_heads(forward: Rows, backward: Rows) -> None:

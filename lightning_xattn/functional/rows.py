@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -60,43 +60,6 @@ class Rows:
         return self.visible[..., : self.tokens]
 
 
-@dataclass(frozen=True, eq=False)
-class RowStatistics:
-    """Means over the valid rows of each head, each ``(batch, heads)``; NaN where no row defines the number.
-
-    Attributes
-    ----------
-    entropy
-        ``-sum a ln a / ln K_q`` in [0, 1]; rows with a single valid key do not count. 0: one key, 1: diffuse.
-    effective_keys
-        ``exp(-sum a ln a)`` in [1, K_q]: how many keys a row really uses.
-    max
-        Largest weight of a row, in [1 / K_q, 1]: the "confidence" of a head (Voita et al. 2019).
-    sparsity
-        Percentage of valid keys with a weight below ``SPARSITY_THRESHOLD``, in [0, 100]. With more than
-        ``1 / SPARSITY_THRESHOLD`` keys even uniform attention scores 100.
-    relative_sparsity
-        Percentage of valid keys with a weight below ``SPARSITY_THRESHOLD / K_q``, in [0, 100].
-    std
-        Population standard deviation of a row over its valid keys.
-    mean
-        Always ``1 / K_q``: says nothing about the model.
-    """
-
-    entropy: Tensor
-    effective_keys: Tensor
-    max: Tensor
-    sparsity: Tensor
-    relative_sparsity: Tensor
-    std: Tensor
-    mean: Tensor
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """The names of the statistics, in the order of their definition."""
-        return tuple(field.name for field in fields(cls))
-
-
 def prepare_rows(attention: Attention) -> Rows:
     """Set aside what no statistic may use, and compute what all of them share.
 
@@ -122,37 +85,88 @@ def prepare_rows(attention: Attention) -> Rows:
     if dtype.itemsize < 4:
         weights = weights / torch.where(valid, total, 1)[..., None]
 
-    log_weights = weights.clamp_min(WEIGHT_FLOOR).log()
-    entropy = -(weights * log_weights).sum(-1)
-    return Rows(attention.direction, weights, log_weights, valid, keys, entropy, visible, attention.tokens)
+    # Large temporaries cost more than the arithmetic, hence in place, and a dot product for the entropy.
+    log_weights = weights.clamp_min(WEIGHT_FLOOR).log_()
+    return Rows(
+        attention.direction,
+        weights,
+        log_weights,
+        valid,
+        keys,
+        entropy=-torch.linalg.vecdot(weights, log_weights),
+        visible=visible,
+        tokens=attention.tokens,
+    )
 
 
-def row_statistics(rows: Rows) -> RowStatistics:
-    """Average each statistic of METRICS' row table over the valid rows of every head."""
-    weights, valid, keys = rows.weights, rows.valid, rows.keys
-    size = weights.shape[-1]
-    uniform = 1 / keys
+def entropy(rows: Rows) -> Tensor:
+    """``-sum a ln a / ln K_q``, ``(batch, heads)`` in [0, 1]: 0 = one key, 1 = diffuse; rows of one key are left out."""
+    normalised = (rows.entropy / rows.keys.log()).clamp(0, 1)
+    return _mean_of_rows(normalised, rows.valid & (rows.keys > 1))
 
-    def mean(values: Tensor, where: Tensor = valid) -> Tensor:
-        return torch.where(where, values, 0).sum(-1) / where.sum(-1)
 
-    def percent_below(threshold: Tensor | float) -> Tensor:
-        # Hidden keys were set to 0, so they are below every threshold: take them out again.
-        below = (weights < threshold).sum(-1, dtype=weights.dtype) - (size - keys)
-        return mean(100 * below / keys)
+def effective_keys(rows: Rows) -> Tensor:
+    """``exp(-sum a ln a)``, ``(batch, heads)`` in [1, K_q]: how many keys a row really uses."""
+    return _mean_of_rows(rows.entropy.exp(), rows.valid)
 
-    centred = weights - uniform[..., None]
+
+def max_weight(rows: Rows) -> Tensor:
+    """Largest weight of a row, ``(batch, heads)`` in [1 / K_q, 1]: a head's "confidence" (Voita et al. 2019)."""
+    return _mean_of_rows(rows.weights.amax(-1), rows.valid)
+
+
+def sparsity(rows: Rows) -> Tensor:
+    """Percentage of valid keys below ``SPARSITY_THRESHOLD``, ``(batch, heads)`` in [0, 100].
+
+    With more than ``1 / SPARSITY_THRESHOLD`` keys even uniform attention scores 100.
+    """
+    return _percent_below(rows, SPARSITY_THRESHOLD)
+
+
+def relative_sparsity(rows: Rows) -> Tensor:
+    """Percentage of valid keys below ``SPARSITY_THRESHOLD / K_q``, ``(batch, heads)`` in [0, 100]."""
+    return _percent_below(rows, SPARSITY_THRESHOLD / rows.keys[..., None])
+
+
+def std(rows: Rows) -> Tensor:
+    """Population standard deviation of a row over its valid keys, ``(batch, heads)``."""
+    centred = rows.weights - 1 / rows.keys[..., None]
     if rows.visible is not None:
         centred = centred.masked_fill(~rows.visible, 0)
-    return RowStatistics(
-        entropy=mean((rows.entropy / keys.log()).clamp(0, 1), valid & (keys > 1)),
-        effective_keys=mean(rows.entropy.exp()),
-        max=mean(weights.amax(-1)),
-        sparsity=percent_below(SPARSITY_THRESHOLD),
-        relative_sparsity=percent_below(SPARSITY_THRESHOLD * uniform[..., None]),
-        std=mean(torch.linalg.vector_norm(centred, dim=-1) * uniform.sqrt()),
-        mean=mean(uniform.expand(valid.shape)),
-    )
+    return _mean_of_rows(torch.linalg.vector_norm(centred, dim=-1) / rows.keys.sqrt(), rows.valid)
+
+
+def mean(rows: Rows) -> Tensor:
+    """Mean weight of a row, ``(batch, heads)``: always ``1 / K_q``, so it says nothing about the model."""
+    return _mean_of_rows((1 / rows.keys).expand(rows.valid.shape), rows.valid)
+
+
+ROW_STATISTICS = {
+    "entropy": entropy,
+    "effective_keys": effective_keys,
+    "max": max_weight,
+    "sparsity": sparsity,
+    "relative_sparsity": relative_sparsity,
+    "std": std,
+    "mean": mean,
+}
+"""Every row statistic by name: each the mean over the valid rows of a head, NaN where no row defines it."""
+
+
+def row_statistics(rows: Rows) -> dict[str, Tensor]:
+    """All of ``ROW_STATISTICS``, each ``(batch, heads)``."""
+    return {name: statistic(rows) for name, statistic in ROW_STATISTICS.items()}
+
+
+def _mean_of_rows(values: Tensor, where: Tensor) -> Tensor:
+    return torch.where(where, values, 0).sum(-1) / where.sum(-1)
+
+
+def _percent_below(rows: Rows, threshold: Tensor | float) -> Tensor:
+    # Hidden keys were set to 0, so they are below every threshold: take them out again.
+    hidden = rows.weights.shape[-1] - rows.keys
+    below = (rows.weights < threshold).sum(-1) - hidden
+    return _mean_of_rows(100 * below / rows.keys, rows.valid)
 
 
 def _visible_keys(attention: Attention) -> Tensor | None:

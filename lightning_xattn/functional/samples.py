@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lightning_xattn.functional.alignment import alignment, alignment_interaction
 from lightning_xattn.functional.heads import head_diversity, query_selectivity
-from lightning_xattn.functional.rows import Rows, row_statistics
+from lightning_xattn.functional.rows import ROW_STATISTICS, Rows
 
 HEADLINE_ROWS = ("entropy", "max", "sparsity", "effective_keys")
 """The row statistics that are followed by sample; the others are for looking at single maps."""
@@ -30,14 +31,14 @@ def sample_statistics(forward: Rows, backward: Rows | None = None) -> dict[str, 
         if forward.weights.shape[1] == backward.weights.shape[1]:
             statistics["interaction"] = alignment_interaction(forward, backward).nanmean(1)
     for rows in directions:
-        by_head = row_statistics(rows)
-        for name in HEADLINE_ROWS:
-            statistics[f"{rows.direction}/{name}"] = getattr(by_head, name).nanmean(1)
+        by_head = {name: ROW_STATISTICS[name](rows) for name in HEADLINE_ROWS}
+        for name, values in by_head.items():
+            statistics[f"{rows.direction}/{name}"] = values.nanmean(1)
         statistics[f"{rows.direction}/query_selectivity"] = query_selectivity(rows).nanmean(1)
         statistics[f"{rows.direction}/head_diversity"] = head_diversity(rows)
-        for head, entropy in enumerate(by_head.entropy.unbind(1)):
+        for head, entropy in enumerate(by_head["entropy"].unbind(1)):
             statistics[f"{rows.direction}/entropy/head_{head}"] = entropy
     entropies = [statistics[f"{rows.direction}/entropy"] for rows in directions]
     statistics["entropy"] = sum(entropies[1:], entropies[0]) / len(entropies)
-    statistics["invalid_rows"] = sum((~rows.valid).sum((1, 2)) for rows in directions)  # type: ignore[assignment]
+    statistics["invalid_rows"] = torch.stack([(~rows.valid).sum((1, 2)) for rows in directions]).sum(0)
     return statistics

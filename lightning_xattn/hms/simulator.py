@@ -37,8 +37,7 @@ from lightning_xattn.hms.montage import (
     SPEC_SECONDS,
     VOTE_COLUMNS,
 )
-
-Array = NDArray[np.floating[Any]]
+from lightning_xattn.hms.waveforms import Array, Patient, falling, noise, source_signals, train
 
 EEG_SECONDS = (10, 50)
 """The supported lengths: the labelled centre alone, or the competition's window around it."""
@@ -48,10 +47,6 @@ NAN_SHARE = 0.05
 
 _WORKERS = 2
 """Threads; nearly all of the time goes into calls that let the other run, and each holds one sample."""
-
-_N = SPEC_SECONDS * EEG_RATE
-_MOMENT = SPEC_SECONDS / 2
-_LEFT = np.array([region.startswith("L") for region in REGIONS])
 
 _ALPHA_AT = {"O1": 1.0, "O2": 1.0, "P3": 0.7, "Pz": 0.7, "P4": 0.7, "T5": 0.6, "T6": 0.6}
 _MIDLINE = ("Fz", "Cz", "Pz")
@@ -164,23 +159,9 @@ def simulate(
 
 
 @dataclass(frozen=True)
-class _Patient:
-    """What a patient's recordings share."""
-
-    index: int
-    gain: float
-    """Factor on every amplitude: skulls and electrodes differ."""
-    slope: float
-    """The background's power falls with frequency as ``f ** -slope``."""
-    asymmetry: float
-    """Log of the left background's amplitude over the right's."""
-    alpha_hz: float
-
-
-@dataclass(frozen=True)
 class _Sample:
     index: int
-    patient: _Patient
+    patient: Patient
     eeg_class: str
     spectrogram_class: str
     seed: int
@@ -204,13 +185,7 @@ def _plan(n_samples: int, disagreeing: float, seed: int) -> Iterator[_Sample]:
         if samples_left == 0:
             rng = _rng(seed, _PATIENT, patients)
             samples_left = int(rng.integers(1, 4))
-            patient = _Patient(
-                patients,
-                gain=float(np.exp(rng.normal(0, 0.4))),
-                slope=float(rng.uniform(1.5, 2.1)),
-                asymmetry=float(rng.normal(0, 0.2)),
-                alpha_hz=float(rng.uniform(8.5, 11.5)),
-            )
+            patient = Patient.draw(patients, rng)
             patients += 1
         samples_left -= 1
         block, place = divmod(i, len(CLASSES))
@@ -224,10 +199,10 @@ def _plan(n_samples: int, disagreeing: float, seed: int) -> Iterator[_Sample]:
 def _write_sample(folder: Path, eeg_seconds: int, sample: _Sample) -> dict[str, object]:
     """Write a sample's two files and return its row of ``train.csv``."""
     rng = sample.rng(_EEG)
-    sources = _sources(sample.eeg_class, sample.patient, rng)
+    sources = source_signals(sample.eeg_class, sample.patient, rng)
     eeg = _eeg(sources, eeg_seconds, rng)
     if sample.spectrogram_class != sample.eeg_class:
-        sources = _sources(sample.spectrogram_class, sample.patient, sample.rng(_SPECTROGRAM))
+        sources = source_signals(sample.spectrogram_class, sample.patient, sample.rng(_SPECTROGRAM))
     votes = _votes(CLASSES.index(sample.eeg_class), sample.rng(_VOTES))
 
     eeg_id, spectrogram_id = 100_001 + sample.index, 200_001 + sample.index
@@ -269,13 +244,13 @@ def _votes(shown: int, rng: np.random.Generator) -> NDArray[np.int64]:
 def _eeg(sources: Array, seconds: int, rng: np.random.Generator) -> Array:
     """Mix the sources' middle ``seconds`` into EEG and EKG, ``(20, seconds * 200)`` in µV."""
     n = seconds * EEG_RATE
-    start = (_N - n) // 2
+    start = (sources.shape[1] - n) // 2
     eeg = _TO_ELECTRODES @ sources[:, start : start + n]
-    eeg += _noise(_falling(n, 1.2), len(ELECTRODES), rng) * 4
+    eeg += noise(falling(n, 1.2), len(ELECTRODES), rng) * 4
     hum = np.sin(2 * np.pi * (60 * np.arange(n) / EEG_RATE + rng.random()))
     eeg += rng.uniform(0.2, 1.5, (len(ELECTRODES), 1)) * hum
     beat = 60 * signal.windows.gaussian(17, 2) - 10 * signal.windows.gaussian(17, 8)
-    ekg = rng.uniform(1, 6) * _train(n, rng.uniform(0.9, 1.6), 0.03, beat, rng) + 3 * rng.standard_normal(n)
+    ekg = rng.uniform(1, 6) * train(n, rng.uniform(0.9, 1.6), 0.03, beat, rng) + 3 * rng.standard_normal(n)
     recording = np.vstack([eeg, ekg]).astype(np.float32)
     if rng.random() < NAN_SHARE:
         gap = int(rng.uniform(0.2, 1) * EEG_RATE)
@@ -300,114 +275,3 @@ def _spectrogram(sources: Array) -> dict[str, NDArray[Any]]:
     time = np.arange(SPEC_ROW_SECONDS // 2, SPEC_SECONDS, SPEC_ROW_SECONDS)
     columns = power.swapaxes(1, 2).reshape(-1, len(time))
     return {"time": time, **dict(zip(names, columns, strict=True))}
-
-
-def _sources(name: str, patient: _Patient, rng: np.random.Generator) -> Array:
-    """Return 600 s of the four regions' and the alpha rhythm's activity, ``(5, 120000)`` in µV."""
-    shared, *own = _noise(_falling(_N, patient.slope), 1 + len(REGIONS), rng)
-    background = 15 * (shared + np.stack(own))
-    background *= np.exp(np.where(_LEFT, 1, -1) * patient.asymmetry / 2)[:, None]
-    regions = background + _pattern(name, rng)
-    frequencies = fft.rfftfreq(_N, 1 / EEG_RATE)
-    alpha = _noise(np.exp(-0.5 * ((frequencies - patient.alpha_hz) / 0.7) ** 2), 1, rng)
-    alpha *= np.exp(rng.normal(0, 0.5)) * (12 if name == "Other" else 5)
-    return (patient.gain * np.vstack([regions, alpha])).astype(np.float32)
-
-
-def _pattern(name: str, rng: np.random.Generator) -> Array:
-    """Return what the class adds to each region's background, ``(4, 120000)`` in µV."""
-    pattern = np.zeros((len(REGIONS), _N), np.float32)
-    if name == "Other":
-        return pattern
-    near = rng.uniform(0.6, 1.0, len(REGIONS))
-    one_sided = near * np.where((rng.random() < 0.5) == _LEFT, 1, rng.uniform(0.05, 0.6))
-    gains = near if name.startswith("G") else one_sided
-    strength = np.exp(rng.normal(0.1, 0.4))
-    hertz = rng.uniform(0.5, 2) if name.endswith("PD") else rng.uniform(1, 3)
-    for start, stop in _bouts(rng):
-        n = stop - start
-        if name == "Seizure":
-            bout = strength * _seizure(n, near, one_sided, rng)
-        elif name.endswith("PD"):
-            bout = strength * gains[:, None] * _train(n, hertz, 0.12, _DISCHARGE, rng)
-        else:
-            bout = strength * gains[:, None] * _delta(n, hertz, rng)
-        pattern[:, start:stop] = bout * signal.windows.tukey(n, 2 * EEG_RATE / n)
-    return pattern
-
-
-def _bouts(rng: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """Yield where the pattern runs, as ``(start, stop)`` in samples: around the labelled moment, and elsewhere."""
-    before, after = rng.uniform(8, 50, 2)
-    yield int((_MOMENT - before) * EEG_RATE), int((_MOMENT + after) * EEG_RATE)
-    for edge, outwards in ((before, -1), (after, 1)):
-        start = edge + rng.uniform(20, 90)
-        while (stop := start + rng.uniform(15, 80)) < _MOMENT:
-            ends = sorted((_MOMENT + outwards * start, _MOMENT + outwards * stop))
-            yield int(ends[0] * EEG_RATE), int(ends[1] * EEG_RATE)
-            start = stop + rng.uniform(20, 90)
-
-
-def _seizure(n: int, everywhere: Array, onset: Array, rng: np.random.Generator) -> Array:
-    """Return one evolving bout ``(4, n)``: slowing, growing, and reaching ``everywhere`` from its ``onset``."""
-    progress = np.linspace(0, 1, n)
-    first, last = rng.uniform(6, 8), rng.uniform(3, 4)
-    phase = _phase((first + progress * (last - first)) * _wander(n, 0.08, rng), rng)
-    wave = np.sin(phase) + 0.4 * np.sin(2 * phase + 1) + 0.15 * np.sin(3 * phase + 2)
-    spread = np.clip(2 * progress - rng.uniform(0, 0.8), 0, 1)
-    gains = onset[:, None] + (everywhere - onset)[:, None] * spread
-    return 34 * (0.6 + 0.6 * progress) * wave * gains
-
-
-def _delta(n: int, hertz: float, rng: np.random.Generator) -> Array:
-    """Return ``n`` samples of a rhythm that wanders a little in frequency and amplitude."""
-    return 44 * _wander(n, 0.25, rng) * np.sin(_phase(hertz * _wander(n, 0.1, rng), rng))
-
-
-def _wander(n: int, deviation: float, rng: np.random.Generator) -> Array:
-    """Return ``n`` samples of a factor around 1 that changes within seconds."""
-    knots = np.arange(0, n + 2 * EEG_RATE, 2 * EEG_RATE)
-    return np.interp(np.arange(n), knots, np.exp(rng.normal(0, deviation, len(knots))))
-
-
-def _phase(hertz: Array, rng: np.random.Generator) -> Array:
-    return 2 * np.pi * (np.cumsum(hertz) / EEG_RATE + rng.random())
-
-
-def _train(n: int, hertz: float, jitter: float, shape: Array, rng: np.random.Generator) -> Array:
-    """Return ``n`` samples of ``shape`` recurring ``hertz`` times a second, at intervals varying by ``jitter``."""
-    count = int(n / EEG_RATE * hertz) + 4  # some more than fit on average, as intervals may turn out short
-    intervals = np.clip(rng.normal(1, jitter, count), 0.5, 1.5) / hertz
-    at = ((np.cumsum(intervals) - rng.random() * intervals[0]) * EEG_RATE).astype(int)
-    at = at[at < n]
-    impulses = np.zeros(n, np.float32)
-    impulses[at] = rng.uniform(0.7, 1.3, len(at))
-    train: Array = signal.oaconvolve(impulses, shape, mode="full")[:n]
-    return train
-
-
-def _discharge() -> Array:
-    """Return one discharge in µV: sharp (about 150 ms at its base), then a slow wave of the other sign."""
-    seconds = np.arange(-0.15, 0.6, 1 / EEG_RATE)
-    x = (seconds / 0.033) ** 2
-    sharp = (1 - x) * np.exp(-x / 2)
-    slow = np.exp(-0.5 * ((seconds - 0.25) / 0.08) ** 2)
-    return (120 * (sharp - 0.5 * slow)).astype(np.float32)
-
-
-_DISCHARGE = _discharge()
-
-
-def _falling(n: int, slope: float) -> Array:
-    """Return amplitudes of a spectrum ``f ** -(slope / 2)``, level below 0.5 Hz, for the ``rfft`` of ``n`` samples."""
-    frequencies: Array = fft.rfftfreq(n, 1 / EEG_RATE)
-    return (frequencies**2 + 0.25) ** (-slope / 4)
-
-
-def _noise(amplitudes: Array, rows: int, rng: np.random.Generator) -> Array:
-    """Return noise ``(rows, n)`` of unit variance whose spectrum has these ``amplitudes`` ``(n // 2 + 1,)``."""
-    n = 2 * (len(amplitudes) - 1)
-    amplitudes = amplitudes * n / 2 / np.sqrt(np.sum(amplitudes**2))
-    white = rng.standard_normal((rows, len(amplitudes), 2), dtype=np.float32).view(np.complex64)[..., 0]
-    noise: Array = fft.irfft(white * amplitudes.astype(np.float32), n)
-    return noise

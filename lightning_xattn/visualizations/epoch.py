@@ -1,39 +1,37 @@
-"""The figures of an epoch: values in, :class:`matplotlib.figure.Figure` out.
-
-Only matplotlib's object API is used: no figure is registered with pyplot and nobody's settings change. A figure
-is 900 pixels wide (more only for more than 16 heads) with text of 9 points or more, for TensorBoard. Colours run
-along viridis, whose lightness rises steadily, so they survive a grey print and colour blindness; outcomes differ
-in shape and line as well as in colour. An undefined value is hatched grey, never a colour of the scale.
-"""
+"""The figures of an epoch: mean maps per class, entropy of each head, alignment by outcome."""
 
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_xattn.attention import Direction, TokenAxis
-from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.errors import SettingError
 from lightning_xattn.functional.outcomes import MINIMUM_GROUP
+from lightning_xattn.visualizations.drawing import (
+    WIDTH,
+    as_array,
+    count_classes,
+    draw_colour_bar,
+    draw_mesh,
+    name_rows,
+    new_figure,
+    place_tokens,
+    print_value,
+    set_title,
+    wrap,
+    write_note,
+)
 
 _GROUPS = {"target": " per true class", "prediction": " per predicted class", None: ""}
-_WIDTH, _DPI = 9.0, 100  # inches, and dots in each
-_LINE, _LETTER = 0.17, 0.085  # inches that a line, and a letter, of 10 points take
-_COLOURS = colormaps["viridis"]
-_UNDEFINED = {"facecolor": "0.93", "edgecolor": "0.7", "hatch": "///", "linewidth": 0}
 # The scale of lifts reaches at least this far from 1: a nearly uniform map should look flat, not noisy.
 _LIFT_MARGIN = 0.1
 _HISTOGRAM_BARS = 40
@@ -109,29 +107,29 @@ def plot_class_attention(
     SettingError
         If there is no class, ``direction`` or ``group_by`` is not one, or an axis' spans do not ascend.
     """
-    classes, sides = _classes(class_names), Direction.parse(direction)
-    weights = _array("maps", maps, classes=classes, queries=None, keys=None)
-    samples = _array("counts", counts, classes=classes)
+    classes, sides = count_classes(class_names), Direction.parse(direction)
+    weights = as_array("maps", maps, classes=classes, queries=None, keys=None)
+    samples = as_array("counts", counts, classes=classes)
     _, queries, keys = weights.shape
     lift = np.where(samples[:, None, None] > 0, weights * keys, np.nan)
-    across = _tokens("key", sides.key, keys, key_axis)
-    down = _tokens("query", sides.query, queries, query_axis)
+    across = place_tokens("key", sides.key, keys, key_axis)
+    down = place_tokens("query", sides.query, queries, query_axis)
     if queries > keys:
         lift, across, down = lift.swapaxes(1, 2), down, across
 
     columns = 1 if classes == 1 else 2 if classes <= 4 else 3
     rows = math.ceil(classes / columns)
     panel_width, panel_height = 7.4 / columns, down.height
-    fig = _figure(_WIDTH, 1.6 + rows * (panel_height + 0.4))
+    fig = new_figure(WIDTH, 1.6 + rows * (panel_height + 0.4))
     axes = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     lowest, highest = np.nanmin(lift, initial=1 - _LIFT_MARGIN), np.nanmax(lift, initial=1 + _LIFT_MARGIN)
     scale = Normalize(lowest, highest)
     for index, name in enumerate(class_names):
         ax = axes[index]
-        _mesh(ax, across.edges, down.edges, lift[index], scale)
-        ax.set_title(_wrap(f"{name} (n={int(samples[index])})", panel_width), fontsize=10)
+        draw_mesh(ax, across.edges, down.edges, lift[index], scale)
+        ax.set_title(wrap(f"{name} (n={int(samples[index])})", panel_width), fontsize=10)
         if np.isnan(lift[index]).all():
-            _note(ax, "undefined" if samples[index] else "no samples")
+            write_note(ax, "undefined" if samples[index] else "no samples")
         across.label(ax, "x", panel_width)
         down.label(ax, "y", panel_height)
         # Only the outer panels show their axes, and above a gap in the last row is an outer one.
@@ -142,13 +140,13 @@ def plot_class_attention(
     for ax in axes[classes:]:
         ax.set_axis_off()
 
-    fig.supxlabel(_wrap(across.title, _WIDTH), fontsize=10)
-    fig.supylabel(_wrap(down.title, fig.get_figheight()), fontsize=10)
-    bar = _colour_bar(fig, axes, scale, f"lift over uniform: mean weight / (1/{keys})\n(line: 1, uniform)")
+    fig.supxlabel(wrap(across.title, WIDTH), fontsize=10)
+    fig.supylabel(wrap(down.title, fig.get_figheight()), fontsize=10)
+    bar = draw_colour_bar(fig, axes, scale, f"lift over uniform: mean weight / (1/{keys})\n(line: 1, uniform)")
     bar.axhline(1.0, color="black", linewidth=3)
     bar.axhline(1.0, color="white", linewidth=1)
     remark = "One key: every weight is 1 by construction, so these maps say nothing." if keys == 1 else ""
-    _title(fig, f"Mean attention {sides.query} → {sides.key}{_per(group_by)}", context, remark)
+    set_title(fig, f"Mean attention {sides.query} → {sides.key}{_per(group_by)}", context, remark)
     return fig
 
 
@@ -185,30 +183,30 @@ def plot_head_entropy(
     """
     if not entropy:
         raise SettingError("The entropy of at least one direction is needed; got none.")
-    classes = _classes(class_names)
-    samples = _array("counts", counts, classes=classes)
+    classes = count_classes(class_names)
+    samples = as_array("counts", counts, classes=classes)
     panels = {
-        Direction.parse(name): _array(f"entropy['{name}']", values, classes=classes, heads=None)
+        Direction.parse(name): as_array(f"entropy['{name}']", values, classes=classes, heads=None)
         for name, values in entropy.items()
     }
     heads = max(values.shape[1] for values in panels.values())
     rows, columns = (1, len(panels)) if len(panels) * heads <= 16 else (len(panels), 1)
-    fig = _figure(max(_WIDTH, 2.6 + 0.4 * heads), 1.2 + rows * (0.8 + 0.38 * classes))
+    fig = new_figure(max(WIDTH, 2.6 + 0.4 * heads), 1.2 + rows * (0.8 + 0.38 * classes))
     axes = fig.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     scale = Normalize(0.0, 1.0)
     for ax, (direction, values) in zip(axes, panels.items(), strict=True):
-        _mesh(ax, np.arange(values.shape[1] + 1) - 0.5, np.arange(classes + 1) - 0.5, values, scale)
+        draw_mesh(ax, np.arange(values.shape[1] + 1) - 0.5, np.arange(classes + 1) - 0.5, values, scale)
         for (row, column), value in np.ndenumerate(values):
-            _print_value(ax, column, row, value, scale)
+            print_value(ax, column, row, value, scale)
         ax.set_title(f"{direction.query} → {direction.key}", fontsize=10)
         ax.set_xticks(range(values.shape[1]))
         ax.set_xlabel("head")
-    _name_rows(axes[0], class_names, [f"n={int(n)}" for n in samples])
+    name_rows(axes[0], class_names, [f"n={int(n)}" for n in samples])
 
-    _colour_bar(fig, axes, scale, "normalised entropy\n(0: one key, 1: diffuse)")
+    draw_colour_bar(fig, axes, scale, "normalised entropy\n(0: one key, 1: diffuse)")
     undefined = any(np.isnan(values).any() for values in panels.values())
     remark = "Hatched: undefined (no samples in the class, or a single key to attend to)." if undefined else ""
-    _title(fig, f"Attention entropy of each head{_per(group_by)}", context, remark)
+    set_title(fig, f"Attention entropy of each head{_per(group_by)}", context, remark)
     return fig
 
 
@@ -251,14 +249,14 @@ def plot_outcome_alignment(
     SettingError
         If there is no class or ``group_by`` is not one.
     """
-    classes, bounds = _classes(class_names), _array("edges", edges, edges=None)
+    classes, bounds = count_classes(class_names), as_array("edges", edges, edges=None)
     outcomes = {"correct": correct, "incorrect": incorrect}
     histograms = np.stack(
-        [_array(f"{name} histogram", outcome.histogram, bins=len(bounds) - 1) for name, outcome in outcomes.items()]
+        [as_array(f"{name} histogram", outcome.histogram, bins=len(bounds) - 1) for name, outcome in outcomes.items()]
     )
     bars, bar_edges = _readable_bars(histograms, bounds)
 
-    fig = _figure(_WIDTH, 4.2 + 0.4 * classes)
+    fig = new_figure(WIDTH, 4.2 + 0.4 * classes)
     above, below = fig.subplots(2, 1, sharex=True, height_ratios=[2.6, 0.4 + 0.4 * classes])
     handles, class_counts = [], []
     for (name, outcome), counts in zip(outcomes.items(), bars, strict=True):
@@ -271,9 +269,9 @@ def plot_outcome_alignment(
             alpha = 0.35 if look.filled else 1.0
             above.stairs(density, bar_edges, color=look.colour, fill=look.filled, alpha=alpha, linewidth=1.5)
             above.axvline(outcome.mean, color=look.colour, linestyle=look.line, linewidth=2)
-        means = _array(f"{name} class_means", outcome.class_means, classes=classes)
-        stds = _array(f"{name} class_stds", outcome.class_stds, classes=classes)
-        samples = _array(f"{name} class_counts", outcome.class_counts, classes=classes)
+        means = as_array(f"{name} class_means", outcome.class_means, classes=classes)
+        stds = as_array(f"{name} class_stds", outcome.class_stds, classes=classes)
+        samples = as_array(f"{name} class_counts", outcome.class_counts, classes=classes)
         errors = np.where(samples > 1, stds, np.nan) / np.sqrt(np.maximum(samples, 1))
         rows = np.arange(classes) + look.offset
         below.errorbar(means, rows, xerr=errors, fmt=look.marker, color=look.colour, markerfacecolor=face, capsize=3)
@@ -282,7 +280,7 @@ def plot_outcome_alignment(
         handles.append(key)
         class_counts.append(samples)
     if not histograms.any():
-        _note(above, "no sample with a defined alignment")
+        write_note(above, "no sample with a defined alignment")
     margin = 0.02 * (bar_edges[-1] - bar_edges[0])
     above.set_xlim(bar_edges[0] - margin, bar_edges[-1] + margin)
     above.set_ylabel("density")
@@ -290,17 +288,10 @@ def plot_outcome_alignment(
     below.set_xlabel("alignment of the two directions (Pearson r)")
     below.set_title(f"Mean and standard error{_per(group_by)} (correct/incorrect samples)", fontsize=10)
     below.grid(axis="x", color="0.85")
-    _name_rows(below, class_names, [f"{int(right)}/{int(wrong)}" for right, wrong in zip(*class_counts, strict=True)])
+    name_rows(below, class_names, [f"{int(right)}/{int(wrong)}" for right, wrong in zip(*class_counts, strict=True)])
     fig.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
-    _title(fig, "Alignment of correct against incorrect predictions", context)
+    set_title(fig, "Alignment of correct against incorrect predictions", context)
     return fig
-
-
-def render(figure: Figure) -> NDArray[np.uint8]:
-    """Draw a figure and return its picture, ``(height, width, 3)``, red, green and blue in [0, 255]."""
-    canvas: Any = FigureCanvasAgg(figure)  # matplotlib leaves its methods untyped
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 @dataclass(frozen=True)
@@ -320,75 +311,11 @@ _LOOKS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class _Tokens:
-    """One axis of a map: its title, the ``(tokens + 1,)`` edges of its cells, the tokens' names if any."""
-
-    title: str
-    edges: NDArray[Any]
-    names: Sequence[str] | None = None
-    whole: bool = False  # whether the edges count tokens, so that only whole numbers make sense
-
-    @property
-    def height(self) -> float:
-        """Inches for a panel with this axis upright."""
-        return 1.2 if self.names is None else min(max(1.2, _LINE * len(self.names)), 4.0)
-
-    def label(self, ax: Axes, which: Literal["x", "y"], inches: float) -> None:
-        """Put the tokens' names or numbers on an axis of this length."""
-        axis = ax.xaxis if which == "x" else ax.yaxis
-        if self.names is None:
-            axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=self.whole, min_n_ticks=1))
-            return
-        # Where the names do not fit side by side they are turned, and where not even so, some are left out.
-        every = math.ceil(_LINE * len(self.names) / inches)
-        longest = max(map(len, self.names)) + 1
-        turned = which == "x" and _LETTER * longest * len(self.names) > inches
-        ticks = range(0, len(self.names), every)
-        axis.set_ticks(ticks, self.names[::every], fontsize=9, rotation=90 if turned else 0)
-
-
-def _tokens(role: str, modality: str, count: int, axis: TokenAxis | None) -> _Tokens:
-    """Place the tokens of a map's axis; ``role`` is ``"query"`` or ``"key"``."""
-    numbered = np.arange(count + 1) - 0.5
-    if axis is None:
-        return _Tokens(f"{role}: {modality} token", numbered, whole=True)
-    if len(axis) != count:
-        raise ShapeError(f"The {role} axis '{axis.title}' has {len(axis)} tokens, the maps have {count}.")
-    title = f"{role}: {axis.title}"
-    if axis.spans is None:
-        return _Tokens(title, numbered, axis.names)
-    spans = np.asarray(axis.spans, dtype=np.float64)
-    if count == 1:
-        return _Tokens(title, spans[0])
-    centres = spans.mean(axis=1)
-    half = np.diff(centres) / 2
-    if not (half > 0).all():
-        raise SettingError(f"The spans of the {role} axis '{axis.title}' must ascend; their centres: {centres}.")
-    return _Tokens(title, np.r_[centres[0] - half[0], centres[:-1] + half, centres[-1] + half[-1]])
-
-
-def _classes(class_names: Sequence[str]) -> int:
-    if not class_names:
-        raise SettingError("The name of at least one class is needed; got none.")
-    return len(class_names)
-
-
 def _per(group_by: str | None) -> str:
     """End a title with what the classes are."""
     if group_by not in _GROUPS:
         raise SettingError(f"'group_by' must be one of 'target', 'prediction', None; got '{group_by}'.")
     return _GROUPS[group_by]
-
-
-def _array(name: str, values: ArrayLike, **axes: int | None) -> NDArray[Any]:
-    """Return the values as an array with axes of these lengths (None: any)."""
-    array = np.asarray(values, dtype=np.float64)
-    fits = array.ndim == len(axes)
-    if not fits or any(want not in (None, got) for want, got in zip(axes.values(), array.shape, strict=True)):
-        expected = ", ".join(axis if want is None else f"{axis}={want}" for axis, want in axes.items())
-        raise ShapeError(f"'{name}' must have shape ({expected}); got {array.shape}.")
-    return array
 
 
 def _claim(auroc: float, low: float, high: float) -> str:
@@ -410,56 +337,3 @@ def _readable_bars(histograms: NDArray[Any], edges: NDArray[Any]) -> tuple[NDArr
         last = min(np.searchsorted(edges, edges[last] + spare), len(edges) - 1)
     starts = np.arange(first, last, math.ceil((last - first) / _HISTOGRAM_BARS))
     return np.add.reduceat(histograms[:, :last], starts, axis=1), edges[np.r_[starts, last]]
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-
-
-def _mesh(ax: Axes, x: NDArray[Any], y: NDArray[Any], values: NDArray[Any], scale: Normalize) -> None:
-    """Draw the cells; where a value is NaN the hatched background shows."""
-    ax.patch.set(**_UNDEFINED)
-    # Thousands of cells as vectors make a large file, with seams between them in many viewers.
-    ax.pcolormesh(x, y, values, cmap=_COLOURS, norm=scale, rasterized=True)
-
-
-def _print_value(ax: Axes, x: float, y: float, value: float, scale: Normalize) -> None:
-    """Print a value in its cell, white on dark colours and black on light ones; a dash if undefined."""
-    # Relative luminance; from 0.18 on black has the higher contrast (WCAG 2), and either is then above 4.5.
-    luminance = np.dot(np.power(_COLOURS(scale(value))[:3], 2.2), (0.2126, 0.7152, 0.0722))
-    colour = "black" if luminance > 0.18 else "white"
-    text = ax.text(x, y, f"{value:.2f}", color=colour, fontsize=9, ha="center", va="center")
-    if np.isnan(value):
-        text.set(text="\u2013", color="black", bbox={"facecolor": _UNDEFINED["facecolor"], "linewidth": 0, "pad": 2})
-    text.set_in_layout(False)  # it needs no room outside its cell, and asking each one is slow
-
-
-def _note(ax: Axes, text: str) -> None:
-    """Write over the hatching of an empty panel."""
-    box = {"facecolor": "white", "edgecolor": "0.7"}
-    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", bbox=box)
-
-
-def _name_rows(ax: Axes, names: Sequence[str], counts: Sequence[str]) -> None:
-    """Name the rows of a panel, the first at the top; a row has room for two lines."""
-    short = ["\n".join(textwrap.wrap(name, 24, max_lines=2, placeholder=" …")) for name in names]
-    labels = [f"{name} ({count})" for name, count in zip(short, counts, strict=True)]
-    ax.set_yticks(range(len(names)), labels, fontsize=9)
-    ax.set_ylim(len(names) - 0.5, -0.5)
-
-
-def _colour_bar(fig: Figure, axes: NDArray[Any], scale: Normalize, label: str) -> Axes:
-    height = fig.get_figheight()
-    bar = fig.colorbar(ScalarMappable(scale, _COLOURS), ax=axes.tolist(), aspect=6 * height, pad=0.02)
-    bar.set_label(label)
-    return bar.ax
-
-
-def _title(fig: Figure, title: str, context: str, remark: str = "") -> None:
-    text = _wrap(f"{title} ({context})" if context else title, 0.8 * fig.get_figwidth())
-    fig.suptitle(f"{text}\n{remark}".strip(), fontsize=12)
-
-
-def _wrap(text: str, inches: float) -> str:
-    """Break a text of 10 points into lines of this length."""
-    return textwrap.fill(text, max(int(inches / _LETTER), 12))

@@ -1,16 +1,11 @@
-"""The epoch's figures: what is drawn is what was given, where it was said to be, and it can be read."""
+"""The figures of an epoch: what is drawn is what was given, where it was said to be, or is refused."""
 
 from __future__ import annotations
-
-from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
@@ -19,40 +14,18 @@ from numpy.typing import NDArray
 
 from lightning_xattn.attention import TokenAxis
 from lightning_xattn.errors import SettingError, ShapeError
-from lightning_xattn.functional import separation
-from lightning_xattn.visualizations import (
-    OutcomeSummary,
-    plot_class_attention,
-    plot_head_entropy,
-    plot_outcome_alignment,
-    render,
+from lightning_xattn.visualizations import plot_class_attention, plot_head_entropy, plot_outcome_alignment, render
+from tests.visualizations.conftest import (
+    EDGES,
+    EEG,
+    LONG_REGIONS,
+    REGIONS,
+    SPEC,
+    make_alignment,
+    make_maps,
+    make_outcome,
+    summary,
 )
-
-HMS = ["Seizure", "LPD", "GPD", "LRDA", "GRDA", "Other"]
-LONG = [
-    "Lateralised periodic discharges over the left hemisphere",
-    "Generalised rhythmic delta activity with superimposed fast activity",
-    "Other_without_a_single_space_in_its_very_long_name",
-]
-EEG = TokenAxis("EEG window (s from the labelled moment)", spans=[(5 * i - 25, 5 * i - 15) for i in range(9)])
-SPEC = TokenAxis("spectrogram window (s from the labelled moment)", spans=[(5 * i, 5 * i + 10) for i in range(119)])
-REGIONS = TokenAxis("region", names=["LL", "RL", "LP", "RP"])
-LONG_REGIONS = TokenAxis(
-    "EEG region", names=["left lateral", "right lateral", "left parasagittal", "right parasagittal"]
-)
-CONTEXT = "validation, epoch 117, layer model.backbone.fusion.cross_attention_block_3"
-
-
-@pytest.fixture(autouse=True)
-def _nothing_reaches_pyplot():
-    yield
-    assert pyplot.get_fignums() == []
-
-
-def make_maps(*shape: int) -> NDArray[np.float64]:
-    logits = np.random.default_rng(0).normal(size=shape)
-    weights = np.exp(2 * logits)
-    return weights / weights.sum(-1, keepdims=True)
 
 
 def panels(figure: Figure) -> list[Axes]:
@@ -218,31 +191,6 @@ def test_printed_values_contrast_with_their_cells() -> None:
 
 # Correct against incorrect
 
-EDGES = np.linspace(-1, 1, 2**14 + 1)
-
-
-def summary(scores: list[NDArray[np.float64]]) -> OutcomeSummary:
-    """What the accumulators would say of these scores, given by class."""
-    together = np.concatenate(scores)
-    return OutcomeSummary(
-        histogram=np.histogram(together, EDGES)[0],
-        mean=together.mean() if together.size else np.nan,
-        class_means=[s.mean() if s.size else np.nan for s in scores],
-        class_stds=[s.std(ddof=1) if s.size > 1 else np.nan for s in scores],
-        class_counts=[s.size for s in scores],
-    )
-
-
-def make_outcome(mean: float, classes: int, seed: int) -> OutcomeSummary:
-    rng = np.random.default_rng(seed)
-    return summary([rng.normal(mean, 0.1, 20 + i) for i in range(classes)])
-
-
-def make_alignment(correct: OutcomeSummary, incorrect: OutcomeSummary, names: list[str], context: str = "") -> Figure:
-    told = separation(torch.as_tensor(correct.histogram), torch.as_tensor(incorrect.histogram))
-    auroc = (told.auroc, told.low, told.high)
-    return plot_outcome_alignment(correct, incorrect, EDGES, auroc, names, context=context)
-
 
 def test_densities_have_area_one_and_put_samples_where_they_are() -> None:
     correct, incorrect = make_outcome(0.4, 3, 0), make_outcome(0.2, 3, 1)
@@ -311,114 +259,6 @@ def test_equal_scores_are_not_zoomed_apart(score: float) -> None:
     low, high = above.get_xlim()
     assert 0.02 < high - low < 0.1
     assert low < score < high
-
-
-# Every figure
-
-
-def attention_figure(classes: list[str], query: TokenAxis, key: TokenAxis, missing: int | None = None) -> Figure:
-    maps, counts = make_maps(len(classes), len(query), len(key)), np.arange(len(classes)) + 120
-    if missing is not None:
-        maps[missing], counts[missing] = np.nan, 0
-    return plot_class_attention(
-        maps, counts, classes, direction="eeg_to_spec", query_axis=query, key_axis=key, context=CONTEXT
-    )
-
-
-def entropy_figure(classes: list[str], heads: int, missing: int | None = None) -> Figure:
-    values = np.random.default_rng(0).uniform(size=(len(classes), heads))
-    if missing is not None:
-        values[missing] = np.nan
-    directions = {"eeg_to_spec": values, "spec_to_eeg": values}
-    return plot_head_entropy(directions, np.full(len(classes), 120), classes, context=CONTEXT)
-
-
-def alignment_figure(classes: list[str]) -> Figure:
-    return make_alignment(
-        make_outcome(0.4, len(classes), 0), make_outcome(0.2, len(classes), 1), classes, context=CONTEXT
-    )
-
-
-ONE = TokenAxis("pooled", names=["all"])
-MANY = [f"class {i}" for i in range(20)]
-FIGURES = {
-    "six classes": lambda: attention_figure(HMS, EEG, SPEC, missing=3),
-    "six classes, the way back": lambda: attention_figure(HMS, SPEC, EEG),
-    "five classes": lambda: attention_figure(HMS[:5], EEG, SPEC),
-    "two classes": lambda: attention_figure(HMS[:2], EEG, SPEC),
-    "one class": lambda: attention_figure(HMS[:1], EEG, SPEC),
-    "twenty classes": lambda: attention_figure(MANY, EEG, SPEC),
-    "long class names": lambda: attention_figure(LONG, EEG, SPEC),
-    "regions": lambda: attention_figure(HMS, LONG_REGIONS, REGIONS),
-    "long names below": lambda: attention_figure(HMS, REGIONS, LONG_REGIONS),
-    "one key": lambda: attention_figure(HMS, ONE, ONE),
-    "one key, two classes": lambda: attention_figure(HMS[:2], EEG, ONE),
-    "entropy": lambda: entropy_figure(HMS, 8, missing=3),
-    "entropy of twelve heads": lambda: entropy_figure(HMS, 12),
-    "entropy of 32 heads": lambda: entropy_figure(HMS, 32),
-    "entropy of two classes": lambda: entropy_figure(HMS[:2], 1),
-    "entropy, twenty classes": lambda: entropy_figure(MANY, 8),
-    "entropy, long class names": lambda: entropy_figure(LONG, 8),
-    "alignment": lambda: alignment_figure(HMS),
-    "alignment, twenty classes": lambda: alignment_figure(MANY),
-    "alignment, long class names": lambda: alignment_figure(LONG),
-}
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_text_is_legible_inside_the_canvas_and_by_itself(name: str) -> None:
-    figure = FIGURES[name]()
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    shown = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
-    for ax in figure.axes:
-        if not ax.axison:
-            continue
-        shown += [ax.title, *ax.texts]
-        for axis in (ax.xaxis, ax.yaxis):
-            # Axes that are switched off keep labels that nobody sees, and so do ticks outside the limits.
-            if axis.get_visible():
-                low, high = sorted(axis.get_view_interval())
-                ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-                shown += [axis.label, *(tick.label1 for tick in ticks)]
-    shown = [text for text in shown if text.get_visible() and text.get_text().strip()]
-    assert all(text.get_fontsize() >= 9 for text in shown)
-
-    boxes = {text: text.get_window_extent(renderer) for text in shown}
-    width, height = canvas.get_width_height()
-    for text, box in boxes.items():
-        inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
-        assert inside, f"'{text.get_text()}' is cut: {box}"
-    for (one, box), (other, other_box) in combinations(boxes.items(), 2):
-        # A box is a little larger than its letters.
-        assert not box.padded(-1).overlaps(other_box.padded(-1)), f"'{one.get_text()}' over '{other.get_text()}'"
-
-
-@pytest.mark.parametrize("name", ["six classes", "entropy", "alignment"])
-@pytest.mark.parametrize("kind", ["pdf", "svg"])
-def test_vector_output_works_and_stays_small(name: str, kind: str, tmp_path: Path) -> None:
-    path = tmp_path / f"figure.{kind}"
-    FIGURES[name]().savefig(path)
-    assert 5_000 < path.stat().st_size < 300_000
-
-
-def test_a_rendered_figure_is_a_picture() -> None:
-    figure = FIGURES["two classes"]()
-    picture = render(figure)
-    width, height = figure.get_size_inches() * figure.dpi
-    assert picture.shape == (round(height), round(width), 3)
-    assert picture.dtype == np.uint8
-    assert (picture[0, 0] == 255).all()
-    # The darkest colour of viridis is somewhere: the maps were drawn.
-    assert (picture == (68, 1, 84)).all(-1).any()
-
-
-@pytest.mark.parametrize("name", ["six classes", "entropy", "alignment"])
-def test_figures_are_as_wide_as_tensorboard_shows(name: str) -> None:
-    figure = FIGURES[name]()
-    assert figure.get_figwidth() * figure.dpi == 900
-    assert CONTEXT.rpartition(" ")[2] in figure.get_suptitle()
 
 
 # What does not fit

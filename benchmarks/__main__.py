@@ -1,0 +1,124 @@
+"""What watching costs, as ratios measured side by side in one run: ``python -m benchmarks``."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.validate import BATCH, one_batch, validate
+from lightning_xattn import Attention, Direction
+from lightning_xattn.aggregation import LayerAccumulator
+from lightning_xattn.functional import prepare_rows, sample_statistics
+from lightning_xattn.hms import HMSDataModule, HMSLightningModule
+
+HEADS, EEG, SPEC = 8, 9, 119
+
+
+def median_seconds(*functions: Callable[[], object], repeats: int) -> list[float]:
+    """Median time of each function; they take turns, so that a slow moment of the machine hits all alike."""
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats + 1):
+        for function, taken in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken[1:]) for taken in times]  # the first turn warms up
+
+
+def statistics_of_a_batch() -> None:
+    """All per-sample numbers of both directions, against one softmax over the same tensors."""
+    generator = torch.Generator().manual_seed(0)
+    there = torch.randn(BATCH, HEADS, EEG, SPEC, generator=generator)
+    back = torch.randn(BATCH, HEADS, SPEC, EEG, generator=generator)
+    direction = Direction("eeg", "spec")
+    pair = Attention(direction, there.softmax(-1)), Attention(direction.opposite, back.softmax(-1))
+    classes, outcomes = torch.arange(BATCH) % 6, torch.arange(BATCH) % 2
+    tied = torch.zeros(BATCH, dtype=torch.bool)
+    accumulator = LayerAccumulator([prepare_rows(attention) for attention in pair], 6)
+
+    def softmax() -> None:
+        there.softmax(-1)
+        back.softmax(-1)
+
+    def numbers() -> None:
+        sample_statistics(*(prepare_rows(attention) for attention in pair))
+
+    def numbers_and_sums() -> None:
+        accumulator.update([prepare_rows(attention) for attention in pair], classes, outcomes, tied)
+
+    one, all_numbers, with_sums = median_seconds(softmax, numbers, numbers_and_sums, repeats=200)
+    print(f"statistics of one batch ({BATCH} x {HEADS} x {EEG} x {SPEC}, both directions); one softmax = 1")
+    print(f"  all per-sample numbers            {all_numbers / one:6.2f}     (aim: at most 6)")
+    print(f"  the same, added to the sums       {with_sums / one:6.2f}")
+    print(f"  one softmax                       {1000 * one:6.2f} ms  on {torch.get_num_threads()} threads")
+
+
+def data_loader(folder: Path) -> None:
+    """Batches of graphs from features that are cached already."""
+    datamodule = HMSDataModule(folder, test_data=folder, batch_size=BATCH, cache_dir=folder / "features")
+    loader = datamodule.val_dataloader()
+
+    def epoch() -> None:
+        for _ in loader:
+            pass
+
+    (seconds,) = median_seconds(epoch, repeats=50)
+    print(f"data loader, warm cache, batches of {BATCH} x ({EEG} + {SPEC}) graphs")
+    print(f"  one batch                         {1000 * seconds / len(loader):6.2f} ms  (aim: at most 10)")
+    print(f"  batches per second                {len(loader) / seconds:6.0f}")
+
+
+def validation_epoch(folder: Path) -> None:
+    """A validation epoch with the callback, figures off, over one without."""
+    module, batches = HMSLightningModule(), [one_batch(folder)] * 20
+    validate(module, batches, watched=True)  # warms up
+    ratios, seconds = [], []
+    for turn in range(16):
+        taken = {}
+        for watched in (turn % 2 == 0, turn % 2 == 1):  # neither always goes first
+            start = time.perf_counter()
+            validate(module, batches, watched=watched)
+            taken[watched] = time.perf_counter() - start
+        ratios.append(taken[True] / taken[False])
+        seconds.append(taken[False])
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    print(f"validation epoch of {len(batches)} batches of {BATCH}, reference model, figures off; without callback = 1")
+    print(
+        f"  with the callback                 {middle:6.3f}     (aim: at most 1.05), quartiles {low:.3f} and {high:.3f}"
+    )
+    print(f"  without                           {statistics.median(seconds):6.2f} s")
+
+
+def peak_memory() -> None:
+    """Peak memory over 10 and over 100 validation batches; a process each, as the peak of one never falls."""
+    print("peak memory of validating with the callback (aim: the same for both)")
+    for batches in (10, 100):
+        command = [sys.executable, "-m", "benchmarks.validate", str(batches)]
+        peak = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        print(f"  {batches:3d} batches                       {int(peak.stdout.split()[-1]):6d} MiB")
+
+
+def main() -> None:
+    """Run all of them; about two minutes."""
+    warnings.filterwarnings("ignore")  # Lightning's advice on workers is not what is measured here
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "hms"
+        one_batch(folder)  # simulates, and fills the cache
+        statistics_of_a_batch()
+        data_loader(folder)
+        validation_epoch(folder)
+    peak_memory()
+
+
+if __name__ == "__main__":
+    main()

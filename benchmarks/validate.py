@@ -1,0 +1,47 @@
+"""Validate the reference model; as a script, print the peak memory: ``python -m benchmarks.validate BATCHES``."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Trainer
+from torch.utils.data import DataLoader
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.hms import HMSDataModule, HMSLightningModule, simulate
+
+BATCH = 32
+
+
+def one_batch(folder: Path) -> Any:
+    """A batch of 32 simulated recordings."""
+    if not folder.exists():
+        simulate(folder, BATCH, eeg_seconds=10)
+    datamodule = HMSDataModule(folder, test_data=folder, batch_size=BATCH, cache_dir=folder / "features")
+    return next(iter(datamodule.val_dataloader()))
+
+
+def validate(module: HMSLightningModule, batches: list[Any], *, watched: bool) -> None:
+    """One validation epoch, with the callback (figures off) or without."""
+    callbacks = [AttentionExplainabilityCallback(figures_every_n_epochs=0)] if watched else []
+    trainer = Trainer(
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        callbacks=callbacks,
+    )
+    # Batches that exist already: what is measured is the model and the callback, not the loading.
+    trainer.validate(module, DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch), verbose=False)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        batch = one_batch(Path(temporary) / "hms")
+    validate(HMSLightningModule(), [batch] * int(sys.argv[1]), watched=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

@@ -1,0 +1,128 @@
+"""Every figure can be read: nothing too small, cut off or overlapping, on the screen and on paper."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from lightning_xattn.attention import TokenAxis
+from lightning_xattn.visualizations import plot_class_attention, plot_head_entropy, render
+from tests.visualizations.conftest import EEG, LONG_REGIONS, REGIONS, SPEC, make_alignment, make_maps, make_outcome
+
+HMS = ["Seizure", "LPD", "GPD", "LRDA", "GRDA", "Other"]
+LONG = [
+    "Lateralised periodic discharges over the left hemisphere",
+    "Generalised rhythmic delta activity with superimposed fast activity",
+    "Other_without_a_single_space_in_its_very_long_name",
+]
+CONTEXT = "validation, epoch 117, layer model.backbone.fusion.cross_attention_block_3"
+
+
+def attention_figure(classes: list[str], query: TokenAxis, key: TokenAxis, missing: int | None = None) -> Figure:
+    maps, counts = make_maps(len(classes), len(query), len(key)), np.arange(len(classes)) + 120
+    if missing is not None:
+        maps[missing], counts[missing] = np.nan, 0
+    return plot_class_attention(
+        maps, counts, classes, direction="eeg_to_spec", query_axis=query, key_axis=key, context=CONTEXT
+    )
+
+
+def entropy_figure(classes: list[str], heads: int, missing: int | None = None) -> Figure:
+    values = np.random.default_rng(0).uniform(size=(len(classes), heads))
+    if missing is not None:
+        values[missing] = np.nan
+    directions = {"eeg_to_spec": values, "spec_to_eeg": values}
+    return plot_head_entropy(directions, np.full(len(classes), 120), classes, context=CONTEXT)
+
+
+def alignment_figure(classes: list[str]) -> Figure:
+    return make_alignment(
+        make_outcome(0.4, len(classes), 0), make_outcome(0.2, len(classes), 1), classes, context=CONTEXT
+    )
+
+
+ONE = TokenAxis("pooled", names=["all"])
+MANY = [f"class {i}" for i in range(20)]
+FIGURES = {
+    "six classes": lambda: attention_figure(HMS, EEG, SPEC, missing=3),
+    "six classes, the way back": lambda: attention_figure(HMS, SPEC, EEG),
+    "five classes": lambda: attention_figure(HMS[:5], EEG, SPEC),
+    "two classes": lambda: attention_figure(HMS[:2], EEG, SPEC),
+    "one class": lambda: attention_figure(HMS[:1], EEG, SPEC),
+    "twenty classes": lambda: attention_figure(MANY, EEG, SPEC),
+    "long class names": lambda: attention_figure(LONG, EEG, SPEC),
+    "regions": lambda: attention_figure(HMS, LONG_REGIONS, REGIONS),
+    "long names below": lambda: attention_figure(HMS, REGIONS, LONG_REGIONS),
+    "one key": lambda: attention_figure(HMS, ONE, ONE),
+    "one key, two classes": lambda: attention_figure(HMS[:2], EEG, ONE),
+    "entropy": lambda: entropy_figure(HMS, 8, missing=3),
+    "entropy of twelve heads": lambda: entropy_figure(HMS, 12),
+    "entropy of 32 heads": lambda: entropy_figure(HMS, 32),
+    "entropy of two classes": lambda: entropy_figure(HMS[:2], 1),
+    "entropy, twenty classes": lambda: entropy_figure(MANY, 8),
+    "entropy, long class names": lambda: entropy_figure(LONG, 8),
+    "alignment": lambda: alignment_figure(HMS),
+    "alignment, twenty classes": lambda: alignment_figure(MANY),
+    "alignment, long class names": lambda: alignment_figure(LONG),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_text_is_legible_inside_the_canvas_and_by_itself(name: str) -> None:
+    figure = FIGURES[name]()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    shown = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
+    for ax in figure.axes:
+        if not ax.axison:
+            continue
+        shown += [ax.title, *ax.texts]
+        for axis in (ax.xaxis, ax.yaxis):
+            # Axes that are switched off keep labels that nobody sees, and so do ticks outside the limits.
+            if axis.get_visible():
+                low, high = sorted(axis.get_view_interval())
+                ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+                shown += [axis.label, *(tick.label1 for tick in ticks)]
+    shown = [text for text in shown if text.get_visible() and text.get_text().strip()]
+    assert all(text.get_fontsize() >= 9 for text in shown)
+
+    boxes = {text: text.get_window_extent(renderer) for text in shown}
+    width, height = canvas.get_width_height()
+    for text, box in boxes.items():
+        inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+        assert inside, f"'{text.get_text()}' is cut: {box}"
+    for (one, box), (other, other_box) in combinations(boxes.items(), 2):
+        # A box is a little larger than its letters.
+        assert not box.padded(-1).overlaps(other_box.padded(-1)), f"'{one.get_text()}' over '{other.get_text()}'"
+
+
+@pytest.mark.parametrize("name", ["six classes", "entropy", "alignment"])
+@pytest.mark.parametrize("kind", ["pdf", "svg"])
+def test_vector_output_works_and_stays_small(name: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"figure.{kind}"
+    FIGURES[name]().savefig(path)
+    assert 5_000 < path.stat().st_size < 300_000
+
+
+def test_a_rendered_figure_is_a_picture() -> None:
+    figure = FIGURES["two classes"]()
+    picture = render(figure)
+    width, height = figure.get_size_inches() * figure.dpi
+    assert picture.shape == (round(height), round(width), 3)
+    assert picture.dtype == np.uint8
+    assert (picture[0, 0] == 255).all()
+    # The darkest colour of viridis is somewhere: the maps were drawn.
+    assert (picture == (68, 1, 84)).all(-1).any()
+
+
+@pytest.mark.parametrize("name", ["six classes", "entropy", "alignment"])
+def test_figures_are_as_wide_as_tensorboard_shows(name: str) -> None:
+    figure = FIGURES[name]()
+    assert figure.get_figwidth() * figure.dpi == 900
+    assert CONTEXT.rpartition(" ")[2] in figure.get_suptitle()
