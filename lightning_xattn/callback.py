@@ -260,13 +260,13 @@ class AttentionExplainabilityCallback(Callback):
             )
 
     def _warn_of_single_key(self, pair: AttentionPair) -> None:
-        for attention in pair.directions:
-            if attention.weights.shape[-1] == 1:
-                self._warn_once(
-                    f"Layer '{pair.layer}': {attention.direction} has a single key, where softmax gives exactly 1 "
-                    "whatever the model learned. Entropy, selectivity and alignment are undefined and left out. To see "
-                    "attention, fuse token sequences: pool after the fusion, not before it."
-                )
+        single = [str(attention.direction) for attention in pair.directions if attention.weights.shape[-1] == 1]
+        if single:
+            self._warn_once(
+                f"Layer '{pair.layer}': {' and '.join(single)} attend to a single key, where softmax gives exactly 1 "
+                "whatever the model learned. Entropy, selectivity and alignment are undefined and left out. To see "
+                "attention, fuse token sequences: pool after the fusion, not before it."
+            )
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

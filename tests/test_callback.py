@@ -240,7 +240,7 @@ class Pooled(ToyModule):
 def test_one_key_attention_is_said_to_say_nothing():
     with pytest.warns(XAttnWarning, match="single key.*pool after the fusion") as caught:
         logged = validate(Pooled(), AttentionExplainabilityCallback())
-    assert len([w for w in caught if w.category is XAttnWarning]) == 2  # one a direction, not one a batch
+    assert len([w for w in caught if w.category is XAttnWarning]) == 1
     assert logged["xattn_health/val/undefined_share"] == 1
     assert not any(math.isnan(value) for value in logged.values())
     assert not any(name.startswith(("xattn_alignment", "xattn_entropy", "xattn_outcome")) for name in logged)

@@ -100,7 +100,7 @@ def prepare_rows(attention: Attention) -> Rows:
 
 
 def entropy(rows: Rows) -> Tensor:
-    """``-sum a ln a / ln K_q``, ``(batch, heads)`` in [0, 1]: 0 = one key, 1 = diffuse; rows of one key are left out."""
+    """``-sum a ln a / ln K_q``, ``(batch, heads)`` in [0, 1]: 0 = one key, 1 = diffuse; leaves out rows of one key."""
     normalised = (rows.entropy / rows.keys.log()).clamp(0, 1)
     return _mean_of_rows(normalised, rows.valid & (rows.keys > 1))
 

@@ -61,14 +61,14 @@ def run_demo(
     Raises
     ------
     SettingError
-        If ``train_on`` is not one of ``TRAIN_ON``, or is "data" without any.
+        If ``train_on`` is not one of ``TRAIN_ON``, or is "data" without any, or a number is out of range.
     DataError
         If ``data`` does not hold what it should.
     """
-    if train_on not in TRAIN_ON or (train_on == "data" and data is None):
-        raise SettingError(
-            f"train_on must be one of {', '.join(TRAIN_ON)}, and 'data' needs a folder; got {train_on!r}."
-        )
+    if train_on not in TRAIN_ON:
+        raise SettingError(f"train_on must be one of {', '.join(TRAIN_ON)}; got {train_on!r}.")
+    if epochs < 1:
+        raise SettingError(f"epochs must be at least 1; got {epochs}.")
     # Lightning 2.6 calls what torch 2.13 deprecates, at every evaluation; the user can do nothing about it.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
     # Loading from memory-mapped features takes a few milliseconds a batch: workers would not help.

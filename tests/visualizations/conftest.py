@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -20,12 +18,6 @@ LONG_REGIONS = TokenAxis(
     "EEG region", names=["left lateral", "right lateral", "left parasagittal", "right parasagittal"]
 )
 EDGES = np.linspace(-1, 1, 2**14 + 1)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_reaches_pyplot():
-    yield
-    assert pyplot.get_fignums() == []
 
 
 def make_maps(*shape: int) -> NDArray[np.float64]:

@@ -1,0 +1,68 @@
+"""The demo as a new user runs it, smaller: on simulated recordings, and on real ones."""
+
+import re
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_xattn.cli import main
+from lightning_xattn.hms import CLASSES
+
+
+def read_events(folder):
+    return EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
+
+
+def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
+    assert main(["demo", "--samples", "150", "--epochs", "6", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    logs = tmp_path / "logs/train_on_simulated"
+    events = read_events(logs / "tensorboard")
+    for name in ("all", "correct", "incorrect", *CLASSES):
+        assert events.Scalars(f"xattn_alignment/val/{name}"), name
+    assert len(events.Scalars("xattn_alignment/val/all")) == 6
+    assert len(events.Images("xattn_map/val/eeg_to_spec")) == 6
+    assert len(list((logs / "csv").rglob("xattn_*/**/*.png"))) == 4 * 7  # 6 validation epochs and the test
+
+    accuracy = max(point.value for point in events.Scalars("val_acc"))
+    assert accuracy > 0.4  # chance is 0.17
+    assert re.search(r"Validation on .*: 30 recordings", printed)
+    assert re.search(r"modalities agree \(n = \d+\) or show different classes \(n = \d+\)", printed)
+    assert printed.rstrip().splitlines()[-1] == f"tensorboard --logdir {tmp_path / 'logs'}"
+
+
+def test_real_recordings_are_validated_and_tested_on(iiic_irr, tmp_path, capsys):
+    assert main(["demo", "--data", str(iiic_irr), "--samples", "36", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for stage in ("Validation", "Test"):
+        assert f"{stage} on {iiic_irr}: 20 recordings (12 with a tied top vote" in printed
+    assert re.search(r"Test on .*simulated_36_of_10s_seed_0: \d+ recordings", printed)
+    events = read_events(tmp_path / "logs/train_on_simulated/tensorboard")
+    for stage in ("val", "test"):
+        assert events.Scalars(f"xattn_alignment/{stage}/all")
+        for name in CLASSES[:5]:  # no recording is plain "Other"
+            assert events.Scalars(f"xattn_alignment/{stage}/{name}")
+        assert f"xattn_alignment/{stage}/Other" not in events.Tags()["scalars"]
+        assert events.Images(f"xattn_map/{stage}/spec_to_eeg")
+    assert "xattn_alignment/val/incorrect" in events.Tags()["scalars"]
+
+
+def test_training_on_data_alone(iiic_irr, tmp_path, capsys):
+    assert main(["demo", "--data", str(iiic_irr), "--train-on", "data", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert "simulated" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train-on", "data"], "train_on='data' needs a folder"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--samples", "0"], "n_samples must be at least 1"),
+        (["--epochs", "0"], "epochs must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_an_exit_status(arguments, message, tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path), *arguments]) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "Traceback" not in error

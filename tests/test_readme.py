@@ -1,0 +1,42 @@
+"""What the README shows runs as written."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from lightning_xattn import AttentionRecorder
+from tests.toy import ToyModule, toy_data
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+OWN_MODEL, REFERENCE_MODEL, OFFLINE = BLOCKS
+
+
+def run(code, folder):
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True, text=True)
+
+
+def test_own_model_is_the_example_and_runs(tmp_path):
+    assert (ROOT / "examples/own_model.py").read_text() == OWN_MODEL
+    run(OWN_MODEL, tmp_path)
+    assert list(tmp_path.glob("lightning_logs/version_0/events*"))
+
+
+def test_reference_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run(REFERENCE_MODEL, tmp_path)
+    assert list(tmp_path.glob("lightning_logs/version_0/events*"))
+
+
+def test_offline():
+    class Model(ToyModule):
+        def forward(self, batch):
+            return super().forward(*batch[:2])
+
+    names = {"AttentionRecorder": AttentionRecorder, "model": Model(), "batch": toy_data(2)[:]}
+    with torch.no_grad():
+        exec(OFFLINE, names)
+    assert names["pair"].forward.weights.shape == (2, 3, 5, 7)
