@@ -95,6 +95,19 @@ def head_diversity(A, queries=None, keys=None):
     return mean_defined(values)
 
 
+def sink_strength(A, queries=None, keys=None):
+    """The share of every query's attention that the same key takes, 0 where uniform attention is and 1 at most."""
+    valid = valid_rows(A, queries, keys)
+    _, keys = masks_of(A, queries, keys)
+    result = []
+    for h in range(A.shape[0]):
+        rows = [np.where(keys[h, q], A[h, q], 0) for q in range(A.shape[1]) if valid[h, q]]
+        k = max([keys[h, q].sum() for q in range(A.shape[1]) if valid[h, q]], default=0)
+        least = [min(row[key] for row in rows) for key in range(A.shape[2])] if rows else [0]
+        result.append(max(0, (max(least) - 1 / k) / (1 - 1 / k)) if k > 1 else NAN)
+    return np.array(result)
+
+
 def pearson(x, y, scale_x=None, scale_y=None):
     """Pearson r of two lists; NaN where either varies by no more than float32 rounding."""
     x, y = np.asarray(x, float), np.asarray(y, float)
@@ -129,6 +142,12 @@ def alignment(A, B, eeg=None, spec=None, there=None, back=None):
     x = [sum(A[h, q, k] for h in everywhere[0]) / A.shape[0] for q, k in both]
     y = [sum(B[h, k, q] for h in everywhere[1]) / B.shape[0] for q, k in both]
     return pearson(x, y)
+
+
+def alignment_null(samples):
+    """Mean alignment of one sample's A with another one's B; ``samples`` are (A, B) with every alignment defined."""
+    pairs = [alignment(a, b) for i, (a, _) in enumerate(samples) for j, (_, b) in enumerate(samples) if i != j]
+    return sum(pairs) / len(pairs) if pairs else NAN
 
 
 def head_alignment_matrix(A, B, eeg=None, spec=None, there=None, back=None):
@@ -192,14 +211,17 @@ def auroc(correct, incorrect):
     return wins / (len(correct) * len(incorrect))
 
 
-def delong_interval(correct, incorrect):
-    """95 % interval of the AUROC from the placement values of every sample."""
-    value = auroc(correct, incorrect)
-    of_correct = np.array([auroc([c], incorrect) for c in correct])
-    of_incorrect = np.array([auroc(correct, [i]) for i in incorrect])
-    variance = of_correct.var(ddof=1) / len(correct) + of_incorrect.var(ddof=1) / len(incorrect)
-    margin = 1.959963984540054 * math.sqrt(variance)
-    return max(0.0, value - margin), min(1.0, value + margin)
+def auroc_interval(value, n, m):
+    """True AUROCs that are within 1.96 Hanley-McNeil standard errors of the one seen, by trying them all."""
+    inside = []
+    for true in np.linspace(0, 1, 200_001):
+        q1, q2 = true / (2 - true), 2 * true**2 / (1 + true)
+        # With (n + m) / 2 in the place of both n and m, as Newcombe (2006) recommends.
+        pairs = (n + m) / 2 - 1
+        variance = (true * (1 - true) + pairs * (q1 - true**2) + pairs * (q2 - true**2)) / (n * m)
+        if (value - true) ** 2 <= 1.959963984540054**2 * variance:
+            inside.append(true)
+    return min(inside), max(inside)
 
 
 def class_adjusted_gap(scores, classes, correct):

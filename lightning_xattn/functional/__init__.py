@@ -1,14 +1,16 @@
-"""Every number's one definition, as pure functions of tensors (see docs/metrics)."""
+"""Every number's one definition, as pure functions of tensors (see their docstrings)."""
 
 from lightning_xattn.functional.alignment import (
     alignment,
     alignment_interaction,
+    alignment_null,
     best_head_matching,
     head_alignment,
     head_alignment_matrix,
     round_trip_lift,
+    standardised_maps,
 )
-from lightning_xattn.functional.heads import head_diversity, query_selectivity
+from lightning_xattn.functional.heads import head_diversity, query_selectivity, sink_strength
 from lightning_xattn.functional.outcomes import Separation, class_adjusted_gap, score_bins, separation
 from lightning_xattn.functional.rows import ROW_STATISTICS, Rows, prepare_rows, row_statistics
 from lightning_xattn.functional.samples import sample_statistics
@@ -19,6 +21,7 @@ __all__ = [
     "Separation",
     "alignment",
     "alignment_interaction",
+    "alignment_null",
     "best_head_matching",
     "class_adjusted_gap",
     "head_alignment",
@@ -31,4 +34,6 @@ __all__ = [
     "sample_statistics",
     "score_bins",
     "separation",
+    "sink_strength",
+    "standardised_maps",
 ]

@@ -25,9 +25,51 @@ def alignment(forward: Rows, backward: Rows) -> Tensor:
     Tensor
         ``(batch,)`` in [-1, 1]; NaN where either map has no variance, as with a single key.
     """
+    x, y, _ = standardised_maps(forward, backward)
+    return _inner(x, y)
+
+
+def standardised_maps(forward: Rows, backward: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """The two head-averaged maps with mean 0 and norm 1, so that their inner product is the ``alignment``.
+
+    Returns
+    -------
+    x, y
+        ``(batch, queries, keys)``, 0 in cells that do not count, NaN in a sample whose map has no variance.
+    whole
+        ``(batch,)`` bool: every cell counts, so the maps of different samples can be compared.
+    """
     x = forward.weights[..., : forward.tokens].mean(1)
     y = backward.weights[..., : backward.tokens].mean(1).transpose(-1, -2)
-    return _pearson(x, y, _cells(forward, backward, per_head=False))
+    cells = _cells(forward, backward, per_head=False)
+    (x, x_norm), (y, y_norm) = (_centre(maps, cells, double=False) for maps in (x, y))
+    whole = cells.count[:, 0, 0] == x.shape[1] * x.shape[2]
+    return x / x_norm[:, None, None], y / y_norm[:, None, None], whole
+
+
+def alignment_null(x_sum: Tensor, y_sum: Tensor, aligned: Tensor, samples: Tensor) -> Tensor:
+    """Mean alignment of a sample's forward map with another sample's backward map, over all pairs.
+
+    Pearson is an inner product of standardised maps, so the mean over pairs follows from sums over samples:
+    ``(<sum x, sum y> - sum <x, y>) / (n (n - 1))``. The alignment in excess of it belongs to the samples; the rest is a
+    habit of the model.
+
+    Parameters
+    ----------
+    x_sum, y_sum
+        ``(queries, keys)`` sums of ``standardised_maps``.
+    aligned
+        Sum of the samples' alignments.
+    samples
+        Number of samples, n.
+
+    Returns
+    -------
+    Tensor
+        A number in [-1, 1]; NaN for fewer than two samples.
+    """
+    pairs = samples * (samples - 1)
+    return torch.where(pairs > 0, ((x_sum * y_sum).sum() - aligned) / pairs, torch.nan)
 
 
 def head_alignment(forward: Rows, backward: Rows) -> Tensor:
@@ -177,9 +219,12 @@ def _pearson(x: Tensor, y: Tensor, cells: _Cells, *, double_centred: bool = Fals
     """Pearson correlation over the last two axes; NaN without variance."""
     x, x_norm = _centre(x, cells, double_centred)
     y, y_norm = _centre(y, cells, double_centred)
+    return _inner(x, y) / (x_norm * y_norm)
+
+
+def _inner(x: Tensor, y: Tensor) -> Tensor:
     # A product of matrices, as it needs no memory for the single terms.
-    products = x.flatten(-2)[..., None, :] @ y.flatten(-2)[..., :, None]
-    return products[..., 0, 0] / (x_norm * y_norm)
+    return (x.flatten(-2)[..., None, :] @ y.flatten(-2)[..., :, None])[..., 0, 0]
 
 
 def _centre(maps: Tensor, cells: _Cells, double: bool) -> tuple[Tensor, Tensor]:

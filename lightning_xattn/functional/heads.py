@@ -47,6 +47,23 @@ def head_diversity(rows: Rows) -> Tensor:
     return torch.where(defined, diversity, 0).sum(-1) / defined.sum(-1)
 
 
+def sink_strength(rows: Rows) -> Tensor:
+    """How much of every query's attention goes to one and the same key, from 0 (what uniform attention gives) to 1.
+
+    With ``s = max_k min_q a[q, k]`` over the valid queries it is ``(s - 1 / K) / (1 - 1 / K)``, floored at 0, so that
+    one threshold suits few keys and many.
+
+    Returns
+    -------
+    Tensor
+        ``(batch, heads)`` in [0, 1]. NaN with a single valid key or without a valid row.
+    """
+    least = torch.where(rows.valid[..., None], rows.weights, 1).amin(2).amax(-1)
+    keys = rows.keys.masked_fill(~rows.valid, 0).amax(-1)
+    strength = ((least - 1 / keys) / (1 - 1 / keys)).clamp(0, 1)
+    return torch.where(keys > 1, strength, torch.nan)
+
+
 def _entropy(weights: Tensor) -> Tensor:
     return -(weights * weights.clamp_min(WEIGHT_FLOOR).log()).sum(-1)
 

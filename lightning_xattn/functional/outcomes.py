@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class Separation:
         P(score of a correct sample > score of an incorrect one) + half the ties, in [0, 1]; 0.5: not at all.
         NaN with fewer than ``MINIMUM_GROUP`` samples in either group.
     low, high
-        95 % interval of the AUROC (DeLong et al. 1988), clipped to [0, 1]; NaN where ``auroc`` is.
+        95 % interval of the AUROC (Hanley & McNeil 1982, solved as Newcombe 2006), in [0, 1]; NaN where ``auroc`` is.
     correct, incorrect
         Samples with a defined score in each group.
     """
@@ -60,7 +61,7 @@ def score_bins(scores: Tensor, low: float, high: float) -> Tensor:
 
 
 def separation(correct: Tensor, incorrect: Tensor) -> Separation:
-    """AUROC of a score with its DeLong interval, from one histogram an outcome.
+    """AUROC of a score with its 95 % interval, from one histogram an outcome.
 
     Parameters
     ----------
@@ -73,15 +74,29 @@ def separation(correct: Tensor, incorrect: Tensor) -> Separation:
     if min(sizes) < MINIMUM_GROUP:
         return Separation(torch.nan, torch.nan, torch.nan, *sizes)
 
-    # Placement of a score: the share of the other group that it beats, ties counting half.
-    beats_incorrect = (incorrect.cumsum(0) - incorrect / 2) / n_incorrect
-    beaten_by_correct = 1 - (correct.cumsum(0) - correct / 2) / n_correct
-    auroc = (correct * beats_incorrect).sum() / n_correct
-    variance = (correct * (beats_incorrect - auroc) ** 2).sum() / (n_correct - 1) / n_correct
-    variance += (incorrect * (beaten_by_correct - auroc) ** 2).sum() / (n_incorrect - 1) / n_incorrect
-    margin = float(norm.ppf(0.975)) * float(variance.sqrt())
-    value = float(auroc)
-    return Separation(value, max(0.0, value - margin), min(1.0, value + margin), *sizes)
+    # The share of the incorrect samples that a score beats, ties counting half.
+    beats = (incorrect.cumsum(0) - incorrect / 2) / n_incorrect
+    auroc = float((correct * beats).sum() / n_correct)
+    return Separation(auroc, *_interval(auroc, *sizes), *sizes)
+
+
+def _interval(auroc: float, positives: int, negatives: int) -> tuple[float, float]:
+    """The AUROCs that 1.96 of their own standard errors (Hanley & McNeil 1982) do not separate from the one seen.
+
+    Solving for the true value (Newcombe 2006, method 5) instead of putting the seen one into the formula keeps the
+    interval from shrinking to nothing where the groups are small and do not overlap.
+    """
+    z = norm.ppf(0.975)
+    larger = (positives + negatives) / 2 - 1
+
+    def excess(true: float) -> float:
+        variance = true * (1 - true) * (1 + larger * ((1 - true) / (2 - true) + true / (1 + true)))
+        return float((auroc - true) ** 2 - z**2 * variance / (positives * negatives))
+
+    # 0 and 1 solve the equation trivially where they are what was seen: stay just inside of them.
+    low = brentq(excess, 0.0, min(auroc, 1 - 1e-9)) if auroc > 0 else 0.0
+    high = brentq(excess, max(auroc, 1e-9), 1.0) if auroc < 1 else 1.0
+    return low, high
 
 
 def class_adjusted_gap(counts: Tensor, sums: Tensor) -> float:

@@ -33,6 +33,9 @@ class Rows:
         Natural logarithm of ``weights`` floored at ``WEIGHT_FLOOR``, same shape.
     valid
         ``(batch, heads, queries)`` bool: the query is a real token, the row is finite, sums to 1 and has a key.
+    broken
+        ``(batch, heads, queries)`` bool: the query is a real token and has a key, yet the row is not finite or does
+        not sum to 1.
     keys
         Number of valid keys of each row, float, broadcastable to ``valid``.
     entropy
@@ -47,6 +50,7 @@ class Rows:
     weights: Tensor
     log_weights: Tensor
     valid: Tensor
+    broken: Tensor
     keys: Tensor
     entropy: Tensor
     visible: Tensor | None
@@ -79,8 +83,11 @@ def prepare_rows(attention: Attention) -> Rows:
     total = weights.sum(-1)
     # A comparison with NaN is False and an infinite sum is far from 1, so this is the check for finiteness too.
     valid = (total - 1).abs() <= max(ROW_SUM_TOLERANCE, 4 * torch.finfo(dtype).eps if dtype.itemsize < 4 else 0)
+    expected = keys > 0
     if attention.query_mask is not None:
-        valid = valid & attention.query_mask[:, None, :]
+        expected = expected & attention.query_mask[:, None, :]
+    broken = expected & ~valid
+    valid = expected & valid
     weights = weights.masked_fill(~valid[..., None], 0)
     if dtype.itemsize < 4:
         weights = weights / torch.where(valid, total, 1)[..., None]
@@ -92,6 +99,7 @@ def prepare_rows(attention: Attention) -> Rows:
         weights,
         log_weights,
         valid,
+        broken,
         keys,
         entropy=-torch.linalg.vecdot(weights, log_weights),
         visible=visible,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.functional.alignment import alignment, alignment_interaction
-from lightning_xattn.functional.heads import head_diversity, query_selectivity
+from lightning_xattn.functional.heads import head_diversity, query_selectivity, sink_strength
 from lightning_xattn.functional.rows import ROW_STATISTICS, Rows
 
 HEADLINE_ROWS = ("entropy", "max", "sparsity", "effective_keys")
@@ -20,9 +20,10 @@ def sample_statistics(forward: Rows, backward: Rows | None = None) -> dict[str, 
     -------
     dict
         ``alignment``, ``interaction`` (head mean of the ``alignment_interaction``; undefined when the directions
-        differ in heads), ``entropy`` (mean over the directions), ``invalid_rows`` (a count), and for each direction
-        ``<direction>/entropy|max|sparsity|effective_keys|query_selectivity|head_diversity`` (means over rows, then
-        heads) and ``<direction>/entropy/head_<i>``. ``alignment`` and ``interaction`` need both directions.
+        differ in heads), ``entropy`` (mean over the directions), ``invalid_rows`` and ``broken_rows`` (counts), and
+        for each direction ``<direction>/entropy|max|sparsity|effective_keys|query_selectivity|head_diversity`` (means
+        over rows, then heads), ``<direction>/entropy/head_<i>`` and ``<direction>/sink/head_<i>``. ``alignment`` and
+        ``interaction`` need both directions.
     """
     directions = (forward,) if backward is None else (forward, backward)
     statistics: dict[str, Tensor] = {}
@@ -36,9 +37,11 @@ def sample_statistics(forward: Rows, backward: Rows | None = None) -> dict[str, 
             statistics[f"{rows.direction}/{name}"] = values.nanmean(1)
         statistics[f"{rows.direction}/query_selectivity"] = query_selectivity(rows).nanmean(1)
         statistics[f"{rows.direction}/head_diversity"] = head_diversity(rows)
-        for head, entropy in enumerate(by_head["entropy"].unbind(1)):
-            statistics[f"{rows.direction}/entropy/head_{head}"] = entropy
+        for name, values in (("entropy", by_head["entropy"]), ("sink", sink_strength(rows))):
+            for head, of_head in enumerate(values.unbind(1)):
+                statistics[f"{rows.direction}/{name}/head_{head}"] = of_head
     entropies = [statistics[f"{rows.direction}/entropy"] for rows in directions]
     statistics["entropy"] = sum(entropies[1:], entropies[0]) / len(entropies)
     statistics["invalid_rows"] = torch.stack([(~rows.valid).sum((1, 2)) for rows in directions]).sum(0)
+    statistics["broken_rows"] = torch.stack([rows.broken.sum((1, 2)) for rows in directions]).sum(0)
     return statistics

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
 from lightning_xattn import functional as F
 from lightning_xattn.attention import Attention, Direction
@@ -116,6 +117,7 @@ def test_heads(case):
         samples = [sample(attention, b) for b in range(BATCH)]
         compare(F.query_selectivity(rows), [reference.query_selectivity(*s) for s in samples])
         compare(F.head_diversity(rows), [reference.head_diversity(*s) for s in samples])
+        compare(F.sink_strength(rows), [reference.sink_strength(*s) for s in samples])
 
 
 @pytest.mark.parametrize("name", ["alignment", "head_alignment_matrix", "alignment_interaction", "round_trip_lift"])
@@ -159,7 +161,9 @@ def test_separation_of_binned_scores(n_correct, n_incorrect):
     ours = separation(*scores)
     binned = [reference.binned(s, -1, 1) for s in scores]
     assert ours.auroc == pytest.approx(reference.auroc(*binned), abs=1e-9)
-    assert (ours.low, ours.high) == pytest.approx(reference.delong_interval(*binned), abs=1e-9)
+    assert (ours.low, ours.high) == pytest.approx(
+        reference.auroc_interval(ours.auroc, n_correct, n_incorrect), abs=2e-5
+    )
     assert ours.cliffs_delta == pytest.approx(2 * ours.auroc - 1)
     assert (ours.correct, ours.incorrect) == (n_correct, n_incorrect)
 
@@ -168,6 +172,26 @@ def test_bins_are_fine_enough_for_the_raw_scores_separation():
     scores = made_up_scores(1500, 400)
     ours = separation(*scores)
     assert ours.auroc == pytest.approx(reference.auroc(*scores), abs=1e-4)
+
+
+def test_the_interval_covers_the_truth():
+    rng = np.random.default_rng(0)
+    for n, m, shift in ((5, 5, 1.5), (20, 6, 0.5), (40, 40, 0.0)):
+        truth = norm.cdf(shift / np.sqrt(2))
+        intervals = [
+            separation(rng.normal(shift / 5, 0.2, n).clip(-1, 1), rng.normal(0, 0.2, m).clip(-1, 1)) for _ in range(300)
+        ]
+        covered = np.mean([i.low <= truth <= i.high for i in intervals])
+        assert 0.91 <= covered <= 0.99, (n, m, covered)
+        assert all(i.high > i.low for i in intervals)
+
+
+def test_groups_that_do_not_overlap():
+    apart = separation(np.full(5, 0.5), np.full(5, -0.5))
+    assert (apart.auroc, apart.high) == (1, 1)
+    assert 0.5 < apart.low < 0.8
+    back = separation(np.full(5, -0.5), np.full(5, 0.5))
+    assert (back.auroc, back.low, back.high) == (0, 0, pytest.approx(1 - apart.low))
 
 
 def test_nothing_is_claimed_of_fewer_than_five():
