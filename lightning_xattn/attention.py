@@ -6,7 +6,7 @@ One axis order everywhere: ``(batch, heads, queries, keys)``. A *direction* is n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -94,6 +94,21 @@ class Attention:
                     f"{name} of {self.direction} must have shape {expected} to go with weights of shape "
                     f"{tuple(self.weights.shape)}; got {tuple(mask.shape)}."
                 )
+
+    def __getitem__(self, samples: slice) -> Attention:
+        """The attention of some of the samples."""
+
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            # An attention mask may be one for all samples.
+            return tensor if tensor is None or len(tensor) == 1 < len(self.weights) else tensor[samples]
+
+        return replace(
+            self,
+            weights=self.weights[samples],
+            key_mask=pick(self.key_mask),
+            visible=pick(self.visible),
+            query_mask=pick(self.query_mask),
+        )
 
     @property
     def tokens(self) -> int:

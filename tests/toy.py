@@ -17,6 +17,9 @@ class ToyModule(pl.LightningModule):
         self.audio, self.text = nn.Linear(3, WIDTH), nn.Linear(2, WIDTH)
         self.audio_to_text_attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
         self.text_to_audio_attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        # Attention as after some training: heads that are neither uniform nor alike.
+        for attention in (self.audio_to_text_attn, self.text_to_audio_attn):
+            nn.init.normal_(attention.in_proj_weight, std=0.6)
         self.head = nn.Linear(2 * WIDTH, CLASSES)
 
     def forward(self, audio, text):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,7 +15,7 @@ AttentionPaths = Mapping[str, str | Sequence[str]]
 """``{"eeg_to_spec": "model.fusion.eeg_to_spec_attn", ...}``; a sequence of paths names several layers."""
 
 # What attention modules are called besides their direction: eeg_to_spec_attn, cross_attention_eeg_to_spec, ...
-_DECORATION = re.compile(r"(?:^|_)(?:cross|multihead|mha|attn|attention|layer|block|module)(?=_|$)")
+_DECORATION = re.compile(r"(?:^|_)(?:cross|multihead|mha|xattn|attn|attention|layer|block|module)?\d*(?=_|$)")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ def locate_attention(root: nn.Module, attention: AttentionPaths | None = None) -
     root
         The model; paths are seen from here.
     attention
-        Paths by direction; None: every ``nn.MultiheadAttention`` with a direction ``<a>_to_<b>`` in its path.
+        Paths by direction; None: every ``nn.MultiheadAttention`` with a direction ``<a>_to_<b>`` in its path, paired
+        with the one in whose path ``a`` and ``b`` change places.
 
     Returns
     -------
@@ -74,7 +74,36 @@ def locate_attention(root: nn.Module, attention: AttentionPaths | None = None) -
     return tuple(layers)
 
 
+def check_paths(attention: AttentionPaths) -> None:
+    """Refuse what is not a mapping of directions to module paths.
+
+    Raises
+    ------
+    SettingError
+        Saying what was expected.
+    """
+    entries = list(attention.items()) if isinstance(attention, Mapping) else []
+    paths = [_as_paths(value) for _, value in entries]
+    flat = [path for of_direction in paths for path in of_direction]
+    if not entries or not all(paths) or not all(isinstance(path, str) for path in flat):
+        raise SettingError(
+            "attention must map directions to module paths, e.g. {'eeg_to_spec': 'model.fusion.a', 'spec_to_eeg': "
+            f"'model.fusion.b'}}, or to lists of paths for several layers; got {attention!r}."
+        )
+    if len(set(flat)) < len(flat):
+        raise SettingError(f"attention names a module twice: {attention!r}. Each module computes one direction.")
+    directions = {Direction.parse(name): of_direction for (name, _), of_direction in zip(entries, paths, strict=True)}
+    for direction, there in directions.items():
+        back = directions.get(direction.opposite, there)
+        if len(back) != len(there):
+            raise SettingError(
+                f"attention names {len(there)} layer(s) for {direction} and {len(back)} for {direction.opposite}; "
+                "the two must pair up one by one."
+            )
+
+
 def _from_paths(root: nn.Module, attention: AttentionPaths) -> list[LayerSites]:
+    check_paths(attention)
     paths = {Direction.parse(name): _as_paths(value) for name, value in attention.items()}
     modules = dict(root.named_modules())
     for direction, direction_paths in paths.items():
@@ -92,11 +121,6 @@ def _from_paths(root: nn.Module, attention: AttentionPaths) -> list[LayerSites]:
         back = paths.get(direction.opposite)
         if back is not None and direction.opposite in list(paths)[: list(paths).index(direction)]:
             continue  # already paired, from its other side
-        if back is not None and len(back) != len(there):
-            raise SettingError(
-                f"attention names {len(there)} layer(s) for {direction} and {len(back)} for {direction.opposite}; "
-                "the two must pair up one by one."
-            )
         for i, path in enumerate(there):
             backward = None if back is None else (direction.opposite, back[i])
             name = path if back is None else _common_parent(path, back[i])
@@ -105,53 +129,83 @@ def _from_paths(root: nn.Module, attention: AttentionPaths) -> list[LayerSites]:
 
 
 def _from_names(root: nn.Module) -> list[LayerSites]:
-    """Pair modules whose paths are equal but for one component that names a direction."""
-    by_layer: dict[str, dict[Direction, str]] = defaultdict(dict)
-    for path, _ in _attention_modules(root):
-        found = _direction_in(path)
-        if found is not None:
-            direction, layer = found
-            by_layer[layer][direction] = path
-
-    layers = []
-    for layer, sites in by_layer.items():
-        for direction, path in sites.items():
-            back = sites.get(direction.opposite)
-            already_paired = back is not None and list(sites).index(direction.opposite) < list(sites).index(direction)
-            if not already_paired:
-                layers.append(
-                    LayerSites(layer, (direction, path), None if back is None else (direction.opposite, back))
-                )
+    """Pair modules whose paths are equal but for one component, in which two modalities change places."""
+    sites = [site for path in _attention_paths(root) if (site := _Site.at(path)) is not None]
+    layers, paired = [], set()
+    for i, site in enumerate(sites):
+        if i in paired:
+            continue
+        partners = ((j, site.paired_with(other)) for j, other in enumerate(sites[i + 1 :], start=i + 1))
+        j, pair = next(((j, pair) for j, pair in partners if pair is not None and j not in paired), (None, None))
+        if j is not None and pair is not None:
+            paired.add(j)
+            direction, layer = pair
+            layers.append(LayerSites(layer, (direction, site.path), (direction.opposite, sites[j].path)))
+        elif (direction_alone := site.direction) is not None:
+            layers.append(LayerSites(site.layer(""), (direction_alone, site.path), None))
     return _with_unique_names(layers)
 
 
-def _direction_in(path: str) -> tuple[Direction, str] | None:
-    """The direction that a module path names, and the path without it; None if it names none, or several."""
-    parts = path.split(".")
-    named = [i for i, part in enumerate(parts) if "_to_" in part]
-    # A block of one direction often holds a self-attention as well: that one does not attend across.
-    if not named or any("self" in part for part in parts[named[-1] :]):
+@dataclass(frozen=True)
+class _Site:
+    """A module whose path has a component like ``<query>_to_<key>``: what is before, around and behind it."""
+
+    path: str
+    before: tuple[str, ...]
+    left: str
+    right: str
+    behind: tuple[str, ...]
+
+    @classmethod
+    def at(cls, path: str) -> _Site | None:
+        """The last component with ``_to_`` in it; None without one."""
+        parts = path.split(".")
+        named = [i for i, part in enumerate(parts) if "_to_" in part]
+        # A block of one direction often holds a self-attention as well: that one does not attend across.
+        if not named or any("self" in part for part in parts[named[-1] :]):
+            return None
+        left, _, right = parts[named[-1]].partition("_to_")
+        return cls(path, tuple(parts[: named[-1]]), left, right, tuple(parts[named[-1] + 1 :]))
+
+    @property
+    def direction(self) -> Direction | None:
+        """The direction that the name tells by itself, without what attention modules are usually called."""
+        try:
+            return Direction.parse(_DECORATION.sub("", f"{self.left}_to_{self.right}").strip("_"))
+        except SettingError:
+            return None
+
+    def layer(self, decoration: str) -> str:
+        """The path without the modalities."""
+        return ".".join((*self.before, *([decoration] if decoration else []), *self.behind))
+
+    def paired_with(self, other: _Site) -> tuple[Direction, str] | None:
+        """The direction and the layer's name if ``other`` is the opposite, whatever else the names share."""
+        if (self.before, self.behind) != (other.before, other.behind):
+            return None
+        # cross_eeg_to_spec_1 and cross_spec_to_eeg_1: take a shared beginning off, then what is left must swap.
+        starts = [0] + [i + 1 for i, letter in enumerate(self.left) if letter == "_"]
+        for start in starts:
+            prefix, query, key = self.left[:start], self.left[start:], other.left[start:]
+            suffix = self.right.removeprefix(key)
+            swaps = query and key and self.right == key + suffix and other.right == query + suffix
+            if swaps and other.left.startswith(prefix) and query != key and not re.match("[a-z]", suffix):
+                plain = _DECORATION.sub(lambda found: "".join(re.findall(r"\d+", found[0])), f"{prefix}{suffix}")
+                return Direction(query, key), self.layer(plain.strip("_"))
         return None
-    try:
-        direction = Direction.parse(_DECORATION.sub("", parts[named[-1]]).strip("_"))
-    except SettingError:
-        return None
-    return direction, ".".join(parts[: named[-1]] + parts[named[-1] + 1 :])
 
 
-def _attention_modules(root: nn.Module) -> Iterator[tuple[str, nn.MultiheadAttention]]:
-    for path, module in root.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            yield path, module
+def _attention_paths(root: nn.Module) -> list[str]:
+    return [path for path, module in root.named_modules() if isinstance(module, nn.MultiheadAttention)]
 
 
 def _describe(root: nn.Module) -> str:
-    found = [path for path, _ in _attention_modules(root)]
+    found = _attention_paths(root)
     return f"Found: {', '.join(found)}." if found else f"{type(root).__name__} has no nn.MultiheadAttention at all."
 
 
 def _as_paths(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+    return (value,) if isinstance(value, str) or not isinstance(value, Sequence) else tuple(value)
 
 
 def _common_parent(path: str, other: str) -> str:
@@ -164,11 +218,11 @@ def _common_parent(path: str, other: str) -> str:
 
 
 def _with_unique_names(layers: list[LayerSites]) -> list[LayerSites]:
-    """Add the modalities to a name that several layers share, as with three modalities fused in one module."""
+    """Add the direction to a name that is empty or shared, as with three modalities fused in one module."""
     names = [layer.layer for layer in layers]
     return [
         layer
-        if names.count(layer.layer) == 1
+        if layer.layer and names.count(layer.layer) == 1
         else LayerSites(f"{layer.layer}.{layer.forward[0]}".lstrip("."), layer.forward, layer.backward)
         for layer in layers
     ]

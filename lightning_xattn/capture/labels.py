@@ -1,20 +1,58 @@
-"""Predictions and targets of a step: as told, or from where Lightning modules usually have them."""
+"""Predictions, targets and sample ids of a step: as told, or from where Lightning modules usually have them.
+
+Where they are is decided on a first batch, whose values may be looked at, and then read from there: what is taken for
+the target never changes from batch to batch, and no GPU is made to wait.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_xattn.errors import DiscoveryError, ShapeError
 
-LabelSetting = str | Callable[[Any, Any], Tensor] | None
+LabelSetting = str | Callable[[Any, Any], Any] | None
 """None: look in the usual places; a key; or a callable ``(outputs, batch) -> tensor``."""
 
 PREDICTION_KEYS = ("logits", "probabilities", "probs", "predictions", "preds", "y_hat", "y_pred")
 TARGET_KEYS = ("targets", "target", "labels", "label", "y")
+SAMPLE_ID_KEYS = ("sample_ids", "sample_id")
+
+UNLABELLED = (-1, -100)
+"""Class ids that usually mean "no label"; -100 is what torch's losses ignore."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What there is to find labels in.
+
+    Attributes
+    ----------
+    outputs
+        What the step returned.
+    batch
+        The batch.
+    forward
+        What the module's own ``forward`` returned, or None.
+    samples
+        Number of samples, from the attention.
+    """
+
+    outputs: Any
+    batch: Any
+    forward: Any
+    samples: int
+
+    def __str__(self) -> str:
+        return (
+            f"The attention has {self.samples} samples; the step returned {_describe(self.outputs)}; the batch is "
+            f"{_describe(self.batch)}; forward returned {_describe(self.forward)}."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +62,10 @@ class Labels:
     Attributes
     ----------
     predicted, target
-        ``(batch,)`` int64 class ids.
+        ``(batch,)`` int64 class ids; -1 where the scores are not finite.
+    confidence
+        ``(batch,)`` probability of the predicted class, when the predictions are scores: the scores themselves where
+        the whole batch is made of probabilities, else their softmax.
     tied
         ``(batch,)`` bool: the soft target has more than one top class.
     n_classes
@@ -32,42 +73,52 @@ class Labels:
     """
 
     predicted: Tensor | None
+    confidence: Tensor | None
     target: Tensor | None
     tied: Tensor | None
     n_classes: int | None
 
 
 @dataclass(frozen=True)
-class LabelFinder:
-    """Finds the predictions and targets of a step.
+class Place:
+    """Where something is found in a step: a name for people, and how to read it."""
 
-    Unless told, predictions are looked for in the step's outputs and then in the output of the module's own
-    ``forward``; targets in the step's outputs and then in the batch (a key such as ``targets``, or the last item
-    of a tuple). Class scores ``(batch, classes)`` and class ids ``(batch,)`` are understood, for targets also soft
-    labels ``(batch, classes)``.
+    name: str
+    read: Callable[[Step], Any]
+
+
+class LabelFinder:
+    """Finds the predictions, targets and sample ids of a step.
+
+    Unless told, **predictions** are looked for in the step's outputs (under a usual key, or the outputs themselves)
+    and then in what the module's own ``forward`` returned; **targets** in the outputs and then in the batch (under a
+    usual key, or the one item of a tuple that can be a target). Class scores ``(batch, classes)`` and class ids
+    ``(batch,)`` are understood; for targets also soft labels, rows of shares that sum to 1. Where several things
+    could be meant, none is taken.
 
     Parameters
     ----------
-    predictions, targets
-        See ``LabelSetting``.
+    predictions, targets, sample_ids
+        See ``LabelSetting``. Sample ids may also be a list of numbers or strings.
     """
 
-    predictions: LabelSetting = None
-    targets: LabelSetting = None
+    def __init__(
+        self, predictions: LabelSetting = None, targets: LabelSetting = None, sample_ids: LabelSetting = None
+    ) -> None:
+        self._settings = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids}
+        self._places: dict[str, Place | None] | None = None
 
-    def find(self, outputs: Any, batch: Any, forward_output: Any, batch_size: int) -> Labels:
-        """Find and check the labels of one batch.
+    def forget(self) -> None:
+        """Look anew at the next batch."""
+        self._places = None
 
-        Parameters
-        ----------
-        outputs
-            What the step returned.
-        batch
-            The batch.
-        forward_output
-            What the module's ``forward`` returned, or None.
-        batch_size
-            Number of samples, from the attention.
+    @property
+    def places(self) -> dict[str, str]:
+        """Where predictions and targets come from, in words; those that were not found are left out."""
+        return {what: place.name for what, place in (self._places or {}).items() if place and what != "sample_ids"}
+
+    def find(self, step: Step) -> Labels:
+        """Predictions and targets of a batch.
 
         Raises
         ------
@@ -76,94 +127,177 @@ class LabelFinder:
         ShapeError
             If what it names has another form or length than expected.
         """
-        scores = self._named("predictions", self.predictions, (outputs, batch), outputs, batch)
-        if self.predictions is None:
-            places = [*_by_key(outputs, PREDICTION_KEYS), outputs, *_by_key(forward_output, PREDICTION_KEYS)]
-            places += forward_output if isinstance(forward_output, (tuple, list)) else [forward_output]
-            scores = _first(places, lambda found: _are_predictions(found, batch_size))
-        labels = self._named("targets", self.targets, (batch, outputs), outputs, batch)
-        if self.targets is None:
-            places = [*_by_key(outputs, TARGET_KEYS), *_by_key(batch, TARGET_KEYS)]
-            places += batch[-1:] if isinstance(batch, (tuple, list)) else []
-            labels = _first(places, lambda found: _are_targets(found, batch_size))
-
-        predicted, _, predicted_classes = _class_ids("predictions", scores, batch_size)
-        target, tied, target_classes = _class_ids("targets", labels, batch_size)
+        if self._places is None:
+            self._places = self._look(step)
+        scores, labels = (self._read(what, step) for what in ("predictions", "targets"))
+        predicted, _, predicted_classes = _class_ids(scores)
+        target, tied, target_classes = _class_ids(labels)
         if predicted_classes and target_classes and predicted_classes != target_classes:
             raise ShapeError(
                 f"Predictions have {predicted_classes} classes and targets {target_classes}; expected the same. "
-                "Name the right ones with predictions=... and targets=...."
+                f"{step} Name the right ones with predictions=... and targets=...."
             )
-        return Labels(predicted, target, tied, predicted_classes or target_classes)
+        return Labels(predicted, _confidence(scores), target, tied, predicted_classes or target_classes)
 
-    @staticmethod
-    def _named(what: str, setting: LabelSetting, places: tuple[Any, Any], outputs: Any, batch: Any) -> Tensor | None:
-        if setting is None:
+    def find_sample_ids(self, step: Step) -> list[Any] | Tensor | None:
+        """The samples' ids, as a tensor or a list; None when there are none.
+
+        Raises
+        ------
+        DiscoveryError
+            If ``sample_ids`` was given and gives nothing.
+        ShapeError
+            If their number is not that of the samples.
+        """
+        place = (self._places or self._look(step))["sample_ids"]
+        found = None if place is None else place.read(step)
+        if found is None and self._settings["sample_ids"] is not None:
+            raise DiscoveryError(f"No sample ids: {_said(self._settings['sample_ids'])} gave nothing. {step}")
+        if found is not None and len(found) != step.samples:
+            raise ShapeError(f"Expected a sample id for each of {step.samples} samples; got {len(found)}.")
+        return found if found is None or isinstance(found, Tensor) else list(found)
+
+    def _look(self, step: Step) -> dict[str, Place | None]:
+        places = {what: _told(setting) for what, setting in self._settings.items()}
+        if self._settings["predictions"] is None:
+            places["predictions"] = _guess_predictions(step)
+        if self._settings["targets"] is None:
+            places["targets"] = _guess_targets(step, places["predictions"])
+        if self._settings["sample_ids"] is None:
+            places["sample_ids"] = next(_keyed(step, ("batch", "outputs"), SAMPLE_ID_KEYS), None)
+        return places
+
+    def _read(self, what: str, step: Step) -> Tensor | None:
+        place = (self._places or {}).get(what)
+        if place is None:
             return None
-        if callable(setting):
-            found = setting(outputs, batch)
-        else:
-            found = _first(
-                [place[setting] for place in places if isinstance(place, Mapping) and setting in place],
-                lambda value: isinstance(value, Tensor),
-            )
+        found = place.read(step)
         if not isinstance(found, Tensor):
-            how = f"key '{setting}'" if isinstance(setting, str) else "the callable"
-            raise DiscoveryError(
-                f"No {what}: {how} gave {type(found).__name__}, expected a tensor. The step returned "
-                f"{describe(outputs)}; the batch is {describe(batch)}."
+            raise DiscoveryError(f"No {what}: {place.name} gave {type(found).__name__}, expected a tensor. {step}")
+        if not (_are_ids(found, step.samples) or _are_rows(found, step.samples)):
+            raise ShapeError(
+                f"Expected {what} as class ids ({step.samples},) or one column a class ({step.samples}, classes); "
+                f"{place.name} gave {found.dtype} of shape {tuple(found.shape)}. {step}"
             )
-        return found
+        return found.detach()
 
 
-def describe(value: Any) -> str:
-    """What a step returned or a batch holds, in a few words for an error message."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return "a dict of " + ", ".join(f"'{key}': {describe(item)}" for key, item in value.items())
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)} x {type(value[0]).__name__ if value else 'nothing'}"
-    return "nothing" if value is None else f"a {type(value).__name__}"
+def _told(setting: LabelSetting) -> Place | None:
+    if setting is None:
+        return None
+    if callable(setting):
+        return Place(_said(setting), lambda step: setting(step.outputs, step.batch))
+
+    def by_key(step: Step) -> Any:
+        holders = [place for place in (step.outputs, step.batch) if isinstance(place, Mapping) and setting in place]
+        return holders[0][setting] if holders else None
+
+    return Place(_said(setting), by_key)
 
 
-def _by_key(place: Any, keys: tuple[str, ...]) -> list[Any]:
-    return [place[key] for key in keys if key in place] if isinstance(place, Mapping) else []
+def _said(setting: LabelSetting) -> str:
+    return f"the key '{setting}'" if isinstance(setting, str) else "the callable"
 
 
-def _first(places: Iterable[Any], fits: Callable[[Any], bool]) -> Any:
-    return next((place for place in places if fits(place)), None)
+def _keyed(step: Step, sources: tuple[str, ...], keys: tuple[str, ...]) -> Iterator[Place]:
+    """The places under a usual key, in the order of sources and keys."""
+    for source in sources:
+        holder = getattr(step, source)
+        for key in keys:
+            if isinstance(holder, Mapping) and key in holder:
+                yield Place(f"{source}['{key}']", _reader(source, key))
 
 
-def _are_predictions(value: Any, batch_size: int) -> bool:
-    return isinstance(value, Tensor) and (
-        (value.is_floating_point() and value.dim() == 2 and value.shape[1] > 1 and len(value) == batch_size)
-        or _are_class_ids(value, batch_size)
-    )
+def _items(step: Step, source: str) -> list[Place]:
+    """The items of a tuple or list, or the thing itself."""
+    holder = getattr(step, source)
+    if isinstance(holder, (tuple, list)):
+        return [Place(f"{source}[{i}]", _reader(source, i)) for i in range(len(holder))]
+    return [Place(source, attrgetter(source))]
 
 
-def _are_targets(value: Any, batch_size: int) -> bool:
-    return isinstance(value, Tensor) and (
-        (value.dim() == 2 and value.shape[1] > 1 and len(value) == batch_size) or _are_class_ids(value, batch_size)
-    )
+def _reader(source: str, key: str | int) -> Callable[[Step], Any]:
+    return lambda step: getattr(step, source)[key]
 
 
-def _are_class_ids(value: Tensor, batch_size: int) -> bool:
-    return not value.is_floating_point() and value.dim() == 1 and len(value) == batch_size
+def _guess_predictions(step: Step) -> Place | None:
+    keyed = next(_keyed(step, ("outputs",), PREDICTION_KEYS), None)
+    if keyed is not None:
+        # Named as predictions: if these do not fit, nothing else is meant.
+        return keyed if _are_predictions(keyed.read(step), step.samples) else None
+    for candidates in (
+        _items(step, "outputs"),
+        list(_keyed(step, ("forward",), PREDICTION_KEYS))[:1],
+        _items(step, "forward"),
+    ):
+        fitting = [place for place in candidates if _are_predictions(place.read(step), step.samples)]
+        if fitting:
+            return fitting[0] if len(fitting) == 1 else None
+    return None
 
 
-def _class_ids(what: str, values: Tensor | None, batch_size: int) -> tuple[Tensor | None, Tensor | None, int | None]:
+def _guess_targets(step: Step, predictions: Place | None) -> Place | None:
+    scores = None if predictions is None else predictions.read(step)
+    classes = scores.shape[1] if isinstance(scores, Tensor) and scores.dim() == 2 else None
+
+    def fits(value: Any) -> bool:
+        return _are_ids(value, step.samples) or (
+            _are_rows(value, step.samples) and value.shape[1] == (classes or value.shape[1]) and _are_shares(value)
+        )
+
+    keyed = next(_keyed(step, ("outputs", "batch"), TARGET_KEYS), None)
+    if keyed is not None:
+        return keyed if fits(keyed.read(step)) else None
+    fitting = [place for place in _items(step, "batch") if fits(place.read(step))]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _are_predictions(value: Any, samples: int) -> bool:
+    return (_are_rows(value, samples) and value.is_floating_point()) or _are_ids(value, samples)
+
+
+def _are_ids(value: Any, samples: int) -> bool:
+    whole = isinstance(value, Tensor) and not (value.is_floating_point() or value.dtype == torch.bool)
+    return whole and tuple(value.shape) == (samples,)
+
+
+def _are_rows(value: Any, samples: int) -> bool:
+    rows = isinstance(value, Tensor) and value.dim() == 2 and value.dtype != torch.bool
+    return rows and len(value) == samples and value.shape[1] > 1
+
+
+def _are_shares(rows: Tensor) -> bool:
+    """Soft or one-hot labels; several labels at once, or numbers to regress, are not."""
+    return bool((rows >= 0).all() and ((rows.float().sum(1) - 1).abs() < 1e-3).all())
+
+
+def _confidence(scores: Tensor | None) -> Tensor | None:
+    if scores is None or scores.dim() == 1:
+        return None
+    scores = scores.float()
+    # Decided without asking for the value, which would make a GPU wait.
+    are_probabilities = (scores >= 0).all() & ((scores.sum(1) - 1).abs() < 1e-3).all()
+    return torch.where(are_probabilities, scores, scores.softmax(1)).amax(1)
+
+
+def _class_ids(values: Tensor | None) -> tuple[Tensor | None, Tensor | None, int | None]:
     """Class ids, ties of the top class, and the number of classes when ``values`` has one column a class."""
     if values is None:
         return None, None, None
-    fits = _are_targets if what == "targets" else _are_predictions
-    if not fits(values, batch_size):
-        raise ShapeError(
-            f"Expected {what} as class ids ({batch_size},) or one column a class ({batch_size}, classes); "
-            f"got {values.dtype} of shape {tuple(values.shape)}."
-        )
-    values = values.detach()
     if values.dim() == 1:
         return values.long(), None, None
+    finite = values.isfinite().all(1)
     top = values.amax(1, keepdim=True)
-    return values.argmax(1), (values == top).sum(1) > 1, values.shape[1]
+    return torch.where(finite, values.argmax(1), -1), (values == top).sum(1) > 1, values.shape[1]
+
+
+def _describe(value: Any) -> str:
+    """What a step returned or a batch holds, in a few words."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"'{key}': {_describe(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        items = [_describe(item) for item in value[:4]] + (["..."] if len(value) > 4 else [])
+        return f"[{', '.join(items)}]"
+    return "nothing" if value is None else f"a {type(value).__name__}"

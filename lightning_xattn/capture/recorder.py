@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from contextlib import ExitStack
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from lightning_xattn.attention import Attention, AttentionPair, Direction
 from lightning_xattn.capture.discovery import AttentionPaths, locate_attention
 from lightning_xattn.capture.sources import RecordedWeights, watch_multihead_attention
-from lightning_xattn.errors import DiscoveryError
+from lightning_xattn.errors import DiscoveryError, XAttnWarning
 
 
 class AttentionRecorder:
@@ -77,10 +78,12 @@ class AttentionRecorder:
     def attention(self) -> tuple[AttentionPair, ...]:
         """What was recorded since the last ``clear``, one pair a layer; a layer that did not run is left out.
 
+        Of a module that ran more than once, as with test-time augmentation, it is the first run, and a warning says so.
+
         Raises
         ------
         DiscoveryError
-            If only one direction of a pair ran, or a module ran more than once.
+            If only one direction of a pair ran.
         ShapeError
             If the two directions of a layer do not fit each other.
         """
@@ -89,7 +92,7 @@ class AttentionRecorder:
             ran = [path for _, path in layer.sites if self._calls.get(path)]
             if not ran:
                 continue
-            recorded = [self._single_call(layer.layer, direction, path) for direction, path in layer.sites]
+            recorded = [self._first_call(layer.layer, direction, path) for direction, path in layer.sites]
             pairs.append(_pair(layer.layer, [direction for direction, _ in layer.sites], recorded))
         return tuple(pairs)
 
@@ -100,12 +103,18 @@ class AttentionRecorder:
         if self.output is None:
             self.output = output
 
-    def _single_call(self, layer: str, direction: Direction, path: str) -> RecordedWeights:
+    def _first_call(self, layer: str, direction: Direction, path: str) -> RecordedWeights:
         calls = self._calls.get(path, [])
-        if len(calls) != 1:
+        if not calls:
             raise DiscoveryError(
-                f"Module '{path}' ({direction} of layer '{layer}') ran {len(calls)} times in one step; expected once, "
-                "like its opposite direction. Name the modules to record with attention={'<a>_to_<b>': 'path', ...}."
+                f"Module '{path}' ({direction} of layer '{layer}') did not run, but its opposite direction did. Name "
+                "the modules to record: attention={'<a>_to_<b>': 'path', ...}."
+            )
+        if len(calls) > 1:
+            warnings.warn(
+                f"Module '{path}' ran {len(calls)} times in one step; its first run is shown.",
+                XAttnWarning,
+                stacklevel=3,
             )
         return calls[0]
 

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MASKED = -1e4
-"""A float mask at or below this hides the key: ``exp`` of it is 0 in every floating dtype."""
+from lightning_xattn.errors import DiscoveryError
+
+MASKED = -1e3
+"""A float mask at or below this hides the key: ``exp`` of it, even beside a bias, is 0 in every floating dtype."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +57,18 @@ def watch_multihead_attention(
         Called once for each call of the module.
     hooks
         Takes the hooks; closing it removes them.
+
+    Raises
+    ------
+    DiscoveryError
+        If a subclass has a ``forward`` of its own.
     """
-    signature = inspect.signature(type(module).forward)
+    if type(module).forward is not nn.MultiheadAttention.forward:
+        raise DiscoveryError(
+            f"{type(module).__name__} is an nn.MultiheadAttention with a forward of its own, which may compute "
+            "attention differently; only the original is recorded so far."
+        )
+    signature = inspect.signature(nn.MultiheadAttention.forward)
     asked_for_average = False
 
     def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
@@ -91,12 +103,22 @@ def watch_multihead_attention(
         return output[0], averaged if batched else averaged[0]
 
     hooks.callback(module.register_forward_pre_hook(ask_per_head, with_kwargs=True).remove)
-    hooks.callback(module.register_forward_hook(read, with_kwargs=True).remove)
+    # Before every other hook on the output, so that those see what the caller gets; this also lets recorders nest.
+    hooks.callback(module.register_forward_hook(read, with_kwargs=True, prepend=True).remove)
 
 
 @torch.no_grad()
 def _recompute(module: nn.MultiheadAttention, call: dict[str, Any]) -> Tensor:
-    """``softmax(Q K^T / sqrt(d) + masks)`` from the module's own projections, ``(batch, heads, queries, keys)``."""
+    """``softmax(Q K^T / sqrt(d) + masks)`` from the module's own projections, ``(batch, heads, queries, keys)``.
+
+    In float32 whatever the model's precision: a product of unscaled half-precision numbers can overflow where the
+    fused kernel, which scales first, does not.
+    """
+    with torch.autocast(call["query"].device.type, enabled=False):
+        return _softmax_of_scores(module, call)
+
+
+def _softmax_of_scores(module: nn.MultiheadAttention, call: dict[str, Any]) -> Tensor:
     query, key = _batch_first(module, call["query"]), _batch_first(module, call["key"])
     if module._qkv_same_embed_dim:
         query_weight, key_weight, _ = module.in_proj_weight.chunk(3)
@@ -105,14 +127,14 @@ def _recompute(module: nn.MultiheadAttention, call: dict[str, Any]) -> Tensor:
     query_bias = key_bias = None
     if module.in_proj_bias is not None:
         query_bias, key_bias, _ = module.in_proj_bias.chunk(3)
-    query, key = F.linear(query, query_weight, query_bias), F.linear(key, key_weight, key_bias)
+    query, key = _project(query, query_weight, query_bias), _project(key, key_weight, key_bias)
     if module.bias_k is not None:
         key = torch.cat([key, module.bias_k.to(key.dtype).expand(len(key), 1, -1)], dim=1)
     if module.add_zero_attn:
         key = torch.cat([key, key.new_zeros(len(key), 1, key.shape[2])], dim=1)
 
     query, key = (x.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2) for x in (query, key))
-    logits = (query @ key.transpose(-1, -2)).float() * module.head_dim**-0.5
+    logits = (query * module.head_dim**-0.5) @ key.transpose(-1, -2)
     extra = _extra_keys(module)
     padding, attention_mask = call["key_padding_mask"], call["attn_mask"]
     if padding is not None:
@@ -121,6 +143,10 @@ def _recompute(module: nn.MultiheadAttention, call: dict[str, Any]) -> Tensor:
         logits = logits + F.pad(_additive(_per_head(attention_mask, module)), (0, extra))
     weights: Tensor = logits.softmax(-1)
     return weights
+
+
+def _project(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(tokens.float(), weight.float(), None if bias is None else bias.float())
 
 
 def _with_masks(module: nn.MultiheadAttention, call: dict[str, Any], weights: Tensor) -> RecordedWeights:

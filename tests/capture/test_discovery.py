@@ -39,6 +39,8 @@ def found(root, paths=None):
         ("image_to_text_cross_attention", "text_to_image_cross_attention", "image_to_text"),
         ("a_to_b", "b_to_a", "a_to_b"),
         ("raw_eeg_to_spec", "spec_to_raw_eeg", "raw_eeg_to_spec"),
+        ("eeg_to_spec_attn1", "spec_to_eeg_attn1", "eeg_to_spec"),
+        ("fuse_eeg_to_spec_xattn", "fuse_spec_to_eeg_xattn", "eeg_to_spec"),
     ],
 )
 def test_names_that_say_the_direction(there, back, direction):
@@ -46,7 +48,9 @@ def test_names_that_say_the_direction(there, back, direction):
         **{f"model__fusion__{there}": attention(), f"model__fusion__{back}": attention(), "other": attention()}
     )
     opposite = Direction.parse(direction).opposite
-    assert found(root) == [("model.fusion", f"{direction}: model.fusion.{there}", f"{opposite}: model.fusion.{back}")]
+    ((layer, *sites),) = found(root)
+    assert layer.startswith("model.fusion")
+    assert sites == [f"{direction}: model.fusion.{there}", f"{opposite}: model.fusion.{back}"]
 
 
 def test_layers_in_lists_and_blocks():
@@ -63,8 +67,16 @@ def test_layers_in_lists_and_blocks():
     ]
 
 
+def test_numbered_layers():
+    names = ("eeg_to_spec_1", "spec_to_eeg_1", "eeg_to_spec_2", "spec_to_eeg_2")
+    assert found(module(**{f"f__{name}": attention() for name in names})) == [
+        ("f.1", "eeg_to_spec: f.eeg_to_spec_1", "spec_to_eeg: f.spec_to_eeg_1"),
+        ("f.2", "eeg_to_spec: f.eeg_to_spec_2", "spec_to_eeg: f.spec_to_eeg_2"),
+    ]
+
+
 def test_one_direction_alone_and_three_modalities():
-    assert found(module(text_to_image_attn=attention())) == [("", "text_to_image: text_to_image_attn")]
+    assert found(module(text_to_image_attn=attention())) == [("text_to_image", "text_to_image: text_to_image_attn")]
     three = {f"{a}_to_{b}": attention() for a in "xyz" for b in "xyz" if a != b}
     assert found(module(**three)) == [
         ("x_to_y", "x_to_y: x_to_y", "y_to_x: y_to_x"),
@@ -93,7 +105,12 @@ def test_errors_say_what_there_is():
     with pytest.raises(DiscoveryError, match=r"Linear has no nn\.MultiheadAttention at all"):
         locate_attention(nn.Linear(2, 2))
     with pytest.raises(SettingError, match="1 layer.*and 2 for spec_to_eeg"):
-        locate_attention(root, {"eeg_to_spec": "model.fuse", "spec_to_eeg": ["model.fuse", "model.fuse"]})
+        locate_attention(root, {"eeg_to_spec": "a", "spec_to_eeg": ["b", "c"]})
+    for paths in ({}, {"a_to_b": 3}, {"a_to_b": []}, ["a_to_b"], "a_to_b", {"a_to_b": ["x", None]}):
+        with pytest.raises(SettingError, match="must map directions to module paths"):
+            locate_attention(root, paths)
+    with pytest.raises(SettingError, match="names a module twice"):
+        locate_attention(root, {"a_to_b": "model.fuse", "b_to_a": "model.fuse"})
 
 
 @pytest.mark.parametrize("name", ["eeg", "eeg_to_", "_to_spec", "eeg_to_eeg", "a_to_b_to_c"])

@@ -1,9 +1,9 @@
-"""Where predictions and targets are found, and what is said when they do not fit."""
+"""Where predictions and targets are found, what is left alone, and what is said when they do not fit."""
 
 import pytest
 import torch
 
-from lightning_xattn.capture import LabelFinder
+from lightning_xattn.capture.labels import LabelFinder, Step
 from lightning_xattn.errors import DiscoveryError, ShapeError
 
 BATCH, CLASSES = 5, 3
@@ -11,30 +11,75 @@ SCORES = torch.tensor([[0.1, 2.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 
 PREDICTED = [1, 0, 2, 1, 0]
 IDS = torch.tensor([1, 2, 2, 0, 0])
 VOTES = torch.tensor([[0.0, 0.5, 0.5], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.6, 0.4, 0.0]])
+LOSS, IMAGE = torch.tensor(0.3), torch.zeros(BATCH, 2, 4)
+
+
+def step(outputs=None, batch=None, forward=None):
+    return Step(outputs, batch, forward, BATCH)
 
 
 def find(outputs=None, batch=None, forward=None, **settings):
-    return LabelFinder(**settings).find(outputs, batch, forward, BATCH)
-
-
-LOSS = torch.tensor(0.3)
+    return LabelFinder(**settings).find(step(outputs, batch, forward))
 
 
 @pytest.mark.parametrize(
     ("outputs", "batch", "forward"),
     [
-        (LOSS, (torch.zeros(BATCH, 4), IDS), SCORES),
-        (None, {"image": torch.zeros(BATCH, 4), "labels": IDS}, (SCORES, {"attention": None})),
-        ({"loss": LOSS, "logits": SCORES, "targets": IDS}, torch.zeros(BATCH, 4), None),
+        (LOSS, (IMAGE, IDS), SCORES),
+        (None, {"image": IMAGE, "labels": IDS}, (SCORES, {"attention": None})),
+        ({"loss": LOSS, "logits": SCORES, "targets": IDS}, IMAGE, None),
         (SCORES, {"y": IDS}, None),
-        ({"loss": LOSS, "preds": torch.tensor(PREDICTED)}, [torch.zeros(BATCH), IDS], torch.zeros(BATCH, 7)),
+        ({"loss": LOSS, "preds": torch.tensor(PREDICTED)}, [IMAGE, IDS], torch.zeros(BATCH, 7)),
         (None, {"target": IDS}, {"logits": SCORES}),
+        (None, (IDS, IMAGE), SCORES),
+        (None, (IMAGE, torch.nn.functional.one_hot(IDS)), SCORES),
     ],
 )
 def test_found_in_the_usual_places(outputs, batch, forward):
     labels = find(outputs, batch, forward)
     assert labels.predicted.tolist() == PREDICTED
     assert labels.target.tolist() == IDS.tolist()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "forward"),
+    [
+        (LOSS, (torch.zeros(BATCH, 64), SCORES)),  # features or scores?
+        ({"loss": LOSS, "y_hat": torch.zeros(BATCH)}, torch.zeros(BATCH, 64)),  # the named ones do not fit
+        (None, torch.zeros(BATCH)),
+        (None, torch.zeros(BATCH, 1)),
+        (None, None),
+    ],
+)
+def test_predictions_that_are_not_clear_are_not_taken(outputs, forward):
+    assert find(outputs, (IMAGE, IDS), forward).predicted is None
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (IMAGE, IDS, IDS % 2),  # which of the two?
+        (IMAGE, torch.randn(BATCH, CLASSES, generator=torch.Generator().manual_seed(0))),  # regression
+        (IMAGE, torch.tensor([[1, 1, 0]] * BATCH)),  # several labels at once
+        (IMAGE, torch.ones(BATCH, CLASSES, dtype=torch.bool)),  # a mask
+        (IMAGE, torch.eye(7)[:BATCH]),  # shares of other classes than the scores have
+        {"target": torch.zeros(BATCH)},
+        {"label": IDS[:4]},
+        IMAGE,
+    ],
+)
+def test_targets_that_are_not_clear_are_not_taken(batch):
+    assert find(None, batch, SCORES).target is None
+
+
+def test_the_place_is_kept_from_the_first_batch_on():
+    finder = LabelFinder()
+    assert finder.find(step(LOSS, (IMAGE, IDS), SCORES)).target.tolist() == IDS.tolist()
+    assert finder.places == {"predictions": "forward", "targets": "batch[1]"}
+    ambiguous = finder.find(step(LOSS, (IDS * 0, IDS), SCORES))
+    assert ambiguous.target.tolist() == IDS.tolist()
+    finder.forget()
+    assert finder.find(step(LOSS, (IDS * 0, IDS), SCORES)).target is None
 
 
 def test_named():
@@ -49,18 +94,41 @@ def test_named():
 
 
 def test_nothing_found_is_nothing():
-    labels = find(LOSS, torch.zeros(BATCH, 4), torch.zeros(BATCH))
-    assert (labels.predicted, labels.target, labels.tied, labels.n_classes) == (None, None, None, None)
+    labels = find(LOSS, IMAGE, torch.zeros(BATCH))
+    assert (labels.predicted, labels.confidence, labels.target, labels.tied, labels.n_classes) == (None,) * 5
+
+
+def test_scores_that_are_not_finite_predict_nothing():
+    scores = SCORES.clone()
+    scores[1, 2], scores[3] = torch.inf, torch.nan
+    assert find(None, (IMAGE, IDS), scores).predicted.tolist() == [1, -1, 2, -1, 0]
+
+
+def test_confidence_is_a_probability():
+    softmax = SCORES.softmax(1)
+    for scores in (SCORES, softmax):
+        torch.testing.assert_close(find({"logits": scores}).confidence, softmax.amax(1))
+    assert find({"preds": torch.tensor(PREDICTED)}).confidence is None
+
+
+def test_sample_ids():
+    finder = LabelFinder()
+    assert finder.find_sample_ids(step(batch={"sample_ids": IDS})) is IDS
+    assert finder.find_sample_ids(step(batch=(IDS,))) is None
+    named = LabelFinder(sample_ids="file")
+    assert named.find_sample_ids(step(batch={"file": ("a", "b", "c", "d", "e")})) == ["a", "b", "c", "d", "e"]
+    with pytest.raises(DiscoveryError, match="the key 'file' gave nothing.*batch is {'x': a int}"):
+        named.find_sample_ids(step(batch={"x": 1}))
+    with pytest.raises(ShapeError, match="each of 5 samples; got 4"):
+        LabelFinder(sample_ids=lambda outputs, batch: batch[:4]).find_sample_ids(step(batch=IDS))
 
 
 def test_errors():
-    with pytest.raises(DiscoveryError, match="key 'mine' gave NoneType.*returned a tensor of shape.*dict of 'a'"):
+    with pytest.raises(DiscoveryError, match=r"the key 'mine' gave NoneType.*returned float32 \(\).*{'a': a int}"):
         find(LOSS, {"a": 1}, predictions="mine")
     with pytest.raises(DiscoveryError, match="the callable gave float"):
         find(targets=lambda o, b: 1.0)
-    with pytest.raises(
-        ShapeError, match=r"Expected targets.*\(5,\) or.*\(5, classes\); got torch.int64 of shape \(4,\)"
-    ):
+    with pytest.raises(ShapeError, match=r"Expected targets.*\(5,\) or.*\(5, classes\).*gave torch.int64 .* \(4,\)"):
         find(batch={"t": IDS[:4]}, targets="t")
     with pytest.raises(ShapeError, match="Predictions have 3 classes and targets 2"):
-        find({"logits": SCORES, "targets": VOTES[:, :2]})
+        find({"logits": SCORES}, {"t": VOTES[:, :2]}, targets="t")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_xattn.capture import AttentionRecorder
-from lightning_xattn.errors import DiscoveryError, ShapeError
+from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, count_hooks, toy_data
 
 BATCH = 2
@@ -160,6 +160,17 @@ def test_autocast(need_weights):
     torch.testing.assert_close(pair.forward.weights.float().sum(-1), torch.ones(BATCH, HEADS, AUDIO), atol=1e-2, rtol=0)
 
 
+def test_recorders_nest_and_other_hooks_see_what_the_caller_gets():
+    model, (audio, text), seen = Pair(), tokens(), []
+    model.audio_to_text_attn.register_forward_hook(lambda module, args, output: seen.append(output[1]))
+    (_, expected), _ = model(audio, text)
+    with AttentionRecorder(model) as outer, AttentionRecorder(model) as inner:
+        (_, got), _ = model(audio, text)
+    assert torch.equal(got, expected)
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(outer.attention[0].forward.weights, inner.attention[0].forward.weights)
+
+
 def test_keeps_the_first_output_of_the_models_own_forward():
     model = ToyModule()
     audio, text, _ = toy_data(BATCH)[:]
@@ -184,17 +195,52 @@ def test_hooks_leave_when_the_model_crashes_and_when_setting_up_fails(monkeypatc
     assert count_hooks(model) == 0
 
 
-def test_a_module_that_runs_twice_or_without_its_opposite_is_refused():
+def test_of_a_module_that_runs_twice_the_first_run_is_shown():
     model, (audio, text) = Pair(), tokens()
     with AttentionRecorder(model) as recorder:
         model(audio, text)
-        model(audio, text)
-        with pytest.raises(DiscoveryError, match="'audio_to_text_attn' .* ran 2 times"):
-            _ = recorder.attention
-        recorder.clear()
+        (once,) = recorder.attention
+        model(audio.flip(1), text)
+        with pytest.warns(XAttnWarning, match="ran 2 times in one step; its first run is shown"):
+            (twice,) = recorder.attention
+    assert torch.equal(once.forward.weights, twice.forward.weights)
+
+
+def test_a_direction_that_runs_without_its_opposite_is_refused():
+    model, (audio, text) = Pair(), tokens()
+    with AttentionRecorder(model) as recorder:
         model.audio_to_text_attn(audio, text, text)
-        with pytest.raises(DiscoveryError, match="'text_to_audio_attn' .* ran 0 times"):
+        with pytest.raises(DiscoveryError, match="'text_to_audio_attn' .* did not run"):
             _ = recorder.attention
+
+
+def test_a_subclass_that_computes_attention_its_own_way_is_refused():
+    class Rotated(nn.MultiheadAttention):
+        def forward(self, query, *args, **kwargs):
+            return super().forward(query.flip(1), *args, **kwargs)
+
+    model = Pair()
+    model.audio_to_text_attn = Rotated(WIDTH, HEADS, batch_first=True)
+    with pytest.raises(DiscoveryError, match="Rotated is an nn.MultiheadAttention with a forward of its own"):
+        AttentionRecorder(model).__enter__()
+    assert count_hooks(model) == 0
+
+
+def test_large_half_precision_tokens_do_not_overflow():
+    model = Pair().half()
+    audio, text = (300 * x.half() for x in tokens())
+    with torch.no_grad(), AttentionRecorder(model) as recorder:
+        model(audio, text, {"need_weights": False}, {"need_weights": False})
+    assert recorder.attention[0].forward.weights.isfinite().all()
+
+
+def test_a_masked_key_beside_a_bias_is_masked():
+    model, (audio, text) = Pair(), tokens()
+    mask = torch.where(torch.arange(TEXT) < 3, 0.0, -1e4).expand(AUDIO, TEXT) + 0.5
+    with AttentionRecorder(model) as recorder:
+        model(audio, text, {"attn_mask": mask})
+    visible = recorder.attention[0].forward.visible.expand(BATCH, HEADS, AUDIO, TEXT)
+    assert (visible == (torch.arange(TEXT) < 3)).all()
 
 
 def test_directions_that_do_not_fit_are_refused():

@@ -1,0 +1,121 @@
+"""Which class and which outcome a sample belongs to, and what the classes are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN
+from lightning_xattn.capture.labels import UNLABELLED, Labels, Step
+from lightning_xattn.errors import SettingError, ShapeError
+
+GROUPINGS = ("target", "prediction")
+
+RESERVED = ("all", "correct", "incorrect", "gap", "null")
+"""Curve names that a class may not have."""
+
+
+def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    """Refuse names that would give two curves one name.
+
+    Raises
+    ------
+    SettingError
+        If there is no name, or one is repeated, not a string, in ``RESERVED``, or reads like a head's.
+    """
+    usable = isinstance(class_names, Sequence) and not isinstance(class_names, str) and len(class_names) > 0
+    if not usable or any(
+        not isinstance(name, str) or name in RESERVED or re.fullmatch(r"head_\d+", name) for name in class_names
+    ):
+        raise SettingError(
+            f"class_names must be a sequence of strings, none of them {', '.join(RESERVED)} or like head_0, since each "
+            f"names a curve; got {class_names!r}."
+        )
+    if len(set(class_names)) < len(class_names):
+        raise SettingError(f"class_names must differ from each other; got {class_names!r}.")
+    return tuple(class_names)
+
+
+def name_groups(class_names: Sequence[str], group_by: str) -> tuple[str, ...]:
+    """What the classes are called in curves: their names, or ``predicted_<name>`` when grouped by prediction."""
+    return tuple(name if group_by == "target" else f"predicted_{name}" for name in class_names)
+
+
+def name_classes(labels: Labels, class_names: Sequence[str] | None, group_by: str, step: Step) -> tuple[str, ...]:
+    """The names of the classes of a first batch; none when what groups them is not known.
+
+    Parameters
+    ----------
+    labels
+        Of the batch.
+    class_names
+        As given by the user or the module; None: ``class_0``, ``class_1`` and so on.
+    group_by
+        One of ``GROUPINGS``.
+    step
+        Where the labels were looked for, for error messages.
+
+    Raises
+    ------
+    ShapeError
+        If names and labels do not fit each other.
+    """
+    if (labels.target if group_by == "target" else labels.predicted) is None:
+        return ()
+    if class_names is None:
+        class_names = [f"class_{i}" for i in range(labels.n_classes or 0)]
+    elif labels.n_classes not in (None, len(class_names)):
+        raise ShapeError(
+            f"There are {len(class_names)} class_names ({', '.join(class_names)}) but {labels.n_classes} columns of "
+            f"class scores. {step}"
+        )
+    for what, ids in (("targets", labels.target), ("predictions", labels.predicted)):
+        if ids is None or not class_names:
+            continue
+        outside = set(ids.tolist()) - set(range(len(class_names))) - set(UNLABELLED)
+        if outside:
+            raise ShapeError(
+                f"Expected {what} in 0 ... {len(class_names) - 1} for {len(class_names)} classes "
+                f"({', '.join(map(str, UNLABELLED))}: no label); got {sorted(outside)} too. {step} Name the right "
+                f"ones: AttentionExplainabilityCallback({what}=<key or callable>)."
+            )
+    return check_class_names(class_names) if class_names else ()
+
+
+def missing_labels(labels: Labels, names: Sequence[str], group_by: str, step: Step) -> Iterator[str]:
+    """What cannot be shown because it was not found, and how to name it."""
+    for what, ids in (("predictions", labels.predicted), ("targets", labels.target)):
+        if ids is None:
+            parts = "correct and incorrect predictions" + (" and classes" if what.startswith(group_by) else "")
+            yield (
+                f"No {what} found, so {parts} are not compared. {step} Name them: "
+                f"AttentionExplainabilityCallback({what}=<key or callable>)."
+            )
+        elif not names and what.startswith(group_by):
+            yield (
+                f"The {what} are class ids, which do not tell how many classes there are, so classes are not "
+                "compared. Name them: AttentionExplainabilityCallback(class_names=[...])."
+            )
+
+
+def group_samples(labels: Labels, group_by: str, n_classes: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Class id (-1: none), outcome and tie of each sample, for as many samples and on the device as ``like``.
+
+    An id outside the classes has no class and no outcome.
+    """
+    samples, device = like.shape[0], like.device
+    classes = labels.target if group_by == "target" else labels.predicted
+    if classes is None:
+        classes = torch.full((samples,), -1, device=device)
+    outcomes = torch.full((samples,), UNKNOWN, device=device)
+    if labels.predicted is not None and labels.target is not None:
+        # Ids below 0 are no labels, or scores that were not finite.
+        known = (labels.predicted >= 0) & (labels.target >= 0)
+        if n_classes:
+            known = known & (labels.predicted < n_classes) & (labels.target < n_classes)
+        outcomes = torch.where(known, torch.where(labels.predicted == labels.target, CORRECT, INCORRECT), UNKNOWN)
+    tied = torch.zeros(samples, dtype=torch.bool, device=device) if labels.tied is None else labels.tied
+    return classes, outcomes, tied
