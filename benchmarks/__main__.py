@@ -12,13 +12,17 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from benchmarks.numpy_loop import numpy_loop
 from benchmarks.validate import BATCH, one_batch, validate
 from lightning_xattn import Attention, Direction
-from lightning_xattn.aggregation import LayerAccumulator
+from lightning_xattn.aggregation import LayerAccumulator, Layout
 from lightning_xattn.functional import prepare_rows, sample_statistics
 from lightning_xattn.hms import HMSDataModule, HMSLightningModule
+from tests import reference
 
 HEADS, EEG, SPEC = 8, 9, 119
 
@@ -43,7 +47,8 @@ def statistics_of_a_batch() -> None:
     pair = Attention(direction, there.softmax(-1)), Attention(direction.opposite, back.softmax(-1))
     classes, outcomes = torch.arange(BATCH) % 6, torch.arange(BATCH) % 2
     tied = torch.zeros(BATCH, dtype=torch.bool)
-    accumulator = LayerAccumulator([prepare_rows(attention) for attention in pair], 6)
+    first = [prepare_rows(attention) for attention in pair]
+    accumulator = LayerAccumulator(Layout.of(first, sample_statistics(*first), 6))
 
     def softmax() -> None:
         there.softmax(-1)
@@ -53,13 +58,36 @@ def statistics_of_a_batch() -> None:
         sample_statistics(*(prepare_rows(attention) for attention in pair))
 
     def numbers_and_sums() -> None:
-        accumulator.update([prepare_rows(attention) for attention in pair], classes, outcomes, tied)
+        rows = [prepare_rows(attention) for attention in pair]
+        accumulator.update(rows, sample_statistics(*rows), classes, outcomes, tied)
 
-    one, all_numbers, with_sums = median_seconds(softmax, numbers, numbers_and_sums, repeats=200)
+    arrays = [attention.weights.numpy() for attention in pair]
+    one, all_numbers, with_sums, vectors = median_seconds(
+        softmax, numbers, numbers_and_sums, lambda: numpy_loop(*arrays), repeats=50
+    )
+    (loops,) = median_seconds(lambda: reference_loop(*(array[:1] for array in arrays)), repeats=3)
+    size = sum(state.numel() * state.element_size() for state in accumulator.sums().values())
     print(f"statistics of one batch ({BATCH} x {HEADS} x {EEG} x {SPEC}, both directions); one softmax = 1")
     print(f"  all per-sample numbers            {all_numbers / one:6.2f}     (aim: at most 6)")
     print(f"  the same, added to the sums       {with_sums / one:6.2f}")
+    print(f"  a loop over samples in numpy      {vectors / all_numbers:6.1f}     times all per-sample numbers")
+    print(f"  loops over samples, heads, rows   {BATCH * loops / all_numbers:6.0f}     times (aim: at least 40)")
+    print(
+        f"  the sums of an epoch              {size / 2**20:6.2f} MiB, 6 classes and {HEADS} heads, whatever its length"
+    )
     print(f"  one softmax                       {1000 * one:6.2f} ms  on {torch.get_num_threads()} threads")
+
+
+def reference_loop(there: NDArray[np.float32], back: NDArray[np.float32]) -> None:
+    """The same numbers by the tests' slow reference."""
+    for x, y in zip(there, back, strict=True):
+        reference.alignment(x, y)
+        reference.alignment_interaction(x, y)
+        for weights in (x, y):
+            reference.row_statistics(weights)
+            reference.query_selectivity(weights)
+            reference.head_diversity(weights)
+            reference.sink_strength(weights)
 
 
 def data_loader(folder: Path) -> None:

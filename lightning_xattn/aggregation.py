@@ -6,20 +6,23 @@ and several processes give what one gives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_xattn.attention import Direction
+from lightning_xattn.errors import ShapeError
 from lightning_xattn.functional import (
     Rows,
     Separation,
+    alignment_null,
     class_adjusted_gap,
-    sample_statistics,
     score_bins,
     separation,
+    standardised_maps,
 )
 from lightning_xattn.functional.outcomes import BINS
 
@@ -30,53 +33,108 @@ SCORE_RANGES = {"alignment": (-1.0, 1.0), "entropy": (0.0, 1.0)}
 """The scores that are compared between correct and incorrect predictions, with the ranges of their histograms."""
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What an accumulator has a place for.
+
+    Parameters
+    ----------
+    columns
+        Names of the numbers, see ``sample_statistics``.
+    n_classes
+        Number of classes; 0 when there are none.
+    heads
+        Number of heads by direction, forward first.
+    tokens
+        Number of queries and of keys that are tokens, by direction.
+    """
+
+    columns: tuple[str, ...]
+    n_classes: int
+    heads: dict[Direction, int]
+    tokens: dict[Direction, tuple[int, int]]
+
+    @classmethod
+    def of(cls, rows: Sequence[Rows], statistics: Mapping[str, Tensor], n_classes: int) -> Layout:
+        """The layout for the prepared rows of a first batch, forward direction first, and its ``sample_statistics``."""
+        return cls(
+            columns=tuple(statistics),
+            n_classes=n_classes,
+            heads={r.direction: r.weights.shape[1] for r in rows},
+            tokens={r.direction: (r.weights.shape[2], r.tokens) for r in rows},
+        )
+
+    @property
+    def numbers(self) -> tuple[tuple[str, ...], int, dict[Direction, int]]:
+        """All but the token counts: accumulators that agree in this can be merged."""
+        return self.columns, self.n_classes, self.heads
+
+
 class LayerAccumulator(Metric):
     """Sums of one layer's numbers over an epoch, by class and outcome.
 
     Parameters
     ----------
-    like
-        The prepared rows of a first batch, forward direction first: they say which numbers and maps there are.
-    n_classes
-        Number of classes; 0 when there are none. Samples without a class have a place of their own.
+    layout
+        What there is to add up.
+    device
+        Where the batches are.
     """
 
     full_state_update = False
     moments: Tensor
     histograms: Tensor
+    null_maps: Tensor
+    null_terms: Tensor
     ragged: Tensor
     ties: Tensor
 
-    def __init__(self, like: Sequence[Rows], n_classes: int) -> None:
-        super().__init__()
-        self.n_classes = n_classes
-        self.columns = tuple(sample_statistics(*like))
-        self.shapes = {rows.direction: (rows.weights.shape[2], rows.tokens) for rows in like}
-        self.heads = {rows.direction: rows.weights.shape[1] for rows in like}
-        places = n_classes + 1
+    def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
+        # Processes are merged all at once, see ``merge_sums``, and not state by state when computing.
+        super().__init__(sync_on_compute=False)
+        self.layout = layout
         # float64 keeps long sums exact; Apple's GPUs do not have it.
-        self._dtype_of_sums = torch.float32 if like[0].weights.device.type == "mps" else torch.float64
+        self._dtype_of_sums = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        places = layout.n_classes + 1  # samples without a class have one of their own
         # (class, outcome), column, (count, sum, sum of squares)
-        self._add("moments", places * 3, len(self.columns), 3)
+        self._add("moments", places * 3, len(layout.columns), 3)
         # (score, outcome), bin
         self._add("histograms", len(SCORE_RANGES) * 3 * BINS)
         self._add("ragged", 1)
         self._add("ties", 1)
-        for direction, (queries, keys) in self.shapes.items():
+        for direction, (queries, keys) in layout.tokens.items():
             # class, query, key, (sum of weights, number of rows)
             self._add(f"map_{direction}", places, queries, keys, 2)
-        self.to(like[0].weights.device)
+        queries, keys = next(iter(layout.tokens.values()))
+        # sums of both directions' standardised maps
+        self._add("null_maps", 2, queries, keys)
+        # (sum of alignments, samples in the sums, samples whose maps cannot be compared with others')
+        self._add("null_terms", 3)
+        self.to(device)
 
     def _add(self, name: str, *shape: int) -> None:
         self.add_state(name, torch.zeros(shape, dtype=self._dtype_of_sums), dist_reduce_fx="sum")
 
-    def update(self, rows: Sequence[Rows], classes: Tensor, outcomes: Tensor, tied: Tensor) -> None:
+    # Sums are replaced, never changed in place: validation runs in inference mode, and a tensor that was made there
+    # cannot be changed in place outside of it.
+
+    def update(
+        self,
+        rows: Sequence[Rows],
+        statistics: Mapping[str, Tensor],
+        classes: Tensor,
+        outcomes: Tensor,
+        tied: Tensor,
+    ) -> None:
         """Add a batch.
 
         Parameters
         ----------
         rows
-            As ``like`` at construction; other token counts are allowed, but end the mean maps of this epoch.
+            The directions that the layout was made of; other token counts are allowed, but end the mean maps and the
+            alignment between different samples of this epoch.
+        statistics
+            Their ``sample_statistics``.
         classes
             ``(batch,)`` int64 class ids; ids outside [0, n_classes) count as without a class.
         outcomes
@@ -84,49 +142,80 @@ class LayerAccumulator(Metric):
         tied
             ``(batch,)`` bool: more than one class has the top share of a soft target.
         """
-        # Sums are replaced, never changed in place: validation runs in inference mode, and a tensor that was made
-        # there cannot be changed in place outside of it.
-        statistics = sample_statistics(*rows)
-        values = torch.stack([statistics[name].to(self._dtype_of_sums) for name in self.columns], dim=1)
+        n_classes = self.layout.n_classes
+        classes = torch.where((classes >= 0) & (classes < n_classes), classes, n_classes)
+        self._add_numbers(statistics, classes, outcomes)
+        self.ties = self.ties + tied.sum()
+        if all((r.weights.shape[2], r.tokens) == self.layout.tokens[r.direction] for r in rows):
+            self._add_maps(rows, classes)
+        else:
+            self.ragged = self.ragged + 1
+
+    def _add_numbers(self, statistics: Mapping[str, Tensor], classes: Tensor, outcomes: Tensor) -> None:
+        columns = self.layout.columns
+        values = torch.stack([statistics[name].to(self._dtype_of_sums) for name in columns], dim=1)
         defined = values.isfinite()
         values = torch.where(defined, values, 0)
         terms = torch.stack([defined.to(values.dtype), values, values**2], dim=-1)
-        classes = torch.where((classes >= 0) & (classes < self.n_classes), classes, self.n_classes)
         self.moments = self.moments.index_add(0, classes * 3 + outcomes, terms)
-
         for i, (name, (low, high)) in enumerate(SCORE_RANGES.items()):
-            if name in self.columns:
-                column = self.columns.index(name)
+            if name in columns:
+                column = columns.index(name)
                 place = (i * 3 + outcomes) * BINS + score_bins(values[:, column], low, high)
                 self.histograms = self.histograms.index_add(0, place, defined[:, column].to(values.dtype))
 
-        self.ties = self.ties + tied.sum()
-        if any((r.weights.shape[2], r.tokens) != self.shapes[r.direction] for r in rows):
-            self.ragged = self.ragged + 1
-            return
+    def _add_maps(self, rows: Sequence[Rows], classes: Tensor) -> None:
         for r in rows:
             weights = r.weights[..., : r.tokens].sum(1)
             seen = r.valid[..., None] if r.token_visible is None else r.valid[..., None] & r.token_visible
             counts = seen.sum(1).expand(weights.shape)
             state = f"map_{r.direction}"
-            terms = torch.stack([weights, counts], dim=-1).to(self._dtype_of_sums)
-            setattr(self, state, getattr(self, state).index_add(0, classes, terms))
+            cells = torch.stack([weights, counts], dim=-1).to(self._dtype_of_sums)
+            setattr(self, state, getattr(self, state).index_add(0, classes, cells))
+        if len(rows) == 2:
+            x, y, whole = standardised_maps(*rows)
+            aligned = (x * y).sum((1, 2))
+            defined = aligned.isfinite()
+            counted = (defined & whole)[:, None, None]
+            sums = torch.stack([torch.where(counted, maps, 0).sum(0) for maps in (x, y)])
+            self.null_maps = self.null_maps + sums
+            terms = [torch.where(defined & whole, aligned, 0), defined & whole, defined & ~whole]
+            self.null_terms = self.null_terms + torch.stack([term.sum() for term in terms])
+
+    def sums(self) -> dict[str, Tensor]:
+        """Every state by name, on the CPU."""
+        return {name: getattr(self, name).cpu() for name in self.metric_state}
 
     def compute(self) -> LayerSummary:
-        """What the sums say so far, on the CPU."""
-        maps = {}
-        if not self.ragged.any():
-            for direction in self.shapes:
-                sums, counts = getattr(self, f"map_{direction}").cpu().unbind(-1)
-                maps[direction] = (sums / counts)[: self.n_classes or 1]
-        return LayerSummary(
-            columns=self.columns,
-            heads=self.heads,
-            moments=self.moments.cpu().unflatten(0, (-1, 3)),
-            histograms=self.histograms.cpu().reshape(len(SCORE_RANGES), 3, BINS),
-            ties=int(self.ties),
-            maps=maps,
-        )
+        """Summarise the sums so far, on the CPU."""
+        return LayerSummary(self.layout, self.sums())
+
+
+def merge_sums(parts: Sequence[tuple[Layout, dict[str, Tensor]]]) -> tuple[Layout, dict[str, Tensor]]:
+    """Add up the layouts and sums of several accumulators, as those of several processes.
+
+    Raises
+    ------
+    ShapeError
+        If they differ in more than their token counts; those only end the maps.
+    """
+    layout, total = parts[0]
+    for other, sums in parts[1:]:
+        if other.numbers != layout.numbers:
+            raise ShapeError(
+                f"Different attention was recorded: {layout.n_classes} classes and {_heads(layout)} in one place, "
+                f"{other.n_classes} classes and {_heads(other)} in another. Every process must run the same model with "
+                "the same settings."
+            )
+        same = {name: values for name, values in sums.items() if values.shape == total[name].shape}
+        total = total | {name: total[name] + values for name, values in same.items()}
+        if len(same) < len(sums):
+            total["ragged"] = total["ragged"] + 1
+    return layout, total
+
+
+def _heads(layout: Layout) -> str:
+    return ", ".join(f"{heads} heads {direction}" for direction, heads in layout.heads.items())
 
 
 class LayerSummary:
@@ -134,10 +223,13 @@ class LayerSummary:
 
     Parameters
     ----------
-    columns
-        Names of the numbers, see ``sample_statistics``.
-    heads
-        Number of heads by direction, forward first.
+    layout
+        Names of the numbers, classes, heads and tokens.
+    sums
+        The sums of a ``LayerAccumulator``.
+
+    Attributes
+    ----------
     moments
         ``(classes + 1, outcomes, columns, 3)``: count, sum, sum of squares; the last class is "no class".
     histograms
@@ -145,31 +237,43 @@ class LayerSummary:
     maps
         By direction ``(classes, queries, keys)``: attention averaged over heads and samples, NaN for an absent
         class; one map when there are no classes. Empty when the token counts changed between batches.
+    alignment_null
+        Mean alignment between different samples; NaN with fewer than two, or unless all have the same tokens.
     ties
         Number of samples whose soft target has more than one top class; the first of them counts as the class.
     """
 
     # Not a dataclass: torchmetrics would take the result of ``compute`` apart and squeeze its tensors.
-    def __init__(
-        self,
-        columns: tuple[str, ...],
-        heads: dict[Direction, int],
-        moments: Tensor,
-        histograms: Tensor,
-        maps: dict[Direction, Tensor],
-        ties: int,
-    ) -> None:
-        self.columns = columns
-        self.heads = heads
-        self.moments = moments
-        self.histograms = histograms
-        self.maps = maps
-        self.ties = ties
+    def __init__(self, layout: Layout, sums: dict[str, Tensor]) -> None:
+        self.layout = layout
+        self.moments = sums["moments"].unflatten(0, (-1, 3))
+        self.histograms = sums["histograms"].reshape(len(SCORE_RANGES), 3, BINS)
+        self.ties = int(sums["ties"])
+        self.maps: dict[Direction, Tensor] = {}
+        self.alignment_null = torch.nan
+        if not sums["ragged"].any():
+            for direction in layout.tokens:
+                totals, counts = sums[f"map_{direction}"].unbind(-1)
+                self.maps[direction] = (totals / counts)[: layout.n_classes or 1]
+            aligned, samples, others = sums["null_terms"]
+            if others == 0:
+                x_sum, y_sum = sums["null_maps"]
+                self.alignment_null = float(alignment_null(x_sum, y_sum, aligned, samples))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the numbers."""
+        return self.layout.columns
+
+    @property
+    def heads(self) -> dict[Direction, int]:
+        """Number of heads by direction, forward first."""
+        return self.layout.heads
 
     @property
     def n_classes(self) -> int:
         """Number of classes; 0 when there are none."""
-        return self.moments.shape[0] - 1
+        return self.layout.n_classes
 
     @property
     def samples(self) -> int:
@@ -220,7 +324,7 @@ class LayerSummary:
         return 1 - self.count(column) / self.samples if self.samples else torch.nan
 
     def _moments(self, column: str, class_id: int | None, outcome: int | None) -> Tensor:
-        selected = self.moments[:, :, self.columns.index(column)]
+        selected: Tensor = self.moments[:, :, self.columns.index(column)]
         selected = selected if class_id is None else selected[class_id : class_id + 1]
         selected = selected if outcome is None else selected[:, outcome : outcome + 1]
         return selected.sum((0, 1))

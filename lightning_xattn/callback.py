@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN, LayerAccumulator, LayerSummary
-from lightning_xattn.attention import AttentionPair, Direction
-from lightning_xattn.capture import AttentionRecorder, LabelFinder, Labels
-from lightning_xattn.capture.discovery import AttentionPaths
-from lightning_xattn.capture.labels import LabelSetting, describe
-from lightning_xattn.epoch import check_class_names, epoch_curves, epoch_figures
-from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
-from lightning_xattn.functional import prepare_rows
+from lightning_xattn.aggregation import CORRECT, LayerAccumulator, LayerSummary, Layout, merge_sums
+from lightning_xattn.alarms import Alarms
+from lightning_xattn.capture import AttentionRecorder, LabelFinder
+from lightning_xattn.capture.discovery import AttentionPaths, check_paths
+from lightning_xattn.capture.labels import LabelSetting, Step
+from lightning_xattn.distributed import count_repeats, gather
+from lightning_xattn.epoch import epoch_curves, epoch_figures
+from lightning_xattn.errors import DiscoveryError, SettingError, XAttnWarning
+from lightning_xattn.functional import prepare_rows, sample_statistics
+from lightning_xattn.grouping import (
+    GROUPINGS,
+    check_class_names,
+    group_samples,
+    missing_labels,
+    name_classes,
+    name_groups,
+)
 from lightning_xattn.sinks import log_images
+
+if TYPE_CHECKING:
+    from lightning_xattn.table import SampleTable
 
 
 class AttentionExplainabilityCallback(Callback):
@@ -46,10 +60,25 @@ class AttentionExplainabilityCallback(Callback):
         Where a step's predictions (class scores or ids) and targets (class ids or soft labels) are. None: found in
         the step's outputs, the module's own ``forward``, the batch. A string: a key of the outputs or of the batch.
         A callable: ``(outputs, batch) -> tensor``.
+    sample_ids
+        Where the samples' ids (numbers or strings) are, for the table: as ``predictions``. None: the batch's
+        ``sample_ids``, if there are any.
     every_n_epochs
-        During ``fit``, record every so many epochs. ``trainer.validate`` and ``trainer.test`` always record.
+        During ``fit``, record every so many of the epochs that are validated, from the first on.
+        ``trainer.validate`` and ``trainer.test`` always record.
     figures_every_n_epochs
         Draw figures every so many epochs, of those that are recorded; 0: never.
+    table
+        A folder for one row per sample, epoch and layer, as Parquet files (see ``SampleTable``). None: no table.
+
+    Attributes
+    ----------
+    history : list of dict
+        One record per recorded epoch, dataloader and layer: ``stage``, ``epoch``, ``step``, ``dataloader``, ``layer``,
+        ``samples``, ``repeats`` (samples dropped because another process had them), and the epoch's curves by their
+        names without the scope. It is saved in checkpoints. ``pandas.DataFrame(callback.history)``.
+    summaries : dict of str to LayerSummary
+        The last epoch of each scope, such as ``val``, ``test`` or ``val/dataloader_1``.
 
     Raises
     ------
@@ -68,50 +97,91 @@ class AttentionExplainabilityCallback(Callback):
         group_by: str = "target",
         predictions: LabelSetting = None,
         targets: LabelSetting = None,
+        sample_ids: LabelSetting = None,
         every_n_epochs: int = 1,
         figures_every_n_epochs: int = 1,
+        table: str | Path | None = None,
     ) -> None:
         super().__init__()
-        for name in attention or ():
-            Direction.parse(name)
-        if group_by not in ("target", "prediction"):
-            raise SettingError(f"group_by must be 'target' or 'prediction'; got {group_by!r}.")
-        for name, setting in (("predictions", predictions), ("targets", targets)):
+        if attention is not None:
+            check_paths(attention)
+        if group_by not in GROUPINGS:
+            raise SettingError(f"group_by must be one of {', '.join(GROUPINGS)}; got {group_by!r}.")
+        for name, setting in (("predictions", predictions), ("targets", targets), ("sample_ids", sample_ids)):
             if not (setting is None or isinstance(setting, str) or callable(setting)):
                 raise SettingError(f"{name} must be None, a key or a callable; got {setting!r}.")
         for name, number, least in (
             ("every_n_epochs", every_n_epochs, 1),
             ("figures_every_n_epochs", figures_every_n_epochs, 0),
         ):
-            if not isinstance(number, int) or number < least:
+            if not isinstance(number, int) or isinstance(number, bool) or number < least:
                 raise SettingError(f"{name} must be a whole number >= {least}; got {number!r}.")
         self.attention = attention
         self.class_names = None if class_names is None else check_class_names(class_names)
         self.group_by = group_by
         self.every_n_epochs = every_n_epochs
         self.figures_every_n_epochs = figures_every_n_epochs
+        if table is not None and find_spec("pyarrow") is None:
+            raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
+        self.table = None if table is None else Path(table)
+        self.history: list[dict[str, Any]] = []
         self.summaries: dict[str, LayerSummary] = {}
-        """The last epoch of each scope: ``val``, ``test``, and ``val/dataloader_1`` and so on where there are more."""
-        self._labels = LabelFinder(predictions, targets)
+        self._labels = LabelFinder(predictions, targets, sample_ids)
         self._recorder: AttentionRecorder | None = None
         self._accumulators: dict[tuple[int, str], LayerAccumulator] = {}
+        self._table: SampleTable | None = None
+        self._seen: Counter[int] = Counter()
+        self._repeats: Counter[int] = Counter()
         # The names of the classes, once a first batch has passed the checks.
         self._classes: tuple[str, ...] | None = None
-        self._warned: set[str] = set()
+        self._alarms = Alarms()
+
+    @property
+    def state_key(self) -> str:
+        """Tells callbacks with different settings apart in a checkpoint."""
+        return self._generate_state_key(
+            attention=self.attention, class_names=self.class_names, group_by=self.group_by, every_n=self.every_n_epochs
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, in plain types: a checkpoint with it loads with ``weights_only=True``."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's history."""
+        self.history = list(state_dict["history"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the attention before anything runs, so that a wrong path fails at once."""
+        """Look anew at the first batch of what is to run."""
         self._classes = None
-        if stage != "predict":
-            AttentionRecorder(pl_module, self.attention)
+        self._labels.forget()
+        if trainer.world_size > 1:
+            # What is logged is the same on every process already; Lightning cannot know, and says so for each name.
+            warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('xattn_")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the attention before training starts, so that a wrong path fails at once."""
+        _warn(self._alarms.of_directions(AttentionRecorder(pl_module, self.attention).layers))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to record, if this epoch is one to record."""
-        self._start(trainer, pl_module)
+        self._start(trainer, pl_module, "val")
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to record."""
-        self._start(trainer, pl_module)
+        self._start(trainer, pl_module, "test")
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Forget what ran outside of the steps."""
+        self._clear()
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Forget what ran outside of the steps."""
+        self._clear()
 
     def on_validation_batch_end(
         self,
@@ -123,7 +193,7 @@ class AttentionExplainabilityCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the running sums."""
-        self._add_batch(pl_module, outputs, batch, dataloader_idx)
+        self._add_batch(pl_module, outputs, batch, dataloader_idx, trainer.val_dataloaders)
 
     def on_test_batch_end(
         self,
@@ -135,7 +205,7 @@ class AttentionExplainabilityCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the running sums."""
-        self._add_batch(pl_module, outputs, batch, dataloader_idx)
+        self._add_batch(pl_module, outputs, batch, dataloader_idx, trainer.test_dataloaders)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's curves and figures."""
@@ -153,18 +223,36 @@ class AttentionExplainabilityCallback(Callback):
         """Take every hook off the model."""
         self._stop()
 
-    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stop()
-        if not _is_fitting(trainer) or trainer.current_epoch % self.every_n_epochs == 0:
-            self._recorder = AttentionRecorder(pl_module, self.attention).__enter__()
+        if _is_fitting(trainer) and _validations_before(trainer) % self.every_n_epochs:
+            return
+        self._recorder = AttentionRecorder(pl_module, self.attention).__enter__()
+        _warn(self._alarms.of_directions(self._recorder.layers))
+        rehearsal = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
+        if self.table is not None and not rehearsal:
+            from lightning_xattn.table import SampleTable  # pyarrow, only where a table is wanted
+
+            epoch, step, rank = trainer.current_epoch, _step(trainer), trainer.global_rank
+            name = f"{stage}-epoch={epoch}-step={step}-rank={rank}"
+            self._table = SampleTable(self.table, name, {"stage": stage, "epoch": epoch, "step": step})
+
+    def _clear(self) -> None:
+        if self._recorder is not None:
+            self._recorder.clear()
 
     def _stop(self) -> None:
         if self._recorder is not None:
             self._recorder.close()
-        self._recorder = None
+        if self._table is not None:
+            self._table.discard()
+        self._recorder = self._table = None
         self._accumulators = {}
+        self._seen, self._repeats = Counter(), Counter()
 
-    def _add_batch(self, pl_module: LightningModule, outputs: Any, batch: Any, dataloader_idx: int) -> None:
+    def _add_batch(
+        self, pl_module: LightningModule, outputs: Any, batch: Any, dataloader_idx: int, loaders: Any
+    ) -> None:
         if self._recorder is None:
             return
         pairs, forward_output = self._recorder.attention, self._recorder.output
@@ -172,83 +260,114 @@ class AttentionExplainabilityCallback(Callback):
         if not pairs:
             self._require_checked()
             return
-        batch_size, device = pairs[0].forward.weights.shape[0], pairs[0].forward.weights.device
-        labels = self._labels.find(outputs, batch, forward_output, batch_size)
+        batch_size = pairs[0].forward.weights.shape[0]
+        step = Step(outputs, batch, forward_output, batch_size)
+        labels = self._labels.find(step)
         if self._classes is None:
-            self._classes = self._check_first_batch(pl_module, labels, outputs, batch)
+            self._classes = name_classes(labels, self.class_names or _own_names(pl_module), self.group_by, step)
+            _warn(missing_labels(labels, self._classes, self.group_by, step))
+            places = " and ".join(f"{what} from {place}" for what, place in self._labels.places.items())
+            rank_zero_info(f"AttentionExplainabilityCallback takes {places or 'no labels'}.")
 
-        classes, outcomes, tied = _classes_and_outcomes(labels, self.group_by, batch_size, device)
+        loader = loaders[dataloader_idx] if isinstance(loaders, (list, tuple)) else loaders
+        repeats = count_repeats(loader, self._seen[dataloader_idx], batch_size)
+        self._seen[dataloader_idx] += batch_size
+        self._repeats[dataloader_idx] += repeats
+        kept = slice(batch_size - repeats)
+        weights = pairs[0].forward.weights
+        classes, outcomes, tied = group_samples(labels, self.group_by, len(self._classes), weights)
         for pair in pairs:
-            self._warn_of_single_key(pair)
-            rows = [prepare_rows(attention) for attention in pair.directions]
+            rows = [prepare_rows(attention[kept]) for attention in pair.directions]
+            statistics = sample_statistics(*rows)
             key = (dataloader_idx, pair.layer)
             if key not in self._accumulators:
-                self._accumulators[key] = LayerAccumulator(rows, len(self._classes))
-            self._accumulators[key].update(rows, classes, outcomes, tied)
+                layout = Layout.of(rows, statistics, len(self._classes))
+                self._accumulators[key] = LayerAccumulator(layout, rows[0].weights.device)
+                _warn(self._alarms.of_keys(pair.layer, {r.direction: r.weights.shape[3] for r in rows}))
+            self._accumulators[key].update(rows, statistics, classes[kept], outcomes[kept], tied[kept])
+            if self._table is not None:
+                known = labels.predicted is not None and labels.target is not None
+                facts = {
+                    "sample_id": self._labels.find_sample_ids(step),
+                    "target": labels.target,
+                    "prediction": labels.predicted,
+                    "confidence": labels.confidence,
+                    "correct": outcomes == CORRECT if known else None,
+                }
+                row: dict[str, Any] = {"dataloader": dataloader_idx, "layer": pair.layer, "tied": tied[kept]}
+                row |= {name: None if values is None else values[kept] for name, values in facts.items()}
+                row["undefined"] = statistics.get("alignment", statistics["entropy"]).isnan()
+                self._table.add(row | {name.replace("/", "_"): values for name, values in statistics.items()})
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._recorder is None:
             return
         if not trainer.sanity_checking:
-            for (dataloader_idx, layer), accumulator in self._accumulators.items():
-                scope = stage
-                # A first dataloader and a first layer go without saying; others add their name.
-                scope += f"/dataloader_{dataloader_idx}" if dataloader_idx else ""
-                scope += "" if layer == next(iter(self._accumulators))[1] else f"/{layer}"
-                self.summaries[scope] = accumulator.compute()
-                self._log(trainer, pl_module, self.summaries[scope], scope)
+            if self._table is not None:
+                self._table.close()
+            self._log_epoch(trainer, pl_module, stage)
         self._stop()
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule, summary: LayerSummary, scope: str) -> None:
-        names, epoch = self._classes or (), trainer.current_epoch
-        pl_module.log_dict(epoch_curves(summary, scope, names), on_step=False, on_epoch=True, batch_size=1)
-        due = not _is_fitting(trainer) or epoch % (self.figures_every_n_epochs or 1) == 0
-        if self.figures_every_n_epochs and due and trainer.is_global_zero:
-            from lightning_xattn.visualizations import render  # matplotlib, only where figures are wanted
-
-            axes = getattr(pl_module, "attention_axes", None)
-            axes = axes or getattr(getattr(trainer, "datamodule", None), "attention_axes", None) or {}
-            context = f"{scope}, epoch {epoch}"
-            figures = epoch_figures(summary, scope, names, group_by=self.group_by, axes=axes, context=context)
-            # The step at which Lightning logs the scalars of this same hook.
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            log_images(trainer.loggers, ((tag, render(figure)) for tag, figure in figures), step)
-
-    def _check_first_batch(
-        self, pl_module: LightningModule, labels: Labels, outputs: Any, batch: Any
-    ) -> tuple[str, ...]:
-        """The names of the classes, when predictions, targets and names fit each other."""
-        there = f"The step returned {describe(outputs)}; the batch is {describe(batch)}."
-        for what, found in (("predictions", labels.predicted), ("targets", labels.target)):
-            if found is None:
-                self._warn_once(
-                    f"No {what} found, so correct and incorrect predictions are not compared"
-                    + (", and no classes are" if what.startswith(self.group_by) else "")
-                    + f". {there} Name them: AttentionExplainabilityCallback({what}=<key or callable>)."
-                )
-        if (labels.target if self.group_by == "target" else labels.predicted) is None:
-            return ()
-
-        names = self.class_names or getattr(pl_module, "class_names", None)
-        if names is None:
-            if labels.n_classes is None:
-                raise DiscoveryError(
-                    "Only class ids were found, which do not tell how many classes there are. "
-                    "Name them: AttentionExplainabilityCallback(class_names=[...])."
-                )
-            names = [f"class_{i}" for i in range(labels.n_classes)]
-        elif labels.n_classes not in (None, len(names)):
-            raise ShapeError(
-                f"There are {len(names)} class_names ({', '.join(names)}) but {labels.n_classes} columns of class "
-                f"scores. {there}"
+    def _log_epoch(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        sums = {key: (accumulator.layout, accumulator.sums()) for key, accumulator in self._accumulators.items()}
+        processes = gather((self._classes, self._repeats, sums))
+        self._classes = next((classes for classes, _, _ in processes if classes is not None), None)
+        repeats: Counter[int] = sum((counted for _, counted, _ in processes), Counter())
+        # In the order of the first process that has them, so that every process logs the same names in one order.
+        keys = sorted({key: None for _, _, sums in processes for key in sums}, key=lambda key: key[0])
+        for dataloader_idx, layer in keys:
+            parts = [sums[dataloader_idx, layer] for _, _, sums in processes if (dataloader_idx, layer) in sums]
+            summary = LayerSummary(*merge_sums(parts))
+            scope = self._scope(trainer, stage, dataloader_idx, layer, first=keys[0][1])
+            self.summaries[scope] = summary
+            curves = epoch_curves(summary, scope, name_groups(self._classes or (), self.group_by))
+            pl_module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
+            self.history.append(
+                {
+                    "stage": stage,
+                    "epoch": trainer.current_epoch,
+                    "step": _step(trainer),
+                    "dataloader": dataloader_idx,
+                    "layer": layer,
+                    "samples": summary.samples,
+                    "repeats": repeats[dataloader_idx],
+                }
+                | {name.removeprefix("xattn_").replace(f"/{scope}/", "/"): value for name, value in curves.items()}
             )
-        for what, ids in (("targets", labels.target), ("predictions", labels.predicted)):
-            if ids is not None and not ((ids >= 0) & (ids < len(names))).all():
-                raise ShapeError(
-                    f"Expected {what} in 0 ... {len(names) - 1} for {len(names)} classes; got "
-                    f"{sorted(set(ids.tolist()))}. {there}"
-                )
-        return check_class_names(names)
+            if trainer.is_global_zero:
+                _warn(self._alarms.of_epoch(layer, summary))
+                self._draw(trainer, pl_module, summary, scope)
+
+    def _scope(self, trainer: Trainer, stage: str, dataloader_idx: int, layer: str, first: str) -> str:
+        """The stage, and what tells this apart: the first callback, dataloader and layer go without saying."""
+        everyone = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
+        ours = [callback for callback in everyone if isinstance(callback, AttentionExplainabilityCallback)]
+        scope = stage
+        scope += f"/callback_{ours.index(self)}" if self in ours[1:] else ""
+        scope += f"/dataloader_{dataloader_idx}" if dataloader_idx else ""
+        return scope + (f"/{layer}" if layer != first else "")
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule, summary: LayerSummary, scope: str) -> None:
+        every = self.figures_every_n_epochs
+        recorded = _validations_before(trainer) // self.every_n_epochs
+        if not every or not trainer.loggers or (_is_fitting(trainer) and recorded % every):
+            return
+        from lightning_xattn.visualizations import render  # matplotlib, only where figures are wanted
+
+        axes = getattr(pl_module, "attention_axes", None)
+        axes = axes or getattr(getattr(trainer, "datamodule", None), "attention_axes", None) or {}
+        figures = epoch_figures(
+            summary,
+            scope,
+            self._classes or (),
+            group_by=self.group_by,
+            axes=axes,
+            context=f"{scope}, epoch {trainer.current_epoch}",
+        )
+        try:
+            log_images(trainer.loggers, ((tag, render(figure)) for tag, figure in figures), _step(trainer))
+        except Exception as error:  # a figure that cannot be drawn must not end a training run
+            _warn([f"The figures of {scope} could not be drawn: {error!r}."])
 
     def _require_checked(self) -> None:
         assert self._recorder is not None
@@ -259,34 +378,31 @@ class AttentionExplainabilityCallback(Callback):
                 "computes it elsewhere, name that module: AttentionExplainabilityCallback(attention={...})."
             )
 
-    def _warn_of_single_key(self, pair: AttentionPair) -> None:
-        single = [str(attention.direction) for attention in pair.directions if attention.weights.shape[-1] == 1]
-        if single:
-            self._warn_once(
-                f"Layer '{pair.layer}': {' and '.join(single)} attend to a single key, where softmax gives exactly 1 "
-                "whatever the model learned. Entropy, selectivity and alignment are undefined and left out. To see "
-                "attention, fuse token sequences: pool after the fusion, not before it."
-            )
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, XAttnWarning, stacklevel=2)
+def _warn(messages: Iterable[str]) -> None:
+    for message in messages:
+        rank_zero_warn(message, category=XAttnWarning, stacklevel=3)
+
+
+def _own_names(pl_module: LightningModule) -> tuple[str, ...] | None:
+    """The module's ``class_names``, if it has any that can be used."""
+    names = getattr(pl_module, "class_names", None)
+    try:
+        return None if names is None else check_class_names(names)
+    except SettingError as error:
+        _warn([f"The class_names of {type(pl_module).__name__} are not used: {error}"])
+        return None
 
 
 def _is_fitting(trainer: Trainer) -> bool:
     return bool(trainer.state.fn == "fit")
 
 
-def _classes_and_outcomes(
-    labels: Labels, group_by: str, batch_size: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Class id (-1: none), outcome and tie of each sample."""
-    classes = labels.target if group_by == "target" else labels.predicted
-    if classes is None:
-        classes = torch.full((batch_size,), -1, device=device)
-    outcomes = torch.full((batch_size,), UNKNOWN, device=device)
-    if labels.predicted is not None and labels.target is not None:
-        outcomes = torch.where(labels.predicted == labels.target, CORRECT, INCORRECT)
-    tied = torch.zeros(batch_size, dtype=torch.bool, device=device) if labels.tied is None else labels.tied
-    return classes, outcomes, tied
+def _validations_before(trainer: Trainer) -> int:
+    """How many epochs of this fit were due for validation before this one."""
+    return (trainer.current_epoch + 1) // (trainer.check_val_every_n_epoch or 1) - 1
+
+
+def _step(trainer: Trainer) -> int:
+    """The step at which Lightning logs the scalars of an evaluation's end."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -10,7 +10,7 @@ from lightning_xattn import XAttnError, __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status (1: bad input, said in one line)."""
+    """Run the command; returns its exit status (1: bad input or a full disk, said in one line)."""
     parser = argparse.ArgumentParser(prog="lightning-xattn", description="See how modalities attend to each other.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from lightning_xattn.hms.demo import run_demo
 
         run_demo(**options)
-    except (XAttnError, ModuleNotFoundError) as error:
+    except (XAttnError, ModuleNotFoundError, OSError) as error:
         print(f"lightning-xattn demo: {error}", file=sys.stderr)
         return 1
     return 0

@@ -10,34 +10,12 @@ import torch
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT, SCORE_RANGES, LayerSummary
 from lightning_xattn.attention import TokenAxis
-from lightning_xattn.errors import SettingError
 from lightning_xattn.functional.outcomes import BINS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lightning_xattn.visualizations import OutcomeSummary
-
-RESERVED = ("all", "correct", "incorrect", "gap")
-"""Curve names that a class may not have."""
-
-
-def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
-    """Refuse names that would give two curves one name.
-
-    Raises
-    ------
-    SettingError
-        If a name is repeated, not a string, or one of ``RESERVED``.
-    """
-    names = tuple(class_names)
-    bad = [name for name in names if not isinstance(name, str) or name in RESERVED or names.count(name) > 1]
-    if isinstance(class_names, str) or bad:
-        raise SettingError(
-            f"class_names must be different strings, none of them {', '.join(RESERVED)}, since each names a curve; "
-            f"got {class_names!r}."
-        )
-    return names
 
 
 def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) -> dict[str, float]:
@@ -59,8 +37,9 @@ def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) 
     }
 
 
-def epoch_text(summary: LayerSummary, class_names: Sequence[str]) -> list[str]:
+def epoch_text(summary: LayerSummary, class_names: Sequence[str], group_by: str) -> list[str]:
     """One layer's epoch as a table of mean alignment and entropy, by class and outcome, in lines of text."""
+    title = {"target": "true class", "prediction": "predicted class"}[group_by]
     columns: list[str] = [name for name in ("alignment", "interaction") if name in summary.columns]
     columns += [f"{direction}/entropy" for direction in summary.heads]
     titles = [name.replace("/", " ") for name in columns]
@@ -68,15 +47,17 @@ def epoch_text(summary: LayerSummary, class_names: Sequence[str]) -> list[str]:
     groups += [(name, i, None) for i, name in enumerate(class_names)]
     if class_names:
         groups += [("correct", None, CORRECT), ("incorrect", None, INCORRECT)]
-    width = max(len(name) for name, _, _ in groups)
+    width = max(len(name) for name in (title, *(name for name, _, _ in groups)))
 
-    lines = [f"  {'':{width}}      n  " + "  ".join(titles)]
+    lines = [f"  {title:{width}}      n  " + "  ".join(titles)]
     for name, class_id, outcome in groups:
         cells = [
             f"{_number(summary.mean(column, class_id, outcome)):>{len(title)}}"
             for column, title in zip(columns, titles, strict=True)
         ]
         lines.append(f"  {name:{width}}  {summary.count('invalid_rows', class_id, outcome):5d}  " + "  ".join(cells))
+    if math.isfinite(summary.alignment_null):
+        lines.append(f"  alignment between different samples (a habit of the model): {summary.alignment_null:.3f}")
     for score in SCORE_RANGES:
         found = summary.separation(score)
         if score in summary.columns and math.isfinite(found.auroc):
@@ -186,6 +167,7 @@ def _numbers(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[tupl
         yield "alignment", "correct", summary.mean("alignment", outcome=CORRECT)
         yield "alignment", "incorrect", summary.mean("alignment", outcome=INCORRECT)
         yield "alignment", "gap", summary.gap("alignment")
+        yield "alignment", "null", summary.alignment_null
     for direction, heads in summary.heads.items():
         yield "entropy", f"{direction}/all", summary.mean(f"{direction}/entropy")
         for i, name in classes:

@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN, LayerAccumulator
+from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN, LayerAccumulator, LayerSummary, Layout, merge_sums
 from lightning_xattn.attention import Attention, Direction
-from lightning_xattn.functional import prepare_rows
+from lightning_xattn.errors import ShapeError
+from lightning_xattn.functional import prepare_rows, sample_statistics
 from tests import reference
 
 SAMPLES, HEADS, QUERIES, KEYS, CLASSES = 23, 3, 5, 7, 3
@@ -34,13 +35,21 @@ def rows_of(there, back):
     return prepare_rows(Attention(DIRECTION, there)), prepare_rows(Attention(DIRECTION.opposite, back))
 
 
+def new_accumulator(rows, n_classes=CLASSES):
+    return LayerAccumulator(Layout.of(rows, sample_statistics(*rows), n_classes))
+
+
+def add(accumulator, rows, *labels):
+    accumulator.update(rows, sample_statistics(*rows), *labels)
+
+
 def accumulate(samples, batches):
     accumulator = None
     for batch in batches:
         there, back, classes, outcomes, tied = (x[batch] for x in samples)
         rows = rows_of(there, back)
-        accumulator = accumulator or LayerAccumulator(rows, CLASSES)
-        accumulator.update(rows, classes, outcomes, tied)
+        accumulator = accumulator or new_accumulator(rows)
+        add(accumulator, rows, classes, outcomes, tied)
     return accumulator
 
 
@@ -60,20 +69,21 @@ def expected_numbers(samples):
     alignments = [reference.alignment(there[b], back[b]) for b in range(SAMPLES)]
     interactions = [reference.mean_defined(reference.alignment_interaction(there[b], back[b])) for b in range(SAMPLES)]
     numbers["alignment"], numbers["interaction"] = alignments, interactions
-    invalid = [0] * SAMPLES
+    invalid = [0] * SAMPLES  # nothing is masked, so every invalid row is a broken one
     for name, maps in (("eeg_to_spec", there), ("spec_to_eeg", back)):
         by_head = [reference.row_statistics(maps[b]) for b in range(SAMPLES)]
         for column in ("entropy", "max", "sparsity", "effective_keys"):
             numbers[f"{name}/{column}"] = [reference.mean_defined(s[column]) for s in by_head]
         for head in range(HEADS):
             numbers[f"{name}/entropy/head_{head}"] = [s["entropy"][head] for s in by_head]
+            numbers[f"{name}/sink/head_{head}"] = [reference.sink_strength(maps[b])[head] for b in range(SAMPLES)]
         selectivity = [reference.mean_defined(reference.query_selectivity(maps[b])) for b in range(SAMPLES)]
         numbers[f"{name}/query_selectivity"] = selectivity
         numbers[f"{name}/head_diversity"] = [reference.head_diversity(maps[b]) for b in range(SAMPLES)]
         invalid = [n + (~reference.valid_rows(maps[b])).sum() for b, n in enumerate(invalid)]
     entropies = zip(numbers["eeg_to_spec/entropy"], numbers["spec_to_eeg/entropy"], strict=True)
     numbers["entropy"] = [(a + b) / 2 for a, b in entropies]
-    numbers["invalid_rows"] = invalid
+    numbers["invalid_rows"] = numbers["broken_rows"] = invalid
     return numbers
 
 
@@ -132,10 +142,50 @@ def test_mean_maps(samples):
             torch.testing.assert_close(summary.maps[direction][c].float(), expected)
 
 
+def test_alignment_between_different_samples(samples):
+    there, back = samples[:2]
+    whole = [b for b in range(SAMPLES) if b not in (3, 4)]  # those have broken rows: cells of their own
+    chosen = tuple(x[whole] for x in samples)
+    summary = accumulate(chosen, in_batches(torch.arange(len(whole)), 4)).compute()
+    pairs = [(there[b].double().numpy(), back[b].double().numpy()) for b in whole]
+    assert summary.alignment_null == pytest.approx(reference.alignment_null(pairs), abs=1e-6)
+    assert np.isnan(accumulate(samples, [torch.arange(SAMPLES)]).compute().alignment_null)
+    assert np.isnan(accumulate(chosen, [torch.arange(1)]).compute().alignment_null)
+
+
+@settings(max_examples=10, deadline=None)
+@given(cuts=st.lists(st.integers(1, SAMPLES - 1), max_size=3, unique=True), seed=st.integers(0, 10**6))
+def test_merging_parts_in_any_order_is_the_whole(cuts, seed):
+    samples = make_samples()
+    parts = [range(a, b) for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), SAMPLES], strict=True)]
+    accumulators = [accumulate(samples, [torch.tensor(part)]) for part in parts]
+    order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed)).tolist()
+    _, merged = merge_sums([(accumulators[i].layout, accumulators[i].sums()) for i in order])
+    whole = accumulate(samples, [torch.arange(SAMPLES)])
+    for name, values in merged.items():
+        if name != "histograms":  # a score within rounding of a bin's edge may change its bin with the batch
+            torch.testing.assert_close(values, whole.sums()[name], rtol=1e-5, atol=1e-6, msg=name)
+    assert merged["histograms"].sum() == whole.histograms.sum()
+
+
+def test_merging_parts_with_other_token_counts_ends_the_maps(samples):
+    there, back, classes, outcomes, tied = samples
+    rows = rows_of(*_shorter(there, back))
+    other = new_accumulator(rows)
+    add(other, rows, classes, outcomes, tied)
+    first = accumulate(samples, [torch.arange(SAMPLES)])
+    summary = LayerSummary(*merge_sums([(a.layout, a.sums()) for a in (first, other)]))
+    assert summary.maps == {}
+    assert np.isnan(summary.alignment_null)
+    assert summary.samples == 2 * SAMPLES
+    with pytest.raises(ShapeError, match="3 classes and 3 heads eeg_to_spec.*7 classes"):
+        merge_sums([(a.layout, a.sums()) for a in (first, new_accumulator(rows, 7))])
+
+
 def test_maps_end_when_token_counts_change_and_numbers_go_on(samples):
     accumulator = accumulate(samples, [torch.arange(SAMPLES)])
     there, back, classes, outcomes, tied = make_samples(1)
-    accumulator.update(rows_of(*_shorter(there, back)), classes, outcomes, tied)
+    add(accumulator, rows_of(*_shorter(there, back)), classes, outcomes, tied)
     summary = accumulator.compute()
     assert summary.maps == {}
     assert summary.samples == 2 * SAMPLES
@@ -152,7 +202,7 @@ def test_any_order_in_any_batches_is_the_same(size, seed):
     samples = make_samples()
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(seed))
     whole, parts = accumulate(samples, [torch.arange(SAMPLES)]), accumulate(samples, in_batches(order, size))
-    for name in ("moments", "ties", "ragged", "map_eeg_to_spec", "map_spec_to_eeg"):
+    for name in set(parts.sums()) - {"histograms"}:
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-6, msg=name)
     # A score within rounding of a bin's edge may change its bin with the batch.
     shift = (parts.histograms.cumsum(0) - whole.histograms.cumsum(0)).abs()
@@ -163,8 +213,8 @@ def test_any_order_in_any_batches_is_the_same(size, seed):
 def test_one_direction_and_no_classes():
     there, _, _, outcomes, tied = make_samples()
     rows = rows_of(there, there.transpose(-1, -2))[:1]
-    accumulator = LayerAccumulator(rows, 0)
-    accumulator.update(rows, torch.full((SAMPLES,), -1), outcomes, tied)
+    accumulator = new_accumulator(rows, 0)
+    add(accumulator, rows, torch.full((SAMPLES,), -1), outcomes, tied)
     summary = accumulator.compute()
     assert "alignment" not in summary.columns
     assert summary.undefined_share() == pytest.approx(1 / SAMPLES)  # the sample whose rows are all broken
@@ -176,6 +226,6 @@ def test_sums_made_in_inference_mode_go_on_outside_of_it(samples):
     with torch.inference_mode():
         accumulator = accumulate(samples, [torch.arange(10)])
     there, back, classes, outcomes, tied = (x[10:] for x in samples)
-    accumulator.update(rows_of(there, back), classes, outcomes, tied)
+    add(accumulator, rows_of(there, back), classes, outcomes, tied)
     whole = accumulate(samples, [torch.arange(SAMPLES)])
     torch.testing.assert_close(accumulator.moments, whole.moments)

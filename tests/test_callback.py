@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.aggregation import CORRECT, INCORRECT
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
 from tests import reference
@@ -48,6 +49,7 @@ def test_curves_are_the_references_numbers(need_weights):
         "xattn_alignment/val/correct": alignment[correct].mean(),
         "xattn_alignment/val/incorrect": alignment[~correct].mean(),
         "xattn_alignment/val/gap": alignment[correct].mean() - alignment[~correct].mean(),
+        "xattn_alignment/val/null": reference.alignment_null(list(zip(there, back, strict=True))),
         "xattn_health/val/undefined_share": 0.0,
         "xattn_health/val/invalid_rows": 0.0,
     }
@@ -86,9 +88,11 @@ def test_grouping_by_prediction():
     for c in range(CLASSES):
         chosen = (predicted == c).numpy()
         if chosen.any():
-            assert logged[f"xattn_alignment/val/class_{c}"] == pytest.approx(alignment[chosen].mean(), abs=1e-5)
+            assert logged[f"xattn_alignment/val/predicted_class_{c}"] == pytest.approx(
+                alignment[chosen].mean(), abs=1e-5
+            )
         else:
-            assert f"xattn_alignment/val/class_{c}" not in logged
+            assert f"xattn_alignment/val/predicted_class_{c}" not in logged
 
 
 def test_fit_leaves_curves_and_images_in_tensorboard_at_every_epoch(tmp_path):
@@ -254,9 +258,10 @@ class Unlabelled(ToyModule):
 def test_without_labels_the_class_and_outcome_parts_switch_off_and_say_so():
     dataset = torch.utils.data.TensorDataset(*toy_data().tensors[:2])
     loader = torch.utils.data.DataLoader(dataset, batch_size=5)
-    with pytest.warns(XAttnWarning, match=r"No targets found.*batch is a list.*targets=<key or callable>"):
+    with pytest.warns(XAttnWarning, match=r"No targets found.*the batch is \[float32.*targets=<key or callable>"):
         logged = validate(Unlabelled(), AttentionExplainabilityCallback(), loader)
-    assert {name for name in logged if "alignment" in name} == {"xattn_alignment/val/all"}
+    names = {name for name in logged if "alignment" in name}
+    assert names == {"xattn_alignment/val/all", "xattn_alignment/val/null"}
 
 
 def test_targets_and_names_that_do_not_fit_fail_in_the_sanity_check():
@@ -266,7 +271,7 @@ def test_targets_and_names_that_do_not_fit_fail_in_the_sanity_check():
 
     for settings, message in (
         ({"class_names": NAMES[:3]}, r"3 class_names \(a, b, c\) but 4 columns"),
-        ({"targets": lambda outputs, batch: batch[2] + 2}, r"targets in 0 ... 3 for 4 classes; got"),
+        ({"targets": lambda outputs, batch: batch[2] + 2}, r"targets in 0 ... 3 for 4 classes .*; got \[4, 5\] too"),
         ({"targets": lambda outputs, batch: batch[2][:2]}, r"Expected targets as class ids \(5,\)"),
     ):
         trainer = quiet_trainer(callbacks=[AttentionExplainabilityCallback(**settings), Steps()])
@@ -274,14 +279,103 @@ def test_targets_and_names_that_do_not_fit_fail_in_the_sanity_check():
             trainer.fit(ToyModule(), toy_loader(), toy_loader())
 
 
+def test_samples_without_a_label_have_no_class_and_no_outcome():
+    audio, text, target = toy_data().tensors
+    target[12:] = -1
+    module, callback = ToyModule(), AttentionExplainabilityCallback(targets=lambda outputs, batch: batch[2])
+    module._loss = lambda batch: module(*batch[:2]).sum()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(audio, text, target), batch_size=5)
+    validate(module, callback, loader)
+    summary = callback.summaries["val"]
+    assert summary.samples == 23
+    assert sum(summary.count("alignment", outcome=outcome) for outcome in (CORRECT, INCORRECT)) == 12
+    assert sum(summary.count("alignment", class_id=c) for c in range(CLASSES)) == 12
+
+
+@pytest.mark.parametrize("names", [["incorrect", "correct", "c", "d"], {0: "a"}, ["$^$", "b", "c", "d"]])
+def test_names_of_the_module_that_cannot_be_used_do_not_end_the_run(names, tmp_path):
+    module = ToyModule()
+    module.class_names = names
+    logger = CSVLogger(tmp_path, name="", version="run")
+    if names[0] == "$^$":
+        logged = validate(module, AttentionExplainabilityCallback(), logger=logger)
+        assert "xattn_alignment/val/$^$" in logged
+        assert list((tmp_path / "run").rglob("xattn_map/**/*.png"))
+    else:
+        with pytest.warns(XAttnWarning, match="class_names of ToyModule are not used"):
+            logged = validate(module, AttentionExplainabilityCallback(), logger=logger)
+        assert "xattn_alignment/val/class_0" in logged
+
+
+def test_a_figure_that_cannot_be_drawn_ends_nothing(tmp_path, monkeypatch):
+    def fail(figure):
+        raise ValueError("no ink")
+
+    monkeypatch.setattr("lightning_xattn.visualizations.render", fail)
+    with pytest.warns(XAttnWarning, match="figures of val could not be drawn: ValueError\\('no ink'\\)"):
+        validate(ToyModule(), AttentionExplainabilityCallback(), logger=CSVLogger(tmp_path, name="", version="run"))
+
+
+class BuiltLater(ToyModule):
+    """Makes its modules where large models do."""
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        super(ToyModule, self).__init__()
+
+    def configure_model(self):
+        if not hasattr(self, "head"):
+            for name, child in ToyModule().named_children():
+                self.add_module(name, child)
+            self.need_weights = True
+
+
+def test_a_model_that_is_built_in_configure_model():
+    callback = AttentionExplainabilityCallback()
+    quiet_trainer(callbacks=[callback]).fit(BuiltLater(), toy_loader(), toy_loader())
+    assert len(callback.history) == 1
+
+
+def test_what_runs_outside_of_the_steps_is_not_recorded():
+    class Curious(Callback):
+        def run(self, trainer, pl_module, *args):
+            pl_module(*toy_data(3)[:][:2])
+
+        on_validation_epoch_start = on_validation_batch_end = run
+
+    callback = AttentionExplainabilityCallback()
+    trainer = quiet_trainer(callbacks=[callback, Curious()])
+    trainer.validate(ToyModule(), toy_loader(), verbose=False)
+    assert callback.summaries["val"].samples == 23
+
+
+@pytest.mark.parametrize(("validated", "every", "epochs"), [(2, 2, [1, 5]), (2, 1, [1, 3, 5]), (1, 3, [0, 3])])
+def test_every_n_of_the_epochs_that_are_validated(validated, every, epochs, tmp_path):
+    callback = AttentionExplainabilityCallback(every_n_epochs=every, figures_every_n_epochs=2)
+    logger = CSVLogger(tmp_path, name="", version="run")
+    trainer = quiet_trainer(
+        max_epochs=6, check_val_every_n_epoch=validated, callbacks=[callback], logger=logger, default_root_dir=tmp_path
+    )
+    trainer.fit(ToyModule(), toy_loader(), toy_loader())
+    assert [record["epoch"] for record in callback.history] == epochs
+    files = (tmp_path / "run").rglob("xattn_entropy/**/*.png")
+    drawn = sorted((int(path.stem.removeprefix("step_")) + 1) // 5 - 1 for path in files)
+    assert drawn == epochs[::2]
+
+
 def test_settings_are_checked_at_once():
     for settings, message in (
-        ({"group_by": "patient"}, "'target' or 'prediction'; got 'patient'"),
+        ({"group_by": "patient"}, "group_by must be one of target, prediction; got 'patient'"),
         ({"every_n_epochs": 0}, "every_n_epochs must be a whole number >= 1; got 0"),
         ({"figures_every_n_epochs": -1}, "figures_every_n_epochs must be a whole number >= 0; got -1"),
         ({"attention": {"eeg": "fusion"}}, "got 'eeg'"),
         ({"class_names": ["all", "b"]}, "none of them all, correct"),
-        ({"class_names": ["b", "b"]}, "different strings"),
+        ({"class_names": ["b", "b"]}, "must differ from each other"),
+        ({"class_names": ["head_0", "b"]}, "like head_0"),
+        ({"class_names": []}, "must be a sequence of strings"),
+        ({"class_names": 3}, "must be a sequence of strings"),
+        ({"attention": {"a_to_b": 3}}, "must map directions to module paths"),
+        ({"every_n_epochs": True}, "whole number"),
         ({"predictions": 3}, "predictions must be None, a key or a callable; got 3"),
     ):
         with pytest.raises(SettingError, match=message):

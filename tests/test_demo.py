@@ -8,6 +8,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_xattn.cli import main
 from lightning_xattn.hms import CLASSES
 
+# A model of one epoch has heads that are uniform still, and is warned of them.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(uniform attention|attend alike):lightning_xattn.XAttnWarning")
+
 
 def read_events(folder):
     return EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
@@ -16,7 +19,7 @@ def read_events(folder):
 def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
     assert main(["demo", "--samples", "150", "--epochs", "6", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    logs = tmp_path / "logs/train_on_simulated"
+    logs = tmp_path / "run_0/train_on_simulated"
     events = read_events(logs / "tensorboard")
     for name in ("all", "correct", "incorrect", *CLASSES):
         assert events.Scalars(f"xattn_alignment/val/{name}"), name
@@ -28,7 +31,7 @@ def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
     assert accuracy > 0.4  # chance is 0.17
     assert re.search(r"Validation on .*: 30 recordings", printed)
     assert re.search(r"modalities agree \(n = \d+\) or show different classes \(n = \d+\)", printed)
-    assert printed.rstrip().splitlines()[-1] == f"tensorboard --logdir {tmp_path / 'logs'}"
+    assert printed.rstrip().splitlines()[-1] == f"tensorboard --logdir {tmp_path / 'run_0'}"
 
 
 def test_real_recordings_are_validated_and_tested_on(iiic_irr, tmp_path, capsys):
@@ -37,7 +40,7 @@ def test_real_recordings_are_validated_and_tested_on(iiic_irr, tmp_path, capsys)
     for stage in ("Validation", "Test"):
         assert f"{stage} on {iiic_irr}: 20 recordings (12 with a tied top vote" in printed
     assert re.search(r"Test on .*simulated_36_of_10s_seed_0: \d+ recordings", printed)
-    events = read_events(tmp_path / "logs/train_on_simulated/tensorboard")
+    events = read_events(tmp_path / "run_0/train_on_simulated/tensorboard")
     for stage in ("val", "test"):
         assert events.Scalars(f"xattn_alignment/{stage}/all")
         for name in CLASSES[:5]:  # no recording is plain "Other"
@@ -47,9 +50,12 @@ def test_real_recordings_are_validated_and_tested_on(iiic_irr, tmp_path, capsys)
     assert "xattn_alignment/val/incorrect" in events.Tags()["scalars"]
 
 
-def test_training_on_data_alone(iiic_irr, tmp_path, capsys):
+def test_training_on_data_alone_in_a_second_run(iiic_irr, tmp_path, capsys):
+    (tmp_path / "run_0").mkdir()
     assert main(["demo", "--data", str(iiic_irr), "--train-on", "data", "--epochs", "1", "--out", str(tmp_path)]) == 0
-    assert "simulated" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "simulated" not in printed
+    assert f"tensorboard --logdir {tmp_path / 'run_1'}" in printed
 
 
 @pytest.mark.parametrize(
@@ -57,7 +63,8 @@ def test_training_on_data_alone(iiic_irr, tmp_path, capsys):
     [
         (["--train-on", "data"], "train_on='data' needs a folder"),
         (["--data", "nowhere"], "nowhere"),
-        (["--samples", "0"], "n_samples must be at least 1"),
+        (["--samples", "9"], "samples must be at least 30; got 9"),
+        (["--seed", "-1"], "seed must be at least 0"),
         (["--epochs", "0"], "epochs must be at least 1"),
     ],
 )

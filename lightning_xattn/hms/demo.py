@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -67,8 +69,9 @@ def run_demo(
     """
     if train_on not in TRAIN_ON:
         raise SettingError(f"train_on must be one of {', '.join(TRAIN_ON)}; got {train_on!r}.")
-    if epochs < 1:
-        raise SettingError(f"epochs must be at least 1; got {epochs}.")
+    for name, number, least in (("epochs", epochs, 1), ("samples", samples, 30), ("seed", seed, 0)):
+        if number < least:
+            raise SettingError(f"{name} must be at least {least}; got {number}.")
     # Lightning 2.6 calls what torch 2.13 deprecates, at every evaluation; the user can do nothing about it.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
     # Loading from memory-mapped features takes a few milliseconds a batch: workers would not help.
@@ -86,7 +89,8 @@ def run_demo(
         source, held_out = _simulated(out, samples, int(seconds), seed), data
     datamodule = HMSDataModule(source, test_data=held_out, cache_dir=out / "features", seed=seed)
     module = HMSLightningModule()
-    logs = out / "logs"
+    # A folder of its own for each run: two runs in one would be drawn as one zigzag curve.
+    logs = next(folder for i in count() if not (folder := out / f"run_{i}").exists())
 
     trainer, watch = _trainer(logs / f"train_on_{train_on}", epochs)
     trainer.fit(module, datamodule=datamodule)
@@ -131,7 +135,7 @@ def _describe(
         f"{title} on {root}: {summary.samples} recordings{ties}",
         f"  accuracy {metrics[f'{stage}_acc']:.2f} (chance {1 / len(CLASSES):.2f}), "
         f"macro F1 {metrics[f'{stage}_f1']:.2f}, loss {metrics[f'{stage}_loss']:.2f}",
-        *epoch_text(summary, CLASSES),
+        *epoch_text(summary, CLASSES, watch.group_by),
         "",
     ]
 
@@ -162,8 +166,9 @@ def _describe_agreement(
         scores = torch.cat(parts)
         bins = score_bins(scores, -1, 1)
         apart = separation(*(torch.bincount(bins[group], minlength=BINS) for group in (chosen, ~chosen)))
+        claim = f"AUROC {apart.auroc:.2f} [{apart.low:.2f}, {apart.high:.2f}] (0.5: it does not see the difference)"
         lines.append(
             f"  {name}: mean {scores[chosen].nanmean():.3f} against {scores[~chosen].nanmean():.3f}, "
-            f"AUROC {apart.auroc:.2f} [{apart.low:.2f}, {apart.high:.2f}] (0.5: it does not see the difference)"
+            + (claim if math.isfinite(apart.auroc) else "too few to say whether it sees the difference")
         )
     return lines

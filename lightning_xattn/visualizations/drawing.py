@@ -125,7 +125,7 @@ def name_rows(ax: Axes, names: Sequence[str], counts: Sequence[str]) -> None:
     """Name the rows of a panel, the first at the top; a row has room for two lines."""
     short = ["\n".join(textwrap.wrap(name, 24, max_lines=2, placeholder=" …")) for name in names]
     labels = [f"{name} ({count})" for name, count in zip(short, counts, strict=True)]
-    ax.set_yticks(range(len(names)), labels, fontsize=9)
+    ax.set_yticks(range(len(names)), labels, fontsize=9, parse_math=False)
     ax.set_ylim(len(names) - 0.5, -0.5)
 
 

@@ -127,7 +127,8 @@ def plot_class_attention(
     for index, name in enumerate(class_names):
         ax = axes[index]
         draw_mesh(ax, across.edges, down.edges, lift[index], scale)
-        ax.set_title(wrap(f"{name} (n={int(samples[index])})", panel_width), fontsize=10)
+        # A class name is no formula, whatever dollars are in it.
+        ax.set_title(wrap(f"{name} (n={int(samples[index])})", panel_width), fontsize=10, parse_math=False)
         if np.isnan(lift[index]).all():
             write_note(ax, "undefined" if samples[index] else "no samples")
         across.label(ax, "x", panel_width)

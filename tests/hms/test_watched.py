@@ -11,6 +11,9 @@ from lightning_xattn import AttentionExplainabilityCallback, AttentionRecorder, 
 from lightning_xattn.hms import CLASSES, HMSDataModule, HMSLightningModule, simulate
 from tests.toy import quiet_trainer
 
+# An untrained model has heads that are uniform, and is warned of them.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(uniform attention|attend alike):lightning_xattn.XAttnWarning")
+
 
 @pytest.fixture(scope="module")
 def datamodule(tmp_path_factory):

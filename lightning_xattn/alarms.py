@@ -1,0 +1,97 @@
+"""What in an epoch's numbers a user should be warned of, once, in words that name the layer and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from lightning_xattn.aggregation import LayerSummary
+from lightning_xattn.attention import Direction
+from lightning_xattn.capture import LayerSites
+
+UNIFORM = 0.999
+"""A head whose mean entropy is above this is uniform for all samples, as no sample's entropy can be above 1."""
+
+COLLAPSED = 0.01
+"""A head whose mean entropy is below this attends to a single key for (nearly) all samples."""
+
+ALIKE = 0.001
+"""Heads whose mean diversity is below this attend alike."""
+
+SINK = 0.5
+"""A head whose mean ``sink_strength`` is above this gives most of every query's attention to one key."""
+
+
+class Alarms:
+    """Finds what is wrong with a layer's attention, and tells each thing once."""
+
+    def __init__(self) -> None:
+        self._told: set[tuple[str, str, str, int]] = set()
+
+    def of_directions(self, layers: Iterable[LayerSites]) -> Iterator[str]:
+        """New alarms that the layers themselves give."""
+        for layer in layers:
+            direction, path = layer.forward
+            if layer.backward is None and self._is_new(layer.layer, str(direction), "alone", 0):
+                yield (
+                    f"Layer '{layer.layer}': found {direction} ('{path}') without {direction.opposite}, so there is no "
+                    f"alignment. If the model has both, name both: attention={{'{direction}': '{path}', "
+                    f"'{direction.opposite}': ...}}."
+                )
+
+    def of_keys(self, layer: str, keys: dict[Direction, int]) -> Iterator[str]:
+        """New alarms that the number of keys of each direction gives."""
+        single = [str(direction) for direction, count in keys.items() if count == 1]
+        if single and self._is_new(layer, "", "single key", 0):
+            yield (
+                f"Layer '{layer}': {' and '.join(single)} attend to a single key, where softmax gives exactly 1 "
+                "whatever the model learned. Entropy, selectivity and alignment are undefined and left out. To see "
+                "attention, fuse token sequences: pool after the fusion, not before it."
+            )
+
+    def of_epoch(self, layer: str, summary: LayerSummary) -> Iterator[str]:
+        """New alarms that an epoch gives."""
+        if not summary.maps and self._is_new(layer, "", "ragged", 0):
+            yield (
+                f"Layer '{layer}': the number of tokens changes from batch to batch, so there are no mean maps. "
+                "Pad all batches to one length to see them; every other number is there."
+            )
+        broken = int(summary.total("broken_rows"))
+        if broken and self._is_new(layer, "", "broken", 0):
+            yield (
+                f"Layer '{layer}': {broken} rows of attention are not finite or do not sum to 1, though neither their "
+                "queries nor all of their keys are masked. They are left out of every number. Look for NaN or "
+                "overflow before the softmax."
+            )
+        for direction, heads in summary.heads.items():
+            where = f"Layer '{layer}', {direction}"
+            if summary.mean(f"{direction}/head_diversity") < ALIKE and self._is_new(layer, str(direction), "alike", 0):
+                yield f"{where}: all {heads} heads attend alike. Fewer heads would do the same."
+            entropy = [summary.mean(f"{direction}/entropy/head_{head}") for head in range(heads)]
+            sink = [summary.mean(f"{direction}/sink/head_{head}") for head in range(heads)]
+            for kind, found, meaning in (
+                (
+                    "uniform",
+                    [value > UNIFORM for value in entropy],
+                    "uniform attention for all samples (entropy ~1): a dead head, which averages over all tokens.",
+                ),
+                (
+                    "collapsed",
+                    [value < COLLAPSED for value in entropy],
+                    "attention to a single key for all samples (entropy ~0): a collapsed head. Look at the learning "
+                    "rate and at the scale of queries and keys.",
+                ),
+                (
+                    "sink",
+                    [value > SINK for value in sink],
+                    "most of every query's attention goes to one key: an attention sink, which does not tell queries "
+                    "apart.",
+                ),
+            ):
+                new = [h for h in range(heads) if found[h] and self._is_new(layer, str(direction), kind, h)]
+                if new:
+                    yield f"{where}, head {', '.join(map(str, new))}: {meaning}"
+
+    def _is_new(self, *alarm: str | int) -> bool:
+        new = alarm not in self._told
+        self._told.add(alarm)  # type: ignore[arg-type]
+        return new

@@ -1,0 +1,47 @@
+"""What several processes need: everybody's sums, and no sample counted twice."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.utils.data import DistributedSampler
+
+Value = TypeVar("Value")
+
+
+def gather(value: Value) -> list[Value]:
+    """What each process passed, in the order of their ranks and the same everywhere; ``[value]`` in a single process.
+
+    One collective, which every process must reach.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def count_repeats(loader: Any, seen: int, batch_size: int) -> int:
+    """How many samples at the end of a batch are there only to give every process equally many.
+
+    ``DistributedSampler`` deals samples out in turn and starts over when they run out, so the place of a sample in
+    its process says whether it has been dealt out before.
+
+    Parameters
+    ----------
+    loader
+        The process's DataLoader.
+    seen
+        Samples of it that came before this batch.
+    batch_size
+        Samples in this batch.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
+        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
+        return 0
+    dealt: int = len(sampler.dataset)  # type: ignore[arg-type]  # a sized dataset, or it could not deal it out
+    places = range(seen, seen + batch_size)
+    return sum(place * sampler.num_replicas + sampler.rank >= dealt for place in places)

@@ -1,0 +1,106 @@
+"""Run by test_distributed.py: validates and fits on several processes and writes what each of them saw."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.callback import AttentionExplainabilityCallback as Watch
+from tests.toy import ToyModule, quiet_trainer, toy_data
+
+SAMPLES = 22
+
+
+def make_data(scenario, ranks):
+    """22 samples, which DistributedSampler deals out in turn, so uneven for two ranks' batches and for three ranks."""
+    audio, text, target = toy_data(SAMPLES).tensors
+    last = torch.arange(SAMPLES) % ranks == ranks - 1
+    if scenario == "odd":
+        audio, text, target = audio[:-1], text[:-1], target[:-1]
+    elif scenario == "class missing on a rank":
+        target[last & (target == 0)] = 1
+    elif scenario == "nothing valid on a rank":
+        audio[last] = torch.nan
+    return TensorDataset(audio, text, target, torch.arange(len(target)) + 100)
+
+
+SCENARIOS = ("even", "odd", "class missing on a rank", "nothing valid on a rank")
+
+
+class Identified(ToyModule):
+    """Batches carry sample ids behind the target."""
+
+    def _loss(self, batch):
+        return super()._loss(batch[:3])
+
+
+def watch(**settings):
+    return AttentionExplainabilityCallback(
+        targets=lambda outputs, batch: batch[2], sample_ids=lambda outputs, batch: batch[3], **settings
+    )
+
+
+def count_collectives(counts):
+    """Count the calls of every collective that a callback could make."""
+
+    def counted(name, collective):
+        def call(*args, **kwargs):
+            counts.append(name)
+            return collective(*args, **kwargs)
+
+        return call
+
+    for name in ("all_gather_object", "all_gather", "all_reduce", "broadcast", "gather", "reduce"):
+        setattr(dist, name, counted(name, getattr(dist, name)))
+
+
+def validate(scenario, ranks, settings, folder):
+    torch.manual_seed(0)
+    callback = watch(table=folder / "table" / scenario)
+    counts = []
+    finish = Watch._log_epoch
+
+    def log_epoch(self, *args):
+        counts.clear()
+        finish(self, *args)
+        seen.extend(counts)
+
+    seen = []
+    Watch._log_epoch = log_epoch
+    originals = {name: getattr(dist, name) for name in dir(dist)}
+    count_collectives(counts)
+    trainer = quiet_trainer(callbacks=[callback], **settings)
+    trainer.validate(Identified(), DataLoader(make_data(scenario, ranks), batch_size=4), verbose=False)
+    for name, value in originals.items():
+        setattr(dist, name, value)
+    Watch._log_epoch = finish
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {"logged": logged, "history": callback.history, "collectives": seen}
+
+
+def fit(settings, folder):
+    torch.manual_seed(0)
+    best = ModelCheckpoint(folder / "checkpoints", monitor="xattn_alignment/val/all", mode="max")
+    callbacks = [watch(), best, EarlyStopping("xattn_alignment/val/all", patience=9, mode="max")]
+    trainer = quiet_trainer(callbacks=callbacks, max_epochs=2, enable_checkpointing=True, **settings)
+    data = make_data("odd", 2)
+    trainer.fit(Identified(), DataLoader(data, batch_size=4), DataLoader(data, batch_size=4))
+    return {"best": float(best.best_model_score), "epochs": [record["epoch"] for record in callbacks[0].history]}
+
+
+def run(ranks, folder):
+    settings = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
+    results = {scenario: validate(scenario, ranks, settings, folder) for scenario in SCENARIOS}
+    return results | {"fit": fit(settings, folder)}
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[2])
+    results = run(int(sys.argv[1]), folder)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    (folder / f"rank_{rank}.json").write_text(json.dumps(results))

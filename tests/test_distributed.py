@@ -1,0 +1,115 @@
+"""Several real processes log what one process logs over the same samples, and none of them hangs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_xattn.distributed import count_repeats, gather
+from tests import ddp_run
+
+TIME_LIMIT = 240  # seconds; a hang ends here
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["two processes", "three processes"])
+def processes(request, tmp_path_factory):
+    """What each rank wrote, and the folder."""
+    folder = tmp_path_factory.mktemp(f"ranks_{request.param}")
+    command = [sys.executable, "-m", "tests.ddp_run", str(request.param), str(folder)]
+    # A group of its own, so that a hang is killed with all its processes.
+    run = subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = run.communicate(timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        pytest.fail(f"{request.param} processes hung: {run.communicate()[0][-3000:]}")
+    assert run.returncode == 0, output[-3000:]
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(request.param)], folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process over the same samples, for as many ranks as the data were made for."""
+    made = {}
+
+    def run(ranks, scenario):
+        if (ranks, scenario) not in made:
+            folder = tmp_path_factory.mktemp("alone")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # one scenario has NaN in its attention, and is warned of it
+                made[ranks, scenario] = ddp_run.validate(scenario, ranks, {}, folder)
+        return made[ranks, scenario]
+
+    return run
+
+
+@pytest.mark.parametrize("scenario", ddp_run.SCENARIOS)
+def test_every_process_logs_what_one_process_logs(processes, alone, scenario):
+    ranks, _ = processes
+    expected = alone(len(ranks), scenario)["logged"]
+    for rank in ranks:
+        assert list(rank[scenario]["logged"]) == list(expected)
+        for name, value in expected.items():
+            assert rank[scenario]["logged"][name] == pytest.approx(value, abs=1e-6), name
+
+
+@pytest.mark.parametrize("scenario", ddp_run.SCENARIOS)
+def test_one_collective_and_no_repeats(processes, alone, scenario):
+    ranks, _ = processes
+    (record,) = alone(len(ranks), scenario)["history"]
+    dealt = -(-record["samples"] // len(ranks)) * len(ranks)
+    for rank in ranks:
+        assert rank[scenario]["collectives"] == ["all_gather_object"]
+        (merged,) = rank[scenario]["history"]
+        assert merged["samples"] == record["samples"]
+        assert merged["repeats"] == dealt - record["samples"]
+
+
+def test_the_table_has_each_sample_once_in_a_shard_of_each_process(processes):
+    ranks, folder = processes
+    for scenario in ddp_run.SCENARIOS:
+        shards = list((folder / "table" / scenario).iterdir())
+        assert sorted(int(path.name.split("rank=")[1][0]) for path in shards) == list(range(len(ranks)))
+        ids = pq.read_table(folder / "table" / scenario)["sample_id"].to_pylist()
+        assert sorted(ids) == [100 + i for i in range(ddp_run.SAMPLES - (scenario == "odd"))]
+
+
+def test_fitting_with_monitors(processes):
+    ranks, _ = processes
+    assert all(rank["fit"] == ranks[0]["fit"] for rank in ranks)
+    assert ranks[0]["fit"]["epochs"] == [0, 1]
+
+
+def test_repeats_are_counted_as_the_sampler_deals():
+    dataset = TensorDataset(torch.arange(22))
+    seen = []
+    for rank in range(3):
+        for shuffle in (False, True):
+            sampler = DistributedSampler(dataset, num_replicas=3, rank=rank, shuffle=shuffle)
+            loader = DataLoader(dataset, batch_size=3, sampler=sampler)
+            start, kept = 0, []
+            for (batch,) in loader:
+                repeats = count_repeats(loader, start, len(batch))
+                start += len(batch)
+                kept += batch[: len(batch) - repeats].tolist()
+            seen += [] if shuffle else kept
+            assert len(kept) == 8 - (rank > 0)  # 24 places for 22 samples: ranks 1 and 2 have a repeat each
+    assert sorted(seen) == list(range(22))
+    assert count_repeats(DataLoader(dataset), 100, 5) == 0
+    assert gather("mine") == ["mine"]

@@ -1,0 +1,135 @@
+"""One row per sample and epoch, whole or absent, readable by everybody."""
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn import table as table_module
+from lightning_xattn.capture import AttentionRecorder
+from lightning_xattn.errors import SettingError
+from lightning_xattn.functional import prepare_rows, sample_statistics
+from lightning_xattn.table import SampleTable
+from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
+
+
+def run(module, folder, loader=None, epochs=None, **settings):
+    watch = AttentionExplainabilityCallback(table=folder, **settings)
+    trainer = quiet_trainer(callbacks=[watch], max_epochs=epochs or 1)
+    if epochs:
+        trainer.fit(module, toy_loader(), loader or toy_loader())
+    else:
+        trainer.validate(module, loader or toy_loader(), verbose=False)
+    return watch
+
+
+def test_rows_are_the_samples(tmp_path):
+    torch.manual_seed(0)
+    module = ToyModule()
+    run(module, tmp_path)
+    frame = pd.read_parquet(tmp_path)
+    audio, text, target = toy_data()[:]
+    with torch.no_grad(), AttentionRecorder(module.eval()) as recorder:
+        logits = module(audio, text)
+    statistics = sample_statistics(*(prepare_rows(a) for a in recorder.attention[0].directions))
+    for name, values in statistics.items():
+        np.testing.assert_allclose(frame[name.replace("/", "_")], values, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert frame["target"].tolist() == target.tolist()
+    assert frame["prediction"].tolist() == logits.argmax(1).tolist()
+    np.testing.assert_allclose(frame["confidence"], logits.softmax(1).amax(1), rtol=1e-5)
+    assert frame["correct"].tolist() == (logits.argmax(1) == target).tolist()
+    assert not frame["undefined"].any()
+    assert not frame["tied"].any()
+    assert frame["sample_id"].isna().all()
+    constants = frame[["stage", "epoch", "step", "dataloader", "layer"]].drop_duplicates()
+    assert constants.values.tolist() == [["val", 0, 0, 0, "audio_to_text"]]
+
+
+def test_a_data_set_for_pandas_polars_and_duckdb_over_epochs_and_runs(tmp_path):
+    for _ in range(2):  # the second run adds to the folder
+        run(ToyModule(), tmp_path, epochs=2)
+    frames = [
+        pd.read_parquet(tmp_path),
+        pl.read_parquet(tmp_path / "*.parquet").to_pandas(),
+        duckdb.sql(f"select * from read_parquet('{tmp_path}/*.parquet')").df(),
+    ]
+    for frame in frames:
+        assert frame.groupby("epoch").size().tolist() == [46, 46]
+        assert frame["alignment"].mean() == pytest.approx(frames[0]["alignment"].mean(), rel=1e-5)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_undefined_numbers_are_missing_and_flagged(tmp_path):
+    audio, text, target = toy_data().tensors
+    audio[3] = torch.nan
+    with pytest.warns(UserWarning, match="rows of attention are not finite"):
+        run(ToyModule(), tmp_path, DataLoader(TensorDataset(audio, text, target), batch_size=5))
+    rows = duckdb.sql(f"select avg(alignment), count(alignment), sum(undefined::int) from '{tmp_path}/*.parquet'")
+    ((mean, defined, undefined),) = rows.fetchall()
+    assert np.isfinite(mean)
+    assert (defined, undefined) == (22, 1)
+
+
+@pytest.mark.parametrize("ids", [torch.arange(23) + 7, [f"patient {i}" for i in range(23)]], ids=["numbers", "names"])
+def test_sample_ids(ids, tmp_path):
+    class Named(ToyModule):
+        def _loss(self, batch):
+            return super()._loss((batch["audio"], batch["text"], batch["target"]))
+
+    audio, text, target = toy_data().tensors
+    rows = [
+        {"audio": a, "text": t, "target": y, "file": i} for a, t, y, i in zip(audio, text, target, ids, strict=True)
+    ]
+    run(Named(), tmp_path, DataLoader(rows, batch_size=5), sample_ids="file")
+    assert pd.read_parquet(tmp_path)["sample_id"].tolist() == [i.item() if torch.is_tensor(i) else i for i in ids]
+
+
+class Crash(ToyModule):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 3:
+            raise RuntimeError("crash")
+        return super().validation_step(batch, batch_idx)
+
+
+def test_after_a_crash_there_is_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_module, "ROWS_IN_MEMORY", 1)  # so that rows had been written
+    with pytest.raises(RuntimeError, match="crash"):
+        run(Crash(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_process_leaves_a_part_that_readers_pass_over(tmp_path, monkeypatch):
+    run(ToyModule(), tmp_path)
+    monkeypatch.setattr(table_module, "ROWS_IN_MEMORY", 1)
+    killed = SampleTable(tmp_path, "val", {"stage": "val"})
+    killed.add({"alignment": torch.zeros(9)})
+    hidden = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert len(hidden) == 1
+    assert len(pd.read_parquet(tmp_path)) == 23
+    assert len(pl.read_parquet(tmp_path / "*.parquet")) == 23
+    assert duckdb.sql(f"select count(*) from '{tmp_path}/*.parquet'").fetchall() == [(23,)]
+
+
+def test_few_rows_are_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_module, "ROWS_IN_MEMORY", 10)
+    table = SampleTable(tmp_path, "val", {"stage": "val"})
+    most = 0
+    for _ in range(20):
+        table.add({"alignment": torch.zeros(4), "target": None})
+        most = max(most, sum(len(batch["alignment"]) for batch in table._waiting))
+    table.close()
+    assert most < 10 + 4
+    (path,) = tmp_path.iterdir()
+    assert pq.read_table(path).num_rows == 80
+    assert pq.ParquetFile(path).num_row_groups > 1
+
+
+def test_a_table_without_pyarrow_is_refused_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr("lightning_xattn.callback.find_spec", lambda name: None)
+    with pytest.raises(SettingError, match=r'pip install "lightning-xattn\[table\]"'):
+        AttentionExplainabilityCallback(table=tmp_path)

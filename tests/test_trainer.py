@@ -1,0 +1,149 @@
+"""The callback in the ways that people use a Trainer: monitors, history, resuming, several of everything."""
+
+import pandas as pd
+import pytest
+import torch
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_xattn import AttentionExplainabilityCallback
+from tests.toy import ToyModule, quiet_trainer, toy_loader
+
+
+def fit(callbacks, module=None, ckpt_path=None, loaders=None, **settings):
+    trainer = quiet_trainer(callbacks=callbacks, **settings)
+    trainer.fit(module or ToyModule(), toy_loader(), loaders or toy_loader(seed=1), ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_checkpoints_and_early_stopping_can_monitor_alignment(tmp_path):
+    name = "xattn_alignment/val/all"
+    watch = AttentionExplainabilityCallback()
+    best = ModelCheckpoint(tmp_path, monitor=name, mode="max", filename="best")
+    stop = EarlyStopping(name, mode="max", patience=0, min_delta=10.0)  # nothing improves by 10
+    trainer = fit([watch, best, stop], max_epochs=5, enable_checkpointing=True, default_root_dir=tmp_path)
+    assert trainer.current_epoch == 2  # stopped
+    assert best.best_model_score.item() == pytest.approx(max(r["alignment/all"] for r in watch.history), abs=1e-6)
+
+
+def test_history_is_a_table_with_a_record_for_each_epoch():
+    watch = AttentionExplainabilityCallback(class_names=["a", "b", "c", "d"])
+    trainer = fit([watch], max_epochs=3)
+    trainer.test(trainer.model, toy_loader(seed=2), verbose=False)
+    frame = pd.DataFrame(watch.history)
+    assert frame["stage"].tolist() == ["val", "val", "val", "test"]
+    assert frame["epoch"].tolist() == [0, 1, 2, 3]
+    assert frame["samples"].tolist() == [23] * 4
+    assert {"alignment/all", "alignment/a", "entropy/audio_to_text/head_2", "health/undefined_share"} <= set(frame)
+    assert frame["alignment/all"].between(-1, 1).all()
+    last = trainer.callback_metrics["xattn_alignment/test/all"].item()
+    assert frame["alignment/all"].iloc[-1] == pytest.approx(last, abs=1e-6)
+
+
+def test_history_survives_saving_resuming_and_a_second_fit(tmp_path):
+    first = AttentionExplainabilityCallback()
+    trainer = fit([first], max_epochs=2, enable_checkpointing=False)
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    loaded = torch.load(path, weights_only=True)
+    (state,) = (value for key, value in loaded["callbacks"].items() if "AttentionExplainability" in key)
+    assert state == {"history": first.history}
+
+    resumed = AttentionExplainabilityCallback()
+    fit([resumed], ckpt_path=path, max_epochs=3)
+    assert [record["epoch"] for record in resumed.history] == [0, 1, 2]
+    assert resumed.history[:2] == first.history
+
+    fit([first], max_epochs=1)
+    assert [record["epoch"] for record in first.history] == [0, 1, 0]
+
+
+def test_two_callbacks_log_under_names_of_their_own_and_save_both_histories(tmp_path):
+    by_target, by_prediction = (
+        AttentionExplainabilityCallback(group_by=group, class_names=["a", "b", "c", "d"])
+        for group in ("target", "prediction")
+    )
+    trainer = fit([by_target, by_prediction])
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert logged["xattn_alignment/val/all"] == pytest.approx(logged["xattn_alignment/val/callback_1/all"])
+    for watch, scope, prefix in ((by_target, "val", ""), (by_prediction, "val/callback_1", "predicted_")):
+        summary = watch.summaries[scope]
+        for i, name in enumerate("abcd"):
+            if summary.count("alignment", i):
+                expected = summary.mean("alignment", i)
+                assert logged[f"xattn_alignment/{scope}/{prefix}{name}"] == pytest.approx(expected, abs=1e-6)
+    trainer.save_checkpoint(tmp_path / "both.ckpt")
+    saved = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
+    assert len([key for key in saved if "AttentionExplainability" in key]) == 2
+
+
+def test_several_validations_in_an_epoch_and_fewer_batches():
+    watch = AttentionExplainabilityCallback()
+    fit([watch], val_check_interval=2, limit_val_batches=3)
+    assert [(record["epoch"], record["samples"]) for record in watch.history] == [(0, 15), (0, 15)]
+    assert watch.history[0]["step"] < watch.history[1]["step"]
+
+
+def test_several_dataloaders_have_records_of_their_own():
+    watch = AttentionExplainabilityCallback()
+    fit([watch], loaders=[toy_loader(), toy_loader(samples=8, seed=1)])
+    assert [(record["dataloader"], record["samples"]) for record in watch.history] == [(0, 23), (1, 8)]
+
+
+@pytest.mark.parametrize("settings", [{"fast_dev_run": True}, {"num_sanity_val_steps": 0}, {"limit_val_batches": 0}])
+def test_rehearsals(settings, tmp_path):
+    watch = AttentionExplainabilityCallback(table=tmp_path / "table")
+    fit([watch], **settings)
+    assert len(watch.history) == (0 if "limit_val_batches" in settings else 1)
+    assert (tmp_path / "table").exists() == ("num_sanity_val_steps" in settings)
+
+
+class CountSynchronisations(TorchDispatchMode):
+    """Counts what makes a GPU wait: reading a value, and copies to the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = str(func), kwargs or {}
+        to_cpu = "_to_copy" in name and kwargs.get("device") == torch.device("cpu")
+        if "_local_scalar_dense" in name or "nonzero" in name or "masked_select" in name or to_cpu:
+            self.seen.append(name)
+        return func(*args, **kwargs)
+
+
+class WatchSynchronisations(Callback):
+    """Surrounds the other callback's work on each batch but the first, on which the settings are checked."""
+
+    def __init__(self, watched):
+        self.watched, self.count, self.batches = watched, CountSynchronisations(), 0
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.batches += 1
+        if self.batches > 1:
+            with self.count:
+                self.watched.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        else:
+            self.watched.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self.watched.on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self.watched.on_validation_epoch_end(trainer, pl_module)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("with_table", [True, False])
+def test_nothing_waits_for_the_device_while_batches_run(need_weights, with_table, tmp_path):
+    watched = AttentionExplainabilityCallback(table=tmp_path if with_table else None)
+    watching = WatchSynchronisations(watched)
+    trainer = quiet_trainer(callbacks=[watching])
+    trainer.validate(ToyModule(need_weights), toy_loader(), verbose=False)
+    assert watching.batches == 5
+    assert watching.count.seen == []
+
+    with CountSynchronisations() as count:  # the counter counts
+        torch.ones(1).item()
+    assert count.seen
