@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_xattn.aggregation import CORRECT, LayerAccumulator, LayerSummary, Layout, merge_sums
+from lightning_xattn.aggregation import LayerAccumulator, LayerSummary, Layout, merge_sums
 from lightning_xattn.alarms import Alarms
 from lightning_xattn.capture import AttentionRecorder, LabelFinder
 from lightning_xattn.capture.discovery import AttentionPaths, check_paths
@@ -28,7 +29,10 @@ from lightning_xattn.grouping import (
     missing_labels,
     name_classes,
     name_groups,
+    sample_columns,
+    usable_names,
 )
+from lightning_xattn.schedule import Schedule, logged_step
 from lightning_xattn.sinks import log_images
 
 if TYPE_CHECKING:
@@ -110,23 +114,17 @@ class AttentionExplainabilityCallback(Callback):
         for name, setting in (("predictions", predictions), ("targets", targets), ("sample_ids", sample_ids)):
             if not (setting is None or isinstance(setting, str) or callable(setting)):
                 raise SettingError(f"{name} must be None, a key or a callable; got {setting!r}.")
-        for name, number, least in (
-            ("every_n_epochs", every_n_epochs, 1),
-            ("figures_every_n_epochs", figures_every_n_epochs, 0),
-        ):
-            if not isinstance(number, int) or isinstance(number, bool) or number < least:
-                raise SettingError(f"{name} must be a whole number >= {least}; got {number!r}.")
         self.attention = attention
         self.class_names = None if class_names is None else check_class_names(class_names)
         self.group_by = group_by
-        self.every_n_epochs = every_n_epochs
-        self.figures_every_n_epochs = figures_every_n_epochs
+        self.schedule = Schedule(every_n_epochs, figures_every_n_epochs)
         if table is not None and find_spec("pyarrow") is None:
             raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
         self.table = None if table is None else Path(table)
         self.history: list[dict[str, Any]] = []
         self.summaries: dict[str, LayerSummary] = {}
-        self._labels = LabelFinder(predictions, targets, sample_ids)
+        # One for each dataloader, as their batches may differ.
+        self._labels = defaultdict[int, LabelFinder](lambda: LabelFinder(predictions, targets, sample_ids))
         self._recorder: AttentionRecorder | None = None
         self._accumulators: dict[tuple[int, str], LayerAccumulator] = {}
         self._table: SampleTable | None = None
@@ -140,7 +138,7 @@ class AttentionExplainabilityCallback(Callback):
     def state_key(self) -> str:
         """Tells callbacks with different settings apart in a checkpoint."""
         return self._generate_state_key(
-            attention=self.attention, class_names=self.class_names, group_by=self.group_by, every_n=self.every_n_epochs
+            attention=self.attention, class_names=self.class_names, group_by=self.group_by, schedule=self.schedule
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,7 +152,7 @@ class AttentionExplainabilityCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look anew at the first batch of what is to run."""
         self._classes = None
-        self._labels.forget()
+        self._labels.clear()
         if trainer.world_size > 1:
             # What is logged is the same on every process already; Lightning cannot know, and says so for each name.
             warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('xattn_")
@@ -225,7 +223,7 @@ class AttentionExplainabilityCallback(Callback):
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stop()
-        if _is_fitting(trainer) and _validations_before(trainer) % self.every_n_epochs:
+        if not self.schedule.records(trainer):
             return
         self._recorder = AttentionRecorder(pl_module, self.attention).__enter__()
         _warn(self._alarms.of_directions(self._recorder.layers))
@@ -233,7 +231,7 @@ class AttentionExplainabilityCallback(Callback):
         if self.table is not None and not rehearsal:
             from lightning_xattn.table import SampleTable  # pyarrow, only where a table is wanted
 
-            epoch, step, rank = trainer.current_epoch, _step(trainer), trainer.global_rank
+            epoch, step, rank = trainer.current_epoch, logged_step(trainer), trainer.global_rank
             name = f"{stage}-epoch={epoch}-step={step}-rank={rank}"
             self._table = SampleTable(self.table, name, {"stage": stage, "epoch": epoch, "step": step})
 
@@ -262,20 +260,21 @@ class AttentionExplainabilityCallback(Callback):
             return
         batch_size = pairs[0].forward.weights.shape[0]
         step = Step(outputs, batch, forward_output, batch_size)
-        labels = self._labels.find(step)
-        if self._classes is None:
-            self._classes = name_classes(labels, self.class_names or _own_names(pl_module), self.group_by, step)
-            _warn(missing_labels(labels, self._classes, self.group_by, step))
-            places = " and ".join(f"{what} from {place}" for what, place in self._labels.places.items())
-            rank_zero_info(f"AttentionExplainabilityCallback takes {places or 'no labels'}.")
-
         loader = loaders[dataloader_idx] if isinstance(loaders, (list, tuple)) else loaders
         repeats = count_repeats(loader, self._seen[dataloader_idx], batch_size)
         self._seen[dataloader_idx] += batch_size
         self._repeats[dataloader_idx] += repeats
         kept = slice(batch_size - repeats)
-        weights = pairs[0].forward.weights
-        classes, outcomes, tied = group_samples(labels, self.group_by, len(self._classes), weights)
+        finder = self._labels[dataloader_idx]
+        labels = finder.find(step)[kept]
+        if self._classes is None:
+            self._classes = name_classes(labels, self.class_names or self._own_names(pl_module), self.group_by, step)
+            _warn(missing_labels(labels, self._classes, self.group_by, step))
+            places = " and ".join(f"{what} from {place}" for what, place in finder.places.items())
+            rank_zero_info(f"AttentionExplainabilityCallback takes {places or 'no labels'}.")
+
+        like = pairs[0].forward.weights[kept]
+        classes, outcomes, tied = group_samples(labels, self.group_by, len(self._classes), like)
         for pair in pairs:
             rows = [prepare_rows(attention[kept]) for attention in pair.directions]
             statistics = sample_statistics(*rows)
@@ -284,29 +283,34 @@ class AttentionExplainabilityCallback(Callback):
                 layout = Layout.of(rows, statistics, len(self._classes))
                 self._accumulators[key] = LayerAccumulator(layout, rows[0].weights.device)
                 _warn(self._alarms.of_keys(pair.layer, {r.direction: r.weights.shape[3] for r in rows}))
-            self._accumulators[key].update(rows, statistics, classes[kept], outcomes[kept], tied[kept])
+            self._accumulators[key].update(rows, statistics, classes, outcomes, tied)
             if self._table is not None:
-                known = labels.predicted is not None and labels.target is not None
-                facts = {
-                    "sample_id": self._labels.find_sample_ids(step),
-                    "target": labels.target,
-                    "prediction": labels.predicted,
-                    "confidence": labels.confidence,
-                    "correct": outcomes == CORRECT if known else None,
+                ids = finder.find_sample_ids(step)
+                row = sample_columns(labels, outcomes, tied, statistics)
+                row |= {
+                    "dataloader": dataloader_idx,
+                    "layer": pair.layer,
+                    "sample_id": None if ids is None else ids[kept],
                 }
-                row: dict[str, Any] = {"dataloader": dataloader_idx, "layer": pair.layer, "tied": tied[kept]}
-                row |= {name: None if values is None else values[kept] for name, values in facts.items()}
-                row["undefined"] = statistics.get("alignment", statistics["entropy"]).isnan()
-                self._table.add(row | {name.replace("/", "_"): values for name, values in statistics.items()})
+                self._tabulate(partial(self._table.add, row))
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._recorder is None:
             return
         if not trainer.sanity_checking:
             if self._table is not None:
-                self._table.close()
+                self._tabulate(self._table.close)
             self._log_epoch(trainer, pl_module, stage)
         self._stop()
+
+    def _tabulate(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except Exception as error:  # a full disk, ids of two types: no table must end a training run
+            _warn([f"The sample table in {self.table} lacks this evaluation: {error!r}."])
+            assert self._table is not None
+            self._table.discard()
+            self._table = None
 
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         sums = {key: (accumulator.layout, accumulator.sums()) for key, accumulator in self._accumulators.items()}
@@ -326,7 +330,7 @@ class AttentionExplainabilityCallback(Callback):
                 {
                     "stage": stage,
                     "epoch": trainer.current_epoch,
-                    "step": _step(trainer),
+                    "step": logged_step(trainer),
                     "dataloader": dataloader_idx,
                     "layer": layer,
                     "samples": summary.samples,
@@ -348,9 +352,7 @@ class AttentionExplainabilityCallback(Callback):
         return scope + (f"/{layer}" if layer != first else "")
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, summary: LayerSummary, scope: str) -> None:
-        every = self.figures_every_n_epochs
-        recorded = _validations_before(trainer) // self.every_n_epochs
-        if not every or not trainer.loggers or (_is_fitting(trainer) and recorded % every):
+        if not trainer.loggers or not self.schedule.draws(trainer):
             return
         from lightning_xattn.visualizations import render  # matplotlib, only where figures are wanted
 
@@ -365,9 +367,15 @@ class AttentionExplainabilityCallback(Callback):
             context=f"{scope}, epoch {trainer.current_epoch}",
         )
         try:
-            log_images(trainer.loggers, ((tag, render(figure)) for tag, figure in figures), _step(trainer))
+            log_images(trainer.loggers, ((tag, render(figure)) for tag, figure in figures), logged_step(trainer))
         except Exception as error:  # a figure that cannot be drawn must not end a training run
             _warn([f"The figures of {scope} could not be drawn: {error!r}."])
+
+    @staticmethod
+    def _own_names(pl_module: LightningModule) -> tuple[str, ...] | None:
+        names, refusal = usable_names(getattr(pl_module, "class_names", None))
+        _warn(f"The class_names of {type(pl_module).__name__} are not used: {why}" for why in refusal)
+        return names
 
     def _require_checked(self) -> None:
         assert self._recorder is not None
@@ -382,27 +390,3 @@ class AttentionExplainabilityCallback(Callback):
 def _warn(messages: Iterable[str]) -> None:
     for message in messages:
         rank_zero_warn(message, category=XAttnWarning, stacklevel=3)
-
-
-def _own_names(pl_module: LightningModule) -> tuple[str, ...] | None:
-    """The module's ``class_names``, if it has any that can be used."""
-    names = getattr(pl_module, "class_names", None)
-    try:
-        return None if names is None else check_class_names(names)
-    except SettingError as error:
-        _warn([f"The class_names of {type(pl_module).__name__} are not used: {error}"])
-        return None
-
-
-def _is_fitting(trainer: Trainer) -> bool:
-    return bool(trainer.state.fn == "fit")
-
-
-def _validations_before(trainer: Trainer) -> int:
-    """How many epochs of this fit were due for validation before this one."""
-    return (trainer.current_epoch + 1) // (trainer.check_val_every_n_epoch or 1) - 1
-
-
-def _step(trainer: Trainer) -> int:
-    """The step at which Lightning logs the scalars of an evaluation's end."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped

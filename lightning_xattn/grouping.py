@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,14 @@ def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
     if len(set(class_names)) < len(class_names):
         raise SettingError(f"class_names must differ from each other; got {class_names!r}.")
     return tuple(class_names)
+
+
+def usable_names(class_names: Any) -> tuple[tuple[str, ...] | None, list[str]]:
+    """Names that a user never gave as a setting: as they are if they can be used, else None and why not."""
+    try:
+        return (None if class_names is None else check_class_names(class_names)), []
+    except SettingError as error:
+        return None, [str(error)]
 
 
 def name_groups(class_names: Sequence[str], group_by: str) -> tuple[str, ...]:
@@ -119,3 +128,20 @@ def group_samples(labels: Labels, group_by: str, n_classes: int, like: Tensor) -
         outcomes = torch.where(known, torch.where(labels.predicted == labels.target, CORRECT, INCORRECT), UNKNOWN)
     tied = torch.zeros(samples, dtype=torch.bool, device=device) if labels.tied is None else labels.tied
     return classes, outcomes, tied
+
+
+def sample_columns(labels: Labels, outcomes: Tensor, tied: Tensor, statistics: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A batch's columns of the sample table, None for what is not known of any sample.
+
+    Statistics have names that need no quotes in SQL: ``eeg_to_spec_entropy_head_0``.
+    """
+    known = labels.predicted is not None and labels.target is not None
+    headline = "alignment" if "alignment" in statistics else "entropy"
+    return {
+        "target": labels.target,
+        "prediction": labels.predicted,
+        "confidence": labels.confidence,
+        "correct": outcomes == CORRECT if known else None,
+        "tied": tied,
+        "undefined": statistics[headline].isnan(),
+    } | {name.replace("/", "_"): values for name, values in statistics.items()}

@@ -75,10 +75,10 @@ class SampleTable:
         """Leave nothing behind, as after a crash."""
         self._waiting = []
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):  # on a full disk closing fails too
+                self._writer.close()
             self._writer = None
-            with suppress(FileNotFoundError):
-                self._part.unlink()
+            self._part.unlink(missing_ok=True)
 
     def _write(self) -> None:
         for batch in self._waiting:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 IIIC_IRR = Path(__file__).parents[2] / "shared/data/iiic_irr"
@@ -18,6 +19,11 @@ def iiic_irr() -> Path:
             pytest.fail(f"CI needs the real recordings at {IIIC_IRR}.")
         pytest.skip(f"No real recordings at {IIIC_IRR}.")
     return IIIC_IRR
+
+
+@pytest.fixture(autouse=True)
+def _same_weights_in_every_run():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -223,6 +223,8 @@ def test_a_second_dataloader_and_a_second_layer_add_their_names():
             self.second = nn.Module()
             self.second.audio_to_text_attn = nn.MultiheadAttention(12, 2, batch_first=True)
             self.second.text_to_audio_attn = nn.MultiheadAttention(12, 2, batch_first=True)
+            for attention in self.second.children():
+                nn.init.normal_(attention.in_proj_weight, std=0.6)
 
         def forward(self, audio, text):
             a, t = self.audio(audio), self.text(text)

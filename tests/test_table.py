@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn import AttentionExplainabilityCallback, XAttnWarning
 from lightning_xattn import table as table_module
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.errors import SettingError
@@ -113,6 +113,21 @@ def test_a_killed_process_leaves_a_part_that_readers_pass_over(tmp_path, monkeyp
     assert len(pd.read_parquet(tmp_path)) == 23
     assert len(pl.read_parquet(tmp_path / "*.parquet")) == 23
     assert duckdb.sql(f"select count(*) from '{tmp_path}/*.parquet'").fetchall() == [(23,)]
+
+
+def test_a_table_that_cannot_be_written_ends_no_run(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.warns(XAttnWarning, match="sample table in .*file lacks this evaluation: .*Exists|Not a directory"):
+        watch = run(ToyModule(), tmp_path / "file")
+    assert watch.summaries["val"].samples == 23
+
+
+def test_ids_of_two_types_end_no_run_and_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_module, "ROWS_IN_MEMORY", 1)
+    ids = iter([torch.arange(5), ["a", "b", "c", "d", "e"], torch.arange(5), torch.arange(5), torch.arange(3)])
+    with pytest.warns(XAttnWarning, match="lacks this evaluation"):
+        run(ToyModule(), tmp_path, sample_ids=lambda outputs, batch: next(ids))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_few_rows_are_in_memory(tmp_path, monkeypatch):

@@ -5,9 +5,10 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 from lightning_xattn import AttentionExplainabilityCallback
-from tests.toy import ToyModule, quiet_trainer, toy_loader
+from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
 
 
 def fit(callbacks, module=None, ckpt_path=None, loaders=None, **settings):
@@ -88,6 +89,20 @@ def test_several_dataloaders_have_records_of_their_own():
     watch = AttentionExplainabilityCallback()
     fit([watch], loaders=[toy_loader(), toy_loader(samples=8, seed=1)])
     assert [(record["dataloader"], record["samples"]) for record in watch.history] == [(0, 23), (1, 8)]
+
+
+def test_dataloaders_with_batches_of_two_kinds():
+    class Either(ToyModule):
+        def _loss(self, batch):
+            return super()._loss(tuple(batch.values()) if isinstance(batch, dict) else batch)
+
+    parts = zip(*toy_data(8, seed=1).tensors, strict=True)
+    rows = [{"audio": audio, "text": text, "label": label} for audio, text, label in parts]
+    watch = AttentionExplainabilityCallback()
+    fit([watch], Either(), loaders=[toy_loader(), DataLoader(rows, batch_size=3)])
+    for scope, samples in (("val", 23), ("val/dataloader_1", 8)):
+        summary = watch.summaries[scope]
+        assert sum(summary.count("alignment", outcome=outcome) for outcome in (0, 1)) == samples
 
 
 @pytest.mark.parametrize("settings", [{"fast_dev_run": True}, {"num_sanity_val_steps": 0}, {"limit_val_batches": 0}])

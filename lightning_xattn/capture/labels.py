@@ -78,6 +78,14 @@ class Labels:
     tied: Tensor | None
     n_classes: int | None
 
+    def __getitem__(self, samples: slice) -> Labels:
+        """The labels of some of the samples."""
+
+        def pick(field: Tensor | None) -> Tensor | None:
+            return None if field is None else field[samples]
+
+        return Labels(pick(self.predicted), pick(self.confidence), pick(self.target), pick(self.tied), self.n_classes)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -107,10 +115,6 @@ class LabelFinder:
     ) -> None:
         self._settings = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids}
         self._places: dict[str, Place | None] | None = None
-
-    def forget(self) -> None:
-        """Look anew at the next batch."""
-        self._places = None
 
     @property
     def places(self) -> dict[str, str]:

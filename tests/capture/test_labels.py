@@ -78,8 +78,7 @@ def test_the_place_is_kept_from_the_first_batch_on():
     assert finder.places == {"predictions": "forward", "targets": "batch[1]"}
     ambiguous = finder.find(step(LOSS, (IDS * 0, IDS), SCORES))
     assert ambiguous.target.tolist() == IDS.tolist()
-    finder.forget()
-    assert finder.find(step(LOSS, (IDS * 0, IDS), SCORES)).target is None
+    assert LabelFinder().find(step(LOSS, (IDS * 0, IDS), SCORES)).target is None
 
 
 def test_named():
