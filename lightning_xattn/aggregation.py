@@ -281,6 +281,11 @@ class LayerSummary:
         # The count of invalid rows is defined for every sample.
         return self.count("invalid_rows")
 
+    @property
+    def unclassified(self) -> int:
+        """Number of samples without a class, where there are classes."""
+        return self.count("invalid_rows", class_id=self.n_classes) if self.n_classes else 0
+
     def count(self, column: str, class_id: int | None = None, outcome: int | None = None) -> int:
         """How many samples have this number, of all or of one class and outcome."""
         return int(self._moments(column, class_id, outcome)[0])

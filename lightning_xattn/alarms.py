@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from lightning_xattn.aggregation import LayerSummary
-from lightning_xattn.attention import Direction
 from lightning_xattn.capture import LayerSites
 
 UNIFORM = 0.999
@@ -38,37 +37,24 @@ class Alarms:
                     f"'{direction.opposite}': ...}}."
                 )
 
-    def of_keys(self, layer: str, keys: dict[Direction, int]) -> Iterator[str]:
-        """New alarms that the number of keys of each direction gives."""
-        single = [str(direction) for direction, count in keys.items() if count == 1]
-        if single and self._is_new(layer, "", "single key", 0):
-            yield (
-                f"Layer '{layer}': {' and '.join(single)} attend to a single key, where softmax gives exactly 1 "
-                "whatever the model learned. Entropy, selectivity and alignment are undefined and left out. To see "
-                "attention, fuse token sequences: pool after the fusion, not before it."
-            )
-
     def of_epoch(self, layer: str, summary: LayerSummary) -> Iterator[str]:
         """New alarms that an epoch gives."""
-        if not summary.maps and self._is_new(layer, "", "ragged", 0):
-            yield (
-                f"Layer '{layer}': the number of tokens changes from batch to batch, so there are no mean maps. "
-                "Pad all batches to one length to see them; every other number is there."
-            )
-        broken = int(summary.total("broken_rows"))
-        if broken and self._is_new(layer, "", "broken", 0):
-            yield (
-                f"Layer '{layer}': {broken} rows of attention are not finite or do not sum to 1, though neither their "
-                "queries nor all of their keys are masked. They are left out of every number. Look for NaN or "
-                "overflow before the softmax."
-            )
+        yield from self._of_samples(layer, summary)
         for direction, heads in summary.heads.items():
             where = f"Layer '{layer}', {direction}"
             if summary.mean(f"{direction}/head_diversity") < ALIKE and self._is_new(layer, str(direction), "alike", 0):
                 yield f"{where}: all {heads} heads attend alike. Fewer heads would do the same."
+            broken = [summary.total(f"{direction}/broken/head_{head}") for head in range(heads)]
             entropy = [summary.mean(f"{direction}/entropy/head_{head}") for head in range(heads)]
             sink = [summary.mean(f"{direction}/sink/head_{head}") for head in range(heads)]
             for kind, found, meaning in (
+                (
+                    "broken",
+                    [value > 0 for value in broken],
+                    f"{int(sum(broken))} rows of attention are not finite or do not sum to 1, though neither their "
+                    "queries nor all of their keys are masked. They are left out of every number. Look for NaN or "
+                    "overflow before the softmax.",
+                ),
                 (
                     "uniform",
                     [value > UNIFORM for value in entropy],
@@ -90,6 +76,30 @@ class Alarms:
                 new = [h for h in range(heads) if found[h] and self._is_new(layer, str(direction), kind, h)]
                 if new:
                     yield f"{where}, head {', '.join(map(str, new))}: {meaning}"
+
+    def _of_samples(self, layer: str, summary: LayerSummary) -> Iterator[str]:
+        single = [
+            str(direction)
+            for direction in summary.heads
+            # Valid rows without an entropy are rows of a single key, whether the others are masked or do not exist.
+            if summary.count(f"{direction}/max") and not summary.count(f"{direction}/entropy")
+        ]
+        if single and self._is_new(layer, "", "single key", 0):
+            yield (
+                f"Layer '{layer}': {' and '.join(single)} attend to a single key, where softmax gives exactly 1 "
+                "whatever the model learned. Entropy, selectivity and alignment are undefined and left out. To see "
+                "attention, fuse token sequences: pool after the fusion, not before it."
+            )
+        if not summary.maps and self._is_new(layer, "", "ragged", 0):
+            yield (
+                f"Layer '{layer}': the number of tokens changes from batch to batch, so there are no mean maps and no "
+                "alignment between different samples. Pad all batches to one length to see them."
+            )
+        if summary.unclassified and self._is_new(layer, "", "unclassified", 0):
+            yield (
+                f"{summary.unclassified} of {summary.samples} samples have no class: a label that is missing or not in "
+                f"0 ... {summary.n_classes - 1}, or scores that are not finite. They count in 'all' only."
+            )
 
     def _is_new(self, *alarm: str | int) -> bool:
         new = alarm not in self._told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from lightning_xattn.capture import AttentionRecorder, LabelFinder
 from lightning_xattn.capture.discovery import AttentionPaths, check_paths
 from lightning_xattn.capture.labels import LabelSetting, Step
 from lightning_xattn.distributed import count_repeats, gather
-from lightning_xattn.epoch import epoch_curves, epoch_figures
+from lightning_xattn.epoch import epoch_counts, epoch_curves, epoch_figures
 from lightning_xattn.errors import DiscoveryError, SettingError, XAttnWarning
 from lightning_xattn.functional import prepare_rows, sample_statistics
 from lightning_xattn.grouping import (
@@ -79,8 +79,9 @@ class AttentionExplainabilityCallback(Callback):
     ----------
     history : list of dict
         One record per recorded epoch, dataloader and layer: ``stage``, ``epoch``, ``step``, ``dataloader``, ``layer``,
-        ``samples``, ``repeats`` (samples dropped because another process had them), and the epoch's curves by their
-        names without the scope. It is saved in checkpoints. ``pandas.DataFrame(callback.history)``.
+        ``samples``, ``repeats`` (samples dropped because another process had them), ``ties`` and ``unclassified``
+        samples, the intervals and gaps of ``epoch_counts``, and the epoch's curves by their names without the scope.
+        It is saved in checkpoints. ``pandas.DataFrame(callback.history)``.
     summaries : dict of str to LayerSummary
         The last epoch of each scope, such as ``val``, ``test`` or ``val/dataloader_1``.
 
@@ -121,6 +122,11 @@ class AttentionExplainabilityCallback(Callback):
         if table is not None and find_spec("pyarrow") is None:
             raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
         self.table = None if table is None else Path(table)
+        # What tells two callbacks apart in a checkpoint; a callable by its name, which stays from run to run.
+        named = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids}
+        self._settings = {name: getattr(value, "__qualname__", value) for name, value in named.items()}
+        self._settings |= {"attention": attention, "class_names": self.class_names, "group_by": group_by}
+        self._settings |= {"schedule": self.schedule, "table": None if table is None else str(table)}
         self.history: list[dict[str, Any]] = []
         self.summaries: dict[str, LayerSummary] = {}
         # One for each dataloader, as their batches may differ.
@@ -133,24 +139,25 @@ class AttentionExplainabilityCallback(Callback):
         # The names of the classes, once a first batch has passed the checks.
         self._classes: tuple[str, ...] | None = None
         self._alarms = Alarms()
+        self._resumes = True
 
     @property
     def state_key(self) -> str:
         """Tells callbacks with different settings apart in a checkpoint."""
-        return self._generate_state_key(
-            attention=self.attention, class_names=self.class_names, group_by=self.group_by, schedule=self.schedule
-        )
+        return self._generate_state_key(**self._settings)
 
     def state_dict(self) -> dict[str, Any]:
         """The history, in plain types: a checkpoint with it loads with ``weights_only=True``."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's history."""
-        self.history = list(state_dict["history"])
+        """Go on from a checkpoint's history; only a fit does, a checkpoint that is tested has nothing to add."""
+        if self._resumes or not self.history:
+            self.history = list(state_dict["history"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look anew at the first batch of what is to run."""
+        self._resumes = stage == "fit"
         self._classes = None
         self._labels.clear()
         if trainer.world_size > 1:
@@ -259,8 +266,9 @@ class AttentionExplainabilityCallback(Callback):
             self._require_checked()
             return
         batch_size = pairs[0].forward.weights.shape[0]
-        step = Step(outputs, batch, forward_output, batch_size)
-        loader = loaders[dataloader_idx] if isinstance(loaders, (list, tuple)) else loaders
+        step = Step(outputs, batch, forward_output, batch_size, pairs[0].forward.weights.device)
+        several = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
+        loader = several[dataloader_idx] if isinstance(several, (list, tuple)) else several
         repeats = count_repeats(loader, self._seen[dataloader_idx], batch_size)
         self._seen[dataloader_idx] += batch_size
         self._repeats[dataloader_idx] += repeats
@@ -282,7 +290,6 @@ class AttentionExplainabilityCallback(Callback):
             if key not in self._accumulators:
                 layout = Layout.of(rows, statistics, len(self._classes))
                 self._accumulators[key] = LayerAccumulator(layout, rows[0].weights.device)
-                _warn(self._alarms.of_keys(pair.layer, {r.direction: r.weights.shape[3] for r in rows}))
             self._accumulators[key].update(rows, statistics, classes, outcomes, tied)
             if self._table is not None:
                 ids = finder.find_sample_ids(step)
@@ -336,6 +343,7 @@ class AttentionExplainabilityCallback(Callback):
                     "samples": summary.samples,
                     "repeats": repeats[dataloader_idx],
                 }
+                | epoch_counts(summary)
                 | {name.removeprefix("xattn_").replace(f"/{scope}/", "/"): value for name, value in curves.items()}
             )
             if trainer.is_global_zero:

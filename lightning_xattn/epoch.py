@@ -37,6 +37,24 @@ def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) 
     }
 
 
+def epoch_counts(summary: LayerSummary) -> dict[str, float]:
+    """What the history says beside the curves: how many samples are behind them, and how sure the comparison is."""
+    record: dict[str, float] = {"ties": summary.ties, "unclassified": summary.unclassified}
+    for score in SCORE_RANGES:
+        if score in summary.columns:
+            found = summary.separation(score)
+            record |= {
+                f"outcome/{score}_correct": found.correct,
+                f"outcome/{score}_incorrect": found.incorrect,
+                f"outcome/{score}_auroc_low": found.low,
+                f"outcome/{score}_auroc_high": found.high,
+                f"outcome/{score}_cliffs_delta": found.cliffs_delta,
+                f"outcome/{score}_gap": summary.gap(score),
+                f"outcome/{score}_class_adjusted_gap": summary.class_adjusted_gap(score),
+            }
+    return record
+
+
 def epoch_text(summary: LayerSummary, class_names: Sequence[str], group_by: str) -> list[str]:
     """One layer's epoch as a table of mean alignment and entropy, by class and outcome, in lines of text."""
     title = {"target": "true class", "prediction": "predicted class"}[group_by]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -133,15 +134,23 @@ def group_samples(labels: Labels, group_by: str, n_classes: int, like: Tensor) -
 def sample_columns(labels: Labels, outcomes: Tensor, tied: Tensor, statistics: Mapping[str, Tensor]) -> dict[str, Any]:
     """A batch's columns of the sample table, None for what is not known of any sample.
 
-    Statistics have names that need no quotes in SQL: ``eeg_to_spec_entropy_head_0``.
+    ``correct`` is the outcome. Statistics have names that need no quotes in SQL, and those of heads are one column of
+    lists, ``eeg_to_spec_entropy_heads``, as layers may have different numbers of heads.
     """
-    known = labels.predicted is not None and labels.target is not None
     headline = "alignment" if "alignment" in statistics else "entropy"
-    return {
+    columns: dict[str, Any] = {
         "target": labels.target,
         "prediction": labels.predicted,
         "confidence": labels.confidence,
-        "correct": outcomes == CORRECT if known else None,
+        "correct": outcomes,
         "tied": tied,
         "undefined": statistics[headline].isnan(),
-    } | {name.replace("/", "_"): values for name, values in statistics.items()}
+    }
+    heads: dict[str, list[Tensor]] = defaultdict(list)
+    for name, values in statistics.items():
+        whole, _, head = name.replace("/", "_").partition("_head_")
+        if head.isdigit():
+            heads[f"{whole}_heads"].append(values)
+        else:
+            columns[name.replace("/", "_")] = values
+    return columns | {name: torch.stack(values, dim=1) for name, values in heads.items()}

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import uuid
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-TYPES_OF_MISSING = {
-    "sample_id": pa.int64(),
+from lightning_xattn.aggregation import CORRECT, UNKNOWN
+
+TYPES = {
+    "sample_id": pa.string(),
     "target": pa.int64(),
     "prediction": pa.int64(),
     "confidence": pa.float32(),
     "correct": pa.bool_(),
 }
-"""The columns that a run may not have."""
+"""The columns that a run may lack or fill otherwise than the next: their types must not depend on that."""
 
 ROWS_IN_MEMORY = 4096
 """So many rows are kept on the device before they are written: bounded memory, and a GPU seldom waits."""
@@ -44,11 +48,10 @@ class SampleTable:
     """
 
     def __init__(self, folder: Path, name: str, constants: Mapping[str, int | str]) -> None:
-        self._path = folder / f"{name}-{uuid.uuid4().hex[:8]}.parquet"
-        self._part = folder / f".{self._path.name}.part"
         self._constants = dict(constants)
         self._waiting: list[dict[str, Any]] = []
-        self._writer: Any = None
+        self._writers: dict[tuple[str, ...], tuple[pq.ParquetWriter, Path]] = {}
+        self._folder, self._name = folder, name
 
     def add(self, columns: Mapping[str, Tensor | list[Any] | int | str | None]) -> None:
         """Add the rows of a batch.
@@ -57,7 +60,8 @@ class SampleTable:
         ----------
         columns
             By name: a tensor or a list of one value a sample, or a single number or string for all, or None for a
-            column of ``TYPES_OF_MISSING``. Floats are stored as float32, NaN as missing.
+            column of ``TYPES``. Floats are stored as float32, NaN as missing; negative targets and predictions and
+            unknown outcomes (``correct``) as missing; sample ids as strings; a ``(batch, heads)`` tensor as lists.
         """
         self._waiting.append(dict(columns))
         if sum(_length(waiting) for waiting in self._waiting) >= ROWS_IN_MEMORY:
@@ -66,29 +70,40 @@ class SampleTable:
     def close(self) -> None:
         """Write what is waiting and let the file appear; a table without rows leaves no file."""
         self._write()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            self._part.replace(self._path)
+        for writer, path in self._writers.values():
+            writer.close()
+            _part(path).replace(path)
+        self._writers = {}
 
     def discard(self) -> None:
         """Leave nothing behind, as after a crash."""
         self._waiting = []
-        if self._writer is not None:
+        for writer, path in self._writers.values():
             with suppress(OSError):  # on a full disk closing fails too
-                self._writer.close()
-            self._writer = None
-            self._part.unlink(missing_ok=True)
+                writer.close()
+            _part(path).unlink(missing_ok=True)
+        self._writers = {}
 
     def _write(self) -> None:
+        by_columns: dict[tuple[str, ...], list[pa.Table]] = defaultdict(list)
         for batch in self._waiting:
+            columns = self._constants | batch
             rows = _length(batch)
-            table = pa.table({name: _array(name, value, rows) for name, value in (self._constants | batch).items()})
-            if self._writer is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._writer = pq.ParquetWriter(self._part, table.schema)
-            self._writer.write_table(table)
+            table = pa.table({name: _array(name, value, rows) for name, value in columns.items()})
+            by_columns[tuple(columns)].append(table)
         self._waiting = []
+        for names, tables in by_columns.items():
+            whole = pa.concat_tables(tables)
+            # Layers between other modalities have other columns, and so a file of their own.
+            if names not in self._writers:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                path = self._folder / f"{self._name}-{uuid.uuid4().hex[:8]}.parquet"
+                self._writers[names] = pq.ParquetWriter(_part(path), whole.schema), path
+            self._writers[names][0].write_table(whole)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 def _length(batch: Mapping[str, Any]) -> int:
@@ -96,11 +111,22 @@ def _length(batch: Mapping[str, Any]) -> int:
 
 
 def _array(name: str, value: Any, rows: int) -> pa.Array:
-    """A column; what is undefined (NaN) is missing, so that a mean over it passes it over in every reader."""
-    if isinstance(value, Tensor):
-        value = value.float() if value.is_floating_point() else value
-        return pa.array(value.cpu().numpy(), from_pandas=True)
+    """A column; what is undefined (NaN) or not known is missing, so that a mean passes it over in every reader."""
     if value is None:
-        # A column may be missing in one run and there in the next: its type must not depend on that.
-        return pa.nulls(rows, TYPES_OF_MISSING[name])
-    return pa.array(value if isinstance(value, list) else [value] * rows)
+        return pa.nulls(rows, TYPES[name])
+    if isinstance(value, Tensor):
+        value = (value.float() if value.is_floating_point() else value).cpu().numpy()
+    if name == "sample_id":
+        return pa.array([None if one is None else str(_plain(one)) for one in value], TYPES[name])
+    if name == "correct":
+        return pa.array(value == CORRECT, TYPES[name], mask=value == UNKNOWN)
+    if name in ("target", "prediction"):
+        return pa.array(value, TYPES[name], mask=value < 0)
+    if isinstance(value, np.ndarray):
+        return pa.array(list(value) if value.ndim == 2 else value, from_pandas=True)
+    return pa.array([value] * rows)
+
+
+def _plain(value: Any) -> Any:
+    """A number out of a tensor or an array of one."""
+    return value.item() if hasattr(value, "item") else value

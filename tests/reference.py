@@ -104,7 +104,7 @@ def sink_strength(A, queries=None, keys=None):
         rows = [np.where(keys[h, q], A[h, q], 0) for q in range(A.shape[1]) if valid[h, q]]
         k = max([keys[h, q].sum() for q in range(A.shape[1]) if valid[h, q]], default=0)
         least = [min(row[key] for row in rows) for key in range(A.shape[2])] if rows else [0]
-        result.append(max(0, (max(least) - 1 / k) / (1 - 1 / k)) if k > 1 else NAN)
+        result.append(max(0, (max(least) - 1 / k) / (1 - 1 / k)) if k > 1 and len(rows) > 1 else NAN)
     return np.array(result)
 
 

@@ -43,6 +43,61 @@ def add(accumulator, rows, *labels):
     accumulator.update(rows, sample_statistics(*rows), *labels)
 
 
+def masked_samples():
+    """Ragged samples: the last tokens of some are padding, in bfloat16, with rows of a single valid key."""
+    there, back, classes, outcomes, tied = make_samples(5)
+    there, back = there.nan_to_num(nan=1 / KEYS), back.nan_to_num(nan=1 / QUERIES)
+    eeg = torch.arange(QUERIES) < torch.arange(SAMPLES)[:, None] % QUERIES + 1
+    spec = torch.arange(KEYS) < torch.arange(SAMPLES)[:, None] % KEYS + 1
+    there, back = there * spec[:, None, None], back * eeg[:, None, None]
+    there, back = (x / x.sum(-1, keepdim=True) for x in (there, back))
+    return there.bfloat16(), back.bfloat16(), eeg, spec, classes, outcomes, tied
+
+
+def test_masked_ragged_half_precision_and_single_keys():
+    there, back, eeg, spec, classes, outcomes, tied = masked_samples()
+    rows = (
+        prepare_rows(Attention(DIRECTION, there, key_mask=spec, query_mask=eeg)),
+        prepare_rows(Attention(DIRECTION.opposite, back, key_mask=eeg, query_mask=spec)),
+    )
+    accumulator = new_accumulator(rows)
+    add(accumulator, rows, classes, outcomes, tied)
+    summary = accumulator.compute()
+
+    scaled = [x.double().numpy() for x in (there, back)]
+    scaled = [x / x.sum(-1, keepdims=True) for x in scaled]
+    masks = eeg.numpy(), spec.numpy()
+    expected = {
+        "alignment": [],
+        "interaction": [],
+        "eeg_to_spec/entropy": [],
+        "spec_to_eeg/max": [],
+        "invalid_rows": [],
+    }
+    for b in range(SAMPLES):
+        a, z, (e, s) = scaled[0][b], scaled[1][b], (masks[0][b], masks[1][b])
+        expected["alignment"].append(reference.alignment(a, z, e, s, s, e))
+        expected["interaction"].append(reference.mean_defined(reference.alignment_interaction(a, z, e, s, s, e)))
+        expected["eeg_to_spec/entropy"].append(reference.mean_defined(reference.row_statistics(a, e, s)["entropy"]))
+        expected["spec_to_eeg/max"].append(reference.mean_defined(reference.row_statistics(z, s, e)["max"]))
+        invalid = (~reference.valid_rows(a, e, s)).sum() + (~reference.valid_rows(z, s, e)).sum()
+        expected["invalid_rows"].append(invalid)
+    for column, values in expected.items():
+        defined = [value for value in values if not np.isnan(value)]
+        assert summary.count(column) == len(defined), column
+        assert summary.mean(column) == pytest.approx(np.mean(defined), rel=1e-4, abs=1e-5), column
+    assert 0 < summary.undefined_share() < 1
+    assert np.isnan(summary.alignment_null)  # samples of different token counts cannot be compared
+
+    for c in range(CLASSES):
+        chosen = np.flatnonzero(classes == c)
+        for q in range(QUERIES):
+            for k in range(KEYS):
+                cells = [scaled[0][b, :, q, k] for b in chosen if masks[0][b, q] and masks[1][b, k]]
+                mean = np.mean(cells) if cells else np.nan
+                np.testing.assert_allclose(summary.maps[DIRECTION][c, q, k], mean, rtol=1e-4, atol=1e-6)
+
+
 def accumulate(samples, batches):
     accumulator = None
     for batch in batches:
@@ -76,6 +131,8 @@ def expected_numbers(samples):
             numbers[f"{name}/{column}"] = [reference.mean_defined(s[column]) for s in by_head]
         for head in range(HEADS):
             numbers[f"{name}/entropy/head_{head}"] = [s["entropy"][head] for s in by_head]
+            broken = [(~reference.valid_rows(maps[b]))[head].sum() for b in range(SAMPLES)]
+            numbers[f"{name}/broken/head_{head}"] = broken
             numbers[f"{name}/sink/head_{head}"] = [reference.sink_strength(maps[b])[head] for b in range(SAMPLES)]
         selectivity = [reference.mean_defined(reference.query_selectivity(maps[b])) for b in range(SAMPLES)]
         numbers[f"{name}/query_selectivity"] = selectivity
@@ -83,7 +140,7 @@ def expected_numbers(samples):
         invalid = [n + (~reference.valid_rows(maps[b])).sum() for b, n in enumerate(invalid)]
     entropies = zip(numbers["eeg_to_spec/entropy"], numbers["spec_to_eeg/entropy"], strict=True)
     numbers["entropy"] = [(a + b) / 2 for a, b in entropies]
-    numbers["invalid_rows"] = numbers["broken_rows"] = invalid
+    numbers["invalid_rows"] = invalid
     return numbers
 
 

@@ -56,7 +56,7 @@ def test_nan_rings_and_masked_rows_do_not():
     broken, masked = ordinary(), ordinary()
     broken[1, 1, 3] = torch.nan
     (message,) = ring(broken)
-    assert "1 rows of attention are not finite" in message
+    assert message.startswith("Layer 'fusion.1', eeg_to_spec, head 1: 1 rows of attention are not finite")
     masked[1] = torch.nan
     padding = torch.ones(BATCH, KEYS, dtype=torch.bool)
     padding[1] = False
@@ -80,10 +80,18 @@ def test_each_rings_once():
 
 def test_a_single_key():
     alarms = Alarms()
-    (message,) = alarms.of_keys("fusion", {DIRECTION: 1, DIRECTION.opposite: 7})
-    assert message.startswith("Layer 'fusion': eeg_to_spec attend to a single key")
-    assert list(alarms.of_keys("fusion", {DIRECTION: 1})) == []
-    assert list(alarms.of_keys("other", {DIRECTION: 5})) == []
+    (message,) = ring(torch.ones(BATCH, HEADS, QUERIES, 1), alarms)
+    assert message.startswith("Layer 'fusion.1': eeg_to_spec attend to a single key")
+    assert ring(torch.ones(BATCH, HEADS, QUERIES, 1), alarms) == []
+    only_first = torch.eye(KEYS)[:1].expand(BATCH, HEADS, QUERIES, KEYS)
+    mask = (torch.arange(KEYS) == 0).expand(BATCH, KEYS)
+    (message,) = ring(only_first, key_mask=mask)
+    assert "a single key" in message
+
+
+def test_a_single_query_is_no_sink():
+    sharp = torch.eye(KEYS)[:BATCH, None, None].expand(BATCH, HEADS, 1, KEYS) * 0.86 + 0.02
+    assert not [message for message in ring(sharp) if "sink" in message]
 
 
 def test_a_trainer_warns_once_a_run_and_goes_on():

@@ -287,7 +287,8 @@ def test_samples_without_a_label_have_no_class_and_no_outcome():
     module, callback = ToyModule(), AttentionExplainabilityCallback(targets=lambda outputs, batch: batch[2])
     module._loss = lambda batch: module(*batch[:2]).sum()
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(audio, text, target), batch_size=5)
-    validate(module, callback, loader)
+    with pytest.warns(XAttnWarning, match="11 of 23 samples have no class"):
+        validate(module, callback, loader)
     summary = callback.summaries["val"]
     assert summary.samples == 23
     assert sum(summary.count("alignment", outcome=outcome) for outcome in (CORRECT, INCORRECT)) == 12

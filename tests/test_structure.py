@@ -21,7 +21,7 @@ ROOMS = {
     "grouping": {"aggregation", "capture", "errors"},
     "distributed": set(),
     "schedule": {"errors"},
-    "table": set(),
+    "table": {"aggregation"},
     "visualizations": {"attention", "functional", "errors"},
     "epoch": {"aggregation", "attention", "functional", "visualizations", "errors"},
     "sinks": {"errors"},

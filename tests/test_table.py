@@ -38,7 +38,9 @@ def test_rows_are_the_samples(tmp_path):
         logits = module(audio, text)
     statistics = sample_statistics(*(prepare_rows(a) for a in recorder.attention[0].directions))
     for name, values in statistics.items():
-        np.testing.assert_allclose(frame[name.replace("/", "_")], values, rtol=1e-4, atol=1e-6, err_msg=name)
+        whole, _, head = name.replace("/", "_").partition("_head_")
+        column = np.stack(frame[f"{whole}_heads"])[:, int(head)] if head.isdigit() else frame[whole + _ + head]
+        np.testing.assert_allclose(column, values, rtol=1e-4, atol=1e-6, err_msg=name)
     assert frame["target"].tolist() == target.tolist()
     assert frame["prediction"].tolist() == logits.argmax(1).tolist()
     np.testing.assert_allclose(frame["confidence"], logits.softmax(1).amax(1), rtol=1e-5)
@@ -86,7 +88,7 @@ def test_sample_ids(ids, tmp_path):
         {"audio": a, "text": t, "target": y, "file": i} for a, t, y, i in zip(audio, text, target, ids, strict=True)
     ]
     run(Named(), tmp_path, DataLoader(rows, batch_size=5), sample_ids="file")
-    assert pd.read_parquet(tmp_path)["sample_id"].tolist() == [i.item() if torch.is_tensor(i) else i for i in ids]
+    assert pd.read_parquet(tmp_path)["sample_id"].tolist() == [str(i.item() if torch.is_tensor(i) else i) for i in ids]
 
 
 class Crash(ToyModule):
@@ -122,12 +124,56 @@ def test_a_table_that_cannot_be_written_ends_no_run(tmp_path):
     assert watch.summaries["val"].samples == 23
 
 
-def test_ids_of_two_types_end_no_run_and_leave_nothing(tmp_path, monkeypatch):
+def test_ids_of_any_type_in_one_run_and_from_run_to_run(tmp_path, monkeypatch):
     monkeypatch.setattr(table_module, "ROWS_IN_MEMORY", 1)
-    ids = iter([torch.arange(5), ["a", "b", "c", "d", "e"], torch.arange(5), torch.arange(5), torch.arange(3)])
-    with pytest.warns(XAttnWarning, match="lacks this evaluation"):
-        run(ToyModule(), tmp_path, sample_ids=lambda outputs, batch: next(ids))
-    assert list(tmp_path.iterdir()) == []
+    letters = ["a", "b", None, "d", "e"]
+    ids = iter([torch.arange(5), letters, [1.5] * 5, list(torch.arange(5)), [None] * 3])
+    run(ToyModule(), tmp_path, sample_ids=lambda outputs, batch: next(ids))
+    run(ToyModule(), tmp_path)  # without any
+    frame = pl.read_parquet(tmp_path / "*.parquet")
+    assert frame["sample_id"].drop_nulls().sort().to_list() == sorted(
+        [*map(str, range(5)), "a", "b", "d", "e", *["1.5"] * 5, *map(str, range(5))]
+    )
+    assert len(pd.read_parquet(tmp_path)) == len(frame) == 46
+
+
+def test_samples_without_a_label_are_neither_correct_nor_incorrect(tmp_path):
+    audio, text, target = toy_data().tensors
+    target[12:] = -1
+
+    class Partly(ToyModule):
+        def _loss(self, batch):
+            return super()._loss((*batch[:2], batch[2].clamp_min(0)))
+
+    with pytest.warns(XAttnWarning, match="11 of 23 samples have no class"):
+        run(Partly(), tmp_path, DataLoader(TensorDataset(audio, text, target), batch_size=5))
+    frame = pd.read_parquet(tmp_path)
+    assert frame["correct"].isna().tolist() == frame["target"].isna().tolist() == [False] * 12 + [True] * 11
+
+
+def test_layers_of_different_sizes(tmp_path):
+    class TwoLayers(ToyModule):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Module()
+            for name in ("audio_to_text_attn", "text_to_audio_attn"):
+                attention = torch.nn.MultiheadAttention(12, 2, batch_first=True)
+                torch.nn.init.normal_(attention.in_proj_weight, std=0.6)
+                self.first.add_module(name, attention)
+
+        def forward(self, audio, text):
+            a, t = self.audio(audio), self.text(text)
+            self.first.audio_to_text_attn(a, t, t)
+            self.first.text_to_audio_attn(t, a, a)
+            return super().forward(audio, text)
+
+    run(TwoLayers(), tmp_path)
+    frame = pd.read_parquet(tmp_path)
+    assert frame.groupby("layer").size().tolist() == [23, 23]
+    lengths = frame.groupby("layer")["audio_to_text_entropy_heads"].first().map(len)
+    assert lengths.to_dict() == {"audio_to_text": 3, "first": 2}
+    (path,) = tmp_path.iterdir()
+    assert pq.ParquetFile(path).num_row_groups == 1
 
 
 def test_few_rows_are_in_memory(tmp_path, monkeypatch):

@@ -58,6 +58,11 @@ def test_history_survives_saving_resuming_and_a_second_fit(tmp_path):
     fit([first], max_epochs=1)
     assert [record["epoch"] for record in first.history] == [0, 1, 0]
 
+    longer = fit([AttentionExplainabilityCallback()], max_epochs=3)
+    (watch,) = (callback for callback in longer.callbacks if isinstance(callback, AttentionExplainabilityCallback))
+    longer.test(longer.model, toy_loader(), ckpt_path=path, verbose=False)
+    assert [record["stage"] for record in watch.history] == ["val", "val", "val", "test"]
+
 
 def test_two_callbacks_log_under_names_of_their_own_and_save_both_histories(tmp_path):
     by_target, by_prediction = (
@@ -113,52 +118,72 @@ def test_rehearsals(settings, tmp_path):
     assert (tmp_path / "table").exists() == ("num_sanity_val_steps" in settings)
 
 
-class CountSynchronisations(TorchDispatchMode):
-    """Counts what makes a GPU wait: reading a value, and copies to the CPU."""
+def test_callbacks_that_differ_in_anything_can_share_a_trainer(tmp_path):
+    others = [
+        AttentionExplainabilityCallback(targets=lambda outputs, batch: batch[2]),
+        AttentionExplainabilityCallback(table=tmp_path),
+        AttentionExplainabilityCallback(figures_every_n_epochs=0),
+    ]
+    fit([AttentionExplainabilityCallback(), *others])
+    assert all(len(watch.history) == 1 for watch in others)
 
-    def __init__(self):
+
+class CountSynchronisations(TorchDispatchMode):
+    """Counts what would make a GPU wait: reading a value, a shape that depends on values, and copies to the CPU."""
+
+    WAITING = ("cpu", "numpy", "tolist", "item", "__bool__", "__int__", "__float__", "nonzero")
+
+    def __init__(self, monkeypatch):
         super().__init__()
-        self.seen = []
+        self.seen, self.on = [], False
+        for name in self.WAITING:  # on CPU tensors these need not dispatch anything
+            monkeypatch.setattr(torch.Tensor, name, self._counted(name, getattr(torch.Tensor, name)))
+
+    def _counted(self, name, method):
+        def call(tensor, *args, **kwargs):
+            if self.on:
+                self.seen.append(name)
+            return method(tensor, *args, **kwargs)
+
+        return call
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, kwargs = str(func), kwargs or {}
-        to_cpu = "_to_copy" in name and kwargs.get("device") == torch.device("cpu")
-        if "_local_scalar_dense" in name or "nonzero" in name or "masked_select" in name or to_cpu:
-            self.seen.append(name)
-        return func(*args, **kwargs)
+        if any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "masked_select")):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
 
+    def __enter__(self):
+        self.on = True
+        return super().__enter__()
 
-class WatchSynchronisations(Callback):
-    """Surrounds the other callback's work on each batch but the first, on which the settings are checked."""
-
-    def __init__(self, watched):
-        self.watched, self.count, self.batches = watched, CountSynchronisations(), 0
-
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        self.batches += 1
-        if self.batches > 1:
-            with self.count:
-                self.watched.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-        else:
-            self.watched.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-
-    def on_validation_epoch_start(self, trainer, pl_module):
-        self.watched.on_validation_epoch_start(trainer, pl_module)
-
-    def on_validation_epoch_end(self, trainer, pl_module):
-        self.watched.on_validation_epoch_end(trainer, pl_module)
+    def __exit__(self, *error):
+        self.on = False
+        return super().__exit__(*error)
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("with_table", [True, False])
-def test_nothing_waits_for_the_device_while_batches_run(need_weights, with_table, tmp_path):
-    watched = AttentionExplainabilityCallback(table=tmp_path if with_table else None)
-    watching = WatchSynchronisations(watched)
-    trainer = quiet_trainer(callbacks=[watching])
-    trainer.validate(ToyModule(need_weights), toy_loader(), verbose=False)
-    assert watching.batches == 5
-    assert watching.count.seen == []
+def test_nothing_waits_for_the_device_while_batches_run(need_weights, with_table, tmp_path, monkeypatch):
+    watch = AttentionExplainabilityCallback(table=tmp_path if with_table else None)
+    trainer = quiet_trainer(callbacks=[watch])
+    count = CountSynchronisations(monkeypatch)
 
-    with CountSynchronisations() as count:  # the counter counts
+    class Measure(Callback):
+        """Runs each batch once more under the counter, but the first, on which the settings are checked."""
+
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+            if batch_idx:
+                with count:
+                    watch.on_validation_batch_start(trainer, pl_module, batch, batch_idx)
+                    outputs = {"logits": pl_module(*batch[:2])}
+                    watch.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    trainer.callbacks.append(Measure())
+    trainer.validate(ToyModule(need_weights), toy_loader(), verbose=False)
+    assert watch.summaries["val"].samples == 23 + 18
+    assert count.seen == []
+
+    with count:  # the counter counts
         torch.ones(1).item()
-    assert count.seen
+        torch.ones(1).cpu()
+    assert {"item", "cpu"} <= set(count.seen)

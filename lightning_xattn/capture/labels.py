@@ -41,12 +41,15 @@ class Step:
         What the module's own ``forward`` returned, or None.
     samples
         Number of samples, from the attention.
+    device
+        Where the attention is; labels are moved there.
     """
 
     outputs: Any
     batch: Any
     forward: Any
     samples: int
+    device: torch.device | str = "cpu"
 
     def __str__(self) -> str:
         return (
@@ -65,7 +68,7 @@ class Labels:
         ``(batch,)`` int64 class ids; -1 where the scores are not finite.
     confidence
         ``(batch,)`` probability of the predicted class, when the predictions are scores: the scores themselves where
-        the whole batch is made of probabilities, else their softmax.
+        those of the first batch were probabilities, else their softmax.
     tied
         ``(batch,)`` bool: the soft target has more than one top class.
     n_classes
@@ -115,6 +118,7 @@ class LabelFinder:
     ) -> None:
         self._settings = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids}
         self._places: dict[str, Place | None] | None = None
+        self._probabilities = False
 
     @property
     def places(self) -> dict[str, str]:
@@ -131,9 +135,12 @@ class LabelFinder:
         ShapeError
             If what it names has another form or length than expected.
         """
+        first = self._places is None
         if self._places is None:
             self._places = self._look(step)
         scores, labels = (self._read(what, step) for what in ("predictions", "targets"))
+        if first:
+            self._probabilities = _are_probabilities(scores)
         predicted, _, predicted_classes = _class_ids(scores)
         target, tied, target_classes = _class_ids(labels)
         if predicted_classes and target_classes and predicted_classes != target_classes:
@@ -141,7 +148,9 @@ class LabelFinder:
                 f"Predictions have {predicted_classes} classes and targets {target_classes}; expected the same. "
                 f"{step} Name the right ones with predictions=... and targets=...."
             )
-        return Labels(predicted, _confidence(scores), target, tied, predicted_classes or target_classes)
+        return Labels(
+            predicted, _confidence(scores, self._probabilities), target, tied, predicted_classes or target_classes
+        )
 
     def find_sample_ids(self, step: Step) -> list[Any] | Tensor | None:
         """The samples' ids, as a tensor or a list; None when there are none.
@@ -183,7 +192,7 @@ class LabelFinder:
                 f"Expected {what} as class ids ({step.samples},) or one column a class ({step.samples}, classes); "
                 f"{place.name} gave {found.dtype} of shape {tuple(found.shape)}. {step}"
             )
-        return found.detach()
+        return found.detach().to(step.device, non_blocking=True)
 
 
 def _told(setting: LabelSetting) -> Place | None:
@@ -275,13 +284,22 @@ def _are_shares(rows: Tensor) -> bool:
     return bool((rows >= 0).all() and ((rows.float().sum(1) - 1).abs() < 1e-3).all())
 
 
-def _confidence(scores: Tensor | None) -> Tensor | None:
+def _are_probabilities(scores: Tensor | None) -> bool:
+    """Whether a first batch's scores are probabilities already, and not logits."""
+    if scores is None or scores.dim() == 1:
+        return False
+    # Half precision keeps a sum of 1 up to its rounding only.
+    tolerance = max(1e-3, 4 * torch.finfo(scores.dtype).eps if scores.dtype.itemsize < 4 else 0)
+    finite = scores[scores.isfinite().all(1)].float()
+    sums_to_one = ((finite.sum(1) - 1).abs() < tolerance).all()
+    return len(finite) > 0 and bool((finite >= 0).all() and sums_to_one)
+
+
+def _confidence(scores: Tensor | None, are_probabilities: bool) -> Tensor | None:
     if scores is None or scores.dim() == 1:
         return None
     scores = scores.float()
-    # Decided without asking for the value, which would make a GPU wait.
-    are_probabilities = (scores >= 0).all() & ((scores.sum(1) - 1).abs() < 1e-3).all()
-    return torch.where(are_probabilities, scores, scores.softmax(1)).amax(1)
+    return (scores if are_probabilities else scores.softmax(1)).amax(1)
 
 
 def _class_ids(values: Tensor | None) -> tuple[Tensor | None, Tensor | None, int | None]:

@@ -56,12 +56,12 @@ def sink_strength(rows: Rows) -> Tensor:
     Returns
     -------
     Tensor
-        ``(batch, heads)`` in [0, 1]. NaN with a single valid key or without a valid row.
+        ``(batch, heads)`` in [0, 1]. NaN with a single valid key or fewer than two valid queries.
     """
     least = torch.where(rows.valid[..., None], rows.weights, 1).amin(2).amax(-1)
     keys = rows.keys.masked_fill(~rows.valid, 0).amax(-1)
     strength = ((least - 1 / keys) / (1 - 1 / keys)).clamp(0, 1)
-    return torch.where(keys > 1, strength, torch.nan)
+    return torch.where((keys > 1) & (rows.valid.sum(-1) > 1), strength, torch.nan)
 
 
 def _entropy(weights: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ ROW_SUM_TOLERANCE = 1e-3
 """A row whose weights sum to 1 within this is attention; any other row is invalid."""
 
 WEIGHT_FLOOR = 1e-12
-"""Weights are floored here before a logarithm: far below any weight that float32 softmax keeps apart from 0."""
+"""Weights are floored here before a logarithm, so that a weight of 0 has one."""
 
 SPARSITY_THRESHOLD = 0.1
 """A weight below this counts as sparse; ``relative_sparsity`` uses the same share of uniform attention."""

@@ -20,9 +20,9 @@ def sample_statistics(forward: Rows, backward: Rows | None = None) -> dict[str, 
     -------
     dict
         ``alignment``, ``interaction`` (head mean of the ``alignment_interaction``; undefined when the directions
-        differ in heads), ``entropy`` (mean over the directions), ``invalid_rows`` and ``broken_rows`` (counts), and
-        for each direction ``<direction>/entropy|max|sparsity|effective_keys|query_selectivity|head_diversity`` (means
-        over rows, then heads), ``<direction>/entropy/head_<i>`` and ``<direction>/sink/head_<i>``. ``alignment`` and
+        differ in heads), ``entropy`` (mean over the directions), ``invalid_rows`` (a count), and for each direction
+        ``<direction>/entropy|max|sparsity|effective_keys|query_selectivity|head_diversity`` (means over rows, then
+        heads) and ``<direction>/entropy|sink|broken/head_<i>`` (broken: a count of rows). ``alignment`` and
         ``interaction`` need both directions.
     """
     directions = (forward,) if backward is None else (forward, backward)
@@ -37,11 +37,11 @@ def sample_statistics(forward: Rows, backward: Rows | None = None) -> dict[str, 
             statistics[f"{rows.direction}/{name}"] = values.nanmean(1)
         statistics[f"{rows.direction}/query_selectivity"] = query_selectivity(rows).nanmean(1)
         statistics[f"{rows.direction}/head_diversity"] = head_diversity(rows)
-        for name, values in (("entropy", by_head["entropy"]), ("sink", sink_strength(rows))):
+        heads = {"entropy": by_head["entropy"], "sink": sink_strength(rows), "broken": rows.broken.sum(2)}
+        for name, values in heads.items():
             for head, of_head in enumerate(values.unbind(1)):
                 statistics[f"{rows.direction}/{name}/head_{head}"] = of_head
     entropies = [statistics[f"{rows.direction}/entropy"] for rows in directions]
     statistics["entropy"] = sum(entropies[1:], entropies[0]) / len(entropies)
     statistics["invalid_rows"] = torch.stack([(~rows.valid).sum((1, 2)) for rows in directions]).sum(0)
-    statistics["broken_rows"] = torch.stack([rows.broken.sum((1, 2)) for rows in directions]).sum(0)
     return statistics
