@@ -24,7 +24,7 @@ class Alarms:
     """Finds what is wrong with a layer's attention, and tells each thing once."""
 
     def __init__(self) -> None:
-        self._told: set[tuple[str, str, str, int]] = set()
+        self._told: set[tuple[str | int, ...]] = set()
 
     def of_directions(self, layers: Iterable[LayerSites]) -> Iterator[str]:
         """New alarms that the layers themselves give."""
@@ -103,5 +103,5 @@ class Alarms:
 
     def _is_new(self, *alarm: str | int) -> bool:
         new = alarm not in self._told
-        self._told.add(alarm)  # type: ignore[arg-type]
+        self._told.add(alarm)
         return new

@@ -313,7 +313,7 @@ class AttentionExplainabilityCallback(Callback):
     def _tabulate(self, write: Callable[[], None]) -> None:
         try:
             write()
-        except Exception as error:  # a full disk, ids of two types: no table must end a training run
+        except Exception as error:  # a full disk, a folder that is a file: no table must end a training run
             _warn([f"The sample table in {self.table} lacks this evaluation: {error!r}."])
             assert self._table is not None
             self._table.discard()

@@ -13,17 +13,9 @@ from torch import nn
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.aggregation import CORRECT, INCORRECT
 from lightning_xattn.capture import AttentionRecorder
-from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
+from lightning_xattn.errors import XAttnWarning
 from tests import reference
-from tests.toy import CLASSES, HEADS, ToyModule, count_hooks, quiet_trainer, toy_data, toy_loader
-
-NAMES = ["a", "b", "c", "d"]
-
-
-def validate(module, callback, loader=None, **settings):
-    trainer = quiet_trainer(callbacks=[callback], **settings)
-    trainer.validate(module, toy_loader() if loader is None else loader, verbose=False)
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+from tests.toy import CLASSES, HEADS, NAMES, ToyModule, count_hooks, quiet_trainer, toy_data, toy_loader, validate
 
 
 def record_all(module, dataset):
@@ -266,21 +258,6 @@ def test_without_labels_the_class_and_outcome_parts_switch_off_and_say_so():
     assert names == {"xattn_alignment/val/all", "xattn_alignment/val/null"}
 
 
-def test_targets_and_names_that_do_not_fit_fail_in_the_sanity_check():
-    class Steps(Callback):
-        def on_train_batch_start(self, *args):
-            raise AssertionError("training has begun")
-
-    for settings, message in (
-        ({"class_names": NAMES[:3]}, r"3 class_names \(a, b, c\) but 4 columns"),
-        ({"targets": lambda outputs, batch: batch[2] + 2}, r"targets in 0 ... 3 for 4 classes .*; got \[4, 5\] too"),
-        ({"targets": lambda outputs, batch: batch[2][:2]}, r"Expected targets as class ids \(5,\)"),
-    ):
-        trainer = quiet_trainer(callbacks=[AttentionExplainabilityCallback(**settings), Steps()])
-        with pytest.raises(ShapeError, match=message):
-            trainer.fit(ToyModule(), toy_loader(), toy_loader())
-
-
 def test_samples_without_a_label_have_no_class_and_no_outcome():
     audio, text, target = toy_data().tensors
     target[12:] = -1
@@ -364,42 +341,6 @@ def test_every_n_of_the_epochs_that_are_validated(validated, every, epochs, tmp_
     files = (tmp_path / "run").rglob("xattn_entropy/**/*.png")
     drawn = sorted((int(path.stem.removeprefix("step_")) + 1) // 5 - 1 for path in files)
     assert drawn == epochs[::2]
-
-
-def test_settings_are_checked_at_once():
-    for settings, message in (
-        ({"group_by": "patient"}, "group_by must be one of target, prediction; got 'patient'"),
-        ({"every_n_epochs": 0}, "every_n_epochs must be a whole number >= 1; got 0"),
-        ({"figures_every_n_epochs": -1}, "figures_every_n_epochs must be a whole number >= 0; got -1"),
-        ({"attention": {"eeg": "fusion"}}, "got 'eeg'"),
-        ({"class_names": ["all", "b"]}, "none of them all, correct"),
-        ({"class_names": ["b", "b"]}, "must differ from each other"),
-        ({"class_names": ["head_0", "b"]}, "like head_0"),
-        ({"class_names": []}, "must be a sequence of strings"),
-        ({"class_names": 3}, "must be a sequence of strings"),
-        ({"attention": {"a_to_b": 3}}, "must map directions to module paths"),
-        ({"every_n_epochs": True}, "whole number"),
-        ({"predictions": 3}, "predictions must be None, a key or a callable; got 3"),
-    ):
-        with pytest.raises(SettingError, match=message):
-            AttentionExplainabilityCallback(**settings)
-    with pytest.raises(TypeError, match="unknown"):
-        AttentionExplainabilityCallback(unknown=1)
-
-
-def test_a_wrong_path_fails_before_anything_runs():
-    with pytest.raises(DiscoveryError, match=r"No module 'fusion'.*Found: audio_to_text_attn, text_to_audio_attn"):
-        validate(ToyModule(), AttentionExplainabilityCallback(attention={"audio_to_text": "fusion"}))
-
-
-class Idle(ToyModule):
-    def forward(self, audio, text):
-        return self.head(torch.cat([self.audio(audio).mean(1), self.text(text).mean(1)], dim=1))
-
-
-def test_attention_that_never_runs_is_an_error():
-    with pytest.raises(DiscoveryError, match="None of audio_to_text_attn, text_to_audio_attn ran in the first step"):
-        validate(Idle(), AttentionExplainabilityCallback())
 
 
 def test_both_namespaces_of_lightning():

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 AUDIO, TEXT, WIDTH, HEADS, CLASSES = 5, 7, 12, 3, 4
+NAMES = ["a", "b", "c", "d"]
 
 
 class ToyModule(pl.LightningModule):
@@ -70,6 +71,13 @@ def quiet_trainer(**settings):
         "log_every_n_steps": 1,
     }
     return pl.Trainer(**(defaults | settings))
+
+
+def validate(module, callback, loader=None, **settings):
+    """What a validation with the callback logs, by name."""
+    trainer = quiet_trainer(callbacks=[callback], **settings)
+    trainer.validate(module, toy_loader() if loader is None else loader, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def count_hooks(module):
