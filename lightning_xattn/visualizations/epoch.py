@@ -336,5 +336,9 @@ def _readable_bars(histograms: NDArray[Any], edges: NDArray[Any]) -> tuple[NDArr
     if spare > 0:
         first = max(np.searchsorted(edges, edges[first] - spare, "right") - 1, 0)
         last = min(np.searchsorted(edges, edges[last] + spare), len(edges) - 1)
-    starts = np.arange(first, last, math.ceil((last - first) / _HISTOGRAM_BARS))
+    # Bars of one width: a narrower last one would stand out by its density alone.
+    width = math.ceil((last - first) / _HISTOGRAM_BARS)
+    bars = math.ceil((last - first) / width)
+    last = min(first + bars * width, len(edges) - 1)
+    starts = np.arange(max(last - bars * width, 0), last, width)
     return np.add.reduceat(histograms[:, :last], starts, axis=1), edges[np.r_[starts, last]]
