@@ -137,7 +137,9 @@ def peak_memory() -> None:
 
 def main() -> None:
     """Run all of them; about two minutes."""
-    warnings.filterwarnings("ignore")  # Lightning's advice on workers is not what is measured here
+    # Lightning's advice to load with more workers, and torch's on a name that Lightning uses: neither is measured here.
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "hms"

@@ -281,6 +281,7 @@ class AttentionExplainabilityCallback(Callback):
             places = " and ".join(f"{what} from {place}" for what, place in finder.places.items())
             rank_zero_info(f"AttentionExplainabilityCallback takes {places or 'no labels'}.")
 
+        ids = None if self._table is None else finder.find_sample_ids(step)
         like = pairs[0].forward.weights[kept]
         classes, outcomes, tied = group_samples(labels, self.group_by, len(self._classes), like)
         for pair in pairs:
@@ -292,7 +293,6 @@ class AttentionExplainabilityCallback(Callback):
                 self._accumulators[key] = LayerAccumulator(layout, rows[0].weights.device)
             self._accumulators[key].update(rows, statistics, classes, outcomes, tied)
             if self._table is not None:
-                ids = finder.find_sample_ids(step)
                 row = sample_columns(labels, outcomes, tied, statistics)
                 row |= {
                     "dataloader": dataloader_idx,

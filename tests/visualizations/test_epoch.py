@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 
 from lightning_xattn.attention import TokenAxis
 from lightning_xattn.errors import SettingError, ShapeError
-from lightning_xattn.visualizations import plot_class_attention, plot_head_entropy, plot_outcome_alignment, render
+from lightning_xattn.visualizations import (
+    epoch,
+    plot_class_attention,
+    plot_head_entropy,
+    plot_outcome_alignment,
+    render,
+)
 from tests.visualizations.conftest import (
     EDGES,
     EEG,
@@ -338,3 +344,14 @@ NOTHING = (np.nan, np.nan, np.nan)
 def test_what_does_not_fit_is_said(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.0253, 0.0261), (0.97, 0.9999), (-1.0, -0.9), (0.2, 0.2)])
+def test_the_bars_of_the_histogram_have_one_width_and_lose_no_sample(low, high):
+    edges = np.linspace(-1, 1, 2**14 + 1)
+    scores = np.array([low, (low + high) / 2, high])
+    histograms = np.stack([np.histogram(scores, edges)[0], np.histogram(scores[:1], edges)[0]])
+    bars, bar_edges = epoch._readable_bars(histograms, edges)
+    np.testing.assert_allclose(np.diff(bar_edges), bar_edges[1] - bar_edges[0], rtol=1e-6)
+    assert bars.sum(axis=1).tolist() == [3, 1]
+    assert bar_edges[0] <= low <= high <= bar_edges[-1]
