@@ -5,7 +5,7 @@
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
 from lightning_xattn.callback import AttentionExplainabilityCallback
-from lightning_xattn.capture import AttentionRecorder
+from lightning_xattn.capture import AttentionRecorder, JointSequence
 from lightning_xattn.errors import XAttnError, XAttnWarning
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "AttentionPair",
     "AttentionRecorder",
     "Direction",
+    "JointSequence",
     "TokenAxis",
     "XAttnError",
     "XAttnWarning",

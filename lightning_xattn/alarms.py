@@ -27,15 +27,15 @@ class Alarms:
         self._told: set[tuple[str | int, ...]] = set()
 
     def of_directions(self, layers: Iterable[LayerSites]) -> Iterator[str]:
-        """New alarms that the layers themselves give."""
-        for layer in layers:
-            direction, path = layer.forward
-            if layer.backward is None and self._is_new(layer.layer, str(direction), "alone", 0):
-                yield (
-                    f"Layer '{layer.layer}': found {direction} ('{path}') without {direction.opposite}, so there is no "
-                    f"alignment. If the model has both, name both: attention={{'{direction}': '{path}', "
-                    f"'{direction.opposite}': ...}}."
-                )
+        """A new alarm that the layers themselves give."""
+        alone = [layer for layer in layers if layer.backward is None]
+        if alone and self._is_new("", "", "alone", 0):
+            direction, source = alone[0].forward
+            sites = ", ".join(f"'{source}' ({direction})" for direction, source in (layer.forward for layer in alone))
+            yield (
+                f"Found {sites} without {direction.opposite}, so there is no alignment. If the model has both "
+                f"directions, name both: attention={{'{direction}': '{source}', '{direction.opposite}': ...}}."
+            )
 
     def of_epoch(self, layer: str, summary: LayerSummary) -> Iterator[str]:
         """New alarms that an epoch gives."""

@@ -8,9 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from lightning_xattn.errors import SettingError, ShapeError
+
+
+def row_sum_tolerance(dtype: torch.dtype) -> float:
+    """How far from 1 the weights of a row may sum up: half precision keeps a sum only up to its rounding."""
+    return max(1e-3, 4 * torch.finfo(dtype).eps if dtype.itemsize < 4 else 0)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,9 @@ class Attention:
         ``(batch, queries)`` bool, True where the query is a real token; None: all are.
     extra_keys
         How many of the last keys are no tokens but learned or zero slots (``add_bias_kv``, ``add_zero_attn``).
+    crossing
+        ``(batch, heads, queries)`` in [0, 1]: where the weights are a block of a joint self-attention, scaled to sum to
+        1, what they summed to before, NaN for a row that is no attention; None: they are no such block.
 
     Raises
     ------
@@ -77,6 +86,7 @@ class Attention:
     visible: Tensor | None = None
     query_mask: Tensor | None = None
     extra_keys: int = 0
+    crossing: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.weights.dim() != 4:
@@ -84,10 +94,11 @@ class Attention:
                 f"Attention of {self.direction} must be (batch, heads, queries, keys); "
                 f"got shape {tuple(self.weights.shape)}."
             )
-        batch, _, queries, keys = self.weights.shape
+        batch, heads, queries, keys = self.weights.shape
         for name, mask, expected in (
             ("key_mask", self.key_mask, (batch, keys)),
             ("query_mask", self.query_mask, (batch, queries)),
+            ("crossing", self.crossing, (batch, heads, queries)),
         ):
             if mask is not None and tuple(mask.shape) != expected:
                 raise ShapeError(
@@ -108,6 +119,7 @@ class Attention:
             key_mask=pick(self.key_mask),
             visible=pick(self.visible),
             query_mask=pick(self.query_mask),
+            crossing=pick(self.crossing),
         )
 
     @property

@@ -15,12 +15,11 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_xattn.aggregation import LayerAccumulator, LayerSummary, Layout, merge_sums
 from lightning_xattn.alarms import Alarms
-from lightning_xattn.capture import AttentionRecorder, LabelFinder
-from lightning_xattn.capture.discovery import AttentionPaths, check_paths
+from lightning_xattn.capture import AttentionRecorder, AttentionSetting, LabelFinder, check_attention
 from lightning_xattn.capture.labels import LabelSetting, Step
 from lightning_xattn.distributed import count_repeats, gather
 from lightning_xattn.epoch import epoch_counts, epoch_curves, epoch_figures
-from lightning_xattn.errors import DiscoveryError, SettingError, XAttnWarning
+from lightning_xattn.errors import SettingError, XAttnWarning
 from lightning_xattn.functional import prepare_rows, sample_statistics
 from lightning_xattn.grouping import (
     GROUPINGS,
@@ -54,8 +53,9 @@ class AttentionExplainabilityCallback(Callback):
     ----------
     attention
         Module paths by direction, seen from the LightningModule, e.g.
-        ``{"eeg_to_spec": "model.fusion.eeg_to_spec_attn", "spec_to_eeg": "model.fusion.spec_to_eeg_attn"}``.
-        None: ``nn.MultiheadAttention`` modules named ``<a>_to_<b>...`` are found.
+        ``{"eeg_to_spec": "model.fusion.eeg_to_spec_attn", "spec_to_eeg": "model.fusion.spec_to_eeg_attn"}``, or a
+        ``JointSequence``, or callables (see the README). None: found by name or, where no name tells, in the first
+        batch.
     class_names
         A name for each class. None: the LightningModule's attribute ``class_names``, or ``class_0``, ``class_1``, ...
     group_by
@@ -72,6 +72,9 @@ class AttentionExplainabilityCallback(Callback):
         ``trainer.validate`` and ``trainer.test`` always record.
     figures_every_n_epochs
         Draw figures every so many epochs, of those that are recorded; 0: never.
+    every_n_batches
+        Record every so many batches of each evaluation, from the first on. All numbers, also the count of samples, are
+        then of the recorded batches alone.
     table
         A folder for one row per sample, epoch and layer, as Parquet files (see ``SampleTable``). None: no table.
 
@@ -97,7 +100,7 @@ class AttentionExplainabilityCallback(Callback):
 
     def __init__(
         self,
-        attention: AttentionPaths | None = None,
+        attention: AttentionSetting | None = None,
         class_names: Sequence[str] | None = None,
         group_by: str = "target",
         predictions: LabelSetting = None,
@@ -105,11 +108,12 @@ class AttentionExplainabilityCallback(Callback):
         sample_ids: LabelSetting = None,
         every_n_epochs: int = 1,
         figures_every_n_epochs: int = 1,
+        every_n_batches: int = 1,
         table: str | Path | None = None,
     ) -> None:
         super().__init__()
         if attention is not None:
-            check_paths(attention)
+            check_attention(attention)
         if group_by not in GROUPINGS:
             raise SettingError(f"group_by must be one of {', '.join(GROUPINGS)}; got {group_by!r}.")
         for name, setting in (("predictions", predictions), ("targets", targets), ("sample_ids", sample_ids)):
@@ -118,23 +122,23 @@ class AttentionExplainabilityCallback(Callback):
         self.attention = attention
         self.class_names = None if class_names is None else check_class_names(class_names)
         self.group_by = group_by
-        self.schedule = Schedule(every_n_epochs, figures_every_n_epochs)
+        self.schedule = Schedule(every_n_epochs, figures_every_n_epochs, every_n_batches)
         if table is not None and find_spec("pyarrow") is None:
             raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
         self.table = None if table is None else Path(table)
         # What tells two callbacks apart in a checkpoint; a callable by its name, which stays from run to run.
-        named = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids}
-        self._settings = {name: getattr(value, "__qualname__", value) for name, value in named.items()}
-        self._settings |= {"attention": attention, "class_names": self.class_names, "group_by": group_by}
+        named = {"attention": attention, "predictions": predictions, "targets": targets, "sample_ids": sample_ids}
+        self._settings = {name: _named(value) for name, value in named.items()}
+        self._settings |= {"class_names": self.class_names, "group_by": group_by}
         self._settings |= {"schedule": self.schedule, "table": None if table is None else str(table)}
         self.history: list[dict[str, Any]] = []
         self.summaries: dict[str, LayerSummary] = {}
         # One for each dataloader, as their batches may differ.
         self._labels = defaultdict[int, LabelFinder](lambda: LabelFinder(predictions, targets, sample_ids))
         self._recorder: AttentionRecorder | None = None
+        self._recording = False
         self._accumulators: dict[tuple[int, str], LayerAccumulator] = {}
         self._table: SampleTable | None = None
-        self._seen: Counter[int] = Counter()
         self._repeats: Counter[int] = Counter()
         # The names of the classes, once a first batch has passed the checks.
         self._classes: tuple[str, ...] | None = None
@@ -158,7 +162,7 @@ class AttentionExplainabilityCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look anew at the first batch of what is to run."""
         self._resumes = stage == "fit"
-        self._classes = None
+        self._classes = self._recorder = None
         self._labels.clear()
         if trainer.world_size > 1:
             # What is logged is the same on every process already; Lightning cannot know, and says so for each name.
@@ -166,7 +170,7 @@ class AttentionExplainabilityCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the attention before training starts, so that a wrong path fails at once."""
-        _warn(self._alarms.of_directions(AttentionRecorder(pl_module, self.attention).layers))
+        self._recorder = AttentionRecorder(pl_module, self.attention)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to record, if this epoch is one to record."""
@@ -179,14 +183,14 @@ class AttentionExplainabilityCallback(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Forget what ran outside of the steps."""
-        self._clear()
+        """Put the hooks on the model, if this batch is one to record."""
+        self._watch(batch_idx)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Forget what ran outside of the steps."""
-        self._clear()
+        """Put the hooks on the model, if this batch is one to record."""
+        self._watch(batch_idx)
 
     def on_validation_batch_end(
         self,
@@ -198,7 +202,7 @@ class AttentionExplainabilityCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the running sums."""
-        self._add_batch(pl_module, outputs, batch, dataloader_idx, trainer.val_dataloaders)
+        self._add_batch(pl_module, outputs, batch, batch_idx, dataloader_idx, trainer.val_dataloaders)
 
     def on_test_batch_end(
         self,
@@ -210,7 +214,7 @@ class AttentionExplainabilityCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the running sums."""
-        self._add_batch(pl_module, outputs, batch, dataloader_idx, trainer.test_dataloaders)
+        self._add_batch(pl_module, outputs, batch, batch_idx, dataloader_idx, trainer.test_dataloaders)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's curves and figures."""
@@ -225,15 +229,17 @@ class AttentionExplainabilityCallback(Callback):
         self._stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take every hook off the model."""
+        """Take every hook off the model, and let go of it."""
         self._stop()
+        self._recorder = None
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stop()
         if not self.schedule.records(trainer):
             return
-        self._recorder = AttentionRecorder(pl_module, self.attention).__enter__()
-        _warn(self._alarms.of_directions(self._recorder.layers))
+        self._recording = True
+        if self._recorder is None:
+            self._recorder = AttentionRecorder(pl_module, self.attention)
         rehearsal = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
         if self.table is not None and not rehearsal:
             from lightning_xattn.table import SampleTable  # pyarrow, only where a table is wanted
@@ -242,35 +248,37 @@ class AttentionExplainabilityCallback(Callback):
             name = f"{stage}-epoch={epoch}-step={step}-rank={rank}"
             self._table = SampleTable(self.table, name, {"stage": stage, "epoch": epoch, "step": step})
 
-    def _clear(self) -> None:
-        if self._recorder is not None:
-            self._recorder.clear()
+    def _watch(self, batch_idx: int) -> None:
+        if self._recording and self.schedule.samples(batch_idx):
+            assert self._recorder is not None
+            self._recorder.__enter__()
 
     def _stop(self) -> None:
         if self._recorder is not None:
             self._recorder.close()
+            self._recorder.clear()
         if self._table is not None:
             self._table.discard()
-        self._recorder = self._table = None
+        self._recording, self._table = False, None
         self._accumulators = {}
-        self._seen, self._repeats = Counter(), Counter()
+        self._repeats = Counter()
 
     def _add_batch(
-        self, pl_module: LightningModule, outputs: Any, batch: Any, dataloader_idx: int, loaders: Any
+        self, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int, loaders: Any
     ) -> None:
-        if self._recorder is None:
+        if not (self._recording and self.schedule.samples(batch_idx)):
             return
+        assert self._recorder is not None
+        self._recorder.close()
         pairs, forward_output = self._recorder.attention, self._recorder.output
         self._recorder.clear()
         if not pairs:
-            self._require_checked()
             return
         batch_size = pairs[0].forward.weights.shape[0]
         step = Step(outputs, batch, forward_output, batch_size, pairs[0].forward.weights.device)
         several = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
         loader = several[dataloader_idx] if isinstance(several, (list, tuple)) else several
-        repeats = count_repeats(loader, self._seen[dataloader_idx], batch_size)
-        self._seen[dataloader_idx] += batch_size
+        repeats = count_repeats(loader, batch_idx, batch_size)
         self._repeats[dataloader_idx] += repeats
         kept = slice(batch_size - repeats)
         finder = self._labels[dataloader_idx]
@@ -278,6 +286,7 @@ class AttentionExplainabilityCallback(Callback):
         if self._classes is None:
             self._classes = name_classes(labels, self.class_names or self._own_names(pl_module), self.group_by, step)
             _warn(missing_labels(labels, self._classes, self.group_by, step))
+            _warn(self._alarms.of_directions(self._recorder.layers))
             places = " and ".join(f"{what} from {place}" for what, place in finder.places.items())
             rank_zero_info(f"AttentionExplainabilityCallback takes {places or 'no labels'}.")
 
@@ -302,7 +311,7 @@ class AttentionExplainabilityCallback(Callback):
                 self._tabulate(partial(self._table.add, row))
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._recorder is None:
+        if not self._recording:
             return
         if not trainer.sanity_checking:
             if self._table is not None:
@@ -385,16 +394,16 @@ class AttentionExplainabilityCallback(Callback):
         _warn(f"The class_names of {type(pl_module).__name__} are not used: {why}" for why in refusal)
         return names
 
-    def _require_checked(self) -> None:
-        assert self._recorder is not None
-        if self._classes is None:
-            sites = [path for layer in self._recorder.layers for _, path in layer.sites]
-            raise DiscoveryError(
-                f"None of {', '.join(sites)} ran in the first step, so there is no attention to show. If the model "
-                "computes it elsewhere, name that module: AttentionExplainabilityCallback(attention={...})."
-            )
-
 
 def _warn(messages: Iterable[str]) -> None:
     for message in messages:
         rank_zero_warn(message, category=XAttnWarning, stacklevel=3)
+
+
+def _named(setting: Any) -> Any:
+    """A setting with the names of its callables in their places."""
+    if isinstance(setting, Mapping):
+        return {name: _named(value) for name, value in setting.items()}
+    if isinstance(setting, (list, tuple)):
+        return [_named(value) for value in setting]
+    return getattr(setting, "__qualname__", setting)

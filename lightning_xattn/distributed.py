@@ -22,7 +22,7 @@ def gather(value: Value) -> list[Value]:
     return gathered
 
 
-def count_repeats(loader: Any, seen: int, batch_size: int) -> int:
+def count_repeats(loader: Any, batch_idx: int, batch_size: int) -> int:
     """How many samples at the end of a batch are there only to give every process equally many.
 
     ``DistributedSampler`` deals samples out in turn and starts over when they run out, so the place of a sample in
@@ -32,8 +32,8 @@ def count_repeats(loader: Any, seen: int, batch_size: int) -> int:
     ----------
     loader
         The process's DataLoader.
-    seen
-        Samples of it that came before this batch.
+    batch_idx
+        How many batches of it came before this one.
     batch_size
         Samples in this batch.
     """
@@ -42,6 +42,9 @@ def count_repeats(loader: Any, seen: int, batch_size: int) -> int:
         sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
     if not isinstance(sampler, DistributedSampler):
         return 0
-    dealt: int = len(sampler.dataset)  # type: ignore[arg-type]  # a sized dataset, or it could not deal it out
+    whole_batch = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    if whole_batch is None:
+        return 0  # batches of any size: the place of a sample is not known
+    seen, dealt = batch_idx * whole_batch, len(sampler.dataset)  # type: ignore[arg-type]  # a sized dataset, or it could not deal it out
     places = range(seen, seen + batch_size)
     return sum(place * sampler.num_replicas + sampler.rank >= dealt for place in places)

@@ -192,8 +192,9 @@ def _numbers(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[tupl
             yield "entropy", f"{direction}/{name}", summary.mean(f"{direction}/entropy", class_id=i)
         for head in range(heads):
             yield "entropy", f"{direction}/head_{head}", summary.mean(f"{direction}/entropy/head_{head}")
-        for name in ("max", "sparsity", "effective_keys"):
-            yield "focus", f"{direction}/{name}", summary.mean(f"{direction}/{name}")
+        for name in ("max", "sparsity", "effective_keys", "crossing"):
+            if f"{direction}/{name}" in summary.columns:
+                yield "focus", f"{direction}/{name}", summary.mean(f"{direction}/{name}")
         for name in ("head_diversity", "query_selectivity"):
             yield "health", f"{name}/{direction}", summary.mean(f"{direction}/{name}")
     for score in SCORE_RANGES:

@@ -13,12 +13,16 @@ from lightning_xattn.errors import SettingError
 class Schedule:
     """Every so many of the epochs that ``fit`` validates, from the first on; ``validate`` and ``test`` always.
 
+    Of a recorded epoch, every so many of its batches.
+
     Parameters
     ----------
     every_n_epochs
         Record every so many, at least 1.
     figures_every_n_epochs
         Draw every so many of those that are recorded; 0: none.
+    every_n_batches
+        Record every so many batches of a recorded epoch, from the first on, at least 1.
 
     Raises
     ------
@@ -28,9 +32,10 @@ class Schedule:
 
     every_n_epochs: int
     figures_every_n_epochs: int
+    every_n_batches: int
 
     def __post_init__(self) -> None:
-        for name, least in (("every_n_epochs", 1), ("figures_every_n_epochs", 0)):
+        for name, least in (("every_n_epochs", 1), ("figures_every_n_epochs", 0), ("every_n_batches", 1)):
             number = getattr(self, name)
             if not isinstance(number, int) or isinstance(number, bool) or number < least:
                 raise SettingError(f"{name} must be a whole number >= {least}; got {number!r}.")
@@ -38,6 +43,10 @@ class Schedule:
     def records(self, trainer: Trainer) -> bool:
         """Whether the evaluation that begins is recorded."""
         return not _is_fitting(trainer) or _validations_before(trainer) % self.every_n_epochs == 0
+
+    def samples(self, batch_idx: int) -> bool:
+        """Whether a batch of a recorded evaluation is recorded."""
+        return batch_idx % self.every_n_batches == 0
 
     def draws(self, trainer: Trainer) -> bool:
         """Whether a recorded evaluation is drawn."""

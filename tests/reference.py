@@ -65,6 +65,25 @@ def row_statistics(A, queries=None, keys=None, threshold=0.1):
     return {name: np.array(values) for name, values in result.items()}
 
 
+def joint_block(A, queries, keys, real):
+    """A direction within a joint self-attention (heads, tokens, tokens): rows scaled to sum to 1 over ``keys``.
+
+    Also (heads,) the share of attention that goes to ``keys``, averaged over the queries that are ``real`` tokens.
+    """
+    block = np.full((A.shape[0], len(queries), len(keys)), NAN)
+    shares = []
+    for h in range(A.shape[0]):
+        of_head = []
+        for i, q in enumerate(queries):
+            share = sum(A[h, q, k] for k in keys)
+            if real[q]:
+                of_head.append(share)
+            for j, k in enumerate(keys):
+                block[h, i, j] = A[h, q, k] / share
+        shares.append(sum(of_head) / len(of_head))
+    return block, np.array(shares)
+
+
 def query_selectivity(A, queries=None, keys=None):
     valid = valid_rows(A, queries, keys)
     _, keys = masks_of(A, queries, keys)

@@ -3,134 +3,158 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 from torch import nn
 
 from lightning_xattn.attention import Direction
+from lightning_xattn.capture.multihead import is_original
+from lightning_xattn.capture.sites import (
+    AttentionSetting,
+    JointSequence,
+    LayerSites,
+    Source,
+    as_names,
+    check_attention,
+)
+from lightning_xattn.capture.wrappers import find_module, plain_path, scripted_modules
 from lightning_xattn.errors import DiscoveryError, SettingError
-
-AttentionPaths = Mapping[str, str | Sequence[str]]
-"""``{"eeg_to_spec": "model.fusion.eeg_to_spec_attn", ...}``; a sequence of paths names several layers."""
 
 # What attention modules are called besides their direction: eeg_to_spec_attn, cross_attention_eeg_to_spec, ...
 _DECORATION = re.compile(r"(?:^|_)(?:cross|multihead|mha|xattn|attn|attention|layer|block|module)?\d*(?=_|$)")
 
 
-@dataclass(frozen=True)
-class LayerSites:
-    """Where the attention of one layer is computed.
-
-    Parameters
-    ----------
-    layer
-        The layer's name: the module path that its directions share.
-    forward, backward
-        A direction and the path of the module that computes it; ``backward`` is None when there is only one.
-    """
-
-    layer: str
-    forward: tuple[Direction, str]
-    backward: tuple[Direction, str] | None
-
-    @property
-    def sites(self) -> tuple[tuple[Direction, str], ...]:
-        """The directions that exist, forward first."""
-        return (self.forward,) if self.backward is None else (self.forward, self.backward)
-
-
-def locate_attention(root: nn.Module, attention: AttentionPaths | None = None) -> tuple[LayerSites, ...]:
+def locate_attention(root: nn.Module, attention: AttentionSetting | None = None) -> tuple[LayerSites, ...]:
     """Find the cross-attention layers of a model.
 
     Parameters
     ----------
     root
-        The model; paths are seen from here.
+        The model; paths are seen from here, with or without what wrappers add to them.
     attention
-        Paths by direction; None: every ``nn.MultiheadAttention`` with a direction ``<a>_to_<b>`` in its path, paired
-        with the one in whose path ``a`` and ``b`` change places.
+        See ``AttentionSetting``; None: every ``nn.MultiheadAttention`` with a direction ``<a>_to_<b>`` in its path,
+        paired with the one in whose path ``a`` and ``b`` change places.
 
     Returns
     -------
     tuple of LayerSites
-        In the order of the modules.
+        In the order of the modules; empty when nothing was told and no name tells a direction, so that only a pass
+        through the model can.
 
     Raises
     ------
     DiscoveryError
-        If a path names no module or a module that is not recorded, or if nothing is found. The message lists every
-        attention module there is.
+        If a path names no module, or one that cannot be watched; the message lists every attention module there is.
     SettingError
-        If a direction has a malformed name or the two directions of a pair have different numbers of layers.
+        If ``attention`` is malformed.
     """
-    layers = _from_names(root) if attention is None else _from_paths(root, attention)
-    if not layers:
-        raise DiscoveryError(
-            "No cross-attention found: looked for nn.MultiheadAttention modules named '<a>_to_<b>...', such as "
-            f"'eeg_to_spec_attn' and 'spec_to_eeg_attn'. {_describe(root)} Name them: "
-            "AttentionExplainabilityCallback(attention={'<a>_to_<b>': 'path.to.module', '<b>_to_<a>': ...})."
-        )
-    return tuple(layers)
+    if attention is None:
+        return tuple(layers_by_name(root, _multihead_paths(root)))
+    check_attention(attention)
+    if isinstance(attention, JointSequence):
+        return tuple(_joint_layers(root, attention))
+    return tuple(_named_layers(root, attention))
 
 
-def check_paths(attention: AttentionPaths) -> None:
-    """Refuse what is not a mapping of directions to module paths.
-
-    Raises
-    ------
-    SettingError
-        Saying what was expected.
-    """
-    entries = list(attention.items()) if isinstance(attention, Mapping) else []
-    paths = [_as_paths(value) for _, value in entries]
-    flat = [path for of_direction in paths for path in of_direction]
-    if not entries or not all(paths) or not all(isinstance(path, str) for path in flat):
-        raise SettingError(
-            "attention must map directions to module paths, e.g. {'eeg_to_spec': 'model.fusion.a', 'spec_to_eeg': "
-            f"'model.fusion.b'}}, or to lists of paths for several layers; got {attention!r}."
-        )
-    if len(set(flat)) < len(flat):
-        raise SettingError(f"attention names a module twice: {attention!r}. Each module computes one direction.")
-    directions = {Direction.parse(name): of_direction for (name, _), of_direction in zip(entries, paths, strict=True)}
-    for direction, there in directions.items():
-        back = directions.get(direction.opposite, there)
-        if len(back) != len(there):
-            raise SettingError(
-                f"attention names {len(there)} layer(s) for {direction} and {len(back)} for {direction.opposite}; "
-                "the two must pair up one by one."
-            )
+def describe_attention(root: nn.Module) -> str:
+    """What attention modules there are, and what hides some, as sentences."""
+    found = [plain_path(root, path) for path in _multihead_paths(root)]
+    text = f"Found: {', '.join(found)}." if found else f"{type(root).__name__} has no nn.MultiheadAttention at all."
+    scripted = list(scripted_modules(root))
+    if scripted:
+        text += f" TorchScript hides what is in {', '.join(scripted)}: record the module that was scripted instead."
+    return text
 
 
-def _from_paths(root: nn.Module, attention: AttentionPaths) -> list[LayerSites]:
-    check_paths(attention)
-    paths = {Direction.parse(name): _as_paths(value) for name, value in attention.items()}
-    modules = dict(root.named_modules())
-    for direction, direction_paths in paths.items():
-        for path in direction_paths:
-            if path not in modules:
-                raise DiscoveryError(f"No module '{path}' for {direction}. {_describe(root)}")
-            if not isinstance(modules[path], nn.MultiheadAttention):
-                raise DiscoveryError(
-                    f"Module '{path}' for {direction} is a {type(modules[path]).__name__}; only nn.MultiheadAttention "
-                    f"is recorded so far. {_describe(root)}"
-                )
-
+def _named_layers(root: nn.Module, attention: AttentionSetting) -> list[LayerSites]:
+    assert not isinstance(attention, JointSequence)
+    sources = {
+        Direction.parse(name): [
+            source for named in as_names(value) for source in _expand(root, Source.parse(named), name)
+        ]
+        for name, value in attention.items()
+    }
+    _take_turns(sources)
     layers = []
-    for direction, there in paths.items():
-        back = paths.get(direction.opposite)
-        if back is not None and direction.opposite in list(paths)[: list(paths).index(direction)]:
+    for direction, there in sources.items():
+        back = sources.get(direction.opposite)
+        if back is not None and direction.opposite in list(sources)[: list(sources).index(direction)]:
             continue  # already paired, from its other side
-        for i, path in enumerate(there):
+        if back is not None and len(back) != len(there):
+            raise DiscoveryError(
+                f"{direction} is computed by {', '.join(map(str, there))} and {direction.opposite} by "
+                f"{', '.join(map(str, back))}; the two must pair up one by one."
+            )
+        for i, source in enumerate(there):
             backward = None if back is None else (direction.opposite, back[i])
-            name = path if back is None else _common_parent(path, back[i])
-            layers.append(LayerSites(name, (direction, path), backward))
-    return _with_unique_names(layers)
+            name = source.path if back is None else common_parent(source.path, back[i].path)
+            layers.append(LayerSites(plain_path(root, name), (direction, source), backward))
+    return with_unique_names(layers)
 
 
-def _from_names(root: nn.Module) -> list[LayerSites]:
+def _joint_layers(root: nn.Module, joint: JointSequence) -> list[LayerSites]:
+    layers = []
+    for path in joint.paths:
+        for source in _expand(root, Source.parse(path), "the joint sequence", joint=True):
+            for first, second in combinations(joint.spans, 2):
+                there, back = joint.slice_of(first), joint.slice_of(second)
+                forward = Direction(first, second), replace(source, block=(there, back))
+                backward = Direction(second, first), replace(source, block=(back, there))
+                layers.append(LayerSites(plain_path(root, source.path), forward, backward))
+    return with_unique_names(layers)
+
+
+def _expand(root: nn.Module, source: Source, what: str, *, joint: bool = False) -> list[Source]:
+    """The modules that compute the attention of a named module: itself, or those in it that are known to."""
+    if source.read is not None:
+        return [source]
+    path = find_module(root, source.path)
+    if path is None:
+        raise DiscoveryError(f"No module '{source.path}' for {what}. {describe_attention(root)}")
+    if any(path == script or path.startswith(f"{script}.") for script in scripted_modules(root)):
+        raise DiscoveryError(
+            f"Module '{source.path}' for {what} is TorchScript, and hooks cannot see into it. Record the module that "
+            "was scripted, before torch.jit.script or torch.jit.trace."
+        )
+    inner = [path] if source.item else _attention_in(root, path, joint)
+    return [replace(source, path=path) for path in inner]
+
+
+def _attention_in(root: nn.Module, path: str, joint: bool) -> list[str]:
+    module = root.get_submodule(path)
+    if isinstance(module, nn.TransformerDecoderLayer):
+        return [f"{path}.multihead_attn"]
+    if isinstance(module, nn.TransformerDecoder) or (joint and isinstance(module, nn.TransformerEncoder)):
+        return [
+            inner
+            for name, _ in module.layers.named_children()
+            for inner in _attention_in(root, f"{path}.layers.{name}", joint)
+        ]
+    inside = [f"{path}.{inner}".rstrip(".") for inner in _multihead_paths(module)]
+    attention = inside[0] if len(inside) == 1 else path
+    # An encoder layer is watched from outside: see ``watch_encoder_layer``.
+    parent = attention.rpartition(".")[0]
+    return [parent if is_original(root.get_submodule(parent), nn.TransformerEncoderLayer) else attention]
+
+
+def _take_turns(sources: dict[Direction, list[Source]]) -> None:
+    """A module that is named for several directions computes them in this order, one run after the other."""
+    users: dict[str, list[tuple[Direction, int]]] = defaultdict(list)
+    for direction, of_direction in sources.items():
+        for i, source in enumerate(of_direction):
+            if source.read is None and not source.item:
+                users[source.path].append((direction, i))
+    for directions in users.values():
+        for turn, (direction, i) in enumerate(directions):
+            sources[direction][i] = replace(sources[direction][i], turn=turn, turns=len(directions))
+
+
+def layers_by_name(root: nn.Module, paths: Iterable[str]) -> list[LayerSites]:
     """Pair modules whose paths are equal but for one component, in which two modalities change places."""
-    sites = [site for path in _attention_paths(root) if (site := _Site.at(path)) is not None]
+    sites = [site for path in paths if (site := _Site.at(path, plain_path(root, path))) is not None]
     layers, paired = [], set()
     for i, site in enumerate(sites):
         if i in paired:
@@ -140,10 +164,11 @@ def _from_names(root: nn.Module) -> list[LayerSites]:
         if j is not None and pair is not None:
             paired.add(j)
             direction, layer = pair
-            layers.append(LayerSites(layer, (direction, site.path), (direction.opposite, sites[j].path)))
+            there, back = Source(site.path), Source(sites[j].path)
+            layers.append(LayerSites(layer, (direction, there), (direction.opposite, back)))
         elif (direction_alone := site.direction) is not None:
-            layers.append(LayerSites(site.layer(""), (direction_alone, site.path), None))
-    return _with_unique_names(layers)
+            layers.append(LayerSites(site.layer(""), (direction_alone, Source(site.path))))
+    return with_unique_names(layers)
 
 
 @dataclass(frozen=True)
@@ -157,9 +182,9 @@ class _Site:
     behind: tuple[str, ...]
 
     @classmethod
-    def at(cls, path: str) -> _Site | None:
-        """The last component with ``_to_`` in it; None without one."""
-        parts = path.split(".")
+    def at(cls, path: str, plain: str) -> _Site | None:
+        """The last component with ``_to_`` in it, in the path without wrappers; None without one."""
+        parts = plain.split(".")
         named = [i for i, part in enumerate(parts) if "_to_" in part]
         # A block of one direction often holds a self-attention as well: that one does not attend across.
         if not named or any("self" in part for part in parts[named[-1] :]):
@@ -195,20 +220,12 @@ class _Site:
         return None
 
 
-def _attention_paths(root: nn.Module) -> list[str]:
+def _multihead_paths(root: nn.Module) -> list[str]:
     return [path for path, module in root.named_modules() if isinstance(module, nn.MultiheadAttention)]
 
 
-def _describe(root: nn.Module) -> str:
-    found = _attention_paths(root)
-    return f"Found: {', '.join(found)}." if found else f"{type(root).__name__} has no nn.MultiheadAttention at all."
-
-
-def _as_paths(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) or not isinstance(value, Sequence) else tuple(value)
-
-
-def _common_parent(path: str, other: str) -> str:
+def common_parent(path: str, other: str) -> str:
+    """The path that two modules share."""
     shared = []
     for a, b in zip(path.split("."), other.split("."), strict=False):
         if a != b:
@@ -217,7 +234,7 @@ def _common_parent(path: str, other: str) -> str:
     return ".".join(shared)
 
 
-def _with_unique_names(layers: list[LayerSites]) -> list[LayerSites]:
+def with_unique_names(layers: list[LayerSites]) -> list[LayerSites]:
     """Add the direction to a name that is empty or shared, as with three modalities fused in one module."""
     names = [layer.layer for layer in layers]
     return [

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_xattn.attention import row_sum_tolerance
 from lightning_xattn.errors import DiscoveryError, ShapeError
 
 LabelSetting = str | Callable[[Any, Any], Any] | None
@@ -288,8 +289,7 @@ def _are_probabilities(scores: Tensor | None) -> bool:
     """Whether a first batch's scores are probabilities already, and not logits."""
     if scores is None or scores.dim() == 1:
         return False
-    # Half precision keeps a sum of 1 up to its rounding only.
-    tolerance = max(1e-3, 4 * torch.finfo(scores.dtype).eps if scores.dtype.itemsize < 4 else 0)
+    tolerance = row_sum_tolerance(scores.dtype)
     finite = scores[scores.isfinite().all(1)].float()
     sums_to_one = ((finite.sum(1) - 1).abs() < tolerance).all()
     return len(finite) > 0 and bool((finite >= 0).all() and sums_to_one)

@@ -4,28 +4,43 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction
-from lightning_xattn.capture.discovery import AttentionPaths, locate_attention
-from lightning_xattn.capture.sources import RecordedWeights, watch_multihead_attention
+from lightning_xattn.capture.discovery import locate_attention
+from lightning_xattn.capture.joint import cut_direction
+from lightning_xattn.capture.multihead import is_original, watch_encoder_layer, watch_multihead_attention
+from lightning_xattn.capture.probe import Probe
+from lightning_xattn.capture.returned import ModuleWatch, check_weights, from_returned
+from lightning_xattn.capture.sites import AttentionSetting, LayerSites, Source
+from lightning_xattn.capture.weights import RecordedWeights
+from lightning_xattn.capture.wrappers import compiled_modules, scripted_modules
 from lightning_xattn.errors import DiscoveryError, XAttnWarning
+
+Call = dict[Direction | None, RecordedWeights]
+"""What one call of a module computed, by direction; None where the call does not tell which direction it is."""
 
 
 class AttentionRecorder:
     """Record the cross-attention of a model while it runs; the model's outputs stay bit for bit the same.
 
+    What is compiled by ``torch.compile`` runs as it is written while it is recorded, since hooks are not seen by code
+    that has been compiled before: then the outputs are those of the model without compilation. A warning says so.
+
     Parameters
     ----------
     model
-        Any module; its cross-attention layers are found at once, nothing is hooked yet.
+        Any module; nothing is hooked yet.
     attention
-        Module paths by direction, seen from ``model``; None: found by name (see ``locate_attention``).
+        Where the attention is: module paths by direction, seen from ``model``, a ``JointSequence``, or callables (see
+        the README). None: found by name (see ``locate_attention``) or, where no name tells, in the first pass.
 
     Raises
     ------
@@ -39,26 +54,42 @@ class AttentionRecorder:
     >>> recorder.attention[0].forward.weights.shape  # (batch, heads, queries, keys)
     """
 
-    def __init__(self, model: nn.Module, attention: AttentionPaths | None = None) -> None:
-        self.layers = locate_attention(model, attention)
+    def __init__(self, model: nn.Module, attention: AttentionSetting | None = None) -> None:
         self._model = model
-        self._hooks = ExitStack()
-        self._calls: dict[str, list[RecordedWeights]] = defaultdict(list)
+        if isinstance(model, torch.jit.ScriptModule):
+            raise DiscoveryError(
+                f"{type(model).__name__} is TorchScript, and hooks cannot see into it. Record the module that was "
+                "scripted, before torch.jit.script or torch.jit.trace."
+            )
+        self.layers: tuple[LayerSites, ...] = locate_attention(model, attention)
+        """The layers that are recorded; empty until a first pass has shown them, where no name tells."""
         self.output: Any = None
         """What the model's own ``forward`` returned first since the last ``clear``; None if it did not run."""
+        self._hooks, self._hooked = ExitStack(), False
+        self._probe = Probe(model)
+        self._watches: dict[str, ModuleWatch] = {}
+        self._calls: dict[str, list[Call]] = defaultdict(list)
+        # What has run in the recorder's life, and what its user has been told of.
+        self._ran: set[str] = set()
+        self._told: set[str] = set()
 
     def __enter__(self) -> AttentionRecorder:
         self.clear()
+        self._hook()
+        return self
+
+    def _hook(self) -> None:
         # Hooks set before a failure half way leave with this stack; only a complete set is kept.
         with ExitStack() as hooks:
-            for layer in self.layers:
-                for _, path in layer.sites:
-                    module = self._model.get_submodule(path)
-                    assert isinstance(module, nn.MultiheadAttention)
-                    watch_multihead_attention(module, partial(self._record, path), hooks)
+            self._run_uncompiled(hooks)
+            if self.layers:
+                for path in dict.fromkeys(source.path for _, source in self._sites() if source.read is None):
+                    self._watch(path, hooks)
+            else:
+                self._probe.watch(hooks)
             hooks.callback(self._model.register_forward_hook(self._keep_output).remove)
             self._hooks = hooks.pop_all()
-        return self
+            self._hooked = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -68,58 +99,154 @@ class AttentionRecorder:
     def close(self) -> None:
         """Remove every hook. What was recorded stays until ``clear``; closing twice is harmless."""
         self._hooks.close()
+        self._hooked = False
 
     def clear(self) -> None:
         """Forget what was recorded."""
         self._calls.clear()
+        self._probe.clear()
         self.output = None
 
     @property
     def attention(self) -> tuple[AttentionPair, ...]:
-        """What was recorded since the last ``clear``, one pair a layer; a layer that did not run is left out.
+        """What was recorded since the last ``clear``, one pair a layer.
 
-        Of a module that ran more than once, as with test-time augmentation, it is the first run, and a warning says so.
+        A layer that did not run, or of which one direction did not, is left out, if it has run before. Of a module
+        that ran more often than it should, as with test-time augmentation, it is the first run, and a warning says so.
 
         Raises
         ------
         DiscoveryError
-            If only one direction of a pair ran.
+            If nothing has run yet, or what ran does not show which attention is meant.
         ShapeError
-            If the two directions of a layer do not fit each other.
+            If the two directions of a layer do not fit each other, or what was read is no attention.
         """
+        if not self.layers and self._probe.has_run:
+            self._take_from_probe()
         pairs = []
         for layer in self.layers:
-            ran = [path for _, path in layer.sites if self._calls.get(path)]
-            if not ran:
-                continue
-            recorded = [self._first_call(layer.layer, direction, path) for direction, path in layer.sites]
-            pairs.append(_pair(layer.layer, [direction for direction, _ in layer.sites], recorded))
+            calls = {direction: self._call(direction, source) for direction, source in layer.sites}
+            recorded = [call for call in calls.values() if call is not None]
+            if len(recorded) == len(calls):
+                pairs.append(_pair(layer, recorded))
+            elif recorded:
+                self._tell_half(layer, next(direction for direction, call in calls.items() if call is None))
+        if not pairs and not self._ran:
+            raise DiscoveryError(self._nothing_ran())
         return tuple(pairs)
 
-    def _record(self, path: str, call: RecordedWeights) -> None:
-        self._calls[path].append(call)
+    def _sites(self) -> Iterator[tuple[Direction, Source]]:
+        for layer in self.layers:
+            yield from layer.sites
+
+    def _watch(self, path: str, hooks: ExitStack) -> None:
+        module = self._model.get_submodule(path)
+        if is_original(module, nn.TransformerEncoderLayer):
+            assert isinstance(module, nn.TransformerEncoderLayer)
+            watch_encoder_layer(module, lambda weights: self._record(path, {None: weights}), hooks)
+        elif is_original(module, nn.MultiheadAttention):
+            assert isinstance(module, nn.MultiheadAttention)
+            watch_multihead_attention(module, lambda _, weights: self._record(path, {None: weights}), hooks)
+        else:
+            if path not in self._watches:
+                sites = [(direction, source) for direction, source in self._sites() if source.path == path]
+                self._watches[path] = ModuleWatch(module, path, sites)
+            self._watches[path].watch(partial(self._record, path), hooks)
+
+    def _run_uncompiled(self, hooks: ExitStack) -> None:
+        compiled = compiled_modules(self._model)
+        if compiled:
+            hooks.enter_context(torch.compiler.set_stance("force_eager"))
+            self._tell(
+                f"{', '.join(compiled)} is compiled, where attention cannot be seen: it runs without compilation while "
+                "it is recorded, so its outputs may differ in the last bits and take longer. Record fewer epochs or "
+                "batches (every_n_epochs, every_n_batches) if that is too slow."
+            )
+
+    def _record(self, path: str, call: Call) -> None:
+        # Gradient checkpointing runs modules again during the backward pass. There is no public way to ask.
+        if torch._C._current_graph_task_id() == -1:
+            self._calls[path].append(call)
+            self._ran.add(path)
 
     def _keep_output(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.output is None:
             self.output = output
 
-    def _first_call(self, layer: str, direction: Direction, path: str) -> RecordedWeights:
-        calls = self._calls.get(path, [])
+    def _take_from_probe(self) -> None:
+        self.layers, runs = self._probe.conclude()
+        self._probe.clear()
+        for path, weights in runs.items():
+            self._calls[path] = [{None: of_run} for of_run in weights]
+            self._ran.add(path)
+        if self._hooked:  # from now on only what goes across
+            self._hooks.close()
+            self._hook()
+        found = ", ".join(f"'{direction}': '{source}'" for direction, source in self._sites())
+        self._tell(
+            f"Found in the first pass: {{{found}}}, from the numbers of their queries and keys. If these are not the "
+            "names of your modalities, name them: attention={'<a>_to_<b>': 'path.to.module', ...}."
+        )
+
+    def _call(self, direction: Direction, source: Source) -> RecordedWeights | None:
+        """What a direction's source computed since the last ``clear``; None if it did not run."""
+        call = self._read(source) if source.read is not None else self._pick(direction, source)
+        if call is not None and source.block is not None:
+            return cut_direction(call, *source.block, name=source.path)
+        return call
+
+    def _read(self, source: Source) -> RecordedWeights | None:
+        assert source.read is not None
+        weights = source.read(self._model)
+        if weights is None:
+            return None
+        if str(source) not in self._ran:
+            check_weights(weights, f"The {source} gives")
+            self._ran.add(str(source))
+        return from_returned(weights)
+
+    def _pick(self, direction: Direction, source: Source) -> RecordedWeights | None:
+        calls = self._calls.get(source.path, [])
         if not calls:
+            return None
+        by_direction = direction in calls[0]
+        turns = 1 if by_direction else source.turns
+        if len(calls) > turns:
+            self._tell(f"Module '{source.path}' ran {len(calls)} times in one step; its first run is shown.")
+        if len(calls) < turns:
             raise DiscoveryError(
-                f"Module '{path}' ({direction} of layer '{layer}') did not run, but its opposite direction did. Name "
-                "the modules to record: attention={'<a>_to_<b>': 'path', ...}."
+                f"Module '{source.path}' is named for {turns} directions, but ran {len(calls)} time(s) and returned "
+                f"no mapping with their names. Name an item of what it returns for each, as in '{source.path}[1]', or "
+                "the modules inside of it."
             )
-        if len(calls) > 1:
-            warnings.warn(
-                f"Module '{path}' ran {len(calls)} times in one step; its first run is shown.",
-                XAttnWarning,
-                stacklevel=3,
-            )
-        return calls[0]
+        return calls[0][direction] if by_direction else calls[source.turn][None]
+
+    def _tell_half(self, layer: LayerSites, missing: Direction) -> None:
+        source = dict(layer.sites)[missing]
+        message = f"'{source}' ({missing} of layer '{layer.layer}') did not run, but its opposite direction did."
+        if (source.path or str(source)) not in self._ran:
+            raise DiscoveryError(f"{message} Name the modules to record: attention={{'<a>_to_<b>': 'path', ...}}.")
+        self._tell(f"{message} The layer is left out of such steps.")
+
+    def _nothing_ran(self) -> str:
+        if not self.layers:
+            return self._probe.say("No cross-attention ran")
+        script = list(scripted_modules(self._model))
+        return (
+            f"None of {', '.join(dict.fromkeys(str(source) for _, source in self._sites()))} ran, so there is no "
+            "attention to show. If the model computes it elsewhere, name that module: attention={'<a>_to_<b>': 'path', "
+            "...}. If they run inside of a function that torch.compile made, call that function uncompiled"
+            + (f"; TorchScript hides what is in {', '.join(script)}." if script else ".")
+        )
+
+    def _tell(self, message: str) -> None:
+        """Say something once."""
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, XAttnWarning, stacklevel=4)
 
 
-def _pair(layer: str, directions: list[Direction], recorded: list[RecordedWeights]) -> AttentionPair:
+def _pair(layer: LayerSites, recorded: list[RecordedWeights]) -> AttentionPair:
     """A token that is padding as a key of one direction is padding as a query of the other."""
     # Without an opposite direction nothing says which queries are padding.
     opposites = recorded[::-1] if len(recorded) == 2 else [None]
@@ -129,15 +256,10 @@ def _pair(layer: str, directions: list[Direction], recorded: list[RecordedWeight
             call.weights,
             key_mask=call.key_mask,
             visible=call.visible,
-            query_mask=None if opposite is None else _token_mask(opposite),
+            query_mask=None if opposite is None else opposite.token_mask,
             extra_keys=call.extra_keys,
+            crossing=call.crossing,
         )
-        for direction, call, opposite in zip(directions, recorded, opposites, strict=True)
+        for (direction, _), call, opposite in zip(layer.sites, recorded, opposites, strict=True)
     ]
-    return AttentionPair(layer, *attentions)
-
-
-def _token_mask(call: RecordedWeights) -> Tensor | None:
-    if call.key_mask is None:
-        return None
-    return call.key_mask[:, : call.key_mask.shape[1] - call.extra_keys]
+    return AttentionPair(layer.layer, *attentions)

@@ -12,7 +12,7 @@ from lightning_xattn.functional.alignment import (
 )
 from lightning_xattn.functional.heads import head_diversity, query_selectivity, sink_strength
 from lightning_xattn.functional.outcomes import Separation, class_adjusted_gap, score_bins, separation
-from lightning_xattn.functional.rows import ROW_STATISTICS, Rows, prepare_rows, row_statistics
+from lightning_xattn.functional.rows import ROW_STATISTICS, Rows, crossing, prepare_rows, row_statistics
 from lightning_xattn.functional.samples import sample_statistics
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "alignment_null",
     "best_head_matching",
     "class_adjusted_gap",
+    "crossing",
     "head_alignment",
     "head_alignment_matrix",
     "head_diversity",

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_xattn.attention import Attention, Direction
-
-ROW_SUM_TOLERANCE = 1e-3
-"""A row whose weights sum to 1 within this is attention; any other row is invalid."""
+from lightning_xattn.attention import Attention, Direction, row_sum_tolerance
+from lightning_xattn.errors import ShapeError
 
 WEIGHT_FLOOR = 1e-12
 """Weights are floored here before a logarithm, so that a weight of 0 has one."""
@@ -44,6 +42,8 @@ class Rows:
         Bool, broadcastable to ``weights``, True where no mask hides the key; None: everywhere.
     tokens
         The first so many keys are tokens; the rest are slots of ``add_bias_kv`` or ``add_zero_attn``.
+    crossing
+        ``(batch, heads, queries)``, see ``Attention``; NaN where the query is no real token.
     """
 
     direction: Direction
@@ -55,6 +55,7 @@ class Rows:
     entropy: Tensor
     visible: Tensor | None
     tokens: int
+    crossing: Tensor | None
 
     @property
     def token_visible(self) -> Tensor | None:
@@ -68,8 +69,7 @@ def prepare_rows(attention: Attention) -> Rows:
     """Set aside what no statistic may use, and compute what all of them share.
 
     A row is valid when its query is a real token, it has at least one valid key, it is finite and sums to 1
-    within ``ROW_SUM_TOLERANCE``. Half-precision weights sum to 1 only up to their rounding: there the tolerance
-    is four times the spacing of the dtype at 1, and the row is scaled back to sum to 1.
+    within ``row_sum_tolerance``. A row of half precision is scaled back to sum to 1.
     """
     dtype = attention.weights.dtype
     weights = attention.weights.detach().to(torch.promote_types(dtype, torch.float32))
@@ -82,10 +82,11 @@ def prepare_rows(attention: Attention) -> Rows:
 
     total = weights.sum(-1)
     # A comparison with NaN is False and an infinite sum is far from 1, so this is the check for finiteness too.
-    valid = (total - 1).abs() <= max(ROW_SUM_TOLERANCE, 4 * torch.finfo(dtype).eps if dtype.itemsize < 4 else 0)
-    expected = keys > 0
+    valid = (total - 1).abs() <= row_sum_tolerance(dtype)
+    expected, crossing = keys > 0, attention.crossing
     if attention.query_mask is not None:
         expected = expected & attention.query_mask[:, None, :]
+        crossing = None if crossing is None else crossing.masked_fill(~attention.query_mask[:, None, :], torch.nan)
     broken = expected & ~valid
     valid = expected & valid
     weights = weights.masked_fill(~valid[..., None], 0)
@@ -104,6 +105,7 @@ def prepare_rows(attention: Attention) -> Rows:
         entropy=-torch.linalg.vecdot(weights, log_weights),
         visible=visible,
         tokens=attention.tokens,
+        crossing=crossing,
     )
 
 
@@ -147,6 +149,22 @@ def std(rows: Rows) -> Tensor:
 def mean(rows: Rows) -> Tensor:
     """Mean weight of a row, ``(batch, heads)``: always ``1 / K_q``, so it says nothing about the model."""
     return _mean_of_rows((1 / rows.keys).expand(rows.valid.shape), rows.valid)
+
+
+def crossing(rows: Rows) -> Tensor:
+    """Share of a query's attention that crosses over to the other modality of a joint sequence, ``(batch, heads)``.
+
+    In [0, 1], averaged over the queries that are real tokens. As in a joint sequence a query may attend to its own
+    modality too, this tells how much the rest of the numbers, which are about the part that crosses, weigh.
+
+    Raises
+    ------
+    ShapeError
+        If the rows are not from a joint sequence.
+    """
+    if rows.crossing is None:
+        raise ShapeError(f"The attention {rows.direction} is no block of a joint sequence, so nothing crosses over.")
+    return rows.crossing.nanmean(-1)
 
 
 ROW_STATISTICS = {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_xattn.functional.alignment import alignment, alignment_interaction
 from lightning_xattn.functional.heads import head_diversity, query_selectivity, sink_strength
-from lightning_xattn.functional.rows import ROW_STATISTICS, Rows
+from lightning_xattn.functional.rows import ROW_STATISTICS, Rows, crossing
 
 HEADLINE_ROWS = ("entropy", "max", "sparsity", "effective_keys")
 """The row statistics that are followed by sample; the others are for looking at single maps."""
@@ -22,8 +22,8 @@ def sample_statistics(forward: Rows, backward: Rows | None = None) -> dict[str, 
         ``alignment``, ``interaction`` (head mean of the ``alignment_interaction``; undefined when the directions
         differ in heads), ``entropy`` (mean over the directions), ``invalid_rows`` (a count), and for each direction
         ``<direction>/entropy|max|sparsity|effective_keys|query_selectivity|head_diversity`` (means over rows, then
-        heads) and ``<direction>/entropy|sink|broken/head_<i>`` (broken: a count of rows). ``alignment`` and
-        ``interaction`` need both directions.
+        heads), of a joint sequence ``<direction>/crossing`` too, and ``<direction>/entropy|sink|broken/head_<i>``
+        (broken: a count of rows). ``alignment`` and ``interaction`` need both directions.
     """
     directions = (forward,) if backward is None else (forward, backward)
     statistics: dict[str, Tensor] = {}
@@ -37,6 +37,8 @@ def sample_statistics(forward: Rows, backward: Rows | None = None) -> dict[str, 
             statistics[f"{rows.direction}/{name}"] = values.nanmean(1)
         statistics[f"{rows.direction}/query_selectivity"] = query_selectivity(rows).nanmean(1)
         statistics[f"{rows.direction}/head_diversity"] = head_diversity(rows)
+        if rows.crossing is not None:
+            statistics[f"{rows.direction}/crossing"] = crossing(rows).nanmean(1)
         heads = {"entropy": by_head["entropy"], "sink": sink_strength(rows), "broken": rows.broken.sum(2)}
         for name, values in heads.items():
             for head, of_head in enumerate(values.unbind(1)):

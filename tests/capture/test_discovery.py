@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from lightning_xattn.attention import Direction
-from lightning_xattn.capture import locate_attention
+from lightning_xattn.capture import JointSequence, locate_attention
 from lightning_xattn.errors import DiscoveryError, SettingError
 
 
@@ -94,23 +94,63 @@ def test_named_paths_and_several_layers():
     ]
 
 
+def test_containers_that_are_known_stand_for_what_they_hold():
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(4, 2), 2)
+    root = module(decoder=decoder, block__cross=attention(), block__mlp=nn.Linear(2, 2))
+    layers = ["decoder.layers.0.multihead_attn", "decoder.layers.1.multihead_attn"]
+    assert found(root, {"a_to_b": "decoder"}) == [(path, f"a_to_b: {path}") for path in layers]
+    assert found(root, {"a_to_b": "decoder.layers.1"}) == [(layers[1], f"a_to_b: {layers[1]}")]
+    assert found(root, {"a_to_b": "block"}) == [("block.cross", "a_to_b: block.cross")]
+    with pytest.raises(DiscoveryError, match=r"decoder\.layers\.1\.multihead_attn and b_to_a by block\.cross; .*pair"):
+        locate_attention(root, {"a_to_b": "decoder", "b_to_a": "block"})
+
+
+def test_one_module_for_two_directions_takes_turns():
+    root = module(x__cross=attention())
+    (layer,) = locate_attention(root, {"a_to_b": "x.cross", "b_to_a": "x.cross"})
+    assert [(source.turn, source.turns) for _, source in layer.sites] == [(0, 2), (1, 2)]
+    assert layer.layer == "x.cross"
+    (layer,) = locate_attention(root, {"a_to_b": "x[1]", "b_to_a": "x['back'][0]"})
+    assert [source.item for _, source in layer.sites] == [(1,), ("back", 0)]
+
+
+def test_nothing_that_a_name_tells_is_left_to_a_first_pass():
+    assert locate_attention(module(model__fuse=attention(), model__linear=nn.Linear(2, 2))) == ()
+
+
 def test_errors_say_what_there_is():
     root = module(model__fuse=attention(), model__linear=nn.Linear(2, 2))
-    with pytest.raises(DiscoveryError, match=r"No cross-attention found.*Found: model\.fuse\..*attention="):
-        locate_attention(root)
     with pytest.raises(DiscoveryError, match=r"No module 'model\.fusion' for eeg_to_spec\. Found: model\.fuse\."):
         locate_attention(root, {"eeg_to_spec": "model.fusion"})
-    with pytest.raises(DiscoveryError, match=r"'model\.linear' for eeg_to_spec is a Linear"):
-        locate_attention(root, {"eeg_to_spec": "model.linear"})
     with pytest.raises(DiscoveryError, match=r"Linear has no nn\.MultiheadAttention at all"):
-        locate_attention(nn.Linear(2, 2))
+        locate_attention(nn.Linear(2, 2), {"a_to_b": "x"})
     with pytest.raises(SettingError, match="1 layer.*and 2 for spec_to_eeg"):
         locate_attention(root, {"eeg_to_spec": "a", "spec_to_eeg": ["b", "c"]})
     for paths in ({}, {"a_to_b": 3}, {"a_to_b": []}, ["a_to_b"], "a_to_b", {"a_to_b": ["x", None]}):
         with pytest.raises(SettingError, match="must map directions to module paths"):
             locate_attention(root, paths)
     with pytest.raises(SettingError, match="names a module twice"):
-        locate_attention(root, {"a_to_b": "model.fuse", "b_to_a": "model.fuse"})
+        locate_attention(root, {"a_to_b": ["model.fuse", "model.fuse"]})
+    with pytest.raises(SettingError, match=r"such as 'model\.fusion'.*got 'model\[0'"):
+        locate_attention(root, {"a_to_b": "model[0"})
+
+
+@pytest.mark.parametrize(
+    ("paths", "spans", "message"),
+    [
+        ("x", {"a": (0, 5)}, "at least two modalities"),
+        ("x", {"a": (0, 5), "b": (4, 9)}, "not overlap; that of 'b'"),
+        ("x", {"a": (0, None), "b": (4, 9)}, "not overlap; that of 'b'"),
+        ("x", {"a": (0, 5), "b": (5, 5)}, "that of 'b' does not"),
+        ("x", {"a": (0, 5), "b": 5}, "span of 'b' must be"),
+        ("x", {"a": (-2, 5), "b": (5, 7)}, "span of 'a' must be"),
+        ([], {"a": (0, 5), "b": (5, 7)}, "needs a module path"),
+        ("x", {"a_to_c": (0, 5), "b": (5, 7)}, "got 'a_to_c_to_b'"),
+    ],
+)
+def test_joint_sequences_that_do_not_fit(paths, spans, message):
+    with pytest.raises(SettingError, match=message):
+        JointSequence(paths, spans)
 
 
 @pytest.mark.parametrize("name", ["eeg", "eeg_to_", "_to_spec", "eeg_to_eeg", "a_to_b_to_c"])

@@ -1,47 +1,31 @@
-"""One adapter for each way a model computes attention: it watches a module and hands over weights and masks."""
+"""Attention of ``nn.MultiheadAttention``, by itself or inside an ``nn.TransformerEncoderLayer``."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
-from lightning_xattn.errors import DiscoveryError
+from lightning_xattn.capture.weights import RecordedWeights, additive, is_visible
 
-MASKED = -1e3
-"""A float mask at or below this hides the key: ``exp`` of it, even beside a bias, is 0 in every floating dtype."""
+_MULTIHEAD_CALL = inspect.signature(nn.MultiheadAttention.forward)
+_ENCODER_LAYER_CALL = inspect.signature(nn.TransformerEncoderLayer.forward)
 
 
-@dataclass(frozen=True, eq=False)
-class RecordedWeights:
-    """What one call of an attention module computed.
-
-    Attributes
-    ----------
-    weights
-        ``(batch, heads, queries, keys)``, detached, before dropout.
-    key_mask
-        ``(batch, keys)`` bool, True for a real token; None: all are.
-    visible
-        Bool broadcastable to ``weights``, True where the attention mask lets the query see the key; None: all.
-    extra_keys
-        How many of the last keys are slots of ``add_bias_kv`` or ``add_zero_attn``.
-    """
-
-    weights: Tensor
-    key_mask: Tensor | None
-    visible: Tensor | None
-    extra_keys: int
+def is_original(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module computes what ``kind`` does: a subclass with a forward of its own may not."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 def watch_multihead_attention(
-    module: nn.MultiheadAttention, record: Callable[[RecordedWeights], None], hooks: ExitStack
+    module: nn.MultiheadAttention, record: Callable[[Any, RecordedWeights], None], hooks: ExitStack
 ) -> None:
     """Record every call of an ``nn.MultiheadAttention``; what the caller gets stays bit for bit the same.
 
@@ -52,27 +36,16 @@ def watch_multihead_attention(
     Parameters
     ----------
     module
-        The module to watch.
+        The module to watch; its forward is the original one.
     record
-        Called once for each call of the module.
+        Called for each call of the module with its query and key, as they were passed, and its weights.
     hooks
         Takes the hooks; closing it removes them.
-
-    Raises
-    ------
-    DiscoveryError
-        If a subclass has a ``forward`` of its own.
     """
-    if type(module).forward is not nn.MultiheadAttention.forward:
-        raise DiscoveryError(
-            f"{type(module).__name__} is an nn.MultiheadAttention with a forward of its own, which may compute "
-            "attention differently; only the original is recorded so far."
-        )
-    signature = inspect.signature(nn.MultiheadAttention.forward)
     asked_for_average = False
 
     def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-        bound = signature.bind(module, *args, **kwargs)
+        bound = _MULTIHEAD_CALL.bind(module, *args, **kwargs)
         bound.apply_defaults()
         return bound
 
@@ -95,7 +68,9 @@ def watch_multihead_attention(
             weights = _recompute(module, call)
         else:
             weights = returned.detach() if batched else returned.detach()[None]
-        record(_with_masks(module, call, weights))
+            # The caller may change in place what it gets; the average that it asked for is a tensor of its own.
+            weights = weights if asked_for_average else weights.clone()
+        record((call["query"], call["key"]), _with_masks(module, call, weights))
         if not asked_for_average:
             return None
         per_head = returned if batched else returned[None]
@@ -105,6 +80,52 @@ def watch_multihead_attention(
     hooks.callback(module.register_forward_pre_hook(ask_per_head, with_kwargs=True).remove)
     # Before every other hook on the output, so that those see what the caller gets; this also lets recorders nest.
     hooks.callback(module.register_forward_hook(read, with_kwargs=True, prepend=True).remove)
+
+
+def watch_encoder_layer(
+    layer: nn.TransformerEncoderLayer, record: Callable[[RecordedWeights], None], hooks: ExitStack
+) -> None:
+    """Record the self-attention of an ``nn.TransformerEncoderLayer``, computed once more from the layer's input.
+
+    A hook on the layer, or on anything in it, would turn its fast path off, whose output differs in the last bits.
+    Torch's hook for all modules does not, so the fast path stays on.
+
+    Parameters
+    ----------
+    layer
+        The layer to watch; its forward is the original one.
+    record
+        Called for each call of the layer with its weights.
+    hooks
+        Takes the hook; closing it removes it.
+    """
+    attention = layer.self_attn
+
+    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        if module is not layer:
+            return
+        bound = _ENCODER_LAYER_CALL.bind(layer, *args, **kwargs)
+        bound.apply_defaults()
+        with torch.no_grad():
+            tokens, padding = bound.arguments["src"], bound.arguments["src_key_padding_mask"]
+            nested = tokens.is_nested
+            if nested:
+                # nn.TransformerEncoder packs padded sequences so; what is padding in every sample is gone by then.
+                lengths = torch.tensor([len(sample) for sample in tokens.unbind()], device=tokens.device)
+                tokens = tokens.to_padded_tensor(0.0)
+                padding = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
+            if layer.norm_first:
+                tokens = layer.norm1.forward(tokens)  # by itself, so that the hooks on it do not see a second call
+            call = {
+                "query": tokens,
+                "key": tokens,
+                "key_padding_mask": padding,
+                "attn_mask": bound.arguments["src_mask"],
+            }
+            weights = _with_masks(attention, call, _recompute(attention, call))
+        record(replace(weights, cropped=nested))
+
+    hooks.callback(register_module_forward_hook(read, with_kwargs=True).remove)
 
 
 @torch.no_grad()
@@ -138,9 +159,9 @@ def _softmax_of_scores(module: nn.MultiheadAttention, call: dict[str, Any]) -> T
     extra = _extra_keys(module)
     padding, attention_mask = call["key_padding_mask"], call["attn_mask"]
     if padding is not None:
-        logits = logits + F.pad(_additive(padding.reshape(len(key), 1, 1, -1)), (0, extra))
+        logits = logits + F.pad(additive(padding.reshape(len(key), 1, 1, -1)), (0, extra))
     if attention_mask is not None:
-        logits = logits + F.pad(_additive(_per_head(attention_mask, module)), (0, extra))
+        logits = logits + F.pad(additive(_per_head(attention_mask, module)), (0, extra))
     weights: Tensor = logits.softmax(-1)
     return weights
 
@@ -154,9 +175,9 @@ def _with_masks(module: nn.MultiheadAttention, call: dict[str, Any], weights: Te
     extra = _extra_keys(module)
     key_mask = visible = None
     if padding is not None:
-        key_mask = F.pad(_is_visible(padding.reshape(len(weights), -1)), (0, extra), value=True)
+        key_mask = F.pad(is_visible(padding.reshape(len(weights), -1)), (0, extra), value=True)
     if attention_mask is not None:
-        visible = F.pad(_is_visible(_per_head(attention_mask, module)), (0, extra), value=True)
+        visible = F.pad(is_visible(_per_head(attention_mask, module)), (0, extra), value=True)
     return RecordedWeights(weights, key_mask, visible, extra)
 
 
@@ -169,16 +190,6 @@ def _batch_first(module: nn.MultiheadAttention, tokens: Tensor) -> Tensor:
 def _per_head(mask: Tensor, module: nn.MultiheadAttention) -> Tensor:
     """Broadcastable to the weights: ``(queries, keys)`` for all, or ``(batch * heads, queries, keys)``."""
     return mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, module.num_heads))
-
-
-def _is_visible(mask: Tensor) -> Tensor:
-    return ~mask if mask.dtype == torch.bool else mask > MASKED
-
-
-def _additive(mask: Tensor) -> Tensor:
-    if mask.dtype != torch.bool:
-        return mask.float()
-    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf)
 
 
 def _extra_keys(module: nn.MultiheadAttention) -> int:

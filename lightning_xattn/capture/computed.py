@@ -1,0 +1,153 @@
+"""Attention that a module computes in the open: ``F.scaled_dot_product_attention``, or a softmax of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_xattn.capture.weights import MASKED, RecordedWeights, from_scores
+from lightning_xattn.errors import ShapeError
+
+_SOFTMAX = frozenset({torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax})
+
+
+@dataclass(frozen=True, eq=False)
+class Computation:
+    """One attention that was computed.
+
+    Attributes
+    ----------
+    weights
+        What was computed.
+    storage
+        Where the softmax put its result, to tell whether a returned tensor is the same one; None of a fused kernel.
+    one_head
+        Whether it had no axis for heads, which leaves open whether the first one counts samples alone.
+    """
+
+    weights: RecordedWeights
+    storage: int | None = None
+    one_head: bool = False
+
+    def is_tensor(self, tensor: Tensor) -> bool:
+        """Whether the softmax computed this very tensor (dropout that drops nothing passes it on)."""
+        return tensor.data_ptr() == self.storage and tensor.shape == self.weights.weights.shape
+
+
+class WatchComputations(TorchFunctionMode):
+    """While it is entered, every attention that is computed is noted; the results stay what they are.
+
+    A fused kernel still computes its output: the weights are computed once more beside it. Of a softmax with four
+    axes over its last one the result is copied, before dropout, as the model may change it in place.
+
+    It must not be entered around an ``nn.MultiheadAttention``: with any such mode torch leaves its fast path, and the
+    output differs in the last bits.
+
+    Parameters
+    ----------
+    note
+        Called with each computation.
+    """
+
+    def __init__(self, note: Callable[[Computation], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            query = args[0] if args else kwargs["query"]
+            self._note(Computation(_beside_fused(*args, **kwargs), one_head=query.dim() == 3))
+        elif function in _SOFTMAX and result.dim() == 4 and _axis(*args, **kwargs) in (-1, 3):
+            scores = args[0] if args else kwargs["input"]
+            weights = from_scores(result.detach().clone(), scores.detach() > MASKED)
+            self._note(Computation(weights, result.data_ptr()))
+        return result
+
+
+def watch_computations(modules: Iterable[nn.Module], note: Callable[[Computation], None], hooks: ExitStack) -> None:
+    """Note every attention that is computed while any of these modules runs.
+
+    Parameters
+    ----------
+    modules
+        None of them holds an ``nn.MultiheadAttention`` (see ``WatchComputations``); they may hold each other.
+    note
+        Called with each computation.
+    hooks
+        Takes the hooks; closing it removes them.
+    """
+    running: list[ExitStack] = []
+
+    def enter(*_: Any) -> None:
+        mode = ExitStack()
+        if not running:
+            mode.enter_context(WatchComputations(note))
+        running.append(mode)
+
+    def leave(*_: Any) -> None:
+        if running:
+            running.pop().close()
+
+    def leave_all() -> None:
+        # An interrupt from the keyboard passes the hooks by.
+        while running:
+            leave()
+
+    hooks.callback(leave_all)
+    for module in modules:
+        hooks.callback(module.register_forward_pre_hook(enter).remove)
+        hooks.callback(module.register_forward_hook(leave, prepend=True, always_call=True).remove)
+
+
+def _axis(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> int | None:  # noqa: A002 - torch's own name
+    return dim
+
+
+@torch.no_grad()
+def _beside_fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> RecordedWeights:
+    """``softmax(Q K^T scale + mask)`` in float32, as the kernel's documentation defines it."""
+    if query.dim() == 3:
+        query, key = query[:, None], key[:, None]
+        attn_mask = attn_mask[:, None] if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
+    if query.dim() != 4:
+        raise ShapeError(
+            "Expected scaled_dot_product_attention of (batch, heads, queries, width) or, with one head, (batch, "
+            f"queries, width); got a query of shape {tuple(query.shape)}. Name the attention by a callable: "
+            "attention={'<a>_to_<b>': lambda model: weights}."
+        )
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = query.float(), key.float()
+        if enable_gqa:
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
+        visible = None
+        if is_causal:
+            visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None, None]
+        if attn_mask is not None:
+            attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+            visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask > MASKED
+            if attn_mask.dtype != torch.bool:
+                scores = scores + attn_mask.float()
+        if visible is not None and (attn_mask is None or attn_mask.dtype == torch.bool):
+            scores = scores.masked_fill(~visible, -torch.inf)
+        return from_scores(scores.softmax(-1), visible)

@@ -1,0 +1,223 @@
+"""One recorded pass through a model whose names tell nothing: which attention goes across, and what pairs up."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_xattn.attention import Direction
+from lightning_xattn.capture.computed import Computation, watch_computations
+from lightning_xattn.capture.discovery import common_parent, describe_attention, layers_by_name, with_unique_names
+from lightning_xattn.capture.multihead import is_original, watch_multihead_attention
+from lightning_xattn.capture.sites import LayerSites, Source
+from lightning_xattn.capture.weights import RecordedWeights
+from lightning_xattn.capture.wrappers import plain_path
+from lightning_xattn.errors import DiscoveryError
+
+NAME_THEM = "Name them: attention={'<a>_to_<b>': 'path.to.module', '<b>_to_<a>': ...}."
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One attention that was computed in the pass.
+
+    Attributes
+    ----------
+    path
+        The innermost module that computed it.
+    turn
+        How many times this module had run before.
+    weights
+        What it computed; of what does not go across, the shape alone.
+    given
+        The tokens that ask and those that are looked at, where that is known.
+    mixed
+        Whether the module got tokens of two kinds.
+    """
+
+    path: str
+    turn: int
+    weights: RecordedWeights
+    given: tuple[Tensor, Tensor] | None
+    mixed: bool
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Number of queries and of keys that are tokens."""
+        return self.weights.weights.shape[2], self.weights.weights.shape[3] - self.weights.extra_keys
+
+    @property
+    def crosses(self) -> bool:
+        """Whether it goes, or may go, from one kind of tokens to another."""
+        return self.mixed or self.tokens[0] != self.tokens[1]
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """What tells the tokens that ask from those that are looked at: their number, or else where they stand."""
+        if self.tokens[0] != self.tokens[1]:
+            return self.tokens
+        return None if self.given is None else (self.given[0].data_ptr(), self.given[1].data_ptr())
+
+    def __str__(self) -> str:
+        return f"{self.path} (run {self.turn + 1}): {self.tokens[0]} queries, {self.tokens[1]} keys"
+
+
+class Probe:
+    """Watches all attention of a model during a pass, and tells which directions and layers it makes.
+
+    Parameters
+    ----------
+    root
+        The model.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._runs: list[Run] = []
+        self._turns: dict[str, int] = defaultdict(int)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether any attention was computed."""
+        return bool(self._turns)
+
+    def watch(self, hooks: ExitStack) -> None:
+        """Watch every attention below the root; closing ``hooks`` ends it."""
+        self._watch(self._root, "", hooks)
+
+    def clear(self) -> None:
+        """Forget what ran."""
+        self._runs.clear()
+        self._turns.clear()
+
+    def _watch(self, module: nn.Module, path: str, hooks: ExitStack) -> None:
+        if is_original(module, nn.MultiheadAttention):
+            assert isinstance(module, nn.MultiheadAttention)
+            watch_multihead_attention(module, self._note_multihead(path), hooks)
+        elif is_original(module, nn.TransformerEncoderLayer):
+            return  # attends within one sequence, and hooks in there would turn its fast path off
+        elif any(isinstance(inner, nn.MultiheadAttention) for inner in module.modules()):
+            for name, child in module.named_children():
+                self._watch(child, f"{path}.{name}".lstrip("."), hooks)
+        else:
+            self._watch_computations(module, path, hooks)
+
+    def _note_multihead(self, path: str) -> Callable[[Any, RecordedWeights], None]:
+        def note(tokens: tuple[Tensor, Tensor], weights: RecordedWeights) -> None:
+            query, key = tokens
+            # Kept, so that no other tensor can take their place in memory during the pass.
+            given = query.detach(), key.detach()
+            self._add(Run(path, self._turn(path), weights, given, mixed=query is not key))
+
+        return note
+
+    def _watch_computations(self, module: nn.Module, path: str, hooks: ExitStack) -> None:
+        # The modules that are running, innermost last, each with how many kinds of tokens it got.
+        running: list[tuple[str, int, int]] = []
+
+        def enter(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+                kinds = {value.data_ptr() for value in given if value.dim() == 3 and value.is_floating_point()}
+                running.append((name, self._turn(name), len(kinds)))
+
+            return hook
+
+        def leave(*_: Any) -> None:
+            running.pop()
+
+        for inner, child in module.named_modules():
+            name = f"{path}.{inner}".strip(".")
+            hooks.callback(child.register_forward_pre_hook(enter(name), with_kwargs=True).remove)
+            hooks.callback(child.register_forward_hook(leave, always_call=True).remove)
+
+        def note(computation: Computation) -> None:
+            name, turn, kinds = running[-1]
+            self._add(Run(name, turn, computation.weights, None, mixed=kinds > 1))
+
+        # Any of them may be the first to run: a step need not call the forward of what holds them.
+        watch_computations(module.modules(), note, hooks)
+
+    def _turn(self, path: str) -> int:
+        self._turns[path] += 1
+        return self._turns[path] - 1
+
+    def _add(self, run: Run) -> None:
+        self._runs.append(run if run.crosses else replace(run, weights=_shape_of(run.weights)))
+
+    def conclude(self) -> tuple[tuple[LayerSites, ...], dict[str, list[RecordedWeights]]]:
+        """The layers that the pass has shown, and what their modules computed in it, run after run.
+
+        Raises
+        ------
+        DiscoveryError
+            If nothing attends across, or it is not clear what pairs up; the message lists all that ran, with shapes.
+        """
+        across = [run for run in self._runs if run.crosses]
+        if not across:
+            raise DiscoveryError(self.say("No cross-attention ran"))
+        counts: dict[tuple[str, int], int] = defaultdict(int)
+        for run in across:
+            counts[run.path, run.turn] += 1
+        if max(counts.values()) > 1:
+            raise DiscoveryError(self.say("A module computes several attentions in one run"))
+        layers = layers_by_name(self._root, dict.fromkeys(run.path for run in across)) or self._pair(across)
+        calls: dict[str, list[RecordedWeights]] = defaultdict(list)
+        for run in across:
+            calls[run.path].append(run.weights)
+        return tuple(layers), calls
+
+    def _pair(self, across: list[Run]) -> list[LayerSites]:
+        """Pair runs of opposite directions, in the order in which they ran."""
+        groups: dict[frozenset[int], list[Run]] = defaultdict(list)
+        for run in across:
+            if run.sides is None:
+                raise DiscoveryError(self.say(f"Whether {run} goes across cannot be seen"))
+            groups[frozenset(run.sides)].append(run)
+        letters = _name_sides(across)
+        layers: list[LayerSites] = []
+        for group in groups.values():
+            there = [run for run in group if run.sides == group[0].sides]
+            back = [run for run in group if run.sides != group[0].sides]
+            numbers = [re.findall(r"\d+", run.path) for run in there]
+            told_apart = len(there) == len({tuple(number) for number in numbers})
+            if not told_apart or (back and numbers != [re.findall(r"\d+", run.path) for run in back]):
+                raise DiscoveryError(self.say("It is not clear which of these belong together"))
+            queries, keys = there[0].tokens
+            forward = Direction("a", "b") if queries == keys else Direction(letters[queries], letters[keys])
+            for run, opposite in zip_longest(there, back):
+                path = common_parent(run.path, (opposite or run).path)
+                backward = None if opposite is None else (forward.opposite, _source(opposite, across))
+                layers.append(LayerSites(plain_path(self._root, path), (forward, _source(run, across)), backward))
+        return with_unique_names(layers)
+
+    def say(self, what: str) -> str:
+        """A message with all that ran, with shapes, and how to name the right ones."""
+        ran = "; ".join(str(run) for run in self._runs)
+        return (
+            f"{what}, and no module is named '<a>_to_<b>...'. "
+            + (f"What ran: {ran}. " if ran else f"No attention was seen at all. {describe_attention(self._root)} ")
+            + f"{NAME_THEM} For modalities that share one sequence: attention=JointSequence('path.to.module', "
+            "spans={'<a>': (start, stop), '<b>': (start, stop)})."
+        )
+
+
+def _source(run: Run, across: list[Run]) -> Source:
+    return Source(run.path, turn=run.turn, turns=len([other for other in across if other.path == run.path]))
+
+
+def _name_sides(across: list[Run]) -> dict[int, str]:
+    """A letter for each number of tokens, in the order in which they ask."""
+    counts = dict.fromkeys(count for run in across for count in run.tokens if run.sides == run.tokens)
+    return {count: chr(ord("a") + i) for i, count in enumerate(counts)}
+
+
+def _shape_of(weights: RecordedWeights) -> RecordedWeights:
+    return RecordedWeights(weights.weights.new_empty(()).expand(weights.weights.shape), extra_keys=weights.extra_keys)

@@ -1,0 +1,125 @@
+"""One self-attention over several modalities: its off-diagonal blocks are the directions."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_xattn import AttentionExplainabilityCallback, JointSequence
+from lightning_xattn.capture import AttentionRecorder
+from lightning_xattn.capture.joint import cut_direction
+from lightning_xattn.capture.weights import RecordedWeights
+from lightning_xattn.errors import ShapeError
+from lightning_xattn.functional import crossing, prepare_rows, sample_statistics
+from tests import reference
+from tests.capture.models import BATCH, record, tokens
+from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, validate
+
+SPANS = {"audio": (0, AUDIO), "text": (AUDIO, None)}
+
+
+class Joint(nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attend = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **settings)
+        nn.init.normal_(self.attend.in_proj_weight, std=0.6)
+
+    def forward(self, audio, text, **call):
+        tokens = torch.cat([audio, text], dim=1)
+        return self.attend(tokens, tokens, tokens, **call)
+
+
+def padded():
+    """The last two text tokens of the second sample, and the last audio token of the first one, are padding."""
+    padding = torch.zeros(BATCH, AUDIO + TEXT, dtype=torch.bool)
+    padding[1, -2:] = padding[0, AUDIO - 1] = True
+    return padding
+
+
+@pytest.mark.parametrize("padding", [None, padded()], ids=["whole", "padded"])
+def test_blocks_are_renormalised_and_what_crosses_is_told(padding):
+    model, (audio, text) = Joint(), tokens()
+    (pair,) = record(model, lambda m: m(audio, text, key_padding_mask=padding), JointSequence("attend", SPANS))
+    with torch.no_grad():
+        _, whole = model(audio, text, key_padding_mask=padding, average_attn_weights=False)
+    real = np.ones((BATCH, AUDIO + TEXT), bool) if padding is None else ~padding.numpy()
+    for attention, queries, keys in (
+        (pair.forward, range(AUDIO), range(AUDIO, AUDIO + TEXT)),
+        (pair.backward, range(AUDIO, AUDIO + TEXT), range(AUDIO)),
+    ):
+        rows, found = prepare_rows(attention), sample_statistics(prepare_rows(attention))
+        shares = crossing(rows)
+        for b in range(BATCH):
+            block, share = reference.joint_block(whole[b].double().numpy(), queries, keys, real[b])
+            assert shares[b].numpy() == pytest.approx(share, abs=1e-5)
+            masks = real[b][list(queries)], real[b][list(keys)]
+            entropy = reference.row_statistics(block, *masks)["entropy"]
+            assert found["entropy"][b].item() == pytest.approx(entropy.mean(), abs=1e-5)
+            assert found[f"{rows.direction}/crossing"][b].item() == pytest.approx(share.mean(), abs=1e-5)
+
+
+def test_a_row_of_which_nothing_crosses_is_left_out_and_is_not_broken():
+    weights = torch.full((1, 1, 4, 4), 0.25)
+    weights[0, 0, 0] = torch.tensor([0.5, 0.5, 0, 0])
+    weights[0, 0, 1] = torch.tensor([1.0, 0, 1e-40, 0])  # too little to say how it is spread
+    attention = cut_direction(RecordedWeights(weights), slice(0, 2), slice(2, 4), "x")
+    joint = nn.Module()
+    joint.x = nn.Identity()
+    with AttentionRecorder(joint, JointSequence("x", {"a": (0, 2), "b": (2, 4)})) as recorder:
+        joint.x(weights)
+    rows = prepare_rows(recorder.attention[0].forward)
+    assert (attention.crossing < 1e-30).all()
+    assert not rows.valid.any()
+    assert not rows.broken.any()
+    assert crossing(rows).item() == pytest.approx(0, abs=1e-30)
+    assert sample_statistics(rows)["a_to_b/entropy"].isnan().all()
+
+
+def test_three_modalities_and_a_class_token_of_none():
+    spans = {"a": (1, 3), "b": (3, 6), "c": (6, 11)}
+    model = Joint(add_zero_attn=True)
+    with AttentionRecorder(model, JointSequence("attend", spans)) as recorder:
+        model(*tokens())
+    shapes = {
+        str(attention.direction): tuple(attention.weights.shape[2:])
+        for pair in recorder.attention
+        for attention in pair.directions
+    }
+    sizes = {"a": 2, "b": 3, "c": 5}
+    assert shapes == {f"{x}_to_{y}": (sizes[x], sizes[y]) for x in "abc" for y in "abc" if x != y}
+    assert [pair.layer for pair in recorder.attention] == ["attend.a_to_b", "attend.a_to_c", "attend.b_to_c"]
+
+
+def test_spans_and_attention_that_do_not_fit():
+    model, (audio, text) = Joint(), tokens()
+    for spans in ({"a": (0, 5), "b": (5, 13)}, {"a": (0, 5), "b": (12, None)}):
+        with AttentionRecorder(model, JointSequence("attend", spans)) as recorder:
+            model(audio, text)
+        with pytest.raises(
+            ShapeError, match=r"'attend' to attend within one sequence of at least 13 tokens.*12 queries"
+        ):
+            _ = recorder.attention
+    with AttentionRecorder(model, JointSequence("attend", SPANS)) as recorder:
+        model.attend(audio, text, text)
+    with pytest.raises(ShapeError, match="has 5 queries and 7 keys"):
+        _ = recorder.attention
+
+
+class JointModule(ToyModule):
+    def __init__(self):
+        super().__init__()
+        self.joint = Joint()
+
+    def forward(self, audio, text):
+        fused, _ = self.joint(self.audio(audio), self.text(text))
+        return self.head(torch.cat([fused[:, :AUDIO].mean(1), fused[:, AUDIO:].mean(1)], dim=1))
+
+
+def test_what_crosses_is_a_curve():
+    joint = JointSequence("joint.attend", SPANS)
+    logged = validate(JointModule(), AttentionExplainabilityCallback(joint))
+    for name in ("audio_to_text", "text_to_audio"):
+        assert 0 < logged[f"xattn_focus/val/{name}/crossing"] < 1
+    assert -1 <= logged["xattn_alignment/val/all"] <= 1
+    assert "xattn_focus/val/audio_to_text/crossing" not in validate(ToyModule(), AttentionExplainabilityCallback())

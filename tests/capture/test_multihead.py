@@ -1,0 +1,215 @@
+"""nn.MultiheadAttention and what torch builds of it: the true weights, and outputs that stay bit for bit the same."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_xattn.capture import AttentionRecorder, JointSequence
+from tests.capture.models import BATCH, Pair, assert_same, record, tokens
+from tests.toy import AUDIO, HEADS, TEXT, WIDTH, count_hooks
+
+
+def per_head(module, query, key, **call):
+    """The weights as the module itself returns them on request, per head and without dropout."""
+    training = module.training
+    module.eval()
+    with torch.no_grad():
+        weights = module(query, key, key, **(call | {"need_weights": True, "average_attn_weights": False}))[1]
+    module.train(training)
+    return weights
+
+
+padding = torch.zeros(BATCH, TEXT, dtype=torch.bool)
+padding[1, 5:] = True
+float_mask = torch.randn(AUDIO, TEXT, generator=torch.Generator().manual_seed(2))
+hidden = torch.rand(BATCH * HEADS, AUDIO, TEXT, generator=torch.Generator().manual_seed(3)) > 0.6
+hidden[0, 1] = True  # a fully masked row
+
+float_padding = torch.zeros(BATCH, TEXT).masked_fill(padding, -torch.inf)
+float_by_head = torch.randn(BATCH * HEADS, AUDIO, TEXT, generator=torch.Generator().manual_seed(4))
+hidden_for_all = torch.rand(AUDIO, TEXT, generator=torch.Generator().manual_seed(6)) > 0.6
+
+CALLS = {
+    "averaged": {},
+    "per head": {"average_attn_weights": False},
+    "without weights": {"need_weights": False},
+    "padding": {"key_padding_mask": padding},
+    "padding, without weights": {"key_padding_mask": padding, "need_weights": False},
+    "float mask": {"attn_mask": float_mask},
+    "float mask, without weights": {"attn_mask": float_mask, "need_weights": False},
+    "mask": {"attn_mask": hidden_for_all},
+    "mask by head": {"attn_mask": hidden},
+    "float mask by head": {"attn_mask": float_by_head},
+    "float padding and mask": {"key_padding_mask": float_padding, "attn_mask": float_mask, "need_weights": False},
+    "mask by head, without weights": {"attn_mask": hidden, "need_weights": False},
+}
+MODULES = {
+    "plain": {},
+    "sequence first": {"batch_first": False},
+    "no bias": {"bias": False},
+    "extra keys": {"add_bias_kv": True, "add_zero_attn": True},
+    "other widths": {"kdim": 4, "vdim": 4},
+    "dropout": {"dropout": 0.4},
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("settings", MODULES.values(), ids=MODULES)
+def test_multihead_attention(settings, call, training):
+    model = Pair(**settings).train(training)
+    audio, text = tokens(settings.get("batch_first", True), settings.get("kdim", WIDTH))
+    text_back = torch.nn.functional.pad(text, (0, WIDTH - text.shape[-1]))
+
+    def run():
+        torch.manual_seed(5)  # dropout draws the same
+        there = model.audio_to_text_attn(audio, text, text, **call)
+        return there, model.text_to_audio_attn(text_back, audio, audio)
+
+    expected = run()
+    with AttentionRecorder(model) as recorder:
+        got = run()
+    assert count_hooks(model) == 0
+    for a, b in zip(got, expected, strict=True):
+        assert_same(a, b)
+
+    (pair,) = recorder.attention
+    weights = pair.forward.weights
+    assert not weights.requires_grad
+    truth = per_head(model.audio_to_text_attn, audio, text, **call)
+    torch.testing.assert_close(weights, truth, atol=2e-6, rtol=1e-5, equal_nan=True)
+    assert pair.forward.extra_keys == weights.shape[-1] - TEXT
+    if "key_padding_mask" in call:
+        torch.testing.assert_close(pair.forward.key_mask[:, :TEXT], ~padding)
+        torch.testing.assert_close(pair.backward.query_mask, ~padding)
+    else:
+        assert pair.forward.key_mask is None
+        assert pair.backward.query_mask is None
+    if "attn_mask" in call:
+        sees = pair.forward.visible.expand(weights.shape)
+        assert ((weights > 0) <= sees).all()
+
+
+def test_positional_arguments_and_unbatched_tokens():
+    model = Pair()
+    audio, text = (x[0] for x in tokens())
+    with AttentionRecorder(model) as recorder:
+        got = model.audio_to_text_attn(audio, text, text, None, True)
+        model.text_to_audio_attn(text, audio, audio, None, False)
+    assert_same(got, model.audio_to_text_attn(audio, text, text, None, True))
+    assert recorder.attention[0].forward.weights.shape == (1, HEADS, AUDIO, TEXT)
+    assert recorder.attention[0].backward.weights.shape == (1, HEADS, TEXT, AUDIO)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("settings", MODULES.values(), ids=MODULES)
+def test_gradients_and_autocast(settings, need_weights):
+    model = Pair(**settings)
+    audio, text = tokens(settings.get("batch_first", True), settings.get("kdim", WIDTH))
+    text_back = torch.nn.functional.pad(text, (0, WIDTH - text.shape[-1]))
+
+    def run(model):
+        there = model.audio_to_text_attn(audio, text, text, need_weights=need_weights)
+        return there, model.text_to_audio_attn(text_back, audio, audio, need_weights=need_weights)
+
+    (pair,) = record(model, run)
+    assert pair.forward.weights.shape[:3] == (BATCH, HEADS, AUDIO)
+
+
+def test_what_the_caller_changes_in_place_is_not_what_was_recorded():
+    model, (audio, text) = Pair(), tokens()
+    with torch.no_grad(), AttentionRecorder(model) as recorder:
+        _, weights = model.audio_to_text_attn(audio, text, text, average_attn_weights=False)
+        weights.zero_()
+        model.text_to_audio_attn(text, audio, audio)
+    torch.testing.assert_close(recorder.attention[0].forward.weights.sum(-1), torch.ones(BATCH, HEADS, AUDIO))
+
+
+class Decoder(nn.Module):
+    """Text tokens that look at audio tokens, layer after layer."""
+
+    def __init__(self, norm_first):
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(WIDTH, HEADS, 8, dropout=0.3, batch_first=True, norm_first=norm_first)
+        self.decoder = nn.TransformerDecoder(layer, 2)
+
+    def forward(self, text, audio, **masks):
+        return self.decoder(text, audio, **masks)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_decoder_layers_have_names_of_their_own(norm_first):
+    audio, text = tokens()
+    padding = torch.zeros(BATCH, AUDIO, dtype=torch.bool)
+    padding[0, 4:] = True
+    model, inputs = Decoder(norm_first), []
+    pairs = record(model, lambda m: m(text, audio, memory_key_padding_mask=padding), {"text_to_audio": "decoder"})
+    assert [pair.layer for pair in pairs] == [f"decoder.layers.{i}.multihead_attn" for i in range(2)]
+    hooks = [
+        layer.multihead_attn.register_forward_pre_hook(lambda m, args, kwargs: inputs.append(args), with_kwargs=True)
+        for layer in model.decoder.layers
+    ]
+    with torch.no_grad():
+        model(text, audio, memory_key_padding_mask=padding)
+    for hook, layer, pair, (query, key, _) in zip(hooks, model.decoder.layers, pairs, inputs, strict=True):
+        hook.remove()
+        truth = per_head(layer.multihead_attn, query, key, key_padding_mask=padding)
+        torch.testing.assert_close(pair.forward.weights, truth, atol=2e-6, rtol=1e-5)
+        assert torch.equal(pair.forward.key_mask, ~padding)
+
+
+ENCODER_CALLS = {
+    "plain": {},
+    "padding": {"src_key_padding_mask": torch.arange(AUDIO + TEXT) >= torch.tensor([[10], [9]])},
+    "mask": {"mask": torch.rand(AUDIO + TEXT, AUDIO + TEXT, generator=torch.Generator().manual_seed(3)) > 0.7},
+    "float mask": {"mask": torch.randn(AUDIO + TEXT, AUDIO + TEXT, generator=torch.Generator().manual_seed(3))},
+}
+
+
+# torch says so of the nested tensors that its own encoder makes
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("call", ENCODER_CALLS.values(), ids=ENCODER_CALLS)
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("named", ["encoder", ["encoder.layers.0", "encoder.layers.1.self_attn"]])
+def test_the_encoders_fast_path_stays_on(named, norm_first, call):
+    """Two heads, as the fast path wants an even number; the padding leaves the last two tokens out for all."""
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.3, batch_first=True, norm_first=norm_first)
+    model = nn.Module()
+    model.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
+    model.forward = lambda tokens: model.encoder(tokens, **call)
+    sequence = torch.cat(tokens(), dim=1)
+    joint = JointSequence(named, spans={"audio": (0, AUDIO), "text": (AUDIO, AUDIO + TEXT)})
+    # Under autocast torch itself fails on the nested tensors that it makes of a padded sequence.
+    pairs = record(model, lambda m: m(sequence), joint, autocast="src_key_padding_mask" not in call)
+    assert [pair.layer for pair in pairs] == ["encoder.layers.0", "encoder.layers.1"]
+
+    first = model.encoder.layers[0]
+    asked = first.norm1(sequence) if norm_first else sequence
+    masks = {"attn_mask": call.get("mask"), "key_padding_mask": call.get("src_key_padding_mask")}
+    whole = per_head(first.self_attn, asked, asked, **masks)
+    block = whole[:, :, :AUDIO, AUDIO:]
+    mass = block.sum(-1)
+    crosses = (mass > 0)[..., None]
+    expected = torch.where(crosses, block / mass[..., None], 0)
+    got = pairs[0].forward
+    torch.testing.assert_close(torch.where(crosses, got.weights, 0), expected, atol=2e-6, rtol=1e-5)
+    if "src_key_padding_mask" in call:
+        assert torch.equal(got.key_mask, ~call["src_key_padding_mask"][:, AUDIO:])
+    torch.testing.assert_close(got.crossing, mass, atol=2e-6, rtol=1e-5, equal_nan=True)
+
+
+def test_large_half_precision_tokens_do_not_overflow():
+    model = Pair().half()
+    audio, text = (300 * x.half() for x in tokens())
+    with torch.no_grad(), AttentionRecorder(model) as recorder:
+        model(audio, text, {"need_weights": False}, {"need_weights": False})
+    assert recorder.attention[0].forward.weights.isfinite().all()
+
+
+def test_a_masked_key_beside_a_bias_is_masked():
+    model, (audio, text) = Pair(), tokens()
+    mask = torch.where(torch.arange(TEXT) < 3, 0.0, -1e4).expand(AUDIO, TEXT) + 0.5
+    with AttentionRecorder(model) as recorder:
+        model(audio, text, {"attn_mask": mask})
+    visible = recorder.attention[0].forward.visible.expand(BATCH, HEADS, AUDIO, TEXT)
+    assert (visible == (torch.arange(TEXT) < 3)).all()

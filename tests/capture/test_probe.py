@@ -1,0 +1,201 @@
+"""Models whose names tell nothing: one pass shows what attends across, or everything is listed and asked."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.capture import AttentionRecorder
+from lightning_xattn.errors import DiscoveryError, XAttnWarning
+from tests.capture.models import BATCH, record
+from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, quiet_trainer, toy_loader
+
+pytestmark = pytest.mark.filterwarnings("ignore:Found in the first pass")
+
+
+def attention():
+    return nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+
+class Sdpa(nn.Module):
+    """Attention by hand, a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        for projection in (self.q, self.k):  # attention as after some training
+            nn.init.normal_(projection.weight, std=0.6)
+
+    def forward(self, queries, keys, *_, **__):
+        q, k = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (self.q(queries), self.k(keys)))
+        return F.scaled_dot_product_attention(q, k, k).transpose(1, 2).flatten(2), None
+
+
+class Fuse(nn.Module):
+    """Self-attention of each side and cross-attention between the sides, layer after layer."""
+
+    def __init__(self, make=attention, layers=1, norm=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList()
+        for _ in range(layers):
+            block = nn.ModuleDict({name: make() for name in ("own", "look", "hear")})
+            block["norm"] = nn.LayerNorm(WIDTH) if norm else nn.Identity()
+            self.blocks.append(block)
+
+    def forward(self, x, y):
+        for block in self.blocks:
+            x, y = block["norm"](x), block["norm"](y)
+            x = x + block["own"](x, x, x)[0]
+            x, y = x + block["look"](x, y, y)[0], y + block["hear"](y, x, x)[0]
+        return x, y
+
+
+def sides(x=AUDIO, y=TEXT):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(BATCH, x, WIDTH, generator=generator), torch.randn(BATCH, y, WIDTH, generator=generator)
+
+
+@pytest.mark.parametrize("make", [attention, Sdpa])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_opposite_numbers_of_tokens_pair_up(make, layers):
+    model, (x, y) = Fuse(make, layers), sides()
+    pairs = record(model, lambda m: m(x, y))
+    assert [pair.layer for pair in pairs] == [f"blocks.{i}" for i in range(layers)]
+    for pair in pairs:
+        assert [str(a.direction) for a in pair.directions] == ["a_to_b", "b_to_a"]
+        assert pair.forward.weights.shape == (BATCH, HEADS, AUDIO, TEXT)
+        assert pair.backward.weights.shape == (BATCH, HEADS, TEXT, AUDIO)
+    named = {
+        "a_to_b": [f"blocks.{i}.look" for i in range(layers)],
+        "b_to_a": [f"blocks.{i}.hear" for i in range(layers)],
+    }
+    with torch.no_grad(), AttentionRecorder(model, named) as recorder:
+        model(x, y)
+    for found, told in zip(pairs, recorder.attention, strict=True):
+        assert torch.equal(found.forward.weights, told.forward.weights)
+        assert torch.equal(found.backward.weights, told.backward.weights)
+
+
+def test_it_is_said_once_what_was_found_and_how_to_name_it():
+    model, (x, y) = Fuse(), sides()
+    with AttentionRecorder(model) as recorder:
+        assert recorder.layers == ()
+        model(x, y)
+        with pytest.warns(XAttnWarning, match=r"'a_to_b': 'blocks\.0\.look', 'b_to_a': 'blocks\.0\.hear'.*name them"):
+            (first,) = recorder.attention
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            recorder.clear()
+            model(y, y)  # from now on only what goes across is watched, whatever it looks like
+            (second,) = recorder.attention
+    assert first.forward.weights.shape != second.forward.weights.shape
+
+
+class Same(nn.Module):
+    """Two sides of as many tokens."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.look, self.hear = attention(), attention()
+        self.norm = nn.ModuleList([nn.LayerNorm(WIDTH) for _ in range(4)]) if norm else [nn.Identity()] * 4
+
+    def forward(self, x, y):
+        a, b, c, d = (norm(side) for norm, side in zip(self.norm, (x, y, y, x), strict=True))
+        return self.look(a, b, b)[0], self.hear(c, d, d)[0]
+
+
+def test_equal_numbers_of_tokens_pair_up_by_the_tensors_themselves_or_not_at_all():
+    x, y = sides(AUDIO, AUDIO)
+    (pair,) = record(Same(norm=False), lambda m: m(x, y))
+    assert pair.backward is not None
+    model = Same(norm=True)
+    with AttentionRecorder(model) as recorder:
+        model(x, y)
+    pairs = recorder.attention  # queries and keys stand nowhere else again: two directions of their own
+    assert [pair.backward for pair in pairs] == [None, None]
+
+
+class Three(nn.Module):
+    """Three sides, two of which have as many tokens, so that lengths alone do not tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.q, self.r, self.s = (attention() for _ in range(4))
+
+    def forward(self, x, y):
+        z = y[:, :AUDIO] + 1
+        return self.p(x, y, y), self.q(z, y, y), self.r(y, z, z), self.s(y, x, x)
+
+
+def test_what_is_not_clear_is_listed_and_asked():
+    (x, y), fuse = sides(), Fuse()
+    for model, run, message in (
+        (Three(), lambda m: m(x, y), r"not clear which.*p \(run 1\): 5 queries, 7 keys; q .*Name them: attention="),
+        (fuse, lambda m: m.blocks[0]["own"](x, x, x), r"No cross-attention ran.*blocks\.0\.own.*JointSequence\('path"),
+        (nn.Linear(2, 2), lambda m: m, r"No attention was seen.*Linear has no nn\.MultiheadAttention at all"),
+    ):
+        with AttentionRecorder(model) as recorder:
+            run(model)
+        with pytest.raises(DiscoveryError, match=message):
+            _ = recorder.attention
+
+
+class Steps(ToyModule):
+    """Calls parts of what it holds, and never the forward of the whole."""
+
+    def __init__(self):
+        super().__init__()
+        del self.audio_to_text_attn, self.text_to_audio_attn
+        self.net = nn.ModuleDict({"one": Sdpa(), "two": Sdpa()})
+
+    def validation_step(self, batch, batch_idx):
+        audio, text = self.audio(batch[0]), self.text(batch[1])
+        there, back = self.net["one"](audio, text)[0], self.net["two"](text, audio)[0]
+        return {"logits": self.head(torch.cat([there.mean(1), back.mean(1)], dim=1)), "targets": batch[2]}
+
+
+def test_a_step_that_calls_parts_of_the_model():
+    watch = AttentionExplainabilityCallback()
+    quiet_trainer(callbacks=[watch]).validate(Steps(), toy_loader(), verbose=False)
+    assert watch.history[0]["samples"] == 23
+    assert "alignment/correct" in watch.history[0]
+
+
+def test_names_of_modules_that_are_no_multihead_attention_tell_the_direction():
+    model, (x, y) = nn.Module(), sides()
+    model.video_to_text, model.text_to_video, model.own = Sdpa(), Sdpa(), Sdpa()
+    model.forward = lambda x, y: (model.own(x, x), model.video_to_text(x, y), model.text_to_video(y, x))
+    (pair,) = record(model, lambda m: m(x, y))
+    assert [str(a.direction) for a in pair.directions] == ["video_to_text", "text_to_video"]
+
+
+class Nameless(ToyModule):
+    """The toy with names that tell nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = self.audio_to_text_attn, self.text_to_audio_attn
+        del self.audio_to_text_attn, self.text_to_audio_attn
+
+    def forward(self, audio, text):
+        audio, text = self.audio(audio), self.text(text)
+        there, back = self.one(audio, text, text)[0], self.two(text, audio, audio)[0]
+        return self.head(torch.cat([there.mean(1), back.mean(1)], dim=1))
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_a_trainer_with_a_model_whose_names_tell_nothing(sanity):
+    watch, module = AttentionExplainabilityCallback(), Nameless()
+    trainer = quiet_trainer(callbacks=[watch], num_sanity_val_steps=sanity, max_epochs=2)
+    trainer.fit(module, toy_loader(), toy_loader(seed=1))
+    assert [record["samples"] for record in watch.history] == [23, 23]
+    assert {"entropy/a_to_b/all", "entropy/b_to_a/head_2"} <= set(watch.history[0])
+
+    named = AttentionExplainabilityCallback({"a_to_b": "one", "b_to_a": "two"})
+    for callback in (watch, named):
+        quiet_trainer(callbacks=[callback]).validate(module, toy_loader(), verbose=False)
+    assert named.history[-1] == watch.history[-1]
