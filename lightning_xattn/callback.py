@@ -285,7 +285,7 @@ class AttentionExplainabilityCallback(Callback):
         labels = finder.find(step)[kept]
         if self._classes is None:
             self._classes = name_classes(labels, self.class_names or self._own_names(pl_module), self.group_by, step)
-            _warn(missing_labels(labels, self._classes, self.group_by, step))
+            _warn(missing_labels(labels, self._classes, self.group_by, step, finder.unclear))
             _warn(self._alarms.of_directions(self._recorder.layers))
             places = " and ".join(f"{what} from {place}" for what, place in finder.places.items())
             rank_zero_info(f"AttentionExplainabilityCallback takes {places or 'no labels'}.")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN
-from lightning_xattn.capture.labels import UNLABELLED, Labels, Step
+from lightning_xattn.capture.labels import Labels, Step
+from lightning_xattn.capture.scores import UNLABELLED
 from lightning_xattn.errors import SettingError, ShapeError
 
 GROUPINGS = ("target", "prediction")
@@ -95,13 +96,16 @@ def name_classes(labels: Labels, class_names: Sequence[str] | None, group_by: st
     return check_class_names(class_names) if class_names else ()
 
 
-def missing_labels(labels: Labels, names: Sequence[str], group_by: str, step: Step) -> Iterator[str]:
-    """What cannot be shown because it was not found, and how to name it."""
+def missing_labels(
+    labels: Labels, names: Sequence[str], group_by: str, step: Step, unclear: Mapping[str, str]
+) -> Iterator[str]:
+    """What cannot be shown because it was not found, or why it was not taken, and how to name it."""
     for what, ids in (("predictions", labels.predicted), ("targets", labels.target)):
         if ids is None:
             parts = "correct and incorrect predictions" + (" and classes" if what.startswith(group_by) else "")
+            reason = f" {unclear[what]}" if what in unclear else ""
             yield (
-                f"No {what} found, so {parts} are not compared. {step} Name them: "
+                f"No {what} found, so {parts} are not compared.{reason} {step} Name them: "
                 f"AttentionExplainabilityCallback({what}=<key or callable>)."
             )
         elif not names and what.startswith(group_by):

@@ -258,6 +258,46 @@ def test_without_labels_the_class_and_outcome_parts_switch_off_and_say_so():
     assert names == {"xattn_alignment/val/all", "xattn_alignment/val/null"}
 
 
+class OneScore(ToyModule):
+    """A binary head, or a regression: one number a sample."""
+
+    def forward(self, audio, text):
+        return super().forward(audio, text)[:, :1] * 20
+
+
+@pytest.mark.parametrize("kind", [torch.long, torch.float32])
+def test_a_binary_head(kind):
+    audio, text, target = toy_data().tensors
+    target = (target % 2).to(kind)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(audio, text, target[:, None]), batch_size=5)
+    module, watch = OneScore(), AttentionExplainabilityCallback(class_names=["no", "yes"])
+    module._loss = lambda batch: nn.functional.binary_cross_entropy_with_logits(module(*batch[:2]), batch[2].float())
+    logged = validate(module, watch, loader)
+    there, back, _, _ = record_all(module, toy_data())
+    alignment = np.array([reference.alignment(there[b], back[b]) for b in range(len(there))])
+    with torch.no_grad():
+        predicted = module(audio, text)[:, 0] > 0
+    correct = (predicted == target.bool()).numpy()
+    assert 0 < correct.sum() < len(correct)
+    for name, chosen in (("correct", correct), ("incorrect", ~correct), ("yes", target.bool().numpy())):
+        assert logged[f"xattn_alignment/val/{name}"] == pytest.approx(alignment[chosen].mean(), abs=1e-5)
+
+
+def test_a_regression_has_no_classes_and_no_outcomes():
+    audio, text, target = toy_data().tensors
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(audio, text, target / 3 + 0.1), batch_size=5)
+    module = OneScore()
+    module._loss = lambda batch: nn.functional.mse_loss(module(*batch[:2])[:, 0], batch[2])
+    with pytest.warns(XAttnWarning) as caught:
+        logged = validate(module, AttentionExplainabilityCallback(), loader)
+    told = [str(warning.message) for warning in caught if warning.category is XAttnWarning]
+    assert len(told) == 2
+    assert "No predictions found" in told[0]
+    assert "this is a regression, which has no classes" in told[0]
+    assert "No targets found" in told[1]
+    assert {name for name in logged if "alignment" in name} == {"xattn_alignment/val/all", "xattn_alignment/val/null"}
+
+
 def test_samples_without_a_label_have_no_class_and_no_outcome():
     audio, text, target = toy_data().tensors
     target[12:] = -1
@@ -343,8 +383,10 @@ def test_every_n_of_the_epochs_that_are_validated(validated, every, epochs, tmp_
     assert drawn == epochs[::2]
 
 
-def test_both_namespaces_of_lightning():
-    lightning = pytest.importorskip("lightning.pytorch")
+@pytest.mark.parametrize("namespace", ["lightning.pytorch", "pytorch_lightning"])
+def test_both_namespaces_of_lightning(namespace, tmp_path):
+    lightning = pytest.importorskip(namespace)
+    loggers = pytest.importorskip(f"{namespace}.loggers")
 
     class Other(lightning.LightningModule):
         def __init__(self):
@@ -354,11 +396,33 @@ def test_both_namespaces_of_lightning():
         def forward(self, audio, text):
             return self.toy(audio, text)
 
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(*batch[:2]), batch[2])
+
         def validation_step(self, batch, batch_idx):
             self(*batch[:2])
 
+        test_step = validation_step
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    watch = AttentionExplainabilityCallback()
     trainer = lightning.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[AttentionExplainabilityCallback()]
+        accelerator="cpu",
+        max_epochs=2,
+        logger=loggers.CSVLogger(tmp_path, name="", version="run"),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        log_every_n_steps=1,
+        callbacks=[watch],
     )
-    trainer.validate(Other(), toy_loader(), verbose=False)
-    assert "xattn_alignment/val/all" in trainer.callback_metrics
+    module = Other()
+    trainer.fit(module, toy_loader(), toy_loader(seed=1))
+    assert "xattn_alignment/val/correct" in trainer.callback_metrics
+    trainer.test(module, toy_loader(seed=2), verbose=False)
+    assert "xattn_alignment/test/all" in trainer.callback_metrics
+    assert [(entry["stage"], entry["samples"]) for entry in watch.history] == [("val", 23), ("val", 23), ("test", 23)]
+    assert len(list((tmp_path / "run").rglob("xattn_map/**/*.png"))) == 6
+    assert count_hooks(module) == 0

@@ -14,7 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_xattn.attention import row_sum_tolerance
+from lightning_xattn.capture.scores import (
+    Classes,
+    are_binary_labels,
+    are_ids,
+    are_predictions,
+    are_probabilities,
+    are_rows,
+    are_shares,
+    are_single,
+    are_single_scores,
+    are_surely_logits,
+    classes_of,
+    classes_of_labels,
+    classes_of_scores,
+    confidence_of,
+)
 from lightning_xattn.errors import DiscoveryError, ShapeError
 
 LabelSetting = str | Callable[[Any, Any], Any] | None
@@ -23,9 +38,6 @@ LabelSetting = str | Callable[[Any, Any], Any] | None
 PREDICTION_KEYS = ("logits", "probabilities", "probs", "predictions", "preds", "y_hat", "y_pred")
 TARGET_KEYS = ("targets", "target", "labels", "label", "y")
 SAMPLE_ID_KEYS = ("sample_ids", "sample_id")
-
-UNLABELLED = (-1, -100)
-"""Class ids that usually mean "no label"; -100 is what torch's losses ignore."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class Labels:
         ``(batch,)`` int64 class ids; -1 where the scores are not finite.
     confidence
         ``(batch,)`` probability of the predicted class, when the predictions are scores: the scores themselves where
-        those of the first batch were probabilities, else their softmax.
+        those of the first batch were probabilities, else their softmax (of a single score its sigmoid).
     tied
         ``(batch,)`` bool: the soft target has more than one top class.
     n_classes
@@ -93,10 +105,11 @@ class Labels:
 
 @dataclass(frozen=True)
 class Place:
-    """Where something is found in a step: a name for people, and how to read it."""
+    """Where something is found in a step: a name for people, how to read it, and the key that it stands under."""
 
     name: str
     read: Callable[[Step], Any]
+    key: str | int | None = None
 
 
 class LabelFinder:
@@ -105,13 +118,19 @@ class LabelFinder:
     Unless told, **predictions** are looked for in the step's outputs (under a usual key, or the outputs themselves)
     and then in what the module's own ``forward`` returned; **targets** in the outputs and then in the batch (under a
     usual key, or the one item of a tuple that can be a target). Class scores ``(batch, classes)`` and class ids
-    ``(batch,)`` are understood; for targets also soft labels, rows of shares that sum to 1. Where several things
-    could be meant, none is taken.
+    ``(batch,)`` are understood; for targets also soft labels, rows of shares that sum to 1. One score a sample,
+    ``(batch,)`` or ``(batch, 1)``, is that of a binary head where the targets are 0 and 1. Where several things could
+    be meant, none is taken.
 
     Parameters
     ----------
     predictions, targets, sample_ids
         See ``LabelSetting``. Sample ids may also be a list of numbers or strings.
+
+    Attributes
+    ----------
+    unclear : dict of str to str
+        Why predictions were not taken though there is something that could be meant.
     """
 
     def __init__(
@@ -119,7 +138,8 @@ class LabelFinder:
     ) -> None:
         self._settings = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids}
         self._places: dict[str, Place | None] | None = None
-        self._probabilities = False
+        self._binary = self._probabilities = False
+        self.unclear: dict[str, str] = {}
 
     @property
     def places(self) -> dict[str, str]:
@@ -136,22 +156,26 @@ class LabelFinder:
         ShapeError
             If what it names has another form or length than expected.
         """
-        first = self._places is None
         if self._places is None:
             self._places = self._look(step)
         scores, labels = (self._read(what, step) for what in ("predictions", "targets"))
-        if first:
-            self._probabilities = _are_probabilities(scores)
-        predicted, _, predicted_classes = _class_ids(scores)
-        target, tied, target_classes = _class_ids(labels)
-        if predicted_classes and target_classes and predicted_classes != target_classes:
+        predicted, target = self._classes(scores, labels)
+        if predicted.n_classes and target.n_classes and predicted.n_classes != target.n_classes:
             raise ShapeError(
-                f"Predictions have {predicted_classes} classes and targets {target_classes}; expected the same. "
+                f"Predictions have {predicted.n_classes} classes and targets {target.n_classes}; expected the same. "
                 f"{step} Name the right ones with predictions=... and targets=...."
             )
-        return Labels(
-            predicted, _confidence(scores, self._probabilities), target, tied, predicted_classes or target_classes
-        )
+        has_scores = scores is not None and scores.is_floating_point()
+        confidence = confidence_of(scores, self._probabilities) if scores is not None and has_scores else None
+        return Labels(predicted.ids, confidence, target.ids, target.tied, predicted.n_classes or target.n_classes)
+
+    def _classes(self, scores: Tensor | None, labels: Tensor | None) -> tuple[Classes, Classes]:
+        if not self._binary:
+            predicted, target = (Classes() if values is None else classes_of(values) for values in (scores, labels))
+            return predicted, target
+        assert scores is not None
+        predicted = classes_of_scores(scores, threshold=0.5 if self._probabilities else 0.0)
+        return predicted, Classes() if labels is None else classes_of_labels(labels)
 
     def find_sample_ids(self, step: Step) -> list[Any] | Tensor | None:
         """The samples' ids, as a tensor or a list; None when there are none.
@@ -175,11 +199,40 @@ class LabelFinder:
         places = {what: _told(setting) for what, setting in self._settings.items()}
         if self._settings["predictions"] is None:
             places["predictions"] = _guess_predictions(step)
+        scores = None if places["predictions"] is None else places["predictions"].read(step)
+        self._binary = are_single_scores(scores, step.samples)
         if self._settings["targets"] is None:
-            places["targets"] = _guess_targets(step, places["predictions"])
+            places["targets"] = _guess_targets(step, scores)
         if self._settings["sample_ids"] is None:
             places["sample_ids"] = next(_keyed(step, ("batch", "outputs"), SAMPLE_ID_KEYS), None)
+        if places["predictions"] is not None and isinstance(scores, Tensor):
+            doubt = self._doubt(scores, places["predictions"], places["targets"], step)
+            if doubt and self._settings["predictions"] is not None:
+                raise ShapeError(f"{doubt} {step}")
+            if doubt:
+                self.unclear["predictions"] = doubt
+                places["predictions"], self._binary = None, False
         return places
+
+    def _doubt(self, scores: Tensor, place: Place, targets: Place | None, step: Step) -> str:
+        """Decide what the scores of a first batch are; what cannot be told is said."""
+        if not self._binary:
+            self._probabilities = scores.dim() == 2 and scores.is_floating_point() and are_probabilities(scores)
+            return ""
+        labels = None if targets is None else targets.read(step)
+        if not are_binary_labels(labels, step.samples) and (targets or self._settings["predictions"] is None):
+            return (
+                f"{place.name} gives one number a sample, but no targets of 0 and 1 were found to go with it: this is "
+                "a regression, which has no classes, or a binary head whose targets must be named."
+            )
+        if place.key in ("probabilities", "probs"):
+            self._probabilities = True
+        elif place.key != "logits" and not are_surely_logits(scores):
+            return (
+                f"{place.name} gives one score a sample, all between 0 and 1, which may be logits or probabilities: "
+                "return them from the step as {'logits': ...} or {'probabilities': ...}."
+            )
+        return ""
 
     def _read(self, what: str, step: Step) -> Tensor | None:
         place = (self._places or {}).get(what)
@@ -188,7 +241,8 @@ class LabelFinder:
         found = place.read(step)
         if not isinstance(found, Tensor):
             raise DiscoveryError(f"No {what}: {place.name} gave {type(found).__name__}, expected a tensor. {step}")
-        if not (_are_ids(found, step.samples) or _are_rows(found, step.samples)):
+        single = self._binary and are_single(found, step.samples)
+        if not (single or are_ids(found, step.samples) or are_rows(found, step.samples)):
             raise ShapeError(
                 f"Expected {what} as class ids ({step.samples},) or one column a class ({step.samples}, classes); "
                 f"{place.name} gave {found.dtype} of shape {tuple(found.shape)}. {step}"
@@ -206,7 +260,7 @@ def _told(setting: LabelSetting) -> Place | None:
         holders = [place for place in (step.outputs, step.batch) if isinstance(place, Mapping) and setting in place]
         return holders[0][setting] if holders else None
 
-    return Place(_said(setting), by_key)
+    return Place(_said(setting), by_key, setting)
 
 
 def _said(setting: LabelSetting) -> str:
@@ -219,7 +273,7 @@ def _keyed(step: Step, sources: tuple[str, ...], keys: tuple[str, ...]) -> Itera
         holder = getattr(step, source)
         for key in keys:
             if isinstance(holder, Mapping) and key in holder:
-                yield Place(f"{source}['{key}']", _reader(source, key))
+                yield Place(f"{source}['{key}']", _reader(source, key), key)
 
 
 def _items(step: Step, source: str) -> list[Place]:
@@ -238,25 +292,28 @@ def _guess_predictions(step: Step) -> Place | None:
     keyed = next(_keyed(step, ("outputs",), PREDICTION_KEYS), None)
     if keyed is not None:
         # Named as predictions: if these do not fit, nothing else is meant.
-        return keyed if _are_predictions(keyed.read(step), step.samples) else None
+        value = keyed.read(step)
+        return keyed if are_predictions(value, step.samples) or are_single_scores(value, step.samples) else None
     for candidates in (
         _items(step, "outputs"),
         list(_keyed(step, ("forward",), PREDICTION_KEYS))[:1],
         _items(step, "forward"),
     ):
-        fitting = [place for place in candidates if _are_predictions(place.read(step), step.samples)]
-        if fitting:
-            return fitting[0] if len(fitting) == 1 else None
+        for fits in (are_predictions, are_single_scores):
+            fitting = [place for place in candidates if fits(place.read(step), step.samples)]
+            if fitting:
+                return fitting[0] if len(fitting) == 1 else None
     return None
 
 
-def _guess_targets(step: Step, predictions: Place | None) -> Place | None:
-    scores = None if predictions is None else predictions.read(step)
-    classes = scores.shape[1] if isinstance(scores, Tensor) and scores.dim() == 2 else None
+def _guess_targets(step: Step, scores: Any) -> Place | None:
+    classes = scores.shape[1] if are_rows(scores, step.samples) else None
 
     def fits(value: Any) -> bool:
-        return _are_ids(value, step.samples) or (
-            _are_rows(value, step.samples) and value.shape[1] == (classes or value.shape[1]) and _are_shares(value)
+        if are_single_scores(scores, step.samples):
+            return are_binary_labels(value, step.samples)
+        return are_ids(value, step.samples) or (
+            are_rows(value, step.samples) and value.shape[1] == (classes or value.shape[1]) and are_shares(value)
         )
 
     keyed = next(_keyed(step, ("outputs", "batch"), TARGET_KEYS), None)
@@ -264,53 +321,6 @@ def _guess_targets(step: Step, predictions: Place | None) -> Place | None:
         return keyed if fits(keyed.read(step)) else None
     fitting = [place for place in _items(step, "batch") if fits(place.read(step))]
     return fitting[0] if len(fitting) == 1 else None
-
-
-def _are_predictions(value: Any, samples: int) -> bool:
-    return (_are_rows(value, samples) and value.is_floating_point()) or _are_ids(value, samples)
-
-
-def _are_ids(value: Any, samples: int) -> bool:
-    whole = isinstance(value, Tensor) and not (value.is_floating_point() or value.dtype == torch.bool)
-    return whole and tuple(value.shape) == (samples,)
-
-
-def _are_rows(value: Any, samples: int) -> bool:
-    rows = isinstance(value, Tensor) and value.dim() == 2 and value.dtype != torch.bool
-    return rows and len(value) == samples and value.shape[1] > 1
-
-
-def _are_shares(rows: Tensor) -> bool:
-    """Soft or one-hot labels; several labels at once, or numbers to regress, are not."""
-    return bool((rows >= 0).all() and ((rows.float().sum(1) - 1).abs() < 1e-3).all())
-
-
-def _are_probabilities(scores: Tensor | None) -> bool:
-    """Whether a first batch's scores are probabilities already, and not logits."""
-    if scores is None or scores.dim() == 1:
-        return False
-    tolerance = row_sum_tolerance(scores.dtype)
-    finite = scores[scores.isfinite().all(1)].float()
-    sums_to_one = ((finite.sum(1) - 1).abs() < tolerance).all()
-    return len(finite) > 0 and bool((finite >= 0).all() and sums_to_one)
-
-
-def _confidence(scores: Tensor | None, are_probabilities: bool) -> Tensor | None:
-    if scores is None or scores.dim() == 1:
-        return None
-    scores = scores.float()
-    return (scores if are_probabilities else scores.softmax(1)).amax(1)
-
-
-def _class_ids(values: Tensor | None) -> tuple[Tensor | None, Tensor | None, int | None]:
-    """Class ids, ties of the top class, and the number of classes when ``values`` has one column a class."""
-    if values is None:
-        return None, None, None
-    if values.dim() == 1:
-        return values.long(), None, None
-    finite = values.isfinite().all(1)
-    top = values.amax(1, keepdim=True)
-    return torch.where(finite, values.argmax(1), -1), (values == top).sum(1) > 1, values.shape[1]
 
 
 def _describe(value: Any) -> str:

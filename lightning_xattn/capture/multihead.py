@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import _global_forward_hooks_with_kwargs, register_module_forward_hook
 
 from lightning_xattn.capture.weights import RecordedWeights, additive, is_visible
 
@@ -125,7 +125,10 @@ def watch_encoder_layer(
             weights = _with_masks(attention, call, _recompute(attention, call))
         record(replace(weights, cropped=nested))
 
-    hooks.callback(register_module_forward_hook(read, with_kwargs=True).remove)
+    handle = register_module_forward_hook(read, with_kwargs=True)
+    # torch 2.13 forgets this entry when the hook is removed, and then takes every module for a watched one.
+    hooks.callback(_global_forward_hooks_with_kwargs.pop, handle.id, None)
+    hooks.callback(handle.remove)
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ def record(model, run, attention=None, autocast=True):
             assert_same(gradients(model, got), expected_gradients)
         kept = pairs if kept is None else kept
         assert count_hooks(model) == hooks_of_its_own
-        assert not torch_module._global_forward_hooks
+        assert not torch_module._has_any_global_hook()
         assert torch._C._len_torch_function_stack() == 0
     model.eval()
     return kept

@@ -1,5 +1,7 @@
 """Where predictions and targets are found, what is left alone, and what is said when they do not fit."""
 
+import re
+
 import pytest
 import torch
 
@@ -70,6 +72,55 @@ def test_predictions_that_are_not_clear_are_not_taken(outputs, forward):
 )
 def test_targets_that_are_not_clear_are_not_taken(batch):
     assert find(None, batch, SCORES).target is None
+
+
+SINGLE = torch.tensor([-1.2, 0.7, 0.2, -0.1, 3.0])
+BITS = torch.tensor([0, 1, 1, 0, 1])
+
+
+@pytest.mark.parametrize("column", [False, True], ids=["(batch,)", "(batch, 1)"])
+@pytest.mark.parametrize("kind", [torch.long, torch.bool, torch.float32])
+@pytest.mark.parametrize("where", ["forward", "logits", "probabilities"])
+def test_a_binary_head_gives_one_score_a_sample(where, kind, column):
+    scores, bits = (SINGLE[:, None], BITS[:, None].to(kind)) if column else (SINGLE, BITS.to(kind))
+    scores = scores.sigmoid() if where == "probabilities" else scores
+    outputs, forward = ({where: scores, "loss": LOSS}, None) if where != "forward" else (LOSS, scores)
+    labels = find(outputs, (IMAGE, bits), forward)
+    assert labels.predicted.tolist() == [0, 1, 1, 0, 1]
+    assert labels.target.tolist() == BITS.tolist()
+    assert labels.n_classes == 2
+    positive = SINGLE.sigmoid()
+    torch.testing.assert_close(labels.confidence, torch.maximum(positive, 1 - positive))
+
+
+def test_logits_that_happen_to_look_like_probabilities_under_their_name():
+    labels = find({"logits": torch.full((BATCH,), 0.3)}, (IMAGE, BITS))
+    assert labels.predicted.tolist() == [1] * BATCH  # above 0, though not above 0.5
+    scores = SINGLE.clone()
+    scores[2] = torch.nan
+    bits = torch.tensor([0, -1, 1, 0, 1])
+    labels = find(LOSS, (IMAGE, bits), scores)
+    assert labels.predicted.tolist() == [0, 1, -1, 0, 1]
+    assert labels.target.tolist() == [0, -1, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("targets", "scores", "reason"),
+    [
+        (BITS, SINGLE.sigmoid(), "all between 0 and 1, which may be logits or probabilities: return them.*'logits'"),
+        (SINGLE, SINGLE, "one number a sample, but no targets of 0 and 1.*regression, which has no classes"),
+        (IDS, SINGLE, "no targets of 0 and 1"),
+        (None, SINGLE, "no targets of 0 and 1"),
+    ],
+)
+def test_a_single_score_that_is_not_clear_is_not_taken_and_said_why(targets, scores, reason):
+    finder = LabelFinder()
+    labels = finder.find(step(LOSS, (IMAGE, targets), scores))
+    assert labels.predicted is None
+    assert re.search(reason, finder.unclear["predictions"])
+    if targets is not None:
+        with pytest.raises(ShapeError, match=reason):
+            find(LOSS, (IMAGE, targets), predictions=lambda o, b: scores, targets=lambda o, b: b[1])
 
 
 def test_the_place_is_kept_from_the_first_batch_on():

@@ -123,7 +123,7 @@ def test_gradient_checkpointing(reentrant, recwarn):
     assert not [warning for warning in recwarn if warning.category is XAttnWarning]
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 def test_torchscript_is_refused():
     scripted = torch.jit.trace(nn.Linear(3, 3), torch.zeros(2, 3))
     with pytest.raises(DiscoveryError, match=r"TopLevelTracedModule is TorchScript.*before torch\.jit\.script"):
