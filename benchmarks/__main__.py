@@ -7,16 +7,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.capture import recording
 from benchmarks.numpy_loop import numpy_loop
+from benchmarks.timing import median_seconds, quartiles_of_ratios, times_in_turns
 from benchmarks.validate import BATCH, one_batch, validate
 from lightning_xattn import Attention, Direction
 from lightning_xattn.aggregation import LayerAccumulator, Layout
@@ -25,17 +25,6 @@ from lightning_xattn.hms import HMSDataModule, HMSLightningModule
 from tests import reference
 
 HEADS, EEG, SPEC = 8, 9, 119
-
-
-def median_seconds(*functions: Callable[[], object], repeats: int) -> list[float]:
-    """Median time of each function; they take turns, so that a slow moment of the machine hits all alike."""
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats + 1):
-        for function, taken in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken[1:]) for taken in times]  # the first turn warms up
 
 
 def statistics_of_a_batch() -> None:
@@ -109,21 +98,15 @@ def validation_epoch(folder: Path) -> None:
     """A validation epoch with the callback, figures off, over one without."""
     module, batches = HMSLightningModule(), [one_batch(folder)] * 20
     validate(module, batches, watched=True)  # warms up
-    ratios, seconds = [], []
-    for turn in range(16):
-        taken = {}
-        for watched in (turn % 2 == 0, turn % 2 == 1):  # neither always goes first
-            start = time.perf_counter()
-            validate(module, batches, watched=watched)
-            taken[watched] = time.perf_counter() - start
-        ratios.append(taken[True] / taken[False])
-        seconds.append(taken[False])
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    plain, watched = times_in_turns(
+        lambda: validate(module, batches, watched=False), lambda: validate(module, batches, watched=True), repeats=16
+    )
+    low, middle, high = quartiles_of_ratios(watched, plain)
     print(f"validation epoch of {len(batches)} batches of {BATCH}, reference model, figures off; without callback = 1")
     print(
         f"  with the callback                 {middle:6.3f}     (aim: at most 1.05), quartiles {low:.3f} and {high:.3f}"
     )
-    print(f"  without                           {statistics.median(seconds):6.2f} s")
+    print(f"  without                           {statistics.median(plain):6.2f} s")
 
 
 def peak_memory() -> None:
@@ -145,6 +128,7 @@ def main() -> None:
         folder = Path(temporary) / "hms"
         one_batch(folder)  # simulates, and fills the cache
         statistics_of_a_batch()
+        recording()
         data_loader(folder)
         validation_epoch(folder)
     peak_memory()

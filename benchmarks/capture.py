@@ -1,0 +1,77 @@
+"""What recording adds to one forward pass of a fusion."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.timing import quartiles_of_ratios, times_in_turns
+from lightning_xattn import AttentionRecorder
+
+BATCH, EEG, SPEC, WIDTH, HEADS = 32, 9, 119, 256, 8
+
+
+class Fusion(nn.Module):
+    """Cross-attention in both directions, with weights or without."""
+
+    def __init__(self, need_weights: bool) -> None:
+        super().__init__()
+        self.need_weights = need_weights
+        self.eeg_to_spec_attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.spec_to_eeg_attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+    def forward(self, eeg: Tensor, spec: Tensor) -> tuple[Tensor, Tensor]:
+        there, _ = self.eeg_to_spec_attn(eeg, spec, spec, need_weights=self.need_weights)
+        back, _ = self.spec_to_eeg_attn(spec, eeg, eeg, need_weights=self.need_weights)
+        return there, back
+
+
+class Sdpa(nn.Module):
+    """The same two attentions on heads that are projected already, by the fused kernel or step by step."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        if self.fused:
+            return F.scaled_dot_product_attention(queries, keys, keys)
+        return (queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5).softmax(-1) @ keys
+
+
+@torch.no_grad()
+def recording() -> None:
+    """Recorded weights that were asked for, and weights computed beside a fused kernel; and nothing at all."""
+    torch.manual_seed(0)
+    eeg, spec = torch.randn(BATCH, EEG, WIDTH), torch.randn(BATCH, SPEC, WIDTH)
+    print(f"recording a fusion ({BATCH} x {HEADS} x {EEG} x {SPEC}, both directions); without recording = 1")
+    asked = Fusion(need_weights=True).eval()
+    recorder = AttentionRecorder(asked)
+
+    def recorded() -> None:
+        with recorder:
+            asked(eeg, spec)
+
+    plain, watched, again = times_in_turns(lambda: asked(eeg, spec), recorded, lambda: asked(eeg, spec), repeats=200)
+    _print("weights that are asked for", quartiles_of_ratios(watched, plain), "aim: at most 1.03")
+    _print("the same without recording, twice", quartiles_of_ratios(again, plain), "how noisy the machine is")
+
+    queries, keys = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2).contiguous() for x in (eeg, spec))
+    model, unfused = nn.ModuleDict({"x": Sdpa(fused=True)}), Sdpa(fused=False)
+    beside = AttentionRecorder(model, {"eeg_to_spec": "x"})
+
+    def recorded_beside() -> None:
+        with beside:
+            model["x"](queries, keys)
+
+    fused, both, alone = times_in_turns(
+        lambda: model["x"](queries, keys), recorded_beside, lambda: unfused(queries, keys), repeats=400
+    )
+    extra = [b - f for f, b in zip(fused, both, strict=True)]
+    _print("beside a fused kernel: added time over an unfused one", quartiles_of_ratios(extra, alone), "aim: at most 1")
+
+
+def _print(what: str, quartiles: tuple[float, float, float], aim: str) -> None:
+    low, middle, high = quartiles
+    print(f"  {what:54} {middle:6.3f}     ({aim}), quartiles {low:.3f} and {high:.3f}")
