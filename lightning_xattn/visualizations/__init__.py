@@ -16,16 +16,21 @@ from lightning_xattn.visualizations.epoch import (
 )
 from lightning_xattn.visualizations.heads import plot_head_alignment_matrix, plot_head_contributions
 from lightning_xattn.visualizations.output import render
+from lightning_xattn.visualizations.recordings import Spectrograms, Traces
 from lightning_xattn.visualizations.sample import (
     plot_attention_heatmap,
     plot_cross_modal_attention,
     plot_modality_alignment,
 )
+from lightning_xattn.visualizations.signals import plot_attention_over_signals
 
 __all__ = [
     "Group",
     "OutcomeSummary",
+    "Spectrograms",
+    "Traces",
     "plot_attention_heatmap",
+    "plot_attention_over_signals",
     "plot_class_attention",
     "plot_class_comparison",
     "plot_cross_modal_attention",

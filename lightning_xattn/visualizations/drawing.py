@@ -139,9 +139,17 @@ def name_rows(ax: Axes, names: Sequence[str], counts: Sequence[str]) -> None:
     ax.set_ylim(len(names) - 0.5, -0.5)
 
 
-def draw_colour_bar(fig: Figure, axes: NDArray[Any], scale: Normalize, label: str, colours: Colormap = COLOURS) -> Axes:
-    """Put the scale's colour bar beside these axes, equally thick whatever the figure's height."""
-    height = fig.get_figheight()
+def draw_colour_bar(
+    fig: Figure,
+    axes: NDArray[Any],
+    scale: Normalize,
+    label: str,
+    *,
+    inches: float = 0,
+    colours: Colormap = COLOURS,
+) -> Axes:
+    """Put the scale's colour bar beside these axes, equally thick whatever their height in inches (0: the figure's)."""
+    height = inches or fig.get_figheight()
     bar = fig.colorbar(ScalarMappable(scale, colours), ax=axes.tolist(), aspect=6 * height, pad=0.02)
     bar.set_label(label)
     return bar.ax

@@ -20,14 +20,19 @@ ONE_KEY = "one key: every weight is 1 by construction, which says nothing"
 HATCHED = "Hatched: undefined (padding, masked, or not attention)."
 
 
+def lift_limits(lifts: NDArray[Any]) -> tuple[float, float]:
+    """From where to where lifts go, with some room around 1, which is uniform."""
+    return float(np.nanmin(lifts, initial=1 - _MARGIN)), float(np.nanmax(lifts, initial=1 + _MARGIN))
+
+
 def lift_scale(lifts: NDArray[Any]) -> Normalize:
-    """One scale for all panels of a figure; linear, as weights add up, and around 1, which is uniform."""
-    return Normalize(np.nanmin(lifts, initial=1 - _MARGIN), np.nanmax(lifts, initial=1 + _MARGIN))
+    """One scale for all maps of a figure; linear, as weights add up."""
+    return Normalize(*lift_limits(lifts))
 
 
-def draw_lift_bar(fig: Figure, axes: NDArray[Any], scale: Normalize, label: str) -> None:
+def draw_lift_bar(fig: Figure, axes: NDArray[Any], scale: Normalize, label: str, inches: float = 0) -> None:
     """Put the scale's colour bar beside these axes, with a line at 1."""
-    bar = draw_colour_bar(fig, axes, scale, f"{label}\n(line: 1, uniform)")
+    bar = draw_colour_bar(fig, axes, scale, f"{label}\n(line: 1, uniform)", inches=inches)
     bar.axhline(1.0, color="black", linewidth=3)
     bar.axhline(1.0, color="white", linewidth=1)
 

@@ -262,17 +262,14 @@ def _draw_bars(ax: Axes, values: NDArray[Any], names: list[str], matched: bool) 
         level = "high (> 0.5)" if value > _HIGH else "disagreement (< 0)" if value < 0 else "medium"
         ax.bar(place, value, width=0.8, edgecolor="black", **_AGREEMENT[level])
         above = value >= 0
-        text = ax.annotate(
-            number(value), (place, value), (0, 3 if above else -3), textcoords="offset points", fontsize=9
-        )
-        text.set(ha="center", va="bottom" if above else "top")
+        text = ax.annotate(number(value), (place, value), (0, 3 if above else -3), textcoords="offset points")
+        text.set(fontsize=9, ha="center", va="bottom" if above else "top")
         text.set_bbox({"facecolor": "white", "linewidth": 0, "pad": 0.5})
     ax.axhline(0, color="black", linewidth=0.8)
     ax.axhline(_HIGH, color="0.4", linewidth=0.8, linestyle="--")
     # The levels stand beside the axis, so that a bar can be read without its colour.
     for label, height in zip(_AGREEMENT, (0.8, 0.25, -0.6), strict=True):
-        text = label.replace(" (", "\n(")
-        ax.text(1.01, height, text, transform=ax.get_yaxis_transform(), fontsize=9, va="center")
+        ax.text(1.01, height, label.replace(" (", "\n("), transform=ax.get_yaxis_transform(), fontsize=9, va="center")
     ax.set(xlim=(-0.6, len(values) - 0.4), ylim=(-1.2, 1.2), yticks=[-1, -0.5, 0, 0.5, 1], ylabel="Pearson r")
     ax.set_xticks(range(len(values)), names)
     ax.set_xlabel("head of one direction, head of the other" if matched else "head")
