@@ -147,10 +147,14 @@ def draw_colour_bar(
     *,
     inches: float = 0,
     colours: Colormap = COLOURS,
+    extend: Literal["neither", "both"] = "neither",
 ) -> Axes:
-    """Put the scale's colour bar beside these axes, equally thick whatever their height in inches (0: the figure's)."""
+    """Put the scale's colour bar beside these axes, equally thick whatever their height in inches (0: the figure's).
+
+    ``extend``: whether it says, by its pointed ends, that values lie beyond the scale.
+    """
     height = inches or fig.get_figheight()
-    bar = fig.colorbar(ScalarMappable(scale, colours), ax=axes.tolist(), aspect=6 * height, pad=0.02)
+    bar = fig.colorbar(ScalarMappable(scale, colours), ax=axes.tolist(), aspect=6 * height, pad=0.02, extend=extend)
     bar.set_label(label)
     return bar.ax
 

@@ -21,7 +21,6 @@ STRETCH: dict[str, Any] = {"color": "#C04A00", "linewidth": 1.2}
 
 # Signals are grey and attention is in colour, so that neither is taken for the other.
 _POWER = colormaps["Greys"]
-_POWER.colorbar_extend = "both"  # a copy of matplotlib's own
 _STEPS = [step * 10.0**power for power in range(-3, 7) for step in (1, 2, 5)]  # µV that a scale bar may stand for
 _SHOWN_POWER = (2, 98)  # percentiles: single artefacts do not take the scale
 
@@ -151,7 +150,7 @@ def draw_traces(ax: Axes, traces: Traces) -> None:
         gaps = [(time[first], (last - first) / traces.rate) for first, last in runs(np.isnan(trace))]
         ax.broken_barh(gaps, (row - 0.4, 0.8), **UNDEFINED)
     electrodes = len(traces.names)
-    ax.set_yticks(range(electrodes), traces.names, fontsize=9)
+    ax.set_yticks(range(electrodes), traces.names, fontsize=9, parse_math=False)
     ax.set_ylim(electrodes - 0.2, -0.8)
     ax.set_title("EEG, negative up, offsets removed", loc="left", fontsize=10)
     # Beside the panel, where other panels have their colour bars.
@@ -178,10 +177,10 @@ def draw_spectrograms(
         draw_mesh(ax, time, edges, decibels[:, index].T, scale, _POWER)
         for second in stretch:
             ax.axvline(second, **STRETCH)
-        ax.set_ylabel(f"{region}\n(Hz)")
+        ax.set_ylabel(f"{region}\n(Hz)", parse_math=False)
         ax.locator_params(axis="y", nbins=3)
     panels[0].set_title("Spectrograms (between the lines: the EEG above)", loc="left", fontsize=10)
-    draw_colour_bar(fig, panels, scale, "power (dB)", inches=len(panels), colours=_POWER)
+    draw_colour_bar(fig, panels, scale, "power (dB)", inches=len(panels), colours=_POWER, extend="both")
 
 
 def runs(where: NDArray[np.bool_]) -> list[tuple[int, int]]:

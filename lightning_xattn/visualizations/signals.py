@@ -190,7 +190,7 @@ def _draw_received(ax: Axes, windows: _Windows, rows: Rows | None, sample: int) 
     ax.set_ylabel("lift")
     ax.axhline(1.0, color="0.4", linestyle="--", linewidth=1)
     if rows is None:
-        ax.set_ylim(0.9, 1.1)
+        ax.set_ylim(lift_limits(np.empty(0)))
         write_note(ax, "this direction was not recorded")
         return
     received = received_lift(rows)[sample].numpy()
@@ -222,7 +222,7 @@ def _draw_links(
     ax.add_patch(Polygon([(0, 1), (1, 1), (right, 0), (left, 0)], facecolor="0.92", linewidth=0))
     for start, stop in ((0, left), (1, right)):
         ax.plot([start, stop], [1, 0], **STRETCH)
-    handles = []
+    handles = [Line2D([], [], label="the EEG's stretch", **STRETCH)]
     for (direction, lifts), look in zip(laid.items(), _LINKS, strict=False):
         order = np.argsort(np.where(np.isnan(lifts), -np.inf, lifts), axis=None)[::-1][:_STRONGEST]
         for flat in order[~np.isnan(lifts.ravel()[order])]:
@@ -230,9 +230,7 @@ def _draw_links(
             ends = (eeg.spans[down].mean(), above), (spec.spans[across].mean(), below)
             top, bottom = ((middle - first) / (last - first) for middle, (first, last) in ends)
             ax.plot([top, bottom], [1, 0], **look)
-        handles.append(Line2D([], [], label=arrow(direction), **look))
-    pairs = f", and the {_STRONGEST} strongest pairs of each direction:" if handles else ""
-    ax.set_title(f"The EEG's stretch{pairs}", loc="left", fontsize=10)
+        handles.append(Line2D([], [], label=f"{_STRONGEST} strongest {arrow(direction)}", **look))
     ax.legend(
-        handles=handles, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 0.97), frameon=False, borderpad=0, fontsize=10
+        handles=handles, ncols=3, loc="lower left", bbox_to_anchor=(0, 0.97), frameon=False, borderpad=0, fontsize=9
     )
