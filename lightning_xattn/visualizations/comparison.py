@@ -13,9 +13,10 @@ from lightning_xattn.errors import SettingError, ShapeError
 from lightning_xattn.functional import mean_interval
 from lightning_xattn.functional.outcomes import MINIMUM_GROUP
 from lightning_xattn.visualizations.drawing import WIDTH, name_rows, new_figure, set_title, wrap
-from lightning_xattn.visualizations.epoch import LOOKS, per_group
+from lightning_xattn.visualizations.epoch import LOOKS, Look, per_group
 from lightning_xattn.visualizations.output import save
 
+_CLASS = Look("black", filled=True, line="-", marker="o", offset=0)
 OUTCOMES = ("correct", "incorrect")
 
 
@@ -73,7 +74,7 @@ def plot_class_comparison(
     panels = fig.subplots(1, len(quantities), sharey=True, squeeze=False)[0]
     for ax, (title, (classes, outcomes)) in zip(panels, quantities.items(), strict=True):
         for row, name, group in zip(rows, names, [*classes, *outcomes], strict=True):
-            look = LOOKS[name if row >= len(class_names) else "correct"]
+            look = LOOKS[name] if row >= len(class_names) else _CLASS
             # The interval of a few samples would reach past what the number can be.
             ends = mean_interval(*group) if group.n >= MINIMUM_GROUP else (np.nan, np.nan)
             errors = np.abs(np.array(ends) - group.mean)[:, None]

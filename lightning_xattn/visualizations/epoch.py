@@ -305,7 +305,7 @@ def plot_outcome_alignment(
 
 
 @dataclass(frozen=True)
-class _Look:
+class Look:
     """What tells an outcome apart, in print as well: fill, line and marker, not colour alone."""
 
     colour: str
@@ -316,8 +316,8 @@ class _Look:
 
 
 LOOKS = {
-    "correct": _Look("#0072B2", True, "-", "o", -0.15),
-    "incorrect": _Look("#C04A00", False, "--", "s", 0.15),
+    "correct": Look("#0072B2", True, "-", "o", -0.15),
+    "incorrect": Look("#C04A00", False, "--", "s", 0.15),
 }
 
 

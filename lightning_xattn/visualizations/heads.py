@@ -138,7 +138,7 @@ def plot_head_alignment_matrix(
         matrix, shown = matrices[check_sample(sample_idx, samples)], f"sample {sample_idx}"
     values = matrix.numpy()
     rows, columns = values.shape
-    fig = new_figure(max(WIDTH, 2.6 + 0.48 * columns), 2.0 + max(0.3 * rows, 1.2))
+    fig = new_figure(max(WIDTH, 2.6 + 0.4 * columns), 2.0 + max(0.3 * rows, 1.2))
     ax = fig.subplots()
     scale = Normalize(-1.0, 1.0)
     draw_mesh(ax, np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5, values, scale)
@@ -146,8 +146,10 @@ def plot_head_alignment_matrix(
         print_value(ax, column, row, value, scale)
     matched = [pair for pair in best_head_matching(matrix) if not np.isnan(values[pair])]
     for row, column in matched:
-        for colour, thickness in (("black", 4.0), ("white", 1.5)):
-            ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, color=colour, linewidth=thickness))
+        for colour, thickness in (("black", 3.5), ("white", 1.5)):
+            ax.add_patch(
+                Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, color=colour, linewidth=thickness)
+            )
     ax.set_xlabel(f"head of {arrow(backward.direction)}")
     ax.set_ylabel(f"head of {arrow(forward.direction)}")
     ax.set_xticks(range(columns))

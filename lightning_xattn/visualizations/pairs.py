@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
 from lightning_xattn.errors import SettingError
@@ -34,9 +36,14 @@ def read_pair(attention: AttentionDict) -> tuple[Rows, ...]:
                 "Expected one direction or both, e.g. {'eeg_to_spec': weights, 'spec_to_eeg': weights} (names with '/' "
                 f"belong to later layers); got {', '.join(attention) or 'none'}."
             )
-        directions = [Attention(Direction.parse(name), torch.as_tensor(w).cpu()) for name, w in first.items()]
+        directions = [Attention(Direction.parse(name), torch.as_tensor(w)) for name, w in first.items()]
         attention = AttentionPair("attention_dict", *directions)
-    return tuple(prepare_rows(direction) for direction in attention.directions)
+    return tuple(prepare_rows(_on_cpu(direction)) for direction in attention.directions)
+
+
+def _on_cpu(attention: Attention) -> Attention:
+    values: dict[str, Any] = {field.name: getattr(attention, field.name) for field in fields(attention)}
+    return Attention(**{name: v.cpu() if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
 def read_both(attention: AttentionDict, what: str) -> tuple[Rows, Rows]:

@@ -207,7 +207,7 @@ def plot_modality_alignment(
     values, names, matched = _bars(forward, backward, sample_idx)
     maps = [_SampleMap(rows, sample_idx, axes) for rows in (forward, backward)]
     height = max(2.0, *(item.down.height for item in maps))
-    width = max(WIDTH, 2.0 + 0.45 * len(values))
+    width = max(WIDTH, 2.6 + 0.4 * len(values))
     fig = new_figure(width, height + 4.6)
     grid = fig.add_gridspec(2, 2, height_ratios=[2.0, height])
     _draw_bars(fig.add_subplot(grid[0, :]), values, names, matched)

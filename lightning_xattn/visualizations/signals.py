@@ -26,6 +26,7 @@ from lightning_xattn.visualizations.drawing import (
     new_figure,
     place_tokens,
     set_title,
+    wrap,
     write_note,
 )
 from lightning_xattn.visualizations.lifts import (
@@ -117,11 +118,7 @@ def plot_attention_over_signals(
     received = {to_spec: (spec_strip, spec), to_spec.opposite: (eeg_strip, eeg)}
     for direction, (ax, of_key) in received.items():
         _draw_received(ax, of_key, rows.get(direction), sample_idx)
-        ax.set_title(
-            f"Attention that each {direction.key} window receives ({arrow(direction)}), at its full extent",
-            loc="left",
-            fontsize=10,
-        )
+        _head(ax, f"Attention that each {direction.key} window receives ({arrow(direction)}), at its full extent")
     limits = [ax.get_ylim() for ax in (eeg_strip, spec_strip)]
     for ax in (eeg_strip, spec_strip):
         ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
@@ -134,7 +131,7 @@ def plot_attention_over_signals(
         draw_lift_map(ax, values, spec.cells, eeg.cells, scale, notes[direction])
         ax.set_ylabel(f"{traces.modality} (s)")
         title = f"{arrow(direction)}: which {direction.key} window each {direction.query} window attends to"
-        ax.set_title(f"{title} ({lift_range(values)})", loc="left", fontsize=10)
+        _head(ax, f"{title} ({lift_range(values)})")
     draw_lift_bar(fig, maps, scale, "lift over uniform", inches=1.3 * len(maps))
     telling = {d: values for d, values in laid.items() if not notes[d]}
     _draw_links(links, telling, eeg, spec, traces.extent, spectrograms.extent)
@@ -151,6 +148,10 @@ def plot_attention_over_signals(
     hatched = traces.has_gaps or spectrograms.has_gaps or any(np.isnan(values).any() for values in lifts.values())
     set_title(fig, "Attention over the signals", context, "Hatched: no signal, or undefined." if hatched else "")
     return save(fig, save_path)
+
+
+def _head(ax: Axes, title: str) -> None:
+    ax.set_title(wrap(title, WIDTH - 1.5), loc="left", fontsize=10)
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +232,6 @@ def _draw_links(
             top, bottom = ((middle - first) / (last - first) for middle, (first, last) in ends)
             ax.plot([top, bottom], [1, 0], **look)
         handles.append(Line2D([], [], label=f"{_STRONGEST} strongest {arrow(direction)}", **look))
-    ax.legend(
-        handles=handles, ncols=3, loc="lower left", bbox_to_anchor=(0, 0.97), frameon=False, borderpad=0, fontsize=9
-    )
+    columns = 3 if sum(len(str(handle.get_label())) for handle in handles) < 75 else 1
+    legend = ax.legend(handles=handles, ncols=columns, loc="lower left", bbox_to_anchor=(0, 0.97), fontsize=9)
+    legend.set(frame_on=False)

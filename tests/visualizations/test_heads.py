@@ -89,7 +89,7 @@ def test_cells_are_the_alignment_of_every_pair_of_heads(sample_idx) -> None:
     assert ("mean of 2 samples" if sample_idx is None else f"sample {sample_idx}") in figure.get_suptitle()
 
     best = max(permutations(range(3)), key=lambda order: sum(expected[i, j] for i, j in enumerate(order)))
-    outlined = {(p.get_y() + 0.5, p.get_x() + 0.5) for p in ax.patches if isinstance(p, Rectangle)}
+    outlined = {tuple(np.round(patch.get_center()[::-1], 6)) for patch in ax.patches if isinstance(patch, Rectangle)}
     assert outlined == set(enumerate(best))
     mean = np.mean([expected[i, j] for i, j in enumerate(best)])
     assert f"mean r = {mean:.2f} (above 0 even by chance)" in figure.get_suptitle()
@@ -102,7 +102,7 @@ def test_undefined_pairs_are_not_matched() -> None:
     render(figure)
     (ax,) = panels(figure)
     assert np.isnan(drawn(ax)[1]).all()
-    assert {patch.get_y() + 0.5 for patch in ax.patches if isinstance(patch, Rectangle)} == {0, 2}
+    assert {round(patch.get_center()[1], 6) for patch in ax.patches if isinstance(patch, Rectangle)} == {0, 2}
     assert "Hatched: undefined" in figure.get_suptitle()
 
 

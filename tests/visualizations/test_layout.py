@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations
 from pathlib import Path
 
@@ -156,6 +157,15 @@ FIGURES = {
     "signals of 10 s": lambda: signals_figure(WINDOWS, seconds=10),
     "signals, one direction": lambda: signals_figure({"eeg_to_spec": WINDOWS["eeg_to_spec"]}),
     "signals, undefined": lambda: signals_figure(undefined(WINDOWS)),
+    "signals, long names": lambda: plot_attention_over_signals(
+        dataclasses.replace(make_traces(), modality="electroencephalogram"),
+        dataclasses.replace(make_spectrograms(), modality="spectrogram of regions"),
+        {"electroencephalogram_to_spectrogram of regions": WINDOWS["eeg_to_spec"]},
+        axes={
+            "electroencephalogram": TokenAxis("w", spans=COMPETITION.spans),
+            "spectrogram of regions": TokenAxis("w", spans=spectrogram_spans()),
+        },
+    ),
     "signals, one key": lambda: signals_figure(SINGLE),
 }
 

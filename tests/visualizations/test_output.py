@@ -138,7 +138,7 @@ def test_show_is_silent_where_there_are_no_windows(backend, display: str, monkey
     figure.savefig(tmp_path / "after.png")
 
 
-@pytest.mark.parametrize("name", ["agg", "TkAgg", ""])
+@pytest.mark.parametrize("name", ["TkAgg", ""])
 def test_a_plain_script_may_show_on_a_machine_without_a_screen(name: str, tmp_path: Path) -> None:
     code = (
         "import torch; from lightning_xattn.visualizations import plot_attention_heatmap\n"
