@@ -38,6 +38,8 @@ def plot_class_comparison(
 ) -> Figure:
     """Draw means with their 95 % intervals (Student's t), one panel per number: the classes, and below the outcomes.
 
+    Groups are compared within a panel; each number has a scale of its own.
+
     Parameters
     ----------
     quantities
@@ -87,8 +89,9 @@ def plot_class_comparison(
         ax.locator_params(axis="x", nbins=5)
         ax.set_xlabel(wrap(title, 7.0 / len(quantities)))
     by_row = zip(*([*classes, *outcomes] for classes, outcomes in quantities.values()), strict=True)
+    samples = [[str(group.n) for group in of_row] for of_row in by_row]
     # Where a number is undefined for some samples, the panels have different counts.
-    counts = ["n=" + "/".join(dict.fromkeys(str(group.n) for group in of_row)) for of_row in by_row]
+    counts = ["n=" + "/".join(of_row if len(set(of_row)) > 1 else of_row[:1]) for of_row in samples]
     name_rows(panels[0], names, counts)
     few = any(group.n < MINIMUM_GROUP for parts in quantities.values() for groups in parts for group in groups)
     remark = f"No interval: fewer than {MINIMUM_GROUP} samples, nothing is claimed."

@@ -43,7 +43,8 @@ def read_pair(attention: AttentionDict) -> tuple[Rows, ...]:
 
 def _on_cpu(attention: Attention) -> Attention:
     values: dict[str, Any] = {field.name: getattr(attention, field.name) for field in fields(attention)}
-    return Attention(**{name: v.cpu() if isinstance(v, Tensor) else v for name, v in values.items()})
+    moved: dict[str, Any] = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in values.items()}
+    return Attention(**moved)
 
 
 def read_both(attention: AttentionDict, what: str) -> tuple[Rows, Rows]:
