@@ -44,7 +44,7 @@ def row_statistics(A, queries=None, keys=None, threshold=0.1):
     """Dict of (heads,) arrays: the mean of each row statistic over the valid rows of a head."""
     valid = valid_rows(A, queries, keys)
     _, keys = masks_of(A, queries, keys)
-    names = ("entropy", "effective_keys", "max", "sparsity", "relative_sparsity", "std", "mean")
+    names = ("entropy", "effective_keys", "effective_share", "max", "sparsity", "relative_sparsity", "std", "mean")
     result = {name: [] for name in names}
     for h in range(A.shape[0]):
         collected = {name: [] for name in names}
@@ -55,6 +55,7 @@ def row_statistics(A, queries=None, keys=None, threshold=0.1):
             k = len(a)
             collected["entropy"].append(shannon(a) / math.log(k) if k > 1 else NAN)
             collected["effective_keys"].append(math.exp(shannon(a)))
+            collected["effective_share"].append(math.exp(shannon(a)) / k)
             collected["max"].append(a.max())
             collected["sparsity"].append(100 * sum(a < threshold) / k)
             collected["relative_sparsity"].append(100 * sum(a < threshold / k) / k)
@@ -82,6 +83,28 @@ def joint_block(A, queries, keys, real):
                 block[h, i, j] = A[h, q, k] / share
         shares.append(sum(of_head) / len(of_head))
     return block, np.array(shares)
+
+
+def lift(A, queries=None, keys=None):
+    """(heads, queries, keys): weight times the number of keys that the query sees; NaN where there is no attention."""
+    valid = valid_rows(A, queries, keys)
+    _, keys = masks_of(A, queries, keys)
+    result = np.full(A.shape, NAN)
+    for h, q, k in np.ndindex(A.shape):
+        if valid[h, q] and keys[h, q, k]:
+            result[h, q, k] = A[h, q, k] * keys[h, q].sum()
+    return result
+
+
+def lift_map(A, queries=None, keys=None):
+    lifts = lift(A, queries, keys)
+    _, n_queries, n_keys = A.shape
+    return np.array([[mean_defined(lifts[:, q, k]) for k in range(n_keys)] for q in range(n_queries)])
+
+
+def received_lift(A, queries=None, keys=None):
+    lifts = lift(A, queries, keys)
+    return np.array([mean_defined(lifts[:, :, k].ravel()) for k in range(A.shape[2])])
 
 
 def query_selectivity(A, queries=None, keys=None):

@@ -11,6 +11,8 @@ from lightning_xattn.functional.alignment import (
     standardised_maps,
 )
 from lightning_xattn.functional.heads import head_diversity, query_selectivity, sink_strength
+from lightning_xattn.functional.intervals import mean_interval
+from lightning_xattn.functional.lift import lift, lift_map, received_lift
 from lightning_xattn.functional.outcomes import Separation, class_adjusted_gap, score_bins, separation
 from lightning_xattn.functional.rows import ROW_STATISTICS, Rows, crossing, prepare_rows, row_statistics
 from lightning_xattn.functional.samples import sample_statistics
@@ -28,8 +30,12 @@ __all__ = [
     "head_alignment",
     "head_alignment_matrix",
     "head_diversity",
+    "lift",
+    "lift_map",
+    "mean_interval",
     "prepare_rows",
     "query_selectivity",
+    "received_lift",
     "round_trip_lift",
     "row_statistics",
     "sample_statistics",

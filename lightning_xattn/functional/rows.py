@@ -120,6 +120,11 @@ def effective_keys(rows: Rows) -> Tensor:
     return _mean_of_rows(rows.entropy.exp(), rows.valid)
 
 
+def effective_share(rows: Rows) -> Tensor:
+    """``exp(-sum a ln a) / K_q``, ``(batch, heads)`` in [1 / K_q, 1]: which share of its keys a row really uses."""
+    return _mean_of_rows(rows.entropy.exp() / rows.keys, rows.valid)
+
+
 def max_weight(rows: Rows) -> Tensor:
     """Largest weight of a row, ``(batch, heads)`` in [1 / K_q, 1]: a head's "confidence" (Voita et al. 2019)."""
     return _mean_of_rows(rows.weights.amax(-1), rows.valid)
@@ -170,6 +175,7 @@ def crossing(rows: Rows) -> Tensor:
 ROW_STATISTICS = {
     "entropy": entropy,
     "effective_keys": effective_keys,
+    "effective_share": effective_share,
     "max": max_weight,
     "sparsity": sparsity,
     "relative_sparsity": relative_sparsity,

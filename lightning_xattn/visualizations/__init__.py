@@ -1,17 +1,43 @@
-"""The figures of an epoch: values in, :class:`matplotlib.figure.Figure` out.
+"""Figures: values in, :class:`matplotlib.figure.Figure` out.
 
 Only matplotlib's object API is used: no figure is registered with pyplot and nobody's settings change. A figure
 is 900 pixels wide (more only for more than 16 heads) with text of 9 points or more, for TensorBoard. Colours run
-along viridis, whose lightness rises steadily, so they survive a grey print and colour blindness; outcomes differ
-in shape and line as well as in colour. An undefined value is hatched grey, never a colour of the scale.
+along viridis, whose lightness rises steadily, so they survive a grey print and colour blindness; outcomes and
+directions differ in shape, line or hatching as well as in colour. An undefined value is hatched grey, never a colour of
+the scale. Every figure is also written to ``save_path`` where that is given.
 """
 
-from lightning_xattn.visualizations.drawing import render
+from lightning_xattn.visualizations.comparison import Group, plot_class_comparison
 from lightning_xattn.visualizations.epoch import (
     OutcomeSummary,
     plot_class_attention,
     plot_head_entropy,
     plot_outcome_alignment,
 )
+from lightning_xattn.visualizations.heads import plot_head_alignment_matrix, plot_head_contributions
+from lightning_xattn.visualizations.output import render
+from lightning_xattn.visualizations.recordings import Spectrograms, Traces
+from lightning_xattn.visualizations.sample import (
+    plot_attention_heatmap,
+    plot_cross_modal_attention,
+    plot_modality_alignment,
+)
+from lightning_xattn.visualizations.signals import plot_attention_over_signals
 
-__all__ = ["OutcomeSummary", "plot_class_attention", "plot_head_entropy", "plot_outcome_alignment", "render"]
+__all__ = [
+    "Group",
+    "OutcomeSummary",
+    "Spectrograms",
+    "Traces",
+    "plot_attention_heatmap",
+    "plot_attention_over_signals",
+    "plot_class_attention",
+    "plot_class_comparison",
+    "plot_cross_modal_attention",
+    "plot_head_alignment_matrix",
+    "plot_head_contributions",
+    "plot_head_entropy",
+    "plot_modality_alignment",
+    "plot_outcome_alignment",
+    "render",
+]

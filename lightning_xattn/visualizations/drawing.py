@@ -1,4 +1,4 @@
-"""What figures are drawn with: checked arrays, axes of tokens, hatched meshes, colour bars, titles, pictures."""
+"""What figures are drawn with: checked arrays, axes of tokens, hatched meshes, colour bars, titles."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_xattn.attention import TokenAxis
+from lightning_xattn.attention import Direction, TokenAxis
 from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.visualizations.output import WindowFigure
 
 WIDTH, _DPI = 9.0, 100  # inches, and dots in each
 _LINE, _LETTER = 0.17, 0.085  # inches that a line, and a letter, of 10 points take
-_COLOURS = colormaps["viridis"]
-_UNDEFINED = {"facecolor": "0.93", "edgecolor": "0.7", "hatch": "///", "linewidth": 0}
+COLOURS = colormaps["viridis"]
+UNDEFINED: dict[str, Any] = {"facecolor": "0.93", "edgecolor": "0.7", "hatch": "///", "linewidth": 0}
 
 
 @dataclass(frozen=True, eq=False)
-class _Tokens:
+class Tokens:
     """One axis of a map: its title, the ``(tokens + 1,)`` edges of its cells, the tokens' names if any."""
 
     title: str
     edges: NDArray[Any]
     names: Sequence[str] | None = None
     whole: bool = False  # whether the edges count tokens, so that only whole numbers make sense
+
+    def __len__(self) -> int:
+        return len(self.edges) - 1
 
     @property
     def height(self) -> float:
@@ -55,24 +58,24 @@ class _Tokens:
         axis.set_ticks(ticks, self.names[::every], fontsize=9, rotation=90 if turned else 0)
 
 
-def place_tokens(role: str, modality: str, count: int, axis: TokenAxis | None) -> _Tokens:
-    """Place the tokens of a map's axis; ``role`` is ``"query"`` or ``"key"``."""
+def place_tokens(role: str, modality: str | None, count: int, axis: TokenAxis | None) -> Tokens:
+    """Place the tokens of a map's axis; ``role`` is ``"query"`` or ``"key"``, a modality may have no name."""
     numbered = np.arange(count + 1) - 0.5
     if axis is None:
-        return _Tokens(f"{role}: {modality} token", numbered, whole=True)
+        return Tokens(f"{role}: {modality} token" if modality else f"{role} token", numbered, whole=True)
     if len(axis) != count:
         raise ShapeError(f"The {role} axis '{axis.title}' has {len(axis)} tokens, the maps have {count}.")
     title = f"{role}: {axis.title}"
     if axis.spans is None:
-        return _Tokens(title, numbered, axis.names)
+        return Tokens(title, numbered, axis.names)
     spans = np.asarray(axis.spans, dtype=np.float64)
     if count == 1:
-        return _Tokens(title, spans[0])
+        return Tokens(title, spans[0])
     centres = spans.mean(axis=1)
     half = np.diff(centres) / 2
     if not (half > 0).all():
         raise SettingError(f"The spans of the {role} axis '{axis.title}' must ascend; their centres: {centres}.")
-    return _Tokens(title, np.r_[centres[0] - half[0], centres[:-1] + half, centres[-1] + half[-1]])
+    return Tokens(title, np.r_[centres[0] - half[0], centres[:-1] + half, centres[-1] + half[-1]])
 
 
 def count_classes(class_names: Sequence[str]) -> int:
@@ -94,29 +97,36 @@ def as_array(name: str, values: ArrayLike, **axes: int | None) -> NDArray[Any]:
 
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure of this size in inches, whose parts make room for each other."""
-    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    return WindowFigure(figsize=(width, height), dpi=_DPI, layout="constrained")
 
 
-def draw_mesh(ax: Axes, x: NDArray[Any], y: NDArray[Any], values: NDArray[Any], scale: Normalize) -> None:
+def draw_mesh(
+    ax: Axes,
+    x: NDArray[Any],
+    y: NDArray[Any],
+    values: NDArray[Any],
+    scale: Normalize,
+    colours: Colormap = COLOURS,
+) -> None:
     """Draw the cells; where a value is NaN the hatched background shows."""
-    ax.patch.set(**_UNDEFINED)
+    ax.patch.set(**UNDEFINED)
     # Thousands of cells as vectors make a large file, with seams between them in many viewers.
-    ax.pcolormesh(x, y, values, cmap=_COLOURS, norm=scale, rasterized=True)
+    ax.pcolormesh(x, y, values, cmap=colours, norm=scale, rasterized=True)
 
 
 def print_value(ax: Axes, x: float, y: float, value: float, scale: Normalize) -> None:
     """Print a value in its cell, white on dark colours and black on light ones; a dash if undefined."""
     # Relative luminance; from 0.18 on black has the higher contrast (WCAG 2), and either is then above 4.5.
-    luminance = np.dot(np.power(_COLOURS(scale(value))[:3], 2.2), (0.2126, 0.7152, 0.0722))
+    luminance = np.dot(np.power(COLOURS(scale(value))[:3], 2.2), (0.2126, 0.7152, 0.0722))
     colour = "black" if luminance > 0.18 else "white"
-    text = ax.text(x, y, f"{value:.2f}", color=colour, fontsize=9, ha="center", va="center")
+    text = ax.text(x, y, number(value), color=colour, fontsize=9, ha="center", va="center")
     if np.isnan(value):
-        text.set(text="\u2013", color="black", bbox={"facecolor": _UNDEFINED["facecolor"], "linewidth": 0, "pad": 2})
+        text.set(text="\u2013", color="black", bbox={"facecolor": UNDEFINED["facecolor"], "linewidth": 0, "pad": 2})
     text.set_in_layout(False)  # it needs no room outside its cell, and asking each one is slow
 
 
 def write_note(ax: Axes, text: str) -> None:
-    """Write over the hatching of an empty panel."""
+    """Write over a panel that says nothing."""
     box = {"facecolor": "white", "edgecolor": "0.7"}
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", bbox=box)
 
@@ -129,10 +139,22 @@ def name_rows(ax: Axes, names: Sequence[str], counts: Sequence[str]) -> None:
     ax.set_ylim(len(names) - 0.5, -0.5)
 
 
-def draw_colour_bar(fig: Figure, axes: NDArray[Any], scale: Normalize, label: str) -> Axes:
-    """Put the scale's colour bar beside these axes, equally thick whatever the figure's height."""
-    height = fig.get_figheight()
-    bar = fig.colorbar(ScalarMappable(scale, _COLOURS), ax=axes.tolist(), aspect=6 * height, pad=0.02)
+def draw_colour_bar(
+    fig: Figure,
+    axes: NDArray[Any],
+    scale: Normalize,
+    label: str,
+    *,
+    inches: float = 0,
+    colours: Colormap = COLOURS,
+    extend: Literal["neither", "both"] = "neither",
+) -> Axes:
+    """Put the scale's colour bar beside these axes, equally thick whatever their height in inches (0: the figure's).
+
+    ``extend``: whether it says, by its pointed ends, that values lie beyond the scale.
+    """
+    height = inches or fig.get_figheight()
+    bar = fig.colorbar(ScalarMappable(scale, colours), ax=axes.tolist(), aspect=6 * height, pad=0.02, extend=extend)
     bar.set_label(label)
     return bar.ax
 
@@ -143,13 +165,16 @@ def set_title(fig: Figure, title: str, context: str, remark: str = "") -> None:
     fig.suptitle(f"{text}\n{remark}".strip(), fontsize=12)
 
 
+def arrow(direction: Direction) -> str:
+    """Write a direction for a reader, the one who asks first."""
+    return f"{direction.query} → {direction.key}"
+
+
+def number(value: float) -> str:
+    """Write a number with two digits after the point, without a sign where they are 0."""
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
 def wrap(text: str, inches: float) -> str:
     """Break a text of 10 points into lines of this length."""
     return textwrap.fill(text, max(int(inches / _LETTER), 12))
-
-
-def render(figure: Figure) -> NDArray[np.uint8]:
-    """Draw a figure and return its picture, ``(height, width, 3)``, red, green and blue in [0, 255]."""
-    canvas: Any = FigureCanvasAgg(figure)  # matplotlib leaves its methods untyped
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]

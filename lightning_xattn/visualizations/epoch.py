@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from lightning_xattn.errors import SettingError
 from lightning_xattn.functional.outcomes import MINIMUM_GROUP
 from lightning_xattn.visualizations.drawing import (
     WIDTH,
+    arrow,
     as_array,
     count_classes,
     draw_colour_bar,
@@ -30,10 +32,10 @@ from lightning_xattn.visualizations.drawing import (
     wrap,
     write_note,
 )
+from lightning_xattn.visualizations.lifts import draw_lift_bar, lift_scale
+from lightning_xattn.visualizations.output import save
 
 _GROUPS = {"target": " per true class", "prediction": " per predicted class", None: ""}
-# The scale of lifts reaches at least this far from 1: a nearly uniform map should look flat, not noisy.
-_LIFT_MARGIN = 0.1
 _HISTOGRAM_BARS = 40
 # Alignments closer together than this are drawn close together instead of being zoomed apart.
 _NARROWEST_ALIGNMENT_RANGE = 0.05
@@ -72,6 +74,7 @@ def plot_class_attention(
     key_axis: TokenAxis | None = None,
     group_by: str | None = "target",
     context: str = "",
+    save_path: str | PathLike[str] | None = None,
 ) -> Figure:
     """Draw the mean attention map of each class, all on one colour scale.
 
@@ -99,13 +102,16 @@ def plot_class_attention(
         What the classes are: ``"target"`` (true class), ``"prediction"`` (predicted class) or None (no classes).
     context
         Where the numbers come from, for the title, e.g. ``"val, epoch 3, layer fusion"``.
+    save_path
+        Also write the figure there (PNG, PDF, SVG and others, by suffix).
 
     Raises
     ------
     ShapeError
         If the maps, the counts, the names and the axes do not fit each other.
     SettingError
-        If there is no class, ``direction`` or ``group_by`` is not one, or an axis' spans do not ascend.
+        If there is no class, ``direction`` or ``group_by`` is not one, an axis' spans do not ascend, or the
+        suffix of ``save_path`` is not one that matplotlib can write.
     """
     classes, sides = count_classes(class_names), Direction.parse(direction)
     weights = as_array("maps", maps, classes=classes, queries=None, keys=None)
@@ -122,8 +128,7 @@ def plot_class_attention(
     panel_width, panel_height = 7.4 / columns, down.height
     fig = new_figure(WIDTH, 1.6 + rows * (panel_height + 0.4))
     axes = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    lowest, highest = np.nanmin(lift, initial=1 - _LIFT_MARGIN), np.nanmax(lift, initial=1 + _LIFT_MARGIN)
-    scale = Normalize(lowest, highest)
+    scale = lift_scale(lift)
     for index, name in enumerate(class_names):
         ax = axes[index]
         draw_mesh(ax, across.edges, down.edges, lift[index], scale)
@@ -143,12 +148,10 @@ def plot_class_attention(
 
     fig.supxlabel(wrap(across.title, WIDTH), fontsize=10)
     fig.supylabel(wrap(down.title, fig.get_figheight()), fontsize=10)
-    bar = draw_colour_bar(fig, axes, scale, f"lift over uniform: mean weight / (1/{keys})\n(line: 1, uniform)")
-    bar.axhline(1.0, color="black", linewidth=3)
-    bar.axhline(1.0, color="white", linewidth=1)
+    draw_lift_bar(fig, axes, scale, f"lift over uniform: mean weight / (1/{keys})")
     remark = "One key: every weight is 1 by construction, so these maps say nothing." if keys == 1 else ""
-    set_title(fig, f"Mean attention {sides.query} → {sides.key}{_per(group_by)}", context, remark)
-    return fig
+    set_title(fig, f"Mean attention {arrow(sides)}{per_group(group_by)}", context, remark)
+    return save(fig, save_path)
 
 
 def plot_head_entropy(
@@ -158,6 +161,7 @@ def plot_head_entropy(
     *,
     group_by: str | None = "target",
     context: str = "",
+    save_path: str | PathLike[str] | None = None,
 ) -> Figure:
     """Draw the normalised entropy of each head for each class, a panel per direction, on the scale 0 to 1.
 
@@ -174,13 +178,15 @@ def plot_head_entropy(
         What the classes are: ``"target"`` (true class), ``"prediction"`` (predicted class) or None (no classes).
     context
         Where the numbers come from, for the title, e.g. ``"val, epoch 3, layer fusion"``.
+    save_path
+        Also write the figure there (PNG, PDF, SVG and others, by suffix).
 
     Raises
     ------
     ShapeError
         If the arrays and the names do not fit each other.
     SettingError
-        If there is no class or no direction, or a direction or ``group_by`` is not one.
+        If there is no class or no direction, or a direction, ``group_by`` or the suffix of ``save_path`` is not one.
     """
     if not entropy:
         raise SettingError("The entropy of at least one direction is needed; got none.")
@@ -199,7 +205,7 @@ def plot_head_entropy(
         draw_mesh(ax, np.arange(values.shape[1] + 1) - 0.5, np.arange(classes + 1) - 0.5, values, scale)
         for (row, column), value in np.ndenumerate(values):
             print_value(ax, column, row, value, scale)
-        ax.set_title(f"{direction.query} → {direction.key}", fontsize=10)
+        ax.set_title(arrow(direction), fontsize=10)
         ax.set_xticks(range(values.shape[1]))
         ax.set_xlabel("head")
     name_rows(axes[0], class_names, [f"n={int(n)}" for n in samples])
@@ -207,8 +213,8 @@ def plot_head_entropy(
     draw_colour_bar(fig, axes, scale, "normalised entropy\n(0: one key, 1: diffuse)")
     undefined = any(np.isnan(values).any() for values in panels.values())
     remark = "Hatched: undefined (no samples in the class, or a single key to attend to)." if undefined else ""
-    set_title(fig, f"Attention entropy of each head{_per(group_by)}", context, remark)
-    return fig
+    set_title(fig, f"Attention entropy of each head{per_group(group_by)}", context, remark)
+    return save(fig, save_path)
 
 
 def plot_outcome_alignment(
@@ -220,6 +226,7 @@ def plot_outcome_alignment(
     *,
     group_by: str | None = "target",
     context: str = "",
+    save_path: str | PathLike[str] | None = None,
 ) -> Figure:
     """Draw how the alignment of correctly predicted samples differs from that of the others.
 
@@ -242,13 +249,15 @@ def plot_outcome_alignment(
         What the classes are: ``"target"`` (true class), ``"prediction"`` (predicted class) or None (no classes).
     context
         Where the numbers come from, for the title, e.g. ``"val, epoch 3, layer fusion"``.
+    save_path
+        Also write the figure there (PNG, PDF, SVG and others, by suffix).
 
     Raises
     ------
     ShapeError
         If the arrays and the names do not fit each other.
     SettingError
-        If there is no class or ``group_by`` is not one.
+        If there is no class, or ``group_by`` or the suffix of ``save_path`` is not one.
     """
     classes, bounds = count_classes(class_names), as_array("edges", edges, edges=None)
     outcomes = {"correct": correct, "incorrect": incorrect}
@@ -261,7 +270,7 @@ def plot_outcome_alignment(
     above, below = fig.subplots(2, 1, sharex=True, height_ratios=[2.6, 0.4 + 0.4 * classes])
     handles, class_counts = [], []
     for (name, outcome), counts in zip(outcomes.items(), bars, strict=True):
-        look, total = _LOOKS[name], int(counts.sum())
+        look, total = LOOKS[name], int(counts.sum())
         face = look.colour if look.filled else "white"
         label = f"{name} (no samples)"
         if total:
@@ -287,16 +296,16 @@ def plot_outcome_alignment(
     above.set_ylabel("density")
     above.set_title(_claim(*auroc), fontsize=10)
     below.set_xlabel("alignment of the two directions (Pearson r)")
-    below.set_title(f"Mean and standard error{_per(group_by)} (correct/incorrect samples)", fontsize=10)
+    below.set_title(f"Mean and standard error{per_group(group_by)} (correct/incorrect samples)", fontsize=10)
     below.grid(axis="x", color="0.85")
     name_rows(below, class_names, [f"{int(right)}/{int(wrong)}" for right, wrong in zip(*class_counts, strict=True)])
     fig.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     set_title(fig, "Alignment of correct against incorrect predictions", context)
-    return fig
+    return save(fig, save_path)
 
 
 @dataclass(frozen=True)
-class _Look:
+class Look:
     """What tells an outcome apart, in print as well: fill, line and marker, not colour alone."""
 
     colour: str
@@ -306,13 +315,13 @@ class _Look:
     offset: float
 
 
-_LOOKS = {
-    "correct": _Look("#0072B2", True, "-", "o", -0.15),
-    "incorrect": _Look("#C04A00", False, "--", "s", 0.15),
+LOOKS = {
+    "correct": Look("#0072B2", True, "-", "o", -0.15),
+    "incorrect": Look("#C04A00", False, "--", "s", 0.15),
 }
 
 
-def _per(group_by: str | None) -> str:
+def per_group(group_by: str | None) -> str:
     """End a title with what the classes are."""
     if group_by not in _GROUPS:
         raise SettingError(f"'group_by' must be one of 'target', 'prediction', None; got '{group_by}'.")

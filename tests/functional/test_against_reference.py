@@ -111,6 +111,22 @@ def test_rows_are_valid_as_the_reference_says(case):
         np.testing.assert_array_equal(F.prepare_rows(attention).valid.numpy(), expected)
 
 
+def test_lift(case):
+    for attention in case:
+        rows = F.prepare_rows(attention)
+        samples = [sample(attention, b) for b in range(BATCH)]
+        compare(F.lift(rows), [reference.lift(*s) for s in samples])
+        compare(F.lift_map(rows), [reference.lift_map(*s) for s in samples])
+        compare(F.received_lift(rows), [reference.received_lift(*s) for s in samples])
+
+
+def test_lift_leaves_out_keys_that_are_no_tokens():
+    weights = torch.tensor([0.5, 0.25, 0.125, 0.125]).expand(1, 1, 1, 4)
+    rows = F.prepare_rows(Attention(EEG_TO_SPEC, weights, extra_keys=1))
+    assert F.lift(rows).flatten().tolist() == [2.0, 1.0, 0.5]
+    assert F.received_lift(rows).flatten().tolist() == [2.0, 1.0, 0.5]
+
+
 def test_heads(case):
     for attention in case:
         rows = F.prepare_rows(attention)
@@ -211,3 +227,11 @@ def test_class_adjusted_gap():
     expected = reference.class_adjusted_gap(scores, classes, correct)
     assert F.class_adjusted_gap(counts, sums) == pytest.approx(expected, abs=1e-5)
     assert np.isnan(F.class_adjusted_gap(counts[3:], sums[3:]))
+
+
+def test_mean_interval_is_students():
+    # Student's sleep data (the second drug; R's t.test(extra) says 0.898 to 3.762).
+    hours = np.array([1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4])
+    assert F.mean_interval(10, hours.mean(), hours.std(ddof=1)) == pytest.approx((0.898, 3.762), abs=1e-3)
+    assert np.isnan(F.mean_interval(1, 0.3, float("nan"))).all()
+    assert np.isnan(F.mean_interval(0, float("nan"), float("nan"))).all()

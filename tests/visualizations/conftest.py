@@ -1,15 +1,18 @@
-"""What the tests of figures draw: axes, maps and outcomes."""
+"""What the tests of figures draw, and how they look at it."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from lightning_xattn.attention import TokenAxis
 from lightning_xattn.functional import separation
-from lightning_xattn.visualizations import OutcomeSummary, plot_outcome_alignment
+from lightning_xattn.visualizations import OutcomeSummary, Spectrograms, Traces, plot_outcome_alignment
 
 EEG = TokenAxis("EEG window (s from the labelled moment)", spans=[(5 * i - 25, 5 * i - 15) for i in range(9)])
 SPEC = TokenAxis("spectrogram window (s from the labelled moment)", spans=[(5 * i, 5 * i + 10) for i in range(119)])
@@ -18,6 +21,24 @@ LONG_REGIONS = TokenAxis(
     "EEG region", names=["left lateral", "right lateral", "left parasagittal", "right parasagittal"]
 )
 EDGES = np.linspace(-1, 1, 2**14 + 1)
+
+
+def panels(figure: Figure) -> list[Axes]:
+    """The axes that hold something, without the colour bar."""
+    return [ax for ax in figure.axes if ax.axison and ax.get_label() != "<colorbar>"]
+
+
+def mesh(ax: Axes) -> QuadMesh:
+    (found,) = (c for c in ax.collections if isinstance(c, QuadMesh))
+    return found
+
+
+def drawn(ax: Axes) -> NDArray[np.float64]:
+    return np.ma.filled(mesh(ax).get_array(), np.nan)
+
+
+def texts(figure: Figure) -> str:
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
 
 
 def make_maps(*shape: int) -> NDArray[np.float64]:
@@ -47,3 +68,23 @@ def make_alignment(correct: OutcomeSummary, incorrect: OutcomeSummary, names: li
     told = separation(torch.as_tensor(correct.histogram), torch.as_tensor(incorrect.histogram))
     auroc = (told.auroc, told.low, told.high)
     return plot_outcome_alignment(correct, incorrect, EDGES, auroc, names, context=context)
+
+
+def make_pair(batch=2, heads=3, queries=5, keys=7, heads_back=None):
+    """Both directions of a guide's ``attention_dict``, related but not alike."""
+    generator = torch.Generator().manual_seed(0)
+    there = torch.randn(batch, heads, queries, keys, generator=generator)
+    back = torch.randn(batch, heads_back or heads, keys, queries, generator=generator) + there.mean(1)[:, None].mT
+    return {"eeg_to_spec": (2 * there).softmax(-1), "spec_to_eeg": (2 * back).softmax(-1)}
+
+
+def make_traces(seconds=50, electrodes=19):
+    rng = np.random.default_rng(0)
+    return Traces(
+        rng.normal(0, 20, (200 * seconds, electrodes)), 200, [f"E{i}" for i in range(electrodes)], -seconds / 2
+    )
+
+
+def make_spectrograms(rows=300, frequencies=100):
+    power = np.random.default_rng(1).lognormal(size=(rows, 4, frequencies))
+    return Spectrograms(power, 2, REGIONS.names, np.linspace(0.6, 19.9, frequencies), -rows)

@@ -5,11 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
-from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
-from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from lightning_xattn.attention import TokenAxis
@@ -27,30 +23,15 @@ from tests.visualizations.conftest import (
     LONG_REGIONS,
     REGIONS,
     SPEC,
+    drawn,
     make_alignment,
     make_maps,
     make_outcome,
+    mesh,
+    panels,
     summary,
+    texts,
 )
-
-
-def panels(figure: Figure) -> list[Axes]:
-    """The axes that hold something, without the colour bar."""
-    return [ax for ax in figure.axes if ax.axison and ax.get_label() != "<colorbar>"]
-
-
-def mesh(ax: Axes) -> QuadMesh:
-    (found,) = (c for c in ax.collections if isinstance(c, QuadMesh))
-    return found
-
-
-def drawn(ax: Axes) -> NDArray[np.float64]:
-    return np.ma.filled(mesh(ax).get_array(), np.nan)
-
-
-def texts(figure: Figure) -> str:
-    return "\n".join(text.get_text() for text in figure.findobj(Text))
-
 
 # Mean attention maps
 

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from lightning_xattn.attention import TokenAxis
-from lightning_xattn.visualizations import plot_class_attention, plot_head_entropy, render
-from tests.visualizations.conftest import EEG, LONG_REGIONS, REGIONS, SPEC, make_alignment, make_maps, make_outcome
+from lightning_xattn.hms.features import spectrogram_spans
+from lightning_xattn.hms.recordings import COMPETITION, IIIC
+from lightning_xattn.visualizations import (
+    Group,
+    plot_attention_heatmap,
+    plot_attention_over_signals,
+    plot_class_attention,
+    plot_class_comparison,
+    plot_cross_modal_attention,
+    plot_head_alignment_matrix,
+    plot_head_contributions,
+    plot_head_entropy,
+    plot_modality_alignment,
+    render,
+)
+from tests.visualizations.conftest import (
+    EEG,
+    LONG_REGIONS,
+    REGIONS,
+    SPEC,
+    make_alignment,
+    make_maps,
+    make_outcome,
+    make_pair,
+    make_spectrograms,
+    make_traces,
+)
 
 HMS = ["Seizure", "LPD", "GPD", "LRDA", "GRDA", "Other"]
 LONG = [
@@ -46,6 +74,33 @@ def alignment_figure(classes: list[str]) -> Figure:
     )
 
 
+def signals_figure(pair: dict[str, torch.Tensor], seconds: int = 50) -> Figure:
+    geometry = {50: COMPETITION, 10: IIIC}[seconds]
+    axes = {"eeg": TokenAxis("w", spans=geometry.spans), "spec": TokenAxis("w", spans=spectrogram_spans())}
+    context = "sample 1628180742, predicted Seizure (0.82), true Other"
+    if len(next(iter(pair.values()))[0, 0]) == 1:
+        axes = {}
+    return plot_attention_over_signals(make_traces(seconds), make_spectrograms(), pair, axes=axes, context=context)
+
+
+def comparison_figure(classes: list[str], quantities: int) -> Figure:
+    rng = np.random.default_rng(0)
+    groups = [Group(3 + i, rng.uniform(), 0.1) for i in range(len(classes) + 2)]
+    titles = ["alignment (Pearson r)", "entropy eeg → spec (0: one key, 1: diffuse)", "entropy spec → eeg (0: one key)"]
+    parts = dict.fromkeys(titles[:quantities], (groups[:-2], groups[-2:]))
+    return plot_class_comparison(parts, classes, context=CONTEXT)
+
+
+def undefined(pair: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    pair = {name: weights.clone() for name, weights in pair.items()}
+    pair["eeg_to_spec"][0, 0] = torch.nan
+    pair["spec_to_eeg"][0, :, 3] = torch.nan
+    return pair
+
+
+SMALL, WINDOWS = make_pair(), make_pair(heads=8, queries=9, keys=119)
+MANY_HEADS, SINGLE = make_pair(heads=16), make_pair(queries=1, keys=1)
+PLACES = {"eeg": EEG, "spec": SPEC}
 ONE = TokenAxis("pooled", names=["all"])
 MANY = [f"class {i}" for i in range(20)]
 FIGURES = {
@@ -69,6 +124,49 @@ FIGURES = {
     "alignment": lambda: alignment_figure(HMS),
     "alignment, twenty classes": lambda: alignment_figure(MANY),
     "alignment, long class names": lambda: alignment_figure(LONG),
+    "sample": lambda: plot_cross_modal_attention(SMALL),
+    "sample, windows": lambda: plot_cross_modal_attention(WINDOWS, axes=PLACES),
+    "sample, regions": lambda: plot_cross_modal_attention(
+        make_pair(queries=4, keys=4), axes={"eeg": LONG_REGIONS, "spec": REGIONS}
+    ),
+    "sample, one key": lambda: plot_cross_modal_attention(SINGLE),
+    "sample, undefined": lambda: plot_cross_modal_attention(undefined(SMALL)),
+    "heatmap": lambda: plot_attention_heatmap(SMALL["eeg_to_spec"], title=CONTEXT),
+    "heatmap, windows": lambda: plot_attention_heatmap(
+        WINDOWS["spec_to_eeg"], direction="spec_to_eeg", query_axis=SPEC, key_axis=EEG
+    ),
+    "heatmap, one key": lambda: plot_attention_heatmap(SINGLE["eeg_to_spec"]),
+    "sample's alignment": lambda: plot_modality_alignment(SMALL),
+    "sample's alignment, windows": lambda: plot_modality_alignment(WINDOWS, axes=PLACES),
+    "sample's alignment, 16 heads": lambda: plot_modality_alignment(MANY_HEADS),
+    "sample's alignment, undefined": lambda: plot_modality_alignment(undefined(SMALL)),
+    "sample's alignment, one key": lambda: plot_modality_alignment(SINGLE),
+    "sample's alignment, unequal heads": lambda: plot_modality_alignment(make_pair(heads_back=2)),
+    "heads": lambda: plot_head_contributions(SMALL),
+    "heads, windows": lambda: plot_head_contributions(WINDOWS),
+    "16 heads": lambda: plot_head_contributions(MANY_HEADS),
+    "heads, one key": lambda: plot_head_contributions(SINGLE),
+    "heads, undefined": lambda: plot_head_contributions(undefined({n: w[:1] for n, w in SMALL.items()})),
+    "matrix": lambda: plot_head_alignment_matrix(SMALL),
+    "matrix of 16 heads": lambda: plot_head_alignment_matrix(MANY_HEADS),
+    "matrix, undefined": lambda: plot_head_alignment_matrix(undefined(SMALL), 0),
+    "comparison": lambda: comparison_figure(HMS, 3),
+    "comparison, twenty classes": lambda: comparison_figure(MANY, 2),
+    "comparison, long class names": lambda: comparison_figure(LONG, 1),
+    "signals": lambda: signals_figure(WINDOWS),
+    "signals of 10 s": lambda: signals_figure(WINDOWS, seconds=10),
+    "signals, one direction": lambda: signals_figure({"eeg_to_spec": WINDOWS["eeg_to_spec"]}),
+    "signals, undefined": lambda: signals_figure(undefined(WINDOWS)),
+    "signals, long names": lambda: plot_attention_over_signals(
+        dataclasses.replace(make_traces(), modality="electroencephalogram"),
+        dataclasses.replace(make_spectrograms(), modality="spectrogram of regions"),
+        {"electroencephalogram_to_spectrogram of regions": WINDOWS["eeg_to_spec"]},
+        axes={
+            "electroencephalogram": TokenAxis("w", spans=COMPETITION.spans),
+            "spectrogram of regions": TokenAxis("w", spans=spectrogram_spans()),
+        },
+    ),
+    "signals, one key": lambda: signals_figure(SINGLE),
 }
 
 
@@ -78,11 +176,13 @@ def test_every_text_is_legible_inside_the_canvas_and_by_itself(name: str) -> Non
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
-    shown = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
+    legends = [*figure.legends, *(ax.get_legend() for ax in figure.axes if ax.get_legend())]
+    shown = [*figure.texts, *(text for legend in legends for text in legend.get_texts())]
     for ax in figure.axes:
+        # Titles may stand in the middle or at either side.
+        shown += [child for child in ax.get_children() if isinstance(child, Text)]
         if not ax.axison:
             continue
-        shown += [ax.title, *ax.texts]
         for axis in (ax.xaxis, ax.yaxis):
             # Axes that are switched off keep labels that nobody sees, and so do ticks outside the limits.
             if axis.get_visible():
@@ -102,7 +202,10 @@ def test_every_text_is_legible_inside_the_canvas_and_by_itself(name: str) -> Non
         assert not box.padded(-1).overlaps(other_box.padded(-1)), f"'{one.get_text()}' over '{other.get_text()}'"
 
 
-@pytest.mark.parametrize("name", ["six classes", "entropy", "alignment"])
+@pytest.mark.parametrize(
+    "name",
+    ["six classes", "entropy", "alignment", "sample, windows", "sample's alignment", "heads", "matrix", "comparison"],
+)
 @pytest.mark.parametrize("kind", ["pdf", "svg"])
 def test_vector_output_works_and_stays_small(name: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"figure.{kind}"

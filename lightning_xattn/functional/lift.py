@@ -1,0 +1,44 @@
+"""How many times more attention than uniform attention would give: the number that compares any two directions.
+
+A weight depends on how many keys share the attention (0.008 is uniform for 119 keys); a lift of 3 is three times
+uniform for any number of keys.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_xattn.functional.rows import Rows
+
+
+def lift(rows: Rows) -> Tensor:
+    """``a[q, k] * K_q``, with K_q the number of keys that query q can see.
+
+    Returns
+    -------
+    Tensor
+        ``(batch, heads, queries, keys)`` over the keys that are tokens, in [0, K_q], 1 where attention is uniform; NaN
+        in rows that are not valid and at keys that a mask hides.
+    """
+    values = (rows.weights * rows.keys[..., None])[..., : rows.tokens]
+    defined = rows.valid[..., None]
+    if rows.token_visible is not None:
+        defined = defined & rows.token_visible
+    return values.masked_fill(~defined, float("nan"))
+
+
+def lift_map(rows: Rows) -> Tensor:
+    """``lift`` averaged over the heads where it is defined: ``(batch, queries, keys)``, else NaN."""
+    return lift(rows).nanmean(1)
+
+
+def received_lift(rows: Rows) -> Tensor:
+    """``lift`` averaged over heads and queries: how much attention a key receives.
+
+    Returns
+    -------
+    Tensor
+        ``(batch, keys)`` over the keys that are tokens, 1 where it is what uniform attention gives; NaN for a key that
+        no valid row can see.
+    """
+    return lift(rows).nanmean((1, 2))

@@ -1,0 +1,100 @@
+"""The figure of groups of samples: the mean of each number per class and per outcome, with 95 % intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.functional import mean_interval
+from lightning_xattn.functional.outcomes import MINIMUM_GROUP
+from lightning_xattn.visualizations.drawing import WIDTH, name_rows, new_figure, set_title, wrap
+from lightning_xattn.visualizations.epoch import LOOKS, Look, per_group
+from lightning_xattn.visualizations.output import save
+
+_CLASS = Look("black", filled=True, line="-", marker="o", offset=0)
+OUTCOMES = ("correct", "incorrect")
+
+
+class Group(NamedTuple):
+    """Some samples and one of their numbers: how many have it, its mean, its standard deviation (with n - 1)."""
+
+    n: int
+    mean: float
+    std: float
+
+
+def plot_class_comparison(
+    quantities: Mapping[str, tuple[Sequence[Group], Sequence[Group]]],
+    class_names: Sequence[str],
+    *,
+    group_by: str | None = "target",
+    context: str = "",
+    save_path: str | PathLike[str] | None = None,
+) -> Figure:
+    """Draw means with their 95 % intervals (Student's t), one panel per number: the classes, and below the outcomes.
+
+    Groups are compared within a panel; each number has a scale of its own.
+
+    Parameters
+    ----------
+    quantities
+        For each number, by a title with its unit or range (``"alignment (Pearson r)"``): a group per class, and the
+        groups of correct and of incorrect predictions. A group without samples has a mean of NaN and draws nothing,
+        one of fewer than ``MINIMUM_GROUP`` has no interval.
+    class_names
+        A name for each class.
+    group_by
+        What the classes are: ``"target"`` (true class), ``"prediction"`` (predicted class) or None (no classes).
+    context
+        Where the numbers come from, for the title, e.g. ``"test"``.
+    save_path
+        Also write the figure there (PNG, PDF, SVG and others, by suffix).
+
+    Raises
+    ------
+    ShapeError
+        If a number does not have as many groups as there are classes, or two outcomes.
+    SettingError
+        If there is no number, or ``group_by`` or the suffix of ``save_path`` is not one.
+    """
+    if not quantities:
+        raise SettingError("At least one quantity is needed; got none.")
+    for title, (classes, outcomes) in quantities.items():
+        if (len(classes), len(outcomes)) != (len(class_names), len(OUTCOMES)):
+            raise ShapeError(
+                f"'{title}' must have {len(class_names)} classes and {len(OUTCOMES)} outcomes (correct, incorrect); "
+                f"got {len(classes)} and {len(outcomes)}."
+            )
+    names = [*class_names, *OUTCOMES]
+    rows = np.arange(len(names))
+    fig = new_figure(WIDTH, 1.8 + 0.4 * len(names))
+    panels = fig.subplots(1, len(quantities), sharey=True, squeeze=False)[0]
+    for ax, (title, (classes, outcomes)) in zip(panels, quantities.items(), strict=True):
+        for row, name, group in zip(rows, names, [*classes, *outcomes], strict=True):
+            look = LOOKS[name] if row >= len(class_names) else _CLASS
+            # The interval of a few samples would reach past what the number can be.
+            ends = mean_interval(*group) if group.n >= MINIMUM_GROUP else (np.nan, np.nan)
+            errors = np.abs(np.array(ends) - group.mean)[:, None]
+            face = look.colour if look.filled else "white"
+            ax.errorbar(
+                group.mean, row, xerr=errors, fmt=look.marker, color=look.colour, markerfacecolor=face, capsize=3
+            )
+        ax.axhline(len(class_names) - 0.5, color="0.4", linewidth=0.8)
+        ax.grid(axis="x", color="0.85")
+        ax.locator_params(axis="x", nbins=5)
+        ax.set_xlabel(wrap(title, 7.0 / len(quantities)))
+    by_row = zip(*([*classes, *outcomes] for classes, outcomes in quantities.values()), strict=True)
+    samples = [[str(group.n) for group in of_row] for of_row in by_row]
+    # Where a number is undefined for some samples, the panels have different counts.
+    counts = ["n=" + "/".join(of_row if len(set(of_row)) > 1 else of_row[:1]) for of_row in samples]
+    name_rows(panels[0], names, counts)
+    few = any(group.n < MINIMUM_GROUP for parts in quantities.values() for groups in parts for group in groups)
+    remark = f"No interval: fewer than {MINIMUM_GROUP} samples, nothing is claimed."
+    title = f"Mean and 95 % interval{per_group(group_by)} and outcome"
+    set_title(fig, title, context, remark if few else "")
+    return save(fig, save_path)

@@ -1,0 +1,85 @@
+"""Maps of attention as lift over uniform: their one colour scale, its bar, a panel, and when a map says nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from lightning_xattn.functional import Rows
+from lightning_xattn.functional.alignment import NO_VARIANCE
+from lightning_xattn.visualizations.drawing import Tokens, draw_colour_bar, draw_mesh, wrap, write_note
+
+# The scale of lifts reaches at least this far from 1: a nearly uniform map should look flat, not noisy.
+_MARGIN = 0.1
+ONE_KEY = "one key: every weight is 1 by construction, which says nothing"
+HATCHED = "Hatched: undefined (padding, masked, or not attention)."
+
+
+def lift_limits(lifts: NDArray[Any]) -> tuple[float, float]:
+    """From where to where lifts go, with some room around 1, which is uniform."""
+    return float(np.nanmin(lifts, initial=1 - _MARGIN)), float(np.nanmax(lifts, initial=1 + _MARGIN))
+
+
+def lift_scale(lifts: NDArray[Any]) -> Normalize:
+    """One scale for all maps of a figure; linear, as weights add up."""
+    return Normalize(*lift_limits(lifts))
+
+
+def draw_lift_bar(fig: Figure, axes: NDArray[Any], scale: Normalize, label: str, inches: float = 0) -> None:
+    """Put the scale's colour bar beside these axes, with a line at 1."""
+    bar = draw_colour_bar(fig, axes, scale, f"{label}\n(line: 1, uniform)", inches=inches)
+    bar.axhline(1.0, color="black", linewidth=3)
+    bar.axhline(1.0, color="white", linewidth=1)
+
+
+def draw_lift_map(ax: Axes, lifts: NDArray[Any], across: Tokens, down: Tokens, scale: Normalize, note: str) -> None:
+    """Draw one ``(down, across)`` map, the first token left and at the top, and what to know of it."""
+    draw_mesh(ax, across.edges, down.edges, lifts, scale)
+    ax.invert_yaxis()
+    if note:
+        write_note(ax, note)
+
+
+def lift_range(lifts: NDArray[Any]) -> str:
+    """Say between what a map's values lie, as colours do not tell how little that may be."""
+    if np.isnan(lifts).all():
+        return "undefined"
+    return f"lift {np.nanmin(lifts):.2f} to {np.nanmax(lifts):.2f}"
+
+
+def says_nothing(rows: Rows, lifts: NDArray[Any], sample: int) -> str:
+    """Say why a sample's map says nothing about the model; empty if it may say something."""
+    if not rows.valid[sample].any():
+        return "undefined: no valid row"
+    if has_one_key(rows, sample):
+        return ONE_KEY
+    defined = lifts[~np.isnan(lifts)]
+    if defined.std() <= NO_VARIANCE * np.sqrt((defined**2).mean()):
+        return "uniform: every key gets the same, which says nothing"
+    return ""
+
+
+def has_one_key(rows: Rows, sample: int | slice = slice(None)) -> bool:
+    """Tell whether no valid row of a sample (or of any sample) has a second key."""
+    keys = rows.keys.expand(rows.valid.shape)[sample][rows.valid[sample]]
+    return bool((keys == 1).all()) and len(keys) > 0
+
+
+def lie_along(lifts: NDArray[Any], queries: Tokens, keys: Tokens) -> tuple[NDArray[Any], Tokens, Tokens]:
+    """Turn a ``(queries, keys)`` map so that its longer axis lies horizontally: values, across, down."""
+    if len(queries) > len(keys):
+        return lifts.T, queries, keys
+    return lifts, keys, queries
+
+
+def label_panel(ax: Axes, across: Tokens, down: Tokens, width: float, height: float) -> None:
+    """Label a panel that stands by itself, of this size in inches."""
+    across.label(ax, "x", width)
+    down.label(ax, "y", height)
+    ax.set_xlabel(wrap(across.title, width))
+    ax.set_ylabel(wrap(down.title, height))

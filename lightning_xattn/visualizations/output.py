@@ -1,0 +1,73 @@
+"""A figure's ways out: a window, a file, a picture."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backend_bases import NonGuiException
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from lightning_xattn.errors import SettingError
+
+
+class WindowFigure(Figure):
+    """A figure whose ``show`` needs no pyplot figure."""
+
+    def show(self, warn: bool = True) -> None:
+        """Open a window where matplotlib's backend has windows; do nothing where it has none, as without a screen.
+
+        Like pyplot's figures it does not wait: call ``matplotlib.pyplot.pause`` to keep a script's window open.
+        """
+        # Imported here as it picks a backend. Its figure manager is taken without being registered: pyplot's own list
+        # of figures, and its current figure, stay as they are.
+        from matplotlib import pyplot
+
+        make_manager: Any = pyplot.new_figure_manager  # matplotlib leaves it untyped
+        # ImportError: the backend that was asked for has no screen or is not installed.
+        with suppress(NonGuiException, ImportError):
+            make_manager(0, FigureClass=lambda: self).show()
+
+
+def save(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    """Write the figure where a path is given, complete or not at all, and return it.
+
+    Parameters
+    ----------
+    figure
+        What to write.
+    path
+        Its suffix tells the format, e.g. ``.png``, ``.pdf``, ``.svg``; parent folders are made. None: write nothing.
+
+    Raises
+    ------
+    SettingError
+        If the suffix is not one that matplotlib can write.
+    """
+    if path is None:
+        return figure
+    path = Path(path)
+    kind, kinds = path.suffix[1:].lower(), sorted(figure.canvas.get_supported_filetypes())
+    if kind not in kinds:
+        raise SettingError(f"save_path must end in one of {', '.join(f'.{k}' for k in kinds)}; got '{path}'.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A reader never sees half a file: it appears under its name when it is whole.
+    part = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(part, format=kind)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return figure
+
+
+def render(figure: Figure) -> NDArray[np.uint8]:
+    """Draw a figure and return its picture, ``(height, width, 3)``, red, green and blue in [0, 255]."""
+    canvas: Any = FigureCanvasAgg(figure)  # matplotlib leaves its methods untyped
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]

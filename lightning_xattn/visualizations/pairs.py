@@ -1,0 +1,69 @@
+"""What the figures of attention take: a guide-style dict of weights, or a pair with its masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
+from lightning_xattn.errors import SettingError
+from lightning_xattn.functional import Rows, prepare_rows
+from lightning_xattn.visualizations.drawing import Tokens, place_tokens
+
+AttentionDict = Mapping[str, Any] | AttentionPair
+"""Weights ``(batch, heads, queries, keys)`` by direction, e.g. ``{'eeg_to_spec': ..., 'spec_to_eeg': ...}``, where keys
+with a slash belong to later layers and are passed over; or one layer's pair, whose masks then count too."""
+
+
+def read_pair(attention: AttentionDict) -> tuple[Rows, ...]:
+    """The first layer's directions, made ready for statistics on the CPU.
+
+    Raises
+    ------
+    SettingError
+        If there is no direction, more than two, or a name that is not one.
+    ShapeError
+        If the directions do not fit each other.
+    """
+    if not isinstance(attention, AttentionPair):
+        first = {name: weights for name, weights in attention.items() if "/" not in name}
+        if len(first) not in (1, 2):
+            raise SettingError(
+                "Expected one direction or both, e.g. {'eeg_to_spec': weights, 'spec_to_eeg': weights} (names with '/' "
+                f"belong to later layers); got {', '.join(attention) or 'none'}."
+            )
+        directions = [Attention(Direction.parse(name), torch.as_tensor(w)) for name, w in first.items()]
+        attention = AttentionPair("attention_dict", *directions)
+    return tuple(prepare_rows(_on_cpu(direction)) for direction in attention.directions)
+
+
+def _on_cpu(attention: Attention) -> Attention:
+    values: dict[str, Any] = {field.name: getattr(attention, field.name) for field in fields(attention)}
+    moved: dict[str, Any] = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in values.items()}
+    return Attention(**moved)
+
+
+def read_both(attention: AttentionDict, what: str) -> tuple[Rows, Rows]:
+    """The first layer's two directions, for ``what`` compares them."""
+    rows = read_pair(attention)
+    if len(rows) == 1:
+        raise SettingError(f"{what} compares two directions; got {rows[0].direction} alone.")
+    return rows[0], rows[1]
+
+
+def check_sample(sample_idx: int, samples: int) -> int:
+    """Return the sample's index if there is such a sample."""
+    if not 0 <= sample_idx < samples:
+        raise SettingError(f"sample_idx must be 0 to {samples - 1} as there are {samples} samples; got {sample_idx}.")
+    return sample_idx
+
+
+def place_pair(rows: Rows, axes: Mapping[str, TokenAxis] | None) -> tuple[Tokens, Tokens]:
+    """Place the queries and the keys of a direction on the axes of their modalities."""
+    direction, axes = rows.direction, axes or {}
+    queries = place_tokens("query", direction.query, rows.weights.shape[2], axes.get(direction.query))
+    return queries, place_tokens("key", direction.key, rows.tokens, axes.get(direction.key))

@@ -1,0 +1,206 @@
+"""A recording as a reader of EEG expects it: stacked traces, and spectrograms of regions, on real time axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+from lightning_xattn.errors import SettingError
+from lightning_xattn.visualizations.drawing import UNDEFINED, as_array, draw_colour_bar, draw_mesh
+
+STRETCH: dict[str, Any] = {"color": "#C04A00", "linewidth": 1.2}
+"""How the stretch that the EEG covers is marked on the spectrograms' time axis."""
+
+# Signals are grey and attention is in colour, so that neither is taken for the other.
+_POWER = colormaps["Greys"]
+_STEPS = [step * 10.0**power for power in range(-3, 7) for step in (1, 2, 5)]  # µV that a scale bar may stand for
+_SHOWN_POWER = (2, 98)  # percentiles: single artefacts do not take the scale
+
+
+@dataclass(frozen=True, eq=False)
+class Traces:
+    """The EEG of one sample.
+
+    Parameters
+    ----------
+    microvolts
+        ``(samples, electrodes)``, as it should be seen (filtered or not); what is not finite is a gap.
+    rate
+        Samples a second.
+    names
+        A name for each electrode.
+    start
+        Seconds from the labelled moment to the first sample, usually negative.
+    modality
+        What the attention calls it.
+
+    Raises
+    ------
+    ShapeError
+        If the names do not fit the values.
+    SettingError
+        If the rate is not positive.
+    """
+
+    microvolts: ArrayLike
+    rate: float
+    names: Sequence[str]
+    start: float
+    modality: str = "eeg"
+
+    def __post_init__(self) -> None:
+        _require_positive(rate=self.rate)
+        as_array("microvolts", self.microvolts, samples=None, electrodes=len(self.names))
+
+    @property
+    def values(self) -> NDArray[Any]:
+        """``(samples, electrodes)``, NaN in gaps."""
+        return _finite(np.asarray(self.microvolts, dtype=np.float64))
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        """Seconds from the labelled moment at which the signal starts and stops."""
+        return self.start, self.start + len(self.values) / self.rate
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether anything is missing."""
+        return bool(np.isnan(self.values).any())
+
+    @property
+    def height(self) -> float:
+        """Inches for a panel whose electrodes can be told apart."""
+        return max(1.2, 0.19 * len(self.names))
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrograms:
+    """The spectrograms of one sample, one per region.
+
+    Parameters
+    ----------
+    power
+        ``(rows, regions, frequencies)``; what is not finite is a gap.
+    row_seconds
+        What one row covers.
+    regions
+        A name for each region.
+    frequencies
+        In Hz, ascending.
+    start
+        Seconds from the labelled moment to the start of the first row, usually negative.
+    modality
+        What the attention calls it.
+
+    Raises
+    ------
+    ShapeError
+        If the regions or frequencies do not fit the values.
+    SettingError
+        If ``row_seconds`` is not positive or the frequencies do not ascend.
+    """
+
+    power: ArrayLike
+    row_seconds: float
+    regions: Sequence[str]
+    frequencies: Sequence[float]
+    start: float
+    modality: str = "spec"
+
+    def __post_init__(self) -> None:
+        _require_positive(row_seconds=self.row_seconds)
+        as_array("power", self.power, rows=None, regions=len(self.regions), frequencies=len(self.frequencies))
+        if len(self.frequencies) < 2 or (np.diff(self.frequencies) <= 0).any():
+            raise SettingError(f"At least two ascending frequencies are needed; got {list(self.frequencies)}.")
+
+    @property
+    def decibels(self) -> NDArray[Any]:
+        """``(rows, regions, frequencies)``, 10 log10 of the power; NaN in gaps and where there is none."""
+        power = _finite(np.asarray(self.power, dtype=np.float64))
+        return 10 * np.log10(np.where(power > 0, power, np.nan))
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        """Seconds from the labelled moment at which the signal starts and stops."""
+        return self.start, self.start + len(np.asarray(self.power)) * self.row_seconds
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether anything is missing."""
+        return bool(np.isnan(self.decibels).any())
+
+
+def draw_traces(ax: Axes, traces: Traces) -> None:
+    """Draw the electrodes one below the other, negative up, each without its offset; gaps are hatched."""
+    values = traces.values
+    values = values - [np.median(trace[np.isfinite(trace)]) if np.isfinite(trace).any() else 0.0 for trace in values.T]
+    spacing = _spacing(values)
+    time = traces.start + np.arange(len(values)) / traces.rate
+    for row, trace in enumerate(values.T):
+        # Rows count downwards, so a negative value goes up, as EEG is read.
+        ax.plot(time, row + trace / spacing, color="black", linewidth=0.5)
+        gaps = [(time[first], (last - first) / traces.rate) for first, last in runs(np.isnan(trace))]
+        ax.broken_barh(gaps, (row - 0.4, 0.8), **UNDEFINED)
+    electrodes = len(traces.names)
+    ax.set_yticks(range(electrodes), traces.names, fontsize=9, parse_math=False)
+    ax.set_ylim(electrodes - 0.2, -0.8)
+    ax.set_title("EEG, negative up, offsets removed", loc="left", fontsize=10)
+    # Beside the panel, where other panels have their colour bars.
+    size = max(step for step in _STEPS if step <= spacing)
+    beside, middle, half = ax.get_yaxis_transform(), (electrodes - 1) / 2, size / spacing / 2
+    (bar,) = ax.plot([1.03, 1.03], [middle - half, middle + half], transform=beside, color="black", marker="_")
+    bar.set(linewidth=2, clip_on=False, in_layout=False)
+    ax.text(1.05, middle, f"{size:g} µV", transform=beside, va="center", in_layout=False)
+
+
+def draw_spectrograms(
+    fig: Figure, panels: NDArray[Any], spectrograms: Spectrograms, stretch: tuple[float, float]
+) -> None:
+    """Draw one panel per region on one scale of log power, with the stretch that the EEG covers between two lines."""
+    decibels = spectrograms.decibels
+    seen = decibels[np.isfinite(decibels)]
+    low, high = np.percentile(seen, _SHOWN_POWER) if seen.size else (0.0, 1.0)
+    scale = Normalize(low, max(high, low + 1.0))
+    time = spectrograms.start + np.arange(len(decibels) + 1) * spectrograms.row_seconds
+    middles = np.asarray(spectrograms.frequencies, dtype=np.float64)
+    between = (middles[1:] + middles[:-1]) / 2
+    edges = np.r_[2 * middles[0] - between[0], between, 2 * middles[-1] - between[-1]]
+    for index, (ax, region) in enumerate(zip(panels, spectrograms.regions, strict=True)):
+        draw_mesh(ax, time, edges, decibels[:, index].T, scale, _POWER)
+        for second in stretch:
+            ax.axvline(second, **STRETCH)
+        ax.set_ylabel(f"{region}\n(Hz)", parse_math=False)
+        ax.locator_params(axis="y", nbins=3)
+    panels[0].set_title("Spectrograms (between the lines: the EEG above)", loc="left", fontsize=10)
+    draw_colour_bar(fig, panels, scale, "power (dB)", inches=len(panels), colours=_POWER, extend="both")
+
+
+def runs(where: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """First index, and the one after the last, of each run of True."""
+    ends = np.flatnonzero(np.diff(np.r_[False, where, False]))
+    return [(int(first), int(last)) for first, last in ends.reshape(-1, 2)]
+
+
+def _spacing(values: NDArray[Any]) -> float:
+    """Microvolts from one trace to the next: the usual swing fits in, a large one reaches over its neighbours."""
+    swings = np.abs(values[np.isfinite(values)])
+    usual = 1.5 * float(np.percentile(swings, 95)) if swings.size else 0.0
+    return max(usual, _STEPS[0])
+
+
+def _finite(values: NDArray[Any]) -> NDArray[Any]:
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _require_positive(**settings: float) -> None:
+    for name, value in settings.items():
+        if not value > 0:
+            raise SettingError(f"{name} must be > 0; got {value}.")

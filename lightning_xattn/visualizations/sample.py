@@ -1,0 +1,281 @@
+"""The figures of one sample: its attention maps, and how far the two directions agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from lightning_xattn.attention import Attention, Direction, TokenAxis
+from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.functional import (
+    Rows,
+    alignment,
+    best_head_matching,
+    head_alignment,
+    head_alignment_matrix,
+    lift,
+    lift_map,
+    prepare_rows,
+)
+from lightning_xattn.visualizations.drawing import (
+    UNDEFINED,
+    WIDTH,
+    arrow,
+    new_figure,
+    number,
+    place_tokens,
+    set_title,
+    wrap,
+)
+from lightning_xattn.visualizations.lifts import (
+    HATCHED,
+    draw_lift_bar,
+    draw_lift_map,
+    label_panel,
+    lie_along,
+    lift_range,
+    lift_scale,
+    says_nothing,
+)
+from lightning_xattn.visualizations.output import save
+from lightning_xattn.visualizations.pairs import AttentionDict, check_sample, place_pair, read_both, read_pair
+
+LIFT = "lift over uniform: weight / (1/keys)"
+_PANELS_WIDTH = 7.2  # inches for panels and their labels beside a colour bar
+
+# The guide's thresholds of agreement, in colours that differ in lightness too, and in hatching.
+_AGREEMENT: dict[str, dict[str, Any]] = {
+    "high (> 0.5)": {"color": "#0072B2"},
+    "medium": {"color": "#E9C46A", "hatch": "///"},
+    "disagreement (< 0)": {"color": "#B23A00", "hatch": "xxx"},
+}
+_HIGH = 0.5
+
+
+def plot_cross_modal_attention(
+    attention_dict: AttentionDict,
+    sample_idx: int = 0,
+    *,
+    axes: Mapping[str, TokenAxis] | None = None,
+    save_path: str | PathLike[str] | None = None,
+) -> Figure:
+    """Draw one sample's attention in both directions, averaged over heads, on one colour scale.
+
+    The colour is the lift over uniform, weight times number of keys, as the two directions have different numbers of
+    keys. In both panels the modality with more tokens lies horizontally; the axis titles say which holds the queries.
+
+    Parameters
+    ----------
+    attention_dict
+        Weights ``(batch, heads, queries, keys)`` by direction (or one direction alone), or an ``AttentionPair``, whose
+        masks then count.
+    sample_idx
+        Which sample of the batch.
+    axes
+        What the tokens of a modality are, by modality; the others are numbered.
+    save_path
+        Also write the figure there (PNG, PDF, SVG and others, by suffix).
+
+    Raises
+    ------
+    SettingError
+        If there is no such sample or direction, or the suffix of ``save_path`` is not one that can be written.
+    ShapeError
+        If the directions or an axis do not fit.
+    """
+    pair = read_pair(attention_dict)
+    check_sample(sample_idx, len(pair[0].weights))
+    maps = [_SampleMap(rows, sample_idx, axes) for rows in pair]
+    height = max(2.4, *(item.down.height for item in maps))
+    fig = new_figure(WIDTH, height + 1.8)
+    panels = fig.subplots(1, len(maps), squeeze=False)[0]
+    _draw_maps(fig, panels, maps, _PANELS_WIDTH / len(maps) - 0.6, height)
+    set_title(fig, f"Cross-modal attention of sample {sample_idx}, mean over heads", "", _remark(maps))
+    return save(fig, save_path)
+
+
+def plot_attention_heatmap(
+    attention_weights: Any,
+    title: str = "Attention",
+    *,
+    sample_idx: int = 0,
+    head: int | None = None,
+    direction: str | None = None,
+    query_axis: TokenAxis | None = None,
+    key_axis: TokenAxis | None = None,
+    save_path: str | PathLike[str] | None = None,
+) -> Figure:
+    """Draw one attention map as lift over uniform, the longer axis horizontally.
+
+    Parameters
+    ----------
+    attention_weights
+        Tensor or array, ``(queries, keys)``, ``(heads, queries, keys)`` or ``(batch, heads, queries, keys)``, rows
+        sum to 1.
+    title
+        Title of the figure.
+    sample_idx
+        Which sample, where there is a batch.
+    head
+        Which head; None: the mean over heads.
+    direction
+        ``<query>_to_<key>``, to name the axes.
+    query_axis, key_axis
+        What the tokens are; None: they are numbered.
+    save_path
+        Also write the figure there (PNG, PDF, SVG and others, by suffix).
+
+    Raises
+    ------
+    ShapeError
+        If the weights do not have two to four axes, or a token axis does not fit.
+    SettingError
+        If there is no such sample or head, ``direction`` is not one, or the suffix of ``save_path`` cannot be written.
+    """
+    weights = torch.as_tensor(attention_weights).cpu()
+    if weights.dim() not in (2, 3, 4):
+        raise ShapeError(
+            "attention_weights must be (queries, keys), (heads, queries, keys) or (batch, heads, queries, keys); "
+            f"got shape {tuple(weights.shape)}."
+        )
+    weights = weights[(None,) * (4 - weights.dim())]
+    check_sample(sample_idx, len(weights))
+    heads = weights.shape[1]
+    if head is not None and not 0 <= head < heads:
+        raise SettingError(f"head must be 0 to {heads - 1} or None (mean over heads); got {head}.")
+    sides = None if direction is None else Direction.parse(direction)
+    rows = prepare_rows(Attention(sides or Direction("query", "key"), weights))
+    lifts = (lift_map(rows) if head is None else lift(rows)[:, head])[sample_idx].numpy()
+    queries = place_tokens("query", sides.query if sides else None, weights.shape[2], query_axis)
+    keys = place_tokens("key", sides.key if sides else None, weights.shape[3], key_axis)
+    values, across, down = lie_along(lifts, queries, keys)
+
+    fig = new_figure(WIDTH, down.height + 2.0)
+    ax = fig.subplots()
+    scale = lift_scale(values)
+    draw_lift_map(ax, values, across, down, scale, says_nothing(rows, lifts, sample_idx))
+    label_panel(ax, across, down, _PANELS_WIDTH, down.height)
+    shown = f"head {head}" if head is not None else "mean over heads" if heads > 1 else ""
+    ax.set_title(", ".join(filter(None, (shown, lift_range(lifts)))), fontsize=10)
+    draw_lift_bar(fig, np.array([ax]), scale, LIFT)
+    set_title(fig, title, "", HATCHED if np.isnan(lifts).any() else "")
+    return save(fig, save_path)
+
+
+def plot_modality_alignment(
+    attention_dict: AttentionDict,
+    sample_idx: int = 0,
+    *,
+    axes: Mapping[str, TokenAxis] | None = None,
+    save_path: str | PathLike[str] | None = None,
+) -> Figure:
+    """Draw how far the two directions of one sample agree: a bar per head, and below the two averaged maps.
+
+    A bar is the Pearson correlation of a head's forward map with the transposed backward map: over 0.5 high, below 0
+    disagreement, medium between; what is undefined has a hatched place and no bar. Heads of the two directions share
+    no parameters, so equal indices are a convention (see ``plot_head_alignment_matrix``); where the directions have
+    different numbers of heads, the bars are the best one-to-one pairs instead. The title has the headline alignment,
+    that of the head-averaged maps.
+
+    Parameters
+    ----------
+    attention_dict
+        Weights ``(batch, heads, queries, keys)`` of both directions, or an ``AttentionPair``, whose masks then count.
+    sample_idx
+        Which sample of the batch.
+    axes
+        What the tokens of a modality are, by modality; the others are numbered.
+    save_path
+        Also write the figure there (PNG, PDF, SVG and others, by suffix).
+
+    Raises
+    ------
+    SettingError
+        If there is one direction only, no such sample, or the suffix of ``save_path`` is not one that can be written.
+    ShapeError
+        If the directions or an axis do not fit.
+    """
+    forward, backward = read_both(attention_dict, "plot_modality_alignment")
+    check_sample(sample_idx, len(forward.weights))
+    values, names, matched = _bars(forward, backward, sample_idx)
+    maps = [_SampleMap(rows, sample_idx, axes) for rows in (forward, backward)]
+    height = max(2.0, *(item.down.height for item in maps))
+    width = max(WIDTH, 2.6 + 0.4 * len(values))
+    fig = new_figure(width, height + 4.6)
+    grid = fig.add_gridspec(2, 2, height_ratios=[2.0, height])
+    _draw_bars(fig.add_subplot(grid[0, :]), values, names, matched)
+    panels = np.array([fig.add_subplot(grid[1, column]) for column in range(2)])
+    _draw_maps(fig, panels, maps, (width - WIDTH + _PANELS_WIDTH) / 2 - 0.6, height)
+    headline = float(alignment(forward, backward)[sample_idx])
+    said = "undefined" if np.isnan(headline) else f"Pearson r = {number(headline)} of the head-averaged maps"
+    set_title(fig, f"Modality alignment of sample {sample_idx}: {said}", "", _remark(maps))
+    return save(fig, save_path)
+
+
+class _SampleMap:
+    """One sample's head-averaged map of one direction, laid along, with all that its panel says."""
+
+    def __init__(self, rows: Rows, sample: int, axes: Mapping[str, TokenAxis] | None) -> None:
+        lifts = lift_map(rows)[sample].numpy()
+        self.values, self.across, self.down = lie_along(lifts, *place_pair(rows, axes))
+        self.note = says_nothing(rows, lifts, sample)
+        self.title = f"{arrow(rows.direction)} ({lift_range(lifts)})"
+
+
+def _draw_maps(fig: Figure, panels: NDArray[Any], maps: list[_SampleMap], width: float, height: float) -> None:
+    """Draw the directions side by side on one scale; ``width`` and ``height`` are a panel's, in inches."""
+    scale = lift_scale(np.concatenate([item.values.ravel() for item in maps]))
+    for ax, item in zip(panels, maps, strict=True):
+        draw_lift_map(ax, item.values, item.across, item.down, scale, item.note and wrap(item.note, width))
+        label_panel(ax, item.across, item.down, width, height)
+        ax.set_title(wrap(item.title, width), fontsize=10)
+    draw_lift_bar(fig, panels, scale, LIFT)
+
+
+def _remark(maps: list[_SampleMap]) -> str:
+    return HATCHED if any(np.isnan(item.values).any() for item in maps) else ""
+
+
+def _bars(forward: Rows, backward: Rows, sample: int) -> tuple[NDArray[Any], list[str], bool]:
+    """Alignment of each head with the same, or the best matching, head; the names of the bars; whether matched."""
+    if forward.weights.shape[1] == backward.weights.shape[1]:
+        values = head_alignment(forward, backward)[sample].numpy()
+        return values, [str(head) for head in range(len(values))], False
+    matrix = head_alignment_matrix(forward, backward)[sample]
+    pairs = best_head_matching(matrix)
+    return np.array([float(matrix[pair]) for pair in pairs]), [f"{i}, {j}" for i, j in pairs], True
+
+
+def _draw_bars(ax: Axes, values: NDArray[Any], names: list[str], matched: bool) -> None:
+    for place, value in enumerate(values):
+        if np.isnan(value):
+            ax.axvspan(place - 0.4, place + 0.4, **UNDEFINED)
+            ax.text(place, 0, "undefined", rotation=90, fontsize=9, ha="center", va="center")
+            continue
+        level = "high (> 0.5)" if value > _HIGH else "disagreement (< 0)" if value < 0 else "medium"
+        ax.bar(place, value, width=0.8, edgecolor="black", **_AGREEMENT[level])
+        above = value >= 0
+        text = ax.annotate(number(value), (place, value), (0, 3 if above else -3), textcoords="offset points")
+        text.set(fontsize=9, ha="center", va="bottom" if above else "top")
+        text.set_bbox({"facecolor": "white", "linewidth": 0, "pad": 0.5})
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.axhline(_HIGH, color="0.4", linewidth=0.8, linestyle="--")
+    # The levels stand beside the axis, so that a bar can be read without its colour.
+    for label, height in zip(_AGREEMENT, (0.8, 0.25, -0.6), strict=True):
+        ax.text(1.01, height, label.replace(" (", "\n("), transform=ax.get_yaxis_transform(), fontsize=9, va="center")
+    ax.set(xlim=(-0.6, len(values) - 0.4), ylim=(-1.2, 1.2), yticks=[-1, -0.5, 0, 0.5, 1], ylabel="Pearson r")
+    ax.set_xticks(range(len(values)), names)
+    ax.set_xlabel("head of one direction, head of the other" if matched else "head")
+    ax.set_title(
+        "The directions have different numbers of heads: the best one-to-one pairs"
+        if matched
+        else "Each head with the head of the same number in the other direction",
+        fontsize=10,
+    )

@@ -1,0 +1,76 @@
+"""Means of groups with their intervals: where they were said to be, and none where nothing may be claimed."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import t
+
+from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.visualizations import Group, plot_class_comparison
+from tests.visualizations.conftest import panels
+
+NAN = float("nan")
+CLASSES = [Group(23, 0.3, 0.1), Group(4, 0.5, 0.1), Group(0, NAN, NAN)]
+OUTCOMES = [Group(19, 0.35, 0.2), Group(8, 0.2, 0.1)]
+NAMES = ["a", "b", "c"]
+
+
+def drawn_groups(ax):
+    """Mean and ends of the interval of each row, from the top."""
+    result = []
+    for points, _, (bars,) in ax.containers:
+        (segment,) = bars.get_segments()
+        ends = tuple(segment[:, 0]) if len(segment) else (NAN, NAN)
+        result.append((points.get_xdata()[0], *ends))
+    return result
+
+
+def test_means_have_students_intervals() -> None:
+    (ax,) = panels(plot_class_comparison({"alignment (Pearson r)": (CLASSES, OUTCOMES)}, NAMES))
+    for group, (mean, low, high) in zip([*CLASSES, *OUTCOMES], drawn_groups(ax), strict=True):
+        np.testing.assert_equal(mean, group.mean)
+        if group.n >= 5:
+            half = t.ppf(0.975, group.n - 1) * group.std / math.sqrt(group.n)
+            assert (low, high) == pytest.approx((group.mean - half, group.mean + half))
+        else:
+            assert math.isnan(low)
+    assert ax.get_xlabel() == "alignment (Pearson r)"
+
+
+def test_rows_are_named_and_counted_and_the_first_is_at_the_top() -> None:
+    fewer = [CLASSES[0]._replace(n=20), *CLASSES[1:]]
+    figure = plot_class_comparison({"x": (CLASSES, OUTCOMES), "y": (fewer, OUTCOMES)}, NAMES, context="test")
+    first, second = panels(figure)
+    said = [label.get_text() for label in first.get_yticklabels()]
+    assert said == ["a (n=23/20)", "b (n=4)", "c (n=0)", "correct (n=19)", "incorrect (n=8)"]
+    assert first.yaxis_inverted()
+    assert first.get_ylim() == second.get_ylim()
+    assert "per true class and outcome (test)" in figure.get_suptitle()
+
+
+def test_few_samples_are_said() -> None:
+    assert "fewer than 5 samples" in plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES).get_suptitle()
+    enough = plot_class_comparison({"x": (CLASSES[:1], OUTCOMES)}, NAMES[:1])
+    assert "fewer" not in enough.get_suptitle()
+
+
+def test_outcomes_differ_in_marker() -> None:
+    (ax,) = panels(plot_class_comparison({"x": ([], OUTCOMES)}, [], group_by=None))
+    assert [points.get_marker() for points, _, _ in ax.containers] == ["o", "s"]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: plot_class_comparison({}, NAMES), SettingError, "At least one quantity"),
+        (lambda: plot_class_comparison({"x": (CLASSES, OUTCOMES)}, ["a"]), ShapeError, "'x' must have 1 classes"),
+        (lambda: plot_class_comparison({"x": (CLASSES, OUTCOMES[:1])}, NAMES), ShapeError, "got 3 and 1"),
+        (lambda: plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES, group_by="x"), SettingError, "'group_by'"),
+    ],
+)
+def test_what_does_not_fit_is_said(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

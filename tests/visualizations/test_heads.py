@@ -1,0 +1,125 @@
+"""The figures of heads: bars and cells as the reference has them, what uniform attention gives, the best matching."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.container import BarContainer
+from matplotlib.patches import Rectangle
+
+from lightning_xattn.errors import SettingError
+from lightning_xattn.visualizations import plot_head_alignment_matrix, plot_head_contributions, render
+from tests import reference
+from tests.visualizations.conftest import drawn, make_pair, mesh, panels, texts
+
+PAIR = make_pair()
+NAN = float("nan")
+
+
+def samples(name: str):
+    return PAIR[name].double().numpy()
+
+
+def bar_containers(ax) -> list[BarContainer]:
+    return [container for container in ax.containers if isinstance(container, BarContainer)]
+
+
+@pytest.mark.parametrize("num_heads", [None, 3])
+def test_bars_reach_from_uniform_to_the_largest_weight(num_heads) -> None:
+    figure = plot_head_contributions(PAIR, num_heads)
+    above, below = panels(figure)
+    for name, largest, share in zip(PAIR, bar_containers(above), bar_containers(below), strict=True):
+        expected = [reference.row_statistics(A) for A in samples(name)]
+        tops = [bar.get_y() + bar.get_height() for bar in largest]
+        np.testing.assert_allclose(tops, np.mean([e["max"] for e in expected], axis=0), rtol=1e-5)
+        keys = PAIR[name].shape[-1]
+        np.testing.assert_allclose([bar.get_y() for bar in largest], 1 / keys, rtol=1e-5)
+        shares = [bar.get_height() for bar in share]
+        np.testing.assert_allclose(shares, np.mean([e["effective_keys"] for e in expected], axis=0) / keys, rtol=1e-5)
+    assert above.get_yscale() == "log"
+    assert below.get_ylim() == (0, 1.1)
+    assert "so it is 1 / keys for every head" in figure.get_suptitle()
+
+
+def test_uniform_heads_have_bars_of_no_height() -> None:
+    above, below = panels(plot_head_contributions({"x_to_y": torch.full((2, 3, 5, 7), 1 / 7)}))
+    assert [bar.get_height() for bar in bar_containers(above)[0]] == pytest.approx([0] * 3, abs=1e-6)
+    assert [bar.get_height() for bar in bar_containers(below)[0]] == pytest.approx([1] * 3)
+
+
+def test_directions_differ_in_hatching_and_are_named() -> None:
+    figure = plot_head_contributions(PAIR)
+    there, back = bar_containers(panels(figure)[0])
+    assert (there[0].get_hatch(), back[0].get_hatch()) == (None, "///")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["eeg → spec", "spec → eeg"]
+
+
+def test_one_key_and_undefined_heads_are_said() -> None:
+    back = make_pair(keys=1)["spec_to_eeg"]
+    back[:, 1] = NAN
+    figure = plot_head_contributions({"eeg_to_spec": torch.ones(2, 3, 5, 1), "spec_to_eeg": back})
+    render(figure)
+    assert "eeg → spec: one key: every weight is 1 by construction" in figure.get_suptitle()
+    assert "spec → eeg: one key" not in figure.get_suptitle()
+    assert texts(figure).count("undefined") == 2
+
+
+def test_directions_may_differ_in_heads() -> None:
+    above, _ = panels(plot_head_contributions(make_pair(heads_back=2)))
+    assert [len(container) for container in bar_containers(above)] == [3, 2]
+
+
+@pytest.mark.parametrize("sample_idx", [None, 0, 1])
+def test_cells_are_the_alignment_of_every_pair_of_heads(sample_idx) -> None:
+    figure = plot_head_alignment_matrix(PAIR, sample_idx)
+    matrices = np.array(
+        [
+            reference.head_alignment_matrix(A, B)
+            for A, B in zip(samples("eeg_to_spec"), samples("spec_to_eeg"), strict=True)
+        ]
+    )
+    expected = matrices.mean(axis=0) if sample_idx is None else matrices[sample_idx]
+    (ax,) = panels(figure)
+    np.testing.assert_allclose(drawn(ax), expected, atol=1e-5)
+    assert mesh(ax).get_clim() == (-1, 1)
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("head of eeg → spec", "head of spec → eeg")
+    assert ("mean of 2 samples" if sample_idx is None else f"sample {sample_idx}") in figure.get_suptitle()
+
+    best = max(permutations(range(3)), key=lambda order: sum(expected[i, j] for i, j in enumerate(order)))
+    outlined = {tuple(np.round(patch.get_center()[::-1], 6)) for patch in ax.patches if isinstance(patch, Rectangle)}
+    assert outlined == set(enumerate(best))
+    mean = np.mean([expected[i, j] for i, j in enumerate(best)])
+    assert f"mean r = {mean:.2f} (above 0 even by chance)" in figure.get_suptitle()
+
+
+def test_undefined_pairs_are_not_matched() -> None:
+    there = PAIR["eeg_to_spec"].clone()
+    there[:, 1] = NAN
+    figure = plot_head_alignment_matrix({**PAIR, "eeg_to_spec": there})
+    render(figure)
+    (ax,) = panels(figure)
+    assert np.isnan(drawn(ax)[1]).all()
+    assert {round(patch.get_center()[1], 6) for patch in ax.patches if isinstance(patch, Rectangle)} == {0, 2}
+    assert "Hatched: undefined" in figure.get_suptitle()
+
+
+def test_nothing_defined_claims_no_matching() -> None:
+    figure = plot_head_alignment_matrix({"x_to_y": torch.ones(2, 3, 1, 1), "y_to_x": torch.ones(2, 3, 1, 1)})
+    assert "matching" not in figure.get_suptitle()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plot_head_contributions(PAIR, num_heads=8), "num_heads is 8, but eeg_to_spec has 3 heads"),
+        (lambda: plot_head_contributions(make_pair(heads_back=2), num_heads=3), "spec_to_eeg has 2 heads"),
+        (lambda: plot_head_alignment_matrix(PAIR, 2), "sample_idx must be 0 to 1"),
+        (lambda: plot_head_alignment_matrix({"x_to_y": PAIR["eeg_to_spec"]}), "got x_to_y alone"),
+    ],
+)
+def test_what_does_not_fit_is_said(call, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        call()

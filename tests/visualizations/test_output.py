@@ -1,0 +1,151 @@
+"""A figure's ways out: a window where there is one, files that are whole or absent, nothing left with pyplot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lightning_xattn import visualizations
+from lightning_xattn.errors import SettingError
+from lightning_xattn.visualizations import (
+    Group,
+    plot_attention_heatmap,
+    plot_attention_over_signals,
+    plot_class_attention,
+    plot_class_comparison,
+    plot_cross_modal_attention,
+    plot_head_alignment_matrix,
+    plot_head_contributions,
+    plot_head_entropy,
+    plot_modality_alignment,
+    plot_outcome_alignment,
+)
+from tests.visualizations import window_backend
+from tests.visualizations.conftest import (
+    EDGES,
+    make_maps,
+    make_outcome,
+    make_pair,
+    make_spectrograms,
+    make_traces,
+)
+from tests.visualizations.test_signals import AXES
+
+PAIR = make_pair()
+GROUPS = [Group(9, 0.3, 0.1), Group(7, 0.2, 0.1)]
+PLOTS = {
+    "attention_heatmap": lambda **save: plot_attention_heatmap(PAIR["eeg_to_spec"], **save),
+    "attention_over_signals": lambda **save: plot_attention_over_signals(
+        make_traces(), make_spectrograms(), make_pair(queries=9, keys=119), axes=AXES, **save
+    ),
+    "class_attention": lambda **save: plot_class_attention(
+        make_maps(2, 3, 5), [4, 5], ["a", "b"], direction="x_to_y", **save
+    ),
+    "class_comparison": lambda **save: plot_class_comparison({"r": (GROUPS, GROUPS)}, ["a", "b"], **save),
+    "cross_modal_attention": lambda **save: plot_cross_modal_attention(PAIR, **save),
+    "head_alignment_matrix": lambda **save: plot_head_alignment_matrix(PAIR, **save),
+    "head_contributions": lambda **save: plot_head_contributions(PAIR, **save),
+    "head_entropy": lambda **save: plot_head_entropy({"x_to_y": [[0.5, 0.7]]}, [4], ["a"], **save),
+    "modality_alignment": lambda **save: plot_modality_alignment(PAIR, **save),
+    "outcome_alignment": lambda **save: plot_outcome_alignment(
+        make_outcome(0.4, 2, 0), make_outcome(0.2, 2, 1), EDGES, (0.6, 0.5, 0.7), ["a", "b"], **save
+    ),
+}
+
+
+def test_every_plot_is_here_and_comes_with_a_star() -> None:
+    assert {f"plot_{name}" for name in PLOTS} == {n for n in visualizations.__all__ if n.startswith("plot_")}
+    names: dict[str, object] = {}
+    exec("from lightning_xattn.visualizations import *", names)
+    assert set(visualizations.__all__) <= set(names)
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_every_figure_is_saved_in_folders_that_are_made(name: str, tmp_path: Path) -> None:
+    for kind in ("png", "pdf", "svg"):
+        path = tmp_path / "new" / "folder" / f"{name}.{kind}"
+        figure = PLOTS[name](save_path=path)
+        assert isinstance(figure, Figure)
+        assert path.stat().st_size > 5_000
+        if kind == "png":
+            with Image.open(path) as picture:
+                assert picture.size == tuple(np.round(figure.get_size_inches() * figure.dpi))
+        elif kind == "pdf":
+            content = path.read_bytes()
+            assert content.startswith(b"%PDF-")
+            assert content.rstrip().endswith(b"%%EOF")
+        else:
+            assert xml.etree.ElementTree.parse(path).getroot().tag.endswith("svg")
+    assert len(list(path.parent.iterdir())) == 3, "no part is left"
+    assert not pyplot.get_fignums()
+
+
+def test_a_suffix_that_cannot_be_written_is_refused_with_those_that_can(tmp_path: Path) -> None:
+    for name in ("figure.docx", "figure"):
+        with pytest.raises(SettingError, match=r"must end in one of .*\.pdf, .*\.png, .*\.svg.*; got .*figure"):
+            plot_cross_modal_attention(PAIR, save_path=tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_half_way(self: Figure, path: Path, **_: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    path = tmp_path / "figure.png"
+    path.write_bytes(b"the one before")
+    monkeypatch.setattr(Figure, "savefig", fail_half_way)
+    with pytest.raises(OSError, match="disk full"):
+        plot_cross_modal_attention(PAIR, save_path=str(path))
+    assert path.read_bytes() == b"the one before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def backend():
+    """Take another backend for a while."""
+    before = matplotlib.get_backend()
+    yield pyplot.switch_backend
+    pyplot.switch_backend(before)
+
+
+def test_show_opens_a_window_without_registering_the_figure(backend) -> None:
+    backend("module://tests.visualizations.window_backend")
+    figure = plot_cross_modal_attention(PAIR)
+    window_backend.shown.clear()
+    figure.show()
+    assert window_backend.shown == [figure]
+    assert not pyplot.get_fignums()
+    figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize("display", ["", ":7"])
+def test_show_is_silent_where_there_are_no_windows(backend, display: str, monkeypatch, tmp_path: Path) -> None:
+    backend("agg")
+    monkeypatch.setenv("DISPLAY", display)
+    figure = plot_cross_modal_attention(PAIR)
+    figure.show()
+    assert not pyplot.get_fignums()
+    figure.savefig(tmp_path / "after.png")
+
+
+@pytest.mark.parametrize("name", ["TkAgg", ""])
+def test_a_plain_script_may_show_on_a_machine_without_a_screen(name: str, tmp_path: Path) -> None:
+    code = (
+        "import torch; from lightning_xattn.visualizations import plot_attention_heatmap\n"
+        "fig = plot_attention_heatmap(torch.full((3, 5), 0.2)); fig.show(); fig.savefig('figure.png')"
+    )
+    env = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "", "MPLBACKEND": name}
+    env = {key: value for key, value in env.items() if value}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "figure.png").stat().st_size > 5_000

@@ -1,0 +1,254 @@
+"""The figures of one sample: numbers as the reference has them, and what says nothing is labelled so."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.container import BarContainer
+
+from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
+from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.visualizations import (
+    plot_attention_heatmap,
+    plot_cross_modal_attention,
+    plot_modality_alignment,
+    render,
+)
+from tests import reference
+from tests.visualizations.conftest import EEG, REGIONS, SPEC, drawn, make_pair, mesh, panels, texts
+
+PAIR = make_pair()
+NAN = float("nan")
+ONE_KEY = {"eeg_to_spec": torch.ones(2, 3, 5, 1), "spec_to_eeg": make_pair(keys=1)["spec_to_eeg"]}
+UNIFORM = {"eeg_to_spec": torch.full((2, 3, 5, 7), 1 / 7), "spec_to_eeg": torch.full((2, 3, 7, 5), 1 / 5)}
+
+
+def sample(name: str, index: int = 1):
+    return PAIR[name][index].double().numpy()
+
+
+# Both directions
+
+
+def test_both_directions_lie_alike_and_show_the_lift_of_the_sample() -> None:
+    figure = plot_cross_modal_attention(PAIR, sample_idx=1)
+    left, right = panels(figure)
+    np.testing.assert_allclose(drawn(left), reference.lift_map(sample("eeg_to_spec")), rtol=1e-5)
+    np.testing.assert_allclose(drawn(right), reference.lift_map(sample("spec_to_eeg")).T, rtol=1e-5)
+    assert (left.get_ylabel(), left.get_xlabel()) == ("query: eeg token", "key: spec token")
+    assert (right.get_ylabel(), right.get_xlabel()) == ("key: eeg token", "query: spec token")
+    assert left.yaxis_inverted()
+    assert right.yaxis_inverted()
+    assert "sample 1" in figure.get_suptitle()
+
+
+def test_both_directions_share_one_scale_and_one_bar() -> None:
+    figure = plot_cross_modal_attention(PAIR)
+    left, right = panels(figure)
+    both = np.concatenate([drawn(left).ravel(), drawn(right).ravel()])
+    assert mesh(left).get_clim() == mesh(right).get_clim() == (both.min(), both.max())
+    (bar,) = (ax for ax in figure.axes if ax.get_label() == "<colorbar>")
+    assert bar.get_ylabel().startswith("lift over uniform")
+
+
+def test_panels_say_how_wide_their_values_range() -> None:
+    left, _ = panels(plot_cross_modal_attention(PAIR))
+    assert left.get_title() == f"eeg → spec (lift {drawn(left).min():.2f} to {drawn(left).max():.2f})"
+
+
+def test_axes_are_those_of_the_modalities() -> None:
+    pair = make_pair(queries=9, keys=119)
+    left, right = panels(plot_cross_modal_attention(pair, axes={"eeg": EEG, "spec": SPEC}))
+    for ax in (left, right):
+        np.testing.assert_allclose(mesh(ax).get_coordinates()[0, :, 0], np.arange(2.5, 600, 5))
+    assert right.get_xlabel().replace("\n", " ") == f"query: {SPEC.title}"
+
+
+def test_an_axis_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ShapeError, match="query axis 'region' has 4 tokens, the maps have 5"):
+        plot_cross_modal_attention(PAIR, axes={"eeg": REGIONS})
+
+
+def test_one_direction_alone_is_drawn() -> None:
+    (ax,) = panels(plot_cross_modal_attention({"eeg_to_spec": PAIR["eeg_to_spec"]}))
+    np.testing.assert_allclose(drawn(ax), reference.lift_map(sample("eeg_to_spec", 0)), rtol=1e-5)
+
+
+def test_later_layers_are_passed_over() -> None:
+    later = {f"fusion.1/{name}": weights[:, :1] for name, weights in PAIR.items()}
+    assert len(panels(plot_cross_modal_attention({**later, **PAIR}))) == 2
+
+
+def test_other_modalities_and_arrays_are_taken() -> None:
+    pair = {"audio_to_text": PAIR["eeg_to_spec"].numpy(), "text_to_audio": PAIR["spec_to_eeg"].numpy()}
+    left, _ = panels(plot_cross_modal_attention(pair))
+    assert left.get_ylabel() == "query: audio token"
+
+
+def test_masks_of_a_pair_count() -> None:
+    key_mask = torch.tensor([[True] * 4 + [False] * 3, [True] * 7])
+    there = PAIR["eeg_to_spec"] * key_mask[:, None, None]
+    there = there / there.sum(-1, keepdim=True)
+    direction = Direction("eeg", "spec")
+    pair = AttentionPair(
+        "fusion",
+        Attention(direction, there, key_mask=key_mask),
+        Attention(direction.opposite, PAIR["spec_to_eeg"], query_mask=key_mask),
+    )
+    figure = plot_cross_modal_attention(pair)
+    left, right = panels(figure)
+    expected = reference.lift_map(there[0].double().numpy(), keys=key_mask[0].numpy())
+    np.testing.assert_allclose(drawn(left), expected, rtol=1e-5)
+    assert np.isnan(drawn(left)[:, 4:]).all()
+    assert np.isnan(drawn(right)[:, 4:]).all()
+    assert "Hatched: undefined" in figure.get_suptitle()
+
+
+@pytest.mark.parametrize("plot", [plot_cross_modal_attention, plot_modality_alignment])
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        (ONE_KEY, "one key: every weight is 1 by construction"),
+        (UNIFORM, "uniform: every key gets the same"),
+        ({name: weights * NAN for name, weights in PAIR.items()}, "undefined: no valid row"),
+    ],
+)
+def test_a_map_that_says_nothing_is_labelled(plot, pair, said: str) -> None:
+    figure = plot(pair)
+    render(figure)
+    assert said in texts(figure).replace("\n", " ")
+    assert said not in texts(plot(PAIR)).replace("\n", " ")
+
+
+def test_nearly_uniform_attention_looks_flat_and_is_not_called_uniform() -> None:
+    weights = (1e-3 * torch.randn(2, 3, 5, 7)).softmax(-1)
+    figure = plot_cross_modal_attention({"eeg_to_spec": weights})
+    assert mesh(panels(figure)[0]).get_clim() == pytest.approx((0.9, 1.1))
+    assert "says nothing" not in texts(figure)
+
+
+def test_a_broken_row_is_hatched() -> None:
+    there = PAIR["eeg_to_spec"].clone()
+    there[0, :, 2] = NAN
+    figure = plot_cross_modal_attention({"eeg_to_spec": there})
+    (ax,) = panels(figure)
+    assert np.isnan(drawn(ax)).all(axis=1).tolist() == [False, False, True, False, False]
+    assert ax.patch.get_hatch()
+    assert "Hatched: undefined" in figure.get_suptitle()
+
+
+# One map
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
+def test_a_heatmap_takes_two_to_four_axes(leading: tuple[int, ...]) -> None:
+    weights = PAIR["eeg_to_spec"][(0,) * (2 - len(leading))]
+    ax = panels(plot_attention_heatmap(weights, title="Title"))[0]
+    expected = weights.double().numpy().reshape(-1, 5, 7)[: leading[-1] if leading else 1]
+    np.testing.assert_allclose(drawn(ax), reference.lift_map(expected), rtol=1e-5)
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("query token", "key token")
+
+
+def test_a_heatmap_of_one_head_and_sample_says_so() -> None:
+    figure = plot_attention_heatmap(
+        PAIR["spec_to_eeg"], title="Here", sample_idx=1, head=2, direction="spec_to_eeg", query_axis=None
+    )
+    (ax,) = panels(figure)
+    np.testing.assert_allclose(drawn(ax), 5 * sample("spec_to_eeg")[2].T, rtol=1e-5)
+    assert ax.get_title().startswith("head 2, lift ")
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("key: eeg token", "query: spec token")
+    assert figure.get_suptitle() == "Here"
+
+
+# Alignment
+
+
+def bars(ax):
+    """Place and height of every bar."""
+    drawn = [patch for c in ax.containers if isinstance(c, BarContainer) for patch in c]
+    return {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in drawn}
+
+
+def test_bars_are_the_alignment_of_each_head() -> None:
+    figure = plot_modality_alignment(PAIR, sample_idx=1)
+    matrix = reference.head_alignment_matrix(sample("eeg_to_spec"), sample("spec_to_eeg"))
+    top = figure.axes[0]
+    assert bars(top) == pytest.approx(dict(enumerate(np.diag(matrix))), abs=1e-5)
+    headline = reference.alignment(sample("eeg_to_spec"), sample("spec_to_eeg"))
+    assert f"sample 1: Pearson r = {headline:.2f}" in figure.get_suptitle()
+    # On a scale of its own, whatever the values.
+    assert top.get_ylim() == (-1.2, 1.2)
+
+
+def test_levels_of_agreement_differ_in_hatching_too() -> None:
+    eye = torch.eye(5).expand(1, 4, 5, 5)
+    noise = torch.rand(1, 4, 5, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    there = 0.8 * eye + 0.2 * noise
+    back = there.mT.clone()
+    back[:, 1] = there[:, 1].mT * 0.05 + 0.95 * there[:, 1].roll(1, -1).mT
+    back[:, 2] = (there[:, 2].mT + there[:, 2].roll(1, -1).mT + there[:, 2].roll(2, -1).mT) / 3
+    back[:, 3] = NAN
+    back = back / back.sum(-1, keepdim=True)
+    top = plot_modality_alignment({"x_to_y": there, "y_to_x": back}).axes[0]
+    heights = bars(top)
+    assert heights[0] > 0.5 > heights[2] > 0 > heights[1]
+    assert 3 not in heights
+    looks = [(c[0].get_facecolor(), c[0].get_hatch()) for c in top.containers if isinstance(c, BarContainer)]
+    assert len(set(looks)) == 3
+    said = [text.get_text() for text in top.texts]
+    assert said.count("undefined") == 1
+    assert {"high\n(> 0.5)", "medium", "disagreement\n(< 0)"} <= set(said)
+
+
+def test_different_numbers_of_heads_are_matched_and_said() -> None:
+    pair = make_pair(heads=3, heads_back=2)
+    figure = plot_modality_alignment(pair)
+    top = figure.axes[0]
+    A, B = (weights[0].double().numpy() for weights in pair.values())
+    matrix = reference.head_alignment_matrix(A, B)
+    names = [label.get_text() for label in top.get_xticklabels()]
+    best = max(matrix[i, 0] + matrix[j, 1] for i in range(3) for j in range(3) if i != j)
+    assert sum(bars(top).values()) == pytest.approx(best, abs=1e-5)
+    for height, name in zip(bars(top).values(), names, strict=True):
+        i, j = map(int, name.split(", "))
+        assert height == pytest.approx(matrix[i, j], abs=1e-5)
+    assert "different numbers of heads" in top.get_title()
+
+
+def test_undefined_alignment_is_no_number() -> None:
+    figure = plot_modality_alignment(UNIFORM)
+    assert not bars(figure.axes[0])
+    assert figure.get_suptitle().startswith("Modality alignment of sample 0: undefined")
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: plot_cross_modal_attention({}), SettingError, "got none"),
+        (lambda: plot_cross_modal_attention({"a/x_to_y": PAIR["eeg_to_spec"]}), SettingError, "later layers"),
+        (lambda: plot_cross_modal_attention({**PAIR, "a_to_b": PAIR["eeg_to_spec"]}), SettingError, "a_to_b"),
+        (lambda: plot_cross_modal_attention(PAIR, sample_idx=2), SettingError, "sample_idx must be 0 to 1 .*; got 2"),
+        (lambda: plot_cross_modal_attention(PAIR, sample_idx=-1), SettingError, "got -1"),
+        (
+            lambda: plot_cross_modal_attention({**PAIR, "spec_to_eeg": PAIR["eeg_to_spec"]}),
+            ShapeError,
+            "queries=7, keys=5",
+        ),
+        (lambda: plot_modality_alignment({"eeg_to_spec": PAIR["eeg_to_spec"]}), SettingError, "got eeg_to_spec alone"),
+        (lambda: plot_attention_heatmap(torch.ones(5)), ShapeError, r"got shape \(5,\)"),
+        (lambda: plot_attention_heatmap(PAIR["eeg_to_spec"], head=3), SettingError, "head must be 0 to 2 or None"),
+        (lambda: plot_attention_heatmap(PAIR["eeg_to_spec"], direction="x"), SettingError, "<query>_to_<key>"),
+        (
+            lambda: plot_attention_heatmap(PAIR["eeg_to_spec"], key_axis=TokenAxis("t", names=["a"])),
+            ShapeError,
+            "key axis 't' has 1 tokens, the maps have 7",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,247 @@
+"""Attention over the signals: everything at its second, one scale where panels are compared, gaps left as gaps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.collections import LineCollection
+
+from lightning_xattn.attention import TokenAxis
+from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.hms.features import spectrogram_spans
+from lightning_xattn.hms.montage import EEG_RATE, ELECTRODES, REGIONS, SPEC_FREQUENCIES, SPEC_ROW_SECONDS
+from lightning_xattn.hms.recordings import COMPETITION, IIIC, Recordings
+from lightning_xattn.visualizations import Spectrograms, Traces, plot_attention_over_signals, render
+from tests import reference
+from tests.visualizations.conftest import drawn, make_pair, make_spectrograms, make_traces, mesh, texts
+
+AXES = {"eeg": TokenAxis("EEG window", spans=COMPETITION.spans), "spec": TokenAxis("window", spans=spectrogram_spans())}
+PAIR = make_pair(queries=9, keys=119)
+TRACES, SPECTROGRAMS = make_traces(), make_spectrograms()
+NAN = float("nan")
+
+
+def plot(traces=TRACES, spectrograms=SPECTROGRAMS, pair=PAIR, sample_idx=1, axes=AXES, **settings):
+    return plot_attention_over_signals(traces, spectrograms, pair, sample_idx, axes=axes, **settings)
+
+
+class Parts:
+    """The panels by what they show."""
+
+    def __init__(self, figure):
+        axes = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
+        self.eeg, self.eeg_strip, self.links, *spectrograms = axes[:7]
+        self.spectrograms, self.spec_strip, self.maps = spectrograms, axes[7], axes[8:]
+
+
+def segments(ax):
+    (lines,) = (c for c in ax.collections if isinstance(c, LineCollection))
+    return np.array(lines.get_segments())
+
+
+def test_traces_stand_at_their_seconds_negative_up_and_to_scale() -> None:
+    values = np.zeros((2000, 3))
+    values[400:, 1] = -1.0  # most of it, so the offset that is removed
+    values[800:1000, 1] = 79.0
+    traces = Traces(values, 200, ["a", "b", "c"], start=-5)
+    axes = {"eeg": TokenAxis("w", spans=IIIC.spans), "spec": AXES["spec"]}
+    parts = Parts(plot(traces, axes=axes))
+    lines = parts.eeg.lines
+    np.testing.assert_allclose(lines[1].get_xdata(), np.arange(2000) / 200 - 5)
+    assert parts.eeg.get_xlim() == (-5, 5)
+    assert parts.eeg.yaxis_inverted()
+    y = np.asarray(lines[1].get_ydata())
+    assert y[500] == pytest.approx(1), "at its row"
+    # Rows count downwards: a positive value lies below its row. The bar beside says how much a distance is.
+    (bar,) = (line for line in parts.eeg.lines if line.get_marker() == "_")
+    (said,) = (text.get_text() for text in parts.eeg.texts)
+    microvolts = float(said.removesuffix(" µV"))
+    assert (y[900] - y[500]) / np.ptp(bar.get_ydata()) * microvolts == pytest.approx(80)
+    assert [label.get_text() for label in parts.eeg.get_yticklabels()] == ["a", "b", "c"]
+
+
+def test_gaps_are_hatched_and_said() -> None:
+    values = np.array(TRACES.microvolts)
+    values[1000:2000, 2] = NAN
+    values[:, 5] = np.inf
+    power = np.array(SPECTROGRAMS.power)
+    power[10:20, 1] = NAN
+    power[:, 2, 3] = 0
+    figure = plot(dataclasses.replace(TRACES, microvolts=values), dataclasses.replace(SPECTROGRAMS, power=power))
+    render(figure)
+    parts = Parts(figure)
+    assert np.isnan(parts.eeg.lines[2].get_ydata()[1000:2000]).all()
+    hatched = {i: c.get_paths()[0].get_extents() for i, c in enumerate(parts.eeg.collections) if c.get_paths()}
+    assert set(hatched) == {2, 5}
+    assert (hatched[2].x0, hatched[2].x1) == pytest.approx((-20, -15))
+    assert (hatched[5].x0, hatched[5].x1) == pytest.approx((-25, 25))
+    assert np.isnan(drawn(parts.spectrograms[1])[:, 10:20]).all()
+    assert np.isnan(drawn(parts.spectrograms[2])[3]).all(), "no power has no logarithm"
+    assert "Hatched: no signal" in figure.get_suptitle()
+    assert "Hatched" not in plot().get_suptitle()
+
+
+def test_spectrograms_are_log_power_on_one_scale_at_their_time_and_frequency() -> None:
+    parts = Parts(plot())
+    for index, ax in enumerate(parts.spectrograms):
+        np.testing.assert_allclose(drawn(ax), 10 * np.log10(np.asarray(SPECTROGRAMS.power)[:, index].T))
+        corners = mesh(ax).get_coordinates()
+        np.testing.assert_allclose(corners[0, :, 0], np.arange(-300, 301, 2))
+        step = (19.9 - 0.6) / 99
+        np.testing.assert_allclose(corners[:, 0, 1], 0.6 + step * (np.arange(101) - 0.5))
+        assert ax.get_ylabel() == f"{REGIONS[index]}\n(Hz)"
+        # The EEG's stretch is marked.
+        assert [line.get_xdata()[0] for line in ax.lines] == [-25, 25]
+    assert len({mesh(ax).get_clim() for ax in parts.spectrograms}) == 1
+
+
+def test_strips_show_what_each_window_receives_at_its_full_extent() -> None:
+    parts = Parts(plot())
+    for ax, name, spans in (
+        (parts.eeg_strip, "spec_to_eeg", COMPETITION.spans),
+        (parts.spec_strip, "eeg_to_spec", spectrogram_spans()),
+    ):
+        expected = reference.received_lift(PAIR[name][1].double().numpy())
+        np.testing.assert_allclose(segments(ax)[:, :, 0], spans)
+        np.testing.assert_allclose(segments(ax)[:, 0, 1], expected, rtol=1e-5)
+        np.testing.assert_allclose(segments(ax)[:, 1, 1], expected, rtol=1e-5)
+        assert ax.get_ylim()[0] < min(expected) < max(expected) < ax.get_ylim()[1]
+        assert ax.lines[0].get_ydata()[0] == 1
+    assert parts.eeg_strip.get_ylim() == parts.spec_strip.get_ylim()
+
+
+def test_maps_share_the_time_axis_of_the_spectrograms_and_one_scale() -> None:
+    parts = Parts(plot())
+    there, back = parts.maps
+    np.testing.assert_allclose(drawn(there), reference.lift_map(PAIR["eeg_to_spec"][1].double().numpy()), rtol=1e-5)
+    np.testing.assert_allclose(drawn(back), reference.lift_map(PAIR["spec_to_eeg"][1].double().numpy()).T, rtol=1e-5)
+    assert mesh(there).get_clim() == mesh(back).get_clim()
+    for ax in parts.maps:
+        corners = mesh(ax).get_coordinates()
+        # From midpoint to midpoint between centres -295, -290, ...; the outer cells to the ends of their windows.
+        np.testing.assert_allclose(corners[0, :, 0], [-300, *np.arange(-292.5, 295, 5), 300])
+        np.testing.assert_allclose(corners[:, 0, 1], [-25, *np.arange(-17.5, 20, 5), 25])
+        assert ax.yaxis_inverted()
+    aligned = [*parts.spectrograms, parts.spec_strip, *parts.maps]
+    assert {ax.get_xlim() for ax in aligned} == {(-300, 300)}
+    figure = parts.eeg.figure
+    figure.draw_without_rendering()
+    assert len({tuple(np.round(ax.get_position().intervalx, 6)) for ax in aligned}) == 1
+    assert parts.eeg.get_xlim() == parts.eeg_strip.get_xlim() == (-25, 25)
+
+
+def test_the_strongest_pairs_are_linked_from_second_to_second() -> None:
+    there = torch.full((1, 2, 9, 119), 1e-3)
+    planted = [(0, 100), (4, 59), (8, 3)]
+    for query, key in planted:
+        there[0, :, query, key] = 1.0
+    there = there / there.sum(-1, keepdim=True)
+    parts = Parts(plot(pair={"eeg_to_spec": there}, sample_idx=0))
+    centres = {m: np.mean(axis.spans, axis=1) for m, axis in AXES.items()}
+    expected = {((centres["eeg"][q] + 25) / 50, (centres["spec"][k] + 300) / 600) for q, k in planted}
+    links = [line for line in parts.links.lines if line.get_linewidth() > 1.5]
+    assert {tuple(np.round(line.get_xdata(), 6)) for line in links} == {tuple(np.round(e, 6)) for e in expected}
+    assert all(tuple(line.get_ydata()) == (1, 0) for line in links), "from the EEG above to the spectrogram below"
+
+
+def test_one_direction_alone_is_drawn_and_the_other_missed() -> None:
+    figure = plot(pair={"spec_to_eeg": PAIR["spec_to_eeg"]})
+    parts = Parts(figure)
+    assert len(parts.maps) == 1
+    assert [text.get_text() for text in parts.spec_strip.texts] == ["this direction was not recorded"]
+    assert not parts.eeg_strip.texts
+
+
+def test_a_window_that_nobody_can_see_is_hatched() -> None:
+    back = PAIR["spec_to_eeg"].clone()
+    back[1, :, 40:60] = NAN
+    figure = plot(pair={**PAIR, "spec_to_eeg": back})
+    assert np.isnan(drawn(Parts(figure).maps[1])[:, 40:60]).all()
+    assert len(segments(Parts(figure).eeg_strip)) == 9, "other queries still see every window"
+    assert "Hatched" in figure.get_suptitle()
+
+
+@pytest.mark.parametrize(
+    ("pair", "axes", "said"),
+    [
+        ({n: torch.ones(1, 2, 1, 1) for n in PAIR}, {}, "one key: every weight is 1 by construction"),
+        ({n: torch.full_like(w, 1 / w.shape[-1]) for n, w in PAIR.items()}, AXES, "uniform: every key gets the same"),
+        ({n: w * NAN for n, w in PAIR.items()}, AXES, "undefined: no valid row"),
+    ],
+)
+def test_attention_that_says_nothing_is_labelled_and_not_linked(pair, axes, said: str) -> None:
+    figure = plot(pair=pair, axes=axes, sample_idx=0)
+    render(figure)
+    parts = Parts(figure)
+    for ax in (parts.eeg_strip, parts.spec_strip, *parts.maps):
+        assert said in ax.texts[0].get_text()
+    assert not [line for line in parts.links.lines if line.get_linewidth() > 1.5]
+
+
+def test_the_title_tells_of_the_sample() -> None:
+    figure = plot(context="sample 3001, predicted LPD (0.82), true GPD")
+    assert figure.get_suptitle() == "Attention over the signals (sample 3001, predicted LPD (0.82), true GPD)"
+    assert "s from the labelled moment" in texts(figure)
+
+
+def test_real_recordings_are_drawn(iiic_irr, tmp_path) -> None:
+    recordings = Recordings.read(iiic_irr)
+    row = recordings.rows[0]
+    eeg, power = recordings.eeg(row, IIIC), recordings.spectrogram(row)
+    path = tmp_path / "figures/sample.png"
+    figure = plot(
+        Traces(eeg, EEG_RATE, ELECTRODES, start=-IIIC.seconds / 2),
+        Spectrograms(power, SPEC_ROW_SECONDS, REGIONS, SPEC_FREQUENCIES, start=-300),
+        axes={"eeg": TokenAxis("EEG window", spans=IIIC.spans), "spec": AXES["spec"]},
+        save_path=path,
+    )
+    parts = Parts(figure)
+    assert parts.eeg.get_xlim() == (-5, 5)
+    assert path.stat().st_size > 50_000
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: plot(axes={"spec": AXES["spec"]}), SettingError, r"axes\['eeg'\] = TokenAxis.*it has no axis"),
+        (
+            lambda: plot(axes={**AXES, "eeg": TokenAxis("region", names=list("abcdefghi"))}),
+            SettingError,
+            "it has names, no times",
+        ),
+        (
+            lambda: plot(make_traces(seconds=10)),
+            ShapeError,
+            "windows of 'eeg' reach from -25 to 25 s, its signal from -5 to 5 s",
+        ),
+        (
+            lambda: plot(axes={**AXES, "eeg": TokenAxis("w", spans=COMPETITION.spans[:8])}),
+            ShapeError,
+            "axis 'w' has 8 tokens, the maps have 9",
+        ),
+        (
+            lambda: plot(pair={"audio_to_text": PAIR["eeg_to_spec"]}),
+            SettingError,
+            "signals are of eeg and spec, the attention is audio_to_text",
+        ),
+        (lambda: plot(sample_idx=2), SettingError, "sample_idx must be 0 to 1"),
+        (lambda: Traces(np.zeros((10, 3)), 200, ["a"], 0), ShapeError, r"'microvolts' must have shape .*electrodes=1"),
+        (lambda: Traces(np.zeros((10, 1)), 0, ["a"], 0), SettingError, "rate must be > 0; got 0"),
+        (
+            lambda: Spectrograms(np.zeros((10, 4, 3)), 2, REGIONS, [1, 2], 0),
+            ShapeError,
+            r"'power' must have shape \(rows, regions=4, frequencies=2\); got \(10, 4, 3\)",
+        ),
+        (
+            lambda: Spectrograms(np.zeros((10, 4, 2)), 2, REGIONS, [2, 1], 0),
+            SettingError,
+            "two ascending frequencies",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
