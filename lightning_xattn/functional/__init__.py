@@ -11,7 +11,7 @@ from lightning_xattn.functional.alignment import (
     standardised_maps,
 )
 from lightning_xattn.functional.heads import head_diversity, query_selectivity, sink_strength
-from lightning_xattn.functional.outcomes import Separation, class_adjusted_gap, score_bins, separation
+from lightning_xattn.functional.outcomes import Separation, class_adjusted_gap, mean_interval, score_bins, separation
 from lightning_xattn.functional.rows import ROW_STATISTICS, Rows, prepare_rows, row_statistics
 from lightning_xattn.functional.samples import sample_statistics
 
@@ -27,6 +27,7 @@ __all__ = [
     "head_alignment",
     "head_alignment_matrix",
     "head_diversity",
+    "mean_interval",
     "prepare_rows",
     "query_selectivity",
     "round_trip_lift",

@@ -1,12 +1,16 @@
-"""Does a score differ between correct and incorrect predictions? From histograms and sums, so nothing is stored."""
+"""Does a score differ between correct and incorrect predictions, and how sure is a group's mean?
+
+From histograms and sums, so nothing is stored.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.stats import norm, t
 from torch import Tensor
 
 BINS = 2**14
@@ -118,3 +122,26 @@ def class_adjusted_gap(counts: Tensor, sums: Tensor) -> float:
     """
     within = (sums / counts) @ sums.new_tensor([1.0, -1.0])
     return float(within.nanmean())
+
+
+def mean_interval(mean: float, std: float, count: int) -> tuple[float, float]:
+    """95 % t interval of a mean: ``mean -+ t(0.975, n - 1) std / sqrt(n)`` (Student 1908).
+
+    It takes the samples as independent of each other, and is not cut off at the range of the number.
+
+    Parameters
+    ----------
+    mean, std
+        Of the defined scores, ``std`` with n - 1.
+    count
+        How many there are, n.
+
+    Returns
+    -------
+    tuple of float
+        Lower and upper end; NaN with fewer than two scores.
+    """
+    if count < 2:
+        return torch.nan, torch.nan
+    half = float(t.ppf(0.975, count - 1)) * std / math.sqrt(count)
+    return mean - half, mean + half
