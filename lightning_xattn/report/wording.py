@@ -37,9 +37,9 @@ _SINGLE_KEY_REMEDY = (
 _OF_DATASET = (
     "Behind each mean stands its 95 % t interval, which takes samples as independent: with several samples of one "
     "patient or one source it is too narrow, and with few samples it may reach beyond what is possible. The "
-    "class-adjusted gap is the gap within each class, averaged over the "
-    "classes with both outcomes: classes differ in accuracy and in attention, and that alone makes a gap. The AUROC is "
-    "the chance that a correct prediction has the higher score of the two, 0.5 where the score tells nothing."
+    "class-adjusted gap is the gap within each class, averaged over the classes with both outcomes: classes differ in "
+    "accuracy and in attention, and that alone makes a gap. The AUROC is the chance that a correct prediction has the "
+    "higher score of the two, 0.5 where the score tells nothing."
 )
 
 
