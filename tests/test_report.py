@@ -122,6 +122,7 @@ def test_a_single_key_says_nothing():
     ("directions", "reason"),
     [
         ({"eeg_to_spec": statistics()}, "only one direction of attention is recorded"),
+        ({"eeg_to_spec": statistics(), "fusion.1/eeg_to_spec": NO_ROW}, "only one direction of attention is recorded"),
         ({"eeg_to_spec": statistics(), "spec_to_eeg": NO_ROW}, "no valid row (all are padding"),
         ({"eeg_to_spec": statistics(), "spec_to_eeg": statistics()}, "a map that does not vary"),
     ],
@@ -259,6 +260,7 @@ def test_text_of_a_data_set():
     assert row(report, "correct")[1] == str(right)
     assert "true class" in report
     assert "accuracy (recall)" in report
+    assert "In brackets: the 95 % t interval of the mean." in report
     assert "- Samples with a tied top vote: 2; the first of the tied classes counts" in report
     assert f"- Alignment between different samples: {one.alignment_null:.3f}, a habit of the model" in report
     excess = one.mean("alignment") - one.alignment_null
@@ -348,7 +350,7 @@ def test_summary_text_is_the_data_sets_section():
 
 
 def test_markdown_renders_whatever_the_names_hold():
-    names = ("a|b", "*c* <b>_d_</b> `e`", "line\nbreak [x](y) & \\")
+    names = ("a|b", "*c* <b>_d_</b> `e`", "line\nbreak [x](y) & \\ $z$")
     one = summary(CLASSES, OUTCOMES)
     report = create_explainability_report(dataset(one, class_names=names), format="markdown")
     tokens = MarkdownIt("commonmark").enable("table").parse(report)
@@ -357,10 +359,11 @@ def test_markdown_renders_whatever_the_names_hold():
         for before, token in pairwise(tokens)
         if before.type in ("th_open", "td_open")
     ]
+    assert r"\$z\$" in report  # or GitHub sets it as a formula
     width = 7
     assert len(cells) == width * 7  # header, all, three classes, correct, incorrect
     assert cells[:3] == ["true class", "n", "accuracy (recall)"]
-    assert cells[2 * width :: width][:3] == ["a|b", "*c* <b>_d_</b> `e`", "line break [x](y) & \\"]
+    assert cells[2 * width :: width][:3] == ["a|b", "*c* <b>_d_</b> `e`", "line break [x](y) & \\ $z$"]
     low, high = one.interval("alignment")
     assert cells[width + 3] == f"{one.mean('alignment'):.3f} ({low:.3f} to {high:.3f})"
 

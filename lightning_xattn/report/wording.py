@@ -35,11 +35,11 @@ _SINGLE_KEY_REMEDY = (
     "Attention to a single key says nothing about the model: fuse token sequences, and pool after the fusion."
 )
 _OF_DATASET = (
-    "Behind each mean stands its 95 % t interval, which takes samples as independent: with several samples of one "
-    "patient or one source it is too narrow, and with few samples it may reach beyond what is possible. The "
-    "class-adjusted gap is the gap within each class, averaged over the classes with both outcomes: classes differ in "
-    "accuracy and in attention, and that alone makes a gap. The AUROC is the chance that a correct prediction has the "
-    "higher score of the two, 0.5 where the score tells nothing."
+    "The interval of a mean takes samples as independent: with several samples of one patient or one source it is too "
+    "narrow, and with few samples it may reach beyond what is possible. The class-adjusted gap is the gap within each "
+    "class, averaged over the classes with both outcomes: classes differ in accuracy and in attention, and that alone "
+    "makes a gap. The AUROC is the chance that a correct prediction has the higher score of the two, 0.5 where the "
+    "score tells nothing."
 )
 
 
@@ -179,6 +179,7 @@ def describe_layer(facts: LayerFacts, group_by: str) -> Iterator[Block]:
     """One layer over a data set: how many samples, what is undefined, means by class and outcome, correct or not."""
     yield Items(list(_describe_counts(facts)))
     yield _tabulate(facts, group_by)
+    yield Paragraph("In brackets: the 95 % t interval of the mean.")
     if any(SINGLE_KEY in reason for reason in facts["undefined"].values()):
         yield Paragraph(_SINGLE_KEY_REMEDY)
     outcomes = [_describe_outcome(score, outcome) for score, outcome in facts["outcomes"].items()]
