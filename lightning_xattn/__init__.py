@@ -1,12 +1,15 @@
 """Watch how a multi-modal model's modalities attend to each other.
 
-``AttentionExplainabilityCallback`` goes into a Lightning ``Trainer``; ``AttentionRecorder`` records any model.
+``AttentionExplainabilityCallback`` goes into a Lightning ``Trainer``; ``AttentionRecorder`` records any model;
+``create_explainability_report`` says what a batch or a data set shows, ``interpret_sample`` what a sample does.
 """
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
 from lightning_xattn.callback import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder, JointSequence
 from lightning_xattn.errors import XAttnError, XAttnWarning
+from lightning_xattn.interpretation import interpret_sample
+from lightning_xattn.report import create_explainability_report
 
 __all__ = [
     "Attention",
@@ -18,6 +21,8 @@ __all__ = [
     "TokenAxis",
     "XAttnError",
     "XAttnWarning",
+    "create_explainability_report",
+    "interpret_sample",
 ]
 
 __version__ = "0.1.0"

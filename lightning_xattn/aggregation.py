@@ -20,6 +20,7 @@ from lightning_xattn.functional import (
     Separation,
     alignment_null,
     class_adjusted_gap,
+    mean_interval,
     score_bins,
     separation,
     standardised_maps,
@@ -305,6 +306,11 @@ class LayerSummary:
         if count < 2:
             return torch.nan
         return float(((squares - total**2 / count).clamp_min(0) / (count - 1)).sqrt())
+
+    def interval(self, column: str, class_id: int | None = None, outcome: int | None = None) -> tuple[float, float]:
+        """95 % t interval of the mean, see ``mean_interval``; NaN with fewer than two samples."""
+        group = column, class_id, outcome
+        return mean_interval(self.mean(*group), self.std(*group), self.count(*group))
 
     def gap(self, column: str) -> float:
         """Mean over correct minus mean over incorrect predictions."""

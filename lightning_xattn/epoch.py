@@ -1,4 +1,4 @@
-"""What an epoch leaves behind: the curves with their names, the figures, and the same as text."""
+"""What an epoch leaves behind: the curves with their names, and the figures."""
 
 from __future__ import annotations
 
@@ -53,40 +53,6 @@ def epoch_counts(summary: LayerSummary) -> dict[str, float]:
                 f"outcome/{score}_class_adjusted_gap": summary.class_adjusted_gap(score),
             }
     return record
-
-
-def epoch_text(summary: LayerSummary, class_names: Sequence[str], group_by: str) -> list[str]:
-    """One layer's epoch as a table of mean alignment and entropy, by class and outcome, in lines of text."""
-    title = {"target": "true class", "prediction": "predicted class"}[group_by]
-    columns: list[str] = [name for name in ("alignment", "interaction") if name in summary.columns]
-    columns += [f"{direction}/entropy" for direction in summary.heads]
-    titles = [name.replace("/", " ") for name in columns]
-    groups: list[tuple[str, int | None, int | None]] = [("all", None, None)]
-    groups += [(name, i, None) for i, name in enumerate(class_names)]
-    if class_names:
-        groups += [("correct", None, CORRECT), ("incorrect", None, INCORRECT)]
-    width = max(len(name) for name in (title, *(name for name, _, _ in groups)))
-
-    lines = [f"  {title:{width}}      n  " + "  ".join(titles)]
-    for name, class_id, outcome in groups:
-        cells = [
-            f"{_number(summary.mean(column, class_id, outcome)):>{len(title)}}"
-            for column, title in zip(columns, titles, strict=True)
-        ]
-        lines.append(f"  {name:{width}}  {summary.count('invalid_rows', class_id, outcome):5d}  " + "  ".join(cells))
-    if math.isfinite(summary.alignment_null):
-        lines.append(f"  alignment between different samples (a habit of the model): {summary.alignment_null:.3f}")
-    for score in SCORE_RANGES:
-        found = summary.separation(score)
-        if score in summary.columns and math.isfinite(found.auroc):
-            lines.append(
-                f"  {score} tells correct from incorrect: AUROC {found.auroc:.2f} [{found.low:.2f}, {found.high:.2f}] "
-                f"(0.5: not at all), gap {summary.gap(score):+.3f}, "
-                f"within classes {summary.class_adjusted_gap(score):+.3f}"
-            )
-    if summary.undefined_share():
-        lines.append(f"  undefined for {100 * summary.undefined_share():.0f} % of the samples")
-    return lines
 
 
 def epoch_figures(
@@ -165,10 +131,6 @@ def _outcome(summary: LayerSummary, outcome: int) -> OutcomeSummary:
         class_stds=[summary.std("alignment", class_id=i, outcome=outcome) for i in ids],
         class_counts=[summary.count("alignment", class_id=i, outcome=outcome) for i in ids],
     )
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "-"
 
 
 def _fitting(axis: TokenAxis | None, tokens: int) -> TokenAxis | None:

@@ -4,6 +4,7 @@ Every function takes one sample: ``A`` is (heads, queries, keys), ``B`` is (head
 arrays, True where valid. Undefined is NaN.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -264,6 +265,27 @@ def auroc_interval(value, n, m):
         if (value - true) ** 2 <= 1.959963984540054**2 * variance:
             inside.append(true)
     return min(inside), max(inside)
+
+
+@functools.cache
+def t_quantile(degrees):
+    """Where Student's t density has left 97.5 % behind, by adding up its area in small steps."""
+    constant = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+    step, x, area = 1e-4, 0.0, 0.5
+    while area < 0.975:
+        area += step * constant * (1 + (x + step / 2) ** 2 / degrees) ** (-(degrees + 1) / 2)
+        x += step
+    return x
+
+
+def mean_interval(values):
+    """95 % interval of a mean of independent scores."""
+    n = len(values)
+    if n < 2:
+        return NAN, NAN
+    mean = sum(values) / n
+    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    return mean - t_quantile(n - 1) * error, mean + t_quantile(n - 1) * error
 
 
 def class_adjusted_gap(scores, classes, correct):

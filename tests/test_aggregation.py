@@ -165,6 +165,8 @@ def test_every_number_by_class_and_outcome(samples):
             std = values.std(ddof=1) if len(values) > 1 else np.nan
             np.testing.assert_allclose(summary.mean(column, class_id, outcome), mean, rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(summary.std(column, class_id, outcome), std, rtol=1e-3, atol=1e-5)
+            interval = reference.mean_interval(values)
+            np.testing.assert_allclose(summary.interval(column, class_id, outcome), interval, rtol=1e-3, atol=1e-4)
     assert summary.samples == SAMPLES
     assert summary.undefined_share() == pytest.approx(np.isnan(numbers["alignment"]).mean())
     assert summary.total("invalid_rows") == sum(numbers["invalid_rows"])

@@ -17,6 +17,12 @@ ROOMS = {
     "functional": {"attention", "errors"},
     "capture": {"attention", "errors"},
     "aggregation": {"functional", "attention", "errors"},
+    "attention_analysis": {"attention", "functional", "errors"},
+    "explanation": {"aggregation", "attention", "attention_analysis"},
+    "interpretation": {"attention_analysis", "explanation", "functional"},
+    "report": {
+        *("aggregation", "attention", "attention_analysis", "explanation", "functional", "interpretation", "errors"),
+    },
     "alarms": {"aggregation", "attention", "capture"},
     "grouping": {"aggregation", "capture", "errors"},
     "distributed": set(),
@@ -30,9 +36,10 @@ ROOMS = {
         "table",
         *("visualizations", "epoch", "sinks", "errors"),
     },
-    "hms": {"", "attention", "epoch", "errors", "functional"},
+    "hms": {"", "attention", "errors", "functional", "report"},
     "cli": {"", "hms"},
-    "": {"attention", "callback", "capture", "errors"},  # the package itself: the public names
+    # The package itself: the public names.
+    "": {"attention", "callback", "capture", "errors", "interpretation", "report"},
 }
 """What each room may import besides itself; "" is the package's public API."""
 

@@ -7,20 +7,22 @@ import math
 from scipy.stats import t
 
 
-def mean_interval(count: int, mean: float, std: float) -> tuple[float, float]:
-    """95 % interval of a mean (Student's t): ``mean`` minus and plus ``t * std / sqrt(count)``.
+def mean_interval(mean: float, std: float, count: int) -> tuple[float, float]:
+    """95 % t interval of a mean: ``mean -+ t(0.975, n - 1) std / sqrt(n)`` (Student 1908).
+
+    It takes the samples as independent of each other, and is not cut off at the range of the number.
 
     Parameters
     ----------
-    count
-        Number of samples behind the mean.
     mean, std
-        Their mean and standard deviation (with n - 1).
+        Of the samples, ``std`` with n - 1.
+    count
+        How many there are, n.
 
     Returns
     -------
     low, high
-        NaN for fewer than two samples.
+        NaN with fewer than two samples.
     """
     if count < 2:
         return math.nan, math.nan

@@ -1,4 +1,7 @@
-"""Does a score differ between correct and incorrect predictions? From histograms and sums, so nothing is stored."""
+"""Does a score differ between correct and incorrect predictions, and how sure is a group's mean?
+
+From histograms and sums, so nothing is stored.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import warnings
 from collections.abc import Sequence
 from itertools import count
@@ -16,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_xattn import AttentionExplainabilityCallback, AttentionRecorder
-from lightning_xattn.epoch import epoch_text
 from lightning_xattn.errors import SettingError
 from lightning_xattn.functional import prepare_rows, sample_statistics, score_bins, separation
 from lightning_xattn.functional.outcomes import BINS
@@ -25,6 +25,7 @@ from lightning_xattn.hms.module import HMSLightningModule
 from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import COMPETITION, Recordings
 from lightning_xattn.hms.simulator import simulate
+from lightning_xattn.report import summary_text
 
 TRAIN_ON = ("simulated", "data")
 
@@ -135,7 +136,7 @@ def _describe(
         f"{title} on {root}: {summary.samples} recordings{ties}",
         f"  accuracy {metrics[f'{stage}_acc']:.2f} (chance {1 / len(CLASSES):.2f}), "
         f"macro F1 {metrics[f'{stage}_f1']:.2f}, loss {metrics[f'{stage}_loss']:.2f}",
-        *epoch_text(summary, CLASSES, watch.group_by),
+        textwrap.indent(summary_text(summary, CLASSES, watch.group_by), "  "),
         "",
     ]
 

@@ -78,7 +78,7 @@ def plot_class_comparison(
         for row, name, group in zip(rows, names, [*classes, *outcomes], strict=True):
             look = LOOKS[name] if row >= len(class_names) else _CLASS
             # The interval of a few samples would reach past what the number can be.
-            ends = mean_interval(*group) if group.n >= MINIMUM_GROUP else (np.nan, np.nan)
+            ends = mean_interval(group.mean, group.std, group.n) if group.n >= MINIMUM_GROUP else (np.nan, np.nan)
             errors = np.abs(np.array(ends) - group.mean)[:, None]
             face = look.colour if look.filled else "white"
             ax.errorbar(

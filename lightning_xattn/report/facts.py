@@ -1,0 +1,294 @@
+"""What a report says, as numbers: the one structure that is written as JSON and put into words.
+
+Nothing in it is a tensor. Undefined numbers are NaN (null in JSON) and have a reason under ``undefined`` where there
+is one to give.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, TypedDict, cast
+
+from lightning_xattn.aggregation import CORRECT, INCORRECT, SCORE_RANGES, LayerSummary
+from lightning_xattn.attention import TokenAxis
+from lightning_xattn.attention_analysis import AttentionStatistics
+from lightning_xattn.errors import SettingError
+from lightning_xattn.explanation import BatchExplanation, DatasetExplanation, Results, SampleExplanation
+from lightning_xattn.interpretation import Criterion, first_layer, interpret_sample
+
+SINGLE_KEY = "a single key, so every weight is 1 whatever the model learned"
+NO_ROW = "no valid row (all are padding, fully masked or not finite)"
+ONE_DIRECTION = "only one direction of attention is recorded"
+NO_VARIATION = "a map that does not vary over the cells which both directions share, as uniform attention"
+
+
+class SampleFacts(SampleExplanation):
+    """A sample's explanation, and what follows from it."""
+
+    undefined: dict[str, str]
+    """Why ``modality_agreement`` or the statistics of a direction are undefined, by name."""
+    interpretation: list[Criterion]
+    """The guide's patterns and checklists, see ``interpret_sample``."""
+
+
+class BatchFacts(TypedDict):
+    """A batch: the keys of ``BatchExplanation`` but for its tensors, and what follows from them."""
+
+    kind: Literal["batch"]
+    class_names: list[str]
+    axes: dict[str, TokenAxis]
+    samples: int
+    correct: int
+    """Samples predicted correctly, and incorrectly; those without a target are neither."""
+    incorrect: int
+    attention_stats: dict[str, AttentionStatistics]
+    modality_alignment: float
+    undefined: dict[str, str]
+    """Why ``modality_alignment`` or the statistics of a direction are undefined, by name."""
+    per_sample_explanations: list[SampleFacts]
+
+
+class Number(TypedDict):
+    """A group's mean."""
+
+    count: int
+    """Samples where the number is defined."""
+    mean: float
+    std: float
+    """Standard deviation with n - 1."""
+    low: float
+    """Lower and upper end of the 95 % t interval of the mean; NaN with fewer than two samples."""
+    high: float
+
+
+class Group(TypedDict):
+    """All samples, or those of one class or outcome."""
+
+    group: Literal["all", "class", "unclassified", "outcome"]
+    name: str
+    class_id: int | None
+    samples: int
+    correct: int
+    incorrect: int
+    accuracy: float
+    """``correct / (correct + incorrect)``: of a true class its recall, of a predicted class its precision."""
+    numbers: dict[str, Number]
+    """By name, see ``sample_statistics``; those of single heads are left out."""
+
+
+class Outcome(TypedDict):
+    """A score of the correct predictions against that of the incorrect ones."""
+
+    correct: int
+    """Samples with a defined score in each group."""
+    incorrect: int
+    gap: float
+    class_adjusted_gap: float
+    auroc: float
+    """NaN, as its 95 % interval, with fewer than ``MINIMUM_GROUP`` samples in either group."""
+    low: float
+    high: float
+    cliffs_delta: float
+
+
+class LayerFacts(TypedDict):
+    """One layer's numbers over a data set."""
+
+    layer: str
+    directions: list[str]
+    samples: int
+    unclassified: int
+    ties: int
+    undefined_share: float
+    invalid_rows: int
+    alignment_null: float
+    """Mean alignment between different samples."""
+    undefined: dict[str, str]
+    """Why a direction says nothing for some samples, or why ``alignment_null`` is undefined, by name."""
+    groups: list[Group]
+    outcomes: dict[str, Outcome]
+    """By score, ``alignment`` and ``entropy``; empty without predictions or targets."""
+
+
+class DatasetFacts(TypedDict):
+    """A whole data set."""
+
+    kind: Literal["dataset"]
+    class_names: list[str]
+    group_by: str
+    """What the classes of the groups are: "target" (true class) or "prediction" (predicted class)."""
+    axes: dict[str, TokenAxis]
+    table: str | None
+    layers: list[LayerFacts]
+
+
+def collect_facts(results: Results) -> BatchFacts | DatasetFacts:
+    """Everything that a report says about the results.
+
+    Raises
+    ------
+    SettingError
+        If the results are neither a batch's nor a data set's.
+    """
+    if isinstance(results, DatasetExplanation):
+        return {
+            "kind": "dataset",
+            "class_names": list(results.class_names),
+            "group_by": results.group_by,
+            "axes": results.axes,
+            "table": None if results.table is None else str(results.table),
+            "layers": [collect_layer(name, one, results.class_names) for name, one in results.summaries.items()],
+        }
+    needed = ("attention_stats", "modality_alignment", "per_sample_explanations", "class_names", "axes")
+    got = list(results) if isinstance(results, Mapping) else type(results).__name__
+    missing = [key for key in needed if key not in got]
+    if missing:
+        raise SettingError(
+            "A report needs the results of explain_batch or explain_dataset, or a dict with the keys of the former; "
+            f"got {got}, without {', '.join(missing)}."
+        )
+    return _collect_batch(cast(BatchExplanation, results))
+
+
+def _collect_batch(results: BatchExplanation) -> BatchFacts:
+    samples = [_collect_sample(sample) for sample in results["per_sample_explanations"]]
+    outcomes = [sample["correct"] for sample in samples]
+    undefined = _undefined_directions(results["attention_stats"])
+    if math.isnan(results["modality_alignment"]):
+        reasons = {sample["undefined"].get("modality_agreement", "") for sample in samples}
+        undefined["modality_alignment"] = "; ".join(sorted(reasons)) or "no samples"
+    return {
+        "kind": "batch",
+        "class_names": list(results["class_names"]),
+        "axes": results["axes"],
+        "samples": len(samples),
+        "correct": sum(outcome is True for outcome in outcomes),
+        "incorrect": sum(outcome is False for outcome in outcomes),
+        "attention_stats": results["attention_stats"],
+        "modality_alignment": results["modality_alignment"],
+        "undefined": undefined,
+        "per_sample_explanations": samples,
+    }
+
+
+def _collect_sample(sample: SampleExplanation) -> SampleFacts:
+    undefined = _undefined_directions(sample["attention_stats"])
+    if math.isnan(sample["modality_agreement"]):
+        undefined["modality_agreement"] = _undefined_agreement(sample["attention_stats"])
+    return {**sample, "undefined": undefined, "interpretation": interpret_sample(sample)}
+
+
+def _undefined_directions(statistics: Mapping[str, AttentionStatistics]) -> dict[str, str]:
+    # Each valid row has a mean, and each with two keys has an entropy.
+    return {
+        name: NO_ROW if math.isnan(of_one.mean) else SINGLE_KEY
+        for name, of_one in statistics.items()
+        if math.isnan(of_one.entropy)
+    }
+
+
+def _undefined_agreement(statistics: Mapping[str, AttentionStatistics]) -> str:
+    layer = first_layer(statistics)
+    if len(layer) < 2:
+        return ONE_DIRECTION
+    return next(iter(_undefined_directions(layer).values()), NO_VARIATION)
+
+
+def collect_layer(layer: str, summary: LayerSummary, class_names: Sequence[str]) -> LayerFacts:
+    """One layer's numbers, for a report on it alone."""
+    undefined = dict(_undefined_samples(summary))
+    if "alignment" not in summary.columns:
+        undefined["alignment"] = ONE_DIRECTION
+    elif math.isnan(summary.alignment_null):
+        undefined["alignment_null"] = "it needs two samples with an alignment, and all of the same tokens"
+    groups = list(_collect_groups(summary, class_names))
+    known = groups[0]["correct"] + groups[0]["incorrect"]
+    scores = [score for score in SCORE_RANGES if score in summary.columns and known]
+    return {
+        "layer": layer,
+        "directions": [str(direction) for direction in summary.heads],
+        "samples": summary.samples,
+        "unclassified": summary.unclassified,
+        "ties": summary.ties,
+        "undefined_share": summary.undefined_share(),
+        "invalid_rows": int(summary.total("invalid_rows")),
+        "alignment_null": summary.alignment_null,
+        "undefined": undefined,
+        "groups": groups,
+        "outcomes": {score: _collect_outcome(summary, score) for score in scores},
+    }
+
+
+def _undefined_samples(summary: LayerSummary) -> Iterator[tuple[str, str]]:
+    for direction in summary.heads:
+        rows, entropies = summary.count(f"{direction}/max"), summary.count(f"{direction}/entropy")
+        parts = [
+            f"{count} of {summary.samples} samples with {reason}"
+            for count, reason in ((rows - entropies, SINGLE_KEY), (summary.samples - rows, NO_ROW))
+            if count
+        ]
+        if parts:
+            yield str(direction), "; ".join(parts)
+
+
+def _collect_groups(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[Group]:
+    yield _collect_group(summary, "all", "all")
+    for class_id, name in enumerate(class_names):
+        yield _collect_group(summary, "class", name, class_id=class_id)
+    if summary.unclassified:
+        yield _collect_group(summary, "unclassified", "no class", class_id=summary.n_classes)
+    if any(summary.count("invalid_rows", outcome=outcome) for outcome in (CORRECT, INCORRECT)):
+        yield _collect_group(summary, "outcome", "correct", outcome=CORRECT)
+        yield _collect_group(summary, "outcome", "incorrect", outcome=INCORRECT)
+
+
+def _collect_group(
+    summary: LayerSummary,
+    group: Literal["all", "class", "unclassified", "outcome"],
+    name: str,
+    class_id: int | None = None,
+    outcome: int | None = None,
+) -> Group:
+    correct, incorrect = (
+        summary.count("invalid_rows", class_id, which) if outcome in (None, which) else 0
+        for which in (CORRECT, INCORRECT)
+    )
+    known = correct + incorrect
+    numbers: dict[str, Number] = {}
+    for column in summary.columns:
+        if not re.search(r"/head_\d+$", column):
+            low, high = summary.interval(column, class_id, outcome)
+            numbers[column] = {
+                "count": summary.count(column, class_id, outcome),
+                "mean": summary.mean(column, class_id, outcome),
+                "std": summary.std(column, class_id, outcome),
+                "low": low,
+                "high": high,
+            }
+    return {
+        "group": group,
+        "name": name,
+        "class_id": class_id if group == "class" else None,
+        "samples": summary.count("invalid_rows", class_id, outcome),
+        "correct": correct,
+        "incorrect": incorrect,
+        # The accuracy within an outcome is 1 or 0 by construction.
+        "accuracy": correct / known if known and group != "outcome" else math.nan,
+        "numbers": numbers,
+    }
+
+
+def _collect_outcome(summary: LayerSummary, score: str) -> Outcome:
+    found = summary.separation(score)
+    return {
+        "correct": found.correct,
+        "incorrect": found.incorrect,
+        "gap": summary.gap(score),
+        "class_adjusted_gap": summary.class_adjusted_gap(score),
+        "auroc": found.auroc,
+        "low": found.low,
+        "high": found.high,
+        "cliffs_delta": found.cliffs_delta,
+    }

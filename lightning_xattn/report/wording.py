@@ -1,0 +1,287 @@
+"""The facts of a report put into words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from lightning_xattn.attention import Direction
+from lightning_xattn.attention_analysis import AttentionStatistics
+from lightning_xattn.explanation import PlacedPair
+from lightning_xattn.functional.outcomes import MINIMUM_GROUP
+from lightning_xattn.interpretation import IF_CORRECT, IF_INCORRECT, PATTERNS, Criterion, uniform_is_sparse
+from lightning_xattn.report.facts import SINGLE_KEY, BatchFacts, DatasetFacts, Group, LayerFacts, Outcome, SampleFacts
+from lightning_xattn.report.rendering import Block, Document, Items, Paragraph, Section, Table
+
+# Of the samples of a true class the accuracy is the recall, and of those predicted as a class the precision.
+_GROUPS = {"target": ("true class", "accuracy (recall)"), "prediction": ("predicted class", "accuracy (precision)")}
+
+TOP_PAIRS = 3
+"""So many pairs of each direction are put into words; JSON has all."""
+
+_HOW_TO_READ = (
+    "Attention tells which tokens the model attends to, not why it predicts what it predicts. Nor need the two "
+    "directions agree in a good model: a low modality agreement alone is no sign of an error, and a high one no proof "
+    "of a right prediction. Agreement (alignment) is the correlation of the two directions' maps, averaged over heads, "
+    "from -1 to 1 with 0 for unrelated ones. Entropy is 0 where all attention is on one key and 1 where it is uniform."
+)
+_OF_BATCH = (
+    "The confidence is the probability of the predicted class. A pair is (query, key, weight), its weight averaged "
+    "over heads; its lift is the weight times the number of keys, 1 for uniform attention. Patterns and checklists are "
+    "the guide's rules of thumb, not evidence: a criterion on attention is met when it holds in every direction of "
+    "the first layer, and the value shown is the one farthest from it."
+)
+_SINGLE_KEY_REMEDY = (
+    "Attention to a single key says nothing about the model: fuse token sequences, and pool after the fusion."
+)
+_OF_DATASET = (
+    "The interval of a mean takes samples as independent: with several samples of one patient or one source it is too "
+    "narrow, and with few samples it may reach beyond what is possible. The class-adjusted gap is the gap within each "
+    "class, averaged over the classes with both outcomes: classes differ in accuracy and in attention, and that alone "
+    "makes a gap. The AUROC is the chance that a correct prediction has the higher score of the two, 0.5 where the "
+    "score tells nothing."
+)
+
+
+def describe_batch(facts: BatchFacts) -> Document:
+    """A batch, in the structure of the guide's report."""
+    samples = [_describe_sample(sample) for sample in facts["per_sample_explanations"]]
+    return Document(
+        "Cross-modal attention report",
+        [
+            Section("Batch-level statistics", list(_describe_batch_level(facts))),
+            Section("Per-sample analysis", samples or [Paragraph("No samples.")]),
+            Section("How to read this", [Paragraph(_HOW_TO_READ), Paragraph(_OF_BATCH)]),
+        ],
+    )
+
+
+def _describe_batch_level(facts: BatchFacts) -> Iterator[Block]:
+    statistics, undefined = facts["attention_stats"], facts["undefined"]
+    items: list[tuple[str, str, Sequence[str]]] = [
+        (f"{_name_direction(name)} Attention{_of_layer(name)}", _list_statistics(of_one, undefined.get(name)), ())
+        for name, of_one in statistics.items()
+    ]
+    defined = sum(not math.isnan(sample["modality_agreement"]) for sample in facts["per_sample_explanations"])
+    over = "" if defined == facts["samples"] else f", the mean of {defined} of {facts['samples']} samples"
+    alignment = _number(facts["modality_alignment"], undefined.get("modality_alignment"))
+    items.append(("Modality Alignment", alignment + (over if defined else ""), ()))
+    items.append(("Samples", _describe_outcomes(facts), ()))
+    items += [(f"Places of {_name_modality(name)} tokens", axis.title, ()) for name, axis in facts["axes"].items()]
+    yield Items(items)
+    remark = "The mean is 1 / (number of keys) by construction: it says nothing about the model."
+    if any(uniform_is_sparse(of_one) for of_one in statistics.values()):
+        remark += " Sparsity counts weights below 0.1: with more than ten keys even uniform attention has 100 %."
+    if SINGLE_KEY in undefined.values():
+        remark += f" {_SINGLE_KEY_REMEDY}"
+    yield Paragraph(remark)
+
+
+def _describe_outcomes(facts: BatchFacts) -> str:
+    known = facts["correct"] + facts["incorrect"]
+    ties = sum(sample["tied"] for sample in facts["per_sample_explanations"])
+    parts = [
+        f"{facts['correct']} of {known} predicted correctly" if known else "",
+        f"{facts['samples'] - known} without a known outcome" if known < facts["samples"] else "",
+        f"{ties} with a tied top vote" if ties else "",
+    ]
+    return f"{facts['samples']} ({', '.join(filter(None, parts))})" if facts["samples"] else "0"
+
+
+def _list_statistics(statistics: AttentionStatistics, undefined: str | None) -> str:
+    if math.isnan(statistics.mean):
+        return _number(math.nan, undefined)
+    numbers = (f"{name}={_number(value)}" for name, value in vars(statistics).items() if name != "sparsity")
+    values = f"{', '.join(numbers)}, sparsity={_number(statistics.sparsity, digits=2)}%"
+    return f"{values} ({undefined})" if undefined else values
+
+
+def _describe_sample(sample: SampleFacts) -> Items:
+    undefined = sample["undefined"]
+    items: list[tuple[str, str, Sequence[str]]] = [
+        ("Predicted", _describe_prediction(sample), ()),
+        ("Ground Truth", _describe_truth(sample), ()),
+        ("Modality Agreement", _number(sample["modality_agreement"], undefined.get("modality_agreement")), ()),
+    ]
+    for name, pairs in sample["top_attention_places"].items():
+        if reason := undefined.get(name):
+            first, others = f"says nothing ({reason})", []
+        else:
+            first, *others = [_describe_pair(pair) for pair in pairs[:TOP_PAIRS]] or ["none"]
+        items.append((f"Top {_name_direction(name, '→')} attention{_of_layer(name)}", first, others))
+    items += _describe_interpretation(sample["interpretation"])
+    known_as = "" if sample["sample_id"] is None else f" (id {sample['sample_id']})"
+    return Items(items, f"Sample {sample['sample_idx']}{known_as}")
+
+
+def _describe_prediction(sample: SampleFacts) -> str:
+    if sample["predicted_class"] is None:
+        return "not known"
+    confidence = None if sample["confidence"] is None else f"confidence: {_number(sample['confidence'])}"
+    more = ", ".join(part for part in (sample["predicted_name"], confidence) if part)
+    return f"{sample['predicted_class']}" + (f" ({more})" if more else "")
+
+
+def _describe_truth(sample: SampleFacts) -> str:
+    if sample["true_class"] is None:
+        return "not known, so neither correct nor incorrect"
+    truth = str(sample["true_class"])
+    if sample["true_name"] and not sample["correct"]:
+        truth += f" ({sample['true_name']})"
+    truth += {True: " ✓ CORRECT", False: " ✗ INCORRECT", None: ", not compared with a prediction"}[sample["correct"]]
+    return truth + (" (its top vote is tied: the first of the tied classes counts)" if sample["tied"] else "")
+
+
+def _describe_pair(pair: PlacedPair) -> str:
+    text = f"({pair['query']}, {pair['key']}, {_number(pair['weight'])}), lift {_number(pair['lift'], digits=2)}"
+    if pair["query_place"] is None and pair["key_place"] is None:
+        return text
+    return f"{text}: {pair['query_place'] or pair['query']} → {pair['key_place'] or pair['key']}"
+
+
+def _describe_interpretation(criteria: Sequence[Criterion]) -> Iterator[tuple[str, str, Sequence[str]]]:
+    groups = {name: [one for one in criteria if one.group == name] for name in (*PATTERNS, IF_CORRECT, IF_INCORRECT)}
+    shown = [name.partition(": ")[2] for name in PATTERNS if all(one.met for one in groups[name])]
+    yield "Patterns", ", ".join(shown) or "none of the guide's four", ()
+    for name in (IF_CORRECT, IF_INCORRECT):
+        if criteria := groups[name]:
+            met = f"{sum(one.met is True for one in criteria)} of {len(criteria)} met"
+            undefined = sum(one.met is None for one in criteria)
+            yield name, met + (f", {undefined} undefined" if undefined else ""), [*map(_describe_criterion, criteria)]
+
+
+def _describe_criterion(criterion: Criterion) -> str:
+    mark = {True: "✓", False: "✗", None: "?"}[criterion.met]
+    percent = criterion.criterion.endswith("%") and criterion.met is not None
+    value = f"{_number(criterion.value, digits=1)} %" if percent else _number(criterion.value)
+    where = f"{_name_direction(criterion.direction, '→')} " if criterion.direction else ""
+    return f"{mark} {criterion.criterion} ({where}{value}{f'; {criterion.caveat}' if criterion.caveat else ''})"
+
+
+def describe_dataset(facts: DatasetFacts) -> Document:
+    """A whole data set, a section for each layer."""
+    several = len(facts["layers"]) > 1
+    sections = [
+        Section(
+            "Whole data set",
+            list(describe_layer(layer, facts["group_by"])),
+            about=f"(layer {layer['layer']})" if several else "",
+        )
+        for layer in facts["layers"]
+    ]
+    if facts["table"]:
+        sections.append(Section("Samples", [Paragraph(f"The numbers of each sample are in {facts['table']}.")]))
+    sections.append(Section("How to read this", [Paragraph(_HOW_TO_READ), Paragraph(_OF_DATASET)]))
+    return Document("Cross-modal attention report", sections)
+
+
+def describe_layer(facts: LayerFacts, group_by: str) -> Iterator[Block]:
+    """One layer over a data set: how many samples, what is undefined, means by class and outcome, correct or not."""
+    yield Items(list(_describe_counts(facts)))
+    yield _tabulate(facts, group_by)
+    yield Paragraph("In brackets: the 95 % t interval of the mean.")
+    if any(SINGLE_KEY in reason for reason in facts["undefined"].values()):
+        yield Paragraph(_SINGLE_KEY_REMEDY)
+    outcomes = [_describe_outcome(score, outcome) for score, outcome in facts["outcomes"].items()]
+    if outcomes:
+        yield Items(outcomes, "Correct against incorrect predictions")
+    else:
+        yield Paragraph("Correct and incorrect predictions are not compared: predictions or targets are not known.")
+
+
+def _describe_counts(facts: LayerFacts) -> Iterator[tuple[str, str, Sequence[str]]]:
+    yield "Samples", str(facts["samples"]), ()
+    if facts["unclassified"]:
+        yield "Samples without a class", str(facts["unclassified"]), ()
+    if facts["ties"]:
+        yield "Samples with a tied top vote", f"{facts['ties']}; the first of the tied classes counts", ()
+    headline = "Entropy" if "alignment" in facts["undefined"] else "Alignment"
+    yield f"{headline} undefined", f"{_number(100 * facts['undefined_share'], digits=1)} % of the samples", ()
+    if headline == "Alignment":
+        yield "Alignment between different samples", _describe_null(facts), ()
+    else:
+        yield "Alignment", _number(math.nan, facts["undefined"]["alignment"]), ()
+    for name in facts["directions"]:
+        if name in facts["undefined"]:
+            yield _name_direction(name), facts["undefined"][name], ()
+    if facts["invalid_rows"]:
+        yield "Rows left out", f"{facts['invalid_rows']}: padding, fully masked or not finite", ()
+
+
+def _describe_null(facts: LayerFacts) -> str:
+    null = _number(facts["alignment_null"], facts["undefined"].get("alignment_null"), digits=3)
+    if math.isnan(facts["alignment_null"]):
+        return null
+    excess = facts["groups"][0]["numbers"]["alignment"]["mean"] - facts["alignment_null"]
+    return f"{null}, a habit of the model (the mean alignment less this, what belongs to the samples: {excess:.3f})"
+
+
+def _tabulate(facts: LayerFacts, group_by: str) -> Table:
+    by_class = any(group["group"] == "class" for group in facts["groups"])
+    columns: list[str] = [name for name in ("alignment", "interaction") if name in facts["groups"][0]["numbers"]]
+    titles = [*columns, *(f"{_name_direction(name)} entropy" for name in facts["directions"])]
+    columns += [f"{name}/entropy" for name in facts["directions"]]
+    title, accuracy = _GROUPS[group_by] if by_class else ("samples", "accuracy")
+    rows = [
+        (group["name"], str(group["samples"]), _share(group), *(_mean(group, name) for name in columns))
+        for group in facts["groups"]
+    ]
+    return Table((title, "n", accuracy, *titles), rows)
+
+
+def _share(group: Group) -> str:
+    if math.isnan(group["accuracy"]):
+        return ""
+    return f"{group['accuracy']:.2f} ({group['correct']}/{group['correct'] + group['incorrect']})"
+
+
+def _mean(group: Group, name: str) -> str:
+    number = group["numbers"][name]
+    if math.isnan(number["mean"]):
+        return "undefined" if group["samples"] else ""
+    over = "" if number["count"] == group["samples"] else f" n={number['count']}"
+    interval = "" if math.isnan(number["low"]) else f" ({number['low']:.3f} to {number['high']:.3f})"
+    return f"{number['mean']:.3f}{interval}{over}"
+
+
+def _describe_outcome(score: str, outcome: Outcome) -> tuple[str, str, Sequence[str]]:
+    sizes = f"{outcome['correct']} correct and {outcome['incorrect']} incorrect with a defined {score}"
+    if math.isnan(outcome["auroc"]):
+        return score, f"nothing is claimed with fewer than {MINIMUM_GROUP} of either ({sizes})", ()
+    if outcome["low"] > 0.5:
+        verdict = "higher in correct predictions"
+    elif outcome["high"] < 0.5:
+        verdict = "lower in correct predictions"
+    else:
+        verdict = "no difference shown"
+    interval = f"95 % interval {outcome['low']:.3f} to {outcome['high']:.3f}"
+    gaps = f"gap {outcome['gap']:+.3f}, class-adjusted gap {_signed(outcome['class_adjusted_gap'])}"
+    return score, f"{verdict}: AUROC {outcome['auroc']:.3f}, {interval} ({sizes})", [gaps]
+
+
+def _signed(value: float) -> str:
+    return "undefined (no class has both outcomes)" if math.isnan(value) else f"{value:+.3f}"
+
+
+def _number(value: float, reason: str | None = None, digits: int = 4) -> str:
+    if math.isnan(value):
+        return f"undefined ({reason})" if reason else "undefined"
+    return f"{value:.{digits}f}"
+
+
+def _name_direction(name: str, arrow: str = " → ") -> str:
+    """``eeg_to_spec`` as ``EEG → Spec``, whatever layer stands before it."""
+    direction = Direction.parse(name.rpartition("/")[2])
+    return f"{_name_modality(direction.query)}{arrow}{_name_modality(direction.key)}"
+
+
+def _name_modality(name: str) -> str:
+    """``eeg`` as EEG and ``spec`` as Spec, as the guide writes them; a name with capitals of its own stays."""
+    if not name.isalpha() or name != name.lower():
+        return name
+    return name.upper() if len(name) <= 3 else name.capitalize()
+
+
+def _of_layer(name: str) -> str:
+    layer = name.rpartition("/")[0]
+    return f", layer {layer}" if layer else ""
