@@ -3,11 +3,12 @@
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn import AttentionExplainabilityCallback, JointSequence
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
 
 
@@ -161,10 +162,60 @@ class CountSynchronisations(TorchDispatchMode):
         return super().__exit__(*error)
 
 
-@pytest.mark.parametrize("need_weights", [True, False])
+class ByHand(ToyModule):
+    """Computes its attention with the fused kernel or with a softmax, or returns it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.look, self.hear = Attend(kind), Attend(kind)
+
+    def forward(self, audio, text):
+        audio, text = self.audio(audio), self.text(text)
+        there, back = self.look(audio, text), self.hear(text, audio)
+        return self.head(torch.cat([fused.mean(1) for fused, _ in (there, back)], dim=1))
+
+
+class Attend(torch.nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, queries, keys):
+        q, k = (x.unflatten(-1, (3, 4)).transpose(1, 2) for x in (queries, keys))
+        if self.kind == "fused":
+            fused = F.scaled_dot_product_attention(q, k, k, torch.ones(1, 1, 1, k.shape[2]).bool())
+            return fused.transpose(1, 2).flatten(2), None
+        scores = q @ k.transpose(-1, -2)
+        weights = scores.softmax(-1) if self.kind == "softmax" else scores.exp() / scores.exp().sum(-1, keepdim=True)
+        return (weights @ k).transpose(1, 2).flatten(2), weights
+
+
+class Joint(ToyModule):
+    def __init__(self):
+        super().__init__()
+        self.joint = torch.nn.TransformerEncoderLayer(12, 2, 8, batch_first=True)
+
+    def forward(self, audio, text):
+        fused = self.joint(torch.cat([self.audio(audio), self.text(text)], dim=1))
+        return self.head(torch.cat([fused[:, :5].mean(1), fused[:, 5:].mean(1)], dim=1))
+
+
+BY_HAND = {"audio_to_text": "look", "text_to_audio": "hear"}
+KINDS = {
+    "weights asked for": (lambda: ToyModule(True), None),
+    "beside the fused kernel": (lambda: ToyModule(False), None),
+    "scaled_dot_product_attention": (lambda: ByHand("fused"), BY_HAND),
+    "softmax": (lambda: ByHand("softmax"), BY_HAND),
+    "returned": (lambda: ByHand("returned"), BY_HAND),
+    "joint": (Joint, JointSequence("joint", spans={"audio": (0, 5), "text": (5, 12)})),
+}
+
+
+@pytest.mark.parametrize(("make", "attention"), KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("with_table", [True, False])
-def test_nothing_waits_for_the_device_while_batches_run(need_weights, with_table, tmp_path, monkeypatch):
-    watch = AttentionExplainabilityCallback(table=tmp_path if with_table else None)
+def test_nothing_waits_for_the_device_while_batches_run(make, attention, with_table, tmp_path, monkeypatch):
+    watch = AttentionExplainabilityCallback(attention, table=tmp_path if with_table else None)
     trainer = quiet_trainer(callbacks=[watch])
     count = CountSynchronisations(monkeypatch)
 
@@ -179,7 +230,7 @@ def test_nothing_waits_for_the_device_while_batches_run(need_weights, with_table
                     watch.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     trainer.callbacks.append(Measure())
-    trainer.validate(ToyModule(need_weights), toy_loader(), verbose=False)
+    trainer.validate(make(), toy_loader(), verbose=False)
     assert watch.summaries["val"].samples == 23 + 18
     assert count.seen == []
 

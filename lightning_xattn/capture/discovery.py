@@ -128,11 +128,9 @@ def _attention_in(root: nn.Module, path: str, joint: bool) -> list[str]:
     if isinstance(module, nn.TransformerDecoderLayer):
         return [f"{path}.multihead_attn"]
     if isinstance(module, nn.TransformerDecoder) or (joint and isinstance(module, nn.TransformerEncoder)):
-        return [
-            inner
-            for name, _ in module.layers.named_children()
-            for inner in _attention_in(root, f"{path}.layers.{name}", joint)
-        ]
+        return _attention_in(root, f"{path}.layers", joint)
+    if isinstance(module, nn.ModuleList):
+        return [inner for i in range(len(module)) for inner in _attention_in(root, f"{path}.{i}", joint)]
     inside = [f"{path}.{inner}".rstrip(".") for inner in _multihead_paths(module)]
     attention = inside[0] if len(inside) == 1 else path
     # An encoder layer is watched from outside: see ``watch_encoder_layer``.

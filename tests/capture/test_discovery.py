@@ -99,6 +99,7 @@ def test_containers_that_are_known_stand_for_what_they_hold():
     root = module(decoder=decoder, block__cross=attention(), block__mlp=nn.Linear(2, 2))
     layers = ["decoder.layers.0.multihead_attn", "decoder.layers.1.multihead_attn"]
     assert found(root, {"a_to_b": "decoder"}) == [(path, f"a_to_b: {path}") for path in layers]
+    assert found(root, {"a_to_b": "decoder.layers"}) == found(root, {"a_to_b": "decoder"})
     assert found(root, {"a_to_b": "decoder.layers.1"}) == [(layers[1], f"a_to_b: {layers[1]}")]
     assert found(root, {"a_to_b": "block"}) == [("block.cross", "a_to_b: block.cross")]
     with pytest.raises(DiscoveryError, match=r"decoder\.layers\.1\.multihead_attn and b_to_a by block\.cross; .*pair"):
