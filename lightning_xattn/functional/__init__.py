@@ -12,6 +12,7 @@ from lightning_xattn.functional.alignment import (
 )
 from lightning_xattn.functional.heads import head_diversity, query_selectivity, sink_strength
 from lightning_xattn.functional.outcomes import Separation, class_adjusted_gap, score_bins, separation
+from lightning_xattn.functional.pairs import TopPair, sample_top_pairs, top_pairs
 from lightning_xattn.functional.rows import ROW_STATISTICS, Rows, prepare_rows, row_statistics
 from lightning_xattn.functional.samples import sample_statistics
 
@@ -19,6 +20,7 @@ __all__ = [
     "ROW_STATISTICS",
     "Rows",
     "Separation",
+    "TopPair",
     "alignment",
     "alignment_interaction",
     "alignment_null",
@@ -32,8 +34,10 @@ __all__ = [
     "round_trip_lift",
     "row_statistics",
     "sample_statistics",
+    "sample_top_pairs",
     "score_bins",
     "separation",
     "sink_strength",
     "standardised_maps",
+    "top_pairs",
 ]
