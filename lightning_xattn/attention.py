@@ -192,3 +192,11 @@ class TokenAxis:
         tokens = self.names if self.spans is None else self.spans
         assert tokens is not None
         return len(tokens)
+
+    def place(self, token: int) -> str:
+        """Where a token lies, in words: its name, or its span such as ``"20 to 30"``."""
+        if self.spans is None:
+            assert self.names is not None
+            return self.names[token]
+        start, stop = self.spans[token]
+        return f"{start:g} to {stop:g}"

@@ -18,6 +18,8 @@ ROOMS = {
     "capture": {"attention", "errors"},
     "aggregation": {"functional", "attention", "errors"},
     "alarms": {"aggregation", "attention", "capture"},
+    "attention_analysis": {"alarms", "attention", "functional", "errors"},
+    "explanation": {"aggregation", "attention", "attention_analysis"},
     "grouping": {"aggregation", "capture", "errors"},
     "distributed": set(),
     "schedule": {"errors"},

@@ -12,7 +12,7 @@ from lightning_xattn.functional.alignment import (
 )
 from lightning_xattn.functional.heads import head_diversity, query_selectivity, sink_strength
 from lightning_xattn.functional.outcomes import Separation, class_adjusted_gap, score_bins, separation
-from lightning_xattn.functional.pairs import TopPair, sample_top_pairs, top_pairs
+from lightning_xattn.functional.pairs import TopPair, head_top_pairs, sample_top_pairs, top_pairs
 from lightning_xattn.functional.rows import ROW_STATISTICS, Rows, prepare_rows, row_statistics
 from lightning_xattn.functional.samples import sample_statistics
 
@@ -29,6 +29,7 @@ __all__ = [
     "head_alignment",
     "head_alignment_matrix",
     "head_diversity",
+    "head_top_pairs",
     "prepare_rows",
     "query_selectivity",
     "round_trip_lift",

@@ -34,13 +34,19 @@ def top_pairs(rows: Rows, top_k: int) -> list[TopPair]:
     A cell's mean runs over the valid rows that see its key; cells that none sees, and keys that are no tokens, are
     left out, so there may be fewer than ``top_k``. Equal weights stand in the order of queries, then of keys.
     """
-    (pairs,) = _largest(*(mean[None] for mean in _mean_maps(rows, (0, 1))), top_k)
+    weights, lifts = _mean_maps(rows, (0, 1))
+    (pairs,) = _largest(weights[None], lifts[None], top_k)
     return pairs
 
 
 def sample_top_pairs(rows: Rows, top_k: int) -> list[list[TopPair]]:
     """For each sample what ``top_pairs`` gives of it alone: the map is averaged over heads."""
     return _largest(*_mean_maps(rows, (1,)), top_k)
+
+
+def head_top_pairs(rows: Rows, top_k: int) -> list[list[TopPair]]:
+    """For each head what ``top_pairs`` gives of it alone: the map is averaged over the batch."""
+    return _largest(*_mean_maps(rows, (0,)), top_k)
 
 
 def _mean_maps(rows: Rows, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -52,7 +58,7 @@ def _mean_maps(rows: Rows, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _largest(weights: Tensor, lifts: Tensor, top_k: int) -> list[list[TopPair]]:
-    """Of ``(samples, queries, keys)``."""
+    """Of each of ``(maps, queries, keys)``."""
     keys = weights.shape[-1]
     weights, lifts = weights.flatten(1), lifts.flatten(1)
     # Not topk: it does not say in which order it puts equal weights.
@@ -61,8 +67,8 @@ def _largest(weights: Tensor, lifts: Tensor, top_k: int) -> list[list[TopPair]]:
     return [
         [
             TopPair(cell // keys, cell % keys, weight, lift)
-            for cell, weight, lift in zip(*of_sample, strict=True)
+            for cell, weight, lift in zip(*of_map, strict=True)
             if weight == weight  # NaN is not
         ]
-        for of_sample in zip(*columns, strict=True)
+        for of_map in zip(*columns, strict=True)
     ]

@@ -127,6 +127,11 @@ def test_top_pairs(case):
         compare_pairs(F.top_pairs(rows, 4), reference.top_pairs(samples, 4))
         for ours, of_sample in zip(F.sample_top_pairs(rows, 4), samples, strict=True):
             compare_pairs(ours, reference.top_pairs([of_sample], 4))
+        for h, ours in enumerate(F.head_top_pairs(rows, 4)):
+            of_head = [
+                (A[[h]], queries, keys if keys is None or keys.ndim == 1 else keys[[h]]) for A, queries, keys in samples
+            ]
+            compare_pairs(ours, reference.top_pairs(of_head, 4))
 
 
 def compare_pairs(ours, expected):
