@@ -1,12 +1,14 @@
 """Watch how a multi-modal model's modalities attend to each other.
 
-``AttentionExplainabilityCallback`` goes into a Lightning ``Trainer``; ``AttentionRecorder`` records any model.
+``AttentionExplainabilityCallback`` goes into a Lightning ``Trainer``, ``ExplainabilityCapture`` explains a trained
+model, ``AttentionRecorder`` records any model.
 """
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
 from lightning_xattn.callback import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.errors import XAttnError, XAttnWarning
+from lightning_xattn.explainer import ExplainabilityCapture
 
 __all__ = [
     "Attention",
@@ -14,6 +16,7 @@ __all__ = [
     "AttentionPair",
     "AttentionRecorder",
     "Direction",
+    "ExplainabilityCapture",
     "TokenAxis",
     "XAttnError",
     "XAttnWarning",

@@ -22,6 +22,13 @@ ROOMS = {
     "explanation": {"aggregation", "attention", "attention_analysis"},
     "grouping": {"aggregation", "capture", "errors"},
     "distributed": set(),
+    "batches": {"errors"},
+    "passes": {"attention", "capture", "errors", "functional"},
+    "describe": {
+        *("aggregation", "attention", "attention_analysis", "explanation", "functional", "grouping", "passes")
+    },
+    "dataset": {"aggregation", "errors", "functional", "grouping", "passes", "progress"},
+    "progress": {"aggregation", "attention", "errors", "functional", "passes", "table"},
     "schedule": {"errors"},
     "table": {"aggregation"},
     "visualizations": {"attention", "functional", "errors"},
@@ -32,9 +39,13 @@ ROOMS = {
         "table",
         *("visualizations", "epoch", "sinks", "errors"),
     },
+    "explainer": {
+        *("alarms", "attention", "attention_analysis", "batches", "capture", "dataset", "describe", "errors"),
+        *("explanation", "grouping", "passes", "progress"),
+    },
     "hms": {"", "attention", "epoch", "errors", "functional"},
     "cli": {"", "hms"},
-    "": {"attention", "callback", "capture", "errors"},  # the package itself: the public names
+    "": {"attention", "callback", "capture", "errors", "explainer"},  # the package itself: the public names
 }
 """What each room may import besides itself; "" is the package's public API."""
 
