@@ -122,7 +122,10 @@ class HMSLightningModule(pl.LightningModule):
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:
-            own, others = ({name: tuple(v.shape) for name, v in d.items()} for d in (self.state_dict(), state_dict))
+            own, others = (
+                {name: tuple(getattr(values, "shape", ())) for name, values in weights.items()}
+                for weights in (self.state_dict(), state_dict)
+            )
             odd = [f"{name} {others.get(name, 'missing')}" for name in own if own[name] != others.get(name)]
             odd += [f"{name} unknown" for name in others if name not in own]
             raise DataError(
