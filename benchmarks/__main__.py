@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.explain import explain_loader, peak_memory_of_explaining
 from benchmarks.numpy_loop import numpy_loop
 from benchmarks.validate import BATCH, one_batch, validate
 from lightning_xattn import Attention, Direction
@@ -136,7 +137,7 @@ def peak_memory() -> None:
 
 
 def main() -> None:
-    """Run all of them; about two minutes."""
+    """Run all of them; about seven minutes."""
     # Lightning's advice to load with more workers, and torch's on a name that Lightning uses: neither is measured here.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
@@ -147,7 +148,9 @@ def main() -> None:
         statistics_of_a_batch()
         data_loader(folder)
         validation_epoch(folder)
+        explain_loader(folder)
     peak_memory()
+    peak_memory_of_explaining()
 
 
 if __name__ == "__main__":

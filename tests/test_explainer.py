@@ -135,15 +135,29 @@ def test_a_batch_that_cannot_be_split_is_run_whole_for_one_sample():
         explainer(max_batch_size=2).explain_batch(odd)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_batch_in_parts_is_the_whole_batch(padded):
-    module, data = (PaddedToyModule(), padded_toy_data()) if padded else (ToyModule(), toy_data(SAMPLES))
-    whole = explainer(module).explain_batch(batch(data))
-    parts = explainer(module, max_batch_size=2).explain_batch(batch(data))
+class Masked(ToyModule):
+    """An attention mask that is one for all samples."""
+
+    def forward(self, audio, text):
+        audio, text = self.audio(audio), self.text(text)
+        hidden = torch.arange(TEXT) > torch.arange(AUDIO)[:, None] + 2
+        there, _ = self.audio_to_text_attn(audio, text, text, attn_mask=hidden)
+        back, _ = self.text_to_audio_attn(text, audio, audio, attn_mask=hidden.T & (torch.arange(TEXT) < 6)[:, None])
+        return self.head(torch.cat([there.mean(1), back.mean(1)], dim=1))
+
+
+@pytest.mark.parametrize(
+    ("module", "data"), [(ToyModule, toy_data), (PaddedToyModule, padded_toy_data), (Masked, toy_data)]
+)
+def test_a_batch_in_parts_is_the_whole_batch(module, data):
+    module = module()
+    whole = explainer(module).explain_batch(batch(data()))
+    parts = explainer(module, max_batch_size=2).explain_batch(batch(data()))
     assert_same(whole, parts, abs=1e-5)
-    for name in ("key_mask", "query_mask"):
-        masks = [getattr(results["attention"][0].backward, name) for results in (whole, parts)]
-        assert masks == [None, None] if not padded else torch.equal(*masks)
+    for ours, theirs in zip(whole["attention"][0].directions, parts["attention"][0].directions, strict=True):
+        for name in ("key_mask", "query_mask"):
+            masks = getattr(ours, name), getattr(theirs, name)
+            assert masks == (None, None) if masks[0] is None else torch.equal(*masks)
 
 
 def test_places_in_the_tokens_own_units():
