@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.capture import recording
+from benchmarks.explain import explain_loader, peak_memory_of_explaining
 from benchmarks.numpy_loop import numpy_loop
 from benchmarks.timing import median_seconds, quartiles_of_ratios, times_in_turns
 from benchmarks.validate import BATCH, one_batch, validate
@@ -119,7 +120,7 @@ def peak_memory() -> None:
 
 
 def main() -> None:
-    """Run all of them; about two minutes."""
+    """Run all of them; about seven minutes."""
     # Lightning's advice to load with more workers, and torch's on a name that Lightning uses: neither is measured here.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
@@ -131,7 +132,9 @@ def main() -> None:
         recording()
         data_loader(folder)
         validation_epoch(folder)
+        explain_loader(folder)
     peak_memory()
+    peak_memory_of_explaining()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Watch how a multi-modal model's modalities attend to each other.
 
-``AttentionExplainabilityCallback`` goes into a Lightning ``Trainer``; ``AttentionRecorder`` records any model;
-``create_explainability_report`` says what a batch or a data set shows, ``interpret_sample`` what a sample does.
+``AttentionExplainabilityCallback`` goes into a Lightning ``Trainer``; ``ExplainabilityCapture`` explains a trained
+model and ``create_explainability_report`` says what it found; ``AttentionRecorder`` records any model.
 """
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
 from lightning_xattn.callback import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder, JointSequence
 from lightning_xattn.errors import XAttnError, XAttnWarning
+from lightning_xattn.explainer import ExplainabilityCapture
 from lightning_xattn.interpretation import interpret_sample
 from lightning_xattn.report import create_explainability_report
 
@@ -17,6 +18,7 @@ __all__ = [
     "AttentionPair",
     "AttentionRecorder",
     "Direction",
+    "ExplainabilityCapture",
     "JointSequence",
     "TokenAxis",
     "XAttnError",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from lightning_xattn.aggregation import LayerSummary
 from lightning_xattn.capture import LayerSites
@@ -18,6 +18,13 @@ ALIKE = 0.001
 
 SINK = 0.5
 """A head whose mean ``sink_strength`` is above this gives most of every query's attention to one key."""
+
+SINGLE_KEY = (
+    "attend to a single key, where softmax gives exactly 1 whatever the model learned. Entropy, selectivity and "
+    "alignment are undefined and left out. To see attention, fuse token sequences: pool after the fusion, not before "
+    "it."
+)
+"""What is wrong with attention to a single key, and the remedy; follows the names of the directions."""
 
 
 class Alarms:
@@ -77,6 +84,11 @@ class Alarms:
                 if new:
                     yield f"{where}, head {', '.join(map(str, new))}: {meaning}"
 
+    def of_single_keys(self, layer: str, directions: Sequence[str]) -> Iterator[str]:
+        """New alarms that these directions, of which every row has a single valid key, give."""
+        if directions and self._is_new(layer, "", "single key", 0):
+            yield f"Layer '{layer}': {' and '.join(directions)} {SINGLE_KEY}"
+
     def _of_samples(self, layer: str, summary: LayerSummary) -> Iterator[str]:
         single = [
             str(direction)
@@ -84,12 +96,7 @@ class Alarms:
             # Valid rows without an entropy are rows of a single key, whether the others are masked or do not exist.
             if summary.count(f"{direction}/max") and not summary.count(f"{direction}/entropy")
         ]
-        if single and self._is_new(layer, "", "single key", 0):
-            yield (
-                f"Layer '{layer}': {' and '.join(single)} attend to a single key, where softmax gives exactly 1 "
-                "whatever the model learned. Entropy, selectivity and alignment are undefined and left out. To see "
-                "attention, fuse token sequences: pool after the fusion, not before it."
-            )
+        yield from self.of_single_keys(layer, single)
         if not summary.maps and self._is_new(layer, "", "ragged", 0):
             yield (
                 f"Layer '{layer}': the number of tokens changes from batch to batch, so there are no mean maps and no "

@@ -167,6 +167,10 @@ class AttentionPair:
                 f"got {tuple(back.weights.shape)}."
             )
 
+    def __getitem__(self, samples: slice) -> AttentionPair:
+        """The attention of some of the samples."""
+        return AttentionPair(self.layer, *(attention[samples] for attention in self.directions))
+
     @property
     def directions(self) -> tuple[Attention, ...]:
         """The recorded directions, forward first."""
@@ -204,3 +208,11 @@ class TokenAxis:
         tokens = self.names if self.spans is None else self.spans
         assert tokens is not None
         return len(tokens)
+
+    def place(self, token: int) -> str:
+        """Where a token lies, in words: its name, or its span such as ``"20 to 30"``."""
+        if self.spans is None:
+            assert self.names is not None
+            return self.names[token]
+        start, stop = self.spans[token]
+        return f"{start:g} to {stop:g}"

@@ -13,26 +13,24 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_xattn.aggregation import LayerAccumulator, LayerSummary, Layout, merge_sums
+from lightning_xattn.aggregation import LayerAccumulator, LayerSummary, merge_sums
 from lightning_xattn.alarms import Alarms
 from lightning_xattn.capture import AttentionRecorder, AttentionSetting, LabelFinder, check_attention
 from lightning_xattn.capture.labels import LabelSetting, Step
 from lightning_xattn.distributed import count_repeats, gather
 from lightning_xattn.epoch import epoch_counts, epoch_curves, epoch_figures
 from lightning_xattn.errors import SettingError, XAttnWarning
-from lightning_xattn.functional import prepare_rows, sample_statistics
 from lightning_xattn.grouping import (
     GROUPINGS,
     check_class_names,
-    group_samples,
     missing_labels,
     name_classes,
     name_groups,
-    sample_columns,
     usable_names,
 )
 from lightning_xattn.schedule import Schedule, logged_step
 from lightning_xattn.sinks import log_images
+from lightning_xattn.sums import add_batch
 
 if TYPE_CHECKING:
     from lightning_xattn.table import SampleTable
@@ -137,7 +135,8 @@ class AttentionExplainabilityCallback(Callback):
         self._labels = defaultdict[int, LabelFinder](lambda: LabelFinder(predictions, targets, sample_ids))
         self._recorder: AttentionRecorder | None = None
         self._recording = False
-        self._accumulators: dict[tuple[int, str], LayerAccumulator] = {}
+        # One for each layer of each dataloader.
+        self._accumulators = defaultdict[int, dict[str, LayerAccumulator]](dict)
         self._table: SampleTable | None = None
         self._repeats: Counter[int] = Counter()
         # The names of the classes, once a first batch has passed the checks.
@@ -260,7 +259,7 @@ class AttentionExplainabilityCallback(Callback):
         if self._table is not None:
             self._table.discard()
         self._recording, self._table = False, None
-        self._accumulators = {}
+        self._accumulators.clear()
         self._repeats = Counter()
 
     def _add_batch(
@@ -285,30 +284,17 @@ class AttentionExplainabilityCallback(Callback):
         labels = finder.find(step)[kept]
         if self._classes is None:
             self._classes = name_classes(labels, self.class_names or self._own_names(pl_module), self.group_by, step)
-            _warn(missing_labels(labels, self._classes, self.group_by, step, finder.unclear))
+            _warn(missing_labels(labels, self._classes, self.group_by, step))
             _warn(self._alarms.of_directions(self._recorder.layers))
             places = " and ".join(f"{what} from {place}" for what, place in finder.places.items())
             rank_zero_info(f"AttentionExplainabilityCallback takes {places or 'no labels'}.")
 
         ids = None if self._table is None else finder.find_sample_ids(step)
-        like = pairs[0].forward.weights[kept]
-        classes, outcomes, tied = group_samples(labels, self.group_by, len(self._classes), like)
-        for pair in pairs:
-            rows = [prepare_rows(attention[kept]) for attention in pair.directions]
-            statistics = sample_statistics(*rows)
-            key = (dataloader_idx, pair.layer)
-            if key not in self._accumulators:
-                layout = Layout.of(rows, statistics, len(self._classes))
-                self._accumulators[key] = LayerAccumulator(layout, rows[0].weights.device)
-            self._accumulators[key].update(rows, statistics, classes, outcomes, tied)
+        about = {"dataloader": dataloader_idx, "sample_id": None if ids is None else ids[kept]}
+        accumulators, kept_pairs = self._accumulators[dataloader_idx], [pair[kept] for pair in pairs]
+        for columns in add_batch(accumulators, kept_pairs, labels, self.group_by, len(self._classes)):
             if self._table is not None:
-                row = sample_columns(labels, outcomes, tied, statistics)
-                row |= {
-                    "dataloader": dataloader_idx,
-                    "layer": pair.layer,
-                    "sample_id": None if ids is None else ids[kept],
-                }
-                self._tabulate(partial(self._table.add, row))
+                self._tabulate(partial(self._table.add, columns | about))
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not self._recording:
@@ -329,7 +315,11 @@ class AttentionExplainabilityCallback(Callback):
             self._table = None
 
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        sums = {key: (accumulator.layout, accumulator.sums()) for key, accumulator in self._accumulators.items()}
+        sums = {
+            (dataloader_idx, layer): (accumulator.layout, accumulator.sums())
+            for dataloader_idx, layers in self._accumulators.items()
+            for layer, accumulator in layers.items()
+        }
         processes = gather((self._classes, self._repeats, sums))
         self._classes = next((classes for classes, _, _ in processes if classes is not None), None)
         repeats: Counter[int] = sum((counted for _, counted, _ in processes), Counter())

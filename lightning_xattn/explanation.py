@@ -55,6 +55,17 @@ class SampleExplanation(TypedDict):
     """The same pairs with their lift and places."""
 
 
+class SingleExplanation(SampleExplanation):
+    """One sample of a batch, with what is needed to draw it: there it is sample 0."""
+
+    attention_dict: dict[str, Tensor]
+    """Weights ``(1, heads, queries, keys)``, keys as in ``BatchExplanation``."""
+    attention: tuple[AttentionPair, ...]
+    """The same weights with their masks, by layer."""
+    class_names: tuple[str, ...]
+    axes: dict[str, TokenAxis]
+
+
 class BatchExplanation(TypedDict):
     """A batch of B samples."""
 

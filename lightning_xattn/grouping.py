@@ -91,27 +91,22 @@ def name_classes(labels: Labels, class_names: Sequence[str] | None, group_by: st
             raise ShapeError(
                 f"Expected {what} in 0 ... {len(class_names) - 1} for {len(class_names)} classes "
                 f"({', '.join(map(str, UNLABELLED))}: no label); got {sorted(outside)} too. {step} Name the right "
-                f"ones: AttentionExplainabilityCallback({what}=<key or callable>)."
+                f"ones: {what}=<key or callable>."
             )
     return check_class_names(class_names) if class_names else ()
 
 
-def missing_labels(
-    labels: Labels, names: Sequence[str], group_by: str, step: Step, unclear: Mapping[str, str]
-) -> Iterator[str]:
+def missing_labels(labels: Labels, names: Sequence[str], group_by: str, step: Step) -> Iterator[str]:
     """What cannot be shown because it was not found, or why it was not taken, and how to name it."""
     for what, ids in (("predictions", labels.predicted), ("targets", labels.target)):
         if ids is None:
             parts = "correct and incorrect predictions" + (" and classes" if what.startswith(group_by) else "")
-            reason = f" {unclear[what]}" if what in unclear else ""
-            yield (
-                f"No {what} found, so {parts} are not compared.{reason} {step} Name them: "
-                f"AttentionExplainabilityCallback({what}=<key or callable>)."
-            )
+            reason = f" {labels.doubt}" if labels.doubt and what == "predictions" else ""
+            yield f"No {what} found, so {parts} are not compared.{reason} {step} Name them: {what}=<key or callable>."
         elif not names and what.startswith(group_by):
             yield (
                 f"The {what} are class ids, which do not tell how many classes there are, so classes are not "
-                "compared. Name them: AttentionExplainabilityCallback(class_names=[...])."
+                "compared. Name them: class_names=[...]."
             )
 
 

@@ -45,7 +45,8 @@ def row_statistics(A, queries=None, keys=None, threshold=0.1):
     """Dict of (heads,) arrays: the mean of each row statistic over the valid rows of a head."""
     valid = valid_rows(A, queries, keys)
     _, keys = masks_of(A, queries, keys)
-    names = ("entropy", "effective_keys", "effective_share", "max", "sparsity", "relative_sparsity", "std", "mean")
+    names = ("entropy", "effective_keys", "effective_share", "max", "min")
+    names += ("sparsity", "relative_sparsity", "std", "mean")
     result = {name: [] for name in names}
     for h in range(A.shape[0]):
         collected = {name: [] for name in names}
@@ -58,6 +59,7 @@ def row_statistics(A, queries=None, keys=None, threshold=0.1):
             collected["effective_keys"].append(math.exp(shannon(a)))
             collected["effective_share"].append(math.exp(shannon(a)) / k)
             collected["max"].append(a.max())
+            collected["min"].append(min(a))
             collected["sparsity"].append(100 * sum(a < threshold) / k)
             collected["relative_sparsity"].append(100 * sum(a < threshold / k) / k)
             collected["std"].append(math.sqrt(sum((a - 1 / k) ** 2) / k))
@@ -149,6 +151,19 @@ def sink_strength(A, queries=None, keys=None):
         least = [min(row[key] for row in rows) for key in range(A.shape[2])] if rows else [0]
         result.append(max(0, (max(least) - 1 / k) / (1 - 1 / k)) if k > 1 and len(rows) > 1 else NAN)
     return np.array(result)
+
+
+def top_pairs(samples, top_k):
+    """``(query, key, weight, lift)`` of the mean map of samples and heads; ``samples`` are (A, queries, keys)."""
+    cells = {}
+    for A, queries, keys in samples:
+        valid = valid_rows(A, queries, keys)
+        _, keys = masks_of(A, queries, keys)
+        for h, q, k in np.ndindex(*A.shape):
+            if valid[h, q] and keys[h, q, k]:
+                cells.setdefault((q, k), []).append((A[h, q, k], A[h, q, k] * keys[h, q].sum()))
+    means = [(q, k, *np.mean(found, axis=0)) for (q, k), found in cells.items()]
+    return sorted(means, key=lambda pair: -pair[2])[:top_k]
 
 
 def pearson(x, y, scale_x=None, scale_y=None):

@@ -17,14 +17,15 @@ ROOMS = {
     "functional": {"attention", "errors"},
     "capture": {"attention", "errors"},
     "aggregation": {"functional", "attention", "errors"},
-    "attention_analysis": {"attention", "functional", "errors"},
+    "alarms": {"aggregation", "attention", "capture"},
+    "attention_analysis": {"alarms", "attention", "functional", "errors"},
     "explanation": {"aggregation", "attention", "attention_analysis"},
     "interpretation": {"attention_analysis", "explanation", "functional"},
     "report": {
         *("aggregation", "attention", "attention_analysis", "explanation", "functional", "interpretation", "errors"),
     },
-    "alarms": {"aggregation", "attention", "capture"},
     "grouping": {"aggregation", "capture", "errors"},
+    "sums": {"aggregation", "attention", "capture", "functional", "grouping"},
     "distributed": set(),
     "schedule": {"errors"},
     "table": {"aggregation"},
@@ -32,14 +33,17 @@ ROOMS = {
     "epoch": {"aggregation", "attention", "functional", "visualizations", "errors"},
     "sinks": {"errors"},
     "callback": {
-        *("attention", "capture", "functional", "aggregation", "alarms", "grouping", "distributed", "schedule"),
-        "table",
+        *("attention", "capture", "aggregation", "alarms", "grouping", "distributed", "schedule", "sums", "table"),
         *("visualizations", "epoch", "sinks", "errors"),
     },
     "hms": {"", "attention", "errors", "functional", "report"},
     "cli": {"", "hms"},
     # The package itself: the public names.
-    "": {"attention", "callback", "capture", "errors", "interpretation", "report"},
+    "": {"attention", "callback", "capture", "errors", "explainer", "interpretation", "report"},
+    "explainer": {
+        *("alarms", "attention", "attention_analysis", "capture", "aggregation", "errors", "functional"),
+        *("explanation", "grouping", "sums", "table"),
+    },
 }
 """What each room may import besides itself; "" is the package's public API."""
 

@@ -46,6 +46,22 @@ class ToyModule(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class PaddedToyModule(ToyModule):
+    """A token whose first feature is 0 is padding."""
+
+    def forward(self, audio, text):
+        silent, blank = audio[..., 0] == 0, text[..., 0] == 0
+        audio, text = self.audio(audio), self.text(text)
+        there, _ = self.audio_to_text_attn(audio, text, text, key_padding_mask=blank)
+        back, _ = self.text_to_audio_attn(text, audio, audio, key_padding_mask=silent)
+        return self.head(torch.cat([there.mean(1), back.mean(1)], dim=1))
+
+
+def run_toy(module, batch):
+    """How to run a ToyModule on a batch of ``toy_data``."""
+    return module(*batch[:2])
+
+
 def toy_data(samples=23, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return TensorDataset(
@@ -57,6 +73,14 @@ def toy_data(samples=23, seed=0):
 
 def toy_loader(samples=23, batch_size=5, seed=0):
     return DataLoader(toy_data(samples, seed), batch_size=batch_size)
+
+
+def padded_toy_data(samples=23):
+    audio, text, target = toy_data(samples).tensors
+    for i in range(samples):
+        audio[i, AUDIO - i % 3 :, 0] = 0
+        text[i, TEXT - i % 4 :, 0] = 0
+    return TensorDataset(audio, text, target)
 
 
 def quiet_trainer(**settings):

@@ -7,7 +7,7 @@ the target never changes from batch to batch, and no GPU is made to wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -86,6 +86,8 @@ class Labels:
         ``(batch,)`` bool: the soft target has more than one top class.
     n_classes
         Number of classes, when the predictions or the targets show it.
+    doubt
+        Why predictions were not taken though there is something that could be meant; empty when there is no doubt.
     """
 
     predicted: Tensor | None
@@ -93,14 +95,13 @@ class Labels:
     target: Tensor | None
     tied: Tensor | None
     n_classes: int | None
+    doubt: str = ""
 
     def __getitem__(self, samples: slice) -> Labels:
         """The labels of some of the samples."""
-
-        def pick(field: Tensor | None) -> Tensor | None:
-            return None if field is None else field[samples]
-
-        return Labels(pick(self.predicted), pick(self.confidence), pick(self.target), pick(self.tied), self.n_classes)
+        fields = ("predicted", "confidence", "target", "tied")
+        known = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+        return replace(self, **{name: values[samples] for name, values in known.items()})
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,6 @@ class LabelFinder:
     ----------
     predictions, targets, sample_ids
         See ``LabelSetting``. Sample ids may also be a list of numbers or strings.
-
-    Attributes
-    ----------
-    unclear : dict of str to str
-        Why predictions were not taken though there is something that could be meant.
     """
 
     def __init__(
@@ -139,7 +135,7 @@ class LabelFinder:
         self._settings = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids}
         self._places: dict[str, Place | None] | None = None
         self._binary = self._probabilities = False
-        self.unclear: dict[str, str] = {}
+        self._doubt = ""
 
     @property
     def places(self) -> dict[str, str]:
@@ -167,7 +163,8 @@ class LabelFinder:
             )
         has_scores = scores is not None and scores.is_floating_point()
         confidence = confidence_of(scores, self._probabilities) if scores is not None and has_scores else None
-        return Labels(predicted.ids, confidence, target.ids, target.tied, predicted.n_classes or target.n_classes)
+        n_classes = predicted.n_classes or target.n_classes
+        return Labels(predicted.ids, confidence, target.ids, target.tied, n_classes, self._doubt)
 
     def _classes(self, scores: Tensor | None, labels: Tensor | None) -> tuple[Classes, Classes]:
         if not self._binary:
@@ -206,15 +203,14 @@ class LabelFinder:
         if self._settings["sample_ids"] is None:
             places["sample_ids"] = next(_keyed(step, ("batch", "outputs"), SAMPLE_ID_KEYS), None)
         if places["predictions"] is not None and isinstance(scores, Tensor):
-            doubt = self._doubt(scores, places["predictions"], places["targets"], step)
-            if doubt and self._settings["predictions"] is not None:
-                raise ShapeError(f"{doubt} {step}")
-            if doubt:
-                self.unclear["predictions"] = doubt
+            self._doubt = self._decide(scores, places["predictions"], places["targets"], step)
+            if self._doubt and self._settings["predictions"] is not None:
+                raise ShapeError(f"{self._doubt} {step}")
+            if self._doubt:
                 places["predictions"], self._binary = None, False
         return places
 
-    def _doubt(self, scores: Tensor, place: Place, targets: Place | None, step: Step) -> str:
+    def _decide(self, scores: Tensor, place: Place, targets: Place | None, step: Step) -> str:
         """Decide what the scores of a first batch are; what cannot be told is said."""
         if not self._binary:
             self._probabilities = scores.dim() == 2 and scores.is_floating_point() and are_probabilities(scores)

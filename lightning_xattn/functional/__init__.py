@@ -14,6 +14,7 @@ from lightning_xattn.functional.heads import head_diversity, query_selectivity, 
 from lightning_xattn.functional.intervals import mean_interval
 from lightning_xattn.functional.lift import lift, lift_map, received_lift
 from lightning_xattn.functional.outcomes import Separation, class_adjusted_gap, score_bins, separation
+from lightning_xattn.functional.pairs import TopPair, head_top_pairs, sample_top_pairs, top_pairs
 from lightning_xattn.functional.rows import ROW_STATISTICS, Rows, crossing, prepare_rows, row_statistics
 from lightning_xattn.functional.samples import sample_statistics
 
@@ -21,6 +22,7 @@ __all__ = [
     "ROW_STATISTICS",
     "Rows",
     "Separation",
+    "TopPair",
     "alignment",
     "alignment_interaction",
     "alignment_null",
@@ -30,6 +32,7 @@ __all__ = [
     "head_alignment",
     "head_alignment_matrix",
     "head_diversity",
+    "head_top_pairs",
     "lift",
     "lift_map",
     "mean_interval",
@@ -39,8 +42,10 @@ __all__ = [
     "round_trip_lift",
     "row_statistics",
     "sample_statistics",
+    "sample_top_pairs",
     "score_bins",
     "separation",
     "sink_strength",
     "standardised_maps",
+    "top_pairs",
 ]

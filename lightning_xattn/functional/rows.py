@@ -130,6 +130,12 @@ def max_weight(rows: Rows) -> Tensor:
     return _mean_of_rows(rows.weights.amax(-1), rows.valid)
 
 
+def min_weight(rows: Rows) -> Tensor:
+    """Smallest weight of a row over its valid keys, ``(batch, heads)`` in [0, 1 / K_q]."""
+    weights = rows.weights if rows.visible is None else rows.weights.masked_fill(~rows.visible, torch.inf)
+    return _mean_of_rows(weights.amin(-1), rows.valid)
+
+
 def sparsity(rows: Rows) -> Tensor:
     """Percentage of valid keys below ``SPARSITY_THRESHOLD``, ``(batch, heads)`` in [0, 100].
 
@@ -177,6 +183,7 @@ ROW_STATISTICS = {
     "effective_keys": effective_keys,
     "effective_share": effective_share,
     "max": max_weight,
+    "min": min_weight,
     "sparsity": sparsity,
     "relative_sparsity": relative_sparsity,
     "std": std,

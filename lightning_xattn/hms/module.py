@@ -111,6 +111,29 @@ class HMSLightningModule(pl.LightningModule):
         _require(batch, "eeg_graphs", "spec_graphs")
         return torch.softmax(self(batch["eeg_graphs"], batch["spec_graphs"]), dim=-1)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights; as of a checkpoint.
+
+        Raises
+        ------
+        DataError
+            If they are those of another architecture.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            own, others = (
+                {name: tuple(getattr(values, "shape", ())) for name, values in weights.items()}
+                for weights in (self.state_dict(), state_dict)
+            )
+            odd = [f"{name} {others.get(name, 'missing')}" for name in own if own[name] != others.get(name)]
+            odd += [f"{name} unknown" for name in others if name not in own]
+            raise DataError(
+                f"These weights are not those of HMSLightningModule(fusion={self.hparams['fusion']!r}, "
+                f"num_heads={self.hparams['num_heads']}): {len(odd)} of {len(own)} tensors differ, such as "
+                f"{', '.join(odd[:3])}. Load a checkpoint that this class has saved."
+            ) from error
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with ``learning_rate_factor`` over the steps of the fit; constant where the fit has no end."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)

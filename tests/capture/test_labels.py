@@ -114,10 +114,9 @@ def test_logits_that_happen_to_look_like_probabilities_under_their_name():
     ],
 )
 def test_a_single_score_that_is_not_clear_is_not_taken_and_said_why(targets, scores, reason):
-    finder = LabelFinder()
-    labels = finder.find(step(LOSS, (IMAGE, targets), scores))
+    labels = find(LOSS, (IMAGE, targets), scores)
     assert labels.predicted is None
-    assert re.search(reason, finder.unclear["predictions"])
+    assert re.search(reason, labels.doubt)
     if targets is not None:
         with pytest.raises(ShapeError, match=reason):
             find(LOSS, (IMAGE, targets), predictions=lambda o, b: scores, targets=lambda o, b: b[1])

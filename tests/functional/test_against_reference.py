@@ -136,6 +136,42 @@ def test_heads(case):
         compare(F.sink_strength(rows), [reference.sink_strength(*s) for s in samples])
 
 
+def test_top_pairs(case):
+    for attention in case:
+        rows = F.prepare_rows(attention)
+        samples = [sample(attention, b) for b in range(BATCH)]
+        compare_pairs(F.top_pairs(rows, 4), reference.top_pairs(samples, 4))
+        for ours, of_sample in zip(F.sample_top_pairs(rows, 4), samples, strict=True):
+            compare_pairs(ours, reference.top_pairs([of_sample], 4))
+        for h, ours in enumerate(F.head_top_pairs(rows, 4)):
+            of_head = [
+                (A[[h]], queries, keys if keys is None or keys.ndim == 1 else keys[[h]]) for A, queries, keys in samples
+            ]
+            compare_pairs(ours, reference.top_pairs(of_head, 4))
+
+
+def compare_pairs(ours, expected):
+    assert len(ours) == len(expected)
+    # Uniform weights of float64 differ in their last bits, and so in their order.
+    if len({round(pair[2], 6) for pair in expected}) == len(expected):
+        assert [pair[:2] for pair in ours] == [pair[:2] for pair in expected]
+    np.testing.assert_allclose([pair[2:] for pair in ours], [pair[2:] for pair in expected], rtol=2e-5)
+
+
+def test_equal_pairs_stand_in_order():
+    rows = F.prepare_rows(Attention(EEG_TO_SPEC, torch.full((BATCH, HEADS, QUERIES, KEYS), 1 / KEYS)))
+    assert [pair[:2] for pair in F.top_pairs(rows, 8)] == [(0, k) for k in range(7)] + [(1, 0)]
+
+
+def test_slots_that_are_no_tokens_are_no_pairs():
+    weights = torch.zeros(BATCH, HEADS, QUERIES, KEYS).softmax(-1)
+    weights[..., -1] += 0.5
+    weights = weights / weights.sum(-1, keepdim=True)
+    pairs = F.top_pairs(F.prepare_rows(Attention(EEG_TO_SPEC, weights, extra_keys=1)), QUERIES * KEYS)
+    assert len(pairs) == QUERIES * (KEYS - 1)
+    assert max(pair.key for pair in pairs) == KEYS - 2
+
+
 @pytest.mark.parametrize("name", ["alignment", "head_alignment_matrix", "alignment_interaction", "round_trip_lift"])
 def test_alignment(case, name):
     forward, backward = case

@@ -1,0 +1,5 @@
+"""The offline explainer: one sample, one batch, or a whole loader of a trained model, with the callback's numbers."""
+
+from lightning_xattn.explainer.capture import ExplainabilityCapture
+
+__all__ = ["ExplainabilityCapture"]

@@ -1,0 +1,206 @@
+"""The folder of an explained data set: rows so far, the sums behind them, and from where to go on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_xattn.aggregation import Layout
+from lightning_xattn.attention import Direction
+from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.explainer.passes import Pass
+from lightning_xattn.functional import ROW_STATISTICS, prepare_rows
+from lightning_xattn.table import SampleTable
+
+FILE = "_progress.pt"
+"""Readers of Parquet folders pass over names that begin with an underscore."""
+
+FORMAT = "1"
+"""Raised when the file, or what a number in it means, changes."""
+
+ALIKE = 1e-4
+"""Numbers of one batch that are computed twice agree within this."""
+
+Sums = Mapping[str, tuple[Layout, Mapping[str, Tensor]]]
+"""By layer, the layout and the sums of its ``LayerAccumulator``."""
+
+
+class ExplainedFolder:
+    """Parquet files with the rows of the batches so far, and a file with their sums.
+
+    The rows of some batches become visible together, as files that are complete or absent, and then the sums that
+    contain these batches replace the ones before. A run that was killed in between leaves files that the sums do not
+    name: they are removed when it goes on, so every row is there once.
+
+    Parameters
+    ----------
+    folder
+        Is made when it does not exist.
+    identity
+        What must be the same for a run to go on: in words, what it is and its value.
+
+    Attributes
+    ----------
+    batches, samples
+        How many the sums contain.
+    finished
+        Whether these are all there are.
+    sums
+        The sums so far.
+
+    Raises
+    ------
+    SettingError
+        If the folder was begun with another identity, or holds other Parquet files.
+    DataError
+        If its file with the sums cannot be read.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
+        self.folder = folder
+        self._identity = {"format": FORMAT, **identity}
+        saved = self._read()
+        self.batches: int = saved.get("batches", 0)
+        self.samples: int = saved.get("samples", 0)
+        self.finished: bool = saved.get("finished", False)
+        self.sums: Sums = {name: (_layout(plain), sums) for name, (plain, sums) in saved.get("sums", {}).items()}
+        self._first: dict[str, Any] | None = saved.get("first")
+        parts: list[str] = saved.get("parts", [])
+        for path in [*folder.glob("explained-*.parquet"), *folder.glob(".explained-*.part")]:
+            if path.name not in parts:
+                path.unlink()
+
+    def check_first(self, run: Pass) -> None:
+        """Refuse a loader that does not begin as the one that the folder was begun with.
+
+        Raises
+        ------
+        SettingError
+            Saying so.
+        """
+        first = _describe(run)
+        if self._first is None:
+            self._first = first
+        shared = min(len(first["numbers"]), len(self._first["numbers"]))
+        ours, theirs = (
+            (None if x["sample_ids"] is None else x["sample_ids"][:shared], x["numbers"][:shared])
+            for x in (first, self._first)
+        )
+        if ours[0] != theirs[0] or not torch.allclose(ours[1], theirs[1], rtol=ALIKE, atol=ALIKE, equal_nan=True):
+            raise SettingError(
+                f"The loader's first batch is not the one that {self.folder} was begun with: another data set, another "
+                "order (a loader that shuffles cannot be gone on with), or another precision. Pass the same loader, "
+                "name another folder, or delete this one."
+            )
+
+    def save(
+        self, batches: int, samples: int, sums: Sums, rows: Iterable[Mapping[str, Any]], finished: bool = False
+    ) -> None:
+        """Make the rows of further batches visible, then the sums that contain them.
+
+        Parameters
+        ----------
+        batches, samples, sums, finished
+            See the attributes.
+        rows
+            Those of the batches since the last call, as ``SampleTable.add`` takes them.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        table = SampleTable(self.folder, f"explained-{self.batches:06d}", {})
+        try:
+            for row in rows:
+                table.add(row)
+            table.close()
+        except BaseException:
+            table.discard()
+            raise
+        parts = sorted(path.name for path in self.folder.glob("explained-*.parquet"))
+        saved = {
+            "identity": self._identity,
+            "batches": batches,
+            "samples": samples,
+            "finished": finished,
+            "sums": {
+                name: (_plain(layout), {state: values.cpu() for state, values in of_layer.items()})
+                for name, (layout, of_layer) in sums.items()
+            },
+            "first": self._first,
+            "parts": parts,
+        }
+        part = self.folder / f".{FILE}.part"
+        torch.save(saved, part)
+        part.replace(self.folder / FILE)
+        self.batches, self.samples, self.finished, self.sums = batches, samples, finished, sums
+
+    def _read(self) -> dict[str, Any]:
+        path = self.folder / FILE
+        if not path.exists():
+            others = sorted(found.name for found in self.folder.glob("*.parquet"))
+            if others:
+                raise SettingError(
+                    f"{self.folder} holds {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} but no {FILE}, "
+                    "so it is not an explained data set that can be gone on with. Name another folder, or empty this "
+                    "one."
+                )
+            return {}
+        try:
+            saved: dict[str, Any] = torch.load(path, weights_only=True)
+            known: dict[str, str] = saved["identity"]
+        except Exception as error:  # whatever torch and pickle raise for a file that is cut off or something else
+            raise DataError(f"{path} cannot be read ({error!r}). Name another folder, or delete this one.") from error
+        other = [name for name in self._identity if self._identity[name] != known.get(name)]
+        if other:
+            found = "; ".join(
+                f"{name}: {_short(known.get(name))} there, {_short(self._identity[name])} now" for name in other
+            )
+            raise SettingError(
+                f"{self.folder} was begun with something else ({found}), so it cannot be gone on with or read back. "
+                "Name another folder, or delete this one."
+            )
+        return saved
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's parameters and buffers with their names."""
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    for name, values in model.state_dict().items():
+        if isinstance(values, Tensor):
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+            digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _describe(run: Pass) -> dict[str, Any]:
+    """What tells one first batch from another."""
+    attention, labels = run.pairs[0].forward, run.labels
+    largest = ROW_STATISTICS["max"](prepare_rows(attention)).nanmean(1)
+    columns = [column.float().cpu() for column in (labels.target, labels.confidence, largest) if column is not None]
+    return {"sample_ids": run.sample_ids, "numbers": torch.stack(columns, dim=1)}
+
+
+def _short(value: str | None) -> str:
+    return "nothing" if value is None else value if len(value) <= 60 else f"{value[:12]}..."
+
+
+def _plain(layout: Layout) -> dict[str, Any]:
+    """A layout in plain types, so that a file with it loads with ``weights_only=True``."""
+    return {
+        "columns": list(layout.columns),
+        "n_classes": layout.n_classes,
+        "heads": {str(direction): heads for direction, heads in layout.heads.items()},
+        "tokens": {str(direction): list(tokens) for direction, tokens in layout.tokens.items()},
+    }
+
+
+def _layout(plain: Mapping[str, Any]) -> Layout:
+    return Layout(
+        tuple(plain["columns"]),
+        plain["n_classes"],
+        {Direction.parse(name): heads for name, heads in plain["heads"].items()},
+        {Direction.parse(name): (queries, keys) for name, (queries, keys) in plain["tokens"].items()},
+    )

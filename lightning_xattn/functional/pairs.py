@@ -1,0 +1,74 @@
+"""Which query and key have the most attention?"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_xattn.functional.rows import Rows
+
+
+class TopPair(NamedTuple):
+    """A query and a key.
+
+    Attributes
+    ----------
+    query, key
+        Their places among the tokens.
+    weight
+        Mean attention, in [0, 1].
+    lift
+        Mean of ``weight * K_q``: how many times what uniform attention gives.
+    """
+
+    query: int
+    key: int
+    weight: float
+    lift: float
+
+
+def top_pairs(rows: Rows, top_k: int) -> list[TopPair]:
+    """Largest weights of the map that is averaged over batch and heads, the largest first.
+
+    A cell's mean runs over the valid rows that see its key; cells that none sees, and keys that are no tokens, are
+    left out, so there may be fewer than ``top_k``. Equal weights stand in the order of queries, then of keys.
+    """
+    weights, lifts = _mean_maps(rows, (0, 1))
+    (pairs,) = _largest(weights[None], lifts[None], top_k)
+    return pairs
+
+
+def sample_top_pairs(rows: Rows, top_k: int) -> list[list[TopPair]]:
+    """For each sample what ``top_pairs`` gives of it alone: the map is averaged over heads."""
+    return _largest(*_mean_maps(rows, (1,)), top_k)
+
+
+def head_top_pairs(rows: Rows, top_k: int) -> list[list[TopPair]]:
+    """For each head what ``top_pairs`` gives of it alone: the map is averaged over the batch."""
+    return _largest(*_mean_maps(rows, (0,)), top_k)
+
+
+def _mean_maps(rows: Rows, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean weight and mean lift of each cell; NaN where no valid row sees the key."""
+    weights = rows.weights[..., : rows.tokens]
+    seen = rows.valid[..., None] if rows.token_visible is None else rows.valid[..., None] & rows.token_visible
+    count = seen.expand(weights.shape).sum(over)
+    return weights.sum(over) / count, (weights * rows.keys[..., None]).sum(over) / count
+
+
+def _largest(weights: Tensor, lifts: Tensor, top_k: int) -> list[list[TopPair]]:
+    """Of each of ``(maps, queries, keys)``."""
+    keys = weights.shape[-1]
+    weights, lifts = weights.flatten(1), lifts.flatten(1)
+    # Not topk: it does not say in which order it puts equal weights.
+    order = weights.nan_to_num(nan=-1.0).argsort(dim=1, descending=True, stable=True)[:, :top_k]
+    columns = (order.tolist(), weights.gather(1, order).tolist(), lifts.gather(1, order).tolist())
+    return [
+        [
+            TopPair(cell // keys, cell % keys, weight, lift)
+            for cell, weight, lift in zip(*of_map, strict=True)
+            if weight == weight  # NaN is not
+        ]
+        for of_map in zip(*columns, strict=True)
+    ]

@@ -1,0 +1,163 @@
+"""The reference model explained offline, as the guide does it."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, XAttnWarning
+from lightning_xattn.attention_analysis import AttentionAnalyzer, head_wise_attention_analysis
+from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.hms import CLASSES, HMSDataModule, HMSLightningModule, simulate
+from tests.test_explain_loader import assert_same_summary
+from tests.test_explainer import assert_same
+from tests.toy import quiet_trainer
+
+# An untrained model has heads that are uniform, and is warned of them.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(uniform attention|attend alike):lightning_xattn.XAttnWarning")
+
+
+@pytest.fixture(scope="module")
+def datamodule(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("simulated") / "hms"
+    simulate(folder, 12, eeg_seconds=10)
+    return HMSDataModule(folder, test_data=folder, batch_size=5, cache_dir=folder.parent / "features")
+
+
+@pytest.fixture
+def batch(datamodule):
+    return next(iter(datamodule.test_dataloader()))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    module = HMSLightningModule()
+    # Attention as after some training.
+    for attention in (module.model.fusion.eeg_to_spec_attn, module.model.fusion.spec_to_eeg_attn):
+        torch.nn.init.normal_(attention.in_proj_weight, std=0.2)
+    return module
+
+
+def test_callback_and_explainer_agree(model, datamodule):
+    watch = AttentionExplainabilityCallback()
+    quiet_trainer(callbacks=[watch]).validate(model, datamodule=datamodule, verbose=False)
+    explained = ExplainabilityCapture(model, num_heads=8).explain_loader(datamodule.val_dataloader())
+    assert_same_summary(explained.headline, watch.summaries["val"])
+    assert explained.class_names == CLASSES
+    assert list(explained.summaries) == ["model.fusion"]
+
+
+def test_a_batch_with_ids_probabilities_and_places_in_seconds(model, datamodule, batch):
+    results = ExplainabilityCapture(model, axes=datamodule.attention_axes).explain_batch(batch)
+    with torch.no_grad():
+        logits = model.eval()(batch["eeg_graphs"], batch["spec_graphs"])
+    assert torch.equal(results["logits"], logits)
+    assert results["targets"].tolist() == batch["targets"].argmax(1).tolist()
+    axes = datamodule.attention_axes
+    for i, sample in enumerate(results["per_sample_explanations"]):
+        assert sample["sample_id"] == str(int(batch["sample_ids"][i]))
+        assert sample["confidence"] == pytest.approx(float(logits[i].softmax(0).max()), abs=1e-6)
+        assert (sample["true_name"], sample["predicted_name"]) == (
+            CLASSES[batch["targets"][i].argmax()],
+            CLASSES[logits[i].argmax()],
+        )
+        for pair in sample["top_attention_places"]["eeg_to_spec"]:
+            assert pair["query_place"] == "{:g} to {:g}".format(*axes["eeg"].spans[pair["query"]])
+            assert pair["key_place"] == "{:g} to {:g}".format(*axes["spec"].spans[pair["key"]])
+
+
+def test_regions_are_named_by_the_model(batch):
+    (sample, *_) = ExplainabilityCapture(HMSLightningModule("regional")).explain_batch(batch)["per_sample_explanations"]
+    assert {p["key_place"] for p in sample["top_attention_places"]["eeg_to_spec"]} <= {"LL", "RL", "LP", "RP"}
+
+
+def test_one_sample_however_it_is_cut_out(model, batch):
+    watch = ExplainabilityCapture(model)
+    whole = watch.explain_batch(batch)["per_sample_explanations"][3]
+    sample = watch.explain_single_sample(batch, 3)
+    guide = {
+        "eeg_graphs": [g[[3]] for g in batch["eeg_graphs"]],
+        "spec_graphs": [g[[3]] for g in batch["spec_graphs"]],
+        "targets": batch["targets"][[3]],
+    }
+    (alone,) = watch.explain_batch(guide)["per_sample_explanations"]
+    parts = ExplainabilityCapture(model, max_batch_size=2).explain_batch(batch)["per_sample_explanations"][3]
+    for name, value in whole.items():
+        if name not in ("top_attention_pairs", "top_attention_places"):  # nearly equal weights may change places
+            assert_same(value, sample[name], abs=1e-4)
+            assert_same(value, parts[name], abs=1e-4)
+            if name not in ("sample_idx", "sample_id"):
+                assert_same(value, alone[name], abs=1e-4)
+    assert ExplainabilityCapture(model).explain_single_sample(guide, 0)["sample_id"] is None
+
+
+def test_the_guides_examples(model, batch):
+    """Example 3, 4, 5 and the advanced usage of the guide, word by word where they compute something."""
+    explainer = ExplainabilityCapture(model, num_heads=8)
+    all_results = []
+    for _ in range(2):
+        with torch.no_grad():
+            results = explainer.explain_batch(batch)
+        all_results.append(results)
+    correct_samples, all_explanations = [], []
+    for results in all_results:
+        for expl in results["per_sample_explanations"]:
+            all_explanations.append(expl)
+            if expl["correct"]:
+                correct_samples.append(expl)
+    assert len(all_explanations) == 10
+    assert np.isfinite(np.mean([s["modality_agreement"] for s in all_explanations]))
+    entropy = [np.mean(list(s["head_entropies"].values())) for s in all_explanations]
+    assert all(0 <= value <= 1 for value in entropy)
+
+    attention_dict = results["attention_dict"]
+    head_analysis = head_wise_attention_analysis(results["attention_dict"], num_heads=8)
+    for stats in head_analysis["eeg_to_spec"].values():
+        assert f"{stats['specialization_score']:.4f}"
+        assert len(stats["top_pairs"]) == 5
+    analyzer = AttentionAnalyzer(num_heads=8)
+    eeg_to_spec_weights = attention_dict["eeg_to_spec"]
+    assert len(analyzer.get_top_attention_pairs(eeg_to_spec_weights, top_k=10)) == 10
+    assert list(analyzer.compute_attention_entropy(eeg_to_spec_weights, per_head=True)) == list(range(8))
+    stats = analyzer.analyze_attention_weights(eeg_to_spec_weights)
+    assert f"{stats.mean:.4f} {stats.entropy:.4f} {stats.sparsity:.2f}%"
+    assert stats["mean"] == stats.mean
+    assert results["attention_stats"]["eeg_to_spec"] == stats
+    agreement = analyzer.compare_modality_agreement(attention_dict["eeg_to_spec"], attention_dict["spec_to_eeg"])
+    assert agreement == pytest.approx(results["modality_alignment"], abs=1e-6)
+    assert attention_dict["eeg_to_spec"].cpu().numpy()[:, 0].shape == (5, 9, 119)
+
+
+def test_the_pooled_fusion_is_said_to_say_nothing(batch):
+    with pytest.warns(XAttnWarning, match="eeg_to_spec and spec_to_eeg attend to a single key"):
+        results = ExplainabilityCapture(HMSLightningModule("pooled")).explain_batch(batch)
+    assert np.isnan(results["modality_alignment"])
+
+
+def test_bad_input_is_named(model, batch, tmp_path):
+    watch = ExplainabilityCapture(model)
+    with pytest.raises(DataError, match=r"lacks \['eeg_graphs'\]; it holds \['sample_ids', 'spec_graphs', 'targets'\]"):
+        watch.explain_batch({name: value for name, value in batch.items() if name != "eeg_graphs"})
+    with pytest.raises(SettingError, match="num_heads=4, but eeg_to_spec of layer 'model.fusion' has 8 heads"):
+        ExplainabilityCapture(model, num_heads=4).explain_batch(batch)
+    batch["eeg_graphs"][2].x[20] = torch.nan  # a node of the second graph
+    with pytest.raises(DataError, match=rf"sample 1 \(id {int(batch['sample_ids'][1])}\) \(1 of 5\) are not finite"):
+        watch.explain_batch(batch)
+    with pytest.raises(
+        DataError, match=r"Batch 1: .*lacks \['eeg_graphs', 'spec_graphs'\].*5 samples of the 1 batches"
+    ):
+        watch.explain_loader([{**batch, "eeg_graphs": batch["eeg_graphs"][:2]}, {}], tmp_path)
+
+
+def test_a_checkpoint_of_another_architecture(tmp_path):
+    trainer = quiet_trainer()
+    trainer.strategy.connect(HMSLightningModule(num_heads=4))
+    trainer.save_checkpoint(tmp_path / "ours.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / "ours.ckpt", weights_only=True)
+    name, values = next((n, v) for n, v in saved["state_dict"].items() if v.dim() == 2)
+    saved["state_dict"][name] = values[:-1]
+    saved["state_dict"]["model.decoder.weight"] = values
+    torch.save(saved, tmp_path / "other.ckpt")
+    message = "not those of HMSLightningModule.fusion='temporal', num_heads=4.: 2 of .*model.decoder.weight unknown"
+    with pytest.raises(DataError, match=message):
+        HMSLightningModule.load_from_checkpoint(tmp_path / "other.ckpt", weights_only=True)
