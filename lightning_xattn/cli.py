@@ -32,13 +32,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--samples", type=int, default=240, help="how many recordings to simulate")
     demo.add_argument("--epochs", type=int, default=10, help="how long to train")
     demo.add_argument("--seed", type=int, default=0, help="of the simulation, the folds and the weights")
+    explain = commands.add_parser(
+        "explain",
+        help="explain a trained checkpoint of the reference model on recordings",
+        description="Explain what a trained checkpoint attends to on every recording of a folder: report, figures and "
+        "table of all, and attention over the signals for one correct and one incorrect prediction of each class. A "
+        "run that was cut off goes on where it was.",
+    )
+    explain.add_argument("--checkpoint", metavar="FILE", required=True, help="of HMSLightningModule")
+    explain.add_argument("--data", metavar="DIR", required=True, help="recordings in the layout of the HMS competition")
+    explain.add_argument("--out", metavar="DIR", required=True, help="where everything is written")
     options = vars(parser.parse_args(arguments))
-    options.pop("command")
+    command = options.pop("command")
     try:
-        from lightning_xattn.hms.demo import run_demo
+        if command == "demo":
+            from lightning_xattn.hms.demo import run_demo
 
-        run_demo(**options)
+            run_demo(**options)
+        else:
+            from lightning_xattn.hms.explain import run_explain
+
+            run_explain(**options)
     except (XAttnError, ModuleNotFoundError, OSError) as error:
-        print(f"lightning-xattn demo: {error}", file=sys.stderr)
+        print(f"lightning-xattn {command}: {error}", file=sys.stderr)
         return 1
     return 0

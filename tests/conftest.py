@@ -21,6 +21,28 @@ def iiic_irr() -> Path:
     return IIIC_IRR
 
 
+@pytest.fixture(scope="session")
+def hms_checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint of the reference model, trained on a few simulated recordings for an epoch."""
+    import pytorch_lightning as pl
+
+    from lightning_xattn.hms import HMSDataModule, HMSLightningModule, simulate
+
+    folder = tmp_path_factory.mktemp("trained")
+    datamodule = HMSDataModule(simulate(folder / "simulated", n_samples=30, eeg_seconds=10), cache_dir=folder / "cache")
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(HMSLightningModule(), datamodule=datamodule)
+    trainer.save_checkpoint(folder / "hms.ckpt")
+    return folder / "hms.ckpt"
+
+
 @pytest.fixture(autouse=True)
 def _same_weights_in_every_run():
     torch.manual_seed(0)

@@ -36,13 +36,13 @@ ROOMS = {
         *("attention", "capture", "aggregation", "alarms", "grouping", "distributed", "schedule", "sums", "table"),
         *("visualizations", "epoch", "sinks", "errors"),
     },
-    "hms": {"", "attention", "errors", "functional", "report"},
+    "hms": {"", "attention", "errors", "explainer", "explanation", "functional", "report", "visualizations"},
     "cli": {"", "hms"},
     # The package itself: the public names.
     "": {"attention", "callback", "capture", "errors", "explainer", "interpretation", "report"},
     "explainer": {
         *("alarms", "attention", "attention_analysis", "capture", "aggregation", "errors", "functional"),
-        *("explanation", "grouping", "sums", "table"),
+        *("epoch", "explanation", "grouping", "sums", "table", "visualizations"),
     },
 }
 """What each room may import besides itself; "" is the package's public API."""

@@ -34,7 +34,7 @@ def create_explainability_report(
     Parameters
     ----------
     results
-        From ``explain_batch`` or ``explain_dataset``.
+        From ``explain_batch`` or ``explain_loader``.
     output_path
         Where to write the report too, in UTF-8: the file is complete or absent, and its folder is made.
     format

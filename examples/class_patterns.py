@@ -1,0 +1,34 @@
+"""What does the model attend to when it predicts one class?
+
+python examples/class_patterns.py CHECKPOINT DATA CLASS OUT.png
+"""
+
+import sys
+
+from lightning_xattn import ExplainabilityCapture
+from lightning_xattn.attention import Direction
+from lightning_xattn.hms import HMSDataModule, HMSLightningModule
+from lightning_xattn.visualizations import plot_attention_heatmap
+
+checkpoint, data, name, picture = sys.argv[1:]
+datamodule = HMSDataModule(data, test_data=data)
+model = HMSLightningModule.load_from_checkpoint(checkpoint, map_location="cpu")
+explainer = ExplainabilityCapture(model, axes=datamodule.attention_axes, group_by="prediction")
+explained = explainer.explain_loader(datamodule.test_dataloader())
+summary, which = explained.headline, explained.class_names.index(name)
+
+n = summary.count("alignment", which)
+print(f"{n} recordings are predicted as {name}")
+for column in ("alignment", "eeg_to_spec/entropy", "spec_to_eeg/entropy"):
+    low, high = summary.interval(column, which)
+    print(f"  {column}: {summary.mean(column, which):.3f} (95 % interval {low:.3f} to {high:.3f})")
+if n:
+    direction = Direction("eeg", "spec")
+    plot_attention_heatmap(
+        summary.maps[direction][which],
+        title=f"Mean attention of {n} recordings predicted as {name}",
+        direction=str(direction),
+        query_axis=explained.axes["eeg"],
+        key_axis=explained.axes["spec"],
+        save_path=picture,
+    )

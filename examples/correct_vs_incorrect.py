@@ -1,0 +1,29 @@
+"""Do correct and incorrect predictions differ in alignment or entropy, and is that more than the classes' doing?
+
+python examples/correct_vs_incorrect.py CHECKPOINT DATA
+"""
+
+import math
+import sys
+
+from lightning_xattn import ExplainabilityCapture
+from lightning_xattn.aggregation import CORRECT, INCORRECT
+from lightning_xattn.hms import HMSDataModule, HMSLightningModule
+
+checkpoint, data = sys.argv[1:]
+explainer = ExplainabilityCapture(HMSLightningModule.load_from_checkpoint(checkpoint, map_location="cpu"))
+summary = explainer.explain_loader(HMSDataModule(data, test_data=data).test_dataloader()).headline
+
+for score in ("alignment", "entropy"):
+    print(score)
+    for name, outcome in (("correct", CORRECT), ("incorrect", INCORRECT)):
+        low, high = summary.interval(score, outcome=outcome)
+        n, mean = summary.count(score, outcome=outcome), summary.mean(score, outcome=outcome)
+        print(f"  {name}: mean {mean:.3f} (95 % interval {low:.3f} to {high:.3f}, n = {n})")
+    # Classes differ in accuracy and in attention, and that alone makes a gap: the gap within classes is free of it.
+    print(f"  gap {summary.gap(score):+.3f}, within classes {summary.class_adjusted_gap(score):+.3f}")
+    found = summary.separation(score)
+    if math.isnan(found.auroc):
+        print(f"  {found.correct} correct and {found.incorrect} incorrect are too few to claim anything")
+    else:
+        print(f"  AUROC {found.auroc:.2f} ({found.low:.2f} to {found.high:.2f}); 0.5: it does not tell them apart")

@@ -1,0 +1,130 @@
+"""Explain a trained checkpoint on a folder of recordings: report, figures and table, for all and for single ones."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+
+from lightning_xattn import ExplainabilityCapture, create_explainability_report
+from lightning_xattn.errors import DataError
+from lightning_xattn.explainer import dataset_figures
+from lightning_xattn.explanation import BatchExplanation
+from lightning_xattn.hms.datamodule import HMSDataModule, HMSDataset
+from lightning_xattn.hms.module import HMSLightningModule
+from lightning_xattn.hms.montage import EEG_RATE, ELECTRODES, REGIONS, SPEC_FREQUENCIES, SPEC_ROW_SECONDS, SPEC_SECONDS
+from lightning_xattn.visualizations import (
+    Spectrograms,
+    Traces,
+    plot_attention_over_signals,
+    plot_cross_modal_attention,
+    plot_head_alignment_matrix,
+    plot_modality_alignment,
+)
+from lightning_xattn.visualizations.output import save
+
+
+def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path) -> Path:
+    """Explain every recording of a folder, and draw one correct and one incorrect prediction of each class.
+
+    A run that was cut off goes on where it was when it is called again with the same checkpoint, data and folder.
+
+    Parameters
+    ----------
+    checkpoint
+        Of ``HMSLightningModule``.
+    data
+        Folder in the layout of the HMS competition. Rows that cannot be used are left out, and said.
+    out
+        Gets ``report.txt``, ``report.md``, ``report.json``, ``figures/`` of all recordings, ``samples/<label_id>/`` and
+        ``samples.txt`` of those that are drawn, ``table/`` with one row per recording, and ``features/``.
+
+    Returns
+    -------
+    Path
+        ``out``.
+
+    Raises
+    ------
+    DataError
+        If the checkpoint is none or of another architecture, or the data do not hold what they should.
+    """
+    # Loading from memory-mapped features takes a few milliseconds a batch: workers would not help.
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    out = Path(out)
+    module = load_module(checkpoint)
+    datamodule = HMSDataModule(data, test_data=data, cache_dir=out / "features", on_bad_row="skip")
+    axes = module.attention_axes or datamodule.attention_axes
+    explainer = ExplainabilityCapture(module, axes=axes)
+    explained = explainer.explain_loader(datamodule.test_dataloader(), table=out / "table")
+    for suffix in (".txt", ".md", ".json"):
+        report = create_explainability_report(explained, out / f"report{suffix}")
+        if suffix == ".txt":
+            print(report)
+    for name, figure in dataset_figures(explained):
+        save(figure, out / "figures" / f"{name}.png")
+
+    dataset = datamodule.test_dataloader().dataset
+    assert isinstance(dataset, HMSDataset)
+    chosen = _choose(out / "table")
+    results = explainer.explain_batch(dataset.__getitems__(chosen))
+    create_explainability_report(results, out / "samples.txt")
+    for place in range(len(chosen)):
+        _draw_sample(results, place, datamodule, out / "samples")
+    print(f"{len(chosen)} recordings are drawn in {out / 'samples'} and described in {out / 'samples.txt'}.")
+    return out
+
+
+def load_module(checkpoint: str | Path) -> HMSLightningModule:
+    """Load a checkpoint of the reference model, on a GPU where there is one.
+
+    Raises
+    ------
+    DataError
+        If the file is absent or no checkpoint, or of another architecture.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return HMSLightningModule.load_from_checkpoint(checkpoint, map_location=device)
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"No checkpoint {checkpoint}.") from None
+    except Exception as error:  # torch, pickle and Lightning each have their own for a file that is something else
+        raise DataError(f"{checkpoint} is no checkpoint of HMSLightningModule: {error!r}.") from error
+
+
+def _choose(table: Path) -> list[int]:
+    """Places of the first correct and the first incorrect prediction of each class, in the order of the data."""
+    columns = pq.read_table(table, columns=["sample_idx", "target", "correct"]).to_pydict()
+    first: dict[tuple[int | None, bool | None], int] = {}
+    for place, target, correct in sorted(zip(*columns.values(), strict=True), key=lambda row: row[0]):
+        first.setdefault((target, correct), place)
+    return sorted(first.values())
+
+
+def _draw_sample(results: BatchExplanation, place: int, datamodule: HMSDataModule, folder: Path) -> None:
+    sample, pair = results["per_sample_explanations"][place], results["attention"][0]
+    recordings, geometry = datamodule.test_recordings, datamodule.eeg_geometry
+    row = recordings.by_label_id[int(sample["sample_id"] or 0)]
+    folder = folder / str(row.label_id)
+    axes = results["axes"]
+    if all(axis.spans is not None for axis in axes.values()):
+        plot_attention_over_signals(
+            Traces(recordings.eeg(row, geometry), EEG_RATE, ELECTRODES, -geometry.seconds / 2),
+            Spectrograms(recordings.spectrogram(row), SPEC_ROW_SECONDS, REGIONS, SPEC_FREQUENCIES, -SPEC_SECONDS / 2),
+            pair,
+            place,
+            axes=axes,
+            context=_context(row.label_id, sample["predicted_name"], sample["confidence"], sample["true_name"]),
+            save_path=folder / "signals.png",
+        )
+    plot_cross_modal_attention(pair, place, axes=axes, save_path=folder / "attention.png")
+    plot_modality_alignment(pair, place, axes=axes, save_path=folder / "alignment.png")
+    plot_head_alignment_matrix(pair, place, save_path=folder / "heads.png")
+
+
+def _context(label_id: int, predicted: str | None, confidence: float | None, true: str | None) -> str:
+    return f"recording {label_id}, predicted {predicted} ({confidence or 0:.2f}), true {true}"

@@ -1,0 +1,94 @@
+"""``lightning-xattn explain``: from a checkpoint and a folder of recordings to report, figures and table."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+
+from lightning_xattn.cli import main
+from lightning_xattn.errors import DataError
+from lightning_xattn.hms import HMSLightningModule
+from lightning_xattn.hms.explain import load_module, run_explain
+from tests.toy import ToyModule
+
+# Of a model that has hardly been trained, or not at all, the heads are alike or uniform, and alarms say so.
+pytestmark = pytest.mark.filterwarnings("ignore:Layer 'model.fusion'")
+
+
+def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(hms_checkpoint, iiic_irr, tmp_path, capsys):
+    arguments = ["explain", "--checkpoint", str(hms_checkpoint), "--data", str(iiic_irr), "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    report = (tmp_path / "report.txt").read_text()
+    assert report in capsys.readouterr().out
+    facts = json.loads((tmp_path / "report.json").read_text())
+    table = pd.read_parquet(tmp_path / "table")
+    assert sorted(table["sample_id"].astype(int)) == list(range(3001, 3021))
+    layer = facts["layers"][0]
+    (everyone,) = (group for group in layer["groups"] if group["name"] == "all")
+    assert everyone["numbers"]["alignment"]["mean"] == pytest.approx(table["alignment"].mean(), abs=1e-6)
+    assert (tmp_path / "report.md").read_text().startswith("# ")
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 5
+
+    first = table.sort_values("sample_idx").groupby(["target", "correct"])["sample_id"].first()
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == set(first)
+    for name in first:
+        files = {path.name for path in (tmp_path / "samples" / name).iterdir()}
+        assert files == {"signals.png", "attention.png", "alignment.png", "heads.png"}
+        assert f"(id {name})" in (tmp_path / "samples.txt").read_text()
+
+    before = (tmp_path / "table").stat().st_mtime_ns
+    assert main(arguments) == 0  # a finished folder is read back
+    assert (tmp_path / "report.txt").read_text() == report
+    assert (tmp_path / "table").stat().st_mtime_ns == before
+
+
+def test_recordings_that_cannot_be_used_are_left_out_and_said(hms_checkpoint, make_folder, tmp_path):
+    data = make_folder()
+    (data / "train_eegs/102.parquet").unlink()
+    with pytest.warns(UserWarning, match="Left out 1 of 5 rows.*missing file"):
+        run_explain(hms_checkpoint, data, tmp_path / "out")
+    assert len(pd.read_parquet(tmp_path / "out/table")) == 4
+
+
+def test_regional_fusion_has_no_seconds_to_draw(make_folder, tmp_path):
+    import pytorch_lightning as pl
+
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.strategy.connect(HMSLightningModule(fusion="regional"))
+    trainer.save_checkpoint(tmp_path / "regional.ckpt")
+    run_explain(tmp_path / "regional.ckpt", make_folder(), tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out/samples").rglob("*.png")}
+    assert names == {"attention.png", "alignment.png", "heads.png"}
+
+
+def test_what_is_no_checkpoint_is_said(hms_checkpoint, iiic_irr, tmp_path, capsys):
+    for path, message in (
+        (tmp_path / "none.ckpt", "No checkpoint .*none.ckpt"),
+        (iiic_irr / "train.csv", "train.csv is no checkpoint of HMSLightningModule"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_module(path)
+    other = torch.load(hms_checkpoint, weights_only=True)
+    other["state_dict"] = ToyModule().state_dict()
+    torch.save(other, tmp_path / "other.ckpt")
+    with pytest.raises(DataError, match="another architecture|does not fit|checkpoint"):
+        load_module(tmp_path / "other.ckpt")
+    assert main(["explain", "--checkpoint", str(tmp_path / "none.ckpt"), "--data", "x", "--out", str(tmp_path)]) == 1
+    assert "lightning-xattn explain: No checkpoint" in capsys.readouterr().err
+    assert main(["explain", "--checkpoint", str(hms_checkpoint), "--data", "x", "--out", str(tmp_path)]) == 1
+    assert "train.csv does not exist" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_checkpoint_is_refused(hms_checkpoint, make_folder, tmp_path, capsys):
+    data = make_folder()
+    run_explain(hms_checkpoint, data, tmp_path / "out")
+    changed = torch.load(hms_checkpoint, weights_only=True)
+    changed["state_dict"]["model.classifier.0.bias"] += 1
+    torch.save(changed, tmp_path / "changed.ckpt")
+    arguments = ["--checkpoint", str(tmp_path / "changed.ckpt"), "--data", str(data), "--out", str(tmp_path / "out")]
+    assert main(["explain", *arguments]) == 1
+    assert "model weights" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out/table")
+    assert main(["explain", *arguments]) == 0

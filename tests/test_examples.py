@@ -1,0 +1,67 @@
+"""The examples run as scripts, and leave what they say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_xattn import ExplainabilityCapture
+from lightning_xattn.hms import CLASSES, HMSDataModule, HMSLightningModule
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name, *arguments):
+    command = [sys.executable, EXAMPLES / name, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def test_example_analysis(hms_checkpoint, iiic_irr, tmp_path):
+    printed = run("example_analysis.py", hms_checkpoint, iiic_irr, tmp_path)
+    assert "- Samples: 20" in printed
+    assert (tmp_path / "report.txt").read_text() in printed
+    assert "# " in (tmp_path / "samples.md").read_text()
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        *("map_eeg_to_spec.png", "map_spec_to_eeg.png", "entropy_by_head.png", "alignment_by_outcome.png"),
+        *("class_comparison.png", "sample_0.pdf", "sample_0_alignment.png"),
+    }
+    assert list((tmp_path / "table").glob("*.parquet"))
+
+
+def test_correct_vs_incorrect(hms_checkpoint, iiic_irr):
+    printed = run("correct_vs_incorrect.py", hms_checkpoint, iiic_irr)
+    assert printed.count("gap ") == 2
+    assert sum(int(line.split("n = ")[1].rstrip(")")) for line in printed.splitlines() if "n = " in line) == 40
+
+
+def test_head_specialization(hms_checkpoint, iiic_irr, tmp_path):
+    printed = run("head_specialization.py", hms_checkpoint, iiic_irr, tmp_path / "heads.png")
+    assert printed.count("query selectivity") == 16
+    assert (tmp_path / "heads.png").stat().st_size > 10_000
+
+
+def test_class_patterns(hms_checkpoint, iiic_irr, tmp_path):
+    datamodule = HMSDataModule(iiic_irr, test_data=iiic_irr, cache_dir=tmp_path)
+    explainer = ExplainabilityCapture(HMSLightningModule.load_from_checkpoint(hms_checkpoint))
+    (batch,) = datamodule.test_dataloader()
+    predicted = explainer.explain_batch(batch)["predictions"].bincount(minlength=6)
+    most = int(predicted.argmax())
+    printed = run("class_patterns.py", hms_checkpoint, iiic_irr, CLASSES[most], tmp_path / "class.png")
+    assert f"{predicted[most]} recordings are predicted as {CLASSES[most]}" in printed
+    assert (tmp_path / "class.png").stat().st_size > 10_000
+
+
+def test_explain_own_model(tmp_path):
+    printed = run("explain_own_model.py", tmp_path)
+    assert "- Samples: 300" in printed
+    assert "rain" in printed
+    assert (tmp_path / "report.md").exists()
+    assert (tmp_path / "alignment.png").stat().st_size > 10_000
