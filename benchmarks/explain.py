@@ -7,12 +7,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.timing import quartiles_of_ratios, times_in_turns
 from benchmarks.validate import BATCH, one_batch
 from lightning_xattn import ExplainabilityCapture
 from lightning_xattn.hms import HMSLightningModule
@@ -35,29 +35,19 @@ def explain_loader(folder: Path) -> None:
     """Explaining 2,000 samples over predicting them, without a table and with one."""
     batch = one_batch(folder)
     module, batches = HMSLightningModule(), [batch] * -(-SAMPLES // BATCH)
-    explain(module, batches[:4])  # warms up
-    ratios: dict[str, list[float]] = {"explain_loader": [], "and a table": []}
-    seconds = []
-    for turn in range(6):
+
+    def with_table() -> None:
         with tempfile.TemporaryDirectory() as table:
-            runs = {
-                "predict": lambda: predict(module, batches),
-                "explain_loader": lambda: explain(module, batches),
-                "and a table": lambda table=table: explain(module, batches, Path(table)),
-            }
-            taken = {}
-            for name in list(runs)[turn % 3 :] + list(runs)[: turn % 3]:  # none always goes first
-                start = time.perf_counter()
-                runs[name]()
-                taken[name] = time.perf_counter() - start
-        for name, of_name in ratios.items():
-            of_name.append(taken[name] / taken["predict"])
-        seconds.append(taken["predict"])
+            explain(module, batches, Path(table))
+
+    predicting, explaining, tabulating = times_in_turns(
+        lambda: predict(module, batches), lambda: explain(module, batches), with_table, repeats=6
+    )
     print(f"explaining {len(batches) * BATCH} samples in batches of {BATCH}, reference model; predicting them = 1")
-    for name, of_name in ratios.items():
-        low, middle, high = statistics.quantiles(of_name, n=4)
+    for name, seconds in (("explain_loader", explaining), ("and a table", tabulating)):
+        low, middle, high = quartiles_of_ratios(seconds, predicting)
         print(f"  {name:32}  {middle:6.3f}     (aim: at most 1.1), quartiles {low:.3f} and {high:.3f}")
-    print(f"  predicting                        {statistics.median(seconds):6.2f} s")
+    print(f"  predicting                        {statistics.median(predicting):6.2f} s")
 
 
 def peak_memory_of_explaining() -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from lightning_xattn import AttentionRecorder
-from tests.toy import ToyModule, toy_data
+from lightning_xattn import AttentionRecorder, ExplainabilityCapture, create_explainability_report
+from lightning_xattn.explainer import dataset_figures
+from tests.toy import ToyModule, toy_data, toy_loader
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-OWN_MODEL, REFERENCE_MODEL, OFFLINE = BLOCKS
+OWN_MODEL, REFERENCE_MODEL, EXPLAIN, OFFLINE = BLOCKS
 
 
 def run(code, folder):
@@ -29,6 +30,25 @@ def test_reference_model(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run(REFERENCE_MODEL, tmp_path)
     assert list(tmp_path.glob("lightning_logs/version_0/events*"))
+
+
+def test_explain(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "ExplainabilityCapture": ExplainabilityCapture,
+        "create_explainability_report": create_explainability_report,
+        "dataset_figures": dataset_figures,
+        "model": ToyModule(),
+        "batch": toy_data(5)[:],
+        "loader": toy_loader(),
+    }
+    exec(EXPLAIN, names)
+    assert names["results"]["attention_dict"]["audio_to_text"].shape == (5, 3, 5, 7)
+    assert "| all" in (tmp_path / "explained/report.md").read_text()
+    assert {path.name for path in (tmp_path / "explained").glob("*.png")} == {
+        *("map_audio_to_text.png", "map_text_to_audio.png", "entropy_by_head.png", "alignment_by_outcome.png"),
+        "class_comparison.png",
+    }
 
 
 def test_offline():
