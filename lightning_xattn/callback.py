@@ -114,9 +114,6 @@ class AttentionExplainabilityCallback(Callback):
             check_attention(attention)
         if group_by not in GROUPINGS:
             raise SettingError(f"group_by must be one of {', '.join(GROUPINGS)}; got {group_by!r}.")
-        for name, setting in (("predictions", predictions), ("targets", targets), ("sample_ids", sample_ids)):
-            if not (setting is None or isinstance(setting, str) or callable(setting)):
-                raise SettingError(f"{name} must be None, a key or a callable; got {setting!r}.")
         self.attention = attention
         self.class_names = None if class_names is None else check_class_names(class_names)
         self.group_by = group_by
@@ -132,7 +129,8 @@ class AttentionExplainabilityCallback(Callback):
         self.history: list[dict[str, Any]] = []
         self.summaries: dict[str, LayerSummary] = {}
         # One for each dataloader, as their batches may differ.
-        self._labels = defaultdict[int, LabelFinder](lambda: LabelFinder(predictions, targets, sample_ids))
+        new_finder = partial(LabelFinder, predictions, targets, sample_ids)
+        self._labels = defaultdict[int, LabelFinder](new_finder, {0: new_finder()})
         self._recorder: AttentionRecorder | None = None
         self._recording = False
         # One for each layer of each dataloader.

@@ -30,7 +30,7 @@ from lightning_xattn.capture.scores import (
     classes_of_scores,
     confidence_of,
 )
-from lightning_xattn.errors import DiscoveryError, ShapeError
+from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError
 
 LabelSetting = str | Callable[[Any, Any], Any] | None
 """None: look in the usual places; a key; or a callable ``(outputs, batch) -> tensor``."""
@@ -127,12 +127,20 @@ class LabelFinder:
     ----------
     predictions, targets, sample_ids
         See ``LabelSetting``. Sample ids may also be a list of numbers or strings.
+
+    Raises
+    ------
+    SettingError
+        If one is none of these.
     """
 
     def __init__(
         self, predictions: LabelSetting = None, targets: LabelSetting = None, sample_ids: LabelSetting = None
     ) -> None:
         self._settings = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids}
+        for name, setting in self._settings.items():
+            if not (setting is None or isinstance(setting, str) or callable(setting)):
+                raise SettingError(f"{name} must be None, a key or a callable; got {setting!r}.")
         self._places: dict[str, Place | None] | None = None
         self._binary = self._probabilities = False
         self._doubt = ""

@@ -95,9 +95,7 @@ class ExplainabilityCapture:
         if group_by not in GROUPINGS:
             raise SettingError(f"group_by must be one of {', '.join(GROUPINGS)}; got {group_by!r}.")
         self._labels = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids}
-        for name, setting in self._labels.items():
-            if not (setting is None or isinstance(setting, str) or callable(setting)):
-                raise SettingError(f"{name} must be None, a key or a callable; got {setting!r}.")
+        self._finder()  # checks them
         if predict is not None and not callable(predict):
             raise SettingError(f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r}.")
         for name, count in (("num_heads", num_heads), ("max_batch_size", max_batch_size), ("top_k", top_k)):
