@@ -77,7 +77,7 @@ def _named_layers(root: nn.Module, attention: AttentionSetting) -> list[LayerSit
         ]
         for name, value in attention.items()
     }
-    _take_turns(sources)
+    _take_turns(root, sources)
     layers = []
     for direction, there in sources.items():
         back = sources.get(direction.opposite)
@@ -138,16 +138,22 @@ def _attention_in(root: nn.Module, path: str, joint: bool) -> list[str]:
     return [parent if is_original(root.get_submodule(parent), nn.TransformerEncoderLayer) else attention]
 
 
-def _take_turns(sources: dict[Direction, list[Source]]) -> None:
+def _take_turns(root: nn.Module, sources: dict[Direction, list[Source]]) -> None:
     """A module that is named for several directions computes them in this order, one run after the other."""
-    users: dict[str, list[tuple[Direction, int]]] = defaultdict(list)
+    users: dict[nn.Module, list[tuple[Direction, int]]] = defaultdict(list)
     for direction, of_direction in sources.items():
         for i, source in enumerate(of_direction):
             if source.read is None and not source.item:
-                users[source.path].append((direction, i))
+                users[root.get_submodule(source.path)].append((direction, i))
     for directions in users.values():
+        same = [sources[direction][i].path for direction, i in directions]
+        if len({direction for direction, _ in directions}) < len(directions):
+            raise DiscoveryError(
+                f"{' and '.join(same)} are one module, which several layers share; its runs cannot be told apart. Name "
+                "it once, for its first run, or give a callable for each layer."
+            )
         for turn, (direction, i) in enumerate(directions):
-            sources[direction][i] = replace(sources[direction][i], turn=turn, turns=len(directions))
+            sources[direction][i] = replace(sources[direction][i], path=same[0], turn=turn, turns=len(directions))
 
 
 def layers_by_name(root: nn.Module, paths: Iterable[str]) -> list[LayerSites]:

@@ -115,6 +115,15 @@ def test_one_module_for_two_directions_takes_turns():
     assert [source.item for _, source in layer.sites] == [(1,), ("back", 0)]
 
 
+def test_layers_that_share_a_module_are_refused():
+    shared = attention()
+    root = module(one__cross=shared, two__cross=shared)
+    with pytest.raises(DiscoveryError, match=r"one\.cross and two\.cross are one module.*Name it once"):
+        locate_attention(root, {"a_to_b": ["one.cross", "two.cross"]})
+    (layer,) = locate_attention(root, {"a_to_b": "one.cross", "b_to_a": "two.cross"})
+    assert [(source.path, source.turn) for _, source in layer.sites] == [("one.cross", 0), ("one.cross", 1)]
+
+
 def test_nothing_that_a_name_tells_is_left_to_a_first_pass():
     assert locate_attention(module(model__fuse=attention(), model__linear=nn.Linear(2, 2))) == ()
 
