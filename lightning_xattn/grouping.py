@@ -98,10 +98,12 @@ def name_classes(labels: Labels, class_names: Sequence[str] | None, group_by: st
 
 def missing_labels(labels: Labels, names: Sequence[str], group_by: str, step: Step) -> Iterator[str]:
     """What cannot be shown because it was not found, or why it was not taken, and how to name it."""
+    if "confidence" in labels.doubts:
+        yield labels.doubts["confidence"]
     for what, ids in (("predictions", labels.predicted), ("targets", labels.target)):
         if ids is None:
             parts = "correct and incorrect predictions" + (" and classes" if what.startswith(group_by) else "")
-            reason = f" {labels.doubt}" if labels.doubt and what == "predictions" else ""
+            reason = f" {labels.doubts[what]}" if what in labels.doubts else ""
             yield f"No {what} found, so {parts} are not compared.{reason} {step} Name them: {what}=<key or callable>."
         elif not names and what.startswith(group_by):
             yield (

@@ -331,7 +331,11 @@ def test_samples_that_are_not_finite_are_named():
     ("settings", "error", "message"),
     [
         ({"num_heads": 8}, SettingError, "num_heads=8, but audio_to_text of layer 'audio_to_text' has 3 heads"),
-        ({"predict": None}, DiscoveryError, r"ToyModule.predict_step could not be called.*predict=lambda model, batch"),
+        (
+            {"predict": None},
+            DiscoveryError,
+            r"forward of ToyModule cannot be called with a batch alone.*predict=lambda model, batch",
+        ),
         ({"predict": lambda module, batch: None}, DiscoveryError, "ran, so there is no attention to show"),
         ({"targets": "labels"}, DiscoveryError, "No targets: the key 'labels' gave NoneType"),
         ({"class_names": ["a", "b"]}, ValueError, "There are 2 class_names"),

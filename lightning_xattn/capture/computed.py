@@ -13,9 +13,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_xattn.capture.weights import MASKED, RecordedWeights, from_scores
-from lightning_xattn.errors import ShapeError
 
 _SOFTMAX = frozenset({torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax})
+
+
+_FAR_BELOW = 500.0
+"""Scores of tokens do not differ by as much as this; masks of -10,000 do, also after a division by sqrt(width)."""
+
+_LOWEST = -3e4
+"""No score of a token is as low as this; masks of the lowest half-precision number, -65504, and lower ones are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +51,8 @@ class WatchComputations(TorchFunctionMode):
     """While it is entered, every attention that is computed is noted; the results stay what they are.
 
     A fused kernel still computes its output: the weights are computed once more beside it. Of a softmax with four
-    axes over its last one the result is copied, before dropout, as the model may change it in place.
+    axes over its last one the result is copied, before dropout, as the model may change it in place. A kernel's call
+    with other axes than ``(batch, heads, queries, width)`` or ``(batch, queries, width)`` is passed over.
 
     It must not be entered around an ``nn.MultiheadAttention``: with any such mode torch leaves its fast path, and the
     output differs in the last bits.
@@ -67,11 +74,12 @@ class WatchComputations(TorchFunctionMode):
         result = function(*args, **kwargs)
         if function is F.scaled_dot_product_attention:
             query = args[0] if args else kwargs["query"]
-            self._note(Computation(_beside_fused(*args, **kwargs), one_head=query.dim() == 3))
+            if query.dim() in (3, 4) and not query.is_nested:
+                self._note(Computation(_beside_fused(*args, **kwargs), one_head=query.dim() == 3))
         elif function in _SOFTMAX and result.dim() == 4 and _axis(*args, **kwargs) in (-1, 3):
             scores = args[0] if args else kwargs["input"]
-            weights = from_scores(result.detach().clone(), scores.detach() > MASKED)
-            self._note(Computation(weights, result.data_ptr()))
+            weights = result.detach().clone()
+            self._note(Computation(from_scores(weights, _seen(scores.detach(), weights)), result.data_ptr()))
         return result
 
 
@@ -114,6 +122,17 @@ def _axis(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> int | No
     return dim
 
 
+def _seen(scores: Tensor, weights: Tensor) -> Tensor:
+    """Which keys a softmax does not hide, from its scores alone, whatever hides some: a mask added or filled in.
+
+    A hidden key gets no weight and lies far below the row's largest score; scores that all lie near the lowest number
+    of half precision or below are a row of which all keys are hidden.
+    """
+    largest = scores.amax(-1, keepdim=True)
+    hidden = (weights == 0) & (scores <= largest - _FAR_BELOW)
+    return ~hidden & (largest > _LOWEST)
+
+
 @torch.no_grad()
 def _beside_fused(
     query: Tensor,
@@ -129,12 +148,6 @@ def _beside_fused(
     if query.dim() == 3:
         query, key = query[:, None], key[:, None]
         attn_mask = attn_mask[:, None] if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
-    if query.dim() != 4:
-        raise ShapeError(
-            "Expected scaled_dot_product_attention of (batch, heads, queries, width) or, with one head, (batch, "
-            f"queries, width); got a query of shape {tuple(query.shape)}. Name the attention by a callable: "
-            "attention={'<a>_to_<b>': lambda model: weights}."
-        )
     with torch.autocast(query.device.type, enabled=False):
         query, key = query.float(), key.float()
         if enable_gqa:
@@ -145,7 +158,8 @@ def _beside_fused(
             visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None, None]
         if attn_mask is not None:
             attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-            visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask > MASKED
+            # Copied, as the model may change its mask in place.
+            visible = attn_mask.clone() if attn_mask.dtype == torch.bool else attn_mask > MASKED
             if attn_mask.dtype != torch.bool:
                 scores = scores + attn_mask.float()
         if visible is not None and (attn_mask is None or attn_mask.dtype == torch.bool):

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from itertools import combinations
 
 from torch import nn
@@ -113,11 +114,19 @@ def _expand(root: nn.Module, source: Source, what: str, *, joint: bool = False) 
         return [source]
     path = find_module(root, source.path)
     if path is None:
-        raise DiscoveryError(f"No module '{source.path}' for {what}. {describe_attention(root)}")
+        paths = [plain_path(root, path) for path, _ in root.named_modules() if path]
+        near = get_close_matches(source.path, paths, n=3, cutoff=0.5)
+        near_ones = f" Did you mean {' or '.join(repr(path) for path in near)}?" if near else ""
+        raise DiscoveryError(f"No module '{source.path}' for {what}.{near_ones} {describe_attention(root)}")
     if any(path == script or path.startswith(f"{script}.") for script in scripted_modules(root)):
         raise DiscoveryError(
             f"Module '{source.path}' for {what} is TorchScript, and hooks cannot see into it. Record the module that "
             "was scripted, before torch.jit.script or torch.jit.trace."
+        )
+    if source.item and is_original(root.get_submodule(path), nn.MultiheadAttention):
+        raise DiscoveryError(
+            f"'{source}' for {what} is an item of an nn.MultiheadAttention, whose weights are recorded by themselves: "
+            f"name '{source.path}' alone."
         )
     inner = [path] if source.item else _attention_in(root, path, joint)
     return [replace(source, path=path) for path in inner]
@@ -135,7 +144,10 @@ def _attention_in(root: nn.Module, path: str, joint: bool) -> list[str]:
     attention = inside[0] if len(inside) == 1 else path
     # An encoder layer is watched from outside: see ``watch_encoder_layer``.
     parent = attention.rpartition(".")[0]
-    return [parent if is_original(root.get_submodule(parent), nn.TransformerEncoderLayer) else attention]
+    within = is_original(root.get_submodule(parent), nn.TransformerEncoderLayer)
+    if attention != path and not joint and (within or "self" in attention.removeprefix(path)):
+        return [path]  # what it holds attends within one sequence, so something else is meant
+    return [parent if within else attention]
 
 
 def _take_turns(root: nn.Module, sources: dict[Direction, list[Source]]) -> None:
@@ -157,8 +169,20 @@ def _take_turns(root: nn.Module, sources: dict[Direction, list[Source]]) -> None
 
 
 def layers_by_name(root: nn.Module, paths: Iterable[str]) -> list[LayerSites]:
-    """Pair modules whose paths are equal but for one component, in which two modalities change places."""
+    """Pair modules whose paths are equal but for one component, in which two modalities change places.
+
+    Raises
+    ------
+    DiscoveryError
+        If one module has several of the names.
+    """
     sites = [site for path in paths if (site := _Site.at(path, plain_path(root, path))) is not None]
+    modules = [root.get_submodule(site.path) for site in sites]
+    if len(set(modules)) < len(modules):
+        raise DiscoveryError(
+            f"{', '.join(site.path for site in sites)}: some are one module, and their order is not known. Name them "
+            "in the order in which they run: attention={'<a>_to_<b>': 'path', '<b>_to_<a>': 'path'}."
+        )
     layers, paired = [], set()
     for i, site in enumerate(sites):
         if i in paired:
@@ -225,7 +249,8 @@ class _Site:
 
 
 def _multihead_paths(root: nn.Module) -> list[str]:
-    return [path for path, module in root.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    modules = root.named_modules(remove_duplicate=False)
+    return [path for path, module in modules if isinstance(module, nn.MultiheadAttention)]
 
 
 def common_parent(path: str, other: str) -> str:
@@ -240,10 +265,12 @@ def common_parent(path: str, other: str) -> str:
 
 def with_unique_names(layers: list[LayerSites]) -> list[LayerSites]:
     """Add the direction to a name that is empty or shared, as with three modalities fused in one module."""
-    names = [layer.layer for layer in layers]
-    return [
-        layer
-        if layer.layer and names.count(layer.layer) == 1
-        else LayerSites(f"{layer.layer}.{layer.forward[0]}".lstrip("."), layer.forward, layer.backward)
-        for layer in layers
-    ]
+    for what in (0, 1):  # of ``forward``: the direction and, where that does not tell them apart either, the source
+        names = [layer.layer for layer in layers]
+        layers = [
+            layer
+            if layer.layer and names.count(layer.layer) == 1
+            else replace(layer, layer=f"{layer.layer}.{layer.forward[what]}".lstrip("."))
+            for layer in layers
+        ]
+    return layers

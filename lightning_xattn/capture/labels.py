@@ -7,7 +7,7 @@ the target never changes from batch to batch, and no GPU is made to wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -78,16 +78,17 @@ class Labels:
     Attributes
     ----------
     predicted, target
-        ``(batch,)`` int64 class ids; -1 where the scores are not finite.
+        ``(batch,)`` int64 class ids; -1 where there is none, or the scores are NaN or infinite.
     confidence
         ``(batch,)`` probability of the predicted class, when the predictions are scores: the scores themselves where
-        those of the first batch were probabilities, else their softmax (of a single score its sigmoid).
+        those of the first batch were probabilities, else their softmax (of a single score its sigmoid); None where
+        the first batch did not tell which of the two they are.
     tied
         ``(batch,)`` bool: the soft target has more than one top class.
     n_classes
         Number of classes, when the predictions or the targets show it.
-    doubt
-        Why predictions were not taken though there is something that could be meant; empty when there is no doubt.
+    doubts
+        Why "predictions", their "confidence" or "targets" were not taken though there is something that could be meant.
     """
 
     predicted: Tensor | None
@@ -95,7 +96,7 @@ class Labels:
     target: Tensor | None
     tied: Tensor | None
     n_classes: int | None
-    doubt: str = ""
+    doubts: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, samples: slice) -> Labels:
         """The labels of some of the samples."""
@@ -143,7 +144,7 @@ class LabelFinder:
                 raise SettingError(f"{name} must be None, a key or a callable; got {setting!r}.")
         self._places: dict[str, Place | None] | None = None
         self._binary = self._probabilities = False
-        self._doubt = ""
+        self._doubts: dict[str, str] = {}
 
     @property
     def places(self) -> dict[str, str]:
@@ -169,18 +170,21 @@ class LabelFinder:
                 f"Predictions have {predicted.n_classes} classes and targets {target.n_classes}; expected the same. "
                 f"{step} Name the right ones with predictions=... and targets=...."
             )
-        has_scores = scores is not None and scores.is_floating_point()
-        confidence = confidence_of(scores, self._probabilities) if scores is not None and has_scores else None
+        confidence = None
+        if scores is not None and scores.is_floating_point() and "confidence" not in self._doubts:
+            confidence = confidence_of(scores, self._probabilities)
         n_classes = predicted.n_classes or target.n_classes
-        return Labels(predicted.ids, confidence, target.ids, target.tied, n_classes, self._doubt)
+        return Labels(predicted.ids, confidence, target.ids, target.tied, n_classes, self._doubts)
 
     def _classes(self, scores: Tensor | None, labels: Tensor | None) -> tuple[Classes, Classes]:
         if not self._binary:
             predicted, target = (Classes() if values is None else classes_of(values) for values in (scores, labels))
             return predicted, target
-        assert scores is not None
-        predicted = classes_of_scores(scores, threshold=0.5 if self._probabilities else 0.0)
-        return predicted, Classes() if labels is None else classes_of_labels(labels)
+        threshold = 0.5 if self._probabilities else 0.0
+        return (
+            Classes() if scores is None else classes_of_scores(scores, threshold),
+            Classes() if labels is None else classes_of_labels(labels),
+        )
 
     def find_sample_ids(self, step: Step) -> list[Any] | Tensor | None:
         """The samples' ids, as a tensor or a list; None when there are none.
@@ -208,35 +212,48 @@ class LabelFinder:
         self._binary = are_single_scores(scores, step.samples)
         if self._settings["targets"] is None:
             places["targets"] = _guess_targets(step, scores)
+            if places["targets"] is None:
+                self._doubts |= _misfits(step)
         if self._settings["sample_ids"] is None:
             places["sample_ids"] = next(_keyed(step, ("batch", "outputs"), SAMPLE_ID_KEYS), None)
         if places["predictions"] is not None and isinstance(scores, Tensor):
-            self._doubt = self._decide(scores, places["predictions"], places["targets"], step)
-            if self._doubt and self._settings["predictions"] is not None:
-                raise ShapeError(f"{self._doubt} {step}")
-            if self._doubt:
-                places["predictions"], self._binary = None, False
+            self._doubts |= self._decide(scores, places["predictions"], places["targets"], step)
+        if "predictions" in self._doubts:
+            if self._settings["predictions"] is not None:
+                raise ShapeError(f"{self._doubts['predictions']} {step}")
+            places["predictions"] = None
+            labels = None if places["targets"] is None else places["targets"].read(step)
+            self._binary = are_binary_labels(labels, step.samples)
         return places
 
-    def _decide(self, scores: Tensor, place: Place, targets: Place | None, step: Step) -> str:
-        """Decide what the scores of a first batch are; what cannot be told is said."""
+    def _decide(self, scores: Tensor, place: Place, targets: Place | None, step: Step) -> dict[str, str]:
+        """Decide what the scores of a first batch are; what cannot be told is returned."""
         if not self._binary:
-            self._probabilities = scores.dim() == 2 and scores.is_floating_point() and are_probabilities(scores)
-            return ""
+            scale = scores.dim() == 2 and scores.is_floating_point()
+            self._probabilities = scale and are_probabilities(scores)
+            if not scale or self._probabilities or place.key == "logits" or are_surely_logits(scores):
+                return {}
+            text = (
+                f"{place.name} gives scores between 0 and 1 whose rows do not sum to 1, which may be logits or "
+                "probabilities of each class by itself: the class with the highest one is taken, a confidence is not. "
+                "Return them from the step as {'logits': ...}, or as {'probabilities': ...} whose rows sum to 1."
+            )
+            return {"confidence": text}
         labels = None if targets is None else targets.read(step)
         if not are_binary_labels(labels, step.samples) and (targets or self._settings["predictions"] is None):
-            return (
+            text = (
                 f"{place.name} gives one number a sample, but no targets of 0 and 1 were found to go with it: this is "
                 "a regression, which has no classes, or a binary head whose targets must be named."
             )
-        if place.key in ("probabilities", "probs"):
-            self._probabilities = True
-        elif place.key != "logits" and not are_surely_logits(scores):
-            return (
-                f"{place.name} gives one score a sample, all between 0 and 1, which may be logits or probabilities: "
-                "return them from the step as {'logits': ...} or {'probabilities': ...}."
-            )
-        return ""
+            return {"predictions": text}
+        self._probabilities = place.key in ("probabilities", "probs")
+        if self._probabilities or place.key == "logits" or are_surely_logits(scores):
+            return {}
+        text = (
+            f"{place.name} gives one score a sample, all between 0 and 1, which may be logits or probabilities: "
+            "return them from the step as {'logits': ...} or {'probabilities': ...}."
+        )
+        return {"predictions": text}
 
     def _read(self, what: str, step: Step) -> Tensor | None:
         place = (self._places or {}).get(what)
@@ -316,7 +333,9 @@ def _guess_targets(step: Step, scores: Any) -> Place | None:
     def fits(value: Any) -> bool:
         if are_single_scores(scores, step.samples):
             return are_binary_labels(value, step.samples)
-        return are_ids(value, step.samples) or (
+        # Numbers beyond the classes, such as lengths, are no class ids.
+        ids = are_ids(value, step.samples) and bool(value.max() < (classes or torch.inf))
+        return ids or (
             are_rows(value, step.samples) and value.shape[1] == (classes or value.shape[1]) and are_shares(value)
         )
 
@@ -325,6 +344,21 @@ def _guess_targets(step: Step, scores: Any) -> Place | None:
         return keyed if fits(keyed.read(step)) else None
     fitting = [place for place in _items(step, "batch") if fits(place.read(step))]
     return fitting[0] if len(fitting) == 1 else None
+
+
+def _misfits(step: Step) -> dict[str, str]:
+    """What may have been meant as targets and has another length than there are samples."""
+    keyed = list(_keyed(step, ("outputs", "batch"), TARGET_KEYS))
+    items = [place for place in _items(step, "batch") if _are_whole_numbers(place.read(step))]
+    for place in keyed + items:
+        value = place.read(step)
+        if isinstance(value, Tensor) and value.dim() and len(value) != step.samples:
+            return {"targets": f"{place.name} is {_describe(value)}: no targets for {step.samples} samples."}
+    return {}
+
+
+def _are_whole_numbers(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point()
 
 
 def _describe(value: Any) -> str:

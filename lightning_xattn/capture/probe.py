@@ -18,7 +18,7 @@ from lightning_xattn.capture.discovery import common_parent, describe_attention,
 from lightning_xattn.capture.multihead import is_original, watch_multihead_attention
 from lightning_xattn.capture.sites import LayerSites, Source
 from lightning_xattn.capture.weights import RecordedWeights
-from lightning_xattn.capture.wrappers import plain_path
+from lightning_xattn.capture.wrappers import plain_path, runs_for_backward
 from lightning_xattn.errors import DiscoveryError
 
 NAME_THEM = "Name them: attention={'<a>_to_<b>': 'path.to.module', '<b>_to_<a>': ...}."
@@ -146,14 +146,18 @@ class Probe:
         watch_computations(module.modules(), note, hooks)
 
     def _turn(self, path: str) -> int:
-        self._turns[path] += 1
+        """The number of a run that begins, or ends."""
+        if not runs_for_backward():
+            self._turns[path] += 1
         return self._turns[path] - 1
 
     def _add(self, run: Run) -> None:
+        if runs_for_backward():
+            return
         self._runs.append(run if run.crosses else replace(run, weights=_shape_of(run.weights)))
 
-    def conclude(self) -> tuple[tuple[LayerSites, ...], dict[str, list[RecordedWeights]]]:
-        """The layers that the pass has shown, and what their modules computed in it, run after run.
+    def conclude(self) -> tuple[tuple[LayerSites, ...], dict[str, list[RecordedWeights]], str]:
+        """The layers that the pass has shown, what their modules computed, run after run, and what was left out.
 
         Raises
         ------
@@ -163,16 +167,15 @@ class Probe:
         across = [run for run in self._runs if run.crosses]
         if not across:
             raise DiscoveryError(self.say("No cross-attention ran"))
-        counts: dict[tuple[str, int], int] = defaultdict(int)
-        for run in across:
-            counts[run.path, run.turn] += 1
-        if max(counts.values()) > 1:
-            raise DiscoveryError(self.say("A module computes several attentions in one run"))
-        layers = layers_by_name(self._root, dict.fromkeys(run.path for run in across)) or self._pair(across)
         calls: dict[str, list[RecordedWeights]] = defaultdict(list)
-        for run in across:
+        for run in self._runs:
+            if len(calls[run.path]) != run.turn:
+                raise DiscoveryError(self.say(f"'{run.path}' computes several attentions in one run, or not in each"))
             calls[run.path].append(run.weights)
-        return tuple(layers), calls
+        layers = layers_by_name(self._root, dict.fromkeys(run.path for run in across))
+        named = {source.path for layer in layers for _, source in layer.sites}
+        left_out = "; ".join(str(run) for run in across if run.path not in named) if layers else ""
+        return tuple(layers or self._pair(across)), calls, left_out
 
     def _pair(self, across: list[Run]) -> list[LayerSites]:
         """Pair runs of opposite directions, in the order in which they ran."""
@@ -181,11 +184,17 @@ class Probe:
             if run.sides is None:
                 raise DiscoveryError(self.say(f"Whether {run} goes across cannot be seen"))
             groups[frozenset(run.sides)].append(run)
+        equal = [group for group in groups.values() if group[0].tokens[0] == group[0].tokens[1]]
+        if len(equal) > 1:
+            raise DiscoveryError(self.say("Which tokens are of one modality cannot be seen"))
         letters = _name_sides(across)
         layers: list[LayerSites] = []
         for group in groups.values():
             there = [run for run in group if run.sides == group[0].sides]
             back = [run for run in group if run.sides != group[0].sides]
+            if group in equal and not back:
+                # Other tensors are not yet other modalities: queries and keys may be made of the same tokens.
+                raise DiscoveryError(self.say(f"Whether {group[0]} goes across cannot be seen"))
             numbers = [re.findall(r"\d+", run.path) for run in there]
             told_apart = len(there) == len({tuple(number) for number in numbers})
             if not told_apart or (back and numbers != [re.findall(r"\d+", run.path) for run in back]):
@@ -194,9 +203,12 @@ class Probe:
             forward = Direction("a", "b") if queries == keys else Direction(letters[queries], letters[keys])
             for run, opposite in zip_longest(there, back):
                 path = common_parent(run.path, (opposite or run).path)
-                backward = None if opposite is None else (forward.opposite, _source(opposite, across))
-                layers.append(LayerSites(plain_path(self._root, path), (forward, _source(run, across)), backward))
+                backward = None if opposite is None else (forward.opposite, self._source(opposite))
+                layers.append(LayerSites(plain_path(self._root, path), (forward, self._source(run)), backward))
         return with_unique_names(layers)
+
+    def _source(self, run: Run) -> Source:
+        return Source(run.path, turn=run.turn, turns=self._turns[run.path])
 
     def say(self, what: str) -> str:
         """A message with all that ran, with shapes, and how to name the right ones."""
@@ -207,10 +219,6 @@ class Probe:
             + f"{NAME_THEM} For modalities that share one sequence: attention=JointSequence('path.to.module', "
             "spans={'<a>': (start, stop), '<b>': (start, stop)})."
         )
-
-
-def _source(run: Run, across: list[Run]) -> Source:
-    return Source(run.path, turn=run.turn, turns=len([other for other in across if other.path == run.path]))
 
 
 def _name_sides(across: list[Run]) -> dict[int, str]:

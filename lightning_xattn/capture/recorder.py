@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction
 from lightning_xattn.capture.discovery import locate_attention
@@ -21,7 +22,13 @@ from lightning_xattn.capture.probe import Probe
 from lightning_xattn.capture.returned import ModuleWatch, check_weights, from_returned
 from lightning_xattn.capture.sites import AttentionSetting, LayerSites, Source
 from lightning_xattn.capture.weights import RecordedWeights
-from lightning_xattn.capture.wrappers import compiled_modules, scripted_modules
+from lightning_xattn.capture.wrappers import (
+    compiled_modules,
+    require_one_replica,
+    run_uncompiled,
+    runs_for_backward,
+    scripted_modules,
+)
 from lightning_xattn.errors import DiscoveryError, XAttnWarning
 
 Call = dict[Direction | None, RecordedWeights]
@@ -71,15 +78,22 @@ class AttentionRecorder:
         self._calls: dict[str, list[Call]] = defaultdict(list)
         # What has run in the recorder's life, and what its user has been told of.
         self._ran: set[str] = set()
+        # Modules whose query was its key, so that they attended within one sequence.
+        self._within: set[str] = set()
+        # What callables gave in this step, and the tensor that each gave last.
+        self._given: dict[Source, RecordedWeights | None] = {}
+        self._last: dict[Source, weakref.ref[Tensor]] = {}
         self._told: set[str] = set()
 
     def __enter__(self) -> AttentionRecorder:
+        self.close()
         self.clear()
         self._hook()
         return self
 
     def _hook(self) -> None:
         # Hooks set before a failure half way leave with this stack; only a complete set is kept.
+        require_one_replica(self._model)
         with ExitStack() as hooks:
             self._run_uncompiled(hooks)
             if self.layers:
@@ -105,6 +119,7 @@ class AttentionRecorder:
         """Forget what was recorded."""
         self._calls.clear()
         self._probe.clear()
+        self._given.clear()
         self.output = None
 
     @property
@@ -146,7 +161,7 @@ class AttentionRecorder:
             watch_encoder_layer(module, lambda weights: self._record(path, {None: weights}), hooks)
         elif is_original(module, nn.MultiheadAttention):
             assert isinstance(module, nn.MultiheadAttention)
-            watch_multihead_attention(module, lambda _, weights: self._record(path, {None: weights}), hooks)
+            watch_multihead_attention(module, partial(self._record_multihead, path), hooks)
         else:
             if path not in self._watches:
                 sites = [(direction, source) for direction, source in self._sites() if source.path == path]
@@ -156,16 +171,21 @@ class AttentionRecorder:
     def _run_uncompiled(self, hooks: ExitStack) -> None:
         compiled = compiled_modules(self._model)
         if compiled:
-            hooks.enter_context(torch.compiler.set_stance("force_eager"))
+            hooks.enter_context(run_uncompiled())
             self._tell(
                 f"{', '.join(compiled)} is compiled, where attention cannot be seen: it runs without compilation while "
                 "it is recorded, so its outputs may differ in the last bits and take longer. Record fewer epochs or "
                 "batches (every_n_epochs, every_n_batches) if that is too slow."
             )
 
+    def _record_multihead(self, path: str, tokens: tuple[Tensor, Tensor], weights: RecordedWeights) -> None:
+        query, key = tokens
+        if query is key:
+            self._within.add(path)
+        self._record(path, {None: weights})
+
     def _record(self, path: str, call: Call) -> None:
-        # Gradient checkpointing runs modules again during the backward pass. There is no public way to ask.
-        if torch._C._current_graph_task_id() == -1:
+        if not runs_for_backward():
             self._calls[path].append(call)
             self._ran.add(path)
 
@@ -174,7 +194,7 @@ class AttentionRecorder:
             self.output = output
 
     def _take_from_probe(self) -> None:
-        self.layers, runs = self._probe.conclude()
+        self.layers, runs, left_out = self._probe.conclude()
         self._probe.clear()
         for path, weights in runs.items():
             self._calls[path] = [{None: of_run} for of_run in weights]
@@ -184,8 +204,10 @@ class AttentionRecorder:
             self._hook()
         found = ", ".join(f"'{direction}': '{source}'" for direction, source in self._sites())
         self._tell(
-            f"Found in the first pass: {{{found}}}, from the numbers of their queries and keys. If these are not the "
-            "names of your modalities, name them: attention={'<a>_to_<b>': 'path.to.module', ...}."
+            f"Found in the first pass: {{{found}}}, from their names or from which tokens ask which. If that is not "
+            "what you mean, or these are not the names of your modalities, name them: attention={'<a>_to_<b>': "
+            "'path.to.module', ...}."
+            + (f" Left out, as no name tells their direction: {left_out}." if left_out else "")
         )
 
     def _call(self, direction: Direction, source: Source) -> RecordedWeights | None:
@@ -193,33 +215,52 @@ class AttentionRecorder:
         call = self._read(source) if source.read is not None else self._pick(direction, source)
         if call is not None and source.block is not None:
             return cut_direction(call, *source.block, name=source.path)
+        if call is not None and source.path in self._within:
+            raise DiscoveryError(
+                f"'{source}' ({direction}) attends within one sequence: its query is its key. Name the module that "
+                "attends across: attention={'<a>_to_<b>': 'path', ...}; or, if both modalities share the sequence, "
+                "attention=JointSequence('path', spans={'<a>': (start, stop), '<b>': (start, stop)})."
+            )
         return call
 
     def _read(self, source: Source) -> RecordedWeights | None:
+        """What a callable gives in this step; the very tensor of an earlier step is none of this one."""
         assert source.read is not None
-        weights = source.read(self._model)
-        if weights is None:
-            return None
-        if str(source) not in self._ran:
-            check_weights(weights, f"The {source} gives")
-            self._ran.add(str(source))
-        return from_returned(weights)
+        if source not in self._given:
+            weights = source.read(self._model)
+            last = self._last[source]() if source in self._last else None
+            if weights is not None and weights is last:
+                self._tell(f"The {source} gave the same tensor as in an earlier step: such steps are left out.")
+                weights = None
+            if weights is not None:
+                self._last[source] = weakref.ref(weights)
+                if str(source) not in self._ran:
+                    check_weights(weights, f"The {source} gives")
+                    self._ran.add(str(source))
+            self._given[source] = None if weights is None else from_returned(weights)
+        return self._given[source]
 
     def _pick(self, direction: Direction, source: Source) -> RecordedWeights | None:
         calls = self._calls.get(source.path, [])
-        if not calls:
+        named = [call[direction] for call in calls if direction in call]
+        turns = 1 if named else source.turns
+        found = named or [call[None] for call in calls if None in call]
+        if not found:
             return None
-        by_direction = direction in calls[0]
-        turns = 1 if by_direction else source.turns
-        if len(calls) > turns:
-            self._tell(f"Module '{source.path}' ran {len(calls)} times in one step; its first run is shown.")
-        if len(calls) < turns:
-            raise DiscoveryError(
-                f"Module '{source.path}' is named for {turns} directions, but ran {len(calls)} time(s) and returned "
-                f"no mapping with their names. Name an item of what it returns for each, as in '{source.path}[1]', or "
-                "the modules inside of it."
-            )
-        return calls[0][direction] if by_direction else calls[source.turn][None]
+        if len(found) > turns:
+            self._tell(f"Module '{source.path}' ran {len(found)} times in one step; its first run is shown.")
+        if len(found) < turns:
+            message = f"Module '{source.path}' is named for {turns} directions, but ran {len(found)} time(s)"
+            if f"{source.path} in turns" not in self._ran:
+                raise DiscoveryError(
+                    f"{message} and returned no mapping with their names. Name an item of what it returns for each, as "
+                    f"in '{source.path}[1]', or the modules inside of it."
+                )
+            self._tell(f"{message} in a step: such steps are left out.")
+            return None
+        if turns > 1:
+            self._ran.add(f"{source.path} in turns")
+        return found[0] if named else found[source.turn]
 
     def _tell_half(self, layer: LayerSites, missing: Direction) -> None:
         source = dict(layer.sites)[missing]

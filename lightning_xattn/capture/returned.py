@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attention import Direction, row_sum_tolerance
@@ -79,6 +80,9 @@ class ModuleWatch:
                 by_direction[direction] = self._returned(item, output, computed)
         if by_direction:
             return by_direction
+        others = [item for item in tensors if item and isinstance(item[-1], str) and "_to_" in item[-1]]
+        if others:
+            raise DiscoveryError(self._not_clear(computed, tensors, others))
         returned = [c for c in computed if any(c.is_tensor(tensor) for tensor in tensors.values())]
         chosen = computed if len(computed) == 1 else returned
         if len(chosen) == 1:
@@ -92,8 +96,8 @@ class ModuleWatch:
 
     def _accept(self, computation: Computation, inputs: list[Any]) -> RecordedWeights:
         samples = computation.weights.weights.shape[0]
-        sizes = {size for value in inputs if isinstance(value, Tensor) for size in value.shape[:2]}
-        if computation.one_head and sizes and samples not in sizes:
+        tokens = [value for value in inputs if isinstance(value, Tensor) and value.dim() == 3]
+        if computation.one_head and any(len(value) != samples for value in tokens):
             raise ShapeError(
                 f"Module '{self._path}' calls scaled_dot_product_attention with {samples} x queries x width, which "
                 f"does not tell samples from heads. {NAME_IT}"
@@ -172,9 +176,14 @@ def check_weights(weights: Tensor, who: str, training: bool = False) -> None:
 
 
 def from_returned(weights: Tensor) -> RecordedWeights:
-    """Weights of which no mask is known: keys to which a sample gives no weight at all count as padding."""
+    """Weights of which no mask is known: keys to which a sample gives no weight at all count as padding.
+
+    Not so in float16, where small weights are rounded to 0.
+    """
     # Copied, as the caller may change in place what it gets.
     weights = (weights[:, None] if weights.dim() == 3 else weights).detach().clone()
+    if weights.dtype == torch.float16:
+        return RecordedWeights(weights)
     return RecordedWeights(weights, key_mask=(weights != 0).any(dim=1).any(dim=1))
 
 

@@ -19,7 +19,7 @@ class Classes(NamedTuple):
     Attributes
     ----------
     ids
-        ``(batch,)`` int64; -1 where the scores are not finite.
+        ``(batch,)`` int64; -1 where the scores are NaN or infinite (but for classes that are ruled out, -inf).
     tied
         ``(batch,)`` bool, whether more than one class is on top; None of class ids.
     n_classes
@@ -59,12 +59,16 @@ def are_single_scores(value: Any, samples: int) -> bool:
 
 
 def are_binary_labels(value: Any, samples: int) -> bool:
-    """Labels of two classes, 0 and 1, of any type; ``UNLABELLED`` ones too, but not alone. Looks at the values."""
+    """Labels of two classes, 0 and 1, of any type; ``UNLABELLED`` ones too. Looks at the values.
+
+    Where -1 and 1 occur but no 0, -1 may be the other class: such labels are not taken.
+    """
     if not are_single(value, samples):
         return False
     labelled = (value == 0) | (value == 1)
     unlabelled = torch.stack([value == label for label in UNLABELLED]).any(0)
-    return bool((labelled | unlabelled).all() and labelled.any())
+    certain = (value == 0).any() | ~(value == -1).any()
+    return bool((labelled | unlabelled).all() & labelled.any() & certain)
 
 
 def are_shares(rows: Tensor) -> bool:
@@ -80,7 +84,7 @@ def are_probabilities(scores: Tensor) -> bool:
 
 
 def are_surely_logits(scores: Tensor) -> bool:
-    """Whether single scores cannot be probabilities. Looks at the values."""
+    """Whether scores cannot be probabilities. Looks at the values."""
     return bool(((scores < 0) | (scores > 1)).any())
 
 
@@ -88,9 +92,10 @@ def classes_of(values: Tensor) -> Classes:
     """Read class ids ``(batch,)``, or scores or shares ``(batch, classes)``."""
     if values.dim() == 1:
         return Classes(values.long())
-    finite = values.isfinite().all(1)
     top = values.amax(1, keepdim=True)
-    return Classes(torch.where(finite, values.argmax(1), -1), (values == top).sum(1) > 1, values.shape[1])
+    # A class with a score of minus infinity is one that the model rules out.
+    sound = (values < torch.inf).all(1) & (top[:, 0] > -torch.inf)
+    return Classes(torch.where(sound, values.argmax(1), -1), (values == top).sum(1) > 1, values.shape[1])
 
 
 def classes_of_scores(values: Tensor, threshold: float) -> Classes:

@@ -57,7 +57,10 @@ class RecordedWeights:
 
 
 def from_scores(weights: Tensor, visible: Tensor | None) -> RecordedWeights:
-    """Weights with the mask that was in force, in which keys that no query sees are told apart as padding.
+    """Weights with the mask that was in force, in which padding is told apart.
+
+    Keys that no query sees are padding where all queries (but those that see nothing) see the same keys. Under any
+    other mask, such as a causal one, a key that no query sees may be a real token.
 
     Parameters
     ----------
@@ -70,7 +73,9 @@ def from_scores(weights: Tensor, visible: Tensor | None) -> RecordedWeights:
         return RecordedWeights(weights)
     batch, _, _, keys = weights.shape
     visible = visible.expand(-1, -1, -1, keys)
-    key_mask = visible.any(dim=1).any(dim=1).expand(batch, keys)
+    seen = visible.any(dim=1, keepdim=True).any(dim=2, keepdim=True)
+    alike = ((visible == seen) | ~visible.any(dim=3, keepdim=True)).all(dim=3).all(dim=2).all(dim=1)
+    key_mask = (seen[:, 0, 0] | ~alike[:, None]).expand(batch, keys)
     only_padding = visible.shape[1] == visible.shape[2] == 1
     return RecordedWeights(weights, key_mask, None if only_padding else visible)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+
+from lightning_xattn.errors import DiscoveryError
 
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Where ``torch.compile``, FSDP and activation checkpointing keep the module that they wrap."""
@@ -38,6 +41,51 @@ def compiled_modules(root: nn.Module) -> list[str]:
     ]
     # Lightning takes a compiled LightningModule out of its wrapper and compiles its steps instead.
     return found or (["the model"] if getattr(root, "_compiler_ctx", None) is not None else [])
+
+
+class _Uncompiled:
+    """torch's stance on compilation is one for the whole process, so recorders that overlap share one change of it."""
+
+    def __init__(self) -> None:
+        self._users, self._stance = 0, ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if self._users == 0:
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if self._users == 0:
+                self._stance.close()
+
+
+run_uncompiled = _Uncompiled()
+"""A context manager in which nothing that is compiled runs compiled."""
+
+
+def runs_for_backward() -> bool:
+    """Whether a module runs again, for gradient checkpointing, during a backward pass."""
+    # There is no public way to ask.
+    return torch._C._current_graph_task_id() != -1
+
+
+def require_one_replica(root: nn.Module) -> None:
+    """Refuse what runs on several devices at once, where hooks see parts of a batch in any order.
+
+    Raises
+    ------
+    DiscoveryError
+        If there is an ``nn.DataParallel`` over several devices.
+    """
+    for path, module in root.named_modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise DiscoveryError(
+                f"'{path or type(root).__name__}' is an nn.DataParallel over {len(module.device_ids)} devices, whose "
+                "parts of a batch cannot be told apart. Record its .module, or use DistributedDataParallel."
+            )
 
 
 def scripted_modules(root: nn.Module) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pytorch_lightning import LightningModule
 from torch import nn
 
 from lightning_xattn.alarms import Alarms
@@ -101,6 +103,7 @@ class ExplainabilityCapture:
         for name, count in (("num_heads", num_heads), ("max_batch_size", max_batch_size), ("top_k", top_k)):
             check_count(name, count)
         self._alarms = Alarms()
+        self._told: set[str] = set()
         self.model = model
         self.num_heads = num_heads
         self.attention = attention
@@ -138,6 +141,9 @@ class ExplainabilityCapture:
             _warn(self._alarms.of_single_keys(layer, directions))
         known = "prediction" if explained.labels.target is None else "target"
         names = name_classes(explained.labels, self.class_names, known, runs[0][0])
+        doubts = set(explained.labels.doubts.values())
+        _warn(doubts - self._told)
+        self._told |= doubts
         return describe_batch(explained, names, self.axes, self.top_k)
 
     def explain_single_sample(self, batch: Any, sample_idx: int) -> SingleExplanation:
@@ -230,7 +236,12 @@ class ExplainabilityCapture:
             "attention": self.attention,
             "group_by": self.group_by,
         }
-        settings |= {"class_names": self.class_names, "batches": _length(loader)}
+        settings |= {
+            "class_names": self.class_names,
+            "hyperparameters": dict(getattr(self.model, "hparams", {})),
+        }
+        lengths = {"batches": _length(loader), "samples": _length(getattr(loader, "dataset", None))}
+        settings |= {name: length for name, length in lengths.items() if length is not None}
         return ExplainedFolder(
             folder,
             {"model weights": fingerprint(self.model)}
@@ -288,15 +299,17 @@ class ExplainabilityCapture:
         if self.predict is not None:
             return self.predict(self.model, batch)
         step = getattr(self.model, "predict_step", None)
-        try:
-            return self.model(batch) if step is None else step(batch, 0)
-        except TypeError as error:
-            called = f"{type(self.model).__name__}{'' if step is None else '.predict_step'}"
-            raise DiscoveryError(
-                f"{called} could not be called with a batch, a {type(batch).__name__}: {error}. If its forward takes "
-                "something else, say how to call it: ExplainabilityCapture(model, predict=lambda model, batch: "
-                "model(batch[0], batch[1]))."
-            ) from error
+        # Lightning's own predict_step calls forward with the batch.
+        if getattr(type(self.model), "predict_step", None) in (None, LightningModule.predict_step):
+            try:
+                inspect.signature(self.model.forward).bind(batch)
+            except TypeError as error:
+                raise DiscoveryError(
+                    f"The forward of {type(self.model).__name__} cannot be called with a batch alone ({error}); the "
+                    f"batch is a {type(batch).__name__}. Say how to call it: ExplainabilityCapture(model, "
+                    "predict=lambda model, batch: model(batch[0], batch[1]))."
+                ) from error
+        return self.model(batch) if step is None else step(batch, 0)
 
     def _require_heads(self, pairs: Iterable[AttentionPair]) -> None:
         for pair in pairs:
@@ -330,9 +343,9 @@ def _require_inside(place: int, count: int) -> None:
         raise SettingError(f"sample_idx must be 0 to {count - 1} in this batch of {count} samples; got {place}.")
 
 
-def _length(loader: Iterable[Any]) -> int | None:
+def _length(sized: Any) -> int | None:
     try:
-        return len(loader)  # type: ignore[arg-type]  # that is the question
+        return len(sized)
     except TypeError:  # as of a loader over an iterable data set
         return None
 

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from tqdm import tqdm
 
 from lightning_xattn.aggregation import LayerAccumulator, LayerSummary
@@ -130,7 +131,7 @@ class LoaderRun:
         Raises
         ------
         DataError
-            If the loader yields no batch, or fewer than the folder has.
+            If the loader is empty, or yields fewer batches than the folder has.
         XAttnError
             If a batch fails: its number, why, and what is kept. An error that is raised on purpose keeps its kind.
         """
@@ -141,10 +142,12 @@ class LoaderRun:
                     self._take(batch)
                     self._reached += 1
                     if self._folder is not None and self._folder.finished:
+                        rank_zero_info(f"Read back from {self._folder.folder}, which is finished.")
                         return
-            if self._reached < max(self._done.batches, 1):
-                raise DataError(f"The loader ends here; expected at least {max(self._done.batches, 1)} batches.")
-            self._save(finished=True)
+            if self._reached < self._done.batches:
+                raise DataError(f"The loader ends here; the folder has {self._done.batches} batches of it.")
+            if self._reached:
+                self._save(finished=True)
         except BaseException as error:
             kept = self._keep()
             if isinstance(error, XAttnError):
@@ -152,6 +155,8 @@ class LoaderRun:
             if isinstance(error, Exception):
                 raise XAttnError(f"Batch {self._reached} could not be explained: {error!r}. {kept}") from error
             raise
+        if not self._reached:
+            raise DataError("The loader is empty: it yields no batch, so there is nothing to explain.")
 
     def _take(self, batch: Any) -> None:
         if self._reached == 0:

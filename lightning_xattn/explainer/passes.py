@@ -48,7 +48,7 @@ class Pass:
         Raises
         ------
         DataError
-            If scores are not finite, or attention where there are no scores; names the samples.
+            If scores are not finite, or attention where there are no predictions; names the samples.
         DiscoveryError, ShapeError
             As ``LabelFinder``.
         """
@@ -59,8 +59,8 @@ class Pass:
         return run
 
     def _require_finite(self) -> None:
-        if self.labels.confidence is not None:
-            what, broken = "class scores", ~self.labels.confidence.isfinite()
+        if self.labels.predicted is not None:
+            what, broken = "class scores", self.labels.predicted < 0
         else:
             rows = [prepare_rows(attention) for pair in self.pairs for attention in pair.directions]
             what, broken = "attention", torch.stack([r.broken.flatten(1).any(1) for r in rows]).any(0)
@@ -69,8 +69,8 @@ class Pass:
             names = [f"{i}" if self.sample_ids is None else f"{i} (id {self.sample_ids[i]})" for i in found]
             raise DataError(
                 f"The {what} of sample {', '.join(names[:8])}{', ...' if len(names) > 8 else ''} ({len(names)} of "
-                f"{len(broken)}) are not finite. Look for NaN or infinity in their input, or in the model's weights "
-                "if it is all samples; leave these samples out, or mend them."
+                f"{len(broken)}) are not finite. Look for NaN or infinity in their input, or in the model's weights if "
+                "it is all samples, and mend it."
             )
 
 
@@ -157,7 +157,7 @@ def class_scores(labels: Labels, candidates: Iterator[Any]) -> tuple[Tensor | No
     candidates
         Anything; only class scores and single scores (see ``capture.scores``) are considered.
     """
-    if labels.predicted is None:
+    if labels.predicted is None or "confidence" in labels.doubts:
         return None, None
     for candidate in candidates:
         for scores in _as_columns(candidate, len(labels.predicted)):

@@ -153,10 +153,11 @@ class ExplainedFolder:
             known: dict[str, str] = saved["identity"]
         except Exception as error:  # whatever torch and pickle raise for a file that is cut off or something else
             raise DataError(f"{path} cannot be read ({error!r}). Name another folder, or delete this one.") from error
-        other = [name for name in self._identity if self._identity[name] != known.get(name)]
+        # What is not known of a loader, such as its length, is not there.
+        other = [name for name in self._identity.keys() & known.keys() if self._identity[name] != known[name]]
         if other:
             found = "; ".join(
-                f"{name}: {_short(known.get(name))} there, {_short(self._identity[name])} now" for name in other
+                f"{name}: {_short(known[name])} there, {_short(self._identity[name])} now" for name in sorted(other)
             )
             raise SettingError(
                 f"{self.folder} was begun with something else ({found}), so it cannot be gone on with or read back. "
@@ -183,8 +184,8 @@ def _describe(run: Pass) -> dict[str, Any]:
     return {"sample_ids": run.sample_ids, "numbers": torch.stack(columns, dim=1)}
 
 
-def _short(value: str | None) -> str:
-    return "nothing" if value is None else value if len(value) <= 60 else f"{value[:12]}..."
+def _short(value: str) -> str:
+    return value if len(value) <= 60 else f"{value[:12]}..."
 
 
 def _plain(layout: Layout) -> dict[str, Any]:

@@ -93,6 +93,42 @@ def test_a_binary_head_gives_one_score_a_sample(where, kind, column):
     torch.testing.assert_close(labels.confidence, torch.maximum(positive, 1 - positive))
 
 
+def test_a_class_that_the_model_rules_out():
+    scores = SCORES.clone()
+    scores[:, 2] = -torch.inf
+    labels = find({"logits": scores}, (IMAGE, IDS))
+    assert labels.predicted.tolist() == [1, 0, 0, 1, 0]
+    torch.testing.assert_close(labels.confidence, scores.softmax(1).amax(1))
+    assert find({"logits": torch.full((BATCH, 2), -torch.inf)}).predicted.tolist() == [-1] * BATCH
+
+
+def test_scores_of_each_class_by_itself_tell_the_class_but_no_confidence():
+    scores = SCORES.sigmoid()
+    labels = find(LOSS, (IMAGE, IDS), scores)
+    assert labels.predicted.tolist() == PREDICTED
+    assert labels.confidence is None
+    assert "rows do not sum to 1" in labels.doubts["confidence"]
+    named = find({"logits": scores})
+    torch.testing.assert_close(named.confidence, scores.softmax(1).amax(1))
+    assert not named.doubts
+
+
+def test_an_unclear_score_leaves_its_binary_targets():
+    for bits in (BITS, BITS.float()):
+        labels = find(LOSS, (IMAGE, bits), SINGLE.sigmoid())
+        assert labels.predicted is None
+        assert labels.target.tolist() == BITS.tolist()
+        assert labels.n_classes == 2
+
+
+@pytest.mark.parametrize("batch", [{"targets": VOTES[:4]}, {"label": IDS[:4]}, (IMAGE, IDS[:4])])
+def test_targets_of_another_length_are_not_taken_and_said(batch):
+    labels = find({"logits": SCORES}, batch)
+    assert labels.target is None
+    assert "(4" in labels.doubts["targets"]
+    assert "no targets for 5 samples" in labels.doubts["targets"]
+
+
 def test_logits_that_happen_to_look_like_probabilities_under_their_name():
     labels = find({"logits": torch.full((BATCH,), 0.3)}, (IMAGE, BITS))
     assert labels.predicted.tolist() == [1] * BATCH  # above 0, though not above 0.5
@@ -116,7 +152,7 @@ def test_logits_that_happen_to_look_like_probabilities_under_their_name():
 def test_a_single_score_that_is_not_clear_is_not_taken_and_said_why(targets, scores, reason):
     labels = find(LOSS, (IMAGE, targets), scores)
     assert labels.predicted is None
-    assert re.search(reason, labels.doubt)
+    assert re.search(reason, labels.doubts["predictions"])
     if targets is not None:
         with pytest.raises(ShapeError, match=reason):
             find(LOSS, (IMAGE, targets), predictions=lambda o, b: scores, targets=lambda o, b: b[1])

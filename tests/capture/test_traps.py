@@ -1,0 +1,294 @@
+"""What once gave a plausible wrong number, or could: each is right now, or refused."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.capture import AttentionRecorder
+from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
+from tests.capture.models import BATCH, Pair, tokens
+from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, count_hooks, quiet_trainer, toy_loader
+
+
+def mha():
+    return nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+
+def heads(x):
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+class Runs(nn.Module):
+    """A module that runs what the test says on audio and text tokens."""
+
+    def __init__(self, run, **children):
+        super().__init__()
+        self.run = run
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, audio, text):
+        return self.run(self, audio, text)
+
+
+def recorded(model, attention=None, inputs=None):
+    with torch.no_grad(), AttentionRecorder(model, attention) as recorder:
+        model(*(inputs or tokens()))
+    return recorder.attention
+
+
+def stance():
+    return torch._dynamo.eval_frame._stance.stance
+
+
+@pytest.mark.filterwarnings("ignore:.*is compiled, where attention cannot be seen")
+def test_recorders_that_overlap_put_torchs_stance_back():
+    assert stance() == "default"
+    model = nn.ModuleDict({"fusion": torch.compile(Pair(), backend="aot_eager")})
+    first, second = AttentionRecorder(model), AttentionRecorder(model)
+    first.__enter__()
+    second.__enter__()
+    first.close()
+    assert stance() == "force_eager"
+    second.close()
+    assert stance() == "default"
+
+    callbacks = [AttentionExplainabilityCallback(), AttentionExplainabilityCallback(figures_every_n_epochs=0)]
+    module = torch.compile(ToyModule(), backend="aot_eager")
+    quiet_trainer(callbacks=callbacks).fit(module, toy_loader(), toy_loader(seed=1))
+    assert stance() == "default"
+
+
+def test_entering_twice_leaves_no_hook():
+    model = Pair()
+    recorder = AttentionRecorder(model)
+    with recorder, recorder:
+        model(*tokens())
+    assert count_hooks(model) == 0
+
+
+@pytest.mark.parametrize("inner", ["self_attn", "encoder"])
+def test_a_block_with_self_attention_is_not_taken_for_it(inner):
+    child = mha() if inner == "self_attn" else nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True)
+
+    def block(module, audio, text):
+        getattr(module, inner)(audio, *((audio, audio) if inner == "self_attn" else ()))
+        return F.scaled_dot_product_attention(audio, text, text)
+
+    model = nn.Module()
+    model.block = Runs(block, **{inner: child})
+    model.forward = lambda audio, text: model.block(audio, text)
+    with pytest.raises(DiscoveryError, match="'block' does not show which attention is meant"):
+        recorded(model, {"audio_to_text": "block"})
+
+
+def test_self_attention_that_is_named_as_a_direction_is_refused():
+    model = Runs(lambda m, audio, text: m.image_to_tokens(audio, audio, audio), image_to_tokens=mha())
+    for attention in (None, {"a_to_b": "image_to_tokens"}):
+        with pytest.raises(DiscoveryError, match="attends within one sequence: its query is its key.*JointSequence"):
+            recorded(model, attention)
+
+
+MASKS = {
+    "filled with -10,000 and then scaled": (lambda s, m: s.masked_fill(m, -1e4) / math.sqrt(192), True),
+    "added, lowest float": (lambda s, m: s + torch.zeros_like(s).masked_fill(m, torch.finfo(s.dtype).min), True),
+    "added, lowest half": (lambda s, m: s + torch.zeros_like(s).masked_fill(m, -65504), True),
+    "squared distances": (lambda s, m: -((torch.arange(TEXT) - 3.0) ** 2) * 20 - 1500 + 0 * s, False),
+}
+
+
+@pytest.mark.parametrize(("scores", "hides"), MASKS.values(), ids=MASKS)
+def test_which_keys_a_softmax_hides_is_told_from_the_scores_whatever_hides_them(scores, hides):
+    masked = torch.zeros(1, 1, AUDIO, TEXT, dtype=torch.bool)
+    masked[..., 5:] = True
+
+    def attend(module, audio, text):
+        return scores(heads(audio) @ heads(text).transpose(-1, -2), masked).softmax(-1) @ heads(text)
+
+    model = nn.Module()
+    model.x = Runs(attend)
+    model.forward = lambda audio, text: model.x(audio, text)
+    (pair,) = recorded(model, {"audio_to_text": "x"})
+    expected = torch.arange(TEXT) < (5 if hides else TEXT)
+    assert torch.equal(pair.forward.key_mask, expected.expand(BATCH, TEXT))
+
+
+def test_a_mapping_with_another_direction_is_not_taken():
+    fusion = Runs(lambda m, audio, text: {"out": audio, "audio_to_text": (audio @ text.mT).softmax(-1)})
+    with pytest.raises(DiscoveryError, match=r"\[audio_to_text\]"):
+        _of(fusion, {"text_to_audio": "fusion"})
+
+
+def _of(fusion, attention, inputs=None):
+    model = nn.Module()
+    model.fusion = fusion
+    model.forward = lambda audio, text: model.fusion(audio, text)
+    return recorded(model, attention, inputs)
+
+
+def test_one_module_under_two_names_takes_turns_or_is_refused():
+    shared = mha()
+    model = Runs(lambda m, x, y: (m.p(x, y, y), m.q(y, x, x)), p=shared, q=shared)
+    x, y = tokens()[0], tokens()[0].flip(1)
+    (pair,) = recorded(model, {"a_to_b": "p", "b_to_a": "q"}, (x, y))
+    with torch.no_grad():
+        for attention, (query, key) in zip(pair.directions, ((x, y), (y, x)), strict=True):
+            assert torch.equal(attention.weights, shared(query, key, key, average_attn_weights=False)[1])
+    model = Runs(None, a_to_b=shared, b_to_a=shared)
+    with pytest.raises(DiscoveryError, match="some are one module, and their order is not known"):
+        AttentionRecorder(model)
+    with pytest.raises(DiscoveryError, match=r"'p\[1\]' for a_to_b is an item of an nn.MultiheadAttention"):
+        AttentionRecorder(Runs(None, p=shared), {"a_to_b": "p[1]"})
+
+
+def test_heads_folded_into_the_samples_are_noticed_also_where_their_number_is_that_of_the_tokens():
+    def folded(module, audio, text):
+        q, k = (heads(x).flatten(0, 1) for x in (audio, text))
+        return F.scaled_dot_product_attention(q, k, k)
+
+    x = torch.randn(4, 12, WIDTH)  # 4 samples of 3 heads make 12, as many as there are tokens
+    with pytest.raises(ShapeError, match="12 x queries x width, which does not tell samples from heads"):
+        _of(Runs(folded), {"a_to_b": "fusion"}, (x, x[:, :7]))
+
+
+def test_what_a_callable_gave_in_an_earlier_step_is_not_counted_again():
+    model = nn.Module()
+    model.last = None
+
+    def run(keep):
+        if keep:
+            model.last = torch.rand(BATCH, HEADS, AUDIO, TEXT).softmax(-1)
+
+    model.forward = run
+    recorder = AttentionRecorder(model, {"a_to_b": lambda model: model.last})
+    with recorder:
+        model(True)
+        assert len(recorder.attention) == 1
+        assert len(recorder.attention) == 1  # in the same step it may be read again
+        recorder.clear()
+        model(False)
+        with pytest.warns(XAttnWarning, match="gave the same tensor as in an earlier step"):
+            assert recorder.attention == ()
+        recorder.clear()
+        model(True)
+        assert len(recorder.attention) == 1
+
+
+def test_a_mask_that_is_changed_later_is_not_what_was_in_force():
+    def attend(module, audio, text):
+        mask = torch.ones(AUDIO, TEXT, dtype=torch.bool)
+        mask[:, 5:] = False
+        out = F.scaled_dot_product_attention(heads(audio), heads(text), heads(text), mask)
+        mask.zero_()
+        return out
+
+    (pair,) = _of(Runs(attend), {"a_to_b": "fusion"})
+    assert torch.equal(pair.forward.key_mask, (torch.arange(TEXT) < 5).expand(BATCH, TEXT))
+
+
+def test_small_half_precision_weights_are_not_padding():
+    def fuse(module, audio, text):
+        scores = torch.zeros(BATCH, HEADS, AUDIO, TEXT)
+        scores[..., 0] = 30
+        return audio, 1 * scores.softmax(-1).half()
+
+    (pair,) = _of(Runs(fuse), {"a_to_b": "fusion[1]"})
+    assert pair.forward.key_mask is None
+
+
+@pytest.mark.filterwarnings("ignore:Found in the first pass")
+def test_self_attention_with_queries_and_keys_of_its_own_making_is_asked_for():
+    model = Runs(lambda m, x, y: m.sa(x + 1, x + 1, x), sa=mha())
+    with pytest.raises(DiscoveryError, match="goes across cannot be seen"):
+        recorded(model)
+
+
+@pytest.mark.filterwarnings("ignore:Found in the first pass")
+def test_one_module_that_attends_within_and_across():
+    shared = mha()
+
+    def run(module, x, y):
+        return module.p(x, x, x), module.p(y, y, y), module.p(x, y, y), module.p(y, x, x)
+
+    (pair,) = recorded(Runs(run, p=shared))
+    x, y = tokens()
+    with torch.no_grad():
+        assert torch.equal(pair.forward.weights, shared(x, y, y, average_attn_weights=False)[1])
+        assert torch.equal(pair.backward.weights, shared(y, x, x, average_attn_weights=False)[1])
+
+
+def test_unnamed_attention_beside_named_ones_is_said_to_be_left_out():
+    def attend(module, queries, keys):
+        return F.scaled_dot_product_attention(heads(queries), heads(keys), heads(keys))
+
+    def run(module, x, y):
+        return module.a_to_b(x, y), module.b_to_a(y, x), module.other(x, y)
+
+    model = Runs(run, a_to_b=Runs(attend), b_to_a=Runs(attend), other=Runs(attend))
+    with pytest.warns(XAttnWarning, match=r"Left out, as no name tells their direction: other \(run 1\)"):
+        (pair,) = recorded(model)
+    assert str(pair.forward.direction) == "a_to_b"
+
+
+def test_a_module_that_tells_one_direction_in_each_run():
+    def fuse(module, queries, keys):
+        name = "a_to_b" if len(queries[0]) == AUDIO else "b_to_a"
+        return {name: (heads(queries) @ heads(keys).mT).softmax(-1)}
+
+    model = nn.Module()
+    model.fusion = Runs(fuse)
+    model.forward = lambda x, y: (model.fusion(x, y), model.fusion(y, x))
+    (pair,) = recorded(model, {"a_to_b": "fusion", "b_to_a": "fusion"})
+    assert pair.forward.weights.shape[2:] == (AUDIO, TEXT)
+    assert pair.backward.weights.shape[2:] == (TEXT, AUDIO)
+
+
+def test_a_shared_module_that_runs_once_in_a_later_step_is_left_out():
+    model = Runs(lambda m, x, y: (m.p(x, y, y), m.p(y, x, x)), p=mha())
+    x, y = tokens()
+    recorder = AttentionRecorder(model, {"a_to_b": "p", "b_to_a": "p"})
+    with recorder:
+        model(x, y)
+        assert len(recorder.attention) == 1
+        recorder.clear()
+        model.p(x, y, y)
+        with pytest.warns(XAttnWarning, match="ran 1 time.* such steps are left out"):
+            assert recorder.attention == ()
+
+
+@pytest.mark.filterwarnings("ignore:Found in the first pass")
+def test_checkpointing_in_a_first_pass():
+    model = Runs(lambda m, x, y: checkpointed(m.p, x, y) + checkpointed(m.q, y, x).mean(), p=mha(), q=mha())
+    x, y = (x.requires_grad_() for x in tokens())
+    with AttentionRecorder(model) as recorder:
+        model(x, y).sum().backward()
+    (pair,) = recorder.attention
+    assert pair.backward is not None
+
+
+def checkpointed(attention, queries, keys):
+    return torch.utils.checkpoint.checkpoint(lambda q, k: attention(q, k, k)[0], queries, keys, use_reentrant=False)
+
+
+@pytest.mark.filterwarnings("ignore:Found in the first pass")
+def test_a_kernel_call_of_another_form_ends_nothing():
+    def run(module, x, y):
+        five = heads(x)[:, None]
+        module.other(five, five)
+        return module.p(x, y, y), module.q(y, x, x)
+
+    other = Runs(lambda m, q, k: F.scaled_dot_product_attention(q, k, k))
+    (pair,) = recorded(Runs(run, p=mha(), q=mha(), other=other))
+    assert pair.forward.weights.shape == (BATCH, HEADS, AUDIO, TEXT)
+
+
+def test_data_parallel_over_several_devices_is_refused():
+    model = nn.DataParallel(Pair())
+    model.device_ids = [0, 1]
+    with pytest.raises(DiscoveryError, match="'DataParallel' is an nn.DataParallel over 2 devices.*its .module"):
+        AttentionRecorder(model).__enter__()
+    assert count_hooks(model) == 0
