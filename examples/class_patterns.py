@@ -7,17 +7,20 @@ import sys
 
 from lightning_xattn import ExplainabilityCapture
 from lightning_xattn.attention import Direction
-from lightning_xattn.hms import HMSDataModule, HMSLightningModule
+from lightning_xattn.hms import CLASSES, HMSDataModule, HMSLightningModule
 from lightning_xattn.visualizations import plot_attention_heatmap
 
 checkpoint, data, name, picture = sys.argv[1:]
+if name not in CLASSES:
+    sys.exit(f"No class {name}: expected one of {', '.join(CLASSES)}.")
 datamodule = HMSDataModule(data, test_data=data)
 model = HMSLightningModule.load_from_checkpoint(checkpoint, map_location="cpu")
-explainer = ExplainabilityCapture(model, axes=datamodule.attention_axes, group_by="prediction")
+axes = model.attention_axes or datamodule.attention_axes
+explainer = ExplainabilityCapture(model, axes=axes, group_by="prediction")
 explained = explainer.explain_loader(datamodule.test_dataloader())
-summary, which = explained.headline, explained.class_names.index(name)
+summary, which = explained.headline, CLASSES.index(name)
 
-n = summary.count("alignment", which)
+n = summary.size(which)
 print(f"{n} recordings are predicted as {name}")
 for column in ("alignment", "eeg_to_spec/entropy", "spec_to_eeg/entropy"):
     low, high = summary.interval(column, which)
@@ -28,7 +31,7 @@ if n:
         summary.maps[direction][which],
         title=f"Mean attention of {n} recordings predicted as {name}",
         direction=str(direction),
-        query_axis=explained.axes["eeg"],
-        key_axis=explained.axes["spec"],
+        query_axis=explained.axes.get("eeg"),
+        key_axis=explained.axes.get("spec"),
         save_path=picture,
     )

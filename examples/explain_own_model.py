@@ -52,4 +52,4 @@ explainer = ExplainabilityCapture(
 )
 print(create_explainability_report(explainer.explain_loader(loader), out / "report.md", format="text"))
 results = explainer.explain_batch(next(iter(loader)))
-plot_modality_alignment(results["attention_dict"], axes=results["axes"], save_path=out / "alignment.png")
+plot_modality_alignment(results["attention"][0], axes=results["axes"], save_path=out / "alignment.png")

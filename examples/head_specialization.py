@@ -11,11 +11,17 @@ from lightning_xattn.hms import HMSDataModule, HMSLightningModule
 from lightning_xattn.visualizations import plot_head_alignment_matrix
 
 checkpoint, data, picture = sys.argv[1:]
+model = HMSLightningModule.load_from_checkpoint(checkpoint, map_location="cpu")
 datamodule = HMSDataModule(data, test_data=data)
-explainer = ExplainabilityCapture(HMSLightningModule.load_from_checkpoint(checkpoint, map_location="cpu"))
+explainer = ExplainabilityCapture(model, axes=model.attention_axes or datamodule.attention_axes)
 results = explainer.explain_batch(next(iter(datamodule.test_dataloader())))
 
-windows = datamodule.attention_axes
+
+def place(modality, token):
+    axis = results["axes"].get(modality)
+    return f"{modality} {token if axis is None else axis.place(token)}"
+
+
 for direction, heads in head_wise_attention_analysis(results["attention_dict"]).items():
     query, _, key = direction.partition("_to_")
     print(direction)
@@ -23,8 +29,8 @@ for direction, heads in head_wise_attention_analysis(results["attention_dict"]).
         asks, looked_at, weight = found["top_pairs"][0]
         print(
             f"  head {head}: entropy {found['specialization_score']:.3f} (0: one key, 1: uniform), query selectivity "
-            f"{found['query_selectivity']:.3f} (0: all queries attend alike); most from {query} "
-            f"{windows[query].spans[asks]} s to {key} {windows[key].spans[looked_at]} s, weight {weight:.3f}"
+            f"{found['query_selectivity']:.3f} (0: all queries attend alike); most from {place(query, asks)} to "
+            f"{place(key, looked_at)}, weight {weight:.3f}"
         )
 
 # Heads of the two directions share no parameters: which goes with which is found, not given by their numbers.

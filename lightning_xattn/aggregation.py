@@ -279,13 +279,17 @@ class LayerSummary:
     @property
     def samples(self) -> int:
         """Number of samples."""
+        return self.size()
+
+    def size(self, class_id: int | None = None, outcome: int | None = None) -> int:
+        """Number of samples of a class and an outcome, whether their numbers are defined or not."""
         # The count of invalid rows is defined for every sample.
-        return self.count("invalid_rows")
+        return self.count("invalid_rows", class_id, outcome)
 
     @property
     def unclassified(self) -> int:
         """Number of samples without a class, where there are classes."""
-        return self.count("invalid_rows", class_id=self.n_classes) if self.n_classes else 0
+        return self.size(self.n_classes) if self.n_classes else 0
 
     def count(self, column: str, class_id: int | None = None, outcome: int | None = None) -> int:
         """How many samples have this number, of all or of one class and outcome."""

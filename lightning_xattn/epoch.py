@@ -83,7 +83,7 @@ def epoch_figures(
     names = list(class_names) or ["all samples"]
     grouping = group_by if class_names else None
     ids = range(len(names))
-    counts = [summary.count("invalid_rows", class_id=i) for i in ids]
+    counts = [summary.size(class_id=i) for i in ids]
     for direction, maps in summary.maps.items():
         figure = plot_class_attention(
             maps,

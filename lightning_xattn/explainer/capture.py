@@ -213,7 +213,7 @@ class ExplainabilityCapture:
         if table is not None and find_spec("pyarrow") is None:
             raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
         folder = None if table is None else self._open(Path(table), loader)
-        sums = DatasetSums(self.class_names, self.group_by)
+        sums = DatasetSums(self.class_names, self.group_by, self.axes)
         with self._watching():
             LoaderRun(partial(self._observe, finder=self._finder()), sums, folder, _warn).run(loader, progress)
         _warn(self._alarms.of_directions(self._recorder.layers))
@@ -221,7 +221,7 @@ class ExplainabilityCapture:
         for layer, summary in summaries.items():
             _warn(self._alarms.of_epoch(layer, summary))
         return DatasetExplanation(
-            summaries, sums.classes, self.group_by, self.axes, None if folder is None else folder.folder
+            summaries, sums.classes, self.group_by, sums.axes, None if folder is None else folder.folder
         )
 
     def _open(self, folder: Path, loader: Iterable[Any]) -> ExplainedFolder:

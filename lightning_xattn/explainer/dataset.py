@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,9 @@ from pytorch_lightning.utilities import rank_zero_info
 from tqdm import tqdm
 
 from lightning_xattn.aggregation import LayerAccumulator, LayerSummary
+from lightning_xattn.attention import TokenAxis
 from lightning_xattn.errors import DataError, XAttnError
+from lightning_xattn.explainer.describe import fitting_axes
 from lightning_xattn.explainer.passes import Pass
 from lightning_xattn.grouping import missing_labels, name_classes
 from lightning_xattn.sums import add_batch
@@ -33,23 +35,30 @@ class DatasetSums:
         As given by the user or the model; None: ``class_0``, ``class_1`` and so on.
     group_by
         One of ``GROUPINGS``.
+    axes
+        What the tokens of each modality may be.
 
     Attributes
     ----------
     classes : tuple of str
         The names of the classes, once ``begin`` was called; empty when what groups them is not known.
+    axes : dict of str to TokenAxis
+        Those that fit the first layer, once ``begin`` was called.
     """
 
-    def __init__(self, class_names: Sequence[str] | None, group_by: str) -> None:
+    def __init__(self, class_names: Sequence[str] | None, group_by: str, axes: Mapping[str, TokenAxis]) -> None:
         self._class_names = class_names
+        self._all_axes = axes
         self._group_by = group_by
         self.classes: tuple[str, ...] = ()
+        self.axes: dict[str, TokenAxis] = {}
         self._accumulators: dict[str, LayerAccumulator] = {}
         self._device = torch.device("cpu")
 
     def begin(self, first: Pass) -> Iterator[str]:
         """Take the names of the classes from a first pass; returns what cannot be shown, and why."""
         self._device = first.pairs[0].forward.weights.device
+        self.axes = fitting_axes(self._all_axes, first.pairs)
         self.classes = name_classes(first.labels, self._class_names, self._group_by, first.step)
         return missing_labels(first.labels, self.classes, self._group_by, first.step)
 

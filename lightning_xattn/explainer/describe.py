@@ -60,8 +60,16 @@ def describe_batch(
         "modality_alignment": float(agreement.nanmean()),
         "per_sample_explanations": samples,
         "class_names": class_names,
-        "axes": dict(axes),
+        "axes": fitting_axes(axes, explained.pairs),
     }
+
+
+def fitting_axes(axes: Mapping[str, TokenAxis], pairs: Sequence[AttentionPair]) -> dict[str, TokenAxis]:
+    """The axes with as many tokens as the first layer's attention; a model may pool or group what the data have."""
+    attention = pairs[0].forward
+    modalities = attention.direction.query, attention.direction.key
+    fitting = zip(modalities, _fitting(attention, axes), strict=True)
+    return {modality: axis for modality, axis in fitting if axis is not None}
 
 
 def single_keys(explained: Explained) -> dict[str, list[str]]:

@@ -56,23 +56,25 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path) -> Pa
     out = Path(out)
     module = load_module(checkpoint)
     datamodule = HMSDataModule(data, test_data=data, cache_dir=out / "features", on_bad_row="skip")
-    axes = module.attention_axes or datamodule.attention_axes
-    explainer = ExplainabilityCapture(module, axes=axes)
-    explained = explainer.explain_loader(datamodule.test_dataloader(), table=out / "table")
+    explainer = ExplainabilityCapture(module, axes=module.attention_axes or datamodule.attention_axes)
+    loader = datamodule.test_dataloader()
+    _require_same_recordings(out)
+    explained = explainer.explain_loader(loader, table=out / "table")
     for suffix in (".txt", ".md", ".json"):
-        report = create_explainability_report(explained, out / f"report{suffix}")
-        if suffix == ".txt":
-            print(report)
+        create_explainability_report(explained, out / f"report{suffix}")
     for name, figure in dataset_figures(explained):
         save(figure, out / "figures" / f"{name}.png")
 
-    dataset = datamodule.test_dataloader().dataset
+    dataset = loader.dataset
     assert isinstance(dataset, HMSDataset)
     chosen = _choose(out / "table")
     results = explainer.explain_batch(dataset.__getitems__(chosen))
+    for sample, place in zip(results["per_sample_explanations"], chosen, strict=True):
+        sample["sample_idx"] = place  # in the data, as in the table
     create_explainability_report(results, out / "samples.txt")
-    for place in range(len(chosen)):
-        _draw_sample(results, place, datamodule, out / "samples")
+    for i in range(len(chosen)):
+        _draw_sample(results, i, datamodule, out / "samples")
+    print((out / "report.txt").read_text())
     print(f"{len(chosen)} recordings are drawn in {out / 'samples'} and described in {out / 'samples.txt'}.")
     return out
 
@@ -96,6 +98,15 @@ def load_module(checkpoint: str | Path) -> HMSLightningModule:
         raise DataError(f"{checkpoint} is no checkpoint of HMSLightningModule: {error!r}.") from error
 
 
+def _require_same_recordings(out: Path) -> None:
+    """Each state of the recordings has features of its own: a second one means that they have changed since."""
+    if (out / "table").exists() and len([path for path in (out / "features").iterdir() if path.name[0] != "."]) > 1:
+        raise DataError(
+            f"The recordings have changed since {out} was made, so what it holds is no longer about them. Name another "
+            "folder, or delete it."
+        )
+
+
 def _choose(table: Path) -> list[int]:
     """Places of the first correct and the first incorrect prediction of each class, in the order of the data."""
     columns = pq.read_table(table, columns=["sample_idx", "target", "correct"]).to_pydict()
@@ -105,26 +116,26 @@ def _choose(table: Path) -> list[int]:
     return sorted(first.values())
 
 
-def _draw_sample(results: BatchExplanation, place: int, datamodule: HMSDataModule, folder: Path) -> None:
-    sample, pair = results["per_sample_explanations"][place], results["attention"][0]
+def _draw_sample(results: BatchExplanation, i: int, datamodule: HMSDataModule, folder: Path) -> None:
+    sample, pair, axes = results["per_sample_explanations"][i], results["attention"][0], results["axes"]
     recordings, geometry = datamodule.test_recordings, datamodule.eeg_geometry
-    row = recordings.by_label_id[int(sample["sample_id"] or 0)]
+    assert sample["sample_id"] is not None
+    row = recordings.by_label_id[int(sample["sample_id"])]
     folder = folder / str(row.label_id)
-    axes = results["axes"]
-    if all(axis.spans is not None for axis in axes.values()):
+    context = (
+        f"recording {row.label_id}, predicted {sample['predicted_name']} ({sample['confidence']:.2f}), "
+        f"true {sample['true_name']}"
+    )
+    if len(axes) == 2 and all(axis.spans is not None for axis in axes.values()):
         plot_attention_over_signals(
             Traces(recordings.eeg(row, geometry), EEG_RATE, ELECTRODES, -geometry.seconds / 2),
             Spectrograms(recordings.spectrogram(row), SPEC_ROW_SECONDS, REGIONS, SPEC_FREQUENCIES, -SPEC_SECONDS / 2),
             pair,
-            place,
+            i,
             axes=axes,
-            context=_context(row.label_id, sample["predicted_name"], sample["confidence"], sample["true_name"]),
+            context=context,
             save_path=folder / "signals.png",
         )
-    plot_cross_modal_attention(pair, place, axes=axes, save_path=folder / "attention.png")
-    plot_modality_alignment(pair, place, axes=axes, save_path=folder / "alignment.png")
-    plot_head_alignment_matrix(pair, place, save_path=folder / "heads.png")
-
-
-def _context(label_id: int, predicted: str | None, confidence: float | None, true: str | None) -> str:
-    return f"recording {label_id}, predicted {predicted} ({confidence or 0:.2f}), true {true}"
+    plot_cross_modal_attention(pair, i, axes=axes, context=context, save_path=folder / "attention.png")
+    plot_modality_alignment(pair, i, axes=axes, context=context, save_path=folder / "alignment.png")
+    plot_head_alignment_matrix(pair, i, context=context, save_path=folder / "heads.png")

@@ -130,9 +130,7 @@ def test_nothing_that_a_name_tells_is_left_to_a_first_pass():
 
 def test_errors_say_what_there_is():
     root = module(model__fuse=attention(), model__linear=nn.Linear(2, 2))
-    with pytest.raises(
-        DiscoveryError, match=r"No module 'model\.fusion' for eeg_to_spec\. Did you mean 'model\.fuse'"
-    ):
+    with pytest.raises(DiscoveryError, match=r"No module 'model\.fusion' for eeg_to_spec\. Did you mean 'model\.fuse'"):
         locate_attention(root, {"eeg_to_spec": "model.fusion"})
     with pytest.raises(DiscoveryError, match=r"Linear has no nn\.MultiheadAttention at all"):
         locate_attention(nn.Linear(2, 2), {"a_to_b": "x"})

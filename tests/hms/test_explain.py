@@ -5,12 +5,14 @@ import shutil
 
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from lightning_xattn.cli import main
 from lightning_xattn.errors import DataError
 from lightning_xattn.hms import HMSLightningModule
 from lightning_xattn.hms.explain import load_module, run_explain
+from tests.hms.conftest import table_rows
 from tests.toy import ToyModule
 
 # Of a model that has hardly been trained, or not at all, the heads are alike or uniform, and alarms say so.
@@ -36,7 +38,8 @@ def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(hms_che
     for name in first:
         files = {path.name for path in (tmp_path / "samples" / name).iterdir()}
         assert files == {"signals.png", "attention.png", "alignment.png", "heads.png"}
-        assert f"(id {name})" in (tmp_path / "samples.txt").read_text()
+        place = int(table.set_index("sample_id")["sample_idx"][name])
+        assert f"Sample {place} (id {name})" in (tmp_path / "samples.txt").read_text()
 
     before = (tmp_path / "table").stat().st_mtime_ns
     assert main(arguments) == 0  # a finished folder is read back
@@ -52,15 +55,28 @@ def test_recordings_that_cannot_be_used_are_left_out_and_said(hms_checkpoint, ma
     assert len(pd.read_parquet(tmp_path / "out/table")) == 4
 
 
-def test_regional_fusion_has_no_seconds_to_draw(make_folder, tmp_path):
-    import pytorch_lightning as pl
-
+@pytest.mark.parametrize("fusion", ["regional", "pooled"])
+@pytest.mark.filterwarnings("ignore:.*attend to a single key")
+def test_fusions_without_windows_have_no_seconds(fusion, make_folder, tmp_path):
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-    trainer.strategy.connect(HMSLightningModule(fusion="regional"))
-    trainer.save_checkpoint(tmp_path / "regional.ckpt")
-    run_explain(tmp_path / "regional.ckpt", make_folder(), tmp_path / "out")
+    trainer.strategy.connect(HMSLightningModule(fusion=fusion))
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    run_explain(tmp_path / "other.ckpt", make_folder(), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out/samples").rglob("*.png")}
     assert names == {"attention.png", "alignment.png", "heads.png"}
+    described = (tmp_path / "out/samples.txt").read_text()
+    assert "s from the labelled moment" not in described
+    assert ("EEG region" in described) == (fusion == "regional")
+
+
+def test_recordings_that_have_changed_since_are_not_read_back(hms_checkpoint, make_folder, tmp_path, capsys):
+    data = make_folder(rows=table_rows(4))
+    arguments = ["--checkpoint", str(hms_checkpoint), "--data", str(data), "--out", str(tmp_path / "out")]
+    assert main(["explain", *arguments]) == 0
+    make_folder(rows=table_rows(5))
+    for _ in range(2):
+        assert main(["explain", *arguments]) == 1
+        assert "recordings have changed since" in capsys.readouterr().err
 
 
 def test_what_is_no_checkpoint_is_said(hms_checkpoint, iiic_irr, tmp_path, capsys):
