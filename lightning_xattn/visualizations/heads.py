@@ -12,19 +12,23 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from lightning_xattn.errors import SettingError
-from lightning_xattn.functional import best_head_matching, head_alignment_matrix, row_statistics
+from lightning_xattn.functional import (
+    best_head_matching,
+    has_single_keys,
+    head_alignment_matrix,
+    require_heads,
+    row_statistics,
+)
+from lightning_xattn.phrases import SINGLE_KEY, decimal
 from lightning_xattn.visualizations.drawing import (
     WIDTH,
     arrow,
     draw_colour_bar,
     draw_mesh,
     new_figure,
-    number,
     print_value,
     set_title,
 )
-from lightning_xattn.visualizations.lifts import ONE_KEY, has_one_key
 from lightning_xattn.visualizations.output import save
 from lightning_xattn.visualizations.pairs import AttentionDict, check_sample, read_both, read_pair
 
@@ -66,9 +70,7 @@ def plot_head_contributions(
     """
     pair = read_pair(attention_dict)
     for rows in pair:
-        heads = rows.weights.shape[1]
-        if num_heads not in (None, heads):
-            raise SettingError(f"num_heads is {num_heads}, but {rows.direction} has {heads} heads.")
+        require_heads(num_heads, rows.weights.shape[1], str(rows.direction))
     most = max(rows.weights.shape[1] for rows in pair)
     fig = new_figure(max(WIDTH, 2.0 + 0.4 * most), 6.4)
     above, below = fig.subplots(2, 1, sharex=True)
@@ -96,7 +98,7 @@ def plot_head_contributions(
     below.set_title("Effective keys, exp(entropy) / keys (dashed: uniform; lower is more focused)", fontsize=10)
     fig.legend(loc="outside lower center", ncols=2, frameon=False)
     remarks = ["The mean weight is not drawn: a row sums to 1, so it is 1 / keys for every head, whatever it learned."]
-    remarks += [f"{arrow(rows.direction)}: {ONE_KEY}" for rows in pair if has_one_key(rows)]
+    remarks += [f"{arrow(rows.direction)}: {SINGLE_KEY}" for rows in pair if has_single_keys(rows)]
     samples = len(pair[0].weights)
     set_title(fig, "Focus of each head", f"mean of {samples} sample{'s' * (samples > 1)}", "\n".join(remarks))
     return save(fig, save_path)
@@ -167,7 +169,7 @@ def _said_of(values: NDArray[Any], matched: list[tuple[int, int]]) -> list[str]:
     lines = []
     if matched:
         best = np.mean([values[pair] for pair in matched])
-        lines.append(f"Outlined: the best one-to-one matching, mean r = {number(best)} (above 0 even by chance).")
+        lines.append(f"Outlined: the best one-to-one matching, mean r = {decimal(best)} (above 0 even by chance).")
     if np.isnan(values).any():
         lines.append("Hatched: undefined (a map has no variance, or no valid row).")
     return lines

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lightning_xattn.attention import Attention, Direction, TokenAxis
-from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.errors import ShapeError
 from lightning_xattn.functional import (
     Rows,
     alignment,
@@ -24,12 +24,12 @@ from lightning_xattn.functional import (
     lift_map,
     prepare_rows,
 )
+from lightning_xattn.phrases import decimal
 from lightning_xattn.visualizations.drawing import (
     UNDEFINED,
     WIDTH,
     arrow,
     new_figure,
-    number,
     place_tokens,
     set_title,
     wrap,
@@ -45,7 +45,15 @@ from lightning_xattn.visualizations.lifts import (
     says_nothing,
 )
 from lightning_xattn.visualizations.output import save
-from lightning_xattn.visualizations.pairs import AttentionDict, check_sample, place_pair, read_both, read_pair
+from lightning_xattn.visualizations.pairs import (
+    AttentionDict,
+    check_head,
+    check_sample,
+    place_pair,
+    read_both,
+    read_pair,
+    warn_of_broken_rows,
+)
 
 LIFT = "lift over uniform: weight / (1/keys)"
 _PANELS_WIDTH = 7.2  # inches for panels and their labels beside a colour bar
@@ -148,10 +156,10 @@ def plot_attention_heatmap(
     weights = weights[(None,) * (4 - weights.dim())]
     check_sample(sample_idx, len(weights))
     heads = weights.shape[1]
-    if head is not None and not 0 <= head < heads:
-        raise SettingError(f"head must be 0 to {heads - 1} or None (mean over heads); got {head}.")
+    check_head(head, heads)
     sides = None if direction is None else Direction.parse(direction)
     rows = prepare_rows(Attention(sides or Direction("query", "key"), weights))
+    warn_of_broken_rows(rows)
     lifts = (lift_map(rows) if head is None else lift(rows)[:, head])[sample_idx].numpy()
     queries = place_tokens("query", sides.query if sides else None, weights.shape[2], query_axis)
     keys = place_tokens("key", sides.key if sides else None, weights.shape[3], key_axis)
@@ -214,7 +222,7 @@ def plot_modality_alignment(
     panels = np.array([fig.add_subplot(grid[1, column]) for column in range(2)])
     _draw_maps(fig, panels, maps, (width - WIDTH + _PANELS_WIDTH) / 2 - 0.6, height)
     headline = float(alignment(forward, backward)[sample_idx])
-    said = "undefined" if np.isnan(headline) else f"Pearson r = {number(headline)} of the head-averaged maps"
+    said = "undefined" if np.isnan(headline) else f"Pearson r = {decimal(headline)} of the head-averaged maps"
     set_title(fig, f"Modality alignment of sample {sample_idx}: {said}", "", _remark(maps))
     return save(fig, save_path)
 
@@ -262,7 +270,7 @@ def _draw_bars(ax: Axes, values: NDArray[Any], names: list[str], matched: bool) 
         level = "high (> 0.5)" if value > _HIGH else "disagreement (< 0)" if value < 0 else "medium"
         ax.bar(place, value, width=0.8, edgecolor="black", **_AGREEMENT[level])
         above = value >= 0
-        text = ax.annotate(number(value), (place, value), (0, 3 if above else -3), textcoords="offset points")
+        text = ax.annotate(decimal(value), (place, value), (0, 3 if above else -3), textcoords="offset points")
         text.set(fontsize=9, ha="center", va="bottom" if above else "top")
         text.set_bbox({"facecolor": "white", "linewidth": 0, "pad": 0.5})
     ax.axhline(0, color="black", linewidth=0.8)

@@ -42,6 +42,9 @@ from tests.visualizations.conftest import (
     make_traces,
 )
 
+# Of rows that are left out figures warn, too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*not finite or do not sum to 1:lightning_xattn.XAttnWarning")
+
 HMS = ["Seizure", "LPD", "GPD", "LRDA", "GRDA", "Other"]
 LONG = [
     "Lateralised periodic discharges over the left hemisphere",
