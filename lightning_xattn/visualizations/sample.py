@@ -62,7 +62,7 @@ _PANELS_WIDTH = 7.2  # inches for panels and their labels beside a colour bar
 _AGREEMENT: dict[str, dict[str, Any]] = {
     "high (> 0.5)": {"color": "#0072B2"},
     "medium": {"color": "#E9C46A", "hatch": "///"},
-    "disagreement (< 0)": {"color": "#B23A00", "hatch": "xxx"},
+    "disagree (< 0)": {"color": "#B23A00", "hatch": "xxx"},
 }
 _HIGH = 0.5
 
@@ -72,6 +72,7 @@ def plot_cross_modal_attention(
     sample_idx: int = 0,
     *,
     axes: Mapping[str, TokenAxis] | None = None,
+    context: str = "",
     save_path: str | PathLike[str] | None = None,
 ) -> Figure:
     """Draw one sample's attention in both directions, averaged over heads, on one colour scale.
@@ -88,6 +89,9 @@ def plot_cross_modal_attention(
         Which sample of the batch.
     axes
         What the tokens of a modality are, by modality; the others are numbered.
+    context
+        What to know of the sample, for the title, e.g. ``"sample 3001, predicted LPD (0.82), true GPD"``; its place in
+        the batch when empty.
     save_path
         Also write the figure there (PNG, PDF, SVG and others, by suffix).
 
@@ -105,7 +109,7 @@ def plot_cross_modal_attention(
     fig = new_figure(WIDTH, height + 1.8)
     panels = fig.subplots(1, len(maps), squeeze=False)[0]
     _draw_maps(fig, panels, maps, _PANELS_WIDTH / len(maps) - 0.6, height)
-    set_title(fig, f"Cross-modal attention of sample {sample_idx}, mean over heads", "", _remark(maps))
+    set_title(fig, "Cross-modal attention, mean over heads", context or f"sample {sample_idx}", _remark(maps))
     return save(fig, save_path)
 
 
@@ -182,6 +186,7 @@ def plot_modality_alignment(
     sample_idx: int = 0,
     *,
     axes: Mapping[str, TokenAxis] | None = None,
+    context: str = "",
     save_path: str | PathLike[str] | None = None,
 ) -> Figure:
     """Draw how far the two directions of one sample agree: a bar per head, and below the two averaged maps.
@@ -200,6 +205,9 @@ def plot_modality_alignment(
         Which sample of the batch.
     axes
         What the tokens of a modality are, by modality; the others are numbered.
+    context
+        What to know of the sample, for the title, e.g. ``"sample 3001, predicted LPD (0.82), true GPD"``; its place in
+        the batch when empty.
     save_path
         Also write the figure there (PNG, PDF, SVG and others, by suffix).
 
@@ -223,7 +231,7 @@ def plot_modality_alignment(
     _draw_maps(fig, panels, maps, (width - WIDTH + _PANELS_WIDTH) / 2 - 0.6, height)
     headline = float(alignment(forward, backward)[sample_idx])
     said = "undefined" if np.isnan(headline) else f"Pearson r = {decimal(headline)} of the head-averaged maps"
-    set_title(fig, f"Modality alignment of sample {sample_idx}: {said}", "", _remark(maps))
+    set_title(fig, f"Modality alignment: {said}", context or f"sample {sample_idx}", _remark(maps))
     return save(fig, save_path)
 
 
@@ -267,7 +275,7 @@ def _draw_bars(ax: Axes, values: NDArray[Any], names: list[str], matched: bool) 
             ax.axvspan(place - 0.4, place + 0.4, **UNDEFINED)
             ax.text(place, 0, "undefined", rotation=90, fontsize=9, ha="center", va="center")
             continue
-        level = "high (> 0.5)" if value > _HIGH else "disagreement (< 0)" if value < 0 else "medium"
+        level = "high (> 0.5)" if value > _HIGH else "disagree (< 0)" if value < 0 else "medium"
         ax.bar(place, value, width=0.8, edgecolor="black", **_AGREEMENT[level])
         above = value >= 0
         text = ax.annotate(decimal(value), (place, value), (0, 3 if above else -3), textcoords="offset points")
@@ -277,7 +285,9 @@ def _draw_bars(ax: Axes, values: NDArray[Any], names: list[str], matched: bool) 
     ax.axhline(_HIGH, color="0.4", linewidth=0.8, linestyle="--")
     # The levels stand beside the axis, so that a bar can be read without its colour.
     for label, height in zip(_AGREEMENT, (0.8, 0.25, -0.6), strict=True):
-        ax.text(1.01, height, label.replace(" (", "\n("), transform=ax.get_yaxis_transform(), fontsize=9, va="center")
+        beside = ax.text(1.01, height, label.replace(" (", "\n("), transform=ax.get_yaxis_transform())
+        # They stand in the room that the maps' colour bar takes below, and must not push it away from the maps.
+        beside.set(fontsize=9, va="center", in_layout=False)
     ax.set(xlim=(-0.6, len(values) - 0.4), ylim=(-1.2, 1.2), yticks=[-1, -0.5, 0, 0.5, 1], ylabel="Pearson r")
     ax.set_xticks(range(len(values)), names)
     ax.set_xlabel("head of one direction, head of the other" if matched else "head")

@@ -109,6 +109,23 @@ def test_undefined_pairs_are_not_matched() -> None:
     assert "Hatched: undefined" in figure.get_suptitle()
 
 
+def test_the_title_says_which_sample_or_its_context() -> None:
+    context = "recording 3001, true GPD"
+    title = plot_head_alignment_matrix(PAIR, 1, context=context).get_suptitle()
+    assert f"({context})" in title
+    assert "sample" not in title
+
+
+@pytest.mark.parametrize("sample_idx", [None, 1])
+def test_heads_of_single_keys_are_said(sample_idx) -> None:
+    pair = {"eeg_to_spec": torch.ones(2, 3, 5, 1), "spec_to_eeg": make_pair(keys=1)["spec_to_eeg"]}
+    title = plot_head_alignment_matrix(pair, sample_idx).get_suptitle()
+    assert "eeg → spec: a single key, so every weight is 1" in title
+    assert "spec → eeg: a single key" not in title
+    assert "Hatched" not in title
+    assert "single key" not in plot_head_alignment_matrix(PAIR, sample_idx).get_suptitle()
+
+
 def test_nothing_defined_claims_no_matching() -> None:
     figure = plot_head_alignment_matrix({"x_to_y": torch.ones(2, 3, 1, 1), "y_to_x": torch.ones(2, 3, 1, 1)})
     assert "matching" not in figure.get_suptitle()

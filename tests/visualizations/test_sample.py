@@ -193,7 +193,7 @@ def test_bars_are_the_alignment_of_each_head() -> None:
     top = figure.axes[0]
     assert bars(top) == pytest.approx(dict(enumerate(np.diag(matrix))), abs=1e-5)
     headline = reference.alignment(sample("eeg_to_spec"), sample("spec_to_eeg"))
-    assert f"sample 1: Pearson r = {headline:.2f}" in figure.get_suptitle()
+    assert f"Pearson r = {headline:.2f} of the head-averaged maps (sample 1)" in figure.get_suptitle()
     # On a scale of its own, whatever the values.
     assert top.get_ylim() == (-1.2, 1.2)
 
@@ -215,7 +215,7 @@ def test_levels_of_agreement_differ_in_hatching_too() -> None:
     assert len(set(looks)) == 3
     said = [text.get_text() for text in top.texts]
     assert said.count("undefined") == 1
-    assert {"high\n(> 0.5)", "medium", "disagreement\n(< 0)"} <= set(said)
+    assert {"high\n(> 0.5)", "medium", "disagree\n(< 0)"} <= set(said)
 
 
 def test_different_numbers_of_heads_are_matched_and_said() -> None:
@@ -233,10 +233,28 @@ def test_different_numbers_of_heads_are_matched_and_said() -> None:
     assert "different numbers of heads" in top.get_title()
 
 
+@pytest.mark.parametrize("plot", [plot_cross_modal_attention, plot_modality_alignment])
+def test_the_title_says_which_sample(plot) -> None:
+    assert plot(PAIR, 1).get_suptitle().endswith("(sample 1)")
+    context = "recording 3001, true GPD"
+    title = plot(PAIR, 1, context=context).get_suptitle()
+    assert title.replace("\n", " ").endswith(f"({context})")
+    assert "sample" not in title
+
+
+def test_the_colour_bar_stands_beside_the_maps() -> None:
+    figure = plot_modality_alignment(make_pair(queries=9, keys=119), axes={"eeg": EEG, "spec": SPEC})
+    render(figure)
+    (bar,) = (ax for ax in figure.axes if ax.get_label() == "<colorbar>")
+    last = figure.axes[2]
+    assert mesh(last)
+    assert 0 < bar.get_window_extent().x0 - last.get_window_extent().x1 < 30
+
+
 def test_undefined_alignment_is_no_number() -> None:
     figure = plot_modality_alignment(UNIFORM)
     assert not bars(figure.axes[0])
-    assert figure.get_suptitle().startswith("Modality alignment of sample 0: undefined")
+    assert figure.get_suptitle().startswith("Modality alignment: undefined (sample 0)")
 
 
 # What does not fit

@@ -66,6 +66,18 @@ def test_traces_stand_at_their_seconds_negative_up_and_to_scale() -> None:
     assert [label.get_text() for label in parts.eeg.get_yticklabels()] == ["a", "b", "c"]
 
 
+def test_the_outer_traces_are_whole_unless_an_artefact_is_huge() -> None:
+    values = np.random.default_rng(0).normal(0, 20, (10_000, 5))
+    values[5000, 0], values[6000, 4] = -120, 110  # up, and down
+    ax = Parts(plot(Traces(values, 200, list("abcde"), -25))).eeg
+    bottom, top = ax.get_ylim()
+    assert top < ax.lines[0].get_ydata().min() < -1.5
+    assert bottom > ax.lines[4].get_ydata().max() > 5.5
+    values[5000, 0] = -1e5
+    bottom, top = Parts(plot(Traces(values, 200, list("abcde"), -25))).eeg.get_ylim()
+    assert -4 < top < bottom < 8, "the other traces can still be read"
+
+
 def test_gaps_are_hatched_and_said() -> None:
     values = np.array(TRACES.microvolts)
     values[1000:2000, 2] = NAN
