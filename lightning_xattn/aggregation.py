@@ -312,7 +312,7 @@ class LayerSummary:
         return float(((squares - total**2 / count).clamp_min(0) / (count - 1)).sqrt())
 
     def interval(self, column: str, class_id: int | None = None, outcome: int | None = None) -> tuple[float, float]:
-        """95 % t interval of the mean, see ``mean_interval``; NaN with fewer than two samples."""
+        """95 % t interval of the mean, see ``mean_interval``; NaN with fewer than ``MINIMUM_GROUP`` samples."""
         group = column, class_id, outcome
         return mean_interval(self.mean(*group), self.std(*group), self.count(*group))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lightning_xattn.aggregation import LayerSummary
 from lightning_xattn.capture import LayerSites
+from lightning_xattn.phrases import SINGLE_KEYS
 
 UNIFORM = 0.999
 """A head whose mean entropy is above this is uniform for all samples, as no sample's entropy can be above 1."""
@@ -18,13 +19,6 @@ ALIKE = 0.001
 
 SINK = 0.5
 """A head whose mean ``sink_strength`` is above this gives most of every query's attention to one key."""
-
-SINGLE_KEY = (
-    "attend to a single key, where softmax gives exactly 1 whatever the model learned. Entropy, selectivity and "
-    "alignment are undefined and left out. To see attention, fuse token sequences: pool after the fusion, not before "
-    "it."
-)
-"""What is wrong with attention to a single key, and the remedy; follows the names of the directions."""
 
 
 class Alarms:
@@ -87,7 +81,7 @@ class Alarms:
     def of_single_keys(self, layer: str, directions: Sequence[str]) -> Iterator[str]:
         """New alarms that these directions, of which every row has a single valid key, give."""
         if directions and self._is_new(layer, "", "single key", 0):
-            yield f"Layer '{layer}': {' and '.join(directions)} {SINGLE_KEY}"
+            yield f"Layer '{layer}': {' and '.join(directions)} {SINGLE_KEYS}"
 
     def _of_samples(self, layer: str, summary: LayerSummary) -> Iterator[str]:
         single = [

@@ -14,7 +14,6 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from lightning_xattn.alarms import SINGLE_KEY
 from lightning_xattn.attention import Attention, AttentionPair, Direction
 from lightning_xattn.errors import SettingError, XAttnWarning
 from lightning_xattn.functional import (
@@ -25,8 +24,11 @@ from lightning_xattn.functional import (
     head_top_pairs,
     prepare_rows,
     query_selectivity,
+    require_heads,
     top_pairs,
 )
+from lightning_xattn.functional import has_single_keys as has_single_keys  # explainer/describe.py takes it from here
+from lightning_xattn.phrases import BROKEN_ROWS, SINGLE_KEYS
 
 Weights = Tensor | Attention
 
@@ -90,7 +92,8 @@ class AttentionAnalyzer:
     Raises
     ------
     SettingError
-        If ``num_heads`` is no whole number >= 1; from the methods, if the weights have another number of heads.
+        If ``num_heads`` is no whole number >= 1; from the methods, if the weights are neither a tensor nor an
+        ``Attention``, or have another number of heads.
     """
 
     def __init__(self, num_heads: int | None = None) -> None:
@@ -98,16 +101,22 @@ class AttentionAnalyzer:
 
     def analyze_attention_weights(self, weights: Weights) -> AttentionStatistics:
         """Statistics of a batch, averaged over rows, then heads, then samples."""
-        return batch_statistics(self._rows(weights))
+        rows = self._rows(weights)
+        _warn({"These weights": rows})
+        return batch_statistics(rows)
 
     def get_top_attention_pairs(self, weights: Weights, top_k: int = 5) -> list[tuple[int, int, float]]:
         """(query, key, weight) of the mean over batch and heads, the largest weight first; fewer where there are."""
         check_count("top_k", top_k)
-        return _plain(top_pairs(self._rows(weights, warn=False), top_k))
+        rows = self._rows(weights)
+        _warn({"These weights": rows}, of_single_keys=False)  # the only pair is the top one
+        return _plain(top_pairs(rows, top_k))
 
     def compute_attention_entropy(self, weights: Weights, per_head: bool = False) -> float | dict[int, float]:
         """Entropy in [0, 1], averaged over rows and samples: the mean over heads, or ``{head: entropy}``."""
-        entropy = ROW_STATISTICS["entropy"](self._rows(weights))
+        rows = self._rows(weights)
+        _warn({"These weights": rows})
+        entropy = ROW_STATISTICS["entropy"](rows)
         if per_head:
             return dict(enumerate(entropy.cpu().double().nanmean(0).tolist()))
         return _mean_over_samples(entropy)
@@ -115,16 +124,13 @@ class AttentionAnalyzer:
     def compare_modality_agreement(self, eeg_to_spec: Weights, spec_to_eeg: Weights) -> float:
         """As ``compute_modality_alignment``."""
         for weights in (eeg_to_spec, spec_to_eeg):
-            self._rows(weights, warn=False)
+            self._rows(weights)
         return compute_modality_alignment(eeg_to_spec, spec_to_eeg)
 
-    def _rows(self, weights: Weights, warn: bool = True) -> Rows:
+    def _rows(self, weights: Weights) -> Rows:
         attention = _as_attention(weights)
-        _require_heads(attention, self.num_heads, "The analyser")
-        rows = prepare_rows(attention)
-        if warn:
-            _warn_of_single_keys({"These weights": rows})
-        return rows
+        require_heads(self.num_heads, attention.weights.shape[1], "These weights")
+        return prepare_rows(attention)
 
 
 def head_wise_attention_analysis(
@@ -158,16 +164,16 @@ def head_wise_attention_analysis(
     prepared = {}
     for name, weights in attention_dict.items():
         attention = _as_attention(weights, name)
-        _require_heads(attention, num_heads, name)
+        require_heads(num_heads, attention.weights.shape[1], name)
         prepared[name] = prepare_rows(attention)
-    _warn_of_single_keys(prepared)
+    _warn(prepared)
     return {name: _analyse_heads(rows, top_k) for name, rows in prepared.items()}
 
 
 def extract_attention_statistics(attention_dict: Mapping[str, Weights]) -> dict[str, AttentionStatistics]:
     """Statistics of each direction over a batch; names as in ``head_wise_attention_analysis``."""
     prepared = {name: prepare_rows(_as_attention(weights, name)) for name, weights in attention_dict.items()}
-    _warn_of_single_keys(prepared)
+    _warn(prepared)
     return {name: batch_statistics(rows) for name, rows in prepared.items()}
 
 
@@ -195,7 +201,7 @@ def compute_modality_alignment(eeg_to_spec: Weights, spec_to_eeg: Weights) -> fl
     backward = _as_attention(spec_to_eeg, str(forward.direction.opposite))
     pair = AttentionPair("the two directions", forward, backward)
     rows = {str(attention.direction): prepare_rows(attention) for attention in pair.directions}
-    _warn_of_single_keys(rows)
+    _warn(rows)
     return float(alignment(*rows.values()).cpu().double().nanmean())
 
 
@@ -248,24 +254,18 @@ def _plain(pairs: list[TopPair]) -> list[tuple[int, int, float]]:
 def _as_attention(weights: Weights, name: str = "query_to_key") -> Attention:
     if isinstance(weights, Attention):
         return weights
+    if not isinstance(weights, Tensor):
+        raise SettingError(
+            f"Weights must be a tensor (batch, heads, queries, keys) or an Attention; got a {type(weights).__name__}. "
+            "torch.as_tensor(weights) makes one."
+        )
     return Attention(Direction.parse(name.rpartition("/")[2]), weights)
 
 
-def _require_heads(attention: Attention, num_heads: int | None, who: str) -> None:
-    heads = attention.weights.shape[1]
-    if num_heads not in (None, heads):
-        raise SettingError(
-            f"{who}: expected {num_heads} heads, got weights (batch, heads, queries, keys) of shape "
-            f"{tuple(attention.weights.shape)}. Pass num_heads={heads}, or None to take what there is."
-        )
-
-
-def _warn_of_single_keys(prepared: Mapping[str, Rows]) -> None:
-    single = [name for name, rows in prepared.items() if has_single_keys(rows)]
-    if single:
-        warnings.warn(f"{' and '.join(single)} {SINGLE_KEY}", XAttnWarning, stacklevel=3)
-
-
-def has_single_keys(rows: Rows) -> bool:
-    """Whether there are valid rows, all of them of a single valid key."""
-    return bool(rows.valid.any()) and not bool((rows.valid & (rows.keys > 1)).any())
+def _warn(prepared: Mapping[str, Rows], of_single_keys: bool = True) -> None:
+    """Warn of what makes numbers undefined, each thing once."""
+    broken = [name for name, rows in prepared.items() if rows.broken.any()]
+    single = [name for name, rows in prepared.items() if of_single_keys and has_single_keys(rows)]
+    for names, what in ((broken, BROKEN_ROWS), (single, SINGLE_KEYS)):
+        if names:
+            warnings.warn(f"{' and '.join(names)} {what}", XAttnWarning, stacklevel=3)

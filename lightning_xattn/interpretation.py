@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from lightning_xattn.attention_analysis import AttentionStatistics
 from lightning_xattn.explanation import SampleExplanation
 from lightning_xattn.functional.rows import SPARSITY_THRESHOLD
+from lightning_xattn.phrases import SINGLE_KEY
 
 HIGH_AGREEMENT, LOW_AGREEMENT = 0.7, 0.2
 """Modality agreement of patterns 3 and 4; the low one is in the checklist for an incorrect prediction too."""
@@ -161,7 +162,7 @@ def _caveat(quantity: str, statistics: AttentionStatistics) -> str | None:
     if math.isnan(statistics.mean):
         return "no valid row"
     if math.isnan(statistics.entropy):
-        return "a single key, which says nothing"
+        return SINGLE_KEY
     keys = 1 / statistics.mean  # a row's mean weight is one over its number of keys
     if quantity == "sparsity" and uniform_is_sparse(statistics):
         return f"with {keys:.0f} keys even uniform attention has 100 %"

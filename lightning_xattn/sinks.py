@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lightning_xattn.errors import XAttnWarning
+from lightning_xattn.files import complete_or_absent
 
 
 def log_images(loggers: Sequence[Any], images: Iterable[tuple[str, NDArray[np.uint8]]], step: int) -> None:
@@ -47,8 +48,5 @@ def _log_image(logger: Any, tag: str, image: NDArray[np.uint8], step: int) -> No
         logger.experiment.add_image(tag, image, global_step=step, dataformats="HWC")
     elif logger.log_dir is not None:
         path = Path(logger.log_dir) / tag / f"step_{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A reader never sees half a file: it appears under its name when it is whole.
-        part = path.with_suffix(".part")
-        Image.fromarray(image).save(part, format="png")
-        part.replace(path)
+        with complete_or_absent(path) as part:
+            Image.fromarray(image).save(part, format="png")

@@ -294,9 +294,9 @@ def t_quantile(degrees):
 
 
 def mean_interval(values):
-    """95 % interval of a mean of independent scores."""
+    """95 % interval of a mean of independent scores; nothing is claimed of fewer than five."""
     n = len(values)
-    if n < 2:
+    if n < 5:
         return NAN, NAN
     mean = sum(values) / n
     error = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)

@@ -20,8 +20,8 @@ from tests.functional.test_against_reference import BATCH, CASES, HEADS, KEYS, Q
 
 NAMES = ("mean", "std", "max", "min", "entropy", "sparsity")
 
-# Two of the cases attend to a single key, and are warned of.
-quiet = pytest.mark.filterwarnings("ignore:.*attend to a single key:lightning_xattn.XAttnWarning")
+# Some of the cases attend to a single key or have broken rows, and are warned of.
+quiet = pytest.mark.filterwarnings("ignore:.*(attend to a single key|have rows):lightning_xattn.XAttnWarning")
 
 
 @quiet
@@ -118,6 +118,24 @@ def test_a_single_key_is_undefined_and_said_to_be():
         assert analyzer.get_top_attention_pairs(weights["eeg_to_spec"], top_k=3) == [(0, 0, 1.0)]
 
 
+@pytest.mark.parametrize("spoil", [lambda w: 0.9 * w, lambda w: w.log()], ids=["dropout", "logits"])
+def test_weights_that_are_not_attention_are_said_to_be_once_a_call(spoil):
+    forward, backward = (spoil(attention.weights) for attention in make_case("plain"))
+    analyzer, pair = AttentionAnalyzer(), {"eeg_to_spec": forward, "spec_to_eeg": backward}
+    undefined = {
+        lambda: analyzer.analyze_attention_weights(forward).max: "These weights",
+        lambda: analyzer.compute_attention_entropy(forward): "These weights",
+        lambda: compute_modality_alignment(forward, backward): "query_to_key and key_to_query",
+        lambda: extract_attention_statistics(pair)["spec_to_eeg"].max: "eeg_to_spec and spec_to_eeg",
+        lambda: head_wise_attention_analysis(pair)["eeg_to_spec"][0]["effective_keys"]: "eeg_to_spec and spec_to_eeg",
+        lambda: len(analyzer.get_top_attention_pairs(forward)) or math.nan: "These weights",
+    }
+    for call, names in undefined.items():
+        with pytest.warns(XAttnWarning, match=f"^{names} have rows .* do not sum to 1") as caught:
+            assert math.isnan(call())
+        assert len(caught) == 1
+
+
 def test_statistics_are_read_as_attributes_and_by_name():
     stats = AttentionStatistics(0.2, 0.1, 0.5, 0.01, 0.7, 30.0)
     assert (stats.mean, stats["mean"], stats["sparsity"]) == (0.2, 0.2, 30.0)
@@ -129,9 +147,22 @@ def test_statistics_are_read_as_attributes_and_by_name():
     ("call", "error", "message"),
     [
         (lambda w: AttentionAnalyzer(0), SettingError, "num_heads must be a whole number >= 1; got 0"),
-        (lambda w: AttentionAnalyzer(8).analyze_attention_weights(w), SettingError, "expected 8 heads.*num_heads=3"),
-        (lambda w: AttentionAnalyzer(8).compare_modality_agreement(w, w.mT), SettingError, "expected 8 heads"),
-        (lambda w: head_wise_attention_analysis({"eeg_to_spec": w}, 8), SettingError, "eeg_to_spec: expected 8 heads"),
+        (
+            lambda w: AttentionAnalyzer(8).analyze_attention_weights(w),
+            SettingError,
+            "expected num_heads=8, but.* num_heads=3",
+        ),
+        (lambda w: AttentionAnalyzer(8).compare_modality_agreement(w, w.mT), SettingError, "expected num_heads=8"),
+        (
+            lambda w: head_wise_attention_analysis({"eeg_to_spec": w}, 8),
+            SettingError,
+            "eeg_to_spec: expected num_heads",
+        ),
+        (
+            lambda w: AttentionAnalyzer().analyze_attention_weights(w.numpy()),
+            SettingError,
+            "must be a tensor .* or an Attention; got a ndarray",
+        ),
         (lambda w: head_wise_attention_analysis({"eeg": w}), SettingError, "named '<query>_to_<key>'.*got 'eeg'"),
         (lambda w: AttentionAnalyzer().get_top_attention_pairs(w, True), SettingError, "top_k must be a whole number"),
         (lambda w: AttentionAnalyzer().analyze_attention_weights(w.mean(1)), ShapeError, "batch, heads, queries, keys"),

@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 from lightning_xattn import create_explainability_report, interpret_sample
 from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN
 from lightning_xattn.errors import SettingError
+from lightning_xattn.phrases import decimal
 from lightning_xattn.report import summary_text
 from tests.explained import NAMES, NAN, NO_ROW, SINGLE_KEY, batch, dataset, placed, sample, statistics, summary
 
@@ -113,7 +114,7 @@ def test_a_single_key_says_nothing():
     assert f"  Modality Agreement: undefined ({reason})\n" in report
     assert f"  Top EEG→Spec attention: says nothing ({reason})\n" in report
     assert "Checklist for a correct prediction: 0 of 4 met, 4 undefined" in report
-    assert "? largest weight > 0.7 (EEG→Spec undefined; a single key, which says nothing)" in report
+    assert f"? largest weight > 0.7 (EEG→Spec undefined; {reason})" in report
     assert "fuse token sequences" in report
     assert "nan" not in report.lower()
 
@@ -260,11 +261,12 @@ def test_text_of_a_data_set():
     assert row(report, "correct")[1] == str(right)
     assert "true class" in report
     assert "accuracy (recall)" in report
-    assert "In brackets: the 95 % t interval of the mean." in report
+    assert "In brackets: the 95 % t interval of the mean.\n" in report
     assert "- Samples with a tied top vote: 2; the first of the tied classes counts" in report
-    assert f"- Alignment between different samples: {one.alignment_null:.3f}, a habit of the model" in report
+    assert f"- Alignment between different samples: {one.alignment_null:.3f} (the mean alignment less " in report
     excess = one.mean("alignment") - one.alignment_null
-    assert f"(the mean alignment less this, what belongs to the samples: {excess:.3f})" in report
+    assert f"less this: {excess:.3f})\n" in report
+    assert "habit" not in report
     found = one.separation("alignment")
     assert (
         f"alignment: no difference shown: AUROC {found.auroc:.3f}, 95 % interval {found.low:.3f} to {found.high:.3f} "
@@ -328,11 +330,42 @@ def test_one_direction_without_classes_and_outcomes():
     assert layer["groups"][0]["accuracy"] is None
 
 
-def test_a_single_sample_has_no_interval():
-    report = create_explainability_report(dataset(summary([0, 1, 1], [CORRECT, CORRECT, INCORRECT])))
+def test_fewer_than_five_samples_have_no_interval():
+    results = dataset(summary([0, 1, 1, 1, 1] + [2] * 5, [CORRECT] * 10))
+    report = create_explainability_report(results)
     assert " to " not in row(report, "Seizure")[3]
-    assert " to " in row(report, "LPD")[3]
+    assert " to " not in row(report, "LPD")[3]
+    assert " to " in row(report, "GPD")[3]
+    said = "95 % t interval of the mean. No interval: fewer than 5 samples, of which nothing is claimed."
+    assert said in " ".join(report.split())
+    groups = {group["name"]: group["numbers"]["alignment"] for group in json_of(results)["layers"][0]["groups"]}
+    assert (groups["LPD"]["low"], groups["LPD"]["high"]) == (None, None)
+    assert groups["GPD"]["low"] < groups["GPD"]["mean"] < groups["GPD"]["high"]
+
+
+def test_brackets_are_not_explained_where_there_are_none():
+    report = create_explainability_report(dataset(summary([0, 1], [CORRECT, INCORRECT])))
+    assert "In brackets" not in report
+    assert "No interval: fewer than 5 samples, of which nothing is claimed.\n" in report
+    nothing = create_explainability_report(dataset(summary(CLASSES, OUTCOMES, keys=1, both=False)))
+    assert "In brackets" not in nothing
+    assert "No interval" not in nothing
     assert row(report, "GPD") == ["GPD", "0"]
+
+
+def test_which_entropy_is_compared_is_said():
+    both = create_explainability_report(dataset(summary(CLASSES, OUTCOMES)))
+    assert "  entropy (of a sample, the mean of both directions): no difference" in both
+    alone = create_explainability_report(dataset(summary(CLASSES, OUTCOMES, both=False)))
+    assert "  entropy: no difference" in alone
+
+
+def test_no_number_is_minus_zero():
+    one = summary(CLASSES, OUTCOMES)
+    one.alignment_null = -1e-9
+    assert "between different samples: 0.000 (" in create_explainability_report(dataset(one))
+    assert "Modality Agreement: 0.0000" in text_of(sample(modality_agreement=-1e-9))
+    assert [decimal(-1e-9), decimal(-1e-9, 3, signed=True), decimal(-0.0016, 3)] == ["0.00", "+0.000", "-0.002"]
 
 
 def test_undefined_samples_show_how_many_are_behind_a_mean():
@@ -419,5 +452,5 @@ def test_other_formats_are_refused(settings, message):
 
 @pytest.mark.parametrize("results", [None, [1], sample(), {"attention_stats": {}}])
 def test_other_results_are_refused(results):
-    with pytest.raises(SettingError, match="needs the results of explain_batch or explain_dataset"):
+    with pytest.raises(SettingError, match="needs the results of explain_batch or explain_loader"):
         create_explainability_report(results)

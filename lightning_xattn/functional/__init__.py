@@ -10,12 +10,19 @@ from lightning_xattn.functional.alignment import (
     round_trip_lift,
     standardised_maps,
 )
-from lightning_xattn.functional.heads import head_diversity, query_selectivity, sink_strength
+from lightning_xattn.functional.heads import head_diversity, query_selectivity, require_heads, sink_strength
 from lightning_xattn.functional.intervals import mean_interval
 from lightning_xattn.functional.lift import lift, lift_map, received_lift
 from lightning_xattn.functional.outcomes import Separation, class_adjusted_gap, score_bins, separation
 from lightning_xattn.functional.pairs import TopPair, head_top_pairs, sample_top_pairs, top_pairs
-from lightning_xattn.functional.rows import ROW_STATISTICS, Rows, crossing, prepare_rows, row_statistics
+from lightning_xattn.functional.rows import (
+    ROW_STATISTICS,
+    Rows,
+    crossing,
+    has_single_keys,
+    prepare_rows,
+    row_statistics,
+)
 from lightning_xattn.functional.samples import sample_statistics
 
 __all__ = [
@@ -29,6 +36,7 @@ __all__ = [
     "best_head_matching",
     "class_adjusted_gap",
     "crossing",
+    "has_single_keys",
     "head_alignment",
     "head_alignment_matrix",
     "head_diversity",
@@ -39,6 +47,7 @@ __all__ = [
     "prepare_rows",
     "query_selectivity",
     "received_lift",
+    "require_heads",
     "round_trip_lift",
     "row_statistics",
     "sample_statistics",

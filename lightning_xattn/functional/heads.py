@@ -7,7 +7,17 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_xattn.errors import SettingError
 from lightning_xattn.functional.rows import WEIGHT_FLOOR, Rows
+
+
+def require_heads(expected: int | None, heads: int, where: str) -> None:
+    """Refuse another number of heads than expected (None: any), with a SettingError that says where."""
+    if expected not in (None, heads):
+        raise SettingError(
+            f"{where}: expected num_heads={expected}, but there are {heads} heads. Pass num_heads={heads}, or None to "
+            "take what there is."
+        )
 
 
 def query_selectivity(rows: Rows) -> Tensor:

@@ -6,6 +6,9 @@ import math
 
 from scipy.stats import t
 
+MINIMUM_GROUP = 5
+"""With fewer samples than this in a group nothing is claimed of it: no interval, and no comparison with another."""
+
 
 def mean_interval(mean: float, std: float, count: int) -> tuple[float, float]:
     """95 % t interval of a mean: ``mean -+ t(0.975, n - 1) std / sqrt(n)`` (Student 1908).
@@ -22,9 +25,9 @@ def mean_interval(mean: float, std: float, count: int) -> tuple[float, float]:
     Returns
     -------
     low, high
-        NaN with fewer than two samples.
+        NaN with fewer than ``MINIMUM_GROUP`` samples, whose interval would reach past what the number can be.
     """
-    if count < 2:
+    if count < MINIMUM_GROUP:
         return math.nan, math.nan
     half = float(t.ppf(0.975, count - 1)) * std / math.sqrt(count)
     return mean - half, mean + half

@@ -12,13 +12,12 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import Tensor
 
+from lightning_xattn.functional.intervals import MINIMUM_GROUP
+
 BINS = 2**14
 """Bins of a score's histogram over its range. Scores that share a bin count as tied: the AUROC is within 1e-4 of the
 raw scores' when they spread over hundreds of bins, and nearer to 0.5 than it when they crowd in a few, as the entropies
 of an untrained model may, all next to 1."""
-
-MINIMUM_GROUP = 5
-"""With fewer samples than this in either group nothing is claimed."""
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,12 @@ def prepare_rows(attention: Attention) -> Rows:
     )
 
 
+def has_single_keys(rows: Rows, samples: int | slice = slice(None)) -> bool:
+    """Whether these samples have valid rows, all of them of a single valid key: their attention says nothing."""
+    valid, several = rows.valid[samples], (rows.valid & (rows.keys > 1))[samples]
+    return bool(valid.any()) and not bool(several.any())
+
+
 def entropy(rows: Rows) -> Tensor:
     """``-sum a ln a / ln K_q``, ``(batch, heads)`` in [0, 1]: 0 = one key, 1 = diffuse; leaves out rows of one key."""
     normalised = (rows.entropy / rows.keys.log()).clamp(0, 1)

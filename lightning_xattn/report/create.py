@@ -12,6 +12,7 @@ from typing import Any
 from lightning_xattn.aggregation import LayerSummary
 from lightning_xattn.errors import SettingError
 from lightning_xattn.explanation import Results
+from lightning_xattn.files import complete_or_absent
 from lightning_xattn.report.facts import collect_facts, collect_layer
 from lightning_xattn.report.rendering import as_markdown, as_text, blocks_as_text
 from lightning_xattn.report.wording import describe_batch, describe_dataset, describe_layer
@@ -61,7 +62,8 @@ def create_explainability_report(
         document = describe_batch(facts) if facts["kind"] == "batch" else describe_dataset(facts)
         report = as_text(document) if chosen == "text" else as_markdown(document)
     if path is not None:
-        _write(path, report)
+        with complete_or_absent(path) as part:
+            part.write_text(report, encoding="utf-8")
     return report
 
 
@@ -106,14 +108,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, report: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A reader never sees half a file: it appears under its name when it is whole.
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(report, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

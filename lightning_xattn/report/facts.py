@@ -17,8 +17,8 @@ from lightning_xattn.attention_analysis import AttentionStatistics
 from lightning_xattn.errors import SettingError
 from lightning_xattn.explanation import BatchExplanation, DatasetExplanation, Results, SampleExplanation
 from lightning_xattn.interpretation import Criterion, first_layer, interpret_sample
+from lightning_xattn.phrases import SINGLE_KEY
 
-SINGLE_KEY = "a single key, so every weight is 1 whatever the model learned"
 NO_ROW = "no valid row (all are padding, fully masked or not finite)"
 ONE_DIRECTION = "only one direction of attention is recorded"
 NO_VARIATION = "a map that does not vary over the cells which both directions share, as uniform attention"
@@ -59,7 +59,7 @@ class Number(TypedDict):
     std: float
     """Standard deviation with n - 1."""
     low: float
-    """Lower and upper end of the 95 % t interval of the mean; NaN with fewer than two samples."""
+    """Lower and upper end of the 95 % t interval of the mean; NaN with fewer than ``MINIMUM_GROUP`` samples."""
     high: float
 
 
@@ -146,7 +146,7 @@ def collect_facts(results: Results) -> BatchFacts | DatasetFacts:
     missing = [key for key in needed if key not in got]
     if missing:
         raise SettingError(
-            "A report needs the results of explain_batch or explain_dataset, or a dict with the keys of the former; "
+            "A report needs the results of explain_batch or explain_loader, or a dict with the keys of the former; "
             f"got {got}, without {', '.join(missing)}."
         )
     return _collect_batch(cast(BatchExplanation, results))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from lightning_xattn.attention import Direction
 from lightning_xattn.attention_analysis import AttentionStatistics
 from lightning_xattn.explanation import PlacedPair
-from lightning_xattn.functional.outcomes import MINIMUM_GROUP
+from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.interpretation import IF_CORRECT, IF_INCORRECT, PATTERNS, Criterion, uniform_is_sparse
-from lightning_xattn.report.facts import SINGLE_KEY, BatchFacts, DatasetFacts, Group, LayerFacts, Outcome, SampleFacts
+from lightning_xattn.phrases import SINGLE_KEY, SINGLE_KEY_REMEDY, decimal
+from lightning_xattn.report.facts import BatchFacts, DatasetFacts, Group, LayerFacts, Number, Outcome, SampleFacts
 from lightning_xattn.report.rendering import Block, Document, Items, Paragraph, Section, Table
 
 # Of the samples of a true class the accuracy is the recall, and of those predicted as a class the precision.
@@ -31,10 +32,10 @@ _OF_BATCH = (
     "the guide's rules of thumb, not evidence: a criterion on attention is met when it holds in every direction of "
     "the first layer, and the value shown is the one farthest from it."
 )
-_SINGLE_KEY_REMEDY = (
-    "Attention to a single key says nothing about the model: fuse token sequences, and pool after the fusion."
-)
 _OF_DATASET = (
+    "The alignment between different samples is that of the one direction of a sample with the other direction of "
+    "another, averaged over all such pairs: near 0 where the maps of two samples are unrelated, and well above 0 where "
+    "the model attends alike whatever the sample. The mean alignment less this is what belongs to the samples. "
     "The interval of a mean takes samples as independent: with several samples of one patient or one source it is too "
     "narrow, and with few samples it may reach beyond what is possible. The class-adjusted gap is the gap within each "
     "class, averaged over the classes with both outcomes: classes differ in accuracy and in attention, and that alone "
@@ -73,7 +74,7 @@ def _describe_batch_level(facts: BatchFacts) -> Iterator[Block]:
     if any(uniform_is_sparse(of_one) for of_one in statistics.values()):
         remark += " Sparsity counts weights below 0.1: with more than ten keys even uniform attention has 100 %."
     if SINGLE_KEY in undefined.values():
-        remark += f" {_SINGLE_KEY_REMEDY}"
+        remark += f" {SINGLE_KEY_REMEDY}"
     yield Paragraph(remark)
 
 
@@ -178,11 +179,13 @@ def describe_dataset(facts: DatasetFacts) -> Document:
 def describe_layer(facts: LayerFacts, group_by: str) -> Iterator[Block]:
     """One layer over a data set: how many samples, what is undefined, means by class and outcome, correct or not."""
     yield Items(list(_describe_counts(facts)))
-    yield _tabulate(facts, group_by)
-    yield Paragraph("In brackets: the 95 % t interval of the mean.")
+    columns = _columns(facts)
+    yield _tabulate(facts, group_by, columns)
+    if remark := _describe_intervals(facts, list(columns)):
+        yield Paragraph(remark)
     if any(SINGLE_KEY in reason for reason in facts["undefined"].values()):
-        yield Paragraph(_SINGLE_KEY_REMEDY)
-    outcomes = [_describe_outcome(score, outcome) for score, outcome in facts["outcomes"].items()]
+        yield Paragraph(SINGLE_KEY_REMEDY)
+    outcomes = [_describe_outcome(facts, score) for score in facts["outcomes"]]
     if outcomes:
         yield Items(outcomes, "Correct against incorrect predictions")
     else:
@@ -213,20 +216,34 @@ def _describe_null(facts: LayerFacts) -> str:
     if math.isnan(facts["alignment_null"]):
         return null
     excess = facts["groups"][0]["numbers"]["alignment"]["mean"] - facts["alignment_null"]
-    return f"{null}, a habit of the model (the mean alignment less this, what belongs to the samples: {excess:.3f})"
+    return f"{null} (the mean alignment less this: {decimal(excess, 3)})"
 
 
-def _tabulate(facts: LayerFacts, group_by: str) -> Table:
+def _columns(facts: LayerFacts) -> dict[str, str]:
+    """The numbers that the table has, and their titles."""
+    columns = {name: name for name in ("alignment", "interaction") if name in facts["groups"][0]["numbers"]}
+    return columns | {f"{name}/entropy": f"{_name_direction(name)} entropy" for name in facts["directions"]}
+
+
+def _tabulate(facts: LayerFacts, group_by: str, columns: Mapping[str, str]) -> Table:
     by_class = any(group["group"] == "class" for group in facts["groups"])
-    columns: list[str] = [name for name in ("alignment", "interaction") if name in facts["groups"][0]["numbers"]]
-    titles = [*columns, *(f"{_name_direction(name)} entropy" for name in facts["directions"])]
-    columns += [f"{name}/entropy" for name in facts["directions"]]
     title, accuracy = _GROUPS[group_by] if by_class else ("samples", "accuracy")
     rows = [
         (group["name"], str(group["samples"]), _share(group), *(_mean(group, name) for name in columns))
         for group in facts["groups"]
     ]
-    return Table((title, "n", accuracy, *titles), rows)
+    return Table((title, "n", accuracy, *columns.values()), rows)
+
+
+def _describe_intervals(facts: LayerFacts, columns: Sequence[str]) -> str:
+    """What the brackets behind the means are, and why means have none; empty where there are no means."""
+    numbers = [group["numbers"][name] for group in facts["groups"] for name in columns]
+    few = f"fewer than {MINIMUM_GROUP} samples, of which nothing is claimed"
+    parts = [
+        "In brackets: the 95 % t interval of the mean." if any(not math.isnan(one["low"]) for one in numbers) else "",
+        f"No interval: {few}." if any(0 < one["count"] < MINIMUM_GROUP for one in numbers) else "",
+    ]
+    return " ".join(filter(None, parts))
 
 
 def _share(group: Group) -> str:
@@ -240,33 +257,39 @@ def _mean(group: Group, name: str) -> str:
     if math.isnan(number["mean"]):
         return "undefined" if group["samples"] else ""
     over = "" if number["count"] == group["samples"] else f" n={number['count']}"
-    interval = "" if math.isnan(number["low"]) else f" ({number['low']:.3f} to {number['high']:.3f})"
-    return f"{number['mean']:.3f}{interval}{over}"
+    interval = "" if math.isnan(number["low"]) else f" ({_interval(number)})"
+    return f"{decimal(number['mean'], 3)}{interval}{over}"
 
 
-def _describe_outcome(score: str, outcome: Outcome) -> tuple[str, str, Sequence[str]]:
+def _interval(of: Number | Outcome) -> str:
+    return f"{decimal(of['low'], 3)} to {decimal(of['high'], 3)}"
+
+
+def _describe_outcome(facts: LayerFacts, score: str) -> tuple[str, str, Sequence[str]]:
+    outcome = facts["outcomes"][score]
+    # The table has the entropy of each direction.
+    both = score == "entropy" and len(facts["directions"]) > 1
+    label = f"{score} (of a sample, the mean of both directions)" if both else score
     sizes = f"{outcome['correct']} correct and {outcome['incorrect']} incorrect with a defined {score}"
     if math.isnan(outcome["auroc"]):
-        return score, f"nothing is claimed with fewer than {MINIMUM_GROUP} of either ({sizes})", ()
+        return label, f"nothing is claimed with fewer than {MINIMUM_GROUP} of either ({sizes})", ()
     if outcome["low"] > 0.5:
         verdict = "higher in correct predictions"
     elif outcome["high"] < 0.5:
         verdict = "lower in correct predictions"
     else:
         verdict = "no difference shown"
-    interval = f"95 % interval {outcome['low']:.3f} to {outcome['high']:.3f}"
-    gaps = f"gap {outcome['gap']:+.3f}, class-adjusted gap {_signed(outcome['class_adjusted_gap'])}"
-    return score, f"{verdict}: AUROC {outcome['auroc']:.3f}, {interval} ({sizes})", [gaps]
-
-
-def _signed(value: float) -> str:
-    return "undefined (no class has both outcomes)" if math.isnan(value) else f"{value:+.3f}"
+    within = outcome["class_adjusted_gap"]
+    adjusted = "undefined (no class has both outcomes)" if math.isnan(within) else decimal(within, 3, signed=True)
+    gaps = f"gap {decimal(outcome['gap'], 3, signed=True)}, class-adjusted gap {adjusted}"
+    found = f"AUROC {decimal(outcome['auroc'], 3)}, 95 % interval {_interval(outcome)}"
+    return label, f"{verdict}: {found} ({sizes})", [gaps]
 
 
 def _number(value: float, reason: str | None = None, digits: int = 4) -> str:
     if math.isnan(value):
         return f"undefined ({reason})" if reason else "undefined"
-    return f"{value:.{digits}f}"
+    return decimal(value, digits)
 
 
 def _name_direction(name: str, arrow: str = " → ") -> str:

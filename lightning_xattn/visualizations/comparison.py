@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lightning_xattn.errors import SettingError, ShapeError
 from lightning_xattn.functional import mean_interval
-from lightning_xattn.functional.outcomes import MINIMUM_GROUP
+from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.visualizations.drawing import WIDTH, name_rows, new_figure, set_title, wrap
 from lightning_xattn.visualizations.epoch import LOOKS, Look, per_group
 from lightning_xattn.visualizations.output import save
@@ -77,9 +77,8 @@ def plot_class_comparison(
     for ax, (title, (classes, outcomes)) in zip(panels, quantities.items(), strict=True):
         for row, name, group in zip(rows, names, [*classes, *outcomes], strict=True):
             look = LOOKS[name] if row >= len(class_names) else _CLASS
-            # The interval of a few samples would reach past what the number can be.
-            ends = mean_interval(group.mean, group.std, group.n) if group.n >= MINIMUM_GROUP else (np.nan, np.nan)
-            errors = np.abs(np.array(ends) - group.mean)[:, None]
+            ends = np.array(mean_interval(group.mean, group.std, group.n))
+            errors = np.abs(ends - group.mean)[:, None]
             face = look.colour if look.filled else "white"
             ax.errorbar(
                 group.mean, row, xerr=errors, fmt=look.marker, color=look.colour, markerfacecolor=face, capsize=3

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_xattn.attention import Direction, TokenAxis
 from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.phrases import decimal
 from lightning_xattn.visualizations.output import WindowFigure
 
 WIDTH, _DPI = 9.0, 100  # inches, and dots in each
@@ -119,7 +120,7 @@ def print_value(ax: Axes, x: float, y: float, value: float, scale: Normalize) ->
     # Relative luminance; from 0.18 on black has the higher contrast (WCAG 2), and either is then above 4.5.
     luminance = np.dot(np.power(COLOURS(scale(value))[:3], 2.2), (0.2126, 0.7152, 0.0722))
     colour = "black" if luminance > 0.18 else "white"
-    text = ax.text(x, y, number(value), color=colour, fontsize=9, ha="center", va="center")
+    text = ax.text(x, y, decimal(value), color=colour, fontsize=9, ha="center", va="center")
     if np.isnan(value):
         text.set(text="\u2013", color="black", bbox={"facecolor": UNDEFINED["facecolor"], "linewidth": 0, "pad": 2})
     text.set_in_layout(False)  # it needs no room outside its cell, and asking each one is slow
@@ -168,11 +169,6 @@ def set_title(fig: Figure, title: str, context: str, remark: str = "") -> None:
 def arrow(direction: Direction) -> str:
     """Write a direction for a reader, the one who asks first."""
     return f"{direction.query} → {direction.key}"
-
-
-def number(value: float) -> str:
-    """Write a number with two digits after the point, without a sign where they are 0."""
-    return f"{round(value, 2) + 0.0:.2f}"
 
 
 def wrap(text: str, inches: float) -> str:

@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_xattn.attention import Direction, TokenAxis
 from lightning_xattn.errors import SettingError
-from lightning_xattn.functional.outcomes import MINIMUM_GROUP
+from lightning_xattn.functional.intervals import MINIMUM_GROUP
+from lightning_xattn.phrases import SINGLE_KEY, decimal
 from lightning_xattn.visualizations.drawing import (
     WIDTH,
     arrow,
@@ -149,7 +150,7 @@ def plot_class_attention(
     fig.supxlabel(wrap(across.title, WIDTH), fontsize=10)
     fig.supylabel(wrap(down.title, fig.get_figheight()), fontsize=10)
     draw_lift_bar(fig, axes, scale, f"lift over uniform: mean weight / (1/{keys})")
-    remark = "One key: every weight is 1 by construction, so these maps say nothing." if keys == 1 else ""
+    remark = f"These maps are of {SINGLE_KEY}." if keys == 1 else ""
     set_title(fig, f"Mean attention {arrow(sides)}{per_group(group_by)}", context, remark)
     return save(fig, save_path)
 
@@ -274,7 +275,7 @@ def plot_outcome_alignment(
         face = look.colour if look.filled else "white"
         label = f"{name} (no samples)"
         if total:
-            label = f"{name} (n = {total}, mean {outcome.mean:.3f})"
+            label = f"{name} (n = {total}, mean {decimal(outcome.mean, 3)})"
             density = counts / (total * np.diff(bar_edges))
             alpha = 0.35 if look.filled else 1.0
             above.stairs(density, bar_edges, color=look.colour, fill=look.filled, alpha=alpha, linewidth=1.5)

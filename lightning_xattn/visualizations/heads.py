@@ -12,19 +12,23 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from lightning_xattn.errors import SettingError
-from lightning_xattn.functional import best_head_matching, head_alignment_matrix, row_statistics
+from lightning_xattn.functional import (
+    best_head_matching,
+    has_single_keys,
+    head_alignment_matrix,
+    require_heads,
+    row_statistics,
+)
+from lightning_xattn.phrases import SINGLE_KEY, decimal
 from lightning_xattn.visualizations.drawing import (
     WIDTH,
     arrow,
     draw_colour_bar,
     draw_mesh,
     new_figure,
-    number,
     print_value,
     set_title,
 )
-from lightning_xattn.visualizations.lifts import ONE_KEY, has_one_key
 from lightning_xattn.visualizations.output import save
 from lightning_xattn.visualizations.pairs import AttentionDict, check_sample, read_both, read_pair
 
@@ -66,9 +70,7 @@ def plot_head_contributions(
     """
     pair = read_pair(attention_dict)
     for rows in pair:
-        heads = rows.weights.shape[1]
-        if num_heads not in (None, heads):
-            raise SettingError(f"num_heads is {num_heads}, but {rows.direction} has {heads} heads.")
+        require_heads(num_heads, rows.weights.shape[1], str(rows.direction))
     most = max(rows.weights.shape[1] for rows in pair)
     fig = new_figure(max(WIDTH, 2.0 + 0.4 * most), 6.4)
     above, below = fig.subplots(2, 1, sharex=True)
@@ -96,7 +98,7 @@ def plot_head_contributions(
     below.set_title("Effective keys, exp(entropy) / keys (dashed: uniform; lower is more focused)", fontsize=10)
     fig.legend(loc="outside lower center", ncols=2, frameon=False)
     remarks = ["The mean weight is not drawn: a row sums to 1, so it is 1 / keys for every head, whatever it learned."]
-    remarks += [f"{arrow(rows.direction)}: {ONE_KEY}" for rows in pair if has_one_key(rows)]
+    remarks += [f"{arrow(rows.direction)}: {SINGLE_KEY}" for rows in pair if has_single_keys(rows)]
     samples = len(pair[0].weights)
     set_title(fig, "Focus of each head", f"mean of {samples} sample{'s' * (samples > 1)}", "\n".join(remarks))
     return save(fig, save_path)
@@ -106,6 +108,7 @@ def plot_head_alignment_matrix(
     attention_dict: AttentionDict,
     sample_idx: int | None = None,
     *,
+    context: str = "",
     save_path: str | PathLike[str] | None = None,
 ) -> Figure:
     """Draw the alignment of every head of one direction with every head of the other, the best matching outlined.
@@ -119,6 +122,9 @@ def plot_head_alignment_matrix(
         Weights ``(batch, heads, queries, keys)`` of both directions, or an ``AttentionPair``, whose masks then count.
     sample_idx
         Which sample; None: the mean over the samples where a pair is defined.
+    context
+        What to know of the sample or samples, for the title, e.g. ``"sample 3001, predicted LPD (0.82), true GPD"``;
+        which sample of the batch, or how many samples, when empty.
     save_path
         Also write the figure there (PNG, PDF, SVG and others, by suffix).
 
@@ -132,10 +138,11 @@ def plot_head_alignment_matrix(
     forward, backward = read_both(attention_dict, "plot_head_alignment_matrix")
     matrices = head_alignment_matrix(forward, backward)
     samples = len(matrices)
+    which = slice(None) if sample_idx is None else check_sample(sample_idx, samples)
     if sample_idx is None:
         matrix, shown = matrices.nanmean(0), f"mean of {samples} sample{'s' * (samples > 1)}"
     else:
-        matrix, shown = matrices[check_sample(sample_idx, samples)], f"sample {sample_idx}"
+        matrix, shown = matrices[which], f"sample {sample_idx}"
     values = matrix.numpy()
     rows, columns = values.shape
     fig = new_figure(max(WIDTH, 2.6 + 0.4 * columns), 2.0 + max(0.3 * rows, 1.2))
@@ -158,16 +165,20 @@ def plot_head_alignment_matrix(
     bar = draw_colour_bar(fig, np.array([ax]), scale, "Pearson r\n(line: 0, unrelated)")
     bar.axhline(0.0, color="white", linewidth=3)
     bar.axhline(0.0, color="black", linewidth=1)
-    set_title(fig, "Alignment of the heads of both directions", shown, "\n".join(_said_of(values, matched)))
+    single = [arrow(rows.direction) for rows in (forward, backward) if has_single_keys(rows, which)]
+    set_title(
+        fig, "Alignment of the heads of both directions", context or shown, "\n".join(_said_of(values, matched, single))
+    )
     return save(fig, save_path)
 
 
-def _said_of(values: NDArray[Any], matched: list[tuple[int, int]]) -> list[str]:
+def _said_of(values: NDArray[Any], matched: list[tuple[int, int]], single: list[str]) -> list[str]:
     """What the title says of the matching, and of what is undefined."""
     lines = []
     if matched:
         best = np.mean([values[pair] for pair in matched])
-        lines.append(f"Outlined: the best one-to-one matching, mean r = {number(best)} (above 0 even by chance).")
-    if np.isnan(values).any():
+        lines.append(f"Outlined: the best one-to-one matching, mean r = {decimal(best)} (above 0 even by chance).")
+    lines += [f"{direction}: {SINGLE_KEY}" for direction in single]
+    if np.isnan(values).any() and not single:
         lines.append("Hatched: undefined (a map has no variance, or no valid row).")
     return lines

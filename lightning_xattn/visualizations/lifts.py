@@ -10,13 +10,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from lightning_xattn.functional import Rows
+from lightning_xattn.functional import Rows, has_single_keys
 from lightning_xattn.functional.alignment import NO_VARIANCE
+from lightning_xattn.phrases import SINGLE_KEY
 from lightning_xattn.visualizations.drawing import Tokens, draw_colour_bar, draw_mesh, wrap, write_note
 
 # The scale of lifts reaches at least this far from 1: a nearly uniform map should look flat, not noisy.
 _MARGIN = 0.1
-ONE_KEY = "one key: every weight is 1 by construction, which says nothing"
 HATCHED = "Hatched: undefined (padding, masked, or not attention)."
 
 
@@ -56,18 +56,12 @@ def says_nothing(rows: Rows, lifts: NDArray[Any], sample: int) -> str:
     """Say why a sample's map says nothing about the model; empty if it may say something."""
     if not rows.valid[sample].any():
         return "undefined: no valid row"
-    if has_one_key(rows, sample):
-        return ONE_KEY
+    if has_single_keys(rows, sample):
+        return SINGLE_KEY
     defined = lifts[~np.isnan(lifts)]
     if defined.std() <= NO_VARIANCE * np.sqrt((defined**2).mean()):
         return "uniform: every key gets the same, which says nothing"
     return ""
-
-
-def has_one_key(rows: Rows, sample: int | slice = slice(None)) -> bool:
-    """Tell whether no valid row of a sample (or of any sample) has a second key."""
-    keys = rows.keys.expand(rows.valid.shape)[sample][rows.valid[sample]]
-    return bool((keys == 1).all()) and len(keys) > 0
 
 
 def lie_along(lifts: NDArray[Any], queries: Tokens, keys: Tokens) -> tuple[NDArray[Any], Tokens, Tokens]:

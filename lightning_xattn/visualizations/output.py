@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lightning_xattn.errors import SettingError
+from lightning_xattn.files import complete_or_absent
 
 
 class WindowFigure(Figure):
@@ -55,14 +56,8 @@ def save(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     kind, kinds = path.suffix[1:].lower(), sorted(figure.canvas.get_supported_filetypes())
     if kind not in kinds:
         raise SettingError(f"save_path must end in one of {', '.join(f'.{k}' for k in kinds)}; got '{path}'.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A reader never sees half a file: it appears under its name when it is whole.
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with complete_or_absent(path) as part:
         figure.savefig(part, format=kind)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return figure
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
-from lightning_xattn.errors import SettingError
+from lightning_xattn.errors import SettingError, XAttnWarning
 from lightning_xattn.functional import Rows, prepare_rows
+from lightning_xattn.phrases import BROKEN_ROWS
 from lightning_xattn.visualizations.drawing import Tokens, place_tokens
 
 AttentionDict = Mapping[str, Any] | AttentionPair
@@ -38,7 +41,16 @@ def read_pair(attention: AttentionDict) -> tuple[Rows, ...]:
             )
         directions = [Attention(Direction.parse(name), torch.as_tensor(w)) for name, w in first.items()]
         attention = AttentionPair("attention_dict", *directions)
-    return tuple(prepare_rows(_on_cpu(direction)) for direction in attention.directions)
+    pair = tuple(prepare_rows(_on_cpu(direction)) for direction in attention.directions)
+    warn_of_broken_rows(*pair)
+    return pair
+
+
+def warn_of_broken_rows(*pair: Rows) -> None:
+    """Warn of weights that are not attention, as a figure of them may be all undefined."""
+    broken = [str(rows.direction) for rows in pair if rows.broken.any()]
+    if broken:
+        warnings.warn(f"{' and '.join(broken)} {BROKEN_ROWS}", XAttnWarning, stacklevel=4)
 
 
 def _on_cpu(attention: Attention) -> Attention:
@@ -57,9 +69,23 @@ def read_both(attention: AttentionDict, what: str) -> tuple[Rows, Rows]:
 
 def check_sample(sample_idx: int, samples: int) -> int:
     """Return the sample's index if there is such a sample."""
-    if not 0 <= sample_idx < samples:
-        raise SettingError(f"sample_idx must be 0 to {samples - 1} as there are {samples} samples; got {sample_idx}.")
+    if not _is_place(sample_idx, samples):
+        raise SettingError(
+            f"sample_idx must be 0 to {samples - 1}, a whole number, as there are {samples} samples; got "
+            f"{sample_idx!r}."
+        )
     return sample_idx
+
+
+def check_head(head: int | None, heads: int) -> None:
+    """Refuse a head that does not exist; None is the mean over heads."""
+    if head is not None and not _is_place(head, heads):
+        raise SettingError(f"head must be 0 to {heads - 1}, a whole number, or None (mean over heads); got {head!r}.")
+
+
+def _is_place(index: object, count: int) -> bool:
+    """Whether it is an index of one of so many; True and False are integers only by name."""
+    return isinstance(index, Integral) and not isinstance(index, bool) and 0 <= int(index) < count
 
 
 def place_pair(rows: Rows, axes: Mapping[str, TokenAxis] | None) -> tuple[Tokens, Tokens]:

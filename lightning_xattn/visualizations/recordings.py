@@ -22,6 +22,7 @@ STRETCH: dict[str, Any] = {"color": "#C04A00", "linewidth": 1.2}
 # Signals are grey and attention is in colour, so that neither is taken for the other.
 _POWER = colormaps["Greys"]
 _STEPS = [step * 10.0**power for power in range(-3, 7) for step in (1, 2, 5)]  # µV that a scale bar may stand for
+_REACH = 3  # rows that a trace may reach beyond the outer ones
 _SHOWN_POWER = (2, 98)  # percentiles: single artefacts do not take the scale
 
 
@@ -151,7 +152,10 @@ def draw_traces(ax: Axes, traces: Traces) -> None:
         ax.broken_barh(gaps, (row - 0.4, 0.8), **UNDEFINED)
     electrodes = len(traces.names)
     ax.set_yticks(range(electrodes), traces.names, fontsize=9, parse_math=False)
-    ax.set_ylim(electrodes - 0.2, -0.8)
+    rows = np.arange(electrodes) + values / spacing
+    # The outer traces have no neighbour to reach over, and get room; but a huge artefact must not flatten the others.
+    top, bottom = np.nanmin(rows, initial=-0.6), np.nanmax(rows, initial=electrodes - 0.4)
+    ax.set_ylim(min(bottom, electrodes - 1 + _REACH) + 0.2, max(top, -_REACH) - 0.2)
     ax.set_title("EEG, negative up, offsets removed", loc="left", fontsize=10)
     # Beside the panel, where other panels have their colour bars.
     size = max(step for step in _STEPS if step <= spacing)

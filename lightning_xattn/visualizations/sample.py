@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lightning_xattn.attention import Attention, Direction, TokenAxis
-from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.errors import ShapeError
 from lightning_xattn.functional import (
     Rows,
     alignment,
@@ -24,12 +24,12 @@ from lightning_xattn.functional import (
     lift_map,
     prepare_rows,
 )
+from lightning_xattn.phrases import decimal
 from lightning_xattn.visualizations.drawing import (
     UNDEFINED,
     WIDTH,
     arrow,
     new_figure,
-    number,
     place_tokens,
     set_title,
     wrap,
@@ -45,7 +45,15 @@ from lightning_xattn.visualizations.lifts import (
     says_nothing,
 )
 from lightning_xattn.visualizations.output import save
-from lightning_xattn.visualizations.pairs import AttentionDict, check_sample, place_pair, read_both, read_pair
+from lightning_xattn.visualizations.pairs import (
+    AttentionDict,
+    check_head,
+    check_sample,
+    place_pair,
+    read_both,
+    read_pair,
+    warn_of_broken_rows,
+)
 
 LIFT = "lift over uniform: weight / (1/keys)"
 _PANELS_WIDTH = 7.2  # inches for panels and their labels beside a colour bar
@@ -54,7 +62,7 @@ _PANELS_WIDTH = 7.2  # inches for panels and their labels beside a colour bar
 _AGREEMENT: dict[str, dict[str, Any]] = {
     "high (> 0.5)": {"color": "#0072B2"},
     "medium": {"color": "#E9C46A", "hatch": "///"},
-    "disagreement (< 0)": {"color": "#B23A00", "hatch": "xxx"},
+    "disagree (< 0)": {"color": "#B23A00", "hatch": "xxx"},
 }
 _HIGH = 0.5
 
@@ -64,6 +72,7 @@ def plot_cross_modal_attention(
     sample_idx: int = 0,
     *,
     axes: Mapping[str, TokenAxis] | None = None,
+    context: str = "",
     save_path: str | PathLike[str] | None = None,
 ) -> Figure:
     """Draw one sample's attention in both directions, averaged over heads, on one colour scale.
@@ -80,6 +89,9 @@ def plot_cross_modal_attention(
         Which sample of the batch.
     axes
         What the tokens of a modality are, by modality; the others are numbered.
+    context
+        What to know of the sample, for the title, e.g. ``"sample 3001, predicted LPD (0.82), true GPD"``; its place in
+        the batch when empty.
     save_path
         Also write the figure there (PNG, PDF, SVG and others, by suffix).
 
@@ -97,7 +109,7 @@ def plot_cross_modal_attention(
     fig = new_figure(WIDTH, height + 1.8)
     panels = fig.subplots(1, len(maps), squeeze=False)[0]
     _draw_maps(fig, panels, maps, _PANELS_WIDTH / len(maps) - 0.6, height)
-    set_title(fig, f"Cross-modal attention of sample {sample_idx}, mean over heads", "", _remark(maps))
+    set_title(fig, "Cross-modal attention, mean over heads", context or f"sample {sample_idx}", _remark(maps))
     return save(fig, save_path)
 
 
@@ -148,10 +160,10 @@ def plot_attention_heatmap(
     weights = weights[(None,) * (4 - weights.dim())]
     check_sample(sample_idx, len(weights))
     heads = weights.shape[1]
-    if head is not None and not 0 <= head < heads:
-        raise SettingError(f"head must be 0 to {heads - 1} or None (mean over heads); got {head}.")
+    check_head(head, heads)
     sides = None if direction is None else Direction.parse(direction)
     rows = prepare_rows(Attention(sides or Direction("query", "key"), weights))
+    warn_of_broken_rows(rows)
     lifts = (lift_map(rows) if head is None else lift(rows)[:, head])[sample_idx].numpy()
     queries = place_tokens("query", sides.query if sides else None, weights.shape[2], query_axis)
     keys = place_tokens("key", sides.key if sides else None, weights.shape[3], key_axis)
@@ -174,6 +186,7 @@ def plot_modality_alignment(
     sample_idx: int = 0,
     *,
     axes: Mapping[str, TokenAxis] | None = None,
+    context: str = "",
     save_path: str | PathLike[str] | None = None,
 ) -> Figure:
     """Draw how far the two directions of one sample agree: a bar per head, and below the two averaged maps.
@@ -192,6 +205,9 @@ def plot_modality_alignment(
         Which sample of the batch.
     axes
         What the tokens of a modality are, by modality; the others are numbered.
+    context
+        What to know of the sample, for the title, e.g. ``"sample 3001, predicted LPD (0.82), true GPD"``; its place in
+        the batch when empty.
     save_path
         Also write the figure there (PNG, PDF, SVG and others, by suffix).
 
@@ -214,8 +230,8 @@ def plot_modality_alignment(
     panels = np.array([fig.add_subplot(grid[1, column]) for column in range(2)])
     _draw_maps(fig, panels, maps, (width - WIDTH + _PANELS_WIDTH) / 2 - 0.6, height)
     headline = float(alignment(forward, backward)[sample_idx])
-    said = "undefined" if np.isnan(headline) else f"Pearson r = {number(headline)} of the head-averaged maps"
-    set_title(fig, f"Modality alignment of sample {sample_idx}: {said}", "", _remark(maps))
+    said = "undefined" if np.isnan(headline) else f"Pearson r = {decimal(headline)} of the head-averaged maps"
+    set_title(fig, f"Modality alignment: {said}", context or f"sample {sample_idx}", _remark(maps))
     return save(fig, save_path)
 
 
@@ -259,17 +275,19 @@ def _draw_bars(ax: Axes, values: NDArray[Any], names: list[str], matched: bool) 
             ax.axvspan(place - 0.4, place + 0.4, **UNDEFINED)
             ax.text(place, 0, "undefined", rotation=90, fontsize=9, ha="center", va="center")
             continue
-        level = "high (> 0.5)" if value > _HIGH else "disagreement (< 0)" if value < 0 else "medium"
+        level = "high (> 0.5)" if value > _HIGH else "disagree (< 0)" if value < 0 else "medium"
         ax.bar(place, value, width=0.8, edgecolor="black", **_AGREEMENT[level])
         above = value >= 0
-        text = ax.annotate(number(value), (place, value), (0, 3 if above else -3), textcoords="offset points")
+        text = ax.annotate(decimal(value), (place, value), (0, 3 if above else -3), textcoords="offset points")
         text.set(fontsize=9, ha="center", va="bottom" if above else "top")
         text.set_bbox({"facecolor": "white", "linewidth": 0, "pad": 0.5})
     ax.axhline(0, color="black", linewidth=0.8)
     ax.axhline(_HIGH, color="0.4", linewidth=0.8, linestyle="--")
     # The levels stand beside the axis, so that a bar can be read without its colour.
     for label, height in zip(_AGREEMENT, (0.8, 0.25, -0.6), strict=True):
-        ax.text(1.01, height, label.replace(" (", "\n("), transform=ax.get_yaxis_transform(), fontsize=9, va="center")
+        beside = ax.text(1.01, height, label.replace(" (", "\n("), transform=ax.get_yaxis_transform())
+        # They stand in the room that the maps' colour bar takes below, and must not push it away from the maps.
+        beside.set(fontsize=9, va="center", in_layout=False)
     ax.set(xlim=(-0.6, len(values) - 0.4), ylim=(-1.2, 1.2), yticks=[-1, -0.5, 0, 0.5, 1], ylabel="Pearson r")
     ax.set_xticks(range(len(values)), names)
     ax.set_xlabel("head of one direction, head of the other" if matched else "head")

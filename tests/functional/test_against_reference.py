@@ -269,5 +269,7 @@ def test_mean_interval_is_students():
     # Student's sleep data (the second drug; R's t.test(extra) says 0.898 to 3.762).
     hours = np.array([1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4])
     assert F.mean_interval(hours.mean(), hours.std(ddof=1), 10) == pytest.approx((0.898, 3.762), abs=1e-3)
+    assert np.isfinite(F.mean_interval(0.3, 0.1, 5)).all()
+    assert np.isnan(F.mean_interval(0.3, 0.1, 4)).all(), "nothing is claimed of fewer than five"
     assert np.isnan(F.mean_interval(0.3, float("nan"), 1)).all()
     assert np.isnan(F.mean_interval(float("nan"), float("nan"), 0)).all()

@@ -130,8 +130,8 @@ def test_nothing_defined_at_all_still_draws() -> None:
 @pytest.mark.parametrize("queries", [1, 9])
 def test_one_key_is_labelled(queries: int) -> None:
     figure = plot_class_attention(np.ones((2, queries, 1)), [4, 5], ["a", "b"], direction="eeg_to_spec")
-    assert "One key: every weight is 1 by construction" in figure.get_suptitle()
-    assert "One key" not in texts(plot_class_attention(make_maps(1, 1, 2), [4], ["a"], direction="eeg_to_spec"))
+    assert "a single key, so every weight is 1" in figure.get_suptitle()
+    assert "single key" not in texts(plot_class_attention(make_maps(1, 1, 2), [4], ["a"], direction="eeg_to_spec"))
 
 
 @pytest.mark.parametrize(

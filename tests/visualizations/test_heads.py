@@ -15,6 +15,9 @@ from lightning_xattn.visualizations import plot_head_alignment_matrix, plot_head
 from tests import reference
 from tests.visualizations.conftest import drawn, make_pair, mesh, panels, texts
 
+# Of rows that are left out figures warn, too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*not finite or do not sum to 1:lightning_xattn.XAttnWarning")
+
 PAIR = make_pair()
 NAN = float("nan")
 
@@ -62,8 +65,8 @@ def test_one_key_and_undefined_heads_are_said() -> None:
     back[:, 1] = NAN
     figure = plot_head_contributions({"eeg_to_spec": torch.ones(2, 3, 5, 1), "spec_to_eeg": back})
     render(figure)
-    assert "eeg → spec: one key: every weight is 1 by construction" in figure.get_suptitle()
-    assert "spec → eeg: one key" not in figure.get_suptitle()
+    assert "eeg → spec: a single key, so every weight is 1" in figure.get_suptitle()
+    assert "spec → eeg: a single key" not in figure.get_suptitle()
     assert texts(figure).count("undefined") == 2
 
 
@@ -106,6 +109,23 @@ def test_undefined_pairs_are_not_matched() -> None:
     assert "Hatched: undefined" in figure.get_suptitle()
 
 
+def test_the_title_says_which_sample_or_its_context() -> None:
+    context = "recording 3001, true GPD"
+    title = plot_head_alignment_matrix(PAIR, 1, context=context).get_suptitle()
+    assert f"({context})" in title
+    assert "sample" not in title
+
+
+@pytest.mark.parametrize("sample_idx", [None, 1])
+def test_heads_of_single_keys_are_said(sample_idx) -> None:
+    pair = {"eeg_to_spec": torch.ones(2, 3, 5, 1), "spec_to_eeg": make_pair(keys=1)["spec_to_eeg"]}
+    title = plot_head_alignment_matrix(pair, sample_idx).get_suptitle()
+    assert "eeg → spec: a single key, so every weight is 1" in title
+    assert "spec → eeg: a single key" not in title
+    assert "Hatched" not in title
+    assert "single key" not in plot_head_alignment_matrix(PAIR, sample_idx).get_suptitle()
+
+
 def test_nothing_defined_claims_no_matching() -> None:
     figure = plot_head_alignment_matrix({"x_to_y": torch.ones(2, 3, 1, 1), "y_to_x": torch.ones(2, 3, 1, 1)})
     assert "matching" not in figure.get_suptitle()
@@ -114,8 +134,11 @@ def test_nothing_defined_claims_no_matching() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: plot_head_contributions(PAIR, num_heads=8), "num_heads is 8, but eeg_to_spec has 3 heads"),
-        (lambda: plot_head_contributions(make_pair(heads_back=2), num_heads=3), "spec_to_eeg has 2 heads"),
+        (lambda: plot_head_contributions(PAIR, num_heads=8), "eeg_to_spec: expected num_heads=8, but there are 3"),
+        (
+            lambda: plot_head_contributions(make_pair(heads_back=2), num_heads=3),
+            "spec_to_eeg: expected num_heads=3, but there are 2",
+        ),
         (lambda: plot_head_alignment_matrix(PAIR, 2), "sample_idx must be 0 to 1"),
         (lambda: plot_head_alignment_matrix({"x_to_y": PAIR["eeg_to_spec"]}), "got x_to_y alone"),
     ],

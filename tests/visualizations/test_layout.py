@@ -42,6 +42,9 @@ from tests.visualizations.conftest import (
     make_traces,
 )
 
+# Of rows that are left out figures warn, too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*not finite or do not sum to 1:lightning_xattn.XAttnWarning")
+
 HMS = ["Seizure", "LPD", "GPD", "LRDA", "GRDA", "Other"]
 LONG = [
     "Lateralised periodic discharges over the left hemisphere",
@@ -149,6 +152,10 @@ FIGURES = {
     "heads, undefined": lambda: plot_head_contributions(undefined({n: w[:1] for n, w in SMALL.items()})),
     "matrix": lambda: plot_head_alignment_matrix(SMALL),
     "matrix of 16 heads": lambda: plot_head_alignment_matrix(MANY_HEADS),
+    "matrix, one key": lambda: plot_head_alignment_matrix(SINGLE),
+    "matrix, context": lambda: plot_head_alignment_matrix(SMALL, 1, context=CONTEXT),
+    "sample, context": lambda: plot_cross_modal_attention(WINDOWS, axes=PLACES, context=CONTEXT),
+    "sample's alignment, context": lambda: plot_modality_alignment(WINDOWS, axes=PLACES, context=CONTEXT),
     "matrix, undefined": lambda: plot_head_alignment_matrix(undefined(SMALL), 0),
     "comparison": lambda: comparison_figure(HMS, 3),
     "comparison, twenty classes": lambda: comparison_figure(MANY, 2),

@@ -8,7 +8,7 @@ import torch
 from matplotlib.container import BarContainer
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
-from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.errors import SettingError, ShapeError, XAttnWarning
 from lightning_xattn.visualizations import (
     plot_attention_heatmap,
     plot_cross_modal_attention,
@@ -17,6 +17,9 @@ from lightning_xattn.visualizations import (
 )
 from tests import reference
 from tests.visualizations.conftest import EEG, REGIONS, SPEC, drawn, make_pair, mesh, panels, texts
+
+# Of rows that are left out figures warn, too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*not finite or do not sum to 1:lightning_xattn.XAttnWarning")
 
 PAIR = make_pair()
 NAN = float("nan")
@@ -109,7 +112,7 @@ def test_masks_of_a_pair_count() -> None:
 @pytest.mark.parametrize(
     ("pair", "said"),
     [
-        (ONE_KEY, "one key: every weight is 1 by construction"),
+        (ONE_KEY, "a single key, so every weight is 1"),
         (UNIFORM, "uniform: every key gets the same"),
         ({name: weights * NAN for name, weights in PAIR.items()}, "undefined: no valid row"),
     ],
@@ -136,6 +139,20 @@ def test_a_broken_row_is_hatched() -> None:
     assert np.isnan(drawn(ax)).all(axis=1).tolist() == [False, False, True, False, False]
     assert ax.patch.get_hatch()
     assert "Hatched: undefined" in figure.get_suptitle()
+
+
+@pytest.mark.parametrize(
+    ("plot", "names"),
+    [
+        (plot_cross_modal_attention, "eeg_to_spec and spec_to_eeg"),
+        (plot_modality_alignment, "eeg_to_spec and spec_to_eeg"),
+        (lambda pair: plot_attention_heatmap(pair["eeg_to_spec"]), "query_to_key"),
+    ],
+)
+def test_weights_that_are_not_attention_are_said_to_be_once(plot, names: str) -> None:
+    with pytest.warns(XAttnWarning, match=f"^{names} have rows .* do not sum to 1") as caught:
+        plot({name: 0.9 * weights for name, weights in PAIR.items()})
+    assert len(caught) == 1
 
 
 # One map
@@ -176,7 +193,7 @@ def test_bars_are_the_alignment_of_each_head() -> None:
     top = figure.axes[0]
     assert bars(top) == pytest.approx(dict(enumerate(np.diag(matrix))), abs=1e-5)
     headline = reference.alignment(sample("eeg_to_spec"), sample("spec_to_eeg"))
-    assert f"sample 1: Pearson r = {headline:.2f}" in figure.get_suptitle()
+    assert f"Pearson r = {headline:.2f} of the head-averaged maps (sample 1)" in figure.get_suptitle()
     # On a scale of its own, whatever the values.
     assert top.get_ylim() == (-1.2, 1.2)
 
@@ -198,7 +215,7 @@ def test_levels_of_agreement_differ_in_hatching_too() -> None:
     assert len(set(looks)) == 3
     said = [text.get_text() for text in top.texts]
     assert said.count("undefined") == 1
-    assert {"high\n(> 0.5)", "medium", "disagreement\n(< 0)"} <= set(said)
+    assert {"high\n(> 0.5)", "medium", "disagree\n(< 0)"} <= set(said)
 
 
 def test_different_numbers_of_heads_are_matched_and_said() -> None:
@@ -216,10 +233,28 @@ def test_different_numbers_of_heads_are_matched_and_said() -> None:
     assert "different numbers of heads" in top.get_title()
 
 
+@pytest.mark.parametrize("plot", [plot_cross_modal_attention, plot_modality_alignment])
+def test_the_title_says_which_sample(plot) -> None:
+    assert plot(PAIR, 1).get_suptitle().endswith("(sample 1)")
+    context = "recording 3001, true GPD"
+    title = plot(PAIR, 1, context=context).get_suptitle()
+    assert title.replace("\n", " ").endswith(f"({context})")
+    assert "sample" not in title
+
+
+def test_the_colour_bar_stands_beside_the_maps() -> None:
+    figure = plot_modality_alignment(make_pair(queries=9, keys=119), axes={"eeg": EEG, "spec": SPEC})
+    render(figure)
+    (bar,) = (ax for ax in figure.axes if ax.get_label() == "<colorbar>")
+    last = figure.axes[2]
+    assert mesh(last)
+    assert 0 < bar.get_window_extent().x0 - last.get_window_extent().x1 < 30
+
+
 def test_undefined_alignment_is_no_number() -> None:
     figure = plot_modality_alignment(UNIFORM)
     assert not bars(figure.axes[0])
-    assert figure.get_suptitle().startswith("Modality alignment of sample 0: undefined")
+    assert figure.get_suptitle().startswith("Modality alignment: undefined (sample 0)")
 
 
 # What does not fit
@@ -231,7 +266,9 @@ def test_undefined_alignment_is_no_number() -> None:
         (lambda: plot_cross_modal_attention({}), SettingError, "got none"),
         (lambda: plot_cross_modal_attention({"a/x_to_y": PAIR["eeg_to_spec"]}), SettingError, "later layers"),
         (lambda: plot_cross_modal_attention({**PAIR, "a_to_b": PAIR["eeg_to_spec"]}), SettingError, "a_to_b"),
-        (lambda: plot_cross_modal_attention(PAIR, sample_idx=2), SettingError, "sample_idx must be 0 to 1 .*; got 2"),
+        (lambda: plot_cross_modal_attention(PAIR, sample_idx=2), SettingError, "sample_idx must be 0 to 1, .*; got 2"),
+        (lambda: plot_cross_modal_attention(PAIR, sample_idx=0.5), SettingError, "a whole number, .*; got 0.5"),
+        (lambda: plot_modality_alignment(PAIR, sample_idx=True), SettingError, "a whole number, .*; got True"),
         (lambda: plot_cross_modal_attention(PAIR, sample_idx=-1), SettingError, "got -1"),
         (
             lambda: plot_cross_modal_attention({**PAIR, "spec_to_eeg": PAIR["eeg_to_spec"]}),
@@ -240,7 +277,7 @@ def test_undefined_alignment_is_no_number() -> None:
         ),
         (lambda: plot_modality_alignment({"eeg_to_spec": PAIR["eeg_to_spec"]}), SettingError, "got eeg_to_spec alone"),
         (lambda: plot_attention_heatmap(torch.ones(5)), ShapeError, r"got shape \(5,\)"),
-        (lambda: plot_attention_heatmap(PAIR["eeg_to_spec"], head=3), SettingError, "head must be 0 to 2 or None"),
+        (lambda: plot_attention_heatmap(PAIR["eeg_to_spec"], head=3), SettingError, "head must be 0 to 2, .* or None"),
         (lambda: plot_attention_heatmap(PAIR["eeg_to_spec"], direction="x"), SettingError, "<query>_to_<key>"),
         (
             lambda: plot_attention_heatmap(PAIR["eeg_to_spec"], key_axis=TokenAxis("t", names=["a"])),

@@ -19,6 +19,9 @@ from tests import reference
 from tests.visualizations.conftest import drawn, make_pair, make_spectrograms, make_traces, mesh, texts
 
 AXES = {"eeg": TokenAxis("EEG window", spans=COMPETITION.spans), "spec": TokenAxis("window", spans=spectrogram_spans())}
+# Of rows that are left out figures warn, too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*not finite or do not sum to 1:lightning_xattn.XAttnWarning")
+
 PAIR = make_pair(queries=9, keys=119)
 TRACES, SPECTROGRAMS = make_traces(), make_spectrograms()
 NAN = float("nan")
@@ -61,6 +64,18 @@ def test_traces_stand_at_their_seconds_negative_up_and_to_scale() -> None:
     microvolts = float(said.removesuffix(" µV"))
     assert (y[900] - y[500]) / np.ptp(bar.get_ydata()) * microvolts == pytest.approx(80)
     assert [label.get_text() for label in parts.eeg.get_yticklabels()] == ["a", "b", "c"]
+
+
+def test_the_outer_traces_are_whole_unless_an_artefact_is_huge() -> None:
+    values = np.random.default_rng(0).normal(0, 20, (10_000, 5))
+    values[5000, 0], values[6000, 4] = -120, 110  # up, and down
+    ax = Parts(plot(Traces(values, 200, list("abcde"), -25))).eeg
+    bottom, top = ax.get_ylim()
+    assert top < ax.lines[0].get_ydata().min() < -1.5
+    assert bottom > ax.lines[4].get_ydata().max() > 5.5
+    values[5000, 0] = -1e5
+    bottom, top = Parts(plot(Traces(values, 200, list("abcde"), -25))).eeg.get_ylim()
+    assert -4 < top < bottom < 8, "the other traces can still be read"
 
 
 def test_gaps_are_hatched_and_said() -> None:
@@ -167,7 +182,7 @@ def test_a_window_that_nobody_can_see_is_hatched() -> None:
 @pytest.mark.parametrize(
     ("pair", "axes", "said"),
     [
-        ({n: torch.ones(1, 2, 1, 1) for n in PAIR}, {}, "one key: every weight is 1 by construction"),
+        ({n: torch.ones(1, 2, 1, 1) for n in PAIR}, {}, "a single key, so every weight is 1"),
         ({n: torch.full_like(w, 1 / w.shape[-1]) for n, w in PAIR.items()}, AXES, "uniform: every key gets the same"),
         ({n: w * NAN for n, w in PAIR.items()}, AXES, "undefined: no valid row"),
     ],
