@@ -122,6 +122,24 @@ class Attention:
             crossing=pick(self.crossing),
         )
 
+    @classmethod
+    def of_weights(cls, direction: Direction, weights: Tensor) -> Attention:
+        """Attention of weights alone, in which NaN marks what a mask hides (see ``marked_weights``)."""
+        hidden = weights.isnan()
+        return cls(direction, weights.masked_fill(hidden, 0), visible=~hidden)
+
+    @property
+    def marked_weights(self) -> Tensor:
+        """The weights, with NaN where a mask hides the key or the query is padding."""
+        weights = self.weights
+        if self.key_mask is not None:
+            weights = weights.masked_fill(~self.key_mask[:, None, None, :], torch.nan)
+        if self.visible is not None:
+            weights = weights.masked_fill(~self.visible, torch.nan)
+        if self.query_mask is not None:
+            weights = weights.masked_fill(~self.query_mask[:, None, :, None], torch.nan)
+        return weights
+
     @property
     def tokens(self) -> int:
         """Number of keys that are tokens."""

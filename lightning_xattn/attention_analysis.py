@@ -21,13 +21,13 @@ from lightning_xattn.functional import (
     Rows,
     TopPair,
     alignment,
+    has_single_keys,
     head_top_pairs,
     prepare_rows,
     query_selectivity,
     require_heads,
     top_pairs,
 )
-from lightning_xattn.functional import has_single_keys as has_single_keys  # explainer/describe.py takes it from here
 from lightning_xattn.phrases import BROKEN_ROWS, SINGLE_KEYS
 
 Weights = Tensor | Attention
@@ -259,7 +259,7 @@ def _as_attention(weights: Weights, name: str = "query_to_key") -> Attention:
             f"Weights must be a tensor (batch, heads, queries, keys) or an Attention; got a {type(weights).__name__}. "
             "torch.as_tensor(weights) makes one."
         )
-    return Attention(Direction.parse(name.rpartition("/")[2]), weights)
+    return Attention.of_weights(Direction.parse(name.rpartition("/")[2]), weights)
 
 
 def _warn(prepared: Mapping[str, Rows], of_single_keys: bool = True) -> None:

@@ -77,7 +77,8 @@ class BatchExplanation(TypedDict):
     targets: Tensor | None
     """``(B,)`` class ids; -1 where there is none."""
     attention_dict: dict[str, Tensor]
-    """Weights ``(B, heads, queries, keys)`` by direction; a second layer's as ``<layer>/<direction>``."""
+    """Weights ``(B, heads, queries, keys)`` by direction; a second layer's as ``<layer>/<direction>``. NaN marks what a
+    mask hides: padding, and keys that a query may not see. Analyser and figures leave it out."""
     attention: tuple[AttentionPair, ...]
     """The same weights with their masks, by layer."""
     attention_stats: dict[str, AttentionStatistics]

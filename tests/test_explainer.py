@@ -330,7 +330,11 @@ def test_samples_that_are_not_finite_are_named():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"num_heads": 8}, SettingError, "num_heads=8, but audio_to_text of layer 'audio_to_text' has 3 heads"),
+        (
+            {"num_heads": 8},
+            SettingError,
+            "'audio_to_text': expected num_heads=8, but there are 3 heads",
+        ),
         (
             {"predict": None},
             DiscoveryError,
@@ -376,3 +380,15 @@ def test_models_without_attention_and_what_is_no_model():
         ExplainabilityCapture(nn.Linear(2, 2)).explain_batch(torch.zeros(3, 2))
     with pytest.raises(SettingError, match="model must be a torch module; got a str"):
         ExplainabilityCapture("best.ckpt")
+
+
+def test_plain_weights_keep_the_masks_as_nan():
+    """The guide hands ``attention_dict`` to analyser and figures: their numbers are those of the explainer."""
+    padded = ExplainabilityCapture(PaddedToyModule(), predict=run_toy)
+    results = padded.explain_batch(padded_toy_data(SAMPLES)[:])
+    found = extract_attention_statistics(results["attention_dict"])
+    for direction, statistics in results["attention_stats"].items():
+        assert vars(found[direction]) == pytest.approx(vars(statistics), abs=1e-6)
+    agreement = compute_modality_alignment(*results["attention_dict"].values())
+    assert agreement == pytest.approx(results["modality_alignment"], abs=1e-6)
+    assert results["attention_dict"]["audio_to_text"].isnan().any()

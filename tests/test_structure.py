@@ -45,7 +45,7 @@ ROOMS = {
     "": {"attention", "callback", "capture", "errors", "explainer", "interpretation", "report"},
     "explainer": {
         *("alarms", "attention", "attention_analysis", "capture", "aggregation", "errors", "functional"),
-        *("epoch", "explanation", "grouping", "sums", "table", "visualizations"),
+        *("epoch", "explanation", "files", "grouping", "sums", "table", "visualizations"),
     },
 }
 """What each room may import besides itself; "" is the package's public API."""

@@ -27,6 +27,7 @@ from lightning_xattn.explainer.dataset import DatasetSums, LoaderRun
 from lightning_xattn.explainer.describe import describe_batch, single_keys
 from lightning_xattn.explainer.passes import Explained, Pass
 from lightning_xattn.explanation import BatchExplanation, DatasetExplanation, SingleExplanation
+from lightning_xattn.functional import require_heads
 from lightning_xattn.grouping import GROUPINGS, check_class_names, name_classes, usable_names
 
 if TYPE_CHECKING:
@@ -162,7 +163,9 @@ class ExplainabilityCapture:
         try:
             place = operator.index(sample_idx)
         except TypeError:
-            raise SettingError(f"sample_idx must be a whole number; got {sample_idx!r}.") from None
+            place = None
+        if place is None or isinstance(sample_idx, bool):
+            raise SettingError(f"sample_idx must be a whole number; got {sample_idx!r}.")
         try:
             count = count_samples(batch)
         except DataError:
@@ -314,12 +317,8 @@ class ExplainabilityCapture:
     def _require_heads(self, pairs: Iterable[AttentionPair]) -> None:
         for pair in pairs:
             for attention in pair.directions:
-                heads = attention.weights.shape[1]
-                if self.num_heads not in (None, heads):
-                    raise SettingError(
-                        f"num_heads={self.num_heads}, but {attention.direction} of layer '{pair.layer}' has {heads} "
-                        f"heads. Pass num_heads={heads}, or leave it out to take what there is."
-                    )
+                where = f"{attention.direction} of layer '{pair.layer}'"
+                require_heads(self.num_heads, attention.weights.shape[1], where)
 
     def _own_names(self) -> tuple[str, ...] | None:
         names, refusal = usable_names(getattr(self.model, "class_names", None))

@@ -11,10 +11,17 @@ from torch import Tensor
 
 from lightning_xattn.aggregation import CORRECT, UNKNOWN
 from lightning_xattn.attention import Attention, AttentionPair, TokenAxis
-from lightning_xattn.attention_analysis import batch_statistics, has_single_keys, sample_attention_statistics
+from lightning_xattn.attention_analysis import batch_statistics, sample_attention_statistics
 from lightning_xattn.explainer.passes import Explained
 from lightning_xattn.explanation import BatchExplanation, PlacedPair, SampleExplanation
-from lightning_xattn.functional import Rows, TopPair, prepare_rows, sample_statistics, sample_top_pairs
+from lightning_xattn.functional import (
+    Rows,
+    TopPair,
+    has_single_keys,
+    prepare_rows,
+    sample_statistics,
+    sample_top_pairs,
+)
 from lightning_xattn.grouping import group_samples
 
 
@@ -54,7 +61,7 @@ def describe_batch(
         "probabilities": explained.probabilities,
         "predictions": labels.predicted,
         "targets": None if labels.target is None else labels.target.clamp_min(-1),
-        "attention_dict": {site.name: site.attention.weights for site in flat},
+        "attention_dict": {site.name: site.attention.marked_weights for site in flat},
         "attention": explained.pairs,
         "attention_stats": {site.name: batch_statistics(site.rows) for site in flat},
         "modality_alignment": float(agreement.nanmean()),

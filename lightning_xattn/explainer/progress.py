@@ -14,6 +14,7 @@ from lightning_xattn.aggregation import Layout
 from lightning_xattn.attention import Direction
 from lightning_xattn.errors import DataError, SettingError
 from lightning_xattn.explainer.passes import Pass
+from lightning_xattn.files import complete_or_absent
 from lightning_xattn.functional import ROW_STATISTICS, prepare_rows
 from lightning_xattn.table import SampleTable
 
@@ -132,9 +133,8 @@ class ExplainedFolder:
             "first": self._first,
             "parts": parts,
         }
-        part = self.folder / f".{FILE}.part"
-        torch.save(saved, part)
-        part.replace(self.folder / FILE)
+        with complete_or_absent(self.folder / FILE) as part:
+            torch.save(saved, part)
         self.batches, self.samples, self.finished, self.sums = batches, samples, finished, sums
 
     def _read(self) -> dict[str, Any]:

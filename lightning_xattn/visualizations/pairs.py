@@ -19,7 +19,7 @@ from lightning_xattn.visualizations.drawing import Tokens, place_tokens
 
 AttentionDict = Mapping[str, Any] | AttentionPair
 """Weights ``(batch, heads, queries, keys)`` by direction, e.g. ``{'eeg_to_spec': ..., 'spec_to_eeg': ...}``, where keys
-with a slash belong to later layers and are passed over; or one layer's pair, whose masks then count too."""
+with a slash belong to later layers and are passed over, and NaN marks what a mask hides; or one layer's pair."""
 
 
 def read_pair(attention: AttentionDict) -> tuple[Rows, ...]:
@@ -39,7 +39,7 @@ def read_pair(attention: AttentionDict) -> tuple[Rows, ...]:
                 "Expected one direction or both, e.g. {'eeg_to_spec': weights, 'spec_to_eeg': weights} (names with '/' "
                 f"belong to later layers); got {', '.join(attention) or 'none'}."
             )
-        directions = [Attention(Direction.parse(name), torch.as_tensor(w)) for name, w in first.items()]
+        directions = [Attention.of_weights(Direction.parse(name), torch.as_tensor(w)) for name, w in first.items()]
         attention = AttentionPair("attention_dict", *directions)
     pair = tuple(prepare_rows(_on_cpu(direction)) for direction in attention.directions)
     warn_of_broken_rows(*pair)
