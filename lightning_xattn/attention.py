@@ -6,7 +6,8 @@ One axis order everywhere: ``(batch, heads, queries, keys)``. A *direction* is n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +122,12 @@ class Attention:
             query_mask=pick(self.query_mask),
             crossing=pick(self.crossing),
         )
+
+    def cpu(self) -> Attention:
+        """The same, detached and on the CPU."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {n: v.detach().cpu() if isinstance(v, Tensor) else v for n, v in values.items()}
+        return Attention(**moved)
 
     @classmethod
     def of_weights(cls, direction: Direction, weights: Tensor) -> Attention:

@@ -98,7 +98,7 @@ class Explained:
         logits, probabilities = class_scores(run.labels, _candidates(run.step, predictions))
         labels = run.labels if probabilities is None else replace(run.labels, n_classes=probabilities.shape[1])
         return cls(
-            tuple(_pair_to_cpu(pair) for pair in run.pairs),
+            tuple(AttentionPair(pair.layer, *(a.cpu() for a in pair.directions)) for pair in run.pairs),
             replace(
                 labels,
                 predicted=_to_cpu(labels.predicted),
@@ -214,21 +214,6 @@ def _to_cpu(tensor: Tensor | None) -> Tensor | None:
 def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
     known = [part for part in parts if part is not None]
     return torch.cat(known) if len(known) == len(parts) else None
-
-
-def _pair_to_cpu(pair: AttentionPair) -> AttentionPair:
-    return AttentionPair(pair.layer, *(_attention_to_cpu(attention) for attention in pair.directions))
-
-
-def _attention_to_cpu(attention: Attention) -> Attention:
-    return replace(
-        attention,
-        weights=attention.weights.detach().cpu(),
-        key_mask=_to_cpu(attention.key_mask),
-        visible=_to_cpu(attention.visible),
-        query_mask=_to_cpu(attention.query_mask),
-        crossing=_to_cpu(attention.crossing),
-    )
 
 
 def _join_pairs(pairs: Sequence[AttentionPair]) -> AttentionPair:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
 from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
 from lightning_xattn.errors import SettingError, XAttnWarning
@@ -41,7 +39,7 @@ def read_pair(attention: AttentionDict) -> tuple[Rows, ...]:
             )
         directions = [Attention.of_weights(Direction.parse(name), torch.as_tensor(w)) for name, w in first.items()]
         attention = AttentionPair("attention_dict", *directions)
-    pair = tuple(prepare_rows(_on_cpu(direction)) for direction in attention.directions)
+    pair = tuple(prepare_rows(direction.cpu()) for direction in attention.directions)
     warn_of_broken_rows(*pair)
     return pair
 
@@ -51,12 +49,6 @@ def warn_of_broken_rows(*pair: Rows) -> None:
     broken = [str(rows.direction) for rows in pair if rows.broken.any()]
     if broken:
         warnings.warn(f"{' and '.join(broken)} {BROKEN_ROWS}", XAttnWarning, stacklevel=4)
-
-
-def _on_cpu(attention: Attention) -> Attention:
-    values: dict[str, Any] = {field.name: getattr(attention, field.name) for field in fields(attention)}
-    moved: dict[str, Any] = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in values.items()}
-    return Attention(**moved)
 
 
 def read_both(attention: AttentionDict, what: str) -> tuple[Rows, Rows]:
