@@ -138,7 +138,7 @@ def test_bad_input_is_named(model, batch, tmp_path):
     watch = ExplainabilityCapture(model)
     with pytest.raises(DataError, match=r"lacks \['eeg_graphs'\]; it holds \['sample_ids', 'spec_graphs', 'targets'\]"):
         watch.explain_batch({name: value for name, value in batch.items() if name != "eeg_graphs"})
-    with pytest.raises(SettingError, match="eeg_to_spec of layer 'model.fusion': expected num_heads=4, but there are 8 heads"):
+    with pytest.raises(SettingError, match="layer 'model.fusion': expected num_heads=4, but there are 8 heads"):
         ExplainabilityCapture(model, num_heads=4).explain_batch(batch)
     batch["eeg_graphs"][2].x[20] = torch.nan  # a node of the second graph
     with pytest.raises(DataError, match=rf"sample 1 \(id {int(batch['sample_ids'][1])}\) \(1 of 5\) are not finite"):
