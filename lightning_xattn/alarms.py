@@ -38,6 +38,14 @@ class Alarms:
                 f"directions, name both: attention={{'{direction}': '{source}', '{direction.opposite}': ...}}."
             )
 
+    def of_nothing(self, stage: str) -> Iterator[str]:
+        """The alarm that a recorded evaluation without any attention gives."""
+        if self._is_new("", "", "nothing", 0):
+            yield (
+                f"No attention was seen in an evaluation ('{stage}') that should be recorded, though it was before: "
+                "the modules did not run, or returned none. There are no curves of it."
+            )
+
     def of_epoch(self, layer: str, summary: LayerSummary) -> Iterator[str]:
         """New alarms that an epoch gives."""
         yield from self._of_samples(layer, summary)

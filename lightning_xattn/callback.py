@@ -323,6 +323,8 @@ class AttentionExplainabilityCallback(Callback):
         repeats: Counter[int] = sum((counted for _, counted, _ in processes), Counter())
         # In the order of the first process that has them, so that every process logs the same names in one order.
         keys = sorted({key: None for _, _, sums in processes for key in sums}, key=lambda key: key[0])
+        if not keys:
+            _warn(self._alarms.of_nothing(stage))
         for dataloader_idx, layer in keys:
             parts = [sums[dataloader_idx, layer] for _, _, sums in processes if (dataloader_idx, layer) in sums]
             summary = LayerSummary(*merge_sums(parts))

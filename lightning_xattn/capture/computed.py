@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_xattn.capture.memory import Place
 from lightning_xattn.capture.weights import MASKED, RecordedWeights, from_scores
 
 _SOFTMAX = frozenset({torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax})
-
 
 _FAR_BELOW = 500.0
 """Scores of tokens do not differ by as much as this; masks of -10,000 do, also after a division by sqrt(width)."""
@@ -32,19 +32,16 @@ class Computation:
     ----------
     weights
         What was computed.
-    storage
-        Where the softmax put its result, to tell whether a returned tensor is the same one; None of a fused kernel.
-    one_head
-        Whether it had no axis for heads, which leaves open whether the first one counts samples alone.
+    result
+        Where the softmax put its result; None of a fused kernel.
     """
 
     weights: RecordedWeights
-    storage: int | None = None
-    one_head: bool = False
+    result: Place | None = None
 
-    def is_tensor(self, tensor: Tensor) -> bool:
-        """Whether the softmax computed this very tensor (dropout that drops nothing passes it on)."""
-        return tensor.data_ptr() == self.storage and tensor.shape == self.weights.weights.shape
+    def gave(self, tensor: Tensor) -> bool:
+        """Whether the softmax put its result into this tensor (dropout that drops nothing passes it on)."""
+        return self.result is not None and self.result.holds(tensor)
 
 
 class WatchComputations(TorchFunctionMode):
@@ -75,11 +72,15 @@ class WatchComputations(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             query = args[0] if args else kwargs["query"]
             if query.dim() in (3, 4) and not query.is_nested:
-                self._note(Computation(_beside_fused(*args, **kwargs), one_head=query.dim() == 3))
+                with torch._C.DisableTorchFunction():  # unseen by recorders around this one
+                    computation = Computation(_beside_fused(*args, **kwargs))
+                self._note(computation)
         elif function in _SOFTMAX and result.dim() == 4 and _axis(*args, **kwargs) in (-1, 3):
             scores = args[0] if args else kwargs["input"]
-            weights = result.detach().clone()
-            self._note(Computation(from_scores(weights, _seen(scores.detach(), weights)), result.data_ptr()))
+            with torch._C.DisableTorchFunction():
+                weights = result.detach().clone()
+                recorded = from_scores(weights, _seen(scores.detach(), weights))
+            self._note(Computation(recorded, Place.of(result)))
         return result
 
 
@@ -145,7 +146,8 @@ def _beside_fused(
     enable_gqa: bool = False,
 ) -> RecordedWeights:
     """``softmax(Q K^T scale + mask)`` in float32, as the kernel's documentation defines it."""
-    if query.dim() == 3:
+    one_head = query.dim() == 3
+    if one_head:
         query, key = query[:, None], key[:, None]
         attn_mask = attn_mask[:, None] if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
     with torch.autocast(query.device.type, enabled=False):
@@ -164,4 +166,4 @@ def _beside_fused(
                 scores = scores + attn_mask.float()
         if visible is not None and (attn_mask is None or attn_mask.dtype == torch.bool):
             scores = scores.masked_fill(~visible, -torch.inf)
-        return from_scores(scores.softmax(-1), visible)
+        return replace(from_scores(scores.softmax(-1), visible), one_head=one_head)

@@ -223,7 +223,7 @@ class LabelFinder:
                 raise ShapeError(f"{self._doubts['predictions']} {step}")
             places["predictions"] = None
             labels = None if places["targets"] is None else places["targets"].read(step)
-            self._binary = are_binary_labels(labels, step.samples)
+            self._binary = are_binary_labels(labels, step.samples, self._settings["targets"] is None)
         return places
 
     def _decide(self, scores: Tensor, place: Place, targets: Place | None, step: Step) -> dict[str, str]:
@@ -240,10 +240,11 @@ class LabelFinder:
             )
             return {"confidence": text}
         labels = None if targets is None else targets.read(step)
-        if not are_binary_labels(labels, step.samples) and (targets or self._settings["predictions"] is None):
+        binary = are_binary_labels(labels, step.samples, self._settings["targets"] is None)
+        if not binary and (targets or self._settings["predictions"] is None):
             text = (
-                f"{place.name} gives one number a sample, but no targets of 0 and 1 were found to go with it: this is "
-                "a regression, which has no classes, or a binary head whose targets must be named."
+                f"{place.name} gives one number a sample, but no targets of 0 and 1 were found to go with it in the "
+                "first batch: this is a regression, which has no classes, or a binary head whose targets must be named."
             )
             return {"predictions": text}
         self._probabilities = place.key in ("probabilities", "probs")
@@ -332,7 +333,7 @@ def _guess_targets(step: Step, scores: Any) -> Place | None:
 
     def fits(value: Any) -> bool:
         if are_single_scores(scores, step.samples):
-            return are_binary_labels(value, step.samples)
+            return are_binary_labels(value, step.samples, guessed=True)
         # Numbers beyond the classes, such as lengths, are no class ids.
         ids = are_ids(value, step.samples) and bool(value.max() < (classes or torch.inf))
         return ids or (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,15 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks_with_kwargs, register_module_forward_hook
 
+from lightning_xattn.capture.memory import are_same
 from lightning_xattn.capture.weights import RecordedWeights, additive, is_visible
 
 _MULTIHEAD_CALL = inspect.signature(nn.MultiheadAttention.forward)
+_AVERAGE = list(_MULTIHEAD_CALL.parameters).index("average_attn_weights") - 1  # without self
 _ENCODER_LAYER_CALL = inspect.signature(nn.TransformerEncoderLayer.forward)
 
 
 def is_original(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module computes what ``kind`` does: a subclass with a forward of its own may not."""
-    return isinstance(module, kind) and type(module).forward is kind.forward
+    """Whether the module computes what ``kind`` does: one with a forward of its own or its class's may not."""
+    return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
 
 
 def watch_multihead_attention(
@@ -53,12 +56,13 @@ def watch_multihead_attention(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         nonlocal asked_for_average
-        bound = bind(args, kwargs)
-        asked_for_average = bound.arguments["need_weights"] and bound.arguments["average_attn_weights"]
+        call = bind(args, kwargs).arguments
+        asked_for_average = call["need_weights"] and call["average_attn_weights"]
         if not asked_for_average:
             return None
-        bound.arguments["average_attn_weights"] = False
-        return bound.args[1:], bound.kwargs
+        if len(args) > _AVERAGE:
+            return (*args[:_AVERAGE], False, *args[_AVERAGE + 1 :]), kwargs
+        return args, kwargs | {"average_attn_weights": False}
 
     def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = bind(args, kwargs).arguments
@@ -70,7 +74,8 @@ def watch_multihead_attention(
             weights = returned.detach() if batched else returned.detach()[None]
             # The caller may change in place what it gets; the average that it asked for is a tensor of its own.
             weights = weights if asked_for_average else weights.clone()
-        record((call["query"], call["key"]), _with_masks(module, call, weights))
+        recorded = _with_masks(module, call, weights)
+        record((call["query"], call["key"]), replace(recorded, within=are_same(call["query"], call["key"])))
         if not asked_for_average:
             return None
         per_head = returned if batched else returned[None]
@@ -115,7 +120,9 @@ def watch_encoder_layer(
                 tokens = tokens.to_padded_tensor(0.0)
                 padding = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
             if layer.norm_first:
-                tokens = layer.norm1.forward(tokens)  # by itself, so that the hooks on it do not see a second call
+                # A copy if it counts what it sees, and by its forward, as its hooks must not see a second call.
+                counts = any(True for _ in layer.norm1.buffers())
+                tokens = (copy.deepcopy(layer.norm1) if counts else layer.norm1).forward(tokens)
             call = {
                 "query": tokens,
                 "key": tokens,
@@ -123,7 +130,7 @@ def watch_encoder_layer(
                 "attn_mask": bound.arguments["src_mask"],
             }
             weights = _with_masks(attention, call, _recompute(attention, call))
-        record(replace(weights, cropped=nested))
+        record(replace(weights, cropped=nested, within=True))
 
     handle = register_module_forward_hook(read, with_kwargs=True)
     # torch 2.13 forgets this entry when the hook is removed, and then takes every module for a watched one.

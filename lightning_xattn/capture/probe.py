@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_xattn.attention import Direction
+from lightning_xattn.capture.axes import has_heads_among_samples, has_tokens_of_two_kinds
 from lightning_xattn.capture.computed import Computation, watch_computations
 from lightning_xattn.capture.discovery import common_parent, describe_attention, layers_by_name, with_unique_names
 from lightning_xattn.capture.multihead import is_original, watch_multihead_attention
@@ -40,6 +41,8 @@ class Run:
         The tokens that ask and those that are looked at, where that is known.
     mixed
         Whether the module got tokens of two kinds.
+    folded
+        Whether heads seem to be folded into the samples.
     """
 
     path: str
@@ -47,6 +50,7 @@ class Run:
     weights: RecordedWeights
     given: tuple[Tensor, Tensor] | None
     mixed: bool
+    folded: bool = False
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -54,8 +58,8 @@ class Run:
         return self.weights.weights.shape[2], self.weights.weights.shape[3] - self.weights.extra_keys
 
     @property
-    def crosses(self) -> bool:
-        """Whether it goes, or may go, from one kind of tokens to another."""
+    def may_cross(self) -> bool:
+        """Whether it is not surely self-attention: keys may also be more than queries as some are kept, or pooled."""
         return self.mixed or self.tokens[0] != self.tokens[1]
 
     @property
@@ -114,19 +118,17 @@ class Probe:
             query, key = tokens
             # Kept, so that no other tensor can take their place in memory during the pass.
             given = query.detach(), key.detach()
-            self._add(Run(path, self._turn(path), weights, given, mixed=query is not key))
+            self._add(Run(path, self._turn(path), weights, given, mixed=not weights.within))
 
         return note
 
     def _watch_computations(self, module: nn.Module, path: str, hooks: ExitStack) -> None:
-        # The modules that are running, innermost last, each with how many kinds of tokens it got.
-        running: list[tuple[str, int, int]] = []
+        # The modules that are running, innermost last, each with what it got.
+        running: list[tuple[str, int, list[Any]]] = []
 
         def enter(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-                kinds = {value.data_ptr() for value in given if value.dim() == 3 and value.is_floating_point()}
-                running.append((name, self._turn(name), len(kinds)))
+                running.append((name, self._turn(name), [*args, *kwargs.values()]))
 
             return hook
 
@@ -139,8 +141,10 @@ class Probe:
             hooks.callback(child.register_forward_hook(leave, always_call=True).remove)
 
         def note(computation: Computation) -> None:
-            name, turn, kinds = running[-1]
-            self._add(Run(name, turn, computation.weights, None, mixed=kinds > 1))
+            name, turn, inputs = running[-1]
+            mixed = has_tokens_of_two_kinds(computation.weights.weights, inputs)
+            folded = has_heads_among_samples(computation.weights, inputs)
+            self._add(Run(name, turn, computation.weights, None, mixed, folded))
 
         # Any of them may be the first to run: a step need not call the forward of what holds them.
         watch_computations(module.modules(), note, hooks)
@@ -154,7 +158,7 @@ class Probe:
     def _add(self, run: Run) -> None:
         if runs_for_backward():
             return
-        self._runs.append(run if run.crosses else replace(run, weights=_shape_of(run.weights)))
+        self._runs.append(run if run.may_cross else replace(run, weights=_shape_of(run.weights)))
 
     def conclude(self) -> tuple[tuple[LayerSites, ...], dict[str, list[RecordedWeights]], str]:
         """The layers that the pass has shown, what their modules computed, run after run, and what was left out.
@@ -164,7 +168,7 @@ class Probe:
         DiscoveryError
             If nothing attends across, or it is not clear what pairs up; the message lists all that ran, with shapes.
         """
-        across = [run for run in self._runs if run.crosses]
+        across = [run for run in self._runs if run.mixed]
         if not across:
             raise DiscoveryError(self.say("No cross-attention ran"))
         calls: dict[str, list[RecordedWeights]] = defaultdict(list)
@@ -172,10 +176,14 @@ class Probe:
             if len(calls[run.path]) != run.turn:
                 raise DiscoveryError(self.say(f"'{run.path}' computes several attentions in one run, or not in each"))
             calls[run.path].append(run.weights)
-        layers = layers_by_name(self._root, dict.fromkeys(run.path for run in across))
-        named = {source.path for layer in layers for _, source in layer.sites}
-        left_out = "; ".join(str(run) for run in across if run.path not in named) if layers else ""
-        return tuple(layers or self._pair(across)), calls, left_out
+        layers = layers_by_name(self._root, dict.fromkeys(run.path for run in self._runs if run.may_cross))
+        layers = layers or self._pair(across)
+        taken = {source.path for layer in layers for _, source in layer.sites}
+        folded = next((run for run in self._runs if run.folded and run.path in taken), None)
+        if folded is not None:
+            raise DiscoveryError(self.say(f"The heads of {folded} seem to be folded into the samples"))
+        left_out = "; ".join(str(run) for run in self._runs if run.may_cross and run.path not in taken)
+        return tuple(layers), calls, left_out
 
     def _pair(self, across: list[Run]) -> list[LayerSites]:
         """Pair runs of opposite directions, in the order in which they ran."""

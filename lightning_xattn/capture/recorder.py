@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,11 +11,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction
-from lightning_xattn.capture.discovery import locate_attention
+from lightning_xattn.capture.discovery import describe_attention, locate_attention
 from lightning_xattn.capture.joint import cut_direction
+from lightning_xattn.capture.memory import Place
 from lightning_xattn.capture.multihead import is_original, watch_encoder_layer, watch_multihead_attention
 from lightning_xattn.capture.probe import Probe
 from lightning_xattn.capture.returned import ModuleWatch, check_weights, from_returned
@@ -78,11 +78,11 @@ class AttentionRecorder:
         self._calls: dict[str, list[Call]] = defaultdict(list)
         # What has run in the recorder's life, and what its user has been told of.
         self._ran: set[str] = set()
-        # Modules whose query was its key, so that they attended within one sequence.
-        self._within: set[str] = set()
-        # What callables gave in this step, and the tensor that each gave last.
+        # What callables gave in this step, where the numbers are that each gave last, and whether their values have
+        # been looked at, in training and in eval mode.
         self._given: dict[Source, RecordedWeights | None] = {}
-        self._last: dict[Source, weakref.ref[Tensor]] = {}
+        self._last: dict[Source, Place] = {}
+        self._looked_at: set[tuple[Source, bool]] = set()
         self._told: set[str] = set()
 
     def __enter__(self) -> AttentionRecorder:
@@ -155,15 +155,21 @@ class AttentionRecorder:
             yield from layer.sites
 
     def _watch(self, path: str, hooks: ExitStack) -> None:
-        module = self._model.get_submodule(path)
+        try:
+            module = self._model.get_submodule(path)
+        except AttributeError:
+            raise DiscoveryError(
+                f"Module '{path}' is no longer in the model. {describe_attention(self._model)} Make a new "
+                "AttentionRecorder or callback after changing the model."
+            ) from None
         if is_original(module, nn.TransformerEncoderLayer):
             assert isinstance(module, nn.TransformerEncoderLayer)
             watch_encoder_layer(module, lambda weights: self._record(path, {None: weights}), hooks)
         elif is_original(module, nn.MultiheadAttention):
             assert isinstance(module, nn.MultiheadAttention)
-            watch_multihead_attention(module, partial(self._record_multihead, path), hooks)
+            watch_multihead_attention(module, lambda _, weights: self._record(path, {None: weights}), hooks)
         else:
-            if path not in self._watches:
+            if path not in self._watches or self._watches[path].module is not module:
                 sites = [(direction, source) for direction, source in self._sites() if source.path == path]
                 self._watches[path] = ModuleWatch(module, path, sites)
             self._watches[path].watch(partial(self._record, path), hooks)
@@ -177,12 +183,6 @@ class AttentionRecorder:
                 "it is recorded, so its outputs may differ in the last bits and take longer. Record fewer epochs or "
                 "batches (every_n_epochs, every_n_batches) if that is too slow."
             )
-
-    def _record_multihead(self, path: str, tokens: tuple[Tensor, Tensor], weights: RecordedWeights) -> None:
-        query, key = tokens
-        if query is key:
-            self._within.add(path)
-        self._record(path, {None: weights})
 
     def _record(self, path: str, call: Call) -> None:
         if not runs_for_backward():
@@ -202,9 +202,12 @@ class AttentionRecorder:
         if self._hooked:  # from now on only what goes across
             self._hooks.close()
             self._hook()
-        found = ", ".join(f"'{direction}': '{source}'" for direction, source in self._sites())
+        found: dict[str, Any] = defaultdict(list)
+        for direction, source in self._sites():
+            found[str(direction)].append(str(source))
+        found = {direction: paths if len(paths) > 1 else paths[0] for direction, paths in found.items()}
         self._tell(
-            f"Found in the first pass: {{{found}}}, from their names or from which tokens ask which. If that is not "
+            f"Found in the first pass: {found}, from their names or from which tokens ask which. If that is not "
             "what you mean, or these are not the names of your modalities, name them: attention={'<a>_to_<b>': "
             "'path.to.module', ...}."
             + (f" Left out, as no name tells their direction: {left_out}." if left_out else "")
@@ -213,9 +216,16 @@ class AttentionRecorder:
     def _call(self, direction: Direction, source: Source) -> RecordedWeights | None:
         """What a direction's source computed since the last ``clear``; None if it did not run."""
         call = self._read(source) if source.read is not None else self._pick(direction, source)
-        if call is not None and source.block is not None:
+        if call is None:
+            return None
+        if call.one_head:
+            self._tell(
+                f"'{source}' has no axis for heads: it is taken as one head, and its first axis as samples. An average "
+                "over heads has a larger entropy than the heads; record the heads if you can."
+            )
+        if source.block is not None:
             return cut_direction(call, *source.block, name=source.path)
-        if call is not None and source.path in self._within:
+        if call.within:
             raise DiscoveryError(
                 f"'{source}' ({direction}) attends within one sequence: its query is its key. Name the module that "
                 "attends across: attention={'<a>_to_<b>': 'path', ...}; or, if both modalities share the sequence, "
@@ -224,19 +234,23 @@ class AttentionRecorder:
         return call
 
     def _read(self, source: Source) -> RecordedWeights | None:
-        """What a callable gives in this step; the very tensor of an earlier step is none of this one."""
+        """What a callable gives in this step; the very numbers of an earlier step are none of this one."""
         assert source.read is not None
         if source not in self._given:
             weights = source.read(self._model)
-            last = self._last[source]() if source in self._last else None
-            if weights is not None and weights is last:
-                self._tell(f"The {source} gave the same tensor as in an earlier step: such steps are left out.")
+            training = self._model.training
+            if weights is not None and (source, training) not in self._looked_at:
+                check_weights(weights, f"The {source} gives", training)
+                self._looked_at.add((source, training))
+            if weights is not None and source in self._last and self._last[source].holds(weights):
+                self._tell(
+                    f"The {source} gave the same tensor as in an earlier step: such steps are left out. If the model "
+                    "fills it anew in each step, give a clone of it."
+                )
                 weights = None
             if weights is not None:
-                self._last[source] = weakref.ref(weights)
-                if str(source) not in self._ran:
-                    check_weights(weights, f"The {source} gives")
-                    self._ran.add(str(source))
+                self._last[source] = Place.of(weights)
+                self._ran.add(str(source))
             self._given[source] = None if weights is None else from_returned(weights)
         return self._given[source]
 

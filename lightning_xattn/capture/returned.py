@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -11,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attention import Direction, row_sum_tolerance
+from lightning_xattn.capture.axes import has_heads_among_samples, has_heads_behind_queries
 from lightning_xattn.capture.computed import Computation, watch_computations
 from lightning_xattn.capture.sites import Source
 from lightning_xattn.capture.weights import RecordedWeights
-from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.errors import DiscoveryError, ShapeError
 
 Item = tuple[str | int, ...]
 
@@ -30,7 +30,8 @@ class ModuleWatch:
     Where the module returns a mapping with the directions' names, or an item was named, that is read. Else it is the
     one attention that the module computes (see ``WatchComputations``), or else the one tensor that it returns whose
     rows sum to 1. Of a returned tensor the masks are known where it is what a softmax computed; where not, keys to
-    which a sample gives no weight at all count as padding. What is not clear is an error.
+    which a sample gives no weight at all count as padding. What is not clear in a first call is an error; a later call
+    without what was found before counts as none.
 
     Parameters
     ----------
@@ -41,9 +42,13 @@ class ModuleWatch:
     """
 
     def __init__(self, module: nn.Module, path: str, sites: Sequence[tuple[Direction, Source]]) -> None:
-        self._module, self._path, self._sites = module, path, sites
+        self.module = module
+        self._path, self._sites = path, sites
         self._computed: list[Computation] = []
-        self._checked: set[Item] = set()
+        # What the values of have been looked at, in training and in eval mode; an empty item: what is computed.
+        self._checked: set[tuple[Item, bool]] = set()
+        # Where it was found: under the directions' names, or at a place in what is returned.
+        self._by_name = False
         self._place: Item | None = None
 
     def watch(self, record: Callable[[dict[Direction | None, RecordedWeights]], None], hooks: ExitStack) -> None:
@@ -58,75 +63,109 @@ class ModuleWatch:
         """
 
         def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            record(self._find(output, [*args, *kwargs.values()]))
+            record(self._find(output, [tensor for _, tensor in _tensors((args, kwargs))]))
 
         def forget(*_: Any) -> None:
             self._computed = []
 
         hooks.callback(forget)
-        hooks.callback(self._module.register_forward_pre_hook(forget).remove)
-        hooks.callback(self._module.register_forward_hook(read, with_kwargs=True, prepend=True).remove)
+        hooks.callback(self.module.register_forward_pre_hook(forget).remove)
+        hooks.callback(self.module.register_forward_hook(read, with_kwargs=True, prepend=True).remove)
         # Inside of an nn.MultiheadAttention nothing may be watched so; a module that holds some is read by its output.
-        if not any(isinstance(module, nn.MultiheadAttention) for module in self._module.modules()):
-            watch_computations([self._module], lambda computation: self._computed.append(computation), hooks)
+        if not any(isinstance(module, nn.MultiheadAttention) for module in self.module.modules()):
+            watch_computations([self.module], lambda computation: self._computed.append(computation), hooks)
 
-    def _find(self, output: Any, inputs: list[Any]) -> dict[Direction | None, RecordedWeights]:
+    def _find(self, output: Any, inputs: list[Tensor]) -> dict[Direction | None, RecordedWeights]:
         computed, self._computed = self._computed, []
         tensors = dict(_tensors(output))
-        by_direction: dict[Direction | None, RecordedWeights] = {}
-        for direction, source in self._sites:
-            item = source.item or next((item for item in tensors if item and item[-1] == str(direction)), ())
-            if item:
-                by_direction[direction] = self._returned(item, output, computed)
-        if by_direction:
-            return by_direction
+
+        def returned(items: Mapping[Direction | None, Item]) -> dict[Direction | None, RecordedWeights]:
+            found = {name: self._returned(item, output, computed, inputs) for name, item in items.items()}
+            return {name: weights for name, weights in found.items() if weights is not None}
+
+        named = {direction: source.item or _under(direction, tensors) for direction, source in self._sites}
+        if self._by_name or any(named.values()):
+            self._by_name = True
+            return returned({direction: item for direction, item in named.items() if item})
         others = [item for item in tensors if item and isinstance(item[-1], str) and "_to_" in item[-1]]
         if others:
             raise DiscoveryError(self._not_clear(computed, tensors, others))
-        returned = [c for c in computed if any(c.is_tensor(tensor) for tensor in tensors.values())]
-        chosen = computed if len(computed) == 1 else returned
+        given = {item: one for item, tensor in tensors.items() for one in computed if one.gave(tensor)}
+        chosen = computed if len(computed) == 1 else list(dict.fromkeys(given.values()))
+        if len(chosen) == 1 and chosen[0] not in given.values():
+            self._check_computed(chosen[0], computed, tensors, inputs)
+            return {None: chosen[0].weights}
         if len(chosen) == 1:
-            return {None: self._accept(chosen[0], inputs)}
+            return returned({None: next(item for item, one in given.items() if one is chosen[0])})
         if self._place is None:
             fitting = [item for item, tensor in tensors.items() if _looks_like_attention(tensor)]
+            if self._checked and not computed and not fitting:
+                return {}
             if computed or len(fitting) != 1:
                 raise DiscoveryError(self._not_clear(computed, tensors, fitting))
             self._place = fitting[0]
-        return {None: self._returned(self._place, output, computed)}
+        return returned({None: self._place})
 
-    def _accept(self, computation: Computation, inputs: list[Any]) -> RecordedWeights:
-        samples = computation.weights.weights.shape[0]
-        tokens = [value for value in inputs if isinstance(value, Tensor) and value.dim() == 3]
-        if computation.one_head and any(len(value) != samples for value in tokens):
+    def _check_computed(
+        self, one: Computation, computed: list[Computation], tensors: Mapping[Item, Tensor], inputs: list[Tensor]
+    ) -> None:
+        """Refuse what the module computes if it is not surely its attention. Looks at the values of a first call."""
+        self._check_axes(one.weights, inputs, by_kernel=one.result is None)
+        if one.result is not None and self._is_first(()):
+            # What it returns instead may be what came of the softmax, or attention that is computed unseen.
+            weights = one.weights.weights
+            attention = [item for item, tensor in tensors.items() if _looks_like_attention(tensor)]
+            beside = [item for item in attention if not _tells(tensors[item], weights)]
+            if beside:
+                raise DiscoveryError(self._not_clear(computed, tensors, beside))
+        self._checked.add(((), self.module.training))
+
+    def _check_axes(self, recorded: RecordedWeights, inputs: list[Tensor], *, by_kernel: bool) -> None:
+        shape = tuple(recorded.weights.shape)
+        if has_heads_among_samples(recorded, inputs):
             raise ShapeError(
-                f"Module '{self._path}' calls scaled_dot_product_attention with {samples} x queries x width, which "
-                f"does not tell samples from heads. {NAME_IT}"
+                f"The attention of '{self._path}' has shape {(shape[0], *shape[2:])}, but its tokens are of another "
+                f"number of samples: heads seem to be folded into the samples. {NAME_IT}"
             )
-        return computation.weights
+        if not by_kernel and has_heads_behind_queries(recorded.weights, inputs):
+            raise ShapeError(
+                f"The attention of '{self._path}' has shape {shape}, which seems to be (batch, queries, heads, keys), "
+                f"from the numbers of its tokens; expected (batch, heads, queries, keys). {NAME_IT}"
+            )
 
-    def _returned(self, item: Item, output: Any, computed: list[Computation]) -> RecordedWeights:
+    def _is_first(self, item: Item) -> bool:
+        return (item, self.module.training) not in self._checked
+
+    def _returned(
+        self, item: Item, output: Any, computed: list[Computation], inputs: list[Tensor]
+    ) -> RecordedWeights | None:
+        """What stands at a place in what is returned; None if there is nothing, but was before."""
         name = f"'{self._path}" + "".join(f"[{key}]" for key in item) + "'"
         weights = output
         try:
             for key in item:
-                weights = weights[key]
+                # An item of a tensor would be a sample.
+                weights = None if isinstance(weights, Tensor) else weights[key]
         except (KeyError, IndexError, TypeError):
             weights = None
         if not isinstance(weights, Tensor):
+            if any(item == before for before, _ in self._checked):
+                return None
             there = ", ".join(_describe(key, tensor) for key, tensor in _tensors(output)) or "no tensor"
-            raise DiscoveryError(f"No tensor {name}: the module returned {there}.")
-        same = next((computation for computation in computed if computation.is_tensor(weights)), None)
-        if item not in self._checked:
-            check_weights(weights, f"Module {name} returns", self._module.training)
-            self._checked.add(item)
-        return same.weights if same is not None else from_returned(weights)
+            raise DiscoveryError(f"No tensor {name}: the module returned {there}. {NAME_IT}")
+        if self._is_first(item):
+            check_weights(weights, f"Module {name} returns", self.module.training)
+            self._checked.add((item, self.module.training))
+        recorded = from_returned(weights, next((one for one in computed if one.gave(weights)), None))
+        self._check_axes(recorded, inputs, by_kernel=False)
+        return recorded
 
     def _not_clear(self, computed: list[Computation], tensors: Mapping[Item, Tensor], fitting: Sequence[Item]) -> str:
         shapes = [str(tuple(computation.weights.weights.shape)) for computation in computed]
         returned = [_describe(item, tensor) for item, tensor in tensors.items()]
         inside = [
-            f"{self._path}.{path}"
-            for path, module in self._module.named_modules()
+            f"{self._path}.{path}".rstrip(".")
+            for path, module in self.module.named_modules()
             if isinstance(module, nn.MultiheadAttention)
         ]
         return (
@@ -139,8 +178,8 @@ class ModuleWatch:
         )
 
 
-def check_weights(weights: Tensor, who: str, training: bool = False) -> None:
-    """Refuse what is no attention, and say what is taken for one head. Looks at the values.
+def check_weights(weights: Any, who: str, training: bool) -> None:
+    """Refuse what is no attention. Looks at the values.
 
     Raises
     ------
@@ -148,11 +187,11 @@ def check_weights(weights: Tensor, who: str, training: bool = False) -> None:
         If the weights are not ``(batch, heads, queries, keys)`` or ``(batch, queries, keys)``, or a row that is not
         fully masked does not sum to 1.
     """
-    shape = tuple(weights.shape)
-    if weights.dim() not in (3, 4) or not weights.is_floating_point():
+    shape = tuple(weights.shape) if isinstance(weights, Tensor) else None
+    if shape is None or len(shape) not in (3, 4) or not weights.is_floating_point():
+        found = f"a {type(weights).__name__}" if shape is None else f"{weights.dtype} of shape {shape}"
         raise ShapeError(
-            f"{who} {weights.dtype} of shape {shape}; expected weights (batch, heads, queries, keys), or (batch, "
-            "queries, keys) of one head."
+            f"{who} {found}; expected weights (batch, heads, queries, keys), or (batch, queries, keys) of one head."
         )
     if not _looks_like_attention(weights):
         values, sums = weights.float().nan_to_num(), weights.float().sum(-1).nan_to_num()
@@ -166,31 +205,42 @@ def check_weights(weights: Tensor, who: str, training: bool = False) -> None:
             f"{who} shape {shape} with {found}. Expected weights after the softmax and before dropout, whose rows sum "
             f"to 1. {NAME_IT}"
         )
-    if weights.dim() == 3:
-        warnings.warn(
-            f"{who} weights without an axis for heads, {shape}: taken as one head. If they are an average over heads, "
-            "its entropy is larger than that of the heads; record the heads if you can.",
-            XAttnWarning,
-            stacklevel=2,
-        )
 
 
-def from_returned(weights: Tensor) -> RecordedWeights:
-    """Weights of which no mask is known: keys to which a sample gives no weight at all count as padding.
+def from_returned(weights: Tensor, computed: Computation | None = None) -> RecordedWeights:
+    """Weights that a module returned.
 
-    Not so in float16, where small weights are rounded to 0.
+    Of those that a softmax computed the masks are known, unless they were changed in place afterwards. Of others keys
+    to which a sample gives no weight at all count as padding; not so in float16, where small weights are rounded to 0.
+
+    Parameters
+    ----------
+    weights
+        ``(batch, heads, queries, keys)``, or ``(batch, queries, keys)`` of one head.
+    computed
+        The softmax that gave this tensor, if it was one.
     """
+    one_head = weights.dim() == 3
     # Copied, as the caller may change in place what it gets.
-    weights = (weights[:, None] if weights.dim() == 3 else weights).detach().clone()
-    if weights.dtype == torch.float16:
-        return RecordedWeights(weights)
-    return RecordedWeights(weights, key_mask=(weights != 0).any(dim=1).any(dim=1))
+    weights = (weights[:, None] if one_head else weights).detach().clone()
+    seen = torch.ones_like(weights[:, 0, 0], dtype=torch.bool)
+    if weights.dtype != torch.float16:
+        seen = (weights != 0).any(dim=1).any(dim=1)
+    if computed is None:
+        return RecordedWeights(weights, key_mask=seen, one_head=one_head)
+    before = computed.weights
+    assert before.key_mask is not None  # as of every softmax
+    assert before.visible is not None
+    # A tensor, as a GPU would have to wait for a bool.
+    kept = ((weights == before.weights) | before.weights.isnan()).all()
+    return RecordedWeights(weights, torch.where(kept, before.key_mask, seen), before.visible | ~kept)
 
 
 def _tensors(output: Any, item: Item = ()) -> Iterator[tuple[Item, Tensor]]:
-    """Every tensor of an output, with the keys that lead to it."""
+    """Every tensor with strides of an output, with the keys that lead to it."""
     if isinstance(output, Tensor):
-        yield item, output
+        if output.layout == torch.strided and not output.is_nested:
+            yield item, output
     elif isinstance(output, Mapping):
         for key, value in output.items():
             yield from _tensors(value, (*item, key))
@@ -206,6 +256,21 @@ def _looks_like_attention(tensor: Tensor) -> bool:
     sums = tensor.float().sum(-1)
     sound = ((sums - 1).abs() <= row_sum_tolerance(tensor.dtype)) | (sums == 0) | sums.isnan()
     return bool(sound.all() and (sums > 0).any() and not (tensor < 0).any())
+
+
+def _tells(tensor: Tensor, weights: Tensor) -> bool:
+    """Whether a tensor tells the same as weights, in another form, precision, or averaged over the heads."""
+    precision = max(torch.finfo(kind.dtype).eps for kind in (tensor, weights))
+    return any(
+        tensor.numel() == same.numel()
+        and torch.allclose(tensor.flatten().float(), same.flatten().float(), 2 * precision, 1e-6, equal_nan=True)
+        for same in (weights, weights.mean(1))
+    )
+
+
+def _under(direction: Direction, tensors: Mapping[Item, Tensor]) -> Item:
+    """The place of what is returned under a direction's name; empty if there is nothing."""
+    return next((item for item in tensors if item and item[-1] == str(direction)), ())
 
 
 def _describe(item: Item, tensor: Tensor) -> str:

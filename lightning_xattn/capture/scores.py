@@ -58,17 +58,20 @@ def are_single_scores(value: Any, samples: int) -> bool:
     return are_single(value, samples) and value.is_floating_point()
 
 
-def are_binary_labels(value: Any, samples: int) -> bool:
+def are_binary_labels(value: Any, samples: int, guessed: bool) -> bool:
     """Labels of two classes, 0 and 1, of any type; ``UNLABELLED`` ones too. Looks at the values.
 
-    Where -1 and 1 occur but no 0, -1 may be the other class: such labels are not taken.
+    Where -1 and 1 occur but no 0, -1 may be the other class: such labels are not taken. Floating numbers that are
+    merely guessed to be labels must show both classes, as those to regress may all be 0.
     """
     if not are_single(value, samples):
         return False
-    labelled = (value == 0) | (value == 1)
+    negative, positive = value == 0, value == 1
     unlabelled = torch.stack([value == label for label in UNLABELLED]).any(0)
-    certain = (value == 0).any() | ~(value == -1).any()
-    return bool((labelled | unlabelled).all() & labelled.any() & certain)
+    certain = negative.any() | ~(value == -1).any()
+    if guessed and value.is_floating_point():
+        certain &= negative.any() & positive.any()
+    return bool((negative | positive | unlabelled).all() & (negative | positive).any() & certain)
 
 
 def are_shares(rows: Tensor) -> bool:
@@ -105,9 +108,9 @@ def classes_of_scores(values: Tensor, threshold: float) -> Classes:
 
 
 def classes_of_labels(values: Tensor) -> Classes:
-    """Class ids of binary labels of any type; -1 where there is none."""
-    values = values.reshape(-1).float()
-    return Classes(torch.where(values >= 0, (values > 0.5).long(), -1), n_classes=2)
+    """Class ids of binary labels of any type; -1 where they are neither 0 nor 1."""
+    values = values.reshape(-1)
+    return Classes(torch.where(values == 1, 1, torch.where(values == 0, 0, -1)), n_classes=2)
 
 
 def confidence_of(scores: Tensor, probabilities: bool) -> Tensor:

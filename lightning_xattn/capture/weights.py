@@ -30,6 +30,10 @@ class RecordedWeights:
         ``(batch, heads, queries)``, see ``Attention``.
     cropped
         Whether tokens that are padding in every sample may have been cut off at the end.
+    within
+        Whether the query is the key, so that it attends within one sequence.
+    one_head
+        Whether the weights came without an axis for heads.
     """
 
     weights: Tensor
@@ -38,6 +42,8 @@ class RecordedWeights:
     extra_keys: int = 0
     crossing: Tensor | None = None
     cropped: bool = False
+    within: bool = False
+    one_head: bool = False
 
     @property
     def token_mask(self) -> Tensor | None:

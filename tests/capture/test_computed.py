@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention  # bound early, as some libraries do
 
 from lightning_xattn.capture import AttentionRecorder
-from lightning_xattn.errors import DiscoveryError, ShapeError
+from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
 from tests.capture.models import BATCH, record, tokens
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH
 
@@ -174,11 +174,12 @@ def test_three_axes_are_one_head_unless_heads_hide_among_the_samples():
     model.x = OneHead(fold=False)
     with AttentionRecorder(model, {"audio_to_text": "x"}) as recorder:
         model.x(audio, text)
-    assert recorder.attention[0].forward.weights.shape == (BATCH, 1, AUDIO, TEXT)
+    with pytest.warns(XAttnWarning, match="'x' has no axis for heads: it is taken as one head"):
+        assert recorder.attention[0].forward.weights.shape == (BATCH, 1, AUDIO, TEXT)
     model.x = OneHead(fold=True)
     with (
         AttentionRecorder(model, {"audio_to_text": "x"}),
-        pytest.raises(ShapeError, match=f"'x' calls.*{BATCH * HEADS} x queries.*not tell samples from heads.*lambda"),
+        pytest.raises(ShapeError, match=r"'x' has shape \(6, 5, 7\), but.* folded into the samples.*lambda"),
     ):
         model.x(audio, text)
     assert torch._C._len_torch_function_stack() == 0

@@ -158,6 +158,23 @@ def test_a_single_score_that_is_not_clear_is_not_taken_and_said_why(targets, sco
             find(LOSS, (IMAGE, targets), predictions=lambda o, b: scores, targets=lambda o, b: b[1])
 
 
+def test_floating_targets_of_which_a_first_batch_shows_one_class_may_be_numbers_to_regress():
+    ones, zeros = torch.ones(BATCH), torch.zeros(BATCH)
+    for only in (ones, zeros):
+        labels = find(LOSS, (IMAGE, only), SINGLE)
+        assert labels.predicted is None
+        assert labels.target is None
+        assert "in the first batch: this is a regression" in labels.doubts["predictions"]
+        assert find(LOSS, (IMAGE, only.long()), SINGLE).target.tolist() == only.tolist()
+        assert find(LOSS, {"mine": only}, SINGLE, targets="mine").target.tolist() == only.tolist()
+
+
+def test_what_is_neither_0_nor_1_in_a_later_batch_has_no_class():
+    finder = LabelFinder()
+    assert finder.find(step(LOSS, (IMAGE, BITS), SINGLE)).target.tolist() == BITS.tolist()
+    assert finder.find(step(LOSS, (IMAGE, BITS * 7), SINGLE)).target.tolist() == [0, -1, -1, 0, -1]
+
+
 def test_the_place_is_kept_from_the_first_batch_on():
     finder = LabelFinder()
     assert finder.find(step(LOSS, (IMAGE, IDS), SCORES)).target.tolist() == IDS.tolist()

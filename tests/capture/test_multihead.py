@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lightning_xattn.capture import AttentionRecorder, JointSequence
-from tests.capture.models import BATCH, Pair, assert_same, record, tokens
+from lightning_xattn.errors import DiscoveryError
+from tests.capture.models import BATCH, Pair, Runs, assert_same, mha, record, recorded, tokens
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, count_hooks
 
 
@@ -213,3 +214,110 @@ def test_a_masked_key_beside_a_bias_is_masked():
         model(audio, text, {"attn_mask": mask})
     visible = recorder.attention[0].forward.visible.expand(BATCH, HEADS, AUDIO, TEXT)
     assert (visible == (torch.arange(TEXT) < 3)).all()
+
+
+def test_other_hooks_see_the_call_as_it_was_made():
+    model, (audio, text), seen = Pair(), tokens(), []
+    attention = model.audio_to_text_attn
+    attention.register_forward_hook(lambda module, args, kwargs, _: seen.append((len(args), kwargs)), with_kwargs=True)
+    with AttentionRecorder(model):
+        attention(audio, text, value=text, key_padding_mask=None)
+        attention(audio, text, text, None, True, None, True, False)
+    assert seen == [
+        (2, {"value": text, "key_padding_mask": None, "average_attn_weights": False}),
+        (8, {}),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:'audio_to_text_attn' has no axis for heads")
+@pytest.mark.parametrize(
+    "patch",
+    [
+        lambda forward: lambda q, k, v, **_: forward(q, k, v),
+        lambda forward: lambda *args, **call: forward(*args, **call | {"average_attn_weights": True}),
+    ],
+    ids=["drops what it is asked", "averages"],
+)
+def test_a_forward_that_was_patched_is_left_alone(patch):
+    model, (audio, text) = Pair(), tokens()
+    attention = model.audio_to_text_attn
+    attention.forward = patch(attention.forward)
+    (pair,) = record(model, lambda m: m.audio_to_text_attn(audio, text, text), {"audio_to_text": "audio_to_text_attn"})
+    with torch.no_grad():
+        assert torch.equal(pair.forward.weights[:, 0], attention(audio, text, text)[1])
+
+
+@pytest.mark.parametrize("key", [lambda x: x, lambda x: x[:], lambda x: x.detach()])
+def test_a_view_of_the_query_is_the_query(key):
+    audio, _ = tokens()
+    model = Runs(lambda m, x: m.audio_to_text(x, key(x), x), audio_to_text=mha())
+    with pytest.raises(DiscoveryError, match="attends within one sequence: its query is its key"):
+        recorded(model, inputs=[audio])
+    other = Runs(lambda m, x: m.audio_to_text(x, x.flip(1), x), audio_to_text=mha())
+    assert recorded(other, inputs=[audio])
+
+
+@pytest.mark.parametrize("named", ["encoder.layers.0", "encoder.layers.0.self_attn"])
+def test_self_attention_of_an_encoder_is_no_direction(named):
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 8, batch_first=True)
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)})
+    with AttentionRecorder(model, {"a_to_b": named}) as recorder:
+        model["encoder"](tokens()[0])
+    with pytest.raises(DiscoveryError, match="attends within one sequence"):
+        _ = recorder.attention
+
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.batch = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x):
+        return self.batch(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_a_norm_that_counts_what_it_sees_counts_it_once():
+    layers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 8, dropout=0.0, batch_first=True, norm_first=True)
+        layer.norm1 = Norm()
+        layers.append(layer)
+    joint = torch.cat(tokens(), dim=1)
+    layers[0](joint)
+    with AttentionRecorder(
+        nn.ModuleDict({"encoder": layers[1]}), JointSequence("encoder", {"audio": (0, AUDIO), "text": (AUDIO, None)})
+    ) as recorder:
+        layers[1](joint)
+    for a, b in zip(layers[0].buffers(), layers[1].buffers(), strict=True):
+        assert torch.equal(a, b)
+    normed = Norm()(joint)
+    _, expected = layers[1].self_attn(normed, normed, normed, average_attn_weights=False)
+    block = expected[:, :, :AUDIO, AUDIO:]
+    torch.testing.assert_close(recorder.attention[0].forward.crossing, block.sum(-1))
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_extra_keys_are_no_padding(need_weights):
+    model, (audio, text) = Pair(add_bias_kv=True, add_zero_attn=True), tokens()
+    padding = torch.tensor([[False] * 5 + [True] * 2, [False] * 7])
+    call = {"key_padding_mask": padding, "need_weights": need_weights}
+    with AttentionRecorder(model) as recorder:
+        model(audio, text, call)
+    (pair,) = recorder.attention
+    assert pair.forward.extra_keys == 2
+    assert torch.equal(pair.forward.key_mask, torch.cat([~padding, torch.ones(2, 2, dtype=torch.bool)], dim=1))
+    assert torch.equal(pair.backward.query_mask, ~padding)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_computed_beside_is_computed_in_full_precision(training):
+    model, (audio, text) = Pair(dropout=0.3 * training).train(training), tokens()
+    call = {"need_weights": False}
+    with torch.autocast("cpu", torch.bfloat16), AttentionRecorder(model) as recorder:
+        model(audio, text, call, call)
+    rounded = recorder.attention[0].forward.weights
+    model.eval()
+    exact = model(audio, text, {"average_attn_weights": False})[0][1]
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact)

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.errors import DiscoveryError, XAttnWarning
-from tests.capture.models import BATCH, record
+from tests.capture.models import BATCH, Runs, heads, record
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, quiet_trainer, toy_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found in the first pass")
@@ -199,3 +199,37 @@ def test_a_trainer_with_a_model_whose_names_tell_nothing(sanity):
     for callback in (watch, named):
         quiet_trainer(callbacks=[callback]).validate(module, toy_loader(), verbose=False)
     assert named.history[-1] == watch.history[-1]
+
+
+@pytest.mark.parametrize(
+    "reduce",
+    [lambda x: x[:, ::2], lambda x: torch.cat([x.flip(1), x], dim=1)],
+    ids=["keys are pooled", "keys are kept from before"],
+)
+def test_other_numbers_of_queries_and_keys_are_not_yet_two_modalities(reduce):
+    model = Runs(lambda m, x: F.scaled_dot_product_attention(heads(x), heads(reduce(x)), heads(reduce(x))))
+    with AttentionRecorder(model) as recorder:
+        model(sides()[0])
+    with pytest.raises(DiscoveryError, match=r"No cross-attention ran.*\(run 1\): 5 queries, \d+ keys.*Name them"):
+        _ = recorder.attention
+
+
+def test_what_may_go_across_beside_what_does_is_said_to_be_left_out():
+    pooled = Runs(lambda m, x: F.scaled_dot_product_attention(heads(x), heads(x[:, ::2]), heads(x[:, ::2])))
+    model = Runs(lambda m, x, y: (m.pooled(x), m.p(x, y, y), m.q(y, x, x)), pooled=pooled, p=attention(), q=attention())
+    with AttentionRecorder(model) as recorder:
+        model(*sides())
+        with pytest.warns(XAttnWarning, match=r"'a_to_b': 'p'.*Left out.*pooled \(run 1\): 5 queries, 3 keys"):
+            (pair,) = recorder.attention
+    assert pair.backward is not None
+
+
+def test_split_heads_of_two_numbers_of_tokens_are_two_kinds():
+    attend = Runs(lambda m, q, k: F.scaled_dot_product_attention(q, k, k))
+    model = Runs(lambda m, x, y: (m.p(heads(x), heads(y)), m.q(heads(y), heads(x))), p=attend, q=Runs(attend.run))
+    x, y = sides()
+    with AttentionRecorder(model) as recorder:
+        model(x, y)
+    (pair,) = recorder.attention
+    assert pair.forward.weights.shape == (BATCH, HEADS, AUDIO, TEXT)
+    assert pair.backward is not None

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
-from tests.capture.models import BATCH, Pair, tokens
+from tests.capture.models import BATCH, Fusing, Pair, Runs, heads, recorded, tokens
 from tests.toy import ToyModule, count_hooks, toy_data
 
 
@@ -39,7 +40,9 @@ def test_hooks_leave_when_the_model_crashes_and_when_setting_up_fails(monkeypatc
 
     recorder = AttentionRecorder(model)
     model.text_to_audio_attn = None  # found before, gone when the hooks are set
-    with pytest.raises(AttributeError):
+    with pytest.raises(
+        DiscoveryError, match="'text_to_audio_attn' is no longer in the model. Found: audio_to_text_attn"
+    ):
         recorder.__enter__()
     assert count_hooks(model) == 0
 
@@ -70,3 +73,34 @@ def test_directions_that_do_not_fit_are_refused():
         model.text_to_audio_attn(text[:, :3], audio, audio)
         with pytest.raises(ShapeError, match="queries=7, keys=5.*got \\(2, 3, 3, 5\\)"):
             _ = recorder.attention
+
+
+def attend(module, x, y):
+    return F.scaled_dot_product_attention(heads(x), heads(y), heads(y))
+
+
+def in_the_open(module, x, y):
+    return (heads(x) @ heads(y).mT).softmax(-1) @ heads(y)
+
+
+@pytest.mark.parametrize("run", [attend, in_the_open])
+def test_recorders_nest_around_attention_by_hand(run):
+    model, (audio, text) = Fusing(Runs(run)), tokens()
+    expected = model(audio, text)
+    (alone,) = recorded(model, {"a_to_b": "fusion"})
+    outer, inner = AttentionRecorder(model, {"a_to_b": "fusion"}), AttentionRecorder(model, {"a_to_b": "fusion"})
+    with outer:
+        with inner:
+            assert torch.equal(model(audio, text), expected)
+        model(audio, text)
+    assert torch.equal(inner.attention[0].forward.weights, alone.forward.weights)
+    with pytest.warns(XAttnWarning, match="ran 2 times"):
+        assert torch.equal(outer.attention[0].forward.weights, alone.forward.weights)
+    assert torch._C._len_torch_function_stack() == 0
+
+
+@pytest.mark.parametrize("run", [attend, in_the_open])
+def test_a_module_and_one_that_it_holds(run):
+    model = Fusing(Fusing(Runs(run)))
+    outer, inner = recorded(model, {"a_to_b": "fusion", "c_to_d": "fusion.fusion"})
+    assert torch.equal(outer.forward.weights, inner.forward.weights)

@@ -10,35 +10,8 @@ from torch import nn
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
-from tests.capture.models import BATCH, Pair, tokens
+from tests.capture.models import BATCH, Pair, Runs, heads, mha, record_fusion, recorded, tokens
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, count_hooks, quiet_trainer, toy_loader
-
-
-def mha():
-    return nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-
-
-def heads(x):
-    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-
-
-class Runs(nn.Module):
-    """A module that runs what the test says on audio and text tokens."""
-
-    def __init__(self, run, **children):
-        super().__init__()
-        self.run = run
-        for name, child in children.items():
-            self.add_module(name, child)
-
-    def forward(self, audio, text):
-        return self.run(self, audio, text)
-
-
-def recorded(model, attention=None, inputs=None):
-    with torch.no_grad(), AttentionRecorder(model, attention) as recorder:
-        model(*(inputs or tokens()))
-    return recorder.attention
 
 
 def stance():
@@ -120,14 +93,7 @@ def test_which_keys_a_softmax_hides_is_told_from_the_scores_whatever_hides_them(
 def test_a_mapping_with_another_direction_is_not_taken():
     fusion = Runs(lambda m, audio, text: {"out": audio, "audio_to_text": (audio @ text.mT).softmax(-1)})
     with pytest.raises(DiscoveryError, match=r"\[audio_to_text\]"):
-        _of(fusion, {"text_to_audio": "fusion"})
-
-
-def _of(fusion, attention, inputs=None):
-    model = nn.Module()
-    model.fusion = fusion
-    model.forward = lambda audio, text: model.fusion(audio, text)
-    return recorded(model, attention, inputs)
+        record_fusion(fusion, {"text_to_audio": "fusion"})
 
 
 def test_one_module_under_two_names_takes_turns_or_is_refused():
@@ -151,8 +117,8 @@ def test_heads_folded_into_the_samples_are_noticed_also_where_their_number_is_th
         return F.scaled_dot_product_attention(q, k, k)
 
     x = torch.randn(4, 12, WIDTH)  # 4 samples of 3 heads make 12, as many as there are tokens
-    with pytest.raises(ShapeError, match="12 x queries x width, which does not tell samples from heads"):
-        _of(Runs(folded), {"a_to_b": "fusion"}, (x, x[:, :7]))
+    with pytest.raises(ShapeError, match=r"shape \(12, 12, 7\), but its tokens .* folded into the samples"):
+        record_fusion(Runs(folded), {"a_to_b": "fusion"}, (x, x[:, :7]))
 
 
 def test_what_a_callable_gave_in_an_earlier_step_is_not_counted_again():
@@ -186,7 +152,7 @@ def test_a_mask_that_is_changed_later_is_not_what_was_in_force():
         mask.zero_()
         return out
 
-    (pair,) = _of(Runs(attend), {"a_to_b": "fusion"})
+    (pair,) = record_fusion(Runs(attend), {"a_to_b": "fusion"})
     assert torch.equal(pair.forward.key_mask, (torch.arange(TEXT) < 5).expand(BATCH, TEXT))
 
 
@@ -196,8 +162,8 @@ def test_small_half_precision_weights_are_not_padding():
         scores[..., 0] = 30
         return audio, 1 * scores.softmax(-1).half()
 
-    (pair,) = _of(Runs(fuse), {"a_to_b": "fusion[1]"})
-    assert pair.forward.key_mask is None
+    (pair,) = record_fusion(Runs(fuse), {"a_to_b": "fusion[1]"})
+    assert pair.forward.key_mask.all()
 
 
 @pytest.mark.filterwarnings("ignore:Found in the first pass")

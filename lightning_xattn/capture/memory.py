@@ -1,0 +1,39 @@
+"""Whether two tensors are the same numbers in memory."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where the numbers of a tensor stand in memory. It keeps them not alive, and knows when they are gone.
+
+    Other tensor objects with the same numbers, such as ``tensor.detach()``, have the same place.
+    """
+
+    storage: weakref.ref[torch.UntypedStorage]
+    layout: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Place:
+        """The place of a tensor with strides."""
+        return cls(weakref.ref(tensor.untyped_storage()), _layout(tensor))
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether this is the place of the tensor, too."""
+        return self.storage() is tensor.untyped_storage() and self.layout == _layout(tensor)
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+def are_same(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one, or views of the same numbers."""
+    return tensor is other or (not (tensor.is_nested or other.is_nested) and Place.of(tensor).holds(other))

@@ -1,0 +1,140 @@
+"""Steps that are other than the first one: what is not there is left out and said, what is new is looked at."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.capture import AttentionRecorder
+from lightning_xattn.errors import DiscoveryError, XAttnWarning
+from tests.capture.models import Fusing, Runs, heads, mha, tokens
+from tests.toy import AUDIO, TEXT, ToyModule, quiet_trainer, toy_loader
+
+
+def steps(model, recorder, *changes):
+    """How many layers are recorded in a first step, and after each change."""
+    counts = []
+    for change in (lambda: None, *changes):
+        change()
+        with torch.no_grad(), recorder:
+            model(*tokens())
+        counts.append(len(recorder.attention))
+        recorder.clear()
+    return counts
+
+
+def test_a_module_that_attends_within_in_one_step_and_across_in_the_next():
+    audio, text = tokens()
+    model = Runs(lambda m, x, y: m.p(x, y, y), p=mha())
+    recorder = AttentionRecorder(model, {"a_to_b": "p"})
+    with recorder:
+        model(audio, audio)
+        with pytest.raises(DiscoveryError, match="its query is its key"):
+            _ = recorder.attention
+        recorder.clear()
+        model(audio, text)
+        assert recorder.attention[0].forward.weights.shape[2:] == (AUDIO, TEXT)
+
+
+@pytest.mark.filterwarnings("ignore:Found in the first pass")
+def test_one_module_that_attends_within_and_across_in_every_step():
+    model = Runs(lambda m, x, y: (m.p(x, x, x), m.p(y, y, y), m.p(x, y, y), m.p(y, x, x)), p=mha())
+    assert steps(model, AttentionRecorder(model), lambda: None, lambda: None) == [1, 1, 1]
+
+
+def attend(module, x, y):
+    return F.scaled_dot_product_attention(heads(x), heads(y), heads(y))
+
+
+def test_a_module_that_is_replaced():
+    model = Fusing(Runs(attend))
+    recorder = AttentionRecorder(model, {"a_to_b": "fusion"})
+    assert steps(model, recorder, lambda: setattr(model, "fusion", Runs(attend))) == [1, 1]
+
+
+class Flag:
+    on = True
+
+
+FLAGGED = {
+    "an item": (lambda m, x, w: (x, w if Flag.on else None), {"a_to_b": "fusion[1]"}),
+    "an item that is gone": (lambda m, x, w: (x, w) if Flag.on else x, {"a_to_b": "fusion[1]"}),
+    "a name": (lambda m, x, w: (x, {"a_to_b": w}) if Flag.on else x, {"a_to_b": "fusion"}),
+    "the one that looks like it": (lambda m, x, w: (x, w) if Flag.on else x, {"a_to_b": "fusion"}),
+}
+
+
+@pytest.mark.parametrize("in_the_open", [False, True])
+@pytest.mark.parametrize(("give", "attention"), FLAGGED.values(), ids=FLAGGED)
+def test_a_module_that_returns_attention_in_some_steps(give, attention, in_the_open, monkeypatch):
+    def run(module, x, y):
+        scores = heads(x) @ heads(y).mT
+        weights = scores.softmax(-1) if in_the_open else scores.exp() / scores.exp().sum(-1, keepdim=True)
+        return give(module, x, weights)
+
+    model = Fusing(Runs(run))
+    recorder = AttentionRecorder(model, attention)
+    off, on = (lambda value=value: monkeypatch.setattr(Flag, "on", value) for value in (False, True))
+    # What is computed in the open is seen whether it is returned or not.
+    seen = in_the_open and give is FLAGGED["the one that looks like it"][0]
+    assert steps(model, recorder, off, on) == [1, int(seen), 1]
+
+
+@pytest.mark.parametrize("read", [lambda m: m.last, lambda m: m.last.detach(), lambda m: m.last[:, :, :3]])
+def test_another_object_of_the_same_stale_numbers(read):
+    model = Fusing(Runs(lambda m, x, y: setattr(model, "last", torch.rand(2, 3, AUDIO, TEXT).softmax(-1))))
+    recorder = AttentionRecorder(model, {"a_to_b": read})
+    assert steps(model, recorder, lambda: None) == [1, 1]
+    with pytest.warns(XAttnWarning, match="same tensor as in an earlier step.* give a clone"):
+        assert steps(model, recorder, lambda: setattr(model.fusion, "run", lambda m, x, y: None)) == [1, 0]
+
+
+class Fickle(ToyModule):
+    """The toy with attention by hand, which it returns in its first epoch only."""
+
+    def __init__(self):
+        super().__init__()
+        del self.audio_to_text_attn, self.text_to_audio_attn
+        self.fusion = Runs(self.fuse)
+
+    def fuse(self, _, audio, text):
+        weights = (heads(audio) @ heads(text).mT).softmax(-1)
+        fused = torch.cat([(weights @ heads(text)).transpose(1, 2).flatten(2).mean(1), text.mean(1)], dim=1)
+        return fused, weights if self.current_epoch == 0 else None
+
+    def forward(self, audio, text):
+        return self.head(self.fusion(self.audio(audio), self.text(text))[0])
+
+
+@pytest.mark.filterwarnings("ignore:Found 'fusion.*without")
+def test_an_epoch_without_attention_is_said_and_ends_nothing():
+    watch = AttentionExplainabilityCallback({"audio_to_text": "fusion[1]"})
+    with pytest.warns(XAttnWarning, match=r"No attention was seen in an evaluation \('val'\).*no curves") as told:
+        quiet_trainer(callbacks=[watch], max_epochs=3).fit(Fickle(), toy_loader(), toy_loader(seed=1))
+    assert [record["epoch"] for record in watch.history] == [0]
+    assert len([one for one in told if "No attention was seen" in str(one.message)]) == 1
+
+
+@pytest.mark.parametrize("attention", [{"audio_to_text": "look"}, None])
+@pytest.mark.filterwarnings("ignore:Found 'look", "ignore:Found in the first pass")
+def test_two_callbacks_on_attention_by_hand(attention):
+    class Hand(Fickle):
+        def __init__(self):
+            super().__init__()
+            del self.fusion
+            self.look, self.hear = Runs(attend), Runs(attend)
+
+        def forward(self, audio, text):
+            audio, text = self.audio(audio), self.text(text)
+            fused = [x.transpose(1, 2).flatten(2).mean(1) for x in (self.look(audio, text), self.hear(text, audio))]
+            return self.head(torch.cat(fused, dim=1))
+
+    torch.manual_seed(0)
+    module = Hand()
+    alone, first = AttentionExplainabilityCallback(attention), AttentionExplainabilityCallback(attention)
+    watches = [first, AttentionExplainabilityCallback(attention, group_by="prediction")]
+    for callbacks in ([alone], watches):
+        quiet_trainer(callbacks=callbacks).validate(module, toy_loader(), verbose=False)
+    assert len(alone.history) == 1
+    assert watches[0].history == alone.history
+    assert watches[1].history[0]["samples"] == alone.history[0]["samples"]

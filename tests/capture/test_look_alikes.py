@@ -1,0 +1,211 @@
+"""What looks like a module's attention and is none, or is it in another form: read as it is, or refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_xattn.capture import AttentionRecorder
+from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
+from tests.capture.models import BATCH, Fusing, Runs, heads, record, record_fusion, tokens
+from tests.toy import AUDIO, HEADS, TEXT, WIDTH
+
+MASK = (torch.arange(TEXT) < 4).float()
+ITEM, WHOLE = {"a_to_b": "fusion[1]"}, {"a_to_b": "fusion"}
+
+
+def softmax(queries, keys):
+    return (heads(queries) @ heads(keys).mT).softmax(-1)
+
+
+def masked(module, x, y):
+    weights = softmax(x, y)
+    weights = weights * MASK
+    weights = weights / weights.sum(-1, keepdim=True)
+    return weights @ heads(y), weights
+
+
+def masked_in_place(module, x, y):
+    weights = softmax(x, y)
+    weights.mul_(MASK).div_(weights.sum(-1, keepdim=True))
+    return weights @ heads(y), weights
+
+
+def sharpened(module, x, y):
+    weights = softmax(x, y) ** 2
+    return x, weights / weights.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("run", [masked, masked_in_place, sharpened])
+def test_what_is_done_after_a_softmax_is_in_what_is_returned(run, inference):
+    audio, text = tokens()
+    model = Fusing(Runs(run))
+    recorder = AttentionRecorder(model, ITEM)
+    with torch.inference_mode(inference), recorder:
+        _, returned = model(audio, text)
+    (pair,) = recorder.attention
+    assert torch.equal(pair.forward.weights, returned)
+    hides = run is not sharpened
+    assert torch.equal(pair.forward.key_mask, (MASK.bool() | (not hides)).expand(BATCH, TEXT))
+
+
+@pytest.mark.parametrize("run", [masked, sharpened])
+def test_attention_that_is_returned_beside_another_softmax_is_asked_for(run):
+    with pytest.raises(DiscoveryError, match=r"computes attention of shapes \(2, 3, 5, 7\), and returns .*\[1\]"):
+        record_fusion(Runs(run), WHOLE)
+
+
+def gated(module, x, y):
+    gate = torch.stack([heads(x), heads(x).flip(-1)], dim=-1).mean(-2).softmax(-1)  # (batch, heads, queries, 2)
+    return gate.mean() * x, (x @ y.mT).softmax(-1)
+
+
+def test_a_gate_with_four_axes_is_not_taken_for_the_attention_that_is_returned():
+    with pytest.raises(DiscoveryError, match=r"shapes \(2, 3, 5, 2\), and returns .*\[1\] \(2, 5, 7\)"):
+        record_fusion(Runs(gated), WHOLE)
+
+
+FORMS = {
+    "averaged over the heads": lambda w: w.mean(1),
+    "in half precision": lambda w: w.bfloat16(),
+    "heads folded": lambda w: w.flatten(0, 1),
+    "the very tensor": lambda w: w,
+    "dropped out": nn.Dropout(0.5),
+}
+
+
+class Form(nn.Module):
+    """A function, or a module in the mode of what holds it."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def forward(self, weights):
+        return self.form(weights)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_softmax_that_is_returned_in_another_form_is_the_attention(form):
+    audio, text = tokens()
+    fusion = Runs(lambda m, x, y: (x, m.form(softmax(m.q(x), y))), q=nn.Linear(WIDTH, WIDTH), form=Form(form))
+    model = Fusing(fusion)
+    (pair,) = record(model, lambda m: m(audio, text), WHOLE)
+    assert torch.equal(pair.forward.weights, softmax(fusion.q(audio), text))
+
+
+def folded(queries, keys):
+    return (heads(x).flatten(0, 1) for x in (queries, keys))
+
+
+def by_hand(module, x, y):
+    q, k = folded(x, y)
+    weights = torch.bmm(q, k.mT).softmax(-1)
+    return weights @ k, weights
+
+
+def fused(module, x, y):
+    q, k = folded(x, y)
+    return F.scaled_dot_product_attention(q, k, k)
+
+
+def of_images(module, x, y):
+    return fused(module, x.flatten(2).mT, y.flatten(2).mT)
+
+
+IMAGES = torch.randn(BATCH, WIDTH, 3, 3), torch.randn(BATCH, WIDTH, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("run", "inputs", "attention"),
+    [
+        (by_hand, tokens(), WHOLE),
+        (by_hand, tokens(), ITEM),
+        (fused, tokens(), WHOLE),
+        (fused, [x[:1] for x in tokens()], WHOLE),
+        (of_images, IMAGES, WHOLE),
+        (lambda m, pair: fused(m, *pair.values()), ({"x": tokens()[0], "y": tokens()[1]},), WHOLE),
+    ],
+)
+def test_heads_among_the_samples(run, inputs, attention):
+    with pytest.raises(ShapeError, match="heads seem to be folded into the samples.*lambda"):
+        record_fusion(Runs(run), attention, inputs)
+
+
+@pytest.mark.filterwarnings("ignore:Found in the first pass")
+def test_heads_among_the_samples_in_a_first_pass():
+    model = Runs(lambda m, x, y: (m.f(x, y), m.g(y, x)), f=Runs(fused), g=Runs(fused))
+    with AttentionRecorder(model) as recorder:
+        model(*tokens())
+    with pytest.raises(DiscoveryError, match=r"heads of f \(run 1\).* seem to be folded into the samples"):
+        _ = recorder.attention
+
+
+@pytest.mark.filterwarnings("ignore:.*has no axis for heads")
+def test_one_head_of_tokens_whose_first_axis_is_not_that_of_the_samples():
+    """Sequence first, and queries that are the same for every sample."""
+    audio, text = tokens()
+
+    def transposed(module, x, y):
+        return F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in (x, y, y)))
+
+    (pair,) = record_fusion(Runs(transposed), WHOLE, (audio.transpose(0, 1), text.transpose(0, 1)))
+    assert pair.forward.weights.shape == (BATCH, 1, AUDIO, TEXT)
+
+    def latent(module, x, y):
+        return F.scaled_dot_product_attention(x.expand(len(y), -1, -1), y, y)
+
+    (pair,) = record_fusion(Runs(latent), WHOLE, (audio[:1], text))
+    assert pair.forward.weights.shape == (BATCH, 1, AUDIO, TEXT)
+
+
+def test_heads_behind_the_queries():
+    def run(module, x, y):
+        q, k = (t.unflatten(-1, (HEADS, -1)) for t in (x, y))
+        weights = torch.einsum("bqhd,bkhd->bqhk", q, k).softmax(-1)
+        return torch.einsum("bqhk,bkhd->bqhd", weights, k), weights
+
+    for attention in (WHOLE, ITEM):
+        with pytest.raises(ShapeError, match=r"\(2, 5, 3, 7\), which seems to be \(batch, queries, heads, keys\)"):
+            record_fusion(Runs(run), attention)
+
+
+def test_an_item_of_a_tensor_would_be_a_sample():
+    with pytest.raises(DiscoveryError, match=r"No tensor 'fusion\[0\]': the module returned  \(2, 3, 5, 7\)"):
+        record_fusion(Runs(lambda m, x, y: 1 * softmax(x, y)), {"a_to_b": "fusion[0]"})
+
+
+def test_dropout_in_what_is_returned_is_noticed_also_after_eval_mode():
+    dropout = nn.Dropout(0.5)
+    model = Fusing(Runs(lambda m, x, y: (x, m.dropout(1 * softmax(x, y))), dropout=dropout)).eval()
+    with AttentionRecorder(model, ITEM) as recorder:
+        model(*tokens())
+        assert recorder.attention
+        model.train()
+        with pytest.raises(ShapeError, match="put the model in eval mode"):
+            model(*tokens())
+
+
+def test_a_callable_must_give_a_tensor():
+    model = Fusing(Runs(lambda m, x, y: x))
+    for given, found in (([1.0], "a list"), (torch.ones(2, 3), r"torch.float32 of shape \(2, 3\)")):
+        with pytest.raises(ShapeError, match=f"The callable .*gives {found}; expected weights"):
+            recorded_by(model, lambda model, given=given: given)
+
+
+def recorded_by(model, read):
+    with AttentionRecorder(model, {"a_to_b": read}) as recorder:
+        model(*tokens())
+    return recorder.attention
+
+
+def test_one_head_is_said_once_for_each_module():
+    model = Fusing(Runs(lambda m, x, y: F.scaled_dot_product_attention(x, y, y)))
+    with AttentionRecorder(model, WHOLE) as recorder:
+        model(*tokens())
+        with pytest.warns(XAttnWarning, match="'fusion' has no axis for heads"):
+            assert recorder.attention
+        recorder.clear()
+        model(*(t[:1] for t in tokens()))
+        assert recorder.attention
