@@ -166,27 +166,30 @@ class Probe:
         Raises
         ------
         DiscoveryError
-            If nothing attends across, or it is not clear what pairs up; the message lists all that ran, with shapes.
+            If nothing attends across, or it is not clear what pairs up or what the axes are; the message lists all that
+            ran, with shapes.
         """
-        across = [run for run in self._runs if run.mixed]
-        if not across:
-            raise DiscoveryError(self.say("No cross-attention ran"))
-        calls: dict[str, list[RecordedWeights]] = defaultdict(list)
-        for run in self._runs:
-            if len(calls[run.path]) != run.turn:
-                raise DiscoveryError(self.say(f"'{run.path}' computes several attentions in one run, or not in each"))
-            calls[run.path].append(run.weights)
         layers = layers_by_name(self._root, dict.fromkeys(run.path for run in self._runs if run.may_cross))
-        layers = layers or self._pair(across)
-        taken = {source.path for layer in layers for _, source in layer.sites}
-        folded = next((run for run in self._runs if run.folded and run.path in taken), None)
-        if folded is not None:
-            raise DiscoveryError(self.say(f"The heads of {folded} seem to be folded into the samples"))
-        left_out = "; ".join(str(run) for run in self._runs if run.may_cross and run.path not in taken)
-        return tuple(layers), calls, left_out
+        layers = layers or self._pair([run for run in self._runs if run.mixed])
+        taken: dict[str, list[Run]] = {source.path: [] for layer in layers for _, source in layer.sites}
+        left_out = []
+        for run in self._runs:
+            if run.path in taken:
+                taken[run.path].append(run)
+            elif run.may_cross:
+                left_out.append(str(run))
+        for path, runs in taken.items():
+            if [run.turn for run in runs] != list(range(len(runs))):
+                raise DiscoveryError(self.say(f"'{path}' computes several attentions in one run, or not in each"))
+            if any(run.folded for run in runs):
+                raise DiscoveryError(self.say(f"The heads of '{path}' seem to be folded into the samples"))
+        calls = {path: [run.weights for run in runs] for path, runs in taken.items()}
+        return tuple(layers), calls, "; ".join(left_out)
 
     def _pair(self, across: list[Run]) -> list[LayerSites]:
         """Pair runs of opposite directions, in the order in which they ran."""
+        if not across:
+            raise DiscoveryError(self.say("No cross-attention ran"))
         groups: dict[frozenset[int], list[Run]] = defaultdict(list)
         for run in across:
             if run.sides is None:
@@ -222,7 +225,7 @@ class Probe:
         """A message with all that ran, with shapes, and how to name the right ones."""
         ran = "; ".join(str(run) for run in self._runs)
         return (
-            f"{what}, and no module is named '<a>_to_<b>...'. "
+            f"{what}, and no name tells a direction. "
             + (f"What ran: {ran}. " if ran else f"No attention was seen at all. {describe_attention(self._root)} ")
             + f"{NAME_THEM} For modalities that share one sequence: attention=JointSequence('path.to.module', "
             "spans={'<a>': (start, stop), '<b>': (start, stop)})."

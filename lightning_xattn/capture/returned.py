@@ -210,8 +210,9 @@ def check_weights(weights: Any, who: str, training: bool) -> None:
 def from_returned(weights: Tensor, computed: Computation | None = None) -> RecordedWeights:
     """Weights that a module returned.
 
-    Of those that a softmax computed the masks are known, unless they were changed in place afterwards. Of others keys
-    to which a sample gives no weight at all count as padding; not so in float16, where small weights are rounded to 0.
+    Of those that a softmax computed the masks are known. Of others, and of those that were changed in place after the
+    softmax, keys to which a sample gives no weight at all count as padding; not so in float16, where small weights are
+    rounded to 0.
 
     Parameters
     ----------
@@ -230,10 +231,9 @@ def from_returned(weights: Tensor, computed: Computation | None = None) -> Recor
         return RecordedWeights(weights, key_mask=seen, one_head=one_head)
     before = computed.weights
     assert before.key_mask is not None  # as of every softmax
-    assert before.visible is not None
     # A tensor, as a GPU would have to wait for a bool.
     kept = ((weights == before.weights) | before.weights.isnan()).all()
-    return RecordedWeights(weights, torch.where(kept, before.key_mask, seen), before.visible | ~kept)
+    return RecordedWeights(weights, before.key_mask & (seen | kept), before.visible)
 
 
 def _tensors(output: Any, item: Item = ()) -> Iterator[tuple[Item, Tensor]]:

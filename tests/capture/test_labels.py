@@ -175,6 +175,12 @@ def test_what_is_neither_0_nor_1_in_a_later_batch_has_no_class():
     assert finder.find(step(LOSS, (IMAGE, BITS * 7), SINGLE)).target.tolist() == [0, -1, -1, 0, -1]
 
 
+def test_whole_numbers_beyond_the_classes_are_no_class_ids():
+    lengths = torch.tensor([40, 12, 33, 8, 21])
+    assert find(LOSS, (IMAGE, lengths), SCORES).target is None
+    assert find(LOSS, (IMAGE, lengths, IDS), SCORES).target.tolist() == IDS.tolist()
+
+
 def test_the_place_is_kept_from_the_first_batch_on():
     finder = LabelFinder()
     assert finder.find(step(LOSS, (IMAGE, IDS), SCORES)).target.tolist() == IDS.tolist()

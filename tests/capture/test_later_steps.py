@@ -80,6 +80,13 @@ def test_a_module_that_returns_attention_in_some_steps(give, attention, in_the_o
     assert steps(model, recorder, off, on) == [1, int(seen), 1]
 
 
+def test_attention_that_is_computed_in_some_steps(monkeypatch):
+    model = Fusing(Runs(lambda m, x, y: attend(m, x, y) if Flag.on else x))
+    recorder = AttentionRecorder(model, {"a_to_b": "fusion"})
+    off, on = (lambda value=value: monkeypatch.setattr(Flag, "on", value) for value in (False, True))
+    assert steps(model, recorder, off, on) == [1, 0, 1]
+
+
 @pytest.mark.parametrize("read", [lambda m: m.last, lambda m: m.last.detach(), lambda m: m.last[:, :, :3]])
 def test_another_object_of_the_same_stale_numbers(read):
     model = Fusing(Runs(lambda m, x, y: setattr(model, "last", torch.rand(2, 3, AUDIO, TEXT).softmax(-1))))
@@ -138,3 +145,32 @@ def test_two_callbacks_on_attention_by_hand(attention):
     assert len(alone.history) == 1
     assert watches[0].history == alone.history
     assert watches[1].history[0]["samples"] == alone.history[0]["samples"]
+
+
+@pytest.mark.parametrize("in_the_open", [False, True])
+def test_what_the_caller_does_to_weights_that_were_returned(in_the_open):
+    def run(module, x, y):
+        weights = (heads(x) @ heads(y).mT).softmax(-1)
+        return x, weights if in_the_open else 1 * weights
+
+    fusion = Runs(run)
+    model = Runs(lambda m, x, y: m.fusion(x, y)[1].mul_(0), fusion=fusion)
+    expected = fusion(*tokens())[1]
+    with AttentionRecorder(model, {"a_to_b": "fusion[1]"}) as recorder:
+        model(*tokens())
+    assert torch.equal(recorder.attention[0].forward.weights, expected)
+
+
+def test_a_call_that_broke_off_leaves_nothing_to_the_next():
+    def run(module, x, y):
+        attended = attend(module, x, y)
+        if len(y) == 1:
+            raise ValueError("broken")
+        return attended
+
+    model, (audio, text) = Fusing(Runs(run)), tokens()
+    with AttentionRecorder(model, {"a_to_b": "fusion"}) as recorder:
+        with pytest.raises(ValueError, match="broken"):
+            model(audio[:1], text[:1])
+        model(audio, text)
+    assert len(recorder.attention[0].forward.weights) == len(audio)

@@ -125,6 +125,7 @@ IMAGES = torch.randn(BATCH, WIDTH, 3, 3), torch.randn(BATCH, WIDTH, 2, 2)
         (fused, tokens(), WHOLE),
         (fused, [x[:1] for x in tokens()], WHOLE),
         (of_images, IMAGES, WHOLE),
+        (lambda m, latents, y: fused(m, latents.expand(len(y), -1, -1), y), [tokens()[0][:1], tokens()[1]], WHOLE),
         (lambda m, pair: fused(m, *pair.values()), ({"x": tokens()[0], "y": tokens()[1]},), WHOLE),
     ],
 )
@@ -138,7 +139,7 @@ def test_heads_among_the_samples_in_a_first_pass():
     model = Runs(lambda m, x, y: (m.f(x, y), m.g(y, x)), f=Runs(fused), g=Runs(fused))
     with AttentionRecorder(model) as recorder:
         model(*tokens())
-    with pytest.raises(DiscoveryError, match=r"heads of f \(run 1\).* seem to be folded into the samples"):
+    with pytest.raises(DiscoveryError, match=r"heads of 'f' seem to be folded into the samples"):
         _ = recorder.attention
 
 
@@ -150,8 +151,10 @@ def test_one_head_of_tokens_whose_first_axis_is_not_that_of_the_samples():
     def transposed(module, x, y):
         return F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in (x, y, y)))
 
-    (pair,) = record_fusion(Runs(transposed), WHOLE, (audio.transpose(0, 1), text.transpose(0, 1)))
-    assert pair.forward.weights.shape == (BATCH, 1, AUDIO, TEXT)
+    for samples in (BATCH, 2 * AUDIO):
+        inputs = [torch.randn(n, samples, WIDTH) for n in (AUDIO, TEXT)]
+        (pair,) = record_fusion(Runs(transposed), WHOLE, inputs)
+        assert pair.forward.weights.shape == (samples, 1, AUDIO, TEXT)
 
     def latent(module, x, y):
         return F.scaled_dot_product_attention(x.expand(len(y), -1, -1), y, y)
@@ -169,6 +172,36 @@ def test_heads_behind_the_queries():
     for attention in (WHOLE, ITEM):
         with pytest.raises(ShapeError, match=r"\(2, 5, 3, 7\), which seems to be \(batch, queries, heads, keys\)"):
             record_fusion(Runs(run), attention)
+
+
+def test_as_many_heads_as_tokens_are_heads_before_the_queries():
+    audio, text = tokens()
+    (pair,) = record_fusion(Runs(lambda m, x, y: softmax(x, y).mean()), WHOLE, (audio, text[:, :HEADS]))
+    assert pair.forward.weights.shape == (BATCH, HEADS, AUDIO, HEADS)
+
+
+def test_a_fused_kernel_is_surely_attention_whatever_stands_beside():
+    """Queries of the module's own, as many heads as keys, and class probabilities for each token."""
+    audio, text = tokens()
+
+    def run(module, x, y):
+        latents = heads(torch.ones(len(y), 4, WIDTH))
+        return F.scaled_dot_product_attention(latents, heads(y), heads(y)), x.softmax(-1)
+
+    (pair,) = record_fusion(Runs(run), WHOLE, (audio, text[:, :HEADS]))
+    assert pair.forward.weights.shape == (BATCH, HEADS, 4, HEADS)
+
+
+def test_keys_without_weight_of_a_softmax_are_seen_beside_a_sample_that_is_all_hidden():
+    def run(module, x, y):
+        scores = heads(x) @ heads(y).mT
+        scores[0, ..., 6] = -200.0  # so low that the weight is 0, and no mask
+        scores[1] = -torch.inf
+        return x, scores.softmax(-1)
+
+    (pair,) = record_fusion(Runs(run), ITEM)
+    assert (pair.forward.weights[0, ..., 6] == 0).all()
+    assert pair.forward.key_mask[0].all()
 
 
 def test_an_item_of_a_tensor_would_be_a_sample():

@@ -233,3 +233,30 @@ def test_split_heads_of_two_numbers_of_tokens_are_two_kinds():
     (pair,) = recorder.attention
     assert pair.forward.weights.shape == (BATCH, HEADS, AUDIO, TEXT)
     assert pair.backward is not None
+
+
+def test_self_attention_of_split_or_folded_heads_beside_what_goes_across():
+    split = Runs(lambda m, q, k: F.scaled_dot_product_attention(q, k, k))
+    folded = Runs(lambda m, x: F.scaled_dot_product_attention(*[heads(x).flatten(0, 1)] * 3))
+
+    def run(module, x, y):
+        module.split(heads(x), heads(x) + 1)
+        module.folded(x)
+        return module.p(x, y, y), module.q(y, x, x)
+
+    model = Runs(run, split=split, folded=folded, p=attention(), q=attention())
+    with AttentionRecorder(model) as recorder:
+        model(*sides())
+    (pair,) = recorder.attention
+    assert pair.backward is not None
+
+
+def test_a_name_tells_the_direction_of_a_module_that_got_the_keys_before():
+    def attend(module, x):
+        return F.scaled_dot_product_attention(heads(x), heads(module.context), heads(module.context))
+
+    model = nn.ModuleDict({"audio_to_text": Runs(attend)})
+    x, model["audio_to_text"].context = sides()
+    with AttentionRecorder(model) as recorder:
+        model["audio_to_text"](x)
+    assert str(recorder.attention[0].forward.direction) == "audio_to_text"

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.functional import prepare_rows
 from tests.capture.models import BATCH, Pair, Runs, heads, mha, record_fusion, recorded, tokens
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, count_hooks, quiet_trainer, toy_loader
 
@@ -88,6 +89,18 @@ def test_which_keys_a_softmax_hides_is_told_from_the_scores_whatever_hides_them(
     (pair,) = recorded(model, {"audio_to_text": "x"})
     expected = torch.arange(TEXT) < (5 if hides else TEXT)
     assert torch.equal(pair.forward.key_mask, expected.expand(BATCH, TEXT))
+
+
+def test_a_row_of_which_all_keys_are_hidden_is_no_attention():
+    def attend(module, audio, text):
+        scores = heads(audio) @ heads(text).mT
+        scores[1] = scores[1] + torch.finfo(scores.dtype).min  # uniform after the softmax
+        return scores.softmax(-1) @ heads(text)
+
+    (pair,) = record_fusion(Runs(attend), {"a_to_b": "fusion"})
+    rows = prepare_rows(pair.forward)
+    assert rows.valid.flatten(1).all(1).tolist() == [True, False]
+    assert not rows.valid[1].any()
 
 
 def test_a_mapping_with_another_direction_is_not_taken():
