@@ -220,6 +220,18 @@ def test_dropout_in_what_is_returned_is_noticed_also_after_eval_mode():
             model(*tokens())
 
 
+def test_dropout_in_what_a_callable_gives_is_noticed_also_after_eval_mode():
+    model = Fusing(Runs(lambda m, x, y: setattr(m, "last", m.dropout(1 * softmax(x, y))), dropout=nn.Dropout(0.5)))
+    with AttentionRecorder(model.eval(), {"a_to_b": lambda model: model.fusion.last}) as recorder:
+        model(*tokens())
+        assert recorder.attention
+        recorder.clear()
+        model.train()
+        model(*tokens())
+        with pytest.raises(ShapeError, match="put the model in eval mode"):
+            _ = recorder.attention
+
+
 def test_a_callable_must_give_a_tensor():
     model = Fusing(Runs(lambda m, x, y: x))
     for given, found in (([1.0], "a list"), (torch.ones(2, 3), r"torch.float32 of shape \(2, 3\)")):
