@@ -189,7 +189,8 @@ class AttentionPair:
             raise ShapeError(
                 f"Layer '{self.layer}': {there.direction} has weights of shape {tuple(there.weights.shape)}, so "
                 f"{back.direction} must be (batch={expected[0]}, heads, queries={expected[1]}, keys={expected[2]}); "
-                f"got {tuple(back.weights.shape)}."
+                f"got {tuple(back.weights.shape)}. Where some keys are no tokens, such as a null key, name one "
+                "direction alone: its entropy needs no pair."
             )
 
     def __getitem__(self, samples: slice) -> AttentionPair:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_xattn.capture.memory import Place
+from lightning_xattn.capture.memory import Place, has_place
 from lightning_xattn.capture.weights import MASKED, RecordedWeights, from_scores
 
 _SOFTMAX = frozenset({torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax})
@@ -20,8 +20,8 @@ _SOFTMAX = frozenset({torch.softmax, F.softmax, Tensor.softmax, torch.special.so
 _FAR_BELOW = 500.0
 """Scores of tokens do not differ by as much as this; masks of -10,000 do, also after a division by sqrt(width)."""
 
-_LOWEST = -3e4
-"""No score of a token is as low as this; masks of the lowest half-precision number, -65504, and lower ones are."""
+_LOWEST = -5e3
+"""No score of a token is as low as this; masks of -10,000 and lower ones are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +44,17 @@ class Computation:
         return self.result is not None and self.result.holds(tensor)
 
 
+Note = Callable[[Computation], None]
+PassOver = Callable[[tuple[int, ...]], None]
+
+
 class WatchComputations(TorchFunctionMode):
     """While it is entered, every attention that is computed is noted; the results stay what they are.
 
     A fused kernel still computes its output: the weights are computed once more beside it. Of a softmax with four
-    axes over its last one the result is copied, before dropout, as the model may change it in place. A kernel's call
-    with other axes than ``(batch, heads, queries, width)`` or ``(batch, queries, width)`` is passed over.
+    axes over its last one the result is copied, before dropout, as the model may change it in place. Passed over are
+    kernels' calls with other axes than ``(batch, heads, queries, width)`` or ``(batch, queries, width)``, and softmaxes
+    with other than four, which may as well be class probabilities.
 
     It must not be entered around an ``nn.MultiheadAttention``: with any such mode torch leaves its fast path, and the
     output differs in the last bits.
@@ -58,11 +63,13 @@ class WatchComputations(TorchFunctionMode):
     ----------
     note
         Called with each computation.
+    pass_over
+        Called with the shape of what is passed over.
     """
 
-    def __init__(self, note: Callable[[Computation], None]) -> None:
+    def __init__(self, note: Note, pass_over: PassOver) -> None:
         super().__init__()
-        self._note = note
+        self._note, self._pass_over = note, pass_over
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -70,29 +77,34 @@ class WatchComputations(TorchFunctionMode):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         if function is F.scaled_dot_product_attention:
-            query = args[0] if args else kwargs["query"]
-            if query.dim() in (3, 4) and not query.is_nested:
+            query, key = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
+            if query.dim() in (3, 4) and has_place(query):
                 with torch._C.DisableTorchFunction():  # unseen by recorders around this one
                     computation = Computation(_beside_fused(*args, **kwargs))
                 self._note(computation)
-        elif function in _SOFTMAX and result.dim() == 4 and _axis(*args, **kwargs) in (-1, 3):
-            scores = args[0] if args else kwargs["input"]
-            with torch._C.DisableTorchFunction():
-                weights = result.detach().clone()
-                recorded = from_scores(weights, _seen(scores.detach(), weights))
-            self._note(Computation(recorded, Place.of(result)))
+            elif has_place(query):
+                self._pass_over((*query.shape[:-1], key.shape[-2]))
+        elif function in _SOFTMAX and has_place(result) and _axis(*args, **kwargs) in (-1, result.dim() - 1):
+            if result.dim() == 4:
+                scores = args[0] if args else kwargs["input"]
+                with torch._C.DisableTorchFunction():
+                    weights = result.detach().clone()
+                    recorded = from_scores(weights, _seen(scores.detach(), weights))
+                self._note(Computation(recorded, Place.of(result)))
+            else:
+                self._pass_over(tuple(result.shape))
         return result
 
 
-def watch_computations(modules: Iterable[nn.Module], note: Callable[[Computation], None], hooks: ExitStack) -> None:
+def watch_computations(modules: Iterable[nn.Module], note: Note, pass_over: PassOver, hooks: ExitStack) -> None:
     """Note every attention that is computed while any of these modules runs.
 
     Parameters
     ----------
     modules
         None of them holds an ``nn.MultiheadAttention`` (see ``WatchComputations``); they may hold each other.
-    note
-        Called with each computation.
+    note, pass_over
+        See ``WatchComputations``.
     hooks
         Takes the hooks; closing it removes them.
     """
@@ -101,7 +113,7 @@ def watch_computations(modules: Iterable[nn.Module], note: Callable[[Computation
     def enter(*_: Any) -> None:
         mode = ExitStack()
         if not running:
-            mode.enter_context(WatchComputations(note))
+            mode.enter_context(WatchComputations(note, pass_over))
         running.append(mode)
 
     def leave(*_: Any) -> None:

@@ -122,7 +122,7 @@ class LabelFinder:
     usual key, or the one item of a tuple that can be a target). Class scores ``(batch, classes)`` and class ids
     ``(batch,)`` are understood; for targets also soft labels, rows of shares that sum to 1. One score a sample,
     ``(batch,)`` or ``(batch, 1)``, is that of a binary head where the targets are 0 and 1. Where several things could
-    be meant, none is taken.
+    be meant, none is taken. A step that lacks what was found in the first one has no labels.
 
     Parameters
     ----------
@@ -161,9 +161,10 @@ class LabelFinder:
         ShapeError
             If what it names has another form or length than expected.
         """
+        first = self._places is None
         if self._places is None:
             self._places = self._look(step)
-        scores, labels = (self._read(what, step) for what in ("predictions", "targets"))
+        scores, labels = (self._read(what, step, first) for what in ("predictions", "targets"))
         predicted, target = self._classes(scores, labels)
         if predicted.n_classes and target.n_classes and predicted.n_classes != target.n_classes:
             raise ShapeError(
@@ -197,7 +198,7 @@ class LabelFinder:
             If their number is not that of the samples.
         """
         place = (self._places or self._look(step))["sample_ids"]
-        found = None if place is None else place.read(step)
+        found = None if place is None else self._at(place, "sample_ids", step)
         if found is None and self._settings["sample_ids"] is not None:
             raise DiscoveryError(f"No sample ids: {_said(self._settings['sample_ids'])} gave nothing. {step}")
         if found is not None and len(found) != step.samples:
@@ -256,20 +257,35 @@ class LabelFinder:
         )
         return {"predictions": text}
 
-    def _read(self, what: str, step: Step) -> Tensor | None:
+    def _at(self, place: Place, what: str, step: Step) -> Any:
+        """What stands at a place; None where a step lacks what an earlier one had."""
+        try:
+            return place.read(step)
+        except (KeyError, IndexError, TypeError):
+            if self._settings[what] is None:
+                return None
+            raise  # from a callable of the user's
+
+    def _read(self, what: str, step: Step, first: bool) -> Tensor | None:
+        """Predictions or targets of a step; None where there are none, but for what is named and lacks in the first."""
         place = (self._places or {}).get(what)
-        if place is None:
+        found = None if place is None else self._at(place, what, step)
+        if place is None or (found is None and not first):
             return None
-        found = place.read(step)
         if not isinstance(found, Tensor):
             raise DiscoveryError(f"No {what}: {place.name} gave {type(found).__name__}, expected a tensor. {step}")
-        single = self._binary and are_single(found, step.samples)
-        if not (single or are_ids(found, step.samples) or are_rows(found, step.samples)):
+        if step.samples == 1 and not self._fits(found, 1) and self._fits(found[None], 1):
+            found = found[None]  # a model that squeezes its output took the axis of a single sample off
+        if not self._fits(found, step.samples):
             raise ShapeError(
                 f"Expected {what} as class ids ({step.samples},) or one column a class ({step.samples}, classes); "
                 f"{place.name} gave {found.dtype} of shape {tuple(found.shape)}. {step}"
             )
         return found.detach().to(step.device, non_blocking=True)
+
+    def _fits(self, values: Tensor, samples: int) -> bool:
+        single = self._binary and are_single(values, samples)
+        return single or are_ids(values, samples) or are_rows(values, samples)
 
 
 def _told(setting: LabelSetting) -> Place | None:
@@ -307,7 +323,11 @@ def _items(step: Step, source: str) -> list[Place]:
 
 
 def _reader(source: str, key: str | int) -> Callable[[Step], Any]:
-    return lambda step: getattr(step, source)[key]
+    def read(step: Step) -> Any:
+        holder = getattr(step, source)
+        return None if isinstance(holder, Tensor) else holder[key]  # an item of a tensor would be a sample
+
+    return read
 
 
 def _guess_predictions(step: Step) -> Place | None:

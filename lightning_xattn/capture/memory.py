@@ -34,6 +34,17 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
+def has_place(tensor: Tensor) -> bool:
+    """Whether a tensor has numbers in memory of its own: nested and sparse ones, and those inside of vmap, have not."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return False
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
 def are_same(tensor: Tensor, other: Tensor) -> bool:
     """Whether two tensors are one, or views of the same numbers."""
-    return tensor is other or (not (tensor.is_nested or other.is_nested) and Place.of(tensor).holds(other))
+    return tensor is other or (has_place(tensor) and has_place(other) and Place.of(tensor).holds(other))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +57,9 @@ def watch_multihead_attention(
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         nonlocal asked_for_average
         call = bind(args, kwargs).arguments
-        asked_for_average = call["need_weights"] and call["average_attn_weights"]
+        # Nested tokens are attended within one sequence, and their weights are computed beside.
+        nested = call["query"].is_nested
+        asked_for_average = call["need_weights"] and call["average_attn_weights"] and not nested
         if not asked_for_average:
             return None
         if len(args) > _AVERAGE:
@@ -66,16 +68,20 @@ def watch_multihead_attention(
 
     def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = bind(args, kwargs).arguments
+        within, nested = are_same(call["query"], call["key"]), call["query"].is_nested
+        if nested:
+            tokens, padding = _unpack(call["query"])
+            call = call | {"query": tokens, "key": tokens, "key_padding_mask": padding}
         batched = call["query"].dim() == 3
         returned = output[1]
-        if returned is None or (module.training and module.dropout > 0):
+        if returned is None or nested or (module.training and module.dropout > 0):
             weights = _recompute(module, call)
         else:
             weights = returned.detach() if batched else returned.detach()[None]
             # The caller may change in place what it gets; the average that it asked for is a tensor of its own.
             weights = weights if asked_for_average else weights.clone()
         recorded = _with_masks(module, call, weights)
-        record((call["query"], call["key"]), replace(recorded, within=are_same(call["query"], call["key"])))
+        record((call["query"], call["key"]), replace(recorded, within=within, cropped=nested))
         if not asked_for_average:
             return None
         per_head = returned if batched else returned[None]
@@ -115,10 +121,7 @@ def watch_encoder_layer(
             tokens, padding = bound.arguments["src"], bound.arguments["src_key_padding_mask"]
             nested = tokens.is_nested
             if nested:
-                # nn.TransformerEncoder packs padded sequences so; what is padding in every sample is gone by then.
-                lengths = torch.tensor([len(sample) for sample in tokens.unbind()], device=tokens.device)
-                tokens = tokens.to_padded_tensor(0.0)
-                padding = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
+                tokens, padding = _unpack(tokens)
             if layer.norm_first:
                 # A copy if it counts what it sees, and by its forward, as its hooks must not see a second call.
                 counts = any(True for _ in layer.norm1.buffers())
@@ -138,6 +141,32 @@ def watch_encoder_layer(
     hooks.callback(handle.remove)
 
 
+def _unpack(nested: Tensor) -> tuple[Tensor, Tensor]:
+    """Nested tokens as ``(batch, tokens, width)``, and which of them are padding.
+
+    ``nn.TransformerEncoder`` packs padded sequences so; what is padding in every sample is gone by then.
+    """
+    lengths = torch.tensor([len(sample) for sample in nested.unbind()], device=nested.device)
+    tokens = nested.detach().to_padded_tensor(0.0)
+    return tokens, torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
+
+
+@contextmanager
+def _unchanging(module: nn.Module) -> Iterator[None]:
+    """While it is entered, reading a parametrized weight gives what its last use got.
+
+    In training, that of ``spectral_norm`` takes a step whenever it is read.
+    """
+    inner = [part for part in getattr(module, "parametrizations", nn.ModuleDict()).modules() if part.training]
+    for part in inner:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in inner:
+            part.training = True
+
+
 @torch.no_grad()
 def _recompute(module: nn.MultiheadAttention, call: dict[str, Any]) -> Tensor:
     """``softmax(Q K^T / sqrt(d) + masks)`` from the module's own projections, ``(batch, heads, queries, keys)``.
@@ -145,7 +174,7 @@ def _recompute(module: nn.MultiheadAttention, call: dict[str, Any]) -> Tensor:
     In float32 whatever the model's precision: a product of unscaled half-precision numbers can overflow where the
     fused kernel, which scales first, does not.
     """
-    with torch.autocast(call["query"].device.type, enabled=False):
+    with torch.autocast(call["query"].device.type, enabled=False), _unchanging(module):
         return _softmax_of_scores(module, call)
 
 

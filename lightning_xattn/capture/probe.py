@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attention import Direction
-from lightning_xattn.capture.axes import has_heads_among_samples, has_tokens_of_two_kinds
+from lightning_xattn.capture.axes import axes_in_doubt, has_tokens_of_two_kinds, is_over_tokens, token_inputs
 from lightning_xattn.capture.computed import Computation, watch_computations
 from lightning_xattn.capture.discovery import common_parent, describe_attention, layers_by_name, with_unique_names
 from lightning_xattn.capture.multihead import is_original, watch_multihead_attention
@@ -41,8 +42,8 @@ class Run:
         The tokens that ask and those that are looked at, where that is known.
     mixed
         Whether the module got tokens of two kinds.
-    folded
-        Whether heads seem to be folded into the samples.
+    doubt
+        What its axes seem to be, if not what they should, or what else the module computes.
     """
 
     path: str
@@ -50,7 +51,7 @@ class Run:
     weights: RecordedWeights
     given: tuple[Tensor, Tensor] | None
     mixed: bool
-    folded: bool = False
+    doubt: str | None = None
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -86,6 +87,8 @@ class Probe:
         self._root = root
         self._runs: list[Run] = []
         self._turns: dict[str, int] = defaultdict(int)
+        # Of modules that compute more than can be read, what that is.
+        self._unread: dict[str, str] = {}
 
     @property
     def has_run(self) -> bool:
@@ -100,15 +103,18 @@ class Probe:
         """Forget what ran."""
         self._runs.clear()
         self._turns.clear()
+        self._unread.clear()
 
     def _watch(self, module: nn.Module, path: str, hooks: ExitStack) -> None:
         if is_original(module, nn.MultiheadAttention):
             assert isinstance(module, nn.MultiheadAttention)
             watch_multihead_attention(module, self._note_multihead(path), hooks)
-        elif is_original(module, nn.TransformerEncoderLayer):
-            return  # attends within one sequence, and hooks in there would turn its fast path off
+        elif is_original(module, nn.TransformerEncoderLayer) or isinstance(module, torch.jit.ScriptModule):
+            return  # the one attends within one sequence, and hooks would turn its fast path off; the other takes none
         elif any(isinstance(inner, nn.MultiheadAttention) for inner in module.modules()):
             for name, child in module.named_children():
+                if isinstance(module, nn.TransformerEncoderLayer) and name == "self_attn":
+                    continue
                 self._watch(child, f"{path}.{name}".lstrip("."), hooks)
         else:
             self._watch_computations(module, path, hooks)
@@ -135,19 +141,30 @@ class Probe:
         def leave(*_: Any) -> None:
             running.pop()
 
-        for inner, child in module.named_modules():
+        def owner(shape: Sequence[int]) -> tuple[str, int, list[Any]]:
+            # A module that is a softmax and no more gets scores; what holds it got the tokens.
+            return next((one for one in reversed(running) if token_inputs(one[2], shape)), running[-1])
+
+        def note(computation: Computation) -> None:
+            weights = computation.weights
+            name, turn, inputs = owner(weights.weights.shape)
+            mixed = has_tokens_of_two_kinds(inputs, weights.weights.shape)
+            self._add(Run(name, turn, weights, None, mixed, axes_in_doubt(weights, inputs)))
+
+        def pass_over(shape: tuple[int, ...]) -> None:
+            name, _, inputs = owner(shape)
+            if is_over_tokens(shape, inputs):
+                self._unread[name] = f"it also computes a softmax of {shape}, which cannot be read"
+
+        watched = {
+            inner: child for inner, child in module.named_modules() if not isinstance(child, torch.jit.ScriptModule)
+        }
+        for inner, child in watched.items():
             name = f"{path}.{inner}".strip(".")
             hooks.callback(child.register_forward_pre_hook(enter(name), with_kwargs=True).remove)
             hooks.callback(child.register_forward_hook(leave, always_call=True).remove)
-
-        def note(computation: Computation) -> None:
-            name, turn, inputs = running[-1]
-            mixed = has_tokens_of_two_kinds(computation.weights.weights, inputs)
-            folded = has_heads_among_samples(computation.weights, inputs)
-            self._add(Run(name, turn, computation.weights, None, mixed, folded))
-
         # Any of them may be the first to run: a step need not call the forward of what holds them.
-        watch_computations(module.modules(), note, hooks)
+        watch_computations(watched.values(), note, pass_over, hooks)
 
     def _turn(self, path: str) -> int:
         """The number of a run that begins, or ends."""
@@ -181,8 +198,9 @@ class Probe:
         for path, runs in taken.items():
             if [run.turn for run in runs] != list(range(len(runs))):
                 raise DiscoveryError(self.say(f"'{path}' computes several attentions in one run, or not in each"))
-            if any(run.folded for run in runs):
-                raise DiscoveryError(self.say(f"The heads of '{path}' seem to be folded into the samples"))
+            doubt = next((run.doubt for run in runs if run.doubt is not None), self._unread.get(path))
+            if doubt is not None:
+                raise DiscoveryError(self.say(f"The attention of '{path}' is in doubt: {doubt}"))
         calls = {path: [run.weights for run in runs] for path, runs in taken.items()}
         return tuple(layers), calls, "; ".join(left_out)
 
@@ -192,13 +210,14 @@ class Probe:
             raise DiscoveryError(self.say("No cross-attention ran"))
         groups: dict[frozenset[int], list[Run]] = defaultdict(list)
         for run in across:
-            if run.sides is None:
-                raise DiscoveryError(self.say(f"Whether {run} goes across cannot be seen"))
-            groups[frozenset(run.sides)].append(run)
+            if run.sides is not None:
+                groups[frozenset(run.sides)].append(run)
+        if not groups:
+            raise DiscoveryError(self.say(f"Whether {across[0]} goes across cannot be seen"))
         equal = [group for group in groups.values() if group[0].tokens[0] == group[0].tokens[1]]
         if len(equal) > 1:
             raise DiscoveryError(self.say("Which tokens are of one modality cannot be seen"))
-        letters = _name_sides(across)
+        letters = _name_sides(run for group in groups.values() for run in group)
         layers: list[LayerSites] = []
         for group in groups.values():
             there = [run for run in group if run.sides == group[0].sides]
@@ -225,14 +244,14 @@ class Probe:
         """A message with all that ran, with shapes, and how to name the right ones."""
         ran = "; ".join(str(run) for run in self._runs)
         return (
-            f"{what}, and no name tells a direction. "
+            f"{what}. "
             + (f"What ran: {ran}. " if ran else f"No attention was seen at all. {describe_attention(self._root)} ")
             + f"{NAME_THEM} For modalities that share one sequence: attention=JointSequence('path.to.module', "
             "spans={'<a>': (start, stop), '<b>': (start, stop)})."
         )
 
 
-def _name_sides(across: list[Run]) -> dict[int, str]:
+def _name_sides(across: Iterable[Run]) -> dict[int, str]:
     """A letter for each number of tokens, in the order in which they ask."""
     counts = dict.fromkeys(count for run in across for count in run.tokens if run.sides == run.tokens)
     return {count: chr(ord("a") + i) for i, count in enumerate(counts)}

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction
 from lightning_xattn.capture.discovery import describe_attention, locate_attention
@@ -311,10 +311,16 @@ def _pair(layer: LayerSites, recorded: list[RecordedWeights]) -> AttentionPair:
             call.weights,
             key_mask=call.key_mask,
             visible=call.visible,
-            query_mask=None if opposite is None else opposite.token_mask,
+            query_mask=_fitting_mask(call, opposite),
             extra_keys=call.extra_keys,
             crossing=call.crossing,
         )
         for (direction, _), call, opposite in zip(layer.sites, recorded, opposites, strict=True)
     ]
     return AttentionPair(layer.layer, *attentions)
+
+
+def _fitting_mask(call: RecordedWeights, opposite: RecordedWeights | None) -> Tensor | None:
+    mask = None if opposite is None else opposite.token_mask
+    # Directions that do not fit each other at all are refused as a pair, with both shapes.
+    return mask if mask is not None and mask.shape[1] == call.weights.shape[2] else None

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attention import Direction, row_sum_tolerance
-from lightning_xattn.capture.axes import has_heads_among_samples, has_heads_behind_queries
+from lightning_xattn.capture.axes import axes_in_doubt, is_over_tokens, token_counts
 from lightning_xattn.capture.computed import Computation, watch_computations
+from lightning_xattn.capture.memory import has_place
 from lightning_xattn.capture.sites import Source
 from lightning_xattn.capture.weights import RecordedWeights
 from lightning_xattn.errors import DiscoveryError, ShapeError
@@ -44,11 +45,13 @@ class ModuleWatch:
     def __init__(self, module: nn.Module, path: str, sites: Sequence[tuple[Direction, Source]]) -> None:
         self.module = module
         self._path, self._sites = path, sites
+        # In the call that runs: what was computed, and the shapes of softmaxes that cannot be read.
         self._computed: list[Computation] = []
-        # What the values of have been looked at, in training and in eval mode; an empty item: what is computed.
-        self._checked: set[tuple[Item, bool]] = set()
-        # Where it was found: under the directions' names, or at a place in what is returned.
-        self._by_name = False
+        self._passed: list[tuple[int, ...]] = []
+        # What has been looked at: an item, or whether a kernel computes it; each in training and in eval mode.
+        self._looked_at: set[tuple[Item | bool, bool]] = set()
+        # Where it was found: under the directions' names, at a place in what is returned, or anywhere at all.
+        self._by_name = self._has_found = False
         self._place: Item | None = None
 
     def watch(self, record: Callable[[dict[Direction | None, RecordedWeights]], None], hooks: ExitStack) -> None:
@@ -66,24 +69,35 @@ class ModuleWatch:
             record(self._find(output, [tensor for _, tensor in _tensors((args, kwargs))]))
 
         def forget(*_: Any) -> None:
-            self._computed = []
+            self._computed, self._passed = [], []
 
         hooks.callback(forget)
         hooks.callback(self.module.register_forward_pre_hook(forget).remove)
         hooks.callback(self.module.register_forward_hook(read, with_kwargs=True, prepend=True).remove)
         # Inside of an nn.MultiheadAttention nothing may be watched so; a module that holds some is read by its output.
         if not any(isinstance(module, nn.MultiheadAttention) for module in self.module.modules()):
-            watch_computations([self.module], lambda computation: self._computed.append(computation), hooks)
+            watch_computations(
+                [self.module],
+                lambda computation: self._computed.append(computation),
+                lambda shape: self._passed.append(shape),
+                hooks,
+            )
 
     def _find(self, output: Any, inputs: list[Tensor]) -> dict[Direction | None, RecordedWeights]:
         computed, self._computed = self._computed, []
+        passed, self._passed = self._passed, []
         tensors = dict(_tensors(output))
 
         def returned(items: Mapping[Direction | None, Item]) -> dict[Direction | None, RecordedWeights]:
             found = {name: self._returned(item, output, computed, inputs) for name, item in items.items()}
             return {name: weights for name, weights in found.items() if weights is not None}
 
-        named = {direction: source.item or _under(direction, tensors) for direction, source in self._sites}
+        named = {direction: source.item for direction, source in self._sites}
+        for direction in (direction for direction, item in named.items() if not item):
+            under = [item for item in tensors if item and item[-1] == str(direction)]
+            if len(under) > 1:
+                raise DiscoveryError(self._not_clear(computed, tensors, under))
+            named[direction] = under[0] if under else ()
         if self._by_name or any(named.values()):
             self._by_name = True
             return returned({direction: item for direction, item in named.items() if item})
@@ -92,49 +106,52 @@ class ModuleWatch:
             raise DiscoveryError(self._not_clear(computed, tensors, others))
         given = {item: one for item, tensor in tensors.items() for one in computed if one.gave(tensor)}
         chosen = computed if len(computed) == 1 else list(dict.fromkeys(given.values()))
-        if len(chosen) == 1 and chosen[0] not in given.values():
-            self._check_computed(chosen[0], computed, tensors, inputs)
-            return {None: chosen[0].weights}
+        unread = [shape for shape in passed if is_over_tokens(shape, inputs)]
         if len(chosen) == 1:
-            return returned({None: next(item for item, one in given.items() if one is chosen[0])})
+            self._has_found = True
+            place = next((item for item, one in given.items() if one is chosen[0]), None)
+            if place is not None:
+                return returned({None: place})
+            self._look_beside(chosen[0], unread, tensors, inputs)
+            return {None: chosen[0].weights}
         if self._place is None:
             fitting = [item for item, tensor in tensors.items() if _looks_like_attention(tensor)]
-            if self._checked and not computed and not fitting:
+            if self._has_found and not computed and not fitting:
                 return {}
-            if computed or len(fitting) != 1:
-                raise DiscoveryError(self._not_clear(computed, tensors, fitting))
+            if computed or len(fitting) != 1 or any(shape[-2:] != tensors[fitting[0]].shape[-2:] for shape in unread):
+                raise DiscoveryError(self._not_clear(computed, tensors, fitting, unread))
             self._place = fitting[0]
         return returned({None: self._place})
 
-    def _check_computed(
-        self, one: Computation, computed: list[Computation], tensors: Mapping[Item, Tensor], inputs: list[Tensor]
+    def _look_beside(
+        self, one: Computation, unread: list[tuple[int, ...]], tensors: Mapping[Item, Tensor], inputs: list[Tensor]
     ) -> None:
-        """Refuse what the module computes if it is not surely its attention. Looks at the values of a first call."""
-        self._check_axes(one.weights, inputs, by_kernel=one.result is None)
-        if one.result is not None and self._is_first(()):
-            # What it returns instead may be what came of the softmax, or attention that is computed unseen.
-            weights = one.weights.weights
-            attention = [item for item, tensor in tensors.items() if _looks_like_attention(tensor)]
-            beside = [item for item in attention if not _tells(tensors[item], weights)]
-            if beside:
-                raise DiscoveryError(self._not_clear(computed, tensors, beside))
-        self._checked.add(((), self.module.training))
+        """Refuse the one attention that a module computes if another may be meant. Looks at a first call."""
+        by_kernel = one.result is None
+        if not self._is_new(by_kernel):
+            return
+        self._check_axes(one.weights, inputs)
+        weights = one.weights.weights
+        attention = [item for item, tensor in tensors.items() if _looks_like_attention(tensor)]
+        beside = [item for item in attention if not _tells(tensors[item], weights)]
+        if by_kernel:  # surely attention; what stands beside may be class probabilities
+            counts = {*token_counts(inputs, weights.shape), *weights.shape[2:]}
+            beside = [item for item in beside if {*tensors[item].shape[-2:]} <= counts]
+        if beside or unread:
+            raise DiscoveryError(self._not_clear([one], tensors, beside, unread))
+        self._looked_at.add((by_kernel, self.module.training))
 
-    def _check_axes(self, recorded: RecordedWeights, inputs: list[Tensor], *, by_kernel: bool) -> None:
-        shape = tuple(recorded.weights.shape)
-        if has_heads_among_samples(recorded, inputs):
+    def _check_axes(self, recorded: RecordedWeights, inputs: list[Tensor]) -> None:
+        doubt = axes_in_doubt(recorded, inputs)
+        if doubt is not None:
+            weights = recorded.weights[:, 0] if recorded.one_head else recorded.weights
             raise ShapeError(
-                f"The attention of '{self._path}' has shape {(shape[0], *shape[2:])}, but its tokens are of another "
-                f"number of samples: heads seem to be folded into the samples. {NAME_IT}"
-            )
-        if not by_kernel and has_heads_behind_queries(recorded.weights, inputs):
-            raise ShapeError(
-                f"The attention of '{self._path}' has shape {shape}, which seems to be (batch, queries, heads, keys), "
-                f"from the numbers of its tokens; expected (batch, heads, queries, keys). {NAME_IT}"
+                f"The attention of '{self._path}', {tuple(weights.shape)}, is in doubt: {doubt}. Expected (batch, "
+                f"heads, queries, keys). {NAME_IT}"
             )
 
-    def _is_first(self, item: Item) -> bool:
-        return (item, self.module.training) not in self._checked
+    def _is_new(self, what: Item | bool) -> bool:
+        return (what, self.module.training) not in self._looked_at
 
     def _returned(
         self, item: Item, output: Any, computed: list[Computation], inputs: list[Tensor]
@@ -149,19 +166,26 @@ class ModuleWatch:
         except (KeyError, IndexError, TypeError):
             weights = None
         if not isinstance(weights, Tensor):
-            if any(item == before for before, _ in self._checked):
+            if any(item == before for before, _ in self._looked_at):
                 return None
             there = ", ".join(_describe(key, tensor) for key, tensor in _tensors(output)) or "no tensor"
             raise DiscoveryError(f"No tensor {name}: the module returned {there}. {NAME_IT}")
-        if self._is_first(item):
+        same = next((one for one in computed if one.gave(weights)), None)
+        if self._is_new(item):
             check_weights(weights, f"Module {name} returns", self.module.training)
-            self._checked.add((item, self.module.training))
-        recorded = from_returned(weights, next((one for one in computed if one.gave(weights)), None))
-        self._check_axes(recorded, inputs, by_kernel=False)
-        return recorded
+            self._check_axes(from_returned(weights, same), inputs)
+            self._looked_at.add((item, self.module.training))
+        return from_returned(weights, same)
 
-    def _not_clear(self, computed: list[Computation], tensors: Mapping[Item, Tensor], fitting: Sequence[Item]) -> str:
+    def _not_clear(
+        self,
+        computed: list[Computation],
+        tensors: Mapping[Item, Tensor],
+        fitting: Sequence[Item],
+        unread: Sequence[tuple[int, ...]] = (),
+    ) -> str:
         shapes = [str(tuple(computation.weights.weights.shape)) for computation in computed]
+        shapes += [f"{shape} (unread)" for shape in unread]
         returned = [_describe(item, tensor) for item, tensor in tensors.items()]
         inside = [
             f"{self._path}.{path}".rstrip(".")
@@ -237,9 +261,9 @@ def from_returned(weights: Tensor, computed: Computation | None = None) -> Recor
 
 
 def _tensors(output: Any, item: Item = ()) -> Iterator[tuple[Item, Tensor]]:
-    """Every tensor with strides of an output, with the keys that lead to it."""
+    """Every tensor of an output that has a place in memory, with the keys that lead to it."""
     if isinstance(output, Tensor):
-        if output.layout == torch.strided and not output.is_nested:
+        if has_place(output):
             yield item, output
     elif isinstance(output, Mapping):
         for key, value in output.items():
@@ -260,17 +284,12 @@ def _looks_like_attention(tensor: Tensor) -> bool:
 
 def _tells(tensor: Tensor, weights: Tensor) -> bool:
     """Whether a tensor tells the same as weights, in another form, precision, or averaged over the heads."""
-    precision = max(torch.finfo(kind.dtype).eps for kind in (tensor, weights))
+    precision = max(1e-4, *(torch.finfo(kind.dtype).eps for kind in (tensor, weights)))
     return any(
         tensor.numel() == same.numel()
-        and torch.allclose(tensor.flatten().float(), same.flatten().float(), 2 * precision, 1e-6, equal_nan=True)
+        and torch.allclose(tensor.flatten().float(), same.flatten().float(), 2 * precision, 1e-5, equal_nan=True)
         for same in (weights, weights.mean(1))
     )
-
-
-def _under(direction: Direction, tensors: Mapping[Item, Tensor]) -> Item:
-    """The place of what is returned under a direction's name; empty if there is nothing."""
-    return next((item for item in tensors if item and item[-1] == str(direction)), ())
 
 
 def _describe(item: Item, tensor: Tensor) -> str:

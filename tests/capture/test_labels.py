@@ -181,6 +181,35 @@ def test_whole_numbers_beyond_the_classes_are_no_class_ids():
     assert find(LOSS, (IMAGE, lengths, IDS), SCORES).target.tolist() == IDS.tolist()
 
 
+def test_a_later_step_without_labels():
+    for batch, later in (((IMAGE, IDS), IMAGE), ({"x": IMAGE, "label": IDS, "sample_id": IDS}, {"x": IMAGE})):
+        finder = LabelFinder()
+        assert finder.find(step({"logits": SCORES}, batch)).target.tolist() == IDS.tolist()
+        for outputs in (None, LOSS, {"loss": LOSS}):
+            labels = finder.find(step(outputs, later))
+            assert (labels.predicted, labels.confidence, labels.target) == (None, None, None)
+            assert finder.find_sample_ids(step(outputs, later)) is None
+    named = LabelFinder("mine", lambda outputs, batch: batch["t"])
+    with pytest.raises(DiscoveryError, match="the key 'mine' gave NoneType"):
+        named.find(step({}, {"t": IDS}))
+    named = LabelFinder("mine", lambda outputs, batch: batch["t"])
+    assert named.find(step({"mine": SCORES}, {"t": IDS})).predicted.tolist() == PREDICTED
+    assert named.find(step({}, {"t": IDS})).predicted is None
+    with pytest.raises(KeyError):  # in the user's own function
+        named.find(step({}, {}))
+
+
+@pytest.mark.parametrize(("scores", "ids"), [(SCORES, IDS), (SINGLE, BITS)])
+def test_a_last_batch_of_one_sample_that_was_squeezed(scores, ids):
+    finder = LabelFinder()
+    expected = finder.find(step({"logits": scores}, (IMAGE, ids)))
+    for target in (ids[:1], ids[0]):
+        labels = finder.find(Step({"logits": scores[:1].squeeze()}, (IMAGE[:1], target), None, samples=1))
+        assert labels.predicted.tolist() == expected.predicted[:1].tolist()
+        assert labels.target.tolist() == ids[:1].tolist()
+        torch.testing.assert_close(labels.confidence, expected.confidence[:1])
+
+
 def test_the_place_is_kept_from_the_first_batch_on():
     finder = LabelFinder()
     assert finder.find(step(LOSS, (IMAGE, IDS), SCORES)).target.tolist() == IDS.tolist()

@@ -174,3 +174,31 @@ def test_a_call_that_broke_off_leaves_nothing_to_the_next():
             model(audio[:1], text[:1])
         model(audio, text)
     assert len(recorder.attention[0].forward.weights) == len(audio)
+
+
+def test_a_kernel_in_the_first_step_and_a_softmax_that_is_changed_in_the_next():
+    def run(module, x, y):
+        if module.fused:
+            return attend(module, x, y), None
+        weights = (heads(x) @ heads(y).mT).softmax(-1) ** 2
+        return x, weights / weights.sum(-1, keepdim=True)
+
+    model = Fusing(Runs(run))
+    model.fusion.fused = True
+    with AttentionRecorder(model, {"a_to_b": "fusion"}) as recorder:
+        model(*tokens())
+        assert recorder.attention
+        model.fusion.fused = False
+        for _ in range(2):  # also when the first error is caught
+            with pytest.raises(DiscoveryError, match="does not show which attention is meant"):
+                model(*tokens())
+
+
+def test_a_later_batch_with_as_many_tokens_as_heads_ends_nothing():
+    latents = torch.randn(1, 4, 12)
+    model = Fusing(Runs(lambda m, y, z: (heads(latents) @ heads(y).mT).softmax(-1) @ heads(y)))
+    with AttentionRecorder(model, {"a_to_b": "fusion"}) as recorder:
+        for keys in (TEXT, 3):
+            model(torch.randn(2, keys, 12), torch.randn(2, keys, 12))
+            assert recorder.attention[0].forward.weights.shape == (2, 3, 4, keys)
+            recorder.clear()

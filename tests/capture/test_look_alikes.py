@@ -62,7 +62,9 @@ def gated(module, x, y):
 
 
 def test_a_gate_with_four_axes_is_not_taken_for_the_attention_that_is_returned():
-    with pytest.raises(DiscoveryError, match=r"shapes \(2, 3, 5, 2\), and returns .*\[1\] \(2, 5, 7\)"):
+    with pytest.raises(
+        DiscoveryError, match=r"shapes \(2, 3, 5, 2\), \(2, 5, 7\) \(unread\), and returns .*\[1\] \(2, 5, 7\)"
+    ):
         record_fusion(Runs(gated), WHOLE)
 
 
@@ -139,7 +141,7 @@ def test_heads_among_the_samples_in_a_first_pass():
     model = Runs(lambda m, x, y: (m.f(x, y), m.g(y, x)), f=Runs(fused), g=Runs(fused))
     with AttentionRecorder(model) as recorder:
         model(*tokens())
-    with pytest.raises(DiscoveryError, match=r"heads of 'f' seem to be folded into the samples"):
+    with pytest.raises(DiscoveryError, match=r"attention of 'f' is in doubt: heads seem to be folded into the samples"):
         _ = recorder.attention
 
 
@@ -163,6 +165,85 @@ def test_one_head_of_tokens_whose_first_axis_is_not_that_of_the_samples():
     assert pair.forward.weights.shape == (BATCH, 1, AUDIO, TEXT)
 
 
+def attends_within_and_unseen(module, x, y):
+    F.scaled_dot_product_attention(*[heads(x)] * 3)
+    weights = (x @ y.mT).softmax(-1)
+    return weights @ y, weights
+
+
+def attends_within_and_folded(module, x, y):
+    F.scaled_dot_product_attention(*[heads(x)] * 3)
+    q, k = folded(x, y)
+    return torch.bmm(q, k.mT).softmax(-1) @ k
+
+
+def returns_another(module, x, y):
+    F.scaled_dot_product_attention(heads(x), heads(y), heads(y))
+    return sharpened(module, x, y)
+
+
+@pytest.mark.parametrize(
+    ("run", "found"),
+    [
+        (attends_within_and_unseen, r"\(2, 3, 5, 5\), \(2, 5, 7\) \(unread\), and returns .*\[1\] \(2, 5, 7\)"),
+        (attends_within_and_folded, r"\(2, 3, 5, 5\), \(6, 5, 7\) \(unread\)"),
+        (returns_another, r"\(2, 3, 5, 7\), \(2, 3, 5, 7\), and returns .*\[1\] \(2, 3, 5, 7\)"),
+    ],
+)
+def test_a_kernel_beside_which_other_attention_is_computed(run, found):
+    with pytest.raises(DiscoveryError, match=f"shapes {found}"):
+        record_fusion(Runs(run), WHOLE)
+
+
+@pytest.mark.parametrize("run", [attends_within_and_unseen, attends_within_and_folded])
+def test_a_first_pass_of_modules_that_compute_more_than_can_be_read(run):
+    model = Runs(lambda m, x, y: (m.a_to_b(x, y), m.b_to_a(y, x)), a_to_b=Runs(run), b_to_a=Runs(run))
+    x, y = (torch.randn(BATCH, TEXT, WIDTH) for _ in range(2))
+    for inputs in ((x, y), tokens()):
+        with AttentionRecorder(model) as recorder:
+            model(*inputs)
+        with pytest.raises(DiscoveryError, match=r"a_to_b.* (also computes a softmax of|cannot be seen)"):
+            _ = recorder.attention
+
+
+def test_other_attention_that_is_computed_unseen_beside_what_looks_like_it():
+    """Class probabilities of each token are the only thing that is returned and looks like attention."""
+
+    def run(module, x, y):
+        weights = (x @ y.mT).softmax(-1)
+        return (weights @ y)[..., :4].softmax(-1)
+
+    with pytest.raises(DiscoveryError, match=r"shapes \(2, 5, 7\) \(unread\), and returns  \(2, 5, 4\)"):
+        record_fusion(Runs(run), WHOLE)
+
+
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_heads_before_the_samples(by_kernel):
+    def run(module, x, y):
+        q, k = (heads(t).transpose(0, 1) for t in (x, y))
+        return F.scaled_dot_product_attention(q, k, k) if by_kernel else (q @ k.mT).softmax(-1) @ k
+
+    with pytest.raises(ShapeError, match=r"\(3, 2, 5, 7\), is in doubt: it seems to be \(heads, batch, queries, keys"):
+        record_fusion(Runs(run), WHOLE)
+
+
+def test_tokens_that_do_not_show_the_axes():
+    """Sequences first, of as many samples as heads or a multiple of the tokens; and queries of the module's own."""
+
+    def sequence_first(module, x, y):
+        q, k = (t.unflatten(-1, (HEADS, -1)).permute(1, 2, 0, 3) for t in (x, y))
+        return (q @ k.mT).softmax(-1) @ k
+
+    for samples, lengths in ((HEADS, (AUDIO, TEXT)), (2 * AUDIO, (AUDIO, AUDIO)), (BATCH, (HEADS, HEADS))):
+        inputs = [torch.randn(length, samples, WIDTH) for length in lengths]
+        (pair,) = record_fusion(Runs(sequence_first), WHOLE, inputs)
+        assert pair.forward.weights.shape == (samples, HEADS, *lengths)
+
+    latents = torch.randn(1, 4, WIDTH)
+    (pair,) = record_fusion(Runs(lambda m, y: softmax(latents, y) @ heads(y)), WHOLE, [torch.randn(2, HEADS, WIDTH)])
+    assert pair.forward.weights.shape == (2, HEADS, 4, HEADS)
+
+
 def test_heads_behind_the_queries():
     def run(module, x, y):
         q, k = (t.unflatten(-1, (HEADS, -1)) for t in (x, y))
@@ -170,7 +251,9 @@ def test_heads_behind_the_queries():
         return torch.einsum("bqhk,bkhd->bqhd", weights, k), weights
 
     for attention in (WHOLE, ITEM):
-        with pytest.raises(ShapeError, match=r"\(2, 5, 3, 7\), which seems to be \(batch, queries, heads, keys\)"):
+        with pytest.raises(
+            ShapeError, match=r"\(2, 5, 3, 7\), is in doubt: it seems to be \(batch, queries, heads, keys\)"
+        ):
             record_fusion(Runs(run), attention)
 
 

@@ -1,5 +1,7 @@
 """nn.MultiheadAttention and what torch builds of it: the true weights, and outputs that stay bit for bit the same."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -321,3 +323,51 @@ def test_what_is_computed_beside_is_computed_in_full_precision(training):
     exact = model(audio, text, {"average_attn_weights": False})[0][1]
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact)
+
+
+class Wrapped(nn.TransformerEncoderLayer):
+    """An encoder layer with a forward of its own, which torch may still give packed sequences."""
+
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_packed_sequences_in_an_encoder_layer_of_ones_own():
+    torch.manual_seed(0)
+    layer = Wrapped(WIDTH, 2, 8, batch_first=True)
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 1)}).eval()
+    joint = torch.cat(tokens(), dim=1)
+    hidden = torch.zeros(BATCH, AUDIO + TEXT, dtype=torch.bool)
+    hidden[0, 9:] = hidden[:, 11:] = True
+    spans = JointSequence("encoder", {"audio": (0, AUDIO), "text": (AUDIO, None)})
+    with torch.no_grad():
+        expected = model["encoder"](joint, src_key_padding_mask=hidden)
+        with AttentionRecorder(model, spans) as recorder:
+            got = model["encoder"](joint, src_key_padding_mask=hidden)
+        weights = (
+            model["encoder"]
+            .layers[0]
+            .self_attn(joint, joint, joint, key_padding_mask=hidden, average_attn_weights=False)[1]
+        )
+    torch.testing.assert_close(got, expected)
+    (pair,) = recorder.attention
+    real = ~hidden[:, None, :AUDIO, None] & ~hidden[:, None, None, AUDIO:]
+    block = weights[:, :, :AUDIO, AUDIO:]
+    block = block / block.sum(-1, keepdim=True)
+    width = pair.forward.weights.shape[-1]
+    torch.testing.assert_close((pair.forward.weights * real[..., :width]), (block * real)[..., :width])
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_reading_a_parametrized_weight_changes_nothing(need_weights):
+    outputs = []
+    for recorded_too in (False, True):
+        torch.manual_seed(0)
+        model, (audio, text) = Pair(dropout=0.1), tokens()
+        nn.utils.parametrizations.spectral_norm(model.audio_to_text_attn, "in_proj_weight")
+        call = {"need_weights": need_weights}
+        with AttentionRecorder(model) if recorded_too else nullcontext():
+            outputs.append([model(audio, text, call)[0][0] for _ in range(3)])
+        assert all(module.training for module in model.modules())
+    assert_same(outputs[1], outputs[0])

@@ -260,3 +260,78 @@ def test_a_name_tells_the_direction_of_a_module_that_got_the_keys_before():
     with AttentionRecorder(model) as recorder:
         model["audio_to_text"](x)
     assert str(recorder.attention[0].forward.direction) == "audio_to_text"
+
+
+class Hand(nn.Module):
+    """Attention by hand whose softmax is a module, as many write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.attend, self.drop = nn.Softmax(dim=-1), nn.Dropout(0.1)
+
+    def forward(self, x, y):
+        return self.drop(self.attend(heads(x) @ heads(y).mT)) @ heads(y)
+
+
+@pytest.mark.parametrize("names", [("audio_to_text", "text_to_audio"), ("f", "g")])
+@pytest.mark.parametrize("lengths", [(AUDIO, TEXT), (AUDIO, AUDIO)])
+def test_a_softmax_that_is_a_module(names, lengths):
+    there, back = names
+    model = Runs(lambda m, x, y: (getattr(m, there)(x, y), getattr(m, back)(y, x)), **{n: Hand() for n in names}).eval()
+    x, y = sides(*lengths)
+    with AttentionRecorder(model) as recorder:
+        model(x, y)
+    if there == "f" and lengths[0] == lengths[1]:
+        with pytest.raises(DiscoveryError, match="goes across cannot be seen"):
+            _ = recorder.attention
+        return
+    (pair,) = recorder.attention
+    assert torch.equal(pair.forward.weights, (heads(x) @ heads(y).mT).softmax(-1))
+    assert pair.backward is not None
+
+
+@pytest.mark.parametrize("batched", [(AUDIO, TEXT), (TEXT, AUDIO)])
+def test_heads_behind_the_queries_in_a_first_pass(batched):
+    def behind(module, x, y):
+        q, k = (t.unflatten(-1, (HEADS, -1)) for t in (x, y))
+        return torch.einsum("bqhd,bkhd->bqhk", q, k).softmax(-1)
+
+    model = Runs(lambda m, x, y: m.f(x, y), f=Runs(behind))
+    with AttentionRecorder(model) as recorder:
+        model(*sides(*batched))
+    with pytest.raises(DiscoveryError, match=r"'f' is in doubt: it seems to be \(batch, queries, heads, keys\)"):
+        _ = recorder.attention
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+def test_bystanders_that_are_not_clear_hide_nothing():
+    """Self-attention with positions, a module with two attentions, and one that hooks cannot see into."""
+
+    def positions(module, x, position):
+        return F.scaled_dot_product_attention(heads(x + position), heads(x + position), heads(x))
+
+    def twice(module, x):
+        return [F.scaled_dot_product_attention(*[heads(t)] * 3) for t in (x, x + 1)]
+
+    def run(module, x, y):
+        module.own(x, torch.ones_like(x))
+        module.twice(x)
+        return module.look(module.scripted(x), y)
+
+    scripted = torch.jit.trace(nn.Linear(WIDTH, WIDTH), torch.zeros(BATCH, AUDIO, WIDTH))
+    for look in (Sdpa(), CrossOnly()):
+        model = Runs(run, own=Runs(positions), twice=Runs(twice), look=look, scripted=scripted)
+        with AttentionRecorder(model) as recorder:
+            model(*sides())
+            with pytest.warns(XAttnWarning, match=r"Left out.*: own \(run 1\)"):
+                (pair,) = recorder.attention
+        assert pair.forward.weights.shape == (BATCH, HEADS, AUDIO, TEXT)
+
+
+class CrossOnly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = attention()
+
+    def forward(self, x, y):
+        return self.inner(x, y, y)

@@ -11,7 +11,7 @@ from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
 from lightning_xattn.functional import prepare_rows
-from tests.capture.models import BATCH, Pair, Runs, heads, mha, record_fusion, recorded, tokens
+from tests.capture.models import BATCH, Fusing, Pair, Runs, heads, mha, record_fusion, recorded, tokens
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, count_hooks, quiet_trainer, toy_loader
 
 
@@ -91,10 +91,11 @@ def test_which_keys_a_softmax_hides_is_told_from_the_scores_whatever_hides_them(
     assert torch.equal(pair.forward.key_mask, expected.expand(BATCH, TEXT))
 
 
-def test_a_row_of_which_all_keys_are_hidden_is_no_attention():
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e4])
+def test_a_row_of_which_all_keys_are_hidden_is_no_attention(lowest):
     def attend(module, audio, text):
         scores = heads(audio) @ heads(text).mT
-        scores[1] = scores[1] + torch.finfo(scores.dtype).min  # uniform after the softmax
+        scores[1] = scores[1] + lowest  # uniform, or nearly so, after the softmax
         return scores.softmax(-1) @ heads(text)
 
     (pair,) = record_fusion(Runs(attend), {"a_to_b": "fusion"})
@@ -130,7 +131,7 @@ def test_heads_folded_into_the_samples_are_noticed_also_where_their_number_is_th
         return F.scaled_dot_product_attention(q, k, k)
 
     x = torch.randn(4, 12, WIDTH)  # 4 samples of 3 heads make 12, as many as there are tokens
-    with pytest.raises(ShapeError, match=r"shape \(12, 12, 7\), but its tokens .* folded into the samples"):
+    with pytest.raises(ShapeError, match=r"\(12, 12, 7\), is in doubt: heads seem to be folded into the samples"):
         record_fusion(Runs(folded), {"a_to_b": "fusion"}, (x, x[:, :7]))
 
 
@@ -271,3 +272,37 @@ def test_data_parallel_over_several_devices_is_refused():
     with pytest.raises(DiscoveryError, match="'DataParallel' is an nn.DataParallel over 2 devices.*its .module"):
         AttentionRecorder(model).__enter__()
     assert count_hooks(model) == 0
+
+
+def test_attention_inside_of_vmap_is_passed_over():
+    model = Fusing(Runs(lambda m, x, y: torch.vmap(lambda q, k: (heads(q) @ heads(k).mT).softmax(-1) @ heads(k))(x, y)))
+    x, y = (t[None] for t in tokens())
+    expected = model(x, y)
+    with AttentionRecorder(model, {"a_to_b": "fusion"}), pytest.raises(DiscoveryError, match="none that can be seen"):
+        model(x, y)
+    assert expected.isfinite().all()
+
+
+def test_a_null_key_does_not_pair():
+    def attend(module, queries, keys):
+        keys = torch.cat([keys, torch.zeros_like(keys[:, :1])], dim=1)
+        return F.scaled_dot_product_attention(heads(queries), heads(keys), heads(keys))
+
+    model = Runs(lambda m, x, y: (m.a_to_b(x, y), m.b_to_a(y, x)), a_to_b=Runs(attend), b_to_a=Runs(attend))
+    with pytest.raises(
+        ShapeError, match=r"\(2, 3, 5, 8\), so b_to_a must be .*got \(2, 3, 7, 6\). .* a null key, name"
+    ):
+        recorded(model, {"a_to_b": "a_to_b", "b_to_a": "b_to_a"})
+
+
+def test_two_things_under_a_directions_name():
+    def fuse(module, audio, text):
+        return {
+            "features": {"a_to_b": audio},
+            "attention": {"a_to_b": (heads(audio) @ heads(text).mT).softmax(-1)},
+        }
+
+    with pytest.raises(DiscoveryError, match=r"\[features\]\[a_to_b\] .*\[attention\]\[a_to_b\]"):
+        record_fusion(Runs(fuse), {"a_to_b": "fusion"})
+    (pair,) = record_fusion(Runs(fuse), {"a_to_b": "fusion[attention][a_to_b]"})
+    assert pair.forward.weights.shape == (BATCH, HEADS, AUDIO, TEXT)
