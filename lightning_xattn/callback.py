@@ -16,7 +16,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from lightning_xattn.aggregation import LayerAccumulator, LayerSummary, merge_sums
 from lightning_xattn.alarms import Alarms
 from lightning_xattn.capture import AttentionRecorder, AttentionSetting, LabelFinder, check_attention
-from lightning_xattn.capture.labels import LabelSetting, Step
+from lightning_xattn.capture.steps import LabelSetting, Step
 from lightning_xattn.distributed import count_repeats, gather
 from lightning_xattn.epoch import epoch_counts, epoch_curves, epoch_figures
 from lightning_xattn.errors import SettingError, XAttnWarning

@@ -6,22 +6,18 @@ the target never changes from batch to batch, and no GPU is made to wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_xattn.capture.scores import (
     Classes,
     are_binary_labels,
     are_ids,
-    are_predictions,
     are_probabilities,
     are_rows,
-    are_shares,
     are_single,
     are_single_scores,
     are_surely_logits,
@@ -30,45 +26,18 @@ from lightning_xattn.capture.scores import (
     classes_of_scores,
     confidence_of,
 )
+from lightning_xattn.capture.steps import (
+    LabelSetting,
+    Place,
+    Step,
+    guess_predictions,
+    guess_sample_ids,
+    guess_targets,
+    misfits,
+    say_setting,
+    told_place,
+)
 from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError
-
-LabelSetting = str | Callable[[Any, Any], Any] | None
-"""None: look in the usual places; a key; or a callable ``(outputs, batch) -> tensor``."""
-
-PREDICTION_KEYS = ("logits", "probabilities", "probs", "predictions", "preds", "y_hat", "y_pred")
-TARGET_KEYS = ("targets", "target", "labels", "label", "y")
-SAMPLE_ID_KEYS = ("sample_ids", "sample_id")
-
-
-@dataclass(frozen=True)
-class Step:
-    """What there is to find labels in.
-
-    Attributes
-    ----------
-    outputs
-        What the step returned.
-    batch
-        The batch.
-    forward
-        What the module's own ``forward`` returned, or None.
-    samples
-        Number of samples, from the attention.
-    device
-        Where the attention is; labels are moved there.
-    """
-
-    outputs: Any
-    batch: Any
-    forward: Any
-    samples: int
-    device: torch.device | str = "cpu"
-
-    def __str__(self) -> str:
-        return (
-            f"The attention has {self.samples} samples; the step returned {_describe(self.outputs)}; the batch is "
-            f"{_describe(self.batch)}; forward returned {_describe(self.forward)}."
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,15 +72,6 @@ class Labels:
         fields = ("predicted", "confidence", "target", "tied")
         known = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
         return replace(self, **{name: values[samples] for name, values in known.items()})
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where something is found in a step: a name for people, how to read it, and the key that it stands under."""
-
-    name: str
-    read: Callable[[Step], Any]
-    key: str | int | None = None
 
 
 class LabelFinder:
@@ -200,23 +160,23 @@ class LabelFinder:
         place = (self._places or self._look(step))["sample_ids"]
         found = None if place is None else self._at(place, "sample_ids", step)
         if found is None and self._settings["sample_ids"] is not None:
-            raise DiscoveryError(f"No sample ids: {_said(self._settings['sample_ids'])} gave nothing. {step}")
+            raise DiscoveryError(f"No sample ids: {say_setting(self._settings['sample_ids'])} gave nothing. {step}")
         if found is not None and len(found) != step.samples:
             raise ShapeError(f"Expected a sample id for each of {step.samples} samples; got {len(found)}.")
         return found if found is None or isinstance(found, Tensor) else list(found)
 
     def _look(self, step: Step) -> dict[str, Place | None]:
-        places = {what: _told(setting) for what, setting in self._settings.items()}
+        places = {what: told_place(setting) for what, setting in self._settings.items()}
         if self._settings["predictions"] is None:
-            places["predictions"] = _guess_predictions(step)
+            places["predictions"] = guess_predictions(step)
         scores = None if places["predictions"] is None else places["predictions"].read(step)
         self._binary = are_single_scores(scores, step.samples)
         if self._settings["targets"] is None:
-            places["targets"] = _guess_targets(step, scores)
+            places["targets"] = guess_targets(step, scores)
             if places["targets"] is None:
-                self._doubts |= _misfits(step)
+                self._doubts |= misfits(step)
         if self._settings["sample_ids"] is None:
-            places["sample_ids"] = next(_keyed(step, ("batch", "outputs"), SAMPLE_ID_KEYS), None)
+            places["sample_ids"] = guess_sample_ids(step)
         if places["predictions"] is not None and isinstance(scores, Tensor):
             self._doubts |= self._decide(scores, places["predictions"], places["targets"], step)
         if "predictions" in self._doubts:
@@ -286,109 +246,3 @@ class LabelFinder:
     def _fits(self, values: Tensor, samples: int) -> bool:
         single = self._binary and are_single(values, samples)
         return single or are_ids(values, samples) or are_rows(values, samples)
-
-
-def _told(setting: LabelSetting) -> Place | None:
-    if setting is None:
-        return None
-    if callable(setting):
-        return Place(_said(setting), lambda step: setting(step.outputs, step.batch))
-
-    def by_key(step: Step) -> Any:
-        holders = [place for place in (step.outputs, step.batch) if isinstance(place, Mapping) and setting in place]
-        return holders[0][setting] if holders else None
-
-    return Place(_said(setting), by_key, setting)
-
-
-def _said(setting: LabelSetting) -> str:
-    return f"the key '{setting}'" if isinstance(setting, str) else "the callable"
-
-
-def _keyed(step: Step, sources: tuple[str, ...], keys: tuple[str, ...]) -> Iterator[Place]:
-    """The places under a usual key, in the order of sources and keys."""
-    for source in sources:
-        holder = getattr(step, source)
-        for key in keys:
-            if isinstance(holder, Mapping) and key in holder:
-                yield Place(f"{source}['{key}']", _reader(source, key), key)
-
-
-def _items(step: Step, source: str) -> list[Place]:
-    """The items of a tuple or list, or the thing itself."""
-    holder = getattr(step, source)
-    if isinstance(holder, (tuple, list)):
-        return [Place(f"{source}[{i}]", _reader(source, i)) for i in range(len(holder))]
-    return [Place(source, attrgetter(source))]
-
-
-def _reader(source: str, key: str | int) -> Callable[[Step], Any]:
-    def read(step: Step) -> Any:
-        holder = getattr(step, source)
-        return None if isinstance(holder, Tensor) else holder[key]  # an item of a tensor would be a sample
-
-    return read
-
-
-def _guess_predictions(step: Step) -> Place | None:
-    keyed = next(_keyed(step, ("outputs",), PREDICTION_KEYS), None)
-    if keyed is not None:
-        # Named as predictions: if these do not fit, nothing else is meant.
-        value = keyed.read(step)
-        return keyed if are_predictions(value, step.samples) or are_single_scores(value, step.samples) else None
-    for candidates in (
-        _items(step, "outputs"),
-        list(_keyed(step, ("forward",), PREDICTION_KEYS))[:1],
-        _items(step, "forward"),
-    ):
-        for fits in (are_predictions, are_single_scores):
-            fitting = [place for place in candidates if fits(place.read(step), step.samples)]
-            if fitting:
-                return fitting[0] if len(fitting) == 1 else None
-    return None
-
-
-def _guess_targets(step: Step, scores: Any) -> Place | None:
-    classes = scores.shape[1] if are_rows(scores, step.samples) else None
-
-    def fits(value: Any) -> bool:
-        if are_single_scores(scores, step.samples):
-            return are_binary_labels(value, step.samples, guessed=True)
-        # Numbers beyond the classes, such as lengths, are no class ids.
-        ids = are_ids(value, step.samples) and bool(value.max() < (classes or torch.inf))
-        return ids or (
-            are_rows(value, step.samples) and value.shape[1] == (classes or value.shape[1]) and are_shares(value)
-        )
-
-    keyed = next(_keyed(step, ("outputs", "batch"), TARGET_KEYS), None)
-    if keyed is not None:
-        return keyed if fits(keyed.read(step)) else None
-    fitting = [place for place in _items(step, "batch") if fits(place.read(step))]
-    return fitting[0] if len(fitting) == 1 else None
-
-
-def _misfits(step: Step) -> dict[str, str]:
-    """What may have been meant as targets and has another length than there are samples."""
-    keyed = list(_keyed(step, ("outputs", "batch"), TARGET_KEYS))
-    items = [place for place in _items(step, "batch") if _are_whole_numbers(place.read(step))]
-    for place in keyed + items:
-        value = place.read(step)
-        if isinstance(value, Tensor) and value.dim() and len(value) != step.samples:
-            return {"targets": f"{place.name} is {_describe(value)}: no targets for {step.samples} samples."}
-    return {}
-
-
-def _are_whole_numbers(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point()
-
-
-def _describe(value: Any) -> str:
-    """What a step returned or a batch holds, in a few words."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"'{key}': {_describe(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, (tuple, list)):
-        items = [_describe(item) for item in value[:4]] + (["..."] if len(value) > 4 else [])
-        return f"[{', '.join(items)}]"
-    return "nothing" if value is None else f"a {type(value).__name__}"

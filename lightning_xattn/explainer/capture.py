@@ -20,7 +20,7 @@ from lightning_xattn.alarms import Alarms
 from lightning_xattn.attention import AttentionPair, TokenAxis
 from lightning_xattn.attention_analysis import check_count
 from lightning_xattn.capture import AttentionRecorder, AttentionSetting, LabelFinder, check_attention
-from lightning_xattn.capture.labels import LabelSetting, Step
+from lightning_xattn.capture.steps import LabelSetting, Step
 from lightning_xattn.errors import DataError, DiscoveryError, SettingError, XAttnWarning
 from lightning_xattn.explainer.batches import count_samples, take_samples, to_device
 from lightning_xattn.explainer.dataset import DatasetSums, LoaderRun

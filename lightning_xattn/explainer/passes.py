@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_xattn.attention import Attention, AttentionPair
 from lightning_xattn.capture import LabelFinder, Labels
-from lightning_xattn.capture.labels import LabelSetting, Step
 from lightning_xattn.capture.scores import are_probabilities, are_rows, are_single_scores
+from lightning_xattn.capture.steps import LabelSetting, Step
 from lightning_xattn.errors import DataError
 from lightning_xattn.functional import prepare_rows
 

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from lightning_xattn.capture.labels import LabelFinder, Step
+from lightning_xattn.capture.labels import LabelFinder
+from lightning_xattn.capture.steps import Step
 from lightning_xattn.errors import DiscoveryError, ShapeError
 
 BATCH, CLASSES = 5, 3
