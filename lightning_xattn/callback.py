@@ -15,6 +15,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_xattn.aggregation import LayerAccumulator, LayerSummary, merge_sums
 from lightning_xattn.alarms import Alarms
+from lightning_xattn.attention import AttentionPair
 from lightning_xattn.capture import AttentionRecorder, AttentionSetting, LabelFinder, check_attention
 from lightning_xattn.capture.steps import LabelSetting, Step
 from lightning_xattn.distributed import count_repeats, gather
@@ -284,8 +285,7 @@ class AttentionExplainabilityCallback(Callback):
             self._classes = name_classes(labels, self.class_names or self._own_names(pl_module), self.group_by, step)
             _warn(missing_labels(labels, self._classes, self.group_by, step))
             _warn(self._alarms.of_directions(self._recorder.layers))
-            places = " and ".join(f"{what} from {place}" for what, place in finder.places.items())
-            rank_zero_info(f"AttentionExplainabilityCallback takes {places or 'no labels'}.")
+            rank_zero_info(f"AttentionExplainabilityCallback takes {_found(pairs, finder.places, labels.n_classes)}.")
 
         ids = None if self._table is None else finder.find_sample_ids(step)
         about = {"dataloader": dataloader_idx, "sample_id": None if ids is None else ids[kept]}
@@ -388,6 +388,15 @@ class AttentionExplainabilityCallback(Callback):
 def _warn(messages: Iterable[str]) -> None:
     for message in messages:
         rank_zero_warn(message, category=XAttnWarning, stacklevel=3)
+
+
+def _found(pairs: Sequence[AttentionPair], places: Mapping[str, str], n_classes: int | None) -> str:
+    """What was taken for what, in a few words, so that a name that means something else is seen at once."""
+    first = [
+        f"{one.direction} ({one.weights.shape[2]} queries ask {one.tokens} keys)" for one in pairs[0].directions
+    ] + ([f"{len(pairs) - 1} more layer(s)"] if len(pairs) > 1 else [])
+    labels = " and ".join(f"{what} from {place}" for what, place in places.items()) or "no labels"
+    return f"{', '.join(first)}; {labels}" + (f", of {n_classes} classes" if n_classes else "")
 
 
 def _named(setting: Any) -> Any:

@@ -426,3 +426,13 @@ def test_both_namespaces_of_lightning(namespace, tmp_path):
     assert [(entry["stage"], entry["samples"]) for entry in watch.history] == [("val", 23), ("val", 23), ("test", 23)]
     assert len(list((tmp_path / "run").rglob("xattn_map/**/*.png"))) == 6
     assert count_hooks(module) == 0
+
+
+def test_says_once_what_it_takes_for_what(caplog):
+    with caplog.at_level("INFO", logger="pytorch_lightning.utilities.rank_zero"):
+        validate(ToyModule(), AttentionExplainabilityCallback())
+    said = [record.message for record in caplog.records if "AttentionExplainabilityCallback takes" in record.message]
+    assert said == [
+        "AttentionExplainabilityCallback takes audio_to_text (5 queries ask 7 keys), text_to_audio (7 queries ask 5 "
+        "keys); predictions from forward and targets from batch[2], of 4 classes."
+    ]

@@ -20,8 +20,11 @@ _SOFTMAX = frozenset({torch.softmax, F.softmax, Tensor.softmax, torch.special.so
 _FAR_BELOW = 500.0
 """Scores of tokens do not differ by as much as this; masks of -10,000 do, also after a division by sqrt(width)."""
 
-_LOWEST = -5e3
-"""No score of a token is as low as this; masks of -10,000 and lower ones are."""
+_LOWEST = -3e4
+"""No score of a token is as low as this; masks of the lowest half-precision number, -65504, and lower ones are."""
+
+_MASK = -1e4
+"""What masks add that do not reach as far down."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +56,8 @@ class WatchComputations(TorchFunctionMode):
 
     A fused kernel still computes its output: the weights are computed once more beside it. Of a softmax with four
     axes over its last one the result is copied, before dropout, as the model may change it in place. Passed over are
-    kernels' calls with other axes than ``(batch, heads, queries, width)`` or ``(batch, queries, width)``, and softmaxes
-    with other than four, which may as well be class probabilities.
+    kernels' calls with other axes than ``(batch, heads, queries, width)`` or ``(batch, queries, width)``, softmaxes
+    with other than four, which may as well be class probabilities, and those over the last axis but one.
 
     It must not be entered around an ``nn.MultiheadAttention``: with any such mode torch leaves its fast path, and the
     output differs in the last bits.
@@ -64,7 +67,7 @@ class WatchComputations(TorchFunctionMode):
     note
         Called with each computation.
     pass_over
-        Called with the shape of what is passed over.
+        Called with the shape of what is passed over, keys last.
     """
 
     def __init__(self, note: Note, pass_over: PassOver) -> None:
@@ -84,15 +87,18 @@ class WatchComputations(TorchFunctionMode):
                 self._note(computation)
             elif has_place(query):
                 self._pass_over((*query.shape[:-1], key.shape[-2]))
-        elif function in _SOFTMAX and has_place(result) and _axis(*args, **kwargs) in (-1, result.dim() - 1):
-            if result.dim() == 4:
+        elif function in _SOFTMAX and has_place(result) and result.dim() > 2:
+            axis = _axis(*args, **kwargs)
+            if axis in (-2, result.dim() - 2):
+                self._pass_over(tuple(result.mT.shape))
+            elif axis in (-1, result.dim() - 1) and result.dim() != 4:
+                self._pass_over(tuple(result.shape))
+            elif axis in (-1, 3):
                 scores = args[0] if args else kwargs["input"]
                 with torch._C.DisableTorchFunction():
                     weights = result.detach().clone()
                     recorded = from_scores(weights, _seen(scores.detach(), weights))
                 self._note(Computation(recorded, Place.of(result)))
-            else:
-                self._pass_over(tuple(result.shape))
         return result
 
 
@@ -108,22 +114,25 @@ def watch_computations(modules: Iterable[nn.Module], note: Note, pass_over: Pass
     hooks
         Takes the hooks; closing it removes them.
     """
-    running: list[ExitStack] = []
+    depth, mode = 0, ExitStack()
 
     def enter(*_: Any) -> None:
-        mode = ExitStack()
-        if not running:
+        nonlocal depth
+        if depth == 0:
             mode.enter_context(WatchComputations(note, pass_over))
-        running.append(mode)
+        depth += 1
 
     def leave(*_: Any) -> None:
-        if running:
-            running.pop().close()
+        nonlocal depth
+        depth = max(depth - 1, 0)
+        if depth == 0:
+            mode.close()
 
     def leave_all() -> None:
         # An interrupt from the keyboard passes the hooks by.
-        while running:
-            leave()
+        nonlocal depth
+        depth = 0
+        mode.close()
 
     hooks.callback(leave_all)
     for module in modules:
@@ -138,12 +147,12 @@ def _axis(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> int | No
 def _seen(scores: Tensor, weights: Tensor) -> Tensor:
     """Which keys a softmax does not hide, from its scores alone, whatever hides some: a mask added or filled in.
 
-    A hidden key gets no weight and lies far below the row's largest score; scores that all lie near the lowest number
-    of half precision or below are a row of which all keys are hidden.
+    A hidden key gets no weight and lies far below the row's largest score; of a row all keys are hidden whose largest
+    score is about what a mask adds.
     """
     largest = scores.amax(-1, keepdim=True)
     hidden = (weights == 0) & (scores <= largest - _FAR_BELOW)
-    return ~hidden & (largest > _LOWEST)
+    return ~hidden & (largest > _LOWEST) & ((largest - _MASK).abs() > _FAR_BELOW)
 
 
 @torch.no_grad()

@@ -27,6 +27,16 @@ def is_original(module: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
 
 
+def is_original_encoder_layer(layer: nn.TransformerEncoderLayer) -> bool:
+    """Whether the layer attends as torch's does, in its fast path and beside it."""
+    own_block = "_sa_block" in vars(layer) or type(layer)._sa_block is not nn.TransformerEncoderLayer._sa_block
+    return (
+        is_original(layer, nn.TransformerEncoderLayer)
+        and not own_block
+        and is_original(layer.self_attn, nn.MultiheadAttention)
+    )
+
+
 def watch_multihead_attention(
     module: nn.MultiheadAttention, record: Callable[[Any, RecordedWeights], None], hooks: ExitStack
 ) -> None:
@@ -34,7 +44,8 @@ def watch_multihead_attention(
 
     A caller that asks for weights gets the module to compute them per head, and they are averaged for it afterwards
     as the module would have done. A caller that does not ask keeps its fused kernel: the weights are computed once
-    more beside it. The same goes for dropout in training mode, which the returned weights would contain.
+    more beside it. The same goes for self-attention whose weights are averaged by a fast path, and for dropout in
+    training mode, which the returned weights would contain.
 
     Parameters
     ----------
@@ -57,9 +68,9 @@ def watch_multihead_attention(
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         nonlocal asked_for_average
         call = bind(args, kwargs).arguments
-        # Nested tokens are attended within one sequence, and their weights are computed beside.
-        nested = call["query"].is_nested
-        asked_for_average = call["need_weights"] and call["average_attn_weights"] and not nested
+        # Self-attention may take a fast path, which averages in another way than read does; nested tokens always do.
+        fast = call["query"] is call["key"] is call["value"]
+        asked_for_average = call["need_weights"] and call["average_attn_weights"] and not fast
         if not asked_for_average:
             return None
         if len(args) > _AVERAGE:
@@ -74,7 +85,8 @@ def watch_multihead_attention(
             call = call | {"query": tokens, "key": tokens, "key_padding_mask": padding}
         batched = call["query"].dim() == 3
         returned = output[1]
-        if returned is None or nested or (module.training and module.dropout > 0):
+        averaged = returned is not None and returned.dim() < call["query"].dim() + 1
+        if returned is None or nested or averaged or (module.training and module.dropout > 0):
             weights = _recompute(module, call)
         else:
             weights = returned.detach() if batched else returned.detach()[None]

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attention import Direction
-from lightning_xattn.capture.axes import axes_in_doubt, has_tokens_of_two_kinds, is_over_tokens, token_inputs
+from lightning_xattn.capture.axes import Tokens, token_inputs
 from lightning_xattn.capture.computed import Computation, watch_computations
 from lightning_xattn.capture.discovery import common_parent, describe_attention, layers_by_name, with_unique_names
+from lightning_xattn.capture.memory import are_same
 from lightning_xattn.capture.multihead import is_original, watch_multihead_attention
+from lightning_xattn.capture.returned import NAME_IT, ModuleWatch, Seen, tensors_in
 from lightning_xattn.capture.sites import LayerSites, Source
 from lightning_xattn.capture.weights import RecordedWeights
 from lightning_xattn.capture.wrappers import plain_path, runs_for_backward
-from lightning_xattn.errors import DiscoveryError
+from lightning_xattn.errors import DiscoveryError, ShapeError
 
 NAME_THEM = "Name them: attention={'<a>_to_<b>': 'path.to.module', '<b>_to_<a>': ...}."
 
@@ -33,9 +35,9 @@ class Run:
     Attributes
     ----------
     path
-        The innermost module that computed it.
+        The module that computed it: the innermost one that got tokens.
     turn
-        How many times this module had run before.
+        How many times this module had attended before.
     weights
         What it computed; of what does not go across, the shape alone.
     given
@@ -43,7 +45,7 @@ class Run:
     mixed
         Whether the module got tokens of two kinds.
     doubt
-        What its axes seem to be, if not what they should, or what else the module computes.
+        Why it is not clear whether this is the module's attention.
     """
 
     path: str
@@ -74,6 +76,16 @@ class Run:
         return f"{self.path} (run {self.turn + 1}): {self.tokens[0]} queries, {self.tokens[1]} keys"
 
 
+@dataclass(frozen=True, eq=False)
+class _Running:
+    """A module that runs: what it got, and what it has computed."""
+
+    watch: ModuleWatch
+    name: str
+    inputs: list[Tensor]
+    seen: Seen = field(default_factory=Seen)
+
+
 class Probe:
     """Watches all attention of a model during a pass, and tells which directions and layers it makes.
 
@@ -87,8 +99,6 @@ class Probe:
         self._root = root
         self._runs: list[Run] = []
         self._turns: dict[str, int] = defaultdict(int)
-        # Of modules that compute more than can be read, what that is.
-        self._unread: dict[str, str] = {}
 
     @property
     def has_run(self) -> bool:
@@ -103,7 +113,6 @@ class Probe:
         """Forget what ran."""
         self._runs.clear()
         self._turns.clear()
-        self._unread.clear()
 
     def _watch(self, module: nn.Module, path: str, hooks: ExitStack) -> None:
         if is_original(module, nn.MultiheadAttention):
@@ -129,42 +138,53 @@ class Probe:
         return note
 
     def _watch_computations(self, module: nn.Module, path: str, hooks: ExitStack) -> None:
-        # The modules that are running, innermost last, each with what it got.
-        running: list[tuple[str, int, list[Any]]] = []
+        running: list[_Running] = []  # innermost last
 
-        def enter(name: str) -> Callable[..., None]:
+        def enter(watch: ModuleWatch, name: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                running.append((name, self._turn(name), [*args, *kwargs.values()]))
+                running.append(_Running(watch, name, [tensor for _, tensor in tensors_in((args, kwargs))]))
 
             return hook
 
-        def leave(*_: Any) -> None:
-            running.pop()
+        def leave(_: nn.Module, __: Any, output: Any) -> None:
+            left = running.pop()
+            if left.seen.computed:
+                self._add_all(left, output)
 
-        def owner(shape: Sequence[int]) -> tuple[str, int, list[Any]]:
+        def owner(shape: Sequence[int]) -> Seen:
             # A module that is a softmax and no more gets scores; what holds it got the tokens.
-            return next((one for one in reversed(running) if token_inputs(one[2], shape)), running[-1])
+            return next((one for one in reversed(running) if token_inputs(one.inputs, shape)), running[-1]).seen
 
         def note(computation: Computation) -> None:
-            weights = computation.weights
-            name, turn, inputs = owner(weights.weights.shape)
-            mixed = has_tokens_of_two_kinds(inputs, weights.weights.shape)
-            self._add(Run(name, turn, weights, None, mixed, axes_in_doubt(weights, inputs)))
+            owner(computation.weights.weights.shape).computed.append(computation)
 
         def pass_over(shape: tuple[int, ...]) -> None:
-            name, _, inputs = owner(shape)
-            if is_over_tokens(shape, inputs):
-                self._unread[name] = f"it also computes a softmax of {shape}, which cannot be read"
+            owner(shape).passed.append(shape)
 
         watched = {
-            inner: child for inner, child in module.named_modules() if not isinstance(child, torch.jit.ScriptModule)
+            f"{path}.{inner}".strip("."): child
+            for inner, child in module.named_modules()
+            if not isinstance(child, torch.jit.ScriptModule)
         }
-        for inner, child in watched.items():
-            name = f"{path}.{inner}".strip(".")
-            hooks.callback(child.register_forward_pre_hook(enter(name), with_kwargs=True).remove)
+        for name, child in watched.items():
+            hooks.callback(
+                child.register_forward_pre_hook(enter(ModuleWatch(child, name), name), with_kwargs=True).remove
+            )
             hooks.callback(child.register_forward_hook(leave, always_call=True).remove)
         # Any of them may be the first to run: a step need not call the forward of what holds them.
         watch_computations(watched.values(), note, pass_over, hooks)
+
+    def _add_all(self, left: _Running, output: Any) -> None:
+        """Add what a module computed: its one attention, or all that it may be."""
+        turn, doubt = self._turn(left.name), None
+        found = [computation.weights for computation in left.seen.computed]
+        try:
+            found = list(left.watch.find(output, left.inputs, left.seen).values())
+        except (DiscoveryError, ShapeError) as error:
+            doubt = str(error).removesuffix(f". {NAME_IT}")
+        for weights in found:
+            mixed = Tokens.among(left.inputs, weights.weights.shape).kinds > 1
+            self._add(Run(left.name, turn, weights, None, mixed, doubt))
 
     def _turn(self, path: str) -> int:
         """The number of a run that begins, or ends."""
@@ -195,12 +215,10 @@ class Probe:
                 taken[run.path].append(run)
             elif run.may_cross:
                 left_out.append(str(run))
-        for path, runs in taken.items():
-            if [run.turn for run in runs] != list(range(len(runs))):
-                raise DiscoveryError(self.say(f"'{path}' computes several attentions in one run, or not in each"))
-            doubt = next((run.doubt for run in runs if run.doubt is not None), self._unread.get(path))
+        for runs in taken.values():
+            doubt = next((run.doubt for run in runs if run.doubt is not None), None)
             if doubt is not None:
-                raise DiscoveryError(self.say(f"The attention of '{path}' is in doubt: {doubt}"))
+                raise DiscoveryError(self.say(doubt))
         calls = {path: [run.weights for run in runs] for path, runs in taken.items()}
         return tuple(layers), calls, "; ".join(left_out)
 
@@ -227,7 +245,12 @@ class Probe:
                 raise DiscoveryError(self.say(f"Whether {group[0]} goes across cannot be seen"))
             numbers = [re.findall(r"\d+", run.path) for run in there]
             told_apart = len(there) == len({tuple(number) for number in numbers})
-            if not told_apart or (back and numbers != [re.findall(r"\d+", run.path) for run in back]):
+            mispaired = any(
+                _is_mirrored(run, other) and not _is_mirrored(run, opposite)
+                for run, opposite in zip(there, back, strict=False)
+                for other in back
+            )
+            if mispaired or not told_apart or (back and numbers != [re.findall(r"\d+", run.path) for run in back]):
                 raise DiscoveryError(self.say("It is not clear which of these belong together"))
             queries, keys = there[0].tokens
             forward = Direction("a", "b") if queries == keys else Direction(letters[queries], letters[keys])
@@ -249,6 +272,13 @@ class Probe:
             + f"{NAME_THEM} For modalities that share one sequence: attention=JointSequence('path.to.module', "
             "spans={'<a>': (start, stop), '<b>': (start, stop)})."
         )
+
+
+def _is_mirrored(run: Run, other: Run) -> bool:
+    """Whether the tokens that ask in one run are the very ones that are looked at in the other."""
+    if run.given is None or other.given is None:
+        return False
+    return are_same(run.given[0], other.given[1]) and are_same(run.given[1], other.given[0])
 
 
 def _name_sides(across: Iterable[Run]) -> dict[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,9 +18,14 @@ from lightning_xattn.attention import Attention, AttentionPair, Direction
 from lightning_xattn.capture.discovery import describe_attention, locate_attention
 from lightning_xattn.capture.joint import cut_direction
 from lightning_xattn.capture.memory import Place
-from lightning_xattn.capture.multihead import is_original, watch_encoder_layer, watch_multihead_attention
+from lightning_xattn.capture.multihead import (
+    is_original,
+    is_original_encoder_layer,
+    watch_encoder_layer,
+    watch_multihead_attention,
+)
 from lightning_xattn.capture.probe import Probe
-from lightning_xattn.capture.returned import ModuleWatch, check_weights, from_returned
+from lightning_xattn.capture.returned import Call, ModuleWatch, check_weights, from_returned
 from lightning_xattn.capture.sites import AttentionSetting, LayerSites, Source
 from lightning_xattn.capture.weights import RecordedWeights
 from lightning_xattn.capture.wrappers import (
@@ -30,9 +36,6 @@ from lightning_xattn.capture.wrappers import (
     scripted_modules,
 )
 from lightning_xattn.errors import DiscoveryError, XAttnWarning
-
-Call = dict[Direction | None, RecordedWeights]
-"""What one call of a module computed, by direction; None where the call does not tell which direction it is."""
 
 
 class AttentionRecorder:
@@ -164,6 +167,12 @@ class AttentionRecorder:
             ) from None
         if is_original(module, nn.TransformerEncoderLayer):
             assert isinstance(module, nn.TransformerEncoderLayer)
+            if not is_original_encoder_layer(module):
+                raise DiscoveryError(
+                    f"'{path}' is an nn.TransformerEncoderLayer with a self-attention of its own, which torch runs in "
+                    "some steps and not in others (its fast path). Give a callable that returns the weights: "
+                    "attention={'<a>_to_<b>': lambda model: weights}."
+                )
             watch_encoder_layer(module, lambda weights: self._record(path, {None: weights}), hooks)
         elif is_original(module, nn.MultiheadAttention):
             assert isinstance(module, nn.MultiheadAttention)
@@ -175,9 +184,11 @@ class AttentionRecorder:
             self._watches[path].watch(partial(self._record, path), hooks)
 
     def _run_uncompiled(self, hooks: ExitStack) -> None:
+        # Without it nothing is compiled. Of functions it cannot be told whether they are, and it takes long to import.
+        if "torch._dynamo" in sys.modules:
+            hooks.enter_context(run_uncompiled())
         compiled = compiled_modules(self._model)
         if compiled:
-            hooks.enter_context(run_uncompiled())
             self._tell(
                 f"{', '.join(compiled)} is compiled, where attention cannot be seen: it runs without compilation while "
                 "it is recorded, so its outputs may differ in the last bits and take longer. Record fewer epochs or "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attention import Direction, row_sum_tolerance
-from lightning_xattn.capture.axes import axes_in_doubt, is_over_tokens, token_counts
+from lightning_xattn.capture.axes import Tokens
 from lightning_xattn.capture.computed import Computation, watch_computations
 from lightning_xattn.capture.memory import has_place
 from lightning_xattn.capture.sites import Source
@@ -23,6 +24,23 @@ NAME_IT = (
     "Name the module that computes it, an item of what this one returns (attention={'<a>_to_<b>': 'path[item]'}), or "
     "give a callable (attention={'<a>_to_<b>': lambda model: weights})."
 )
+
+
+Call = dict[Direction | None, RecordedWeights]
+"""The attention of one call of a module, by direction; None where the call does not tell which direction it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What was computed while a module ran: attention, and the shapes of what was passed over."""
+
+    computed: list[Computation] = field(default_factory=list)
+    passed: list[tuple[int, ...]] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget it."""
+        self.computed.clear()
+        self.passed.clear()
 
 
 class ModuleWatch:
@@ -39,23 +57,20 @@ class ModuleWatch:
     module, path
         The module and its path, for messages.
     sites
-        The directions that are read from it.
+        The directions that are read from it; none, if that is not known yet.
     """
 
-    def __init__(self, module: nn.Module, path: str, sites: Sequence[tuple[Direction, Source]]) -> None:
+    def __init__(self, module: nn.Module, path: str, sites: Sequence[tuple[Direction, Source]] = ()) -> None:
         self.module = module
         self._path, self._sites = path, sites
-        # In the call that runs: what was computed, and the shapes of softmaxes that cannot be read.
-        self._computed: list[Computation] = []
-        self._passed: list[tuple[int, ...]] = []
         # What has been looked at: an item, or whether a kernel computes it; each in training and in eval mode.
         self._looked_at: set[tuple[Item | bool, bool]] = set()
         # Where it was found: under the directions' names, at a place in what is returned, or anywhere at all.
         self._by_name = self._has_found = False
         self._place: Item | None = None
 
-    def watch(self, record: Callable[[dict[Direction | None, RecordedWeights]], None], hooks: ExitStack) -> None:
-        """Record every call: by direction, or under None where the call does not tell which direction it is.
+    def watch(self, record: Callable[[Call], None], hooks: ExitStack) -> None:
+        """Record every call.
 
         Parameters
         ----------
@@ -64,85 +79,91 @@ class ModuleWatch:
         hooks
             Takes the hooks; closing it removes them.
         """
-
-        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            record(self._find(output, [tensor for _, tensor in _tensors((args, kwargs))]))
+        seen = Seen()
 
         def forget(*_: Any) -> None:
-            self._computed, self._passed = [], []
+            seen.clear()
+
+        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            record(self.find(output, [tensor for _, tensor in tensors_in((args, kwargs))], seen))
+            seen.clear()
 
         hooks.callback(forget)
         hooks.callback(self.module.register_forward_pre_hook(forget).remove)
         hooks.callback(self.module.register_forward_hook(read, with_kwargs=True, prepend=True).remove)
         # Inside of an nn.MultiheadAttention nothing may be watched so; a module that holds some is read by its output.
         if not any(isinstance(module, nn.MultiheadAttention) for module in self.module.modules()):
-            watch_computations(
-                [self.module],
-                lambda computation: self._computed.append(computation),
-                lambda shape: self._passed.append(shape),
-                hooks,
-            )
+            watch_computations([self.module], seen.computed.append, seen.passed.append, hooks)
 
-    def _find(self, output: Any, inputs: list[Tensor]) -> dict[Direction | None, RecordedWeights]:
-        computed, self._computed = self._computed, []
-        passed, self._passed = self._passed, []
-        tensors = dict(_tensors(output))
+    def find(self, output: Any, inputs: list[Tensor], seen: Seen) -> Call:
+        """The attention of a call: by direction, or under None where the call does not tell which direction it is.
 
-        def returned(items: Mapping[Direction | None, Item]) -> dict[Direction | None, RecordedWeights]:
-            found = {name: self._returned(item, output, computed, inputs) for name, item in items.items()}
+        Parameters
+        ----------
+        output, inputs
+            What the module returned and got.
+        seen
+            What was computed meanwhile.
+
+        Raises
+        ------
+        DiscoveryError, ShapeError
+            If it is not clear what is meant, or what is read is no attention.
+        """
+        tensors = dict(tensors_in(output))
+
+        def returned(items: Mapping[Direction | None, Item]) -> Call:
+            found = {name: self._returned(item, output, inputs, seen) for name, item in items.items()}
             return {name: weights for name, weights in found.items() if weights is not None}
 
         named = {direction: source.item for direction, source in self._sites}
         for direction in (direction for direction, item in named.items() if not item):
             under = [item for item in tensors if item and item[-1] == str(direction)]
             if len(under) > 1:
-                raise DiscoveryError(self._not_clear(computed, tensors, under))
+                raise DiscoveryError(self._not_clear(seen, tensors, under))
             named[direction] = under[0] if under else ()
         if self._by_name or any(named.values()):
             self._by_name = True
             return returned({direction: item for direction, item in named.items() if item})
-        others = [item for item in tensors if item and isinstance(item[-1], str) and "_to_" in item[-1]]
+        called = [item for item in tensors if item and isinstance(item[-1], str) and "_to_" in item[-1]]
+        others = [item for item in called if _looks_like_attention(tensors[item])]
         if others:
-            raise DiscoveryError(self._not_clear(computed, tensors, others))
-        given = {item: one for item, tensor in tensors.items() for one in computed if one.gave(tensor)}
-        chosen = computed if len(computed) == 1 else list(dict.fromkeys(given.values()))
-        unread = [shape for shape in passed if is_over_tokens(shape, inputs)]
-        if len(chosen) == 1:
+            raise DiscoveryError(self._not_clear(seen, tensors, others))
+        given = {item: one for item, tensor in tensors.items() for one in seen.computed if one.gave(tensor)}
+        chosen = seen.computed if len(seen.computed) == 1 else list(dict.fromkeys(given.values()))
+        if len(chosen) == 1 and chosen[0] not in given.values():
+            self._look_beside(chosen[0], tensors, inputs, seen)
             self._has_found = True
-            place = next((item for item, one in given.items() if one is chosen[0]), None)
-            if place is not None:
-                return returned({None: place})
-            self._look_beside(chosen[0], unread, tensors, inputs)
             return {None: chosen[0].weights}
+        if len(chosen) == 1:
+            self._place = next(item for item, one in given.items() if one is chosen[0])
         if self._place is None:
             fitting = [item for item, tensor in tensors.items() if _looks_like_attention(tensor)]
-            if self._has_found and not computed and not fitting:
+            if self._has_found and not seen.computed and not fitting:
                 return {}
-            if computed or len(fitting) != 1 or any(shape[-2:] != tensors[fitting[0]].shape[-2:] for shape in unread):
-                raise DiscoveryError(self._not_clear(computed, tensors, fitting, unread))
+            if seen.computed or len(fitting) != 1 or _unread(seen, inputs, but=tensors[fitting[0]].shape):
+                raise DiscoveryError(self._not_clear(seen, tensors, fitting))
             self._place = fitting[0]
         return returned({None: self._place})
 
-    def _look_beside(
-        self, one: Computation, unread: list[tuple[int, ...]], tensors: Mapping[Item, Tensor], inputs: list[Tensor]
-    ) -> None:
+    def _look_beside(self, one: Computation, tensors: Mapping[Item, Tensor], inputs: list[Tensor], seen: Seen) -> None:
         """Refuse the one attention that a module computes if another may be meant. Looks at a first call."""
         by_kernel = one.result is None
         if not self._is_new(by_kernel):
             return
-        self._check_axes(one.weights, inputs)
         weights = one.weights.weights
+        self._check_axes(one.weights, inputs, by_kernel)
         attention = [item for item, tensor in tensors.items() if _looks_like_attention(tensor)]
         beside = [item for item in attention if not _tells(tensors[item], weights)]
         if by_kernel:  # surely attention; what stands beside may be class probabilities
-            counts = {*token_counts(inputs, weights.shape), *weights.shape[2:]}
-            beside = [item for item in beside if {*tensors[item].shape[-2:]} <= counts]
-        if beside or unread:
-            raise DiscoveryError(self._not_clear([one], tensors, beside, unread))
+            tokens = Tokens.among(inputs, weights.shape)
+            beside = [item for item in beside if tokens.are_asked_by(tensors[item].shape)]
+        if beside or _unread(seen, inputs):
+            raise DiscoveryError(self._not_clear(seen, tensors, beside))
         self._looked_at.add((by_kernel, self.module.training))
 
-    def _check_axes(self, recorded: RecordedWeights, inputs: list[Tensor]) -> None:
-        doubt = axes_in_doubt(recorded, inputs)
+    def _check_axes(self, recorded: RecordedWeights, inputs: list[Tensor], by_kernel: bool) -> None:
+        doubt = Tokens.among(inputs, recorded.weights.shape).doubt(recorded, by_kernel)
         if doubt is not None:
             weights = recorded.weights[:, 0] if recorded.one_head else recorded.weights
             raise ShapeError(
@@ -153,9 +174,7 @@ class ModuleWatch:
     def _is_new(self, what: Item | bool) -> bool:
         return (what, self.module.training) not in self._looked_at
 
-    def _returned(
-        self, item: Item, output: Any, computed: list[Computation], inputs: list[Tensor]
-    ) -> RecordedWeights | None:
+    def _returned(self, item: Item, output: Any, inputs: list[Tensor], seen: Seen) -> RecordedWeights | None:
         """What stands at a place in what is returned; None if there is nothing, but was before."""
         name = f"'{self._path}" + "".join(f"[{key}]" for key in item) + "'"
         weights = output
@@ -168,24 +187,18 @@ class ModuleWatch:
         if not isinstance(weights, Tensor):
             if any(item == before for before, _ in self._looked_at):
                 return None
-            there = ", ".join(_describe(key, tensor) for key, tensor in _tensors(output)) or "no tensor"
+            there = ", ".join(_describe(key, tensor) for key, tensor in tensors_in(output)) or "no tensor"
             raise DiscoveryError(f"No tensor {name}: the module returned {there}. {NAME_IT}")
-        same = next((one for one in computed if one.gave(weights)), None)
+        same = next((one for one in seen.computed if one.gave(weights)), None)
         if self._is_new(item):
             check_weights(weights, f"Module {name} returns", self.module.training)
-            self._check_axes(from_returned(weights, same), inputs)
+            self._check_axes(from_returned(weights, same), inputs, by_kernel=False)
             self._looked_at.add((item, self.module.training))
         return from_returned(weights, same)
 
-    def _not_clear(
-        self,
-        computed: list[Computation],
-        tensors: Mapping[Item, Tensor],
-        fitting: Sequence[Item],
-        unread: Sequence[tuple[int, ...]] = (),
-    ) -> str:
-        shapes = [str(tuple(computation.weights.weights.shape)) for computation in computed]
-        shapes += [f"{shape} (unread)" for shape in unread]
+    def _not_clear(self, seen: Seen, tensors: Mapping[Item, Tensor], fitting: Sequence[Item]) -> str:
+        shapes = [str(tuple(one.weights.weights.shape)) for one in seen.computed]
+        shapes += [f"{shape} (unread)" for shape in seen.passed]
         returned = [_describe(item, tensor) for item, tensor in tensors.items()]
         inside = [
             f"{self._path}.{path}".rstrip(".")
@@ -260,17 +273,17 @@ def from_returned(weights: Tensor, computed: Computation | None = None) -> Recor
     return RecordedWeights(weights, before.key_mask & (seen | kept), before.visible)
 
 
-def _tensors(output: Any, item: Item = ()) -> Iterator[tuple[Item, Tensor]]:
+def tensors_in(output: Any, item: Item = ()) -> Iterator[tuple[Item, Tensor]]:
     """Every tensor of an output that has a place in memory, with the keys that lead to it."""
     if isinstance(output, Tensor):
         if has_place(output):
             yield item, output
     elif isinstance(output, Mapping):
         for key, value in output.items():
-            yield from _tensors(value, (*item, key))
+            yield from tensors_in(value, (*item, key))
     elif isinstance(output, (tuple, list)):
         for i, value in enumerate(output):
-            yield from _tensors(value, (*item, i))
+            yield from tensors_in(value, (*item, i))
 
 
 def _looks_like_attention(tensor: Tensor) -> bool:
@@ -280,6 +293,11 @@ def _looks_like_attention(tensor: Tensor) -> bool:
     sums = tensor.float().sum(-1)
     sound = ((sums - 1).abs() <= row_sum_tolerance(tensor.dtype)) | (sums == 0) | sums.isnan()
     return bool(sound.all() and (sums > 0).any() and not (tensor < 0).any())
+
+
+def _unread(seen: Seen, inputs: list[Tensor], but: Sequence[int] = ()) -> bool:
+    """Whether attention was passed over, other than one with the queries and keys of this shape."""
+    return any(Tokens.among(inputs, one).are_asked_by(one) for one in seen.passed if one[-2:] != tuple(but[-2:]))
 
 
 def _tells(tensor: Tensor, weights: Tensor) -> bool:

@@ -179,7 +179,7 @@ def test_three_axes_are_one_head_unless_heads_hide_among_the_samples():
     model.x = OneHead(fold=True)
     with (
         AttentionRecorder(model, {"audio_to_text": "x"}),
-        pytest.raises(ShapeError, match=r"'x', \(6, 5, 7\), is in doubt: .* folded into the samples.*lambda"),
+        pytest.raises(ShapeError, match=r"'x', \(6, 5, 7\), is in doubt: .* more than the 2 samples: heads.*lambda"),
     ):
         model.x(audio, text)
     assert torch._C._len_torch_function_stack() == 0

@@ -202,3 +202,16 @@ def test_a_later_batch_with_as_many_tokens_as_heads_ends_nothing():
             model(torch.randn(2, keys, 12), torch.randn(2, keys, 12))
             assert recorder.attention[0].forward.weights.shape == (2, 3, 4, keys)
             recorder.clear()
+
+
+def test_one_of_two_softmaxes_is_returned_in_some_steps(monkeypatch):
+    def run(module, x, y):
+        scores = heads(x) @ heads(y).mT
+        scores.mT.softmax(-1)
+        weights = scores.softmax(-1)
+        return x, weights if Flag.on else None
+
+    model = Fusing(Runs(run))
+    recorder = AttentionRecorder(model, {"a_to_b": "fusion"})
+    off, on = (lambda value=value: monkeypatch.setattr(Flag, "on", value) for value in (False, True))
+    assert steps(model, recorder, off, on) == [1, 0, 1]

@@ -132,7 +132,7 @@ IMAGES = torch.randn(BATCH, WIDTH, 3, 3), torch.randn(BATCH, WIDTH, 2, 2)
     ],
 )
 def test_heads_among_the_samples(run, inputs, attention):
-    with pytest.raises(ShapeError, match="heads seem to be folded into the samples.*lambda"):
+    with pytest.raises(ShapeError, match=r"its first axis seems to hold more than the \d samples: heads.*lambda"):
         record_fusion(Runs(run), attention, inputs)
 
 
@@ -141,7 +141,7 @@ def test_heads_among_the_samples_in_a_first_pass():
     model = Runs(lambda m, x, y: (m.f(x, y), m.g(y, x)), f=Runs(fused), g=Runs(fused))
     with AttentionRecorder(model) as recorder:
         model(*tokens())
-    with pytest.raises(DiscoveryError, match=r"attention of 'f' is in doubt: heads seem to be folded into the samples"):
+    with pytest.raises(DiscoveryError, match=r"attention of 'f', \(6, 5, 7\), is in doubt: .* more than the 2 samples"):
         _ = recorder.attention
 
 
@@ -177,6 +177,12 @@ def attends_within_and_folded(module, x, y):
     return torch.bmm(q, k.mT).softmax(-1) @ k
 
 
+def attends_within_and_to_a_class_token(module, x, y):
+    F.scaled_dot_product_attention(*[heads(x)] * 3)
+    keys = torch.cat([y[:, :1], y], dim=1)
+    return (x @ keys.mT).softmax(-1) @ keys
+
+
 def returns_another(module, x, y):
     F.scaled_dot_product_attention(heads(x), heads(y), heads(y))
     return sharpened(module, x, y)
@@ -187,12 +193,89 @@ def returns_another(module, x, y):
     [
         (attends_within_and_unseen, r"\(2, 3, 5, 5\), \(2, 5, 7\) \(unread\), and returns .*\[1\] \(2, 5, 7\)"),
         (attends_within_and_folded, r"\(2, 3, 5, 5\), \(6, 5, 7\) \(unread\)"),
+        (attends_within_and_to_a_class_token, r"\(2, 3, 5, 5\), \(2, 5, 8\) \(unread\)"),
         (returns_another, r"\(2, 3, 5, 7\), \(2, 3, 5, 7\), and returns .*\[1\] \(2, 3, 5, 7\)"),
     ],
 )
 def test_a_kernel_beside_which_other_attention_is_computed(run, found):
     with pytest.raises(DiscoveryError, match=f"shapes {found}"):
         record_fusion(Runs(run), WHOLE)
+
+
+def test_attention_within_beside_attention_to_the_pixels_of_an_image():
+    run = Runs(lambda m, x, image: attends_within_and_folded(m, x, image.flatten(2).mT))
+    with pytest.raises(DiscoveryError, match=r"\(2, 3, 5, 5\), \(6, 5, 6\) \(unread\)"):
+        record_fusion(run, WHOLE, [tokens()[0], torch.randn(BATCH, WIDTH, 2, 3)])
+
+
+def co_attention(module, x, y):
+    scores = heads(x) @ heads(y).mT
+    return scores.softmax(-1) @ heads(y), scores.softmax(-2).mT @ heads(x)
+
+
+def test_both_directions_of_one_matrix_of_scores():
+    for attention in (WHOLE, {"b_to_a": "fusion"}, {"a_to_b": "fusion", "b_to_a": "fusion"}):
+        with pytest.raises(DiscoveryError, match=r"\(2, 3, 5, 7\), \(2, 3, 7, 5\) \(unread\)"):
+            record_fusion(Runs(co_attention), attention)
+
+
+def test_a_softmax_over_features_is_no_attention_to_tokens():
+    def linear(module, x, y):
+        return heads(x).softmax(-1) @ (heads(y).softmax(-2).mT @ heads(y))
+
+    with pytest.raises(ShapeError, match=r"\(2, 3, 5, 4\), is in doubt: its last axis seems to be the width of a head"):
+        record_fusion(Runs(linear), WHOLE)
+
+
+def windows(module, x, y):
+    q, k = (heads(t[:, :4]).unflatten(2, (2, 2)).transpose(1, 2).flatten(0, 1) for t in (x, y))
+    return (q @ k.mT).softmax(-1) @ k
+
+
+def frames(module, x, y):
+    q, k = (heads(t.flatten(0, 1)) for t in (x, y))
+    return (q @ k.mT).softmax(-1) @ k
+
+
+@pytest.mark.parametrize(
+    ("run", "inputs", "shape"),
+    [
+        (windows, tokens(), r"\(4, 3, 2, 2\)"),
+        (frames, [torch.randn(BATCH, 4, n, WIDTH) for n in (AUDIO, TEXT)], r"\(8, 3, 5, 7\)"),
+    ],
+)
+def test_windows_and_frames_are_no_samples(run, inputs, shape):
+    with pytest.raises(ShapeError, match=f"{shape}, is in doubt: its first axis .* windows or frames"):
+        record_fusion(Runs(run), WHOLE, inputs)
+
+
+def test_axes_of_sequences_first():
+    def heads_first(module, x, y):
+        q, k = (t.unflatten(-1, (HEADS, -1)).permute(2, 1, 0, 3) for t in (x, y))
+        return (q @ k.mT).softmax(-1) @ k
+
+    def queries_first(module, x, y):
+        q, k = (t.transpose(0, 1).unflatten(-1, (HEADS, -1)) for t in (x, y))
+        return torch.einsum("bqhd,bkhd->bqhk", q, k).softmax(-1)
+
+    for run, axes in ((heads_first, "heads, batch, queries"), (queries_first, "batch, queries, heads")):
+        with pytest.raises(ShapeError, match=rf"is in doubt: it seems to be \({axes}, keys\)"):
+            record_fusion(Runs(run), WHOLE, [t.transpose(0, 1) for t in tokens()])
+
+
+@pytest.mark.filterwarnings("ignore:Found in the first pass")
+@pytest.mark.parametrize("run", [masked, masked_in_place, sharpened])
+def test_what_is_returned_in_a_first_pass(run):
+    model = Runs(lambda m, x, y: m.a_to_b(x, y), a_to_b=Runs(run))
+    recorder = AttentionRecorder(model)
+    for _ in range(2):
+        with recorder:
+            _, returned = model(*tokens())
+        if run is masked_in_place:
+            assert torch.equal(recorder.attention[0].forward.weights, returned)
+        else:
+            with pytest.raises(DiscoveryError, match="'a_to_b' does not show which attention is meant.*What ran"):
+                _ = recorder.attention
 
 
 @pytest.mark.parametrize("run", [attends_within_and_unseen, attends_within_and_folded])
@@ -202,7 +285,7 @@ def test_a_first_pass_of_modules_that_compute_more_than_can_be_read(run):
     for inputs in ((x, y), tokens()):
         with AttentionRecorder(model) as recorder:
             model(*inputs)
-        with pytest.raises(DiscoveryError, match=r"a_to_b.* (also computes a softmax of|cannot be seen)"):
+        with pytest.raises(DiscoveryError, match=r"'a_to_b' does not show which .* \(unread\)"):
             _ = recorder.attention
 
 
@@ -213,7 +296,7 @@ def test_other_attention_that_is_computed_unseen_beside_what_looks_like_it():
         weights = (x @ y.mT).softmax(-1)
         return (weights @ y)[..., :4].softmax(-1)
 
-    with pytest.raises(DiscoveryError, match=r"shapes \(2, 5, 7\) \(unread\), and returns  \(2, 5, 4\)"):
+    with pytest.raises(DiscoveryError, match=r"shapes \(2, 5, 7\) \(unread\), \(2, 5, 4\) \(unread\), and returns"):
         record_fusion(Runs(run), WHOLE)
 
 

@@ -371,3 +371,46 @@ def test_reading_a_parametrized_weight_changes_nothing(need_weights):
             outputs.append([model(audio, text, call)[0][0] for _ in range(3)])
         assert all(module.training for module in model.modules())
     assert_same(outputs[1], outputs[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [2, 6])
+def test_self_attention_whose_fast_path_averages_by_itself(heads, dtype):
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(24, heads, batch_first=True).eval().to(dtype)
+    model = nn.ModuleDict({"joint": attention})
+    joint = torch.randn(BATCH, AUDIO + TEXT, 24, dtype=dtype)
+    spans = JointSequence("joint", {"audio": (0, AUDIO), "text": (AUDIO, None)})
+    for call in ({}, {"average_attn_weights": False}, {"need_weights": False}):
+        with torch.no_grad():
+            expected = attention(joint, joint, joint, **call)
+            with AttentionRecorder(model, spans) as recorder:
+                got = attention(joint, joint, joint, **call)
+        assert_same([x for x in got if x is not None], [x for x in expected if x is not None])
+        with torch.no_grad():
+            weights = attention.float()(*[joint.float()] * 3, average_attn_weights=False)[1]
+            attention.to(dtype)
+        crossing = weights[:, :, :AUDIO, AUDIO:].sum(-1)
+        torch.testing.assert_close(recorder.attention[0].forward.crossing.float(), crossing, atol=0.02, rtol=0.02)
+
+
+class Block(nn.TransformerEncoderLayer):
+    """Attends in a way of its own, but in the fast path of torch."""
+
+    def _sa_block(self, x, *args, **kwargs):
+        return super()._sa_block(x.flip(1), *args, **kwargs)
+
+
+class Inner(nn.MultiheadAttention):
+    def forward(self, query, *args, **kwargs):
+        return super().forward(query.flip(1), *args, **kwargs)
+
+
+def test_an_encoder_layer_that_attends_in_a_way_of_its_own_is_refused():
+    block, inner = Block(WIDTH, 2, 8, batch_first=True), nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True)
+    inner.self_attn = Inner(WIDTH, 2, batch_first=True)
+    for layer in (block, inner):
+        model = nn.ModuleDict({"encoder": layer})
+        recorder = AttentionRecorder(model, JointSequence("encoder", {"a": (0, 5), "b": (5, None)}))
+        with pytest.raises(DiscoveryError, match="'encoder' is an nn.TransformerEncoderLayer with .* of its own"):
+            recorder.__enter__()

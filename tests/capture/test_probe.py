@@ -299,7 +299,7 @@ def test_heads_behind_the_queries_in_a_first_pass(batched):
     model = Runs(lambda m, x, y: m.f(x, y), f=Runs(behind))
     with AttentionRecorder(model) as recorder:
         model(*sides(*batched))
-    with pytest.raises(DiscoveryError, match=r"'f' is in doubt: it seems to be \(batch, queries, heads, keys\)"):
+    with pytest.raises(DiscoveryError, match=r"'f', .* is in doubt: it seems to be \(batch, queries, heads, keys\)"):
         _ = recorder.attention
 
 
@@ -335,3 +335,77 @@ class CrossOnly(nn.Module):
 
     def forward(self, x, y):
         return self.inner(x, y, y)
+
+
+def test_layers_that_pair_up_otherwise_than_in_their_order():
+    """x and z ask y; y asks z first, and then x."""
+
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.there, self.back = (nn.ModuleList([attention(), attention()]) for _ in range(2))
+
+        def forward(self, x, y, z):
+            for module, queries in zip(self.there, (x, z), strict=True):
+                module(queries, y, y)
+            for module, keys in zip(self.back, (z, x), strict=True):
+                module(y, keys, keys)
+
+    x, y = sides()
+    model = Three()
+    with AttentionRecorder(model) as recorder:
+        model(x, y, x + 1)
+    with pytest.raises(DiscoveryError, match=r"not clear which of these belong together.*back\.1"):
+        _ = recorder.attention
+
+
+@pytest.mark.parametrize("lengths", [(WIDTH, TEXT), (AUDIO, WIDTH), (WIDTH, WIDTH)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_sequences_as_long_as_wide_and_inputs_in_a_dict(lengths, packed):
+    def attend(module, *inputs):
+        x, y = inputs[0].values() if packed else inputs
+        return F.scaled_dot_product_attention(heads(x), heads(y), heads(y))
+
+    def give(x, y):
+        return ({"x": x, "y": y},) if packed else (x, y)
+
+    model = nn.ModuleDict({"a_to_b": Runs(attend), "b_to_a": Runs(attend)})
+    x, y = sides(*lengths)
+    with AttentionRecorder(model) as recorder:
+        model["a_to_b"](*give(x, y))
+        model["b_to_a"](*give(y, x))
+    (pair,) = recorder.attention
+    assert pair.backward is not None
+    assert pair.forward.weights.shape[2:] == lengths
+
+
+class Own(Steps):
+    """Attends by hand in its own forward, which a strategy may call once more around a step."""
+
+    def forward(self, audio, text):
+        audio, text = self.audio(audio), self.text(text)
+        fused = F.scaled_dot_product_attention(heads(audio), heads(text), heads(text)).transpose(1, 2).flatten(2)
+        return self.head(torch.cat([fused.mean(1), text.mean(1)], dim=1))
+
+    def validation_step(self, batch, batch_idx):
+        return {"logits": self(*batch[:2]), "targets": batch[2]}
+
+
+@pytest.mark.filterwarnings("ignore:Found", "ignore:.*does not have many workers")
+def test_a_forward_that_is_called_around_itself():
+    model, calls = Own(), []
+
+    class Redirected(nn.Module):
+        def forward(self, *inputs):
+            calls.append(inputs)
+            return model(*inputs)
+
+    plain, recorder = model.forward, AttentionRecorder(model)
+    model.forward = lambda *inputs: plain(*inputs) if calls else Redirected()(*inputs)
+    for _ in range(2):
+        calls.clear()
+        with recorder:
+            model(*toy_loader().dataset[:2][:2])
+        assert len(recorder.attention) == 1
+        assert calls
+        recorder.clear()

@@ -131,7 +131,7 @@ def test_heads_folded_into_the_samples_are_noticed_also_where_their_number_is_th
         return F.scaled_dot_product_attention(q, k, k)
 
     x = torch.randn(4, 12, WIDTH)  # 4 samples of 3 heads make 12, as many as there are tokens
-    with pytest.raises(ShapeError, match=r"\(12, 12, 7\), is in doubt: heads seem to be folded into the samples"):
+    with pytest.raises(ShapeError, match=r"\(12, 12, 7\), is in doubt: .* more than the 4 samples"):
         record_fusion(Runs(folded), {"a_to_b": "fusion"}, (x, x[:, :7]))
 
 
@@ -305,4 +305,10 @@ def test_two_things_under_a_directions_name():
     with pytest.raises(DiscoveryError, match=r"\[features\]\[a_to_b\] .*\[attention\]\[a_to_b\]"):
         record_fusion(Runs(fuse), {"a_to_b": "fusion"})
     (pair,) = record_fusion(Runs(fuse), {"a_to_b": "fusion[attention][a_to_b]"})
+    assert pair.forward.weights.shape == (BATCH, HEADS, AUDIO, TEXT)
+
+
+def test_a_key_that_is_no_direction():
+    fusion = Runs(lambda m, x, y: {"time_to_event": x[:, 0], "w": (heads(x) @ heads(y).mT).softmax(-1)})
+    (pair,) = record_fusion(fusion, {"a_to_b": "fusion"})
     assert pair.forward.weights.shape == (BATCH, HEADS, AUDIO, TEXT)

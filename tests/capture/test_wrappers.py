@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -9,8 +10,8 @@ from torch.utils.data import DataLoader
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.errors import DiscoveryError, XAttnWarning
-from tests.capture.models import Pair, assert_same, record, tokens
-from tests.toy import ToyModule, count_hooks, quiet_trainer, toy_data, toy_loader, validate
+from tests.capture.models import Fusing, Pair, Runs, assert_same, heads, record, recorded, tokens
+from tests.toy import AUDIO, TEXT, ToyModule, count_hooks, quiet_trainer, toy_data, toy_loader, validate
 
 COMPILED = "is compiled, where attention cannot be seen: it runs without compilation while it is recorded"
 
@@ -214,3 +215,18 @@ def test_batches_that_are_not_sampled_have_no_hooks():
     validate(trainer.model, alone, DataLoader(sampled, batch_size=None))
     for name in ("alignment/all", "alignment/correct", "alignment/null", "entropy/text_to_audio/head_1"):
         assert watch.history[0][name] == pytest.approx(alone.history[0][name], abs=1e-7)
+
+
+def test_a_compiled_function_runs_as_it_is_written_while_it_is_recorded():
+    runs = []
+
+    def attend(x, y):
+        runs.append(torch.compiler.is_compiling())
+        return F.scaled_dot_product_attention(heads(x), heads(y), heads(y))
+
+    compiled = torch.compile(attend, backend="eager")
+    model = Fusing(Runs(lambda m, x, y: compiled(x, y)))
+    (pair,) = recorded(model, {"a_to_b": "fusion"})
+    assert runs == [False]
+    assert pair.forward.weights.shape[2:] == (AUDIO, TEXT)
+    assert torch._dynamo.eval_frame._stance.stance == "default"
