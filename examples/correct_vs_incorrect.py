@@ -19,7 +19,8 @@ for score in ("alignment", "entropy"):
     for name, outcome in (("correct", CORRECT), ("incorrect", INCORRECT)):
         low, high = summary.interval(score, outcome=outcome)
         n, mean = summary.count(score, outcome=outcome), summary.mean(score, outcome=outcome)
-        print(f"  {name}: mean {mean:.3f} (95 % interval {low:.3f} to {high:.3f}, n = {n})")
+        interval = "too few for an interval" if math.isnan(low) else f"95 % interval {low:.3f} to {high:.3f}"
+        print(f"  {name}: mean {mean:.3f} ({interval}, n = {n})")
     # Classes differ in accuracy and in attention, and that alone makes a gap: the gap within classes is free of it.
     print(f"  gap {summary.gap(score):+.3f}, within classes {summary.class_adjusted_gap(score):+.3f}")
     found = summary.separation(score)

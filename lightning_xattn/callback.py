@@ -29,6 +29,7 @@ from lightning_xattn.grouping import (
     name_groups,
     usable_names,
 )
+from lightning_xattn.phrases import named
 from lightning_xattn.schedule import Schedule, logged_step
 from lightning_xattn.sinks import log_images
 from lightning_xattn.sums import add_batch
@@ -123,8 +124,8 @@ class AttentionExplainabilityCallback(Callback):
             raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
         self.table = None if table is None else Path(table)
         # What tells two callbacks apart in a checkpoint; a callable by its name, which stays from run to run.
-        named = {"attention": attention, "predictions": predictions, "targets": targets, "sample_ids": sample_ids}
-        self._settings = {name: _named(value) for name, value in named.items()}
+        settings = {"attention": attention, "predictions": predictions, "targets": targets, "sample_ids": sample_ids}
+        self._settings = {name: named(value) for name, value in settings.items()}
         self._settings |= {"class_names": self.class_names, "group_by": group_by}
         self._settings |= {"schedule": self.schedule, "table": None if table is None else str(table)}
         self.history: list[dict[str, Any]] = []
@@ -303,7 +304,7 @@ class AttentionExplainabilityCallback(Callback):
             self._log_epoch(trainer, pl_module, stage)
         self._stop()
 
-    def _tabulate(self, write: Callable[[], None]) -> None:
+    def _tabulate(self, write: Callable[[], object]) -> None:
         try:
             write()
         except Exception as error:  # a full disk, a folder that is a file: no table must end a training run
@@ -397,12 +398,3 @@ def _found(pairs: Sequence[AttentionPair], places: Mapping[str, str], n_classes:
     ] + ([f"{len(pairs) - 1} more layer(s)"] if len(pairs) > 1 else [])
     labels = " and ".join(f"{what} from {place}" for what, place in places.items()) or "no labels"
     return f"{', '.join(first)}; {labels}" + (f", of {n_classes} classes" if n_classes else "")
-
-
-def _named(setting: Any) -> Any:
-    """A setting with the names of its callables in their places."""
-    if isinstance(setting, Mapping):
-        return {name: _named(value) for name, value in setting.items()}
-    if isinstance(setting, (list, tuple)):
-        return [_named(value) for value in setting]
-    return getattr(setting, "__qualname__", setting)

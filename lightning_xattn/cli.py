@@ -57,3 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lightning-xattn {command}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

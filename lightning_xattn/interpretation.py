@@ -104,7 +104,12 @@ _RULES = (
     _Rule(IF_INCORRECT, "sparsity", False, DIFFUSE_SPARSITY),
     _Rule(IF_INCORRECT, "max", False, DIFFUSE_MAX),
 )
-_WORDS = {_AGREEMENT: "modality agreement", "entropy": "entropy", "sparsity": "sparsity", "max": "largest weight"}
+_WORDS = {
+    _AGREEMENT: "modality agreement",
+    "entropy": "entropy",
+    "sparsity": "sparsity",
+    "max": "mean of the rows' largest weights",
+}
 
 
 def interpret_sample(explanation: SampleExplanation) -> list[Criterion]:
@@ -167,5 +172,5 @@ def _caveat(quantity: str, statistics: AttentionStatistics) -> str | None:
     if quantity == "sparsity" and uniform_is_sparse(statistics):
         return f"with {keys:.0f} keys even uniform attention has 100 %"
     if quantity == "max" and round(keys) <= 1 / DIFFUSE_MAX:
-        return f"with {keys:.0f} keys the largest weight is at least {1 / keys:.2g}"
+        return f"with {keys:.0f} keys a row's largest weight is at least {1 / keys:.2g}"
     return None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
 SINGLE_KEY = "a single key, so every weight is 1 whatever the model learned"
 """Why such attention says nothing; reads on from "attend to", "with", or by itself."""
 
@@ -17,6 +21,19 @@ BROKEN_ROWS = (
     "undefined. Pass weights after the softmax and before any dropout, as of a model in eval mode."
 )
 """What is wrong with weights that are not attention, and the remedy; follows their names."""
+
+
+def named(setting: Any) -> Any:
+    """A setting with the names of its callables in their places, which stay from run to run."""
+    if isinstance(setting, Mapping):
+        return {name: named(value) for name, value in setting.items()}
+    if isinstance(setting, (list, tuple)):
+        return [named(value) for value in setting]
+    if isinstance(setting, partial):
+        return named([setting.func, *setting.args, setting.keywords])
+    if callable(setting) and not hasattr(setting, "__qualname__"):
+        return type(setting).__qualname__
+    return getattr(setting, "__qualname__", setting)
 
 
 def decimal(value: float, digits: int = 2, signed: bool = False) -> str:

@@ -67,13 +67,21 @@ class SampleTable:
         if sum(_length(waiting) for waiting in self._waiting) >= ROWS_IN_MEMORY:
             self._write()
 
-    def close(self) -> None:
-        """Write what is waiting and let the file appear; a table without rows leaves no file."""
+    def close(self) -> list[Path]:
+        """Write what is waiting and let the file appear; a table without rows leaves no file.
+
+        Returns
+        -------
+        list of Path
+            The files: one for each set of columns.
+        """
         self._write()
         for writer, path in self._writers.values():
             writer.close()
             _part(path).replace(path)
+        paths = [path for _, path in self._writers.values()]
         self._writers = {}
+        return paths
 
     def discard(self) -> None:
         """Leave nothing behind, as after a crash."""
@@ -100,6 +108,15 @@ class SampleTable:
                 path = self._folder / f"{self._name}-{uuid.uuid4().hex[:8]}.parquet"
                 self._writers[names] = pq.ParquetWriter(_part(path), whole.schema), path
             self._writers[names][0].write_table(whole)
+
+
+def count_rows(path: Path) -> int | None:
+    """How many rows a file has; None if it is absent or damaged."""
+    try:
+        rows: int = pq.read_metadata(path).num_rows
+    except (OSError, pa.ArrowInvalid):
+        return None
+    return rows
 
 
 def _part(path: Path) -> Path:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -11,7 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, XAttnWarning
 from lightning_xattn.errors import DataError, SettingError, XAttnError
-from lightning_xattn.explainer import dataset
+from lightning_xattn.explainer import dataset, progress
+from lightning_xattn.phrases import named
 from tests.toy import NAMES, PaddedToyModule, ToyModule, padded_toy_data, run_toy, toy_data, toy_loader, validate
 
 
@@ -127,7 +129,7 @@ def test_a_process_that_was_killed_goes_on(tmp_path):
     code = f"""
 import os, torch
 from lightning_xattn import ExplainabilityCapture
-from lightning_xattn.explainer import dataset
+from lightning_xattn.explainer import dataset, progress
 from tests.toy import ToyModule, run_toy, toy_loader
 dataset.BATCHES_A_PART = 2
 def loader():
@@ -173,7 +175,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         other.model.head.bias[0] += 1e-3
     for watch, loader, message in (
         (other, toy_loader(), "begun with something else \\(model weights: .*delete this one"),
-        (explainer(class_names=NAMES), toy_loader(), "class_names: None there, \\('a', 'b', 'c', 'd'\\) now"),
+        (explainer(class_names=NAMES), toy_loader(), "class_names: None there, \\['a', 'b', 'c', 'd'\\] now"),
         (explainer(group_by="prediction"), toy_loader(), "group_by: target there, prediction now"),
         (explainer(), toy_loader(samples=31), "batches: 5 there, 7 now"),
         (explainer(), toy_loader(seed=1), "Batch 0: The loader's first batch is not the one.*another data set"),
@@ -276,3 +278,80 @@ def test_alarms_ring_as_in_the_callback():
 def test_a_progress_bar_only_where_there_is_a_terminal(capsys):
     explainer().explain_loader(toy_loader())
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_failure_while_the_sums_are_written_leaves_every_row_once(error, at, tmp_path, monkeypatch):
+    saves = []
+
+    def save(*args):
+        saves.append(args)
+        if len(saves) == at:
+            raise error
+        torch_save(*args)
+
+    torch_save = torch.save
+    monkeypatch.setattr(progress.torch, "save", save)
+    with pytest.raises((KeyboardInterrupt, XAttnError)):
+        explainer().explain_loader(toy_loader(), table=tmp_path)
+    if list(tmp_path.glob("*.parquet")):
+        assert not pd.read_parquet(tmp_path).duplicated(["sample_idx"]).any()
+    explained = explainer().explain_loader(toy_loader(), table=tmp_path)
+    rows = pd.read_parquet(tmp_path)
+    assert sorted(rows["sample_idx"]) == list(range(23))
+    assert_same_summary(explained.headline, explainer().explain_loader(toy_loader()).headline, **EXACTLY)
+
+
+def test_rows_that_are_lost_or_damaged_are_noticed(tmp_path):
+    explainer().explain_loader(toy_loader(), table=tmp_path)
+    part = min(tmp_path.glob("*.parquet"))
+    whole = part.read_bytes()
+    part.write_bytes(whole[:100])
+    with pytest.raises(DataError, match=f"lacks rows: {part.name} is absent or damaged"):
+        explainer().explain_loader(toy_loader(), table=tmp_path)
+    part.unlink()
+    with pytest.raises(DataError, match=f"lacks rows: {part.name} is absent or damaged"):
+        explainer().explain_loader(toy_loader(), table=tmp_path)
+    part.write_bytes(whole)
+    assert explainer().explain_loader(toy_loader(), table=tmp_path).headline.samples == 23
+
+
+def test_a_data_set_that_says_it_is_another_is_refused(tmp_path):
+    loader = toy_loader()
+    loader.dataset.fingerprint = "one"
+    explainer().explain_loader(loader, table=tmp_path)
+    explainer().explain_loader(loader, table=tmp_path)
+    loader.dataset.fingerprint = "two"
+    with pytest.raises(SettingError, match="data: one there, two now"):
+        explainer().explain_loader(loader, table=tmp_path)
+
+
+class Reader:
+    """A callable object; its address is another one in each run."""
+
+    def __call__(self, module, *_):
+        return module
+
+
+def test_settings_have_the_same_name_in_every_run():
+    def settings():
+        return {
+            "a": lambda model: model,
+            "b": [partial(Reader(), 1, key=Reader()), Reader()],
+            "c": ("x", 1, None, Reader),
+        }
+
+    first, second = str(named(settings())), str(named(settings()))
+    assert first == second
+    assert " at 0x" not in first
+    assert "Reader" in first
+
+
+def test_other_predictions_under_the_same_name_are_noticed(tmp_path):
+    def predictions(sign):
+        return lambda outputs, batch: sign * outputs
+
+    explainer(predictions=predictions(1)).explain_loader(toy_loader(), table=tmp_path)
+    with pytest.raises(SettingError, match="first batch is not the one"):
+        explainer(predictions=predictions(-1)).explain_loader(toy_loader(), table=tmp_path)

@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -392,3 +393,87 @@ def test_plain_weights_keep_the_masks_as_nan():
     agreement = compute_modality_alignment(*results["attention_dict"].values())
     assert agreement == pytest.approx(results["modality_alignment"], abs=1e-6)
     assert results["attention_dict"]["audio_to_text"].isnan().any()
+
+
+class SequenceFirst(nn.Module):
+    """Its batches have their samples on the second axis."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.audio_to_text_attn, self.text_to_audio_attn = (nn.MultiheadAttention(12, 3) for _ in range(2))
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, batch):
+        audio, text = batch["audio"], batch["text"]
+        there, back = self.audio_to_text_attn(audio, text, text)[0], self.text_to_audio_attn(text, audio, audio)[0]
+        return self.head(torch.cat([there.mean(0), back.mean(0)], dim=1))
+
+
+def test_one_sample_of_a_batch_whose_samples_are_on_another_axis():
+    data = {"audio": torch.randn(16, 4, 12), "text": torch.randn(16, 4, 12)}
+    watch = ExplainabilityCapture(SequenceFirst())
+    whole = watch.explain_batch(data)
+    for i in range(4):
+        one = watch.explain_single_sample(data, i)
+        assert_same(one["modality_agreement"], whole["per_sample_explanations"][i]["modality_agreement"])
+        assert one["predicted_class"] == whole["per_sample_explanations"][i]["predicted_class"]
+        assert torch.equal(one["attention_dict"]["audio_to_text"], whole["attention_dict"]["audio_to_text"][i : i + 1])
+    with pytest.raises(SettingError, match="sample_idx"):
+        watch.explain_single_sample(data, 9)
+
+
+class Binary(ToyModule):
+    def forward(self, audio, text):
+        return super().forward(audio, text)[:, 0] * 5
+
+
+class Small(ToyModule):
+    """Some of its logits look like probabilities."""
+
+    def forward(self, audio, text):
+        return super().forward(audio, text) * 3 + 0.3
+
+
+@pytest.mark.parametrize("module", [Binary(), Small()])
+@pytest.mark.parametrize("size", [1, 2])
+def test_labels_are_those_of_the_whole_batch_however_it_is_split(module, size):
+    audio, text, target = batch()
+    data = audio, text, (target % 2).float() if isinstance(module, Binary) else target
+    whole = explainer(module).explain_batch(data)["per_sample_explanations"]
+    parts = explainer(module, max_batch_size=size).explain_batch(data)["per_sample_explanations"]
+    assert {one["true_class"] for one in whole} > {0}
+    assert all(one["confidence"] is not None for one in whole)
+    for i, (one, of_part) in enumerate(zip(whole, parts, strict=True)):
+        assert_same(of_part, one, abs=1e-5)
+        assert_same(explainer(module).explain_single_sample(data, i)["confidence"], one["confidence"], abs=1e-6)
+    table = explainer(module, max_batch_size=size).explain_loader([data])
+    assert table.headline.count("alignment", None, 1) + table.headline.count("alignment", None, 0) == SAMPLES
+
+
+class Sigmoids(ToyModule):
+    def forward(self, audio, text):
+        return super().forward(audio, text).sigmoid()
+
+
+def test_scores_that_may_be_either_give_no_probability():
+    module = Sigmoids()
+    watch = explainer(module, predict=lambda model, data: {"preds": model(*data[:2]).argmax(1)})
+    results = watch.explain_batch(batch())
+    assert results["logits"] is None
+    assert results["probabilities"] is None
+    assert [one["confidence"] for one in results["per_sample_explanations"]] == [None] * SAMPLES
+
+
+def test_what_is_no_probability_in_a_later_batch_is_no_confidence(tmp_path):
+    """The first batch's logits look like probabilities, those of the second do not."""
+    scores = torch.tensor([[0.2, 0.3, 0.4, 0.1], [2.0, 5.0, 0.0, 0.0], [1.0, 1.0, 9.0, 0.0]])
+    audio, text, target = (values[:3] for values in batch())
+    loader = [[t[i : i + 1] for t in (audio, text, target, scores)] for i in range(3)]
+    watch = explainer(
+        predict=lambda model, data: (model(*data[:2]), {"preds": data[3]})[1], targets=lambda outputs, data: data[2]
+    )
+    watch.explain_loader(loader, table=tmp_path)
+    confidence = pd.read_parquet(tmp_path).sort_values("sample_idx")["confidence"]
+    assert confidence[0] == pytest.approx(0.4)
+    assert confidence[1:].isna().all()

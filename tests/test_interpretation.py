@@ -60,7 +60,7 @@ def test_the_guides_examples_show_their_patterns(example, shown, agreement):
     ],
 )
 def test_thresholds(quantity, group, inside, outside):
-    name = {"max": "largest weight"}.get(quantity, quantity)
+    name = {"max": "mean of the rows' largest weights"}.get(quantity, quantity)
     for value, expected in ((inside, True), (outside, False)):
         criteria = judged(eeg_to_spec=replace(statistics(), **{quantity: value}))
         (one,) = (one for one in criteria if one.group == group and one.criterion.startswith(name))
@@ -123,7 +123,7 @@ def test_sparsity_of_many_keys_has_a_caveat_exactly_where_uniform_attention_is_s
     assert caveats == [expected] * 4
 
 
-@pytest.mark.parametrize(("keys", "caveat"), [(2, "with 2 keys the largest weight is at least 0.5"), (3, None)])
+@pytest.mark.parametrize(("keys", "caveat"), [(2, "with 2 keys a row's largest weight is at least 0.5"), (3, None)])
 def test_a_largest_weight_that_few_keys_bound_has_a_caveat(keys, caveat):
     criteria = judged(eeg_to_spec=statistics(mean=1 / keys))
-    assert {one.caveat for one in criteria if one.criterion.startswith("largest weight")} == {caveat}
+    assert {one.caveat for one in criteria if one.criterion.startswith("mean of the rows' largest")} == {caveat}

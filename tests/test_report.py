@@ -14,6 +14,7 @@ from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN
 from lightning_xattn.errors import SettingError
 from lightning_xattn.phrases import decimal
 from lightning_xattn.report import summary_text
+from lightning_xattn.report.wording import describe_outcome
 from tests.explained import NAMES, NAN, NO_ROW, SINGLE_KEY, batch, dataset, placed, sample, statistics, summary
 
 CLASSES = [0, 1, 2] * 13
@@ -114,7 +115,7 @@ def test_a_single_key_says_nothing():
     assert f"  Modality Agreement: undefined ({reason})\n" in report
     assert f"  Top EEG→Spec attention: says nothing ({reason})\n" in report
     assert "Checklist for a correct prediction: 0 of 4 met, 4 undefined" in report
-    assert f"? largest weight > 0.7 (EEG→Spec undefined; {reason})" in report
+    assert f"? mean of the rows' largest weights > 0.7 (EEG→Spec undefined; {reason})" in report
     assert "fuse token sequences" in report
     assert "nan" not in report.lower()
 
@@ -281,8 +282,18 @@ def test_text_of_a_data_set():
 def test_a_difference_between_outcomes_is_told_with_its_sign(favoured, verdict):
     outcomes = [CORRECT if of == favoured else INCORRECT for of in CLASSES]
     report = create_explainability_report(dataset(summary(CLASSES, outcomes)))
-    assert f"alignment: {verdict} predictions: AUROC" in report
+    assert f"alignment: {verdict} predictions, which may be a difference between classes: AUROC" in report
     assert "class-adjusted gap undefined (no class has both outcomes)" in report
+
+
+@pytest.mark.parametrize(
+    ("gap", "within", "between"), [(0.2, 0.19, False), (0.2, 0.05, True), (0.2, -0.2, True), (-0.2, -0.11, False)]
+)
+def test_a_gap_that_classes_do_not_have_is_said_to_be_theirs(gap, within, between):
+    ends = {"auroc": 0.7, "low": 0.6, "high": 0.8} if gap > 0 else {"auroc": 0.3, "low": 0.2, "high": 0.4}
+    outcome = {"correct": 30, "incorrect": 9, "gap": gap, "class_adjusted_gap": within, **ends}
+    _, found, _ = describe_outcome({"outcomes": {"alignment": outcome}, "directions": {}}, "alignment")
+    assert ("which may be a difference between classes" in found) == between
 
 
 def test_nothing_is_claimed_of_fewer_than_five():

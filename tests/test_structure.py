@@ -37,7 +37,7 @@ ROOMS = {
     "sinks": {"errors", "files"},
     "callback": {
         *("attention", "capture", "aggregation", "alarms", "grouping", "distributed", "schedule", "sums", "table"),
-        *("visualizations", "epoch", "sinks", "errors"),
+        *("visualizations", "epoch", "sinks", "errors", "phrases"),
     },
     "hms": {"", "attention", "errors", "explainer", "explanation", "functional", "report", "visualizations"},
     "cli": {"", "hms"},
@@ -45,7 +45,7 @@ ROOMS = {
     "": {"attention", "callback", "capture", "errors", "explainer", "interpretation", "report"},
     "explainer": {
         *("alarms", "attention", "attention_analysis", "capture", "aggregation", "errors", "functional"),
-        *("epoch", "explanation", "files", "grouping", "sums", "table", "visualizations"),
+        *("epoch", "explanation", "files", "grouping", "phrases", "sums", "table", "visualizations"),
     },
 }
 """What each room may import besides itself; "" is the package's public API."""

@@ -111,6 +111,15 @@ class LabelFinder:
         """Where predictions and targets come from, in words; those that were not found are left out."""
         return {what: place.name for what, place in (self._places or {}).items() if place and what != "sample_ids"}
 
+    @property
+    def decided(self) -> bool:
+        """Whether it is known where everything is."""
+        return self._places is not None
+
+    def decide(self, step: Step) -> None:
+        """Look where everything is, which ``find`` else does in its first step."""
+        self._places = self._look(step)
+
     def find(self, step: Step) -> Labels:
         """Predictions and targets of a batch.
 
@@ -121,9 +130,9 @@ class LabelFinder:
         ShapeError
             If what it names has another form or length than expected.
         """
-        first = self._places is None
-        if self._places is None:
-            self._places = self._look(step)
+        first = not self.decided
+        if first:
+            self.decide(step)
         scores, labels = (self._read(what, step, first) for what in ("predictions", "targets"))
         predicted, target = self._classes(scores, labels)
         if predicted.n_classes and target.n_classes and predicted.n_classes != target.n_classes:

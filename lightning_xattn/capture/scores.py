@@ -114,9 +114,16 @@ def classes_of_labels(values: Tensor) -> Classes:
 
 
 def confidence_of(scores: Tensor, probabilities: bool) -> Tensor:
-    """Probability of the predicted class, of scores ``(batch, classes)``, or single ones of class 1."""
+    """Probability of the predicted class, of scores ``(batch, classes)``, or single ones of class 1.
+
+    NaN where scores that are said to be probabilities are none.
+    """
+    tolerance = row_sum_tolerance(scores.dtype)
     scores = scores.float()
     if scores.dim() == 2 and scores.shape[1] > 1:
-        return (scores if probabilities else scores.softmax(1)).amax(1)
-    positive = (scores if probabilities else scores.sigmoid()).reshape(-1)
-    return torch.maximum(positive, 1 - positive)
+        shares = scores if probabilities else scores.softmax(1)
+    else:
+        positive = (scores if probabilities else scores.sigmoid()).reshape(-1)
+        shares = torch.stack([1 - positive, positive], dim=1)
+    sound = (shares >= 0).all(1) & ((shares.sum(1) - 1).abs() <= tolerance)
+    return torch.where(sound, shares.amax(1), torch.nan)

@@ -75,6 +75,18 @@ def take_samples(batch: Any, indices: Sequence[int]) -> Any:
     return _rebuild(batch, take)
 
 
+def join_samples(parts: Sequence[Any]) -> Any:
+    """What a model gave for the parts of a batch as if for the whole; what has no axis of samples is the first's."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts)) if first.ndim else first
+    if isinstance(first, Mapping):
+        return {key: join_samples([part[key] for part in parts]) for key in first}
+    if isinstance(first, (list, tuple)):
+        return [join_samples(items) for items in zip(*parts, strict=True)]
+    return first
+
+
 def _counts(part: Any, place: str) -> Iterator[tuple[str, int | None]]:
     """Where samples are and how many; None for what is not understood."""
     length = _length(part)

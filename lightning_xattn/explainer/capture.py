@@ -22,13 +22,14 @@ from lightning_xattn.attention_analysis import check_count
 from lightning_xattn.capture import AttentionRecorder, AttentionSetting, LabelFinder, check_attention
 from lightning_xattn.capture.steps import LabelSetting, Step
 from lightning_xattn.errors import DataError, DiscoveryError, SettingError, XAttnWarning
-from lightning_xattn.explainer.batches import count_samples, take_samples, to_device
+from lightning_xattn.explainer.batches import count_samples, join_samples, take_samples, to_device
 from lightning_xattn.explainer.dataset import DatasetSums, LoaderRun
 from lightning_xattn.explainer.describe import describe_batch, single_keys
 from lightning_xattn.explainer.passes import Explained, Pass
 from lightning_xattn.explanation import BatchExplanation, DatasetExplanation, SingleExplanation
 from lightning_xattn.functional import require_heads
 from lightning_xattn.grouping import GROUPINGS, check_class_names, name_classes, usable_names
+from lightning_xattn.phrases import named
 
 if TYPE_CHECKING:
     from lightning_xattn.explainer.progress import ExplainedFolder
@@ -134,6 +135,8 @@ class ExplainabilityCapture:
         DiscoveryError, ShapeError
             If the attention or what a setting names is not there, or does not fit.
         """
+        if batch is None:
+            raise DataError("The batch is None; expected one as the model's loader gives it.")
         finder = self._finder()
         with self._watching():
             runs = [(run.step, Explained.of(run, self._labels["predictions"])) for run in self._observe(batch, finder)]
@@ -150,8 +153,8 @@ class ExplainabilityCapture:
     def explain_single_sample(self, batch: Any, sample_idx: int) -> SingleExplanation:
         """Explain one sample of a batch, and give its attention, of which it is sample 0.
 
-        Only this sample is run where ``count_samples`` understands the batch, else the whole batch is. The numbers are
-        those of ``explain_batch`` up to rounding, as kernels may add up in another order for another batch size.
+        The whole batch is run, so that the numbers, and what is taken for its labels, are those of ``explain_batch``;
+        take several samples from there.
 
         Raises
         ------
@@ -161,25 +164,17 @@ class ExplainabilityCapture:
             As ``explain_batch``.
         """
         try:
-            place = operator.index(sample_idx)
+            chosen = operator.index(sample_idx)
         except TypeError:
-            place = None
-        if place is None or isinstance(sample_idx, bool):
+            chosen = None
+        if chosen is None or isinstance(sample_idx, bool):
             raise SettingError(f"sample_idx must be a whole number; got {sample_idx!r}.")
-        try:
-            count = count_samples(batch)
-        except DataError:
-            results = self.explain_batch(batch)
-            _require_inside(place, len(results["per_sample_explanations"]))
-            chosen = place
-        else:
-            _require_inside(place, count)
-            results, chosen = self.explain_batch(take_samples(batch, [place])), 0
+        results = self.explain_batch(batch)
+        _require_inside(chosen, len(results["per_sample_explanations"]))
         only = slice(chosen, chosen + 1)
         pairs = (AttentionPair(pair.layer, *(a[only] for a in pair.directions)) for pair in results["attention"])
         return {
             **results["per_sample_explanations"][chosen],
-            "sample_idx": place,
             "attention_dict": {name: weights[only] for name, weights in results["attention_dict"].items()},
             "attention": tuple(pairs),
             "class_names": results["class_names"],
@@ -199,7 +194,8 @@ class ExplainabilityCapture:
             A folder for one row per sample and layer, as Parquet files (see ``SampleTable``), written in parts. A run
             that was cut off goes on after the last part when it is called again with the same folder, model, settings
             and loader, and gives what an uninterrupted run gives; a folder that is finished is read back. Its first
-            batch is run anew each time to see that it is the same. None: no table, and nothing to go on from.
+            batch is run anew each time to see that it is the same, and so must be the data set's attribute
+            ``fingerprint``, if it has one. None: no table, and nothing to go on from.
         progress
             Show a progress bar on stderr, if that is a terminal.
 
@@ -243,13 +239,12 @@ class ExplainabilityCapture:
             "class_names": self.class_names,
             "hyperparameters": dict(getattr(self.model, "hparams", {})),
         }
-        lengths = {"batches": _length(loader), "samples": _length(getattr(loader, "dataset", None))}
-        settings |= {name: length for name, length in lengths.items() if length is not None}
+        dataset = getattr(loader, "dataset", None)
+        about = {"batches": _length(loader), "samples": _length(dataset), "data": getattr(dataset, "fingerprint", None)}
+        settings |= {name: known for name, known in about.items() if known is not None}
         return ExplainedFolder(
             folder,
-            {"model weights": fingerprint(self.model)}
-            # A callable by its name, which stays from run to run.
-            | {name: str(getattr(value, "__qualname__", value)) for name, value in settings.items()},
+            {"model weights": fingerprint(self.model)} | {name: str(named(value)) for name, value in settings.items()},
         )
 
     def _finder(self) -> LabelFinder:
@@ -270,20 +265,27 @@ class ExplainabilityCapture:
     def _observe(self, batch: Any, finder: LabelFinder) -> Iterator[Pass]:
         """Run the model over a batch, or over its parts."""
         if self.max_batch_size is None:
-            yield self._run(batch, finder)
+            yield Pass.of(*self._run(batch), finder)
             return
         count = count_samples(batch)
-        for start in range(0, count, self.max_batch_size):
-            part = range(start, min(start + self.max_batch_size, count))
-            run = self._run(take_samples(batch, part), finder)
-            if run.step.samples != len(part):
+        starts = range(0, count, self.max_batch_size)
+        parts = [take_samples(batch, range(start, min(start + self.max_batch_size, count))) for start in starts]
+        if not finder.decided:
+            # A part may not show what the whole batch does, so the first one is run once more.
+            steps = [step for step, _ in map(self._run, parts)]
+            outputs, forward = (join_samples([getattr(step, of) for step in steps]) for of in ("outputs", "forward"))
+            finder.decide(Step(outputs, to_device(batch, self.model), forward, count, steps[0].device))
+        for part in parts:
+            step, pairs = self._run(part)
+            if step.samples != count_samples(part):
                 raise DataError(
-                    f"The batch was split into parts of {len(part)} samples along its first axes, but the attention of "
-                    f"one has {run.step.samples}: make smaller batches in the loader instead of max_batch_size."
+                    f"The batch was split into parts of {count_samples(part)} samples along its first axes, but the "
+                    f"attention of one has {step.samples}: make smaller batches in the loader instead of "
+                    "max_batch_size."
                 )
-            yield run
+            yield Pass.of(step, pairs, finder)
 
-    def _run(self, batch: Any, finder: LabelFinder) -> Pass:
+    def _run(self, batch: Any) -> tuple[Step, tuple[AttentionPair, ...]]:
         self._recorder.clear()
         moved = to_device(batch, self.model)
         outputs = self._predict(moved)
@@ -296,7 +298,7 @@ class ExplainabilityCapture:
             )
         self._require_heads(pairs)
         weights = pairs[0].forward.weights
-        return Pass.of(Step(outputs, moved, forward_output, len(weights), weights.device), pairs, finder)
+        return Step(outputs, moved, forward_output, len(weights), weights.device), pairs
 
     def _predict(self, batch: Any) -> Any:
         if self.predict is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_xattn.attention import Attention, AttentionPair
 from lightning_xattn.capture import LabelFinder, Labels
-from lightning_xattn.capture.scores import are_probabilities, are_rows, are_single_scores
+from lightning_xattn.capture.scores import are_probabilities, are_rows, are_single_scores, are_surely_logits
 from lightning_xattn.capture.steps import LabelSetting, Step
 from lightning_xattn.errors import DataError
 from lightning_xattn.functional import prepare_rows
@@ -159,14 +159,25 @@ def class_scores(labels: Labels, candidates: Iterator[Any]) -> tuple[Tensor | No
     """
     if labels.predicted is None or "confidence" in labels.doubts:
         return None, None
+    samples = len(labels.predicted)
     for candidate in candidates:
-        for scores in _as_columns(candidate, len(labels.predicted)):
+        if labels.confidence is None and not _is_clear(candidate, samples):
+            continue
+        for scores in _as_columns(candidate, samples):
             scores = scores.to(labels.predicted.device)
             if are_probabilities(scores) and _tells(scores, labels):
                 return scores.log(), scores
             if _tells(scores.softmax(1), labels):
                 return scores, scores.softmax(1)
     return None, None
+
+
+def _is_clear(candidate: Any, samples: int) -> bool:
+    """Whether scores show by themselves whether they are logits or probabilities."""
+    if are_single_scores(candidate, samples):
+        return are_surely_logits(candidate)
+    scores = are_rows(candidate, samples) and candidate.is_floating_point()
+    return scores and (are_probabilities(candidate) or are_surely_logits(candidate))
 
 
 def _as_columns(candidate: Any, samples: int) -> Iterator[Tensor]:
@@ -185,7 +196,10 @@ def _tells(probabilities: Tensor, labels: Labels) -> bool:
         return False
     if predicted is None or not probabilities.argmax(1).equal(predicted):
         return False
-    return confidence is None or bool(((probabilities.amax(1) - confidence).abs() < CLOSE).all())
+    if confidence is None:
+        return True
+    known = ~confidence.isnan()
+    return bool(((probabilities.amax(1) - confidence).abs() < CLOSE)[known].all())
 
 
 def _candidates(step: Step, predictions: LabelSetting) -> Iterator[Any]:

@@ -16,12 +16,12 @@ from lightning_xattn.errors import DataError, SettingError
 from lightning_xattn.explainer.passes import Pass
 from lightning_xattn.files import complete_or_absent
 from lightning_xattn.functional import ROW_STATISTICS, prepare_rows
-from lightning_xattn.table import SampleTable
+from lightning_xattn.table import SampleTable, count_rows
 
 FILE = "_progress.pt"
 """Readers of Parquet folders pass over names that begin with an underscore."""
 
-FORMAT = "1"
+FORMAT = "2"
 """Raised when the file, or what a number in it means, changes."""
 
 ALIKE = 1e-4
@@ -65,15 +65,26 @@ class ExplainedFolder:
     def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
         self.folder = folder
         self._identity = {"format": FORMAT, **identity}
+        self._first: dict[str, Any] | None = None
+        self._load()
+        damaged = [name for name, rows in self._parts.items() if count_rows(self.folder / name) != rows]
+        if damaged:
+            raise DataError(
+                f"{self.folder} lacks rows: {', '.join(damaged)} is absent or damaged. Name another folder, or delete "
+                "this one."
+            )
+
+    def _load(self) -> None:
+        """Take what the file with the sums says, and remove rows that it does not name."""
         saved = self._read()
         self.batches: int = saved.get("batches", 0)
         self.samples: int = saved.get("samples", 0)
         self.finished: bool = saved.get("finished", False)
         self.sums: Sums = {name: (_layout(plain), sums) for name, (plain, sums) in saved.get("sums", {}).items()}
-        self._first: dict[str, Any] | None = saved.get("first")
-        parts: list[str] = saved.get("parts", [])
-        for path in [*folder.glob("explained-*.parquet"), *folder.glob(".explained-*.part")]:
-            if path.name not in parts:
+        self._first = saved.get("first", self._first)
+        self._parts: dict[str, int] = saved.get("parts", {})
+        for path in [*self.folder.glob("explained-*.parquet"), *self.folder.glob(".explained-*.part")]:
+            if path.name not in self._parts:
                 path.unlink()
 
     def check_first(self, run: Pass) -> None:
@@ -116,26 +127,24 @@ class ExplainedFolder:
         try:
             for row in rows:
                 table.add(row)
-            table.close()
-        except BaseException:
+            saved = {
+                "identity": self._identity,
+                "batches": batches,
+                "samples": samples,
+                "finished": finished,
+                "sums": {
+                    name: (_plain(layout), {state: values.cpu() for state, values in of_layer.items()})
+                    for name, (layout, of_layer) in sums.items()
+                },
+                "first": self._first,
+                "parts": self._parts | {path.name: count_rows(path) for path in table.close()},
+            }
+            with complete_or_absent(self.folder / FILE) as part:
+                torch.save(saved, part)
+        finally:
+            # Whatever went wrong and wherever: what the file with the sums says is what there is.
             table.discard()
-            raise
-        parts = sorted(path.name for path in self.folder.glob("explained-*.parquet"))
-        saved = {
-            "identity": self._identity,
-            "batches": batches,
-            "samples": samples,
-            "finished": finished,
-            "sums": {
-                name: (_plain(layout), {state: values.cpu() for state, values in of_layer.items()})
-                for name, (layout, of_layer) in sums.items()
-            },
-            "first": self._first,
-            "parts": parts,
-        }
-        with complete_or_absent(self.folder / FILE) as part:
-            torch.save(saved, part)
-        self.batches, self.samples, self.finished, self.sums = batches, samples, finished, sums
+            self._load()
 
     def _read(self) -> dict[str, Any]:
         path = self.folder / FILE
@@ -180,7 +189,8 @@ def _describe(run: Pass) -> dict[str, Any]:
     """What tells one first batch from another."""
     attention, labels = run.pairs[0].forward, run.labels
     largest = ROW_STATISTICS["max"](prepare_rows(attention)).nanmean(1)
-    columns = [column.float().cpu() for column in (labels.target, labels.confidence, largest) if column is not None]
+    numbers = (labels.target, labels.predicted, labels.confidence, largest)
+    columns = [column.float().cpu() for column in numbers if column is not None]
     return {"sample_ids": run.sample_ids, "numbers": torch.stack(columns, dim=1)}
 
 

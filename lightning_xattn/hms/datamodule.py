@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import Any, TypedDict
@@ -58,6 +59,14 @@ class HMSDataset(Dataset[HMSBatch]):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def fingerprint(self) -> str:
+        """What is another one when the recordings, their votes, or how they are cut have changed."""
+        digest = hashlib.sha256(self.features.folder.name.encode())
+        for values in (self._sample_ids, self._targets):
+            digest.update(values.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def __getitem__(self, index: int) -> HMSBatch:
         """Return one sample, as a batch of one."""

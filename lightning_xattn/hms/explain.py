@@ -50,15 +50,18 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path) -> Pa
     ------
     DataError
         If the checkpoint is none or of another architecture, or the data do not hold what they should.
+    SettingError
+        If ``out`` was begun with another checkpoint or other recordings or votes.
     """
     # Loading from memory-mapped features takes a few milliseconds a batch: workers would not help.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; expected a folder, or a name for a new one.")
     module = load_module(checkpoint)
     datamodule = HMSDataModule(data, test_data=data, cache_dir=out / "features", on_bad_row="skip")
     explainer = ExplainabilityCapture(module, axes=module.attention_axes or datamodule.attention_axes)
     loader = datamodule.test_dataloader()
-    _require_same_recordings(out)
     explained = explainer.explain_loader(loader, table=out / "table")
     for suffix in (".txt", ".md", ".json"):
         create_explainability_report(explained, out / f"report{suffix}")
@@ -76,6 +79,8 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path) -> Pa
         _draw_sample(results, i, datamodule, out / "samples")
     print((out / "report.txt").read_text())
     print(f"{len(chosen)} recordings are drawn in {out / 'samples'} and described in {out / 'samples.txt'}.")
+    if not _has_times(results):
+        print("There is no attention over the signals: the tokens of this checkpoint's fusion are no windows in time.")
     return out
 
 
@@ -95,16 +100,9 @@ def load_module(checkpoint: str | Path) -> HMSLightningModule:
     except FileNotFoundError:
         raise DataError(f"No checkpoint {checkpoint}.") from None
     except Exception as error:  # torch, pickle and Lightning each have their own for a file that is something else
-        raise DataError(f"{checkpoint} is no checkpoint of HMSLightningModule: {error!r}.") from error
-
-
-def _require_same_recordings(out: Path) -> None:
-    """Each state of the recordings has features of its own: a second one means that they have changed since."""
-    if (out / "table").exists() and len([path for path in (out / "features").iterdir() if path.name[0] != "."]) > 1:
         raise DataError(
-            f"The recordings have changed since {out} was made, so what it holds is no longer about them. Name another "
-            "folder, or delete it."
-        )
+            f"{checkpoint} is no checkpoint of HMSLightningModule, or a file that cannot be read as one: {error!r}."
+        ) from error
 
 
 def _choose(table: Path) -> list[int]:
@@ -114,6 +112,11 @@ def _choose(table: Path) -> list[int]:
     for place, target, correct in sorted(zip(*columns.values(), strict=True), key=lambda row: row[0]):
         first.setdefault((target, correct), place)
     return sorted(first.values())
+
+
+def _has_times(results: BatchExplanation) -> bool:
+    """Whether the tokens of both modalities are windows in time."""
+    return len(results["axes"]) == 2 and all(axis.spans is not None for axis in results["axes"].values())
 
 
 def _draw_sample(results: BatchExplanation, i: int, datamodule: HMSDataModule, folder: Path) -> None:
@@ -126,7 +129,7 @@ def _draw_sample(results: BatchExplanation, i: int, datamodule: HMSDataModule, f
         f"recording {row.label_id}, predicted {sample['predicted_name']} ({sample['confidence']:.2f}), "
         f"true {sample['true_name']}"
     )
-    if len(axes) == 2 and all(axis.spans is not None for axis in axes.values()):
+    if _has_times(results):
         plot_attention_over_signals(
             Traces(recordings.eeg(row, geometry), EEG_RATE, ELECTRODES, -geometry.seconds / 2),
             Spectrograms(recordings.spectrogram(row), SPEC_ROW_SECONDS, REGIONS, SPEC_FREQUENCIES, -SPEC_SECONDS / 2),

@@ -130,8 +130,8 @@ class HMSLightningModule(pl.LightningModule):
             odd += [f"{name} unknown" for name in others if name not in own]
             raise DataError(
                 f"These weights are not those of HMSLightningModule(fusion={self.hparams['fusion']!r}, "
-                f"num_heads={self.hparams['num_heads']}): {len(odd)} of {len(own)} tensors differ, such as "
-                f"{', '.join(odd[:3])}. Load a checkpoint that this class has saved."
+                f"num_heads={self.hparams['num_heads']}): {len(odd)} tensors are missing, unknown, or of "
+                f"another shape, such as {', '.join(odd[:3])}. Load a checkpoint that this class has saved."
             ) from error
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -185,7 +185,7 @@ def describe_layer(facts: LayerFacts, group_by: str) -> Iterator[Block]:
         yield Paragraph(remark)
     if any(SINGLE_KEY in reason for reason in facts["undefined"].values()):
         yield Paragraph(SINGLE_KEY_REMEDY)
-    outcomes = [_describe_outcome(facts, score) for score in facts["outcomes"]]
+    outcomes = [describe_outcome(facts, score) for score in facts["outcomes"]]
     if outcomes:
         yield Items(outcomes, "Correct against incorrect predictions")
     else:
@@ -265,7 +265,8 @@ def _interval(of: Number | Outcome) -> str:
     return f"{decimal(of['low'], 3)} to {decimal(of['high'], 3)}"
 
 
-def _describe_outcome(facts: LayerFacts, score: str) -> tuple[str, str, Sequence[str]]:
+def describe_outcome(facts: LayerFacts, score: str) -> tuple[str, str, Sequence[str]]:
+    """Whether a score tells correct from incorrect predictions: its label, the verdict, and the gaps behind it."""
     outcome = facts["outcomes"][score]
     # The table has the entropy of each direction.
     both = score == "entropy" and len(facts["directions"]) > 1
@@ -280,6 +281,8 @@ def _describe_outcome(facts: LayerFacts, score: str) -> tuple[str, str, Sequence
     else:
         verdict = "no difference shown"
     within = outcome["class_adjusted_gap"]
+    if verdict != "no difference shown" and not within / outcome["gap"] > 0.5:
+        verdict += ", which may be a difference between classes"
     adjusted = "undefined (no class has both outcomes)" if math.isnan(within) else decimal(within, 3, signed=True)
     gaps = f"gap {decimal(outcome['gap'], 3, signed=True)}, class-adjusted gap {adjusted}"
     found = f"AUROC {decimal(outcome['auroc'], 3)}, 95 % interval {_interval(outcome)}"

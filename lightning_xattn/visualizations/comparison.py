@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_xattn.errors import SettingError, ShapeError
@@ -38,7 +40,7 @@ def plot_class_comparison(
 ) -> Figure:
     """Draw means with their 95 % intervals (Student's t), one panel per number: the classes, and below the outcomes.
 
-    Groups are compared within a panel; each number has a scale of its own.
+    Groups are compared within a panel. Numbers of one unit or range have one scale, others have their own.
 
     Parameters
     ----------
@@ -87,6 +89,13 @@ def plot_class_comparison(
         ax.grid(axis="x", color="0.85")
         ax.locator_params(axis="x", nbins=5)
         ax.set_xlabel(wrap(title, 7.0 / len(quantities)))
+    units: dict[str, list[Axes]] = defaultdict(list)
+    for ax, name in zip(panels, quantities, strict=True):
+        units[name.partition("(")[2] or name].append(ax)
+    for alike in units.values():
+        limits = [limit for ax in alike for limit in ax.get_xlim()]
+        for ax in alike:
+            ax.set_xlim(min(limits), max(limits))
     by_row = zip(*([*classes, *outcomes] for classes, outcomes in quantities.values()), strict=True)
     samples = [[str(group.n) for group in of_row] for of_row in by_row]
     # Where a number is undefined for some samples, the panels have different counts.

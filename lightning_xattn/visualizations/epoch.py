@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_xattn.attention import Direction, TokenAxis
 from lightning_xattn.errors import SettingError
-from lightning_xattn.functional.intervals import MINIMUM_GROUP
+from lightning_xattn.functional.intervals import MINIMUM_GROUP, mean_interval
 from lightning_xattn.phrases import SINGLE_KEY, decimal
 from lightning_xattn.visualizations.drawing import (
     WIDTH,
@@ -232,8 +232,8 @@ def plot_outcome_alignment(
     """Draw how the alignment of correctly predicted samples differs from that of the others.
 
     Above, the density of each outcome (area 1) over the occupied range, whole fine bins summed into about 40
-    bars, and lines at the means. Below, on the same axis, the mean of each class with its standard error
-    (``std / sqrt(n)``, from 2 samples on).
+    bars, and lines at the means. Below, on the same axis, the mean of each class with its 95 % interval (Student's t),
+    from ``MINIMUM_GROUP`` samples on.
 
     Parameters
     ----------
@@ -283,7 +283,8 @@ def plot_outcome_alignment(
         means = as_array(f"{name} class_means", outcome.class_means, classes=classes)
         stds = as_array(f"{name} class_stds", outcome.class_stds, classes=classes)
         samples = as_array(f"{name} class_counts", outcome.class_counts, classes=classes)
-        errors = np.where(samples > 1, stds, np.nan) / np.sqrt(np.maximum(samples, 1))
+        ends = [mean_interval(*of_class) for of_class in zip(means, stds, samples.astype(int), strict=True)]
+        errors = np.abs(np.transpose(ends) - means)
         rows = np.arange(classes) + look.offset
         below.errorbar(means, rows, xerr=errors, fmt=look.marker, color=look.colour, markerfacecolor=face, capsize=3)
         key = Line2D([], [], color=look.colour, linestyle=look.line, linewidth=2, label=label)
@@ -297,7 +298,10 @@ def plot_outcome_alignment(
     above.set_ylabel("density")
     above.set_title(_claim(*auroc), fontsize=10)
     below.set_xlabel("alignment of the two directions (Pearson r)")
-    below.set_title(f"Mean and standard error{per_group(group_by)} (correct/incorrect samples)", fontsize=10)
+    few = any((counts < MINIMUM_GROUP).any() for counts in class_counts)
+    remark = f", none with fewer than {MINIMUM_GROUP}" if few else ""
+    title = f"Mean and 95 % interval{remark}{per_group(group_by)} (correct/incorrect samples)"
+    below.set_title(title, fontsize=10)
     below.grid(axis="x", color="0.85")
     name_rows(below, class_names, [f"{int(right)}/{int(wrong)}" for right, wrong in zip(*class_counts, strict=True)])
     fig.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)

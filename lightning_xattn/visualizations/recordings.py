@@ -21,6 +21,7 @@ STRETCH: dict[str, Any] = {"color": "#C04A00", "linewidth": 1.2}
 
 # Signals are grey and attention is in colour, so that neither is taken for the other.
 _POWER = colormaps["Greys"]
+_BEYOND: dict[str, Any] = {"color": "#D55E00", "linewidth": 1.5}
 _STEPS = [step * 10.0**power for power in range(-3, 7) for step in (1, 2, 5)]  # µV that a scale bar may stand for
 _REACH = 3  # rows that a trace may reach beyond the outer ones
 _SHOWN_POWER = (2, 98)  # percentiles: single artefacts do not take the scale
@@ -140,7 +141,10 @@ class Spectrograms:
 
 
 def draw_traces(ax: Axes, traces: Traces) -> None:
-    """Draw the electrodes one below the other, negative up, each without its offset; gaps are hatched."""
+    """Draw the electrodes one below the other, negative up, each without its offset; gaps are hatched.
+
+    Bars at the top mark when a trace leaves the panel.
+    """
     values = traces.values
     values = values - [np.median(trace[np.isfinite(trace)]) if np.isfinite(trace).any() else 0.0 for trace in values.T]
     spacing = _spacing(values)
@@ -156,7 +160,11 @@ def draw_traces(ax: Axes, traces: Traces) -> None:
     # The outer traces have no neighbour to reach over, and get room; but a huge artefact must not flatten the others.
     top, bottom = np.nanmin(rows, initial=-0.6), np.nanmax(rows, initial=electrodes - 0.4)
     ax.set_ylim(min(bottom, electrodes - 1 + _REACH) + 0.2, max(top, -_REACH) - 0.2)
-    ax.set_title("EEG, negative up, offsets removed", loc="left", fontsize=10)
+    low, high = sorted(ax.get_ylim())
+    beyond = runs(((rows < low) | (rows > high)).any(axis=1))
+    ax.broken_barh([(time[first], (last - first) / traces.rate) for first, last in beyond], (low, 0.3), **_BEYOND)
+    remark = " (bars at the top: a trace leaves the panel)" if beyond else ""
+    ax.set_title(f"EEG, negative up, offsets removed{remark}", loc="left", fontsize=10)
     # Beside the panel, where other panels have their colour bars.
     size = max(step for step in _STEPS if step <= spacing)
     beside, middle, half = ax.get_yaxis_transform(), (electrodes - 1) / 2, size / spacing / 2

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -57,7 +59,7 @@ def test_recordings_that_cannot_be_used_are_left_out_and_said(hms_checkpoint, ma
 
 @pytest.mark.parametrize("fusion", ["regional", "pooled"])
 @pytest.mark.filterwarnings("ignore:.*attend to a single key")
-def test_fusions_without_windows_have_no_seconds(fusion, make_folder, tmp_path):
+def test_fusions_without_windows_have_no_seconds(fusion, make_folder, tmp_path, capsys):
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     trainer.strategy.connect(HMSLightningModule(fusion=fusion))
     trainer.save_checkpoint(tmp_path / "other.ckpt")
@@ -67,6 +69,7 @@ def test_fusions_without_windows_have_no_seconds(fusion, make_folder, tmp_path):
     described = (tmp_path / "out/samples.txt").read_text()
     assert "s from the labelled moment" not in described
     assert ("EEG region" in described) == (fusion == "regional")
+    assert "There is no attention over the signals" in capsys.readouterr().out
 
 
 def test_recordings_that_have_changed_since_are_not_read_back(hms_checkpoint, make_folder, tmp_path, capsys):
@@ -76,7 +79,7 @@ def test_recordings_that_have_changed_since_are_not_read_back(hms_checkpoint, ma
     make_folder(rows=table_rows(5))
     for _ in range(2):
         assert main(["explain", *arguments]) == 1
-        assert "recordings have changed since" in capsys.readouterr().err
+        assert "was begun with something else (data: " in capsys.readouterr().err
 
 
 def test_what_is_no_checkpoint_is_said(hms_checkpoint, iiic_irr, tmp_path, capsys):
@@ -108,3 +111,44 @@ def test_a_folder_of_another_checkpoint_is_refused(hms_checkpoint, make_folder, 
     assert "model weights" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out/table")
     assert main(["explain", *arguments]) == 0
+
+
+def test_other_votes_are_another_data_set(hms_checkpoint, make_folder, tmp_path, capsys):
+    rows = table_rows(4)
+    data = make_folder(rows=rows)
+    arguments = ["--checkpoint", str(hms_checkpoint), "--data", str(data), "--out", str(tmp_path / "out")]
+    assert main(["explain", *arguments]) == 0
+    vote = next(column for column in pd.read_csv(data / "train.csv").columns if column.endswith("_vote"))
+    table = pd.read_csv(data / "train.csv")
+    table.loc[len(table) - 1, vote] += 30
+    table.to_csv(data / "train.csv", index=False)
+    assert main(["explain", *arguments]) == 1
+    assert "was begun with something else (data: " in capsys.readouterr().err
+
+
+def test_out_that_is_a_file_is_said(hms_checkpoint, make_folder, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(DataError, match="out is a file; expected a folder"):
+        run_explain(hms_checkpoint, make_folder(), tmp_path / "out")
+
+
+def test_the_command_as_a_module():
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "lightning_xattn.cli",
+            "explain",
+            "--checkpoint",
+            "none.ckpt",
+            "--data",
+            "x",
+            "--out",
+            "y",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 1
+    assert "lightning-xattn explain: No checkpoint none.ckpt" in found.stderr

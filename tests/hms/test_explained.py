@@ -158,6 +158,8 @@ def test_a_checkpoint_of_another_architecture(tmp_path):
     saved["state_dict"][name] = values[:-1]
     saved["state_dict"]["model.decoder.weight"] = values
     torch.save(saved, tmp_path / "other.ckpt")
-    message = "not those of HMSLightningModule.fusion='temporal', num_heads=4.: 2 of .*model.decoder.weight unknown"
+    message = (
+        "not those of HMSLightningModule.fusion='temporal', num_heads=4.: 2 tensors .*model.decoder.weight unknown"
+    )
     with pytest.raises(DataError, match=message):
         HMSLightningModule.load_from_checkpoint(tmp_path / "other.ckpt", weights_only=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from matplotlib.patches import StepPatch
 from numpy.typing import NDArray
+from scipy import stats
 
 from lightning_xattn.attention import TokenAxis
 from lightning_xattn.errors import SettingError, ShapeError
@@ -206,17 +207,19 @@ def test_means_are_marked_and_counted() -> None:
     assert said == [f"correct (n = 63, mean {correct.mean:.3f})", f"incorrect (n = 63, mean {incorrect.mean:.3f})"]
 
 
-def test_class_means_have_their_standard_errors() -> None:
-    correct = summary([np.array([0.1, 0.3]), np.array([0.5]), np.array([])])
+def test_class_means_have_their_intervals() -> None:
+    many = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
+    correct = summary([many, np.array([0.5]), np.array([])])
     incorrect = summary([np.array([]), np.array([0.2, 0.4, 0.9]), np.array([])])
     _, below = panels(make_alignment(correct, incorrect, list("abc")))
     dots, _, (bars,) = below.containers[0]
-    np.testing.assert_allclose(dots.get_xdata(), [0.2, 0.5, np.nan])
-    # The standard error of 0.1 and 0.3 is 0.1; a single sample has none.
-    np.testing.assert_allclose(bars.get_segments()[0][:, 0], [0.1, 0.3])
-    assert [len(segment) for segment in bars.get_segments()] == [2, 0, 0]
+    np.testing.assert_allclose(dots.get_xdata(), [0.3, 0.5, np.nan])
+    half = stats.t.ppf(0.975, 4) * many.std(ddof=1) / 5**0.5
+    np.testing.assert_allclose(bars.get_segments()[0][:, 0], [0.3 - half, 0.3 + half], rtol=1e-5)
+    assert [len(segment) for segment in bars.get_segments()] == [2, 0, 0]  # none with fewer than 5
+    assert "none with fewer than 5" in below.get_title()
     np.testing.assert_allclose(below.containers[1][0].get_xdata(), [np.nan, 0.5, np.nan])
-    assert [label.get_text() for label in below.get_yticklabels()] == ["a (2/0)", "b (1/3)", "c (0/0)"]
+    assert [label.get_text() for label in below.get_yticklabels()] == ["a (5/0)", "b (1/3)", "c (0/0)"]
 
 
 def test_few_samples_claim_nothing() -> None:
