@@ -299,8 +299,8 @@ def plot_outcome_alignment(
     above.set_title(_claim(*auroc), fontsize=10)
     below.set_xlabel("alignment of the two directions (Pearson r)")
     few = any((counts < MINIMUM_GROUP).any() for counts in class_counts)
-    remark = f", none with fewer than {MINIMUM_GROUP}" if few else ""
-    title = f"Mean and 95 % interval{remark}{per_group(group_by)} (correct/incorrect samples)"
+    remark = f"; no interval: fewer than {MINIMUM_GROUP}" if few else ""
+    title = f"Mean and 95 % interval{per_group(group_by)} (correct/incorrect samples{remark})"
     below.set_title(title, fontsize=10)
     below.grid(axis="x", color="0.85")
     name_rows(below, class_names, [f"{int(right)}/{int(wrong)}" for right, wrong in zip(*class_counts, strict=True)])

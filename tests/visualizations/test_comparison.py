@@ -51,6 +51,22 @@ def test_rows_are_named_and_counted_and_the_first_is_at_the_top() -> None:
     assert "per true class and outcome (test)" in figure.get_suptitle()
 
 
+def test_numbers_of_one_range_have_one_scale() -> None:
+    narrow = [group._replace(std=group.std / 10) for group in CLASSES]
+    moved = [group._replace(mean=group.mean + 3) for group in CLASSES]
+    quantities = {
+        "alignment (Pearson r)": (CLASSES, OUTCOMES),
+        "entropy a (0: one key)": (narrow, OUTCOMES),
+        "entropy b (0: one key)": (moved, OUTCOMES),
+    }
+    alone, *shared = panels(plot_class_comparison(quantities, NAMES))
+    assert shared[0].get_xlim() == shared[1].get_xlim()
+    assert shared[0].get_xlim() != alone.get_xlim()
+    low, high = shared[0].get_xlim()
+    for ax in shared:
+        assert all(low < mean < high for mean, *_ in drawn_groups(ax) if not math.isnan(mean))
+
+
 def test_few_samples_are_said() -> None:
     assert "fewer than 5 samples" in plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES).get_suptitle()
     enough = plot_class_comparison({"x": (CLASSES[:1], OUTCOMES)}, NAMES[:1])

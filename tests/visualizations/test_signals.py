@@ -74,8 +74,14 @@ def test_the_outer_traces_are_whole_unless_an_artefact_is_huge() -> None:
     assert top < ax.lines[0].get_ydata().min() < -1.5
     assert bottom > ax.lines[4].get_ydata().max() > 5.5
     values[5000, 0] = -1e5
-    bottom, top = Parts(plot(Traces(values, 200, list("abcde"), -25))).eeg.get_ylim()
+    assert "leaves the panel" not in ax.get_title(loc="left")
+    ax = Parts(plot(Traces(values, 200, list("abcde"), -25))).eeg
+    bottom, top = ax.get_ylim()
     assert -4 < top < bottom < 8, "the other traces can still be read"
+    assert "bars at the top: a trace leaves the panel" in ax.get_title(loc="left")
+    (bar,) = [one for one in ax.collections if one.get_paths() and one.get_paths()[0].get_extents().y0 == top]
+    extent = bar.get_paths()[0].get_extents()
+    assert (extent.x0, extent.x1) == pytest.approx((0, 1 / 200))
 
 
 def test_gaps_are_hatched_and_said() -> None:
