@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -130,6 +131,10 @@ def main() -> None:
         one_batch(folder)  # simulates, and fills the cache
         statistics_of_a_batch()
         recording()
+        # glibc gives what is freed back to the system, and gets it again page by page: no work of the recorder's.
+        print("the same, while the allocator keeps what is freed")
+        keeps = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
+        subprocess.run([sys.executable, "-m", "benchmarks.capture"], env=os.environ | keeps, check=True)
         data_loader(folder)
         validation_epoch(folder)
         explain_loader(folder)

@@ -75,3 +75,7 @@ def recording() -> None:
 def _print(what: str, quartiles: tuple[float, float, float], aim: str) -> None:
     low, middle, high = quartiles
     print(f"  {what:54} {middle:6.3f}     ({aim}), quartiles {low:.3f} and {high:.3f}")
+
+
+if __name__ == "__main__":
+    recording()
