@@ -288,7 +288,7 @@ class AttentionExplainabilityCallback(Callback):
             _warn(self._alarms.of_directions(self._recorder.layers))
             rank_zero_info(f"AttentionExplainabilityCallback takes {_found(pairs, finder.places, labels.n_classes)}.")
 
-        ids = None if self._table is None else finder.find_sample_ids(step)
+        ids = None if self.table is None else finder.find_sample_ids(step)  # also in the sanity check, to fail early
         about = {"dataloader": dataloader_idx, "sample_id": None if ids is None else ids[kept]}
         accumulators, kept_pairs = self._accumulators[dataloader_idx], [pair[kept] for pair in pairs]
         for columns in add_batch(accumulators, kept_pairs, labels, self.group_by, len(self._classes)):

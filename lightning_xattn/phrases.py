@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -31,7 +32,10 @@ def named(setting: Any) -> Any:
         return [named(value) for value in setting]
     if isinstance(setting, partial):
         return named([setting.func, *setting.args, setting.keywords])
-    if callable(setting) and not hasattr(setting, "__qualname__"):
+    if isinstance(setting, Namespace):
+        return named(vars(setting))
+    names_an_address = f" at {hex(id(setting))}" in repr(setting)
+    if not hasattr(setting, "__qualname__") and (names_an_address or callable(setting)):
         return type(setting).__qualname__
     return getattr(setting, "__qualname__", setting)
 

@@ -63,6 +63,8 @@ class SampleTable:
             column of ``TYPES``. Floats are stored as float32, NaN as missing; negative targets and predictions and
             unknown outcomes (``correct``) as missing; sample ids as strings; a ``(batch, heads)`` tensor as lists.
         """
+        if _length(columns) == 0:  # such as a batch of repeats alone, which shows no types
+            return
         self._waiting.append(dict(columns))
         if sum(_length(waiting) for waiting in self._waiting) >= ROWS_IN_MEMORY:
             self._write()

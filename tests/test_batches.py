@@ -1,6 +1,6 @@
 """Batches are counted, cut and moved in the form that they have."""
 
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from torch import nn
 from torch_geometric.data import Batch, Data
 
 from lightning_xattn.errors import DataError
-from lightning_xattn.explainer.batches import count_samples, take_samples, to_device
+from lightning_xattn.explainer.batches import count_samples, join_samples, take_samples, to_device
 from tests.toy import ToyModule
 
 SAMPLES = 5
@@ -85,3 +85,34 @@ def test_the_hooks_of_a_lightning_module_are_called_in_their_order():
 
     assert to_device(torch.ones(1), Hooked()).item() == 4
     assert called == ["before", "cpu", "after"]
+
+
+def test_what_a_model_gave_for_parts_is_joined_as_far_as_it_is_by_sample():
+    logits, attention = torch.randn(5, 3), torch.randn(5, 2, 4)
+    parts = [slice(0, 2), slice(2, 4), slice(4, 5)]
+    counts = [2, 2, 1]
+
+    def joined(of_part):
+        return join_samples([of_part(part) for part in parts], counts)
+
+    assert torch.equal(joined(lambda part: logits[part]), logits)
+    assert torch.equal(joined(lambda part: logits[part].squeeze()), logits)
+    assert torch.equal(joined(lambda part: logits[part, 0].squeeze()), logits[:, 0])
+    found = joined(
+        lambda part: {"logits": logits[part], "first": attention[part].transpose(0, 1), "loss": logits.mean()}
+    )
+    assert torch.equal(found["logits"], logits)
+    assert found["first"].shape == (2, 2, 4)  # of the first part: its samples are on another axis
+    assert found["loss"].dim() == 0
+    assert torch.equal(joined(lambda part: (logits[part], [None] * len(logits[part])))[0], logits)
+    odd = joined(lambda part: {"logits": logits[part]} | ({"extra": 1} if part.start else {}))
+    assert list(odd) == ["logits"]
+    assert joined(lambda part: attention[part][:, :, : part.start + 1]).shape == (2, 2, 1)  # trimmed by each part
+
+
+def test_mappings_of_other_kinds_are_split():
+    batch = defaultdict(list, x=torch.arange(5), y=torch.arange(5))
+    taken = take_samples(batch, [1, 3])
+    assert type(taken) is defaultdict
+    assert taken["x"].tolist() == [1, 3]
+    assert batch["x"].tolist() == [0, 1, 2, 3, 4]

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from argparse import Namespace
 from functools import partial
 
 import pandas as pd
@@ -340,12 +341,25 @@ def test_settings_have_the_same_name_in_every_run():
             "a": lambda model: model,
             "b": [partial(Reader(), 1, key=Reader()), Reader()],
             "c": ("x", 1, None, Reader),
+            "d": Namespace(x=object(), y=[1.5]),
         }
 
     first, second = str(named(settings())), str(named(settings()))
     assert first == second
     assert " at 0x" not in first
     assert "Reader" in first
+    assert "{'x': 'object', 'y': [1.5]}" in first
+
+
+def test_a_loader_without_labels_after_one_with_labels_is_refused(tmp_path):
+    explainer().explain_loader(toy_loader(), table=tmp_path)
+    audio, text, _ = toy_data().tensors
+    loader = DataLoader(TensorDataset(audio, text), batch_size=5)
+    with (
+        pytest.warns(XAttnWarning, match="No targets"),
+        pytest.raises(SettingError, match="first batch is not the one"),
+    ):
+        explainer().explain_loader(loader, table=tmp_path)
 
 
 def test_other_predictions_under_the_same_name_are_noticed(tmp_path):

@@ -194,3 +194,12 @@ def test_a_table_without_pyarrow_is_refused_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr("lightning_xattn.callback.find_spec", lambda name: None)
     with pytest.raises(SettingError, match=r'pip install "lightning-xattn\[table\]"'):
         AttentionExplainabilityCallback(table=tmp_path)
+
+
+def test_a_batch_of_which_nothing_is_kept_adds_no_rows(tmp_path):
+    """As the last one of a process, which may hold nothing but a repeat."""
+    table = SampleTable(tmp_path, "x", {"stage": "val"})
+    table.add({"target": torch.tensor([1, 2]), "sample_id": ["a", "b"], "entropy": torch.tensor([0.5, 0.25])})
+    table.add({"target": torch.tensor([], dtype=torch.long), "sample_id": [], "entropy": torch.tensor([])})
+    table.close()
+    assert pd.read_parquet(tmp_path)["entropy"].tolist() == [0.5, 0.25]

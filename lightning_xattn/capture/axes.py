@@ -103,7 +103,8 @@ def token_inputs(inputs: Iterable[Any], shape: Sequence[int]) -> list[Tensor]:
         Of its attention, ``(..., queries, keys)``.
     """
     tensors = [value for value in inputs if isinstance(value, Tensor) and value.is_floating_point()]
-    tensors = [value for value in tensors if value.dim() > 2 and not value.is_nested and value.shape != tuple(shape)]
+    scores = {tuple(shape), (shape[0], *shape[2:]) if shape[1] == 1 else None}
+    tensors = [value for value in tensors if value.dim() > 2 and not value.is_nested and value.shape not in scores]
     masks = (tuple(shape[-2:]), (1, shape[-1]))
     # Sequences as long and wide as there are queries and keys look like masks, too.
     return [one for one in tensors if one.shape[-2:] not in masks] or [one for one in tensors if one.dim() == 3]

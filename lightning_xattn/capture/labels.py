@@ -6,6 +6,7 @@ the target never changes from batch to batch, and no GPU is made to wait.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,7 +38,7 @@ from lightning_xattn.capture.steps import (
     say_setting,
     told_place,
 )
-from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError
+from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,8 @@ class LabelFinder:
         self._places: dict[str, Place | None] | None = None
         self._binary = self._probabilities = False
         self._doubts: dict[str, str] = {}
+        self._has_ids = False
+        self._told: set[str] = set()
 
     @property
     def places(self) -> dict[str, str]:
@@ -168,11 +171,19 @@ class LabelFinder:
         """
         place = (self._places or self._look(step))["sample_ids"]
         found = None if place is None else self._at(place, "sample_ids", step)
-        if found is None and self._settings["sample_ids"] is not None:
-            raise DiscoveryError(f"No sample ids: {say_setting(self._settings['sample_ids'])} gave nothing. {step}")
-        if found is not None and len(found) != step.samples:
-            raise ShapeError(f"Expected a sample id for each of {step.samples} samples; got {len(found)}.")
-        return found if found is None or isinstance(found, Tensor) else list(found)
+        if isinstance(found, Tensor) and found.dim() == 0:
+            found = found[None]
+        count = None if found is None or isinstance(found, (str, bytes, Mapping, int, float)) else len(found)
+        if found is not None and count == step.samples:
+            self._has_ids = True
+            return found if isinstance(found, Tensor) else list(found)
+        setting = self._settings["sample_ids"]
+        if setting is None or self._has_ids:
+            return None
+        if found is None:
+            raise DiscoveryError(f"No sample ids: {say_setting(setting)} gave nothing. {step}")
+        got = f"a {type(found).__name__}" if count is None else count
+        raise ShapeError(f"Expected a sample id for each of {step.samples} samples; got {got}.")
 
     def _look(self, step: Step) -> dict[str, Place | None]:
         places = {what: told_place(setting) for what, setting in self._settings.items()}
@@ -236,10 +247,24 @@ class LabelFinder:
             raise  # from a callable of the user's
 
     def _read(self, what: str, step: Step, first: bool) -> Tensor | None:
-        """Predictions or targets of a step; None where there are none, but for what is named and lacks in the first."""
+        """Predictions or targets of a step; None where there are none.
+
+        What is not as in the first step is none, but for what was named and is something else.
+        """
         place = (self._places or {}).get(what)
-        found = None if place is None else self._at(place, what, step)
-        if place is None or (found is None and not first):
+        if place is None:
+            return None
+        found = self._at(place, what, step)
+        guessed = self._settings[what] is None
+        if not first and (found is None or (guessed and not self._can_be(found, step.samples))):
+            if what not in self._told:
+                self._told.add(what)
+                warnings.warn(
+                    f"A step has no {what} as the first one had in {place.name}, so its samples have no class or "
+                    f"outcome; this is said once. {step}",
+                    XAttnWarning,
+                    stacklevel=4,
+                )
             return None
         if not isinstance(found, Tensor):
             raise DiscoveryError(f"No {what}: {place.name} gave {type(found).__name__}, expected a tensor. {step}")
@@ -251,6 +276,11 @@ class LabelFinder:
                 f"{place.name} gave {found.dtype} of shape {tuple(found.shape)}. {step}"
             )
         return found.detach().to(step.device, non_blocking=True)
+
+    def _can_be(self, found: Any, samples: int) -> bool:
+        if not isinstance(found, Tensor):
+            return False
+        return self._fits(found, samples) or (samples == 1 and self._fits(found[None], 1))
 
     def _fits(self, values: Tensor, samples: int) -> bool:
         single = self._binary and are_single(values, samples)

@@ -99,6 +99,7 @@ class Probe:
         self._root = root
         self._runs: list[Run] = []
         self._turns: dict[str, int] = defaultdict(int)
+        self._unread: list[str] = []
 
     @property
     def has_run(self) -> bool:
@@ -113,6 +114,7 @@ class Probe:
         """Forget what ran."""
         self._runs.clear()
         self._turns.clear()
+        self._unread.clear()
 
     def _watch(self, module: nn.Module, path: str, hooks: ExitStack) -> None:
         if is_original(module, nn.MultiheadAttention):
@@ -150,6 +152,8 @@ class Probe:
             left = running.pop()
             if left.seen.computed:
                 self._add_all(left, output)
+            elif any(Tokens.among(left.inputs, shape).are_asked_by(shape) for shape in left.seen.passed):
+                self._unread.append(f"{left.name} {', '.join(map(str, left.seen.passed))}")
 
         def owner(shape: Sequence[int]) -> Seen:
             # A module that is a softmax and no more gets scores; what holds it got the tokens.
@@ -268,6 +272,7 @@ class Probe:
         ran = "; ".join(str(run) for run in self._runs)
         return (
             f"{what}. "
+            + (f"Softmaxes that cannot be read: {'; '.join(self._unread)}. " if self._unread else "")
             + (f"What ran: {ran}. " if ran else f"No attention was seen at all. {describe_attention(self._root)} ")
             + f"{NAME_THEM} For modalities that share one sequence: attention=JointSequence('path.to.module', "
             "spans={'<a>': (start, stop), '<b>': (start, stop)})."

@@ -35,7 +35,7 @@ from lightning_xattn.capture.wrappers import (
     runs_for_backward,
     scripted_modules,
 )
-from lightning_xattn.errors import DiscoveryError, XAttnWarning
+from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
 
 
 class AttentionRecorder:
@@ -180,8 +180,13 @@ class AttentionRecorder:
         else:
             if path not in self._watches or self._watches[path].module is not module:
                 sites = [(direction, source) for direction, source in self._sites() if source.path == path]
-                self._watches[path] = ModuleWatch(module, path, sites)
+                self._watches[path] = ModuleWatch(module, path, sites, self._around(path))
             self._watches[path].watch(partial(self._record, path), hooks)
+
+    def _around(self, path: str) -> nn.Module | None:
+        holder = self._model.get_submodule(path.rpartition(".")[0])
+        # A hook on an encoder layer would turn its fast path off.
+        return None if not path or isinstance(holder, nn.TransformerEncoderLayer) else holder
 
     def _run_uncompiled(self, hooks: ExitStack) -> None:
         # Without it nothing is compiled. Of functions it cannot be told whether they are, and it takes long to import.
@@ -235,7 +240,7 @@ class AttentionRecorder:
                 "over heads has a larger entropy than the heads; record the heads if you can."
             )
         if source.block is not None:
-            return cut_direction(call, *source.block, name=source.path)
+            return self._cut(call, source, source.block)
         if call.within:
             raise DiscoveryError(
                 f"'{source}' ({direction}) attends within one sequence: its query is its key. Name the module that "
@@ -243,6 +248,18 @@ class AttentionRecorder:
                 "attention=JointSequence('path', spans={'<a>': (start, stop), '<b>': (start, stop)})."
             )
         return call
+
+    def _cut(self, call: RecordedWeights, source: Source, block: tuple[slice, slice]) -> RecordedWeights | None:
+        """A direction of a joint sequence; None of one that is too short, if an earlier one was not."""
+        try:
+            cut = cut_direction(call, *block, name=source.path)
+        except ShapeError as error:
+            if f"{source.path} cut" not in self._ran:
+                raise
+            self._tell(f"{error} Such steps are left out.", about=f"{source.path} cut")
+            return None
+        self._ran.add(f"{source.path} cut")
+        return cut
 
     def _read(self, source: Source) -> RecordedWeights | None:
         """What a callable gives in this step; the very numbers of an earlier step are none of this one."""
@@ -273,7 +290,7 @@ class AttentionRecorder:
         if not found:
             return None
         if len(found) > turns:
-            self._tell(f"Module '{source.path}' ran {len(found)} times in one step; its first run is shown.")
+            self._tell(f"Module '{source.path}' ran more often in one step than it is named; its first run is shown.")
         if len(found) < turns:
             message = f"Module '{source.path}' is named for {turns} directions, but ran {len(found)} time(s)"
             if f"{source.path} in turns" not in self._ran:
@@ -305,10 +322,10 @@ class AttentionRecorder:
             + (f"; TorchScript hides what is in {', '.join(script)}." if script else ".")
         )
 
-    def _tell(self, message: str) -> None:
-        """Say something once."""
-        if message not in self._told:
-            self._told.add(message)
+    def _tell(self, message: str, about: str | None = None) -> None:
+        """Say something once, or one thing about something."""
+        if (about or message) not in self._told:
+            self._told.add(about or message)
             warnings.warn(message, XAttnWarning, stacklevel=4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attention import Direction, row_sum_tolerance
-from lightning_xattn.capture.axes import Tokens
+from lightning_xattn.capture.axes import Tokens, token_inputs
 from lightning_xattn.capture.computed import Computation, watch_computations
 from lightning_xattn.capture.memory import has_place
 from lightning_xattn.capture.sites import Source
 from lightning_xattn.capture.weights import RecordedWeights
-from lightning_xattn.errors import DiscoveryError, ShapeError
+from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
 
 Item = tuple[str | int, ...]
 
@@ -50,7 +51,7 @@ class ModuleWatch:
     one attention that the module computes (see ``WatchComputations``), or else the one tensor that it returns whose
     rows sum to 1. Of a returned tensor the masks are known where it is what a softmax computed; where not, keys to
     which a sample gives no weight at all count as padding. What is not clear in a first call is an error; a later call
-    without what was found before counts as none.
+    without what was found before, or that is not clear, counts as none.
 
     Parameters
     ----------
@@ -58,15 +59,24 @@ class ModuleWatch:
         The module and its path, for messages.
     sites
         The directions that are read from it; none, if that is not known yet.
+    around
+        The module that holds it, whose tokens tell of its axes if it gets none.
     """
 
-    def __init__(self, module: nn.Module, path: str, sites: Sequence[tuple[Direction, Source]] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        path: str,
+        sites: Sequence[tuple[Direction, Source]] = (),
+        around: nn.Module | None = None,
+    ) -> None:
         self.module = module
-        self._path, self._sites = path, sites
+        self._path, self._sites, self._around = path, sites, around
         # What has been looked at: an item, or whether a kernel computes it; each in training and in eval mode.
         self._looked_at: set[tuple[Item | bool, bool]] = set()
         # Where it was found: under the directions' names, at a place in what is returned, or anywhere at all.
         self._by_name = self._has_found = False
+        self._has_recorded = self._told = False
         self._place: Item | None = None
 
     def watch(self, record: Callable[[Call], None], hooks: ExitStack) -> None:
@@ -81,19 +91,45 @@ class ModuleWatch:
         """
         seen = Seen()
 
+        around: list[Tensor] = []
+
         def forget(*_: Any) -> None:
             seen.clear()
 
+        def enter_around(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            around[:] = [tensor for _, tensor in tensors_in((args, kwargs))]
+
         def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            record(self.find(output, [tensor for _, tensor in tensors_in((args, kwargs))], seen))
+            inputs = [tensor for _, tensor in tensors_in((args, kwargs))]
+            shape = seen.computed[0].weights.weights.shape if seen.computed else (0, 0, 0, 0)
+            # A module that is a softmax and no more gets scores; what holds it got the tokens.
+            call = self._find_or_pass(output, inputs if token_inputs(inputs, shape) else around, seen)
+            around.clear()
             seen.clear()
+            record(call)
 
         hooks.callback(forget)
+        hooks.callback(around.clear)
+        if self._around is not None:
+            hooks.callback(self._around.register_forward_pre_hook(enter_around, with_kwargs=True).remove)
         hooks.callback(self.module.register_forward_pre_hook(forget).remove)
         hooks.callback(self.module.register_forward_hook(read, with_kwargs=True, prepend=True).remove)
         # Inside of an nn.MultiheadAttention nothing may be watched so; a module that holds some is read by its output.
         if not any(isinstance(module, nn.MultiheadAttention) for module in self.module.modules()):
             watch_computations([self.module], seen.computed.append, seen.passed.append, hooks)
+
+    def _find_or_pass(self, output: Any, inputs: list[Tensor], seen: Seen) -> Call:
+        try:
+            call = self.find(output, inputs, seen)
+        except DiscoveryError as error:
+            if not self._has_recorded:
+                raise
+            if not self._told:
+                warnings.warn(f"In a later step: {error} Such steps are left out.", XAttnWarning, stacklevel=4)
+            self._told = True
+            return {}
+        self._has_recorded = self._has_recorded or bool(call)
+        return call
 
     def find(self, output: Any, inputs: list[Tensor], seen: Seen) -> Call:
         """The attention of a call: by direction, or under None where the call does not tell which direction it is.

@@ -75,15 +75,29 @@ def take_samples(batch: Any, indices: Sequence[int]) -> Any:
     return _rebuild(batch, take)
 
 
-def join_samples(parts: Sequence[Any]) -> Any:
-    """What a model gave for the parts of a batch as if for the whole; what has no axis of samples is the first's."""
+def join_samples(parts: Sequence[Any], counts: Sequence[int]) -> Any:
+    """What a model gave for the parts of a batch as if for the whole, as far as it is by sample.
+
+    Parameters
+    ----------
+    parts
+        What it gave for each part.
+    counts
+        How many samples each part has.
+    """
     first = parts[0]
     if isinstance(first, Tensor):
-        return torch.cat(list(parts)) if first.ndim else first
+        # A model that squeezes its output takes the axis of a single sample off.
+        pairs = list(zip(parts, counts, strict=True))
+        whole = [part[None] if count == 1 and part.dim() < first.dim() else part for part, count in pairs]
+        by_sample = all(part.dim() and len(part) == count for part, count in zip(whole, counts, strict=True))
+        alike = len({part.shape[1:] for part in whole}) == 1
+        return torch.cat(whole) if by_sample and alike else first
     if isinstance(first, Mapping):
-        return {key: join_samples([part[key] for part in parts]) for key in first}
-    if isinstance(first, (list, tuple)):
-        return [join_samples(items) for items in zip(*parts, strict=True)]
+        shared = [key for key in first if all(key in part for part in parts)]
+        return {key: join_samples([part[key] for part in parts], counts) for key in shared}
+    if isinstance(first, (list, tuple)) and len({len(part) for part in parts}) == 1:
+        return [join_samples(items, counts) for items in zip(*parts, strict=True)]
     return first
 
 
@@ -131,7 +145,11 @@ def _rebuild(batch: Any, change: Callable[[Any], Any]) -> Any:
     """The same containers around leaves that are changed."""
     if isinstance(batch, Mapping):
         changed = {key: _rebuild(value, change) for key, value in batch.items()}
-        return changed if type(batch) is dict else type(batch)(changed)  # type: ignore[call-arg]  # as dict's subclasses
+        if type(batch) is dict:
+            return changed
+        same_kind: Any = copy.copy(batch)
+        same_kind.update(changed)
+        return same_kind
     if isinstance(batch, (list, tuple)) and _length(batch) is None:
         parts = [_rebuild(part, change) for part in batch]
         if isinstance(batch, tuple):

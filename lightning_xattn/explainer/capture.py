@@ -237,7 +237,7 @@ class ExplainabilityCapture:
         }
         settings |= {
             "class_names": self.class_names,
-            "hyperparameters": dict(getattr(self.model, "hparams", {})),
+            "hyperparameters": getattr(self.model, "hparams", {}),
         }
         dataset = getattr(loader, "dataset", None)
         about = {"batches": _length(loader), "samples": _length(dataset), "data": getattr(dataset, "fingerprint", None)}
@@ -273,7 +273,10 @@ class ExplainabilityCapture:
         if not finder.decided:
             # A part may not show what the whole batch does, so the first one is run once more.
             steps = [step for step, _ in map(self._run, parts)]
-            outputs, forward = (join_samples([getattr(step, of) for step in steps]) for of in ("outputs", "forward"))
+            counts = [count_samples(part) for part in parts]
+            outputs, forward = (
+                join_samples([getattr(step, of) for step in steps], counts) for of in ("outputs", "forward")
+            )
             finder.decide(Step(outputs, to_device(batch, self.model), forward, count, steps[0].device))
         for part in parts:
             step, pairs = self._run(part)

@@ -67,10 +67,11 @@ class Pass:
         if bool(broken.any()):
             found = broken.nonzero().flatten().tolist()
             names = [f"{i}" if self.sample_ids is None else f"{i} (id {self.sample_ids[i]})" for i in found]
+            also = "" if self.labels.predicted is None else " (or class ids below 0)"
             raise DataError(
                 f"The {what} of sample {', '.join(names[:8])}{', ...' if len(names) > 8 else ''} ({len(names)} of "
-                f"{len(broken)}) are not finite. Look for NaN or infinity in their input, or in the model's weights if "
-                "it is all samples, and mend it."
+                f"{len(broken)}) are not finite{also}. Look for NaN or infinity in their input, or in the model's "
+                "weights if it is all samples, and mend it."
             )
 
 

@@ -103,7 +103,8 @@ class ExplainedFolder:
             (None if x["sample_ids"] is None else x["sample_ids"][:shared], x["numbers"][:shared])
             for x in (first, self._first)
         )
-        if ours[0] != theirs[0] or not torch.allclose(ours[1], theirs[1], rtol=ALIKE, atol=ALIKE, equal_nan=True):
+        same = ours[0] == theirs[0] and ours[1].shape == theirs[1].shape
+        if not (same and torch.allclose(ours[1], theirs[1], rtol=ALIKE, atol=ALIKE, equal_nan=True)):
             raise SettingError(
                 f"The loader's first batch is not the one that {self.folder} was begun with: another data set, another "
                 "order (a loader that shuffles cannot be gone on with), or another precision. Pass the same loader, "

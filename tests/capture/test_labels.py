@@ -7,7 +7,7 @@ import torch
 
 from lightning_xattn.capture.labels import LabelFinder
 from lightning_xattn.capture.steps import Step
-from lightning_xattn.errors import DiscoveryError, ShapeError
+from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
 
 BATCH, CLASSES = 5, 3
 SCORES = torch.tensor([[0.1, 2.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 5.0, 1.0], [1.0, 0.0, 0.0]])
@@ -182,14 +182,19 @@ def test_whole_numbers_beyond_the_classes_are_no_class_ids():
     assert find(LOSS, (IMAGE, lengths, IDS), SCORES).target.tolist() == IDS.tolist()
 
 
+@pytest.mark.filterwarnings("ignore:A step has no (predictions|targets)")
 def test_a_later_step_without_labels():
     for batch, later in (((IMAGE, IDS), IMAGE), ({"x": IMAGE, "label": IDS, "sample_id": IDS}, {"x": IMAGE})):
         finder = LabelFinder()
         assert finder.find(step({"logits": SCORES}, batch)).target.tolist() == IDS.tolist()
-        for outputs in (None, LOSS, {"loss": LOSS}):
+        for outputs in (None, LOSS, {"loss": LOSS}, {"logits": SCORES[:3]}, {"logits": [None] * 5}):
             labels = finder.find(step(outputs, later))
             assert (labels.predicted, labels.confidence, labels.target) == (None, None, None)
             assert finder.find_sample_ids(step(outputs, later)) is None
+    finder = LabelFinder()
+    finder.find(step({"logits": SCORES}, (IMAGE, IDS)))
+    with pytest.warns(XAttnWarning, match=r"no predictions as the first one had in outputs\['logits'\]"):
+        finder.find(step(None, (IMAGE, IDS)))
     named = LabelFinder("mine", lambda outputs, batch: batch["t"])
     with pytest.raises(DiscoveryError, match="the key 'mine' gave NoneType"):
         named.find(step({}, {"t": IDS}))
@@ -198,6 +203,8 @@ def test_a_later_step_without_labels():
     assert named.find(step({}, {"t": IDS})).predicted is None
     with pytest.raises(KeyError):  # in the user's own function
         named.find(step({}, {}))
+    with pytest.raises(ShapeError, match="Expected predictions"):  # named, and something else
+        named.find(step({"mine": SCORES[:2]}, {"t": IDS}))
 
 
 @pytest.mark.parametrize(("scores", "ids"), [(SCORES, IDS), (SINGLE, BITS)])
@@ -255,12 +262,16 @@ def test_sample_ids():
     finder = LabelFinder()
     assert finder.find_sample_ids(step(batch={"sample_ids": IDS})) is IDS
     assert finder.find_sample_ids(step(batch=(IDS,))) is None
+    for no_ids in ("run-17", "abcde", torch.tensor(3), 5, {"a": 1}):  # what is guessed and does not fit is none
+        assert LabelFinder().find_sample_ids(step(batch={"sample_id": no_ids})) is None
     named = LabelFinder(sample_ids="file")
-    assert named.find_sample_ids(step(batch={"file": ("a", "b", "c", "d", "e")})) == ["a", "b", "c", "d", "e"]
     with pytest.raises(DiscoveryError, match="the key 'file' gave nothing.*batch is {'x': a int}"):
         named.find_sample_ids(step(batch={"x": 1}))
-    with pytest.raises(ShapeError, match="each of 5 samples; got 4"):
-        LabelFinder(sample_ids=lambda outputs, batch: batch[:4]).find_sample_ids(step(batch=IDS))
+    assert named.find_sample_ids(step(batch={"file": ("a", "b", "c", "d", "e")})) == ["a", "b", "c", "d", "e"]
+    assert named.find_sample_ids(step(batch={"x": 1})) is None  # in a later step
+    for wrong, got in ((IDS[:4], "4"), ("abcde", "a str")):
+        with pytest.raises(ShapeError, match=f"each of 5 samples; got {got}"):
+            LabelFinder(sample_ids=lambda outputs, batch, wrong=wrong: wrong).find_sample_ids(step(batch=IDS))
 
 
 def test_errors():

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.capture import AttentionRecorder
-from lightning_xattn.errors import DiscoveryError, XAttnWarning
+from lightning_xattn.capture import AttentionRecorder, JointSequence
+from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
 from tests.capture.models import Fusing, Runs, heads, mha, tokens
 from tests.toy import AUDIO, TEXT, ToyModule, quiet_trainer, toy_loader
 
@@ -189,6 +189,12 @@ def test_a_kernel_in_the_first_step_and_a_softmax_that_is_changed_in_the_next():
         model(*tokens())
         assert recorder.attention
         model.fusion.fused = False
+        recorder.clear()
+        with pytest.warns(XAttnWarning, match="In a later step: .* does not show which .* Such steps are left out"):
+            model(*tokens())
+        assert recorder.attention == ()
+        model(*tokens())  # said once
+    with AttentionRecorder(model, {"a_to_b": "fusion"}):
         for _ in range(2):  # also when the first error is caught
             with pytest.raises(DiscoveryError, match="does not show which attention is meant"):
                 model(*tokens())
@@ -215,3 +221,40 @@ def test_one_of_two_softmaxes_is_returned_in_some_steps(monkeypatch):
     recorder = AttentionRecorder(model, {"a_to_b": "fusion"})
     off, on = (lambda value=value: monkeypatch.setattr(Flag, "on", value) for value in (False, True))
     assert steps(model, recorder, off, on) == [1, 0, 1]
+
+
+def test_a_later_step_that_is_not_clear_is_left_out():
+    def run(module, x, y):
+        attended = attend(module, x, y)
+        return attended if y.shape[1] == TEXT else attended + attend(module, x, y)
+
+    model, (audio, text) = Fusing(Runs(run)), tokens()
+    with AttentionRecorder(model, {"a_to_b": "fusion"}) as recorder:
+        model(audio, text)
+        assert len(recorder.attention) == 1
+        recorder.clear()
+        with pytest.warns(XAttnWarning, match=r"later step: .*\(2, 3, 5, 4\), \(2, 3, 5, 4\).* left out"):
+            model(audio, text[:, :4])
+        assert recorder.attention == ()
+        model(audio, text)
+        assert len(recorder.attention) == 1
+
+
+@pytest.mark.parametrize(("spans", "length"), [({"a": (0, 4), "b": (4, 9)}, 8), ({"a": (0, 4), "b": (4, None)}, 4)])
+def test_a_later_sequence_that_is_too_short_for_its_spans(spans, length):
+    model, joint = Fusing(Runs(lambda m, x: m.p(x, x, x), p=mha())), torch.cat(tokens(), dim=1)
+    recorder = AttentionRecorder(model, JointSequence("fusion.p", spans))
+    with recorder:
+        model(joint)
+        assert len(recorder.attention) == 1
+        recorder.clear()
+        model(joint[:, :length])
+        with pytest.warns(XAttnWarning, match="at least .* tokens, which the spans .* left out"):
+            assert recorder.attention == ()
+        recorder.clear()
+        model(joint)
+        assert len(recorder.attention) == 1
+    with AttentionRecorder(model, JointSequence("fusion.p", spans)) as recorder:
+        model(joint[:, :length])
+        with pytest.raises(ShapeError, match="at least .* tokens"):
+            _ = recorder.attention

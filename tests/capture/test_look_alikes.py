@@ -420,3 +420,32 @@ def test_one_head_is_said_once_for_each_module():
         recorder.clear()
         model(*(t[:1] for t in tokens()))
         assert recorder.attention
+
+
+@pytest.mark.filterwarnings("ignore:.*has no axis for heads")
+def test_one_head_whose_softmax_is_a_module_can_be_named():
+    def run(module, x, y):
+        return module.drop(module.soft(x @ y.mT)) @ y
+
+    audio, text = tokens()
+    fusion = Runs(run, soft=nn.Softmax(dim=-1), drop=nn.Dropout(0.1)).eval()
+    for name in ("soft", "drop"):
+        (pair,) = record_fusion(fusion, {"a_to_b": f"fusion.{name}"})
+        assert torch.equal(pair.forward.weights[:, 0], (audio @ text.mT).softmax(-1))
+    with pytest.raises(DiscoveryError, match=r"does not show .* \(2, 5, 7\) \(unread\)"):
+        record_fusion(fusion, WHOLE)
+    with AttentionRecorder(Fusing(fusion)) as recorder:
+        fusion(audio, text)
+    with pytest.raises(DiscoveryError, match=r"Softmaxes that cannot be read: fusion \(2, 5, 7\)"):
+        _ = recorder.attention
+
+
+def test_the_axes_of_a_softmax_that_is_a_module_are_told_from_what_holds_it():
+    def behind(module, x, y):
+        q, k = (t.unflatten(-1, (HEADS, -1)) for t in (x, y))
+        return module.soft(torch.einsum("bqhd,bkhd->bqhk", q, k))
+
+    with pytest.raises(
+        ShapeError, match=r"'fusion.soft', \(2, 5, 3, 7\), is in doubt: it seems to be \(batch, queries"
+    ):
+        record_fusion(Runs(behind, soft=nn.Softmax(dim=-1)), {"a_to_b": "fusion.soft"})
