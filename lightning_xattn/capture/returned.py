@@ -26,7 +26,6 @@ NAME_IT = (
     "give a callable (attention={'<a>_to_<b>': lambda model: weights})."
 )
 
-
 Call = dict[Direction | None, RecordedWeights]
 """The attention of one call of a module, by direction; None where the call does not tell which direction it is."""
 
@@ -74,10 +73,11 @@ class ModuleWatch:
         self._path, self._sites, self._around = path, sites, around
         # What has been looked at: an item, or whether a kernel computes it; each in training and in eval mode.
         self._looked_at: set[tuple[Item | bool, bool]] = set()
-        # Where it was found: under the directions' names, at a place in what is returned, or anywhere at all.
-        self._by_name = self._has_found = False
-        self._has_recorded = self._told = False
+        # Where it was found: under the directions' names, or at a place in what is returned.
+        self._by_name = False
         self._place: Item | None = None
+        # Whether any call gave attention, and whether a user has been told of a later one that was not clear.
+        self._has_recorded = self._told = False
 
     def watch(self, record: Callable[[Call], None], hooks: ExitStack) -> None:
         """Record every call.
@@ -89,9 +89,7 @@ class ModuleWatch:
         hooks
             Takes the hooks; closing it removes them.
         """
-        seen = Seen()
-
-        around: list[Tensor] = []
+        seen, around = Seen(), list[Tensor]()
 
         def forget(*_: Any) -> None:
             seen.clear()
@@ -162,20 +160,19 @@ class ModuleWatch:
             self._by_name = True
             return returned({direction: item for direction, item in named.items() if item})
         called = [item for item in tensors if item and isinstance(item[-1], str) and "_to_" in item[-1]]
-        others = [item for item in called if _looks_like_attention(tensors[item])]
+        others = [item for item in called if not self._has_recorded and _looks_like_attention(tensors[item])]
         if others:
             raise DiscoveryError(self._not_clear(seen, tensors, others))
         given = {item: one for item, tensor in tensors.items() for one in seen.computed if one.gave(tensor)}
         chosen = seen.computed if len(seen.computed) == 1 else list(dict.fromkeys(given.values()))
         if len(chosen) == 1 and chosen[0] not in given.values():
             self._look_beside(chosen[0], tensors, inputs, seen)
-            self._has_found = True
             return {None: chosen[0].weights}
         if len(chosen) == 1:
             self._place = next(item for item, one in given.items() if one is chosen[0])
         if self._place is None:
             fitting = [item for item, tensor in tensors.items() if _looks_like_attention(tensor)]
-            if self._has_found and not seen.computed and not fitting:
+            if self._has_recorded and not seen.computed and not fitting:
                 return {}
             if seen.computed or len(fitting) != 1 or _unread(seen, inputs, but=tensors[fitting[0]].shape):
                 raise DiscoveryError(self._not_clear(seen, tensors, fitting))
