@@ -30,11 +30,17 @@ def to_device(batch: Any, model: nn.Module) -> Any:
     if device.type != "cpu":
         # Graphs are moved in place: a list of batches would pile up on the GPU.
         batch = _rebuild(batch, _copy_graphs)
+    # Where there is no accelerator everything is on the CPU; to look through a batch of graphs takes milliseconds.
+    stays = device.type == "cpu" and not torch.accelerator.is_available()
     if not hasattr(model, "transfer_batch_to_device"):
-        return move_data_to_device(batch, device)
+        return batch if stays else move_data_to_device(batch, device)
     hooks: Any = model
     batch = hooks.on_before_batch_transfer(batch, 0)
-    return hooks.on_after_batch_transfer(hooks.transfer_batch_to_device(batch, device, 0), 0)
+    # Lightning's own, of whichever of its two namespaces, does nothing but move.
+    own = type(hooks).transfer_batch_to_device.__qualname__ == "DataHooks.transfer_batch_to_device"
+    if not (stays and own):
+        batch = hooks.transfer_batch_to_device(batch, device, 0)
+    return hooks.on_after_batch_transfer(batch, 0)
 
 
 def count_samples(batch: Any) -> int:
