@@ -215,7 +215,8 @@ def test_soft_targets_ties_and_samples_without_a_label():
     results = explainer(targets=lambda outputs, batch: batch[2]).explain_batch((audio, text, target))
     assert results["targets"][2] == -1
     assert results["per_sample_explanations"][2]["correct"] is None
-    assert results["per_sample_explanations"][3]["correct"] is not None
+    labelled = results["per_sample_explanations"][3]
+    assert labelled["correct"] == (labelled["predicted_class"] == int(target[3]))
 
 
 class Answers(ToyModule):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_xattn.capture.memory import Place, has_place
+from lightning_xattn.capture.memory import Address, has_address
 from lightning_xattn.capture.weights import MASKED, RecordedWeights, from_scores
 
 _SOFTMAX = frozenset({torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax})
@@ -40,7 +40,7 @@ class Computation:
     """
 
     weights: RecordedWeights
-    result: Place | None = None
+    result: Address | None = None
 
     def gave(self, tensor: Tensor) -> bool:
         """Whether the softmax put its result into this tensor (dropout that drops nothing passes it on)."""
@@ -81,13 +81,13 @@ class WatchComputations(TorchFunctionMode):
         result = function(*args, **kwargs)
         if function is F.scaled_dot_product_attention:
             query, key = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
-            if query.dim() in (3, 4) and has_place(query):
+            if query.dim() in (3, 4) and has_address(query):
                 with torch._C.DisableTorchFunction():  # unseen by recorders around this one
                     computation = Computation(_beside_fused(*args, **kwargs))
                 self._note(computation)
-            elif has_place(query):
+            elif has_address(query):
                 self._pass_over((*query.shape[:-1], key.shape[-2]))
-        elif function in _SOFTMAX and has_place(result) and result.dim() > 2:
+        elif function in _SOFTMAX and has_address(result) and result.dim() > 2:
             axis = _axis(*args, **kwargs)
             if axis in (-2, result.dim() - 2):
                 self._pass_over(tuple(result.mT.shape))
@@ -98,7 +98,7 @@ class WatchComputations(TorchFunctionMode):
                 with torch._C.DisableTorchFunction():
                     weights = result.detach().clone()
                     recorded = from_scores(weights, _seen(scores.detach(), weights))
-                self._note(Computation(recorded, Place.of(result)))
+                self._note(Computation(recorded, Address.of(result)))
         return result
 
 

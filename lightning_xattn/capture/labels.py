@@ -255,8 +255,8 @@ class LabelFinder:
         if place is None:
             return None
         found = self._at(place, what, step)
-        guessed = self._settings[what] is None
-        if not first and (found is None or (guessed and not self._can_be(found, step.samples))):
+        fitting = self._fitting(found, step.samples)
+        if not first and fitting is None and (found is None or self._settings[what] is None):
             if what not in self._told:
                 self._told.add(what)
                 warnings.warn(
@@ -268,20 +268,18 @@ class LabelFinder:
             return None
         if not isinstance(found, Tensor):
             raise DiscoveryError(f"No {what}: {place.name} gave {type(found).__name__}, expected a tensor. {step}")
-        if step.samples == 1 and not self._fits(found, 1) and self._fits(found[None], 1):
-            found = found[None]  # a model that squeezes its output took the axis of a single sample off
-        if not self._fits(found, step.samples):
+        if fitting is None:
             raise ShapeError(
                 f"Expected {what} as class ids ({step.samples},) or one column a class ({step.samples}, classes); "
                 f"{place.name} gave {found.dtype} of shape {tuple(found.shape)}. {step}"
             )
-        return found.detach().to(step.device, non_blocking=True)
+        return fitting.detach().to(step.device, non_blocking=True)
 
-    def _can_be(self, found: Any, samples: int) -> bool:
-        if not isinstance(found, Tensor):
-            return False
-        return self._fits(found, samples) or (samples == 1 and self._fits(found[None], 1))
-
-    def _fits(self, values: Tensor, samples: int) -> bool:
-        single = self._binary and are_single(values, samples)
-        return single or are_ids(values, samples) or are_rows(values, samples)
+    def _fitting(self, found: Any, samples: int) -> Tensor | None:
+        """Ids or scores of so many samples, in one of the forms that are understood; None of anything else."""
+        # A model that squeezes its output takes the axis of a single sample off.
+        for values in (found, found[None]) if samples == 1 and isinstance(found, Tensor) else (found,):
+            single = self._binary and are_single(values, samples)
+            if single or are_ids(values, samples) or are_rows(values, samples):
+                return values
+        return None

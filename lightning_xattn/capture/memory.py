@@ -11,22 +11,22 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """Where the numbers of a tensor stand in memory. It keeps them not alive, and knows when they are gone.
+class Address:
+    """Where the numbers of a tensor stand in memory. It does not keep them alive, and knows when they are gone.
 
-    Other tensor objects with the same numbers, such as ``tensor.detach()``, have the same place.
+    Other tensor objects with the same numbers, such as ``tensor.detach()``, have the same address.
     """
 
     storage: weakref.ref[torch.UntypedStorage]
     layout: tuple[Any, ...]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Place:
-        """The place of a tensor with strides."""
+    def of(cls, tensor: Tensor) -> Address:
+        """The address of a tensor with strides."""
         return cls(weakref.ref(tensor.untyped_storage()), _layout(tensor))
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether this is the place of the tensor, too."""
+        """Whether this is the address of the tensor, too."""
         return self.storage() is tensor.untyped_storage() and self.layout == _layout(tensor)
 
 
@@ -34,17 +34,17 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
-def has_place(tensor: Tensor) -> bool:
+def has_address(tensor: Tensor) -> bool:
     """Whether a tensor has numbers in memory of its own: nested and sparse ones, and those inside of vmap, have not."""
     if tensor.is_nested or tensor.layout != torch.strided:
         return False
     try:
         tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError):  # what torch raises for a tensor inside of vmap, depending on its kind
         return False
     return True
 
 
 def are_same(tensor: Tensor, other: Tensor) -> bool:
     """Whether two tensors are one, or views of the same numbers."""
-    return tensor is other or (has_place(tensor) and has_place(other) and Place.of(tensor).holds(other))
+    return tensor is other or (has_address(tensor) and has_address(other) and Address.of(tensor).holds(other))

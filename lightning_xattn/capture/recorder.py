@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_xattn.attention import Attention, AttentionPair, Direction
 from lightning_xattn.capture.discovery import describe_attention, locate_attention
 from lightning_xattn.capture.joint import cut_direction
-from lightning_xattn.capture.memory import Place
+from lightning_xattn.capture.memory import Address
 from lightning_xattn.capture.multihead import (
     is_original,
     is_original_encoder_layer,
@@ -84,7 +84,7 @@ class AttentionRecorder:
         # What callables gave in this step, where the numbers are that each gave last, and whether their values have
         # been looked at, in training and in eval mode.
         self._given: dict[Source, RecordedWeights | None] = {}
-        self._last: dict[Source, Place] = {}
+        self._last: dict[Source, Address] = {}
         self._looked_at: set[tuple[Source, bool]] = set()
         self._told: set[str] = set()
 
@@ -277,7 +277,7 @@ class AttentionRecorder:
                 )
                 weights = None
             if weights is not None:
-                self._last[source] = Place.of(weights)
+                self._last[source] = Address.of(weights)
                 self._ran.add(str(source))
             self._given[source] = None if weights is None else from_returned(weights)
         return self._given[source]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_xattn.attention import Direction, row_sum_tolerance
 from lightning_xattn.capture.axes import Tokens, token_inputs
 from lightning_xattn.capture.computed import Computation, watch_computations
-from lightning_xattn.capture.memory import has_place
+from lightning_xattn.capture.memory import has_address
 from lightning_xattn.capture.sites import Source
 from lightning_xattn.capture.weights import RecordedWeights
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
@@ -309,7 +309,7 @@ def from_returned(weights: Tensor, computed: Computation | None = None) -> Recor
 def tensors_in(output: Any, item: Item = ()) -> Iterator[tuple[Item, Tensor]]:
     """Every tensor of an output that has a place in memory, with the keys that lead to it."""
     if isinstance(output, Tensor):
-        if has_place(output):
+        if has_address(output):
             yield item, output
     elif isinstance(output, Mapping):
         for key, value in output.items():

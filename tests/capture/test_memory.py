@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 
-from lightning_xattn.capture.memory import Place, are_same
+from lightning_xattn.capture.memory import Address, are_same
 
 
 def test_views_of_all_of_a_tensor_are_the_same():
     tensor = torch.rand(5, 7)
-    place = Place.of(tensor)
+    place = Address.of(tensor)
     for same in (tensor, tensor.detach(), tensor[:], tensor.view(5, 7)):
         assert place.holds(same)
         assert are_same(tensor, same)
@@ -20,7 +20,7 @@ def test_views_of_all_of_a_tensor_are_the_same():
 def test_what_stands_later_at_the_same_address_is_another_tensor():
     memory = np.zeros((5, 7), dtype=np.float32)
     first = torch.from_numpy(memory)
-    place, address = Place.of(first), first.data_ptr()
+    place, address = Address.of(first), first.data_ptr()
     view = first.detach()
     del first
     assert place.holds(view)  # as long as any tensor has these numbers

@@ -20,6 +20,13 @@ def attention():
     return nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
 
 
+def assert_weights(pair, there, back):
+    """A pair has the weights of two ``nn.MultiheadAttention``, each with its queries and keys."""
+    for got, (module, queries, keys) in zip(pair.directions, (there, back), strict=True):
+        with torch.no_grad():
+            assert torch.equal(got.weights, module(queries, keys, keys, average_attn_weights=False)[1])
+
+
 class Sdpa(nn.Module):
     """Attention by hand, a module of its own."""
 
@@ -110,8 +117,9 @@ class Same(nn.Module):
 
 def test_equal_numbers_of_tokens_pair_up_by_the_tensors_themselves_or_not_at_all():
     x, y = sides(AUDIO, AUDIO)
-    (pair,) = record(Same(norm=False), lambda m: m(x, y))
-    assert pair.backward is not None
+    model = Same(norm=False)
+    (pair,) = record(model, lambda m: m(x, y))
+    assert_weights(pair, (model.look, x, y), (model.hear, y, x))
     model = Same(norm=True)  # queries and keys stand nowhere else again
     with AttentionRecorder(model) as recorder:
         model(x, y)
@@ -217,11 +225,12 @@ def test_other_numbers_of_queries_and_keys_are_not_yet_two_modalities(reduce):
 def test_what_may_go_across_beside_what_does_is_said_to_be_left_out():
     pooled = Runs(lambda m, x: F.scaled_dot_product_attention(heads(x), heads(x[:, ::2]), heads(x[:, ::2])))
     model = Runs(lambda m, x, y: (m.pooled(x), m.p(x, y, y), m.q(y, x, x)), pooled=pooled, p=attention(), q=attention())
+    x, y = sides()
     with AttentionRecorder(model) as recorder:
-        model(*sides())
+        model(x, y)
         with pytest.warns(XAttnWarning, match=r"'a_to_b': 'p'.*Left out.*pooled \(run 1\): 5 queries, 3 keys"):
             (pair,) = recorder.attention
-    assert pair.backward is not None
+    assert_weights(pair, (model.p, x, y), (model.q, y, x))
 
 
 def test_split_heads_of_two_numbers_of_tokens_are_two_kinds():
@@ -232,7 +241,7 @@ def test_split_heads_of_two_numbers_of_tokens_are_two_kinds():
         model(x, y)
     (pair,) = recorder.attention
     assert pair.forward.weights.shape == (BATCH, HEADS, AUDIO, TEXT)
-    assert pair.backward is not None
+    assert pair.backward.weights.shape == (BATCH, HEADS, TEXT, AUDIO)
 
 
 def test_self_attention_of_split_or_folded_heads_beside_what_goes_across():
@@ -245,10 +254,11 @@ def test_self_attention_of_split_or_folded_heads_beside_what_goes_across():
         return module.p(x, y, y), module.q(y, x, x)
 
     model = Runs(run, split=split, folded=folded, p=attention(), q=attention())
+    x, y = sides()
     with AttentionRecorder(model) as recorder:
-        model(*sides())
+        model(x, y)
     (pair,) = recorder.attention
-    assert pair.backward is not None
+    assert_weights(pair, (model.p, x, y), (model.q, y, x))
 
 
 def test_a_name_tells_the_direction_of_a_module_that_got_the_keys_before():
@@ -287,7 +297,7 @@ def test_a_softmax_that_is_a_module(names, lengths):
         return
     (pair,) = recorder.attention
     assert torch.equal(pair.forward.weights, (heads(x) @ heads(y).mT).softmax(-1))
-    assert pair.backward is not None
+    assert torch.equal(pair.backward.weights, (heads(y) @ heads(x).mT).softmax(-1))
 
 
 @pytest.mark.parametrize("batched", [(AUDIO, TEXT), (TEXT, AUDIO)])
@@ -375,8 +385,9 @@ def test_sequences_as_long_as_wide_and_inputs_in_a_dict(lengths, packed):
         model["a_to_b"](*give(x, y))
         model["b_to_a"](*give(y, x))
     (pair,) = recorder.attention
-    assert pair.backward is not None
-    assert pair.forward.weights.shape[2:] == lengths
+    for got, (queries, keys) in zip(pair.directions, ((x, y), (y, x)), strict=True):
+        expected = (heads(queries) @ heads(keys).mT / (WIDTH // HEADS) ** 0.5).softmax(-1)
+        torch.testing.assert_close(got.weights, expected)
 
 
 class Own(Steps):

@@ -247,7 +247,9 @@ def test_checkpointing_in_a_first_pass():
     with AttentionRecorder(model) as recorder:
         model(x, y).sum().backward()
     (pair,) = recorder.attention
-    assert pair.backward is not None
+    with torch.no_grad():
+        assert torch.equal(pair.forward.weights, model.p(x, y, y, average_attn_weights=False)[1])
+        assert torch.equal(pair.backward.weights, model.q(y, x, x, average_attn_weights=False)[1])
 
 
 def checkpointed(attention, queries, keys):
