@@ -45,6 +45,15 @@ def heads(x):
     return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
 
+def softmax(queries, keys):
+    return (heads(queries) @ heads(keys).mT).softmax(-1)
+
+
+def folded(queries, keys):
+    """Queries and keys with their heads among the samples."""
+    return (heads(x).flatten(0, 1) for x in (queries, keys))
+
+
 class Runs(nn.Module):
     """A module that runs what the test says on its inputs."""
 

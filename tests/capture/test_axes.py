@@ -1,0 +1,207 @@
+"""What the axes of weights are, as far as the tokens show that a module got: else they are refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_xattn.capture import AttentionRecorder
+from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
+from tests.capture.models import BATCH, Fusing, Runs, folded, heads, record_fusion, softmax, tokens
+from tests.toy import AUDIO, HEADS, TEXT, WIDTH
+
+ITEM, WHOLE = {"a_to_b": "fusion[1]"}, {"a_to_b": "fusion"}
+
+
+def by_hand(module, x, y):
+    q, k = folded(x, y)
+    weights = torch.bmm(q, k.mT).softmax(-1)
+    return weights @ k, weights
+
+
+def fused(module, x, y):
+    q, k = folded(x, y)
+    return F.scaled_dot_product_attention(q, k, k)
+
+
+def of_images(module, x, y):
+    return fused(module, x.flatten(2).mT, y.flatten(2).mT)
+
+
+IMAGES = torch.randn(BATCH, WIDTH, 3, 3), torch.randn(BATCH, WIDTH, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("run", "inputs", "attention"),
+    [
+        (by_hand, tokens(), WHOLE),
+        (by_hand, tokens(), ITEM),
+        (fused, tokens(), WHOLE),
+        (fused, [x[:1] for x in tokens()], WHOLE),
+        (of_images, IMAGES, WHOLE),
+        (lambda m, latents, y: fused(m, latents.expand(len(y), -1, -1), y), [tokens()[0][:1], tokens()[1]], WHOLE),
+        (lambda m, pair: fused(m, *pair.values()), ({"x": tokens()[0], "y": tokens()[1]},), WHOLE),
+    ],
+)
+def test_heads_among_the_samples(run, inputs, attention):
+    with pytest.raises(ShapeError, match=r"its first axis seems to hold more than the \d samples: heads.*lambda"):
+        record_fusion(Runs(run), attention, inputs)
+
+
+@pytest.mark.filterwarnings("ignore:Found in the first pass")
+def test_heads_among_the_samples_in_a_first_pass():
+    model = Runs(lambda m, x, y: (m.f(x, y), m.g(y, x)), f=Runs(fused), g=Runs(fused))
+    with AttentionRecorder(model) as recorder:
+        model(*tokens())
+    with pytest.raises(DiscoveryError, match=r"attention of 'f', \(6, 5, 7\), is in doubt: .* more than the 2 samples"):
+        _ = recorder.attention
+
+
+@pytest.mark.filterwarnings("ignore:.*has no axis for heads")
+def test_one_head_of_tokens_whose_first_axis_is_not_that_of_the_samples():
+    """Sequence first, and queries that are the same for every sample."""
+    audio, text = tokens()
+
+    def transposed(module, x, y):
+        return F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in (x, y, y)))
+
+    for samples in (BATCH, 2 * AUDIO):
+        inputs = [torch.randn(n, samples, WIDTH) for n in (AUDIO, TEXT)]
+        (pair,) = record_fusion(Runs(transposed), WHOLE, inputs)
+        assert pair.forward.weights.shape == (samples, 1, AUDIO, TEXT)
+
+    def latent(module, x, y):
+        return F.scaled_dot_product_attention(x.expand(len(y), -1, -1), y, y)
+
+    (pair,) = record_fusion(Runs(latent), WHOLE, (audio[:1], text))
+    assert pair.forward.weights.shape == (BATCH, 1, AUDIO, TEXT)
+
+
+def test_a_softmax_over_features_is_no_attention_to_tokens():
+    def linear(module, x, y):
+        return heads(x).softmax(-1) @ (heads(y).softmax(-2).mT @ heads(y))
+
+    with pytest.raises(ShapeError, match=r"\(2, 3, 5, 4\), is in doubt: its last axis seems to be the width of a head"):
+        record_fusion(Runs(linear), WHOLE)
+
+
+def windows(module, x, y):
+    q, k = (heads(t[:, :4]).unflatten(2, (2, 2)).transpose(1, 2).flatten(0, 1) for t in (x, y))
+    return (q @ k.mT).softmax(-1) @ k
+
+
+def frames(module, x, y):
+    q, k = (heads(t.flatten(0, 1)) for t in (x, y))
+    return (q @ k.mT).softmax(-1) @ k
+
+
+@pytest.mark.parametrize(
+    ("run", "inputs", "shape"),
+    [
+        (windows, tokens(), r"\(4, 3, 2, 2\)"),
+        (frames, [torch.randn(BATCH, 4, n, WIDTH) for n in (AUDIO, TEXT)], r"\(8, 3, 5, 7\)"),
+    ],
+)
+def test_windows_and_frames_are_no_samples(run, inputs, shape):
+    with pytest.raises(ShapeError, match=f"{shape}, is in doubt: its first axis .* windows or frames"):
+        record_fusion(Runs(run), WHOLE, inputs)
+
+
+def test_axes_of_sequences_first():
+    def heads_first(module, x, y):
+        q, k = (t.unflatten(-1, (HEADS, -1)).permute(2, 1, 0, 3) for t in (x, y))
+        return (q @ k.mT).softmax(-1) @ k
+
+    def queries_first(module, x, y):
+        q, k = (t.transpose(0, 1).unflatten(-1, (HEADS, -1)) for t in (x, y))
+        return torch.einsum("bqhd,bkhd->bqhk", q, k).softmax(-1)
+
+    for run, axes in ((heads_first, "heads, batch, queries"), (queries_first, "batch, queries, heads")):
+        with pytest.raises(ShapeError, match=rf"is in doubt: it seems to be \({axes}, keys\)"):
+            record_fusion(Runs(run), WHOLE, [t.transpose(0, 1) for t in tokens()])
+
+
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_heads_before_the_samples(by_kernel):
+    def run(module, x, y):
+        q, k = (heads(t).transpose(0, 1) for t in (x, y))
+        return F.scaled_dot_product_attention(q, k, k) if by_kernel else (q @ k.mT).softmax(-1) @ k
+
+    with pytest.raises(ShapeError, match=r"\(3, 2, 5, 7\), is in doubt: it seems to be \(heads, batch, queries, keys"):
+        record_fusion(Runs(run), WHOLE)
+
+
+def test_tokens_that_do_not_show_the_axes():
+    """Sequences first, of as many samples as heads or a multiple of the tokens; and queries of the module's own."""
+
+    def sequence_first(module, x, y):
+        q, k = (t.unflatten(-1, (HEADS, -1)).permute(1, 2, 0, 3) for t in (x, y))
+        return (q @ k.mT).softmax(-1) @ k
+
+    for samples, lengths in ((HEADS, (AUDIO, TEXT)), (2 * AUDIO, (AUDIO, AUDIO)), (BATCH, (HEADS, HEADS))):
+        inputs = [torch.randn(length, samples, WIDTH) for length in lengths]
+        (pair,) = record_fusion(Runs(sequence_first), WHOLE, inputs)
+        assert pair.forward.weights.shape == (samples, HEADS, *lengths)
+
+    latents = torch.randn(1, 4, WIDTH)
+    (pair,) = record_fusion(Runs(lambda m, y: softmax(latents, y) @ heads(y)), WHOLE, [torch.randn(2, HEADS, WIDTH)])
+    assert pair.forward.weights.shape == (2, HEADS, 4, HEADS)
+
+
+def test_heads_behind_the_queries():
+    def run(module, x, y):
+        q, k = (t.unflatten(-1, (HEADS, -1)) for t in (x, y))
+        weights = torch.einsum("bqhd,bkhd->bqhk", q, k).softmax(-1)
+        return torch.einsum("bqhk,bkhd->bqhd", weights, k), weights
+
+    for attention in (WHOLE, ITEM):
+        with pytest.raises(
+            ShapeError, match=r"\(2, 5, 3, 7\), is in doubt: it seems to be \(batch, queries, heads, keys\)"
+        ):
+            record_fusion(Runs(run), attention)
+
+
+def test_as_many_heads_as_tokens_are_heads_before_the_queries():
+    audio, text = tokens()
+    (pair,) = record_fusion(Runs(lambda m, x, y: softmax(x, y).mean()), WHOLE, (audio, text[:, :HEADS]))
+    assert pair.forward.weights.shape == (BATCH, HEADS, AUDIO, HEADS)
+
+
+def test_one_head_is_said_once_for_each_module():
+    model = Fusing(Runs(lambda m, x, y: F.scaled_dot_product_attention(x, y, y)))
+    with AttentionRecorder(model, WHOLE) as recorder:
+        model(*tokens())
+        with pytest.warns(XAttnWarning, match="'fusion' has no axis for heads"):
+            assert recorder.attention
+        recorder.clear()
+        model(*(t[:1] for t in tokens()))
+        assert recorder.attention
+
+
+@pytest.mark.filterwarnings("ignore:.*has no axis for heads")
+def test_one_head_whose_softmax_is_a_module_can_be_named():
+    def run(module, x, y):
+        return module.drop(module.soft(x @ y.mT)) @ y
+
+    audio, text = tokens()
+    fusion = Runs(run, soft=nn.Softmax(dim=-1), drop=nn.Dropout(0.1)).eval()
+    for name in ("soft", "drop"):
+        (pair,) = record_fusion(fusion, {"a_to_b": f"fusion.{name}"})
+        assert torch.equal(pair.forward.weights[:, 0], (audio @ text.mT).softmax(-1))
+    with pytest.raises(DiscoveryError, match=r"does not show .* \(2, 5, 7\) \(unread\)"):
+        record_fusion(fusion, WHOLE)
+    with AttentionRecorder(Fusing(fusion)) as recorder:
+        fusion(audio, text)
+    with pytest.raises(DiscoveryError, match=r"Softmaxes that cannot be read: fusion \(2, 5, 7\)"):
+        _ = recorder.attention
+
+
+def test_the_axes_of_a_softmax_that_is_a_module_are_told_from_what_holds_it():
+    def behind(module, x, y):
+        q, k = (t.unflatten(-1, (HEADS, -1)) for t in (x, y))
+        return module.soft(torch.einsum("bqhd,bkhd->bqhk", q, k))
+
+    with pytest.raises(
+        ShapeError, match=r"'fusion.soft', \(2, 5, 3, 7\), is in doubt: it seems to be \(batch, queries"
+    ):
+        record_fusion(Runs(behind, soft=nn.Softmax(dim=-1)), {"a_to_b": "fusion.soft"})
