@@ -287,7 +287,8 @@ def test_a_difference_between_outcomes_is_told_with_its_sign(favoured, verdict):
 
 
 @pytest.mark.parametrize(
-    ("gap", "within", "between"), [(0.2, 0.19, False), (0.2, 0.05, True), (0.2, -0.2, True), (-0.2, -0.11, False)]
+    ("gap", "within", "between"),
+    [(0.2, 0.19, False), (0.2, 0.05, True), (0.2, -0.2, True), (-0.2, -0.11, False), (0.0, 0.1, True)],
 )
 def test_a_gap_that_classes_do_not_have_is_said_to_be_theirs(gap, within, between):
     ends = {"auroc": 0.7, "low": 0.6, "high": 0.8} if gap > 0 else {"auroc": 0.3, "low": 0.2, "high": 0.4}

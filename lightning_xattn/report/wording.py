@@ -281,7 +281,7 @@ def describe_outcome(facts: LayerFacts, score: str) -> tuple[str, str, Sequence[
     else:
         verdict = "no difference shown"
     within = outcome["class_adjusted_gap"]
-    if verdict != "no difference shown" and not within / outcome["gap"] > 0.5:
+    if verdict != "no difference shown" and not within * outcome["gap"] > 0.5 * outcome["gap"] ** 2:
         verdict += ", which may be a difference between classes"
     adjusted = "undefined (no class has both outcomes)" if math.isnan(within) else decimal(within, 3, signed=True)
     gaps = f"gap {decimal(outcome['gap'], 3, signed=True)}, class-adjusted gap {adjusted}"
