@@ -1,7 +1,6 @@
 """Features on disk: computed once, read as memory-mapped arrays.
 
-A folder of features is complete or absent: it is written under another name and renamed when it is whole.
-Where several processes build the same one, the first to finish wins and the others take its.
+A folder of features is complete or absent. `hms.build` makes it, and goes on with one that was interrupted.
 """
 
 from __future__ import annotations
@@ -10,30 +9,20 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
-from tqdm import tqdm  # it ships without types
 
-from lightning_xattn.hms.features import (
-    EEG_BANDS,
-    FEATURE_VERSION,
-    SPEC_BANDS,
-    SPEC_WINDOWS,
-    eeg_features,
-    spectrogram_features,
-)
-from lightning_xattn.hms.montage import EEG_EDGES, ELECTRODES, REGIONS
+from lightning_xattn.hms.build import BAD_ROWS, build
+from lightning_xattn.hms.features import FEATURE_VERSION, feature_shapes
 from lightning_xattn.hms.recordings import EEGGeometry, Recordings
 from lightning_xattn.hms.table import BadRow, RowError
-
-_BAD_ROWS = "bad_rows.json"
 
 
 @dataclass(frozen=True)
@@ -91,13 +80,20 @@ def default_cache_dir() -> Path:
 
 
 def stored_features(
-    recordings: Recordings, geometry: EEGGeometry, cache_dir: str | Path | None = None
+    recordings: Recordings,
+    geometry: EEGGeometry,
+    cache_dir: str | Path | None = None,
+    num_workers: int | None = None,
 ) -> StoredFeatures:
     """Open the features of a folder of recordings, and compute them first where that has not been done.
 
     Features are found again by all that decides them: the rows of ``train.csv`` (but for votes and extra columns),
     path, size and time of change of every file, the geometry, and `FEATURE_VERSION`. What is found damaged is
-    computed again. Nothing is ever deleted but damaged features; the folder may be emptied at any time.
+    computed again. A process that was interrupted leaves what it has computed, and the next one goes on from there;
+    where several want the same features, one computes them and the others wait.
+
+    Nothing is ever deleted but damaged features, and unfinished ones of a folder that has changed; the cache may be
+    emptied at any time.
 
     Parameters
     ----------
@@ -107,6 +103,9 @@ def stored_features(
         How the EEG is cut.
     cache_dir
         Folder for the features of any number of data sets; None: `default_cache_dir`.
+    num_workers
+        Processes that compute, at least 0; 0: this one alone; None: one for each core. It does not change a bit of
+        what is computed.
 
     Raises
     ------
@@ -114,14 +113,24 @@ def stored_features(
         If a recording cannot be used and ``recordings.on_bad_row`` is ``"raise"``.
     """
     parent = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    folder = parent / _key(recordings, geometry)
-    shapes = _shapes(len(recordings), geometry)
-    try:
-        arrays, bad_rows = _open(folder, shapes)
-    except (OSError, EOFError, ValueError, TypeError):  # absent, or damaged in one of many ways
-        _discard(folder)
-        _build(folder, recordings, geometry, shapes)
-        arrays, bad_rows = _open(folder, shapes)
+    key = _key(recordings, geometry)
+    folder, shapes = parent / key, feature_shapes(len(recordings), geometry)
+    stored = _open(folder, shapes)
+    if stored is None:
+        # One for each data set, not for each state of it, so that what nobody will go on with does not pile up.
+        unfinished = parent / f".{_digest(*_about(recordings, geometry))}"
+        parent.mkdir(parents=True, exist_ok=True)
+        # The lock's file stays: to remove it would take it from under those who wait for it.
+        with FileLock(unfinished.with_suffix(".lock")):
+            stored = _open(folder, shapes)  # another process may have made it meanwhile
+            if stored is None:
+                _discard(folder)
+                unfinished.mkdir(exist_ok=True)
+                build(unfinished, key, recordings, geometry, num_workers)
+                unfinished.rename(folder)
+                stored = _open(folder, shapes)
+                assert stored is not None
+    arrays, bad_rows = stored
     if bad_rows and recordings.on_bad_row == "raise":
         raise RowError(bad_rows[0])
     bad_lines = {bad_row.line for bad_row in bad_rows}
@@ -129,75 +138,42 @@ def stored_features(
     return StoredFeatures(recordings.without(bad_rows), geometry, folder, arrays, positions)
 
 
+def _about(recordings: Recordings, geometry: EEGGeometry) -> tuple[Any, ...]:
+    return FEATURE_VERSION, str(recordings.root.resolve()), astuple(geometry)
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
+
+
 def _key(recordings: Recordings, geometry: EEGGeometry) -> str:
-    digest = hashlib.sha256()
-    for part in (FEATURE_VERSION, str(recordings.root.resolve()), astuple(geometry)):
-        digest.update(repr(part).encode())
-    for row in recordings:
-        ids = (row.line, row.label_id, row.eeg_id, row.spectrogram_id, row.eeg_offset, row.spectrogram_offset)
-        digest.update(repr(ids).encode())
+    rows = [
+        (row.line, row.label_id, row.eeg_id, row.spectrogram_id, row.eeg_offset, row.spectrogram_offset)
+        for row in recordings
+    ]
     paths = {recordings.eeg_path(row): None for row in recordings}
     paths |= {recordings.spectrogram_path(row): None for row in recordings}
-    for path in paths:
-        try:
-            stat = path.stat()
-            digest.update(repr((stat.st_size, stat.st_mtime_ns)).encode())
-        except FileNotFoundError:
-            digest.update(b"missing")
-    return digest.hexdigest()[:32]
+    return _digest(*_about(recordings, geometry), *rows, *map(_stamp, paths))
 
 
-def _shapes(rows: int, geometry: EEGGeometry) -> dict[str, tuple[int, ...]]:
-    return {
-        "eeg_x": (rows, geometry.n_windows, len(ELECTRODES), len(EEG_BANDS)),
-        "eeg_edge_attr": (rows, geometry.n_windows, len(EEG_EDGES), 1),
-        "spec_x": (rows, SPEC_WINDOWS, len(REGIONS), len(SPEC_BANDS)),
-        "filled": (rows, 2),
-    }
-
-
-def _open(folder: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, NDArray[Any]], list[BadRow]]:
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in shapes}
-    if {name: array.shape for name, array in arrays.items()} != shapes:
-        raise ValueError(f"{folder} holds arrays of other shapes than {shapes}.")
-    bad_rows = [BadRow(**fields) for fields in json.loads((folder / _BAD_ROWS).read_text("utf-8"))]
-    return {name: np.asarray(array) for name, array in arrays.items()}, bad_rows
-
-
-def _build(folder: Path, recordings: Recordings, geometry: EEGGeometry, shapes: dict[str, tuple[int, ...]]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+def _stamp(path: Path) -> tuple[int, int] | str:
     try:
-        arrays = {
-            name: np.lib.format.open_memmap(
-                building / f"{name}.npy", "w+", dtype=np.int64 if name == "filled" else np.float32, shape=shape
-            )
-            for name, shape in shapes.items()
-        }
-        bad_rows: list[BadRow] = []
-        # disable=None: no progress bar where nobody looks at a terminal.
-        progress = tqdm(recordings, f"Features of {recordings.root.name}", unit=" recordings", disable=None)
-        for position, row in enumerate(progress):
-            try:
-                eeg, spectrogram = recordings.eeg(row, geometry), recordings.spectrogram(row)
-            except RowError as error:
-                if recordings.on_bad_row == "raise":
-                    raise
-                bad_rows.append(error.bad_row)
-                continue
-            arrays["eeg_x"][position], arrays["eeg_edge_attr"][position], filled = eeg_features(eeg, geometry)
-            arrays["spec_x"][position], filled_bins = spectrogram_features(spectrogram)
-            arrays["filled"][position] = filled, filled_bins
-        for array in arrays.values():
-            array.flush()
-        (building / _BAD_ROWS).write_text(json.dumps([asdict(bad_row) for bad_row in bad_rows]), "utf-8")
-        try:
-            building.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, and its features are as good
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        stat = path.stat()
+    except FileNotFoundError:
+        return "missing"
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _open(folder: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, NDArray[Any]], list[BadRow]] | None:
+    """The features of a folder and its bad rows; None if it is absent, or damaged in one of many ways."""
+    try:
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in shapes}
+        bad_rows = [BadRow(**fields) for fields in json.loads((folder / BAD_ROWS).read_text("utf-8"))]
+    except (OSError, EOFError, ValueError, TypeError):
+        return None
+    if {name: array.shape for name, array in arrays.items()} != shapes:
+        return None
+    return {name: np.asarray(array) for name, array in arrays.items()}, bad_rows
 
 
 def _discard(folder: Path) -> None:

@@ -109,7 +109,8 @@ class HMSDataModule(LightningDataModule):
         ``"raise"``: a row that cannot be used is an error. ``"skip"``: it is left out, counted in
         ``recordings.skipped``, and one warning says how many and why.
     num_workers
-        Processes that load batches.
+        Processes that compute features, where that has not been done, and that load batches, at least 0. None: features
+        in one process for each core, and batches in the main process, as loading one takes a few milliseconds.
     seed
         Decides the folds and the order of training samples.
 
@@ -133,7 +134,7 @@ class HMSDataModule(LightningDataModule):
         eeg_geometry: EEGGeometry | None = None,
         cache_dir: str | Path | None = None,
         on_bad_row: OnBadRow = "raise",
-        num_workers: int = 0,
+        num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -143,6 +144,8 @@ class HMSDataModule(LightningDataModule):
             raise SettingError(f"n_folds must be at least 3 (train, validate, test); got {n_folds}.")
         if not 0 <= fold < n_folds:
             raise SettingError(f"fold must be 0 to {n_folds - 1} with n_folds={n_folds}; got {fold}.")
+        if num_workers is not None and num_workers < 0:
+            raise SettingError(f"num_workers must be at least 0, or None for one on each core; got {num_workers}.")
         if on_bad_row not in ("raise", "skip"):
             raise SettingError(f"on_bad_row must be 'raise' or 'skip'; got {on_bad_row!r}.")
         self.data = Path(data)
@@ -249,8 +252,8 @@ class HMSDataModule(LightningDataModule):
             shuffle=shuffle,
             generator=torch.Generator().manual_seed(self.seed) if shuffle else None,
             collate_fn=_as_it_is,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=self.num_workers or 0,
+            persistent_workers=bool(self.num_workers),
         )
 
     def _fold_of_row(self) -> NDArray[np.int64]:
@@ -261,7 +264,7 @@ class HMSDataModule(LightningDataModule):
     def _load(self, folder: Path) -> StoredFeatures:
         if folder not in self._features:
             recordings = Recordings.read(folder, self.on_bad_row)
-            features = stored_features(recordings, self.eeg_geometry, self.cache_dir)
+            features = stored_features(recordings, self.eeg_geometry, self.cache_dir, self.num_workers)
             _tell(features)
             self._features[folder] = features
         return self._features[folder]

@@ -60,4 +60,4 @@ SPEC_SECONDS = 600
 """What one labelled spectrogram window covers."""
 
 SPEC_FREQUENCIES = tuple((k + 3) * 50 / 256 for k in range(100))
-"""The 100 frequencies in Hz, 0.59 to 19.92; a column is named ``f"{region}_{frequency:.2f}"``."""
+"""The 100 frequencies in Hz, 0.59 to 19.92; `hms.columns` says what their columns are called."""

@@ -7,7 +7,7 @@ when a row's window is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,20 +19,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lightning_xattn.errors import DataError, SettingError
-from lightning_xattn.hms.montage import (
-    EEG_RATE,
-    ELECTRODES,
-    REGIONS,
-    SPEC_FREQUENCIES,
-    SPEC_ROW_SECONDS,
-    SPEC_SECONDS,
-)
+from lightning_xattn.hms.columns import find_eeg, find_spectrogram
+from lightning_xattn.hms.montage import EEG_RATE, REGIONS, SPEC_FREQUENCIES, SPEC_ROW_SECONDS, SPEC_SECONDS
 from lightning_xattn.hms.table import BadRow, Problem, Recording, RowError, read_table
 
 OnBadRow = Literal["raise", "skip"]
 
 _LABEL_SECONDS = 50.0  # the competition's offsets point to the start of 50 s around the labelled moment
-_SPEC_COLUMNS = tuple(f"{region}_{frequency:.2f}" for region in REGIONS for frequency in SPEC_FREQUENCIES)
 
 
 @dataclass(frozen=True)
@@ -187,7 +180,7 @@ class Recordings:
         """
         path = self.eeg_path(row)
         try:
-            values = _read_parquet(path, *_stamp(path), ELECTRODES)
+            values = _read_parquet(path, *_stamp(path), find_eeg)
             seconds = len(values) / EEG_RATE
             margin = (_LABEL_SECONDS - geometry.seconds) / 2 if seconds >= _LABEL_SECONDS else 0.0
             start = round((row.eeg_offset + margin) * EEG_RATE)
@@ -217,7 +210,7 @@ class Recordings:
         """
         path = self.spectrogram_path(row)
         try:
-            values = _read_parquet(path, *_stamp(path), ("time", *_SPEC_COLUMNS))
+            values = _read_parquet(path, *_stamp(path), find_spectrogram)
             time, power = values[:, 0], values[:, 1:]
             if (np.diff(time) != SPEC_ROW_SECONDS).any() or not np.isfinite(time).all():
                 raise Problem("uneven time", f"the column 'time' must go in steps of {SPEC_ROW_SECONDS} s")
@@ -279,21 +272,21 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=2)  # rows that follow each other share their EEG and their spectrogram
-def _read_parquet(path: Path, size: int, modified: int, columns: tuple[str, ...]) -> NDArray[np.float32]:
-    """Read ``columns`` as ``(rows, columns)``; ``size`` and ``modified`` keep the cache honest."""
+def _read_parquet(
+    path: Path, size: int, modified: int, find: Callable[[Sequence[str]], tuple[str, ...]]
+) -> NDArray[np.float32]:
+    """Read the columns that ``find`` picks, as ``(rows, columns)``; ``size`` and ``modified`` keep the cache honest."""
     try:
-        names = pq.read_schema(path).names
-        missing = [name for name in columns if name not in names]
-        if missing:
-            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-            raise Problem("missing column", f"{shown} ({len(missing)} missing), it has {', '.join(names[:5])}, …")
-        table = pq.read_table(path, columns=list(columns))
+        with pq.ParquetFile(path) as file:
+            columns = find(file.schema_arrow.names)
+            # One thread: those who read many files do so in as many processes as there are cores.
+            table = file.read(list(columns), use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise Problem("unreadable file", f"not a readable parquet file: {error}") from None
     text = [name for name in columns if not _is_numeric(table.schema.field(name).type)]
     if text:
         raise Problem("column not numeric", f"expected numbers in {text[0]}, got {table.schema.field(text[0]).type}")
-    values = np.stack([table[name].to_numpy() for name in columns], axis=1).astype(np.float32)
+    values = np.stack([table[name].to_numpy() for name in columns], axis=1, dtype=np.float32, casting="same_kind")
     values.flags.writeable = False  # it is handed out more than once
     return values
 

@@ -26,6 +26,7 @@ from scipy import fft, signal
 from tqdm import tqdm
 
 from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.hms.columns import SPECTROGRAM_COLUMNS, TIME
 from lightning_xattn.hms.montage import (
     CLASSES,
     EEG_RATE,
@@ -271,7 +272,6 @@ def _spectrogram(sources: Array) -> dict[str, NDArray[Any]]:
         power += spectrum.real**2 + spectrum.imag**2
     # Twice the mean over the (unit energy) tapers: the density of both signs of frequency.
     power *= 2 / len(_TAPERS) / _SPEC_RATE * _CHAIN_POWER
-    names = (f"{region}_{frequency:.2f}" for region in REGIONS for frequency in SPEC_FREQUENCIES)
     time = np.arange(SPEC_ROW_SECONDS // 2, SPEC_SECONDS, SPEC_ROW_SECONDS)
     columns = power.swapaxes(1, 2).reshape(-1, len(time))
-    return {"time": time, **dict(zip(names, columns, strict=True))}
+    return {TIME: time, **dict(zip(SPECTROGRAM_COLUMNS, columns, strict=True))}

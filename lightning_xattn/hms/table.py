@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 from numpy.typing import NDArray
 
 from lightning_xattn.errors import DataError
 from lightning_xattn.hms.montage import VOTE_COLUMNS
 
-_ID_COLUMNS = ("eeg_id", "spectrogram_id", "label_id", "patient_id")
-_OFFSET_COLUMNS = ("eeg_label_offset_seconds", "spectrogram_label_offset_seconds")
-_REQUIRED = _ID_COLUMNS + _OFFSET_COLUMNS + VOTE_COLUMNS
+_REQUIRED: dict[str, type[int] | type[float]] = {
+    **dict.fromkeys(("eeg_id", "spectrogram_id", "label_id", "patient_id"), int),
+    **dict.fromkeys(("eeg_label_offset_seconds", "spectrogram_label_offset_seconds", *VOTE_COLUMNS), float),
+}
+"""The columns that are needed and what they hold, in the order of `Recording`."""
 
 
 @dataclass(frozen=True)
@@ -120,27 +124,34 @@ def read_table(path: Path) -> tuple[list[Recording], list[BadRow]]:
     DataError
         If the file or a needed column is missing or it is no table.
     """
+    table = _read_text(path)
+    numbers = zip(*(_parse_column(table[name], kind) for name, kind in _REQUIRED.items()), strict=True)
+    extra_names = [name for name in table.column_names if name not in _REQUIRED]
+    extras = table.select(extra_names).to_pylist() if extra_names else [{}] * len(table)
     rows: dict[int, Recording] = {}
     bad_rows: list[BadRow] = []
-    for line, cells, extra in _read_cells(path):
+    for i, (cells, extra) in enumerate(zip(numbers, extras, strict=True)):
         try:
-            row = _parse_row(line, cells, extra)
+            if None in cells:
+                name = list(_REQUIRED)[cells.index(None)]
+                expected, got = _REQUIRED[name].__name__, table[name][i].as_py()
+                raise Problem("not a number", f"{name} must be a finite {expected}, got {got!r}")
+            row = _as_recording(i + 2, cells, extra)
             if row.label_id in rows:
                 raise Problem("repeated label_id", f"also on line {rows[row.label_id].line}, expected once")
             rows[row.label_id] = row
         except Problem as problem:
-            bad_rows.append(BadRow(line, cells["label_id"], str(path), *problem.args))
+            bad_rows.append(BadRow(i + 2, table["label_id"][i].as_py(), str(path), *problem.args))
     return list(rows.values()), bad_rows
 
 
-def _read_cells(path: Path) -> Iterator[tuple[int, dict[str, str], dict[str, Any]]]:
-    """Yield line, needed columns as written and other columns as typed by pyarrow."""
+def _read_text(path: Path) -> pa.Table:
+    """The table, with the needed columns as text, so that a bad cell is one bad row and not a column of that type."""
     if not path.is_file():
         raise DataError(
             f"{path} does not exist: expected a folder with train.csv, train_eegs/ and train_spectrograms/."
         )
     try:
-        # The needed columns come as text, so that a bad cell is one bad row and not a column of another type.
         options = pa_csv.ConvertOptions(column_types=dict.fromkeys(_REQUIRED, pa.string()))
         table = pa_csv.read_csv(path, convert_options=options)
     except pa.ArrowInvalid as error:
@@ -151,29 +162,35 @@ def _read_cells(path: Path) -> Iterator[tuple[int, dict[str, str], dict[str, Any
             f"{path}: missing column(s) {', '.join(missing)}; it has {', '.join(table.column_names)}. "
             "Expected the columns of the competition's train.csv."
         )
-    extra_names = [name for name in table.column_names if name not in _REQUIRED]
-    columns = [table[name].to_pylist() for name in (*_REQUIRED, *extra_names)]
-    for line, cells in enumerate(zip(*columns, strict=True), start=2):
-        needed = dict(zip(_REQUIRED, cells[: len(_REQUIRED)], strict=True))
-        yield line, needed, dict(zip(extra_names, cells[len(_REQUIRED) :], strict=True))
+    return table
 
 
-def _parse_row(line: int, cells: Mapping[str, str], extra: Mapping[str, Any]) -> Recording:
-    eeg_id, spectrogram_id, label_id, patient_id = (int(_number(cells, name, int)) for name in _ID_COLUMNS)
-    eeg_offset, spec_offset = (_number(cells, name, float) for name in _OFFSET_COLUMNS)
-    votes = tuple(_number(cells, name, float) for name in VOTE_COLUMNS)
+def _parse_column(column: pa.ChunkedArray, kind: type[int] | type[float]) -> list[Any]:
+    """The numbers of a column of text, None for what is not a finite one."""
+    try:
+        values = column.cast(pa.int64() if kind is int else pa.float64())
+    except pa.ArrowInvalid:  # at least one cell is something else: look at each
+        return [_parse(cell, kind) for cell in column.to_pylist()]
+    return (values if kind is int else pc.if_else(pc.is_finite(values), values, None)).to_pylist()
+
+
+def _parse(cell: str, kind: type[int] | type[float]) -> float | None:
+    try:
+        value = float(cell)
+    except ValueError:
+        return None
+    if kind is float:
+        return value if math.isfinite(value) else None
+    # An id that went through a column of floats has a decimal point; one beyond 2**53 would be another one then.
+    with suppress(ValueError):
+        return int(cell)
+    return int(value) if value.is_integer() and abs(value) <= 2**53 else None
+
+
+def _as_recording(line: int, cells: Sequence[Any], extra: Mapping[str, Any]) -> Recording:
+    votes = tuple(cells[-len(VOTE_COLUMNS) :])
     if min(votes) < 0:
         raise Problem("negative votes", f"expected counts, got {dict(zip(VOTE_COLUMNS, votes, strict=True))}")
     if sum(votes) == 0:
         raise Problem("no votes", f"{', '.join(VOTE_COLUMNS)} are all 0, so there is no label")
-    return Recording(line, eeg_id, spectrogram_id, label_id, patient_id, eeg_offset, spec_offset, votes, extra)
-
-
-def _number(cells: Mapping[str, str], name: str, kind: type[int] | type[float]) -> float:
-    try:
-        value = kind(cells[name])
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise Problem("not a number", f"{name} must be a finite {kind.__name__}, got {cells[name]!r}")
-    return value
+    return Recording(line, *cells[: -len(VOTE_COLUMNS)], votes, extra)

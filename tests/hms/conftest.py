@@ -8,9 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_xattn.hms.montage import EEG_RATE, ELECTRODES, REGIONS, SPEC_FREQUENCIES, VOTE_COLUMNS
-
-SPEC_COLUMNS = [f"{region}_{frequency:.2f}" for region in REGIONS for frequency in SPEC_FREQUENCIES]
+from lightning_xattn.hms.columns import SPECTROGRAM_COLUMNS
+from lightning_xattn.hms.montage import EEG_RATE, ELECTRODES, VOTE_COLUMNS
 
 
 def write_parquet(path: Path, names: Sequence[str], values: np.ndarray) -> None:
@@ -27,7 +26,7 @@ def write_eeg(path: Path, seconds: float, seed: int = 0) -> np.ndarray:
 def write_spectrogram(path: Path, rows: int, seed: int = 0) -> np.ndarray:
     power = np.random.default_rng(seed).lognormal(0, 2, (rows, 400)).astype(np.float32)
     time = np.arange(1, 2 * rows, 2, dtype=np.float32)[:, None]
-    write_parquet(path, ["time", *SPEC_COLUMNS], np.hstack([time, power]))
+    write_parquet(path, ["time", *SPECTROGRAM_COLUMNS], np.hstack([time, power]))
     return power
 
 

@@ -16,7 +16,8 @@ from tests.hms.conftest import table_rows, write_table
 
 
 def folders(cache_dir: Path) -> list[Path]:
-    return sorted(cache_dir.iterdir())
+    """Features, complete and unfinished; a lock is an empty file that stays."""
+    return sorted(path for path in cache_dir.iterdir() if path.suffix != ".lock")
 
 
 def test_they_are_the_features_of_each_row(make_folder, tmp_path):
@@ -36,7 +37,7 @@ def test_they_are_the_features_of_each_row(make_folder, tmp_path):
 def test_the_second_time_nothing_is_computed(make_folder, tmp_path, monkeypatch):
     recordings = Recordings.read(make_folder())
     first = stored_features(recordings, IIIC, tmp_path / "cache")
-    monkeypatch.setattr(cache, "eeg_features", None)
+    monkeypatch.setattr(cache, "build", None)
     second = stored_features(recordings, IIIC, tmp_path / "cache")
     assert folders(tmp_path / "cache") == [first.folder] == [second.folder]
 
@@ -84,12 +85,22 @@ def test_damaged_features_are_computed_again(make_folder, tmp_path, name, damage
     assert folders(tmp_path / "cache") == [first.folder]
 
 
-def test_a_build_that_fails_leaves_nothing(make_folder, tmp_path):
+def test_a_build_that_fails_is_not_taken_for_whole(make_folder, tmp_path):
     root = make_folder()
-    (root / "train_spectrograms/204.parquet").unlink()
+    path = root / "train_spectrograms/204.parquet"
+    content = path.read_bytes()
+    path.unlink()
     with pytest.raises(RowError, match=r"204\.parquet: missing file: .*line 6, label_id 304"):
         stored_features(Recordings.read(root), IIIC, tmp_path / "cache")
-    assert folders(tmp_path / "cache") == []
+    (unfinished,) = folders(tmp_path / "cache")
+    assert unfinished.name.startswith(".")
+    path.write_bytes(content)
+    features = stored_features(Recordings.read(root), IIIC, tmp_path / "cache")
+    assert folders(tmp_path / "cache") == [features.folder]
+    row = features.recordings.rows[4]
+    np.testing.assert_array_equal(
+        features.take(np.array([4]))["spec_x"][0], spectrogram_features(features.recordings.spectrogram(row))[0]
+    )
 
 
 def test_bad_recordings_are_skipped_and_counted_also_from_the_store(make_folder, tmp_path):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import signal
 
 from lightning_xattn.errors import DataError
 from lightning_xattn.hms.features import (
@@ -16,13 +17,17 @@ from lightning_xattn.hms.features import (
     spectrogram_spans,
 )
 from lightning_xattn.hms.montage import EEG_EDGES, EEG_RATE, ELECTRODES, SPEC_FREQUENCIES
-from lightning_xattn.hms.recordings import COMPETITION, IIIC
+from lightning_xattn.hms.recordings import COMPETITION, IIIC, EEGGeometry
 
 GEOMETRIES = pytest.mark.parametrize("geometry", [COMPETITION, IIIC], ids=["competition", "iiic"])
 
 
 def seconds(geometry) -> np.ndarray:
     return np.arange(round(geometry.seconds * EEG_RATE)) / EEG_RATE
+
+
+def filtered(eeg: np.ndarray) -> np.ndarray:
+    return filter_eeg(np.float32(eeg)).real
 
 
 def noise(geometry, seed=0) -> np.ndarray:
@@ -42,15 +47,48 @@ def test_a_sine_lands_in_its_band_with_its_power(geometry, frequency, band):
 
 def test_mains_are_removed():
     time = seconds(COMPETITION)
-    mains = 100 * np.sin(2 * np.pi * 60 * time)[:, None]
-    assert np.abs(filter_eeg(mains)[1000:-1000]).max() < 0.5
-    alpha = 100 * np.sin(2 * np.pi * 10 * time)[:, None]
-    np.testing.assert_allclose(filter_eeg(alpha + mains)[1000:-1000], alpha[1000:-1000], atol=2)
+    mains = 100 * np.sin(2 * np.pi * 60 * time)[None]
+    assert np.abs(filtered(mains)[:, 1000:-1000]).max() < 0.5
+    alpha = 100 * np.sin(2 * np.pi * 10 * time)[None]
+    np.testing.assert_allclose(filtered(alpha + mains)[:, 1000:-1000], alpha[:, 1000:-1000], atol=2)
+    # The envelope of a sine is its amplitude.
+    np.testing.assert_allclose(np.abs(filter_eeg(np.float32(alpha)))[:, 1000:-1000], 100, atol=2)
 
 
 def test_drift_and_offset_are_removed():
-    drift = 3000 + 500 * np.sin(2 * np.pi * 0.05 * seconds(COMPETITION))[:, None]
-    assert np.abs(filter_eeg(drift)[2000:-2000]).max() < 5
+    drift = 3000 + 500 * np.sin(2 * np.pi * 0.05 * seconds(COMPETITION))[None]
+    assert np.abs(filtered(drift)[:, 2000:-2000]).max() < 5
+    line = np.linspace(-4000, 9000, 10000)[None]
+    assert np.abs(filtered(line)).max() < 0.01
+
+
+@GEOMETRIES
+def test_they_are_what_scipy_computes_window_by_window(geometry):
+    """Against a filter that runs forwards and backwards, one Welch estimate a window, and numpy's correlation."""
+    eeg = np.cumsum(noise(geometry), axis=0) * 0.3 + noise(geometry, 1) + 300
+    x, edge_attr, _ = eeg_features(eeg, geometry)
+    sections = np.concatenate(
+        [
+            signal.butter(4, (0.5, 50), "bandpass", fs=EEG_RATE, output="sos"),
+            signal.tf2sos(*signal.iirnotch(60, 30, fs=EEG_RATE)),
+        ]
+    )
+    plain = signal.sosfiltfilt(sections, eeg, axis=0, padlen=800)
+    # The transform of a stretch takes its ends for neighbours: reflected there, it does not jump.
+    reflected = np.pad(plain, ((800, 800), (0, 0)), "reflect", reflect_type="odd")
+    envelope = np.abs(signal.hilbert(reflected, axis=0))[800:-800]
+    for i, (start, stop) in enumerate(geometry.spans):
+        first, last = (round((time + geometry.seconds / 2) * EEG_RATE) for time in (start, stop))
+        frequencies, density = signal.welch(plain[first:last], EEG_RATE, nperseg=400, axis=0)
+        powers = [
+            density[(frequencies >= low) & (frequencies < high)].sum(axis=0) * 0.5 for low, high in EEG_BANDS.values()
+        ]
+        # The two filters differ a little where the stretch begins and ends.
+        near_an_end = i in (0, 1, geometry.n_windows - 2, geometry.n_windows - 1)
+        np.testing.assert_allclose(x[i], np.log10(np.transpose(powers)), atol=0.01 if near_an_end else 0.001)
+        correlations = np.corrcoef(envelope[first:last].T)
+        expected = [correlations[source, target] for source, target in EEG_EDGES]
+        np.testing.assert_allclose(edge_attr[i, :, 0], expected, atol=0.05 if near_an_end else 0.01)
 
 
 def test_a_burst_is_in_the_windows_that_hold_it_and_the_channel_that_has_it():
@@ -116,17 +154,24 @@ def test_what_is_missing_is_counted_and_never_passed_on(stretches, value):
 
 
 def test_a_short_gap_hardly_changes_the_features():
-    eeg = filter_eeg(noise(COMPETITION))
+    eeg = filtered(noise(COMPETITION).T).T
     broken = eeg.copy()
     broken[4000:4004, 5] = np.nan
     np.testing.assert_allclose(eeg_features(broken, COMPETITION)[0], eeg_features(eeg, COMPETITION)[0], atol=0.05)
 
 
-def test_windows_share_no_computation():
-    windows = np.random.default_rng(0).normal(size=(3, 5, 400))
-    together = band_powers(windows)
-    for i, j in np.ndindex(3, 5):
-        np.testing.assert_array_equal(together[i, j], band_powers(windows[i, j]))
+@pytest.mark.parametrize("geometry", [EEGGeometry(20, 7, 0.5), EEGGeometry(6, 1.5, 0.75), EEGGeometry(5, 0.5, 0.5)])
+def test_windows_of_any_length_have_the_power_that_welch_finds(geometry):
+    eeg = np.float32(noise(geometry).T)
+    powers = band_powers(eeg, geometry)
+    assert powers.shape == (geometry.n_windows, 19, 5)
+    for i, (start, stop) in enumerate(geometry.spans):
+        first, last = (round((time + geometry.seconds / 2) * EEG_RATE) for time in (start, stop))
+        segment = min(400, last - first)
+        frequencies, density = signal.welch(eeg[:, first:last], EEG_RATE, nperseg=segment)
+        for band, (low, high) in enumerate(EEG_BANDS.values()):
+            power = density[:, (frequencies >= low) & (frequencies < high)].sum(axis=1) * EEG_RATE / segment
+            np.testing.assert_allclose(powers[i, :, band], np.log10(np.maximum(power, POWER_FLOOR)), atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2000,), (2000, 20), (1999, 19)])

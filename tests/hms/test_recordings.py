@@ -118,6 +118,20 @@ def test_a_bad_row_of_the_table(tmp_path, change, reason):
     assert reason.startswith(recordings.skipped[0].reason)
 
 
+def test_votes_and_ids_that_went_through_floats(tmp_path):
+    rows = table_rows(3)
+    rows[1] |= {"seizure_vote": "2.5", "lpd_vote": "0.0", "gpd_vote": 7.0, "patient_id": "401.0", "eeg_id": 101.0}
+    write_table(tmp_path, rows)
+    row = Recordings.read(tmp_path).rows[1]
+    assert row.votes == (2.5, 0, 7, 0, 0, 0)
+    assert (row.patient_id, row.eeg_id) == (401, 101)
+    assert isinstance(row.eeg_id, int)
+    write_table(tmp_path, [{**row, "patient_id": bad} for row, bad in zip(rows, ("7", "7.5", "1e300"), strict=True)])
+    with pytest.raises(RowError, match=r"patient_id must be a finite int, got '7\.5'"):
+        Recordings.read(tmp_path)
+    assert len(Recordings.read(tmp_path, "skip")) == 1
+
+
 def damage_missing(root: Path) -> None:
     (root / "train_eegs/102.parquet").unlink()
 

@@ -1,0 +1,220 @@
+"""Compute the features of a whole folder of recordings: in several processes, and in parts that are kept.
+
+A task is a spectrogram with all rows that lie in it, so that each file is opened once. Some tasks are a part: when its
+rows are on disk, a file says so, and a build that is interrupted goes on after the last such part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from lightning_xattn.files import complete_or_absent
+from lightning_xattn.hms.features import eeg_features, feature_shapes, spectrogram_features
+from lightning_xattn.hms.recordings import EEGGeometry, Recordings
+from lightning_xattn.hms.table import BadRow, RowError
+
+BAD_ROWS = "bad_rows.json"
+_KEY = "key"
+_ROWS_IN_A_PART = 256
+
+Features = dict[str, NDArray[Any]]
+
+
+def build(
+    folder: Path, key: str, recordings: Recordings, geometry: EEGGeometry, num_workers: int | None = None
+) -> None:
+    """Fill ``folder`` with one ``.npy`` file for each of `feature_shapes`, and `BAD_ROWS`.
+
+    Parameters
+    ----------
+    folder
+        Exists; what another build with the same ``key`` has left there is gone on with.
+    key
+        Tells these features from all others.
+    recordings, geometry
+        Of what.
+    num_workers
+        Processes that compute; 0: this one; None: one for each core that this process may use.
+
+    Raises
+    ------
+    RowError
+        If a recording cannot be used and ``recordings.on_bad_row`` is ``"raise"``.
+    """
+    _begin(folder, key, recordings, geometry)
+    tasks = _tasks(recordings)
+    parts = list(_parts(tasks))
+    left = [i for i in range(len(parts)) if not _marker(folder, i).exists()]
+    done = len(recordings) - sum(len(tasks[task]) for i in left for task in parts[i])
+    order = [task for i in left for task in parts[i]]
+    with ExitStack() as stack:
+        names = feature_shapes(len(recordings), geometry)
+        files = {name: stack.enter_context(closing(_Rows(folder / f"{name}.npy"))) for name in names}
+        results = stack.enter_context(closing(_compute(recordings, geometry, tasks, order, num_workers)))
+        # disable=None: no progress bar where nobody looks at a terminal.
+        title = f"Features of {recordings.root.name}"
+        bar = stack.enter_context(tqdm(desc=title, total=len(recordings), initial=done, unit=" rows", disable=None))
+        for i in left:
+            bad_rows = []
+            for task in parts[i]:
+                for position, result in zip(tasks[task], next(results), strict=True):
+                    if isinstance(result, BadRow):
+                        bad_rows.append(result)
+                        if recordings.on_bad_row == "raise":
+                            raise RowError(result)
+                    else:
+                        for name, values in result.items():
+                            files[name].write(position, values)
+                bar.update(len(tasks[task]))
+            # The rows first, then the word that they are there, also if the power fails.
+            for file in files.values():
+                file.sync()
+            _write_bad_rows(_marker(folder, i), bad_rows)
+    _finish(folder, len(parts))
+
+
+def _begin(folder: Path, key: str, recordings: Recordings, geometry: EEGGeometry) -> None:
+    """Go on with what is there, or make the files anew."""
+    mark = folder / _KEY
+    if mark.exists() and mark.read_text("utf-8") == key:
+        return
+    mark.unlink(missing_ok=True)
+    for marker in folder.glob("part-*.json"):
+        marker.unlink()
+    for name, shape in feature_shapes(len(recordings), geometry).items():
+        kind = np.int64 if name == "filled" else np.float32
+        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype=kind, shape=shape)
+    with complete_or_absent(mark) as part:
+        part.write_text(key, "utf-8")
+
+
+def _marker(folder: Path, part: int) -> Path:
+    return folder / f"part-{part:06d}.json"
+
+
+def _finish(folder: Path, parts: int) -> None:
+    """Put the bad rows of all parts into one file, in the order of ``train.csv``."""
+    markers = [_marker(folder, i) for i in range(parts)]
+    bad_rows = [BadRow(**fields) for marker in markers for fields in json.loads(marker.read_text("utf-8"))]
+    _write_bad_rows(folder / BAD_ROWS, sorted(bad_rows, key=lambda bad_row: bad_row.line))
+    for path in (*markers, folder / _KEY):
+        path.unlink()
+
+
+def _write_bad_rows(path: Path, bad_rows: Sequence[BadRow]) -> None:
+    with complete_or_absent(path) as part:
+        part.write_text(json.dumps([asdict(bad_row) for bad_row in bad_rows]), "utf-8")
+
+
+class _Rows:
+    """A ``.npy`` file whose rows are written in any order; not through a memory map, which a full disk would crash."""
+
+    def __init__(self, path: Path) -> None:
+        mapped = np.load(path, mmap_mode="r")
+        self._start, self._size, self._dtype = mapped.offset, mapped[0].nbytes, mapped.dtype
+        self._file = path.open("r+b")
+
+    def write(self, position: int, values: NDArray[Any]) -> None:
+        self._file.seek(self._start + position * self._size)
+        self._file.write(np.asarray(values, self._dtype).tobytes())
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _tasks(recordings: Recordings) -> list[list[int]]:
+    """Positions of the rows of each spectrogram, those of one EEG next to each other."""
+    tasks: dict[int, list[int]] = {}
+    for position, row in enumerate(recordings):
+        tasks.setdefault(row.spectrogram_id, []).append(position)
+    return [sorted(task, key=lambda position: recordings.rows[position].eeg_id) for task in tasks.values()]
+
+
+def _parts(tasks: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Tasks that make up about `_ROWS_IN_A_PART` rows."""
+    part: list[int] = []
+    rows = 0
+    for i, task in enumerate(tasks):
+        part.append(i)
+        rows += len(task)
+        if rows >= _ROWS_IN_A_PART or i == len(tasks) - 1:
+            yield part
+            part, rows = [], 0
+
+
+class _Tasks(Dataset[list[Features | BadRow]]):
+    """What is computed for each row of each task: its features, or why there are none."""
+
+    def __init__(self, recordings: Recordings, geometry: EEGGeometry, tasks: Sequence[Sequence[int]]) -> None:
+        self._recordings, self._geometry, self._tasks = recordings, geometry, tasks
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, task: int) -> list[Features | BadRow]:
+        return [self._row(position) for position in self._tasks[task]]
+
+    def _row(self, position: int) -> Features | BadRow:
+        row = self._recordings.rows[position]
+        try:
+            eeg, power = self._recordings.eeg(row, self._geometry), self._recordings.spectrogram(row)
+        except RowError as error:
+            return error.bad_row
+        eeg_x, eeg_edge_attr, filled = eeg_features(eeg, self._geometry)
+        spec_x, filled_bins = spectrogram_features(power)
+        counts = np.array([filled, filled_bins], dtype=np.int64)
+        return {"eeg_x": eeg_x, "eeg_edge_attr": eeg_edge_attr, "spec_x": spec_x, "filled": counts}
+
+
+def _compute(
+    recordings: Recordings,
+    geometry: EEGGeometry,
+    tasks: Sequence[Sequence[int]],
+    order: Sequence[int],
+    num_workers: int | None,
+) -> Generator[list[Features | BadRow]]:
+    """Yield what `_Tasks` gives, in this order, from so many processes."""
+    workers = min(_cores() if num_workers is None else num_workers, len(order))
+    loader = DataLoader(
+        _Tasks(recordings, geometry, tasks),
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_use_one_thread,
+        # Its own, so that the state of the global one is the same whether features were computed or not.
+        generator=torch.Generator(),
+    )
+    # The products are small: threads would wait for each other, and their number must not change a bit.
+    with threadpool_limits(1, user_api="blas"):
+        yield from loader
+
+
+def _cores() -> int:
+    """Cores that this process may use, which on a shared machine are not all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _use_one_thread(worker: int) -> None:
+    threadpool_limits(1, user_api="blas")
+
+
+def _as_it_is(result: Any) -> Any:
+    return result

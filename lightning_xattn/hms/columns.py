@@ -1,0 +1,83 @@
+"""What the columns of the competition's files are called, and how to find them in a file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from lightning_xattn.hms.montage import ELECTRODES, REGIONS, SPEC_FREQUENCIES
+from lightning_xattn.hms.table import Problem
+
+TIME = "time"
+"""The first column of a spectrogram file: the middle of each row in seconds."""
+
+_SAME_HERTZ = 0.01
+"""Names are rounded to two decimals, by one rule or another: 3.125 Hz is 3.13 in the competition, and 3.12 elsewhere."""
+
+_SPECTROGRAM_COLUMN = re.compile(rf"({'|'.join(REGIONS)})_(\d+(?:\.\d+)?)")
+
+
+def _competition_spelling(frequency: float) -> str:
+    """Two decimals, halves rounded up, no zeros at the end: 3.125 is 3.13 and 4.1015625 is 4.1."""
+    return f"{math.floor(frequency * 100 + 0.5) / 100:g}"
+
+
+SPECTROGRAM_COLUMNS = tuple(
+    f"{region}_{_competition_spelling(frequency)}" for region in REGIONS for frequency in SPEC_FREQUENCIES
+)
+"""The competition's 400 names, ``LL_0.59`` to ``RP_19.92``: region by region, frequencies ascending."""
+
+
+def find_eeg(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns of the 19 electrodes in the order of ``montage.ELECTRODES``.
+
+    Raises
+    ------
+    Problem
+        If one is missing, or stands there twice.
+    """
+    return _require(ELECTRODES, names)
+
+
+def find_spectrogram(names: Sequence[str]) -> tuple[str, ...]:
+    """Return ``time`` and the 400 columns ``<region>_<frequency>``, region by region, frequencies ascending.
+
+    The frequency is read as a number, so its spelling does not matter. Other columns do not matter either.
+
+    Raises
+    ------
+    Problem
+        If a region does not have one column for each of ``montage.SPEC_FREQUENCIES``.
+    """
+    by_place: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        if match := _SPECTROGRAM_COLUMN.fullmatch(name):
+            distances = np.abs(np.subtract(SPEC_FREQUENCIES, float(match[2])))
+            if distances.min() <= _SAME_HERTZ:
+                by_place.setdefault((match[1], int(distances.argmin())), []).append(name)
+    for found in by_place.values():
+        if len(found) > 1:
+            raise Problem("repeated column", f"{' and '.join(found)} are one frequency, expected one column for it")
+    found_or_expected = [
+        by_place.get((region, i), [SPECTROGRAM_COLUMNS[j * len(SPEC_FREQUENCIES) + i]])[0]
+        for j, region in enumerate(REGIONS)
+        for i in range(len(SPEC_FREQUENCIES))
+    ]
+    return _require((TIME, *found_or_expected), names)
+
+
+def _require(wanted: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    counts = Counter(names)
+    missing = [name for name in wanted if not counts[name]]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        there = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        raise Problem("missing column", f"{shown} ({len(missing)} of {len(wanted)} missing); the file has {there}")
+    repeated = [name for name in wanted if counts[name] > 1]
+    if repeated:
+        raise Problem("repeated column", f"{repeated[0]} stands there {counts[repeated[0]]} times, expected once")
+    return tuple(wanted)
