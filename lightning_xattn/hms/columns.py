@@ -16,7 +16,7 @@ TIME = "time"
 """The first column of a spectrogram file: the middle of each row in seconds."""
 
 _SAME_HERTZ = 0.01
-"""Names are rounded to two decimals, by one rule or another: 3.125 Hz is 3.13 in the competition, and 3.12 elsewhere."""
+"""Names are rounded to two decimals, by one rule or another: 3.125 Hz is 3.13 in the competition, elsewhere 3.12."""
 
 _SPECTROGRAM_COLUMN = re.compile(rf"({'|'.join(REGIONS)})_(\d+(?:\.\d+)?)")
 

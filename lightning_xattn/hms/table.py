@@ -171,7 +171,9 @@ def _parse_column(column: pa.ChunkedArray, kind: type[int] | type[float]) -> lis
         values = column.cast(pa.int64() if kind is int else pa.float64())
     except pa.ArrowInvalid:  # at least one cell is something else: look at each
         return [_parse(cell, kind) for cell in column.to_pylist()]
-    return (values if kind is int else pc.if_else(pc.is_finite(values), values, None)).to_pylist()
+    finite: pa.ChunkedArray = values if kind is int else pc.if_else(pc.is_finite(values), values, None)
+    numbers: list[Any] = finite.to_pylist()
+    return numbers
 
 
 def _parse(cell: str, kind: type[int] | type[float]) -> float | None:
@@ -188,9 +190,11 @@ def _parse(cell: str, kind: type[int] | type[float]) -> float | None:
 
 
 def _as_recording(line: int, cells: Sequence[Any], extra: Mapping[str, Any]) -> Recording:
-    votes = tuple(cells[-len(VOTE_COLUMNS) :])
+    eeg_id, spectrogram_id, label_id, patient_id, eeg_offset, spectrogram_offset, *votes = cells
     if min(votes) < 0:
         raise Problem("negative votes", f"expected counts, got {dict(zip(VOTE_COLUMNS, votes, strict=True))}")
     if sum(votes) == 0:
         raise Problem("no votes", f"{', '.join(VOTE_COLUMNS)} are all 0, so there is no label")
-    return Recording(line, *cells[: -len(VOTE_COLUMNS)], votes, extra)
+    return Recording(
+        line, eeg_id, spectrogram_id, label_id, patient_id, eeg_offset, spectrogram_offset, tuple(votes), extra
+    )
