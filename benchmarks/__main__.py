@@ -57,7 +57,7 @@ def statistics_of_a_batch() -> None:
         softmax, numbers, numbers_and_sums, lambda: numpy_loop(*arrays), repeats=50
     )
     (loops,) = median_seconds(lambda: reference_loop(*(array[:1] for array in arrays)), repeats=3)
-    size = sum(state.numel() * state.element_size() for state in accumulator.sums().values())
+    size = sum(state.numel() * state.element_size() for state in accumulator.sums().states.values())
     print(f"statistics of one batch ({BATCH} x {HEADS} x {EEG} x {SPEC}, both directions); one softmax = 1")
     print(f"  all per-sample numbers            {all_numbers / one:6.2f}     (aim: at most 6)")
     print(f"  the same, added to the sums       {with_sums / one:6.2f}")

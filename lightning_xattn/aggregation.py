@@ -6,6 +6,8 @@ and several processes give what one gives.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_xattn.attention import Direction
+from lightning_xattn.capture.ids import UNKNOWN_GROUP
 from lightning_xattn.errors import ShapeError
 from lightning_xattn.functional import (
     Rows,
@@ -26,6 +29,7 @@ from lightning_xattn.functional import (
     standardised_maps,
 )
 from lightning_xattn.functional.outcomes import BINS
+from lightning_xattn.groups import GroupSums
 
 INCORRECT, CORRECT, UNKNOWN = range(3)
 """Outcome of a sample; unknown without a prediction or a target."""
@@ -48,27 +52,62 @@ class Layout:
         Number of heads by direction, forward first.
     tokens
         Number of queries and of keys that are tokens, by direction.
+    groups
+        What groups of samples are called, such as "patients"; None where groups are not known.
     """
 
     columns: tuple[str, ...]
     n_classes: int
     heads: dict[Direction, int]
     tokens: dict[Direction, tuple[int, int]]
+    groups: str | None = None
 
     @classmethod
-    def of(cls, rows: Sequence[Rows], statistics: Mapping[str, Tensor], n_classes: int) -> Layout:
+    def of(
+        cls, rows: Sequence[Rows], statistics: Mapping[str, Tensor], n_classes: int, groups: str | None = None
+    ) -> Layout:
         """The layout for the prepared rows of a first batch, forward direction first, and its ``sample_statistics``."""
         return cls(
             columns=tuple(statistics),
             n_classes=n_classes,
             heads={r.direction: r.weights.shape[1] for r in rows},
             tokens={r.direction: (r.weights.shape[2], r.tokens) for r in rows},
+            groups=groups,
         )
 
     @property
-    def numbers(self) -> tuple[tuple[str, ...], int, dict[Direction, int]]:
+    def numbers(self) -> tuple[tuple[str, ...], int, dict[Direction, int], str | None]:
         """All but the token counts: accumulators that agree in this can be merged."""
-        return self.columns, self.n_classes, self.heads
+        return self.columns, self.n_classes, self.heads, self.groups
+
+    @property
+    def grouped_columns(self) -> list[str]:
+        """The numbers that are added up by group too: those of a layer, not those of its single heads."""
+        return [name for name in self.columns if not re.search(r"/head_\d+$", name)]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSums:
+    """What an accumulator has added up; adding more leaves it as it is.
+
+    Attributes
+    ----------
+    layout
+        What there is.
+    states
+        The sums by name.
+    groups
+        Sums by group; None where groups are not known.
+    """
+
+    layout: Layout
+    states: Mapping[str, Tensor]
+    groups: GroupSums | None
+
+    def cpu(self) -> LayerSums:
+        """The same on the CPU."""
+        states = {name: values.cpu() for name, values in self.states.items()}
+        return LayerSums(self.layout, states, None if self.groups is None else self.groups.settled())
 
 
 class LayerAccumulator(Metric):
@@ -111,6 +150,7 @@ class LayerAccumulator(Metric):
         self._add("null_maps", 2, queries, keys)
         # (sum of alignments, samples in the sums, samples whose maps cannot be compared with others')
         self._add("null_terms", 3)
+        self._groups = None if layout.groups is None else GroupSums.empty(len(layout.grouped_columns))
         self.to(device)
 
     def _add(self, name: str, *shape: int) -> None:
@@ -126,6 +166,7 @@ class LayerAccumulator(Metric):
         classes: Tensor,
         outcomes: Tensor,
         tied: Tensor,
+        groups: Tensor | None = None,
     ) -> None:
         """Add a batch.
 
@@ -142,28 +183,39 @@ class LayerAccumulator(Metric):
             ``(batch,)`` int64 of ``INCORRECT``, ``CORRECT``, ``UNKNOWN``.
         tied
             ``(batch,)`` bool: more than one class has the top share of a soft target.
+        groups
+            ``(batch,)`` int64 group of each sample, where the layout has groups.
         """
         n_classes = self.layout.n_classes
         classes = torch.where((classes >= 0) & (classes < n_classes), classes, n_classes)
-        self._add_numbers(statistics, classes, outcomes)
+        self._add_numbers(statistics, classes, outcomes, groups)
         self.ties = self.ties + tied.sum()
         if all((r.weights.shape[2], r.tokens) == self.layout.tokens[r.direction] for r in rows):
             self._add_maps(rows, classes)
         else:
             self.ragged = self.ragged + 1
 
-    def _add_numbers(self, statistics: Mapping[str, Tensor], classes: Tensor, outcomes: Tensor) -> None:
+    def _add_numbers(
+        self, statistics: Mapping[str, Tensor], classes: Tensor, outcomes: Tensor, groups: Tensor | None
+    ) -> None:
         columns = self.layout.columns
         values = torch.stack([statistics[name].to(self._dtype_of_sums) for name in columns], dim=1)
         defined = values.isfinite()
         values = torch.where(defined, values, 0)
         terms = torch.stack([defined.to(values.dtype), values, values**2], dim=-1)
         self.moments = self.moments.index_add(0, classes * 3 + outcomes, terms)
+        bins = torch.full((len(values), len(SCORE_RANGES)), -1, device=values.device)
         for i, (name, (low, high)) in enumerate(SCORE_RANGES.items()):
             if name in columns:
                 column = columns.index(name)
-                place = (i * 3 + outcomes) * BINS + score_bins(values[:, column], low, high)
+                of_score = score_bins(values[:, column], low, high)
+                bins[:, i] = torch.where(defined[:, column], of_score, -1)
+                place = (i * 3 + outcomes) * BINS + of_score
                 self.histograms = self.histograms.index_add(0, place, defined[:, column].to(values.dtype))
+        if self._groups is not None:
+            assert groups is not None
+            by_group = terms[:, [columns.index(name) for name in self.layout.grouped_columns], :2]
+            self._groups = self._groups.add(groups, classes, outcomes, bins, by_group)
 
     def _add_maps(self, rows: Sequence[Rows], classes: Tensor) -> None:
         for r in rows:
@@ -183,40 +235,48 @@ class LayerAccumulator(Metric):
             terms = [torch.where(defined & whole, aligned, 0), defined & whole, defined & ~whole]
             self.null_terms = self.null_terms + torch.stack([term.sum() for term in terms])
 
-    def sums(self) -> dict[str, Tensor]:
-        """Every state by name, on the CPU."""
-        return {name: getattr(self, name).cpu() for name in self.metric_state}
+    def sums(self) -> LayerSums:
+        """What there is so far, where the batches are."""
+        return LayerSums(self.layout, {name: getattr(self, name) for name in self.metric_state}, self._groups)
+
+    def load(self, sums: LayerSums) -> None:
+        """Go on from other sums of the same layout."""
+        for name, values in sums.states.items():
+            setattr(self, name, values.to(self.device))
+        self._groups = sums.groups
 
     def compute(self) -> LayerSummary:
         """Summarise the sums so far, on the CPU."""
-        return LayerSummary(self.layout, self.sums())
+        return LayerSummary(self.sums().cpu())
 
 
-def merge_sums(parts: Sequence[tuple[Layout, dict[str, Tensor]]]) -> tuple[Layout, dict[str, Tensor]]:
-    """Add up the layouts and sums of several accumulators, as those of several processes.
+def merge_sums(parts: Sequence[LayerSums]) -> LayerSums:
+    """Add up the sums of several accumulators, as those of several processes; all on the CPU.
 
     Raises
     ------
     ShapeError
         If they differ in more than their token counts; those only end the maps.
     """
-    layout, total = parts[0]
-    for other, sums in parts[1:]:
-        if other.numbers != layout.numbers:
+    layout, total = parts[0].layout, dict(parts[0].states)
+    for part in parts[1:]:
+        if part.layout.numbers != layout.numbers:
             raise ShapeError(
-                f"Different attention was recorded: {layout.n_classes} classes and {_heads(layout)} in one place, "
-                f"{other.n_classes} classes and {_heads(other)} in another. Every process must run the same model with "
-                "the same settings."
+                f"Different attention was recorded: {_describe(layout)} in one place, {_describe(part.layout)} in "
+                "another. Every process must run the same model with the same settings."
             )
-        same = {name: values for name, values in sums.items() if values.shape == total[name].shape}
-        total = total | {name: total[name] + values for name, values in same.items()}
-        if len(same) < len(sums):
+        same = {name: values for name, values in part.states.items() if values.shape == total[name].shape}
+        total |= {name: total[name] + values for name, values in same.items()}
+        if len(same) < len(part.states):
             total["ragged"] = total["ragged"] + 1
-    return layout, total
+    grouped = [part.groups for part in parts if part.groups is not None]
+    return LayerSums(layout, total, GroupSums.merged(grouped) if grouped else None)
 
 
-def _heads(layout: Layout) -> str:
-    return ", ".join(f"{heads} heads {direction}" for direction, heads in layout.heads.items())
+def _describe(layout: Layout) -> str:
+    heads = ", ".join(f"{heads} heads {direction}" for direction, heads in layout.heads.items())
+    groups = f", in {layout.groups}" if layout.groups else ""
+    return f"{layout.n_classes} classes and {heads}{groups}"
 
 
 class LayerSummary:
@@ -224,13 +284,13 @@ class LayerSummary:
 
     Parameters
     ----------
-    layout
-        Names of the numbers, classes, heads and tokens.
     sums
-        The sums of a ``LayerAccumulator``.
+        The sums of a ``LayerAccumulator``, or several merged.
 
     Attributes
     ----------
+    layout
+        Names of the numbers, classes, heads, tokens, and what groups are called.
     moments
         ``(classes + 1, outcomes, columns, 3)``: count, sum, sum of squares; the last class is "no class".
     histograms
@@ -245,20 +305,21 @@ class LayerSummary:
     """
 
     # Not a dataclass: torchmetrics would take the result of ``compute`` apart and squeeze its tensors.
-    def __init__(self, layout: Layout, sums: dict[str, Tensor]) -> None:
-        self.layout = layout
-        self.moments = sums["moments"].unflatten(0, (-1, 3))
-        self.histograms = sums["histograms"].reshape(len(SCORE_RANGES), 3, BINS)
-        self.ties = int(sums["ties"])
+    def __init__(self, sums: LayerSums) -> None:
+        self.layout, states = sums.layout, sums.states
+        self._groups = None if sums.groups is None else sums.groups.settled()
+        self.moments = states["moments"].unflatten(0, (-1, 3))
+        self.histograms = states["histograms"].reshape(len(SCORE_RANGES), 3, BINS)
+        self.ties = int(states["ties"])
         self.maps: dict[Direction, Tensor] = {}
         self.alignment_null = torch.nan
-        if not sums["ragged"].any():
-            for direction in layout.tokens:
-                totals, counts = sums[f"map_{direction}"].unbind(-1)
-                self.maps[direction] = (totals / counts)[: layout.n_classes or 1]
-            aligned, samples, others = sums["null_terms"]
+        if not states["ragged"].any():
+            for direction in self.layout.tokens:
+                totals, counts = states[f"map_{direction}"].unbind(-1)
+                self.maps[direction] = (totals / counts)[: self.layout.n_classes or 1]
+            aligned, samples, others = states["null_terms"]
             if others == 0:
-                x_sum, y_sum = sums["null_maps"]
+                x_sum, y_sum = states["null_maps"]
                 self.alignment_null = float(alignment_null(x_sum, y_sum, aligned, samples))
 
     @property
@@ -280,6 +341,26 @@ class LayerSummary:
     def samples(self) -> int:
         """Number of samples."""
         return self.size()
+
+    @property
+    def group_noun(self) -> str | None:
+        """What groups are called, such as "patients"; None where they are not known: samples count as independent."""
+        return self.layout.groups
+
+    def groups(self, column: str = "invalid_rows", class_id: int | None = None, outcome: int | None = None) -> int:
+        """How many groups have samples of a class and an outcome, and with this number; 0 where groups are not known.
+
+        Samples whose group is not known count as one group.
+        """
+        if self._groups is None:
+            return 0
+        return self._groups.count(self.layout.grouped_columns.index(column), class_id, outcome)
+
+    @property
+    def ungrouped(self) -> int:
+        """Number of samples whose group is not known, where other samples' groups are."""
+        everyone = self.layout.grouped_columns.index("invalid_rows")
+        return 0 if self._groups is None else self._groups.size(everyone, UNKNOWN_GROUP)
 
     def size(self, class_id: int | None = None, outcome: int | None = None) -> int:
         """Number of samples of a class and an outcome, whether their numbers are defined or not."""
@@ -312,9 +393,17 @@ class LayerSummary:
         return float(((squares - total**2 / count).clamp_min(0) / (count - 1)).sqrt())
 
     def interval(self, column: str, class_id: int | None = None, outcome: int | None = None) -> tuple[float, float]:
-        """95 % t interval of the mean, see ``mean_interval``; NaN with fewer than ``MINIMUM_GROUP`` samples."""
-        group = column, class_id, outcome
-        return mean_interval(self.mean(*group), self.std(*group), self.count(*group))
+        """95 % interval of the mean, by groups where they are known: `grouped_mean_interval`, else `mean_interval`.
+
+        NaN with fewer than ``MINIMUM_GROUP`` groups, or samples. Of single heads there are no sums by group, so where
+        groups are known their interval is NaN too.
+        """
+        if self._groups is None:
+            group = column, class_id, outcome
+            return mean_interval(self.mean(*group), self.std(*group), self.count(*group))
+        if column not in self.layout.grouped_columns:
+            return math.nan, math.nan
+        return self._groups.interval(self.layout.grouped_columns.index(column), class_id, outcome)
 
     def gap(self, column: str) -> float:
         """Mean over correct minus mean over incorrect predictions."""
@@ -330,7 +419,9 @@ class LayerSummary:
         return self.histograms[list(SCORE_RANGES).index(score), outcome]
 
     def separation(self, score: str) -> Separation:
-        """Does the score predict errors?"""
+        """Does the score predict errors? By groups where they are known: `grouped_separation`, else `separation`."""
+        if self._groups is not None:
+            return self._groups.separation(list(SCORE_RANGES).index(score), CORRECT, INCORRECT)
         return separation(self.histogram(score, CORRECT), self.histogram(score, INCORRECT))
 
     def undefined_share(self) -> float:

@@ -110,6 +110,12 @@ class Alarms:
                 f"0 ... {summary.n_classes - 1}, or scores that are not finite. They count in 'all' only."
             )
 
+        if summary.ungrouped and self._is_new(layer, "", "ungrouped", 0):
+            yield (
+                f"{summary.ungrouped} of {summary.samples} samples have no group, though others have one: they are "
+                "taken as one group, which makes intervals wider. Give each sample a group."
+            )
+
     def _is_new(self, *alarm: str | int) -> bool:
         new = alarm not in self._told
         self._told.add(alarm)

@@ -67,6 +67,10 @@ class AttentionExplainabilityCallback(Callback):
     sample_ids
         Where the samples' ids (numbers or strings) are, for the table: as ``predictions``. None: the batch's
         ``sample_ids``, if there are any.
+    groups
+        Where the group of each sample is (a number or a string), of which the samples are not independent, such as a
+        patient or a recording: as ``predictions``. Every interval is then by group. None: the batch's ``groups`` or
+        ``patient_ids``; without them samples are taken as independent.
     every_n_epochs
         During ``fit``, record every so many of the epochs that are validated, from the first on.
         ``trainer.validate`` and ``trainer.test`` always record.
@@ -82,9 +86,10 @@ class AttentionExplainabilityCallback(Callback):
     ----------
     history : list of dict
         One record per recorded epoch, dataloader and layer: ``stage``, ``epoch``, ``step``, ``dataloader``, ``layer``,
-        ``samples``, ``repeats`` (samples dropped because another process had them), ``ties`` and ``unclassified``
-        samples, the intervals and gaps of ``epoch_counts``, and the epoch's curves by their names without the scope.
-        It is saved in checkpoints. ``pandas.DataFrame(callback.history)``.
+        ``samples``, ``groups`` (how many; None where they are not known), ``repeats`` (samples dropped because another
+        process had them), ``ties`` and ``unclassified`` samples, the intervals and gaps of ``epoch_counts``, and the
+        epoch's curves by their names without the scope. It is saved in checkpoints.
+        ``pandas.DataFrame(callback.history)``.
     summaries : dict of str to LayerSummary
         The last epoch of each scope, such as ``val``, ``test`` or ``val/dataloader_1``.
 
@@ -106,6 +111,7 @@ class AttentionExplainabilityCallback(Callback):
         predictions: LabelSetting = None,
         targets: LabelSetting = None,
         sample_ids: LabelSetting = None,
+        groups: LabelSetting = None,
         every_n_epochs: int = 1,
         figures_every_n_epochs: int = 1,
         every_n_batches: int = 1,
@@ -124,14 +130,14 @@ class AttentionExplainabilityCallback(Callback):
             raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
         self.table = None if table is None else Path(table)
         # What tells two callbacks apart in a checkpoint; a callable by its name, which stays from run to run.
-        settings = {"attention": attention, "predictions": predictions, "targets": targets, "sample_ids": sample_ids}
-        self._settings = {name: named(value) for name, value in settings.items()}
+        labels = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids, "groups": groups}
+        self._settings = {name: named(value) for name, value in ({"attention": attention} | labels).items()}
         self._settings |= {"class_names": self.class_names, "group_by": group_by}
         self._settings |= {"schedule": self.schedule, "table": None if table is None else str(table)}
         self.history: list[dict[str, Any]] = []
         self.summaries: dict[str, LayerSummary] = {}
         # One for each dataloader, as their batches may differ.
-        new_finder = partial(LabelFinder, predictions, targets, sample_ids)
+        new_finder = partial(LabelFinder, **labels)
         self._labels = defaultdict[int, LabelFinder](new_finder, {0: new_finder()})
         self._recorder: AttentionRecorder | None = None
         self._recording = False
@@ -288,8 +294,10 @@ class AttentionExplainabilityCallback(Callback):
             _warn(self._alarms.of_directions(self._recorder.layers))
             rank_zero_info(f"AttentionExplainabilityCallback takes {_found(pairs, finder.places, labels.n_classes)}.")
 
-        ids = None if self.table is None else finder.find_sample_ids(step)  # also in the sanity check, to fail early
-        about = {"dataloader": dataloader_idx, "sample_id": None if ids is None else ids[kept]}
+        about: dict[str, Any] = {"dataloader": dataloader_idx}
+        if self.table is not None:  # also in the sanity check, to fail early
+            for name, ids in (("sample_id", finder.find_sample_ids(step)), ("group", finder.find_groups(step))):
+                about[name] = None if ids is None else ids[kept]
         accumulators, kept_pairs = self._accumulators[dataloader_idx], [pair[kept] for pair in pairs]
         for columns in add_batch(accumulators, kept_pairs, labels, self.group_by, len(self._classes)):
             if self._table is not None:
@@ -315,7 +323,7 @@ class AttentionExplainabilityCallback(Callback):
 
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         sums = {
-            (dataloader_idx, layer): (accumulator.layout, accumulator.sums())
+            (dataloader_idx, layer): accumulator.sums().cpu()
             for dataloader_idx, layers in self._accumulators.items()
             for layer, accumulator in layers.items()
         }
@@ -328,7 +336,7 @@ class AttentionExplainabilityCallback(Callback):
             _warn(self._alarms.of_nothing(stage))
         for dataloader_idx, layer in keys:
             parts = [sums[dataloader_idx, layer] for _, _, sums in processes if (dataloader_idx, layer) in sums]
-            summary = LayerSummary(*merge_sums(parts))
+            summary = LayerSummary(merge_sums(parts))
             scope = self._scope(trainer, stage, dataloader_idx, layer, first=keys[0][1])
             self.summaries[scope] = summary
             curves = epoch_curves(summary, scope, name_groups(self._classes or (), self.group_by))
@@ -341,6 +349,7 @@ class AttentionExplainabilityCallback(Callback):
                     "dataloader": dataloader_idx,
                     "layer": layer,
                     "samples": summary.samples,
+                    "groups": summary.groups() if summary.group_noun else None,
                     "repeats": repeats[dataloader_idx],
                 }
                 | epoch_counts(summary)

@@ -37,15 +37,17 @@ def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) 
     }
 
 
-def epoch_counts(summary: LayerSummary) -> dict[str, float]:
+def epoch_counts(summary: LayerSummary) -> dict[str, float | None]:
     """What the history says beside the curves: how many samples are behind them, and how sure the comparison is."""
-    record: dict[str, float] = {"ties": summary.ties, "unclassified": summary.unclassified}
+    record: dict[str, float | None] = {"ties": summary.ties, "unclassified": summary.unclassified}
     for score in SCORE_RANGES:
         if score in summary.columns:
             found = summary.separation(score)
             record |= {
                 f"outcome/{score}_correct": found.correct,
                 f"outcome/{score}_incorrect": found.incorrect,
+                f"outcome/{score}_correct_groups": found.correct_groups,
+                f"outcome/{score}_incorrect_groups": found.incorrect_groups,
                 f"outcome/{score}_auroc_low": found.low,
                 f"outcome/{score}_auroc_high": found.high,
                 f"outcome/{score}_cliffs_delta": found.cliffs_delta,
@@ -115,6 +117,7 @@ def epoch_figures(
             (separation.auroc, separation.low, separation.high),
             names,
             group_by=grouping,
+            group_noun=summary.group_noun,
             context=context,
         )
         yield f"xattn_alignment/{scope}/by_outcome", figure
@@ -128,7 +131,7 @@ def _outcome(summary: LayerSummary, outcome: int) -> OutcomeSummary:
         histogram=summary.histogram("alignment", outcome),
         mean=summary.mean("alignment", outcome=outcome),
         class_means=[summary.mean("alignment", class_id=i, outcome=outcome) for i in ids],
-        class_stds=[summary.std("alignment", class_id=i, outcome=outcome) for i in ids],
+        class_intervals=[summary.interval("alignment", class_id=i, outcome=outcome) for i in ids],
         class_counts=[summary.count("alignment", class_id=i, outcome=outcome) for i in ids],
     )
 

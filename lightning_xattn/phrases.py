@@ -24,6 +24,11 @@ BROKEN_ROWS = (
 """What is wrong with weights that are not attention, and the remedy; follows their names."""
 
 
+def describe_size(samples: int, groups: int | None, group_noun: str | None) -> str:
+    """How many samples there are, and of how many groups where these are known."""
+    return f"{samples} samples" + (f" of {groups} {group_noun}" if group_noun else "")
+
+
 def named(setting: Any) -> Any:
     """A setting with the names of its callables in their places, which stay from run to run."""
     if isinstance(setting, Mapping):

@@ -45,6 +45,8 @@ def add_batch(
         rows = [prepare_rows(attention) for attention in pair.directions]
         statistics = sample_statistics(*rows)
         if pair.layer not in accumulators:
-            accumulators[pair.layer] = LayerAccumulator(Layout.of(rows, statistics, n_classes), like.device)
-        accumulators[pair.layer].update(rows, statistics, classes, outcomes, tied)
+            accumulators[pair.layer] = LayerAccumulator(
+                Layout.of(rows, statistics, n_classes, labels.group_noun), like.device
+            )
+        accumulators[pair.layer].update(rows, statistics, classes, outcomes, tied, labels.groups)
         yield sample_columns(labels, outcomes, tied, statistics) | {"layer": pair.layer}

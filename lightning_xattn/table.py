@@ -18,6 +18,7 @@ from lightning_xattn.aggregation import CORRECT, UNKNOWN
 
 TYPES = {
     "sample_id": pa.string(),
+    "group": pa.string(),
     "target": pa.int64(),
     "prediction": pa.int64(),
     "confidence": pa.float32(),
@@ -61,7 +62,8 @@ class SampleTable:
         columns
             By name: a tensor or a list of one value a sample, or a single number or string for all, or None for a
             column of ``TYPES``. Floats are stored as float32, NaN as missing; negative targets and predictions and
-            unknown outcomes (``correct``) as missing; sample ids as strings; a ``(batch, heads)`` tensor as lists.
+            unknown outcomes (``correct``) as missing; sample ids and groups as strings; a ``(batch, heads)`` tensor as
+            lists.
         """
         if _length(columns) == 0:  # such as a batch of repeats alone, which shows no types
             return
@@ -135,7 +137,7 @@ def _array(name: str, value: Any, rows: int) -> pa.Array:
         return pa.nulls(rows, TYPES[name])
     if isinstance(value, Tensor):
         value = (value.float() if value.is_floating_point() else value).cpu().numpy()
-    if name == "sample_id":
+    if name in ("sample_id", "group"):
         return pa.array([None if one is None else str(_plain(one)) for one in value], TYPES[name])
     if name == "correct":
         return pa.array(value == CORRECT, TYPES[name], mask=value == UNKNOWN)

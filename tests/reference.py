@@ -269,7 +269,7 @@ def auroc(correct, incorrect):
     return wins / (len(correct) * len(incorrect))
 
 
-def auroc_interval(value, n, m):
+def auroc_interval(value, n, m, half_width=1.959963984540054):
     """True AUROCs that are within 1.96 Hanley-McNeil standard errors of the one seen, by trying them all."""
     inside = []
     for true in np.linspace(0, 1, 200_001):
@@ -277,7 +277,7 @@ def auroc_interval(value, n, m):
         # With (n + m) / 2 in the place of both n and m, as Newcombe (2006) recommends.
         pairs = (n + m) / 2 - 1
         variance = (true * (1 - true) + pairs * (q1 - true**2) + pairs * (q2 - true**2)) / (n * m)
-        if (value - true) ** 2 <= 1.959963984540054**2 * variance:
+        if (value - true) ** 2 <= half_width**2 * variance:
             inside.append(true)
     return min(inside), max(inside)
 
@@ -301,6 +301,45 @@ def mean_interval(values):
     mean = sum(values) / n
     error = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
     return mean - t_quantile(n - 1) * error, mean + t_quantile(n - 1) * error
+
+
+def grouped_mean_interval(values, groups):
+    """95 % interval of a mean whose samples are alike within groups; nothing is claimed of fewer than five groups."""
+    ids = sorted(set(groups))
+    if len(ids) < 5:
+        return NAN, NAN
+    mean = sum(values) / len(values)
+    residuals = [sum(v - mean for v, g in zip(values, groups, strict=True) if g == i) for i in ids]
+    error = math.sqrt(len(ids) / (len(ids) - 1) * sum(r**2 for r in residuals)) / len(values)
+    return mean - t_quantile(len(ids) - 1) * error, mean + t_quantile(len(ids) - 1) * error
+
+
+def auroc_variances(correct, incorrect, correct_groups, incorrect_groups):
+    """The variance of an AUROC by Obuchowski (1997), whose groups are alike within, and by DeLong (1988)."""
+    theta, m, n = auroc(correct, incorrect), len(correct), len(incorrect)
+    right = [sum((c > i) + 0.5 * (c == i) for i in incorrect) / n for c in correct]
+    wrong = [sum((c > i) + 0.5 * (c == i) for c in correct) / m for i in incorrect]
+    by_sample = sum((v - theta) ** 2 for v in right) / (m - 1) / m + sum((v - theta) ** 2 for v in wrong) / (n - 1) / n
+    ids = sorted(set(correct_groups) | set(incorrect_groups))
+    i10, i01, i11 = len(set(correct_groups)), len(set(incorrect_groups)), len(ids)
+    s10 = s01 = s11 = 0.0
+    for i in ids:
+        a = sum(v - theta for v, g in zip(right, correct_groups, strict=True) if g == i)
+        b = sum(v - theta for v, g in zip(wrong, incorrect_groups, strict=True) if g == i)
+        s10, s01, s11 = s10 + a * a, s01 + b * b, s11 + a * b
+    s10, s01, s11 = s10 * i10 / (i10 - 1) / m, s01 * i01 / (i01 - 1) / n, s11 * i11 / (i11 - 1)
+    return s10 / m + s01 / n + 2 * s11 / (m * n), by_sample
+
+
+def grouped_auroc_interval(correct, incorrect, correct_groups, incorrect_groups):
+    """As ``auroc_interval``, with the variance times that by groups over that by samples, and Student's quantile."""
+    by_group, by_sample = auroc_variances(correct, incorrect, correct_groups, incorrect_groups)
+    groups = len(set(correct_groups) | set(incorrect_groups))
+    samples = len(correct) + len(incorrect)
+    effect = by_group / by_sample if min(by_group, by_sample) > 0 else samples / groups
+    return auroc_interval(
+        auroc(correct, incorrect), len(correct), len(incorrect), t_quantile(groups - 1) * math.sqrt(effect)
+    )
 
 
 def class_adjusted_gap(scores, classes, correct):

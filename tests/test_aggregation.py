@@ -219,11 +219,11 @@ def test_merging_parts_in_any_order_is_the_whole(cuts, seed):
     parts = [range(a, b) for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), SAMPLES], strict=True)]
     accumulators = [accumulate(samples, [torch.tensor(part)]) for part in parts]
     order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed)).tolist()
-    _, merged = merge_sums([(accumulators[i].layout, accumulators[i].sums()) for i in order])
+    merged = merge_sums([accumulators[i].sums() for i in order]).states
     whole = accumulate(samples, [torch.arange(SAMPLES)])
     for name, values in merged.items():
         if name != "histograms":  # a score within rounding of a bin's edge may change its bin with the batch
-            torch.testing.assert_close(values, whole.sums()[name], rtol=1e-5, atol=1e-6, msg=name)
+            torch.testing.assert_close(values, getattr(whole, name), rtol=1e-5, atol=1e-6, msg=name)
     assert merged["histograms"].sum() == whole.histograms.sum()
 
 
@@ -233,12 +233,12 @@ def test_merging_parts_with_other_token_counts_ends_the_maps(samples):
     other = new_accumulator(rows)
     add(other, rows, classes, outcomes, tied)
     first = accumulate(samples, [torch.arange(SAMPLES)])
-    summary = LayerSummary(*merge_sums([(a.layout, a.sums()) for a in (first, other)]))
+    summary = LayerSummary(merge_sums([a.sums() for a in (first, other)]))
     assert summary.maps == {}
     assert np.isnan(summary.alignment_null)
     assert summary.samples == 2 * SAMPLES
     with pytest.raises(ShapeError, match="3 classes and 3 heads eeg_to_spec.*7 classes"):
-        merge_sums([(a.layout, a.sums()) for a in (first, new_accumulator(rows, 7))])
+        merge_sums([a.sums() for a in (first, new_accumulator(rows, 7))])
 
 
 def test_maps_end_when_token_counts_change_and_numbers_go_on(samples):
@@ -261,7 +261,7 @@ def test_any_order_in_any_batches_is_the_same(size, seed):
     samples = make_samples()
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(seed))
     whole, parts = accumulate(samples, [torch.arange(SAMPLES)]), accumulate(samples, in_batches(order, size))
-    for name in set(parts.sums()) - {"histograms"}:
+    for name in set(parts.sums().states) - {"histograms"}:
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-6, msg=name)
     # A score within rounding of a bin's edge may change its bin with the batch.
     shift = (parts.histograms.cumsum(0) - whole.histograms.cumsum(0)).abs()

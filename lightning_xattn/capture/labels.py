@@ -1,4 +1,4 @@
-"""Predictions, targets and sample ids of a step: as told, or from where Lightning modules usually have them.
+"""Predictions, targets, sample ids and groups of a step: as told, or from where Lightning modules usually have them.
 
 Where they are is decided on a first batch, whose values may be looked at, and then read from there: what is taken for
 the target never changes from batch to batch, and no GPU is made to wait.
@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_xattn.capture.ids import group_keys
 from lightning_xattn.capture.scores import (
     Classes,
     are_binary_labels,
@@ -31,14 +32,16 @@ from lightning_xattn.capture.steps import (
     LabelSetting,
     Place,
     Step,
+    guess_ids,
     guess_predictions,
-    guess_sample_ids,
     guess_targets,
     misfits,
     say_setting,
     told_place,
 )
 from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
+
+_NAMES = {"sample_ids": "sample id", "groups": "group"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +62,10 @@ class Labels:
         Number of classes, when the predictions or the targets show it.
     doubts
         Why "predictions", their "confidence" or "targets" were not taken though there is something that could be meant.
+    groups
+        ``(batch,)`` int64 key of each sample's group, see ``group_keys``.
+    group_noun
+        What groups are called.
     """
 
     predicted: Tensor | None
@@ -67,28 +74,31 @@ class Labels:
     tied: Tensor | None
     n_classes: int | None
     doubts: Mapping[str, str] = field(default_factory=dict)
+    groups: Tensor | None = None
+    group_noun: str | None = None
 
     def __getitem__(self, samples: slice) -> Labels:
         """The labels of some of the samples."""
-        fields = ("predicted", "confidence", "target", "tied")
+        fields = ("predicted", "confidence", "target", "tied", "groups")
         known = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
         return replace(self, **{name: values[samples] for name, values in known.items()})
 
 
 class LabelFinder:
-    """Finds the predictions, targets and sample ids of a step.
+    """Finds the predictions, targets, sample ids and groups of a step.
 
     Unless told, **predictions** are looked for in the step's outputs (under a usual key, or the outputs themselves)
     and then in what the module's own ``forward`` returned; **targets** in the outputs and then in the batch (under a
     usual key, or the one item of a tuple that can be a target). Class scores ``(batch, classes)`` and class ids
     ``(batch,)`` are understood; for targets also soft labels, rows of shares that sum to 1. One score a sample,
     ``(batch,)`` or ``(batch, 1)``, is that of a binary head where the targets are 0 and 1. Where several things could
-    be meant, none is taken. A step that lacks what was found in the first one has no labels.
+    be meant, none is taken. A step that lacks what was found in the first one has no labels. **Sample ids** are looked
+    for under ``sample_ids`` and **groups** under ``groups`` or ``patient_ids``, in the batch and then in the outputs.
 
     Parameters
     ----------
-    predictions, targets, sample_ids
-        See ``LabelSetting``. Sample ids may also be a list of numbers or strings.
+    predictions, targets, sample_ids, groups
+        See ``LabelSetting``. Sample ids and groups may also be lists of numbers or strings.
 
     Raises
     ------
@@ -97,22 +107,34 @@ class LabelFinder:
     """
 
     def __init__(
-        self, predictions: LabelSetting = None, targets: LabelSetting = None, sample_ids: LabelSetting = None
+        self,
+        predictions: LabelSetting = None,
+        targets: LabelSetting = None,
+        sample_ids: LabelSetting = None,
+        groups: LabelSetting = None,
     ) -> None:
-        self._settings = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids}
+        self._settings = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids, "groups": groups}
         for name, setting in self._settings.items():
             if not (setting is None or isinstance(setting, str) or callable(setting)):
                 raise SettingError(f"{name} must be None, a key or a callable; got {setting!r}.")
         self._places: dict[str, Place | None] | None = None
         self._binary = self._probabilities = False
         self._doubts: dict[str, str] = {}
-        self._has_ids = False
+        self._seen: set[str] = set()
         self._told: set[str] = set()
 
     @property
     def places(self) -> dict[str, str]:
-        """Where predictions and targets come from, in words; those that were not found are left out."""
+        """Where predictions, targets and groups come from, in words; those that were not found are left out."""
         return {what: place.name for what, place in (self._places or {}).items() if place and what != "sample_ids"}
+
+    @property
+    def group_noun(self) -> str | None:
+        """What groups are called; None where there are none."""
+        place = (self._places or {}).get("groups")
+        if place is None:
+            return None
+        return "patients" if str(place.key).startswith("patient") else "groups"
 
     @property
     def decided(self) -> bool:
@@ -147,7 +169,22 @@ class LabelFinder:
         if scores is not None and scores.is_floating_point() and "confidence" not in self._doubts:
             confidence = confidence_of(scores, self._probabilities)
         n_classes = predicted.n_classes or target.n_classes
-        return Labels(predicted.ids, confidence, target.ids, target.tied, n_classes, self._doubts)
+        return Labels(
+            predicted.ids,
+            confidence,
+            target.ids,
+            target.tied,
+            n_classes,
+            self._doubts,
+            self._find_keys(step),
+            self.group_noun,
+        )
+
+    def _find_keys(self, step: Step) -> Tensor | None:
+        ids = self.find_groups(step)
+        if self.group_noun is None:
+            return None
+        return group_keys([None] * step.samples if ids is None else ids, step.device)
 
     def _classes(self, scores: Tensor | None, labels: Tensor | None) -> tuple[Classes, Classes]:
         if not self._binary:
@@ -169,21 +206,45 @@ class LabelFinder:
         ShapeError
             If their number is not that of the samples.
         """
-        place = (self._places or self._look(step))["sample_ids"]
-        found = None if place is None else self._at(place, "sample_ids", step)
+        return self._find_ids("sample_ids", step)
+
+    def find_groups(self, step: Step) -> list[Any] | Tensor | None:
+        """The group of each sample, as a tensor or a list of ids; None when there are none.
+
+        Raises
+        ------
+        DiscoveryError
+            If ``groups`` was given and gives nothing.
+        ShapeError
+            If their number is not that of the samples.
+        """
+        found = self._find_ids("groups", step)
+        if found is None and self.group_noun is not None and "groups" not in self._told:
+            self._told.add("groups")
+            warnings.warn(
+                f"A step has no groups as the first one had: its samples are taken as one group, which makes "
+                f"intervals wider; this is said once. {step}",
+                XAttnWarning,
+                stacklevel=3,
+            )
+        return found
+
+    def _find_ids(self, what: str, step: Step) -> list[Any] | Tensor | None:
+        place = (self._places or self._look(step))[what]
+        found = None if place is None else self._at(place, what, step)
         if isinstance(found, Tensor) and found.dim() == 0:
             found = found[None]
-        count = None if found is None or isinstance(found, (str, bytes, Mapping, int, float)) else len(found)
+        count = _count(found)
         if found is not None and count == step.samples:
-            self._has_ids = True
+            self._seen.add(what)
             return found if isinstance(found, Tensor) else list(found)
-        setting = self._settings["sample_ids"]
-        if setting is None or self._has_ids:
+        setting = self._settings[what]
+        if setting is None or what in self._seen:
             return None
         if found is None:
-            raise DiscoveryError(f"No sample ids: {say_setting(setting)} gave nothing. {step}")
+            raise DiscoveryError(f"No {_NAMES[what]}s: {say_setting(setting)} gave nothing. {step}")
         got = f"a {type(found).__name__}" if count is None else count
-        raise ShapeError(f"Expected a sample id for each of {step.samples} samples; got {got}.")
+        raise ShapeError(f"Expected a {_NAMES[what]} for each of {step.samples} samples; got {got}.")
 
     def _look(self, step: Step) -> dict[str, Place | None]:
         places = {what: told_place(setting) for what, setting in self._settings.items()}
@@ -195,8 +256,10 @@ class LabelFinder:
             places["targets"] = guess_targets(step, scores)
             if places["targets"] is None:
                 self._doubts |= misfits(step)
-        if self._settings["sample_ids"] is None:
-            places["sample_ids"] = guess_sample_ids(step)
+        for what in ("sample_ids", "groups"):
+            if self._settings[what] is None:
+                place = guess_ids(step, what)
+                places[what] = place if place is not None and _count(place.read(step)) == step.samples else None
         if places["predictions"] is not None and isinstance(scores, Tensor):
             self._doubts |= self._decide(scores, places["predictions"], places["targets"], step)
         if "predictions" in self._doubts:
@@ -283,3 +346,8 @@ class LabelFinder:
             if single or are_ids(values, samples) or are_rows(values, samples):
                 return values
         return None
+
+
+def _count(found: Any) -> int | None:
+    """For how many samples there are ids; None for what is no sequence of ids."""
+    return len(found) if hasattr(found, "__len__") and not isinstance(found, (str, bytes, Mapping)) else None

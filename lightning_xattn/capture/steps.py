@@ -24,7 +24,7 @@ LabelSetting = str | Callable[[Any, Any], Any] | None
 
 PREDICTION_KEYS = ("logits", "probabilities", "probs", "predictions", "preds", "y_hat", "y_pred")
 TARGET_KEYS = ("targets", "target", "labels", "label", "y")
-SAMPLE_ID_KEYS = ("sample_ids", "sample_id")
+ID_KEYS = {"sample_ids": ("sample_ids", "sample_id"), "groups": ("groups", "patient_ids")}
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,9 @@ def guess_targets(step: Step, scores: Any) -> Place | None:
     return fitting[0] if len(fitting) == 1 else None
 
 
-def guess_sample_ids(step: Step) -> Place | None:
-    """Where a step has sample ids."""
-    return next(_keyed(step, ("batch", "outputs"), SAMPLE_ID_KEYS), None)
+def guess_ids(step: Step, what: str) -> Place | None:
+    """Where a step has "sample_ids" or "groups"."""
+    return next(_keyed(step, ("batch", "outputs"), ID_KEYS[what]), None)
 
 
 def misfits(step: Step) -> dict[str, str]:

@@ -48,7 +48,7 @@ class ExplainabilityCapture:
         Any module whose attention ``AttentionRecorder`` finds.
     num_heads
         How many heads the attention must have; None: as many as it has.
-    attention, class_names, group_by, predictions, targets, sample_ids
+    attention, class_names, group_by, predictions, targets, sample_ids, groups
         As ``AttentionExplainabilityCallback`` takes them; ``outputs`` are those of ``predict``, and ``group_by`` is
         for ``explain_loader``.
     axes
@@ -87,6 +87,7 @@ class ExplainabilityCapture:
         predictions: LabelSetting = None,
         targets: LabelSetting = None,
         sample_ids: LabelSetting = None,
+        groups: LabelSetting = None,
         axes: Mapping[str, TokenAxis] | None = None,
         predict: Callable[[Any, Any], Any] | None = None,
         max_batch_size: int | None = None,
@@ -98,7 +99,7 @@ class ExplainabilityCapture:
             check_attention(attention)
         if group_by not in GROUPINGS:
             raise SettingError(f"group_by must be one of {', '.join(GROUPINGS)}; got {group_by!r}.")
-        self._labels = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids}
+        self._labels = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids, "groups": groups}
         self._finder()  # checks them
         if predict is not None and not callable(predict):
             raise SettingError(f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r}.")

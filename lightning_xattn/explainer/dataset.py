@@ -73,28 +73,24 @@ class DatasetSums:
             The place of its first sample in the loader.
         """
         places = torch.arange(first_index, first_index + run.step.samples)
-        about = {"sample_idx": places, "sample_id": run.sample_ids}
+        about = {"sample_idx": places, "sample_id": run.sample_ids, "group": run.groups}
         columns = add_batch(self._accumulators, run.pairs, run.labels, self._group_by, len(self.classes))
         return [of_layer | about for of_layer in columns]
 
     def sums(self) -> Sums:
         """What there is so far; ``add`` replaces these tensors and leaves them as they are."""
-        return {
-            layer: (accumulator.layout, {name: getattr(accumulator, name) for name in accumulator.metric_state})
-            for layer, accumulator in self._accumulators.items()
-        }
+        return {layer: accumulator.sums() for layer, accumulator in self._accumulators.items()}
 
     def load(self, sums: Sums) -> None:
         """Go on from other sums, where the first pass was."""
         self._accumulators = {}
-        for layer, (layout, of_layer) in sums.items():
-            self._accumulators[layer] = LayerAccumulator(layout, self._device)
-            for name, values in of_layer.items():
-                setattr(self._accumulators[layer], name, values.to(self._device))
+        for layer, of_layer in sums.items():
+            self._accumulators[layer] = LayerAccumulator(of_layer.layout, self._device)
+            self._accumulators[layer].load(of_layer)
 
     def summaries(self) -> dict[str, LayerSummary]:
         """By layer, in the order in which they ran."""
-        return {layer: LayerSummary(of.layout, of.sums()) for layer, of in self._accumulators.items()}
+        return {layer: LayerSummary(of.sums().cpu()) for layer, of in self._accumulators.items()}
 
 
 @dataclass(frozen=True, eq=False)

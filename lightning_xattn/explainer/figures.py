@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lightning_xattn.aggregation import CORRECT, INCORRECT, LayerSummary
 from lightning_xattn.epoch import epoch_figures
 from lightning_xattn.explanation import DatasetExplanation
+from lightning_xattn.phrases import describe_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ def dataset_figures(explained: DatasetExplanation) -> Iterator[tuple[str, Figure
 
     names, group_by = explained.class_names, explained.group_by
     for layer, summary in explained.summaries.items():
-        context = f"layer {layer}, {summary.samples} samples"
+        context = f"layer {layer}, {describe_size(summary.samples, summary.groups(), summary.group_noun)}"
         end = "" if summary is explained.headline else f"_{layer}"
         for tag, figure in epoch_figures(
             summary, "all", names, group_by=group_by, axes=explained.axes, context=context
@@ -33,7 +34,9 @@ def dataset_figures(explained: DatasetExplanation) -> Iterator[tuple[str, Figure
             yield tag.removeprefix("xattn_").replace("/all/", "_") + end, figure
         if names:
             quantities = {title: _groups(summary, column) for title, column in _columns(summary)}
-            figure = plot_class_comparison(quantities, names, group_by=group_by, context=context)
+            figure = plot_class_comparison(
+                quantities, names, group_by=group_by, group_noun=summary.group_noun, context=context
+            )
             yield f"class_comparison{end}", figure
 
 
@@ -49,7 +52,7 @@ def _groups(summary: LayerSummary, column: str) -> tuple[list[Group], list[Group
 
     def group(class_id: int | None, outcome: int | None) -> Group:
         which = column, class_id, outcome
-        return Group(summary.count(*which), summary.mean(*which), summary.std(*which))
+        return Group(summary.count(*which), summary.mean(*which), *summary.interval(*which))
 
     classes = [group(class_id, None) for class_id in range(summary.n_classes)]
     return classes, [group(None, outcome) for outcome in (CORRECT, INCORRECT)]

@@ -34,12 +34,15 @@ class Pass:
         Predicted and true classes.
     sample_ids
         As strings; None when there are none.
+    groups
+        The id of each sample's group; None when there are none.
     """
 
     step: Step
     pairs: tuple[AttentionPair, ...]
     labels: Labels
     sample_ids: list[str] | None
+    groups: list[Any] | Tensor | None
 
     @classmethod
     def of(cls, step: Step, pairs: tuple[AttentionPair, ...], finder: LabelFinder) -> Pass:
@@ -52,9 +55,9 @@ class Pass:
         DiscoveryError, ShapeError
             As ``LabelFinder``.
         """
-        labels, ids = finder.find(step), finder.find_sample_ids(step)
+        labels, ids, groups = finder.find(step), finder.find_sample_ids(step), finder.find_groups(step)
         named = None if ids is None else [str(_plain(one)) for one in ids]
-        run = cls(step, pairs, labels, named)
+        run = cls(step, pairs, labels, named, groups)
         run._require_finite()
         return run
 
@@ -106,6 +109,7 @@ class Explained:
                 confidence=_to_cpu(labels.confidence),
                 target=_to_cpu(labels.target),
                 tied=_to_cpu(labels.tied),
+                groups=_to_cpu(labels.groups),
             ),
             run.sample_ids,
             _to_cpu(logits),
@@ -139,6 +143,7 @@ class Explained:
                 confidence=_cat([one.confidence for one in labels]),
                 target=_cat([one.target for one in labels]),
                 tied=_cat([one.tied for one in labels]),
+                groups=_cat([one.groups for one in labels]),
             ),
             None if ids[0] is None else [one for of_part in ids for one in of_part or ()],
             _cat([part.logits for part in parts]),

@@ -10,25 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.aggregation import Layout
+from lightning_xattn.aggregation import LayerSums, Layout
 from lightning_xattn.attention import Direction
 from lightning_xattn.errors import DataError, SettingError
 from lightning_xattn.explainer.passes import Pass
 from lightning_xattn.files import complete_or_absent
 from lightning_xattn.functional import ROW_STATISTICS, prepare_rows
+from lightning_xattn.groups import GroupSums
 from lightning_xattn.table import SampleTable, count_rows
 
 FILE = "_progress.pt"
 """Readers of Parquet folders pass over names that begin with an underscore."""
 
-FORMAT = "2"
+FORMAT = "3"
 """Raised when the file, or what a number in it means, changes."""
 
 ALIKE = 1e-4
 """Numbers of one batch that are computed twice agree within this."""
 
-Sums = Mapping[str, tuple[Layout, Mapping[str, Tensor]]]
-"""By layer, the layout and the sums of its ``LayerAccumulator``."""
+Sums = Mapping[str, LayerSums]
+"""By layer, the sums of its ``LayerAccumulator``."""
 
 
 class ExplainedFolder:
@@ -80,7 +81,7 @@ class ExplainedFolder:
         self.batches: int = saved.get("batches", 0)
         self.samples: int = saved.get("samples", 0)
         self.finished: bool = saved.get("finished", False)
-        self.sums: Sums = {name: (_layout(plain), sums) for name, (plain, sums) in saved.get("sums", {}).items()}
+        self.sums: Sums = {name: _from_plain(plain) for name, plain in saved.get("sums", {}).items()}
         self._first = saved.get("first", self._first)
         self._parts: dict[str, int] = saved.get("parts", {})
         for path in [*self.folder.glob("explained-*.parquet"), *self.folder.glob(".explained-*.part")]:
@@ -133,10 +134,7 @@ class ExplainedFolder:
                 "batches": batches,
                 "samples": samples,
                 "finished": finished,
-                "sums": {
-                    name: (_plain(layout), {state: values.cpu() for state, values in of_layer.items()})
-                    for name, (layout, of_layer) in sums.items()
-                },
+                "sums": {name: _plain(of_layer.cpu()) for name, of_layer in sums.items()},
                 "first": self._first,
                 "parts": self._parts | {path.name: count_rows(path) for path in table.close()},
             }
@@ -199,20 +197,26 @@ def _short(value: str) -> str:
     return value if len(value) <= 60 else f"{value[:12]}..."
 
 
-def _plain(layout: Layout) -> dict[str, Any]:
-    """A layout in plain types, so that a file with it loads with ``weights_only=True``."""
+def _plain(sums: LayerSums) -> dict[str, Any]:
+    """Sums in plain types, so that a file with them loads with ``weights_only=True``."""
+    layout, groups = sums.layout, sums.groups
     return {
         "columns": list(layout.columns),
         "n_classes": layout.n_classes,
         "heads": {str(direction): heads for direction, heads in layout.heads.items()},
         "tokens": {str(direction): list(tokens) for direction, tokens in layout.tokens.items()},
+        "group_noun": layout.groups,
+        "states": dict(sums.states),
+        "groups": groups and [groups.cells, groups.sums, groups.score_cells, groups.score_counts],
     }
 
 
-def _layout(plain: Mapping[str, Any]) -> Layout:
-    return Layout(
+def _from_plain(plain: Mapping[str, Any]) -> LayerSums:
+    layout = Layout(
         tuple(plain["columns"]),
         plain["n_classes"],
         {Direction.parse(name): heads for name, heads in plain["heads"].items()},
         {Direction.parse(name): (queries, keys) for name, (queries, keys) in plain["tokens"].items()},
+        plain["group_noun"],
     )
+    return LayerSums(layout, plain["states"], plain["groups"] and GroupSums(*plain["groups"]))

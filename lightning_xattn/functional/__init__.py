@@ -11,9 +11,15 @@ from lightning_xattn.functional.alignment import (
     standardised_maps,
 )
 from lightning_xattn.functional.heads import head_diversity, query_selectivity, require_heads, sink_strength
-from lightning_xattn.functional.intervals import mean_interval
+from lightning_xattn.functional.intervals import grouped_mean_interval, mean_interval
 from lightning_xattn.functional.lift import lift, lift_map, received_lift
-from lightning_xattn.functional.outcomes import Separation, class_adjusted_gap, score_bins, separation
+from lightning_xattn.functional.outcomes import (
+    Separation,
+    class_adjusted_gap,
+    grouped_separation,
+    score_bins,
+    separation,
+)
 from lightning_xattn.functional.pairs import TopPair, head_top_pairs, sample_top_pairs, top_pairs
 from lightning_xattn.functional.rows import (
     ROW_STATISTICS,
@@ -36,6 +42,8 @@ __all__ = [
     "best_head_matching",
     "class_adjusted_gap",
     "crossing",
+    "grouped_mean_interval",
+    "grouped_separation",
     "has_single_keys",
     "head_alignment",
     "head_alignment_matrix",

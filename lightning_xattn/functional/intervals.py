@@ -1,13 +1,15 @@
-"""How sure is a mean over samples?"""
+"""How sure is a mean over samples, and over samples of which several belong to one group?"""
 
 from __future__ import annotations
 
 import math
 
 from scipy.stats import t
+from torch import Tensor
 
 MINIMUM_GROUP = 5
-"""With fewer samples than this in a group nothing is claimed of it: no interval, and no comparison with another."""
+"""With fewer samples than this nothing is claimed of them, nor with fewer groups where groups are known: no interval,
+and no comparison with others."""
 
 
 def mean_interval(mean: float, std: float, count: int) -> tuple[float, float]:
@@ -29,5 +31,34 @@ def mean_interval(mean: float, std: float, count: int) -> tuple[float, float]:
     """
     if count < MINIMUM_GROUP:
         return math.nan, math.nan
-    half = float(t.ppf(0.975, count - 1)) * std / math.sqrt(count)
+    return _around(mean, std / math.sqrt(count), count)
+
+
+def grouped_mean_interval(counts: Tensor, sums: Tensor) -> tuple[float, float]:
+    """95 % interval of a mean over samples of which those of one group (patient, recording) may be alike.
+
+    ``mean -+ t(0.975, G - 1) s`` with the cluster-robust variance ``s^2 = G / (G - 1) sum_g (S_g - n_g mean)^2 / n^2``
+    (Liang and Zeger 1986). With one sample a group it is `mean_interval`.
+
+    Parameters
+    ----------
+    counts, sums
+        ``(groups,)`` how many samples each group has, ``n_g``, and the sum of their numbers, ``S_g``.
+
+    Returns
+    -------
+    low, high
+        NaN with fewer than ``MINIMUM_GROUP`` groups that have a sample.
+    """
+    counts, sums = counts[counts > 0].double(), sums[counts > 0].double()
+    groups = len(counts)
+    if groups < MINIMUM_GROUP:
+        return math.nan, math.nan
+    mean = sums.sum() / counts.sum()
+    variance = groups / (groups - 1) * (sums - counts * mean).square().sum() / counts.sum() ** 2
+    return _around(float(mean), math.sqrt(variance), groups)
+
+
+def _around(mean: float, error: float, independent: int) -> tuple[float, float]:
+    half = float(t.ppf(0.975, independent - 1)) * error
     return mean - half, mean + half

@@ -5,11 +5,12 @@ From histograms and sums, so nothing is stored.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.stats import norm, t
 from torch import Tensor
 
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
@@ -28,11 +29,13 @@ class Separation:
     ----------
     auroc
         P(score of a correct sample > score of an incorrect one) + half the ties, in [0, 1]; 0.5: not at all.
-        NaN with fewer than ``MINIMUM_GROUP`` samples in either group.
+        NaN with fewer than ``MINIMUM_GROUP`` samples of either outcome, or groups where they are known.
     low, high
         95 % interval of the AUROC (Hanley & McNeil 1982, solved as Newcombe 2006), in [0, 1]; NaN where ``auroc`` is.
     correct, incorrect
-        Samples with a defined score in each group.
+        Samples with a defined score of each outcome.
+    correct_groups, incorrect_groups
+        How many groups (patients, recordings) these belong to; None where groups are not known.
     """
 
     auroc: float
@@ -40,6 +43,8 @@ class Separation:
     high: float
     correct: int
     incorrect: int
+    correct_groups: int | None = None
+    incorrect_groups: int | None = None
 
     @property
     def cliffs_delta(self) -> float:
@@ -65,7 +70,7 @@ def score_bins(scores: Tensor, low: float, high: float) -> Tensor:
 
 
 def separation(correct: Tensor, incorrect: Tensor) -> Separation:
-    """AUROC of a score with its 95 % interval, from one histogram an outcome.
+    """AUROC of a score with its 95 % interval, from one histogram an outcome; samples are taken as independent.
 
     Parameters
     ----------
@@ -73,29 +78,70 @@ def separation(correct: Tensor, incorrect: Tensor) -> Separation:
         ``(bins,)`` counts over the same bins, ascending scores.
     """
     correct, incorrect = correct.double(), incorrect.double()
-    n_correct, n_incorrect = correct.sum(), incorrect.sum()
-    sizes = int(n_correct), int(n_incorrect)
+    sizes = int(correct.sum()), int(incorrect.sum())
     if min(sizes) < MINIMUM_GROUP:
         return Separation(torch.nan, torch.nan, torch.nan, *sizes)
-
-    # The share of the incorrect samples that a score beats, ties counting half.
-    beats = (incorrect.cumsum(0) - incorrect / 2) / n_incorrect
-    auroc = float((correct * beats).sum() / n_correct)
-    return Separation(auroc, *_interval(auroc, *sizes), *sizes)
+    auroc = float((correct * _beaten(incorrect)).sum() / sizes[0])
+    return Separation(auroc, *_interval(auroc, *sizes, half_width=norm.ppf(0.975)), *sizes)
 
 
-def _interval(auroc: float, positives: int, negatives: int) -> tuple[float, float]:
-    """The AUROCs that 1.96 of their own standard errors (Hanley & McNeil 1982) do not separate from the one seen.
+def grouped_separation(bins: Tensor, groups: Tensor, counts: Tensor) -> Separation:
+    """AUROC of a score with its 95 % interval, where samples of one group (patient, recording) may be alike.
+
+    The AUROC is that of `separation`. Its variance by groups (Obuchowski 1997) over that by samples (DeLong 1988) is
+    the design effect: by so much the variance in `separation`'s interval is multiplied, and 1.96 becomes Student's
+    quantile for the number of groups. With one sample a group the design effect is 1. Where a variance is not above 0,
+    as that of outcomes whose scores do not overlap, a group counts as one sample.
+
+    Parameters
+    ----------
+    bins
+        ``(n,)`` int64 in [0, BINS), see `score_bins`.
+    groups
+        ``(n,)`` int64, any numbers.
+    counts
+        ``(n, 2)`` how many correct and incorrect samples of the group have a score in the bin.
+    """
+    ids, index = groups.unique(return_inverse=True)
+    counts = counts.double()
+    histograms = counts.new_zeros(BINS, 2).index_add(0, bins, counts)
+    by_group = counts.new_zeros(len(ids), 2).index_add(0, index, counts)
+    sizes = int(counts[:, 0].sum()), int(counts[:, 1].sum())
+    n_groups = int((by_group[:, 0] > 0).sum()), int((by_group[:, 1] > 0).sum())
+    if min(n_groups) < MINIMUM_GROUP:
+        return Separation(torch.nan, torch.nan, torch.nan, *sizes, *n_groups)
+    correct, incorrect = histograms.unbind(1)
+    # The share of the other outcome that a sample in each bin is right about: its placement (DeLong 1988).
+    placements = torch.stack([_beaten(incorrect), 1 - _beaten(correct)], dim=1)
+    auroc = float(correct @ placements[:, 0] / sizes[0])
+    deviations = placements - auroc
+    by_sample = (histograms * deviations**2).sum(0) / (histograms.sum(0) - 1) / histograms.sum(0)
+    sums = counts.new_zeros(len(ids), 2).index_add(0, index, counts * deviations[bins]) / counts.sum(0)
+    each = counts.new_tensor(n_groups)
+    both = len(by_group[by_group.sum(1) > 0])
+    variance = (each / (each - 1) * sums.square().sum(0)).sum() + 2 * both / (both - 1) * sums.prod(1).sum()
+    told = min(float(variance), float(by_sample.sum())) > 0
+    effect = float(variance / by_sample.sum()) if told else sum(sizes) / both
+    half_width = float(t.ppf(0.975, both - 1)) * math.sqrt(effect)
+    return Separation(auroc, *_interval(auroc, *sizes, half_width), *sizes, *n_groups)
+
+
+def _beaten(histogram: Tensor) -> Tensor:
+    """The share of a histogram's samples that a score in each bin is above, ties counting half."""
+    return (histogram.cumsum(0) - histogram / 2) / histogram.sum()
+
+
+def _interval(auroc: float, positives: int, negatives: int, half_width: float) -> tuple[float, float]:
+    """The AUROCs that so many of their own standard errors (Hanley & McNeil 1982) do not separate from the one seen.
 
     Solving for the true value (Newcombe 2006, method 5) instead of putting the seen one into the formula keeps the
-    interval from shrinking to nothing where the groups are small and do not overlap.
+    interval from shrinking to nothing where the outcomes are few and do not overlap.
     """
-    z = norm.ppf(0.975)
     larger = (positives + negatives) / 2 - 1
 
     def excess(true: float) -> float:
         variance = true * (1 - true) * (1 + larger * ((1 - true) / (2 - true) + true / (1 + true)))
-        return float((auroc - true) ** 2 - z**2 * variance / (positives * negatives))
+        return float((auroc - true) ** 2 - half_width**2 * variance / (positives * negatives))
 
     # 0 and 1 solve the equation trivially where they are what was seen: stay just inside of them.
     low = brentq(excess, 0.0, min(auroc, 1 - 1e-9)) if auroc > 0 else 0.0

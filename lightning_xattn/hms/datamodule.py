@@ -37,6 +37,8 @@ class HMSBatch(TypedDict):
     """``(B, 6)`` float32, the experts' votes as shares."""
     sample_ids: Tensor
     """``(B,)`` int64, the ``label_id`` of each sample."""
+    patient_ids: Tensor
+    """``(B,)`` int64; samples of one patient are not independent."""
 
 
 class HMSDataset(Dataset[HMSBatch]):
@@ -56,6 +58,7 @@ class HMSDataset(Dataset[HMSBatch]):
         rows = [features.recordings.rows[i] for i in indices]
         self._targets = torch.from_numpy(np.stack([row.soft_label for row in rows]))
         self._sample_ids = torch.tensor([row.label_id for row in rows])
+        self._patient_ids = torch.tensor([row.patient_id for row in rows])
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -64,7 +67,7 @@ class HMSDataset(Dataset[HMSBatch]):
     def fingerprint(self) -> str:
         """What is another one when the recordings, their votes, or how they are cut have changed."""
         digest = hashlib.sha256(self.features.folder.name.encode())
-        for values in (self._sample_ids, self._targets):
+        for values in (self._sample_ids, self._patient_ids, self._targets):
             digest.update(values.numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -80,6 +83,7 @@ class HMSDataset(Dataset[HMSBatch]):
             "spec_graphs": graph_batches(arrays["spec_x"], SPEC_EDGE_INDEX),
             "targets": self._targets[indices],
             "sample_ids": self._sample_ids[indices],
+            "patient_ids": self._patient_ids[indices],
         }
 
 

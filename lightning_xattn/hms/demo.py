@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader
 
 from lightning_xattn import AttentionExplainabilityCallback, AttentionRecorder
 from lightning_xattn.errors import SettingError
-from lightning_xattn.functional import prepare_rows, sample_statistics, score_bins, separation
-from lightning_xattn.functional.outcomes import BINS
+from lightning_xattn.functional import grouped_separation, prepare_rows, sample_statistics, score_bins
 from lightning_xattn.hms.datamodule import HMSBatch, HMSDataModule
 from lightning_xattn.hms.module import HMSLightningModule
 from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import COMPETITION, Recordings
 from lightning_xattn.hms.simulator import simulate
+from lightning_xattn.phrases import describe_size
 from lightning_xattn.report import summary_text
 
 TRAIN_ON = ("simulated", "data")
@@ -133,7 +133,7 @@ def _describe(
     summary, metrics = watch.summaries[stage], trainer.callback_metrics
     ties = f" ({summary.ties} with a tied top vote, where the first class counts)" if summary.ties else ""
     return [
-        f"{title} on {root}: {summary.samples} recordings{ties}",
+        f"{title} on {root}: {describe_size(summary.samples, summary.groups(), summary.group_noun)}{ties}",
         f"  accuracy {metrics[f'{stage}_acc']:.2f} (chance {1 / len(CLASSES):.2f}), "
         f"macro F1 {metrics[f'{stage}_f1']:.2f}, loss {metrics[f'{stage}_loss']:.2f}",
         textwrap.indent(summary_text(summary, CLASSES, watch.group_by), "  "),
@@ -146,7 +146,7 @@ def _describe_agreement(
 ) -> list[str]:
     """Does alignment see that a simulated sample's modalities show different classes?"""
     numbers: dict[str, list[Tensor]] = {"alignment": [], "interaction": []}
-    agrees = []
+    agrees, patients = [], []
     module.eval()
     with torch.no_grad(), AttentionRecorder(module) as recorder:
         for batch in (batch for loader in loaders for batch in loader):
@@ -157,17 +157,22 @@ def _describe_agreement(
             for name, values in numbers.items():
                 values.append(statistics[name].cpu())
             agrees += [recordings.by_label_id[label].extra["agrees"] for label in batch["sample_ids"].tolist()]
+            patients.append(batch["patient_ids"])
 
-    chosen = torch.tensor(agrees)
+    chosen, groups = torch.tensor(agrees), torch.cat(patients)
     lines = [
         f"Simulated samples not trained on, whose modalities agree (n = {int(chosen.sum())}) or show different classes "
-        f"(n = {int((~chosen).sum())}):"
+        f"(n = {int((~chosen).sum())}), of {len(groups.unique())} patients:"
     ]
     for name, parts in numbers.items():
         scores = torch.cat(parts)
-        bins = score_bins(scores, -1, 1)
-        apart = separation(*(torch.bincount(bins[group], minlength=BINS) for group in (chosen, ~chosen)))
-        claim = f"AUROC {apart.auroc:.2f} [{apart.low:.2f}, {apart.high:.2f}] (0.5: it does not see the difference)"
+        defined = scores.isfinite()
+        outcomes = torch.stack([chosen, ~chosen], dim=1)
+        apart = grouped_separation(score_bins(scores[defined], -1, 1), groups[defined], outcomes[defined])
+        claim = (
+            f"AUROC {apart.auroc:.2f}, 95 % interval by patients {apart.low:.2f} to {apart.high:.2f} (0.5: it does not "
+            "see the difference)"
+        )
         lines.append(
             f"  {name}: mean {scores[chosen].nanmean():.3f} against {scores[~chosen].nanmean():.3f}, "
             + (claim if math.isfinite(apart.auroc) else "too few to say whether it sees the difference")

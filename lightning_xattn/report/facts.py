@@ -55,11 +55,13 @@ class Number(TypedDict):
 
     count: int
     """Samples where the number is defined."""
+    groups: int | None
+    """How many groups (patients, recordings) they belong to; None where groups are not known."""
     mean: float
     std: float
     """Standard deviation with n - 1."""
     low: float
-    """Lower and upper end of the 95 % t interval of the mean; NaN with fewer than ``MINIMUM_GROUP`` samples."""
+    """Lower and upper end of the mean's 95 % interval; NaN with fewer than ``MINIMUM_GROUP`` groups, or samples."""
     high: float
 
 
@@ -70,6 +72,7 @@ class Group(TypedDict):
     name: str
     class_id: int | None
     samples: int
+    groups: int | None
     correct: int
     incorrect: int
     accuracy: float
@@ -82,12 +85,15 @@ class Outcome(TypedDict):
     """A score of the correct predictions against that of the incorrect ones."""
 
     correct: int
-    """Samples with a defined score in each group."""
+    """Samples with a defined score of each outcome."""
     incorrect: int
+    correct_groups: int | None
+    """How many groups they belong to; None where groups are not known."""
+    incorrect_groups: int | None
     gap: float
     class_adjusted_gap: float
     auroc: float
-    """NaN, as its 95 % interval, with fewer than ``MINIMUM_GROUP`` samples in either group."""
+    """NaN, as its 95 % interval, with fewer than ``MINIMUM_GROUP`` groups, or samples, of either outcome."""
     low: float
     high: float
     cliffs_delta: float
@@ -99,6 +105,8 @@ class LayerFacts(TypedDict):
     layer: str
     directions: list[str]
     samples: int
+    group_noun: str | None
+    """What groups are called, such as "patients"; None where they are not known: samples count as independent."""
     unclassified: int
     ties: int
     undefined_share: float
@@ -210,6 +218,7 @@ def collect_layer(layer: str, summary: LayerSummary, class_names: Sequence[str])
         "layer": layer,
         "directions": [str(direction) for direction in summary.heads],
         "samples": summary.samples,
+        "group_noun": summary.group_noun,
         "unclassified": summary.unclassified,
         "ties": summary.ties,
         "undefined_share": summary.undefined_share(),
@@ -262,6 +271,7 @@ def _collect_group(
             low, high = summary.interval(column, class_id, outcome)
             numbers[column] = {
                 "count": summary.count(column, class_id, outcome),
+                "groups": summary.groups(column, class_id, outcome) if summary.group_noun else None,
                 "mean": summary.mean(column, class_id, outcome),
                 "std": summary.std(column, class_id, outcome),
                 "low": low,
@@ -271,7 +281,8 @@ def _collect_group(
         "group": group,
         "name": name,
         "class_id": class_id if group == "class" else None,
-        "samples": summary.count("invalid_rows", class_id, outcome),
+        "samples": summary.size(class_id, outcome),
+        "groups": summary.groups("invalid_rows", class_id, outcome) if summary.group_noun else None,
         "correct": correct,
         "incorrect": incorrect,
         # The accuracy within an outcome is 1 or 0 by construction.
@@ -285,6 +296,8 @@ def _collect_outcome(summary: LayerSummary, score: str) -> Outcome:
     return {
         "correct": found.correct,
         "incorrect": found.incorrect,
+        "correct_groups": found.correct_groups,
+        "incorrect_groups": found.incorrect_groups,
         "gap": summary.gap(score),
         "class_adjusted_gap": summary.class_adjusted_gap(score),
         "auroc": found.auroc,

@@ -36,11 +36,10 @@ _OF_DATASET = (
     "The alignment between different samples is that of the one direction of a sample with the other direction of "
     "another, averaged over all such pairs: near 0 where the maps of two samples are unrelated, and well above 0 where "
     "the model attends alike whatever the sample. The mean alignment less this is what belongs to the samples. "
-    "The interval of a mean takes samples as independent: with several samples of one patient or one source it is too "
-    "narrow, and with few samples it may reach beyond what is possible. The class-adjusted gap is the gap within each "
-    "class, averaged over the classes with both outcomes: classes differ in accuracy and in attention, and that alone "
-    "makes a gap. The AUROC is the chance that a correct prediction has the higher score of the two, 0.5 where the "
-    "score tells nothing."
+    "The interval of a mean may reach beyond what is possible where samples are few. The class-adjusted gap is the gap "
+    "within each class, averaged over the classes with both outcomes: classes differ in accuracy and in attention, and "
+    "that alone makes a gap. The AUROC is the chance that a correct prediction has the higher score of the two, 0.5 "
+    "where the score tells nothing."
 )
 
 
@@ -172,8 +171,22 @@ def describe_dataset(facts: DatasetFacts) -> Document:
     ]
     if facts["table"]:
         sections.append(Section("Samples", [Paragraph(f"The numbers of each sample are in {facts['table']}.")]))
-    sections.append(Section("How to read this", [Paragraph(_HOW_TO_READ), Paragraph(_OF_DATASET)]))
+    nouns = dict.fromkeys(layer["group_noun"] for layer in facts["layers"])
+    how_to_read = [_HOW_TO_READ, _OF_DATASET, *map(_describe_independence, nouns)]
+    sections.append(Section("How to read this", [*map(Paragraph, how_to_read)]))
     return Document("Cross-modal attention report", sections)
+
+
+def _describe_independence(group_noun: str | None) -> str:
+    if group_noun is None:
+        return (
+            "Samples are taken as independent of each other, since no groups are known. With several samples of one "
+            "patient or one recording every interval is too narrow: name their groups, groups=<key or callable>."
+        )
+    return (
+        f"Intervals are by {group_noun}: samples of one of the {group_noun} may be alike, so that many samples of few "
+        f"{group_noun} tell little. Nothing is claimed of fewer than {MINIMUM_GROUP} {group_noun}."
+    )
 
 
 def describe_layer(facts: LayerFacts, group_by: str) -> Iterator[Block]:
@@ -193,7 +206,8 @@ def describe_layer(facts: LayerFacts, group_by: str) -> Iterator[Block]:
 
 
 def _describe_counts(facts: LayerFacts) -> Iterator[tuple[str, str, Sequence[str]]]:
-    yield "Samples", str(facts["samples"]), ()
+    noun, whole = facts["group_noun"], facts["groups"][0]
+    yield "Samples", f"{facts['samples']} of {whole['groups']} {noun}" if noun else str(facts["samples"]), ()
     if facts["unclassified"]:
         yield "Samples without a class", str(facts["unclassified"]), ()
     if facts["ties"]:
@@ -229,19 +243,25 @@ def _tabulate(facts: LayerFacts, group_by: str, columns: Mapping[str, str]) -> T
     by_class = any(group["group"] == "class" for group in facts["groups"])
     title, accuracy = _GROUPS[group_by] if by_class else ("samples", "accuracy")
     rows = [
-        (group["name"], str(group["samples"]), _share(group), *(_mean(group, name) for name in columns))
+        (group["name"], _size(group), _share(group), *(_mean(group, name) for name in columns))
         for group in facts["groups"]
     ]
-    return Table((title, "n", accuracy, *columns.values()), rows)
+    size = f"n ({facts['group_noun']})" if facts["group_noun"] else "n"
+    return Table((title, size, accuracy, *columns.values()), rows)
+
+
+def _size(group: Group) -> str:
+    return str(group["samples"]) + ("" if group["groups"] is None else f" ({group['groups']})")
 
 
 def _describe_intervals(facts: LayerFacts, columns: Sequence[str]) -> str:
     """What the brackets behind the means are, and why means have none; empty where there are no means."""
     numbers = [group["numbers"][name] for group in facts["groups"] for name in columns]
-    few = f"fewer than {MINIMUM_GROUP} samples, of which nothing is claimed"
+    few = f"fewer than {MINIMUM_GROUP} {facts['group_noun'] or 'samples'}, of which nothing is claimed"
+    by = f", by {facts['group_noun']}" if facts["group_noun"] else ", samples taken as independent"
     parts = [
-        "In brackets: the 95 % t interval of the mean." if any(not math.isnan(one["low"]) for one in numbers) else "",
-        f"No interval: {few}." if any(0 < one["count"] < MINIMUM_GROUP for one in numbers) else "",
+        f"Behind a mean: its 95 % interval{by}." if any(not math.isnan(one["low"]) for one in numbers) else "",
+        f"No interval: {few}." if any(one["count"] and math.isnan(one["low"]) for one in numbers) else "",
     ]
     return " ".join(filter(None, parts))
 
@@ -271,9 +291,17 @@ def describe_outcome(facts: LayerFacts, score: str) -> tuple[str, str, Sequence[
     # The table has the entropy of each direction.
     both = score == "entropy" and len(facts["directions"]) > 1
     label = f"{score} (of a sample, the mean of both directions)" if both else score
-    sizes = f"{outcome['correct']} correct and {outcome['incorrect']} incorrect with a defined {score}"
+    noun = facts["group_noun"]
+    correct, incorrect = (
+        f"{outcome['correct']} correct" + (f" of {outcome['correct_groups']} {noun}" if noun else ""),
+        f"{outcome['incorrect']} incorrect" + (f" of {outcome['incorrect_groups']} {noun}" if noun else ""),
+    )
+    sizes = f"{correct} and {incorrect} with a defined {score}"
     if math.isnan(outcome["auroc"]):
-        return label, f"nothing is claimed with fewer than {MINIMUM_GROUP} of either ({sizes})", ()
+        few = (
+            f"fewer than {MINIMUM_GROUP} {noun} of either outcome" if noun else f"fewer than {MINIMUM_GROUP} of either"
+        )
+        return label, f"nothing is claimed with {few} ({sizes})", ()
     if outcome["low"] > 0.5:
         verdict = "higher in correct predictions"
     elif outcome["high"] < 0.5:
@@ -285,7 +313,8 @@ def describe_outcome(facts: LayerFacts, score: str) -> tuple[str, str, Sequence[
         verdict += ", which may be a difference between classes"
     adjusted = "undefined (no class has both outcomes)" if math.isnan(within) else decimal(within, 3, signed=True)
     gaps = f"gap {decimal(outcome['gap'], 3, signed=True)}, class-adjusted gap {adjusted}"
-    found = f"AUROC {decimal(outcome['auroc'], 3)}, 95 % interval {_interval(outcome)}"
+    by = f" by {noun}" if noun else ""
+    found = f"AUROC {decimal(outcome['auroc'], 3)}, 95 % interval{by} {_interval(outcome)}"
     return label, f"{verdict}: {found} ({sizes})", [gaps]
 
 

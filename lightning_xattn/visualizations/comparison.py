@@ -12,10 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_xattn.errors import SettingError, ShapeError
-from lightning_xattn.functional import mean_interval
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.visualizations.drawing import WIDTH, name_rows, new_figure, set_title, wrap
-from lightning_xattn.visualizations.epoch import LOOKS, Look, per_group
+from lightning_xattn.visualizations.epoch import LOOKS, Look, interval_by, per_group
 from lightning_xattn.visualizations.output import save
 
 _CLASS = Look("black", filled=True, line="-", marker="o", offset=0)
@@ -23,11 +22,12 @@ OUTCOMES = ("correct", "incorrect")
 
 
 class Group(NamedTuple):
-    """Some samples and one of their numbers: how many have it, its mean, its standard deviation (with n - 1)."""
+    """Some samples and one of their numbers: how many have it, its mean, and the mean's 95 % interval (NaN: none)."""
 
     n: int
     mean: float
-    std: float
+    low: float
+    high: float
 
 
 def plot_class_comparison(
@@ -35,10 +35,11 @@ def plot_class_comparison(
     class_names: Sequence[str],
     *,
     group_by: str | None = "target",
+    group_noun: str | None = None,
     context: str = "",
     save_path: str | PathLike[str] | None = None,
 ) -> Figure:
-    """Draw means with their 95 % intervals (Student's t), one panel per number: the classes, and below the outcomes.
+    """Draw means with their 95 % intervals, one panel per number: the classes, and below the outcomes.
 
     Groups are compared within a panel. Numbers of one unit or range have one scale, others have their own.
 
@@ -46,12 +47,13 @@ def plot_class_comparison(
     ----------
     quantities
         For each number, by a title with its unit or range (``"alignment (Pearson r)"``): a group per class, and the
-        groups of correct and of incorrect predictions. A group without samples has a mean of NaN and draws nothing,
-        one of fewer than ``MINIMUM_GROUP`` has no interval.
+        groups of correct and of incorrect predictions. A group without samples has a mean of NaN and draws nothing.
     class_names
         A name for each class.
     group_by
         What the classes are: ``"target"`` (true class), ``"prediction"`` (predicted class) or None (no classes).
+    group_noun
+        What the intervals are by, such as ``"patients"``; None: by sample.
     context
         Where the numbers come from, for the title, e.g. ``"test"``.
     save_path
@@ -79,8 +81,7 @@ def plot_class_comparison(
     for ax, (title, (classes, outcomes)) in zip(panels, quantities.items(), strict=True):
         for row, name, group in zip(rows, names, [*classes, *outcomes], strict=True):
             look = LOOKS[name] if row >= len(class_names) else _CLASS
-            ends = np.array(mean_interval(group.mean, group.std, group.n))
-            errors = np.abs(ends - group.mean)[:, None]
+            errors = np.abs([[group.low - group.mean], [group.high - group.mean]])
             face = look.colour if look.filled else "white"
             ax.errorbar(
                 group.mean, row, xerr=errors, fmt=look.marker, color=look.colour, markerfacecolor=face, capsize=3
@@ -101,8 +102,8 @@ def plot_class_comparison(
     # Where a number is undefined for some samples, the panels have different counts.
     counts = ["n=" + "/".join(of_row if len(set(of_row)) > 1 else of_row[:1]) for of_row in samples]
     name_rows(panels[0], names, counts)
-    few = any(group.n < MINIMUM_GROUP for parts in quantities.values() for groups in parts for group in groups)
-    remark = f"No interval: fewer than {MINIMUM_GROUP} samples, nothing is claimed."
-    title = f"Mean and 95 % interval{per_group(group_by)} and outcome"
+    few = any(group.n and np.isnan(group.low) for parts in quantities.values() for of in parts for group in of)
+    remark = f"No interval: fewer than {MINIMUM_GROUP} {group_noun or 'samples'}, nothing is claimed."
+    title = f"Mean and {interval_by(group_noun)}{per_group(group_by)} and outcome"
     set_title(fig, title, context, remark if few else "")
     return save(fig, save_path)

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_xattn.attention import Direction, TokenAxis
 from lightning_xattn.errors import SettingError
-from lightning_xattn.functional.intervals import MINIMUM_GROUP, mean_interval
+from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.phrases import SINGLE_KEY, decimal
 from lightning_xattn.visualizations.drawing import (
     WIDTH,
@@ -52,8 +52,10 @@ class OutcomeSummary:
         ``(bins,)`` number of samples in each bin of alignment.
     mean
         Mean alignment, in [-1, 1]; NaN without a sample.
-    class_means, class_stds
-        ``(classes,)`` mean and standard deviation of the alignment within each class; NaN without a sample.
+    class_means
+        ``(classes,)`` mean alignment within each class; NaN without a sample.
+    class_intervals
+        ``(classes, 2)`` ends of their 95 % intervals; NaN where there is none.
     class_counts
         ``(classes,)`` number of samples behind them.
     """
@@ -61,7 +63,7 @@ class OutcomeSummary:
     histogram: ArrayLike
     mean: float
     class_means: ArrayLike
-    class_stds: ArrayLike
+    class_intervals: ArrayLike
     class_counts: ArrayLike
 
 
@@ -226,14 +228,14 @@ def plot_outcome_alignment(
     class_names: Sequence[str],
     *,
     group_by: str | None = "target",
+    group_noun: str | None = None,
     context: str = "",
     save_path: str | PathLike[str] | None = None,
 ) -> Figure:
     """Draw how the alignment of correctly predicted samples differs from that of the others.
 
     Above, the density of each outcome (area 1) over the occupied range, whole fine bins summed into about 40
-    bars, and lines at the means. Below, on the same axis, the mean of each class with its 95 % interval (Student's t),
-    from ``MINIMUM_GROUP`` samples on.
+    bars, and lines at the means. Below, on the same axis, the mean of each class with its 95 % interval.
 
     Parameters
     ----------
@@ -248,6 +250,8 @@ def plot_outcome_alignment(
         A name for each class.
     group_by
         What the classes are: ``"target"`` (true class), ``"prediction"`` (predicted class) or None (no classes).
+    group_noun
+        What the intervals are by, such as ``"patients"``; None: by sample.
     context
         Where the numbers come from, for the title, e.g. ``"val, epoch 3, layer fusion"``.
     save_path
@@ -269,7 +273,7 @@ def plot_outcome_alignment(
 
     fig = new_figure(WIDTH, 4.2 + 0.4 * classes)
     above, below = fig.subplots(2, 1, sharex=True, height_ratios=[2.6, 0.4 + 0.4 * classes])
-    handles, class_counts = [], []
+    handles, class_counts, few = [], [], False
     for (name, outcome), counts in zip(outcomes.items(), bars, strict=True):
         look, total = LOOKS[name], int(counts.sum())
         face = look.colour if look.filled else "white"
@@ -281,9 +285,9 @@ def plot_outcome_alignment(
             above.stairs(density, bar_edges, color=look.colour, fill=look.filled, alpha=alpha, linewidth=1.5)
             above.axvline(outcome.mean, color=look.colour, linestyle=look.line, linewidth=2)
         means = as_array(f"{name} class_means", outcome.class_means, classes=classes)
-        stds = as_array(f"{name} class_stds", outcome.class_stds, classes=classes)
+        ends = as_array(f"{name} class_intervals", outcome.class_intervals, classes=classes, ends=2)
         samples = as_array(f"{name} class_counts", outcome.class_counts, classes=classes)
-        ends = [mean_interval(*of_class) for of_class in zip(means, stds, samples.astype(int), strict=True)]
+        few |= bool((np.isnan(ends).any(axis=1) & (samples > 0)).any())
         errors = np.abs(np.transpose(ends) - means)
         rows = np.arange(classes) + look.offset
         below.errorbar(means, rows, xerr=errors, fmt=look.marker, color=look.colour, markerfacecolor=face, capsize=3)
@@ -296,11 +300,10 @@ def plot_outcome_alignment(
     margin = 0.02 * (bar_edges[-1] - bar_edges[0])
     above.set_xlim(bar_edges[0] - margin, bar_edges[-1] + margin)
     above.set_ylabel("density")
-    above.set_title(_claim(*auroc), fontsize=10)
+    above.set_title(_claim(*auroc, group_noun), fontsize=10)
     below.set_xlabel("alignment of the two directions (Pearson r)")
-    few = any((counts < MINIMUM_GROUP).any() for counts in class_counts)
-    remark = f"; no interval: fewer than {MINIMUM_GROUP}" if few else ""
-    title = f"Mean and 95 % interval{per_group(group_by)} (correct/incorrect samples{remark})"
+    remark = f"; no interval: fewer than {MINIMUM_GROUP} {group_noun or ''}".rstrip() if few else ""
+    title = f"Mean and {interval_by(group_noun)}{per_group(group_by)} (correct/incorrect samples{remark})"
     below.set_title(title, fontsize=10)
     below.grid(axis="x", color="0.85")
     name_rows(below, class_names, [f"{int(right)}/{int(wrong)}" for right, wrong in zip(*class_counts, strict=True)])
@@ -333,11 +336,17 @@ def per_group(group_by: str | None) -> str:
     return _GROUPS[group_by]
 
 
-def _claim(auroc: float, low: float, high: float) -> str:
+def interval_by(group_noun: str | None) -> str:
+    """Name the interval."""
+    return "95 % interval" + (f" by {group_noun}" if group_noun else "")
+
+
+def _claim(auroc: float, low: float, high: float, group_noun: str | None) -> str:
     """Say whether alignment tells correct from incorrect, or that there are too few samples to say."""
     if math.isnan(auroc):
-        return f"No AUROC (fewer than {MINIMUM_GROUP} in a group: nothing claimed)"
-    return f"AUROC {auroc:.3f}, 95 % interval {low:.3f} to {high:.3f} (0.5: alignment does not tell them apart)"
+        return f"No AUROC (fewer than {MINIMUM_GROUP} {group_noun or 'samples'} of an outcome: nothing claimed)"
+    ends = f"{interval_by(group_noun)} {low:.3f} to {high:.3f}"
+    return f"AUROC {auroc:.3f}, {ends} (0.5: alignment does not tell them apart)"
 
 
 def _readable_bars(histograms: NDArray[Any], edges: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lightning_xattn.attention import TokenAxis
 from lightning_xattn.functional import separation
 from lightning_xattn.visualizations import OutcomeSummary, Spectrograms, Traces, plot_outcome_alignment
+from tests import reference
 
 EEG = TokenAxis("EEG window (s from the labelled moment)", spans=[(5 * i - 25, 5 * i - 15) for i in range(9)])
 SPEC = TokenAxis("spectrogram window (s from the labelled moment)", spans=[(5 * i, 5 * i + 10) for i in range(119)])
@@ -54,7 +55,7 @@ def summary(scores: list[NDArray[np.float64]]) -> OutcomeSummary:
         histogram=np.histogram(together, EDGES)[0],
         mean=together.mean() if together.size else np.nan,
         class_means=[s.mean() if s.size else np.nan for s in scores],
-        class_stds=[s.std(ddof=1) if s.size > 1 else np.nan for s in scores],
+        class_intervals=[reference.mean_interval(s) for s in scores],
         class_counts=[s.size for s in scores],
     )
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
-from scipy.stats import t
 
 from lightning_xattn.errors import SettingError, ShapeError
 from lightning_xattn.visualizations import Group, plot_class_comparison
 from tests.visualizations.conftest import panels
 
 NAN = float("nan")
-CLASSES = [Group(23, 0.3, 0.1), Group(4, 0.5, 0.1), Group(0, NAN, NAN)]
-OUTCOMES = [Group(19, 0.35, 0.2), Group(8, 0.2, 0.1)]
+CLASSES = [Group(23, 0.3, 0.26, 0.35), Group(4, 0.5, NAN, NAN), Group(0, NAN, NAN, NAN)]
+OUTCOMES = [Group(19, 0.35, 0.25, 0.45), Group(8, 0.2, 0.12, 0.28)]
 NAMES = ["a", "b", "c"]
 
 
@@ -28,15 +26,10 @@ def drawn_groups(ax):
     return result
 
 
-def test_means_have_students_intervals() -> None:
+def test_means_have_their_intervals() -> None:
     (ax,) = panels(plot_class_comparison({"alignment (Pearson r)": (CLASSES, OUTCOMES)}, NAMES))
     for group, (mean, low, high) in zip([*CLASSES, *OUTCOMES], drawn_groups(ax), strict=True):
-        np.testing.assert_equal(mean, group.mean)
-        if group.n >= 5:
-            half = t.ppf(0.975, group.n - 1) * group.std / math.sqrt(group.n)
-            assert (low, high) == pytest.approx((group.mean - half, group.mean + half))
-        else:
-            assert math.isnan(low)
+        assert (mean, low, high) == pytest.approx(group[1:], nan_ok=True)
     assert ax.get_xlabel() == "alignment (Pearson r)"
 
 
@@ -52,8 +45,8 @@ def test_rows_are_named_and_counted_and_the_first_is_at_the_top() -> None:
 
 
 def test_numbers_of_one_range_have_one_scale() -> None:
-    narrow = [group._replace(std=group.std / 10) for group in CLASSES]
-    moved = [group._replace(mean=group.mean + 3) for group in CLASSES]
+    narrow = [group._replace(low=group.mean - 0.01, high=group.mean + 0.01) for group in CLASSES]
+    moved = [Group(group.n, *(value + 3 for value in group[1:])) for group in CLASSES]
     quantities = {
         "alignment (Pearson r)": (CLASSES, OUTCOMES),
         "entropy a (0: one key)": (narrow, OUTCOMES),
@@ -71,6 +64,12 @@ def test_few_samples_are_said() -> None:
     assert "fewer than 5 samples" in plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES).get_suptitle()
     enough = plot_class_comparison({"x": (CLASSES[:1], OUTCOMES)}, NAMES[:1])
     assert "fewer" not in enough.get_suptitle()
+
+
+def test_intervals_by_group_are_said() -> None:
+    title = plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES, group_noun="patients").get_suptitle()
+    assert "95 % interval by patients" in title
+    assert "fewer than 5 patients" in title
 
 
 def test_outcomes_differ_in_marker() -> None:

@@ -1,0 +1,122 @@
+"""Intervals of samples that are alike within groups: against a slow reference, and how often they hold the truth."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+from lightning_xattn import functional as F
+from lightning_xattn.functional.intervals import MINIMUM_GROUP
+from tests import reference
+
+RUNS = 2_000
+GROUPS, SIZE, INTRACLASS = 30, 10, 0.5
+
+
+def in_groups(rng, sizes):
+    """Scores of variance 1 that correlate by ``INTRACLASS`` within groups of these sizes, and the groups."""
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    shared = rng.standard_normal(len(sizes))[groups] * np.sqrt(INTRACLASS)
+    return shared + rng.standard_normal(len(groups)) * np.sqrt(1 - INTRACLASS), groups
+
+
+def mean_of(values, groups):
+    index = torch.as_tensor(groups)
+    counts = torch.zeros(int(index.max()) + 1, dtype=torch.float64)
+    sums = counts.index_add(0, index, torch.as_tensor(values))
+    return F.grouped_mean_interval(counts.index_add(0, index, torch.ones(len(index), dtype=torch.float64)), sums)
+
+
+def separation_of(scores, groups, correct):
+    """Of scores in about [-5, 5], scaled into the range of an alignment."""
+    bins = F.score_bins(torch.as_tensor(scores / 8), -1, 1)
+    return F.grouped_separation(bins, torch.as_tensor(groups), torch.as_tensor(np.stack([correct, ~correct], axis=1)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(1, 7), min_size=1, max_size=11), seed=st.integers(0, 10**6))
+def test_the_mean_of_groups(sizes, seed):
+    values, groups = in_groups(np.random.default_rng(seed), sizes)
+    low, high = mean_of(values, groups)
+    assert (low, high) == pytest.approx(reference.grouped_mean_interval(values, groups), abs=1e-3, nan_ok=True)
+    assert np.isnan(low) == (len(sizes) < MINIMUM_GROUP)
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.lists(st.integers(1, 5), min_size=5, max_size=12), seed=st.integers(0, 10**6), tie=st.booleans())
+def test_the_auroc_of_groups(sizes, seed, tie):
+    rng = np.random.default_rng(seed)
+    scores, groups = in_groups(rng, sizes)
+    scores = np.round(scores) if tie else scores
+    correct = rng.random(len(scores)) < 0.6
+    ours = separation_of(scores, groups * 17 - 40, correct)
+    theirs = [len(set(groups[which])) for which in (correct, ~correct)]
+    assert [ours.correct_groups, ours.incorrect_groups] == theirs
+    assert (ours.correct, ours.incorrect) == (correct.sum(), (~correct).sum())
+    if min(theirs) < MINIMUM_GROUP:
+        assert np.isnan([ours.auroc, ours.low, ours.high]).all()
+        return
+    binned = reference.binned(scores / 8, -1, 1)
+    parts = binned[correct], binned[~correct], groups[correct], groups[~correct]
+    assert ours.auroc == pytest.approx(reference.auroc(*parts[:2]), abs=1e-9)
+    assert (ours.low, ours.high) == pytest.approx(reference.grouped_auroc_interval(*parts), abs=1e-4)
+
+
+def test_one_sample_a_group_is_no_group():
+    rng = np.random.default_rng(0)
+    scores, groups = in_groups(rng, np.ones(40, dtype=int))
+    correct = np.arange(40) % 3 > 0
+    alone = F.mean_interval(scores.mean(), scores.std(ddof=1), 40)
+    assert mean_of(scores, groups) == pytest.approx(alone, abs=1e-9)
+    variances = reference.auroc_variances(scores[correct], scores[~correct], groups[correct], groups[~correct])
+    assert variances[0] == pytest.approx(variances[1])
+    ours = separation_of(scores, groups, correct)
+    bins = F.score_bins(torch.as_tensor(scores / 8), -1, 1)
+    independent = F.separation(*(torch.bincount(bins[which], minlength=2**14) for which in (correct, ~correct)))
+    assert ours.auroc == independent.auroc
+    # Student's quantile instead of the normal one: a little wider.
+    assert 0 < independent.low - ours.low < 0.01
+    assert 0 < ours.high - independent.high < 0.01
+
+
+def test_outcomes_that_do_not_overlap_are_not_certain():
+    groups = np.repeat(np.arange(10), 20)
+    correct = groups < 5
+    ours = separation_of(np.where(correct, 1.0, -1.0), groups, correct)
+    assert (ours.auroc, ours.high) == (1, 1)
+    alone = F.separation(torch.tensor([0, 5]), torch.tensor([5, 0]))  # each group as one sample
+    assert ours.low == pytest.approx(alone.low, abs=0.15)
+
+
+def test_a_mean_by_groups_holds_the_truth_and_one_by_samples_does_not():
+    rng = np.random.default_rng(0)
+    by_group = by_sample = 0
+    for _ in range(RUNS):
+        values, groups = in_groups(rng, np.full(GROUPS, SIZE))
+        low, high = mean_of(values, groups)
+        by_group += low <= 0 <= high
+        low, high = F.mean_interval(values.mean(), values.std(ddof=1), len(values))
+        by_sample += low <= 0 <= high
+    assert 0.93 <= by_group / RUNS <= 0.97
+    assert by_sample / RUNS < 0.7
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_an_auroc_by_groups_holds_the_truth_and_one_by_samples_does_not(shift):
+    """Whole groups are correct or incorrect, as the recordings of a patient may be."""
+    rng = np.random.default_rng(1)
+    by_group = by_sample = 0
+    true = norm.cdf(shift / np.sqrt(2))
+    for _ in range(RUNS):
+        scores, ids = in_groups(rng, np.full(GROUPS, SIZE))
+        correct = rng.permutation(GROUPS)[ids] < GROUPS // 2
+        scores = scores + shift * correct
+        found = separation_of(scores, ids, correct)
+        by_group += found.low <= true <= found.high
+        bins = F.score_bins(torch.as_tensor(scores / 8), -1, 1)
+        found = F.separation(*(torch.bincount(bins[which], minlength=2**14) for which in (correct, ~correct)))
+        by_sample += found.low <= true <= found.high
+    assert 0.93 <= by_group / RUNS <= 0.97
+    assert by_sample / RUNS < 0.7
