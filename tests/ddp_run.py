@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.aggregation import INCORRECT
 from lightning_xattn.callback import AttentionExplainabilityCallback as Watch
 from tests.toy import ToyModule, quiet_trainer, toy_data
 
@@ -41,7 +42,10 @@ class Identified(ToyModule):
 
 def watch(**settings):
     return AttentionExplainabilityCallback(
-        targets=lambda outputs, batch: batch[2], sample_ids=lambda outputs, batch: batch[3], **settings
+        targets=lambda outputs, batch: batch[2],
+        sample_ids=lambda outputs, batch: batch[3],
+        groups=lambda outputs, batch: batch[3] // 3,  # whose samples are dealt to several processes
+        **settings,
     )
 
 
@@ -80,7 +84,9 @@ def validate(scenario, ranks, settings, folder):
         setattr(dist, name, value)
     Watch._log_epoch = finish
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {"logged": logged, "history": callback.history, "collectives": seen}
+    summary = callback.summaries["val"]
+    by_group = [summary.groups(), *summary.interval("alignment"), *summary.interval("entropy", outcome=INCORRECT)]
+    return {"logged": logged, "history": callback.history, "collectives": seen, "by_group": by_group}
 
 
 def fit(settings, folder):

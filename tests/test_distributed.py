@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -67,6 +68,16 @@ def test_every_process_logs_what_one_process_logs(processes, alone, scenario):
         assert list(rank[scenario]["logged"]) == list(expected)
         for name, value in expected.items():
             assert rank[scenario]["logged"][name] == pytest.approx(value, abs=1e-6), name
+
+
+@pytest.mark.parametrize("scenario", ddp_run.SCENARIOS)
+def test_intervals_by_group_are_those_of_one_process(processes, alone, scenario):
+    ranks, _ = processes
+    expected = alone(len(ranks), scenario)["by_group"]
+    assert expected[0] == 8
+    assert np.isfinite(expected).all()
+    for rank in ranks:
+        assert rank[scenario]["by_group"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("scenario", ddp_run.SCENARIOS)

@@ -221,7 +221,7 @@ def test_json_of_a_data_set_holds_the_summarys_numbers():
         assert set(group["numbers"]) == per_sample
         for column, number in group["numbers"].items():
             low, high = one.interval(column, *place)
-            expected = {"count": one.count(column, *place), "mean": one.mean(column, *place)}
+            expected = {"count": one.count(column, *place), "groups": None, "mean": one.mean(column, *place)}
             assert number == expected | {"std": one.std(column, *place), "low": low, "high": high}
     right, wrong = OUTCOMES.count(CORRECT), OUTCOMES.count(INCORRECT)
     assert layer["groups"][0]["accuracy"] == pytest.approx(right / (right + wrong))
@@ -234,6 +234,7 @@ def test_json_of_a_data_set_holds_the_summarys_numbers():
         assert written == {
             **{"auroc": found.auroc, "low": found.low, "high": found.high, "cliffs_delta": found.cliffs_delta},
             **{"correct": found.correct, "incorrect": found.incorrect},
+            **{"correct_groups": None, "incorrect_groups": None},
             **{"gap": one.gap(score), "class_adjusted_gap": one.class_adjusted_gap(score)},
         }
 
@@ -262,7 +263,7 @@ def test_text_of_a_data_set():
     assert row(report, "correct")[1] == str(right)
     assert "true class" in report
     assert "accuracy (recall)" in report
-    assert "In brackets: the 95 % t interval of the mean.\n" in report
+    assert "In brackets: the 95 % interval of the mean, samples taken as independent.\n" in report
     assert "- Samples with a tied top vote: 2; the first of the tied classes counts" in report
     assert f"- Alignment between different samples: {one.alignment_null:.3f} (the mean alignment less " in report
     excess = one.mean("alignment") - one.alignment_null
@@ -293,7 +294,8 @@ def test_a_difference_between_outcomes_is_told_with_its_sign(favoured, verdict):
 def test_a_gap_that_classes_do_not_have_is_said_to_be_theirs(gap, within, between):
     ends = {"auroc": 0.7, "low": 0.6, "high": 0.8} if gap > 0 else {"auroc": 0.3, "low": 0.2, "high": 0.4}
     outcome = {"correct": 30, "incorrect": 9, "gap": gap, "class_adjusted_gap": within, **ends}
-    _, found, _ = describe_outcome({"outcomes": {"alignment": outcome}, "directions": {}}, "alignment")
+    layer = {"outcomes": {"alignment": outcome}, "directions": {}, "group_noun": None}
+    _, found, _ = describe_outcome(layer, "alignment")
     assert ("which may be a difference between classes" in found) == between
 
 
@@ -348,7 +350,7 @@ def test_fewer_than_five_samples_have_no_interval():
     assert " to " not in row(report, "Seizure")[3]
     assert " to " not in row(report, "LPD")[3]
     assert " to " in row(report, "GPD")[3]
-    said = "95 % t interval of the mean. No interval: fewer than 5 samples, of which nothing is claimed."
+    said = "samples taken as independent. No interval: fewer than 5 samples, of which nothing is claimed."
     assert said in " ".join(report.split())
     groups = {group["name"]: group["numbers"]["alignment"] for group in json_of(results)["layers"][0]["groups"]}
     assert (groups["LPD"]["low"], groups["LPD"]["high"]) == (None, None)

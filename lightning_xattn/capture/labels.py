@@ -218,16 +218,7 @@ class LabelFinder:
         ShapeError
             If their number is not that of the samples.
         """
-        found = self._find_ids("groups", step)
-        if found is None and self.group_noun is not None and "groups" not in self._told:
-            self._told.add("groups")
-            warnings.warn(
-                f"A step has no groups as the first one had: its samples are taken as one group, which makes "
-                f"intervals wider; this is said once. {step}",
-                XAttnWarning,
-                stacklevel=3,
-            )
-        return found
+        return self._find_ids("groups", step)
 
     def _find_ids(self, what: str, step: Step) -> list[Any] | Tensor | None:
         place = (self._places or self._look(step))[what]

@@ -259,8 +259,9 @@ def _describe_intervals(facts: LayerFacts, columns: Sequence[str]) -> str:
     numbers = [group["numbers"][name] for group in facts["groups"] for name in columns]
     few = f"fewer than {MINIMUM_GROUP} {facts['group_noun'] or 'samples'}, of which nothing is claimed"
     by = f", by {facts['group_noun']}" if facts["group_noun"] else ", samples taken as independent"
+    told = any(not math.isnan(one["low"]) for one in numbers)
     parts = [
-        f"Behind a mean: its 95 % interval{by}." if any(not math.isnan(one["low"]) for one in numbers) else "",
+        f"In brackets: the 95 % interval of the mean{by}." if told else "",
         f"No interval: {few}." if any(one["count"] and math.isnan(one["low"]) for one in numbers) else "",
     ]
     return " ".join(filter(None, parts))

@@ -215,7 +215,7 @@ def test_class_means_have_their_intervals() -> None:
     dots, _, (bars,) = below.containers[0]
     np.testing.assert_allclose(dots.get_xdata(), [0.3, 0.5, np.nan])
     half = stats.t.ppf(0.975, 4) * many.std(ddof=1) / 5**0.5
-    np.testing.assert_allclose(bars.get_segments()[0][:, 0], [0.3 - half, 0.3 + half], rtol=1e-5)
+    np.testing.assert_allclose(bars.get_segments()[0][:, 0], [0.3 - half, 0.3 + half], rtol=1e-4)
     assert [len(segment) for segment in bars.get_segments()] == [2, 0, 0]  # none with fewer than 5
     assert "no interval: fewer than 5" in below.get_title()
     np.testing.assert_allclose(below.containers[1][0].get_xdata(), [np.nan, 0.5, np.nan])
@@ -225,7 +225,7 @@ def test_class_means_have_their_intervals() -> None:
 def test_few_samples_claim_nothing() -> None:
     few = summary([np.array([0.1, 0.3])])
     above, _ = panels(make_alignment(make_outcome(0.4, 1, 0), few, ["a"]))
-    assert above.get_title() == "No AUROC (fewer than 5 in a group: nothing claimed)"
+    assert above.get_title() == "No AUROC (fewer than 5 samples of an outcome: nothing claimed)"
 
 
 def test_the_auroc_stands_with_its_interval() -> None:

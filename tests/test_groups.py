@@ -1,0 +1,260 @@
+"""Groups of samples in the callback and the explainer: where they are found, what they are called, what they change."""
+
+import math
+import re
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
+from lightning_xattn.aggregation import CORRECT, INCORRECT
+from lightning_xattn.capture.ids import UNKNOWN_GROUP, group_keys
+from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
+from lightning_xattn.functional import score_bins
+from lightning_xattn.groups import GroupSums
+from tests import reference
+from tests.toy import ToyModule, quiet_trainer, run_toy, toy_data
+
+SAMPLES = 40
+PATIENTS = [i // 4 % 7 for i in range(SAMPLES)]  # 7 patients, each in batches that are not next to each other
+
+
+class Named(Dataset):
+    """Batches as dicts, with groups under a name."""
+
+    def __init__(self, **columns):
+        self.columns = columns
+        self.tensors = toy_data(SAMPLES).tensors
+
+    def __len__(self):
+        return SAMPLES
+
+    def __getitem__(self, i):
+        audio, text, target = (tensor[i] for tensor in self.tensors)
+        return {"audio": audio, "text": text, "target": target} | {name: of[i] for name, of in self.columns.items()}
+
+
+class NamedToy(ToyModule):
+    def _loss(self, batch):
+        return super()._loss((batch["audio"], batch["text"], batch["target"]))
+
+
+def make_toy():
+    torch.manual_seed(2)
+    return NamedToy()
+
+
+def watched(columns, collate_fn=None, **settings):
+    """The summary and the callback of a validation."""
+    callback = AttentionExplainabilityCallback(class_names=list("abcd"), figures_every_n_epochs=0, **settings)
+    loader = DataLoader(Named(**columns), batch_size=6, collate_fn=collate_fn)
+    quiet_trainer(callbacks=[callback]).validate(make_toy(), loader, verbose=False)
+    return callback.summaries["val"], callback
+
+
+def explain(loader, **settings):
+    def predict(model, batch):
+        return run_toy(model, list(batch.values()))
+
+    return ExplainabilityCapture(make_toy(), class_names=list("abcd"), predict=predict).explain_loader(
+        loader, **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def by_patient():
+    return watched({"patient_ids": PATIENTS})
+
+
+NAMES = [f"patient {i}" for i in PATIENTS]
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "noun"),
+    [
+        ({"groups": PATIENTS}, {}, "groups"),
+        ({"groups": NAMES}, {}, "groups"),
+        ({"groups": [i + 0.5 for i in PATIENTS]}, {}, "groups"),
+        ({"groups": NAMES, "patient_ids": list(range(SAMPLES))}, {}, "groups"),
+        ({"site": NAMES}, {"groups": "site"}, "groups"),
+        ({"patient": NAMES}, {"groups": "patient"}, "patients"),
+        ({"site": PATIENTS}, {"groups": lambda outputs, batch: batch["site"] * 2 + 1}, "groups"),
+    ],
+    ids=["groups", "strings", "floats", "both", "key", "patient key", "callable"],
+)
+def test_where_groups_are_found_and_what_they_are_called(by_patient, columns, settings, noun):
+    summary, _ = watched(columns, **settings)
+    assert (summary.group_noun, summary.groups()) == (noun, 7)
+    expected, _ = by_patient
+    assert summary.interval("alignment") == pytest.approx(expected.interval("alignment"), abs=1e-9)
+
+
+def test_intervals_are_by_group(by_patient, tmp_path):
+    summary, _ = watched({"patient_ids": PATIENTS}, table=tmp_path)
+    assert summary.group_noun == "patients"
+    rows = pq.read_table(tmp_path).to_pylist()
+    assert sorted(int(row["group"]) for row in rows) == sorted(PATIENTS)
+    values = [row["alignment"] for row in rows]
+    groups = [row["group"] for row in rows]
+    assert summary.interval("alignment") == pytest.approx(reference.grouped_mean_interval(values, groups), abs=1e-4)
+    of_class = [i for i, row in enumerate(rows) if row["target"] == 1]
+    expected = reference.grouped_mean_interval([values[i] for i in of_class], [groups[i] for i in of_class])
+    assert summary.interval("alignment", 1) == pytest.approx(expected, abs=1e-4, nan_ok=True)
+    parts = [[i for i, row in enumerate(rows) if row["correct"] is outcome] for outcome in (True, False)]
+    for outcome, part in zip((CORRECT, INCORRECT), parts, strict=True):
+        assert summary.groups("alignment", outcome=outcome) == len({groups[i] for i in part})
+    found = summary.separation("alignment")
+    binned = [reference.binned([values[i] for i in part], -1, 1) for part in parts]
+    interval = reference.grouped_auroc_interval(*binned, *([groups[i] for i in part] for part in parts))
+    assert (found.low, found.high) == pytest.approx(interval, abs=1e-3)
+    assert found.auroc == pytest.approx(reference.auroc(*binned), abs=1e-3)
+    assert math.isnan(summary.interval("audio_to_text/entropy/head_0")[0])
+
+
+def test_without_groups_samples_are_independent():
+    summary, callback = watched({})
+    assert (summary.group_noun, summary.groups()) == (None, 0)
+    assert callback.history[0]["groups"] is None
+    interval = summary.interval("alignment")
+    expected = reference.t_quantile(SAMPLES - 1) * summary.std("alignment") / SAMPLES**0.5
+    assert interval[1] - interval[0] == pytest.approx(2 * expected, rel=1e-3)
+
+
+def test_the_history_says_how_many_groups(by_patient):
+    summary, callback = by_patient
+    (record,) = callback.history
+    found = summary.separation("entropy")
+    assert (record["samples"], record["groups"]) == (SAMPLES, 7)
+    assert record["outcome/entropy_correct_groups"] == found.correct_groups
+    assert record["outcome/entropy_auroc_low"] == pytest.approx(found.low)
+
+
+def test_nothing_is_claimed_of_few_patients():
+    """Many rows of one person's seizure are one observation."""
+    patients = [0 if i < 34 else i for i in range(SAMPLES)]
+    few, _ = watched({"patient_ids": patients})
+    assert few.groups() == 7
+    found = few.separation("alignment")
+    assert min(found.correct, found.incorrect) >= 5 > min(found.correct_groups, found.incorrect_groups)
+    assert math.isnan(found.auroc)
+    independent, _ = watched({})
+    assert math.isfinite(independent.separation("alignment").auroc)
+
+
+def test_groups_that_are_missing_count_as_one(by_patient):
+    some = [None if i % 4 == 0 else patient for i, patient in enumerate(PATIENTS)]
+
+    def collate(samples):
+        batch = torch.utils.data.default_collate([{k: v for k, v in s.items() if k != "groups"} for s in samples])
+        return batch | {"groups": [sample["groups"] for sample in samples]}
+
+    with pytest.warns(XAttnWarning, match="10 of 40 samples have no group.*taken as one group"):
+        summary, _ = watched({"groups": some}, collate)
+    assert summary.groups() == 8
+    assert summary.ungrouped == 10
+
+    def lose(samples):
+        batch = torch.utils.data.default_collate(samples)
+        return batch if 0 in batch["place"] else {k: v for k, v in batch.items() if k != "groups"}
+
+    with pytest.warns(XAttnWarning, match="34 of 40 samples have no group"):
+        summary, _ = watched({"groups": PATIENTS, "place": list(range(SAMPLES))}, lose)
+    assert summary.ungrouped == SAMPLES - 6
+
+
+def test_what_is_named_and_wrong_is_an_error():
+    with pytest.raises(SettingError, match="groups must be None, a key or a callable; got 3"):
+        AttentionExplainabilityCallback(groups=3)
+    with pytest.raises(DiscoveryError, match="No groups: the key 'site' gave nothing"):
+        watched({}, groups="site")
+    with pytest.raises(ShapeError, match="Expected a group for each of 6 samples; got 2"):
+        watched({}, groups=lambda outputs, batch: [1, 2])
+    with pytest.raises(ShapeError, match=r"one group a sample; got a tensor of shape \(6, 7, 2\)"):
+        watched({}, groups=lambda outputs, batch: batch["text"])
+    summary, _ = watched({}, lambda samples: torch.utils.data.default_collate(samples) | {"groups": "x"})
+    assert summary.group_noun is None  # nothing that can be meant
+
+
+def test_keys_tell_ids_apart_and_stay():
+    assert group_keys([4, "4", 4.5, None, math.nan], "cpu").unique().numel() == 4
+    assert group_keys([None, math.nan], "cpu").tolist() == [UNKNOWN_GROUP] * 2
+    assert group_keys(["patient 7"], "cpu").tolist() == [-8945976229267054775]  # in every process and run
+    assert group_keys(torch.tensor([[3], [9]]), "cpu").tolist() == [3, 9]
+    floats = torch.tensor([0.0, -0.0, 1.25, math.nan])
+    keys = group_keys(floats, "cpu")
+    assert keys[0] == keys[1] != keys[2]
+    assert keys[3] == UNKNOWN_GROUP
+    assert keys[2] == group_keys([1.25], "cpu")[0]
+    assert group_keys(list(np.array([3, 9])), "cpu").tolist() == [3, 9]
+
+
+def batches_of(rng, samples, columns=3):
+    groups, classes, outcomes = (torch.as_tensor(rng.integers(high, size=samples)) for high in (5, 3, 3))
+    values = torch.as_tensor(rng.normal(size=(samples, columns)))
+    defined = torch.as_tensor(rng.random((samples, columns)) < 0.9)
+    terms = torch.stack([defined.double(), torch.where(defined, values, 0)], dim=-1)
+    bins = torch.where(defined[:, :2], score_bins(values[:, :2] / 4, -1, 1), -1)
+    return groups, classes, outcomes, bins, terms
+
+
+@pytest.mark.parametrize("limit", [1, 7, 4096])
+def test_sums_do_not_depend_on_batches_or_processes(monkeypatch, limit):
+    monkeypatch.setattr("lightning_xattn.groups.ROWS_IN_MEMORY", limit)
+    whole = batches_of(np.random.default_rng(0), 60)
+    at_once = GroupSums.empty(3).add(*whole).settled()
+    processes = []
+    for part in torch.randperm(60, generator=torch.Generator().manual_seed(1)).split(23):
+        sums = GroupSums.empty(3)
+        for batch in part.split(4):
+            before, cells = sums, len(sums.cells)
+            sums = sums.add(*(column[batch] for column in whole))
+            assert len(before.cells) == cells  # what was added to stays as it was
+        processes.append(sums)
+    merged = GroupSums.merged(processes)
+    for name in ("cells", "sums", "score_cells", "score_counts"):
+        torch.testing.assert_close(getattr(merged, name), getattr(at_once, name), msg=name)
+    assert len(at_once.cells) == len(torch.stack(whole[:3], dim=1).unique(dim=0))
+
+
+def test_memory_is_of_groups_not_of_samples():
+    sums = GroupSums.empty(3)
+    rng = np.random.default_rng(0)
+    sizes = []
+    for _ in range(40):
+        sums = sums.add(*batches_of(rng, 500))
+        sizes.append((len(sums.cells), sum(len(batch[0]) for batch in sums.waiting)))
+    assert max(cells for cells, _ in sizes) == 5 * 3 * 3
+    assert max(waiting for _, waiting in sizes) < 4096
+
+
+def test_the_explainer_gives_the_callbacks_intervals(by_patient, tmp_path):
+    expected, _ = by_patient
+    loader = DataLoader(Named(patient_ids=PATIENTS), batch_size=6)
+    results = explain(loader, table=tmp_path)
+    for summary in (results.headline, explain(loader, table=tmp_path).headline):  # also read back
+        assert (summary.group_noun, summary.groups()) == ("patients", 7)
+        assert summary.interval("alignment") == pytest.approx(expected.interval("alignment"), abs=1e-6)
+        assert summary.separation("entropy").low == pytest.approx(expected.separation("entropy").low, abs=1e-4)
+    assert set(pq.read_table(tmp_path)["group"].to_pylist()) == {str(i) for i in PATIENTS}
+
+
+def test_reports_say_how_many_patients_and_that_intervals_are_by_them():
+    loader = DataLoader(Named(patient_ids=PATIENTS), batch_size=6)
+    report = create_explainability_report(explain(loader))
+    words = " ".join(report.split())
+    assert "- Samples: 40 of 7 patients" in report
+    assert re.search(r"true class +n \(patients\)", report)
+    assert re.search(r"^all +40 \(7\)", report, re.MULTILINE)
+    claim = r"95 % interval by patients 0\.\d+ to 0\.\d+ \(\d+ correct of \d patients and \d+ incorrect of \d patients"
+    assert re.search(claim, words)
+    assert "the 95 % interval of the mean, by patients." in words
+    assert "Intervals are by patients" in words
+    assert "independent" not in words
+    alone = create_explainability_report(explain(DataLoader(Named(), batch_size=6)))
+    assert "Samples are taken as independent of each other, since no groups are known." in " ".join(alone.split())
+    assert "patients" not in alone
+    of_table = create_explainability_report(explain(loader), format="json")
+    assert '"group_noun": "patients"' in of_table
