@@ -341,4 +341,6 @@ class LabelFinder:
 
 def _count(found: Any) -> int | None:
     """For how many samples there are ids; None for what is no sequence of ids."""
+    if isinstance(found, Tensor) and found.dim() == 0:
+        return 1
     return len(found) if hasattr(found, "__len__") and not isinstance(found, (str, bytes, Mapping)) else None
