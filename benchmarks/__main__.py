@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.capture import recording
 from benchmarks.explain import explain_loader, peak_memory_of_explaining
+from benchmarks.features import features
 from benchmarks.numpy_loop import numpy_loop
 from benchmarks.timing import median_seconds, quartiles_of_ratios, times_in_turns
 from benchmarks.validate import BATCH, one_batch, validate
@@ -121,7 +122,7 @@ def peak_memory() -> None:
 
 
 def main() -> None:
-    """Run all of them; about seven minutes."""
+    """Run all of them; about ten minutes."""
     # Lightning's advice to load with more workers, and torch's on a name that Lightning uses: neither is measured here.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
@@ -135,6 +136,7 @@ def main() -> None:
         print("the same, while the allocator keeps what is freed")
         keeps = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
         subprocess.run([sys.executable, "-m", "benchmarks.capture"], env=os.environ | keeps, check=True)
+        features()
         data_loader(folder)
         validation_epoch(folder)
         explain_loader(folder)

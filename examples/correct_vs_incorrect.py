@@ -20,11 +20,13 @@ for score in ("alignment", "entropy"):
         low, high = summary.interval(score, outcome=outcome)
         n, mean = summary.count(score, outcome=outcome), summary.mean(score, outcome=outcome)
         interval = "too few for an interval" if math.isnan(low) else f"95 % interval {low:.3f} to {high:.3f}"
-        print(f"  {name}: mean {mean:.3f} ({interval}, n = {n})")
+        patients = summary.groups(score, outcome=outcome)
+        print(f"  {name}: mean {mean:.3f} ({interval}, n = {n} of {patients} {summary.group_noun})")
     # Classes differ in accuracy and in attention, and that alone makes a gap: the gap within classes is free of it.
     print(f"  gap {summary.gap(score):+.3f}, within classes {summary.class_adjusted_gap(score):+.3f}")
     found = summary.separation(score)
     if math.isnan(found.auroc):
-        print(f"  {found.correct} correct and {found.incorrect} incorrect are too few to claim anything")
+        groups = f"{found.correct_groups} and {found.incorrect_groups} {summary.group_noun}"
+        print(f"  {found.correct} correct and {found.incorrect} incorrect, of {groups}, are too few to claim anything")
     else:
         print(f"  AUROC {found.auroc:.2f} ({found.low:.2f} to {found.high:.2f}); 0.5: it does not tell them apart")
