@@ -25,7 +25,7 @@ ROWS_A_SPECTROGRAM = 10
 
 
 def plain_eeg_features(microvolts: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What `eeg_features` gives, up to its ends, as one would write it: as it was before the whole data set was tried."""
+    """What `eeg_features` gives, up to its ends, as one would write it, and as it once was."""
     finite, _ = fill_gaps(microvolts)
     band_pass = signal.butter(4, (0.5, 50.0), "bandpass", fs=EEG_RATE, output="sos")
     sections = np.concatenate([band_pass, signal.tf2sos(*signal.iirnotch(60.0, 30, fs=EEG_RATE))])
