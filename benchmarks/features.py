@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from scipy import signal
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from benchmarks.timing import median_seconds
 from lightning_xattn.hms import simulate
@@ -70,10 +70,11 @@ def row_after_row(recordings: Recordings) -> None:
 
 
 def one_thread(call: Callable[[], object]) -> Callable[[], None]:
-    """The same with one thread for products of matrices."""
+    """The same with one thread for products of matrices, as in the processes that compute features."""
+    threads = ThreadpoolController()  # to look for the libraries takes longer than what is measured
 
     def limited() -> None:
-        with threadpool_limits(1, user_api="blas"):
+        with threads.limit(limits=1, user_api="blas"):
             call()
 
     return limited
