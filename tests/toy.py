@@ -114,7 +114,7 @@ def count_hooks(module):
 def count_global_hooks():
     """Entries in torch's books of hooks on every module; they have no public name, and torch 2.6 no sum of them."""
     books = [book for name, book in vars(torch_module).items() if name.startswith("_global_") and "_hooks" in name]
-    assert len(books) >= 7
+    assert books
     return sum(len(book) for book in books)
 
 
