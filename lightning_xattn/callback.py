@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from packaging.version import Version
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
@@ -20,7 +22,7 @@ from lightning_xattn.capture import AttentionRecorder, AttentionSetting, LabelFi
 from lightning_xattn.capture.steps import LabelSetting, Step
 from lightning_xattn.distributed import count_repeats, gather
 from lightning_xattn.epoch import epoch_counts, epoch_curves, epoch_figures
-from lightning_xattn.errors import SettingError, XAttnWarning
+from lightning_xattn.errors import SettingError, XAttnError, XAttnWarning
 from lightning_xattn.grouping import (
     GROUPINGS,
     check_class_names,
@@ -97,6 +99,8 @@ class AttentionExplainabilityCallback(Callback):
     ------
     SettingError
         If a setting has a value that is not allowed.
+    XAttnError
+        If ``lightning`` is imported in a version whose Trainer does not take this callback.
 
     Examples
     --------
@@ -118,6 +122,7 @@ class AttentionExplainabilityCallback(Callback):
         table: str | Path | None = None,
     ) -> None:
         super().__init__()
+        _require_lightning_that_takes_it()
         if attention is not None:
             check_attention(attention)
         if group_by not in GROUPINGS:
@@ -393,6 +398,20 @@ class AttentionExplainabilityCallback(Callback):
         names, refusal = usable_names(getattr(pl_module, "class_names", None))
         _warn(f"The class_names of {type(pl_module).__name__} are not used: {why}" for why in refusal)
         return names
+
+
+def _require_lightning_that_takes_it() -> None:
+    """Refuse a ``lightning`` whose Trainer ends with "Expected a parent", before any code of ours could say why.
+
+    This callback is a child of ``pytorch_lightning.Callback``, which to ``lightning.pytorch`` is a stranger.
+    """
+    lightning = sys.modules.get("lightning")
+    if lightning is not None and "lightning.pytorch" in sys.modules and Version(lightning.__version__) < Version("2.6"):
+        raise XAttnError(
+            f"lightning {lightning.__version__} is imported, whose Trainer takes no callback that is made for "
+            'pytorch_lightning; expected lightning 2.6 or later. Update it: pip install "lightning>=2.6". Or '
+            "import pytorch_lightning in its place."
+        )
 
 
 def _warn(messages: Iterable[str]) -> None:

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
 from lightning_xattn.capture import AttentionRecorder
-from tests.toy import AUDIO, HEADS, TEXT, WIDTH, count_hooks
+from tests.toy import AUDIO, HEADS, TEXT, WIDTH, count_global_hooks, count_hooks
 
 BATCH = 2
 
@@ -150,7 +149,7 @@ def record(model, run, attention=None, autocast=True):
                     rounded.weights.float(), exact.weights.float(), atol=0.02, rtol=0.1, equal_nan=True
                 )
         assert count_hooks(model) == hooks_of_its_own
-        assert not torch_module._has_any_global_hook()
+        assert count_global_hooks() == 0
         assert torch._C._len_torch_function_stack() == 0
     model.eval()
     return kept
