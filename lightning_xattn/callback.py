@@ -424,5 +424,5 @@ def _found(pairs: Sequence[AttentionPair], places: Mapping[str, str], n_classes:
     first = [
         f"{one.direction} ({one.weights.shape[2]} queries ask {one.tokens} keys)" for one in pairs[0].directions
     ] + ([f"{len(pairs) - 1} more layer(s)"] if len(pairs) > 1 else [])
-    labels = " and ".join(f"{what} from {place}" for what, place in places.items()) or "no labels"
+    labels = ", ".join(f"{what} from {place}" for what, place in places.items()) or "no labels"
     return f"{', '.join(first)}; {labels}" + (f", of {n_classes} classes" if n_classes else "")

@@ -434,5 +434,5 @@ def test_says_once_what_it_takes_for_what(caplog):
     said = [record.message for record in caplog.records if "AttentionExplainabilityCallback takes" in record.message]
     assert said == [
         "AttentionExplainabilityCallback takes audio_to_text (5 queries ask 7 keys), text_to_audio (7 queries ask 5 "
-        "keys); predictions from forward and targets from batch[2], of 4 classes."
+        "keys); predictions from forward, targets from batch[2], of 4 classes."
     ]
