@@ -3,6 +3,7 @@
 python examples/class_patterns.py CHECKPOINT DATA CLASS OUT.png
 """
 
+import math
 import sys
 
 from lightning_xattn import ExplainabilityCapture
@@ -21,15 +22,16 @@ explained = explainer.explain_loader(datamodule.test_dataloader())
 summary, which = explained.headline, CLASSES.index(name)
 
 n = summary.size(which)
-print(f"{n} recordings are predicted as {name}")
+print(f"{n} samples of {summary.groups(class_id=which)} patients are predicted as {name}")
 for column in ("alignment", "eeg_to_spec/entropy", "spec_to_eeg/entropy"):
     low, high = summary.interval(column, which)
-    print(f"  {column}: {summary.mean(column, which):.3f} (95 % interval {low:.3f} to {high:.3f})")
+    interval = "too few for an interval" if math.isnan(low) else f"95 % interval {low:.3f} to {high:.3f}"
+    print(f"  {column}: {summary.mean(column, which):.3f} ({interval})")
 if n:
     direction = Direction("eeg", "spec")
     plot_attention_heatmap(
         summary.maps[direction][which],
-        title=f"Mean attention of {n} recordings predicted as {name}",
+        title=f"Mean attention of {n} samples predicted as {name}",
         direction=str(direction),
         query_axis=explained.axes.get("eeg"),
         key_axis=explained.axes.get("spec"),

@@ -16,7 +16,6 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_xattn.attention import Direction
-from lightning_xattn.capture.ids import UNKNOWN_GROUP
 from lightning_xattn.errors import ShapeError
 from lightning_xattn.functional import (
     Rows,
@@ -29,6 +28,7 @@ from lightning_xattn.functional import (
     standardised_maps,
 )
 from lightning_xattn.functional.outcomes import BINS
+from lightning_xattn.group_keys import UNKNOWN_GROUP
 from lightning_xattn.groups import GroupSums
 
 INCORRECT, CORRECT, UNKNOWN = range(3)
@@ -151,6 +151,8 @@ class LayerAccumulator(Metric):
         # (sum of alignments, samples in the sums, samples whose maps cannot be compared with others')
         self._add("null_terms", 3)
         self._groups = None if layout.groups is None else GroupSums.empty(len(layout.grouped_columns))
+        # Made once, so that no GPU waits for it in each batch.
+        self._grouped = torch.tensor([layout.columns.index(name) for name in layout.grouped_columns], device=device)
         self.to(device)
 
     def _add(self, name: str, *shape: int) -> None:
@@ -213,9 +215,9 @@ class LayerAccumulator(Metric):
                 place = (i * 3 + outcomes) * BINS + of_score
                 self.histograms = self.histograms.index_add(0, place, defined[:, column].to(values.dtype))
         if self._groups is not None:
-            assert groups is not None
-            by_group = terms[:, [columns.index(name) for name in self.layout.grouped_columns], :2]
-            self._groups = self._groups.add(groups, classes, outcomes, bins, by_group)
+            if groups is None:
+                raise ShapeError(f"This batch has no {self.layout.groups}, though the first one had.")
+            self._groups = self._groups.add(groups, classes, outcomes, bins, terms[:, self._grouped, :2])
 
     def _add_maps(self, rows: Sequence[Rows], classes: Tensor) -> None:
         for r in rows:
@@ -348,10 +350,7 @@ class LayerSummary:
         return self.layout.groups
 
     def groups(self, column: str = "invalid_rows", class_id: int | None = None, outcome: int | None = None) -> int:
-        """How many groups have samples of a class and an outcome, and with this number; 0 where groups are not known.
-
-        Samples whose group is not known count as one group.
-        """
+        """How many groups have samples of a class and an outcome with this number; 0 where groups are not known."""
         if self._groups is None:
             return 0
         return self._groups.count(self.layout.grouped_columns.index(column), class_id, outcome)

@@ -301,8 +301,8 @@ class AttentionExplainabilityCallback(Callback):
 
         about: dict[str, Any] = {"dataloader": dataloader_idx}
         if self.table is not None:  # also in the sanity check, to fail early
-            for name, ids in (("sample_id", finder.find_sample_ids(step)), ("group", finder.find_groups(step))):
-                about[name] = None if ids is None else ids[kept]
+            ids = finder.find_sample_ids(step)
+            about |= {"sample_id": None if ids is None else ids[kept], "group": labels.group_ids}
         accumulators, kept_pairs = self._accumulators[dataloader_idx], [pair[kept] for pair in pairs]
         for columns in add_batch(accumulators, kept_pairs, labels, self.group_by, len(self._classes)):
             if self._table is not None:

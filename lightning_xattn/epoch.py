@@ -133,6 +133,7 @@ def _outcome(summary: LayerSummary, outcome: int) -> OutcomeSummary:
         class_means=[summary.mean("alignment", class_id=i, outcome=outcome) for i in ids],
         class_intervals=[summary.interval("alignment", class_id=i, outcome=outcome) for i in ids],
         class_counts=[summary.count("alignment", class_id=i, outcome=outcome) for i in ids],
+        groups=summary.groups("alignment", outcome=outcome) if summary.group_noun else None,
     )
 
 

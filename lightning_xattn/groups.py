@@ -1,17 +1,21 @@
 """Sums by group (patient, recording), for intervals that know that samples of one group are not independent.
 
-Only groups that occur have a place, so memory grows with the groups and not with the samples.
+Only what occurs has a place. Numbers take one for each group, class and outcome. Scores take one for each group,
+outcome and bin: at most one a sample, and no more than there are bins, however many samples a group has.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_xattn.functional import Separation, grouped_mean_interval, grouped_separation
+from lightning_xattn.functional.intervals import MINIMUM_GROUP
+from lightning_xattn.group_keys import UNKNOWN_GROUP
 
 ROWS_IN_MEMORY = 4096
 """So many samples wait on their device before they are added up: bounded memory, and a GPU seldom waits."""
@@ -95,9 +99,9 @@ class GroupSums:
         return GroupSums.merged([GroupSums(self.cells, self.sums, self.score_cells, self.score_counts), added])
 
     def count(self, column: int, class_id: int | None = None, outcome: int | None = None) -> int:
-        """How many groups have samples of a class and an outcome in which a number is defined."""
-        counts, _ = self._by_group(column, class_id, outcome)
-        return int((counts > 0).sum())
+        """How many known groups have samples of a class and an outcome in which a number is defined."""
+        groups, counts, _ = self._by_group(column, class_id, outcome)
+        return int((counts[groups != UNKNOWN_GROUP] > 0).sum())
 
     def size(self, column: int, group: int) -> int:
         """How many samples of a group have a number."""
@@ -105,28 +109,45 @@ class GroupSums:
 
     def interval(self, column: int, class_id: int | None = None, outcome: int | None = None) -> tuple[float, float]:
         """95 % interval of a number's mean over the samples of a class and an outcome, see `grouped_mean_interval`."""
-        return grouped_mean_interval(*self._by_group(column, class_id, outcome))
+        if self.count(column, class_id, outcome) < MINIMUM_GROUP:
+            return math.nan, math.nan
+        _, counts, sums = self._by_group(column, class_id, outcome)
+        return grouped_mean_interval(counts, sums)
 
     def separation(self, score: int, correct: int, incorrect: int) -> Separation:
         """Does a score tell two outcomes apart? See `grouped_separation`."""
         cells, counts = self.score_cells, self.score_counts
         columns = [torch.where(cells[:, 1] == outcome, counts, 0) for outcome in (correct, incorrect)]
         of_score = (cells[:, 2] == score) & (columns[0] + columns[1] > 0)
-        return grouped_separation(cells[of_score, 3], cells[of_score, 0], torch.stack(columns, dim=1)[of_score])
+        groups, by_outcome = cells[of_score, 0], torch.stack(columns, dim=1)[of_score]
+        found = grouped_separation(cells[of_score, 3], groups, by_outcome)
+        # Samples of unknown groups widen the interval as one group does, but are none that a claim may rest on.
+        correct_groups, incorrect_groups = (
+            len(groups[(of_outcome > 0) & (groups != UNKNOWN_GROUP)].unique()) for of_outcome in by_outcome.unbind(1)
+        )
+        found = replace(found, correct_groups=correct_groups, incorrect_groups=incorrect_groups)
+        enough = min(correct_groups, incorrect_groups) >= MINIMUM_GROUP
+        return found if enough else replace(found, auroc=math.nan, low=math.nan, high=math.nan)
 
-    def _by_group(self, column: int, class_id: int | None, outcome: int | None) -> tuple[Tensor, Tensor]:
-        """Count and sum of each group."""
+    def _by_group(self, column: int, class_id: int | None, outcome: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Each group, its count and its sum."""
         chosen = torch.ones(len(self.cells), dtype=torch.bool)
         for place, wanted in ((1, class_id), (2, outcome)):
             if wanted is not None:
                 chosen &= self.cells[:, place] == wanted
-        _, totals = _fold(self.cells[chosen, :1], self.sums[chosen, column])
-        return totals[:, 0], totals[:, 1]
+        groups, totals = _fold(self.cells[chosen, :1], self.sums[chosen, column])
+        return groups[:, 0], totals[:, 0], totals[:, 1]
 
 
 def _fold(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Add up the values of equal keys."""
+    """Add up the values of equal keys: a group, and small numbers from 0 on."""
     if not len(keys):
         return keys, values
-    unique, index = keys.unique(dim=0, return_inverse=True)
-    return unique, values.new_zeros(len(unique), *values.shape[1:]).index_add(0, index, values)
+    # One number for each key: to compare numbers is many times as fast as to compare rows.
+    _, code = keys[:, 0].unique(return_inverse=True)
+    for column in keys[:, 1:].unbind(1):
+        code = code * (column.max() + 1) + column
+    codes, index = code.unique(return_inverse=True)
+    unique = keys.new_empty(len(codes), keys.shape[1])
+    unique[index] = keys
+    return unique, values.new_zeros(len(codes), *values.shape[1:]).index_add(0, index, values)

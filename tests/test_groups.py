@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
 from lightning_xattn.aggregation import CORRECT, INCORRECT
-from lightning_xattn.capture.ids import UNKNOWN_GROUP, group_keys
-from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
+from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnError, XAttnWarning
 from lightning_xattn.functional import score_bins
+from lightning_xattn.group_keys import UNKNOWN_GROUP, group_keys
 from lightning_xattn.groups import GroupSums
 from tests import reference
 from tests.toy import ToyModule, quiet_trainer, run_toy, toy_data
@@ -153,8 +153,11 @@ def test_groups_that_are_missing_count_as_one(by_patient):
 
     with pytest.warns(XAttnWarning, match="10 of 40 samples have no group.*taken as one group"):
         summary, _ = watched({"groups": some}, collate)
-    assert summary.groups() == 8
+    assert summary.groups() == 7  # of those that are known
     assert summary.ungrouped == 10
+    known, _ = by_patient
+    low, high = known.interval("alignment")
+    assert summary.interval("alignment")[1] - summary.interval("alignment")[0] > 0.5 * (high - low)
 
     def lose(samples):
         batch = torch.utils.data.default_collate(samples)
@@ -172,10 +175,27 @@ def test_what_is_named_and_wrong_is_an_error():
         watched({}, groups="site")
     with pytest.raises(ShapeError, match="Expected a group for each of 6 samples; got 2"):
         watched({}, groups=lambda outputs, batch: [1, 2])
-    with pytest.raises(ShapeError, match=r"one group a sample; got a tensor of shape \(6, 7, 2\)"):
+    with pytest.raises(ShapeError, match=r"Expected a group for each of 6 samples; got float32 \(6, 7, 2\)"):
         watched({}, groups=lambda outputs, batch: batch["text"])
-    summary, _ = watched({}, lambda samples: torch.utils.data.default_collate(samples) | {"groups": "x"})
-    assert summary.group_noun is None  # nothing that can be meant
+    for value in ("x", [1, 2], torch.zeros(6, 3), {"a": 1}):  # nothing that can be meant
+        guessed = {"groups": value}
+        summary, _ = watched({}, lambda samples, guessed=guessed: torch.utils.data.default_collate(samples) | guessed)
+        assert summary.group_noun is None
+    with pytest.raises(ShapeError, match="Expected one group a sample"):
+        group_keys([torch.zeros(2)], "cpu")
+
+
+def test_few_known_patients_and_some_without_claim_nothing():
+    patients = [i % 4 if i < 30 else None for i in range(SAMPLES)]
+
+    def collate(samples):
+        batch = torch.utils.data.default_collate([{k: v for k, v in s.items() if k != "groups"} for s in samples])
+        return batch | {"groups": [sample["groups"] for sample in samples]}
+
+    with pytest.warns(XAttnWarning, match="10 of 40 samples have no group"):
+        summary, _ = watched({"groups": patients}, collate)
+    assert summary.groups() == 4
+    assert np.isnan([*summary.interval("alignment"), summary.separation("alignment").auroc]).all()
 
 
 def test_keys_tell_ids_apart_and_stay():
@@ -228,6 +248,12 @@ def test_memory_is_of_groups_not_of_samples():
         sizes.append((len(sums.cells), sum(len(batch[0]) for batch in sums.waiting)))
     assert max(cells for cells, _ in sizes) == 5 * 3 * 3
     assert max(waiting for _, waiting in sizes) < 4096
+    # Scores of 20,000 samples in 101 bins.
+    coarse = GroupSums.empty(3)
+    for _ in range(40):
+        groups, classes, outcomes, bins, terms = batches_of(rng, 500)
+        coarse = coarse.add(groups, classes, outcomes, bins.clamp(8000, 8100), terms)
+    assert len(coarse.settled().score_cells) <= 5 * 3 * 2 * 101
 
 
 def test_the_explainer_gives_the_callbacks_intervals(by_patient, tmp_path):
@@ -239,6 +265,33 @@ def test_the_explainer_gives_the_callbacks_intervals(by_patient, tmp_path):
         assert summary.interval("alignment") == pytest.approx(expected.interval("alignment"), abs=1e-6)
         assert summary.separation("entropy").low == pytest.approx(expected.separation("entropy").low, abs=1e-4)
     assert set(pq.read_table(tmp_path)["group"].to_pylist()) == {str(i) for i in PATIENTS}
+
+
+@pytest.mark.parametrize("begun", [{}, {"patient_ids": PATIENTS}], ids=["without", "with"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_folder_is_not_gone_on_with_when_groups_change(tmp_path, begun, cut):
+    class Cut(Exception):
+        pass
+
+    def loader(columns, stop=None):
+        for i, batch in enumerate(DataLoader(Named(**columns), batch_size=6)):
+            if i == stop:
+                raise Cut
+            yield batch
+
+    if cut:
+        with pytest.raises(XAttnError, match="could not be explained|are kept") as error:
+            explain(loader(begun, 3), table=tmp_path)
+        assert isinstance(error.value.__cause__, Cut)
+    else:
+        explain(loader(begun), table=tmp_path)
+    others = [{"patient_ids": [i + 1 for i in PATIENTS]}, {"patient_ids": PATIENTS} if not begun else {}]
+    for columns in others:
+        with pytest.raises(
+            SettingError, match=r"was begun with (no groups|the patients \[0, 0, 0\]) .*Intervals are by"
+        ):
+            explain(loader(columns), table=tmp_path)
+    assert explain(loader(begun), table=tmp_path).headline.groups() == (7 if begun else 0)
 
 
 def test_reports_say_how_many_patients_and_that_intervals_are_by_them():

@@ -17,8 +17,10 @@ ROOMS = {
     "phrases": set(),
     "attention": {"errors"},
     "functional": {"attention", "errors"},
-    "capture": {"attention", "errors"},
-    "aggregation": {"functional", "attention", "errors"},
+    "group_keys": {"errors"},
+    "capture": {"attention", "errors", "group_keys"},
+    "groups": {"functional", "group_keys"},
+    "aggregation": {"functional", "attention", "errors", "group_keys", "groups"},
     "alarms": {"aggregation", "attention", "capture", "phrases"},
     "attention_analysis": {"attention", "functional", "errors", "phrases"},
     "explanation": {"aggregation", "attention", "attention_analysis"},
@@ -39,13 +41,16 @@ ROOMS = {
         *("attention", "capture", "aggregation", "alarms", "grouping", "distributed", "schedule", "sums", "table"),
         *("visualizations", "epoch", "sinks", "errors", "phrases"),
     },
-    "hms": {"", "attention", "errors", "explainer", "explanation", "functional", "report", "visualizations"},
+    "hms": {
+        *("", "attention", "errors", "explainer", "explanation", "files", "functional", "phrases", "report"),
+        "visualizations",
+    },
     "cli": {"", "hms"},
     # The package itself: the public names.
     "": {"attention", "callback", "capture", "errors", "explainer", "interpretation", "report"},
     "explainer": {
         *("alarms", "attention", "attention_analysis", "capture", "aggregation", "errors", "functional"),
-        *("epoch", "explanation", "files", "grouping", "phrases", "sums", "table", "visualizations"),
+        *("epoch", "explanation", "files", "grouping", "groups", "phrases", "sums", "table", "visualizations"),
     },
 }
 """What each room may import besides itself; "" is the package's public API."""

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_xattn.capture.ids import group_keys
 from lightning_xattn.capture.scores import (
     Classes,
     are_binary_labels,
@@ -32,6 +31,7 @@ from lightning_xattn.capture.steps import (
     LabelSetting,
     Place,
     Step,
+    describe,
     guess_ids,
     guess_predictions,
     guess_targets,
@@ -40,6 +40,7 @@ from lightning_xattn.capture.steps import (
     told_place,
 )
 from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
+from lightning_xattn.group_keys import group_keys
 
 _NAMES = {"sample_ids": "sample id", "groups": "group"}
 
@@ -64,6 +65,8 @@ class Labels:
         Why "predictions", their "confidence" or "targets" were not taken though there is something that could be meant.
     groups
         ``(batch,)`` int64 key of each sample's group, see ``group_keys``.
+    group_ids
+        The groups' ids as they were found, a tensor or a list.
     group_noun
         What groups are called.
     """
@@ -75,11 +78,12 @@ class Labels:
     n_classes: int | None
     doubts: Mapping[str, str] = field(default_factory=dict)
     groups: Tensor | None = None
+    group_ids: Tensor | list[Any] | None = None
     group_noun: str | None = None
 
     def __getitem__(self, samples: slice) -> Labels:
         """The labels of some of the samples."""
-        fields = ("predicted", "confidence", "target", "tied", "groups")
+        fields = ("predicted", "confidence", "target", "tied", "groups", "group_ids")
         known = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
         return replace(self, **{name: values[samples] for name, values in known.items()})
 
@@ -169,6 +173,7 @@ class LabelFinder:
         if scores is not None and scores.is_floating_point() and "confidence" not in self._doubts:
             confidence = confidence_of(scores, self._probabilities)
         n_classes = predicted.n_classes or target.n_classes
+        ids = self._find_ids("groups", step)
         return Labels(
             predicted.ids,
             confidence,
@@ -176,15 +181,10 @@ class LabelFinder:
             target.tied,
             n_classes,
             self._doubts,
-            self._find_keys(step),
+            None if self.group_noun is None else group_keys([None] * step.samples if ids is None else ids, step.device),
+            ids,
             self.group_noun,
         )
-
-    def _find_keys(self, step: Step) -> Tensor | None:
-        ids = self.find_groups(step)
-        if self.group_noun is None:
-            return None
-        return group_keys([None] * step.samples if ids is None else ids, step.device)
 
     def _classes(self, scores: Tensor | None, labels: Tensor | None) -> tuple[Classes, Classes]:
         if not self._binary:
@@ -208,18 +208,6 @@ class LabelFinder:
         """
         return self._find_ids("sample_ids", step)
 
-    def find_groups(self, step: Step) -> list[Any] | Tensor | None:
-        """The group of each sample, as a tensor or a list of ids; None when there are none.
-
-        Raises
-        ------
-        DiscoveryError
-            If ``groups`` was given and gives nothing.
-        ShapeError
-            If their number is not that of the samples.
-        """
-        return self._find_ids("groups", step)
-
     def _find_ids(self, what: str, step: Step) -> list[Any] | Tensor | None:
         place = (self._places or self._look(step))[what]
         found = None if place is None else self._at(place, what, step)
@@ -234,7 +222,7 @@ class LabelFinder:
             return None
         if found is None:
             raise DiscoveryError(f"No {_NAMES[what]}s: {say_setting(setting)} gave nothing. {step}")
-        got = f"a {type(found).__name__}" if count is None else count
+        got = describe(found) if count is None else count
         raise ShapeError(f"Expected a {_NAMES[what]} for each of {step.samples} samples; got {got}.")
 
     def _look(self, step: Step) -> dict[str, Place | None]:
@@ -341,6 +329,6 @@ class LabelFinder:
 
 def _count(found: Any) -> int | None:
     """For how many samples there are ids; None for what is no sequence of ids."""
-    if isinstance(found, Tensor) and found.dim() == 0:
-        return 1
+    if isinstance(found, Tensor):
+        return found.numel() if found.numel() == (len(found) if found.dim() else 1) else None
     return len(found) if hasattr(found, "__len__") and not isinstance(found, (str, bytes, Mapping)) else None

@@ -53,8 +53,8 @@ class Step:
 
     def __str__(self) -> str:
         return (
-            f"The attention has {self.samples} samples; the step returned {_describe(self.outputs)}; the batch is "
-            f"{_describe(self.batch)}; forward returned {_describe(self.forward)}."
+            f"The attention has {self.samples} samples; the step returned {describe(self.outputs)}; the batch is "
+            f"{describe(self.batch)}; forward returned {describe(self.forward)}."
         )
 
 
@@ -162,7 +162,7 @@ def misfits(step: Step) -> dict[str, str]:
     for place in keyed + items:
         value = place.read(step)
         if isinstance(value, Tensor) and value.dim() and len(value) != step.samples:
-            return {"targets": f"{place.name} is {_describe(value)}: no targets for {step.samples} samples."}
+            return {"targets": f"{place.name} is {describe(value)}: no targets for {step.samples} samples."}
     return {}
 
 
@@ -170,13 +170,13 @@ def _are_whole_numbers(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point()
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     """What a step returned or a batch holds, in a few words."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"'{key}': {_describe(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"'{key}': {describe(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (tuple, list)):
-        items = [_describe(item) for item in value[:4]] + (["..."] if len(value) > 4 else [])
+        items = [describe(item) for item in value[:4]] + (["..."] if len(value) > 4 else [])
         return f"[{', '.join(items)}]"
     return "nothing" if value is None else f"a {type(value).__name__}"

@@ -73,7 +73,7 @@ class DatasetSums:
             The place of its first sample in the loader.
         """
         places = torch.arange(first_index, first_index + run.step.samples)
-        about = {"sample_idx": places, "sample_id": run.sample_ids, "group": run.groups}
+        about = {"sample_idx": places, "sample_id": run.sample_ids, "group": run.labels.group_ids}
         columns = add_batch(self._accumulators, run.pairs, run.labels, self._group_by, len(self.classes))
         return [of_layer | about for of_layer in columns]
 

@@ -52,7 +52,8 @@ def _groups(summary: LayerSummary, column: str) -> tuple[list[Group], list[Group
 
     def group(class_id: int | None, outcome: int | None) -> Group:
         which = column, class_id, outcome
-        return Group(summary.count(*which), summary.mean(*which), *summary.interval(*which))
+        groups = summary.groups(*which) if summary.group_noun else None
+        return Group(summary.count(*which), summary.mean(*which), *summary.interval(*which), groups)
 
     classes = [group(class_id, None) for class_id in range(summary.n_classes)]
     return classes, [group(None, outcome) for outcome in (CORRECT, INCORRECT)]

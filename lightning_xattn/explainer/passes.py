@@ -34,15 +34,12 @@ class Pass:
         Predicted and true classes.
     sample_ids
         As strings; None when there are none.
-    groups
-        The id of each sample's group; None when there are none.
     """
 
     step: Step
     pairs: tuple[AttentionPair, ...]
     labels: Labels
     sample_ids: list[str] | None
-    groups: list[Any] | Tensor | None
 
     @classmethod
     def of(cls, step: Step, pairs: tuple[AttentionPair, ...], finder: LabelFinder) -> Pass:
@@ -55,9 +52,9 @@ class Pass:
         DiscoveryError, ShapeError
             As ``LabelFinder``.
         """
-        labels, ids, groups = finder.find(step), finder.find_sample_ids(step), finder.find_groups(step)
+        labels, ids = finder.find(step), finder.find_sample_ids(step)
         named = None if ids is None else [str(_plain(one)) for one in ids]
-        run = cls(step, pairs, labels, named, groups)
+        run = cls(step, pairs, labels, named)
         run._require_finite()
         return run
 

@@ -104,6 +104,13 @@ class ExplainedFolder:
             (None if x["sample_ids"] is None else x["sample_ids"][:shared], x["numbers"][:shared])
             for x in (first, self._first)
         )
+        groups = [(x["group_noun"], x["groups"][:shared]) for x in (first, self._first)]
+        if groups[0] != groups[1]:
+            raise SettingError(
+                f"{self.folder} was begun with {_say_groups(self._first)} in the loader's first batch, which now has "
+                f"{_say_groups(first)}. Intervals are by group, so it cannot be gone on with or read back. Name "
+                "another folder, or delete this one."
+            )
         same = ours[0] == theirs[0] and ours[1].shape == theirs[1].shape
         if not (same and torch.allclose(ours[1], theirs[1], rtol=ALIKE, atol=ALIKE, equal_nan=True)):
             raise SettingError(
@@ -190,7 +197,16 @@ def _describe(run: Pass) -> dict[str, Any]:
     largest = ROW_STATISTICS["max"](prepare_rows(attention)).nanmean(1)
     numbers = (labels.target, labels.predicted, labels.confidence, largest)
     columns = [column.float().cpu() for column in numbers if column is not None]
-    return {"sample_ids": run.sample_ids, "numbers": torch.stack(columns, dim=1)}
+    return {
+        "sample_ids": run.sample_ids,
+        "numbers": torch.stack(columns, dim=1),
+        "groups": [] if labels.groups is None else labels.groups.tolist(),
+        "group_noun": labels.group_noun,
+    }
+
+
+def _say_groups(first: Mapping[str, Any]) -> str:
+    return f"the {first['group_noun']} {first['groups'][:3]} ..." if first["group_noun"] else "no groups"
 
 
 def _short(value: str) -> str:

@@ -6,8 +6,12 @@ rows are on disk, a file says so, and a build that is interrupted goes on after 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
+import threading
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -27,23 +31,23 @@ from lightning_xattn.hms.recordings import EEGGeometry, Recordings
 from lightning_xattn.hms.table import BadRow, RowError
 
 BAD_ROWS = "bad_rows.json"
-_KEY = "key"
 _ROWS_IN_A_PART = 256
 
 Features = dict[str, NDArray[Any]]
 
 
 def build(
-    folder: Path, key: str, recordings: Recordings, geometry: EEGGeometry, num_workers: int | None = None
+    folder: Path, stamps: Sequence[str], recordings: Recordings, geometry: EEGGeometry, num_workers: int | None = None
 ) -> None:
     """Fill ``folder`` with one ``.npy`` file for each of `feature_shapes`, and `BAD_ROWS`.
 
     Parameters
     ----------
     folder
-        Exists; what another build with the same ``key`` has left there is gone on with.
-    key
-        Tells these features from all others.
+        Is made where it does not exist. Parts that another build has left there are kept, if their rows' ``stamps``
+        are the same.
+    stamps
+        For each row all that decides its features.
     recordings, geometry
         Of what.
     num_workers
@@ -54,22 +58,21 @@ def build(
     RowError
         If a recording cannot be used and ``recordings.on_bad_row`` is ``"raise"``.
     """
-    _begin(folder, key, recordings, geometry)
+    shapes = feature_shapes(len(recordings), geometry)
+    _begin(folder, shapes)
     tasks = _tasks(recordings)
-    parts = list(_parts(tasks))
-    left = [i for i in range(len(parts)) if not _marker(folder, i).exists()]
-    done = len(recordings) - sum(len(tasks[task]) for i in left for task in parts[i])
-    order = [task for i in left for task in parts[i]]
+    parts = [_Part(folder / f"part-{i:06d}.json", part, stamps, tasks) for i, part in enumerate(_parts(tasks))]
+    left = [part for part in parts if part.bad_rows() is None]
+    order = [task for part in left for task in part.tasks]
     with ExitStack() as stack:
-        names = feature_shapes(len(recordings), geometry)
-        files = {name: stack.enter_context(closing(_Rows(folder / f"{name}.npy"))) for name in names}
+        files = {name: stack.enter_context(closing(_Rows(folder / f"{name}.npy"))) for name in shapes}
         results = stack.enter_context(closing(_compute(recordings, geometry, tasks, order, num_workers)))
         # disable=None: no progress bar where nobody looks at a terminal.
-        title = f"Features of {recordings.root.name}"
+        title, done = f"Features of {recordings.root.name}", len(recordings) - sum(len(tasks[task]) for task in order)
         bar = stack.enter_context(tqdm(desc=title, total=len(recordings), initial=done, unit=" rows", disable=None))
-        for i in left:
+        for part in left:
             bad_rows = []
-            for task in parts[i]:
+            for task in part.tasks:
                 for position, result in zip(tasks[task], next(results), strict=True):
                     if isinstance(result, BadRow):
                         bad_rows.append(result)
@@ -82,41 +85,58 @@ def build(
             # The rows first, then the word that they are there, also if the power fails.
             for file in files.values():
                 file.sync()
-            _write_bad_rows(_marker(folder, i), bad_rows)
-    _finish(folder, len(parts))
+            part.finish(bad_rows)
+    _finish(folder, parts)
 
 
-def _begin(folder: Path, key: str, recordings: Recordings, geometry: EEGGeometry) -> None:
-    """Go on with what is there, or make the files anew."""
-    mark = folder / _KEY
-    if mark.exists() and mark.read_text("utf-8") == key:
-        return
-    mark.unlink(missing_ok=True)
-    for marker in folder.glob("part-*.json"):
-        marker.unlink()
-    for name, shape in feature_shapes(len(recordings), geometry).items():
+def _begin(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Go on with the files that are there; if they are not what they should be, make all anew."""
+    try:
+        if {name: np.load(folder / f"{name}.npy", mmap_mode="r").shape for name in shapes} == shapes:
+            return
+    except (OSError, EOFError, ValueError):  # absent, or damaged in one of many ways
+        pass
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    folder.unlink(missing_ok=True)
+    folder.mkdir()
+    for name, shape in shapes.items():
         kind = np.int64 if name == "filled" else np.float32
         np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype=kind, shape=shape)
-    with complete_or_absent(mark) as part:
-        part.write_text(key, "utf-8")
 
 
-def _marker(folder: Path, part: int) -> Path:
-    return folder / f"part-{part:06d}.json"
+class _Part:
+    """Some tasks, and the file that says that their rows are on disk."""
+
+    def __init__(self, path: Path, tasks: list[int], stamps: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
+        self.path, self.tasks = path, tasks
+        digest = hashlib.sha256()
+        for position in (position for task in tasks for position in rows[task]):
+            digest.update(f"{position} {stamps[position]}\n".encode())
+        self._key = digest.hexdigest()
+
+    def bad_rows(self) -> list[BadRow] | None:
+        """Those of its rows that cannot be used; None if it is not done, or was done with other files."""
+        try:
+            key, bad_rows = json.loads(self.path.read_text("utf-8"))
+            return [BadRow(**fields) for fields in bad_rows] if key == self._key else None
+        except (OSError, ValueError, TypeError):  # absent, or damaged in one of many ways
+            return None
+
+    def finish(self, bad_rows: Sequence[BadRow]) -> None:
+        """Say that the part is done."""
+        with complete_or_absent(self.path) as path:
+            path.write_text(json.dumps([self._key, [asdict(bad_row) for bad_row in bad_rows]]), "utf-8")
 
 
-def _finish(folder: Path, parts: int) -> None:
+def _finish(folder: Path, parts: Sequence[_Part]) -> None:
     """Put the bad rows of all parts into one file, in the order of ``train.csv``."""
-    markers = [_marker(folder, i) for i in range(parts)]
-    bad_rows = [BadRow(**fields) for marker in markers for fields in json.loads(marker.read_text("utf-8"))]
-    _write_bad_rows(folder / BAD_ROWS, sorted(bad_rows, key=lambda bad_row: bad_row.line))
-    for path in (*markers, folder / _KEY):
-        path.unlink()
-
-
-def _write_bad_rows(path: Path, bad_rows: Sequence[BadRow]) -> None:
-    with complete_or_absent(path) as part:
-        part.write_text(json.dumps([asdict(bad_row) for bad_row in bad_rows]), "utf-8")
+    bad_rows = [bad_row for part in parts for bad_row in part.bad_rows() or ()]
+    bad_rows.sort(key=lambda bad_row: bad_row.line)
+    with complete_or_absent(folder / BAD_ROWS) as path:
+        path.write_text(json.dumps([asdict(bad_row) for bad_row in bad_rows]), "utf-8")
+    for marker in folder.glob("part-*.json"):
+        marker.unlink()
 
 
 class _Rows:
@@ -197,8 +217,8 @@ def _compute(
         batch_size=None,
         sampler=order,
         num_workers=workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_use_one_thread,
+        collate_fn=as_it_is,
+        worker_init_fn=_begin_worker,
         # Its own, so that the state of the global one is the same whether features were computed or not.
         generator=torch.Generator(),
     )
@@ -212,9 +232,18 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _use_one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     threadpool_limits(1, user_api="blas")
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
-def _as_it_is(result: Any) -> Any:
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone: killed, it can tell nobody, and the lock would stay with us."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def as_it_is(result: Any) -> Any:
+    """Collate nothing: what is loaded is whole."""
     return result

@@ -10,14 +10,16 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_xattn.hms.build import BAD_ROWS, build
 from lightning_xattn.hms.features import FEATURE_VERSION, feature_shapes
@@ -50,7 +52,7 @@ class StoredFeatures:
 
     def __reduce__(self) -> tuple[Callable[..., StoredFeatures], tuple[Any, ...]]:
         # A worker process maps the files itself; pickled, the arrays would be copied whole.
-        return stored_features, (self.recordings, self.geometry, self.folder.parent)
+        return _map_again, (self.recordings, self.geometry, self.folder, list(self._arrays), self._positions)
 
     def take(self, indices: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
         """Copy the features of some rows into memory.
@@ -89,8 +91,9 @@ def stored_features(
 
     Features are found again by all that decides them: the rows of ``train.csv`` (but for votes and extra columns),
     path, size and time of change of every file, the geometry, and `FEATURE_VERSION`. What is found damaged is
-    computed again. A process that was interrupted leaves what it has computed, and the next one goes on from there;
-    where several want the same features, one computes them and the others wait.
+    computed again. A process that was interrupted leaves what it has computed, and the next one goes on from there,
+    also when a bad file has been mended meanwhile. Where several want the same features, one computes them and the
+    others wait.
 
     Nothing is ever deleted but damaged features, and unfinished ones of a folder that has changed; the cache may be
     emptied at any time.
@@ -113,20 +116,20 @@ def stored_features(
         If a recording cannot be used and ``recordings.on_bad_row`` is ``"raise"``.
     """
     parent = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    key = _key(recordings, geometry)
-    folder, shapes = parent / key, feature_shapes(len(recordings), geometry)
+    stamps = _stamps(recordings)
+    about = FEATURE_VERSION, str(recordings.root.resolve()), astuple(geometry)
+    folder, shapes = parent / _digest(*about, *stamps), feature_shapes(len(recordings), geometry)
     stored = _open(folder, shapes)
     if stored is None:
-        # One for each data set, not for each state of it, so that what nobody will go on with does not pile up.
-        unfinished = parent / f".{_digest(*_about(recordings, geometry))}"
+        # One for each data set, not for each state of it: what is done stays when a file is mended.
+        unfinished = parent / f".{_digest(*about)}"
         parent.mkdir(parents=True, exist_ok=True)
         # The lock's file stays: to remove it would take it from under those who wait for it.
-        with FileLock(unfinished.with_suffix(".lock")):
+        with _locked(unfinished.with_suffix(".lock"), recordings.root):
             stored = _open(folder, shapes)  # another process may have made it meanwhile
             if stored is None:
                 _discard(folder)
-                unfinished.mkdir(exist_ok=True)
-                build(unfinished, key, recordings, geometry, num_workers)
+                build(unfinished, stamps, recordings, geometry, num_workers)
                 unfinished.rename(folder)
                 stored = _open(folder, shapes)
                 assert stored is not None
@@ -138,30 +141,49 @@ def stored_features(
     return StoredFeatures(recordings.without(bad_rows), geometry, folder, arrays, positions)
 
 
-def _about(recordings: Recordings, geometry: EEGGeometry) -> tuple[Any, ...]:
-    return FEATURE_VERSION, str(recordings.root.resolve()), astuple(geometry)
+@contextmanager
+def _locked(path: Path, root: Path) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        rank_zero_info(f"Another process computes the features of {root}; waiting for it.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _digest(*parts: Any) -> str:
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
 
 
-def _key(recordings: Recordings, geometry: EEGGeometry) -> str:
-    rows = [
-        (row.line, row.label_id, row.eeg_id, row.spectrogram_id, row.eeg_offset, row.spectrogram_offset)
+def _map_again(
+    recordings: Recordings, geometry: EEGGeometry, folder: Path, names: list[str], positions: NDArray[np.int64]
+) -> StoredFeatures:
+    arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
+    return StoredFeatures(recordings, geometry, folder, arrays, positions)
+
+
+def _stamps(recordings: Recordings) -> list[str]:
+    """For each row all that decides its features: where they are cut, and size and time of change of its files."""
+    files: dict[Path, str] = {}
+
+    def stamp(path: Path) -> str:
+        if path not in files:
+            try:
+                stat = path.stat()
+                files[path] = f"{stat.st_size} {stat.st_mtime_ns}"
+            except FileNotFoundError:
+                files[path] = "missing"
+        return files[path]
+
+    return [
+        f"{row.line} {row.label_id} {row.eeg_id} {row.spectrogram_id} {row.eeg_offset} {row.spectrogram_offset} "
+        f"{stamp(recordings.eeg_path(row))} {stamp(recordings.spectrogram_path(row))}"
         for row in recordings
     ]
-    paths = {recordings.eeg_path(row): None for row in recordings}
-    paths |= {recordings.spectrogram_path(row): None for row in recordings}
-    return _digest(*_about(recordings, geometry), *rows, *map(_stamp, paths))
-
-
-def _stamp(path: Path) -> tuple[int, int] | str:
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return "missing"
-    return stat.st_size, stat.st_mtime_ns
 
 
 def _open(folder: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, NDArray[Any]], list[BadRow]] | None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 
@@ -59,15 +60,14 @@ def find_spectrogram(names: Sequence[str]) -> tuple[str, ...]:
             distances = np.abs(np.subtract(SPEC_FREQUENCIES, float(match[2])))
             if distances.min() <= _SAME_HERTZ:
                 by_place.setdefault((match[1], int(distances.argmin())), []).append(name)
-    for found in by_place.values():
-        if len(found) > 1:
-            raise Problem("repeated column", f"{' and '.join(found)} are one frequency, expected one column for it")
-    found_or_expected = [
-        by_place.get((region, i), [SPECTROGRAM_COLUMNS[j * len(SPEC_FREQUENCIES) + i]])[0]
-        for j, region in enumerate(REGIONS)
-        for i in range(len(SPEC_FREQUENCIES))
-    ]
-    return _require((TIME, *found_or_expected), names)
+    found = [TIME]
+    for expected, place in zip(SPECTROGRAM_COLUMNS, product(REGIONS, range(len(SPEC_FREQUENCIES))), strict=True):
+        candidates = by_place.get(place, [expected])
+        # Beside the competition's own spelling another one is an extra column.
+        if len(candidates) > 1 and expected not in candidates:
+            raise Problem("repeated column", f"{' and '.join(candidates)} are one frequency, expected one column")
+        found.append(expected if expected in candidates else candidates[0])
+    return _require(found, names)
 
 
 def _require(wanted: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:

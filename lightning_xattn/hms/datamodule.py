@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch_geometric.data import Batch
 
 from lightning_xattn.attention import TokenAxis
 from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.hms.build import as_it_is
 from lightning_xattn.hms.cache import StoredFeatures, stored_features
 from lightning_xattn.hms.features import spectrogram_spans
 from lightning_xattn.hms.folds import patient_folds
@@ -255,7 +256,7 @@ class HMSDataModule(LightningDataModule):
             batch_size=self.batch_size,
             shuffle=shuffle,
             generator=torch.Generator().manual_seed(self.seed) if shuffle else None,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             num_workers=self.num_workers or 0,
             persistent_workers=bool(self.num_workers),
         )
@@ -272,11 +273,6 @@ class HMSDataModule(LightningDataModule):
             _tell(features)
             self._features[folder] = features
         return self._features[folder]
-
-
-def _as_it_is(batch: Any) -> Any:
-    """Collate nothing: the dataset gives whole batches."""
-    return batch
 
 
 def _tell(features: StoredFeatures) -> None:

@@ -219,8 +219,9 @@ class Recordings:
             if inside.sum() != SPEC_SECONDS // SPEC_ROW_SECONDS:
                 raise Problem(
                     "offset past the recording",
-                    f"spectrogram_label_offset_seconds {row.spectrogram_offset:g} needs {SPEC_SECONDS} s "
-                    f"from there, the recording has {len(time) * SPEC_ROW_SECONDS} s",
+                    f"spectrogram_label_offset_seconds {row.spectrogram_offset:g} needs {row.spectrogram_offset:g} to "
+                    f"{row.spectrogram_offset + SPEC_SECONDS:g} s, the recording has {time[0] - 1:g} to "
+                    f"{time[-1] + 1:g} s",
                 )
             return power[inside].reshape(-1, len(REGIONS), len(SPEC_FREQUENCIES))
         except Problem as problem:

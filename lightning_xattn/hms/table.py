@@ -126,8 +126,8 @@ def read_table(path: Path) -> tuple[list[Recording], list[BadRow]]:
     """
     table = _read_text(path)
     numbers = zip(*(_parse_column(table[name], kind) for name, kind in _REQUIRED.items()), strict=True)
-    extra_names = [name for name in table.column_names if name not in _REQUIRED]
-    extras = table.select(extra_names).to_pylist() if extra_names else [{}] * len(table)
+    extra_columns = [i for i, name in enumerate(table.column_names) if name not in _REQUIRED]
+    extras = table.select(extra_columns).to_pylist() if extra_columns else [{}] * len(table)
     rows: dict[int, Recording] = {}
     bad_rows: list[BadRow] = []
     for i, (cells, extra) in enumerate(zip(numbers, extras, strict=True)):
@@ -156,6 +156,9 @@ def _read_text(path: Path) -> pa.Table:
         table = pa_csv.read_csv(path, convert_options=options)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} is not a comma-separated table with a header: {error}") from error
+    repeated = [name for name in _REQUIRED if table.column_names.count(name) > 1]
+    if repeated:
+        raise DataError(f"{path}: the column {repeated[0]} stands there more than once, expected once.")
     missing = [name for name in _REQUIRED if name not in table.column_names]
     if missing:
         raise DataError(
@@ -167,25 +170,24 @@ def _read_text(path: Path) -> pa.Table:
 
 def _parse_column(column: pa.ChunkedArray, kind: type[int] | type[float]) -> list[Any]:
     """The numbers of a column of text, None for what is not a finite one."""
-    try:
-        values = column.cast(pa.int64() if kind is int else pa.float64())
-    except pa.ArrowInvalid:  # at least one cell is something else: look at each
+    # Plain decimals at once; if a cell is anything else, such as hexadecimal or empty, each is looked at.
+    plain = r"^[+-]?\d{1,18}$" if kind is int else r"^[+-]?\d{1,18}(\.\d*)?$"
+    if not pc.all(pc.match_substring_regex(column, plain), min_count=0).as_py():
         return [_parse(cell, kind) for cell in column.to_pylist()]
-    finite: pa.ChunkedArray = values if kind is int else pc.if_else(pc.is_finite(values), values, None)
-    numbers: list[Any] = finite.to_pylist()
+    numbers: list[Any] = column.cast(pa.int64() if kind is int else pa.float64()).to_pylist()
     return numbers
 
 
 def _parse(cell: str, kind: type[int] | type[float]) -> float | None:
     try:
-        value = float(cell)
+        value = math.nan if "_" in cell else float(cell)  # Python takes 1_0 for 10
     except ValueError:
         return None
     if kind is float:
         return value if math.isfinite(value) else None
-    # An id that went through a column of floats has a decimal point; one beyond 2**53 would be another one then.
     with suppress(ValueError):
-        return int(cell)
+        return int(cell) if abs(int(cell)) < 2**63 and "_" not in cell else None
+    # An id that went through a column of floats has a decimal point; one beyond 2**53 would be another one then.
     return int(value) if value.is_integer() and abs(value) <= 2**53 else None
 
 

@@ -28,6 +28,8 @@ class Group(NamedTuple):
     mean: float
     low: float
     high: float
+    groups: int | None = None
+    """How many groups of samples (patients, recordings) they belong to, where this is known."""
 
 
 def plot_class_comparison(
@@ -98,12 +100,16 @@ def plot_class_comparison(
         for ax in alike:
             ax.set_xlim(min(limits), max(limits))
     by_row = zip(*([*classes, *outcomes] for classes, outcomes in quantities.values()), strict=True)
-    samples = [[str(group.n) for group in of_row] for of_row in by_row]
+    samples = [[_size(group) for group in of_row] for of_row in by_row]
     # Where a number is undefined for some samples, the panels have different counts.
     counts = ["n=" + "/".join(of_row if len(set(of_row)) > 1 else of_row[:1]) for of_row in samples]
     name_rows(panels[0], names, counts)
     few = any(group.n and np.isnan(group.low) for parts in quantities.values() for of in parts for group in of)
     remark = f"No interval: fewer than {MINIMUM_GROUP} {group_noun or 'samples'}, nothing is claimed."
-    title = f"Mean and {interval_by(group_noun)}{per_group(group_by)} and outcome"
+    title = f"Mean{per_group(group_by)} and outcome, with its {interval_by(group_noun)}"
     set_title(fig, title, context, remark if few else "")
     return save(fig, save_path)
+
+
+def _size(group: Group) -> str:
+    return str(group.n) + ("" if group.groups is None else f" of {group.groups}")

@@ -58,6 +58,8 @@ class OutcomeSummary:
         ``(classes, 2)`` ends of their 95 % intervals; NaN where there is none.
     class_counts
         ``(classes,)`` number of samples behind them.
+    groups
+        How many groups (patients, recordings) the samples belong to, where this is known.
     """
 
     histogram: ArrayLike
@@ -65,6 +67,7 @@ class OutcomeSummary:
     class_means: ArrayLike
     class_intervals: ArrayLike
     class_counts: ArrayLike
+    groups: int | None = None
 
 
 def plot_class_attention(
@@ -279,7 +282,8 @@ def plot_outcome_alignment(
         face = look.colour if look.filled else "white"
         label = f"{name} (no samples)"
         if total:
-            label = f"{name} (n = {total}, mean {decimal(outcome.mean, 3)})"
+            size = f"{total}" if outcome.groups is None else f"{total} of {outcome.groups} {group_noun or 'groups'}"
+            label = f"{name} (n = {size}, mean {decimal(outcome.mean, 3)})"
             density = counts / (total * np.diff(bar_edges))
             alpha = 0.35 if look.filled else 1.0
             above.stairs(density, bar_edges, color=look.colour, fill=look.filled, alpha=alpha, linewidth=1.5)
@@ -303,7 +307,7 @@ def plot_outcome_alignment(
     above.set_title(_claim(*auroc, group_noun), fontsize=10)
     below.set_xlabel("alignment of the two directions (Pearson r)")
     remark = f"; no interval: fewer than {MINIMUM_GROUP} {group_noun or ''}".rstrip() if few else ""
-    title = f"Mean and {interval_by(group_noun)}{per_group(group_by)} (correct/incorrect samples{remark})"
+    title = f"Mean{per_group(group_by)}, with its {interval_by(group_noun)} (correct/incorrect samples{remark})"
     below.set_title(title, fontsize=10)
     below.grid(axis="x", color="0.85")
     name_rows(below, class_names, [f"{int(right)}/{int(wrong)}" for right, wrong in zip(*class_counts, strict=True)])

@@ -1,5 +1,12 @@
 """Features of many rows: in any number of processes, each file opened once, resumed after an interruption."""
 
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -102,18 +109,98 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_bits(shared, tmp_path, 
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_a_build_of_other_files_starts_anew(shared, tmp_path):
+@pytest.mark.parametrize(("changed", "left"), [(None, [1, 2]), (100, [0, 1, 2])], ids=["mended", "mended and changed"])
+def test_a_mended_file_costs_its_own_part_alone(shared, tmp_path, monkeypatch, changed, left):
     path = shared / "train_eegs/104.parquet"
     good = path.read_bytes()
     path.write_bytes(b"no parquet")
     with pytest.raises(RowError, match="unreadable file"):
         stored_features(Recordings.read(shared), COMPETITION, tmp_path / "cache")
     path.write_bytes(good)
-    write_eeg(shared / "train_eegs/100.parquet", 60, seed=99)  # its rows were done
+    if changed:
+        write_eeg(shared / f"train_eegs/{changed}.parquet", 60, seed=99)  # its rows were done
+    compute, orders = build_module._compute, []
+    monkeypatch.setattr(build_module, "_compute", lambda *args: orders.append(args[3]) or compute(*args))
     recordings = Recordings.read(shared)
     features = stored_features(recordings, COMPETITION, tmp_path / "cache")
-    x, _, _ = eeg_features(recordings.eeg(recordings.rows[0], COMPETITION), COMPETITION)
-    np.testing.assert_allclose(features.take(np.array([0]))["eeg_x"][0], x, atol=1e-5)
+    assert orders == [left]
+    whole = stored_features(recordings, COMPETITION, tmp_path / "whole")
+    assert content(features.folder) == content(whole.folder)
+
+
+DAMAGE = {
+    "no array": lambda folder: (folder / "eeg_x.npy").unlink(),
+    "short array": lambda folder: (folder / "eeg_x.npy").write_bytes((folder / "eeg_x.npy").read_bytes()[:-9]),
+    "torn marker": lambda folder: (folder / "part-000000.json").write_text('["abc", [{'),
+    "empty marker": lambda folder: (folder / "part-000000.json").write_bytes(b""),
+    "a file": lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
+}
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_damaged_in_an_unfinished_folder_is_computed_again(shared, tmp_path, damage):
+    path = shared / "train_eegs/104.parquet"
+    good = path.read_bytes()
+    path.unlink()
+    with pytest.raises(RowError):
+        stored_features(Recordings.read(shared), COMPETITION, tmp_path / "cache")
+    (unfinished,) = (found for found in (tmp_path / "cache").iterdir() if found.suffix != ".lock")
+    assert (unfinished / "part-000000.json").exists()
+    DAMAGE[damage](unfinished)
+    path.write_bytes(good)
+    recordings = Recordings.read(shared)
+    features = stored_features(recordings, COMPETITION, tmp_path / "cache")
+    assert content(features.folder) == content(stored_features(recordings, COMPETITION, tmp_path / "whole").folder)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lightning_xattn.hms import build
+from lightning_xattn.hms.cache import stored_features
+from lightning_xattn.hms.recordings import COMPETITION, Recordings
+
+build._ROWS_IN_A_PART = 4
+finish = build._Part.finish
+
+def finish_and_die(part, bad_rows):
+    finish(part, bad_rows)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+build._Part.finish = finish_and_die
+stored_features(Recordings.read(sys.argv[1]), COMPETITION, sys.argv[2], 2)
+"""
+
+
+def test_a_killed_build_leaves_no_process_and_goes_on(shared, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(shared), str(tmp_path / "cache")]
+    killed = subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True)
+    assert killed.wait(120) == -signal.SIGKILL
+    for _ in range(300):
+        try:
+            os.killpg(killed.pid, 0)  # the workers are in its group
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        os.killpg(killed.pid, signal.SIGKILL)
+        pytest.fail("a worker outlives the process that was killed")
+    recordings = Recordings.read(shared)
+    features = stored_features(recordings, COMPETITION, tmp_path / "cache", 2)
+    assert content(features.folder) == content(stored_features(recordings, COMPETITION, tmp_path / "whole", 2).folder)
+
+
+def test_pickled_features_are_mapped_and_never_computed(shared, tmp_path, monkeypatch):
+    (shared / "train_eegs/103.parquet").unlink()
+    features = stored_features(Recordings.read(shared, "skip"), COMPETITION, tmp_path / "cache")
+    assert len(features) < 11
+    monkeypatch.setattr("lightning_xattn.hms.cache.build", None)
+    again = pickle.loads(pickle.dumps(features))
+    everything = np.arange(len(features))
+    for name, values in features.take(everything).items():
+        np.testing.assert_array_equal(again.take(everything)[name], values)
+    np.testing.assert_array_equal(again.filled, features.filled)
 
 
 @pytest.mark.usefixtures("small_parts")

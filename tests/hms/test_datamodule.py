@@ -24,10 +24,18 @@ def folder(make_folder) -> Path:
     return make_folder(rows=table_rows(17, patients=11))
 
 
+def test_patients_go_with_their_samples(folder, tmp_path):
+    data_module = HMSDataModule(folder, cache_dir=tmp_path / "cache", batch_size=3)
+    by_label_id = data_module.recordings.by_label_id
+    for batch in data_module.train_dataloader():
+        patients = [by_label_id[label].patient_id for label in batch["sample_ids"].tolist()]
+        assert batch["patient_ids"].tolist() == patients
+
+
 def test_a_batch_is_the_guides(folder, tmp_path):
     data_module = HMSDataModule(folder, cache_dir=tmp_path / "cache", batch_size=3)
     batch = next(iter(data_module.val_dataloader()))
-    assert list(batch) == ["eeg_graphs", "spec_graphs", "targets", "sample_ids"]
+    assert list(batch) == ["eeg_graphs", "spec_graphs", "targets", "sample_ids", "patient_ids"]
     assert (len(batch["eeg_graphs"]), len(batch["spec_graphs"])) == (9, 119)
     for graph in batch["eeg_graphs"]:
         assert isinstance(graph, Batch)

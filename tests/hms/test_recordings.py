@@ -132,6 +132,26 @@ def test_votes_and_ids_that_went_through_floats(tmp_path):
     assert len(Recordings.read(tmp_path, "skip")) == 1
 
 
+@pytest.mark.parametrize("cell", ["0x1F", "1_0", str(2**63), "", " ", "1e400"])
+def test_what_is_no_plain_number_is_a_bad_row_whatever_stands_beside_it(tmp_path, cell):
+    for other, usable in (("7", [3]), ("401.0", [3]), ("x", [])):
+        rows = [{**row, "patient_id": value} for row, value in zip(table_rows(2), (cell, other), strict=True)]
+        write_table(tmp_path, [*rows, {**table_rows(3)[2], "patient_id": 9}])
+        recordings = Recordings.read(tmp_path, "skip")
+        assert [row.line for row in recordings] == [*usable, 4]
+        assert f"patient_id must be a finite int, got {cell!r}" in str(recordings.skipped[0])
+
+
+def test_repeated_columns_of_the_table(tmp_path):
+    write_table(tmp_path, table_rows(2))
+    header, *lines = (tmp_path / "train.csv").read_text().splitlines()
+    (tmp_path / "train.csv").write_text("\n".join([f"{header},note,note", *(f"{line},a,b" for line in lines)]))
+    assert len(Recordings.read(tmp_path)) == 2
+    (tmp_path / "train.csv").write_text("\n".join([f"{header},eeg_id", *(f"{line},1" for line in lines)]))
+    with pytest.raises(DataError, match="the column eeg_id stands there more than once"):
+        Recordings.read(tmp_path)
+
+
 def damage_missing(root: Path) -> None:
     (root / "train_eegs/102.parquet").unlink()
 
@@ -175,7 +195,7 @@ def damage_spectrogram_time(root: Path) -> None:
         (damage_column, "train_eegs/102.parquet", "missing column: T3"),
         (damage_text, "train_eegs/102.parquet", "column not numeric: expected numbers in Fp1"),
         (damage_short, "train_eegs/102.parquet", "needs 0 to 10 s, the recording has 9 s"),
-        (damage_spectrogram_short, "train_spectrograms/202.parquet", "the recording has 598 s"),
+        (damage_spectrogram_short, "train_spectrograms/202.parquet", "needs 0 to 600 s, the recording has 0 to 598 s"),
         (damage_spectrogram_time, "train_spectrograms/202.parquet", "uneven time"),
     ],
 )

@@ -41,7 +41,7 @@ def test_rows_are_named_and_counted_and_the_first_is_at_the_top() -> None:
     assert said == ["a (n=23/20)", "b (n=4)", "c (n=0)", "correct (n=19)", "incorrect (n=8)"]
     assert first.yaxis_inverted()
     assert first.get_ylim() == second.get_ylim()
-    assert "per true class and outcome (test)" in figure.get_suptitle()
+    assert "per true class and outcome, with its 95 % interval (test)" in figure.get_suptitle()
 
 
 def test_numbers_of_one_range_have_one_scale() -> None:
@@ -70,6 +70,9 @@ def test_intervals_by_group_are_said() -> None:
     title = plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES, group_noun="patients").get_suptitle()
     assert "95 % interval by patients" in title
     assert "fewer than 5 patients" in title
+    counted = [group._replace(groups=3) for group in CLASSES]
+    (ax,) = panels(plot_class_comparison({"x": (counted, OUTCOMES)}, NAMES, group_noun="patients"))
+    assert ax.get_yticklabels()[0].get_text() == "a (n=23 of 3)"
 
 
 def test_outcomes_differ_in_marker() -> None:

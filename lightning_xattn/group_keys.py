@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_xattn.errors import ShapeError
 
 UNKNOWN_GROUP = -(2**63)
-"""The key of samples whose group is not known. They count as one group, since they may all be of one."""
+"""The key of samples whose group is not known. Intervals take them as one group, since they may all be of one."""
 
 
 def group_keys(ids: Tensor | Sequence[Any], device: torch.device | str) -> Tensor:
@@ -50,7 +50,10 @@ def group_keys(ids: Tensor | Sequence[Any], device: torch.device | str) -> Tenso
 
 
 def _key(one: Any) -> int:
-    one = one.item() if hasattr(one, "item") else one
+    try:
+        one = one.item() if hasattr(one, "item") else one
+    except (RuntimeError, ValueError):  # torch's and numpy's, for more than one number
+        raise ShapeError(f"Expected one group a sample; got {one!r}.") from None
     if one is None or (isinstance(one, float) and math.isnan(one)):
         return UNKNOWN_GROUP
     if isinstance(one, float):
