@@ -29,7 +29,7 @@ def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
 
     accuracy = max(point.value for point in events.Scalars("val_acc"))
     assert accuracy > 0.4  # chance is 0.17
-    assert re.search(r"Validation on .*: 30 recordings", printed)
+    assert re.search(r"Validation on .*: 30 samples of \d+ patients", printed)
     assert re.search(r"modalities agree \(n = \d+\) or show different classes \(n = \d+\)", printed)
     assert printed.rstrip().splitlines()[-1] == f"tensorboard --logdir {tmp_path / 'run_0'}"
 
@@ -38,7 +38,7 @@ def test_real_recordings_are_validated_and_tested_on(iiic_irr, tmp_path, capsys)
     assert main(["demo", "--data", str(iiic_irr), "--samples", "36", "--epochs", "1", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     for stage in ("Validation", "Test"):
-        assert f"{stage} on {iiic_irr}: 20 recordings (12 with a tied top vote" in printed
+        assert f"{stage} on {iiic_irr}: 20 samples of 20 patients (12 with a tied top vote" in printed
     assert re.search(r"Test on .*simulated_36_of_10s_seed_0: \d+ recordings", printed)
     events = read_events(tmp_path / "run_0/train_on_simulated/tensorboard")
     for stage in ("val", "test"):

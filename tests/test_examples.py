@@ -39,7 +39,7 @@ def test_example_analysis(hms_checkpoint, iiic_irr, tmp_path):
 def test_correct_vs_incorrect(hms_checkpoint, iiic_irr):
     printed = run("correct_vs_incorrect.py", hms_checkpoint, iiic_irr)
     assert printed.count("gap ") == 2
-    assert sum(int(line.split("n = ")[1].rstrip(")")) for line in printed.splitlines() if "n = " in line) == 40
+    assert sum(int(line.split("n = ")[1].split()[0]) for line in printed.splitlines() if "n = " in line) == 40
 
 
 def test_head_specialization(hms_checkpoint, iiic_irr, tmp_path):

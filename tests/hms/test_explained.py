@@ -136,7 +136,9 @@ def test_the_pooled_fusion_is_said_to_say_nothing(batch):
 
 def test_bad_input_is_named(model, batch, tmp_path):
     watch = ExplainabilityCapture(model)
-    with pytest.raises(DataError, match=r"lacks \['eeg_graphs'\]; it holds \['sample_ids', 'spec_graphs', 'targets'\]"):
+    with pytest.raises(
+        DataError, match=r"lacks \['eeg_graphs'\]; it holds \['patient_ids', 'sample_ids', 'spec_graphs', 'targets'\]"
+    ):
         watch.explain_batch({name: value for name, value in batch.items() if name != "eeg_graphs"})
     with pytest.raises(SettingError, match="layer 'model.fusion': expected num_heads=4, but there are 8 heads"):
         ExplainabilityCapture(model, num_heads=4).explain_batch(batch)

@@ -29,7 +29,7 @@ def drawn_groups(ax):
 def test_means_have_their_intervals() -> None:
     (ax,) = panels(plot_class_comparison({"alignment (Pearson r)": (CLASSES, OUTCOMES)}, NAMES))
     for group, (mean, low, high) in zip([*CLASSES, *OUTCOMES], drawn_groups(ax), strict=True):
-        assert (mean, low, high) == pytest.approx(group[1:], nan_ok=True)
+        assert (mean, low, high) == pytest.approx(group[1:4], nan_ok=True)
     assert ax.get_xlabel() == "alignment (Pearson r)"
 
 
@@ -46,7 +46,7 @@ def test_rows_are_named_and_counted_and_the_first_is_at_the_top() -> None:
 
 def test_numbers_of_one_range_have_one_scale() -> None:
     narrow = [group._replace(low=group.mean - 0.01, high=group.mean + 0.01) for group in CLASSES]
-    moved = [Group(group.n, *(value + 3 for value in group[1:])) for group in CLASSES]
+    moved = [Group(group.n, *(value + 3 for value in group[1:4])) for group in CLASSES]
     quantities = {
         "alignment (Pearson r)": (CLASSES, OUTCOMES),
         "entropy a (0: one key)": (narrow, OUTCOMES),
