@@ -184,8 +184,8 @@ def _describe_independence(group_noun: str | None) -> str:
             "patient or one recording every interval is too narrow: name their groups, groups=<key or callable>."
         )
     return (
-        f"Intervals are by {group_noun}: samples of one of the {group_noun} may be alike, so that many samples of few "
-        f"{group_noun} tell little. Nothing is claimed of fewer than {MINIMUM_GROUP} {group_noun}."
+        f"Intervals are by {group_noun}: samples of one {group_noun.removesuffix('s')} may be alike, so many samples "
+        f"of few {group_noun} tell little. Nothing is claimed of fewer than {MINIMUM_GROUP} {group_noun}."
     )
 
 

@@ -105,9 +105,11 @@ def plot_class_comparison(
     counts = ["n=" + "/".join(of_row if len(set(of_row)) > 1 else of_row[:1]) for of_row in samples]
     name_rows(panels[0], names, counts)
     few = any(group.n and np.isnan(group.low) for parts in quantities.values() for of in parts for group in of)
-    remark = f"No interval: fewer than {MINIMUM_GROUP} {group_noun or 'samples'}, nothing is claimed."
+    remarks = [f"n: samples, and of how many {group_noun}."] if group_noun else []
+    if few:
+        remarks.append(f"No interval: fewer than {MINIMUM_GROUP} {group_noun or 'samples'}, nothing is claimed.")
     title = f"Mean{per_group(group_by)} and outcome, with its {interval_by(group_noun)}"
-    set_title(fig, title, context, remark if few else "")
+    set_title(fig, title, context, " ".join(remarks))
     return save(fig, save_path)
 
 

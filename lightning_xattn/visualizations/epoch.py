@@ -308,7 +308,7 @@ def plot_outcome_alignment(
     below.set_xlabel("alignment of the two directions (Pearson r)")
     remark = f"; no interval: fewer than {MINIMUM_GROUP} {group_noun or ''}".rstrip() if few else ""
     title = f"Mean{per_group(group_by)}, with its {interval_by(group_noun)} (correct/incorrect samples{remark})"
-    below.set_title(title, fontsize=10)
+    below.set_title(wrap(title, WIDTH - 1.5), fontsize=10)
     below.grid(axis="x", color="0.85")
     name_rows(below, class_names, [f"{int(right)}/{int(wrong)}" for right, wrong in zip(*class_counts, strict=True)])
     fig.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
