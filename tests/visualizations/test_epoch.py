@@ -217,7 +217,7 @@ def test_class_means_have_their_intervals() -> None:
     half = stats.t.ppf(0.975, 4) * many.std(ddof=1) / 5**0.5
     np.testing.assert_allclose(bars.get_segments()[0][:, 0], [0.3 - half, 0.3 + half], rtol=1e-4)
     assert [len(segment) for segment in bars.get_segments()] == [2, 0, 0]  # none with fewer than 5
-    assert "no interval: fewer than 5" in below.get_title()
+    assert "no interval: fewer than 5" in " ".join(below.get_title().split())
     np.testing.assert_allclose(below.containers[1][0].get_xdata(), [np.nan, 0.5, np.nan])
     assert [label.get_text() for label in below.get_yticklabels()] == ["a (5/0)", "b (1/3)", "c (0/0)"]
 
