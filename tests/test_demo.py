@@ -39,7 +39,7 @@ def test_real_recordings_are_validated_and_tested_on(iiic_irr, tmp_path, capsys)
     printed = capsys.readouterr().out
     for stage in ("Validation", "Test"):
         assert f"{stage} on {iiic_irr}: 20 samples of 20 patients (12 with a tied top vote" in printed
-    assert re.search(r"Test on .*simulated_36_of_10s_seed_0: \d+ recordings", printed)
+    assert re.search(r"Test on .*simulated_36_of_10s_seed_0: \d+ samples of \d+ patients", printed)
     events = read_events(tmp_path / "run_0/train_on_simulated/tensorboard")
     for stage in ("val", "test"):
         assert events.Scalars(f"xattn_alignment/{stage}/all")
