@@ -64,6 +64,8 @@ def build(
     parts = [_Part(folder / f"part-{i:06d}.json", part, stamps, tasks) for i, part in enumerate(_parts(tasks))]
     left = [part for part in parts if part.bad_rows() is None]
     order = [task for part in left for task in part.tasks]
+    for part in left:  # what another state of the files has left: its rows are about to be written over
+        part.path.unlink(missing_ok=True)
     with ExitStack() as stack:
         files = {name: stack.enter_context(closing(_Rows(folder / f"{name}.npy"))) for name in shapes}
         results = stack.enter_context(closing(_compute(recordings, geometry, tasks, order, num_workers)))

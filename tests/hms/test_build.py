@@ -128,6 +128,33 @@ def test_a_mended_file_costs_its_own_part_alone(shared, tmp_path, monkeypatch, c
     assert content(features.folder) == content(whole.folder)
 
 
+@pytest.mark.usefixtures("small_parts")
+def test_files_that_change_and_change_back_are_computed_again(shared, tmp_path, monkeypatch):
+    broken, changing = shared / "train_eegs/104.parquet", shared / "train_eegs/100.parquet"
+    good, first, stamp = broken.read_bytes(), changing.read_bytes(), changing.stat().st_mtime_ns
+    broken.unlink()
+    with pytest.raises(RowError):  # the part of EEG 100 is done
+        stored_features(Recordings.read(shared), COMPETITION, tmp_path / "cache")
+    write_eeg(changing, 60, seed=99)
+    compute = build_module._compute
+
+    def interrupted(*args):
+        yield next(compute(*args))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "_compute", interrupted)
+        patch.setattr(build_module._Part, "finish", lambda part, bad_rows: None)  # killed before it could say so
+        with pytest.raises(KeyboardInterrupt):
+            stored_features(Recordings.read(shared), COMPETITION, tmp_path / "cache")
+    broken.write_bytes(good)
+    changing.write_bytes(first)
+    os.utime(changing, ns=(stamp, stamp))
+    recordings = Recordings.read(shared)
+    features = stored_features(recordings, COMPETITION, tmp_path / "cache")
+    assert content(features.folder) == content(stored_features(recordings, COMPETITION, tmp_path / "whole").folder)
+
+
 DAMAGE = {
     "no array": lambda folder: (folder / "eeg_x.npy").unlink(),
     "short array": lambda folder: (folder / "eeg_x.npy").write_bytes((folder / "eeg_x.npy").read_bytes()[:-9]),
