@@ -11,9 +11,8 @@ from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from lightning_xattn.attention import TokenAxis
-from lightning_xattn.functional import separation
+from lightning_xattn.functional import mean_interval, separation
 from lightning_xattn.visualizations import OutcomeSummary, Spectrograms, Traces, plot_outcome_alignment
-from tests import reference
 
 EEG = TokenAxis("EEG window (s from the labelled moment)", spans=[(5 * i - 25, 5 * i - 15) for i in range(9)])
 SPEC = TokenAxis("spectrogram window (s from the labelled moment)", spans=[(5 * i, 5 * i + 10) for i in range(119)])
@@ -50,12 +49,12 @@ def make_maps(*shape: int) -> NDArray[np.float64]:
 
 def summary(scores: list[NDArray[np.float64]]) -> OutcomeSummary:
     """What the accumulators would say of these scores, given by class."""
-    together = np.concatenate(scores)
+    together, none = np.concatenate(scores), (np.nan, np.nan)
     return OutcomeSummary(
         histogram=np.histogram(together, EDGES)[0],
         mean=together.mean() if together.size else np.nan,
         class_means=[s.mean() if s.size else np.nan for s in scores],
-        class_intervals=[reference.mean_interval(s) for s in scores],
+        class_intervals=[mean_interval(s.mean(), s.std(ddof=1), s.size) if s.size > 1 else none for s in scores],
         class_counts=[s.size for s in scores],
     )
 

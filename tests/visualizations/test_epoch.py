@@ -215,7 +215,7 @@ def test_class_means_have_their_intervals() -> None:
     dots, _, (bars,) = below.containers[0]
     np.testing.assert_allclose(dots.get_xdata(), [0.3, 0.5, np.nan])
     half = stats.t.ppf(0.975, 4) * many.std(ddof=1) / 5**0.5
-    np.testing.assert_allclose(bars.get_segments()[0][:, 0], [0.3 - half, 0.3 + half], rtol=1e-4)
+    np.testing.assert_allclose(bars.get_segments()[0][:, 0], [0.3 - half, 0.3 + half], rtol=1e-5)
     assert [len(segment) for segment in bars.get_segments()] == [2, 0, 0]  # none with fewer than 5
     assert "no interval: fewer than 5" in " ".join(below.get_title().split())
     np.testing.assert_allclose(below.containers[1][0].get_xdata(), [np.nan, 0.5, np.nan])
