@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from lightning_xattn.aggregation import LayerSummary
-from lightning_xattn.capture import LayerSites
+from lightning_xattn.capture import Layer
 from lightning_xattn.phrases import SINGLE_KEYS
 
 UNIFORM = 0.999
@@ -27,7 +27,7 @@ class Alarms:
     def __init__(self) -> None:
         self._told: set[tuple[str | int, ...]] = set()
 
-    def of_directions(self, layers: Iterable[LayerSites]) -> Iterator[str]:
+    def of_directions(self, layers: Iterable[Layer]) -> Iterator[str]:
         """A new alarm that the layers themselves give."""
         alone = [layer for layer in layers if layer.backward is None]
         if alone and self._is_new("", "", "alone", 0):

@@ -18,8 +18,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from lightning_xattn.aggregation import LayerAccumulator, LayerSummary, merge_sums
 from lightning_xattn.alarms import Alarms
 from lightning_xattn.attention import AttentionPair
-from lightning_xattn.capture import AttentionRecorder, AttentionSetting, LabelFinder, check_attention
-from lightning_xattn.capture.steps import LabelSetting, Step
+from lightning_xattn.capture import AttentionRecorder, AttentionSetting, check_attention
 from lightning_xattn.distributed import count_repeats, gather
 from lightning_xattn.epoch import epoch_counts, epoch_curves, epoch_figures
 from lightning_xattn.errors import SettingError, XAttnError, XAttnWarning
@@ -31,6 +30,7 @@ from lightning_xattn.grouping import (
     name_groups,
     usable_names,
 )
+from lightning_xattn.labels import LabelFinder, LabelSetting, Step
 from lightning_xattn.phrases import named
 from lightning_xattn.schedule import Schedule, logged_step
 from lightning_xattn.sinks import log_images

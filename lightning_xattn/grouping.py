@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN
-from lightning_xattn.capture.labels import Labels
-from lightning_xattn.capture.scores import UNLABELLED
-from lightning_xattn.capture.steps import Step
 from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.labels import Labels, Step
+from lightning_xattn.labels.tensors import UNLABELLED
 
 GROUPINGS = ("target", "prediction")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from lightning_xattn.aggregation import LayerAccumulator, Layout
 from lightning_xattn.attention import AttentionPair
-from lightning_xattn.capture import Labels
 from lightning_xattn.functional import prepare_rows, sample_statistics
 from lightning_xattn.grouping import group_samples, sample_columns
+from lightning_xattn.labels import Labels
 
 
 def add_batch(

@@ -18,7 +18,8 @@ ROOMS = {
     "attention": {"errors"},
     "functional": {"attention", "errors"},
     "group_keys": {"errors"},
-    "capture": {"attention", "errors", "group_keys"},
+    "capture": {"attention", "errors"},
+    "labels": {"attention", "errors", "group_keys"},
     "groups": {"functional", "group_keys"},
     "aggregation": {"functional", "attention", "errors", "group_keys", "groups"},
     "alarms": {"aggregation", "attention", "capture", "phrases"},
@@ -29,8 +30,8 @@ ROOMS = {
         *("aggregation", "attention", "attention_analysis", "explanation", "functional", "interpretation", "errors"),
         *("files", "phrases"),
     },
-    "grouping": {"aggregation", "capture", "errors"},
-    "sums": {"aggregation", "attention", "capture", "functional", "grouping"},
+    "grouping": {"aggregation", "errors", "labels"},
+    "sums": {"aggregation", "attention", "functional", "grouping", "labels"},
     "distributed": set(),
     "schedule": {"errors"},
     "table": {"aggregation"},
@@ -39,7 +40,7 @@ ROOMS = {
     "sinks": {"errors", "files"},
     "callback": {
         *("attention", "capture", "aggregation", "alarms", "grouping", "distributed", "schedule", "sums", "table"),
-        *("visualizations", "epoch", "sinks", "errors", "phrases"),
+        *("visualizations", "epoch", "sinks", "errors", "labels", "phrases"),
     },
     "hms": {
         *("", "attention", "errors", "explainer", "explanation", "files", "functional", "phrases", "report"),
@@ -49,7 +50,7 @@ ROOMS = {
     # The package itself: the public names.
     "": {"attention", "callback", "capture", "errors", "explainer", "interpretation", "report"},
     "explainer": {
-        *("alarms", "attention", "attention_analysis", "capture", "aggregation", "errors", "functional"),
+        *("alarms", "attention", "attention_analysis", "capture", "aggregation", "errors", "functional", "labels"),
         *("epoch", "explanation", "files", "grouping", "groups", "phrases", "sums", "table", "visualizations"),
     },
 }

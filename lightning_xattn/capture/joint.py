@@ -1,12 +1,144 @@
-"""The directions within one self-attention over the tokens of several modalities."""
+"""One self-attention over the tokens of several modalities, and the directions within it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from typing import Any
+
 import torch
 
-from lightning_xattn.attention import row_sum_tolerance
-from lightning_xattn.capture.weights import RecordedWeights
-from lightning_xattn.errors import ShapeError
+from lightning_xattn.attention import Direction, row_sum_tolerance
+from lightning_xattn.capture.masks import RecordedWeights
+from lightning_xattn.errors import SettingError, ShapeError
+
+Span = tuple[int, int | None]
+"""``(start, stop)`` as in a slice: below 0 from the end, a stop of None is the end."""
+
+
+@dataclass(frozen=True)
+class JointSequence:
+    """Self-attention over the tokens of several modalities in one sequence.
+
+    Each ordered pair of modalities is a direction: its queries' rows and its keys' columns of the one attention,
+    scaled to sum to 1 over these keys. How much of the attention crosses over is a number of its own.
+
+    Parameters
+    ----------
+    attention
+        Path of the self-attention, or of an ``nn.TransformerEncoder`` with its layers; several for several layers.
+    spans
+        For each modality the place of its tokens in the sequence, as in a slice: ``(0, 9)``, ``(9, None)`` to the end,
+        ``(-144, None)`` for the last 144. A callable gets the batch and returns such a pair, for sequences that are
+        only as long as the longest of each batch. Tokens in no span, such as a class token, belong to no modality.
+
+    Raises
+    ------
+    SettingError
+        If there are fewer than two modalities, or their spans are empty or overlap.
+
+    Examples
+    --------
+    >>> JointSequence("encoder", spans={"eeg": (0, 9), "spec": (9, 128)})
+    >>> JointSequence("encoder", spans={"text": lambda batch: (0, batch["input_ids"].shape[1]), "image": (-144, None)})
+    """
+
+    attention: str | Sequence[str]
+    spans: Mapping[str, Span | Callable[[Any], Span]]
+
+    def __post_init__(self) -> None:
+        names = list(self.spans) if isinstance(self.spans, Mapping) else []
+        if len(names) < 2:
+            raise SettingError(
+                "JointSequence needs the spans of at least two modalities, e.g. "
+                f"{{'eeg': (0, 9), 'spec': (9, 128)}}; got {self.spans!r}."
+            )
+        if not self.paths or not all(isinstance(path, str) for path in self.paths):
+            raise SettingError(f"JointSequence needs a module path or a list of them; got {self.attention!r}.")
+        for first, second in pairwise(names):
+            Direction.parse(f"{first}_to_{second}")
+        told = {name: _check_span(name, span) for name, span in self.spans.items() if not callable(span)}
+        # Spans that count from one end can be compared before the length is known.
+        _require_apart({name: (start, stop) for name, (start, stop) in told.items() if start >= 0 <= (stop or 0)})
+        _require_apart({name: (start, stop) for name, (start, stop) in told.items() if start < 0})
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the layers."""
+        return (self.attention,) if isinstance(self.attention, str) else tuple(self.attention)
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every two of the modalities."""
+        return list(combinations(self.spans, 2))
+
+    @property
+    def has_fixed_length(self) -> bool:
+        """Whether the spans go with one length of the sequence only: none counts from the end or is a callable."""
+        return not any(callable(span) or span[0] < 0 or span[1] is None or span[1] < 0 for span in self.spans.values())
+
+    @property
+    def counts_from_the_end(self) -> bool:
+        """Whether a span starts or stops a number of tokens before the end."""
+        return any(not callable(span) and (span[0] < 0 or (span[1] or 0) < 0) for span in self.spans.values())
+
+    def slices(self, batch: Any) -> dict[str, slice]:
+        """The place of each modality's tokens.
+
+        Raises
+        ------
+        SettingError
+            If a callable returns no span.
+        """
+        spans = {name: span(batch) if callable(span) else span for name, span in self.spans.items()}
+        return {name: slice(*_check_span(name, span)) for name, span in spans.items()}
+
+
+def _check_span(name: str, span: Any) -> Span:
+    whole = isinstance(span, (tuple, list)) and len(span) == 2
+    numbers = whole and isinstance(span[0], int) and isinstance(span[1], int | None)
+    if not numbers or (span[0] < 0 and span[1] is not None and span[1] >= 0):
+        raise SettingError(
+            f"The span of '{name}' must be (start, stop) as in a slice, such as (0, 9), (9, None) or (-144, None), or "
+            f"a callable that makes one of the batch; got {span!r}."
+        )
+    return span[0], span[1]
+
+
+def _require_apart(spans: Mapping[str, Span]) -> None:
+    end: int | None = None
+    for i, (name, (start, stop)) in enumerate(sorted(spans.items(), key=lambda item: item[1][0])):
+        if (i and (end is None or start < end)) or not (stop is None or stop > start):
+            raise SettingError(
+                f"The spans of a JointSequence must hold tokens and not overlap; that of '{name}' does not: "
+                f"{dict(spans)}."
+            )
+        end = stop
+
+
+def resolve_spans(slices: Mapping[str, slice], attention: RecordedWeights, name: str) -> dict[str, slice]:
+    """The places in this sequence, all from its start.
+
+    Raises
+    ------
+    ShapeError
+        If the attention is no self-attention, has fewer tokens than the places, or the places overlap in it.
+    """
+    _, _, queries, keys = attention.weights.shape
+    reach = [max(place.stop or 0, place.start + 1, -place.start, -(place.stop or 0)) for place in slices.values()]
+    tokens = max(queries, max(reach)) if attention.cropped else queries
+    if queries != keys - attention.extra_keys or tokens < max(reach):
+        raise ShapeError(
+            f"Expected '{name}' to attend within one sequence of at least {max(reach)} tokens, which the spans of the "
+            f"JointSequence need; its attention has {queries} queries and {keys} keys."
+        )
+    places = {modality: slice(*place.indices(tokens)) for modality, place in slices.items()}
+    try:
+        _require_apart({modality: (place.start, place.stop) for modality, place in places.items()})
+    except SettingError as error:
+        raise ShapeError(f"'{name}' has a sequence of {tokens} tokens. {error}") from None
+    return places
 
 
 def cut_direction(joint: RecordedWeights, queries: slice, keys: slice, name: str) -> RecordedWeights:
@@ -27,22 +159,16 @@ def cut_direction(joint: RecordedWeights, queries: slice, keys: slice, name: str
     Raises
     ------
     ShapeError
-        If this is no self-attention or has fewer tokens than the places.
+        As ``resolve_spans``.
     """
-    stops = [place.stop or place.start + 1 for place in (queries, keys)]
+    places = resolve_spans({"queries": queries, "keys": keys}, joint, name)
+    queries, keys = places["queries"], places["keys"]
     if joint.cropped:
-        joint = joint.padded_to(max(stops))
-    _, _, n_queries, n_keys = joint.weights.shape
-    if n_queries != n_keys - joint.extra_keys or n_queries < max(stops):
-        raise ShapeError(
-            f"Expected '{name}' to attend within one sequence of at least {max(stops)} tokens, which the spans of the "
-            f"JointSequence need; its attention has {n_queries} queries and {n_keys} keys."
-        )
-    queries, keys = (slice(*place.indices(n_queries)) for place in (queries, keys))
+        joint = joint.padded_to(max(queries.stop, keys.stop))
     weights = joint.weights[:, :, queries]
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     # Below this a sum is made of numbers with no precision left.
-    least = n_keys * torch.finfo(joint.weights.dtype).smallest_normal
+    least = joint.weights.shape[3] * torch.finfo(joint.weights.dtype).smallest_normal
     total = weights.sum(-1)
     block = weights[..., keys]
     crossing = block.sum(-1)

@@ -48,3 +48,8 @@ def has_address(tensor: Tensor) -> bool:
 def are_same(tensor: Tensor, other: Tensor) -> bool:
     """Whether two tensors are one, or views of the same numbers."""
     return tensor is other or (has_address(tensor) and has_address(other) and Address.of(tensor).holds(other))
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; None of an inference tensor, which does not count."""
+    return None if tensor.is_inference() else tensor._version

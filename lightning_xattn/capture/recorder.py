@@ -1,4 +1,4 @@
-"""The context manager that owns every hook on a model and holds the current batch's attention."""
+"""The context manager that owns every hook on a model and holds the current step's attention."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -15,27 +15,72 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction
-from lightning_xattn.capture.discovery import describe_attention, locate_attention
-from lightning_xattn.capture.joint import cut_direction
+from lightning_xattn.capture.choose import Survey, choose_layers, padding_sources, recorded_of, turned_round
+from lightning_xattn.capture.joint import JointSequence, cut_direction
+from lightning_xattn.capture.locate import describe_attention, locate_attention
+from lightning_xattn.capture.masks import RecordedWeights, apart_from_padding
 from lightning_xattn.capture.memory import Address
-from lightning_xattn.capture.multihead import (
-    is_original,
-    is_original_encoder_layer,
-    watch_encoder_layer,
-    watch_multihead_attention,
-)
-from lightning_xattn.capture.probe import Probe
-from lightning_xattn.capture.returned import Call, ModuleWatch, check_weights, from_returned
-from lightning_xattn.capture.sites import AttentionSetting, LayerSites, Source
-from lightning_xattn.capture.weights import RecordedWeights
+from lightning_xattn.capture.readers import Event, Want
+from lightning_xattn.capture.sources import AttentionSetting, Layer, Source
+from lightning_xattn.capture.tap import Tap, check_weights, from_weights, one_head, zeros_hide
+from lightning_xattn.capture.watch import Run, Watch
 from lightning_xattn.capture.wrappers import (
     compiled_modules,
     require_one_replica,
     run_uncompiled,
-    runs_for_backward,
     scripted_modules,
 )
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
+
+
+@dataclass(eq=False)
+class _Given:
+    """What a callable gives: in this step, and where its numbers were in the last one.
+
+    Attributes
+    ----------
+    read
+        Whether it was called in this step.
+    weights
+        What it gave; None if it gave nothing, or the very numbers of an earlier step.
+    last
+        Where the numbers are that it gave last.
+    looked_at
+        The modes, training or not, in which its values have been looked at.
+    zeros_hide
+        Whether its zeros are a mask.
+    """
+
+    read: bool = False
+    weights: RecordedWeights | None = None
+    last: Address | None = None
+    looked_at: frozenset[bool] = frozenset()
+    zeros_hide: bool = False
+
+
+@dataclass(eq=False)
+class _State:
+    """What is known of a direction's source from step to step.
+
+    Attributes
+    ----------
+    tap
+        Takes the attention out of its module; None of a callable.
+    given
+        Of a callable.
+    has_run
+        Whether it has given attention.
+    tokens
+        Number of tokens of a joint sequence, or of queries, in the first step.
+    padding
+        The path of the self-attention whose masks say which queries are padding; None: nothing does.
+    """
+
+    tap: Tap | None
+    given: _Given
+    has_run: bool = False
+    tokens: int | None = None
+    padding: str | None = None
 
 
 class AttentionRecorder:
@@ -44,13 +89,24 @@ class AttentionRecorder:
     What is compiled by ``torch.compile`` runs as it is written while it is recorded, since hooks are not seen by code
     that has been compiled before: then the outputs are those of the model without compilation. A warning says so.
 
+    In its first step the recorder looks at all that the model computes; from then on only at what it records.
+
     Parameters
     ----------
     model
         Any module; nothing is hooked yet.
     attention
         Where the attention is: module paths by direction, seen from ``model``, a ``JointSequence``, or callables (see
-        the README). None: found by name (see ``locate_attention``) or, where no name tells, in the first pass.
+        the README). None: found by name (see ``locate_attention``) or, where no name tells, in the first step.
+
+    Attributes
+    ----------
+    layers
+        The layers that are recorded; empty until a first step has shown them, where no name tells.
+    output
+        What the model's own ``forward`` returned first since the last ``clear``; None if it did not run.
+    batch
+        What callables of a ``JointSequence`` get. None: what the model's own ``forward`` got.
 
     Raises
     ------
@@ -71,21 +127,20 @@ class AttentionRecorder:
                 f"{type(model).__name__} is TorchScript, and hooks cannot see into it. Record the module that was "
                 "scripted, before torch.jit.script or torch.jit.trace."
             )
-        self.layers: tuple[LayerSites, ...] = locate_attention(model, attention)
-        """The layers that are recorded; empty until a first pass has shown them, where no name tells."""
+        self.layers: tuple[Layer, ...] = locate_attention(model, attention)
         self.output: Any = None
-        """What the model's own ``forward`` returned first since the last ``clear``; None if it did not run."""
+        self.batch: Any = None
+        self._inputs: Any = None
         self._hooks, self._hooked = ExitStack(), False
-        self._probe = Probe(model)
-        self._watches: dict[str, ModuleWatch] = {}
-        self._calls: dict[str, list[Call]] = defaultdict(list)
-        # What has run in the recorder's life, and what its user has been told of.
-        self._ran: set[str] = set()
-        # What callables gave in this step, where the numbers are that each gave last, and whether their values have
-        # been looked at, in training and in eval mode.
-        self._given: dict[Source, RecordedWeights | None] = {}
-        self._last: dict[Source, Address] = {}
-        self._looked_at: set[tuple[Source, bool]] = set()
+        self._survey: Survey | None = Survey(model)
+        self._watch: Watch | None = None
+        self._taps: dict[nn.Module, Tap] = {}
+        self._states: dict[tuple[str, Direction], _State] = {}
+        # Masks of self-attention that say which queries are padding, by path.
+        self._padding: dict[str, Tensor | None] = {}
+        # Of a step in which the layers were found, by layer and direction; and whether that step was left out.
+        self._first: dict[tuple[str, Direction], RecordedWeights] = {}
+        self._is_waiting = False
         self._told: set[str] = set()
 
     def __enter__(self) -> AttentionRecorder:
@@ -93,20 +148,6 @@ class AttentionRecorder:
         self.clear()
         self._hook()
         return self
-
-    def _hook(self) -> None:
-        # Hooks set before a failure half way leave with this stack; only a complete set is kept.
-        require_one_replica(self._model)
-        with ExitStack() as hooks:
-            self._run_uncompiled(hooks)
-            if self.layers:
-                for path in dict.fromkeys(source.path for _, source in self._sites() if source.read is None):
-                    self._watch(path, hooks)
-            else:
-                self._probe.watch(hooks)
-            hooks.callback(self._model.register_forward_hook(self._keep_output).remove)
-            self._hooks = hooks.pop_all()
-            self._hooked = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -120,10 +161,113 @@ class AttentionRecorder:
 
     def clear(self) -> None:
         """Forget what was recorded."""
-        self._calls.clear()
-        self._probe.clear()
-        self._given.clear()
-        self.output = None
+        for tap in self._taps.values():
+            tap.clear()
+        for state in self._states.values():
+            state.given.read, state.given.weights = False, None
+        if self._survey is not None:
+            self._survey.clear()
+        if self._watch is not None:
+            self._watch.clear()
+        self._padding.clear()
+        self._first.clear()
+        self._is_waiting = False
+        self.output = self.batch = self._inputs = None
+
+    def _hook(self) -> None:
+        # Hooks set before a failure half way leave with this stack; only a complete set is kept.
+        require_one_replica(self._model)
+        with ExitStack() as hooks:
+            self._run_uncompiled(hooks)
+            sources = {path: self._module(path) for path in self._paths()}
+            for path, module in sources.items():
+                self._tap(path, module)
+            if self._survey is not None:
+                everything = {module: path for path, module in self._model.named_modules()}
+                self._watch = Watch(everything, everything, self._want, self._leave)
+            else:
+                seen = {module: path for path, module in sources.items()}
+                seen |= {self._module(path): path for path in self._padding_paths()}
+                # A module that is a softmax and no more gets scores; what holds it got the tokens.
+                holders = {path.rpartition(".")[0] for path in sources}
+                around = {self._model.get_submodule(path): path for path in holders} | seen
+                self._watch = Watch(around, seen, lambda run, event: Want.WEIGHTS, self._leave)
+            self._watch.attach(self._model, hooks)
+            hooks.callback(self._model.register_forward_hook(self._keep_output, with_kwargs=True).remove)
+            self._hooks = hooks.pop_all()
+            self._hooked = True
+
+    def _paths(self) -> dict[str, None]:
+        return {source.path: None for _, _, source in self._sources() if source.read is None}
+
+    def _padding_paths(self) -> list[str]:
+        return [state.padding for state in self._states.values() if state.padding is not None]
+
+    def _sources(self) -> Iterator[tuple[Layer, Direction, Source]]:
+        for layer in self.layers:
+            for direction, source in layer.sources:
+                yield layer, direction, source
+
+    def _module(self, path: str) -> nn.Module:
+        try:
+            return self._model.get_submodule(path)
+        except AttributeError:
+            raise DiscoveryError(
+                f"Module '{path}' is no longer in the model. {describe_attention(self._model)} Make a new "
+                "AttentionRecorder or callback after changing the model."
+            ) from None
+
+    def _tap(self, path: str, module: nn.Module) -> None:
+        """Make a tap for a module that has none yet, as one that was replaced."""
+        if module in self._taps:
+            return
+        self._taps = {known: tap for known, tap in self._taps.items() if tap.path != path}
+        of_path = [(layer, direction, source) for layer, direction, source in self._sources() if source.path == path]
+        tap = Tap(module, path, [(direction, source) for _, direction, source in of_path])
+        self._taps[module] = tap
+        for layer, direction, _ in of_path:
+            self._state(layer, direction).tap = tap
+
+    def _state(self, layer: Layer, direction: Direction) -> _State:
+        key = layer.name, direction
+        if key not in self._states:
+            self._states[key] = _State(None, _Given())
+        return self._states[key]
+
+    def _want(self, run: Run, event: Event) -> Want:
+        """In a first step."""
+        if any(outer.module in self._taps for outer in run.outwards()):
+            return Want.WEIGHTS
+        assert self._survey is not None
+        return self._survey.want(run, event) if not self.layers else Want.MASKS
+
+    def _leave(self, run: Run, output: Any) -> None:
+        assert self._watch is not None
+        if run.module in self._taps:
+            self._taps[run.module].take(run, output, self._watch)
+        if run.path in self._padding_paths():
+            masks = [event.recorded for event in run.events if event.recorded is not None]
+            self._padding[run.path] = apart_from_padding(masks[-1]).padding_of_its_own if masks else None
+        if self._survey is not None:
+            self._survey.note(run, output, self._watch)
+
+    def _run_uncompiled(self, hooks: ExitStack) -> None:
+        # Without it nothing is compiled. Of functions it cannot be told whether they are, and it takes long to import.
+        if "torch._dynamo" in sys.modules:
+            hooks.enter_context(run_uncompiled())
+        compiled = compiled_modules(self._model)
+        if compiled:
+            self._tell(
+                f"{', '.join(compiled)} is compiled, where attention cannot be seen: it runs without compilation while "
+                "it is recorded, so its outputs may differ in the last bits and take longer. Record fewer epochs or "
+                "batches (every_n_epochs, every_n_batches) if that is too slow."
+            )
+
+    def _keep_output(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.output is None:
+            self.output = output
+            inputs = (*args, *kwargs.values())
+            self._inputs = inputs[0] if len(inputs) == 1 else inputs
 
     @property
     def attention(self) -> tuple[AttentionPair, ...]:
@@ -139,184 +283,200 @@ class AttentionRecorder:
         ShapeError
             If the two directions of a layer do not fit each other, or what was read is no attention.
         """
-        if not self.layers and self._probe.has_run:
-            self._take_from_probe()
+        if not self.layers and self._survey is not None and self._survey.found:
+            self._choose(self._survey)
+        calls = [
+            (layer, {direction: self._recorded(layer, direction, source) for direction, source in layer.sources})
+            for layer in self.layers
+        ]
+        if self._survey is not None and (self._is_waiting or any(any(of.values()) for _, of in calls)):
+            self._settle(self._survey)
         pairs = []
-        for layer in self.layers:
-            calls = {direction: self._call(direction, source) for direction, source in layer.sites}
-            recorded = [call for call in calls.values() if call is not None]
-            if len(recorded) == len(calls):
-                pairs.append(_pair(layer, recorded))
+        for layer, of_layer in calls:
+            recorded = [call for call in of_layer.values() if call is not None]
+            if len(recorded) == len(of_layer):
+                pairs.append(self._pair(layer, recorded))
             elif recorded:
-                self._tell_half(layer, next(direction for direction, call in calls.items() if call is None))
-        if not pairs and not self._ran:
+                self._tell_half(layer, next(direction for direction, call in of_layer.items() if call is None))
+        for tap in self._taps.values():
+            while tap.remarks:
+                self._tell(tap.remarks.pop(0))
+        ran = any(state.has_run for state in self._states.values()) or any(t.has_recorded for t in self._taps.values())
+        if not pairs and not ran and not self._is_waiting:
             raise DiscoveryError(self._nothing_ran())
         return tuple(pairs)
 
-    def _sites(self) -> Iterator[tuple[Direction, Source]]:
-        for layer in self.layers:
-            yield from layer.sites
-
-    def _watch(self, path: str, hooks: ExitStack) -> None:
-        try:
-            module = self._model.get_submodule(path)
-        except AttributeError:
-            raise DiscoveryError(
-                f"Module '{path}' is no longer in the model. {describe_attention(self._model)} Make a new "
-                "AttentionRecorder or callback after changing the model."
-            ) from None
-        if is_original(module, nn.TransformerEncoderLayer):
-            assert isinstance(module, nn.TransformerEncoderLayer)
-            if not is_original_encoder_layer(module):
-                raise DiscoveryError(
-                    f"'{path}' is an nn.TransformerEncoderLayer with a self-attention of its own, which torch runs in "
-                    "some steps and not in others (its fast path). Give a callable that returns the weights: "
-                    "attention={'<a>_to_<b>': lambda model: weights}."
-                )
-            watch_encoder_layer(module, lambda weights: self._record(path, {None: weights}), hooks)
-        elif is_original(module, nn.MultiheadAttention):
-            assert isinstance(module, nn.MultiheadAttention)
-            watch_multihead_attention(module, lambda _, weights: self._record(path, {None: weights}), hooks)
-        else:
-            if path not in self._watches or self._watches[path].module is not module:
-                sites = [(direction, source) for direction, source in self._sites() if source.path == path]
-                self._watches[path] = ModuleWatch(module, path, sites, self._around(path))
-            self._watches[path].watch(partial(self._record, path), hooks)
-
-    def _around(self, path: str) -> nn.Module | None:
-        holder = self._model.get_submodule(path.rpartition(".")[0])
-        # A hook on an encoder layer would turn its fast path off.
-        return None if not path or isinstance(holder, nn.TransformerEncoderLayer) else holder
-
-    def _run_uncompiled(self, hooks: ExitStack) -> None:
-        # Without it nothing is compiled. Of functions it cannot be told whether they are, and it takes long to import.
-        if "torch._dynamo" in sys.modules:
-            hooks.enter_context(run_uncompiled())
-        compiled = compiled_modules(self._model)
-        if compiled:
-            self._tell(
-                f"{', '.join(compiled)} is compiled, where attention cannot be seen: it runs without compilation while "
-                "it is recorded, so its outputs may differ in the last bits and take longer. Record fewer epochs or "
-                "batches (every_n_epochs, every_n_batches) if that is too slow."
-            )
-
-    def _record(self, path: str, call: Call) -> None:
-        if not runs_for_backward():
-            self._calls[path].append(call)
-            self._ran.add(path)
-
-    def _keep_output(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.output is None:
-            self.output = output
-
-    def _take_from_probe(self) -> None:
-        self.layers, runs, left_out = self._probe.conclude()
-        self._probe.clear()
-        for path, weights in runs.items():
-            self._calls[path] = [{None: of_run} for of_run in weights]
-            self._ran.add(path)
-        if self._hooked:  # from now on only what goes across
-            self._hooks.close()
-            self._hook()
+    def _choose(self, survey: Survey) -> None:
+        """Take the layers that a first step has shown, and of what they computed what was kept."""
+        self.layers, left_out = choose_layers(survey)
+        kept = {(layer.name, direction): recorded_of(survey, source) for layer, direction, source in self._sources()}
         found: dict[str, Any] = defaultdict(list)
-        for direction, source in self._sites():
+        for _, direction, source in self._sources():
             found[str(direction)].append(str(source))
         found = {direction: paths if len(paths) > 1 else paths[0] for direction, paths in found.items()}
+        others = "; ".join(f"'{survey.name(one)}' {one.who}" for one in left_out)
         self._tell(
             f"Found in the first pass: {found}, from their names or from which tokens ask which. If that is not "
             "what you mean, or these are not the names of your modalities, name them: attention={'<a>_to_<b>': "
-            "'path.to.module', ...}."
-            + (f" Left out, as no name tells their direction: {left_out}." if left_out else "")
+            "'path.to.module', ...}." + (f" Left out, as no name tells their direction: {others}." if others else "")
         )
+        for (name, direction), recorded in kept.items():
+            if recorded is not None:
+                self._first[name, direction] = recorded
+        if len(self._first) < len(kept):
+            self._first.clear()
+            self._is_waiting = True
+            self._tell(
+                "The weights of a first step were too large to keep until it was known which are meant: that step is "
+                "left out. Name the attention to have it, too."
+            )
 
-    def _call(self, direction: Direction, source: Source) -> RecordedWeights | None:
+    def _settle(self, survey: Survey) -> None:
+        """Learn from a first step what else to look at, and from then on look at nothing more."""
+        found = {one.path: one for one in survey.found}
+        for path, supplier in padding_sources(survey, self.layers).items():
+            for layer, direction, source in self._sources():
+                if source.path == path:
+                    self._state(layer, direction).padding = supplier
+            recorded = found[supplier].recorded
+            self._padding[supplier] = None if recorded is None else recorded.padding_of_its_own
+        turned = turned_round(survey, self.layers)
+        if turned:
+            paths = ", ".join(f"'{path}'" for path in turned.values())
+            self._tell(
+                f"{paths} is recorded with the direction that its name "
+                "tells, queries first. But the numbers of tokens say that the other modality asks. If they are right, "
+                f"turn the names round: attention={turned}."
+            )
+        self._survey = None
+        if self._hooked:  # from now on only what is recorded
+            self._hooks.close()
+            self._hook()
+
+    def _recorded(self, layer: Layer, direction: Direction, source: Source) -> RecordedWeights | None:
         """What a direction's source computed since the last ``clear``; None if it did not run."""
-        call = self._read(source) if source.read is not None else self._pick(direction, source)
+        state = self._state(layer, direction)
+        call = self._first.get((layer.name, direction))
+        if call is None:
+            call = self._read(source, state.given) if source.read is not None else self._pick(direction, source, state)
         if call is None:
             return None
-        if call.one_head:
-            self._tell(
-                f"'{source}' has no axis for heads: it is taken as one head, and its first axis as samples. An average "
-                "over heads has a larger entropy than the heads; record the heads if you can."
-            )
-        if source.block is not None:
-            return self._cut(call, source, source.block)
+        if source.joint is not None:
+            return self._cut(call, source, source.joint, state)
         if call.within:
             raise DiscoveryError(
                 f"'{source}' ({direction}) attends within one sequence: its query is its key. Name the module that "
                 "attends across: attention={'<a>_to_<b>': 'path', ...}; or, if both modalities share the sequence, "
                 "attention=JointSequence('path', spans={'<a>': (start, stop), '<b>': (start, stop)})."
             )
+        state.has_run = True
         return call
 
-    def _cut(self, call: RecordedWeights, source: Source, block: tuple[slice, slice]) -> RecordedWeights | None:
+    def _cut(
+        self, call: RecordedWeights, source: Source, joint: JointSequence, state: _State
+    ) -> RecordedWeights | None:
         """A direction of a joint sequence; None of one that is too short, if an earlier one was not."""
+        tokens = call.weights.shape[2]
+        places = joint.slices(self._inputs if self.batch is None else self.batch)
+        end = max((place.stop or 0) for place in places.values())
+        remedy = (
+            "Spans that count from the end, such as (-144, None), or a callable that makes a span of the batch, go with "
+            "sequences of any length."
+        )
+        if call.cropped and joint.counts_from_the_end:
+            raise DiscoveryError(
+                f"torch has packed the sequence of '{source}' and cut padding off, so that its end is not known: use "
+                "spans that count from the start, or nn.TransformerEncoder(..., enable_nested_tensor=False)."
+            )
+        if joint.has_fixed_length and not call.cropped and state.tokens not in (None, tokens):
+            if end < max(tokens, state.tokens or 0):
+                raise ShapeError(
+                    f"The sequence of '{source}' has {tokens} tokens, and had {state.tokens} before, but the spans of "
+                    f"the JointSequence are fixed and do not reach the end: {dict(joint.spans)}. {remedy}"
+                )
+        query, key = source.block
         try:
-            cut = cut_direction(call, *block, name=source.path)
+            cut = cut_direction(call, places[query], places[key], name=source.path)
         except ShapeError as error:
-            if f"{source.path} cut" not in self._ran:
+            if not state.has_run:
                 raise
             self._tell(f"{error} Such steps are left out.", about=f"{source.path} cut")
             return None
-        self._ran.add(f"{source.path} cut")
+        state.tokens = state.tokens or tokens
+        state.has_run = True
         return cut
 
-    def _read(self, source: Source) -> RecordedWeights | None:
+    def _read(self, source: Source, given: _Given) -> RecordedWeights | None:
         """What a callable gives in this step; the very numbers of an earlier step are none of this one."""
         assert source.read is not None
-        if source not in self._given:
-            weights = source.read(self._model)
-            training = self._model.training
-            if weights is not None and (source, training) not in self._looked_at:
-                check_weights(weights, f"The {source} gives", training)
-                self._looked_at.add((source, training))
-            if weights is not None and source in self._last and self._last[source].holds(weights):
-                self._tell(
-                    f"The {source} gave the same tensor as in an earlier step: such steps are left out. If the model "
-                    "fills it anew in each step, give a clone of it."
-                )
-                weights = None
-            if weights is not None:
-                self._last[source] = Address.of(weights)
-                self._ran.add(str(source))
-            self._given[source] = None if weights is None else from_returned(weights)
-        return self._given[source]
+        if given.read:
+            return given.weights
+        weights = source.read(self._model)
+        training = self._model.training
+        given.read, given.weights = True, None
+        if weights is None:
+            return None
+        if training not in given.looked_at:
+            check_weights(weights, f"The {source} gives", training)
+        if given.last is not None and given.last.holds(weights):
+            self._tell(
+                f"The {source} gave the same tensor as in an earlier step: such steps are left out. If the model "
+                "fills it anew in each step, give a clone of it."
+            )
+            return None
+        recorded = RecordedWeights(weights.detach().clone())
+        if weights.dim() == 3:
+            recorded = RecordedWeights(recorded.weights[:, None], one_head=True)
+        if not given.looked_at:
+            given.zeros_hide = zeros_hide(recorded.weights, f"The {source} gives", self._tell)
+            if recorded.one_head:
+                self._tell(one_head(str(source), average=bool((weights != 0).all())))
+        given.looked_at, given.last = given.looked_at | {training}, Address.of(weights)
+        given.weights = from_weights(recorded, None, given.zeros_hide)
+        return given.weights
 
-    def _pick(self, direction: Direction, source: Source) -> RecordedWeights | None:
-        calls = self._calls.get(source.path, [])
+    def _pick(self, direction: Direction, source: Source, state: _State) -> RecordedWeights | None:
+        calls = [] if state.tap is None else state.tap.calls
         named = [call[direction] for call in calls if direction in call]
         turns = 1 if named else source.turns
         found = named or [call[None] for call in calls if None in call]
         if not found:
+            if source.call is not None and calls and not state.has_run:
+                raise DiscoveryError(self._no_such_call(source, state))
             return None
         if len(found) > turns:
             self._tell(f"Module '{source.path}' ran more often in one step than it is named; its first run is shown.")
         if len(found) < turns:
             message = f"Module '{source.path}' is named for {turns} directions, but ran {len(found)} time(s)"
-            if f"{source.path} in turns" not in self._ran:
+            if not state.has_run:
                 raise DiscoveryError(
                     f"{message} and returned no mapping with their names. Name an item of what it returns for each, as "
                     f"in '{source.path}[1]', or the modules inside of it."
                 )
             self._tell(f"{message} in a step: such steps are left out.")
             return None
-        if turns > 1:
-            self._ran.add(f"{source.path} in turns")
         return found[0] if named else found[source.turn]
 
-    def _tell_half(self, layer: LayerSites, missing: Direction) -> None:
-        source = dict(layer.sites)[missing]
-        message = f"'{source}' ({missing} of layer '{layer.layer}') did not run, but its opposite direction did."
-        if (source.path or str(source)) not in self._ran:
+    def _no_such_call(self, source: Source, state: _State) -> str:
+        assert state.tap is not None
+        return f"'{source}' does not exist: '{source.path}' computes {state.tap.count} attention(s) in a step" + (
+            f", '{source.path}#1' to '#{state.tap.count}'." if state.tap.count else "."
+        )
+
+    def _tell_half(self, layer: Layer, missing: Direction) -> None:
+        source = dict(layer.sources)[missing]
+        message = f"'{source}' ({missing} of layer '{layer.name}') did not run, but its opposite direction did."
+        if not self._state(layer, missing).has_run:
             raise DiscoveryError(f"{message} Name the modules to record: attention={{'<a>_to_<b>': 'path', ...}}.")
         self._tell(f"{message} The layer is left out of such steps.")
 
     def _nothing_ran(self) -> str:
         if not self.layers:
-            return self._probe.say("No cross-attention ran")
+            assert self._survey is not None
+            return self._survey.say("No cross-attention ran")
         script = list(scripted_modules(self._model))
         return (
-            f"None of {', '.join(dict.fromkeys(str(source) for _, source in self._sites()))} ran, so there is no "
+            f"None of {', '.join(dict.fromkeys(str(source) for _, _, source in self._sources()))} ran, so there is no "
             "attention to show. If the model computes it elsewhere, name that module: attention={'<a>_to_<b>': 'path', "
             "...}. If they run inside of a function that torch.compile made, call that function uncompiled"
             + (f"; TorchScript hides what is in {', '.join(script)}." if script else ".")
@@ -328,27 +488,26 @@ class AttentionRecorder:
             self._told.add(about or message)
             warnings.warn(message, XAttnWarning, stacklevel=4)
 
+    def _pair(self, layer: Layer, recorded: list[RecordedWeights]) -> AttentionPair:
+        """A token that is padding as a key of one direction is padding as a query of the other."""
+        masks = [recorded[1].token_mask, recorded[0].token_mask] if len(recorded) == 2 else [self._padded(layer)]
+        attentions = [
+            Attention(
+                direction,
+                call.weights,
+                key_mask=call.key_mask,
+                visible=call.visible,
+                # Directions that do not fit each other at all are refused as a pair, with both shapes.
+                query_mask=mask if mask is not None and mask.shape[1] == call.weights.shape[2] else None,
+                extra_keys=call.extra_keys,
+                crossing=call.crossing,
+            )
+            for (direction, _), call, mask in zip(layer.sources, recorded, masks, strict=True)
+        ]
+        return AttentionPair(layer.name, *attentions)
 
-def _pair(layer: LayerSites, recorded: list[RecordedWeights]) -> AttentionPair:
-    """A token that is padding as a key of one direction is padding as a query of the other."""
-    # Without an opposite direction nothing says which queries are padding.
-    opposites = recorded[::-1] if len(recorded) == 2 else [None]
-    attentions = [
-        Attention(
-            direction,
-            call.weights,
-            key_mask=call.key_mask,
-            visible=call.visible,
-            query_mask=_fitting_mask(call, opposite),
-            extra_keys=call.extra_keys,
-            crossing=call.crossing,
-        )
-        for (direction, _), call, opposite in zip(layer.sites, recorded, opposites, strict=True)
-    ]
-    return AttentionPair(layer.layer, *attentions)
-
-
-def _fitting_mask(call: RecordedWeights, opposite: RecordedWeights | None) -> Tensor | None:
-    mask = None if opposite is None else opposite.token_mask
-    # Directions that do not fit each other at all are refused as a pair, with both shapes.
-    return mask if mask is not None and mask.shape[1] == call.weights.shape[2] else None
+    def _padded(self, layer: Layer) -> Tensor | None:
+        """Which queries of a direction without an opposite are real, as far as anything says it."""
+        state = self._state(layer, layer.forward[0])
+        mask = None if state.padding is None else self._padding.get(state.padding)
+        return mask if mask is not None or state.tap is None else state.tap.query_mask

@@ -19,8 +19,7 @@ from torch import nn
 from lightning_xattn.alarms import Alarms
 from lightning_xattn.attention import AttentionPair, TokenAxis
 from lightning_xattn.attention_analysis import check_count
-from lightning_xattn.capture import AttentionRecorder, AttentionSetting, LabelFinder, check_attention
-from lightning_xattn.capture.steps import LabelSetting, Step
+from lightning_xattn.capture import AttentionRecorder, AttentionSetting, check_attention
 from lightning_xattn.errors import DataError, DiscoveryError, SettingError, XAttnWarning
 from lightning_xattn.explainer.batches import count_samples, join_samples, take_samples, to_device
 from lightning_xattn.explainer.dataset import DatasetSums, LoaderRun
@@ -29,6 +28,7 @@ from lightning_xattn.explainer.passes import Explained, Pass
 from lightning_xattn.explanation import BatchExplanation, DatasetExplanation, SingleExplanation
 from lightning_xattn.functional import require_heads
 from lightning_xattn.grouping import GROUPINGS, check_class_names, name_classes, usable_names
+from lightning_xattn.labels import LabelFinder, LabelSetting, Step
 from lightning_xattn.phrases import named
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.attention import Attention, AttentionPair
-from lightning_xattn.capture import LabelFinder, Labels
-from lightning_xattn.capture.scores import are_probabilities, are_rows, are_single_scores, are_surely_logits
-from lightning_xattn.capture.steps import LabelSetting, Step
 from lightning_xattn.errors import DataError
 from lightning_xattn.functional import prepare_rows
+from lightning_xattn.labels import LabelFinder, Labels
+from lightning_xattn.labels.places import LabelSetting, Step
+from lightning_xattn.labels.tensors import are_probabilities, are_rows, are_single_scores, are_surely_logits
 
 CLOSE = 1e-3
 """Probabilities that agree within this are the same: half precision keeps no more."""

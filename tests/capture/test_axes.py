@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_xattn.capture import AttentionRecorder
-from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.errors import ShapeError, XAttnWarning
 from tests.capture.models import BATCH, Fusing, Runs, folded, heads, record_fusion, softmax, tokens
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH
 
@@ -31,6 +31,10 @@ def of_images(module, x, y):
 IMAGES = torch.randn(BATCH, WIDTH, 3, 3), torch.randn(BATCH, WIDTH, 2, 2)
 
 
+def expected(queries, keys, scaled):
+    return (heads(queries) @ heads(keys).mT / ((WIDTH // HEADS) ** 0.5 if scaled else 1)).softmax(-1)
+
+
 @pytest.mark.parametrize(
     ("run", "inputs", "attention"),
     [
@@ -44,17 +48,65 @@ IMAGES = torch.randn(BATCH, WIDTH, 3, 3), torch.randn(BATCH, WIDTH, 2, 2)
     ],
 )
 def test_heads_among_the_samples(run, inputs, attention):
-    with pytest.raises(ShapeError, match=r"its first axis seems to hold more than the \d samples: heads.*lambda"):
-        record_fusion(Runs(run), attention, inputs)
+    """The folding itself shows how many heads there are, whatever the batch size, and that samples come first."""
+    (pair,) = record_fusion(Runs(run), attention, inputs)
+    x, y = (t.flatten(2).mT if t.dim() == 4 else t for t in (inputs[0].values() if len(inputs) == 1 else inputs))
+    weights = expected(x.expand(len(y), -1, -1), y, scaled=run is not by_hand)
+    torch.testing.assert_close(pair.forward.weights, weights, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Found in the first pass")
 def test_heads_among_the_samples_in_a_first_pass():
     model = Runs(lambda m, x, y: (m.f(x, y), m.g(y, x)), f=Runs(fused), g=Runs(fused))
-    with AttentionRecorder(model) as recorder:
-        model(*tokens())
-    with pytest.raises(DiscoveryError, match=r"attention of 'f', \(6, 5, 7\), is in doubt: .* more than the 2 samples"):
-        _ = recorder.attention
+    audio, text = tokens()
+    for _ in range(2):
+        with AttentionRecorder(model) as recorder:
+            model(audio, text)
+            (pair,) = recorder.attention
+            torch.testing.assert_close(pair.forward.weights, expected(audio, text, True), atol=2e-6, rtol=1e-5)
+            torch.testing.assert_close(pair.backward.weights, expected(text, audio, True), atol=2e-6, rtol=1e-5)
+
+
+class Folding(nn.Module):
+    """Heads folded into the samples as fairseq does it, without four axes, or heads first, as others do."""
+
+    def __init__(self, fold, said=HEADS):
+        super().__init__()
+        self.fold, self.num_heads = fold, said
+
+    def forward(self, x, y):
+        q, k = self.fold(x), self.fold(y)
+        return torch.bmm(torch.bmm(q, k.mT).softmax(-1), k)
+
+
+FOLDS = {
+    "as fairseq": lambda x: x.transpose(0, 1).contiguous().view(x.shape[1], -1, WIDTH // HEADS).transpose(0, 1),
+    "batch first": lambda x: x.unflatten(-1, (HEADS, -1)).transpose(1, 2).contiguous().view(-1, x.shape[1], 4),
+    "heads first": lambda x: x.unflatten(-1, (HEADS, -1)).permute(2, 0, 1, 3).contiguous().view(-1, x.shape[1], 4),
+    "heads first, by chunks": lambda x: torch.cat(x.chunk(HEADS, dim=-1), dim=0),
+}
+
+
+@pytest.mark.parametrize("batch", [2, HEADS], ids=["other", "as many samples as heads"])
+@pytest.mark.parametrize("fold", FOLDS.values(), ids=FOLDS)
+def test_which_rows_are_of_one_sample(fold, batch):
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(batch, n, WIDTH, generator=generator) for n in (AUDIO, TEXT))
+    model, recorder = Fusing(Folding(fold)), None
+    recorder = AttentionRecorder(model, WHOLE)
+    for samples in (batch, 1, batch):
+        with recorder:
+            model(x[:samples], y[:samples])
+        weights = expected(x[:samples], y[:samples], scaled=False)
+        torch.testing.assert_close(recorder.attention[0].forward.weights, weights, atol=2e-6, rtol=1e-5)
+
+
+def test_rows_that_do_not_go_with_the_heads_that_a_module_says_it_has():
+    message = r"It has 6 rows, the module got 2 samples and says that it has 4 heads"
+    with pytest.raises(ShapeError, match=message):
+        record_fusion(Folding(FOLDS["as fairseq"], said=4), WHOLE)
+    with pytest.raises(ShapeError, match=r"It has 6 rows, the module got 2 samples and does not say how many heads"):
+        record_fusion(Folding(FOLDS["as fairseq"], said=None), WHOLE)
 
 
 @pytest.mark.filterwarnings("ignore:.*has no axis for heads")
@@ -188,12 +240,13 @@ def test_one_head_whose_softmax_is_a_module_can_be_named():
     for name in ("soft", "drop"):
         (pair,) = record_fusion(fusion, {"a_to_b": f"fusion.{name}"})
         assert torch.equal(pair.forward.weights[:, 0], (audio @ text.mT).softmax(-1))
-    with pytest.raises(DiscoveryError, match=r"does not show .* \(2, 5, 7\) \(unread\)"):
-        record_fusion(fusion, WHOLE)
+    (pair,) = record_fusion(fusion, WHOLE)
+    assert torch.equal(pair.forward.weights[:, 0], (audio @ text.mT).softmax(-1))
     with AttentionRecorder(Fusing(fusion)) as recorder:
-        fusion(audio, text)
-    with pytest.raises(DiscoveryError, match=r"Softmaxes that cannot be read: fusion \(2, 5, 7\)"):
-        _ = recorder.attention
+        recorder._model(audio, text)
+    with pytest.warns(XAttnWarning, match="Found in the first pass: {'a_to_b': 'fusion'}"):
+        (found,) = recorder.attention
+    assert torch.equal(found.forward.weights, pair.forward.weights)
 
 
 def test_the_axes_of_a_softmax_that_is_a_module_are_told_from_what_holds_it():

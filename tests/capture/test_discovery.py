@@ -26,7 +26,7 @@ def module(**children):
 
 def found(root, paths=None):
     return [
-        (layer.layer, *(f"{direction}: {path}" for direction, path in layer.sites))
+        (layer.name, *(f"{direction}: {path}" for direction, path in layer.sources))
         for layer in locate_attention(root, paths)
     ]
 
@@ -101,18 +101,18 @@ def test_containers_that_are_known_stand_for_what_they_hold():
     assert found(root, {"a_to_b": "decoder"}) == [(path, f"a_to_b: {path}") for path in layers]
     assert found(root, {"a_to_b": "decoder.layers"}) == found(root, {"a_to_b": "decoder"})
     assert found(root, {"a_to_b": "decoder.layers.1"}) == [(layers[1], f"a_to_b: {layers[1]}")]
-    assert found(root, {"a_to_b": "block"}) == [("block.cross", "a_to_b: block.cross")]
-    with pytest.raises(DiscoveryError, match=r"decoder\.layers\.1\.multihead_attn and b_to_a by block\.cross; .*pair"):
+    assert found(root, {"a_to_b": "block"}) == [("block", "a_to_b: block")]
+    with pytest.raises(DiscoveryError, match=r"decoder\.layers\.1\.multihead_attn and b_to_a by block; .*pair"):
         locate_attention(root, {"a_to_b": "decoder", "b_to_a": "block"})
 
 
 def test_one_module_for_two_directions_takes_turns():
     root = module(x__cross=attention())
     (layer,) = locate_attention(root, {"a_to_b": "x.cross", "b_to_a": "x.cross"})
-    assert [(source.turn, source.turns) for _, source in layer.sites] == [(0, 2), (1, 2)]
-    assert layer.layer == "x.cross"
+    assert [(source.turn, source.turns) for _, source in layer.sources] == [(0, 2), (1, 2)]
+    assert layer.name == "x.cross"
     (layer,) = locate_attention(root, {"a_to_b": "x[1]", "b_to_a": "x['back'][0]"})
-    assert [source.item for _, source in layer.sites] == [(1,), ("back", 0)]
+    assert [source.item for _, source in layer.sources] == [(1,), ("back", 0)]
 
 
 def test_layers_that_share_a_module_are_refused():
@@ -121,7 +121,7 @@ def test_layers_that_share_a_module_are_refused():
     with pytest.raises(DiscoveryError, match=r"one\.cross and two\.cross are one module.*Name it once"):
         locate_attention(root, {"a_to_b": ["one.cross", "two.cross"]})
     (layer,) = locate_attention(root, {"a_to_b": "one.cross", "b_to_a": "two.cross"})
-    assert [(source.path, source.turn) for _, source in layer.sites] == [("one.cross", 0), ("one.cross", 1)]
+    assert [(source.path, source.turn) for _, source in layer.sources] == [("one.cross", 0), ("one.cross", 1)]
 
 
 def test_nothing_that_a_name_tells_is_left_to_a_first_pass():
@@ -154,6 +154,7 @@ def test_errors_say_what_there_is():
         ("x", {"a": (0, 5), "b": (5, 5)}, "that of 'b' does not"),
         ("x", {"a": (0, 5), "b": 5}, "span of 'b' must be"),
         ("x", {"a": (-2, 5), "b": (5, 7)}, "span of 'a' must be"),
+        ("x", {"a": (-4, -2), "b": (-3, None)}, "not overlap; that of 'b'"),
         ([], {"a": (0, 5), "b": (5, 7)}, "needs a module path"),
         ("x", {"a_to_c": (0, 5), "b": (5, 7)}, "got 'a_to_c_to_b'"),
     ],

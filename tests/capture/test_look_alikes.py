@@ -8,7 +8,7 @@ from torch import nn
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.errors import DiscoveryError, ShapeError
 from tests.capture.models import BATCH, Fusing, Runs, folded, heads, record, record_fusion, softmax, tokens
-from tests.toy import HEADS, TEXT, WIDTH
+from tests.toy import AUDIO, HEADS, TEXT, WIDTH
 
 MASK = (torch.arange(TEXT) < 4).float()
 
@@ -50,7 +50,7 @@ def test_what_is_done_after_a_softmax_is_in_what_is_returned(run, inference):
 
 @pytest.mark.parametrize("run", [masked, sharpened])
 def test_attention_that_is_returned_beside_another_softmax_is_asked_for(run):
-    with pytest.raises(DiscoveryError, match=r"computes attention of shapes \(2, 3, 5, 7\), and returns .*\[1\]"):
+    with pytest.raises(DiscoveryError, match=r"computes 'fusion#1' \(2, 3, 5, 7\).*, and returns .*'fusion\[1\]'"):
         record_fusion(Runs(run), WHOLE)
 
 
@@ -59,11 +59,11 @@ def gated(module, x, y):
     return gate.mean() * x, (x @ y.mT).softmax(-1)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no axis for heads")
 def test_a_gate_with_four_axes_is_not_taken_for_the_attention_that_is_returned():
-    with pytest.raises(
-        DiscoveryError, match=r"shapes \(2, 3, 5, 2\), \(2, 5, 7\) \(unread\), and returns .*\[1\] \(2, 5, 7\)"
-    ):
-        record_fusion(Runs(gated), WHOLE)
+    audio, text = tokens()
+    (pair,) = record_fusion(Runs(gated), WHOLE)
+    assert torch.equal(pair.forward.weights[:, 0], (audio @ text.mT).softmax(-1))
 
 
 FORMS = {
@@ -121,20 +121,29 @@ def returns_another(module, x, y):
 @pytest.mark.parametrize(
     ("run", "found"),
     [
-        (attends_within_and_unseen, r"\(2, 3, 5, 5\), \(2, 5, 7\) \(unread\), and returns .*\[1\] \(2, 5, 7\)"),
-        (attends_within_and_folded, r"\(2, 3, 5, 5\), \(6, 5, 7\) \(unread\)"),
-        (attends_within_and_to_a_class_token, r"\(2, 3, 5, 5\), \(2, 5, 8\) \(unread\)"),
-        (returns_another, r"\(2, 3, 5, 7\), \(2, 3, 5, 7\), and returns .*\[1\] \(2, 3, 5, 7\)"),
+        (attends_within_and_folded, r"'fusion#1' \(2, 3, 5, 5\).*'fusion#2' \(6, 5, 7\)"),
+        (attends_within_and_to_a_class_token, r"'fusion#1' \(2, 3, 5, 5\).*'fusion#2' \(2, 5, 8\)"),
+        (
+            returns_another,
+            r"'fusion#1' \(2, 3, 5, 7\).*'fusion#2' \(2, 3, 5, 7\).*returns .*'fusion\[1\]' \(2, 3, 5, 7\)",
+        ),
     ],
 )
 def test_a_kernel_beside_which_other_attention_is_computed(run, found):
-    with pytest.raises(DiscoveryError, match=f"shapes {found}"):
+    with pytest.raises(DiscoveryError, match=f"computes {found}"):
         record_fusion(Runs(run), WHOLE)
+
+
+@pytest.mark.filterwarnings("ignore:.*has no axis for heads")
+def test_a_kernel_beside_attention_that_is_returned():
+    audio, text = tokens()
+    (pair,) = record_fusion(Runs(attends_within_and_unseen), WHOLE)
+    assert torch.equal(pair.forward.weights[:, 0], (audio @ text.mT).softmax(-1))
 
 
 def test_attention_within_beside_attention_to_the_pixels_of_an_image():
     run = Runs(lambda m, x, image: attends_within_and_folded(m, x, image.flatten(2).mT))
-    with pytest.raises(DiscoveryError, match=r"\(2, 3, 5, 5\), \(6, 5, 6\) \(unread\)"):
+    with pytest.raises(DiscoveryError, match=r"'fusion#1' \(2, 3, 5, 5\).*'fusion#2' \(6, 5, 6\)"):
         record_fusion(run, WHOLE, [tokens()[0], torch.randn(BATCH, WIDTH, 2, 3)])
 
 
@@ -145,8 +154,13 @@ def co_attention(module, x, y):
 
 def test_both_directions_of_one_matrix_of_scores():
     for attention in (WHOLE, {"b_to_a": "fusion"}, {"a_to_b": "fusion", "b_to_a": "fusion"}):
-        with pytest.raises(DiscoveryError, match=r"\(2, 3, 5, 7\), \(2, 3, 7, 5\) \(unread\)"):
+        with pytest.raises(DiscoveryError, match=r"'fusion#1' \(2, 3, 5, 7\).*'fusion#2' \(2, 3, 7, 5\)"):
             record_fusion(Runs(co_attention), attention)
+    audio, text = tokens()
+    (pair,) = record_fusion(Runs(co_attention), {"a_to_b": "fusion#1", "b_to_a": "fusion#2"})
+    scores = heads(audio) @ heads(text).mT
+    assert torch.equal(pair.forward.weights, scores.softmax(-1))
+    assert torch.equal(pair.backward.weights, scores.softmax(-2).mT)
 
 
 @pytest.mark.filterwarnings("ignore:Found in the first pass")
@@ -164,26 +178,33 @@ def test_what_is_returned_in_a_first_pass(run):
                 _ = recorder.attention
 
 
+@pytest.mark.filterwarnings("ignore:Found in the first pass")
 @pytest.mark.parametrize("run", [attends_within_and_unseen, attends_within_and_folded])
-def test_a_first_pass_of_modules_that_compute_more_than_can_be_read(run):
+def test_a_first_pass_of_modules_that_compute_several(run):
     model = Runs(lambda m, x, y: (m.a_to_b(x, y), m.b_to_a(y, x)), a_to_b=Runs(run), b_to_a=Runs(run))
-    x, y = (torch.randn(BATCH, TEXT, WIDTH) for _ in range(2))
-    for inputs in ((x, y), tokens()):
-        with AttentionRecorder(model) as recorder:
-            model(*inputs)
-        with pytest.raises(DiscoveryError, match=r"'a_to_b' does not show which .* \(unread\)"):
-            _ = recorder.attention
+    audio, text = tokens()
+    with AttentionRecorder(model) as recorder:
+        model(audio, text)
+        (pair,) = recorder.attention
+    fold = (lambda x: x[:, None]) if run is attends_within_and_unseen else heads
+    assert torch.equal(pair.forward.weights, (fold(audio) @ fold(text).mT).softmax(-1))
+    with AttentionRecorder(model) as recorder:
+        model(audio, text[:, :AUDIO])
+    with pytest.raises(DiscoveryError, match=r"'a_to_b' does not show which .*'a_to_b#1'.*'a_to_b#2'"):
+        _ = recorder.attention
 
 
-def test_other_attention_that_is_computed_unseen_beside_what_looks_like_it():
-    """Class probabilities of each token are the only thing that is returned and looks like attention."""
-
+@pytest.mark.filterwarnings("ignore:.*has no axis for heads")
+def test_attention_beside_class_probabilities_that_look_like_it():
     def run(module, x, y):
         weights = (x @ y.mT).softmax(-1)
         return (weights @ y)[..., :4].softmax(-1)
 
-    with pytest.raises(DiscoveryError, match=r"shapes \(2, 5, 7\) \(unread\), \(2, 5, 4\) \(unread\), and returns"):
+    audio, text = tokens()
+    with pytest.raises(DiscoveryError, match=r"computes 'fusion#1' \(2, 5, 7\).* and returns one tensor \(2, 5, 4\)"):
         record_fusion(Runs(run), WHOLE)
+    (pair,) = record_fusion(Runs(run), {"a_to_b": "fusion#1"})
+    assert torch.equal(pair.forward.weights[:, 0], (audio @ text.mT).softmax(-1))
 
 
 def test_a_fused_kernel_is_surely_attention_whatever_stands_beside():
@@ -211,7 +232,7 @@ def test_keys_without_weight_of_a_softmax_are_seen_beside_a_sample_that_is_all_h
 
 
 def test_an_item_of_a_tensor_would_be_a_sample():
-    with pytest.raises(DiscoveryError, match=r"No tensor 'fusion\[0\]': the module returned  \(2, 3, 5, 7\)"):
+    with pytest.raises(DiscoveryError, match=r"No tensor 'fusion\[0\]': the module returned one tensor \(2, 3, 5, 7\)"):
         record_fusion(Runs(lambda m, x, y: 1 * softmax(x, y)), {"a_to_b": "fusion[0]"})
 
 

@@ -142,7 +142,11 @@ class Three(nn.Module):
 def test_what_is_not_clear_is_listed_and_asked():
     (x, y), fuse = sides(), Fuse()
     for model, run, message in (
-        (Three(), lambda m: m(x, y), r"not clear which.*p \(run 1\): 5 queries, 7 keys; q .*Name them: attention="),
+        (
+            Three(),
+            lambda m: m(x, y),
+            r"not clear which.*'p' \(2, 3, 5, 7\): 5 queries \(query\) ask 7 keys \(key\); 'q' .*Name them: attention=",
+        ),
         (fuse, lambda m: m.blocks[0]["own"](x, x, x), r"No cross-attention ran.*blocks\.0\.own.*JointSequence\('path"),
         (nn.Linear(2, 2), lambda m: m, r"No attention was seen.*Linear has no nn\.MultiheadAttention at all"),
     ):
@@ -218,7 +222,7 @@ def test_other_numbers_of_queries_and_keys_are_not_yet_two_modalities(reduce):
     model = Runs(lambda m, x: F.scaled_dot_product_attention(heads(x), heads(reduce(x)), heads(reduce(x))))
     with AttentionRecorder(model) as recorder:
         model(sides()[0])
-    with pytest.raises(DiscoveryError, match=r"No cross-attention ran.*\(run 1\): 5 queries, \d+ keys.*Name them"):
+    with pytest.raises(DiscoveryError, match=r"No cross-attention ran.*'#1' .* 5 queries.* ask \d+ keys.*Name them"):
         _ = recorder.attention
 
 
@@ -228,7 +232,7 @@ def test_what_may_go_across_beside_what_does_is_said_to_be_left_out():
     x, y = sides()
     with AttentionRecorder(model) as recorder:
         model(x, y)
-        with pytest.warns(XAttnWarning, match=r"'a_to_b': 'p'.*Left out.*pooled \(run 1\): 5 queries, 3 keys"):
+        with pytest.warns(XAttnWarning, match=r"'a_to_b': 'p'.*Left out.*'pooled' .*: 5 queries.* ask 3 keys"):
             (pair,) = recorder.attention
     assert_weights(pair, (model.p, x, y), (model.q, y, x))
 
@@ -333,7 +337,7 @@ def test_bystanders_that_are_not_clear_hide_nothing():
         model = Runs(run, own=Runs(positions), twice=Runs(twice), look=look, scripted=scripted)
         with AttentionRecorder(model) as recorder:
             model(*sides())
-            with pytest.warns(XAttnWarning, match=r"Left out.*: own \(run 1\)"):
+            with pytest.warns(XAttnWarning, match=r"Left out.*: 'own' \("):
                 (pair,) = recorder.attention
         assert pair.forward.weights.shape == (BATCH, HEADS, AUDIO, TEXT)
 

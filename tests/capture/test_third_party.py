@@ -120,5 +120,5 @@ def test_equal_lengths_do_not_tell_a_direction(lxmert):
 
     with AttentionRecorder(lxmert) as recorder, torch.no_grad():
         lxmert(**inputs)
-        with pytest.raises(DiscoveryError, match=r"Whether encoder\.x_layers\.0\..*\(run 1\): 5 queries, 5 keys goes"):
+        with pytest.raises(DiscoveryError, match=r"Whether 'encoder\.x_layers\.0\.visual_attention.*#1' goes"):
             _ = recorder.attention

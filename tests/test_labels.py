@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from lightning_xattn.capture.labels import LabelFinder
-from lightning_xattn.capture.steps import Step
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.labels.finder import LabelFinder
+from lightning_xattn.labels.places import Step
 
 BATCH, CLASSES = 5, 3
 SCORES = torch.tensor([[0.1, 2.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 5.0, 1.0], [1.0, 0.0, 0.0]])

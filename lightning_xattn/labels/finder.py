@@ -13,7 +13,21 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_xattn.capture.scores import (
+from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
+from lightning_xattn.group_keys import group_keys
+from lightning_xattn.labels.places import (
+    LabelSetting,
+    Place,
+    Step,
+    describe,
+    guess_ids,
+    guess_predictions,
+    guess_targets,
+    misfits,
+    say_setting,
+    told_place,
+)
+from lightning_xattn.labels.tensors import (
     Classes,
     are_binary_labels,
     are_ids,
@@ -27,20 +41,6 @@ from lightning_xattn.capture.scores import (
     classes_of_scores,
     confidence_of,
 )
-from lightning_xattn.capture.steps import (
-    LabelSetting,
-    Place,
-    Step,
-    describe,
-    guess_ids,
-    guess_predictions,
-    guess_targets,
-    misfits,
-    say_setting,
-    told_place,
-)
-from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
-from lightning_xattn.group_keys import group_keys
 
 _NAMES = {"sample_ids": "sample id", "groups": "group"}
 

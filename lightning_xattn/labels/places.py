@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_xattn.capture.scores import (
+from lightning_xattn.labels.tensors import (
     are_binary_labels,
     are_ids,
     are_predictions,

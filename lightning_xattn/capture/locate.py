@@ -7,16 +7,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from itertools import combinations
 
 from torch import nn
 
 from lightning_xattn.attention import Direction
-from lightning_xattn.capture.multihead import is_original
-from lightning_xattn.capture.sites import (
+from lightning_xattn.capture.joint import JointSequence
+from lightning_xattn.capture.sources import (
     AttentionSetting,
-    JointSequence,
-    LayerSites,
+    Layer,
     Source,
     as_names,
     check_attention,
@@ -28,7 +26,7 @@ from lightning_xattn.errors import DiscoveryError, SettingError
 _DECORATION = re.compile(r"(?:^|_)(?:cross|multihead|mha|xattn|attn|attention|layer|block|module)?\d*(?=_|$)")
 
 
-def locate_attention(root: nn.Module, attention: AttentionSetting | None = None) -> tuple[LayerSites, ...]:
+def locate_attention(root: nn.Module, attention: AttentionSetting | None = None) -> tuple[Layer, ...]:
     """Find the cross-attention layers of a model.
 
     Parameters
@@ -41,7 +39,7 @@ def locate_attention(root: nn.Module, attention: AttentionSetting | None = None)
 
     Returns
     -------
-    tuple of LayerSites
+    tuple of Layer
         In the order of the modules; empty when nothing was told and no name tells a direction, so that only a pass
         through the model can.
 
@@ -70,7 +68,7 @@ def describe_attention(root: nn.Module) -> str:
     return text
 
 
-def _named_layers(root: nn.Module, attention: AttentionSetting) -> list[LayerSites]:
+def _named_layers(root: nn.Module, attention: AttentionSetting) -> list[Layer]:
     assert not isinstance(attention, JointSequence)
     sources = {
         Direction.parse(name): [
@@ -92,19 +90,18 @@ def _named_layers(root: nn.Module, attention: AttentionSetting) -> list[LayerSit
         for i, source in enumerate(there):
             backward = None if back is None else (direction.opposite, back[i])
             name = source.path if back is None else common_parent(source.path, back[i].path)
-            layers.append(LayerSites(plain_path(root, name), (direction, source), backward))
+            layers.append(Layer(plain_path(root, name), (direction, source), backward))
     return with_unique_names(layers)
 
 
-def _joint_layers(root: nn.Module, joint: JointSequence) -> list[LayerSites]:
+def _joint_layers(root: nn.Module, joint: JointSequence) -> list[Layer]:
     layers = []
     for path in joint.paths:
         for source in _expand(root, Source.parse(path), "the joint sequence", joint=True):
-            for first, second in combinations(joint.spans, 2):
-                there, back = joint.slice_of(first), joint.slice_of(second)
-                forward = Direction(first, second), replace(source, block=(there, back))
-                backward = Direction(second, first), replace(source, block=(back, there))
-                layers.append(LayerSites(plain_path(root, source.path), forward, backward))
+            for first, second in joint.pairs:
+                forward = Direction(first, second), replace(source, joint=joint, block=(first, second))
+                backward = Direction(second, first), replace(source, joint=joint, block=(second, first))
+                layers.append(Layer(plain_path(root, source.path), forward, backward))
     return with_unique_names(layers)
 
 
@@ -123,12 +120,17 @@ def _expand(root: nn.Module, source: Source, what: str, *, joint: bool = False) 
             f"Module '{source.path}' for {what} is TorchScript, and hooks cannot see into it. Record the module that "
             "was scripted, before torch.jit.script or torch.jit.trace."
         )
-    if source.item and is_original(root.get_submodule(path), nn.MultiheadAttention):
+    module = root.get_submodule(path)
+    if (
+        source.item
+        and isinstance(module, nn.MultiheadAttention)
+        and type(module).forward is nn.MultiheadAttention.forward
+    ):
         raise DiscoveryError(
             f"'{source}' for {what} is an item of an nn.MultiheadAttention, whose weights are recorded by themselves: "
             f"name '{source.path}' alone."
         )
-    inner = [path] if source.item else _attention_in(root, path, joint)
+    inner = [path] if source.item or source.call else _attention_in(root, path, joint)
     return [replace(source, path=path) for path in inner]
 
 
@@ -139,15 +141,15 @@ def _attention_in(root: nn.Module, path: str, joint: bool) -> list[str]:
     if isinstance(module, nn.TransformerDecoder) or (joint and isinstance(module, nn.TransformerEncoder)):
         return _attention_in(root, f"{path}.layers", joint)
     if isinstance(module, nn.ModuleList):
-        return [inner for i in range(len(module)) for inner in _attention_in(root, f"{path}.{i}", joint)]
-    inside = [f"{path}.{inner}".rstrip(".") for inner in _multihead_paths(module)]
-    attention = inside[0] if len(inside) == 1 else path
-    # An encoder layer is watched from outside: see ``watch_encoder_layer``.
-    parent = attention.rpartition(".")[0]
-    within = is_original(root.get_submodule(parent), nn.TransformerEncoderLayer)
-    if attention != path and not joint and (within or "self" in attention.removeprefix(path)):
-        return [path]  # what it holds attends within one sequence, so something else is meant
-    return [parent if within else attention]
+        return [
+            inner
+            for i, child in enumerate(module)
+            if child is not None
+            for inner in _attention_in(root, f"{path}.{i}", joint)
+        ]
+    # In its fast path an encoder layer computes the attention of what it holds.
+    parent = path.rpartition(".")[0]
+    return [parent if isinstance(root.get_submodule(parent), nn.TransformerEncoderLayer) else path]
 
 
 def _take_turns(root: nn.Module, sources: dict[Direction, list[Source]]) -> None:
@@ -155,7 +157,7 @@ def _take_turns(root: nn.Module, sources: dict[Direction, list[Source]]) -> None
     users: dict[nn.Module, list[tuple[Direction, int]]] = defaultdict(list)
     for direction, of_direction in sources.items():
         for i, source in enumerate(of_direction):
-            if source.read is None and not source.item:
+            if source.read is None and not source.item and source.call is None:
                 users[root.get_submodule(source.path)].append((direction, i))
     for directions in users.values():
         same = [sources[direction][i].path for direction, i in directions]
@@ -168,7 +170,7 @@ def _take_turns(root: nn.Module, sources: dict[Direction, list[Source]]) -> None
             sources[direction][i] = replace(sources[direction][i], path=same[0], turn=turn, turns=len(directions))
 
 
-def layers_by_name(root: nn.Module, paths: Iterable[str]) -> list[LayerSites]:
+def layers_by_name(root: nn.Module, paths: Iterable[str]) -> list[Layer]:
     """Pair modules whose paths are equal but for one component, in which two modalities change places.
 
     Raises
@@ -193,9 +195,9 @@ def layers_by_name(root: nn.Module, paths: Iterable[str]) -> list[LayerSites]:
             paired.add(j)
             direction, layer = pair
             there, back = Source(site.path), Source(sites[j].path)
-            layers.append(LayerSites(layer, (direction, there), (direction.opposite, back)))
+            layers.append(Layer(layer, (direction, there), (direction.opposite, back)))
         elif (direction_alone := site.direction) is not None:
-            layers.append(LayerSites(site.layer(""), (direction_alone, Source(site.path))))
+            layers.append(Layer(site.layer(""), (direction_alone, Source(site.path))))
     return with_unique_names(layers)
 
 
@@ -263,14 +265,14 @@ def common_parent(path: str, other: str) -> str:
     return ".".join(shared)
 
 
-def with_unique_names(layers: list[LayerSites]) -> list[LayerSites]:
+def with_unique_names(layers: list[Layer]) -> list[Layer]:
     """Add the direction to a name that is empty or shared, as with three modalities fused in one module."""
     for what in (0, 1):  # of ``forward``: the direction and, where that does not tell them apart either, the source
-        names = [layer.layer for layer in layers]
+        names = [layer.name for layer in layers]
         layers = [
             layer
-            if layer.layer and names.count(layer.layer) == 1
-            else replace(layer, layer=f"{layer.layer}.{layer.forward[what]}".lstrip("."))
+            if layer.name and names.count(layer.name) == 1
+            else replace(layer, name=f"{layer.name}.{layer.forward[what]}".lstrip("."))
             for layer in layers
         ]
     return layers

@@ -1,0 +1,380 @@
+"""Which of the attention that a first step has shown goes across modalities, and what pairs up."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_xattn.attention import Direction
+from lightning_xattn.capture.layout import Tokens, arguments_of, axes_of, token_inputs
+from lightning_xattn.capture.locate import common_parent, describe_attention, layers_by_name, with_unique_names
+from lightning_xattn.capture.masks import RecordedWeights
+from lightning_xattn.capture.memory import are_same
+from lightning_xattn.capture.readers import Event, Want
+from lightning_xattn.capture.sources import Layer, Source
+from lightning_xattn.capture.tap import NAME_IT, Tap, candidates_of, describe_event
+from lightning_xattn.capture.watch import Run, Watch
+from lightning_xattn.capture.wrappers import plain_path
+from lightning_xattn.errors import DiscoveryError, ShapeError
+
+NAME_THEM = "Name them: attention={'<a>_to_<b>': 'path.to.module', '<b>_to_<a>': ...}."
+
+BUDGET = 64 * 2**20
+"""Bytes of weights that a first step may keep: what it does not keep is recorded from the next step on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """One attention that a first step has shown.
+
+    Attributes
+    ----------
+    path
+        The module that computed it: the innermost one that got tokens.
+    number
+        Which of those it is that are computed in the step while this module runs, from 1 on.
+    turn
+        How many times the module had run before.
+    event
+        The attention.
+    recorded
+        Its weights ``(batch, heads, queries, keys)`` and masks; None if they were not kept.
+    mixed
+        Whether the module got tokens of two kinds.
+    who
+        Shape, and which tokens ask which.
+    doubt
+        Why it is not clear whether this is the module's attention.
+    """
+
+    path: str
+    number: int
+    turn: int
+    event: Event
+    recorded: RecordedWeights | None
+    mixed: bool
+    who: str
+    doubt: str | None = None
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Number of queries and of keys that are tokens."""
+        return self.event.shape[-2], self.event.shape[-1] - self.event.extra_keys
+
+    @property
+    def may_cross(self) -> bool:
+        """Whether it is not surely self-attention: keys may also be more than queries as some are kept, or pooled."""
+        return self.mixed or self.tokens[0] != self.tokens[1]
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """What tells the tokens that ask from those that are asked: their number, or else where they stand."""
+        if self.tokens[0] != self.tokens[1]:
+            return self.tokens
+        given = self.event.tokens
+        return None if given is None else (given[0].data_ptr(), given[1].data_ptr())
+
+    def mirrors(self, other: Found) -> bool:
+        """Whether the tokens that ask here are the very ones that are asked in the other."""
+        here, there = self.event.tokens, other.event.tokens
+        return here is not None and there is not None and are_same(here[0], there[1]) and are_same(here[1], there[0])
+
+
+@dataclass(eq=False)
+class Survey:
+    """What a first step shows of a model.
+
+    Parameters
+    ----------
+    root
+        The model.
+
+    Attributes
+    ----------
+    found
+        All attention to tokens.
+    named
+        Numbers of tokens by what they are called: arguments of modules, and modules that attend within a sequence.
+    """
+
+    root: nn.Module
+    found: list[Found] = field(default_factory=list)
+    named: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    _owned: set[Event] = field(default_factory=set)
+    _counts: Counter[str] = field(default_factory=Counter)
+    _budget: int = BUDGET
+
+    def clear(self) -> None:
+        """Forget it."""
+        self.__init__(self.root)  # type: ignore[misc]
+
+    def want(self, run: Run, event: Event) -> Want:
+        """Weights of what may go across, as far as the budget reaches, and masks of the rest that is not larger."""
+        size = 4 * prod(event.shape)
+        crosses = not event.within and (Tokens.of(run, event.shape).kinds > 1 or event.shape[-2] != event.shape[-1])
+        if crosses and size <= self._budget:
+            self._budget -= size
+            return Want.WEIGHTS
+        return Want.MASKS if size <= BUDGET else Want.NOTHING
+
+    def note(self, run: Run, output: Any, watch: Watch) -> None:
+        """Note what a run computed that ends now."""
+        for name, tensor in arguments_of(run):
+            if tensor.is_floating_point() and tensor.dim() == 3:
+                self.named[name.lower()].add(tensor.shape[1])
+        before = self._counts[run.path]
+        self._counts[run.path] += len(run.events)
+        mine = [event for event in run.events if event not in self._owned]
+        if run.outer is not None:
+            mine = [event for event in mine if token_inputs(run, event.shape)]
+        self._owned |= set(mine)
+        mine = [event for event in candidates_of(run, across=False) if event in mine]
+        for event in mine:
+            recorded, doubt = self._read(event, run, output, watch, alone=len(mine) == 1)
+            mixed = not event.within if event.tokens is not None else Tokens.of(run, event.shape).kinds > 1
+            number = before + run.events.index(event) + 1
+            who = describe_event(event, run)
+            self.found.append(Found(run.path, number, run.turn, event, recorded, mixed, who, doubt))
+            if event.within or not mixed:
+                self.named[run.path.lower()].add(event.shape[-2])
+
+    def _read(
+        self, event: Event, run: Run, output: Any, watch: Watch, alone: bool
+    ) -> tuple[RecordedWeights | None, str | None]:
+        """An attention, and why it is in doubt."""
+        if event.problem is not None:
+            return None, f"The attention of '{run.path}', {event.shape}, cannot be read: {event.problem}"
+        axes = axes_of(event.shape, run, event.by != "softmax") if event.tokens is None else None
+        if isinstance(axes, str):
+            return None, (
+                f"The attention of '{run.path}', {event.shape}, is in doubt: {axes}. Expected (batch, heads, queries, "
+                "keys)"
+            )
+        if event.want is Want.WEIGHTS and alone:
+            try:
+                (recorded,) = Tap(run.module, run.path).find(run, output, watch).values()
+            except (DiscoveryError, ShapeError) as error:
+                return None, str(error).removesuffix(f". {NAME_IT}")
+            return recorded, None
+        if event.recorded is None:
+            return None, None
+        return event.recorded if axes is None else axes.apply(event.recorded), None
+
+    def source(self, found: Found) -> Source:
+        """What to name to get this attention."""
+        of_module = [other for other in self.found if other.path == found.path]
+        a_run = [other for other in of_module if other.turn == found.turn]
+        turns = 1 + max(other.turn for other in of_module)
+        if found.path and len(a_run) == 1:
+            return Source(found.path, turn=found.turn, turns=turns)
+        return Source(found.path, found.number)
+
+    def name(self, found: Found) -> str:
+        """The same as a user would write it."""
+        source = self.source(found)
+        call = found.number if source.call is None and source.turns > 1 else source.call
+        return str(Source(plain_path(self.root, found.path), call))
+
+    def say(self, what: str) -> str:
+        """A message with all that ran, as it can be named, and how."""
+        ran = "; ".join(f"'{self.name(found)}' {found.who}" for found in self.found)
+        return (
+            f"{what}. "
+            + (f"What ran: {ran}. " if ran else f"No attention was seen at all. {describe_attention(self.root)} ")
+            + f"{NAME_THEM} For modalities that share one sequence: attention=JointSequence('path.to.module', "
+            "spans={'<a>': (start, stop), '<b>': (start, stop)})."
+        )
+
+
+def choose_layers(survey: Survey) -> tuple[tuple[Layer, ...], list[Found]]:
+    """The layers that a first step has shown, and what may go across but was left out.
+
+    Where names tell directions, by the names; else by which tokens ask which. What is in doubt is left out, unless it is
+    all there is.
+
+    Raises
+    ------
+    DiscoveryError
+        If nothing attends across, or it is not clear what pairs up or what the axes are; the message lists all that
+        ran, as it can be named.
+    """
+    crossing = [found for found in survey.found if found.may_cross]
+    layers = _by_name(survey, crossing)
+    if not layers:
+        across = [found for found in crossing if found.mixed]
+        # A single query, as of a head that pools, is nobody's token.
+        clear = [found for found in across if found.doubt is None and found.tokens[0] > 1]
+        layers = _pair(survey, clear or across)
+    taken = {id(found) for layer in layers for _, source in layer.sources for found in _taken(survey, source)}
+    doubt = next((found.doubt for found in survey.found if id(found) in taken and found.doubt is not None), None)
+    if doubt is not None:
+        raise DiscoveryError(survey.say(doubt))
+    return tuple(layers), [found for found in crossing if id(found) not in taken]
+
+
+def _taken(survey: Survey, source: Source) -> list[Found]:
+    """What a step has shown of a source: of its module, of those in it, or of the one that got its tokens."""
+    inside, around = f"{source.path}.".lstrip("."), [found for found in survey.found if found.path]
+    of_module = (
+        [found for found in survey.found if found.path == source.path]
+        or [found for found in survey.found if found.path.startswith(inside)]
+        or [found for found in around if source.path.startswith(f"{found.path}.")]
+    )
+    if source.call is not None:
+        return [found for found in of_module if found.number == source.call]
+    return [found for found in of_module if found.turn == source.turn]
+
+
+def recorded_of(survey: Survey, source: Source) -> RecordedWeights | None:
+    """What a first step has kept of a source; None if it was too large, or did not run."""
+    found = [one for one in _taken(survey, source) if one.event.want is Want.WEIGHTS]
+    return found[0].recorded if found else None
+
+
+def _by_name(survey: Survey, crossing: Sequence[Found]) -> list[Layer]:
+    layers = layers_by_name(survey.root, dict.fromkeys(found.path for found in crossing))
+
+    def numbered(source: Source) -> Source:
+        """Of a module that computes several, the one that surely goes from some tokens to others."""
+        of_module = [found for found in survey.found if found.path == source.path]
+        in_a_run = [found for found in of_module if found.turn == of_module[0].turn]
+        across = [one for one in in_a_run if one.may_cross and (one.event.tokens or one.tokens[0] != one.tokens[1])]
+        if len(in_a_run) == 1:
+            return source
+        if len(across) == 1 and not any(found.doubt for found in in_a_run if found is not across[0]):
+            return Source(source.path, across[0].number)
+        raise DiscoveryError(survey.say(f"Module '{source.path}' does not show which attention is meant"))
+
+    return [
+        Layer(
+            layer.name,
+            (layer.forward[0], numbered(layer.forward[1])),
+            None if layer.backward is None else (layer.backward[0], numbered(layer.backward[1])),
+        )
+        for layer in layers
+    ]
+
+
+def _pair(survey: Survey, across: Sequence[Found]) -> list[Layer]:
+    """Pair attention of opposite directions, in the order in which it ran."""
+    if not across:
+        raise DiscoveryError(survey.say("No cross-attention ran"))
+    groups: dict[frozenset[int], list[Found]] = defaultdict(list)
+    for found in across:
+        if found.sides is not None:
+            groups[frozenset(found.sides)].append(found)
+    if not groups:
+        raise DiscoveryError(survey.say(f"Whether '{survey.name(across[0])}' goes across cannot be seen"))
+    equal = [group for group in groups.values() if group[0].tokens[0] == group[0].tokens[1]]
+    if len(equal) > 1:
+        raise DiscoveryError(survey.say("Which tokens are of one modality cannot be seen"))
+    letters = _name_sides(found for group in groups.values() for found in group)
+    layers: list[Layer] = []
+    for group in groups.values():
+        there = [found for found in group if found.sides == group[0].sides]
+        back = [found for found in group if found.sides != group[0].sides]
+        if group in equal and not back:
+            # Other tensors are not yet other modalities: queries and keys may be made of the same tokens.
+            raise DiscoveryError(survey.say(f"Whether '{survey.name(group[0])}' goes across cannot be seen"))
+        if not _in_order(there, back):
+            raise DiscoveryError(survey.say("It is not clear which of these belong together"))
+        queries, keys = there[0].tokens
+        forward = Direction("a", "b") if queries == keys else Direction(letters[queries], letters[keys])
+        for found, opposite in zip_longest(there, back):
+            path = common_parent(found.path, (opposite or found).path)
+            backward = None if opposite is None else (forward.opposite, survey.source(opposite))
+            layers.append(Layer(plain_path(survey.root, path), (forward, survey.source(found)), backward))
+    return with_unique_names(layers)
+
+
+def _in_order(there: Sequence[Found], back: Sequence[Found]) -> bool:
+    """Whether attention of one direction and of the other goes together in the order in which it ran."""
+    if back and len(there) != len(back):
+        return False
+    if any(
+        found.mirrors(other) and not found.mirrors(opposite)
+        for found, opposite in zip(there, back, strict=False)
+        for other in back
+    ):
+        return False
+    numbers = [tuple(re.findall(r"\d+", found.path)) for found in there]
+    opposites = [tuple(re.findall(r"\d+", found.path)) for found in back]
+    if len(there) == 1:  # whatever digits tell its two modules apart
+        return True
+    if len(set(numbers)) < len(there) or any(len(number) != len(numbers[0]) for number in numbers + opposites):
+        return False
+    # A number is that of the layer; or it tells the directions apart, if it is one in each.
+    here, opposite = list(zip(*numbers, strict=True)), list(zip(*opposites, strict=True))
+    return all(a == b or len(set(a)) == len(set(b)) == 1 for a, b in zip(here, opposite, strict=False))
+
+
+def _name_sides(across: Iterable[Found]) -> dict[int, str]:
+    """A letter for each number of tokens, in the order in which they ask."""
+    counts = dict.fromkeys(count for found in across for count in found.tokens if found.sides == found.tokens)
+    return {count: chr(ord("a") + i) for i, count in enumerate(counts)}
+
+
+def turned_round(survey: Survey, layers: Iterable[Layer]) -> dict[str, str]:
+    """Directions whose names say that one modality asks where the tokens say the other; as they would be turned round.
+
+    The tokens say so where the arguments of modules, and self-attention, that are called after a modality have as many
+    tokens as the other side of the attention.
+    """
+    found: dict[str, str] = {}
+    for layer in layers:
+        for direction, source in layer.sources:
+            shown = _taken(survey, source)
+            if source.joint is not None or source.read is not None or source.item or len(shown) != 1:
+                continue
+            queries, keys = shown[0].tokens
+            asking, asked = (_counts_of(survey, name) for name in (direction.query, direction.key))
+            against = asking == {keys} or asked == {queries}
+            if queries != keys and against and asking in (set(), {keys}) and asked in (set(), {queries}):
+                found[str(direction.opposite)] = survey.name(shown[0])
+    return found
+
+
+def _counts_of(survey: Survey, modality: str) -> set[int]:
+    """How many tokens a modality has, by what is called after it and after no other."""
+    word = re.compile(rf"(?:^|[._]){re.escape(modality.lower())}(?=$|[._\d])")
+    told = [counts for name, counts in survey.named.items() if word.search(name) and "_to_" not in name]
+    return set[int]().union(*told)
+
+
+def padding_sources(survey: Survey, layers: Iterable[Layer]) -> dict[str, str]:
+    """For the path of each direction without an opposite, the self-attention whose masks say which queries are padding.
+
+    It is the nearest one in the module tree that attends within as many tokens as there are queries, which keys must not
+    be; none is taken where several that are as near have different masks.
+    """
+    found: dict[str, str] = {}
+    for layer in layers:
+        shown = [] if layer.backward is not None else _taken(survey, layer.forward[1])
+        if not shown or shown[0].tokens[0] == shown[0].tokens[1]:
+            continue
+        queries = shown[0].tokens[0]
+        within = [
+            one
+            for one in survey.found
+            if one.tokens == (queries, queries)
+            and (one.event.within or not one.mixed)
+            and one.recorded is not None
+            and one.doubt is None
+        ]
+        near = [len(common_parent(one.path, shown[0].path)) for one in within]
+        nearest = [one for one, distance in zip(within, near, strict=True) if distance == max(near)]
+        masks = [one.recorded.padding_of_its_own for one in nearest if one.recorded is not None]
+        if masks and all(_equal(mask, masks[0]) for mask in masks):
+            found[layer.forward[1].path] = nearest[-1].path
+    return found
+
+
+def _equal(mask: Tensor | None, other: Tensor | None) -> bool:
+    return (mask is None and other is None) or (mask is not None and other is not None and mask.equal(other))

@@ -1,0 +1,226 @@
+"""What the axes of an attention are, as far as the tokens show that its module got."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_xattn.capture.masks import RecordedWeights, apart_from_padding
+from lightning_xattn.capture.memory import has_address
+from lightning_xattn.capture.watch import Run
+
+Item = tuple[str | int, ...]
+
+_HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "nhead", "nheads", "heads", "num_attention_heads", "head_num")
+
+
+def tensors_in(output: Any, item: Item = ()) -> Iterator[tuple[Item, Tensor]]:
+    """Every tensor of an output that has a place in memory, with the keys that lead to it."""
+    if isinstance(output, Tensor):
+        if has_address(output):
+            yield item, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from tensors_in(value, (*item, key))
+    elif isinstance(output, (tuple, list)):
+        for i, value in enumerate(output):
+            yield from tensors_in(value, (*item, i))
+
+
+def token_inputs(run: Run, shape: Sequence[int]) -> list[Tensor]:
+    """Those of a module's inputs that may be tokens: floating, with three axes or more, and no scores or masks.
+
+    Parameters
+    ----------
+    run
+        The module's run.
+    shape
+        Of its attention, ``(..., queries, keys)``.
+    """
+    tensors = [value for _, value in tensors_in((run.args, run.kwargs)) if value.is_floating_point()]
+    scores = {tuple(shape), (shape[0], *shape[2:]) if shape[1] == 1 else None}
+    tensors = [value for value in tensors if value.dim() > 2 and tuple(value.shape) not in scores]
+    masks = (tuple(shape[-2:]), (1, shape[-1]))
+    # Sequences as long and wide as there are queries and keys look like masks, too.
+    return [one for one in tensors if one.shape[-2:] not in masks] or [one for one in tensors if one.dim() == 3]
+
+
+def arguments_of(run: Run) -> list[tuple[str, Tensor]]:
+    """The tensors that a module got, by the names that its ``forward`` gives them."""
+    try:
+        bound = inspect.signature(run.module.forward).bind_partial(*run.args, **run.kwargs).arguments
+    except (TypeError, ValueError):  # a forward without a signature
+        bound = dict(run.kwargs)
+    return [(f"{item[0]}" + "".join(f"[{key}]" for key in item[1:]), tensor) for item, tensor in tensors_in(bound)]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens among a module's inputs, or among those of the next one around it that got any.
+
+    Attributes
+    ----------
+    batch
+        Number of samples; None where the inputs do not agree.
+    counts
+        Number of tokens of each different sequence.
+    elsewhere
+        What else may be a number of tokens: of images' pixels, and of sequences with a class token or a null key.
+    widths
+        Of the sequences.
+    sequence_first
+        How many samples there are if all sequences are ``(tokens, batch, width)``; None: they are not.
+    kinds
+        Number of different sequences and of images' shapes.
+    """
+
+    batch: int | None
+    counts: tuple[int, ...]
+    elsewhere: frozenset[int]
+    widths: frozenset[int]
+    sequence_first: int | None
+    kinds: int
+
+    @classmethod
+    def of(cls, run: Run, shape: Sequence[int]) -> Tokens:
+        """The tokens of a module whose attention has this shape, ``(..., queries, keys)``."""
+        tokens = next((found for outer in run.outwards() if (found := token_inputs(outer, shape))), [])
+        return cls._among(tokens, shape[0])
+
+    @classmethod
+    def _among(cls, tokens: Iterable[Tensor], rows: int) -> Tokens:
+        sequences = list({value.data_ptr(): value for value in tokens if value.dim() == 3}.values())
+        maps = [value.shape for value in tokens if value.dim() > 3]
+        batches = {len(value) for value in tokens}
+        batches = batches - {1} or batches  # what is of one sample among others goes for all of them
+        second = {value.shape[1] for value in sequences} if sequences and not maps else set()
+        sequence_first = second.pop() if len(second) == 1 else None
+        batch, axis = (batches.pop(), 1) if len(batches) == 1 else (sequence_first, 0)
+        counts = tuple(value.shape[axis] for value in sequences)
+        return cls(
+            batch,
+            counts,
+            frozenset(n for one in maps for n in (prod(one[2:]), prod(one[1:-1]))) | {n + 1 for n in counts},
+            frozenset(value.shape[2] for value in sequences),
+            sequence_first,
+            len({value.data_ptr() for value in sequences if len(value) in (batch, rows)}) + len(set(maps)),
+        )
+
+    def are_asked_by(self, shape: Sequence[int]) -> bool:
+        """Whether the last two axes are numbers of tokens, as those of attention are."""
+        return {*shape[-2:]} <= {*self.counts, *self.elsewhere}
+
+
+@dataclass(frozen=True)
+class Axes:
+    """How the rows of an attention with three axes are split into samples and heads.
+
+    Attributes
+    ----------
+    heads
+        How many heads are folded into the samples; None: there is no axis for heads, and rows are samples.
+    heads_first
+        Whether the samples lie within a head.
+    """
+
+    heads: int | None = None
+    heads_first: bool = False
+
+    def apply(self, recorded: RecordedWeights) -> RecordedWeights:
+        """The attention as ``(batch, heads, queries, keys)``, with padding told apart from other masks.
+
+        Those of ``F.multi_head_attention_forward`` are apart already.
+        """
+        if recorded.weights.dim() == 4:
+            return apart_from_padding(recorded)
+
+        def unfold(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or self.heads is None or len(tensor) == 1:
+                return None if tensor is None else tensor[:, None]
+            return (
+                tensor.unflatten(0, (self.heads, -1)).transpose(0, 1)
+                if self.heads_first
+                else tensor.unflatten(0, (-1, self.heads))
+            )
+
+        weights = unfold(recorded.weights)
+        assert weights is not None
+        one_head = self.heads is None
+        return apart_from_padding(
+            replace(recorded, weights=weights, visible=unfold(recorded.visible), one_head=one_head)
+        )
+
+
+def axes_of(shape: Sequence[int], run: Run, surely_keys: bool, one_head: bool = False) -> Axes | str:
+    """What the axes of an attention are, or why that is in doubt, as a clause.
+
+    Parameters
+    ----------
+    shape
+        ``(batch, heads, queries, keys)`` or ``(rows, queries, keys)``.
+    run
+        The module's run.
+    surely_keys
+        Whether the last axis surely is that of keys.
+    one_head
+        Whether four axes have one head that was put in between.
+    """
+    tokens = Tokens.of(run, shape)
+    if len(shape) == 4:
+        return _doubt(shape, tokens, surely_keys, one_head) or Axes()
+    rows = shape[0]
+    known = [count for count in (tokens.batch, tokens.sequence_first) if count is not None]
+    if not known or rows in known:
+        return Axes()
+    own = head_count(run)
+    inside = [outer.heads_inside[rows] for outer in run.outwards() if rows in outer.heads_inside]
+    first = [outer.heads_first[rows] for outer in run.outwards() if rows in outer.heads_first]
+    folded = [*inside, *first] if tokens.are_asked_by(shape) else []
+    fitting = {rows // count for count in known if rows % count == 0} & ({own} if own is not None else {*folded})
+    if len(fitting) == 1:
+        heads = fitting.pop()
+        return Axes(heads, heads_first=heads in first and heads not in inside)
+    said = "does not say how many heads it has" if own is None else f"says that it has {own} heads"
+    return (
+        f"its first axis seems to hold more than the {known[0]} samples: heads, windows or frames. It has {rows} rows, "
+        f"the module got {' or '.join(str(count) for count in dict.fromkeys(known))} samples and {said}"
+    )
+
+
+def _doubt(shape: Sequence[int], tokens: Tokens, surely_keys: bool, one_head: bool) -> str | None:
+    """Why axes seem not to be ``(batch, heads, queries, keys)``; None: nothing says so."""
+    rows, heads, queries, keys = shape
+    if tokens.batch not in (None, rows) and tokens.sequence_first != rows:
+        if heads == tokens.batch and not one_head:
+            return "it seems to be (heads, batch, queries, keys)"
+        if rows % tokens.batch == 0:
+            return f"its first axis seems to hold more than the {tokens.batch} samples: heads, windows or frames"
+    if rows == tokens.batch and queries != 1 and queries not in tokens.counts:
+        others = [*tokens.counts]
+        if keys in others:
+            others.remove(keys)
+        if heads in others:
+            return "it seems to be (batch, queries, heads, keys)"
+    if not surely_keys and heads * keys in tokens.widths and keys not in {*tokens.counts, *tokens.elsewhere}:
+        return "its last axis seems to be the width of a head, so that it is no attention to tokens"
+    return None
+
+
+def head_count(run: Run) -> int | None:
+    """How many heads a module says that it has, or the one number that modules in it or around it say."""
+    for outer in run.outwards():
+        own = _said(outer.module)
+        counts = {own} if own is not None else {_said(inner) for inner in outer.module.modules()} - {None}
+        if counts:
+            return counts.pop() if len(counts) == 1 else None
+    return None
+
+
+def _said(module: nn.Module) -> int | None:
+    counts = (vars(module).get(name) for name in _HEAD_COUNTS)
+    return next((count for count in counts if isinstance(count, int) and not isinstance(count, bool)), None)

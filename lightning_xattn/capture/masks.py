@@ -1,0 +1,160 @@
+"""What one attention computed, and what its masks hide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASKED = -1e3
+"""A float mask at or below this hides the key: ``exp`` of it, even beside a bias, is 0 in every floating dtype."""
+
+_FAR_BELOW = 500.0
+"""Scores of tokens do not differ by as much as this; masks of -10,000 do, also after a division by sqrt(width)."""
+
+_LOWEST = -3e4
+"""No score of a token is as low as this; masks of the lowest half-precision number, -65504, and lower ones are."""
+
+_MASK = -1e4
+"""What masks add that do not reach as far down."""
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedWeights:
+    """The weights of one attention and the masks that were in force.
+
+    Attributes
+    ----------
+    weights
+        ``(batch, heads, queries, keys)``, detached, before dropout.
+    key_mask
+        ``(batch, keys)`` bool, True for a real token; None: all are.
+    visible
+        Bool broadcastable to ``weights``, True where the attention mask lets the query see the key; None: all.
+    extra_keys
+        How many of the last keys are slots of ``add_bias_kv`` or ``add_zero_attn``.
+    crossing
+        ``(batch, heads, queries)``, see ``Attention``.
+    cropped
+        Whether tokens that are padding in every sample may have been cut off at the end.
+    within
+        Whether the query is the key, so that it attends within one sequence.
+    one_head
+        Whether the weights came without an axis for heads.
+    """
+
+    weights: Tensor
+    key_mask: Tensor | None = None
+    visible: Tensor | None = None
+    extra_keys: int = 0
+    crossing: Tensor | None = None
+    cropped: bool = False
+    within: bool = False
+    one_head: bool = False
+
+    @property
+    def token_mask(self) -> Tensor | None:
+        """``key_mask`` over the keys that are tokens."""
+        return None if self.key_mask is None else self.key_mask[:, : self.key_mask.shape[1] - self.extra_keys]
+
+    @property
+    def padding_of_its_own(self) -> Tensor | None:
+        """Of a self-attention ``(batch, tokens)``, True for a real token; None if its masks do not tell.
+
+        Under a mask that differs from query to query, such as a causal one, a token is padding that nobody sees, not
+        even itself; if every token is hidden from itself, that says nothing.
+        """
+        if self.visible is None or self.visible.shape[-2] == 1:
+            return self.token_mask
+        batch, _, tokens, keys = self.weights.shape
+        visible = self.visible.expand(batch, -1, tokens, keys)[..., : keys - self.extra_keys]
+        itself = visible.diagonal(dim1=-2, dim2=-1).any(1)
+        real = visible.any(dim=1).any(dim=1) | ~itself.any(1, keepdim=True)
+        return real if self.token_mask is None else real & self.token_mask
+
+    def padded_to(self, tokens: int) -> RecordedWeights:
+        """The same self-attention over so many tokens, those that were cut off put back as padding."""
+        missing = tokens - self.weights.shape[-1]
+        if missing <= 0:
+            return self
+        batch, _, _, keys = self.weights.shape
+        known = self.weights.new_ones(batch, keys, dtype=torch.bool) if self.key_mask is None else self.key_mask
+        visible = None if self.visible is None else F.pad(self.visible.expand(self.weights.shape), (0, missing) * 2)
+        weights = F.pad(self.weights, (0, missing, 0, missing))
+        return replace(self, weights=weights, key_mask=F.pad(known, (0, missing)), visible=visible)
+
+    def without_rows(self, hidden: Tensor) -> RecordedWeights:
+        """The same, but for queries ``(batch, heads, queries)`` that are hidden: to them no key is visible."""
+        shown = ~hidden[..., None].expand(self.weights.shape)
+        return replace(self, visible=shown if self.visible is None else self.visible & shown)
+
+
+def apart_from_padding(recorded: RecordedWeights) -> RecordedWeights:
+    """The same, with padding told apart from other masks.
+
+    Keys that no query sees are padding where all queries (but those that see nothing) see the same keys. Under any
+    other mask, such as a causal one, a key that no query sees may be a real token.
+    """
+    if recorded.visible is None or recorded.key_mask is not None:
+        return recorded
+    batch, _, _, keys = recorded.weights.shape
+    visible = recorded.visible.expand(-1, -1, -1, keys)
+    seen = visible.any(dim=1, keepdim=True).any(dim=2, keepdim=True)
+    alike = ((visible == seen) | ~visible.any(dim=3, keepdim=True)).all(dim=3).all(dim=2).all(dim=1)
+    key_mask = (seen[:, 0, 0] | ~alike[:, None]).expand(batch, keys)
+    only_padding = visible.shape[1] == visible.shape[2] == 1
+    return replace(recorded, key_mask=key_mask, visible=None if only_padding else visible)
+
+
+def seen_by_softmax(scores: Tensor, weights: Tensor) -> Tensor:
+    """Which keys a softmax does not hide, from its scores alone, whatever hides some: a mask added or filled in.
+
+    A hidden key gets no weight and lies far below the row's largest score; of a row all keys are hidden whose largest
+    score is about what a mask adds.
+    """
+    largest = scores.amax(-1, keepdim=True)
+    hidden = (weights == 0) & (scores <= largest - _FAR_BELOW)
+    return ~hidden & (largest > _LOWEST) & ((largest - _MASK).abs() > _FAR_BELOW)
+
+
+def keys_with_weight(weights: Tensor) -> Tensor:
+    """Keys ``(batch, 1, 1, keys)`` to which a sample gives any weight; all in float16, which rounds small ones to 0."""
+    if weights.dtype == torch.float16:
+        return torch.ones_like(weights[:, :1, :1], dtype=torch.bool)
+    return (weights != 0).any(dim=1, keepdim=True).any(dim=2, keepdim=True)
+
+
+def zeros_are_a_mask(weights: Tensor) -> bool:
+    """Whether the weights of exactly 0 are what a mask hides, as far as their pattern shows. Looks at the values.
+
+    A softmax gives 0 to nothing else, but a sparse attention does. Zeros are a mask if all heads have the same; those
+    of one head, or of an average over heads, if all samples have the same, but for keys that are padding in some; those
+    of one sample if what its queries see grows from one to the next, as under a causal mask.
+
+    Parameters
+    ----------
+    weights
+        ``(batch, heads, queries, keys)``.
+    """
+    batch, heads, _, _ = weights.shape
+    some = weights != 0
+    if heads > 1:
+        return bool((some == some.any(dim=1, keepdim=True)).all())
+    if batch > 1:
+        return bool((some == (some.any(dim=0, keepdim=True) & keys_with_weight(weights))).all())
+    rows = some[0, 0][some[0, 0].sum(1).argsort()]
+    return bool((rows[1:] | ~rows[:-1]).all())
+
+
+def is_visible(mask: Tensor) -> Tensor:
+    """Where a mask of ``nn.MultiheadAttention`` (True hides, or added to the scores) shows the key."""
+    return ~mask if mask.dtype == torch.bool else mask > MASKED
+
+
+def additive(mask: Tensor) -> Tensor:
+    """The same mask, to be added to the scores."""
+    if mask.dtype != torch.bool:
+        return mask.float()
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf)

@@ -1,0 +1,427 @@
+"""How an attention is read at each function that computes one: a registry, one reader a function.
+
+A reader runs the function, so that the model gets what it asked for bit for bit, and hands the attention to the watch.
+If the watch hides keys, it gives the function a mask more.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_xattn.capture.masks import (
+    MASKED,
+    RecordedWeights,
+    additive,
+    apart_from_padding,
+    is_visible,
+    seen_by_softmax,
+)
+from lightning_xattn.capture.memory import Address, are_same, has_address, version_of
+
+
+class Want(Enum):
+    """What is to be recorded of an attention."""
+
+    NOTHING = 0
+    MASKS = 1
+    WEIGHTS = 2
+
+
+@dataclass(eq=False)
+class Event:
+    """One attention that is computed.
+
+    Attributes
+    ----------
+    by
+        The name of the function.
+    shape
+        ``(batch, heads, queries, keys)`` or ``(rows, queries, keys)``, as the function has it; of what cannot be read
+        any axes, the last two being those of queries and keys.
+    tokens
+        The tokens that ask and those that are asked, where the function gets tokens.
+    extra_keys
+        How many of the last keys are no tokens.
+    problem
+        Why it cannot be read; None: it can.
+    over_keys
+        Whether the keys are surely keys: not so of a softmax over other axes than the last of four.
+    want
+        What is to be recorded of it.
+    recorded
+        The weights and masks with the axes of ``shape``; None of what is not wanted, or cannot be read.
+    device
+        Where it is computed.
+    result, version
+        Where the function put the weights, and how often that had been changed in place; None if it put them nowhere.
+    used
+        What the module multiplied its values with, if that is not what the softmax gave.
+    """
+
+    by: str
+    shape: tuple[int, ...]
+    device: torch.device
+    tokens: tuple[Tensor, Tensor] | None = None
+    extra_keys: int = 0
+    problem: str | None = None
+    over_keys: bool = True
+    want: Want = Want.NOTHING
+    recorded: RecordedWeights | None = None
+    result: Address | None = None
+    version: int | None = None
+    used: Tensor | None = None
+
+    @property
+    def within(self) -> bool:
+        """Whether the tokens that ask are surely those that are asked."""
+        return self.tokens is not None and are_same(*self.tokens)
+
+    def gave(self, tensor: Tensor) -> bool:
+        """Whether the function put its weights into this tensor (dropout that drops nothing passes them on)."""
+        return self.result is not None and self.result.holds(tensor)
+
+    def gave_unchanged(self, tensor: Tensor) -> bool:
+        """Whether this is what the function gave, and nothing has changed it in place."""
+        return self.gave(tensor) and self.version is not None and self.version == version_of(tensor)
+
+
+Read = Callable[[bool], RecordedWeights]
+"""Gives weights and masks; with False the masks alone, and weights without values."""
+
+Call = dict[str, Any]
+
+
+class Watcher(Protocol):
+    """What a reader hands an attention to."""
+
+    def begin(self, event: Event) -> Tensor | None:
+        """Called before it is computed: what is to be hidden, bool that broadcasts to its shape; None: nothing."""
+
+    def take(self, event: Event, read: Read | None = None, given: Tensor | None = None) -> None:
+        """Called once it is computed; ``given`` is the tensor with its weights that the model gets."""
+
+
+def _read_multihead(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], watch: Watcher) -> Any:
+    """``F.multi_head_attention_forward``.
+
+    A caller that asks for weights gets the function to compute them per head, and they are averaged for it afterwards
+    as the function would have done. For a caller that does not, or that gets them after dropout, they are computed once
+    more, which leaves it its fused kernel.
+    """
+    call = _MULTIHEAD | dict(zip(_MULTIHEAD, args, strict=False)) | kwargs
+    query, key, heads = call["query"], call["key"], call["num_heads"]
+    batched = query.dim() == 3
+    extra = int(call["bias_k"] is not None) + int(call["add_zero_attn"])
+    static = call["static_k"]
+    keys = (key.shape[0] if static is None else static.shape[1]) + extra
+    event = Event(
+        "multi_head_attention_forward",
+        (query.shape[1] if batched else 1, heads, query.shape[0], keys),
+        query.device,
+        (query, key),
+        extra,
+    )
+    hidden = watch.begin(event)
+    if hidden is not None:
+        call |= {"attn_mask": _with_hidden(call, hidden, event), "is_causal": False}
+    dropped = call["training"] and call["dropout_p"] > 0
+    wanted = event.want is Want.WEIGHTS
+    takes_average = wanted and call["need_weights"] and call["average_attn_weights"] and not dropped
+    if hidden is None and not takes_average:
+        output, weights = function(*args, **kwargs)
+    else:
+        output, weights = function(
+            **call | {"average_attn_weights": call["average_attn_weights"] and not takes_average}
+        )
+    per_head = weights is not None and weights.dim() == query.dim() + 1
+
+    def read(values: bool) -> RecordedWeights:
+        if not values:
+            found = _no_values(event)
+        elif not per_head or dropped:
+            found = _projected(call)
+        else:
+            found = weights.detach() if batched else weights.detach()[None]
+            # The caller may change in place what it gets; the average that it asked for is a tensor of its own.
+            found = found if takes_average else found.clone()
+        return _with_masks(found, call["key_padding_mask"], call["attn_mask"], extra)
+
+    watch.take(event, read, None if takes_average else weights)
+    if takes_average:
+        weights = weights.mean(dim=1 if batched else 0)
+    return output, weights
+
+
+def _read_native(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], watch: Watcher) -> Any:
+    """The fast path of ``nn.MultiheadAttention``: self-attention whose weights are computed once more."""
+    call = dict(zip(_NATIVE, args, strict=False)) | kwargs
+    result = function(*args, **kwargs)
+    _take_packed(call, call["query"], watch)
+    return result
+
+
+def _read_encoder_layer(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], watch: Watcher) -> Any:
+    """The fast path of ``nn.TransformerEncoderLayer``: its self-attention is computed once more."""
+    call = dict(zip(_ENCODER_LAYER, args, strict=False)) | kwargs
+    result = function(*args, **kwargs)
+
+    def normed(tokens: Tensor) -> Tensor:
+        if not call["norm_first"]:
+            return tokens
+        norm = call["norm_weight_1"], call["norm_bias_1"]
+        return F.layer_norm(tokens.float(), tokens.shape[-1:], *(x.float() for x in norm), call["eps"])
+
+    _take_packed(call, call["src"], watch, normed)
+    return result
+
+
+def _take_packed(
+    call: Call,
+    tokens: Tensor,
+    watch: Watcher,
+    before: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+) -> None:
+    nested = tokens.is_nested
+    batch, length = (tokens.size(0), max(map(len, tokens.unbind()))) if nested else tokens.shape[:2]
+    event = Event("a fast path of torch", (batch, call["num_heads"], length, length), tokens.device, (tokens, tokens))
+    watch.begin(event)
+
+    def read(values: bool) -> RecordedWeights:
+        unpacked, padding = _unpack(tokens) if nested else (tokens, None)
+        mask, attention_mask = call.get("mask"), None
+        if mask is not None and call["mask_type"] == 1:
+            padding = mask
+        elif mask is not None:
+            attention_mask = mask if mask.dim() == 2 else mask.expand(batch, call["num_heads"], -1, -1).flatten(0, 1)
+        found = before(unpacked).transpose(0, 1)
+        projection = {
+            "query": found,
+            "key": found,
+            "num_heads": call["num_heads"],
+            "in_proj_weight": call["qkv_weight"],
+            "in_proj_bias": call["qkv_bias"],
+            "key_padding_mask": padding,
+            "attn_mask": attention_mask,
+        }
+        weights = _projected(projection) if values else _no_values(event)
+        recorded = _with_masks(weights, padding, attention_mask, 0, cropped=nested)
+        return recorded if padding is not None else apart_from_padding(recorded)
+
+    watch.take(event, read)
+
+
+def _unpack(nested: Tensor) -> tuple[Tensor, Tensor]:
+    """Nested tokens as ``(batch, tokens, width)``, and which of them are padding.
+
+    ``nn.TransformerEncoder`` packs padded sequences so; what is padding in every sample is gone by then.
+    """
+    lengths = torch.tensor([len(sample) for sample in nested.unbind()], device=nested.device)
+    tokens = nested.detach().to_padded_tensor(0.0)
+    return tokens, torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
+
+
+def _projected(call: Call) -> Tensor:
+    """``softmax(Q K^T / sqrt(d) + masks)`` ``(batch, heads, queries, keys)`` of tokens that are not projected yet.
+
+    In float32 whatever the model's precision: a product of unscaled half-precision numbers can overflow where the
+    fused kernel, which scales first, does not.
+    """
+    heads = call["num_heads"]
+    if call.get("use_separate_proj_weight"):
+        query_weight, key_weight = call["q_proj_weight"], call["k_proj_weight"]
+    else:
+        query_weight, key_weight, _ = call["in_proj_weight"].chunk(3)
+    query_bias = key_bias = None
+    if call["in_proj_bias"] is not None:
+        query_bias, key_bias, _ = call["in_proj_bias"].chunk(3)
+
+    def split(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        tokens = tokens[:, None] if tokens.dim() == 2 else tokens  # (tokens, batch, width) from here on
+        projected = F.linear(tokens.float(), weight.float(), None if bias is None else bias.float())
+        return projected.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+
+    query, key = split(call["query"], query_weight, query_bias), split(call["key"], key_weight, key_bias)
+    if call.get("static_k") is not None:
+        key = call["static_k"].float().unflatten(0, (-1, heads))
+    extra = 0
+    if call.get("bias_k") is not None:
+        learned = call["bias_k"].float().reshape(1, heads, 1, -1)
+        key, extra = torch.cat([key, learned.expand(len(key), -1, -1, -1)], dim=2), 1
+    if call.get("add_zero_attn"):
+        key, extra = F.pad(key, (0, 0, 0, 1)), extra + 1
+    scores = (query * query.shape[-1] ** -0.5) @ key.mT
+    padding, attention_mask = call["key_padding_mask"], call["attn_mask"]
+    if padding is not None:
+        scores = scores + F.pad(additive(padding.reshape(len(key), 1, 1, -1)), (0, extra))
+    if attention_mask is not None:
+        scores = scores + F.pad(additive(_per_head(attention_mask, heads)), (0, extra))
+    return scores.softmax(-1)
+
+
+def _with_masks(
+    weights: Tensor, padding: Tensor | None, attention_mask: Tensor | None, extra: int, cropped: bool = False
+) -> RecordedWeights:
+    key_mask = visible = None
+    if padding is not None:
+        key_mask = F.pad(is_visible(padding.reshape(len(weights), -1)), (0, extra), value=True)
+    if attention_mask is not None:
+        visible = F.pad(is_visible(_per_head(attention_mask, weights.shape[1])), (0, extra), value=True)
+    return RecordedWeights(weights, key_mask, visible, extra, cropped=cropped)
+
+
+def _no_values(event: Event) -> Tensor:
+    return torch.empty((), device=event.device).expand(event.shape)
+
+
+def _per_head(mask: Tensor, heads: int) -> Tensor:
+    """Broadcastable to the weights: ``(queries, keys)`` for all, or ``(batch * heads, queries, keys)``."""
+    return mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, heads))
+
+
+def _with_hidden(call: Call, hidden: Tensor, event: Event) -> Tensor:
+    """A mask of ``multi_head_attention_forward`` that hides more."""
+    batch, heads, queries, keys = event.shape
+    keys -= event.extra_keys  # which the function adds, and shows
+    hidden = hidden.expand(event.shape)[..., :keys].reshape(batch * heads, queries, keys)
+    mask, padding = call["attn_mask"], call["key_padding_mask"]
+    if (mask is None or mask.dtype == torch.bool) and (padding is None or padding.dtype == torch.bool):
+        return hidden if mask is None else hidden | mask
+    shown = torch.zeros((), device=hidden.device) if mask is None else additive(mask)
+    return torch.where(hidden, -torch.inf, shown).to(call["query"].dtype)
+
+
+def _read_kernel(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], watch: Watcher) -> Any:
+    """``F.scaled_dot_product_attention``: its weights are computed once more, beside the fused kernel."""
+    call = _KERNEL | dict(zip(_KERNEL, args, strict=False)) | kwargs
+    query, key = call["query"], call["key"]
+    readable = query.dim() in (3, 4) and has_address(query)
+    shape = (*query.shape[:-1], key.shape[-2]) if not query.is_nested else ()
+    problem = None if readable else "it has other axes"
+    event = Event("scaled_dot_product_attention", shape, query.device, problem=problem)
+    hidden = watch.begin(event)
+    if hidden is not None:
+        mask, visible = call["attn_mask"], ~hidden & _causal(event, query.device) if call["is_causal"] else ~hidden
+        if mask is not None:
+            visible = mask & visible if mask.dtype == torch.bool else torch.where(visible, mask, -torch.inf)
+        call |= {"attn_mask": visible, "is_causal": False}
+    result = function(*args, **kwargs) if hidden is None else function(**call)
+    if len(shape) > 1:
+        watch.take(event, lambda values: _beside_kernel(event, values, **call))
+    return result
+
+
+def _causal(event: Event, device: torch.device) -> Tensor:
+    return torch.ones(event.shape[-2:], dtype=torch.bool, device=device).tril()
+
+
+def _beside_kernel(
+    event: Event,
+    values: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> RecordedWeights:
+    """``softmax(Q K^T scale + mask)`` in float32, as the kernel's documentation defines it."""
+    visible = _causal(event, query.device) if is_causal else None
+    if attn_mask is not None:
+        # Copied, as the model may change its mask in place.
+        visible = attn_mask.clone() if attn_mask.dtype == torch.bool else attn_mask > MASKED
+    if visible is not None:
+        visible = visible[(None,) * (len(event.shape) - visible.dim())]
+    if not values:
+        return RecordedWeights(_no_values(event), visible=visible)
+    query, key = query.float(), key.float()
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask.float()
+    elif visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return RecordedWeights(scores.softmax(-1), visible=visible)
+
+
+def _read_softmax(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], watch: Watcher) -> Any:
+    """A softmax over the last axis, or the last but one, of at least three; its result is copied, before dropout."""
+    call = dict(zip(("input", "dim"), args, strict=False)) | kwargs
+    scores, axis = call["input"], call.get("dim")
+    turned = axis in (-2, scores.dim() - 2)
+    if scores.dim() < 3 or not (turned or axis in (-1, scores.dim() - 1)):
+        return function(*args, **kwargs)
+    shape = tuple(scores.mT.shape if turned else scores.shape)
+    event = Event(
+        "softmax",
+        shape,
+        scores.device,
+        problem=None if len(shape) < 5 else "it has other axes than (batch, heads, queries, keys)",
+        over_keys=len(shape) == 4 and not turned,
+    )
+    hidden = watch.begin(event)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden.expand(shape).mT if turned else hidden, -torch.inf)
+        args, kwargs = (scores, *args[1:]), {name: value for name, value in kwargs.items() if name != "input"}
+    result = function(*args, **kwargs)
+
+    def read(values: bool) -> RecordedWeights:
+        given, weights = (scores.mT, result.mT) if turned else (scores, result)
+        # Copied, as the model may change it in place.
+        weights = weights.detach().clone() if values else weights.detach()
+        visible = seen_by_softmax(given.detach(), weights)
+        return RecordedWeights(weights if values else _no_values(event), visible=visible)
+
+    if has_address(result):
+        watch.take(event, read, result)
+    return result
+
+
+def _read_flex(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], watch: Watcher) -> Any:
+    """``flex_attention``, whose scores and masks are functions of the user's."""
+    result = function(*args, **kwargs)
+    query, key = args[:2]
+    shape = (*query.shape[:-1], key.shape[-2])
+    watch.take(Event("flex_attention", shape, query.device, problem="its scores are made by functions of the user's"))
+    return result
+
+
+def _defaults(function: Callable[..., Any]) -> Call:
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+
+
+_MULTIHEAD = _defaults(F.multi_head_attention_forward)
+_KERNEL: Call = {"query": None, "key": None, "value": None, "attn_mask": None, "dropout_p": 0.0, "is_causal": False}
+_KERNEL |= {"scale": None, "enable_gqa": False}
+_NATIVE = ("query", "key", "value", "embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
+_NATIVE += ("mask", "need_weights", "average_attn_weights", "mask_type")
+_ENCODER_LAYER = ("src", "embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "use_gelu")
+_ENCODER_LAYER += ("norm_first", "eps", "norm_weight_1", "norm_bias_1", "norm_weight_2", "norm_bias_2")
+_ENCODER_LAYER += ("ffn_weight_1", "ffn_bias_1", "ffn_weight_2", "ffn_bias_2", "mask", "mask_type")
+
+Reader = Callable[[Any, Sequence[Any], Mapping[str, Any], Watcher], Any]
+
+READERS: dict[Any, Reader] = {
+    F.multi_head_attention_forward: _read_multihead,
+    F.scaled_dot_product_attention: _read_kernel,
+    torch._native_multi_head_attention: _read_native,
+    torch._transformer_encoder_layer_fwd: _read_encoder_layer,
+    **dict.fromkeys((torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax), _read_softmax),
+}
+
+
+def reader_of(function: Any) -> Reader | None:
+    """How the attention is read that a function computes; None if it computes none."""
+    if isinstance(function, torch._ops.HigherOrderOperator):
+        return _read_flex if function.name() == "flex_attention" else None
+    return READERS.get(function)

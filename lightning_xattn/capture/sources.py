@@ -1,0 +1,147 @@
+"""Where the attention of a layer is taken from, and the settings that say so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_xattn.attention import Direction
+from lightning_xattn.capture.joint import JointSequence
+from lightning_xattn.errors import SettingError
+
+ReadAttention = Callable[[nn.Module], Tensor | None]
+"""Gets the model after a step and returns ``(batch, heads, queries, keys)`` weights, or None if there were none."""
+
+Named = str | ReadAttention
+"""A module's path; ``path#2``, the second attention that is computed in a step while it runs; ``path[item]``, an item of
+what it returns; or a callable."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one direction of a layer is taken from.
+
+    Parameters
+    ----------
+    path
+        The module's path; a callable has none.
+    call
+        Which of the attentions that are computed in a step while the module runs, from 1 on; None: there is one a run.
+    item
+        What to take of what the module returns, key after key; empty: what is computed.
+    turn, turns
+        The module runs ``turns`` times in a step, for one direction after the other; this one is computed in the run
+        with number ``turn``.
+    joint, block
+        A joint sequence, and whose queries and keys in it make the direction.
+    read
+        The callable.
+    """
+
+    path: str = ""
+    call: int | None = None
+    item: tuple[str | int, ...] = ()
+    turn: int = 0
+    turns: int = 1
+    joint: JointSequence | None = None
+    block: tuple[str, str] = ("", "")
+    read: ReadAttention | None = None
+
+    @classmethod
+    def parse(cls, named: Named) -> Source:
+        """Read ``"path.to.module"``, ``"path#2"``, ``"path[item]..."`` or a callable.
+
+        Raises
+        ------
+        SettingError
+            If it is none of these.
+        """
+        if callable(named):
+            return cls(read=named)
+        matched = re.fullmatch(r"([^\[\]#]*)(?:#([1-9]\d*)|((?:\[[^\[\]]+\])*))", named)
+        if matched is None or not named:
+            raise SettingError(
+                "Expected a module path such as 'model.fusion', with 'model.fusion#2' for the second attention that it "
+                "computes, or with an item of what it returns as in 'model.fusion[1]' or 'model.fusion[eeg_to_spec]'; "
+                f"got '{named}'."
+            )
+        path, call, items = matched.groups()
+        keys = [item.strip("'\" ") for item in re.findall(r"\[([^\[\]]+)\]", items or "")]
+        item = tuple(int(key) if re.fullmatch(r"-?\d+", key) else key for key in keys)
+        return cls(path, None if call is None else int(call), item)
+
+    def __str__(self) -> str:
+        if self.read is not None:
+            return f"callable {getattr(self.read, '__qualname__', self.read)}"
+        call = "" if self.call is None else f"#{self.call}"
+        return f"{self.path}{call}" + "".join(f"[{item}]" for item in self.item)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The directions that are compared with each other.
+
+    Parameters
+    ----------
+    name
+        The module path that its directions share.
+    forward, backward
+        A direction and its source; ``backward`` is None when there is only one.
+    """
+
+    name: str
+    forward: tuple[Direction, Source]
+    backward: tuple[Direction, Source] | None = None
+
+    @property
+    def sources(self) -> tuple[tuple[Direction, Source], ...]:
+        """The directions that exist, forward first."""
+        return (self.forward,) if self.backward is None else (self.forward, self.backward)
+
+
+AttentionSetting = Mapping[str, Named | Sequence[Named]] | JointSequence
+"""``{"eeg_to_spec": "model.fusion.eeg_to_spec_attn", ...}``; a sequence names several layers."""
+
+
+def as_names(value: Any) -> tuple[Any, ...]:
+    """One name, or several, as a tuple."""
+    return (value,) if isinstance(value, str) or not isinstance(value, Sequence) else tuple(value)
+
+
+def check_attention(attention: AttentionSetting) -> None:
+    """Refuse what does not say where the attention is.
+
+    Raises
+    ------
+    SettingError
+        Saying what was expected.
+    """
+    if isinstance(attention, JointSequence):
+        for path in attention.paths:
+            Source.parse(path)
+        return
+    entries = list(attention.items()) if isinstance(attention, Mapping) else []
+    several = [as_names(value) for _, value in entries]
+    known = all(isinstance(name, str) or callable(name) for names in several for name in names)
+    if not entries or not all(several) or not known:
+        raise SettingError(
+            "attention must map directions to module paths, e.g. {'eeg_to_spec': 'model.fusion.a', 'spec_to_eeg': "
+            "'model.fusion.b'}, to lists of paths for several layers, or to callables; or be a JointSequence; got "
+            f"{attention!r}."
+        )
+    sources = {Direction.parse(name): names for (name, _), names in zip(entries, several, strict=True)}
+    for direction, there in sources.items():
+        for named in there:
+            Source.parse(named)
+        if len(set(there)) < len(there):
+            raise SettingError(f"attention names a module twice for {direction}: {list(there)!r}.")
+        back = sources.get(direction.opposite, there)
+        if len(back) != len(there):
+            raise SettingError(
+                f"attention names {len(there)} layer(s) for {direction} and {len(back)} for {direction.opposite}; "
+                "the two must pair up one by one."
+            )

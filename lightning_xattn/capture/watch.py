@@ -1,0 +1,293 @@
+"""The one mode in which attention is seen, and the hooks that say which module is running."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    _global_forward_hooks_always_called,
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.overrides import TorchFunctionMode
+
+from lightning_xattn.capture.memory import Address, has_address, version_of
+from lightning_xattn.capture.readers import Event, Read, Want, reader_of
+from lightning_xattn.capture.wrappers import runs_for_backward
+
+Hide = Callable[[str, Event], Tensor | None]
+"""Gets the path of the module that runs and the attention that it is about to compute; gives what is to be hidden, bool
+that broadcasts to the attention's shape, True where a key is hidden; None: nothing."""
+
+_PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "mm", "baddbmm", "einsum"})
+_FOLDS = frozenset({"reshape", "view", "flatten", "contiguous"})
+
+
+@dataclass(eq=False)
+class Run:
+    """One run of a module that is watched.
+
+    Attributes
+    ----------
+    module, path
+        The module.
+    outer
+        The run that it is part of; None: it is the outermost.
+    args, kwargs
+        What the module got.
+    events
+        The attention that is computed meanwhile, in this module or in others that it calls.
+    heads_inside, heads_first
+        By how many rows there are, the number of heads that were folded into them, behind or before the samples.
+    turn
+        How many times the module had run in this step before.
+    """
+
+    module: nn.Module
+    path: str
+    outer: Run | None
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    turn: int
+    error: BaseException | None
+    events: list[Event] = field(default_factory=list)
+    heads_inside: dict[int, int] = field(default_factory=dict)
+    heads_first: dict[int, int] = field(default_factory=dict)
+
+    def outwards(self) -> Iterator[Run]:
+        """This run and those that it is part of, innermost first."""
+        run: Run | None = self
+        while run is not None:
+            yield run
+            run = run.outer
+
+
+class Watch(TorchFunctionMode):
+    """Sees every attention that is computed while certain modules run; the results stay what they are bit for bit.
+
+    Parameters
+    ----------
+    modules
+        The modules whose runs are told of, with their paths.
+    sees
+        Those of them while which the mode is on: the operations of others are not looked at.
+    want
+        What is to be recorded of an attention that is about to be computed.
+    leave
+        Called when a run ends without an error, with what the module returned.
+    hide
+        Hides keys before an attention is computed. torch's fast paths are then off.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[nn.Module, str],
+        sees: Collection[nn.Module],
+        want: Callable[[Run, Event], Want],
+        leave: Callable[[Run, Any], None],
+        hide: Hide | None = None,
+    ) -> None:
+        super().__init__()
+        self._modules, self._sees = modules, frozenset(sees)
+        self._want, self._leave, self._hide = want, leave, hide
+        self._runs: list[Run] = []
+        self._turns: dict[nn.Module, int] = {}
+        self._on = False
+        # What was made of weights, by the id of the tensor.
+        self._made: dict[int, tuple[weakref.ref[Tensor], Event]] = {}
+
+    @property
+    def hides(self) -> bool:
+        """Whether attention is changed."""
+        return self._hide is not None
+
+    def attach(self, root: nn.Module, hooks: ExitStack) -> None:
+        """Watch the modules, which are ``root`` or in it, until ``hooks`` closes."""
+        hooks.callback(self.clear)
+        hooks.enter_context(fast_paths)
+        layers = [module for module in root.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+        inside = {inner for layer in layers for inner in layer.modules()}
+        for module in self._modules:
+            if module not in inside and not isinstance(module, torch.jit.ScriptModule):
+                hooks.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+                handle = module.register_forward_hook(self._end, with_kwargs=True, prepend=True, always_call=True)
+                hooks.callback(handle.remove)
+        unhookable = inside & self._modules.keys()
+        if unhookable:
+            # A hook on an encoder layer, or on what it holds, would turn its fast path off; one on all modules does not.
+            handles = (
+                register_module_forward_pre_hook(lambda m, args: self._enter(m, args) if m in unhookable else None),
+                register_module_forward_hook(
+                    # After an error torch calls it without the keyword arguments.
+                    lambda m, *call: self._end(m, call[0], call[1], call[-1]) if m in unhookable else None,
+                    with_kwargs=True,
+                    always_call=True,
+                ),
+            )
+            # torch 2.13 forgets these entries when the hook is removed, and then takes every module for a watched one.
+            for book in (_global_forward_hooks_with_kwargs, _global_forward_hooks_always_called):
+                hooks.callback(book.pop, handles[1].id, None)
+            for handle in handles:
+                hooks.callback(handle.remove)
+
+    def clear(self) -> None:
+        """Forget what runs, as after an interrupt from the keyboard, which passes hooks by, and count turns anew."""
+        self._runs.clear()
+        self._turns.clear()
+        self._made.clear()
+        self._switch()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+        if runs_for_backward():
+            return
+        turn = self._turns.get(module, 0)
+        self._turns[module] = turn + 1
+        outer = self._runs[-1] if self._runs else None
+        error = sys.exc_info()[1]
+        self._runs.append(Run(module, self._modules[module], outer, args, kwargs or {}, turn, error))
+        self._switch()
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        if runs_for_backward() or not any(run.module is module for run in self._runs):
+            return
+        while (run := self._runs.pop()).module is not module:
+            pass  # an interrupt passed its hook by
+        self._switch()
+        if sys.exc_info()[1] is not run.error:
+            return
+        run.args, run.kwargs = args, kwargs
+        try:
+            with torch.no_grad():
+                self._leave(run, output)
+        finally:
+            # A forward that is called around itself is one run.
+            outer = next((outer for outer in reversed(self._runs) if outer.module is not module), None)
+            if outer is not None:
+                outer.events += run.events
+            if not self._runs:
+                self._made.clear()
+
+    def _switch(self) -> None:
+        on = any(run.module in self._sees for run in self._runs)
+        if on and not self._on:
+            self.__enter__()
+        elif self._on and not on:
+            # Not by ``__exit__``: where watches overlap this one need not be the innermost mode.
+            _push([mode for mode in _pop_all() if mode is not self])
+        self._on = on
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        reader = reader_of(function) if self._runs else None
+        if reader is not None:
+            return reader(function, args, kwargs, self)
+        result = function(*args, **kwargs)
+        if self._runs:
+            self._follow(getattr(function, "__name__", ""), args, kwargs, result)
+        return result
+
+    def begin(self, event: Event) -> Tensor | None:
+        """See ``Watcher``."""
+        if event.problem is None:
+            event.want = self._want(self._runs[-1], event)
+        return None if self._hide is None else self._hide(self._runs[-1].path, event)
+
+    def take(self, event: Event, read: Read | None = None, given: Tensor | None = None) -> None:
+        """See ``Watcher``."""
+        self._runs[-1].events.append(event)
+        if given is not None and has_address(given):
+            event.result, event.version = Address.of(given), version_of(given)
+            self._made[id(given)] = weakref.ref(given), event
+        if read is not None and event.want is not Want.NOTHING:
+            precise = torch.autocast(event.device.type, enabled=False)
+            with torch.no_grad(), precise, torch._C.DisableTorchFunction():  # unseen by watches around this one
+                event.recorded = read(event.want is Want.WEIGHTS)
+
+    def _follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Note how heads are folded into the samples, and what is made of weights, and what these are used for."""
+        first = args[0] if args else None
+        if name in _FOLDS and isinstance(first, Tensor) and first.dim() == 4 and not first.is_nested:
+            _note_fold(first, self._runs[-1])
+        elif name in ("cat", "concat", "concatenate") and not kwargs.get("dim", args[1] if len(args) > 1 else 0):
+            parts = [part for part in first or () if isinstance(part, Tensor) and part.dim() == 3]
+            if len(parts) > 1 and len(parts) == len(first or ()) and len({part.shape for part in parts}) == 1:
+                self._runs[-1].heads_first[len(parts) * len(parts[0])] = len(parts)
+        if not self._made:
+            return
+        events = [(arg, event) for arg in args if (event := self.origin(arg)) is not None]
+        if name in _PRODUCTS:
+            for arg, event in events:
+                if event.by == "softmax" and arg.shape == event.shape:
+                    event.used = arg
+        elif events and isinstance(result, Tensor):
+            self._made[id(result)] = weakref.ref(result), events[0][1]
+
+    def origin(self, tensor: Any) -> Event | None:
+        """The attention whose weights a tensor was made of, by other operations than products."""
+        reference, event = self._made.get(id(tensor), (None, None))
+        return event if reference is not None and reference() is tensor else None
+
+
+def _note_fold(tensor: Tensor, run: Run) -> None:
+    """Note which of the first two axes of four, which were moved there, are heads: samples lie farther apart."""
+    if not tensor.is_contiguous():
+        rows, (first, second) = tensor.shape[0] * tensor.shape[1], tensor.stride()[:2]
+        inside = first > second
+        (run.heads_inside if inside else run.heads_first)[rows] = tensor.shape[1 if inside else 0]
+
+
+class _FastPaths:
+    """Keeps torch's fast paths of ``nn.MultiheadAttention`` and encoder layers on under a ``Watch``, which reads them.
+
+    They are off under any mode, and their outputs differ in the last bits from those of the slow path. While a watch is
+    attached, torch's modules that ask whether there is a mode are told of all but watches; everybody else of all.
+    """
+
+    def __init__(self) -> None:
+        self._users = 0
+        self._original = torch.overrides.has_torch_function
+
+    def __enter__(self) -> None:
+        self._users += 1
+        torch.overrides.has_torch_function = self._has_torch_function
+
+    def __exit__(self, *_: object) -> None:
+        self._users -= 1
+        if self._users == 0:
+            torch.overrides.has_torch_function = self._original
+
+    def _has_torch_function(self, relevant_args: Any) -> bool:
+        asks = sys._getframe(1).f_globals.get("__name__")
+        if asks not in ("torch.nn.modules.activation", "torch.nn.modules.transformer"):
+            return self._original(relevant_args)
+        stack = _pop_all()
+        try:
+            _push([mode for mode in stack if not isinstance(mode, Watch) or mode.hides])
+            return self._original(relevant_args)
+        finally:
+            _pop_all()
+            _push(stack)
+
+
+fast_paths = _FastPaths()
+"""A context manager in which ``Watch`` leaves torch's fast paths on."""
+
+
+def _pop_all() -> list[Any]:
+    """The modes that are on, innermost last; they are off afterwards."""
+    return [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())][::-1]
+
+
+def _push(modes: list[Any]) -> None:
+    for mode in modes:
+        torch._C._push_on_torch_function_stack(mode)
