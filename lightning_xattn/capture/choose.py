@@ -159,7 +159,7 @@ class Survey:
             )
         if event.want is Want.WEIGHTS and alone:
             try:
-                (recorded,) = Tap(run.module, run.path).find(run, output, watch).values()
+                recorded = Tap(None, Source(run.path)).find(run, output, watch)
             except (DiscoveryError, ShapeError) as error:
                 return None, str(error).removesuffix(f". {NAME_IT}")
             return recorded, None
@@ -196,8 +196,8 @@ class Survey:
 def choose_layers(survey: Survey) -> tuple[tuple[Layer, ...], list[Found]]:
     """The layers that a first step has shown, and what may go across but was left out.
 
-    Where names tell directions, by the names; else by which tokens ask which. What is in doubt is left out, unless it is
-    all there is.
+    Where names tell directions, by the names; else by which tokens ask which. What is in doubt is left out, unless it
+    is all there is.
 
     Raises
     ------
@@ -349,10 +349,10 @@ def _counts_of(survey: Survey, modality: str) -> set[int]:
 
 
 def padding_sources(survey: Survey, layers: Iterable[Layer]) -> dict[str, str]:
-    """For the path of each direction without an opposite, the self-attention whose masks say which queries are padding.
+    """By the path of each direction without an opposite, the self-attention whose masks tell padding of queries.
 
-    It is the nearest one in the module tree that attends within as many tokens as there are queries, which keys must not
-    be; none is taken where several that are as near have different masks.
+    It is the nearest one in the module tree that attends within as many tokens as there are queries, which keys must
+    not be; none is taken where several that are as near have different masks.
     """
     found: dict[str, str] = {}
     for layer in layers:

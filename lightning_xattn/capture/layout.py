@@ -142,11 +142,8 @@ class Axes:
         def unfold(tensor: Tensor | None) -> Tensor | None:
             if tensor is None or self.heads is None or len(tensor) == 1:
                 return None if tensor is None else tensor[:, None]
-            return (
-                tensor.unflatten(0, (self.heads, -1)).transpose(0, 1)
-                if self.heads_first
-                else tensor.unflatten(0, (-1, self.heads))
-            )
+            split: Tensor = tensor.unflatten(0, (self.heads, -1) if self.heads_first else (-1, self.heads))
+            return split.transpose(0, 1) if self.heads_first else split
 
         weights = unfold(recorded.weights)
         assert weights is not None

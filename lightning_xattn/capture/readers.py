@@ -7,7 +7,7 @@ If the watch hides keys, it gives the function a mask more.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -109,7 +109,7 @@ class Watcher(Protocol):
         """Called once it is computed; ``given`` is the tensor with its weights that the model gets."""
 
 
-def _read_multihead(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], watch: Watcher) -> Any:
+def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
     """``F.multi_head_attention_forward``.
 
     A caller that asks for weights gets the function to compute them per head, and they are averaged for it afterwards
@@ -160,7 +160,7 @@ def _read_multihead(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     return output, weights
 
 
-def _read_native(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], watch: Watcher) -> Any:
+def _read_native(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
     """The fast path of ``nn.MultiheadAttention``: self-attention whose weights are computed once more."""
     call = dict(zip(_NATIVE, args, strict=False)) | kwargs
     result = function(*args, **kwargs)
@@ -168,7 +168,7 @@ def _read_native(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], 
     return result
 
 
-def _read_encoder_layer(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], watch: Watcher) -> Any:
+def _read_encoder_layer(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
     """The fast path of ``nn.TransformerEncoderLayer``: its self-attention is computed once more."""
     call = dict(zip(_ENCODER_LAYER, args, strict=False)) | kwargs
     result = function(*args, **kwargs)
@@ -176,8 +176,8 @@ def _read_encoder_layer(function: Any, args: Sequence[Any], kwargs: Mapping[str,
     def normed(tokens: Tensor) -> Tensor:
         if not call["norm_first"]:
             return tokens
-        norm = call["norm_weight_1"], call["norm_bias_1"]
-        return F.layer_norm(tokens.float(), tokens.shape[-1:], *(x.float() for x in norm), call["eps"])
+        weight, bias = call["norm_weight_1"].float(), call["norm_bias_1"].float()
+        return F.layer_norm(tokens.float(), tokens.shape[-1:], weight, bias, call["eps"])
 
     _take_packed(call, call["src"], watch, normed)
     return result
@@ -246,7 +246,8 @@ def _projected(call: Call) -> Tensor:
     def split(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tokens = tokens[:, None] if tokens.dim() == 2 else tokens  # (tokens, batch, width) from here on
         projected = F.linear(tokens.float(), weight.float(), None if bias is None else bias.float())
-        return projected.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+        by_head: Tensor = projected.unflatten(-1, (heads, -1))
+        return by_head.permute(1, 2, 0, 3)
 
     query, key = split(call["query"], query_weight, query_bias), split(call["key"], key_weight, key_bias)
     if call.get("static_k") is not None:
@@ -263,7 +264,8 @@ def _projected(call: Call) -> Tensor:
         scores = scores + F.pad(additive(padding.reshape(len(key), 1, 1, -1)), (0, extra))
     if attention_mask is not None:
         scores = scores + F.pad(additive(_per_head(attention_mask, heads)), (0, extra))
-    return scores.softmax(-1)
+    weights: Tensor = scores.softmax(-1)
+    return weights
 
 
 def _with_masks(
@@ -295,10 +297,11 @@ def _with_hidden(call: Call, hidden: Tensor, event: Event) -> Tensor:
     if (mask is None or mask.dtype == torch.bool) and (padding is None or padding.dtype == torch.bool):
         return hidden if mask is None else hidden | mask
     shown = torch.zeros((), device=hidden.device) if mask is None else additive(mask)
-    return torch.where(hidden, -torch.inf, shown).to(call["query"].dtype)
+    more: Tensor = torch.where(hidden, -torch.inf, shown).to(call["query"].dtype)
+    return more
 
 
-def _read_kernel(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], watch: Watcher) -> Any:
+def _read_kernel(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
     """``F.scaled_dot_product_attention``: its weights are computed once more, beside the fused kernel."""
     call = _KERNEL | dict(zip(_KERNEL, args, strict=False)) | kwargs
     query, key = call["query"], call["key"]
@@ -354,7 +357,7 @@ def _beside_kernel(
     return RecordedWeights(scores.softmax(-1), visible=visible)
 
 
-def _read_softmax(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], watch: Watcher) -> Any:
+def _read_softmax(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
     """A softmax over the last axis, or the last but one, of at least three; its result is copied, before dropout."""
     call = dict(zip(("input", "dim"), args, strict=False)) | kwargs
     scores, axis = call["input"], call.get("dim")
@@ -387,7 +390,7 @@ def _read_softmax(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any],
     return result
 
 
-def _read_flex(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], watch: Watcher) -> Any:
+def _read_flex(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
     """``flex_attention``, whose scores and masks are functions of the user's."""
     result = function(*args, **kwargs)
     query, key = args[:2]
@@ -403,13 +406,14 @@ def _defaults(function: Callable[..., Any]) -> Call:
 _MULTIHEAD = _defaults(F.multi_head_attention_forward)
 _KERNEL: Call = {"query": None, "key": None, "value": None, "attn_mask": None, "dropout_p": 0.0, "is_causal": False}
 _KERNEL |= {"scale": None, "enable_gqa": False}
-_NATIVE = ("query", "key", "value", "embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
-_NATIVE += ("mask", "need_weights", "average_attn_weights", "mask_type")
-_ENCODER_LAYER = ("src", "embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "use_gelu")
-_ENCODER_LAYER += ("norm_first", "eps", "norm_weight_1", "norm_bias_1", "norm_weight_2", "norm_bias_2")
-_ENCODER_LAYER += ("ffn_weight_1", "ffn_bias_1", "ffn_weight_2", "ffn_bias_2", "mask", "mask_type")
+_NATIVE: tuple[str, ...] = ("query", "key", "value", "embed_dim", "num_heads", "qkv_weight", "qkv_bias")
+_NATIVE = (*_NATIVE, "proj_weight", "proj_bias", "mask", "need_weights", "average_attn_weights", "mask_type")
+_ENCODER_LAYER: tuple[str, ...] = ("src", "embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight")
+_ENCODER_LAYER = (*_ENCODER_LAYER, "proj_bias", "use_gelu", "norm_first", "eps", "norm_weight_1", "norm_bias_1")
+_ENCODER_LAYER = (*_ENCODER_LAYER, "norm_weight_2", "norm_bias_2", "ffn_weight_1", "ffn_bias_1", "ffn_weight_2")
+_ENCODER_LAYER = (*_ENCODER_LAYER, "ffn_bias_2", "mask", "mask_type")
 
-Reader = Callable[[Any, Sequence[Any], Mapping[str, Any], Watcher], Any]
+Reader = Callable[[Any, Sequence[Any], Call, Watcher], Any]
 
 READERS: dict[Any, Reader] = {
     F.multi_head_attention_forward: _read_multihead,

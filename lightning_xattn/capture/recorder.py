@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -16,13 +16,11 @@ from torch import Tensor, nn
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction
 from lightning_xattn.capture.choose import Survey, choose_layers, padding_sources, recorded_of, turned_round
-from lightning_xattn.capture.joint import JointSequence, cut_direction
 from lightning_xattn.capture.locate import describe_attention, locate_attention
 from lightning_xattn.capture.masks import RecordedWeights, apart_from_padding
-from lightning_xattn.capture.memory import Address
 from lightning_xattn.capture.readers import Event, Want
 from lightning_xattn.capture.sources import AttentionSetting, Layer, Source
-from lightning_xattn.capture.tap import Tap, check_weights, from_weights, one_head, zeros_hide
+from lightning_xattn.capture.tap import Tap
 from lightning_xattn.capture.watch import Run, Watch
 from lightning_xattn.capture.wrappers import (
     compiled_modules,
@@ -30,57 +28,7 @@ from lightning_xattn.capture.wrappers import (
     run_uncompiled,
     scripted_modules,
 )
-from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
-
-
-@dataclass(eq=False)
-class _Given:
-    """What a callable gives: in this step, and where its numbers were in the last one.
-
-    Attributes
-    ----------
-    read
-        Whether it was called in this step.
-    weights
-        What it gave; None if it gave nothing, or the very numbers of an earlier step.
-    last
-        Where the numbers are that it gave last.
-    looked_at
-        The modes, training or not, in which its values have been looked at.
-    zeros_hide
-        Whether its zeros are a mask.
-    """
-
-    read: bool = False
-    weights: RecordedWeights | None = None
-    last: Address | None = None
-    looked_at: frozenset[bool] = frozenset()
-    zeros_hide: bool = False
-
-
-@dataclass(eq=False)
-class _State:
-    """What is known of a direction's source from step to step.
-
-    Attributes
-    ----------
-    tap
-        Takes the attention out of its module; None of a callable.
-    given
-        Of a callable.
-    has_run
-        Whether it has given attention.
-    tokens
-        Number of tokens of a joint sequence, or of queries, in the first step.
-    padding
-        The path of the self-attention whose masks say which queries are padding; None: nothing does.
-    """
-
-    tap: Tap | None
-    given: _Given
-    has_run: bool = False
-    tokens: int | None = None
-    padding: str | None = None
+from lightning_xattn.errors import DiscoveryError, XAttnWarning
 
 
 class AttentionRecorder:
@@ -134,8 +82,8 @@ class AttentionRecorder:
         self._hooks, self._hooked = ExitStack(), False
         self._survey: Survey | None = Survey(model)
         self._watch: Watch | None = None
-        self._taps: dict[nn.Module, Tap] = {}
-        self._states: dict[tuple[str, Direction], _State] = {}
+        self._taps: dict[tuple[str, Direction], Tap] = {}
+        self._of_module: dict[nn.Module, list[Tap]] = {}
         # Masks of self-attention that say which queries are padding, by path.
         self._padding: dict[str, Tensor | None] = {}
         # Of a step in which the layers were found, by layer and direction; and whether that step was left out.
@@ -163,8 +111,6 @@ class AttentionRecorder:
         """Forget what was recorded."""
         for tap in self._taps.values():
             tap.clear()
-        for state in self._states.values():
-            state.given.read, state.given.weights = False, None
         if self._survey is not None:
             self._survey.clear()
         if self._watch is not None:
@@ -179,17 +125,15 @@ class AttentionRecorder:
         require_one_replica(self._model)
         with ExitStack() as hooks:
             self._run_uncompiled(hooks)
-            sources = {path: self._module(path) for path in self._paths()}
-            for path, module in sources.items():
-                self._tap(path, module)
+            self._of_module = self._make_taps()
             if self._survey is not None:
                 everything = {module: path for path, module in self._model.named_modules()}
                 self._watch = Watch(everything, everything, self._want, self._leave)
             else:
-                seen = {module: path for path, module in sources.items()}
-                seen |= {self._module(path): path for path in self._padding_paths()}
+                seen = {self._module(path): path for path in self._padding_paths()}
+                seen |= {module: taps[0].source.path for module, taps in self._of_module.items()}
                 # A module that is a softmax and no more gets scores; what holds it got the tokens.
-                holders = {path.rpartition(".")[0] for path in sources}
+                holders = {path.rpartition(".")[0] for path in seen.values()}
                 around = {self._model.get_submodule(path): path for path in holders} | seen
                 self._watch = Watch(around, seen, lambda run, event: Want.WEIGHTS, self._leave)
             self._watch.attach(self._model, hooks)
@@ -197,11 +141,22 @@ class AttentionRecorder:
             self._hooks = hooks.pop_all()
             self._hooked = True
 
-    def _paths(self) -> dict[str, None]:
-        return {source.path: None for _, _, source in self._sources() if source.read is None}
+    def _make_taps(self) -> dict[nn.Module, list[Tap]]:
+        """The taps of each module, new ones where there are none yet."""
+        of_module: dict[nn.Module, list[Tap]] = defaultdict(list)
+        together = defaultdict(list)
+        for _, direction, source in self._sources():
+            together[source.path].append(direction)
+        for layer, direction, source in self._sources():
+            key = layer.name, direction
+            if key not in self._taps:
+                self._taps[key] = Tap(direction, source, together[source.path])
+            if source.read is None:
+                of_module[self._module(source.path)].append(self._taps[key])
+        return of_module
 
     def _padding_paths(self) -> list[str]:
-        return [state.padding for state in self._states.values() if state.padding is not None]
+        return [tap.padding for tap in self._taps.values() if tap.padding is not None]
 
     def _sources(self) -> Iterator[tuple[Layer, Direction, Source]]:
         for layer in self.layers:
@@ -217,34 +172,17 @@ class AttentionRecorder:
                 "AttentionRecorder or callback after changing the model."
             ) from None
 
-    def _tap(self, path: str, module: nn.Module) -> None:
-        """Make a tap for a module that has none yet, as one that was replaced."""
-        if module in self._taps:
-            return
-        self._taps = {known: tap for known, tap in self._taps.items() if tap.path != path}
-        of_path = [(layer, direction, source) for layer, direction, source in self._sources() if source.path == path]
-        tap = Tap(module, path, [(direction, source) for _, direction, source in of_path])
-        self._taps[module] = tap
-        for layer, direction, _ in of_path:
-            self._state(layer, direction).tap = tap
-
-    def _state(self, layer: Layer, direction: Direction) -> _State:
-        key = layer.name, direction
-        if key not in self._states:
-            self._states[key] = _State(None, _Given())
-        return self._states[key]
-
     def _want(self, run: Run, event: Event) -> Want:
         """In a first step."""
-        if any(outer.module in self._taps for outer in run.outwards()):
+        if any(outer.module in self._of_module for outer in run.outwards()):
             return Want.WEIGHTS
         assert self._survey is not None
         return self._survey.want(run, event) if not self.layers else Want.MASKS
 
     def _leave(self, run: Run, output: Any) -> None:
         assert self._watch is not None
-        if run.module in self._taps:
-            self._taps[run.module].take(run, output, self._watch)
+        for tap in self._of_module.get(run.module, ()):
+            tap.take(run, output, self._watch)
         if run.path in self._padding_paths():
             masks = [event.recorded for event in run.events if event.recorded is not None]
             self._padding[run.path] = apart_from_padding(masks[-1]).padding_of_its_own if masks else None
@@ -285,26 +223,35 @@ class AttentionRecorder:
         """
         if not self.layers and self._survey is not None and self._survey.found:
             self._choose(self._survey)
+        batch = self._inputs if self.batch is None else self.batch
         calls = [
-            (layer, {direction: self._recorded(layer, direction, source) for direction, source in layer.sources})
+            (layer, [self._recorded(layer, direction, batch) for direction, _ in layer.sources])
             for layer in self.layers
         ]
-        if self._survey is not None and (self._is_waiting or any(any(of.values()) for _, of in calls)):
+        if self._survey is not None and (self._is_waiting or any(call is not None for _, of in calls for call in of)):
             self._settle(self._survey)
         pairs = []
         for layer, of_layer in calls:
-            recorded = [call for call in of_layer.values() if call is not None]
+            recorded = [call for call in of_layer if call is not None]
             if len(recorded) == len(of_layer):
                 pairs.append(self._pair(layer, recorded))
             elif recorded:
-                self._tell_half(layer, next(direction for direction, call in of_layer.items() if call is None))
+                self._tell_half(layer, *layer.sources[of_layer.index(None)])
         for tap in self._taps.values():
             while tap.remarks:
                 self._tell(tap.remarks.pop(0))
-        ran = any(state.has_run for state in self._states.values()) or any(t.has_recorded for t in self._taps.values())
-        if not pairs and not ran and not self._is_waiting:
+        if not pairs and not self._is_waiting and not any(tap.has_run for tap in self._taps.values()):
             raise DiscoveryError(self._nothing_ran())
         return tuple(pairs)
+
+    def _recorded(self, layer: Layer, direction: Direction, batch: Any) -> RecordedWeights | None:
+        if (layer.name, direction) in self._first:
+            return self._first[layer.name, direction]
+        tap = self._taps.get((layer.name, direction))
+        if tap is None:  # of a layer that was found in this step
+            return None
+        tap.give(self._model)
+        return tap.recorded(batch)
 
     def _choose(self, survey: Survey) -> None:
         """Take the layers that a first step has shown, and of what they computed what was kept."""
@@ -334,10 +281,10 @@ class AttentionRecorder:
     def _settle(self, survey: Survey) -> None:
         """Learn from a first step what else to look at, and from then on look at nothing more."""
         found = {one.path: one for one in survey.found}
+        self._make_taps()
         for path, supplier in padding_sources(survey, self.layers).items():
-            for layer, direction, source in self._sources():
-                if source.path == path:
-                    self._state(layer, direction).padding = supplier
+            for tap in self._taps.values():
+                tap.padding = supplier if tap.source.path == path else tap.padding
             recorded = found[supplier].recorded
             self._padding[supplier] = None if recorded is None else recorded.padding_of_its_own
         turned = turned_round(survey, self.layers)
@@ -353,120 +300,9 @@ class AttentionRecorder:
             self._hooks.close()
             self._hook()
 
-    def _recorded(self, layer: Layer, direction: Direction, source: Source) -> RecordedWeights | None:
-        """What a direction's source computed since the last ``clear``; None if it did not run."""
-        state = self._state(layer, direction)
-        call = self._first.get((layer.name, direction))
-        if call is None:
-            call = self._read(source, state.given) if source.read is not None else self._pick(direction, source, state)
-        if call is None:
-            return None
-        if source.joint is not None:
-            return self._cut(call, source, source.joint, state)
-        if call.within:
-            raise DiscoveryError(
-                f"'{source}' ({direction}) attends within one sequence: its query is its key. Name the module that "
-                "attends across: attention={'<a>_to_<b>': 'path', ...}; or, if both modalities share the sequence, "
-                "attention=JointSequence('path', spans={'<a>': (start, stop), '<b>': (start, stop)})."
-            )
-        state.has_run = True
-        return call
-
-    def _cut(
-        self, call: RecordedWeights, source: Source, joint: JointSequence, state: _State
-    ) -> RecordedWeights | None:
-        """A direction of a joint sequence; None of one that is too short, if an earlier one was not."""
-        tokens = call.weights.shape[2]
-        places = joint.slices(self._inputs if self.batch is None else self.batch)
-        end = max((place.stop or 0) for place in places.values())
-        remedy = (
-            "Spans that count from the end, such as (-144, None), or a callable that makes a span of the batch, go with "
-            "sequences of any length."
-        )
-        if call.cropped and joint.counts_from_the_end:
-            raise DiscoveryError(
-                f"torch has packed the sequence of '{source}' and cut padding off, so that its end is not known: use "
-                "spans that count from the start, or nn.TransformerEncoder(..., enable_nested_tensor=False)."
-            )
-        if joint.has_fixed_length and not call.cropped and state.tokens not in (None, tokens):
-            if end < max(tokens, state.tokens or 0):
-                raise ShapeError(
-                    f"The sequence of '{source}' has {tokens} tokens, and had {state.tokens} before, but the spans of "
-                    f"the JointSequence are fixed and do not reach the end: {dict(joint.spans)}. {remedy}"
-                )
-        query, key = source.block
-        try:
-            cut = cut_direction(call, places[query], places[key], name=source.path)
-        except ShapeError as error:
-            if not state.has_run:
-                raise
-            self._tell(f"{error} Such steps are left out.", about=f"{source.path} cut")
-            return None
-        state.tokens = state.tokens or tokens
-        state.has_run = True
-        return cut
-
-    def _read(self, source: Source, given: _Given) -> RecordedWeights | None:
-        """What a callable gives in this step; the very numbers of an earlier step are none of this one."""
-        assert source.read is not None
-        if given.read:
-            return given.weights
-        weights = source.read(self._model)
-        training = self._model.training
-        given.read, given.weights = True, None
-        if weights is None:
-            return None
-        if training not in given.looked_at:
-            check_weights(weights, f"The {source} gives", training)
-        if given.last is not None and given.last.holds(weights):
-            self._tell(
-                f"The {source} gave the same tensor as in an earlier step: such steps are left out. If the model "
-                "fills it anew in each step, give a clone of it."
-            )
-            return None
-        recorded = RecordedWeights(weights.detach().clone())
-        if weights.dim() == 3:
-            recorded = RecordedWeights(recorded.weights[:, None], one_head=True)
-        if not given.looked_at:
-            given.zeros_hide = zeros_hide(recorded.weights, f"The {source} gives", self._tell)
-            if recorded.one_head:
-                self._tell(one_head(str(source), average=bool((weights != 0).all())))
-        given.looked_at, given.last = given.looked_at | {training}, Address.of(weights)
-        given.weights = from_weights(recorded, None, given.zeros_hide)
-        return given.weights
-
-    def _pick(self, direction: Direction, source: Source, state: _State) -> RecordedWeights | None:
-        calls = [] if state.tap is None else state.tap.calls
-        named = [call[direction] for call in calls if direction in call]
-        turns = 1 if named else source.turns
-        found = named or [call[None] for call in calls if None in call]
-        if not found:
-            if source.call is not None and calls and not state.has_run:
-                raise DiscoveryError(self._no_such_call(source, state))
-            return None
-        if len(found) > turns:
-            self._tell(f"Module '{source.path}' ran more often in one step than it is named; its first run is shown.")
-        if len(found) < turns:
-            message = f"Module '{source.path}' is named for {turns} directions, but ran {len(found)} time(s)"
-            if not state.has_run:
-                raise DiscoveryError(
-                    f"{message} and returned no mapping with their names. Name an item of what it returns for each, as "
-                    f"in '{source.path}[1]', or the modules inside of it."
-                )
-            self._tell(f"{message} in a step: such steps are left out.")
-            return None
-        return found[0] if named else found[source.turn]
-
-    def _no_such_call(self, source: Source, state: _State) -> str:
-        assert state.tap is not None
-        return f"'{source}' does not exist: '{source.path}' computes {state.tap.count} attention(s) in a step" + (
-            f", '{source.path}#1' to '#{state.tap.count}'." if state.tap.count else "."
-        )
-
-    def _tell_half(self, layer: Layer, missing: Direction) -> None:
-        source = dict(layer.sources)[missing]
+    def _tell_half(self, layer: Layer, missing: Direction, source: Source) -> None:
         message = f"'{source}' ({missing} of layer '{layer.name}') did not run, but its opposite direction did."
-        if not self._state(layer, missing).has_run:
+        if not self._taps[layer.name, missing].has_run:
             raise DiscoveryError(f"{message} Name the modules to record: attention={{'<a>_to_<b>': 'path', ...}}.")
         self._tell(f"{message} The layer is left out of such steps.")
 
@@ -482,10 +318,11 @@ class AttentionRecorder:
             + (f"; TorchScript hides what is in {', '.join(script)}." if script else ".")
         )
 
-    def _tell(self, message: str, about: str | None = None) -> None:
-        """Say something once, or one thing about something."""
-        if (about or message) not in self._told:
-            self._told.add(about or message)
+    def _tell(self, message: str) -> None:
+        """Say something once, of one thing whatever the numbers."""
+        about = re.sub(r"\d+", "", message)
+        if about not in self._told:
+            self._told.add(about)
             warnings.warn(message, XAttnWarning, stacklevel=4)
 
     def _pair(self, layer: Layer, recorded: list[RecordedWeights]) -> AttentionPair:
@@ -508,6 +345,6 @@ class AttentionRecorder:
 
     def _padded(self, layer: Layer) -> Tensor | None:
         """Which queries of a direction without an opposite are real, as far as anything says it."""
-        state = self._state(layer, layer.forward[0])
-        mask = None if state.padding is None else self._padding.get(state.padding)
-        return mask if mask is not None or state.tap is None else state.tap.query_mask
+        tap = self._taps[layer.name, layer.forward[0]]
+        mask = None if tap.padding is None else self._padding.get(tap.padding)
+        return tap.query_mask if mask is None else mask

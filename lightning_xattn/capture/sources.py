@@ -17,8 +17,8 @@ ReadAttention = Callable[[nn.Module], Tensor | None]
 """Gets the model after a step and returns ``(batch, heads, queries, keys)`` weights, or None if there were none."""
 
 Named = str | ReadAttention
-"""A module's path; ``path#2``, the second attention that is computed in a step while it runs; ``path[item]``, an item of
-what it returns; or a callable."""
+"""A module's path; ``path#2``, the second attention that is computed in a step while it runs; ``path[item]``, an item
+of what it returns; or a callable."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The attention of one module that is recorded: what is computed while it runs, or what it returns."""
+"""The attention of one direction, taken from its source in each step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attention import Direction, row_sum_tolerance
+from lightning_xattn.capture.joint import cut_direction
 from lightning_xattn.capture.layout import Axes, Item, Tokens, arguments_of, axes_of, tensors_in
-from lightning_xattn.capture.masks import (
-    RecordedWeights,
-    apart_from_padding,
-    keys_with_weight,
-    zeros_are_a_mask,
-)
+from lightning_xattn.capture.masks import RecordedWeights, apart_from_padding, keys_with_weight, zeros_are_a_mask
+from lightning_xattn.capture.memory import Address
 from lightning_xattn.capture.readers import Event
 from lightning_xattn.capture.sources import Source
 from lightning_xattn.capture.watch import Run, Watch
@@ -27,61 +24,53 @@ NAME_IT = (
     "returns, or give a callable (attention={'<a>_to_<b>': lambda model: weights})."
 )
 
-Call = dict[Direction | None, RecordedWeights]
-"""The attention of one run of a module, by direction; None where the run does not tell which direction it is."""
-
 
 class Tap:
-    """Takes the attention out of each run of a module.
+    """Takes the attention of a direction out of the runs of its module, or out of what a callable gives.
 
-    Where the module returns a mapping with the directions' names, or an item was named, that is read; where a number
-    was named, the attention with that number of those that are computed while it runs. Else it is the one attention
-    that is computed meanwhile, or else the one tensor that it returns whose rows sum to 1. What is not clear in a first
-    run is an error; a later run without what was found before, or that is not clear, counts as none.
+    Where an item was named, or the module returns a mapping with the direction's name, that is read; where a number was
+    named, the attention with that number of those that are computed in the step. Else it is the one attention that is
+    computed in a run, or else the one tensor that the module returns whose rows sum to 1. What is not clear in a first
+    run is an error; a later run without what was found before, or that is not clear, gives none.
 
     Parameters
     ----------
-    module, path
-        The module.
-    sources
-        What is taken from it, by direction; empty, if that is not known yet.
-
-    Attributes
-    ----------
-    calls
-        What was taken in this step, run after run.
-    count
-        How many attentions were computed in the runs of this step.
-    query_mask
-        ``(batch, queries)`` bool, True for a real token, of an argument of the module; None: it has none.
-    remarks
-        What a user should be told, and has not been yet.
+    direction, source
+        What is taken, and from where.
+    siblings
+        All directions that are taken from the module.
     """
 
-    def __init__(self, module: nn.Module, path: str, sources: Sequence[tuple[Direction, Source]] = ()) -> None:
-        self.module, self.path = module, path
-        self.calls: list[Call] = []
+    def __init__(self, direction: Direction | None, source: Source, siblings: Sequence[Direction] = ()) -> None:
+        self.direction, self.source = direction, source
+        self._siblings = {str(sibling) for sibling in siblings}
+        self.has_run = False
+        # The path of the self-attention whose masks say which queries are padding, or else an argument's, of this step.
+        self.padding: str | None = None
+        self.query_mask: Tensor | None = None
+        # What a user should be told, and has not been yet.
         self.remarks: list[str] = []
-        self.has_recorded = False
-        self._sources = sources
-        self._across = not any(source.joint for _, source in sources)
-        # What has been looked at, an item or one of those that are computed, each in training and in eval mode, and what
-        # was seen then: how its rows are split, and whether its zeros are a mask.
+        # Of this step: what the runs gave, and how many attentions they computed.
+        self._found: list[RecordedWeights] = []
+        self._count = self._runs = 0
+        # What has been looked at, in training and in eval mode, and what was seen then: how rows are split into samples
+        # and heads, and whether zeros are a mask.
         self._looked_at: set[tuple[Item | str, bool]] = set()
-        self._axes: dict[Item | str, Axes | None] = {}
-        self._zeros_hide: dict[Item, bool] = {}
-        # Where it was found: under the directions' names, at a place in what is returned, or at one among those that are
+        self._axes: dict[Item | str, Axes] = {}
+        self._zeros_hide = False
+        # Where it was found: under the direction's name or elsewhere in what is returned, or which of those that are
         # computed, by these functions.
-        self._by_name = False
+        self._named: Item = ()
         self._place: Item | None = None
         self._chosen: tuple[int, list[str]] | None = None
-        self._has_warned = False
-        self.count = 0
-        self.query_mask: Tensor | None = None
+        # Of a joint sequence its first length; of a callable where the numbers are that it gave last.
+        self._length: int | None = None
+        self._has_given = False
+        self._last: Address | None = None
 
     def clear(self) -> None:
-        """Forget what was taken; a new step begins."""
-        self.calls, self.count, self.query_mask = [], 0, None
+        """Begin a new step."""
+        self._found, self._count, self._runs, self.query_mask = [], 0, 0, None
 
     def take(self, run: Run, output: Any, watch: Watch) -> None:
         """Take the attention out of a run that ends.
@@ -92,160 +81,93 @@ class Tap:
             If it is not clear in a first run what is meant, or what is read is no attention.
         """
         try:
-            call = self.find(run, output, watch)
+            found = self.find(run, output, watch)
         except DiscoveryError as error:
-            if not self.has_recorded:
+            if not self.has_run:
                 raise
-            if not self._has_warned:
-                self.remarks.append(f"In a later step: {error} Such steps are left out.")
-            self._has_warned = True
-            call = {}
-        self.has_recorded = self.has_recorded or bool(call)
-        self.calls.append(call)
-        self.count += len(run.events)
-        if call and self.query_mask is None:
-            self.query_mask = _own_query_mask(run, next(iter(call.values())))
+            self.remarks.append(f"In a later step: {error} Such steps are left out.")
+            found = None
+        self._count += len(run.events)
+        self._runs += 1
+        if found is not None:
+            self.has_run = True
+            self._found.append(found)
+            self.query_mask = _own_query_mask(run, found)
 
-    def find(self, run: Run, output: Any, watch: Watch) -> Call:
-        """The attention of a run, by direction.
+    def find(self, run: Run, output: Any, watch: Watch) -> RecordedWeights | None:
+        """The attention of a run; None if it has none.
 
         Raises
         ------
         DiscoveryError, ShapeError
             As ``take``.
         """
+        if self.source.call is not None:
+            place = self.source.call - 1 - self._count
+            return self._computed(run, place) if 0 <= place < len(run.events) else None
         tensors = dict(tensors_in(output))
-        items = {direction: source.item for direction, source in self._sources if source.call is None}
-        for direction in (direction for direction, item in items.items() if not item):
-            under = [item for item in tensors if item and item[-1] == str(direction)]
+        if not self.source.item and not self._named:
+            under = [item for item in tensors if item and item[-1] == str(self.direction)]
             if len(under) > 1:
-                raise DiscoveryError(self._not_clear(run, tensors, under))
-            items[direction] = under[0] if under else ()
-        numbered = {direction: source.call for direction, source in self._sources if source.call is not None}
-        if self._by_name or any(items.values()) or numbered:
-            self._by_name = True
-            found = {d: self._returned(item, output, run, watch) for d, item in items.items() if item}
-            found |= {d: self._numbered(number, run, tensors) for d, number in numbered.items()}
-            return {direction: weights for direction, weights in found.items() if weights is not None}
-        called = [item for item in tensors if item and isinstance(item[-1], str) and "_to_" in item[-1]]
-        others = [item for item in called if not self.has_recorded and looks_like_attention(tensors[item])]
-        if others:
-            raise DiscoveryError(self._not_clear(run, tensors, others))
-        weights = self._only(run, output, tensors, watch)
-        return {} if weights is None else {None: weights}
+                raise DiscoveryError(self._not_clear(run, tensors))
+            self._named = under[0] if under else ()
+            called = [item for item in tensors if item and isinstance(item[-1], str) and "_to_" in item[-1]]
+            others = [item for item in called if not self.has_run and looks_like_attention(tensors[item])]
+            if others and not under:
+                if {str(item[-1]) for item in others} <= self._siblings:
+                    return None
+                raise DiscoveryError(self._not_clear(run, tensors))
+        item = self.source.item or self._named
+        return self._returned(item, output, run, watch) if item else self._only(run, output, tensors, watch)
 
     def _only(self, run: Run, output: Any, tensors: Mapping[Item, Tensor], watch: Watch) -> RecordedWeights | None:
         """The one attention that a run has; None if there is none, but was before."""
         kinds = [event.by for event in run.events]
-        if self._place is None and self._chosen is not None and self._chosen[1] == kinds:
-            return self._computed(run.events[self._chosen[0]], self._chosen[0], run)
-        candidates = candidates_of(run, self._across)
+        if self._chosen is not None and self._chosen[1] == kinds:
+            return self._computed(run, self._chosen[0])
+        candidates = candidates_of(run, across=self.source.joint is None)
         given = {item: event for item, tensor in tensors.items() for event in run.events if event.gave(tensor)}
         chosen = candidates if len(candidates) == 1 else list(dict.fromkeys(given.values()))
         if len(chosen) == 1 and (chosen[0] not in given.values() or chosen[0].by != "softmax"):
-            number = run.events.index(chosen[0])
-            weights = self._computed(chosen[0], number, run, tensors)
-            self._chosen = number, kinds
-            return weights
+            place = run.events.index(chosen[0])
+            found = self._computed(run, place, beside=tensors)
+            self._chosen = place, kinds
+            return found
         if len(chosen) == 1:
             self._place = next(item for item, event in given.items() if event is chosen[0])
         if self._place is None:
             fitting = [item for item, tensor in tensors.items() if looks_like_attention(tensor)]
-            if self.has_recorded and not candidates and not fitting:
+            if self.has_run and not candidates and not fitting:
                 return None
             if candidates or len(fitting) != 1:
-                raise DiscoveryError(self._not_clear(run, tensors, fitting))
+                raise DiscoveryError(self._not_clear(run, tensors))
             self._place = fitting[0]
         return self._returned(self._place, output, run, watch)
 
-    def _numbered(self, number: int, run: Run, tensors: Mapping[Item, Tensor]) -> RecordedWeights | None:
-        """The attention with this number in the step; None if it is none of this run's."""
-        place = number - self.count - 1
-        if 0 <= place < len(run.events):
-            return self._computed(run.events[place], place, run)
-        return None
-
-    def _computed(
-        self, event: Event, place: int, run: Run, beside: Mapping[Item, Tensor] | None = None
-    ) -> RecordedWeights:
+    def _computed(self, run: Run, place: int, beside: Mapping[Item, Tensor] | None = None) -> RecordedWeights:
         """One of the attentions of a run; ``beside``: what is returned beside it, if nothing said that it is meant."""
+        event = run.events[place]
         if event.problem is not None or event.recorded is None:
             raise DiscoveryError(
-                f"The attention of '{self.path}', {event.shape} by {event.by}, cannot be read: {event.problem}. "
+                f"The attention of '{run.path}', {event.shape} by {event.by}, cannot be read: {event.problem}. "
                 f"{NAME_IT}"
             )
         what = f"{event.by}#{place}"
-        first = self._is_first(what)
-        recorded = self._hide_unused(event, first)
-        if first:
-            is_known = event.tokens is not None
-            self._axes[what] = None if is_known else self._check_axes(event.shape, run, event.by != "softmax")
-        recorded = replace(self._split(recorded, self._axes[what]), within=event.within)
+        first, recorded = (what, run.module.training) not in self._looked_at, event.recorded
+        if event.used is not None and not run.module.training and not event.gave_unchanged(event.used):
+            recorded = self._as_used(recorded, event.used, run, first)
+        if event.tokens is None:
+            recorded = self._split(what, recorded, run, event.by != "softmax")
         if first and beside is not None:
             self._look_beside(recorded, event, run, beside)
         if first and recorded.one_head:
-            self.remarks.append(one_head(self.path))
-        self._looked_at.add((what, self.module.training))
-        return recorded
-
-    def _split(self, recorded: RecordedWeights, axes: Axes | None) -> RecordedWeights:
-        if axes is None:
-            return recorded
-        rows = len(recorded.weights)
-        if axes.heads is not None and rows % axes.heads:
-            raise DiscoveryError(
-                f"The attention of '{self.path}' had {axes.heads} heads among its rows; now it has {rows} rows."
-            )
-        return axes.apply(recorded)
-
-    def _hide_unused(self, event: Event, first: bool) -> RecordedWeights:
-        """What was computed, without the rows that the module sets to 0 before it uses them."""
-        recorded, used = event.recorded, event.used
-        assert recorded is not None
-        if used is None or self.module.training or event.gave_unchanged(used):
-            return recorded
-        sums = used.detach().float().sum(-1, keepdim=True)
-        unused = (used.detach() == 0).all(-1, keepdim=True) & (recorded.weights != 0).any(-1, keepdim=True)
-        if first:
-            kept = torch.isclose(used.detach().float() / sums, recorded.weights.float(), rtol=1e-2, atol=1e-3)
-            if bool((~kept & ~unused & ~recorded.weights.isnan()).any()):
-                self.remarks.append(
-                    f"'{self.path}' changes its weights between the softmax and their use: what the softmax gave is "
-                    "recorded. If that is not what you mean, return what is used and name it: 'path[item]'."
-                )
-            elif bool(unused.any()):
-                self.remarks.append(
-                    f"'{self.path}' sets whole rows of its weights to 0 after the softmax: such queries are left out."
-                )
-        shown = ~unused.expand(recorded.weights.shape)
-        return replace(recorded, visible=shown if recorded.visible is None else recorded.visible & shown)
-
-    def _look_beside(self, recorded: RecordedWeights, event: Event, run: Run, tensors: Mapping[Item, Tensor]) -> None:
-        """Refuse the one attention that is computed if the module returns another one. Looks at the values."""
-        beside = [item for item, tensor in tensors.items() if looks_like_attention(tensor)]
-        beside = [item for item in beside if not _tells(tensors[item], recorded.weights)]
-        if event.by != "softmax":  # what stands beside may be class probabilities
-            tokens = Tokens.of(run, event.shape)
-            beside = [item for item in beside if tokens.are_asked_by(tensors[item].shape)]
-        if beside:
-            raise DiscoveryError(self._not_clear(run, tensors, beside))
-
-    def _check_axes(self, shape: Sequence[int], run: Run, surely_keys: bool, one_head: bool = False) -> Axes:
-        axes = axes_of(shape, run, surely_keys, one_head)
-        if isinstance(axes, str):
-            shown = (shape[0], *shape[2:]) if one_head else tuple(shape)
-            raise ShapeError(
-                f"The attention of '{self.path}', {shown}, is in doubt: {axes}. Expected (batch, heads, queries, keys). "
-                f"{NAME_IT}"
-            )
-        return axes
-
-    def _is_first(self, what: Item | str) -> bool:
-        return (what, self.module.training) not in self._looked_at
+            self.remarks.append(one_head(run.path))
+        self._looked_at.add((what, run.module.training))
+        return replace(recorded, within=event.within)
 
     def _returned(self, item: Item, output: Any, run: Run, watch: Watch) -> RecordedWeights | None:
         """What stands at a place in what is returned; None if there is nothing, but was before."""
-        name = self.path + "".join(f"[{key}]" for key in item)
+        name = run.path + "".join(f"[{key}]" for key in item)
         weights = output
         try:
             for key in item:
@@ -256,36 +178,188 @@ class Tap:
         if not isinstance(weights, Tensor):
             if any(item == before for before, _ in self._looked_at):
                 return None
-            there = ", ".join(_describe(key, tensor, self.path) for key, tensor in tensors_in(output)) or "no tensor"
+            there = ", ".join(_describe(key, tensor, run.path) for key, tensor in tensors_in(output)) or "no tensor"
             raise DiscoveryError(f"No tensor '{name}': the module returned {there}. {NAME_IT}")
         event = next((event for event in run.events if event.gave(weights)), None) or watch.origin(weights)
-        first = self._is_first(item)
-        if first:
-            check_weights(weights, f"Module '{name}' returns", self.module.training)
-            self._axes[item] = self._check_axes(tuple(weights.shape), run, surely_keys=False)
-        axes = self._axes[item]
-        # Copied, as the caller may change in place what it gets.
-        recorded = self._split(RecordedWeights(weights.detach().clone()), axes)
-        masks = None if event is None else _masks_for(recorded, event, run)
-        if first and masks is None:
-            self._zeros_hide[item] = zeros_hide(recorded.weights, f"Module '{name}' returns", self.remarks.append)
-        if first and recorded.one_head:
-            self.remarks.append(one_head(name, average=masks is None and bool((weights != 0).all())))
-        self._looked_at.add((item, self.module.training))
-        return from_weights(recorded, masks, self._zeros_hide.get(item, False))
+        return self._given(item, weights, name, run.module.training, run, event)
 
-    def _not_clear(self, run: Run, tensors: Mapping[Item, Tensor], fitting: Sequence[Item]) -> str:
+    def _given(
+        self,
+        what: Item | str,
+        weights: Any,
+        name: str,
+        training: bool,
+        run: Run | None = None,
+        event: Event | None = None,
+    ) -> RecordedWeights:
+        """Weights that a module returned in a run, or a callable gave, with the masks of the event that made them."""
+        who = f"The {name} gives" if run is None else f"Module '{name}' returns"
+        first = (what, training) not in self._looked_at
+        if first:
+            check_weights(weights, who, training)
+        # Copied, as the caller may change in place what it gets.
+        recorded = RecordedWeights(weights.detach().clone())
+        recorded = Axes().apply(recorded) if run is None else self._split(what, recorded, run, surely_keys=False)
+        self._looked_at.add((what, training))
+        masks = None if event is None or run is None else _masks_for(recorded, event, run)
+        if first:
+            average = masks is None and bool((weights != 0).all())
+            self.remarks += [one_head(name, average)] if recorded.one_head else []
+            self._zeros_hide = masks is None and zeros_hide(recorded.weights, who, self.remarks.append)
+        return from_weights(recorded, masks, self._zeros_hide)
+
+    def give(self, model: nn.Module) -> None:
+        """Take what the callable gives in this step; the very numbers of an earlier step are none of this one.
+
+        Raises
+        ------
+        ShapeError
+            If it is no attention.
+        """
+        if self._runs or self.source.read is None:
+            return
+        self._runs, weights = 1, self.source.read(model)
+        if weights is not None and self._last is not None and self._last.holds(weights):
+            self.remarks.append(
+                f"The {self.source} gave the same tensor as in an earlier step: such steps are left out. If the model "
+                "fills it anew in each step, give a clone of it."
+            )
+        elif weights is not None:
+            name = str(self.source)
+            self._found.append(self._given(name, weights, name, model.training))
+            self._last, self.has_run = Address.of(weights), True
+
+    def recorded(self, batch: Any) -> RecordedWeights | None:
+        """What was taken in this step; None if there is nothing, but was before.
+
+        Parameters
+        ----------
+        batch
+            For callables of a ``JointSequence``.
+
+        Raises
+        ------
+        DiscoveryError, ShapeError
+            If it is no attention across, or not as often as is named, or does not fit its spans.
+        """
+        source, found = self.source, self._found
+        if source.call is not None and self._runs and not found and not self.has_run:
+            raise DiscoveryError(
+                f"'{source}' does not exist: '{source.path}' computes {self._count} in a step. {NAME_IT}"
+            )
+        turns = 1 if self._named else source.turns
+        if len(found) > turns:
+            self.remarks.append(
+                f"Module '{source.path}' ran more often in one step than it is named; its first run is shown."
+            )
+        if 0 < len(found) < turns:
+            message = f"Module '{source.path}' is named for {turns} directions, but ran {len(found)} time(s)"
+            if not self._has_given:
+                raise DiscoveryError(
+                    f"{message} and returned no mapping with their names. Name an item of what it returns for each, as "
+                    f"in '{source.path}[1]', or the modules inside of it."
+                )
+            self.remarks.append(f"{message} in a step: such steps are left out.")
+        if not found or len(found) < turns:
+            return None
+        taken = found[source.turn if turns > 1 else 0]
+        if source.joint is not None:
+            return self._cut(taken, batch)
+        if taken.within:
+            raise DiscoveryError(
+                f"'{source}' ({self.direction}) attends within one sequence: its query is its key. Name the module "
+                "that attends across: attention={'<a>_to_<b>': 'path', ...}; or, if both modalities share the "
+                "sequence, attention=JointSequence('path', spans={'<a>': (start, stop), '<b>': (start, stop)})."
+            )
+        self._has_given = True
+        return taken
+
+    def _cut(self, whole: RecordedWeights, batch: Any) -> RecordedWeights | None:
+        """The direction within a joint sequence; None of one that is too short, if an earlier one was not."""
+        joint, name, length = self.source.joint, self.source.path, whole.weights.shape[2]
+        assert joint is not None
+        places = joint.slices(batch)
+        if whole.cropped and joint.counts_from_the_end:
+            raise DiscoveryError(
+                f"torch has packed the sequence of '{name}' and cut padding off, so that its end is not known: use "
+                "spans that count from the start, or nn.TransformerEncoder(..., enable_nested_tensor=False)."
+            )
+        longest = max(length, self._length or length)
+        changed = length != (self._length or length) and not whole.cropped
+        if changed and joint.has_fixed_length and max(place.stop for place in places.values()) < longest:
+            raise ShapeError(
+                f"The sequence of '{name}' has {length} tokens, and had {self._length} before, but the spans of the "
+                f"JointSequence are fixed and do not reach the end: {dict(joint.spans)}. Spans that count from the "
+                "end, such as (-144, None), or a callable that makes a span of the batch, go with any length."
+            )
+        query, key = self.source.block
+        try:
+            cut = cut_direction(whole, places[query], places[key], name)
+        except ShapeError as error:
+            if not self._has_given:
+                raise
+            self.remarks.append(f"{error} Such steps are left out.")
+            return None
+        self._length, self._has_given = self._length or length, True
+        return cut
+
+    def _split(self, what: Item | str, recorded: RecordedWeights, run: Run, surely_keys: bool) -> RecordedWeights:
+        """The weights as ``(batch, heads, queries, keys)``; how their rows are split is told from a first run."""
+        shape = tuple(recorded.weights.shape)
+        if what not in self._axes:
+            axes = axes_of(shape, run, surely_keys)
+            if isinstance(axes, str):
+                raise ShapeError(
+                    f"The attention of '{run.path}', {shape}, is in doubt: {axes}. Expected (batch, heads, queries, "
+                    f"keys). {NAME_IT}"
+                )
+            self._axes[what] = axes
+        heads = self._axes[what].heads
+        if len(shape) == 3 and heads is not None and shape[0] % heads:
+            raise DiscoveryError(f"The attention of '{run.path}' had {heads} heads among its rows; now it has {shape}.")
+        return self._axes[what].apply(recorded)
+
+    def _as_used(self, recorded: RecordedWeights, used: Tensor, run: Run, first: bool) -> RecordedWeights:
+        """What was computed, without the rows that the module sets to 0 before it uses them."""
+        sums = used.detach().float().sum(-1, keepdim=True)
+        unused = (used.detach() == 0).all(-1, keepdim=True) & (recorded.weights != 0).any(-1, keepdim=True)
+        if first:
+            kept = torch.isclose(used.detach().float() / sums, recorded.weights.float(), rtol=1e-2, atol=1e-3)
+            if bool((~kept & ~unused & ~recorded.weights.isnan()).any()):
+                self.remarks.append(
+                    f"'{run.path}' changes its weights between the softmax and their use: what the softmax gave is "
+                    "recorded. If that is not what you mean, return what is used and name it: 'path[item]'."
+                )
+            elif bool(unused.any()):
+                self.remarks.append(
+                    f"'{run.path}' sets whole rows of its weights to 0 after the softmax: such queries are left out."
+                )
+        shown = ~unused.expand(recorded.weights.shape)
+        return replace(recorded, visible=shown if recorded.visible is None else recorded.visible & shown)
+
+    def _look_beside(self, recorded: RecordedWeights, event: Event, run: Run, tensors: Mapping[Item, Tensor]) -> None:
+        """Refuse the one attention that is computed if the module returns another one. Looks at the values."""
+        tokens = Tokens.of(run, event.shape)
+        for tensor in tensors.values():
+            # What stands beside a kernel, which surely is attention, may be class probabilities.
+            may_be_meant = event.by == "softmax" or tokens.are_asked_by(tensor.shape)
+            if may_be_meant and looks_like_attention(tensor) and not _tells(tensor, recorded.weights):
+                raise DiscoveryError(self._not_clear(run, tensors))
+
+    def _not_clear(self, run: Run, tensors: Mapping[Item, Tensor]) -> str:
+        candidates = candidates_of(run, across=False)
         computed = [
-            f"'{self.path}#{i}' {describe_event(event, run)}"
-            for i, event in enumerate(run.events, start=self.count + 1)
-            if event in candidates_of(run, across=False)
+            f"'{run.path}#{i}' {describe_event(event, run)}"
+            for i, event in enumerate(run.events, start=self._count + 1)
+            if event in candidates
         ]
-        returned = [_describe(item, tensor, self.path) for item, tensor in tensors.items()]
+        returned = [_describe(item, tensor, run.path) for item, tensor in tensors.items()]
+        none = returned and not any(looks_like_attention(tensor) for tensor in tensors.values())
         return (
-            f"Module '{self.path}' does not show which attention is meant. It computes "
-            + (", ".join(computed) if computed else "none that can be seen")
+            f"Module '{run.path}' does not show which attention is meant. It computes "
+            + (", ".join(computed) or "none that can be seen")
             + f", and returns {', '.join(returned) or 'no tensor'}"
-            + ("; none of these is weights whose rows sum to 1" if returned and not fitting else "")
+            + ("; none of these is weights whose rows sum to 1" if none else "")
             + f". {NAME_IT}"
         )
 
@@ -293,25 +367,20 @@ class Tap:
 def candidates_of(run: Run, across: bool) -> list[Event]:
     """Those of the softmaxes and kernels in a run that may be attention to tokens.
 
-    Parameters
-    ----------
-    run
-        The run.
-    across
-        Whether attention from one sequence to another is meant: what surely attends within one is left out, unless
-        there is no other.
+    ``across``: attention from one sequence to another is meant, so what surely attends within one is left out, unless
+    there is no other.
     """
     tokens = {event.shape: Tokens.of(run, event.shape) for event in run.events}
-    asked = [event for event in run.events if tokens[event.shape].are_asked_by(event.shape)]
-    found = [event for event in run.events if event in asked or (event.over_keys and event.problem is None)]
-    if not found:  # with queries of the module's own
-        found = [
-            event
-            for event in run.events
-            if event.shape[-1] in tokens[event.shape].counts and event.shape[-2] > 1 and event.problem is None
-        ]
-    crossing = [event for event in found if not event.within]
-    return crossing if across and crossing else found
+    found = [
+        event
+        for event in run.events
+        if tokens[event.shape].are_asked_by(event.shape) or (event.over_keys and event.problem is None)
+    ] or [  # with queries of the module's own
+        event
+        for event in run.events
+        if event.shape[-1] in tokens[event.shape].counts and event.shape[-2] > 1 and event.problem is None
+    ]
+    return [event for event in found if not (across and event.within)] or found
 
 
 def describe_event(event: Event, run: Run) -> str:
@@ -371,15 +440,15 @@ def zeros_hide(weights: Tensor, who: str, tell: Callable[[str], None]) -> bool:
         return weights.dtype != torch.float16
     if weights.shape[1] == 1:  # of several heads it shows that they leave out different keys
         tell(
-            f"{who} one head, or an average, with weights of exactly 0 that differ from sample to sample and from query "
-            "to query. They are taken as weights, as of a sparse attention. If a mask hides these keys, name the module "
-            "whose softmax gives the weights."
+            f"{who} one head, or an average, with weights of exactly 0 that differ from sample to sample and from "
+            "query to query. They are taken as weights, as of a sparse attention. If a mask hides these keys, name "
+            "the module whose softmax gives the weights."
         )
     return False
 
 
 def from_weights(recorded: RecordedWeights, masks: RecordedWeights | None, zeros_are_hidden: bool) -> RecordedWeights:
-    """Weights that a module returned, with masks.
+    """Weights that were given, with masks.
 
     Parameters
     ----------
@@ -399,21 +468,19 @@ def from_weights(recorded: RecordedWeights, masks: RecordedWeights | None, zeros
     # A tensor, as a GPU would have to wait for a bool.
     kept = ((weights == masks.weights) | masks.weights.isnan()).all()
     key_mask = keys[:, 0, 0] | kept
-    return replace(
-        recorded, key_mask=key_mask if masks.key_mask is None else masks.key_mask & key_mask, visible=masks.visible
-    )
+    key_mask = key_mask if masks.key_mask is None else masks.key_mask & key_mask
+    return replace(recorded, key_mask=key_mask, visible=masks.visible)
 
 
 def _masks_for(recorded: RecordedWeights, event: Event, run: Run) -> RecordedWeights | None:
-    """What the softmax gave that weights, or their average over the heads, were made of; None if its axes are others."""
+    """What the softmax gave that weights, or their average over heads, were made of; None if its axes are others."""
     axes = axes_of(event.shape, run, True)
     if isinstance(axes, str) or event.recorded is None:
         return None
     made_of = event.recorded if event.tokens is not None else axes.apply(event.recorded)
     shape, heads = recorded.weights.shape, made_of.weights.shape[1]
     if shape[1] == 1 < heads and made_of.weights.shape == (shape[0], heads, *shape[2:]):
-        visible = made_of.visible
-        visible = visible if visible is None else visible.any(1, keepdim=True)
+        visible = None if made_of.visible is None else made_of.visible.any(1, keepdim=True)
         return replace(made_of, weights=made_of.weights.mean(1, keepdim=True), visible=visible)
     return made_of if made_of.weights.shape == shape else None
 
@@ -435,7 +502,7 @@ def one_head(name: str, average: bool = False) -> str:
     )
 
 
-def _describe(item: Item, tensor: Tensor, path: str = "") -> str:
+def _describe(item: Item, tensor: Tensor, path: str) -> str:
     name = path + "".join(f"[{key}]" for key in item)
     return (f"'{name}'" if item else "one tensor") + f" {tuple(tensor.shape)}"
 

@@ -63,7 +63,7 @@ class Run:
     heads_first: dict[int, int] = field(default_factory=dict)
 
     def outwards(self) -> Iterator[Run]:
-        """This run and those that it is part of, innermost first."""
+        """The run and those that it is part of, innermost first."""
         run: Run | None = self
         while run is not None:
             yield run
@@ -122,7 +122,7 @@ class Watch(TorchFunctionMode):
                 hooks.callback(handle.remove)
         unhookable = inside & self._modules.keys()
         if unhookable:
-            # A hook on an encoder layer, or on what it holds, would turn its fast path off; one on all modules does not.
+            # A hook on an encoder layer, or in it, would turn its fast path off; one on all modules does not.
             handles = (
                 register_module_forward_pre_hook(lambda m, args: self._enter(m, args) if m in unhookable else None),
                 register_module_forward_hook(
@@ -178,14 +178,14 @@ class Watch(TorchFunctionMode):
     def _switch(self) -> None:
         on = any(run.module in self._sees for run in self._runs)
         if on and not self._on:
-            self.__enter__()
+            _push([self])
         elif self._on and not on:
             # Not by ``__exit__``: where watches overlap this one need not be the innermost mode.
             _push([mode for mode in _pop_all() if mode is not self])
         self._on = on
 
     def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         reader = reader_of(function) if self._runs else None
@@ -259,7 +259,7 @@ class _FastPaths:
 
     def __enter__(self) -> None:
         self._users += 1
-        torch.overrides.has_torch_function = self._has_torch_function
+        torch.overrides.has_torch_function = self._has_torch_function  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:
         self._users -= 1

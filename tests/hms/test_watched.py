@@ -82,4 +82,4 @@ def test_logits_are_bit_for_bit_those_without_recording(fusion, datamodule):
         expected = module(batch["eeg_graphs"], batch["spec_graphs"])
         with AttentionRecorder(module) as recorder:
             assert torch.equal(module(batch["eeg_graphs"], batch["spec_graphs"]), expected)
-    assert [layer.layer for layer in recorder.layers] == ["model.fusion"]
+    assert [layer.name for layer in recorder.layers] == ["model.fusion"]
