@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,6 +108,20 @@ class LayerSums:
         """The same on the CPU."""
         states = {name: values.cpu() for name, values in self.states.items()}
         return LayerSums(self.layout, states, None if self.groups is None else self.groups.settled())
+
+    def without_labels(self) -> LayerSums:
+        """The same without classes, and with all outcomes unknown."""
+        states = dict(self.states)
+        moments, histograms = states["moments"], states["histograms"].unflatten(0, (-1, 3, BINS))
+        states["moments"] = moments.new_zeros(3, *moments.shape[1:])
+        states["moments"][UNKNOWN] = moments.sum(0)
+        of_unknown = torch.zeros_like(histograms)
+        of_unknown[:, UNKNOWN] = histograms.sum(1)
+        states["histograms"], states["ties"] = of_unknown.flatten(), torch.zeros_like(states["ties"])
+        for name in (f"map_{direction}" for direction in self.layout.tokens):
+            states[name] = states[name].sum(0, keepdim=True)
+        groups = None if self.groups is None else self.groups.relabelled(0, UNKNOWN)
+        return LayerSums(replace(self.layout, n_classes=0), states, groups)
 
 
 class LayerAccumulator(Metric):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from lightning_xattn.aggregation import LayerSummary
+from lightning_xattn.attention import AttentionPair
 from lightning_xattn.capture import Layer
 from lightning_xattn.phrases import SINGLE_KEYS
 
@@ -26,6 +27,8 @@ class Alarms:
 
     def __init__(self) -> None:
         self._told: set[tuple[str | int, ...]] = set()
+        # By layer, the number of queries in a first batch.
+        self._queries: dict[str, int] = {}
 
     def of_directions(self, layers: Iterable[Layer]) -> Iterator[str]:
         """A new alarm that the layers themselves give."""
@@ -37,6 +40,20 @@ class Alarms:
                 f"Found {sites} without {direction.opposite}, so there is no alignment. If the model has both "
                 f"directions, name both: attention={{'{direction}': '{source}', '{direction.opposite}': ...}}."
             )
+
+    def of_padding(self, pairs: Iterable[AttentionPair]) -> Iterator[str]:
+        """A new alarm that a batch gives whose queries may be padding, as nothing says which are."""
+        for pair in pairs:
+            attention, queries = pair.forward, pair.forward.weights.shape[2]
+            if pair.backward is not None or attention.query_mask is not None or attention.crossing is not None:
+                continue
+            before = self._queries.setdefault(pair.layer, queries)
+            if before != queries and self._is_new(pair.layer, "", "padding", 0):
+                yield (
+                    f"Layer '{pair.layer}': the number of {attention.direction.query} queries changes from batch to "
+                    f"batch ({before}, {queries}), and nothing says which of them are padding: all are counted. Say "
+                    "it: query_mask=<key or callable>, (batch, queries), True for a real token."
+                )
 
     def of_nothing(self, stage: str) -> Iterator[str]:
         """The alarm that a recorded evaluation without any attention gives."""

@@ -197,6 +197,18 @@ class AttentionPair:
         """The attention of some of the samples."""
         return AttentionPair(self.layer, *(attention[samples] for attention in self.directions))
 
+    def with_query_mask(self, mask: Tensor | None) -> AttentionPair:
+        """The same, with ``(batch, queries)`` real queries of a direction that has no opposite to tell them.
+
+        Raises
+        ------
+        ShapeError
+            If the mask does not fit.
+        """
+        if mask is None or self.backward is not None:
+            return self
+        return replace(self, forward=replace(self.forward, query_mask=mask))
+
     @property
     def directions(self) -> tuple[Attention, ...]:
         """The recorded directions, forward first."""

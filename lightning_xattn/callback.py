@@ -64,8 +64,9 @@ class AttentionExplainabilityCallback(Callback):
         "target" groups samples by their true class, "prediction" by the predicted one.
     predictions, targets
         Where a step's predictions (class scores or ids) and targets (class ids or soft labels) are. None: found in
-        the step's outputs, the module's own ``forward``, the batch. A string: a key of the outputs or of the batch.
-        A callable: ``(outputs, batch) -> tensor``.
+        the step's outputs, the module's own ``forward``, the batch. A string: a key of one of these.
+        A callable: ``(outputs, batch) -> tensor``, or ``(outputs, batch, forward) -> tensor`` with what ``forward``
+        returned.
     sample_ids
         Where the samples' ids (numbers or strings) are, for the table: as ``predictions``. None: the batch's
         ``sample_ids``, if there are any.
@@ -73,6 +74,10 @@ class AttentionExplainabilityCallback(Callback):
         Where the group of each sample is (a number or a string), of which the samples are not independent, such as a
         patient or a recording: as ``predictions``. Every interval is then by group. None: the batch's ``groups`` or
         ``patient_ids``; without them samples are taken as independent.
+    query_mask
+        Which queries are real tokens, ``(batch, queries)``, True or 1: as ``predictions``. Of two directions that pair
+        up each tells it of the other; of one alone it is taken from a self-attention of the same tokens or from an
+        argument of the module, where there is one. Else padding counts as any query does, and a warning says so.
     every_n_epochs
         During ``fit``, record every so many of the epochs that are validated, from the first on.
         ``trainer.validate`` and ``trainer.test`` always record.
@@ -116,6 +121,7 @@ class AttentionExplainabilityCallback(Callback):
         targets: LabelSetting = None,
         sample_ids: LabelSetting = None,
         groups: LabelSetting = None,
+        query_mask: LabelSetting = None,
         every_n_epochs: int = 1,
         figures_every_n_epochs: int = 1,
         every_n_batches: int = 1,
@@ -136,6 +142,7 @@ class AttentionExplainabilityCallback(Callback):
         self.table = None if table is None else Path(table)
         # What tells two callbacks apart in a checkpoint; a callable by its name, which stays from run to run.
         labels = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids, "groups": groups}
+        labels["query_mask"] = query_mask
         self._settings = {name: named(value) for name, value in ({"attention": attention} | labels).items()}
         self._settings |= {"class_names": self.class_names, "group_by": group_by}
         self._settings |= {"schedule": self.schedule, "table": None if table is None else str(table)}
@@ -280,19 +287,23 @@ class AttentionExplainabilityCallback(Callback):
             return
         assert self._recorder is not None
         self._recorder.close()
+        self._recorder.batch = batch
         pairs, forward_output = self._recorder.attention, self._recorder.output
         self._recorder.clear()
         if not pairs:
             return
-        batch_size = pairs[0].forward.weights.shape[0]
-        step = Step(outputs, batch, forward_output, batch_size, pairs[0].forward.weights.device)
+        first = pairs[0].forward.weights
+        batch_size = len(first)
+        step = Step(outputs, batch, forward_output, batch_size, first.device, tuple(first.shape[2:]))
         several = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
         loader = several[dataloader_idx] if isinstance(several, (list, tuple)) else several
         repeats = count_repeats(loader, batch_idx, batch_size)
         self._repeats[dataloader_idx] += repeats
         kept = slice(batch_size - repeats)
         finder = self._labels[dataloader_idx]
-        labels = finder.find(step)[kept]
+        labels, query_mask = finder.find(step)[kept], finder.find_query_mask(step)
+        pairs = tuple(pair.with_query_mask(query_mask) for pair in pairs)
+        _warn(self._alarms.of_padding(pairs))
         if self._classes is None:
             self._classes = name_classes(labels, self.class_names or self._own_names(pl_module), self.group_by, step)
             _warn(missing_labels(labels, self._classes, self.group_by, step))
@@ -332,19 +343,26 @@ class AttentionExplainabilityCallback(Callback):
             for dataloader_idx, layers in self._accumulators.items()
             for layer, accumulator in layers.items()
         }
-        processes = gather((self._classes, self._repeats, sums))
-        self._classes = next((classes for classes, _, _ in processes if classes is not None), None)
-        repeats: Counter[int] = sum((counted for _, counted, _ in processes), Counter())
+        several = [dataloader_idx for dataloader_idx, finder in self._labels.items() if finder.has_several]
+        processes = gather((self._classes, self._repeats, sums, several))
+        self._classes = next((classes for classes, *_ in processes if classes is not None), None)
+        repeats: Counter[int] = sum((counted for _, counted, *_ in processes), Counter())
+        no_classes = {dataloader_idx for *_, several in processes for dataloader_idx in several}
         # In the order of the first process that has them, so that every process logs the same names in one order.
-        keys = sorted({key: None for _, _, sums in processes for key in sums}, key=lambda key: key[0])
+        keys = sorted({key: None for _, _, sums, _ in processes for key in sums}, key=lambda key: key[0])
+        for dataloader_idx in sorted(no_classes):
+            _warn([self._labels[dataloader_idx].drop_targets()])
         if not keys:
             _warn(self._alarms.of_nothing(stage))
         for dataloader_idx, layer in keys:
-            parts = [sums[dataloader_idx, layer] for _, _, sums in processes if (dataloader_idx, layer) in sums]
-            summary = LayerSummary(merge_sums(parts))
+            parts = [sums[dataloader_idx, layer] for _, _, sums, _ in processes if (dataloader_idx, layer) in sums]
+            merged, classes = merge_sums(parts), self._classes or ()
+            if dataloader_idx in no_classes:
+                merged, classes = merged.without_labels(), ()
+            summary = LayerSummary(merged)
             scope = self._scope(trainer, stage, dataloader_idx, layer, first=keys[0][1])
             self.summaries[scope] = summary
-            curves = epoch_curves(summary, scope, name_groups(self._classes or (), self.group_by))
+            curves = epoch_curves(summary, scope, name_groups(classes, self.group_by))
             pl_module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
             self.history.append(
                 {
@@ -362,7 +380,9 @@ class AttentionExplainabilityCallback(Callback):
             )
             if trainer.is_global_zero:
                 _warn(self._alarms.of_epoch(layer, summary))
-                self._draw(trainer, pl_module, summary, scope)
+                self._draw(trainer, pl_module, summary, scope, classes)
+        if no_classes >= self._labels.keys():
+            self._classes = ()
 
     def _scope(self, trainer: Trainer, stage: str, dataloader_idx: int, layer: str, first: str) -> str:
         """The stage, and what tells this apart: the first callback, dataloader and layer go without saying."""
@@ -373,7 +393,14 @@ class AttentionExplainabilityCallback(Callback):
         scope += f"/dataloader_{dataloader_idx}" if dataloader_idx else ""
         return scope + (f"/{layer}" if layer != first else "")
 
-    def _draw(self, trainer: Trainer, pl_module: LightningModule, summary: LayerSummary, scope: str) -> None:
+    def _draw(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        summary: LayerSummary,
+        scope: str,
+        classes: tuple[str, ...],
+    ) -> None:
         if not trainer.loggers or not self.schedule.draws(trainer):
             return
         from lightning_xattn.visualizations import render  # matplotlib, only where figures are wanted
@@ -383,7 +410,7 @@ class AttentionExplainabilityCallback(Callback):
         figures = epoch_figures(
             summary,
             scope,
-            self._classes or (),
+            classes,
             group_by=self.group_by,
             axes=axes,
             context=f"{scope}, epoch {trainer.current_epoch}",

@@ -95,7 +95,7 @@ def epoch_figures(
             query_axis=_fitting(axes.get(direction.query), maps.shape[1]),
             key_axis=_fitting(axes.get(direction.key), maps.shape[2]),
             group_by=grouping,
-            context=context,
+            context=f"{context}; {maps.shape[1]} {direction.query} queries ask {maps.shape[2]} {direction.key} keys",
         )
         yield f"xattn_map/{scope}/{direction}", figure
     entropy = {

@@ -98,6 +98,13 @@ class GroupSums:
         )
         return GroupSums.merged([GroupSums(self.cells, self.sums, self.score_cells, self.score_counts), added])
 
+    def relabelled(self, class_id: int, outcome: int) -> GroupSums:
+        """The same with all samples in one class and of one outcome."""
+        whole = self.settled()
+        cells, score_cells = whole.cells.clone(), whole.score_cells.clone()
+        cells[:, 1], cells[:, 2], score_cells[:, 1] = class_id, outcome, outcome
+        return GroupSums(*_fold(cells, whole.sums), *_fold(score_cells, whole.score_counts))
+
     def count(self, column: int, class_id: int | None = None, outcome: int | None = None) -> int:
         """How many known groups have samples of a class and an outcome in which a number is defined."""
         groups, counts, _ = self._by_group(column, class_id, outcome)

@@ -5,9 +5,12 @@ import re
 import pytest
 import torch
 
+from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
 from lightning_xattn.labels.finder import LabelFinder
 from lightning_xattn.labels.places import Step
+from tests.toy import AUDIO, TEXT, ToyModule, quiet_trainer
+from tests.toy import CLASSES as CLASSES_OF_TOY
 
 BATCH, CLASSES = 5, 3
 SCORES = torch.tensor([[0.1, 2.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 5.0, 1.0], [1.0, 0.0, 0.0]])
@@ -283,3 +286,74 @@ def test_errors():
         find(batch={"t": IDS[:4]}, targets="t")
     with pytest.raises(ShapeError, match="Predictions have 3 classes and targets 2"):
         find({"logits": SCORES}, {"t": VOTES[:, :2]}, targets="t")
+
+
+def test_a_key_of_what_forward_returned():
+    labels = find(LOSS, {"y": IDS}, {"snli_logits": SCORES, "features": IMAGE}, predictions="snli_logits")
+    assert labels.predicted.tolist() == PREDICTED
+    assert torch.equal(labels.scores, SCORES)
+
+
+def test_callables_may_take_what_forward_returned():
+    def third(outputs, batch, forward):
+        return forward["x"]
+
+    for read in (third, lambda o, b, f: f["x"], lambda *args: args[2]["x"]):
+        assert find(LOSS, {"y": IDS}, {"x": SCORES}, predictions=read).predicted.tolist() == PREDICTED
+
+
+def test_one_positive_a_row_in_the_first_batch_is_no_proof_of_classes():
+    several = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    for kind in (torch.long, torch.float32):
+        finder = LabelFinder()
+        one_hot = torch.nn.functional.one_hot(IDS).to(kind)
+        assert finder.find(step({"logits": SCORES}, {"labels": one_hot})).target.tolist() == IDS.tolist()
+        assert not finder.has_several
+        labels = finder.find(step({"logits": SCORES}, {"labels": several.to(kind)}))
+        assert labels.target.tolist() == [0, -1, -1, 1, 2]
+        assert not labels.tied.any()
+        assert finder.has_several
+        assert "none or several since: these are several labels" in finder.drop_targets()
+        assert finder.find(step({"logits": SCORES}, {"labels": one_hot})).target is None
+    soft = LabelFinder()
+    soft.find(step({"logits": SCORES}, {"labels": VOTES}))
+    assert not soft.has_several
+
+
+def several_labels(grouped):
+    generator = torch.Generator().manual_seed(0)
+    for start in (0, 5, 10):
+        labels = torch.nn.functional.one_hot(torch.arange(5) % CLASSES_OF_TOY, CLASSES_OF_TOY)
+        if start:
+            labels[1] = 1
+        batch = {"audio": torch.randn(5, AUDIO, 3, generator=generator), "labels": labels}
+        batch |= {"text": torch.randn(5, TEXT, 2, generator=generator)}
+        yield batch | ({"patient_ids": torch.arange(start, start + 5) % 7} if grouped else {})
+
+
+class Several(ToyModule):
+    def forward(self, batch):
+        return super().forward(batch["audio"], batch["text"])
+
+    def validation_step(self, batch, batch_idx):
+        return {"logits": self(batch)}
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_an_evaluation_whose_labels_turn_out_to_be_several_has_no_classes(grouped):
+    watch = AttentionExplainabilityCallback()
+    loader = torch.utils.data.DataLoader(list(several_labels(grouped)), batch_size=None)
+    module, trainer = Several(), quiet_trainer(callbacks=[watch])
+    with pytest.warns(XAttnWarning, match=r"batch\['labels'\] has one positive a row in the first batch, but"):
+        trainer.validate(module, loader, verbose=False)
+    record = watch.history[0]
+    assert record["samples"] == 15
+    assert record["ties"] == 0
+    assert "alignment/all" in record
+    assert not [name for name in record if name.endswith(("class_0", "/correct", "/incorrect"))]
+    explainer = ExplainabilityCapture(module)
+    with pytest.warns(XAttnWarning, match="these are several labels at once"):
+        summary = explainer.explain_loader(loader, progress=False).headline
+    assert summary.samples == 15
+    assert summary.size(class_id=0) == 0
+    assert summary.mean("alignment") == pytest.approx(record["alignment/all"], abs=1e-6)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_xattn.attention import Direction
 from lightning_xattn.capture.layout import Tokens, arguments_of, axes_of, token_inputs
-from lightning_xattn.capture.locate import common_parent, describe_attention, layers_by_name, with_unique_names
+from lightning_xattn.capture.locate import common_parent, describe_idle, layers_by_name, with_unique_names
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.memory import are_same
 from lightning_xattn.capture.readers import Event, Want
@@ -109,7 +109,7 @@ class Survey:
     named: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     _owned: set[Event] = field(default_factory=set)
     _counts: Counter[str] = field(default_factory=Counter)
-    _budget: int = BUDGET
+    _budget: int = field(default_factory=lambda: BUDGET)
 
     def clear(self) -> None:
         """Forget it."""
@@ -187,7 +187,7 @@ class Survey:
         ran = "; ".join(f"'{self.name(found)}' {found.who}" for found in self.found)
         return (
             f"{what}. "
-            + (f"What ran: {ran}. " if ran else f"No attention was seen at all. {describe_attention(self.root)} ")
+            + (f"What ran: {ran}. " if ran else f"{describe_idle(self.root)} ")
             + f"{NAME_THEM} For modalities that share one sequence: attention=JointSequence('path.to.module', "
             "spans={'<a>': (start, stop), '<b>': (start, stop)})."
         )

@@ -68,6 +68,14 @@ def describe_attention(root: nn.Module) -> str:
     return text
 
 
+def describe_idle(root: nn.Module) -> str:
+    """What attention modules there are in a model of which none ran, as sentences."""
+    found = ", ".join(plain_path(root, path) for path in _multihead_paths(root))
+    if found:
+        return f"No attention ran. The model holds {found}, which did not run."
+    return f"No attention was seen at all. {describe_attention(root)}"
+
+
 def _named_layers(root: nn.Module, attention: AttentionSetting) -> list[Layer]:
     assert not isinstance(attention, JointSequence)
     sources = {

@@ -308,9 +308,10 @@ def _read_kernel(function: Any, args: Sequence[Any], kwargs: Call, watch: Watche
     readable = query.dim() in (3, 4) and has_address(query)
     shape = (*query.shape[:-1], key.shape[-2]) if not query.is_nested else ()
     problem = None if readable else "it has other axes"
-    event = Event("scaled_dot_product_attention", shape, query.device, problem=problem)
+    event = Event("scaled_dot_product_attention", shape, query.device, problem=problem, over_keys=readable)
     hidden = watch.begin(event)
     if hidden is not None:
+        hidden = hidden.expand(shape)
         mask, visible = call["attn_mask"], ~hidden & _causal(event, query.device) if call["is_causal"] else ~hidden
         if mask is not None:
             visible = mask & visible if mask.dtype == torch.bool else torch.where(visible, mask, -torch.inf)

@@ -53,6 +53,8 @@ class AttentionRecorder:
         The layers that are recorded; empty until a first step has shown them, where no name tells.
     output
         What the model's own ``forward`` returned first since the last ``clear``; None if it did not run.
+    is_waiting
+        Whether the layers were found in this step, and its weights were too large to be kept until then.
     batch
         What callables of a ``JointSequence`` get. None: what the model's own ``forward`` got.
 
@@ -88,7 +90,7 @@ class AttentionRecorder:
         self._padding: dict[str, Tensor | None] = {}
         # Of a step in which the layers were found, by layer and direction; and whether that step was left out.
         self._first: dict[tuple[str, Direction], RecordedWeights] = {}
-        self._is_waiting = False
+        self.is_waiting = False
         self._told: set[str] = set()
 
     def __enter__(self) -> AttentionRecorder:
@@ -117,7 +119,7 @@ class AttentionRecorder:
             self._watch.clear()
         self._padding.clear()
         self._first.clear()
-        self._is_waiting = False
+        self.is_waiting = False
         self.output = self.batch = self._inputs = None
 
     def _hook(self) -> None:
@@ -228,7 +230,7 @@ class AttentionRecorder:
             (layer, [self._recorded(layer, direction, batch) for direction, _ in layer.sources])
             for layer in self.layers
         ]
-        if self._survey is not None and (self._is_waiting or any(call is not None for _, of in calls for call in of)):
+        if self._survey is not None and (self.is_waiting or any(call is not None for _, of in calls for call in of)):
             self._settle(self._survey)
         pairs = []
         for layer, of_layer in calls:
@@ -240,7 +242,7 @@ class AttentionRecorder:
         for tap in self._taps.values():
             while tap.remarks:
                 self._tell(tap.remarks.pop(0))
-        if not pairs and not self._is_waiting and not any(tap.has_run for tap in self._taps.values()):
+        if not pairs and not self.is_waiting and not any(tap.has_run for tap in self._taps.values()):
             raise DiscoveryError(self._nothing_ran())
         return tuple(pairs)
 
@@ -272,7 +274,7 @@ class AttentionRecorder:
                 self._first[name, direction] = recorded
         if len(self._first) < len(kept):
             self._first.clear()
-            self._is_waiting = True
+            self.is_waiting = True
             self._tell(
                 "The weights of a first step were too large to keep until it was known which are meant: that step is "
                 "left out. Name the attention to have it, too."

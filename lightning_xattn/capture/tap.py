@@ -245,7 +245,7 @@ class Tap:
         source, found = self.source, self._found
         if source.call is not None and self._runs and not found and not self.has_run:
             raise DiscoveryError(
-                f"'{source}' does not exist: '{source.path}' computes {self._count} in a step. {NAME_IT}"
+                f"No '{source}': '{source.path}' computes {self._count} attention(s) in a step. {NAME_IT}"
             )
         turns = 1 if self._named else source.turns
         if len(found) > turns:
@@ -372,9 +372,7 @@ def candidates_of(run: Run, across: bool) -> list[Event]:
     """
     tokens = {event.shape: Tokens.of(run, event.shape) for event in run.events}
     found = [
-        event
-        for event in run.events
-        if tokens[event.shape].are_asked_by(event.shape) or (event.over_keys and event.problem is None)
+        event for event in run.events if tokens[event.shape].are_asked_by(event.shape) or event.over_keys
     ] or [  # with queries of the module's own
         event
         for event in run.events

@@ -48,7 +48,7 @@ class ExplainabilityCapture:
         Any module whose attention ``AttentionRecorder`` finds.
     num_heads
         How many heads the attention must have; None: as many as it has.
-    attention, class_names, group_by, predictions, targets, sample_ids, groups
+    attention, class_names, group_by, predictions, targets, sample_ids, groups, query_mask
         As ``AttentionExplainabilityCallback`` takes them; ``outputs`` are those of ``predict``, and ``group_by`` is
         for ``explain_loader``.
     axes
@@ -88,6 +88,7 @@ class ExplainabilityCapture:
         targets: LabelSetting = None,
         sample_ids: LabelSetting = None,
         groups: LabelSetting = None,
+        query_mask: LabelSetting = None,
         axes: Mapping[str, TokenAxis] | None = None,
         predict: Callable[[Any, Any], Any] | None = None,
         max_batch_size: int | None = None,
@@ -100,6 +101,7 @@ class ExplainabilityCapture:
         if group_by not in GROUPINGS:
             raise SettingError(f"group_by must be one of {', '.join(GROUPINGS)}; got {group_by!r}.")
         self._labels = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids, "groups": groups}
+        self._labels["query_mask"] = query_mask
         self._finder()  # checks them
         if predict is not None and not callable(predict):
             raise SettingError(f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r}.")
@@ -213,9 +215,10 @@ class ExplainabilityCapture:
         if table is not None and find_spec("pyarrow") is None:
             raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
         folder = None if table is None else self._open(Path(table), loader)
-        sums = DatasetSums(self.class_names, self.group_by, self.axes)
+        finder = self._finder()
+        sums = DatasetSums(self.class_names, self.group_by, self.axes, finder)
         with self._watching():
-            LoaderRun(partial(self._observe, finder=self._finder()), sums, folder, _warn).run(loader, progress)
+            LoaderRun(partial(self._observe, finder=finder), sums, folder, _warn).run(loader, progress)
         _warn(self._alarms.of_directions(self._recorder.layers))
         summaries = sums.summaries()
         for layer, summary in summaries.items():
@@ -266,7 +269,9 @@ class ExplainabilityCapture:
     def _observe(self, batch: Any, finder: LabelFinder) -> Iterator[Pass]:
         """Run the model over a batch, or over its parts."""
         if self.max_batch_size is None:
-            yield Pass.of(*self._run(batch), finder)
+            run = Pass.of(*self._run(batch), finder)
+            _warn(self._alarms.of_padding(run.pairs))
+            yield run
             return
         count = count_samples(batch)
         starts = range(0, count, self.max_batch_size)
@@ -287,13 +292,18 @@ class ExplainabilityCapture:
                     f"attention of one has {step.samples}: make smaller batches in the loader instead of "
                     "max_batch_size."
                 )
-            yield Pass.of(step, pairs, finder)
+            run = Pass.of(step, pairs, finder)
+            _warn(self._alarms.of_padding(run.pairs))
+            yield run
 
     def _run(self, batch: Any) -> tuple[Step, tuple[AttentionPair, ...]]:
         self._recorder.clear()
         moved = to_device(batch, self.model)
         outputs = self._predict(moved)
+        self._recorder.batch = moved
         pairs, forward_output = self._recorder.attention, self._recorder.output
+        if self._recorder.is_waiting:
+            return self._run(batch)
         self._recorder.clear()
         if not pairs:
             raise DiscoveryError(
@@ -302,7 +312,8 @@ class ExplainabilityCapture:
             )
         self._require_heads(pairs)
         weights = pairs[0].forward.weights
-        return Step(outputs, moved, forward_output, len(weights), weights.device), pairs
+        step = Step(outputs, moved, forward_output, len(weights), weights.device, tuple(weights.shape[2:]))
+        return step, pairs
 
     def _predict(self, batch: Any) -> Any:
         if self.predict is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -13,10 +14,11 @@ from tqdm import tqdm
 
 from lightning_xattn.aggregation import LayerAccumulator, LayerSummary
 from lightning_xattn.attention import TokenAxis
-from lightning_xattn.errors import DataError, XAttnError
+from lightning_xattn.errors import DataError, XAttnError, XAttnWarning
 from lightning_xattn.explainer.describe import fitting_axes
 from lightning_xattn.explainer.passes import Pass
 from lightning_xattn.grouping import missing_labels, name_classes
+from lightning_xattn.labels import LabelFinder
 from lightning_xattn.sums import add_batch
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ class DatasetSums:
         One of ``GROUPINGS``.
     axes
         What the tokens of each modality may be.
+    finder
+        Where the labels come from.
 
     Attributes
     ----------
@@ -46,8 +50,11 @@ class DatasetSums:
         Those that fit the first layer, once ``begin`` was called.
     """
 
-    def __init__(self, class_names: Sequence[str] | None, group_by: str, axes: Mapping[str, TokenAxis]) -> None:
+    def __init__(
+        self, class_names: Sequence[str] | None, group_by: str, axes: Mapping[str, TokenAxis], finder: LabelFinder
+    ) -> None:
         self._class_names = class_names
+        self._finder = finder
         self._all_axes = axes
         self._group_by = group_by
         self.classes: tuple[str, ...] = ()
@@ -74,7 +81,11 @@ class DatasetSums:
         """
         places = torch.arange(first_index, first_index + run.step.samples)
         about = {"sample_idx": places, "sample_id": run.sample_ids, "group": run.labels.group_ids}
-        columns = add_batch(self._accumulators, run.pairs, run.labels, self._group_by, len(self.classes))
+        columns = list(add_batch(self._accumulators, run.pairs, run.labels, self._group_by, len(self.classes)))
+        if self._finder.has_several:
+            warnings.warn(self._finder.drop_targets(), XAttnWarning, stacklevel=2)
+            self.load({layer: of_layer.without_labels() for layer, of_layer in self.sums().items()})
+            self.classes = ()
         return [of_layer | about for of_layer in columns]
 
     def sums(self) -> Sums:

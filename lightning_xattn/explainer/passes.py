@@ -52,7 +52,8 @@ class Pass:
         DiscoveryError, ShapeError
             As ``LabelFinder``.
         """
-        labels, ids = finder.find(step), finder.find_sample_ids(step)
+        labels, ids, mask = finder.find(step), finder.find_sample_ids(step), finder.find_query_mask(step)
+        pairs = tuple(pair.with_query_mask(mask) for pair in pairs)
         named = None if ids is None else [str(_plain(one)) for one in ids]
         run = cls(step, pairs, labels, named)
         run._require_finite()

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
@@ -31,6 +32,7 @@ from lightning_xattn.labels.tensors import (
     Classes,
     are_binary_labels,
     are_ids,
+    are_one_hot,
     are_probabilities,
     are_rows,
     are_single,
@@ -69,6 +71,8 @@ class Labels:
         The groups' ids as they were found, a tensor or a list.
     group_noun
         What groups are called.
+    scores
+        The predictions as they were read: ``(batch, classes)``, ``(batch,)`` or ``(batch, 1)``.
     """
 
     predicted: Tensor | None
@@ -80,10 +84,11 @@ class Labels:
     groups: Tensor | None = None
     group_ids: Tensor | list[Any] | None = None
     group_noun: str | None = None
+    scores: Tensor | None = None
 
     def __getitem__(self, samples: slice) -> Labels:
         """The labels of some of the samples."""
-        fields = ("predicted", "confidence", "target", "tied", "groups", "group_ids")
+        fields = ("predicted", "confidence", "target", "tied", "groups", "group_ids", "scores")
         known = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
         return replace(self, **{name: values[samples] for name, values in known.items()})
 
@@ -103,6 +108,8 @@ class LabelFinder:
     ----------
     predictions, targets, sample_ids, groups
         See ``LabelSetting``. Sample ids and groups may also be lists of numbers or strings.
+    query_mask
+        See ``LabelSetting``: which queries are real tokens, for models of one direction.
 
     Raises
     ------
@@ -116,13 +123,17 @@ class LabelFinder:
         targets: LabelSetting = None,
         sample_ids: LabelSetting = None,
         groups: LabelSetting = None,
+        query_mask: LabelSetting = None,
     ) -> None:
         self._settings = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids, "groups": groups}
+        self._settings["query_mask"] = query_mask
         for name, setting in self._settings.items():
             if not (setting is None or isinstance(setting, str) or callable(setting)):
                 raise SettingError(f"{name} must be None, a key or a callable; got {setting!r}.")
         self._places: dict[str, Place | None] | None = None
-        self._binary = self._probabilities = False
+        self._binary = self._probabilities = self._one_hot = False
+        # Whether rows of targets that were one-hot in the first batch have none or several positives; on their device.
+        self._several: Tensor | None = None
         self._doubts: dict[str, str] = {}
         self._seen: set[str] = set()
         self._told: set[str] = set()
@@ -130,7 +141,8 @@ class LabelFinder:
     @property
     def places(self) -> dict[str, str]:
         """Where predictions, targets and groups come from, in words; those that were not found are left out."""
-        return {what: place.name for what, place in (self._places or {}).items() if place and what != "sample_ids"}
+        shown = ("predictions", "targets", "groups", "query_mask")
+        return {what: place.name for what, place in (self._places or {}).items() if place and what in shown}
 
     @property
     def group_noun(self) -> str | None:
@@ -164,6 +176,10 @@ class LabelFinder:
             self.decide(step)
         scores, labels = (self._read(what, step, first) for what in ("predictions", "targets"))
         predicted, target = self._classes(scores, labels)
+        if self._one_hot and labels is not None and target.ids is not None and target.tied is not None:
+            several = labels.float().sum(1) != 1
+            target = target._replace(ids=torch.where(several, -1, target.ids), tied=target.tied & ~several)
+            self._several = several.any() if self._several is None else self._several | several.any()
         if predicted.n_classes and target.n_classes and predicted.n_classes != target.n_classes:
             raise ShapeError(
                 f"Predictions have {predicted.n_classes} classes and targets {target.n_classes}; expected the same. "
@@ -184,7 +200,49 @@ class LabelFinder:
             None if self.group_noun is None else group_keys([None] * step.samples if ids is None else ids, step.device),
             ids,
             self.group_noun,
+            scores,
         )
+
+    def find_query_mask(self, step: Step) -> Tensor | None:
+        """Which queries are real tokens, ``(batch, queries)`` bool; None if ``query_mask`` was not given.
+
+        Raises
+        ------
+        DiscoveryError, ShapeError
+            If it gives nothing, or no such mask.
+        """
+        place = told_place(self._settings["query_mask"])
+        if place is None:
+            return None
+        mask = place.read(step)
+        if mask is None:
+            raise DiscoveryError(f"No query mask: {place.name} gave nothing. {step}")
+        expected = step.samples, step.tokens[0]
+        if not isinstance(mask, Tensor) or tuple(mask.shape) != expected:
+            raise ShapeError(
+                f"Expected query_mask (batch, queries) {expected}, True or 1 for a real token; {place.name} gave "
+                f"{describe(mask)}. {step}"
+            )
+        return mask.bool().to(step.device, non_blocking=True)
+
+    @property
+    def has_several(self) -> bool:
+        """Whether targets that looked like classes turned out to be several labels at once. A GPU waits for it."""
+        return self._several is not None and bool(self._several)
+
+    def drop_targets(self) -> str:
+        """Stop using targets as classes that are none; says why."""
+        place = (self._places or {}).get("targets")
+        name = "targets" if place is None else place.name
+        reason = (
+            f"{name} has one positive a row in the first batch, but rows with none or several since: these are several "
+            "labels at once, which are no classes. No classes and outcomes are shown of such an evaluation. Name "
+            "classes, if there are any: targets=<key or callable>."
+        )
+        if self._places is not None:
+            self._places["targets"] = None
+        self._several, self._one_hot, self._doubts = None, False, self._doubts | {"targets": reason}
+        return reason
 
     def _classes(self, scores: Tensor | None, labels: Tensor | None) -> tuple[Classes, Classes]:
         if not self._binary:
@@ -235,6 +293,9 @@ class LabelFinder:
             places["targets"] = guess_targets(step, scores)
             if places["targets"] is None:
                 self._doubts |= misfits(step)
+        labels = None if places["targets"] is None else places["targets"].read(step)
+        if isinstance(labels, Tensor) and not self._binary:
+            self._one_hot = are_rows(labels, step.samples) and are_one_hot(labels)
         for what in ("sample_ids", "groups"):
             if self._settings[what] is None:
                 place = guess_ids(step, what)

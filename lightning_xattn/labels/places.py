@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_xattn.errors import DiscoveryError
 from lightning_xattn.labels.tensors import (
     are_binary_labels,
     are_ids,
@@ -19,8 +21,9 @@ from lightning_xattn.labels.tensors import (
     are_single_scores,
 )
 
-LabelSetting = str | Callable[[Any, Any], Any] | None
-"""None: look in the usual places; a key; or a callable ``(outputs, batch) -> tensor``."""
+LabelSetting = str | Callable[..., Any] | None
+"""None: look in the usual places; a key of the outputs, the batch or what ``forward`` returned; or a callable
+``(outputs, batch) -> tensor`` or ``(outputs, batch, forward) -> tensor``."""
 
 PREDICTION_KEYS = ("logits", "probabilities", "probs", "predictions", "preds", "y_hat", "y_pred")
 TARGET_KEYS = ("targets", "target", "labels", "label", "y")
@@ -43,6 +46,8 @@ class Step:
         Number of samples, from the attention.
     device
         Where the attention is; labels are moved there.
+    tokens
+        Number of queries and of keys of the attention.
     """
 
     outputs: Any
@@ -50,6 +55,7 @@ class Step:
     forward: Any
     samples: int
     device: torch.device | str = "cpu"
+    tokens: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return (
@@ -72,13 +78,26 @@ def told_place(setting: LabelSetting) -> Place | None:
     if setting is None:
         return None
     if callable(setting):
+        if _takes_forward(setting):
+            return Place(say_setting(setting), lambda step: setting(step.outputs, step.batch, step.forward))
         return Place(say_setting(setting), lambda step: setting(step.outputs, step.batch))
 
     def by_key(step: Step) -> Any:
-        holders = [place for place in (step.outputs, step.batch) if isinstance(place, Mapping) and setting in place]
-        return holders[0][setting] if holders else None
+        holders = (step.outputs, step.batch, step.forward)
+        return next((held[setting] for held in holders if isinstance(held, Mapping) and setting in held), None)
 
     return Place(say_setting(setting), by_key, setting)
+
+
+def _takes_forward(function: Callable[..., Any]) -> bool:
+    """Whether a function asks for a third argument, or takes any number."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # as of some built-in ones
+        return False
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [one for one in parameters if one.kind in by_position and one.default is inspect.Parameter.empty]
+    return len(needed) == 3 or any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters)
 
 
 def say_setting(setting: LabelSetting) -> str:
@@ -156,12 +175,24 @@ def guess_ids(step: Step, what: str) -> Place | None:
 
 
 def misfits(step: Step) -> dict[str, str]:
-    """What may have been meant as targets and has another length than there are samples."""
+    """What may have been meant as targets and has another length than there are samples.
+
+    Raises
+    ------
+    DiscoveryError
+        If there are as many as tokens: then the attention goes from sample to sample.
+    """
     keyed = list(_keyed(step, ("outputs", "batch"), TARGET_KEYS))
     items = [place for place in _items(step, "batch") if _are_whole_numbers(place.read(step))]
     for place in keyed + items:
         value = place.read(step)
         if isinstance(value, Tensor) and value.dim() and len(value) != step.samples:
+            if len(value) in step.tokens:
+                raise DiscoveryError(
+                    f"The attention has {step.samples} samples of {' and '.join(map(str, step.tokens))} tokens, but "
+                    f"{place.name} has {len(value)} targets: it seems to go from sample to sample, as that of an "
+                    "nn.MultiheadAttention that gets (batch, tokens, width) without batch_first=True."
+                )
             return {"targets": f"{place.name} is {describe(value)}: no targets for {step.samples} samples."}
     return {}
 

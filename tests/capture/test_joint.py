@@ -9,7 +9,7 @@ from lightning_xattn import AttentionExplainabilityCallback, JointSequence
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.capture.joint import cut_direction
 from lightning_xattn.capture.masks import RecordedWeights
-from lightning_xattn.errors import ShapeError
+from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError
 from lightning_xattn.functional import crossing, prepare_rows, sample_statistics
 from tests import reference
 from tests.capture.models import BATCH, record, tokens
@@ -124,3 +124,69 @@ def test_what_crosses_is_a_curve():
         assert 0 < logged[f"xattn_focus/val/{name}/crossing"] < 1
     assert -1 <= logged["xattn_alignment/val/all"] <= 1
     assert "xattn_focus/val/audio_to_text/crossing" not in validate(ToyModule(), AttentionExplainabilityCallback())
+
+
+IMAGE = 4
+FROM_THE_END = {"text": (0, -IMAGE), "image": (-IMAGE, None)}
+OF_THE_BATCH = {"text": lambda batch: (0, len(batch[0]) - IMAGE), "image": (-IMAGE, None)}
+
+
+@pytest.mark.parametrize("spans", [FROM_THE_END, OF_THE_BATCH], ids=["from the end", "of the batch"])
+def test_a_text_as_long_as_the_longest_of_each_batch(spans):
+    model = nn.ModuleDict({"attend": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)})
+    model.forward = lambda x: model["attend"](x, x, x)
+    recorder = AttentionRecorder(model, JointSequence("attend", spans))
+    for length in (9, 7, 9):
+        x = torch.randn(BATCH, length, WIDTH, generator=torch.Generator().manual_seed(length))
+        with torch.no_grad(), recorder:
+            model(x)
+            (pair,) = recorder.attention
+            whole = model["attend"](x, x, x, average_attn_weights=False)[1]
+        block = whole[:, :, : length - IMAGE, length - IMAGE :]
+        torch.testing.assert_close(pair.forward.crossing, block.sum(-1))
+        torch.testing.assert_close(pair.forward.weights, block / block.sum(-1, keepdim=True))
+
+
+def test_a_sequence_that_changes_its_length_under_fixed_spans_is_an_error_with_its_remedy():
+    model = nn.ModuleDict({"attend": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)})
+    with AttentionRecorder(model, JointSequence("attend", {"text": (0, 5), "image": (5, 9)})) as recorder:
+        for length in (9, 12):
+            recorder.clear()
+            x = torch.randn(BATCH, length, WIDTH)
+            model["attend"](x, x, x)
+            if length == 9:
+                assert len(recorder.attention) == 1
+        with pytest.raises(
+            ShapeError, match=r"has 12 tokens, and had 9 before, but the spans .* \(-144, None\), or a call"
+        ):
+            _ = recorder.attention
+
+
+def test_spans_of_the_batch_in_a_trainer():
+    module = JointModule()
+    fixed, of_the_batch = (
+        AttentionExplainabilityCallback(JointSequence("joint.attend", spans))
+        for spans in (SPANS, {"audio": lambda batch: (0, batch[0].shape[1]), "text": lambda batch: (AUDIO, None)})
+    )
+    assert validate(module, fixed) == validate(module, of_the_batch)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_spans_from_the_end_of_a_sequence_that_torch_has_packed_are_refused():
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True)
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 1)}).eval()
+    hidden = torch.arange(9) >= torch.tensor([[8], [6]])
+    with torch.no_grad(), AttentionRecorder(model, JointSequence("encoder", FROM_THE_END)) as recorder:
+        model["encoder"](torch.randn(BATCH, 9, WIDTH), src_key_padding_mask=hidden)
+        with pytest.raises(DiscoveryError, match="has packed the sequence .* enable_nested_tensor=False"):
+            _ = recorder.attention
+
+
+def test_a_span_of_a_callable_is_checked():
+    model = nn.ModuleDict({"attend": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)})
+    x = torch.randn(BATCH, 9, WIDTH)
+    for span, message in ((lambda batch: 5, "span of 'text' must be"), (lambda batch: (0, 7), "not overlap")):
+        with AttentionRecorder(model, JointSequence("attend", {"text": span, "image": (-4, None)})) as recorder:
+            model["attend"](x, x, x)
+            with pytest.raises((SettingError, ShapeError), match=message):
+                _ = recorder.attention

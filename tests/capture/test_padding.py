@@ -1,0 +1,258 @@
+"""Which tokens are padding: as queries of a direction without an opposite, and as zeros of weights that are returned."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.capture import AttentionRecorder
+from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.functional import prepare_rows, sample_statistics
+from tests.capture.models import BATCH, Fusing, Runs, heads, mha, record_fusion, softmax, tokens
+from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, quiet_trainer
+
+REAL = torch.arange(TEXT) < torch.tensor([[TEXT], [4]])
+IMAGES = tokens()[0]
+CAUSAL = torch.ones(TEXT, TEXT, dtype=torch.bool).tril()
+
+
+def layer(attend, masks):
+    """Text attends within itself under its mask, then asks an image."""
+
+    def run(module, text, image):
+        text = text + module.own(text)
+        return module.cross(text, image)
+
+    def cross(module, text, image):
+        return F.scaled_dot_product_attention(heads(text), heads(image), heads(image))
+
+    return Runs(run, own=Runs(lambda m, x: attend(x, masks)), cross=Runs(cross))
+
+
+def by_kernel(x, mask):
+    attended = F.scaled_dot_product_attention(heads(x), heads(x), heads(x), mask)
+    return attended.transpose(1, 2).flatten(2)
+
+
+def by_softmax(x, mask):
+    scores = (heads(x) @ heads(x).mT).masked_fill(~mask, torch.finfo(x.dtype).min)
+    return (scores.softmax(-1) @ heads(x)).transpose(1, 2).flatten(2)
+
+
+MASKS = {
+    "padding": REAL[:, None, None],
+    "causal and padding": REAL[:, None, None] & CAUSAL,
+    "causal": CAUSAL[None, None].expand(BATCH, -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("attend", [by_kernel, by_softmax])
+@pytest.mark.filterwarnings("ignore:Found in the first pass")
+def test_padded_queries_are_told_by_self_attention_of_the_same_tokens(attend, mask):
+    text = tokens()[1]
+    for attention in ({"text_to_image": "fusion.cross"}, None):
+        recorder = AttentionRecorder(Fusing(layer(attend, mask)), attention)
+        for _ in range(2):
+            with recorder:
+                recorder._model(text, IMAGES)
+                (pair,) = recorder.attention
+            real = REAL if mask is not MASKS["causal"] else torch.ones_like(REAL)
+            assert torch.equal(pair.forward.query_mask, real)
+
+
+def test_padded_queries_change_the_numbers():
+    text = tokens()[1]
+    with AttentionRecorder(Fusing(layer(by_kernel, MASKS["padding"])), {"text_to_image": "fusion.cross"}) as recorder:
+        recorder._model(text, IMAGES)
+        (pair,) = recorder.attention
+    weights = pair.forward.weights.double()
+    entropy = -(weights * weights.log()).sum(-1) / torch.tensor(float(AUDIO)).double().log()
+    expected = entropy[1, :, :4].mean()
+    found = sample_statistics(prepare_rows(pair.forward))["text_to_image/entropy"][1]
+    assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_decoders_own_mask_of_its_queries():
+    audio, text = tokens()
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(WIDTH, HEADS, 8, batch_first=True), 2).eval()
+    model = nn.ModuleDict({"decoder": decoder})
+    with torch.no_grad(), AttentionRecorder(model, {"text_to_audio": "decoder"}) as recorder:
+        for _ in range(2):
+            recorder.clear()
+            decoder(text, audio, tgt_key_padding_mask=~REAL)
+            assert [torch.equal(pair.forward.query_mask, REAL) for pair in recorder.attention] == [True, True]
+
+
+@pytest.mark.parametrize("mask", [REAL.long(), ~REAL], ids=["attention_mask", "query_padding_mask"])
+def test_an_argument_of_the_module_that_can_only_be_the_mask_of_the_queries(mask):
+    class Cross(nn.Module):
+        def forward(self, text, image, attention_mask=None, query_padding_mask=None):
+            return F.scaled_dot_product_attention(heads(text), heads(image), heads(image))
+
+    name = "attention_mask" if mask.dtype == torch.long else "query_padding_mask"
+    model = nn.ModuleDict({"cross": Cross()})
+    with AttentionRecorder(model, {"text_to_image": "cross"}) as recorder:
+        model["cross"](tokens()[1], IMAGES, **{name: mask})
+    assert torch.equal(recorder.attention[0].forward.query_mask, REAL)
+
+
+class Captions(ToyModule):
+    """Text asks audio; batches are padded to their longest text, which only the batch says."""
+
+    def __init__(self):
+        super().__init__()
+        del self.audio_to_text_attn
+
+    def forward(self, batch):
+        audio, text = self.audio(batch["audio"]), self.text(batch["text"])
+        fused, _ = self.text_to_audio_attn(text, audio, audio)
+        return self.head(torch.cat([fused.mean(1), audio.mean(1)], dim=1))
+
+    def validation_step(self, batch, batch_idx):
+        return {"logits": self(batch), "targets": batch["y"]}
+
+
+def caption_batches(lengths):
+    generator = torch.Generator().manual_seed(7)
+    for length in lengths:
+        real = torch.arange(length) < torch.tensor([[length], [2], [1]])
+        yield {
+            "audio": torch.randn(3, AUDIO, 3, generator=generator),
+            "text": torch.randn(3, length, 2, generator=generator),
+            "y": torch.tensor([0, 1, 2]),
+            "real": real.long(),
+        }
+
+
+def caption_entropy(**settings):
+    torch.manual_seed(0)
+    watch = AttentionExplainabilityCallback({"text_to_audio": "text_to_audio_attn"}, **settings)
+    loader = torch.utils.data.DataLoader(list(caption_batches((TEXT, 4))), batch_size=None)
+    quiet_trainer(callbacks=[watch]).validate(Captions(), loader, verbose=False)
+    return watch.history[0]["entropy/text_to_audio/all"]
+
+
+@pytest.mark.filterwarnings("ignore:Found 'text_to_audio_attn.*without", "ignore:.*number of tokens changes")
+def test_a_setting_says_which_queries_are_padding():
+    with pytest.warns(XAttnWarning, match=r"number of text queries changes.*\(7, 4\).*all are counted.*query_mask="):
+        counted = caption_entropy()
+    real = caption_entropy(query_mask="real")
+    assert real == caption_entropy(query_mask=lambda outputs, batch: batch["real"].bool())
+    assert real != counted
+    with pytest.raises(ShapeError, match=r"Expected query_mask \(batch, queries\) \(3, 7\).*'audio'"):
+        caption_entropy(query_mask="audio")
+    with pytest.raises(DiscoveryError, match="No query mask: the key 'nothing' gave nothing"):
+        caption_entropy(query_mask="nothing")
+
+
+def entropies(pair):
+    return sample_statistics(prepare_rows(pair.forward))["a_to_b/entropy"]
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["the softmax is seen", "it is not"])
+def test_zeros_of_a_causal_mask_in_returned_weights_are_hidden(seen):
+    """A sequence asks another one as long as it is, and sees no later token."""
+    x, y = tokens()[1], tokens()[1].flip(1)
+
+    def attend(module, x, y):
+        scores = (heads(x) @ heads(y).mT).masked_fill(~CAUSAL, -torch.inf)
+        weights = scores.softmax(-1) if seen else scores.exp() / scores.exp().sum(-1, keepdim=True)
+        return x, weights.mean(1)
+
+    with AttentionRecorder(Fusing(Runs(attend)), {"a_to_b": "fusion[1]"}) as recorder:
+        recorder._model(x, y)
+        with pytest.warns(XAttnWarning) as told:
+            (pair,) = recorder.attention
+    assert not any("larger entropy" in str(warning.message) for warning in told)
+    visible = pair.forward.visible.expand(pair.forward.weights.shape)
+    assert torch.equal(visible, CAUSAL.expand(visible.shape))
+    weights = pair.forward.weights[:, 0, 1:].double()
+    keys = torch.arange(2, TEXT + 1).double()
+    expected = -(weights * weights.clamp_min(1e-300).log()).sum(-1) / keys.log()
+    torch.testing.assert_close(entropies(pair).double(), expected.mean(-1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*no axis for heads")
+def test_zeros_that_may_be_weights_are_left_to_be_weights_and_said():
+    def closed(module, x, y):
+        powers = torch.relu(x @ y.mT) + 1e-30
+        powers = torch.where(powers < 0.5, 0.0, powers) + torch.eye(TEXT)[:AUDIO]
+        return x, powers / powers.sum(-1, keepdim=True)
+
+    with AttentionRecorder(Fusing(Runs(closed)), {"a_to_b": "fusion[1]"}) as recorder:
+        recorder._model(*tokens())
+        with pytest.warns(XAttnWarning, match="weights of exactly 0 that differ from sample to sample"):
+            (pair,) = recorder.attention
+    assert (pair.forward.weights == 0).any()
+    assert pair.forward.visible is None or pair.forward.visible.any(-2).all()
+
+
+def test_rows_that_are_set_to_zero_after_the_softmax_are_left_out():
+    """As in Flamingo: text before any image looks at none."""
+    before = torch.zeros(BATCH, 1, AUDIO, 1, dtype=torch.bool)
+    before[0, :, :2] = before[1, :, :3] = True
+
+    def attend(module, x, y):
+        scores = (heads(x) @ heads(y).mT).masked_fill(before, -torch.finfo(x.dtype).max)
+        scores = scores - scores.amax(-1, keepdim=True)
+        weights = scores.softmax(-1).masked_fill(before, 0.0)
+        return torch.einsum("bhij,bhjd->bhid", weights, heads(y))
+
+    with AttentionRecorder(Fusing(Runs(attend)).eval(), {"a_to_b": "fusion"}) as recorder:
+        for _ in range(2):
+            recorder._model(*tokens())
+            if recorder._told:
+                (pair,) = recorder.attention
+            else:
+                with pytest.warns(XAttnWarning, match="sets whole rows of its weights to 0 after the softmax"):
+                    (pair,) = recorder.attention
+            recorder.clear()
+            rows = prepare_rows(pair.forward)
+            assert torch.equal(rows.valid, ~before[..., 0].expand(-1, HEADS, -1))
+            assert not rows.broken.any()
+
+
+def test_weights_that_are_changed_before_they_are_used_are_said():
+    def attend(module, x, y):
+        return (softmax(x, y) ** 2) @ heads(y)
+
+    with AttentionRecorder(Fusing(Runs(attend)).eval(), {"a_to_b": "fusion"}) as recorder:
+        recorder._model(*tokens())
+        with pytest.warns(XAttnWarning, match="changes its weights between the softmax and their use"):
+            (pair,) = recorder.attention
+    assert torch.equal(pair.forward.weights, softmax(*tokens()))
+
+
+@pytest.mark.parametrize("drop", [nn.Dropout(0.5), nn.Identity()])
+def test_dropout_and_scaling_of_rows_change_no_attention(drop):
+    def attend(module, x, y):
+        return module.drop(0.5 * softmax(x, y)) @ heads(y)
+
+    fusion = Runs(attend, drop=drop)
+    for training in (True, False):
+        (pair,) = record_fusion(fusion.train(training), {"a_to_b": "fusion"})
+        assert torch.equal(pair.forward.weights, softmax(*tokens()))
+        assert pair.forward.visible is None or pair.forward.visible.all()
+
+
+def test_attention_that_goes_from_sample_to_sample_is_refused():
+    """As of an nn.MultiheadAttention that was made without batch_first."""
+
+    class TimeFirst(ToyModule):
+        def __init__(self):
+            super().__init__()
+            self.text_to_audio_attn = self.audio_to_text_attn = None
+            self.cross = mha()
+            self.cross.batch_first = False
+
+        def forward(self, audio, text):
+            audio, text = self.audio(audio), self.text(text)[:, :AUDIO]
+            return self.head(torch.cat([self.cross(audio, text, text)[0].mean(1), text.mean(1)], dim=1))
+
+    batches = [(torch.randn(3, AUDIO, 3), torch.randn(3, TEXT, 2), torch.tensor([0, 1, 2]))]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    watch = AttentionExplainabilityCallback({"audio_to_text": "cross"})
+    with pytest.raises(DiscoveryError, match=r"5 samples of 3 and 3 tokens, but batch\[2\] has 3 .*batch_first=True"):
+        quiet_trainer(callbacks=[watch]).validate(TimeFirst(), loader, verbose=False)
