@@ -355,5 +355,5 @@ def test_an_evaluation_whose_labels_turn_out_to_be_several_has_no_classes(groupe
     with pytest.warns(XAttnWarning, match="these are several labels at once"):
         summary = explainer.explain_loader(loader, progress=False).headline
     assert summary.samples == 15
-    assert summary.size(class_id=0) == 0
+    assert summary.n_classes == 0
     assert summary.mean("alignment") == pytest.approx(record["alignment/all"], abs=1e-6)

@@ -151,21 +151,18 @@ class Survey:
         """An attention, and why it is in doubt."""
         if event.problem is not None:
             return None, f"The attention of '{run.path}', {event.shape}, cannot be read: {event.problem}"
-        axes = axes_of(event.shape, run, event.by != "softmax") if event.tokens is None else None
-        if isinstance(axes, str):
+        laid_out = lay_out(event, run)
+        if isinstance(laid_out, str):
             return None, (
-                f"The attention of '{run.path}', {event.shape}, is in doubt: {axes}. Expected (batch, heads, queries, "
-                "keys)"
+                f"The attention of '{run.path}', {event.shape}, is in doubt: {laid_out}. Expected (batch, heads, "
+                "queries, keys)"
             )
         if event.want is Want.WEIGHTS and alone:
             try:
-                recorded = Tap(None, Source(run.path)).find(run, output, watch)
+                laid_out = Tap(None, Source(run.path)).find(run, output, watch)
             except (DiscoveryError, ShapeError) as error:
                 return None, str(error).removesuffix(f". {NAME_IT}")
-            return recorded, None
-        if event.recorded is None:
-            return None, None
-        return event.recorded if axes is None else axes.apply(event.recorded), None
+        return laid_out, None
 
     def source(self, found: Found) -> Source:
         """What to name to get this attention."""
@@ -191,6 +188,16 @@ class Survey:
             + f"{NAME_THEM} For modalities that share one sequence: attention=JointSequence('path.to.module', "
             "spans={'<a>': (start, stop), '<b>': (start, stop)})."
         )
+
+
+def lay_out(event: Event, run: Run) -> RecordedWeights | str | None:
+    """What was recorded of an attention, with four axes; why they are in doubt; None if nothing was recorded."""
+    if event.tokens is not None:
+        return event.recorded
+    axes = axes_of(event.shape, run, event.by != "softmax")
+    if isinstance(axes, str):
+        return axes
+    return None if event.recorded is None else axes.apply(event.recorded)
 
 
 def choose_layers(survey: Survey) -> tuple[tuple[Layer, ...], list[Found]]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction
-from lightning_xattn.capture.choose import Survey, choose_layers, padding_sources, recorded_of, turned_round
+from lightning_xattn.capture.choose import Survey, choose_layers, lay_out, padding_sources, recorded_of, turned_round
 from lightning_xattn.capture.locate import describe_attention, locate_attention
-from lightning_xattn.capture.masks import RecordedWeights, apart_from_padding
+from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import Event, Want
 from lightning_xattn.capture.sources import AttentionSetting, Layer, Source
 from lightning_xattn.capture.tap import Tap
@@ -137,7 +137,7 @@ class AttentionRecorder:
                 # A module that is a softmax and no more gets scores; what holds it got the tokens.
                 holders = {path.rpartition(".")[0] for path in seen.values()}
                 around = {self._model.get_submodule(path): path for path in holders} | seen
-                self._watch = Watch(around, seen, lambda run, event: Want.WEIGHTS, self._leave)
+                self._watch = Watch(around, seen, self._want, self._leave)
             self._watch.attach(self._model, hooks)
             hooks.callback(self._model.register_forward_hook(self._keep_output, with_kwargs=True).remove)
             self._hooks = hooks.pop_all()
@@ -175,19 +175,17 @@ class AttentionRecorder:
             ) from None
 
     def _want(self, run: Run, event: Event) -> Want:
-        """In a first step."""
         if any(outer.module in self._of_module for outer in run.outwards()):
             return Want.WEIGHTS
-        assert self._survey is not None
-        return self._survey.want(run, event) if not self.layers else Want.MASKS
+        return Want.MASKS if self.layers or self._survey is None else self._survey.want(run, event)
 
     def _leave(self, run: Run, output: Any) -> None:
         assert self._watch is not None
         for tap in self._of_module.get(run.module, ()):
             tap.take(run, output, self._watch)
         if run.path in self._padding_paths():
-            masks = [event.recorded for event in run.events if event.recorded is not None]
-            self._padding[run.path] = apart_from_padding(masks[-1]).padding_of_its_own if masks else None
+            within = lay_out(run.events[-1], run) if run.events else None
+            self._padding[run.path] = within.padding_of_its_own if isinstance(within, RecordedWeights) else None
         if self._survey is not None:
             self._survey.note(run, output, self._watch)
 

@@ -1,4 +1,4 @@
-"""Which tokens are padding: as queries of a direction without an opposite, and as zeros of weights that are returned."""
+"""Which tokens are padding: queries of a direction without an opposite, and zeros of weights that are returned."""
 
 import pytest
 import torch

@@ -122,3 +122,57 @@ def test_equal_lengths_do_not_tell_a_direction(lxmert):
         lxmert(**inputs)
         with pytest.raises(DiscoveryError, match=r"Whether 'encoder\.x_layers\.0\.visual_attention.*#1' goes"):
             _ = recorder.attention
+
+
+def trocr():
+    from transformers.models.trocr.modeling_trocr import TrOCRForCausalLM
+
+    sizes = {"d_model": 12, "decoder_ffn_dim": 8, "cross_attention_hidden_size": 12, "max_position_embeddings": 16}
+    layers = {"decoder_layers": LAYERS, "decoder_attention_heads": HEADS}
+    return TrOCRForCausalLM(transformers.TrOCRConfig(**sizes, **layers, vocab_size=31, pad_token_id=1))
+
+
+def speecht5():
+    from transformers.models.speecht5 import modeling_speecht5
+
+    sizes = {"hidden_size": 12, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": 31}
+    layers = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 2), ("layerdrop", 0))}
+    heads = {f"{part}_attention_heads": HEADS for part in ("encoder", "decoder")}
+    config = transformers.SpeechT5Config(**sizes, **layers, **heads)
+    parts = (getattr(modeling_speecht5, f"SpeechT5{part}WithTextPrenet")(config) for part in ("Encoder", "Decoder"))
+    return transformers.SpeechT5Model(config, *parts)
+
+
+def call(model, **inputs):
+    """The model's outputs, of inputs that go with the names of its arguments."""
+    shared = {"use_cache": False, "output_attentions": True}
+    if "encoder_hidden_states" in inputs:
+        return model(**inputs, **shared)
+    names = {"input_ids": "decoder_input_values", "attention_mask": "decoder_attention_mask"}
+    return model(**{names.get(name, name): value for name, value in inputs.items()}, **shared)
+
+
+@pytest.mark.filterwarnings("ignore:Found in the first pass")
+@pytest.mark.parametrize("make", [trocr, speecht5])
+def test_heads_among_the_samples_and_padded_queries_as_in_fairseq(make):
+    torch.manual_seed(0)
+    model, generator = make().eval(), torch.Generator().manual_seed(1)
+    inputs = {"input_ids": torch.randint(2, 31, (BATCH, LANGUAGE), generator=generator)}
+    inputs["attention_mask"] = torch.arange(LANGUAGE) < torch.tensor([[LANGUAGE], [3]])
+    inputs["attention_mask"] = inputs["attention_mask"].long()
+    if make is trocr:
+        inputs["encoder_hidden_states"] = torch.randn(BATCH, VISION, 12, generator=generator)
+    else:
+        inputs["input_values"] = torch.randint(2, 31, (BATCH, VISION), generator=generator)
+    recorder = AttentionRecorder(model)
+    for _ in range(2):
+        with torch.no_grad():
+            expected = call(model, **inputs)
+            with recorder:
+                outputs = call(model, **inputs)
+                pairs = recorder.attention
+        assert torch.equal(outputs[0], expected[0])
+        assert len(pairs) == LAYERS
+        for pair, truth in zip(pairs, expected.cross_attentions, strict=True):
+            assert torch.equal(pair.forward.weights, truth)
+            assert torch.equal(pair.forward.query_mask, inputs["attention_mask"].bool())
