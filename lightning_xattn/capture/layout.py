@@ -172,16 +172,16 @@ def axes_of(shape: Sequence[int], run: Run, surely_keys: bool, one_head: bool = 
         return _doubt(shape, tokens, surely_keys, one_head) or Axes()
     rows = shape[0]
     known = [count for count in (tokens.batch, tokens.sequence_first) if count is not None]
-    if not known or rows in known:
-        return Axes()
     own = head_count(run)
     inside = [outer.heads_inside[rows] for outer in run.outwards() if rows in outer.heads_inside]
     first = [outer.heads_first[rows] for outer in run.outwards() if rows in outer.heads_first]
     folded = [*inside, *first] if tokens.are_asked_by(shape) else []
     fitting = {rows // count for count in known if rows % count == 0} & ({own} if own is not None else {*folded})
-    if len(fitting) == 1:
-        heads = fitting.pop()
+    if len(fitting - {1}) == 1:
+        heads = (fitting - {1}).pop()
         return Axes(heads, heads_first=heads in first and heads not in inside)
+    if not known or rows in known:
+        return Axes()
     said = "does not say how many heads it has" if own is None else f"says that it has {own} heads"
     return (
         f"its first axis seems to hold more than the {known[0]} samples: heads, windows or frames. It has {rows} rows, "

@@ -427,6 +427,7 @@ READERS: dict[Any, Reader] = {
 
 def reader_of(function: Any) -> Reader | None:
     """How the attention is read that a function computes; None if it computes none."""
-    if isinstance(function, torch._ops.HigherOrderOperator):
-        return _read_flex if function.name() == "flex_attention" else None
-    return READERS.get(function)
+    reader = READERS.get(function)
+    if reader is None and isinstance(function, torch._ops.HigherOrderOperator) and function.name() == "flex_attention":
+        return _read_flex
+    return reader

@@ -123,21 +123,19 @@ class AttentionRecorder:
         self.output = self.batch = self._inputs = None
 
     def _hook(self) -> None:
+        if self._survey is not None:  # later steps go through no more of the model than they record
+            require_one_replica(self._model)
         # Hooks set before a failure half way leave with this stack; only a complete set is kept.
-        require_one_replica(self._model)
         with ExitStack() as hooks:
             self._run_uncompiled(hooks)
             self._of_module = self._make_taps()
             if self._survey is not None:
                 everything = {module: path for path, module in self._model.named_modules()}
-                self._watch = Watch(everything, everything, self._want, self._leave)
+                self._watch = Watch(everything, self._want, self._leave)
             else:
                 seen = {self._module(path): path for path in self._padding_paths()}
                 seen |= {module: taps[0].source.path for module, taps in self._of_module.items()}
-                # A module that is a softmax and no more gets scores; what holds it got the tokens.
-                holders = {path.rpartition(".")[0] for path in seen.values()}
-                around = {self._model.get_submodule(path): path for path in holders} | seen
-                self._watch = Watch(around, seen, self._want, self._leave)
+                self._watch = Watch(seen, self._want, self._leave)
             self._watch.attach(self._model, hooks)
             hooks.callback(self._model.register_forward_hook(self._keep_output, with_kwargs=True).remove)
             self._hooks = hooks.pop_all()
@@ -152,7 +150,8 @@ class AttentionRecorder:
         for layer, direction, source in self._sources():
             key = layer.name, direction
             if key not in self._taps:
-                self._taps[key] = Tap(direction, source, together[source.path])
+                alone = layer.backward is None and source.joint is None
+                self._taps[key] = Tap(direction, source, together[source.path], alone)
             if source.read is None:
                 of_module[self._module(source.path)].append(self._taps[key])
         return of_module
@@ -193,7 +192,7 @@ class AttentionRecorder:
         # Without it nothing is compiled. Of functions it cannot be told whether they are, and it takes long to import.
         if "torch._dynamo" in sys.modules:
             hooks.enter_context(run_uncompiled())
-        compiled = compiled_modules(self._model)
+        compiled = compiled_modules(self._model) if self._survey is not None else []
         if compiled:
             self._tell(
                 f"{', '.join(compiled)} is compiled, where attention cannot be seen: it runs without compilation while "

@@ -39,10 +39,14 @@ class Tap:
         What is taken, and from where.
     siblings
         All directions that are taken from the module.
+    alone
+        Whether no opposite direction says which queries are padding.
     """
 
-    def __init__(self, direction: Direction | None, source: Source, siblings: Sequence[Direction] = ()) -> None:
-        self.direction, self.source = direction, source
+    def __init__(
+        self, direction: Direction | None, source: Source, siblings: Sequence[Direction] = (), alone: bool = False
+    ) -> None:
+        self.direction, self.source, self._alone = direction, source, alone
         self._siblings = {str(sibling) for sibling in siblings}
         self.has_run = False
         # The path of the self-attention whose masks say which queries are padding, or else an argument's, of this step.
@@ -92,7 +96,7 @@ class Tap:
         if found is not None:
             self.has_run = True
             self._found.append(found)
-            self.query_mask = _own_query_mask(run, found)
+            self.query_mask = _own_query_mask(run, found) if self._alone else None
 
     def find(self, run: Run, output: Any, watch: Watch) -> RecordedWeights | None:
         """The attention of a run; None if it has none.

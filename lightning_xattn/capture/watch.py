@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,9 +76,7 @@ class Watch(TorchFunctionMode):
     Parameters
     ----------
     modules
-        The modules whose runs are told of, with their paths.
-    sees
-        Those of them while which the mode is on: the operations of others are not looked at.
+        The modules while which the mode is on, with their paths: the operations of others are not looked at.
     want
         What is to be recorded of an attention that is about to be computed.
     leave
@@ -90,14 +88,12 @@ class Watch(TorchFunctionMode):
     def __init__(
         self,
         modules: Mapping[nn.Module, str],
-        sees: Collection[nn.Module],
         want: Callable[[Run, Event], Want],
         leave: Callable[[Run, Any], None],
         hide: Hide | None = None,
     ) -> None:
         super().__init__()
-        self._modules, self._sees = modules, frozenset(sees)
-        self._want, self._leave, self._hide = want, leave, hide
+        self._modules, self._want, self._leave, self._hide = modules, want, leave, hide
         self._runs: list[Run] = []
         self._turns: dict[nn.Module, int] = {}
         self._on = False
@@ -113,14 +109,12 @@ class Watch(TorchFunctionMode):
         """Watch the modules, which are ``root`` or in it, until ``hooks`` closes."""
         hooks.callback(self.clear)
         hooks.enter_context(fast_paths)
-        layers = [module for module in root.modules() if isinstance(module, nn.TransformerEncoderLayer)]
-        inside = {inner for layer in layers for inner in layer.modules()}
+        unhookable = {module for module, path in self._modules.items() if _is_in_encoder_layer(root, path)}
         for module in self._modules:
-            if module not in inside and not isinstance(module, torch.jit.ScriptModule):
+            if module not in unhookable and not isinstance(module, torch.jit.ScriptModule):
                 hooks.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
                 handle = module.register_forward_hook(self._end, with_kwargs=True, prepend=True, always_call=True)
                 hooks.callback(handle.remove)
-        unhookable = inside & self._modules.keys()
         if unhookable:
             # A hook on an encoder layer, or in it, would turn its fast path off; one on all modules does not.
             handles = (
@@ -156,7 +150,9 @@ class Watch(TorchFunctionMode):
         self._switch()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        if runs_for_backward() or not any(run.module is module for run in self._runs):
+        if runs_for_backward() or not self._runs:
+            return
+        if self._runs[-1].module is not module and not any(run.module is module for run in self._runs):
             return
         while (run := self._runs.pop()).module is not module:
             pass  # an interrupt passed its hook by
@@ -176,7 +172,7 @@ class Watch(TorchFunctionMode):
                 self._made.clear()
 
     def _switch(self) -> None:
-        on = any(run.module in self._sees for run in self._runs)
+        on = bool(self._runs)
         if on and not self._on:
             _push([self])
         elif self._on and not on:
@@ -209,7 +205,8 @@ class Watch(TorchFunctionMode):
             event.result, event.version = Address.of(given), version_of(given)
             self._made[id(given)] = weakref.ref(given), event
         if read is not None and event.want is not Want.NOTHING:
-            precise = torch.autocast(event.device.type, enabled=False)
+            rounds = torch.is_autocast_enabled(event.device.type)
+            precise = torch.autocast(event.device.type, enabled=False) if rounds else nullcontext()
             with torch.no_grad(), precise, torch._C.DisableTorchFunction():  # unseen by watches around this one
                 event.recorded = read(event.want is Want.WEIGHTS)
 
@@ -236,6 +233,16 @@ class Watch(TorchFunctionMode):
         """The attention whose weights a tensor was made of, by other operations than products."""
         reference, event = self._made.get(id(tensor), (None, None))
         return event if reference is not None and reference() is tensor else None
+
+
+def _is_in_encoder_layer(root: nn.Module, path: str) -> bool:
+    """Whether a module is, or is in, an ``nn.TransformerEncoderLayer``."""
+    parts, module = path.split(".") if path else [], root
+    for part in parts:
+        if isinstance(module, nn.TransformerEncoderLayer):
+            return True
+        module = getattr(module, part)
+    return isinstance(module, nn.TransformerEncoderLayer)
 
 
 def _note_fold(tensor: Tensor, run: Run) -> None:

@@ -1,5 +1,7 @@
 """The one mode: keys can be hidden before an attention is computed, and what it cannot read it says."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,9 +65,7 @@ def test_keys_are_hidden_before_an_attention_is_computed(run, masked):
         seen.append((path, event.shape))
         return HIDDEN
 
-    watch = Watch({model: ""}, [model], lambda run, event: Want.WEIGHTS, lambda run, output: None, hide)
-    from contextlib import ExitStack
-
+    watch = Watch({model: ""}, lambda run, event: Want.WEIGHTS, lambda run, output: None, hide)
     with ExitStack() as hooks:
         watch.attach(model, hooks)
         got = model(audio, text)
@@ -85,9 +85,7 @@ def test_keys_are_hidden_where_torch_would_take_a_fast_path():
     """Of an encoder layer's self-attention, which two keys do not reach any more."""
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True).eval()
     x, hidden = tokens()[1], HIDDEN.expand(BATCH, TEXT)
-    watch = Watch({layer: ""}, [layer], lambda run, event: Want.NOTHING, lambda run, output: None, lambda *_: HIDDEN)
-    from contextlib import ExitStack
-
+    watch = Watch({layer: ""}, lambda run, event: Want.NOTHING, lambda run, output: None, lambda *_: HIDDEN)
     with torch.no_grad(), ExitStack() as hooks:
         watch.attach(layer, hooks)
         got = layer(x)
