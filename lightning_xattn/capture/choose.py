@@ -32,36 +32,25 @@ BUDGET = 64 * 2**20
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """One attention that a first step has shown.
-
-    Attributes
-    ----------
-    path
-        The module that computed it: the innermost one that got tokens.
-    number
-        Which of those it is that are computed in the step while this module runs, from 1 on.
-    turn
-        How many times the module had run before.
-    event
-        The attention.
-    recorded
-        Its weights ``(batch, heads, queries, keys)`` and masks; None if they were not kept.
-    mixed
-        Whether the module got tokens of two kinds.
-    who
-        Shape, and which tokens ask which.
-    doubt
-        Why it is not clear whether this is the module's attention.
-    """
+    """One attention that a first step has shown."""
 
     path: str
+    """The module that computed it: the innermost one that got tokens."""
     number: int
+    """Which of those it is that are computed in the step while this module runs, from 1 on."""
     turn: int
+    """How many times the module had run before."""
     event: Event
     recorded: RecordedWeights | None
+    """Its weights ``(batch, heads, queries, keys)`` and masks; None if they were not kept."""
+    padding: Tensor | None
+    """``(batch, tokens)`` of self-attention whose masks tell it, True for a real token."""
     mixed: bool
+    """Whether the module got tokens of two kinds."""
     who: str
+    """Shape, and which tokens ask which."""
     doubt: str | None = None
+    """Why it is not clear whether this is the module's attention."""
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -141,7 +130,11 @@ class Survey:
             mixed = not event.within if event.tokens is not None else Tokens.of(run, event.shape).kinds > 1
             number = before + run.events.index(event) + 1
             who = describe_event(event, run)
-            self.found.append(Found(run.path, number, run.turn, event, recorded, mixed, who, doubt))
+            padding = None if recorded is None or mixed else recorded.padding_of_its_own
+            if event.want is Want.MASKS:  # a first step of a large model holds little
+                recorded = event.recorded = None
+            event.used, event.tokens = None, event.tokens if mixed else None
+            self.found.append(Found(run.path, number, run.turn, event, recorded, padding, mixed, who, doubt))
             if event.within or not mixed:
                 self.named[run.path.lower()].add(event.shape[-2])
 
@@ -368,17 +361,11 @@ def padding_sources(survey: Survey, layers: Iterable[Layer]) -> dict[str, str]:
             continue
         queries = shown[0].tokens[0]
         within = [
-            one
-            for one in survey.found
-            if one.tokens == (queries, queries)
-            and (one.event.within or not one.mixed)
-            and one.recorded is not None
-            and one.doubt is None
+            one for one in survey.found if one.tokens == (queries, queries) and not one.mixed and one.doubt is None
         ]
         near = [len(common_parent(one.path, shown[0].path)) for one in within]
         nearest = [one for one, distance in zip(within, near, strict=True) if distance == max(near)]
-        masks = [one.recorded.padding_of_its_own for one in nearest if one.recorded is not None]
-        if masks and all(_equal(mask, masks[0]) for mask in masks):
+        if nearest and all(_equal(one.padding, nearest[0].padding) for one in nearest):
             found[layer.forward[1].path] = nearest[-1].path
     return found
 

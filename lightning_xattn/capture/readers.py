@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -37,49 +38,32 @@ class Want(Enum):
 
 @dataclass(eq=False)
 class Event:
-    """One attention that is computed.
-
-    Attributes
-    ----------
-    by
-        The name of the function.
-    shape
-        ``(batch, heads, queries, keys)`` or ``(rows, queries, keys)``, as the function has it; of what cannot be read
-        any axes, the last two being those of queries and keys.
-    tokens
-        The tokens that ask and those that are asked, where the function gets tokens.
-    extra_keys
-        How many of the last keys are no tokens.
-    problem
-        Why it cannot be read; None: it can.
-    over_keys
-        Whether the keys are surely keys: not so of a softmax over other axes than the last of four.
-    want
-        What is to be recorded of it.
-    recorded
-        The weights and masks with the axes of ``shape``; None of what is not wanted, or cannot be read.
-    device
-        Where it is computed.
-    result, version
-        Where the function put the weights, and how often that had been changed in place; None if it put them nowhere.
-    used
-        What the module multiplied its values with, if that is not what the softmax gave.
-    """
+    """One attention that is computed."""
 
     by: str
+    """The name of the function."""
     shape: tuple[int, ...]
+    """``(batch, heads, queries, keys)`` or ``(rows, queries, keys)``, as the function has it; of what cannot be read
+    any axes, the last two being those of queries and keys."""
     device: torch.device
     tokens: tuple[Tensor, Tensor] | None = None
+    """The tokens that ask and those that are asked, if the function gets tokens; its axes and masks are then known."""
     extra_keys: int = 0
+    """How many of the last keys are no tokens."""
     problem: str | None = None
+    """Why it cannot be read; None: it can."""
     over_keys: bool = True
+    """Whether the keys are surely keys: not so of a softmax over other axes than the last of four."""
     want: Want = Want.NOTHING
     recorded: RecordedWeights | None = None
+    """The weights and masks with the axes of ``shape``; None of what is not wanted, or cannot be read."""
     result: Address | None = None
     version: int | None = None
+    """Where the function put the weights, and how often that was changed in place; None if it put them nowhere."""
     used: Tensor | None = None
+    """What the module multiplied its values with, if that is not what the softmax gave."""
 
-    @property
+    @cached_property
     def within(self) -> bool:
         """Whether the tokens that ask are surely those that are asked."""
         return self.tokens is not None and are_same(*self.tokens)

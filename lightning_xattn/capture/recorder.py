@@ -284,8 +284,7 @@ class AttentionRecorder:
         for path, supplier in padding_sources(survey, self.layers).items():
             for tap in self._taps.values():
                 tap.padding = supplier if tap.source.path == path else tap.padding
-            recorded = found[supplier].recorded
-            self._padding[supplier] = None if recorded is None else recorded.padding_of_its_own
+            self._padding[supplier] = found[supplier].padding
         turned = turned_round(survey, self.layers)
         if turned:
             paths = ", ".join(f"'{path}'" for path in turned.values())
