@@ -197,22 +197,27 @@ class AttentionPair:
         """The attention of some of the samples."""
         return AttentionPair(self.layer, *(attention[samples] for attention in self.directions))
 
-    def with_query_mask(self, mask: Tensor | None) -> AttentionPair:
-        """The same, with ``(batch, queries)`` real queries of a direction that has no opposite to tell them.
-
-        Raises
-        ------
-        ShapeError
-            If the mask does not fit.
-        """
-        if mask is None or self.backward is not None:
-            return self
-        return replace(self, forward=replace(self.forward, query_mask=mask))
-
     @property
     def directions(self) -> tuple[Attention, ...]:
         """The recorded directions, forward first."""
         return (self.forward,) if self.backward is None else (self.forward, self.backward)
+
+
+def mask_queries(pairs: Sequence[AttentionPair], mask: Tensor | None) -> tuple[AttentionPair, ...]:
+    """The same, with a mask ``(batch, queries)`` of the modality that asks in the first direction without an opposite.
+
+    Raises
+    ------
+    ShapeError
+        If the mask does not fit.
+    """
+    alone = [pair.forward.direction.query for pair in pairs if pair.backward is None]
+    return tuple(
+        replace(pair, forward=replace(pair.forward, query_mask=mask))
+        if mask is not None and pair.backward is None and pair.forward.direction.query == alone[0]
+        else pair
+        for pair in pairs
+    )
 
 
 @dataclass(frozen=True)

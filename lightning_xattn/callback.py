@@ -17,7 +17,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_xattn.aggregation import LayerAccumulator, LayerSummary, merge_sums
 from lightning_xattn.alarms import Alarms
-from lightning_xattn.attention import AttentionPair
+from lightning_xattn.attention import AttentionPair, mask_queries
 from lightning_xattn.capture import AttentionRecorder, AttentionSetting, check_attention
 from lightning_xattn.distributed import count_repeats, gather
 from lightning_xattn.epoch import epoch_counts, epoch_curves, epoch_figures
@@ -302,7 +302,7 @@ class AttentionExplainabilityCallback(Callback):
         kept = slice(batch_size - repeats)
         finder = self._labels[dataloader_idx]
         labels, query_mask = finder.find(step)[kept], finder.find_query_mask(step)
-        pairs = tuple(pair.with_query_mask(query_mask) for pair in pairs)
+        pairs = mask_queries(pairs, query_mask)
         _warn(self._alarms.of_padding(pairs))
         if self._classes is None:
             self._classes = name_classes(labels, self.class_names or self._own_names(pl_module), self.group_by, step)

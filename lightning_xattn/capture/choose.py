@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_xattn.attention import Direction
-from lightning_xattn.capture.layout import Tokens, arguments_of, axes_of, token_inputs
+from lightning_xattn.capture.layout import Axes, Tokens, arguments_of, axes_of, token_inputs
 from lightning_xattn.capture.locate import common_parent, describe_idle, layers_by_name, with_unique_names
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.memory import are_same
 from lightning_xattn.capture.readers import Event, Want
 from lightning_xattn.capture.sources import Layer, Source
-from lightning_xattn.capture.tap import NAME_IT, Tap, candidates_of, describe_event
+from lightning_xattn.capture.tap import NAME_IT, Tap, candidates_of, describe_event, key_of
 from lightning_xattn.capture.watch import Run, Watch
 from lightning_xattn.capture.wrappers import plain_path
 from lightning_xattn.errors import DiscoveryError, ShapeError
@@ -45,6 +45,14 @@ class Found:
     """Its weights ``(batch, heads, queries, keys)`` and masks; None if they were not kept."""
     padding: Tensor | None
     """``(batch, tokens)`` of self-attention whose masks tell it, True for a real token."""
+    axes: Axes | None
+    """How its rows are split into samples and heads; None where that is known, or in doubt."""
+    alone: bool
+    """Whether the module's path names it, as there is no other in its run."""
+    key: str
+    """What it is called from run to run, see ``key_of``."""
+    cropped: bool
+    """Whether padding may have been cut off."""
     mixed: bool
     """Whether the module got tokens of two kinds."""
     who: str
@@ -125,44 +133,60 @@ class Survey:
             mine = [event for event in mine if token_inputs(run, event.shape)]
         self._owned |= set(mine)
         mine = [event for event in candidates_of(run, across=False) if event in mine]
+        across = candidates_of(run, across=True)
         for event in mine:
-            recorded, doubt = self._read(event, run, output, watch, alone=len(mine) == 1)
+            place = run.events.index(event)
+            axes = axes_of(event.shape, run, event) if event.tokens is None and event.problem is None else None
+            recorded, doubt = self._read(event, axes, run, output, watch, alone=len(mine) == 1)
             mixed = not event.within if event.tokens is not None else Tokens.of(run, event.shape).kinds > 1
-            number = before + run.events.index(event) + 1
-            who = describe_event(event, run)
             padding = None if recorded is None or mixed else recorded.padding_of_its_own
+            cropped = event.recorded is not None and event.recorded.cropped
             if event.want is Want.MASKS:  # a first step of a large model holds little
                 recorded = event.recorded = None
+            self.found.append(
+                Found(
+                    path=run.path,
+                    number=before + place + 1,
+                    turn=run.turn,
+                    event=event,
+                    recorded=recorded,
+                    padding=padding,
+                    axes=None if isinstance(axes, str) else axes,
+                    alone=across == [event],
+                    key=key_of(event, place),
+                    cropped=cropped,
+                    mixed=mixed,
+                    who=describe_event(event, run),
+                    doubt=doubt,
+                )
+            )
             event.used, event.tokens = None, event.tokens if mixed else None
-            self.found.append(Found(run.path, number, run.turn, event, recorded, padding, mixed, who, doubt))
             if event.within or not mixed:
                 self.named[run.path.lower()].add(event.shape[-2])
 
     def _read(
-        self, event: Event, run: Run, output: Any, watch: Watch, alone: bool
+        self, event: Event, axes: Axes | str | None, run: Run, output: Any, watch: Watch, alone: bool
     ) -> tuple[RecordedWeights | None, str | None]:
         """An attention, and why it is in doubt."""
         if event.problem is not None:
             return None, f"The attention of '{run.path}', {event.shape}, cannot be read: {event.problem}"
-        laid_out = lay_out(event, run)
-        if isinstance(laid_out, str):
+        if isinstance(axes, str):
             return None, (
-                f"The attention of '{run.path}', {event.shape}, is in doubt: {laid_out}. Expected (batch, heads, "
-                "queries, keys)"
+                f"The attention of '{run.path}', {event.shape}, is in doubt: {axes}. Expected (batch, heads, queries, "
+                "keys)"
             )
         if event.want is Want.WEIGHTS and alone:
             try:
-                laid_out = Tap(None, Source(run.path)).find(run, output, watch)
+                return Tap(None, Source(run.path)).find(run, output, watch), None
             except (DiscoveryError, ShapeError) as error:
                 return None, str(error).removesuffix(f". {NAME_IT}")
-        return laid_out, None
+        return event.recorded if axes is None or event.recorded is None else axes.apply(event.recorded), None
 
     def source(self, found: Found) -> Source:
         """What to name to get this attention."""
         of_module = [other for other in self.found if other.path == found.path]
-        a_run = [other for other in of_module if other.turn == found.turn]
         turns = 1 + max(other.turn for other in of_module)
-        if found.path and len(a_run) == 1:
+        if found.path and found.alone:
             return Source(found.path, turn=found.turn, turns=turns)
         return Source(found.path, found.number)
 
@@ -181,16 +205,6 @@ class Survey:
             + f"{NAME_THEM} For modalities that share one sequence: attention=JointSequence('path.to.module', "
             "spans={'<a>': (start, stop), '<b>': (start, stop)})."
         )
-
-
-def lay_out(event: Event, run: Run) -> RecordedWeights | str | None:
-    """What was recorded of an attention, with four axes; why they are in doubt; None if nothing was recorded."""
-    if event.tokens is not None:
-        return event.recorded
-    axes = axes_of(event.shape, run, event.by != "softmax")
-    if isinstance(axes, str):
-        return axes
-    return None if event.recorded is None else axes.apply(event.recorded)
 
 
 def choose_layers(survey: Survey) -> tuple[tuple[Layer, ...], list[Found]]:
@@ -232,10 +246,9 @@ def _taken(survey: Survey, source: Source) -> list[Found]:
     return [found for found in of_module if found.turn == source.turn]
 
 
-def recorded_of(survey: Survey, source: Source) -> RecordedWeights | None:
-    """What a first step has kept of a source; None if it was too large, or did not run."""
-    found = [one for one in _taken(survey, source) if one.event.want is Want.WEIGHTS]
-    return found[0].recorded if found else None
+def shown_of(survey: Survey, source: Source) -> Found | None:
+    """The one attention that a first step has shown of a source that it has shown; None if it did not run."""
+    return next(iter(_taken(survey, source)), None)
 
 
 def _by_name(survey: Survey, crossing: Sequence[Found]) -> list[Layer]:
@@ -348,26 +361,28 @@ def _counts_of(survey: Survey, modality: str) -> set[int]:
     return set[int]().union(*told)
 
 
-def padding_sources(survey: Survey, layers: Iterable[Layer]) -> dict[str, str]:
-    """By the path of each direction without an opposite, the self-attention whose masks tell padding of queries.
+def padding_source(survey: Survey, source: Source) -> Found | None:
+    """The self-attention whose masks say which queries of a source are padding.
 
-    It is the nearest one in the module tree that attends within as many tokens as there are queries, which keys must
-    not be; none is taken where several that are as near have different masks.
+    It attends within as many tokens as there are queries, which keys must not be, and what it gives reaches the
+    queries; of several the one nearest in the module tree. None where there is none, or where several that are as near
+    have different masks.
     """
-    found: dict[str, str] = {}
-    for layer in layers:
-        shown = [] if layer.backward is not None else _taken(survey, layer.forward[1])
-        if not shown or shown[0].tokens[0] == shown[0].tokens[1]:
-            continue
-        queries = shown[0].tokens[0]
-        within = [
-            one for one in survey.found if one.tokens == (queries, queries) and not one.mixed and one.doubt is None
-        ]
-        near = [len(common_parent(one.path, shown[0].path)) for one in within]
-        nearest = [one for one, distance in zip(within, near, strict=True) if distance == max(near)]
-        if nearest and all(_equal(one.padding, nearest[0].padding) for one in nearest):
-            found[layer.forward[1].path] = nearest[-1].path
-    return found
+    shown = shown_of(survey, source)
+    if shown is None or shown.tokens[0] == shown.tokens[1]:
+        return None
+    within = [
+        one
+        for one in survey.found
+        if one.tokens == (shown.tokens[0], shown.tokens[0])
+        and not one.mixed
+        and one.doubt is None
+        and one.event in shown.event.reached_by
+    ]
+    near = [len(common_parent(one.path, shown.path)) for one in within]
+    nearest = [one for one, distance in zip(within, near, strict=True) if distance == max(near)]
+    alike = nearest and all(_equal(one.padding, nearest[0].padding) for one in nearest)
+    return nearest[-1] if alike else None
 
 
 def _equal(mask: Tensor | None, other: Tensor | None) -> bool:

@@ -74,9 +74,9 @@ class JointSequence:
         return list(combinations(self.spans, 2))
 
     @property
-    def has_fixed_length(self) -> bool:
-        """Whether the spans go with one length of the sequence only: none counts from the end or is a callable."""
-        return not any(callable(span) or span[0] < 0 or span[1] is None or span[1] < 0 for span in self.spans.values())
+    def is_told_by_the_batch(self) -> bool:
+        """Whether a span is a callable."""
+        return any(callable(span) for span in self.spans.values())
 
     @property
     def counts_from_the_end(self) -> bool:
@@ -139,6 +139,13 @@ def resolve_spans(slices: Mapping[str, slice], attention: RecordedWeights, name:
     except SettingError as error:
         raise ShapeError(f"'{name}' has a sequence of {tokens} tokens. {error}") from None
     return places
+
+
+def gaps_between(places: Mapping[str, slice], tokens: int) -> tuple[int, ...]:
+    """How many tokens lie before, between and behind places in a sequence of so many tokens."""
+    ordered = sorted((slice(*place.indices(tokens)) for place in places.values()), key=lambda place: place.start)
+    starts, stops = [place.start for place in ordered], [place.stop for place in ordered]
+    return tuple(start - stop for start, stop in zip([*starts, tokens], [0, *stops], strict=True))
 
 
 def cut_direction(joint: RecordedWeights, queries: slice, keys: slice, name: str) -> RecordedWeights:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_xattn.capture.masks import RecordedWeights, apart_from_padding
 from lightning_xattn.capture.memory import has_address
+from lightning_xattn.capture.readers import Event
 from lightning_xattn.capture.watch import Run
 
 Item = tuple[str | int, ...]
@@ -153,8 +154,10 @@ class Axes:
         )
 
 
-def axes_of(shape: Sequence[int], run: Run, surely_keys: bool, one_head: bool = False) -> Axes | str:
+def axes_of(shape: Sequence[int], run: Run, event: Event | None = None) -> Axes | str:
     """What the axes of an attention are, or why that is in doubt, as a clause.
+
+    Rows of three axes are samples and heads if both were seen to be folded into them, and nothing says otherwise.
 
     Parameters
     ----------
@@ -162,38 +165,36 @@ def axes_of(shape: Sequence[int], run: Run, surely_keys: bool, one_head: bool = 
         ``(batch, heads, queries, keys)`` or ``(rows, queries, keys)``.
     run
         The module's run.
-    surely_keys
-        Whether the last axis surely is that of keys.
-    one_head
-        Whether four axes have one head that was put in between.
+    event
+        What computed it; None of weights that are returned.
     """
     tokens = Tokens.of(run, shape)
     if len(shape) == 4:
-        return _doubt(shape, tokens, surely_keys, one_head) or Axes()
+        return _doubt(shape, tokens, event is not None and event.by != "softmax") or Axes()
     rows = shape[0]
     known = [count for count in (tokens.batch, tokens.sequence_first) if count is not None]
     own = head_count(run)
-    inside = [outer.heads_inside[rows] for outer in run.outwards() if rows in outer.heads_inside]
-    first = [outer.heads_first[rows] for outer in run.outwards() if rows in outer.heads_first]
-    folded = [*inside, *first] if tokens.are_asked_by(shape) else []
-    fitting = {rows // count for count in known if rows % count == 0} & ({own} if own is not None else {*folded})
-    if len(fitting - {1}) == 1:
-        heads = (fitting - {1}).pop()
-        return Axes(heads, heads_first=heads in first and heads not in inside)
+    inside, first = (None, None) if event is None else (event.heads_inside, event.heads_first)
+    heads = None if inside and first else inside or first
+    said_so = own == heads or (own is None and tokens.are_asked_by(shape))
+    if heads and said_so and rows % heads == 0 and rows // heads in known:
+        return Axes(heads, heads_first=first is not None)
     if not known or rows in known:
         return Axes()
     said = "does not say how many heads it has" if own is None else f"says that it has {own} heads"
+    order = "it was seen in which order" if heads else "it was not seen in which order"
     return (
         f"its first axis seems to hold more than the {known[0]} samples: heads, windows or frames. It has {rows} rows, "
-        f"the module got {' or '.join(str(count) for count in dict.fromkeys(known))} samples and {said}"
+        f"the module got {' or '.join(str(count) for count in dict.fromkeys(known))} samples and {said}, and {order} "
+        "they are folded"
     )
 
 
-def _doubt(shape: Sequence[int], tokens: Tokens, surely_keys: bool, one_head: bool) -> str | None:
+def _doubt(shape: Sequence[int], tokens: Tokens, surely_keys: bool) -> str | None:
     """Why axes seem not to be ``(batch, heads, queries, keys)``; None: nothing says so."""
     rows, heads, queries, keys = shape
     if tokens.batch not in (None, rows) and tokens.sequence_first != rows:
-        if heads == tokens.batch and not one_head:
+        if heads == tokens.batch:
             return "it seems to be (heads, batch, queries, keys)"
         if rows % tokens.batch == 0:
             return f"its first axis seems to hold more than the {tokens.batch} samples: heads, windows or frames"

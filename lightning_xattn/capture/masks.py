@@ -12,7 +12,7 @@ MASKED = -1e3
 """A float mask at or below this hides the key: ``exp`` of it, even beside a bias, is 0 in every floating dtype."""
 
 _FAR_BELOW = 500.0
-"""Scores of tokens do not differ by as much as this; masks of -10,000 do, also after a division by sqrt(width)."""
+"""Scores of tokens do not differ by as much as this; masks of -10,000 do, also divided by sqrt(width)."""
 
 _LOWEST = -3e4
 """No score of a token is as low as this; masks of the lowest half-precision number, -65504, and lower ones are."""
@@ -84,11 +84,6 @@ class RecordedWeights:
         visible = None if self.visible is None else F.pad(self.visible.expand(self.weights.shape), (0, missing) * 2)
         weights = F.pad(self.weights, (0, missing, 0, missing))
         return replace(self, weights=weights, key_mask=F.pad(known, (0, missing)), visible=visible)
-
-    def without_rows(self, hidden: Tensor) -> RecordedWeights:
-        """The same, but for queries ``(batch, heads, queries)`` that are hidden: to them no key is visible."""
-        shown = ~hidden[..., None].expand(self.weights.shape)
-        return replace(self, visible=shown if self.visible is None else self.visible & shown)
 
 
 def apart_from_padding(recorded: RecordedWeights) -> RecordedWeights:

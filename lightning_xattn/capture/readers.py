@@ -60,6 +60,11 @@ class Event:
     result: Address | None = None
     version: int | None = None
     """Where the function put the weights, and how often that was changed in place; None if it put them nowhere."""
+    heads_inside: int | None = None
+    heads_first: int | None = None
+    """How many heads were seen to be folded into its rows, behind or before the samples."""
+    reached_by: frozenset[Event] = frozenset()
+    """The attention whose output reaches what asks, if that is followed."""
     used: Tensor | None = None
     """What the module multiplied its values with, if that is not what the softmax gave."""
 
@@ -86,8 +91,11 @@ Call = dict[str, Any]
 class Watcher(Protocol):
     """What a reader hands an attention to."""
 
-    def begin(self, event: Event) -> Tensor | None:
-        """Called before it is computed: what is to be hidden, bool that broadcasts to its shape; None: nothing."""
+    def begin(self, event: Event, asks: Tensor) -> Tensor | None:
+        """Called before it is computed, with what asks (queries or scores): what is to be hidden.
+
+        Bool that broadcasts to its shape; None: nothing.
+        """
 
     def take(self, event: Event, read: Read | None = None, given: Tensor | None = None) -> None:
         """Called once it is computed; ``given`` is the tensor with its weights that the model gets."""
@@ -113,7 +121,7 @@ def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, watch: Wat
         (query, key),
         extra,
     )
-    hidden = watch.begin(event)
+    hidden = watch.begin(event, query)
     if hidden is not None:
         call |= {"attn_mask": _with_hidden(call, hidden, event), "is_causal": False}
     dropped = call["training"] and call["dropout_p"] > 0
@@ -176,7 +184,7 @@ def _take_packed(
     nested = tokens.is_nested
     batch, length = (tokens.size(0), max(map(len, tokens.unbind()))) if nested else tokens.shape[:2]
     event = Event("a fast path of torch", (batch, call["num_heads"], length, length), tokens.device, (tokens, tokens))
-    watch.begin(event)
+    watch.begin(event, tokens)
 
     def read(values: bool) -> RecordedWeights:
         unpacked, padding = _unpack(tokens) if nested else (tokens, None)
@@ -293,7 +301,7 @@ def _read_kernel(function: Any, args: Sequence[Any], kwargs: Call, watch: Watche
     shape = (*query.shape[:-1], key.shape[-2]) if not query.is_nested else ()
     problem = None if readable else "it has other axes"
     event = Event("scaled_dot_product_attention", shape, query.device, problem=problem, over_keys=readable)
-    hidden = watch.begin(event)
+    hidden = watch.begin(event, query)
     if hidden is not None:
         hidden = hidden.expand(shape)
         mask, visible = call["attn_mask"], ~hidden & _causal(event, query.device) if call["is_causal"] else ~hidden
@@ -357,7 +365,7 @@ def _read_softmax(function: Any, args: Sequence[Any], kwargs: Call, watch: Watch
         problem=None if len(shape) < 5 else "it has other axes than (batch, heads, queries, keys)",
         over_keys=len(shape) == 4 and not turned,
     )
-    hidden = watch.begin(event)
+    hidden = watch.begin(event, scores)
     if hidden is not None:
         scores = scores.masked_fill(hidden.expand(shape).mT if turned else hidden, -torch.inf)
         args, kwargs = (scores, *args[1:]), {name: value for name, value in kwargs.items() if name != "input"}

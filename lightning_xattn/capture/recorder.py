@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction
-from lightning_xattn.capture.choose import Survey, choose_layers, lay_out, padding_sources, recorded_of, turned_round
+from lightning_xattn.capture.choose import Found, Survey, choose_layers, padding_source, shown_of, turned_round
 from lightning_xattn.capture.locate import describe_attention, locate_attention
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import Event, Want
@@ -86,8 +87,11 @@ class AttentionRecorder:
         self._watch: Watch | None = None
         self._taps: dict[tuple[str, Direction], Tap] = {}
         self._of_module: dict[nn.Module, list[Tap]] = {}
-        # Masks of self-attention that say which queries are padding, by path.
-        self._padding: dict[str, Tensor | None] = {}
+        # The self-attention that says which queries are padding, by its module's path and its number in a step; how
+        # many that module has computed in this step, and the masks of this step.
+        self._suppliers: dict[tuple[str, int], Found] = {}
+        self._counts: Counter[str] = Counter()
+        self._padding: dict[tuple[str, int], Tensor | None] = {}
         # Of a step in which the layers were found, by layer and direction; and whether that step was left out.
         self._first: dict[tuple[str, Direction], RecordedWeights] = {}
         self.is_waiting = False
@@ -118,6 +122,7 @@ class AttentionRecorder:
         if self._watch is not None:
             self._watch.clear()
         self._padding.clear()
+        self._counts.clear()
         self._first.clear()
         self.is_waiting = False
         self.output = self.batch = self._inputs = None
@@ -131,9 +136,9 @@ class AttentionRecorder:
             self._of_module = self._make_taps()
             if self._survey is not None:
                 everything = {module: path for path, module in self._model.named_modules()}
-                self._watch = Watch(everything, self._want, self._leave)
+                self._watch = Watch(everything, self._want, self._leave, follows=True)
             else:
-                seen = {self._module(path): path for path in self._padding_paths()}
+                seen = {self._module(path): path for path, _ in self._suppliers}
                 seen |= {module: taps[0].source.path for module, taps in self._of_module.items()}
                 self._watch = Watch(seen, self._want, self._leave)
             self._watch.attach(self._model, hooks)
@@ -156,9 +161,6 @@ class AttentionRecorder:
                 of_module[self._module(source.path)].append(self._taps[key])
         return of_module
 
-    def _padding_paths(self) -> list[str]:
-        return [tap.padding for tap in self._taps.values() if tap.padding is not None]
-
     def _sources(self) -> Iterator[tuple[Layer, Direction, Source]]:
         for layer in self.layers:
             for direction, source in layer.sources:
@@ -174,17 +176,26 @@ class AttentionRecorder:
             ) from None
 
     def _want(self, run: Run, event: Event) -> Want:
-        if any(outer.module in self._of_module for outer in run.outwards()):
-            return Want.WEIGHTS
-        return Want.MASKS if self.layers or self._survey is None else self._survey.want(run, event)
+        number = 1
+        for outer in run.outwards():
+            number += len(outer.events)
+            if any(tap.wants(number) for tap in self._of_module.get(outer.module, ())):
+                return Want.WEIGHTS
+        if self._survey is None:
+            return Want.MASKS
+        want = self._survey.want(run, event)
+        return Want.MASKS if self.layers and want is Want.WEIGHTS else want
 
     def _leave(self, run: Run, output: Any) -> None:
         assert self._watch is not None
         for tap in self._of_module.get(run.module, ()):
             tap.take(run, output, self._watch)
-        if run.path in self._padding_paths():
-            within = lay_out(run.events[-1], run) if run.events else None
-            self._padding[run.path] = within.padding_of_its_own if isinstance(within, RecordedWeights) else None
+        for number, event in enumerate(run.events, start=self._counts[run.path] + 1):
+            supplier = self._suppliers.get((run.path, number))
+            if supplier is not None and event.recorded is not None:
+                within = event.recorded if supplier.axes is None else supplier.axes.apply(event.recorded)
+                self._padding[run.path, number] = within.padding_of_its_own
+        self._counts[run.path] += len(run.events)
         if self._survey is not None:
             self._survey.note(run, output, self._watch)
 
@@ -255,7 +266,8 @@ class AttentionRecorder:
     def _choose(self, survey: Survey) -> None:
         """Take the layers that a first step has shown, and of what they computed what was kept."""
         self.layers, left_out = choose_layers(survey)
-        kept = {(layer.name, direction): recorded_of(survey, source) for layer, direction, source in self._sources()}
+        shown = {(layer.name, one): shown_of(survey, source) for layer, one, source in self._sources()}
+        kept = {key: None if found is None else found.recorded for key, found in shown.items()}
         found: dict[str, Any] = defaultdict(list)
         for _, direction, source in self._sources():
             found[str(direction)].append(str(source))
@@ -279,12 +291,15 @@ class AttentionRecorder:
 
     def _settle(self, survey: Survey) -> None:
         """Learn from a first step what else to look at, and from then on look at nothing more."""
-        found = {one.path: one for one in survey.found}
         self._make_taps()
-        for path, supplier in padding_sources(survey, self.layers).items():
-            for tap in self._taps.values():
-                tap.padding = supplier if tap.source.path == path else tap.padding
-            self._padding[supplier] = found[supplier].padding
+        for layer, direction, source in self._sources():
+            tap, shown = self._taps[layer.name, direction], shown_of(survey, source)
+            if shown is not None and shown.path == source.path:
+                tap.know(shown.key, shown.axes)
+            supplier = padding_source(survey, source) if layer.backward is None and source.joint is None else None
+            if supplier is not None:
+                tap.padding = supplier.path, supplier.number
+                self._suppliers[tap.padding], self._padding[tap.padding] = supplier, supplier.padding
         turned = turned_round(survey, self.layers)
         if turned:
             paths = ", ".join(f"'{path}'" for path in turned.values())
@@ -325,7 +340,11 @@ class AttentionRecorder:
 
     def _pair(self, layer: Layer, recorded: list[RecordedWeights]) -> AttentionPair:
         """A token that is padding as a key of one direction is padding as a query of the other."""
-        masks = [recorded[1].token_mask, recorded[0].token_mask] if len(recorded) == 2 else [self._padded(layer)]
+        masks = (
+            [recorded[1].token_mask, recorded[0].token_mask]
+            if len(recorded) == 2
+            else [self._padded(layer, recorded[0].weights.shape[2])]
+        )
         attentions = [
             Attention(
                 direction,
@@ -333,7 +352,7 @@ class AttentionRecorder:
                 key_mask=call.key_mask,
                 visible=call.visible,
                 # Directions that do not fit each other at all are refused as a pair, with both shapes.
-                query_mask=mask if mask is not None and mask.shape[1] == call.weights.shape[2] else None,
+                query_mask=mask if mask is not None and mask.shape == call.weights[:, 0, :, 0].shape else None,
                 extra_keys=call.extra_keys,
                 crossing=call.crossing,
             )
@@ -341,8 +360,12 @@ class AttentionRecorder:
         ]
         return AttentionPair(layer.name, *attentions)
 
-    def _padded(self, layer: Layer) -> Tensor | None:
+    def _padded(self, layer: Layer, queries: int) -> Tensor | None:
         """Which queries of a direction without an opposite are real, as far as anything says it."""
         tap = self._taps[layer.name, layer.forward[0]]
         mask = None if tap.padding is None else self._padding.get(tap.padding)
-        return tap.query_mask if mask is None else mask
+        if mask is None or tap.padding is None:
+            return tap.query_mask
+        missing = queries - mask.shape[1]
+        # torch packs sequences, and cuts off what is padding in all of them.
+        return F.pad(mask, (0, missing)) if missing > 0 and self._suppliers[tap.padding].cropped else mask

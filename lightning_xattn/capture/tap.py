@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attention import Direction, row_sum_tolerance
-from lightning_xattn.capture.joint import cut_direction
+from lightning_xattn.capture.joint import cut_direction, gaps_between
 from lightning_xattn.capture.layout import Axes, Item, Tokens, arguments_of, axes_of, tensors_in
 from lightning_xattn.capture.masks import RecordedWeights, apart_from_padding, keys_with_weight, zeros_are_a_mask
 from lightning_xattn.capture.memory import Address
@@ -49,13 +49,13 @@ class Tap:
         self.direction, self.source, self._alone = direction, source, alone
         self._siblings = {str(sibling) for sibling in siblings}
         self.has_run = False
-        # The path of the self-attention whose masks say which queries are padding, or else an argument's, of this step.
-        self.padding: str | None = None
-        self.query_mask: Tensor | None = None
+        # The self-attention whose masks say which queries are padding: its module's path, and its number in a step.
+        self.padding: tuple[str, int] | None = None
         # What a user should be told, and has not been yet.
         self.remarks: list[str] = []
         # Of this step: what the runs gave, and how many attentions they computed.
         self._found: list[RecordedWeights] = []
+        self._query_masks: list[Tensor | None] = []
         self._count = self._runs = 0
         # What has been looked at, in training and in eval mode, and what was seen then: how rows are split into samples
         # and heads, and whether zeros are a mask.
@@ -67,14 +67,32 @@ class Tap:
         self._named: Item = ()
         self._place: Item | None = None
         self._chosen: tuple[int, list[str]] | None = None
-        # Of a joint sequence its first length; of a callable where the numbers are that it gave last.
+        # The argument that is the mask of the queries; of a joint sequence its first length, and how many tokens lay
+        # between the spans; of a callable where the numbers are that it gave last.
+        self._mask_name: str | None = None
         self._length: int | None = None
+        self._gaps: tuple[int, ...] = ()
         self._has_given = False
         self._last: Address | None = None
 
     def clear(self) -> None:
         """Begin a new step."""
-        self._found, self._count, self._runs, self.query_mask = [], 0, 0, None
+        self._found, self._query_masks, self._count, self._runs = [], [], 0, 0
+
+    def wants(self, number: int) -> bool:
+        """Whether the attention with this number, from 1 on, of those of a run that has begun may be taken."""
+        return self.source.call is None or self.source.call == self._count + number
+
+    def know(self, what: str, axes: Axes | None) -> None:
+        """Learn from a first step what the axes of an attention are."""
+        if axes is not None:
+            self._axes[what] = axes
+
+    @property
+    def query_mask(self) -> Tensor | None:
+        """``(batch, queries)`` bool of what was taken in this step, of an argument of the module; None: it has none."""
+        turn = self.source.turn if len(self._query_masks) > self.source.turn else 0
+        return self._query_masks[turn] if self._query_masks else None
 
     def take(self, run: Run, output: Any, watch: Watch) -> None:
         """Take the attention out of a run that ends.
@@ -96,7 +114,7 @@ class Tap:
         if found is not None:
             self.has_run = True
             self._found.append(found)
-            self.query_mask = _own_query_mask(run, found) if self._alone else None
+            self._query_masks.append(self._own_query_mask(run, found) if self._alone else None)
 
     def find(self, run: Run, output: Any, watch: Watch) -> RecordedWeights | None:
         """The attention of a run; None if it has none.
@@ -156,12 +174,12 @@ class Tap:
                 f"The attention of '{run.path}', {event.shape} by {event.by}, cannot be read: {event.problem}. "
                 f"{NAME_IT}"
             )
-        what = f"{event.by}#{place}"
+        what = key_of(event, place)
         first, recorded = (what, run.module.training) not in self._looked_at, event.recorded
         if event.used is not None and not run.module.training and not event.gave_unchanged(event.used):
             recorded = self._as_used(recorded, event.used, run, first)
         if event.tokens is None:
-            recorded = self._split(what, recorded, run, event.by != "softmax")
+            recorded = self._split(what, recorded, run, event)
         if first and beside is not None:
             self._look_beside(recorded, event, run, beside)
         if first and recorded.one_head:
@@ -203,9 +221,13 @@ class Tap:
             check_weights(weights, who, training)
         # Copied, as the caller may change in place what it gets.
         recorded = RecordedWeights(weights.detach().clone())
-        recorded = Axes().apply(recorded) if run is None else self._split(what, recorded, run, surely_keys=False)
+        if run is None:
+            recorded, masks = Axes().apply(recorded), None
+        else:
+            whole = event if event is not None and event.shape == tuple(weights.shape) else None
+            recorded = self._split(what, recorded, run, whole)
+            masks = None if event is None else self._masks_for(recorded, event, run)
         self._looked_at.add((what, training))
-        masks = None if event is None or run is None else _masks_for(recorded, event, run)
         if first:
             average = masks is None and bool((weights != 0).all())
             self.remarks += [one_head(name, average)] if recorded.one_head else []
@@ -288,13 +310,13 @@ class Tap:
                 f"torch has packed the sequence of '{name}' and cut padding off, so that its end is not known: use "
                 "spans that count from the start, or nn.TransformerEncoder(..., enable_nested_tensor=False)."
             )
-        longest = max(length, self._length or length)
-        changed = length != (self._length or length) and not whole.cropped
-        if changed and joint.has_fixed_length and max(place.stop for place in places.values()) < longest:
+        gaps = gaps_between(places, length)
+        changed = length != (self._length or length) and not whole.cropped and not joint.is_told_by_the_batch
+        remedy = "Spans that count from the end, such as (-144, None), or a callable that makes a span of the batch, go"
+        if changed and min(gaps) >= 0 and gaps != self._gaps:
             raise ShapeError(
                 f"The sequence of '{name}' has {length} tokens, and had {self._length} before, but the spans of the "
-                f"JointSequence are fixed and do not reach the end: {dict(joint.spans)}. Spans that count from the "
-                "end, such as (-144, None), or a callable that makes a span of the batch, go with any length."
+                f"JointSequence do not move with it: {dict(joint.spans)}. {remedy} with any length."
             )
         query, key = self.source.block
         try:
@@ -304,16 +326,22 @@ class Tap:
                 raise
             self.remarks.append(f"{error} Such steps are left out.")
             return None
-        self._length, self._has_given = self._length or length, True
+        if changed and not joint.counts_from_the_end:
+            self.remarks.append(
+                f"The sequence of '{name}' changes its length ({self._length}, {length}): the tokens of the last "
+                f"modality are taken to be more or fewer. {remedy} with others: {dict(joint.spans)}."
+            )
+        if not self._has_given:
+            self._length, self._gaps, self._has_given = length, gaps, True
         return cut
 
-    def _split(self, what: Item | str, recorded: RecordedWeights, run: Run, surely_keys: bool) -> RecordedWeights:
+    def _split(self, what: Item | str, recorded: RecordedWeights, run: Run, event: Event | None) -> RecordedWeights:
         """The weights as ``(batch, heads, queries, keys)``; how their rows are split is told from a first run."""
         shape = tuple(recorded.weights.shape)
         if what not in self._axes:
-            axes = axes_of(shape, run, surely_keys)
+            axes = axes_of(shape, run, event)
             if isinstance(axes, str):
-                raise ShapeError(
+                raise (DiscoveryError if self.has_run else ShapeError)(
                     f"The attention of '{run.path}', {shape}, is in doubt: {axes}. Expected (batch, heads, queries, "
                     f"keys). {NAME_IT}"
                 )
@@ -322,6 +350,40 @@ class Tap:
         if len(shape) == 3 and heads is not None and shape[0] % heads:
             raise DiscoveryError(f"The attention of '{run.path}' had {heads} heads among its rows; now it has {shape}.")
         return self._axes[what].apply(recorded)
+
+    def _masks_for(self, recorded: RecordedWeights, event: Event, run: Run) -> RecordedWeights | None:
+        """What the softmax gave that weights, or their average over heads, were made of; None if that is not clear."""
+        if event.recorded is None or event not in run.events:
+            return None
+        made_of = event.recorded
+        if event.tokens is None:
+            what = key_of(event, run.events.index(event))
+            axes = self._axes.get(what) or axes_of(event.shape, run, event)
+            if isinstance(axes, str):
+                return None
+            self._axes[what] = axes
+            made_of = axes.apply(made_of)
+        shape, heads = recorded.weights.shape, made_of.weights.shape[1]
+        if shape[1] == 1 < heads and made_of.weights.shape == (shape[0], heads, *shape[2:]):
+            visible = None if made_of.visible is None else made_of.visible.any(1, keepdim=True)
+            return replace(made_of, weights=made_of.weights.mean(1, keepdim=True), visible=visible)
+        return made_of if made_of.weights.shape == shape else None
+
+    def _own_query_mask(self, run: Run, recorded: RecordedWeights) -> Tensor | None:
+        """A mask among a module's arguments that can only be that of the queries, as there are not as many keys.
+
+        Named ``...padding_mask`` it is True for padding, as in torch; of whole numbers it is 1 for a real token, as in
+        Hugging Face's models. What other masks mean cannot be told.
+        """
+        batch, _, queries, keys = recorded.weights.shape
+        for name, tensor in arguments_of(run) if queries != keys or self._mask_name else ():
+            if tuple(tensor.shape) != (batch, queries) or "mask" not in name or self._mask_name not in (None, name):
+                continue
+            by_torch = tensor.dtype == torch.bool and name.endswith("padding_mask")
+            if by_torch or not (tensor.is_floating_point() or tensor.dtype == torch.bool):
+                self._mask_name = name
+                return ~tensor if by_torch else tensor.bool()
+        return None
 
     def _as_used(self, recorded: RecordedWeights, used: Tensor, run: Run, first: bool) -> RecordedWeights:
         """What was computed, without the rows that the module sets to 0 before it uses them."""
@@ -366,6 +428,11 @@ class Tap:
             + ("; none of these is weights whose rows sum to 1" if none else "")
             + f". {NAME_IT}"
         )
+
+
+def key_of(event: Event, place: int) -> str:
+    """What an attention is called from run to run: the function, and which of those of its run it is."""
+    return f"{event.by}#{place}"
 
 
 def candidates_of(run: Run, across: bool) -> list[Event]:
@@ -471,20 +538,10 @@ def from_weights(recorded: RecordedWeights, masks: RecordedWeights | None, zeros
     kept = ((weights == masks.weights) | masks.weights.isnan()).all()
     key_mask = keys[:, 0, 0] | kept
     key_mask = key_mask if masks.key_mask is None else masks.key_mask & key_mask
-    return replace(recorded, key_mask=key_mask, visible=masks.visible)
-
-
-def _masks_for(recorded: RecordedWeights, event: Event, run: Run) -> RecordedWeights | None:
-    """What the softmax gave that weights, or their average over heads, were made of; None if its axes are others."""
-    axes = axes_of(event.shape, run, True)
-    if isinstance(axes, str) or event.recorded is None:
-        return None
-    made_of = event.recorded if event.tokens is not None else axes.apply(event.recorded)
-    shape, heads = recorded.weights.shape, made_of.weights.shape[1]
-    if shape[1] == 1 < heads and made_of.weights.shape == (shape[0], heads, *shape[2:]):
-        visible = None if made_of.visible is None else made_of.visible.any(1, keepdim=True)
-        return replace(made_of, weights=made_of.weights.mean(1, keepdim=True), visible=visible)
-    return made_of if made_of.weights.shape == shape else None
+    # Rows that were set to 0 after the softmax.
+    shown = (weights != 0).any(-1, keepdim=True) | (masks.weights == 0).all(-1, keepdim=True)
+    shown = shown.expand(weights.shape)
+    return replace(recorded, key_mask=key_mask, visible=shown if masks.visible is None else masks.visible & shown)
 
 
 def _tells(tensor: Tensor, weights: Tensor) -> bool:
@@ -507,19 +564,3 @@ def one_head(name: str, average: bool = False) -> str:
 def _describe(item: Item, tensor: Tensor, path: str) -> str:
     name = path + "".join(f"[{key}]" for key in item)
     return (f"'{name}'" if item else "one tensor") + f" {tuple(tensor.shape)}"
-
-
-def _own_query_mask(run: Run, recorded: RecordedWeights) -> Tensor | None:
-    """A mask among a module's arguments that can only be that of the queries, as there are not as many keys.
-
-    Named ``...padding_mask`` it is True for padding, as in torch; of whole numbers it is 1 for a real token, as in
-    Hugging Face's models. What other masks mean cannot be told.
-    """
-    batch, _, queries, keys = recorded.weights.shape
-    for name, tensor in arguments_of(run) if queries != keys else ():
-        if tuple(tensor.shape) == (batch, queries) and "mask" in name:
-            if tensor.dtype == torch.bool and name.endswith("padding_mask"):
-                return ~tensor
-            if not tensor.is_floating_point() and tensor.dtype != torch.bool:
-                return tensor.bool()
-    return None

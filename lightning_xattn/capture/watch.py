@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -83,6 +84,8 @@ class Watch(TorchFunctionMode):
         Called when a run ends without an error, with what the module returned.
     hide
         Hides keys before an attention is computed. torch's fast paths are then off.
+    follows
+        Whether to follow which attention reaches which.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Watch(TorchFunctionMode):
         want: Callable[[Run, Event], Want],
         leave: Callable[[Run, Any], None],
         hide: Hide | None = None,
+        follows: bool = False,
     ) -> None:
         super().__init__()
         self._modules, self._want, self._leave, self._hide = modules, want, leave, hide
@@ -99,6 +103,8 @@ class Watch(TorchFunctionMode):
         self._on = False
         # What was made of weights, by the id of the tensor.
         self._made: dict[int, tuple[weakref.ref[Tensor], Event]] = {}
+        # The attention that reaches a tensor, by its id; None: it is not followed.
+        self._reached: dict[int, tuple[weakref.ref[Tensor], frozenset[Event]]] | None = {} if follows else None
 
     @property
     def hides(self) -> bool:
@@ -137,6 +143,8 @@ class Watch(TorchFunctionMode):
         self._runs.clear()
         self._turns.clear()
         self._made.clear()
+        if self._reached is not None:
+            self._reached.clear()
         self._switch()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
@@ -184,16 +192,37 @@ class Watch(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        reader = reader_of(function) if self._runs else None
+        if not self._runs:
+            return function(*args, **kwargs)
+        reader, before = reader_of(function), len(self._runs[-1].events)
         if reader is not None:
-            return reader(function, args, kwargs, self)
-        result = function(*args, **kwargs)
-        if self._runs:
+            result = reader(function, args, kwargs, self)
+        else:
+            result = function(*args, **kwargs)
             self._follow(getattr(function, "__name__", ""), args, kwargs, result)
+        if self._reached is not None:
+            self._pass_on((*args, *kwargs.values()), self._runs[-1].events[before:], result)
         return result
 
-    def begin(self, event: Event) -> Tensor | None:
+    def _pass_on(self, args: Sequence[Any], events: Sequence[Event], result: Any) -> None:
+        """Note what reaches the tensors of a result: what reached those it was made of, and what was computed."""
+        assert self._reached is not None
+        tensors = [one for arg in args for one in (arg if isinstance(arg, (tuple, list)) else (arg,))]
+        reached = frozenset(events).union(*(self._reaching(one) for one in tensors if isinstance(one, Tensor)))
+        for one in result if isinstance(result, (tuple, list)) else (result,):
+            if reached and isinstance(one, Tensor):
+                self._reached[id(one)] = weakref.ref(one), reached
+
+    def _reaching(self, tensor: Tensor) -> frozenset[Event]:
+        reference, reached = (self._reached or {}).get(id(tensor), (None, frozenset[Event]()))
+        return reached if reference is not None and reference() is tensor else frozenset()
+
+    def begin(self, event: Event, asks: Tensor) -> Tensor | None:
         """See ``Watcher``."""
+        event.reached_by = self._reaching(asks)
+        for run in self._runs[-1].outwards() if len(event.shape) == 3 else ():
+            event.heads_inside = event.heads_inside or run.heads_inside.get(event.shape[0])
+            event.heads_first = event.heads_first or run.heads_first.get(event.shape[0])
         if event.problem is None:
             event.want = self._want(self._runs[-1], event)
         return None if self._hide is None else self._hide(self._runs[-1].path, event)
@@ -213,8 +242,8 @@ class Watch(TorchFunctionMode):
     def _follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note how heads are folded into the samples, and what is made of weights, and what these are used for."""
         first = args[0] if args else None
-        if name in _FOLDS and isinstance(first, Tensor) and first.dim() == 4 and not first.is_nested:
-            _note_fold(first, self._runs[-1])
+        if name in _FOLDS and isinstance(first, Tensor) and not first.is_nested:
+            _note_fold(first, result, self._runs[-1])
         elif name in ("cat", "concat", "concatenate") and not kwargs.get("dim", args[1] if len(args) > 1 else 0):
             parts = [part for part in first or () if isinstance(part, Tensor) and part.dim() == 3]
             if len(parts) > 1 and len(parts) == len(first or ()) and len({part.shape for part in parts}) == 1:
@@ -224,8 +253,10 @@ class Watch(TorchFunctionMode):
         events = [(arg, event) for arg in args if (event := self.origin(arg)) is not None]
         if name in _PRODUCTS:
             for arg, event in events:
-                if event.by == "softmax" and arg.shape == event.shape:
-                    event.used = arg
+                # As keys of another product they are transposed.
+                same = arg.numel() == prod(event.shape) and arg.shape[-2:] == event.shape[-2:] and arg.stride(-1) == 1
+                if event.by == "softmax" and event.used is None and same:
+                    event.used = arg.reshape(event.shape)
         elif events and isinstance(result, Tensor):
             self._made[id(result)] = weakref.ref(result), events[0][1]
 
@@ -245,12 +276,20 @@ def _is_in_encoder_layer(root: nn.Module, path: str) -> bool:
     return isinstance(module, nn.TransformerEncoderLayer)
 
 
-def _note_fold(tensor: Tensor, run: Run) -> None:
-    """Note which of the first two axes of four, which were moved there, are heads: samples lie farther apart."""
-    if not tensor.is_contiguous():
+def _note_fold(tensor: Tensor, result: Tensor, run: Run) -> None:
+    """Note how many heads are folded into the samples, and which of the two are inside.
+
+    Of four axes of which two were moved to the front, samples lie farther apart in memory than heads. Of three the
+    samples are the second, as in ``(tokens, batch, width)``, and get more by being split.
+    """
+    if tensor.dim() == 4 and not tensor.is_contiguous():
         rows, (first, second) = tensor.shape[0] * tensor.shape[1], tensor.stride()[:2]
-        inside = first > second
+        inside = second != 0 and (first > second or first == 0)  # 0: the same tokens for all samples
         (run.heads_inside if inside else run.heads_first)[rows] = tensor.shape[1 if inside else 0]
+    elif tensor.dim() == result.dim() == 3 and tensor.shape[0] == result.shape[0] and tensor.shape[1]:
+        heads, rest = divmod(result.shape[1], tensor.shape[1])
+        if heads > 1 and not rest:
+            run.heads_inside[result.shape[1]] = heads
 
 
 class _FastPaths:

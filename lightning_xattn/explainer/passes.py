@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_xattn.attention import Attention, AttentionPair
+from lightning_xattn.attention import Attention, AttentionPair, mask_queries
 from lightning_xattn.errors import DataError
 from lightning_xattn.functional import prepare_rows
 from lightning_xattn.labels import LabelFinder, Labels
@@ -53,7 +53,7 @@ class Pass:
             As ``LabelFinder``.
         """
         labels, ids, mask = finder.find(step), finder.find_sample_ids(step), finder.find_query_mask(step)
-        pairs = tuple(pair.with_query_mask(mask) for pair in pairs)
+        pairs = mask_queries(pairs, mask)
         named = None if ids is None else [str(_plain(one)) for one in ids]
         run = cls(step, pairs, labels, named)
         run._require_finite()

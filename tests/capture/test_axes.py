@@ -105,8 +105,81 @@ def test_rows_that_do_not_go_with_the_heads_that_a_module_says_it_has():
     message = r"It has 6 rows, the module got 2 samples and says that it has 4 heads"
     with pytest.raises(ShapeError, match=message):
         record_fusion(Folding(FOLDS["as fairseq"], said=4), WHOLE)
-    with pytest.raises(ShapeError, match=r"It has 6 rows, the module got 2 samples and does not say how many heads"):
-        record_fusion(Folding(FOLDS["as fairseq"], said=None), WHOLE)
+    unseen = Folding(lambda x: torch.stack(x.chunk(HEADS, dim=-1)).flatten(0, 1))
+    with pytest.raises(
+        ShapeError, match=r"says that it has 3 heads, and it was not seen in which order they are folded"
+    ):
+        record_fusion(unseen, WHOLE)
+    (pair,) = record_fusion(Folding(FOLDS["as fairseq"], said=None), WHOLE)
+    assert pair.forward.weights.shape == (BATCH, HEADS, AUDIO, TEXT)
+
+
+@pytest.mark.parametrize("said", [4, None])
+@pytest.mark.parametrize("fold", ["heads first", "heads first, by chunks"])
+def test_what_is_folded_after_the_softmax_says_nothing_of_it(fold, said):
+    """As many queries as heads; the heads are put together again behind the attention."""
+    x, y = torch.randn(2, 4, 16), torch.randn(2, TEXT, 16)
+
+    def split(t):
+        return (
+            t.unflatten(-1, (4, 4)).permute(2, 0, 1, 3).contiguous().view(-1, t.shape[1], 4)
+            if fold == "heads first"
+            else torch.cat(t.chunk(4, dim=-1), dim=0)
+        )
+
+    class Whole(Folding):
+        def forward(self, x, y):
+            out = super().forward(x, y)
+            return out.view(4, 2, -1, 4).permute(1, 2, 0, 3).reshape(2, -1, 16)
+
+    if said is None and fold == "heads first, by chunks":
+        said = 4
+    recorder = AttentionRecorder(Fusing(Whole(split, said)), WHOLE)
+    for _ in range(2):
+        with recorder:
+            recorder._model(x, y)
+            (pair,) = recorder.attention
+        q, k = (t.unflatten(-1, (4, 4)).transpose(1, 2) for t in (x, y))
+        torch.testing.assert_close(pair.forward.weights, (q @ k.mT).softmax(-1), atol=2e-6, rtol=1e-5)
+
+
+def test_one_head_of_as_many_samples_as_tokens_and_heads_make():
+    class OneHead(nn.Module):
+        num_heads = 4
+
+        def forward(self, x, y):
+            return (x @ y.mT).softmax(-1) @ y
+
+    model = Fusing(OneHead())
+    model.fusion.num_heads = 4
+    with AttentionRecorder(model, WHOLE) as recorder:
+        model(torch.randn(16, 4, WIDTH), torch.randn(16, 4, WIDTH))
+        with pytest.warns(XAttnWarning, match="no axis for heads"):
+            assert recorder.attention[0].forward.weights.shape == (16, 1, 4, 4)
+
+
+@pytest.mark.filterwarnings("ignore:Found in the first pass")
+def test_what_a_first_step_has_shown_of_the_axes_is_kept():
+    """The head count is that of a module around the one that attends, which is not looked at later."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_heads = HEADS
+            self.a_to_b = Folding(FOLDS["as fairseq"])
+            self.a_to_b.num_heads = None
+
+        def forward(self, x, y):
+            return self.a_to_b(x, y)
+
+    recorder = AttentionRecorder(nn.ModuleDict({"outer": Outer()}))
+    audio, text = tokens()
+    for samples in (2, 2, 1):
+        with recorder:
+            recorder._model["outer"](audio[:samples], text[:samples])
+            (pair,) = recorder.attention
+        weights = expected(audio[:samples], text[:samples], scaled=False)
+        torch.testing.assert_close(pair.forward.weights, weights, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*has no axis for heads")

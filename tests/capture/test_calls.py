@@ -114,6 +114,26 @@ def test_the_candidates_of_a_refusal_can_be_pasted(fusion, attention, lengths):
     assert len(shapes) == len([name for name in found if "[" not in name or name.endswith("[0]")])
 
 
+@pytest.mark.parametrize("lengths", [(AUDIO, TEXT), (AUDIO, AUDIO)])
+def test_a_block_that_attends_across_and_holds_self_attention(lengths):
+    """What it computes itself is the second that is computed while it runs."""
+    generator = torch.Generator().manual_seed(4)
+    x, y = (torch.randn(BATCH, n, WIDTH, generator=generator) for n in lengths)
+    inner = Runs(lambda m, x: softmax(x, x) @ heads(x))
+    model = Runs(lambda m, x, y: m.block(x, y), block=Runs(lambda m, x, y: (m.sa(x), softmax(x, y)), sa=inner))
+    with AttentionRecorder(model) as recorder:
+        model(x, y)
+        if lengths[0] == lengths[1]:
+            with pytest.raises(DiscoveryError) as refused:
+                _ = recorder.attention
+            assert candidates(str(refused.value)) == ["block.sa", "block#2"]
+        else:
+            assert len(recorder.attention) == 1
+    with AttentionRecorder(model, {"a_to_b": "block#2"}) as recorder:
+        model(x, y)
+    assert torch.equal(recorder.attention[0].forward.weights, softmax(x, y))
+
+
 def test_attention_of_the_model_itself_can_be_named():
     audio, text = tokens()
     model = Runs(ambiguous)

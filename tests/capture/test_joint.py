@@ -9,7 +9,7 @@ from lightning_xattn import AttentionExplainabilityCallback, JointSequence
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.capture.joint import cut_direction
 from lightning_xattn.capture.masks import RecordedWeights
-from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError
+from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
 from lightning_xattn.functional import crossing, prepare_rows, sample_statistics
 from tests import reference
 from tests.capture.models import BATCH, record, tokens
@@ -157,7 +157,7 @@ def test_a_sequence_that_changes_its_length_under_fixed_spans_is_an_error_with_i
             if length == 9:
                 assert len(recorder.attention) == 1
         with pytest.raises(
-            ShapeError, match=r"has 12 tokens, and had 9 before, but the spans .* \(-144, None\), or a call"
+            ShapeError, match=r"has 12 tokens, and had 9 before, but the spans .* do not move .* \(-144, None\)"
         ):
             _ = recorder.attention
 
@@ -190,3 +190,21 @@ def test_a_span_of_a_callable_is_checked():
             model["attend"](x, x, x)
             with pytest.raises((SettingError, ShapeError), match=message):
                 _ = recorder.attention
+
+
+@pytest.mark.parametrize("spans", [{"text": (0, 5), "image": (-4, None)}, {"text": (0, 5), "image": (5, None)}])
+def test_a_sequence_that_changes_its_length_under_spans_that_may_go_with_it(spans):
+    model = nn.ModuleDict({"attend": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)})
+    with AttentionRecorder(model, JointSequence("attend", spans)) as recorder:
+        for length in (9, 12):
+            recorder.clear()
+            x = torch.randn(BATCH, length, WIDTH)
+            model["attend"](x, x, x)
+            if length == 9:
+                assert len(recorder.attention) == 1
+        if spans["image"][0] < 0:  # tokens between the two belong to nobody
+            with pytest.raises(ShapeError, match="had 9 before, but the spans .* do not move"):
+                _ = recorder.attention
+        else:
+            with pytest.warns(XAttnWarning, match="changes its length .9, 12.: the tokens of the last modality"):
+                assert recorder.attention[0].forward.weights.shape[2:] == (5, 7)

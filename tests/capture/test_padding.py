@@ -256,3 +256,144 @@ def test_attention_that_goes_from_sample_to_sample_is_refused():
     watch = AttentionExplainabilityCallback({"audio_to_text": "cross"})
     with pytest.raises(DiscoveryError, match=r"5 samples of 3 and 3 tokens, but batch\[2\] has 3 .*batch_first=True"):
         quiet_trainer(callbacks=[watch]).validate(TimeFirst(), loader, verbose=False)
+
+
+class Masked(nn.Module):
+    """Cross-attention, or self-attention, under the masks that the test says."""
+
+    def forward(self, x, y, query_padding_mask=None, mask=None):
+        seen = None if mask is None else mask[:, None, None]
+        attended = F.scaled_dot_product_attention(heads(x), heads(y), heads(y), seen)
+        return x + attended.transpose(1, 2).flatten(2)
+
+
+def padded(length, *lengths):
+    return torch.arange(length) < torch.tensor(lengths)[:, None]
+
+
+def query_masks(model, attention, *batches):
+    recorder, found = AttentionRecorder(model, attention), []
+    for batch in batches:
+        with torch.no_grad(), recorder:
+            model(*batch)
+            found.append([pair.forward.query_mask for pair in recorder.attention])
+    return found
+
+
+def test_the_mask_of_the_run_that_is_shown():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.m = Masked()
+
+        def forward(self, text, image, audio, of_text, of_audio):
+            return self.m(text, image, ~of_text), self.m(audio, image, ~of_audio)
+
+    text, image, audio = (torch.randn(3, n, WIDTH) for n in (5, TEXT, 5))
+    of_text, of_audio = padded(5, 5, 3, 2), padded(5, 1, 4, 5)
+    batch = text, image, audio, of_text, of_audio
+    for masks in query_masks(Two(), {"text_to_image": "m", "audio_to_image": "m"}, batch, batch):
+        assert [torch.equal(*pair) for pair in zip(masks, (of_text, of_audio), strict=True)] == [True, True]
+
+
+def test_self_attention_of_other_tokens_tells_nothing():
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc, self.cross = Masked(), Masked()
+
+        def forward(self, text, eeg, image, mask):
+            return self.enc(text, text, mask=mask), self.cross(eeg, image)
+
+    batch = (*(torch.randn(3, n, WIDTH) for n in (5, 5, TEXT)), padded(5, 5, 3, 2))
+    assert query_masks(Three(), {"eeg_to_image": "cross"}, batch, batch) == [[None], [None]]
+
+
+def test_self_attention_that_runs_for_both_modalities():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc, self.cross = Masked(), Masked()
+
+        def forward(self, text, image, of_text, of_image):
+            text, image = self.enc(text, text, mask=of_text), self.enc(image, image, mask=of_image)
+            return self.cross(text, image, mask=of_image)
+
+    of_image = padded(TEXT, 7, 6, 1)
+    batches = [
+        (torch.randn(3, n, WIDTH), torch.randn(3, TEXT, WIDTH), padded(n, n, 3, 2), of_image) for n in (5, 6, TEXT)
+    ]
+    for batch, (mask,) in zip(batches, query_masks(Shared(), {"t_to_i": "cross"}, *batches), strict=True):
+        assert torch.equal(mask, batch[2])
+
+
+def test_self_attention_over_frames_that_are_averaged_is_no_mask_of_samples():
+    class Video(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc, self.cross = Masked(), Masked()
+
+        def forward(self, frames, image):
+            x = frames.flatten(0, 1)
+            x = self.enc(x, x, mask=padded(5, *[5, 3] * 3)).unflatten(0, (3, 2)).mean(1)
+            return self.cross(x, image)
+
+    batch = torch.randn(3, 2, 5, WIDTH), torch.randn(3, TEXT, WIDTH)
+    assert query_masks(Video(), {"v_to_i": "cross"}, batch, batch) == [[None], [None]]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_padding_that_torch_packs_away():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True)
+            self.enc, self.cross = nn.TransformerEncoder(layer, 1), Masked()
+
+        def forward(self, text, image, real):
+            text = self.enc(text, src_key_padding_mask=~real)
+            return self.cross(F.pad(text, (0, 0, 0, real.shape[1] - text.shape[1])), image)
+
+    image = torch.randn(3, TEXT, WIDTH)
+    batches = [(torch.randn(3, 5, WIDTH), image, padded(5, *n)) for n in ((5, 4, 2), (4, 4, 2), (3, 1, 2))]
+    for batch, (mask,) in zip(batches, query_masks(Packed().eval(), {"t_to_i": "cross"}, *batches), strict=True):
+        assert torch.equal(mask, batch[2])
+
+
+def test_an_argument_is_remembered_where_queries_are_as_many_as_keys():
+    image = torch.randn(3, TEXT, WIDTH)
+    batches = [(torch.randn(3, n, WIDTH), image, ~padded(n, n, 3, 2)) for n in (5, TEXT, 6)]
+
+    model = nn.ModuleDict({"cross": Masked()})
+    model.forward = lambda *batch: model["cross"](*batch)
+    for batch, (mask,) in zip(batches, query_masks(model, {"t_to_i": "cross"}, *batches), strict=True):
+        assert torch.equal(mask, ~batch[2])
+
+
+BEFORE = torch.zeros(BATCH, 1, AUDIO, 1, dtype=torch.bool)
+BEFORE[0, :, :2] = BEFORE[1, :, :3] = True
+
+
+@pytest.mark.filterwarnings("ignore:.*sets whole rows of its weights to 0")
+@pytest.mark.parametrize("name", ["fusion", "fusion[1]"])
+def test_rows_that_are_set_to_zero_and_then_folded_or_returned(name):
+    def attend(module, x, y):
+        weights = softmax(x, y) * ~BEFORE
+        out = torch.bmm(weights.flatten(0, 1), heads(y).flatten(0, 1))
+        return (out, weights) if name == "fusion[1]" else out
+
+    (pair,) = record_fusion(Runs(attend).eval(), {"a_to_b": name})
+    rows = prepare_rows(pair.forward)
+    assert torch.equal(rows.valid, ~BEFORE[..., 0].expand(-1, HEADS, -1))
+    assert not rows.broken.any()
+
+
+def test_weights_that_are_used_for_both_sides():
+    def attend(module, x, y):
+        scores = (heads(x) @ heads(y).mT).masked_fill(~REAL[:, None, None], -torch.inf)
+        weights = scores.softmax(-1)
+        return weights @ heads(y), weights.transpose(-1, -2) @ heads(x)
+
+    x = torch.randn(BATCH, TEXT, WIDTH)
+    (pair,) = record_fusion(Runs(attend).eval(), {"a_to_b": "fusion"}, (x, x + 1))
+    assert prepare_rows(pair.forward).valid.all()
