@@ -75,9 +75,10 @@ class AttentionExplainabilityCallback(Callback):
         patient or a recording: as ``predictions``. Every interval is then by group. None: the batch's ``groups`` or
         ``patient_ids``; without them samples are taken as independent.
     query_mask
-        Which queries are real tokens, ``(batch, queries)``, True or 1: as ``predictions``. Of two directions that pair
-        up each tells it of the other; of one alone it is taken from a self-attention of the same tokens or from an
-        argument of the module, where there is one. Else padding counts as any query does, and a warning says so.
+        Which queries are real tokens, ``(batch, queries)``, True or 1: as ``predictions``; of the modality that asks in
+        the first layer of which only one direction is recorded. Of two directions that pair up each tells it of the
+        other; of one alone it is taken from a self-attention of the same tokens or from an argument of the module,
+        where there is one. Else padding counts as any query does, and a warning says so.
     every_n_epochs
         During ``fit``, record every so many of the epochs that are validated, from the first on.
         ``trainer.validate`` and ``trainer.test`` always record.

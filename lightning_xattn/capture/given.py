@@ -1,0 +1,115 @@
+"""Weights that a module returned or a callable gave: what is refused, what zeros mean, which masks go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.attention import row_sum_tolerance
+from lightning_xattn.capture.masks import RecordedWeights, apart_from_padding, keys_with_weight, zeros_are_a_mask
+from lightning_xattn.errors import ShapeError
+
+NAME_IT = (
+    "Name the one that is meant, 'path#2' for the second that a module computes or 'path[item]' for an item of what it "
+    "returns, or give a callable (attention={'<a>_to_<b>': lambda model: weights})."
+)
+
+
+def check_weights(weights: Any, who: str, training: bool) -> None:
+    """Refuse what is no attention. Looks at the values.
+
+    Raises
+    ------
+    ShapeError
+        If the weights are not ``(batch, heads, queries, keys)`` or ``(batch, queries, keys)``, or a row that is not
+        fully masked does not sum to 1.
+    """
+    shape = tuple(weights.shape) if isinstance(weights, Tensor) else None
+    if shape is None or len(shape) not in (3, 4) or not weights.is_floating_point():
+        found = f"a {type(weights).__name__}" if shape is None else f"{weights.dtype} of shape {shape}"
+        raise ShapeError(
+            f"{who} {found}; expected weights (batch, heads, queries, keys), or (batch, queries, keys) of one head."
+        )
+    if not looks_like_attention(weights):
+        values, sums = weights.float().nan_to_num(), weights.float().sum(-1).nan_to_num()
+        found = (
+            f"values from {values.min():.3g} to {values.max():.3g}: scores before the softmax are no weights"
+            if values.min() < 0
+            else f"rows that sum to {sums.min():.3g} ... {sums.max():.3g}"
+            + (": weights after dropout are not attention, put the model in eval mode" if training else "")
+        )
+        raise ShapeError(
+            f"{who} shape {shape} with {found}. Expected weights after the softmax and before dropout, whose rows sum "
+            f"to 1. {NAME_IT}"
+        )
+
+
+def looks_like_attention(tensor: Tensor) -> bool:
+    """Whether all rows sum to 1, but for those that are fully masked (0 or NaN), and none is negative."""
+    if tensor.dim() not in (3, 4) or not tensor.is_floating_point() or not tensor.numel():
+        return False
+    sums = tensor.float().sum(-1)
+    sound = ((sums - 1).abs() <= row_sum_tolerance(tensor.dtype)) | (sums == 0) | sums.isnan()
+    return bool(sound.all() and (sums > 0).any() and not (tensor < 0).any())
+
+
+def zeros_hide(weights: Tensor, who: str, tell: Callable[[str], None]) -> bool:
+    """Whether weights of exactly 0 are hidden keys, of which the masks are not known. Looks at the values."""
+    if weights.dtype == torch.float16 or zeros_are_a_mask(weights):
+        return weights.dtype != torch.float16
+    if weights.shape[1] == 1:  # of several heads it shows that they leave out different keys
+        tell(
+            f"{who} one head, or an average, with weights of exactly 0 that differ from sample to sample and from "
+            "query to query. They are taken as weights, as of a sparse attention. If a mask hides these keys, name "
+            "the module whose softmax gives the weights."
+        )
+    return False
+
+
+def from_weights(recorded: RecordedWeights, masks: RecordedWeights | None, zeros_are_hidden: bool) -> RecordedWeights:
+    """Weights that were given, with masks.
+
+    Parameters
+    ----------
+    recorded
+        The weights.
+    masks
+        What the softmax gave that they were made of, with its masks; None if that was not seen. Then keys to which a
+        sample gives no weight at all are hidden (not so in float16, which rounds small weights to 0).
+    zeros_are_hidden
+        Whether all weights of exactly 0 are hidden, as ``zeros_hide`` says.
+    """
+    weights = recorded.weights
+    keys = keys_with_weight(weights)
+    if masks is None:
+        visible = (weights != 0).any(1, keepdim=True) if zeros_are_hidden else keys
+        return apart_from_padding(replace(recorded, visible=visible))
+    # A tensor, as a GPU would have to wait for a bool.
+    kept = ((weights == masks.weights) | masks.weights.isnan()).all()
+    key_mask = keys[:, 0, 0] | kept
+    key_mask = key_mask if masks.key_mask is None else masks.key_mask & key_mask
+    # Rows that were set to 0 after the softmax.
+    shown = (weights != 0).any(-1, keepdim=True) | (masks.weights == 0).all(-1, keepdim=True)
+    shown = shown.expand(weights.shape)
+    return replace(recorded, key_mask=key_mask, visible=shown if masks.visible is None else masks.visible & shown)
+
+
+def tell_the_same(tensor: Tensor, weights: Tensor) -> bool:
+    """Whether a tensor tells the same as weights, in another form, precision, or averaged over the heads."""
+    precision = max(1e-4, *(torch.finfo(kind.dtype).eps for kind in (tensor, weights)))
+    return any(
+        tensor.numel() == same.numel()
+        and torch.allclose(tensor.flatten().float(), same.flatten().float(), 2 * precision, 1e-5, equal_nan=True)
+        for same in (weights, weights.mean(1))
+    )
+
+
+def one_head(name: str, average: bool = False) -> str:
+    """What a user should know of attention without an axis for heads."""
+    return f"'{name}' has no axis for heads: it is taken as one head, and its first axis as samples." + (
+        " An average over heads has a larger entropy than the heads; record the heads if you can." if average else ""
+    )
