@@ -109,10 +109,6 @@ class Survey:
     _counts: Counter[str] = field(default_factory=Counter)
     _budget: int = field(default_factory=lambda: BUDGET)
 
-    def clear(self) -> None:
-        """Forget it."""
-        self.__init__(self.root)  # type: ignore[misc]
-
     def want(self, run: Run, event: Event) -> Want:
         """Weights of what may go across, as far as the budget reaches, and masks of the rest that is not larger."""
         size = 4 * prod(event.shape)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction
-from lightning_xattn.capture.choose import Found, Survey, choose_layers, padding_source, shown_of, turned_round
+from lightning_xattn.capture.choose import Survey, choose_layers, padding_source, shown_of, turned_round
+from lightning_xattn.capture.layout import Axes
 from lightning_xattn.capture.locate import describe_attention, locate_attention
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import Event, Want
@@ -87,9 +88,9 @@ class AttentionRecorder:
         self._watch: Watch | None = None
         self._taps: dict[tuple[str, Direction], Tap] = {}
         self._of_module: dict[nn.Module, list[Tap]] = {}
-        # The self-attention that says which queries are padding, by its module's path and its number in a step; how
-        # many that module has computed in this step, and the masks of this step.
-        self._suppliers: dict[tuple[str, int], Found] = {}
+        # The self-attention that says which queries are padding, by its module's path and its number in a step: its
+        # axes, and whether padding may be cut off; how many modules have computed in this step, and its masks.
+        self._suppliers: dict[tuple[str, int], tuple[Axes | None, bool]] = {}
         self._counts: Counter[str] = Counter()
         self._padding: dict[tuple[str, int], Tensor | None] = {}
         # Of a step in which the layers were found, by layer and direction; and whether that step was left out.
@@ -118,7 +119,7 @@ class AttentionRecorder:
         for tap in self._taps.values():
             tap.clear()
         if self._survey is not None:
-            self._survey.clear()
+            self._survey = Survey(self._model)
         if self._watch is not None:
             self._watch.clear()
         self._padding.clear()
@@ -193,7 +194,8 @@ class AttentionRecorder:
         for number, event in enumerate(run.events, start=self._counts[run.path] + 1):
             supplier = self._suppliers.get((run.path, number))
             if supplier is not None and event.recorded is not None:
-                within = event.recorded if supplier.axes is None else supplier.axes.apply(event.recorded)
+                axes, _ = supplier
+                within = event.recorded if axes is None else axes.apply(event.recorded)
                 self._padding[run.path, number] = within.padding_of_its_own
         self._counts[run.path] += len(run.events)
         if self._survey is not None:
@@ -299,7 +301,9 @@ class AttentionRecorder:
             supplier = padding_source(survey, source) if layer.backward is None and source.joint is None else None
             if supplier is not None:
                 tap.padding = supplier.path, supplier.number
-                self._suppliers[tap.padding], self._padding[tap.padding] = supplier, supplier.padding
+                # Not the whole, which would keep the first step's attention.
+                self._suppliers[tap.padding] = supplier.axes, supplier.cropped
+                self._padding[tap.padding] = supplier.padding
         turned = turned_round(survey, self.layers)
         if turned:
             paths = ", ".join(f"'{path}'" for path in turned.values())
@@ -368,4 +372,5 @@ class AttentionRecorder:
             return tap.query_mask
         missing = queries - mask.shape[1]
         # torch packs sequences, and cuts off what is padding in all of them.
-        return F.pad(mask, (0, missing)) if missing > 0 and self._suppliers[tap.padding].cropped else mask
+        _, cropped = self._suppliers[tap.padding]
+        return F.pad(mask, (0, missing)) if missing > 0 and cropped else mask

@@ -50,6 +50,8 @@ class Run:
         By how many rows there are, the number of heads that were folded into them, behind or before the samples.
     turn
         How many times the module had run in this step before.
+    error
+        What was being handled when it began; another one at its end is its own.
     """
 
     module: nn.Module
@@ -305,6 +307,7 @@ class _FastPaths:
 
     def __enter__(self) -> None:
         self._users += 1
+        # torch's stub gives it the signature of a plain function, which a method is not to mypy.
         torch.overrides.has_torch_function = self._has_torch_function  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:
