@@ -147,19 +147,25 @@ def test_a_text_as_long_as_the_longest_of_each_batch(spans):
         torch.testing.assert_close(pair.forward.weights, block / block.sum(-1, keepdim=True))
 
 
-def test_a_sequence_that_changes_its_length_under_fixed_spans_is_an_error_with_its_remedy():
+def nine_then_twelve(spans):
+    """A recorder of a joint sequence that had 9 tokens, was read, and has 12 now."""
     model = nn.ModuleDict({"attend": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)})
-    with AttentionRecorder(model, JointSequence("attend", {"text": (0, 5), "image": (5, 9)})) as recorder:
+    with AttentionRecorder(model, JointSequence("attend", spans)) as recorder:
         for length in (9, 12):
             recorder.clear()
             x = torch.randn(BATCH, length, WIDTH)
             model["attend"](x, x, x)
             if length == 9:
                 assert len(recorder.attention) == 1
-        with pytest.raises(
-            ShapeError, match=r"has 12 tokens, and had 9 before, but the spans .* do not move .* \(-144, None\)"
-        ):
-            _ = recorder.attention
+    return recorder
+
+
+def test_a_sequence_that_changes_its_length_under_fixed_spans_is_an_error_with_its_remedy():
+    recorder = nine_then_twelve({"text": (0, 5), "image": (5, 9)})
+    with pytest.raises(
+        ShapeError, match=r"has 12 tokens, and had 9 before, but the spans .* do not move .* \(-144, None\)"
+    ):
+        _ = recorder.attention
 
 
 def test_spans_of_the_batch_in_a_trainer():
@@ -194,17 +200,10 @@ def test_a_span_of_a_callable_is_checked():
 
 @pytest.mark.parametrize("spans", [{"text": (0, 5), "image": (-4, None)}, {"text": (0, 5), "image": (5, None)}])
 def test_a_sequence_that_changes_its_length_under_spans_that_may_go_with_it(spans):
-    model = nn.ModuleDict({"attend": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)})
-    with AttentionRecorder(model, JointSequence("attend", spans)) as recorder:
-        for length in (9, 12):
-            recorder.clear()
-            x = torch.randn(BATCH, length, WIDTH)
-            model["attend"](x, x, x)
-            if length == 9:
-                assert len(recorder.attention) == 1
-        if spans["image"][0] < 0:  # tokens between the two belong to nobody
-            with pytest.raises(ShapeError, match="had 9 before, but the spans .* do not move"):
-                _ = recorder.attention
-        else:
-            with pytest.warns(XAttnWarning, match="changes its length .9, 12.: the tokens of the last modality"):
-                assert recorder.attention[0].forward.weights.shape[2:] == (5, 7)
+    recorder = nine_then_twelve(spans)
+    if spans["image"][0] < 0:  # tokens between the two belong to nobody
+        with pytest.raises(ShapeError, match="had 9 before, but the spans .* do not move"):
+            _ = recorder.attention
+    else:
+        with pytest.warns(XAttnWarning, match="changes its length .9, 12.: the tokens of the last modality"):
+            assert recorder.attention[0].forward.weights.shape[2:] == (5, 7)
