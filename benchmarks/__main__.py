@@ -23,7 +23,8 @@ from benchmarks.timing import median_seconds, quartiles_of_ratios, times_in_turn
 from benchmarks.validate import BATCH, one_batch, validate
 from lightning_xattn import Attention, Direction
 from lightning_xattn.aggregation import LayerAccumulator, Layout
-from lightning_xattn.functional import prepare_rows, sample_statistics
+from lightning_xattn.columns import sample_statistics
+from lightning_xattn.functional import prepare_rows
 from lightning_xattn.hms import HMSDataModule, HMSLightningModule
 from tests import reference
 

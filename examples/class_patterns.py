@@ -8,6 +8,7 @@ import sys
 
 from lightning_xattn import ExplainabilityCapture
 from lightning_xattn.attention import Direction
+from lightning_xattn.columns import Column
 from lightning_xattn.hms import CLASSES, HMSDataModule, HMSLightningModule
 from lightning_xattn.visualizations import plot_attention_heatmap
 
@@ -23,7 +24,7 @@ summary, which = explained.headline, CLASSES.index(name)
 
 n = summary.size(which)
 print(f"{n} samples of {summary.groups(class_id=which)} patients are predicted as {name}")
-for column in ("alignment", "eeg_to_spec/entropy", "spec_to_eeg/entropy"):
+for column in map(Column.parse, ("alignment", "eeg_to_spec/entropy", "spec_to_eeg/entropy")):
     low, high = summary.interval(column, which)
     interval = "too few for an interval" if math.isnan(low) else f"95 % interval {low:.3f} to {high:.3f}"
     print(f"  {column}: {summary.mean(column, which):.3f} ({interval})")

@@ -8,13 +8,14 @@ import sys
 
 from lightning_xattn import ExplainabilityCapture
 from lightning_xattn.aggregation import CORRECT, INCORRECT
+from lightning_xattn.columns import ALIGNMENT, ENTROPY
 from lightning_xattn.hms import HMSDataModule, HMSLightningModule
 
 checkpoint, data = sys.argv[1:]
 explainer = ExplainabilityCapture(HMSLightningModule.load_from_checkpoint(checkpoint, map_location="cpu"))
 summary = explainer.explain_loader(HMSDataModule(data, test_data=data).test_dataloader()).headline
 
-for score in ("alignment", "entropy"):
+for score in (ALIGNMENT, ENTROPY):
     print(score)
     for name, outcome in (("correct", CORRECT), ("incorrect", INCORRECT)):
         low, high = summary.interval(score, outcome=outcome)
@@ -23,8 +24,8 @@ for score in ("alignment", "entropy"):
         patients = summary.groups(score, outcome=outcome)
         print(f"  {name}: mean {mean:.3f} ({interval}, n = {n} of {patients} {summary.group_noun})")
     # Classes differ in accuracy and in attention, and that alone makes a gap: the gap within classes is free of it.
-    print(f"  gap {summary.gap(score):+.3f}, within classes {summary.class_adjusted_gap(score):+.3f}")
-    found = summary.separation(score)
+    found = summary.compare(score)
+    print(f"  gap {found.gap:+.3f}, within classes {found.class_adjusted_gap:+.3f}")
     if math.isnan(found.auroc):
         groups = f"{found.correct_groups} and {found.incorrect_groups} {summary.group_noun}"
         print(f"  {found.correct} correct and {found.incorrect} incorrect, of {groups}, are too few to claim anything")

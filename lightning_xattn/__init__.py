@@ -9,7 +9,7 @@ from lightning_xattn.callback import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder, JointSequence
 from lightning_xattn.errors import XAttnError, XAttnWarning
 from lightning_xattn.explainer import ExplainabilityCapture
-from lightning_xattn.interpretation import interpret_sample
+from lightning_xattn.guide.interpretation import interpret_sample
 from lightning_xattn.report import create_explainability_report
 
 __all__ = [

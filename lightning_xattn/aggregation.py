@@ -1,4 +1,4 @@
-"""Running sums of every number by class and outcome, and what an epoch's sums say.
+"""Running sums of every number by class and outcome.
 
 Accumulators hold sums and counts only, so a short last batch weighs what it should, samples may come in any order,
 and several processes give what one gives.
@@ -6,8 +6,6 @@ and several processes give what one gives.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,26 +14,14 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_xattn.attention import Direction
+from lightning_xattn.columns import SCORES, Column
 from lightning_xattn.errors import ShapeError
-from lightning_xattn.functional import (
-    Rows,
-    Separation,
-    alignment_null,
-    class_adjusted_gap,
-    mean_interval,
-    score_bins,
-    separation,
-    standardised_maps,
-)
+from lightning_xattn.functional import Rows, score_bins, standardised_maps
 from lightning_xattn.functional.outcomes import BINS
-from lightning_xattn.group_keys import UNKNOWN_GROUP
 from lightning_xattn.groups import GroupSums
 
 INCORRECT, CORRECT, UNKNOWN = range(3)
 """Outcome of a sample; unknown without a prediction or a target."""
-
-SCORE_RANGES = {"alignment": (-1.0, 1.0), "entropy": (0.0, 1.0)}
-"""The scores that are compared between correct and incorrect predictions, with the ranges of their histograms."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +31,7 @@ class Layout:
     Parameters
     ----------
     columns
-        Names of the numbers, see ``sample_statistics``.
+        The numbers, see ``sample_statistics``.
     n_classes
         Number of classes; 0 when there are none.
     heads
@@ -56,7 +42,7 @@ class Layout:
         What groups of samples are called, such as "patients"; None where groups are not known.
     """
 
-    columns: tuple[str, ...]
+    columns: tuple[Column, ...]
     n_classes: int
     heads: dict[Direction, int]
     tokens: dict[Direction, tuple[int, int]]
@@ -64,7 +50,7 @@ class Layout:
 
     @classmethod
     def of(
-        cls, rows: Sequence[Rows], statistics: Mapping[str, Tensor], n_classes: int, groups: str | None = None
+        cls, rows: Sequence[Rows], statistics: Mapping[Column, Tensor], n_classes: int, groups: str | None = None
     ) -> Layout:
         """The layout for the prepared rows of a first batch, forward direction first, and its ``sample_statistics``."""
         return cls(
@@ -76,17 +62,16 @@ class Layout:
         )
 
     @property
-    def numbers(self) -> tuple[tuple[str, ...], int, dict[Direction, int], str | None]:
+    def numbers(self) -> tuple[tuple[Column, ...], int, dict[Direction, int], str | None]:
         """All but the token counts: accumulators that agree in this can be merged."""
         return self.columns, self.n_classes, self.heads, self.groups
 
     @property
-    def grouped_columns(self) -> list[str]:
-        """The numbers that are added up by group too: those of a layer, not those of its single heads."""
-        return [name for name in self.columns if not re.search(r"/head_\d+$", name)]
+    def grouped_columns(self) -> list[Column]:
+        """The numbers that are added up by group too: not those of single heads."""
+        return [column for column in self.columns if column.head is None]
 
 
-@dataclass(frozen=True, eq=False)
 class LayerSums:
     """What an accumulator has added up; adding more leaves it as it is.
 
@@ -100,9 +85,9 @@ class LayerSums:
         Sums by group; None where groups are not known.
     """
 
-    layout: Layout
-    states: Mapping[str, Tensor]
-    groups: GroupSums | None
+    # Not a dataclass: torchmetrics would take the result of ``compute`` apart and squeeze its tensors.
+    def __init__(self, layout: Layout, states: Mapping[str, Tensor], groups: GroupSums | None) -> None:
+        self.layout, self.states, self.groups = layout, states, groups
 
     def cpu(self) -> LayerSums:
         """The same on the CPU."""
@@ -153,7 +138,7 @@ class LayerAccumulator(Metric):
         # (class, outcome), column, (count, sum, sum of squares)
         self._add("moments", places * 3, len(layout.columns), 3)
         # (score, outcome), bin
-        self._add("histograms", len(SCORE_RANGES) * 3 * BINS)
+        self._add("histograms", len(SCORES) * 3 * BINS)
         self._add("ragged", 1)
         self._add("ties", 1)
         for direction, (queries, keys) in layout.tokens.items():
@@ -166,7 +151,7 @@ class LayerAccumulator(Metric):
         self._add("null_terms", 3)
         self._groups = None if layout.groups is None else GroupSums.empty(len(layout.grouped_columns))
         # Made once, so that no GPU waits for it in each batch.
-        self._grouped = torch.tensor([layout.columns.index(name) for name in layout.grouped_columns], device=device)
+        self._grouped = torch.tensor([layout.columns.index(column) for column in layout.grouped_columns], device=device)
         self.to(device)
 
     def _add(self, name: str, *shape: int) -> None:
@@ -178,7 +163,7 @@ class LayerAccumulator(Metric):
     def update(
         self,
         rows: Sequence[Rows],
-        statistics: Mapping[str, Tensor],
+        statistics: Mapping[Column, Tensor],
         classes: Tensor,
         outcomes: Tensor,
         tied: Tensor,
@@ -212,22 +197,22 @@ class LayerAccumulator(Metric):
             self.ragged = self.ragged + 1
 
     def _add_numbers(
-        self, statistics: Mapping[str, Tensor], classes: Tensor, outcomes: Tensor, groups: Tensor | None
+        self, statistics: Mapping[Column, Tensor], classes: Tensor, outcomes: Tensor, groups: Tensor | None
     ) -> None:
         columns = self.layout.columns
-        values = torch.stack([statistics[name].to(self._dtype_of_sums) for name in columns], dim=1)
+        values = torch.stack([statistics[column].to(self._dtype_of_sums) for column in columns], dim=1)
         defined = values.isfinite()
         values = torch.where(defined, values, 0)
         terms = torch.stack([defined.to(values.dtype), values, values**2], dim=-1)
         self.moments = self.moments.index_add(0, classes * 3 + outcomes, terms)
-        bins = torch.full((len(values), len(SCORE_RANGES)), -1, device=values.device)
-        for i, (name, (low, high)) in enumerate(SCORE_RANGES.items()):
-            if name in columns:
-                column = columns.index(name)
-                of_score = score_bins(values[:, column], low, high)
-                bins[:, i] = torch.where(defined[:, column], of_score, -1)
-                place = (i * 3 + outcomes) * BINS + of_score
-                self.histograms = self.histograms.index_add(0, place, defined[:, column].to(values.dtype))
+        bins = torch.full((len(values), len(SCORES)), -1, device=values.device)
+        for i, (score, (low, high)) in enumerate(SCORES.items()):
+            if score in columns:
+                place = columns.index(score)
+                of_score = score_bins(values[:, place], low, high)
+                bins[:, i] = torch.where(defined[:, place], of_score, -1)
+                cells = (i * 3 + outcomes) * BINS + of_score
+                self.histograms = self.histograms.index_add(0, cells, defined[:, place].to(values.dtype))
         if self._groups is not None:
             if groups is None:
                 raise ShapeError(f"This batch has no {self.layout.groups}, though the first one had.")
@@ -255,15 +240,18 @@ class LayerAccumulator(Metric):
         """What there is so far, where the batches are."""
         return LayerSums(self.layout, {name: getattr(self, name) for name in self.metric_state}, self._groups)
 
-    def load(self, sums: LayerSums) -> None:
-        """Go on from other sums of the same layout."""
+    @classmethod
+    def of(cls, sums: LayerSums, device: torch.device | str) -> LayerAccumulator:
+        """One that goes on from these sums."""
+        accumulator = cls(sums.layout, device)
         for name, values in sums.states.items():
-            setattr(self, name, values.to(self.device))
-        self._groups = sums.groups
+            setattr(accumulator, name, values.to(device))
+        accumulator._groups = sums.groups
+        return accumulator
 
-    def compute(self) -> LayerSummary:
-        """Summarise the sums so far, on the CPU."""
-        return LayerSummary(self.sums().cpu())
+    def compute(self) -> LayerSums:
+        """The sums so far, on the CPU."""
+        return self.sums().cpu()
 
 
 def merge_sums(parts: Sequence[LayerSums]) -> LayerSums:
@@ -278,7 +266,7 @@ def merge_sums(parts: Sequence[LayerSums]) -> LayerSums:
     for part in parts[1:]:
         if part.layout.numbers != layout.numbers:
             raise ShapeError(
-                f"Different attention was recorded: {_describe(layout)} in one place, {_describe(part.layout)} in "
+                f"Different attention was recorded: {_say_layout(layout)} in one place, {_say_layout(part.layout)} in "
                 "another. Every process must run the same model with the same settings."
             )
         same = {name: values for name, values in part.states.items() if values.shape == total[name].shape}
@@ -289,161 +277,7 @@ def merge_sums(parts: Sequence[LayerSums]) -> LayerSums:
     return LayerSums(layout, total, GroupSums.merged(grouped) if grouped else None)
 
 
-def _describe(layout: Layout) -> str:
+def _say_layout(layout: Layout) -> str:
     heads = ", ".join(f"{heads} heads {direction}" for direction, heads in layout.heads.items())
     groups = f", in {layout.groups}" if layout.groups else ""
     return f"{layout.n_classes} classes and {heads}{groups}"
-
-
-class LayerSummary:
-    """An epoch of one layer: count, mean and standard deviation of every number, by class and outcome.
-
-    Parameters
-    ----------
-    sums
-        The sums of a ``LayerAccumulator``, or several merged.
-
-    Attributes
-    ----------
-    layout
-        Names of the numbers, classes, heads, tokens, and what groups are called.
-    moments
-        ``(classes + 1, outcomes, columns, 3)``: count, sum, sum of squares; the last class is "no class".
-    histograms
-        ``(scores, outcomes, bins)`` in the order of ``SCORE_RANGES``.
-    maps
-        By direction ``(classes, queries, keys)``: attention averaged over heads and samples, NaN for an absent
-        class; one map when there are no classes. Empty when the token counts changed between batches.
-    alignment_null
-        Mean alignment between different samples; NaN with fewer than two, or unless all have the same tokens.
-    ties
-        Number of samples whose soft target has more than one top class; the first of them counts as the class.
-    """
-
-    # Not a dataclass: torchmetrics would take the result of ``compute`` apart and squeeze its tensors.
-    def __init__(self, sums: LayerSums) -> None:
-        self.layout, states = sums.layout, sums.states
-        self._groups = None if sums.groups is None else sums.groups.settled()
-        self.moments = states["moments"].unflatten(0, (-1, 3))
-        self.histograms = states["histograms"].reshape(len(SCORE_RANGES), 3, BINS)
-        self.ties = int(states["ties"])
-        self.maps: dict[Direction, Tensor] = {}
-        self.alignment_null = torch.nan
-        if not states["ragged"].any():
-            for direction in self.layout.tokens:
-                totals, counts = states[f"map_{direction}"].unbind(-1)
-                self.maps[direction] = (totals / counts)[: self.layout.n_classes or 1]
-            aligned, samples, others = states["null_terms"]
-            if others == 0:
-                x_sum, y_sum = states["null_maps"]
-                self.alignment_null = float(alignment_null(x_sum, y_sum, aligned, samples))
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the numbers."""
-        return self.layout.columns
-
-    @property
-    def heads(self) -> dict[Direction, int]:
-        """Number of heads by direction, forward first."""
-        return self.layout.heads
-
-    @property
-    def n_classes(self) -> int:
-        """Number of classes; 0 when there are none."""
-        return self.layout.n_classes
-
-    @property
-    def samples(self) -> int:
-        """Number of samples."""
-        return self.size()
-
-    @property
-    def group_noun(self) -> str | None:
-        """What groups are called, such as "patients"; None where they are not known: samples count as independent."""
-        return self.layout.groups
-
-    def groups(self, column: str = "invalid_rows", class_id: int | None = None, outcome: int | None = None) -> int:
-        """How many groups have samples of a class and an outcome with this number; 0 where groups are not known."""
-        if self._groups is None:
-            return 0
-        return self._groups.count(self.layout.grouped_columns.index(column), class_id, outcome)
-
-    @property
-    def ungrouped(self) -> int:
-        """Number of samples whose group is not known, where other samples' groups are."""
-        everyone = self.layout.grouped_columns.index("invalid_rows")
-        return 0 if self._groups is None else self._groups.size(everyone, UNKNOWN_GROUP)
-
-    def size(self, class_id: int | None = None, outcome: int | None = None) -> int:
-        """Number of samples of a class and an outcome, whether their numbers are defined or not."""
-        # The count of invalid rows is defined for every sample.
-        return self.count("invalid_rows", class_id, outcome)
-
-    @property
-    def unclassified(self) -> int:
-        """Number of samples without a class, where there are classes."""
-        return self.size(self.n_classes) if self.n_classes else 0
-
-    def count(self, column: str, class_id: int | None = None, outcome: int | None = None) -> int:
-        """How many samples have this number, of all or of one class and outcome."""
-        return int(self._moments(column, class_id, outcome)[0])
-
-    def total(self, column: str) -> float:
-        """Sum over all samples where it is defined."""
-        return float(self._moments(column, None, None)[1])
-
-    def mean(self, column: str, class_id: int | None = None, outcome: int | None = None) -> float:
-        """Mean over the samples where it is defined; NaN without any."""
-        count, total, _ = self._moments(column, class_id, outcome)
-        return float(total / count)
-
-    def std(self, column: str, class_id: int | None = None, outcome: int | None = None) -> float:
-        """Standard deviation with n - 1; NaN with fewer than two samples."""
-        count, total, squares = self._moments(column, class_id, outcome)
-        if count < 2:
-            return torch.nan
-        return float(((squares - total**2 / count).clamp_min(0) / (count - 1)).sqrt())
-
-    def interval(self, column: str, class_id: int | None = None, outcome: int | None = None) -> tuple[float, float]:
-        """95 % interval of the mean, by groups where they are known: `grouped_mean_interval`, else `mean_interval`.
-
-        NaN with fewer than ``MINIMUM_GROUP`` groups, or samples. Of single heads there are no sums by group, so where
-        groups are known their interval is NaN too.
-        """
-        if self._groups is None:
-            group = column, class_id, outcome
-            return mean_interval(self.mean(*group), self.std(*group), self.count(*group))
-        if column not in self.layout.grouped_columns:
-            return math.nan, math.nan
-        return self._groups.interval(self.layout.grouped_columns.index(column), class_id, outcome)
-
-    def gap(self, column: str) -> float:
-        """Mean over correct minus mean over incorrect predictions."""
-        return self.mean(column, outcome=CORRECT) - self.mean(column, outcome=INCORRECT)
-
-    def class_adjusted_gap(self, column: str) -> float:
-        """The gap within each class, averaged over the classes that have both outcomes."""
-        by_class = self.moments[: self.n_classes, [CORRECT, INCORRECT], self.columns.index(column)]
-        return class_adjusted_gap(by_class[..., 0], by_class[..., 1])
-
-    def histogram(self, score: str, outcome: int) -> Tensor:
-        """``(bins,)`` counts of a score of ``SCORE_RANGES`` over its range."""
-        return self.histograms[list(SCORE_RANGES).index(score), outcome]
-
-    def separation(self, score: str) -> Separation:
-        """Does the score predict errors? By groups where they are known: `grouped_separation`, else `separation`."""
-        if self._groups is not None:
-            return self._groups.separation(list(SCORE_RANGES).index(score), CORRECT, INCORRECT)
-        return separation(self.histogram(score, CORRECT), self.histogram(score, INCORRECT))
-
-    def undefined_share(self) -> float:
-        """Share of samples without an alignment, or without an entropy where only one direction is recorded."""
-        column = "alignment" if "alignment" in self.columns else "entropy"
-        return 1 - self.count(column) / self.samples if self.samples else torch.nan
-
-    def _moments(self, column: str, class_id: int | None, outcome: int | None) -> Tensor:
-        selected: Tensor = self.moments[:, :, self.columns.index(column)]
-        selected = selected if class_id is None else selected[class_id : class_id + 1]
-        selected = selected if outcome is None else selected[:, outcome : outcome + 1]
-        return selected.sum((0, 1))

@@ -5,7 +5,7 @@ One axis order everywhere: ``(batch, heads, queries, keys)``. A *direction* is n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -22,27 +22,37 @@ def row_sum_tolerance(dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Direction:
-    """Which modality asks (query) and which is looked at (key), e.g. ``eeg_to_spec``."""
+    """Which modality asks (query) and which is looked at (key), e.g. ``eeg_to_spec``.
+
+    Raises
+    ------
+    SettingError
+        If these are not two different names, or one contains ``_to_`` or a slash.
+    """
 
     query: str
     key: str
 
+    def __post_init__(self) -> None:
+        names = self.query, self.key
+        # A slash separates the parts of a curve's name, and a layer from its direction.
+        if not all(names) or self.query == self.key or any(part in name for name in names for part in ("_to_", "/")):
+            raise self._misnamed(str(self))
+
     @classmethod
     def parse(cls, name: str) -> Direction:
-        """Read ``<query>_to_<key>``.
-
-        Raises
-        ------
-        SettingError
-            If the name is not two different modality names joined by one ``_to_``.
-        """
+        """Read ``<query>_to_<key>``; raises a SettingError if it is not of this form."""
         query, separator, key = name.partition("_to_")
-        if not (separator and query and key) or "_to_" in key or query == key:
-            raise SettingError(
-                f"A direction is named '<query>_to_<key>' with two different modalities, "
-                f"e.g. 'eeg_to_spec'; got '{name}'."
-            )
+        if not separator:
+            raise cls._misnamed(name)
         return cls(query, key)
+
+    @staticmethod
+    def _misnamed(name: str) -> SettingError:
+        return SettingError(
+            "A direction is named '<query>_to_<key>' after two different modalities, whose names hold neither '_to_' "
+            f"nor '/', e.g. 'eeg_to_spec'; got '{name}'."
+        )
 
     @property
     def opposite(self) -> Direction:
@@ -130,6 +140,23 @@ class Attention:
         return Attention(**moved)
 
     @classmethod
+    def joined(cls, parts: Sequence[Attention]) -> Attention:
+        """The attention of several batches as one."""
+
+        def join(name: str) -> Tensor | None:
+            known = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+            return torch.cat(known) if len(known) == len(parts) else None
+
+        # An attention mask may be one for all samples of its part.
+        visible = [
+            None if part.visible is None else part.visible.expand(len(part.weights), *part.visible.shape[1:])
+            for part in parts
+        ]
+        parts = [replace(part, visible=of_part) for part, of_part in zip(parts, visible, strict=True)]
+        joined: dict[str, Any] = {name: join(name) for name in ("weights", "key_mask", "query_mask", "crossing")}
+        return replace(parts[0], visible=join("visible"), **joined)
+
+    @classmethod
     def of_weights(cls, direction: Direction, weights: Tensor) -> Attention:
         """Attention of weights alone, in which NaN marks what a mask hides (see ``marked_weights``)."""
         hidden = weights.isnan()
@@ -151,6 +178,11 @@ class Attention:
     def tokens(self) -> int:
         """Number of keys that are tokens."""
         return self.weights.shape[3] - self.extra_keys
+
+    @property
+    def token_counts(self) -> dict[str, int]:
+        """Number of tokens of each modality, the one that asks first."""
+        return {self.direction.query: self.weights.shape[2], self.direction.key: self.tokens}
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +228,16 @@ class AttentionPair:
     def __getitem__(self, samples: slice) -> AttentionPair:
         """The attention of some of the samples."""
         return AttentionPair(self.layer, *(attention[samples] for attention in self.directions))
+
+    def cpu(self) -> AttentionPair:
+        """The same, detached and on the CPU."""
+        return AttentionPair(self.layer, *(attention.cpu() for attention in self.directions))
+
+    @classmethod
+    def joined(cls, parts: Sequence[AttentionPair]) -> AttentionPair:
+        """The attention of several batches as one."""
+        directions = zip(*(part.directions for part in parts), strict=True)
+        return cls(parts[0].layer, *map(Attention.joined, directions))
 
     @property
     def directions(self) -> tuple[Attention, ...]:
@@ -259,3 +301,8 @@ class TokenAxis:
             return self.names[token]
         start, stop = self.spans[token]
         return f"{start:g} to {stop:g}"
+
+
+def fitting_axes(axes: Mapping[str, TokenAxis], counts: Mapping[str, int]) -> dict[str, TokenAxis]:
+    """The axes with as many tokens as their modality has; a model may pool or group what the data have."""
+    return {name: axes[name] for name, count in counts.items() if name in axes and len(axes[name]) == count}

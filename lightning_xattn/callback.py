@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packaging.version import Version
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info
 
-from lightning_xattn.aggregation import LayerAccumulator, LayerSummary, merge_sums
-from lightning_xattn.alarms import Alarms
-from lightning_xattn.attention import AttentionPair, mask_queries
-from lightning_xattn.capture import AttentionRecorder, AttentionSetting, check_attention
-from lightning_xattn.distributed import count_repeats, gather
-from lightning_xattn.epoch import epoch_counts, epoch_curves, epoch_figures
-from lightning_xattn.errors import SettingError, XAttnError, XAttnWarning
-from lightning_xattn.grouping import (
-    GROUPINGS,
-    check_class_names,
-    missing_labels,
-    name_classes,
-    name_groups,
-    usable_names,
+from lightning_xattn.capture import AttentionRecorder, AttentionSetting
+from lightning_xattn.checks import Checks
+from lightning_xattn.classes import name_in_curves
+from lightning_xattn.curves import epoch_curves, epoch_record
+from lightning_xattn.distributed import count_repeats
+from lightning_xattn.evaluation import Evaluation, Settings, summarise, take_step
+from lightning_xattn.figures import epoch_figures
+from lightning_xattn.labels import LabelSetting
+from lightning_xattn.messages import warn
+from lightning_xattn.sinks import log_figures
+from lightning_xattn.summary import LayerSummary
+from lightning_xattn.trainer import (
+    Schedule,
+    attention_axes,
+    logged_step,
+    moment,
+    require_lightning_that_takes_it,
+    scope_of,
+    stage_of,
 )
-from lightning_xattn.labels import LabelFinder, LabelSetting, Step
-from lightning_xattn.phrases import named
-from lightning_xattn.schedule import Schedule, logged_step
-from lightning_xattn.sinks import log_images
-from lightning_xattn.sums import add_batch
 
 if TYPE_CHECKING:
-    from lightning_xattn.table import SampleTable
+    from lightning_xattn.table import TrainingTable
 
 
 class AttentionExplainabilityCallback(Callback):
@@ -95,9 +92,8 @@ class AttentionExplainabilityCallback(Callback):
     history : list of dict
         One record per recorded epoch, dataloader and layer: ``stage``, ``epoch``, ``step``, ``dataloader``, ``layer``,
         ``samples``, ``groups`` (how many; None where they are not known), ``repeats`` (samples dropped because another
-        process had them), ``ties`` and ``unclassified`` samples, the intervals and gaps of ``epoch_counts``, and the
-        epoch's curves by their names without the scope. It is saved in checkpoints.
-        ``pandas.DataFrame(callback.history)``.
+        process had them), ``ties`` and ``unclassified`` samples, the comparisons of correct with incorrect predictions,
+        and the epoch's curves by their names without the scope. It is saved in checkpoints.
     summaries : dict of str to LayerSummary
         The last epoch of each scope, such as ``val``, ``test`` or ``val/dataloader_1``.
 
@@ -129,44 +125,24 @@ class AttentionExplainabilityCallback(Callback):
         table: str | Path | None = None,
     ) -> None:
         super().__init__()
-        _require_lightning_that_takes_it()
-        if attention is not None:
-            check_attention(attention)
-        if group_by not in GROUPINGS:
-            raise SettingError(f"group_by must be one of {', '.join(GROUPINGS)}; got {group_by!r}.")
-        self.attention = attention
-        self.class_names = None if class_names is None else check_class_names(class_names)
-        self.group_by = group_by
+        require_lightning_that_takes_it()
+        self.settings = Settings(
+            attention, class_names, group_by, predictions, targets, sample_ids, groups, query_mask, table
+        )
         self.schedule = Schedule(every_n_epochs, figures_every_n_epochs, every_n_batches)
-        if table is not None and find_spec("pyarrow") is None:
-            raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
-        self.table = None if table is None else Path(table)
-        # What tells two callbacks apart in a checkpoint; a callable by its name, which stays from run to run.
-        labels = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids, "groups": groups}
-        labels["query_mask"] = query_mask
-        self._settings = {name: named(value) for name, value in ({"attention": attention} | labels).items()}
-        self._settings |= {"class_names": self.class_names, "group_by": group_by}
-        self._settings |= {"schedule": self.schedule, "table": None if table is None else str(table)}
         self.history: list[dict[str, Any]] = []
         self.summaries: dict[str, LayerSummary] = {}
-        # One for each dataloader, as their batches may differ.
-        new_finder = partial(LabelFinder, **labels)
-        self._labels = defaultdict[int, LabelFinder](new_finder, {0: new_finder()})
+        self._checks = Checks()
+        self._evaluations: dict[int, Evaluation] = {}
         self._recorder: AttentionRecorder | None = None
         self._recording = False
-        # One for each layer of each dataloader.
-        self._accumulators = defaultdict[int, dict[str, LayerAccumulator]](dict)
-        self._table: SampleTable | None = None
-        self._repeats: Counter[int] = Counter()
-        # The names of the classes, once a first batch has passed the checks.
-        self._classes: tuple[str, ...] | None = None
-        self._alarms = Alarms()
+        self._table: TrainingTable | None = None
         self._resumes = True
 
     @property
     def state_key(self) -> str:
         """Tells callbacks with different settings apart in a checkpoint."""
-        return self._generate_state_key(**self._settings)
+        return self._generate_state_key(**self.settings.named(), schedule=self.schedule)
 
     def state_dict(self) -> dict[str, Any]:
         """The history, in plain types: a checkpoint with it loads with ``weights_only=True``."""
@@ -179,36 +155,41 @@ class AttentionExplainabilityCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look anew at the first batch of what is to run."""
-        self._resumes = stage == "fit"
-        self._classes = self._recorder = None
-        self._labels.clear()
+        self._resumes, self._recorder = stage == "fit", None
+        new_evaluation = partial(Evaluation, self.settings, pl_module, self._checks)
+        # One for each dataloader, as their batches may differ.
+        self._evaluations = defaultdict(new_evaluation, {0: new_evaluation()})
         if trainer.world_size > 1:
             # What is logged is the same on every process already; Lightning cannot know, and says so for each name.
             warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('xattn_")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the attention before training starts, so that a wrong path fails at once."""
-        self._recorder = AttentionRecorder(pl_module, self.attention)
+        self._recorder = AttentionRecorder(pl_module, self.settings.attention)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to record, if this epoch is one to record."""
-        self._start(trainer, pl_module, "val")
+        self._stop()
+        if not self.schedule.records(trainer):
+            return
+        self._recording = True
+        if self._recorder is None:
+            self._recorder = AttentionRecorder(pl_module, self.settings.attention)
+        rehearsal = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
+        if self.settings.table is not None and not rehearsal:
+            from lightning_xattn.table import TrainingTable  # pyarrow, only where a table is wanted
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to record."""
-        self._start(trainer, pl_module, "test")
+            about = moment(trainer)
+            name = "{stage}-epoch={epoch}-step={step}-rank={rank}".format(**about, rank=trainer.global_rank)
+            self._table = TrainingTable(Path(self.settings.table), name, about)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Put the hooks on the model, if this batch is one to record."""
-        self._watch(batch_idx)
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Put the hooks on the model, if this batch is one to record."""
-        self._watch(batch_idx)
+        if self._recording and self.schedule.samples(batch_idx):
+            assert self._recorder is not None
+            self._recorder.__enter__()
 
     def on_validation_batch_end(
         self,
@@ -220,27 +201,38 @@ class AttentionExplainabilityCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the running sums."""
-        self._add_batch(pl_module, outputs, batch, batch_idx, dataloader_idx, trainer.val_dataloaders)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Add the batch to the running sums."""
-        self._add_batch(pl_module, outputs, batch, batch_idx, dataloader_idx, trainer.test_dataloaders)
+        if not (self._recording and self.schedule.samples(batch_idx)):
+            return
+        assert self._recorder is not None
+        self._recorder.close()
+        taken = take_step(self._recorder, outputs, batch)
+        self._recorder.clear()
+        if taken is None:
+            return
+        evaluation = self._evaluations[dataloader_idx]
+        is_first = evaluation.classes is None
+        result = evaluation.read(*taken)
+        if is_first:
+            warn(self._checks.of_directions(self._recorder.layers))
+            rank_zero_info(f"AttentionExplainabilityCallback takes {evaluation.describe(result)}.")
+        loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        for columns in evaluation.add(result, count_repeats(loaders, dataloader_idx, batch_idx, len(result))):
+            if self._table is not None:
+                self._table.add(columns | {"dataloader": dataloader_idx})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's curves and figures."""
-        self._finish(trainer, pl_module, "val")
+        if self._recording and not trainer.sanity_checking:
+            if self._table is not None:
+                self._table.close()
+            self._log_epoch(trainer, pl_module)
+        self._stop()
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the epoch's curves and figures."""
-        self._finish(trainer, pl_module, "test")
+    # A test is recorded as a validation is.
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take every hook off the model: after a crash Lightning does not call ``teardown``."""
@@ -251,26 +243,6 @@ class AttentionExplainabilityCallback(Callback):
         self._stop()
         self._recorder = None
 
-    def _start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._stop()
-        if not self.schedule.records(trainer):
-            return
-        self._recording = True
-        if self._recorder is None:
-            self._recorder = AttentionRecorder(pl_module, self.attention)
-        rehearsal = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
-        if self.table is not None and not rehearsal:
-            from lightning_xattn.table import SampleTable  # pyarrow, only where a table is wanted
-
-            epoch, step, rank = trainer.current_epoch, logged_step(trainer), trainer.global_rank
-            name = f"{stage}-epoch={epoch}-step={step}-rank={rank}"
-            self._table = SampleTable(self.table, name, {"stage": stage, "epoch": epoch, "step": step})
-
-    def _watch(self, batch_idx: int) -> None:
-        if self._recording and self.schedule.samples(batch_idx):
-            assert self._recorder is not None
-            self._recorder.__enter__()
-
     def _stop(self) -> None:
         if self._recorder is not None:
             self._recorder.close()
@@ -278,179 +250,31 @@ class AttentionExplainabilityCallback(Callback):
         if self._table is not None:
             self._table.discard()
         self._recording, self._table = False, None
-        self._accumulators.clear()
-        self._repeats = Counter()
+        for evaluation in self._evaluations.values():
+            evaluation.reset()
 
-    def _add_batch(
-        self, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int, loaders: Any
+    def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        first = None
+        for number, layer, summary in summarise(self._evaluations):
+            first = first or layer
+            scope = scope_of(trainer, self, number, "" if layer == first else layer)
+            self._log_layer(trainer, pl_module, number, layer, summary, scope)
+        if first is None:
+            warn(self._checks.of_nothing(stage_of(trainer)))
+
+    def _log_layer(
+        self, trainer: Trainer, pl_module: LightningModule, number: int, layer: str, summary: LayerSummary, scope: str
     ) -> None:
-        if not (self._recording and self.schedule.samples(batch_idx)):
+        classes, group_by = self._evaluations[number].classes or (), self.settings.group_by
+        curves = epoch_curves(summary, scope, name_in_curves(classes, group_by))
+        pl_module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
+        self.summaries[scope] = summary
+        about = moment(trainer) | {"dataloader": number, "layer": layer, "repeats": self._evaluations[number].repeats}
+        self.history.append(about | epoch_record(summary, scope, curves))
+        if not trainer.is_global_zero:
             return
-        assert self._recorder is not None
-        self._recorder.close()
-        self._recorder.batch = batch
-        pairs, forward_output = self._recorder.attention, self._recorder.output
-        self._recorder.clear()
-        if not pairs:
-            return
-        first = pairs[0].forward.weights
-        batch_size = len(first)
-        step = Step(outputs, batch, forward_output, batch_size, first.device, tuple(first.shape[2:]))
-        several = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
-        loader = several[dataloader_idx] if isinstance(several, (list, tuple)) else several
-        repeats = count_repeats(loader, batch_idx, batch_size)
-        self._repeats[dataloader_idx] += repeats
-        kept = slice(batch_size - repeats)
-        finder = self._labels[dataloader_idx]
-        labels, query_mask = finder.find(step)[kept], finder.find_query_mask(step)
-        pairs = mask_queries(pairs, query_mask)
-        _warn(self._alarms.of_padding(pairs))
-        if self._classes is None:
-            self._classes = name_classes(labels, self.class_names or self._own_names(pl_module), self.group_by, step)
-            _warn(missing_labels(labels, self._classes, self.group_by, step))
-            _warn(self._alarms.of_directions(self._recorder.layers))
-            rank_zero_info(f"AttentionExplainabilityCallback takes {_found(pairs, finder.places, labels.n_classes)}.")
-
-        about: dict[str, Any] = {"dataloader": dataloader_idx}
-        if self.table is not None:  # also in the sanity check, to fail early
-            ids = finder.find_sample_ids(step)
-            about |= {"sample_id": None if ids is None else ids[kept], "group": labels.group_ids}
-        accumulators, kept_pairs = self._accumulators[dataloader_idx], [pair[kept] for pair in pairs]
-        for columns in add_batch(accumulators, kept_pairs, labels, self.group_by, len(self._classes)):
-            if self._table is not None:
-                self._tabulate(partial(self._table.add, columns | about))
-
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not self._recording:
-            return
-        if not trainer.sanity_checking:
-            if self._table is not None:
-                self._tabulate(self._table.close)
-            self._log_epoch(trainer, pl_module, stage)
-        self._stop()
-
-    def _tabulate(self, write: Callable[[], object]) -> None:
-        try:
-            write()
-        except Exception as error:  # a full disk, a folder that is a file: no table must end a training run
-            _warn([f"The sample table in {self.table} lacks this evaluation: {error!r}."])
-            assert self._table is not None
-            self._table.discard()
-            self._table = None
-
-    def _log_epoch(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        sums = {
-            (dataloader_idx, layer): accumulator.sums().cpu()
-            for dataloader_idx, layers in self._accumulators.items()
-            for layer, accumulator in layers.items()
-        }
-        several = [dataloader_idx for dataloader_idx, finder in self._labels.items() if finder.has_several]
-        processes = gather((self._classes, self._repeats, sums, several))
-        self._classes = next((classes for classes, *_ in processes if classes is not None), None)
-        repeats: Counter[int] = sum((counted for _, counted, *_ in processes), Counter())
-        no_classes = {dataloader_idx for *_, several in processes for dataloader_idx in several}
-        # In the order of the first process that has them, so that every process logs the same names in one order.
-        keys = sorted({key: None for _, _, sums, _ in processes for key in sums}, key=lambda key: key[0])
-        for dataloader_idx in sorted(no_classes):
-            _warn([self._labels[dataloader_idx].drop_targets()])
-        if not keys:
-            _warn(self._alarms.of_nothing(stage))
-        for dataloader_idx, layer in keys:
-            parts = [sums[dataloader_idx, layer] for _, _, sums, _ in processes if (dataloader_idx, layer) in sums]
-            merged, classes = merge_sums(parts), self._classes or ()
-            if dataloader_idx in no_classes:
-                merged, classes = merged.without_labels(), ()
-            summary = LayerSummary(merged)
-            scope = self._scope(trainer, stage, dataloader_idx, layer, first=keys[0][1])
-            self.summaries[scope] = summary
-            curves = epoch_curves(summary, scope, name_groups(classes, self.group_by))
-            pl_module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
-            self.history.append(
-                {
-                    "stage": stage,
-                    "epoch": trainer.current_epoch,
-                    "step": logged_step(trainer),
-                    "dataloader": dataloader_idx,
-                    "layer": layer,
-                    "samples": summary.samples,
-                    "groups": summary.groups() if summary.group_noun else None,
-                    "repeats": repeats[dataloader_idx],
-                }
-                | epoch_counts(summary)
-                | {name.removeprefix("xattn_").replace(f"/{scope}/", "/"): value for name, value in curves.items()}
-            )
-            if trainer.is_global_zero:
-                _warn(self._alarms.of_epoch(layer, summary))
-                self._draw(trainer, pl_module, summary, scope, classes)
-        if no_classes >= self._labels.keys():
-            self._classes = ()
-
-    def _scope(self, trainer: Trainer, stage: str, dataloader_idx: int, layer: str, first: str) -> str:
-        """The stage, and what tells this apart: the first callback, dataloader and layer go without saying."""
-        everyone = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
-        ours = [callback for callback in everyone if isinstance(callback, AttentionExplainabilityCallback)]
-        scope = stage
-        scope += f"/callback_{ours.index(self)}" if self in ours[1:] else ""
-        scope += f"/dataloader_{dataloader_idx}" if dataloader_idx else ""
-        return scope + (f"/{layer}" if layer != first else "")
-
-    def _draw(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        summary: LayerSummary,
-        scope: str,
-        classes: tuple[str, ...],
-    ) -> None:
-        if not trainer.loggers or not self.schedule.draws(trainer):
-            return
-        from lightning_xattn.visualizations import render  # matplotlib, only where figures are wanted
-
-        axes = getattr(pl_module, "attention_axes", None)
-        axes = axes or getattr(getattr(trainer, "datamodule", None), "attention_axes", None) or {}
-        figures = epoch_figures(
-            summary,
-            scope,
-            classes,
-            group_by=self.group_by,
-            axes=axes,
-            context=f"{scope}, epoch {trainer.current_epoch}",
-        )
-        try:
-            log_images(trainer.loggers, ((tag, render(figure)) for tag, figure in figures), logged_step(trainer))
-        except Exception as error:  # a figure that cannot be drawn must not end a training run
-            _warn([f"The figures of {scope} could not be drawn: {error!r}."])
-
-    @staticmethod
-    def _own_names(pl_module: LightningModule) -> tuple[str, ...] | None:
-        names, refusal = usable_names(getattr(pl_module, "class_names", None))
-        _warn(f"The class_names of {type(pl_module).__name__} are not used: {why}" for why in refusal)
-        return names
-
-
-def _require_lightning_that_takes_it() -> None:
-    """Refuse a ``lightning`` whose Trainer ends with "Expected a parent", before any code of ours could say why.
-
-    This callback is a child of ``pytorch_lightning.Callback``, which to ``lightning.pytorch`` is a stranger.
-    """
-    lightning = sys.modules.get("lightning")
-    if lightning is not None and "lightning.pytorch" in sys.modules and Version(lightning.__version__) < Version("2.6"):
-        raise XAttnError(
-            f"lightning {lightning.__version__} is imported, whose Trainer takes no callback that is made for "
-            'pytorch_lightning; expected lightning 2.6 or later. Update it: pip install "lightning>=2.6". Or '
-            "import pytorch_lightning in its place."
-        )
-
-
-def _warn(messages: Iterable[str]) -> None:
-    for message in messages:
-        rank_zero_warn(message, category=XAttnWarning, stacklevel=3)
-
-
-def _found(pairs: Sequence[AttentionPair], places: Mapping[str, str], n_classes: int | None) -> str:
-    """What was taken for what, in a few words, so that a name that means something else is seen at once."""
-    first = [
-        f"{one.direction} ({one.weights.shape[2]} queries ask {one.tokens} keys)" for one in pairs[0].directions
-    ] + ([f"{len(pairs) - 1} more layer(s)"] if len(pairs) > 1 else [])
-    labels = ", ".join(f"{what} from {place}" for what, place in places.items()) or "no labels"
-    return f"{', '.join(first)}; {labels}" + (f", of {n_classes} classes" if n_classes else "")
+        warn(self._checks.of_epoch(layer, summary))
+        if trainer.loggers and self.schedule.draws(trainer):
+            axes, context = attention_axes(trainer, pl_module), f"{scope}, epoch {trainer.current_epoch}"
+            figures = epoch_figures(summary, scope, classes, group_by=group_by, axes=axes, context=context)
+            log_figures(trainer.loggers, figures, logged_step(trainer), scope)

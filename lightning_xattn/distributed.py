@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -22,7 +23,7 @@ def gather(value: Value) -> list[Value]:
     return gathered
 
 
-def count_repeats(loader: Any, batch_idx: int, batch_size: int) -> int:
+def count_repeats(loaders: Any, dataloader_idx: int, batch_idx: int, batch_size: int) -> int:
     """How many samples at the end of a batch are there only to give every process equally many.
 
     ``DistributedSampler`` deals samples out in turn and starts over when they run out, so the place of a sample in
@@ -30,13 +31,17 @@ def count_repeats(loader: Any, batch_idx: int, batch_size: int) -> int:
 
     Parameters
     ----------
-    loader
-        The process's DataLoader.
+    loaders
+        The process's DataLoader, or several in a sequence or a mapping.
+    dataloader_idx
+        Which of several.
     batch_idx
         How many batches of it came before this one.
     batch_size
         Samples in this batch.
     """
+    several = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
+    loader = several[dataloader_idx] if isinstance(several, (list, tuple)) else several
     sampler = getattr(loader, "sampler", None)
     if not isinstance(sampler, DistributedSampler):
         sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)

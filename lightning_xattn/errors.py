@@ -1,5 +1,9 @@
 """The few kinds of error that the library raises on purpose."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class XAttnError(Exception):
     """Base of every error raised on purpose: catch this one to catch them all."""
@@ -23,3 +27,11 @@ class DataError(XAttnError, ValueError):
 
 class XAttnWarning(UserWarning):
     """Something that does not stop a run but that its user should act on."""
+
+
+def check_whole_number(name: str, number: Any, least: int = 1, optional: bool = False) -> None:
+    """Refuse a setting that is no whole number of at least this much, with a SettingError; None may be allowed too."""
+    if optional and number is None:
+        return
+    if not isinstance(number, int) or isinstance(number, bool) or number < least:
+        raise SettingError(f"{name} must be a whole number >= {least}; got {number!r}.")

@@ -49,9 +49,14 @@ def group_keys(ids: Tensor | Sequence[Any], device: torch.device | str) -> Tenso
     return torch.where(values.isnan(), UNKNOWN_GROUP, bits)
 
 
+def plain_id(one: Any) -> Any:
+    """An id as Python has it, out of a tensor or an array of one."""
+    return one.item() if hasattr(one, "item") else one
+
+
 def _key(one: Any) -> int:
     try:
-        one = one.item() if hasattr(one, "item") else one
+        one = plain_id(one)
     except (RuntimeError, ValueError):  # torch's and numpy's, for more than one number
         raise ShapeError(f"Expected one group a sample; got {one!r}.") from None
     if one is None or (isinstance(one, float) and math.isnan(one)):

@@ -1,176 +1,25 @@
-"""The guide's patterns and checklists for one sample: each threshold, met or not.
+"""The guide's patterns and checklists under the name that they had; see ``lightning_xattn.guide``."""
 
-The thresholds are the guide's rules of thumb and no evidence: nobody tested that samples which meet them are predicted
-correctly more often. The report of a whole data set tests that for the alignment and the entropy.
-
-Where the guide gives a threshold, it is taken. For entropy and sparsity it only says "low", "high", "sparse" and
-"diffuse", with an example of each (entropy 0.2 and 0.9, sparsity 85 % and 5 %). For the largest weight it gives
-both: examples 0.95 and 0.35, thresholds 0.7 and 0.5, which lie 58 % and 25 % of the way from the diffuse to the focused
-example. The same shares of the way are an entropy of 0.49 and 0.73 and a sparsity of 52 % and 25 %; rounded, they are
-the thresholds here.
-"""
-
-from __future__ import annotations
-
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-from lightning_xattn.attention_analysis import AttentionStatistics
-from lightning_xattn.explanation import SampleExplanation
-from lightning_xattn.functional.rows import SPARSITY_THRESHOLD
-from lightning_xattn.phrases import SINGLE_KEY
-
-HIGH_AGREEMENT, LOW_AGREEMENT = 0.7, 0.2
-"""Modality agreement of patterns 3 and 4; the low one is in the checklist for an incorrect prediction too."""
-
-CHECKLIST_AGREEMENT = 0.5
-"""Modality agreement that the checklist for a correct prediction asks for."""
-
-FOCUSED_MAX, DIFFUSE_MAX = 0.7, 0.5
-"""Largest weight, of both checklists."""
-
-LOW_ENTROPY, HIGH_ENTROPY = 0.5, 0.7
-"""Normalised entropy; chosen here, see above."""
-
-SPARSE, DIFFUSE_SPARSITY = 50.0, 25.0
-"""Percentage of weights below 0.1; chosen here, see above."""
-
-FOCUSED = "Pattern 1: focused attention"
-DIFFUSE = "Pattern 2: diffuse attention"
-AGREEING = "Pattern 3: high modality agreement"
-DISAGREEING = "Pattern 4: low modality agreement"
-PATTERNS = (FOCUSED, DIFFUSE, AGREEING, DISAGREEING)
-IF_CORRECT = "Checklist for a correct prediction"
-IF_INCORRECT = "Checklist for an incorrect prediction"
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """One threshold of the guide, held against one sample.
-
-    Attributes
-    ----------
-    group
-        The pattern or checklist that it belongs to: one of ``PATTERNS``, ``IF_CORRECT``, ``IF_INCORRECT``.
-    criterion
-        In words, e.g. ``"entropy < 0.5"``.
-    value
-        What the sample has, in the unit of the threshold; NaN where undefined. A criterion on attention has to hold in
-        every recorded direction of the first layer, so this is the value farthest from meeting it.
-    threshold
-        What it is compared with.
-    met
-        None where the value is undefined.
-    direction
-        The direction that the value is from, e.g. ``"eeg_to_spec"``; None for the modality agreement.
-    caveat
-        Why the answer says less than it seems to; None where it does not.
-    """
-
-    group: str
-    criterion: str
-    value: float
-    threshold: float
-    met: bool | None
-    direction: str | None
-    caveat: str | None
-
-
-@dataclass(frozen=True)
-class _Rule:
-    group: str
-    quantity: str  # a field of AttentionStatistics, or the agreement
-    above: bool
-    threshold: float
-
-
-_AGREEMENT = "modality_agreement"
-_RULES = (
-    _Rule(FOCUSED, "max", True, FOCUSED_MAX),
-    _Rule(FOCUSED, "entropy", False, LOW_ENTROPY),
-    _Rule(FOCUSED, "sparsity", True, SPARSE),
-    _Rule(DIFFUSE, "max", False, DIFFUSE_MAX),
-    _Rule(DIFFUSE, "entropy", True, HIGH_ENTROPY),
-    _Rule(DIFFUSE, "sparsity", False, DIFFUSE_SPARSITY),
-    _Rule(AGREEING, _AGREEMENT, True, HIGH_AGREEMENT),
-    _Rule(DISAGREEING, _AGREEMENT, False, LOW_AGREEMENT),
-    _Rule(IF_CORRECT, _AGREEMENT, True, CHECKLIST_AGREEMENT),
-    _Rule(IF_CORRECT, "entropy", False, LOW_ENTROPY),
-    _Rule(IF_CORRECT, "sparsity", True, SPARSE),
-    _Rule(IF_CORRECT, "max", True, FOCUSED_MAX),
-    _Rule(IF_INCORRECT, _AGREEMENT, False, LOW_AGREEMENT),
-    _Rule(IF_INCORRECT, "entropy", True, HIGH_ENTROPY),
-    _Rule(IF_INCORRECT, "sparsity", False, DIFFUSE_SPARSITY),
-    _Rule(IF_INCORRECT, "max", False, DIFFUSE_MAX),
+from lightning_xattn.guide.interpretation import (
+    AGREEING,
+    DIFFUSE,
+    DISAGREEING,
+    FOCUSED,
+    IF_CORRECT,
+    IF_INCORRECT,
+    PATTERNS,
+    Criterion,
+    interpret_sample,
 )
-_WORDS = {
-    _AGREEMENT: "modality agreement",
-    "entropy": "entropy",
-    "sparsity": "sparsity",
-    "max": "mean of the rows' largest weights",
-}
 
-
-def interpret_sample(explanation: SampleExplanation) -> list[Criterion]:
-    """Hold one sample against the guide's four patterns and the checklist that applies to it.
-
-    The checklist is the one for a correct or for an incorrect prediction; both where the outcome is not known. The
-    thresholds are the guide's rules of thumb, not evidence (see the module's docstring).
-
-    Attention to a single key says nothing: it has a largest weight of 1 and no weight below 0.1 whatever the model
-    learned, so criteria on it are undefined. Where the number of keys alone decides a criterion, its ``caveat`` says
-    so: over more than ten keys even uniform attention is sparse, over two keys the largest weight is at least 0.5.
-
-    Returns
-    -------
-    list of Criterion
-        In the guide's order: patterns first.
-    """
-    applies = {True: (IF_CORRECT,), False: (IF_INCORRECT,), None: (IF_CORRECT, IF_INCORRECT)}[explanation["correct"]]
-    return [_judge(rule, explanation) for rule in _RULES if rule.group in (*PATTERNS, *applies)]
-
-
-def uniform_is_sparse(statistics: AttentionStatistics) -> bool:
-    """Whether there are so many keys that uniform attention counts as sparse; the mean weight is one over them."""
-    return not math.isnan(statistics.mean) and round(1 / statistics.mean) > 1 / SPARSITY_THRESHOLD
-
-
-def first_layer(statistics: Mapping[str, AttentionStatistics]) -> dict[str, AttentionStatistics]:
-    """Those of the layer that the modality agreement is of: further ones are called ``<layer>/<direction>``."""
-    layer = next(iter(statistics)).rpartition("/")[:2]
-    return {name: of_one for name, of_one in statistics.items() if name.rpartition("/")[:2] == layer}
-
-
-def _judge(rule: _Rule, explanation: SampleExplanation) -> Criterion:
-    value, direction, caveat = explanation["modality_agreement"], None, None
-    if rule.quantity != _AGREEMENT:
-        statistics = first_layer(explanation["attention_stats"])
-        value, direction = _farthest(rule, statistics)
-        caveat = _caveat(rule.quantity, statistics[direction])
-    met = None if math.isnan(value) else value > rule.threshold if rule.above else value < rule.threshold
-    unit = " %" if rule.quantity == "sparsity" else ""
-    words = f"{_WORDS[rule.quantity]} {'>' if rule.above else '<'} {rule.threshold:g}{unit}"
-    return Criterion(rule.group, words, value, rule.threshold, met, direction, caveat)
-
-
-def _farthest(rule: _Rule, statistics: dict[str, AttentionStatistics]) -> tuple[float, str]:
-    """The value that is farthest from meeting the rule, an undefined one before all, and its direction."""
-    # Where the entropy is undefined each row has a single key or there is none: then no statistic says anything.
-    values = [
-        (math.nan if math.isnan(of_one.entropy) else of_one[rule.quantity], name) for name, of_one in statistics.items()
-    ]
-    return min(values, key=lambda item: -math.inf if math.isnan(item[0]) else item[0] if rule.above else -item[0])
-
-
-def _caveat(quantity: str, statistics: AttentionStatistics) -> str | None:
-    if math.isnan(statistics.mean):
-        return "no valid row"
-    if math.isnan(statistics.entropy):
-        return SINGLE_KEY
-    keys = 1 / statistics.mean  # a row's mean weight is one over its number of keys
-    if quantity == "sparsity" and uniform_is_sparse(statistics):
-        return f"with {keys:.0f} keys even uniform attention has 100 %"
-    if quantity == "max" and round(keys) <= 1 / DIFFUSE_MAX:
-        return f"with {keys:.0f} keys a row's largest weight is at least {1 / keys:.2g}"
-    return None
+__all__ = [
+    "AGREEING",
+    "DIFFUSE",
+    "DISAGREEING",
+    "FOCUSED",
+    "IF_CORRECT",
+    "IF_INCORRECT",
+    "PATTERNS",
+    "Criterion",
+    "interpret_sample",
+]

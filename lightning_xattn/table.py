@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,10 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from lightning_xattn.aggregation import CORRECT, UNKNOWN
+from lightning_xattn.group_keys import plain_id
+from lightning_xattn.messages import warn
+
+Value = TypeVar("Value")
 
 TYPES = {
     "sample_id": pa.string(),
@@ -65,10 +70,10 @@ class SampleTable:
             unknown outcomes (``correct``) as missing; sample ids and groups as strings; a ``(batch, heads)`` tensor as
             lists.
         """
-        if _length(columns) == 0:  # such as a batch of repeats alone, which shows no types
+        if _count_rows_of(columns) == 0:  # such as a batch of repeats alone, which shows no types
             return
         self._waiting.append(dict(columns))
-        if sum(_length(waiting) for waiting in self._waiting) >= ROWS_IN_MEMORY:
+        if sum(_count_rows_of(waiting) for waiting in self._waiting) >= ROWS_IN_MEMORY:
             self._write()
 
     def close(self) -> list[Path]:
@@ -100,7 +105,7 @@ class SampleTable:
         by_columns: dict[tuple[str, ...], list[pa.Table]] = defaultdict(list)
         for batch in self._waiting:
             columns = self._constants | batch
-            rows = _length(batch)
+            rows = _count_rows_of(batch)
             table = pa.table({name: _array(name, value, rows) for name, value in columns.items()})
             by_columns[tuple(columns)].append(table)
         self._waiting = []
@@ -112,6 +117,29 @@ class SampleTable:
                 path = self._folder / f"{self._name}-{uuid.uuid4().hex[:8]}.parquet"
                 self._writers[names] = pq.ParquetWriter(_part(path), whole.schema), path
             self._writers[names][0].write_table(whole)
+
+
+class TrainingTable(SampleTable):
+    """A table that no training run ends of: where it fails it warns, and leaves nothing behind."""
+
+    _failed = False
+
+    def add(self, columns: Mapping[str, Tensor | list[Any] | int | str | None]) -> None:
+        """As of ``SampleTable``."""
+        self._attempt(partial(super().add, columns))
+
+    def close(self) -> list[Path]:
+        """As of ``SampleTable``; no files where it failed."""
+        return self._attempt(super().close) or []
+
+    def _attempt(self, write: Callable[[], Value]) -> Value | None:
+        try:
+            return None if self._failed else write()
+        except Exception as error:  # a full disk, a folder that is a file
+            warn([f"The sample table in {self._folder} lacks this evaluation: {error!r}."])
+            self.discard()
+            self._failed = True
+            return None
 
 
 def count_rows(path: Path) -> int | None:
@@ -127,7 +155,7 @@ def _part(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
-def _length(batch: Mapping[str, Any]) -> int:
+def _count_rows_of(batch: Mapping[str, Any]) -> int:
     return max(len(value) for value in batch.values() if isinstance(value, (Tensor, list)))
 
 
@@ -138,7 +166,7 @@ def _array(name: str, value: Any, rows: int) -> pa.Array:
     if isinstance(value, Tensor):
         value = (value.float() if value.is_floating_point() else value).cpu().numpy()
     if name in ("sample_id", "group"):
-        return pa.array([None if one is None else str(_plain(one)) for one in value], TYPES[name])
+        return pa.array([None if one is None else str(plain_id(one)) for one in value], TYPES[name])
     if name == "correct":
         return pa.array(value == CORRECT, TYPES[name], mask=value == UNKNOWN)
     if name in ("target", "prediction"):
@@ -146,8 +174,3 @@ def _array(name: str, value: Any, rows: int) -> pa.Array:
     if isinstance(value, np.ndarray):
         return pa.array(list(value) if value.ndim == 2 else value, from_pandas=True)
     return pa.array([value] * rows)
-
-
-def _plain(value: Any) -> Any:
-    """A number out of a tensor or an array of one."""
-    return value.item() if hasattr(value, "item") else value

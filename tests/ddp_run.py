@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.aggregation import INCORRECT
 from lightning_xattn.callback import AttentionExplainabilityCallback as Watch
+from lightning_xattn.columns import ALIGNMENT, ENTROPY
 from tests.toy import ToyModule, quiet_trainer, toy_data
 
 SAMPLES = 22
@@ -85,7 +86,7 @@ def validate(scenario, ranks, settings, folder):
     Watch._log_epoch = finish
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     summary = callback.summaries["val"]
-    by_group = [summary.groups(), *summary.interval("alignment"), *summary.interval("entropy", outcome=INCORRECT)]
+    by_group = [summary.groups(), *summary.interval(ALIGNMENT), *summary.interval(ENTROPY, outcome=INCORRECT)]
     return {"logged": logged, "history": callback.history, "collectives": seen, "by_group": by_group}
 
 

@@ -4,9 +4,10 @@ import torch
 
 from lightning_xattn.aggregation import LayerAccumulator, Layout
 from lightning_xattn.attention import Attention, Direction, TokenAxis
-from lightning_xattn.attention_analysis import AttentionStatistics
-from lightning_xattn.explanation import DatasetExplanation
-from lightning_xattn.functional import prepare_rows, sample_statistics
+from lightning_xattn.columns import sample_statistics
+from lightning_xattn.functional import prepare_rows
+from lightning_xattn.results import AttentionStatistics, DatasetResult
+from lightning_xattn.summary import LayerSummary
 
 NAN = float("nan")
 NAMES = ("Seizure", "LPD", "GPD")
@@ -89,10 +90,10 @@ def summary(classes, outcomes, n_classes=3, keys=7, both=True, tied=(), broken=(
     accumulator = LayerAccumulator(Layout.of(rows, numbers, n_classes))
     ties = torch.tensor([i in tied for i in range(len(classes))])
     accumulator.update(rows, numbers, classes, outcomes, ties)
-    return accumulator.compute()
+    return LayerSummary(accumulator.compute())
 
 
 def dataset(*summaries, **values):
     settings = {"class_names": NAMES, "group_by": "target", "axes": PLACES, "table": None} | values
     layers = {f"fusion.{i}": one for i, one in enumerate(summaries)}
-    return DatasetExplanation(summaries=layers, **settings)
+    return DatasetResult(summaries=layers, **settings)

@@ -6,10 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN, LayerAccumulator, LayerSummary, Layout, merge_sums
+from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN, LayerAccumulator, Layout, merge_sums
 from lightning_xattn.attention import Attention, Direction
+from lightning_xattn.columns import ALIGNMENT, ENTROPY, INVALID_ROWS, Column, sample_statistics
 from lightning_xattn.errors import ShapeError
-from lightning_xattn.functional import prepare_rows, sample_statistics
+from lightning_xattn.functional import prepare_rows
+from lightning_xattn.summary import LayerSummary
 from tests import reference
 
 SAMPLES, HEADS, QUERIES, KEYS, CLASSES = 23, 3, 5, 7, 3
@@ -62,7 +64,7 @@ def test_masked_ragged_half_precision_and_single_keys():
     )
     accumulator = new_accumulator(rows)
     add(accumulator, rows, classes, outcomes, tied)
-    summary = accumulator.compute()
+    summary = LayerSummary(accumulator.compute())
 
     scaled = [x.double().numpy() for x in (there, back)]
     scaled = [x / x.sum(-1, keepdims=True) for x in scaled]
@@ -82,8 +84,8 @@ def test_masked_ragged_half_precision_and_single_keys():
         expected["spec_to_eeg/max"].append(reference.mean_defined(reference.row_statistics(z, s, e)["max"]))
         invalid = (~reference.valid_rows(a, e, s)).sum() + (~reference.valid_rows(z, s, e)).sum()
         expected["invalid_rows"].append(invalid)
-    for column, values in expected.items():
-        defined = [value for value in values if not np.isnan(value)]
+    for name, values in expected.items():
+        column, defined = Column.parse(name), [value for value in values if not np.isnan(value)]
         assert summary.count(column) == len(defined), column
         assert summary.mean(column) == pytest.approx(np.mean(defined), rel=1e-4, abs=1e-5), column
     assert 0 < summary.undefined_share() < 1
@@ -150,14 +152,15 @@ def samples():
 
 
 def test_every_number_by_class_and_outcome(samples):
-    summary = accumulate(samples, in_batches(torch.arange(SAMPLES), 5)).compute()
+    summary = LayerSummary(accumulate(samples, in_batches(torch.arange(SAMPLES), 5)).compute())
     numbers = expected_numbers(samples)
-    assert set(summary.columns) == set(numbers)
+    assert set(map(str, summary.columns)) == set(numbers)
     classes, outcomes = samples[2].numpy(), samples[3].numpy()
     for class_id, outcome in EVERYTHING.values():
         chosen = np.ones(SAMPLES, bool) if class_id is None else classes == class_id
         chosen = chosen if outcome is None else chosen & (outcomes == outcome)
-        for column, values in numbers.items():
+        for name, values in numbers.items():
+            column = Column.parse(name)
             values = np.array(values, float)[chosen]
             values = values[~np.isnan(values)]
             assert summary.count(column, class_id, outcome) == len(values), column
@@ -169,32 +172,32 @@ def test_every_number_by_class_and_outcome(samples):
             np.testing.assert_allclose(summary.interval(column, class_id, outcome), interval, rtol=1e-3, atol=1e-4)
     assert summary.samples == SAMPLES
     assert summary.undefined_share() == pytest.approx(np.isnan(numbers["alignment"]).mean())
-    assert summary.total("invalid_rows") == sum(numbers["invalid_rows"])
+    assert summary.total(INVALID_ROWS) == sum(numbers["invalid_rows"])
     assert summary.ties == samples[4].sum()
 
 
 def test_outcome_statistics(samples):
-    summary = accumulate(samples, [torch.arange(SAMPLES)]).compute()
+    summary = LayerSummary(accumulate(samples, [torch.arange(SAMPLES)]).compute())
     numbers, (_, _, classes, outcomes, _) = expected_numbers(samples), samples
-    for score in ("alignment", "entropy"):
-        values = np.array(numbers[score])
+    for score in (ALIGNMENT, ENTROPY):
+        values = np.array(numbers[str(score)])
         defined = ~np.isnan(values)
         correct = values[defined & (outcomes == CORRECT).numpy()]
         incorrect = values[defined & (outcomes == INCORRECT).numpy()]
-        separation = summary.separation(score)
-        low = -1 if score == "alignment" else 0
+        separation = summary.compare(score)
+        low = -1 if score == ALIGNMENT else 0
         binned = reference.binned(correct, low, 1), reference.binned(incorrect, low, 1)
         assert separation.auroc == pytest.approx(reference.auroc(*binned), abs=1e-9)
         assert (separation.correct, separation.incorrect) == (len(correct), len(incorrect))
         assert summary.gap(score) == pytest.approx(correct.mean() - incorrect.mean(), abs=1e-5)
         known = ((outcomes != UNKNOWN) & (classes < CLASSES)).numpy()
         adjusted = reference.class_adjusted_gap(values[known], classes[known].tolist(), (outcomes == CORRECT)[known])
-        assert summary.class_adjusted_gap(score) == pytest.approx(adjusted, abs=1e-5)
+        assert summary.compare(score).class_adjusted_gap == pytest.approx(adjusted, abs=1e-5)
 
 
 def test_mean_maps(samples):
     there, back, classes, _, _ = samples
-    summary = accumulate(samples, in_batches(torch.arange(SAMPLES), 4)).compute()
+    summary = LayerSummary(accumulate(samples, in_batches(torch.arange(SAMPLES), 4)).compute())
     for direction, weights in ((DIRECTION, there), (DIRECTION.opposite, back)):
         for c in range(CLASSES):
             expected = weights[classes == c].nanmean((0, 1))
@@ -205,11 +208,11 @@ def test_alignment_between_different_samples(samples):
     there, back = samples[:2]
     whole = [b for b in range(SAMPLES) if b not in (3, 4)]  # those have broken rows: cells of their own
     chosen = tuple(x[whole] for x in samples)
-    summary = accumulate(chosen, in_batches(torch.arange(len(whole)), 4)).compute()
+    summary = LayerSummary(accumulate(chosen, in_batches(torch.arange(len(whole)), 4)).compute())
     pairs = [(there[b].double().numpy(), back[b].double().numpy()) for b in whole]
     assert summary.alignment_null == pytest.approx(reference.alignment_null(pairs), abs=1e-6)
-    assert np.isnan(accumulate(samples, [torch.arange(SAMPLES)]).compute().alignment_null)
-    assert np.isnan(accumulate(chosen, [torch.arange(1)]).compute().alignment_null)
+    assert np.isnan(LayerSummary(accumulate(samples, [torch.arange(SAMPLES)]).compute()).alignment_null)
+    assert np.isnan(LayerSummary(accumulate(chosen, [torch.arange(1)]).compute()).alignment_null)
 
 
 @settings(max_examples=10, deadline=None)
@@ -245,7 +248,7 @@ def test_maps_end_when_token_counts_change_and_numbers_go_on(samples):
     accumulator = accumulate(samples, [torch.arange(SAMPLES)])
     there, back, classes, outcomes, tied = make_samples(1)
     add(accumulator, rows_of(*_shorter(there, back)), classes, outcomes, tied)
-    summary = accumulator.compute()
+    summary = LayerSummary(accumulator.compute())
     assert summary.maps == {}
     assert summary.samples == 2 * SAMPLES
 
@@ -274,8 +277,8 @@ def test_one_direction_and_no_classes():
     rows = rows_of(there, there.transpose(-1, -2))[:1]
     accumulator = new_accumulator(rows, 0)
     add(accumulator, rows, torch.full((SAMPLES,), -1), outcomes, tied)
-    summary = accumulator.compute()
-    assert "alignment" not in summary.columns
+    summary = LayerSummary(accumulator.compute())
+    assert ALIGNMENT not in summary.columns
     assert summary.undefined_share() == pytest.approx(1 / SAMPLES)  # the sample whose rows are all broken
     assert summary.n_classes == 0
     torch.testing.assert_close(summary.maps[DIRECTION][0].float(), there.nanmean((0, 1)))

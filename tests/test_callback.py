@@ -13,6 +13,7 @@ from torch import nn
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.aggregation import CORRECT, INCORRECT
 from lightning_xattn.capture import AttentionRecorder
+from lightning_xattn.columns import ALIGNMENT
 from lightning_xattn.errors import XAttnWarning
 from tests import reference
 from tests.toy import CLASSES, HEADS, NAMES, ToyModule, count_hooks, quiet_trainer, toy_data, toy_loader, validate
@@ -308,8 +309,8 @@ def test_samples_without_a_label_have_no_class_and_no_outcome():
         validate(module, callback, loader)
     summary = callback.summaries["val"]
     assert summary.samples == 23
-    assert sum(summary.count("alignment", outcome=outcome) for outcome in (CORRECT, INCORRECT)) == 12
-    assert sum(summary.count("alignment", class_id=c) for c in range(CLASSES)) == 12
+    assert sum(summary.count(ALIGNMENT, outcome=outcome) for outcome in (CORRECT, INCORRECT)) == 12
+    assert sum(summary.count(ALIGNMENT, class_id=c) for c in range(CLASSES)) == 12
 
 
 @pytest.mark.parametrize("names", [["incorrect", "correct", "c", "d"], {0: "a"}, ["$^$", "b", "c", "d"]])

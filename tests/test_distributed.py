@@ -116,13 +116,15 @@ def test_repeats_are_counted_as_the_sampler_deals():
             loader = DataLoader(dataset, batch_size=3, sampler=sampler)
             kept = []
             for batch_idx, (batch,) in enumerate(loader):
-                repeats = count_repeats(loader, batch_idx, len(batch))
+                repeats = count_repeats(loader, 0, batch_idx, len(batch))
                 kept += batch[: len(batch) - repeats].tolist()
             seen += [] if shuffle else kept
             assert len(kept) == 8 - (rank > 0)  # 24 places for 22 samples: ranks 1 and 2 have a repeat each
     assert sorted(seen) == list(range(22))
     sampler = DistributedSampler(dataset, num_replicas=3, rank=2, shuffle=False)
     by_batch = DataLoader(dataset, batch_sampler=BatchSampler(sampler, 4, drop_last=False))
-    assert [count_repeats(by_batch, batch_idx, 4) for batch_idx in (0, 1)] == [0, 1]
-    assert count_repeats(DataLoader(dataset), 100, 5) == 0
+    assert [count_repeats(by_batch, 0, batch_idx, 4) for batch_idx in (0, 1)] == [0, 1]
+    assert count_repeats(DataLoader(dataset), 0, 100, 5) == 0
+    for several in ([DataLoader(dataset), by_batch], {"plain": DataLoader(dataset), "dealt": by_batch}):
+        assert [count_repeats(several, which, 1, 4) for which in (0, 1)] == [0, 1]
     assert gather("mine") == ["mine"]

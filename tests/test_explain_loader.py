@@ -12,9 +12,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, XAttnWarning
+from lightning_xattn.columns import ALIGNMENT
 from lightning_xattn.errors import DataError, SettingError, XAttnError
 from lightning_xattn.explainer import dataset, progress
-from lightning_xattn.phrases import named
+from lightning_xattn.messages import named
 from tests.toy import NAMES, PaddedToyModule, ToyModule, padded_toy_data, run_toy, toy_data, toy_loader, validate
 
 
@@ -64,9 +65,9 @@ def test_the_loader_says_what_its_batches_say():
     summary = watch.explain_loader(toy_loader()).headline
     samples = [s for batch in toy_loader() for s in watch.explain_batch(batch)["per_sample_explanations"]]
     agreements = torch.tensor([s["modality_agreement"] for s in samples], dtype=torch.float64)
-    assert summary.mean("alignment") == pytest.approx(float(agreements.mean()), abs=1e-6)
+    assert summary.mean(ALIGNMENT) == pytest.approx(float(agreements.mean()), abs=1e-6)
     correct = torch.tensor([s["correct"] for s in samples])
-    assert summary.mean("alignment", outcome=1) == pytest.approx(float(agreements[correct].mean()), abs=1e-6)
+    assert summary.mean(ALIGNMENT, outcome=1) == pytest.approx(float(agreements[correct].mean()), abs=1e-6)
 
 
 def test_batches_in_parts_give_the_same():

@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_xattn import ExplainabilityCapture, TokenAxis, XAttnWarning
 from lightning_xattn.attention_analysis import compute_modality_alignment, extract_attention_statistics
+from lightning_xattn.columns import ALIGNMENT
 from lightning_xattn.errors import DataError, DiscoveryError, SettingError
 from tests import reference
 from tests.toy import (
@@ -451,7 +452,7 @@ def test_labels_are_those_of_the_whole_batch_however_it_is_split(kind, size):
         assert_same(of_part, one, abs=1e-5)
         assert_same(explainer(module).explain_single_sample(data, i)["confidence"], one["confidence"], abs=1e-6)
     table = explainer(module, max_batch_size=size).explain_loader([data])
-    assert table.headline.count("alignment", None, 1) + table.headline.count("alignment", None, 0) == SAMPLES
+    assert table.headline.count(ALIGNMENT, None, 1) + table.headline.count(ALIGNMENT, None, 0) == SAMPLES
 
 
 class Sigmoids(ToyModule):

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
 from lightning_xattn.aggregation import CORRECT, INCORRECT
+from lightning_xattn.columns import ALIGNMENT, ENTROPY, Column
 from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnError, XAttnWarning
 from lightning_xattn.functional import score_bins
 from lightning_xattn.group_keys import UNKNOWN_GROUP, group_keys
@@ -89,7 +90,7 @@ def test_where_groups_are_found_and_what_they_are_called(by_patient, columns, se
     summary, _ = watched(columns, **settings)
     assert (summary.group_noun, summary.groups()) == (noun, 7)
     expected, _ = by_patient
-    assert summary.interval("alignment") == pytest.approx(expected.interval("alignment"), abs=1e-9)
+    assert summary.interval(ALIGNMENT) == pytest.approx(expected.interval(ALIGNMENT), abs=1e-9)
 
 
 def test_intervals_are_by_group(by_patient, tmp_path):
@@ -99,34 +100,34 @@ def test_intervals_are_by_group(by_patient, tmp_path):
     assert sorted(int(row["group"]) for row in rows) == sorted(PATIENTS)
     values = [row["alignment"] for row in rows]
     groups = [row["group"] for row in rows]
-    assert summary.interval("alignment") == pytest.approx(reference.grouped_mean_interval(values, groups), abs=1e-4)
+    assert summary.interval(ALIGNMENT) == pytest.approx(reference.grouped_mean_interval(values, groups), abs=1e-4)
     of_class = [i for i, row in enumerate(rows) if row["target"] == 1]
     expected = reference.grouped_mean_interval([values[i] for i in of_class], [groups[i] for i in of_class])
-    assert summary.interval("alignment", 1) == pytest.approx(expected, abs=1e-4, nan_ok=True)
+    assert summary.interval(ALIGNMENT, 1) == pytest.approx(expected, abs=1e-4, nan_ok=True)
     parts = [[i for i, row in enumerate(rows) if row["correct"] is outcome] for outcome in (True, False)]
     for outcome, part in zip((CORRECT, INCORRECT), parts, strict=True):
-        assert summary.groups("alignment", outcome=outcome) == len({groups[i] for i in part})
-    found = summary.separation("alignment")
+        assert summary.groups(ALIGNMENT, outcome=outcome) == len({groups[i] for i in part})
+    found = summary.compare(ALIGNMENT)
     binned = [reference.binned([values[i] for i in part], -1, 1) for part in parts]
     interval = reference.grouped_auroc_interval(*binned, *([groups[i] for i in part] for part in parts))
     assert (found.low, found.high) == pytest.approx(interval, abs=1e-3)
     assert found.auroc == pytest.approx(reference.auroc(*binned), abs=1e-3)
-    assert math.isnan(summary.interval("audio_to_text/entropy/head_0")[0])
+    assert math.isnan(summary.interval(Column.parse("audio_to_text/entropy/head_0"))[0])
 
 
 def test_without_groups_samples_are_independent():
     summary, callback = watched({})
     assert (summary.group_noun, summary.groups()) == (None, 0)
     assert callback.history[0]["groups"] is None
-    interval = summary.interval("alignment")
-    expected = reference.t_quantile(SAMPLES - 1) * summary.std("alignment") / SAMPLES**0.5
+    interval = summary.interval(ALIGNMENT)
+    expected = reference.t_quantile(SAMPLES - 1) * summary.std(ALIGNMENT) / SAMPLES**0.5
     assert interval[1] - interval[0] == pytest.approx(2 * expected, rel=1e-3)
 
 
 def test_the_history_says_how_many_groups(by_patient):
     summary, callback = by_patient
     (record,) = callback.history
-    found = summary.separation("entropy")
+    found = summary.compare(ENTROPY)
     assert (record["samples"], record["groups"]) == (SAMPLES, 7)
     assert record["outcome/entropy_correct_groups"] == found.correct_groups
     assert record["outcome/entropy_auroc_low"] == pytest.approx(found.low)
@@ -137,11 +138,11 @@ def test_nothing_is_claimed_of_few_patients():
     patients = [0 if i < 34 else i for i in range(SAMPLES)]
     few, _ = watched({"patient_ids": patients})
     assert few.groups() == 7
-    found = few.separation("alignment")
+    found = few.compare(ALIGNMENT)
     assert min(found.correct, found.incorrect) >= 5 > min(found.correct_groups, found.incorrect_groups)
     assert math.isnan(found.auroc)
     independent, _ = watched({})
-    assert math.isfinite(independent.separation("alignment").auroc)
+    assert math.isfinite(independent.compare(ALIGNMENT).auroc)
 
 
 def test_groups_that_are_missing_count_as_one(by_patient):
@@ -156,8 +157,8 @@ def test_groups_that_are_missing_count_as_one(by_patient):
     assert summary.groups() == 7  # of those that are known
     assert summary.ungrouped == 10
     known, _ = by_patient
-    low, high = known.interval("alignment")
-    assert summary.interval("alignment")[1] - summary.interval("alignment")[0] > 0.5 * (high - low)
+    low, high = known.interval(ALIGNMENT)
+    assert summary.interval(ALIGNMENT)[1] - summary.interval(ALIGNMENT)[0] > 0.5 * (high - low)
 
     def lose(samples):
         batch = torch.utils.data.default_collate(samples)
@@ -195,7 +196,7 @@ def test_few_known_patients_and_some_without_claim_nothing():
     with pytest.warns(XAttnWarning, match="10 of 40 samples have no group"):
         summary, _ = watched({"groups": patients}, collate)
     assert summary.groups() == 4
-    assert np.isnan([*summary.interval("alignment"), summary.separation("alignment").auroc]).all()
+    assert np.isnan([*summary.interval(ALIGNMENT), summary.compare(ALIGNMENT).auroc]).all()
 
 
 def test_keys_tell_ids_apart_and_stay():
@@ -262,8 +263,8 @@ def test_the_explainer_gives_the_callbacks_intervals(by_patient, tmp_path):
     results = explain(loader, table=tmp_path)
     for summary in (results.headline, explain(loader, table=tmp_path).headline):  # also read back
         assert (summary.group_noun, summary.groups()) == ("patients", 7)
-        assert summary.interval("alignment") == pytest.approx(expected.interval("alignment"), abs=1e-6)
-        assert summary.separation("entropy").low == pytest.approx(expected.separation("entropy").low, abs=1e-4)
+        assert summary.interval(ALIGNMENT) == pytest.approx(expected.interval(ALIGNMENT), abs=1e-6)
+        assert summary.compare(ENTROPY).low == pytest.approx(expected.compare(ENTROPY).low, abs=1e-4)
     assert set(pq.read_table(tmp_path)["group"].to_pylist()) == {str(i) for i in PATIENTS}
 
 

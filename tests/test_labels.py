@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture
+from lightning_xattn.columns import ALIGNMENT
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
 from lightning_xattn.labels.finder import LabelFinder
 from lightning_xattn.labels.places import Step
@@ -193,7 +194,7 @@ def test_a_later_step_without_labels():
         for outputs in (None, LOSS, {"loss": LOSS}, {"logits": SCORES[:3]}, {"logits": [None] * 5}):
             labels = finder.find(step(outputs, later))
             assert (labels.predicted, labels.confidence, labels.target) == (None, None, None)
-            assert finder.find_sample_ids(step(outputs, later)) is None
+            assert finder.find(step(outputs, later)).sample_ids is None
     finder = LabelFinder()
     finder.find(step({"logits": SCORES}, (IMAGE, IDS)))
     with pytest.warns(XAttnWarning, match=r"no predictions as the first one had in outputs\['logits'\]"):
@@ -263,18 +264,18 @@ def test_confidence_is_a_probability():
 
 def test_sample_ids():
     finder = LabelFinder()
-    assert finder.find_sample_ids(step(batch={"sample_ids": IDS})) is IDS
-    assert finder.find_sample_ids(step(batch=(IDS,))) is None
+    assert finder.find(step(batch={"sample_ids": IDS})).sample_ids is IDS
+    assert finder.find(step(batch=(IDS,))).sample_ids is None
     for no_ids in ("run-17", "abcde", torch.tensor(3), 5, {"a": 1}):  # what is guessed and does not fit is none
-        assert LabelFinder().find_sample_ids(step(batch={"sample_id": no_ids})) is None
+        assert LabelFinder().find(step(batch={"sample_id": no_ids})).sample_ids is None
     named = LabelFinder(sample_ids="file")
     with pytest.raises(DiscoveryError, match="the key 'file' gave nothing.*batch is {'x': a int}"):
-        named.find_sample_ids(step(batch={"x": 1}))
-    assert named.find_sample_ids(step(batch={"file": ("a", "b", "c", "d", "e")})) == ["a", "b", "c", "d", "e"]
-    assert named.find_sample_ids(step(batch={"x": 1})) is None  # in a later step
+        named.find(step(batch={"x": 1}))
+    assert named.find(step(batch={"file": ("a", "b", "c", "d", "e")})).sample_ids == ["a", "b", "c", "d", "e"]
+    assert named.find(step(batch={"x": 1})).sample_ids is None  # in a later step
     for wrong, got in ((IDS[:4], "4"), ("abcde", "a str")):
         with pytest.raises(ShapeError, match=f"each of 5 samples; got {got}"):
-            LabelFinder(sample_ids=lambda outputs, batch, wrong=wrong: wrong).find_sample_ids(step(batch=IDS))
+            LabelFinder(sample_ids=lambda outputs, batch, wrong=wrong: wrong).find(step(batch=IDS))
 
 
 def test_errors():
@@ -291,7 +292,7 @@ def test_errors():
 def test_a_key_of_what_forward_returned():
     labels = find(LOSS, {"y": IDS}, {"snli_logits": SCORES, "features": IMAGE}, predictions="snli_logits")
     assert labels.predicted.tolist() == PREDICTED
-    assert torch.equal(labels.scores, SCORES)
+    assert torch.equal(labels.scores.logits, SCORES)
 
 
 def test_callables_may_take_what_forward_returned():
@@ -356,4 +357,4 @@ def test_an_evaluation_whose_labels_turn_out_to_be_several_has_no_classes(groupe
         summary = explainer.explain_loader(loader, progress=False).headline
     assert summary.samples == 15
     assert summary.n_classes == 0
-    assert summary.mean("alignment") == pytest.approx(record["alignment/all"], abs=1e-6)
+    assert summary.mean(ALIGNMENT) == pytest.approx(record["alignment/all"], abs=1e-6)

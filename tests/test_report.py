@@ -11,10 +11,12 @@ from markdown_it import MarkdownIt
 
 from lightning_xattn import create_explainability_report, interpret_sample
 from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN
+from lightning_xattn.columns import ALIGNMENT, ENTROPY, INVALID_ROWS, Column
 from lightning_xattn.errors import SettingError
-from lightning_xattn.phrases import decimal
+from lightning_xattn.messages import decimal
 from lightning_xattn.report import summary_text
 from lightning_xattn.report.wording import describe_outcome
+from lightning_xattn.summary import Comparison
 from tests.explained import NAMES, NAN, NO_ROW, SINGLE_KEY, batch, dataset, placed, sample, statistics, summary
 
 CLASSES = [0, 1, 2] * 13
@@ -214,12 +216,13 @@ def test_json_of_a_data_set_holds_the_summarys_numbers():
     places = [(None, None), *((i, None) for i in range(3)), (None, CORRECT), (None, INCORRECT)]
     names = ["all", *NAMES, "correct", "incorrect"]
     assert [group["name"] for group in layer["groups"]] == names
-    per_sample = {column for column in one.columns if not re.search(r"head_\d", column)}
+    per_sample = {str(column) for column in one.columns if column.head is None}
     assert "eeg_to_spec/head_diversity" in per_sample
     for group, place in zip(layer["groups"], places, strict=True):
-        assert group["samples"] == one.count("invalid_rows", *place)
+        assert group["samples"] == one.count(INVALID_ROWS, *place)
         assert set(group["numbers"]) == per_sample
-        for column, number in group["numbers"].items():
+        for name, number in group["numbers"].items():
+            column = Column.parse(name)
             low, high = one.interval(column, *place)
             expected = {"count": one.count(column, *place), "groups": None, "mean": one.mean(column, *place)}
             assert number == expected | {"std": one.std(column, *place), "low": low, "high": high}
@@ -229,14 +232,10 @@ def test_json_of_a_data_set_holds_the_summarys_numbers():
     assert layer["groups"][2]["correct"] == of_class.count(CORRECT)
     assert layer["groups"][-1]["accuracy"] is None
 
-    for score in ("alignment", "entropy"):
-        found, written = one.separation(score), layer["outcomes"][score]
-        assert written == {
-            **{"auroc": found.auroc, "low": found.low, "high": found.high, "cliffs_delta": found.cliffs_delta},
-            **{"correct": found.correct, "incorrect": found.incorrect},
-            **{"correct_groups": None, "incorrect_groups": None},
-            **{"gap": one.gap(score), "class_adjusted_gap": one.class_adjusted_gap(score)},
-        }
+    for score in (ALIGNMENT, ENTROPY):
+        found, written = one.compare(score), layer["outcomes"][str(score)]
+        assert written == vars(found)
+        assert (found.correct_groups, found.incorrect_groups) == (None, None)
 
 
 # Text of a data set
@@ -252,12 +251,12 @@ def test_text_of_a_data_set():
     one = summary(CLASSES, OUTCOMES, tied=(1, 2))
     report = create_explainability_report(dataset(one))
     for i, name in enumerate(NAMES):
-        low, high = one.interval("alignment", i)
+        low, high = one.interval(ALIGNMENT, i)
         cells = row(report, name)
         assert cells[1] == "13"
-        assert cells[3] == f"{one.mean('alignment', i):.3f} ({low:.3f} to {high:.3f})"
-        low, high = one.interval("spec_to_eeg/entropy", i)
-        assert cells[6] == f"{one.mean('spec_to_eeg/entropy', i):.3f} ({low:.3f} to {high:.3f})"
+        assert cells[3] == f"{one.mean(ALIGNMENT, i):.3f} ({low:.3f} to {high:.3f})"
+        low, high = one.interval(Column.parse("spec_to_eeg/entropy"), i)
+        assert cells[6] == f"{one.mean(Column.parse('spec_to_eeg/entropy'), i):.3f} ({low:.3f} to {high:.3f})"
     right, known = OUTCOMES.count(CORRECT), len(OUTCOMES) - OUTCOMES.count(UNKNOWN)
     assert row(report, "all")[2] == f"{right / known:.2f} ({right}/{known})"
     assert row(report, "correct")[1] == str(right)
@@ -266,15 +265,14 @@ def test_text_of_a_data_set():
     assert "In brackets: the 95 % interval of the mean, samples taken as independent.\n" in report
     assert "- Samples with a tied top vote: 2; the first of the tied classes counts" in report
     assert f"- Alignment between different samples: {one.alignment_null:.3f} (the mean alignment less " in report
-    excess = one.mean("alignment") - one.alignment_null
+    excess = one.mean(ALIGNMENT) - one.alignment_null
     assert f"less this: {excess:.3f})\n" in report
     assert "habit" not in report
-    found = one.separation("alignment")
+    found = one.compare(ALIGNMENT)
     assert (
         f"alignment: no difference shown: AUROC {found.auroc:.3f}, 95 % interval {found.low:.3f} to {found.high:.3f} "
         f"({right} correct and {known - right} incorrect with a defined alignment)\n"
-        f"    gap {one.gap('alignment'):+.3f}, class-adjusted gap {one.class_adjusted_gap('alignment'):+.3f}\n"
-        in report
+        f"    gap {found.gap:+.3f}, class-adjusted gap {found.class_adjusted_gap:+.3f}\n" in report
     )
     assert "nan" not in report.lower()
 
@@ -292,8 +290,8 @@ def test_a_difference_between_outcomes_is_told_with_its_sign(favoured, verdict):
     [(0.2, 0.19, False), (0.2, 0.05, True), (0.2, -0.2, True), (-0.2, -0.11, False), (0.0, 0.1, True)],
 )
 def test_a_gap_that_classes_do_not_have_is_said_to_be_theirs(gap, within, between):
-    ends = {"auroc": 0.7, "low": 0.6, "high": 0.8} if gap > 0 else {"auroc": 0.3, "low": 0.2, "high": 0.4}
-    outcome = {"correct": 30, "incorrect": 9, "gap": gap, "class_adjusted_gap": within, **ends}
+    auroc, low, high = (0.7, 0.6, 0.8) if gap > 0 else (0.3, 0.2, 0.4)
+    outcome = Comparison(auroc, low, high, 30, 9, None, None, 2 * auroc - 1, gap, within)
     layer = {"outcomes": {"alignment": outcome}, "directions": {}, "group_noun": None}
     _, found, _ = describe_outcome(layer, "alignment")
     assert ("which may be a difference between classes" in found) == between
@@ -411,8 +409,8 @@ def test_markdown_renders_whatever_the_names_hold():
     assert len(cells) == width * 7  # header, all, three classes, correct, incorrect
     assert cells[:3] == ["true class", "n", "accuracy (recall)"]
     assert cells[2 * width :: width][:3] == ["a|b", "*c* <b>_d_</b> `e`", "line break [x](y) & \\ $z$"]
-    low, high = one.interval("alignment")
-    assert cells[width + 3] == f"{one.mean('alignment'):.3f} ({low:.3f} to {high:.3f})"
+    low, high = one.interval(ALIGNMENT)
+    assert cells[width + 3] == f"{one.mean(ALIGNMENT):.3f} ({low:.3f} to {high:.3f})"
 
 
 def test_markdown_says_what_the_text_says():

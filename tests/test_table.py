@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_xattn import AttentionExplainabilityCallback, XAttnWarning
 from lightning_xattn import table as table_module
 from lightning_xattn.capture import AttentionRecorder
+from lightning_xattn.columns import sample_statistics
 from lightning_xattn.errors import SettingError
-from lightning_xattn.functional import prepare_rows, sample_statistics
+from lightning_xattn.functional import prepare_rows
 from lightning_xattn.table import SampleTable
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
 
@@ -37,10 +38,10 @@ def test_rows_are_the_samples(tmp_path):
     with torch.no_grad(), AttentionRecorder(module.eval()) as recorder:
         logits = module(audio, text)
     statistics = sample_statistics(*(prepare_rows(a) for a in recorder.attention[0].directions))
-    for name, values in statistics.items():
-        whole, _, head = name.replace("/", "_").partition("_head_")
-        column = np.stack(frame[f"{whole}_heads"])[:, int(head)] if head.isdigit() else frame[whole + _ + head]
-        np.testing.assert_allclose(column, values, rtol=1e-4, atol=1e-6, err_msg=name)
+    for column, values in statistics.items():
+        name = f"{column.direction}_{column.statistic}" if column.direction else column.statistic
+        written = frame[name] if column.head is None else np.stack(frame[f"{name}_heads"])[:, column.head]
+        np.testing.assert_allclose(written, values, rtol=1e-4, atol=1e-6, err_msg=str(column))
     assert frame["target"].tolist() == target.tolist()
     assert frame["prediction"].tolist() == logits.argmax(1).tolist()
     np.testing.assert_allclose(frame["confidence"], logits.softmax(1).amax(1), rtol=1e-5)
@@ -191,7 +192,7 @@ def test_few_rows_are_in_memory(tmp_path, monkeypatch):
 
 
 def test_a_table_without_pyarrow_is_refused_at_once(monkeypatch, tmp_path):
-    monkeypatch.setattr("lightning_xattn.callback.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_xattn.evaluation.find_spec", lambda name: None)
     with pytest.raises(SettingError, match=r'pip install "lightning-xattn\[table\]"'):
         AttentionExplainabilityCallback(table=tmp_path)
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_xattn import AttentionExplainabilityCallback, JointSequence
+from lightning_xattn.columns import ALIGNMENT
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
 
 
@@ -76,8 +77,8 @@ def test_two_callbacks_log_under_names_of_their_own_and_save_both_histories(tmp_
     for watch, scope, prefix in ((by_target, "val", ""), (by_prediction, "val/callback_1", "predicted_")):
         summary = watch.summaries[scope]
         for i, name in enumerate("abcd"):
-            if summary.count("alignment", i):
-                expected = summary.mean("alignment", i)
+            if summary.count(ALIGNMENT, i):
+                expected = summary.mean(ALIGNMENT, i)
                 assert logged[f"xattn_alignment/{scope}/{prefix}{name}"] == pytest.approx(expected, abs=1e-6)
     trainer.save_checkpoint(tmp_path / "both.ckpt")
     saved = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
@@ -108,7 +109,7 @@ def test_dataloaders_with_batches_of_two_kinds():
     fit([watch], Either(), loaders=[toy_loader(), DataLoader(rows, batch_size=3)])
     for scope, samples in (("val", 23), ("val/dataloader_1", 8)):
         summary = watch.summaries[scope]
-        assert sum(summary.count("alignment", outcome=outcome) for outcome in (0, 1)) == samples
+        assert sum(summary.count(ALIGNMENT, outcome=outcome) for outcome in (0, 1)) == samples
 
 
 @pytest.mark.parametrize("settings", [{"fast_dev_run": True}, {"num_sanity_val_steps": 0}, {"limit_val_batches": 0}])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +15,19 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import nn
 
-from lightning_xattn.alarms import Alarms
-from lightning_xattn.attention import AttentionPair, TokenAxis
-from lightning_xattn.attention_analysis import check_count
-from lightning_xattn.capture import AttentionRecorder, AttentionSetting, check_attention
-from lightning_xattn.errors import DataError, DiscoveryError, SettingError, XAttnWarning
+from lightning_xattn.attention import TokenAxis, fitting_axes
+from lightning_xattn.capture import AttentionRecorder, AttentionSetting
+from lightning_xattn.checks import Checks
+from lightning_xattn.classes import name_classes, own_class_names
+from lightning_xattn.errors import DataError, DiscoveryError, SettingError, check_whole_number
+from lightning_xattn.evaluation import Attentions, Evaluation, Settings, read_batch, take_step
 from lightning_xattn.explainer.batches import count_samples, join_samples, take_samples, to_device
-from lightning_xattn.explainer.dataset import DatasetSums, LoaderRun
-from lightning_xattn.explainer.describe import describe_batch, single_keys
-from lightning_xattn.explainer.passes import Explained, Pass
-from lightning_xattn.explanation import BatchExplanation, DatasetExplanation, SingleExplanation
-from lightning_xattn.functional import require_heads
-from lightning_xattn.grouping import GROUPINGS, check_class_names, name_classes, usable_names
+from lightning_xattn.explainer.dataset import LoaderRun
+from lightning_xattn.explainer.describe import explain, require_finite
+from lightning_xattn.functional import has_single_keys, prepare_rows, require_heads
 from lightning_xattn.labels import LabelFinder, LabelSetting, Step
-from lightning_xattn.phrases import named
+from lightning_xattn.messages import named, warn
+from lightning_xattn.results import BatchResult, DatasetResult, ExplainedBatch, ExplainedSample
 
 if TYPE_CHECKING:
     from lightning_xattn.explainer.progress import ExplainedFolder
@@ -96,31 +94,24 @@ class ExplainabilityCapture:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise SettingError(f"model must be a torch module; got a {type(model).__name__}.")
-        if attention is not None:
-            check_attention(attention)
-        if group_by not in GROUPINGS:
-            raise SettingError(f"group_by must be one of {', '.join(GROUPINGS)}; got {group_by!r}.")
-        self._labels = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids, "groups": groups}
-        self._labels["query_mask"] = query_mask
-        self._finder()  # checks them
+        self.settings = Settings(attention, class_names, group_by, predictions, targets, sample_ids, groups, query_mask)
         if predict is not None and not callable(predict):
             raise SettingError(f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r}.")
-        for name, count in (("num_heads", num_heads), ("max_batch_size", max_batch_size), ("top_k", top_k)):
-            check_count(name, count)
-        self._alarms = Alarms()
-        self._told: set[str] = set()
+        check_whole_number("top_k", top_k)
+        for name, count in (("num_heads", num_heads), ("max_batch_size", max_batch_size)):
+            check_whole_number(name, count, optional=True)
         self.model = model
         self.num_heads = num_heads
-        self.attention = attention
-        self.group_by = group_by
         self.predict = predict
         self.max_batch_size = max_batch_size
         self.top_k = top_k
-        self.class_names = self._own_names() if class_names is None else check_class_names(class_names)
+        self.class_names = self.settings.class_names or own_class_names(model)
         self.axes = _check_axes(getattr(model, "attention_axes", None) if axes is None else axes)
+        self._checks = Checks()
+        self._told: set[str] = set()
         self._recorder = AttentionRecorder(model, attention)
 
-    def explain_batch(self, batch: Any) -> BatchExplanation:
+    def explain_batch(self, batch: Any) -> ExplainedBatch:
         """Explain every sample of a batch.
 
         Parameters
@@ -140,20 +131,24 @@ class ExplainabilityCapture:
         """
         if batch is None:
             raise DataError("The batch is None; expected one as the model's loader gives it.")
-        finder = self._finder()
+        finder = self.settings.finder()
+        read = partial(read_batch, finder=finder, checks=self._checks)
         with self._watching():
-            runs = [(run.step, Explained.of(run, self._labels["predictions"])) for run in self._observe(batch, finder)]
-        explained = Explained.join([part for _, part in runs])
-        for layer, directions in single_keys(explained).items():
-            _warn(self._alarms.of_single_keys(layer, directions))
-        known = "prediction" if explained.labels.target is None else "target"
-        names = name_classes(explained.labels, self.class_names, known, runs[0][0])
-        doubts = set(explained.labels.doubts.values())
-        _warn(doubts - self._told)
+            steps, parts = zip(*((step, part.cpu()) for step, part in self._observe(batch, finder, read)), strict=True)
+        whole = BatchResult.joined(parts)
+        for pair in whole.attention:
+            single = [str(a.direction) for a in pair.directions if has_single_keys(prepare_rows(a))]
+            warn(self._checks.of_single_keys(pair.layer, single))
+        doubts = set(whole.labels.doubts.values())
+        warn(doubts - self._told)
         self._told |= doubts
-        return describe_batch(explained, names, self.axes, self.top_k)
+        labels, scores = whole.labels, whole.scores
+        if scores is not None:
+            labels = replace(labels, n_classes=scores.values.shape[1])
+        names = name_classes(labels, self.class_names, "prediction" if labels.target is None else "target", steps[0])
+        return explain(whole, names, self.axes, self.top_k)
 
-    def explain_single_sample(self, batch: Any, sample_idx: int) -> SingleExplanation:
+    def explain_single_sample(self, batch: Any, sample_idx: int) -> ExplainedSample:
         """Explain one sample of a batch, and give its attention, of which it is sample 0.
 
         The whole batch is run, so that the numbers, and what is taken for its labels, are those of ``explain_batch``;
@@ -175,18 +170,17 @@ class ExplainabilityCapture:
         results = self.explain_batch(batch)
         _require_inside(chosen, len(results["per_sample_explanations"]))
         only = slice(chosen, chosen + 1)
-        pairs = (AttentionPair(pair.layer, *(a[only] for a in pair.directions)) for pair in results["attention"])
         return {
             **results["per_sample_explanations"][chosen],
             "attention_dict": {name: weights[only] for name, weights in results["attention_dict"].items()},
-            "attention": tuple(pairs),
+            "attention": tuple(pair[only] for pair in results["attention"]),
             "class_names": results["class_names"],
             "axes": results["axes"],
         }
 
     def explain_loader(
         self, loader: Iterable[Any], table: str | Path | None = None, progress: bool = True
-    ) -> DatasetExplanation:
+    ) -> DatasetResult:
         """Explain a whole data set in running sums: memory does not grow with its length.
 
         Parameters
@@ -212,47 +206,37 @@ class ExplainabilityCapture:
         XAttnError
             If a batch fails for another reason; the reason is its cause.
         """
-        if table is not None and find_spec("pyarrow") is None:
-            raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
-        folder = None if table is None else self._open(Path(table), loader)
-        finder = self._finder()
-        sums = DatasetSums(self.class_names, self.group_by, self.axes, finder)
+        settings = replace(self.settings, class_names=self.class_names, table=table)
+        folder = None if table is None else self._open(settings, loader)
+        evaluation = Evaluation(settings, self.model, self._checks)
+        observe = partial(self._observe, finder=evaluation.finder, read=evaluation.read)
+        run = LoaderRun(observe, evaluation, folder)
         with self._watching():
-            LoaderRun(partial(self._observe, finder=finder), sums, folder, _warn).run(loader, progress)
-        _warn(self._alarms.of_directions(self._recorder.layers))
-        summaries = sums.summaries()
+            run.run(loader, progress)
+        warn(self._checks.of_directions(self._recorder.layers))
+        summaries = evaluation.summary()
         for layer, summary in summaries.items():
-            _warn(self._alarms.of_epoch(layer, summary))
-        return DatasetExplanation(
-            summaries, sums.classes, self.group_by, sums.axes, None if folder is None else folder.folder
-        )
+            warn(self._checks.of_epoch(layer, summary))
+        axes = fitting_axes(self.axes, run.token_counts)
+        kept = None if folder is None else folder.folder
+        return DatasetResult(summaries, evaluation.classes or (), settings.group_by, axes, kept)
 
-    def _open(self, folder: Path, loader: Iterable[Any]) -> ExplainedFolder:
+    def _open(self, settings: Settings, loader: Iterable[Any]) -> ExplainedFolder:
         from lightning_xattn.explainer.progress import (  # pyarrow, only where a table is wanted
             ExplainedFolder,
             fingerprint,
         )
 
-        settings: dict[str, Any] = {
-            **self._labels,
-            "predict": self.predict,
-            "attention": self.attention,
-            "group_by": self.group_by,
-        }
-        settings |= {
-            "class_names": self.class_names,
-            "hyperparameters": getattr(self.model, "hparams", {}),
-        }
+        assert settings.table is not None
+        identity = {"model weights": fingerprint(self.model)} | settings.named()
+        identity |= {"predict": named(self.predict), "hyperparameters": named(getattr(self.model, "hparams", {}))}
+        del identity["table"]
         dataset = getattr(loader, "dataset", None)
-        about = {"batches": _length(loader), "samples": _length(dataset), "data": getattr(dataset, "fingerprint", None)}
-        settings |= {name: known for name, known in about.items() if known is not None}
-        return ExplainedFolder(
-            folder,
-            {"model weights": fingerprint(self.model)} | {name: str(named(value)) for name, value in settings.items()},
-        )
-
-    def _finder(self) -> LabelFinder:
-        return LabelFinder(**self._labels)
+        sizes = {"batches": _size_of(loader), "samples": _size_of(dataset)}
+        identity |= sizes | {"data": getattr(dataset, "fingerprint", None)}
+        unknown = [name for name in ("batches", "samples", "data") if identity[name] is None]
+        known = {name: str(value) for name, value in identity.items() if name not in unknown}
+        return ExplainedFolder(Path(settings.table), known)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -266,12 +250,13 @@ class ExplainabilityCapture:
             for module, training in modes.items():
                 module.training = training
 
-    def _observe(self, batch: Any, finder: LabelFinder) -> Iterator[Pass]:
-        """Run the model over a batch, or over its parts."""
+    def _observe(
+        self, batch: Any, finder: LabelFinder, read: Callable[[Step, Attentions], BatchResult]
+    ) -> Iterator[tuple[Step, BatchResult]]:
+        """Run the model over a batch, or over its parts, and read what it gave."""
         if self.max_batch_size is None:
-            run = Pass.of(*self._run(batch), finder)
-            _warn(self._alarms.of_padding(run.pairs))
-            yield run
+            step, attention = self._run(batch)
+            yield step, require_finite(read(step, attention))
             return
         count = count_samples(batch)
         starts = range(0, count, self.max_batch_size)
@@ -285,35 +270,33 @@ class ExplainabilityCapture:
             )
             finder.decide(Step(outputs, to_device(batch, self.model), forward, count, steps[0].device))
         for part in parts:
-            step, pairs = self._run(part)
+            step, attention = self._run(part)
             if step.samples != count_samples(part):
                 raise DataError(
                     f"The batch was split into parts of {count_samples(part)} samples along its first axes, but the "
                     f"attention of one has {step.samples}: make smaller batches in the loader instead of "
                     "max_batch_size."
                 )
-            run = Pass.of(step, pairs, finder)
-            _warn(self._alarms.of_padding(run.pairs))
-            yield run
+            yield step, require_finite(read(step, attention))
 
-    def _run(self, batch: Any) -> tuple[Step, tuple[AttentionPair, ...]]:
+    def _run(self, batch: Any) -> tuple[Step, Attentions]:
         self._recorder.clear()
         moved = to_device(batch, self.model)
         outputs = self._predict(moved)
-        self._recorder.batch = moved
-        pairs, forward_output = self._recorder.attention, self._recorder.output
+        taken = take_step(self._recorder, outputs, moved)
         if self._recorder.is_waiting:
             return self._run(batch)
         self._recorder.clear()
-        if not pairs:
+        if taken is None:
             raise DiscoveryError(
                 "No attention ran for this batch, though it did for an earlier one. If the model has to be called in "
                 "another way, say how: predict=lambda model, batch: ...."
             )
-        self._require_heads(pairs)
-        weights = pairs[0].forward.weights
-        step = Step(outputs, moved, forward_output, len(weights), weights.device, tuple(weights.shape[2:]))
-        return step, pairs
+        for pair in taken[1]:
+            for attention in pair.directions:
+                where = f"{attention.direction} of layer '{pair.layer}'"
+                require_heads(self.num_heads, attention.weights.shape[1], where)
+        return taken
 
     def _predict(self, batch: Any) -> Any:
         if self.predict is not None:
@@ -330,17 +313,6 @@ class ExplainabilityCapture:
                     "predict=lambda model, batch: model(batch[0], batch[1]))."
                 ) from error
         return self.model(batch) if step is None else step(batch, 0)
-
-    def _require_heads(self, pairs: Iterable[AttentionPair]) -> None:
-        for pair in pairs:
-            for attention in pair.directions:
-                where = f"{attention.direction} of layer '{pair.layer}'"
-                require_heads(self.num_heads, attention.weights.shape[1], where)
-
-    def _own_names(self) -> tuple[str, ...] | None:
-        names, refusal = usable_names(getattr(self.model, "class_names", None))
-        _warn(f"The class_names of {type(self.model).__name__} are not used: {why}" for why in refusal)
-        return names
 
 
 def _check_axes(axes: Any) -> dict[str, TokenAxis]:
@@ -359,13 +331,8 @@ def _require_inside(place: int, count: int) -> None:
         raise SettingError(f"sample_idx must be 0 to {count - 1} in this batch of {count} samples; got {place}.")
 
 
-def _length(sized: Any) -> int | None:
+def _size_of(sized: Any) -> int | None:
     try:
         return len(sized)
     except TypeError:  # as of a loader over an iterable data set
         return None
-
-
-def _warn(messages: Iterable[str]) -> None:
-    for message in messages:
-        warnings.warn(message, XAttnWarning, stacklevel=4)

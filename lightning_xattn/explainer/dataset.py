@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -12,96 +11,17 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from tqdm import tqdm
 
-from lightning_xattn.aggregation import LayerAccumulator, LayerSummary
-from lightning_xattn.attention import TokenAxis
-from lightning_xattn.errors import DataError, XAttnError, XAttnWarning
-from lightning_xattn.explainer.describe import fitting_axes
-from lightning_xattn.explainer.passes import Pass
-from lightning_xattn.grouping import missing_labels, name_classes
-from lightning_xattn.labels import LabelFinder
-from lightning_xattn.sums import add_batch
+from lightning_xattn.aggregation import LayerSums
+from lightning_xattn.errors import DataError, XAttnError
+from lightning_xattn.evaluation import Evaluation
+from lightning_xattn.labels import Step
+from lightning_xattn.results import BatchResult
 
 if TYPE_CHECKING:
-    from lightning_xattn.explainer.progress import ExplainedFolder, Sums
+    from lightning_xattn.explainer.progress import ExplainedFolder
 
 BATCHES_A_PART = 32
 """After so many batches their rows and sums are written: what a killed run repeats at most."""
-
-
-class DatasetSums:
-    """Running sums of every layer.
-
-    Parameters
-    ----------
-    class_names
-        As given by the user or the model; None: ``class_0``, ``class_1`` and so on.
-    group_by
-        One of ``GROUPINGS``.
-    axes
-        What the tokens of each modality may be.
-    finder
-        Where the labels come from.
-
-    Attributes
-    ----------
-    classes : tuple of str
-        The names of the classes, once ``begin`` was called; empty when what groups them is not known.
-    axes : dict of str to TokenAxis
-        Those that fit the first layer, once ``begin`` was called.
-    """
-
-    def __init__(
-        self, class_names: Sequence[str] | None, group_by: str, axes: Mapping[str, TokenAxis], finder: LabelFinder
-    ) -> None:
-        self._class_names = class_names
-        self._finder = finder
-        self._all_axes = axes
-        self._group_by = group_by
-        self.classes: tuple[str, ...] = ()
-        self.axes: dict[str, TokenAxis] = {}
-        self._accumulators: dict[str, LayerAccumulator] = {}
-        self._device = torch.device("cpu")
-
-    def begin(self, first: Pass) -> Iterator[str]:
-        """Take the names of the classes from a first pass; returns what cannot be shown, and why."""
-        self._device = first.pairs[0].forward.weights.device
-        self.axes = fitting_axes(self._all_axes, first.pairs)
-        self.classes = name_classes(first.labels, self._class_names, self._group_by, first.step)
-        return missing_labels(first.labels, self.classes, self._group_by, first.step)
-
-    def add(self, run: Pass, first_index: int) -> list[dict[str, Any]]:
-        """Add a pass; returns the columns of its rows of the sample table, by layer.
-
-        Parameters
-        ----------
-        run
-            The pass.
-        first_index
-            The place of its first sample in the loader.
-        """
-        places = torch.arange(first_index, first_index + run.step.samples)
-        about = {"sample_idx": places, "sample_id": run.sample_ids, "group": run.labels.group_ids}
-        columns = list(add_batch(self._accumulators, run.pairs, run.labels, self._group_by, len(self.classes)))
-        if self._finder.has_several:
-            warnings.warn(self._finder.drop_targets(), XAttnWarning, stacklevel=2)
-            self.load({layer: of_layer.without_labels() for layer, of_layer in self.sums().items()})
-            self.classes = ()
-        return [of_layer | about for of_layer in columns]
-
-    def sums(self) -> Sums:
-        """What there is so far; ``add`` replaces these tensors and leaves them as they are."""
-        return {layer: accumulator.sums() for layer, accumulator in self._accumulators.items()}
-
-    def load(self, sums: Sums) -> None:
-        """Go on from other sums, where the first pass was."""
-        self._accumulators = {}
-        for layer, of_layer in sums.items():
-            self._accumulators[layer] = LayerAccumulator(of_layer.layout, self._device)
-            self._accumulators[layer].load(of_layer)
-
-    def summaries(self) -> dict[str, LayerSummary]:
-        """By layer, in the order in which they ran."""
-        return {layer: LayerSummary(of.sums().cpu()) for layer, of in self._accumulators.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +30,7 @@ class _Done:
 
     batches: int
     samples: int
-    sums: Sums
+    sums: Mapping[str, LayerSums]
     rows: list[dict[str, Any]]
     """Those that are not in the folder yet."""
 
@@ -121,23 +41,26 @@ class LoaderRun:
     Parameters
     ----------
     observe
-        Runs the model over a batch, in one pass or in several over its parts.
-    sums
-        Takes the passes.
+        Runs the model over a batch, or over its parts, and reads what it gave.
+    evaluation
+        Adds it up.
     folder
         Where rows and sums are kept, and from where to go on; None: nowhere.
-    tell
-        Called with what a user should be warned of.
+
+    Attributes
+    ----------
+    token_counts : dict of str to int
+        Number of tokens of each modality in the first layer of the first batch.
     """
 
     def __init__(
         self,
-        observe: Callable[[Any], Iterator[Pass]],
-        sums: DatasetSums,
+        observe: Callable[[Any], Iterator[tuple[Step, BatchResult]]],
+        evaluation: Evaluation,
         folder: ExplainedFolder | None,
-        tell: Callable[[Iterable[str]], None],
     ) -> None:
-        self._observe, self._sums, self._folder, self._tell = observe, sums, folder, tell
+        self._observe, self._evaluation, self._folder = observe, evaluation, folder
+        self.token_counts: dict[str, int] = {}
         self._done = _Done(0, 0, {}, []) if folder is None else _Done(folder.batches, folder.samples, folder.sums, [])
         self._reached = 0
 
@@ -179,23 +102,27 @@ class LoaderRun:
             # Looked at in every run: where labels are found is decided here, and whether the folder is this loader's.
             runs = self._observe(batch)
             first = next(runs)
-            self._tell(self._sums.begin(first))
+            attention = first[1].attention[0].forward
+            self.token_counts = attention.token_counts
             if self._folder is not None:
-                self._folder.check_first(first)
-            self._sums.load(self._done.sums)
+                self._folder.check_first(first[1])
+            self._evaluation.load(self._done.sums, attention.weights.device)
             runs = chain([first], runs)
         elif self._reached >= self._done.batches:
             runs = self._observe(batch)
         if self._reached >= self._done.batches:
-            self._add(runs)
+            self._add(result for _, result in runs)
 
-    def _add(self, runs: Iterable[Pass]) -> None:
+    def _add(self, results: Iterable[BatchResult]) -> None:
         done, rows, samples = self._done, [], self._done.samples
-        for run in runs:
-            rows += self._sums.add(run, samples)
-            samples += run.step.samples
+        for result in results:
+            places = torch.arange(samples, samples + len(result))
+            rows += [columns | {"sample_idx": places} for columns in self._evaluation.add(result)]
+            samples += len(result)
+            if self._evaluation.finder.has_several:
+                self._evaluation.drop_targets()
         waiting = [] if self._folder is None else done.rows + rows
-        self._done = _Done(done.batches + 1, samples, self._sums.sums(), waiting)
+        self._done = _Done(done.batches + 1, samples, self._evaluation.sums(), waiting)
         if self._folder is not None and self._done.batches - self._folder.batches >= BATCHES_A_PART:
             self._save()
 

@@ -12,17 +12,19 @@ from torch import Tensor, nn
 
 from lightning_xattn.aggregation import LayerSums, Layout
 from lightning_xattn.attention import Direction
+from lightning_xattn.columns import Column
 from lightning_xattn.errors import DataError, SettingError
-from lightning_xattn.explainer.passes import Pass
 from lightning_xattn.files import complete_or_absent
 from lightning_xattn.functional import ROW_STATISTICS, prepare_rows
+from lightning_xattn.group_keys import plain_id
 from lightning_xattn.groups import GroupSums
+from lightning_xattn.results import BatchResult
 from lightning_xattn.table import SampleTable, count_rows
 
 FILE = "_progress.pt"
 """Readers of Parquet folders pass over names that begin with an underscore."""
 
-FORMAT = "3"
+FORMAT = "4"
 """Raised when the file, or what a number in it means, changes."""
 
 ALIKE = 1e-4
@@ -81,14 +83,14 @@ class ExplainedFolder:
         self.batches: int = saved.get("batches", 0)
         self.samples: int = saved.get("samples", 0)
         self.finished: bool = saved.get("finished", False)
-        self.sums: Sums = {name: _from_plain(plain) for name, plain in saved.get("sums", {}).items()}
+        self.sums: Sums = {name: _sums_of(plain) for name, plain in saved.get("sums", {}).items()}
         self._first = saved.get("first", self._first)
         self._parts: dict[str, int] = saved.get("parts", {})
         for path in [*self.folder.glob("explained-*.parquet"), *self.folder.glob(".explained-*.part")]:
             if path.name not in self._parts:
                 path.unlink()
 
-    def check_first(self, run: Pass) -> None:
+    def check_first(self, batch: BatchResult) -> None:
         """Refuse a loader that does not begin as the one that the folder was begun with.
 
         Raises
@@ -96,7 +98,7 @@ class ExplainedFolder:
         SettingError
             Saying so.
         """
-        first = _describe(run)
+        first = _describe_first(batch)
         if self._first is None:
             self._first = first
         shared = min(len(first["numbers"]), len(self._first["numbers"]))
@@ -141,7 +143,7 @@ class ExplainedFolder:
                 "batches": batches,
                 "samples": samples,
                 "finished": finished,
-                "sums": {name: _plain(of_layer.cpu()) for name, of_layer in sums.items()},
+                "sums": {name: _plain_sums(of_layer.cpu()) for name, of_layer in sums.items()},
                 "first": self._first,
                 "parts": self._parts | {path.name: count_rows(path) for path in table.close()},
             }
@@ -172,7 +174,7 @@ class ExplainedFolder:
         other = [name for name in self._identity.keys() & known.keys() if self._identity[name] != known[name]]
         if other:
             found = "; ".join(
-                f"{name}: {_short(known[name])} there, {_short(self._identity[name])} now" for name in sorted(other)
+                f"{name}: {_cut(known[name])} there, {_cut(self._identity[name])} now" for name in sorted(other)
             )
             raise SettingError(
                 f"{self.folder} was begun with something else ({found}), so it cannot be gone on with or read back. "
@@ -191,14 +193,14 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _describe(run: Pass) -> dict[str, Any]:
+def _describe_first(batch: BatchResult) -> dict[str, Any]:
     """What tells one first batch from another."""
-    attention, labels = run.pairs[0].forward, run.labels
+    attention, labels = batch.attention[0].forward, batch.labels
     largest = ROW_STATISTICS["max"](prepare_rows(attention)).nanmean(1)
     numbers = (labels.target, labels.predicted, labels.confidence, largest)
     columns = [column.float().cpu() for column in numbers if column is not None]
     return {
-        "sample_ids": run.sample_ids,
+        "sample_ids": None if labels.sample_ids is None else [str(plain_id(one)) for one in labels.sample_ids],
         "numbers": torch.stack(columns, dim=1),
         "groups": [] if labels.groups is None else labels.groups.tolist(),
         "group_noun": labels.group_noun,
@@ -209,15 +211,15 @@ def _say_groups(first: Mapping[str, Any]) -> str:
     return f"the {first['group_noun']} {first['groups'][:3]} ..." if first["group_noun"] else "no groups"
 
 
-def _short(value: str) -> str:
+def _cut(value: str) -> str:
     return value if len(value) <= 60 else f"{value[:12]}..."
 
 
-def _plain(sums: LayerSums) -> dict[str, Any]:
+def _plain_sums(sums: LayerSums) -> dict[str, Any]:
     """Sums in plain types, so that a file with them loads with ``weights_only=True``."""
     layout, groups = sums.layout, sums.groups
     return {
-        "columns": list(layout.columns),
+        "columns": [*map(str, layout.columns)],
         "n_classes": layout.n_classes,
         "heads": {str(direction): heads for direction, heads in layout.heads.items()},
         "tokens": {str(direction): list(tokens) for direction, tokens in layout.tokens.items()},
@@ -227,9 +229,9 @@ def _plain(sums: LayerSums) -> dict[str, Any]:
     }
 
 
-def _from_plain(plain: Mapping[str, Any]) -> LayerSums:
+def _sums_of(plain: Mapping[str, Any]) -> LayerSums:
     layout = Layout(
-        tuple(plain["columns"]),
+        tuple(map(Column.parse, plain["columns"])),
         plain["n_classes"],
         {Direction.parse(name): heads for name, heads in plain["heads"].items()},
         {Direction.parse(name): (queries, keys) for name, (queries, keys) in plain["tokens"].items()},

@@ -41,7 +41,7 @@ def find_eeg(names: Sequence[str]) -> tuple[str, ...]:
     Problem
         If one is missing, or stands there twice.
     """
-    return _require(ELECTRODES, names)
+    return _require_columns(ELECTRODES, names)
 
 
 def find_spectrogram(names: Sequence[str]) -> tuple[str, ...]:
@@ -67,10 +67,10 @@ def find_spectrogram(names: Sequence[str]) -> tuple[str, ...]:
         if len(candidates) > 1 and expected not in candidates:
             raise Problem("repeated column", f"{' and '.join(candidates)} are one frequency, expected one column")
         found.append(expected if expected in candidates else candidates[0])
-    return _require(found, names)
+    return _require_columns(found, names)
 
 
-def _require(wanted: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+def _require_columns(wanted: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
     counts = Counter(names)
     missing = [name for name in wanted if not counts[name]]
     if missing:

@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_xattn import AttentionExplainabilityCallback, AttentionRecorder
+from lightning_xattn.columns import STATISTICS, Column, sample_statistics
 from lightning_xattn.errors import SettingError
-from lightning_xattn.functional import grouped_separation, prepare_rows, sample_statistics, score_bins
+from lightning_xattn.functional import grouped_separation, prepare_rows, score_bins
 from lightning_xattn.hms.datamodule import HMSBatch, HMSDataModule
 from lightning_xattn.hms.module import HMSLightningModule
 from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import COMPETITION, Recordings
 from lightning_xattn.hms.simulator import simulate
-from lightning_xattn.phrases import describe_size
+from lightning_xattn.messages import describe_size
 from lightning_xattn.report import summary_text
 
 TRAIN_ON = ("simulated", "data")
@@ -95,14 +96,14 @@ def run_demo(
 
     trainer, watch = _trainer(logs / f"train_on_{train_on}", epochs)
     trainer.fit(module, datamodule=datamodule)
-    summary = _describe("Validation", datamodule.test_recordings.root, "val", trainer, watch)
+    summary = _describe_test("Validation", datamodule.test_recordings.root, "val", trainer, watch)
     trainer.test(module, datamodule=datamodule, verbose=False)
-    summary += _describe("Test", datamodule.test_recordings.root, "test", trainer, watch)
+    summary += _describe_test("Test", datamodule.test_recordings.root, "test", trainer, watch)
     if held_out is not None:
         # A trainer and logs of its own, so that two data sets do not share the names of their curves.
         trainer, watch = _trainer(logs / "test_on_simulated", epochs)
         trainer.test(module, datamodule.source_test_dataloader(), verbose=False)
-        summary += _describe("Test", datamodule.recordings.root, "test", trainer, watch)
+        summary += _describe_test("Test", datamodule.recordings.root, "test", trainer, watch)
     if train_on == "simulated":
         loaders = (datamodule.source_val_dataloader(), datamodule.source_test_dataloader())
         summary += _describe_agreement(module, loaders, datamodule.recordings)
@@ -127,7 +128,7 @@ def _trainer(folder: Path, epochs: int) -> tuple[Trainer, AttentionExplainabilit
     return trainer, watch
 
 
-def _describe(
+def _describe_test(
     title: str, root: Path, stage: str, trainer: Trainer, watch: AttentionExplainabilityCallback
 ) -> list[str]:
     summary, metrics = watch.summaries[stage], trainer.callback_metrics
@@ -136,7 +137,7 @@ def _describe(
         f"{title} on {root}: {describe_size(summary.samples, summary.groups(), summary.group_noun)}{ties}",
         f"  accuracy {metrics[f'{stage}_acc']:.2f} (chance {1 / len(CLASSES):.2f}), "
         f"macro F1 {metrics[f'{stage}_f1']:.2f}, loss {metrics[f'{stage}_loss']:.2f}",
-        textwrap.indent(summary_text(summary, CLASSES, watch.group_by), "  "),
+        textwrap.indent(summary_text(summary, CLASSES, watch.settings.group_by), "  "),
         "",
     ]
 
@@ -145,7 +146,7 @@ def _describe_agreement(
     module: HMSLightningModule, loaders: Sequence[DataLoader[HMSBatch]], recordings: Recordings
 ) -> list[str]:
     """Does alignment see that a simulated sample's modalities show different classes?"""
-    numbers: dict[str, list[Tensor]] = {"alignment": [], "interaction": []}
+    numbers: dict[Column, list[Tensor]] = {Column("alignment"): [], Column("interaction"): []}
     agrees, patients = [], []
     module.eval()
     with torch.no_grad(), AttentionRecorder(module) as recorder:
@@ -154,8 +155,8 @@ def _describe_agreement(
             module.predict_step(move_data_to_device(batch, module.device), 0)
             (pair,) = recorder.attention
             statistics = sample_statistics(*(prepare_rows(attention) for attention in pair.directions))
-            for name, values in numbers.items():
-                values.append(statistics[name].cpu())
+            for column, values in numbers.items():
+                values.append(statistics[column].cpu())
             agrees += [recordings.by_label_id[label].extra["agrees"] for label in batch["sample_ids"].tolist()]
             patients.append(batch["patient_ids"])
 
@@ -164,17 +165,19 @@ def _describe_agreement(
         f"Simulated samples not trained on, whose modalities agree (n = {int(chosen.sum())}) or show different classes "
         f"(n = {int((~chosen).sum())}), of {len(groups.unique())} patients:"
     ]
-    for name, parts in numbers.items():
+    for column, parts in numbers.items():
         scores = torch.cat(parts)
         defined = scores.isfinite()
         outcomes = torch.stack([chosen, ~chosen], dim=1)
-        apart = grouped_separation(score_bins(scores[defined], -1, 1), groups[defined], outcomes[defined])
+        apart = grouped_separation(
+            score_bins(scores[defined], *STATISTICS[column.statistic].range), groups[defined], outcomes[defined]
+        )
         claim = (
             f"AUROC {apart.auroc:.2f}, 95 % interval by patients {apart.low:.2f} to {apart.high:.2f} (0.5: it does not "
             "see the difference)"
         )
         lines.append(
-            f"  {name}: mean {scores[chosen].nanmean():.3f} against {scores[~chosen].nanmean():.3f}, "
+            f"  {column}: mean {scores[chosen].nanmean():.3f} against {scores[~chosen].nanmean():.3f}, "
             + (claim if math.isfinite(apart.auroc) else "too few to say whether it sees the difference")
         )
     return lines

@@ -11,10 +11,10 @@ import torch
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
 from lightning_xattn.errors import DataError
 from lightning_xattn.explainer import dataset_figures
-from lightning_xattn.explanation import BatchExplanation
 from lightning_xattn.hms.datamodule import HMSDataModule, HMSDataset
 from lightning_xattn.hms.module import HMSLightningModule
 from lightning_xattn.hms.montage import EEG_RATE, ELECTRODES, REGIONS, SPEC_FREQUENCIES, SPEC_ROW_SECONDS, SPEC_SECONDS
+from lightning_xattn.results import ExplainedBatch
 from lightning_xattn.visualizations import (
     Spectrograms,
     Traces,
@@ -114,12 +114,12 @@ def _choose(table: Path) -> list[int]:
     return sorted(first.values())
 
 
-def _has_times(results: BatchExplanation) -> bool:
+def _has_times(results: ExplainedBatch) -> bool:
     """Whether the tokens of both modalities are windows in time."""
     return len(results["axes"]) == 2 and all(axis.spans is not None for axis in results["axes"].values())
 
 
-def _draw_sample(results: BatchExplanation, i: int, datamodule: HMSDataModule, folder: Path) -> None:
+def _draw_sample(results: ExplainedBatch, i: int, datamodule: HMSDataModule, folder: Path) -> None:
     sample, pair, axes = results["per_sample_explanations"][i], results["attention"][0], results["axes"]
     recordings, geometry = datamodule.test_recordings, datamodule.eeg_geometry
     assert sample["sample_id"] is not None

@@ -108,7 +108,7 @@ class HMSLightningModule(pl.LightningModule):
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Class probabilities ``(B, 6)``; the batch needs no targets."""
-        _require(batch, "eeg_graphs", "spec_graphs")
+        _require_keys(batch, "eeg_graphs", "spec_graphs")
         return torch.softmax(self(batch["eeg_graphs"], batch["spec_graphs"]), dim=-1)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -144,7 +144,7 @@ class HMSLightningModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _predict(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        _require(batch, "eeg_graphs", "spec_graphs", "targets")
+        _require_keys(batch, "eeg_graphs", "spec_graphs", "targets")
         logits, targets = self(batch["eeg_graphs"], batch["spec_graphs"]), batch["targets"]
         if targets.shape != logits.shape:
             raise ShapeError(
@@ -174,7 +174,7 @@ def learning_rate_factor(step: int, total: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _require(batch: Mapping[str, Any], *keys: str) -> None:
+def _require_keys(batch: Mapping[str, Any], *keys: str) -> None:
     missing = [key for key in keys if key not in batch]
     if missing:
         raise DataError(f"The batch lacks {missing}; it holds {sorted(map(str, batch))}.")

@@ -7,7 +7,7 @@ the target never changes from batch to batch, and no GPU is made to wait.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from lightning_xattn.labels.places import (
     say_setting,
     told_place,
 )
+from lightning_xattn.labels.scores import ScorePlace, Scores, find_scores
 from lightning_xattn.labels.tensors import (
     Classes,
     are_binary_labels,
@@ -45,6 +46,8 @@ from lightning_xattn.labels.tensors import (
 )
 
 _NAMES = {"sample_ids": "sample id", "groups": "group"}
+_BY_SAMPLE = ("predicted", "confidence", "target", "tied", "groups", "group_ids", "sample_ids", "query_mask")
+"""What ``Labels`` have for each sample, beside the scores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +74,12 @@ class Labels:
         The groups' ids as they were found, a tensor or a list.
     group_noun
         What groups are called.
+    sample_ids
+        The samples' ids, a tensor or a list.
+    query_mask
+        ``(batch, queries)`` bool, which queries are real tokens; None unless it was named.
     scores
-        The predictions as they were read: ``(batch, classes)``, ``(batch,)`` or ``(batch, 1)``.
+        The class scores that the predictions were made of, wherever in the step they are.
     """
 
     predicted: Tensor | None
@@ -84,13 +91,38 @@ class Labels:
     groups: Tensor | None = None
     group_ids: Tensor | list[Any] | None = None
     group_noun: str | None = None
-    scores: Tensor | None = None
+    sample_ids: Tensor | list[Any] | None = None
+    query_mask: Tensor | None = None
+    scores: Scores | None = None
 
     def __getitem__(self, samples: slice) -> Labels:
         """The labels of some of the samples."""
-        fields = ("predicted", "confidence", "target", "tied", "groups", "group_ids", "scores")
-        known = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
-        return replace(self, **{name: values[samples] for name, values in known.items()})
+        return self._changed(lambda values: values[samples])
+
+    def cpu(self) -> Labels:
+        """The same, on the CPU."""
+        return self._changed(lambda values: values.detach().cpu() if isinstance(values, Tensor) else values)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Labels]) -> Labels:
+        """Those of the parts of a batch as one; what one part lacks, all do."""
+
+        def join(*values: Any) -> Any:
+            return torch.cat(values) if isinstance(values[0], Tensor) else [one for part in values for one in part]
+
+        return parts[0]._changed(join, *parts[1:])
+
+    def _changed(self, change: Callable[..., Any], *others: Labels) -> Labels:
+        """The same with each field that has a value for each sample changed, along with that of the others."""
+        labels = (self, *others)
+        changed: dict[str, Any] = {}
+        for name in _BY_SAMPLE:
+            known = [getattr(one, name) for one in labels if getattr(one, name) is not None]
+            changed[name] = change(*known) if len(known) == len(labels) else None
+        scores = [one.scores for one in labels if one.scores is not None]
+        whole = len(scores) == len(labels)
+        changed["scores"] = replace(scores[0], values=change(*(one.values for one in scores))) if whole else None
+        return replace(self, **changed)
 
 
 class LabelFinder:
@@ -131,6 +163,7 @@ class LabelFinder:
             if not (setting is None or isinstance(setting, str) or callable(setting)):
                 raise SettingError(f"{name} must be None, a key or a callable; got {setting!r}.")
         self._places: dict[str, Place | None] | None = None
+        self._scores: ScorePlace | None = None
         self._binary = self._probabilities = self._one_hot = False
         # Whether rows of targets that were one-hot in the first batch have none or several positives; on their device.
         self._several: Tensor | None = None
@@ -160,9 +193,13 @@ class LabelFinder:
     def decide(self, step: Step) -> None:
         """Look where everything is, which ``find`` else does in its first step."""
         self._places = self._look(step)
+        place = self._places["predictions"]
+        if place is not None and "confidence" not in self._doubts:
+            found = self._fitting(place.read(step), step.samples)
+            self._scores = None if found is None else find_scores(step, place, *self._read_scores(found))
 
     def find(self, step: Step) -> Labels:
-        """Predictions and targets of a batch.
+        """What is known of a batch's samples.
 
         Raises
         ------
@@ -175,7 +212,8 @@ class LabelFinder:
         if first:
             self.decide(step)
         scores, labels = (self._read(what, step, first) for what in ("predictions", "targets"))
-        predicted, target = self._classes(scores, labels)
+        predicted, confidence = (Classes(), None) if scores is None else self._read_scores(scores)
+        target = Classes() if labels is None else classes_of_labels(labels) if self._binary else classes_of(labels)
         if self._one_hot and labels is not None and target.ids is not None and target.tied is not None:
             several = labels.float().sum(1) != 1
             target = target._replace(ids=torch.where(several, -1, target.ids), tied=target.tied & ~several)
@@ -185,32 +223,31 @@ class LabelFinder:
                 f"Predictions have {predicted.n_classes} classes and targets {target.n_classes}; expected the same. "
                 f"{step} Name the right ones with predictions=... and targets=...."
             )
-        confidence = None
-        if scores is not None and scores.is_floating_point() and "confidence" not in self._doubts:
-            confidence = confidence_of(scores, self._probabilities)
-        n_classes = predicted.n_classes or target.n_classes
         ids = self._find_ids("groups", step)
         return Labels(
             predicted.ids,
             confidence,
             target.ids,
             target.tied,
-            n_classes,
+            predicted.n_classes or target.n_classes,
             self._doubts,
             None if self.group_noun is None else group_keys([None] * step.samples if ids is None else ids, step.device),
             ids,
             self.group_noun,
-            scores,
+            self._find_ids("sample_ids", step),
+            self._find_query_mask(step),
+            None if self._scores is None else self._scores.read(step),
         )
 
-    def find_query_mask(self, step: Step) -> Tensor | None:
-        """Which queries are real tokens, ``(batch, queries)`` bool; None if ``query_mask`` was not given.
+    def _read_scores(self, scores: Tensor) -> tuple[Classes, Tensor | None]:
+        """The classes that scores or ids predict, and how confidently."""
+        predicted = (
+            classes_of_scores(scores, 0.5 if self._probabilities else 0.0) if self._binary else classes_of(scores)
+        )
+        tells = scores.is_floating_point() and "confidence" not in self._doubts
+        return predicted, confidence_of(scores, self._probabilities) if tells else None
 
-        Raises
-        ------
-        DiscoveryError, ShapeError
-            If it gives nothing, or no such mask.
-        """
+    def _find_query_mask(self, step: Step) -> Tensor | None:
         place = told_place(self._settings["query_mask"])
         if place is None:
             return None
@@ -244,30 +281,8 @@ class LabelFinder:
         self._several, self._one_hot, self._doubts = None, False, self._doubts | {"targets": reason}
         return reason
 
-    def _classes(self, scores: Tensor | None, labels: Tensor | None) -> tuple[Classes, Classes]:
-        if not self._binary:
-            predicted, target = (Classes() if values is None else classes_of(values) for values in (scores, labels))
-            return predicted, target
-        threshold = 0.5 if self._probabilities else 0.0
-        return (
-            Classes() if scores is None else classes_of_scores(scores, threshold),
-            Classes() if labels is None else classes_of_labels(labels),
-        )
-
-    def find_sample_ids(self, step: Step) -> list[Any] | Tensor | None:
-        """The samples' ids, as a tensor or a list; None when there are none.
-
-        Raises
-        ------
-        DiscoveryError
-            If ``sample_ids`` was given and gives nothing.
-        ShapeError
-            If their number is not that of the samples.
-        """
-        return self._find_ids("sample_ids", step)
-
     def _find_ids(self, what: str, step: Step) -> list[Any] | Tensor | None:
-        place = (self._places or self._look(step))[what]
+        place = (self._places or {}).get(what)
         found = None if place is None else self._at(place, what, step)
         if isinstance(found, Tensor) and found.dim() == 0:
             found = found[None]

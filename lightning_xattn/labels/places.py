@@ -122,6 +122,14 @@ def _items(step: Step, source: str) -> list[Place]:
     return [Place(source, attrgetter(source))]
 
 
+def places_of(step: Step, source: str) -> list[Place]:
+    """Every item of a mapping, tuple or list, or the thing itself."""
+    holder = getattr(step, source)
+    if isinstance(holder, Mapping):
+        return [Place(f"{source}['{key}']", _reader(source, key), key) for key in holder]
+    return _items(step, source)
+
+
 def _reader(source: str, key: str | int) -> Callable[[Step], Any]:
     def read(step: Step) -> Any:
         holder = getattr(step, source)

@@ -9,13 +9,13 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_xattn.aggregation import LayerSummary
 from lightning_xattn.errors import SettingError
-from lightning_xattn.explanation import Results
 from lightning_xattn.files import complete_or_absent
 from lightning_xattn.report.facts import collect_facts, collect_layer
 from lightning_xattn.report.rendering import as_markdown, as_text, blocks_as_text
-from lightning_xattn.report.wording import describe_batch, describe_dataset, describe_layer
+from lightning_xattn.report.wording import batch_document, dataset_document, describe_layer
+from lightning_xattn.results import Results
+from lightning_xattn.summary import LayerSummary
 
 FORMATS = {".txt": "text", ".md": "markdown", ".json": "json"}
 """The format of a file by its suffix."""
@@ -57,9 +57,9 @@ def create_explainability_report(
     chosen = _choose_format(path, format)
     facts = collect_facts(results)
     if chosen == "json":
-        report = json.dumps(_plain(facts), allow_nan=False, ensure_ascii=False, indent=2) + "\n"
+        report = json.dumps(_as_json(facts), allow_nan=False, ensure_ascii=False, indent=2) + "\n"
     else:
-        document = describe_batch(facts) if facts["kind"] == "batch" else describe_dataset(facts)
+        document = batch_document(facts) if facts["kind"] == "batch" else dataset_document(facts)
         report = as_text(document) if chosen == "text" else as_markdown(document)
     if path is not None:
         with complete_or_absent(path) as part:
@@ -97,14 +97,14 @@ def _choose_format(path: Path | None, given: str | None) -> str:
     return given
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """What JSON knows: dataclasses as dicts, tuples as lists, undefined numbers as None."""
     if is_dataclass(value):
         value = vars(value)
     elif hasattr(value, "tolist"):  # numbers and arrays of numpy and torch
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_as_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

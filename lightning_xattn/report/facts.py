@@ -7,24 +7,24 @@ is one to give.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypedDict, cast
 
-from lightning_xattn.aggregation import CORRECT, INCORRECT, SCORE_RANGES, LayerSummary
+from lightning_xattn.aggregation import CORRECT, INCORRECT
 from lightning_xattn.attention import TokenAxis
-from lightning_xattn.attention_analysis import AttentionStatistics
+from lightning_xattn.columns import ALIGNMENT, INVALID_ROWS, SCORES, Column
 from lightning_xattn.errors import SettingError
-from lightning_xattn.explanation import BatchExplanation, DatasetExplanation, Results, SampleExplanation
-from lightning_xattn.interpretation import Criterion, first_layer, interpret_sample
-from lightning_xattn.phrases import SINGLE_KEY
+from lightning_xattn.messages import SINGLE_KEY
+from lightning_xattn.report.criteria import Criterion, first_layer, interpret_sample
+from lightning_xattn.results import AttentionStatistics, DatasetResult, ExplainedBatch, Results, SampleResult
+from lightning_xattn.summary import Comparison, LayerSummary
 
 NO_ROW = "no valid row (all are padding, fully masked or not finite)"
 ONE_DIRECTION = "only one direction of attention is recorded"
 NO_VARIATION = "a map that does not vary over the cells which both directions share, as uniform attention"
 
 
-class SampleFacts(SampleExplanation):
+class SampleFacts(SampleResult):
     """A sample's explanation, and what follows from it."""
 
     undefined: dict[str, str]
@@ -34,7 +34,7 @@ class SampleFacts(SampleExplanation):
 
 
 class BatchFacts(TypedDict):
-    """A batch: the keys of ``BatchExplanation`` but for its tensors, and what follows from them."""
+    """A batch: the keys of ``ExplainedBatch`` but for its tensors, and what follows from them."""
 
     kind: Literal["batch"]
     class_names: list[str]
@@ -65,7 +65,7 @@ class Number(TypedDict):
     high: float
 
 
-class Group(TypedDict):
+class Subset(TypedDict):
     """All samples, or those of one class or outcome."""
 
     group: Literal["all", "class", "unclassified", "outcome"]
@@ -79,24 +79,6 @@ class Group(TypedDict):
     """``correct / (correct + incorrect)``: of a true class its recall, of a predicted class its precision."""
     numbers: dict[str, Number]
     """By name, see ``sample_statistics``; those of single heads are left out."""
-
-
-class Outcome(TypedDict):
-    """A score of the correct predictions against that of the incorrect ones."""
-
-    correct: int
-    """Samples with a defined score of each outcome."""
-    incorrect: int
-    correct_groups: int | None
-    """How many groups they belong to; None where groups are not known."""
-    incorrect_groups: int | None
-    gap: float
-    class_adjusted_gap: float
-    auroc: float
-    """NaN, as its 95 % interval, with fewer than ``MINIMUM_GROUP`` groups, or samples, of either outcome."""
-    low: float
-    high: float
-    cliffs_delta: float
 
 
 class LayerFacts(TypedDict):
@@ -115,8 +97,8 @@ class LayerFacts(TypedDict):
     """Mean alignment between different samples."""
     undefined: dict[str, str]
     """Why a direction says nothing for some samples, or why ``alignment_null`` is undefined, by name."""
-    groups: list[Group]
-    outcomes: dict[str, Outcome]
+    groups: list[Subset]
+    outcomes: dict[str, Comparison]
     """By score, ``alignment`` and ``entropy``; empty without predictions or targets."""
 
 
@@ -140,7 +122,7 @@ def collect_facts(results: Results) -> BatchFacts | DatasetFacts:
     SettingError
         If the results are neither a batch's nor a data set's.
     """
-    if isinstance(results, DatasetExplanation):
+    if isinstance(results, DatasetResult):
         return {
             "kind": "dataset",
             "class_names": list(results.class_names),
@@ -157,10 +139,10 @@ def collect_facts(results: Results) -> BatchFacts | DatasetFacts:
             "A report needs the results of explain_batch or explain_loader, or a dict with the keys of the former; "
             f"got {got}, without {', '.join(missing)}."
         )
-    return _collect_batch(cast(BatchExplanation, results))
+    return _collect_batch(cast(ExplainedBatch, results))
 
 
-def _collect_batch(results: BatchExplanation) -> BatchFacts:
+def _collect_batch(results: ExplainedBatch) -> BatchFacts:
     samples = [_collect_sample(sample) for sample in results["per_sample_explanations"]]
     outcomes = [sample["correct"] for sample in samples]
     undefined = _undefined_directions(results["attention_stats"])
@@ -181,7 +163,7 @@ def _collect_batch(results: BatchExplanation) -> BatchFacts:
     }
 
 
-def _collect_sample(sample: SampleExplanation) -> SampleFacts:
+def _collect_sample(sample: SampleResult) -> SampleFacts:
     undefined = _undefined_directions(sample["attention_stats"])
     if math.isnan(sample["modality_agreement"]):
         undefined["modality_agreement"] = _undefined_agreement(sample["attention_stats"])
@@ -207,13 +189,13 @@ def _undefined_agreement(statistics: Mapping[str, AttentionStatistics]) -> str:
 def collect_layer(layer: str, summary: LayerSummary, class_names: Sequence[str]) -> LayerFacts:
     """One layer's numbers, for a report on it alone."""
     undefined = dict(_undefined_samples(summary))
-    if "alignment" not in summary.columns:
+    if ALIGNMENT not in summary.columns:
         undefined["alignment"] = ONE_DIRECTION
     elif math.isnan(summary.alignment_null):
         undefined["alignment_null"] = "it needs two samples with an alignment, and all of the same tokens"
-    groups = list(_collect_groups(summary, class_names))
+    groups = list(_collect_subsets(summary, class_names))
     known = groups[0]["correct"] + groups[0]["incorrect"]
-    scores = [score for score in SCORE_RANGES if score in summary.columns and known]
+    scores = [score for score in SCORES if score in summary.columns and known]
     return {
         "layer": layer,
         "directions": [str(direction) for direction in summary.heads],
@@ -222,17 +204,17 @@ def collect_layer(layer: str, summary: LayerSummary, class_names: Sequence[str])
         "unclassified": summary.unclassified,
         "ties": summary.ties,
         "undefined_share": summary.undefined_share(),
-        "invalid_rows": int(summary.total("invalid_rows")),
+        "invalid_rows": int(summary.total(INVALID_ROWS)),
         "alignment_null": summary.alignment_null,
         "undefined": undefined,
         "groups": groups,
-        "outcomes": {score: _collect_outcome(summary, score) for score in scores},
+        "outcomes": {str(score): summary.compare(score) for score in scores},
     }
 
 
 def _undefined_samples(summary: LayerSummary) -> Iterator[tuple[str, str]]:
     for direction in summary.heads:
-        rows, entropies = summary.count(f"{direction}/max"), summary.count(f"{direction}/entropy")
+        rows, entropies = (summary.count(Column(name, direction)) for name in ("max", "entropy"))
         parts = [
             f"{count} of {summary.samples} samples with {reason}"
             for count, reason in ((rows - entropies, SINGLE_KEY), (summary.samples - rows, NO_ROW))
@@ -242,34 +224,33 @@ def _undefined_samples(summary: LayerSummary) -> Iterator[tuple[str, str]]:
             yield str(direction), "; ".join(parts)
 
 
-def _collect_groups(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[Group]:
-    yield _collect_group(summary, "all", "all")
+def _collect_subsets(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[Subset]:
+    yield _collect_subset(summary, "all", "all")
     for class_id, name in enumerate(class_names):
-        yield _collect_group(summary, "class", name, class_id=class_id)
+        yield _collect_subset(summary, "class", name, class_id=class_id)
     if summary.unclassified:
-        yield _collect_group(summary, "unclassified", "no class", class_id=summary.n_classes)
-    if any(summary.count("invalid_rows", outcome=outcome) for outcome in (CORRECT, INCORRECT)):
-        yield _collect_group(summary, "outcome", "correct", outcome=CORRECT)
-        yield _collect_group(summary, "outcome", "incorrect", outcome=INCORRECT)
+        yield _collect_subset(summary, "unclassified", "no class", class_id=summary.n_classes)
+    if any(summary.size(outcome=outcome) for outcome in (CORRECT, INCORRECT)):
+        yield _collect_subset(summary, "outcome", "correct", outcome=CORRECT)
+        yield _collect_subset(summary, "outcome", "incorrect", outcome=INCORRECT)
 
 
-def _collect_group(
+def _collect_subset(
     summary: LayerSummary,
     group: Literal["all", "class", "unclassified", "outcome"],
     name: str,
     class_id: int | None = None,
     outcome: int | None = None,
-) -> Group:
+) -> Subset:
     correct, incorrect = (
-        summary.count("invalid_rows", class_id, which) if outcome in (None, which) else 0
-        for which in (CORRECT, INCORRECT)
+        summary.size(class_id, which) if outcome in (None, which) else 0 for which in (CORRECT, INCORRECT)
     )
     known = correct + incorrect
     numbers: dict[str, Number] = {}
     for column in summary.columns:
-        if not re.search(r"/head_\d+$", column):
+        if column.head is None:
             low, high = summary.interval(column, class_id, outcome)
-            numbers[column] = {
+            numbers[str(column)] = {
                 "count": summary.count(column, class_id, outcome),
                 "groups": summary.groups(column, class_id, outcome) if summary.group_noun else None,
                 "mean": summary.mean(column, class_id, outcome),
@@ -282,26 +263,10 @@ def _collect_group(
         "name": name,
         "class_id": class_id if group == "class" else None,
         "samples": summary.size(class_id, outcome),
-        "groups": summary.groups("invalid_rows", class_id, outcome) if summary.group_noun else None,
+        "groups": summary.groups(INVALID_ROWS, class_id, outcome) if summary.group_noun else None,
         "correct": correct,
         "incorrect": incorrect,
         # The accuracy within an outcome is 1 or 0 by construction.
         "accuracy": correct / known if known and group != "outcome" else math.nan,
         "numbers": numbers,
-    }
-
-
-def _collect_outcome(summary: LayerSummary, score: str) -> Outcome:
-    found = summary.separation(score)
-    return {
-        "correct": found.correct,
-        "incorrect": found.incorrect,
-        "correct_groups": found.correct_groups,
-        "incorrect_groups": found.incorrect_groups,
-        "gap": summary.gap(score),
-        "class_adjusted_gap": summary.class_adjusted_gap(score),
-        "auroc": found.auroc,
-        "low": found.low,
-        "high": found.high,
-        "cliffs_delta": found.cliffs_delta,
     }

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from lightning_xattn.attention import Direction
-from lightning_xattn.attention_analysis import AttentionStatistics
-from lightning_xattn.explanation import PlacedPair
+from lightning_xattn.columns import STATISTICS, Column, shown_columns
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.interpretation import IF_CORRECT, IF_INCORRECT, PATTERNS, Criterion, uniform_is_sparse
-from lightning_xattn.phrases import SINGLE_KEY, SINGLE_KEY_REMEDY, decimal
-from lightning_xattn.report.facts import BatchFacts, DatasetFacts, Group, LayerFacts, Number, Outcome, SampleFacts
+from lightning_xattn.messages import SINGLE_KEY, SINGLE_KEY_REMEDY, decimal
+from lightning_xattn.report.criteria import IF_CORRECT, IF_INCORRECT, PATTERNS, Criterion, uniform_is_sparse
+from lightning_xattn.report.facts import BatchFacts, DatasetFacts, LayerFacts, SampleFacts, Subset
 from lightning_xattn.report.rendering import Block, Document, Items, Paragraph, Section, Table
+from lightning_xattn.results import AttentionStatistics, PlacedPair
 
 # Of the samples of a true class the accuracy is the recall, and of those predicted as a class the precision.
 _GROUPS = {"target": ("true class", "accuracy (recall)"), "prediction": ("predicted class", "accuracy (precision)")}
@@ -43,7 +43,7 @@ _OF_DATASET = (
 )
 
 
-def describe_batch(facts: BatchFacts) -> Document:
+def batch_document(facts: BatchFacts) -> Document:
     """A batch, in the structure of the guide's report."""
     samples = [_describe_sample(sample) for sample in facts["per_sample_explanations"]]
     return Document(
@@ -158,7 +158,7 @@ def _describe_criterion(criterion: Criterion) -> str:
     return f"{mark} {criterion.criterion} ({where}{value}{f'; {criterion.caveat}' if criterion.caveat else ''})"
 
 
-def describe_dataset(facts: DatasetFacts) -> Document:
+def dataset_document(facts: DatasetFacts) -> Document:
     """A whole data set, a section for each layer."""
     several = len(facts["layers"]) > 1
     sections = [
@@ -192,7 +192,7 @@ def _describe_independence(group_noun: str | None) -> str:
 def describe_layer(facts: LayerFacts, group_by: str) -> Iterator[Block]:
     """One layer over a data set: how many samples, what is undefined, means by class and outcome, correct or not."""
     yield Items(list(_describe_counts(facts)))
-    columns = _columns(facts)
+    columns = _table_columns(facts)
     yield _tabulate(facts, group_by, columns)
     if remark := _describe_intervals(facts, list(columns)):
         yield Paragraph(remark)
@@ -233,24 +233,28 @@ def _describe_null(facts: LayerFacts) -> str:
     return f"{null} (the mean alignment less this: {decimal(excess, 3)})"
 
 
-def _columns(facts: LayerFacts) -> dict[str, str]:
+def _table_columns(facts: LayerFacts) -> dict[str, str]:
     """The numbers that the table has, and their titles."""
-    columns = {name: name for name in ("alignment", "interaction") if name in facts["groups"][0]["numbers"]}
-    return columns | {f"{name}/entropy": f"{_name_direction(name)} entropy" for name in facts["directions"]}
+    known = [*map(Column.parse, facts["groups"][0]["numbers"])]
+    shown = [column for name, one in STATISTICS.items() if one.reported for column in shown_columns(name, known)]
+    return {
+        str(one): f"{_name_direction(str(one.direction))} {one.statistic}" if one.direction else one.statistic
+        for one in shown
+    }
 
 
 def _tabulate(facts: LayerFacts, group_by: str, columns: Mapping[str, str]) -> Table:
     by_class = any(group["group"] == "class" for group in facts["groups"])
     title, accuracy = _GROUPS[group_by] if by_class else ("samples", "accuracy")
     rows = [
-        (group["name"], _size(group), _share(group), *(_mean(group, name) for name in columns))
+        (group["name"], _say_size(group), _share(group), *(_mean(group, name) for name in columns))
         for group in facts["groups"]
     ]
     size = f"n ({facts['group_noun']})" if facts["group_noun"] else "n"
     return Table((title, size, accuracy, *columns.values()), rows)
 
 
-def _size(group: Group) -> str:
+def _say_size(group: Subset) -> str:
     return str(group["samples"]) + ("" if group["groups"] is None else f" ({group['groups']})")
 
 
@@ -267,23 +271,23 @@ def _describe_intervals(facts: LayerFacts, columns: Sequence[str]) -> str:
     return " ".join(filter(None, parts))
 
 
-def _share(group: Group) -> str:
+def _share(group: Subset) -> str:
     if math.isnan(group["accuracy"]):
         return ""
     return f"{group['accuracy']:.2f} ({group['correct']}/{group['correct'] + group['incorrect']})"
 
 
-def _mean(group: Group, name: str) -> str:
+def _mean(group: Subset, name: str) -> str:
     number = group["numbers"][name]
     if math.isnan(number["mean"]):
         return "undefined" if group["samples"] else ""
     over = "" if number["count"] == group["samples"] else f" n={number['count']}"
-    interval = "" if math.isnan(number["low"]) else f" ({_interval(number)})"
+    interval = "" if math.isnan(number["low"]) else f" ({_say_interval(number['low'], number['high'])})"
     return f"{decimal(number['mean'], 3)}{interval}{over}"
 
 
-def _interval(of: Number | Outcome) -> str:
-    return f"{decimal(of['low'], 3)} to {decimal(of['high'], 3)}"
+def _say_interval(low: float, high: float) -> str:
+    return f"{decimal(low, 3)} to {decimal(high, 3)}"
 
 
 def describe_outcome(facts: LayerFacts, score: str) -> tuple[str, str, Sequence[str]]:
@@ -294,28 +298,28 @@ def describe_outcome(facts: LayerFacts, score: str) -> tuple[str, str, Sequence[
     label = f"{score} (of a sample, the mean of both directions)" if both else score
     noun = facts["group_noun"]
     correct, incorrect = (
-        f"{outcome['correct']} correct" + (f" of {outcome['correct_groups']} {noun}" if noun else ""),
-        f"{outcome['incorrect']} incorrect" + (f" of {outcome['incorrect_groups']} {noun}" if noun else ""),
+        f"{outcome.correct} correct" + (f" of {outcome.correct_groups} {noun}" if noun else ""),
+        f"{outcome.incorrect} incorrect" + (f" of {outcome.incorrect_groups} {noun}" if noun else ""),
     )
     sizes = f"{correct} and {incorrect} with a defined {score}"
-    if math.isnan(outcome["auroc"]):
+    if math.isnan(outcome.auroc):
         few = (
             f"fewer than {MINIMUM_GROUP} {noun} of either outcome" if noun else f"fewer than {MINIMUM_GROUP} of either"
         )
         return label, f"nothing is claimed with {few} ({sizes})", ()
-    if outcome["low"] > 0.5:
+    if outcome.low > 0.5:
         verdict = "higher in correct predictions"
-    elif outcome["high"] < 0.5:
+    elif outcome.high < 0.5:
         verdict = "lower in correct predictions"
     else:
         verdict = "no difference shown"
-    within = outcome["class_adjusted_gap"]
-    if verdict != "no difference shown" and not within * outcome["gap"] > 0.5 * outcome["gap"] ** 2:
+    within = outcome.class_adjusted_gap
+    if verdict != "no difference shown" and not within * outcome.gap > 0.5 * outcome.gap**2:
         verdict += ", which may be a difference between classes"
     adjusted = "undefined (no class has both outcomes)" if math.isnan(within) else decimal(within, 3, signed=True)
-    gaps = f"gap {decimal(outcome['gap'], 3, signed=True)}, class-adjusted gap {adjusted}"
+    gaps = f"gap {decimal(outcome.gap, 3, signed=True)}, class-adjusted gap {adjusted}"
     by = f" by {noun}" if noun else ""
-    found = f"AUROC {decimal(outcome['auroc'], 3)}, 95 % interval{by} {_interval(outcome)}"
+    found = f"AUROC {decimal(outcome.auroc, 3)}, 95 % interval{by} {_say_interval(outcome.low, outcome.high)}"
     return label, f"{verdict}: {found} ({sizes})", [gaps]
 
 

@@ -7,7 +7,7 @@ directions differ in shape, line or hatching as well as in colour. An undefined 
 the scale. Every figure is also written to ``save_path`` where that is given.
 """
 
-from lightning_xattn.visualizations.comparison import Group, plot_class_comparison
+from lightning_xattn.visualizations.comparison import Mean, plot_class_comparison
 from lightning_xattn.visualizations.epoch import (
     OutcomeSummary,
     plot_class_attention,
@@ -25,7 +25,7 @@ from lightning_xattn.visualizations.sample import (
 from lightning_xattn.visualizations.signals import plot_attention_over_signals
 
 __all__ = [
-    "Group",
+    "Mean",
     "OutcomeSummary",
     "Spectrograms",
     "Traces",

@@ -21,7 +21,7 @@ _CLASS = Look("black", filled=True, line="-", marker="o", offset=0)
 OUTCOMES = ("correct", "incorrect")
 
 
-class Group(NamedTuple):
+class Mean(NamedTuple):
     """Some samples and one of their numbers: how many have it, its mean, and the mean's 95 % interval (NaN: none)."""
 
     n: int
@@ -33,7 +33,7 @@ class Group(NamedTuple):
 
 
 def plot_class_comparison(
-    quantities: Mapping[str, tuple[Sequence[Group], Sequence[Group]]],
+    quantities: Mapping[str, tuple[Sequence[Mean], Sequence[Mean]]],
     class_names: Sequence[str],
     *,
     group_by: str | None = "target",
@@ -113,5 +113,5 @@ def plot_class_comparison(
     return save(fig, save_path)
 
 
-def _size(group: Group) -> str:
+def _size(group: Mean) -> str:
     return str(group.n) + ("" if group.groups is None else f" of {group.groups}")

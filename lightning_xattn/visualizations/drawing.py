@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_xattn.attention import Direction, TokenAxis
 from lightning_xattn.errors import SettingError, ShapeError
-from lightning_xattn.phrases import decimal
+from lightning_xattn.messages import decimal
 from lightning_xattn.visualizations.output import WindowFigure
 
 WIDTH, _DPI = 9.0, 100  # inches, and dots in each
@@ -29,7 +29,7 @@ UNDEFINED: dict[str, Any] = {"facecolor": "0.93", "edgecolor": "0.7", "hatch": "
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
+class MapAxis:
     """One axis of a map: its title, the ``(tokens + 1,)`` edges of its cells, the tokens' names if any."""
 
     title: str
@@ -59,24 +59,24 @@ class Tokens:
         axis.set_ticks(ticks, self.names[::every], fontsize=9, rotation=90 if turned else 0)
 
 
-def place_tokens(role: str, modality: str | None, count: int, axis: TokenAxis | None) -> Tokens:
+def place_tokens(role: str, modality: str | None, count: int, axis: TokenAxis | None) -> MapAxis:
     """Place the tokens of a map's axis; ``role`` is ``"query"`` or ``"key"``, a modality may have no name."""
     numbered = np.arange(count + 1) - 0.5
     if axis is None:
-        return Tokens(f"{role}: {modality} token" if modality else f"{role} token", numbered, whole=True)
+        return MapAxis(f"{role}: {modality} token" if modality else f"{role} token", numbered, whole=True)
     if len(axis) != count:
         raise ShapeError(f"The {role} axis '{axis.title}' has {len(axis)} tokens, the maps have {count}.")
     title = f"{role}: {axis.title}"
     if axis.spans is None:
-        return Tokens(title, numbered, axis.names)
+        return MapAxis(title, numbered, axis.names)
     spans = np.asarray(axis.spans, dtype=np.float64)
     if count == 1:
-        return Tokens(title, spans[0])
+        return MapAxis(title, spans[0])
     centres = spans.mean(axis=1)
     half = np.diff(centres) / 2
     if not (half > 0).all():
         raise SettingError(f"The spans of the {role} axis '{axis.title}' must ascend; their centres: {centres}.")
-    return Tokens(title, np.r_[centres[0] - half[0], centres[:-1] + half, centres[-1] + half[-1]])
+    return MapAxis(title, np.r_[centres[0] - half[0], centres[:-1] + half, centres[-1] + half[-1]])
 
 
 def count_classes(class_names: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from lightning_xattn.attention import Direction, TokenAxis
 from lightning_xattn.errors import SettingError
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.phrases import SINGLE_KEY, decimal
+from lightning_xattn.messages import SINGLE_KEY, decimal
 from lightning_xattn.visualizations.drawing import (
     WIDTH,
     arrow,

@@ -19,7 +19,7 @@ from lightning_xattn.functional import (
     require_heads,
     row_statistics,
 )
-from lightning_xattn.phrases import SINGLE_KEY, decimal
+from lightning_xattn.messages import SINGLE_KEY, decimal
 from lightning_xattn.visualizations.drawing import (
     WIDTH,
     arrow,

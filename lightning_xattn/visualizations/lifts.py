@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from lightning_xattn.functional import Rows, has_single_keys
 from lightning_xattn.functional.alignment import NO_VARIANCE
-from lightning_xattn.phrases import SINGLE_KEY
-from lightning_xattn.visualizations.drawing import Tokens, draw_colour_bar, draw_mesh, wrap, write_note
+from lightning_xattn.messages import SINGLE_KEY
+from lightning_xattn.visualizations.drawing import MapAxis, draw_colour_bar, draw_mesh, wrap, write_note
 
 # The scale of lifts reaches at least this far from 1: a nearly uniform map should look flat, not noisy.
 _MARGIN = 0.1
@@ -37,7 +37,7 @@ def draw_lift_bar(fig: Figure, axes: NDArray[Any], scale: Normalize, label: str,
     bar.axhline(1.0, color="white", linewidth=1)
 
 
-def draw_lift_map(ax: Axes, lifts: NDArray[Any], across: Tokens, down: Tokens, scale: Normalize, note: str) -> None:
+def draw_lift_map(ax: Axes, lifts: NDArray[Any], across: MapAxis, down: MapAxis, scale: Normalize, note: str) -> None:
     """Draw one ``(down, across)`` map, the first token left and at the top, and what to know of it."""
     draw_mesh(ax, across.edges, down.edges, lifts, scale)
     ax.invert_yaxis()
@@ -64,14 +64,14 @@ def says_nothing(rows: Rows, lifts: NDArray[Any], sample: int) -> str:
     return ""
 
 
-def lie_along(lifts: NDArray[Any], queries: Tokens, keys: Tokens) -> tuple[NDArray[Any], Tokens, Tokens]:
+def lie_along(lifts: NDArray[Any], queries: MapAxis, keys: MapAxis) -> tuple[NDArray[Any], MapAxis, MapAxis]:
     """Turn a ``(queries, keys)`` map so that its longer axis lies horizontally: values, across, down."""
     if len(queries) > len(keys):
         return lifts.T, queries, keys
     return lifts, keys, queries
 
 
-def label_panel(ax: Axes, across: Tokens, down: Tokens, width: float, height: float) -> None:
+def label_panel(ax: Axes, across: MapAxis, down: MapAxis, width: float, height: float) -> None:
     """Label a panel that stands by itself, of this size in inches."""
     across.label(ax, "x", width)
     down.label(ax, "y", height)

@@ -12,8 +12,8 @@ import torch
 from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
 from lightning_xattn.errors import SettingError, XAttnWarning
 from lightning_xattn.functional import Rows, prepare_rows
-from lightning_xattn.phrases import BROKEN_ROWS
-from lightning_xattn.visualizations.drawing import Tokens, place_tokens
+from lightning_xattn.messages import BROKEN_ROWS
+from lightning_xattn.visualizations.drawing import MapAxis, place_tokens
 
 AttentionDict = Mapping[str, Any] | AttentionPair
 """Weights ``(batch, heads, queries, keys)`` by direction, e.g. ``{'eeg_to_spec': ..., 'spec_to_eeg': ...}``, where keys
@@ -80,7 +80,7 @@ def _is_place(index: object, count: int) -> bool:
     return isinstance(index, Integral) and not isinstance(index, bool) and 0 <= int(index) < count
 
 
-def place_pair(rows: Rows, axes: Mapping[str, TokenAxis] | None) -> tuple[Tokens, Tokens]:
+def place_pair(rows: Rows, axes: Mapping[str, TokenAxis] | None) -> tuple[MapAxis, MapAxis]:
     """Place the queries and the keys of a direction on the axes of their modalities."""
     direction, axes = rows.direction, axes or {}
     queries = place_tokens("query", direction.query, rows.weights.shape[2], axes.get(direction.query))

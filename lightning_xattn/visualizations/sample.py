@@ -24,7 +24,7 @@ from lightning_xattn.functional import (
     lift_map,
     prepare_rows,
 )
-from lightning_xattn.phrases import decimal
+from lightning_xattn.messages import decimal
 from lightning_xattn.visualizations.drawing import (
     UNDEFINED,
     WIDTH,

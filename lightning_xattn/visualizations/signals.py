@@ -21,7 +21,7 @@ from lightning_xattn.functional import Rows, lift_map, received_lift
 from lightning_xattn.visualizations.drawing import (
     UNDEFINED,
     WIDTH,
-    Tokens,
+    MapAxis,
     arrow,
     new_figure,
     place_tokens,
@@ -159,7 +159,7 @@ class _Windows:
     """The tokens of a signal: their spans in seconds, which may overlap, and their cells in a map."""
 
     spans: NDArray[Any]
-    cells: Tokens
+    cells: MapAxis
 
 
 def _windows(signal: Traces | Spectrograms, count: int, axis: TokenAxis | None) -> _Windows:

@@ -9,8 +9,9 @@ from lightning_xattn import AttentionExplainabilityCallback, JointSequence
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.capture.joint import cut_direction
 from lightning_xattn.capture.masks import RecordedWeights
+from lightning_xattn.columns import Column, sample_statistics
 from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
-from lightning_xattn.functional import crossing, prepare_rows, sample_statistics
+from lightning_xattn.functional import crossing, prepare_rows
 from tests import reference
 from tests.capture.models import BATCH, record, tokens
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, validate
@@ -55,8 +56,8 @@ def test_blocks_are_renormalised_and_what_crosses_is_told(padding):
             assert shares[b].numpy() == pytest.approx(share, abs=1e-5)
             masks = real[b][list(queries)], real[b][list(keys)]
             entropy = reference.row_statistics(block, *masks)["entropy"]
-            assert found["entropy"][b].item() == pytest.approx(entropy.mean(), abs=1e-5)
-            assert found[f"{rows.direction}/crossing"][b].item() == pytest.approx(share.mean(), abs=1e-5)
+            assert found[Column("entropy", rows.direction)][b].item() == pytest.approx(entropy.mean(), abs=1e-5)
+            assert found[Column("crossing", rows.direction)][b].item() == pytest.approx(share.mean(), abs=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*with weights of exactly 0")
@@ -74,7 +75,7 @@ def test_a_row_of_which_nothing_crosses_is_left_out_and_is_not_broken():
     assert not rows.valid.any()
     assert not rows.broken.any()
     assert crossing(rows).item() == pytest.approx(0, abs=1e-30)
-    assert sample_statistics(rows)["a_to_b/entropy"].isnan().all()
+    assert sample_statistics(rows)[Column.parse("a_to_b/entropy")].isnan().all()
 
 
 def test_three_modalities_and_a_class_token_of_none():

@@ -7,8 +7,9 @@ from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder
+from lightning_xattn.columns import Column, sample_statistics
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
-from lightning_xattn.functional import prepare_rows, sample_statistics
+from lightning_xattn.functional import prepare_rows
 from tests.capture.models import BATCH, Fusing, Runs, heads, mha, record_fusion, softmax, tokens
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, quiet_trainer
 
@@ -70,7 +71,7 @@ def test_padded_queries_change_the_numbers():
     weights = pair.forward.weights.double()
     entropy = -(weights * weights.log()).sum(-1) / torch.tensor(float(AUDIO)).double().log()
     expected = entropy[1, :, :4].mean()
-    found = sample_statistics(prepare_rows(pair.forward))["text_to_image/entropy"][1]
+    found = sample_statistics(prepare_rows(pair.forward))[Column.parse("text_to_image/entropy")][1]
     assert found.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
@@ -148,7 +149,7 @@ def test_a_setting_says_which_queries_are_padding():
 
 
 def entropies(pair):
-    return sample_statistics(prepare_rows(pair.forward))["a_to_b/entropy"]
+    return sample_statistics(prepare_rows(pair.forward))[Column.parse("a_to_b/entropy")]
 
 
 @pytest.mark.parametrize("seen", [True, False], ids=["the softmax is seen", "it is not"])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_xattn import functional as F
 from lightning_xattn.attention import Attention, Direction
+from lightning_xattn.columns import INVALID_ROWS, STATISTICS, Column, sample_statistics
 
 DIRECTION = Direction("eeg", "spec")
 
@@ -55,10 +56,10 @@ def test_a_half_masked_uniform_row_is_as_diffuse_as_it_can_be():
 
 def test_a_single_key_says_nothing():
     one, back = rows_of(torch.ones(2, 3, 1, 1)), back_rows_of(torch.ones(2, 3, 1, 1))
-    statistics = F.sample_statistics(one, back)
+    statistics = sample_statistics(one, back)
     for name in ("alignment", "interaction", "entropy", "eeg_to_spec/query_selectivity", "eeg_to_spec/head_diversity"):
-        assert statistics[name].isnan().all(), name
-    assert (statistics["invalid_rows"] == 0).all()
+        assert statistics[Column.parse(name)].isnan().all(), name
+    assert (statistics[INVALID_ROWS] == 0).all()
 
 
 def test_queries_that_differ_are_selective_and_heads_that_differ_are_diverse():
@@ -122,15 +123,13 @@ def test_permuting_samples_permutes_their_numbers_and_all_stay_in_range(seed, sc
     there = (scale * random_logits(5, 3, 5, 7, seed=seed)).softmax(-1)
     back = (scale * random_logits(5, 3, 7, 5, seed=seed + 1)).softmax(-1)
     order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
-    numbers = F.sample_statistics(rows_of(there), back_rows_of(back))
-    permuted = F.sample_statistics(rows_of(there[order]), back_rows_of(back[order]))
-    for name, values in numbers.items():
-        torch.testing.assert_close(permuted[name], values[order], msg=name)
-        low, high = {"alignment": (-1, 1), "interaction": (-1, 1)}.get(name, (0, math.inf))
-        assert (values >= low - 1e-5).all(), name
-        assert (values <= high + 1e-5).all(), name
-        if "entropy" in name or "diversity" in name or "selectivity" in name:
-            assert (values <= 1).all(), name
+    numbers = sample_statistics(rows_of(there), back_rows_of(back))
+    permuted = sample_statistics(rows_of(there[order]), back_rows_of(back[order]))
+    for column, values in numbers.items():
+        torch.testing.assert_close(permuted[column], values[order], msg=str(column))
+        low, high = STATISTICS[column.statistic].range
+        assert (values >= low - 1e-5).all(), column
+        assert (values <= high + 1e-5).all(), column
 
 
 def test_different_numbers_of_heads_are_refused_where_heads_are_matched():
@@ -139,4 +138,4 @@ def test_different_numbers_of_heads_are_refused_where_heads_are_matched():
         with pytest.raises(ValueError, match="got 3 and 2"):
             function(there, back)
     assert F.head_alignment_matrix(there, back).shape == (2, 3, 2)
-    assert "interaction" not in F.sample_statistics(there, back)
+    assert Column("interaction") not in sample_statistics(there, back)

@@ -1,11 +1,15 @@
-"""What warnings, reports and figures say in the same words, and how they write numbers."""
+"""What warnings, reports and figures say in the same words, how they write numbers, and how users are warned."""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
+
+from pytorch_lightning.utilities import rank_zero_warn
+
+from lightning_xattn.errors import XAttnWarning
 
 SINGLE_KEY = "a single key, so every weight is 1 whatever the model learned"
 """Why such attention says nothing; reads on from "attend to", "with", or by itself."""
@@ -51,3 +55,9 @@ def decimal(value: float, digits: int = 2, signed: bool = False) -> str:
     ``signed``: with a plus before what is not negative.
     """
     return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}"
+
+
+def warn(messages: Iterable[str]) -> None:
+    """Warn of each, on the first of several processes."""
+    for message in messages:
+        rank_zero_warn(message, category=XAttnWarning, stacklevel=4)

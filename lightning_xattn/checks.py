@@ -1,13 +1,14 @@
-"""What in an epoch's numbers a user should be warned of, once, in words that name the layer and the remedy."""
+"""What users should be warned of in an epoch, once, in words that name the layer and the remedy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from lightning_xattn.aggregation import LayerSummary
 from lightning_xattn.attention import AttentionPair
 from lightning_xattn.capture import Layer
-from lightning_xattn.phrases import SINGLE_KEYS
+from lightning_xattn.columns import Column
+from lightning_xattn.messages import SINGLE_KEYS
+from lightning_xattn.summary import LayerSummary
 
 UNIFORM = 0.999
 """A head whose mean entropy is above this is uniform for all samples, as no sample's entropy can be above 1."""
@@ -22,7 +23,7 @@ SINK = 0.5
 """A head whose mean ``sink_strength`` is above this gives most of every query's attention to one key."""
 
 
-class Alarms:
+class Checks:
     """Finds what is wrong with a layer's attention, and tells each thing once."""
 
     def __init__(self) -> None:
@@ -31,7 +32,7 @@ class Alarms:
         self._queries: dict[str, int] = {}
 
     def of_directions(self, layers: Iterable[Layer]) -> Iterator[str]:
-        """A new alarm that the layers themselves give."""
+        """A new warning that the layers themselves give."""
         alone = [layer for layer in layers if layer.backward is None]
         if alone and self._is_new("", "", "alone", 0):
             direction, source = alone[0].forward
@@ -42,7 +43,7 @@ class Alarms:
             )
 
     def of_padding(self, pairs: Iterable[AttentionPair]) -> Iterator[str]:
-        """A new alarm that a batch gives whose queries may be padding, as nothing says which are."""
+        """A new warning that a batch gives whose queries may be padding, as nothing says which are."""
         for pair in pairs:
             attention, queries = pair.forward, pair.forward.weights.shape[2]
             if pair.backward is not None or attention.query_mask is not None or attention.crossing is not None:
@@ -56,7 +57,7 @@ class Alarms:
                 )
 
     def of_nothing(self, stage: str) -> Iterator[str]:
-        """The alarm that a recorded evaluation without any attention gives."""
+        """The warning that a recorded evaluation without any attention gives."""
         if self._is_new("", "", "nothing", 0):
             yield (
                 f"No attention was seen in an evaluation ('{stage}') that should be recorded, though it was before: "
@@ -64,15 +65,17 @@ class Alarms:
             )
 
     def of_epoch(self, layer: str, summary: LayerSummary) -> Iterator[str]:
-        """New alarms that an epoch gives."""
+        """New warnings that an epoch gives."""
         yield from self._of_samples(layer, summary)
         for direction, heads in summary.heads.items():
             where = f"Layer '{layer}', {direction}"
-            if summary.mean(f"{direction}/head_diversity") < ALIKE and self._is_new(layer, str(direction), "alike", 0):
+            if summary.mean(Column("head_diversity", direction)) < ALIKE and self._is_new(
+                layer, str(direction), "alike", 0
+            ):
                 yield f"{where}: all {heads} heads attend alike. Fewer heads would do the same."
-            broken = [summary.total(f"{direction}/broken/head_{head}") for head in range(heads)]
-            entropy = [summary.mean(f"{direction}/entropy/head_{head}") for head in range(heads)]
-            sink = [summary.mean(f"{direction}/sink/head_{head}") for head in range(heads)]
+            broken = [summary.total(Column("broken", direction, head)) for head in range(heads)]
+            entropy = [summary.mean(Column("entropy", direction, head)) for head in range(heads)]
+            sink = [summary.mean(Column("sink", direction, head)) for head in range(heads)]
             for kind, found, meaning in (
                 (
                     "broken",
@@ -104,7 +107,7 @@ class Alarms:
                     yield f"{where}, head {', '.join(map(str, new))}: {meaning}"
 
     def of_single_keys(self, layer: str, directions: Sequence[str]) -> Iterator[str]:
-        """New alarms that these directions, of which every row has a single valid key, give."""
+        """New warnings that these directions, of which every row has a single valid key, give."""
         if directions and self._is_new(layer, "", "single key", 0):
             yield f"Layer '{layer}': {' and '.join(directions)} {SINGLE_KEYS}"
 
@@ -113,7 +116,7 @@ class Alarms:
             str(direction)
             for direction in summary.heads
             # Valid rows without an entropy are rows of a single key, whether the others are masked or do not exist.
-            if summary.count(f"{direction}/max") and not summary.count(f"{direction}/entropy")
+            if summary.count(Column("max", direction)) and not summary.count(Column("entropy", direction))
         ]
         yield from self.of_single_keys(layer, single)
         if not summary.maps and self._is_new(layer, "", "ragged", 0):
@@ -133,7 +136,7 @@ class Alarms:
                 "taken as one group, which makes intervals wider. Give each sample a group."
             )
 
-    def _is_new(self, *alarm: str | int) -> bool:
-        new = alarm not in self._told
-        self._told.add(alarm)
+    def _is_new(self, *warning: str | int) -> bool:
+        new = warning not in self._told
+        self._told.add(warning)
         return new

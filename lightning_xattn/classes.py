@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +12,7 @@ from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN
 from lightning_xattn.errors import SettingError, ShapeError
 from lightning_xattn.labels import Labels, Step
 from lightning_xattn.labels.tensors import UNLABELLED
+from lightning_xattn.messages import warn
 
 GROUPINGS = ("target", "prediction")
 
@@ -42,15 +41,17 @@ def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
     return tuple(class_names)
 
 
-def usable_names(class_names: Any) -> tuple[tuple[str, ...] | None, list[str]]:
-    """Names that a user never gave as a setting: as they are if they can be used, else None and why not."""
+def own_class_names(module: object) -> tuple[str, ...] | None:
+    """A module's attribute ``class_names`` if it can be used; warns where it cannot, as nobody gave it as a setting."""
+    names = getattr(module, "class_names", None)
     try:
-        return (None if class_names is None else check_class_names(class_names)), []
+        return None if names is None else check_class_names(names)
     except SettingError as error:
-        return None, [str(error)]
+        warn([f"The class_names of {type(module).__name__} are not used: {error}"])
+        return None
 
 
-def name_groups(class_names: Sequence[str], group_by: str) -> tuple[str, ...]:
+def name_in_curves(class_names: Sequence[str], group_by: str) -> tuple[str, ...]:
     """What the classes are called in curves: their names, or ``predicted_<name>`` when grouped by prediction."""
     return tuple(name if group_by == "target" else f"predicted_{name}" for name in class_names)
 
@@ -112,7 +113,7 @@ def missing_labels(labels: Labels, names: Sequence[str], group_by: str, step: St
             )
 
 
-def group_samples(labels: Labels, group_by: str, n_classes: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def classify(labels: Labels, group_by: str, n_classes: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Class id (-1: none), outcome and tie of each sample, for as many samples and on the device as ``like``.
 
     An id outside the classes has no class and no outcome.
@@ -130,28 +131,3 @@ def group_samples(labels: Labels, group_by: str, n_classes: int, like: Tensor) -
         outcomes = torch.where(known, torch.where(labels.predicted == labels.target, CORRECT, INCORRECT), UNKNOWN)
     tied = torch.zeros(samples, dtype=torch.bool, device=device) if labels.tied is None else labels.tied
     return classes, outcomes, tied
-
-
-def sample_columns(labels: Labels, outcomes: Tensor, tied: Tensor, statistics: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A batch's columns of the sample table, None for what is not known of any sample.
-
-    ``correct`` is the outcome. Statistics have names that need no quotes in SQL, and those of heads are one column of
-    lists, ``eeg_to_spec_entropy_heads``, as layers may have different numbers of heads.
-    """
-    headline = "alignment" if "alignment" in statistics else "entropy"
-    columns: dict[str, Any] = {
-        "target": labels.target,
-        "prediction": labels.predicted,
-        "confidence": labels.confidence,
-        "correct": outcomes,
-        "tied": tied,
-        "undefined": statistics[headline].isnan(),
-    }
-    heads: dict[str, list[Tensor]] = defaultdict(list)
-    for name, values in statistics.items():
-        whole, _, head = name.replace("/", "_").partition("_head_")
-        if head.isdigit():
-            heads[f"{whole}_heads"].append(values)
-        else:
-            columns[name.replace("/", "_")] = values
-    return columns | {name: torch.stack(values, dim=1) for name, values in heads.items()}

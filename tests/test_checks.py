@@ -7,9 +7,11 @@ import torch
 
 from lightning_xattn import AttentionExplainabilityCallback, XAttnWarning
 from lightning_xattn.aggregation import UNKNOWN, LayerAccumulator, Layout
-from lightning_xattn.alarms import Alarms
 from lightning_xattn.attention import Attention, Direction
-from lightning_xattn.functional import prepare_rows, sample_statistics
+from lightning_xattn.checks import Checks
+from lightning_xattn.columns import sample_statistics
+from lightning_xattn.functional import prepare_rows
+from lightning_xattn.summary import LayerSummary
 from tests.toy import ToyModule, quiet_trainer, toy_loader
 
 BATCH, HEADS, QUERIES, KEYS = 4, 3, 5, 7
@@ -21,13 +23,13 @@ def ordinary():
     return (2 * torch.randn(BATCH, HEADS, QUERIES, KEYS, generator=generator)).softmax(-1)
 
 
-def ring(weights, alarms=None, **masks):
+def ring(weights, checks=None, **masks):
     rows = [prepare_rows(Attention(DIRECTION, weights, **masks))]
     statistics = sample_statistics(*rows)
     accumulator = LayerAccumulator(Layout.of(rows, statistics, 0))
     none = torch.full((BATCH,), -1)
     accumulator.update(rows, statistics, none, torch.full((BATCH,), UNKNOWN), torch.zeros(BATCH))
-    return list((alarms or Alarms()).of_epoch("fusion.1", accumulator.compute()))
+    return list((checks or Checks()).of_epoch("fusion.1", LayerSummary(accumulator.compute())))
 
 
 def test_ordinary_attention_rings_nothing():
@@ -69,20 +71,20 @@ def test_a_sink_is_judged_by_the_number_of_keys():
 
 
 def test_each_rings_once():
-    alarms, weights = Alarms(), ordinary()
+    checks, weights = Checks(), ordinary()
     weights[:, 0] = 1 / KEYS
-    assert len(ring(weights, alarms)) == 1
-    assert ring(weights, alarms) == []
+    assert len(ring(weights, checks)) == 1
+    assert ring(weights, checks) == []
     weights[:, 1] = 1 / KEYS
-    (message,) = ring(weights, alarms)
+    (message,) = ring(weights, checks)
     assert "head 1:" in message  # and not head 0 again
 
 
 def test_a_single_key():
-    alarms = Alarms()
-    (message,) = ring(torch.ones(BATCH, HEADS, QUERIES, 1), alarms)
+    checks = Checks()
+    (message,) = ring(torch.ones(BATCH, HEADS, QUERIES, 1), checks)
     assert message.startswith("Layer 'fusion.1': eeg_to_spec attend to a single key")
-    assert ring(torch.ones(BATCH, HEADS, QUERIES, 1), alarms) == []
+    assert ring(torch.ones(BATCH, HEADS, QUERIES, 1), checks) == []
     only_first = torch.eye(KEYS)[:1].expand(BATCH, HEADS, QUERIES, KEYS)
     mask = (torch.arange(KEYS) == 0).expand(BATCH, KEYS)
     (message,) = ring(only_first, key_mask=mask)

@@ -1,0 +1,77 @@
+"""The names of what is logged: an epoch's curves, and its record in the history."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from lightning_xattn.aggregation import CORRECT, INCORRECT
+from lightning_xattn.columns import ALIGNMENT, INVALID_ROWS, SCORES, STATISTICS, Column
+from lightning_xattn.summary import LayerSummary
+
+
+def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) -> dict[str, float]:
+    """Scalars of one layer's epoch, as ``xattn_<topic>/<scope>/<what>``; undefined numbers are left out.
+
+    Parameters
+    ----------
+    summary
+        The epoch.
+    scope
+        Stage, followed by the dataloader and the layer where there are several, e.g. ``val`` or ``test/fusion.1``.
+    class_names
+        What the classes are called in curves.
+    """
+    curves = {}
+    for name, value in _numbers(summary, class_names):
+        topic, _, what = name.partition("/")
+        if math.isfinite(value):
+            curves[f"xattn_{topic}/{scope}/{what}"] = value
+    return curves
+
+
+def epoch_record(summary: LayerSummary, scope: str, curves: dict[str, float]) -> dict[str, float | None]:
+    """What the history says of an epoch: its curves, how many samples are behind them, and how sure comparisons are."""
+    groups = summary.groups() if summary.group_noun else None
+    record: dict[str, float | None] = {"samples": summary.samples, "groups": groups}
+    record |= {"ties": summary.ties, "unclassified": summary.unclassified}
+    for score in _scores(summary):
+        compared = dict(vars(summary.compare(score)))
+        ends = {"auroc_low": compared.pop("low"), "auroc_high": compared.pop("high")}
+        del compared["auroc"]  # a curve
+        record |= {f"outcome/{score}_{name}": value for name, value in (compared | ends).items()}
+    return record | {name.removeprefix("xattn_").replace(f"/{scope}/", "/"): value for name, value in curves.items()}
+
+
+def _numbers(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """``<topic>/<what>`` and value of each curve."""
+    for column in summary.columns:
+        curve = STATISTICS[column.statistic].curve
+        if curve is not None and (column.direction is not None or "{direction}" not in curve):
+            for which, value in _by_samples(summary, column, class_names):
+                if which == "all" or "{which}" in curve:
+                    yield curve.format(direction=column.direction, which=which), value
+    if ALIGNMENT in summary.columns:
+        yield "alignment/null", summary.alignment_null
+    for score in _scores(summary):
+        yield f"outcome/{score}_auroc", summary.compare(score).auroc
+    yield "health/undefined_share", summary.undefined_share()
+    yield "health/invalid_rows", summary.total(INVALID_ROWS)
+
+
+def _by_samples(summary: LayerSummary, column: Column, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """The means of a number over all samples, each class, and where it is compared, each outcome."""
+    if column.head is not None:
+        yield f"head_{column.head}", summary.mean(column)
+        return
+    yield "all", summary.mean(column)
+    for class_id, name in enumerate(class_names):
+        yield name, summary.mean(column, class_id)
+    if column in SCORES:
+        yield "correct", summary.mean(column, outcome=CORRECT)
+        yield "incorrect", summary.mean(column, outcome=INCORRECT)
+        yield "gap", summary.gap(column)
+
+
+def _scores(summary: LayerSummary) -> list[Column]:
+    return [score for score in SCORES if score in summary.columns]

@@ -1,0 +1,149 @@
+"""An epoch's figures, and those of a data set: what the summaries say, handed to what draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_xattn.aggregation import CORRECT, INCORRECT
+from lightning_xattn.attention import TokenAxis, fitting_axes
+from lightning_xattn.columns import ALIGNMENT, SCORES, STATISTICS, Column, shown_columns
+from lightning_xattn.functional.outcomes import BINS
+from lightning_xattn.messages import describe_size
+from lightning_xattn.results import DatasetResult
+from lightning_xattn.summary import LayerSummary
+
+# matplotlib takes a while to import, and not every run asks for figures.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lightning_xattn.visualizations import Mean, OutcomeSummary
+
+
+def epoch_figures(
+    summary: LayerSummary,
+    scope: str,
+    class_names: Sequence[str],
+    *,
+    group_by: str,
+    axes: Mapping[str, TokenAxis],
+    context: str,
+) -> Iterator[tuple[str, Figure]]:
+    """Draw one layer's epoch: tag and figure, one at a time.
+
+    Parameters
+    ----------
+    summary, scope, class_names
+        As in ``epoch_curves``, with the classes' own names.
+    group_by
+        Whether the classes are those of the "target" or of the "prediction".
+    axes
+        What the tokens of a modality are, by modality; one whose length does not fit is not used.
+    context
+        Where the numbers come from, for the titles, e.g. ``"val, epoch 3"``.
+    """
+    # Imported here because matplotlib takes a while, and not every run asks for figures.
+    from lightning_xattn.visualizations import plot_class_attention, plot_head_entropy, plot_outcome_alignment
+
+    names = list(class_names) or ["all samples"]
+    grouping = group_by if class_names else None
+    ids = range(len(names))
+    counts = [summary.size(class_id=i) for i in ids]
+    for direction, maps in summary.maps.items():
+        _, queries, keys = maps.shape
+        known = fitting_axes(axes, {direction.query: queries, direction.key: keys})
+        figure = plot_class_attention(
+            maps,
+            counts,
+            names,
+            direction=str(direction),
+            query_axis=known.get(direction.query),
+            key_axis=known.get(direction.key),
+            group_by=grouping,
+            context=f"{context}; {queries} {direction.query} queries ask {keys} {direction.key} keys",
+        )
+        yield f"xattn_map/{scope}/{direction}", figure
+    entropy = {
+        str(direction): [
+            [summary.mean(Column("entropy", direction, head), class_id=i) for head in range(heads)] for i in ids
+        ]
+        for direction, heads in summary.heads.items()
+    }
+    yield (
+        f"xattn_entropy/{scope}/by_head",
+        plot_head_entropy(entropy, counts, names, group_by=grouping, context=context),
+    )
+    if class_names and ALIGNMENT in summary.columns:
+        compared = summary.compare(ALIGNMENT)
+        figure = plot_outcome_alignment(
+            _alignment_of(summary, CORRECT),
+            _alignment_of(summary, INCORRECT),
+            torch.linspace(*SCORES[ALIGNMENT], BINS + 1),
+            (compared.auroc, compared.low, compared.high),
+            names,
+            group_by=grouping,
+            group_noun=summary.group_noun,
+            context=context,
+        )
+        yield f"xattn_alignment/{scope}/by_outcome", figure
+
+
+def dataset_figures(explained: DatasetResult) -> Iterator[tuple[str, Figure]]:
+    """Draw a data set: a name that can be a file's, and the figure, one at a time.
+
+    Mean attention of each class, entropy of each head, alignment of correct against incorrect predictions, and
+    alignment and entropy by class and outcome with their 95 % intervals. A second layer's names end with the layer.
+    """
+    from lightning_xattn.visualizations import plot_class_comparison  # matplotlib, only where figures are wanted
+
+    names, group_by = explained.class_names, explained.group_by
+    for layer, summary in explained.summaries.items():
+        context = f"layer {layer}, {describe_size(summary.samples, summary.groups(), summary.group_noun)}"
+        end = "" if summary is explained.headline else f"_{layer}"
+        for tag, figure in epoch_figures(
+            summary, "all", names, group_by=group_by, axes=explained.axes, context=context
+        ):
+            yield tag.removeprefix("xattn_").replace("/all/", "_") + end, figure
+        if names:
+            quantities = {title: _means(summary, column) for title, column in _compared(summary)}
+            figure = plot_class_comparison(
+                quantities, names, group_by=group_by, group_noun=summary.group_noun, context=context
+            )
+            yield f"class_comparison{end}", figure
+
+
+def _compared(summary: LayerSummary) -> Iterator[tuple[str, Column]]:
+    """The numbers that are compared between outcomes, with titles."""
+    for score in SCORES:
+        for column in shown_columns(score.statistic, summary.columns):
+            asks = "" if column.direction is None else f" {column.direction.query} → {column.direction.key}"
+            yield f"{score}{asks} ({STATISTICS[score.statistic].scale})", column
+
+
+def _means(summary: LayerSummary, column: Column) -> tuple[list[Mean], list[Mean]]:
+    """Of each class, and of each outcome."""
+    from lightning_xattn.visualizations import Mean
+
+    def mean(class_id: int | None, outcome: int | None) -> Mean:
+        which = column, class_id, outcome
+        groups = summary.groups(*which) if summary.group_noun else None
+        return Mean(summary.count(*which), summary.mean(*which), *summary.interval(*which), groups)
+
+    classes = [mean(class_id, None) for class_id in range(summary.n_classes)]
+    return classes, [mean(None, outcome) for outcome in (CORRECT, INCORRECT)]
+
+
+def _alignment_of(summary: LayerSummary, outcome: int) -> OutcomeSummary:
+    from lightning_xattn.visualizations import OutcomeSummary
+
+    ids = range(summary.n_classes)
+    return OutcomeSummary(
+        histogram=summary.histogram(ALIGNMENT, outcome),
+        mean=summary.mean(ALIGNMENT, outcome=outcome),
+        class_means=[summary.mean(ALIGNMENT, class_id=i, outcome=outcome) for i in ids],
+        class_intervals=[summary.interval(ALIGNMENT, class_id=i, outcome=outcome) for i in ids],
+        class_counts=[summary.count(ALIGNMENT, class_id=i, outcome=outcome) for i in ids],
+        groups=summary.groups(ALIGNMENT, outcome=outcome) if summary.group_noun else None,
+    )

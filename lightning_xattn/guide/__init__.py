@@ -1,0 +1,1 @@
+"""The names and forms of the cross-modal attention guide, on top of everything else."""

@@ -1,0 +1,128 @@
+"""The class scores behind a step's predictions, which may stand elsewhere in it: logits or probabilities by class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.labels.places import Place, Step, places_of
+from lightning_xattn.labels.tensors import Classes, are_probabilities, are_rows, are_single_scores, are_surely_logits
+
+CLOSE = 1e-3
+"""Probabilities that agree within this are the same: half precision keeps no more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores with a column for each class.
+
+    Attributes
+    ----------
+    values
+        ``(batch, classes)``, float32.
+    are_probabilities
+        Whether they are probabilities, or else logits.
+    """
+
+    values: Tensor
+    are_probabilities: bool
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits; where only probabilities are known, their logarithms."""
+        return self.values.log() if self.are_probabilities else self.values
+
+    @property
+    def probabilities(self) -> Tensor:
+        """The probabilities."""
+        return self.values if self.are_probabilities else self.values.softmax(1)
+
+    def tell(self, predicted: Tensor, confidence: Tensor | None) -> bool:
+        """Whether these classes were predicted, with this confidence where it is known. Looks at the values."""
+        top, classes = self.probabilities.to(predicted.device).max(1)
+        told = (classes == predicted) | (predicted < 0)
+        if confidence is not None:
+            told &= ((top - confidence).abs() < CLOSE) | confidence.isnan()
+        return bool(told.all())
+
+
+@dataclass(frozen=True)
+class ScorePlace:
+    """Where a step has scores, and how to read them.
+
+    Attributes
+    ----------
+    place
+        Where they are.
+    n_classes
+        How many there are; 2 also for the single score of a binary head.
+    are_probabilities
+        Whether they are probabilities.
+    """
+
+    place: Place
+    n_classes: int
+    are_probabilities: bool
+
+    def read(self, step: Step) -> Scores | None:
+        """The scores of a step; None where it has none like those of the first step."""
+        try:
+            found = self.place.read(step)
+        except (KeyError, IndexError, TypeError):
+            return None
+        for scores in _by_class(found, step.samples):
+            if scores.are_probabilities == self.are_probabilities and scores.values.shape[1] == self.n_classes:
+                return Scores(scores.values.to(step.device, non_blocking=True), self.are_probabilities)
+        return None
+
+
+def find_scores(step: Step, predictions: Place, predicted: Classes, confidence: Tensor | None) -> ScorePlace | None:
+    """Where a first step has the scores behind its predictions. Looks at the values.
+
+    What ``forward`` returned comes first, as many a step makes probabilities or class ids of it.
+
+    Parameters
+    ----------
+    step
+        The step.
+    predictions
+        Where its predictions are.
+    predicted, confidence
+        What is known of them; the scores must agree with it, and be clear by themselves where there is no confidence.
+    """
+    for place in (*places_of(step, "forward"), *places_of(step, "outputs"), predictions):
+        found = place.read(step)
+        if confidence is None and not _are_clear(found, step.samples):
+            continue
+        for scores in _by_class(found, step.samples):
+            classes = scores.values.shape[1]
+            fits = predicted.n_classes in (None, classes) and (
+                not scores.are_probabilities or are_probabilities(scores.values)
+            )
+            if fits and predicted.ids is not None and scores.tell(predicted.ids, confidence):
+                return ScorePlace(place, classes, scores.are_probabilities)
+    return None
+
+
+def _are_clear(found: Any, samples: int) -> bool:
+    """Whether scores show by themselves whether they are logits or probabilities."""
+    if are_single_scores(found, samples):
+        return are_surely_logits(found)
+    scores = are_rows(found, samples) and found.is_floating_point()
+    return scores and (are_probabilities(found) or are_surely_logits(found))
+
+
+def _by_class(found: Any, samples: int) -> Iterator[Scores]:
+    """Both readings of scores; a binary head's single score is a probability, or a logit beside 0."""
+    if are_rows(found, samples) and found.is_floating_point():
+        values = found.detach().float()
+        yield Scores(values, True)
+        yield Scores(values, False)
+    elif are_single_scores(found, samples):
+        score = found.detach().float().reshape(-1)
+        yield Scores(torch.stack([1 - score, score], dim=1), True)
+        yield Scores(torch.stack([torch.zeros_like(score), score], dim=1), False)

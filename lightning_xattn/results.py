@@ -1,0 +1,228 @@
+"""The vocabulary of results: a batch as it was read, and what is said of samples, batches and data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from lightning_xattn.attention import AttentionPair, TokenAxis
+from lightning_xattn.errors import DataError
+from lightning_xattn.functional import ROW_STATISTICS, Rows
+from lightning_xattn.labels import Labels
+from lightning_xattn.labels.scores import Scores
+from lightning_xattn.summary import LayerSummary
+
+
+@dataclass(frozen=True, eq=False)
+class BatchResult:
+    """What a model did with a batch, for as many samples as its attention has.
+
+    Attributes
+    ----------
+    attention
+        Of each layer.
+    labels
+        Predictions, scores, targets, ids and groups.
+    """
+
+    attention: tuple[AttentionPair, ...]
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.attention[0].forward.weights)
+
+    @property
+    def scores(self) -> Scores | None:
+        """The class scores, if they are those of the predictions. Looks at the values."""
+        scores, predicted = self.labels.scores, self.labels.predicted
+        if scores is None or predicted is None or not scores.tell(predicted, self.labels.confidence):
+            return None
+        return scores
+
+    def __getitem__(self, samples: slice) -> BatchResult:
+        """Some of the samples."""
+        return BatchResult(tuple(pair[samples] for pair in self.attention), self.labels[samples])
+
+    def cpu(self) -> BatchResult:
+        """The same on the CPU, without a graph."""
+        return BatchResult(tuple(pair.cpu() for pair in self.attention), self.labels.cpu())
+
+    @classmethod
+    def joined(cls, parts: Sequence[BatchResult]) -> BatchResult:
+        """The parts of a batch as one.
+
+        Raises
+        ------
+        DataError
+            If the parts have other layers or other numbers of tokens.
+        """
+        shapes = {tuple(a.weights.shape[1:] for pair in part.attention for a in pair.directions) for part in parts}
+        if len(shapes) > 1:
+            raise DataError(
+                f"The parts of the batch have attention of different shapes, {sorted(shapes)}: this model's tokens "
+                "depend on the batch, so explain it without max_batch_size, in smaller batches."
+            )
+        layers = zip(*(part.attention for part in parts), strict=True)
+        return cls(tuple(map(AttentionPair.joined, layers)), Labels.joined([part.labels for part in parts]))
+
+
+@dataclass(frozen=True)
+class AttentionStatistics:
+    """Statistics of attention rows, averaged over valid rows, then heads, then samples; NaN where undefined.
+
+    Attributes
+    ----------
+    mean
+        Mean weight of a row: ``1 / K`` by construction, so it says nothing about the model.
+    std
+        Population standard deviation of a row over its valid keys.
+    max, min
+        Largest and smallest weight of a row, in [0, 1].
+    entropy
+        Normalised Shannon entropy in [0, 1]: 0 = one key, 1 = diffuse.
+    sparsity
+        Percentage of valid keys below 0.1, in [0, 100].
+    """
+
+    mean: float
+    std: float
+    max: float
+    min: float
+    entropy: float
+    sparsity: float
+
+    def __getitem__(self, name: str) -> float:
+        """Read a statistic by its name, as from a dict."""
+        try:
+            value: float = vars(self)[name]
+        except KeyError:
+            raise KeyError(f"No statistic '{name}'; there are {', '.join(vars(self))}.") from None
+        return value
+
+    @classmethod
+    def of_batch(cls, rows: Rows) -> AttentionStatistics:
+        """Of all samples, averaged over rows, then heads, then samples."""
+        means = (ROW_STATISTICS[name](rows).nanmean(1).cpu().double().nanmean() for name in cls.__dataclass_fields__)
+        return cls(*map(float, means))
+
+    @classmethod
+    def of_samples(cls, rows: Rows) -> list[AttentionStatistics]:
+        """Of each sample, averaged over rows, then heads."""
+        columns = [ROW_STATISTICS[name](rows).nanmean(1).tolist() for name in cls.__dataclass_fields__]
+        return [cls(*values) for values in zip(*columns, strict=True)]
+
+
+class PlacedPair(TypedDict):
+    """A query and a key of one sample, and where they lie."""
+
+    query: int
+    key: int
+    weight: float
+    """Attention averaged over the heads, in [0, 1]."""
+    lift: float
+    """``weight`` times the number of valid keys: 1 is uniform."""
+    query_place: str | None
+    """In words, e.g. ``"20 to 30"`` or ``"LL"``; None where no axis tells."""
+    key_place: str | None
+
+
+class SampleResult(TypedDict):
+    """One sample; undefined numbers are NaN, what is not known is None."""
+
+    sample_idx: int
+    """Its place in the batch, or in the loader when a whole loader was explained."""
+    sample_id: str | None
+    predicted_class: int | None
+    predicted_name: str | None
+    confidence: float | None
+    """Probability of the predicted class."""
+    probabilities: list[float] | None
+    true_class: int | None
+    true_name: str | None
+    correct: bool | None
+    tied: bool
+    """Whether the top class of a soft target is tied; the first of them is ``true_class``."""
+    modality_agreement: float
+    """``alignment`` of the first layer."""
+    head_entropies: dict[str, float]
+    """``{"eeg_to_spec/head_0": ...}``."""
+    attention_stats: dict[str, AttentionStatistics]
+    """By direction, as ``attention_dict``."""
+    top_attention_pairs: dict[str, list[tuple[int, int, float]]]
+    """By direction: (query, key, weight), largest weight first."""
+    top_attention_places: dict[str, list[PlacedPair]]
+    """The same pairs with their lift and places."""
+
+
+class ExplainedSample(SampleResult):
+    """One sample of a batch, with what is needed to draw it: there it is sample 0."""
+
+    attention_dict: dict[str, Tensor]
+    """Weights ``(1, heads, queries, keys)``, keys as in ``ExplainedBatch``."""
+    attention: tuple[AttentionPair, ...]
+    """The same weights with their masks, by layer."""
+    class_names: tuple[str, ...]
+    axes: dict[str, TokenAxis]
+
+
+class ExplainedBatch(TypedDict):
+    """A batch of B samples."""
+
+    logits: Tensor | None
+    """``(B, classes)``; None when the model gives no class scores."""
+    probabilities: Tensor | None
+    predictions: Tensor | None
+    """``(B,)`` class ids."""
+    targets: Tensor | None
+    """``(B,)`` class ids; -1 where there is none."""
+    attention_dict: dict[str, Tensor]
+    """Weights ``(B, heads, queries, keys)`` by direction; a second layer's as ``<layer>/<direction>``. NaN marks what a
+    mask hides: padding, and keys that a query may not see. Analyser and figures leave it out."""
+    attention: tuple[AttentionPair, ...]
+    """The same weights with their masks, by layer."""
+    attention_stats: dict[str, AttentionStatistics]
+    """Means over the batch, keys as in ``attention_dict``."""
+    modality_alignment: float
+    """Mean of the samples' ``modality_agreement`` where it is defined."""
+    per_sample_explanations: list[SampleResult]
+    class_names: tuple[str, ...]
+    axes: dict[str, TokenAxis]
+    """What the tokens of each modality are, where it is known."""
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetResult:
+    """A whole loader, from running sums.
+
+    Attributes
+    ----------
+    summaries
+        By layer name, the first layer first: counts, means and standard deviations by class and outcome, AUROC, maps.
+    class_names
+        A name for each class; empty when there are no classes.
+    group_by
+        "target" or "prediction": what the classes of the summaries are.
+    axes
+        What the tokens of each modality are, where it is known.
+    table
+        The folder with one row per sample and layer; None when none was written.
+    """
+
+    summaries: dict[str, LayerSummary]
+    class_names: tuple[str, ...]
+    group_by: str
+    axes: dict[str, TokenAxis]
+    table: Path | None
+
+    @property
+    def headline(self) -> LayerSummary:
+        """The first layer's summary."""
+        return next(iter(self.summaries.values()))
+
+
+Results = ExplainedBatch | DatasetResult | dict[str, Any]
+"""What reports and figures take; a plain dict with the keys of ``ExplainedBatch`` will do."""

@@ -1,0 +1,112 @@
+"""What the callback asks of a Trainer: which epochs to record and to draw, and under which name and step to log."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.version import Version
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from lightning_xattn.attention import TokenAxis
+from lightning_xattn.errors import XAttnError, check_whole_number
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every so many of the epochs that ``fit`` validates, from the first on; ``validate`` and ``test`` always.
+
+    Of a recorded epoch, every so many of its batches.
+
+    Parameters
+    ----------
+    every_n_epochs
+        Record every so many, at least 1.
+    figures_every_n_epochs
+        Draw every so many of those that are recorded; 0: none.
+    every_n_batches
+        Record every so many batches of a recorded epoch, from the first on, at least 1.
+
+    Raises
+    ------
+    SettingError
+        If one is not a whole number, or too small.
+    """
+
+    every_n_epochs: int
+    figures_every_n_epochs: int
+    every_n_batches: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("every_n_epochs", 1), ("figures_every_n_epochs", 0), ("every_n_batches", 1)):
+            check_whole_number(name, getattr(self, name), least)
+
+    def records(self, trainer: Trainer) -> bool:
+        """Whether the evaluation that begins is recorded."""
+        return not _is_fitting(trainer) or _validations_before(trainer) % self.every_n_epochs == 0
+
+    def samples(self, batch_idx: int) -> bool:
+        """Whether a batch of a recorded evaluation is recorded."""
+        return batch_idx % self.every_n_batches == 0
+
+    def draws(self, trainer: Trainer) -> bool:
+        """Whether a recorded evaluation is drawn."""
+        every = self.figures_every_n_epochs
+        recorded_before = _validations_before(trainer) // self.every_n_epochs
+        return every > 0 and (not _is_fitting(trainer) or recorded_before % every == 0)
+
+
+def logged_step(trainer: Trainer) -> int:
+    """The step at which Lightning logs the scalars of an evaluation's end."""
+    # Lightning has no public name for it: global_step counts every optimiser's steps.
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def stage_of(trainer: Trainer) -> str:
+    """What the evaluation that runs is called in curves: "val" or "test"."""
+    return "test" if trainer.testing else "val"
+
+
+def moment(trainer: Trainer) -> dict[str, Any]:
+    """Which evaluation this is: its stage, epoch and step."""
+    return {"stage": stage_of(trainer), "epoch": trainer.current_epoch, "step": logged_step(trainer)}
+
+
+def scope_of(trainer: Trainer, callback: Callback, dataloader: int, layer: str) -> str:
+    """The stage, and what tells this apart; the first callback and dataloader, and a layer "", go without saying."""
+    everyone = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
+    ours = [one for one in everyone if isinstance(one, type(callback))]
+    scope = stage_of(trainer)
+    scope += f"/callback_{ours.index(callback)}" if callback in ours[1:] else ""
+    scope += f"/dataloader_{dataloader}" if dataloader else ""
+    return scope + (f"/{layer}" if layer else "")
+
+
+def attention_axes(trainer: Trainer, module: LightningModule) -> dict[str, TokenAxis]:
+    """What the tokens are, as the module or else its data module says."""
+    holders = module, getattr(trainer, "datamodule", None)
+    return next((axes for axes in (getattr(holder, "attention_axes", None) for holder in holders) if axes), {})
+
+
+def _is_fitting(trainer: Trainer) -> bool:
+    return bool(trainer.state.fn == "fit")
+
+
+def _validations_before(trainer: Trainer) -> int:
+    """How many epochs of this fit were due for validation before this one."""
+    return (trainer.current_epoch + 1) // (trainer.check_val_every_n_epoch or 1) - 1
+
+
+def require_lightning_that_takes_it() -> None:
+    """Refuse a ``lightning`` whose Trainer ends with "Expected a parent", before any code of ours could say why.
+
+    This callback is a child of ``pytorch_lightning.Callback``, which to ``lightning.pytorch`` is a stranger.
+    """
+    lightning = sys.modules.get("lightning")
+    if lightning is not None and "lightning.pytorch" in sys.modules and Version(lightning.__version__) < Version("2.6"):
+        raise XAttnError(
+            f"lightning {lightning.__version__} is imported, whose Trainer takes no callback that is made for "
+            'pytorch_lightning; expected lightning 2.6 or later. Update it: pip install "lightning>=2.6". Or '
+            "import pytorch_lightning in its place."
+        )
