@@ -134,7 +134,8 @@ STATISTICS = {
         ("layer",),
         (-1.0, 1.0),
         "Pearson r",
-        "do the two directions agree which token goes with which? Pearson correlation of the head-averaged maps",
+        "do the two directions agree which token goes with which? Pearson correlation of the head-averaged maps, one "
+        "transposed",
         curve="alignment/{which}",
         compared=True,
         reported=True,

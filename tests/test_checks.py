@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_xattn import AttentionExplainabilityCallback, XAttnWarning
+from lightning_xattn import functional as F
 from lightning_xattn.aggregation import UNKNOWN, LayerAccumulator, Layout
 from lightning_xattn.attention import Attention, Direction
 from lightning_xattn.checks import Checks
@@ -47,6 +48,15 @@ def test_one_head_of_its_kind(head):
         (message,) = ring(weights)
         assert message.startswith(f"Layer 'fusion.1', eeg_to_spec, head {head}: ")
         assert words in message
+
+
+def test_a_head_that_is_nearly_uniform_is_not_dead():
+    """A mean entropy of 0.98, as of many an untrained model's heads, whose rows still differ."""
+    nearly = ordinary()
+    nearly[:, 1] = 0.25 * nearly[:, 1] + 0.75 / KEYS
+    entropy = F.entropy(prepare_rows(Attention(DIRECTION, nearly)))[:, 1].mean()
+    assert 0.97 < entropy < 0.99
+    assert ring(nearly) == []
 
 
 def test_heads_that_are_alike():

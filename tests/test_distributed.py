@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
+from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.distributed import count_repeats, gather
 from tests import ddp_run
+from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
 
 TIME_LIMIT = 240  # seconds; a hang ends here
 
@@ -128,3 +130,13 @@ def test_repeats_are_counted_as_the_sampler_deals():
     for several in ([DataLoader(dataset), by_batch], {"plain": DataLoader(dataset), "dealt": by_batch}):
         assert [count_repeats(several, which, 1, 4) for which in (0, 1)] == [0, 1]
     assert gather("mine") == ["mine"]
+
+
+def test_repeats_are_those_of_their_own_dataloader():
+    callback = AttentionExplainabilityCallback()
+    data = toy_data(22)
+    dealt = DataLoader(data, batch_size=3, sampler=DistributedSampler(data, num_replicas=3, rank=2, shuffle=False))
+    trainer = quiet_trainer(callbacks=[callback], use_distributed_sampler=False)
+    trainer.validate(ToyModule(), [toy_loader(5), dealt], verbose=False)
+    found = [(record["dataloader"], record["samples"], record["repeats"]) for record in callback.history]
+    assert found == [(0, 5, 0), (1, 7, 1)]

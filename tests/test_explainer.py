@@ -247,6 +247,17 @@ def test_logits_and_probabilities_whatever_predict_step_returns(answer):
     assert results["class_names"] == tuple(f"class_{i}" for i in range(CLASSES))
 
 
+def test_logits_that_give_other_probabilities_are_not_those_of_the_prediction():
+    """As where a step scales the logits of ``forward`` by a temperature: the same classes, another confidence."""
+    module = Answers(lambda x: (x / 1.05).softmax(1))
+    results = ExplainabilityCapture(module).explain_batch(batch())
+    with torch.no_grad():
+        scaled = module(*batch()[:2]) / 1.05
+    assert 0.001 < (results["probabilities"] - (1.05 * scaled).softmax(1)).abs().max() < 0.05
+    torch.testing.assert_close(results["probabilities"], scaled.softmax(1))
+    torch.testing.assert_close(results["logits"], scaled.log_softmax(1))
+
+
 def test_a_model_that_gives_probabilities_only():
     class Soft(ToyModule):
         def forward(self, audio, text):

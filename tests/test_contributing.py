@@ -1,0 +1,172 @@
+"""What CONTRIBUTING.md says is true: each of its paragraphs is done here, and what it names is there."""
+
+import inspect
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from pytorch_lightning.loggers import Logger
+from torch import nn
+
+import lightning_xattn
+from lightning_xattn import AttentionExplainabilityCallback, AttentionRecorder
+from lightning_xattn import callback as callback_module
+from lightning_xattn.aggregation import LayerAccumulator
+from lightning_xattn.capture.masks import RecordedWeights
+from lightning_xattn.capture.readers import READERS, Event
+from lightning_xattn.columns import STATISTICS, Column, Statistic, sample_statistics
+from lightning_xattn.curves import epoch_curves
+from lightning_xattn.evaluation import Evaluation
+from lightning_xattn.report.facts import collect_layer
+from lightning_xattn.summary import LayerSummary
+from tests.toy import ToyModule, quiet_trainer, toy_loader, validate
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_the_files_that_it_names_are_there():
+    named = re.findall(r"`((?:lightning_xattn|tests)/[\w/.]*)`", TEXT)
+    assert len(named) > 15
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_way_of_a_batch(monkeypatch):
+    """Each step's file does what is said of it, in this order and no other file of the package in between."""
+    steps = [
+        (callback_module.AttentionExplainabilityCallback, "on_validation_batch_end"),
+        (Evaluation, "read"),
+        (Evaluation, "add"),
+        (inspect.getmodule(Evaluation), "sample_statistics"),
+        (LayerAccumulator, "update"),
+        (LayerSummary, "__init__"),
+        (callback_module, "epoch_curves"),
+    ]
+    seen = []
+    for owner, name in steps:
+
+        def watched(*args, _run=getattr(owner, name), _name=name, **kwargs):
+            seen.append(_name)
+            return _run(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+    metrics = validate(ToyModule(), AttentionExplainabilityCallback(), toy_loader(5))
+    assert seen == [name for _, name in steps]
+    assert "xattn_alignment/val/all" in metrics
+    files = [inspect.getsourcefile(one) for one in (callback_module, Evaluation, sample_statistics)]
+    files += [inspect.getsourcefile(one) for one in (LayerAccumulator, LayerSummary, epoch_curves)]
+    assert re.findall(r"^\d\. `(.*?)`", TEXT, re.MULTILINE) == [str(Path(file).relative_to(ROOT)) for file in files]
+
+
+def test_a_statistic_is_one_entry(monkeypatch, tmp_path):
+    def second_weight(rows):
+        return rows.weights.topk(2).values[..., 1].mean(-1)
+
+    entry = Statistic(
+        second_weight, ("direction", "head"), (0.0, 0.5), "of 1", "the second weight", "focus/{direction}/second"
+    )
+    monkeypatch.setitem(STATISTICS, "second", entry)
+    module = ToyModule()
+    watch = AttentionExplainabilityCallback(table=tmp_path)
+    metrics = validate(module, watch, toy_loader(5))
+    audio, text, _ = next(iter(toy_loader(5)))
+    with torch.no_grad(), AttentionRecorder(module) as recorder:
+        module(audio, text)
+    weights = recorder.attention[0].forward.weights
+    expected = weights.sort(-1, descending=True).values[..., 1].mean(-1)
+    assert metrics["xattn_focus/val/audio_to_text/second"] == pytest.approx(float(expected.mean()))
+    table = pd.read_parquet(tmp_path)
+    np.testing.assert_allclose(table["audio_to_text_second"], expected.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(np.stack(table["audio_to_text_second_heads"]), expected, rtol=1e-5)
+    summary = watch.summaries["val"]
+    assert summary.mean(Column.parse("audio_to_text/second/head_2")) == pytest.approx(float(expected[:, 2].mean()))
+    facts = collect_layer("layer", summary, watch.settings.class_names or [])
+    assert facts["groups"][0]["numbers"]["audio_to_text/second"]["mean"] == pytest.approx(float(expected.mean()))
+
+
+class ByDistance(nn.Module):
+    """Attention as the softmin of distances, which no reader reads."""
+
+    def forward(self, queries, keys):
+        return F.softmin(torch.cdist(queries, keys)[:, None], dim=-1)
+
+
+class ByDistances(ToyModule):
+    def __init__(self):
+        super().__init__()
+        self.audio_to_text, self.text_to_audio = ByDistance(), ByDistance()
+        del self.audio_to_text_attn, self.text_to_audio_attn
+
+    def forward(self, audio, text):
+        audio, text = self.audio(audio), self.text(text)
+        there, back = self.audio_to_text(audio, text), self.text_to_audio(text, audio)
+        return self.head(torch.cat([(there[:, 0] @ text).mean(1), (back[:, 0] @ audio).mean(1)], dim=1))
+
+
+def test_a_way_of_capturing_is_one_reader(monkeypatch):
+    def read_softmin(function, args, kwargs, watch):
+        (distances,) = args
+        event = Event("softmin", tuple(distances.shape), distances.device)
+        watch.begin(event, distances)
+        weights = function(*args, **kwargs)
+        watch.take(event, lambda values: RecordedWeights(weights.detach().clone()), weights)
+        return weights
+
+    module = ByDistances().eval()
+    audio, text, _ = next(iter(toy_loader(5)))
+    before = module(audio, text)
+    monkeypatch.setitem(READERS, F.softmin, read_softmin)
+    with AttentionRecorder(module) as recorder:
+        assert torch.equal(module(audio, text), before)
+    expected = module.audio_to_text(module.audio(audio), module.text(text))
+    (pair,) = recorder.attention
+    assert torch.equal(pair.forward.weights, expected)
+    assert str(pair.backward.direction) == "text_to_audio"
+    metrics = validate(module, AttentionExplainabilityCallback())
+    assert "xattn_alignment/val/all" in metrics
+
+
+class Pictures(Logger):
+    """A logger that keeps the pictures that it gets."""
+
+    name, version, experiment = "pictures", 0, None
+
+    def __init__(self):
+        super().__init__()
+        self.pictures = {}
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_image(self, key, images, step):
+        self.pictures[key] = (images, step)
+
+
+def test_a_figure_is_one_tag_and_a_logger_that_takes_images_has_it(monkeypatch):
+    of_epoch = callback_module.epoch_figures
+
+    def more(summary, scope, class_names, **settings):
+        yield from of_epoch(summary, scope, class_names, **settings)
+        figure = Figure(figsize=(2, 1), dpi=100)
+        figure.text(0.5, 0.5, f"{summary.mean(Column('alignment')):.3f}")
+        yield f"xattn_alignment/{scope}/as_text", figure
+
+    monkeypatch.setattr(callback_module, "epoch_figures", more)
+    logger = Pictures()
+    quiet_trainer(logger=logger, callbacks=[AttentionExplainabilityCallback()]).validate(
+        ToyModule(), toy_loader(), verbose=False
+    )
+    (image,), step = logger.pictures["xattn_alignment/val/as_text"]
+    assert image.shape == (100, 200, 3)
+    assert (image < 128).any()
+    assert step == 0
+    assert "xattn_map/val/audio_to_text" in logger.pictures
+    assert set(lightning_xattn.__all__) >= {"AttentionExplainabilityCallback", "ExplainabilityCapture"}
