@@ -48,13 +48,16 @@ def test_the_way_of_a_batch(monkeypatch):
         (callback_module, "epoch_curves"),
     ]
     seen = []
+
+    def watched(run, name):
+        def noted(*args, **kwargs):
+            seen.append(name)
+            return run(*args, **kwargs)
+
+        return noted
+
     for owner, name in steps:
-
-        def watched(*args, _run=getattr(owner, name), _name=name, **kwargs):
-            seen.append(_name)
-            return _run(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, watched)
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name), name))
     metrics = validate(ToyModule(), AttentionExplainabilityCallback(), toy_loader(5))
     assert seen == [name for _, name in steps]
     assert "xattn_alignment/val/all" in metrics
@@ -67,9 +70,8 @@ def test_a_statistic_is_one_entry(monkeypatch, tmp_path):
     def second_weight(rows):
         return rows.weights.topk(2).values[..., 1].mean(-1)
 
-    entry = Statistic(
-        second_weight, ("direction", "head"), (0.0, 0.5), "of 1", "the second weight", "focus/{direction}/second"
-    )
+    levels, curve = ("direction", "head"), "focus/{direction}/second"
+    entry = Statistic(second_weight, levels, (0.0, 0.5), "0: one key", "the second weight", curve)
     monkeypatch.setitem(STATISTICS, "second", entry)
     module = ToyModule()
     watch = AttentionExplainabilityCallback(table=tmp_path)
@@ -117,17 +119,17 @@ def test_a_way_of_capturing_is_one_reader(monkeypatch):
         watch.take(event, lambda values: RecordedWeights(weights.detach().clone()), weights)
         return weights
 
-    module = ByDistances().eval()
+    module, attention = ByDistances().eval(), {name: name for name in ("audio_to_text", "text_to_audio")}
     audio, text, _ = next(iter(toy_loader(5)))
     before = module(audio, text)
     monkeypatch.setitem(READERS, F.softmin, read_softmin)
-    with AttentionRecorder(module) as recorder:
+    with AttentionRecorder(module, attention) as recorder:
         assert torch.equal(module(audio, text), before)
     expected = module.audio_to_text(module.audio(audio), module.text(text))
     (pair,) = recorder.attention
     assert torch.equal(pair.forward.weights, expected)
     assert str(pair.backward.direction) == "text_to_audio"
-    metrics = validate(module, AttentionExplainabilityCallback())
+    metrics = validate(module, AttentionExplainabilityCallback(attention))
     assert "xattn_alignment/val/all" in metrics
 
 
