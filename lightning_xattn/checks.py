@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lightning_xattn.attention import AttentionPair
 from lightning_xattn.capture import Layer
@@ -55,6 +55,10 @@ class Checks:
                     f"batch ({before}, {queries}), and nothing says which of them are padding: all are counted. Say "
                     "it: query_mask=<key or callable>, (batch, queries), True for a real token."
                 )
+
+    def of_doubts(self, doubts: Mapping[str, str]) -> Iterator[str]:
+        """New warnings of what could be labels and was not taken, see ``Labels.doubts``."""
+        yield from (doubt for doubt in doubts.values() if self._is_new("", "", doubt, 0))
 
     def of_nothing(self, stage: str) -> Iterator[str]:
         """The warning that a recorded evaluation without any attention gives."""

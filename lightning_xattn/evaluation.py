@@ -132,7 +132,7 @@ class Evaluation:
     settings
         How batches are read.
     module
-        Its ``class_names`` are taken where the settings have none.
+        Its ``class_names``, if it has any, are taken where the settings have none.
     checks
         Say each thing once.
 

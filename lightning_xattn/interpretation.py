@@ -1,25 +1,3 @@
-"""The guide's patterns and checklists under the name that they had; see ``lightning_xattn.guide``."""
+"""Where the guide's patterns and checklists were before they stood in ``guide``."""
 
-from lightning_xattn.guide.interpretation import (
-    AGREEING,
-    DIFFUSE,
-    DISAGREEING,
-    FOCUSED,
-    IF_CORRECT,
-    IF_INCORRECT,
-    PATTERNS,
-    Criterion,
-    interpret_sample,
-)
-
-__all__ = [
-    "AGREEING",
-    "DIFFUSE",
-    "DISAGREEING",
-    "FOCUSED",
-    "IF_CORRECT",
-    "IF_INCORRECT",
-    "PATTERNS",
-    "Criterion",
-    "interpret_sample",
-]
+from lightning_xattn.guide.interpretation import *  # noqa: F403  # all of what it exports, and no more

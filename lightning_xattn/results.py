@@ -60,6 +60,8 @@ class BatchResult:
         DataError
             If the parts have other layers or other numbers of tokens.
         """
+        if len(parts) == 1:
+            return parts[0]
         shapes = {tuple(a.weights.shape[1:] for pair in part.attention for a in pair.directions) for part in parts}
         if len(shapes) > 1:
             raise DataError(

@@ -4,9 +4,14 @@ import os
 import sys
 from pathlib import Path
 
+# Before torch is imported, and for the processes that tests start: as many test processes run as there are cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
 import pytest
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 
 IIIC_IRR = Path(__file__).parents[2] / "shared/data/iiic_irr"
 
@@ -23,24 +28,26 @@ def iiic_irr() -> Path:
 
 @pytest.fixture(scope="session")
 def hms_checkpoint(tmp_path_factory) -> Path:
-    """A checkpoint of the reference model, trained on a few simulated recordings for an epoch."""
-    import pytorch_lightning as pl
+    """A checkpoint of the reference model after an epoch on simulated recordings; one for all processes."""
+    root = tmp_path_factory.getbasetemp()
+    # The parent of each process's folder is that of the whole run.
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "trained"
+    checkpoint = folder / "hms.ckpt"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not checkpoint.exists():
+            _train(folder, checkpoint)
+    return checkpoint
 
+
+def _train(folder: Path, checkpoint: Path) -> None:
     from lightning_xattn.hms import HMSDataModule, HMSLightningModule, simulate
+    from tests.toy import quiet_trainer
 
-    folder = tmp_path_factory.mktemp("trained")
     datamodule = HMSDataModule(simulate(folder / "simulated", n_samples=30, eeg_seconds=10), cache_dir=folder / "cache")
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer()
     trainer.fit(HMSLightningModule(), datamodule=datamodule)
-    trainer.save_checkpoint(folder / "hms.ckpt")
-    return folder / "hms.ckpt"
+    trainer.save_checkpoint(checkpoint)
 
 
 @pytest.fixture(autouse=True)

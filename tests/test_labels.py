@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture
+from lightning_xattn.aggregation import UNKNOWN
 from lightning_xattn.columns import ALIGNMENT
-from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnError, XAttnWarning
 from lightning_xattn.labels.finder import LabelFinder
 from lightning_xattn.labels.places import Step
 from tests.toy import AUDIO, TEXT, ToyModule, quiet_trainer
@@ -358,3 +359,24 @@ def test_an_evaluation_whose_labels_turn_out_to_be_several_has_no_classes(groupe
     assert summary.samples == 15
     assert summary.n_classes == 0
     assert summary.mean(ALIGNMENT) == pytest.approx(record["alignment/all"], abs=1e-6)
+
+
+def test_labels_that_turned_out_to_be_several_stay_so_when_an_explained_folder_is_gone_on_with(tmp_path):
+    """Nothing in the rest of the loader shows it again."""
+    first, second, third = several_labels(grouped=False)
+    third["labels"] = first["labels"]
+
+    def batches(until):
+        yield from (first, second, third)[:until]
+        if until < 3:
+            raise InterruptedError
+
+    explainer = ExplainabilityCapture(Several())
+    with pytest.raises(XAttnError, match="10 samples"), pytest.warns(XAttnWarning, match="these are several labels"):
+        explainer.explain_loader(batches(2), table=tmp_path, progress=False)
+    with pytest.warns(XAttnWarning, match="these are several labels"):
+        explained = explainer.explain_loader(batches(3), table=tmp_path, progress=False)
+    assert explained.class_names == ()
+    summary = explained.headline
+    assert (summary.samples, summary.n_classes) == (15, 0)
+    assert summary.count(ALIGNMENT, outcome=UNKNOWN) == 15

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn import AttentionExplainabilityCallback, JointSequence
 from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnError
 from tests.toy import NAMES, ToyModule, quiet_trainer, toy_loader, validate
 
@@ -39,11 +39,14 @@ def test_settings_are_checked_at_once():
         ({"class_names": []}, "must be a sequence of strings"),
         ({"class_names": 3}, "must be a sequence of strings"),
         ({"attention": {"a_to_b": 3}}, "must map directions to module paths"),
+        ({"attention": {"left/eeg_to_spec": "fusion"}}, "'left/eeg_to_spec'"),
         ({"every_n_epochs": True}, "whole number"),
         ({"predictions": 3}, "predictions must be None, a key or a callable; got 3"),
     ):
         with pytest.raises(SettingError, match=message):
             AttentionExplainabilityCallback(**settings)
+    with pytest.raises(SettingError, match="'left/eeg_to_spec'"):
+        JointSequence("fusion", {"left/eeg": (0, 3), "spec": (3, 7)})
     with pytest.raises(TypeError, match="unknown"):
         AttentionExplainabilityCallback(unknown=1)
 

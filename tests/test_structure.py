@@ -55,7 +55,7 @@ ROOMS = {
     },
     # The guide's names stand on top; the two files are where the guide imports them from.
     "guide": {"attention", "errors", "functional", "messages", "report", "results"},
-    "attention_analysis": {"guide", "results"},
+    "attention_analysis": {"guide"},
     "interpretation": {"guide"},
     # The package itself: the public names.
     "": {"attention", "callback", "capture", "errors", "explainer", "guide", "report"},

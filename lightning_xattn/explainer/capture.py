@@ -108,7 +108,6 @@ class ExplainabilityCapture:
         self.class_names = self.settings.class_names or own_class_names(model)
         self.axes = _check_axes(getattr(model, "attention_axes", None) if axes is None else axes)
         self._checks = Checks()
-        self._told: set[str] = set()
         self._recorder = AttentionRecorder(model, attention)
 
     def explain_batch(self, batch: Any) -> ExplainedBatch:
@@ -139,10 +138,8 @@ class ExplainabilityCapture:
         for pair in whole.attention:
             single = [str(a.direction) for a in pair.directions if has_single_keys(prepare_rows(a))]
             warn(self._checks.of_single_keys(pair.layer, single))
-        doubts = set(whole.labels.doubts.values())
-        warn(doubts - self._told)
-        self._told |= doubts
         labels, scores = whole.labels, whole.scores
+        warn(self._checks.of_doubts(labels.doubts))
         if scores is not None:
             labels = replace(labels, n_classes=scores.values.shape[1])
         names = name_classes(labels, self.class_names, "prediction" if labels.target is None else "target", steps[0])
@@ -208,7 +205,7 @@ class ExplainabilityCapture:
         """
         settings = replace(self.settings, class_names=self.class_names, table=table)
         folder = None if table is None else self._open(settings, loader)
-        evaluation = Evaluation(settings, self.model, self._checks)
+        evaluation = Evaluation(settings, None, self._checks)
         observe = partial(self._observe, finder=evaluation.finder, read=evaluation.read)
         run = LoaderRun(observe, evaluation, folder)
         with self._watching():
@@ -228,15 +225,14 @@ class ExplainabilityCapture:
         )
 
         assert settings.table is not None
-        identity = {"model weights": fingerprint(self.model)} | settings.named()
-        identity |= {"predict": named(self.predict), "hyperparameters": named(getattr(self.model, "hparams", {}))}
-        del identity["table"]
+        identity = {"model weights": fingerprint(self.model), "predict": named(self.predict)}
+        identity |= {name: value for name, value in settings.named().items() if name != "table"}
+        identity["hyperparameters"] = named(getattr(self.model, "hparams", {}))
         dataset = getattr(loader, "dataset", None)
         sizes = {"batches": _size_of(loader), "samples": _size_of(dataset)}
-        identity |= sizes | {"data": getattr(dataset, "fingerprint", None)}
-        unknown = [name for name in ("batches", "samples", "data") if identity[name] is None]
-        known = {name: str(value) for name, value in identity.items() if name not in unknown}
-        return ExplainedFolder(Path(settings.table), known)
+        about = sizes | {"data": getattr(dataset, "fingerprint", None)}
+        identity |= {name: known for name, known in about.items() if known is not None}
+        return ExplainedFolder(Path(settings.table), {name: str(value) for name, value in identity.items()})
 
     @contextmanager
     def _watching(self) -> Iterator[None]:

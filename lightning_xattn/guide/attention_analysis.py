@@ -29,6 +29,15 @@ from lightning_xattn.functional import (
 from lightning_xattn.messages import BROKEN_ROWS, SINGLE_KEYS, warn
 from lightning_xattn.results import AttentionStatistics
 
+__all__ = [
+    "AttentionAnalyzer",
+    "AttentionStatistics",
+    "HeadAnalysis",
+    "compute_modality_alignment",
+    "extract_attention_statistics",
+    "head_wise_attention_analysis",
+]
+
 Weights = Tensor | Attention
 
 

@@ -196,7 +196,7 @@ class LabelFinder:
         place = self._places["predictions"]
         if place is not None and "confidence" not in self._doubts:
             found = self._fitting(place.read(step), step.samples)
-            self._scores = None if found is None else find_scores(step, place, *self._read_scores(found))
+            self._scores = None if found is None else find_scores(step, found, *self._read_scores(found))
 
     def find(self, step: Step) -> Labels:
         """What is known of a batch's samples.
@@ -236,7 +236,7 @@ class LabelFinder:
             self.group_noun,
             self._find_ids("sample_ids", step),
             self._find_query_mask(step),
-            None if self._scores is None else self._scores.read(step),
+            None if self._scores is None else self._scores.read(step, scores),
         )
 
     def _read_scores(self, scores: Tensor) -> tuple[Classes, Tensor | None]:

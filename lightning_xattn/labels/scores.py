@@ -57,21 +57,21 @@ class ScorePlace:
     Attributes
     ----------
     place
-        Where they are.
+        Where they are; None: they are the predictions themselves.
     n_classes
         How many there are; 2 also for the single score of a binary head.
     are_probabilities
         Whether they are probabilities.
     """
 
-    place: Place
+    place: Place | None
     n_classes: int
     are_probabilities: bool
 
-    def read(self, step: Step) -> Scores | None:
-        """The scores of a step; None where it has none like those of the first step."""
+    def read(self, step: Step, predictions: Tensor | None) -> Scores | None:
+        """The scores of a step with these predictions; None where it has none like those of the first step."""
         try:
-            found = self.place.read(step)
+            found = predictions if self.place is None else self.place.read(step)
         except (KeyError, IndexError, TypeError):
             return None
         for scores in _by_class(found, step.samples):
@@ -80,7 +80,7 @@ class ScorePlace:
         return None
 
 
-def find_scores(step: Step, predictions: Place, predicted: Classes, confidence: Tensor | None) -> ScorePlace | None:
+def find_scores(step: Step, predictions: Tensor, predicted: Classes, confidence: Tensor | None) -> ScorePlace | None:
     """Where a first step has the scores behind its predictions. Looks at the values.
 
     What ``forward`` returned comes first, as many a step makes probabilities or class ids of it.
@@ -90,12 +90,12 @@ def find_scores(step: Step, predictions: Place, predicted: Classes, confidence: 
     step
         The step.
     predictions
-        Where its predictions are.
+        Its predictions: scores or class ids.
     predicted, confidence
-        What is known of them; the scores must agree with it, and be clear by themselves where there is no confidence.
+        What they say; the scores must agree with it, and be clear by themselves where there is no confidence.
     """
-    for place in (*places_of(step, "forward"), *places_of(step, "outputs"), predictions):
-        found = place.read(step)
+    for place in (*places_of(step, "forward"), *places_of(step, "outputs"), None):
+        found = predictions if place is None else place.read(step)
         if confidence is None and not _are_clear(found, step.samples):
             continue
         for scores in _by_class(found, step.samples):
