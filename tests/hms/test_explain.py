@@ -21,7 +21,17 @@ from tests.toy import ToyModule
 pytestmark = pytest.mark.filterwarnings("ignore:Layer 'model.fusion'")
 
 
-def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(hms_checkpoint, iiic_irr, tmp_path, capsys):
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Most of the time goes into drawing."""
+    monkeypatch.setattr("lightning_xattn.hms.explain._draw_sample", lambda *args: None)
+    monkeypatch.setattr("lightning_xattn.hms.explain.dataset_figures", lambda explained: iter(()))
+
+
+@pytest.mark.slow
+def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(
+    hms_checkpoint, iiic_irr, tmp_path, capsys, request
+):
     arguments = ["explain", "--checkpoint", str(hms_checkpoint), "--data", str(iiic_irr), "--out", str(tmp_path)]
     assert main(arguments) == 0
     report = (tmp_path / "report.txt").read_text()
@@ -44,11 +54,13 @@ def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(hms_che
         assert f"Sample {place} (id {name})" in (tmp_path / "samples.txt").read_text()
 
     before = (tmp_path / "table").stat().st_mtime_ns
+    request.getfixturevalue("without_pictures")
     assert main(arguments) == 0  # a finished folder is read back
     assert (tmp_path / "report.txt").read_text() == report
     assert (tmp_path / "table").stat().st_mtime_ns == before
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_recordings_that_cannot_be_used_are_left_out_and_said(hms_checkpoint, make_folder, tmp_path):
     data = make_folder()
     (data / "train_eegs/102.parquet").unlink()
@@ -72,6 +84,7 @@ def test_fusions_without_windows_have_no_seconds(fusion, make_folder, tmp_path, 
     assert "There is no attention over the signals" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_recordings_that_have_changed_since_are_not_read_back(hms_checkpoint, make_folder, tmp_path, capsys):
     data = make_folder(rows=table_rows(4))
     arguments = ["--checkpoint", str(hms_checkpoint), "--data", str(data), "--out", str(tmp_path / "out")]
@@ -100,6 +113,7 @@ def test_what_is_no_checkpoint_is_said(hms_checkpoint, iiic_irr, tmp_path, capsy
     assert "train.csv does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_folder_of_another_checkpoint_is_refused(hms_checkpoint, make_folder, tmp_path, capsys):
     data = make_folder()
     run_explain(hms_checkpoint, data, tmp_path / "out")
@@ -113,6 +127,7 @@ def test_a_folder_of_another_checkpoint_is_refused(hms_checkpoint, make_folder, 
     assert main(["explain", *arguments]) == 0
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_other_votes_are_another_data_set(hms_checkpoint, make_folder, tmp_path, capsys):
     rows = table_rows(4)
     data = make_folder(rows=rows)

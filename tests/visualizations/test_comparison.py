@@ -7,12 +7,12 @@ import math
 import pytest
 
 from lightning_xattn.errors import SettingError, ShapeError
-from lightning_xattn.visualizations import Group, plot_class_comparison
+from lightning_xattn.visualizations import Mean, plot_class_comparison
 from tests.visualizations.conftest import panels
 
 NAN = float("nan")
-CLASSES = [Group(23, 0.3, 0.26, 0.35), Group(4, 0.5, NAN, NAN), Group(0, NAN, NAN, NAN)]
-OUTCOMES = [Group(19, 0.35, 0.25, 0.45), Group(8, 0.2, 0.12, 0.28)]
+CLASSES = [Mean(23, 0.3, 0.26, 0.35), Mean(4, 0.5, NAN, NAN), Mean(0, NAN, NAN, NAN)]
+OUTCOMES = [Mean(19, 0.35, 0.25, 0.45), Mean(8, 0.2, 0.12, 0.28)]
 NAMES = ["a", "b", "c"]
 
 
@@ -46,7 +46,7 @@ def test_rows_are_named_and_counted_and_the_first_is_at_the_top() -> None:
 
 def test_numbers_of_one_range_have_one_scale() -> None:
     narrow = [group._replace(low=group.mean - 0.01, high=group.mean + 0.01) for group in CLASSES]
-    moved = [Group(group.n, *(value + 3 for value in group[1:4])) for group in CLASSES]
+    moved = [Mean(group.n, *(value + 3 for value in group[1:4])) for group in CLASSES]
     quantities = {
         "alignment (Pearson r)": (CLASSES, OUTCOMES),
         "entropy a (0: one key)": (narrow, OUTCOMES),

@@ -17,7 +17,7 @@ from lightning_xattn.attention import TokenAxis
 from lightning_xattn.hms.features import spectrogram_spans
 from lightning_xattn.hms.recordings import COMPETITION, IIIC
 from lightning_xattn.visualizations import (
-    Group,
+    Mean,
     plot_attention_heatmap,
     plot_attention_over_signals,
     plot_class_attention,
@@ -89,7 +89,7 @@ def signals_figure(pair: dict[str, torch.Tensor], seconds: int = 50) -> Figure:
 def comparison_figure(classes: list[str], quantities: int) -> Figure:
     rng = np.random.default_rng(0)
     means = rng.uniform(size=len(classes) + 2)
-    groups = [Group(3 + i, mean, mean - 0.1, mean + 0.1) for i, mean in enumerate(means)]
+    groups = [Mean(3 + i, mean, mean - 0.1, mean + 0.1) for i, mean in enumerate(means)]
     titles = ["alignment (Pearson r)", "entropy eeg → spec (0: one key, 1: diffuse)", "entropy spec → eeg (0: one key)"]
     parts = dict.fromkeys(titles[:quantities], (groups[:-2], groups[-2:]))
     return plot_class_comparison(parts, classes, context=CONTEXT)

@@ -17,7 +17,7 @@ from PIL import Image
 from lightning_xattn import visualizations
 from lightning_xattn.errors import SettingError
 from lightning_xattn.visualizations import (
-    Group,
+    Mean,
     plot_attention_heatmap,
     plot_attention_over_signals,
     plot_class_attention,
@@ -41,7 +41,7 @@ from tests.visualizations.conftest import (
 from tests.visualizations.test_signals import AXES
 
 PAIR = make_pair()
-GROUPS = [Group(9, 0.3, 0.2, 0.4), Group(7, 0.2, 0.1, 0.3)]
+GROUPS = [Mean(9, 0.3, 0.2, 0.4), Mean(7, 0.2, 0.1, 0.3)]
 PLOTS = {
     "attention_heatmap": lambda **save: plot_attention_heatmap(PAIR["eeg_to_spec"], **save),
     "attention_over_signals": lambda **save: plot_attention_over_signals(
