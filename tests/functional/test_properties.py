@@ -128,6 +128,13 @@ def test_permuting_samples_permutes_their_numbers_and_all_stay_in_range(seed, sc
     for column, values in numbers.items():
         torch.testing.assert_close(permuted[column], values[order], msg=str(column))
         low, high = STATISTICS[column.statistic].range
+        if column.direction is not None:
+            keys = {DIRECTION: 7, DIRECTION.opposite: 5}[column.direction]
+            low = 1 / keys if column.statistic == "max" else low
+            high = keys if column.statistic == "effective_keys" else high
+        # Of attention whose rows all sum to 1 none is left out.
+        high = 0 if column.statistic in ("broken", "invalid_rows") else high
+        assert math.isfinite(high)
         assert (values >= low - 1e-5).all(), column
         assert (values <= high + 1e-5).all(), column
 

@@ -75,7 +75,7 @@ def test_fusions_without_windows_have_no_seconds(fusion, make_folder, tmp_path, 
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     trainer.strategy.connect(HMSLightningModule(fusion=fusion))
     trainer.save_checkpoint(tmp_path / "other.ckpt")
-    run_explain(tmp_path / "other.ckpt", make_folder(), tmp_path / "out")
+    run_explain(tmp_path / "other.ckpt", make_folder(rows=table_rows(2)), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out/samples").rglob("*.png")}
     assert names == {"attention.png", "alignment.png", "heads.png"}
     described = (tmp_path / "out/samples.txt").read_text()

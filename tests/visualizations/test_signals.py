@@ -16,6 +16,7 @@ from lightning_xattn.hms.montage import EEG_RATE, ELECTRODES, REGIONS, SPEC_FREQ
 from lightning_xattn.hms.recordings import COMPETITION, IIIC, Recordings
 from lightning_xattn.visualizations import Spectrograms, Traces, plot_attention_over_signals, render
 from tests import reference
+from tests.pictures import read_picture, shades_of
 from tests.visualizations.conftest import drawn, make_pair, make_spectrograms, make_traces, mesh, texts
 
 AXES = {"eeg": TokenAxis("EEG window", spans=COMPETITION.spans), "spec": TokenAxis("window", spans=spectrogram_spans())}
@@ -221,7 +222,11 @@ def test_real_recordings_are_drawn(iiic_irr, tmp_path) -> None:
     )
     parts = Parts(figure)
     assert parts.eeg.get_xlim() == (-5, 5)
-    assert path.stat().st_size > 50_000
+    picture = read_picture(path)
+    assert shades_of(picture) > 50  # the spectrograms and the maps
+    drawn = parts.eeg.get_window_extent()
+    rows = picture[len(picture) - int(drawn.y1) : len(picture) - int(drawn.y0), int(drawn.x0) : int(drawn.x1)]
+    assert ((rows < 128).all(-1).any(0)).mean() > 0.9  # traces from the left end to the right
 
 
 @pytest.mark.parametrize(
