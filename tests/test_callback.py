@@ -88,6 +88,7 @@ def test_grouping_by_prediction():
             assert f"xattn_alignment/val/predicted_class_{c}" not in logged
 
 
+@pytest.mark.slow
 def test_fit_leaves_curves_and_images_in_tensorboard_at_every_epoch(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="run")
     trainer = quiet_trainer(
@@ -195,6 +196,7 @@ def test_hooks_are_on_the_model_only_while_it_is_recorded():
     assert set(count.validation) == {(0, True), (1, False), (2, True)}
 
 
+@pytest.mark.slow
 def test_figures_every_n_epochs(tmp_path):
     for figures, epochs in ((0, []), (1, [0, 1, 2]), (2, [0, 2])):
         logger = CSVLogger(tmp_path, name="", version=f"run_{figures}")
@@ -385,6 +387,7 @@ def test_every_n_of_the_epochs_that_are_validated(validated, every, epochs, tmp_
 
 
 @pytest.mark.parametrize("namespace", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.slow
 def test_both_namespaces_of_lightning(namespace, tmp_path):
     lightning = pytest.importorskip(namespace)
     loggers = pytest.importorskip(f"{namespace}.loggers")

@@ -16,6 +16,7 @@ def read_events(folder):
     return EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
 
 
+@pytest.mark.slow
 def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
     assert main(["demo", "--samples", "150", "--epochs", "6", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -34,6 +35,7 @@ def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
     assert printed.rstrip().splitlines()[-1] == f"tensorboard --logdir {tmp_path / 'run_0'}"
 
 
+@pytest.mark.slow
 def test_real_recordings_are_validated_and_tested_on(iiic_irr, tmp_path, capsys):
     assert main(["demo", "--data", str(iiic_irr), "--samples", "36", "--epochs", "1", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -50,6 +52,7 @@ def test_real_recordings_are_validated_and_tested_on(iiic_irr, tmp_path, capsys)
     assert "xattn_alignment/val/incorrect" in events.Tags()["scalars"]
 
 
+@pytest.mark.slow
 def test_training_on_data_alone_in_a_second_run(iiic_irr, tmp_path, capsys):
     (tmp_path / "run_0").mkdir()
     assert main(["demo", "--data", str(iiic_irr), "--train-on", "data", "--epochs", "1", "--out", str(tmp_path)]) == 0

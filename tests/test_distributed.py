@@ -63,6 +63,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("scenario", ddp_run.SCENARIOS)
+@pytest.mark.slow
 def test_every_process_logs_what_one_process_logs(processes, alone, scenario):
     ranks, _ = processes
     expected = alone(len(ranks), scenario)["logged"]
@@ -73,6 +74,7 @@ def test_every_process_logs_what_one_process_logs(processes, alone, scenario):
 
 
 @pytest.mark.parametrize("scenario", ddp_run.SCENARIOS)
+@pytest.mark.slow
 def test_intervals_by_group_are_those_of_one_process(processes, alone, scenario):
     ranks, _ = processes
     expected = alone(len(ranks), scenario)["by_group"]
@@ -83,6 +85,7 @@ def test_intervals_by_group_are_those_of_one_process(processes, alone, scenario)
 
 
 @pytest.mark.parametrize("scenario", ddp_run.SCENARIOS)
+@pytest.mark.slow
 def test_one_collective_and_no_repeats(processes, alone, scenario):
     ranks, _ = processes
     (record,) = alone(len(ranks), scenario)["history"]
@@ -94,6 +97,7 @@ def test_one_collective_and_no_repeats(processes, alone, scenario):
         assert merged["repeats"] == dealt - record["samples"]
 
 
+@pytest.mark.slow
 def test_the_table_has_each_sample_once_in_a_shard_of_each_process(processes):
     ranks, folder = processes
     for scenario in ddp_run.SCENARIOS:
@@ -103,6 +107,7 @@ def test_the_table_has_each_sample_once_in_a_shard_of_each_process(processes):
         assert sorted(map(int, ids)) == [100 + i for i in range(ddp_run.SAMPLES - (scenario == "odd"))]
 
 
+@pytest.mark.slow
 def test_fitting_with_monitors(processes):
     ranks, _ = processes
     assert all(rank["fit"] == ranks[0]["fit"] for rank in ranks)

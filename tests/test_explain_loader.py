@@ -127,6 +127,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, error):
     assert rows[0]["sample_idx"].tolist() == list(range(23))
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_goes_on(tmp_path):
     code = f"""
 import os, torch

@@ -132,6 +132,7 @@ def test_functional_exports_every_statistic_that_it_has():
     assert defined | {"ROW_STATISTICS"} == set(functional.__all__)
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_nothing_heavy():
     code = (
         "import sys, pytorch_lightning; before = set(sys.modules); import lightning_xattn; "

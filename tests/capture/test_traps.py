@@ -16,6 +16,7 @@ from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, count_hooks, quiet_t
 
 
 @pytest.mark.filterwarnings("ignore:.*is compiled, where attention cannot be seen")
+@pytest.mark.slow
 def test_recorders_that_overlap_put_torchs_stance_back():
     assert runs_compiled()
     model = nn.ModuleDict({"fusion": torch.compile(Pair(), backend="aot_eager")})

@@ -46,6 +46,7 @@ def test_the_mean_of_groups(sizes, seed):
 
 @settings(max_examples=20, deadline=None)
 @given(sizes=st.lists(st.integers(1, 5), min_size=5, max_size=12), seed=st.integers(0, 10**6), tie=st.booleans())
+@pytest.mark.slow
 def test_the_auroc_of_groups(sizes, seed, tie):
     rng = np.random.default_rng(seed)
     scores, groups = in_groups(rng, sizes)
@@ -104,6 +105,7 @@ def test_a_mean_by_groups_holds_the_truth_and_one_by_samples_does_not():
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0])
+@pytest.mark.slow
 def test_an_auroc_by_groups_holds_the_truth_and_one_by_samples_does_not(shift):
     """Whole groups are correct or incorrect, as the recordings of a patient may be."""
     rng = np.random.default_rng(1)

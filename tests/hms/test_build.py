@@ -200,6 +200,7 @@ stored_features(Recordings.read(sys.argv[1]), COMPETITION, sys.argv[2], 2)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_build_leaves_no_process_and_goes_on(shared, tmp_path):
     command = [sys.executable, "-c", KILLED, str(shared), str(tmp_path / "cache")]
     killed = subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True)

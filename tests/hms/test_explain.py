@@ -71,6 +71,7 @@ def test_recordings_that_cannot_be_used_are_left_out_and_said(hms_checkpoint, ma
 
 @pytest.mark.parametrize("fusion", ["regional", "pooled"])
 @pytest.mark.filterwarnings("ignore:.*attend to a single key")
+@pytest.mark.slow
 def test_fusions_without_windows_have_no_seconds(fusion, make_folder, tmp_path, capsys):
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     trainer.strategy.connect(HMSLightningModule(fusion=fusion))
@@ -85,6 +86,7 @@ def test_fusions_without_windows_have_no_seconds(fusion, make_folder, tmp_path, 
 
 
 @pytest.mark.usefixtures("without_pictures")
+@pytest.mark.slow
 def test_recordings_that_have_changed_since_are_not_read_back(hms_checkpoint, make_folder, tmp_path, capsys):
     data = make_folder(rows=table_rows(4))
     arguments = ["--checkpoint", str(hms_checkpoint), "--data", str(data), "--out", str(tmp_path / "out")]
@@ -114,6 +116,7 @@ def test_what_is_no_checkpoint_is_said(hms_checkpoint, iiic_irr, tmp_path, capsy
 
 
 @pytest.mark.usefixtures("without_pictures")
+@pytest.mark.slow
 def test_a_folder_of_another_checkpoint_is_refused(hms_checkpoint, make_folder, tmp_path, capsys):
     data = make_folder()
     run_explain(hms_checkpoint, data, tmp_path / "out")
@@ -128,6 +131,7 @@ def test_a_folder_of_another_checkpoint_is_refused(hms_checkpoint, make_folder, 
 
 
 @pytest.mark.usefixtures("without_pictures")
+@pytest.mark.slow
 def test_other_votes_are_another_data_set(hms_checkpoint, make_folder, tmp_path, capsys):
     rows = table_rows(4)
     data = make_folder(rows=rows)
@@ -147,6 +151,7 @@ def test_out_that_is_a_file_is_said(hms_checkpoint, make_folder, tmp_path):
         run_explain(hms_checkpoint, make_folder(), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_command_as_a_module():
     found = subprocess.run(
         [

@@ -53,6 +53,7 @@ def test_the_pooled_fusion_is_said_to_say_nothing(datamodule):
     assert not any(name.startswith(("xattn_alignment", "xattn_entropy")) for name in logged)
 
 
+@pytest.mark.slow
 def test_figures_have_time_axes_in_seconds(datamodule, tmp_path, monkeypatch):
     from lightning_xattn.visualizations import epoch
 

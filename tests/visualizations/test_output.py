@@ -73,6 +73,7 @@ def test_every_plot_is_here_and_comes_with_a_star() -> None:
 
 
 @pytest.mark.parametrize("name", PLOTS)
+@pytest.mark.slow
 def test_every_figure_is_saved_in_folders_that_are_made(name: str, tmp_path: Path) -> None:
     for kind in ("png", "pdf", "svg"):
         path = tmp_path / "new" / "folder" / f"{name}.{kind}"
@@ -149,6 +150,7 @@ def test_show_is_silent_where_there_are_no_windows(backend, display: str, monkey
 
 
 @pytest.mark.parametrize("name", ["TkAgg", ""])
+@pytest.mark.slow
 def test_a_plain_script_may_show_on_a_machine_without_a_screen(name: str, tmp_path: Path) -> None:
     code = (
         "import torch; from lightning_xattn.visualizations import plot_attention_heatmap\n"
