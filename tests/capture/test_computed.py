@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention  # bound early, as 
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.errors import DiscoveryError, XAttnWarning
 from tests.capture.models import BATCH, record, tokens
+from tests.messages import telling
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH
 
 HEAD = WIDTH // HEADS
@@ -174,7 +175,7 @@ def test_three_axes_are_one_head_unless_heads_hide_among_the_samples():
     model.x = OneHead(fold=False)
     with AttentionRecorder(model, {"audio_to_text": "x"}) as recorder:
         model.x(audio, text)
-    with pytest.warns(XAttnWarning, match="'x' has no axis for heads: it is taken as one head"):
+    with pytest.warns(XAttnWarning, match=telling("'x'", "axis for heads", "one head")):
         assert recorder.attention[0].forward.weights.shape == (BATCH, 1, AUDIO, TEXT)
     model.x = OneHead(fold=True)
     with AttentionRecorder(model, {"audio_to_text": "x"}) as recorder:

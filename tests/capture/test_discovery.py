@@ -6,6 +6,7 @@ from torch import nn
 from lightning_xattn.attention import Direction
 from lightning_xattn.capture import JointSequence, locate_attention
 from lightning_xattn.errors import DiscoveryError, SettingError
+from tests.messages import telling
 
 
 def attention():
@@ -137,7 +138,7 @@ def test_errors_say_what_there_is():
     with pytest.raises(SettingError, match="1 layer.*and 2 for spec_to_eeg"):
         locate_attention(root, {"eeg_to_spec": "a", "spec_to_eeg": ["b", "c"]})
     for paths in ({}, {"a_to_b": 3}, {"a_to_b": []}, ["a_to_b"], "a_to_b", {"a_to_b": ["x", None]}):
-        with pytest.raises(SettingError, match="must map directions to module paths"):
+        with pytest.raises(SettingError, match=telling("directions", "module paths")):
             locate_attention(root, paths)
     with pytest.raises(SettingError, match="names a module twice"):
         locate_attention(root, {"a_to_b": ["model.fuse", "model.fuse"]})

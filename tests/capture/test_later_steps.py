@@ -8,6 +8,7 @@ from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder, JointSequence
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
 from tests.capture.models import Fusing, Runs, heads, mha, tokens
+from tests.messages import telling
 from tests.toy import AUDIO, TEXT, ToyModule, quiet_trainer, toy_loader
 
 
@@ -29,7 +30,7 @@ def test_a_module_that_attends_within_in_one_step_and_across_in_the_next():
     recorder = AttentionRecorder(model, {"a_to_b": "p"})
     with recorder:
         model(audio, audio)
-        with pytest.raises(DiscoveryError, match="its query is its key"):
+        with pytest.raises(DiscoveryError, match=telling("query", "key")):
             _ = recorder.attention
         recorder.clear()
         model(audio, text)
@@ -92,7 +93,7 @@ def test_another_object_of_the_same_stale_numbers(read):
     model = Fusing(Runs(lambda m, x, y: setattr(model, "last", torch.rand(2, 3, AUDIO, TEXT).softmax(-1))))
     recorder = AttentionRecorder(model, {"a_to_b": read})
     assert steps(model, recorder, lambda: None) == [1, 1]
-    with pytest.warns(XAttnWarning, match="same tensor as in an earlier step.* give a clone"):
+    with pytest.warns(XAttnWarning, match=telling("same tensor", "earlier step", "clone")):
         assert steps(model, recorder, lambda: setattr(model.fusion, "run", lambda m, x, y: None)) == [1, 0]
 
 
@@ -196,7 +197,7 @@ def test_a_kernel_in_the_first_step_and_a_softmax_that_is_changed_in_the_next():
         model(*tokens())  # said once
     with AttentionRecorder(model, {"a_to_b": "fusion"}):
         for _ in range(2):  # also when the first error is caught
-            with pytest.raises(DiscoveryError, match="does not show which attention is meant"):
+            with pytest.raises(DiscoveryError, match=telling("which attention")):
                 model(*tokens())
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.errors import DiscoveryError, ShapeError
 from tests.capture.models import BATCH, Fusing, Runs, folded, heads, record, record_fusion, softmax, tokens
+from tests.messages import telling
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH
 
 MASK = (torch.arange(TEXT) < 4).float()
@@ -243,7 +244,7 @@ def test_dropout_in_what_is_returned_is_noticed_also_after_eval_mode():
         model(*tokens())
         assert recorder.attention
         model.train()
-        with pytest.raises(ShapeError, match="put the model in eval mode"):
+        with pytest.raises(ShapeError, match=telling("eval mode")):
             model(*tokens())
 
 
@@ -255,7 +256,7 @@ def test_dropout_in_what_a_callable_gives_is_noticed_also_after_eval_mode():
         recorder.clear()
         model.train()
         model(*tokens())
-        with pytest.raises(ShapeError, match="put the model in eval mode"):
+        with pytest.raises(ShapeError, match=telling("eval mode")):
             _ = recorder.attention
 
 

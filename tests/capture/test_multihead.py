@@ -9,6 +9,7 @@ from torch import nn
 from lightning_xattn.capture import AttentionRecorder, JointSequence
 from lightning_xattn.errors import DiscoveryError
 from tests.capture.models import BATCH, Pair, Runs, assert_same, mha, record, recorded, tokens
+from tests.messages import telling
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, count_hooks
 
 
@@ -252,7 +253,7 @@ def test_a_forward_that_was_patched_is_seen_through(patch):
 def test_a_view_of_the_query_is_the_query(key):
     audio, _ = tokens()
     model = Runs(lambda m, x: m.audio_to_text(x, key(x), x), audio_to_text=mha())
-    with pytest.raises(DiscoveryError, match="attends within one sequence: its query is its key"):
+    with pytest.raises(DiscoveryError, match=telling("one sequence", "query", "key")):
         recorded(model, inputs=[audio])
     other = Runs(lambda m, x: m.audio_to_text(x, x.flip(1), x), audio_to_text=mha())
     assert recorded(other, inputs=[audio])

@@ -11,6 +11,7 @@ from lightning_xattn.columns import Column, sample_statistics
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
 from lightning_xattn.functional import prepare_rows
 from tests.capture.models import BATCH, Fusing, Runs, heads, mha, record_fusion, softmax, tokens
+from tests.messages import telling
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, quiet_trainer
 
 REAL = torch.arange(TEXT) < torch.tensor([[TEXT], [4]])
@@ -184,7 +185,7 @@ def test_zeros_that_may_be_weights_are_left_to_be_weights_and_said():
 
     with AttentionRecorder(Fusing(Runs(closed)), {"a_to_b": "fusion[1]"}) as recorder:
         recorder._model(*tokens())
-        with pytest.warns(XAttnWarning, match="weights of exactly 0 that differ from sample to sample"):
+        with pytest.warns(XAttnWarning, match=telling("exactly 0", "sample to sample")):
             (pair,) = recorder.attention
     assert (pair.forward.weights == 0).any()
     assert pair.forward.visible is None or pair.forward.visible.any(-2).all()
@@ -207,7 +208,7 @@ def test_rows_that_are_set_to_zero_after_the_softmax_are_left_out():
             if recorder._told:
                 (pair,) = recorder.attention
             else:
-                with pytest.warns(XAttnWarning, match="sets whole rows of its weights to 0 after the softmax"):
+                with pytest.warns(XAttnWarning, match=telling("whole rows", "after the softmax")):
                     (pair,) = recorder.attention
             recorder.clear()
             rows = prepare_rows(pair.forward)
@@ -221,7 +222,7 @@ def test_weights_that_are_changed_before_they_are_used_are_said():
 
     with AttentionRecorder(Fusing(Runs(attend)).eval(), {"a_to_b": "fusion"}) as recorder:
         recorder._model(*tokens())
-        with pytest.warns(XAttnWarning, match="changes its weights between the softmax and their use"):
+        with pytest.warns(XAttnWarning, match=telling("between the softmax and their use")):
             (pair,) = recorder.attention
     assert torch.equal(pair.forward.weights, softmax(*tokens()))
 

@@ -12,6 +12,7 @@ from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
 from lightning_xattn.functional import prepare_rows
 from tests.capture.models import BATCH, Fusing, Pair, Runs, heads, mha, record_fusion, recorded, tokens
+from tests.messages import telling
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, count_hooks, quiet_trainer, runs_compiled, toy_loader
 
 
@@ -63,7 +64,7 @@ def test_a_block_with_self_attention_is_not_taken_for_it(inner):
 def test_self_attention_that_is_named_as_a_direction_is_refused():
     model = Runs(lambda m, audio, text: m.image_to_tokens(audio, audio, audio), image_to_tokens=mha())
     for attention in (None, {"a_to_b": "image_to_tokens"}):
-        with pytest.raises(DiscoveryError, match="attends within one sequence: its query is its key.*JointSequence"):
+        with pytest.raises(DiscoveryError, match=telling("one sequence", "query", "key", "JointSequence")):
             recorded(model, attention)
 
 
@@ -119,7 +120,7 @@ def test_one_module_under_two_names_takes_turns_or_is_refused():
         for attention, (query, key) in zip(pair.directions, ((x, y), (y, x)), strict=True):
             assert torch.equal(attention.weights, shared(query, key, key, average_attn_weights=False)[1])
     model = Runs(None, a_to_b=shared, b_to_a=shared)
-    with pytest.raises(DiscoveryError, match="some are one module, and their order is not known"):
+    with pytest.raises(DiscoveryError, match=telling("one module", "order")):
         AttentionRecorder(model)
     with pytest.raises(DiscoveryError, match=r"'p\[1\]' for a_to_b is an item of an nn.MultiheadAttention"):
         AttentionRecorder(Runs(None, p=shared), {"a_to_b": "p[1]"})
@@ -152,7 +153,7 @@ def test_what_a_callable_gave_in_an_earlier_step_is_not_counted_again():
         assert len(recorder.attention) == 1  # in the same step it may be read again
         recorder.clear()
         model(False)
-        with pytest.warns(XAttnWarning, match="gave the same tensor as in an earlier step"):
+        with pytest.warns(XAttnWarning, match=telling("same tensor", "earlier step")):
             assert recorder.attention == ()
         recorder.clear()
         model(True)

@@ -11,6 +11,7 @@ from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.errors import DiscoveryError, XAttnWarning
 from tests.capture.models import Fusing, Pair, Runs, assert_same, heads, record, recorded, tokens
+from tests.messages import telling
 from tests.toy import (
     AUDIO,
     TEXT,
@@ -140,7 +141,7 @@ def test_torchscript_is_refused():
         AttentionRecorder(scripted)
     model = nn.Module()
     model.fusion = scripted
-    with pytest.raises(DiscoveryError, match="'fusion' for a_to_b is TorchScript, and hooks cannot see into it"):
+    with pytest.raises(DiscoveryError, match=telling("'fusion'", "a_to_b", "TorchScript")):
         AttentionRecorder(model, {"a_to_b": "fusion"})
     with AttentionRecorder(model) as recorder:
         model.fusion(torch.zeros(2, 3))
