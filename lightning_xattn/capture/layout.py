@@ -174,11 +174,11 @@ def axes_of(shape: Sequence[int], run: Run, event: Event | None = None) -> Axes 
     rows = shape[0]
     known = [count for count in (tokens.batch, tokens.sequence_first) if count is not None]
     own = head_count(run)
-    inside, first = (None, None) if event is None else (event.heads_inside, event.heads_first)
-    heads = None if inside and first else inside or first
+    folded = {} if event is None else event.folded
+    heads_first, heads = next(iter(folded.items())) if len(folded) == 1 else (False, None)
     said_so = own == heads or (own is None and tokens.are_asked_by(shape))
     if heads and said_so and rows % heads == 0 and rows // heads in known:
-        return Axes(heads, heads_first=first is not None)
+        return Axes(heads, heads_first)
     if not known or rows in known:
         return Axes()
     said = "does not say how many heads it has" if own is None else f"says that it has {own} heads"
