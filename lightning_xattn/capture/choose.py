@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_xattn.attention import Direction
 from lightning_xattn.capture.given import NAME_IT
-from lightning_xattn.capture.layout import Axes, Tokens, arguments_of, axes_of, token_inputs
+from lightning_xattn.capture.layout import Axes, Tokens, arguments_of, token_inputs
 from lightning_xattn.capture.locate import common_parent, describe_idle, layers_by_name, with_unique_names
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.memory import are_same
@@ -46,12 +46,12 @@ class Found:
     """Its weights ``(batch, heads, queries, keys)`` and masks; None if they were not kept."""
     padding: Tensor | None
     """``(batch, tokens)`` of self-attention whose masks tell it, True for a real token."""
+    key: str
+    """What it is called from run to run, see ``key_of``."""
     axes: Axes | None
     """How its rows are split into samples and heads; None where that is known, or in doubt."""
     alone: bool
     """Whether the module's path names it, as there is no other in its run."""
-    key: str
-    """What it is called from run to run, see ``key_of``."""
     cropped: bool
     """Whether padding may have been cut off."""
     mixed: bool
@@ -87,24 +87,13 @@ class Found:
 
 @dataclass(eq=False)
 class Survey:
-    """What a first step shows of a model.
-
-    Parameters
-    ----------
-    root
-        The model.
-
-    Attributes
-    ----------
-    found
-        All attention to tokens.
-    named
-        Numbers of tokens by what they are called: arguments of modules, and modules that attend within a sequence.
-    """
+    """What a first step shows of a model."""
 
     root: nn.Module
     found: list[Found] = field(default_factory=list)
+    """All attention to tokens."""
     named: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """Numbers of tokens by what they are called: arguments of modules, and modules that attend within a sequence."""
     _owned: set[Event] = field(default_factory=set)
     _counts: Counter[str] = field(default_factory=Counter)
     _budget: int = field(default_factory=lambda: BUDGET)
@@ -132,60 +121,45 @@ class Survey:
         mine = [event for event in candidates_of(run, across=False) if event in mine]
         across = candidates_of(run, across=True)
         for event in mine:
+            tap, recorded, doubt = Tap(None, Source(run.path)), None, None
             place = run.events.index(event)
-            axes = axes_of(event.shape, run, event) if event.tokens is None and event.problem is None else None
-            recorded, doubt = self._read(event, axes, run, output, watch, alone=len(mine) == 1)
+            key = key_of(event, place)
+            try:
+                recorded = tap.unfolded(event.recorded, event, run)
+                if event.want is Want.WEIGHTS and len(mine) == 1:
+                    recorded = tap.find(run, output, watch)
+            except (DiscoveryError, ShapeError) as error:
+                recorded, doubt = None, str(error).removesuffix(f". {NAME_IT}")
             mixed = not event.within if event.tokens is not None else Tokens.of(run, event.shape).kinds > 1
-            padding = None if recorded is None or mixed else recorded.padding_of_its_own
-            cropped = event.recorded is not None and event.recorded.cropped
-            if event.want is Want.MASKS:  # a first step of a large model holds little
-                recorded = event.recorded = None
-            self.found.append(
-                Found(
-                    path=run.path,
-                    number=before + place + 1,
-                    turn=run.turn,
-                    event=event,
-                    recorded=recorded,
-                    padding=padding,
-                    axes=None if isinstance(axes, str) else axes,
-                    alone=across == [event],
-                    key=key_of(event, place),
-                    cropped=cropped,
-                    mixed=mixed,
-                    who=describe_event(event, run),
-                    doubt=doubt,
-                )
+            found = Found(
+                path=run.path,
+                number=before + place + 1,
+                turn=run.turn,
+                event=event,
+                # A first step of a large model holds little.
+                recorded=recorded if event.want is Want.WEIGHTS else None,
+                padding=None if recorded is None or mixed else recorded.padding_of_its_own,
+                key=key,
+                axes=tap.axes.get(key),
+                alone=across == [event],
+                cropped=event.recorded is not None and event.recorded.cropped,
+                mixed=mixed,
+                who=describe_event(event, run),
+                doubt=doubt,
             )
+            self.found.append(found)
+            if event.want is Want.MASKS:
+                event.recorded = None
             event.used, event.tokens = None, event.tokens if mixed else None
             if event.within or not mixed:
                 self.named[run.path.lower()].add(event.shape[-2])
 
-    def _read(
-        self, event: Event, axes: Axes | str | None, run: Run, output: Any, watch: Watch, alone: bool
-    ) -> tuple[RecordedWeights | None, str | None]:
-        """An attention, and why it is in doubt."""
-        if event.problem is not None:
-            return None, f"The attention of '{run.path}', {event.shape}, cannot be read: {event.problem}"
-        if isinstance(axes, str):
-            return None, (
-                f"The attention of '{run.path}', {event.shape}, is in doubt: {axes}. Expected (batch, heads, queries, "
-                "keys)"
-            )
-        if event.want is Want.WEIGHTS and alone:
-            try:
-                return Tap(None, Source(run.path)).find(run, output, watch), None
-            except (DiscoveryError, ShapeError) as error:
-                return None, str(error).removesuffix(f". {NAME_IT}")
-        return event.recorded if axes is None or event.recorded is None else axes.apply(event.recorded), None
-
     def source(self, found: Found) -> Source:
         """What to name to get this attention."""
-        of_module = [other for other in self.found if other.path == found.path]
-        turns = 1 + max(other.turn for other in of_module)
-        if found.path and found.alone:
-            return Source(found.path, turn=found.turn, turns=turns)
-        return Source(found.path, found.number)
+        if not found.path or not found.alone:
+            return Source(found.path, found.number)
+        turns = 1 + max(other.turn for other in self.found if other.path == found.path)
+        return Source(found.path, turn=found.turn, turns=turns)
 
     def name(self, found: Found) -> str:
         """The same as a user would write it."""
@@ -378,9 +352,6 @@ def padding_source(survey: Survey, source: Source) -> Found | None:
     ]
     near = [len(common_parent(one.path, shown.path)) for one in within]
     nearest = [one for one, distance in zip(within, near, strict=True) if distance == max(near)]
-    alike = nearest and all(_equal(one.padding, nearest[0].padding) for one in nearest)
-    return nearest[-1] if alike else None
-
-
-def _equal(mask: Tensor | None, other: Tensor | None) -> bool:
-    return (mask is None and other is None) or (mask is not None and other is not None and mask.equal(other))
+    masks = [one.padding for one in nearest if one.padding is not None]
+    alike = len(masks) in (0, len(nearest)) and all(mask.equal(masks[0]) for mask in masks)
+    return nearest[-1] if nearest and alike else None

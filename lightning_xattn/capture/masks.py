@@ -23,36 +23,21 @@ _MASK = -1e4
 
 @dataclass(frozen=True, eq=False)
 class RecordedWeights:
-    """The weights of one attention and the masks that were in force.
-
-    Attributes
-    ----------
-    weights
-        ``(batch, heads, queries, keys)``, detached, before dropout.
-    key_mask
-        ``(batch, keys)`` bool, True for a real token; None: all are.
-    visible
-        Bool broadcastable to ``weights``, True where the attention mask lets the query see the key; None: all.
-    extra_keys
-        How many of the last keys are slots of ``add_bias_kv`` or ``add_zero_attn``.
-    crossing
-        ``(batch, heads, queries)``, see ``Attention``.
-    cropped
-        Whether tokens that are padding in every sample may have been cut off at the end.
-    within
-        Whether the query is the key, so that it attends within one sequence.
-    one_head
-        Whether the weights came without an axis for heads.
-    """
+    """The weights of one attention and the masks that were in force; see ``Attention`` for what has no words here."""
 
     weights: Tensor
+    """``(batch, heads, queries, keys)``, detached, before dropout."""
     key_mask: Tensor | None = None
     visible: Tensor | None = None
     extra_keys: int = 0
     crossing: Tensor | None = None
+    query_mask: Tensor | None = None
     cropped: bool = False
+    """Whether tokens that are padding in every sample may have been cut off at the end."""
     within: bool = False
+    """Whether the query is the key, so that it attends within one sequence."""
     one_head: bool = False
+    """Whether the weights came without an axis for heads."""
 
     @property
     def token_mask(self) -> Tensor | None:

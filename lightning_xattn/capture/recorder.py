@@ -93,8 +93,6 @@ class AttentionRecorder:
         self._suppliers: dict[tuple[str, int], tuple[Axes | None, bool]] = {}
         self._counts: Counter[str] = Counter()
         self._padding: dict[tuple[str, int], Tensor | None] = {}
-        # Of a step in which the layers were found, by layer and direction; and whether that step was left out.
-        self._first: dict[tuple[str, Direction], RecordedWeights] = {}
         self.is_waiting = False
         self._told: set[str] = set()
 
@@ -124,7 +122,6 @@ class AttentionRecorder:
             self._watch.clear()
         self._padding.clear()
         self._counts.clear()
-        self._first.clear()
         self.is_waiting = False
         self.output = self.batch = self._inputs = None
 
@@ -236,15 +233,16 @@ class AttentionRecorder:
         if not self.layers and self._survey is not None and self._survey.found:
             self._choose(self._survey)
         batch = self._inputs if self.batch is None else self.batch
-        calls = [
-            (layer, [self._recorded(layer, direction, batch) for direction, _ in layer.sources])
-            for layer in self.layers
-        ]
-        if self._survey is not None and (self.is_waiting or any(call is not None for _, of in calls for call in of)):
+        taken: dict[tuple[str, Direction], RecordedWeights | None] = {}
+        for key, tap in self._taps.items():
+            tap.give(self._model)
+            taken[key] = tap.recorded(batch)
+        if self._survey is not None and (self.is_waiting or any(one is not None for one in taken.values())):
             self._settle(self._survey)
         pairs = []
-        for layer, of_layer in calls:
-            recorded = [call for call in of_layer if call is not None]
+        for layer in self.layers:
+            of_layer = [taken.get((layer.name, direction)) for direction, _ in layer.sources]
+            recorded = [one for one in of_layer if one is not None]
             if len(recorded) == len(of_layer):
                 pairs.append(self._pair(layer, recorded))
             elif recorded:
@@ -256,35 +254,26 @@ class AttentionRecorder:
             raise DiscoveryError(self._nothing_ran())
         return tuple(pairs)
 
-    def _recorded(self, layer: Layer, direction: Direction, batch: Any) -> RecordedWeights | None:
-        if (layer.name, direction) in self._first:
-            return self._first[layer.name, direction]
-        tap = self._taps.get((layer.name, direction))
-        if tap is None:  # of a layer that was found in this step
-            return None
-        tap.give(self._model)
-        return tap.recorded(batch)
-
     def _choose(self, survey: Survey) -> None:
         """Take the layers that a first step has shown, and of what they computed what was kept."""
         self.layers, left_out = choose_layers(survey)
-        shown = {(layer.name, one): shown_of(survey, source) for layer, one, source in self._sources()}
-        kept = {key: None if found is None else found.recorded for key, found in shown.items()}
-        found: dict[str, Any] = defaultdict(list)
+        self._make_taps()
+        paths: dict[str, list[str]] = defaultdict(list)
         for _, direction, source in self._sources():
-            found[str(direction)].append(str(source))
-        found = {direction: paths if len(paths) > 1 else paths[0] for direction, paths in found.items()}
+            paths[str(direction)].append(str(source))
+        found = {direction: names if len(names) > 1 else names[0] for direction, names in paths.items()}
         others = "; ".join(f"'{survey.name(one)}' {one.who}" for one in left_out)
         self._tell(
             f"Found in the first pass: {found}, from their names or from which tokens ask which. If that is not "
             "what you mean, or these are not the names of your modalities, name them: attention={'<a>_to_<b>': "
             "'path.to.module', ...}." + (f" Left out, as no name tells their direction: {others}." if others else "")
         )
-        for (name, direction), recorded in kept.items():
-            if recorded is not None:
-                self._first[name, direction] = recorded
-        if len(self._first) < len(kept):
-            self._first.clear()
+        shown = [shown_of(survey, source) for _, _, source in self._sources()]
+        kept = [one.recorded for one in shown if one is not None and one.recorded is not None]
+        if len(kept) == len(shown):
+            for tap, recorded in zip(self._taps.values(), kept, strict=True):
+                tap.keep(recorded)
+        else:
             self.is_waiting = True
             self._tell(
                 "The weights of a first step were too large to keep until it was known which are meant: that step is "
@@ -293,12 +282,11 @@ class AttentionRecorder:
 
     def _settle(self, survey: Survey) -> None:
         """Learn from a first step what else to look at, and from then on look at nothing more."""
-        self._make_taps()
-        for layer, direction, source in self._sources():
-            tap, shown = self._taps[layer.name, direction], shown_of(survey, source)
-            if shown is not None and shown.path == source.path:
-                tap.know(shown.key, shown.axes)
-            supplier = padding_source(survey, source) if layer.backward is None and source.joint is None else None
+        for tap in self._taps.values():
+            shown = shown_of(survey, tap.source)
+            if shown is not None and shown.axes is not None and shown.path == tap.source.path:
+                tap.axes[shown.key] = shown.axes
+            supplier = padding_source(survey, tap.source) if tap.is_alone else None
             if supplier is not None:
                 tap.padding = supplier.path, supplier.number
                 # Not the whole, which would keep the first step's attention.
@@ -347,7 +335,7 @@ class AttentionRecorder:
         masks = (
             [recorded[1].token_mask, recorded[0].token_mask]
             if len(recorded) == 2
-            else [self._padded(layer, recorded[0].weights.shape[2])]
+            else [self._padded(layer, recorded[0])]
         )
         attentions = [
             Attention(
@@ -364,13 +352,13 @@ class AttentionRecorder:
         ]
         return AttentionPair(layer.name, *attentions)
 
-    def _padded(self, layer: Layer, queries: int) -> Tensor | None:
+    def _padded(self, layer: Layer, recorded: RecordedWeights) -> Tensor | None:
         """Which queries of a direction without an opposite are real, as far as anything says it."""
-        tap = self._taps[layer.name, layer.forward[0]]
-        mask = None if tap.padding is None else self._padding.get(tap.padding)
-        if mask is None or tap.padding is None:
-            return tap.query_mask
-        missing = queries - mask.shape[1]
+        supplier = self._taps[layer.name, layer.forward[0]].padding
+        mask = None if supplier is None else self._padding.get(supplier)
+        if mask is None or supplier is None:
+            return recorded.query_mask
+        missing = recorded.weights.shape[2] - mask.shape[1]
         # torch packs sequences, and cuts off what is padding in all of them.
-        _, cropped = self._suppliers[tap.padding]
+        _, cropped = self._suppliers[supplier]
         return F.pad(mask, (0, missing)) if missing > 0 and cropped else mask

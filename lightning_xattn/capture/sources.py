@@ -23,33 +23,22 @@ of what it returns; or a callable."""
 
 @dataclass(frozen=True)
 class Source:
-    """Where one direction of a layer is taken from.
-
-    Parameters
-    ----------
-    path
-        The module's path; a callable has none.
-    call
-        Which of the attentions that are computed in a step while the module runs, from 1 on; None: there is one a run.
-    item
-        What to take of what the module returns, key after key; empty: what is computed.
-    turn, turns
-        The module runs ``turns`` times in a step, for one direction after the other; this one is computed in the run
-        with number ``turn``.
-    joint, block
-        A joint sequence, and whose queries and keys in it make the direction.
-    read
-        The callable.
-    """
+    """Where one direction of a layer is taken from."""
 
     path: str = ""
+    """The module's path; a callable has none."""
     call: int | None = None
+    """Which of those computed in a step while the module runs, from 1 on; None: there is one a run."""
     item: tuple[str | int, ...] = ()
+    """What to take of what the module returns, key after key; empty: what is computed."""
     turn: int = 0
     turns: int = 1
+    """The module runs ``turns`` times in a step, for one direction after the other; for this one in number ``turn``."""
     joint: JointSequence | None = None
     block: tuple[str, str] = ("", "")
+    """A joint sequence, and whose queries and keys in it make the direction."""
     read: ReadAttention | None = None
+    """The callable."""
 
     @classmethod
     def parse(cls, named: Named) -> Source:

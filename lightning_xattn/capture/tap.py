@@ -50,21 +50,21 @@ class Tap:
     def __init__(
         self, direction: Direction | None, source: Source, siblings: Sequence[Direction] = (), alone: bool = False
     ) -> None:
-        self.direction, self.source, self._alone = direction, source, alone
+        self.direction, self.source, self.is_alone = direction, source, alone
         self._siblings = {str(sibling) for sibling in siblings}
         self.has_run = False
-        # The self-attention whose masks say which queries are padding: its module's path, and its number in a step.
-        self.padding: tuple[str, int] | None = None
         # What a user should be told, and has not been yet.
         self.remarks: list[str] = []
-        # Of this step: what the runs gave, and how many attentions they computed.
+        # The self-attention whose masks say which queries are padding: its module's path, and its number in a step.
+        self.padding: tuple[str, int] | None = None
+        # How rows are split into samples and heads, by what was looked at.
+        self.axes: dict[Item | str, Axes] = {}
+        # Of this step: what the runs gave, and how many attentions they computed; or what a first step has kept.
         self._found: list[RecordedWeights] = []
-        self._query_masks: list[Tensor | None] = []
         self._count = self._runs = 0
-        # What has been looked at, in training and in eval mode, and what was seen then: how rows are split into samples
-        # and heads, and whether zeros are a mask.
+        self._kept: RecordedWeights | None = None
+        # What has been looked at, in training and in eval mode, and whether zeros are a mask, as was seen then.
         self._looked_at: set[tuple[Item | str, bool]] = set()
-        self._axes: dict[Item | str, Axes] = {}
         self._zeros_hide = False
         # Where it was found: under the direction's name or elsewhere in what is returned, or which of those that are
         # computed, by these functions.
@@ -81,22 +81,15 @@ class Tap:
 
     def clear(self) -> None:
         """Begin a new step."""
-        self._found, self._query_masks, self._count, self._runs = [], [], 0, 0
+        self._found, self._count, self._runs, self._kept = [], 0, 0, None
+
+    def keep(self, recorded: RecordedWeights) -> None:
+        """Take what a first step has kept, before it was known that it is meant."""
+        self._kept = recorded
 
     def wants(self, number: int) -> bool:
         """Whether the attention with this number, from 1 on, of those of a run that has begun may be taken."""
         return self.source.call is None or self.source.call == self._count + number
-
-    def know(self, what: str, axes: Axes | None) -> None:
-        """Learn from a first step what the axes of an attention are."""
-        if axes is not None:
-            self._axes[what] = axes
-
-    @property
-    def query_mask(self) -> Tensor | None:
-        """``(batch, queries)`` bool of what was taken in this step, of an argument of the module; None: it has none."""
-        turn = self.source.turn if len(self._query_masks) > self.source.turn else 0
-        return self._query_masks[turn] if self._query_masks else None
 
     def take(self, run: Run, output: Any, watch: Watch) -> None:
         """Take the attention out of a run that ends.
@@ -106,19 +99,18 @@ class Tap:
         DiscoveryError, ShapeError
             If it is not clear in a first run what is meant, or what is read is no attention.
         """
+        found = None
         try:
             found = self.find(run, output, watch)
         except DiscoveryError as error:
             if not self.has_run:
                 raise
             self.remarks.append(f"In a later step: {error} Such steps are left out.")
-            found = None
         self._count += len(run.events)
         self._runs += 1
         if found is not None:
             self.has_run = True
-            self._found.append(found)
-            self._query_masks.append(self._own_query_mask(run, found) if self._alone else None)
+            self._found.append(replace(found, query_mask=self._own_query_mask(run, found)) if self.is_alone else found)
 
     def find(self, run: Run, output: Any, watch: Watch) -> RecordedWeights | None:
         """The attention of a run; None if it has none.
@@ -134,15 +126,13 @@ class Tap:
         tensors = dict(tensors_in(output))
         if not self.source.item and not self._named:
             under = [item for item in tensors if item and item[-1] == str(self.direction)]
-            if len(under) > 1:
-                raise DiscoveryError(self._not_clear(run, tensors))
-            self._named = under[0] if under else ()
             called = [item for item in tensors if item and isinstance(item[-1], str) and "_to_" in item[-1]]
             others = [item for item in called if not self.has_run and looks_like_attention(tensors[item])]
-            if others and not under:
-                if {str(item[-1]) for item in others} <= self._siblings:
-                    return None
+            if others and not under and {str(item[-1]) for item in others} <= self._siblings:
+                return None
+            if len(under) > 1 or (others and not under):
                 raise DiscoveryError(self._not_clear(run, tensors))
+            self._named = under[0] if under else ()
         item = self.source.item or self._named
         return self._returned(item, output, run, watch) if item else self._only(run, output, tensors, watch)
 
@@ -172,18 +162,14 @@ class Tap:
 
     def _computed(self, run: Run, place: int, beside: Mapping[Item, Tensor] | None = None) -> RecordedWeights:
         """One of the attentions of a run; ``beside``: what is returned beside it, if nothing said that it is meant."""
-        event = run.events[place]
-        if event.problem is not None or event.recorded is None:
-            raise DiscoveryError(
-                f"The attention of '{run.path}', {event.shape} by {event.by}, cannot be read: {event.problem}. "
-                f"{NAME_IT}"
-            )
-        what = key_of(event, place)
-        first, recorded = (what, run.module.training) not in self._looked_at, event.recorded
-        if event.used is not None and not run.module.training and not event.gave_unchanged(event.used):
-            recorded = self._as_used(recorded, event.used, run, first)
-        if event.tokens is None:
-            recorded = self._split(what, recorded, run, event)
+        event, used = run.events[place], run.events[place].used
+        what, recorded = key_of(event, place), event.recorded
+        first = (what, run.module.training) not in self._looked_at
+        if recorded is not None and used is not None and not run.module.training and not event.gave_unchanged(used):
+            recorded = self._as_used(recorded, used, run, first)
+        recorded = self.unfolded(recorded, event, run)
+        if recorded is None:
+            raise _unreadable(event, run)
         if first and beside is not None:
             self._look_beside(recorded, event, run, beside)
         if first and recorded.one_head:
@@ -193,7 +179,7 @@ class Tap:
 
     def _returned(self, item: Item, output: Any, run: Run, watch: Watch) -> RecordedWeights | None:
         """What stands at a place in what is returned; None if there is nothing, but was before."""
-        name = run.path + "".join(f"[{key}]" for key in item)
+        name = str(Source(run.path, item=item))
         weights = output
         try:
             for key in item:
@@ -204,7 +190,7 @@ class Tap:
         if not isinstance(weights, Tensor):
             if any(item == before for before, _ in self._looked_at):
                 return None
-            there = ", ".join(_describe(key, tensor, run.path) for key, tensor in tensors_in(output)) or "no tensor"
+            there = describe_returned(run.path, dict(tensors_in(output)))
             raise DiscoveryError(f"No tensor '{name}': the module returned {there}. {NAME_IT}")
         event = next((event for event in run.events if event.gave(weights)), None) or watch.origin(weights)
         return self._given(item, weights, name, run.module.training, run, event)
@@ -229,8 +215,8 @@ class Tap:
             recorded, masks = Axes().apply(recorded), None
         else:
             whole = event if event is not None and event.shape == tuple(weights.shape) else None
-            recorded = self._split(what, recorded, run, whole)
-            masks = None if event is None else self._masks_for(recorded, event, run)
+            recorded = self._axes_of(what, tuple(weights.shape), run, whole).apply(recorded)
+            masks = None if event is None or event not in run.events else self._masks_for(recorded, event, run)
         self._looked_at.add((what, training))
         if first:
             average = masks is None and bool((weights != 0).all())
@@ -272,6 +258,8 @@ class Tap:
         DiscoveryError, ShapeError
             If it is no attention across, or not as often as is named, or does not fit its spans.
         """
+        if self._kept is not None:
+            return self._kept
         source, found = self.source, self._found
         if source.call is not None and self._runs and not found and not self.has_run:
             raise DiscoveryError(
@@ -339,34 +327,44 @@ class Tap:
             self._length, self._gaps, self._has_given = length, gaps, True
         return cut
 
-    def _split(self, what: Item | str, recorded: RecordedWeights, run: Run, event: Event | None) -> RecordedWeights:
-        """The weights as ``(batch, heads, queries, keys)``; how their rows are split is told from a first run."""
-        shape = tuple(recorded.weights.shape)
-        if what not in self._axes:
+    def _axes_of(self, what: Item | str, shape: tuple[int, ...], run: Run, event: Event | None) -> Axes:
+        """How the rows of an attention are split into samples and heads, as told from a first run."""
+        if what not in self.axes:
             axes = axes_of(shape, run, event)
             if isinstance(axes, str):
                 raise (DiscoveryError if self.has_run else ShapeError)(
                     f"The attention of '{run.path}', {shape}, is in doubt: {axes}. Expected (batch, heads, queries, "
                     f"keys). {NAME_IT}"
                 )
-            self._axes[what] = axes
-        heads = self._axes[what].heads
+            self.axes[what] = axes
+        heads = self.axes[what].heads
         if len(shape) == 3 and heads is not None and shape[0] % heads:
             raise DiscoveryError(f"The attention of '{run.path}' had {heads} heads among its rows; now it has {shape}.")
-        return self._axes[what].apply(recorded)
+        return self.axes[what]
+
+    def unfolded(self, recorded: RecordedWeights | None, event: Event, run: Run) -> RecordedWeights | None:
+        """What was recorded of an attention, if anything was, as ``(batch, heads, queries, keys)``.
+
+        Raises
+        ------
+        DiscoveryError, ShapeError
+            If it cannot be read, or its axes are in doubt.
+        """
+        if event.problem is not None:
+            raise _unreadable(event, run)
+        if event.tokens is not None:
+            return recorded
+        axes = self._axes_of(key_of(event, run.events.index(event)), event.shape, run, event)
+        return None if recorded is None else axes.apply(recorded)
 
     def _masks_for(self, recorded: RecordedWeights, event: Event, run: Run) -> RecordedWeights | None:
         """What the softmax gave that weights, or their average over heads, were made of; None if that is not clear."""
-        if event.recorded is None or event not in run.events:
+        try:
+            made_of = self.unfolded(event.recorded, event, run)
+        except (DiscoveryError, ShapeError):
+            made_of = None
+        if made_of is None:
             return None
-        made_of = event.recorded
-        if event.tokens is None:
-            what = key_of(event, run.events.index(event))
-            axes = self._axes.get(what) or axes_of(event.shape, run, event)
-            if isinstance(axes, str):
-                return None
-            self._axes[what] = axes
-            made_of = axes.apply(made_of)
         shape, heads = recorded.weights.shape, made_of.weights.shape[1]
         if shape[1] == 1 < heads and made_of.weights.shape == (shape[0], heads, *shape[2:]):
             visible = None if made_of.visible is None else made_of.visible.any(1, keepdim=True)
@@ -423,20 +421,22 @@ class Tap:
             for i, event in enumerate(run.events, start=self._count + 1)
             if event in candidates
         ]
-        returned = [_describe(item, tensor, run.path) for item, tensor in tensors.items()]
-        none = returned and not any(looks_like_attention(tensor) for tensor in tensors.values())
+        none = tensors and not any(looks_like_attention(tensor) for tensor in tensors.values())
         return (
             f"Module '{run.path}' does not show which attention is meant. It computes "
-            + (", ".join(computed) or "none that can be seen")
-            + f", and returns {', '.join(returned) or 'no tensor'}"
-            + ("; none of these is weights whose rows sum to 1" if none else "")
-            + f". {NAME_IT}"
+            f"{', '.join(computed) or 'none that can be seen'}, and returns {describe_returned(run.path, tensors)}"
+            f"{'; none of these is weights whose rows sum to 1' if none else ''}. {NAME_IT}"
         )
 
 
 def key_of(event: Event, place: int) -> str:
     """What an attention is called from run to run: the function, and which of those of its run it is."""
     return f"{event.by}#{place}"
+
+
+def _unreadable(event: Event, run: Run) -> DiscoveryError:
+    by = f"The attention of '{run.path}', {event.shape} by {event.by}"
+    return DiscoveryError(f"{by}, cannot be read: {event.problem}. {NAME_IT}")
 
 
 def candidates_of(run: Run, across: bool) -> list[Event]:
@@ -469,6 +469,7 @@ def _whose(count: int, run: Run) -> str:
     return f" ({found.popitem()[1]})" if len(found) == 1 else ""
 
 
-def _describe(item: Item, tensor: Tensor, path: str) -> str:
-    name = path + "".join(f"[{key}]" for key in item)
-    return (f"'{name}'" if item else "one tensor") + f" {tuple(tensor.shape)}"
+def describe_returned(path: str, tensors: Mapping[Item, Tensor]) -> str:
+    """What a module returned, as it can be named, with shapes."""
+    names = {item: f"'{Source(path, item=item)}'" if item else "one tensor" for item in tensors}
+    return ", ".join(f"{names[item]} {tuple(tensor.shape)}" for item, tensor in tensors.items()) or "no tensor"

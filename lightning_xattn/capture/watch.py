@@ -37,36 +37,22 @@ Note = TypeVar("Note")
 
 @dataclass(eq=False)
 class Run:
-    """One run of a module that is watched.
-
-    Attributes
-    ----------
-    module, path
-        The module.
-    outer
-        The run that it is part of; None: it is the outermost.
-    args, kwargs
-        What the module got.
-    events
-        The attention that is computed meanwhile, in this module or in others that it calls.
-    folded
-        The number of heads that were seen to be folded into so many rows: True of heads before the samples, False
-        behind them.
-    turn
-        How many times the module had run in this step before.
-    error
-        What was being handled when it began; another one at its end is its own.
-    """
+    """One run of a module that is watched."""
 
     module: nn.Module
     path: str
     outer: Run | None
+    """The run that it is part of; None: it is the outermost."""
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     turn: int
+    """How many times the module had run in this step before."""
     error: BaseException | None
+    """What was being handled when it began; another one at its end is its own."""
     events: list[Event] = field(default_factory=list)
+    """The attention that is computed meanwhile, in this module or in others that it calls."""
     folded: dict[tuple[bool, int], int] = field(default_factory=dict)
+    """How many heads were folded into so many rows: True of heads before the samples, False behind them."""
 
     def outwards(self) -> Iterator[Run]:
         """The run and those that it is part of, innermost first."""
