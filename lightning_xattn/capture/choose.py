@@ -21,7 +21,7 @@ from lightning_xattn.capture.memory import are_same
 from lightning_xattn.capture.readers import Event, Want
 from lightning_xattn.capture.sources import Layer, Source
 from lightning_xattn.capture.tap import Tap, candidates_of, describe_event, key_of
-from lightning_xattn.capture.watch import Run, Watch
+from lightning_xattn.capture.watch import Run
 from lightning_xattn.capture.wrappers import plain_path
 from lightning_xattn.errors import DiscoveryError, ShapeError
 
@@ -107,16 +107,18 @@ class Survey:
             return Want.WEIGHTS
         return Want.MASKS if size <= BUDGET else Want.NOTHING
 
-    def note(self, run: Run, output: Any, watch: Watch) -> None:
+    def note(self, run: Run, output: Any) -> None:
         """Note what a run computed that ends now."""
         for name, tensor in arguments_of(run):
             if tensor.is_floating_point() and tensor.dim() == 3:
                 self.named[name.lower()].add(tensor.shape[1])
         before = self._counts[run.path]
         self._counts[run.path] += len(run.events)
-        mine = [event for event in run.events if event not in self._owned]
-        if run.outer is not None:
-            mine = [event for event in mine if token_inputs(run, event.shape)]
+        mine = [
+            event
+            for event in run.events
+            if event not in self._owned and (run.outer is None or token_inputs(run, event.shape))
+        ]
         self._owned |= set(mine)
         mine = [event for event in candidates_of(run, across=False) if event in mine]
         across = candidates_of(run, across=True)
@@ -127,7 +129,7 @@ class Survey:
             try:
                 recorded = tap.unfolded(event.recorded, event, run)
                 if event.want is Want.WEIGHTS and len(mine) == 1:
-                    recorded = tap.find(run, output, watch)
+                    recorded = tap.find(run, output)
             except (DiscoveryError, ShapeError) as error:
                 recorded, doubt = None, str(error).removesuffix(f". {NAME_IT}")
             mixed = not event.within if event.tokens is not None else Tokens.of(run, event.shape).kinds > 1
@@ -212,9 +214,8 @@ def _taken(survey: Survey, source: Source) -> list[Found]:
         or [found for found in survey.found if found.path.startswith(inside)]
         or [found for found in around if source.path.startswith(f"{found.path}.")]
     )
-    if source.call is not None:
-        return [found for found in of_module if found.number == source.call]
-    return [found for found in of_module if found.turn == source.turn]
+    by_turn = source.call is None
+    return [one for one in of_module if (one.turn == source.turn if by_turn else one.number == source.call)]
 
 
 def shown_of(survey: Survey, source: Source) -> Found | None:
@@ -237,12 +238,7 @@ def _by_name(survey: Survey, crossing: Sequence[Found]) -> list[Layer]:
         raise DiscoveryError(survey.say(f"Module '{source.path}' does not show which attention is meant"))
 
     return [
-        Layer(
-            layer.name,
-            (layer.forward[0], numbered(layer.forward[1])),
-            None if layer.backward is None else (layer.backward[0], numbered(layer.backward[1])),
-        )
-        for layer in layers
+        Layer(layer.name, *((direction, numbered(source)) for direction, source in layer.sources)) for layer in layers
     ]
 
 
@@ -259,7 +255,10 @@ def _pair(survey: Survey, across: Sequence[Found]) -> list[Layer]:
     equal = [group for group in groups.values() if group[0].tokens[0] == group[0].tokens[1]]
     if len(equal) > 1:
         raise DiscoveryError(survey.say("Which tokens are of one modality cannot be seen"))
-    letters = _name_sides(found for group in groups.values() for found in group)
+    # A letter for each number of tokens, in the order in which they ask.
+    across = [found for group in groups.values() for found in group]
+    asking = dict.fromkeys(count for found in across for count in found.tokens if found.sides == found.tokens)
+    letters = {count: chr(ord("a") + i) for i, count in enumerate(asking)}
     layers: list[Layer] = []
     for group in groups.values():
         there = [found for found in group if found.sides == group[0].sides]
@@ -280,13 +279,10 @@ def _pair(survey: Survey, across: Sequence[Found]) -> list[Layer]:
 
 def _in_order(there: Sequence[Found], back: Sequence[Found]) -> bool:
     """Whether attention of one direction and of the other goes together in the order in which it ran."""
+    pairs = list(zip(there, back, strict=False))
     if back and len(there) != len(back):
         return False
-    if any(
-        found.mirrors(other) and not found.mirrors(opposite)
-        for found, opposite in zip(there, back, strict=False)
-        for other in back
-    ):
+    if any(found.mirrors(other) and not found.mirrors(opposite) for found, opposite in pairs for other in back):
         return False
     numbers = [tuple(re.findall(r"\d+", found.path)) for found in there]
     opposites = [tuple(re.findall(r"\d+", found.path)) for found in back]
@@ -297,12 +293,6 @@ def _in_order(there: Sequence[Found], back: Sequence[Found]) -> bool:
     # A number is that of the layer; or it tells the directions apart, if it is one in each.
     here, opposite = list(zip(*numbers, strict=True)), list(zip(*opposites, strict=True))
     return all(a == b or len(set(a)) == len(set(b)) == 1 for a, b in zip(here, opposite, strict=False))
-
-
-def _name_sides(across: Iterable[Found]) -> dict[int, str]:
-    """A letter for each number of tokens, in the order in which they ask."""
-    counts = dict.fromkeys(count for found in across for count in found.tokens if found.sides == found.tokens)
-    return {count: chr(ord("a") + i) for i, count in enumerate(counts)}
 
 
 def turned_round(survey: Survey, layers: Iterable[Layer]) -> dict[str, str]:

@@ -12,13 +12,7 @@ from torch import nn
 
 from lightning_xattn.attention import Direction
 from lightning_xattn.capture.joint import JointSequence
-from lightning_xattn.capture.sources import (
-    AttentionSetting,
-    Layer,
-    Source,
-    as_names,
-    check_attention,
-)
+from lightning_xattn.capture.sources import AttentionSetting, Layer, Source, as_names, check_attention
 from lightning_xattn.capture.wrappers import find_module, plain_path, scripted_modules
 from lightning_xattn.errors import DiscoveryError, SettingError
 

@@ -24,12 +24,7 @@ from lightning_xattn.capture.readers import Event, Want
 from lightning_xattn.capture.sources import AttentionSetting, Layer, Source
 from lightning_xattn.capture.tap import Tap
 from lightning_xattn.capture.watch import Run, Watch
-from lightning_xattn.capture.wrappers import (
-    compiled_modules,
-    require_one_replica,
-    run_uncompiled,
-    scripted_modules,
-)
+from lightning_xattn.capture.wrappers import compiled_modules, require_one_replica, run_uncompiled, scripted_modules
 from lightning_xattn.errors import DiscoveryError, XAttnWarning
 
 
@@ -185,9 +180,8 @@ class AttentionRecorder:
         return Want.MASKS if self.layers and want is Want.WEIGHTS else want
 
     def _leave(self, run: Run, output: Any) -> None:
-        assert self._watch is not None
         for tap in self._of_module.get(run.module, ()):
-            tap.take(run, output, self._watch)
+            tap.take(run, output)
         for number, event in enumerate(run.events, start=self._counts[run.path] + 1):
             supplier = self._suppliers.get((run.path, number))
             if supplier is not None and event.recorded is not None:
@@ -196,7 +190,7 @@ class AttentionRecorder:
                 self._padding[run.path, number] = within.padding_of_its_own
         self._counts[run.path] += len(run.events)
         if self._survey is not None:
-            self._survey.note(run, output, self._watch)
+            self._survey.note(run, output)
 
     def _run_uncompiled(self, hooks: ExitStack) -> None:
         # Without it nothing is compiled. Of functions it cannot be told whether they are, and it takes long to import.

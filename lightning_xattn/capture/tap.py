@@ -25,7 +25,7 @@ from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.memory import Address
 from lightning_xattn.capture.readers import Event
 from lightning_xattn.capture.sources import Source
-from lightning_xattn.capture.watch import Run, Watch
+from lightning_xattn.capture.watch import Run
 from lightning_xattn.errors import DiscoveryError, ShapeError
 
 
@@ -37,14 +37,8 @@ class Tap:
     computed in a run, or else the one tensor that the module returns whose rows sum to 1. What is not clear in a first
     run is an error; a later run without what was found before, or that is not clear, gives none.
 
-    Parameters
-    ----------
-    direction, source
-        What is taken, and from where.
-    siblings
-        All directions that are taken from the module.
-    alone
-        Whether no opposite direction says which queries are padding.
+    ``siblings`` are all directions that are taken from the module; of one ``alone`` no opposite direction says which
+    queries are padding.
     """
 
     def __init__(
@@ -91,7 +85,7 @@ class Tap:
         """Whether the attention with this number, from 1 on, of those of a run that has begun may be taken."""
         return self.source.call is None or self.source.call == self._count + number
 
-    def take(self, run: Run, output: Any, watch: Watch) -> None:
+    def take(self, run: Run, output: Any) -> None:
         """Take the attention out of a run that ends.
 
         Raises
@@ -101,7 +95,7 @@ class Tap:
         """
         found = None
         try:
-            found = self.find(run, output, watch)
+            found = self.find(run, output)
         except DiscoveryError as error:
             if not self.has_run:
                 raise
@@ -112,7 +106,7 @@ class Tap:
             self.has_run = True
             self._found.append(replace(found, query_mask=self._own_query_mask(run, found)) if self.is_alone else found)
 
-    def find(self, run: Run, output: Any, watch: Watch) -> RecordedWeights | None:
+    def find(self, run: Run, output: Any) -> RecordedWeights | None:
         """The attention of a run; None if it has none.
 
         Raises
@@ -134,9 +128,9 @@ class Tap:
                 raise DiscoveryError(self._not_clear(run, tensors))
             self._named = under[0] if under else ()
         item = self.source.item or self._named
-        return self._returned(item, output, run, watch) if item else self._only(run, output, tensors, watch)
+        return self._returned(item, output, run) if item else self._only(run, output, tensors)
 
-    def _only(self, run: Run, output: Any, tensors: Mapping[Item, Tensor], watch: Watch) -> RecordedWeights | None:
+    def _only(self, run: Run, output: Any, tensors: Mapping[Item, Tensor]) -> RecordedWeights | None:
         """The one attention that a run has; None if there is none, but was before."""
         kinds = [event.by for event in run.events]
         if self._chosen is not None and self._chosen[1] == kinds:
@@ -144,13 +138,14 @@ class Tap:
         candidates = candidates_of(run, across=self.source.joint is None)
         given = {item: event for item, tensor in tensors.items() for event in run.events if event.gave(tensor)}
         chosen = candidates if len(candidates) == 1 else list(dict.fromkeys(given.values()))
-        if len(chosen) == 1 and (chosen[0] not in given.values() or chosen[0].by != "softmax"):
-            place = run.events.index(chosen[0])
-            found = self._computed(run, place, beside=tensors)
-            self._chosen = place, kinds
-            return found
         if len(chosen) == 1:
-            self._place = next(item for item, event in given.items() if event is chosen[0])
+            (one,) = chosen
+            if one not in given.values() or one.by != "softmax":
+                place = run.events.index(one)
+                found = self._computed(run, place, beside=tensors)
+                self._chosen = place, kinds
+                return found
+            self._place = next(item for item, event in given.items() if event is one)
         if self._place is None:
             fitting = [item for item, tensor in tensors.items() if looks_like_attention(tensor)]
             if self.has_run and not candidates and not fitting:
@@ -158,7 +153,7 @@ class Tap:
             if candidates or len(fitting) != 1:
                 raise DiscoveryError(self._not_clear(run, tensors))
             self._place = fitting[0]
-        return self._returned(self._place, output, run, watch)
+        return self._returned(self._place, output, run)
 
     def _computed(self, run: Run, place: int, beside: Mapping[Item, Tensor] | None = None) -> RecordedWeights:
         """One of the attentions of a run; ``beside``: what is returned beside it, if nothing said that it is meant."""
@@ -171,13 +166,18 @@ class Tap:
         if recorded is None:
             raise _unreadable(event, run)
         if first and beside is not None:
-            self._look_beside(recorded, event, run, beside)
+            tokens = Tokens.of(run, event.shape)
+            for tensor in beside.values():
+                # What stands beside a kernel, which surely is attention, may be class probabilities.
+                may_be_meant = event.by == "softmax" or tokens.are_asked_by(tensor.shape)
+                if may_be_meant and looks_like_attention(tensor) and not tell_the_same(tensor, recorded.weights):
+                    raise DiscoveryError(self._not_clear(run, beside))
         if first and recorded.one_head:
             self.remarks.append(one_head(run.path))
         self._looked_at.add((what, run.module.training))
         return replace(recorded, within=event.within)
 
-    def _returned(self, item: Item, output: Any, run: Run, watch: Watch) -> RecordedWeights | None:
+    def _returned(self, item: Item, output: Any, run: Run) -> RecordedWeights | None:
         """What stands at a place in what is returned; None if there is nothing, but was before."""
         name = str(Source(run.path, item=item))
         weights = output
@@ -192,31 +192,23 @@ class Tap:
                 return None
             there = describe_returned(run.path, dict(tensors_in(output)))
             raise DiscoveryError(f"No tensor '{name}': the module returned {there}. {NAME_IT}")
-        event = next((event for event in run.events if event.gave(weights)), None) or watch.origin(weights)
+        event = next((event for event in run.events if event.gave(weights)), None) or run.origin(weights)
         return self._given(item, weights, name, run.module.training, run, event)
 
     def _given(
-        self,
-        what: Item | str,
-        weights: Any,
-        name: str,
-        training: bool,
-        run: Run | None = None,
-        event: Event | None = None,
+        self, what: Item | str, weights: Any, name: str, training: bool, run: Run | None, event: Event | None
     ) -> RecordedWeights:
         """Weights that a module returned in a run, or a callable gave, with the masks of the event that made them."""
         who = f"The {name} gives" if run is None else f"Module '{name}' returns"
         first = (what, training) not in self._looked_at
         if first:
             check_weights(weights, who, training)
+        shape = tuple(weights.shape)
+        whole = event if event is not None and event.shape == shape else None
+        axes = Axes() if run is None else self._axes_of(what, shape, run, whole)
         # Copied, as the caller may change in place what it gets.
-        recorded = RecordedWeights(weights.detach().clone())
-        if run is None:
-            recorded, masks = Axes().apply(recorded), None
-        else:
-            whole = event if event is not None and event.shape == tuple(weights.shape) else None
-            recorded = self._axes_of(what, tuple(weights.shape), run, whole).apply(recorded)
-            masks = None if event is None or event not in run.events else self._masks_for(recorded, event, run)
+        recorded = axes.apply(RecordedWeights(weights.detach().clone()))
+        masks = None if run is None or event not in run.events else self._masks_for(recorded, event, run)
         self._looked_at.add((what, training))
         if first:
             average = masks is None and bool((weights != 0).all())
@@ -242,7 +234,7 @@ class Tap:
             )
         elif weights is not None:
             name = str(self.source)
-            self._found.append(self._given(name, weights, name, model.training))
+            self._found.append(self._given(name, weights, name, model.training, None, None))
             self._last, self.has_run = Address.of(weights), True
 
     def recorded(self, batch: Any) -> RecordedWeights | None:
@@ -258,9 +250,9 @@ class Tap:
         DiscoveryError, ShapeError
             If it is no attention across, or not as often as is named, or does not fit its spans.
         """
+        source, found = self.source, self._found
         if self._kept is not None:
             return self._kept
-        source, found = self.source, self._found
         if source.call is not None and self._runs and not found and not self.has_run:
             raise DiscoveryError(
                 f"No '{source}': '{source.path}' computes {self._count} attention(s) in a step. {NAME_IT}"
@@ -379,20 +371,20 @@ class Tap:
         """
         batch, _, queries, keys = recorded.weights.shape
         for name, tensor in arguments_of(run) if queries != keys or self._mask_name else ():
-            if tuple(tensor.shape) != (batch, queries) or "mask" not in name or self._mask_name not in (None, name):
-                continue
-            by_torch = tensor.dtype == torch.bool and name.endswith("padding_mask")
-            if by_torch or not (tensor.is_floating_point() or tensor.dtype == torch.bool):
-                self._mask_name = name
-                return ~tensor if by_torch else tensor.bool()
+            if tuple(tensor.shape) == (batch, queries) and "mask" in name and self._mask_name in (None, name):
+                by_torch = tensor.dtype == torch.bool and name.endswith("padding_mask")
+                if by_torch or not (tensor.is_floating_point() or tensor.dtype == torch.bool):
+                    self._mask_name = name
+                    return ~tensor if by_torch else tensor.bool()
         return None
 
     def _as_used(self, recorded: RecordedWeights, used: Tensor, run: Run, first: bool) -> RecordedWeights:
         """What was computed, without the rows that the module sets to 0 before it uses them."""
-        sums = used.detach().float().sum(-1, keepdim=True)
-        unused = (used.detach() == 0).all(-1, keepdim=True) & (recorded.weights != 0).any(-1, keepdim=True)
+        used = used.detach().float()
+        unused = (used == 0).all(-1, keepdim=True) & (recorded.weights != 0).any(-1, keepdim=True)
         if first:
-            kept = torch.isclose(used.detach().float() / sums, recorded.weights.float(), rtol=1e-2, atol=1e-3)
+            shares = used / used.sum(-1, keepdim=True)
+            kept = torch.isclose(shares, recorded.weights.float(), rtol=1e-2, atol=1e-3)
             if bool((~kept & ~unused & ~recorded.weights.isnan()).any()):
                 self.remarks.append(
                     f"'{run.path}' changes its weights between the softmax and their use: what the softmax gave is "
@@ -404,15 +396,6 @@ class Tap:
                 )
         shown = ~unused.expand(recorded.weights.shape)
         return replace(recorded, visible=shown if recorded.visible is None else recorded.visible & shown)
-
-    def _look_beside(self, recorded: RecordedWeights, event: Event, run: Run, tensors: Mapping[Item, Tensor]) -> None:
-        """Refuse the one attention that is computed if the module returns another one. Looks at the values."""
-        tokens = Tokens.of(run, event.shape)
-        for tensor in tensors.values():
-            # What stands beside a kernel, which surely is attention, may be class probabilities.
-            may_be_meant = event.by == "softmax" or tokens.are_asked_by(tensor.shape)
-            if may_be_meant and looks_like_attention(tensor) and not tell_the_same(tensor, recorded.weights):
-                raise DiscoveryError(self._not_clear(run, tensors))
 
     def _not_clear(self, run: Run, tensors: Mapping[Item, Tensor]) -> str:
         candidates = candidates_of(run, across=False)

@@ -49,10 +49,16 @@ class Run:
     """How many times the module had run in this step before."""
     error: BaseException | None
     """What was being handled when it began; another one at its end is its own."""
+    made: Mapping[int, tuple[weakref.ref[Tensor], Event]]
+    """What was made of weights, by the id of the tensor."""
     events: list[Event] = field(default_factory=list)
     """The attention that is computed meanwhile, in this module or in others that it calls."""
     folded: dict[tuple[bool, int], int] = field(default_factory=dict)
     """How many heads were folded into so many rows: True of heads before the samples, False behind them."""
+
+    def origin(self, tensor: Any) -> Event | None:
+        """The attention whose weights a tensor was made of, by other operations than products."""
+        return _noted(self.made, tensor)
 
     def outwards(self) -> Iterator[Run]:
         """The run and those that it is part of, innermost first."""
@@ -92,7 +98,6 @@ class Watch(TorchFunctionMode):
         self._runs: list[Run] = []
         self._turns: Counter[nn.Module] = Counter()
         self._on = False
-        # What was made of weights, by the id of the tensor.
         self._made: dict[int, tuple[weakref.ref[Tensor], Event]] = {}
         # The attention that reaches a tensor, by its id.
         self._follows, self._reached = follows, dict[int, tuple[weakref.ref[Tensor], frozenset[Event]]]()
@@ -142,7 +147,7 @@ class Watch(TorchFunctionMode):
         if runs_for_backward():
             return
         outer, turn, error = self._runs[-1] if self._runs else None, self._turns[module], sys.exc_info()[1]
-        self._runs.append(Run(module, self._modules[module], outer, args, kwargs or {}, turn, error))
+        self._runs.append(Run(module, self._modules[module], outer, args, kwargs or {}, turn, error, self._made))
         self._turns[module] += 1
         self._switch()
 
@@ -233,7 +238,7 @@ class Watch(TorchFunctionMode):
                 self._runs[-1].folded[True, len(parts) * len(parts[0])] = len(parts)
         if not self._made:
             return
-        events = [(arg, event) for arg in args if (event := self.origin(arg)) is not None]
+        events = [(arg, event) for arg in args if (event := self._runs[-1].origin(arg)) is not None]
         if name in _PRODUCTS:
             for arg, event in events:
                 # As keys of another product they are transposed.
@@ -242,10 +247,6 @@ class Watch(TorchFunctionMode):
                     event.used = arg.reshape(event.shape)
         elif events and isinstance(result, Tensor):
             self._made[id(result)] = weakref.ref(result), events[0][1]
-
-    def origin(self, tensor: Any) -> Event | None:
-        """The attention whose weights a tensor was made of, by other operations than products."""
-        return _noted(self._made, tensor)
 
 
 def _noted(book: Mapping[int, tuple[weakref.ref[Tensor], Note]], tensor: Any) -> Note | None:
