@@ -180,8 +180,11 @@ def _read_packed(function: Any, args: Sequence[Any], kwargs: Call, watch: Watche
     watch.begin(event, tokens)
 
     def read() -> RecordedWeights:
-        asks, padding = _unpack(tokens) if nested else (tokens, None)
-        attention_mask = None
+        asks, padding, attention_mask = tokens, None, None
+        if nested:  # so nn.TransformerEncoder packs padded sequences; what is padding in all of them is gone by then
+            lengths = torch.tensor([len(sample) for sample in tokens.unbind()], device=tokens.device)
+            asks = tokens.detach().to_padded_tensor(0.0)
+            padding = torch.arange(length, device=tokens.device) >= lengths[:, None]
         if mask is not None and call["mask_type"] == 1:
             padding = mask
         elif mask is not None:
@@ -190,25 +193,15 @@ def _read_packed(function: Any, args: Sequence[Any], kwargs: Call, watch: Watche
             weight, bias = call["norm_weight_1"].float(), call["norm_bias_1"].float()
             asks = F.layer_norm(asks.float(), asks.shape[-1:], weight, bias, call["eps"])
         asks = asks.transpose(0, 1)
-        projection = {"query": asks, "key": asks, "num_heads": heads, "key_padding_mask": padding}
-        projection |= {"attn_mask": attention_mask, "in_proj_weight": call["qkv_weight"]}
-        projection |= {"in_proj_bias": call["qkv_bias"]}
-        weights = _projected(projection) if event.want is Want.WEIGHTS else _no_values(event)
-        recorded = _with_masks(weights, projection, cropped=nested)
+        projection = {"in_proj_weight": call["qkv_weight"], "in_proj_bias": call["qkv_bias"], "num_heads": heads}
+        masks = {"key_padding_mask": padding, "attn_mask": attention_mask}
+        wanted = event.want is Want.WEIGHTS
+        weights = _projected({"query": asks, "key": asks, **projection, **masks}) if wanted else _no_values(event)
+        recorded = _with_masks(weights, masks, cropped=nested)
         return recorded if padding is not None else apart_from_padding(recorded)
 
     watch.take(event, read)
     return result
-
-
-def _unpack(nested: Tensor) -> tuple[Tensor, Tensor]:
-    """Nested tokens as ``(batch, tokens, width)``, and which of them are padding.
-
-    ``nn.TransformerEncoder`` packs padded sequences so; what is padding in every sample is gone by then.
-    """
-    lengths = torch.tensor([len(sample) for sample in nested.unbind()], device=nested.device)
-    tokens = nested.detach().to_padded_tensor(0.0)
-    return tokens, torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
 
 
 def _projected(call: Call) -> Tensor:

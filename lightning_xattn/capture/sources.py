@@ -72,19 +72,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Layer:
-    """The directions that are compared with each other.
-
-    Parameters
-    ----------
-    name
-        The module path that its directions share.
-    forward, backward
-        A direction and its source; ``backward`` is None when there is only one.
-    """
+    """The directions that are compared with each other, each with its source."""
 
     name: str
+    """The module path that its directions share."""
     forward: tuple[Direction, Source]
     backward: tuple[Direction, Source] | None = None
+    """None: there is only one direction."""
 
     @property
     def sources(self) -> tuple[tuple[Direction, Source], ...]:

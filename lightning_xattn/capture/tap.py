@@ -21,7 +21,7 @@ from lightning_xattn.capture.given import (
 )
 from lightning_xattn.capture.joint import cut_direction, gaps_between
 from lightning_xattn.capture.layout import Axes, Item, Tokens, arguments_of, axes_of, tensors_in
-from lightning_xattn.capture.masks import RecordedWeights
+from lightning_xattn.capture.masks import RecordedWeights, seen_by_both
 from lightning_xattn.capture.memory import Address
 from lightning_xattn.capture.readers import Event
 from lightning_xattn.capture.sources import Source
@@ -238,12 +238,7 @@ class Tap:
             self._last, self.has_run = Address.of(weights), True
 
     def recorded(self, batch: Any) -> RecordedWeights | None:
-        """What was taken in this step; None if there is nothing, but was before.
-
-        Parameters
-        ----------
-        batch
-            For callables of a ``JointSequence``.
+        """What was taken in this step; None if there is nothing, but was before. Callables of spans get the batch.
 
         Raises
         ------
@@ -257,12 +252,14 @@ class Tap:
             raise DiscoveryError(
                 f"No '{source}': '{source.path}' computes {self._count} attention(s) in a step. {NAME_IT}"
             )
+        if not found:
+            return None
         turns = 1 if self._named else source.turns
         if len(found) > turns:
             self.remarks.append(
                 f"Module '{source.path}' ran more often in one step than it is named; its first run is shown."
             )
-        if 0 < len(found) < turns:
+        if len(found) < turns:
             message = f"Module '{source.path}' is named for {turns} directions, but ran {len(found)} time(s)"
             if not self._has_given:
                 raise DiscoveryError(
@@ -270,7 +267,6 @@ class Tap:
                     f"in '{source.path}[1]', or the modules inside of it."
                 )
             self.remarks.append(f"{message} in a step: such steps are left out.")
-        if not found or len(found) < turns:
             return None
         taken = found[source.turn if turns > 1 else 0]
         if source.joint is not None:
@@ -295,7 +291,8 @@ class Tap:
                 "spans that count from the start, or nn.TransformerEncoder(..., enable_nested_tensor=False)."
             )
         gaps = gaps_between(places, length)
-        changed = length != (self._length or length) and not whole.cropped and not joint.is_told_by_the_batch
+        told_by_the_batch = any(callable(span) for span in joint.spans.values())
+        changed = length != (self._length or length) and not whole.cropped and not told_by_the_batch
         remedy = "Spans that count from the end, such as (-144, None), or a callable that makes a span of the batch, go"
         if changed and min(gaps) >= 0 and gaps != self._gaps:
             raise ShapeError(
@@ -395,7 +392,7 @@ class Tap:
                     f"'{run.path}' sets whole rows of its weights to 0 after the softmax: such queries are left out."
                 )
         shown = ~unused.expand(recorded.weights.shape)
-        return replace(recorded, visible=shown if recorded.visible is None else recorded.visible & shown)
+        return replace(recorded, visible=seen_by_both(shown, recorded.visible))
 
     def _not_clear(self, run: Run, tensors: Mapping[Item, Tensor]) -> str:
         candidates = candidates_of(run, across=False)

@@ -102,11 +102,6 @@ class Watch(TorchFunctionMode):
         # The attention that reaches a tensor, by its id.
         self._follows, self._reached = follows, dict[int, tuple[weakref.ref[Tensor], frozenset[Event]]]()
 
-    @property
-    def hides(self) -> bool:
-        """Whether attention is changed."""
-        return self._hide is not None
-
     def attach(self, root: nn.Module, hooks: ExitStack) -> None:
         """Watch the modules, which are ``root`` or in it, until ``hooks`` closes."""
         hooks.callback(self.clear)
@@ -286,7 +281,7 @@ def _keep_fast_paths() -> Iterator[None]:
             return original(args)
         stack = _pop_all()
         try:
-            _push([mode for mode in stack if not isinstance(mode, Watch) or mode.hides])
+            _push([mode for mode in stack if not isinstance(mode, Watch) or mode._hide is not None])
             return original(args)
         finally:
             _pop_all()
