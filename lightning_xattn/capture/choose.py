@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from lightning_xattn.attention import Direction
 from lightning_xattn.capture.given import NAME_IT
-from lightning_xattn.capture.layout import Axes, Tokens, arguments_of, token_inputs
+from lightning_xattn.capture.layout import Axes, Tokens, arguments_of, candidates_of, describe_event, token_inputs
 from lightning_xattn.capture.locate import common_parent, describe_idle, layers_by_name, with_unique_names
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.memory import are_same
 from lightning_xattn.capture.readers import Event, Want
 from lightning_xattn.capture.sources import Layer, Source
-from lightning_xattn.capture.tap import Tap, candidates_of, describe_event, key_of
+from lightning_xattn.capture.tap import Tap, key_of
 from lightning_xattn.capture.watch import Run
 from lightning_xattn.capture.wrappers import plain_path
 from lightning_xattn.errors import DiscoveryError, ShapeError

@@ -1,4 +1,4 @@
-"""What the axes of an attention are, as far as the tokens show that its module got."""
+"""What is attention to tokens and what its axes are, as far as the tokens show that its module got."""
 
 from __future__ import annotations
 
@@ -26,12 +26,9 @@ def tensors_in(output: Any, item: Item = ()) -> Iterator[tuple[Item, Tensor]]:
     if isinstance(output, Tensor):
         if has_address(output):
             yield item, output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
+    elif isinstance(output, (Mapping, tuple, list)):
+        for key, value in output.items() if isinstance(output, Mapping) else enumerate(output):
             yield from tensors_in(value, (*item, key))
-    elif isinstance(output, (tuple, list)):
-        for i, value in enumerate(output):
-            yield from tensors_in(value, (*item, i))
 
 
 def token_inputs(run: Run, shape: Sequence[int]) -> list[Tensor]:
@@ -100,6 +97,36 @@ class Tokens:
     def are_asked_by(self, shape: Sequence[int]) -> bool:
         """Whether the last two axes are numbers of tokens, as those of attention are."""
         return {*shape[-2:]} <= {*self.counts, *self.elsewhere}
+
+
+def candidates_of(run: Run, across: bool) -> list[Event]:
+    """Those of the softmaxes and kernels in a run that may be attention to tokens.
+
+    ``across``: attention from one sequence to another is meant, so what surely attends within one is left out, unless
+    there is no other.
+    """
+    tokens = {event.shape: Tokens.of(run, event.shape) for event in run.events}
+    found = [
+        event for event in run.events if tokens[event.shape].are_asked_by(event.shape) or event.over_keys
+    ] or [  # with queries of the module's own
+        event
+        for event in run.events
+        if event.shape[-1] in tokens[event.shape].counts and event.shape[-2] > 1 and event.problem is None
+    ]
+    return [event for event in found if not (across and event.within)] or found
+
+
+def describe_event(event: Event, run: Run) -> str:
+    """The shape of an attention, and which tokens ask which, as far as numbers of tokens tell."""
+    queries, keys = event.shape[-2], event.shape[-1] - event.extra_keys
+    who = f"{queries} queries{_whose(queries, run)} ask {keys} keys{_whose(keys, run)}"
+    return f"{event.shape}: {who}" + (f" (cannot be read: {event.problem})" if event.problem else "")
+
+
+def _whose(count: int, run: Run) -> str:
+    """The argument with so many tokens, if it is one."""
+    found = {t.data_ptr(): name for name, t in reversed(arguments_of(run)) if t.dim() == 3 and t.shape[1] == count}
+    return f" ({found.popitem()[1]})" if len(found) == 1 else ""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import combinations, takewhile, zip_longest
 
+import torch
 from torch import nn
 
 from lightning_xattn.attention import Direction
@@ -41,16 +42,26 @@ def locate_attention(root: nn.Module, attention: AttentionSetting | None = None)
     Raises
     ------
     DiscoveryError
-        If a path names no module, or one that cannot be watched; the message lists every attention module there is.
+        If a path names no module, or one that cannot be watched, as TorchScript cannot; the message lists every
+        attention module there is.
     SettingError
         If ``attention`` is malformed.
     """
+    if isinstance(root, torch.jit.ScriptModule):
+        raise _is_script(type(root).__name__)
     if attention is None:
         return tuple(layers_by_name(root, _multihead_paths(root)))
     check_attention(attention)
     if isinstance(attention, JointSequence):
         return tuple(_joint_layers(root, attention))
     return tuple(_named_layers(root, attention))
+
+
+def _is_script(what: str) -> DiscoveryError:
+    return DiscoveryError(
+        f"{what} is TorchScript, and hooks cannot see into it. Record the module that was scripted, before "
+        "torch.jit.script or torch.jit.trace."
+    )
 
 
 def describe_attention(root: nn.Module) -> str:
@@ -100,10 +111,9 @@ def _joint_layers(root: nn.Module, joint: JointSequence) -> list[Layer]:
     layers = []
     for path in joint.paths:
         for source in _expand(root, Source.parse(path), "the joint sequence", joint=True):
-            for first, second in combinations(joint.spans, 2):
-                forward = Direction(first, second), replace(source, joint=joint, block=(first, second))
-                backward = Direction(second, first), replace(source, joint=joint, block=(second, first))
-                layers.append(Layer(plain_path(root, source.path), forward, backward))
+            whole, name = replace(source, joint=joint), plain_path(root, source.path)
+            for direction in (Direction(*modalities) for modalities in combinations(joint.spans, 2)):
+                layers.append(Layer(name, (direction, whole), (direction.opposite, whole)))
     return with_unique_names(layers)
 
 
@@ -118,10 +128,7 @@ def _expand(root: nn.Module, source: Source, what: str, *, joint: bool = False) 
         near_ones = f" Did you mean {' or '.join(repr(path) for path in near)}?" if near else ""
         raise DiscoveryError(f"No module '{source.path}' for {what}.{near_ones} {describe_attention(root)}")
     if any(path == script or path.startswith(f"{script}.") for script in scripted_modules(root)):
-        raise DiscoveryError(
-            f"Module '{source.path}' for {what} is TorchScript, and hooks cannot see into it. Record the module that "
-            "was scripted, before torch.jit.script or torch.jit.trace."
-        )
+        raise _is_script(f"Module '{source.path}' for {what}")
     if source.item and type(root.get_submodule(path)).forward is nn.MultiheadAttention.forward:
         raise DiscoveryError(
             f"'{source}' for {what} is an item of an nn.MultiheadAttention, whose weights are recorded by themselves: "

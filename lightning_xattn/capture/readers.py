@@ -25,7 +25,7 @@ from lightning_xattn.capture.masks import (
     is_visible,
     seen_by_softmax,
 )
-from lightning_xattn.capture.memory import Address, are_same, has_address, version_of
+from lightning_xattn.capture.memory import Address, are_same, has_address
 
 
 class Want(Enum):
@@ -58,8 +58,7 @@ class Event:
     recorded: RecordedWeights | None = None
     """The weights and masks with the axes of ``shape``; None of what is not wanted, or cannot be read."""
     result: Address | None = None
-    version: int | None = None
-    """Where the function put the weights, and how often that was changed in place; None if it put them nowhere."""
+    """Where the function put the weights; None if it put them nowhere."""
     folded: dict[bool, int] = field(default_factory=dict)
     """How many heads were seen to be folded into its rows: True of heads before the samples, False behind them."""
     reached_by: frozenset[Event] = frozenset()
@@ -75,10 +74,6 @@ class Event:
     def gave(self, tensor: Tensor) -> bool:
         """Whether the function put its weights into this tensor (dropout that drops nothing passes them on)."""
         return self.result is not None and self.result.holds(tensor)
-
-    def gave_unchanged(self, tensor: Tensor) -> bool:
-        """Whether this is what the function gave, and nothing has changed it in place."""
-        return self.gave(tensor) and self.version is not None and self.version == version_of(tensor)
 
 
 Read = Callable[[], RecordedWeights]

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -68,11 +67,6 @@ class AttentionRecorder:
 
     def __init__(self, model: nn.Module, attention: AttentionSetting | None = None) -> None:
         self._model = model
-        if isinstance(model, torch.jit.ScriptModule):
-            raise DiscoveryError(
-                f"{type(model).__name__} is TorchScript, and hooks cannot see into it. Record the module that was "
-                "scripted, before torch.jit.script or torch.jit.trace."
-            )
         self.layers: tuple[Layer, ...] = locate_attention(model, attention)
         self.output: Any = None
         self.batch: Any = None
@@ -120,9 +114,17 @@ class AttentionRecorder:
     def _hook(self) -> None:
         if self._survey is not None:  # later steps go through no more of the model than they record
             require_one_replica(self._model)
+            if compiled := compiled_modules(self._model):
+                self._tell(
+                    f"{', '.join(compiled)} is compiled, where attention cannot be seen: it runs without compilation "
+                    "while it is recorded, so its outputs may differ in the last bits and take longer. Record fewer "
+                    "epochs or batches (every_n_epochs, every_n_batches) if that is too slow."
+                )
         # Hooks set before a failure half way leave with this stack; only a complete set is kept.
         with ExitStack() as hooks:
-            self._run_uncompiled(hooks)
+            # Without it nothing is compiled. Of functions it cannot be told whether they are, and its import is slow.
+            if "torch._dynamo" in sys.modules:
+                hooks.enter_context(run_uncompiled())
             self._of_module = self._make_taps()
             if self._survey is not None:
                 everything = {module: path for path, module in self._model.named_modules()}
@@ -139,14 +141,12 @@ class AttentionRecorder:
     def _make_taps(self) -> dict[nn.Module, list[Tap]]:
         """The taps of each module, new ones where there are none yet."""
         of_module: dict[nn.Module, list[Tap]] = defaultdict(list)
-        together = defaultdict(list)
-        for _, direction, source in self._sources():
-            together[source.path].append(direction)
         for layer, direction, source in self._sources():
             key = layer.name, direction
             if key not in self._taps:
+                siblings = [sibling for _, sibling, other in self._sources() if other.path == source.path]
                 alone = layer.backward is None and source.joint is None
-                self._taps[key] = Tap(direction, source, together[source.path], alone)
+                self._taps[key] = Tap(direction, source, siblings, alone)
             if source.read is None:
                 of_module[self._module(source.path)].append(self._taps[key])
         return of_module
@@ -188,18 +188,6 @@ class AttentionRecorder:
         self._counts[run.path] += len(run.events)
         if self._survey is not None:
             self._survey.note(run, output)
-
-    def _run_uncompiled(self, hooks: ExitStack) -> None:
-        # Without it nothing is compiled. Of functions it cannot be told whether they are, and it takes long to import.
-        if "torch._dynamo" in sys.modules:
-            hooks.enter_context(run_uncompiled())
-        compiled = compiled_modules(self._model) if self._survey is not None else []
-        if compiled:
-            self._tell(
-                f"{', '.join(compiled)} is compiled, where attention cannot be seen: it runs without compilation while "
-                "it is recorded, so its outputs may differ in the last bits and take longer. Record fewer epochs or "
-                "batches (every_n_epochs, every_n_batches) if that is too slow."
-            )
 
     def _keep_output(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.output is None:
@@ -263,7 +251,7 @@ class AttentionRecorder:
         kept = [one.recorded for one in shown if one is not None and one.recorded is not None]
         if len(kept) == len(shown):
             for tap, recorded in zip(self._taps.values(), kept, strict=True):
-                tap.keep(recorded)
+                tap.kept = recorded
         else:
             self.is_waiting = True
             self._tell(
@@ -323,11 +311,7 @@ class AttentionRecorder:
 
     def _pair(self, layer: Layer, recorded: list[RecordedWeights]) -> AttentionPair:
         """A token that is padding as a key of one direction is padding as a query of the other."""
-        masks = (
-            [recorded[1].token_mask, recorded[0].token_mask]
-            if len(recorded) == 2
-            else [self._padded(layer, recorded[0])]
-        )
+        masks = [one.token_mask for one in reversed(recorded)] if layer.backward else [self._padded(layer, recorded[0])]
         attentions = [
             Attention(
                 direction,
@@ -346,8 +330,7 @@ class AttentionRecorder:
     def _padded(self, layer: Layer, recorded: RecordedWeights) -> Tensor | None:
         """Which queries of a direction without an opposite are real, as far as anything says it."""
         supplier = self._taps[layer.name, layer.forward[0]].padding
-        mask = None if supplier is None else self._padding.get(supplier)
-        if mask is None or supplier is None:
+        if supplier is None or (mask := self._padding.get(supplier)) is None:
             return recorded.query_mask
         missing = recorded.weights.shape[2] - mask.shape[1]
         # torch packs sequences, and cuts off what is padding in all of them.

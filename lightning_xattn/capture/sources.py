@@ -35,8 +35,7 @@ class Source:
     turns: int = 1
     """The module runs ``turns`` times in a step, for one direction after the other; for this one in number ``turn``."""
     joint: JointSequence | None = None
-    block: tuple[str, str] = ("", "")
-    """A joint sequence, and whose queries and keys in it make the direction."""
+    """The sequence in which the direction is a block."""
     read: ReadAttention | None = None
     """The callable."""
 
@@ -107,19 +106,19 @@ def check_attention(attention: AttentionSetting) -> None:
         for path in attention.paths:
             Source.parse(path)
         return
-    entries = list(attention.items()) if isinstance(attention, Mapping) else []
-    several = [as_names(value) for _, value in entries]
-    known = all(isinstance(name, str) or callable(name) for names in several for name in names)
-    if not entries or not all(several) or not known:
+    entries = attention if isinstance(attention, Mapping) else {}
+    named = {direction: as_names(value) for direction, value in entries.items()}
+    known = all(isinstance(name, str) or callable(name) for names in named.values() for name in names)
+    if not named or not all(named.values()) or not known:
         raise SettingError(
             "attention must map directions to module paths, e.g. {'eeg_to_spec': 'model.fusion.a', 'spec_to_eeg': "
             "'model.fusion.b'}, to lists of paths for several layers, or to callables; or be a JointSequence; got "
             f"{attention!r}."
         )
-    sources = {Direction.parse(name): names for (name, _), names in zip(entries, several, strict=True)}
+    sources = {Direction.parse(name): names for name, names in named.items()}
     for direction, there in sources.items():
-        for named in there:
-            Source.parse(named)
+        for name in there:
+            Source.parse(name)
         if len(set(there)) < len(there):
             raise SettingError(f"attention names a module twice for {direction}: {list(there)!r}.")
         back = sources.get(direction.opposite, there)

@@ -20,7 +20,16 @@ from lightning_xattn.capture.given import (
     zeros_hide,
 )
 from lightning_xattn.capture.joint import cut_direction, gaps_between
-from lightning_xattn.capture.layout import Axes, Item, Tokens, arguments_of, axes_of, tensors_in
+from lightning_xattn.capture.layout import (
+    Axes,
+    Item,
+    Tokens,
+    arguments_of,
+    axes_of,
+    candidates_of,
+    describe_event,
+    tensors_in,
+)
 from lightning_xattn.capture.masks import RecordedWeights, seen_by_both
 from lightning_xattn.capture.memory import Address
 from lightning_xattn.capture.readers import Event
@@ -53,10 +62,11 @@ class Tap:
         self.padding: tuple[str, int] | None = None
         # How rows are split into samples and heads, by what was looked at.
         self.axes: dict[Item | str, Axes] = {}
-        # Of this step: what the runs gave, and how many attentions they computed; or what a first step has kept.
+        # What a first step has kept, before it was known that it is meant.
+        self.kept: RecordedWeights | None = None
+        # Of this step: what the runs gave, and how many attentions they computed.
         self._found: list[RecordedWeights] = []
         self._count = self._runs = 0
-        self._kept: RecordedWeights | None = None
         # What has been looked at, in training and in eval mode, and whether zeros are a mask, as was seen then.
         self._looked_at: set[tuple[Item | str, bool]] = set()
         self._zeros_hide = False
@@ -75,11 +85,7 @@ class Tap:
 
     def clear(self) -> None:
         """Begin a new step."""
-        self._found, self._count, self._runs, self._kept = [], 0, 0, None
-
-    def keep(self, recorded: RecordedWeights) -> None:
-        """Take what a first step has kept, before it was known that it is meant."""
-        self._kept = recorded
+        self._found, self._count, self._runs, self.kept = [], 0, 0, None
 
     def wants(self, number: int) -> bool:
         """Whether the attention with this number, from 1 on, of those of a run that has begun may be taken."""
@@ -107,13 +113,7 @@ class Tap:
             self._found.append(replace(found, query_mask=self._own_query_mask(run, found)) if self.is_alone else found)
 
     def find(self, run: Run, output: Any) -> RecordedWeights | None:
-        """The attention of a run; None if it has none.
-
-        Raises
-        ------
-        DiscoveryError, ShapeError
-            As ``take``.
-        """
+        """The attention of a run; None if it has none. It raises what ``take`` does, also of a later run."""
         if self.source.call is not None:
             place = self.source.call - 1 - self._count
             return self._computed(run, place) if 0 <= place < len(run.events) else None
@@ -157,10 +157,11 @@ class Tap:
 
     def _computed(self, run: Run, place: int, beside: Mapping[Item, Tensor] | None = None) -> RecordedWeights:
         """One of the attentions of a run; ``beside``: what is returned beside it, if nothing said that it is meant."""
-        event, used = run.events[place], run.events[place].used
-        what, recorded = key_of(event, place), event.recorded
-        first = (what, run.module.training) not in self._looked_at
-        if recorded is not None and used is not None and not run.module.training and not event.gave_unchanged(used):
+        event, training = run.events[place], run.module.training
+        what, recorded, used = key_of(event, place), event.recorded, event.used
+        first = (what, training) not in self._looked_at
+        as_given = event.result is not None and used is not None and event.result.holds_unchanged(used)
+        if recorded is not None and used is not None and not training and not as_given:
             recorded = self._as_used(recorded, used, run, first)
         recorded = self.unfolded(recorded, event, run)
         if recorded is None:
@@ -174,7 +175,7 @@ class Tap:
                     raise DiscoveryError(self._not_clear(run, beside))
         if first and recorded.one_head:
             self.remarks.append(one_head(run.path))
-        self._looked_at.add((what, run.module.training))
+        self._looked_at.add((what, training))
         return replace(recorded, within=event.within)
 
     def _returned(self, item: Item, output: Any, run: Run) -> RecordedWeights | None:
@@ -246,8 +247,8 @@ class Tap:
             If it is no attention across, or not as often as is named, or does not fit its spans.
         """
         source, found = self.source, self._found
-        if self._kept is not None:
-            return self._kept
+        if self.kept is not None:
+            return self.kept
         if source.call is not None and self._runs and not found and not self.has_run:
             raise DiscoveryError(
                 f"No '{source}': '{source.path}' computes {self._count} attention(s) in a step. {NAME_IT}"
@@ -284,6 +285,7 @@ class Tap:
         """The direction within a joint sequence; None of one that is too short, if an earlier one was not."""
         joint, name, length = self.source.joint, self.source.path, whole.weights.shape[2]
         assert joint is not None
+        assert self.direction is not None
         places = joint.slices(batch)
         if whole.cropped and joint.counts_from_the_end:
             raise DiscoveryError(
@@ -299,9 +301,8 @@ class Tap:
                 f"The sequence of '{name}' has {length} tokens, and had {self._length} before, but the spans of the "
                 f"JointSequence do not move with it: {dict(joint.spans)}. {remedy} with any length."
             )
-        query, key = self.source.block
         try:
-            cut = cut_direction(whole, places[query], places[key], name)
+            cut = cut_direction(whole, places[self.direction.query], places[self.direction.key], name)
         except ShapeError as error:
             if not self._has_given:
                 raise
@@ -417,36 +418,6 @@ def key_of(event: Event, place: int) -> str:
 def _unreadable(event: Event, run: Run) -> DiscoveryError:
     by = f"The attention of '{run.path}', {event.shape} by {event.by}"
     return DiscoveryError(f"{by}, cannot be read: {event.problem}. {NAME_IT}")
-
-
-def candidates_of(run: Run, across: bool) -> list[Event]:
-    """Those of the softmaxes and kernels in a run that may be attention to tokens.
-
-    ``across``: attention from one sequence to another is meant, so what surely attends within one is left out, unless
-    there is no other.
-    """
-    tokens = {event.shape: Tokens.of(run, event.shape) for event in run.events}
-    found = [
-        event for event in run.events if tokens[event.shape].are_asked_by(event.shape) or event.over_keys
-    ] or [  # with queries of the module's own
-        event
-        for event in run.events
-        if event.shape[-1] in tokens[event.shape].counts and event.shape[-2] > 1 and event.problem is None
-    ]
-    return [event for event in found if not (across and event.within)] or found
-
-
-def describe_event(event: Event, run: Run) -> str:
-    """The shape of an attention, and which tokens ask which, as far as numbers of tokens tell."""
-    queries, keys = event.shape[-2], event.shape[-1] - event.extra_keys
-    who = f"{queries} queries{_whose(queries, run)} ask {keys} keys{_whose(keys, run)}"
-    return f"{event.shape}: {who}" + (f" (cannot be read: {event.problem})" if event.problem else "")
-
-
-def _whose(count: int, run: Run) -> str:
-    """The argument with so many tokens, if it is one."""
-    found = {t.data_ptr(): name for name, t in reversed(arguments_of(run)) if t.dim() == 3 and t.shape[1] == count}
-    return f" ({found.popitem()[1]})" if len(found) == 1 else ""
 
 
 def describe_returned(path: str, tensors: Mapping[Item, Tensor]) -> str:

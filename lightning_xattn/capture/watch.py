@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
-from lightning_xattn.capture.memory import Address, has_address, version_of
+from lightning_xattn.capture.memory import Address, has_address
 from lightning_xattn.capture.readers import Event, Read, Want, reader_of
 from lightning_xattn.capture.wrappers import Shared, runs_for_backward
 
@@ -71,18 +71,10 @@ class Run:
 class Watch(TorchFunctionMode):
     """Sees every attention that is computed while certain modules run; the results stay what they are bit for bit.
 
-    Parameters
-    ----------
-    modules
-        The modules while which the mode is on, with their paths: the operations of others are not looked at.
-    want
-        What is to be recorded of an attention that is about to be computed.
-    leave
-        Called when a run ends without an error, with what the module returned.
-    hide
-        Hides keys before an attention is computed. torch's fast paths are then off.
-    follows
-        Whether to follow which attention reaches which.
+    The mode is on while one of ``modules`` (with their paths) runs; the operations of others are not looked at.
+    ``want`` says what is to be recorded of an attention that is about to be computed. ``leave`` is called when a run
+    ends without an error, with what the module returned. ``hide`` hides keys before an attention is computed; torch's
+    fast paths are then off. A watch that ``follows`` notes which attention reaches which.
     """
 
     def __init__(
@@ -214,7 +206,7 @@ class Watch(TorchFunctionMode):
         """See ``Watcher``."""
         self._runs[-1].events.append(event)
         if given is not None and has_address(given):
-            event.result, event.version = Address.of(given), version_of(given)
+            event.result = Address.of(given)
             self._made[id(given)] = weakref.ref(given), event
         if read is not None and event.want is not Want.NOTHING:
             rounds = torch.is_autocast_enabled(event.device.type)
