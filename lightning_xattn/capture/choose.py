@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from lightning_xattn.attention import Direction
 from lightning_xattn.capture.given import NAME_IT
-from lightning_xattn.capture.layout import Axes, Tokens, arguments_of, axes_of, token_inputs
+from lightning_xattn.capture.layout import Axes, Tokens, arguments_of, candidates_of, describe_event, token_inputs
 from lightning_xattn.capture.locate import common_parent, describe_idle, layers_by_name, with_unique_names
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.memory import are_same
 from lightning_xattn.capture.readers import Event, Want
 from lightning_xattn.capture.sources import Layer, Source
-from lightning_xattn.capture.tap import Tap, candidates_of, describe_event, key_of
-from lightning_xattn.capture.watch import Run, Watch
+from lightning_xattn.capture.tap import Tap, key_of
+from lightning_xattn.capture.watch import Run
 from lightning_xattn.capture.wrappers import plain_path
 from lightning_xattn.errors import DiscoveryError, ShapeError
 
@@ -46,12 +46,12 @@ class Found:
     """Its weights ``(batch, heads, queries, keys)`` and masks; None if they were not kept."""
     padding: Tensor | None
     """``(batch, tokens)`` of self-attention whose masks tell it, True for a real token."""
+    key: str
+    """What it is called from run to run, see ``key_of``."""
     axes: Axes | None
     """How its rows are split into samples and heads; None where that is known, or in doubt."""
     alone: bool
     """Whether the module's path names it, as there is no other in its run."""
-    key: str
-    """What it is called from run to run, see ``key_of``."""
     cropped: bool
     """Whether padding may have been cut off."""
     mixed: bool
@@ -87,24 +87,13 @@ class Found:
 
 @dataclass(eq=False)
 class Survey:
-    """What a first step shows of a model.
-
-    Parameters
-    ----------
-    root
-        The model.
-
-    Attributes
-    ----------
-    found
-        All attention to tokens.
-    named
-        Numbers of tokens by what they are called: arguments of modules, and modules that attend within a sequence.
-    """
+    """What a first step shows of a model."""
 
     root: nn.Module
     found: list[Found] = field(default_factory=list)
+    """All attention to tokens."""
     named: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """Numbers of tokens by what they are called: arguments of modules, and modules that attend within a sequence."""
     _owned: set[Event] = field(default_factory=set)
     _counts: Counter[str] = field(default_factory=Counter)
     _budget: int = field(default_factory=lambda: BUDGET)
@@ -118,74 +107,61 @@ class Survey:
             return Want.WEIGHTS
         return Want.MASKS if size <= BUDGET else Want.NOTHING
 
-    def note(self, run: Run, output: Any, watch: Watch) -> None:
+    def note(self, run: Run, output: Any) -> None:
         """Note what a run computed that ends now."""
         for name, tensor in arguments_of(run):
             if tensor.is_floating_point() and tensor.dim() == 3:
                 self.named[name.lower()].add(tensor.shape[1])
         before = self._counts[run.path]
         self._counts[run.path] += len(run.events)
-        mine = [event for event in run.events if event not in self._owned]
-        if run.outer is not None:
-            mine = [event for event in mine if token_inputs(run, event.shape)]
+        mine = [
+            event
+            for event in run.events
+            if event not in self._owned and (run.outer is None or token_inputs(run, event.shape))
+        ]
         self._owned |= set(mine)
         mine = [event for event in candidates_of(run, across=False) if event in mine]
         across = candidates_of(run, across=True)
         for event in mine:
+            tap, recorded, doubt = Tap(None, Source(run.path)), None, None
             place = run.events.index(event)
-            axes = axes_of(event.shape, run, event) if event.tokens is None and event.problem is None else None
-            recorded, doubt = self._read(event, axes, run, output, watch, alone=len(mine) == 1)
+            key = key_of(event, place)
+            try:
+                recorded = tap.unfolded(event.recorded, event, run)
+                if event.want is Want.WEIGHTS and len(mine) == 1:
+                    recorded = tap.find(run, output)
+            except (DiscoveryError, ShapeError) as error:
+                recorded, doubt = None, str(error).removesuffix(f". {NAME_IT}")
             mixed = not event.within if event.tokens is not None else Tokens.of(run, event.shape).kinds > 1
-            padding = None if recorded is None or mixed else recorded.padding_of_its_own
-            cropped = event.recorded is not None and event.recorded.cropped
-            if event.want is Want.MASKS:  # a first step of a large model holds little
-                recorded = event.recorded = None
-            self.found.append(
-                Found(
-                    path=run.path,
-                    number=before + place + 1,
-                    turn=run.turn,
-                    event=event,
-                    recorded=recorded,
-                    padding=padding,
-                    axes=None if isinstance(axes, str) else axes,
-                    alone=across == [event],
-                    key=key_of(event, place),
-                    cropped=cropped,
-                    mixed=mixed,
-                    who=describe_event(event, run),
-                    doubt=doubt,
-                )
+            found = Found(
+                path=run.path,
+                number=before + place + 1,
+                turn=run.turn,
+                event=event,
+                # A first step of a large model holds little.
+                recorded=recorded if event.want is Want.WEIGHTS else None,
+                padding=None if recorded is None or mixed else recorded.padding_of_its_own,
+                key=key,
+                axes=tap.axes.get(key),
+                alone=across == [event],
+                cropped=event.recorded is not None and event.recorded.cropped,
+                mixed=mixed,
+                who=describe_event(event, run),
+                doubt=doubt,
             )
+            self.found.append(found)
+            if event.want is Want.MASKS:
+                event.recorded = None
             event.used, event.tokens = None, event.tokens if mixed else None
             if event.within or not mixed:
                 self.named[run.path.lower()].add(event.shape[-2])
 
-    def _read(
-        self, event: Event, axes: Axes | str | None, run: Run, output: Any, watch: Watch, alone: bool
-    ) -> tuple[RecordedWeights | None, str | None]:
-        """An attention, and why it is in doubt."""
-        if event.problem is not None:
-            return None, f"The attention of '{run.path}', {event.shape}, cannot be read: {event.problem}"
-        if isinstance(axes, str):
-            return None, (
-                f"The attention of '{run.path}', {event.shape}, is in doubt: {axes}. Expected (batch, heads, queries, "
-                "keys)"
-            )
-        if event.want is Want.WEIGHTS and alone:
-            try:
-                return Tap(None, Source(run.path)).find(run, output, watch), None
-            except (DiscoveryError, ShapeError) as error:
-                return None, str(error).removesuffix(f". {NAME_IT}")
-        return event.recorded if axes is None or event.recorded is None else axes.apply(event.recorded), None
-
     def source(self, found: Found) -> Source:
         """What to name to get this attention."""
-        of_module = [other for other in self.found if other.path == found.path]
-        turns = 1 + max(other.turn for other in of_module)
-        if found.path and found.alone:
-            return Source(found.path, turn=found.turn, turns=turns)
-        return Source(found.path, found.number)
+        if not found.path or not found.alone:
+            return Source(found.path, found.number)
+        turns = 1 + max(other.turn for other in self.found if other.path == found.path)
+        return Source(found.path, turn=found.turn, turns=turns)
 
     def name(self, found: Found) -> str:
         """The same as a user would write it."""
@@ -238,9 +214,8 @@ def _taken(survey: Survey, source: Source) -> list[Found]:
         or [found for found in survey.found if found.path.startswith(inside)]
         or [found for found in around if source.path.startswith(f"{found.path}.")]
     )
-    if source.call is not None:
-        return [found for found in of_module if found.number == source.call]
-    return [found for found in of_module if found.turn == source.turn]
+    by_turn = source.call is None
+    return [one for one in of_module if (one.turn == source.turn if by_turn else one.number == source.call)]
 
 
 def shown_of(survey: Survey, source: Source) -> Found | None:
@@ -263,12 +238,7 @@ def _by_name(survey: Survey, crossing: Sequence[Found]) -> list[Layer]:
         raise DiscoveryError(survey.say(f"Module '{source.path}' does not show which attention is meant"))
 
     return [
-        Layer(
-            layer.name,
-            (layer.forward[0], numbered(layer.forward[1])),
-            None if layer.backward is None else (layer.backward[0], numbered(layer.backward[1])),
-        )
-        for layer in layers
+        Layer(layer.name, *((direction, numbered(source)) for direction, source in layer.sources)) for layer in layers
     ]
 
 
@@ -285,7 +255,10 @@ def _pair(survey: Survey, across: Sequence[Found]) -> list[Layer]:
     equal = [group for group in groups.values() if group[0].tokens[0] == group[0].tokens[1]]
     if len(equal) > 1:
         raise DiscoveryError(survey.say("Which tokens are of one modality cannot be seen"))
-    letters = _name_sides(found for group in groups.values() for found in group)
+    # A letter for each number of tokens, in the order in which they ask.
+    across = [found for group in groups.values() for found in group]
+    asking = dict.fromkeys(count for found in across for count in found.tokens if found.sides == found.tokens)
+    letters = {count: chr(ord("a") + i) for i, count in enumerate(asking)}
     layers: list[Layer] = []
     for group in groups.values():
         there = [found for found in group if found.sides == group[0].sides]
@@ -306,13 +279,10 @@ def _pair(survey: Survey, across: Sequence[Found]) -> list[Layer]:
 
 def _in_order(there: Sequence[Found], back: Sequence[Found]) -> bool:
     """Whether attention of one direction and of the other goes together in the order in which it ran."""
+    pairs = list(zip(there, back, strict=False))
     if back and len(there) != len(back):
         return False
-    if any(
-        found.mirrors(other) and not found.mirrors(opposite)
-        for found, opposite in zip(there, back, strict=False)
-        for other in back
-    ):
+    if any(found.mirrors(other) and not found.mirrors(opposite) for found, opposite in pairs for other in back):
         return False
     numbers = [tuple(re.findall(r"\d+", found.path)) for found in there]
     opposites = [tuple(re.findall(r"\d+", found.path)) for found in back]
@@ -323,12 +293,6 @@ def _in_order(there: Sequence[Found], back: Sequence[Found]) -> bool:
     # A number is that of the layer; or it tells the directions apart, if it is one in each.
     here, opposite = list(zip(*numbers, strict=True)), list(zip(*opposites, strict=True))
     return all(a == b or len(set(a)) == len(set(b)) == 1 for a, b in zip(here, opposite, strict=False))
-
-
-def _name_sides(across: Iterable[Found]) -> dict[int, str]:
-    """A letter for each number of tokens, in the order in which they ask."""
-    counts = dict.fromkeys(count for found in across for count in found.tokens if found.sides == found.tokens)
-    return {count: chr(ord("a") + i) for i, count in enumerate(counts)}
 
 
 def turned_round(survey: Survey, layers: Iterable[Layer]) -> dict[str, str]:
@@ -378,9 +342,6 @@ def padding_source(survey: Survey, source: Source) -> Found | None:
     ]
     near = [len(common_parent(one.path, shown.path)) for one in within]
     nearest = [one for one, distance in zip(within, near, strict=True) if distance == max(near)]
-    alike = nearest and all(_equal(one.padding, nearest[0].padding) for one in nearest)
-    return nearest[-1] if alike else None
-
-
-def _equal(mask: Tensor | None, other: Tensor | None) -> bool:
-    return (mask is None and other is None) or (mask is not None and other is not None and mask.equal(other))
+    masks = [one.padding for one in nearest if one.padding is not None]
+    alike = len(masks) in (0, len(nearest)) and all(mask.equal(masks[0]) for mask in masks)
+    return nearest[-1] if nearest and alike else None

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.attention import row_sum_tolerance
-from lightning_xattn.capture.masks import RecordedWeights, apart_from_padding, keys_with_weight, zeros_are_a_mask
+from lightning_xattn.capture.masks import (
+    RecordedWeights,
+    apart_from_padding,
+    keys_with_weight,
+    seen_by_both,
+    zeros_are_a_mask,
+)
 from lightning_xattn.errors import ShapeError
 
 NAME_IT = (
@@ -71,17 +77,10 @@ def zeros_hide(weights: Tensor, who: str, tell: Callable[[str], None]) -> bool:
 
 
 def from_weights(recorded: RecordedWeights, masks: RecordedWeights | None, zeros_are_hidden: bool) -> RecordedWeights:
-    """Weights that were given, with masks.
+    """Weights that were given, with ``masks``: what the softmax gave that they were made of; None if it was not seen.
 
-    Parameters
-    ----------
-    recorded
-        The weights.
-    masks
-        What the softmax gave that they were made of, with its masks; None if that was not seen. Then keys to which a
-        sample gives no weight at all are hidden (not so in float16, which rounds small weights to 0).
-    zeros_are_hidden
-        Whether all weights of exactly 0 are hidden, as ``zeros_hide`` says.
+    Then keys to which a sample gives no weight at all are hidden (not so in float16, which rounds small weights to 0),
+    or, as ``zeros_hide`` says, all weights of exactly 0.
     """
     weights = recorded.weights
     keys = keys_with_weight(weights)
@@ -90,12 +89,10 @@ def from_weights(recorded: RecordedWeights, masks: RecordedWeights | None, zeros
         return apart_from_padding(replace(recorded, visible=visible))
     # A tensor, as a GPU would have to wait for a bool.
     kept = ((weights == masks.weights) | masks.weights.isnan()).all()
-    key_mask = keys[:, 0, 0] | kept
-    key_mask = key_mask if masks.key_mask is None else masks.key_mask & key_mask
+    key_mask = seen_by_both(keys[:, 0, 0] | kept, masks.key_mask)
     # Rows that were set to 0 after the softmax.
     shown = (weights != 0).any(-1, keepdim=True) | (masks.weights == 0).all(-1, keepdim=True)
-    shown = shown.expand(weights.shape)
-    return replace(recorded, key_mask=key_mask, visible=shown if masks.visible is None else masks.visible & shown)
+    return replace(recorded, key_mask=key_mask, visible=seen_by_both(shown.expand_as(weights), masks.visible))
 
 
 def tell_the_same(tensor: Tensor, weights: Tensor) -> bool:
@@ -110,6 +107,5 @@ def tell_the_same(tensor: Tensor, weights: Tensor) -> bool:
 
 def one_head(name: str, average: bool = False) -> str:
     """What a user should know of attention without an axis for heads."""
-    return f"'{name}' has no axis for heads: it is taken as one head, and its first axis as samples." + (
-        " An average over heads has a larger entropy than the heads; record the heads if you can." if average else ""
-    )
+    remedy = " An average over heads has a larger entropy than the heads; record the heads if you can."
+    return f"'{name}' has no axis for heads: it is taken as one head, and its first axis as samples.{remedy * average}"

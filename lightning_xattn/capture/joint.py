@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import pairwise
+from math import inf
 from typing import Any
 
 import torch
@@ -69,16 +70,6 @@ class JointSequence:
         return (self.attention,) if isinstance(self.attention, str) else tuple(self.attention)
 
     @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """Every two of the modalities."""
-        return list(combinations(self.spans, 2))
-
-    @property
-    def is_told_by_the_batch(self) -> bool:
-        """Whether a span is a callable."""
-        return any(callable(span) for span in self.spans.values())
-
-    @property
     def counts_from_the_end(self) -> bool:
         """Whether a span starts or stops a number of tokens before the end."""
         return any(not callable(span) and (span[0] < 0 or (span[1] or 0) < 0) for span in self.spans.values())
@@ -107,24 +98,18 @@ def _check_span(name: str, span: Any) -> Span:
 
 
 def _require_apart(spans: Mapping[str, Span]) -> None:
-    end: int | None = None
-    for i, (name, (start, stop)) in enumerate(sorted(spans.items(), key=lambda item: item[1][0])):
-        if (i and (end is None or start < end)) or not (stop is None or stop > start):
+    end: float = -inf
+    for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1][0]):
+        before, end = end, inf if stop is None else stop
+        if start < before or end <= start:
             raise SettingError(
                 f"The spans of a JointSequence must hold tokens and not overlap; that of '{name}' does not: "
                 f"{dict(spans)}."
             )
-        end = stop
 
 
-def resolve_spans(slices: Mapping[str, slice], attention: RecordedWeights, name: str) -> dict[str, slice]:
-    """The places in this sequence, all from its start.
-
-    Raises
-    ------
-    ShapeError
-        If the attention is no self-attention, has fewer tokens than the places, or the places overlap in it.
-    """
+def _from_the_start(slices: Mapping[str, slice], attention: RecordedWeights, name: str) -> dict[str, slice]:
+    """The places in this sequence, all from its start."""
     _, _, queries, keys = attention.weights.shape
     reach = [max(place.stop or 0, place.start + 1, -place.start, -(place.stop or 0)) for place in slices.values()]
     tokens = max(queries, max(reach)) if attention.cropped else queries
@@ -157,34 +142,28 @@ def cut_direction(joint: RecordedWeights, queries: slice, keys: slice, name: str
     Parameters
     ----------
     joint
-        Self-attention ``(batch, heads, tokens, tokens)``.
+        Self-attention ``(batch, heads, tokens, tokens)`` of the module ``name``.
     queries, keys
         The places of the two modalities.
-    name
-        Of the module, for messages.
 
     Raises
     ------
     ShapeError
-        As ``resolve_spans``.
+        If the attention is no self-attention, has fewer tokens than the places, or the places overlap in it.
     """
-    places = resolve_spans({"queries": queries, "keys": keys}, joint, name)
+    places = _from_the_start({"queries": queries, "keys": keys}, joint, name)
     queries, keys = places["queries"], places["keys"]
     if joint.cropped:
         joint = joint.padded_to(max(queries.stop, keys.stop))
-    weights = joint.weights[:, :, queries]
-    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-    # Below this a sum is made of numbers with no precision left.
-    least = joint.weights.shape[3] * torch.finfo(joint.weights.dtype).smallest_normal
-    total = weights.sum(-1)
+    dtype = joint.weights.dtype
+    weights = joint.weights[:, :, queries].to(torch.promote_types(dtype, torch.float32))
     block = weights[..., keys]
     crossing = block.sum(-1)
-    crosses = crossing > least
-
-    key_mask = None if joint.key_mask is None else joint.key_mask[:, keys]
-    sound = (total - 1).abs() <= row_sum_tolerance(joint.weights.dtype)
-    if joint.key_mask is not None:
-        sound = sound & joint.key_mask[:, None, queries]
+    # Below this a sum is made of numbers with no precision left.
+    crosses = crossing > joint.weights.shape[3] * torch.finfo(dtype).smallest_normal
+    key_mask, sound = joint.key_mask, (weights.sum(-1) - 1).abs() <= row_sum_tolerance(dtype)
+    if key_mask is not None:
+        key_mask, sound = key_mask[:, keys], sound & key_mask[:, None, queries]
     visible = crosses[..., None].expand(block.shape)
     if joint.visible is not None:
         visible = visible & joint.visible.expand(joint.weights.shape)[:, :, queries, keys]

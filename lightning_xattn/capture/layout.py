@@ -1,9 +1,10 @@
-"""What the axes of an attention are, as far as the tokens show that its module got."""
+"""What is attention to tokens and what its axes are, as far as the tokens show that its module got."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -25,27 +26,22 @@ def tensors_in(output: Any, item: Item = ()) -> Iterator[tuple[Item, Tensor]]:
     if isinstance(output, Tensor):
         if has_address(output):
             yield item, output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
+    elif isinstance(output, (Mapping, tuple, list)):
+        for key, value in output.items() if isinstance(output, Mapping) else enumerate(output):
             yield from tensors_in(value, (*item, key))
-    elif isinstance(output, (tuple, list)):
-        for i, value in enumerate(output):
-            yield from tensors_in(value, (*item, i))
 
 
 def token_inputs(run: Run, shape: Sequence[int]) -> list[Tensor]:
     """Those of a module's inputs that may be tokens: floating, with three axes or more, and no scores or masks.
 
-    Parameters
-    ----------
-    run
-        The module's run.
-    shape
-        Of its attention, ``(..., queries, keys)``.
+    ``shape`` is that of its attention, ``(..., queries, keys)``.
     """
-    tensors = [value for _, value in tensors_in((run.args, run.kwargs)) if value.is_floating_point()]
     scores = {tuple(shape), (shape[0], *shape[2:]) if shape[1] == 1 else None}
-    tensors = [value for value in tensors if value.dim() > 2 and tuple(value.shape) not in scores]
+    tensors = [
+        value
+        for _, value in tensors_in((run.args, run.kwargs))
+        if value.is_floating_point() and value.dim() > 2 and tuple(value.shape) not in scores
+    ]
     masks = (tuple(shape[-2:]), (1, shape[-1]))
     # Sequences as long and wide as there are queries and keys look like masks, too.
     return [one for one in tensors if one.shape[-2:] not in masks] or [one for one in tensors if one.dim() == 3]
@@ -62,39 +58,25 @@ def arguments_of(run: Run) -> list[tuple[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens among a module's inputs, or among those of the next one around it that got any.
-
-    Attributes
-    ----------
-    batch
-        Number of samples; None where the inputs do not agree.
-    counts
-        Number of tokens of each different sequence.
-    elsewhere
-        What else may be a number of tokens: of images' pixels, and of sequences with a class token or a null key.
-    widths
-        Of the sequences.
-    sequence_first
-        How many samples there are if all sequences are ``(tokens, batch, width)``; None: they are not.
-    kinds
-        Number of different sequences and of images' shapes.
-    """
+    """The tokens among a module's inputs, or among those of the next one around it that got any."""
 
     batch: int | None
+    """Number of samples; None where the inputs do not agree."""
     counts: tuple[int, ...]
+    """Number of tokens of each different sequence."""
     elsewhere: frozenset[int]
+    """What else may be a number of tokens: of images' pixels, and of sequences with a class token or a null key."""
     widths: frozenset[int]
+    """Of the sequences."""
     sequence_first: int | None
+    """How many samples there are if all sequences are ``(tokens, batch, width)``; None: they are not."""
     kinds: int
+    """Number of different sequences and of images' shapes."""
 
     @classmethod
     def of(cls, run: Run, shape: Sequence[int]) -> Tokens:
         """The tokens of a module whose attention has this shape, ``(..., queries, keys)``."""
         tokens = next((found for outer in run.outwards() if (found := token_inputs(outer, shape))), [])
-        return cls._among(tokens, shape[0])
-
-    @classmethod
-    def _among(cls, tokens: Iterable[Tensor], rows: int) -> Tokens:
         sequences = list({value.data_ptr(): value for value in tokens if value.dim() == 3}.values())
         maps = [value.shape for value in tokens if value.dim() > 3]
         batches = {len(value) for value in tokens}
@@ -109,7 +91,7 @@ class Tokens:
             frozenset(n for one in maps for n in (prod(one[2:]), prod(one[1:-1]))) | {n + 1 for n in counts},
             frozenset(value.shape[2] for value in sequences),
             sequence_first,
-            len({value.data_ptr() for value in sequences if len(value) in (batch, rows)}) + len(set(maps)),
+            sum(len(value) in (batch, shape[0]) for value in sequences) + len(set(maps)),
         )
 
     def are_asked_by(self, shape: Sequence[int]) -> bool:
@@ -117,20 +99,44 @@ class Tokens:
         return {*shape[-2:]} <= {*self.counts, *self.elsewhere}
 
 
+def candidates_of(run: Run, across: bool) -> list[Event]:
+    """Those of the softmaxes and kernels in a run that may be attention to tokens.
+
+    ``across``: attention from one sequence to another is meant, so what surely attends within one is left out, unless
+    there is no other.
+    """
+    tokens = {event.shape: Tokens.of(run, event.shape) for event in run.events}
+    found = [
+        event for event in run.events if tokens[event.shape].are_asked_by(event.shape) or event.over_keys
+    ] or [  # with queries of the module's own
+        event
+        for event in run.events
+        if event.shape[-1] in tokens[event.shape].counts and event.shape[-2] > 1 and event.problem is None
+    ]
+    return [event for event in found if not (across and event.within)] or found
+
+
+def describe_event(event: Event, run: Run) -> str:
+    """The shape of an attention, and which tokens ask which, as far as numbers of tokens tell."""
+    queries, keys = event.shape[-2], event.shape[-1] - event.extra_keys
+    who = f"{queries} queries{_whose(queries, run)} ask {keys} keys{_whose(keys, run)}"
+    return f"{event.shape}: {who}" + (f" (cannot be read: {event.problem})" if event.problem else "")
+
+
+def _whose(count: int, run: Run) -> str:
+    """The argument with so many tokens, if it is one."""
+    found = {t.data_ptr(): name for name, t in reversed(arguments_of(run)) if t.dim() == 3 and t.shape[1] == count}
+    return f" ({found.popitem()[1]})" if len(found) == 1 else ""
+
+
 @dataclass(frozen=True)
 class Axes:
-    """How the rows of an attention with three axes are split into samples and heads.
-
-    Attributes
-    ----------
-    heads
-        How many heads are folded into the samples; None: there is no axis for heads, and rows are samples.
-    heads_first
-        Whether the samples lie within a head.
-    """
+    """How the rows of an attention with three axes are split into samples and heads."""
 
     heads: int | None = None
+    """How many heads are folded into the samples; None: there is no axis for heads, and rows are samples."""
     heads_first: bool = False
+    """Whether the samples lie within a head."""
 
     def apply(self, recorded: RecordedWeights) -> RecordedWeights:
         """The attention as ``(batch, heads, queries, keys)``, with padding told apart from other masks.
@@ -140,33 +146,22 @@ class Axes:
         if recorded.weights.dim() == 4:
             return apart_from_padding(recorded)
 
-        def unfold(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or self.heads is None or len(tensor) == 1:
-                return None if tensor is None else tensor[:, None]
+        def unfold(tensor: Tensor) -> Tensor:
+            if self.heads is None or len(tensor) == 1:
+                return tensor[:, None]
             split: Tensor = tensor.unflatten(0, (self.heads, -1) if self.heads_first else (-1, self.heads))
             return split.transpose(0, 1) if self.heads_first else split
 
-        weights = unfold(recorded.weights)
-        assert weights is not None
-        one_head = self.heads is None
-        return apart_from_padding(
-            replace(recorded, weights=weights, visible=unfold(recorded.visible), one_head=one_head)
-        )
+        visible = None if recorded.visible is None else unfold(recorded.visible)
+        unfolded = replace(recorded, weights=unfold(recorded.weights), visible=visible, one_head=self.heads is None)
+        return apart_from_padding(unfolded)
 
 
 def axes_of(shape: Sequence[int], run: Run, event: Event | None = None) -> Axes | str:
     """What the axes of an attention are, or why that is in doubt, as a clause.
 
     Rows of three axes are samples and heads if both were seen to be folded into them, and nothing says otherwise.
-
-    Parameters
-    ----------
-    shape
-        ``(batch, heads, queries, keys)`` or ``(rows, queries, keys)``.
-    run
-        The module's run.
-    event
-        What computed it; None of weights that are returned.
+    ``event`` is what computed it; None of weights that are returned.
     """
     tokens = Tokens.of(run, shape)
     if len(shape) == 4:
@@ -174,11 +169,11 @@ def axes_of(shape: Sequence[int], run: Run, event: Event | None = None) -> Axes 
     rows = shape[0]
     known = [count for count in (tokens.batch, tokens.sequence_first) if count is not None]
     own = head_count(run)
-    inside, first = (None, None) if event is None else (event.heads_inside, event.heads_first)
-    heads = None if inside and first else inside or first
+    folded = {} if event is None else event.folded
+    heads_first, heads = next(iter(folded.items())) if len(folded) == 1 else (False, None)
     said_so = own == heads or (own is None and tokens.are_asked_by(shape))
     if heads and said_so and rows % heads == 0 and rows // heads in known:
-        return Axes(heads, heads_first=first is not None)
+        return Axes(heads, heads_first)
     if not known or rows in known:
         return Axes()
     said = "does not say how many heads it has" if own is None else f"says that it has {own} heads"
@@ -198,12 +193,9 @@ def _doubt(shape: Sequence[int], tokens: Tokens, surely_keys: bool) -> str | Non
             return "it seems to be (heads, batch, queries, keys)"
         if rows % tokens.batch == 0:
             return f"its first axis seems to hold more than the {tokens.batch} samples: heads, windows or frames"
-    if rows == tokens.batch and queries != 1 and queries not in tokens.counts:
-        others = [*tokens.counts]
-        if keys in others:
-            others.remove(keys)
-        if heads in others:
-            return "it seems to be (batch, queries, heads, keys)"
+    others = Counter(tokens.counts) - Counter([keys])
+    if rows == tokens.batch and queries != 1 and queries not in tokens.counts and heads in others:
+        return "it seems to be (batch, queries, heads, keys)"
     if not surely_keys and heads * keys in tokens.widths and keys not in {*tokens.counts, *tokens.elsewhere}:
         return "its last axis seems to be the width of a head, so that it is no attention to tokens"
     return None
@@ -212,10 +204,10 @@ def _doubt(shape: Sequence[int], tokens: Tokens, surely_keys: bool) -> str | Non
 def head_count(run: Run) -> int | None:
     """How many heads a module says that it has, or the one number that modules in it or around it say."""
     for outer in run.outwards():
-        own = _said(outer.module)
-        counts = {own} if own is not None else {_said(inner) for inner in outer.module.modules()} - {None}
-        if counts:
-            return counts.pop() if len(counts) == 1 else None
+        # A module's own word counts before that of those in it.
+        for modules in ((outer.module,), outer.module.modules()):
+            if counts := {_said(module) for module in modules} - {None}:
+                return counts.pop() if len(counts) == 1 else None
     return None
 
 

@@ -7,18 +7,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from itertools import combinations, takewhile, zip_longest
 
+import torch
 from torch import nn
 
 from lightning_xattn.attention import Direction
 from lightning_xattn.capture.joint import JointSequence
-from lightning_xattn.capture.sources import (
-    AttentionSetting,
-    Layer,
-    Source,
-    as_names,
-    check_attention,
-)
+from lightning_xattn.capture.sources import AttentionSetting, Layer, Source, as_names, check_attention
 from lightning_xattn.capture.wrappers import find_module, plain_path, scripted_modules
 from lightning_xattn.errors import DiscoveryError, SettingError
 
@@ -46,16 +42,26 @@ def locate_attention(root: nn.Module, attention: AttentionSetting | None = None)
     Raises
     ------
     DiscoveryError
-        If a path names no module, or one that cannot be watched; the message lists every attention module there is.
+        If a path names no module, or one that cannot be watched, as TorchScript cannot; the message lists every
+        attention module there is.
     SettingError
         If ``attention`` is malformed.
     """
+    if isinstance(root, torch.jit.ScriptModule):
+        raise _is_script(type(root).__name__)
     if attention is None:
         return tuple(layers_by_name(root, _multihead_paths(root)))
     check_attention(attention)
     if isinstance(attention, JointSequence):
         return tuple(_joint_layers(root, attention))
     return tuple(_named_layers(root, attention))
+
+
+def _is_script(what: str) -> DiscoveryError:
+    return DiscoveryError(
+        f"{what} is TorchScript, and hooks cannot see into it. Record the module that was scripted, before "
+        "torch.jit.script or torch.jit.trace."
+    )
 
 
 def describe_attention(root: nn.Module) -> str:
@@ -86,18 +92,17 @@ def _named_layers(root: nn.Module, attention: AttentionSetting) -> list[Layer]:
     }
     _take_turns(root, sources)
     layers = []
-    for direction, there in sources.items():
-        back = sources.get(direction.opposite)
-        if back is not None and direction.opposite in list(sources)[: list(sources).index(direction)]:
-            continue  # already paired, from its other side
+    while sources:
+        direction = next(iter(sources))
+        there, back = sources.pop(direction), sources.pop(direction.opposite, None)
         if back is not None and len(back) != len(there):
             raise DiscoveryError(
                 f"{direction} is computed by {', '.join(map(str, there))} and {direction.opposite} by "
                 f"{', '.join(map(str, back))}; the two must pair up one by one."
             )
-        for i, source in enumerate(there):
-            backward = None if back is None else (direction.opposite, back[i])
-            name = source.path if back is None else common_parent(source.path, back[i].path)
+        for source, opposite in zip_longest(there, back or ()):
+            backward = None if opposite is None else (direction.opposite, opposite)
+            name = common_parent(source.path, (opposite or source).path)
             layers.append(Layer(plain_path(root, name), (direction, source), backward))
     return with_unique_names(layers)
 
@@ -106,10 +111,9 @@ def _joint_layers(root: nn.Module, joint: JointSequence) -> list[Layer]:
     layers = []
     for path in joint.paths:
         for source in _expand(root, Source.parse(path), "the joint sequence", joint=True):
-            for first, second in joint.pairs:
-                forward = Direction(first, second), replace(source, joint=joint, block=(first, second))
-                backward = Direction(second, first), replace(source, joint=joint, block=(second, first))
-                layers.append(Layer(plain_path(root, source.path), forward, backward))
+            whole, name = replace(source, joint=joint), plain_path(root, source.path)
+            for direction in (Direction(*modalities) for modalities in combinations(joint.spans, 2)):
+                layers.append(Layer(name, (direction, whole), (direction.opposite, whole)))
     return with_unique_names(layers)
 
 
@@ -124,16 +128,8 @@ def _expand(root: nn.Module, source: Source, what: str, *, joint: bool = False) 
         near_ones = f" Did you mean {' or '.join(repr(path) for path in near)}?" if near else ""
         raise DiscoveryError(f"No module '{source.path}' for {what}.{near_ones} {describe_attention(root)}")
     if any(path == script or path.startswith(f"{script}.") for script in scripted_modules(root)):
-        raise DiscoveryError(
-            f"Module '{source.path}' for {what} is TorchScript, and hooks cannot see into it. Record the module that "
-            "was scripted, before torch.jit.script or torch.jit.trace."
-        )
-    module = root.get_submodule(path)
-    if (
-        source.item
-        and isinstance(module, nn.MultiheadAttention)
-        and type(module).forward is nn.MultiheadAttention.forward
-    ):
+        raise _is_script(f"Module '{source.path}' for {what}")
+    if source.item and type(root.get_submodule(path)).forward is nn.MultiheadAttention.forward:
         raise DiscoveryError(
             f"'{source}' for {what} is an item of an nn.MultiheadAttention, whose weights are recorded by themselves: "
             f"name '{source.path}' alone."
@@ -149,12 +145,8 @@ def _attention_in(root: nn.Module, path: str, joint: bool) -> list[str]:
     if isinstance(module, nn.TransformerDecoder) or (joint and isinstance(module, nn.TransformerEncoder)):
         return _attention_in(root, f"{path}.layers", joint)
     if isinstance(module, nn.ModuleList):
-        return [
-            inner
-            for i, child in enumerate(module)
-            if child is not None
-            for inner in _attention_in(root, f"{path}.{i}", joint)
-        ]
+        present = [i for i, child in enumerate(module) if child is not None]
+        return [inner for i in present for inner in _attention_in(root, f"{path}.{i}", joint)]
     # In its fast path an encoder layer computes the attention of what it holds.
     parent = path.rpartition(".")[0]
     return [parent if isinstance(root.get_submodule(parent), nn.TransformerEncoderLayer) else path]
@@ -193,17 +185,15 @@ def layers_by_name(root: nn.Module, paths: Iterable[str]) -> list[Layer]:
             f"{', '.join(site.path for site in sites)}: some are one module, and their order is not known. Name them "
             "in the order in which they run: attention={'<a>_to_<b>': 'path', '<b>_to_<a>': 'path'}."
         )
-    layers, paired = [], set()
-    for i, site in enumerate(sites):
-        if i in paired:
-            continue
-        partners = ((j, site.paired_with(other)) for j, other in enumerate(sites[i + 1 :], start=i + 1))
-        j, pair = next(((j, pair) for j, pair in partners if pair is not None and j not in paired), (None, None))
-        if j is not None and pair is not None:
-            paired.add(j)
-            direction, layer = pair
-            there, back = Source(site.path), Source(sites[j].path)
-            layers.append(Layer(layer, (direction, there), (direction.opposite, back)))
+    layers = []
+    while sites:
+        site = sites.pop(0)
+        pairs = ((other, pair) for other in sites if (pair := site.paired_with(other)) is not None)
+        if (found := next(pairs, None)) is not None:
+            other, (direction, layer) = found
+            sites.remove(other)
+            back = direction.opposite, Source(other.path)
+            layers.append(Layer(layer, (direction, Source(site.path)), back))
         elif (direction_alone := site.direction) is not None:
             layers.append(Layer(site.layer(""), (direction_alone, Source(site.path))))
     return with_unique_names(layers)
@@ -265,12 +255,8 @@ def _multihead_paths(root: nn.Module) -> list[str]:
 
 def common_parent(path: str, other: str) -> str:
     """The path that two modules share."""
-    shared = []
-    for a, b in zip(path.split("."), other.split("."), strict=False):
-        if a != b:
-            break
-        shared.append(a)
-    return ".".join(shared)
+    parts = zip(path.split("."), other.split("."), strict=False)
+    return ".".join(part for part, _ in takewhile(lambda both: both[0] == both[1], parts))
 
 
 def with_unique_names(layers: list[Layer]) -> list[Layer]:

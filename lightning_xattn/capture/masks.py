@@ -23,36 +23,21 @@ _MASK = -1e4
 
 @dataclass(frozen=True, eq=False)
 class RecordedWeights:
-    """The weights of one attention and the masks that were in force.
-
-    Attributes
-    ----------
-    weights
-        ``(batch, heads, queries, keys)``, detached, before dropout.
-    key_mask
-        ``(batch, keys)`` bool, True for a real token; None: all are.
-    visible
-        Bool broadcastable to ``weights``, True where the attention mask lets the query see the key; None: all.
-    extra_keys
-        How many of the last keys are slots of ``add_bias_kv`` or ``add_zero_attn``.
-    crossing
-        ``(batch, heads, queries)``, see ``Attention``.
-    cropped
-        Whether tokens that are padding in every sample may have been cut off at the end.
-    within
-        Whether the query is the key, so that it attends within one sequence.
-    one_head
-        Whether the weights came without an axis for heads.
-    """
+    """The weights of one attention and the masks that were in force; see ``Attention`` for what has no words here."""
 
     weights: Tensor
+    """``(batch, heads, queries, keys)``, detached, before dropout."""
     key_mask: Tensor | None = None
     visible: Tensor | None = None
     extra_keys: int = 0
     crossing: Tensor | None = None
+    query_mask: Tensor | None = None
     cropped: bool = False
+    """Whether tokens that are padding in every sample may have been cut off at the end."""
     within: bool = False
+    """Whether the query is the key, so that it attends within one sequence."""
     one_head: bool = False
+    """Whether the weights came without an axis for heads."""
 
     @property
     def token_mask(self) -> Tensor | None:
@@ -72,7 +57,7 @@ class RecordedWeights:
         visible = self.visible.expand(batch, -1, tokens, keys)[..., : keys - self.extra_keys]
         itself = visible.diagonal(dim1=-2, dim2=-1).any(1)
         real = visible.any(dim=1).any(dim=1) | ~itself.any(1, keepdim=True)
-        return real if self.token_mask is None else real & self.token_mask
+        return seen_by_both(real, self.token_mask)
 
     def padded_to(self, tokens: int) -> RecordedWeights:
         """The same self-attention over so many tokens, those that were cut off put back as padding."""
@@ -84,6 +69,11 @@ class RecordedWeights:
         visible = None if self.visible is None else F.pad(self.visible.expand(self.weights.shape), (0, missing) * 2)
         weights = F.pad(self.weights, (0, missing, 0, missing))
         return replace(self, weights=weights, key_mask=F.pad(known, (0, missing)), visible=visible)
+
+
+def seen_by_both(mask: Tensor, other: Tensor | None) -> Tensor:
+    """What a mask shows and another one, if there is one, shows as well."""
+    return mask if other is None else mask & other
 
 
 def apart_from_padding(recorded: RecordedWeights) -> RecordedWeights:
@@ -127,11 +117,6 @@ def zeros_are_a_mask(weights: Tensor) -> bool:
     A softmax gives 0 to nothing else, but a sparse attention does. Zeros are a mask if all heads have the same; those
     of one head, or of an average over heads, if all samples have the same, but for keys that are padding in some; those
     of one sample if what its queries see grows from one to the next, as under a causal mask.
-
-    Parameters
-    ----------
-    weights
-        ``(batch, heads, queries, keys)``.
     """
     batch, heads, _, _ = weights.shape
     some = weights != 0

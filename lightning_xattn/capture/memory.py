@@ -19,15 +19,22 @@ class Address:
 
     storage: weakref.ref[torch.UntypedStorage]
     layout: tuple[Any, ...]
+    version: int | None
+    """How often the numbers had been changed in place; None of an inference tensor, which does not count."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> Address:
         """The address of a tensor with strides."""
-        return cls(weakref.ref(tensor.untyped_storage()), _layout(tensor))
+        version = None if tensor.is_inference() else tensor._version
+        return cls(weakref.ref(tensor.untyped_storage()), _layout(tensor), version)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether this is the address of the tensor, too."""
         return self.storage() is tensor.untyped_storage() and self.layout == _layout(tensor)
+
+    def holds_unchanged(self, tensor: Tensor) -> bool:
+        """Whether it is, and surely nothing has changed the numbers in place since."""
+        return self.holds(tensor) and self.version is not None and self.version == Address.of(tensor).version
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
@@ -48,8 +55,3 @@ def has_address(tensor: Tensor) -> bool:
 def are_same(tensor: Tensor, other: Tensor) -> bool:
     """Whether two tensors are one, or views of the same numbers."""
     return tensor is other or (has_address(tensor) and has_address(other) and Address.of(tensor).holds(other))
-
-
-def version_of(tensor: Tensor) -> int | None:
-    """How often a tensor was changed in place; None of an inference tensor, which does not count."""
-    return None if tensor.is_inference() else tensor._version

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ from lightning_xattn.capture.masks import (
     is_visible,
     seen_by_softmax,
 )
-from lightning_xattn.capture.memory import Address, are_same, has_address, version_of
+from lightning_xattn.capture.memory import Address, are_same, has_address
 
 
 class Want(Enum):
@@ -58,11 +58,9 @@ class Event:
     recorded: RecordedWeights | None = None
     """The weights and masks with the axes of ``shape``; None of what is not wanted, or cannot be read."""
     result: Address | None = None
-    version: int | None = None
-    """Where the function put the weights, and how often that was changed in place; None if it put them nowhere."""
-    heads_inside: int | None = None
-    heads_first: int | None = None
-    """How many heads were seen to be folded into its rows, behind or before the samples."""
+    """Where the function put the weights; None if it put them nowhere."""
+    folded: dict[bool, int] = field(default_factory=dict)
+    """How many heads were seen to be folded into its rows: True of heads before the samples, False behind them."""
     reached_by: frozenset[Event] = frozenset()
     """The attention whose output reaches what asks, if that is followed."""
     used: Tensor | None = None
@@ -77,15 +75,12 @@ class Event:
         """Whether the function put its weights into this tensor (dropout that drops nothing passes them on)."""
         return self.result is not None and self.result.holds(tensor)
 
-    def gave_unchanged(self, tensor: Tensor) -> bool:
-        """Whether this is what the function gave, and nothing has changed it in place."""
-        return self.gave(tensor) and self.version is not None and self.version == version_of(tensor)
 
-
-Read = Callable[[bool], RecordedWeights]
-"""Gives weights and masks; with False the masks alone, and weights without values."""
+Read = Callable[[], RecordedWeights]
+"""Gives weights and masks; if only masks are wanted, weights without values."""
 
 Call = dict[str, Any]
+"""The arguments of a function by their names."""
 
 
 class Watcher(Protocol):
@@ -101,6 +96,28 @@ class Watcher(Protocol):
         """Called once it is computed; ``given`` is the tensor with its weights that the model gets."""
 
 
+def _parameters(operator: Any) -> Call:
+    return {argument.name: argument.default_value for argument in operator.default._schema.arguments}
+
+
+_PARAMETERS: dict[Any, Call] = {
+    F.multi_head_attention_forward: {
+        name: parameter.default
+        for name, parameter in inspect.signature(F.multi_head_attention_forward).parameters.items()
+    },
+    # Functions without a signature have a schema.
+    F.scaled_dot_product_attention: _parameters(torch.ops.aten.scaled_dot_product_attention),
+    torch._native_multi_head_attention: _parameters(torch.ops.aten._native_multi_head_attention),
+    torch._transformer_encoder_layer_fwd: _parameters(torch.ops.aten._transformer_encoder_layer_fwd),
+}
+
+
+def _arguments(function: Any, args: Sequence[Any], kwargs: Call) -> Call:
+    """What a function is called with, by name, with what it takes where a caller says nothing."""
+    parameters = _PARAMETERS[function]
+    return parameters | dict(zip(parameters, args, strict=False)) | kwargs
+
+
 def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
     """``F.multi_head_attention_forward``.
 
@@ -108,43 +125,34 @@ def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, watch: Wat
     as the function would have done. For a caller that does not, or that gets them after dropout, they are computed once
     more, which leaves it its fused kernel.
     """
-    call = _MULTIHEAD | dict(zip(_MULTIHEAD, args, strict=False)) | kwargs
-    query, key, heads = call["query"], call["key"], call["num_heads"]
+    call = _arguments(function, args, kwargs)
+    query, key, static = call["query"], call["key"], call["static_k"]
     batched = query.dim() == 3
     extra = int(call["bias_k"] is not None) + int(call["add_zero_attn"])
-    static = call["static_k"]
     keys = (key.shape[0] if static is None else static.shape[1]) + extra
-    event = Event(
-        "multi_head_attention_forward",
-        (query.shape[1] if batched else 1, heads, query.shape[0], keys),
-        query.device,
-        (query, key),
-        extra,
-    )
+    shape = (query.shape[1] if batched else 1, call["num_heads"], query.shape[0], keys)
+    event = Event("multi_head_attention_forward", shape, query.device, (query, key), extra)
     hidden = watch.begin(event, query)
     if hidden is not None:
         call |= {"attn_mask": _with_hidden(call, hidden, event), "is_causal": False}
     dropped = call["training"] and call["dropout_p"] > 0
     wanted = event.want is Want.WEIGHTS
     takes_average = wanted and call["need_weights"] and call["average_attn_weights"] and not dropped
-    if hidden is None and not takes_average:
-        output, weights = function(*args, **kwargs)
-    else:
-        output, weights = function(
-            **call | {"average_attn_weights": call["average_attn_weights"] and not takes_average}
-        )
-    per_head = weights is not None and weights.dim() == query.dim() + 1
+    if takes_average:
+        call["average_attn_weights"] = False
+    as_called = hidden is None and not takes_average
+    output, weights = function(*args, **kwargs) if as_called else function(**call)
 
-    def read(values: bool) -> RecordedWeights:
-        if not values:
+    def read() -> RecordedWeights:
+        if not wanted:
             found = _no_values(event)
-        elif not per_head or dropped:
+        elif dropped or weights is None or weights.dim() == query.dim():  # an average
             found = _projected(call)
         else:
             found = weights.detach() if batched else weights.detach()[None]
             # The caller may change in place what it gets; the average that it asked for is a tensor of its own.
             found = found if takes_average else found.clone()
-        return _with_masks(found, call["key_padding_mask"], call["attn_mask"], extra)
+        return _with_masks(found, call, extra)
 
     watch.take(event, read, None if takes_average else weights)
     if takes_average:
@@ -152,72 +160,43 @@ def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, watch: Wat
     return output, weights
 
 
-def _read_native(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
-    """The fast path of ``nn.MultiheadAttention``: self-attention whose weights are computed once more."""
-    call = dict(zip(_NATIVE, args, strict=False)) | kwargs
+def _read_packed(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
+    """The fast paths of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``.
+
+    They are self-attention whose weights are computed once more.
+    """
+    call = _arguments(function, args, kwargs)
+    tokens, mask = next(iter(call.values())), call["mask"]
+    heads = call["num_heads"] if "num_heads" in call else call["num_head"]
     result = function(*args, **kwargs)
-    _take_packed(call, call["query"], watch)
-    return result
-
-
-def _read_encoder_layer(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
-    """The fast path of ``nn.TransformerEncoderLayer``: its self-attention is computed once more."""
-    call = dict(zip(_ENCODER_LAYER, args, strict=False)) | kwargs
-    result = function(*args, **kwargs)
-
-    def normed(tokens: Tensor) -> Tensor:
-        if not call["norm_first"]:
-            return tokens
-        weight, bias = call["norm_weight_1"].float(), call["norm_bias_1"].float()
-        return F.layer_norm(tokens.float(), tokens.shape[-1:], weight, bias, call["eps"])
-
-    _take_packed(call, call["src"], watch, normed)
-    return result
-
-
-def _take_packed(
-    call: Call,
-    tokens: Tensor,
-    watch: Watcher,
-    before: Callable[[Tensor], Tensor] = lambda tokens: tokens,
-) -> None:
     nested = tokens.is_nested
     batch, length = (tokens.size(0), max(map(len, tokens.unbind()))) if nested else tokens.shape[:2]
-    event = Event("a fast path of torch", (batch, call["num_heads"], length, length), tokens.device, (tokens, tokens))
+    event = Event("a fast path of torch", (batch, heads, length, length), tokens.device, (tokens, tokens))
     watch.begin(event, tokens)
 
-    def read(values: bool) -> RecordedWeights:
-        unpacked, padding = _unpack(tokens) if nested else (tokens, None)
-        mask, attention_mask = call.get("mask"), None
+    def read() -> RecordedWeights:
+        asks, padding, attention_mask = tokens, None, None
+        if nested:  # so nn.TransformerEncoder packs padded sequences; what is padding in all of them is gone by then
+            lengths = torch.tensor([len(sample) for sample in tokens.unbind()], device=tokens.device)
+            asks = tokens.detach().to_padded_tensor(0.0)
+            padding = torch.arange(length, device=tokens.device) >= lengths[:, None]
         if mask is not None and call["mask_type"] == 1:
             padding = mask
         elif mask is not None:
-            attention_mask = mask if mask.dim() == 2 else mask.expand(batch, call["num_heads"], -1, -1).flatten(0, 1)
-        found = before(unpacked).transpose(0, 1)
-        projection = {
-            "query": found,
-            "key": found,
-            "num_heads": call["num_heads"],
-            "in_proj_weight": call["qkv_weight"],
-            "in_proj_bias": call["qkv_bias"],
-            "key_padding_mask": padding,
-            "attn_mask": attention_mask,
-        }
-        weights = _projected(projection) if values else _no_values(event)
-        recorded = _with_masks(weights, padding, attention_mask, 0, cropped=nested)
+            attention_mask = mask if mask.dim() == 2 else mask.expand(batch, heads, -1, -1).flatten(0, 1)
+        if call.get("norm_first"):
+            weight, bias = call["norm_weight_1"].float(), call["norm_bias_1"].float()
+            asks = F.layer_norm(asks.float(), asks.shape[-1:], weight, bias, call["eps"])
+        asks = asks.transpose(0, 1)
+        projection = {"in_proj_weight": call["qkv_weight"], "in_proj_bias": call["qkv_bias"], "num_heads": heads}
+        masks = {"key_padding_mask": padding, "attn_mask": attention_mask}
+        wanted = event.want is Want.WEIGHTS
+        weights = _projected({"query": asks, "key": asks, **projection, **masks}) if wanted else _no_values(event)
+        recorded = _with_masks(weights, masks, cropped=nested)
         return recorded if padding is not None else apart_from_padding(recorded)
 
     watch.take(event, read)
-
-
-def _unpack(nested: Tensor) -> tuple[Tensor, Tensor]:
-    """Nested tokens as ``(batch, tokens, width)``, and which of them are padding.
-
-    ``nn.TransformerEncoder`` packs padded sequences so; what is padding in every sample is gone by then.
-    """
-    lengths = torch.tensor([len(sample) for sample in nested.unbind()], device=nested.device)
-    tokens = nested.detach().to_padded_tensor(0.0)
-    return tokens, torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
+    return result
 
 
 def _projected(call: Call) -> Tensor:
@@ -231,14 +210,12 @@ def _projected(call: Call) -> Tensor:
         query_weight, key_weight = call["q_proj_weight"], call["k_proj_weight"]
     else:
         query_weight, key_weight, _ = call["in_proj_weight"].chunk(3)
-    query_bias = key_bias = None
-    if call["in_proj_bias"] is not None:
-        query_bias, key_bias, _ = call["in_proj_bias"].chunk(3)
+    bias = call["in_proj_bias"]
+    query_bias, key_bias, _ = (None, None, None) if bias is None else bias.float().chunk(3)
 
     def split(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tokens = tokens[:, None] if tokens.dim() == 2 else tokens  # (tokens, batch, width) from here on
-        projected = F.linear(tokens.float(), weight.float(), None if bias is None else bias.float())
-        by_head: Tensor = projected.unflatten(-1, (heads, -1))
+        by_head: Tensor = F.linear(tokens.float(), weight.float(), bias).unflatten(-1, (heads, -1))
         return by_head.permute(1, 2, 0, 3)
 
     query, key = split(call["query"], query_weight, query_bias), split(call["key"], key_weight, key_bias)
@@ -260,9 +237,8 @@ def _projected(call: Call) -> Tensor:
     return weights
 
 
-def _with_masks(
-    weights: Tensor, padding: Tensor | None, attention_mask: Tensor | None, extra: int, cropped: bool = False
-) -> RecordedWeights:
+def _with_masks(weights: Tensor, call: Call, extra: int = 0, cropped: bool = False) -> RecordedWeights:
+    padding, attention_mask = call["key_padding_mask"], call["attn_mask"]
     key_mask = visible = None
     if padding is not None:
         key_mask = F.pad(is_visible(padding.reshape(len(weights), -1)), (0, extra), value=True)
@@ -295,7 +271,7 @@ def _with_hidden(call: Call, hidden: Tensor, event: Event) -> Tensor:
 
 def _read_kernel(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
     """``F.scaled_dot_product_attention``: its weights are computed once more, beside the fused kernel."""
-    call = _KERNEL | dict(zip(_KERNEL, args, strict=False)) | kwargs
+    call = _arguments(function, args, kwargs)
     query, key = call["query"], call["key"]
     readable = query.dim() in (3, 4) and has_address(query)
     shape = (*query.shape[:-1], key.shape[-2]) if not query.is_nested else ()
@@ -304,47 +280,37 @@ def _read_kernel(function: Any, args: Sequence[Any], kwargs: Call, watch: Watche
     hidden = watch.begin(event, query)
     if hidden is not None:
         hidden = hidden.expand(shape)
-        mask, visible = call["attn_mask"], ~hidden & _causal(event, query.device) if call["is_causal"] else ~hidden
+        mask, visible = call["attn_mask"], ~hidden & _causal(event) if call["is_causal"] else ~hidden
         if mask is not None:
             visible = mask & visible if mask.dtype == torch.bool else torch.where(visible, mask, -torch.inf)
         call |= {"attn_mask": visible, "is_causal": False}
     result = function(*args, **kwargs) if hidden is None else function(**call)
     if len(shape) > 1:
-        watch.take(event, lambda values: _beside_kernel(event, values, **call))
+        watch.take(event, lambda: _beside_kernel(event, call))
     return result
 
 
-def _causal(event: Event, device: torch.device) -> Tensor:
-    return torch.ones(event.shape[-2:], dtype=torch.bool, device=device).tril()
+def _causal(event: Event) -> Tensor:
+    return torch.ones(event.shape[-2:], dtype=torch.bool, device=event.device).tril()
 
 
-def _beside_kernel(
-    event: Event,
-    values: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> RecordedWeights:
+def _beside_kernel(event: Event, call: Call) -> RecordedWeights:
     """``softmax(Q K^T scale + mask)`` in float32, as the kernel's documentation defines it."""
-    visible = _causal(event, query.device) if is_causal else None
-    if attn_mask is not None:
+    mask, scale = call["attn_mask"], call["scale"]
+    visible = _causal(event) if call["is_causal"] else None
+    if mask is not None:
         # Copied, as the model may change its mask in place.
-        visible = attn_mask.clone() if attn_mask.dtype == torch.bool else attn_mask > MASKED
+        visible = mask.clone() if mask.dtype == torch.bool else mask > MASKED
     if visible is not None:
         visible = visible[(None,) * (len(event.shape) - visible.dim())]
-    if not values:
+    if event.want is not Want.WEIGHTS:
         return RecordedWeights(_no_values(event), visible=visible)
-    query, key = query.float(), key.float()
-    if enable_gqa:
+    query, key = call["query"].float(), call["key"].float()
+    if call["enable_gqa"]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        scores = scores + attn_mask.float()
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask.float()
     elif visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     return RecordedWeights(scores.softmax(-1), visible=visible)
@@ -358,25 +324,20 @@ def _read_softmax(function: Any, args: Sequence[Any], kwargs: Call, watch: Watch
     if scores.dim() < 3 or not (turned or axis in (-1, scores.dim() - 1)):
         return function(*args, **kwargs)
     shape = tuple(scores.mT.shape if turned else scores.shape)
-    event = Event(
-        "softmax",
-        shape,
-        scores.device,
-        problem=None if len(shape) < 5 else "it has other axes than (batch, heads, queries, keys)",
-        over_keys=len(shape) == 4 and not turned,
-    )
+    problem = None if len(shape) < 5 else "it has other axes than (batch, heads, queries, keys)"
+    event = Event("softmax", shape, scores.device, problem=problem, over_keys=len(shape) == 4 and not turned)
     hidden = watch.begin(event, scores)
     if hidden is not None:
         scores = scores.masked_fill(hidden.expand(shape).mT if turned else hidden, -torch.inf)
         args, kwargs = (scores, *args[1:]), {name: value for name, value in kwargs.items() if name != "input"}
     result = function(*args, **kwargs)
 
-    def read(values: bool) -> RecordedWeights:
+    def read() -> RecordedWeights:
         given, weights = (scores.mT, result.mT) if turned else (scores, result)
+        visible = seen_by_softmax(given.detach(), weights.detach())
         # Copied, as the model may change it in place.
-        weights = weights.detach().clone() if values else weights.detach()
-        visible = seen_by_softmax(given.detach(), weights)
-        return RecordedWeights(weights if values else _no_values(event), visible=visible)
+        wanted = event.want is Want.WEIGHTS
+        return RecordedWeights(weights.detach().clone() if wanted else _no_values(event), visible=visible)
 
     if has_address(result):
         watch.take(event, read, result)
@@ -392,27 +353,13 @@ def _read_flex(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher)
     return result
 
 
-def _defaults(function: Callable[..., Any]) -> Call:
-    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
-
-
-_MULTIHEAD = _defaults(F.multi_head_attention_forward)
-_KERNEL: Call = {"query": None, "key": None, "value": None, "attn_mask": None, "dropout_p": 0.0, "is_causal": False}
-_KERNEL |= {"scale": None, "enable_gqa": False}
-_NATIVE: tuple[str, ...] = ("query", "key", "value", "embed_dim", "num_heads", "qkv_weight", "qkv_bias")
-_NATIVE = (*_NATIVE, "proj_weight", "proj_bias", "mask", "need_weights", "average_attn_weights", "mask_type")
-_ENCODER_LAYER: tuple[str, ...] = ("src", "embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight")
-_ENCODER_LAYER = (*_ENCODER_LAYER, "proj_bias", "use_gelu", "norm_first", "eps", "norm_weight_1", "norm_bias_1")
-_ENCODER_LAYER = (*_ENCODER_LAYER, "norm_weight_2", "norm_bias_2", "ffn_weight_1", "ffn_bias_1", "ffn_weight_2")
-_ENCODER_LAYER = (*_ENCODER_LAYER, "ffn_bias_2", "mask", "mask_type")
-
 Reader = Callable[[Any, Sequence[Any], Call, Watcher], Any]
 
 READERS: dict[Any, Reader] = {
     F.multi_head_attention_forward: _read_multihead,
     F.scaled_dot_product_attention: _read_kernel,
-    torch._native_multi_head_attention: _read_native,
-    torch._transformer_encoder_layer_fwd: _read_encoder_layer,
+    torch._native_multi_head_attention: _read_packed,
+    torch._transformer_encoder_layer_fwd: _read_packed,
     **dict.fromkeys((torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax), _read_softmax),
 }
 

@@ -8,10 +8,8 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,12 +22,7 @@ from lightning_xattn.capture.readers import Event, Want
 from lightning_xattn.capture.sources import AttentionSetting, Layer, Source
 from lightning_xattn.capture.tap import Tap
 from lightning_xattn.capture.watch import Run, Watch
-from lightning_xattn.capture.wrappers import (
-    compiled_modules,
-    require_one_replica,
-    run_uncompiled,
-    scripted_modules,
-)
+from lightning_xattn.capture.wrappers import compiled_modules, require_one_replica, run_uncompiled, scripted_modules
 from lightning_xattn.errors import DiscoveryError, XAttnWarning
 
 
@@ -74,11 +67,6 @@ class AttentionRecorder:
 
     def __init__(self, model: nn.Module, attention: AttentionSetting | None = None) -> None:
         self._model = model
-        if isinstance(model, torch.jit.ScriptModule):
-            raise DiscoveryError(
-                f"{type(model).__name__} is TorchScript, and hooks cannot see into it. Record the module that was "
-                "scripted, before torch.jit.script or torch.jit.trace."
-            )
         self.layers: tuple[Layer, ...] = locate_attention(model, attention)
         self.output: Any = None
         self.batch: Any = None
@@ -93,8 +81,6 @@ class AttentionRecorder:
         self._suppliers: dict[tuple[str, int], tuple[Axes | None, bool]] = {}
         self._counts: Counter[str] = Counter()
         self._padding: dict[tuple[str, int], Tensor | None] = {}
-        # Of a step in which the layers were found, by layer and direction; and whether that step was left out.
-        self._first: dict[tuple[str, Direction], RecordedWeights] = {}
         self.is_waiting = False
         self._told: set[str] = set()
 
@@ -104,9 +90,7 @@ class AttentionRecorder:
         self._hook()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -124,16 +108,23 @@ class AttentionRecorder:
             self._watch.clear()
         self._padding.clear()
         self._counts.clear()
-        self._first.clear()
         self.is_waiting = False
         self.output = self.batch = self._inputs = None
 
     def _hook(self) -> None:
         if self._survey is not None:  # later steps go through no more of the model than they record
             require_one_replica(self._model)
+            if compiled := compiled_modules(self._model):
+                self._tell(
+                    f"{', '.join(compiled)} is compiled, where attention cannot be seen: it runs without compilation "
+                    "while it is recorded, so its outputs may differ in the last bits and take longer. Record fewer "
+                    "epochs or batches (every_n_epochs, every_n_batches) if that is too slow."
+                )
         # Hooks set before a failure half way leave with this stack; only a complete set is kept.
         with ExitStack() as hooks:
-            self._run_uncompiled(hooks)
+            # Without it nothing is compiled. Of functions it cannot be told whether they are, and its import is slow.
+            if "torch._dynamo" in sys.modules:
+                hooks.enter_context(run_uncompiled())
             self._of_module = self._make_taps()
             if self._survey is not None:
                 everything = {module: path for path, module in self._model.named_modules()}
@@ -150,14 +141,12 @@ class AttentionRecorder:
     def _make_taps(self) -> dict[nn.Module, list[Tap]]:
         """The taps of each module, new ones where there are none yet."""
         of_module: dict[nn.Module, list[Tap]] = defaultdict(list)
-        together = defaultdict(list)
-        for _, direction, source in self._sources():
-            together[source.path].append(direction)
         for layer, direction, source in self._sources():
             key = layer.name, direction
             if key not in self._taps:
+                siblings = [sibling for _, sibling, other in self._sources() if other.path == source.path]
                 alone = layer.backward is None and source.joint is None
-                self._taps[key] = Tap(direction, source, together[source.path], alone)
+                self._taps[key] = Tap(direction, source, siblings, alone)
             if source.read is None:
                 of_module[self._module(source.path)].append(self._taps[key])
         return of_module
@@ -188,9 +177,8 @@ class AttentionRecorder:
         return Want.MASKS if self.layers and want is Want.WEIGHTS else want
 
     def _leave(self, run: Run, output: Any) -> None:
-        assert self._watch is not None
         for tap in self._of_module.get(run.module, ()):
-            tap.take(run, output, self._watch)
+            tap.take(run, output)
         for number, event in enumerate(run.events, start=self._counts[run.path] + 1):
             supplier = self._suppliers.get((run.path, number))
             if supplier is not None and event.recorded is not None:
@@ -199,19 +187,7 @@ class AttentionRecorder:
                 self._padding[run.path, number] = within.padding_of_its_own
         self._counts[run.path] += len(run.events)
         if self._survey is not None:
-            self._survey.note(run, output, self._watch)
-
-    def _run_uncompiled(self, hooks: ExitStack) -> None:
-        # Without it nothing is compiled. Of functions it cannot be told whether they are, and it takes long to import.
-        if "torch._dynamo" in sys.modules:
-            hooks.enter_context(run_uncompiled())
-        compiled = compiled_modules(self._model) if self._survey is not None else []
-        if compiled:
-            self._tell(
-                f"{', '.join(compiled)} is compiled, where attention cannot be seen: it runs without compilation while "
-                "it is recorded, so its outputs may differ in the last bits and take longer. Record fewer epochs or "
-                "batches (every_n_epochs, every_n_batches) if that is too slow."
-            )
+            self._survey.note(run, output)
 
     def _keep_output(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.output is None:
@@ -236,15 +212,16 @@ class AttentionRecorder:
         if not self.layers and self._survey is not None and self._survey.found:
             self._choose(self._survey)
         batch = self._inputs if self.batch is None else self.batch
-        calls = [
-            (layer, [self._recorded(layer, direction, batch) for direction, _ in layer.sources])
-            for layer in self.layers
-        ]
-        if self._survey is not None and (self.is_waiting or any(call is not None for _, of in calls for call in of)):
+        taken: dict[tuple[str, Direction], RecordedWeights | None] = {}
+        for key, tap in self._taps.items():
+            tap.give(self._model)
+            taken[key] = tap.recorded(batch)
+        if self._survey is not None and (self.is_waiting or any(one is not None for one in taken.values())):
             self._settle(self._survey)
         pairs = []
-        for layer, of_layer in calls:
-            recorded = [call for call in of_layer if call is not None]
+        for layer in self.layers:
+            of_layer = [taken.get((layer.name, direction)) for direction, _ in layer.sources]
+            recorded = [one for one in of_layer if one is not None]
             if len(recorded) == len(of_layer):
                 pairs.append(self._pair(layer, recorded))
             elif recorded:
@@ -256,35 +233,26 @@ class AttentionRecorder:
             raise DiscoveryError(self._nothing_ran())
         return tuple(pairs)
 
-    def _recorded(self, layer: Layer, direction: Direction, batch: Any) -> RecordedWeights | None:
-        if (layer.name, direction) in self._first:
-            return self._first[layer.name, direction]
-        tap = self._taps.get((layer.name, direction))
-        if tap is None:  # of a layer that was found in this step
-            return None
-        tap.give(self._model)
-        return tap.recorded(batch)
-
     def _choose(self, survey: Survey) -> None:
         """Take the layers that a first step has shown, and of what they computed what was kept."""
         self.layers, left_out = choose_layers(survey)
-        shown = {(layer.name, one): shown_of(survey, source) for layer, one, source in self._sources()}
-        kept = {key: None if found is None else found.recorded for key, found in shown.items()}
-        found: dict[str, Any] = defaultdict(list)
+        self._make_taps()
+        paths: dict[str, list[str]] = defaultdict(list)
         for _, direction, source in self._sources():
-            found[str(direction)].append(str(source))
-        found = {direction: paths if len(paths) > 1 else paths[0] for direction, paths in found.items()}
+            paths[str(direction)].append(str(source))
+        found = {direction: names if len(names) > 1 else names[0] for direction, names in paths.items()}
         others = "; ".join(f"'{survey.name(one)}' {one.who}" for one in left_out)
         self._tell(
             f"Found in the first pass: {found}, from their names or from which tokens ask which. If that is not "
             "what you mean, or these are not the names of your modalities, name them: attention={'<a>_to_<b>': "
             "'path.to.module', ...}." + (f" Left out, as no name tells their direction: {others}." if others else "")
         )
-        for (name, direction), recorded in kept.items():
-            if recorded is not None:
-                self._first[name, direction] = recorded
-        if len(self._first) < len(kept):
-            self._first.clear()
+        shown = [shown_of(survey, source) for _, _, source in self._sources()]
+        kept = [one.recorded for one in shown if one is not None and one.recorded is not None]
+        if len(kept) == len(shown):
+            for tap, recorded in zip(self._taps.values(), kept, strict=True):
+                tap.kept = recorded
+        else:
             self.is_waiting = True
             self._tell(
                 "The weights of a first step were too large to keep until it was known which are meant: that step is "
@@ -293,12 +261,11 @@ class AttentionRecorder:
 
     def _settle(self, survey: Survey) -> None:
         """Learn from a first step what else to look at, and from then on look at nothing more."""
-        self._make_taps()
-        for layer, direction, source in self._sources():
-            tap, shown = self._taps[layer.name, direction], shown_of(survey, source)
-            if shown is not None and shown.path == source.path:
-                tap.know(shown.key, shown.axes)
-            supplier = padding_source(survey, source) if layer.backward is None and source.joint is None else None
+        for tap in self._taps.values():
+            shown = shown_of(survey, tap.source)
+            if shown is not None and shown.axes is not None and shown.path == tap.source.path:
+                tap.axes[shown.key] = shown.axes
+            supplier = padding_source(survey, tap.source) if tap.is_alone else None
             if supplier is not None:
                 tap.padding = supplier.path, supplier.number
                 # Not the whole, which would keep the first step's attention.
@@ -344,11 +311,7 @@ class AttentionRecorder:
 
     def _pair(self, layer: Layer, recorded: list[RecordedWeights]) -> AttentionPair:
         """A token that is padding as a key of one direction is padding as a query of the other."""
-        masks = (
-            [recorded[1].token_mask, recorded[0].token_mask]
-            if len(recorded) == 2
-            else [self._padded(layer, recorded[0].weights.shape[2])]
-        )
+        masks = [one.token_mask for one in reversed(recorded)] if layer.backward else [self._padded(layer, recorded[0])]
         attentions = [
             Attention(
                 direction,
@@ -364,13 +327,12 @@ class AttentionRecorder:
         ]
         return AttentionPair(layer.name, *attentions)
 
-    def _padded(self, layer: Layer, queries: int) -> Tensor | None:
+    def _padded(self, layer: Layer, recorded: RecordedWeights) -> Tensor | None:
         """Which queries of a direction without an opposite are real, as far as anything says it."""
-        tap = self._taps[layer.name, layer.forward[0]]
-        mask = None if tap.padding is None else self._padding.get(tap.padding)
-        if mask is None or tap.padding is None:
-            return tap.query_mask
-        missing = queries - mask.shape[1]
+        supplier = self._taps[layer.name, layer.forward[0]].padding
+        if supplier is None or (mask := self._padding.get(supplier)) is None:
+            return recorded.query_mask
+        missing = recorded.weights.shape[2] - mask.shape[1]
         # torch packs sequences, and cuts off what is padding in all of them.
-        _, cropped = self._suppliers[tap.padding]
+        _, cropped = self._suppliers[supplier]
         return F.pad(mask, (0, missing)) if missing > 0 and cropped else mask

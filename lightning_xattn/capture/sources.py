@@ -23,33 +23,21 @@ of what it returns; or a callable."""
 
 @dataclass(frozen=True)
 class Source:
-    """Where one direction of a layer is taken from.
-
-    Parameters
-    ----------
-    path
-        The module's path; a callable has none.
-    call
-        Which of the attentions that are computed in a step while the module runs, from 1 on; None: there is one a run.
-    item
-        What to take of what the module returns, key after key; empty: what is computed.
-    turn, turns
-        The module runs ``turns`` times in a step, for one direction after the other; this one is computed in the run
-        with number ``turn``.
-    joint, block
-        A joint sequence, and whose queries and keys in it make the direction.
-    read
-        The callable.
-    """
+    """Where one direction of a layer is taken from."""
 
     path: str = ""
+    """The module's path; a callable has none."""
     call: int | None = None
+    """Which of those computed in a step while the module runs, from 1 on; None: there is one a run."""
     item: tuple[str | int, ...] = ()
+    """What to take of what the module returns, key after key; empty: what is computed."""
     turn: int = 0
     turns: int = 1
+    """The module runs ``turns`` times in a step, for one direction after the other; for this one in number ``turn``."""
     joint: JointSequence | None = None
-    block: tuple[str, str] = ("", "")
+    """The sequence in which the direction is a block."""
     read: ReadAttention | None = None
+    """The callable."""
 
     @classmethod
     def parse(cls, named: Named) -> Source:
@@ -83,19 +71,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Layer:
-    """The directions that are compared with each other.
-
-    Parameters
-    ----------
-    name
-        The module path that its directions share.
-    forward, backward
-        A direction and its source; ``backward`` is None when there is only one.
-    """
+    """The directions that are compared with each other, each with its source."""
 
     name: str
+    """The module path that its directions share."""
     forward: tuple[Direction, Source]
     backward: tuple[Direction, Source] | None = None
+    """None: there is only one direction."""
 
     @property
     def sources(self) -> tuple[tuple[Direction, Source], ...]:
@@ -124,19 +106,19 @@ def check_attention(attention: AttentionSetting) -> None:
         for path in attention.paths:
             Source.parse(path)
         return
-    entries = list(attention.items()) if isinstance(attention, Mapping) else []
-    several = [as_names(value) for _, value in entries]
-    known = all(isinstance(name, str) or callable(name) for names in several for name in names)
-    if not entries or not all(several) or not known:
+    entries = attention if isinstance(attention, Mapping) else {}
+    named = {direction: as_names(value) for direction, value in entries.items()}
+    known = all(isinstance(name, str) or callable(name) for names in named.values() for name in names)
+    if not named or not all(named.values()) or not known:
         raise SettingError(
             "attention must map directions to module paths, e.g. {'eeg_to_spec': 'model.fusion.a', 'spec_to_eeg': "
             "'model.fusion.b'}, to lists of paths for several layers, or to callables; or be a JointSequence; got "
             f"{attention!r}."
         )
-    sources = {Direction.parse(name): names for (name, _), names in zip(entries, several, strict=True)}
+    sources = {Direction.parse(name): names for name, names in named.items()}
     for direction, there in sources.items():
-        for named in there:
-            Source.parse(named)
+        for name in there:
+            Source.parse(name)
         if len(set(there)) < len(there):
             raise SettingError(f"attention names a module twice for {direction}: {list(there)!r}.")
         back = sources.get(direction.opposite, there)

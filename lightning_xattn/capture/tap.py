@@ -20,12 +20,21 @@ from lightning_xattn.capture.given import (
     zeros_hide,
 )
 from lightning_xattn.capture.joint import cut_direction, gaps_between
-from lightning_xattn.capture.layout import Axes, Item, Tokens, arguments_of, axes_of, tensors_in
-from lightning_xattn.capture.masks import RecordedWeights
+from lightning_xattn.capture.layout import (
+    Axes,
+    Item,
+    Tokens,
+    arguments_of,
+    axes_of,
+    candidates_of,
+    describe_event,
+    tensors_in,
+)
+from lightning_xattn.capture.masks import RecordedWeights, seen_by_both
 from lightning_xattn.capture.memory import Address
 from lightning_xattn.capture.readers import Event
 from lightning_xattn.capture.sources import Source
-from lightning_xattn.capture.watch import Run, Watch
+from lightning_xattn.capture.watch import Run
 from lightning_xattn.errors import DiscoveryError, ShapeError
 
 
@@ -37,34 +46,29 @@ class Tap:
     computed in a run, or else the one tensor that the module returns whose rows sum to 1. What is not clear in a first
     run is an error; a later run without what was found before, or that is not clear, gives none.
 
-    Parameters
-    ----------
-    direction, source
-        What is taken, and from where.
-    siblings
-        All directions that are taken from the module.
-    alone
-        Whether no opposite direction says which queries are padding.
+    ``siblings`` are all directions that are taken from the module; of one ``alone`` no opposite direction says which
+    queries are padding.
     """
 
     def __init__(
         self, direction: Direction | None, source: Source, siblings: Sequence[Direction] = (), alone: bool = False
     ) -> None:
-        self.direction, self.source, self._alone = direction, source, alone
+        self.direction, self.source, self.is_alone = direction, source, alone
         self._siblings = {str(sibling) for sibling in siblings}
         self.has_run = False
-        # The self-attention whose masks say which queries are padding: its module's path, and its number in a step.
-        self.padding: tuple[str, int] | None = None
         # What a user should be told, and has not been yet.
         self.remarks: list[str] = []
+        # The self-attention whose masks say which queries are padding: its module's path, and its number in a step.
+        self.padding: tuple[str, int] | None = None
+        # How rows are split into samples and heads, by what was looked at.
+        self.axes: dict[Item | str, Axes] = {}
+        # What a first step has kept, before it was known that it is meant.
+        self.kept: RecordedWeights | None = None
         # Of this step: what the runs gave, and how many attentions they computed.
         self._found: list[RecordedWeights] = []
-        self._query_masks: list[Tensor | None] = []
         self._count = self._runs = 0
-        # What has been looked at, in training and in eval mode, and what was seen then: how rows are split into samples
-        # and heads, and whether zeros are a mask.
+        # What has been looked at, in training and in eval mode, and whether zeros are a mask, as was seen then.
         self._looked_at: set[tuple[Item | str, bool]] = set()
-        self._axes: dict[Item | str, Axes] = {}
         self._zeros_hide = False
         # Where it was found: under the direction's name or elsewhere in what is returned, or which of those that are
         # computed, by these functions.
@@ -81,24 +85,13 @@ class Tap:
 
     def clear(self) -> None:
         """Begin a new step."""
-        self._found, self._query_masks, self._count, self._runs = [], [], 0, 0
+        self._found, self._count, self._runs, self.kept = [], 0, 0, None
 
     def wants(self, number: int) -> bool:
         """Whether the attention with this number, from 1 on, of those of a run that has begun may be taken."""
         return self.source.call is None or self.source.call == self._count + number
 
-    def know(self, what: str, axes: Axes | None) -> None:
-        """Learn from a first step what the axes of an attention are."""
-        if axes is not None:
-            self._axes[what] = axes
-
-    @property
-    def query_mask(self) -> Tensor | None:
-        """``(batch, queries)`` bool of what was taken in this step, of an argument of the module; None: it has none."""
-        turn = self.source.turn if len(self._query_masks) > self.source.turn else 0
-        return self._query_masks[turn] if self._query_masks else None
-
-    def take(self, run: Run, output: Any, watch: Watch) -> None:
+    def take(self, run: Run, output: Any) -> None:
         """Take the attention out of a run that ends.
 
         Raises
@@ -106,47 +99,38 @@ class Tap:
         DiscoveryError, ShapeError
             If it is not clear in a first run what is meant, or what is read is no attention.
         """
+        found = None
         try:
-            found = self.find(run, output, watch)
+            found = self.find(run, output)
         except DiscoveryError as error:
             if not self.has_run:
                 raise
             self.remarks.append(f"In a later step: {error} Such steps are left out.")
-            found = None
         self._count += len(run.events)
         self._runs += 1
         if found is not None:
             self.has_run = True
-            self._found.append(found)
-            self._query_masks.append(self._own_query_mask(run, found) if self._alone else None)
+            self._found.append(replace(found, query_mask=self._own_query_mask(run, found)) if self.is_alone else found)
 
-    def find(self, run: Run, output: Any, watch: Watch) -> RecordedWeights | None:
-        """The attention of a run; None if it has none.
-
-        Raises
-        ------
-        DiscoveryError, ShapeError
-            As ``take``.
-        """
+    def find(self, run: Run, output: Any) -> RecordedWeights | None:
+        """The attention of a run; None if it has none. It raises what ``take`` does, also of a later run."""
         if self.source.call is not None:
             place = self.source.call - 1 - self._count
             return self._computed(run, place) if 0 <= place < len(run.events) else None
         tensors = dict(tensors_in(output))
         if not self.source.item and not self._named:
             under = [item for item in tensors if item and item[-1] == str(self.direction)]
-            if len(under) > 1:
-                raise DiscoveryError(self._not_clear(run, tensors))
-            self._named = under[0] if under else ()
             called = [item for item in tensors if item and isinstance(item[-1], str) and "_to_" in item[-1]]
             others = [item for item in called if not self.has_run and looks_like_attention(tensors[item])]
-            if others and not under:
-                if {str(item[-1]) for item in others} <= self._siblings:
-                    return None
+            if others and not under and {str(item[-1]) for item in others} <= self._siblings:
+                return None
+            if len(under) > 1 or (others and not under):
                 raise DiscoveryError(self._not_clear(run, tensors))
+            self._named = under[0] if under else ()
         item = self.source.item or self._named
-        return self._returned(item, output, run, watch) if item else self._only(run, output, tensors, watch)
+        return self._returned(item, output, run) if item else self._only(run, output, tensors)
 
-    def _only(self, run: Run, output: Any, tensors: Mapping[Item, Tensor], watch: Watch) -> RecordedWeights | None:
+    def _only(self, run: Run, output: Any, tensors: Mapping[Item, Tensor]) -> RecordedWeights | None:
         """The one attention that a run has; None if there is none, but was before."""
         kinds = [event.by for event in run.events]
         if self._chosen is not None and self._chosen[1] == kinds:
@@ -154,13 +138,14 @@ class Tap:
         candidates = candidates_of(run, across=self.source.joint is None)
         given = {item: event for item, tensor in tensors.items() for event in run.events if event.gave(tensor)}
         chosen = candidates if len(candidates) == 1 else list(dict.fromkeys(given.values()))
-        if len(chosen) == 1 and (chosen[0] not in given.values() or chosen[0].by != "softmax"):
-            place = run.events.index(chosen[0])
-            found = self._computed(run, place, beside=tensors)
-            self._chosen = place, kinds
-            return found
         if len(chosen) == 1:
-            self._place = next(item for item, event in given.items() if event is chosen[0])
+            (one,) = chosen
+            if one not in given.values() or one.by != "softmax":
+                place = run.events.index(one)
+                found = self._computed(run, place, beside=tensors)
+                self._chosen = place, kinds
+                return found
+            self._place = next(item for item, event in given.items() if event is one)
         if self._place is None:
             fitting = [item for item, tensor in tensors.items() if looks_like_attention(tensor)]
             if self.has_run and not candidates and not fitting:
@@ -168,32 +153,34 @@ class Tap:
             if candidates or len(fitting) != 1:
                 raise DiscoveryError(self._not_clear(run, tensors))
             self._place = fitting[0]
-        return self._returned(self._place, output, run, watch)
+        return self._returned(self._place, output, run)
 
     def _computed(self, run: Run, place: int, beside: Mapping[Item, Tensor] | None = None) -> RecordedWeights:
         """One of the attentions of a run; ``beside``: what is returned beside it, if nothing said that it is meant."""
-        event = run.events[place]
-        if event.problem is not None or event.recorded is None:
-            raise DiscoveryError(
-                f"The attention of '{run.path}', {event.shape} by {event.by}, cannot be read: {event.problem}. "
-                f"{NAME_IT}"
-            )
-        what = key_of(event, place)
-        first, recorded = (what, run.module.training) not in self._looked_at, event.recorded
-        if event.used is not None and not run.module.training and not event.gave_unchanged(event.used):
-            recorded = self._as_used(recorded, event.used, run, first)
-        if event.tokens is None:
-            recorded = self._split(what, recorded, run, event)
+        event, training = run.events[place], run.module.training
+        what, recorded, used = key_of(event, place), event.recorded, event.used
+        first = (what, training) not in self._looked_at
+        as_given = event.result is not None and used is not None and event.result.holds_unchanged(used)
+        if recorded is not None and used is not None and not training and not as_given:
+            recorded = self._as_used(recorded, used, run, first)
+        recorded = self.unfolded(recorded, event, run)
+        if recorded is None:
+            raise _unreadable(event, run)
         if first and beside is not None:
-            self._look_beside(recorded, event, run, beside)
+            tokens = Tokens.of(run, event.shape)
+            for tensor in beside.values():
+                # What stands beside a kernel, which surely is attention, may be class probabilities.
+                may_be_meant = event.by == "softmax" or tokens.are_asked_by(tensor.shape)
+                if may_be_meant and looks_like_attention(tensor) and not tell_the_same(tensor, recorded.weights):
+                    raise DiscoveryError(self._not_clear(run, beside))
         if first and recorded.one_head:
             self.remarks.append(one_head(run.path))
-        self._looked_at.add((what, run.module.training))
+        self._looked_at.add((what, training))
         return replace(recorded, within=event.within)
 
-    def _returned(self, item: Item, output: Any, run: Run, watch: Watch) -> RecordedWeights | None:
+    def _returned(self, item: Item, output: Any, run: Run) -> RecordedWeights | None:
         """What stands at a place in what is returned; None if there is nothing, but was before."""
-        name = run.path + "".join(f"[{key}]" for key in item)
+        name = str(Source(run.path, item=item))
         weights = output
         try:
             for key in item:
@@ -204,33 +191,25 @@ class Tap:
         if not isinstance(weights, Tensor):
             if any(item == before for before, _ in self._looked_at):
                 return None
-            there = ", ".join(_describe(key, tensor, run.path) for key, tensor in tensors_in(output)) or "no tensor"
+            there = describe_returned(run.path, dict(tensors_in(output)))
             raise DiscoveryError(f"No tensor '{name}': the module returned {there}. {NAME_IT}")
-        event = next((event for event in run.events if event.gave(weights)), None) or watch.origin(weights)
+        event = next((event for event in run.events if event.gave(weights)), None) or run.origin(weights)
         return self._given(item, weights, name, run.module.training, run, event)
 
     def _given(
-        self,
-        what: Item | str,
-        weights: Any,
-        name: str,
-        training: bool,
-        run: Run | None = None,
-        event: Event | None = None,
+        self, what: Item | str, weights: Any, name: str, training: bool, run: Run | None, event: Event | None
     ) -> RecordedWeights:
         """Weights that a module returned in a run, or a callable gave, with the masks of the event that made them."""
         who = f"The {name} gives" if run is None else f"Module '{name}' returns"
         first = (what, training) not in self._looked_at
         if first:
             check_weights(weights, who, training)
+        shape = tuple(weights.shape)
+        whole = event if event is not None and event.shape == shape else None
+        axes = Axes() if run is None else self._axes_of(what, shape, run, whole)
         # Copied, as the caller may change in place what it gets.
-        recorded = RecordedWeights(weights.detach().clone())
-        if run is None:
-            recorded, masks = Axes().apply(recorded), None
-        else:
-            whole = event if event is not None and event.shape == tuple(weights.shape) else None
-            recorded = self._split(what, recorded, run, whole)
-            masks = None if event is None else self._masks_for(recorded, event, run)
+        recorded = axes.apply(RecordedWeights(weights.detach().clone()))
+        masks = None if run is None or event not in run.events else self._masks_for(recorded, event, run)
         self._looked_at.add((what, training))
         if first:
             average = masks is None and bool((weights != 0).all())
@@ -256,16 +235,11 @@ class Tap:
             )
         elif weights is not None:
             name = str(self.source)
-            self._found.append(self._given(name, weights, name, model.training))
+            self._found.append(self._given(name, weights, name, model.training, None, None))
             self._last, self.has_run = Address.of(weights), True
 
     def recorded(self, batch: Any) -> RecordedWeights | None:
-        """What was taken in this step; None if there is nothing, but was before.
-
-        Parameters
-        ----------
-        batch
-            For callables of a ``JointSequence``.
+        """What was taken in this step; None if there is nothing, but was before. Callables of spans get the batch.
 
         Raises
         ------
@@ -273,16 +247,20 @@ class Tap:
             If it is no attention across, or not as often as is named, or does not fit its spans.
         """
         source, found = self.source, self._found
+        if self.kept is not None:
+            return self.kept
         if source.call is not None and self._runs and not found and not self.has_run:
             raise DiscoveryError(
                 f"No '{source}': '{source.path}' computes {self._count} attention(s) in a step. {NAME_IT}"
             )
+        if not found:
+            return None
         turns = 1 if self._named else source.turns
         if len(found) > turns:
             self.remarks.append(
                 f"Module '{source.path}' ran more often in one step than it is named; its first run is shown."
             )
-        if 0 < len(found) < turns:
+        if len(found) < turns:
             message = f"Module '{source.path}' is named for {turns} directions, but ran {len(found)} time(s)"
             if not self._has_given:
                 raise DiscoveryError(
@@ -290,7 +268,6 @@ class Tap:
                     f"in '{source.path}[1]', or the modules inside of it."
                 )
             self.remarks.append(f"{message} in a step: such steps are left out.")
-        if not found or len(found) < turns:
             return None
         taken = found[source.turn if turns > 1 else 0]
         if source.joint is not None:
@@ -308,6 +285,7 @@ class Tap:
         """The direction within a joint sequence; None of one that is too short, if an earlier one was not."""
         joint, name, length = self.source.joint, self.source.path, whole.weights.shape[2]
         assert joint is not None
+        assert self.direction is not None
         places = joint.slices(batch)
         if whole.cropped and joint.counts_from_the_end:
             raise DiscoveryError(
@@ -315,16 +293,16 @@ class Tap:
                 "spans that count from the start, or nn.TransformerEncoder(..., enable_nested_tensor=False)."
             )
         gaps = gaps_between(places, length)
-        changed = length != (self._length or length) and not whole.cropped and not joint.is_told_by_the_batch
+        told_by_the_batch = any(callable(span) for span in joint.spans.values())
+        changed = length != (self._length or length) and not whole.cropped and not told_by_the_batch
         remedy = "Spans that count from the end, such as (-144, None), or a callable that makes a span of the batch, go"
         if changed and min(gaps) >= 0 and gaps != self._gaps:
             raise ShapeError(
                 f"The sequence of '{name}' has {length} tokens, and had {self._length} before, but the spans of the "
                 f"JointSequence do not move with it: {dict(joint.spans)}. {remedy} with any length."
             )
-        query, key = self.source.block
         try:
-            cut = cut_direction(whole, places[query], places[key], name)
+            cut = cut_direction(whole, places[self.direction.query], places[self.direction.key], name)
         except ShapeError as error:
             if not self._has_given:
                 raise
@@ -339,34 +317,44 @@ class Tap:
             self._length, self._gaps, self._has_given = length, gaps, True
         return cut
 
-    def _split(self, what: Item | str, recorded: RecordedWeights, run: Run, event: Event | None) -> RecordedWeights:
-        """The weights as ``(batch, heads, queries, keys)``; how their rows are split is told from a first run."""
-        shape = tuple(recorded.weights.shape)
-        if what not in self._axes:
+    def _axes_of(self, what: Item | str, shape: tuple[int, ...], run: Run, event: Event | None) -> Axes:
+        """How the rows of an attention are split into samples and heads, as told from a first run."""
+        if what not in self.axes:
             axes = axes_of(shape, run, event)
             if isinstance(axes, str):
                 raise (DiscoveryError if self.has_run else ShapeError)(
                     f"The attention of '{run.path}', {shape}, is in doubt: {axes}. Expected (batch, heads, queries, "
                     f"keys). {NAME_IT}"
                 )
-            self._axes[what] = axes
-        heads = self._axes[what].heads
+            self.axes[what] = axes
+        heads = self.axes[what].heads
         if len(shape) == 3 and heads is not None and shape[0] % heads:
             raise DiscoveryError(f"The attention of '{run.path}' had {heads} heads among its rows; now it has {shape}.")
-        return self._axes[what].apply(recorded)
+        return self.axes[what]
+
+    def unfolded(self, recorded: RecordedWeights | None, event: Event, run: Run) -> RecordedWeights | None:
+        """What was recorded of an attention, if anything was, as ``(batch, heads, queries, keys)``.
+
+        Raises
+        ------
+        DiscoveryError, ShapeError
+            If it cannot be read, or its axes are in doubt.
+        """
+        if event.problem is not None:
+            raise _unreadable(event, run)
+        if event.tokens is not None:
+            return recorded
+        axes = self._axes_of(key_of(event, run.events.index(event)), event.shape, run, event)
+        return None if recorded is None else axes.apply(recorded)
 
     def _masks_for(self, recorded: RecordedWeights, event: Event, run: Run) -> RecordedWeights | None:
         """What the softmax gave that weights, or their average over heads, were made of; None if that is not clear."""
-        if event.recorded is None or event not in run.events:
+        try:
+            made_of = self.unfolded(event.recorded, event, run)
+        except (DiscoveryError, ShapeError):
+            made_of = None
+        if made_of is None:
             return None
-        made_of = event.recorded
-        if event.tokens is None:
-            what = key_of(event, run.events.index(event))
-            axes = self._axes.get(what) or axes_of(event.shape, run, event)
-            if isinstance(axes, str):
-                return None
-            self._axes[what] = axes
-            made_of = axes.apply(made_of)
         shape, heads = recorded.weights.shape, made_of.weights.shape[1]
         if shape[1] == 1 < heads and made_of.weights.shape == (shape[0], heads, *shape[2:]):
             visible = None if made_of.visible is None else made_of.visible.any(1, keepdim=True)
@@ -381,20 +369,20 @@ class Tap:
         """
         batch, _, queries, keys = recorded.weights.shape
         for name, tensor in arguments_of(run) if queries != keys or self._mask_name else ():
-            if tuple(tensor.shape) != (batch, queries) or "mask" not in name or self._mask_name not in (None, name):
-                continue
-            by_torch = tensor.dtype == torch.bool and name.endswith("padding_mask")
-            if by_torch or not (tensor.is_floating_point() or tensor.dtype == torch.bool):
-                self._mask_name = name
-                return ~tensor if by_torch else tensor.bool()
+            if tuple(tensor.shape) == (batch, queries) and "mask" in name and self._mask_name in (None, name):
+                by_torch = tensor.dtype == torch.bool and name.endswith("padding_mask")
+                if by_torch or not (tensor.is_floating_point() or tensor.dtype == torch.bool):
+                    self._mask_name = name
+                    return ~tensor if by_torch else tensor.bool()
         return None
 
     def _as_used(self, recorded: RecordedWeights, used: Tensor, run: Run, first: bool) -> RecordedWeights:
         """What was computed, without the rows that the module sets to 0 before it uses them."""
-        sums = used.detach().float().sum(-1, keepdim=True)
-        unused = (used.detach() == 0).all(-1, keepdim=True) & (recorded.weights != 0).any(-1, keepdim=True)
+        used = used.detach().float()
+        unused = (used == 0).all(-1, keepdim=True) & (recorded.weights != 0).any(-1, keepdim=True)
         if first:
-            kept = torch.isclose(used.detach().float() / sums, recorded.weights.float(), rtol=1e-2, atol=1e-3)
+            shares = used / used.sum(-1, keepdim=True)
+            kept = torch.isclose(shares, recorded.weights.float(), rtol=1e-2, atol=1e-3)
             if bool((~kept & ~unused & ~recorded.weights.isnan()).any()):
                 self.remarks.append(
                     f"'{run.path}' changes its weights between the softmax and their use: what the softmax gave is "
@@ -405,16 +393,7 @@ class Tap:
                     f"'{run.path}' sets whole rows of its weights to 0 after the softmax: such queries are left out."
                 )
         shown = ~unused.expand(recorded.weights.shape)
-        return replace(recorded, visible=shown if recorded.visible is None else recorded.visible & shown)
-
-    def _look_beside(self, recorded: RecordedWeights, event: Event, run: Run, tensors: Mapping[Item, Tensor]) -> None:
-        """Refuse the one attention that is computed if the module returns another one. Looks at the values."""
-        tokens = Tokens.of(run, event.shape)
-        for tensor in tensors.values():
-            # What stands beside a kernel, which surely is attention, may be class probabilities.
-            may_be_meant = event.by == "softmax" or tokens.are_asked_by(tensor.shape)
-            if may_be_meant and looks_like_attention(tensor) and not tell_the_same(tensor, recorded.weights):
-                raise DiscoveryError(self._not_clear(run, tensors))
+        return replace(recorded, visible=seen_by_both(shown, recorded.visible))
 
     def _not_clear(self, run: Run, tensors: Mapping[Item, Tensor]) -> str:
         candidates = candidates_of(run, across=False)
@@ -423,14 +402,11 @@ class Tap:
             for i, event in enumerate(run.events, start=self._count + 1)
             if event in candidates
         ]
-        returned = [_describe(item, tensor, run.path) for item, tensor in tensors.items()]
-        none = returned and not any(looks_like_attention(tensor) for tensor in tensors.values())
+        none = tensors and not any(looks_like_attention(tensor) for tensor in tensors.values())
         return (
             f"Module '{run.path}' does not show which attention is meant. It computes "
-            + (", ".join(computed) or "none that can be seen")
-            + f", and returns {', '.join(returned) or 'no tensor'}"
-            + ("; none of these is weights whose rows sum to 1" if none else "")
-            + f". {NAME_IT}"
+            f"{', '.join(computed) or 'none that can be seen'}, and returns {describe_returned(run.path, tensors)}"
+            f"{'; none of these is weights whose rows sum to 1' if none else ''}. {NAME_IT}"
         )
 
 
@@ -439,36 +415,12 @@ def key_of(event: Event, place: int) -> str:
     return f"{event.by}#{place}"
 
 
-def candidates_of(run: Run, across: bool) -> list[Event]:
-    """Those of the softmaxes and kernels in a run that may be attention to tokens.
-
-    ``across``: attention from one sequence to another is meant, so what surely attends within one is left out, unless
-    there is no other.
-    """
-    tokens = {event.shape: Tokens.of(run, event.shape) for event in run.events}
-    found = [
-        event for event in run.events if tokens[event.shape].are_asked_by(event.shape) or event.over_keys
-    ] or [  # with queries of the module's own
-        event
-        for event in run.events
-        if event.shape[-1] in tokens[event.shape].counts and event.shape[-2] > 1 and event.problem is None
-    ]
-    return [event for event in found if not (across and event.within)] or found
+def _unreadable(event: Event, run: Run) -> DiscoveryError:
+    by = f"The attention of '{run.path}', {event.shape} by {event.by}"
+    return DiscoveryError(f"{by}, cannot be read: {event.problem}. {NAME_IT}")
 
 
-def describe_event(event: Event, run: Run) -> str:
-    """The shape of an attention, and which tokens ask which, as far as numbers of tokens tell."""
-    queries, keys = event.shape[-2], event.shape[-1] - event.extra_keys
-    who = f"{queries} queries{_whose(queries, run)} ask {keys} keys{_whose(keys, run)}"
-    return f"{event.shape}: {who}" + (f" (cannot be read: {event.problem})" if event.problem else "")
-
-
-def _whose(count: int, run: Run) -> str:
-    """The argument with so many tokens, if it is one."""
-    found = {t.data_ptr(): name for name, t in reversed(arguments_of(run)) if t.dim() == 3 and t.shape[1] == count}
-    return f" ({found.popitem()[1]})" if len(found) == 1 else ""
-
-
-def _describe(item: Item, tensor: Tensor, path: str) -> str:
-    name = path + "".join(f"[{key}]" for key in item)
-    return (f"'{name}'" if item else "one tensor") + f" {tuple(tensor.shape)}"
+def describe_returned(path: str, tensors: Mapping[Item, Tensor]) -> str:
+    """What a module returned, as it can be named, with shapes."""
+    names = {item: f"'{Source(path, item=item)}'" if item else "one tensor" for item in tensors}
+    return ", ".join(f"{names[item]} {tuple(tensor.shape)}" for item, tensor in tensors.items()) or "no tensor"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,9 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
-from lightning_xattn.capture.memory import Address, has_address, version_of
+from lightning_xattn.capture.memory import Address, has_address
 from lightning_xattn.capture.readers import Event, Read, Want, reader_of
-from lightning_xattn.capture.wrappers import runs_for_backward
+from lightning_xattn.capture.wrappers import Shared, runs_for_backward
 
 Hide = Callable[[str, Event], Tensor | None]
 """Gets the path of the module that runs and the attention that it is about to compute; gives what is to be hidden, bool
@@ -31,39 +32,33 @@ that broadcasts to the attention's shape, True where a key is hidden; None: noth
 _PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "mm", "baddbmm", "einsum"})
 _FOLDS = frozenset({"reshape", "view", "flatten", "contiguous"})
 
+Note = TypeVar("Note")
+
 
 @dataclass(eq=False)
 class Run:
-    """One run of a module that is watched.
-
-    Attributes
-    ----------
-    module, path
-        The module.
-    outer
-        The run that it is part of; None: it is the outermost.
-    args, kwargs
-        What the module got.
-    events
-        The attention that is computed meanwhile, in this module or in others that it calls.
-    heads_inside, heads_first
-        By how many rows there are, the number of heads that were folded into them, behind or before the samples.
-    turn
-        How many times the module had run in this step before.
-    error
-        What was being handled when it began; another one at its end is its own.
-    """
+    """One run of a module that is watched."""
 
     module: nn.Module
     path: str
     outer: Run | None
+    """The run that it is part of; None: it is the outermost."""
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     turn: int
+    """How many times the module had run in this step before."""
     error: BaseException | None
+    """What was being handled when it began; another one at its end is its own."""
+    made: Mapping[int, tuple[weakref.ref[Tensor], Event]]
+    """What was made of weights, by the id of the tensor."""
     events: list[Event] = field(default_factory=list)
-    heads_inside: dict[int, int] = field(default_factory=dict)
-    heads_first: dict[int, int] = field(default_factory=dict)
+    """The attention that is computed meanwhile, in this module or in others that it calls."""
+    folded: dict[tuple[bool, int], int] = field(default_factory=dict)
+    """How many heads were folded into so many rows: True of heads before the samples, False behind them."""
+
+    def origin(self, tensor: Any) -> Event | None:
+        """The attention whose weights a tensor was made of, by other operations than products."""
+        return _noted(self.made, tensor)
 
     def outwards(self) -> Iterator[Run]:
         """The run and those that it is part of, innermost first."""
@@ -76,18 +71,10 @@ class Run:
 class Watch(TorchFunctionMode):
     """Sees every attention that is computed while certain modules run; the results stay what they are bit for bit.
 
-    Parameters
-    ----------
-    modules
-        The modules while which the mode is on, with their paths: the operations of others are not looked at.
-    want
-        What is to be recorded of an attention that is about to be computed.
-    leave
-        Called when a run ends without an error, with what the module returned.
-    hide
-        Hides keys before an attention is computed. torch's fast paths are then off.
-    follows
-        Whether to follow which attention reaches which.
+    The mode is on while one of ``modules`` (with their paths) runs; the operations of others are not looked at.
+    ``want`` says what is to be recorded of an attention that is about to be computed. ``leave`` is called when a run
+    ends without an error, with what the module returned. ``hide`` hides keys before an attention is computed; torch's
+    fast paths are then off. A watch that ``follows`` notes which attention reaches which.
     """
 
     def __init__(
@@ -101,23 +88,18 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._modules, self._want, self._leave, self._hide = modules, want, leave, hide
         self._runs: list[Run] = []
-        self._turns: dict[nn.Module, int] = {}
+        self._turns: Counter[nn.Module] = Counter()
         self._on = False
-        # What was made of weights, by the id of the tensor.
         self._made: dict[int, tuple[weakref.ref[Tensor], Event]] = {}
-        # The attention that reaches a tensor, by its id; None: it is not followed.
-        self._reached: dict[int, tuple[weakref.ref[Tensor], frozenset[Event]]] | None = {} if follows else None
-
-    @property
-    def hides(self) -> bool:
-        """Whether attention is changed."""
-        return self._hide is not None
+        # The attention that reaches a tensor, by its id.
+        self._follows, self._reached = follows, dict[int, tuple[weakref.ref[Tensor], frozenset[Event]]]()
 
     def attach(self, root: nn.Module, hooks: ExitStack) -> None:
         """Watch the modules, which are ``root`` or in it, until ``hooks`` closes."""
         hooks.callback(self.clear)
-        hooks.enter_context(fast_paths)
-        unhookable = {module for module, path in self._modules.items() if _is_in_encoder_layer(root, path)}
+        hooks.enter_context(keep_fast_paths())
+        layers = [layer for layer in root.modules() if isinstance(layer, nn.TransformerEncoderLayer)]
+        unhookable = {module for layer in layers for module in layer.modules() if module in self._modules}
         for module in self._modules:
             if module not in unhookable and not isinstance(module, torch.jit.ScriptModule):
                 hooks.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
@@ -145,24 +127,19 @@ class Watch(TorchFunctionMode):
         self._runs.clear()
         self._turns.clear()
         self._made.clear()
-        if self._reached is not None:
-            self._reached.clear()
+        self._reached.clear()
         self._switch()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
         if runs_for_backward():
             return
-        turn = self._turns.get(module, 0)
-        self._turns[module] = turn + 1
-        outer = self._runs[-1] if self._runs else None
-        error = sys.exc_info()[1]
-        self._runs.append(Run(module, self._modules[module], outer, args, kwargs or {}, turn, error))
+        outer, turn, error = self._runs[-1] if self._runs else None, self._turns[module], sys.exc_info()[1]
+        self._runs.append(Run(module, self._modules[module], outer, args, kwargs or {}, turn, error, self._made))
+        self._turns[module] += 1
         self._switch()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        if runs_for_backward() or not self._runs:
-            return
-        if self._runs[-1].module is not module and not any(run.module is module for run in self._runs):
+        if runs_for_backward() or all(run.module is not module for run in self._runs):
             return
         while (run := self._runs.pop()).module is not module:
             pass  # an interrupt passed its hook by
@@ -202,29 +179,25 @@ class Watch(TorchFunctionMode):
         else:
             result = function(*args, **kwargs)
             self._follow(getattr(function, "__name__", ""), args, kwargs, result)
-        if self._reached is not None:
+        if self._follows:
             self._pass_on((*args, *kwargs.values()), self._runs[-1].events[before:], result)
         return result
 
     def _pass_on(self, args: Sequence[Any], events: Sequence[Event], result: Any) -> None:
         """Note what reaches the tensors of a result: what reached those it was made of, and what was computed."""
-        assert self._reached is not None
-        tensors = [one for arg in args for one in (arg if isinstance(arg, (tuple, list)) else (arg,))]
-        reached = frozenset(events).union(*(self._reaching(one) for one in tensors if isinstance(one, Tensor)))
+        made_of = [one for arg in args for one in (arg if isinstance(arg, (tuple, list)) else (arg,))]
+        reached = frozenset(events).union(*(_noted(self._reached, one) or () for one in made_of))
         for one in result if isinstance(result, (tuple, list)) else (result,):
             if reached and isinstance(one, Tensor):
                 self._reached[id(one)] = weakref.ref(one), reached
 
-    def _reaching(self, tensor: Tensor) -> frozenset[Event]:
-        reference, reached = (self._reached or {}).get(id(tensor), (None, frozenset[Event]()))
-        return reached if reference is not None and reference() is tensor else frozenset()
-
     def begin(self, event: Event, asks: Tensor) -> Tensor | None:
         """See ``Watcher``."""
-        event.reached_by = self._reaching(asks)
+        event.reached_by = _noted(self._reached, asks) or frozenset()
         for run in self._runs[-1].outwards() if len(event.shape) == 3 else ():
-            event.heads_inside = event.heads_inside or run.heads_inside.get(event.shape[0])
-            event.heads_first = event.heads_first or run.heads_first.get(event.shape[0])
+            for (heads_first, rows), heads in run.folded.items():
+                if rows == event.shape[0]:
+                    event.folded.setdefault(heads_first, heads)
         if event.problem is None:
             event.want = self._want(self._runs[-1], event)
         return None if self._hide is None else self._hide(self._runs[-1].path, event)
@@ -233,13 +206,13 @@ class Watch(TorchFunctionMode):
         """See ``Watcher``."""
         self._runs[-1].events.append(event)
         if given is not None and has_address(given):
-            event.result, event.version = Address.of(given), version_of(given)
+            event.result = Address.of(given)
             self._made[id(given)] = weakref.ref(given), event
         if read is not None and event.want is not Want.NOTHING:
             rounds = torch.is_autocast_enabled(event.device.type)
             precise = torch.autocast(event.device.type, enabled=False) if rounds else nullcontext()
             with torch.no_grad(), precise, torch._C.DisableTorchFunction():  # unseen by watches around this one
-                event.recorded = read(event.want is Want.WEIGHTS)
+                event.recorded = read()
 
     def _follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note how heads are folded into the samples, and what is made of weights, and what these are used for."""
@@ -249,10 +222,10 @@ class Watch(TorchFunctionMode):
         elif name in ("cat", "concat", "concatenate") and not kwargs.get("dim", args[1] if len(args) > 1 else 0):
             parts = [part for part in first or () if isinstance(part, Tensor) and part.dim() == 3]
             if len(parts) > 1 and len(parts) == len(first or ()) and len({part.shape for part in parts}) == 1:
-                self._runs[-1].heads_first[len(parts) * len(parts[0])] = len(parts)
+                self._runs[-1].folded[True, len(parts) * len(parts[0])] = len(parts)
         if not self._made:
             return
-        events = [(arg, event) for arg in args if (event := self.origin(arg)) is not None]
+        events = [(arg, event) for arg in args if (event := self._runs[-1].origin(arg)) is not None]
         if name in _PRODUCTS:
             for arg, event in events:
                 # As keys of another product they are transposed.
@@ -262,20 +235,11 @@ class Watch(TorchFunctionMode):
         elif events and isinstance(result, Tensor):
             self._made[id(result)] = weakref.ref(result), events[0][1]
 
-    def origin(self, tensor: Any) -> Event | None:
-        """The attention whose weights a tensor was made of, by other operations than products."""
-        reference, event = self._made.get(id(tensor), (None, None))
-        return event if reference is not None and reference() is tensor else None
 
-
-def _is_in_encoder_layer(root: nn.Module, path: str) -> bool:
-    """Whether a module is, or is in, an ``nn.TransformerEncoderLayer``."""
-    parts, module = path.split(".") if path else [], root
-    for part in parts:
-        if isinstance(module, nn.TransformerEncoderLayer):
-            return True
-        module = getattr(module, part)
-    return isinstance(module, nn.TransformerEncoderLayer)
+def _noted(book: Mapping[int, tuple[weakref.ref[Tensor], Note]], tensor: Any) -> Note | None:
+    """What a book by the ids of tensors says of one; nothing of one whose id was that of another one."""
+    reference, note = book.get(id(tensor), (None, None))
+    return note if reference is not None and reference() is tensor else None
 
 
 def _note_fold(tensor: Tensor, result: Tensor, run: Run) -> None:
@@ -287,49 +251,43 @@ def _note_fold(tensor: Tensor, result: Tensor, run: Run) -> None:
     if tensor.dim() == 4 and not tensor.is_contiguous():
         rows, (first, second) = tensor.shape[0] * tensor.shape[1], tensor.stride()[:2]
         inside = second != 0 and (first > second or first == 0)  # 0: the same tokens for all samples
-        (run.heads_inside if inside else run.heads_first)[rows] = tensor.shape[1 if inside else 0]
+        run.folded[not inside, rows] = tensor.shape[1 if inside else 0]
     elif tensor.dim() == result.dim() == 3 and tensor.shape[0] == result.shape[0] and tensor.shape[1]:
         heads, rest = divmod(result.shape[1], tensor.shape[1])
         if heads > 1 and not rest:
-            run.heads_inside[result.shape[1]] = heads
+            run.folded[False, result.shape[1]] = heads
 
 
-class _FastPaths:
-    """Keeps torch's fast paths of ``nn.MultiheadAttention`` and encoder layers on under a ``Watch``, which reads them.
+@contextmanager
+def _keep_fast_paths() -> Iterator[None]:
+    """Keep torch's fast paths of ``nn.MultiheadAttention`` and encoder layers on under a ``Watch``, which reads them.
 
     They are off under any mode, and their outputs differ in the last bits from those of the slow path. While a watch is
     attached, torch's modules that ask whether there is a mode are told of all but watches; everybody else of all.
     """
+    original = torch.overrides.has_torch_function
 
-    def __init__(self) -> None:
-        self._users = 0
-        self._original = torch.overrides.has_torch_function
-
-    def __enter__(self) -> None:
-        self._users += 1
-        # torch's stub gives it the signature of a plain function, which a method is not to mypy.
-        torch.overrides.has_torch_function = self._has_torch_function  # type: ignore[assignment]
-
-    def __exit__(self, *_: object) -> None:
-        self._users -= 1
-        if self._users == 0:
-            torch.overrides.has_torch_function = self._original
-
-    def _has_torch_function(self, relevant_args: Any) -> bool:
+    def has_torch_function(args: Iterable[Any]) -> bool:
         asks = sys._getframe(1).f_globals.get("__name__")
         if asks not in ("torch.nn.modules.activation", "torch.nn.modules.transformer"):
-            return self._original(relevant_args)
+            return original(args)
         stack = _pop_all()
         try:
-            _push([mode for mode in stack if not isinstance(mode, Watch) or mode.hides])
-            return self._original(relevant_args)
+            _push([mode for mode in stack if not isinstance(mode, Watch) or mode._hide is not None])
+            return original(args)
         finally:
             _pop_all()
             _push(stack)
 
+    torch.overrides.has_torch_function = has_torch_function
+    try:
+        yield
+    finally:
+        torch.overrides.has_torch_function = original
 
-fast_paths = _FastPaths()
-"""A context manager in which ``Watch`` leaves torch's fast paths on."""
+
+keep_fast_paths = Shared(_keep_fast_paths)
+"""Gives a context manager in which ``Watch`` leaves torch's fast paths on."""
 
 
 def _pop_all() -> list[Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ def plain_path(root: nn.Module, path: str) -> str:
     """A module's path without the components that wrappers add, such as ``_orig_mod`` and DDP's ``module``."""
     parent, kept = root, []
     for part in path.split(".") if path else []:
-        if not _is_wrapper(parent, part):
+        if part not in _WRAPPED and not (part == "module" and list(parent._modules) == ["module"]):
             kept.append(part)
         parent = getattr(parent, part)
     return ".".join(kept)
@@ -43,27 +43,28 @@ def compiled_modules(root: nn.Module) -> list[str]:
     return found or (["the model"] if getattr(root, "_compiler_ctx", None) is not None else [])
 
 
-class _Uncompiled:
-    """torch's stance on compilation is one for the whole process, so recorders that overlap share one change of it."""
+class Shared:
+    """A change to the whole process: recorders that overlap share it, and the last one that leaves takes it back."""
 
-    def __init__(self) -> None:
-        self._users, self._stance = 0, ExitStack()
+    def __init__(self, change: Callable[[], AbstractContextManager[None]]) -> None:
+        self._change, self._users, self._changed = change, 0, ExitStack()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
+        """The change is in force inside of it."""
         if self._users == 0:
-            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._changed.enter_context(self._change())
         self._users += 1
         try:
             yield
         finally:
             self._users -= 1
             if self._users == 0:
-                self._stance.close()
+                self._changed.close()
 
 
-run_uncompiled = _Uncompiled()
-"""A context manager in which nothing that is compiled runs compiled."""
+run_uncompiled = Shared(lambda: torch.compiler.set_stance("force_eager"))
+"""Gives a context manager in which nothing that is compiled runs compiled."""
 
 
 def runs_for_backward() -> bool:
@@ -95,7 +96,3 @@ def scripted_modules(root: nn.Module) -> Iterator[str]:
         if isinstance(module, torch.jit.ScriptModule) and not any(path.startswith(outer) for outer in inside):
             inside.append(f"{path}." if path else "")
             yield path or "the model"
-
-
-def _is_wrapper(parent: nn.Module, child: str) -> bool:
-    return child in _WRAPPED or (child == "module" and list(parent._modules) == ["module"])
