@@ -28,7 +28,7 @@ from lightning_xattn.labels.places import (
     say_setting,
     told_place,
 )
-from lightning_xattn.labels.scores import ScorePlace, Scores, find_scores
+from lightning_xattn.labels.scores import ReadScores, Scores, find_scores
 from lightning_xattn.labels.tensors import (
     Classes,
     are_binary_labels,
@@ -163,7 +163,7 @@ class LabelFinder:
             if not (setting is None or isinstance(setting, str) or callable(setting)):
                 raise SettingError(f"{name} must be None, a key or a callable; got {setting!r}.")
         self._places: dict[str, Place | None] | None = None
-        self._scores: ScorePlace | None = None
+        self._scores_of: ReadScores | None = None
         self._binary = self._probabilities = self._one_hot = False
         # Whether rows of targets that were one-hot in the first batch have none or several positives; on their device.
         self._several: Tensor | None = None
@@ -196,7 +196,7 @@ class LabelFinder:
         place = self._places["predictions"]
         if place is not None and "confidence" not in self._doubts:
             found = self._fitting(place.read(step), step.samples)
-            self._scores = None if found is None else find_scores(step, found, *self._read_scores(found))
+            self._scores_of = None if found is None else find_scores(step, found, *self._predicted_by(found))
 
     def find(self, step: Step) -> Labels:
         """What is known of a batch's samples.
@@ -212,7 +212,7 @@ class LabelFinder:
         if first:
             self.decide(step)
         scores, labels = (self._read(what, step, first) for what in ("predictions", "targets"))
-        predicted, confidence = (Classes(), None) if scores is None else self._read_scores(scores)
+        predicted, confidence = (Classes(), None) if scores is None else self._predicted_by(scores)
         target = Classes() if labels is None else classes_of_labels(labels) if self._binary else classes_of(labels)
         if self._one_hot and labels is not None and target.ids is not None and target.tied is not None:
             several = labels.float().sum(1) != 1
@@ -236,10 +236,10 @@ class LabelFinder:
             self.group_noun,
             self._find_ids("sample_ids", step),
             self._find_query_mask(step),
-            None if self._scores is None else self._scores.read(step, scores),
+            None if self._scores_of is None else self._scores_of(step, scores),
         )
 
-    def _read_scores(self, scores: Tensor) -> tuple[Classes, Tensor | None]:
+    def _predicted_by(self, scores: Tensor) -> tuple[Classes, Tensor | None]:
         """The classes that scores or ids predict, and how confidently."""
         predicted = (
             classes_of_scores(scores, 0.5 if self._probabilities else 0.0) if self._binary else classes_of(scores)

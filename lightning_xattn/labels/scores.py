@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,38 +51,12 @@ class Scores:
         return bool(told.all())
 
 
-@dataclass(frozen=True)
-class ScorePlace:
-    """Where a step has scores, and how to read them.
-
-    Attributes
-    ----------
-    place
-        Where they are; None: they are the predictions themselves.
-    n_classes
-        How many there are; 2 also for the single score of a binary head.
-    are_probabilities
-        Whether they are probabilities.
-    """
-
-    place: Place | None
-    n_classes: int
-    are_probabilities: bool
-
-    def read(self, step: Step, predictions: Tensor | None) -> Scores | None:
-        """The scores of a step with these predictions; None where it has none like those of the first step."""
-        try:
-            found = predictions if self.place is None else self.place.read(step)
-        except (KeyError, IndexError, TypeError):
-            return None
-        for scores in _by_class(found, step.samples):
-            if scores.are_probabilities == self.are_probabilities and scores.values.shape[1] == self.n_classes:
-                return Scores(scores.values.to(step.device, non_blocking=True), self.are_probabilities)
-        return None
+ReadScores = Callable[[Step, Tensor | None], Scores | None]
+"""Gives the scores of a step with these predictions; None where it has none like those of the first step."""
 
 
-def find_scores(step: Step, predictions: Tensor, predicted: Classes, confidence: Tensor | None) -> ScorePlace | None:
-    """Where a first step has the scores behind its predictions. Looks at the values.
+def find_scores(step: Step, predictions: Tensor, predicted: Classes, confidence: Tensor | None) -> ReadScores | None:
+    """How to read the scores behind predictions, as a first step shows where they are. Looks at the values.
 
     What ``forward`` returned comes first, as many a step makes probabilities or class ids of it.
 
@@ -104,7 +79,20 @@ def find_scores(step: Step, predictions: Tensor, predicted: Classes, confidence:
                 not scores.are_probabilities or are_probabilities(scores.values)
             )
             if fits and predicted.ids is not None and scores.tell(predicted.ids, confidence):
-                return ScorePlace(place, classes, scores.are_probabilities)
+                return partial(_read, place, classes, scores.are_probabilities)
+    return None
+
+
+def _read(
+    place: Place | None, n_classes: int, are_probabilities: bool, step: Step, predictions: Tensor | None
+) -> Scores | None:
+    try:
+        found = predictions if place is None else place.read(step)
+    except (KeyError, IndexError, TypeError):
+        return None
+    for scores in _by_class(found, step.samples):
+        if scores.are_probabilities == are_probabilities and scores.values.shape[1] == n_classes:
+            return Scores(scores.values.to(step.device, non_blocking=True), are_probabilities)
     return None
 
 
