@@ -285,6 +285,19 @@ def test_what_forward_returns_is_no_logits_unless_it_predicts_the_same():
     assert results["predictions"].tolist() == results["logits"].argmax(1).tolist()
 
 
+def test_what_forward_returns_is_no_logits_of_class_ids_that_it_does_not_predict():
+    class Embedding(ToyModule):
+        def forward(self, audio, text):
+            return super().forward(audio, text).roll(1, dims=1)
+
+        def predict_step(self, batch, batch_idx):
+            return self(*batch[:2]).roll(-1, dims=1).argmax(1)
+
+    results = ExplainabilityCapture(Embedding()).explain_batch(batch())
+    assert results["predictions"].shape == (SAMPLES,)
+    assert (results["logits"], results["probabilities"]) == (None, None)
+
+
 def test_any_module_will_do():
     class Plain(nn.Module):
         def __init__(self):
