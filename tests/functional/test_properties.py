@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from lightning_xattn import functional as F
 from lightning_xattn.attention import Attention, Direction
+from lightning_xattn.errors import ShapeError
+from tests.messages import tells
 
 DIRECTION = Direction("eeg", "spec")
 
@@ -136,7 +138,7 @@ def test_permuting_samples_permutes_their_numbers_and_all_stay_in_range(seed, sc
 def test_different_numbers_of_heads_are_refused_where_heads_are_matched():
     there, back = rows_of(random_logits(2, 3, 5, 7).softmax(-1)), back_rows_of(random_logits(2, 2, 7, 5).softmax(-1))
     for function in (F.head_alignment, F.alignment_interaction, F.round_trip_lift):
-        with pytest.raises(ValueError, match="got 3 and 2"):
+        with pytest.raises(ShapeError, match=tells("both directions", "got 3 and 2", "head_alignment_matrix")):
             function(there, back)
     assert F.head_alignment_matrix(there, back).shape == (2, 3, 2)
     assert "interaction" not in F.sample_statistics(there, back)
