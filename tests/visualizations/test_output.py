@@ -29,6 +29,7 @@ from lightning_xattn.visualizations import (
     plot_modality_alignment,
     plot_outcome_alignment,
 )
+from tests.messages import tells
 from tests.visualizations import window_backend
 from tests.visualizations.conftest import (
     EDGES,
@@ -91,7 +92,7 @@ def test_every_figure_is_saved_in_folders_that_are_made(name: str, tmp_path: Pat
 
 def test_a_suffix_that_cannot_be_written_is_refused_with_those_that_can(tmp_path: Path) -> None:
     for name in ("figure.docx", "figure"):
-        with pytest.raises(SettingError, match=r"must end in one of .*\.pdf, .*\.png, .*\.svg.*; got .*figure"):
+        with pytest.raises(SettingError, match=tells("save_path", ".pdf", ".png", ".svg", f"got '{tmp_path / name}'")):
             plot_cross_modal_attention(PAIR, save_path=tmp_path / name)
     assert not list(tmp_path.iterdir())
 
