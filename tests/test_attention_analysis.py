@@ -17,7 +17,7 @@ from lightning_xattn.attention_analysis import (
 from lightning_xattn.errors import SettingError, ShapeError, XAttnWarning
 from tests import reference
 from tests.functional.test_against_reference import BATCH, CASES, HEADS, KEYS, QUERIES, make_case, sample
-from tests.messages import telling
+from tests.messages import tells
 
 NAMES = ("mean", "std", "max", "min", "entropy", "sparsity")
 
@@ -103,15 +103,15 @@ def test_top_pairs_of_planted_attention():
 
 def test_a_single_key_is_undefined_and_said_to_be():
     weights = {"eeg_to_spec": torch.ones(BATCH, HEADS, 1, 1), "spec_to_eeg": torch.ones(BATCH, HEADS, 1, 1)}
-    with pytest.warns(XAttnWarning, match=telling("eeg_to_spec and spec_to_eeg", "single key", "pool after")) as caught:
+    with pytest.warns(XAttnWarning, match=tells("eeg_to_spec and spec_to_eeg", "single key", "pool after")) as caught:
         stats = extract_attention_statistics(weights)
     assert len(caught) == 1
     assert math.isnan(stats["eeg_to_spec"].entropy)
     assert stats["eeg_to_spec"].max == 1
     analyzer = AttentionAnalyzer()
-    with pytest.warns(XAttnWarning, match=telling("These weights", "single key")):
+    with pytest.warns(XAttnWarning, match=tells("These weights", "single key")):
         assert math.isnan(analyzer.compute_attention_entropy(weights["eeg_to_spec"]))
-    with pytest.warns(XAttnWarning, match=telling("single key")) as caught:
+    with pytest.warns(XAttnWarning, match=tells("single key")) as caught:
         assert math.isnan(analyzer.compare_modality_agreement(*weights.values()))
     assert len(caught) == 1
     with warnings.catch_warnings():

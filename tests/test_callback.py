@@ -16,7 +16,7 @@ from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.columns import ALIGNMENT
 from lightning_xattn.errors import XAttnWarning
 from tests import reference
-from tests.messages import telling
+from tests.messages import tells
 from tests.toy import CLASSES, HEADS, NAMES, ToyModule, count_hooks, quiet_trainer, toy_data, toy_loader, validate
 
 
@@ -122,7 +122,7 @@ def test_loggers_without_images_get_files_and_a_broken_logger_ends_nothing(tmp_p
             raise OSError("disk on fire")
 
     loggers = [Broken(tmp_path / "broken"), CSVLogger(tmp_path, name="", version="run")]
-    with pytest.warns(XAttnWarning, match=telling("Broken", "xattn_", "disk on fire")):
+    with pytest.warns(XAttnWarning, match=tells("Broken", "xattn_", "disk on fire")):
         validate(ToyModule(), AttentionExplainabilityCallback(), logger=loggers[:1])
     validate(ToyModule(), AttentionExplainabilityCallback(), logger=loggers[1:])
     files = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("xattn_*/**/*.*"))
@@ -336,7 +336,7 @@ def test_a_figure_that_cannot_be_drawn_ends_nothing(tmp_path, monkeypatch):
         raise ValueError("no ink")
 
     monkeypatch.setattr("lightning_xattn.visualizations.render", fail)
-    with pytest.warns(XAttnWarning, match=telling("figures of val", "ValueError", "no ink")):
+    with pytest.warns(XAttnWarning, match=tells("figures of val", "ValueError", "no ink")):
         validate(ToyModule(), AttentionExplainabilityCallback(), logger=CSVLogger(tmp_path, name="", version="run"))
 
 

@@ -16,7 +16,7 @@ from lightning_xattn.columns import ALIGNMENT
 from lightning_xattn.errors import DataError, SettingError, XAttnError
 from lightning_xattn.explainer import dataset, progress
 from lightning_xattn.messages import named
-from tests.messages import telling
+from tests.messages import tells
 from tests.toy import NAMES, PaddedToyModule, ToyModule, padded_toy_data, run_toy, toy_data, toy_loader, validate
 
 
@@ -252,7 +252,7 @@ def _failing(loader):
 
 def test_a_folder_that_cannot_be_written_is_named_beside_the_first_error(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(XAttnError, match=telling("Batch ", "written into", "file")):
+    with pytest.raises(XAttnError, match=tells("Batch ", "written into", "file")):
         explainer().explain_loader(toy_loader(), tmp_path / "file" / "below")
 
 
@@ -262,7 +262,7 @@ def test_without_targets_there_are_no_outcomes_and_one_warning_says_so():
         explained = explainer().explain_loader(loader)
     assert explained.class_names == ()
     assert explained.headline.samples == 23
-    with pytest.warns(XAttnWarning, match=telling("No targets", "correct and incorrect", "targets=<key or callable>")):
+    with pytest.warns(XAttnWarning, match=tells("No targets", "correct and incorrect", "targets=<key or callable>")):
         explained = explainer(group_by="prediction").explain_loader(loader)
     assert explained.class_names == ("class_0", "class_1", "class_2", "class_3")
 
@@ -360,7 +360,7 @@ def test_a_loader_without_labels_after_one_with_labels_is_refused(tmp_path):
     loader = DataLoader(TensorDataset(audio, text), batch_size=5)
     with (
         pytest.warns(XAttnWarning, match="No targets"),
-        pytest.raises(SettingError, match=telling("first batch", str(tmp_path), "shuffles")),
+        pytest.raises(SettingError, match=tells("first batch", str(tmp_path), "shuffles")),
     ):
         explainer().explain_loader(loader, table=tmp_path)
 
@@ -370,5 +370,5 @@ def test_other_predictions_under_the_same_name_are_noticed(tmp_path):
         return lambda outputs, batch: sign * outputs
 
     explainer(predictions=predictions(1)).explain_loader(toy_loader(), table=tmp_path)
-    with pytest.raises(SettingError, match=telling("first batch", str(tmp_path), "shuffles")):
+    with pytest.raises(SettingError, match=tells("first batch", str(tmp_path), "shuffles")):
         explainer(predictions=predictions(-1)).explain_loader(toy_loader(), table=tmp_path)

@@ -15,7 +15,7 @@ from lightning_xattn.attention_analysis import compute_modality_alignment, extra
 from lightning_xattn.columns import ALIGNMENT
 from lightning_xattn.errors import DataError, DiscoveryError, SettingError
 from tests import reference
-from tests.messages import telling
+from tests.messages import tells
 from tests.toy import (
     AUDIO,
     CLASSES,
@@ -334,7 +334,7 @@ def test_single_keys_are_undefined_and_said_once():
             return super().forward(audio.mean(1, keepdim=True), text.mean(1, keepdim=True))
 
     watch = explainer(Pooled())
-    with pytest.warns(XAttnWarning, match=telling("audio_to_text and text_to_audio", "single key", "pool")) as caught:
+    with pytest.warns(XAttnWarning, match=tells("audio_to_text and text_to_audio", "single key", "pool")) as caught:
         results, _ = watch.explain_batch(batch()), watch.explain_batch(batch())
     assert len(caught) == 1
     assert math.isnan(results["modality_alignment"])
@@ -406,7 +406,7 @@ def test_a_sample_that_is_not_there(index):
 def test_models_without_attention_and_what_is_no_model():
     with pytest.raises(DiscoveryError, match="No cross-attention ran.*Linear has no nn.MultiheadAttention at all"):
         ExplainabilityCapture(nn.Linear(2, 2)).explain_batch(torch.zeros(3, 2))
-    with pytest.raises(SettingError, match=telling("model", "torch module", "str")):
+    with pytest.raises(SettingError, match=tells("model", "torch module", "str")):
         ExplainabilityCapture("best.ckpt")
 
 

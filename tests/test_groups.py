@@ -17,7 +17,7 @@ from lightning_xattn.functional import score_bins
 from lightning_xattn.group_keys import UNKNOWN_GROUP, group_keys
 from lightning_xattn.groups import GroupSums
 from tests import reference
-from tests.messages import telling
+from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, run_toy, toy_data
 
 SAMPLES = 40
@@ -171,13 +171,13 @@ def test_groups_that_are_missing_count_as_one(by_patient):
 
 
 def test_what_is_named_and_wrong_is_an_error():
-    with pytest.raises(SettingError, match=telling("groups", "None, a key or a callable", "got 3")):
+    with pytest.raises(SettingError, match=tells("groups", "None, a key or a callable", "got 3")):
         AttentionExplainabilityCallback(groups=3)
     with pytest.raises(DiscoveryError, match="No groups: the key 'site' gave nothing"):
         watched({}, groups="site")
-    with pytest.raises(ShapeError, match=telling("group", "6 samples", "got 2")):
+    with pytest.raises(ShapeError, match=tells("group", "6 samples", "got 2")):
         watched({}, groups=lambda outputs, batch: [1, 2])
-    with pytest.raises(ShapeError, match=telling("group", "6 samples", "float32 (6, 7, 2)")):
+    with pytest.raises(ShapeError, match=tells("group", "6 samples", "float32 (6, 7, 2)")):
         watched({}, groups=lambda outputs, batch: batch["text"])
     for value in ("x", [1, 2], torch.zeros(6, 3), {"a": 1}):  # nothing that can be meant
         guessed = {"groups": value}

@@ -11,7 +11,7 @@ from lightning_xattn.columns import ALIGNMENT
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnError, XAttnWarning
 from lightning_xattn.labels.finder import LabelFinder
 from lightning_xattn.labels.places import Step
-from tests.messages import telling
+from tests.messages import tells
 from tests.toy import AUDIO, TEXT, ToyModule, quiet_trainer
 from tests.toy import CLASSES as CLASSES_OF_TOY
 
@@ -199,7 +199,7 @@ def test_a_later_step_without_labels():
             assert finder.find(step(outputs, later)).sample_ids is None
     finder = LabelFinder()
     finder.find(step({"logits": SCORES}, (IMAGE, IDS)))
-    with pytest.warns(XAttnWarning, match=telling("no predictions", "outputs['logits']", "said once")):
+    with pytest.warns(XAttnWarning, match=tells("no predictions", "outputs['logits']", "said once")):
         finder.find(step(None, (IMAGE, IDS)))
     named = LabelFinder("mine", lambda outputs, batch: batch["t"])
     with pytest.raises(DiscoveryError, match="the key 'mine' gave NoneType"):
@@ -348,7 +348,7 @@ def test_an_evaluation_whose_labels_turn_out_to_be_several_has_no_classes(groupe
     loader = torch.utils.data.DataLoader(list(several_labels(grouped)), batch_size=None)
     module, trainer = Several(), quiet_trainer(callbacks=[watch])
     with pytest.warns(
-        XAttnWarning, match=telling("batch['labels']", "several labels at once", "targets=<key or callable>")
+        XAttnWarning, match=tells("batch['labels']", "several labels at once", "targets=<key or callable>")
     ):
         trainer.validate(module, loader, verbose=False)
     record = watch.history[0]
@@ -357,7 +357,7 @@ def test_an_evaluation_whose_labels_turn_out_to_be_several_has_no_classes(groupe
     assert "alignment/all" in record
     assert not [name for name in record if name.endswith(("class_0", "/correct", "/incorrect"))]
     explainer = ExplainabilityCapture(module)
-    with pytest.warns(XAttnWarning, match=telling("several labels at once")):
+    with pytest.warns(XAttnWarning, match=tells("several labels at once")):
         summary = explainer.explain_loader(loader, progress=False).headline
     assert summary.samples == 15
     assert summary.n_classes == 0
@@ -377,10 +377,10 @@ def test_labels_that_turned_out_to_be_several_stay_so_when_an_explained_folder_i
     explainer = ExplainabilityCapture(Several())
     with (
         pytest.raises(XAttnError, match="10 samples"),
-        pytest.warns(XAttnWarning, match=telling("several labels at once")),
+        pytest.warns(XAttnWarning, match=tells("several labels at once")),
     ):
         explainer.explain_loader(batches(2), table=tmp_path, progress=False)
-    with pytest.warns(XAttnWarning, match=telling("several labels at once")):
+    with pytest.warns(XAttnWarning, match=tells("several labels at once")):
         explained = explainer.explain_loader(batches(3), table=tmp_path, progress=False)
     assert explained.class_names == ()
     summary = explained.headline

@@ -18,7 +18,7 @@ from lightning_xattn.report import summary_text
 from lightning_xattn.report.wording import describe_outcome
 from lightning_xattn.summary import Comparison
 from tests.explained import NAMES, NAN, NO_ROW, SINGLE_KEY, batch, dataset, placed, sample, statistics, summary
-from tests.messages import telling
+from tests.messages import tells
 
 CLASSES = [0, 1, 2] * 13
 OUTCOMES = [CORRECT, CORRECT, INCORRECT, CORRECT] * 9 + [UNKNOWN] * 3
@@ -465,5 +465,5 @@ def test_other_formats_are_refused(settings, message):
 
 @pytest.mark.parametrize("results", [None, [1], sample(), {"attention_stats": {}}])
 def test_other_results_are_refused(results):
-    with pytest.raises(SettingError, match=telling("explain_batch", "explain_loader", "got ")):
+    with pytest.raises(SettingError, match=tells("explain_batch", "explain_loader", "got ")):
         create_explainability_report(results)

@@ -16,7 +16,7 @@ from lightning_xattn.columns import sample_statistics
 from lightning_xattn.errors import SettingError
 from lightning_xattn.functional import prepare_rows
 from lightning_xattn.table import SampleTable
-from tests.messages import telling
+from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
 
 
@@ -71,7 +71,7 @@ def test_a_data_set_for_pandas_polars_and_duckdb_over_epochs_and_runs(tmp_path):
 def test_undefined_numbers_are_missing_and_flagged(tmp_path):
     audio, text, target = toy_data().tensors
     audio[3] = torch.nan
-    with pytest.warns(UserWarning, match=telling("not finite")):
+    with pytest.warns(UserWarning, match=tells("not finite")):
         run(ToyModule(), tmp_path, DataLoader(TensorDataset(audio, text, target), batch_size=5))
     rows = duckdb.sql(f"select avg(alignment), count(alignment), sum(undefined::int) from '{tmp_path}/*.parquet'")
     ((mean, defined, undefined),) = rows.fetchall()

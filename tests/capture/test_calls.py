@@ -11,7 +11,7 @@ from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder, choose
 from lightning_xattn.errors import DiscoveryError, XAttnWarning
 from tests.capture.models import BATCH, Fusing, Runs, heads, mha, record, record_fusion, softmax, tokens
-from tests.messages import telling
+from tests.messages import tells
 from tests.toy import AUDIO, TEXT, WIDTH, ToyModule, quiet_trainer, toy_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found in the first pass")
@@ -57,7 +57,7 @@ def test_two_streams_in_one_function_are_found():
 
 
 def test_a_number_that_does_not_exist():
-    with pytest.raises(DiscoveryError, match=r"No 'fusion#3': 'fusion' computes 2 attention\(s\) in a step"):
+    with pytest.raises(DiscoveryError, match=tells("'fusion#3'", "'fusion'", "2 attention(s)", "'path#2'")):
         record_fusion(Runs(two_streams), {"a_to_b": "fusion#3"})
 
 
@@ -103,7 +103,7 @@ def test_the_candidates_of_a_refusal_can_be_pasted(fusion, attention, lengths):
     inputs = [torch.randn(BATCH, n, WIDTH, generator=generator) for n in lengths]
     with pytest.raises(DiscoveryError) as refused:
         record_fusion(fusion, attention, inputs)
-    assert re.search(r"\d+ queries.* ask \d+ keys", str(refused.value))
+    assert re.search(r"\d+ queries.*\d+ keys", str(refused.value))
     found = candidates(str(refused.value))
     assert found
     shapes = set()
@@ -190,7 +190,7 @@ def test_no_message_contradicts_itself():
     model = nn.ModuleDict({"fuse": mha(), "other": nn.Linear(WIDTH, WIDTH)})
     with AttentionRecorder(model) as recorder:
         model["other"](tokens()[0])
-    with pytest.raises(DiscoveryError, match=r"No attention ran\. The model holds fuse, which did not run") as refused:
+    with pytest.raises(DiscoveryError, match=tells("fuse", "did not run")) as refused:
         _ = recorder.attention
     assert "No attention was seen" not in str(refused.value)
 
@@ -211,7 +211,9 @@ def test_doubtful_bystanders_are_listed_and_left_out():
     model = Runs(run, points=Runs(deformable), p=mha(), q=mha(), pool=mha())
     with AttentionRecorder(model) as recorder:
         model(*tokens())
-        with pytest.warns(XAttnWarning, match=r"Left out.*'pool'"):
+        with pytest.warns(
+            XAttnWarning, match=tells("{'a_to_b': 'p', 'b_to_a': 'q'}", "Left out", "'pool'", "1 queries")
+        ):
             (pair,) = recorder.attention
     assert pair.forward.weights.shape[2:] == (AUDIO, TEXT)
 
@@ -234,7 +236,7 @@ def test_keys_as_many_as_a_token_is_wide():
         if run.__code__.co_names[0] == "softmax":
             (pair,) = recorder.attention
         else:
-            with pytest.warns(XAttnWarning, match="no axis for heads"):
+            with pytest.warns(XAttnWarning, match=tells("'fusion'", "one head")):
                 (pair,) = recorder.attention
         assert pair.forward.weights.shape[2:] == (AUDIO, WIDTH)
 
@@ -245,7 +247,7 @@ def test_a_first_step_of_a_large_model_is_left_out_and_said(monkeypatch):
     recorder = AttentionRecorder(model)
     with recorder:
         model(*tokens())
-        with pytest.warns(XAttnWarning, match=telling("too large", "left out")):
+        with pytest.warns(XAttnWarning, match=tells("too large", "left out")):
             assert recorder.attention == ()
         recorder.clear()
         model(*tokens())
@@ -271,7 +273,7 @@ def test_a_trainer_with_a_large_model(budget, monkeypatch):
     watch = AttentionExplainabilityCallback()
     trainer = quiet_trainer(callbacks=[watch], num_sanity_val_steps=0)
     if budget == 1000:
-        with pytest.warns(XAttnWarning, match=telling("left out")):
+        with pytest.warns(XAttnWarning, match=tells("too large", "left out")):
             trainer.validate(OneDirection(), toy_loader(), verbose=False)
     else:
         trainer.validate(OneDirection(), toy_loader(), verbose=False)

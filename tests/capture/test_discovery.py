@@ -6,7 +6,7 @@ from torch import nn
 from lightning_xattn.attention import Direction
 from lightning_xattn.capture import JointSequence, locate_attention
 from lightning_xattn.errors import DiscoveryError, SettingError
-from tests.messages import telling
+from tests.messages import tells
 
 
 def attention():
@@ -103,7 +103,7 @@ def test_containers_that_are_known_stand_for_what_they_hold():
     assert found(root, {"a_to_b": "decoder.layers"}) == found(root, {"a_to_b": "decoder"})
     assert found(root, {"a_to_b": "decoder.layers.1"}) == [(layers[1], f"a_to_b: {layers[1]}")]
     assert found(root, {"a_to_b": "block"}) == [("block", "a_to_b: block")]
-    with pytest.raises(DiscoveryError, match=r"decoder\.layers\.1\.multihead_attn and b_to_a by block; .*pair"):
+    with pytest.raises(DiscoveryError, match=tells("a_to_b", *layers, "b_to_a", "block", "one by one")):
         locate_attention(root, {"a_to_b": "decoder", "b_to_a": "block"})
 
 
@@ -119,7 +119,7 @@ def test_one_module_for_two_directions_takes_turns():
 def test_layers_that_share_a_module_are_refused():
     shared = attention()
     root = module(one__cross=shared, two__cross=shared)
-    with pytest.raises(DiscoveryError, match=r"one\.cross and two\.cross are one module.*Name it once"):
+    with pytest.raises(DiscoveryError, match=tells("one.cross", "two.cross", "one module", "once")):
         locate_attention(root, {"a_to_b": ["one.cross", "two.cross"]})
     (layer,) = locate_attention(root, {"a_to_b": "one.cross", "b_to_a": "two.cross"})
     assert [(source.path, source.turn) for _, source in layer.sources] == [("one.cross", 0), ("one.cross", 1)]
@@ -131,41 +131,50 @@ def test_nothing_that_a_name_tells_is_left_to_a_first_pass():
 
 def test_errors_say_what_there_is():
     root = module(model__fuse=attention(), model__linear=nn.Linear(2, 2))
-    with pytest.raises(DiscoveryError, match=r"No module 'model\.fusion' for eeg_to_spec\. Did you mean 'model\.fuse'"):
+    with pytest.raises(
+        DiscoveryError, match=tells("'model.fusion'", "eeg_to_spec", "Did you mean 'model.fuse'", "Found: model.fuse")
+    ):
         locate_attention(root, {"eeg_to_spec": "model.fusion"})
-    with pytest.raises(DiscoveryError, match=r"Linear has no nn\.MultiheadAttention at all"):
+    with pytest.raises(DiscoveryError, match=tells("'x'", "a_to_b", "Linear has no nn.MultiheadAttention")):
         locate_attention(nn.Linear(2, 2), {"a_to_b": "x"})
-    with pytest.raises(SettingError, match="1 layer.*and 2 for spec_to_eeg"):
+    with pytest.raises(SettingError, match=tells("1 layer(s) for eeg_to_spec", "2 for spec_to_eeg", "one by one")):
         locate_attention(root, {"eeg_to_spec": "a", "spec_to_eeg": ["b", "c"]})
     for paths in ({}, {"a_to_b": 3}, {"a_to_b": []}, ["a_to_b"], "a_to_b", {"a_to_b": ["x", None]}):
-        with pytest.raises(SettingError, match=telling("directions", "module paths")):
+        with pytest.raises(
+            SettingError,
+            match=tells(
+                "{'eeg_to_spec': 'model.fusion.a', 'spec_to_eeg': 'model.fusion.b'}", "JointSequence", f"got {paths!r}"
+            ),
+        ):
             locate_attention(root, paths)
-    with pytest.raises(SettingError, match="names a module twice"):
+    with pytest.raises(SettingError, match=tells("twice", "a_to_b", ["model.fuse", "model.fuse"])):
         locate_attention(root, {"a_to_b": ["model.fuse", "model.fuse"]})
-    with pytest.raises(SettingError, match=r"such as 'model\.fusion'.*got 'model\[0'"):
+    with pytest.raises(
+        SettingError, match=tells("'model.fusion'", "'model.fusion#2'", "'model.fusion[1]'", "got 'model[0'")
+    ):
         locate_attention(root, {"a_to_b": "model[0"})
 
 
 @pytest.mark.parametrize(
-    ("paths", "spans", "message"),
+    ("paths", "spans", "facts"),
     [
-        ("x", {"a": (0, 5)}, "at least two modalities"),
-        ("x", {"a": (0, 5), "b": (4, 9)}, "not overlap; that of 'b'"),
-        ("x", {"a": (0, None), "b": (4, 9)}, "not overlap; that of 'b'"),
-        ("x", {"a": (0, 5), "b": (5, 5)}, "that of 'b' does not"),
-        ("x", {"a": (0, 5), "b": 5}, "span of 'b' must be"),
-        ("x", {"a": (-2, 5), "b": (5, 7)}, "span of 'a' must be"),
-        ("x", {"a": (-4, -2), "b": (-3, None)}, "not overlap; that of 'b'"),
-        ([], {"a": (0, 5), "b": (5, 7)}, "needs a module path"),
-        ("x", {"a_to_c": (0, 5), "b": (5, 7)}, "got 'a_to_c_to_b'"),
+        ("x", {"a": (0, 5)}, ("two modalities", "{'eeg': (0, 9), 'spec': (9, 128)}", "{'a': (0, 5)}")),
+        ("x", {"a": (0, 5), "b": (4, 9)}, ("overlap", "that of 'b'", "{'a': (0, 5), 'b': (4, 9)}")),
+        ("x", {"a": (0, None), "b": (4, 9)}, ("overlap", "that of 'b'", "{'a': (0, None), 'b': (4, 9)}")),
+        ("x", {"a": (0, 5), "b": (5, 5)}, ("hold tokens", "that of 'b'", "{'a': (0, 5), 'b': (5, 5)}")),
+        ("x", {"a": (0, 5), "b": 5}, ("span of 'b'", "(start, stop)", "(-144, None)", "callable", "got 5")),
+        ("x", {"a": (-2, 5), "b": (5, 7)}, ("span of 'a'", "(start, stop)", "(-144, None)", "callable", "got (-2, 5)")),
+        ("x", {"a": (-4, -2), "b": (-3, None)}, ("overlap", "that of 'b'", "{'a': (-4, -2), 'b': (-3, None)}")),
+        ([], {"a": (0, 5), "b": (5, 7)}, ("module path", "got []")),
+        ("x", {"a_to_c": (0, 5), "b": (5, 7)}, ("'<query>_to_<key>'", "got 'a_to_c_to_b'")),
     ],
 )
-def test_joint_sequences_that_do_not_fit(paths, spans, message):
-    with pytest.raises(SettingError, match=message):
+def test_joint_sequences_that_do_not_fit(paths, spans, facts):
+    with pytest.raises(SettingError, match=tells(*facts)):
         JointSequence(paths, spans)
 
 
 @pytest.mark.parametrize("name", ["eeg", "eeg_to_", "_to_spec", "eeg_to_eeg", "a_to_b_to_c"])
 def test_direction_names(name):
-    with pytest.raises(SettingError, match=f"got '{name}'"):
+    with pytest.raises(SettingError, match=tells("'<query>_to_<key>'", "'eeg_to_spec'", f"got '{name}'")):
         Direction.parse(name)

@@ -14,7 +14,7 @@ from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAt
 from lightning_xattn.functional import crossing, prepare_rows
 from tests import reference
 from tests.capture.models import BATCH, record, tokens
-from tests.messages import telling
+from tests.messages import tells
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, validate
 
 SPANS = {"audio": (0, AUDIO), "text": (AUDIO, None)}
@@ -99,11 +99,11 @@ def test_spans_and_attention_that_do_not_fit():
     for spans in ({"a": (0, 5), "b": (5, 13)}, {"a": (0, 5), "b": (12, None)}):
         with AttentionRecorder(model, JointSequence("attend", spans)) as recorder:
             model(audio, text)
-        with pytest.raises(ShapeError, match=telling("'attend'", "one sequence", "at least 13 tokens", "12 queries")):
+        with pytest.raises(ShapeError, match=tells("'attend'", "13 tokens", "12 queries", "12 keys")):
             _ = recorder.attention
     with AttentionRecorder(model, JointSequence("attend", SPANS)) as recorder:
         model.attend(audio, text, text)
-    with pytest.raises(ShapeError, match="has 5 queries and 7 keys"):
+    with pytest.raises(ShapeError, match=tells("'attend'", "6 tokens", "5 queries", "7 keys")):
         _ = recorder.attention
 
 
@@ -163,7 +163,7 @@ def nine_then_twelve(spans):
 def test_a_sequence_that_changes_its_length_under_fixed_spans_is_an_error_with_its_remedy():
     recorder = nine_then_twelve({"text": (0, 5), "image": (5, 9)})
     with pytest.raises(
-        ShapeError, match=r"has 12 tokens, and had 9 before, but the spans .* do not move .* \(-144, None\)"
+        ShapeError, match=tells("'attend'", 12, 9, "{'text': (0, 5), 'image': (5, 9)}", "(-144, None)", "callable")
     ):
         _ = recorder.attention
 
@@ -184,17 +184,25 @@ def test_spans_from_the_end_of_a_sequence_that_torch_has_packed_are_refused():
     hidden = torch.arange(9) >= torch.tensor([[8], [6]])
     with torch.no_grad(), AttentionRecorder(model, JointSequence("encoder", FROM_THE_END)) as recorder:
         model["encoder"](torch.randn(BATCH, 9, WIDTH), src_key_padding_mask=hidden)
-        with pytest.raises(DiscoveryError, match="has packed the sequence .* enable_nested_tensor=False"):
+        with pytest.raises(
+            DiscoveryError,
+            match=tells(
+                "'encoder.layers.0'", "from the start", "nn.TransformerEncoder(..., enable_nested_tensor=False)"
+            ),
+        ):
             _ = recorder.attention
 
 
 def test_a_span_of_a_callable_is_checked():
     model = nn.ModuleDict({"attend": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)})
     x = torch.randn(BATCH, 9, WIDTH)
-    for span, message in ((lambda batch: 5, "span of 'text' must be"), (lambda batch: (0, 7), "not overlap")):
+    for span, facts in (
+        (lambda batch: 5, ("'text'", "(start, stop)", "(-144, None)", "callable", "got 5")),
+        (lambda batch: (0, 7), ("'attend'", "9 tokens", "overlap", (0, 7), (5, 9))),
+    ):
         with AttentionRecorder(model, JointSequence("attend", {"text": span, "image": (-4, None)})) as recorder:
             model["attend"](x, x, x)
-            with pytest.raises((SettingError, ShapeError), match=message):
+            with pytest.raises((SettingError, ShapeError), match=tells(*facts)):
                 _ = recorder.attention
 
 
@@ -202,8 +210,10 @@ def test_a_span_of_a_callable_is_checked():
 def test_a_sequence_that_changes_its_length_under_spans_that_may_go_with_it(spans):
     recorder = nine_then_twelve(spans)
     if spans["image"][0] < 0:  # tokens between the two belong to nobody
-        with pytest.raises(ShapeError, match="had 9 before, but the spans .* do not move"):
+        with pytest.raises(ShapeError, match=tells("'attend'", 12, 9, spans, "(-144, None)", "callable")):
             _ = recorder.attention
     else:
-        with pytest.warns(XAttnWarning, match=telling("(9, 12)", "last modality")):
+        with pytest.warns(
+            XAttnWarning, match=tells("'attend'", 9, 12, "last modality", spans, "(-144, None)", "callable")
+        ):
             assert recorder.attention[0].forward.weights.shape[2:] == (5, 7)

@@ -1,73 +1,134 @@
-"""Where a number is a mask and where it is a score: on either side of every boundary that the README states."""
+"""Where a mask begins: on either side of every boundary, how many keys each row is said to see.
+
+What counts is ``K_q``: entropy is a share of its logarithm, and a lift a multiple of its inverse.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from lightning_xattn import AttentionRecorder
-from lightning_xattn.capture.masks import is_visible, seen_by_softmax
+from lightning_xattn.functional import prepare_rows
+from tests.capture.models import BATCH, Runs, heads, mha, record_fusion, tokens
+from tests.toy import AUDIO, HEADS, TEXT
 
-BATCH, HEADS, QUERIES, KEYS = 2, 3, 5, 7
-
-
-@pytest.mark.parametrize(("value", "hides"), [(-100.0, False), (-999.0, False), (-1000.0, True), (-torch.inf, True)])
-def test_a_float_mask_hides_from_a_thousand_on(value, hides):
-    mask = torch.zeros(QUERIES, KEYS)
-    mask[:, 4] = value
-    assert is_visible(mask)[:, 4].tolist() == [not hides] * QUERIES
-    assert is_visible(mask)[:, :4].all()
+HIDDEN = torch.arange(TEXT) >= 4  # the last three keys
 
 
-class Biased(nn.Module):
-    """Attention with a float mask, by torch's own module or by its kernel."""
-
-    def __init__(self, kernel, mask):
-        super().__init__()
-        self.kernel, self.mask = kernel, mask
-        self.a_to_b = nn.MultiheadAttention(12, HEADS, batch_first=True)
-
-    def forward(self, a, b):
-        if self.kernel:
-            return self._by_kernel(a, b)
-        return self.a_to_b(a, b, b, attn_mask=self.mask, need_weights=False)[0]
-
-    def _by_kernel(self, a, b):
-        split = [x.unflatten(-1, (HEADS, 4)).transpose(1, 2) for x in (a, b)]
-        return F.scaled_dot_product_attention(split[0], split[1], split[1], attn_mask=self.mask)
+def keys_seen(pair):
+    """How many keys each row sees, ``(batch, heads, queries)``."""
+    rows = prepare_rows(pair.forward)
+    return rows.keys.expand(rows.valid.shape)
 
 
-@pytest.mark.parametrize("kernel", [False, True])
-@pytest.mark.parametrize(("value", "hides"), [(-100.0, False), (-999.0, False), (-1000.0, True)])
-def test_a_key_with_a_bias_of_minus_a_hundred_is_still_seen(kernel, value, hides):
-    """As of distances or of relative positions: its weight is small, and it counts as a key."""
-    mask = torch.zeros(QUERIES, KEYS)
-    mask[:, 4] = value
-    model = nn.ModuleDict({"fusion": Biased(kernel, mask)}).eval()
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(BATCH, QUERIES, 12, generator=generator), torch.randn(BATCH, KEYS, 12, generator=generator)
-    attention = {"a_to_b": "fusion" if kernel else "fusion.a_to_b"}
-    with torch.no_grad(), AttentionRecorder(model, attention) as recorder:
-        model["fusion"](a, b)
-    hidden = recorder.attention[0].forward.marked_weights.isnan()
-    assert hidden[..., 4].unique().tolist() == [hides]
-    assert not hidden[..., [0, 1, 2, 3, 5, 6]].any()
+def by_attention_mask(module, x, y, mask):
+    return module.cross(x, y, y, attn_mask=mask.expand(AUDIO, TEXT))
 
 
-def of_scores(scores):
-    scores = torch.tensor([[[scores]]])
-    return seen_by_softmax(scores, scores.softmax(-1))[0, 0, 0].tolist()
+def by_padding_mask(module, x, y, mask):
+    return module.cross(x, y, y, key_padding_mask=mask.expand(BATCH, TEXT))
 
 
-@pytest.mark.parametrize(("below", "hidden"), [(90.0, False), (499.0, False), (500.0, True), (10_000.0, True)])
-def test_a_key_without_weight_is_hidden_where_no_score_could_be_as_far_below(below, hidden):
-    assert of_scores([3.0, 1.0, 3.0 - below]) == [True, True, not hidden]
+def by_kernel(module, x, y, mask):
+    return F.scaled_dot_product_attention(heads(x), heads(y), heads(y), mask.expand(AUDIO, TEXT))
 
 
-# Within 500 of -10,000, and from -30,000 on.
-SCORES, MASKS = (-499.0, -9499.0, -10_501.0, -29_999.0), (-9501.0, -10_499.0, -30_000.0, -65_504.0)
+@pytest.mark.parametrize("attend", [by_attention_mask, by_padding_mask, by_kernel])
+@pytest.mark.parametrize(("added", "seen"), [(-1000.0, 4), (-999.0, 7), (-100.0, 7)])
+def test_a_float_mask_hides_from_minus_1000_on_and_is_a_bias_above(attend, added, seen):
+    """A bias by distance, as of ALiBi, may well add -100 to what is far away."""
+    mask = torch.zeros(TEXT).masked_fill(HIDDEN, added)
+    (pair,) = record_fusion(Runs(attend, cross=mha()).eval(), {"a_to_b": "fusion"}, (*tokens(), mask))
+    assert (keys_seen(pair) == seen).all()
 
 
-@pytest.mark.parametrize(("largest", "hidden"), [*((x, False) for x in SCORES), *((x, True) for x in MASKS)])
-def test_a_row_is_hidden_where_its_largest_score_is_a_masks(largest, hidden):
-    assert of_scores([largest, largest - 1.0, largest - 2.0]) == [not hidden] * 3
+def softmax_of(scores):
+    """What is recorded of a softmax over these scores."""
+    scores = scores.expand(BATCH, HEADS, AUDIO, TEXT)
+    fusion = Runs(lambda module, scores, y: scores.softmax(-1) @ heads(y))
+    return record_fusion(fusion, {"a_to_b": "fusion"}, (scores, tokens()[1]))[0]
+
+
+@pytest.mark.parametrize("largest", [0.0, 30.0, -700.0])
+@pytest.mark.parametrize(("below", "seen"), [(500.0, 4), (499.0, 7)])
+def test_a_softmax_hides_what_gets_no_weight_and_lies_500_below_the_largest_score(largest, below, seen):
+    scores = torch.full((TEXT,), largest).masked_fill(HIDDEN, largest - below)
+    assert (softmax_of(scores).forward.weights[..., HIDDEN] == 0).all()
+    assert (keys_seen(softmax_of(scores)) == seen).all()
+
+
+def test_a_key_with_any_weight_is_not_hidden_however_low_its_score():
+    """A softmax that divides its scores by a temperature gives weight to keys 500 below the largest."""
+
+    def attend(module, scores, y):
+        return F.softmax(scores, dim=-1) @ heads(y)
+
+    scores = torch.zeros(BATCH, HEADS, AUDIO, TEXT, dtype=torch.float64).masked_fill(HIDDEN, -600.0)
+    fusion = Runs(attend)
+    (pair,) = record_fusion(fusion, {"a_to_b": "fusion"}, (scores, tokens()[1].double()))
+    assert (pair.forward.weights[..., HIDDEN] > 0).all(), "of float64, exp(-600) is not 0"
+    assert (keys_seen(pair) == TEXT).all()
+
+
+@pytest.mark.parametrize(
+    ("largest", "seen"),
+    [
+        (-9499.0, TEXT),
+        (-9500.0, 0),
+        (-10_000.0, 0),
+        (-10_500.0, 0),
+        (-10_501.0, TEXT),
+        (-29_999.0, TEXT),
+        (-30_000.0, 0),
+        (torch.finfo(torch.float16).min, 0),
+        (torch.finfo(torch.float32).min, 0),
+    ],
+)
+def test_a_row_is_hidden_whole_whose_largest_score_is_what_a_mask_adds(largest, seen):
+    """-10,000 within 500, or -30,000 and lower; such a row is neither focused nor diffuse."""
+    assert (keys_seen(softmax_of(torch.full((TEXT,), largest))) == seen).all()
+
+
+def returned(weights):
+    """What is recorded of weights that a module returns, whose softmax is not seen."""
+    batch, _, queries, _ = weights.shape
+    fusion = Runs(lambda module, x, weights: (x, weights))
+    (pair,) = record_fusion(fusion, {"a_to_b": "fusion[1]"}, (torch.zeros(batch, queries, 4), weights))
+    return pair
+
+
+@pytest.mark.parametrize(("dtype", "seen"), [(torch.float32, 6), (torch.bfloat16, 6), (torch.float16, 7)])
+def test_a_key_without_any_weight_is_padding_but_in_float16_which_rounds_small_weights_to_0(dtype, seen):
+    weights = torch.full((BATCH, HEADS, AUDIO, TEXT), 1 / 6)
+    weights[..., 6] = 0
+    assert (keys_seen(returned(weights.to(dtype))) == seen).all()
+
+
+def closed(pattern):
+    """Weights of a pattern of keys, alike among those that are open."""
+    pattern = torch.as_tensor(pattern, dtype=torch.float32)
+    return pattern / pattern.sum(-1, keepdim=True)
+
+
+GROWING = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]])
+SPARSE = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 1]])
+LATER = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1]])
+
+
+@pytest.mark.filterwarnings("ignore:.*weights of exactly 0 that differ")
+@pytest.mark.parametrize(
+    ("patterns", "seen"),
+    [
+        # (batch, heads, queries, keys) of 0 and 1, and the keys that the rows of the first sample and head see.
+        pytest.param(SPARSE.expand(1, 2, 3, 3), [1, 1, 3], id="all heads have the same"),
+        pytest.param(torch.stack([GROWING, SPARSE])[None], [3, 3, 3], id="two heads differ"),
+        pytest.param(SPARSE.expand(2, 1, 3, 3), [1, 1, 3], id="all samples have the same"),
+        pytest.param(torch.stack([GROWING, SPARSE])[:, None], [3, 3, 3], id="two samples differ"),
+        pytest.param(GROWING[None, None], [1, 2, 3], id="a sample's queries see more and more"),
+        pytest.param(GROWING.flip(0)[None, None], [3, 2, 1], id="or less and less"),
+        pytest.param(LATER[None, None], [2, 3, 3], id="some see as much as others"),
+        pytest.param(SPARSE[None, None], [3, 3, 3], id="a sample's queries see this and that"),
+    ],
+)
+def test_zeros_are_a_mask_where_their_pattern_is_that_of_one(patterns, seen):
+    pair = returned(closed(patterns))
+    assert keys_seen(pair)[0, 0].tolist() == seen

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_xattn.capture import AttentionRecorder, JointSequence
 from lightning_xattn.errors import DiscoveryError
 from tests.capture.models import BATCH, Pair, Runs, assert_same, mha, record, recorded, tokens
-from tests.messages import telling
+from tests.messages import tells
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, count_hooks
 
 
@@ -253,7 +253,10 @@ def test_a_forward_that_was_patched_is_seen_through(patch):
 def test_a_view_of_the_query_is_the_query(key):
     audio, _ = tokens()
     model = Runs(lambda m, x: m.audio_to_text(x, key(x), x), audio_to_text=mha())
-    with pytest.raises(DiscoveryError, match=telling("one sequence", "query", "key")):
+    with pytest.raises(
+        DiscoveryError,
+        match=tells("audio_to_text", "within one sequence", "JointSequence('path', spans=", "attention={'<a>_to_<b>'"),
+    ):
         recorded(model, inputs=[audio])
     other = Runs(lambda m, x: m.audio_to_text(x, x.flip(1), x), audio_to_text=mha())
     assert recorded(other, inputs=[audio])
@@ -265,7 +268,16 @@ def test_self_attention_of_an_encoder_is_no_direction(named):
     model = nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)})
     with AttentionRecorder(model, {"a_to_b": named}) as recorder:
         model["encoder"](tokens()[0])
-    with pytest.raises(DiscoveryError, match="attends within one sequence"):
+    with pytest.raises(
+        DiscoveryError,
+        match=tells(
+            "'encoder.layers.0'",
+            "a_to_b",
+            "within one sequence",
+            "JointSequence('path', spans=",
+            "attention={'<a>_to_<b>'",
+        ),
+    ):
         _ = recorder.attention
 
 

@@ -11,7 +11,7 @@ from lightning_xattn.columns import Column, sample_statistics
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
 from lightning_xattn.functional import prepare_rows
 from tests.capture.models import BATCH, Fusing, Runs, heads, mha, record_fusion, softmax, tokens
-from tests.messages import telling
+from tests.messages import tells
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, quiet_trainer
 
 REAL = torch.arange(TEXT) < torch.tensor([[TEXT], [4]])
@@ -138,14 +138,17 @@ def caption_entropy(**settings):
 
 @pytest.mark.filterwarnings("ignore:Found 'text_to_audio_attn.*without", "ignore:.*number of tokens changes")
 def test_a_setting_says_which_queries_are_padding():
-    with pytest.warns(XAttnWarning, match=r"number of text queries changes.*\(7, 4\).*all are counted.*query_mask="):
+    with pytest.warns(
+        XAttnWarning,
+        match=tells("'text_to_audio_attn'", "text queries", (7, 4), "query_mask=<key or callable>", "(batch, queries)"),
+    ):
         counted = caption_entropy()
     real = caption_entropy(query_mask="real")
     assert real == caption_entropy(query_mask=lambda outputs, batch: batch["real"].bool())
     assert real != counted
-    with pytest.raises(ShapeError, match=r"Expected query_mask \(batch, queries\) \(3, 7\).*'audio'"):
+    with pytest.raises(ShapeError, match=tells("query_mask", "(batch, queries)", (3, 7), "'audio'", (3, 5, 3))):
         caption_entropy(query_mask="audio")
-    with pytest.raises(DiscoveryError, match="No query mask: the key 'nothing' gave nothing"):
+    with pytest.raises(DiscoveryError, match=tells("query mask", "'nothing'", "'audio'", "'text'", "'real'")):
         caption_entropy(query_mask="nothing")
 
 
@@ -185,7 +188,9 @@ def test_zeros_that_may_be_weights_are_left_to_be_weights_and_said():
 
     with AttentionRecorder(Fusing(Runs(closed)), {"a_to_b": "fusion[1]"}) as recorder:
         recorder._model(*tokens())
-        with pytest.warns(XAttnWarning, match=telling("exactly 0", "sample to sample")):
+        with pytest.warns(
+            XAttnWarning, match=tells("'fusion[1]'", "weights of exactly 0", "name the module", "softmax")
+        ):
             (pair,) = recorder.attention
     assert (pair.forward.weights == 0).any()
     assert pair.forward.visible is None or pair.forward.visible.any(-2).all()
@@ -208,7 +213,7 @@ def test_rows_that_are_set_to_zero_after_the_softmax_are_left_out():
             if recorder._told:
                 (pair,) = recorder.attention
             else:
-                with pytest.warns(XAttnWarning, match=telling("whole rows", "after the softmax")):
+                with pytest.warns(XAttnWarning, match=tells("'fusion'", "whole rows", "after the softmax", "left out")):
                     (pair,) = recorder.attention
             recorder.clear()
             rows = prepare_rows(pair.forward)
@@ -222,7 +227,7 @@ def test_weights_that_are_changed_before_they_are_used_are_said():
 
     with AttentionRecorder(Fusing(Runs(attend)).eval(), {"a_to_b": "fusion"}) as recorder:
         recorder._model(*tokens())
-        with pytest.warns(XAttnWarning, match=telling("between the softmax and their use")):
+        with pytest.warns(XAttnWarning, match=tells("'fusion'", "between the softmax and their use", "'path[item]'")):
             (pair,) = recorder.attention
     assert torch.equal(pair.forward.weights, softmax(*tokens()))
 
@@ -256,7 +261,9 @@ def test_attention_that_goes_from_sample_to_sample_is_refused():
     batches = [(torch.randn(3, AUDIO, 3), torch.randn(3, TEXT, 2), torch.tensor([0, 1, 2]))]
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
     watch = AttentionExplainabilityCallback({"audio_to_text": "cross"})
-    with pytest.raises(DiscoveryError, match=r"5 samples of 3 and 3 tokens, but batch\[2\] has 3 .*batch_first=True"):
+    with pytest.raises(
+        DiscoveryError, match=tells("5 samples", "3 and 3 tokens", "batch[2]", "3 targets", "batch_first=True")
+    ):
         quiet_trainer(callbacks=[watch]).validate(TimeFirst(), loader, verbose=False)
 
 

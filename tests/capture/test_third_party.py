@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_xattn.capture import AttentionRecorder
 from tests.capture.models import record
+from tests.messages import tells
 
 transformers = pytest.importorskip("transformers")
 
@@ -120,7 +121,10 @@ def test_equal_lengths_do_not_tell_a_direction(lxmert):
 
     with AttentionRecorder(lxmert) as recorder, torch.no_grad():
         lxmert(**inputs)
-        with pytest.raises(DiscoveryError, match=r"Whether 'encoder\.x_layers\.0\.visual_attention.*#1' goes"):
+        with pytest.raises(
+            DiscoveryError,
+            match=tells("Whether", "encoder.x_layers.0.visual_attention.att#1", "attention={'<a>_to_<b>'"),
+        ):
             _ = recorder.attention
 
 

@@ -38,6 +38,10 @@ def make_case(name):
         there_sees = torch.rand(BATCH, HEADS, QUERIES, KEYS, generator=generator) > 0.3
         there_sees[0, 1, 2] = False
         there, back_sees = masked(there, there_sees), torch.ones(1, 1, KEYS, QUERIES, dtype=torch.bool)
+    elif name == "attention masks both ways":
+        there_sees = torch.rand(BATCH, HEADS, QUERIES, KEYS, generator=generator) > 0.3
+        back_sees = torch.rand(BATCH, HEADS, KEYS, QUERIES, generator=generator) > 0.3
+        there, back = masked(there, there_sees), masked(back, back_sees)
     elif name == "broken rows":
         there[0, 1, 2, 3] = torch.nan
         there[1, 0, 4] *= 1.01
@@ -62,6 +66,7 @@ CASES = (
     "plain",
     "padded",
     "attention mask",
+    "attention masks both ways",
     "broken rows",
     "one head broken",
     "uniform",
@@ -182,6 +187,30 @@ def test_alignment(case, name):
         expected.append(getattr(reference, name)(there, back, eeg, spec, there_sees, back_sees))
     ours = getattr(F, name)(F.prepare_rows(forward), F.prepare_rows(backward))
     compare(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_null_is_the_mean_over_all_pairs_of_different_samples():
+    generator = torch.Generator().manual_seed(4)
+    pairs = [softmax_pair(generator) for _ in range(3)]
+    there, back = (torch.cat(side) for side in zip(*pairs, strict=True))
+    rows = [F.prepare_rows(Attention(d, w)) for d, w in ((EEG_TO_SPEC, there), (EEG_TO_SPEC.opposite, back))]
+    x, y, whole = F.standardised_maps(*rows)
+    aligned = F.alignment(*rows)
+    compare((x * y).sum((1, 2)), aligned.tolist())
+    assert whole.all()
+    null = F.alignment_null(x.sum(0), y.sum(0), aligned.sum(), torch.tensor(len(x)))
+    expected = reference.alignment_null(list(zip(there.double().numpy(), back.double().numpy(), strict=True)))
+    compare(null, expected, atol=1e-6)
+    assert F.alignment_null(x[0], y[0], aligned[0], torch.tensor(1)).isnan(), "there is no other sample"
+
+
+def test_maps_with_padding_are_not_whole():
+    """So they are not compared from sample to sample, whose tokens are not the same."""
+    *_, whole = F.standardised_maps(*(F.prepare_rows(attention) for attention in make_case("padded")))
+    assert whole.tolist() == [False, False]
+    forward, backward = make_case("broken rows")
+    *_, whole = F.standardised_maps(F.prepare_rows(forward), F.prepare_rows(backward))
+    assert whole.tolist() == [False, False]
 
 
 def test_head_alignment_is_the_diagonal_of_the_matrix(case):

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from lightning_xattn import functional as F
 from lightning_xattn.attention import Attention, Direction
 from lightning_xattn.columns import INVALID_ROWS, STATISTICS, Column, sample_statistics
+from lightning_xattn.errors import ShapeError
+from tests.messages import tells
 
 DIRECTION = Direction("eeg", "spec")
 
@@ -20,6 +22,37 @@ def rows_of(weights, **masks):
 
 def back_rows_of(weights, **masks):
     return F.prepare_rows(Attention(DIRECTION.opposite, weights, **masks))
+
+
+RANGES = {
+    "alignment": lambda queries, keys: (-1, 1),
+    "interaction": lambda queries, keys: (-1, 1),
+    "entropy": lambda queries, keys: (0, 1),
+    "effective_keys": lambda queries, keys: (1, keys),
+    "effective_share": lambda queries, keys: (1 / keys, 1),
+    "max": lambda queries, keys: (1 / keys, 1),
+    "min": lambda queries, keys: (0, 1 / keys),
+    "sparsity": lambda queries, keys: (0, 100),
+    "relative_sparsity": lambda queries, keys: (0, 100),
+    "std": lambda queries, keys: (0, math.sqrt(keys - 1) / keys),  # of all attention to one key
+    "mean": lambda queries, keys: (1 / keys, 1 / keys),
+    "lift": lambda queries, keys: (0, keys),
+    "query_selectivity": lambda queries, keys: (0, 1),
+    "head_diversity": lambda queries, keys: (0, 1),
+    "sink": lambda queries, keys: (0, 1),
+    "round_trip_lift": lambda queries, keys: (0, min(queries, keys)),
+    "invalid_rows": lambda queries, keys: (0, 0),  # of sound attention
+    "broken": lambda queries, keys: (0, 0),
+}
+"""From where to where each number goes, of so many real queries and keys."""
+
+
+def assert_in(bounds, values, name):
+    """Within these bounds but for rounding; undefined values are nowhere."""
+    low, high = bounds
+    defined = values[~values.isnan()]
+    assert (defined >= low - 1e-5 * (1 + abs(low))).all(), (name, defined.min(), low)
+    assert (defined <= high + 1e-5 * (1 + abs(high))).all(), (name, defined.max(), high)
 
 
 def random_logits(*shape, seed=0):
@@ -102,6 +135,22 @@ def test_best_head_matching_finds_the_permutation():
     assert F.best_head_matching(matrix[0]) == [(0, 1), (1, 2), (2, 0)]
 
 
+def test_heads_whose_alignment_is_undefined_are_matched_last():
+    matrix = torch.tensor([[math.nan, 0.2, 0.1], [0.3, 0.9, math.nan], [-0.8, math.nan, 0.4]])
+    assert F.best_head_matching(matrix) == [(0, 1), (1, 0), (2, 2)]
+
+
+@pytest.mark.parametrize(("swing", "defined"), [(0.5e-6, False), (2e-6, True)])
+def test_a_map_that_differs_by_rounding_only_has_no_alignment(swing, defined):
+    """A standard deviation of a millionth of the weights is rounding of float32."""
+    signs = torch.tensor([1.0, -1.0] * 4, dtype=torch.float64)
+    there = ((1 + swing * signs) / 8).expand(1, 2, 5, 8)
+    back = random_logits(1, 2, 8, 5).double().softmax(-1)
+    for function in (F.alignment, F.head_alignment, F.head_alignment_matrix):
+        values = function(rows_of(there), back_rows_of(back))
+        assert (values.isfinite() if defined else values.isnan()).all(), function.__name__
+
+
 def test_round_trip_of_perfect_partners():
     identity = torch.eye(5).expand(2, 3, 5, 5)
     torch.testing.assert_close(F.round_trip_lift(rows_of(identity), back_rows_of(identity)), torch.full((2, 3), 5.0))
@@ -117,6 +166,20 @@ def test_extra_keys_are_attended_to_but_are_no_tokens():
     torch.testing.assert_close(F.alignment_interaction(there, back), F.alignment_interaction(same_tokens, back))
 
 
+def test_slots_that_are_no_tokens_take_no_part_in_alignment():
+    """A slot that takes a quarter of every query's attention scales the rest, which no correlation sees."""
+
+    def with_slot(weights):
+        return torch.cat([0.75 * weights, torch.full_like(weights[..., :1], 0.25)], dim=-1)
+
+    there, back = random_logits(2, 3, 5, 7).softmax(-1), random_logits(2, 3, 7, 5, seed=1).softmax(-1)
+    plain = rows_of(there), back_rows_of(back)
+    slotted = rows_of(with_slot(there), extra_keys=1), back_rows_of(with_slot(back), extra_keys=1)
+    for function in (F.alignment, F.head_alignment, F.head_alignment_matrix, F.alignment_interaction):
+        torch.testing.assert_close(function(*slotted), function(*plain))
+    torch.testing.assert_close(F.round_trip_lift(*slotted), 0.75**2 * F.round_trip_lift(*plain))
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), scale=st.floats(0.01, 8))
 def test_permuting_samples_permutes_their_numbers_and_all_stay_in_range(seed, scale):
@@ -127,22 +190,64 @@ def test_permuting_samples_permutes_their_numbers_and_all_stay_in_range(seed, sc
     permuted = sample_statistics(rows_of(there[order]), back_rows_of(back[order]))
     for column, values in numbers.items():
         torch.testing.assert_close(permuted[column], values[order], msg=str(column))
+        bounds = RANGES[column.statistic](*((7, 5) if column.direction == DIRECTION.opposite else (5, 7)))
+        assert_in(bounds, values, column)
+        # The table gives the range of any number of tokens.
         low, high = STATISTICS[column.statistic].range
-        if column.direction is not None:
-            keys = {DIRECTION: 7, DIRECTION.opposite: 5}[column.direction]
-            low = 1 / keys if column.statistic == "max" else low
-            high = keys if column.statistic == "effective_keys" else high
-        # Of attention whose rows all sum to 1 none is left out.
-        high = 0 if column.statistic in ("broken", "invalid_rows") else high
-        assert math.isfinite(high)
-        assert (values >= low - 1e-5).all(), column
-        assert (values <= high + 1e-5).all(), column
+        assert low <= bounds[0] <= bounds[1] <= high, column
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), scale=st.floats(0.01, 20), queries=st.integers(1, 5), keys=st.integers(1, 7))
+def test_every_number_stays_in_its_range_and_is_undefined_only_where_it_must_be(seed, scale, queries, keys):
+    """The ranges that METRICS.md states, of so many real tokens among padding."""
+    eeg, spec = torch.arange(5) < queries, torch.arange(7) < keys
+    there = (scale * random_logits(2, 3, 5, 7, seed=seed)).masked_fill(~spec, -torch.inf).softmax(-1)
+    back = (scale * random_logits(2, 3, 7, 5, seed=seed + 1)).masked_fill(~eeg, -torch.inf).softmax(-1)
+    eeg, spec = eeg.expand(2, 5), spec.expand(2, 7)
+    forward = rows_of(there, key_mask=spec, query_mask=eeg)
+    backward = back_rows_of(back, key_mask=eeg, query_mask=spec)
+    single = {"entropy": keys == 1, "head_diversity": keys == 1}
+    single |= dict.fromkeys(("query_selectivity", "sink"), keys == 1 or queries == 1)
+    numbers = F.row_statistics(forward) | {
+        "query_selectivity": F.query_selectivity(forward),
+        "head_diversity": F.head_diversity(forward),
+        "sink": F.sink_strength(forward),
+        "round_trip_lift": F.round_trip_lift(forward, backward),
+        "lift": F.lift(forward)[..., :queries, :keys],
+    }
+    for name, values in numbers.items():
+        assert_in(RANGES[name](queries, keys), values, name)
+        assert values.isnan().all() if single.get(name, False) else values.isfinite().all(), name
+    for function in (F.alignment, F.head_alignment, F.head_alignment_matrix, F.alignment_interaction):
+        values = function(forward, backward)
+        assert_in((-1, 1), values, function.__name__)
+        # Of a single token either map is all ones.
+        assert values.isnan().all() if queries == 1 or keys == 1 else values.isfinite().any(), function.__name__
+
+
+SCORES = st.lists(st.floats(-1, 1), min_size=5, max_size=20)
+
+
+@settings(max_examples=40, deadline=None)
+@given(correct=SCORES, incorrect=SCORES, groups=st.integers(5, 8))
+def test_an_auroc_and_its_interval_stay_in_their_range(correct, incorrect, groups):
+    scores = torch.tensor(correct + incorrect)
+    outcome = torch.arange(len(scores)) < len(correct)
+    bins, of_group = F.score_bins(scores, -1, 1), torch.arange(len(scores)) % groups
+    together = F.separation(*(torch.bincount(bins[which], minlength=2**14) for which in (outcome, ~outcome)))
+    grouped = F.grouped_separation(bins, of_group, torch.stack([outcome, ~outcome], dim=1))
+    for found in (together, grouped):
+        if found is together or min(found.correct_groups, found.incorrect_groups) >= 5:
+            assert 0 <= found.low <= found.auroc <= found.high <= 1
+            assert found.low < found.high, "nothing is certain"
+            assert -1 <= found.cliffs_delta <= 1
 
 
 def test_different_numbers_of_heads_are_refused_where_heads_are_matched():
     there, back = rows_of(random_logits(2, 3, 5, 7).softmax(-1)), back_rows_of(random_logits(2, 2, 7, 5).softmax(-1))
     for function in (F.head_alignment, F.alignment_interaction, F.round_trip_lift):
-        with pytest.raises(ValueError, match="got 3 and 2"):
+        with pytest.raises(ShapeError, match=tells("both directions", "got 3 and 2", "head_alignment_matrix")):
             function(there, back)
     assert F.head_alignment_matrix(there, back).shape == (2, 3, 2)
     assert Column("interaction") not in sample_statistics(there, back)

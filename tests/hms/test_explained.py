@@ -8,7 +8,7 @@ from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCaptu
 from lightning_xattn.attention_analysis import AttentionAnalyzer, head_wise_attention_analysis
 from lightning_xattn.errors import DataError, SettingError
 from lightning_xattn.hms import CLASSES, HMSDataModule, HMSLightningModule, simulate
-from tests.messages import telling
+from tests.messages import tells
 from tests.test_explain_loader import assert_same_summary
 from tests.test_explainer import assert_same
 from tests.toy import quiet_trainer
@@ -130,7 +130,7 @@ def test_the_guides_examples(model, batch):
 
 
 def test_the_pooled_fusion_is_said_to_say_nothing(batch):
-    with pytest.warns(XAttnWarning, match=telling("eeg_to_spec and spec_to_eeg", "single key")):
+    with pytest.warns(XAttnWarning, match=tells("eeg_to_spec and spec_to_eeg", "single key")):
         results = ExplainabilityCapture(HMSLightningModule("pooled")).explain_batch(batch)
     assert np.isnan(results["modality_alignment"])
 

@@ -14,7 +14,7 @@ from lightning_xattn.errors import DataError, SettingError, ShapeError
 from lightning_xattn.hms.model import FUSIONS, CrossModalFusion, HMSNetwork, JoinedWindows
 from lightning_xattn.hms.module import HMSLightningModule, learning_rate_factor
 from lightning_xattn.hms.montage import CLASSES, EEG_EDGES, ELECTRODES, REGIONS, SPEC_EDGES
-from tests.messages import telling
+from tests.messages import tells
 
 WINDOWS = {"eeg": 5, "spec": 7}
 TOKENS = {"temporal": (5, 7), "regional": (4, 4), "pooled": (1, 1)}
@@ -344,7 +344,7 @@ def test_bad_graphs() -> None:
         network([torch.zeros(3)], spec)
     with pytest.raises(ShapeError, match="window 0 holds 3 graphs, window 4 holds 2"):
         network([*eeg[:4], eeg[4][[0, 1]]], spec)
-    with pytest.raises(ShapeError, match=telling("EEG", "2 graphs", "spectrogram", " 3")):
+    with pytest.raises(ShapeError, match=tells("EEG", "2 graphs", "spectrogram", " 3")):
         network([g[[0, 1]] for g in eeg], spec)
     with pytest.raises(ShapeError, match="spectrogram nodes must have 4 features"):
         network(eeg, eeg)

@@ -14,7 +14,7 @@ from lightning_xattn.hms.montage import CLASSES, ELECTRODES
 from lightning_xattn.hms.recordings import COMPETITION, IIIC, EEGGeometry, Recordings
 from lightning_xattn.hms.table import Recording, RowError
 from tests.hms.conftest import table_rows, write_eeg, write_parquet, write_spectrogram, write_table
-from tests.messages import telling
+from tests.messages import tells
 
 
 def test_both_geometries_give_nine_windows_around_the_labelled_moment():
@@ -149,7 +149,7 @@ def test_repeated_columns_of_the_table(tmp_path):
     (tmp_path / "train.csv").write_text("\n".join([f"{header},note,note", *(f"{line},a,b" for line in lines)]))
     assert len(Recordings.read(tmp_path)) == 2
     (tmp_path / "train.csv").write_text("\n".join([f"{header},eeg_id", *(f"{line},1" for line in lines)]))
-    with pytest.raises(DataError, match=telling("eeg_id", "more than once")):
+    with pytest.raises(DataError, match=tells("eeg_id", "more than once")):
         Recordings.read(tmp_path)
 
 

@@ -28,6 +28,11 @@ def panels(figure: Figure) -> list[Axes]:
     return [ax for ax in figure.axes if ax.axison and ax.get_label() != "<colorbar>"]
 
 
+def colour_bar(figure: Figure) -> Axes:
+    (found,) = (ax for ax in figure.axes if ax.get_label() == "<colorbar>")
+    return found
+
+
 def mesh(ax: Axes) -> QuadMesh:
     (found,) = (c for c in ax.collections if isinstance(c, QuadMesh))
     return found

@@ -8,6 +8,7 @@ import pytest
 
 from lightning_xattn.errors import SettingError, ShapeError
 from lightning_xattn.visualizations import Mean, plot_class_comparison
+from tests.messages import tells
 from tests.visualizations.conftest import panels
 
 NAN = float("nan")
@@ -81,14 +82,26 @@ def test_outcomes_differ_in_marker() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("call", "error", "facts"),
     [
-        (lambda: plot_class_comparison({}, NAMES), SettingError, "At least one quantity"),
-        (lambda: plot_class_comparison({"x": (CLASSES, OUTCOMES)}, ["a"]), ShapeError, "'x' must have 1 classes"),
-        (lambda: plot_class_comparison({"x": (CLASSES, OUTCOMES[:1])}, NAMES), ShapeError, "got 3 and 1"),
-        (lambda: plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES, group_by="x"), SettingError, "'group_by'"),
+        (lambda: plot_class_comparison({}, NAMES), SettingError, ["quantity", "got none"]),
+        (
+            lambda: plot_class_comparison({"x": (CLASSES, OUTCOMES)}, ["a"]),
+            ShapeError,
+            ["'x'", "1 classes", "2 outcomes", "got 3 and 2"],
+        ),
+        (
+            lambda: plot_class_comparison({"x": (CLASSES, OUTCOMES[:1])}, NAMES),
+            ShapeError,
+            ["'x'", "3 classes", "2 outcomes", "got 3 and 1"],
+        ),
+        (
+            lambda: plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES, group_by="x"),
+            SettingError,
+            ["'group_by'", "'target', 'prediction', None", "got 'x'"],
+        ),
     ],
 )
-def test_what_does_not_fit_is_said(call, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+def test_what_does_not_fit_is_said(call, error: type[Exception], facts: list[object]) -> None:
+    with pytest.raises(error, match=tells(*facts)):
         call()

@@ -7,13 +7,15 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 from matplotlib.container import BarContainer
 from matplotlib.patches import Rectangle
 
 from lightning_xattn.errors import SettingError
 from lightning_xattn.visualizations import plot_head_alignment_matrix, plot_head_contributions, render
 from tests import reference
-from tests.visualizations.conftest import drawn, make_pair, mesh, panels, texts
+from tests.messages import tells
+from tests.visualizations.conftest import colour_bar, drawn, make_pair, mesh, panels
 
 # Of rows that are left out figures warn, too.
 pytestmark = pytest.mark.filterwarnings("ignore:.*not finite or do not sum to 1:lightning_xattn.XAttnWarning")
@@ -47,6 +49,35 @@ def test_bars_reach_from_uniform_to_the_largest_weight(num_heads) -> None:
     assert "so it is 1 / keys for every head" in figure.get_suptitle()
 
 
+def test_directions_stand_side_by_side_over_their_head_and_on_the_line_of_uniform_attention() -> None:
+    above, below = panels(plot_head_contributions(PAIR))
+    lines = [c.get_segments() for c in above.collections if isinstance(c, LineCollection)]
+    for start, keys, bars, shares, uniform in zip(
+        (-0.4, 0.0), (7, 5), bar_containers(above), bar_containers(below), lines, strict=True
+    ):
+        for head, (bar, share, segment) in enumerate(zip(bars, shares, uniform, strict=True)):
+            left, right = head + start, head + start + 0.4
+            for one in (bar, share):
+                assert (one.get_x(), one.get_x() + one.get_width()) == pytest.approx((left, right))
+            np.testing.assert_allclose(segment, [(left, 1 / keys), (right, 1 / keys)], atol=1e-6)
+    # Of both directions the line of uniform attention is inside.
+    assert above.get_ylim() == pytest.approx((1 / 7 / 1.5, 1.5))
+    assert [(line.get_ydata()[0], line.get_linestyle()) for line in below.lines] == [(1, "--")]
+    assert [label.get_text() for label in below.get_xticklabels()] == ["0", "1", "2"]
+
+
+def test_a_direction_alone_stands_over_its_head() -> None:
+    above, _ = panels(plot_head_contributions({"x_to_y": PAIR["eeg_to_spec"]}))
+    assert [bar.get_x() + bar.get_width() / 2 for bar in bar_containers(above)[0]] == pytest.approx([0, 1, 2])
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "(mean of 1 sample)"), (2, "(mean of 2 samples)")])
+def test_the_samples_are_counted(count: int, said: str) -> None:
+    pair = {name: weights[:count] for name, weights in PAIR.items()}
+    assert said in plot_head_contributions(pair).get_suptitle()
+    assert said in plot_head_alignment_matrix(pair).get_suptitle()
+
+
 def test_uniform_heads_have_bars_of_no_height() -> None:
     above, below = panels(plot_head_contributions({"x_to_y": torch.full((2, 3, 5, 7), 1 / 7)}))
     assert [bar.get_height() for bar in bar_containers(above)[0]] == pytest.approx([0] * 3, abs=1e-6)
@@ -67,7 +98,9 @@ def test_one_key_and_undefined_heads_are_said() -> None:
     render(figure)
     assert "eeg → spec: a single key, so every weight is 1" in figure.get_suptitle()
     assert "spec → eeg: a single key" not in figure.get_suptitle()
-    assert texts(figure).count("undefined") == 2
+    # Where the bar of head 1 of the second direction would stand.
+    places = [[text.get_position()[0] for text in ax.texts if text.get_text() == "undefined"] for ax in panels(figure)]
+    np.testing.assert_allclose(places, [[1.2], [1.2]])
 
 
 def test_directions_may_differ_in_heads() -> None:
@@ -88,6 +121,12 @@ def test_cells_are_the_alignment_of_every_pair_of_heads(sample_idx) -> None:
     (ax,) = panels(figure)
     np.testing.assert_allclose(drawn(ax), expected, atol=1e-5)
     assert mesh(ax).get_clim() == (-1, 1)
+    printed = {text.get_position()[::-1]: float(text.get_text()) for text in ax.texts}
+    assert printed == pytest.approx(dict(np.ndenumerate(expected)), abs=0.0051)
+    assert ax.yaxis_inverted(), "head 0 is at the top"
+    bar = colour_bar(figure)
+    assert {(line.get_ydata()[0], line.get_color()) for line in bar.lines} == {(0, "white"), (0, "black")}
+    assert "0, unrelated" in bar.get_ylabel()
     assert (ax.get_ylabel(), ax.get_xlabel()) == ("head of eeg → spec", "head of spec → eeg")
     assert ("mean of 2 samples" if sample_idx is None else f"sample {sample_idx}") in figure.get_suptitle()
 
@@ -132,17 +171,23 @@ def test_nothing_defined_claims_no_matching() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "facts"),
     [
-        (lambda: plot_head_contributions(PAIR, num_heads=8), "eeg_to_spec: expected num_heads=8, but there are 3"),
+        (
+            lambda: plot_head_contributions(PAIR, num_heads=8),
+            ["eeg_to_spec", "num_heads=8", "num_heads=3", "3 heads", "None"],
+        ),
         (
             lambda: plot_head_contributions(make_pair(heads_back=2), num_heads=3),
-            "spec_to_eeg: expected num_heads=3, but there are 2",
+            ["spec_to_eeg", "num_heads=3", "num_heads=2", "2 heads", "None"],
         ),
-        (lambda: plot_head_alignment_matrix(PAIR, 2), "sample_idx must be 0 to 1"),
-        (lambda: plot_head_alignment_matrix({"x_to_y": PAIR["eeg_to_spec"]}), "got x_to_y alone"),
+        (lambda: plot_head_alignment_matrix(PAIR, 2), ["sample_idx", "0 to 1", "2 samples", "got 2"]),
+        (
+            lambda: plot_head_alignment_matrix({"x_to_y": PAIR["eeg_to_spec"]}),
+            ["plot_head_alignment_matrix", "two directions", "got x_to_y"],
+        ),
     ],
 )
-def test_what_does_not_fit_is_said(call, message: str) -> None:
-    with pytest.raises(SettingError, match=message):
+def test_what_does_not_fit_is_said(call, facts: list[object]) -> None:
+    with pytest.raises(SettingError, match=tells(*facts)):
         call()

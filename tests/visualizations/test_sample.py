@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
 from lightning_xattn.errors import SettingError, ShapeError, XAttnWarning
@@ -15,8 +18,10 @@ from lightning_xattn.visualizations import (
     plot_modality_alignment,
     render,
 )
+from lightning_xattn.visualizations import sample as sample_figures
 from tests import reference
-from tests.visualizations.conftest import EEG, REGIONS, SPEC, drawn, make_pair, mesh, panels, texts
+from tests.messages import tells
+from tests.visualizations.conftest import EEG, REGIONS, SPEC, colour_bar, drawn, make_pair, mesh, panels, texts
 
 # Of rows that are left out figures warn, too.
 pytestmark = pytest.mark.filterwarnings("ignore:.*not finite or do not sum to 1:lightning_xattn.XAttnWarning")
@@ -46,13 +51,20 @@ def test_both_directions_lie_alike_and_show_the_lift_of_the_sample() -> None:
     assert "sample 1" in figure.get_suptitle()
 
 
+def test_the_keys_lie_horizontally_where_both_modalities_have_as_many_tokens() -> None:
+    left, right = panels(plot_cross_modal_attention(make_pair(queries=5, keys=5)))
+    assert (left.get_ylabel(), left.get_xlabel()) == ("query: eeg token", "key: spec token")
+    assert (right.get_ylabel(), right.get_xlabel()) == ("query: spec token", "key: eeg token")
+
+
 def test_both_directions_share_one_scale_and_one_bar() -> None:
     figure = plot_cross_modal_attention(PAIR)
     left, right = panels(figure)
     both = np.concatenate([drawn(left).ravel(), drawn(right).ravel()])
     assert mesh(left).get_clim() == mesh(right).get_clim() == (both.min(), both.max())
-    (bar,) = (ax for ax in figure.axes if ax.get_label() == "<colorbar>")
+    bar = colour_bar(figure)
     assert bar.get_ylabel().startswith("lift over uniform")
+    assert {(line.get_ydata()[0], line.get_color()) for line in bar.lines} == {(1, "black"), (1, "white")}
 
 
 def test_panels_say_how_wide_their_values_range() -> None:
@@ -69,7 +81,7 @@ def test_axes_are_those_of_the_modalities() -> None:
 
 
 def test_an_axis_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ShapeError, match="query axis 'region' has 4 tokens, the maps have 5"):
+    with pytest.raises(ShapeError, match=tells("query axis 'region'", 4, 5)):
         plot_cross_modal_attention(PAIR, axes={"eeg": REGIONS})
 
 
@@ -124,6 +136,13 @@ def test_a_map_that_says_nothing_is_labelled(plot, pair, said: str) -> None:
     assert said not in texts(plot(PAIR)).replace("\n", " ")
 
 
+@pytest.mark.parametrize(("swing", "said"), [(0.5e-6, True), (2e-6, False)])
+def test_a_map_is_uniform_whose_lifts_differ_by_rounding_only(swing: float, said: bool) -> None:
+    signs = torch.tensor([1.0, -1.0] * 4, dtype=torch.float64)
+    weights = ((1 + swing * signs) / 8).expand(1, 1, 5, 8)
+    assert ("says nothing" in texts(plot_cross_modal_attention({"eeg_to_spec": weights}))) == said
+
+
 def test_nearly_uniform_attention_looks_flat_and_is_not_called_uniform() -> None:
     weights = (1e-3 * torch.randn(2, 3, 5, 7)).softmax(-1)
     figure = plot_cross_modal_attention({"eeg_to_spec": weights})
@@ -150,7 +169,9 @@ def test_a_broken_row_is_hatched() -> None:
     ],
 )
 def test_weights_that_are_not_attention_are_said_to_be_once(plot, names: str) -> None:
-    with pytest.warns(XAttnWarning, match=f"^{names} have rows .* do not sum to 1") as caught:
+    with pytest.warns(
+        XAttnWarning, match=tells(names, "sum to 1", "after the softmax", "before any dropout", "eval mode")
+    ) as caught:
         plot({name: 0.9 * weights for name, weights in PAIR.items()})
     assert len(caught) == 1
 
@@ -164,6 +185,7 @@ def test_a_heatmap_takes_two_to_four_axes(leading: tuple[int, ...]) -> None:
     ax = panels(plot_attention_heatmap(weights, title="Title"))[0]
     expected = weights.double().numpy().reshape(-1, 5, 7)[: leading[-1] if leading else 1]
     np.testing.assert_allclose(drawn(ax), reference.lift_map(expected), rtol=1e-5)
+    assert ax.get_title().startswith("mean over heads, lift " if len(expected) > 1 else "lift ")
     assert (ax.get_ylabel(), ax.get_xlabel()) == ("query token", "key token")
 
 
@@ -218,6 +240,30 @@ def test_levels_of_agreement_differ_in_hatching_too() -> None:
     assert {"high\n(> 0.5)", "medium", "disagree\n(< 0)"} <= set(said)
 
 
+def test_levels_begin_at_the_guides_thresholds_and_every_bar_has_its_number() -> None:
+    """As ``0.5`` is not over 0.5 it is medium, and so is 0."""
+    values = np.array([0.51, 0.5, 0.0, -0.01, NAN])
+    ax = Figure().subplots()
+    sample_figures._draw_bars(ax, values, list("abcde"), matched=False)
+    drawn = [c[0] for c in ax.containers if isinstance(c, BarContainer)]
+    looks = [(to_hex(bar.get_facecolor()), bar.get_hatch()) for bar in drawn]
+    assert looks == [("#0072b2", None), ("#e9c46a", "///"), ("#e9c46a", "///"), ("#b23a00", "xxx")]
+    numbers = {text.xy: (text.get_text(), text.get_va()) for text in ax.texts if isinstance(text, Annotation)}
+    assert numbers == {
+        (0, 0.51): ("0.51", "bottom"),
+        (1, 0.5): ("0.50", "bottom"),
+        (2, 0.0): ("0.00", "bottom"),
+        (3, -0.01): ("-0.01", "top"),
+    }, "beyond the end of its bar"
+    (gap,) = [patch for patch in ax.patches if patch not in drawn]
+    assert (gap.get_x(), gap.get_width(), gap.get_hatch()) == (pytest.approx(3.6), pytest.approx(0.8), "///")
+    assert [text.get_position() for text in ax.texts if text.get_text() == "undefined"] == [(4, 0)]
+    assert {line.get_ydata()[0]: line.get_linestyle() for line in ax.lines} == {0: "-", 0.5: "--"}
+    levels = {text.get_text(): text.get_position()[1] for text in ax.texts if text.get_position()[0] > 1}
+    assert levels["disagree\n(< 0)"] < 0 < levels["medium"] < 0.5 < levels["high\n(> 0.5)"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == list("abcde")
+
+
 def test_different_numbers_of_heads_are_matched_and_said() -> None:
     pair = make_pair(heads=3, heads_back=2)
     figure = plot_modality_alignment(pair)
@@ -245,7 +291,7 @@ def test_the_title_says_which_sample(plot) -> None:
 def test_the_colour_bar_stands_beside_the_maps() -> None:
     figure = plot_modality_alignment(make_pair(queries=9, keys=119), axes={"eeg": EEG, "spec": SPEC})
     render(figure)
-    (bar,) = (ax for ax in figure.axes if ax.get_label() == "<colorbar>")
+    bar = colour_bar(figure)
     last = figure.axes[2]
     assert mesh(last)
     assert 0 < bar.get_window_extent().x0 - last.get_window_extent().x1 < 30
@@ -261,31 +307,71 @@ def test_undefined_alignment_is_no_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("call", "error", "facts"),
     [
-        (lambda: plot_cross_modal_attention({}), SettingError, "got none"),
-        (lambda: plot_cross_modal_attention({"a/x_to_y": PAIR["eeg_to_spec"]}), SettingError, "later layers"),
-        (lambda: plot_cross_modal_attention({**PAIR, "a_to_b": PAIR["eeg_to_spec"]}), SettingError, "a_to_b"),
-        (lambda: plot_cross_modal_attention(PAIR, sample_idx=2), SettingError, "sample_idx must be 0 to 1, .*; got 2"),
-        (lambda: plot_cross_modal_attention(PAIR, sample_idx=0.5), SettingError, "a whole number, .*; got 0.5"),
-        (lambda: plot_modality_alignment(PAIR, sample_idx=True), SettingError, "a whole number, .*; got True"),
-        (lambda: plot_cross_modal_attention(PAIR, sample_idx=-1), SettingError, "got -1"),
+        (
+            lambda: plot_cross_modal_attention({}),
+            SettingError,
+            ["{'eeg_to_spec': weights, 'spec_to_eeg': weights}", "got none"],
+        ),
+        (
+            lambda: plot_cross_modal_attention({"a/x_to_y": PAIR["eeg_to_spec"]}),
+            SettingError,
+            ["later layers", "got a/x_to_y"],
+        ),
+        (
+            lambda: plot_cross_modal_attention({**PAIR, "a_to_b": PAIR["eeg_to_spec"]}),
+            SettingError,
+            ["got eeg_to_spec, spec_to_eeg, a_to_b"],
+        ),
+        (
+            lambda: plot_cross_modal_attention(PAIR, sample_idx=2),
+            SettingError,
+            ["sample_idx", "0 to 1", "2 samples", "got 2"],
+        ),
+        (
+            lambda: plot_cross_modal_attention(PAIR, sample_idx=0.5),
+            SettingError,
+            ["sample_idx", "0 to 1", "whole number", "got 0.5"],
+        ),
+        (
+            lambda: plot_modality_alignment(PAIR, sample_idx=True),
+            SettingError,
+            ["sample_idx", "0 to 1", "whole number", "got True"],
+        ),
+        (lambda: plot_cross_modal_attention(PAIR, sample_idx=-1), SettingError, ["sample_idx", "0 to 1", "got -1"]),
         (
             lambda: plot_cross_modal_attention({**PAIR, "spec_to_eeg": PAIR["eeg_to_spec"]}),
             ShapeError,
-            "queries=7, keys=5",
+            ["eeg_to_spec", (2, 3, 5, 7), "spec_to_eeg", "queries=7, keys=5", "got (2, 3, 5, 7)"],
         ),
-        (lambda: plot_modality_alignment({"eeg_to_spec": PAIR["eeg_to_spec"]}), SettingError, "got eeg_to_spec alone"),
-        (lambda: plot_attention_heatmap(torch.ones(5)), ShapeError, r"got shape \(5,\)"),
-        (lambda: plot_attention_heatmap(PAIR["eeg_to_spec"], head=3), SettingError, "head must be 0 to 2, .* or None"),
-        (lambda: plot_attention_heatmap(PAIR["eeg_to_spec"], direction="x"), SettingError, "<query>_to_<key>"),
+        (
+            lambda: plot_modality_alignment({"eeg_to_spec": PAIR["eeg_to_spec"]}),
+            SettingError,
+            ["plot_modality_alignment", "two directions", "got eeg_to_spec"],
+        ),
+        (
+            lambda: plot_attention_heatmap(torch.ones(5)),
+            ShapeError,
+            ["(queries, keys)", "(heads, queries, keys)", "(batch, heads, queries, keys)", "got shape (5,)"],
+        ),
+        (
+            lambda: plot_attention_heatmap(PAIR["eeg_to_spec"], head=3),
+            SettingError,
+            ["head", "0 to 2", "None", "got 3"],
+        ),
+        (
+            lambda: plot_attention_heatmap(PAIR["eeg_to_spec"], direction="x"),
+            SettingError,
+            ["'<query>_to_<key>'", "got 'x'"],
+        ),
         (
             lambda: plot_attention_heatmap(PAIR["eeg_to_spec"], key_axis=TokenAxis("t", names=["a"])),
             ShapeError,
-            "key axis 't' has 1 tokens, the maps have 7",
+            ["key axis 't'", 1, 7],
         ),
     ],
 )
-def test_what_does_not_fit_is_said(call, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+def test_what_does_not_fit_is_said(call, error: type[Exception], facts: list[object]) -> None:
+    with pytest.raises(error, match=tells(*facts)):
         call()
