@@ -298,10 +298,14 @@ def test_one_head_is_said_once_for_each_module():
     with AttentionRecorder(model, WHOLE) as recorder:
         model(*tokens())
         with pytest.warns(XAttnWarning, match=tells("fusion", "one head")):
-            assert recorder.attention
+            (all_of_them,) = recorder.attention
         recorder.clear()
         model(*(t[:1] for t in tokens()))
-        assert recorder.attention
+        (first,) = recorder.attention
+    audio, text = tokens()
+    weights = (audio @ text.mT / WIDTH**0.5).softmax(-1)[:, None]
+    torch.testing.assert_close(all_of_them.forward.weights, weights)
+    torch.testing.assert_close(first.forward.weights, weights[:1])
 
 
 @pytest.mark.filterwarnings("ignore:.*has no axis for heads")

@@ -105,6 +105,22 @@ def test_queries_that_differ_are_selective_and_heads_that_differ_are_diverse():
     torch.testing.assert_close(F.head_diversity(rows_of(by_head)), torch.ones(2))
 
 
+def test_a_sink_is_what_every_valid_query_gives_to_one_key_beyond_uniform_attention():
+    """Two of five queries are padding, and only they see the last two keys."""
+    weights = torch.tensor([0.4, 0.1, 0.2, 0.2, 0.1, 0, 0]).repeat(2, 3, 5, 1)
+    weights[:, :, 1] = weights[:, :, 1].flip(-1).roll(-2, -1)  # 0.1, 0.2, 0.2, 0.1, 0.4
+    weights[:, :, 3:] = 1 / 7
+    visible = torch.ones(5, 7, dtype=torch.bool)
+    visible[:3, 5:] = False
+    query_mask = (torch.arange(5) < 3).expand(2, 5)
+    rows = rows_of(weights, visible=visible.expand(2, 3, 5, 7), query_mask=query_mask)
+    # Keys 2 and 3 get at least 0.2 and 0.1 of each, key 0 of the second query 0.1: no more than 1 / 5.
+    torch.testing.assert_close(F.sink_strength(rows), torch.zeros(2, 3))
+    weights[:, :, 1] = weights[:, :, 0]
+    rows = rows_of(weights, visible=visible.expand(2, 3, 5, 7), query_mask=query_mask)
+    torch.testing.assert_close(F.sink_strength(rows), torch.full((2, 3), (0.4 - 1 / 5) / (1 - 1 / 5)))
+
+
 def test_check_values_of_the_definition():
     """Random logits, sizes 2, 3, 5, 7: the values that METRICS.md states, over many draws."""
     shape = (400, 3, 5, 7)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import xml.etree.ElementTree
+from pathlib import Path
+
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -9,10 +13,11 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from numpy.typing import NDArray
+from PIL import Image
 
 from lightning_xattn.attention import TokenAxis
 from lightning_xattn.functional import mean_interval, separation
-from lightning_xattn.visualizations import OutcomeSummary, Spectrograms, Traces, plot_outcome_alignment
+from lightning_xattn.visualizations import OutcomeSummary, Spectrograms, Traces, plot_outcome_alignment, render
 
 EEG = TokenAxis("EEG window (s from the labelled moment)", spans=[(5 * i - 25, 5 * i - 15) for i in range(9)])
 SPEC = TokenAxis("spectrogram window (s from the labelled moment)", spans=[(5 * i, 5 * i + 10) for i in range(119)])
@@ -40,6 +45,24 @@ def mesh(ax: Axes) -> QuadMesh:
 
 def drawn(ax: Axes) -> NDArray[np.float64]:
     return np.ma.filled(mesh(ax).get_array(), np.nan)
+
+
+def assert_written(path: Path, figure: Figure) -> None:
+    """The file is this figure, of which no picture was made yet: every pixel of it, or its page and its title."""
+    # The layout moves a little whenever a figure is drawn again, so one that was saved is not compared with itself.
+    if path.suffix == ".png":
+        with Image.open(path) as picture:
+            np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), render(figure))
+    elif path.suffix == ".pdf":
+        content = path.read_bytes()
+        assert content.startswith(b"%PDF-")
+        assert content.rstrip().endswith(b"%%EOF")
+        (page,) = re.findall(rb"/MediaBox \[ 0 0 (\S+) (\S+) \]", content)
+        np.testing.assert_allclose([float(side) for side in page], 72 * figure.get_size_inches())
+    else:
+        assert xml.etree.ElementTree.parse(path).getroot().tag.endswith("svg")
+        # Letters are drawn as shapes, with a comment that says which.
+        assert f"<!-- {figure.get_suptitle().splitlines()[0]} -->" in path.read_text(encoding="utf-8")
 
 
 def texts(figure: Figure) -> str:

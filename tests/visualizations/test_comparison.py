@@ -76,6 +76,11 @@ def test_intervals_by_group_are_said() -> None:
     assert ax.get_yticklabels()[0].get_text() == "a (n=23 of 3)"
 
 
+def test_a_line_parts_the_outcomes_from_the_classes() -> None:
+    (ax,) = panels(plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES))
+    assert [line.get_ydata()[0] for line in ax.lines if len(set(line.get_xdata())) == 2] == [2.5]
+
+
 def test_outcomes_differ_in_marker() -> None:
     (ax,) = panels(plot_class_comparison({"x": ([], OUTCOMES)}, [], group_by=None))
     assert [points.get_marker() for points, _, _ in ax.containers] == ["o", "s"]

@@ -181,6 +181,10 @@ def test_nothing_defined_claims_no_matching() -> None:
             lambda: plot_head_contributions(make_pair(heads_back=2), num_heads=3),
             ["spec_to_eeg", "num_heads=3", "num_heads=2", "2 heads", "None"],
         ),
+        (
+            lambda: plot_head_contributions(PAIR, num_heads=2),
+            ["eeg_to_spec", "num_heads=2", "num_heads=3", "3 heads", "None"],
+        ),
         (lambda: plot_head_alignment_matrix(PAIR, 2), ["sample_idx", "0 to 1", "2 samples", "got 2"]),
         (
             lambda: plot_head_alignment_matrix({"x_to_y": PAIR["eeg_to_spec"]}),

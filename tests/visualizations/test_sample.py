@@ -92,7 +92,9 @@ def test_one_direction_alone_is_drawn() -> None:
 
 def test_later_layers_are_passed_over() -> None:
     later = {f"fusion.1/{name}": weights[:, :1] for name, weights in PAIR.items()}
-    assert len(panels(plot_cross_modal_attention({**later, **PAIR}))) == 2
+    left, right = panels(plot_cross_modal_attention({**later, **PAIR}))
+    np.testing.assert_allclose(drawn(left), reference.lift_map(sample("eeg_to_spec", 0)), rtol=1e-5)
+    np.testing.assert_allclose(drawn(right), reference.lift_map(sample("spec_to_eeg", 0)).T, rtol=1e-5)
 
 
 def test_other_modalities_and_arrays_are_taken() -> None:
