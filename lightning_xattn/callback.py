@@ -142,7 +142,7 @@ class AttentionExplainabilityCallback(Callback):
     @property
     def state_key(self) -> str:
         """Tells callbacks with different settings apart in a checkpoint."""
-        return self._generate_state_key(**self.settings.named(), schedule=self.schedule)
+        return self._generate_state_key(**self.settings.named(), schedule=self.schedule, table=self.settings.table)
 
     def state_dict(self) -> dict[str, Any]:
         """The history, in plain types: a checkpoint with it loads with ``weights_only=True``."""
@@ -156,9 +156,9 @@ class AttentionExplainabilityCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look anew at the first batch of what is to run."""
         self._resumes, self._recorder = stage == "fit", None
-        new_evaluation = partial(Evaluation, self.settings, pl_module, self._checks)
-        # One for each dataloader, as their batches may differ.
-        self._evaluations = defaultdict(new_evaluation, {0: new_evaluation()})
+        first = Evaluation(self.settings, pl_module, self._checks)
+        # One for each dataloader, as their batches may differ; their classes are those of the first.
+        self._evaluations = defaultdict(partial(Evaluation, self.settings, pl_module, self._checks, first), {0: first})
         if trainer.world_size > 1:
             # What is logged is the same on every process already; Lightning cannot know, and says so for each name.
             warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('xattn_")
@@ -210,8 +210,8 @@ class AttentionExplainabilityCallback(Callback):
         if taken is None:
             return
         evaluation = self._evaluations[dataloader_idx]
-        is_first = evaluation.classes is None
-        result = evaluation.read(*taken)
+        is_first = all(one.classes is None for one in self._evaluations.values())
+        result = evaluation.read(*taken, with_ids=self.settings.table is not None)
         if is_first:
             warn(self._checks.of_directions(self._recorder.layers))
             rank_zero_info(f"AttentionExplainabilityCallback takes {evaluation.describe(result)}.")
@@ -241,7 +241,7 @@ class AttentionExplainabilityCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take every hook off the model, and let go of it."""
         self._stop()
-        self._recorder = None
+        self._recorder, self._evaluations = None, {}
 
     def _stop(self) -> None:
         if self._recorder is not None:
@@ -257,7 +257,7 @@ class AttentionExplainabilityCallback(Callback):
         first = None
         for number, layer, summary in summarise(self._evaluations):
             first = first or layer
-            scope = scope_of(trainer, self, number, "" if layer == first else layer)
+            scope = scope_of(trainer, self, AttentionExplainabilityCallback, number, "" if layer == first else layer)
             self._log_layer(trainer, pl_module, number, layer, summary, scope)
         if first is None:
             warn(self._checks.of_nothing(stage_of(trainer)))

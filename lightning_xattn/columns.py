@@ -36,21 +36,14 @@ Level = Literal["layer", "direction", "head"]
 
 @dataclass(frozen=True)
 class Column:
-    """One number of every sample.
-
-    Attributes
-    ----------
-    statistic
-        Its name in ``STATISTICS``.
-    direction
-        Of which direction; None: of the layer.
-    head
-        Of which head; None: of all heads.
-    """
+    """One number of every sample."""
 
     statistic: str
+    """Its name in ``STATISTICS``."""
     direction: Direction | None = None
+    """None: of the layer."""
     head: int | None = None
+    """None: of all heads."""
 
     @classmethod
     def parse(cls, name: str) -> Column:
@@ -77,38 +70,26 @@ class Column:
 
 @dataclass(frozen=True)
 class Statistic:
-    """What a number is, and where it is shown.
-
-    Attributes
-    ----------
-    function
-        For the layer alone: of its one or two directions, ``(batch,)``, or None where they do not have it. Else of the
-        ``Rows`` of a direction, ``(batch, heads)`` or ``(batch,)``; the layer's is then the mean of its directions'.
-    levels
-        Of what there is a column: the layer, each direction, each head. A direction's is the mean of its heads'.
-    range
-        The smallest and the largest value that it can have.
-    scale
-        What its values mean, in a few words.
-    words
-        What it says, for the documentation.
-    curve
-        Its curves, ``<topic>/<name>``: of each ``{direction}``, and of ``{which}`` samples (all, each class) or which
-        head. None: no curve.
-    compared
-        Whether the layer's column is compared between correct and incorrect predictions.
-    reported
-        Whether a report's table has it, see ``shown_columns``.
-    """
+    """What a number is, and where it is shown."""
 
     function: Callable[..., Tensor | None]
+    """For the layer alone: of its one or two directions, ``(batch,)``, or None where they do not have it. Else of the
+    ``Rows`` of a direction, ``(batch, heads)`` or ``(batch,)``; the layer's is then the mean of its directions'."""
     levels: tuple[Level, ...]
+    """Of what there is a column: the layer, each direction, each head. A direction's is the mean of its heads'."""
     range: tuple[float, float]
+    """The smallest and the largest value that it can have."""
     scale: str
+    """What its values mean, in a few words."""
     words: str
+    """What it says, for the documentation."""
     curve: str | None = None
+    """Its curves, ``<topic>/<name>``: of each ``{direction}``, and of ``{which}`` samples (all, each class) or which
+    head. None: no curve."""
     compared: bool = False
+    """Whether the layer's column is compared between correct and incorrect predictions."""
     reported: bool = False
+    """Whether a report's table has it, see ``shown_columns``."""
 
 
 def _alignment(*rows: Rows) -> Tensor | None:

@@ -57,6 +57,7 @@ class Settings:
     groups: LabelSetting = None
     query_mask: LabelSetting = None
     table: str | Path | None = None
+    """Kept as a string, so that it is the same however it is given."""
 
     def __post_init__(self) -> None:
         if self.attention is not None:
@@ -67,6 +68,7 @@ class Settings:
             raise SettingError(f"group_by must be one of {', '.join(GROUPINGS)}; got {self.group_by!r}.")
         if self.table is not None and find_spec("pyarrow") is None:
             raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
+        object.__setattr__(self, "table", None if self.table is None else str(self.table))
         self.finder()  # it checks those of the labels
 
     def finder(self) -> LabelFinder:
@@ -74,8 +76,10 @@ class Settings:
         return LabelFinder(self.predictions, self.targets, self.sample_ids, self.groups, self.query_mask)
 
     def named(self) -> dict[str, Any]:
-        """The settings by name, callables by theirs: the same from run to run."""
-        return {name: named(value) for name, value in vars(self).items()}
+        """How batches are read: the settings by name, callables by theirs, so the same from run to run."""
+        read = ("attention", "predictions", "targets", "sample_ids", "groups", "query_mask")
+        whole = {"class_names": self.class_names, "group_by": self.group_by}
+        return {name: named(getattr(self, name)) for name in read} | whole
 
 
 def take_step(recorder: AttentionRecorder, outputs: Any, batch: Any) -> tuple[Step, Attentions] | None:
@@ -88,15 +92,17 @@ def take_step(recorder: AttentionRecorder, outputs: Any, batch: Any) -> tuple[St
     return Step(outputs, batch, forward, len(weights), weights.device, tuple(weights.shape[2:])), attention
 
 
-def read_batch(step: Step, attention: Attentions, finder: LabelFinder, checks: Checks) -> BatchResult:
-    """Find the labels of a step, and what says which of its queries are padding.
+def read_batch(
+    step: Step, attention: Attentions, finder: LabelFinder, checks: Checks, with_ids: bool = True
+) -> BatchResult:
+    """Find the labels of a step, with or without the samples' ids, and which of its queries are padding.
 
     Raises
     ------
     DiscoveryError, ShapeError
         As ``LabelFinder.find``, or if a mask does not fit the attention.
     """
-    labels = finder.find(step)
+    labels = finder.find(step, with_ids)
     attention = mask_queries(attention, labels.query_mask)
     warn(checks.of_padding(attention))
     return BatchResult(attention, labels)
@@ -104,24 +110,14 @@ def read_batch(step: Step, attention: Attentions, finder: LabelFinder, checks: C
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What one process has of an evaluation.
-
-    Attributes
-    ----------
-    classes
-        The names of the classes; None before a first batch.
-    sums
-        By layer, on the CPU.
-    repeats
-        Samples that were left out because another process had them.
-    has_several
-        Whether targets turned out to be no classes.
-    """
+    """What one process has of an evaluation: see the attributes of ``Evaluation``."""
 
     classes: tuple[str, ...] | None
     sums: Mapping[str, LayerSums]
+    """By layer, on the CPU."""
     repeats: int
     has_several: bool
+    """Whether targets turned out to be no classes."""
 
 
 class Evaluation:
@@ -135,6 +131,8 @@ class Evaluation:
         Its ``class_names``, if it has any, are taken where the settings have none.
     checks
         Say each thing once.
+    first
+        The evaluation, of another dataloader, whose classes this one has too; None: they are decided here.
 
     Attributes
     ----------
@@ -146,8 +144,8 @@ class Evaluation:
         Samples that were left out because another process had them.
     """
 
-    def __init__(self, settings: Settings, module: object, checks: Checks) -> None:
-        self._settings, self._module, self._checks = settings, module, checks
+    def __init__(self, settings: Settings, module: object, checks: Checks, first: Evaluation | None = None) -> None:
+        self._settings, self._module, self._checks, self._first = settings, module, checks, first
         self.finder = settings.finder()
         self.classes: tuple[str, ...] | None = None
         self.reset()
@@ -157,9 +155,11 @@ class Evaluation:
         self.repeats = 0
         self._accumulators: dict[str, LayerAccumulator] = {}
 
-    def read(self, step: Step, attention: Attentions) -> BatchResult:
+    def read(self, step: Step, attention: Attentions, with_ids: bool = True) -> BatchResult:
         """Read a batch, see ``read_batch``; the first one decides what the classes are."""
-        batch = read_batch(step, attention, self.finder, self._checks)
+        batch = read_batch(step, attention, self.finder, self._checks, with_ids)
+        if self.classes is None and self._first is not None:
+            self.classes = self._first.classes
         if self.classes is None:
             names, group_by = self._settings.class_names or own_class_names(self._module), self._settings.group_by
             self.classes = name_classes(batch.labels, names, group_by, step)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_xattn.errors import XAttnWarning
+
+_PACKAGE = str(Path(__file__).parent)
 
 SINGLE_KEY = "a single key, so every weight is 1 whatever the model learned"
 """Why such attention says nothing; reads on from "attend to", "with", or by itself."""
@@ -58,6 +63,10 @@ def decimal(value: float, digits: int = 2, signed: bool = False) -> str:
 
 
 def warn(messages: Iterable[str]) -> None:
-    """Warn of each, on the first of several processes."""
+    """Warn of each, on the first of several processes, at the line outside of the package that led here."""
     for message in messages:
-        rank_zero_warn(message, category=XAttnWarning, stacklevel=4)
+        frame, level = sys._getframe(1), 2
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+            frame, level = frame.f_back, level + 1
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            warnings.warn(message, XAttnWarning, stacklevel=level)

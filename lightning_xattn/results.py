@@ -19,18 +19,12 @@ from lightning_xattn.summary import LayerSummary
 
 @dataclass(frozen=True, eq=False)
 class BatchResult:
-    """What a model did with a batch, for as many samples as its attention has.
-
-    Attributes
-    ----------
-    attention
-        Of each layer.
-    labels
-        Predictions, scores, targets, ids and groups.
-    """
+    """What a model did with a batch, for as many samples as its attention has."""
 
     attention: tuple[AttentionPair, ...]
+    """Of each layer."""
     labels: Labels
+    """Predictions, scores, targets, ids and groups."""
 
     def __len__(self) -> int:
         return len(self.attention[0].forward.weights)

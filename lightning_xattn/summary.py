@@ -37,7 +37,7 @@ class Comparison:
 class LayerSummary:
     """An epoch of one layer: count, mean and standard deviation of every number, by class and outcome.
 
-    A number that the layer does not have raises a KeyError that lists those that it has.
+    Count, mean and the rest of a number that the layer does not have raise a KeyError that lists those that it has.
 
     Parameters
     ----------
@@ -184,7 +184,8 @@ class LayerSummary:
 
     def _moments(self, column: Column, class_id: int | None, outcome: int | None) -> Tensor:
         if column not in self._places:
-            raise KeyError(f"Expected one of the columns {', '.join(map(str, self.columns))}; got {column!r}.")
+            known = ", ".join(map(str, self.columns))
+            raise KeyError(f"Expected a Column, as Column.parse('alignment') is, of {known}; got {column!r}.")
         selected: Tensor = self.moments[:, :, self._places[column]]
         selected = selected if class_id is None else selected[class_id : class_id + 1]
         selected = selected if outcome is None else selected[:, outcome : outcome + 1]

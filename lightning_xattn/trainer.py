@@ -73,10 +73,10 @@ def moment(trainer: Trainer) -> dict[str, Any]:
     return {"stage": stage_of(trainer), "epoch": trainer.current_epoch, "step": logged_step(trainer)}
 
 
-def scope_of(trainer: Trainer, callback: Callback, dataloader: int, layer: str) -> str:
-    """The stage, and what tells this apart; the first callback and dataloader, and a layer "", go without saying."""
+def scope_of(trainer: Trainer, callback: Callback, kind: type[Callback], dataloader: int, layer: str) -> str:
+    """The stage, and what tells this apart; the first of its kind, dataloader 0 and a layer "" go without saying."""
     everyone = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
-    ours = [one for one in everyone if isinstance(one, type(callback))]
+    ours = [one for one in everyone if isinstance(one, kind)]
     scope = stage_of(trainer)
     scope += f"/callback_{ours.index(callback)}" if callback in ours[1:] else ""
     scope += f"/dataloader_{dataloader}" if dataloader else ""

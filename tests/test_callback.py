@@ -1,5 +1,6 @@
 """Real Trainers: what is logged, what stays untouched, and what a wrong setting is told."""
 
+import logging
 import math
 
 import numpy as np
@@ -14,7 +15,7 @@ from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.aggregation import CORRECT, INCORRECT
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.columns import ALIGNMENT
-from lightning_xattn.errors import XAttnWarning
+from lightning_xattn.errors import DiscoveryError, XAttnWarning
 from tests import reference
 from tests.messages import tells
 from tests.toy import CLASSES, HEADS, NAMES, ToyModule, count_hooks, quiet_trainer, toy_data, toy_loader, validate
@@ -122,7 +123,7 @@ def test_loggers_without_images_get_files_and_a_broken_logger_ends_nothing(tmp_p
             raise OSError("disk on fire")
 
     loggers = [Broken(tmp_path / "broken"), CSVLogger(tmp_path, name="", version="run")]
-    with pytest.warns(XAttnWarning, match=tells("Broken", "xattn_", "disk on fire")):
+    with pytest.warns(XAttnWarning, match=tells("Broken", "xattn_map/val/audio_to_text", "disk on fire")):
         validate(ToyModule(), AttentionExplainabilityCallback(), logger=loggers[:1])
     validate(ToyModule(), AttentionExplainabilityCallback(), logger=loggers[1:])
     files = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("xattn_*/**/*.*"))
@@ -441,3 +442,48 @@ def test_says_once_what_it_takes_for_what(caplog):
         "AttentionExplainabilityCallback takes audio_to_text (5 queries ask 7 keys), text_to_audio (7 queries ask 5 "
         "keys); predictions from forward, targets from batch[2], of 4 classes."
     ]
+
+
+def test_callbacks_of_one_kind_are_told_apart_and_others_do_not_count():
+    class Mine(AttentionExplainabilityCallback):
+        """A subclass logs as the second one does."""
+
+    first, second = AttentionExplainabilityCallback(), Mine()
+    trainer = quiet_trainer(callbacks=[Callback(), first, second])
+    trainer.validate(ToyModule(), toy_loader(), verbose=False)
+    assert list(first.summaries) == ["val"]
+    assert list(second.summaries) == ["val/callback_1"]
+
+
+def test_a_second_dataloader_has_the_classes_of_the_first(caplog):
+    """Samples of other classes are counted as without one, and what was taken for what is said once."""
+
+    def targets(outputs, batch):
+        return batch[2] + (CLASSES if len(batch[2]) == 4 else 0)
+
+    watch = AttentionExplainabilityCallback(targets=targets)
+    loaders = [toy_loader(15), toy_loader(12, batch_size=4)]
+    with caplog.at_level(logging.INFO), pytest.warns(XAttnWarning, match=tells("12 of 12 samples", "no class")):
+        quiet_trainer(callbacks=[watch]).validate(ToyModule(), loaders, verbose=False)
+    assert [record["unclassified"] for record in watch.history] == [0, 12]
+    assert [summary.n_classes for summary in watch.summaries.values()] == [CLASSES, CLASSES]
+    assert caplog.text.count("AttentionExplainabilityCallback takes") == 1
+
+
+def test_sample_ids_are_looked_for_where_a_table_wants_them(tmp_path):
+    validate(ToyModule(), AttentionExplainabilityCallback(sample_ids="nowhere"))
+    with pytest.raises(DiscoveryError, match=tells("nowhere", "sample ids")):
+        validate(ToyModule(), AttentionExplainabilityCallback(sample_ids="nowhere", table=tmp_path))
+
+
+def test_a_checkpoint_knows_the_callback_however_its_folder_is_given(tmp_path):
+    keys = {AttentionExplainabilityCallback(table=one).state_key for one in (tmp_path, str(tmp_path))}
+    assert len(keys) == 1
+    assert len({AttentionExplainabilityCallback(group_by=one).state_key for one in ("target", "prediction")}) == 2
+
+
+def test_after_a_run_the_module_is_let_go_of():
+    watch, module = AttentionExplainabilityCallback(), ToyModule()
+    validate(module, watch)
+    assert (watch._recorder, watch._evaluations) == (None, {})
+    assert watch.summaries["val"].samples == 23

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -296,6 +297,32 @@ def test_what_forward_returns_is_no_logits_of_class_ids_that_it_does_not_predict
     results = ExplainabilityCapture(Embedding()).explain_batch(batch())
     assert results["predictions"].shape == (SAMPLES,)
     assert (results["logits"], results["probabilities"]) == (None, None)
+
+
+def test_scores_have_as_many_columns_as_the_soft_targets():
+    """Of a batch of one, an embedding may have its largest number in the place of the predicted class."""
+
+    class Embedded(ToyModule):
+        def forward(self, audio, text):
+            logits = super().forward(audio, text)
+            return {"embedding": torch.cat([5 * logits, logits], dim=1), "logits": logits}
+
+        def predict_step(self, batch, batch_idx):
+            return self(*batch[:2])["logits"].argmax(1)
+
+    audio, text, _ = (values[:1] for values in batch())
+    shares = torch.tensor([[0.25, 0.5, 0.25, 0.0]])
+    results = ExplainabilityCapture(Embedded(), targets=lambda outputs, batch: batch[2]).explain_batch(
+        (audio, text, shares)
+    )
+    assert results["logits"].shape == (1, CLASSES)
+
+
+def test_a_warning_points_at_the_line_that_led_to_it():
+    watch = ExplainabilityCapture(Answers(lambda x: {"preds": 0.5 + 0 * x}))
+    with pytest.warns(XAttnWarning) as caught:
+        watch.explain_batch(batch())
+    assert {Path(one.filename) for one in caught} == {Path(__file__)}
 
 
 def test_any_module_will_do():

@@ -97,8 +97,7 @@ class ExplainabilityCapture:
         self.settings = Settings(attention, class_names, group_by, predictions, targets, sample_ids, groups, query_mask)
         if predict is not None and not callable(predict):
             raise SettingError(f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r}.")
-        check_whole_number("top_k", top_k)
-        for name, count in (("num_heads", num_heads), ("max_batch_size", max_batch_size)):
+        for name, count in (("num_heads", num_heads), ("max_batch_size", max_batch_size), ("top_k", top_k)):
             check_whole_number(name, count, optional=True)
         self.model = model
         self.num_heads = num_heads
@@ -226,7 +225,7 @@ class ExplainabilityCapture:
 
         assert settings.table is not None
         identity = {"model weights": fingerprint(self.model), "predict": named(self.predict)}
-        identity |= {name: value for name, value in settings.named().items() if name != "table"}
+        identity |= settings.named()
         identity["hyperparameters"] = named(getattr(self.model, "hparams", {}))
         dataset = getattr(loader, "dataset", None)
         sizes = {"batches": _size_of(loader), "samples": _size_of(dataset)}

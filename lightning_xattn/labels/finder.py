@@ -196,10 +196,13 @@ class LabelFinder:
         place = self._places["predictions"]
         if place is not None and "confidence" not in self._doubts:
             found = self._fitting(place.read(step), step.samples)
-            self._scores_of = None if found is None else find_scores(step, found, *self._predicted_by(found))
+            if found is not None:
+                predicted, confidence = self._predicted_by(found)
+                n_classes = predicted.n_classes or self._classes_of_targets(step)
+                self._scores_of = find_scores(step, found, predicted._replace(n_classes=n_classes), confidence)
 
-    def find(self, step: Step) -> Labels:
-        """What is known of a batch's samples.
+    def find(self, step: Step, with_ids: bool = True) -> Labels:
+        """What is known of a batch's samples, with their ids where these are wanted.
 
         Raises
         ------
@@ -234,10 +237,16 @@ class LabelFinder:
             None if self.group_noun is None else group_keys([None] * step.samples if ids is None else ids, step.device),
             ids,
             self.group_noun,
-            self._find_ids("sample_ids", step),
+            self._find_ids("sample_ids", step) if with_ids else None,
             self._find_query_mask(step),
             None if self._scores_of is None else self._scores_of(step, scores),
         )
+
+    def _classes_of_targets(self, step: Step) -> int | None:
+        """How many classes the targets show, as shares do and ids do not."""
+        place = (self._places or {}).get("targets")
+        found = None if place is None or self._binary else self._fitting(place.read(step), step.samples)
+        return None if found is None else classes_of(found).n_classes
 
     def _predicted_by(self, scores: Tensor) -> tuple[Classes, Tensor | None]:
         """The classes that scores or ids predict, and how confidently."""

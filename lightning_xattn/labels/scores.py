@@ -19,17 +19,10 @@ CLOSE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Scores with a column for each class.
-
-    Attributes
-    ----------
-    values
-        ``(batch, classes)``, float32.
-    are_probabilities
-        Whether they are probabilities, or else logits.
-    """
+    """Scores with a column for each class: logits or probabilities."""
 
     values: Tensor
+    """``(batch, classes)``, float32."""
     are_probabilities: bool
 
     @property

@@ -293,8 +293,8 @@ def _say_interval(low: float, high: float) -> str:
 def describe_outcome(facts: LayerFacts, score: str) -> tuple[str, str, Sequence[str]]:
     """Whether a score tells correct from incorrect predictions: its label, the verdict, and the gaps behind it."""
     outcome = facts["outcomes"][score]
-    # The table has the entropy of each direction.
-    both = score == "entropy" and len(facts["directions"]) > 1
+    # The table has that of each direction.
+    both = "direction" in STATISTICS[score].levels and len(facts["directions"]) > 1
     label = f"{score} (of a sample, the mean of both directions)" if both else score
     noun = facts["group_noun"]
     correct, incorrect = (
