@@ -132,3 +132,9 @@ LATER = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1]])
 def test_zeros_are_a_mask_where_their_pattern_is_that_of_one(patterns, seen):
     pair = returned(closed(patterns))
     assert keys_seen(pair)[0, 0].tolist() == seen
+
+
+@pytest.mark.parametrize(("dtype", "seen"), [(torch.float32, 3), (torch.bfloat16, 3), (torch.float16, 4)])
+def test_a_key_that_nobody_sees_is_padding_also_where_other_zeros_are_weights(dtype, seen):
+    patterns = F.pad(torch.stack([GROWING, SPARSE])[None], (0, 1))
+    assert (keys_seen(returned(closed(patterns).to(dtype))) == seen).all()

@@ -48,6 +48,8 @@ def make_case(name):
         back[1, :, 6] = torch.inf
     elif name == "one head broken":
         back[0, 2] = torch.nan
+    elif name == "peaked":  # weights from 0 on, whose logarithm is floored
+        there, back = (200 * there).softmax(-1), (200 * back).softmax(-1)
     elif name == "uniform":
         there = torch.full_like(there, 1 / KEYS)
     elif name == "one key":
@@ -69,6 +71,7 @@ CASES = (
     "attention masks both ways",
     "broken rows",
     "one head broken",
+    "peaked",
     "uniform",
     "one key",
     "one valid key",
@@ -175,6 +178,7 @@ def test_slots_that_are_no_tokens_are_no_pairs():
     pairs = F.top_pairs(F.prepare_rows(Attention(EEG_TO_SPEC, weights, extra_keys=1)), QUERIES * KEYS)
     assert len(pairs) == QUERIES * (KEYS - 1)
     assert max(pair.key for pair in pairs) == KEYS - 2
+    np.testing.assert_allclose([pair.weight for pair in pairs], 1 / 7 / 1.5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["alignment", "head_alignment_matrix", "alignment_interaction", "round_trip_lift"])
@@ -247,6 +251,13 @@ def test_separation_of_binned_scores(n_correct, n_incorrect):
     )
     assert ours.cliffs_delta == pytest.approx(2 * ours.auroc - 1)
     assert (ours.correct, ours.incorrect) == (n_correct, n_incorrect)
+
+
+def test_a_score_on_an_edge_belongs_to_the_bin_above_it_and_the_highest_to_the_last():
+    width, last = 2 / 2**14, 2**14 - 1
+    scores = [-1, -1 + 0.75 * width, -1 + width, 0, 1 - 0.5 * width, 1, -1.1, 1.1, torch.nan]
+    bins = F.score_bins(torch.tensor(scores, dtype=torch.float64), -1, 1)
+    assert bins.tolist() == [0, 0, 1, 2**13, last, last, 0, last, 0]
 
 
 def test_bins_are_fine_enough_for_the_raw_scores_separation():

@@ -44,6 +44,14 @@ def test_the_mean_of_groups(sizes, seed):
     assert np.isnan(low) == (len(sizes) < MINIMUM_GROUP)
 
 
+def test_a_group_without_samples_is_none():
+    counts, sums = torch.tensor([3.0, 1, 2, 4, 2]), torch.tensor([0.9, 0.1, 0.8, 1.0, 0.4])
+    alone, empty = F.grouped_mean_interval(counts, sums), torch.zeros(3)
+    assert np.isfinite(alone).all()
+    assert F.grouped_mean_interval(torch.cat([counts, empty]), torch.cat([sums, empty])) == alone
+    assert np.isnan(F.grouped_mean_interval(counts * (counts > 1), sums * (counts > 1))).all(), "four are too few"
+
+
 @settings(max_examples=20, deadline=None)
 @given(sizes=st.lists(st.integers(1, 5), min_size=5, max_size=12), seed=st.integers(0, 10**6), tie=st.booleans())
 @pytest.mark.slow

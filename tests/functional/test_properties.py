@@ -71,6 +71,54 @@ def test_many_keys_make_uniform_attention_look_sparse_unless_relative():
     assert (statistics["relative_sparsity"] == 0).all()
 
 
+def test_a_weight_at_the_threshold_is_not_below_it():
+    weights = torch.tensor([[0.1, 0.9], [0.05, 0.95]], dtype=torch.float64).expand(1, 1, 2, 2)
+    statistics = F.row_statistics(rows_of(weights))
+    assert statistics["sparsity"].item() == 25, "of the second row one key of two"
+    assert statistics["relative_sparsity"].item() == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "valid"),
+    [
+        (torch.tensor([0.5, 0.5009]), True),
+        (torch.tensor([0.5, 0.5011]), False),
+        (torch.tensor([0.5, 0.4991]), True),
+        (torch.tensor([0.5, 0.4989]), False),
+        # Half precision keeps a sum up to its rounding only: to 4 eps, of bfloat16 1 / 32.
+        (torch.tensor([0.5, 0.53125]).bfloat16(), True),
+        (torch.tensor([0.5, 0.546875]).bfloat16(), False),
+    ],
+)
+def test_a_row_is_broken_that_does_not_sum_to_1_within_its_precision(row, valid):
+    weights = row.expand(1, 1, 3, 2).clone()
+    weights[:, :, 2] = torch.nan
+    rows = rows_of(weights, query_mask=torch.tensor([[True, True, False]]))
+    assert rows.valid.flatten().tolist() == [valid, valid, False]
+    assert rows.broken.flatten().tolist() == [not valid, not valid, False], "padding is not broken"
+
+
+def test_single_keys_are_those_of_valid_rows():
+    assert F.has_single_keys(rows_of(torch.ones(2, 3, 5, 1)))
+    assert not F.has_single_keys(rows_of(torch.full((2, 3, 5, 7), 1 / 7)))
+    assert not F.has_single_keys(rows_of(torch.full((2, 3, 5, 1), torch.nan))), "there is no row that would say so"
+
+
+def test_masks_of_tokens_beside_a_slot_stay_in_their_place():
+    weights = torch.tensor([0.5, 0.25, 0.0, 0.25]).expand(1, 1, 1, 4)
+    visible = torch.tensor([True, True, False, True]).expand(1, 1, 1, 4)
+    lifts = F.lift(rows_of(weights, visible=visible, extra_keys=1)).flatten()
+    torch.testing.assert_close(lifts, torch.tensor([1.5, 0.75, torch.nan]), equal_nan=True)
+
+
+def test_what_crosses_over_is_averaged_over_the_real_queries():
+    mask, shares = torch.tensor([[True, True, False]]), torch.tensor([[[0.2, 0.6, 0.9]]])
+    weights = torch.full((1, 1, 3, 2), 0.5)
+    assert F.crossing(rows_of(weights, query_mask=mask, crossing=shares)).item() == pytest.approx(0.4)
+    with pytest.raises(ShapeError, match=tells("eeg_to_spec", "joint sequence")):
+        F.crossing(rows_of(weights))
+
+
 def test_one_hot_attention():
     weights = torch.zeros(2, 3, 5, 7)
     weights[..., 4] = 1

@@ -8,6 +8,7 @@ import pytest
 
 from lightning_xattn.errors import SettingError, ShapeError
 from lightning_xattn.visualizations import Mean, plot_class_comparison
+from lightning_xattn.visualizations.epoch import LOOKS
 from tests.messages import tells
 from tests.visualizations.conftest import panels
 
@@ -65,12 +66,15 @@ def test_few_samples_are_said() -> None:
     assert "fewer than 5 samples" in plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES).get_suptitle()
     enough = plot_class_comparison({"x": (CLASSES[:1], OUTCOMES)}, NAMES[:1])
     assert "fewer" not in enough.get_suptitle()
+    absent = plot_class_comparison({"x": ([CLASSES[0], CLASSES[2]], OUTCOMES)}, ["a", "c"])
+    assert "fewer" not in absent.get_suptitle(), "a class without samples needs no word"
 
 
 def test_intervals_by_group_are_said() -> None:
     title = plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES, group_noun="patients").get_suptitle()
     assert "95 % interval by patients" in title
     assert "fewer than 5 patients" in title
+    assert "n: samples, and of how many patients" in title
     counted = [group._replace(groups=3) for group in CLASSES]
     (ax,) = panels(plot_class_comparison({"x": (counted, OUTCOMES)}, NAMES, group_noun="patients"))
     assert ax.get_yticklabels()[0].get_text() == "a (n=23 of 3)"
@@ -81,9 +85,16 @@ def test_a_line_parts_the_outcomes_from_the_classes() -> None:
     assert [line.get_ydata()[0] for line in ax.lines if len(set(line.get_xdata())) == 2] == [2.5]
 
 
-def test_outcomes_differ_in_marker() -> None:
+def test_outcomes_differ_in_marker_and_from_the_classes_in_colour() -> None:
     (ax,) = panels(plot_class_comparison({"x": ([], OUTCOMES)}, [], group_by=None))
     assert [points.get_marker() for points, _, _ in ax.containers] == ["o", "s"]
+    (ax,) = panels(plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES))
+    *classes, correct, incorrect = (points for points, _, _ in ax.containers)
+    looks = {(points.get_color(), points.get_markerfacecolor(), points.get_marker()) for points in classes}
+    assert looks == {("black", "black", "o")}
+    blue, orange = LOOKS["correct"].colour, LOOKS["incorrect"].colour
+    assert (correct.get_color(), correct.get_markerfacecolor()) == (blue, blue)
+    assert (incorrect.get_color(), incorrect.get_markerfacecolor()) == (orange, "white")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from lightning_xattn.errors import SettingError, ShapeError, XAttnWarning
 from lightning_xattn.visualizations import (
     plot_attention_heatmap,
     plot_cross_modal_attention,
+    plot_head_contributions,
     plot_modality_alignment,
     render,
 )
@@ -176,6 +177,13 @@ def test_weights_that_are_not_attention_are_said_to_be_once(plot, names: str) ->
     ) as caught:
         plot({name: 0.9 * weights for name, weights in PAIR.items()})
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("plot", [plot_cross_modal_attention, plot_head_contributions])
+def test_the_warning_points_at_the_line_that_drew(plot) -> None:
+    with pytest.warns(XAttnWarning) as caught:
+        plot({"eeg_to_spec": 0.9 * PAIR["eeg_to_spec"]})
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 # One map
