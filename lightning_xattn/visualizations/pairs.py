@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
-from lightning_xattn.errors import SettingError, XAttnWarning
+from lightning_xattn.errors import SettingError
 from lightning_xattn.functional import Rows, prepare_rows
-from lightning_xattn.messages import BROKEN_ROWS
+from lightning_xattn.messages import BROKEN_ROWS, warn
 from lightning_xattn.visualizations.drawing import MapAxis, place_tokens
 
 AttentionDict = Mapping[str, Any] | AttentionPair
@@ -48,7 +47,7 @@ def warn_of_broken_rows(*pair: Rows) -> None:
     """Warn of weights that are not attention, as a figure of them may be all undefined."""
     broken = [str(rows.direction) for rows in pair if rows.broken.any()]
     if broken:
-        warnings.warn(f"{' and '.join(broken)} {BROKEN_ROWS}", XAttnWarning, stacklevel=4)
+        warn([f"{' and '.join(broken)} {BROKEN_ROWS}"])
 
 
 def read_both(attention: AttentionDict, what: str) -> tuple[Rows, Rows]:

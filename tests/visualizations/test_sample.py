@@ -15,6 +15,7 @@ from lightning_xattn.errors import SettingError, ShapeError, XAttnWarning
 from lightning_xattn.visualizations import (
     plot_attention_heatmap,
     plot_cross_modal_attention,
+    plot_head_alignment_matrix,
     plot_head_contributions,
     plot_modality_alignment,
     render,
@@ -179,11 +180,17 @@ def test_weights_that_are_not_attention_are_said_to_be_once(plot, names: str) ->
     assert len(caught) == 1
 
 
-@pytest.mark.parametrize("plot", [plot_cross_modal_attention, plot_head_contributions])
+@pytest.mark.parametrize(
+    "plot",
+    [
+        *(plot_cross_modal_attention, plot_head_contributions, plot_modality_alignment, plot_head_alignment_matrix),
+        lambda weights: plot_attention_heatmap(weights["eeg_to_spec"]),
+    ],
+)
 def test_the_warning_points_at_the_line_that_drew(plot) -> None:
     with pytest.warns(XAttnWarning) as caught:
-        plot({"eeg_to_spec": 0.9 * PAIR["eeg_to_spec"]})
-    assert [warning.filename for warning in caught] == [__file__]
+        plot({name: 0.9 * weights for name, weights in PAIR.items()})
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 # One map
