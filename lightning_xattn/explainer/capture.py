@@ -231,7 +231,7 @@ class ExplainabilityCapture:
         sizes = {"batches": _size_of(loader), "samples": _size_of(dataset)}
         about = sizes | {"data": getattr(dataset, "fingerprint", None)}
         identity |= {name: known for name, known in about.items() if known is not None}
-        return ExplainedFolder(Path(settings.table), {name: str(value) for name, value in identity.items()})
+        return ExplainedFolder(Path(settings.table), {name: str(named(value)) for name, value in identity.items()})
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
