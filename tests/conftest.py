@@ -1,5 +1,6 @@
 """What every test may rely on, and what none may leave behind."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from filelock import FileLock
+from lightning_utilities.core import rank_zero
 
 IIIC_IRR = Path(__file__).parents[2] / "shared/data/iiic_irr"
 
@@ -48,6 +50,14 @@ def _train(folder: Path, checkpoint: Path) -> None:
     trainer = quiet_trainer()
     trainer.fit(HMSLightningModule(), datamodule=datamodule)
     trainer.save_checkpoint(checkpoint)
+
+
+@pytest.fixture
+def infos(monkeypatch, caplog) -> pytest.LogCaptureFixture:
+    """What is told with ``rank_zero_info``. Its logger is that of the Lightning imported last, which may keep it."""
+    monkeypatch.setattr(rank_zero, "log", logging.getLogger("told by Lightning"))
+    caplog.set_level(logging.INFO)
+    return caplog
 
 
 @pytest.fixture(autouse=True)

@@ -238,10 +238,9 @@ def test_a_trainer_takes_it_as_it_is(iiic_irr, tmp_path):
     assert sorted({*model.seen["train"], *model.seen["val"], *model.seen["test"]}) == list(range(3001, 3021))
 
 
-def test_missing_samples_are_told(folder, tmp_path, caplog):
+def test_missing_samples_are_told(folder, tmp_path, infos):
     broken = np.ones((2000, 20), dtype=np.float32)
     broken[5:25, 2] = np.nan
     write_parquet(folder / "train_eegs/100.parquet", [*ELECTRODES, "EKG"], broken)
-    with caplog.at_level("INFO"):
-        HMSDataModule(folder, cache_dir=tmp_path / "cache", eeg_geometry=EEGGeometry(10, 2, 1)).setup()
-    assert "filled 20 missing EEG values in 1 and 0 missing spectrogram values in 0 of 17 samples" in caplog.text
+    HMSDataModule(folder, cache_dir=tmp_path / "cache", eeg_geometry=EEGGeometry(10, 2, 1)).setup()
+    assert "filled 20 missing EEG values in 1 and 0 missing spectrogram values in 0 of 17 samples" in infos.text
