@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_info
 
-from lightning_xattn.capture import AttentionRecorder, AttentionSetting
+from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.checks import Checks
 from lightning_xattn.classes import name_in_curves
-from lightning_xattn.curves import epoch_curves, epoch_record
-from lightning_xattn.distributed import count_repeats
-from lightning_xattn.evaluation import Evaluation, Settings, summarise, take_step
+from lightning_xattn.curves import epoch_curves, epoch_record, fusion_curves, fusion_record
+from lightning_xattn.distributed import own_places
+from lightning_xattn.evaluation import Evaluation, Settings, summarise
 from lightning_xattn.figures import epoch_figures
+from lightning_xattn.fusion.collected import MAX_SAMPLES
+from lightning_xattn.fusion.contribution import CONTRIBUTION_SAMPLES
+from lightning_xattn.fusion.entrance import ModalitiesSetting
+from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.labels import LabelSetting
-from lightning_xattn.messages import warn
+from lightning_xattn.messages import tell, warn
+from lightning_xattn.recording import StepRecorder
 from lightning_xattn.sinks import log_figures
 from lightning_xattn.summary import LayerSummary
 from lightning_xattn.trainer import (
@@ -119,6 +123,10 @@ class AttentionExplainabilityCallback(Callback):
         sample_ids: LabelSetting = None,
         groups: LabelSetting = None,
         query_mask: LabelSetting = None,
+        fusion: str | None = None,
+        modalities: ModalitiesSetting | None = None,
+        contribution_samples: int = CONTRIBUTION_SAMPLES,
+        max_samples: int = MAX_SAMPLES,
         every_n_epochs: int = 1,
         figures_every_n_epochs: int = 1,
         every_n_batches: int = 1,
@@ -126,15 +134,16 @@ class AttentionExplainabilityCallback(Callback):
     ) -> None:
         super().__init__()
         require_lightning_that_takes_it()
-        self.settings = Settings(
-            attention, class_names, group_by, predictions, targets, sample_ids, groups, query_mask, table
-        )
+        labels = predictions, targets, sample_ids, groups, query_mask
+        entrance = fusion, modalities, contribution_samples, max_samples
+        self.settings = Settings(attention, class_names, group_by, *labels, *entrance, table)
         self.schedule = Schedule(every_n_epochs, figures_every_n_epochs, every_n_batches)
         self.history: list[dict[str, Any]] = []
         self.summaries: dict[str, LayerSummary] = {}
+        self.fusion_summaries: dict[str, FusionSummary] = {}
         self._checks = Checks()
         self._evaluations: dict[int, Evaluation] = {}
-        self._recorder: AttentionRecorder | None = None
+        self._recorder: StepRecorder | None = None
         self._recording = False
         self._table: TrainingTable | None = None
         self._resumes = True
@@ -165,7 +174,7 @@ class AttentionExplainabilityCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the attention before training starts, so that a wrong path fails at once."""
-        self._recorder = AttentionRecorder(pl_module, self.settings.attention)
+        self._recorder = self.settings.recorder(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to record, if this epoch is one to record."""
@@ -174,7 +183,8 @@ class AttentionExplainabilityCallback(Callback):
             return
         self._recording = True
         if self._recorder is None:
-            self._recorder = AttentionRecorder(pl_module, self.settings.attention)
+            self._recorder = self.settings.recorder(pl_module)
+        self._recorder.fusion.begin()
         rehearsal = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
         if self.settings.table is not None and not rehearsal:
             from lightning_xattn.table import TrainingTable  # pyarrow, only where a table is wanted
@@ -205,18 +215,19 @@ class AttentionExplainabilityCallback(Callback):
             return
         assert self._recorder is not None
         self._recorder.close()
-        taken = take_step(self._recorder, outputs, batch)
-        self._recorder.clear()
+        taken = self._recorder.take(outputs, batch)
         if taken is None:
+            self._recorder.clear()
             return
         evaluation = self._evaluations[dataloader_idx]
         is_first = all(one.classes is None for one in self._evaluations.values())
-        result = evaluation.read(*taken, with_ids=self.settings.table is not None)
+        result = evaluation.read(*taken, self._recorder)
+        self._recorder.clear()
         if is_first:
             warn(self._checks.of_directions(self._recorder.layers))
-            rank_zero_info(f"AttentionExplainabilityCallback takes {evaluation.describe(result)}.")
+            tell([f"AttentionExplainabilityCallback takes {evaluation.describe(result, self._recorder)}."])
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        for columns in evaluation.add(result, count_repeats(loaders, dataloader_idx, batch_idx, len(result))):
+        for columns in evaluation.add(result, own_places(loaders, dataloader_idx, batch_idx, len(result))):
             if self._table is not None:
                 self._table.add(columns | {"dataloader": dataloader_idx})
 
@@ -254,11 +265,29 @@ class AttentionExplainabilityCallback(Callback):
             evaluation.reset()
 
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._recorder is not None
         first = None
-        for number, layer, summary in summarise(self._evaluations):
-            first = first or layer
-            scope = scope_of(trainer, self, AttentionExplainabilityCallback, number, "" if layer == first else layer)
-            self._log_layer(trainer, pl_module, number, layer, summary, scope)
+        for number, summary in summarise(self._evaluations, self._recorder):
+            classes = name_in_curves(self._evaluations[number].classes or (), self.settings.group_by)
+            of_fusion: dict[str, Any] = {}
+            if summary.fusion is not None:
+                scope = scope_of(trainer, self, AttentionExplainabilityCallback, number, "")
+                curves = fusion_curves(summary.fusion, scope, classes)
+                pl_module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
+                self.fusion_summaries[scope] = summary.fusion
+                of_fusion = fusion_record(summary.fusion, scope, curves, classes)
+                tell(self._checks.of_fusion(summary.fusion))
+            for layer, of_layer in summary.layers.items():
+                first = first or layer
+                scope = scope_of(
+                    trainer, self, AttentionExplainabilityCallback, number, "" if layer == first else layer
+                )
+                self._log_layer(trainer, pl_module, number, layer, of_layer, scope)
+                self.history[-1] |= of_fusion
+                of_fusion = {}
+            if of_fusion:  # of a model without cross-attention
+                self.history.append(moment(trainer) | {"dataloader": number, "layer": None} | of_fusion)
+                first = ""
         if first is None:
             warn(self._checks.of_nothing(stage_of(trainer)))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from lightning_xattn.attention import AttentionPair
 from lightning_xattn.capture import Layer
 from lightning_xattn.columns import Column
+from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.messages import SINGLE_KEYS
 from lightning_xattn.summary import LayerSummary
 
@@ -114,6 +115,14 @@ class Checks:
         """New warnings that these directions, of which every row has a single valid key, give."""
         if directions and self._is_new(layer, "", "single key", 0):
             yield f"Layer '{layer}': {' and '.join(directions)} {SINGLE_KEYS}"
+
+    def of_fusion(self, summary: FusionSummary) -> Iterator[str]:
+        """New messages of what cannot be told of the modalities."""
+        for name, reason in summary.unreadable.items():
+            if self._is_new("", name, "unreadable", 0):
+                yield f"'{name}' cannot be read by itself: {reason}. So there is no conflict and no lean."
+        if summary.uncontributed and self._is_new("", "", summary.uncontributed, 0):
+            yield f"What each modality contributes cannot be told: {summary.uncontributed}."
 
     def _of_samples(self, layer: str, summary: LayerSummary) -> Iterator[str]:
         single = [

@@ -113,12 +113,13 @@ def missing_labels(labels: Labels, names: Sequence[str], group_by: str, step: St
             )
 
 
-def classify(labels: Labels, group_by: str, n_classes: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Class id (-1: none), outcome and tie of each sample, for as many samples and on the device as ``like``.
+def classify(
+    labels: Labels, group_by: str, n_classes: int, samples: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Class id (-1: none), outcome and tie of each of so many samples.
 
     An id outside the classes has no class and no outcome.
     """
-    samples, device = like.shape[0], like.device
     classes = labels.target if group_by == "target" else labels.predicted
     if classes is None:
         classes = torch.full((samples,), -1, device=device)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT
 from lightning_xattn.columns import ALIGNMENT, INVALID_ROWS, SCORES, STATISTICS, Column
+from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.summary import LayerSummary
 
 
@@ -41,6 +43,49 @@ def epoch_record(summary: LayerSummary, scope: str, curves: dict[str, float]) ->
         del compared["auroc"]  # a curve
         record |= {f"outcome/{score}_{name}": value for name, value in (compared | ends).items()}
     return record | {name.removeprefix("xattn_").replace(f"/{scope}/", "/"): value for name, value in curves.items()}
+
+
+def fusion_curves(summary: FusionSummary, scope: str, class_names: Sequence[str]) -> dict[str, float]:
+    """Scalars of what the modalities say and contribute, named as in ``epoch_curves``."""
+    curves = {}
+    for name, value in _fusion_numbers(summary, class_names):
+        topic, _, what = name.partition("/")
+        if math.isfinite(value):
+            curves[f"xattn_{topic}/{scope}/{what}"] = value
+    return curves
+
+
+def fusion_record(
+    summary: FusionSummary, scope: str, curves: dict[str, float], class_names: Sequence[str]
+) -> dict[str, Any]:
+    """What the history says of the modalities: the curves, by class too, why what is missing is, and how sure it is."""
+    record: dict[str, Any] = {"read_samples": summary.samples, "unreadable": dict(summary.unreadable)}
+    record["uncontributed"] = summary.uncontributed
+    for score in ("conflict", "confidence"):
+        compared = summary.compare(score)
+        if math.isfinite(compared.auroc):
+            record |= {f"outcome/{score}_auroc_low": compared.low, f"outcome/{score}_auroc_high": compared.high}
+    return record | {name.removeprefix("xattn_").replace(f"/{scope}/", "/"): value for name, value in curves.items()}
+
+
+def _fusion_numbers(summary: FusionSummary, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:
+    for name in summary.modalities:
+        yield f"reading/{name}", summary.estimate(f"right/{name}").mean
+    subsets: dict[str, tuple[int | None, int | None]]
+    subsets = {"all": (None, None), "correct": (None, CORRECT), "incorrect": (None, INCORRECT)}
+    subsets |= {name: (class_id, None) for class_id, name in enumerate(class_names)}
+    for topic, number in (("conflict", "conflict"), ("lean", "leans_first")):
+        for which, subset in subsets.items():
+            yield f"{topic}/{which}", summary.estimate(number, *subset).mean
+    for score in ("conflict", "confidence"):
+        yield f"outcome/{score}_auroc", summary.compare(score).auroc
+    if summary.uncontributed:
+        return
+    for name in summary.modalities:
+        yield f"contribution/{name}", summary.estimate(f"phi/{name}").mean
+        yield f"contribution/share/{name}", summary.share(name).mean
+    for number, curve in (("opposed", "opposed"), ("interaction", "interaction"), ("additive_right", "emap_accuracy")):
+        yield f"contribution/{curve}", summary.estimate(number).mean
 
 
 def _numbers(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:

@@ -16,18 +16,26 @@ def gather(value: Value) -> list[Value]:
 
     One collective, which every process must reach.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    _, processes = process()
+    if processes == 1:
         return [value]
-    gathered: list[Any] = [None] * dist.get_world_size()
+    gathered: list[Any] = [None] * processes
     dist.all_gather_object(gathered, value)
     return gathered
 
 
-def count_repeats(loaders: Any, dataloader_idx: int, batch_idx: int, batch_size: int) -> int:
-    """How many samples at the end of a batch are there only to give every process equally many.
+def process() -> tuple[int, int]:
+    """The rank of this process, and how many processes there are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
-    ``DistributedSampler`` deals samples out in turn and starts over when they run out, so the place of a sample in
-    its process says whether it has been dealt out before.
+
+def own_places(loaders: Any, dataloader_idx: int, batch_idx: int, batch_size: int) -> range | None:
+    """Where the samples of a batch stand in the data set, without those that another process has.
+
+    ``DistributedSampler`` deals samples out in turn and starts over when they run out: at its end a batch may have
+    samples that are there only to give every process equally many.
 
     Parameters
     ----------
@@ -39,6 +47,11 @@ def count_repeats(loaders: Any, dataloader_idx: int, batch_idx: int, batch_size:
         How many batches of it came before this one.
     batch_size
         Samples in this batch.
+
+    Returns
+    -------
+    range or None
+        None where no ``DistributedSampler`` deals samples out, or batches are of any size: all of them are its own.
     """
     several = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
     loader = several[dataloader_idx] if isinstance(several, (list, tuple)) else several
@@ -46,10 +59,11 @@ def count_repeats(loaders: Any, dataloader_idx: int, batch_idx: int, batch_size:
     if not isinstance(sampler, DistributedSampler):
         sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
     if not isinstance(sampler, DistributedSampler):
-        return 0
+        return None
     whole_batch = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     if whole_batch is None:
-        return 0  # batches of any size: the place of a sample is not known
-    seen, dealt = batch_idx * whole_batch, len(sampler.dataset)  # type: ignore[arg-type]  # a sized dataset, or it could not deal it out
-    places = range(seen, seen + batch_size)
-    return sum(place * sampler.num_replicas + sampler.rank >= dealt for place in places)
+        return None  # the place of a sample is not known
+    step = sampler.num_replicas
+    first = batch_idx * whole_batch * step + sampler.rank
+    places = range(first, first + batch_size * step, step)
+    return places[: sum(place < len(sampler.dataset) for place in places)]  # type: ignore[arg-type]  # a sized dataset, or it could not deal it out

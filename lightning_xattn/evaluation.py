@@ -7,16 +7,17 @@ sums of each layer and gives its rows of the sample table, and ``summary`` says 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lightning_xattn.aggregation import LayerAccumulator, LayerSums, Layout, merge_sums
-from lightning_xattn.attention import AttentionPair, mask_queries
-from lightning_xattn.capture import AttentionRecorder, AttentionSetting, check_attention
+from lightning_xattn.attention import mask_queries
+from lightning_xattn.capture import AttentionSetting, check_attention
 from lightning_xattn.checks import Checks
 from lightning_xattn.classes import (
     GROUPINGS,
@@ -27,15 +28,20 @@ from lightning_xattn.classes import (
     own_class_names,
 )
 from lightning_xattn.columns import headline, sample_statistics, table_columns
-from lightning_xattn.distributed import gather
-from lightning_xattn.errors import SettingError
+from lightning_xattn.distributed import gather, process
+from lightning_xattn.errors import SettingError, check_whole_number
 from lightning_xattn.functional import prepare_rows
+from lightning_xattn.fusion.collected import MAX_SAMPLES, Collected, FusionPart, merge_parts
+from lightning_xattn.fusion.contribution import CONTRIBUTION_SAMPLES, Contributions, contributions
+from lightning_xattn.fusion.entrance import ModalitiesSetting, check_fusion
+from lightning_xattn.fusion.recorder import FusionInputs
+from lightning_xattn.fusion.summary import FusionSummary
+from lightning_xattn.group_keys import group_keys
 from lightning_xattn.labels import LabelFinder, LabelSetting, Step
 from lightning_xattn.messages import named, warn
+from lightning_xattn.recording import Attentions, StepRecorder
 from lightning_xattn.results import BatchResult
 from lightning_xattn.summary import LayerSummary
-
-Attentions = tuple[AttentionPair, ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ class Settings:
     sample_ids: LabelSetting = None
     groups: LabelSetting = None
     query_mask: LabelSetting = None
+    fusion: str | None = None
+    modalities: ModalitiesSetting | None = None
+    contribution_samples: int = CONTRIBUTION_SAMPLES
+    max_samples: int = MAX_SAMPLES
     table: str | Path | None = None
     """Kept as a string, so that it is the same however it is given."""
 
@@ -68,6 +78,9 @@ class Settings:
             raise SettingError(f"group_by must be one of {', '.join(GROUPINGS)}; got {self.group_by!r}.")
         if self.table is not None and find_spec("pyarrow") is None:
             raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
+        check_fusion(self.fusion, self.modalities)
+        check_whole_number("contribution_samples", self.contribution_samples, 0)
+        check_whole_number("max_samples", self.max_samples)
         object.__setattr__(self, "table", None if self.table is None else str(self.table))
         self.finder()  # it checks those of the labels
 
@@ -75,34 +88,27 @@ class Settings:
         """Where the labels of an evaluation come from."""
         return LabelFinder(self.predictions, self.targets, self.sample_ids, self.groups, self.query_mask)
 
+    def recorder(self, model: nn.Module) -> StepRecorder:
+        """What records a model's steps."""
+        return StepRecorder(model, self.attention, self.fusion, self.modalities)
+
     def named(self) -> dict[str, Any]:
         """How batches are read: the settings by name, callables by theirs, so the same from run to run."""
-        read = ("attention", "predictions", "targets", "sample_ids", "groups", "query_mask")
-        whole = {"class_names": self.class_names, "group_by": self.group_by}
+        read = ("attention", "predictions", "targets", "sample_ids", "groups", "query_mask", "fusion", "modalities")
+        whole: dict[str, Any] = {"class_names": self.class_names, "group_by": self.group_by}
+        whole |= {"contribution_samples": self.contribution_samples, "max_samples": self.max_samples}
         return {name: named(getattr(self, name)) for name in read} | whole
 
 
-def take_step(recorder: AttentionRecorder, outputs: Any, batch: Any) -> tuple[Step, Attentions] | None:
-    """What a step gave and the attention in it; None if there is none."""
-    recorder.batch = batch
-    attention, forward = recorder.attention, recorder.output
-    if not attention:
-        return None
-    weights = attention[0].forward.weights
-    return Step(outputs, batch, forward, len(weights), weights.device, tuple(weights.shape[2:])), attention
-
-
-def read_batch(
-    step: Step, attention: Attentions, finder: LabelFinder, checks: Checks, with_ids: bool = True
-) -> BatchResult:
-    """Find the labels of a step, with or without the samples' ids, and which of its queries are padding.
+def read_batch(step: Step, attention: Attentions, finder: LabelFinder, checks: Checks) -> BatchResult:
+    """Find the labels of a step, and which of its queries are padding.
 
     Raises
     ------
     DiscoveryError, ShapeError
         As ``LabelFinder.find``, or if a mask does not fit the attention.
     """
-    labels = finder.find(step, with_ids)
+    labels = finder.find(step)
     attention = mask_queries(attention, labels.query_mask)
     warn(checks.of_padding(attention))
     return BatchResult(attention, labels)
@@ -115,9 +121,20 @@ class Part:
     classes: tuple[str, ...] | None
     sums: Mapping[str, LayerSums]
     """By layer, on the CPU."""
+    fusion: FusionPart | None
     repeats: int
     has_several: bool
     """Whether targets turned out to be no classes."""
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationSummary:
+    """What the sums of an evaluation say."""
+
+    layers: dict[str, LayerSummary]
+    """By name, in the order in which they ran."""
+    fusion: FusionSummary | None
+    """None where the fusion is not known."""
 
 
 class Evaluation:
@@ -142,6 +159,8 @@ class Evaluation:
         The names of the classes, decided in the first batch; none where what groups them is not known.
     repeats : int
         Samples that were left out because another process had them.
+    collected : Collected
+        What is kept of the fusion's inputs.
     """
 
     def __init__(self, settings: Settings, module: object, checks: Checks, first: Evaluation | None = None) -> None:
@@ -154,10 +173,13 @@ class Evaluation:
         """Begin anew, with what was decided in the first batch."""
         self.repeats = 0
         self._accumulators: dict[str, LayerAccumulator] = {}
+        self.collected = Collected(self._settings.max_samples, self._settings.contribution_samples)
+        self._seen = 0
 
-    def read(self, step: Step, attention: Attentions, with_ids: bool = True) -> BatchResult:
-        """Read a batch, see ``read_batch``; the first one decides what the classes are."""
-        batch = read_batch(step, attention, self.finder, self._checks, with_ids)
+    def read(self, step: Step, attention: Attentions, recorder: StepRecorder) -> BatchResult:
+        """Read a batch, see ``read_batch``; the first one decides what the classes are, and where the fusion is."""
+        batch = read_batch(step, attention, self.finder, self._checks)
+        batch = replace(batch, inputs=recorder.enter(batch.labels))
         if self.classes is None and self._first is not None:
             self.classes = self._first.classes
         if self.classes is None:
@@ -166,31 +188,37 @@ class Evaluation:
             warn(missing_labels(batch.labels, self.classes, group_by, step))
         return batch
 
-    def describe(self, batch: BatchResult) -> str:
+    def describe(self, batch: BatchResult, recorder: StepRecorder) -> str:
         """What was taken for what, in a few words, so that a name that means something else is seen at once."""
-        first, *others = batch.attention
         parts = [
-            f"{one.direction} ({one.weights.shape[2]} queries ask {one.tokens} keys)" for one in first.directions
-        ] + ([f"{len(others)} more layer(s)"] if others else [])
+            f"{one.direction} ({one.weights.shape[2]} queries ask {one.tokens} keys)"
+            for pair in batch.attention[:1]
+            for one in pair.directions
+        ]
+        parts += [f"{len(batch.attention) - 1} more layer(s)"] if len(batch.attention) > 1 else []
+        parts += (
+            [f"what enters {recorder.fusion.entrance} as {' and '.join(batch.inputs.tokens)}"] if batch.inputs else []
+        )
         labels = ", ".join(f"{what} from {place}" for what, place in self.finder.places.items()) or "no labels"
         n_classes = batch.labels.n_classes
         return f"{', '.join(parts)}; {labels}" + (f", of {n_classes} classes" if n_classes else "")
 
-    def add(self, batch: BatchResult, repeats: int = 0) -> list[dict[str, Any]]:
+    def add(self, batch: BatchResult, places: range | None = None) -> list[dict[str, Any]]:
         """Add a batch to the sums; gives its rows of the sample table as columns, for each layer.
 
         Parameters
         ----------
         batch
             From ``read``.
-        repeats
-            So many of its last samples are left out, as another process has them.
+        places
+            Where its samples stand in the data set, see ``own_places``; others are left out, as another process has
+            them. None: all samples, which follow on those before.
         """
-        self.repeats += repeats
-        batch = batch[: len(batch) - repeats]
+        places = range(self._seen, self._seen + len(batch)) if places is None else places
+        self._seen, self.repeats = self._seen + len(batch), self.repeats + len(batch) - len(places)
+        batch = batch[: len(places)]
         labels, n_classes = batch.labels, len(self.classes or ())
-        weights = batch.attention[0].forward.weights
-        classes, outcomes, tied = classify(labels, self._settings.group_by, n_classes, weights)
+        classes, outcomes, tied = classify(labels, self._settings.group_by, n_classes, len(batch), batch.device)
         about = {
             "target": labels.target,
             "prediction": labels.predicted,
@@ -198,25 +226,46 @@ class Evaluation:
             "correct": outcomes,
             "tied": tied,
         }
+        if batch.inputs is not None and len(batch):
+            self._collect(batch, batch.inputs, classes, outcomes, places)
         table = []
         for pair in batch.attention:
             rows = [prepare_rows(attention) for attention in pair.directions]
             statistics = sample_statistics(*rows)
             if pair.layer not in self._accumulators:
                 layout = Layout.of(rows, statistics, n_classes, labels.group_noun)
-                self._accumulators[pair.layer] = LayerAccumulator(layout, weights.device)
+                self._accumulators[pair.layer] = LayerAccumulator(layout, batch.device)
             self._accumulators[pair.layer].update(rows, statistics, classes, outcomes, tied, labels.groups)
             undefined = statistics[headline(statistics)].isnan()
             where = {"layer": pair.layer, "sample_id": labels.sample_ids, "group": labels.group_ids}
             table.append(about | {"undefined": undefined} | table_columns(statistics) | where)
         return table
 
+    def _collect(
+        self, batch: BatchResult, inputs: FusionInputs, classes: Tensor, outcomes: Tensor, places: Sequence[int]
+    ) -> None:
+        labels, device = batch.labels, batch.device
+        ids = group_keys(places if labels.sample_ids is None else labels.sample_ids, device)
+        unknown, undefined = (
+            torch.full((len(batch),), -1, device=device),
+            torch.full((len(batch),), torch.nan, device=device),
+        )
+        facts = {
+            "class": classes,
+            "outcome": outcomes,
+            "predicted": unknown if labels.predicted is None else labels.predicted,
+            "target": unknown if labels.target is None else labels.target,
+            "confidence": undefined if labels.confidence is None else labels.confidence,
+        }
+        self.collected.add(inputs, ids, labels.groups, labels.group_noun, facts)
+
     def sums(self) -> dict[str, LayerSums]:
         """By layer, what there is so far; ``add`` leaves these tensors as they are."""
         return {layer: accumulator.sums() for layer, accumulator in self._accumulators.items()}
 
-    def load(self, sums: Mapping[str, LayerSums], device: torch.device | str) -> None:
-        """Go on from the sums of the same data set so far, with batches on this device."""
+    def load(self, sums: Mapping[str, LayerSums], collected: Collected, device: torch.device | str) -> None:
+        """Go on from what there is of the same data set so far, with batches on this device."""
+        self.collected = collected.snapshot(device)
         self._accumulators = {layer: LayerAccumulator.of(of_layer, device) for layer, of_layer in sums.items()}
         if self.classes and any(of_layer.layout.n_classes == 0 for of_layer in sums.values()):
             self.drop_targets()  # as these sums had to
@@ -224,7 +273,10 @@ class Evaluation:
     def part(self) -> Part:
         """What this process has. A GPU waits for it."""
         sums = {layer: of_layer.cpu() for layer, of_layer in self.sums().items()}
-        return Part(self.classes, sums, self.repeats, self.finder.has_several)
+        fusion = self.collected.part()
+        if fusion is not None and process()[1] > 1:
+            fusion = fusion.cpu()  # to be sent
+        return Part(self.classes, sums, fusion, self.repeats, self.finder.has_several)
 
     def drop_targets(self) -> None:
         """Have no classes and outcomes, as the targets are several labels at once, which are no classes."""
@@ -233,11 +285,15 @@ class Evaluation:
         for layer, of_layer in self._accumulators.items():
             self._accumulators[layer] = LayerAccumulator.of(of_layer.sums().without_labels(), of_layer.device)
 
-    def summary(self, parts: Sequence[Part] | None = None) -> dict[str, LayerSummary]:
-        """What the sums say of each layer, in the order in which they ran.
+    def summary(self, recorder: StepRecorder, parts: Sequence[Part] | None = None) -> EvaluationSummary:
+        """What the sums say of each layer and of the fusion.
+
+        Where there are several processes and contributions are measured, one collective, which each must reach.
 
         Parameters
         ----------
+        recorder
+            Has what is needed to replay what lies behind the fusion.
         parts
             Those of all processes, in one order on each of them. None: this one alone.
         """
@@ -246,24 +302,39 @@ class Evaluation:
         self.repeats = sum(part.repeats for part in parts)
         layers = dict.fromkeys(layer for part in parts for layer in part.sums)
         merged = {name: merge_sums([part.sums[name] for part in parts if name in part.sums]) for name in layers}
-        if any(part.has_several for part in parts):
+        several = any(part.has_several for part in parts)
+        if several:
             self.drop_targets()
             merged = {layer: sums.without_labels() for layer, sums in merged.items()}
-        return {layer: LayerSummary(sums) for layer, sums in merged.items()}
+        summaries = {layer: LayerSummary(sums) for layer, sums in merged.items()}
+        collected = [part.fusion for part in parts if part.fusion is not None]
+        fusion = self._summarise_fusion(recorder, collected, not several) if collected else None
+        return EvaluationSummary(summaries, fusion)
+
+    def _summarise_fusion(
+        self, recorder: StepRecorder, parts: Sequence[FusionPart], are_labelled: bool
+    ) -> FusionSummary:
+        settings = self._settings
+        part = merge_parts(parts, (settings.max_samples, settings.contribution_samples))
+        part = part if are_labelled else part.without_labels()
+        found: Contributions | str = "contribution_samples is 0"
+        if settings.contribution_samples:
+            found = contributions(part, recorder.fusion, settings.contribution_samples)
+        return FusionSummary(part, len(self.classes or ()), found)
 
 
-def summarise(evaluations: Mapping[int, Evaluation]) -> Iterator[tuple[int, str, LayerSummary]]:
-    """Merge the evaluations of all processes: dataloader, layer and summary, in one order on each of them.
+def summarise(evaluations: Mapping[int, Evaluation], recorder: StepRecorder) -> Iterator[tuple[int, EvaluationSummary]]:
+    """Merge the evaluations of all processes: dataloader and summary, in one order on each of them.
 
-    One collective, which every process must reach.
+    A collective, and one for each dataloader whose contributions are measured, which every process must reach.
 
     Parameters
     ----------
     evaluations
         By dataloader; makes those that another process has and this one has not.
+    recorder
+        Has what is needed to replay what lies behind the fusion.
     """
     processes = gather({number: evaluation.part() for number, evaluation in evaluations.items()})
     for number in sorted({number for parts in processes for number in parts}):
-        merged = evaluations[number].summary([parts[number] for parts in processes if number in parts])
-        for layer, summary in merged.items():
-            yield number, layer, summary
+        yield number, evaluations[number].summary(recorder, [parts[number] for parts in processes if number in parts])

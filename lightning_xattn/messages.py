@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 
 from lightning_xattn.errors import XAttnWarning
 
@@ -61,6 +61,12 @@ def decimal(value: float, digits: int = 2, signed: bool = False) -> str:
     ``signed``: with a plus before what is not negative.
     """
     return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}"
+
+
+def tell(messages: Iterable[str]) -> None:
+    """Say each in the terminal, on the first of several processes: what users need not act on."""
+    for message in messages:
+        rank_zero_info(message)
 
 
 def warn(messages: Iterable[str]) -> None:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
 from lightning_xattn.attention import AttentionPair, TokenAxis
 from lightning_xattn.errors import DataError
 from lightning_xattn.functional import ROW_STATISTICS, Rows
+from lightning_xattn.fusion.recorder import FusionInputs
+from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.labels import Labels
 from lightning_xattn.labels.scores import Scores
 from lightning_xattn.summary import LayerSummary
@@ -25,9 +28,24 @@ class BatchResult:
     """Of each layer."""
     labels: Labels
     """Predictions, scores, targets, ids and groups."""
+    inputs: FusionInputs | None = None
+    """What entered the fusion; None where that is not known."""
 
     def __len__(self) -> int:
-        return len(self.attention[0].forward.weights)
+        return len(self._by_sample)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._by_sample.device
+
+    @property
+    def _by_sample(self) -> Tensor:
+        """A tensor with a row for each sample."""
+        if self.attention:
+            return self.attention[0].forward.weights
+        assert self.inputs is not None
+        return next(iter(self.inputs.tokens.values()))[0]
 
     @property
     def scores(self) -> Scores | None:
@@ -39,10 +57,11 @@ class BatchResult:
 
     def __getitem__(self, samples: slice) -> BatchResult:
         """Some of the samples."""
-        return BatchResult(tuple(pair[samples] for pair in self.attention), self.labels[samples])
+        inputs = None if self.inputs is None else self.inputs[samples]
+        return BatchResult(tuple(pair[samples] for pair in self.attention), self.labels[samples], inputs)
 
     def cpu(self) -> BatchResult:
-        """The same on the CPU, without a graph."""
+        """Attention and labels on the CPU, without a graph."""
         return BatchResult(tuple(pair.cpu() for pair in self.attention), self.labels.cpu())
 
     @classmethod
@@ -198,6 +217,8 @@ class DatasetResult:
     ----------
     summaries
         By layer name, the first layer first: counts, means and standard deviations by class and outcome, AUROC, maps.
+    fusion
+        What each modality says and contributes; None where the fusion is not known.
     class_names
         A name for each class; empty when there are no classes.
     group_by
@@ -209,6 +230,7 @@ class DatasetResult:
     """
 
     summaries: dict[str, LayerSummary]
+    fusion: FusionSummary | None
     class_names: tuple[str, ...]
     group_by: str
     axes: dict[str, TokenAxis]

@@ -5,6 +5,7 @@ arrays, True where valid. Undefined is NaN.
 """
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -350,3 +351,109 @@ def class_adjusted_gap(scores, classes, correct):
         if hit and miss:
             gaps.append(np.mean(hit) - np.mean(miss))
     return float(np.mean(gaps)) if gaps else NAN
+
+
+# Reading: what each modality says on its own.
+
+
+def discriminant_scores(X, y, n_classes, shrinkage=0.1):
+    """A function of one x that gives its log probabilities but for a constant; -inf for a class without samples."""
+    present = [c for c in range(n_classes) if any(label == c for label in y)]
+    means = {c: np.mean([x for x, label in zip(X, y, strict=True) if label == c], axis=0) for c in present}
+    d = len(X[0])
+    S = np.zeros((d, d))
+    for x, label in zip(X, y, strict=True):
+        S += np.outer(x - means[label], x - means[label])
+    S /= len(X) - len(present)
+    shrunk = (1 - shrinkage) * S + shrinkage * np.trace(S) / d * np.eye(d)
+    inverse = np.linalg.inv(shrunk)
+
+    def scores(x):
+        found = []
+        for c in range(n_classes):
+            if c not in present:
+                found.append(-math.inf)
+                continue
+            prior = sum(label == c for label in y) / len(y)
+            found.append(x @ inverse @ means[c] - means[c] @ inverse @ means[c] / 2 + math.log(prior))
+        return np.array(found)
+
+    return scores
+
+
+def cross_fitted_reading(X, y, folds, n_classes):
+    """(samples, classes) probabilities, each sample by a fit of the other folds' labelled samples."""
+    result = []
+    for x, fold in zip(X, folds, strict=True):
+        others = [i for i in range(len(X)) if folds[i] != fold and 0 <= y[i] < n_classes]
+        scores = discriminant_scores([X[i] for i in others], [y[i] for i in others], n_classes)(x)
+        exponents = np.exp(scores - scores.max())
+        result.append(exponents / exponents.sum())
+    return np.array(result)
+
+
+def conflict(readings):
+    """The chance that independent draws of two modalities differ, the mean over all pairs of modalities."""
+    chances = []
+    for a in range(len(readings)):
+        for b in range(a + 1, len(readings)):
+            chances.append(sum(p * q for i, p in enumerate(readings[a]) for j, q in enumerate(readings[b]) if i != j))
+    return sum(chances) / len(chances)
+
+
+def lean(first, second, predicted):
+    return math.log(first[predicted]) - math.log(second[predicted])
+
+
+# Contribution: what the model uses.
+
+
+def game_values(says, partners, chosen, modalities):
+    """By sample and subset the mean over partners of what is said of the sample's class.
+
+    ``says(sources)`` gives (classes,) for a sample made of modality m of sample sources[m].
+    """
+    values = []
+    for i, others in enumerate(partners):
+        of_sample = {}
+        for bits in range(2**modalities):
+            said = [says([i if bits >> m & 1 else j for m in range(modalities)])[chosen[i]] for j in others]
+            of_sample[frozenset(m for m in range(modalities) if bits >> m & 1)] = sum(said) / len(said) if said else NAN
+        values.append(of_sample)
+    return values
+
+
+def shapley(values, modalities):
+    """By the definition: the mean over all orders of what a modality adds to those before it."""
+    orders = list(itertools.permutations(range(modalities)))
+    phi = [0.0] * modalities
+    for order in orders:
+        for place, m in enumerate(order):
+            before = frozenset(order[:place])
+            phi[m] += (values[before | {m}] - values[before]) / len(orders)
+    return phi
+
+
+def shapley_interaction(values, modalities):
+    """Grabisch and Roubens 1999 of modalities 0 and 1, with the pair as one player among all orders."""
+    others = range(2, modalities)
+    orders = list(itertools.permutations(["pair", *others]))
+    total = 0.0
+    for order in orders:
+        before = frozenset(order[: order.index("pair")])
+        total += values[before | {0, 1}] - values[before | {0}] - values[before | {1}] + values[before]
+    return total / len(orders)
+
+
+def additive_fit(rows, columns, values, samples):
+    """(samples, samples) of the least-squares a_i + b_j, by numpy's minimum-norm solution."""
+    design = np.zeros((len(rows), 2 * samples))
+    for k, (i, j) in enumerate(zip(rows, columns, strict=True)):
+        design[k, i] = design[k, samples + j] = 1
+    solution = np.linalg.lstsq(design, np.asarray(values), rcond=None)[0]
+    return solution[:samples, None] + solution[None, samples:]
+
+
+def emap(table):
+    """Hessel and Lee 2020 at the diagonal of a whole (samples, samples) table: row + column - all."""
+    return np.array([table[i].mean() + table[:, i].mean() - table.mean() for i in range(len(table))])

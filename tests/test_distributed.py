@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.distributed import count_repeats, gather
+from lightning_xattn.distributed import gather, own_places
 from tests import ddp_run
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
 
@@ -123,17 +123,18 @@ def test_repeats_are_counted_as_the_sampler_deals():
             loader = DataLoader(dataset, batch_size=3, sampler=sampler)
             kept = []
             for batch_idx, (batch,) in enumerate(loader):
-                repeats = count_repeats(loader, 0, batch_idx, len(batch))
-                kept += batch[: len(batch) - repeats].tolist()
+                places = own_places(loader, 0, batch_idx, len(batch))
+                kept += batch[: len(places)].tolist()
+                assert shuffle or kept[-len(places) :] == list(places)
             seen += [] if shuffle else kept
             assert len(kept) == 8 - (rank > 0)  # 24 places for 22 samples: ranks 1 and 2 have a repeat each
     assert sorted(seen) == list(range(22))
     sampler = DistributedSampler(dataset, num_replicas=3, rank=2, shuffle=False)
     by_batch = DataLoader(dataset, batch_sampler=BatchSampler(sampler, 4, drop_last=False))
-    assert [count_repeats(by_batch, 0, batch_idx, 4) for batch_idx in (0, 1)] == [0, 1]
-    assert count_repeats(DataLoader(dataset), 0, 100, 5) == 0
+    assert [list(own_places(by_batch, 0, batch_idx, 4)) for batch_idx in (0, 1)] == [[2, 5, 8, 11], [14, 17, 20]]
+    assert own_places(DataLoader(dataset), 0, 100, 5) is None
     for several in ([DataLoader(dataset), by_batch], {"plain": DataLoader(dataset), "dealt": by_batch}):
-        assert [count_repeats(several, which, 1, 4) for which in (0, 1)] == [0, 1]
+        assert [own_places(several, which, 1, 4) for which in (0, 1)] == [None, range(14, 23, 3)]
     assert gather("mine") == ["mine"]
 
 

@@ -27,15 +27,20 @@ ROOMS = {
     "labels": {"attention", "errors", "group_keys"},
     "aggregation": {"attention", "columns", "errors", "functional", "groups"},
     "summary": {"aggregation", "attention", "columns", "functional", "group_keys"},
-    "results": {"attention", "errors", "functional", "labels", "summary"},
+    "fusion": {
+        *("aggregation", "attention", "capture", "distributed", "errors", "functional", "group_keys", "labels"),
+        *("summary",),
+    },
+    "recording": {"attention", "capture", "errors", "fusion", "labels", "messages"},
+    "results": {"attention", "errors", "functional", "fusion", "labels", "summary"},
     "classes": {"aggregation", "errors", "labels", "messages"},
-    "checks": {"attention", "capture", "columns", "messages", "summary"},
+    "checks": {"attention", "capture", "columns", "fusion", "messages", "summary"},
     "table": {"aggregation", "group_keys", "messages"},
     "evaluation": {
         *("aggregation", "attention", "capture", "checks", "classes", "columns", "distributed", "errors", "functional"),
-        *("labels", "messages", "results", "summary"),
+        *("fusion", "group_keys", "labels", "messages", "recording", "results", "summary"),
     },
-    "curves": {"aggregation", "columns", "summary"},
+    "curves": {"aggregation", "columns", "fusion", "summary"},
     "visualizations": {"attention", "errors", "files", "functional", "messages"},
     "figures": {
         *("aggregation", "attention", "columns", "functional", "messages", "results", "summary", "visualizations"),
@@ -46,12 +51,13 @@ ROOMS = {
     "sinks": {"files", "messages", "visualizations"},
     "trainer": {"attention", "errors"},
     "callback": {
-        *("capture", "checks", "classes", "curves", "distributed", "evaluation", "figures", "labels", "messages"),
-        *("sinks", "summary", "table", "trainer"),
+        *("capture", "checks", "classes", "curves", "distributed", "evaluation", "figures", "fusion", "labels"),
+        *("messages", "recording", "sinks", "summary", "table", "trainer"),
     },
     "explainer": {
         *("aggregation", "attention", "capture", "checks", "classes", "columns", "errors", "evaluation", "figures"),
-        *("files", "functional", "group_keys", "groups", "labels", "messages", "results", "table"),
+        *("files", "functional", "fusion", "group_keys", "groups", "labels", "messages", "recording", "results"),
+        *("table",),
     },
     # The guide's names stand on top; the two files are where the guide imports them from.
     "guide": {"attention", "errors", "functional", "messages", "report", "results"},

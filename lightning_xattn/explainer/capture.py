@@ -16,17 +16,18 @@ from pytorch_lightning import LightningModule
 from torch import nn
 
 from lightning_xattn.attention import TokenAxis, fitting_axes
-from lightning_xattn.capture import AttentionRecorder, AttentionSetting
+from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.checks import Checks
 from lightning_xattn.classes import name_classes, own_class_names
 from lightning_xattn.errors import DataError, DiscoveryError, SettingError, check_whole_number
-from lightning_xattn.evaluation import Attentions, Evaluation, Settings, read_batch, take_step
+from lightning_xattn.evaluation import Evaluation, Settings, read_batch
 from lightning_xattn.explainer.batches import count_samples, join_samples, take_samples, to_device
 from lightning_xattn.explainer.dataset import LoaderRun
 from lightning_xattn.explainer.describe import explain, require_finite
 from lightning_xattn.functional import has_single_keys, prepare_rows, require_heads
 from lightning_xattn.labels import LabelFinder, LabelSetting, Step
-from lightning_xattn.messages import named, warn
+from lightning_xattn.messages import named, tell, warn
+from lightning_xattn.recording import Attentions
 from lightning_xattn.results import BatchResult, DatasetResult, ExplainedBatch, ExplainedSample
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class ExplainabilityCapture:
         self.class_names = self.settings.class_names or own_class_names(model)
         self.axes = _check_axes(getattr(model, "attention_axes", None) if axes is None else axes)
         self._checks = Checks()
-        self._recorder = AttentionRecorder(model, attention)
+        self._recorder = self.settings.recorder(model)
 
     def explain_batch(self, batch: Any) -> ExplainedBatch:
         """Explain every sample of a batch.
@@ -205,17 +206,24 @@ class ExplainabilityCapture:
         settings = replace(self.settings, class_names=self.class_names, table=table)
         folder = None if table is None else self._open(settings, loader)
         evaluation = Evaluation(settings, None, self._checks)
-        observe = partial(self._observe, finder=evaluation.finder, read=evaluation.read)
+        observe = partial(
+            self._observe, finder=evaluation.finder, read=partial(evaluation.read, recorder=self._recorder)
+        )
         run = LoaderRun(observe, evaluation, folder)
         with self._watching():
+            self._recorder.fusion.begin()
             run.run(loader, progress)
+            explained = evaluation.summary(self._recorder)
         warn(self._checks.of_directions(self._recorder.layers))
-        summaries = evaluation.summary()
-        for layer, summary in summaries.items():
+        for layer, summary in explained.layers.items():
             warn(self._checks.of_epoch(layer, summary))
+        if explained.fusion is not None:
+            tell(self._checks.of_fusion(explained.fusion))
         axes = fitting_axes(self.axes, run.token_counts)
         kept = None if folder is None else folder.folder
-        return DatasetResult(summaries, evaluation.classes or (), settings.group_by, axes, kept)
+        return DatasetResult(
+            explained.layers, explained.fusion, evaluation.classes or (), settings.group_by, axes, kept
+        )
 
     def _open(self, settings: Settings, loader: Iterable[Any]) -> ExplainedFolder:
         from lightning_xattn.explainer.progress import (  # pyarrow, only where a table is wanted
@@ -278,10 +286,9 @@ class ExplainabilityCapture:
         self._recorder.clear()
         moved = to_device(batch, self.model)
         outputs = self._predict(moved)
-        taken = take_step(self._recorder, outputs, moved)
+        taken = self._recorder.take(outputs, moved)
         if self._recorder.is_waiting:
             return self._run(batch)
-        self._recorder.clear()
         if taken is None:
             raise DiscoveryError(
                 "No attention ran for this batch, though it did for an earlier one. If the model has to be called in "

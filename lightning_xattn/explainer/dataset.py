@@ -14,6 +14,7 @@ from tqdm import tqdm
 from lightning_xattn.aggregation import LayerSums
 from lightning_xattn.errors import DataError, XAttnError
 from lightning_xattn.evaluation import Evaluation
+from lightning_xattn.fusion.collected import Collected
 from lightning_xattn.labels import Step
 from lightning_xattn.results import BatchResult
 
@@ -31,6 +32,7 @@ class _Done:
     batches: int
     samples: int
     sums: Mapping[str, LayerSums]
+    collected: Collected
     rows: list[dict[str, Any]]
     """Those that are not in the folder yet."""
 
@@ -61,7 +63,12 @@ class LoaderRun:
     ) -> None:
         self._observe, self._evaluation, self._folder = observe, evaluation, folder
         self.token_counts: dict[str, int] = {}
-        self._done = _Done(0, 0, {}, []) if folder is None else _Done(folder.batches, folder.samples, folder.sums, [])
+        collected = evaluation.collected.snapshot()
+        self._done = _Done(0, 0, {}, collected, [])
+        if folder is not None:
+            if folder.fusion is not None:
+                collected.load(folder.fusion, folder.samples)
+            self._done = _Done(folder.batches, folder.samples, folder.sums, collected, [])
         self._reached = 0
 
     def run(self, loader: Iterable[Any], progress: bool) -> None:
@@ -102,11 +109,11 @@ class LoaderRun:
             # Looked at in every run: where labels are found is decided here, and whether the folder is this loader's.
             runs = self._observe(batch)
             first = next(runs)
-            attention = first[1].attention[0].forward
-            self.token_counts = attention.token_counts
+            if first[1].attention:
+                self.token_counts = first[1].attention[0].forward.token_counts
             if self._folder is not None:
                 self._folder.check_first(first[1])
-            self._evaluation.load(self._done.sums, attention.weights.device)
+            self._evaluation.load(self._done.sums, self._done.collected, first[1].device)
             runs = chain([first], runs)
         elif self._reached >= self._done.batches:
             runs = self._observe(batch)
@@ -122,13 +129,16 @@ class LoaderRun:
             if self._evaluation.finder.has_several:
                 self._evaluation.drop_targets()
         waiting = [] if self._folder is None else done.rows + rows
-        self._done = _Done(done.batches + 1, samples, self._evaluation.sums(), waiting)
+        self._done = _Done(
+            done.batches + 1, samples, self._evaluation.sums(), self._evaluation.collected.snapshot(), waiting
+        )
         if self._folder is not None and self._done.batches - self._folder.batches >= BATCHES_A_PART:
             self._save()
 
     def _save(self, finished: bool = False) -> None:
         if self._folder is not None:
-            self._folder.save(self._done.batches, self._done.samples, self._done.sums, self._done.rows, finished)
+            done = self._done
+            self._folder.save(done.batches, done.samples, done.sums, done.collected.part(), done.rows, finished)
             self._done = replace(self._done, rows=[])
 
     def _keep(self) -> str:

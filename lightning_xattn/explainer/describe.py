@@ -118,7 +118,7 @@ def _explain_samples(
     stats = {one.name: AttentionStatistics.of_samples(one.rows) for one in flat}
     pairs = {one.name: sample_top_pairs(one.rows, top_k) for one in flat}
     places = {one.name: _Places(one.attention, axes) for one in flat}
-    _, outcomes, tied = classify(labels, "target", len(class_names), batch.attention[0].forward.weights)
+    _, outcomes, tied = classify(labels, "target", len(class_names), samples)
     predicted, target = _class_ids(labels.predicted, samples), _class_ids(labels.target, samples)
     probabilities = None if batch.scores is None else batch.scores.probabilities
     confidence = labels.confidence

@@ -15,7 +15,8 @@ from lightning_xattn.attention import Direction
 from lightning_xattn.columns import Column
 from lightning_xattn.errors import DataError, SettingError
 from lightning_xattn.files import complete_or_absent
-from lightning_xattn.functional import ROW_STATISTICS, prepare_rows
+from lightning_xattn.functional import ROW_STATISTICS, pooled_tokens, prepare_rows
+from lightning_xattn.fusion.collected import FusionPart
 from lightning_xattn.group_keys import plain_id
 from lightning_xattn.groups import GroupSums
 from lightning_xattn.results import BatchResult
@@ -24,7 +25,7 @@ from lightning_xattn.table import SampleTable, count_rows
 FILE = "_progress.pt"
 """Readers of Parquet folders pass over names that begin with an underscore."""
 
-FORMAT = "4"
+FORMAT = "5"
 """Raised when the file, or what a number in it means, changes."""
 
 ALIKE = 1e-4
@@ -56,6 +57,8 @@ class ExplainedFolder:
         Whether these are all there are.
     sums
         The sums so far.
+    fusion
+        What was kept of the fusion's inputs; None where it is not known.
 
     Raises
     ------
@@ -83,6 +86,7 @@ class ExplainedFolder:
         self.batches: int = saved.get("batches", 0)
         self.samples: int = saved.get("samples", 0)
         self.finished: bool = saved.get("finished", False)
+        self.fusion = None if saved.get("fusion") is None else _part_of(saved["fusion"])
         self.sums: Sums = {name: _sums_of(plain) for name, plain in saved.get("sums", {}).items()}
         self._first = saved.get("first", self._first)
         self._parts: dict[str, int] = saved.get("parts", {})
@@ -122,13 +126,19 @@ class ExplainedFolder:
             )
 
     def save(
-        self, batches: int, samples: int, sums: Sums, rows: Iterable[Mapping[str, Any]], finished: bool = False
+        self,
+        batches: int,
+        samples: int,
+        sums: Sums,
+        fusion: FusionPart | None,
+        rows: Iterable[Mapping[str, Any]],
+        finished: bool = False,
     ) -> None:
         """Make the rows of further batches visible, then the sums that contain them.
 
         Parameters
         ----------
-        batches, samples, sums, finished
+        batches, samples, sums, fusion, finished
             See the attributes.
         rows
             Those of the batches since the last call, as ``SampleTable.add`` takes them.
@@ -144,6 +154,7 @@ class ExplainedFolder:
                 "samples": samples,
                 "finished": finished,
                 "sums": {name: _plain_sums(of_layer.cpu()) for name, of_layer in sums.items()},
+                "fusion": None if fusion is None else _plain_part(fusion.cpu()),
                 "first": self._first,
                 "parts": self._parts | {path.name: count_rows(path) for path in table.close()},
             }
@@ -195,9 +206,11 @@ def fingerprint(model: nn.Module) -> str:
 
 def _describe_first(batch: BatchResult) -> dict[str, Any]:
     """What tells one first batch from another."""
-    attention, labels = batch.attention[0].forward, batch.labels
-    largest = ROW_STATISTICS["max"](prepare_rows(attention)).nanmean(1)
-    numbers = (labels.target, labels.predicted, labels.confidence, largest)
+    labels, inputs = batch.labels, batch.inputs
+    numbers = [labels.target, labels.predicted, labels.confidence]
+    numbers += [ROW_STATISTICS["max"](prepare_rows(pair.forward)).nanmean(1) for pair in batch.attention[:1]]
+    if inputs is not None:
+        numbers += [pooled_tokens(*tokens).mean(1) for tokens in inputs.tokens.values()]
     columns = [column.float().cpu() for column in numbers if column is not None]
     return {
         "sample_ids": None if labels.sample_ids is None else [str(plain_id(one)) for one in labels.sample_ids],
@@ -238,3 +251,11 @@ def _sums_of(plain: Mapping[str, Any]) -> LayerSums:
         plain["group_noun"],
     )
     return LayerSums(layout, plain["states"], plain["groups"] and GroupSums(*plain["groups"]))
+
+
+def _plain_part(part: FusionPart) -> dict[str, Any]:
+    return {**vars(part), "modalities": [*part.modalities], "geometries": [*part.geometries]}
+
+
+def _part_of(plain: Mapping[str, Any]) -> FusionPart:
+    return FusionPart(**{**plain, "modalities": tuple(plain["modalities"]), "geometries": tuple(plain["geometries"])})

@@ -10,6 +10,18 @@ from lightning_xattn.functional.alignment import (
     round_trip_lift,
     standardised_maps,
 )
+from lightning_xattn.functional.contribution import (
+    Exchange,
+    Game,
+    additive_fit,
+    additive_projection,
+    centred,
+    contribution_shares,
+    exchanged_subsets,
+    opposed,
+    partner_shifts,
+    play,
+)
 from lightning_xattn.functional.heads import head_diversity, query_selectivity, require_heads, sink_strength
 from lightning_xattn.functional.intervals import grouped_mean_interval, mean_interval
 from lightning_xattn.functional.lift import lift, lift_map, received_lift
@@ -21,6 +33,15 @@ from lightning_xattn.functional.outcomes import (
     separation,
 )
 from lightning_xattn.functional.pairs import TopPair, head_top_pairs, sample_top_pairs, top_pairs
+from lightning_xattn.functional.reading import (
+    conflict,
+    cross_fitted_reading,
+    discriminant,
+    lean,
+    pooled_tokens,
+    project,
+    untapped,
+)
 from lightning_xattn.functional.rows import (
     ROW_STATISTICS,
     Rows,
@@ -41,18 +62,28 @@ from lightning_xattn.functional.rows import (
 
 __all__ = [
     "ROW_STATISTICS",
+    "Exchange",
+    "Game",
     "Rows",
     "Separation",
     "TopPair",
+    "additive_fit",
+    "additive_projection",
     "alignment",
     "alignment_interaction",
     "alignment_null",
     "best_head_matching",
+    "centred",
     "class_adjusted_gap",
+    "conflict",
+    "contribution_shares",
+    "cross_fitted_reading",
     "crossing",
+    "discriminant",
     "effective_keys",
     "effective_share",
     "entropy",
+    "exchanged_subsets",
     "grouped_mean_interval",
     "grouped_separation",
     "has_single_keys",
@@ -60,13 +91,19 @@ __all__ = [
     "head_alignment_matrix",
     "head_diversity",
     "head_top_pairs",
+    "lean",
     "lift",
     "lift_map",
     "max_weight",
     "mean",
     "mean_interval",
     "min_weight",
+    "opposed",
+    "partner_shifts",
+    "play",
+    "pooled_tokens",
     "prepare_rows",
+    "project",
     "query_selectivity",
     "received_lift",
     "relative_sparsity",
@@ -81,4 +118,5 @@ __all__ = [
     "standardised_maps",
     "std",
     "top_pairs",
+    "untapped",
 ]

@@ -201,8 +201,8 @@ class LabelFinder:
                 n_classes = predicted.n_classes or self._classes_of_targets(step)
                 self._scores_of = find_scores(step, found, predicted._replace(n_classes=n_classes), confidence)
 
-    def find(self, step: Step, with_ids: bool = True) -> Labels:
-        """What is known of a batch's samples, with their ids where these are wanted.
+    def find(self, step: Step) -> Labels:
+        """What is known of a batch's samples.
 
         Raises
         ------
@@ -237,7 +237,7 @@ class LabelFinder:
             None if self.group_noun is None else group_keys([None] * step.samples if ids is None else ids, step.device),
             ids,
             self.group_noun,
-            self._find_ids("sample_ids", step) if with_ids else None,
+            self._find_ids("sample_ids", step),
             self._find_query_mask(step),
             None if self._scores_of is None else self._scores_of(step, scores),
         )

@@ -64,9 +64,9 @@ def find_scores(step: Step, predictions: Tensor, predicted: Classes, confidence:
     """
     for place in (*places_of(step, "forward"), *places_of(step, "outputs"), None):
         found = predictions if place is None else place.read(step)
-        if confidence is None and not _are_clear(found, step.samples):
+        if confidence is None and not are_clear(found, step.samples):
             continue
-        for scores in _by_class(found, step.samples):
+        for scores in scores_by_class(found, step.samples):
             classes = scores.values.shape[1]
             fits = predicted.n_classes in (None, classes) and (
                 not scores.are_probabilities or are_probabilities(scores.values)
@@ -83,13 +83,13 @@ def _read(
         found = predictions if place is None else place.read(step)
     except (KeyError, IndexError, TypeError):
         return None
-    for scores in _by_class(found, step.samples):
+    for scores in scores_by_class(found, step.samples):
         if scores.are_probabilities == are_probabilities and scores.values.shape[1] == n_classes:
             return Scores(scores.values.to(step.device, non_blocking=True), are_probabilities)
     return None
 
 
-def _are_clear(found: Any, samples: int) -> bool:
+def are_clear(found: Any, samples: int) -> bool:
     """Whether scores show by themselves whether they are logits or probabilities."""
     if are_single_scores(found, samples):
         return are_surely_logits(found)
@@ -97,8 +97,8 @@ def _are_clear(found: Any, samples: int) -> bool:
     return scores and (are_probabilities(found) or are_surely_logits(found))
 
 
-def _by_class(found: Any, samples: int) -> Iterator[Scores]:
-    """Both readings of scores; a binary head's single score is a probability, or a logit beside 0."""
+def scores_by_class(found: Any, samples: int) -> Iterator[Scores]:
+    """Both ways to read scores; a binary head's single score is a probability, or a logit beside 0."""
     if are_rows(found, samples) and found.is_floating_point():
         values = found.detach().float()
         yield Scores(values, True)

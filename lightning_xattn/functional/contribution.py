@@ -1,0 +1,277 @@
+"""How much of a prediction does each modality carry? Exact Shapley values (Shapley 1953) at the fusion.
+
+The modalities that enter a fusion are exchanged between samples: pair (i, j) has the modalities of a subset from sample
+i and the others from its partner j. A game's value ``v_i(S)`` is the mean over partners of what the model then says of
+the class that it predicts for the intact sample i.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+OPPOSED = -0.02
+"""A modality whose contribution is below this speaks against the prediction."""
+
+Subset = frozenset[int]
+"""Modalities by their numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """What a model says of pairs of samples whose modalities were exchanged.
+
+    Attributes
+    ----------
+    rows, columns
+        ``(pairs,)`` int64: pair (i, j) has the modalities of ``subset`` from sample i and the others from j.
+    values
+        ``(pairs, classes)`` what it says of each class: probabilities, or centred logits.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+
+
+def exchanged_subsets(modalities: int) -> list[Subset]:
+    """One subset of each pair of complements: pair (i, j) of the one is pair (j, i) of the other."""
+    return [
+        frozenset({0, *others}) for size in range(modalities - 1) for others in combinations(range(1, modalities), size)
+    ]
+
+
+def additive_fit(exchange: Exchange, samples: int) -> tuple[Tensor, Tensor] | None:
+    """Least-squares fit of ``a_i + b_j`` to the pairs (i, j) that were run.
+
+    Parameters
+    ----------
+    exchange
+        The pairs; each once at most.
+    samples
+        How many samples there are, each a row and a column of at least one pair.
+
+    Returns
+    -------
+    a, b
+        ``(samples, classes)`` float64, of which only sums of one and the other have a meaning. None where the pairs do
+        not connect all rows and columns, so that not even these are determined.
+    """
+    rows, columns, values = exchange.rows, exchange.columns, exchange.values.double()
+    graph = coo_array((torch.ones(len(rows)), (rows, columns + samples)), shape=(2 * samples, 2 * samples))
+    if connected_components(graph, directed=False, return_labels=False) > 1:
+        return None
+    run = _run(exchange, samples)
+    row_sums, column_sums = (
+        torch.zeros(samples, values.shape[1], dtype=torch.float64).index_add(0, places, values)
+        for places in (rows, columns)
+    )
+    # The normal equations without a; what one adds to all of b is taken from all of a, so its sum is set to 0.
+    weighted = run.T / run.sum(1)
+    normal = torch.diag(run.sum(0)) - weighted @ run + 1 / samples
+    b = torch.linalg.solve(normal, column_sums - weighted @ row_sums)
+    return (row_sums - run @ b) / run.sum(1, keepdim=True), b
+
+
+@dataclass(frozen=True, eq=False)
+class Game:
+    """Values of all subsets of modalities, for each sample.
+
+    Attributes
+    ----------
+    modalities
+        How many.
+    values
+        By subset ``(samples,)`` float64, at the class that the model predicts for the intact sample; NaN without a
+        partner.
+    """
+
+    modalities: int
+    values: Mapping[Subset, Tensor]
+
+    @property
+    def phi(self) -> Tensor:
+        """``(samples, modalities)`` exact Shapley values; they sum to ``v(all) - v(none)``."""
+        return torch.stack([self._shapley(one) for one in range(self.modalities)], dim=1)
+
+    def _shapley(self, one: int) -> Tensor:
+        others = [other for other in range(self.modalities) if other != one]
+        total = torch.zeros_like(self.values[frozenset()])
+        for size in range(self.modalities):
+            # So many of all orders of the modalities have these before this one.
+            share = 1 / (self.modalities * math.comb(self.modalities - 1, size))
+            for before in map(frozenset, combinations(others, size)):
+                total += share * (self.values[before | {one}] - self.values[before])
+        return total
+
+    def interaction(self, first: int = 0, second: int = 1) -> Tensor:
+        """``(samples,)`` Shapley interaction index of two modalities (Grabisch & Roubens 1999).
+
+        Of two modalities in all it is ``v(ab) - v(a) - v(b) + v(none)``.
+        """
+        others = [other for other in range(self.modalities) if other not in (first, second)]
+        total = torch.zeros_like(self.values[frozenset()])
+        for size in range(self.modalities - 1):
+            share = 1 / ((self.modalities - 1) * math.comb(self.modalities - 2, size))
+            for before in map(frozenset, combinations(others, size)):
+                both, a, b = (self.values[before | more] for more in ({first, second}, {first}, {second}))
+                total += share * (both - a - b + self.values[before])
+        return total
+
+
+def play(intact: Tensor, exchanges: Mapping[Subset, Exchange], groups: Tensor, chosen: Tensor, modalities: int) -> Game:
+    """Values of every subset of modalities at each sample's class.
+
+    A sample's partners are all samples of other groups. Where not all pairs were run, what their mean would be is
+    estimated by `additive_fit`, which is exact for an additive model; where that is not determined, it is the mean of
+    those that were run.
+
+    Parameters
+    ----------
+    intact
+        ``(samples, classes)`` what the model says of the intact samples.
+    exchanges
+        Of each of `exchanged_subsets`.
+    groups
+        ``(samples,)`` int64: samples of one group are no partners of each other.
+    chosen
+        ``(samples,)`` int64 the class at which values are taken: that of the intact prediction.
+    modalities
+        How many, at least 2.
+    """
+    samples, everything = len(intact), frozenset(range(modalities))
+    fits = {subset: additive_fit(exchange, samples) for subset, exchange in exchanges.items()}
+    partners = (groups[:, None] != groups).double()
+    if any(fit is None for fit in fits.values()):
+        # The means of those that were run: all sides by the same partners, whatever the subset.
+        run = torch.stack([_run(exchange, samples) for exchange in exchanges.values()]).amin(0)
+        partners = partners * run * run.T
+    weights = partners / partners.sum(1, keepdim=True)
+
+    def at_class(values: Tensor) -> Tensor:
+        return torch.where(partners.sum(1) > 0, values.gather(1, chosen[:, None])[:, 0], torch.nan)
+
+    values = {everything: at_class(intact.double()), frozenset[int](): at_class(weights @ intact.double())}
+    for subset, exchange in exchanges.items():
+        fit, run = fits[subset], _run(exchange, samples)
+        if fit is not None and not run.equal(partners):
+            a, b = fit
+            of_rows, of_columns = a + weights @ b, weights @ a + b
+        else:
+            whole = exchange.values.new_zeros(samples, samples, exchange.values.shape[1], dtype=torch.float64)
+            whole[exchange.rows, exchange.columns] = exchange.values.double()
+            of_rows = torch.einsum("ij,ijc->ic", weights, whole)
+            of_columns = torch.einsum("ij,jic->ic", weights, whole)
+        values[subset], values[everything - subset] = at_class(of_rows), at_class(of_columns)
+    return Game(modalities, values)
+
+
+def _run(exchange: Exchange, samples: int) -> Tensor:
+    """``(samples, samples)`` 1 where a pair was run."""
+    run = torch.zeros(samples, samples, dtype=torch.float64)
+    run[exchange.rows, exchange.columns] = 1
+    return run
+
+
+def additive_projection(intact: Tensor, exchanges: Mapping[Subset, Exchange]) -> Tensor:
+    """What an additive model of the modalities would say (EMAP, Hessel & Lee 2020), of two modalities.
+
+    The least-squares fit ``a_i + b_j`` to the pairs that were run, at the intact sample (i, i); with all pairs it is
+    the published mean of rows plus mean of columns less the mean of all.
+
+    Parameters
+    ----------
+    intact
+        ``(samples, classes)`` centred logits.
+    exchanges
+        Of centred logits.
+
+    Returns
+    -------
+    Tensor
+        ``(samples, classes)``; NaN where the fit is not determined, and of more than two modalities.
+    """
+    samples = torch.arange(len(intact))
+    if len(exchanges) != 1:
+        return torch.full_like(intact, torch.nan, dtype=torch.float64)
+    (exchange,) = exchanges.values()
+    rows, columns = (torch.cat([places, samples]) for places in (exchange.rows, exchange.columns))
+    fit = additive_fit(Exchange(rows, columns, torch.cat([exchange.values, intact])), len(intact))
+    return torch.full_like(intact, torch.nan, dtype=torch.float64) if fit is None else fit[0] + fit[1]
+
+
+def centred(logits: Tensor) -> Tensor:
+    """Logits ``(..., classes)`` less their mean over classes, on which probabilities do not depend; a value as it is.
+
+    On probabilities half of an interaction is the curvature of the softmax.
+    """
+    return logits if logits.shape[-1] == 1 else logits - logits.mean(-1, keepdim=True)
+
+
+def contribution_shares(phi: Tensor) -> Tensor:
+    """Share of the mean contribution of a group of samples that each modality has.
+
+    Shares of the mean, not the mean of shares of absolute values: noise biases the latter, and they hide conflict.
+
+    Parameters
+    ----------
+    phi
+        ``(samples, modalities)``; samples with NaN are left out.
+
+    Returns
+    -------
+    Tensor
+        ``(modalities,)``, sum to 1; a modality that speaks against the predictions has a negative share. NaN where the
+        means do not sum to more than 0.
+    """
+    means = phi[phi.isfinite().all(1)].mean(0)
+    return torch.where(means.sum() > 0, means / means.sum(), torch.nan)
+
+
+def opposed(phi: Tensor) -> Tensor:
+    """Whether a modality speaks against the prediction: a contribution below `OPPOSED`.
+
+    Returns
+    -------
+    Tensor
+        ``(samples,)`` 1 or 0; NaN where ``phi`` ``(samples, modalities)`` is undefined.
+    """
+    return torch.where(phi.isnan().any(1), torch.nan, (phi < OPPOSED).any(1).to(phi.dtype))
+
+
+def partner_shifts(samples: int, partners: int, seed: int = 0) -> Sequence[int]:
+    """By how many places to go on to a sample's partners, around a circle of samples.
+
+    They are symmetric, so that each of two samples is the other's partner, and connect all rows and columns of the
+    pairs, so that `additive_fit` is determined. All of them where there are no more samples.
+
+    Parameters
+    ----------
+    samples
+        How many, at least 2.
+    partners
+        How many of each, even and at least 4.
+    seed
+        Of the choice.
+    """
+    if samples - 1 <= partners:
+        return range(1, samples)
+    generator = torch.Generator().manual_seed(seed)
+    half = (samples - 1) // 2
+    while True:
+        found = (torch.randperm(half, generator=generator)[: partners // 2] + 1).tolist()
+        shifts = [*found, *(samples - shift for shift in found)]
+        if _steps_reach_all(samples, shifts):
+            return shifts
+
+
+def _steps_reach_all(samples: int, shifts: Iterable[int]) -> bool:
+    first, *others = shifts
+    return math.gcd(samples, *(shift - first for shift in others)) == 1

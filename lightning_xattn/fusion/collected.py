@@ -1,0 +1,168 @@
+"""What is kept of an evaluation's samples where they enter the fusion, until its end shows what each modality says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.aggregation import UNKNOWN
+from lightning_xattn.functional import pooled_tokens, project
+from lightning_xattn.functional.reading import FOLDS
+from lightning_xattn.fusion.pool import NOT_KEPT, Pool, Rows, hashed, smallest
+from lightning_xattn.fusion.recorder import FusionInputs
+
+MAX_SAMPLES = 8192
+"""So many samples of an evaluation are read, at most."""
+
+MAX_GEOMETRIES = 32
+"""So many numbers of tokens may occur; samples with yet others do not contribute."""
+
+_CHOSEN, _FOLDED = range(2)
+"""Salts of the hashes that say which samples are kept, and which fold they are in."""
+
+
+@dataclass(frozen=True, eq=False)
+class FusionPart:
+    """What one process has collected."""
+
+    modalities: tuple[str, ...]
+    rows: Rows
+    """Of the samples that are read: "hash", "row" (its number in this process), "fold", "group", "class", "outcome",
+    "predicted", "target", "confidence" and "features/<modality>"."""
+    geometries: tuple[Rows, ...]
+    """Of those that are exchanged, by the numbers of their tokens: "hash", "group", "values", "logits" and
+    "tokens/<modality>/<number>"."""
+    group_noun: str | None
+    """What groups are called; None where they are not known: each sample is its own."""
+    is_partial: bool
+    """Whether samples were left out because too many numbers of tokens occur."""
+
+    def cpu(self) -> FusionPart:
+        """The same on the CPU, to be sent to other processes."""
+        return replace(self, rows=_moved(self.rows), geometries=tuple(map(_moved, self.geometries)))
+
+    def without_labels(self) -> FusionPart:
+        """The same without classes and outcomes."""
+        unknown = {name: torch.full_like(self.rows[name], -1) for name in ("class", "target")}
+        return replace(self, rows=self.rows | unknown | {"outcome": torch.full_like(self.rows["outcome"], UNKNOWN)})
+
+
+def merge_parts(parts: Sequence[FusionPart], sizes: tuple[int, int]) -> FusionPart:
+    """Those of several processes as one: the samples that one process would have kept.
+
+    Parameters
+    ----------
+    parts
+        The parts.
+    sizes
+        How many samples are read and exchanged, at most.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    by_kind: dict[tuple[torch.Size, ...], list[Rows]] = {}
+    for rows in (rows for part in parts for rows in part.geometries):
+        by_kind.setdefault(_geometry_of(rows), []).append(rows)
+    return FusionPart(
+        parts[0].modalities,
+        smallest([part.rows for part in parts], sizes[0]),
+        tuple(smallest(several, sizes[1]) for several in by_kind.values()),
+        parts[0].group_noun,
+        any(part.is_partial for part in parts),
+    )
+
+
+class Collected:
+    """Collects a data set's samples, batch after batch.
+
+    Parameters
+    ----------
+    max_samples
+        How many samples are read, at most.
+    contribution_samples
+        Of how many the tokens are kept, to be exchanged.
+    """
+
+    def __init__(self, max_samples: int, contribution_samples: int) -> None:
+        self._contribution_samples = contribution_samples
+        self._read = Pool(max_samples)
+        self._exchanged: dict[tuple[torch.Size, ...], Pool] = {}
+        self._modalities: tuple[str, ...] = ()
+        self._group_noun: str | None = None
+        self._is_partial = False
+        self._rows = 0
+
+    def snapshot(self, device: torch.device | str | None = None) -> Collected:
+        """What there is so far, there or on another device; adding more leaves it as it is."""
+        other = copy(self)
+        other._read = self._read.snapshot(device)
+        other._exchanged = {kind: pool.snapshot(device) for kind, pool in self._exchanged.items()}
+        return other
+
+    def load(self, part: FusionPart, rows: int) -> None:
+        """Go on from what was collected of the same data set so far, in which so many samples came."""
+        self._modalities, self._group_noun, self._is_partial = part.modalities, part.group_noun, part.is_partial
+        self._rows = rows
+        self._read.add(part.rows)
+        for of_geometry in part.geometries:
+            self._exchanged.setdefault(_geometry_of(of_geometry), Pool(self._contribution_samples)).add(of_geometry)
+
+    def add(self, inputs: FusionInputs, keys: Tensor, groups: Tensor | None, noun: str | None, facts: Rows) -> None:
+        """Add a batch.
+
+        Parameters
+        ----------
+        inputs
+            What entered the fusion.
+        keys
+            ``(batch,)`` int64, what tells a sample from all others in every run: of its id, or its place.
+        groups
+            ``(batch,)`` int64 key of its group; None: each sample is its own.
+        noun
+            What groups are called.
+        facts
+            Columns ``(batch,)`` that are kept of each sample that is read.
+        """
+        self._modalities, self._group_noun = tuple(inputs.tokens), noun
+        groups = keys if groups is None else groups
+        features = {name: project(pooled_tokens(*tokens)) for name, tokens in inputs.tokens.items()}
+        finite = torch.stack([one.isfinite().all(1) for one in features.values()]).all(0)
+        hashes = torch.where(finite, hashed(keys, _CHOSEN), NOT_KEPT)
+        rows = {"hash": hashes, "fold": hashed(groups, _FOLDED) % FOLDS, "group": groups, **facts}
+        rows["row"] = torch.arange(self._rows, self._rows + len(keys), device=keys.device)
+        self._rows += len(keys)
+        self._read.add(rows | {f"features/{name}": one for name, one in features.items()})
+        if inputs.spoken is not None and self._contribution_samples:
+            self._keep_tokens(inputs, hashes, groups, inputs.spoken.values, inputs.spoken.logits)
+
+    def _keep_tokens(
+        self, inputs: FusionInputs, hashes: Tensor, groups: Tensor, values: Tensor, logits: Tensor
+    ) -> None:
+        sound = (values.isfinite() & logits.isfinite()).all(1)
+        rows = {"hash": torch.where(sound, hashes, NOT_KEPT), "group": groups, "values": values, "logits": logits}
+        rows |= {f"tokens/{name}/{i}": one for name, kept in inputs.exchanged.items() for i, one in enumerate(kept)}
+        kind = _geometry_of(rows)
+        if kind not in self._exchanged and len(self._exchanged) == MAX_GEOMETRIES:
+            self._is_partial = True
+            return
+        self._exchanged.setdefault(kind, Pool(self._contribution_samples)).add(rows)
+
+    def part(self) -> FusionPart | None:
+        """What there is so far; None without any sample. A GPU waits for it."""
+        rows = self._read.settled()
+        if rows is None:
+            return None
+        settled = [pool.settled() for pool in self._exchanged.values()]
+        geometries = tuple(rows for rows in settled if rows is not None)
+        return FusionPart(self._modalities, _moved(rows), geometries, self._group_noun, self._is_partial)
+
+
+def _geometry_of(rows: Mapping[str, Tensor]) -> tuple[torch.Size, ...]:
+    return tuple(values.shape[1:] for name, values in rows.items() if name.startswith("tokens/"))
+
+
+def _moved(rows: Rows) -> Rows:
+    return {name: values.cpu() for name, values in rows.items()}

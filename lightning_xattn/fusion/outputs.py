@@ -1,0 +1,78 @@
+"""What a module says of samples, found in what it returns."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from lightning_xattn.functional import centred
+from lightning_xattn.fusion.arguments import Call, Path
+from lightning_xattn.fusion.replay import ReadOutput, Spoken
+from lightning_xattn.labels import Labels
+from lightning_xattn.labels.scores import CLOSE, Scores, are_clear, scores_by_class
+from lightning_xattn.labels.tensors import are_probabilities, are_single_scores
+
+LEAST_PROBABILITY = 1e-12
+"""Its logarithm stands for that of probabilities that are 0."""
+
+
+def find_output(output: Any, samples: int, labels: Labels) -> ReadOutput | None:
+    """How to read what a module says of samples in what it returns; None where it is not there. Looks at the values.
+
+    Parameters
+    ----------
+    output
+        What it returned for a first batch.
+    samples
+        How many samples that has.
+    labels
+        The class scores or predictions that it must agree with. Without any, a single number a sample is the value of
+        a regression.
+    """
+    for path, tensor in Call((output,), {}).tensors():
+        for scores in scores_by_class(tensor, samples):
+            if _agree(scores, labels, tensor, samples):
+                return partial(_read_scores, path, scores.are_probabilities, scores.values.shape[1])
+    if labels.predicted is None and labels.scores is None:
+        for path, tensor in Call((output,), {}).tensors():
+            if are_single_scores(tensor, samples):
+                return partial(_read_value, path)
+    return None
+
+
+def _agree(scores: Scores, labels: Labels, tensor: Tensor, samples: int) -> bool:
+    if scores.are_probabilities and not are_probabilities(scores.values):
+        return False
+    if labels.scores is not None:
+        known = labels.scores.probabilities.to(scores.values.device)
+        return known.shape == scores.values.shape and bool(((scores.probabilities - known).abs() < CLOSE).all())
+    fits = labels.predicted is not None and labels.n_classes in (None, scores.values.shape[1])
+    clear = labels.confidence is not None or are_clear(tensor, samples)
+    return fits and clear and labels.predicted is not None and scores.tell(labels.predicted, labels.confidence)
+
+
+def _read_scores(path: Path, are_probabilities: bool, n_classes: int, output: Any) -> Spoken | None:
+    tensor = _at(path, output)
+    for scores in scores_by_class(tensor, 0 if tensor is None else len(tensor)):
+        if scores.are_probabilities == are_probabilities and scores.values.shape[1] == n_classes:
+            values = scores.values.clamp_min(LEAST_PROBABILITY) if are_probabilities else scores.values
+            return Spoken(scores.probabilities, centred(Scores(values, are_probabilities).logits))
+    return None
+
+
+def _read_value(path: Path, output: Any) -> Spoken | None:
+    tensor = _at(path, output)
+    if tensor is None or not are_single_scores(tensor, len(tensor)):
+        return None
+    value = tensor.detach().float().reshape(-1, 1)
+    return Spoken(value, value)
+
+
+def _at(path: Path, output: Any) -> Tensor | None:
+    try:
+        found = Call((output,), {})[path]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return found if isinstance(found, Tensor) and found.dim() else None

@@ -1,0 +1,389 @@
+"""The tokens of each modality as they enter the fusion, while the model runs; its outputs stay what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_xattn.attention import AttentionPair
+from lightning_xattn.capture import Layer
+from lightning_xattn.capture.wrappers import find_module
+from lightning_xattn.errors import DiscoveryError
+from lightning_xattn.fusion.arguments import Call, label_of
+from lightning_xattn.fusion.entrance import (
+    Entrance,
+    ModalitiesSetting,
+    ModalityPlace,
+    check_fusion,
+    guessed_entrances,
+    named_entrance,
+)
+from lightning_xattn.fusion.outputs import find_output
+from lightning_xattn.fusion.replay import Carrier, Precision, ReadOutput, Replay, ReplayError, Spoken
+from lightning_xattn.labels import Labels
+
+NAME_IT = "Name it: fusion='path.to.module', modalities={'<a>': 0, '<b>': 1} (positions or names of its arguments)."
+"""The remedy where the fusion is not clear."""
+
+
+@dataclass(eq=False)
+class _Seen:
+    """A run of a module in a first step."""
+
+    module: nn.Module
+    path: str
+    outer: _Seen | None
+    call: Call
+    precision: Precision
+    may_fuse: bool
+    """Whether its arguments may be those of a fusion, or hold such a run."""
+    output: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class FusionInputs:
+    """The modalities of a batch as they enter the fusion."""
+
+    tokens: Mapping[str, tuple[Tensor, Tensor | None]]
+    """By modality ``(batch, tokens, width)`` or ``(batch, width)``, and a mask, True for real ones."""
+    exchanged: Mapping[str, Sequence[Tensor]]
+    """By modality, what is exchanged with it, see ``ModalityPlace.kept``; samples come first."""
+    spoken: Spoken | None
+    """What the module around it said of these samples; None where that is not replayed."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tokens.values()))[0])
+
+    def __getitem__(self, samples: slice) -> FusionInputs:
+        """Some of the samples."""
+        return FusionInputs(
+            {
+                name: (tokens[samples], None if mask is None else mask[samples])
+                for name, (tokens, mask) in self.tokens.items()
+            },
+            {name: [one[samples] for one in kept] for name, kept in self.exchanged.items()},
+            None if self.spoken is None else self.spoken[samples],
+        )
+
+
+class FusionRecorder:
+    """Keep what enters a model's fusion in each step, and what is needed to replay what lies behind it.
+
+    Unless named, the fusion is the nearest module that runs both directions of the first layer that is recorded, once
+    in a step, with arguments that hold one token sequence for each modality, and behind which the tokens alone decide
+    the prediction. It is looked for in the first step.
+
+    Parameters
+    ----------
+    model
+        Any module; nothing is hooked yet.
+    fusion
+        The fusion's path; None: to be found.
+    modalities
+        Which of its arguments are whose tokens; None: as names and numbers of tokens tell.
+
+    Attributes
+    ----------
+    entrance
+        The fusion and its modalities; None until they are found.
+    problem
+        Why contributions cannot be told, or nothing of the fusion; "" where they can.
+
+    Raises
+    ------
+    SettingError
+        If the settings say nothing.
+    DiscoveryError
+        If there is no such module.
+    """
+
+    def __init__(
+        self, model: nn.Module, fusion: str | None = None, modalities: ModalitiesSetting | None = None
+    ) -> None:
+        check_fusion(fusion, modalities)
+        self._model, self._modalities = model, modalities
+        self._named = None if fusion is None else find_module(model, fusion)
+        if fusion is not None and self._named is None:
+            known = ", ".join(f"'{path}'" for path, _ in model.named_children())
+            raise DiscoveryError(
+                f"No module '{fusion}' to be the fusion. Found: {known or 'none'}, and what is in them."
+            )
+        self.entrance: Entrance | None = None
+        self.problem = ""
+        self._given_up = False
+        self._fusion: nn.Module | None = None
+        self._around: nn.Module | None = None
+        self._read: ReadOutput | None = None
+        self._carrier: Carrier | None = None
+        self._hooks = ExitStack()
+        self._running: list[_Seen] = []
+        self._seen: list[_Seen] = []
+        self._calls: list[Call] = []
+        self._spoken: Spoken | None = None
+        self._told: set[str] = set()
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the settings name the fusion."""
+        return self._named is not None
+
+    def __enter__(self) -> FusionRecorder:
+        self.close()
+        self.clear()
+        with ExitStack() as hooks:
+            if self.entrance is not None:
+                self._hook(hooks)
+            elif not self._given_up:
+                self._hook_all(hooks)
+            self._hooks = hooks.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove every hook. What was kept of the step stays until ``clear``."""
+        self._hooks.close()
+
+    def clear(self) -> None:
+        """Forget the step."""
+        self._running, self._seen, self._calls, self._spoken = [], [], [], None
+
+    def begin(self) -> None:
+        """Begin an evaluation: its first step will carry the replays at its end."""
+        self._carrier = None
+
+    @property
+    def first_tokens(self) -> Tensor | None:
+        """Of a fusion that is named, the first modality's tokens in this step; None if it did not run."""
+        if self.entrance is None:
+            runs = self._possible((), ()) or []
+            entrance, calls = (runs[0][1], [runs[0][0].call]) if runs else (None, [])
+        else:
+            entrance, calls = self.entrance, self._calls
+        return entrance.tokens(calls[0], next(iter(entrance.places)))[0] if entrance is not None and calls else None
+
+    def take(
+        self, attention: Sequence[AttentionPair], layers: Sequence[Layer], labels: Labels
+    ) -> tuple[FusionInputs | None, list[str]]:
+        """What entered the fusion in this step, and what users should be told.
+
+        Parameters
+        ----------
+        attention, layers
+            What was recorded in the step, and where; empty of a model without cross-attention.
+        labels
+            The predictions of the step; of a first step they are looked at.
+
+        Returns
+        -------
+        inputs, messages
+            None where the fusion is not known, or did not run once in this step.
+        """
+        if self._given_up:
+            return None, []
+        if self.entrance is None:
+            messages = list(self._find(attention, layers, labels))
+            if self.entrance is None:
+                return None, messages
+        else:
+            messages = []
+        if len(self._calls) != 1:
+            how = "did not run" if not self._calls else f"ran {len(self._calls)} times"
+            return None, [*messages, *self._once(f"The fusion {self.entrance} {how} in a step, which is left out.")]
+        try:
+            inputs = self._inputs(self.entrance, self._calls[0])
+        except (KeyError, IndexError, TypeError, AttributeError):
+            inputs = None
+            messages += self._once(f"The fusion {self.entrance} got other arguments in a step, which is left out.")
+        return inputs, messages
+
+    @property
+    def places(self) -> Mapping[str, ModalityPlace]:
+        """Where each modality stands among the fusion's arguments."""
+        return {} if self.entrance is None else self.entrance.places
+
+    def replay(self) -> Replay:
+        """What lies behind the fusion, carried by the evaluation's first step.
+
+        Raises
+        ------
+        ReplayError
+            If it cannot be replayed.
+        """
+        if self._carrier is None or self.entrance is None or self._fusion is None or self._read is None:
+            raise ReplayError(self.problem or "the fusion did not run")
+        return Replay(self._fusion, self.entrance.axes, self._carrier, self._read)
+
+    def _inputs(self, entrance: Entrance, call: Call) -> FusionInputs:
+        tokens = {name: entrance.tokens(call, name) for name in entrance.places}
+        exchanged = {
+            name: [call[path].detach().movedim(axis, 0) for path, axis in place.kept.items()]
+            for name, place in entrance.places.items()
+        }
+        return FusionInputs(tokens, exchanged, self._spoken)
+
+    def _hook(self, hooks: ExitStack) -> None:
+        """In later steps: what enters the fusion, what the module around it gives, and one call to carry replays."""
+        assert self.entrance is not None
+        assert self._fusion is not None
+        axes, around = self.entrance.axes, self._around
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            try:
+                call = Call(args, kwargs).copied(axes)  # a module may change its arguments in place
+            except (KeyError, IndexError, TypeError, AttributeError):
+                call = Call(args, kwargs)
+            self._calls.append(call)
+
+        calls: list[tuple[Call, Precision]] = []
+
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = Call(args, kwargs)
+            calls.append((call, Precision.of(call)))
+
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            called = calls.pop()
+            if self._spoken is None and self._read is not None:
+                self._spoken = self._read(output)
+                if self._carrier is None and self._spoken is not None:
+                    self._carrier = Carrier(module, *called, self._spoken)
+
+        hooks.callback(self._fusion.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        if around is not None:
+            hooks.callback(around.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            hooks.callback(around.register_forward_hook(leave).remove)
+
+    def _hook_all(self, hooks: ExitStack) -> None:
+        """In a first step: every run whose arguments may be those of a fusion, and what it is part of."""
+        layers = (one for one in self._model.modules() if isinstance(one, nn.TransformerEncoderLayer))
+        fast = {module for layer in layers for module in layer.modules()}  # hooks would turn their fast path off
+        for path, module in self._model.named_modules():
+            if module not in fast and not isinstance(module, torch.jit.ScriptModule):
+                hooks.callback(module.register_forward_pre_hook(partial(self._enter, path), with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+
+    def _enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = Call(args, kwargs)
+        precision, outer = Precision.of(call), self._running[-1] if self._running else None
+        if self._named is None:
+            several = {
+                id(one): where for where, one in call.tensors() if one.is_floating_point() and one.dim() in (2, 3)
+            }
+            may_fuse = len(several) > 1
+        else:
+            may_fuse = path == self._named
+        if may_fuse:
+            call = call.copied({where for where, _ in call.tensors()})
+        self._running.append(_Seen(module, path, outer, call, precision, may_fuse))
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        while self._running and (run := self._running.pop()):
+            if run.outer is not None:
+                run.outer.may_fuse |= run.may_fuse
+            if run.may_fuse:
+                run.output = output
+                self._seen.append(run)
+            if run.module is module:
+                return
+
+    def _find(self, attention: Sequence[AttentionPair], layers: Sequence[Layer], labels: Labels) -> Iterator[str]:
+        """Decide in a first step; says what users should know."""
+        possible = self._possible(attention, layers)
+        if possible is None:
+            return
+        if not possible:
+            self._given_up = True
+            yield self._say_unclear(attention, layers)
+            return
+        problems = []
+        for run, entrance in possible:
+            try:
+                self._carrier, self._read = self._behind(run, entrance, labels)
+            except ReplayError as error:
+                problems.append(str(error))
+                continue
+            self._around, self._spoken = self._carrier.module, self._carrier.spoken
+            break
+        else:
+            run, entrance = possible[0]
+            self.problem = problem = problems[0]
+        self.entrance, self._fusion, self._calls = entrance, run.module, [run.call]
+        if self._carrier is None:
+            yield (
+                f"What lies behind the fusion {entrance} cannot be replayed with the modalities exchanged: {problem}. "
+                "So it cannot be told what each modality contributes; what it says by itself can."
+            )
+
+    def _possible(
+        self, attention: Sequence[AttentionPair], layers: Sequence[Layer]
+    ) -> list[tuple[_Seen, Entrance]] | None:
+        """The runs that may be the fusion, nearest first; None if it did not run in this step."""
+        if self._named is not None and self._modalities is not None:
+            runs = [run for run in self._seen if run.path == self._named]
+            return [(run, named_entrance(run.module, run.path, self._modalities, run.call)) for run in runs[:1]] or None
+        if not attention:
+            return None
+        counts, samples = attention[0].forward.token_counts, len(attention[0].forward.weights)
+        return [
+            (run, entrance)
+            for run in self._around_both(layers)
+            if self._named in (None, run.path)
+            for entrance in guessed_entrances(run.module, run.path, run.call, counts, samples)
+        ]
+
+    def _around_both(self, layers: Sequence[Layer]) -> list[_Seen]:
+        """The runs, once in a step, that hold all directions of the first layer, nearest first."""
+        paths = [source.path for _, source in layers[0].sources]
+        around = [
+            run
+            for run in self._seen
+            if all(run.path in ("", path) or path.startswith(f"{run.path}.") for path in paths)
+        ]
+        once = [run for run in around if sum(other.module is run.module for other in around) == 1]
+        return sorted(once, key=lambda run: -len(run.path.split(".")) if run.path else 0)
+
+    def _behind(self, run: _Seen, entrance: Entrance, labels: Labels) -> tuple[Carrier, ReadOutput]:
+        """The nearest module around a fusion that gives the class scores, to carry replays, and how to read them.
+
+        Raises
+        ------
+        ReplayError
+            If there is none, or it cannot be replayed.
+        """
+        samples = run.call[next(iter(entrance.axes))].shape[next(iter(entrance.axes.values()))]
+        around: _Seen | None = run
+        while around is not None:
+            read = find_output(around.output, samples, labels)
+            spoken = None if read is None else read(around.output)
+            if read is not None and spoken is not None:
+                carrier = Carrier(around.module, around.call, around.precision, spoken)
+                Replay(run.module, entrance.axes, carrier, read)  # it tries what it can do
+                return carrier, read
+            around = around.outer
+        raise ReplayError("no module around it returns the class scores, as a forward would that calls both")
+
+    def _say_unclear(self, attention: Sequence[AttentionPair], layers: Sequence[Layer]) -> str:
+        names = " and ".join(attention[0].forward.token_counts)
+        found = "; ".join(map(_describe_run, self._around_both(layers)[:6]))
+        return (
+            f"Where {names} enter the fusion cannot be told, so what each of them says and contributes is not shown: "
+            "no module runs both directions once in a step with arguments that surely hold the tokens of one modality "
+            f"each. Candidates: {found or 'none'}. {NAME_IT}"
+        )
+
+    def _once(self, message: str) -> list[str]:
+        new = message not in self._told
+        self._told.add(message)
+        return [message] if new else []
+
+
+def _describe_run(run: _Seen) -> str:
+    held = (f"{label_of(run.module, where)} {tuple(one.shape)}" for where, one in run.call.tensors())
+    return f"'{run.path}' ({', '.join(held)})"

@@ -1,0 +1,334 @@
+"""Run what lies behind a fusion once more, with other tokens at its entrance; the model is left as it was."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lightning_xattn.capture.wrappers import run_uncompiled
+from lightning_xattn.fusion.arguments import Call, Path
+
+MAX_ROWS = 256
+"""So many pairs are replayed in a call."""
+
+CLOSE, CLOSE_IN_HALF = 1e-3, 3e-2
+"""Outputs that are as near to each other as this are given back; half precision rounds more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spoken:
+    """What a model says of samples."""
+
+    values: Tensor
+    """``(samples, classes)`` probabilities, or ``(samples, 1)`` the output where it is no classes; float32."""
+    logits: Tensor
+    """``(samples, classes)`` centred logits, on which an additive model has no interaction; else as ``values``."""
+
+    def __getitem__(self, samples: slice | Tensor) -> Spoken:
+        return Spoken(self.values[samples], self.logits[samples])
+
+    def cpu(self) -> Spoken:
+        """The same on the CPU."""
+        return Spoken(self.values.cpu(), self.logits.cpu())
+
+    @classmethod
+    def joined(cls, parts: list[Spoken]) -> Spoken:
+        """Several as one."""
+        return cls(torch.cat([part.values for part in parts]), torch.cat([part.logits for part in parts]))
+
+
+ReadOutput = Callable[[Any], Spoken | None]
+"""Finds it in what a module returned; None where it is not there."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The autocast in which a module ran."""
+
+    device: str
+    dtype: torch.dtype | None
+    """None: it was off."""
+
+    @classmethod
+    def of(cls, call: Call) -> Precision:
+        """The one that is in force, for a call that begins."""
+        device = next((tensor.device.type for _, tensor in call.tensors()), "cpu")
+        return cls(device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+
+    def entered(self) -> torch.autocast:
+        """A context manager in which it is in force again."""
+        return torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Carrier:
+    """A run of a module around a fusion, or of the fusion, whose other inputs carry the tokens of any sample."""
+
+    module: nn.Module
+    call: Call
+    precision: Precision
+    spoken: Spoken
+    """What it said."""
+
+
+class ReplayError(Exception):
+    """Why what lies behind a fusion cannot be replayed, as the end of a sentence."""
+
+
+class Replay:
+    """What lies behind a fusion, as a function of the tokens that enter it.
+
+    The carrier's module is run, with other tokens at the fusion. What runs in it before the fusion is skipped: its
+    outputs are those of one run that is made first.
+
+    Parameters
+    ----------
+    fusion
+        The fusion.
+    axes
+        Where its tokens are among its arguments, and what goes with them; and which axis is that of the samples.
+    carrier
+        A run of a module around it.
+    read
+        Finds what the model says in what that module returns.
+
+    Attributes
+    ----------
+    rows
+        How many pairs are replayed in a call, at most.
+    skips
+        Whether what runs before the fusion is skipped; if not, each replay costs a whole run of the module.
+
+    Raises
+    ------
+    ReplayError
+        If the carrier's samples, in another order, do not give their outputs back in that order.
+    """
+
+    def __init__(self, fusion: nn.Module, axes: Mapping[Path, int], carrier: Carrier, read: ReadOutput) -> None:
+        self._fusion, self._axes, self._carrier, self._read = fusion, axes, carrier, read
+        self._made: dict[nn.Module, list[Any]] = {}
+        self.rows, self.skips, self._exactly = MAX_ROWS, True, False
+        entered, intact = self._look()
+        self._tokens = {path: entered[path] for path in axes}
+        path, axis = next(iter(axes.items()))
+        samples = entered[path].shape[axis]
+        # Fewer rows than the carrier has; if that is not understood, as many; and at last nothing is skipped.
+        for self.skips, self._exactly in ((True, False), (True, True), (False, True)):
+            self.rows = samples if self._exactly else MAX_ROWS
+            count = samples if self._exactly else (samples + 1) // 2
+            order = torch.arange(samples - 1, samples - 1 - count, -1)
+            try:
+                again = self(
+                    {
+                        path: entered[path].index_select(axis, order.to(entered[path].device))
+                        for path, axis in axes.items()
+                    }
+                )
+            except ReplayError as error:
+                failure = error
+                continue
+            if gives_back(intact[order], again, self.is_half):
+                return
+            failure = ReplayError(
+                "something besides the fusion's tokens reaches the prediction, or it differs from run to run"
+            )
+        raise failure
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the tokens, or autocast, have half precision."""
+        return _is_half(self._tokens.values(), self._carrier)
+
+    def __call__(self, tokens: Mapping[Path, Tensor]) -> Spoken:
+        """What the model says of samples whose tokens these are.
+
+        Parameters
+        ----------
+        tokens
+            What stands at each of the places, with any number of samples.
+
+        Raises
+        ------
+        ReplayError
+            If it does not run, or says nothing.
+        """
+        path, axis = next(iter(self._axes.items()))
+        samples, parts = tokens[path].shape[axis], []
+        with self._as_in_the_step():
+            for start in range(0, samples, self.rows):
+                places = torch.arange(start, min(start + self.rows, samples))
+                count = len(places)
+                if self._exactly:  # repeats of the last
+                    places = torch.cat([places, places[-1:].expand(self.rows - count)])
+                chosen = {
+                    where: one.index_select(self._axes[where], places.to(one.device)).to(self._tokens[where].device)
+                    for where, one in tokens.items()
+                }
+                parts.append(self._run(chosen)[:count])
+        return Spoken.joined(parts)
+
+    def _run(self, tokens: Mapping[Path, Tensor]) -> Spoken:
+        module, call = self._carrier.module, self._carrier.call
+        with ExitStack() as changes:
+            forward = self._fusion.forward
+
+            def fusion(*args: Any, **kwargs: Any) -> Any:
+                exchanged = Call(args, kwargs).replaced(tokens)
+                return forward(*exchanged.args, **exchanged.kwargs)
+
+            changes.enter_context(_forward_of(self._fusion, fusion))
+            for skipped, outputs in self._made.items() if self.skips else ():
+                changes.enter_context(_forward_of(skipped, _given_first(outputs, skipped.forward)))
+            try:
+                said = self._read(module(*call.args, **call.kwargs))
+            except Exception as error:  # whatever a user's module raises for other tokens or another number of them
+                raise ReplayError(f"it fails with other tokens: {error!r}") from error
+        if said is None:
+            raise ReplayError("it gives no class scores with other tokens")
+        return Spoken(said.values.cpu(), said.logits.cpu())
+
+    @contextmanager
+    def _as_in_the_step(self) -> Iterator[None]:
+        with _left_as_it_was(self._carrier.module, self._with_hooks), self._carrier.precision.entered():
+            yield
+
+    def _look(self) -> tuple[Call, Spoken]:
+        """What enters the fusion, and what the model says, when the carrier runs as it is."""
+        # Users' hooks note what a model does, and must not note this; but some change it, as those of FSDP.
+        for self._with_hooks in (False, True):
+            try:
+                with self._as_in_the_step():
+                    entered, intact = self._run_once()
+            except ReplayError as error:
+                failure = error
+                continue
+            if gives_back(
+                self._carrier.spoken.cpu(), intact, _is_half((entered[path] for path in self._axes), self._carrier)
+            ):
+                return entered, intact
+            failure = ReplayError("it does not say the same when it is run again")
+        raise failure
+
+    def _run_once(self) -> tuple[Call, Spoken]:
+        """Run the carrier as it is, and keep what is made before the fusion."""
+        module, call = self._carrier.module, self._carrier.call
+        entered: list[Call] = []
+        running: list[nn.Module] = []
+        # What ended before the fusion began, each with the modules that it ran in.
+        done: list[tuple[nn.Module, Any, tuple[nn.Module, ...]]] = []
+
+        def begin(one: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            running.append(one)
+            if one is self._fusion:
+                entered.append(Call(args, kwargs).copied(self._axes))
+
+        def end(one: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            running.pop()
+            if not entered:
+                done[:] = [other for other in done if one not in other[2]]
+                done.append((one, output, tuple(running)))
+
+        with ExitStack() as hooks:
+            for one in module.modules():
+                if not isinstance(one, torch.jit.ScriptModule):
+                    hooks.callback(one.register_forward_pre_hook(begin, with_kwargs=True).remove)
+                    hooks.callback(one.register_forward_hook(end).remove)
+            try:
+                said = self._read(module(*call.args, **call.kwargs))
+            except Exception as error:  # whatever a user's module raises
+                raise ReplayError(f"it fails when it is run again: {error!r}") from error
+        if said is None or len(entered) != 1:
+            raise ReplayError("it gives no class scores" if said is None else f"the fusion runs {len(entered)} times")
+        by_module = defaultdict(list)
+        for one, output, _ in done:
+            by_module[one].append(output)
+        self._made = dict(by_module)
+        return entered[0], said.cpu()
+
+
+def gives_back(intact: Spoken, again: Spoken, is_half: bool) -> bool:
+    """Whether a replay said the same, within what rounding does."""
+    tolerance = CLOSE_IN_HALF if is_half else CLOSE
+    return bool(((intact.values - again.values).abs() <= tolerance * (1 + intact.values.abs())).all())
+
+
+def _is_half(tokens: Iterable[Tensor], carrier: Carrier) -> bool:
+    half = (torch.float16, torch.bfloat16)
+    return carrier.precision.dtype in half or any(one.dtype in half for one in tokens)
+
+
+def _given_first(outputs: list[Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that gives these outputs, one a run, and then runs."""
+    turns = Counter[str]()
+
+    def skipped(*args: Any, **kwargs: Any) -> Any:
+        turns["run"] += 1
+        return outputs[turns["run"] - 1] if turns["run"] <= len(outputs) else forward(*args, **kwargs)
+
+    return skipped
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = own
+
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+"""Where a module keeps the hooks of its forward; torch keeps those of all modules alike."""
+
+
+@contextmanager
+def _left_as_it_was(module: nn.Module, with_hooks: bool) -> Iterator[None]:
+    """Whatever a forward does to random numbers, buffers and attributes is undone; nothing is logged or compiled.
+
+    Without hooks what has been hooked on the module, and on all modules, is not called.
+    """
+    kept = vars(torch.nn.modules.module)
+    everywhere = [kept[f"_global{name}"] for name in _HOOKS if f"_global{name}" in kept]
+    books = [
+        (book, dict(book))
+        for one in module.modules()
+        for book in (vars(one), one._buffers, one._parameters, one._modules)
+    ] + [(book, dict(book)) for book in everywhere]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        with ExitStack() as contexts:
+            contexts.enter_context(isolate_rng())
+            contexts.enter_context(torch.no_grad())
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import is slow
+                contexts.enter_context(run_uncompiled())
+            for book in () if with_hooks else everywhere:
+                book.clear()
+            for one in module.modules():
+                if not with_hooks:
+                    vars(one).update({name: OrderedDict() for name in _HOOKS})
+                if hasattr(one, "log_dict") and hasattr(one, "log"):
+                    vars(one)["log"] = vars(one)["log_dict"] = lambda *args, **kwargs: None
+            yield
+    finally:
+        for book, before in books:
+            book.clear()
+            book.update(before)
+        for buffer, before_it in buffers:
+            if not buffer.equal(before_it):
+                buffer.copy_(before_it)

@@ -1,0 +1,221 @@
+"""What an evaluation says of its modalities: what each says, whether they agree, and how much each contributes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.aggregation import CORRECT, INCORRECT
+from lightning_xattn.functional import (
+    class_adjusted_gap,
+    conflict,
+    contribution_shares,
+    cross_fitted_reading,
+    grouped_mean_interval,
+    grouped_separation,
+    lean,
+    mean_interval,
+    opposed,
+    score_bins,
+    separation,
+    untapped,
+)
+from lightning_xattn.functional.intervals import MINIMUM_GROUP
+from lightning_xattn.functional.outcomes import BINS
+from lightning_xattn.functional.reading import LEAST_OF_A_CLASS
+from lightning_xattn.fusion.collected import FusionPart
+from lightning_xattn.fusion.contribution import Contributions
+from lightning_xattn.group_keys import UNKNOWN_GROUP
+from lightning_xattn.summary import Comparison
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval; NaN where it is not defined."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+    """Samples where it is defined."""
+    groups: int | None
+    """How many groups they belong to; None where groups are not known."""
+
+
+class FusionSummary:
+    """An evaluation's modalities: readings, conflict, and contributions where they were measured.
+
+    Parameters
+    ----------
+    part
+        What was collected, of all processes.
+    n_classes
+        How many classes there are; 0 when there are none.
+    contributions
+        Of some of the samples; a string says why there are none.
+
+    Attributes
+    ----------
+    modalities
+        Their names.
+    numbers
+        By name ``(samples,)`` float64, NaN where undefined: "confidence", "conflict", "lean", "leans_first" (whether
+        the first modality's reading supports the prediction more), "untapped", "right/<modality>" (whether its reading
+        is right), and of the samples that were exchanged "phi/<modality>", "opposed", "followed", "interaction",
+        "additive_right" and "model_right".
+    readings
+        By modality ``(samples, classes)`` probabilities.
+    unreadable
+        By modality, why it cannot be read.
+    uncontributed
+        Why contributions cannot be told; "" where they can.
+    """
+
+    def __init__(self, part: FusionPart, n_classes: int, contributions: Contributions | str) -> None:
+        self.modalities, self.group_noun = part.modalities, part.group_noun
+        self.n_classes = n_classes
+        rows = part.rows
+        self._rows = rows
+        self.classes, self.outcomes, self.groups = rows["class"], rows["outcome"], rows["group"]
+        self.numbers: dict[str, Tensor] = {"confidence": rows["confidence"].double()}
+        self.unreadable: dict[str, str] = {}
+        self._read(rows)
+        self.uncontributed = contributions if isinstance(contributions, str) else ""
+        if isinstance(contributions, Contributions):
+            self._contribute(rows, contributions)
+
+    @property
+    def samples(self) -> int:
+        """How many samples were read."""
+        return len(self._rows["hash"])
+
+    @property
+    def row_numbers(self) -> Tensor:
+        """``(samples,)`` which sample of its process each one is."""
+        return self._rows["row"]
+
+    def _read(self, rows: Mapping[str, Tensor]) -> None:
+        target, predicted, folds = rows["target"], rows["predicted"], rows["fold"]
+        # Class ids without names do not tell how many classes there are.
+        n_classes = self.n_classes or 1 + max(0, int(target.max()))
+        self.readings = {
+            name: cross_fitted_reading(rows[f"features/{name}"], target, folds, n_classes) for name in self.modalities
+        }
+        labelled = (target >= 0) & (target < n_classes)
+        counts = target[labelled].bincount(minlength=n_classes)
+        largest = float(counts.max() / counts.sum()) if labelled.any() else math.nan
+        self.largest_class = largest
+        for name, reading in self.readings.items():
+            read = labelled & ~reading.isnan().any(1)
+            right = (reading.argmax(1) == target).double()
+            self.numbers[f"right/{name}"] = torch.where(read, right, torch.nan)
+            accuracy = self.estimate(f"right/{name}")
+            if not labelled.any():
+                self.unreadable[name] = "there are no targets"
+            elif (counts >= LEAST_OF_A_CLASS).sum() < 2:
+                self.unreadable[name] = f"fewer than two classes have {LEAST_OF_A_CLASS} samples"
+            elif not accuracy.count:
+                self.unreadable[name] = "what it brings into the fusion does not vary, or is all of one group"
+            elif not accuracy.low > largest:
+                self.unreadable[name] = (
+                    f"its reading is right for {accuracy.mean:.2f} of the samples, which is not clearly above the "
+                    f"largest class's share, {largest:.2f}"
+                )
+        several = torch.stack(list(self.readings.values()))
+        undefined = torch.full_like(self.numbers["confidence"], torch.nan)
+        known = not self.unreadable
+        self.numbers["conflict"] = conflict(several) if known else undefined
+        self.numbers["untapped"] = untapped(several, predicted, target) if known else undefined
+        two = known and len(self.modalities) == 2
+        leans = lean(several, predicted) if two else undefined
+        self.numbers["lean"] = leans
+        self.numbers["leans_first"] = torch.where(leans.isnan(), torch.nan, (leans > 0).double())
+
+    def _contribute(self, rows: Mapping[str, Tensor], found: Contributions) -> None:
+        place = {int(one): i for i, one in enumerate(rows["hash"])}
+        known = torch.tensor([place.get(int(one), -1) for one in found.hashes])
+        at, there = known[known >= 0], known >= 0
+
+        def spread(values: Tensor) -> Tensor:
+            whole = torch.full((len(rows["hash"]),), torch.nan, dtype=torch.float64)
+            whole[at] = values[there].double()
+            return whole
+
+        for i, name in enumerate(self.modalities):
+            self.numbers[f"phi/{name}"] = spread(found.phi[:, i])
+        self.numbers["opposed"] = spread(opposed(found.phi))
+        self.numbers["interaction"] = spread(found.interaction)
+        if len(self.modalities) == 2:
+            self.numbers["followed"] = spread(found.phi[:, 0] - found.phi[:, 1])
+        target = rows["target"][at]
+        labelled = target >= 0
+        for number, predicted in (("additive_right", found.additive), ("model_right", found.predicted)):
+            right = torch.full((len(found.hashes),), torch.nan, dtype=torch.float64)
+            said = predicted[there]
+            right[there] = torch.where(labelled & (said >= 0), (said == target).double(), torch.nan)
+            self.numbers[number] = spread(right)
+        self.pairs = found.pairs
+
+    def chosen(self, class_id: int | None = None, outcome: int | None = None) -> Tensor:
+        """``(samples,)`` bool: those of a class and an outcome."""
+        everyone = torch.ones(self.samples, dtype=torch.bool)
+        if class_id is not None:
+            everyone &= self.classes == class_id
+        return everyone if outcome is None else everyone & (self.outcomes == outcome)
+
+    def estimate(self, number: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
+        """Mean of a number over the samples of a class and an outcome where it is defined, with its interval."""
+        return self._estimate(self.numbers[number], self.chosen(class_id, outcome))
+
+    def share(self, modality: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
+        """Share of the mean contribution that a modality has, see `contribution_shares`.
+
+        The interval is that of the ratio's linearisation (delta method).
+        """
+        phi = torch.stack([self.numbers[f"phi/{name}"] for name in self.modalities], dim=1)
+        chosen = self.chosen(class_id, outcome) & phi.isfinite().all(1)
+        share = float(contribution_shares(phi[chosen])[self.modalities.index(modality)])
+        whole = phi.sum(1)
+        residual = (phi[:, self.modalities.index(modality)] - share * whole) / whole[chosen].mean()
+        around = self._estimate(residual, chosen)
+        return Estimate(share, share + around.low, share + around.high, around.count, around.groups)
+
+    def _estimate(self, values: Tensor, chosen: Tensor) -> Estimate:
+        chosen = chosen & values.isfinite()
+        values, count = values[chosen], int(chosen.sum())
+        mean = float(values.mean()) if count else math.nan
+        if self.group_noun is None:
+            deviation = float(values.std()) if count > 1 else math.nan
+            return Estimate(mean, *mean_interval(mean, deviation, count), count, None)
+        ids, index = self.groups[chosen].unique(return_inverse=True)
+        known = int((ids != UNKNOWN_GROUP).sum())
+        counts = torch.zeros(len(ids), dtype=torch.float64).index_add(0, index, torch.ones_like(values))
+        sums = torch.zeros(len(ids), dtype=torch.float64).index_add(0, index, values)
+        low, high = grouped_mean_interval(counts, sums) if known >= MINIMUM_GROUP else (math.nan, math.nan)
+        return Estimate(mean, low, high, count, known)
+
+    def compare(self, number: str) -> Comparison:
+        """Does a number in [0, 1], "conflict" or "confidence", tell correct from incorrect predictions?"""
+        values = self.numbers[number]
+        defined = values.isfinite()
+        bins, outcomes = score_bins(values[defined], 0.0, 1.0), self.outcomes[defined]
+        counts = torch.stack([outcomes == CORRECT, outcomes == INCORRECT], dim=1).double()
+        if self.group_noun is None:
+            histograms = torch.zeros(BINS, 2, dtype=torch.float64).index_add(0, bins, counts)
+            found = separation(*histograms.unbind(1))
+        else:
+            found = grouped_separation(bins, self.groups[defined], counts)
+        correct, incorrect = (self.estimate(number, outcome=outcome).mean for outcome in (CORRECT, INCORRECT))
+        by_class = [
+            [self._estimate(values, self.chosen(class_id, outcome)) for outcome in (CORRECT, INCORRECT)]
+            for class_id in range(self.n_classes)
+        ]
+        within = torch.tensor([[[one.count, one.count * one.mean] for one in two] for two in by_class]).double()
+        adjusted = class_adjusted_gap(within[..., 0], within[..., 1].nan_to_num()) if by_class else math.nan
+        return Comparison(
+            **vars(found), cliffs_delta=found.cliffs_delta, gap=correct - incorrect, class_adjusted_gap=adjusted
+        )

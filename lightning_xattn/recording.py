@@ -1,0 +1,120 @@
+"""What a model does in a step: its attention, what enters its fusion, and where labels are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_xattn.attention import AttentionPair
+from lightning_xattn.capture import AttentionRecorder, AttentionSetting, Layer
+from lightning_xattn.errors import DiscoveryError
+from lightning_xattn.fusion.entrance import ModalitiesSetting
+from lightning_xattn.fusion.recorder import FusionInputs, FusionRecorder
+from lightning_xattn.labels import Labels, Step
+from lightning_xattn.messages import tell, warn
+
+Attentions = tuple[AttentionPair, ...]
+
+
+class StepRecorder:
+    """Record a model's attention and what enters its fusion while it runs; its outputs stay what they are.
+
+    Parameters
+    ----------
+    model
+        Any module; nothing is hooked yet.
+    attention
+        As ``AttentionRecorder`` takes it.
+    fusion, modalities
+        As ``FusionRecorder`` takes them.
+
+    Attributes
+    ----------
+    fusion : FusionRecorder
+        Of what enters the fusion, for replays.
+
+    Raises
+    ------
+    DiscoveryError, SettingError
+        If a setting names what is not there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attention: AttentionSetting | None = None,
+        fusion: str | None = None,
+        modalities: ModalitiesSetting | None = None,
+    ) -> None:
+        self.fusion = FusionRecorder(model, fusion, modalities)
+        self._attention = AttentionRecorder(model, attention)
+        # A model whose fusion is named may have no cross-attention at all.
+        self._may_lack_attention = self.fusion.is_named and attention is None
+        self._lacks_attention = False
+        self._taken: Attentions = ()
+
+    def __enter__(self) -> StepRecorder:
+        if not self._lacks_attention:
+            self._attention.__enter__()
+        self.fusion.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove every hook. What was recorded stays until ``clear``."""
+        self._attention.close()
+        self.fusion.close()
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._attention.clear()
+        self.fusion.clear()
+        self._taken = ()
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers that are recorded."""
+        return self._attention.layers
+
+    @property
+    def is_waiting(self) -> bool:
+        """See ``AttentionRecorder``."""
+        return self._attention.is_waiting
+
+    def take(self, outputs: Any, batch: Any) -> tuple[Step, Attentions] | None:
+        """What the step gave and the attention in it; None if there is neither attention nor a fusion.
+
+        Raises
+        ------
+        DiscoveryError, ShapeError
+            As ``AttentionRecorder.attention``; a model whose fusion is named needs no attention.
+        """
+        self._taken = self._read_attention(batch)
+        forward = self._attention.output
+        if self._taken:
+            weights = self._taken[0].forward.weights
+            return Step(outputs, batch, forward, len(weights), weights.device, tuple(weights.shape[2:])), self._taken
+        first = self.fusion.first_tokens if self._lacks_attention else None
+        return None if first is None else (Step(outputs, batch, forward, len(first), first.device), ())
+
+    def enter(self, labels: Labels) -> FusionInputs | None:
+        """What entered the fusion in this step; of a first step the labels help to find it."""
+        inputs, messages = self.fusion.take(self._taken, self.layers, labels)
+        say = warn if self.fusion.is_named else tell
+        say(messages)
+        return inputs
+
+    def _read_attention(self, batch: Any) -> Attentions:
+        if self._lacks_attention:
+            return ()
+        self._attention.batch = batch
+        try:
+            return self._attention.attention
+        except DiscoveryError:
+            if not self._may_lack_attention:
+                raise
+            self._lacks_attention = True
+            return ()
