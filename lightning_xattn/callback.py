@@ -272,7 +272,7 @@ class AttentionExplainabilityCallback(Callback):
             of_fusion: dict[str, Any] = {}
             if summary.fusion is not None:
                 scope = scope_of(trainer, self, AttentionExplainabilityCallback, number, "")
-                curves = fusion_curves(summary.fusion, scope, classes)
+                curves = fusion_curves(summary.fusion, scope, classes, has_attention=bool(summary.layers))
                 pl_module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
                 self.fusion_summaries[scope] = summary.fusion
                 of_fusion = fusion_record(summary.fusion, scope, curves, classes)

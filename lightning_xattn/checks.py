@@ -121,6 +121,11 @@ class Checks:
         for name, reason in summary.unreadable.items():
             if self._is_new("", name, "unreadable", 0):
                 yield f"'{name}' cannot be read by itself: {reason}. So there is no conflict and no lean."
+        if summary.left_out and self._is_new("", "", "left out", 0):
+            yield (
+                f"{summary.left_out} samples are left out of what modalities say and contribute: what enters the "
+                "fusion is not finite."
+            )
         if summary.uncontributed and self._is_new("", "", summary.uncontributed, 0):
             yield f"What each modality contributes cannot be told: {summary.uncontributed}."
 

@@ -72,8 +72,8 @@ class Column:
 class Statistic:
     """What a number is, and where it is shown."""
 
-    function: Callable[..., Tensor | None]
-    """For the layer alone: of its one or two directions, ``(batch,)``, or None where they do not have it. Else of the
+    function: Callable[..., Tensor | None] | None
+    """None: it is not of the attention, but of the labels. For the layer alone: of its one or two directions, ``(batch,)``, or None where they do not have it. Else of the
     ``Rows`` of a direction, ``(batch, heads)`` or ``(batch,)``; the layer's is then the mean of its directions'."""
     levels: tuple[Level, ...]
     """Of what there is a column: the layer, each direction, each head. A direction's is the mean of its heads'."""
@@ -110,6 +110,14 @@ def _invalid_rows(*rows: Rows) -> Tensor:
 
 
 STATISTICS = {
+    "confidence": Statistic(
+        None,
+        ("layer",),
+        (0.0, 1.0),
+        "probability of the predicted class",
+        "how sure is the model? The baseline that every other number has to beat",
+        compared=True,
+    ),
     "alignment": Statistic(
         _alignment,
         ("layer",),
@@ -209,9 +217,9 @@ STATISTICS = {
         "rows left out because they are padding, fully masked, or not finite",
     ),
 }
-"""Every number that describes one sample's attention in one layer, by name."""
+"""Every number that describes one sample and its attention in one layer, by name."""
 
-ALIGNMENT, ENTROPY = Column("alignment"), Column("entropy")
+CONFIDENCE, ALIGNMENT, ENTROPY = Column("confidence"), Column("alignment"), Column("entropy")
 
 INVALID_ROWS = Column("invalid_rows")
 """The one number that every sample has: its count is the number of samples."""
@@ -221,7 +229,7 @@ SCORES = {Column(name): statistic.range for name, statistic in STATISTICS.items(
 
 
 def sample_statistics(*rows: Rows) -> dict[Column, Tensor]:
-    """All numbers of a layer's samples, each ``(batch,)``, NaN where undefined.
+    """All numbers of the attention of a layer's samples, each ``(batch,)``, NaN where undefined.
 
     Parameters
     ----------
@@ -230,6 +238,8 @@ def sample_statistics(*rows: Rows) -> dict[Column, Tensor]:
     """
     by_level: dict[Level, dict[Column, Tensor]] = defaultdict(dict)
     for name, statistic in STATISTICS.items():
+        if statistic.function is None:
+            continue
         if statistic.levels == ("layer",):
             values = statistic.function(*rows)
             if values is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT
-from lightning_xattn.columns import ALIGNMENT, INVALID_ROWS, SCORES, STATISTICS, Column
+from lightning_xattn.columns import ALIGNMENT, CONFIDENCE, INVALID_ROWS, SCORES, STATISTICS, Column
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.summary import LayerSummary
 
@@ -45,12 +45,14 @@ def epoch_record(summary: LayerSummary, scope: str, curves: dict[str, float]) ->
     return record | {name.removeprefix("xattn_").replace(f"/{scope}/", "/"): value for name, value in curves.items()}
 
 
-def fusion_curves(summary: FusionSummary, scope: str, class_names: Sequence[str]) -> dict[str, float]:
-    """Scalars of what the modalities say and contribute, named as in ``epoch_curves``."""
+def fusion_curves(
+    summary: FusionSummary, scope: str, class_names: Sequence[str], has_attention: bool
+) -> dict[str, float]:
+    """Scalars of what the modalities say and contribute, named as in ``epoch_curves``, which has what both have."""
     curves = {}
     for name, value in _fusion_numbers(summary, class_names):
         topic, _, what = name.partition("/")
-        if math.isfinite(value):
+        if math.isfinite(value) and not (has_attention and what == f"{CONFIDENCE}_auroc"):
             curves[f"xattn_{topic}/{scope}/{what}"] = value
     return curves
 

@@ -27,7 +27,7 @@ from lightning_xattn.classes import (
     name_classes,
     own_class_names,
 )
-from lightning_xattn.columns import headline, sample_statistics, table_columns
+from lightning_xattn.columns import CONFIDENCE, headline, sample_statistics, table_columns
 from lightning_xattn.distributed import gather, process
 from lightning_xattn.errors import SettingError, check_whole_number
 from lightning_xattn.functional import prepare_rows
@@ -232,7 +232,11 @@ class Evaluation:
         for pair in batch.attention:
             rows = [prepare_rows(attention) for attention in pair.directions]
             statistics = sample_statistics(*rows)
-            if pair.layer not in self._accumulators:
+            known = self._accumulators.get(pair.layer)
+            if CONFIDENCE in known.layout.columns if known else labels.confidence is not None:
+                undefined = torch.full((len(batch),), torch.nan, device=batch.device)
+                statistics[CONFIDENCE] = undefined if labels.confidence is None else labels.confidence
+            if known is None:
                 layout = Layout.of(rows, statistics, n_classes, labels.group_noun)
                 self._accumulators[pair.layer] = LayerAccumulator(layout, batch.device)
             self._accumulators[pair.layer].update(rows, statistics, classes, outcomes, tied, labels.groups)

@@ -101,8 +101,16 @@ class StepRecorder:
         return None if first is None else (Step(outputs, batch, forward, len(first), first.device), ())
 
     def enter(self, labels: Labels) -> FusionInputs | None:
-        """What entered the fusion in this step; of a first step the labels help to find it."""
+        """What entered the fusion in this step; of a first step the labels help to find it.
+
+        Raises
+        ------
+        DiscoveryError
+            If a named argument is not there, or there is neither attention nor a fusion that is clear.
+        """
         inputs, messages = self.fusion.take(self._taken, self.layers, labels)
+        if inputs is None and not self._taken:
+            raise DiscoveryError(" ".join(messages))
         say = warn if self.fusion.is_named else tell
         say(messages)
         return inputs

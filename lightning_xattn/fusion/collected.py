@@ -40,6 +40,8 @@ class FusionPart:
     """What groups are called; None where they are not known: each sample is its own."""
     is_partial: bool
     """Whether samples were left out because too many numbers of tokens occur."""
+    left_out: int
+    """Samples that were left out because what enters the fusion is not finite."""
 
     def cpu(self) -> FusionPart:
         """The same on the CPU, to be sent to other processes."""
@@ -72,6 +74,7 @@ def merge_parts(parts: Sequence[FusionPart], sizes: tuple[int, int]) -> FusionPa
         tuple(smallest(several, sizes[1]) for several in by_kind.values()),
         parts[0].group_noun,
         any(part.is_partial for part in parts),
+        sum(part.left_out for part in parts),
     )
 
 
@@ -93,19 +96,20 @@ class Collected:
         self._modalities: tuple[str, ...] = ()
         self._group_noun: str | None = None
         self._is_partial = False
-        self._rows = 0
+        self._rows, self._left_out = 0, torch.tensor(0)
 
     def snapshot(self, device: torch.device | str | None = None) -> Collected:
         """What there is so far, there or on another device; adding more leaves it as it is."""
         other = copy(self)
         other._read = self._read.snapshot(device)
         other._exchanged = {kind: pool.snapshot(device) for kind, pool in self._exchanged.items()}
+        other._left_out = self._left_out.to(device)
         return other
 
     def load(self, part: FusionPart, rows: int) -> None:
         """Go on from what was collected of the same data set so far, in which so many samples came."""
         self._modalities, self._group_noun, self._is_partial = part.modalities, part.group_noun, part.is_partial
-        self._rows = rows
+        self._rows, self._left_out = rows, torch.tensor(part.left_out)
         self._read.add(part.rows)
         for of_geometry in part.geometries:
             self._exchanged.setdefault(_geometry_of(of_geometry), Pool(self._contribution_samples)).add(of_geometry)
@@ -134,6 +138,7 @@ class Collected:
         rows = {"hash": hashes, "fold": hashed(groups, _FOLDED) % FOLDS, "group": groups, **facts}
         rows["row"] = torch.arange(self._rows, self._rows + len(keys), device=keys.device)
         self._rows += len(keys)
+        self._left_out = self._left_out.to(keys.device) + (~finite).sum()
         self._read.add(rows | {f"features/{name}": one for name, one in features.items()})
         if inputs.spoken is not None and self._contribution_samples:
             self._keep_tokens(inputs, hashes, groups, inputs.spoken.values, inputs.spoken.logits)
@@ -157,7 +162,9 @@ class Collected:
             return None
         settled = [pool.settled() for pool in self._exchanged.values()]
         geometries = tuple(rows for rows in settled if rows is not None)
-        return FusionPart(self._modalities, _moved(rows), geometries, self._group_noun, self._is_partial)
+        return FusionPart(
+            self._modalities, _moved(rows), geometries, self._group_noun, self._is_partial, int(self._left_out)
+        )
 
 
 def _geometry_of(rows: Mapping[str, Tensor]) -> tuple[torch.Size, ...]:

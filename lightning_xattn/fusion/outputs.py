@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_xattn.functional import centred
@@ -47,7 +48,8 @@ def _agree(scores: Scores, labels: Labels, tensor: Tensor, samples: int) -> bool
         return False
     if labels.scores is not None:
         known = labels.scores.probabilities.to(scores.values.device)
-        return known.shape == scores.values.shape and bool(((scores.probabilities - known).abs() < CLOSE).all())
+        same = known.shape == scores.values.shape
+        return same and torch.allclose(scores.probabilities, known, rtol=0, atol=CLOSE, equal_nan=True)
     fits = labels.predicted is not None and labels.n_classes in (None, scores.values.shape[1])
     clear = labels.confidence is not None or are_clear(tensor, samples)
     return fits and clear and labels.predicted is not None and scores.tell(labels.predicted, labels.confidence)

@@ -121,7 +121,7 @@ class FusionRecorder:
         self._around: nn.Module | None = None
         self._read: ReadOutput | None = None
         self._carrier: Carrier | None = None
-        self._hooks = ExitStack()
+        self._hooks, self._hooked = ExitStack(), False
         self._running: list[_Seen] = []
         self._seen: list[_Seen] = []
         self._calls: list[Call] = []
@@ -136,12 +136,7 @@ class FusionRecorder:
     def __enter__(self) -> FusionRecorder:
         self.close()
         self.clear()
-        with ExitStack() as hooks:
-            if self.entrance is not None:
-                self._hook(hooks)
-            elif not self._given_up:
-                self._hook_all(hooks)
-            self._hooks = hooks.pop_all()
+        self._attach()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -150,6 +145,7 @@ class FusionRecorder:
     def close(self) -> None:
         """Remove every hook. What was kept of the step stays until ``clear``."""
         self._hooks.close()
+        self._hooked = False
 
     def clear(self) -> None:
         """Forget the step."""
@@ -166,7 +162,7 @@ class FusionRecorder:
             runs = self._possible((), ()) or []
             entrance, calls = (runs[0][1], [runs[0][0].call]) if runs else (None, [])
         else:
-            entrance, calls = self.entrance, self._calls
+            entrance, calls = self.entrance, self._calls if len(self._calls) == 1 else []
         return entrance.tokens(calls[0], next(iter(entrance.places)))[0] if entrance is not None and calls else None
 
     def take(
@@ -190,6 +186,9 @@ class FusionRecorder:
             return None, []
         if self.entrance is None:
             messages = list(self._find(attention, layers, labels))
+            if self._hooked:  # from now on only what is needed
+                self._hooks.close()
+                self._attach()
             if self.entrance is None:
                 return None, messages
         else:
@@ -220,6 +219,15 @@ class FusionRecorder:
         if self._carrier is None or self.entrance is None or self._fusion is None or self._read is None:
             raise ReplayError(self.problem or "the fusion did not run")
         return Replay(self._fusion, self.entrance.axes, self._carrier, self._read)
+
+    def _attach(self) -> None:
+        with ExitStack() as hooks:
+            if self.entrance is not None:
+                self._hook(hooks)
+            elif not self._given_up:
+                self._hook_all(hooks)
+            self._hooks = hooks.pop_all()
+            self._hooked = True
 
     def _inputs(self, entrance: Entrance, call: Call) -> FusionInputs:
         tokens = {name: entrance.tokens(call, name) for name in entrance.places}
@@ -298,9 +306,15 @@ class FusionRecorder:
         possible = self._possible(attention, layers)
         if possible is None:
             return
-        if not possible:
+        runs = sum(run.path == self._named for run in self._seen)
+        if not possible or runs > 1:
             self._given_up = True
-            yield self._say_unclear(attention, layers)
+            yield (
+                f"The fusion '{self._named}' runs {runs} times in a step, so it is not clear what enters it. Name a "
+                "module that runs once."
+                if runs > 1
+                else self._say_unclear(attention, layers)
+            )
             return
         problems = []
         for run, entrance in possible:
@@ -313,13 +327,8 @@ class FusionRecorder:
             break
         else:
             run, entrance = possible[0]
-            self.problem = problem = problems[0]
+            self.problem = problems[0]
         self.entrance, self._fusion, self._calls = entrance, run.module, [run.call]
-        if self._carrier is None:
-            yield (
-                f"What lies behind the fusion {entrance} cannot be replayed with the modalities exchanged: {problem}. "
-                "So it cannot be told what each modality contributes; what it says by itself can."
-            )
 
     def _possible(
         self, attention: Sequence[AttentionPair], layers: Sequence[Layer]

@@ -258,7 +258,7 @@ class Replay:
 def gives_back(intact: Spoken, again: Spoken, is_half: bool) -> bool:
     """Whether a replay said the same, within what rounding does."""
     tolerance = CLOSE_IN_HALF if is_half else CLOSE
-    return bool(((intact.values - again.values).abs() <= tolerance * (1 + intact.values.abs())).all())
+    return torch.allclose(again.values, intact.values, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def _is_half(tokens: Iterable[Tensor], carrier: Carrier) -> bool:

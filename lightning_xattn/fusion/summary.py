@@ -73,10 +73,12 @@ class FusionSummary:
         By modality, why it cannot be read.
     uncontributed
         Why contributions cannot be told; "" where they can.
+    left_out
+        Samples that are left out because what enters the fusion is not finite.
     """
 
     def __init__(self, part: FusionPart, n_classes: int, contributions: Contributions | str) -> None:
-        self.modalities, self.group_noun = part.modalities, part.group_noun
+        self.modalities, self.group_noun, self.left_out = part.modalities, part.group_noun, part.left_out
         self.n_classes = n_classes
         rows = part.rows
         self._rows = rows

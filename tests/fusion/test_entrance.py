@@ -1,0 +1,202 @@
+"""Where the modalities enter the fusion: found where it is clear, named where it is not."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.errors import DiscoveryError, SettingError, XAttnWarning
+from tests.fusion.models import Concatenation, Fusion, TwoStreams, loader_of, said_data
+from tests.messages import tells
+from tests.toy import quiet_trainer
+
+DATA, _ = said_data(40)
+
+
+def look(module, **settings):
+    """The callback after a validation."""
+    watch = AttentionExplainabilityCallback(**settings)
+    quiet_trainer(callbacks=[watch]).validate(module, loader_of(DATA), verbose=False)
+    return watch
+
+
+def said_of(infos):
+    return next(said for said in infos.messages if said.startswith("AttentionExplainabilityCallback takes"))
+
+
+class Renamed(TwoStreams):
+    """A fusion whose arguments are called and passed otherwise."""
+
+    def __init__(self, fusion, call):
+        super().__init__(fusion)
+        self.call = call
+
+    def forward(self, left, right):
+        return self.head(self.call(self.fusion, self.left(left), self.right(right)))
+
+
+class ByNumbers(Fusion):
+    def forward(self, first, second):
+        return super().forward(first, second)
+
+
+class OfDict(Fusion):
+    def forward(self, tokens):
+        return super().forward(tokens["left"], tokens["right"])
+
+
+class OfPair(Fusion):
+    def forward(self, pair, *, scale):
+        return super().forward(*pair) * scale
+
+
+class TokensFirst(Fusion):
+    def forward(self, left, right):
+        return super().forward(left.transpose(0, 1), right.transpose(0, 1))
+
+
+class Nested(nn.Module):
+    """The fusion inside of one that gets the same tokens: the nearest is taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Fusion()
+
+    def forward(self, left, right):
+        return self.inner(left, right)
+
+
+@pytest.mark.parametrize(
+    ("fusion", "call", "where"),
+    [
+        (Fusion(), lambda fusion, left, right: fusion(left, right), "fusion"),
+        (Fusion(), lambda fusion, left, right: fusion(right=right, left=left), "fusion"),
+        (ByNumbers(), lambda fusion, left, right: fusion(left, right), "fusion"),
+        (OfDict(), lambda fusion, left, right: fusion({"left": left, "right": right}), "fusion"),
+        (OfPair(), lambda fusion, left, right: fusion((left, right), scale=2.0), "fusion"),
+        (TokensFirst(), lambda fusion, left, right: fusion(left.transpose(0, 1), right.transpose(0, 1)), "fusion"),
+        (Nested(), lambda fusion, left, right: fusion(left, right), "fusion.inner"),
+    ],
+    ids=["position", "keyword", "numbers", "dict", "tuple", "tokens first", "nested"],
+)
+def test_it_is_found(fusion, call, where, infos):
+    torch.manual_seed(0)
+    watch = look(Renamed(fusion, call))
+    assert f"what enters '{where}' as left and right" in said_of(infos)
+    summary = watch.fusion_summaries["val"]
+    assert summary.modalities == ("left", "right")
+    assert not summary.uncontributed
+    # The left tokens say the target; the features that are read are those of the left encoder.
+    assert summary.estimate("right/left").mean > 0.9
+
+
+def test_equal_numbers_of_tokens_are_told_apart_by_name_alone(infos):
+    class Alike(TwoStreams):
+        def forward(self, one, other):
+            return self.head(self.fusion(self.left(one), self.right(other)[:, :5]))
+
+    look(Alike())
+    assert "what enters 'fusion' as left and right" in said_of(infos)
+    infos.clear()
+    paths = {"left_to_right": "fusion.left_to_right", "right_to_left": "fusion.right_to_left"}
+    watch = look(Alike(ByNumbers()), attention=paths)
+    assert not watch.fusion_summaries
+    unclear = next(said for said in infos.messages if "cannot be told" in said)
+    assert all(fact in unclear for fact in ("left and right", "'fusion'", "first (16, 5, 12)", "modalities="))
+
+
+def test_what_is_not_clear_can_be_named(infos):
+    class Alike(TwoStreams):
+        def forward(self, left, right):
+            return self.head(self.fusion(self.left(left), self.right(right)[:, :5]))
+
+    watch = look(Alike(ByNumbers()), fusion="fusion", modalities={"sound": "first", "sight": 1})
+    assert watch.fusion_summaries["val"].modalities == ("sound", "sight")
+    assert "what enters 'fusion' as sound and sight" in said_of(infos)
+
+
+def test_a_model_without_attention_needs_a_name():
+    with pytest.raises(DiscoveryError, match="No cross-attention ran"):
+        look(TwoStreams(Concatenation()))
+    watch = look(TwoStreams(Concatenation()), fusion="fusion", modalities={"left": 0, "right": 1})
+    summary = watch.fusion_summaries["val"]
+    assert summary.estimate("right/left").mean > 0.9
+    assert not summary.uncontributed
+    assert watch.summaries == {}
+    assert watch.history[0]["reading/left"] == pytest.approx(summary.estimate("right/left").mean)
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts"),
+    [
+        ({"fusion": "fusion.none"}, ["fusion.none", "'fusion'"]),
+        ({"fusion": "fusion", "modalities": {"left": 0, "right": "rigth"}}, ["'rigth'", "left", "(16, 7, 12)"]),
+        ({"fusion": "fusion", "modalities": {"left": 0, "right": 5}}, ["5", "(16, 7, 12)"]),
+    ],
+)
+def test_names_of_what_is_not_there(settings, facts):
+    with pytest.raises(DiscoveryError, match=tells(*facts)):
+        look(TwoStreams(Concatenation()), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts"),
+    [
+        ({"modalities": {"left": 0, "right": 1}}, ["fusion="]),
+        ({"fusion": "f", "modalities": {"left": 0}}, ["2 to 4"]),
+        ({"fusion": "f", "modalities": {"left": 0, "right": 0}}, ["each argument once"]),
+        ({"fusion": "f", "modalities": {"left/x": 0, "right": 1}}, ["no '/'"]),
+        ({"fusion": "f", "modalities": {"left": 0.5, "right": 1}}, ["0.5"]),
+        ({"fusion": 3}, ["3"]),
+        ({"contribution_samples": -1}, ["contribution_samples", "-1"]),
+        ({"max_samples": 0}, ["max_samples", "0"]),
+    ],
+)
+def test_settings_that_say_nothing(settings, facts):
+    with pytest.raises(SettingError, match=tells(*facts)):
+        AttentionExplainabilityCallback(**settings)
+
+
+def test_a_fusion_that_runs_twice_in_a_step_is_none(infos):
+    class Twice(TwoStreams):
+        def forward(self, left, right):
+            left, right = self.left(left), self.right(right)
+            return self.head(self.fusion(left, right) + self.fusion(left.flip(1), right))
+
+    settings = {"fusion": "fusion", "modalities": {"left": 0, "right": 1}}
+    with pytest.raises(DiscoveryError, match="The fusion 'fusion' runs 2 times in a step"):
+        look(Twice(Concatenation()), **settings)
+
+    class TwiceBeside(TwoStreams):
+        def __init__(self):
+            super().__init__()
+            self.beside = Concatenation()
+
+        def forward(self, left, right):
+            left, right = self.left(left), self.right(right)
+            beside = self.beside(left, right) + self.beside(left.flip(1), right)
+            return self.head(self.fusion(left, right) + beside)
+
+    with pytest.warns(XAttnWarning, match="The fusion 'beside' runs 2 times in a step"):
+        watch = look(TwiceBeside(), **settings | {"fusion": "beside"})
+    assert not watch.fusion_summaries
+    assert watch.summaries["val"].samples == 40
+
+
+def test_padding_is_not_read_and_masks_go_with_their_modality():
+    """The hidden tokens hold numbers that would drown the others; a mask of another sample would change the outputs."""
+
+    class Padded(TwoStreams):
+        def forward(self, left, right):
+            real = left[..., 2] > -50
+            return self.head(self.fusion(self.left(left), self.right(right), left_mask=real))
+
+    left, right, target, ids = (one.clone() for one in DATA.tensors)
+    for i in range(len(left)):
+        left[i, 5 - i % 4 :] = torch.tensor([37.0 * (i % 7), -20.0 * (i % 3), -100.0])
+    watch = AttentionExplainabilityCallback()
+    data = torch.utils.data.TensorDataset(left, right, target, ids)
+    quiet_trainer(callbacks=[watch]).validate(Padded(), loader_of(data), verbose=False)
+    summary = watch.fusion_summaries["val"]
+    assert summary.estimate("right/left").mean > 0.9
+    assert not summary.uncontributed
