@@ -234,8 +234,6 @@ class AttentionExplainabilityCallback(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's curves and figures."""
         if self._recording and not trainer.sanity_checking:
-            if self._table is not None:
-                self._table.close()
             self._log_epoch(trainer, pl_module)
         self._stop()
 
@@ -267,15 +265,19 @@ class AttentionExplainabilityCallback(Callback):
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._recorder is not None
         first = None
-        for number, summary in summarise(self._evaluations, self._recorder):
+        summaries = dict(summarise(self._evaluations, self._recorder))
+        if self._table is not None:
+            of_fusion = {number: one.fusion for number, one in summaries.items() if one.fusion is not None}
+            self._table.close({number: one.columns_of(trainer.global_rank) for number, one in of_fusion.items()})
+        for number, summary in summaries.items():
             classes = name_in_curves(self._evaluations[number].classes or (), self.settings.group_by)
-            of_fusion: dict[str, Any] = {}
+            said: dict[str, Any] = {}
             if summary.fusion is not None:
                 scope = scope_of(trainer, self, AttentionExplainabilityCallback, number, "")
                 curves = fusion_curves(summary.fusion, scope, classes, has_attention=bool(summary.layers))
                 pl_module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
                 self.fusion_summaries[scope] = summary.fusion
-                of_fusion = fusion_record(summary.fusion, scope, curves, classes)
+                said = fusion_record(summary.fusion, scope, curves, classes)
                 tell(self._checks.of_fusion(summary.fusion))
             for layer, of_layer in summary.layers.items():
                 first = first or layer
@@ -283,10 +285,10 @@ class AttentionExplainabilityCallback(Callback):
                     trainer, self, AttentionExplainabilityCallback, number, "" if layer == first else layer
                 )
                 self._log_layer(trainer, pl_module, number, layer, of_layer, scope)
-                self.history[-1] |= of_fusion
-                of_fusion = {}
-            if of_fusion:  # of a model without cross-attention
-                self.history.append(moment(trainer) | {"dataloader": number, "layer": None} | of_fusion)
+                self.history[-1] |= said
+                said = {}
+            if said:  # of a model without cross-attention
+                self.history.append(moment(trainer) | {"dataloader": number, "layer": None} | said)
                 first = ""
         if first is None:
             warn(self._checks.of_nothing(stage_of(trainer)))

@@ -73,8 +73,9 @@ class Statistic:
     """What a number is, and where it is shown."""
 
     function: Callable[..., Tensor | None] | None
-    """None: it is not of the attention, but of the labels. For the layer alone: of its one or two directions, ``(batch,)``, or None where they do not have it. Else of the
-    ``Rows`` of a direction, ``(batch, heads)`` or ``(batch,)``; the layer's is then the mean of its directions'."""
+    """For the layer alone: of its one or two directions, ``(batch,)``, or None where they do not have it. Else of the
+    ``Rows`` of a direction, ``(batch, heads)`` or ``(batch,)``; the layer's is then the mean of its directions'. None:
+    it is not of the attention but of the labels."""
     levels: tuple[Level, ...]
     """Of what there is a column: the layer, each direction, each head. A direction's is the mean of its heads'."""
     range: tuple[float, float]
@@ -223,6 +224,9 @@ CONFIDENCE, ALIGNMENT, ENTROPY = Column("confidence"), Column("alignment"), Colu
 
 INVALID_ROWS = Column("invalid_rows")
 """The one number that every sample has: its count is the number of samples."""
+
+NUMBER = "sample_idx"
+"""The column of the sample table that says which sample, from 0 on, of its process and evaluation a row is of."""
 
 SCORES = {Column(name): statistic.range for name, statistic in STATISTICS.items() if statistic.compared}
 """What is compared between correct and incorrect predictions, with the ranges of the histograms."""

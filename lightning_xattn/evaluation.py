@@ -27,7 +27,7 @@ from lightning_xattn.classes import (
     name_classes,
     own_class_names,
 )
-from lightning_xattn.columns import CONFIDENCE, headline, sample_statistics, table_columns
+from lightning_xattn.columns import CONFIDENCE, NUMBER, headline, sample_statistics, table_columns
 from lightning_xattn.distributed import gather, process
 from lightning_xattn.errors import SettingError, check_whole_number
 from lightning_xattn.functional import prepare_rows
@@ -214,61 +214,66 @@ class Evaluation:
             Where its samples stand in the data set, see ``own_places``; others are left out, as another process has
             them. None: all samples, which follow on those before.
         """
+        numbers = torch.arange(self._seen, self._seen + len(batch), device=batch.device)
         places = range(self._seen, self._seen + len(batch)) if places is None else places
         self._seen, self.repeats = self._seen + len(batch), self.repeats + len(batch) - len(places)
         batch = batch[: len(places)]
         labels, n_classes = batch.labels, len(self.classes or ())
         classes, outcomes, tied = classify(labels, self._settings.group_by, n_classes, len(batch), batch.device)
-        about = {
+        about: dict[str, Any] = {
             "target": labels.target,
             "prediction": labels.predicted,
             "confidence": labels.confidence,
             "correct": outcomes,
             "tied": tied,
+            NUMBER: numbers[: len(batch)],
         }
+        ids = {"sample_id": labels.sample_ids, "group": labels.group_ids}
         if batch.inputs is not None and len(batch):
-            self._collect(batch, batch.inputs, classes, outcomes, places)
-        table = []
+            self._collect(batch, batch.inputs, about, classes, places)
+        table = [] if batch.attention else [about | {"layer": None} | ids]
         for pair in batch.attention:
             rows = [prepare_rows(attention) for attention in pair.directions]
-            statistics = sample_statistics(*rows)
-            known = self._accumulators.get(pair.layer)
-            if CONFIDENCE in known.layout.columns if known else labels.confidence is not None:
-                undefined = torch.full((len(batch),), torch.nan, device=batch.device)
-                statistics[CONFIDENCE] = undefined if labels.confidence is None else labels.confidence
-            if known is None:
+            statistics = sample_statistics(*rows) | {CONFIDENCE: _filled(labels.confidence, torch.nan, batch)}
+            if pair.layer not in self._accumulators:
                 layout = Layout.of(rows, statistics, n_classes, labels.group_noun)
                 self._accumulators[pair.layer] = LayerAccumulator(layout, batch.device)
             self._accumulators[pair.layer].update(rows, statistics, classes, outcomes, tied, labels.groups)
             undefined = statistics[headline(statistics)].isnan()
-            where = {"layer": pair.layer, "sample_id": labels.sample_ids, "group": labels.group_ids}
-            table.append(about | {"undefined": undefined} | table_columns(statistics) | where)
+            layer = {"undefined": undefined, "layer": pair.layer}
+            table.append(about | table_columns(statistics) | layer | ids)
         return table
 
     def _collect(
-        self, batch: BatchResult, inputs: FusionInputs, classes: Tensor, outcomes: Tensor, places: Sequence[int]
+        self,
+        batch: BatchResult,
+        inputs: FusionInputs,
+        about: Mapping[str, Any],
+        classes: Tensor,
+        places: Sequence[int],
     ) -> None:
-        labels, device = batch.labels, batch.device
-        ids = group_keys(places if labels.sample_ids is None else labels.sample_ids, device)
-        unknown, undefined = (
-            torch.full((len(batch),), -1, device=device),
-            torch.full((len(batch),), torch.nan, device=device),
-        )
+        labels = batch.labels
+        keys = group_keys(places if labels.sample_ids is None else labels.sample_ids, batch.device)
         facts = {
             "class": classes,
-            "outcome": outcomes,
-            "predicted": unknown if labels.predicted is None else labels.predicted,
-            "target": unknown if labels.target is None else labels.target,
-            "confidence": undefined if labels.confidence is None else labels.confidence,
+            "correct": about["correct"],
+            NUMBER: about[NUMBER],
+            "process": torch.full_like(classes, process()[0]),
+            "target": _filled(labels.target, -1, batch),
+            "prediction": _filled(labels.predicted, -1, batch),
+            "confidence": _filled(labels.confidence, torch.nan, batch),
         }
-        self.collected.add(inputs, ids, labels.groups, labels.group_noun, facts)
+        self.collected.add(inputs, keys, labels.groups, labels.group_noun, facts)
 
     def sums(self) -> dict[str, LayerSums]:
         """By layer, what there is so far; ``add`` leaves these tensors as they are."""
         return {layer: accumulator.sums() for layer, accumulator in self._accumulators.items()}
 
-    def load(self, sums: Mapping[str, LayerSums], collected: Collected, device: torch.device | str) -> None:
-        """Go on from what there is of the same data set so far, with batches on this device."""
+    def load(
+        self, samples: int, sums: Mapping[str, LayerSums], collected: Collected, device: torch.device | str
+    ) -> None:
+        """Go on from what there is of so many samples of the same data set, with batches on this device."""
+        self._seen = samples
         self.collected = collected.snapshot(device)
         self._accumulators = {layer: LayerAccumulator.of(of_layer, device) for layer, of_layer in sums.items()}
         if self.classes and any(of_layer.layout.n_classes == 0 for of_layer in sums.values()):
@@ -292,7 +297,7 @@ class Evaluation:
     def summary(self, recorder: StepRecorder, parts: Sequence[Part] | None = None) -> EvaluationSummary:
         """What the sums say of each layer and of the fusion.
 
-        Where there are several processes and contributions are measured, one collective, which each must reach.
+        Where there are several processes and contributions are measured, two collectives, which each must reach.
 
         Parameters
         ----------
@@ -327,10 +332,15 @@ class Evaluation:
         return FusionSummary(part, len(self.classes or ()), found)
 
 
+def _filled(values: Tensor | None, otherwise: float, batch: BatchResult) -> Tensor:
+    """Labels of a batch, or the same value for all of its samples."""
+    return torch.full((len(batch),), otherwise, device=batch.device) if values is None else values
+
+
 def summarise(evaluations: Mapping[int, Evaluation], recorder: StepRecorder) -> Iterator[tuple[int, EvaluationSummary]]:
     """Merge the evaluations of all processes: dataloader and summary, in one order on each of them.
 
-    A collective, and one for each dataloader whose contributions are measured, which every process must reach.
+    A collective, and two for each dataloader whose contributions are measured, which every process must reach.
 
     Parameters
     ----------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,12 +16,18 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from lightning_xattn.aggregation import CORRECT, UNKNOWN
+from lightning_xattn.columns import NUMBER
+from lightning_xattn.files import complete_or_absent
 from lightning_xattn.group_keys import plain_id
 from lightning_xattn.messages import warn
 
 Value = TypeVar("Value")
 
+LateColumns = tuple[Tensor, Mapping[str, Tensor]]
+"""What is known of samples only when an evaluation has ended: their numbers, and by name a value of each."""
+
 TYPES = {
+    "layer": pa.string(),
     "sample_id": pa.string(),
     "group": pa.string(),
     "target": pa.int64(),
@@ -76,8 +82,13 @@ class SampleTable:
         if sum(_count_rows_of(waiting) for waiting in self._waiting) >= ROWS_IN_MEMORY:
             self._write()
 
-    def close(self) -> list[Path]:
+    def close(self, late: Mapping[int | None, LateColumns] | None = None) -> list[Path]:
         """Write what is waiting and let the file appear; a table without rows leaves no file.
+
+        Parameters
+        ----------
+        late
+            By dataloader, what is added to the rows.
 
         Returns
         -------
@@ -87,6 +98,9 @@ class SampleTable:
         self._write()
         for writer, path in self._writers.values():
             writer.close()
+            if late:
+                with complete_or_absent(_part(path)) as more:
+                    add_columns(_part(path), more, late)
             _part(path).replace(path)
         paths = [path for _, path in self._writers.values()]
         self._writers = {}
@@ -128,9 +142,9 @@ class TrainingTable(SampleTable):
         """As of ``SampleTable``."""
         self._attempt(partial(super().add, columns))
 
-    def close(self) -> list[Path]:
+    def close(self, late: Mapping[int | None, LateColumns] | None = None) -> list[Path]:
         """As of ``SampleTable``; no files where it failed."""
-        return self._attempt(super().close) or []
+        return self._attempt(partial(super().close, late)) or []
 
     def _attempt(self, write: Callable[[], Value]) -> Value | None:
         try:
@@ -140,6 +154,45 @@ class TrainingTable(SampleTable):
             self.discard()
             self._failed = True
             return None
+
+
+def add_columns(source: Path, target: Path, late: Mapping[int | None, LateColumns]) -> None:
+    """Copy a file of rows with further columns, or others in the place of those of these names.
+
+    Parameters
+    ----------
+    source, target
+        The file, and where the copy goes.
+    late
+        By dataloader, or of None where the file has no such column.
+    """
+    places = {key: {number: i for i, number in enumerate(numbers.tolist())} for key, (numbers, _) in late.items()}
+    values = {key: {name: _late(one) for name, one in columns.items()} for key, (_, columns) in late.items()}
+    types = {
+        name: pa.float32() if one.is_floating_point() else pa.int64()
+        for _, columns in late.values()
+        for name, one in columns.items()
+    }
+    with ExitStack() as files:
+        rows, writer = files.enter_context(pq.ParquetFile(source)), None
+        for group in range(rows.num_row_groups):
+            table = rows.read_row_group(group)
+            keys = table["dataloader"].to_pylist() if "dataloader" in table.column_names else [None] * len(table)
+            at = [
+                (key, places.get(key, {}).get(number))
+                for key, number in zip(keys, table[NUMBER].to_pylist(), strict=True)
+            ]
+            table = table.drop_columns([name for name in types if name in table.column_names])
+            for name, kind in types.items():
+                column = [None if place is None else values[key][name][place] for key, place in at]
+                table = table.append_column(name, pa.array(column, kind))
+            writer = writer or files.enter_context(pq.ParquetWriter(target, table.schema))
+            writer.write_table(table)
+
+
+def _late(values: Tensor) -> list[Any]:
+    """Undefined numbers, and class ids below 0, as missing."""
+    return [None if value != value or (isinstance(value, int) and value < 0) else value for value in values.tolist()]
 
 
 def count_rows(path: Path) -> int | None:

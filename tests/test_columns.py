@@ -78,7 +78,7 @@ def test_reports_show_directions_where_there_are_any():
 
 
 def test_what_is_compared_has_a_number_of_the_layer_and_a_range_for_its_histogram():
-    assert list(map(str, SCORES)) == ["alignment", "entropy"]
+    assert list(map(str, SCORES)) == ["confidence", "alignment", "entropy"]
     for score, ends in SCORES.items():
         assert "layer" in STATISTICS[score.statistic].levels
         assert all(map(math.isfinite, ends))

@@ -28,14 +28,14 @@ ROOMS = {
     "aggregation": {"attention", "columns", "errors", "functional", "groups"},
     "summary": {"aggregation", "attention", "columns", "functional", "group_keys"},
     "fusion": {
-        *("aggregation", "attention", "capture", "distributed", "errors", "functional", "group_keys", "labels"),
-        *("summary",),
+        *("aggregation", "attention", "capture", "columns", "distributed", "errors", "functional", "group_keys"),
+        *("labels", "summary"),
     },
     "recording": {"attention", "capture", "errors", "fusion", "labels", "messages"},
     "results": {"attention", "errors", "functional", "fusion", "labels", "summary"},
     "classes": {"aggregation", "errors", "labels", "messages"},
     "checks": {"attention", "capture", "columns", "fusion", "messages", "summary"},
-    "table": {"aggregation", "group_keys", "messages"},
+    "table": {"aggregation", "columns", "files", "group_keys", "messages"},
     "evaluation": {
         *("aggregation", "attention", "capture", "checks", "classes", "columns", "distributed", "errors", "functional"),
         *("fusion", "group_keys", "labels", "messages", "recording", "results", "summary"),

@@ -214,6 +214,7 @@ class ExplainabilityCapture:
             self._recorder.fusion.begin()
             run.run(loader, progress)
             explained = evaluation.summary(self._recorder)
+            run.finish(explained.fusion)
         warn(self._checks.of_directions(self._recorder.layers))
         for layer, summary in explained.layers.items():
             warn(self._checks.of_epoch(layer, summary))

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pytorch_lightning.utilities import rank_zero_info
 from tqdm import tqdm
 
@@ -15,6 +14,7 @@ from lightning_xattn.aggregation import LayerSums
 from lightning_xattn.errors import DataError, XAttnError
 from lightning_xattn.evaluation import Evaluation
 from lightning_xattn.fusion.collected import Collected
+from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.labels import Step
 from lightning_xattn.results import BatchResult
 
@@ -67,7 +67,7 @@ class LoaderRun:
         self._done = _Done(0, 0, {}, collected, [])
         if folder is not None:
             if folder.fusion is not None:
-                collected.load(folder.fusion, folder.samples)
+                collected.load(folder.fusion)
             self._done = _Done(folder.batches, folder.samples, folder.sums, collected, [])
         self._reached = 0
 
@@ -92,8 +92,8 @@ class LoaderRun:
                         return
             if self._reached < self._done.batches:
                 raise DataError(f"The loader ends here; the folder has {self._done.batches} batches of it.")
-            if self._reached:
-                self._save(finished=True)
+            if self._done.batches > (0 if self._folder is None else self._folder.batches):
+                self._save()
         except BaseException as error:
             kept = self._keep()
             if isinstance(error, XAttnError):
@@ -104,6 +104,11 @@ class LoaderRun:
         if not self._reached:
             raise DataError("The loader is empty: it yields no batch, so there is nothing to explain.")
 
+    def finish(self, fusion: FusionSummary | None) -> None:
+        """Add to the folder what is known of its samples now that the loader has ended."""
+        if self._folder is not None and not self._folder.finished:
+            self._folder.finish(None if fusion is None else fusion.columns_of(0))
+
     def _take(self, batch: Any) -> None:
         if self._reached == 0:
             # Looked at in every run: where labels are found is decided here, and whether the folder is this loader's.
@@ -113,7 +118,8 @@ class LoaderRun:
                 self.token_counts = first[1].attention[0].forward.token_counts
             if self._folder is not None:
                 self._folder.check_first(first[1])
-            self._evaluation.load(self._done.sums, self._done.collected, first[1].device)
+            done = self._done
+            self._evaluation.load(done.samples, done.sums, done.collected, first[1].device)
             runs = chain([first], runs)
         elif self._reached >= self._done.batches:
             runs = self._observe(batch)
@@ -123,8 +129,7 @@ class LoaderRun:
     def _add(self, results: Iterable[BatchResult]) -> None:
         done, rows, samples = self._done, [], self._done.samples
         for result in results:
-            places = torch.arange(samples, samples + len(result))
-            rows += [columns | {"sample_idx": places} for columns in self._evaluation.add(result)]
+            rows += self._evaluation.add(result)
             samples += len(result)
             if self._evaluation.finder.has_several:
                 self._evaluation.drop_targets()
@@ -135,10 +140,10 @@ class LoaderRun:
         if self._folder is not None and self._done.batches - self._folder.batches >= BATCHES_A_PART:
             self._save()
 
-    def _save(self, finished: bool = False) -> None:
+    def _save(self) -> None:
         if self._folder is not None:
             done = self._done
-            self._folder.save(done.batches, done.samples, done.sums, done.collected.part(), done.rows, finished)
+            self._folder.save(done.batches, done.samples, done.sums, done.collected.part(), done.rows)
             self._done = replace(self._done, rows=[])
 
     def _keep(self) -> str:

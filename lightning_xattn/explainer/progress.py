@@ -20,7 +20,7 @@ from lightning_xattn.fusion.collected import FusionPart
 from lightning_xattn.group_keys import plain_id
 from lightning_xattn.groups import GroupSums
 from lightning_xattn.results import BatchResult
-from lightning_xattn.table import SampleTable, count_rows
+from lightning_xattn.table import LateColumns, SampleTable, add_columns, count_rows
 
 FILE = "_progress.pt"
 """Readers of Parquet folders pass over names that begin with an underscore."""
@@ -164,6 +164,17 @@ class ExplainedFolder:
             # Whatever went wrong and wherever: what the file with the sums says is what there is.
             table.discard()
             self._load()
+
+    def finish(self, late: LateColumns | None) -> None:
+        """Add what is known of the samples at the end to their rows; then there is nothing to go on with.
+
+        A run that is killed meanwhile adds the same once more.
+        """
+        for path in (self.folder / name for name in self._parts):
+            if late is not None:
+                with complete_or_absent(path) as part:
+                    add_columns(path, part, {None: late})
+        self.save(self.batches, self.samples, self.sums, self.fusion, (), finished=True)
 
     def _read(self) -> dict[str, Any]:
         path = self.folder / FILE

@@ -31,8 +31,7 @@ class FusionPart:
 
     modalities: tuple[str, ...]
     rows: Rows
-    """Of the samples that are read: "hash", "row" (its number in this process), "fold", "group", "class", "outcome",
-    "predicted", "target", "confidence" and "features/<modality>"."""
+    """Of the samples that are read: "hash", "fold", "group", "features/<modality>" and what else is kept of each."""
     geometries: tuple[Rows, ...]
     """Of those that are exchanged, by the numbers of their tokens: "hash", "group", "values", "logits" and
     "tokens/<modality>/<number>"."""
@@ -50,7 +49,7 @@ class FusionPart:
     def without_labels(self) -> FusionPart:
         """The same without classes and outcomes."""
         unknown = {name: torch.full_like(self.rows[name], -1) for name in ("class", "target")}
-        return replace(self, rows=self.rows | unknown | {"outcome": torch.full_like(self.rows["outcome"], UNKNOWN)})
+        return replace(self, rows=self.rows | unknown | {"correct": torch.full_like(self.rows["correct"], UNKNOWN)})
 
 
 def merge_parts(parts: Sequence[FusionPart], sizes: tuple[int, int]) -> FusionPart:
@@ -96,7 +95,7 @@ class Collected:
         self._modalities: tuple[str, ...] = ()
         self._group_noun: str | None = None
         self._is_partial = False
-        self._rows, self._left_out = 0, torch.tensor(0)
+        self._left_out = torch.tensor(0)
 
     def snapshot(self, device: torch.device | str | None = None) -> Collected:
         """What there is so far, there or on another device; adding more leaves it as it is."""
@@ -106,10 +105,10 @@ class Collected:
         other._left_out = self._left_out.to(device)
         return other
 
-    def load(self, part: FusionPart, rows: int) -> None:
-        """Go on from what was collected of the same data set so far, in which so many samples came."""
+    def load(self, part: FusionPart) -> None:
+        """Go on from what was collected of the same data set so far."""
         self._modalities, self._group_noun, self._is_partial = part.modalities, part.group_noun, part.is_partial
-        self._rows, self._left_out = rows, torch.tensor(part.left_out)
+        self._left_out = torch.tensor(part.left_out)
         self._read.add(part.rows)
         for of_geometry in part.geometries:
             self._exchanged.setdefault(_geometry_of(of_geometry), Pool(self._contribution_samples)).add(of_geometry)
@@ -136,8 +135,6 @@ class Collected:
         finite = torch.stack([one.isfinite().all(1) for one in features.values()]).all(0)
         hashes = torch.where(finite, hashed(keys, _CHOSEN), NOT_KEPT)
         rows = {"hash": hashes, "fold": hashed(groups, _FOLDED) % FOLDS, "group": groups, **facts}
-        rows["row"] = torch.arange(self._rows, self._rows + len(keys), device=keys.device)
-        self._rows += len(keys)
         self._left_out = self._left_out.to(keys.device) + (~finite).sum()
         self._read.add(rows | {f"features/{name}": one for name, one in features.items()})
         if inputs.spoken is not None and self._contribution_samples:

@@ -126,7 +126,7 @@ def contributions(
 ) -> Contributions | str:
     """Exchange the modalities of samples with those of partners, and play the game; or say why not.
 
-    Where there are several processes each replays its share: one collective, which each must reach.
+    Where there are several processes each replays its share: two collectives, which each must reach.
 
     Parameters
     ----------
@@ -182,28 +182,38 @@ def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], par
 
 
 def _shared(source: TokenSource, fusion: FusionRecorder, jobs: Sequence[_Jobs]) -> list[Spoken]:
-    """What the model says of each job's pairs, each process having replayed its share; the first job is intact pairs.
+    """What the model says of each job's pairs; the first job is the intact pairs.
+
+    The processes that can replay share the work: one whose first step showed nothing, as of samples that are not
+    finite, cannot.
 
     Raises
     ------
     ReplayError
-        If a process cannot replay, or the intact samples' outputs do not come back.
+        If none can, a replay fails, or the intact samples' outputs do not come back.
     """
-    rank, ranks = process()
-    results: dict[int, Spoken] = {}
-    problem = ""
+    rank, _ = process()
+    replay, problem = None, ""
     try:
         replay = fusion.replay()
-        for number, job in enumerate(jobs):
-            mine = torch.arange(len(job.rows)).tensor_split(ranks)[rank]
-            if len(mine):
+    except ReplayError as error:
+        problem = str(error)
+    problems = gather(problem)
+    able = [one for one, found in enumerate(problems) if not found]
+    if not able:
+        raise ReplayError(problems[0])
+    results: dict[int, Spoken] = {}
+    try:
+        for number, job in enumerate(jobs if replay is not None else ()):
+            mine = torch.arange(len(job.rows)).tensor_split(len(able))[able.index(rank)]
+            if replay is not None and len(mine):
                 share = _Jobs(job.rows[mine], job.columns[mine], job.subset)
                 results[number] = source.replay(replay, fusion.places, share)
                 if number == 0 and not gives_back(source.spoken[mine], results[0], replay.is_half):
                     raise ReplayError(NOT_BACK)
     except ReplayError as error:
         problem = str(error)
-    processes = gather((problem, results))
+    processes = gather(("" if replay is None else problem, results))
     for found, _ in processes:
         if found:
             raise ReplayError(found)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT
+from lightning_xattn.columns import NUMBER
 from lightning_xattn.functional import (
     class_adjusted_gap,
     conflict,
@@ -82,7 +83,7 @@ class FusionSummary:
         self.n_classes = n_classes
         rows = part.rows
         self._rows = rows
-        self.classes, self.outcomes, self.groups = rows["class"], rows["outcome"], rows["group"]
+        self.classes, self.outcomes, self.groups = rows["class"], rows["correct"], rows["group"]
         self.numbers: dict[str, Tensor] = {"confidence": rows["confidence"].double()}
         self.unreadable: dict[str, str] = {}
         self._read(rows)
@@ -95,13 +96,21 @@ class FusionSummary:
         """How many samples were read."""
         return len(self._rows["hash"])
 
-    @property
-    def row_numbers(self) -> Tensor:
-        """``(samples,)`` which sample of its process each one is."""
-        return self._rows["row"]
+    def columns_of(self, rank: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is said of single samples of a process, for the table: their numbers, and the columns."""
+        of_rank = self._rows["process"] == rank
+        columns = {name: self.numbers[name] for name in ("conflict", "lean", "untapped")}
+        for name, reading in self.readings.items():
+            known = ~reading.isnan().any(1) & (name not in self.unreadable)
+            columns[f"reading_{name}"] = torch.where(known, reading.argmax(1), -1)
+            columns[f"reading_{name}_probability"] = torch.where(known, reading.amax(1), torch.nan)
+        undefined = torch.full_like(self.numbers["confidence"], torch.nan)
+        for name in (*(f"phi/{one}" for one in self.modalities), "followed", "opposed", "interaction"):
+            columns[f"contribution_{name.removeprefix('phi/')}"] = self.numbers.get(name, undefined)
+        return self._rows[NUMBER][of_rank], {name: values[of_rank] for name, values in columns.items()}
 
     def _read(self, rows: Mapping[str, Tensor]) -> None:
-        target, predicted, folds = rows["target"], rows["predicted"], rows["fold"]
+        target, predicted, folds = rows["target"], rows["prediction"], rows["fold"]
         # Class ids without names do not tell how many classes there are.
         n_classes = self.n_classes or 1 + max(0, int(target.max()))
         self.readings = {

@@ -69,19 +69,19 @@ class Nested(nn.Module):
 @pytest.mark.parametrize(
     ("fusion", "call", "where"),
     [
-        (Fusion(), lambda fusion, left, right: fusion(left, right), "fusion"),
-        (Fusion(), lambda fusion, left, right: fusion(right=right, left=left), "fusion"),
-        (ByNumbers(), lambda fusion, left, right: fusion(left, right), "fusion"),
-        (OfDict(), lambda fusion, left, right: fusion({"left": left, "right": right}), "fusion"),
-        (OfPair(), lambda fusion, left, right: fusion((left, right), scale=2.0), "fusion"),
-        (TokensFirst(), lambda fusion, left, right: fusion(left.transpose(0, 1), right.transpose(0, 1)), "fusion"),
-        (Nested(), lambda fusion, left, right: fusion(left, right), "fusion.inner"),
+        (Fusion, lambda fusion, left, right: fusion(left, right), "fusion"),
+        (Fusion, lambda fusion, left, right: fusion(right=right, left=left), "fusion"),
+        (ByNumbers, lambda fusion, left, right: fusion(left, right), "fusion"),
+        (OfDict, lambda fusion, left, right: fusion({"left": left, "right": right}), "fusion"),
+        (OfPair, lambda fusion, left, right: fusion((left, right), scale=2.0), "fusion"),
+        (TokensFirst, lambda fusion, left, right: fusion(left.transpose(0, 1), right.transpose(0, 1)), "fusion"),
+        (Nested, lambda fusion, left, right: fusion(left, right), "fusion.inner"),
     ],
     ids=["position", "keyword", "numbers", "dict", "tuple", "tokens first", "nested"],
 )
 def test_it_is_found(fusion, call, where, infos):
     torch.manual_seed(0)
-    watch = look(Renamed(fusion, call))
+    watch = look(Renamed(fusion(), call))
     assert f"what enters '{where}' as left and right" in said_of(infos)
     summary = watch.fusion_summaries["val"]
     assert summary.modalities == ("left", "right")

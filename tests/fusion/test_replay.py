@@ -124,10 +124,10 @@ class OfBatch(Concatenation):
         return (fused - fused.mean(0)) / fused.std(0)
 
 
-@pytest.mark.parametrize("fusion", [Dropping(), OfBatch()], ids=["dropout", "batch statistics"])
+@pytest.mark.parametrize("fusion", [Dropping, OfBatch], ids=["dropout", "batch statistics"])
 def test_what_differs_from_run_to_run_is_not_told(fusion):
     torch.manual_seed(0)
-    summary = look(TwoStreams(fusion), fusion="fusion", modalities={"left": 0, "right": 1})
+    summary = look(TwoStreams(fusion()), fusion="fusion", modalities={"left": 0, "right": 1})
     assert summary.uncontributed
     assert not [name for name in summary.numbers if name.startswith("phi")]
 

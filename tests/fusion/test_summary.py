@@ -2,7 +2,9 @@
 
 import math
 
+import duckdb
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -375,3 +377,38 @@ def test_an_explained_folder_is_gone_on_with(tmp_path):
         ours = explain(loader_of(data), tmp_path / folder)
         for name, values in expected.numbers.items():
             torch.testing.assert_close(ours.numbers[name], values, equal_nan=True, atol=0, rtol=0)
+
+
+def test_the_table_has_what_is_said_of_each_sample(tmp_path):
+    data, _ = said_data(150)
+    module = trained(None, data, epochs=5)
+    watch = watch_of(module, data, table=tmp_path, contribution_samples=64)
+    frame = pd.read_parquet(tmp_path).set_index("sample_id")
+    summary = watch.fusion_summaries["val"]
+    ids = {int(one): str(int(sample)) for sample, one in zip(data.tensors[3], hashed(data.tensors[3], 0), strict=True)}
+    rows = frame.loc[[ids[int(one)] for one in summary._rows["hash"]]]
+    names = {"conflict": "conflict", "lean": "lean", "untapped": "untapped"}
+    names |= {f"contribution_{name}": f"phi/{name}" for name in ("left", "right")}
+    names |= {f"contribution_{name}": name for name in ("interaction", "opposed", "followed")}
+    for column, number in names.items():
+        np.testing.assert_allclose(rows[column], summary.numbers[number], rtol=1e-5, atol=1e-6, err_msg=column)
+    assert rows["contribution_left"].notna().sum() == 64
+    for name, reading in summary.readings.items():
+        assert rows[f"reading_{name}"].tolist() == reading.argmax(1).tolist()
+        np.testing.assert_allclose(rows[f"reading_{name}_probability"], reading.amax(1), rtol=1e-5)
+    few = TensorDataset(*(one[:30] for one in data.tensors))
+    watch_of(module, few, table=tmp_path / "few")
+    unread = pd.read_parquet(tmp_path / "few")
+    assert unread[["conflict", "lean", "reading_left", "reading_left_probability"]].isna().all(axis=None)
+    assert unread["contribution_left"].notna().all()
+    both = duckdb.sql(f"select count(conflict), count(*) from read_parquet('{tmp_path}/**/*.parquet')").fetchall()
+    assert both == [(150, 180)]
+
+
+def test_a_table_of_a_model_without_attention(tmp_path):
+    data, _ = said_data(60)
+    watch_of(trained(Concatenation(), data), data, table=tmp_path, **NAMED)
+    frame = pd.read_parquet(tmp_path)
+    assert len(frame) == 60
+    assert frame["layer"].isna().all()
+    assert frame["conflict"].notna().all()
