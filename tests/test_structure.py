@@ -46,7 +46,8 @@ ROOMS = {
         *("aggregation", "attention", "columns", "functional", "messages", "results", "summary", "visualizations"),
     },
     "report": {
-        *("aggregation", "attention", "columns", "errors", "files", "functional", "messages", "results", "summary"),
+        *("aggregation", "attention", "columns", "errors", "files", "functional", "fusion", "messages", "results"),
+        *("summary",),
     },
     "sinks": {"files", "messages", "visualizations"},
     "trainer": {"attention", "errors"},

@@ -70,6 +70,9 @@ class FusionSummary:
         "additive_right" and "model_right".
     readings
         By modality ``(samples, classes)`` probabilities.
+    classes, outcomes, groups, predicted, target, sample_numbers
+        ``(samples,)`` int64: class by which samples are grouped, outcome, key of the group, class ids (-1: none), and
+        which sample of its process each one is.
     unreadable
         By modality, why it cannot be read.
     uncontributed
@@ -84,6 +87,7 @@ class FusionSummary:
         rows = part.rows
         self._rows = rows
         self.classes, self.outcomes, self.groups = rows["class"], rows["correct"], rows["group"]
+        self.predicted, self.target, self.sample_numbers = rows["prediction"], rows["target"], rows[NUMBER]
         self.numbers: dict[str, Tensor] = {"confidence": rows["confidence"].double()}
         self.unreadable: dict[str, str] = {}
         self._read(rows)
@@ -95,6 +99,11 @@ class FusionSummary:
     def samples(self) -> int:
         """How many samples were read."""
         return len(self._rows["hash"])
+
+    @property
+    def known_groups(self) -> int | None:
+        """How many groups the samples belong to; None where groups are not known."""
+        return None if self.group_noun is None else int((self.groups.unique() != UNKNOWN_GROUP).sum())
 
     def columns_of(self, rank: int) -> tuple[Tensor, dict[str, Tensor]]:
         """What is said of single samples of a process, for the table: their numbers, and the columns."""

@@ -26,7 +26,7 @@ from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import COMPETITION, Recordings
 from lightning_xattn.hms.simulator import simulate
 from lightning_xattn.messages import describe_size
-from lightning_xattn.report import summary_text
+from lightning_xattn.report import fusion_text, summary_text
 
 TRAIN_ON = ("simulated", "data")
 
@@ -132,11 +132,13 @@ def _describe_test(
     title: str, root: Path, stage: str, trainer: Trainer, watch: AttentionExplainabilityCallback
 ) -> list[str]:
     summary, metrics = watch.summaries[stage], trainer.callback_metrics
+    fusion = watch.fusion_summaries.get(stage)
     ties = f" ({summary.ties} with a tied top vote, where the first class counts)" if summary.ties else ""
     return [
         f"{title} on {root}: {describe_size(summary.samples, summary.groups(), summary.group_noun)}{ties}",
         f"  accuracy {metrics[f'{stage}_acc']:.2f} (chance {1 / len(CLASSES):.2f}), "
         f"macro F1 {metrics[f'{stage}_f1']:.2f}, loss {metrics[f'{stage}_loss']:.2f}",
+        *([] if fusion is None else [textwrap.indent(fusion_text(fusion, CLASSES, watch.settings.group_by), "  ")]),
         textwrap.indent(summary_text(summary, CLASSES, watch.settings.group_by), "  "),
         "",
     ]

@@ -11,7 +11,9 @@ from typing import Any
 
 from lightning_xattn.errors import SettingError
 from lightning_xattn.files import complete_or_absent
+from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.report.facts import collect_facts, collect_layer
+from lightning_xattn.report.modalities import collect_fusion, describe_fusion
 from lightning_xattn.report.rendering import as_markdown, as_text, blocks_as_text
 from lightning_xattn.report.wording import batch_document, dataset_document, describe_layer
 from lightning_xattn.results import Results
@@ -80,6 +82,11 @@ def summary_text(summary: LayerSummary, class_names: Sequence[str], group_by: st
         Whether the classes are those of the "target" or of the "prediction".
     """
     return blocks_as_text(list(describe_layer(collect_layer("", summary, class_names), group_by)))
+
+
+def fusion_text(summary: FusionSummary, class_names: Sequence[str], group_by: str) -> str:
+    """The part of a data set's report on its modalities as text, as after an epoch; parameters as `summary_text`."""
+    return blocks_as_text(list(describe_fusion(collect_fusion(summary, class_names), group_by)))
 
 
 def _choose_format(path: Path | None, given: str | None) -> str:

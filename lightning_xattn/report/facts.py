@@ -16,6 +16,7 @@ from lightning_xattn.columns import ALIGNMENT, INVALID_ROWS, SCORES, Column
 from lightning_xattn.errors import SettingError
 from lightning_xattn.messages import SINGLE_KEY
 from lightning_xattn.report.criteria import Criterion, first_layer, interpret_sample
+from lightning_xattn.report.modalities import FusionFacts, collect_fusion
 from lightning_xattn.results import AttentionStatistics, DatasetResult, ExplainedBatch, Results, SampleResult
 from lightning_xattn.summary import Comparison, LayerSummary
 
@@ -111,6 +112,8 @@ class DatasetFacts(TypedDict):
     """What the classes of the groups are: "target" (true class) or "prediction" (predicted class)."""
     axes: dict[str, TokenAxis]
     table: str | None
+    fusion: FusionFacts | None
+    """The modalities; None where it is not known what enters the fusion."""
     layers: list[LayerFacts]
 
 
@@ -129,6 +132,7 @@ def collect_facts(results: Results) -> BatchFacts | DatasetFacts:
             "group_by": results.group_by,
             "axes": results.axes,
             "table": None if results.table is None else str(results.table),
+            "fusion": None if results.fusion is None else collect_fusion(results.fusion, results.class_names),
             "layers": [collect_layer(name, one, results.class_names) for name, one in results.summaries.items()],
         }
     needed = ("attention_stats", "modality_alignment", "per_sample_explanations", "class_names", "axes")

@@ -11,7 +11,9 @@ from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.messages import SINGLE_KEY, SINGLE_KEY_REMEDY, decimal
 from lightning_xattn.report.criteria import IF_CORRECT, IF_INCORRECT, PATTERNS, Criterion, uniform_is_sparse
 from lightning_xattn.report.facts import BatchFacts, DatasetFacts, LayerFacts, SampleFacts, Subset
+from lightning_xattn.report.modalities import HOW_TO_READ, describe_fusion
 from lightning_xattn.report.rendering import Block, Document, Items, Paragraph, Section, Table
+from lightning_xattn.report.verdict import describe_comparison, say_interval
 from lightning_xattn.results import AttentionStatistics, PlacedPair
 
 # Of the samples of a true class the accuracy is the recall, and of those predicted as a class the precision.
@@ -159,9 +161,13 @@ def _describe_criterion(criterion: Criterion) -> str:
 
 
 def dataset_document(facts: DatasetFacts) -> Document:
-    """A whole data set, a section for each layer."""
+    """A whole data set: its modalities, and a section for each layer."""
     several = len(facts["layers"]) > 1
-    sections = [
+    sections, fusion = [], facts["fusion"]
+    if fusion is not None:
+        blocks = list(describe_fusion(fusion, facts["group_by"]))
+        sections.append(Section("What each modality says and contributes", blocks))
+    sections += [
         Section(
             "Whole data set",
             list(describe_layer(layer, facts["group_by"])),
@@ -171,8 +177,12 @@ def dataset_document(facts: DatasetFacts) -> Document:
     ]
     if facts["table"]:
         sections.append(Section("Samples", [Paragraph(f"The numbers of each sample are in {facts['table']}.")]))
-    nouns = dict.fromkeys(layer["group_noun"] for layer in facts["layers"])
-    how_to_read = [_HOW_TO_READ, _OF_DATASET, *map(_describe_independence, nouns)]
+    nouns = dict.fromkeys(one["group_noun"] for one in (*facts["layers"], *([] if fusion is None else [fusion])))
+    of_layers, of_fusion = (
+        [_HOW_TO_READ, _OF_DATASET] if facts["layers"] else [],
+        [] if fusion is None else [HOW_TO_READ],
+    )
+    how_to_read = [*of_fusion, *of_layers, *map(_describe_independence, nouns)]
     sections.append(Section("How to read this", [*map(Paragraph, how_to_read)]))
     return Document("Cross-modal attention report", sections)
 
@@ -282,45 +292,16 @@ def _mean(group: Subset, name: str) -> str:
     if math.isnan(number["mean"]):
         return "undefined" if group["samples"] else ""
     over = "" if number["count"] == group["samples"] else f" n={number['count']}"
-    interval = "" if math.isnan(number["low"]) else f" ({_say_interval(number['low'], number['high'])})"
+    interval = "" if math.isnan(number["low"]) else f" ({say_interval(number['low'], number['high'])})"
     return f"{decimal(number['mean'], 3)}{interval}{over}"
-
-
-def _say_interval(low: float, high: float) -> str:
-    return f"{decimal(low, 3)} to {decimal(high, 3)}"
 
 
 def describe_outcome(facts: LayerFacts, score: str) -> tuple[str, str, Sequence[str]]:
     """Whether a score tells correct from incorrect predictions: its label, the verdict, and the gaps behind it."""
-    outcome = facts["outcomes"][score]
     # The table has that of each direction.
     both = "direction" in STATISTICS[score].levels and len(facts["directions"]) > 1
     label = f"{score} (of a sample, the mean of both directions)" if both else score
-    noun = facts["group_noun"]
-    correct, incorrect = (
-        f"{outcome.correct} correct" + (f" of {outcome.correct_groups} {noun}" if noun else ""),
-        f"{outcome.incorrect} incorrect" + (f" of {outcome.incorrect_groups} {noun}" if noun else ""),
-    )
-    sizes = f"{correct} and {incorrect} with a defined {score}"
-    if math.isnan(outcome.auroc):
-        few = (
-            f"fewer than {MINIMUM_GROUP} {noun} of either outcome" if noun else f"fewer than {MINIMUM_GROUP} of either"
-        )
-        return label, f"nothing is claimed with {few} ({sizes})", ()
-    if outcome.low > 0.5:
-        verdict = "higher in correct predictions"
-    elif outcome.high < 0.5:
-        verdict = "lower in correct predictions"
-    else:
-        verdict = "no difference shown"
-    within = outcome.class_adjusted_gap
-    if verdict != "no difference shown" and not within * outcome.gap > 0.5 * outcome.gap**2:
-        verdict += ", which may be a difference between classes"
-    adjusted = "undefined (no class has both outcomes)" if math.isnan(within) else decimal(within, 3, signed=True)
-    gaps = f"gap {decimal(outcome.gap, 3, signed=True)}, class-adjusted gap {adjusted}"
-    by = f" by {noun}" if noun else ""
-    found = f"AUROC {decimal(outcome.auroc, 3)}, 95 % interval{by} {_say_interval(outcome.low, outcome.high)}"
-    return label, f"{verdict}: {found} ({sizes})", [gaps]
+    return describe_comparison(score, label, facts["outcomes"][score], facts["group_noun"])
 
 
 def _number(value: float, reason: str | None = None, digits: int = 4) -> str:
