@@ -8,20 +8,27 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_xattn import AttentionExplainabilityCallback
 
 
+class Fusion(nn.Module):
+    def __init__(self):
+        super().__init__()
+        # Modules named <a>_to_<b>... are found by themselves: queries from <a>, keys from <b>.
+        self.audio_to_text_attn = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.text_to_audio_attn = nn.MultiheadAttention(64, 4, batch_first=True)
+
+    def forward(self, audio, text):  # (batch, 30, 64) and (batch, 12, 64)
+        heard, _ = self.audio_to_text_attn(audio, text, text)
+        read, _ = self.text_to_audio_attn(text, audio, audio)
+        return torch.cat([heard.mean(dim=1), read.mean(dim=1)], dim=1)
+
+
 class AudioTextClassifier(pl.LightningModule):
     def __init__(self):
         super().__init__()
         self.audio, self.text = nn.Linear(20, 64), nn.Embedding(100, 64)
-        # Modules named <a>_to_<b>... are found by themselves: queries from <a>, keys from <b>.
-        self.audio_to_text_attn = nn.MultiheadAttention(64, 4, batch_first=True)
-        self.text_to_audio_attn = nn.MultiheadAttention(64, 4, batch_first=True)
-        self.head = nn.Linear(128, 3)
+        self.fusion, self.head = Fusion(), nn.Linear(128, 3)
 
     def forward(self, audio, text):
-        audio, text = self.audio(audio), self.text(text)  # (batch, 30, 64) and (batch, 12, 64)
-        heard, _ = self.audio_to_text_attn(audio, text, text)
-        read, _ = self.text_to_audio_attn(text, audio, audio)
-        return self.head(torch.cat([heard.mean(dim=1), read.mean(dim=1)], dim=1))
+        return self.head(self.fusion(self.audio(audio), self.text(text)))
 
     def training_step(self, batch, batch_idx):
         audio, text, target = batch

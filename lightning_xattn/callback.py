@@ -13,11 +13,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.checks import Checks
-from lightning_xattn.classes import name_in_curves
-from lightning_xattn.curves import epoch_curves, epoch_record, fusion_curves, fusion_record
+from lightning_xattn.curves import EpochLog
 from lightning_xattn.distributed import own_places
 from lightning_xattn.evaluation import Evaluation, Settings, summarise
-from lightning_xattn.figures import epoch_figures
 from lightning_xattn.fusion.collected import MAX_SAMPLES
 from lightning_xattn.fusion.contribution import CONTRIBUTION_SAMPLES
 from lightning_xattn.fusion.entrance import ModalitiesSetting
@@ -25,17 +23,8 @@ from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.labels import LabelSetting
 from lightning_xattn.messages import tell, warn
 from lightning_xattn.recording import StepRecorder
-from lightning_xattn.sinks import log_figures
 from lightning_xattn.summary import LayerSummary
-from lightning_xattn.trainer import (
-    Schedule,
-    attention_axes,
-    logged_step,
-    moment,
-    require_lightning_that_takes_it,
-    scope_of,
-    stage_of,
-)
+from lightning_xattn.trainer import Schedule, moment, require_lightning_that_takes_it, scope_of, stage_of
 
 if TYPE_CHECKING:
     from lightning_xattn.table import TrainingTable
@@ -69,8 +58,7 @@ class AttentionExplainabilityCallback(Callback):
         A callable: ``(outputs, batch) -> tensor``, or ``(outputs, batch, forward) -> tensor`` with what ``forward``
         returned.
     sample_ids
-        Where the samples' ids (numbers or strings) are, for the table: as ``predictions``. None: the batch's
-        ``sample_ids``, if there are any.
+        Where the samples' ids (numbers or strings) are: as ``predictions``. None: the batch's ``sample_ids``.
     groups
         Where the group of each sample is (a number or a string), of which the samples are not independent, such as a
         patient or a recording: as ``predictions``. Every interval is then by group. None: the batch's ``groups`` or
@@ -80,6 +68,15 @@ class AttentionExplainabilityCallback(Callback):
         the first layer of which only one direction is recorded. Of two directions that pair up each tells it of the
         other; of one alone it is taken from a self-attention of the same tokens or from an argument of the module,
         where there is one. Else padding counts as any query does, and a warning says so.
+    fusion, modalities
+        The module that fuses the modalities, ``"model.fusion"``, and which of its arguments, by position or name, hold
+        whose tokens, ``{"eeg": 0, "spec": "spec_tokens"}``. None: found from the attention. A model whose fusion is
+        named needs no cross-attention.
+    contribution_samples
+        Of so many samples of an evaluation the modalities are exchanged at its end, to say how much each contributes;
+        0: of none.
+    max_samples
+        So many samples of an evaluation are read, at most.
     every_n_epochs
         During ``fit``, record every so many of the epochs that are validated, from the first on.
         ``trainer.validate`` and ``trainer.test`` always record.
@@ -100,6 +97,8 @@ class AttentionExplainabilityCallback(Callback):
         and the epoch's curves by their names without the scope. It is saved in checkpoints.
     summaries : dict of str to LayerSummary
         The last epoch of each scope, such as ``val``, ``test`` or ``val/dataloader_1``.
+    fusion_summaries : dict of str to FusionSummary
+        The same of what the modalities say and contribute.
 
     Raises
     ------
@@ -184,7 +183,6 @@ class AttentionExplainabilityCallback(Callback):
         self._recording = True
         if self._recorder is None:
             self._recorder = self.settings.recorder(pl_module)
-        self._recorder.fusion.begin()
         rehearsal = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
         if self.settings.table is not None and not rehearsal:
             from lightning_xattn.table import TrainingTable  # pyarrow, only where a table is wanted
@@ -256,6 +254,7 @@ class AttentionExplainabilityCallback(Callback):
         if self._recorder is not None:
             self._recorder.close()
             self._recorder.clear()
+            self._recorder.fusion.let_go()
         if self._table is not None:
             self._table.discard()
         self._recording, self._table = False, None
@@ -264,48 +263,18 @@ class AttentionExplainabilityCallback(Callback):
 
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._recorder is not None
-        first = None
-        summaries = dict(summarise(self._evaluations, self._recorder))
+        ended = dict(summarise(self._evaluations, self._recorder))
+        fusions = {number: summary.fusion for number, summary in ended.items() if summary.fusion is not None}
         if self._table is not None:
-            of_fusion = {number: one.fusion for number, one in summaries.items() if one.fusion is not None}
-            self._table.close({number: one.columns_of(trainer.global_rank) for number, one in of_fusion.items()})
-        for number, summary in summaries.items():
-            classes = name_in_curves(self._evaluations[number].classes or (), self.settings.group_by)
-            said: dict[str, Any] = {}
-            if summary.fusion is not None:
-                scope = scope_of(trainer, self, AttentionExplainabilityCallback, number, "")
-                curves = fusion_curves(summary.fusion, scope, classes, has_attention=bool(summary.layers))
-                pl_module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
-                self.fusion_summaries[scope] = summary.fusion
-                said = fusion_record(summary.fusion, scope, curves, classes)
-                tell(self._checks.of_fusion(summary.fusion))
-            for layer, of_layer in summary.layers.items():
-                first = first or layer
-                scope = scope_of(
-                    trainer, self, AttentionExplainabilityCallback, number, "" if layer == first else layer
-                )
-                self._log_layer(trainer, pl_module, number, layer, of_layer, scope)
-                self.history[-1] |= said
-                said = {}
-            if said:  # of a model without cross-attention
-                self.history.append(moment(trainer) | {"dataloader": number, "layer": None} | said)
-                first = ""
-        if first is None:
+            self._table.close({number: one.columns_of(trainer.global_rank) for number, one in fusions.items()})
+        scope = partial(scope_of, trainer, self, AttentionExplainabilityCallback)
+        log = EpochLog(trainer, pl_module, scope, self._checks, self.settings.group_by, self.schedule.draws(trainer))
+        self.fusion_summaries |= {scope(number, ""): one for number, one in fusions.items()}
+        records = []
+        for name, record, summary in log.log(ended, self._evaluations):
+            records.append(record)
+            if summary is not None:
+                self.summaries[name] = summary
+        self.history += records
+        if not records:
             warn(self._checks.of_nothing(stage_of(trainer)))
-
-    def _log_layer(
-        self, trainer: Trainer, pl_module: LightningModule, number: int, layer: str, summary: LayerSummary, scope: str
-    ) -> None:
-        classes, group_by = self._evaluations[number].classes or (), self.settings.group_by
-        curves = epoch_curves(summary, scope, name_in_curves(classes, group_by))
-        pl_module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
-        self.summaries[scope] = summary
-        about = moment(trainer) | {"dataloader": number, "layer": layer, "repeats": self._evaluations[number].repeats}
-        self.history.append(about | epoch_record(summary, scope, curves))
-        if not trainer.is_global_zero:
-            return
-        warn(self._checks.of_epoch(layer, summary))
-        if trainer.loggers and self.schedule.draws(trainer):
-            axes, context = attention_axes(trainer, pl_module), f"{scope}, epoch {trainer.current_epoch}"
-            figures = epoch_figures(summary, scope, classes, group_by=group_by, axes=axes, context=context)
-            log_figures(trainer.loggers, figures, logged_step(trainer), scope)

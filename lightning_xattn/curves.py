@@ -1,15 +1,96 @@
-"""The names of what is logged: an epoch's curves, and its record in the history."""
+"""What is logged of an epoch: curves under their names, figures, and a record for the history."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from pytorch_lightning import LightningModule, Trainer
+
 from lightning_xattn.aggregation import CORRECT, INCORRECT
+from lightning_xattn.checks import Checks
+from lightning_xattn.classes import name_in_curves
 from lightning_xattn.columns import ALIGNMENT, CONFIDENCE, INVALID_ROWS, SCORES, STATISTICS, Column
+from lightning_xattn.evaluation import Evaluation, EvaluationSummary
+from lightning_xattn.figures import epoch_figures
 from lightning_xattn.fusion.summary import FusionSummary
+from lightning_xattn.messages import tell, warn
+from lightning_xattn.sinks import log_figures
 from lightning_xattn.summary import LayerSummary
+from lightning_xattn.trainer import attention_axes, logged_step, moment
+
+
+class EpochLog:
+    """Logs the epochs of a Trainer.
+
+    Parameters
+    ----------
+    trainer, module
+        Where to log.
+    scope
+        What a dataloader and a layer ("": the first, or none) are called in curves.
+    checks
+        Say each thing once.
+    group_by
+        Whether the classes are those of the "target" or of the "prediction".
+    draws
+        Whether there are figures.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        scope: Callable[[int, str], str],
+        checks: Checks,
+        group_by: str,
+        draws: bool,
+    ) -> None:
+        self._trainer, self._module, self._scope = trainer, module, scope
+        self._checks, self._group_by, self._draws = checks, group_by, draws
+
+    def log(
+        self, ended: Mapping[int, EvaluationSummary], evaluations: Mapping[int, Evaluation]
+    ) -> Iterator[tuple[str, dict[str, Any], LayerSummary | None]]:
+        """Log what has ended, by dataloader: scope and record of each layer, and its summary.
+
+        The record of a dataloader's first layer has what is said of the modalities, too. A model without
+        cross-attention has one record alone, and no summary of a layer.
+        """
+        first = next((layer for one in ended.values() for layer in one.layers), None)
+        for number, summary in ended.items():
+            evaluation, scope = evaluations[number], self._scope(number, "")
+            about = moment(self._trainer) | {"dataloader": number}
+            of_fusion = self._log_fusion(summary, scope, evaluation)
+            if not summary.layers and of_fusion:
+                yield scope, about | {"layer": None} | of_fusion, None
+            for layer, of_layer in summary.layers.items():
+                scope = self._scope(number, "" if layer == first else layer)
+                record = self._log_layer(layer, of_layer, scope, evaluation)
+                yield scope, about | {"layer": layer, "repeats": evaluation.repeats} | record | of_fusion, of_layer
+                of_fusion = {}
+
+    def _log_fusion(self, summary: EvaluationSummary, scope: str, evaluation: Evaluation) -> dict[str, Any]:
+        if summary.fusion is None:
+            return {}
+        classes = name_in_curves(evaluation.classes or (), self._group_by)
+        curves = fusion_curves(summary.fusion, scope, classes, has_attention=bool(summary.layers))
+        self._module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
+        tell(self._checks.of_fusion(summary.fusion))
+        return fusion_record(summary.fusion, scope, curves)
+
+    def _log_layer(self, layer: str, summary: LayerSummary, scope: str, evaluation: Evaluation) -> dict[str, Any]:
+        trainer, classes = self._trainer, evaluation.classes or ()
+        curves = epoch_curves(summary, scope, name_in_curves(classes, self._group_by))
+        self._module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
+        if trainer.is_global_zero:
+            warn(self._checks.of_epoch(layer, summary))
+            if trainer.loggers and self._draws:
+                axes, context = attention_axes(trainer, self._module), f"{scope}, epoch {trainer.current_epoch}"
+                figures = epoch_figures(summary, scope, classes, group_by=self._group_by, axes=axes, context=context)
+                log_figures(trainer.loggers, figures, logged_step(trainer), scope)
+        return epoch_record(summary, scope, curves)
 
 
 def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) -> dict[str, float]:
@@ -32,10 +113,10 @@ def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) 
     return curves
 
 
-def epoch_record(summary: LayerSummary, scope: str, curves: dict[str, float]) -> dict[str, float | None]:
+def epoch_record(summary: LayerSummary, scope: str, curves: dict[str, float]) -> dict[str, Any]:
     """What the history says of an epoch: its curves, how many samples are behind them, and how sure comparisons are."""
     groups = summary.groups() if summary.group_noun else None
-    record: dict[str, float | None] = {"samples": summary.samples, "groups": groups}
+    record: dict[str, Any] = {"samples": summary.samples, "groups": groups}
     record |= {"ties": summary.ties, "unclassified": summary.unclassified}
     for score in _scores(summary):
         compared = dict(vars(summary.compare(score)))
@@ -57,10 +138,8 @@ def fusion_curves(
     return curves
 
 
-def fusion_record(
-    summary: FusionSummary, scope: str, curves: dict[str, float], class_names: Sequence[str]
-) -> dict[str, Any]:
-    """What the history says of the modalities: the curves, by class too, why what is missing is, and how sure it is."""
+def fusion_record(summary: FusionSummary, scope: str, curves: dict[str, float]) -> dict[str, Any]:
+    """What the history says of the modalities: their curves, why what is missing is missing, and how sure it is."""
     record: dict[str, Any] = {"read_samples": summary.samples, "unreadable": dict(summary.unreadable)}
     record["uncontributed"] = summary.uncontributed
     for score in ("conflict", "confidence"):

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback, AttentionRecorder
 from lightning_xattn import callback as callback_module
+from lightning_xattn import curves as curves_module
 from lightning_xattn.aggregation import LayerAccumulator
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import READERS, Event
@@ -44,7 +45,7 @@ def test_the_way_of_a_batch(monkeypatch):
         (inspect.getmodule(Evaluation), "sample_statistics"),
         (LayerAccumulator, "update"),
         (LayerSummary, "__init__"),
-        (callback_module, "epoch_curves"),
+        (curves_module, "epoch_curves"),
     ]
     seen = []
 
@@ -152,7 +153,7 @@ class Pictures(Logger):
 
 
 def test_a_figure_is_one_tag_and_a_logger_that_takes_images_has_it(monkeypatch):
-    of_epoch = callback_module.epoch_figures
+    of_epoch = curves_module.epoch_figures
 
     def more(summary, scope, class_names, **settings):
         yield from of_epoch(summary, scope, class_names, **settings)
@@ -160,7 +161,7 @@ def test_a_figure_is_one_tag_and_a_logger_that_takes_images_has_it(monkeypatch):
         figure.text(0.5, 0.5, f"{summary.mean(Column('alignment')):.3f}")
         yield f"xattn_alignment/{scope}/as_text", figure
 
-    monkeypatch.setattr(callback_module, "epoch_figures", more)
+    monkeypatch.setattr(curves_module, "epoch_figures", more)
     logger = Pictures()
     quiet_trainer(logger=logger, callbacks=[AttentionExplainabilityCallback()]).validate(
         ToyModule(), toy_loader(), verbose=False

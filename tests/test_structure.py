@@ -40,7 +40,6 @@ ROOMS = {
         *("aggregation", "attention", "capture", "checks", "classes", "columns", "distributed", "errors", "functional"),
         *("fusion", "group_keys", "labels", "messages", "recording", "results", "summary"),
     },
-    "curves": {"aggregation", "columns", "fusion", "summary"},
     "visualizations": {"attention", "errors", "files", "functional", "messages"},
     "figures": {
         *("aggregation", "attention", "columns", "functional", "messages", "results", "summary", "visualizations"),
@@ -51,9 +50,13 @@ ROOMS = {
     },
     "sinks": {"files", "messages", "visualizations"},
     "trainer": {"attention", "errors"},
+    "curves": {
+        *("aggregation", "checks", "classes", "columns", "evaluation", "figures", "fusion", "messages", "sinks"),
+        *("summary", "trainer"),
+    },
     "callback": {
-        *("capture", "checks", "classes", "curves", "distributed", "evaluation", "figures", "fusion", "labels"),
-        *("messages", "recording", "sinks", "summary", "table", "trainer"),
+        *("capture", "checks", "curves", "distributed", "evaluation", "fusion", "labels", "messages", "recording"),
+        *("summary", "table", "trainer"),
     },
     "explainer": {
         *("aggregation", "attention", "capture", "checks", "classes", "columns", "errors", "evaluation", "figures"),

@@ -211,7 +211,6 @@ class ExplainabilityCapture:
         )
         run = LoaderRun(observe, evaluation, folder)
         with self._watching():
-            self._recorder.fusion.begin()
             run.run(loader, progress)
             explained = evaluation.summary(self._recorder)
             run.finish(explained.fusion)
@@ -251,6 +250,7 @@ class ExplainabilityCapture:
                 yield
         finally:
             self._recorder.clear()
+            self._recorder.fusion.let_go()
             for module, training in modes.items():
                 module.training = training
 

@@ -151,8 +151,8 @@ class FusionRecorder:
         """Forget the step."""
         self._running, self._seen, self._calls, self._spoken = [], [], [], None
 
-    def begin(self) -> None:
-        """Begin an evaluation: its first step will carry the replays at its end."""
+    def let_go(self) -> None:
+        """Let go of an evaluation's first step, which carries the replays at its end; the next one has its own."""
         self._carrier = None
 
     @property

@@ -85,7 +85,7 @@ class FusionSummary:
         self.modalities, self.group_noun, self.left_out = part.modalities, part.group_noun, part.left_out
         self.n_classes = n_classes
         rows = part.rows
-        self._rows = rows
+        self._rows = {name: values for name, values in rows.items() if not name.startswith("features/")}
         self.classes, self.outcomes, self.groups = rows["class"], rows["correct"], rows["group"]
         self.predicted, self.target, self.sample_numbers = rows["prediction"], rows["target"], rows[NUMBER]
         self.numbers: dict[str, Tensor] = {"confidence": rows["confidence"].double()}
