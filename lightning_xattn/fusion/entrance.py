@@ -102,7 +102,12 @@ class Entrance:
         tokens = call[place.tokens[0]].transpose(0, place.axis)
         for path in place.others:
             mask = call[path]
-            if isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]:
+            if isinstance(mask, Tensor) and mask.numel() == tokens.shape[:2].numel():
+                mask = mask.reshape(tokens.shape[:2])
+                if mask.is_floating_point():
+                    # Added to the logits it is below 0 where a token is padding; else it is 1 where one is real.
+                    shares = torch.where(mask.any(), mask > 0, True)
+                    return tokens, torch.where((mask < 0).any(), mask >= 0, shares)
                 return tokens, ~mask.bool() if place.hidden else mask.bool()
         return tokens, None
 
@@ -199,7 +204,8 @@ def _guess(
             again = any(tensor is tensors[other] for other in sequences)
             if not again:
                 sequences[where] = tensor.shape[1 - axis] if tensor.dim() == 3 else 1
-    labels = {where: label_of(module, where) for where in tensors}
+    around = {where: tensor for where, tensor in call.tensors() if 2 <= tensor.dim() <= 4}
+    labels = {where: label_of(module, where) for where in around}
     found: dict[str, Path] = {}
     for name, count in counts.items():
         named = [where for where in sequences if _names(labels[where], name, counts) and tensors[where].dim() == 3]
@@ -213,19 +219,20 @@ def _guess(
         return None
     places = {}
     for name, where in found.items():
-        tokens, alike = tensors[where], [other for other in found.values() if sequences[other] == sequences[where]]
+        alike = [other for other in found.values() if sequences[other] == sequences[where]]
         masks = [
             other
-            for other, tensor in tensors.items()
-            if other not in sequences
-            and tensor.shape[:2] in (tokens.shape[:2], tokens.transpose(0, 1).shape[:2])
-            and tensor.dim() == 2
-            and not tensor.is_floating_point()
+            for other, tensor in around.items()
+            if other not in found.values()
+            and not any(tensor is tensors[one] for one in found.values())
+            and samples in tensor.shape[:2]
+            and tensor.shape[-1] == sequences[where]
+            and tensor.numel() == samples * sequences[where]
             and (len(alike) == 1 or _names(labels[other], name, counts))
         ]
         hidden = any("pad" in labels[mask].lower() for mask in masks)
         places[name] = ModalityPlace(
-            _same(tensors, where), axis, {mask: _axis_of(tensors[mask], samples) for mask in masks}, hidden
+            _same(tensors, where), axis, {mask: _axis_of(around[mask], samples) for mask in masks}, hidden
         )
     return places
 

@@ -200,3 +200,34 @@ def test_padding_is_not_read_and_masks_go_with_their_modality():
     summary = watch.fusion_summaries["val"]
     assert summary.estimate("right/left").mean > 0.9
     assert not summary.uncontributed
+
+
+@pytest.mark.parametrize("form", ["added", "shares", "four axes", "hidden"])
+def test_masks_in_any_form_go_with_their_tokens(form):
+    class Masked(Fusion):
+        def forward(self, left, right, left_padding_mask=None, left_mask=None):
+            given = left_padding_mask if left_mask is None else left_mask
+            given = given.reshape(left.shape[:2])
+            real = {"added": given >= 0, "shares": given > 0, "four axes": given >= 0, "hidden": ~given.bool()}[form]
+            return super().forward(left, right, left_mask=real)
+
+    class Padded(TwoStreams):
+        def forward(self, left, right):
+            real = left[..., 2] > -50
+            added = torch.where(real, 0.0, -1e4)
+            masks = {"added": added, "shares": real.float(), "four axes": added[:, None, None], "hidden": ~real}
+            name = "left_padding_mask" if form == "hidden" else "left_mask"
+            return self.head(self.fusion(self.left(left), self.right(right), **{name: masks[form]}))
+
+    left, right, target, ids = (one.clone() for one in DATA.tensors)
+    whole = left.clone()
+    for i in range(len(left)):
+        left[i, 5 - i % 4 :] = torch.tensor([37.0 * (i % 7), -20.0 * (i % 3), -100.0])
+    for tokens in (left, whole):  # a batch without padding, too
+        watch = AttentionExplainabilityCallback()
+        data = torch.utils.data.TensorDataset(tokens, right, target, ids)
+        quiet_trainer(callbacks=[watch]).validate(Padded(Masked()), loader_of(data), verbose=False)
+        summary = watch.fusion_summaries["val"]
+        assert summary.estimate("right/left").mean > 0.85
+        assert summary.left_out == 0
+        assert not summary.uncontributed
