@@ -126,6 +126,12 @@ class Checks:
                 f"{summary.left_out} samples are left out of what modalities say and contribute: what enters the "
                 "fusion is not finite."
             )
+        if summary.whole_runs and self._is_new("", "", "whole runs", 0):
+            yield (
+                f"What comes before the fusion cannot be skipped when modalities are exchanged: {summary.pairs} pairs "
+                "cost as many samples' runs of the whole model at each evaluation's end. contribution_samples=0 turns "
+                "it off."
+            )
         if summary.uncontributed and self._is_new("", "", summary.uncontributed, 0):
             yield f"What each modality contributes cannot be told: {summary.uncontributed}."
 

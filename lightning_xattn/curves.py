@@ -144,7 +144,7 @@ def fusion_record(summary: FusionSummary, scope: str, curves: dict[str, float]) 
     record["uncontributed"] = summary.uncontributed
     for score in ("conflict", "confidence"):
         compared = summary.compare(score)
-        if math.isfinite(compared.auroc):
+        if f"xattn_outcome/{scope}/{score}_auroc" in curves:
             record |= {f"outcome/{score}_auroc_low": compared.low, f"outcome/{score}_auroc_high": compared.high}
     return record | {name.removeprefix("xattn_").replace(f"/{scope}/", "/"): value for name, value in curves.items()}
 

@@ -43,6 +43,9 @@ from lightning_xattn.recording import Attentions, StepRecorder
 from lightning_xattn.results import BatchResult
 from lightning_xattn.summary import LayerSummary
 
+PLACES_OF_A_PROCESS = 2**40
+"""So far apart are the places that processes number by themselves, where nothing says how samples are dealt out."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -215,7 +218,8 @@ class Evaluation:
             them. None: all samples, which follow on those before.
         """
         numbers = torch.arange(self._seen, self._seen + len(batch), device=batch.device)
-        places = range(self._seen, self._seen + len(batch)) if places is None else places
+        first = self._seen + process()[0] * PLACES_OF_A_PROCESS
+        places = range(first, first + len(batch)) if places is None else places
         self._seen, self.repeats = self._seen + len(batch), self.repeats + len(batch) - len(places)
         batch = batch[: len(places)]
         labels, n_classes = batch.labels, len(self.classes or ())

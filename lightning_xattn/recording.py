@@ -50,7 +50,7 @@ class StepRecorder:
         self.fusion = FusionRecorder(model, fusion, modalities)
         self._attention = AttentionRecorder(model, attention)
         # A model whose fusion is named may have no cross-attention at all.
-        self._may_lack_attention = self.fusion.is_named and attention is None
+        self._may_lack_attention = attention is None and not self.fusion.needs_attention
         self._lacks_attention = False
         self._taken: Attentions = ()
 

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_xattn.capture.memory import Address, has_address
 from lightning_xattn.capture.readers import Event, Read, Want, reader_of
-from lightning_xattn.capture.wrappers import Shared, runs_for_backward
+from lightning_xattn.capture.wrappers import Shared, in_encoder_layers, runs_for_backward
 
 Hide = Callable[[str, Event], Tensor | None]
 """Gets the path of the module that runs and the attention that it is about to compute; gives what is to be hidden, bool
@@ -98,15 +98,14 @@ class Watch(TorchFunctionMode):
         """Watch the modules, which are ``root`` or in it, until ``hooks`` closes."""
         hooks.callback(self.clear)
         hooks.enter_context(keep_fast_paths())
-        layers = [layer for layer in root.modules() if isinstance(layer, nn.TransformerEncoderLayer)]
-        unhookable = {module for layer in layers for module in layer.modules() if module in self._modules}
+        unhookable = {module for module in in_encoder_layers(root) if module in self._modules}
         for module in self._modules:
             if module not in unhookable and not isinstance(module, torch.jit.ScriptModule):
                 hooks.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
                 handle = module.register_forward_hook(self._end, with_kwargs=True, prepend=True, always_call=True)
                 hooks.callback(handle.remove)
         if unhookable:
-            # A hook on an encoder layer, or in it, would turn its fast path off; one on all modules does not.
+            # A hook on all modules does not turn their fast path off.
             handles = (
                 register_module_forward_pre_hook(lambda m, args: self._enter(m, args) if m in unhookable else None),
                 register_module_forward_hook(

@@ -67,6 +67,12 @@ run_uncompiled = Shared(lambda: torch.compiler.set_stance("force_eager"))
 """Gives a context manager in which nothing that is compiled runs compiled."""
 
 
+def in_encoder_layers(root: nn.Module) -> set[nn.Module]:
+    """Torch's encoder layers and what is in them: a hook on one of these would turn its fast path off."""
+    layers = (layer for layer in root.modules() if isinstance(layer, nn.TransformerEncoderLayer))
+    return {module for layer in layers for module in layer.modules()}
+
+
 def runs_for_backward() -> bool:
     """Whether a module runs again, for gradient checkpointing, during a backward pass."""
     # There is no public way to ask.

@@ -10,16 +10,21 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.aggregation import UNKNOWN
+from lightning_xattn.columns import NUMBER
 from lightning_xattn.functional import pooled_tokens, project
 from lightning_xattn.functional.reading import FOLDS
 from lightning_xattn.fusion.pool import NOT_KEPT, Pool, Rows, hashed, smallest
 from lightning_xattn.fusion.recorder import FusionInputs
+from lightning_xattn.fusion.replay import Spoken
 
 MAX_SAMPLES = 8192
 """So many samples of an evaluation are read, at most."""
 
 MAX_GEOMETRIES = 32
 """So many numbers of tokens may occur; samples with yet others do not contribute."""
+
+IDENTITY = ("process", NUMBER)
+"""The columns that tell a sample from all others of an evaluation."""
 
 _CHOSEN, _FOLDED = range(2)
 """Salts of the hashes that say which samples are kept, and which fold they are in."""
@@ -33,8 +38,8 @@ class FusionPart:
     rows: Rows
     """Of the samples that are read: "hash", "fold", "group", "features/<modality>" and what else is kept of each."""
     geometries: tuple[Rows, ...]
-    """Of those that are exchanged, by the numbers of their tokens: "hash", "group", "values", "logits" and
-    "tokens/<modality>/<number>"."""
+    """Of those that are exchanged, by the numbers of their tokens: "hash", "group", ``IDENTITY``, "values", "logits"
+    and "tokens/<modality>/<number>"."""
     group_noun: str | None
     """What groups are called; None where they are not known: each sample is its own."""
     is_partial: bool
@@ -127,7 +132,7 @@ class Collected:
         noun
             What groups are called.
         facts
-            Columns ``(batch,)`` that are kept of each sample that is read.
+            Columns ``(batch,)`` that are kept of each sample that is read, ``IDENTITY`` among them.
         """
         self._modalities, self._group_noun = tuple(inputs.tokens), noun
         groups = keys if groups is None else groups
@@ -138,13 +143,12 @@ class Collected:
         self._left_out = self._left_out.to(keys.device) + (~finite).sum()
         self._read.add(rows | {f"features/{name}": one for name, one in features.items()})
         if inputs.spoken is not None and self._contribution_samples:
-            self._keep_tokens(inputs, hashes, groups, inputs.spoken.values, inputs.spoken.logits)
+            self._keep_tokens(inputs, inputs.spoken, {name: rows[name] for name in ("hash", "group", *IDENTITY)})
 
-    def _keep_tokens(
-        self, inputs: FusionInputs, hashes: Tensor, groups: Tensor, values: Tensor, logits: Tensor
-    ) -> None:
-        sound = (values.isfinite() & logits.isfinite()).all(1)
-        rows = {"hash": torch.where(sound, hashes, NOT_KEPT), "group": groups, "values": values, "logits": logits}
+    def _keep_tokens(self, inputs: FusionInputs, spoken: Spoken, rows: Rows) -> None:
+        sound = (spoken.values.isfinite() & spoken.logits.isfinite()).all(1)
+        rows["hash"] = torch.where(sound, rows["hash"], NOT_KEPT)
+        rows |= {"values": spoken.values, "logits": spoken.logits}
         rows |= {f"tokens/{name}/{i}": one for name, kept in inputs.exchanged.items() for i, one in enumerate(kept)}
         kind = _geometry_of(rows)
         if kind not in self._exchanged and len(self._exchanged) == MAX_GEOMETRIES:

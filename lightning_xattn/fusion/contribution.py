@@ -18,7 +18,7 @@ from lightning_xattn.functional import (
 )
 from lightning_xattn.functional.contribution import Subset
 from lightning_xattn.fusion.arguments import Path
-from lightning_xattn.fusion.collected import MAX_GEOMETRIES, FusionPart
+from lightning_xattn.fusion.collected import IDENTITY, MAX_GEOMETRIES, FusionPart
 from lightning_xattn.fusion.entrance import ModalityPlace
 from lightning_xattn.fusion.pool import Rows
 from lightning_xattn.fusion.recorder import FusionRecorder
@@ -43,8 +43,8 @@ class Contributions:
 
     Attributes
     ----------
-    hashes
-        ``(samples,)`` which samples these are.
+    samples
+        ``(samples, 2)`` which samples these are: their process, and their number in it.
     phi
         ``(samples, modalities)`` Shapley values, in shares of probability; of a regression in its units.
     interaction
@@ -53,14 +53,17 @@ class Contributions:
         ``(samples,)`` class that an additive projection predicts (-1: not known), and the model.
     pairs
         How many pairs were replayed.
+    whole
+        Whether each replay ran all of the module around the fusion, as what comes before it could not be skipped.
     """
 
-    hashes: Tensor
+    samples: Tensor
     phi: Tensor
     interaction: Tensor
     additive: Tensor
     predicted: Tensor
     pairs: int
+    whole: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,17 +89,20 @@ class TokenSource:
     def __init__(self, geometries: Sequence[Rows], size: int) -> None:
         self._geometries = geometries
         whole = {
-            name: torch.cat([rows[name].cpu() for rows in geometries]) for name in ("hash", "group", "values", "logits")
+            name: torch.cat([rows[name].cpu() for rows in geometries])
+            for name in ("hash", "group", *IDENTITY, "values", "logits")
         }
         order = whole["hash"].argsort(stable=True)[:size]
-        self.hashes, self.groups = whole["hash"][order], whole["group"][order]
+        # Not by their hashes: the same id may occur twice.
+        self.samples = torch.stack([whole[name] for name in IDENTITY], dim=1)[order]
+        self.groups = whole["group"][order]
         self.spoken = Spoken(whole["values"][order], whole["logits"][order])
         counts = torch.tensor([len(rows["hash"]) for rows in geometries])
         self._geometry = torch.arange(len(geometries)).repeat_interleave(counts)[order]
         self._row = torch.cat([torch.arange(int(count)) for count in counts])[order]
 
     def __len__(self) -> int:
-        return len(self.hashes)
+        return len(self.samples)
 
     def replay(self, replay: Replay, places: Mapping[str, ModalityPlace], jobs: _Jobs) -> Spoken:
         """What the model says of each pair."""
@@ -166,7 +172,7 @@ def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], par
     rows, columns, every = rows[apart], columns[apart], torch.arange(samples)
     jobs = [_Jobs(every, every, frozenset())]
     jobs += [_Jobs(rows, columns, subset) for subset in exchanged_subsets(modalities)]
-    _, *exchanged = _shared(source, fusion, jobs)
+    (_, *exchanged), whole_runs = _shared(source, fusion, jobs)
     by_value, by_logit = dict[Subset, Exchange](), dict[Subset, Exchange]()
     for one, said in zip(jobs[1:], exchanged, strict=True):
         whole = said.values.isfinite().all(1) & said.logits.isfinite().all(1)
@@ -178,11 +184,12 @@ def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], par
     interaction = play(logits, by_logit, source.groups, predicted, modalities).interaction()
     projected = additive_projection(logits, by_logit)
     additive = torch.where(projected.isnan().any(1), -1, projected.argmax(1))
-    return Contributions(source.hashes, phi, interaction, additive, predicted, len(rows) * len(exchanged))
+    pairs = len(rows) * len(exchanged)
+    return Contributions(source.samples, phi, interaction, additive, predicted, pairs, whole_runs)
 
 
-def _shared(source: TokenSource, fusion: FusionRecorder, jobs: Sequence[_Jobs]) -> list[Spoken]:
-    """What the model says of each job's pairs; the first job is the intact pairs.
+def _shared(source: TokenSource, fusion: FusionRecorder, jobs: Sequence[_Jobs]) -> tuple[list[Spoken], bool]:
+    """What the model says of each job's pairs, and whether each was a whole run; the first job is the intact pairs.
 
     The processes that can replay share the work: one whose first step showed nothing, as of samples that are not
     finite, cannot.
@@ -213,10 +220,12 @@ def _shared(source: TokenSource, fusion: FusionRecorder, jobs: Sequence[_Jobs]) 
                     raise ReplayError(NOT_BACK)
     except ReplayError as error:
         problem = str(error)
-    processes = gather(("" if replay is None else problem, results))
-    for found, _ in processes:
+    whole_runs = replay is not None and not replay.skips
+    processes = gather(("" if replay is None else problem, results, whole_runs))
+    for found, *_ in processes:
         if found:
             raise ReplayError(found)
-    return [
-        Spoken.joined([of_one[number] for _, of_one in processes if number in of_one]) for number in range(len(jobs))
+    said = [
+        Spoken.joined([of_one[number] for _, of_one, _ in processes if number in of_one]) for number in range(len(jobs))
     ]
+    return said, any(one for *_, one in processes)

@@ -19,6 +19,9 @@ ModalitiesSetting = Mapping[str, Named | Sequence[Named]]
 """The argument that holds each modality's tokens, e.g. ``{"eeg": 0, "spec": 1}``. Of several the first holds them, and
 the others, such as their mask, go with them."""
 
+RESERVED_MODALITIES = ("share", "opposed", "followed", "interaction", "emap_accuracy")
+"""What stands beside the modalities in curves and columns, which no modality may be called."""
+
 MOST_MODALITIES = 4
 """So many subsets of modalities are still few enough to be run exactly."""
 
@@ -38,11 +41,13 @@ def check_fusion(fusion: str | None, modalities: ModalitiesSetting | None) -> No
     entries = {name: as_places(value) for name, value in modalities.items()} if isinstance(modalities, Mapping) else {}
     places = [place for several in entries.values() for place in several]
     usable = all(
-        isinstance(name, str) and re.fullmatch(r"[^/\s]+", name) and several for name, several in entries.items()
+        isinstance(name, str) and re.fullmatch(r"[^/\s]+", name) and name not in RESERVED_MODALITIES and several
+        for name, several in entries.items()
     ) and all(isinstance(place, (int, str)) and not isinstance(place, bool) for place in places)
     if not 2 <= len(entries) <= MOST_MODALITIES or not usable or len(set(places)) < len(places):
         raise SettingError(
-            f"modalities must map 2 to {MOST_MODALITIES} modalities, whose names have no '/' and no spaces, to the "
+            f"modalities must map 2 to {MOST_MODALITIES} modalities, whose names have no '/' and no spaces and are "
+            f"none of {', '.join(RESERVED_MODALITIES)}, to the "
             "positions or names of the fusion's arguments that hold their tokens, each argument once, e.g. "
             f"{{'eeg': 0, 'spec': 1}} or {{'eeg': ('eeg', 'eeg_mask'), 'spec': 'spec'}}; got {modalities!r}."
         )
@@ -182,8 +187,8 @@ def guessed_entrances(
     list of Entrance
         More than one where the axis of the samples cannot be told from that of the tokens; none where it is not clear.
     """
-    entrances = []
-    for axis in (0, 1):
+    entrances: list[Entrance] = []
+    for axis in (0, 1) if set(counts).isdisjoint(RESERVED_MODALITIES) else ():
         found = _guess(module, call, counts, samples, axis)
         if found is not None:
             entrances.append(Entrance(path, found))

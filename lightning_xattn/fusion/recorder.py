@@ -5,45 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attention import AttentionPair
 from lightning_xattn.capture import Layer
 from lightning_xattn.capture.wrappers import find_module
 from lightning_xattn.errors import DiscoveryError
-from lightning_xattn.fusion.arguments import Call, label_of
-from lightning_xattn.fusion.entrance import (
-    Entrance,
-    ModalitiesSetting,
-    ModalityPlace,
-    check_fusion,
-    guessed_entrances,
-    named_entrance,
-)
+from lightning_xattn.fusion.arguments import Call
+from lightning_xattn.fusion.entrance import Entrance, ModalitiesSetting, ModalityPlace, check_fusion
 from lightning_xattn.fusion.outputs import find_output
 from lightning_xattn.fusion.replay import Carrier, Precision, ReadOutput, Replay, ReplayError, Spoken
+from lightning_xattn.fusion.survey import FusionSurvey, SeenRun
 from lightning_xattn.labels import Labels
-
-NAME_IT = "Name it: fusion='path.to.module', modalities={'<a>': 0, '<b>': 1} (positions or names of its arguments)."
-"""The remedy where the fusion is not clear."""
-
-
-@dataclass(eq=False)
-class _Seen:
-    """A run of a module in a first step."""
-
-    module: nn.Module
-    path: str
-    outer: _Seen | None
-    call: Call
-    precision: Precision
-    may_fuse: bool
-    """Whether its arguments may be those of a fusion, or hold such a run."""
-    output: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +82,7 @@ class FusionRecorder:
         self, model: nn.Module, fusion: str | None = None, modalities: ModalitiesSetting | None = None
     ) -> None:
         check_fusion(fusion, modalities)
-        self._model, self._modalities = model, modalities
+        self._modalities = modalities
         self._named = None if fusion is None else find_module(model, fusion)
         if fusion is not None and self._named is None:
             known = ", ".join(f"'{path}'" for path, _ in model.named_children())
@@ -122,8 +97,7 @@ class FusionRecorder:
         self._read: ReadOutput | None = None
         self._carrier: Carrier | None = None
         self._hooks, self._hooked = ExitStack(), False
-        self._running: list[_Seen] = []
-        self._seen: list[_Seen] = []
+        self._survey = FusionSurvey(model, self._named, modalities)
         self._calls: list[Call] = []
         self._spoken: Spoken | None = None
         self._told: set[str] = set()
@@ -132,6 +106,11 @@ class FusionRecorder:
     def is_named(self) -> bool:
         """Whether the settings name the fusion."""
         return self._named is not None
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether it takes attention to tell which arguments are whose tokens."""
+        return self._named is None or self._modalities is None
 
     def __enter__(self) -> FusionRecorder:
         self.close()
@@ -149,7 +128,8 @@ class FusionRecorder:
 
     def clear(self) -> None:
         """Forget the step."""
-        self._running, self._seen, self._calls, self._spoken = [], [], [], None
+        self._survey.clear()
+        self._calls, self._spoken = [], None
 
     def let_go(self) -> None:
         """Let go of an evaluation's first step, which carries the replays at its end; the next one has its own."""
@@ -159,7 +139,7 @@ class FusionRecorder:
     def first_tokens(self) -> Tensor | None:
         """Of a fusion that is named, the first modality's tokens in this step; None if it did not run."""
         if self.entrance is None:
-            runs = self._possible((), ()) or []
+            runs = self._survey.possible((), ()) or []
             entrance, calls = (runs[0][1], [runs[0][0].call]) if runs else (None, [])
         else:
             entrance, calls = self.entrance, self._calls if len(self._calls) == 1 else []
@@ -225,7 +205,7 @@ class FusionRecorder:
             if self.entrance is not None:
                 self._hook(hooks)
             elif not self._given_up:
-                self._hook_all(hooks)
+                self._survey.attach(hooks)
             self._hooks = hooks.pop_all()
             self._hooked = True
 
@@ -268,53 +248,19 @@ class FusionRecorder:
             hooks.callback(around.register_forward_pre_hook(begin, with_kwargs=True).remove)
             hooks.callback(around.register_forward_hook(leave).remove)
 
-    def _hook_all(self, hooks: ExitStack) -> None:
-        """In a first step: every run whose arguments may be those of a fusion, and what it is part of."""
-        layers = (one for one in self._model.modules() if isinstance(one, nn.TransformerEncoderLayer))
-        fast = {module for layer in layers for module in layer.modules()}  # hooks would turn their fast path off
-        for path, module in self._model.named_modules():
-            if module not in fast and not isinstance(module, torch.jit.ScriptModule):
-                hooks.callback(module.register_forward_pre_hook(partial(self._enter, path), with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(self._leave, always_call=True).remove)
-
-    def _enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = Call(args, kwargs)
-        precision, outer = Precision.of(call), self._running[-1] if self._running else None
-        if self._named is None:
-            several = {
-                id(one): where for where, one in call.tensors() if one.is_floating_point() and one.dim() in (2, 3)
-            }
-            may_fuse = len(several) > 1
-        else:
-            may_fuse = path == self._named
-        if may_fuse:
-            call = call.copied({where for where, _ in call.tensors()})
-        self._running.append(_Seen(module, path, outer, call, precision, may_fuse))
-
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        while self._running and (run := self._running.pop()):
-            if run.outer is not None:
-                run.outer.may_fuse |= run.may_fuse
-            if run.may_fuse:
-                run.output = output
-                self._seen.append(run)
-            if run.module is module:
-                return
-
     def _find(self, attention: Sequence[AttentionPair], layers: Sequence[Layer], labels: Labels) -> Iterator[str]:
         """Decide in a first step; says what users should know."""
-        possible = self._possible(attention, layers)
+        possible = self._survey.possible(attention, layers)
         if possible is None:
+            if self.is_named:
+                yield from self._once(
+                    f"The fusion '{self._named}' was not seen in a step: it did not run, or is inside of an "
+                    "nn.TransformerEncoderLayer."
+                )
             return
-        runs = sum(run.path == self._named for run in self._seen)
-        if not possible or runs > 1:
+        if not possible or self._survey.runs_of_named > 1:
             self._given_up = True
-            yield (
-                f"The fusion '{self._named}' runs {runs} times in a step, so it is not clear what enters it. Name a "
-                "module that runs once."
-                if runs > 1
-                else self._say_unclear(attention, layers)
-            )
+            yield self._survey.say_unclear(attention, layers)
             return
         problems = []
         for run, entrance in possible:
@@ -330,35 +276,7 @@ class FusionRecorder:
             self.problem = problems[0]
         self.entrance, self._fusion, self._calls = entrance, run.module, [run.call]
 
-    def _possible(
-        self, attention: Sequence[AttentionPair], layers: Sequence[Layer]
-    ) -> list[tuple[_Seen, Entrance]] | None:
-        """The runs that may be the fusion, nearest first; None if it did not run in this step."""
-        if self._named is not None and self._modalities is not None:
-            runs = [run for run in self._seen if run.path == self._named]
-            return [(run, named_entrance(run.module, run.path, self._modalities, run.call)) for run in runs[:1]] or None
-        if not attention:
-            return None
-        counts, samples = attention[0].forward.token_counts, len(attention[0].forward.weights)
-        return [
-            (run, entrance)
-            for run in self._around_both(layers)
-            if self._named in (None, run.path)
-            for entrance in guessed_entrances(run.module, run.path, run.call, counts, samples)
-        ]
-
-    def _around_both(self, layers: Sequence[Layer]) -> list[_Seen]:
-        """The runs, once in a step, that hold all directions of the first layer, nearest first."""
-        paths = [source.path for _, source in layers[0].sources]
-        around = [
-            run
-            for run in self._seen
-            if all(run.path in ("", path) or path.startswith(f"{run.path}.") for path in paths)
-        ]
-        once = [run for run in around if sum(other.module is run.module for other in around) == 1]
-        return sorted(once, key=lambda run: -len(run.path.split(".")) if run.path else 0)
-
-    def _behind(self, run: _Seen, entrance: Entrance, labels: Labels) -> tuple[Carrier, ReadOutput]:
+    def _behind(self, run: SeenRun, entrance: Entrance, labels: Labels) -> tuple[Carrier, ReadOutput]:
         """The nearest module around a fusion that gives the class scores, to carry replays, and how to read them.
 
         Raises
@@ -367,7 +285,7 @@ class FusionRecorder:
             If there is none, or it cannot be replayed.
         """
         samples = run.call[next(iter(entrance.axes))].shape[next(iter(entrance.axes.values()))]
-        around: _Seen | None = run
+        around: SeenRun | None = run
         while around is not None:
             read = find_output(around.output, samples, labels)
             spoken = None if read is None else read(around.output)
@@ -378,21 +296,7 @@ class FusionRecorder:
             around = around.outer
         raise ReplayError("no module around it returns the class scores, as a forward would that calls both")
 
-    def _say_unclear(self, attention: Sequence[AttentionPair], layers: Sequence[Layer]) -> str:
-        names = " and ".join(attention[0].forward.token_counts)
-        found = "; ".join(map(_describe_run, self._around_both(layers)[:6]))
-        return (
-            f"Where {names} enter the fusion cannot be told, so what each of them says and contributes is not shown: "
-            "no module runs both directions once in a step with arguments that surely hold the tokens of one modality "
-            f"each. Candidates: {found or 'none'}. {NAME_IT}"
-        )
-
     def _once(self, message: str) -> list[str]:
         new = message not in self._told
         self._told.add(message)
         return [message] if new else []
-
-
-def _describe_run(run: _Seen) -> str:
-    held = (f"{label_of(run.module, where)} {tuple(one.shape)}" for where, one in run.call.tensors())
-    return f"'{run.path}' ({', '.join(held)})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,9 @@ MAX_ROWS = 256
 
 CLOSE, CLOSE_IN_HALF = 1e-3, 3e-2
 """Outputs that are as near to each other as this are given back; half precision rounds more."""
+
+SMALL_PART, ROUNDING = 0.1, 1e-5
+"""So much of the outputs' standard deviation between samples may be missing, and rounding may always take this."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +47,6 @@ class Spoken:
         """Several as one."""
         return cls(torch.cat([part.values for part in parts]), torch.cat([part.logits for part in parts]))
 
-
-SMALL_PART, ROUNDING = 0.1, 1e-5
-"""So much of the outputs' standard deviation between samples may be missing, and rounding may always take this."""
 
 ReadOutput = Callable[[Any], Spoken | None]
 """Finds it in what a module returned; None where it is not there."""
@@ -197,7 +197,7 @@ class Replay:
                 raise ReplayError(f"it fails with other tokens: {error!r}") from error
         if said is None:
             raise ReplayError("it gives no class scores with other tokens")
-        return Spoken(said.values.cpu(), said.logits.cpu())
+        return said.cpu()
 
     @contextmanager
     def _as_in_the_step(self) -> Iterator[None]:
@@ -277,11 +277,10 @@ def _is_half(tokens: Iterable[Tensor], carrier: Carrier) -> bool:
 
 def _given_first(outputs: list[Any], forward: Callable[..., Any]) -> Callable[..., Any]:
     """A forward that gives these outputs, one a run, and then runs."""
-    turns = Counter[str]()
+    waiting = list(outputs)
 
     def skipped(*args: Any, **kwargs: Any) -> Any:
-        turns["run"] += 1
-        return outputs[turns["run"] - 1] if turns["run"] <= len(outputs) else forward(*args, **kwargs)
+        return waiting.pop(0) if waiting else forward(*args, **kwargs)
 
     return skipped
 

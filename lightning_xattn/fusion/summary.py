@@ -28,7 +28,7 @@ from lightning_xattn.functional import (
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.functional.outcomes import BINS
 from lightning_xattn.functional.reading import LEAST_OF_A_CLASS
-from lightning_xattn.fusion.collected import FusionPart
+from lightning_xattn.fusion.collected import IDENTITY, FusionPart
 from lightning_xattn.fusion.contribution import Contributions
 from lightning_xattn.group_keys import UNKNOWN_GROUP
 from lightning_xattn.summary import Comparison
@@ -77,6 +77,8 @@ class FusionSummary:
         By modality, why it cannot be read.
     uncontributed
         Why contributions cannot be told; "" where they can.
+    pairs, whole_runs
+        How many pairs were replayed, and whether each replay ran all of the module around the fusion.
     left_out
         Samples that are left out because what enters the fusion is not finite.
     """
@@ -92,6 +94,7 @@ class FusionSummary:
         self.unreadable: dict[str, str] = {}
         self._read(rows)
         self.uncontributed = contributions if isinstance(contributions, str) else ""
+        self.pairs, self.whole_runs = 0, False
         if isinstance(contributions, Contributions):
             self._contribute(rows, contributions)
 
@@ -156,8 +159,9 @@ class FusionSummary:
         self.numbers["leans_first"] = torch.where(leans.isnan(), torch.nan, (leans > 0).double())
 
     def _contribute(self, rows: Mapping[str, Tensor], found: Contributions) -> None:
-        place = {int(one): i for i, one in enumerate(rows["hash"])}
-        known = torch.tensor([place.get(int(one), -1) for one in found.hashes])
+        identities = torch.stack([rows[name] for name in IDENTITY], dim=1).tolist()
+        place = {tuple(one): i for i, one in enumerate(identities)}
+        known = torch.tensor([place.get(tuple(one), -1) for one in found.samples.tolist()])
         at, there = known[known >= 0], known >= 0
 
         def spread(values: Tensor) -> Tensor:
@@ -174,11 +178,11 @@ class FusionSummary:
         target = rows["target"][at]
         labelled = target >= 0
         for number, predicted in (("additive_right", found.additive), ("model_right", found.predicted)):
-            right = torch.full((len(found.hashes),), torch.nan, dtype=torch.float64)
+            right = torch.full((len(found.samples),), torch.nan, dtype=torch.float64)
             said = predicted[there]
             right[there] = torch.where(labelled & (said >= 0), (said == target).double(), torch.nan)
             self.numbers[number] = spread(right)
-        self.pairs = found.pairs
+        self.pairs, self.whole_runs = found.pairs, found.whole
 
     def chosen(self, class_id: int | None = None, outcome: int | None = None) -> Tensor:
         """``(samples,)`` bool: those of a class and an outcome."""

@@ -126,6 +126,24 @@ def test_a_model_without_attention_needs_a_name():
     assert watch.history[0]["reading/left"] == pytest.approx(summary.estimate("right/left").mean)
 
 
+def test_a_named_fusion_whose_arguments_only_attention_would_tell():
+    with pytest.raises(DiscoveryError, match="No cross-attention ran"):
+        look(TwoStreams(Concatenation()), fusion="fusion")
+
+
+def test_a_named_fusion_that_does_not_run_is_said():
+    class Beside(TwoStreams):
+        def __init__(self):
+            super().__init__()
+            self.idle = Concatenation()
+
+    with pytest.warns(XAttnWarning, match="The fusion 'idle' was not seen in a step") as warned:
+        watch = look(Beside(), fusion="idle", modalities={"left": 0, "right": 1})
+    assert sum("'idle'" in str(one.message) for one in warned) == 1
+    assert not watch.fusion_summaries
+    assert watch.summaries["val"].samples == 40
+
+
 @pytest.mark.parametrize(
     ("settings", "facts"),
     [
@@ -147,6 +165,7 @@ def test_names_of_what_is_not_there(settings, facts):
         ({"fusion": "f", "modalities": {"left": 0, "right": 0}}, ["each argument once"]),
         ({"fusion": "f", "modalities": {"left/x": 0, "right": 1}}, ["no '/'"]),
         ({"fusion": "f", "modalities": {"left": 0.5, "right": 1}}, ["0.5"]),
+        ({"fusion": "f", "modalities": {"interaction": 0, "right": 1}}, ["interaction", "emap_accuracy"]),
         ({"fusion": 3}, ["3"]),
         ({"contribution_samples": -1}, ["contribution_samples", "-1"]),
         ({"max_samples": 0}, ["max_samples", "0"]),

@@ -146,7 +146,7 @@ def test_a_model_that_wants_its_number_of_samples_is_run_with_as_many():
     torch.testing.assert_close(ours.numbers["phi/left"], expected.numbers["phi/left"])
 
 
-def test_a_model_whose_encoders_cannot_be_skipped_is_run_as_a_whole():
+def test_a_model_whose_encoders_cannot_be_skipped_is_run_as_a_whole(infos):
     class Tied(TwoStreams):
         """Takes a number from its encoder that it leaves there."""
 
@@ -171,6 +171,8 @@ def test_a_model_whose_encoders_cannot_be_skipped_is_run_as_a_whole():
 
     ours, expected = look(made(Tied)), look(made(TwoStreams))
     assert not ours.uncontributed
+    assert (ours.whole_runs, expected.whole_runs) == (True, False)
+    assert sum("160 pairs cost as many samples' runs of the whole model" in said for said in infos.messages) == 1
     torch.testing.assert_close(ours.numbers["phi/left"], expected.numbers["phi/left"])
 
 

@@ -412,3 +412,30 @@ def test_a_table_of_a_model_without_attention(tmp_path):
     assert len(frame) == 60
     assert frame["layer"].isna().all()
     assert frame["conflict"].notna().all()
+
+
+def test_ids_that_occur_twice_are_still_different_samples():
+    """As windows of one recording under its id: each has its own contribution, and is no partner of the others."""
+    data, _ = said_data(40)
+    left, right, target, ids = data.tensors
+    module = trained(Sum(), data, epochs=5)
+    summary = summary_of(module, TensorDataset(left, right, target, ids // 2), **NAMED)
+    with torch.no_grad():
+        logits = module(left, right).double()
+    probabilities = logits.softmax(1)
+    assert sorted(summary.sample_numbers.tolist()) == list(range(40))
+    for i, number in enumerate(summary.sample_numbers.tolist()):
+        others = [j for j in range(40) if int(ids[j]) // 2 != int(ids[number]) // 2]
+        c = int(logits[number].argmax())
+        whole = float(probabilities[number, c] - probabilities[others, c].mean())
+        assert float(summary.numbers["phi/left"][i] + summary.numbers["phi/right"][i]) == pytest.approx(whole, abs=1e-5)
+
+
+def test_the_historys_confidence_is_of_all_samples_and_so_is_its_interval():
+    data, _ = said_data(160, noise=1.5)
+    module = trained(None, data, epochs=15)
+    few, whole = (watch_of(module, data, max_samples=size).history[0] for size in (140, 8192))
+    assert few["read_samples"] == 140
+    for name in ("outcome/confidence_auroc", "outcome/confidence_auroc_low", "outcome/confidence_auroc_high"):
+        assert few[name] == whole[name]
+    assert few["outcome/conflict_auroc"] != whole["outcome/conflict_auroc"]
