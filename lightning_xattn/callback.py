@@ -82,6 +82,9 @@ class AttentionExplainabilityCallback(Callback):
         ``trainer.validate`` and ``trainer.test`` always record.
     figures_every_n_epochs
         Draw figures every so many epochs, of those that are recorded; 0: never.
+    faithfulness_every_n_epochs
+        Test every so many epochs, of those that are recorded, whether the attention ranks the keys that the model uses;
+        0: in none of a fit. ``trainer.validate`` and ``trainer.test`` always do. It takes 128 ``contribution_samples``.
     every_n_batches
         Record every so many batches of each evaluation, from the first on. All numbers, also the count of samples, are
         then of the recorded batches alone.
@@ -128,6 +131,7 @@ class AttentionExplainabilityCallback(Callback):
         max_samples: int = MAX_SAMPLES,
         every_n_epochs: int = 1,
         figures_every_n_epochs: int = 1,
+        faithfulness_every_n_epochs: int = 10,
         every_n_batches: int = 1,
         table: str | Path | None = None,
     ) -> None:
@@ -136,7 +140,8 @@ class AttentionExplainabilityCallback(Callback):
         labels = predictions, targets, sample_ids, groups, query_mask
         entrance = fusion, modalities, contribution_samples, max_samples
         self.settings = Settings(attention, class_names, group_by, *labels, *entrance, table)
-        self.schedule = Schedule(every_n_epochs, figures_every_n_epochs, every_n_batches)
+        often = every_n_epochs, figures_every_n_epochs, faithfulness_every_n_epochs, every_n_batches
+        self.schedule = Schedule(*often)
         self.history: list[dict[str, Any]] = []
         self.summaries: dict[str, LayerSummary] = {}
         self.fusion_summaries: dict[str, FusionSummary] = {}
@@ -263,7 +268,7 @@ class AttentionExplainabilityCallback(Callback):
 
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._recorder is not None
-        ended = dict(summarise(self._evaluations, self._recorder))
+        ended = dict(summarise(self._evaluations, self._recorder, self.schedule.tests_attention(trainer)))
         fusions = {number: summary.fusion for number, summary in ended.items() if summary.fusion is not None}
         if self._table is not None:
             self._table.close({number: one.columns_of(trainer.global_rank) for number, one in fusions.items()})

@@ -167,6 +167,10 @@ def _fusion_numbers(summary: FusionSummary, class_names: Sequence[str]) -> Itera
         yield f"contribution/share/{name}", summary.share(name).mean
     for number, curve in (("opposed", "opposed"), ("interaction", "interaction"), ("additive_right", "emap_accuracy")):
         yield f"contribution/{curve}", summary.estimate(number).mean
+    for direction in summary.replaced:
+        yield f"faithfulness/{direction}", summary.faithfulness(direction).mean
+        yield f"faithfulness/reference/{direction}", summary.faithfulness(direction, "reference").mean
+        yield f"faithfulness/cost/{direction}", summary.estimate(f"cost/{direction}").mean
 
 
 def _numbers(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:

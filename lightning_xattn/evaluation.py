@@ -30,11 +30,12 @@ from lightning_xattn.classes import (
 from lightning_xattn.columns import CONFIDENCE, NUMBER, headline, sample_statistics, table_columns
 from lightning_xattn.distributed import gather, process
 from lightning_xattn.errors import SettingError, check_whole_number
-from lightning_xattn.functional import prepare_rows
+from lightning_xattn.functional import Rows, prepare_rows, received_attention
 from lightning_xattn.fusion.collected import MAX_SAMPLES, Collected, FusionPart, merge_parts
-from lightning_xattn.fusion.contribution import CONTRIBUTION_SAMPLES, Contributions, contributions
+from lightning_xattn.fusion.contribution import CONTRIBUTION_SAMPLES, PARTNERS, Contributions, contributions
 from lightning_xattn.fusion.entrance import ModalitiesSetting, check_fusion
-from lightning_xattn.fusion.recorder import FusionInputs
+from lightning_xattn.fusion.faithfulness import replaced_keys
+from lightning_xattn.fusion.recorder import FusionInputs, FusionRecorder
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.group_keys import group_keys
 from lightning_xattn.labels import LabelFinder, LabelSetting, Step
@@ -233,11 +234,11 @@ class Evaluation:
             NUMBER: numbers[: len(batch)],
         }
         ids = {"sample_id": labels.sample_ids, "group": labels.group_ids}
+        layers = [[prepare_rows(attention) for attention in pair.directions] for pair in batch.attention]
         if batch.inputs is not None and len(batch):
-            self._collect(batch, batch.inputs, about, classes, places)
+            self._collect(batch, batch.inputs, about, classes, places, layers[0] if layers else ())
         table = [] if batch.attention else [about | {"layer": None} | ids]
-        for pair in batch.attention:
-            rows = [prepare_rows(attention) for attention in pair.directions]
+        for pair, rows in zip(batch.attention, layers, strict=True):
             statistics = sample_statistics(*rows) | {CONFIDENCE: _filled(labels.confidence, torch.nan, batch)}
             if pair.layer not in self._accumulators:
                 layout = Layout.of(rows, statistics, n_classes, labels.group_noun)
@@ -255,6 +256,7 @@ class Evaluation:
         about: Mapping[str, Any],
         classes: Tensor,
         places: Sequence[int],
+        first_layer: Sequence[Rows],
     ) -> None:
         labels = batch.labels
         keys = group_keys(places if labels.sample_ids is None else labels.sample_ids, batch.device)
@@ -267,7 +269,8 @@ class Evaluation:
             "prediction": _filled(labels.predicted, -1, batch),
             "confidence": _filled(labels.confidence, torch.nan, batch),
         }
-        self.collected.add(inputs, keys, labels.groups, labels.group_noun, facts)
+        received = {str(rows.direction): received_attention(rows) for rows in first_layer}
+        self.collected.add(inputs, keys, labels.groups, labels.group_noun, facts, received)
 
     def sums(self) -> dict[str, LayerSums]:
         """By layer, what there is so far; ``add`` leaves these tensors as they are."""
@@ -298,17 +301,27 @@ class Evaluation:
         for layer, of_layer in self._accumulators.items():
             self._accumulators[layer] = LayerAccumulator.of(of_layer.sums().without_labels(), of_layer.device)
 
-    def summary(self, recorder: StepRecorder, parts: Sequence[Part] | None = None) -> EvaluationSummary:
+    def summary(
+        self,
+        recorder: StepRecorder,
+        tests_attention: bool,
+        parts: Sequence[Part] | None = None,
+        partners: int | None = PARTNERS,
+    ) -> EvaluationSummary:
         """What the sums say of each layer and of the fusion.
 
-        Where there are several processes and contributions are measured, two collectives, which each must reach.
+        Where there are several processes and something is replayed, collectives that each must reach.
 
         Parameters
         ----------
         recorder
             Has what is needed to replay what lies behind the fusion.
+        tests_attention
+            Whether keys are replaced to see what the attention ranks.
         parts
             Those of all processes, in one order on each of them. None: this one alone.
+        partners
+            With how many others each sample is exchanged; None: with all.
         """
         parts = [self.part()] if parts is None else parts
         self.classes = next((part.classes for part in parts if part.classes is not None), None)
@@ -321,19 +334,23 @@ class Evaluation:
             merged = {layer: sums.without_labels() for layer, sums in merged.items()}
         summaries = {layer: LayerSummary(sums) for layer, sums in merged.items()}
         collected = [part.fusion for part in parts if part.fusion is not None]
-        fusion = self._summarise_fusion(recorder, collected, not several) if collected else None
+        fusion = None
+        if collected:
+            sizes = self._settings.max_samples, self._settings.contribution_samples
+            part = merge_parts(collected, sizes)
+            part = part.without_labels() if several else part
+            fusion = self._summarise_fusion(recorder.fusion, part, tests_attention, partners)
         return EvaluationSummary(summaries, fusion)
 
     def _summarise_fusion(
-        self, recorder: StepRecorder, parts: Sequence[FusionPart], are_labelled: bool
+        self, recorder: FusionRecorder, part: FusionPart, tests_attention: bool, partners: int | None
     ) -> FusionSummary:
-        settings = self._settings
-        part = merge_parts(parts, (settings.max_samples, settings.contribution_samples))
-        part = part if are_labelled else part.without_labels()
-        found: Contributions | str = "contribution_samples is 0"
-        if settings.contribution_samples:
-            found = contributions(part, recorder.fusion, settings.contribution_samples)
-        return FusionSummary(part, len(self.classes or ()), found)
+        size = self._settings.contribution_samples
+        found = contributions(part, recorder, size, partners) if size else "contribution_samples is 0"
+        # Where the intact samples do not come back there is nothing to compare with.
+        tests_attention &= isinstance(found, Contributions)
+        replaced = replaced_keys(part, recorder, size) if tests_attention else {}
+        return FusionSummary(part, len(self.classes or ()), found, replaced)
 
 
 def _filled(values: Tensor | None, otherwise: float, batch: BatchResult) -> Tensor:
@@ -341,10 +358,12 @@ def _filled(values: Tensor | None, otherwise: float, batch: BatchResult) -> Tens
     return torch.full((len(batch),), otherwise, device=batch.device) if values is None else values
 
 
-def summarise(evaluations: Mapping[int, Evaluation], recorder: StepRecorder) -> Iterator[tuple[int, EvaluationSummary]]:
+def summarise(
+    evaluations: Mapping[int, Evaluation], recorder: StepRecorder, tests_attention: bool
+) -> Iterator[tuple[int, EvaluationSummary]]:
     """Merge the evaluations of all processes: dataloader and summary, in one order on each of them.
 
-    A collective, and two for each dataloader whose contributions are measured, which every process must reach.
+    A collective, and for each dataloader those of `Evaluation.summary`, which every process must reach.
 
     Parameters
     ----------
@@ -352,7 +371,10 @@ def summarise(evaluations: Mapping[int, Evaluation], recorder: StepRecorder) -> 
         By dataloader; makes those that another process has and this one has not.
     recorder
         Has what is needed to replay what lies behind the fusion.
+    tests_attention
+        Whether keys are replaced to see what the attention ranks.
     """
     processes = gather({number: evaluation.part() for number, evaluation in evaluations.items()})
     for number in sorted({number for parts in processes for number in parts}):
-        yield number, evaluations[number].summary(recorder, [parts[number] for parts in processes if number in parts])
+        of_number = [parts[number] for parts in processes if number in parts]
+        yield number, evaluations[number].summary(recorder, tests_attention, of_number)

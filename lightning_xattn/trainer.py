@@ -25,6 +25,8 @@ class Schedule:
         Record every so many, at least 1.
     figures_every_n_epochs
         Draw every so many of those that are recorded; 0: none.
+    faithfulness_every_n_epochs
+        Test the attention every so many of those that are recorded; 0: in none of a fit.
     every_n_batches
         Record every so many batches of a recorded epoch, from the first on, at least 1.
 
@@ -36,11 +38,14 @@ class Schedule:
 
     every_n_epochs: int
     figures_every_n_epochs: int
+    faithfulness_every_n_epochs: int
     every_n_batches: int
 
     def __post_init__(self) -> None:
-        for name, least in (("every_n_epochs", 1), ("figures_every_n_epochs", 0), ("every_n_batches", 1)):
-            check_whole_number(name, getattr(self, name), least)
+        for name in ("every_n_epochs", "every_n_batches"):
+            check_whole_number(name, getattr(self, name))
+        for name in ("figures_every_n_epochs", "faithfulness_every_n_epochs"):
+            check_whole_number(name, getattr(self, name), 0)
 
     def records(self, trainer: Trainer) -> bool:
         """Whether the evaluation that begins is recorded."""
@@ -52,9 +57,15 @@ class Schedule:
 
     def draws(self, trainer: Trainer) -> bool:
         """Whether a recorded evaluation is drawn."""
-        every = self.figures_every_n_epochs
+        return self.figures_every_n_epochs > 0 and self._is_due(trainer, self.figures_every_n_epochs)
+
+    def tests_attention(self, trainer: Trainer) -> bool:
+        """Whether a recorded evaluation ends with a test of its attention."""
+        return self._is_due(trainer, self.faithfulness_every_n_epochs)
+
+    def _is_due(self, trainer: Trainer, every: int) -> bool:
         recorded_before = _validations_before(trainer) // self.every_n_epochs
-        return every > 0 and (not _is_fitting(trainer) or recorded_before % every == 0)
+        return not _is_fitting(trainer) or (every > 0 and recorded_before % every == 0)
 
 
 def logged_step(trainer: Trainer) -> int:

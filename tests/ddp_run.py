@@ -15,13 +15,16 @@ from lightning_xattn.callback import AttentionExplainabilityCallback as Watch
 from lightning_xattn.columns import ALIGNMENT, ENTROPY
 from tests.toy import ToyModule, quiet_trainer, toy_data
 
-SAMPLES = 22
+SAMPLES, MANY = 22, 140
 
 
 def make_data(scenario, ranks):
-    """22 samples, which DistributedSampler deals out in turn, so uneven for two ranks' batches and for three ranks."""
-    audio, text, target = toy_data(SAMPLES).tensors
-    last = torch.arange(SAMPLES) % ranks == ranks - 1
+    """22 samples, which DistributedSampler deals out in turn, so uneven for two ranks' batches and for three ranks.
+
+    Of many samples the attention is tested, too.
+    """
+    audio, text, target = toy_data(MANY if scenario == "many" else SAMPLES).tensors
+    last = torch.arange(len(target)) % ranks == ranks - 1
     if scenario == "odd":
         audio, text, target = audio[:-1], text[:-1], target[:-1]
     elif scenario == "class missing on a rank":
@@ -31,7 +34,7 @@ def make_data(scenario, ranks):
     return TensorDataset(audio, text, target, torch.arange(len(target)) + 100)
 
 
-SCENARIOS = ("even", "odd", "class missing on a rank", "nothing valid on a rank")
+SCENARIOS = ("even", "odd", "class missing on a rank", "nothing valid on a rank", "many")
 
 
 class Identified(ToyModule):

@@ -457,3 +457,33 @@ def additive_fit(rows, columns, values, samples):
 def emap(table):
     """Hessel and Lee 2020 at the diagonal of a whole (samples, samples) table: row + column - all."""
     return np.array([table[i].mean() + table[:, i].mean() - table.mean() for i in range(len(table))])
+
+
+def received_attention(A, queries=None, keys=None):
+    """Mean over heads and queries of the weight that each key gets."""
+    valid = valid_rows(A, queries, keys)
+    _, sees = masks_of(A, queries, keys)
+    cells = [(h, q) for h in range(A.shape[0]) for q in range(A.shape[1]) if valid[h, q]]
+    return [
+        sum(A[h, q, k] for h, q in cells if sees[h, q, k]) / len(cells) if any(sees[h, q, k] for h, q in cells) else NAN
+        for k in range(A.shape[2])
+    ]
+
+
+def keys_to_replace(scores):
+    """For a quarter, a half and three quarters the keys of largest score, for each those of smallest, and all."""
+    known = [k for k in range(len(scores)) if scores[k] == scores[k]]
+    order = sorted(known, key=lambda k: -scores[k])
+    counts = [min(max(1, math.floor(share * len(known) + 0.5)), len(known) - 1) for share in (0.25, 0.5, 0.75)]
+    return [order[:n] for n in counts] + [order[len(order) - n :] for n in counts] + [order]
+
+
+def ranking_gain(replaced):
+    """Of one sample: probabilities after each of `keys_to_replace`."""
+    return sum(replaced[3 + i] - replaced[i] for i in range(3)) / 3
+
+
+def faithfulness(intact, replaced):
+    """Sums over samples divided: intact probabilities, and those after each replacement."""
+    costs = [p - after[6] for p, after in zip(intact, replaced, strict=True)]
+    return sum(map(ranking_gain, replaced)) / sum(costs)

@@ -70,7 +70,9 @@ def test_every_process_logs_what_one_process_logs(processes, alone, scenario):
     for rank in ranks:
         assert list(rank[scenario]["logged"]) == list(expected)
         for name, value in expected.items():
-            assert rank[scenario]["logged"][name] == pytest.approx(value, abs=1e-6), name
+            # Faithfulness is a ratio to a small cost, whose rounding depends on how many samples run at once.
+            tolerance = 1e-5 if name.startswith("xattn_faithfulness") else 1e-6
+            assert rank[scenario]["logged"][name] == pytest.approx(value, abs=tolerance), name
 
 
 @pytest.mark.parametrize("scenario", ddp_run.SCENARIOS)
@@ -78,7 +80,7 @@ def test_every_process_logs_what_one_process_logs(processes, alone, scenario):
 def test_intervals_by_group_are_those_of_one_process(processes, alone, scenario):
     ranks, _ = processes
     expected = alone(len(ranks), scenario)["by_group"]
-    assert expected[0] == 8
+    assert expected[0] == (47 if scenario == "many" else 8)
     assert np.isfinite(expected).all()
     for rank in ranks:
         assert rank[scenario]["by_group"] == pytest.approx(expected, abs=1e-6)
@@ -86,13 +88,15 @@ def test_intervals_by_group_are_those_of_one_process(processes, alone, scenario)
 
 @pytest.mark.parametrize("scenario", ddp_run.SCENARIOS)
 @pytest.mark.slow
-def test_three_collectives_and_no_repeats(processes, alone, scenario):
+def test_few_collectives_and_no_repeats(processes, alone, scenario):
     ranks, _ = processes
     (record,) = alone(len(ranks), scenario)["history"]
     dealt = -(-record["samples"] // len(ranks)) * len(ranks)
     for rank in ranks:
-        # The sums, who can replay, and what they have replayed.
-        assert rank[scenario]["collectives"] == ["all_gather_object"] * 3
+        # The sums; who can replay, and what they have replayed: for contributions, and to test the attention.
+        is_tested = any(name.startswith("faithfulness") for name in record)
+        assert is_tested == (scenario == "many")
+        assert rank[scenario]["collectives"] == ["all_gather_object"] * (5 if is_tested else 3)
         (merged,) = rank[scenario]["history"]
         assert merged["samples"] == record["samples"]
         assert merged["repeats"] == dealt - record["samples"]
@@ -105,7 +109,7 @@ def test_the_table_has_each_sample_once_in_a_shard_of_each_process(processes):
         shards = list((folder / "table" / scenario).iterdir())
         assert sorted(int(path.name.split("rank=")[1][0]) for path in shards) == list(range(len(ranks)))
         ids = pq.read_table(folder / "table" / scenario)["sample_id"].to_pylist()
-        assert sorted(map(int, ids)) == [100 + i for i in range(ddp_run.SAMPLES - (scenario == "odd"))]
+        assert sorted(map(int, ids)) == [100 + i for i in range(len(ddp_run.make_data(scenario, len(ranks))))]
 
 
 @pytest.mark.slow

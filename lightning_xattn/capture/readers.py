@@ -1,7 +1,7 @@
 """How an attention is read at each function that computes one: a registry, one reader a function.
 
 A reader runs the function, so that the model gets what it asked for bit for bit, and hands the attention to the watch.
-If the watch hides keys, it gives the function a mask more.
+If the watch edits the attention, the function runs with other keys and values, or weighs them differently.
 """
 
 from __future__ import annotations
@@ -76,6 +76,17 @@ class Event:
         return self.result is not None and self.result.holds(tensor)
 
 
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """What is to be changed of an attention before it is computed, whose samples are the first axis of its rows."""
+
+    tokens: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    """Gets keys and values ``(samples, ..., keys, width)`` as the function has them, and gives those to take; None:
+    these. A softmax has none, and does not call it."""
+    weights: Tensor | None = None
+    """``(samples, keys)`` by which the weights that go to each key are multiplied, after the softmax; None: by 1."""
+
+
 Read = Callable[[], RecordedWeights]
 """Gives weights and masks; if only masks are wanted, weights without values."""
 
@@ -86,11 +97,8 @@ Call = dict[str, Any]
 class Watcher(Protocol):
     """What a reader hands an attention to."""
 
-    def begin(self, event: Event, asks: Tensor) -> Tensor | None:
-        """Called before it is computed, with what asks (queries or scores): what is to be hidden.
-
-        Bool that broadcasts to its shape; None: nothing.
-        """
+    def begin(self, event: Event, asks: Tensor) -> Edit | None:
+        """Called before it is computed, with what asks (queries or scores): what is to be changed; None: nothing."""
 
     def take(self, event: Event, read: Read | None = None, given: Tensor | None = None) -> None:
         """Called once it is computed; ``given`` is the tensor with its weights that the model gets."""
@@ -132,15 +140,15 @@ def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, watch: Wat
     keys = (key.shape[0] if static is None else static.shape[1]) + extra
     shape = (query.shape[1] if batched else 1, call["num_heads"], query.shape[0], keys)
     event = Event("multi_head_attention_forward", shape, query.device, (query, key), extra)
-    hidden = watch.begin(event, query)
-    if hidden is not None:
-        call |= {"attn_mask": _with_hidden(call, hidden, event), "is_causal": False}
+    edit = watch.begin(event, query)
+    if edit is not None:
+        call |= _edited_tokens(call, edit)
     dropped = call["training"] and call["dropout_p"] > 0
     wanted = event.want is Want.WEIGHTS
     takes_average = wanted and call["need_weights"] and call["average_attn_weights"] and not dropped
     if takes_average:
         call["average_attn_weights"] = False
-    as_called = hidden is None and not takes_average
+    as_called = edit is None and not takes_average
     output, weights = function(*args, **kwargs) if as_called else function(**call)
 
     def read() -> RecordedWeights:
@@ -256,17 +264,28 @@ def _per_head(mask: Tensor, heads: int) -> Tensor:
     return mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, heads))
 
 
-def _with_hidden(call: Call, hidden: Tensor, event: Event) -> Tensor:
-    """A mask of ``multi_head_attention_forward`` that hides more."""
-    batch, heads, queries, keys = event.shape
-    keys -= event.extra_keys  # which the function adds, and shows
-    hidden = hidden.expand(event.shape)[..., :keys].reshape(batch * heads, queries, keys)
-    mask, padding = call["attn_mask"], call["key_padding_mask"]
-    if (mask is None or mask.dtype == torch.bool) and (padding is None or padding.dtype == torch.bool):
-        return hidden if mask is None else hidden | mask
-    shown = torch.zeros((), device=hidden.device) if mask is None else additive(mask)
-    more: Tensor = torch.where(hidden, -torch.inf, shown).to(call["query"].dtype)
-    return more
+def _edited_tokens(call: Call, edit: Edit) -> Call:
+    """Other arguments of ``multi_head_attention_forward``, whose samples are the second axis."""
+    key, value = call["key"], call["value"]
+    if edit.tokens is not None:
+        key, value = (one.transpose(0, -2) for one in edit.tokens(key.transpose(0, -2), value.transpose(0, -2)))
+    if edit.weights is None:
+        return {"key": key, "value": value}
+    # To weigh what the values are projected to, their bias must be weighed, too: it is one more weight of each value,
+    # to which a 1 is added.
+    if call["use_separate_proj_weight"]:
+        separate = [call[f"{name}_proj_weight"] for name in "qkv"]
+    else:
+        separate = list(call["in_proj_weight"].chunk(3))
+    bias = call["in_proj_bias"]
+    if bias is not None:
+        of_values = bias.chunk(3)[2]
+        separate[2] = torch.cat([separate[2], of_values[:, None]], dim=1)
+        value = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
+        bias = torch.cat([*bias.chunk(3)[:2], torch.zeros_like(of_values)])
+    weighed = value * edit.weights.T[..., None].to(value.dtype)
+    weights = {f"{name}_proj_weight": one for name, one in zip("qkv", separate, strict=True)}
+    return {"key": key, "value": weighed, "use_separate_proj_weight": True, "in_proj_bias": bias} | weights
 
 
 def _read_kernel(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
@@ -277,17 +296,20 @@ def _read_kernel(function: Any, args: Sequence[Any], kwargs: Call, watch: Watche
     shape = (*query.shape[:-1], key.shape[-2]) if not query.is_nested else ()
     problem = None if readable else "it has other axes"
     event = Event("scaled_dot_product_attention", shape, query.device, problem=problem, over_keys=readable)
-    hidden = watch.begin(event, query)
-    if hidden is not None:
-        hidden = hidden.expand(shape)
-        mask, visible = call["attn_mask"], ~hidden & _causal(event) if call["is_causal"] else ~hidden
-        if mask is not None:
-            visible = mask & visible if mask.dtype == torch.bool else torch.where(visible, mask, -torch.inf)
-        call |= {"attn_mask": visible, "is_causal": False}
-    result = function(*args, **kwargs) if hidden is None else function(**call)
+    edit = watch.begin(event, query)
+    if edit is not None and edit.tokens is not None:
+        call["key"], call["value"] = edit.tokens(key, call["value"])
+    if edit is not None and edit.weights is not None:
+        call["value"] = call["value"] * _over_heads(edit.weights, len(shape))[..., None].to(key.dtype)
+    result = function(*args, **kwargs) if edit is None else function(**call)
     if len(shape) > 1:
         watch.take(event, lambda: _beside_kernel(event, call))
     return result
+
+
+def _over_heads(weights: Tensor, axes: int) -> Tensor:
+    """``(samples, keys)`` with an axis for the heads, if there are as many axes."""
+    return weights if axes == 3 else weights[:, None]
 
 
 def _causal(event: Event) -> Tensor:
@@ -326,11 +348,11 @@ def _read_softmax(function: Any, args: Sequence[Any], kwargs: Call, watch: Watch
     shape = tuple(scores.mT.shape if turned else scores.shape)
     problem = None if len(shape) < 5 else "it has other axes than (batch, heads, queries, keys)"
     event = Event("softmax", shape, scores.device, problem=problem, over_keys=len(shape) == 4 and not turned)
-    hidden = watch.begin(event, scores)
-    if hidden is not None:
-        scores = scores.masked_fill(hidden.expand(shape).mT if turned else hidden, -torch.inf)
-        args, kwargs = (scores, *args[1:]), {name: value for name, value in kwargs.items() if name != "input"}
+    edit = watch.begin(event, scores)
     result = function(*args, **kwargs)
+    if edit is not None and edit.weights is not None:
+        weighed = _over_heads(edit.weights, len(shape))[..., None, :].to(result.dtype)
+        result = result * (weighed.mT if turned else weighed)
 
     def read() -> RecordedWeights:
         given, weights = (scores.mT, result.mT) if turned else (scores, result)

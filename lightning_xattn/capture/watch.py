@@ -22,12 +22,11 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from lightning_xattn.capture.memory import Address, has_address
-from lightning_xattn.capture.readers import Event, Read, Want, reader_of
+from lightning_xattn.capture.readers import Edit, Event, Read, Want, reader_of
 from lightning_xattn.capture.wrappers import Shared, in_encoder_layers, runs_for_backward
 
-Hide = Callable[[str, Event], Tensor | None]
-"""Gets the path of the module that runs and the attention that it is about to compute; gives what is to be hidden, bool
-that broadcasts to the attention's shape, True where a key is hidden; None: nothing."""
+ToEdit = Callable[[Event], Edit | None]
+"""Gets an attention that is about to be computed; gives what is to be changed of it; None: nothing."""
 
 _PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "mm", "baddbmm", "einsum"})
 _FOLDS = frozenset({"reshape", "view", "flatten", "contiguous"})
@@ -73,7 +72,7 @@ class Watch(TorchFunctionMode):
 
     The mode is on while one of ``modules`` (with their paths) runs; the operations of others are not looked at.
     ``want`` says what is to be recorded of an attention that is about to be computed. ``leave`` is called when a run
-    ends without an error, with what the module returned. ``hide`` hides keys before an attention is computed; torch's
+    ends without an error, with what the module returned. ``edit`` changes an attention before it is computed; torch's
     fast paths are then off. A watch that ``follows`` notes which attention reaches which.
     """
 
@@ -82,11 +81,11 @@ class Watch(TorchFunctionMode):
         modules: Mapping[nn.Module, str],
         want: Callable[[Run, Event], Want],
         leave: Callable[[Run, Any], None],
-        hide: Hide | None = None,
+        edit: ToEdit | None = None,
         follows: bool = False,
     ) -> None:
         super().__init__()
-        self._modules, self._want, self._leave, self._hide = modules, want, leave, hide
+        self._modules, self._want, self._leave, self._edit = modules, want, leave, edit
         self._runs: list[Run] = []
         self._turns: Counter[nn.Module] = Counter()
         self._on = False
@@ -190,7 +189,7 @@ class Watch(TorchFunctionMode):
             if reached and isinstance(one, Tensor):
                 self._reached[id(one)] = weakref.ref(one), reached
 
-    def begin(self, event: Event, asks: Tensor) -> Tensor | None:
+    def begin(self, event: Event, asks: Tensor) -> Edit | None:
         """See ``Watcher``."""
         event.reached_by = _noted(self._reached, asks) or frozenset()
         for run in self._runs[-1].outwards() if len(event.shape) == 3 else ():
@@ -199,7 +198,7 @@ class Watch(TorchFunctionMode):
                     event.folded.setdefault(heads_first, heads)
         if event.problem is None:
             event.want = self._want(self._runs[-1], event)
-        return None if self._hide is None else self._hide(self._runs[-1].path, event)
+        return None if self._edit is None else self._edit(event)
 
     def take(self, event: Event, read: Read | None = None, given: Tensor | None = None) -> None:
         """See ``Watcher``."""
@@ -272,7 +271,7 @@ def _keep_fast_paths() -> Iterator[None]:
             return original(args)
         stack = _pop_all()
         try:
-            _push([mode for mode in stack if not isinstance(mode, Watch) or mode._hide is not None])
+            _push([mode for mode in stack if not isinstance(mode, Watch) or mode._edit is not None])
             return original(args)
         finally:
             _pop_all()

@@ -212,7 +212,7 @@ class ExplainabilityCapture:
         run = LoaderRun(observe, evaluation, folder)
         with self._watching():
             run.run(loader, progress)
-            explained = evaluation.summary(self._recorder)
+            explained = evaluation.summary(self._recorder, tests_attention=True)
             run.finish(explained.fusion)
         warn(self._checks.of_directions(self._recorder.layers))
         for layer, summary in explained.layers.items():

@@ -22,6 +22,7 @@ from lightning_xattn.functional.contribution import (
     partner_shifts,
     play,
 )
+from lightning_xattn.functional.faithfulness import ranking_gain, received_attention, replacements
 from lightning_xattn.functional.heads import head_diversity, query_selectivity, require_heads, sink_strength
 from lightning_xattn.functional.intervals import grouped_mean_interval, mean_interval
 from lightning_xattn.functional.lift import lift, lift_map, received_lift
@@ -105,8 +106,11 @@ __all__ = [
     "prepare_rows",
     "project",
     "query_selectivity",
+    "ranking_gain",
+    "received_attention",
     "received_lift",
     "relative_sparsity",
+    "replacements",
     "require_heads",
     "round_trip_lift",
     "row_statistics",

@@ -38,8 +38,8 @@ class FusionPart:
     rows: Rows
     """Of the samples that are read: "hash", "fold", "group", "features/<modality>" and what else is kept of each."""
     geometries: tuple[Rows, ...]
-    """Of those that are exchanged, by the numbers of their tokens: "hash", "group", ``IDENTITY``, "values", "logits"
-    and "tokens/<modality>/<number>"."""
+    """Of those that are exchanged, by the numbers of their tokens: "hash", "group", ``IDENTITY``, "values", "logits",
+    "tokens/<modality>/<number>" and "received/<direction>"."""
     group_noun: str | None
     """What groups are called; None where they are not known: each sample is its own."""
     is_partial: bool
@@ -118,7 +118,15 @@ class Collected:
         for of_geometry in part.geometries:
             self._exchanged.setdefault(_geometry_of(of_geometry), Pool(self._contribution_samples)).add(of_geometry)
 
-    def add(self, inputs: FusionInputs, keys: Tensor, groups: Tensor | None, noun: str | None, facts: Rows) -> None:
+    def add(
+        self,
+        inputs: FusionInputs,
+        keys: Tensor,
+        groups: Tensor | None,
+        noun: str | None,
+        facts: Rows,
+        received: Mapping[str, Tensor],
+    ) -> None:
         """Add a batch.
 
         Parameters
@@ -133,6 +141,8 @@ class Collected:
             What groups are called.
         facts
             Columns ``(batch,)`` that are kept of each sample that is read, ``IDENTITY`` among them.
+        received
+            By direction ``(batch, keys)`` the attention that each key receives, see `received_attention`.
         """
         self._modalities, self._group_noun = tuple(inputs.tokens), noun
         groups = keys if groups is None else groups
@@ -143,7 +153,9 @@ class Collected:
         self._left_out = self._left_out.to(keys.device) + (~finite).sum()
         self._read.add(rows | {f"features/{name}": one for name, one in features.items()})
         if inputs.spoken is not None and self._contribution_samples:
-            self._keep_tokens(inputs, inputs.spoken, {name: rows[name] for name in ("hash", "group", *IDENTITY)})
+            kept = {name: rows[name] for name in ("hash", "group", *IDENTITY)}
+            kept |= {f"received/{direction}": one for direction, one in received.items()}
+            self._keep_tokens(inputs, inputs.spoken, kept)
 
     def _keep_tokens(self, inputs: FusionInputs, spoken: Spoken, rows: Rows) -> None:
         sound = (spoken.values.isfinite() & spoken.logits.isfinite()).all(1)
@@ -169,7 +181,7 @@ class Collected:
 
 
 def _geometry_of(rows: Mapping[str, Tensor]) -> tuple[torch.Size, ...]:
-    return tuple(values.shape[1:] for name, values in rows.items() if name.startswith("tokens/"))
+    return tuple(values.shape[1:] for name, values in rows.items() if name.startswith(("tokens/", "received/")))
 
 
 def _moved(rows: Rows) -> Rows:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lightning_xattn.distributed import gather, process
 from lightning_xattn.functional import (
     Exchange,
     additive_projection,
@@ -17,12 +17,11 @@ from lightning_xattn.functional import (
     play,
 )
 from lightning_xattn.functional.contribution import Subset
-from lightning_xattn.fusion.arguments import Path
-from lightning_xattn.fusion.collected import IDENTITY, MAX_GEOMETRIES, FusionPart
+from lightning_xattn.fusion.collected import MAX_GEOMETRIES, FusionPart
 from lightning_xattn.fusion.entrance import ModalityPlace
-from lightning_xattn.fusion.pool import Rows
 from lightning_xattn.fusion.recorder import FusionRecorder
 from lightning_xattn.fusion.replay import Replay, ReplayError, Spoken, gives_back
+from lightning_xattn.fusion.source import Part, TokenSource, share_work
 
 CONTRIBUTION_SAMPLES = 128
 """So many samples of an evaluation are exchanged, at most."""
@@ -75,58 +74,6 @@ class _Jobs:
     subset: Subset
 
 
-class TokenSource:
-    """The kept samples, whatever the numbers of their tokens.
-
-    Parameters
-    ----------
-    geometries
-        Samples with the same numbers of tokens together, see ``Collected``.
-    size
-        At most so many are taken, those with the smallest hashes.
-    """
-
-    def __init__(self, geometries: Sequence[Rows], size: int) -> None:
-        self._geometries = geometries
-        whole = {
-            name: torch.cat([rows[name].cpu() for rows in geometries])
-            for name in ("hash", "group", *IDENTITY, "values", "logits")
-        }
-        order = whole["hash"].argsort(stable=True)[:size]
-        # Not by their hashes: the same id may occur twice.
-        self.samples = torch.stack([whole[name] for name in IDENTITY], dim=1)[order]
-        self.groups = whole["group"][order]
-        self.spoken = Spoken(whole["values"][order], whole["logits"][order])
-        counts = torch.tensor([len(rows["hash"]) for rows in geometries])
-        self._geometry = torch.arange(len(geometries)).repeat_interleave(counts)[order]
-        self._row = torch.cat([torch.arange(int(count)) for count in counts])[order]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def replay(self, replay: Replay, places: Mapping[str, ModalityPlace], jobs: _Jobs) -> Spoken:
-        """What the model says of each pair."""
-        sources = [jobs.rows if place in jobs.subset else jobs.columns for place in range(len(places))]
-        # Pairs with the same numbers of tokens of each modality fit into one batch.
-        kinds = torch.stack([self._geometry[source] for source in sources], dim=1)
-        _, kind = kinds.unique(dim=0, return_inverse=True)
-        order, parts = [], []
-        for one in range(int(kind.max()) + 1):
-            chosen = (kind == one).nonzero()[:, 0]
-            tokens: dict[Path, Tensor] = {}
-            for (name, place), source in zip(places.items(), sources, strict=True):
-                rows = self._geometries[int(self._geometry[source[chosen[0]]])]
-                for i, (path, axis) in enumerate(place.kept.items()):
-                    stored = rows[f"tokens/{name}/{i}"]
-                    tokens[path] = stored[self._row[source[chosen]].to(stored.device)].movedim(0, axis)
-                tokens |= dict.fromkeys(place.tokens[1:], tokens[place.tokens[0]])
-            parts.append(replay(tokens))
-            order.append(chosen)
-        back = torch.cat(order).argsort()
-        whole = Spoken.joined(parts)
-        return whole[back]
-
-
 def contributions(
     part: FusionPart, fusion: FusionRecorder, size: int, partners: int | None = PARTNERS
 ) -> Contributions | str:
@@ -172,7 +119,11 @@ def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], par
     rows, columns, every = rows[apart], columns[apart], torch.arange(samples)
     jobs = [_Jobs(every, every, frozenset())]
     jobs += [_Jobs(rows, columns, subset) for subset in exchanged_subsets(modalities)]
-    (_, *exchanged), whole_runs = _shared(source, fusion, jobs)
+    shares = share_work(fusion, partial(_replay_jobs, source, fusion.places, jobs))
+    exchanged = [
+        Spoken.joined([said[number] for said, _ in shares if number in said]) for number in range(1, len(jobs))
+    ]
+    whole_runs = any(whole for _, whole in shares)
     by_value, by_logit = dict[Subset, Exchange](), dict[Subset, Exchange]()
     for one, said in zip(jobs[1:], exchanged, strict=True):
         whole = said.values.isfinite().all(1) & said.logits.isfinite().all(1)
@@ -188,44 +139,23 @@ def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], par
     return Contributions(source.samples, phi, interaction, additive, predicted, pairs, whole_runs)
 
 
-def _shared(source: TokenSource, fusion: FusionRecorder, jobs: Sequence[_Jobs]) -> tuple[list[Spoken], bool]:
-    """What the model says of each job's pairs, and whether each was a whole run; the first job is the intact pairs.
+def _replay_jobs(
+    source: TokenSource, places: Mapping[str, ModalityPlace], jobs: Sequence[_Jobs], replay: Replay, part: Part
+) -> tuple[dict[int, Spoken], bool]:
+    """What the model says of a part of each job's pairs, by the job's number, and whether each was a whole run.
 
-    The processes that can replay share the work: one whose first step showed nothing, as of samples that are not
-    finite, cannot.
-
-    Raises
-    ------
-    ReplayError
-        If none can, a replay fails, or the intact samples' outputs do not come back.
+    The first job is the intact pairs, which must say what they said.
     """
-    rank, _ = process()
-    replay, problem = None, ""
-    try:
-        replay = fusion.replay()
-    except ReplayError as error:
-        problem = str(error)
-    problems = gather(problem)
-    able = [one for one, found in enumerate(problems) if not found]
-    if not able:
-        raise ReplayError(problems[0])
     results: dict[int, Spoken] = {}
-    try:
-        for number, job in enumerate(jobs if replay is not None else ()):
-            mine = torch.arange(len(job.rows)).tensor_split(len(able))[able.index(rank)]
-            if replay is not None and len(mine):
-                share = _Jobs(job.rows[mine], job.columns[mine], job.subset)
-                results[number] = source.replay(replay, fusion.places, share)
-                if number == 0 and not gives_back(source.spoken[mine], results[0], replay.is_half):
-                    raise ReplayError(NOT_BACK)
-    except ReplayError as error:
-        problem = str(error)
-    whole_runs = replay is not None and not replay.skips
-    processes = gather(("" if replay is None else problem, results, whole_runs))
-    for found, *_ in processes:
-        if found:
-            raise ReplayError(found)
-    said = [
-        Spoken.joined([of_one[number] for _, of_one, _ in processes if number in of_one]) for number in range(len(jobs))
-    ]
-    return said, any(one for *_, one in processes)
+    for number, job in enumerate(jobs):
+        mine = part(len(job.rows))
+        if len(mine):
+            rows, columns = job.rows[mine], job.columns[mine]
+            sources = [rows if place in job.subset else columns for place in range(len(places))]
+            chosen, parts = zip(
+                *((chosen, replay(tokens)) for chosen, tokens in source.batches(places, sources)), strict=True
+            )
+            results[number] = Spoken.joined(parts)[torch.cat(chosen).argsort()]
+            if number == 0 and not gives_back(source.spoken[mine], results[0], replay.is_half):
+                raise ReplayError(NOT_BACK)
+    return results, not replay.skips

@@ -22,6 +22,8 @@ LEAST_PROBABILITY = 1e-12
 def find_output(output: Any, samples: int, labels: Labels) -> ReadOutput | None:
     """How to read what a module says of samples in what it returns; None where it is not there. Looks at the values.
 
+    Gradients pass through what is read.
+
     Parameters
     ----------
     output
@@ -68,7 +70,7 @@ def _read_value(path: Path, output: Any) -> Spoken | None:
     tensor = _at(path, output)
     if tensor is None or not are_single_scores(tensor, len(tensor)):
         return None
-    value = tensor.detach().float().reshape(-1, 1)
+    value = tensor.float().reshape(-1, 1)
     return Spoken(value, value)
 
 

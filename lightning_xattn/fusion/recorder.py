@@ -7,16 +7,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lightning_xattn.attention import AttentionPair
+from lightning_xattn.attention import AttentionPair, Direction
 from lightning_xattn.capture import Layer
+from lightning_xattn.capture.sources import Source
 from lightning_xattn.capture.wrappers import find_module
 from lightning_xattn.errors import DiscoveryError
 from lightning_xattn.fusion.arguments import Call
 from lightning_xattn.fusion.entrance import Entrance, ModalitiesSetting, ModalityPlace, check_fusion
 from lightning_xattn.fusion.outputs import find_output
-from lightning_xattn.fusion.replay import Carrier, Precision, ReadOutput, Replay, ReplayError, Spoken
+from lightning_xattn.fusion.replay import AttentionPlace, Carrier, Precision, ReadOutput, Replay, ReplayError, Spoken
 from lightning_xattn.fusion.survey import FusionSurvey, SeenRun
 from lightning_xattn.labels import Labels
 
@@ -82,7 +84,7 @@ class FusionRecorder:
         self, model: nn.Module, fusion: str | None = None, modalities: ModalitiesSetting | None = None
     ) -> None:
         check_fusion(fusion, modalities)
-        self._modalities = modalities
+        self._model, self._modalities = model, modalities
         self._named = None if fusion is None else find_module(model, fusion)
         if fusion is not None and self._named is None:
             known = ", ".join(f"'{path}'" for path, _ in model.named_children())
@@ -96,6 +98,8 @@ class FusionRecorder:
         self._around: nn.Module | None = None
         self._read: ReadOutput | None = None
         self._carrier: Carrier | None = None
+        self._replay: Replay | None = None
+        self._sources: Mapping[Direction, Source] = {}
         self._hooks, self._hooked = ExitStack(), False
         self._survey = FusionSurvey(model, self._named, modalities)
         self._calls: list[Call] = []
@@ -133,7 +137,7 @@ class FusionRecorder:
 
     def let_go(self) -> None:
         """Let go of an evaluation's first step, which carries the replays at its end; the next one has its own."""
-        self._carrier = None
+        self._carrier = self._replay = None
 
     @property
     def first_tokens(self) -> Tensor | None:
@@ -198,7 +202,26 @@ class FusionRecorder:
         """
         if self._carrier is None or self.entrance is None or self._fusion is None or self._read is None:
             raise ReplayError(self.problem or "the fusion did not run")
-        return Replay(self._fusion, self.entrance.axes, self._carrier, self._read)
+        if self._replay is None:
+            self._replay = Replay(self._fusion, self.entrance.axes, self._carrier, self._read)
+        return self._replay
+
+    def attention_of(self, direction: Direction, queries: int | None, keys: int) -> AttentionPlace | None:
+        """Where a direction of the first layer is computed inside of the fusion; None where that is not known.
+
+        Raises
+        ------
+        ReplayError
+            If it is computed elsewhere, so that what enters the fusion does not reach it.
+        """
+        source = self._sources.get(direction)
+        if source is None or self.entrance is None or source.read is not None:
+            return None
+        inside = self.entrance.path
+        if inside and source.path != inside and not source.path.startswith(f"{inside}."):
+            raise ReplayError(f"'{source.path}' is not in the fusion {self.entrance}")
+        module = self._model.get_submodule(source.path)
+        return AttentionPlace(module, source.call, queries, keys)
 
     def _attach(self) -> None:
         with ExitStack() as hooks:
@@ -239,7 +262,8 @@ class FusionRecorder:
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             called = calls.pop()
             if self._spoken is None and self._read is not None:
-                self._spoken = self._read(output)
+                with torch.no_grad():
+                    self._spoken = self._read(output)
                 if self._carrier is None and self._spoken is not None:
                     self._carrier = Carrier(module, *called, self._spoken)
 
@@ -275,6 +299,7 @@ class FusionRecorder:
             run, entrance = possible[0]
             self.problem = problems[0]
         self.entrance, self._fusion, self._calls = entrance, run.module, [run.call]
+        self._sources = dict(layers[0].sources) if layers else {}
 
     def _behind(self, run: SeenRun, entrance: Entrance, labels: Labels) -> tuple[Carrier, ReadOutput]:
         """The nearest module around a fusion that gives the class scores, to carry replays, and how to read them.
@@ -288,7 +313,8 @@ class FusionRecorder:
         around: SeenRun | None = run
         while around is not None:
             read = find_output(around.output, samples, labels)
-            spoken = None if read is None else read(around.output)
+            with torch.no_grad():
+                spoken = None if read is None else read(around.output)
             if read is not None and spoken is not None:
                 carrier = Carrier(around.module, around.call, around.precision, spoken)
                 Replay(run.module, entrance.axes, carrier, read)  # it tries what it can do

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from lightning_xattn.capture.readers import Edit, Event, Want
+from lightning_xattn.capture.watch import Watch
 from lightning_xattn.capture.wrappers import run_uncompiled
 from lightning_xattn.fusion.arguments import Call, Path
 
@@ -43,7 +45,7 @@ class Spoken:
         return Spoken(self.values.cpu(), self.logits.cpu())
 
     @classmethod
-    def joined(cls, parts: list[Spoken]) -> Spoken:
+    def joined(cls, parts: Sequence[Spoken]) -> Spoken:
         """Several as one."""
         return cls(torch.cat([part.values for part in parts]), torch.cat([part.logits for part in parts]))
 
@@ -84,6 +86,28 @@ class Carrier:
 
 class ReplayError(Exception):
     """Why what lies behind a fusion cannot be replayed, as the end of a sentence."""
+
+
+@dataclass(frozen=True)
+class AttentionPlace:
+    """The attention of a direction in what is replayed."""
+
+    module: nn.Module
+    """It is computed while this runs,"""
+    call: int | None
+    """as number so many of those that are, from 1 on; None: it is the only one of its shape."""
+    queries: int | None
+    """None: any number."""
+    keys: int
+
+    def picks(self, event: Event, number: int) -> bool:
+        """Whether it is this one of those that are computed."""
+        keys = event.shape[-1] - event.extra_keys
+        return self.call in (None, number) and keys == self.keys and self.queries in (None, event.shape[-2])
+
+
+EditRows = Callable[[Tensor], Edit]
+"""Gets the numbers of samples that are replayed in one call, ``(rows,)``, and says what is to be changed of theirs."""
 
 
 class Replay:
@@ -147,22 +171,32 @@ class Replay:
         raise failure
 
     @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        first: Tensor = next(iter(self._tokens.values()))
+        return first.device
+
+    @property
     def is_half(self) -> bool:
         """Whether the tokens, or autocast, have half precision."""
         return _is_half(self._tokens.values(), self._carrier)
 
-    def __call__(self, tokens: Mapping[Path, Tensor]) -> Spoken:
+    def __call__(
+        self, tokens: Mapping[Path, Tensor], place: AttentionPlace | None = None, edit: EditRows | None = None
+    ) -> Spoken:
         """What the model says of samples whose tokens these are.
 
         Parameters
         ----------
         tokens
             What stands at each of the places, with any number of samples.
+        place, edit
+            An attention behind the fusion's entrance, and what is to be changed of it.
 
         Raises
         ------
         ReplayError
-            If it does not run, or says nothing.
+            If it does not run, or says nothing, or there is not one such attention.
         """
         path, axis = next(iter(self._axes.items()))
         samples, parts = tokens[path].shape[axis], []
@@ -176,8 +210,59 @@ class Replay:
                     where: one.index_select(self._axes[where], places.to(one.device)).to(self._tokens[where].device)
                     for where, one in tokens.items()
                 }
-                parts.append(self._run(chosen)[:count])
+                with _editing(place, edit, places):
+                    parts.append(self._run(chosen)[:count])
         return Spoken.joined(parts)
+
+    def key_slopes(self, tokens: Mapping[Path, Tensor], place: AttentionPlace, classes: Tensor) -> Tensor:
+        """How the probability of a class grows with the weights that go to each key: signed gradient x attention.
+
+        Parameters
+        ----------
+        tokens
+            What stands at each of the places.
+        place
+            The attention.
+        classes
+            ``(samples,)`` int64.
+
+        Returns
+        -------
+        Tensor
+            ``(samples, keys)`` the sum over heads and queries of the weights that a key gets, each times the gradient
+            of the probability by it.
+
+        Raises
+        ------
+        ReplayError
+            As `__call__`, or if no gradient reaches the weights.
+        """
+        slopes = []
+        with torch.inference_mode(False):
+            # What comes from the step may be inference tensors, which no gradient can pass.
+            call = self._carrier.call
+            carrier = replace(self._carrier, call=call.copied({path for path, _ in call.tensors()}))
+            again = Replay(self._fusion, self._axes, carrier, self._read)
+            tokens = {path: one.clone() for path, one in tokens.items()}
+            for start in range(0, len(classes), again.rows):
+                rows = torch.arange(start, min(start + again.rows, len(classes)))
+                scales: list[Tensor] = []
+
+                def weigh(numbers: Tensor, scales: list[Tensor] = scales) -> Edit:
+                    scales.append(torch.ones(len(numbers), place.keys, device=again.device, requires_grad=True))
+                    torch.set_grad_enabled(True)  # from here on, until the replay's end
+                    return Edit(weights=scales[0])
+
+                chosen = {path: one.index_select(self._axes[path], rows.to(one.device)) for path, one in tokens.items()}
+                said = again(chosen, place, weigh).values.gather(1, classes[rows, None]).sum()
+                if not said.requires_grad:
+                    raise ReplayError("no gradient reaches its weights")
+                try:
+                    (slope,) = torch.autograd.grad(said, scales)
+                except RuntimeError as error:  # as of a model that changes in place what the gradient needs
+                    raise ReplayError(f"no gradient reaches its weights: {error}") from error
+                slopes.append(slope[: len(rows)].cpu())
+        return torch.cat(slopes)
 
     def _run(self, tokens: Mapping[Path, Tensor]) -> Spoken:
         module, call = self._carrier.module, self._carrier.call
@@ -193,6 +278,8 @@ class Replay:
                 changes.enter_context(_forward_of(skipped, _given_first(outputs, skipped.forward)))
             try:
                 said = self._read(module(*call.args, **call.kwargs))
+            except ReplayError:
+                raise
             except Exception as error:  # whatever a user's module raises for other tokens or another number of them
                 raise ReplayError(f"it fails with other tokens: {error!r}") from error
         if said is None:
@@ -283,6 +370,38 @@ def _given_first(outputs: list[Any], forward: Callable[..., Any]) -> Callable[..
         return waiting.pop(0) if waiting else forward(*args, **kwargs)
 
     return skipped
+
+
+@contextmanager
+def _editing(place: AttentionPlace | None, edit: EditRows | None, rows: Tensor) -> Iterator[None]:
+    """Change an attention of these samples.
+
+    Raises
+    ------
+    ReplayError
+        At the end, if not exactly one such attention was computed.
+    """
+    if place is None or edit is None:
+        yield
+        return
+    seen: list[Event] = []
+    picked = 0
+
+    def change(event: Event) -> Edit | None:
+        nonlocal picked
+        seen.append(event)
+        if not place.picks(event, len(seen)):
+            return None
+        picked += 1
+        if event.shape[0] != len(rows):
+            raise ReplayError(f"an attention has {event.shape[0]} rows for {len(rows)} samples")
+        return edit(rows)
+
+    with ExitStack() as hooks:
+        Watch({place.module: ""}, lambda *_: Want.NOTHING, lambda *_: None, change).attach(place.module, hooks)
+        yield
+    if picked != 1:
+        raise ReplayError(f"{picked or 'no'} attentions of its shape are computed")
 
 
 @contextmanager

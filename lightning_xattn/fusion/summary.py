@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT
+from lightning_xattn.attention import Direction
 from lightning_xattn.columns import NUMBER
 from lightning_xattn.functional import (
     class_adjusted_gap,
@@ -30,6 +33,7 @@ from lightning_xattn.functional.outcomes import BINS
 from lightning_xattn.functional.reading import LEAST_OF_A_CLASS
 from lightning_xattn.fusion.collected import IDENTITY, FusionPart
 from lightning_xattn.fusion.contribution import Contributions
+from lightning_xattn.fusion.faithfulness import Replaced
 from lightning_xattn.group_keys import UNKNOWN_GROUP
 from lightning_xattn.summary import Comparison
 
@@ -58,6 +62,8 @@ class FusionSummary:
         How many classes there are; 0 when there are none.
     contributions
         Of some of the samples; a string says why there are none.
+    replaced
+        What replacing the keys of each direction does, where that was measured.
 
     Attributes
     ----------
@@ -67,7 +73,8 @@ class FusionSummary:
         By name ``(samples,)`` float64, NaN where undefined: "confidence", "conflict", "lean", "leans_first" (whether
         the first modality's reading supports the prediction more), "untapped", "right/<modality>" (whether its reading
         is right), and of the samples that were exchanged "phi/<modality>", "opposed", "followed", "interaction",
-        "additive_right" and "model_right".
+        "additive_right" and "model_right", and by direction "gain/<direction>", "reference/<direction>" and
+        "cost/<direction>" of replaced keys.
     readings
         By modality ``(samples, classes)`` probabilities.
     classes, outcomes, groups, predicted, target, sample_numbers
@@ -81,9 +88,17 @@ class FusionSummary:
         How many pairs were replayed, and whether each replay ran all of the module around the fusion.
     left_out
         Samples that are left out because what enters the fusion is not finite.
+    replaced
+        As the parameter.
     """
 
-    def __init__(self, part: FusionPart, n_classes: int, contributions: Contributions | str) -> None:
+    def __init__(
+        self,
+        part: FusionPart,
+        n_classes: int,
+        contributions: Contributions | str,
+        replaced: Mapping[Direction, Replaced],
+    ) -> None:
         self.modalities, self.group_noun, self.left_out = part.modalities, part.group_noun, part.left_out
         self.n_classes = n_classes
         rows = part.rows
@@ -97,6 +112,10 @@ class FusionSummary:
         self.pairs, self.whole_runs = 0, False
         if isinstance(contributions, Contributions):
             self._contribute(rows, contributions)
+        self.replaced = replaced
+        for direction, one in replaced.items():
+            numbers = {"gain": one.gain, "reference": one.reference, "cost": one.cost}
+            self.numbers |= {f"{name}/{direction}": self._spread(one.samples, of) for name, of in numbers.items()}
 
     @property
     def samples(self) -> int:
@@ -158,30 +177,28 @@ class FusionSummary:
         self.numbers["lean"] = leans
         self.numbers["leans_first"] = torch.where(leans.isnan(), torch.nan, (leans > 0).double())
 
-    def _contribute(self, rows: Mapping[str, Tensor], found: Contributions) -> None:
-        identities = torch.stack([rows[name] for name in IDENTITY], dim=1).tolist()
+    def _spread(self, samples: Tensor, values: Tensor) -> Tensor:
+        """Numbers of some of the samples among all that were read, NaN elsewhere."""
+        identities = torch.stack([self._rows[name] for name in IDENTITY], dim=1).tolist()
         place = {tuple(one): i for i, one in enumerate(identities)}
-        known = torch.tensor([place.get(tuple(one), -1) for one in found.samples.tolist()])
-        at, there = known[known >= 0], known >= 0
+        whole = torch.full((self.samples,), torch.nan, dtype=torch.float64)
+        for one, value in zip(samples.tolist(), values.double(), strict=True):
+            if tuple(one) in place:
+                whole[place[tuple(one)]] = value
+        return whole
 
-        def spread(values: Tensor) -> Tensor:
-            whole = torch.full((len(rows["hash"]),), torch.nan, dtype=torch.float64)
-            whole[at] = values[there].double()
-            return whole
-
+    def _contribute(self, rows: Mapping[str, Tensor], found: Contributions) -> None:
+        spread = partial(self._spread, found.samples)
         for i, name in enumerate(self.modalities):
             self.numbers[f"phi/{name}"] = spread(found.phi[:, i])
         self.numbers["opposed"] = spread(opposed(found.phi))
         self.numbers["interaction"] = spread(found.interaction)
         if len(self.modalities) == 2:
             self.numbers["followed"] = spread(found.phi[:, 0] - found.phi[:, 1])
-        target = rows["target"][at]
-        labelled = target >= 0
-        for number, predicted in (("additive_right", found.additive), ("model_right", found.predicted)):
-            right = torch.full((len(found.samples),), torch.nan, dtype=torch.float64)
-            said = predicted[there]
-            right[there] = torch.where(labelled & (said >= 0), (said == target).double(), torch.nan)
-            self.numbers[number] = spread(right)
+        target = rows["target"]
+        for number, predicted in (("additive_right", spread(found.additive)), ("model_right", spread(found.predicted))):
+            known = (target >= 0) & (predicted >= 0)
+            self.numbers[number] = torch.where(known, (predicted == target).double(), torch.nan)
         self.pairs, self.whole_runs = found.pairs, found.whole
 
     def chosen(self, class_id: int | None = None, outcome: int | None = None) -> Tensor:
@@ -196,17 +213,44 @@ class FusionSummary:
         return self._estimate(self.numbers[number], self.chosen(class_id, outcome))
 
     def share(self, modality: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
-        """Share of the mean contribution that a modality has, see `contribution_shares`.
-
-        The interval is that of the ratio's linearisation (delta method).
-        """
+        """Share of the mean contribution that a modality has, see `contribution_shares`."""
         phi = torch.stack([self.numbers[f"phi/{name}"] for name in self.modalities], dim=1)
         chosen = self.chosen(class_id, outcome) & phi.isfinite().all(1)
         share = float(contribution_shares(phi[chosen])[self.modalities.index(modality)])
-        whole = phi.sum(1)
-        residual = (phi[:, self.modalities.index(modality)] - share * whole) / whole[chosen].mean()
-        around = self._estimate(residual, chosen)
-        return Estimate(share, share + around.low, share + around.high, around.count, around.groups)
+        return self._ratio(share, phi[:, self.modalities.index(modality)], phi.sum(1), chosen)
+
+    def faithfulness(self, direction: Direction, order: Literal["gain", "reference"] = "gain") -> Estimate:
+        """How well an order of the keys ranks what the predictions depend on, with the interval of a ratio.
+
+        1: the first keys hold all of it; 0: what a random order gives; NaN where it does not clearly cost anything to
+        replace all keys.
+
+        Parameters
+        ----------
+        direction
+            One of ``replaced``.
+        order
+            That of the attention, or of the reference, signed gradient x attention.
+        """
+        gain, cost = self.numbers[f"{order}/{direction}"], self.numbers[f"cost/{direction}"]
+        chosen = gain.isfinite() & cost.isfinite()
+        matters = self.estimate(f"cost/{direction}").low > 0
+        ratio = float(gain[chosen].mean() / cost[chosen].mean()) if matters else math.nan
+        return self._ratio(ratio, gain, cost, chosen)
+
+    def unfaithful(self, direction: Direction) -> str:
+        """Why it is not told whether the attention ranks what the predictions depend on; "" where it is."""
+        cost = self.estimate(f"cost/{direction}")
+        if self.replaced[direction].problem or cost.low > 0:
+            return self.replaced[direction].problem
+        if math.isnan(cost.low):
+            return "too few samples have several keys and a partner of another group"
+        return f"bypassed: it costs {cost.mean:.3f} ({cost.low:.3f} to {cost.high:.3f}) to replace all of its keys"
+
+    def _ratio(self, ratio: float, part: Tensor, whole: Tensor, chosen: Tensor) -> Estimate:
+        """A ratio of two means, with the interval of its linearisation (delta method)."""
+        around = self._estimate((part - ratio * whole) / whole[chosen].mean(), chosen)
+        return Estimate(ratio, ratio + around.low, ratio + around.high, around.count, around.groups)
 
     def _estimate(self, values: Tensor, chosen: Tensor) -> Estimate:
         chosen = chosen & values.isfinite()

@@ -85,7 +85,7 @@ def _read(
         return None
     for scores in scores_by_class(found, step.samples):
         if scores.are_probabilities == are_probabilities and scores.values.shape[1] == n_classes:
-            return Scores(scores.values.to(step.device, non_blocking=True), are_probabilities)
+            return Scores(scores.values.detach().to(step.device, non_blocking=True), are_probabilities)
     return None
 
 
@@ -98,12 +98,15 @@ def are_clear(found: Any, samples: int) -> bool:
 
 
 def scores_by_class(found: Any, samples: int) -> Iterator[Scores]:
-    """Both ways to read scores; a binary head's single score is a probability, or a logit beside 0."""
+    """Both ways to read scores; a binary head's single score is a probability, or a logit beside 0.
+
+    Gradients pass.
+    """
     if are_rows(found, samples) and found.is_floating_point():
-        values = found.detach().float()
+        values = found.float()
         yield Scores(values, True)
         yield Scores(values, False)
     elif are_single_scores(found, samples):
-        score = found.detach().float().reshape(-1)
+        score = found.float().reshape(-1)
         yield Scores(torch.stack([1 - score, score], dim=1), True)
         yield Scores(torch.stack([torch.zeros_like(score), score], dim=1), False)

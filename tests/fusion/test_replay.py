@@ -50,14 +50,16 @@ def test_training_is_bit_for_bit_what_it_is_without(trainer):
         module, noted = Busy(), []
         module.head.register_forward_hook(lambda _, args, output: noted.append(output.detach().clone()))
         runner = quiet_trainer(max_epochs=2, callbacks=callbacks, **trainer)
-        runner.fit(module, loader_of(DATA), loader_of(DATA))
+        runner.fit(module, loader_of(DATA), loader_of(said_data(130)[0]))
         logged = {name: value for name, value in runner.callback_metrics.items() if "xattn" not in name}
         return module, noted, logged, torch.get_rng_state()
 
     plain, notes, metrics, state = run([])
-    watch = AttentionExplainabilityCallback()
+    watch = AttentionExplainabilityCallback(faithfulness_every_n_epochs=1)
     watched, others, logged, after = run([watch])
-    assert not watch.fusion_summaries["val"].uncontributed
+    summary = watch.fusion_summaries["val"]
+    assert not summary.uncontributed
+    assert [(one.problem, one.without_reference) for one in summary.replaced.values()] == [("", "")] * 2
     assert len(notes) == len(others)
     assert all(map(torch.equal, notes, others))
     assert all(map(torch.equal, plain.state_dict().values(), watched.state_dict().values()))

@@ -25,6 +25,7 @@ from tests.fusion.models import (
     loader_of,
     said_data,
     sample_ids,
+    trained,
 )
 from tests.toy import quiet_trainer
 
@@ -39,19 +40,6 @@ def watch_of(module, data, batch_size=16, order=None, **settings):
 
 def summary_of(module, data, **settings):
     return watch_of(module, data, **settings).fusion_summaries["val"]
-
-
-def trained(fusion, data, epochs=60):
-    """A model that follows its left tokens, as the target does."""
-    torch.manual_seed(0)
-    module = TwoStreams(fusion)
-    optimiser = torch.optim.Adam(module.parameters(), lr=0.01)
-    left, right, target, _ = data.tensors
-    for _ in range(epochs):
-        optimiser.zero_grad()
-        nn.functional.cross_entropy(module(left, right), target).backward()
-        optimiser.step()
-    return module
 
 
 def test_every_number_is_the_references():
