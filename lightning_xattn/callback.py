@@ -19,6 +19,7 @@ from lightning_xattn.evaluation import Evaluation, Settings, summarise
 from lightning_xattn.fusion.collected import MAX_SAMPLES
 from lightning_xattn.fusion.contribution import CONTRIBUTION_SAMPLES
 from lightning_xattn.fusion.entrance import ModalitiesSetting
+from lightning_xattn.fusion.samples import sample_columns
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.labels import LabelSetting
 from lightning_xattn.messages import tell, warn
@@ -271,7 +272,7 @@ class AttentionExplainabilityCallback(Callback):
         ended = dict(summarise(self._evaluations, self._recorder, self.schedule.tests_attention(trainer)))
         fusions = {number: summary.fusion for number, summary in ended.items() if summary.fusion is not None}
         if self._table is not None:
-            self._table.close({number: one.columns_of(trainer.global_rank) for number, one in fusions.items()})
+            self._table.close({number: sample_columns(one, trainer.global_rank) for number, one in fusions.items()})
         scope = partial(scope_of, trainer, self, AttentionExplainabilityCallback)
         log = EpochLog(trainer, pl_module, scope, self._checks, self.settings.group_by, self.schedule.draws(trainer))
         self.fusion_summaries |= {scope(number, ""): one for number, one in fusions.items()}

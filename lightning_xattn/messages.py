@@ -63,6 +63,13 @@ def decimal(value: float, digits: int = 2, signed: bool = False) -> str:
     return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}"
 
 
+def name_modality(name: str) -> str:
+    """``eeg`` as EEG and ``spec`` as Spec, as the guide writes them; a name with capitals of its own stays."""
+    if not name.isalpha() or name != name.lower():
+        return name
+    return name.upper() if len(name) <= 3 else name.capitalize()
+
+
 def tell(messages: Iterable[str]) -> None:
     """Say each in the terminal, on the first of several processes: what users need not act on."""
     for message in messages:

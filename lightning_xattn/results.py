@@ -14,6 +14,7 @@ from lightning_xattn.attention import AttentionPair, TokenAxis
 from lightning_xattn.errors import DataError
 from lightning_xattn.functional import ROW_STATISTICS, Rows
 from lightning_xattn.fusion.recorder import FusionInputs
+from lightning_xattn.fusion.samples import SampleModalities
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.labels import Labels
 from lightning_xattn.labels.scores import Scores
@@ -171,6 +172,8 @@ class SampleResult(TypedDict):
     """By direction: (query, key, weight), largest weight first."""
     top_attention_places: dict[str, list[PlacedPair]]
     """The same pairs with their lift and places."""
+    modalities: SampleModalities | None
+    """What each modality says and contributes; None unless it is known from the data set that the sample is of."""
 
 
 class ExplainedSample(SampleResult):
@@ -207,6 +210,8 @@ class ExplainedBatch(TypedDict):
     class_names: tuple[str, ...]
     axes: dict[str, TokenAxis]
     """What the tokens of each modality are, where it is known."""
+    dataset: DatasetResult | None
+    """The data set that the samples are of, where that was given."""
 
 
 @dataclass(frozen=True, eq=False)

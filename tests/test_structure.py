@@ -29,7 +29,7 @@ ROOMS = {
     "summary": {"aggregation", "attention", "columns", "functional", "group_keys"},
     "fusion": {
         *("aggregation", "attention", "capture", "columns", "distributed", "errors", "functional", "group_keys"),
-        *("labels", "summary"),
+        *("labels", "messages", "summary"),
     },
     "recording": {"attention", "capture", "errors", "fusion", "labels", "messages"},
     "results": {"attention", "errors", "functional", "fusion", "labels", "summary"},

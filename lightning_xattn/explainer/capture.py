@@ -25,6 +25,9 @@ from lightning_xattn.explainer.batches import count_samples, join_samples, take_
 from lightning_xattn.explainer.dataset import LoaderRun
 from lightning_xattn.explainer.describe import explain, require_finite
 from lightning_xattn.functional import has_single_keys, prepare_rows, require_heads
+from lightning_xattn.fusion.collected import MAX_SAMPLES
+from lightning_xattn.fusion.contribution import CONTRIBUTION_SAMPLES, PARTNERS
+from lightning_xattn.fusion.entrance import ModalitiesSetting
 from lightning_xattn.labels import LabelFinder, LabelSetting, Step
 from lightning_xattn.messages import named, tell, warn
 from lightning_xattn.recording import Attentions
@@ -50,6 +53,8 @@ class ExplainabilityCapture:
     attention, class_names, group_by, predictions, targets, sample_ids, groups, query_mask
         As ``AttentionExplainabilityCallback`` takes them; ``outputs`` are those of ``predict``, and ``group_by`` is
         for ``explain_loader``.
+    fusion, modalities, contribution_samples, max_samples
+        The same, all for ``explain_loader``.
     axes
         What the tokens of each modality are, e.g. ``datamodule.attention_axes``, so that pairs get places. None: the
         model's attribute ``attention_axes``.
@@ -88,6 +93,10 @@ class ExplainabilityCapture:
         sample_ids: LabelSetting = None,
         groups: LabelSetting = None,
         query_mask: LabelSetting = None,
+        fusion: str | None = None,
+        modalities: ModalitiesSetting | None = None,
+        contribution_samples: int = CONTRIBUTION_SAMPLES,
+        max_samples: int = MAX_SAMPLES,
         axes: Mapping[str, TokenAxis] | None = None,
         predict: Callable[[Any, Any], Any] | None = None,
         max_batch_size: int | None = None,
@@ -95,7 +104,9 @@ class ExplainabilityCapture:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise SettingError(f"model must be a torch module; got a {type(model).__name__}.")
-        self.settings = Settings(attention, class_names, group_by, predictions, targets, sample_ids, groups, query_mask)
+        labels = predictions, targets, sample_ids, groups, query_mask
+        entrance = fusion, modalities, contribution_samples, max_samples
+        self.settings = Settings(attention, class_names, group_by, *labels, *entrance)
         if predict is not None and not callable(predict):
             raise SettingError(f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r}.")
         for name, count in (("num_heads", num_heads), ("max_batch_size", max_batch_size), ("top_k", top_k)):
@@ -110,7 +121,7 @@ class ExplainabilityCapture:
         self._checks = Checks()
         self._recorder = self.settings.recorder(model)
 
-    def explain_batch(self, batch: Any) -> ExplainedBatch:
+    def explain_batch(self, batch: Any, among: DatasetResult | None = None) -> ExplainedBatch:
         """Explain every sample of a batch.
 
         Parameters
@@ -118,6 +129,10 @@ class ExplainabilityCapture:
         batch
             As the model's loader gives it; it needs no targets. Of the reference model the windows may also be lists
             of graphs, as ``window[[0]]`` gives them.
+        among
+            What ``explain_loader`` said of the data set that the samples are of. Then each sample that has an id has
+            what its modalities say and contribute there, and a report says what the data set shows of the guide's
+            thresholds. None: neither is known.
 
         Raises
         ------
@@ -143,9 +158,9 @@ class ExplainabilityCapture:
         if scores is not None:
             labels = replace(labels, n_classes=scores.values.shape[1])
         names = name_classes(labels, self.class_names, "prediction" if labels.target is None else "target", steps[0])
-        return explain(whole, names, self.axes, self.top_k)
+        return explain(whole, names, self.axes, self.top_k, among)
 
-    def explain_single_sample(self, batch: Any, sample_idx: int) -> ExplainedSample:
+    def explain_single_sample(self, batch: Any, sample_idx: int, among: DatasetResult | None = None) -> ExplainedSample:
         """Explain one sample of a batch, and give its attention, of which it is sample 0.
 
         The whole batch is run, so that the numbers, and what is taken for its labels, are those of ``explain_batch``;
@@ -164,7 +179,7 @@ class ExplainabilityCapture:
             chosen = None
         if chosen is None or isinstance(sample_idx, bool):
             raise SettingError(f"sample_idx must be a whole number; got {sample_idx!r}.")
-        results = self.explain_batch(batch)
+        results = self.explain_batch(batch, among)
         _require_inside(chosen, len(results["per_sample_explanations"]))
         only = slice(chosen, chosen + 1)
         return {
@@ -176,7 +191,11 @@ class ExplainabilityCapture:
         }
 
     def explain_loader(
-        self, loader: Iterable[Any], table: str | Path | None = None, progress: bool = True
+        self,
+        loader: Iterable[Any],
+        table: str | Path | None = None,
+        progress: bool = True,
+        partners: int | str = PARTNERS,
     ) -> DatasetResult:
         """Explain a whole data set in running sums: memory does not grow with its length.
 
@@ -192,6 +211,9 @@ class ExplainabilityCapture:
             ``fingerprint``, if it has one. None: no table, and nothing to go on from.
         progress
             Show a progress bar on stderr, if that is a terminal.
+        partners
+            With how many others the modalities of each sample are exchanged: an even number from 4 on, or "all" of
+            the ``contribution_samples``, which takes as many replays as these have pairs.
 
         Raises
         ------
@@ -199,12 +221,15 @@ class ExplainabilityCapture:
             If the loader is empty or a sample's scores are not finite; the message says in which batch, and what is
             kept.
         SettingError
-            If the folder was begun with another model, other settings or another loader.
+            If the folder was begun with another model, other settings or another loader, or ``partners`` is neither an
+            even number from 4 on nor "all".
         XAttnError
             If a batch fails for another reason; the reason is its cause.
         """
+        if partners != "all" and not (isinstance(partners, int) and partners >= PARTNERS and partners % 2 == 0):
+            raise SettingError(f"partners must be an even number from {PARTNERS} on, or 'all'; got {partners!r}.")
         settings = replace(self.settings, class_names=self.class_names, table=table)
-        folder = None if table is None else self._open(settings, loader)
+        folder = None if table is None else self._open(settings, loader, partners)
         evaluation = Evaluation(settings, None, self._checks)
         observe = partial(
             self._observe, finder=evaluation.finder, read=partial(evaluation.read, recorder=self._recorder)
@@ -212,7 +237,8 @@ class ExplainabilityCapture:
         run = LoaderRun(observe, evaluation, folder)
         with self._watching():
             run.run(loader, progress)
-            explained = evaluation.summary(self._recorder, tests_attention=True)
+            exchanged = None if isinstance(partners, str) else partners
+            explained = evaluation.summary(self._recorder, tests_attention=True, partners=exchanged)
             run.finish(explained.fusion)
         warn(self._checks.of_directions(self._recorder.layers))
         for layer, summary in explained.layers.items():
@@ -225,14 +251,14 @@ class ExplainabilityCapture:
             explained.layers, explained.fusion, evaluation.classes or (), settings.group_by, axes, kept
         )
 
-    def _open(self, settings: Settings, loader: Iterable[Any]) -> ExplainedFolder:
+    def _open(self, settings: Settings, loader: Iterable[Any], partners: int | str) -> ExplainedFolder:
         from lightning_xattn.explainer.progress import (  # pyarrow, only where a table is wanted
             ExplainedFolder,
             fingerprint,
         )
 
         assert settings.table is not None
-        identity = {"model weights": fingerprint(self.model), "predict": named(self.predict)}
+        identity = {"model weights": fingerprint(self.model), "predict": named(self.predict), "partners": partners}
         identity |= settings.named()
         identity["hyperparameters"] = named(getattr(self.model, "hparams", {}))
         dataset = getattr(loader, "dataset", None)

@@ -14,6 +14,7 @@ from lightning_xattn.aggregation import LayerSums
 from lightning_xattn.errors import DataError, XAttnError
 from lightning_xattn.evaluation import Evaluation
 from lightning_xattn.fusion.collected import Collected
+from lightning_xattn.fusion.samples import sample_columns
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.labels import Step
 from lightning_xattn.results import BatchResult
@@ -107,7 +108,7 @@ class LoaderRun:
     def finish(self, fusion: FusionSummary | None) -> None:
         """Add to the folder what is known of its samples now that the loader has ended."""
         if self._folder is not None and not self._folder.finished:
-            self._folder.finish(None if fusion is None else fusion.columns_of(0))
+            self._folder.finish(None if fusion is None else sample_columns(fusion, 0))
 
     def _take(self, batch: Any) -> None:
         if self._reached == 0:

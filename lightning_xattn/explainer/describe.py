@@ -14,8 +14,16 @@ from lightning_xattn.classes import classify
 from lightning_xattn.columns import ALIGNMENT, sample_statistics
 from lightning_xattn.errors import DataError
 from lightning_xattn.functional import Rows, TopPair, prepare_rows, sample_top_pairs
-from lightning_xattn.group_keys import plain_id
-from lightning_xattn.results import AttentionStatistics, BatchResult, ExplainedBatch, PlacedPair, SampleResult
+from lightning_xattn.fusion.samples import SampleModalities, find_samples, of_sample
+from lightning_xattn.group_keys import group_keys, plain_id
+from lightning_xattn.results import (
+    AttentionStatistics,
+    BatchResult,
+    DatasetResult,
+    ExplainedBatch,
+    PlacedPair,
+    SampleResult,
+)
 
 
 def require_finite(batch: BatchResult) -> BatchResult:
@@ -54,7 +62,11 @@ class _NamedRows:
 
 
 def explain(
-    batch: BatchResult, class_names: tuple[str, ...], axes: Mapping[str, TokenAxis], top_k: int
+    batch: BatchResult,
+    class_names: tuple[str, ...],
+    axes: Mapping[str, TokenAxis],
+    top_k: int,
+    among: DatasetResult | None,
 ) -> ExplainedBatch:
     """Everything that is said of a batch on the CPU.
 
@@ -68,6 +80,8 @@ def explain(
         What the tokens of each modality are; one whose length does not fit gives no places.
     top_k
         How many pairs to name for each sample and direction.
+    among
+        The data set that the samples are of; None: not known.
     """
     layers = [
         [
@@ -79,6 +93,8 @@ def explain(
     flat = [direction for of_layer in layers for direction in of_layer]
     labels, scores = batch.labels, batch.scores
     samples = _explain_samples(batch, layers, class_names, axes, top_k)
+    for sample, modalities in zip(samples, _modalities_of(batch, among), strict=True):
+        sample["modalities"] = modalities
     agreement = torch.tensor([sample["modality_agreement"] for sample in samples], dtype=torch.float64)
     return {
         "logits": None if scores is None else scores.logits,
@@ -92,6 +108,7 @@ def explain(
         "per_sample_explanations": samples,
         "class_names": class_names,
         "axes": fitting_axes(axes, batch.attention[0].forward.token_counts),
+        "dataset": among,
     }
 
 
@@ -143,9 +160,18 @@ def _explain_samples(
             "top_attention_places": {
                 name: [places[name].of(pair) for pair in found[i]] for name, found in pairs.items()
             },
+            "modalities": None,
         }
         for i, (outcome, tie) in enumerate(zip(outcomes.tolist(), tied.tolist(), strict=True))
     ]
+
+
+def _modalities_of(batch: BatchResult, among: DatasetResult | None) -> list[SampleModalities | None]:
+    """What the data set says of each sample, found by its id."""
+    if among is None or among.fusion is None or batch.labels.sample_ids is None:
+        return [None] * len(batch)
+    found = find_samples(among.fusion, group_keys(batch.labels.sample_ids, "cpu"))
+    return [None if i is None else of_sample(among.fusion, i, among.class_names) for i in found]
 
 
 def _plain_ids(batch: BatchResult) -> list[str] | None:

@@ -26,7 +26,7 @@ MAX_GEOMETRIES = 32
 IDENTITY = ("process", NUMBER)
 """The columns that tell a sample from all others of an evaluation."""
 
-_CHOSEN, _FOLDED = range(2)
+CHOSEN, _FOLDED = range(2)
 """Salts of the hashes that say which samples are kept, and which fold they are in."""
 
 
@@ -148,7 +148,7 @@ class Collected:
         groups = keys if groups is None else groups
         features = {name: project(pooled_tokens(*tokens)) for name, tokens in inputs.tokens.items()}
         finite = torch.stack([one.isfinite().all(1) for one in features.values()]).all(0)
-        hashes = torch.where(finite, hashed(keys, _CHOSEN), NOT_KEPT)
+        hashes = torch.where(finite, hashed(keys, CHOSEN), NOT_KEPT)
         rows = {"hash": hashes, "fold": hashed(groups, _FOLDED) % FOLDS, "group": groups, **facts}
         self._left_out = self._left_out.to(keys.device) + (~finite).sum()
         self._read.add(rows | {f"features/{name}": one for name, one in features.items()})

@@ -75,6 +75,8 @@ class FusionSummary:
         is right), and of the samples that were exchanged "phi/<modality>", "opposed", "followed", "interaction",
         "additive_right" and "model_right", and by direction "gain/<direction>", "reference/<direction>" and
         "cost/<direction>" of replaced keys.
+    rows
+        By name ``(samples,)``: what is kept of each sample, "hash" and ``IDENTITY`` among it.
     readings
         By modality ``(samples, classes)`` probabilities.
     classes, outcomes, groups, predicted, target, sample_numbers
@@ -102,7 +104,7 @@ class FusionSummary:
         self.modalities, self.group_noun, self.left_out = part.modalities, part.group_noun, part.left_out
         self.n_classes = n_classes
         rows = part.rows
-        self._rows = {name: values for name, values in rows.items() if not name.startswith("features/")}
+        self.rows = {name: values for name, values in rows.items() if not name.startswith("features/")}
         self.classes, self.outcomes, self.groups = rows["class"], rows["correct"], rows["group"]
         self.predicted, self.target, self.sample_numbers = rows["prediction"], rows["target"], rows[NUMBER]
         self.numbers: dict[str, Tensor] = {"confidence": rows["confidence"].double()}
@@ -120,25 +122,12 @@ class FusionSummary:
     @property
     def samples(self) -> int:
         """How many samples were read."""
-        return len(self._rows["hash"])
+        return len(self.rows["hash"])
 
     @property
     def known_groups(self) -> int | None:
         """How many groups the samples belong to; None where groups are not known."""
         return None if self.group_noun is None else int((self.groups.unique() != UNKNOWN_GROUP).sum())
-
-    def columns_of(self, rank: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is said of single samples of a process, for the table: their numbers, and the columns."""
-        of_rank = self._rows["process"] == rank
-        columns = {name: self.numbers[name] for name in ("conflict", "lean", "untapped")}
-        for name, reading in self.readings.items():
-            known = ~reading.isnan().any(1) & (name not in self.unreadable)
-            columns[f"reading_{name}"] = torch.where(known, reading.argmax(1), -1)
-            columns[f"reading_{name}_probability"] = torch.where(known, reading.amax(1), torch.nan)
-        undefined = torch.full_like(self.numbers["confidence"], torch.nan)
-        for name in (*(f"phi/{one}" for one in self.modalities), "followed", "opposed", "interaction"):
-            columns[f"contribution_{name.removeprefix('phi/')}"] = self.numbers.get(name, undefined)
-        return self._rows[NUMBER][of_rank], {name: values[of_rank] for name, values in columns.items()}
 
     def _read(self, rows: Mapping[str, Tensor]) -> None:
         target, predicted, folds = rows["target"], rows["prediction"], rows["fold"]
@@ -179,7 +168,7 @@ class FusionSummary:
 
     def _spread(self, samples: Tensor, values: Tensor) -> Tensor:
         """Numbers of some of the samples among all that were read, NaN elsewhere."""
-        identities = torch.stack([self._rows[name] for name in IDENTITY], dim=1).tolist()
+        identities = torch.stack([self.rows[name] for name in IDENTITY], dim=1).tolist()
         place = {tuple(one): i for i, one in enumerate(identities)}
         whole = torch.full((self.samples,), torch.nan, dtype=torch.float64)
         for one, value in zip(samples.tolist(), values.double(), strict=True):

@@ -14,7 +14,7 @@ from lightning_xattn.explainer import dataset_figures
 from lightning_xattn.hms.datamodule import HMSDataModule, HMSDataset
 from lightning_xattn.hms.module import HMSLightningModule
 from lightning_xattn.hms.montage import EEG_RATE, ELECTRODES, REGIONS, SPEC_FREQUENCIES, SPEC_ROW_SECONDS, SPEC_SECONDS
-from lightning_xattn.results import ExplainedBatch
+from lightning_xattn.results import DatasetResult, ExplainedBatch
 from lightning_xattn.visualizations import (
     Spectrograms,
     Traces,
@@ -70,8 +70,8 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path) -> Pa
 
     dataset = loader.dataset
     assert isinstance(dataset, HMSDataset)
-    chosen = _choose(out / "table")
-    results = explainer.explain_batch(dataset.__getitems__(chosen))
+    chosen = _choose(explained, out / "table")
+    results = explainer.explain_batch(dataset.__getitems__(chosen), among=explained)
     for sample, place in zip(results["per_sample_explanations"], chosen, strict=True):
         sample["sample_idx"] = place  # in the data, as in the table
     create_explainability_report(results, out / "samples.txt")
@@ -105,11 +105,18 @@ def load_module(checkpoint: str | Path) -> HMSLightningModule:
         ) from error
 
 
-def _choose(table: Path) -> list[int]:
-    """Places of the first correct and the first incorrect prediction of each class, in the order of the data."""
+def _choose(explained: DatasetResult, table: Path) -> list[int]:
+    """Places of the first correct and the first incorrect prediction of each class, in the order of the data.
+
+    Of several the first of which it is known what its modalities contribute.
+    """
     columns = pq.read_table(table, columns=["sample_idx", "target", "correct"]).to_pydict()
+    known: set[int] = set()
+    if explained.fusion is not None and not explained.fusion.uncontributed:
+        known = set(explained.fusion.sample_numbers[explained.fusion.numbers["followed"].isfinite()].tolist())
     first: dict[tuple[int | None, bool | None], int] = {}
-    for place, target, correct in sorted(zip(*columns.values(), strict=True), key=lambda row: row[0]):
+    rows = sorted(zip(*columns.values(), strict=True), key=lambda row: (row[0] not in known, row[0]))
+    for place, target, correct in rows:
         first.setdefault((target, correct), place)
     return sorted(first.values())
 

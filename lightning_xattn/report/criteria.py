@@ -16,9 +16,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
+from lightning_xattn.aggregation import CORRECT, INCORRECT
+from lightning_xattn.attention import Direction
+from lightning_xattn.columns import ALIGNMENT, STATISTICS, Column
+from lightning_xattn.functional import score_bins
 from lightning_xattn.functional.rows import SPARSITY_THRESHOLD
-from lightning_xattn.messages import SINGLE_KEY
-from lightning_xattn.results import AttentionStatistics, SampleResult
+from lightning_xattn.messages import SINGLE_KEY, decimal
+from lightning_xattn.report.verdict import say_interval
+from lightning_xattn.results import AttentionStatistics, DatasetResult, SampleResult
+from lightning_xattn.summary import LayerSummary
 
 HIGH_AGREEMENT, LOW_AGREEMENT = 0.7, 0.2
 """Modality agreement of patterns 3 and 4; the low one is in the checklist for an incorrect prediction too."""
@@ -74,6 +82,9 @@ class Criterion:
     met: bool | None
     direction: str | None
     caveat: str | None
+    evidence: str | None
+    """What the data set that the sample is of shows of this number in correct and incorrect predictions; None where
+    that is not known."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,7 @@ _WORDS = {
 }
 
 
-def interpret_sample(explanation: SampleResult) -> list[Criterion]:
+def interpret_sample(explanation: SampleResult, dataset: DatasetResult | None = None) -> list[Criterion]:
     """Hold one sample against the guide's four patterns and the checklist that applies to it.
 
     The checklist is the one for a correct or for an incorrect prediction; both where the outcome is not known. The
@@ -121,13 +132,22 @@ def interpret_sample(explanation: SampleResult) -> list[Criterion]:
     learned, so criteria on it are undefined. Where the number of keys alone decides a criterion, its ``caveat`` says
     so: over more than ten keys even uniform attention is sparse, over two keys the largest weight is at least 0.5.
 
+    Parameters
+    ----------
+    explanation
+        The sample.
+    dataset
+        What ``explain_loader`` said of the data set that it is of: each criterion then has what this model's own
+        numbers say, as ``evidence``.
+
     Returns
     -------
     list of Criterion
         In the guide's order: patterns first.
     """
     applies = {True: (IF_CORRECT,), False: (IF_INCORRECT,), None: (IF_CORRECT, IF_INCORRECT)}[explanation["correct"]]
-    return [_judge(rule, explanation) for rule in _RULES if rule.group in (*PATTERNS, *applies)]
+    summary = None if dataset is None else next(iter(dataset.summaries.values()), None)
+    return [_judge(rule, explanation, summary) for rule in _RULES if rule.group in (*PATTERNS, *applies)]
 
 
 def uniform_is_sparse(statistics: AttentionStatistics) -> bool:
@@ -141,7 +161,7 @@ def first_layer(statistics: Mapping[str, AttentionStatistics]) -> dict[str, Atte
     return {name: of_one for name, of_one in statistics.items() if name.rpartition("/")[:2] == layer}
 
 
-def _judge(rule: _Rule, explanation: SampleResult) -> Criterion:
+def _judge(rule: _Rule, explanation: SampleResult, summary: LayerSummary | None) -> Criterion:
     value, direction, caveat = explanation["modality_agreement"], None, None
     if rule.quantity != _AGREEMENT:
         statistics = first_layer(explanation["attention_stats"])
@@ -150,7 +170,36 @@ def _judge(rule: _Rule, explanation: SampleResult) -> Criterion:
     met = None if math.isnan(value) else value > rule.threshold if rule.above else value < rule.threshold
     unit = " %" if rule.quantity == "sparsity" else ""
     words = f"{_WORDS[rule.quantity]} {'>' if rule.above else '<'} {rule.threshold:g}{unit}"
-    return Criterion(rule.group, words, value, rule.threshold, met, direction, caveat)
+    evidence = None if summary is None else _evidence(rule, direction, summary)
+    return Criterion(rule.group, words, value, rule.threshold, met, direction, caveat, evidence)
+
+
+def _evidence(rule: _Rule, direction: str | None, summary: LayerSummary) -> str | None:
+    """What a data set's numbers say of a quantity in correct and incorrect predictions."""
+    column = ALIGNMENT if direction is None else Column(rule.quantity, Direction.parse(direction.rpartition("/")[2]))
+    if column not in summary.columns:
+        return None
+    outcomes = {"correct": CORRECT, "incorrect": INCORRECT}
+    known = {name: one for name, one in outcomes.items() if summary.count(column, outcome=one)}
+    if not known:
+        return None
+    means = []
+    for name, outcome in known.items():
+        low, high = summary.interval(column, outcome=outcome)
+        interval = "" if math.isnan(low) else f" ({say_interval(low, high)})"
+        means.append(f"{name} {decimal(summary.mean(column, outcome=outcome), 3)}{interval}")
+    said = f"means in its data set: {', '.join(means)}"
+    if column != ALIGNMENT:
+        return said
+    met = []
+    for name, outcome in known.items():
+        counts = summary.histogram(ALIGNMENT, outcome)
+        edge = int(score_bins(torch.tensor(rule.threshold), *STATISTICS[ALIGNMENT.statistic].range))
+        met.append(f"{int((counts[edge:] if rule.above else counts[:edge]).sum())} of {int(counts.sum())} {name}")
+    found = summary.compare(ALIGNMENT)
+    if not math.isnan(found.auroc):
+        said += f"; AUROC {decimal(found.auroc, 3)} ({say_interval(found.low, found.high)})"
+    return f"met there by {' and '.join(met)} predictions; {said}"
 
 
 def _farthest(rule: _Rule, statistics: dict[str, AttentionStatistics]) -> tuple[float, str]:

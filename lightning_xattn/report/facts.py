@@ -147,7 +147,8 @@ def collect_facts(results: Results) -> BatchFacts | DatasetFacts:
 
 
 def _collect_batch(results: ExplainedBatch) -> BatchFacts:
-    samples = [_collect_sample(sample) for sample in results["per_sample_explanations"]]
+    dataset = results.get("dataset")
+    samples = [_collect_sample(sample, dataset) for sample in results["per_sample_explanations"]]
     outcomes = [sample["correct"] for sample in samples]
     undefined = _undefined_directions(results["attention_stats"])
     if math.isnan(results["modality_alignment"]):
@@ -167,11 +168,11 @@ def _collect_batch(results: ExplainedBatch) -> BatchFacts:
     }
 
 
-def _collect_sample(sample: SampleResult) -> SampleFacts:
+def _collect_sample(sample: SampleResult, dataset: DatasetResult | None) -> SampleFacts:
     undefined = _undefined_directions(sample["attention_stats"])
     if math.isnan(sample["modality_agreement"]):
         undefined["modality_agreement"] = _undefined_agreement(sample["attention_stats"])
-    return {**sample, "undefined": undefined, "interpretation": interpret_sample(sample)}
+    return {**sample, "undefined": undefined, "interpretation": interpret_sample(sample, dataset)}
 
 
 def _undefined_directions(statistics: Mapping[str, AttentionStatistics]) -> dict[str, str]:

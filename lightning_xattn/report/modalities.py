@@ -7,21 +7,24 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, TypedDict
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT
-from lightning_xattn.functional.contribution import OPPOSED
+from lightning_xattn.attention import Direction
+from lightning_xattn.fusion.samples import SampleModalities, most_conflicting, of_sample
 from lightning_xattn.fusion.summary import Estimate, FusionSummary
-from lightning_xattn.messages import decimal
+from lightning_xattn.messages import decimal, name_modality
 from lightning_xattn.report.rendering import Block, Items, Paragraph, Table
 from lightning_xattn.report.verdict import describe_comparison
 from lightning_xattn.summary import Comparison
 
 HOW_TO_READ = (
-    "A modality's reading is what a linear probe finds in what it brings into the fusion; no sample is read by a probe "
-    "that has seen it or its group. Conflict is the chance that the readings, each drawing a class, draw different "
-    "ones. Lean says whose reading supports the prediction more. A contribution is the part of the predicted class's "
-    "probability that a modality carries (Shapley value): what changes when it is exchanged for that of other samples. "
-    "Below 0 it speaks against the prediction (opposed: below -0.02). A reading tells what a modality knows, a "
-    "contribution what the model uses. Neither says that a prediction is right: confidence is the baseline that any "
-    "sign of that has to beat."
+    "Knows: what a linear probe reads of the class in what a modality brings into the fusion; no sample is read by a "
+    "probe that has seen it or its group. Conflict is the chance that the readings, each drawing a class, draw "
+    "different ones; lean says whose reading supports the prediction more. Uses: a contribution is the part of the "
+    "predicted class's probability that a modality carries (Shapley value), which is what changes when it is exchanged "
+    "for that of other samples; below 0 it speaks against the prediction (opposed: below -0.02). Shows: faithfulness "
+    "is what replacing the most attended tokens costs more than replacing the least attended, over what it costs to "
+    "replace all; 1: the first hold all of it, 0: what a random order gives. Its reference is the order by signed "
+    "gradient x attention. None of these says that a prediction is right: confidence is the baseline that any sign of "
+    "that has to beat."
 )
 
 CONFLICTING = 10
@@ -53,19 +56,21 @@ class ModalitySubset(TypedDict):
     opposed: Estimate | None
 
 
-class ConflictingSample(TypedDict):
-    """A sample of which the modalities say different things."""
+class DirectionFacts(TypedDict):
+    """Whether the attention of a direction ranks the tokens that the predictions depend on."""
 
-    sample_idx: int
-    """Its place among the samples of its process."""
-    conflict: float
-    says: dict[str, tuple[str, float]]
-    """By modality, the class that its reading says and the probability of it."""
-    predicted: str
-    true: str | None
-    confidence: float
-    contributions: dict[str, float] | None
-    """By modality; None where this sample was not exchanged."""
+    direction: str
+    faithfulness: Estimate
+    reference: Estimate
+    """The same of the order by signed gradient x attention."""
+    cost: Estimate
+    """By how much the probability of the prediction falls where all tokens are replaced."""
+    unfaithful: str
+    """Why it cannot be told; "" where it can."""
+    without_reference: str
+    """Why there is no reference; "" where there is."""
+    at_attention: bool
+    """Whether tokens are replaced where the attention gets them; else where they enter the fusion."""
 
 
 class FusionFacts(TypedDict):
@@ -89,8 +94,20 @@ class FusionFacts(TypedDict):
     model_accuracy: Estimate | None
     outcomes: dict[str, Comparison]
     """Confidence, the baseline, and conflict: do they tell correct from incorrect predictions?"""
+    attention: list[DirectionFacts]
+    """Of the first layer; empty where it was not tested."""
     conflicting: list[ConflictingSample]
     """Those of largest conflict, the largest first."""
+    verdict: str
+    """All of it in a sentence."""
+
+
+class ConflictingSample(TypedDict):
+    """A sample of which the modalities say different things."""
+
+    sample_idx: int
+    """Its place among the samples of its process."""
+    modalities: SampleModalities
 
 
 def collect_fusion(summary: FusionSummary, class_names: Sequence[str]) -> FusionFacts:
@@ -100,7 +117,7 @@ def collect_fusion(summary: FusionSummary, class_names: Sequence[str]) -> Fusion
     subsets += [("class", name, class_id, None) for class_id, name in enumerate(class_names)]
     subsets += [("outcome", name, None, outcome) for name, outcome in (("correct", CORRECT), ("incorrect", INCORRECT))]
     whole = summary.estimate("confidence")
-    return {
+    facts: FusionFacts = {
         "samples": summary.samples,
         "groups": summary.known_groups,
         "group_noun": summary.group_noun,
@@ -133,32 +150,62 @@ def collect_fusion(summary: FusionSummary, class_names: Sequence[str]) -> Fusion
         "emap_accuracy": summary.estimate("additive_right") if told else None,
         "model_accuracy": summary.estimate("model_right") if told else None,
         "outcomes": {score: summary.compare(score) for score in ("confidence", "conflict") if whole.count},
-        "conflicting": list(_collect_conflicting(summary, class_names)),
+        "attention": [
+            {
+                "direction": str(direction),
+                "faithfulness": summary.faithfulness(direction),
+                "reference": summary.faithfulness(direction, "reference"),
+                "cost": summary.estimate(f"cost/{direction}"),
+                "unfaithful": summary.unfaithful(direction),
+                "without_reference": one.without_reference,
+                "at_attention": one.at_attention,
+            }
+            for direction, one in summary.replaced.items()
+        ],
+        "conflicting": [
+            {"sample_idx": int(summary.sample_numbers[i]), "modalities": of_sample(summary, i, class_names)}
+            for i in most_conflicting(summary, CONFLICTING)
+        ],
+        "verdict": "",
     }
+    return {**facts, "verdict": " ".join(_verdict(facts))}
 
 
-def _collect_conflicting(summary: FusionSummary, class_names: Sequence[str]) -> Iterator[ConflictingSample]:
-    numbers, conflict = summary.numbers, summary.numbers["conflict"]
+def _verdict(facts: FusionFacts) -> Iterator[str]:
+    """What the modalities know, what the model uses of them, and what its attention shows."""
+    modalities = facts["modalities"]
+    known = [
+        f"{name_modality(one['name'])} "
+        + ("cannot be read" if one["unreadable"] else f"alone is right in {decimal(one['reading_accuracy'].mean)}")
+        for one in modalities
+    ]
+    largest = facts["largest_class"]
+    about = "" if math.isnan(largest) else f" of the samples (the largest class has {decimal(largest)})"
+    yield f"Knows: {', '.join(known)}{about}."
+    shares = {one["name"]: one["share"] for one in modalities if one["share"] is not None}
+    told = {name: share for name, share in shares.items() if not math.isnan(share.mean)}
+    if told:
+        most = max(told, key=lambda name: told[name].mean)
+        clearly = told[most].low > 1 / len(told)
+        carried = ", ".join(f"{name_modality(name)} {decimal(share.mean)}" for name, share in told.items())
+        yield f"Uses: {'mostly ' + name_modality(most) if clearly else 'no modality clearly more'} (shares: {carried})."
+    else:
+        yield f"Uses: cannot be told ({facts['uncontributed'] or 'contributions do not add up to more than 0'})."
+    shown = [_say_shown(one) for one in facts["attention"]]
+    if shown:
+        yield f"Shows: {'; '.join(shown)}."
 
-    def name(class_id: int) -> str:
-        return class_names[class_id] if class_id < len(class_names) else f"class {class_id}"
 
-    for i in conflict.nan_to_num(nan=-1).argsort(descending=True, stable=True)[:CONFLICTING].tolist():
-        if math.isnan(conflict[i]) or summary.predicted[i] < 0:
-            continue
-        phi = {one: float(numbers[f"phi/{one}"][i]) for one in summary.modalities if f"phi/{one}" in numbers}
-        yield {
-            "sample_idx": int(summary.sample_numbers[i]),
-            "conflict": float(conflict[i]),
-            "says": {
-                one: (name(int(reading[i].argmax())), float(reading[i].max()))
-                for one, reading in summary.readings.items()
-            },
-            "predicted": name(int(summary.predicted[i])),
-            "true": name(int(summary.target[i])) if summary.target[i] >= 0 else None,
-            "confidence": float(numbers["confidence"][i]),
-            "contributions": phi if phi and not any(map(math.isnan, phi.values())) else None,
-        }
+def _say_shown(one: DirectionFacts) -> str:
+    key, found = name_modality(Direction.parse(one["direction"]).key), one["faithfulness"]
+    if one["unfaithful"]:
+        return f"of {key} it cannot be told ({one['unfaithful']})"
+    interval = f"{decimal(found.mean)}, {decimal(found.low)} to {decimal(found.high)}"
+    if found.low > 0:
+        return f"attention ranks what the model uses of {key} ({interval})"
+    if found.high < 0:
+        return f"attention ranks what the model uses of {key} the wrong way round ({interval})"
+    return f"attention is not seen to rank what the model uses of {key} ({interval})"
 
 
 def describe_fusion(facts: FusionFacts, group_by: str) -> Iterator[Block]:
@@ -168,30 +215,36 @@ def describe_fusion(facts: FusionFacts, group_by: str) -> Iterator[Block]:
     if facts["left_out"]:
         counts.append(("Samples left out, as what enters the fusion is not finite", str(facts["left_out"]), ()))
     yield Items(counts)
+    yield Paragraph(facts["verdict"])
     modalities = facts["modalities"]
+    shown = {Direction.parse(one["direction"]).key: one for one in facts["attention"]}
+    header = ("modality", "knows: accuracy of its reading", "uses: contribution", "share", "shows: faithfulness")
     yield Table(
-        ("modality", "says: accuracy of its reading", "carries: contribution", "share"),
+        header if shown else header[:-1],
         [
             (
-                one["name"],
+                name_modality(one["name"]),
                 _estimate(one["reading_accuracy"]) + (" (cannot be read)" if one["unreadable"] else ""),
                 _estimate(one["contribution"], signed=True),
                 _estimate(one["share"]),
+                *([_faithfulness(shown.get(one["name"]))] if shown else []),
             )
             for one in modalities
         ],
     )
     for one in modalities:
         if one["unreadable"]:
-            yield Paragraph(f"{one['name']} cannot be read by itself: {one['unreadable']}.")
+            yield Paragraph(f"{name_modality(one['name'])} cannot be read by itself: {one['unreadable']}.")
     if facts["uncontributed"]:
         yield Paragraph(f"Contributions cannot be told: {facts['uncontributed']}.")
     yield from _describe_subsets(facts, group_by)
     items = list(_describe_wholes(facts))
     if items:
         yield Items(items, "Over all samples")
+    if facts["attention"]:
+        yield Items([_describe_direction(one) for one in facts["attention"]], "Does attention rank what is used?")
     if facts["conflicting"]:
-        lines = [(f"Sample {one['sample_idx']}", _describe_conflicting(one), ()) for one in facts["conflicting"]]
+        lines = [(f"Sample {one['sample_idx']}", str(one["modalities"]), ()) for one in facts["conflicting"]]
         yield Items(lines, "Samples of largest conflict")
     outcomes = [describe_comparison(score, score, one, noun) for score, one in facts["outcomes"].items()]
     if outcomes:
@@ -206,12 +259,11 @@ def _describe_subsets(facts: FusionFacts, group_by: str) -> Iterator[Block]:
     if readable:
         columns.append(("conflict", [one["conflict"] for one in subsets]))
         if len(names) == 2:
-            columns.append((f"leans to {names[0]}", [one["leans_first"] for one in subsets]))
+            columns.append((f"leans to {name_modality(names[0])}", [one["leans_first"] for one in subsets]))
     if not facts["uncontributed"]:
         for name in names:
-            columns.append(
-                (f"share of {name}", [None if one["shares"] is None else one["shares"][name] for one in subsets])
-            )
+            shares = [None if one["shares"] is None else one["shares"][name] for one in subsets]
+            columns.append((f"share of {name_modality(name)}", shares))
         columns.append(("opposed", [one["opposed"] for one in subsets]))
     if columns:
         title = {"target": "true class", "prediction": "predicted class"}[group_by]
@@ -233,21 +285,25 @@ def _describe_wholes(facts: FusionFacts) -> Iterator[tuple[str, str, Sequence[st
         )
 
 
-def _describe_conflicting(one: ConflictingSample) -> str:
-    says = ", ".join(f"{modality} says {name} ({decimal(p)})" for modality, (name, p) in one["says"].items())
-    true = "" if one["true"] is None else f", true class {one['true']}"
-    return f"{says}; {_describe_followed(one)}; confidence {decimal(one['confidence'])}{true}"
+def _describe_direction(one: DirectionFacts) -> tuple[str, str, Sequence[str]]:
+    direction = Direction.parse(one["direction"])
+    label = f"{name_modality(direction.query)} → {name_modality(direction.key)}"
+    cost = f"it costs {_estimate(one['cost'])} to replace all tokens of {name_modality(direction.key)}"
+    where = "where the attention gets them" if one["at_attention"] else "where they enter the fusion"
+    if one["unfaithful"]:
+        return label, f"cannot be told: {one['unfaithful']}", ()
+    reference = (
+        f"no reference: {one['without_reference']}"
+        if one["without_reference"]
+        else f"reference {_estimate(one['reference'], signed=True)}"
+    )
+    return label, f"{_say_shown(one)}; {reference}", [f"{cost}, {where}"]
 
 
-def _describe_followed(one: ConflictingSample) -> str:
-    """Whom the model followed, where its contribution is clearly the largest."""
-    predicted, phi = f"the model says {one['predicted']}", one["contributions"]
-    if phi is None:
-        return predicted
-    first, second, *_ = sorted(phi, key=lambda name: -phi[name])
-    shown = ", ".join(f"{name} {decimal(value, signed=True)}" for name, value in phi.items())
-    followed = f" and follows {first}" if phi[first] - phi[second] > -OPPOSED else ""
-    return f"{predicted}{followed} (contributions: {shown})"
+def _faithfulness(one: DirectionFacts | None) -> str:
+    if one is None or one["unfaithful"]:
+        return "bypassed" if one is not None and one["unfaithful"].startswith("bypassed") else "undefined"
+    return _estimate(one["faithfulness"], signed=True)
 
 
 def _estimate(one: Estimate | None, signed: bool = False) -> str:

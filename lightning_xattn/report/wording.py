@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from lightning_xattn.attention import Direction
 from lightning_xattn.columns import STATISTICS, Column, shown_columns
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.messages import SINGLE_KEY, SINGLE_KEY_REMEDY, decimal
+from lightning_xattn.messages import SINGLE_KEY, SINGLE_KEY_REMEDY, decimal, name_modality
 from lightning_xattn.report.criteria import IF_CORRECT, IF_INCORRECT, PATTERNS, Criterion, uniform_is_sparse
 from lightning_xattn.report.facts import BatchFacts, DatasetFacts, LayerFacts, SampleFacts, Subset
 from lightning_xattn.report.modalities import HOW_TO_READ, describe_fusion
@@ -69,7 +69,7 @@ def _describe_batch_level(facts: BatchFacts) -> Iterator[Block]:
     alignment = _number(facts["modality_alignment"], undefined.get("modality_alignment"))
     items.append(("Modality Alignment", alignment + (over if defined else ""), ()))
     items.append(("Samples", _describe_outcomes(facts), ()))
-    items += [(f"Places of {_name_modality(name)} tokens", axis.title, ()) for name, axis in facts["axes"].items()]
+    items += [(f"Places of {name_modality(name)} tokens", axis.title, ()) for name, axis in facts["axes"].items()]
     yield Items(items)
     remark = "The mean is 1 / (number of keys) by construction: it says nothing about the model."
     if any(uniform_is_sparse(of_one) for of_one in statistics.values()):
@@ -111,6 +111,9 @@ def _describe_sample(sample: SampleFacts) -> Items:
         else:
             first, *others = [_describe_pair(pair) for pair in pairs[:TOP_PAIRS]] or ["none"]
         items.append((f"Top {_name_direction(name, '→')} attention{_of_layer(name)}", first, others))
+    modalities = sample.get("modalities")
+    if modalities is not None:
+        items.insert(2, ("Modalities", str(modalities), ()))
     items += _describe_interpretation(sample["interpretation"])
     known_as = "" if sample["sample_id"] is None else f" (id {sample['sample_id']})"
     return Items(items, f"Sample {sample['sample_idx']}{known_as}")
@@ -157,7 +160,8 @@ def _describe_criterion(criterion: Criterion) -> str:
     percent = criterion.criterion.endswith("%") and criterion.met is not None
     value = f"{_number(criterion.value, digits=1)} %" if percent else _number(criterion.value)
     where = f"{_name_direction(criterion.direction, '→')} " if criterion.direction else ""
-    return f"{mark} {criterion.criterion} ({where}{value}{f'; {criterion.caveat}' if criterion.caveat else ''})"
+    remarks = "".join(f"; {one}" for one in (criterion.caveat, criterion.evidence) if one)
+    return f"{mark} {criterion.criterion} ({where}{value}{remarks})"
 
 
 def dataset_document(facts: DatasetFacts) -> Document:
@@ -313,14 +317,7 @@ def _number(value: float, reason: str | None = None, digits: int = 4) -> str:
 def _name_direction(name: str, arrow: str = " → ") -> str:
     """``eeg_to_spec`` as ``EEG → Spec``, whatever layer stands before it."""
     direction = Direction.parse(name.rpartition("/")[2])
-    return f"{_name_modality(direction.query)}{arrow}{_name_modality(direction.key)}"
-
-
-def _name_modality(name: str) -> str:
-    """``eeg`` as EEG and ``spec`` as Spec, as the guide writes them; a name with capitals of its own stays."""
-    if not name.isalpha() or name != name.lower():
-        return name
-    return name.upper() if len(name) <= 3 else name.capitalize()
+    return f"{name_modality(direction.query)}{arrow}{name_modality(direction.key)}"
 
 
 def _of_layer(name: str) -> str:

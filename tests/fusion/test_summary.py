@@ -134,7 +134,7 @@ def test_disagreement_is_found_and_which_one_was_followed():
     summary = summary_of(module, data, **NAMED)
     conflict = summary.numbers["conflict"]
     place = {int(one): i for i, one in enumerate(hashed(data.tensors[3], 0))}
-    agree = torch.tensor([bool(agrees[place[int(one)]]) for one in summary._rows["hash"]])
+    agree = torch.tensor([bool(agrees[place[int(one)]]) for one in summary.rows["hash"]])
     assert reference.auroc(conflict[~agree].numpy(), conflict[agree].numpy()) > 0.95
     assert summary.numbers["leans_first"][~agree].nanmean() > 0.9
     followed = summary.numbers["followed"]
@@ -201,7 +201,7 @@ def test_groups_are_of_one_fold_and_no_partners_and_widen_intervals():
     grouped = summary_of(module, data, groups=lambda outputs, batch: batch[3] // 6, **NAMED)
     assert (plain.estimate("confidence").groups, grouped.estimate("confidence").groups) == (None, 21)
     for group in grouped.groups.unique():
-        assert len(grouped._rows["fold"][grouped.groups == group].unique()) == 1
+        assert len(grouped.rows["fold"][grouped.groups == group].unique()) == 1
     widths = [one.estimate("right/right").high - one.estimate("right/right").low for one in (plain, grouped)]
     assert widths[0] != widths[1]
     alone = summary_of(module, data, groups=lambda outputs, batch: batch[3] * 0, **NAMED)
@@ -229,7 +229,7 @@ def test_a_regression_contributes_to_its_value_and_reads_nothing():
     whole = summary.numbers["phi/left"] + summary.numbers["phi/right"]
     others = (values.sum() - values) / (len(values) - 1)
     place = {int(one): i for i, one in enumerate(hashed(data.tensors[3], 0))}
-    expected = torch.stack([(values - others)[place[int(one)]] for one in summary._rows["hash"]])
+    expected = torch.stack([(values - others)[place[int(one)]] for one in summary.rows["hash"]])
     torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -374,7 +374,7 @@ def test_the_table_has_what_is_said_of_each_sample(tmp_path):
     frame = pd.read_parquet(tmp_path).set_index("sample_id")
     summary = watch.fusion_summaries["val"]
     ids = {int(one): str(int(sample)) for sample, one in zip(data.tensors[3], hashed(data.tensors[3], 0), strict=True)}
-    rows = frame.loc[[ids[int(one)] for one in summary._rows["hash"]]]
+    rows = frame.loc[[ids[int(one)] for one in summary.rows["hash"]]]
     names = {"conflict": "conflict", "lean": "lean", "untapped": "untapped"}
     names |= {f"contribution_{name}": f"phi/{name}" for name in ("left", "right")}
     names |= {f"contribution_{name}": name for name in ("interaction", "opposed", "followed")}
