@@ -13,7 +13,7 @@ from lightning_xattn.checks import Checks
 from lightning_xattn.classes import name_in_curves
 from lightning_xattn.columns import ALIGNMENT, CONFIDENCE, INVALID_ROWS, SCORES, STATISTICS, Column
 from lightning_xattn.evaluation import Evaluation, EvaluationSummary
-from lightning_xattn.figures import epoch_figures
+from lightning_xattn.figures import epoch_figures, fusion_figures
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.messages import tell, warn
 from lightning_xattn.sinks import log_figures
@@ -78,6 +78,10 @@ class EpochLog:
         curves = fusion_curves(summary.fusion, scope, classes, has_attention=bool(summary.layers))
         self._module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
         tell(self._checks.of_fusion(summary.fusion))
+        if self._trainer.is_global_zero and self._trainer.loggers and self._draws:
+            names, context = evaluation.classes or (), f"{scope}, epoch {self._trainer.current_epoch}"
+            figures = fusion_figures(summary.fusion, scope, names, group_by=self._group_by, context=context)
+            log_figures(self._trainer.loggers, figures, logged_step(self._trainer), scope)
         return fusion_record(summary.fusion, scope, curves)
 
     def _log_layer(self, layer: str, summary: LayerSummary, scope: str, evaluation: Evaluation) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,9 @@ from lightning_xattn.aggregation import CORRECT, INCORRECT
 from lightning_xattn.attention import TokenAxis, fitting_axes
 from lightning_xattn.columns import ALIGNMENT, SCORES, STATISTICS, Column, shown_columns
 from lightning_xattn.functional.outcomes import BINS
-from lightning_xattn.messages import describe_size
+from lightning_xattn.fusion.samples import most_conflicting, of_sample
+from lightning_xattn.fusion.summary import FusionSummary
+from lightning_xattn.messages import decimal, describe_size
 from lightning_xattn.results import DatasetResult
 from lightning_xattn.summary import LayerSummary
 
@@ -90,15 +93,86 @@ def epoch_figures(
         yield f"xattn_alignment/{scope}/by_outcome", figure
 
 
+def fusion_figures(
+    summary: FusionSummary, scope: str, class_names: Sequence[str], *, group_by: str, context: str
+) -> Iterator[tuple[str, Figure]]:
+    """Draw what the modalities of an epoch say and contribute, where it can be told; parameters as `epoch_figures`."""
+    from lightning_xattn.visualizations import (
+        Mean,
+        SampleRow,
+        plot_conflict,
+        plot_conflicting_samples,
+        plot_contribution_shares,
+    )
+
+    def share(modality: str, class_id: int | None, outcome: int | None) -> Mean:
+        found = summary.share(modality, class_id, outcome)
+        return Mean(found.count, found.mean, found.low, found.high, found.groups)
+
+    numbers = summary.numbers
+    known = (summary.outcomes == CORRECT) | (summary.outcomes == INCORRECT)
+    known &= numbers["conflict"].isfinite() & numbers["confidence"].isfinite()
+    if known.any():
+        claims = {}
+        for score in ("confidence", "conflict"):
+            # Errors have low confidence and high conflict.
+            found = summary.compare(score)
+            auroc, low, high = 1 - found.auroc, 1 - found.high, 1 - found.low
+            if score == "confidence":
+                auroc, low, high = found.auroc, found.low, found.high
+            sign = {"confidence": "1 - confidence", "conflict": "conflict"}[score]
+            if math.isfinite(auroc):
+                claims[score] = f"{sign} finds errors: AUROC {decimal(auroc)} ({decimal(low)} to {decimal(high)})"
+        figure = plot_conflict(
+            numbers["conflict"][known],
+            numbers["confidence"][known],
+            summary.outcomes[known] == CORRECT,
+            claims=claims,
+            context=context,
+        )
+        yield f"xattn_conflict/{scope}/confidence", figure
+    if not summary.uncontributed:
+        shares = {
+            modality: (
+                [share(modality, class_id, None) for class_id in range(len(class_names))],
+                [share(modality, None, outcome) for outcome in (CORRECT, INCORRECT)],
+            )
+            for modality in summary.modalities
+        }
+        yield (
+            f"xattn_contribution/{scope}/share",
+            plot_contribution_shares(
+                shares,
+                class_names,
+                group_by=group_by if class_names else None,
+                group_noun=summary.group_noun,
+                context=context,
+            ),
+        )
+    rows = []
+    for i in most_conflicting(summary):
+        one = of_sample(summary, i, class_names)
+        true = "" if one.true is None else f"\ntrue: {one.true}"
+        title = f"{int(summary.sample_numbers[i])}: {one.predicted} ({decimal(one.confidence)}){true}"
+        rows.append(SampleRow(title, one.says, one.contributions))
+    if rows:
+        yield f"xattn_conflict/{scope}/samples", plot_conflicting_samples(rows, context=context)
+
+
 def dataset_figures(explained: DatasetResult) -> Iterator[tuple[str, Figure]]:
     """Draw a data set: a name that can be a file's, and the figure, one at a time.
 
-    Mean attention of each class, entropy of each head, alignment of correct against incorrect predictions, and
-    alignment and entropy by class and outcome with their 95 % intervals. A second layer's names end with the layer.
+    Conflict against confidence, contributions, and the samples of largest conflict; mean attention of each class,
+    entropy of each head, alignment of correct against incorrect predictions, and what is compared by class and outcome
+    with its 95 % intervals. A second layer's names end with the layer.
     """
     from lightning_xattn.visualizations import plot_class_comparison  # matplotlib, only where figures are wanted
 
-    names, group_by = explained.class_names, explained.group_by
+    names, group_by, fusion = explained.class_names, explained.group_by, explained.fusion
+    if fusion is not None:
+        context = describe_size(fusion.samples, fusion.known_groups, fusion.group_noun)
+        for tag, figure in fusion_figures(fusion, "all", names, group_by=group_by, context=context):
+            yield tag.removeprefix("xattn_").replace("/all/", "_"), figure
     for layer, summary in explained.summaries.items():
         context = f"layer {layer}, {describe_size(summary.samples, summary.groups(), summary.group_noun)}"
         end = "" if summary is explained.headline else f"_{layer}"

@@ -42,7 +42,8 @@ ROOMS = {
     },
     "visualizations": {"attention", "errors", "files", "functional", "messages"},
     "figures": {
-        *("aggregation", "attention", "columns", "functional", "messages", "results", "summary", "visualizations"),
+        *("aggregation", "attention", "columns", "functional", "fusion", "messages", "results", "summary"),
+        "visualizations",
     },
     "report": {
         *("aggregation", "attention", "columns", "errors", "files", "functional", "fusion", "messages", "results"),

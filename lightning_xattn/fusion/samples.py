@@ -15,6 +15,9 @@ from lightning_xattn.fusion.pool import hashed
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.messages import decimal, name_modality
 
+CONFLICTING = 10
+"""So many samples of largest conflict are shown."""
+
 
 @dataclass(frozen=True)
 class SampleModalities:
@@ -102,10 +105,15 @@ def of_sample(summary: FusionSummary, i: int, class_names: Sequence[str]) -> Sam
     )
 
 
-def most_conflicting(summary: FusionSummary, count: int) -> list[int]:
-    """The places of the samples of largest conflict, the largest first; fewer where it is not known of so many."""
+def most_conflicting(summary: FusionSummary) -> list[int]:
+    """The places of the `CONFLICTING` samples of largest conflict, the largest first; fewer where it is not known.
+
+    Where contributions are known, of those that were exchanged, as else it cannot be said which modality was followed.
+    """
     conflict = summary.numbers["conflict"]
-    order = conflict.nan_to_num(nan=-1).argsort(descending=True, stable=True)[:count].tolist()
+    if not summary.uncontributed:
+        conflict = conflict.masked_fill(summary.numbers[f"phi/{summary.modalities[0]}"].isnan(), torch.nan)
+    order = conflict.nan_to_num(nan=-1).argsort(descending=True, stable=True)[:CONFLICTING].tolist()
     return [i for i in order if not math.isnan(conflict[i])]
 
 

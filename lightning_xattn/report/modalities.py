@@ -27,9 +27,6 @@ HOW_TO_READ = (
     "that has to beat."
 )
 
-CONFLICTING = 10
-"""So many samples of largest conflict are named."""
-
 
 class ModalityFacts(TypedDict):
     """One modality over a data set."""
@@ -164,7 +161,7 @@ def collect_fusion(summary: FusionSummary, class_names: Sequence[str]) -> Fusion
         ],
         "conflicting": [
             {"sample_idx": int(summary.sample_numbers[i]), "modalities": of_sample(summary, i, class_names)}
-            for i in most_conflicting(summary, CONFLICTING)
+            for i in most_conflicting(summary)
         ],
         "verdict": "",
     }

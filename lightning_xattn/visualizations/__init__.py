@@ -15,6 +15,12 @@ from lightning_xattn.visualizations.epoch import (
     plot_outcome_alignment,
 )
 from lightning_xattn.visualizations.heads import plot_head_alignment_matrix, plot_head_contributions
+from lightning_xattn.visualizations.modalities import (
+    SampleRow,
+    plot_conflict,
+    plot_conflicting_samples,
+    plot_contribution_shares,
+)
 from lightning_xattn.visualizations.output import render
 from lightning_xattn.visualizations.recordings import Spectrograms, Traces
 from lightning_xattn.visualizations.sample import (
@@ -27,12 +33,16 @@ from lightning_xattn.visualizations.signals import plot_attention_over_signals
 __all__ = [
     "Mean",
     "OutcomeSummary",
+    "SampleRow",
     "Spectrograms",
     "Traces",
     "plot_attention_heatmap",
     "plot_attention_over_signals",
     "plot_class_attention",
     "plot_class_comparison",
+    "plot_conflict",
+    "plot_conflicting_samples",
+    "plot_contribution_shares",
     "plot_cross_modal_attention",
     "plot_head_alignment_matrix",
     "plot_head_contributions",
