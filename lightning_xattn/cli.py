@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="with --data: train on simulated recordings and validate and test on DIR, or do all three on DIR",
     )
     demo.add_argument("--out", metavar="DIR", default="xattn-demo", help="where everything is written")
-    demo.add_argument("--samples", type=int, default=240, help="how many recordings to simulate")
+    demo.add_argument("--samples", type=int, default=480, help="how many recordings to simulate")
     demo.add_argument("--epochs", type=int, default=10, help="how long to train")
     demo.add_argument("--seed", type=int, default=0, help="of the simulation, the folds and the weights")
     explain = commands.add_parser(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import LightningModule, Trainer
 
@@ -19,6 +20,9 @@ from lightning_xattn.messages import tell, warn
 from lightning_xattn.sinks import log_figures
 from lightning_xattn.summary import LayerSummary
 from lightning_xattn.trainer import attention_axes, logged_step, moment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class EpochLog:
@@ -63,11 +67,15 @@ class EpochLog:
             evaluation, scope = evaluations[number], self._scope(number, "")
             about = moment(self._trainer) | {"dataloader": number}
             of_fusion = self._log_fusion(summary, scope, evaluation)
+            figures = self._draw_fusion(summary, scope, evaluation)
             if not summary.layers and of_fusion:
+                self._log_figures(figures, scope)
                 yield scope, about | {"layer": None} | of_fusion, None
             for layer, of_layer in summary.layers.items():
                 scope = self._scope(number, "" if layer == first else layer)
                 record = self._log_layer(layer, of_layer, scope, evaluation)
+                # Together, so that a logger that fails is reported once.
+                self._log_figures(chain(figures, self._draw_layer(of_layer, scope, evaluation)), scope)
                 yield scope, about | {"layer": layer, "repeats": evaluation.repeats} | record | of_fusion, of_layer
                 of_fusion = {}
 
@@ -78,23 +86,31 @@ class EpochLog:
         curves = fusion_curves(summary.fusion, scope, classes, has_attention=bool(summary.layers))
         self._module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
         tell(self._checks.of_fusion(summary.fusion))
-        if self._trainer.is_global_zero and self._trainer.loggers and self._draws:
-            names, context = evaluation.classes or (), f"{scope}, epoch {self._trainer.current_epoch}"
-            figures = fusion_figures(summary.fusion, scope, names, group_by=self._group_by, context=context)
-            log_figures(self._trainer.loggers, figures, logged_step(self._trainer), scope)
         return fusion_record(summary.fusion, scope, curves)
 
     def _log_layer(self, layer: str, summary: LayerSummary, scope: str, evaluation: Evaluation) -> dict[str, Any]:
-        trainer, classes = self._trainer, evaluation.classes or ()
-        curves = epoch_curves(summary, scope, name_in_curves(classes, self._group_by))
+        curves = epoch_curves(summary, scope, name_in_curves(evaluation.classes or (), self._group_by))
         self._module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
-        if trainer.is_global_zero:
+        if self._trainer.is_global_zero:
             warn(self._checks.of_epoch(layer, summary))
-            if trainer.loggers and self._draws:
-                axes, context = attention_axes(trainer, self._module), f"{scope}, epoch {trainer.current_epoch}"
-                figures = epoch_figures(summary, scope, classes, group_by=self._group_by, axes=axes, context=context)
-                log_figures(trainer.loggers, figures, logged_step(trainer), scope)
         return epoch_record(summary, scope, curves)
+
+    def _draw_fusion(
+        self, summary: EvaluationSummary, scope: str, evaluation: Evaluation
+    ) -> Iterator[tuple[str, Figure]]:
+        if summary.fusion is not None:
+            names, context = evaluation.classes or (), f"{scope}, epoch {self._trainer.current_epoch}"
+            yield from fusion_figures(summary.fusion, scope, names, group_by=self._group_by, context=context)
+
+    def _draw_layer(self, summary: LayerSummary, scope: str, evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
+        names, context = evaluation.classes or (), f"{scope}, epoch {self._trainer.current_epoch}"
+        axes = attention_axes(self._trainer, self._module)
+        yield from epoch_figures(summary, scope, names, group_by=self._group_by, axes=axes, context=context)
+
+    def _log_figures(self, figures: Iterator[tuple[str, Figure]], scope: str) -> None:
+        trainer = self._trainer
+        if trainer.is_global_zero and trainer.loggers and self._draws:
+            log_figures(trainer.loggers, figures, logged_step(trainer), scope)
 
 
 def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) -> dict[str, float]:

@@ -124,12 +124,13 @@ def test_loggers_without_images_get_files_and_a_broken_logger_ends_nothing(tmp_p
             raise OSError("disk on fire")
 
     loggers = [Broken(tmp_path / "broken"), CSVLogger(tmp_path, name="", version="run")]
-    with pytest.warns(XAttnWarning, match=tells("Broken", "xattn_map/val/audio_to_text", "disk on fire")):
+    with pytest.warns(XAttnWarning, match=tells("Broken", "xattn_contribution/val/share", "disk on fire")):
         validate(ToyModule(), AttentionExplainabilityCallback(), logger=loggers[:1])
     validate(ToyModule(), AttentionExplainabilityCallback(), logger=loggers[1:])
     files = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("xattn_*/**/*.*"))
     assert files == [
         "xattn_alignment/val/by_outcome/step_000000.png",
+        "xattn_contribution/val/share/step_000000.png",
         "xattn_entropy/val/by_head/step_000000.png",
         "xattn_map/val/audio_to_text/step_000000.png",
         "xattn_map/val/text_to_audio/step_000000.png",

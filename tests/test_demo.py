@@ -26,12 +26,24 @@ def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
         assert events.Scalars(f"xattn_alignment/val/{name}"), name
     assert len(events.Scalars("xattn_alignment/val/all")) == 6
     assert len(events.Images("xattn_map/val/eeg_to_spec")) == 6
-    assert len(list((logs / "csv").rglob("xattn_*/**/*.png"))) == 4 * 7  # 6 validation epochs and the test
+    # 6 validation epochs and the test; of 30 samples no class has the ten that a reading takes.
+    assert len(list((logs / "csv").rglob("xattn_*/**/*.png"))) == 5 * 7
 
     accuracy = max(point.value for point in events.Scalars("val_acc"))
     assert accuracy > 0.4  # chance is 0.17
     assert re.search(r"Validation on .*: 30 samples of \d+ patients", printed)
-    assert re.search(r"modalities agree \(n = \d+\) or show different classes \(n = \d+\)", printed)
+    table = printed[printed.index("score ") :].splitlines()
+    assert [line.split("  ")[0] for line in table[:7]] == [
+        *("score", "confidence", "alignment", "interaction", "entropy", "contribution", "reading: conflict, lean"),
+    ]
+    assert all(re.search(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", line) for line in table[1:7])
+    assert printed.index("score ") < printed.index("Knows: EEG") < printed.index("Validation on")
+    held_out = tmp_path / "run_0/held_out"
+    report = (held_out / "report.txt").read_text()
+    assert report.index("WHICH NUMBER TELLS WHAT?") < report.index("WHAT EACH MODALITY SAYS")
+    assert "\n".join(table[:7]) in report
+    figures = {path.name for path in (held_out / "figures").iterdir()}
+    assert {"conflict_confidence.png", "conflict_samples.png", "contribution_share.png"} < figures
     assert printed.rstrip().splitlines()[-1] == f"tensorboard --logdir {tmp_path / 'run_0'}"
 
 

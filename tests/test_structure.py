@@ -71,8 +71,8 @@ ROOMS = {
     # The package itself: the public names.
     "": {"attention", "callback", "capture", "errors", "explainer", "guide", "report"},
     "hms": {
-        *("", "attention", "columns", "errors", "explainer", "files", "functional", "messages", "report", "results"),
-        "visualizations",
+        *("", "attention", "columns", "errors", "explainer", "files", "functional", "group_keys", "messages", "report"),
+        *("results", "visualizations"),
     },
     "cli": {"", "hms"},
 }

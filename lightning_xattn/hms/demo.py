@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-import torch
 from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.utilities import move_data_to_device
-from torch import Tensor
-from torch.utils.data import DataLoader
 
-from lightning_xattn import AttentionExplainabilityCallback, AttentionRecorder
-from lightning_xattn.columns import STATISTICS, Column, sample_statistics
+from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture
 from lightning_xattn.errors import SettingError
-from lightning_xattn.functional import grouped_separation, prepare_rows, score_bins
-from lightning_xattn.hms.datamodule import HMSBatch, HMSDataModule
+from lightning_xattn.explainer import dataset_figures
+from lightning_xattn.files import complete_or_absent
+from lightning_xattn.hms.datamodule import HMSDataModule
 from lightning_xattn.hms.module import HMSLightningModule
 from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import COMPETITION, Recordings
 from lightning_xattn.hms.simulator import simulate
+from lightning_xattn.hms.truth import describe_scores
 from lightning_xattn.messages import describe_size
 from lightning_xattn.report import fusion_text, summary_text
+from lightning_xattn.report.facts import collect_facts
+from lightning_xattn.report.rendering import Block, Section, as_markdown, as_text, blocks_as_text
+from lightning_xattn.report.wording import dataset_document
+from lightning_xattn.results import DatasetResult
+from lightning_xattn.visualizations.output import save
 
 TRAIN_ON = ("simulated", "data")
 
@@ -35,7 +37,7 @@ def run_demo(
     out: str | Path,
     data: str | Path | None = None,
     train_on: str = "simulated",
-    samples: int = 240,
+    samples: int = 480,
     epochs: int = 10,
     seed: int = 0,
 ) -> Path:
@@ -104,11 +106,17 @@ def run_demo(
         trainer, watch = _trainer(logs / "test_on_simulated", epochs)
         trainer.test(module, datamodule.source_test_dataloader(), verbose=False)
         summary += _describe_test("Test", datamodule.recordings.root, "test", trainer, watch)
+    pictures = f"{logs}/*/csv/xattn_*"
     if train_on == "simulated":
-        loaders = (datamodule.source_val_dataloader(), datamodule.source_test_dataloader())
-        summary += _describe_agreement(module, loaders, datamodule.recordings)
+        folder = logs / "held_out"
+        opening, explained = _explain_held_out(module, datamodule, folder)
+        _write_report(opening, explained, folder)
+        fusion = [] if explained.fusion is None else [fusion_text(explained.fusion, CLASSES, explained.group_by)]
+        summary = [blocks_as_text(opening), "", "Simulated recordings that were not trained on", *fusion, "", *summary]
+        summary += [f"Report: {folder / 'report.txt'}"]
+        pictures += f", {folder / 'figures'}"
 
-    print("", *summary, "", f"Pictures: {logs}/*/csv/xattn_*", f"tensorboard --logdir {logs}", sep="\n")
+    print("", *summary, f"Pictures: {pictures}", f"tensorboard --logdir {logs}", sep="\n")
     return logs
 
 
@@ -144,42 +152,24 @@ def _describe_test(
     ]
 
 
-def _describe_agreement(
-    module: HMSLightningModule, loaders: Sequence[DataLoader[HMSBatch]], recordings: Recordings
-) -> list[str]:
-    """Does alignment see that a simulated sample's modalities show different classes?"""
-    numbers: dict[Column, list[Tensor]] = {Column("alignment"): [], Column("interaction"): []}
-    agrees, patients = [], []
-    module.eval()
-    with torch.no_grad(), AttentionRecorder(module) as recorder:
-        for batch in (batch for loader in loaders for batch in loader):
-            recorder.clear()
-            module.predict_step(move_data_to_device(batch, module.device), 0)
-            (pair,) = recorder.attention
-            statistics = sample_statistics(*(prepare_rows(attention) for attention in pair.directions))
-            for column, values in numbers.items():
-                values.append(statistics[column].cpu())
-            agrees += [recordings.by_label_id[label].extra["agrees"] for label in batch["sample_ids"].tolist()]
-            patients.append(batch["patient_ids"])
+def _explain_held_out(
+    module: HMSLightningModule, datamodule: HMSDataModule, folder: Path
+) -> tuple[list[Block], DatasetResult]:
+    """Which number tells what on simulated recordings that were not trained on, and what else is to be said of them."""
+    batches = [*datamodule.source_val_dataloader(), *datamodule.source_test_dataloader()]
+    samples = sum(len(batch["sample_ids"]) for batch in batches)
+    explainer = ExplainabilityCapture(module, contribution_samples=samples, axes=datamodule.attention_axes)
+    explained = explainer.explain_loader(batches, table=folder / "table", progress=False)
+    for name, figure in dataset_figures(explained):
+        save(figure, folder / "figures" / f"{name}.png")
+    return list(describe_scores(folder / "table", datamodule.recordings)), explained
 
-    chosen, groups = torch.tensor(agrees), torch.cat(patients)
-    lines = [
-        f"Simulated samples not trained on, whose modalities agree (n = {int(chosen.sum())}) or show different classes "
-        f"(n = {int((~chosen).sum())}), of {len(groups.unique())} patients:"
-    ]
-    for column, parts in numbers.items():
-        scores = torch.cat(parts)
-        defined = scores.isfinite()
-        outcomes = torch.stack([chosen, ~chosen], dim=1)
-        apart = grouped_separation(
-            score_bins(scores[defined], *STATISTICS[column.statistic].range), groups[defined], outcomes[defined]
-        )
-        claim = (
-            f"AUROC {apart.auroc:.2f}, 95 % interval by patients {apart.low:.2f} to {apart.high:.2f} (0.5: it does not "
-            "see the difference)"
-        )
-        lines.append(
-            f"  {column}: mean {scores[chosen].nanmean():.3f} against {scores[~chosen].nanmean():.3f}, "
-            + (claim if math.isfinite(apart.auroc) else "too few to say whether it sees the difference")
-        )
-    return lines
+
+def _write_report(opening: Sequence[Block], explained: DatasetResult, folder: Path) -> None:
+    facts = collect_facts(explained)
+    assert facts["kind"] == "dataset"
+    document = dataset_document(facts)
+    document = replace(document, sections=[Section("Which number tells what?", opening), *document.sections])
+    for name, text in (("report.txt", as_text(document)), ("report.md", as_markdown(document))):
+        with complete_or_absent(folder / name) as part:
+            part.write_text(text, encoding="utf-8")

@@ -188,7 +188,7 @@ def plot_conflicting_samples(
         probabilities = [one.says[modality][1] for one in samples]
         left.barh(rows, probabilities, thick * 0.92, label=name_modality(modality), **look)
         for row, (said, p) in zip(rows, (one.says[modality] for one in samples), strict=True):
-            left.text(p + 0.02, row, f"{said} {decimal(p)}", va="center", fontsize=9, parse_math=False)
+            left.text(p + 0.02, row, f"{_short(said, 14)} {decimal(p)}", va="center", fontsize=9, parse_math=False)
         right.barh(rows, [one.contributions.get(modality, np.nan) for one in samples], thick * 0.92, **look)
     for row, one in enumerate(samples):
         if not one.contributions:
@@ -201,9 +201,15 @@ def plot_conflicting_samples(
     for ax in (left, right):
         ax.grid(axis="x", color="0.88")
         ax.set_axisbelow(True)
-    left.set_yticks(range(len(samples)), [one.title for one in samples], fontsize=9, parse_math=False)
+    titles = ["\n".join(_short(line, 26) for line in one.title.splitlines()) for one in samples]
+    left.set_yticks(range(len(samples)), titles, fontsize=9, parse_math=False)
     left.set_ylim(len(samples) - 0.5, -0.5)
     handles, labels = left.get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=len(modalities), fontsize=9, frameon=False)
     set_title(fig, "Samples of largest conflict: what each modality says, and what it carries", context)
     return save(fig, save_path)
+
+
+def _short(name: str, letters: int) -> str:
+    """A name of so many letters at most."""
+    return name if len(name) <= letters else f"{name[: letters - 2].rstrip()} …"

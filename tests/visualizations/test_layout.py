@@ -18,10 +18,14 @@ from lightning_xattn.hms.features import spectrogram_spans
 from lightning_xattn.hms.recordings import COMPETITION, IIIC
 from lightning_xattn.visualizations import (
     Mean,
+    SampleRow,
     plot_attention_heatmap,
     plot_attention_over_signals,
     plot_class_attention,
     plot_class_comparison,
+    plot_conflict,
+    plot_conflicting_samples,
+    plot_contribution_shares,
     plot_cross_modal_attention,
     plot_head_alignment_matrix,
     plot_head_contributions,
@@ -99,6 +103,35 @@ def comparison_figure(classes: list[str], quantities: int) -> Figure:
     return plot_class_comparison(parts, classes, context=CONTEXT)
 
 
+def conflict_figure() -> Figure:
+    rng = np.random.default_rng(0)
+    conflict, confidence, correct = rng.uniform(size=(3, 240))
+    claims = dict.fromkeys(("confidence", "conflict"), "1 - confidence finds errors: AUROC 0.83 (0.75 to 0.88)")
+    return plot_conflict(conflict, confidence, correct > 0.3, claims=claims, context=CONTEXT)
+
+
+def shares_figure(classes: list[str], modalities: list[str]) -> Figure:
+    rng = np.random.default_rng(0)
+    shares = {}
+    for name in modalities:
+        means = rng.uniform(-0.1, 1, size=len(classes) + 2)
+        groups = [Mean(3 + i, mean, mean - 0.1, mean + 0.1, 2 + i) for i, mean in enumerate(means)]
+        shares[name] = groups[:-2], groups[-2:]
+    return plot_contribution_shares(shares, classes, group_noun="patients", context=CONTEXT)
+
+
+def samples_figure(classes: list[str], modalities: list[str]) -> Figure:
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(10):
+        names = [classes[j % len(classes)] for j in range(i, i + len(modalities))]
+        says = {one: (name, p) for one, name, p in zip(modalities, names, rng.uniform(size=4), strict=False)}
+        carried = dict(zip(modalities, rng.uniform(-0.2, 0.8, size=4), strict=False))
+        title = f"{17 * i}: {names[0]} ({rng.uniform():.2f})\ntrue: {names[-1]}"
+        rows.append(SampleRow(title, says, carried if i % 2 else {}))
+    return plot_conflicting_samples(rows, context=CONTEXT)
+
+
 def undefined(pair: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     pair = {name: weights.clone() for name, weights in pair.items()}
     pair["eeg_to_spec"][0, 0] = torch.nan
@@ -165,6 +198,12 @@ FIGURES = {
     "comparison": lambda: comparison_figure(HMS, 3),
     "comparison, twenty classes": lambda: comparison_figure(MANY, 2),
     "comparison, long class names": lambda: comparison_figure(LONG, 1),
+    "conflict": conflict_figure,
+    "shares": lambda: shares_figure(HMS, ["eeg", "spec"]),
+    "shares, twenty classes": lambda: shares_figure(MANY, ["eeg", "spec"]),
+    "shares of four, long class names": lambda: shares_figure(LONG, ["eeg", "spec", "video", "questionnaire"]),
+    "samples of largest conflict": lambda: samples_figure(HMS, ["eeg", "spec"]),
+    "samples of three modalities, long class names": lambda: samples_figure(LONG, ["eeg", "spec", "video"]),
     "signals": lambda: signals_figure(WINDOWS),
     "signals of 10 s": lambda: signals_figure(WINDOWS, seconds=10),
     "signals, one direction": lambda: signals_figure({"eeg_to_spec": WINDOWS["eeg_to_spec"]}),
