@@ -25,9 +25,10 @@ def one_batch(folder: Path) -> Any:
     return next(iter(datamodule.val_dataloader()))
 
 
-def validate(module: HMSLightningModule, batches: list[Any], *, watched: bool) -> None:
-    """One validation epoch, with the callback (figures off) or without."""
-    callbacks = [AttentionExplainabilityCallback(figures_every_n_epochs=0)] if watched else []
+def validate(module: HMSLightningModule, batches: list[Any], contribution_samples: int | None) -> None:
+    """One validation epoch, with the callback (figures off) and as many contributions, or without it (None)."""
+    settings = {"figures_every_n_epochs": 0, "contribution_samples": contribution_samples}
+    callbacks = [] if contribution_samples is None else [AttentionExplainabilityCallback(**settings)]
     trainer = Trainer(
         logger=False,
         enable_progress_bar=False,
@@ -43,5 +44,5 @@ def validate(module: HMSLightningModule, batches: list[Any], *, watched: bool) -
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         batch = one_batch(Path(temporary) / "hms")
-    validate(HMSLightningModule(), [batch] * int(sys.argv[1]), watched=True)
+    validate(HMSLightningModule(), [batch] * int(sys.argv[1]), contribution_samples=128)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

@@ -134,6 +134,11 @@ class Checks:
             )
         if summary.uncontributed and self._is_new("", "", summary.uncontributed, 0):
             yield f"What each modality contributes cannot be told: {summary.uncontributed}."
+        for direction, one in summary.replaced.items():
+            if one.problem and self._is_new("", str(direction), "faithfulness", 0):
+                yield f"Whether the attention {direction} ranks what the model uses cannot be told: {one.problem}."
+            elif one.without_reference and self._is_new("", str(direction), "reference", 0):
+                yield f"The faithfulness of {direction} has no reference: {one.without_reference}."
 
     def _of_samples(self, layer: str, summary: LayerSummary) -> Iterator[str]:
         single = [

@@ -175,15 +175,17 @@ def _replace_alike(
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.rand(len(source), received.shape[1], generator=generator).argsort(1)[samples]
 
-    def run(scores: Tensor) -> Tensor:
+    def run(scores: Tensor, last: Tensor | None = None) -> Tensor:
+        """The table of these scores; the last column, of all keys, may be known from others."""
         columns = []
-        for chosen in replacements(scores, shuffled).unbind(1):
+        *several, every = replacements(scores, shuffled).unbind(1)
+        for chosen in several if last is not None else [*several, every]:
             if keys is None:
                 said = replay(_put_at_entrance(fusion, direction, tokens, others, chosen))
             else:
                 said = replay(tokens, place, partial(_put_at_attention, keys, chosen))
             columns.append(said.values.gather(1, classes[:, None])[:, 0])
-        values = torch.stack(columns, dim=1)
+        values = torch.stack(columns if last is None else [*columns, last], dim=1)
         ranked = ((~scores.isnan()).sum(1) > 1) & values.isfinite().all(1)
         return values.masked_fill(~ranked[:, None], torch.nan)
 
@@ -192,7 +194,7 @@ def _replace_alike(
         if place is None:
             raise ReplayError("where it is computed is not known")
         slopes = replay.key_slopes(tokens, place, classes).masked_fill(received.isnan(), torch.nan)
-        reference = run(slopes)
+        reference = run(slopes, values[:, -1])
     except ReplayError as error:
         reference, problem = torch.full_like(values, torch.nan), str(error)
     return _Share(samples, torch.cat([values, reference], dim=1), keys is not None, problem)
