@@ -38,11 +38,11 @@ def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
     ]
     assert all(re.search(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", line) for line in table[1:7])
     assert printed.index("score ") < printed.index("Knows: EEG") < printed.index("Validation on")
-    held_out = tmp_path / "run_0/held_out"
-    report = (held_out / "report.txt").read_text()
+    disagreeing = tmp_path / "run_0/disagreeing"
+    report = (disagreeing / "report.txt").read_text()
     assert report.index("WHICH NUMBER TELLS WHAT?") < report.index("WHAT EACH MODALITY SAYS")
     assert "\n".join(table[:7]) in report
-    figures = {path.name for path in (held_out / "figures").iterdir()}
+    figures = {path.name for path in (disagreeing / "figures").iterdir()}
     assert {"conflict_confidence.png", "conflict_samples.png", "contribution_share.png"} < figures
     assert printed.rstrip().splitlines()[-1] == f"tensorboard --logdir {tmp_path / 'run_0'}"
 
@@ -53,7 +53,7 @@ def test_real_recordings_are_validated_and_tested_on(iiic_irr, tmp_path, capsys)
     printed = capsys.readouterr().out
     for stage in ("Validation", "Test"):
         assert f"{stage} on {iiic_irr}: 20 samples of 20 patients (12 with a tied top vote" in printed
-    assert re.search(r"Test on .*simulated_36_of_10s_seed_0: \d+ samples of \d+ patients", printed)
+    assert re.search(r"Test on .*simulated_36_of_10s_seed_0_disagreeing_0.2: \d+ samples of \d+ patients", printed)
     events = read_events(tmp_path / "run_0/train_on_simulated/tensorboard")
     for stage in ("val", "test"):
         assert events.Scalars(f"xattn_alignment/{stage}/all")

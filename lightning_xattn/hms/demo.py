@@ -51,7 +51,9 @@ def run_demo(
         Folder of recordings. None: only simulated ones.
     train_on
         "simulated": train on simulated recordings, validate and test on all of ``data``, and test on held-out
-        simulated patients too. "data": train, validate and test on patients of ``data``; nothing is simulated.
+        simulated patients too; then say which number tells what on half as many other recordings, of which every other
+        one is simulated to show another class in the spectrogram than in the EEG. "data": train, validate and test on
+        patients of ``data``; nothing is simulated.
     samples
         How many recordings to simulate.
     epochs
@@ -89,8 +91,8 @@ def run_demo(
             raise SettingError("train_on='data' needs a folder of recordings; name it with data (--data DIR).")
         source = Path(data)
     else:
-        seconds = COMPETITION.seconds if data is None else Recordings.read(data).infer_geometry().seconds
-        source, held_out = _simulated(out, samples, int(seconds), seed), data
+        seconds = int(COMPETITION.seconds if data is None else Recordings.read(data).infer_geometry().seconds)
+        source, held_out = _simulated(out, samples, seconds, seed, disagreeing=0.2), data
     datamodule = HMSDataModule(source, test_data=held_out, cache_dir=out / "features", seed=seed)
     module = HMSLightningModule()
     # A folder of its own for each run: two runs in one would be drawn as one zigzag curve.
@@ -108,11 +110,12 @@ def run_demo(
         summary += _describe_test("Test", datamodule.recordings.root, "test", trainer, watch)
     pictures = f"{logs}/*/csv/xattn_*"
     if train_on == "simulated":
-        folder = logs / "held_out"
-        opening, explained = _explain_held_out(module, datamodule, folder)
+        folder, root = logs / "disagreeing", _simulated(out, samples // 2, seconds, seed + 1, disagreeing=0.5)
+        disagreeing = HMSDataModule(root, test_data=root, cache_dir=out / "features")
+        opening, explained = _explain_disagreeing(module, disagreeing, folder)
         _write_report(opening, explained, folder)
         fusion = [] if explained.fusion is None else [fusion_text(explained.fusion, CLASSES, explained.group_by)]
-        summary = [blocks_as_text(opening), "", "Simulated recordings that were not trained on", *fusion, "", *summary]
+        summary = [blocks_as_text(opening), "", *fusion, "", *summary]
         summary += [f"Report: {folder / 'report.txt'}"]
         pictures += f", {folder / 'figures'}"
 
@@ -120,10 +123,12 @@ def run_demo(
     return logs
 
 
-def _simulated(out: Path, samples: int, eeg_seconds: int, seed: int) -> Path:
+def _simulated(out: Path, samples: int, eeg_seconds: int, seed: int, disagreeing: float) -> Path:
     """Simulated recordings; those of an earlier demo with the same settings are taken again."""
-    folder = out / f"simulated_{samples}_of_{eeg_seconds}s_seed_{seed}"
-    return folder if folder.exists() else simulate(folder, samples, eeg_seconds=eeg_seconds, seed=seed)
+    folder = out / f"simulated_{samples}_of_{eeg_seconds}s_seed_{seed}_disagreeing_{disagreeing}"
+    if folder.exists():
+        return folder
+    return simulate(folder, samples, eeg_seconds=eeg_seconds, seed=seed, disagreeing=disagreeing)
 
 
 def _trainer(folder: Path, epochs: int) -> tuple[Trainer, AttentionExplainabilityCallback]:
@@ -152,17 +157,16 @@ def _describe_test(
     ]
 
 
-def _explain_held_out(
+def _explain_disagreeing(
     module: HMSLightningModule, datamodule: HMSDataModule, folder: Path
 ) -> tuple[list[Block], DatasetResult]:
-    """Which number tells what on simulated recordings that were not trained on, and what else is to be said of them."""
-    batches = [*datamodule.source_val_dataloader(), *datamodule.source_test_dataloader()]
-    samples = sum(len(batch["sample_ids"]) for batch in batches)
+    """Which number tells what on recordings whose truth is known, and what else is to be said of them."""
+    samples = len(datamodule.test_recordings)
     explainer = ExplainabilityCapture(module, contribution_samples=samples, axes=datamodule.attention_axes)
-    explained = explainer.explain_loader(batches, table=folder / "table", progress=False)
+    explained = explainer.explain_loader(datamodule.test_dataloader(), folder / "table", progress=False)
     for name, figure in dataset_figures(explained):
         save(figure, folder / "figures" / f"{name}.png")
-    return list(describe_scores(folder / "table", datamodule.recordings)), explained
+    return list(describe_scores(folder / "table", datamodule.test_recordings)), explained
 
 
 def _write_report(opening: Sequence[Block], explained: DatasetResult, folder: Path) -> None:

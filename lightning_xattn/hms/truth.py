@@ -54,8 +54,8 @@ def describe_scores(table: Path, recordings: Recordings) -> Iterator[Block]:
     yield Table(("score", *QUESTIONS), cells)
     yield Paragraph(
         f"AUROC with its 95 % interval by patients, on {len(rows)} simulated recordings that the model was not trained "
-        f"on; 0.5 tells nothing. Of them {counts[0][0]} show another class in the spectrogram than in the EEG; where "
-        f"they do, the model followed the EEG {counts[1][0]} times and the spectrogram {counts[1][1]} times; "
+        f"on; 0.5: nothing is told. {counts[0][0]} of them show another class in the spectrogram than in the EEG; "
+        f"where they do, the model followed the EEG {counts[1][0]} times and the spectrogram {counts[1][1]} times; "
         f"{counts[2][0]} predictions are wrong. Signs of disagreement and of errors are a low confidence, alignment "
         "and interaction, a high entropy and conflict, and contributions that differ little; a sign that the EEG was "
         "followed is a large value, of contribution and lean that of the EEG less that of the spectrogram."

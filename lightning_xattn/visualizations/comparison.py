@@ -90,7 +90,7 @@ def plot_class_comparison(
             )
         ax.axhline(len(class_names) - 0.5, color="0.4", linewidth=0.8)
         ax.grid(axis="x", color="0.85")
-        ax.locator_params(axis="x", nbins=5)
+        ax.locator_params(axis="x", nbins=5 if len(quantities) < 4 else 3)
         ax.set_xlabel(wrap(title, 7.0 / len(quantities)))
     units: dict[str, list[Axes]] = defaultdict(list)
     for ax, name in zip(panels, quantities, strict=True):

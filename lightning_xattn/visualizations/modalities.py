@@ -204,6 +204,7 @@ def plot_conflicting_samples(
     titles = ["\n".join(_short(line, 26) for line in one.title.splitlines()) for one in samples]
     left.set_yticks(range(len(samples)), titles, fontsize=9, parse_math=False)
     left.set_ylim(len(samples) - 0.5, -0.5)
+    left.set_ylabel("sample: what the model says (confidence)")
     handles, labels = left.get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=len(modalities), fontsize=9, frameon=False)
     set_title(fig, "Samples of largest conflict: what each modality says, and what it carries", context)

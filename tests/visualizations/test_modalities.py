@@ -11,7 +11,7 @@ from lightning_xattn.visualizations import (
     plot_conflicting_samples,
     plot_contribution_shares,
 )
-from tests.visualizations.conftest import assert_written, panels, texts
+from tests.visualizations.conftest import panels, texts
 
 NAN = float("nan")
 CONFLICT, CONFIDENCE = [0.1, 0.9, 0.5, NAN, 0.3], [0.9, 0.4, 0.6, 0.7, NAN]
@@ -84,18 +84,6 @@ def test_each_sample_has_what_its_modalities_say_and_carry():
     said = texts(figure)
     assert all(one in said for one in ("GPD 0.71", "$x$ 0.64", "LPD 0.99", "3: GPD (0.58)\ntrue: LPD", "not exchanged"))
     assert left.yaxis_inverted()
-
-
-@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
-def test_they_are_written(suffix, tmp_path):
-    for draw in (
-        lambda path: plot_conflict(CONFLICT, CONFIDENCE, CORRECT, save_path=path),
-        lambda path: plot_contribution_shares(SHARES, NAMES, save_path=path),
-        lambda path: plot_conflicting_samples(ROWS, save_path=path),
-    ):
-        path = tmp_path / f"figure.{suffix}"
-        draw(path)
-        assert_written(path, draw(None))
 
 
 @pytest.mark.parametrize(

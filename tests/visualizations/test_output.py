@@ -16,10 +16,14 @@ from lightning_xattn import visualizations
 from lightning_xattn.errors import SettingError
 from lightning_xattn.visualizations import (
     Mean,
+    SampleRow,
     plot_attention_heatmap,
     plot_attention_over_signals,
     plot_class_attention,
     plot_class_comparison,
+    plot_conflict,
+    plot_conflicting_samples,
+    plot_contribution_shares,
     plot_cross_modal_attention,
     plot_head_alignment_matrix,
     plot_head_contributions,
@@ -42,6 +46,7 @@ from tests.visualizations.test_signals import AXES
 
 PAIR = make_pair()
 GROUPS = [Mean(9, 0.3, 0.2, 0.4), Mean(7, 0.2, 0.1, 0.3)]
+ROW = SampleRow("3: GPD (0.58)", {"x": ("GPD", 0.71), "y": ("LPD", 0.64)}, {"x": 0.4, "y": -0.1})
 PLOTS = {
     "attention_heatmap": lambda **save: plot_attention_heatmap(PAIR["eeg_to_spec"], **save),
     "attention_over_signals": lambda **save: plot_attention_over_signals(
@@ -51,6 +56,9 @@ PLOTS = {
         make_maps(2, 3, 5), [4, 5], ["a", "b"], direction="x_to_y", **save
     ),
     "class_comparison": lambda **save: plot_class_comparison({"r": (GROUPS, GROUPS)}, ["a", "b"], **save),
+    "conflict": lambda **save: plot_conflict([0.2, 0.9], [0.8, 0.4], [True, False], **save),
+    "conflicting_samples": lambda **save: plot_conflicting_samples([ROW], **save),
+    "contribution_shares": lambda **save: plot_contribution_shares({"x": (GROUPS, GROUPS)}, ["a", "b"], **save),
     "cross_modal_attention": lambda **save: plot_cross_modal_attention(PAIR, **save),
     "head_alignment_matrix": lambda **save: plot_head_alignment_matrix(PAIR, **save),
     "head_contributions": lambda **save: plot_head_contributions(PAIR, **save),
