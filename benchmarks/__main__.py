@@ -21,7 +21,7 @@ from benchmarks.explain import explain_loader, peak_memory_of_explaining
 from benchmarks.features import features
 from benchmarks.numpy_loop import numpy_loop
 from benchmarks.timing import median_seconds, quartiles_of_ratios, times_in_turns
-from benchmarks.validate import BATCH, one_batch, validate
+from benchmarks.validate import BATCH, balanced, one_batch, validate
 from lightning_xattn import Attention, Direction
 from lightning_xattn.aggregation import LayerAccumulator, Layout
 from lightning_xattn.columns import sample_statistics
@@ -101,7 +101,8 @@ def data_loader(folder: Path) -> None:
 
 def validation_epoch(folder: Path) -> None:
     """A validation epoch with the callback, figures off, over one without."""
-    module, batch = HMSLightningModule(), one_batch(folder)
+    batch = one_batch(folder)
+    module = balanced(HMSLightningModule(), batch)
     validate(module, [batch] * 4, contribution_samples=128)  # warms up
     print(f"validation epoch in batches of {BATCH}, reference model, figures off; without callback = 1")
     for batches, repeats, aim in ((15, 8, 1.30), (31, 6, 1.15), (125, 2, 1.05)):
