@@ -237,32 +237,33 @@ class Replay:
         ReplayError
             As `__call__`, or if no gradient reaches the weights.
         """
-        slopes = []
         with torch.inference_mode(False):
             # What comes from the step may be inference tensors, which no gradient can pass.
             call = self._carrier.call
             carrier = replace(self._carrier, call=call.copied({path for path, _ in call.tensors()}))
             again = Replay(self._fusion, self._axes, carrier, self._read)
-            tokens = {path: one.clone() for path, one in tokens.items()}
-            for start in range(0, len(classes), again.rows):
-                rows = torch.arange(start, min(start + again.rows, len(classes)))
-                scales: list[Tensor] = []
-
-                def weigh(numbers: Tensor, scales: list[Tensor] = scales) -> Edit:
-                    scales.append(torch.ones(len(numbers), place.keys, device=again.device, requires_grad=True))
-                    torch.set_grad_enabled(True)  # from here on, until the replay's end
-                    return Edit(weights=scales[0])
-
+            slopes = []
+            for rows in torch.arange(len(classes)).split(again.rows):
                 chosen = {path: one.index_select(self._axes[path], rows.to(one.device)) for path, one in tokens.items()}
-                said = again(chosen, place, weigh).values.gather(1, classes[rows, None]).sum()
-                if not said.requires_grad:
-                    raise ReplayError("no gradient reaches its weights")
-                try:
-                    (slope,) = torch.autograd.grad(said, scales)
-                except RuntimeError as error:  # as of a model that changes in place what the gradient needs
-                    raise ReplayError(f"no gradient reaches its weights: {error}") from error
-                slopes.append(slope[: len(rows)].cpu())
+                slopes.append(again._slope({path: one.clone() for path, one in chosen.items()}, place, classes[rows]))
         return torch.cat(slopes)
+
+    def _slope(self, tokens: Mapping[Path, Tensor], place: AttentionPlace, classes: Tensor) -> Tensor:
+        scales: list[Tensor] = []
+
+        def weigh(rows: Tensor) -> Edit:
+            scales.append(torch.ones(len(rows), place.keys, device=self.device, requires_grad=True))
+            torch.set_grad_enabled(True)  # from here on, until the replay's end
+            return Edit(weights=scales[0])
+
+        said = self(tokens, place, weigh).values.gather(1, classes[:, None]).sum()
+        if not said.requires_grad:
+            raise ReplayError("no gradient reaches its weights")
+        try:
+            (slope,) = torch.autograd.grad(said, scales)
+        except RuntimeError as error:  # as of a model that changes in place what the gradient needs
+            raise ReplayError(f"no gradient reaches its weights: {error}") from error
+        return slope[: len(classes)].cpu()
 
     def _run(self, tokens: Mapping[Path, Tensor]) -> Spoken:
         module, call = self._carrier.module, self._carrier.call
