@@ -141,8 +141,7 @@ class AttentionExplainabilityCallback(Callback):
         labels = predictions, targets, sample_ids, groups, query_mask
         entrance = fusion, modalities, contribution_samples, max_samples
         self.settings = Settings(attention, class_names, group_by, *labels, *entrance, table)
-        often = every_n_epochs, figures_every_n_epochs, faithfulness_every_n_epochs, every_n_batches
-        self.schedule = Schedule(*often)
+        self.schedule = Schedule(every_n_epochs, figures_every_n_epochs, faithfulness_every_n_epochs, every_n_batches)
         self.history: list[dict[str, Any]] = []
         self.summaries: dict[str, LayerSummary] = {}
         self.fusion_summaries: dict[str, FusionSummary] = {}

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_xattn.capture.readers import Edit, Event, Want
 from lightning_xattn.capture.watch import Watch
-from lightning_xattn.capture.wrappers import run_uncompiled
 from lightning_xattn.fusion.arguments import Call, Path
+from lightning_xattn.fusion.unchanged import left_as_it_was, with_forward
 
 MAX_ROWS = 256
 """So many pairs are replayed in a call."""
@@ -274,9 +272,9 @@ class Replay:
                 exchanged = Call(args, kwargs).replaced(tokens)
                 return forward(*exchanged.args, **exchanged.kwargs)
 
-            changes.enter_context(_forward_of(self._fusion, fusion))
+            changes.enter_context(with_forward(self._fusion, fusion))
             for skipped, outputs in self._made.items() if self.skips else ():
-                changes.enter_context(_forward_of(skipped, _given_first(outputs, skipped.forward)))
+                changes.enter_context(with_forward(skipped, _given_first(outputs, skipped.forward)))
             try:
                 said = self._read(module(*call.args, **call.kwargs))
             except ReplayError:
@@ -289,7 +287,7 @@ class Replay:
 
     @contextmanager
     def _as_in_the_step(self) -> Iterator[None]:
-        with _left_as_it_was(self._carrier.module, self._with_hooks), self._carrier.precision.entered():
+        with left_as_it_was(self._carrier.module, self._with_hooks), self._carrier.precision.entered():
             yield
 
     def _look(self) -> tuple[Call, Spoken]:
@@ -403,60 +401,3 @@ def _editing(place: AttentionPlace | None, edit: EditRows | None, rows: Tensor) 
         yield
     if picked != 1:
         raise ReplayError(f"{picked or 'no'} attentions of its shape are computed")
-
-
-@contextmanager
-def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = own
-
-
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-)
-"""Where a module keeps the hooks of its forward; torch keeps those of all modules alike."""
-
-
-@contextmanager
-def _left_as_it_was(module: nn.Module, with_hooks: bool) -> Iterator[None]:
-    """Whatever a forward does to random numbers, buffers and attributes is undone; nothing is logged or compiled.
-
-    Without hooks what has been hooked on the module, and on all modules, is not called.
-    """
-    kept = vars(torch.nn.modules.module)
-    everywhere = [kept[f"_global{name}"] for name in _HOOKS if f"_global{name}" in kept]
-    books = [
-        (book, dict(book))
-        for one in module.modules()
-        for book in (vars(one), one._buffers, one._parameters, one._modules)
-    ] + [(book, dict(book)) for book in everywhere]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        with ExitStack() as contexts:
-            contexts.enter_context(isolate_rng())
-            contexts.enter_context(torch.no_grad())
-            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import is slow
-                contexts.enter_context(run_uncompiled())
-            for book in () if with_hooks else everywhere:
-                book.clear()
-            for one in module.modules():
-                if not with_hooks:
-                    vars(one).update({name: OrderedDict() for name in _HOOKS})
-                if hasattr(one, "log_dict") and hasattr(one, "log"):
-                    vars(one)["log"] = vars(one)["log_dict"] = lambda *args, **kwargs: None
-            yield
-    finally:
-        for book, before in books:
-            book.clear()
-            book.update(before)
-        for buffer, before_it in buffers:
-            if not buffer.equal(before_it):
-                buffer.copy_(before_it)

@@ -1,0 +1,73 @@
+"""Run a model once more, and leave it as it was."""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import nn
+
+from lightning_xattn.capture.wrappers import run_uncompiled
+
+
+@contextmanager
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module run another forward."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = own
+
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+"""Where a module keeps the hooks of its forward; torch keeps those of all modules alike."""
+
+
+@contextmanager
+def left_as_it_was(module: nn.Module, with_hooks: bool) -> Iterator[None]:
+    """Whatever a forward does to random numbers, buffers and attributes is undone; nothing is logged or compiled.
+
+    Without hooks what has been hooked on the module, and on all modules, is not called.
+    """
+    kept = vars(torch.nn.modules.module)
+    everywhere = [kept[f"_global{name}"] for name in _HOOKS if f"_global{name}" in kept]
+    books = [
+        (book, dict(book))
+        for one in module.modules()
+        for book in (vars(one), one._buffers, one._parameters, one._modules)
+    ] + [(book, dict(book)) for book in everywhere]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        with ExitStack() as contexts:
+            contexts.enter_context(isolate_rng())
+            contexts.enter_context(torch.no_grad())
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import is slow
+                contexts.enter_context(run_uncompiled())
+            for book in () if with_hooks else everywhere:
+                book.clear()
+            for one in module.modules():
+                if not with_hooks:
+                    vars(one).update({name: OrderedDict() for name in _HOOKS})
+                if hasattr(one, "log_dict") and hasattr(one, "log"):
+                    vars(one)["log"] = vars(one)["log_dict"] = lambda *args, **kwargs: None
+            yield
+    finally:
+        for book, before in books:
+            book.clear()
+            book.update(before)
+        for buffer, before_it in buffers:
+            if not buffer.equal(before_it):
+                buffer.copy_(before_it)
