@@ -84,8 +84,8 @@ class AttentionExplainabilityCallback(Callback):
     figures_every_n_epochs
         Draw figures every so many epochs, of those that are recorded; 0: never.
     faithfulness_every_n_epochs
-        Test every so many epochs, of those that are recorded, whether the attention ranks the keys that the model uses;
-        0: in none of a fit. ``trainer.validate`` and ``trainer.test`` always do. It takes 128 ``contribution_samples``.
+        Test every so many epochs, of those that are recorded, whether the attention ranks the keys that the model uses,
+        which takes 128 ``contribution_samples``; 0: never. ``trainer.validate`` and ``trainer.test`` always do.
     every_n_batches
         Record every so many batches of each evaluation, from the first on. All numbers, also the count of samples, are
         then of the recorded batches alone.

@@ -171,6 +171,7 @@ class Evaluation:
         self._settings, self._module, self._checks, self._first = settings, module, checks, first
         self.finder = settings.finder()
         self.classes: tuple[str, ...] | None = None
+        self._first_layer = ""
         self.reset()
 
     def reset(self) -> None:
@@ -184,6 +185,7 @@ class Evaluation:
         """Read a batch, see ``read_batch``; the first one decides what the classes are, and where the fusion is."""
         batch = read_batch(step, attention, self.finder, self._checks)
         batch = replace(batch, inputs=recorder.enter(batch.labels))
+        self._first_layer = recorder.layers[0].name if recorder.layers else ""
         if self.classes is None and self._first is not None:
             self.classes = self._first.classes
         if self.classes is None:
@@ -236,7 +238,8 @@ class Evaluation:
         ids = {"sample_id": labels.sample_ids, "group": labels.group_ids}
         layers = [[prepare_rows(attention) for attention in pair.directions] for pair in batch.attention]
         if batch.inputs is not None and len(batch):
-            self._collect(batch, batch.inputs, about, classes, places, layers[0] if layers else ())
+            first_ran = bool(layers) and batch.attention[0].layer == self._first_layer
+            self._collect(batch, batch.inputs, about, classes, places, layers[0] if first_ran else ())
         table = [] if batch.attention else [about | {"layer": None} | ids]
         for pair, rows in zip(batch.attention, layers, strict=True):
             statistics = sample_statistics(*rows) | {CONFIDENCE: _filled(labels.confidence, torch.nan, batch)}

@@ -26,7 +26,7 @@ class Schedule:
     figures_every_n_epochs
         Draw every so many of those that are recorded; 0: none.
     faithfulness_every_n_epochs
-        Test the attention every so many of those that are recorded; 0: in none of a fit.
+        Test the attention every so many of those that are recorded; 0: never.
     every_n_batches
         Record every so many batches of a recorded epoch, from the first on, at least 1.
 
@@ -57,7 +57,7 @@ class Schedule:
 
     def draws(self, trainer: Trainer) -> bool:
         """Whether a recorded evaluation is drawn."""
-        return self.figures_every_n_epochs > 0 and self._is_due(trainer, self.figures_every_n_epochs)
+        return self._is_due(trainer, self.figures_every_n_epochs)
 
     def tests_attention(self, trainer: Trainer) -> bool:
         """Whether a recorded evaluation ends with a test of its attention."""
@@ -65,7 +65,7 @@ class Schedule:
 
     def _is_due(self, trainer: Trainer, every: int) -> bool:
         recorded_before = _validations_before(trainer) // self.every_n_epochs
-        return not _is_fitting(trainer) or (every > 0 and recorded_before % every == 0)
+        return every > 0 and (not _is_fitting(trainer) or recorded_before % every == 0)
 
 
 def logged_step(trainer: Trainer) -> int:

@@ -67,8 +67,8 @@ def replaced_keys(part: FusionPart, fusion: FusionRecorder, size: int) -> dict[D
         At most so many samples are taken.
     """
     source = TokenSource(part.geometries, size)
-    names = [name.removeprefix("received/") for name in part.geometries[0] if name.startswith("received/")]
-    directions = [Direction.parse(name) for name in names]
+    names = [name for rows in part.geometries for name in rows if name.startswith("received/")]
+    directions = [Direction.parse(name.removeprefix("received/")) for name in dict.fromkeys(names)]
     shares: Sequence[Mapping[Direction, _Share | str]] = []
     problem = ""
     if source.spoken.values.shape[1] == 1:
@@ -146,7 +146,8 @@ def _replace_part(
             for kind in source.kinds.unique():
                 of_kind = (source.kinds == kind).nonzero()[:, 0]
                 samples = of_kind[part(len(of_kind))]
-                if len(samples):
+                # Not all steps may have had this attention.
+                if len(samples) and source.has(f"received/{direction}", samples):
                     shares.append(_replace_alike(source, fusion, direction, (samples, partners[samples]), replay))
         except ReplayError as error:
             found[direction] = str(error)

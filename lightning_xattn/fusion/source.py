@@ -67,10 +67,14 @@ class TokenSource:
         values = self._geometries[int(self.kinds[samples[0]])][name]
         return values[self._row[samples].to(values.device)]
 
+    def has(self, name: str, samples: Tensor) -> bool:
+        """Whether a column is kept of samples of one geometry."""
+        return name in self._geometries[int(self.kinds[samples[0]])]
+
     def token_count(self, direction: Direction, samples: Tensor) -> int | None:
         """How many keys a direction has in samples of one geometry; None where it was not recorded."""
-        rows = self._geometries[int(self.kinds[samples[0]])]
-        return rows[f"received/{direction}"].shape[1] if f"received/{direction}" in rows else None
+        name = f"received/{direction}"
+        return self.column(name, samples).shape[1] if self.has(name, samples) else None
 
     def tokens(self, places: Mapping[str, ModalityPlace], samples: Sequence[Tensor]) -> dict[Path, Tensor]:
         """What stands at each of the fusion's arguments.

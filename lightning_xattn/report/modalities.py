@@ -242,7 +242,8 @@ def describe_fusion(facts: FusionFacts, group_by: str) -> Iterator[Block]:
         yield Items([_describe_direction(one) for one in facts["attention"]], "Does attention rank what is used?")
     if facts["conflicting"]:
         lines = [(f"Sample {one['sample_idx']}", str(one["modalities"]), ()) for one in facts["conflicting"]]
-        yield Items(lines, "Samples of largest conflict")
+        among = "" if facts["uncontributed"] else ", of those that were exchanged"
+        yield Items(lines, f"Samples of largest conflict{among}")
     outcomes = [describe_comparison(score, score, one, noun) for score, one in facts["outcomes"].items()]
     if outcomes:
         yield Items(outcomes, "Correct against incorrect predictions, confidence first")

@@ -1,6 +1,7 @@
 """Does attention rank what the model uses? Models of which it is known that it does, does not, or that nothing is."""
 
 import math
+import re
 
 import pytest
 import pytorch_lightning as pl
@@ -12,6 +13,7 @@ from torch.utils.data import TensorDataset
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture
 from lightning_xattn.attention import Direction
 from lightning_xattn.fusion.pool import hashed
+from lightning_xattn.report import fusion_text
 from tests import reference
 from tests.fusion.models import HEADS, LEFT, WIDTH, TwoStreams, loader_of, said_data, sample_ids, trained
 from tests.toy import quiet_trainer
@@ -206,10 +208,63 @@ def test_what_is_bypassed_is_not_told(infos):
     assert not summary.unfaithful(BACK)
 
 
+@pytest.mark.filterwarnings("ignore:.*did not run")
+def test_samples_without_the_first_layer_are_left_out(infos):
+    class Either(Gazing):
+        """In one batch a second layer attends, and not the first."""
+
+        def __init__(self):
+            super().__init__()
+            self.second_left_to_right, self.second_right_to_left = Gaze(), Gaze()
+
+        def forward(self, left, right):
+            second = bool(left[0, 0, 0] < -5)
+            there, _ = (self.second_left_to_right if second else self.left_to_right)(left, right)
+            back, _ = (self.second_right_to_left if second else self.right_to_left)(right, left)
+            return there.mean(1) + 0.3 * back.mean(1)
+
+    module, data = Gazer(), marked_data(192)
+    module.fusion = Either()
+    left = data.tensors[0].clone()
+    left[32, 0, 0] = -9
+    layers = {name: [path, path.replace(".", ".second_")] for name, path in NAMED.items()}
+    data = TensorDataset(left, *data.tensors[1:])
+    summary = summary_of(module, data, attention=layers, contribution_samples=192)
+    known = torch.isfinite(summary.numbers[f"gain/{THERE}"])
+    assert sorted(summary.sample_numbers[~known].tolist()) == list(range(32, 48))
+    assert torch.isfinite(summary.numbers["followed"]).all()
+    assert summary.faithfulness(THERE).mean > 0.45
+
+
+def test_zero_is_never(infos):
+    assert summary_of(Gazer(), faithfulness_every_n_epochs=0).replaced == {}
+
+
 def test_it_takes_128_samples(infos):
     summary = summary_of(Gazer(), marked_data(127))
     assert math.isnan(summary.faithfulness(THERE).mean)
     assert summary.unfaithful(THERE) == "it takes 128 samples, and 127 were exchanged"
+
+
+@pytest.mark.filterwarnings("ignore:.*dead head")
+@pytest.mark.parametrize(
+    ("fusion", "said", "cell"),
+    [
+        ({}, "attention ranks what the model uses of Right (0.", "+0."),
+        ({"used": 0.0}, "of Right it cannot be told (bypassed: it costs 0.000 (0.000 to 0.000) to replace", "bypassed"),
+        (
+            {"sharpness": 0.0},
+            "attention is not seen to rank what the model uses of Right (0.00, 0.00 to 0.00)",
+            "+0.000",
+        ),
+    ],
+    ids=["used", "bypassed", "uniform"],
+)
+def test_a_report_says_it_with_the_number(fusion, said, cell):
+    text = " ".join(fusion_text(summary_of(Gazer(**fusion)), ["a", "b", "c"], "target").split())
+    assert f"Shows: {said}" in text
+    assert re.search(rf"Right \d\.\d+ .* {re.escape(cell)}", text)
+    assert "where the attention gets them" in text or fusion
 
 
 def test_curves_and_how_often(infos):
