@@ -65,6 +65,7 @@ def test_figures_have_time_axes_in_seconds(datamodule, tmp_path, monkeypatch):
     validate("temporal", datamodule, logger=logger)
     logger.finalize("success")
     assert EventAccumulator(str(tmp_path / "run")).Reload().Tags()["images"] == [
+        "xattn_contribution/val/share",
         "xattn_map/val/eeg_to_spec",
         "xattn_map/val/spec_to_eeg",
         "xattn_entropy/val/by_head",
