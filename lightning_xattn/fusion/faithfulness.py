@@ -12,15 +12,15 @@ from torch import Tensor
 from lightning_xattn.attention import Direction
 from lightning_xattn.capture.readers import Edit
 from lightning_xattn.functional import partner_shifts, ranking_gain, replacements
-from lightning_xattn.functional.faithfulness import LEAST_SAMPLES
+from lightning_xattn.functional.faithfulness import LEAST_SAMPLES, REPLACED_SHARES
 from lightning_xattn.fusion.arguments import Path
 from lightning_xattn.fusion.collected import FusionPart
 from lightning_xattn.fusion.recorder import FusionRecorder
 from lightning_xattn.fusion.replay import AttentionPlace, Replay, ReplayError
 from lightning_xattn.fusion.source import Part, TokenSource, share_work
 
-REPLACEMENTS = 7
-"""So many replacements are run of each order: three shares of the first keys, three of the last, and all."""
+REPLACEMENTS = 2 * len(REPLACED_SHARES) + 1
+"""So many replacements are run of each order, see `replacements`."""
 
 
 @dataclass(frozen=True, eq=False)

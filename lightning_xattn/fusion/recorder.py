@@ -289,7 +289,7 @@ class FusionRecorder:
         problems = []
         for run, entrance in possible:
             try:
-                self._carrier, self._read = self._behind(run, entrance, labels)
+                self._replay, self._carrier, self._read = self._behind(run, entrance, labels)
             except ReplayError as error:
                 problems.append(str(error))
                 continue
@@ -301,7 +301,7 @@ class FusionRecorder:
         self.entrance, self._fusion, self._calls = entrance, run.module, [run.call]
         self._sources = dict(layers[0].sources) if layers else {}
 
-    def _behind(self, run: SeenRun, entrance: Entrance, labels: Labels) -> tuple[Carrier, ReadOutput]:
+    def _behind(self, run: SeenRun, entrance: Entrance, labels: Labels) -> tuple[Replay, Carrier, ReadOutput]:
         """The nearest module around a fusion that gives the class scores, to carry replays, and how to read them.
 
         Raises
@@ -317,8 +317,7 @@ class FusionRecorder:
                 spoken = None if read is None else read(around.output)
             if read is not None and spoken is not None:
                 carrier = Carrier(around.module, around.call, around.precision, spoken)
-                Replay(run.module, entrance.axes, carrier, read)  # it tries what it can do
-                return carrier, read
+                return Replay(run.module, entrance.axes, carrier, read), carrier, read
             around = around.outer
         raise ReplayError("no module around it returns the class scores, as a forward would that calls both")
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -236,15 +237,18 @@ class Replay:
             As `__call__`, or if no gradient reaches the weights.
         """
         with torch.inference_mode(False):
-            # What comes from the step may be inference tensors, which no gradient can pass.
-            call = self._carrier.call
-            carrier = replace(self._carrier, call=call.copied({path for path, _ in call.tensors()}))
-            again = Replay(self._fusion, self._axes, carrier, self._read)
-            slopes = []
+            again, slopes = self._passing_gradients, []
             for rows in torch.arange(len(classes)).split(again.rows):
                 chosen = {path: one.index_select(self._axes[path], rows.to(one.device)) for path, one in tokens.items()}
                 slopes.append(again._slope({path: one.clone() for path, one in chosen.items()}, place, classes[rows]))
         return torch.cat(slopes)
+
+    @cached_property
+    def _passing_gradients(self) -> Replay:
+        """The same of copies, as what comes from the step may be inference tensors, which no gradient can pass."""
+        call = self._carrier.call
+        carrier = replace(self._carrier, call=call.copied({path for path, _ in call.tensors()}))
+        return Replay(self._fusion, self._axes, carrier, self._read)
 
     def _slope(self, tokens: Mapping[Path, Tensor], place: AttentionPlace, classes: Tensor) -> Tensor:
         scales: list[Tensor] = []

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -116,8 +115,9 @@ class FusionSummary:
             self._contribute(rows, contributions)
         self.replaced = replaced
         for direction, one in replaced.items():
+            spread = self._spreading(one.samples)
             numbers = {"gain": one.gain, "reference": one.reference, "cost": one.cost}
-            self.numbers |= {f"{name}/{direction}": self._spread(one.samples, of) for name, of in numbers.items()}
+            self.numbers |= {f"{name}/{direction}": spread(of) for name, of in numbers.items()}
 
     @property
     def samples(self) -> int:
@@ -166,18 +166,22 @@ class FusionSummary:
         self.numbers["lean"] = leans
         self.numbers["leans_first"] = torch.where(leans.isnan(), torch.nan, (leans > 0).double())
 
-    def _spread(self, samples: Tensor, values: Tensor) -> Tensor:
-        """Numbers of some of the samples among all that were read, NaN elsewhere."""
+    def _spreading(self, samples: Tensor) -> Callable[[Tensor], Tensor]:
+        """Puts numbers of some of the samples among all that were read, NaN elsewhere."""
         identities = torch.stack([self.rows[name] for name in IDENTITY], dim=1).tolist()
         place = {tuple(one): i for i, one in enumerate(identities)}
-        whole = torch.full((self.samples,), torch.nan, dtype=torch.float64)
-        for one, value in zip(samples.tolist(), values.double(), strict=True):
-            if tuple(one) in place:
-                whole[place[tuple(one)]] = value
-        return whole
+        places = torch.tensor([place.get(tuple(one), -1) for one in samples.tolist()], dtype=torch.long)
+        known = places >= 0
+
+        def spread(values: Tensor) -> Tensor:
+            whole = torch.full((self.samples,), torch.nan, dtype=torch.float64)
+            whole[places[known]] = values[known].double()
+            return whole
+
+        return spread
 
     def _contribute(self, rows: Mapping[str, Tensor], found: Contributions) -> None:
-        spread = partial(self._spread, found.samples)
+        spread = self._spreading(found.samples)
         for i, name in enumerate(self.modalities):
             self.numbers[f"phi/{name}"] = spread(found.phi[:, i])
         self.numbers["opposed"] = spread(opposed(found.phi))

@@ -70,12 +70,7 @@ def plot_class_comparison(
     """
     if not quantities:
         raise SettingError("At least one quantity is needed; got none.")
-    for title, (classes, outcomes) in quantities.items():
-        if (len(classes), len(outcomes)) != (len(class_names), len(OUTCOMES)):
-            raise ShapeError(
-                f"'{title}' must have {len(class_names)} classes and {len(OUTCOMES)} outcomes (correct, incorrect); "
-                f"got {len(classes)} and {len(outcomes)}."
-            )
+    require_groups(quantities, class_names)
     names = [*class_names, *OUTCOMES]
     rows = np.arange(len(names))
     fig = new_figure(WIDTH, 1.8 + 0.4 * len(names))
@@ -100,7 +95,7 @@ def plot_class_comparison(
         for ax in alike:
             ax.set_xlim(min(limits), max(limits))
     by_row = zip(*([*classes, *outcomes] for classes, outcomes in quantities.values()), strict=True)
-    samples = [[_size(group) for group in of_row] for of_row in by_row]
+    samples = [[say_count(group) for group in of_row] for of_row in by_row]
     # Where a number is undefined for some samples, the panels have different counts.
     counts = ["n=" + "/".join(of_row if len(set(of_row)) > 1 else of_row[:1]) for of_row in samples]
     name_rows(panels[0], names, counts)
@@ -113,5 +108,16 @@ def plot_class_comparison(
     return save(fig, save_path)
 
 
-def _size(group: Mean) -> str:
+def require_groups(quantities: Mapping[str, tuple[Sequence[Mean], Sequence[Mean]]], class_names: Sequence[str]) -> None:
+    """Refuse numbers that do not have a group per class and per outcome."""
+    for title, (classes, outcomes) in quantities.items():
+        if (len(classes), len(outcomes)) != (len(class_names), len(OUTCOMES)):
+            raise ShapeError(
+                f"'{title}' must have {len(class_names)} classes and {len(OUTCOMES)} outcomes (correct, incorrect); "
+                f"got {len(classes)} and {len(outcomes)}."
+            )
+
+
+def say_count(group: Mean) -> str:
+    """How many samples a group has, and of how many groups where this is known."""
     return str(group.n) + ("" if group.groups is None else f" of {group.groups}")

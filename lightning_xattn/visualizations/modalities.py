@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.errors import SettingError
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.messages import decimal, name_modality
-from lightning_xattn.visualizations.comparison import OUTCOMES, Mean
+from lightning_xattn.visualizations.comparison import OUTCOMES, Mean, require_groups, say_count
 from lightning_xattn.visualizations.drawing import WIDTH, as_array, name_rows, new_figure, set_title, wrap
 from lightning_xattn.visualizations.epoch import LOOKS, interval_by, per_group
 from lightning_xattn.visualizations.output import save
@@ -105,12 +105,7 @@ def plot_contribution_shares(
     """
     if not 0 < len(shares) <= len(_BARS):
         raise SettingError(f"Shares of 1 to {len(_BARS)} modalities can be drawn; got {len(shares)}.")
-    for name, (classes, outcomes) in shares.items():
-        if (len(classes), len(outcomes)) != (len(class_names), len(OUTCOMES)):
-            raise ShapeError(
-                f"'{name}' must have {len(class_names)} classes and {len(OUTCOMES)} outcomes; got {len(classes)} and "
-                f"{len(outcomes)}."
-            )
+    require_groups(shares, class_names)
     names = [*class_names, *OUTCOMES]
     fig = new_figure(WIDTH, 1.8 + 0.5 * len(names))
     ax, thick = fig.subplots(), 0.8 / len(shares)
@@ -136,7 +131,7 @@ def plot_contribution_shares(
     ax.set_xlim(max(min([0.0, *finite]) - 0.03, -0.6), min(max([1.0, *finite]) + 0.03, 1.6))
     ax.set_xlabel("share of the mean contribution (below 0: speaks against the predictions)")
     groups = [*next(iter(shares.values()))[0], *next(iter(shares.values()))[1]]
-    name_rows(ax, names, [f"n={one.n}" + ("" if one.groups is None else f" of {one.groups}") for one in groups])
+    name_rows(ax, names, [f"n={say_count(one)}" for one in groups])
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, frameon=False)
     remarks = [f"n: samples, and of how many {group_noun}."] if group_noun else []
     if any(one.n and np.isfinite(one.mean) and np.isnan(one.low) for one in groups):

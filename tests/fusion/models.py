@@ -5,7 +5,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_xattn import AttentionExplainabilityCallback
+from tests.toy import quiet_trainer
+
 LEFT, RIGHT, WIDTH, HEADS, CLASSES = 5, 7, 12, 3, 4
+
+NAMED = {"fusion": "fusion", "modalities": {"left": 0, "right": 1}}
+"""What names the fusion of these models."""
 
 
 class Fusion(nn.Module):
@@ -102,3 +108,13 @@ def trained(fusion, data, epochs=60):
         nn.functional.cross_entropy(module(left, right), target).backward()
         optimiser.step()
     return module
+
+
+def watch_of(module, data, batch_size=16, order=None, **settings):
+    watch = AttentionExplainabilityCallback(**{"sample_ids": sample_ids} | settings)
+    quiet_trainer(callbacks=[watch]).validate(module, loader_of(data, batch_size, order), verbose=False)
+    return watch
+
+
+def summary_of(module, data, **settings):
+    return watch_of(module, data, **settings).fusion_summaries["val"]
