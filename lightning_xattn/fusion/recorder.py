@@ -289,7 +289,10 @@ class FusionRecorder:
         problems = []
         for run, entrance in possible:
             try:
-                self._replay, self._carrier, self._read = self._behind(run, entrance, labels)
+                self._carrier, self._read = self._behind(run, entrance, labels)
+                # A replay costs a forward. Where there is a choice, what can be replayed is chosen; where there is
+                # none, the forward waits until something is replayed.
+                self._replay = Replay(run.module, entrance.axes, self._carrier, self._read) if possible[1:] else None
             except ReplayError as error:
                 problems.append(str(error))
                 continue
@@ -297,17 +300,17 @@ class FusionRecorder:
             break
         else:
             run, entrance = possible[0]
-            self.problem = problems[0]
+            self.problem, self._carrier = problems[0], None
         self.entrance, self._fusion, self._calls = entrance, run.module, [run.call]
         self._sources = dict(layers[0].sources) if layers else {}
 
-    def _behind(self, run: SeenRun, entrance: Entrance, labels: Labels) -> tuple[Replay, Carrier, ReadOutput]:
+    def _behind(self, run: SeenRun, entrance: Entrance, labels: Labels) -> tuple[Carrier, ReadOutput]:
         """The nearest module around a fusion that gives the class scores, to carry replays, and how to read them.
 
         Raises
         ------
         ReplayError
-            If there is none, or it cannot be replayed.
+            If there is none.
         """
         samples = run.call[next(iter(entrance.axes))].shape[next(iter(entrance.axes.values()))]
         around: SeenRun | None = run
@@ -316,8 +319,7 @@ class FusionRecorder:
             with torch.no_grad():
                 spoken = None if read is None else read(around.output)
             if read is not None and spoken is not None:
-                carrier = Carrier(around.module, around.call, around.precision, spoken)
-                return Replay(run.module, entrance.axes, carrier, read), carrier, read
+                return Carrier(around.module, around.call, around.precision, spoken), read
             around = around.outer
         raise ReplayError("no module around it returns the class scores, as a forward would that calls both")
 
