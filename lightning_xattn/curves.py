@@ -183,10 +183,16 @@ def _fusion_numbers(summary: FusionSummary, class_names: Sequence[str]) -> Itera
     if summary.uncontributed:
         return
     for name in summary.modalities:
-        yield f"contribution/{name}", summary.estimate(f"phi/{name}").mean
-        yield f"contribution/share/{name}", summary.share(name).mean
-    for number, curve in (("opposed", "opposed"), ("interaction", "interaction"), ("additive_right", "emap_accuracy")):
-        yield f"contribution/{curve}", summary.estimate(number).mean
+        if summary.of_value:
+            yield f"contribution/size/{name}", summary.size(name).mean
+        else:
+            yield f"contribution/{name}", summary.estimate(f"phi/{name}").mean
+            yield f"contribution/share/{name}", summary.share(name).mean
+    if not summary.of_value:
+        yield "contribution/opposed", summary.estimate("opposed").mean
+        yield "contribution/emap_accuracy", summary.estimate("additive_right").mean
+    for name in summary.interactions:
+        yield f"contribution/{name}", summary.estimate(name).mean
     for direction in summary.replaced:
         yield f"faithfulness/{direction}", summary.faithfulness(direction).mean
         yield f"faithfulness/reference/{direction}", summary.faithfulness(direction, "reference").mean

@@ -38,7 +38,7 @@ from lightning_xattn.fusion.faithfulness import replaced_keys
 from lightning_xattn.fusion.recorder import FusionInputs, FusionRecorder
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.group_keys import group_keys
-from lightning_xattn.labels import LabelFinder, LabelSetting, Step
+from lightning_xattn.labels import LabelFinder, Labels, LabelSetting, Step
 from lightning_xattn.messages import named, warn
 from lightning_xattn.recording import Attentions, StepRecorder
 from lightning_xattn.results import BatchResult
@@ -184,7 +184,8 @@ class Evaluation:
     def read(self, step: Step, attention: Attentions, recorder: StepRecorder) -> BatchResult:
         """Read a batch, see ``read_batch``; the first one decides what the classes are, and where the fusion is."""
         batch = read_batch(step, attention, self.finder, self._checks)
-        batch = replace(batch, inputs=recorder.enter(batch.labels))
+        inputs = recorder.enter(batch.labels)
+        batch = replace(batch, inputs=inputs, labels=_confident(batch.labels, inputs))
         self._first_layer = recorder.layers[0].name if recorder.layers else ""
         if self.classes is None and self._first is not None:
             self.classes = self._first.classes
@@ -202,9 +203,12 @@ class Evaluation:
             for one in pair.directions
         ]
         parts += [f"{len(batch.attention) - 1} more layer(s)"] if len(batch.attention) > 1 else []
-        parts += (
-            [f"what enters {recorder.fusion.entrance} as {' and '.join(batch.inputs.tokens)}"] if batch.inputs else []
-        )
+        if batch.inputs:
+            entering = [
+                name if place.mask is None else f"{name} (its mask {place.mask})"
+                for name, place in recorder.fusion.places.items()
+            ]
+            parts.append(f"what enters {recorder.fusion.entrance} as {' and '.join(entering)}")
         labels = ", ".join(f"{what} from {place}" for what, place in self.finder.places.items()) or "no labels"
         n_classes = batch.labels.n_classes
         return f"{', '.join(parts)}; {labels}" + (f", of {n_classes} classes" if n_classes else "")
@@ -354,6 +358,15 @@ class Evaluation:
         tests_attention &= isinstance(found, Contributions)
         replaced = replaced_keys(part, recorder, size) if tests_attention else {}
         return FusionSummary(part, len(self.classes or ()), found, replaced)
+
+
+def _confident(labels: Labels, inputs: FusionInputs | None) -> Labels:
+    """With the confidence that the fusion's replays know, of a step that gives class ids alone."""
+    spoken = None if inputs is None else inputs.spoken
+    if labels.confidence is not None or labels.predicted is None or spoken is None or spoken.values.shape[1] < 2:
+        return labels
+    sure, said = spoken.values.max(1)
+    return replace(labels, confidence=torch.where(said == labels.predicted, sure, torch.nan))
 
 
 def _filled(values: Tensor | None, otherwise: float, batch: BatchResult) -> Tensor:

@@ -131,7 +131,7 @@ def fusion_figures(
             context=context,
         )
         yield f"xattn_conflict/{scope}/confidence", figure
-    if not summary.uncontributed:
+    if not summary.uncontributed and not summary.of_value:
         shares = {
             modality: (
                 [share(modality, class_id, None) for class_id in range(len(class_names))],

@@ -97,7 +97,10 @@ class StepRecorder:
         if self._taken:
             weights = self._taken[0].forward.weights
             return Step(outputs, batch, forward, len(weights), weights.device, tuple(weights.shape[2:])), self._taken
-        first = self.fusion.first_tokens if self._lacks_attention else None
+        if not self._lacks_attention:
+            return None
+        first, messages = self.fusion.first_tokens()
+        warn(messages)
         return None if first is None else (Step(outputs, batch, forward, len(first), first.device), ())
 
     def enter(self, labels: Labels) -> FusionInputs | None:

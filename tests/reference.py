@@ -454,6 +454,28 @@ def additive_fit(rows, columns, values, samples):
     return solution[:samples, None] + solution[None, samples:]
 
 
+def contribution_errors(pairs, values, chosen):
+    """Standard error of a contribution of two modalities: what the fit leaves over of each sample's pairs."""
+    samples, pairs = len(chosen), list(pairs)
+    rows, columns = zip(*pairs, strict=True)
+    freedom = len(pairs) - 2 * samples + 1
+    errors = []
+    for i, c in enumerate(chosen):
+        fit = additive_fit(rows, columns, [one[c] for one in values], samples)
+        rest = [
+            [one[c] - fit[pair] for pair, one in zip(pairs, values, strict=True) if pair[side] == i] for side in (0, 1)
+        ]
+        whole = [*rest[0], *rest[1]]
+        spread = sum(x**2 for x in whole) / len(whole) * len(pairs) / freedom
+        variance = 0.0
+        for of_side in rest:
+            # v(a) and v(b), each with a half in phi; v(all) and v(none) are known.
+            n = len(of_side)
+            variance += 0.25 * spread / n * (1 + 1 / n) * (1 - n / (samples - 1))
+        errors.append(math.sqrt(variance))
+    return errors
+
+
 def emap(table):
     """Hessel and Lee 2020 at the diagonal of a whole (samples, samples) table: row + column - all."""
     return np.array([table[i].mean() + table[:, i].mean() - table.mean() for i in range(len(table))])

@@ -8,7 +8,7 @@ the class that it predicts for the intact sample i.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -19,6 +19,9 @@ from torch import Tensor
 
 OPPOSED = -0.02
 """A modality whose contribution is below this speaks against the prediction."""
+
+RULED_OUT = -100.0
+"""Centred logit of a class that cannot be predicted."""
 
 Subset = frozenset[int]
 """Modalities by their numbers."""
@@ -91,25 +94,41 @@ class Game:
     values
         By subset ``(samples,)`` float64, at the class that the model predicts for the intact sample; NaN without a
         partner.
+    variances
+        By subset ``(samples,)`` float64, how far they may be from those with all partners, squared.
     """
 
     modalities: int
     values: Mapping[Subset, Tensor]
+    variances: Mapping[Subset, Tensor]
 
     @property
     def phi(self) -> Tensor:
         """``(samples, modalities)`` exact Shapley values; they sum to ``v(all) - v(none)``."""
-        return torch.stack([self._shapley(one) for one in range(self.modalities)], dim=1)
+        of_each = [
+            sum(share * (self.values[before | {one}] - self.values[before]) for before, share in self._before(one))
+            for one in range(self.modalities)
+        ]
+        return torch.stack(list(map(torch.as_tensor, of_each)), dim=1)
 
-    def _shapley(self, one: int) -> Tensor:
+    @property
+    def phi_error(self) -> Tensor:
+        """``(samples, modalities)`` standard error of ``phi``, as not all partners were run."""
+        of_each = [
+            sum(
+                share**2 * (self.variances[before | {one}] + self.variances[before])
+                for before, share in self._before(one)
+            )
+            for one in range(self.modalities)
+        ]
+        return torch.stack(list(map(torch.as_tensor, of_each)), dim=1).sqrt()
+
+    def _before(self, one: int) -> Iterator[tuple[Subset, float]]:
+        """The modalities that may come before this one, and the share of all orders in which they do."""
         others = [other for other in range(self.modalities) if other != one]
-        total = torch.zeros_like(self.values[frozenset()])
         for size in range(self.modalities):
-            # So many of all orders of the modalities have these before this one.
             share = 1 / (self.modalities * math.comb(self.modalities - 1, size))
-            for before in map(frozenset, combinations(others, size)):
-                total += share * (self.values[before | {one}] - self.values[before])
-        return total
+            yield from ((before, share) for before in map(frozenset, combinations(others, size)))
 
     def interaction(self, first: int = 0, second: int = 1) -> Tensor:
         """``(samples,)`` Shapley interaction index of two modalities (Grabisch & Roubens 1999).
@@ -159,18 +178,41 @@ def play(intact: Tensor, exchanges: Mapping[Subset, Exchange], groups: Tensor, c
         return torch.where(partners.sum(1) > 0, values.gather(1, chosen[:, None])[:, 0], torch.nan)
 
     values = {everything: at_class(intact.double()), frozenset[int](): at_class(weights @ intact.double())}
+    variances = dict.fromkeys((everything, frozenset[int]()), torch.zeros(samples, dtype=torch.float64))
     for subset, exchange in exchanges.items():
         fit, run = fits[subset], _run(exchange, samples)
+        variances[subset] = variances[everything - subset] = variances[everything]
         if fit is not None and not run.equal(partners):
             a, b = fit
             of_rows, of_columns = a + weights @ b, weights @ a + b
+            variances[subset], variances[everything - subset] = _left_over(exchange, fit, partners, chosen)
         else:
             whole = exchange.values.new_zeros(samples, samples, exchange.values.shape[1], dtype=torch.float64)
             whole[exchange.rows, exchange.columns] = exchange.values.double()
             of_rows = torch.einsum("ij,ijc->ic", weights, whole)
             of_columns = torch.einsum("ij,jic->ic", weights, whole)
         values[subset], values[everything - subset] = at_class(of_rows), at_class(of_columns)
-    return Game(modalities, values)
+    return Game(modalities, values, variances)
+
+
+def _left_over(
+    exchange: Exchange, fit: tuple[Tensor, Tensor], partners: Tensor, chosen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Squared standard errors of what a fit says of each row and of each column, at the sample's class.
+
+    What the fit leaves over of a sample's pairs, spread over their number ``R``, and once more over ``R`` as what it
+    says of each partner has such an error too; less the more of all partners they are.
+    """
+    samples, pairs = len(chosen), len(exchange.rows)
+    rest = exchange.values.double() - fit[0][exchange.rows] - fit[1][exchange.columns]
+    squares, counts = torch.zeros(2, samples, dtype=torch.float64), torch.zeros(2, samples, dtype=torch.float64)
+    for side, places in enumerate((exchange.rows, exchange.columns)):
+        of_class = rest.gather(1, chosen[places][:, None])[:, 0].square()
+        squares[side].index_add_(0, places, of_class)
+        counts[side].index_add_(0, places, torch.ones_like(of_class))
+    spread = squares.sum(0) / counts.sum(0) * pairs / max(pairs - 2 * samples + 1, 1)
+    first, second = spread / counts * (1 + 1 / counts) * (1 - counts / partners.sum(1)).clamp_min(0)
+    return first, second
 
 
 def _run(exchange: Exchange, samples: int) -> Tensor:
@@ -180,16 +222,17 @@ def _run(exchange: Exchange, samples: int) -> Tensor:
     return run
 
 
-def additive_projection(intact: Tensor, exchanges: Mapping[Subset, Exchange]) -> Tensor:
+def additive_projection(samples: int, exchanges: Mapping[Subset, Exchange]) -> Tensor:
     """What an additive model of the modalities would say (EMAP, Hessel & Lee 2020), of two modalities.
 
-    The least-squares fit ``a_i + b_j`` to the pairs that were run, at the intact sample (i, i); with all pairs it is
-    the published mean of rows plus mean of columns less the mean of all.
+    The least-squares fit ``a_i + b_j`` to the pairs that were run, at the intact sample (i, i): with all pairs the
+    published mean of rows plus mean of columns less the mean of all. The intact output itself is not among the pairs:
+    beside few of them it would answer for the fit, and an XOR would seem to add up.
 
     Parameters
     ----------
-    intact
-        ``(samples, classes)`` centred logits.
+    samples
+        How many there are.
     exchanges
         Of centred logits.
 
@@ -198,21 +241,25 @@ def additive_projection(intact: Tensor, exchanges: Mapping[Subset, Exchange]) ->
     Tensor
         ``(samples, classes)``; NaN where the fit is not determined, and of more than two modalities.
     """
-    samples = torch.arange(len(intact))
-    if len(exchanges) != 1:
-        return torch.full_like(intact, torch.nan, dtype=torch.float64)
-    (exchange,) = exchanges.values()
-    rows, columns = (torch.cat([places, samples]) for places in (exchange.rows, exchange.columns))
-    fit = additive_fit(Exchange(rows, columns, torch.cat([exchange.values, intact])), len(intact))
-    return torch.full_like(intact, torch.nan, dtype=torch.float64) if fit is None else fit[0] + fit[1]
+    exchange, *others = exchanges.values()
+    fit = None if others else additive_fit(exchange, samples)
+    if fit is None:
+        return torch.full((samples, exchange.values.shape[1]), torch.nan, dtype=torch.float64)
+    return fit[0] + fit[1]
 
 
 def centred(logits: Tensor) -> Tensor:
     """Logits ``(..., classes)`` less their mean over classes, on which probabilities do not depend; a value as it is.
 
-    On probabilities half of an interaction is the curvature of the softmax.
+    On probabilities half of an interaction is the curvature of the softmax. A class that is ruled out, by minus
+    infinity, has no part in the mean and gets `RULED_OUT`.
     """
-    return logits if logits.shape[-1] == 1 else logits - logits.mean(-1, keepdim=True)
+    if logits.shape[-1] == 1:
+        return logits
+    out = logits == -torch.inf
+    left = logits.masked_fill(out, 0)
+    mean = left.sum(-1, keepdim=True) / (~out).sum(-1, keepdim=True)
+    return (logits - mean).masked_fill(out, RULED_OUT)
 
 
 def contribution_shares(phi: Tensor) -> Tensor:
@@ -235,15 +282,22 @@ def contribution_shares(phi: Tensor) -> Tensor:
     return torch.where(means.sum() > 0, means / means.sum(), torch.nan)
 
 
-def opposed(phi: Tensor) -> Tensor:
-    """Whether a modality speaks against the prediction: a contribution below `OPPOSED`.
+def opposed(phi: Tensor, error: Tensor | float = 0.0) -> Tensor:
+    """Whether a modality speaks against the prediction: a contribution that is clearly below `OPPOSED`.
+
+    Parameters
+    ----------
+    phi
+        ``(samples, modalities)`` contributions.
+    error
+        Their standard errors: twice as much is allowed for, else the noise of few partners would count.
 
     Returns
     -------
     Tensor
-        ``(samples,)`` 1 or 0; NaN where ``phi`` ``(samples, modalities)`` is undefined.
+        ``(samples,)`` 1 or 0; NaN where ``phi`` is undefined.
     """
-    return torch.where(phi.isnan().any(1), torch.nan, (phi < OPPOSED).any(1).to(phi.dtype))
+    return torch.where(phi.isnan().any(1), torch.nan, (phi + 2 * error < OPPOSED).any(1).to(phi.dtype))
 
 
 def partner_shifts(samples: int, partners: int, seed: int = 0) -> Sequence[int]:

@@ -112,7 +112,7 @@ def discriminant(counts: Tensor, sums: Tensor, products: Tensor, shrinkage: floa
 
 
 def cross_fitted_reading(features: Tensor, target: Tensor, folds: Tensor, n_classes: int) -> Tensor:
-    """Probability of each class from one modality's features, each sample by a fit that has not seen its fold.
+    """Log probability of each class from one modality's features, each sample by a fit that has not seen its fold.
 
     Parameters
     ----------
@@ -121,22 +121,23 @@ def cross_fitted_reading(features: Tensor, target: Tensor, folds: Tensor, n_clas
     target
         ``(samples,)`` int64 class ids; those outside of [0, n_classes) are read, but not fitted.
     folds
-        ``(samples,)`` int64 in [0, FOLDS), see ``fold_of``.
+        ``(samples,)`` int64 in [0, FOLDS), the same for all samples of a group.
     n_classes
         How many classes there are.
 
     Returns
     -------
     Tensor
-        ``(samples, classes)`` float64, rows sum to 1; NaN where a sample cannot be read, and for all samples where
-        fewer than two classes have `LEAST_OF_A_CLASS` samples.
+        ``(samples, classes)`` float64, natural logarithms, as a probability far from the data is too small for a
+        number; minus infinity for a class that the fit does not know. NaN where a sample cannot be read, and for all
+        samples where fewer than two classes have `LEAST_OF_A_CLASS` samples.
     """
     features = features.double()
     finite = features.isfinite().all(1)
     fitted = finite & (target >= 0) & (target < n_classes)
-    probabilities = features.new_full((len(features), n_classes), torch.nan)
+    reading = features.new_full((len(features), n_classes), torch.nan)
     if (target[fitted].bincount(minlength=1) >= LEAST_OF_A_CLASS).sum() < 2:
-        return probabilities
+        return reading
     # Differences to the mean of all: large features that differ little keep their digits.
     features = features - features[fitted].mean(0)
     parts = []
@@ -149,8 +150,8 @@ def cross_fitted_reading(features: Tensor, target: Tensor, folds: Tensor, n_clas
         counts, sums, products = (total - of_fold for total, of_fold in zip(totals, part, strict=True))
         weights, bias = discriminant(counts, sums, products)
         read = finite & (folds == fold)
-        probabilities[read] = (features[read] @ weights.T + bias).softmax(1)
-    return probabilities
+        reading[read] = (features[read] @ weights.T + bias).log_softmax(1)
+    return reading
 
 
 def conflict(readings: Tensor) -> Tensor:
@@ -178,7 +179,7 @@ def lean(readings: Tensor, predicted: Tensor) -> Tensor:
     Parameters
     ----------
     readings
-        ``(2, samples, classes)`` probabilities of two modalities.
+        ``(2, samples, classes)`` log probabilities of two modalities.
     predicted
         ``(samples,)`` int64 predicted classes; those outside of the classes have no lean.
 
@@ -189,7 +190,7 @@ def lean(readings: Tensor, predicted: Tensor) -> Tensor:
     """
     known = (predicted >= 0) & (predicted < readings.shape[2])
     place = torch.where(known, predicted, 0)[:, None]
-    first, second = (one.gather(1, place)[:, 0].log() for one in readings)
+    first, second = (one.gather(1, place)[:, 0] for one in readings)
     return torch.where(known, first - second, torch.nan)
 
 

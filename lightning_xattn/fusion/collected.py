@@ -167,6 +167,19 @@ class Collected:
             self._is_partial = True
             return
         self._exchanged.setdefault(kind, Pool(self._contribution_samples)).add(rows)
+        if len(self._exchanged) > 1 and sum(map(len, self._exchanged.values())) > 4 * self._contribution_samples:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Of all geometries together keep no more tokens than are exchanged.
+
+        How many of each are kept depends on the hashes, so a GPU waits for it, once in so many samples; else the pool
+        of each geometry would hold as many.
+        """
+        whole = torch.cat([pool.hashes() for pool in self._exchanged.values()])
+        last = whole.sort().values[: self._contribution_samples][-1]
+        for pool in self._exchanged.values():
+            pool.keep_to(last)
 
     def part(self) -> FusionPart | None:
         """What there is so far; None without any sample. A GPU waits for it."""

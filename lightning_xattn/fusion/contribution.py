@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -46,22 +47,29 @@ class Contributions:
         ``(samples, 2)`` which samples these are: their process, and their number in it.
     phi
         ``(samples, modalities)`` Shapley values, in shares of probability; of a regression in its units.
-    interaction
-        ``(samples,)`` of the first two modalities, on centred logits; of a regression on its value.
+    error
+        ``(samples, modalities)`` their standard errors, as not all partners were run.
+    interactions
+        ``(samples,)`` of the two modalities, "interaction", or of each two of more, "interaction/<a>_<b>"; on centred
+        logits, of a regression on its value.
     additive, predicted
         ``(samples,)`` class that an additive projection predicts (-1: not known), and the model.
     pairs
         How many pairs were replayed.
+    of_value
+        Whether the model says a value, and no classes.
     whole
         Whether each replay ran all of the module around the fusion, as what comes before it could not be skipped.
     """
 
     samples: Tensor
     phi: Tensor
-    interaction: Tensor
+    error: Tensor
+    interactions: dict[str, Tensor]
     additive: Tensor
     predicted: Tensor
     pairs: int
+    of_value: bool
     whole: bool
 
 
@@ -107,7 +115,7 @@ def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], par
     samples, modalities = len(source), len(names)
     predicted = source.spoken.values.argmax(1)
     if samples < 2:
-        raise ReplayError("it takes two samples")
+        raise ReplayError("it takes two samples of which the model says something finite")
     if source.spoken.values.shape[1] > 1 and len(predicted.unique()) < 2:
         raise ReplayError("one class is predicted for all samples, so nothing shows what it depends on")
     shifts = torch.tensor(list(partner_shifts(samples, samples if partners is None else partners)))
@@ -131,12 +139,18 @@ def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], par
         by_value[one.subset] = Exchange(*places, said.values[whole])
         by_logit[one.subset] = Exchange(*places, said.logits[whole])
     logits = source.spoken.logits
-    phi = play(source.spoken.values, by_value, source.groups, predicted, modalities).phi
-    interaction = play(logits, by_logit, source.groups, predicted, modalities).interaction()
-    projected = additive_projection(logits, by_logit)
+    game = play(source.spoken.values, by_value, source.groups, predicted, modalities)
+    by_logits = play(logits, by_logit, source.groups, predicted, modalities)
+    interactions = {
+        f"interaction/{names[a]}_{names[b]}" if modalities > 2 else "interaction": by_logits.interaction(a, b)
+        for a, b in combinations(range(modalities), 2)
+    }
+    projected = additive_projection(samples, by_logit)
     additive = torch.where(projected.isnan().any(1), -1, projected.argmax(1))
-    pairs = len(rows) * len(exchanged)
-    return Contributions(source.samples, phi, interaction, additive, predicted, pairs, whole_runs)
+    pairs, of_value = len(rows) * len(exchanged), logits.shape[1] == 1
+    return Contributions(
+        source.samples, game.phi, game.phi_error, interactions, additive, predicted, pairs, of_value, whole_runs
+    )
 
 
 def _replay_jobs(

@@ -19,8 +19,11 @@ ModalitiesSetting = Mapping[str, Named | Sequence[Named]]
 """The argument that holds each modality's tokens, e.g. ``{"eeg": 0, "spec": 1}``. Of several the first holds them, and
 the others, such as their mask, go with them."""
 
-RESERVED_MODALITIES = ("share", "opposed", "followed", "interaction", "emap_accuracy")
+RESERVED_MODALITIES = ("share", "size", "opposed", "followed", "interaction", "emap_accuracy")
 """What stands beside the modalities in curves and columns, which no modality may be called."""
+
+LOWEST_SHOWN = -1000.0
+"""What is added to logits and lies below this hides a token."""
 
 MOST_MODALITIES = 4
 """So many subsets of modalities are still few enough to be run exactly."""
@@ -63,6 +66,27 @@ def as_places(named: Named | Sequence[Named]) -> tuple[Named, ...]:
 
 
 @dataclass(frozen=True)
+class TokenMask:
+    """An argument that says which tokens are real."""
+
+    path: Path
+    label: str
+    hidden: bool
+    """Whether True says that a token is padding, as in torch's ``key_padding_mask``; else that it is real."""
+
+    def __str__(self) -> str:
+        return f"'{self.label}', True for {'padding' if self.hidden else 'a real token'}"
+
+    def real(self, values: Tensor) -> Tensor:
+        """``values`` as bool, True for real tokens."""
+        if not values.is_floating_point():
+            return ~values.bool() if self.hidden else values.bool()
+        # Added to the logits it is below 0 where a token is padding; else it is 1 for what True says.
+        said = values <= 0 if self.hidden else torch.where((values > 0).any(), values > 0, True)
+        return torch.where((values < 0).any(), values >= 0, said)
+
+
+@dataclass(frozen=True)
 class ModalityPlace:
     """One modality among a module's arguments."""
 
@@ -72,8 +96,8 @@ class ModalityPlace:
     """Which axis of the tokens is that of the samples, 0 or 1."""
     others: Mapping[Path, int]
     """What goes with them, such as their mask, each with the axis of the samples."""
-    hidden: bool
-    """Whether a mask's True says that a token is padding, as torch's ``key_padding_mask``; else that it is real."""
+    mask: TokenMask | None
+    """Which of these says what is padding; None: nothing does."""
 
     @property
     def axes(self) -> dict[Path, int]:
@@ -105,23 +129,33 @@ class Entrance:
         """A modality's tokens, ``(batch, tokens, width)`` or ``(batch, width)``, and its mask, True for real ones."""
         place = self.places[modality]
         tokens = call[place.tokens[0]].transpose(0, place.axis)
-        for path in place.others:
-            mask = call[path]
-            if isinstance(mask, Tensor) and mask.numel() == tokens.shape[:2].numel():
-                mask = mask.reshape(tokens.shape[:2])
-                if mask.is_floating_point():
-                    # Added to the logits it is below 0 where a token is padding; else it is 1 where one is real.
-                    shares = torch.where(mask.any(), mask > 0, True)
-                    return tokens, torch.where((mask < 0).any(), mask >= 0, shares)
-                return tokens, ~mask.bool() if place.hidden else mask.bool()
-        return tokens, None
+        if place.mask is None:
+            return tokens, None
+        return tokens, place.mask.real(call[place.mask.path].reshape(tokens.shape[:2]))
 
 
-def named_entrance(module: nn.Module, path: str, modalities: ModalitiesSetting, call: Call) -> Entrance:
+class AbsentArgumentError(Exception):
+    """An argument of the fusion is None in this call, and may not be in another."""
+
+
+def named_entrance(
+    module: nn.Module, path: str, modalities: ModalitiesSetting, call: Call, real: Mapping[str, Tensor]
+) -> Entrance:
     """The entrance that the settings name.
+
+    Parameters
+    ----------
+    module, path, call
+        The fusion, where it is, and what it was called with.
+    modalities
+        Which of its arguments are whose tokens.
+    real
+        Of some modalities the tokens that the attention takes as real, ``(batch, tokens)``.
 
     Raises
     ------
+    AbsentArgumentError
+        If an argument is None.
     DiscoveryError
         If an argument is not there, is no float tensor, or holds another number of samples than the others.
     """
@@ -134,6 +168,8 @@ def named_entrance(module: nn.Module, path: str, modalities: ModalitiesSetting, 
             for where, label in labels.items()
             if (where[0] == name and len(where) == 1 if isinstance(name, int) else name in (label, where[-1]))
         ]
+        if not found and _is_none(call, name):
+            raise AbsentArgumentError(f"no {name!r}")
         if len(found) != 1:
             known = ", ".join(f"{where[0]!r} ({label}): {_shape(tensors[where])}" for where, label in labels.items())
             raise DiscoveryError(
@@ -161,15 +197,57 @@ def named_entrance(module: nn.Module, path: str, modalities: ModalitiesSetting, 
                 _same(tensors, first),
                 axis,
                 {other: _axis_of(tensors[other], samples) for other in others},
-                any("pad" in labels[other].lower() for other in others),
+                _find_mask(
+                    {other: labels[other] for other in others},
+                    tensors,
+                    tensors[first].transpose(0, axis).shape[:2],
+                    real.get(name),
+                ),
             )
             for name, (first, *others) in found.items()
         },
     )
 
 
+def _is_none(call: Call, name: Named) -> bool:
+    if isinstance(name, int):
+        return 0 <= name < len(call.args) and call.args[name] is None
+    return name in call.kwargs and call.kwargs[name] is None
+
+
+def _find_mask(
+    labels: Mapping[Path, str], tensors: Mapping[Path, Tensor], shape: torch.Size, real: Tensor | None
+) -> TokenMask | None:
+    """Which of a modality's other arguments says which of its tokens are real. Looks at the values.
+
+    Positions, times and types of tokens have a mask's shape, too: a mask has its values, and says what the attention
+    does, or where nothing is hidden, or attention says nothing, is called one or is bool.
+    """
+    for path, label in labels.items():
+        values = tensors[path]
+        if values.numel() != shape.numel() or not _may_be_mask(values):
+            continue
+        values = values.reshape(shape)
+        called = values.dtype == torch.bool or any(word in label.lower() for word in ("mask", "pad", "valid"))
+        by_name = "pad" in label.lower()
+        if real is None:
+            if called:
+                return TokenMask(path, label, by_name)
+            continue
+        for hidden in (by_name, not by_name):
+            mask = TokenMask(path, label, hidden)
+            if mask.real(values).equal(real) and (called or not real.all()):
+                return mask
+    return None
+
+
+def _may_be_mask(values: Tensor) -> bool:
+    """Whether all are 0 or 1, or 0 or so far below that a softmax hides them."""
+    return bool(((values == 0) | (values == 1)).all() or ((values == 0) | (values < LOWEST_SHOWN)).all())
+
+
 def guessed_entrances(
-    module: nn.Module, path: str, call: Call, counts: Mapping[str, int], samples: int
+    module: nn.Module, path: str, call: Call, counts: Mapping[str, int], samples: int, real: Mapping[str, Tensor]
 ) -> list[Entrance]:
     """Which arguments of a module hold one token sequence for each modality, as names or numbers of tokens tell.
 
@@ -181,6 +259,8 @@ def guessed_entrances(
         How many tokens each modality has in the attention.
     samples
         How many samples there are.
+    real
+        Of some modalities the tokens that the attention takes as real, ``(batch, tokens)``.
 
     Returns
     -------
@@ -189,14 +269,14 @@ def guessed_entrances(
     """
     entrances: list[Entrance] = []
     for axis in (0, 1) if set(counts).isdisjoint(RESERVED_MODALITIES) else ():
-        found = _guess(module, call, counts, samples, axis)
+        found = _guess(module, call, counts, samples, axis, real)
         if found is not None:
             entrances.append(Entrance(path, found))
     return entrances
 
 
 def _guess(
-    module: nn.Module, call: Call, counts: Mapping[str, int], samples: int, axis: int
+    module: nn.Module, call: Call, counts: Mapping[str, int], samples: int, axis: int, real: Mapping[str, Tensor]
 ) -> dict[str, ModalityPlace] | None:
     tensors = {
         where: tensor
@@ -225,7 +305,7 @@ def _guess(
     places = {}
     for name, where in found.items():
         alike = [other for other in found.values() if sequences[other] == sequences[where]]
-        masks = [
+        others = [
             other
             for other, tensor in around.items()
             if other not in found.values()
@@ -235,9 +315,10 @@ def _guess(
             and tensor.numel() == samples * sequences[where]
             and (len(alike) == 1 or _names(labels[other], name, counts))
         ]
-        hidden = any("pad" in labels[mask].lower() for mask in masks)
+        shape = torch.Size((samples, sequences[where]))
+        mask = _find_mask({other: labels[other] for other in others}, around, shape, real.get(name))
         places[name] = ModalityPlace(
-            _same(tensors, where), axis, {mask: _axis_of(around[mask], samples) for mask in masks}, hidden
+            _same(tensors, where), axis, {other: _axis_of(around[other], samples) for other in others}, mask
         )
     return places
 

@@ -106,9 +106,13 @@ def _joined(source: TokenSource, shares: Sequence[_Share | str]) -> Replaced:
     for one in found if not problem else ():
         table[one.samples] = one.values
     by_attention, by_slope = table.split(REPLACEMENTS, dim=1)
+    gain = ranking_gain(by_attention)
+    told = int(gain.isfinite().sum())
+    if not problem and told < LEAST_SAMPLES:
+        problem = f"it takes {LEAST_SAMPLES} samples, and {told} have several keys and a partner of another group"
     return Replaced(
         source.samples,
-        ranking_gain(by_attention),
+        gain,
         ranking_gain(by_slope),
         spoken.amax(1) - by_attention[:, -1],
         all(one.at_attention for one in found),

@@ -62,6 +62,19 @@ class Pool:
         if sum(len(part["hash"]) for part in self._parts) >= 2 * self._size:
             self._parts = [smallest(self._parts, self._size)]
 
+    def __len__(self) -> int:
+        return sum(len(part["hash"]) for part in self._parts)
+
+    def hashes(self) -> Tensor:
+        """``(samples,)`` of those that are there."""
+        return torch.cat([part["hash"] for part in self._parts])
+
+    def keep_to(self, last: Tensor) -> None:
+        """Let go of samples with a larger hash than this. A GPU waits for it."""
+        rows = smallest(self._parts, self._size)
+        kept = rows["hash"] <= last
+        self._parts = [{name: values[kept] for name, values in rows.items()}]
+
     def snapshot(self, device: torch.device | str | None = None) -> Pool:
         """What there is so far, there or on another device; adding more leaves it as it is."""
         other = Pool(self._size)

@@ -16,7 +16,13 @@ from lightning_xattn.capture.sources import Source
 from lightning_xattn.capture.wrappers import find_module
 from lightning_xattn.errors import DiscoveryError
 from lightning_xattn.fusion.arguments import Call
-from lightning_xattn.fusion.entrance import Entrance, ModalitiesSetting, ModalityPlace, check_fusion
+from lightning_xattn.fusion.entrance import (
+    AbsentArgumentError,
+    Entrance,
+    ModalitiesSetting,
+    ModalityPlace,
+    check_fusion,
+)
 from lightning_xattn.fusion.outputs import find_output
 from lightning_xattn.fusion.replay import AttentionPlace, Carrier, Precision, ReadOutput, Replay, ReplayError, Spoken
 from lightning_xattn.fusion.survey import FusionSurvey, SeenRun
@@ -139,15 +145,27 @@ class FusionRecorder:
         """Let go of an evaluation's first step, which carries the replays at its end; the next one has its own."""
         self._carrier = self._replay = None
 
-    @property
-    def first_tokens(self) -> Tensor | None:
-        """Of a fusion that is named, the first modality's tokens in this step; None if it did not run."""
-        if self.entrance is None:
-            runs = self._survey.possible((), ()) or []
-            entrance, calls = (runs[0][1], [runs[0][0].call]) if runs else (None, [])
-        else:
-            entrance, calls = self.entrance, self._calls if len(self._calls) == 1 else []
-        return entrance.tokens(calls[0], next(iter(entrance.places)))[0] if entrance is not None and calls else None
+    def first_tokens(self) -> tuple[Tensor | None, list[str]]:
+        """Of a fusion that is named, the first modality's tokens in this step.
+
+        Returns
+        -------
+        tokens, messages
+            None if there is nothing of it in this step, and why.
+        """
+        if self._given_up:
+            return None, []
+        if self.entrance is not None:
+            inputs, messages = self._taken(self.entrance)
+            return (None if inputs is None else next(iter(inputs.tokens.values()))[0]), messages
+        try:
+            runs = self._survey.possible((), ())
+        except AbsentArgumentError as error:
+            return None, self._once(f"The fusion '{self._named}' got {error} in a step, which is left out.")
+        if not runs:
+            return None, []
+        run, entrance = runs[0]
+        return entrance.tokens(run.call, next(iter(entrance.places)))[0], []
 
     def take(
         self, attention: Sequence[AttentionPair], layers: Sequence[Layer], labels: Labels
@@ -177,15 +195,17 @@ class FusionRecorder:
                 return None, messages
         else:
             messages = []
+        inputs, more = self._taken(self.entrance)
+        return inputs, [*messages, *more]
+
+    def _taken(self, entrance: Entrance) -> tuple[FusionInputs | None, list[str]]:
         if len(self._calls) != 1:
             how = "did not run" if not self._calls else f"ran {len(self._calls)} times"
-            return None, [*messages, *self._once(f"The fusion {self.entrance} {how} in a step, which is left out.")]
+            return None, self._once(f"The fusion {entrance} {how} in a step, which is left out.")
         try:
-            inputs = self._inputs(self.entrance, self._calls[0])
+            return self._inputs(entrance, self._calls[0]), []
         except (KeyError, IndexError, TypeError, AttributeError):
-            inputs = None
-            messages += self._once(f"The fusion {self.entrance} got other arguments in a step, which is left out.")
-        return inputs, messages
+            return None, self._once(f"The fusion {entrance} got other arguments in a step, which is left out.")
 
     @property
     def places(self) -> Mapping[str, ModalityPlace]:
@@ -274,7 +294,11 @@ class FusionRecorder:
 
     def _find(self, attention: Sequence[AttentionPair], layers: Sequence[Layer], labels: Labels) -> Iterator[str]:
         """Decide in a first step; says what users should know."""
-        possible = self._survey.possible(attention, layers)
+        try:
+            possible = self._survey.possible(attention, layers)
+        except AbsentArgumentError as error:
+            yield from self._once(f"The fusion '{self._named}' got {error} in a step, which is left out.")
+            return
         if possible is None:
             if self.is_named:
                 yield from self._once(

@@ -138,6 +138,8 @@ def sample_columns(summary: FusionSummary, rank: int) -> tuple[Tensor, dict[str,
         columns[f"reading_{name}"] = torch.where(known, reading.argmax(1), -1)
         columns[f"reading_{name}_probability"] = torch.where(known, reading.amax(1), torch.nan)
     undefined = torch.full_like(summary.numbers["confidence"], torch.nan)
-    for name in (*(f"phi/{one}" for one in summary.modalities), "followed", "opposed", "interaction"):
-        columns[f"contribution_{name.removeprefix('phi/')}"] = summary.numbers.get(name, undefined)
+    interactions = summary.interactions or ("interaction",)
+    for name in (*(f"phi/{one}" for one in summary.modalities), "followed", "opposed", *interactions):
+        column = f"contribution_{name.removeprefix('phi/').replace('/', '_')}"
+        columns[column] = summary.numbers.get(name, undefined)
     return summary.sample_numbers[of_rank], {name: values[of_rank] for name, values in columns.items()}

@@ -71,9 +71,9 @@ class FusionSummary:
     numbers
         By name ``(samples,)`` float64, NaN where undefined: "confidence", "conflict", "lean", "leans_first" (whether
         the first modality's reading supports the prediction more), "untapped", "right/<modality>" (whether its reading
-        is right), and of the samples that were exchanged "phi/<modality>", "opposed", "followed", "interaction",
-        "additive_right" and "model_right", and by direction "gain/<direction>", "reference/<direction>" and
-        "cost/<direction>" of replaced keys.
+        is right), and of the samples that were exchanged "phi/<modality>", "opposed", "followed", those of
+        ``interactions``, "additive_right" and "model_right", and by direction "gain/<direction>",
+        "reference/<direction>" and "cost/<direction>" of replaced keys.
     rows
         By name ``(samples,)``: what is kept of each sample, "hash" and ``IDENTITY`` among it.
     readings
@@ -85,6 +85,12 @@ class FusionSummary:
         By modality, why it cannot be read.
     uncontributed
         Why contributions cannot be told; "" where they can.
+    interactions
+        The names of the numbers that say what modalities do together that none does alone: "interaction" of two, or
+        "interaction/<a>_<b>" of each two of more; empty where contributions cannot be told.
+    of_value
+        Whether contributions are to a value, and not to the probability of a class: over all samples they sum to
+        nothing, so there is no share of their mean and nothing that they oppose.
     pairs, whole_runs
         How many pairs were replayed, and whether each replay ran all of the module around the fusion.
     left_out
@@ -110,7 +116,8 @@ class FusionSummary:
         self.unreadable: dict[str, str] = {}
         self._read(rows)
         self.uncontributed = contributions if isinstance(contributions, str) else ""
-        self.pairs, self.whole_runs = 0, False
+        self.pairs, self.whole_runs, self.of_value = 0, False, False
+        self.interactions: tuple[str, ...] = ()
         if isinstance(contributions, Contributions):
             self._contribute(rows, contributions)
         self.replaced = replaced
@@ -132,10 +139,11 @@ class FusionSummary:
     def _read(self, rows: Mapping[str, Tensor]) -> None:
         target, predicted, folds = rows["target"], rows["prediction"], rows["fold"]
         # Class ids without names do not tell how many classes there are.
-        n_classes = self.n_classes or 1 + max(0, int(target.max()))
-        self.readings = {
+        n_classes = self.n_classes or 1 + max(0, *target.tolist(), 0)
+        logs = {
             name: cross_fitted_reading(rows[f"features/{name}"], target, folds, n_classes) for name in self.modalities
         }
+        self.readings = {name: one.exp() for name, one in logs.items()}
         labelled = (target >= 0) & (target < n_classes)
         counts = target[labelled].bincount(minlength=n_classes)
         largest = float(counts.max() / counts.sum()) if labelled.any() else math.nan
@@ -145,12 +153,18 @@ class FusionSummary:
             right = (reading.argmax(1) == target).double()
             self.numbers[f"right/{name}"] = torch.where(read, right, torch.nan)
             accuracy = self.estimate(f"right/{name}")
-            if not labelled.any():
+            if not len(target):
+                self.unreadable[name] = "what enters the fusion is not finite in any sample"
+            elif not labelled.any():
                 self.unreadable[name] = "there are no targets"
             elif (counts >= LEAST_OF_A_CLASS).sum() < 2:
                 self.unreadable[name] = f"fewer than two classes have {LEAST_OF_A_CLASS} samples"
             elif not accuracy.count:
                 self.unreadable[name] = "what it brings into the fusion does not vary, or is all of one group"
+            elif math.isnan(accuracy.low):
+                of_what = self.group_noun or "samples"
+                there = accuracy.count if accuracy.groups is None else accuracy.groups
+                self.unreadable[name] = f"there are {there} {of_what}, and it takes {MINIMUM_GROUP} to claim anything"
             elif not accuracy.low > largest:
                 self.unreadable[name] = (
                     f"its reading is right for {accuracy.mean:.2f} of the samples, which is not clearly above the "
@@ -162,7 +176,7 @@ class FusionSummary:
         self.numbers["conflict"] = conflict(several) if known else undefined
         self.numbers["untapped"] = untapped(several, predicted, target) if known else undefined
         two = known and len(self.modalities) == 2
-        leans = lean(several, predicted) if two else undefined
+        leans = lean(torch.stack(list(logs.values())), predicted) if two else undefined
         self.numbers["lean"] = leans
         self.numbers["leans_first"] = torch.where(leans.isnan(), torch.nan, (leans > 0).double())
 
@@ -184,15 +198,17 @@ class FusionSummary:
         spread = self._spreading(found.samples)
         for i, name in enumerate(self.modalities):
             self.numbers[f"phi/{name}"] = spread(found.phi[:, i])
-        self.numbers["opposed"] = spread(opposed(found.phi))
-        self.numbers["interaction"] = spread(found.interaction)
+        if not found.of_value:
+            self.numbers["opposed"] = spread(opposed(found.phi, found.error))
+        self.numbers |= {name: spread(one) for name, one in found.interactions.items()}
         if len(self.modalities) == 2:
             self.numbers["followed"] = spread(found.phi[:, 0] - found.phi[:, 1])
         target = rows["target"]
         for number, predicted in (("additive_right", spread(found.additive)), ("model_right", spread(found.predicted))):
             known = (target >= 0) & (predicted >= 0)
             self.numbers[number] = torch.where(known, (predicted == target).double(), torch.nan)
-        self.pairs, self.whole_runs = found.pairs, found.whole
+        self.pairs, self.whole_runs, self.of_value = found.pairs, found.whole, found.of_value
+        self.interactions = tuple(found.interactions)
 
     def chosen(self, class_id: int | None = None, outcome: int | None = None) -> Tensor:
         """``(samples,)`` bool: those of a class and an outcome."""
@@ -206,11 +222,20 @@ class FusionSummary:
         return self._estimate(self.numbers[number], self.chosen(class_id, outcome))
 
     def share(self, modality: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
-        """Share of the mean contribution that a modality has, see `contribution_shares`."""
+        """Share of the mean contribution that a modality has, see `contribution_shares`.
+
+        NaN where the mean of all contributions is not clearly above 0, so that there is nothing to share: always so of
+        a value.
+        """
         phi = torch.stack([self.numbers[f"phi/{name}"] for name in self.modalities], dim=1)
         chosen = self.chosen(class_id, outcome) & phi.isfinite().all(1)
-        share = float(contribution_shares(phi[chosen])[self.modalities.index(modality)])
+        nothing = self.of_value or self._estimate(phi.sum(1), chosen).low <= 0
+        share = math.nan if nothing else float(contribution_shares(phi[chosen])[self.modalities.index(modality)])
         return self._ratio(share, phi[:, self.modalities.index(modality)], phi.sum(1), chosen)
+
+    def size(self, modality: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
+        """Mean of the absolute contribution of a modality: by how much it moves the output."""
+        return self._estimate(self.numbers[f"phi/{modality}"].abs(), self.chosen(class_id, outcome))
 
     def faithfulness(self, direction: Direction, order: Literal["gain", "reference"] = "gain") -> Estimate:
         """How well an order of the keys ranks what the predictions depend on, with the interval of a ratio.

@@ -104,12 +104,18 @@ class FusionSurvey:
 
         Raises
         ------
+        AbsentArgumentError
+            If an argument that is named is None in this step.
         DiscoveryError
             If an argument that is named is not there, or does not fit.
         """
+        directions = attention[0].directions if attention else ()
+        real = {str(one.direction.key): one.key_mask for one in directions if one.key_mask is not None}
         if self._named is not None and self._modalities is not None:
             runs = [run for run in self._seen if run.path == self._named]
-            return [(run, named_entrance(run.module, run.path, self._modalities, run.call)) for run in runs[:1]] or None
+            return [
+                (run, named_entrance(run.module, run.path, self._modalities, run.call, real)) for run in runs[:1]
+            ] or None
         if not attention:
             return None
         counts, samples = attention[0].forward.token_counts, len(attention[0].forward.weights)
@@ -117,7 +123,7 @@ class FusionSurvey:
             (run, entrance)
             for run in self._around_both(layers)
             if self._named in (None, run.path)
-            for entrance in guessed_entrances(run.module, run.path, run.call, counts, samples)
+            for entrance in guessed_entrances(run.module, run.path, run.call, counts, samples, real)
         ]
 
     def _around_both(self, layers: Sequence[Layer]) -> list[SeenRun]:

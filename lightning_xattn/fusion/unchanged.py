@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any
 
 import torch
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_xattn.capture.wrappers import run_uncompiled
 
@@ -35,10 +36,16 @@ _HOOKS = (
 )
 """Where a module keeps the hooks of its forward; torch keeps those of all modules alike."""
 
+_HOLDERS = (list, deque, set, dict, OrderedDict, defaultdict)
+"""What is emptied and filled again."""
+
 
 @contextmanager
 def left_as_it_was(module: nn.Module, with_hooks: bool) -> Iterator[None]:
     """Whatever a forward does to random numbers, buffers and attributes is undone; nothing is logged or compiled.
+
+    Attributes are what a module refers to, the tensors there, such as the states of metrics, and the contents of its
+    lists, dicts and sets; not what lies deeper.
 
     Without hooks what has been hooked on the module, and on all modules, is not called.
     """
@@ -49,7 +56,10 @@ def left_as_it_was(module: nn.Module, with_hooks: bool) -> Iterator[None]:
         for one in module.modules()
         for book in (vars(one), one._buffers, one._parameters, one._modules)
     ] + [(book, dict(book)) for book in everywhere]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    attributes = [value for one in module.modules() for value in vars(one).values()]
+    held = [one for value in attributes if isinstance(value, list) for one in value]
+    tensors = [(one, one.clone()) for one in (*module.buffers(), *attributes, *held) if isinstance(one, Tensor)]
+    holders = [(value, copy(value)) for value in attributes if type(value) in _HOLDERS]
     try:
         with ExitStack() as contexts:
             contexts.enter_context(isolate_rng())
@@ -68,6 +78,10 @@ def left_as_it_was(module: nn.Module, with_hooks: bool) -> Iterator[None]:
         for book, before in books:
             book.clear()
             book.update(before)
-        for buffer, before_it in buffers:
-            if not buffer.equal(before_it):
-                buffer.copy_(before_it)
+        for holder, content in holders:
+            holder.clear()
+            holder.extend(content) if isinstance(holder, (list, deque)) else holder.update(content)
+        for tensor, content in tensors:
+            if not tensor.equal(content):
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                    tensor.copy_(content)

@@ -38,6 +38,8 @@ class ModalityFacts(TypedDict):
     contribution: Estimate | None
     """Mean of its signed contribution; None where contributions cannot be told."""
     share: Estimate | None
+    size: Estimate | None
+    """Mean of its absolute contribution; None where the predictions are classes."""
 
 
 class ModalitySubset(TypedDict):
@@ -85,7 +87,8 @@ class FusionFacts(TypedDict):
     """Share of the wrong predictions of which a modality's own reading is right."""
     uncontributed: str
     """Why contributions cannot be told; "" where they can."""
-    interaction: Estimate | None
+    interactions: dict[str, Estimate]
+    """What modalities do together that none does alone: of the two, or of each two of more."""
     emap_accuracy: Estimate | None
     """Accuracy of an additive projection, and of the model on the same samples."""
     model_accuracy: Estimate | None
@@ -110,6 +113,7 @@ class ConflictingSample(TypedDict):
 def collect_fusion(summary: FusionSummary, class_names: Sequence[str]) -> FusionFacts:
     """What is said of the modalities, as numbers."""
     told = not summary.uncontributed
+    of_classes = told and not summary.of_value
     subsets: list[tuple[Literal["all", "class", "outcome"], str, int | None, int | None]] = [("all", "all", None, None)]
     subsets += [("class", name, class_id, None) for class_id, name in enumerate(class_names)]
     subsets += [("outcome", name, None, outcome) for name, outcome in (("correct", CORRECT), ("incorrect", INCORRECT))]
@@ -125,8 +129,9 @@ def collect_fusion(summary: FusionSummary, class_names: Sequence[str]) -> Fusion
                 "name": name,
                 "reading_accuracy": summary.estimate(f"right/{name}"),
                 "unreadable": summary.unreadable.get(name, ""),
-                "contribution": summary.estimate(f"phi/{name}") if told else None,
-                "share": summary.share(name) if told else None,
+                "contribution": summary.estimate(f"phi/{name}") if of_classes else None,
+                "share": summary.share(name) if of_classes else None,
+                "size": summary.size(name) if told and summary.of_value else None,
             }
             for name in summary.modalities
         ],
@@ -136,16 +141,16 @@ def collect_fusion(summary: FusionSummary, class_names: Sequence[str]) -> Fusion
                 "name": name,
                 "conflict": summary.estimate("conflict", *which),
                 "leans_first": summary.estimate("leans_first", *which),
-                "shares": {one: summary.share(one, *which) for one in summary.modalities} if told else None,
-                "opposed": summary.estimate("opposed", *which) if told else None,
+                "shares": {one: summary.share(one, *which) for one in summary.modalities} if of_classes else None,
+                "opposed": summary.estimate("opposed", *which) if of_classes else None,
             }
             for group, name, *which in subsets
         ],
         "untapped": summary.estimate("untapped"),
         "uncontributed": summary.uncontributed,
-        "interaction": summary.estimate("interaction") if told else None,
-        "emap_accuracy": summary.estimate("additive_right") if told else None,
-        "model_accuracy": summary.estimate("model_right") if told else None,
+        "interactions": {name: summary.estimate(name) for name in summary.interactions},
+        "emap_accuracy": summary.estimate("additive_right") if of_classes else None,
+        "model_accuracy": summary.estimate("model_right") if of_classes else None,
         "outcomes": {score: summary.compare(score) for score in ("confidence", "conflict") if whole.count},
         "attention": [
             {
@@ -181,7 +186,11 @@ def _verdict(facts: FusionFacts) -> Iterator[str]:
     yield f"Knows: {', '.join(known)}{about}."
     shares = {one["name"]: one["share"] for one in modalities if one["share"] is not None}
     told = {name: share for name, share in shares.items() if not math.isnan(share.mean)}
-    if told:
+    sizes = [(name_modality(one["name"]), one["size"]) for one in modalities if one["size"] is not None]
+    if sizes:
+        moved = ", ".join(f"{name} moves the output by {decimal(size.mean, 3)}" for name, size in sizes)
+        yield f"Uses: {moved}, on average over samples."
+    elif told:
         most = max(told, key=lambda name: told[name].mean)
         clearly = told[most].low > 1 / len(told)
         carried = ", ".join(f"{name_modality(name)} {decimal(share.mean)}" for name, share in told.items())
@@ -215,15 +224,16 @@ def describe_fusion(facts: FusionFacts, group_by: str) -> Iterator[Block]:
     yield Paragraph(facts["verdict"])
     modalities = facts["modalities"]
     shown = {Direction.parse(one["direction"]).key: one for one in facts["attention"]}
-    header = ("modality", "knows: accuracy of its reading", "uses: contribution", "share", "shows: faithfulness")
+    of_value = any(one["size"] for one in modalities)
+    uses = ("uses: mean size of its contribution",) if of_value else ("uses: contribution", "share")
     yield Table(
-        header if shown else header[:-1],
+        ("modality", "knows: accuracy of its reading", *uses, *(["shows: faithfulness"] if shown else [])),
         [
             (
                 name_modality(one["name"]),
                 _estimate(one["reading_accuracy"]) + (" (cannot be read)" if one["unreadable"] else ""),
-                _estimate(one["contribution"], signed=True),
-                _estimate(one["share"]),
+                *([_estimate(one["size"])] if of_value else []),
+                *([] if of_value else [_estimate(one["contribution"], signed=True), _estimate(one["share"])]),
                 *([_faithfulness(shown.get(one["name"]))] if shown else []),
             )
             for one in modalities
@@ -258,7 +268,7 @@ def _describe_subsets(facts: FusionFacts, group_by: str) -> Iterator[Block]:
         columns.append(("conflict", [one["conflict"] for one in subsets]))
         if len(names) == 2:
             columns.append((f"leans to {name_modality(names[0])}", [one["leans_first"] for one in subsets]))
-    if not facts["uncontributed"]:
+    if subsets[0]["shares"] is not None:
         for name in names:
             shares = [None if one["shares"] is None else one["shares"][name] for one in subsets]
             columns.append((f"share of {name_modality(name)}", shares))
@@ -272,8 +282,10 @@ def _describe_subsets(facts: FusionFacts, group_by: str) -> Iterator[Block]:
 def _describe_wholes(facts: FusionFacts) -> Iterator[tuple[str, str, Sequence[str]]]:
     if facts["untapped"].count:
         yield "Wrong predictions of which a modality's own reading is right", _estimate(facts["untapped"]), ()
-    if facts["interaction"] is not None:
-        yield "Interaction (centred logits)", _estimate(facts["interaction"], signed=True), ()
+    on = "of the output" if any(one["size"] for one in facts["modalities"]) else "centred logits"
+    for name, interaction in facts["interactions"].items():
+        _, _, which = name.partition("/")
+        yield f"Interaction{f' of {which}' if which else ''} ({on})", _estimate(interaction, signed=True), ()
     additive, model = facts["emap_accuracy"], facts["model_accuracy"]
     if additive is not None and model is not None and additive.count:
         yield (

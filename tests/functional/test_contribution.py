@@ -1,5 +1,7 @@
 """Contributions, against a slow reference, captum, and models whose truth is known."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from captum.attr import ShapleyValues
 
 from lightning_xattn import functional
 from lightning_xattn.functional import Exchange
+from lightning_xattn.functional.contribution import RULED_OUT
 from tests import reference
 
 SAMPLES, CLASSES = 11, 3
@@ -100,7 +103,7 @@ def test_an_additive_model_has_no_interaction_whatever_the_partners(partners, mo
     game = functional.play(intact, exchanges, groups, intact.argmax(1), modalities)
     assert game.interaction().abs().max() < 1e-12
     if modalities == 2:
-        torch.testing.assert_close(functional.additive_projection(intact, exchanges), intact)
+        torch.testing.assert_close(functional.additive_projection(len(intact), exchanges), intact)
 
 
 def test_xor_of_two_bits():
@@ -184,9 +187,9 @@ def test_a_sample_without_partners_has_no_contribution():
 
 def test_with_all_pairs_the_additive_projection_is_the_published_one():
     values = torch.randn(SAMPLES, SAMPLES, CLASSES).double()
-    rows, columns = (torch.tensor(places) for places in zip(*all_pairs(range(SAMPLES)), strict=True))
-    intact = values.diagonal().T
-    ours = functional.additive_projection(intact, {frozenset({0}): Exchange(rows, columns, values[rows, columns])})
+    # Those of a sample with itself too, as in a table of all.
+    rows, columns = torch.cartesian_prod(torch.arange(SAMPLES), torch.arange(SAMPLES)).unbind(1)
+    ours = functional.additive_projection(SAMPLES, {frozenset({0}): Exchange(rows, columns, values[rows, columns])})
     for c in range(CLASSES):
         np.testing.assert_allclose(ours[:, c], reference.emap(values[..., c].numpy()), atol=1e-12)
 
@@ -198,6 +201,48 @@ def test_shares_are_of_the_means_and_samples_that_are_undefined_are_left_out():
     assert functional.opposed(phi).tolist()[:2] == [1, 0]
     assert functional.opposed(phi)[2].isnan()
     assert functional.opposed(torch.tensor([[0.5, -0.02], [0.5, -0.021]])).tolist() == [0, 1]
+    assert functional.opposed(torch.tensor([[0.5, -0.2], [0.5, -0.3]]), torch.tensor(0.1)).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("partners", [4, 6, 60])
+def test_an_xor_does_not_seem_to_add_up_nor_to_be_opposed_whatever_the_partners(partners):
+    samples = 480
+    first, second = torch.randn(2, samples, generator=torch.Generator().manual_seed(1)).double()
+
+    def says(rows, columns):
+        return (4 * first[rows] * second[columns])[:, None] * torch.tensor([0.5, -0.5]).double()
+
+    shifts = torch.tensor(list(functional.partner_shifts(samples, partners)))
+    rows = torch.arange(samples).repeat_interleave(len(shifts))
+    columns = (rows + shifts.repeat(samples)) % samples
+    every = torch.arange(samples)
+    intact, exchanged = says(every, every), says(rows, columns)
+    target = intact.argmax(1)
+    projected = functional.additive_projection(samples, {frozenset({0}): Exchange(rows, columns, exchanged)})
+    assert (projected.argmax(1) == target).double().mean() == pytest.approx(0.5, abs=0.08)
+    game = functional.play(
+        intact.softmax(1), {frozenset({0}): Exchange(rows, columns, exchanged.softmax(1))}, every, target, 2
+    )
+    # None is; noise goes beyond two standard errors to one side in 2.3 %, of either modality.
+    assert functional.opposed(game.phi, game.phi_error).mean() < 0.06
+
+
+def test_how_far_contributions_are_from_those_with_all_partners():
+    _, says = table_of(entangled, 2)
+    groups = torch.arange(SAMPLES)
+    intact = torch.stack([says([i, i]) for i in range(SAMPLES)])
+    chosen = intact.argmax(1)
+    pairs = [(i, (i + s) % SAMPLES) for i in range(SAMPLES) for s in functional.partner_shifts(SAMPLES, 4)]
+    few = functional.play(intact, exchanges_of(says, 2, pairs), groups, chosen, 2)
+    expected = reference.contribution_errors(pairs, [[float(x) for x in says(list(p))] for p in pairs], chosen.tolist())
+    np.testing.assert_allclose(few.phi_error, np.stack([expected, expected], 1), rtol=1e-9)
+    others = [(i, j) for i, j in all_pairs(range(SAMPLES)) if i != j]
+    assert (functional.play(intact, exchanges_of(says, 2, others), groups, chosen, 2).phi_error == 0).all()
+
+
+def test_a_class_that_is_ruled_out_has_no_part_in_the_mean():
+    logits = torch.tensor([[1.0, 3.0, -math.inf], [2.0, 2.0, -math.inf]])
+    assert functional.centred(logits).tolist() == [[-1, 1, RULED_OUT], [0, 0, RULED_OUT]]
 
 
 def test_centred_logits_say_the_same_and_a_value_stays():

@@ -40,7 +40,7 @@ def test_each_sample_is_read_by_a_fit_of_the_other_folds():
     x, target, folds = made_up()
     ours = functional.cross_fitted_reading(x, target, folds, CLASSES)
     expected = reference.cross_fitted_reading(x.double().numpy(), target.tolist(), folds.tolist(), CLASSES)
-    np.testing.assert_allclose(ours, expected, atol=1e-9)
+    np.testing.assert_allclose(ours.exp(), expected, atol=1e-9)
     assert (ours.argmax(1) == target).double().mean() > 0.7
 
 
@@ -87,8 +87,8 @@ def test_a_class_that_a_fit_has_not_seen_has_no_probability():
     x, target, folds = made_up()
     folds = torch.where(target == 2, 0, folds)
     ours = functional.cross_fitted_reading(x, target, folds, CLASSES)
-    assert (ours[folds == 0, 2] == 0).all()
-    assert ours.isfinite().all()
+    assert (ours[folds == 0, 2] == -math.inf).all()
+    assert ours.exp().isfinite().all()
     unseen = functional.lean(torch.stack([ours, ours]), torch.full((len(x),), 2))
     assert unseen[folds == 0].isnan().all()
     assert (unseen[folds != 0] == 0).all()
@@ -114,10 +114,18 @@ def test_conflict_of_certain_readings():
     assert functional.conflict(torch.stack([agree, differ])).tolist() == [0, 1]
 
 
+def test_a_reading_far_from_the_data_still_leans_by_a_number():
+    x, target, folds = made_up()
+    ours = functional.cross_fitted_reading(x * 1e-3 + target[:, None] * 10.0, target, folds, CLASSES)
+    wrong = (target + 1) % CLASSES
+    assert (ours.exp().gather(1, wrong[:, None]) == 0).any()
+    assert functional.lean(torch.stack([ours, -torch.ones_like(ours)]), wrong).isfinite().all()
+
+
 def test_lean():
     readings = torch.rand(2, 7, 4).double().softmax(2)
     predicted = torch.tensor([0, 1, 2, 3, 0, -1, 4])
-    ours = functional.lean(readings, predicted)
+    ours = functional.lean(readings.log(), predicted)
     assert ours[5:].isnan().all()
     for i in range(5):
         assert ours[i] == pytest.approx(reference.lean(*readings[:, i].tolist(), predicted[i]))
