@@ -94,6 +94,22 @@ class LayerSums:
         states = {name: values.cpu() for name, values in self.states.items()}
         return LayerSums(self.layout, states, None if self.groups is None else self.groups.settled())
 
+    def with_classes(self, kept: Sequence[int]) -> LayerSums:
+        """The same with these classes alone, in this order, and a last one that is all others."""
+        of_class = torch.full((self.layout.n_classes + 1,), len(kept))
+        of_class[list(kept)] = torch.arange(len(kept))
+        of_class[-1] = len(kept) + 1  # samples without a class
+
+        def merged(values: Tensor) -> Tensor:
+            return values.new_zeros(len(kept) + 2, *values.shape[1:]).index_add(0, of_class, values)
+
+        states = dict(self.states)
+        states["moments"] = merged(states["moments"].unflatten(0, (-1, 3))).flatten(0, 1)
+        for name in (f"map_{direction}" for direction in self.layout.tokens):
+            states[name] = merged(states[name])
+        groups = None if self.groups is None else self.groups.with_classes(of_class)
+        return LayerSums(replace(self.layout, n_classes=len(kept) + 1), states, groups)
+
     def without_labels(self) -> LayerSums:
         """The same without classes, and with all outcomes unknown."""
         states = dict(self.states)
@@ -105,6 +121,8 @@ class LayerSums:
         states["histograms"], states["ties"] = of_unknown.flatten(), torch.zeros_like(states["ties"])
         for name in (f"map_{direction}" for direction in self.layout.tokens):
             states[name] = states[name].sum(0, keepdim=True)
+        for name in (f"outcome_map_{direction}" for direction in self.layout.tokens):
+            states[name] = torch.zeros_like(states[name])
         groups = None if self.groups is None else self.groups.relabelled(0, UNKNOWN)
         return LayerSums(replace(self.layout, n_classes=0), states, groups)
 
@@ -142,8 +160,9 @@ class LayerAccumulator(Metric):
         self._add("ragged", 1)
         self._add("ties", 1)
         for direction, (queries, keys) in layout.tokens.items():
-            # class, query, key, (sum of weights, number of rows)
+            # class, query, key, (sum of weights, number of rows), and the same by outcome
             self._add(f"map_{direction}", places, queries, keys, 2)
+            self._add(f"outcome_map_{direction}", 3, queries, keys, 2)
         queries, keys = next(iter(layout.tokens.values()))
         # sums of both directions' standardised maps
         self._add("null_maps", 2, queries, keys)
@@ -192,7 +211,7 @@ class LayerAccumulator(Metric):
         self._add_numbers(statistics, classes, outcomes, groups)
         self.ties = self.ties + tied.sum()
         if all((r.weights.shape[2], r.tokens) == self.layout.tokens[r.direction] for r in rows):
-            self._add_maps(rows, classes)
+            self._add_maps(rows, classes, outcomes)
         else:
             self.ragged = self.ragged + 1
 
@@ -218,14 +237,14 @@ class LayerAccumulator(Metric):
                 raise ShapeError(f"This batch has no {self.layout.groups}, though the first one had.")
             self._groups = self._groups.add(groups, classes, outcomes, bins, terms[:, self._grouped, :2])
 
-    def _add_maps(self, rows: Sequence[Rows], classes: Tensor) -> None:
+    def _add_maps(self, rows: Sequence[Rows], classes: Tensor, outcomes: Tensor) -> None:
         for r in rows:
             weights = r.weights[..., : r.tokens].sum(1)
             seen = r.valid[..., None] if r.token_visible is None else r.valid[..., None] & r.token_visible
             counts = seen.sum(1).expand(weights.shape)
-            state = f"map_{r.direction}"
             cells = torch.stack([weights, counts], dim=-1).to(self._dtype_of_sums)
-            setattr(self, state, getattr(self, state).index_add(0, classes, cells))
+            for state, places in ((f"map_{r.direction}", classes), (f"outcome_map_{r.direction}", outcomes)):
+                setattr(self, state, getattr(self, state).index_add(0, places, cells))
         if len(rows) == 2:
             x, y, whole = standardised_maps(*rows)
             aligned = (x * y).sum((1, 2))

@@ -13,8 +13,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.checks import Checks
-from lightning_xattn.curves import EpochLog
 from lightning_xattn.distributed import own_places
+from lightning_xattn.epoch_log import EpochLog
+from lightning_xattn.errors import SettingError
 from lightning_xattn.evaluation import Evaluation, Settings, summarise
 from lightning_xattn.fusion.collected import MAX_SAMPLES
 from lightning_xattn.fusion.contribution import CONTRIBUTION_SAMPLES
@@ -24,11 +25,22 @@ from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.labels import LabelSetting
 from lightning_xattn.messages import tell, warn
 from lightning_xattn.recording import StepRecorder
+from lightning_xattn.results import DatasetResult
 from lightning_xattn.summary import LayerSummary
-from lightning_xattn.trainer import Schedule, moment, require_lightning_that_takes_it, scope_of, stage_of
+from lightning_xattn.trainer import (
+    Schedule,
+    attention_axes,
+    moment,
+    require_lightning_that_takes_it,
+    scope_of,
+    stage_of,
+)
 
 if TYPE_CHECKING:
     from lightning_xattn.table import TrainingTable
+
+
+CURVES = ("main", "all")
 
 
 class AttentionExplainabilityCallback(Callback):
@@ -78,11 +90,14 @@ class AttentionExplainabilityCallback(Callback):
         0: of none.
     max_samples
         So many samples of an evaluation are read, at most.
+    curves
+        "main": log the curves that are acted on, about twenty; "all": also those of classes, heads and the rest.
     every_n_epochs
         During ``fit``, record every so many of the epochs that are validated, from the first on.
         ``trainer.validate`` and ``trainer.test`` always record.
     figures_every_n_epochs
-        Draw figures every so many epochs, of those that are recorded; 0: never.
+        Hand figures, distributions and a report to the loggers every so many epochs, of those that are recorded; 0:
+        never. ``trainer.validate`` and ``trainer.test`` always do.
     faithfulness_every_n_epochs
         Test every so many epochs, of those that are recorded, whether the attention ranks the keys that the model uses,
         which takes 128 ``contribution_samples``; 0: never. ``trainer.validate`` and ``trainer.test`` always do.
@@ -130,6 +145,7 @@ class AttentionExplainabilityCallback(Callback):
         modalities: ModalitiesSetting | None = None,
         contribution_samples: int = CONTRIBUTION_SAMPLES,
         max_samples: int = MAX_SAMPLES,
+        curves: str = "main",
         every_n_epochs: int = 1,
         figures_every_n_epochs: int = 1,
         faithfulness_every_n_epochs: int = 10,
@@ -141,6 +157,9 @@ class AttentionExplainabilityCallback(Callback):
         labels = predictions, targets, sample_ids, groups, query_mask
         entrance = fusion, modalities, contribution_samples, max_samples
         self.settings = Settings(attention, class_names, group_by, *labels, *entrance, table)
+        if curves not in CURVES:
+            raise SettingError(f"curves must be one of {', '.join(CURVES)}; got {curves!r}.")
+        self.curves = curves
         self.schedule = Schedule(every_n_epochs, figures_every_n_epochs, faithfulness_every_n_epochs, every_n_batches)
         self.history: list[dict[str, Any]] = []
         self.summaries: dict[str, LayerSummary] = {}
@@ -270,16 +289,24 @@ class AttentionExplainabilityCallback(Callback):
         assert self._recorder is not None
         ended = dict(summarise(self._evaluations, self._recorder, self.schedule.tests_attention(trainer)))
         fusions = {number: summary.fusion for number, summary in ended.items() if summary.fusion is not None}
+        tables = []
         if self._table is not None:
-            self._table.close({number: sample_columns(one, trainer.global_rank) for number, one in fusions.items()})
+            tables = self._table.close(
+                {number: sample_columns(one, trainer.global_rank) for number, one in fusions.items()}
+            )
         scope = partial(scope_of, trainer, self, AttentionExplainabilityCallback)
-        log = EpochLog(trainer, pl_module, scope, self._checks, self.settings.group_by, self.schedule.draws(trainer))
+        group_by, axes = self.settings.group_by, attention_axes(trainer, pl_module)
+        results = {
+            number: DatasetResult(
+                one.layers, one.fusion, self._evaluations[number].classes or (), group_by, axes, table=None
+            )
+            for number, one in ended.items()
+        }
+        draws = self.schedule.draws(trainer)
+        log = EpochLog(trainer, pl_module, scope, self._checks, group_by, self.curves == "all", draws)
+        records, summaries = log.log(results, self._evaluations, self.history, tables)
         self.fusion_summaries |= {scope(number, ""): one for number, one in fusions.items()}
-        records = []
-        for name, record, summary in log.log(ended, self._evaluations):
-            records.append(record)
-            if summary is not None:
-                self.summaries[name] = summary
+        self.summaries |= summaries
         self.history += records
         if not records:
             warn(self._checks.of_nothing(stage_of(trainer)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from lightning_xattn.attention import AttentionPair
 from lightning_xattn.capture import Layer
@@ -115,6 +116,12 @@ class Checks:
         """New warnings that these directions, of which every row has a single valid key, give."""
         if directions and self._is_new(layer, "", "single key", 0):
             yield f"Layer '{layer}': {' and '.join(directions)} {SINGLE_KEYS}"
+
+    def of_folders(self, folders: Iterable[Path]) -> Iterator[str]:
+        """New messages of where figures and reports are that no logger takes."""
+        for folder in folders:
+            if self._is_new("", "", f"folder {folder}", 0):
+                yield f"Figures and reports of the attention are files in {folder}."
 
     def of_fusion(self, summary: FusionSummary) -> Iterator[str]:
         """New messages of what cannot be told of the modalities."""

@@ -16,7 +16,7 @@ from lightning_xattn.messages import warn
 
 GROUPINGS = ("target", "prediction")
 
-RESERVED = ("all", "correct", "incorrect", "gap", "null")
+RESERVED = ("all", "correct", "incorrect", "gap", "null", "rest")
 """Curve names that a class may not have."""
 
 

@@ -1,116 +1,85 @@
-"""What is logged of an epoch: curves under their names, figures, and a record for the history."""
+"""What is logged of an epoch as curves: their names and values, which are shown together, and the history's record."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
-from typing import TYPE_CHECKING, Any
-
-from pytorch_lightning import LightningModule, Trainer
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT
-from lightning_xattn.checks import Checks
-from lightning_xattn.classes import name_in_curves
 from lightning_xattn.columns import ALIGNMENT, CONFIDENCE, INVALID_ROWS, SCORES, STATISTICS, Column
-from lightning_xattn.evaluation import Evaluation, EvaluationSummary
-from lightning_xattn.figures import epoch_figures, fusion_figures
-from lightning_xattn.fusion.summary import FusionSummary
-from lightning_xattn.messages import tell, warn
-from lightning_xattn.sinks import log_figures
+from lightning_xattn.fusion.summary import Estimate, FusionSummary
 from lightning_xattn.summary import LayerSummary
-from lightning_xattn.trainer import attention_axes, logged_step, moment
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+OUTCOMES = {"correct": CORRECT, "incorrect": INCORRECT}
+
+MAIN = re.compile(
+    r"alignment/(all|correct|incorrect|null)|entropy/(correct|incorrect|[^/]+_to_[^/]+/all)"
+    r"|conflict/(all|correct|incorrect)|reading/[^/]+|contribution/(share|size)/[^/]+|faithfulness/[^/]+"
+    r"|outcome/\w+_auroc|health/undefined_share"
+)
+"""``<topic>/<what>`` of the curves that are acted on: those that are logged unless all are asked for."""
+
+_SCOPE = r"{stage}(/dataloader_\d+)?(/[^/]+)?"
+
+CHARTS = {
+    "Do correct and incorrect predictions differ?": {
+        "alignment: correct, incorrect, null": r"xattn_alignment/{scope}/(correct|incorrect|null)$",
+        "conflict: correct, incorrect": r"xattn_conflict/{scope}/(correct|incorrect)$",
+        "entropy: correct, incorrect": r"xattn_entropy/{scope}/(correct|incorrect)$",
+        "AUROC for errors, confidence first": r"xattn_outcome/{scope}/\w+_auroc$",
+    },
+    "What do the modalities know, and what is used?": {
+        "reading: accuracy of each modality": r"xattn_reading/{scope}/[^/]+$",
+        "contribution: share of each modality": r"xattn_contribution/{scope}/share/[^/]+$",
+        "faithfulness of the attention": r"xattn_faithfulness/{scope}/[^/]+$",
+    },
+    "Classes and heads (with curves='all')": {
+        "alignment of each class": r"xattn_alignment/{scope}/(?!all$|correct$|incorrect$|gap$|null$)[^/]+$",
+        "conflict of each class": r"xattn_conflict/{scope}/(?!all$|correct$|incorrect$|gap$)[^/]+$",
+        "entropy of each head": r"xattn_entropy/{scope}/[^/]+/head_\d+$",
+    },
+}
+"""By section and title, the curves that belong in one chart, as a pattern; ``{scope}`` stands for a stage and so on."""
 
 
-class EpochLog:
-    """Logs the epochs of a Trainer.
+def charts(stages: Iterable[str] = ("val", "test")) -> dict[str, dict[str, str]]:
+    """``CHARTS`` of each stage, with the first stage first."""
+    return {
+        f"{stage}: {section}": {
+            title: pattern.replace("{scope}", _SCOPE.replace("{stage}", stage)) for title, pattern in of_section.items()
+        }
+        for stage in stages
+        for section, of_section in CHARTS.items()
+    }
+
+
+def main_curves(curves: Mapping[str, float], scope: str) -> dict[str, float]:
+    """Those of a scope's curves that ``MAIN`` has."""
+    return {name: value for name, value in curves.items() if MAIN.fullmatch(_relative(name, scope))}
+
+
+def mean_curves(of_layers: Sequence[Mapping[str, float]], scopes: Sequence[str], scope: str) -> dict[str, float]:
+    """Means over layers of what says how they attend: not of single heads, nor of what is no mean.
 
     Parameters
     ----------
-    trainer, module
-        Where to log.
+    of_layers, scopes
+        The curves of each layer, and its scope.
     scope
-        What a dataloader and a layer ("": the first, or none) are called in curves.
-    checks
-        Say each thing once.
-    group_by
-        Whether the classes are those of the "target" or of the "prediction".
-    draws
-        Whether there are figures.
+        Under which the means stand.
     """
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        scope: Callable[[int, str], str],
-        checks: Checks,
-        group_by: str,
-        draws: bool,
-    ) -> None:
-        self._trainer, self._module, self._scope = trainer, module, scope
-        self._checks, self._group_by, self._draws = checks, group_by, draws
-
-    def log(
-        self, ended: Mapping[int, EvaluationSummary], evaluations: Mapping[int, Evaluation]
-    ) -> Iterator[tuple[str, dict[str, Any], LayerSummary | None]]:
-        """Log what has ended, by dataloader: scope and record of each layer, and its summary.
-
-        The record of a dataloader's first layer has what is said of the modalities, too. A model without
-        cross-attention has one record alone, and no summary of a layer.
-        """
-        first = next((layer for one in ended.values() for layer in one.layers), None)
-        for number, summary in ended.items():
-            evaluation, scope = evaluations[number], self._scope(number, "")
-            about = moment(self._trainer) | {"dataloader": number}
-            of_fusion = self._log_fusion(summary, scope, evaluation)
-            figures = self._draw_fusion(summary, scope, evaluation)
-            if not summary.layers and of_fusion:
-                self._log_figures(figures, scope)
-                yield scope, about | {"layer": None} | of_fusion, None
-            for layer, of_layer in summary.layers.items():
-                scope = self._scope(number, "" if layer == first else layer)
-                record = self._log_layer(layer, of_layer, scope, evaluation)
-                # Together, so that a logger that fails is reported once.
-                self._log_figures(chain(figures, self._draw_layer(of_layer, scope, evaluation)), scope)
-                yield scope, about | {"layer": layer, "repeats": evaluation.repeats} | record | of_fusion, of_layer
-                of_fusion = {}
-
-    def _log_fusion(self, summary: EvaluationSummary, scope: str, evaluation: Evaluation) -> dict[str, Any]:
-        if summary.fusion is None:
-            return {}
-        classes = name_in_curves(evaluation.classes or (), self._group_by)
-        curves = fusion_curves(summary.fusion, scope, classes, has_attention=bool(summary.layers))
-        self._module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
-        tell(self._checks.of_fusion(summary.fusion))
-        return fusion_record(summary.fusion, scope, curves)
-
-    def _log_layer(self, layer: str, summary: LayerSummary, scope: str, evaluation: Evaluation) -> dict[str, Any]:
-        curves = epoch_curves(summary, scope, name_in_curves(evaluation.classes or (), self._group_by))
-        self._module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
-        if self._trainer.is_global_zero:
-            warn(self._checks.of_epoch(layer, summary))
-        return epoch_record(summary, scope, curves)
-
-    def _draw_fusion(
-        self, summary: EvaluationSummary, scope: str, evaluation: Evaluation
-    ) -> Iterator[tuple[str, Figure]]:
-        if summary.fusion is not None:
-            names, context = evaluation.classes or (), f"{scope}, epoch {self._trainer.current_epoch}"
-            yield from fusion_figures(summary.fusion, scope, names, group_by=self._group_by, context=context)
-
-    def _draw_layer(self, summary: LayerSummary, scope: str, evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
-        names, context = evaluation.classes or (), f"{scope}, epoch {self._trainer.current_epoch}"
-        axes = attention_axes(self._trainer, self._module)
-        yield from epoch_figures(summary, scope, names, group_by=self._group_by, axes=axes, context=context)
-
-    def _log_figures(self, figures: Iterator[tuple[str, Figure]], scope: str) -> None:
-        trainer = self._trainer
-        if trainer.is_global_zero and trainer.loggers and self._draws:
-            log_figures(trainer.loggers, figures, logged_step(trainer), scope)
+    values: dict[str, list[float]] = defaultdict(list)
+    for curves, of_layer in zip(of_layers, scopes, strict=True):
+        for name, value in curves.items():
+            values[_relative(name, of_layer)].append(value)
+    return {
+        _full(name, scope): sum(found) / len(found)
+        for name, found in values.items()
+        if name.startswith(("alignment/", "entropy/", "focus/")) and "/head_" not in name
+    }
 
 
 def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) -> dict[str, float]:
@@ -125,15 +94,11 @@ def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) 
     class_names
         What the classes are called in curves.
     """
-    curves = {}
-    for name, value in _numbers(summary, class_names):
-        topic, _, what = name.partition("/")
-        if math.isfinite(value):
-            curves[f"xattn_{topic}/{scope}/{what}"] = value
-    return curves
+    numbers = _numbers(summary, class_names)
+    return {_full(name, scope): value for name, value in numbers if math.isfinite(value)}
 
 
-def epoch_record(summary: LayerSummary, scope: str, curves: dict[str, float]) -> dict[str, Any]:
+def epoch_record(summary: LayerSummary, scope: str, curves: Mapping[str, float]) -> dict[str, Any]:
     """What the history says of an epoch: its curves, how many samples are behind them, and how sure comparisons are."""
     groups = summary.groups() if summary.group_noun else None
     record: dict[str, Any] = {"samples": summary.samples, "groups": groups}
@@ -143,7 +108,9 @@ def epoch_record(summary: LayerSummary, scope: str, curves: dict[str, float]) ->
         ends = {"auroc_low": compared.pop("low"), "auroc_high": compared.pop("high")}
         del compared["auroc"]  # a curve
         record |= {f"outcome/{score}_{name}": value for name, value in (compared | ends).items()}
-    return record | {name.removeprefix("xattn_").replace(f"/{scope}/", "/"): value for name, value in curves.items()}
+        for name, outcome in OUTCOMES.items():
+            record |= _ends(f"{score}/{name}", *summary.interval(score, outcome=outcome))
+    return record | {_relative(name, scope): value for name, value in curves.items()}
 
 
 def fusion_curves(
@@ -152,47 +119,62 @@ def fusion_curves(
     """Scalars of what the modalities say and contribute, named as in ``epoch_curves``, which has what both have."""
     curves = {}
     for name, value in _fusion_numbers(summary, class_names):
-        topic, _, what = name.partition("/")
-        if math.isfinite(value) and not (has_attention and what == f"{CONFIDENCE}_auroc"):
-            curves[f"xattn_{topic}/{scope}/{what}"] = value
+        if math.isfinite(value) and not (has_attention and name == f"outcome/{CONFIDENCE}_auroc"):
+            curves[_full(name, scope)] = value
     return curves
 
 
-def fusion_record(summary: FusionSummary, scope: str, curves: dict[str, float]) -> dict[str, Any]:
+def fusion_record(summary: FusionSummary, scope: str, curves: Mapping[str, float]) -> dict[str, Any]:
     """What the history says of the modalities: their curves, why what is missing is missing, and how sure it is."""
     record: dict[str, Any] = {"read_samples": summary.samples, "unreadable": dict(summary.unreadable)}
     record["uncontributed"] = summary.uncontributed
+    record |= {"largest_class": summary.largest_class} if math.isfinite(summary.largest_class) else {}
     for score in ("conflict", "confidence"):
         compared = summary.compare(score)
-        if f"xattn_outcome/{scope}/{score}_auroc" in curves:
+        if _full(f"outcome/{score}_auroc", scope) in curves:
             record |= {f"outcome/{score}_auroc_low": compared.low, f"outcome/{score}_auroc_high": compared.high}
-    return record | {name.removeprefix("xattn_").replace(f"/{scope}/", "/"): value for name, value in curves.items()}
+    for name, estimate in _fusion_intervals(summary):
+        record |= _ends(name, estimate.low, estimate.high)
+    return record | {_relative(name, scope): value for name, value in curves.items()}
+
+
+def _fusion_intervals(summary: FusionSummary) -> Iterator[tuple[str, Estimate]]:
+    for name, outcome in OUTCOMES.items():
+        yield f"conflict/{name}", summary.estimate("conflict", outcome=outcome)
+    for name in summary.modalities:
+        yield f"reading/{name}", summary.estimate(f"right/{name}")
+        if not summary.uncontributed:
+            yield f"contribution/share/{name}", summary.share(name)
 
 
 def _fusion_numbers(summary: FusionSummary, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:
     for name in summary.modalities:
         yield f"reading/{name}", summary.estimate(f"right/{name}").mean
-    subsets: dict[str, tuple[int | None, int | None]]
-    subsets = {"all": (None, None), "correct": (None, CORRECT), "incorrect": (None, INCORRECT)}
+    outcomes = {name: (None, outcome) for name, outcome in OUTCOMES.items()}
+    subsets: dict[str, tuple[int | None, int | None]] = {"all": (None, None), **outcomes}
     subsets |= {name: (class_id, None) for class_id, name in enumerate(class_names)}
     for topic, number in (("conflict", "conflict"), ("lean", "leans_first")):
-        for which, subset in subsets.items():
-            yield f"{topic}/{which}", summary.estimate(number, *subset).mean
+        means = {which: summary.estimate(number, *subset).mean for which, subset in subsets.items()}
+        yield from ((f"{topic}/{which}", mean) for which, mean in means.items())
+        yield f"{topic}/gap", means["correct"] - means["incorrect"]
     for score in ("conflict", "confidence"):
         yield f"outcome/{score}_auroc", summary.compare(score).auroc
     if summary.uncontributed:
         return
-    for name in summary.modalities:
-        if summary.of_value:
-            yield f"contribution/size/{name}", summary.size(name).mean
-        else:
-            yield f"contribution/{name}", summary.estimate(f"phi/{name}").mean
-            yield f"contribution/share/{name}", summary.share(name).mean
-    if not summary.of_value:
-        yield "contribution/opposed", summary.estimate("opposed").mean
-        yield "contribution/emap_accuracy", summary.estimate("additive_right").mean
     for name in summary.interactions:
         yield f"contribution/{name}", summary.estimate(name).mean
+    if summary.of_value:
+        for name in summary.modalities:
+            yield f"contribution/size/{name}", summary.size(name).mean
+        return
+    for name in summary.modalities:
+        yield f"contribution/{name}", summary.estimate(f"phi/{name}").mean
+        shares = {which: summary.share(name, *subset).mean for which, subset in subsets.items()}
+        yield f"contribution/share/{name}", shares.pop("all")
+        yield from ((f"contribution/share/{name}/{which}", mean) for which, mean in shares.items())
+        yield f"contribution/share/{name}/gap", shares["correct"] - shares["incorrect"]
+    yield "contribution/opposed", summary.estimate("opposed").mean
+    yield "contribution/emap_accuracy", summary.estimate("additive_right").mean
     for direction in summary.replaced:
         yield f"faithfulness/{direction}", summary.faithfulness(direction).mean
         yield f"faithfulness/reference/{direction}", summary.faithfulness(direction, "reference").mean
@@ -207,6 +189,10 @@ def _numbers(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[tupl
             for which, value in _by_samples(summary, column, class_names):
                 if which == "all" or "{which}" in curve:
                     yield curve.format(direction=column.direction, which=which), value
+        if curve is not None and column in SCORES:
+            for name, outcome in OUTCOMES.items():
+                yield f"{column}/{name}", summary.mean(column, outcome=outcome)
+            yield f"{column}/gap", summary.gap(column)
     if ALIGNMENT in summary.columns:
         yield "alignment/null", summary.alignment_null
     for score in _scores(summary):
@@ -216,18 +202,28 @@ def _numbers(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[tupl
 
 
 def _by_samples(summary: LayerSummary, column: Column, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """The means of a number over all samples, each class, and where it is compared, each outcome."""
+    """The means of a number over all samples, and over each class; of a head over all."""
     if column.head is not None:
         yield f"head_{column.head}", summary.mean(column)
         return
     yield "all", summary.mean(column)
     for class_id, name in enumerate(class_names):
         yield name, summary.mean(column, class_id)
-    if column in SCORES:
-        yield "correct", summary.mean(column, outcome=CORRECT)
-        yield "incorrect", summary.mean(column, outcome=INCORRECT)
-        yield "gap", summary.gap(column)
 
 
 def _scores(summary: LayerSummary) -> list[Column]:
     return [score for score in SCORES if score in summary.columns]
+
+
+def _ends(name: str, low: float, high: float) -> dict[str, float]:
+    """An interval for the history; nothing where there is none."""
+    return {f"{name}_low": low, f"{name}_high": high} if math.isfinite(low) and math.isfinite(high) else {}
+
+
+def _full(name: str, scope: str) -> str:
+    topic, _, what = name.partition("/")
+    return f"xattn_{topic}/{scope}/{what}"
+
+
+def _relative(name: str, scope: str) -> str:
+    return name.removeprefix("xattn_").replace(f"/{scope}/", "/", 1)

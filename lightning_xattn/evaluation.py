@@ -163,6 +163,8 @@ class Evaluation:
         The names of the classes, decided in the first batch; none where what groups them is not known.
     repeats : int
         Samples that were left out because another process had them.
+    shown_classes : tuple of int or None
+        Of very many classes, those that are shown one by one; decided when an evaluation is shown first.
     collected : Collected
         What is kept of the fusion's inputs.
     """
@@ -171,6 +173,7 @@ class Evaluation:
         self._settings, self._module, self._checks, self._first = settings, module, checks, first
         self.finder = settings.finder()
         self.classes: tuple[str, ...] | None = None
+        self.shown_classes: tuple[int, ...] | None = None
         self._first_layer = ""
         self.reset()
 

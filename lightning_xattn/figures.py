@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT
-from lightning_xattn.attention import TokenAxis, fitting_axes
+from lightning_xattn.attention import Direction, TokenAxis, fitting_axes
 from lightning_xattn.columns import ALIGNMENT, SCORES, STATISTICS, Column, shown_columns
 from lightning_xattn.functional.outcomes import BINS
 from lightning_xattn.fusion.samples import most_conflicting, of_sample
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.messages import decimal, describe_size
 from lightning_xattn.results import DatasetResult
+from lightning_xattn.sinks import Histogram
 from lightning_xattn.summary import LayerSummary
 
 # matplotlib takes a while to import, and not every run asks for figures.
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lightning_xattn.visualizations import Mean, OutcomeSummary
+
+
+BARS = 64
+"""Of a distribution, as loggers take it."""
 
 
 def epoch_figures(
@@ -54,20 +61,28 @@ def epoch_figures(
     grouping = group_by if class_names else None
     ids = range(len(names))
     counts = [summary.size(class_id=i) for i in ids]
-    for direction, maps in summary.maps.items():
+
+    def draw_maps(direction: Direction, maps: Tensor, sizes: list[int], of: list[str], group_by: str | None) -> Figure:
         _, queries, keys = maps.shape
         known = fitting_axes(axes, {direction.query: queries, direction.key: keys})
-        figure = plot_class_attention(
+        return plot_class_attention(
             maps,
-            counts,
-            names,
+            sizes,
+            of,
             direction=str(direction),
             query_axis=known.get(direction.query),
             key_axis=known.get(direction.key),
-            group_by=grouping,
+            group_by=group_by,
             context=f"{context}; {queries} {direction.query} queries ask {keys} {direction.key} keys",
         )
-        yield f"xattn_map/{scope}/{direction}", figure
+
+    outcomes = [summary.size(outcome=outcome) for outcome in (CORRECT, INCORRECT)]
+    for direction, maps in summary.maps.items():
+        yield f"xattn_map/{scope}/{direction}", draw_maps(direction, maps, counts, names, grouping)
+        if sum(outcomes):
+            by_outcome = summary.outcome_maps[direction][[CORRECT, INCORRECT]]
+            figure = draw_maps(direction, by_outcome, outcomes, ["correct", "incorrect"], None)
+            yield f"xattn_map/{scope}/{direction}_by_outcome", figure
     entropy = {
         str(direction): [
             [summary.mean(Column("entropy", direction, head), class_id=i) for head in range(heads)] for i in ids
@@ -91,6 +106,76 @@ def epoch_figures(
             context=context,
         )
         yield f"xattn_alignment/{scope}/by_outcome", figure
+
+
+def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figure:
+    """Draw what is acted on over the epochs: records of the history of one dataloader and layer, the last one now."""
+    from lightning_xattn.visualizations import Curve, Panel, plot_epochs  # matplotlib, only where figures are wanted
+
+    last = records[-1]
+    shown = [one for one in records if one["stage"] == last["stage"]]
+    # A second fit begins anew.
+    begins = [i for i, (one, other) in enumerate(pairwise(shown), start=1) if other["step"] < one["step"]]
+    shown = shown[begins[-1] if begins else 0 :]
+    # Several validations of one epoch differ in their steps alone.
+    unit = "epoch" if len({one["epoch"] for one in shown}) == len(shown) else "step"
+    moments = [one[unit] for one in shown]
+
+    def over(name: str) -> list[float]:
+        return [one.get(name, math.nan) for one in shown]
+
+    def curve(name: str, label: str) -> Curve:
+        return Curve(label, moments, over(name), over(f"{name}_low"), over(f"{name}_high"))
+
+    def by_outcome(topic: str) -> list[Curve]:
+        return [curve(f"{topic}/{name}", name) for name in ("correct", "incorrect")]
+
+    def of_each(topic: str) -> list[Curve]:
+        names = [name.removeprefix(topic) for name in last if name.startswith(topic)]
+        wanted = [name for name in names if "/" not in name and not name.endswith(("_low", "_high"))]
+        return [curve(f"{topic}{name}", name) for name in wanted]
+
+    scores = [name for name in ("confidence", "conflict", "alignment", "entropy") if f"outcome/{name}_auroc" in last]
+    panels = []
+    if "alignment/all" in last:
+        null = "different samples", over("alignment/null")
+        panels.append(Panel("alignment", by_outcome("alignment"), (-1, 1), null))
+    if any(name.startswith("entropy/") for name in last):
+        panels.append(Panel("entropy", by_outcome("entropy"), (0, 1)))
+    if "read_samples" in last:
+        largest = "largest class", over("largest_class")
+        panels.append(Panel("conflict of the readings", by_outcome("conflict"), (0, 1)))
+        panels.append(Panel("what each modality's reading gets right", of_each("reading/"), (0, 1), largest))
+        panels.append(Panel("share of the contribution", of_each("contribution/share/"), (-1, 2)))
+    told = Panel(
+        "chance that of a correct and an incorrect prediction the correct one has the higher score (AUROC)",
+        [curve(f"outcome/{score}_auroc", score) for score in scores],
+        (0, 1),
+        ("tells nothing", [0.5] * len(moments)),
+    )
+    panels += [told] if scores else []
+    return plot_epochs(panels, unit=unit, context=context)
+
+
+def distributions(result: DatasetResult, scope: str) -> Iterator[tuple[str, Histogram]]:
+    """How the numbers of the samples are distributed: alignment and conflict by outcome, contributions."""
+    for name, outcome in (("correct", CORRECT), ("incorrect", INCORRECT)):
+        if result.summaries and ALIGNMENT in result.headline.columns:
+            counts = result.headline.histogram(ALIGNMENT, outcome).unflatten(0, (BARS, -1)).sum(1)
+            edges = torch.linspace(*SCORES[ALIGNMENT], BARS + 1, dtype=torch.float64)
+            yield f"xattn_alignment/{scope}/samples/{name}", Histogram(edges.numpy(), counts.numpy())
+        if result.fusion is not None:
+            conflict = result.fusion.numbers["conflict"][result.fusion.outcomes == outcome]
+            yield f"xattn_conflict/{scope}/samples/{name}", _histogram(conflict, 0, 1)
+    if result.fusion is not None and not result.fusion.uncontributed:
+        for name in result.fusion.modalities:
+            phi = result.fusion.numbers[f"phi/{name}"]
+            yield f"xattn_contribution/{scope}/samples/{name}", _histogram(phi, -1, 1)
+
+
+def _histogram(values: Tensor, low: float, high: float) -> Histogram:
+    counts, edges = torch.histogram(values[values.isfinite()].double().clamp(low, high), BARS, range=(low, high))
+    return Histogram(edges.numpy(), counts.numpy())
 
 
 def fusion_figures(
@@ -140,7 +225,7 @@ def fusion_figures(
             for modality in summary.modalities
         }
         yield (
-            f"xattn_contribution/{scope}/share",
+            f"xattn_contribution/{scope}/shares",
             plot_contribution_shares(
                 shares,
                 class_names,

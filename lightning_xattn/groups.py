@@ -98,6 +98,13 @@ class GroupSums:
         )
         return GroupSums.merged([GroupSums(self.cells, self.sums, self.score_cells, self.score_counts), added])
 
+    def with_classes(self, of_class: Tensor) -> GroupSums:
+        """The same with other classes, ``(classes,)`` for each class that there is."""
+        whole = self.settled()
+        cells = whole.cells.clone()
+        cells[:, 1] = of_class[cells[:, 1]]
+        return GroupSums(*_fold(cells, whole.sums), whole.score_cells, whole.score_counts)
+
     def relabelled(self, class_id: int, outcome: int) -> GroupSums:
         """The same with all samples in one class and of one outcome."""
         whole = self.settled()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -19,6 +19,9 @@ from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.labels import Labels
 from lightning_xattn.labels.scores import Scores
 from lightning_xattn.summary import LayerSummary
+
+REST = "rest"
+"""What classes are called together that are not shown one by one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,6 +243,25 @@ class DatasetResult:
     group_by: str
     axes: dict[str, TokenAxis]
     table: Path | None
+
+    def largest_classes(self, count: int) -> tuple[int, ...]:
+        """The ids of the classes with the most samples, in their own order."""
+        sizes = [0] * len(self.class_names)
+        if self.summaries:
+            sizes = [self.headline.size(class_id=class_id) for class_id in range(len(sizes))]
+        elif self.fusion is not None:
+            sizes = [int((self.fusion.classes == class_id).sum()) for class_id in range(len(sizes))]
+        largest = sorted(range(len(sizes)), key=lambda class_id: -sizes[class_id])[:count]
+        return tuple(sorted(largest))
+
+    def with_classes(self, kept: Sequence[int]) -> DatasetResult:
+        """The same by these classes alone, and a last one, ``REST``, that is all others."""
+        return replace(
+            self,
+            summaries={layer: summary.with_classes(kept) for layer, summary in self.summaries.items()},
+            fusion=None if self.fusion is None else self.fusion.with_classes(kept),
+            class_names=(*(self.class_names[class_id] for class_id in kept), REST),
+        )
 
     @property
     def headline(self) -> LayerSummary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,9 @@ class LayerSummary:
     maps
         By direction ``(classes, queries, keys)``: attention averaged over heads and samples, NaN for an absent
         class; one map when there are no classes. Empty when the token counts changed between batches.
+    outcome_maps
+        By direction ``(2, queries, keys)``: the same of the incorrect and of the correct predictions, as ``INCORRECT``
+        and ``CORRECT`` say; NaN without any.
     alignment_null
         Mean alignment between different samples; NaN with fewer than two, or unless all have the same tokens.
     ties
@@ -62,7 +66,7 @@ class LayerSummary:
     """
 
     def __init__(self, sums: LayerSums) -> None:
-        self.layout, states = sums.layout, sums.states
+        self._sums, self.layout, states = sums, sums.layout, sums.states
         self._places = {column: place for place, column in enumerate(self.layout.columns)}
         self._grouped_places = {column: place for place, column in enumerate(self.layout.grouped_columns)}
         self._groups = None if sums.groups is None else sums.groups.settled()
@@ -70,15 +74,22 @@ class LayerSummary:
         self.histograms = states["histograms"].reshape(len(SCORES), 3, BINS)
         self.ties = int(states["ties"])
         self.maps: dict[Direction, Tensor] = {}
+        self.outcome_maps: dict[Direction, Tensor] = {}
         self.alignment_null = torch.nan
         if not states["ragged"].any():
             for direction in self.layout.tokens:
                 totals, counts = states[f"map_{direction}"].unbind(-1)
                 self.maps[direction] = (totals / counts)[: self.layout.n_classes or 1]
+                totals, counts = states[f"outcome_map_{direction}"].unbind(-1)
+                self.outcome_maps[direction] = (totals / counts)[[INCORRECT, CORRECT]]
             aligned, samples, others = states["null_terms"]
             if others == 0:
                 x_sum, y_sum = states["null_maps"]
                 self.alignment_null = float(alignment_null(x_sum, y_sum, aligned, samples))
+
+    def with_classes(self, kept: Sequence[int]) -> LayerSummary:
+        """The same with these classes alone, in this order, and a last one that is all others."""
+        return LayerSummary(self._sums.with_classes(kept))
 
     @property
     def columns(self) -> tuple[Column, ...]:

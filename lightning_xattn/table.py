@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -193,6 +193,12 @@ def add_columns(source: Path, target: Path, late: Mapping[int | None, LateColumn
 def _late(values: Tensor) -> list[Any]:
     """Undefined numbers, and class ids below 0, as missing."""
     return [None if value != value or (isinstance(value, int) and value < 0) else value for value in values.tolist()]
+
+
+def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a table by column, in the order of the samples; what is undefined is None."""
+    rows = [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    yield from sorted(rows, key=lambda row: row[NUMBER])
 
 
 def count_rows(path: Path) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
@@ -92,6 +93,11 @@ def scope_of(trainer: Trainer, callback: Callback, kind: type[Callback], dataloa
     scope += f"/callback_{ours.index(callback)}" if callback in ours[1:] else ""
     scope += f"/dataloader_{dataloader}" if dataloader else ""
     return scope + (f"/{layer}" if layer else "")
+
+
+def root_folder(trainer: Trainer) -> Path:
+    """Where files go that belong to no logger."""
+    return Path(trainer.default_root_dir) / "lightning_xattn"
 
 
 def attention_axes(trainer: Trainer, module: LightningModule) -> dict[str, TokenAxis]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback, AttentionRecorder
 from lightning_xattn import callback as callback_module
-from lightning_xattn import curves as curves_module
+from lightning_xattn import epoch_log as epoch_log_module
 from lightning_xattn.aggregation import LayerAccumulator
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import READERS, Event
@@ -23,6 +23,7 @@ from lightning_xattn.columns import STATISTICS, Column, Statistic, sample_statis
 from lightning_xattn.curves import epoch_curves
 from lightning_xattn.evaluation import Evaluation
 from lightning_xattn.report.facts import collect_layer
+from lightning_xattn.sinks import SINKS, Sink
 from lightning_xattn.summary import LayerSummary
 from tests.toy import ToyModule, quiet_trainer, toy_loader, validate
 
@@ -45,7 +46,7 @@ def test_the_way_of_a_batch(monkeypatch):
         (inspect.getmodule(Evaluation), "sample_statistics"),
         (LayerAccumulator, "update"),
         (LayerSummary, "__init__"),
-        (curves_module, "epoch_curves"),
+        (epoch_log_module, "epoch_curves"),
     ]
     seen = []
 
@@ -74,7 +75,7 @@ def test_a_statistic_is_one_entry(monkeypatch, tmp_path):
     entry = Statistic(second_weight, levels, (0.0, 0.5), "0: one key", "the second weight", curve)
     monkeypatch.setitem(STATISTICS, "second", entry)
     module = ToyModule()
-    watch = AttentionExplainabilityCallback(table=tmp_path)
+    watch = AttentionExplainabilityCallback(table=tmp_path, curves="all")
     metrics = validate(module, watch, toy_loader(5))
     audio, text, _ = next(iter(toy_loader(5)))
     with torch.no_grad(), AttentionRecorder(module) as recorder:
@@ -148,12 +149,22 @@ class Pictures(Logger):
     def log_metrics(self, metrics, step=None):
         pass
 
-    def log_image(self, key, images, step):
-        self.pictures[key] = (images, step)
+
+class PicturesSink(Sink):
+    def log_images(self, images, step):
+        self.logger.pictures |= {name: (picture, step) for name, picture in images.items()}
+
+    def log_text(self, name, text, step):
+        pass
+
+    def log_page(self, name, html, step):
+        pass
 
 
-def test_a_figure_is_one_tag_and_a_logger_that_takes_images_has_it(monkeypatch):
-    of_epoch = curves_module.epoch_figures
+def test_a_figure_is_one_tag_and_a_sink_is_one_class(monkeypatch):
+    monkeypatch.setitem(SINKS, "Pictures", PicturesSink)
+
+    of_epoch = epoch_log_module.epoch_figures
 
     def more(summary, scope, class_names, **settings):
         yield from of_epoch(summary, scope, class_names, **settings)
@@ -161,12 +172,12 @@ def test_a_figure_is_one_tag_and_a_logger_that_takes_images_has_it(monkeypatch):
         figure.text(0.5, 0.5, f"{summary.mean(Column('alignment')):.3f}")
         yield f"xattn_alignment/{scope}/as_text", figure
 
-    monkeypatch.setattr(curves_module, "epoch_figures", more)
+    monkeypatch.setattr(epoch_log_module, "epoch_figures", more)
     logger = Pictures()
     quiet_trainer(logger=logger, callbacks=[AttentionExplainabilityCallback()]).validate(
         ToyModule(), toy_loader(), verbose=False
     )
-    (image,), step = logger.pictures["xattn_alignment/val/as_text"]
+    image, step = logger.pictures["xattn_alignment/val/as_text"]
     assert image.shape == (100, 200, 3)
     assert (image < 128).any()
     assert step == 0

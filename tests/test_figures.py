@@ -29,7 +29,8 @@ def figures(one):
 
 def test_each_figure_has_its_tag_and_says_where_it_is_from(figures):
     directions = ["map/eeg_to_spec", "map/spec_to_eeg"]
-    assert list(figures) == [*directions, "entropy/by_head", "alignment/by_outcome"]
+    maps = [tag for direction in directions for tag in (direction, f"{direction}_by_outcome")]
+    assert list(figures) == [*maps, "entropy/by_head", "alignment/by_outcome"]
     assert all("epoch 4" in texts(figure) for figure in figures.values())
 
 

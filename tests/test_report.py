@@ -453,9 +453,9 @@ def test_a_file_is_complete_or_absent(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"output_path": "report.pdf"}, r"one of .txt, .md, .json; got 'report.pdf'"),
-        ({"output_path": "report"}, "one of .txt, .md, .json; got 'report'"),
-        ({"format": "html"}, "format must be one of text, markdown, json, or None; got 'html'"),
+        ({"output_path": "report.pdf"}, r"one of .txt, .md, .json, .html; got 'report.pdf'"),
+        ({"output_path": "report"}, "one of .txt, .md, .json, .html; got 'report'"),
+        ({"format": "pdf"}, "format must be one of text, markdown, json, html, or None; got 'pdf'"),
     ],
 )
 def test_other_formats_are_refused(settings, message):

@@ -41,23 +41,24 @@ ROOMS = {
         *("fusion", "group_keys", "labels", "messages", "recording", "results", "summary"),
     },
     "visualizations": {"attention", "errors", "files", "functional", "messages"},
+    "sinks": {"files", "messages", "visualizations"},
     "figures": {
-        *("aggregation", "attention", "columns", "functional", "fusion", "messages", "results", "summary"),
+        *("aggregation", "attention", "columns", "functional", "fusion", "messages", "results", "sinks", "summary"),
         "visualizations",
     },
     "report": {
-        *("aggregation", "attention", "columns", "errors", "files", "functional", "fusion", "messages", "results"),
-        *("summary",),
+        *("aggregation", "attention", "columns", "errors", "figures", "files", "functional", "fusion", "messages"),
+        *("results", "summary", "table", "visualizations"),
     },
-    "sinks": {"files", "messages", "visualizations"},
+    "curves": {"aggregation", "columns", "fusion", "summary"},
     "trainer": {"attention", "errors"},
-    "curves": {
-        *("aggregation", "checks", "classes", "columns", "evaluation", "figures", "fusion", "messages", "sinks"),
-        *("summary", "trainer"),
+    "epoch_log": {
+        *("checks", "classes", "curves", "evaluation", "figures", "messages", "report", "results", "sinks", "summary"),
+        "trainer",
     },
     "callback": {
-        *("capture", "checks", "curves", "distributed", "evaluation", "fusion", "labels", "messages", "recording"),
-        *("summary", "table", "trainer"),
+        *("capture", "checks", "distributed", "epoch_log", "errors", "evaluation", "fusion", "labels", "messages"),
+        *("recording", "results", "summary", "table", "trainer"),
     },
     "explainer": {
         *("aggregation", "attention", "capture", "checks", "classes", "columns", "errors", "evaluation", "figures"),
@@ -78,7 +79,7 @@ ROOMS = {
 }
 """What each room may import besides itself; "" is the package's public API."""
 
-ONLY_IN = {"torch_geometric": {"hms"}, "pyarrow": {"hms", "table"}, "matplotlib": {"visualizations"}}
+ONLY_IN = {"torch_geometric": {"hms"}, "pyarrow": {"hms", "sinks", "table"}, "matplotlib": {"visualizations"}}
 
 
 def room_of(path):

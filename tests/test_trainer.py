@@ -68,7 +68,7 @@ def test_history_survives_saving_resuming_and_a_second_fit(tmp_path):
 
 def test_two_callbacks_log_under_names_of_their_own_and_save_both_histories(tmp_path):
     by_target, by_prediction = (
-        AttentionExplainabilityCallback(group_by=group, class_names=["a", "b", "c", "d"])
+        AttentionExplainabilityCallback(group_by=group, class_names=["a", "b", "c", "d"], curves="all")
         for group in ("target", "prediction")
     )
     trainer = fit([by_target, by_prediction])

@@ -2,6 +2,7 @@
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.data import DataLoader, TensorDataset
@@ -88,7 +89,7 @@ def quiet_trainer(**settings):
     """A Trainer that writes nothing unless asked to."""
     defaults = {
         "accelerator": "cpu",
-        "logger": False,
+        "logger": DummyLogger(),
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,

@@ -25,7 +25,7 @@ from lightning_xattn.table import LateColumns, SampleTable, add_columns, count_r
 FILE = "_progress.pt"
 """Readers of Parquet folders pass over names that begin with an underscore."""
 
-FORMAT = "6"
+FORMAT = "7"
 """Raised when the file, or what a number in it means, changes."""
 
 ALIKE = 1e-4

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,6 +126,17 @@ class FusionSummary:
             spread = self._spreading(one.samples)
             numbers = {"gain": one.gain, "reference": one.reference, "cost": one.cost}
             self.numbers |= {f"{name}/{direction}": spread(of) for name, of in numbers.items()}
+
+    def with_classes(self, kept: Sequence[int]) -> FusionSummary:
+        """The same by these classes alone, in this order, and a last one that is all others."""
+        of_class = torch.full((self.n_classes + 1,), len(kept))
+        of_class[list(kept)] = torch.arange(len(kept))
+        of_class[-1] = -1  # samples without a class
+        same = copy(self)
+        known = (self.classes >= 0) & (self.classes < self.n_classes)
+        same.classes = of_class[torch.where(known, self.classes, -1)]
+        same.n_classes = len(kept) + 1
+        return same
 
     @property
     def samples(self) -> int:

@@ -1,32 +1,42 @@
-"""The report: what was found, as text, Markdown or JSON, into a file or just returned."""
+"""The report: what was found, as text, Markdown, JSON or a page, into a file or just returned."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning_xattn.errors import SettingError
 from lightning_xattn.files import complete_or_absent
 from lightning_xattn.fusion.summary import FusionSummary
-from lightning_xattn.report.facts import collect_facts, collect_layer
+from lightning_xattn.messages import name_modality
+from lightning_xattn.report.facts import BatchFacts, DatasetFacts, collect_facts, collect_layer
+from lightning_xattn.report.listing import entries_of_batch, entries_of_dataset
 from lightning_xattn.report.modalities import collect_fusion, describe_fusion
+from lightning_xattn.report.page import Picture, as_page
 from lightning_xattn.report.rendering import as_markdown, as_text, blocks_as_text
-from lightning_xattn.report.wording import batch_document, dataset_document, describe_layer
-from lightning_xattn.results import Results
+from lightning_xattn.report.short import in_short, in_short_of_batch
+from lightning_xattn.report.wording import PER_SAMPLE, batch_document, dataset_document, describe_layer
+from lightning_xattn.results import DatasetResult, ExplainedBatch, Results
 from lightning_xattn.summary import LayerSummary
 
-FORMATS = {".txt": "text", ".md": "markdown", ".json": "json"}
+FORMATS = {".txt": "text", ".md": "markdown", ".json": "json", ".html": "html"}
 """The format of a file by its suffix."""
+
+NO_SAMPLES = (
+    "Single samples are not known here. With a table they are listed: explain_loader(loader, table='folder'), or "
+    "lightning-xattn explain."
+)
 
 
 def create_explainability_report(
     results: Results,
     output_path: str | Path | None = None,
     format: str | None = None,  # noqa: A002  # the public name; this function formats no string
+    pictures: Mapping[str, Sequence[Path]] | None = None,
 ) -> str:
     """Report what a batch or a data set shows.
 
@@ -41,9 +51,13 @@ def create_explainability_report(
     output_path
         Where to write the report too, in UTF-8: the file is complete or absent, and its folder is made.
     format
-        "text", "markdown" or "json". None: as the suffix of ``output_path`` says (.txt, .md, .json); text without one.
+        "text", "markdown", "json" or "html". None: as the suffix of ``output_path`` says (.txt, .md, .json, .html);
+        text without one. HTML is one page that needs nothing beside it: what is to be known first, figures, numbers,
+        and the samples (of a data set those of its table) to be filtered and sorted.
         JSON has the keys of ``BatchFacts`` or ``DatasetFacts`` (``lightning_xattn.report.facts``), which one is said
         under ``kind``; undefined numbers are null.
+    pictures
+        By a sample's id, or its place where it has none, files with pictures of it, which a page shows.
 
     Returns
     -------
@@ -60,6 +74,8 @@ def create_explainability_report(
     facts = collect_facts(results)
     if chosen == "json":
         report = json.dumps(_as_json(facts), allow_nan=False, ensure_ascii=False, indent=2) + "\n"
+    elif chosen == "html":
+        report = _page(results, facts, pictures or {})
     else:
         document = batch_document(facts) if facts["kind"] == "batch" else dataset_document(facts)
         report = as_text(document) if chosen == "text" else as_markdown(document)
@@ -87,6 +103,27 @@ def summary_text(summary: LayerSummary, class_names: Sequence[str], group_by: st
 def fusion_text(summary: FusionSummary, class_names: Sequence[str], group_by: str) -> str:
     """The part of a data set's report on its modalities as text, as after an epoch; parameters as `summary_text`."""
     return blocks_as_text(list(describe_fusion(collect_fusion(summary, class_names), group_by)))
+
+
+def _page(results: Results, facts: BatchFacts | DatasetFacts, pictures: Mapping[str, Sequence[Path]]) -> str:
+    # Imported here as they take matplotlib.
+    from lightning_xattn.figures import dataset_figures
+    from lightning_xattn.visualizations import svg_picture
+
+    if facts["kind"] == "batch":
+        whole = batch_document(facts)
+        # The samples stand in a list of their own.
+        document = replace(whole, sections=[one for one in whole.sections if one.title != PER_SAMPLE])
+        samples = list(entries_of_batch(cast(ExplainedBatch, results), facts, pictures))
+        return as_page(document, list(in_short_of_batch(facts)), [], samples, "No samples.")
+    assert isinstance(results, DatasetResult)
+    figures = [
+        Picture(" ".join(figure.get_suptitle().split()), svg_picture(figure), "svg+xml", is_captioned=False)
+        for _, figure in dataset_figures(results)
+    ]
+    samples = list(entries_of_dataset(results, pictures))
+    first = "" if results.fusion is None else name_modality(results.fusion.modalities[0])
+    return as_page(dataset_document(facts), list(in_short(facts)), figures, samples, NO_SAMPLES, first)
 
 
 def _choose_format(path: Path | None, given: str | None) -> str:

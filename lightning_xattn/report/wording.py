@@ -19,6 +19,8 @@ from lightning_xattn.results import AttentionStatistics, PlacedPair
 # Of the samples of a true class the accuracy is the recall, and of those predicted as a class the precision.
 _GROUPS = {"target": ("true class", "accuracy (recall)"), "prediction": ("predicted class", "accuracy (precision)")}
 
+PER_SAMPLE = "Per-sample analysis"
+
 TOP_PAIRS = 3
 """So many pairs of each direction are put into words; JSON has all."""
 
@@ -47,12 +49,12 @@ _OF_DATASET = (
 
 def batch_document(facts: BatchFacts) -> Document:
     """A batch, in the structure of the guide's report."""
-    samples = [_describe_sample(sample) for sample in facts["per_sample_explanations"]]
+    samples = [describe_sample(sample) for sample in facts["per_sample_explanations"]]
     return Document(
         "Cross-modal attention report",
         [
             Section("Batch-level statistics", list(_describe_batch_level(facts))),
-            Section("Per-sample analysis", samples or [Paragraph("No samples.")]),
+            Section(PER_SAMPLE, samples or [Paragraph("No samples.")]),
             Section("How to read this", [Paragraph(_HOW_TO_READ), Paragraph(_OF_BATCH)]),
         ],
     )
@@ -98,7 +100,8 @@ def _list_statistics(statistics: AttentionStatistics, undefined: str | None) -> 
     return f"{values} ({undefined})" if undefined else values
 
 
-def _describe_sample(sample: SampleFacts) -> Items:
+def describe_sample(sample: SampleFacts) -> Items:
+    """All that is said of a sample."""
     undefined = sample["undefined"]
     items: list[tuple[str, str, Sequence[str]]] = [
         ("Predicted", _describe_prediction(sample), ()),

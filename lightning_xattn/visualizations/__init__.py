@@ -21,7 +21,8 @@ from lightning_xattn.visualizations.modalities import (
     plot_conflicting_samples,
     plot_contribution_shares,
 )
-from lightning_xattn.visualizations.output import render
+from lightning_xattn.visualizations.output import map_picture, render, svg_picture
+from lightning_xattn.visualizations.overview import Curve, Panel, plot_epochs
 from lightning_xattn.visualizations.recordings import Spectrograms, Traces
 from lightning_xattn.visualizations.sample import (
     plot_attention_heatmap,
@@ -31,11 +32,14 @@ from lightning_xattn.visualizations.sample import (
 from lightning_xattn.visualizations.signals import plot_attention_over_signals
 
 __all__ = [
+    "Curve",
     "Mean",
     "OutcomeSummary",
+    "Panel",
     "SampleRow",
     "Spectrograms",
     "Traces",
+    "map_picture",
     "plot_attention_heatmap",
     "plot_attention_over_signals",
     "plot_class_attention",
@@ -44,10 +48,12 @@ __all__ = [
     "plot_conflicting_samples",
     "plot_contribution_shares",
     "plot_cross_modal_attention",
+    "plot_epochs",
     "plot_head_alignment_matrix",
     "plot_head_contributions",
     "plot_head_entropy",
     "plot_modality_alignment",
     "plot_outcome_alignment",
     "render",
+    "svg_picture",
 ]

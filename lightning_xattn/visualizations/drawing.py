@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
@@ -20,11 +19,12 @@ from numpy.typing import ArrayLike, NDArray
 from lightning_xattn.attention import Direction, TokenAxis
 from lightning_xattn.errors import SettingError, ShapeError
 from lightning_xattn.messages import decimal
-from lightning_xattn.visualizations.output import WindowFigure
+from lightning_xattn.visualizations.output import COLOURS, WindowFigure
 
 WIDTH, _DPI = 9.0, 100  # inches, and dots in each
 _LINE, _LETTER = 0.17, 0.085  # inches that a line, and a letter, of 10 points take
-COLOURS = colormaps["viridis"]
+HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+"""Colours of Okabe and Ito, of as many modalities as can be told."""
 UNDEFINED: dict[str, Any] = {"facecolor": "0.93", "edgecolor": "0.7", "hatch": "///", "linewidth": 0}
 
 

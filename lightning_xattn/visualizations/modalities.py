@@ -15,13 +15,20 @@ from lightning_xattn.errors import SettingError
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.messages import decimal, name_modality
 from lightning_xattn.visualizations.comparison import OUTCOMES, Mean, require_groups, say_count
-from lightning_xattn.visualizations.drawing import WIDTH, as_array, name_rows, new_figure, set_title, wrap
+from lightning_xattn.visualizations.drawing import (
+    HUES,
+    WIDTH,
+    as_array,
+    name_rows,
+    new_figure,
+    set_title,
+    wrap,
+)
 from lightning_xattn.visualizations.epoch import LOOKS, interval_by, per_group
 from lightning_xattn.visualizations.output import save
 
-_BARS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 _HATCHES = ("", "///", "...", "xxx")
-"""Colours of Okabe and Ito, and hatches beside them, of as many modalities as can be told."""
+"""Beside the colours of the modalities."""
 
 
 def plot_conflict(
@@ -103,8 +110,8 @@ def plot_contribution_shares(
     SettingError
         If there is no modality or more than four, or ``group_by`` or the suffix of ``save_path`` is not one.
     """
-    if not 0 < len(shares) <= len(_BARS):
-        raise SettingError(f"Shares of 1 to {len(_BARS)} modalities can be drawn; got {len(shares)}.")
+    if not 0 < len(shares) <= len(HUES):
+        raise SettingError(f"Shares of 1 to {len(HUES)} modalities can be drawn; got {len(shares)}.")
     require_groups(shares, class_names)
     names = [*class_names, *OUTCOMES]
     fig = new_figure(WIDTH, 1.8 + 0.5 * len(names))
@@ -115,7 +122,13 @@ def plot_contribution_shares(
         means = np.array([group.mean for group in groups])
         errors = np.abs([[one.low - one.mean for one in groups], [one.high - one.mean for one in groups]])
         ax.barh(
-            rows, means, thick * 0.92, color=_BARS[i], hatch=_HATCHES[i], edgecolor="white", label=name_modality(name)
+            rows,
+            means,
+            thick * 0.92,
+            color=HUES[i],
+            hatch=_HATCHES[i],
+            edgecolor="white",
+            label=name_modality(name),
         )
         ax.errorbar(means, rows, xerr=errors, fmt="none", color="black", capsize=3, linewidth=1.2)
         for row, group, mean in zip(rows, groups, means, strict=True):
@@ -178,7 +191,7 @@ def plot_conflicting_samples(
     fig = new_figure(WIDTH, 1.7 + 0.62 * len(samples))
     left, right = fig.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for i, modality in enumerate(modalities):
-        look = {"color": _BARS[i], "hatch": _HATCHES[i], "edgecolor": "white"}
+        look = {"color": HUES[i], "hatch": _HATCHES[i], "edgecolor": "white"}
         rows = np.arange(len(samples)) - 0.4 + (i + 0.5) * thick
         probabilities = [one.says[modality][1] for one in samples]
         left.barh(rows, probabilities, thick * 0.92, label=name_modality(modality), **look)

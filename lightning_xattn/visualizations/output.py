@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import os
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backend_bases import NonGuiException
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 
 from lightning_xattn.errors import SettingError
 from lightning_xattn.files import complete_or_absent
+
+COLOURS = colormaps["viridis"]
 
 
 class WindowFigure(Figure):
@@ -56,13 +63,41 @@ def save(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     kind, kinds = path.suffix[1:].lower(), sorted(figure.canvas.get_supported_filetypes())
     if kind not in kinds:
         raise SettingError(f"save_path must end in one of {', '.join(f'.{k}' for k in kinds)}; got '{path}'.")
-    with complete_or_absent(path) as part:
+    with complete_or_absent(path) as part, _with_boxes():
         figure.savefig(part, format=kind)
     return figure
+
+
+@contextmanager
+def _with_boxes() -> Iterator[None]:
+    """Without matplotlib's warning for each letter of a name that its font lacks: it draws a box."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+def svg_picture(figure: Figure) -> bytes:
+    """Draw a figure as SVG."""
+    content = io.BytesIO()
+    with _with_boxes():
+        figure.savefig(content, format="svg")
+    return content.getvalue()
+
+
+def map_picture(values: NDArray[np.float32]) -> bytes:
+    """A map ``(rows, columns)`` as PNG, a pixel a cell, the largest value yellow; undefined is transparent."""
+    known = np.isfinite(values)
+    low, high = (values[known].min(), values[known].max()) if known.any() else (0.0, 1.0)
+    pixels = COLOURS((np.where(known, values, low) - low) / max(high - low, 1e-12), bytes=True)
+    pixels[..., 3] = np.where(known, 255, 0)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format="png", optimize=True)
+    return content.getvalue()
 
 
 def render(figure: Figure) -> NDArray[np.uint8]:
     """Draw a figure and return its picture, ``(height, width, 3)``, red, green and blue in [0, 255]."""
     canvas: Any = FigureCanvasAgg(figure)  # matplotlib leaves its methods untyped
-    canvas.draw()
+    with _with_boxes():
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]

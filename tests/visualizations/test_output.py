@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 from lightning_xattn import visualizations
 from lightning_xattn.errors import SettingError
 from lightning_xattn.visualizations import (
+    Curve,
     Mean,
+    Panel,
     SampleRow,
     plot_attention_heatmap,
     plot_attention_over_signals,
@@ -25,6 +27,7 @@ from lightning_xattn.visualizations import (
     plot_conflicting_samples,
     plot_contribution_shares,
     plot_cross_modal_attention,
+    plot_epochs,
     plot_head_alignment_matrix,
     plot_head_contributions,
     plot_head_entropy,
@@ -60,6 +63,7 @@ PLOTS = {
     "conflicting_samples": lambda **save: plot_conflicting_samples([ROW], **save),
     "contribution_shares": lambda **save: plot_contribution_shares({"x": (GROUPS, GROUPS)}, ["a", "b"], **save),
     "cross_modal_attention": lambda **save: plot_cross_modal_attention(PAIR, **save),
+    "epochs": lambda **save: plot_epochs([Panel("a", [Curve("correct", [0, 1], [0.1, 0.2])], (0, 1))], **save),
     "head_alignment_matrix": lambda **save: plot_head_alignment_matrix(PAIR, **save),
     "head_contributions": lambda **save: plot_head_contributions(PAIR, **save),
     "head_entropy": lambda **save: plot_head_entropy({"x_to_y": [[0.5, 0.7]]}, [4], ["a"], **save),

@@ -1,0 +1,211 @@
+"""The end of an epoch in a Trainer: curves, history, and what the loggers get beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytorch_lightning import LightningModule, Trainer
+
+from lightning_xattn.checks import Checks
+from lightning_xattn.classes import name_in_curves
+from lightning_xattn.curves import (
+    charts,
+    epoch_curves,
+    epoch_record,
+    fusion_curves,
+    fusion_record,
+    main_curves,
+    mean_curves,
+)
+from lightning_xattn.evaluation import Evaluation
+from lightning_xattn.figures import distributions, epoch_figures, fusion_figures, overview_figure
+from lightning_xattn.messages import tell, warn
+from lightning_xattn.report import create_explainability_report
+from lightning_xattn.results import DatasetResult
+from lightning_xattn.sinks import Sinks
+from lightning_xattn.summary import LayerSummary
+from lightning_xattn.trainer import logged_step, moment, root_folder, stage_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN_CLASSES = 10
+"""Of more classes the largest so many have curves and figures, and the others together."""
+
+SHOWN_LAYERS = 4
+"""Of more layers so many have curves and figures, from the first to the last, and the mean over all."""
+
+
+@dataclass(frozen=True)
+class EpochLog:
+    """Logs the epochs of a Trainer.
+
+    Parameters
+    ----------
+    trainer, module
+        Where to log.
+    scope
+        What a dataloader and a layer ("": all layers) are called in curves.
+    checks
+        Say each thing once.
+    group_by
+        Whether the classes are those of the "target" or of the "prediction".
+    all_curves
+        Whether all curves are logged, and not those alone that are acted on.
+    draws
+        Whether there are figures, texts and distributions.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    scope: Callable[[int, str], str]
+    checks: Checks
+    group_by: str
+    all_curves: bool
+    draws: bool
+
+    def log(
+        self,
+        ended: Mapping[int, DatasetResult],
+        evaluations: Mapping[int, Evaluation],
+        history: Sequence[Mapping[str, Any]],
+        tables: Sequence[Path],
+    ) -> tuple[list[dict[str, Any]], dict[str, LayerSummary]]:
+        """Log what has ended, by dataloader.
+
+        The record of a dataloader's first layer has what is said of the modalities, too. A model without
+        cross-attention has one record alone.
+
+        Parameters
+        ----------
+        ended, evaluations
+            By dataloader.
+        history
+            The records of the epochs before.
+        tables
+            The files of the sample table of this evaluation.
+
+        Returns
+        -------
+        records, summaries
+            A record of each layer that is shown, for the history; the summary of every layer, by its scope.
+        """
+        several = len({layer for one in ended.values() for layer in one.summaries}) > 1
+        records: list[dict[str, Any]] = []
+        summaries: dict[str, LayerSummary] = {}
+        sinks = self._sinks()
+        for number, whole in ended.items():
+            for layer, summary in whole.summaries.items():
+                summaries[self.scope(number, _name(layer) if several else "")] = summary
+                if self.trainer.is_global_zero:
+                    warn(self.checks.of_epoch(layer, summary))
+            shown = _few_classes(whole, evaluations[number])
+            new = self._log_curves(number, shown, several, evaluations[number].repeats)
+            records += new
+            if sinks is not None and new:
+                past = [one for one in history if one["dataloader"] == number and one["layer"] == new[0]["layer"]]
+                self._log_rest(sinks, number, whole, shown, several, [*past, new[0]])
+        if sinks is not None:
+            name = f"xattn/{self.scope(0, '')}/samples"
+            step = logged_step(self.trainer)
+            for path in tables:
+                sinks.log("tables", partial(Path, path), lambda sink, made: sink.log_table(name, made, step))
+        return records, summaries
+
+    def _sinks(self) -> Sinks | None:
+        if not (self.trainer.is_global_zero and self.draws):
+            return None
+        sinks = Sinks(self.trainer.loggers, root_folder(self.trainer))
+        tell(self.checks.of_folders(sinks.folders))
+        return sinks if sinks else None
+
+    def _log_curves(self, number: int, result: DatasetResult, several: bool, repeats: int) -> list[dict[str, Any]]:
+        """Log the curves of a dataloader; the records of its layers."""
+        scope, classes = self.scope(number, ""), name_in_curves(result.class_names, self.group_by)
+        about = moment(self.trainer) | {"dataloader": number}
+        of_fusion: dict[str, Any] = {}
+        if result.fusion is not None:
+            curves = fusion_curves(result.fusion, scope, classes, has_attention=bool(result.summaries))
+            self._log(curves, scope)
+            tell(self.checks.of_fusion(result.fusion))
+            of_fusion = fusion_record(result.fusion, scope, curves)
+        if not result.summaries:
+            return [about | {"layer": None} | of_fusion] if of_fusion else []
+        records, of_layers, scopes = [], [], []
+        shown = _few(list(result.summaries))
+        for layer, summary in result.summaries.items():
+            scopes.append(self.scope(number, _name(layer) if several else ""))
+            of_layers.append(epoch_curves(summary, scopes[-1], classes))
+            if layer in shown:
+                self._log(of_layers[-1], scopes[-1])
+                record = epoch_record(summary, scopes[-1], of_layers[-1])
+                records.append(about | {"layer": layer, "repeats": repeats} | record | of_fusion)
+                of_fusion = {}
+        if several:
+            self._log(mean_curves(of_layers, scopes, scope), scope)
+        return records
+
+    def _log(self, curves: Mapping[str, float], scope: str) -> None:
+        curves = curves if self.all_curves else main_curves(curves, scope)
+        self.module.log_dict(dict(curves), on_step=False, on_epoch=True, batch_size=1)
+
+    def _log_rest(
+        self,
+        sinks: Sinks,
+        number: int,
+        whole: DatasetResult,
+        shown: DatasetResult,
+        several: bool,
+        past: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """What the loggers get beside the curves: figures, a text, distributions; after a test a page."""
+        step, scope = logged_step(self.trainer), self.scope(number, "")
+        title, report = f"{scope}, epoch {self.trainer.current_epoch}", f"xattn/{scope}/report"
+        sinks.log("charts", charts, lambda sink, made: sink.arrange(made))
+        sinks.log_figures(self._figures(number, shown, several, past, title), step, scope)
+        text = partial(create_explainability_report, whole, format="markdown")
+        sinks.log("reports", text, lambda sink, made: sink.log_text(report, made, step))
+        histograms = partial(distributions, whole, scope)
+        sinks.log("distributions", lambda: dict(histograms()), lambda sink, made: sink.log_histograms(made, step))
+        if stage_of(self.trainer) == "test":
+            page = partial(create_explainability_report, whole, format="html")
+            sinks.log("pages", page, lambda sink, made: sink.log_page(report, made, step))
+
+    def _figures(
+        self, number: int, result: DatasetResult, several: bool, past: Sequence[Mapping[str, Any]], title: str
+    ) -> Iterator[tuple[str, Figure]]:
+        scope, names = self.scope(number, ""), result.class_names
+        yield f"xattn/{scope}/overview", overview_figure(past, title)
+        if result.fusion is not None:
+            yield from fusion_figures(result.fusion, scope, names, group_by=self.group_by, context=title)
+        for layer in _few(list(result.summaries)):
+            of_layer = self.scope(number, _name(layer) if several else "")
+            context = f"{title}, layer {_name(layer)}" if several else title
+            yield from epoch_figures(
+                result.summaries[layer], of_layer, names, group_by=self.group_by, axes=result.axes, context=context
+            )
+
+
+def _name(layer: str) -> str:
+    """What a layer is called beside others; that of the module's own forward has no path."""
+    return layer or "root"
+
+
+def _few(layers: Sequence[str]) -> list[str]:
+    """At most ``SHOWN_LAYERS`` of them, evenly from the first to the last."""
+    if len(layers) <= SHOWN_LAYERS:
+        return list(layers)
+    return [layers[round(i * (len(layers) - 1) / (SHOWN_LAYERS - 1))] for i in range(SHOWN_LAYERS)]
+
+
+def _few_classes(result: DatasetResult, evaluation: Evaluation) -> DatasetResult:
+    """The same with the largest ``SHOWN_CLASSES`` classes, the same in every epoch, and the others as one."""
+    if len(result.class_names) <= SHOWN_CLASSES + 1:
+        return result
+    if evaluation.shown_classes is None:
+        evaluation.shown_classes = result.largest_classes(SHOWN_CLASSES)
+    return result.with_classes(evaluation.shown_classes)
