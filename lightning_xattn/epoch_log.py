@@ -100,7 +100,7 @@ class EpochLog:
         sinks = self._sinks()
         for number, whole in ended.items():
             for layer, summary in whole.summaries.items():
-                summaries[self.scope(number, _name(layer) if several else "")] = summary
+                summaries[self.scope(number, layer if several else "")] = summary
                 if self.trainer.is_global_zero:
                     warn(self.checks.of_epoch(layer, summary))
             shown = _few_classes(whole, evaluations[number])
@@ -110,7 +110,7 @@ class EpochLog:
                 past = [one for one in history if one["dataloader"] == number and one["layer"] == new[0]["layer"]]
                 self._log_rest(sinks, number, whole, shown, several, [*past, new[0]])
         if sinks is not None:
-            name = f"xattn/{self.scope(0, '')}/samples"
+            name = f"xattn_about/{self.scope(0, '')}/samples"
             step = logged_step(self.trainer)
             for path in tables:
                 sinks.log("tables", partial(Path, path), lambda sink, made: sink.log_table(name, made, step))
@@ -138,7 +138,7 @@ class EpochLog:
         records, of_layers, scopes = [], [], []
         shown = _few(list(result.summaries))
         for layer, summary in result.summaries.items():
-            scopes.append(self.scope(number, _name(layer) if several else ""))
+            scopes.append(self.scope(number, layer if several else ""))
             of_layers.append(epoch_curves(summary, scopes[-1], classes))
             if layer in shown:
                 self._log(of_layers[-1], scopes[-1])
@@ -164,7 +164,7 @@ class EpochLog:
     ) -> None:
         """What the loggers get beside the curves: figures, a text, distributions; after a test a page."""
         step, scope = logged_step(self.trainer), self.scope(number, "")
-        title, report = f"{scope}, epoch {self.trainer.current_epoch}", f"xattn/{scope}/report"
+        title, report = f"{scope}, epoch {self.trainer.current_epoch}", f"xattn_about/{scope}/report"
         sinks.log("charts", charts, lambda sink, made: sink.arrange(made))
         sinks.log_figures(self._figures(number, shown, several, past, title), step, scope)
         text = partial(create_explainability_report, whole, format="markdown")
@@ -179,20 +179,15 @@ class EpochLog:
         self, number: int, result: DatasetResult, several: bool, past: Sequence[Mapping[str, Any]], title: str
     ) -> Iterator[tuple[str, Figure]]:
         scope, names = self.scope(number, ""), result.class_names
-        yield f"xattn/{scope}/overview", overview_figure(past, title)
+        yield f"xattn_about/{scope}/overview", overview_figure(past, title)
         if result.fusion is not None:
             yield from fusion_figures(result.fusion, scope, names, group_by=self.group_by, context=title)
         for layer in _few(list(result.summaries)):
-            of_layer = self.scope(number, _name(layer) if several else "")
-            context = f"{title}, layer {_name(layer)}" if several else title
+            of_layer = self.scope(number, layer if several else "")
+            context = f"{title}, layer {layer}" if several else title
             yield from epoch_figures(
                 result.summaries[layer], of_layer, names, group_by=self.group_by, axes=result.axes, context=context
             )
-
-
-def _name(layer: str) -> str:
-    """What a layer is called beside others; that of the module's own forward has no path."""
-    return layer or "root"
 
 
 def _few(layers: Sequence[str]) -> list[str]:

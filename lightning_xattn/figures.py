@@ -138,20 +138,20 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
     scores = [name for name in ("confidence", "conflict", "alignment", "entropy") if f"outcome/{name}_auroc" in last]
     panels = []
     if "alignment/all" in last:
-        null = "different samples", over("alignment/null")
+        null = "null", over("alignment/null")
         panels.append(Panel("alignment", by_outcome("alignment"), (-1, 1), null))
     if any(name.startswith("entropy/") for name in last):
         panels.append(Panel("entropy", by_outcome("entropy"), (0, 1)))
     if "read_samples" in last:
         largest = "largest class", over("largest_class")
         panels.append(Panel("conflict of the readings", by_outcome("conflict"), (0, 1)))
-        panels.append(Panel("what each modality's reading gets right", of_each("reading/"), (0, 1), largest))
+        panels.append(Panel("accuracy of each reading", of_each("reading/"), (0, 1), largest))
         panels.append(Panel("share of the contribution", of_each("contribution/share/"), (-1, 2)))
     told = Panel(
-        "chance that of a correct and an incorrect prediction the correct one has the higher score (AUROC)",
+        "higher in correct (AUROC)",
         [curve(f"outcome/{score}_auroc", score) for score in scores],
         (0, 1),
-        ("tells nothing", [0.5] * len(moments)),
+        ("nothing", [0.5] * len(moments)),
     )
     panels += [told] if scores else []
     return plot_epochs(panels, unit=unit, context=context)

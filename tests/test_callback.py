@@ -214,13 +214,13 @@ def test_a_second_dataloader_and_a_second_layer_add_their_names():
 
     watch = AttentionExplainabilityCallback(curves="all")
     logged = validate(TwoLayers(), watch)
-    heads = {"xattn_entropy/val/second/audio_to_text/head_1", "xattn_entropy/val/root/audio_to_text/head_2"}
+    heads = {"xattn_entropy/val/second/audio_to_text/head_1", "xattn_entropy/val/audio_to_text/audio_to_text/head_2"}
     assert heads <= set(logged)
     # Under the plain name, the mean of both.
-    layers = [logged[f"xattn_alignment/val/{layer}/all"] for layer in ("root", "second")]
+    layers = [logged[f"xattn_alignment/val/{layer}/all"] for layer in ("audio_to_text", "second")]
     assert logged["xattn_alignment/val/all"] == pytest.approx(sum(layers) / 2, abs=1e-6)
-    assert set(watch.summaries) == {"val/root", "val/second"}
-    assert [record["layer"] for record in watch.history] == ["", "second"]
+    assert set(watch.summaries) == {"val/audio_to_text", "val/second"}
+    assert [record["layer"] for record in watch.history] == ["audio_to_text", "second"]
 
 
 class Pooled(ToyModule):
@@ -313,12 +313,12 @@ def test_names_of_the_module_that_cannot_be_used_do_not_end_the_run(names, tmp_p
     module.class_names = names
     logger = CSVLogger(tmp_path, name="", version="run")
     if names[0] == "$^$":
-        logged = validate(module, AttentionExplainabilityCallback(), logger=logger)
+        logged = validate(module, AttentionExplainabilityCallback(curves="all"), logger=logger)
         assert "xattn_alignment/val/$^$" in logged
         assert list((tmp_path / "run").rglob("xattn_map/**/*.png"))
     else:
         with pytest.warns(XAttnWarning, match="class_names of ToyModule are not used"):
-            logged = validate(module, AttentionExplainabilityCallback(), logger=logger)
+            logged = validate(module, AttentionExplainabilityCallback(curves="all"), logger=logger)
         assert "xattn_alignment/val/class_0" in logged
 
 
@@ -420,7 +420,7 @@ def test_both_namespaces_of_lightning(namespace, tmp_path):
     trainer.test(module, toy_loader(seed=2), verbose=False)
     assert "xattn_alignment/test/all" in trainer.callback_metrics
     assert [(entry["stage"], entry["samples"]) for entry in watch.history] == [("val", 23), ("val", 23), ("test", 23)]
-    assert len(list((tmp_path / "run").rglob("xattn_map/**/*.png"))) == 6
+    assert len(list((tmp_path / "run").rglob("xattn_map/**/*.png"))) == 12
     assert count_hooks(module) == 0
 
 

@@ -16,7 +16,9 @@ LINTERS = {"ruff", "mypy"}
 def requirements():
     """Every requirement of the package and of its extras, but for the extras themselves."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for group in (project["dependencies"], *project["optional-dependencies"].values()):
+    extras = project["optional-dependencies"]
+    # Loggers' clients and other programs are run in their newest versions alone, and have no lower bounds.
+    for group in (project["dependencies"], *(extras[name] for name in extras if name != "clients")):
         for line in group:
             requirement = Requirement(line)
             if requirement.name not in {project["name"], *LINTERS}:

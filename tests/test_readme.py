@@ -51,7 +51,8 @@ def test_explain(tmp_path, monkeypatch):
     assert "| all" in (tmp_path / "explained/report.md").read_text()
     assert {path.name for path in (tmp_path / "explained").glob("*.png")} == {
         *("map_audio_to_text.png", "map_text_to_audio.png", "entropy_by_head.png", "alignment_by_outcome.png"),
-        *("class_comparison.png", "contribution_share.png"),
+        *("map_audio_to_text_by_outcome.png", "map_text_to_audio_by_outcome.png"),
+        *("class_comparison.png", "contribution_shares.png"),
     }
 
 

@@ -23,7 +23,7 @@ from lightning_xattn.sinks.folder import FolderSink, path_of
 from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_loader, validate
 
-OVERVIEW, MAP, REPORT = "xattn/val/overview", "xattn_map/val/audio_to_text", "xattn/val/report"
+OVERVIEW, MAP, REPORT = "xattn_about/val/overview", "xattn_map/val/audio_to_text", "xattn_about/val/report"
 
 
 def client(name):
@@ -50,14 +50,14 @@ def test_tensorboard(tmp_path):
     for tag in (OVERVIEW, MAP):
         assert [image.step for image in events.Images(tag)] == steps
     # The overview is the first thing in the images tab.
-    assert min(events.Tags()["images"]) == "xattn/test/overview"
+    assert min(events.Tags()["images"]) == "xattn_about/test/overview"
     texts = events.Tensors(f"{REPORT}/text_summary")
     assert [text.step for text in texts] == steps
     assert texts[0].tensor_proto.string_val[0].decode().startswith("# Cross-modal attention report")
     histogram = events.Histograms("xattn_alignment/val/samples/correct")[0].histogram_value
     assert histogram.num + events.Histograms("xattn_alignment/val/samples/incorrect")[0].histogram_value.num == 23
     assert "custom_scalars__config__" in events.Tags()["tensors"]
-    page = (tmp_path / "run/xattn/test/report.html").read_text()
+    page = (tmp_path / "run/xattn_about/test/report.html").read_text()
     assert page.startswith("<!doctype html>")
 
 
@@ -74,8 +74,8 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     with Image.open(folder / "files" / pictures[0][f"{OVERVIEW}/path"]) as picture:
         assert picture.width > 400
     assert [one["trainer/global_step"] for one in records if f"{REPORT}/path" in one] == [4, 9]
-    tables = [record for record in records if "xattn/val/samples/nrows" in record]
-    assert [record["xattn/val/samples/nrows"] for record in tables] == [23, 23]
+    tables = [record for record in records if "xattn_about/val/samples/nrows" in record]
+    assert [record["xattn_about/val/samples/nrows"] for record in tables] == [23, 23]
     assert [one["trainer/global_step"] for one in records if "xattn_alignment/val/all" in one] == [4, 9]
 
 
@@ -107,11 +107,11 @@ def test_mlflow(tmp_path):
     uri, artifacts = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "artifacts"
     logger = MLFlowLogger("e", tracking_uri=uri, artifact_location=artifacts.as_uri())
     run(logger, table=tmp_path / "table")
-    client = mlflow.MlflowClient(uri)
-    steps = [metric.step for metric in client.get_metric_history(logger.run_id, "xattn_alignment/val/all")]
+    store = mlflow.MlflowClient(uri)
+    steps = [metric.step for metric in store.get_metric_history(logger.run_id, "xattn_alignment/val/all")]
 
     def below(path):
-        for one in client.list_artifacts(logger.run_id, path):
+        for one in store.list_artifacts(logger.run_id, path):
             yield from below(one.path) if one.is_dir else [one.path]
 
     found = list(below(None))
@@ -119,7 +119,7 @@ def test_mlflow(tmp_path):
     overviews = [path for path in pictures if "overview" in path and "val" in path]
     assert sorted(int(re.search(r"step\W(\d+)", path)[1]) for path in overviews) == steps == [4, 9]
     assert f"{REPORT}/step_000004.md" in found
-    assert "xattn/test/report/step_000010.html" in found
+    assert "xattn_about/test/report/step_000010.html" in found
     assert len([path for path in found if path.endswith(".parquet")]) == 3
     local = mlflow.artifacts.download_artifacts(run_id=logger.run_id, artifact_path=overviews[0], tracking_uri=uri)
     with Image.open(local) as picture:
@@ -142,7 +142,7 @@ def test_comet(tmp_path):
         about = [one["additional_params"] for one in files]
         names = {(one.get("fileName") or one.get("figName"), one.get("step")) for one in about}
         assert {(OVERVIEW, 4), (OVERVIEW, 9), (MAP, 4), (f"{REPORT}.md", 4)} <= names
-        assert any(name == "xattn/test/report.html" for name, _ in names)
+        assert any(name == "xattn_about/test/report.html" for name, _ in names)
         assert len([name for name, _ in names if name.endswith(".parquet")]) == 3
         picture = next(one for one in files if one["additional_params"].get("figName") == OVERVIEW)
         assert Image.open(io.BytesIO(whole.read(Path(picture["file_path"]).name))).width > 400
@@ -159,8 +159,8 @@ def test_aim(tmp_path):
     found = logger.experiment.collect_sequence_info(("images", "texts"))
     logger.experiment.close()
     # Its logger ends a run with the fit; what came since then can be read.
-    assert {one["name"] for one in found["images"]} >= {"xattn/test/overview", "xattn_map/test/audio_to_text"}
-    assert {one["name"] for one in found["texts"]} >= {"xattn/test/report"}
+    assert {one["name"] for one in found["images"]} >= {"xattn_about/test/overview", "xattn_map/test/audio_to_text"}
+    assert {one["name"] for one in found["texts"]} >= {"xattn_about/test/report"}
 
 
 def test_several_loggers_have_the_same_and_others_get_files(tmp_path, infos):

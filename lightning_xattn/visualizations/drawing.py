@@ -96,9 +96,9 @@ def as_array(name: str, values: ArrayLike, **axes: int | None) -> NDArray[Any]:
     return array
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, dpi: int = _DPI) -> Figure:
     """Return an empty figure of this size in inches, whose parts make room for each other."""
-    return WindowFigure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    return WindowFigure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def draw_mesh(

@@ -282,7 +282,7 @@ def test_curves_and_how_often(infos):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    watch = AttentionExplainabilityCallback(NAMED, sample_ids=sample_ids, faithfulness_every_n_epochs=2)
+    watch = AttentionExplainabilityCallback(NAMED, sample_ids=sample_ids, faithfulness_every_n_epochs=2, curves="all")
     trainer, loader = quiet_trainer(callbacks=[watch], max_epochs=4), loader_of(marked_data(130))
     trainer.fit(Fitted(), loader, loader)
     curve = f"faithfulness/{THERE}"

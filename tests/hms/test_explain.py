@@ -43,7 +43,7 @@ def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(
     (everyone,) = (group for group in layer["groups"] if group["name"] == "all")
     assert everyone["numbers"]["alignment"]["mean"] == pytest.approx(table["alignment"].mean(), abs=1e-6)
     assert (tmp_path / "report.md").read_text().startswith("# ")
-    assert len(list((tmp_path / "figures").glob("*.png"))) == 6
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 8
 
     first = table.sort_values("sample_idx").groupby(["target", "correct"])["sample_id"].first()
     assert {path.name for path in (tmp_path / "samples").iterdir()} == set(first)

@@ -24,7 +24,7 @@ def datamodule(tmp_path_factory):
 
 def validate(fusion, datamodule, **settings):
     torch.manual_seed(0)
-    callback = AttentionExplainabilityCallback()
+    callback = AttentionExplainabilityCallback(curves="all")
     trainer = quiet_trainer(callbacks=[callback], **settings)
     trainer.validate(HMSLightningModule(fusion=fusion), datamodule=datamodule, verbose=False)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}, callback
@@ -65,9 +65,12 @@ def test_figures_have_time_axes_in_seconds(datamodule, tmp_path, monkeypatch):
     validate("temporal", datamodule, logger=logger)
     logger.finalize("success")
     assert EventAccumulator(str(tmp_path / "run")).Reload().Tags()["images"] == [
-        "xattn_contribution/val/share",
+        "xattn_about/val/overview",
+        "xattn_contribution/val/shares",
         "xattn_map/val/eeg_to_spec",
+        "xattn_map/val/eeg_to_spec_by_outcome",
         "xattn_map/val/spec_to_eeg",
+        "xattn_map/val/spec_to_eeg_by_outcome",
         "xattn_entropy/val/by_head",
         "xattn_alignment/val/by_outcome",
     ]
