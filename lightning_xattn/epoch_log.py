@@ -22,7 +22,15 @@ from lightning_xattn.curves import (
     mean_curves,
 )
 from lightning_xattn.evaluation import Evaluation
-from lightning_xattn.figures import distributions, epoch_figures, fusion_figures, overview_figure
+from lightning_xattn.figures import (
+    SHOWN_CLASSES,
+    distributions,
+    epoch_figures,
+    few_classes,
+    few_layers,
+    fusion_figures,
+    overview_figure,
+)
 from lightning_xattn.messages import tell, warn
 from lightning_xattn.report import create_explainability_report
 from lightning_xattn.results import DatasetResult
@@ -32,12 +40,6 @@ from lightning_xattn.trainer import logged_step, moment, root_folder, stage_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-SHOWN_CLASSES = 10
-"""Of more classes the largest so many have curves and figures, and the others together."""
-
-SHOWN_LAYERS = 4
-"""Of more layers so many have curves and figures, from the first to the last, and the mean over all."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,9 @@ class EpochLog:
                 summaries[self.scope(number, layer if several else "")] = summary
                 if self.trainer.is_global_zero:
                     warn(self.checks.of_epoch(layer, summary))
-            shown = _few_classes(whole, evaluations[number])
+            if evaluations[number].shown_classes is None:  # the same ones in every epoch
+                evaluations[number].shown_classes = whole.largest_classes(SHOWN_CLASSES)
+            shown = few_classes(whole, evaluations[number].shown_classes)
             new = self._log_curves(number, shown, several, evaluations[number].repeats)
             records += new
             if sinks is not None and new:
@@ -136,7 +140,7 @@ class EpochLog:
         if not result.summaries:
             return [about | {"layer": None} | of_fusion] if of_fusion else []
         records, of_layers, scopes = [], [], []
-        shown = _few(list(result.summaries))
+        shown = few_layers(list(result.summaries))
         for layer, summary in result.summaries.items():
             scopes.append(self.scope(number, layer if several else ""))
             of_layers.append(epoch_curves(summary, scopes[-1], classes))
@@ -182,25 +186,9 @@ class EpochLog:
         yield f"xattn_about/{scope}/overview", overview_figure(past, title)
         if result.fusion is not None:
             yield from fusion_figures(result.fusion, scope, names, group_by=self.group_by, context=title)
-        for layer in _few(list(result.summaries)):
+        for layer in few_layers(list(result.summaries)):
             of_layer = self.scope(number, layer if several else "")
             context = f"{title}, layer {layer}" if several else title
             yield from epoch_figures(
                 result.summaries[layer], of_layer, names, group_by=self.group_by, axes=result.axes, context=context
             )
-
-
-def _few(layers: Sequence[str]) -> list[str]:
-    """At most ``SHOWN_LAYERS`` of them, evenly from the first to the last."""
-    if len(layers) <= SHOWN_LAYERS:
-        return list(layers)
-    return [layers[round(i * (len(layers) - 1) / (SHOWN_LAYERS - 1))] for i in range(SHOWN_LAYERS)]
-
-
-def _few_classes(result: DatasetResult, evaluation: Evaluation) -> DatasetResult:
-    """The same with the largest ``SHOWN_CLASSES`` classes, the same in every epoch, and the others as one."""
-    if len(result.class_names) <= SHOWN_CLASSES + 1:
-        return result
-    if evaluation.shown_classes is None:
-        evaluation.shown_classes = result.largest_classes(SHOWN_CLASSES)
-    return result.with_classes(evaluation.shown_classes)

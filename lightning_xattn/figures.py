@@ -28,6 +28,27 @@ if TYPE_CHECKING:
     from lightning_xattn.visualizations import Mean, OutcomeSummary
 
 
+SHOWN_CLASSES = 10
+"""Of more classes the largest so many have curves and figures, and the others together."""
+
+SHOWN_LAYERS = 4
+"""Of more layers so many have curves and figures, from the first to the last."""
+
+
+def few_layers(layers: Sequence[str]) -> list[str]:
+    """At most ``SHOWN_LAYERS`` of them, evenly from the first to the last."""
+    if len(layers) <= SHOWN_LAYERS:
+        return list(layers)
+    return [layers[round(i * (len(layers) - 1) / (SHOWN_LAYERS - 1))] for i in range(SHOWN_LAYERS)]
+
+
+def few_classes(result: DatasetResult, kept: Sequence[int] | None = None) -> DatasetResult:
+    """The same with the largest ``SHOWN_CLASSES`` classes, or with these, and the others as one."""
+    if len(result.class_names) <= SHOWN_CLASSES + 1:
+        return result
+    return result.with_classes(result.largest_classes(SHOWN_CLASSES) if kept is None else kept)
+
+
 BARS = 64
 """Of a distribution, as loggers take it."""
 
@@ -253,12 +274,14 @@ def dataset_figures(explained: DatasetResult) -> Iterator[tuple[str, Figure]]:
     """
     from lightning_xattn.visualizations import plot_class_comparison  # matplotlib, only where figures are wanted
 
+    explained = few_classes(explained)
     names, group_by, fusion = explained.class_names, explained.group_by, explained.fusion
     if fusion is not None:
         context = describe_size(fusion.samples, fusion.known_groups, fusion.group_noun)
         for tag, figure in fusion_figures(fusion, "all", names, group_by=group_by, context=context):
             yield tag.removeprefix("xattn_").replace("/all/", "_"), figure
-    for layer, summary in explained.summaries.items():
+    for layer in few_layers(list(explained.summaries)):
+        summary = explained.summaries[layer]
         context = f"layer {layer}, {describe_size(summary.samples, summary.groups(), summary.group_noun)}"
         end = "" if summary is explained.headline else f"_{layer}"
         for tag, figure in epoch_figures(

@@ -12,7 +12,7 @@ from pathlib import Path
 from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture
+from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
 from lightning_xattn.errors import SettingError
 from lightning_xattn.explainer import dataset_figures
 from lightning_xattn.files import complete_or_absent
@@ -116,7 +116,7 @@ def run_demo(
         _write_report(opening, explained, folder)
         fusion = [] if explained.fusion is None else [fusion_text(explained.fusion, CLASSES, explained.group_by)]
         summary = [blocks_as_text(opening), "", *fusion, "", *summary]
-        summary += [f"Report: {folder / 'report.txt'}"]
+        summary += [f"Report: {folder / 'report.txt'}, and to open in a browser: {folder / 'report.html'}"]
         pictures += f", {folder / 'figures'}"
 
     print("", *summary, f"Pictures: {pictures}", f"tensorboard --logdir {logs}", sep="\n")
@@ -134,7 +134,10 @@ def _simulated(out: Path, samples: int, eeg_seconds: int, seed: int, disagreeing
 def _trainer(folder: Path, epochs: int) -> tuple[Trainer, AttentionExplainabilityCallback]:
     watch = AttentionExplainabilityCallback()
     # TensorBoard gets the figures as images; the CSV logger has no place for images, so it gets them as files.
-    loggers = [TensorBoardLogger(folder, name="", version="tensorboard"), CSVLogger(folder, name="", version="csv")]
+    loggers = [
+        TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
+        CSVLogger(folder, name="", version="csv"),
+    ]
     trainer = Trainer(
         max_epochs=epochs, logger=loggers, callbacks=[watch], log_every_n_steps=1, default_root_dir=folder
     )
@@ -172,6 +175,7 @@ def _explain_disagreeing(
 def _write_report(opening: Sequence[Block], explained: DatasetResult, folder: Path) -> None:
     facts = collect_facts(explained)
     assert facts["kind"] == "dataset"
+    create_explainability_report(explained, folder / "report.html")
     document = dataset_document(facts)
     document = replace(document, sections=[Section("Which number tells what?", opening), *document.sections])
     for name, text in (("report.txt", as_text(document)), ("report.md", as_markdown(document))):

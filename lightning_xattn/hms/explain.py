@@ -25,6 +25,9 @@ from lightning_xattn.visualizations import (
 )
 from lightning_xattn.visualizations.output import save
 
+PICTURES = ("signals", "attention", "alignment")
+"""Of a recording, those that the page shows."""
+
 
 def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path) -> Path:
     """Explain every recording of a folder, and draw one correct and one incorrect prediction of each class.
@@ -38,8 +41,8 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path) -> Pa
     data
         Folder in the layout of the HMS competition. Rows that cannot be used are left out, and said.
     out
-        Gets ``report.txt``, ``report.md``, ``report.json``, ``figures/`` of all recordings, ``samples/<label_id>/`` and
-        ``samples.txt`` of those that are drawn, ``table/`` with one row per recording, and ``features/``.
+        Gets ``report.html``, ``.txt``, ``.md`` and ``.json``, ``figures/`` of all recordings, ``samples/<label_id>/``
+        and ``samples.txt`` of those that are drawn, ``table/`` with one row per recording, and ``features/``.
 
     Returns
     -------
@@ -75,10 +78,16 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path) -> Pa
     for sample, place in zip(results["per_sample_explanations"], chosen, strict=True):
         sample["sample_idx"] = place  # in the data, as in the table
     create_explainability_report(results, out / "samples.txt")
-    for i in range(len(chosen)):
+    pictures = {}
+    for i, sample in enumerate(results["per_sample_explanations"]):
         _draw_sample(results, i, datamodule, out / "samples")
+        of_sample = out / "samples" / str(sample["sample_id"])
+        drawn = (of_sample / f"{name}.png" for name in PICTURES)
+        pictures[str(sample["sample_id"])] = [path for path in drawn if path.exists()]
+    create_explainability_report(explained, out / "report.html", pictures=pictures)
     print((out / "report.txt").read_text())
     print(f"{len(chosen)} recordings are drawn in {out / 'samples'} and described in {out / 'samples.txt'}.")
+    print(f"All of it, to open in a browser: {out / 'report.html'}")
     if not _has_times(results):
         print("There is no attention over the signals: the tokens of this checkpoint's fusion are no windows in time.")
     return out

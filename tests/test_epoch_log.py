@@ -1,0 +1,154 @@
+"""What an epoch's end logs of very many classes and layers, and what never ends a run."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn import epoch_log as epoch_log_module
+from lightning_xattn.columns import ALIGNMENT
+from lightning_xattn.errors import XAttnWarning
+from lightning_xattn.figures import overview_figure
+from lightning_xattn.results import REST
+from tests.messages import tells
+from tests.toy import ToyModule, toy_data, toy_loader, validate
+
+MANY = 14
+
+
+class ManyClasses(ToyModule):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(24, MANY)
+
+
+def many_classes(samples=120):
+    audio, text, _ = toy_data(samples).tensors
+    # Class i has 15 - i samples, 14 classes.
+    target = torch.repeat_interleave(torch.arange(MANY), torch.arange(MANY + 1, 1, -1))[:samples]
+    return DataLoader(TensorDataset(audio[: len(target)], text[: len(target)], target), 16)
+
+
+def test_of_many_classes_the_ten_largest_and_the_rest_are_shown():
+    torch.manual_seed(0)
+    watch = AttentionExplainabilityCallback(curves="all")
+    logged = validate(ManyClasses(), watch, many_classes())
+    shown = {name.rpartition("/")[2] for name in logged if name.startswith("xattn_alignment/val/class_")}
+    assert shown == {f"class_{i}" for i in range(10)}
+    summary = watch.summaries["val"]
+    assert summary.n_classes == MANY, "what is not shown is known"
+    rest = [i for i in range(10, MANY) if summary.count(ALIGNMENT, i)]
+    counts = [summary.count(ALIGNMENT, i) for i in rest]
+    means = [summary.mean(ALIGNMENT, i) for i in rest]
+    expected = sum(n * mean for n, mean in zip(counts, means, strict=True)) / sum(counts)
+    assert logged[f"xattn_alignment/val/{REST}"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_classes_together_are_what_their_samples_are(grouped):
+    torch.manual_seed(0)
+    groups = (lambda outputs, batch: torch.arange(len(batch[2])) % 7) if grouped else None
+    watch = AttentionExplainabilityCallback(groups=groups)
+    validate(ManyClasses(), watch, many_classes())
+    summary, fusion = watch.summaries["val"], watch.fusion_summaries["val"]
+    few, of_fusion = summary.with_classes([3, 0]), fusion.with_classes([3, 0])
+    for i, old in enumerate((3, 0)):
+        assert few.mean(ALIGNMENT, i) == summary.mean(ALIGNMENT, old)
+        assert few.interval(ALIGNMENT, i) == pytest.approx(summary.interval(ALIGNMENT, old), nan_ok=True)
+        torch.testing.assert_close(
+            next(iter(few.maps.values()))[i], next(iter(summary.maps.values()))[old], equal_nan=True
+        )
+        assert of_fusion.chosen(i).equal(fusion.chosen(old))
+    assert few.size(2) == summary.samples - summary.size(3) - summary.size(0)
+    assert few.mean(ALIGNMENT) == pytest.approx(summary.mean(ALIGNMENT))
+    assert of_fusion.chosen(2).sum() == few.size(2)
+
+
+class ManyLayers(ToyModule):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict() for _ in range(6))
+        for layer in self.layers:
+            for name in ("audio_to_text_attn", "text_to_audio_attn"):
+                layer[name] = nn.MultiheadAttention(12, 2, batch_first=True)
+                nn.init.normal_(layer[name].in_proj_weight, std=0.3)
+        del self.audio_to_text_attn, self.text_to_audio_attn
+
+    def forward(self, audio, text):
+        a, t = self.audio(audio), self.text(text)
+        for layer in self.layers:
+            a = a + layer["audio_to_text_attn"](a, t, t)[0]
+            t = t + layer["text_to_audio_attn"](t, a, a)[0]
+        return self.head(torch.cat([a.mean(1), t.mean(1)], dim=1))
+
+
+def test_of_many_layers_four_and_the_mean_are_shown(tmp_path):
+    watch = AttentionExplainabilityCallback(table=tmp_path)
+    torch.manual_seed(0)
+    logged = validate(ManyLayers(), watch)
+    shown = [f"layers.{i}" for i in (0, 2, 3, 5)]
+    assert [record["layer"] for record in watch.history] == shown
+    assert {name.split("/")[2] for name in logged if name.startswith("xattn_alignment/val/layers")} == set(shown)
+    whole = [watch.summaries[f"val/layers.{i}"].mean(ALIGNMENT) for i in range(6)]
+    assert logged["xattn_alignment/val/all"] == pytest.approx(sum(whole) / 6, abs=1e-6)
+    import pandas as pd
+
+    assert set(pd.read_parquet(tmp_path)["layer"]) == {f"layers.{i}" for i in range(6)}
+
+
+@pytest.mark.parametrize("broken", ["create_explainability_report", "distributions", "overview_figure", "charts"])
+def test_what_is_wrong_in_our_own_extras_ends_no_run(broken, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(epoch_log_module, broken, fails)
+    with pytest.warns(XAttnWarning, match=tells("oh")):
+        logged = validate(ToyModule(), AttentionExplainabilityCallback(), logger=False, default_root_dir=tmp_path)
+    assert "xattn_alignment/val/all" in logged
+
+
+def record(epoch, **more):
+    return {"stage": "val", "epoch": epoch, "step": 10 * epoch, **more}
+
+
+def test_the_overview_begins_with_the_fit_and_has_the_null_and_the_intervals():
+    numbers = {"alignment/all": 0.2, "alignment/correct": 0.3, "alignment/incorrect": 0.1, "alignment/null": 0.05}
+    numbers |= {"alignment/correct_low": 0.25, "alignment/correct_high": 0.35}
+    earlier = [record(epoch, **numbers) for epoch in range(5)]
+    tests = [record(5, **numbers) | {"stage": "test"}]
+    now = [record(epoch, **numbers | {"alignment/correct": 0.3 + epoch}) for epoch in range(3)]
+    figure = overview_figure([*earlier, *tests, *now], "val, epoch 2")
+    (panel,) = figure.axes
+    lines = {line.get_label(): line for line in panel.lines}
+    assert set(lines) == {"correct", "incorrect", "null"}
+    assert lines["correct"].get_xdata().tolist() == [0, 1, 2]
+    assert lines["correct"].get_ydata().tolist() == [0.3, 1.3, 2.3]
+    band = panel.collections[0]
+    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(0.35)
+
+
+def test_several_validations_of_an_epoch_are_over_steps_and_what_cannot_be_told_says_so():
+    records = [{"stage": "val", "epoch": 0, "step": step, "read_samples": 9} for step in (3, 7)]
+    figure = overview_figure(records, "val")
+    assert {panel.get_xlabel() for panel in figure.axes if panel.get_xlabel()} == {"step"}
+    panels = [panel for panel in figure.axes if panel.axison]
+    assert all(any("cannot be told" in text.get_text() for text in panel.texts) for panel in panels)
+
+
+def test_models_with_one_direction_have_curves_of_correct_and_incorrect():
+    class OneWay(ToyModule):
+        def __init__(self):
+            super().__init__()
+            del self.text_to_audio_attn
+
+        def forward(self, audio, text):
+            audio, text = self.audio(audio), self.text(text)
+            there, _ = self.audio_to_text_attn(audio, text, text)
+            return self.head(torch.cat([there.mean(1), text.mean(1)], dim=1))
+
+    with pytest.warns(XAttnWarning, match="without text_to_audio, so there is no alignment"):
+        logged = validate(OneWay(), AttentionExplainabilityCallback(), toy_loader())
+    assert all(math.isfinite(logged[f"xattn_entropy/val/{name}"]) for name in ("correct", "incorrect"))
