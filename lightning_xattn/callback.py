@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from lightning_xattn.summary import LayerSummary
 from lightning_xattn.trainer import (
     Schedule,
     attention_axes,
+    loaders_of,
     moment,
     require_lightning_that_takes_it,
     scope_of,
@@ -188,9 +189,10 @@ class AttentionExplainabilityCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look anew at the first batch of what is to run."""
         self._resumes, self._recorder = stage == "fit", None
-        first = Evaluation(self.settings, pl_module, self._checks)
+        make = partial(Evaluation, self.settings, pl_module, self._checks, expects_targets=stage != "predict")
+        first = make()
         # One for each dataloader, as their batches may differ; their classes are those of the first.
-        self._evaluations = defaultdict(partial(Evaluation, self.settings, pl_module, self._checks, first), {0: first})
+        self._evaluations = defaultdict(partial(make, first), {0: first})
         if trainer.world_size > 1:
             # What is logged is the same on every process already; Lightning cannot know, and says so for each name.
             warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('xattn_")
@@ -248,8 +250,7 @@ class AttentionExplainabilityCallback(Callback):
         if is_first:
             warn(self._checks.of_directions(self._recorder.layers))
             tell([f"AttentionExplainabilityCallback takes {evaluation.describe(result, self._recorder)}."])
-        loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        for columns in evaluation.add(result, own_places(loaders, dataloader_idx, batch_idx, len(result))):
+        for columns in evaluation.add(result, own_places(loaders_of(trainer), dataloader_idx, batch_idx, len(result))):
             if self._table is not None:
                 self._table.add(columns | {"dataloader": dataloader_idx})
 
@@ -264,6 +265,21 @@ class AttentionExplainabilityCallback(Callback):
     on_test_batch_start = on_validation_batch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
+
+    # So is a prediction, but for what is logged: Lightning logs nothing then.
+    on_predict_epoch_start = on_validation_epoch_start
+    on_predict_batch_start = on_validation_batch_start
+    on_predict_batch_end = on_validation_batch_end
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the table; what is known of all samples is in ``summaries`` and ``fusion_summaries``."""
+        if self._recording:
+            results, _ = self._end_epoch(trainer, pl_module)
+            several = len({layer for one in results.values() for layer in one.summaries}) > 1
+            for number, result in results.items():
+                for layer, summary in result.summaries.items():
+                    self.summaries[self._scope(trainer)(number, layer if several else "")] = summary
+        self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take every hook off the model: after a crash Lightning does not call ``teardown``."""
@@ -285,7 +301,11 @@ class AttentionExplainabilityCallback(Callback):
         for evaluation in self._evaluations.values():
             evaluation.reset()
 
-    def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _scope(self, trainer: Trainer) -> Callable[[int, str], str]:
+        return partial(scope_of, trainer, self, AttentionExplainabilityCallback)
+
+    def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], list[Path]]:
+        """What the evaluation says, by dataloader, and the files of its sample table."""
         assert self._recorder is not None
         ended = dict(summarise(self._evaluations, self._recorder, self.schedule.tests_attention(trainer)))
         fusions = {number: summary.fusion for number, summary in ended.items() if summary.fusion is not None}
@@ -294,7 +314,8 @@ class AttentionExplainabilityCallback(Callback):
             tables = self._table.close(
                 {number: sample_columns(one, trainer.global_rank) for number, one in fusions.items()}
             )
-        scope = partial(scope_of, trainer, self, AttentionExplainabilityCallback)
+        for number, one in fusions.items():
+            self.fusion_summaries[self._scope(trainer)(number, "")] = one
         group_by, axes = self.settings.group_by, attention_axes(trainer, pl_module)
         results = {
             number: DatasetResult(
@@ -302,10 +323,13 @@ class AttentionExplainabilityCallback(Callback):
             )
             for number, one in ended.items()
         }
-        draws = self.schedule.draws(trainer)
-        log = EpochLog(trainer, pl_module, scope, self._checks, group_by, self.curves == "all", draws)
+        return results, tables
+
+    def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        results, tables = self._end_epoch(trainer, pl_module)
+        names, draws = self._scope(trainer), self.schedule.draws(trainer)
+        log = EpochLog(trainer, pl_module, names, self._checks, self.settings.group_by, self.curves == "all", draws)
         records, summaries = log.log(results, self._evaluations, self.history, tables)
-        self.fusion_summaries |= {scope(number, ""): one for number, one in fusions.items()}
         self.summaries |= summaries
         self.history += records
         if not records:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_xattn import XAttnError, __version__
+from lightning_xattn.errors import SettingError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,13 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0, help="of the simulation, the folds and the weights")
     explain = commands.add_parser(
         "explain",
-        help="explain a trained checkpoint of the reference model on recordings",
-        description="Explain what a trained checkpoint attends to on every recording of a folder: report, figures and "
-        "table of all, and attention over the signals for one correct and one incorrect prediction of each class. A "
-        "run that was cut off goes on where it was.",
+        help="explain a trained checkpoint on its test data, or of the reference model on recordings",
+        description="Explain what a trained checkpoint attends to: report to open in a browser, figures and table. Of "
+        "your own model with --model and --datamodule, on the test data; of the reference model with --data, on every "
+        "recording of a folder, and with attention over the signals for one correct and one incorrect prediction of "
+        "each class. A run that was cut off goes on where it was.",
     )
-    explain.add_argument("--checkpoint", metavar="FILE", required=True, help="of HMSLightningModule")
-    explain.add_argument("--data", metavar="DIR", required=True, help="recordings in the layout of the HMS competition")
+    explain.add_argument("--checkpoint", metavar="FILE", required=True, help="of the model")
+    explain.add_argument("--model", metavar="PATH", help="import path of your LightningModule: package.module:Class")
+    explain.add_argument("--datamodule", metavar="PATH", help="that of the LightningDataModule with its test data")
+    explain.add_argument("--data", metavar="DIR", help="recordings in the layout of the HMS competition")
     explain.add_argument("--out", metavar="DIR", required=True, help="where everything is written")
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
@@ -50,13 +54,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             run_demo(**options)
         else:
-            from lightning_xattn.hms.explain import run_explain
-
-            run_explain(**options)
+            _explain(**options)
     except (XAttnError, ModuleNotFoundError, OSError) as error:
         print(f"lightning-xattn {command}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _explain(checkpoint: str, out: str, data: str | None, model: str | None, datamodule: str | None) -> None:
+    if data is not None and model is None and datamodule is None:
+        from lightning_xattn.hms.explain import run_explain
+
+        run_explain(checkpoint, data, out)
+    elif data is None and model is not None and datamodule is not None:
+        from lightning_xattn.commands import explain_model
+
+        explain_model(model, checkpoint, datamodule, out)
+    else:
+        raise SettingError(
+            "explain takes --model and --datamodule of your own model, or --data of the reference model."
+        )
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ MAIN = re.compile(
 )
 """``<topic>/<what>`` of the curves that are acted on: those that are logged unless all are asked for."""
 
-_SCOPE = r"{stage}(/dataloader_\d+)?(/[^/]+)?"
+_SCOPE = r"{stage}(/[^/]+){0,3}"
 
 CHARTS = {
     "Do correct and incorrect predictions differ?": {
         "alignment: correct, incorrect, null": r"xattn_alignment/{scope}/(correct|incorrect|null)$",
         "conflict: correct, incorrect": r"xattn_conflict/{scope}/(correct|incorrect)$",
         "entropy: correct, incorrect": r"xattn_entropy/{scope}/(correct|incorrect)$",
-        "AUROC for errors, confidence first": r"xattn_outcome/{scope}/\w+_auroc$",
+        "AUROC: how often a score is higher in correct predictions": r"xattn_outcome/{scope}/\w+_auroc$",
     },
     "What do the modalities know, and what is used?": {
         "reading: accuracy of each modality": r"xattn_reading/{scope}/[^/]+$",
@@ -78,7 +78,7 @@ def mean_curves(of_layers: Sequence[Mapping[str, float]], scopes: Sequence[str],
     return {
         _full(name, scope): sum(found) / len(found)
         for name, found in values.items()
-        if name.startswith(("alignment/", "entropy/", "focus/")) and "/head_" not in name
+        if name.startswith(("alignment/", "entropy/", "focus/")) and "/head_" not in name and len(found) == len(scopes)
     }
 
 

@@ -108,7 +108,7 @@ class EpochLog:
             if evaluations[number].shown_classes is None:  # the same ones in every epoch
                 evaluations[number].shown_classes = whole.largest_classes(SHOWN_CLASSES)
             shown = few_classes(whole, evaluations[number].shown_classes)
-            new = self._log_curves(number, shown, several, evaluations[number].repeats)
+            new = self._log_curves(number, shown, whole, several, evaluations[number].repeats)
             records += new
             if sinks is not None and new:
                 past = [one for one in history if one["dataloader"] == number and one["layer"] == new[0]["layer"]]
@@ -121,14 +121,17 @@ class EpochLog:
         return records, summaries
 
     def _sinks(self) -> Sinks | None:
-        if not (self.trainer.is_global_zero and self.draws):
+        is_trial = self.trainer.fast_dev_run or self.trainer.barebones  # type: ignore[attr-defined]
+        if is_trial or not (self.trainer.is_global_zero and self.draws):
             return None
         sinks = Sinks(self.trainer.loggers, root_folder(self.trainer))
         tell(self.checks.of_folders(sinks.folders))
         return sinks if sinks else None
 
-    def _log_curves(self, number: int, result: DatasetResult, several: bool, repeats: int) -> list[dict[str, Any]]:
-        """Log the curves of a dataloader; the records of its layers."""
+    def _log_curves(
+        self, number: int, result: DatasetResult, whole: DatasetResult, several: bool, repeats: int
+    ) -> list[dict[str, Any]]:
+        """Log the curves of a dataloader; the records of its layers, whose comparisons are over all classes."""
         scope, classes = self.scope(number, ""), name_in_curves(result.class_names, self.group_by)
         about = moment(self.trainer) | {"dataloader": number}
         of_fusion: dict[str, Any] = {}
@@ -136,7 +139,8 @@ class EpochLog:
             curves = fusion_curves(result.fusion, scope, classes, has_attention=bool(result.summaries))
             self._log(curves, scope)
             tell(self.checks.of_fusion(result.fusion))
-            of_fusion = fusion_record(result.fusion, scope, curves)
+            assert whole.fusion is not None
+            of_fusion = fusion_record(whole.fusion, scope, curves)
         if not result.summaries:
             return [about | {"layer": None} | of_fusion] if of_fusion else []
         records, of_layers, scopes = [], [], []
@@ -146,7 +150,7 @@ class EpochLog:
             of_layers.append(epoch_curves(summary, scopes[-1], classes))
             if layer in shown:
                 self._log(of_layers[-1], scopes[-1])
-                record = epoch_record(summary, scopes[-1], of_layers[-1])
+                record = epoch_record(whole.summaries[layer], scopes[-1], of_layers[-1])
                 records.append(about | {"layer": layer, "repeats": repeats} | record | of_fusion)
                 of_fusion = {}
         if several:
@@ -155,7 +159,8 @@ class EpochLog:
 
     def _log(self, curves: Mapping[str, float], scope: str) -> None:
         curves = curves if self.all_curves else main_curves(curves, scope)
-        self.module.log_dict(dict(curves), on_step=False, on_epoch=True, batch_size=1)
+        if not self.trainer.barebones:  # where Lightning logs nothing, and warns of it
+            self.module.log_dict(dict(curves), on_step=False, on_epoch=True, batch_size=1)
 
     def _log_rest(
         self,
@@ -170,8 +175,8 @@ class EpochLog:
         step, scope = logged_step(self.trainer), self.scope(number, "")
         title, report = f"{scope}, epoch {self.trainer.current_epoch}", f"xattn_about/{scope}/report"
         sinks.log("charts", charts, lambda sink, made: sink.arrange(made))
-        sinks.log_figures(self._figures(number, shown, several, past, title), step, scope)
-        text = partial(create_explainability_report, whole, format="markdown")
+        sinks.log_figures(self._figures(number, shown, whole.class_names, several, past, title), step, scope)
+        text = partial(create_explainability_report, shown, format="markdown")
         sinks.log("reports", text, lambda sink, made: sink.log_text(report, made, step))
         histograms = partial(distributions, whole, scope)
         sinks.log("distributions", lambda: dict(histograms()), lambda sink, made: sink.log_histograms(made, step))
@@ -180,12 +185,21 @@ class EpochLog:
             sinks.log("pages", page, lambda sink, made: sink.log_page(report, made, step))
 
     def _figures(
-        self, number: int, result: DatasetResult, several: bool, past: Sequence[Mapping[str, Any]], title: str
+        self,
+        number: int,
+        result: DatasetResult,
+        all_names: Sequence[str],
+        several: bool,
+        past: Sequence[Mapping[str, Any]],
+        title: str,
     ) -> Iterator[tuple[str, Figure]]:
         scope, names = self.scope(number, ""), result.class_names
-        yield f"xattn_about/{scope}/overview", overview_figure(past, title)
+        about = f"{title}, layer {past[-1]['layer']}" if several else title
+        yield f"xattn_about/{scope}/overview", overview_figure(past, about)
         if result.fusion is not None:
-            yield from fusion_figures(result.fusion, scope, names, group_by=self.group_by, context=title)
+            yield from fusion_figures(
+                result.fusion, scope, names, all_names=all_names, group_by=self.group_by, context=title
+            )
         for layer in few_layers(list(result.summaries)):
             of_layer = self.scope(number, layer if several else "")
             context = f"{title}, layer {layer}" if several else title

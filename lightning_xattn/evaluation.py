@@ -154,6 +154,8 @@ class Evaluation:
         Say each thing once.
     first
         The evaluation, of another dataloader, whose classes this one has too; None: they are decided here.
+    expects_targets
+        Whether it is said where there are none, which are not to be had of a prediction.
 
     Attributes
     ----------
@@ -169,7 +171,15 @@ class Evaluation:
         What is kept of the fusion's inputs.
     """
 
-    def __init__(self, settings: Settings, module: object, checks: Checks, first: Evaluation | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        module: object,
+        checks: Checks,
+        first: Evaluation | None = None,
+        expects_targets: bool = True,
+    ) -> None:
+        self._expects_targets = expects_targets
         self._settings, self._module, self._checks, self._first = settings, module, checks, first
         self.finder = settings.finder()
         self.classes: tuple[str, ...] | None = None
@@ -195,7 +205,8 @@ class Evaluation:
         if self.classes is None:
             names, group_by = self._settings.class_names or own_class_names(self._module), self._settings.group_by
             self.classes = name_classes(batch.labels, names, group_by, step)
-            warn(missing_labels(batch.labels, self.classes, group_by, step))
+            if self._expects_targets:
+                warn(missing_labels(batch.labels, self.classes, group_by, step))
         return batch
 
     def describe(self, batch: BatchResult, recorder: StepRecorder) -> str:

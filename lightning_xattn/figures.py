@@ -137,10 +137,13 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
     shown = [one for one in records if one["stage"] == last["stage"]]
     # A second fit begins anew.
     begins = [i for i, (one, other) in enumerate(pairwise(shown), start=1) if other["step"] < one["step"]]
-    shown = shown[begins[-1] if begins else 0 :]
+    shown = shown[begins[-1] if begins else 0 :] if last["stage"] == "val" else shown[-1:]
     # Several validations of one epoch differ in their steps alone.
     unit = "epoch" if len({one["epoch"] for one in shown}) == len(shown) else "step"
     moments = [one[unit] for one in shown]
+
+    # What is undefined in an epoch is not in its record.
+    known = dict.fromkeys(name for one in shown for name in one)
 
     def over(name: str) -> list[float]:
         return [one.get(name, math.nan) for one in shown]
@@ -152,22 +155,25 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
         return [curve(f"{topic}/{name}", name) for name in ("correct", "incorrect")]
 
     def of_each(topic: str) -> list[Curve]:
-        names = [name.removeprefix(topic) for name in last if name.startswith(topic)]
+        names = [name.removeprefix(topic) for name in known if name.startswith(topic)]
         wanted = [name for name in names if "/" not in name and not name.endswith(("_low", "_high"))]
         return [curve(f"{topic}{name}", name) for name in wanted]
 
-    scores = [name for name in ("confidence", "conflict", "alignment", "entropy") if f"outcome/{name}_auroc" in last]
+    scores = [name for name in ("confidence", "conflict", "alignment", "entropy") if f"outcome/{name}_auroc" in known]
     panels = []
-    if "alignment/all" in last:
+    if "alignment/all" in known:
         null = "null", over("alignment/null")
         panels.append(Panel("alignment", by_outcome("alignment"), (-1, 1), null))
-    if any(name.startswith("entropy/") for name in last):
+    if any(name.startswith("entropy/") for name in known):
         panels.append(Panel("entropy", by_outcome("entropy"), (0, 1)))
-    if "read_samples" in last:
+    if "read_samples" in known:
         largest = "largest class", over("largest_class")
         panels.append(Panel("conflict of the readings", by_outcome("conflict"), (0, 1)))
         panels.append(Panel("accuracy of each reading", of_each("reading/"), (0, 1), largest))
-        panels.append(Panel("share of the contribution", of_each("contribution/share/"), (-1, 2)))
+        if any(name.startswith("contribution/size/") for name in known):
+            panels.append(Panel("size of the contribution", of_each("contribution/size/"), (0, math.inf)))
+        else:
+            panels.append(Panel("share of the contribution", of_each("contribution/share/"), (-1, 2)))
     told = Panel(
         "higher in correct (AUROC)",
         [curve(f"outcome/{score}_auroc", score) for score in scores],
@@ -188,7 +194,7 @@ def distributions(result: DatasetResult, scope: str) -> Iterator[tuple[str, Hist
         if result.fusion is not None:
             conflict = result.fusion.numbers["conflict"][result.fusion.outcomes == outcome]
             yield f"xattn_conflict/{scope}/samples/{name}", _histogram(conflict, 0, 1)
-    if result.fusion is not None and not result.fusion.uncontributed:
+    if result.fusion is not None and not result.fusion.uncontributed and not result.fusion.of_value:
         for name in result.fusion.modalities:
             phi = result.fusion.numbers[f"phi/{name}"]
             yield f"xattn_contribution/{scope}/samples/{name}", _histogram(phi, -1, 1)
@@ -200,9 +206,18 @@ def _histogram(values: Tensor, low: float, high: float) -> Histogram:
 
 
 def fusion_figures(
-    summary: FusionSummary, scope: str, class_names: Sequence[str], *, group_by: str, context: str
+    summary: FusionSummary,
+    scope: str,
+    class_names: Sequence[str],
+    *,
+    all_names: Sequence[str],
+    group_by: str,
+    context: str,
 ) -> Iterator[tuple[str, Figure]]:
-    """Draw what the modalities of an epoch say and contribute, where it can be told; parameters as `epoch_figures`."""
+    """Draw what the modalities of an epoch say and contribute, where it can be told.
+
+    Parameters as `epoch_figures`; ``all_names`` are those of all classes, where ``class_names`` are a few of them.
+    """
     from lightning_xattn.visualizations import (
         Mean,
         SampleRow,
@@ -257,7 +272,7 @@ def fusion_figures(
         )
     rows = []
     for i in most_conflicting(summary):
-        one = of_sample(summary, i, class_names)
+        one = of_sample(summary, i, all_names)
         true = "" if one.true is None else f"\ntrue: {one.true}"
         title = f"{int(summary.sample_numbers[i])}: {one.predicted} ({decimal(one.confidence)}){true}"
         rows.append(SampleRow(title, one.says, one.contributions))
@@ -274,11 +289,13 @@ def dataset_figures(explained: DatasetResult) -> Iterator[tuple[str, Figure]]:
     """
     from lightning_xattn.visualizations import plot_class_comparison  # matplotlib, only where figures are wanted
 
-    explained = few_classes(explained)
+    all_names, explained = explained.class_names, few_classes(explained)
     names, group_by, fusion = explained.class_names, explained.group_by, explained.fusion
     if fusion is not None:
         context = describe_size(fusion.samples, fusion.known_groups, fusion.group_noun)
-        for tag, figure in fusion_figures(fusion, "all", names, group_by=group_by, context=context):
+        for tag, figure in fusion_figures(
+            fusion, "all", names, all_names=all_names, group_by=group_by, context=context
+        ):
             yield tag.removeprefix("xattn_").replace("/all/", "_"), figure
     for layer in few_layers(list(explained.summaries)):
         summary = explained.summaries[layer]

@@ -76,8 +76,14 @@ def logged_step(trainer: Trainer) -> int:
 
 
 def stage_of(trainer: Trainer) -> str:
-    """What the evaluation that runs is called in curves: "val" or "test"."""
-    return "test" if trainer.testing else "val"
+    """What the evaluation that runs is called in curves: "val" or "test"; "predict" has none."""
+    return "predict" if trainer.predicting else "test" if trainer.testing else "val"
+
+
+def loaders_of(trainer: Trainer) -> Any:
+    """The dataloaders of the evaluation that runs."""
+    of_stage = {"val": "val_dataloaders", "test": "test_dataloaders", "predict": "predict_dataloaders"}
+    return getattr(trainer, of_stage[stage_of(trainer)])
 
 
 def moment(trainer: Trainer) -> dict[str, Any]:

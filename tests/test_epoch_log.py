@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -11,10 +12,11 @@ from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn import epoch_log as epoch_log_module
 from lightning_xattn.columns import ALIGNMENT
 from lightning_xattn.errors import XAttnWarning
-from lightning_xattn.figures import overview_figure
-from lightning_xattn.results import REST
+from lightning_xattn.figures import dataset_figures, overview_figure
+from lightning_xattn.fusion.samples import most_conflicting, of_sample
+from lightning_xattn.results import REST, DatasetResult
 from tests.messages import tells
-from tests.toy import ToyModule, toy_data, toy_loader, validate
+from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader, validate
 
 MANY = 14
 
@@ -152,3 +154,51 @@ def test_models_with_one_direction_have_curves_of_correct_and_incorrect():
     with pytest.warns(XAttnWarning, match="without text_to_audio, so there is no alignment"):
         logged = validate(OneWay(), AttentionExplainabilityCallback(), toy_loader())
     assert all(math.isfinite(logged[f"xattn_entropy/val/{name}"]) for name in ("correct", "incorrect"))
+
+
+def test_single_samples_keep_their_classes_where_few_are_shown():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.arange(280) % MANY
+    corners = 3 * torch.randn(MANY, 5, generator=generator)
+    noise = torch.randn(2, 280, 5, generator=generator)
+
+    class Sum(nn.Module):
+        def forward(self, left, right):
+            return torch.cat([left, right], dim=1)
+
+    class Two(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.fusion, self.head = Sum(), nn.Linear(10, MANY)
+
+        def validation_step(self, batch, batch_idx):
+            left, right, target = batch
+            return {"logits": self.head(self.fusion(left, right)), "targets": target}
+
+    shown = torch.where(torch.arange(280) < 200, target, (target + 1) % MANY)
+    data = TensorDataset(corners[target] + noise[0], corners[shown] + noise[1], target)
+    names = [f"c{i:02}" for i in range(MANY)]
+    watch = AttentionExplainabilityCallback(fusion="fusion", modalities={"left": 0, "right": 1}, class_names=names)
+    quiet_trainer(callbacks=[watch]).validate(Two(), DataLoader(data, 40), verbose=False)
+    summary = watch.fusion_summaries["val"]
+    result = DatasetResult({}, summary, tuple(names), "target", {}, None)
+    figures = dict(dataset_figures(result))
+    drawn = [text.get_text() for text in figures["conflict_samples"].axes[0].get_yticklabels()]
+    expected = [of_sample(summary, i, names) for i in most_conflicting(summary)]
+    assert [one.rpartition("true: ")[2] for one in drawn] == [one.true for one in expected]
+
+
+@pytest.mark.parametrize("setting", ["fast_dev_run", "barebones"])
+def test_trial_runs_without_a_logger_leave_nothing(setting, tmp_path):
+    settings = {"accelerator": "cpu", "default_root_dir": tmp_path, "callbacks": [AttentionExplainabilityCallback()]}
+    settings |= {"max_epochs": 1, "logger": False} if setting == "fast_dev_run" else {"max_epochs": 1}
+    trainer = pl.Trainer(**settings, **{setting: True})
+    trainer.fit(ToyModule(), toy_loader(), toy_loader())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_that_the_last_epoch_lacks_is_drawn_of_those_before():
+    records = [record(e, **{"read_samples": 9, "contribution/share/a": 0.6}) for e in range(3)]
+    figure = overview_figure([*records, record(3, read_samples=9)], "val")
+    panel = next(panel for panel in figure.axes if panel.get_title() == "share of the contribution")
+    assert panel.lines[0].get_ydata()[:3].tolist() == [0.6] * 3

@@ -149,7 +149,8 @@ def test_comet(tmp_path):
 
 
 def test_aim(tmp_path):
-    client("aim")
+    # Not in CI: with what it asks for, pip takes eight minutes to find a set of versions.
+    pytest.importorskip("aim")
     from aim.pytorch_lightning import AimLogger
 
     logger = AimLogger(
@@ -255,7 +256,9 @@ def test_the_charts_hold_the_curves_that_they_are_for(tmp_path):
     }
     assert in_charts["alignment of each class"] == {f"xattn_alignment/val/{name}" for name in "abcd"}
     assert len(in_charts["entropy of each head"]) == 6
-    assert in_charts["AUROC for errors, confidence first"] >= {"xattn_outcome/val/confidence_auroc"}
+    assert in_charts["AUROC: how often a score is higher in correct predictions"] >= {
+        "xattn_outcome/val/confidence_auroc"
+    }
 
 
 def test_about_twenty_curves_are_logged_by_default():

@@ -75,7 +75,8 @@ ROOMS = {
         *("", "attention", "columns", "errors", "explainer", "files", "functional", "group_keys", "messages", "report"),
         *("results", "visualizations"),
     },
-    "cli": {"", "hms"},
+    "commands": {"errors", "explainer", "report", "visualizations"},
+    "cli": {"", "commands", "errors", "hms"},
 }
 """What each room may import besides itself; "" is the package's public API."""
 

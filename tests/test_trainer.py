@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_xattn import AttentionExplainabilityCallback, JointSequence
 from lightning_xattn.columns import ALIGNMENT
-from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
+from tests.toy import ToyModule, count_hooks, quiet_trainer, toy_data, toy_loader
 
 
 def fit(callbacks, module=None, ckpt_path=None, loaders=None, **settings):
@@ -239,3 +239,27 @@ def test_nothing_waits_for_the_device_while_batches_run(make, attention, with_ta
         torch.ones(1).item()
         torch.ones(1).cpu()
     assert {"item", "cpu"} <= set(count.seen)
+
+
+def test_a_prediction_is_recorded_without_labels_and_logs_nothing(tmp_path):
+    class Predicting(ToyModule):
+        def predict_step(self, batch, batch_idx):
+            return self(*batch[:2])
+
+    audio, text, _ = toy_data(23).tensors
+    loader = DataLoader(torch.utils.data.TensorDataset(audio, text), 5)
+    watch = AttentionExplainabilityCallback(table=tmp_path / "table")
+    trainer = quiet_trainer(callbacks=[watch], default_root_dir=tmp_path, logger=False)
+    module = Predicting()
+    predictions = torch.cat(trainer.predict(module, loader)).argmax(1)
+    table = pd.read_parquet(tmp_path / "table")
+    assert table["prediction"].tolist() == predictions.tolist()
+    assert table["stage"].unique().tolist() == ["predict"]
+    assert table["target"].isna().all()
+    assert table["alignment"].notna().all()
+    summary = watch.summaries["predict"]
+    assert summary.mean(ALIGNMENT) == pytest.approx(table["alignment"].mean(), abs=1e-6)
+    assert watch.history == []
+    assert [path.name for path in tmp_path.iterdir()] == ["table"]
+    assert count_hooks(module) == 0
+    assert torch.equal(torch.cat(trainer.predict(module, loader)).argmax(1), predictions)

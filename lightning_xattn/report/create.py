@@ -14,7 +14,7 @@ from lightning_xattn.files import complete_or_absent
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.messages import name_modality
 from lightning_xattn.report.facts import BatchFacts, DatasetFacts, collect_facts, collect_layer
-from lightning_xattn.report.listing import entries_of_batch, entries_of_dataset
+from lightning_xattn.report.listing import LISTED, entries_of_batch, entries_of_dataset
 from lightning_xattn.report.modalities import collect_fusion, describe_fusion
 from lightning_xattn.report.page import Picture, as_page
 from lightning_xattn.report.rendering import as_markdown, as_text, blocks_as_text
@@ -122,8 +122,13 @@ def _page(results: Results, facts: BatchFacts | DatasetFacts, pictures: Mapping[
         for _, figure in dataset_figures(results)
     ]
     samples = list(entries_of_dataset(results, pictures))
+    known = max([0, *(one.samples for one in [results.fusion, *results.summaries.values()] if one is not None)])
+    if len(samples) == LISTED < known:
+        missing = f"The first {LISTED} of {known} samples; the others are in the table."
+    else:
+        missing = "" if samples else NO_SAMPLES
     first = "" if results.fusion is None else name_modality(results.fusion.modalities[0])
-    return as_page(dataset_document(facts), list(in_short(facts)), figures, samples, NO_SAMPLES, first)
+    return as_page(dataset_document(facts), list(in_short(facts)), figures, samples, missing, first)
 
 
 def _choose_format(path: Path | None, given: str | None) -> str:

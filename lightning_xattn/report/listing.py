@@ -31,20 +31,24 @@ Pictures = Mapping[str, Sequence[Path]]
 
 def entries_of_dataset(result: DatasetResult, pictures: Pictures) -> Iterator[SampleEntry]:
     """Those of its table, or without one those that were read of its fusion; at most ``LISTED``."""
-    said = {} if result.fusion is None else dict(_sentences(result.fusion, result.class_names))
+    fusion = result.fusion
     if result.table is not None:
         from lightning_xattn.table import read_rows  # pyarrow, only where a table is read
 
+        # Of the process that wrote it, the only one there is.
+        said = {} if fusion is None else dict(_sentences(fusion, result.class_names))
         layer = next(iter(result.summaries), None)
         rows = (row for row in read_rows(result.table) if row.get("layer") == layer)
         for row, _ in zip(rows, range(LISTED), strict=False):
             yield _entry_of_row(row, result, said, pictures)
-    elif result.fusion is not None:
-        order = result.fusion.sample_numbers.argsort().tolist()
-        for i in order[:LISTED]:
-            number = int(result.fusion.sample_numbers[i])
-            outcome = {CORRECT: True, INCORRECT: False}.get(int(result.fusion.outcomes[i]))
-            yield _entry(number, str(number), said[number], outcome, {}, pictures)
+    elif fusion is not None:
+        process = fusion.rows["process"]
+        several = len(process.unique()) > 1
+        identities = list(zip(process.tolist(), fusion.sample_numbers.tolist(), range(fusion.samples), strict=True))
+        for place, (rank, number, i) in enumerate(sorted(identities)[:LISTED]):
+            outcome = {CORRECT: True, INCORRECT: False}.get(int(fusion.outcomes[i]))
+            name = f"{number} of process {rank}" if several else str(number)
+            yield _entry(place, name, of_sample(fusion, i, result.class_names), outcome, {}, pictures)
 
 
 def _sentences(fusion: FusionSummary, class_names: Sequence[str]) -> Iterator[tuple[int, SampleModalities]]:
@@ -98,14 +102,15 @@ def entries_of_batch(results: ExplainedBatch, facts: BatchFacts, pictures: Pictu
     """Each sample with the maps of its first layer's directions."""
     from lightning_xattn.visualizations import map_picture  # matplotlib, only where a picture is wanted
 
-    attention = results.get("attention") or ()
+    # Where a mask hides something there is NaN, which is drawn as nothing.
+    weights, attention = results["attention_dict"], results.get("attention") or ()
     for i, sample in enumerate(facts["per_sample_explanations"]):
         name = str(sample["sample_idx"]) if sample["sample_id"] is None else str(sample["sample_id"])
         maps = [
             Picture(
                 f"{name_modality(one.direction.query)} asks, from top to bottom; {name_modality(one.direction.key)} is "
                 "attended to, from left to right; yellow: most",
-                map_picture(one.weights[i].float().mean(0).numpy()),
+                map_picture(weights[str(one.direction)][i].float().mean(0).numpy()),
                 "png",
                 is_map=True,
             )

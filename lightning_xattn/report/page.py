@@ -73,7 +73,7 @@ def as_page(
     samples
         To be filtered and sorted.
     missing
-        Why there is no list of samples.
+        Why there is no list of samples, or not of all.
     first
         The modality whose share is one of the samples' numbers.
     """
@@ -105,7 +105,8 @@ def as_page(
         parts.append(f"<h2>{escape(f'{section.title} {section.about}'.strip())}</h2>")
         parts += map(block_as_html, section.blocks)
     parts += ["</section>", '<section id="samples"><h2>Samples</h2>']
-    parts += _list(samples, first) if samples else [f"<p>{escape(missing)}</p>"]
+    parts += [f"<p>{escape(missing)}</p>"] if missing else []
+    parts += _list(samples, first) if samples else []
     parts += ["</section>", f'<section id="reading"><h2>{escape(last.title)}</h2>', *map(block_as_html, last.blocks)]
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     parts += ["</section></main>", f"<script>{script}</script></body></html>"]

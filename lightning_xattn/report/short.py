@@ -16,17 +16,18 @@ def in_short(facts: DatasetFacts) -> Iterator[str]:
     fusion, layers = facts["fusion"], facts["layers"]
     if layers:
         whole = layers[0]["groups"][0]
+        known = whole["correct"] + whole["incorrect"]
         size = describe_size(layers[0]["samples"], whole["groups"], layers[0]["group_noun"])
-        known = not math.isnan(whole["accuracy"])
-        yield f"{size}; {decimal(100 * whole['accuracy'], 0)} % are predicted correctly." if known else f"{size}."
+        yield f"{size}; {whole['correct']} of {known} are predicted correctly." if known else f"{size}."
     if fusion is not None:
         yield from (_say_reading(one, fusion) for one in fusion["modalities"])
         yield _say_conflict(fusion)
-        # The verdict's sentences, but for the first, which has just been said at greater length.
-        _, _, rest = fusion["verdict"].partition("Uses: ")
-        uses, _, shows = rest.partition(" Shows: ")
-        yield f"The model uses {uses[0].lower()}{uses[1:]}"
-        yield f"{shows[0].upper()}{shows[1:]}" if shows else "Whether its attention shows what it uses was not tested."
+        # The verdict's sentences on what is used and shown; what is known has just been said at greater length.
+        _, *others = fusion["verdict"].replace(" Shows: ", "\n").replace(" Uses: ", "\n").splitlines()
+        for title, sentence in zip(("What the model uses", "What its attention shows"), others, strict=False):
+            yield f"{title}: {sentence}"
+        if not fusion["attention"]:
+            yield "What its attention shows was not tested."
     yield _say_errors(facts)
 
 
@@ -60,29 +61,34 @@ def _say_conflict(fusion: FusionFacts) -> str:
 
 
 def _say_errors(facts: DatasetFacts) -> str:
-    """Whether any score finds errors better than confidence does."""
-    found: dict[str, Comparison] = {}
+    """Whether any score tells errors better than confidence does."""
+    # Of all samples, rather than of those alone that were read.
+    found = {} if facts["fusion"] is None else dict(facts["fusion"]["outcomes"])
     for layer in facts["layers"][:1]:
         found |= layer["outcomes"]
-    found |= {} if facts["fusion"] is None else facts["fusion"]["outcomes"]
-    told = {name: _told(one) for name, one in found.items() if not math.isnan(one.auroc)}
-    if not told:
-        return "What tells errors cannot be said: too few predictions of either outcome are known."
+    told = {name: one for name, one in found.items() if not math.isnan(one.low)}
     confidence = told.pop("confidence", None)
     if confidence is None:
-        return "The model's confidence is not known, so no score can be compared with it."
-    of_each = ", ".join(f"{name} {_with_interval(one)}" for name, one in told.items())
-    better = [name for name, one in told.items() if one[1] > confidence[2]]
+        return "Whether a score tells errors cannot be said: confidence, the baseline, is not known of enough samples."
+    base = f"the model is more confident of its correct predictions with an AUROC of {_with_interval(confidence)}"
+    if not told:
+        return f"{base[0].upper()}{base[1:]} (0.5: it is not)."
+    of_each = [
+        f"{name} is {'higher' if one.auroc >= 0.5 else 'lower'} in them with {_with_interval(_turned(one))}"
+        for name, one in told.items()
+    ]
+    better = [name for name, one in told.items() if _turned(one)[1] > confidence.high]
     which = " and ".join(better).capitalize() if better else "No score"
-    verdict = f"{which} tells errors clearly better than confidence"
-    return f"{verdict}: AUROC of confidence {_with_interval(confidence)}" + (f"; of {of_each}." if of_each else ".")
+    verb = "tell" if len(better) > 1 else "tells"
+    return f"{which} {verb} errors clearly better than confidence: {base}; {', '.join(of_each)}."
 
 
-def _with_interval(found: tuple[float, float, float]) -> str:
-    value, low, high = map(decimal, found)
-    return f"{value} ({low} to {high})"
-
-
-def _told(one: Comparison) -> tuple[float, float, float]:
-    """The AUROC for whichever side has the errors, with its interval."""
+def _turned(one: Comparison) -> tuple[float, float, float]:
+    """The AUROC for whichever side is higher, with its interval: unlike confidence a score may say either."""
     return (one.auroc, one.low, one.high) if one.auroc >= 0.5 else (1 - one.auroc, 1 - one.high, 1 - one.low)
+
+
+def _with_interval(found: Comparison | tuple[float, float, float]) -> str:
+    values = found if isinstance(found, tuple) else (found.auroc, found.low, found.high)
+    value, low, high = map(decimal, values)
+    return f"{value} ({low} to {high})"

@@ -55,8 +55,14 @@ class Sinks:
     """
 
     def __init__(self, loggers: Sequence[Any], root: Path) -> None:
-        sinks = [_sink_of(logger, root) for logger in loggers] if loggers else [FolderSink(None, root)]
-        self._working = [sink for sink in sinks if sink is not None]
+        self._working: list[Sink] = [] if loggers else [FolderSink(None, root)]
+        for logger in loggers:
+            try:
+                sink = _sink_of(logger, root)
+            except Exception as error:  # whatever asking a logger for its folder, or making a sink of users', may raise
+                warn([f"{type(logger).__name__} gets no pictures and reports: {error!r}."])
+                continue
+            self._working += [] if sink is None else [sink]
         self.folders = [sink.folder for sink in self._working if isinstance(sink, FolderSink)]
 
     def __bool__(self) -> bool:
@@ -106,4 +112,5 @@ def _sink_of(logger: Any, root: Path) -> Sink | None:
             make = SINKS[kind.__name__]
             return None if make is None else make(logger)
     folders = (getattr(logger, name, None) for name in ("log_dir", "save_dir"))
-    return FolderSink(logger, Path(next(filter(None, folders), root)))
+    # An address, as of a bucket, is no folder here.
+    return FolderSink(logger, Path(next((one for one in folders if one and "://" not in str(one)), root)))

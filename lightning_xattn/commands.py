@@ -1,0 +1,88 @@
+"""``lightning-xattn explain`` of a model of your own: report, figures and table of its test data."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.model_helpers import is_overridden
+
+from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.explainer import ExplainabilityCapture, dataset_figures
+from lightning_xattn.report import create_explainability_report
+from lightning_xattn.visualizations.output import save
+
+
+def explain_model(model: str, checkpoint: str | Path, datamodule: str, out: str | Path) -> Path:
+    """Explain every sample of a data module's test data.
+
+    Parameters
+    ----------
+    model
+        ``package.module:Class`` of the LightningModule. Its ``predict_step`` is run if it has one of its own, else its
+        ``test_step``, its ``validation_step``, or ``model(batch)``.
+    checkpoint
+        Of that class.
+    datamodule
+        ``package.module:Class`` of a LightningDataModule that is made without arguments, or ``package.module:name`` of
+        one that is made already.
+    out
+        Gets ``report.html``, ``.txt``, ``.md`` and ``.json``, ``figures/`` and ``table/``.
+
+    Returns
+    -------
+    Path
+        ``out``.
+
+    Raises
+    ------
+    SettingError
+        If one of the import paths leads nowhere.
+    DataError
+        If the checkpoint is none of the model.
+    """
+    kind, data = _imported(model), _imported(datamodule)
+    try:
+        module = kind.load_from_checkpoint(checkpoint, map_location="cpu")
+    except OSError:
+        raise
+    except Exception as error:  # whatever a file that is no checkpoint, or one of another class, leads to
+        first = str(error).strip().splitlines()[:1]
+        raise DataError(f"{checkpoint} is no checkpoint of {model}: {''.join(first) or repr(error)}") from error
+    data = data() if isinstance(data, type) else data
+    data.prepare_data()
+    data.setup("test")
+    out = Path(out)
+    explainer = ExplainabilityCapture(module, predict=_run_step, axes=getattr(data, "attention_axes", None))
+    explained = explainer.explain_loader(data.test_dataloader(), table=out / "table")
+    for suffix in (".html", ".txt", ".md", ".json"):
+        create_explainability_report(explained, out / f"report{suffix}")
+    for name, figure in dataset_figures(explained):
+        save(figure, out / "figures" / f"{name}.png")
+    print((out / "report.txt").read_text(encoding="utf-8"))
+    print(f"All of it, to open in a browser: {out / 'report.html'}")
+    return out
+
+
+def _run_step(module: Any, batch: Any) -> Any:
+    for name in ("predict_step", "test_step", "validation_step"):
+        if is_overridden(name, module, LightningModule):
+            with warnings.catch_warnings():
+                # What a step logs has no Trainer to go to.
+                warnings.filterwarnings("ignore", message=".*trainer. reference is not registered")
+                return getattr(module, name)(batch, 0)
+    return module(batch)
+
+
+def _imported(path: str) -> Any:
+    place, _, name = path.partition(":")
+    if str(Path.cwd()) not in sys.path:  # where users' own modules are
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(place), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingError(f"Expected an import path such as 'package.module:Class'; got '{path}': {error}.") from error
