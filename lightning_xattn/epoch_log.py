@@ -176,7 +176,7 @@ class EpochLog:
         title, report = f"{scope}, epoch {self.trainer.current_epoch}", f"xattn_about/{scope}/report"
         sinks.log("charts", charts, lambda sink, made: sink.arrange(made))
         sinks.log_figures(self._figures(number, shown, whole.class_names, several, past, title), step, scope)
-        text = partial(create_explainability_report, shown, format="markdown")
+        text = partial(create_explainability_report, whole, format="markdown")
         sinks.log("reports", text, lambda sink, made: sink.log_text(report, made, step))
         histograms = partial(distributions, whole, scope)
         sinks.log("distributions", lambda: dict(histograms()), lambda sink, made: sink.log_histograms(made, step))

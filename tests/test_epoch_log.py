@@ -202,3 +202,12 @@ def test_a_number_that_the_last_epoch_lacks_is_drawn_of_those_before():
     figure = overview_figure([*records, record(3, read_samples=9)], "val")
     panel = next(panel for panel in figure.axes if panel.get_title() == "share of the contribution")
     assert panel.lines[0].get_ydata()[:3].tolist() == [0.6] * 3
+
+
+def test_the_epochs_report_names_every_class(tmp_path):
+    torch.manual_seed(0)
+    watch = AttentionExplainabilityCallback()
+    validate(ManyClasses(), watch, many_classes(), logger=False, default_root_dir=tmp_path)
+    (report,) = (tmp_path / "lightning_xattn").rglob("*.md")
+    assert all(f"class\\_{i} " in report.read_text() for i in range(MANY))
+    assert REST not in report.read_text().split()
