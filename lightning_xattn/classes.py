@@ -82,7 +82,7 @@ def name_classes(labels: Labels, class_names: Sequence[str] | None, group_by: st
     elif labels.n_classes not in (None, len(class_names)):
         raise ShapeError(
             f"There are {len(class_names)} class_names ({', '.join(class_names)}) but {labels.n_classes} columns of "
-            f"class scores. {step}"
+            f"class scores. Give a name for each: class_names=[...]. {step}"
         )
     for what, ids in (("targets", labels.target), ("predictions", labels.predicted)):
         if ids is None or not class_names:

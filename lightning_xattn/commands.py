@@ -13,6 +13,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_xattn.errors import DataError, SettingError
 from lightning_xattn.explainer import ExplainabilityCapture, dataset_figures
+from lightning_xattn.messages import first_line
 from lightning_xattn.report import create_explainability_report
 from lightning_xattn.visualizations.output import save
 
@@ -51,8 +52,7 @@ def explain_model(model: str, checkpoint: str | Path, datamodule: str, out: str 
     except OSError:
         raise
     except Exception as error:  # whatever a file that is no checkpoint, or one of another class, leads to
-        first = str(error).strip().splitlines()[:1]
-        raise DataError(f"{checkpoint} is no checkpoint of {model}: {''.join(first) or repr(error)}") from error
+        raise DataError(f"{checkpoint} is no checkpoint of {model}: {first_line(error)}") from error
     data = data() if isinstance(data, type) else data
     data.prepare_data()
     data.setup("test")

@@ -70,6 +70,11 @@ def name_modality(name: str) -> str:
     return name.upper() if len(name) <= 3 else name.capitalize()
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line: torch's go on for a page."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]
+
+
 def tell(messages: Iterable[str]) -> None:
     """Say each in the terminal, on the first of several processes: what users need not act on."""
     for message in messages:

@@ -75,7 +75,7 @@ ROOMS = {
         *("", "attention", "columns", "errors", "explainer", "files", "functional", "group_keys", "messages", "report"),
         *("results", "visualizations"),
     },
-    "commands": {"errors", "explainer", "report", "visualizations"},
+    "commands": {"errors", "explainer", "messages", "report", "visualizations"},
     "cli": {"", "commands", "errors", "hms"},
 }
 """What each room may import besides itself; "" is the package's public API."""

@@ -14,6 +14,7 @@ from lightning_xattn.explainer import dataset_figures
 from lightning_xattn.hms.datamodule import HMSDataModule, HMSDataset
 from lightning_xattn.hms.module import HMSLightningModule
 from lightning_xattn.hms.montage import EEG_RATE, ELECTRODES, REGIONS, SPEC_FREQUENCIES, SPEC_ROW_SECONDS, SPEC_SECONDS
+from lightning_xattn.messages import first_line
 from lightning_xattn.results import DatasetResult, ExplainedBatch
 from lightning_xattn.visualizations import (
     Spectrograms,
@@ -110,7 +111,8 @@ def load_module(checkpoint: str | Path) -> HMSLightningModule:
         raise DataError(f"No checkpoint {checkpoint}.") from None
     except Exception as error:  # torch, pickle and Lightning each have their own for a file that is something else
         raise DataError(
-            f"{checkpoint} is no checkpoint of HMSLightningModule, or a file that cannot be read as one: {error!r}."
+            f"{checkpoint} is no checkpoint of HMSLightningModule, or a file that cannot be read as one: "
+            f"{first_line(error)}"
         ) from error
 
 
