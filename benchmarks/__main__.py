@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from benchmarks.capture import recording
 from benchmarks.explain import explain_loader, peak_memory_of_explaining
 from benchmarks.features import features
+from benchmarks.figures import figures_and_report
 from benchmarks.numpy_loop import numpy_loop
 from benchmarks.timing import median_seconds, quartiles_of_ratios, times_in_turns
 from benchmarks.validate import BATCH, balanced, one_batch, validate
@@ -161,6 +162,7 @@ def main() -> None:
         validation_epoch(folder)
         reading()
         explain_loader(folder)
+        figures_and_report(folder)
     peak_memory()
     peak_memory_of_explaining()
 
