@@ -14,7 +14,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.checks import Checks
 from lightning_xattn.distributed import own_places
-from lightning_xattn.epoch_log import EpochLog
+from lightning_xattn.epoch_log import EpochLog, by_scope
 from lightning_xattn.errors import SettingError
 from lightning_xattn.evaluation import Evaluation, Settings, summarise
 from lightning_xattn.fusion.collected import MAX_SAMPLES
@@ -274,11 +274,7 @@ class AttentionExplainabilityCallback(Callback):
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table; what is known of all samples is in ``summaries`` and ``fusion_summaries``."""
         if self._recording:
-            results, _ = self._end_epoch(trainer, pl_module)
-            several = len({layer for one in results.values() for layer in one.summaries}) > 1
-            for number, result in results.items():
-                for layer, summary in result.summaries.items():
-                    self.summaries[self._scope(trainer)(number, layer if several else "")] = summary
+            self._end_epoch(trainer, pl_module)
         self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -323,14 +319,14 @@ class AttentionExplainabilityCallback(Callback):
             )
             for number, one in ended.items()
         }
+        self.summaries |= by_scope(results, self._scope(trainer))
         return results, tables
 
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         results, tables = self._end_epoch(trainer, pl_module)
         names, draws = self._scope(trainer), self.schedule.draws(trainer)
         log = EpochLog(trainer, pl_module, names, self._checks, self.settings.group_by, self.curves == "all", draws)
-        records, summaries = log.log(results, self._evaluations, self.history, tables)
-        self.summaries |= summaries
+        records = log.log(results, self._evaluations, self.history, tables)
         self.history += records
         if not records:
             warn(self._checks.of_nothing(stage_of(trainer)))

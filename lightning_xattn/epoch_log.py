@@ -76,7 +76,7 @@ class EpochLog:
         evaluations: Mapping[int, Evaluation],
         history: Sequence[Mapping[str, Any]],
         tables: Sequence[Path],
-    ) -> tuple[list[dict[str, Any]], dict[str, LayerSummary]]:
+    ) -> list[dict[str, Any]]:
         """Log what has ended, by dataloader.
 
         The record of a dataloader's first layer has what is said of the modalities, too. A model without
@@ -93,17 +93,15 @@ class EpochLog:
 
         Returns
         -------
-        records, summaries
-            A record of each layer that is shown, for the history; the summary of every layer, by its scope.
+        list of dict
+            A record of each layer that is shown, for the history.
         """
-        several = len({layer for one in ended.values() for layer in one.summaries}) > 1
+        several = _have_several_layers(ended)
         records: list[dict[str, Any]] = []
-        summaries: dict[str, LayerSummary] = {}
         sinks = self._sinks()
         for number, whole in ended.items():
-            for layer, summary in whole.summaries.items():
-                summaries[self.scope(number, layer if several else "")] = summary
-                if self.trainer.is_global_zero:
+            if self.trainer.is_global_zero:
+                for layer, summary in whole.summaries.items():
                     warn(self.checks.of_epoch(layer, summary))
             if evaluations[number].shown_classes is None:  # the same ones in every epoch
                 evaluations[number].shown_classes = whole.largest_classes(SHOWN_CLASSES)
@@ -118,10 +116,10 @@ class EpochLog:
             step = logged_step(self.trainer)
             for path in tables:
                 sinks.log("tables", partial(Path, path), lambda sink, made: sink.log_table(name, made, step))
-        return records, summaries
+        return records
 
     def _sinks(self) -> Sinks | None:
-        is_trial = self.trainer.fast_dev_run or self.trainer.barebones  # type: ignore[attr-defined]
+        is_trial = self.trainer.fast_dev_run or self.trainer.barebones  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
         if is_trial or not (self.trainer.is_global_zero and self.draws):
             return None
         sinks = Sinks(self.trainer.loggers, root_folder(self.trainer))
@@ -206,3 +204,17 @@ class EpochLog:
             yield from epoch_figures(
                 result.summaries[layer], of_layer, names, group_by=self.group_by, axes=result.axes, context=context
             )
+
+
+def by_scope(results: Mapping[int, DatasetResult], scope: Callable[[int, str], str]) -> dict[str, LayerSummary]:
+    """The summary of every layer of every dataloader, by its scope; an only layer's name goes without saying."""
+    several = _have_several_layers(results)
+    return {
+        scope(number, layer if several else ""): summary
+        for number, result in results.items()
+        for layer, summary in result.summaries.items()
+    }
+
+
+def _have_several_layers(results: Mapping[int, DatasetResult]) -> bool:
+    return len({layer for result in results.values() for layer in result.summaries}) > 1

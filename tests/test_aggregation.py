@@ -196,12 +196,15 @@ def test_outcome_statistics(samples):
 
 
 def test_mean_maps(samples):
-    there, back, classes, _, _ = samples
+    there, back, classes, outcomes, _ = samples
     summary = LayerSummary(accumulate(samples, in_batches(torch.arange(SAMPLES), 4)).compute())
     for direction, weights in ((DIRECTION, there), (DIRECTION.opposite, back)):
         for c in range(CLASSES):
             expected = weights[classes == c].nanmean((0, 1))
             torch.testing.assert_close(summary.maps[direction][c].float(), expected)
+        for outcome in (INCORRECT, CORRECT):
+            expected = weights[outcomes == outcome].nanmean((0, 1))
+            torch.testing.assert_close(summary.outcome_maps[direction][outcome].float(), expected)
 
 
 def test_alignment_between_different_samples(samples):
