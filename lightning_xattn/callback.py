@@ -189,7 +189,14 @@ class AttentionExplainabilityCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look anew at the first batch of what is to run."""
         self._resumes, self._recorder = stage == "fit", None
-        make = partial(Evaluation, self.settings, pl_module, self._checks, expects_targets=stage != "predict")
+        make = partial(
+            Evaluation,
+            self.settings,
+            pl_module,
+            self._checks,
+            expects_targets=stage != "predict",
+            keeps_maps=stage == "test",  # after which there is a page
+        )
         first = make()
         # One for each dataloader, as their batches may differ; their classes are those of the first.
         self._evaluations = defaultdict(partial(make, first), {0: first})
@@ -315,7 +322,7 @@ class AttentionExplainabilityCallback(Callback):
         group_by, axes = self.settings.group_by, attention_axes(trainer, pl_module)
         results = {
             number: DatasetResult(
-                one.layers, one.fusion, self._evaluations[number].classes or (), group_by, axes, table=None
+                one.layers, one.fusion, self._evaluations[number].classes or (), group_by, axes, None, one.maps
             )
             for number, one in ended.items()
         }

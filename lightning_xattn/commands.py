@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_xattn.errors import DataError, SettingError
-from lightning_xattn.explainer import ExplainabilityCapture, dataset_figures
+from lightning_xattn.explainer import ExplainabilityCapture, save_dataset_figures, training_data
 from lightning_xattn.messages import first_line
 from lightning_xattn.report import create_explainability_report
-from lightning_xattn.visualizations.output import save
 
 
 def explain_model(model: str, checkpoint: str | Path, datamodule: str, out: str | Path) -> Path:
@@ -59,10 +59,10 @@ def explain_model(model: str, checkpoint: str | Path, datamodule: str, out: str 
     out = Path(out)
     explainer = ExplainabilityCapture(module, predict=_run_step, axes=getattr(data, "attention_axes", None))
     explained = explainer.explain_loader(data.test_dataloader(), table=out / "table")
+    explained = replace(explained, trained_on=training_data(checkpoint))
     for suffix in (".html", ".txt", ".md", ".json"):
         create_explainability_report(explained, out / f"report{suffix}")
-    for name, figure in dataset_figures(explained):
-        save(figure, out / "figures" / f"{name}.png")
+    save_dataset_figures(explained, out / "figures")
     print((out / "report.txt").read_text(encoding="utf-8"))
     print(f"All of it, to open in a browser: {out / 'report.html'}")
     return out

@@ -35,10 +35,12 @@ from lightning_xattn.fusion.collected import MAX_SAMPLES, Collected, FusionPart,
 from lightning_xattn.fusion.contribution import CONTRIBUTION_SAMPLES, PARTNERS, Contributions, contributions
 from lightning_xattn.fusion.entrance import ModalitiesSetting, check_fusion
 from lightning_xattn.fusion.faithfulness import replaced_keys
+from lightning_xattn.fusion.pool import Rows as Columns
 from lightning_xattn.fusion.recorder import FusionInputs, FusionRecorder
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.group_keys import group_keys
 from lightning_xattn.labels import LabelFinder, Labels, LabelSetting, Step
+from lightning_xattn.maps import MapsBySample, SampleMaps, merge_maps
 from lightning_xattn.messages import named, warn
 from lightning_xattn.recording import Attentions, StepRecorder
 from lightning_xattn.results import BatchResult
@@ -129,6 +131,8 @@ class Part:
     repeats: int
     has_several: bool
     """Whether targets turned out to be no classes."""
+    maps: Columns | None
+    """Of single samples, on the CPU; None without any."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +143,8 @@ class EvaluationSummary:
     """By name, in the order in which they ran."""
     fusion: FusionSummary | None
     """None where the fusion is not known."""
+    maps: MapsBySample
+    """Of single samples, where they are kept."""
 
 
 class Evaluation:
@@ -156,6 +162,8 @@ class Evaluation:
         The evaluation, of another dataloader, whose classes this one has too; None: they are decided here.
     expects_targets
         Whether it is said where there are none, which are not to be had of a prediction.
+    keeps_maps
+        Whether maps of single samples are kept, for a page.
 
     Attributes
     ----------
@@ -169,6 +177,8 @@ class Evaluation:
         Of very many classes, those that are shown one by one; decided when an evaluation is shown first.
     collected : Collected
         What is kept of the fusion's inputs.
+    maps : SampleMaps
+        Of single samples.
     """
 
     def __init__(
@@ -178,8 +188,9 @@ class Evaluation:
         checks: Checks,
         first: Evaluation | None = None,
         expects_targets: bool = True,
+        keeps_maps: bool = False,
     ) -> None:
-        self._expects_targets = expects_targets
+        self._expects_targets, self._keeps_maps = expects_targets, keeps_maps
         self._settings, self._module, self._checks, self._first = settings, module, checks, first
         self.finder = settings.finder()
         self.classes: tuple[str, ...] | None = None
@@ -192,6 +203,7 @@ class Evaluation:
         self.repeats = 0
         self._accumulators: dict[str, LayerAccumulator] = {}
         self.collected = Collected(self._settings.max_samples, self._settings.contribution_samples)
+        self.maps = SampleMaps()
         self._seen = 0
 
     def read(self, step: Step, attention: Attentions, recorder: StepRecorder) -> BatchResult:
@@ -255,9 +267,9 @@ class Evaluation:
         }
         ids = {"sample_id": labels.sample_ids, "group": labels.group_ids}
         layers = [[prepare_rows(attention) for attention in pair.directions] for pair in batch.attention]
-        if batch.inputs is not None and len(batch):
-            first_ran = bool(layers) and batch.attention[0].layer == self._first_layer
-            self._collect(batch, batch.inputs, about, classes, places, layers[0] if first_ran else ())
+        first_ran = bool(layers) and batch.attention[0].layer == self._first_layer
+        if len(batch):
+            self._keep(batch, about | {"class": classes}, places, layers[0] if first_ran else ())
         table = [] if batch.attention else [about | {"layer": None} | ids]
         for pair, rows in zip(batch.attention, layers, strict=True):
             statistics = sample_statistics(*rows) | {CONFIDENCE: _filled(labels.confidence, torch.nan, batch)}
@@ -270,39 +282,42 @@ class Evaluation:
             table.append(about | table_columns(statistics) | layer | ids)
         return table
 
-    def _collect(
-        self,
-        batch: BatchResult,
-        inputs: FusionInputs,
-        about: Mapping[str, Any],
-        classes: Tensor,
-        places: Sequence[int],
-        first_layer: Sequence[Rows],
+    def _keep(
+        self, batch: BatchResult, about: Mapping[str, Any], places: Sequence[int], first_layer: Sequence[Rows]
     ) -> None:
+        """Keep of single samples what is wanted at the end."""
         labels = batch.labels
         keys = group_keys(places if labels.sample_ids is None else labels.sample_ids, batch.device)
-        facts = {
-            "class": classes,
+        identity = {NUMBER: about[NUMBER], "process": torch.full_like(about["class"], process()[0])}
+        if self._keeps_maps and first_layer:
+            self.maps.add(first_layer, keys, identity)
+        if batch.inputs is None:
+            return
+        facts = identity | {
+            "class": about["class"],
             "correct": about["correct"],
-            NUMBER: about[NUMBER],
-            "process": torch.full_like(classes, process()[0]),
             "target": _filled(labels.target, -1, batch),
             "prediction": _filled(labels.predicted, -1, batch),
             "confidence": _filled(labels.confidence, torch.nan, batch),
         }
         received = {str(rows.direction): received_attention(rows) for rows in first_layer}
-        self.collected.add(inputs, keys, labels.groups, labels.group_noun, facts, received)
+        self.collected.add(batch.inputs, keys, labels.groups, labels.group_noun, facts, received)
 
     def sums(self) -> dict[str, LayerSums]:
         """By layer, what there is so far; ``add`` leaves these tensors as they are."""
         return {layer: accumulator.sums() for layer, accumulator in self._accumulators.items()}
 
     def load(
-        self, samples: int, sums: Mapping[str, LayerSums], collected: Collected, device: torch.device | str
+        self,
+        samples: int,
+        sums: Mapping[str, LayerSums],
+        collected: Collected,
+        maps: SampleMaps,
+        device: torch.device | str,
     ) -> None:
         """Go on from what there is of so many samples of the same data set, with batches on this device."""
         self._seen = samples
-        self.collected = collected.snapshot(device)
+        self.collected, self.maps = collected.snapshot(device), maps.snapshot(device)
         self._accumulators = {layer: LayerAccumulator.of(of_layer, device) for layer, of_layer in sums.items()}
         if self.classes and any(of_layer.layout.n_classes == 0 for of_layer in sums.values()):
             self.drop_targets()  # as these sums had to
@@ -313,7 +328,7 @@ class Evaluation:
         fusion = self.collected.part()
         if fusion is not None and process()[1] > 1:
             fusion = fusion.cpu()  # to be sent
-        return Part(self.classes, sums, fusion, self.repeats, self.finder.has_several)
+        return Part(self.classes, sums, fusion, self.repeats, self.finder.has_several, self.maps.part())
 
     def drop_targets(self) -> None:
         """Have no classes and outcomes, as the targets are several labels at once, which are no classes."""
@@ -361,7 +376,8 @@ class Evaluation:
             part = merge_parts(collected, sizes)
             part = part.without_labels() if several else part
             fusion = self._summarise_fusion(recorder.fusion, part, tests_attention, partners)
-        return EvaluationSummary(summaries, fusion)
+        maps = merge_maps([part.maps for part in parts if part.maps is not None])
+        return EvaluationSummary(summaries, fusion, maps)
 
     def _summarise_fusion(
         self, recorder: FusionRecorder, part: FusionPart, tests_attention: bool, partners: int | None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -311,6 +313,14 @@ def dataset_figures(explained: DatasetResult) -> Iterator[tuple[str, Figure]]:
                 quantities, names, group_by=group_by, group_noun=summary.group_noun, context=context
             )
             yield f"class_comparison{end}", figure
+
+
+def save_dataset_figures(explained: DatasetResult, folder: str | PathLike[str]) -> None:
+    """Write every figure of ``dataset_figures`` into a folder, as PNG."""
+    from lightning_xattn.visualizations.output import save  # matplotlib, only where figures are wanted
+
+    for name, figure in dataset_figures(explained):
+        save(figure, Path(folder) / f"{name}.png")
 
 
 def _compared(summary: LayerSummary) -> Iterator[tuple[str, Column]]:

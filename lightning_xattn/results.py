@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -18,6 +18,7 @@ from lightning_xattn.fusion.samples import SampleModalities
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.labels import Labels
 from lightning_xattn.labels.scores import Scores
+from lightning_xattn.maps import MapsBySample
 from lightning_xattn.summary import LayerSummary
 
 REST = "rest"
@@ -217,6 +218,26 @@ class ExplainedBatch(TypedDict):
     """The data set that the samples are of, where that was given."""
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """The samples that a model was trained on.
+
+    Attributes
+    ----------
+    ids
+        Of the samples, as strings.
+    groups
+        Of the groups, such as patients, that they come from; empty where these are not known.
+    """
+
+    ids: frozenset[str]
+    groups: frozenset[str] = frozenset()
+
+    def tell(self, sample_id: str | None, group: str | None) -> str:
+        """What the model has seen of a sample: "seen" itself, others of its group ("related"), or "new"."""
+        return "seen" if sample_id in self.ids else "related" if group in self.groups else "new"
+
+
 @dataclass(frozen=True, eq=False)
 class DatasetResult:
     """A whole loader, from running sums.
@@ -235,6 +256,10 @@ class DatasetResult:
         What the tokens of each modality are, where it is known.
     table
         The folder with one row per sample and layer; None when none was written.
+    maps
+        Of single samples, in the first layer; of some 500 of a large data set, of none where a page is not made.
+    trained_on
+        What the model was trained on; None where that is not known.
     """
 
     summaries: dict[str, LayerSummary]
@@ -243,6 +268,8 @@ class DatasetResult:
     group_by: str
     axes: dict[str, TokenAxis]
     table: Path | None
+    maps: MapsBySample = field(default_factory=dict)
+    trained_on: TrainingData | None = None
 
     def largest_classes(self, count: int) -> tuple[int, ...]:
         """The ids of the classes with the most samples, in their own order."""

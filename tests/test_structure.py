@@ -32,13 +32,14 @@ ROOMS = {
         *("labels", "messages", "summary"),
     },
     "recording": {"attention", "capture", "errors", "fusion", "labels", "messages"},
-    "results": {"attention", "errors", "functional", "fusion", "labels", "summary"},
+    "maps": {"functional", "fusion"},
+    "results": {"attention", "errors", "functional", "fusion", "labels", "maps", "summary"},
     "classes": {"aggregation", "errors", "labels", "messages"},
     "checks": {"attention", "capture", "columns", "fusion", "messages", "summary"},
     "table": {"aggregation", "columns", "files", "group_keys", "messages"},
     "evaluation": {
         *("aggregation", "attention", "capture", "checks", "classes", "columns", "distributed", "errors", "functional"),
-        *("fusion", "group_keys", "labels", "messages", "recording", "results", "summary"),
+        *("fusion", "group_keys", "labels", "maps", "messages", "recording", "results", "summary"),
     },
     "visualizations": {"attention", "errors", "files", "functional", "messages"},
     "sinks": {"files", "messages", "visualizations"},
@@ -62,8 +63,8 @@ ROOMS = {
     },
     "explainer": {
         *("aggregation", "attention", "capture", "checks", "classes", "columns", "errors", "evaluation", "figures"),
-        *("files", "functional", "fusion", "group_keys", "groups", "labels", "messages", "recording", "results"),
-        *("table",),
+        *("files", "functional", "fusion", "group_keys", "groups", "labels", "maps", "messages", "recording"),
+        *("results", "table"),
     },
     # The guide's names stand on top; the two files are where the guide imports them from.
     "guide": {"attention", "errors", "functional", "messages", "report", "results"},

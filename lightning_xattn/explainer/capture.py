@@ -230,7 +230,7 @@ class ExplainabilityCapture:
             raise SettingError(f"partners must be an even number from {PARTNERS} on, or 'all'; got {partners!r}.")
         settings = replace(self.settings, class_names=self.class_names, table=table)
         folder = None if table is None else self._open(settings, loader, partners)
-        evaluation = Evaluation(settings, None, self._checks)
+        evaluation = Evaluation(settings, None, self._checks, keeps_maps=True)
         observe = partial(
             self._observe, finder=evaluation.finder, read=partial(evaluation.read, recorder=self._recorder)
         )
@@ -248,7 +248,7 @@ class ExplainabilityCapture:
         axes = fitting_axes(self.axes, run.token_counts)
         kept = None if folder is None else folder.folder
         return DatasetResult(
-            explained.layers, explained.fusion, evaluation.classes or (), settings.group_by, axes, kept
+            explained.layers, explained.fusion, evaluation.classes or (), settings.group_by, axes, kept, explained.maps
         )
 
     def _open(self, settings: Settings, loader: Iterable[Any], partners: int | str) -> ExplainedFolder:

@@ -17,6 +17,7 @@ from lightning_xattn.fusion.collected import Collected
 from lightning_xattn.fusion.samples import sample_columns
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.labels import Step
+from lightning_xattn.maps import SampleMaps
 from lightning_xattn.results import BatchResult
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class _Done:
     samples: int
     sums: Mapping[str, LayerSums]
     collected: Collected
+    maps: SampleMaps
     rows: list[dict[str, Any]]
     """Those that are not in the folder yet."""
 
@@ -64,12 +66,14 @@ class LoaderRun:
     ) -> None:
         self._observe, self._evaluation, self._folder = observe, evaluation, folder
         self.token_counts: dict[str, int] = {}
-        collected = evaluation.collected.snapshot()
-        self._done = _Done(0, 0, {}, collected, [])
+        collected, maps = evaluation.collected.snapshot(), evaluation.maps.snapshot()
+        self._done = _Done(0, 0, {}, collected, maps, [])
         if folder is not None:
             if folder.fusion is not None:
                 collected.load(folder.fusion)
-            self._done = _Done(folder.batches, folder.samples, folder.sums, collected, [])
+            if folder.maps is not None:
+                maps.load(folder.maps)
+            self._done = _Done(folder.batches, folder.samples, folder.sums, collected, maps, [])
         self._reached = 0
 
     def run(self, loader: Iterable[Any], progress: bool) -> None:
@@ -120,7 +124,7 @@ class LoaderRun:
             if self._folder is not None:
                 self._folder.check_first(first[1])
             done = self._done
-            self._evaluation.load(done.samples, done.sums, done.collected, first[1].device)
+            self._evaluation.load(done.samples, done.sums, done.collected, done.maps, first[1].device)
             runs = chain([first], runs)
         elif self._reached >= self._done.batches:
             runs = self._observe(batch)
@@ -135,16 +139,16 @@ class LoaderRun:
             if self._evaluation.finder.has_several:
                 self._evaluation.drop_targets()
         waiting = [] if self._folder is None else done.rows + rows
-        self._done = _Done(
-            done.batches + 1, samples, self._evaluation.sums(), self._evaluation.collected.snapshot(), waiting
-        )
+        kept = self._evaluation.collected.snapshot(), self._evaluation.maps.snapshot()
+        self._done = _Done(done.batches + 1, samples, self._evaluation.sums(), *kept, waiting)
         if self._folder is not None and self._done.batches - self._folder.batches >= BATCHES_A_PART:
             self._save()
 
     def _save(self) -> None:
         if self._folder is not None:
             done = self._done
-            self._folder.save(done.batches, done.samples, done.sums, done.collected.part(), done.rows)
+            kept = done.collected.part(), done.maps.part()
+            self._folder.save(done.batches, done.samples, done.sums, *kept, done.rows)
             self._done = replace(self._done, rows=[])
 
     def _keep(self) -> str:

@@ -17,6 +17,7 @@ from lightning_xattn.errors import DataError, SettingError
 from lightning_xattn.files import complete_or_absent
 from lightning_xattn.functional import ROW_STATISTICS, pooled_tokens, prepare_rows
 from lightning_xattn.fusion.collected import FusionPart
+from lightning_xattn.fusion.pool import Rows as Columns
 from lightning_xattn.group_keys import plain_id
 from lightning_xattn.groups import GroupSums
 from lightning_xattn.results import BatchResult
@@ -25,7 +26,7 @@ from lightning_xattn.table import LateColumns, SampleTable, add_columns, count_r
 FILE = "_progress.pt"
 """Readers of Parquet folders pass over names that begin with an underscore."""
 
-FORMAT = "7"
+FORMAT = "8"
 """Raised when the file, or what a number in it means, changes."""
 
 ALIKE = 1e-4
@@ -59,6 +60,8 @@ class ExplainedFolder:
         The sums so far.
     fusion
         What was kept of the fusion's inputs; None where it is not known.
+    maps
+        Those of single samples; None without any.
 
     Raises
     ------
@@ -87,6 +90,7 @@ class ExplainedFolder:
         self.samples: int = saved.get("samples", 0)
         self.finished: bool = saved.get("finished", False)
         self.fusion = None if saved.get("fusion") is None else _part_of(saved["fusion"])
+        self.maps: Columns | None = saved.get("maps")
         self.sums: Sums = {name: _sums_of(plain) for name, plain in saved.get("sums", {}).items()}
         self._first = saved.get("first", self._first)
         self._parts: dict[str, int] = saved.get("parts", {})
@@ -131,6 +135,7 @@ class ExplainedFolder:
         samples: int,
         sums: Sums,
         fusion: FusionPart | None,
+        maps: Columns | None,
         rows: Iterable[Mapping[str, Any]],
         finished: bool = False,
     ) -> None:
@@ -138,7 +143,7 @@ class ExplainedFolder:
 
         Parameters
         ----------
-        batches, samples, sums, fusion, finished
+        batches, samples, sums, fusion, maps, finished
             See the attributes.
         rows
             Those of the batches since the last call, as ``SampleTable.add`` takes them.
@@ -155,6 +160,7 @@ class ExplainedFolder:
                 "finished": finished,
                 "sums": {name: _plain_sums(of_layer.cpu()) for name, of_layer in sums.items()},
                 "fusion": None if fusion is None else _plain_part(fusion.cpu()),
+                "maps": maps,
                 "first": self._first,
                 "parts": self._parts | {path.name: count_rows(path) for path in table.close()},
             }
@@ -174,7 +180,7 @@ class ExplainedFolder:
             if late is not None:
                 with complete_or_absent(path) as part:
                     add_columns(path, part, {None: late})
-        self.save(self.batches, self.samples, self.sums, self.fusion, (), finished=True)
+        self.save(self.batches, self.samples, self.sums, self.fusion, self.maps, (), finished=True)
 
     def _read(self) -> dict[str, Any]:
         path = self.folder / FILE

@@ -18,6 +18,7 @@ from torch_geometric.data import Batch
 
 from lightning_xattn.attention import TokenAxis
 from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.explainer.training import GROUPS, IDS
 from lightning_xattn.hms.build import as_it_is
 from lightning_xattn.hms.cache import StoredFeatures, stored_features
 from lightning_xattn.hms.features import spectrogram_spans
@@ -220,11 +221,15 @@ class HMSDataModule(LightningDataModule):
         if self.test_data is not None:
             self._load(self.test_data)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint says of the training samples: their ids and patients, see `training_data`."""
+        rows = [self.recordings.rows[i] for i in self._training_indices()]
+        ids, patients = zip(*((row.label_id, row.patient_id) for row in rows), strict=True)
+        return {IDS: torch.tensor(ids), GROUPS: torch.tensor(patients)}
+
     def train_dataloader(self) -> DataLoader[HMSBatch]:
         """Return ``data`` but for its two held-out folds, shuffled anew each epoch."""
-        held_out = (self.fold, (self.fold + 1) % self.n_folds)
-        indices = np.flatnonzero(~np.isin(self._fold_of_row(), held_out))
-        return self._loader(HMSDataset(self._load(self.data), indices), shuffle=True)
+        return self._loader(HMSDataset(self._load(self.data), self._training_indices()), shuffle=True)
 
     def val_dataloader(self) -> DataLoader[HMSBatch]:
         """Return all of ``test_data``, or the validation fold of ``data`` where no ``test_data`` was given."""
@@ -260,6 +265,10 @@ class HMSDataModule(LightningDataModule):
             num_workers=self.num_workers or 0,
             persistent_workers=bool(self.num_workers),
         )
+
+    def _training_indices(self) -> NDArray[np.int64]:
+        held_out = (self.fold, (self.fold + 1) % self.n_folds)
+        return np.flatnonzero(~np.isin(self._fold_of_row(), held_out))
 
     def _fold_of_row(self) -> NDArray[np.int64]:
         if self._folds is None:

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
 from lightning_xattn.errors import SettingError
-from lightning_xattn.explainer import dataset_figures
+from lightning_xattn.explainer import save_dataset_figures
 from lightning_xattn.files import complete_or_absent
 from lightning_xattn.hms.datamodule import HMSDataModule
 from lightning_xattn.hms.module import HMSLightningModule
@@ -28,7 +28,6 @@ from lightning_xattn.report.facts import collect_facts
 from lightning_xattn.report.rendering import Block, Section, as_markdown, as_text, blocks_as_text
 from lightning_xattn.report.wording import dataset_document
 from lightning_xattn.results import DatasetResult
-from lightning_xattn.visualizations.output import save
 
 TRAIN_ON = ("simulated", "data")
 
@@ -167,8 +166,7 @@ def _explain_disagreeing(
     samples = len(datamodule.test_recordings)
     explainer = ExplainabilityCapture(module, contribution_samples=samples, axes=datamodule.attention_axes)
     explained = explainer.explain_loader(datamodule.test_dataloader(), folder / "table", progress=False)
-    for name, figure in dataset_figures(explained):
-        save(figure, folder / "figures" / f"{name}.png")
+    save_dataset_figures(explained, folder / "figures")
     return list(describe_scores(folder / "table", datamodule.test_recordings)), explained
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ import torch
 
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
 from lightning_xattn.errors import DataError
-from lightning_xattn.explainer import dataset_figures
+from lightning_xattn.explainer import save_dataset_figures, training_data
 from lightning_xattn.hms.datamodule import HMSDataModule, HMSDataset
 from lightning_xattn.hms.module import HMSLightningModule
 from lightning_xattn.hms.montage import EEG_RATE, ELECTRODES, REGIONS, SPEC_FREQUENCIES, SPEC_ROW_SECONDS, SPEC_SECONDS
@@ -24,7 +25,6 @@ from lightning_xattn.visualizations import (
     plot_head_alignment_matrix,
     plot_modality_alignment,
 )
-from lightning_xattn.visualizations.output import save
 
 PICTURES = ("signals", "attention", "alignment")
 """Of a recording, those that the page shows."""
@@ -66,11 +66,10 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path) -> Pa
     datamodule = HMSDataModule(data, test_data=data, cache_dir=out / "features", on_bad_row="skip")
     explainer = ExplainabilityCapture(module, axes=module.attention_axes or datamodule.attention_axes)
     loader = datamodule.test_dataloader()
-    explained = explainer.explain_loader(loader, table=out / "table")
+    explained = replace(explainer.explain_loader(loader, table=out / "table"), trained_on=training_data(checkpoint))
     for suffix in (".txt", ".md", ".json"):
         create_explainability_report(explained, out / f"report{suffix}")
-    for name, figure in dataset_figures(explained):
-        save(figure, out / "figures" / f"{name}.png")
+    save_dataset_figures(explained, out / "figures")
 
     dataset = loader.dataset
     assert isinstance(dataset, HMSDataset)

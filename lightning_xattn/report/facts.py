@@ -103,6 +103,16 @@ class LayerFacts(TypedDict):
     """By score, ``alignment`` and ``entropy``; empty without predictions or targets."""
 
 
+class TrainingFacts(TypedDict):
+    """How many samples the model was trained on."""
+
+    samples: int
+    seen: int
+    """Those that it was trained on."""
+    related: int
+    """Those of whose group it was trained on others."""
+
+
 class DatasetFacts(TypedDict):
     """A whole data set."""
 
@@ -112,6 +122,8 @@ class DatasetFacts(TypedDict):
     """What the classes of the groups are: "target" (true class) or "prediction" (predicted class)."""
     axes: dict[str, TokenAxis]
     table: str | None
+    training: TrainingFacts | None
+    """What the model was trained on; None where that, or the ids of the samples, is not known."""
     fusion: FusionFacts | None
     """The modalities; None where it is not known what enters the fusion."""
     layers: list[LayerFacts]
@@ -132,6 +144,7 @@ def collect_facts(results: Results) -> BatchFacts | DatasetFacts:
             "group_by": results.group_by,
             "axes": results.axes,
             "table": None if results.table is None else str(results.table),
+            "training": _collect_training(results),
             "fusion": None if results.fusion is None else collect_fusion(results.fusion, results.class_names),
             "layers": [collect_layer(name, one, results.class_names) for name, one in results.summaries.items()],
         }
@@ -144,6 +157,17 @@ def collect_facts(results: Results) -> BatchFacts | DatasetFacts:
             f"got {got}, without {', '.join(missing)}."
         )
     return _collect_batch(cast(ExplainedBatch, results))
+
+
+def _collect_training(results: DatasetResult) -> TrainingFacts | None:
+    if results.table is None or results.trained_on is None:
+        return None
+    from lightning_xattn.table import read_rows  # pyarrow, only where a table is read
+
+    layer = next(iter(results.summaries), None)
+    rows = [row for row in read_rows(results.table) if row.get("layer") == layer]
+    told = [results.trained_on.tell(row.get("sample_id"), row.get("group")) for row in rows]
+    return {"samples": len(told), "seen": told.count("seen"), "related": told.count("related")}
 
 
 def _collect_batch(results: ExplainedBatch) -> BatchFacts:

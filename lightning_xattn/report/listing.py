@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT
+from lightning_xattn.attention import Direction, TokenAxis, fitting_axes
+from lightning_xattn.functional import lift_map, prepare_rows
 from lightning_xattn.fusion.samples import SampleModalities, of_sample
 from lightning_xattn.fusion.summary import FusionSummary
-from lightning_xattn.messages import name_modality
+from lightning_xattn.messages import decimal, name_modality
 from lightning_xattn.report.facts import BatchFacts
 from lightning_xattn.report.page import Picture, SampleEntry
 from lightning_xattn.report.wording import describe_sample
@@ -27,6 +30,8 @@ _WIDTH, _QUALITY = 900, 60
 
 Pictures = Mapping[str, Sequence[Path]]
 """By a sample's id, files with pictures of it."""
+
+_OUTCOMES = {True: "correct", False: "incorrect", None: ""}
 
 
 def entries_of_dataset(result: DatasetResult, pictures: Pictures) -> Iterator[SampleEntry]:
@@ -48,7 +53,8 @@ def entries_of_dataset(result: DatasetResult, pictures: Pictures) -> Iterator[Sa
         for place, (rank, number, i) in enumerate(sorted(identities)[:LISTED]):
             outcome = {CORRECT: True, INCORRECT: False}.get(int(fusion.outcomes[i]))
             name = f"{number} of process {rank}" if several else str(number)
-            yield _entry(place, name, of_sample(fusion, i, result.class_names), outcome, {}, pictures)
+            more = [*_maps_of(result, (rank, number)), *_shrunk(pictures, name)]
+            yield _entry(place, name, of_sample(fusion, i, result.class_names), outcome, {}, more)
 
 
 def _sentences(fusion: FusionSummary, class_names: Sequence[str]) -> Iterator[tuple[int, SampleModalities]]:
@@ -73,7 +79,9 @@ def _entry_of_row(
             math.nan, {}, name(row["prediction"]), name(row["target"]), known["confidence"], {}, None
         )
     label = str(place) if row.get("sample_id") is None else row["sample_id"]
-    return _entry(place, label, one, row["correct"], known, pictures)
+    training = "" if result.trained_on is None else result.trained_on.tell(row.get("sample_id"), row.get("group"))
+    more = [*_maps_of(result, (0, place)), *_shrunk(pictures, label)]
+    return _entry(place, label, one, row["correct"], known, more, training)
 
 
 def _entry(
@@ -82,7 +90,8 @@ def _entry(
     said: SampleModalities,
     correct: bool | None,
     numbers: Mapping[str, float],
-    pictures: Pictures,
+    pictures: Sequence[Picture],
+    training: str = "",
 ) -> SampleEntry:
     phi = list(said.contributions.values())
     share = phi[0] / sum(phi) if phi and min(phi) >= 0 and sum(phi) > 0 else math.nan
@@ -91,32 +100,20 @@ def _entry(
         name,
         said.predicted or "no class",
         said.true or "",
-        {True: "correct", False: "incorrect", None: ""}[correct],
+        _OUTCOMES[correct],
         {"confidence": said.confidence, "conflict": said.conflict, "share": share, **numbers},
         str(said) if said.says or said.contributions else "",
-        pictures=[_shrunk(path) for path in pictures.get(name, ())],
+        pictures=pictures,
+        training=training,
     )
 
 
 def entries_of_batch(results: ExplainedBatch, facts: BatchFacts, pictures: Pictures) -> Iterator[SampleEntry]:
     """Each sample with the maps of its first layer's directions."""
-    from lightning_xattn.visualizations import map_picture  # matplotlib, only where a picture is wanted
-
-    # Where a mask hides something there is NaN, which is drawn as nothing.
-    weights, attention = results["attention_dict"], results.get("attention") or ()
+    attention = results.get("attention") or ()
+    maps = {str(one.direction): lift_map(prepare_rows(one)) for pair in attention[:1] for one in pair.directions}
     for i, sample in enumerate(facts["per_sample_explanations"]):
         name = str(sample["sample_idx"]) if sample["sample_id"] is None else str(sample["sample_id"])
-        maps = [
-            Picture(
-                f"{name_modality(one.direction.query)} asks, from top to bottom; {name_modality(one.direction.key)} is "
-                "attended to, from left to right; yellow: most",
-                map_picture(weights[str(one.direction)][i].float().mean(0).numpy()),
-                "png",
-                is_map=True,
-            )
-            for pair in attention[:1]
-            for one in pair.directions
-        ]
         modalities = sample.get("modalities")
         numbers = {"confidence": sample["confidence"], "alignment": sample["modality_agreement"]}
         numbers |= {} if modalities is None else {"conflict": modalities.conflict}
@@ -125,18 +122,49 @@ def entries_of_batch(results: ExplainedBatch, facts: BatchFacts, pictures: Pictu
             name,
             sample["predicted_name"] or str(sample["predicted_class"]),
             sample["true_name"] or ("" if sample["true_class"] is None else str(sample["true_class"])),
-            {True: "correct", False: "incorrect", None: ""}[sample["correct"]],
+            _OUTCOMES[sample["correct"]],
             {key: math.nan if value is None else value for key, value in numbers.items()},
             "",
             [describe_sample(sample)],
-            [*maps, *(_shrunk(path) for path in pictures.get(name, ()))],
+            [
+                *(_map(direction, of_direction[i], results["axes"]) for direction, of_direction in maps.items()),
+                *_shrunk(pictures, name),
+            ],
         )
 
 
-def _shrunk(path: Path) -> Picture:
-    with Image.open(path) as picture:
-        small = picture.convert("RGB")
-        small.thumbnail((_WIDTH, 10 * _WIDTH))
-        content = io.BytesIO()
-        small.save(content, format="webp", quality=_QUALITY)
-    return Picture(path.stem, content.getvalue(), "webp")
+def _maps_of(result: DatasetResult, identity: tuple[int, int]) -> Iterator[Picture]:
+    for direction, values in result.maps.get(identity, {}).items():
+        yield _map(direction, values, result.axes)
+
+
+def _map(name: str, lifts: Tensor, axes: Mapping[str, TokenAxis]) -> Picture:
+    """A sample's map, its longer side horizontal."""
+    from lightning_xattn.visualizations import map_picture  # matplotlib, only where a picture is wanted
+
+    direction, (queries, keys) = Direction.parse(name), lifts.shape
+    asks = _say_axis(direction.query, queries, "asks", axes)
+    gives = _say_axis(direction.key, keys, "is attended to", axes)
+    if queries > keys:
+        lifts, asks, gives = lifts.T, gives, asks
+    known = lifts[lifts.isfinite()]
+    span = f"lift {decimal(float(known.min()))} to {decimal(float(known.max()))}" if len(known) else "undefined"
+    title = f"{gives}, from left to right; {asks}, from top to bottom; {span} (1: uniform; yellow: most)"
+    return Picture(title, map_picture(lifts.float().numpy()), "png", is_map=True)
+
+
+def _say_axis(modality: str, tokens: int, does: str, axes: Mapping[str, TokenAxis]) -> str:
+    axis = fitting_axes(axes, {modality: tokens}).get(modality)
+    where = "" if axis is None else f" ({axis.title}: {axis.place(0)} … {axis.place(tokens - 1)})"
+    return f"{name_modality(modality)}{where} {does}"
+
+
+def _shrunk(pictures: Pictures, name: str) -> Iterator[Picture]:
+    """The pictures of a sample, as small as a page has them."""
+    for path in pictures.get(name, ()):
+        with Image.open(path) as picture:
+            small = picture.convert("RGB")
+            small.thumbnail((_WIDTH, 10 * _WIDTH))
+            content = io.BytesIO()
+            small.save(content, format="webp", quality=_QUALITY)
+        yield Picture(path.stem, content.getvalue(), "webp")

@@ -12,8 +12,10 @@
     let count = 0;
     for (const sample of samples) {
       const fits =
-        (!form.elements.true.value || sample.dataset.true === form.elements.true.value) &&
-        (!form.elements.outcome.value || sample.dataset.outcome === form.elements.outcome.value) &&
+        ["true", "outcome", "training"].every((name) => {
+          const wanted = form.elements[name]?.value;
+          return !wanted || sample.dataset[name] === wanted;
+        }) &&
         (!words || sample.dataset.name.toLowerCase().includes(words));
       sample.hidden = !fits;
       count += fits;

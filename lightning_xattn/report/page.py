@@ -14,6 +14,13 @@ from lightning_xattn.report.rendering import Block, Document, Items, Paragraph, 
 
 _HERE = Path(__file__).parent
 
+TRAINING = {
+    "seen": "trained on",
+    "related": "trained on others of its group",
+    "new": "new to the model",
+}
+"""What `TrainingData.tell` says, in words."""
+
 NUMBERS = ("confidence", "conflict", "alignment", "share")
 """What samples can be sorted by, beside their order."""
 
@@ -50,6 +57,8 @@ class SampleEntry:
     """In words; may be empty."""
     blocks: Sequence[Block] = ()
     pictures: Sequence[Picture] = ()
+    training: str = ""
+    """What the model was trained on, as `TrainingData.tell` says; empty where that is not known."""
 
 
 def as_page(
@@ -150,6 +159,9 @@ def _list(samples: Sequence[SampleEntry], first: str) -> Iterator[str]:
     yield '<form id="choose" hidden>'
     yield _select("true", "true class", [("", "all"), *((name, name) for name in _each(one.true for one in samples))])
     yield _select("outcome", "outcome", [("", "all"), *((name, name) for name in _each(o.outcome for o in samples))])
+    of_training = _each(one.training for one in samples)
+    if of_training:
+        yield _select("training", "training", [("", "all"), *((one, TRAINING[one]) for one in of_training)])
     yield _select("order", "sort by", orders)
     yield '<div><label for="words">id contains</label><input id="words" name="words" type="search"></div>'
     yield '<button type="reset">show all</button><output id="shown" aria-live="polite"></output></form>'
@@ -172,7 +184,7 @@ def _sample(one: SampleEntry, known: Sequence[str], first: str) -> str:
     numbers = {name: one.numbers.get(name, math.nan) for name in known}
     data = "".join(f' data-{name}="{value if math.isfinite(value) else ""}"' for name, value in numbers.items())
     data += f' data-place="{one.place}" data-name="{escape(one.name)}"'
-    data += f' data-true="{escape(one.true)}" data-outcome="{one.outcome}"'
+    data += f' data-true="{escape(one.true)}" data-outcome="{one.outcome}" data-training="{one.training}"'
     said = one.predicted + (f", true {one.true}" if one.true else "")
     shown = "".join(
         f'<span class="number">{f"share of {escape(first)}" if name == "share" else name} {decimal(value)}</span>'
@@ -180,6 +192,7 @@ def _sample(one: SampleEntry, known: Sequence[str], first: str) -> str:
         if math.isfinite(value)
     )
     outcome = f'<span class="outcome">{one.outcome}</span>' if one.outcome else ""
+    outcome += f'<span class="number">{TRAINING[one.training]}</span>' if one.training else ""
     content = f"<p>{escape(one.says)}</p>" if one.says else ""
     content += "".join(map(_figure, one.pictures)) + "".join(map(block_as_html, one.blocks))
     return (

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from lightning_xattn.messages import decimal, describe_size, name_modality
-from lightning_xattn.report.facts import BatchFacts, DatasetFacts
+from lightning_xattn.report.facts import BatchFacts, DatasetFacts, TrainingFacts
 from lightning_xattn.report.modalities import FusionFacts, ModalityFacts
 from lightning_xattn.summary import Comparison
 
@@ -19,6 +19,8 @@ def in_short(facts: DatasetFacts) -> Iterator[str]:
         known = whole["correct"] + whole["incorrect"]
         size = describe_size(layers[0]["samples"], whole["groups"], layers[0]["group_noun"])
         yield f"{size}; {whole['correct']} of {known} are predicted correctly." if known else f"{size}."
+    if facts["table"]:
+        yield describe_training(facts["training"])
     if fusion is not None:
         yield from (_say_reading(one, fusion) for one in fusion["modalities"])
         yield _say_conflict(fusion)
@@ -37,6 +39,19 @@ def in_short_of_batch(facts: BatchFacts) -> Iterator[str]:
     yield f"{facts['samples']} samples" + (f", {facts['correct']} of {known} predicted correctly." if known else ".")
     if not math.isnan(facts["modality_alignment"]):
         yield f"Mean alignment of the two directions of attention: {decimal(facts['modality_alignment'])} (-1 to 1)."
+
+
+def describe_training(facts: TrainingFacts | None) -> str:
+    """Say of how many samples the model's predictions tell nothing about new ones."""
+    if facts is None:
+        return "Which of these samples the model was trained on is not known."
+    if not facts["seen"] and not facts["related"]:
+        return f"The model was trained on none of these {facts['samples']} samples, nor on others of their groups."
+    also = f", and on others of the groups of {facts['related']} more" if facts["related"] else ""
+    return (
+        f"The model was trained on {facts['seen']} of these {facts['samples']} samples{also}: they do not tell how it "
+        "does with new ones."
+    )
 
 
 def _say_reading(one: ModalityFacts, fusion: FusionFacts) -> str:

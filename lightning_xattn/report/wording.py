@@ -13,6 +13,7 @@ from lightning_xattn.report.criteria import IF_CORRECT, IF_INCORRECT, PATTERNS, 
 from lightning_xattn.report.facts import BatchFacts, DatasetFacts, LayerFacts, SampleFacts, Subset
 from lightning_xattn.report.modalities import HOW_TO_READ, describe_fusion
 from lightning_xattn.report.rendering import Block, Document, Items, Paragraph, Section, Table
+from lightning_xattn.report.short import describe_training
 from lightning_xattn.report.verdict import describe_comparison, say_interval
 from lightning_xattn.results import AttentionStatistics, PlacedPair
 
@@ -183,7 +184,8 @@ def dataset_document(facts: DatasetFacts) -> Document:
         for layer in facts["layers"]
     ]
     if facts["table"]:
-        sections.append(Section("Samples", [Paragraph(f"The numbers of each sample are in {facts['table']}.")]))
+        where = f"The numbers of each sample are in {facts['table']}. {describe_training(facts['training'])}"
+        sections.append(Section("Samples", [Paragraph(where)]))
     nouns = dict.fromkeys(one["group_noun"] for one in (*facts["layers"], *([] if fusion is None else [fusion])))
     of_layers, of_fusion = (
         [_HOW_TO_READ, _OF_DATASET] if facts["layers"] else [],

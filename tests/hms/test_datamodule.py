@@ -80,6 +80,15 @@ def test_folds_hold_patients_apart_and_cover_everything(folder, tmp_path):
     assert sorted(seen_in_val) == [300 + i for i in range(17)]
 
 
+def test_a_checkpoint_is_told_the_training_samples(folder, tmp_path):
+    data_module = HMSDataModule(folder, cache_dir=tmp_path / "cache")
+    state = data_module.state_dict()
+    batches = list(data_module.train_dataloader())
+    patients = [patient for batch in batches for patient in batch["patient_ids"].tolist()]
+    assert sorted(state["training_ids"].tolist()) == sorted(ids(batches))
+    assert sorted(state["training_groups"].tolist()) == sorted(patients)
+
+
 def test_training_is_shuffled_anew_each_epoch_and_repeatable(folder, tmp_path):
     def epochs(seed: int) -> list[list[int]]:
         loader = HMSDataModule(folder, cache_dir=tmp_path / "cache", seed=seed, batch_size=4).train_dataloader()

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Layer 'model.fusion'")
 def without_pictures(monkeypatch):
     """Most of the time goes into drawing."""
     monkeypatch.setattr("lightning_xattn.hms.explain._draw_sample", lambda *args: None)
-    monkeypatch.setattr("lightning_xattn.hms.explain.dataset_figures", lambda explained: iter(()))
+    monkeypatch.setattr("lightning_xattn.hms.explain.save_dataset_figures", lambda explained, folder: None)
 
 
 @pytest.mark.slow
