@@ -113,8 +113,8 @@ class AttentionExplainabilityCallback(Callback):
     history : list of dict
         One record per recorded epoch, dataloader and layer: ``stage``, ``epoch``, ``step``, ``dataloader``, ``layer``,
         ``samples``, ``groups`` (how many; None where they are not known), ``repeats`` (samples dropped because another
-        process had them), ``ties`` and ``unclassified`` samples, the comparisons of correct with incorrect predictions,
-        and the epoch's curves by their names without the scope. It is saved in checkpoints.
+        process had them), ``ties`` and ``unclassified`` samples, ``accuracy``, the comparisons of correct with
+        incorrect predictions, and the epoch's curves by their names without the scope. It is saved in checkpoints.
     summaries : dict of str to LayerSummary
         The last epoch of each scope, such as ``val``, ``test`` or ``val/dataloader_1``.
     fusion_summaries : dict of str to FusionSummary
@@ -284,6 +284,10 @@ class AttentionExplainabilityCallback(Callback):
             self._end_epoch(trainer, pl_module)
         self._stop()
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the values of the best epoch, by which runs are compared."""
+        self._log(trainer, pl_module, self.schedule.figures_every_n_epochs > 0).log_best(self.history)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take every hook off the model: after a crash Lightning does not call ``teardown``."""
         self._stop()
@@ -329,10 +333,13 @@ class AttentionExplainabilityCallback(Callback):
         self.summaries |= by_scope(results, self._scope(trainer))
         return results, tables
 
+    def _log(self, trainer: Trainer, pl_module: LightningModule, draws: bool) -> EpochLog:
+        names = self._scope(trainer)
+        return EpochLog(trainer, pl_module, names, self._checks, self.settings.group_by, self.curves == "all", draws)
+
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         results, tables = self._end_epoch(trainer, pl_module)
-        names, draws = self._scope(trainer), self.schedule.draws(trainer)
-        log = EpochLog(trainer, pl_module, names, self._checks, self.settings.group_by, self.curves == "all", draws)
+        log = self._log(trainer, pl_module, self.schedule.draws(trainer))
         records = log.log(results, self._evaluations, self.history, tables)
         self.history += records
         if not records:

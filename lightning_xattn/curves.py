@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT
@@ -21,6 +22,9 @@ MAIN = re.compile(
     r"|outcome/\w+_auroc|health/undefined_share"
 )
 """``<topic>/<what>`` of the curves that are acted on: those that are logged unless all are asked for."""
+
+COMPARED = re.compile(r"accuracy|(alignment|conflict)/all|reading/[^/]+|contribution/share/[^/]+|outcome/\w+_auroc")
+"""What a record of the history has that runs are compared by."""
 
 _SCOPE = r"{stage}(/[^/]+){0,3}"
 
@@ -82,6 +86,33 @@ def mean_curves(of_layers: Sequence[Mapping[str, float]], scopes: Sequence[str],
     }
 
 
+def of_this_fit(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records of the validations of the last fit: one that begins anew has smaller steps."""
+    validated = [one for one in records if one["stage"] == "val"]
+    begins = [i for i, (one, other) in enumerate(pairwise(validated), start=1) if other["step"] < one["step"]]
+    return validated[begins[-1] if begins else 0 :]
+
+
+def best_epoch(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What runs are compared by, of the validation of a fit that predicted the most samples correctly.
+
+    Parameters
+    ----------
+    records
+        The history of one dataloader and layer.
+
+    Returns
+    -------
+    dict of str to float
+        ``xattn_best/<what>`` and its value; empty where no accuracy is known.
+    """
+    known = [one for one in of_this_fit(records) if "accuracy" in one]
+    if not known:
+        return {}
+    best = max(known, key=lambda one: one["accuracy"])
+    return {f"xattn_best/{name}": value for name, value in best.items() if COMPARED.fullmatch(name)}
+
+
 def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) -> dict[str, float]:
     """Scalars of one layer's epoch, as ``xattn_<topic>/<scope>/<what>``; undefined numbers are left out.
 
@@ -103,6 +134,8 @@ def epoch_record(summary: LayerSummary, scope: str, curves: Mapping[str, float])
     groups = summary.groups() if summary.group_noun else None
     record: dict[str, Any] = {"samples": summary.samples, "groups": groups}
     record |= {"ties": summary.ties, "unclassified": summary.unclassified}
+    correct, incorrect = (summary.size(outcome=outcome) for outcome in (CORRECT, INCORRECT))
+    record |= _accuracy(correct, incorrect)
     for score in _scores(summary):
         compared = dict(vars(summary.compare(score)))
         ends = {"auroc_low": compared.pop("low"), "auroc_high": compared.pop("high")}
@@ -128,6 +161,7 @@ def fusion_record(summary: FusionSummary, scope: str, curves: Mapping[str, float
     """What the history says of the modalities: their curves, why what is missing is missing, and how sure it is."""
     record: dict[str, Any] = {"read_samples": summary.samples, "unreadable": dict(summary.unreadable)}
     record["uncontributed"] = summary.uncontributed
+    record |= _accuracy(*(int((summary.outcomes == outcome).sum()) for outcome in (CORRECT, INCORRECT)))
     record |= {"largest_class": summary.largest_class} if math.isfinite(summary.largest_class) else {}
     for score in ("conflict", "confidence"):
         compared = summary.compare(score)
@@ -136,6 +170,11 @@ def fusion_record(summary: FusionSummary, scope: str, curves: Mapping[str, float
     for name, estimate in _fusion_intervals(summary):
         record |= _ends(name, estimate.low, estimate.high)
     return record | {_relative(name, scope): value for name, value in curves.items()}
+
+
+def _accuracy(correct: int, incorrect: int) -> dict[str, float]:
+    """For the history; nothing where no outcome is known."""
+    return {"accuracy": correct / (correct + incorrect)} if correct + incorrect else {}
 
 
 def _fusion_intervals(summary: FusionSummary) -> Iterator[tuple[str, Estimate]]:

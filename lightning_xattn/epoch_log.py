@@ -13,6 +13,7 @@ from pytorch_lightning import LightningModule, Trainer
 from lightning_xattn.checks import Checks
 from lightning_xattn.classes import name_in_curves
 from lightning_xattn.curves import (
+    best_epoch,
     charts,
     epoch_curves,
     epoch_record,
@@ -118,6 +119,15 @@ class EpochLog:
                 sinks.log("tables", partial(Path, path), lambda sink, made: sink.log_table(name, made, step))
         return records
 
+    def log_best(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """At the end of a fit, log what its run is compared by with others; of the first dataloader and layer."""
+        sinks = self._sinks()
+        ours = [one for one in history if one["dataloader"] == 0]
+        if sinks is not None and ours:
+            of_layer = [one for one in ours if one["layer"] == ours[0]["layer"]]
+            best, step = partial(best_epoch, of_layer), logged_step(self.trainer)
+            sinks.log("best values", best, lambda sink, made: sink.log_best(made, step) if made else None)
+
     def _sinks(self) -> Sinks | None:
         is_trial = self.trainer.fast_dev_run or self.trainer.barebones  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
         if is_trial or not (self.trainer.is_global_zero and self.draws):
@@ -149,7 +159,7 @@ class EpochLog:
             if layer in shown:
                 self._log(of_layers[-1], scopes[-1])
                 record = epoch_record(whole.summaries[layer], scopes[-1], of_layers[-1])
-                records.append(about | {"layer": layer, "repeats": repeats} | record | of_fusion)
+                records.append(about | {"layer": layer, "repeats": repeats} | of_fusion | record)
                 of_fusion = {}
         if several:
             self._log(mean_curves(of_layers, scopes, scope), scope)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from lightning_xattn.aggregation import CORRECT, INCORRECT
 from lightning_xattn.attention import Direction, TokenAxis, fitting_axes
 from lightning_xattn.columns import ALIGNMENT, SCORES, STATISTICS, Column, shown_columns
+from lightning_xattn.curves import of_this_fit
 from lightning_xattn.functional.outcomes import BINS
 from lightning_xattn.fusion.samples import most_conflicting, of_sample
 from lightning_xattn.fusion.summary import FusionSummary
@@ -136,10 +136,7 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
     from lightning_xattn.visualizations import Curve, Panel, plot_epochs  # matplotlib, only where figures are wanted
 
     last = records[-1]
-    shown = [one for one in records if one["stage"] == last["stage"]]
-    # A second fit begins anew.
-    begins = [i for i, (one, other) in enumerate(pairwise(shown), start=1) if other["step"] < one["step"]]
-    shown = shown[begins[-1] if begins else 0 :] if last["stage"] == "val" else shown[-1:]
+    shown = of_this_fit(records) if last["stage"] == "val" else [last]
     # Several validations of one epoch differ in their steps alone.
     unit = "epoch" if len({one["epoch"] for one in shown}) == len(shown) else "step"
     moments = [one[unit] for one in shown]

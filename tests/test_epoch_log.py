@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn import epoch_log as epoch_log_module
 from lightning_xattn.columns import ALIGNMENT
+from lightning_xattn.curves import best_epoch
 from lightning_xattn.errors import XAttnWarning
 from lightning_xattn.figures import dataset_figures, overview_figure
 from lightning_xattn.fusion.samples import most_conflicting, of_sample
@@ -19,6 +20,22 @@ from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader, validate
 
 MANY = 14
+
+
+def test_the_best_epoch_is_that_of_the_most_correct_predictions_since_the_fit_began():
+    def record(step, accuracy, stage="val", **numbers):
+        return {"stage": stage, "step": step, "accuracy": accuracy, "alignment/correct": 9.0, **numbers}
+
+    before = [record(10, 0.99, **{"alignment/all": 0.1})]
+    fit = [
+        record(5, 0.5, **{"alignment/all": 0.2}),
+        record(10, 0.75, **{"alignment/all": 0.3, "outcome/conflict_auroc": 0.6, "outcome/conflict_auroc_low": 0.5}),
+        record(15, 0.75, **{"alignment/all": 0.4}),
+        record(15, 1.0, "test", **{"alignment/all": 0.5}),
+    ]
+    expected = {"xattn_best/accuracy": 0.75, "xattn_best/alignment/all": 0.3, "xattn_best/outcome/conflict_auroc": 0.6}
+    assert best_epoch([*before, *fit]) == expected
+    assert best_epoch([{"stage": "val", "step": 5, "alignment/all": 0.2}]) == {}
 
 
 class ManyClasses(ToyModule):

@@ -43,15 +43,15 @@ ROOMS = {
     },
     "visualizations": {"attention", "errors", "files", "functional", "messages"},
     "sinks": {"files", "messages", "visualizations"},
+    "curves": {"aggregation", "columns", "fusion", "summary"},
     "figures": {
-        *("aggregation", "attention", "columns", "functional", "fusion", "messages", "results", "sinks", "summary"),
-        "visualizations",
+        *("aggregation", "attention", "columns", "curves", "functional", "fusion", "messages", "results", "sinks"),
+        *("summary", "visualizations"),
     },
     "report": {
         *("aggregation", "attention", "columns", "errors", "figures", "files", "functional", "fusion", "messages"),
         *("results", "summary", "table", "visualizations"),
     },
-    "curves": {"aggregation", "columns", "fusion", "summary"},
     "trainer": {"attention", "errors"},
     "epoch_log": {
         *("checks", "classes", "curves", "evaluation", "figures", "messages", "report", "results", "sinks", "summary"),

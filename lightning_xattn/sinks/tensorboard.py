@@ -46,6 +46,15 @@ class TensorBoardSink(Sink):
                 global_step=step,
             )
 
+    def log_best(self, values: Mapping[str, float], step: int) -> None:
+        """In the hparams tab, beside the hyperparameters.
+
+        A run names the columns of that tab once. Lightning names ``hp_metric`` alone, unless the logger is made with
+        ``default_hp_metric=False``; only then is there room for these values.
+        """
+        if not self.logger._default_hp_metric:
+            self.logger.log_hyperparams(self.logger.hparams, dict(values), step)
+
     def arrange(self, charts: Mapping[str, Mapping[str, str]]) -> None:
         """In the custom scalars tab, of which TensorBoard takes what a run says first."""
         layout = {
