@@ -142,21 +142,26 @@ def _map(name: str, lifts: Tensor, axes: Mapping[str, TokenAxis]) -> Picture:
     """A sample's map, its longer side horizontal."""
     from lightning_xattn.visualizations import map_picture  # matplotlib, only where a picture is wanted
 
-    direction, (queries, keys) = Direction.parse(name), lifts.shape
-    asks = _say_axis(direction.query, queries, "asks", axes)
-    gives = _say_axis(direction.key, keys, "is attended to", axes)
-    if queries > keys:
-        lifts, asks, gives = lifts.T, gives, asks
+    direction = Direction.parse(name)
     known = lifts[lifts.isfinite()]
     span = f"lift {decimal(float(known.min()))} to {decimal(float(known.max()))}" if len(known) else "undefined"
-    title = f"{gives}, from left to right; {asks}, from top to bottom; {span} (1: uniform; yellow: most)"
-    return Picture(title, map_picture(lifts.float().numpy()), "png", is_map=True)
+    queries, keys = lifts.shape
+    down, across = _say_axis(direction.query, queries, axes), _say_axis(direction.key, keys, axes)
+    if queries > keys:
+        lifts, down, across = lifts.T, across, down
+    title = (
+        f"{name_modality(direction.query)} asks {name_modality(direction.key)}: {span} (1: uniform; yellow: most). "
+        f"From top to bottom: {down[1]}, {down[0]} … {down[2]}"
+    )
+    return Picture(title, map_picture(lifts.float().numpy()), "png", (across[0], f"{across[1]} →", across[2]))
 
 
-def _say_axis(modality: str, tokens: int, does: str, axes: Mapping[str, TokenAxis]) -> str:
+def _say_axis(modality: str, tokens: int, axes: Mapping[str, TokenAxis]) -> tuple[str, str, str]:
+    """Where an axis begins, what it is, and where it ends."""
     axis = fitting_axes(axes, {modality: tokens}).get(modality)
-    where = "" if axis is None else f" ({axis.title}: {axis.place(0)} … {axis.place(tokens - 1)})"
-    return f"{name_modality(modality)}{where} {does}"
+    if axis is None:
+        return "0", f"{name_modality(modality)} token", str(tokens - 1)
+    return axis.place(0), axis.title, axis.place(tokens - 1)
 
 
 def _shrunk(pictures: Pictures, name: str) -> Iterator[Picture]:

@@ -33,8 +33,8 @@ class Picture:
     content: bytes
     kind: str
     """Of the content: "svg+xml", "png", "webp"."""
-    is_map: bool = False
-    """Whether each pixel is a cell of a map."""
+    axis: Sequence[str] = ()
+    """Of a map, whose pixels are its cells: what its left end is, its axis, and its right end."""
     is_captioned: bool = True
     """Whether the title stands below it; else the picture has it."""
 
@@ -144,10 +144,12 @@ def block_as_html(block: Block) -> str:
 
 def _figure(picture: Picture) -> str:
     source = f"data:image/{picture.kind};base64,{base64.b64encode(picture.content).decode()}"
-    kind = ' class="map"' if picture.is_map else ""
+    kind = ' class="map"' if picture.axis else ""
     title = escape(picture.title)
     caption = f"<figcaption>{title}</figcaption>" if picture.is_captioned else ""
-    return f'<figure><img{kind} src="{source}" alt="{title}">{caption}</figure>'
+    ends = "".join(f"<span>{escape(text)}</span>" for text in picture.axis)
+    axis = f'<div class="axis">{ends}</div>' if ends else ""
+    return f'<figure>{caption}<img{kind} src="{source}" alt="{title}">{axis}</figure>'
 
 
 def _list(samples: Sequence[SampleEntry], first: str) -> Iterator[str]:
