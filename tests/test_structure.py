@@ -156,3 +156,16 @@ def test_importing_the_package_loads_nothing_heavy():
     assert "lightning_xattn.callback" in loaded
     heavy = ("matplotlib", "torch_geometric", "pyarrow", "lightning_xattn.visualizations", "lightning_xattn.hms")
     assert not [name for name in loaded if name.startswith(heavy)]
+
+
+@pytest.mark.slow
+def test_the_callback_runs_without_torch_geometric_and_pyarrow():
+    code = """
+import sys
+sys.modules |= {"torch_geometric": None, "pyarrow": None}
+import lightning_xattn
+from tests.toy import ToyModule, validate
+assert "xattn_alignment/val/all" in validate(ToyModule(), lightning_xattn.AttentionExplainabilityCallback())
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
