@@ -132,7 +132,7 @@ def head_diversity(A, queries=None, keys=None):
     heads = A.shape[0]
     values = []
     for q in range(A.shape[1]):
-        k = max(keys[h, q].sum() for h in range(heads))
+        k = sum(any(keys[h, q, key] for h in range(heads)) for key in range(A.shape[2]))
         if heads < 2 or k < 2 or not valid[:, q].all():
             continue
         rows = [np.where(keys[h, q], A[h, q], 0) for h in range(heads)]

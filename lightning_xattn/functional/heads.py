@@ -40,7 +40,8 @@ def query_selectivity(rows: Rows) -> Tensor:
 def head_diversity(rows: Rows) -> Tensor:
     """How much the heads differ: ``mean_q [H(mean_h a_h) - mean_h H(a_h)] / min(ln H, ln K_q)``.
 
-    The generalised Jensen-Shannon divergence between heads, over the queries that are valid in every head.
+    The generalised Jensen-Shannon divergence between heads, over the queries that are valid in every head. ``K_q`` is
+    the number of keys that any head can see, as the mean is over all of them.
 
     Returns
     -------
@@ -48,7 +49,7 @@ def head_diversity(rows: Rows) -> Tensor:
         ``(batch,)`` in [0, 1]. 0: all heads alike. NaN with one head or where no row has two valid keys.
     """
     heads = rows.weights.shape[1]
-    keys = rows.keys.amax(1)
+    keys = rows.keys.amax(1) if rows.visible is None else rows.visible.any(1).sum(-1)
     defined = rows.valid.all(1) & (keys > 1)
     excess = _entropy(rows.weights.mean(1)) - rows.entropy.mean(1)
     diversity = (excess / keys.log().clamp_max(math.log(heads))).clamp(0, 1)

@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention  # bound early, as 
 
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.errors import DiscoveryError, XAttnWarning
+from lightning_xattn.functional import prepare_rows
 from tests.capture.models import BATCH, record, tokens
 from tests.messages import tells
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH
@@ -222,3 +223,23 @@ def test_the_modes_leave_when_the_module_crashes():
     with pytest.raises(KeyboardInterrupt), AttentionRecorder(model, PATHS):
         model(audio, text)
     assert torch._C._len_torch_function_stack() == 0
+
+
+@pytest.mark.parametrize("kernel", [fused, eager])
+def test_what_is_not_finite_is_broken_and_what_is_masked_is_not(kernel):
+    """A NaN in a token breaks its own row, and of the other direction every row of its sample but for padding."""
+    model = Both(kernel).eval()
+    audio, text = tokens()
+    audio = audio.clone()
+    audio[0, 2] = torch.nan
+    there = {"attn_mask": torch.zeros(AUDIO, TEXT).masked_fill(torch.arange(TEXT) > TEXT - 3, -torch.inf)}
+    with torch.no_grad(), AttentionRecorder(model, PATHS) as recorder:
+        model(audio, text, there=there)
+    forward, backward = map(prepare_rows, recorder.attention[0].directions)
+    broken = torch.zeros(BATCH, HEADS, AUDIO, dtype=torch.bool)
+    broken[0, :, 2] = True
+    assert torch.equal(forward.broken, broken)
+    assert torch.equal(forward.valid, ~broken)
+    broken = torch.zeros(BATCH, HEADS, TEXT, dtype=torch.bool)
+    broken[0, :, : TEXT - 2] = True
+    assert torch.equal(backward.broken, broken)

@@ -313,3 +313,13 @@ def test_mean_interval_is_students():
     assert np.isnan(F.mean_interval(0.3, 0.1, 4)).all(), "nothing is claimed of fewer than five"
     assert np.isnan(F.mean_interval(0.3, float("nan"), 1)).all()
     assert np.isnan(F.mean_interval(float("nan"), float("nan"), 0)).all()
+
+
+def test_heads_with_masks_of_their_own_share_the_keys_that_any_of_them_sees():
+    """Two heads see the first two keys, two the last two; without masks the same weights differ as much."""
+    weights = torch.zeros(1, 4, 3, 4)
+    weights[:, :2, :, :2] = weights[:, 2:, :, 2:] = 0.5
+    masked = Attention(Direction("eeg", "spec"), weights, visible=weights > 0)
+    for attention in (masked, Attention(Direction("eeg", "spec"), weights)):
+        # Their mean is uniform over four keys, each of them over two: (ln 4 - ln 2) / ln 4.
+        assert F.head_diversity(F.prepare_rows(attention)).item() == pytest.approx(0.5)
