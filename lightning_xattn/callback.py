@@ -22,6 +22,7 @@ from lightning_xattn.fusion.contribution import CONTRIBUTION_SAMPLES
 from lightning_xattn.fusion.entrance import ModalitiesSetting
 from lightning_xattn.fusion.samples import sample_columns
 from lightning_xattn.fusion.summary import FusionSummary
+from lightning_xattn.history import pack_history, unpack_history
 from lightning_xattn.labels import LabelSetting
 from lightning_xattn.messages import tell, warn
 from lightning_xattn.recording import StepRecorder
@@ -178,13 +179,29 @@ class AttentionExplainabilityCallback(Callback):
         return self._generate_state_key(**self.settings.named(), schedule=self.schedule, table=self.settings.table)
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, in plain types: a checkpoint with it loads with ``weights_only=True``."""
-        return {"history": self.history}
+        """The history, in plain types: a checkpoint with it loads with ``weights_only=True``.
+
+        It has the curves that are logged, see ``curves``, in single precision.
+        """
+        return {"history": pack_history(self.history, keeps_all=self.curves == "all")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's history; only a fit does, a checkpoint that is tested has nothing to add."""
-        if self._resumes or not self.history:
-            self.history = list(state_dict["history"])
+        if "history" in state_dict and (self._resumes or not self.history):
+            self.history = unpack_history(state_dict["history"])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on from the history of a callback whose settings, such as a schedule, have changed since."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
+        ours = [one for one in callbacks if isinstance(one, AttentionExplainabilityCallback)]
+        kind = type(self).__qualname__
+        saved = {key: state for key, state in checkpoint["callbacks"].items() if key.startswith(kind)}
+        keys = [one.state_key for one in ours]
+        # Each has its own by its settings; those that are left over are taken in the order in which they stand.
+        left = [state for key, state in saved.items() if key not in keys]
+        without = [one for one in ours if one.state_key not in saved]
+        if self in without and without.index(self) < len(left):
+            self.load_state_dict(left[without.index(self)])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look anew at the first batch of what is to run."""

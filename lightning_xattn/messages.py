@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+import zlib
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
@@ -49,10 +51,21 @@ def named(setting: Any) -> Any:
         return named([setting.func, *setting.args, setting.keywords])
     if isinstance(setting, Namespace):
         return named(vars(setting))
+    if isinstance(setting, FunctionType) and "<" in setting.__qualname__:
+        # A lambda or a function in a function has the name of its neighbours.
+        return f"{setting.__qualname__}#{zlib.crc32(str(_what_it_does(setting)).encode()):08x}"
     names_an_address = f" at {hex(id(setting))}" in repr(setting)
     if not hasattr(setting, "__qualname__") and (names_an_address or callable(setting)):
         return type(setting).__qualname__
     return getattr(setting, "__qualname__", setting)
+
+
+def _what_it_does(function: FunctionType) -> list[Any]:
+    """The instructions of a function and what they act on, without where it stands."""
+    code, cells = function.__code__, function.__closure__ or ()
+    constants = [one.co_code if isinstance(one, CodeType) else one for one in code.co_consts]
+    closed = [named(cell.cell_contents) for cell in cells]
+    return [code.co_code, code.co_names, constants, closed, named(function.__defaults__)]
 
 
 def decimal(value: float, digits: int = 2, signed: bool = False) -> str:

@@ -366,9 +366,19 @@ def test_a_loader_without_labels_after_one_with_labels_is_refused(tmp_path):
 
 
 def test_other_predictions_under_the_same_name_are_noticed(tmp_path):
-    def predictions(sign):
-        return lambda outputs, batch: sign * outputs
+    class Signed:
+        def __init__(self, sign):
+            self.sign = sign
 
-    explainer(predictions=predictions(1)).explain_loader(toy_loader(), table=tmp_path)
+        def __call__(self, outputs, batch):
+            return self.sign * outputs
+
+    explainer(predictions=Signed(1)).explain_loader(toy_loader(), table=tmp_path)
     with pytest.raises(SettingError, match=tells("first batch", str(tmp_path), "shuffles")):
-        explainer(predictions=predictions(-1)).explain_loader(toy_loader(), table=tmp_path)
+        explainer(predictions=Signed(-1)).explain_loader(toy_loader(), table=tmp_path)
+
+
+def test_other_lambdas_are_other_settings(tmp_path):
+    explainer(predictions=lambda outputs, batch: outputs).explain_loader(toy_loader(), table=tmp_path)
+    with pytest.raises(SettingError, match=tells("was begun with something else", "predictions")):
+        explainer(predictions=lambda outputs, batch: -outputs).explain_loader(toy_loader(), table=tmp_path)

@@ -44,6 +44,7 @@ ROOMS = {
     "visualizations": {"attention", "errors", "files", "functional", "messages"},
     "sinks": {"files", "messages", "visualizations"},
     "curves": {"aggregation", "columns", "fusion", "summary"},
+    "history": {"curves"},
     "figures": {
         *("aggregation", "attention", "columns", "curves", "functional", "fusion", "messages", "results", "sinks"),
         *("summary", "visualizations"),
@@ -58,8 +59,8 @@ ROOMS = {
         "trainer",
     },
     "callback": {
-        *("capture", "checks", "distributed", "epoch_log", "errors", "evaluation", "fusion", "labels", "messages"),
-        *("recording", "results", "summary", "table", "trainer"),
+        *("capture", "checks", "distributed", "epoch_log", "errors", "evaluation", "fusion", "history", "labels"),
+        *("messages", "recording", "results", "summary", "table", "trainer"),
     },
     "explainer": {
         *("aggregation", "attention", "capture", "checks", "classes", "columns", "errors", "evaluation", "figures"),
