@@ -14,7 +14,8 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from lightning_xattn.errors import DataError, SettingError
 from lightning_xattn.explainer import ExplainabilityCapture, dataset_figures
 from lightning_xattn.messages import first_line
-from lightning_xattn.report import create_explainability_report
+from lightning_xattn.report import create_explainability_report, print_report
+from lightning_xattn.stages import Stage
 from lightning_xattn.visualizations.output import save
 
 
@@ -59,11 +60,15 @@ def explain_model(model: str, checkpoint: str | Path, datamodule: str, out: str 
     out = Path(out)
     explainer = ExplainabilityCapture(module, predict=_run_step, axes=getattr(data, "attention_axes", None))
     explained = explainer.explain_loader(data.test_dataloader(), table=out / "table")
-    for suffix in (".html", ".txt", ".md", ".json"):
-        create_explainability_report(explained, out / f"report{suffix}")
-    for name, figure in dataset_figures(explained):
-        save(figure, out / "figures" / f"{name}.png")
-    print((out / "report.txt").read_text(encoding="utf-8"))
+    with Stage("Drawing figures"):
+        for name, figure in dataset_figures(explained):
+            save(figure, out / "figures" / f"{name}.png")
+    with Stage("Writing the report"):
+        for suffix in (".html", ".txt", ".md", ".json"):
+            create_explainability_report(explained, out / f"report{suffix}")
+    print()
+    print_report(explained)
+    print()
     print(f"All of it, to open in a browser: {out / 'report.html'}")
     return out
 

@@ -17,6 +17,7 @@ ROOMS = {
     "errors": set(),
     "files": set(),
     "distributed": set(),
+    "stages": set(),
     "messages": {"errors"},
     "attention": {"errors"},
     "functional": {"attention", "errors"},
@@ -63,7 +64,7 @@ ROOMS = {
     "explainer": {
         *("aggregation", "attention", "capture", "checks", "classes", "columns", "errors", "evaluation", "figures"),
         *("files", "functional", "fusion", "group_keys", "groups", "labels", "messages", "recording", "results"),
-        *("table",),
+        *("stages", "table"),
     },
     # The guide's names stand on top; the two files are where the guide imports them from.
     "guide": {"attention", "errors", "functional", "messages", "report", "results"},
@@ -73,10 +74,10 @@ ROOMS = {
     "": {"attention", "callback", "capture", "errors", "explainer", "guide", "report"},
     "hms": {
         *("", "attention", "columns", "errors", "explainer", "files", "functional", "group_keys", "messages", "report"),
-        *("results", "visualizations"),
+        *("results", "stages", "visualizations"),
     },
-    "commands": {"errors", "explainer", "messages", "report", "visualizations"},
-    "cli": {"", "commands", "errors", "hms"},
+    "commands": {"errors", "explainer", "messages", "report", "stages", "visualizations"},
+    "cli": {"", "commands", "errors", "hms", "stages"},
 }
 """What each room may import besides itself; "" is the package's public API."""
 

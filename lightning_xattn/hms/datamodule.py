@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pytorch_lightning import LightningDataModule
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch_geometric.data import Batch
@@ -25,6 +24,7 @@ from lightning_xattn.hms.folds import patient_folds
 from lightning_xattn.hms.graphs import EEG_EDGE_INDEX, SPEC_EDGE_INDEX, graph_batches
 from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import EEGGeometry, OnBadRow, Recordings
+from lightning_xattn.messages import tell, warn
 
 
 class HMSBatch(TypedDict):
@@ -280,13 +280,17 @@ def _tell(features: StoredFeatures) -> None:
     recordings, filled = features.recordings, features.filled
     if recordings.skipped:
         reasons = Counter(bad_row.reason for bad_row in recordings.skipped)
-        rank_zero_warn(
-            f"Left out {len(recordings.skipped)} of {len(recordings.skipped) + len(recordings)} rows of "
-            f"{recordings.root}: {', '.join(f'{count} x {reason}' for reason, count in reasons.items())}. "
-            f"The first: {recordings.skipped[0]} All are in the data module's recordings.skipped."
+        warn(
+            [
+                f"Left out {len(recordings.skipped)} of {len(recordings.skipped) + len(recordings)} rows of "
+                f"{recordings.root}: {', '.join(f'{count} x {reason}' for reason, count in reasons.items())}. "
+                f"The first: {recordings.skipped[0]} All are in the data module's recordings.skipped."
+            ]
         )
-    if filled.any():
-        rank_zero_info(
-            f"{recordings.root}: filled {filled[:, 0].sum()} missing EEG values in {(filled[:, 0] > 0).sum()} and "
-            f"{filled[:, 1].sum()} missing spectrogram values in {(filled[:, 1] > 0).sum()} of {len(filled)} samples."
-        )
+    parts = [
+        f"{values.sum()} missing {what} values in {(values > 0).sum()} of {len(filled)} samples"
+        for what, values in zip(("EEG", "spectrogram"), filled.T, strict=True)
+        if values.any()
+    ]
+    if parts:
+        tell([f"{recordings.root}: filled {' and '.join(parts)}."])

@@ -1,5 +1,5 @@
 """Reports of explained samples and data sets: results to facts (JSON), facts to words, words to text or Markdown."""
 
-from lightning_xattn.report.create import create_explainability_report, fusion_text, summary_text
+from lightning_xattn.report.create import create_explainability_report, fusion_text, print_report, summary_text
 
-__all__ = ["create_explainability_report", "fusion_text", "summary_text"]
+__all__ = ["create_explainability_report", "fusion_text", "print_report", "summary_text"]
