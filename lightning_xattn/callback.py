@@ -249,7 +249,7 @@ class AttentionExplainabilityCallback(Callback):
         self._recorder.clear()
         if is_first:
             warn(self._checks.of_directions(self._recorder.layers))
-            tell([f"AttentionExplainabilityCallback takes {evaluation.describe(result, self._recorder)}."])
+            tell(self._checks.of_reading(evaluation.describe(result, self._recorder)))
         for columns in evaluation.add(result, own_places(loaders_of(trainer), dataloader_idx, batch_idx, len(result))):
             if self._table is not None:
                 self._table.add(columns | {"dataloader": dataloader_idx})

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
-        with printed_stages(), _quiet_libraries():
+        with printed_stages(), _quiet(command):
             if command == "demo":
                 from lightning_xattn.hms.demo import run_demo
 
@@ -67,17 +67,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def _quiet(command: str) -> Iterator[None]:
     """Keep to ourselves what Lightning and torch advise their own users, who here are we."""
-    lightning = logging.getLogger("pytorch_lightning")
-    level = lightning.level
-    lightning.setLevel(logging.WARNING)
+    # What is told in a demo its summary says, too.
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_xattn")[: 1 + (command == "demo")]]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning[._](?!xattn)|lightning_fabric|torch")
             yield
     finally:
-        lightning.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _explain(checkpoint: str, out: str, data: str | None, model: str | None, datamodule: str | None) -> None:

@@ -82,6 +82,14 @@ def decimal(value: float, digits: int = 2, signed: bool = False) -> str:
     return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}"
 
 
+def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """The names that have each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return names
+
+
 def name_modality(name: str) -> str:
     """``eeg`` as EEG and ``spec`` as Spec, as the guide writes them; a name with capitals of its own stays."""
     if not name.isalpha() or name != name.lower():
@@ -90,8 +98,9 @@ def name_modality(name: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line: torch's go on for a page."""
-    return (str(error).strip().splitlines() or [repr(error)])[0]
+    """What an error says in its first line: torch's go on for a page, and say what is wrong in the midst of it."""
+    *_, said = str(error).split("WeightsUnpickler error:")
+    return (said.strip().splitlines() or [repr(error)])[0]
 
 
 def tell(messages: Iterable[str]) -> None:

@@ -10,7 +10,15 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 _log = logging.getLogger(__name__)
@@ -38,10 +46,17 @@ class Stage:
         self.title = title
         self._shown = shown
         self._console = Console(highlight=False)
-        title_column = TextColumn("{task.description}", markup=False)
-        columns = title_column, BarColumn(), *([] if total is None else [MofNCompleteColumn(), TimeRemainingColumn()])
-        is_drawn = shown and self._console.is_terminal
-        self._bar = Progress(*columns, console=self._console, transient=True, disable=not is_drawn)
+        columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)]
+        columns += (
+            [TimeElapsedColumn()] if total is None else [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        )
+        self._bar = Progress(
+            *columns,
+            console=self._console,
+            refresh_per_second=2,
+            transient=True,
+            disable=not (shown and self._console.is_terminal),
+        )
         self._task = self._bar.add_task(title, total=total, completed=done)
 
     def __enter__(self) -> Stage:
