@@ -117,6 +117,12 @@ class Attention:
                     f"{tuple(self.weights.shape)}; got {tuple(mask.shape)}."
                 )
 
+    def __repr__(self) -> str:
+        samples, heads, queries, keys = self.weights.shape
+        masks = [name for name in ("key_mask", "visible", "query_mask") if getattr(self, name) is not None]
+        masked = f"; {', '.join(masks)}" if masks else ""
+        return f"Attention({self.direction}: {samples} samples, {heads} heads, {queries} queries, {keys} keys{masked})"
+
     def __getitem__(self, samples: slice) -> Attention:
         """The attention of some of the samples."""
 
@@ -225,6 +231,9 @@ class AttentionPair:
                 "direction alone: its entropy needs no pair."
             )
 
+    def __repr__(self) -> str:
+        return f"AttentionPair('{self.layer}', {', '.join(map(repr, self.directions))})"
+
     def __getitem__(self, samples: slice) -> AttentionPair:
         """The attention of some of the samples."""
         return AttentionPair(self.layer, *(attention[samples] for attention in self.directions))
@@ -288,6 +297,11 @@ class TokenAxis:
     def __post_init__(self) -> None:
         if (self.spans is None) == (self.names is None):
             raise SettingError(f"TokenAxis '{self.title}' takes either spans or names, and not both.")
+
+    def __repr__(self) -> str:
+        places = [self.place(token) for token in range(len(self))]
+        shown = places if len(places) <= 3 else [places[0], "...", places[-1]]
+        return f"TokenAxis('{self.title}', {len(self)} tokens: {', '.join(shown)})"
 
     def __len__(self) -> int:
         tokens = self.names if self.spans is None else self.spans

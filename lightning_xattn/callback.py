@@ -172,6 +172,10 @@ class AttentionExplainabilityCallback(Callback):
         self._table: TrainingTable | None = None
         self._resumes = True
 
+    def __repr__(self) -> str:
+        recorded = ", ".join({**self.summaries, **self.fusion_summaries}) or "nothing"
+        return f"AttentionExplainabilityCallback(group_by='{self.settings.group_by}'; recorded so far: {recorded})"
+
     @property
     def state_key(self) -> str:
         """Tells callbacks with different settings apart in a checkpoint."""

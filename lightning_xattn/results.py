@@ -18,6 +18,7 @@ from lightning_xattn.fusion.samples import SampleModalities
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.labels import Labels
 from lightning_xattn.labels.scores import Scores
+from lightning_xattn.notebook import ShownInNotebooks
 from lightning_xattn.summary import LayerSummary
 
 REST = "rest"
@@ -34,6 +35,10 @@ class BatchResult:
     """Predictions, scores, targets, ids and groups."""
     inputs: FusionInputs | None = None
     """What entered the fusion; None where that is not known."""
+
+    def __repr__(self) -> str:
+        layers = ", ".join(pair.layer for pair in self.attention)
+        return f"BatchResult({len(self)} samples; {f'layers {layers}' if layers else 'no cross-attention'})"
 
     def __len__(self) -> int:
         return len(self._by_sample)
@@ -218,7 +223,7 @@ class ExplainedBatch(TypedDict):
 
 
 @dataclass(frozen=True, eq=False)
-class DatasetResult:
+class DatasetResult(ShownInNotebooks):
     """A whole loader, from running sums.
 
     Attributes
@@ -243,6 +248,13 @@ class DatasetResult:
     group_by: str
     axes: dict[str, TokenAxis]
     table: Path | None
+
+    def __repr__(self) -> str:
+        one = self.headline if self.summaries else self.fusion
+        samples = 0 if one is None else one.samples
+        layers = f"layers {', '.join(self.summaries)}" if self.summaries else "no cross-attention"
+        fusion = "" if self.fusion is None else f"; modalities {', '.join(self.fusion.modalities)}"
+        return f"DatasetResult({samples} samples, {len(self.class_names)} classes; {layers}{fusion})"
 
     def largest_classes(self, count: int) -> tuple[int, ...]:
         """The ids of the classes with the most samples, in their own order."""

@@ -84,6 +84,11 @@ class AttentionRecorder:
         self.is_waiting = False
         self._told: set[str] = set()
 
+    def __repr__(self) -> str:
+        names = ", ".join(layer.name for layer in self.layers)
+        layers = f"layers {names}" if names else "layers to be found in a first pass"
+        return f"AttentionRecorder({type(self._model).__name__}: {layers})"
+
     def __enter__(self) -> AttentionRecorder:
         self.close()
         self.clear()

@@ -122,6 +122,9 @@ class ExplainabilityCapture:
         self._checks = Checks()
         self._recorder = self.settings.recorder(model)
 
+    def __repr__(self) -> str:
+        return f"ExplainabilityCapture({type(self.model).__name__}, group_by='{self.settings.group_by}')"
+
     def explain_batch(self, batch: Any, among: DatasetResult | None = None) -> ExplainedBatch:
         """Explain every sample of a batch.
 

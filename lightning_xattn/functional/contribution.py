@@ -43,6 +43,10 @@ class Exchange:
     columns: Tensor
     values: Tensor
 
+    def __repr__(self) -> str:
+        pairs, classes = self.values.shape
+        return f"Exchange({pairs} pairs, {classes} classes)"
+
 
 def exchanged_subsets(modalities: int) -> list[Subset]:
     """One subset of each pair of complements: pair (i, j) of the one is pair (j, i) of the other."""
@@ -101,6 +105,9 @@ class Game:
     modalities: int
     values: Mapping[Subset, Tensor]
     variances: Mapping[Subset, Tensor]
+
+    def __repr__(self) -> str:
+        return f"Game({self.modalities} modalities, {len(next(iter(self.values.values())))} samples)"
 
     @property
     def phi(self) -> Tensor:

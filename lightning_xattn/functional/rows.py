@@ -57,6 +57,10 @@ class Rows:
     tokens: int
     crossing: Tensor | None
 
+    def __repr__(self) -> str:
+        samples, heads, queries, keys = self.weights.shape
+        return f"Rows({self.direction}: {samples} samples, {heads} heads, {queries} queries, {keys} keys)"
+
     @property
     def token_visible(self) -> Tensor | None:
         """``visible`` over the keys that are tokens."""

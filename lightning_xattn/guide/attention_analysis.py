@@ -74,6 +74,9 @@ class AttentionAnalyzer:
         check_whole_number("num_heads", num_heads, optional=True)
         self.num_heads = num_heads
 
+    def __repr__(self) -> str:
+        return f"AttentionAnalyzer(num_heads={self.num_heads})"
+
     def analyze_attention_weights(self, weights: Weights) -> AttentionStatistics:
         """Statistics of a batch, averaged over rows, then heads, then samples."""
         rows = self._rows(weights)

@@ -166,6 +166,10 @@ class HMSDataModule(LightningDataModule):
         self._features: dict[Path, StoredFeatures] = {}
         self._folds: NDArray[np.int64] | None = None
 
+    def __repr__(self) -> str:
+        tested = "" if self.test_data is None else f", test_data='{self.test_data}'"
+        return f"HMSDataModule('{self.data}'{tested}, batch_size={self.batch_size}, fold={self.fold} of {self.n_folds})"
+
     @property
     def class_names(self) -> tuple[str, ...]:
         """The six classes; the index is the column of ``targets``."""

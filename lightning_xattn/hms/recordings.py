@@ -105,6 +105,11 @@ class Recordings:
     skipped: tuple[BadRow, ...] = ()
     on_bad_row: OnBadRow = "raise"
 
+    def __repr__(self) -> str:
+        patients = len({row.patient_id for row in self.rows})
+        skipped = f", {len(self.skipped)} left out" if self.skipped else ""
+        return f"Recordings('{self.root}': {len(self.rows)} rows of {patients} patients{skipped})"
+
     @classmethod
     def read(cls, root: str | Path, on_bad_row: OnBadRow = "raise") -> Recordings:
         """Read and check ``train.csv``; recordings are checked when they are opened.

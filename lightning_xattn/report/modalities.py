@@ -215,8 +215,11 @@ def _say_shown(one: DirectionFacts) -> str:
     return f"attention is not seen to rank what the model uses of {key} ({interval})"
 
 
-def describe_fusion(facts: FusionFacts, group_by: str) -> Iterator[Block]:
-    """The modalities in words: a table of each, one by class and outcome, and what tells errors."""
+def describe_fusion(facts: FusionFacts, group_by: str | None) -> Iterator[Block]:
+    """The modalities in words: a table of each, one by class and outcome, and what tells errors.
+
+    ``group_by`` says whether classes are those of the "target" or of the "prediction"; None: that is not known.
+    """
     noun = facts["group_noun"]
     counts = [("Samples", f"{facts['samples']} of {facts['groups']} {noun}" if noun else str(facts["samples"]), ())]
     if facts["left_out"]:
@@ -261,7 +264,7 @@ def describe_fusion(facts: FusionFacts, group_by: str) -> Iterator[Block]:
         yield Items(outcomes, "Correct against incorrect predictions, confidence first")
 
 
-def _describe_subsets(facts: FusionFacts, group_by: str) -> Iterator[Block]:
+def _describe_subsets(facts: FusionFacts, group_by: str | None) -> Iterator[Block]:
     names = [one["name"] for one in facts["modalities"]]
     readable = not any(one["unreadable"] for one in facts["modalities"])
     columns: list[tuple[str, list[Estimate | None]]] = []
@@ -276,7 +279,7 @@ def _describe_subsets(facts: FusionFacts, group_by: str) -> Iterator[Block]:
             columns.append((f"share of {name_modality(name)}", shares))
         columns.append(("opposed", [one["opposed"] for one in subsets]))
     if columns:
-        title = {"target": "true class", "prediction": "predicted class"}[group_by]
+        title = {"target": "true class", "prediction": "predicted class", None: "class"}[group_by]
         rows = [(one["name"], *(_estimate(values[i]) for _, values in columns)) for i, one in enumerate(subsets)]
         yield Table((title, *(name for name, _ in columns)), rows)
 
