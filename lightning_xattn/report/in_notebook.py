@@ -24,21 +24,21 @@ def _of_dataset(result: DatasetResult) -> str:
     *sections, _ = dataset_document(facts).sections  # the last one says how to read the others
     parts = [f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in in_short(facts))}</ul>"]
     for section in sections:
-        parts += [f"<h3>{escape(f'{section.title} {section.about}'.strip())}</h3>", _joined(section.blocks)]
+        parts += [f"<h3>{escape(f'{section.title} {section.about}'.strip())}</h3>", _blocks_as_html(section.blocks)]
     return "".join(parts)
 
 
 @as_html.register
 def _of_one_layer(summary: LayerSummary) -> str:
-    return _joined(describe_layer(collect_layer("", summary, _numbered(summary.n_classes)), None))
+    return _blocks_as_html(describe_layer(collect_layer("", summary, _numbered(summary.n_classes)), None))
 
 
 @as_html.register
 def _of_fusion(summary: FusionSummary) -> str:
-    return _joined(describe_fusion(collect_fusion(summary, _numbered(summary.n_classes)), None))
+    return _blocks_as_html(describe_fusion(collect_fusion(summary, _numbered(summary.n_classes)), None))
 
 
-def _joined(blocks: Iterable[Block]) -> str:
+def _blocks_as_html(blocks: Iterable[Block]) -> str:
     return "".join(map(block_as_html, blocks))
 
 
