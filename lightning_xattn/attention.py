@@ -28,6 +28,11 @@ class Direction:
     ------
     SettingError
         If these are not two different names, or one contains ``_to_`` or a slash.
+
+    Examples
+    --------
+    >>> Direction.parse("eeg_to_spec").opposite
+    Direction(query='spec', key='eeg')
     """
 
     query: str
@@ -89,6 +94,14 @@ class Attention:
     ------
     ShapeError
         If ``weights`` does not have four axes or a mask does not fit it.
+
+    Examples
+    --------
+    >>> attention = Attention(Direction("eeg", "spec"), torch.full((4, 8, 9, 119), 1 / 119))
+    >>> attention
+    Attention(eeg_to_spec: 4 samples, 8 heads, 9 queries, 119 keys)
+    >>> attention.token_counts
+    {'eeg': 9, 'spec': 119}
     """
 
     direction: Direction
@@ -206,6 +219,13 @@ class AttentionPair:
     ------
     ShapeError
         If the queries of one direction are not the keys of the other.
+
+    Examples
+    --------
+    >>> there = Attention(Direction("eeg", "spec"), torch.full((4, 8, 9, 119), 1 / 119))
+    >>> back = Attention(Direction("spec", "eeg"), torch.full((4, 8, 119, 9), 1 / 9))
+    >>> [str(one.direction) for one in AttentionPair("fusion", there, back).directions]
+    ['eeg_to_spec', 'spec_to_eeg']
     """
 
     layer: str
@@ -288,6 +308,12 @@ class TokenAxis:
     ------
     SettingError
         Unless exactly one of ``spans`` and ``names`` is given.
+
+    Examples
+    --------
+    >>> axis = TokenAxis("EEG window (s)", spans=[(0, 10), (5, 15), (10, 20)])
+    >>> axis.place(1)
+    '5 to 15'
     """
 
     title: str

@@ -129,7 +129,13 @@ class AttentionExplainabilityCallback(Callback):
 
     Examples
     --------
-    >>> trainer = Trainer(callbacks=[AttentionExplainabilityCallback()])
+    >>> watch = AttentionExplainabilityCallback()
+    >>> trainer = Trainer(callbacks=[watch], logger=False, enable_progress_bar=False)
+    >>> losses = trainer.validate(model, loader, verbose=False)  # of 23 samples
+    >>> watch.summaries["val"]
+    LayerSummary(23 samples, 4 classes; audio_to_text of 3 heads, text_to_audio of 3 heads)
+    >>> watch.history[0]["stage"], watch.history[0]["samples"]
+    ('val', 23)
     """
 
     def __init__(

@@ -110,6 +110,12 @@ class AttentionStatistics:
         Normalised Shannon entropy in [0, 1]: 0 = one key, 1 = diffuse.
     sparsity
         Percentage of valid keys below 0.1, in [0, 100].
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])  # one sample, one head, two queries, two keys
+    >>> AttentionAnalyzer().analyze_attention_weights(weights)
+    AttentionStatistics(mean=0.5, std=0.25, max=0.75, min=0.25, entropy=0.5, sparsity=25.0)
     """
 
     mean: float

@@ -20,8 +20,9 @@ PUBLIC = (lightning_xattn, functional, visualizations, attention_analysis, inter
 class AudioText(ToyModule):
     """What examples call ``model``: of audio and text, with four classes."""
 
-    def forward(self, batch):
-        return super().forward(*batch[:2])
+    def forward(self, *inputs):
+        audio, text, *_ = inputs[0] if len(inputs) == 1 else inputs
+        return super().forward(audio, text)
 
 
 def given(module):

@@ -60,9 +60,10 @@ class AttentionRecorder:
 
     Examples
     --------
-    >>> with AttentionRecorder(model) as recorder:
-    ...     model(batch)
-    >>> recorder.attention[0].forward.weights.shape  # (batch, heads, queries, keys)
+    >>> with AttentionRecorder(model) as recorder:  # a model of audio (5 tokens) and text (7) with 3 heads
+    ...     scores = model(batch)  # of 5 samples
+    >>> recorder.attention[0].forward
+    Attention(audio_to_text: 5 samples, 3 heads, 5 queries, 7 keys)
     """
 
     def __init__(self, model: nn.Module, attention: AttentionSetting | None = None) -> None:

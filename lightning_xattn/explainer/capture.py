@@ -76,9 +76,12 @@ class ExplainabilityCapture:
 
     Examples
     --------
-    >>> explainer = ExplainabilityCapture(model, axes=datamodule.attention_axes)
-    >>> results = explainer.explain_batch(next(iter(datamodule.test_dataloader())))
-    >>> results["per_sample_explanations"][0]["top_attention_places"]["eeg_to_spec"][0]
+    >>> explainer = ExplainabilityCapture(model)  # a model of audio (5 tokens) and text (7) with 3 heads
+    >>> results = explainer.explain_batch(batch)  # of 5 samples
+    >>> len(results["per_sample_explanations"]), results["attention_dict"]["audio_to_text"].shape
+    (5, torch.Size([5, 3, 5, 7]))
+    >>> explainer.explain_loader(loader)  # of 23 samples
+    DatasetResult(23 samples, 4 classes; layers audio_to_text; modalities audio, text)
     """
 
     def __init__(

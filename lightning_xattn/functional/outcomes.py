@@ -73,8 +73,8 @@ def score_bins(scores: Tensor, low: float, high: float) -> Tensor:
 
     Examples
     --------
-    >>> score_bins(torch.tensor([-1.0, 0.0, 1.0]), low=-1.0, high=1.0).tolist()
-    [0, 100, 199]
+    >>> score_bins(torch.tensor([-1.0, 0.0, 1.0]), low=-1.0, high=1.0).tolist()  # of 2 ** 14
+    [0, 8192, 16383]
     """
     position = (scores.nan_to_num(nan=low) - low) * (BINS / (high - low))
     return position.long().clamp(0, BINS - 1)

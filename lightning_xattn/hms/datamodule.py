@@ -123,6 +123,14 @@ class HMSDataModule(LightningDataModule):
     ------
     SettingError
         If a setting has a value that is not allowed.
+
+    Examples
+    --------
+    >>> folder = simulate("recordings", n_samples=12, eeg_seconds=10)
+    >>> data = HMSDataModule(folder, n_folds=3, cache_dir="features", num_workers=0)
+    >>> data.setup()
+    >>> [len(part.dataset) for part in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())]
+    [4, 4, 4]
     """
 
     # The settings are not saved as hyperparameters: paths and geometry would keep a checkpoint from loading with

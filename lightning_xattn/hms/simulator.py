@@ -128,6 +128,12 @@ def simulate(
         If a setting has a value that is not allowed.
     DataError
         If ``root`` is a file or a folder that holds something.
+
+    Examples
+    --------
+    >>> folder = simulate("recordings", n_samples=6, eeg_seconds=10)
+    >>> sorted(path.name for path in folder.iterdir())
+    ['train.csv', 'train_eegs', 'train_spectrograms']
     """
     if n_samples < 1:
         raise SettingError(f"n_samples must be at least 1, got {n_samples}")

@@ -68,6 +68,13 @@ def create_explainability_report(
     ------
     SettingError
         If the format is not one of these, or not told by the path's suffix, or the results are of another kind.
+
+    Examples
+    --------
+    >>> results = ExplainabilityCapture(model).explain_batch(batch)  # of 5 samples
+    >>> report = create_explainability_report(results, "explained/report.md")
+    >>> report.splitlines()[0], report.count("### Sample")
+    ('# Cross-modal attention report', 5)
     """
     path = None if output_path is None else Path(output_path)
     chosen = _choose_format(path, format)
