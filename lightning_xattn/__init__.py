@@ -3,7 +3,7 @@
 ``AttentionExplainabilityCallback`` goes into a Lightning ``Trainer``; ``ExplainabilityCapture`` explains a trained
 model and ``create_explainability_report`` says what it found; ``AttentionRecorder`` records any model.
 
-Examples in docstrings take ``import torch``, ``from pytorch_lightning import Trainer`` and the package's public names;
+Examples in docstrings take ``torch``, ``pathlib.Path``, Lightning's ``Trainer`` and the package's public names.
 ``model`` is one of audio and text, ``batch`` has 5 samples for it, and ``loader`` 23.
 """
 

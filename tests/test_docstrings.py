@@ -4,6 +4,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def given(module):
     return (
         names
         | vars(module)
-        | {"torch": torch, "Trainer": Trainer, "model": model, "loader": loader, "batch": toy_data(5)[:]}
+        | {"torch": torch, "Path": Path, "Trainer": Trainer, "model": model, "loader": loader, "batch": toy_data(5)[:]}
     )
 
 

@@ -209,8 +209,8 @@ def compute_modality_alignment(eeg_to_spec: Weights, spec_to_eeg: Weights) -> fl
     Examples
     --------
     >>> weights = torch.tensor([[[[0.75, 0.25], [0.25, 0.75]]]])
-    >>> round(compute_modality_alignment(weights, weights), 3), round(compute_modality_alignment(weights, weights.flip(-1)), 3)
-    (1.0, -1.0)
+    >>> [round(compute_modality_alignment(weights, other), 3) for other in (weights, weights.flip(-1))]
+    [1.0, -1.0]
     """
     forward = _as_attention(eeg_to_spec)
     backward = _as_attention(spec_to_eeg, str(forward.direction.opposite))
