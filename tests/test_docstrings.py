@@ -26,16 +26,11 @@ class AudioText(ToyModule):
         return super().forward(audio, text)
 
 
-def given(module):
-    """What an example may use: the public names, torch, and a trained model with its data."""
+def given():
+    """What an example may use, as the package's docstring says."""
     names = {name: getattr(home, name) for home in PUBLIC for name in home.__all__}
-    model = AudioText().eval()
-    loader = toy_loader()
-    return (
-        names
-        | vars(module)
-        | {"torch": torch, "Path": Path, "Trainer": Trainer, "model": model, "loader": loader, "batch": toy_data(5)[:]}
-    )
+    data = {"model": AudioText().eval(), "loader": toy_loader(), "batch": toy_data(5)[:]}
+    return names | {"torch": torch, "Path": Path, "Trainer": Trainer} | data
 
 
 def examples():
@@ -44,14 +39,14 @@ def examples():
         module = importlib.import_module(found.name)
         for one in finder.find(module, found.name):
             if one.examples:
-                yield pytest.param(one, module, id=one.name.removeprefix("lightning_xattn."))
+                yield pytest.param(one, id=one.name.removeprefix("lightning_xattn."))
 
 
 @pytest.mark.filterwarnings("default::lightning_xattn.XAttnWarning")
-@pytest.mark.parametrize(("example", "module"), list(examples()))
-def test_examples_are_true(example, module, tmp_path, monkeypatch):
+@pytest.mark.parametrize("example", list(examples()))
+def test_examples_are_true(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    example.globs = given(module)
+    example.globs = given()
     said = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     runner.run(example, out=said.append)
