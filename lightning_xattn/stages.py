@@ -46,22 +46,18 @@ class Stage:
         self.title = title
         self._shown = shown
         self._console = Console(highlight=False)
+        self._is_drawn = shown and self._console.is_terminal
         columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)]
         columns += (
             [TimeElapsedColumn()] if total is None else [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         )
-        self._bar = Progress(
-            *columns,
-            console=self._console,
-            refresh_per_second=2,
-            transient=True,
-            disable=not (shown and self._console.is_terminal),
-        )
+        self._bar = Progress(*columns, console=self._console, refresh_per_second=2, transient=True)
         self._task = self._bar.add_task(title, total=total, completed=done)
 
     def __enter__(self) -> Stage:
         self._started = time.monotonic()
-        self._bar.start()
+        if self._is_drawn:
+            self._bar.start()
         return self
 
     def advance(self, steps: int = 1) -> None:
@@ -71,11 +67,12 @@ class Stage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._is_drawn:
+            self._bar.stop()
         if kind is not None or not self._shown:  # what went wrong has its own words
             return
         line = f"{self.title}: {time.monotonic() - self._started:.0f} s"
-        if self._console.is_terminal:
+        if self._is_drawn:
             self._console.print(Text(line))
         else:
             _log.debug(line)
