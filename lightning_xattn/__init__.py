@@ -2,6 +2,9 @@
 
 ``AttentionExplainabilityCallback`` goes into a Lightning ``Trainer``; ``ExplainabilityCapture`` explains a trained
 model and ``create_explainability_report`` says what it found; ``AttentionRecorder`` records any model.
+
+Examples in docstrings take ``torch``, ``pathlib.Path``, Lightning's ``Trainer`` and the package's public names.
+``model`` is one of audio and text, ``batch`` has 5 samples for it, and ``loader`` 23.
 """
 
 from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis

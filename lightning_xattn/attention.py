@@ -28,6 +28,11 @@ class Direction:
     ------
     SettingError
         If these are not two different names, or one contains ``_to_`` or a slash.
+
+    Examples
+    --------
+    >>> Direction.parse("eeg_to_spec").opposite
+    Direction(query='spec', key='eeg')
     """
 
     query: str
@@ -89,6 +94,14 @@ class Attention:
     ------
     ShapeError
         If ``weights`` does not have four axes or a mask does not fit it.
+
+    Examples
+    --------
+    >>> attention = Attention(Direction("eeg", "spec"), torch.full((4, 8, 9, 119), 1 / 119))
+    >>> attention
+    Attention(eeg_to_spec: 4 samples, 8 heads, 9 queries, 119 keys)
+    >>> attention.token_counts
+    {'eeg': 9, 'spec': 119}
     """
 
     direction: Direction
@@ -116,6 +129,12 @@ class Attention:
                     f"{name} of {self.direction} must have shape {expected} to go with weights of shape "
                     f"{tuple(self.weights.shape)}; got {tuple(mask.shape)}."
                 )
+
+    def __repr__(self) -> str:
+        samples, heads, queries, keys = self.weights.shape
+        masks = [name for name in ("key_mask", "visible", "query_mask") if getattr(self, name) is not None]
+        masked = f"; {', '.join(masks)}" if masks else ""
+        return f"Attention({self.direction}: {samples} samples, {heads} heads, {queries} queries, {keys} keys{masked})"
 
     def __getitem__(self, samples: slice) -> Attention:
         """The attention of some of the samples."""
@@ -200,6 +219,13 @@ class AttentionPair:
     ------
     ShapeError
         If the queries of one direction are not the keys of the other.
+
+    Examples
+    --------
+    >>> there = Attention(Direction("eeg", "spec"), torch.full((4, 8, 9, 119), 1 / 119))
+    >>> back = Attention(Direction("spec", "eeg"), torch.full((4, 8, 119, 9), 1 / 9))
+    >>> [str(one.direction) for one in AttentionPair("fusion", there, back).directions]
+    ['eeg_to_spec', 'spec_to_eeg']
     """
 
     layer: str
@@ -224,6 +250,9 @@ class AttentionPair:
                 f"got {tuple(back.weights.shape)}. Where some keys are no tokens, such as a null key, name one "
                 "direction alone: its entropy needs no pair."
             )
+
+    def __repr__(self) -> str:
+        return f"AttentionPair('{self.layer}', {', '.join(map(repr, self.directions))})"
 
     def __getitem__(self, samples: slice) -> AttentionPair:
         """The attention of some of the samples."""
@@ -279,6 +308,12 @@ class TokenAxis:
     ------
     SettingError
         Unless exactly one of ``spans`` and ``names`` is given.
+
+    Examples
+    --------
+    >>> axis = TokenAxis("EEG window (s)", spans=[(0, 10), (5, 15), (10, 20)])
+    >>> axis.place(1)
+    '5 to 15'
     """
 
     title: str
@@ -288,6 +323,11 @@ class TokenAxis:
     def __post_init__(self) -> None:
         if (self.spans is None) == (self.names is None):
             raise SettingError(f"TokenAxis '{self.title}' takes either spans or names, and not both.")
+
+    def __repr__(self) -> str:
+        places = [self.place(token) for token in range(len(self))]
+        shown = places if len(places) <= 3 else [places[0], "...", places[-1]]
+        return f"TokenAxis('{self.title}', {len(self)} tokens: {', '.join(shown)})"
 
     def __len__(self) -> int:
         tokens = self.names if self.spans is None else self.spans

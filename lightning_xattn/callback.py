@@ -130,7 +130,13 @@ class AttentionExplainabilityCallback(Callback):
 
     Examples
     --------
-    >>> trainer = Trainer(callbacks=[AttentionExplainabilityCallback()])
+    >>> watch = AttentionExplainabilityCallback()
+    >>> trainer = Trainer(callbacks=[watch], logger=False, enable_progress_bar=False)
+    >>> losses = trainer.validate(model, loader, verbose=False)  # of 23 samples
+    >>> watch.summaries["val"]
+    LayerSummary(23 samples, 4 classes; audio_to_text of 3 heads, text_to_audio of 3 heads)
+    >>> watch.history[0]["stage"], watch.history[0]["samples"]
+    ('val', 23)
     """
 
     def __init__(
@@ -172,6 +178,10 @@ class AttentionExplainabilityCallback(Callback):
         self._recording = False
         self._table: TrainingTable | None = None
         self._resumes = True
+
+    def __repr__(self) -> str:
+        recorded = ", ".join({**self.summaries, **self.fusion_summaries}) or "nothing"
+        return f"AttentionExplainabilityCallback(group_by='{self.settings.group_by}'; recorded so far: {recorded})"
 
     @property
     def state_key(self) -> str:
@@ -273,7 +283,7 @@ class AttentionExplainabilityCallback(Callback):
         self._recorder.clear()
         if is_first:
             warn(self._checks.of_directions(self._recorder.layers))
-            tell([f"AttentionExplainabilityCallback takes {evaluation.describe(result, self._recorder)}."])
+            tell(self._checks.of_reading(evaluation.describe(result, self._recorder)))
         for columns in evaluation.add(result, own_places(loaders_of(trainer), dataloader_idx, batch_idx, len(result))):
             if self._table is not None:
                 self._table.add(columns | {"dataloader": dataloader_idx})

@@ -9,7 +9,7 @@ from lightning_xattn.attention import AttentionPair
 from lightning_xattn.capture import Layer
 from lightning_xattn.columns import Column
 from lightning_xattn.fusion.summary import FusionSummary
-from lightning_xattn.messages import SINGLE_KEYS
+from lightning_xattn.messages import SINGLE_KEYS, by_reason
 from lightning_xattn.summary import LayerSummary
 
 UNIFORM = 0.999
@@ -117,6 +117,11 @@ class Checks:
         if directions and self._is_new(layer, "", "single key", 0):
             yield f"Layer '{layer}': {' and '.join(directions)} {SINGLE_KEYS}"
 
+    def of_reading(self, described: str) -> Iterator[str]:
+        """The message of what was taken for what, where it is not what it was before."""
+        if self._is_new("", "", f"takes {described}", 0):
+            yield f"AttentionExplainabilityCallback takes {described}."
+
     def of_folders(self, folders: Iterable[Path]) -> Iterator[str]:
         """New messages of where figures and reports are that no logger takes."""
         for folder in folders:
@@ -125,9 +130,9 @@ class Checks:
 
     def of_fusion(self, summary: FusionSummary) -> Iterator[str]:
         """New messages of what cannot be told of the modalities."""
-        for name, reason in summary.unreadable.items():
-            if self._is_new("", name, "unreadable", 0):
-                yield f"'{name}' cannot be read by itself: {reason}. So there is no conflict and no lean."
+        for reason, names in self._new_by_reason("unreadable", summary.unreadable):
+            who, alone = " and ".join(map(repr, names)), "itself" if len(names) == 1 else "themselves"
+            yield f"{who} cannot be read by {alone}: {reason}. So there is no conflict and no lean."
         if summary.left_out and self._is_new("", "", "left out", 0):
             yield (
                 f"{summary.left_out} samples are left out of what modalities say and contribute: what enters the "
@@ -141,11 +146,13 @@ class Checks:
             )
         if summary.uncontributed and self._is_new("", "", summary.uncontributed, 0):
             yield f"What each modality contributes cannot be told: {summary.uncontributed}."
-        for direction, one in summary.replaced.items():
-            if one.problem and self._is_new("", str(direction), "faithfulness", 0):
-                yield f"Whether the attention {direction} ranks what the model uses cannot be told: {one.problem}."
-            elif one.without_reference and self._is_new("", str(direction), "reference", 0):
-                yield f"The faithfulness of {direction} has no reference: {one.without_reference}."
+        replaced = {str(direction): one for direction, one in summary.replaced.items()}
+        for reason, names in self._new_by_reason("faithfulness", {name: one.problem for name, one in replaced.items()}):
+            which = " and ".join(names)
+            yield f"Whether the attention of {which} ranks what the model uses cannot be told: {reason}."
+        told = {name: one.without_reference for name, one in replaced.items() if not one.problem}
+        for reason, names in self._new_by_reason("reference", told):
+            yield f"The faithfulness of {' and '.join(names)} has no reference: {reason}."
 
     def _of_samples(self, layer: str, summary: LayerSummary) -> Iterator[str]:
         single = [
@@ -171,6 +178,11 @@ class Checks:
                 f"{summary.ungrouped} of {summary.samples} samples have no group, though others have one: they are "
                 "taken as one group, which makes intervals wider. Give each sample a group."
             )
+
+    def _new_by_reason(self, kind: str, reasons: Mapping[str, str]) -> Iterable[tuple[str, list[str]]]:
+        """The names that have a reason and were not told yet, by their reason."""
+        new = {name: why for name, why in reasons.items() if why and self._is_new("", name, kind, 0)}
+        return by_reason(new).items()
 
     def _is_new(self, *warning: str | int) -> bool:
         new = warning not in self._told

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lightning_xattn import XAttnError, __version__
 from lightning_xattn.errors import SettingError
+from lightning_xattn.stages import printed_stages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,16 +53,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
-        if command == "demo":
-            from lightning_xattn.hms.demo import run_demo
+        with printed_stages(), _quiet(command):
+            if command == "demo":
+                from lightning_xattn.hms.demo import run_demo
 
-            run_demo(**options)
-        else:
-            _explain(**options)
+                run_demo(**options)
+            else:
+                _explain(**options)
     except (XAttnError, ModuleNotFoundError, OSError) as error:
         print(f"lightning-xattn {command}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _quiet(command: str) -> Iterator[None]:
+    """Keep to ourselves what Lightning and torch advise their own users, who here are we."""
+    # What is told in a demo its summary says, too.
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_xattn")[: 1 + (command == "demo")]]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning[._](?!xattn)|lightning_fabric|torch")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _explain(checkpoint: str, out: str, data: str | None, model: str | None, datamodule: str | None) -> None:

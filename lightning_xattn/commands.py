@@ -15,7 +15,8 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from lightning_xattn.errors import DataError, SettingError
 from lightning_xattn.explainer import ExplainabilityCapture, save_dataset_figures, training_data
 from lightning_xattn.messages import first_line
-from lightning_xattn.report import create_explainability_report
+from lightning_xattn.report import create_explainability_report, print_report
+from lightning_xattn.stages import Stage
 
 
 def explain_model(model: str, checkpoint: str | Path, datamodule: str, out: str | Path) -> Path:
@@ -60,10 +61,14 @@ def explain_model(model: str, checkpoint: str | Path, datamodule: str, out: str 
     explainer = ExplainabilityCapture(module, predict=_run_step, axes=getattr(data, "attention_axes", None))
     explained = explainer.explain_loader(data.test_dataloader(), table=out / "table")
     explained = replace(explained, trained_on=training_data(checkpoint))
-    for suffix in (".html", ".txt", ".md", ".json"):
-        create_explainability_report(explained, out / f"report{suffix}")
-    save_dataset_figures(explained, out / "figures")
-    print((out / "report.txt").read_text(encoding="utf-8"))
+    with Stage("Drawing figures"):
+        save_dataset_figures(explained, out / "figures")
+    with Stage("Writing the report"):
+        for suffix in (".html", ".txt", ".md", ".json"):
+            create_explainability_report(explained, out / f"report{suffix}")
+    print()
+    print_report(explained)
+    print()
     print(f"All of it, to open in a browser: {out / 'report.html'}")
     return out
 

@@ -6,7 +6,16 @@ from typing import Any
 
 
 class XAttnError(Exception):
-    """Base of every error raised on purpose: catch this one to catch them all."""
+    """Base of every error raised on purpose: catch this one to catch them all.
+
+    Examples
+    --------
+    >>> try:
+    ...     Direction.parse("eeg")
+    ... except XAttnError as error:
+    ...     print(error)
+    A direction is named '<query>_to_<key>' after two different modalities, ...; got 'eeg'.
+    """
 
 
 class SettingError(XAttnError, ValueError):
@@ -26,7 +35,13 @@ class DataError(XAttnError, ValueError):
 
 
 class XAttnWarning(UserWarning):
-    """Something that does not stop a run but that its user should act on."""
+    """Something that does not stop a run but that its user should act on.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> warnings.simplefilter("error", XAttnWarning)  # as in a test
+    """
 
 
 def check_whole_number(name: str, number: Any, least: int = 1, optional: bool = False) -> None:

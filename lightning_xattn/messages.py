@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -11,13 +12,31 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, TextIO
 
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_xattn.errors import XAttnWarning
 
 _PACKAGE = f"{Path(__file__).parent}{os.sep}"
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to what is stderr when something is written, as a progress bar takes its place for a while."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]  # an attribute of the base
+        return sys.stderr
+
+
+_log = logging.getLogger("lightning_xattn")
+_log.setLevel(logging.INFO)
+if not logging.getLogger().hasHandlers():  # as Lightning does: who has set up logging has it all in one place
+    _log.addHandler(_StandardError())
+    _log.propagate = False
 
 SINGLE_KEY = "a single key, so every weight is 1 whatever the model learned"
 """Why such attention says nothing; reads on from "attend to", "with", or by itself."""
@@ -76,6 +95,14 @@ def decimal(value: float, digits: int = 2, signed: bool = False) -> str:
     return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}"
 
 
+def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """The names that have each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return names
+
+
 def name_modality(name: str) -> str:
     """``eeg`` as EEG and ``spec`` as Spec, as the guide writes them; a name with capitals of its own stays."""
     if not name.isalpha() or name != name.lower():
@@ -84,14 +111,16 @@ def name_modality(name: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line: torch's go on for a page."""
-    return (str(error).strip().splitlines() or [repr(error)])[0]
+    """What an error says in its first line: torch's go on for a page, and say what is wrong in the midst of it."""
+    *_, said = str(error).split("WeightsUnpickler error:")
+    return (said.strip().splitlines() or [repr(error)])[0]
 
 
 def tell(messages: Iterable[str]) -> None:
     """Say each in the terminal, on the first of several processes: what users need not act on."""
     for message in messages:
-        rank_zero_info(message)
+        if _is_first_process():
+            _log.info(message)
 
 
 def warn(messages: Iterable[str]) -> None:
@@ -100,5 +129,9 @@ def warn(messages: Iterable[str]) -> None:
         frame, level = sys._getframe(1), 2
         while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
             frame, level = frame.f_back, level + 1
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        if _is_first_process():
             warnings.warn(message, XAttnWarning, stacklevel=level)
+
+
+def _is_first_process() -> bool:
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)

@@ -19,6 +19,7 @@ from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.labels import Labels
 from lightning_xattn.labels.scores import Scores
 from lightning_xattn.maps import MapsBySample
+from lightning_xattn.notebook import ShownInNotebooks
 from lightning_xattn.summary import LayerSummary
 
 REST = "rest"
@@ -35,6 +36,10 @@ class BatchResult:
     """Predictions, scores, targets, ids and groups."""
     inputs: FusionInputs | None = None
     """What entered the fusion; None where that is not known."""
+
+    def __repr__(self) -> str:
+        layers = ", ".join(pair.layer for pair in self.attention)
+        return f"BatchResult({len(self)} samples; {f'layers {layers}' if layers else 'no cross-attention'})"
 
     def __len__(self) -> int:
         return len(self._by_sample)
@@ -106,6 +111,12 @@ class AttentionStatistics:
         Normalised Shannon entropy in [0, 1]: 0 = one key, 1 = diffuse.
     sparsity
         Percentage of valid keys below 0.1, in [0, 100].
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])  # one sample, one head, two queries, two keys
+    >>> AttentionAnalyzer().analyze_attention_weights(weights)
+    AttentionStatistics(mean=0.5, std=0.25, max=0.75, min=0.25, entropy=0.5, sparsity=25.0)
     """
 
     mean: float
@@ -239,7 +250,7 @@ class TrainingData:
 
 
 @dataclass(frozen=True, eq=False)
-class DatasetResult:
+class DatasetResult(ShownInNotebooks):
     """A whole loader, from running sums.
 
     Attributes
@@ -270,6 +281,13 @@ class DatasetResult:
     table: Path | None
     maps: MapsBySample = field(default_factory=dict)
     trained_on: TrainingData | None = None
+
+    def __repr__(self) -> str:
+        one = self.headline if self.summaries else self.fusion
+        samples = 0 if one is None else one.samples
+        layers = f"layers {', '.join(self.summaries)}" if self.summaries else "no cross-attention"
+        fusion = "" if self.fusion is None else f"; modalities {', '.join(self.fusion.modalities)}"
+        return f"DatasetResult({samples} samples, {len(self.class_names)} classes; {layers}{fusion})"
 
     def largest_classes(self, count: int) -> tuple[int, ...]:
         """The ids of the classes with the most samples, in their own order."""

@@ -15,6 +15,8 @@ from lightning_xattn.columns import INVALID_ROWS, SCORES, Column, headline
 from lightning_xattn.functional import alignment_null, class_adjusted_gap, mean_interval, separation
 from lightning_xattn.functional.outcomes import BINS
 from lightning_xattn.group_keys import UNKNOWN_GROUP
+from lightning_xattn.messages import describe_size
+from lightning_xattn.notebook import ShownInNotebooks
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Comparison:
     """See `class_adjusted_gap`."""
 
 
-class LayerSummary:
+class LayerSummary(ShownInNotebooks):
     """An epoch of one layer: count, mean and standard deviation of every number, by class and outcome.
 
     Count, mean and the rest of a number that the layer does not have raise a KeyError that lists those that it has.
@@ -86,6 +88,11 @@ class LayerSummary:
             if others == 0:
                 x_sum, y_sum = states["null_maps"]
                 self.alignment_null = float(alignment_null(x_sum, y_sum, aligned, samples))
+
+    def __repr__(self) -> str:
+        size = describe_size(self.samples, self.groups(), self.group_noun)
+        heads = ", ".join(f"{direction} of {count} heads" for direction, count in self.heads.items())
+        return f"LayerSummary({size}, {self.n_classes} classes; {heads})"
 
     def with_classes(self, kept: Sequence[int]) -> LayerSummary:
         """The same with these classes alone, in this order, and a last one that is all others."""

@@ -425,7 +425,9 @@ def test_both_namespaces_of_lightning(namespace, tmp_path):
 
 
 def test_says_once_what_it_takes_for_what(infos):
-    validate(ToyModule(), AttentionExplainabilityCallback())
+    watch = AttentionExplainabilityCallback()
+    for _ in range(2):
+        validate(ToyModule(), watch)
     assert [said for said in infos.messages if said.startswith("AttentionExplainabilityCallback")] == [
         "AttentionExplainabilityCallback takes audio_to_text (5 queries ask 7 keys), text_to_audio (7 queries ask 5 "
         "keys), what enters the model's own forward as audio and text; predictions from forward, targets from "

@@ -1,6 +1,8 @@
 """The demo as a new user runs it, smaller: on simulated recordings, and on real ones."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,29 +32,56 @@ def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
 
     accuracy = max(point.value for point in events.Scalars("val_acc"))
     assert accuracy > 0.4  # chance is 0.17
-    assert re.search(r"Validation on .*: 30 samples of \d+ patients", printed)
+    assert re.search(
+        r"\nVALIDATION on simulated_150_.*\n-+\n\nAccuracy 0.*\n\n- Samples: 30 of \d+ patients\n", printed
+    )
+    stages, summary = printed.split("\n\nWHAT THE DEMO FOUND\n")
+    assert [re.sub(r" \d+ s$", "", line) for line in stages.splitlines() if "Training" not in line] == [
+        *("Simulating 150 recordings:", "Computing the features of 150 recordings:"),
+        "Testing on simulated_150_of_50s_seed_0_disagreeing_0.2:",
+        *("Simulating 75 recordings:", "Computing the features of 75 recordings:", "Explaining 75 samples:"),
+        *("Summing up:", "Drawing figures:", "Writing the report:"),
+    ]
+    epochs = r"Training, epoch (\d) of 6 \(validation: accuracy 0\.\d\d, loss \d\.\d\d\): \d+ s"
+    assert re.findall(epochs, stages) == list("123456")
+    assert max(map(len, summary.split("\nPictures: ")[0].splitlines())) <= 100
     table = printed[printed.index("score ") :].splitlines()
+    del table[1]  # the line under the header
     assert [line.split("  ")[0] for line in table[:7]] == [
         *("score", "confidence", "alignment", "interaction", "entropy", "contribution", "reading: conflict, lean"),
     ]
     assert all(re.search(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", line) for line in table[1:7])
-    assert printed.index("score ") < printed.index("Knows: EEG") < printed.index("Validation on")
+    assert printed.index("score ") < printed.index("Knows: EEG") < printed.index("VALIDATION on")
     disagreeing = tmp_path / "run_0/disagreeing"
     report = (disagreeing / "report.txt").read_text()
     assert report.index("WHICH NUMBER TELLS WHAT?") < report.index("WHAT EACH MODALITY SAYS")
-    assert "\n".join(table[:7]) in report
+    assert "\n".join(table[1:7]) in report
     figures = {path.name for path in (disagreeing / "figures").iterdir()}
     assert {"conflict_confidence.png", "conflict_samples.png", "contribution_shares.png"} < figures
     assert printed.rstrip().splitlines()[-1] == f"tensorboard --logdir {tmp_path / 'run_0'}"
 
 
 @pytest.mark.slow
+def test_lightning_is_not_heard(iiic_irr, tmp_path):
+    """In a process of its own: pytest has its own ways with logging and warnings."""
+    command = [sys.executable, "-m", "lightning_xattn.cli", "demo", "--data", str(iiic_irr), "--train-on", "data"]
+    ran = subprocess.run(
+        [*command, "--epochs", "1", "--out", str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert ran.stderr == "" or all("XAttnWarning" in line for line in ran.stderr.splitlines()[::2])
+    assert ran.stdout.splitlines()[0].startswith("Computing the features of 20 recordings: ")
+    assert "\r" not in ran.stdout + ran.stderr
+
+
+@pytest.mark.slow
 def test_real_recordings_are_validated_and_tested_on(iiic_irr, tmp_path, capsys):
     assert main(["demo", "--data", str(iiic_irr), "--samples", "36", "--epochs", "1", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for stage in ("Validation", "Test"):
-        assert f"{stage} on {iiic_irr}: 20 samples of 20 patients (12 with a tied top vote" in printed
-    assert re.search(r"Test on .*simulated_36_of_10s_seed_0_disagreeing_0.2: \d+ samples of \d+ patients", printed)
+    real, *others = re.split(r"\nTEST on simulated_36_of_10s_seed_0_disagreeing_0.2\n", printed)
+    assert re.search(r"- Samples: \d+ of \d+ patients\n", others[0])
+    for stage in ("VALIDATION", "TEST"):
+        section = real.split(f"\n{stage} on {iiic_irr.name}\n")[1]
+        assert "- Samples: 20 of 20 patients\n- Samples with a tied top vote: 12; the first" in section
     events = read_events(tmp_path / "run_0/train_on_simulated/tensorboard")
     for stage in ("val", "test"):
         assert events.Scalars(f"xattn_alignment/{stage}/all")

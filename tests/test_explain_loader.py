@@ -281,7 +281,7 @@ def test_alarms_ring_as_in_the_callback():
 
 def test_a_progress_bar_only_where_there_is_a_terminal(capsys):
     explainer().explain_loader(toy_loader())
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

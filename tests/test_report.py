@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from markdown_it import MarkdownIt
+from rich.cells import cell_len
 
 from lightning_xattn import create_explainability_report, interpret_sample
 from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN
 from lightning_xattn.columns import ALIGNMENT, ENTROPY, INVALID_ROWS, Column
 from lightning_xattn.errors import SettingError
 from lightning_xattn.messages import decimal
-from lightning_xattn.report import summary_text
+from lightning_xattn.report import print_report, summary_text
 from lightning_xattn.report.wording import describe_outcome
 from lightning_xattn.summary import Comparison
 from tests.explained import NAMES, NAN, NO_ROW, SINGLE_KEY, batch, dataset, placed, sample, statistics, summary
@@ -29,6 +30,11 @@ WITHOUT_SCORES = {"predicted_class": None, "predicted_name": None, "confidence":
 
 def text_of(*samples, **values):
     return create_explainability_report(batch(*samples, **values))
+
+
+def in_one_line(report):
+    """Without the line breaks that keep it within its width."""
+    return " ".join(report.split())
 
 
 def strict(report):
@@ -54,10 +60,8 @@ def test_text_has_the_guides_structure():
         "PER-SAMPLE ANALYSIS",
         "HOW TO READ THIS",
     ]
-    assert (
-        "- EEG → Spec Attention: mean=0.1429, std=0.1500, max=0.6000, min=0.0100, entropy=0.6000, sparsity=40.00%"
-        in lines
-    )
+    numbers = "mean=0.1429, std=0.1500, max=0.6000, min=0.0100, entropy=0.6000, sparsity=40.00%"
+    assert f"- EEG → Spec Attention: {numbers} " in in_one_line("\n".join(lines))
     assert "- Modality Alignment: 0.7234" in lines
     start = lines.index("Sample 0:")
     assert lines[start + 1 : start + 7] == [
@@ -113,12 +117,12 @@ def test_a_single_key_says_nothing():
         sample(modality_agreement=NAN, attention_stats={"eeg_to_spec": SINGLE_KEY, "spec_to_eeg": statistics()})
     )
     reason = "a single key, so every weight is 1 whatever the model learned"
-    assert f"entropy=undefined, sparsity=0.00% ({reason})" in report
+    assert f"entropy=undefined, sparsity=0.00% ({reason})" in in_one_line(report)
     assert f"- Modality Alignment: undefined ({reason})\n" in report
     assert f"  Modality Agreement: undefined ({reason})\n" in report
-    assert f"  Top EEG→Spec attention: says nothing ({reason})\n" in report
+    assert f" Top EEG→Spec attention: says nothing ({reason}) " in in_one_line(report)
     assert "Checklist for a correct prediction: 0 of 4 met, 4 undefined" in report
-    assert f"? mean of the rows' largest weights > 0.7 (EEG→Spec undefined; {reason})" in report
+    assert f"? mean of the rows' largest weights > 0.7 (EEG→Spec undefined; {reason})" in in_one_line(report)
     assert "fuse token sequences" in report
     assert "nan" not in report.lower()
 
@@ -243,9 +247,10 @@ def test_json_of_a_data_set_holds_the_summarys_numbers():
 
 
 def row(report, name):
-    """The cells of a group's row in the text table."""
-    (line,) = (line for line in report.splitlines() if re.match(rf"{re.escape(name)} +\d", line))
-    return re.split(r"  +", line)
+    """The cells of a group's row in the text table, which is cut in two where it is too wide."""
+    lines = [line for line in report.splitlines() if re.match(rf"{re.escape(name)} +(-?\d|undefined)", line)]
+    cells = [re.split(r"  +", line) for line in lines]
+    return [name, *(cell for _, *others in cells for cell in others)]
 
 
 def test_text_of_a_data_set():
@@ -262,7 +267,7 @@ def test_text_of_a_data_set():
     assert row(report, "all")[2] == f"{right / known:.2f} ({right}/{known})"
     assert row(report, "correct")[1] == str(right)
     assert "true class" in report
-    assert "accuracy (recall)" in report
+    assert "(recall)" in report
     assert "In brackets: the 95 % interval of the mean, samples taken as independent.\n" in report
     assert "- Samples with a tied top vote: 2; the first of the tied classes counts" in report
     assert f"- Alignment between different samples: {one.alignment_null:.3f} (the mean alignment less " in report
@@ -272,8 +277,8 @@ def test_text_of_a_data_set():
     found = one.compare(ALIGNMENT)
     assert (
         f"alignment: no difference shown: AUROC {found.auroc:.3f}, 95 % interval {found.low:.3f} to {found.high:.3f} "
-        f"({right} correct and {known - right} incorrect with a defined alignment)\n"
-        f"    gap {found.gap:+.3f}, class-adjusted gap {found.class_adjusted_gap:+.3f}\n" in report
+        f"({right} correct and {known - right} incorrect with a defined alignment) "
+        f"gap {found.gap:+.3f}, class-adjusted gap {found.class_adjusted_gap:+.3f} " in in_one_line(report)
     )
     assert "nan" not in report.lower()
 
@@ -301,7 +306,7 @@ def test_a_gap_that_classes_do_not_have_is_said_to_be_theirs(gap, within, betwee
 def test_nothing_is_claimed_of_fewer_than_five():
     report = create_explainability_report(dataset(summary(CLASSES, [INCORRECT] * 4 + [CORRECT] * 35)))
     claim = "nothing is claimed with fewer than 5 of either (35 correct and 4 incorrect with a defined alignment)"
-    assert f"alignment: {claim}" in report
+    assert f"alignment: {claim}" in in_one_line(report)
     assert "AUROC 0" not in report
     assert "gap +" not in report
     assert "gap -" not in report
@@ -317,7 +322,7 @@ def test_predicted_classes_unclassified_samples_and_several_layers():
     assert "WHOLE DATA SET (layer fusion.0)\n" in report
     assert "WHOLE DATA SET (layer fusion.1)\n" in report
     assert "predicted class" in report
-    assert "accuracy (precision)" in report
+    assert "(precision)" in report
     assert "true class" not in report
     assert "- Samples without a class: 1" in report
     assert "- EEG → Spec: 39 of 39 samples with a single key" in report
@@ -390,6 +395,37 @@ def test_undefined_samples_show_how_many_are_behind_a_mean():
 def test_summary_text_is_the_data_sets_section():
     one = summary(CLASSES, OUTCOMES)
     assert summary_text(one, NAMES, "target") in create_explainability_report(dataset(one))
+
+
+def test_text_fits_a_hundred_columns_and_no_number_is_lost():
+    names = ("Seizure, focal to bilateral tonic-clonic, of unknown onset", "LPD", "脳波 " * 10)
+    results = dataset(summary(CLASSES, OUTCOMES), class_names=names, table=Path("f" * 150))
+    text, markdown = (create_explainability_report(results, format=name) for name in ("text", "markdown"))
+    for report in (text, text_of(sample(predicted_name=names[0], sample_id="9" * 120), sample(**WRONG))):
+        assert max(map(cell_len, report.splitlines())) <= 100
+    numbers = [re.findall(r"\d+\.\d+", report) for report in (text, markdown)]
+    assert sorted(numbers[0]) == sorted(numbers[1])
+    assert "f" * 150 in text.replace("\n", "")
+    assert {*names[0].split(), *names[2].split()} <= {*text.split()}
+
+
+def test_a_terminal_shows_what_the_text_says_within_its_own_width(monkeypatch, capsys):
+    results = dataset(summary(CLASSES, OUTCOMES), class_names=("[red]a", "b", "c"))
+    print_report(results)
+    text = create_explainability_report(results)
+    assert capsys.readouterr().out == text
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal does
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "72")
+    assert create_explainability_report(results) == text
+    print_report(results)
+    drawn = capsys.readouterr().out
+    assert "\x1b[1mWHOLE DATA SET" in drawn
+    plain = re.sub(r"\x1b\[[\d;]*m| +$", "", drawn, flags=re.M)
+    assert max(map(len, plain.splitlines())) <= 72
+    assert row(plain, "[red]a") == row(text, "[red]a")
+    words = [re.sub(r"[─=-]{3,}", "", one).split() for one in (plain, text)]
+    assert set(words[0]) == set(words[1])
 
 
 # Markdown

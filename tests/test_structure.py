@@ -17,6 +17,8 @@ ROOMS = {
     "errors": set(),
     "files": set(),
     "distributed": set(),
+    "stages": set(),
+    "notebook": set(),
     "messages": {"errors"},
     "attention": {"errors"},
     "functional": {"attention", "errors"},
@@ -26,14 +28,14 @@ ROOMS = {
     "capture": {"attention", "errors"},
     "labels": {"attention", "errors", "group_keys"},
     "aggregation": {"attention", "columns", "errors", "functional", "groups"},
-    "summary": {"aggregation", "attention", "columns", "functional", "group_keys"},
+    "summary": {"aggregation", "attention", "columns", "functional", "group_keys", "messages", "notebook"},
     "fusion": {
         *("aggregation", "attention", "capture", "columns", "distributed", "errors", "functional", "group_keys"),
-        *("labels", "messages", "summary"),
+        *("labels", "messages", "notebook", "summary"),
     },
     "recording": {"attention", "capture", "errors", "fusion", "labels", "messages"},
     "maps": {"functional", "fusion"},
-    "results": {"attention", "errors", "functional", "fusion", "labels", "maps", "summary"},
+    "results": {"attention", "errors", "functional", "fusion", "labels", "maps", "notebook", "summary"},
     "classes": {"aggregation", "errors", "labels", "messages"},
     "checks": {"attention", "capture", "columns", "fusion", "messages", "summary"},
     "table": {"aggregation", "columns", "files", "group_keys", "messages"},
@@ -51,7 +53,7 @@ ROOMS = {
     },
     "report": {
         *("aggregation", "attention", "columns", "errors", "figures", "files", "functional", "fusion", "messages"),
-        *("results", "summary", "table", "visualizations"),
+        *("notebook", "results", "summary", "table", "visualizations"),
     },
     "trainer": {"attention", "errors"},
     "epoch_log": {
@@ -65,7 +67,7 @@ ROOMS = {
     "explainer": {
         *("aggregation", "attention", "capture", "checks", "classes", "columns", "errors", "evaluation", "figures"),
         *("files", "functional", "fusion", "group_keys", "groups", "labels", "maps", "messages", "recording"),
-        *("results", "table"),
+        *("results", "stages", "table"),
     },
     # The guide's names stand on top; the two files are where the guide imports them from.
     "guide": {"attention", "errors", "functional", "messages", "report", "results"},
@@ -75,10 +77,10 @@ ROOMS = {
     "": {"attention", "callback", "capture", "errors", "explainer", "guide", "report"},
     "hms": {
         *("", "attention", "columns", "errors", "explainer", "files", "functional", "group_keys", "messages", "report"),
-        *("results", "visualizations"),
+        *("results", "stages", "visualizations"),
     },
-    "commands": {"errors", "explainer", "messages", "report", "visualizations"},
-    "cli": {"", "commands", "errors", "hms"},
+    "commands": {"errors", "explainer", "messages", "report", "stages", "visualizations"},
+    "cli": {"", "commands", "errors", "hms", "stages"},
 }
 """What each room may import besides itself; "" is the package's public API."""
 

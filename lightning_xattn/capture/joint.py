@@ -41,8 +41,12 @@ class JointSequence:
 
     Examples
     --------
-    >>> JointSequence("encoder", spans={"eeg": (0, 9), "spec": (9, 128)})
-    >>> JointSequence("encoder", spans={"text": lambda batch: (0, batch["input_ids"].shape[1]), "image": (-144, None)})
+    >>> joint = JointSequence("encoder", spans={"eeg": (0, 9), "spec": (9, 128)})
+    >>> joint.slices(batch=None)
+    {'eeg': slice(0, 9, None), 'spec': slice(9, 128, None)}
+    >>> tokens = {"text": lambda batch: (0, batch["input_ids"].shape[1]), "image": (-144, None)}
+    >>> JointSequence("encoder", tokens).slices({"input_ids": torch.zeros(2, 12)})
+    {'text': slice(0, 12, None), 'image': slice(-144, None, None)}
     """
 
     attention: str | Sequence[str]

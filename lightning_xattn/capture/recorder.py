@@ -60,9 +60,10 @@ class AttentionRecorder:
 
     Examples
     --------
-    >>> with AttentionRecorder(model) as recorder:
-    ...     model(batch)
-    >>> recorder.attention[0].forward.weights.shape  # (batch, heads, queries, keys)
+    >>> with AttentionRecorder(model) as recorder:  # a model of audio (5 tokens) and text (7) with 3 heads
+    ...     scores = model(batch)  # of 5 samples
+    >>> recorder.attention[0].forward
+    Attention(audio_to_text: 5 samples, 3 heads, 5 queries, 7 keys)
     """
 
     def __init__(self, model: nn.Module, attention: AttentionSetting | None = None) -> None:
@@ -83,6 +84,11 @@ class AttentionRecorder:
         self._padding: dict[tuple[str, int], Tensor | None] = {}
         self.is_waiting = False
         self._told: set[str] = set()
+
+    def __repr__(self) -> str:
+        names = ", ".join(layer.name for layer in self.layers)
+        layers = f"layers {names}" if names else "layers to be found in a first pass"
+        return f"AttentionRecorder({type(self._model).__name__}: {layers})"
 
     def __enter__(self) -> AttentionRecorder:
         self.close()

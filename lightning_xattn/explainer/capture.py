@@ -22,7 +22,7 @@ from lightning_xattn.classes import name_classes, own_class_names
 from lightning_xattn.errors import DataError, DiscoveryError, SettingError, check_whole_number
 from lightning_xattn.evaluation import Evaluation, Settings, read_batch
 from lightning_xattn.explainer.batches import count_samples, join_samples, take_samples, to_device
-from lightning_xattn.explainer.dataset import LoaderRun
+from lightning_xattn.explainer.dataset import LoaderRun, size_of
 from lightning_xattn.explainer.describe import explain, require_finite
 from lightning_xattn.functional import has_single_keys, prepare_rows, require_heads
 from lightning_xattn.fusion.collected import MAX_SAMPLES
@@ -32,6 +32,7 @@ from lightning_xattn.labels import LabelFinder, LabelSetting, Step
 from lightning_xattn.messages import named, tell, warn
 from lightning_xattn.recording import Attentions
 from lightning_xattn.results import BatchResult, DatasetResult, ExplainedBatch, ExplainedSample
+from lightning_xattn.stages import Stage
 
 if TYPE_CHECKING:
     from lightning_xattn.explainer.progress import ExplainedFolder
@@ -75,9 +76,12 @@ class ExplainabilityCapture:
 
     Examples
     --------
-    >>> explainer = ExplainabilityCapture(model, axes=datamodule.attention_axes)
-    >>> results = explainer.explain_batch(next(iter(datamodule.test_dataloader())))
-    >>> results["per_sample_explanations"][0]["top_attention_places"]["eeg_to_spec"][0]
+    >>> explainer = ExplainabilityCapture(model)  # a model of audio (5 tokens) and text (7) with 3 heads
+    >>> results = explainer.explain_batch(batch)  # of 5 samples
+    >>> len(results["per_sample_explanations"]), results["attention_dict"]["audio_to_text"].shape
+    (5, torch.Size([5, 3, 5, 7]))
+    >>> explainer.explain_loader(loader)  # of 23 samples
+    DatasetResult(23 samples, 4 classes; layers audio_to_text; modalities audio, text)
     """
 
     def __init__(
@@ -120,6 +124,9 @@ class ExplainabilityCapture:
         self.axes = _check_axes(getattr(model, "attention_axes", None) if axes is None else axes)
         self._checks = Checks()
         self._recorder = self.settings.recorder(model)
+
+    def __repr__(self) -> str:
+        return f"ExplainabilityCapture({type(self.model).__name__}, group_by='{self.settings.group_by}')"
 
     def explain_batch(self, batch: Any, among: DatasetResult | None = None) -> ExplainedBatch:
         """Explain every sample of a batch.
@@ -210,7 +217,7 @@ class ExplainabilityCapture:
             batch is run anew each time to see that it is the same, and so must be the data set's attribute
             ``fingerprint``, if it has one. None: no table, and nothing to go on from.
         progress
-            Show a progress bar on stderr, if that is a terminal.
+            Show how far it is, if stdout is a terminal.
         partners
             With how many others the modalities of each sample are exchanged: an even number from 4 on, or "all" of
             the ``contribution_samples``, which takes as many replays as these have pairs.
@@ -238,7 +245,8 @@ class ExplainabilityCapture:
         with self._watching():
             run.run(loader, progress)
             exchanged = None if isinstance(partners, str) else partners
-            explained = evaluation.summary(self._recorder, tests_attention=True, partners=exchanged)
+            with Stage("Summing up", shown=progress):
+                explained = evaluation.summary(self._recorder, tests_attention=True, partners=exchanged)
             run.finish(explained.fusion)
         warn(self._checks.of_directions(self._recorder.layers))
         for layer, summary in explained.layers.items():
@@ -262,7 +270,7 @@ class ExplainabilityCapture:
         identity |= settings.named()
         identity["hyperparameters"] = named(getattr(self.model, "hparams", {}))
         dataset = getattr(loader, "dataset", None)
-        sizes = {"batches": _size_of(loader), "samples": _size_of(dataset)}
+        sizes = {"batches": size_of(loader), "samples": size_of(dataset)}
         about = sizes | {"data": getattr(dataset, "fingerprint", None)}
         identity |= {name: known for name, known in about.items() if known is not None}
         return ExplainedFolder(Path(settings.table), {name: str(named(value)) for name, value in identity.items()})
@@ -358,10 +366,3 @@ def _check_axes(axes: Any) -> dict[str, TokenAxis]:
 def _require_inside(place: int, count: int) -> None:
     if not 0 <= place < count:
         raise SettingError(f"sample_idx must be 0 to {count - 1} in this batch of {count} samples; got {place}.")
-
-
-def _size_of(sized: Any) -> int | None:
-    try:
-        return len(sized)
-    except TypeError:  # as of a loader over an iterable data set
-        return None

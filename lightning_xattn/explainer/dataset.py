@@ -7,9 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from pytorch_lightning.utilities import rank_zero_info
-from tqdm import tqdm
-
 from lightning_xattn.aggregation import LayerSums
 from lightning_xattn.errors import DataError, XAttnError
 from lightning_xattn.evaluation import Evaluation
@@ -18,7 +15,9 @@ from lightning_xattn.fusion.samples import sample_columns
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.labels import Step
 from lightning_xattn.maps import SampleMaps
+from lightning_xattn.messages import tell
 from lightning_xattn.results import BatchResult
+from lightning_xattn.stages import Stage
 
 if TYPE_CHECKING:
     from lightning_xattn.explainer.progress import ExplainedFolder
@@ -87,14 +86,15 @@ class LoaderRun:
             If a batch fails: its number, why, and what is kept. An error that is raised on purpose keeps its kind.
         """
         try:
-            # None: a bar where there is a terminal.
-            with tqdm(loader, desc="Explaining", unit="batch", disable=None if progress else True) as bar:
-                for batch in bar:
+            with Stage("Explaining", size_of(loader), shown=progress) as stage:
+                for batch in loader:
                     self._take(batch)
                     self._reached += 1
                     if self._folder is not None and self._folder.finished:
-                        rank_zero_info(f"Read back from {self._folder.folder}, which is finished.")
+                        tell([f"Read back from {self._folder.folder}, which is finished."])
                         return
+                    stage.advance()
+                stage.title = f"Explaining {self._done.samples} samples"
             if self._reached < self._done.batches:
                 raise DataError(f"The loader ends here; the folder has {self._done.batches} batches of it.")
             if self._done.batches > (0 if self._folder is None else self._folder.batches):
@@ -164,3 +164,11 @@ class LoaderRun:
         if not self._done.batches:
             return f"Nothing is in {self._folder.folder} yet."
         return f"{before} are kept in {self._folder.folder}: call explain_loader with the same folder to go on."
+
+
+def size_of(sized: Any) -> int | None:
+    """How long something is; None of what does not know, as a loader over an iterable data set."""
+    try:
+        return len(sized)
+    except TypeError:
+        return None

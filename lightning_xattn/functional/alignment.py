@@ -24,6 +24,14 @@ def alignment(forward: Rows, backward: Rows) -> Tensor:
     -------
     Tensor
         ``(batch,)`` in [-1, 1]; NaN where either map has no variance, as with a single key.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.75, 0.25], [0.25, 0.75]]]])
+    >>> there = prepare_rows(Attention(Direction("eeg", "spec"), weights))
+    >>> back = prepare_rows(Attention(Direction("spec", "eeg"), weights))
+    >>> alignment(there, back)
+    tensor([1.])
     """
     x, y, _ = standardised_maps(forward, backward)
     return _inner(x, y)
@@ -38,6 +46,15 @@ def standardised_maps(forward: Rows, backward: Rows) -> tuple[Tensor, Tensor, Te
         ``(batch, queries, keys)``, 0 in cells that do not count, NaN in a sample whose map has no variance.
     whole
         ``(batch,)`` bool: every cell counts, so the maps of different samples can be compared.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.75, 0.25], [0.25, 0.75]]]])
+    >>> there = prepare_rows(Attention(Direction("eeg", "spec"), weights))
+    >>> back = prepare_rows(Attention(Direction("spec", "eeg"), weights))
+    >>> x, y, whole = standardised_maps(there, back)
+    >>> x.tolist(), whole
+    ([[[0.5, -0.5], [-0.5, 0.5]]], tensor([True]))
     """
     x = forward.weights[..., : forward.tokens].mean(1)
     y = backward.weights[..., : backward.tokens].mean(1).transpose(-1, -2)
@@ -67,6 +84,12 @@ def alignment_null(x_sum: Tensor, y_sum: Tensor, aligned: Tensor, samples: Tenso
     -------
     Tensor
         A number in [-1, 1]; NaN for fewer than two samples.
+
+    Examples
+    --------
+    >>> sums = torch.tensor([[1.0, 1.0]])  # of two samples, whose maps are (1, 0) and (0, 1) in both directions
+    >>> alignment_null(sums, sums, aligned=torch.tensor(2.0), samples=torch.tensor(2))
+    tensor(0.)
     """
     pairs = samples * (samples - 1)
     return torch.where(pairs > 0, ((x_sum * y_sum).sum() - aligned) / pairs, torch.nan)
@@ -87,6 +110,14 @@ def head_alignment(forward: Rows, backward: Rows) -> Tensor:
     ------
     ShapeError
         If the directions have different numbers of heads.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.75, 0.25], [0.25, 0.75]]]])
+    >>> there = prepare_rows(Attention(Direction("eeg", "spec"), weights))
+    >>> back = prepare_rows(Attention(Direction("spec", "eeg"), weights))
+    >>> head_alignment(there, back)
+    tensor([[1.]])
     """
     _require_equal_heads(forward, backward)
     x = forward.weights[..., : forward.tokens]
@@ -101,6 +132,14 @@ def head_alignment_matrix(forward: Rows, backward: Rows) -> Tensor:
     -------
     Tensor
         ``(batch, heads, heads)``, axes (forward, backward), in [-1, 1], NaN where undefined.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.75, 0.25], [0.25, 0.75]]]])
+    >>> there = prepare_rows(Attention(Direction("eeg", "spec"), weights))
+    >>> back = prepare_rows(Attention(Direction("spec", "eeg"), weights))
+    >>> head_alignment_matrix(there, back)
+    tensor([[[1.]]])
     """
     x = forward.weights[:, :, None, :, : forward.tokens]
     y = backward.weights[:, None, :, :, : backward.tokens].transpose(-1, -2)
@@ -127,6 +166,11 @@ def best_head_matching(matrix: Tensor) -> list[tuple[int, int]]:
     -------
     list of (forward head, backward head)
         In the order of the forward heads.
+
+    Examples
+    --------
+    >>> best_head_matching(torch.tensor([[0.1, 0.9], [0.8, 0.2]]))
+    [(0, 1), (1, 0)]
     """
     rows, columns = linear_sum_assignment(matrix.nan_to_num(nan=-1.0).cpu().numpy(), maximize=True)
     return [(int(i), int(j)) for i, j in zip(rows, columns, strict=True)]
@@ -147,6 +191,14 @@ def alignment_interaction(forward: Rows, backward: Rows) -> Tensor:
     ------
     ShapeError
         If the directions have different numbers of heads.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.75, 0.25], [0.25, 0.75]]]])
+    >>> there = prepare_rows(Attention(Direction("eeg", "spec"), weights))
+    >>> back = prepare_rows(Attention(Direction("spec", "eeg"), weights))
+    >>> alignment_interaction(there, back)
+    tensor([[1.]])
     """
     _require_equal_heads(forward, backward)
     cells = _cells(forward, backward, per_head=True)
@@ -167,6 +219,14 @@ def round_trip_lift(forward: Rows, backward: Rows) -> Tensor:
     ------
     ShapeError
         If the directions have different numbers of heads.
+
+    Examples
+    --------
+    >>> weights = torch.eye(2)[None, None]  # each token has one of its own on the other side
+    >>> there = prepare_rows(Attention(Direction("eeg", "spec"), weights))
+    >>> back = prepare_rows(Attention(Direction("spec", "eeg"), weights))
+    >>> round_trip_lift(there, back)
+    tensor([[2.]])
     """
     _require_equal_heads(forward, backward)
     there = forward.weights[..., : forward.tokens]

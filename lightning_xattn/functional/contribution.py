@@ -37,15 +37,30 @@ class Exchange:
         ``(pairs,)`` int64: pair (i, j) has the modalities of ``subset`` from sample i and the others from j.
     values
         ``(pairs, classes)`` what it says of each class: probabilities, or centred logits.
+
+    Examples
+    --------
+    >>> Exchange(torch.tensor([0, 1]), torch.tensor([1, 0]), values=torch.rand(2, 6))
+    Exchange(2 pairs, 6 classes)
     """
 
     rows: Tensor
     columns: Tensor
     values: Tensor
 
+    def __repr__(self) -> str:
+        pairs, classes = self.values.shape
+        return f"Exchange({pairs} pairs, {classes} classes)"
+
 
 def exchanged_subsets(modalities: int) -> list[Subset]:
-    """One subset of each pair of complements: pair (i, j) of the one is pair (j, i) of the other."""
+    """One subset of each pair of complements: pair (i, j) of the one is pair (j, i) of the other.
+
+    Examples
+    --------
+    >>> [sorted(subset) for subset in exchanged_subsets(3)]
+    [[0], [0, 1], [0, 2]]
+    """
     return [
         frozenset({0, *others}) for size in range(modalities - 1) for others in combinations(range(1, modalities), size)
     ]
@@ -66,6 +81,14 @@ def additive_fit(exchange: Exchange, samples: int) -> tuple[Tensor, Tensor] | No
     a, b
         ``(samples, classes)`` float64, of which only sums of one and the other have a meaning. None where the pairs do
         not connect all rows and columns, so that not even these are determined.
+
+    Examples
+    --------
+    >>> rows, columns = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    >>> pairs = Exchange(rows, columns, torch.tensor([[0.0], [2.0], [1.0], [3.0]]))
+    >>> a, b = additive_fit(pairs, samples=2)
+    >>> (a + b.T).round(decimals=3).tolist()
+    [[0.0, 2.0], [1.0, 3.0]]
     """
     rows, columns, values = exchange.rows, exchange.columns, exchange.values.double()
     graph = coo_array((torch.ones(len(rows)), (rows, columns + samples)), shape=(2 * samples, 2 * samples))
@@ -96,11 +119,21 @@ class Game:
         partner.
     variances
         By subset ``(samples,)`` float64, how far they may be from those with all partners, squared.
+
+    Examples
+    --------
+    >>> v = {(): 0.2, (0,): 0.5, (1,): 0.4, (0, 1): 0.9}  # of one sample, by the modalities that are its own
+    >>> values = {frozenset(own): torch.tensor([one]) for own, one in v.items()}
+    >>> Game(2, values, variances={own: torch.zeros(1) for own in values}).phi
+    tensor([[0.4000, 0.3000]])
     """
 
     modalities: int
     values: Mapping[Subset, Tensor]
     variances: Mapping[Subset, Tensor]
+
+    def __repr__(self) -> str:
+        return f"Game({self.modalities} modalities, {len(next(iter(self.values.values())))} samples)"
 
     @property
     def phi(self) -> Tensor:
@@ -164,6 +197,13 @@ def play(intact: Tensor, exchanges: Mapping[Subset, Exchange], groups: Tensor, c
         ``(samples,)`` int64 the class at which values are taken: that of the intact prediction.
     modalities
         How many, at least 2.
+
+    Examples
+    --------
+    >>> said = Exchange(torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([[0.5, 0.5], [0.75, 0.25]]))
+    >>> intact, groups, chosen = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.arange(2), torch.tensor([0, 0])
+    >>> play(intact, {frozenset({0}): said}, groups, chosen, modalities=2).values[frozenset({0})].tolist()
+    [0.5, 0.75]
     """
     samples, everything = len(intact), frozenset(range(modalities))
     fits = {subset: additive_fit(exchange, samples) for subset, exchange in exchanges.items()}
@@ -240,6 +280,13 @@ def additive_projection(samples: int, exchanges: Mapping[Subset, Exchange]) -> T
     -------
     Tensor
         ``(samples, classes)``; NaN where the fit is not determined, and of more than two modalities.
+
+    Examples
+    --------
+    >>> rows, columns = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    >>> pairs = Exchange(rows, columns, torch.tensor([[0.0], [2.0], [1.0], [3.0]]))
+    >>> additive_projection(2, {frozenset({0}): pairs}).round(decimals=3).tolist()
+    [[0.0], [3.0]]
     """
     exchange, *others = exchanges.values()
     fit = None if others else additive_fit(exchange, samples)
@@ -253,6 +300,11 @@ def centred(logits: Tensor) -> Tensor:
 
     On probabilities half of an interaction is the curvature of the softmax. A class that is ruled out, by minus
     infinity, has no part in the mean and gets `RULED_OUT`.
+
+    Examples
+    --------
+    >>> centred(torch.tensor([1.0, 2.0, 6.0]))
+    tensor([-2., -1.,  3.])
     """
     if logits.shape[-1] == 1:
         return logits
@@ -277,6 +329,11 @@ def contribution_shares(phi: Tensor) -> Tensor:
     Tensor
         ``(modalities,)``, sum to 1; a modality that speaks against the predictions has a negative share. NaN where the
         means do not sum to more than 0.
+
+    Examples
+    --------
+    >>> contribution_shares(torch.tensor([[0.5, 0.1], [0.1, 0.1]]))
+    tensor([0.7500, 0.2500])
     """
     means = phi[phi.isfinite().all(1)].mean(0)
     return torch.where(means.sum() > 0, means / means.sum(), torch.nan)
@@ -296,6 +353,11 @@ def opposed(phi: Tensor, error: Tensor | float = 0.0) -> Tensor:
     -------
     Tensor
         ``(samples,)`` 1 or 0; NaN where ``phi`` is undefined.
+
+    Examples
+    --------
+    >>> opposed(torch.tensor([[0.4, -0.1], [0.2, 0.1]])).tolist()
+    [1.0, 0.0]
     """
     return torch.where(phi.isnan().any(1), torch.nan, (phi + 2 * error < OPPOSED).any(1).to(phi.dtype))
 
@@ -314,6 +376,12 @@ def partner_shifts(samples: int, partners: int, seed: int = 0) -> Sequence[int]:
         How many of each, even and at least 4.
     seed
         Of the choice.
+
+    Examples
+    --------
+    >>> shifts = partner_shifts(samples=100, partners=4)
+    >>> len(shifts), sorted(100 - shift for shift in shifts) == sorted(shifts)
+    (4, True)
     """
     if samples - 1 <= partners:
         return range(1, samples)

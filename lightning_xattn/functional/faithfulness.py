@@ -25,6 +25,12 @@ def received_attention(rows: Rows) -> Tensor:
     -------
     Tensor
         ``(batch, keys)`` over the keys that are tokens, in [0, 1]; NaN for a key that no valid row can see.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> received_attention(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    tensor([[0.7500, 0.2500]])
     """
     valid = rows.valid[..., None]
     received = rows.weights.sum((1, 2)) / valid.sum((1, 2))
@@ -51,6 +57,12 @@ def replacements(scores: Tensor, shuffled: Tensor) -> Tensor:
     Tensor
         ``(samples, 2 * shares + 1, keys)`` bool: for each of ``REPLACED_SHARES`` the keys of the largest scores, then
         for each those of the smallest, then all keys.
+
+    Examples
+    --------
+    >>> which = replacements(torch.tensor([[0.7, 0.2, 0.1]]), shuffled=torch.tensor([[0, 1, 2]]))
+    >>> which[0, 0].tolist(), which[0, -1].tolist()
+    ([True, False, False], [True, True, True])
     """
     known = ~scores.isnan()
     counts = known.sum(1, keepdim=True)
@@ -79,6 +91,11 @@ def ranking_gain(replaced: Tensor) -> Tensor:
     -------
     Tensor
         ``(samples,)``. Faithfulness is its mean over the mean of what it costs to replace all keys.
+
+    Examples
+    --------
+    >>> ranking_gain(torch.tensor([[0.25, 0.75, 0.1]]))  # of the largest score, of the smallest, and of all
+    tensor([0.5000])
     """
     most, least = replaced[:, :-1].chunk(2, dim=1)
     return (least - most).mean(1)

@@ -12,7 +12,15 @@ from lightning_xattn.functional.rows import WEIGHT_FLOOR, Rows
 
 
 def require_heads(expected: int | None, heads: int, where: str) -> None:
-    """Refuse another number of heads than expected (None: any), with a SettingError that says where."""
+    """Refuse another number of heads than expected (None: any), with a SettingError that says where.
+
+    Examples
+    --------
+    >>> require_heads(8, 4, "eeg_to_spec")
+    Traceback (most recent call last):
+        ...
+    lightning_xattn.errors.SettingError: ...
+    """
     if expected not in (None, heads):
         raise SettingError(
             f"{where}: expected num_heads={expected}, but there are {heads} heads. Pass num_heads={heads}, or None to "
@@ -28,6 +36,12 @@ def query_selectivity(rows: Rows) -> Tensor:
     Tensor
         ``(batch, heads)`` in [0, 1]. 0: every query attends alike and the head is a fixed pooling. NaN with a
         single valid key (K) or a single valid query, which cannot differ from itself.
+
+    Examples
+    --------
+    >>> weights = torch.eye(2)[None, None]  # each query has a key of its own
+    >>> query_selectivity(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    tensor([[1.]])
     """
     queries = rows.valid.sum(-1)
     pooled = rows.weights.sum(2) / queries[..., None]
@@ -47,6 +61,12 @@ def head_diversity(rows: Rows) -> Tensor:
     -------
     Tensor
         ``(batch,)`` in [0, 1]. 0: all heads alike. NaN with one head or where no row has two valid keys.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])  # each head has a key of its own
+    >>> head_diversity(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    tensor([1.])
     """
     heads = rows.weights.shape[1]
     keys = rows.keys.amax(1) if rows.visible is None else rows.visible.any(1).sum(-1)
@@ -68,6 +88,12 @@ def sink_strength(rows: Rows) -> Tensor:
     -------
     Tensor
         ``(batch, heads)`` in [0, 1]. NaN with a single valid key or fewer than two valid queries.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])  # all queries have the same key
+    >>> sink_strength(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    tensor([[1.]])
     """
     least = torch.where(rows.valid[..., None], rows.weights, 1).amin(2).amax(-1)
     keys = rows.keys.masked_fill(~rows.valid, 0).amax(-1)

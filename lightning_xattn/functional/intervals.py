@@ -28,6 +28,11 @@ def mean_interval(mean: float, std: float, count: int) -> tuple[float, float]:
     -------
     low, high
         NaN with fewer than ``MINIMUM_GROUP`` samples, whose interval would reach past what the number can be.
+
+    Examples
+    --------
+    >>> [round(end, 3) for end in mean_interval(mean=0.5, std=0.1, count=25)]  # t(0.975, 24) is 2.064
+    [0.459, 0.541]
     """
     if count < MINIMUM_GROUP:
         return math.nan, math.nan
@@ -49,6 +54,12 @@ def grouped_mean_interval(counts: Tensor, sums: Tensor) -> tuple[float, float]:
     -------
     low, high
         NaN with fewer than ``MINIMUM_GROUP`` groups that have a sample.
+
+    Examples
+    --------
+    >>> counts, sums = torch.ones(5), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    >>> [round(end, 3) for end in grouped_mean_interval(counts, sums)]  # 3 -+ 2.776 * 1.581 / 5 ** 0.5
+    [1.037, 4.963]
     """
     counts, sums = counts[counts > 0].double(), sums[counts > 0].double()
     groups = len(counts)

@@ -19,6 +19,12 @@ def lift(rows: Rows) -> Tensor:
     Tensor
         ``(batch, heads, queries, keys)`` over the keys that are tokens, in [0, K_q], 1 where attention is uniform; NaN
         in rows that are not valid and at keys that a mask hides.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> lift(prepare_rows(Attention(Direction("eeg", "spec"), weights))).tolist()
+    [[[[1.0, 1.0], [2.0, 0.0]]]]
     """
     values = (rows.weights * rows.keys[..., None])[..., : rows.tokens]
     defined = rows.valid[..., None]
@@ -28,7 +34,14 @@ def lift(rows: Rows) -> Tensor:
 
 
 def lift_map(rows: Rows) -> Tensor:
-    """``lift`` averaged over the heads where it is defined: ``(batch, queries, keys)``, else NaN."""
+    """``lift`` averaged over the heads where it is defined: ``(batch, queries, keys)``, else NaN.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> lift_map(prepare_rows(Attention(Direction("eeg", "spec"), weights))).tolist()
+    [[[1.0, 1.0], [2.0, 0.0]]]
+    """
     return lift(rows).nanmean(1)
 
 
@@ -40,5 +53,11 @@ def received_lift(rows: Rows) -> Tensor:
     Tensor
         ``(batch, keys)`` over the keys that are tokens, 1 where it is what uniform attention gives; NaN for a key that
         no valid row can see.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> received_lift(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    tensor([[1.5000, 0.5000]])
     """
     return lift(rows).nanmean((1, 2))

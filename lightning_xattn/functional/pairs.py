@@ -20,6 +20,11 @@ class TopPair(NamedTuple):
         Mean attention, in [0, 1].
     lift
         Mean of ``weight * K_q``: how many times what uniform attention gives.
+
+    Examples
+    --------
+    >>> TopPair(query=1, key=0, weight=0.75, lift=1.5).key
+    0
     """
 
     query: int
@@ -33,6 +38,12 @@ def top_pairs(rows: Rows, top_k: int) -> list[TopPair]:
 
     A cell's mean runs over the valid rows that see its key; cells that none sees, and keys that are no tokens, are
     left out, so there may be fewer than ``top_k``. Equal weights stand in the order of queries, then of keys.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [0.75, 0.25]]]])
+    >>> top_pairs(prepare_rows(Attention(Direction("eeg", "spec"), weights)), top_k=1)
+    [TopPair(query=1, key=0, weight=0.75, lift=1.5)]
     """
     weights, lifts = _mean_maps(rows, (0, 1))
     (pairs,) = _largest(weights[None], lifts[None], top_k)
@@ -40,12 +51,26 @@ def top_pairs(rows: Rows, top_k: int) -> list[TopPair]:
 
 
 def sample_top_pairs(rows: Rows, top_k: int) -> list[list[TopPair]]:
-    """For each sample what ``top_pairs`` gives of it alone: the map is averaged over heads."""
+    """For each sample what ``top_pairs`` gives of it alone: the map is averaged over heads.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [0.75, 0.25]]]])
+    >>> sample_top_pairs(prepare_rows(Attention(Direction("eeg", "spec"), weights)), top_k=1)
+    [[TopPair(query=1, key=0, weight=0.75, lift=1.5)]]
+    """
     return _largest(*_mean_maps(rows, (1,)), top_k)
 
 
 def head_top_pairs(rows: Rows, top_k: int) -> list[list[TopPair]]:
-    """For each head what ``top_pairs`` gives of it alone: the map is averaged over the batch."""
+    """For each head what ``top_pairs`` gives of it alone: the map is averaged over the batch.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5]], [[0.25, 0.75]]]])  # two heads
+    >>> [pair.key for (pair,) in head_top_pairs(prepare_rows(Attention(Direction("eeg", "spec"), weights)), top_k=1)]
+    [0, 1]
+    """
     return _largest(*_mean_maps(rows, (0,)), top_k)
 
 

@@ -36,6 +36,11 @@ def pooled_tokens(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     -------
     Tensor
         ``(batch, width)`` float32 or wider; NaN for a sample without a valid token.
+
+    Examples
+    --------
+    >>> pooled_tokens(torch.tensor([[[1.0], [3.0], [9.0]]]), mask=torch.tensor([[True, True, False]]))
+    tensor([[2.]])
     """
     tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
     if tokens.dim() == 2:
@@ -57,6 +62,11 @@ def project(features: Tensor) -> Tensor:
     -------
     Tensor
         ``(batch, min(width, READING_WIDTH))``; distances keep their expectation (Johnson & Lindenstrauss 1984).
+
+    Examples
+    --------
+    >>> project(torch.rand(5, 1000)).shape, project(torch.rand(5, 16)).shape
+    (torch.Size([5, 64]), torch.Size([5, 16]))
     """
     width = features.shape[1]
     return features if width <= READING_WIDTH else features @ _projection(width).to(features)
@@ -97,6 +107,14 @@ def discriminant(counts: Tensor, sums: Tensor, products: Tensor, shrinkage: floa
         ``(classes, width)`` and ``(classes,)``: ``softmax(x @ weights.T + bias)`` are the probabilities. The bias of a
         class without samples is minus infinity. NaN with fewer than two classes, no more samples than classes, or
         features that do not vary within classes.
+
+    Examples
+    --------
+    >>> features = torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64)  # two of each class
+    >>> counts, sums = torch.tensor([2.0, 2.0]).double(), torch.tensor([[-2.0], [2.0]]).double()
+    >>> coefficients, constants = discriminant(counts, sums, products=(features @ features)[None, None])
+    >>> coefficients.tolist()  # the means, -1 and 1, over the variance within classes, 0.5
+    [[-2.0], [2.0]]
     """
     present = counts > 0
     freedom = counts.sum() - present.sum()
@@ -131,6 +149,14 @@ def cross_fitted_reading(features: Tensor, target: Tensor, folds: Tensor, n_clas
         ``(samples, classes)`` float64, natural logarithms, as a probability far from the data is too small for a
         number; minus infinity for a class that the fit does not know. NaN where a sample cannot be read, and for all
         samples where fewer than two classes have `LEAST_OF_A_CLASS` samples.
+
+    Examples
+    --------
+    >>> target = torch.arange(100) % 2
+    >>> features = target[:, None] + 0.1 * torch.randn(100, 3)
+    >>> reading = cross_fitted_reading(features, target, folds=torch.arange(100) // 20, n_classes=2)
+    >>> bool((reading.argmax(1) == target).all())
+    True
     """
     features = features.double()
     finite = features.isfinite().all(1)
@@ -166,6 +192,11 @@ def conflict(readings: Tensor) -> Tensor:
     -------
     Tensor
         ``(samples,)`` in [0, 1], the mean over all pairs of modalities; NaN where a reading is undefined.
+
+    Examples
+    --------
+    >>> conflict(torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]]))  # two samples
+    tensor([1.0000, 0.5000])
     """
     modalities = len(readings)
     # The squared sum has each pair twice, and each modality with itself.
@@ -187,6 +218,12 @@ def lean(readings: Tensor, predicted: Tensor) -> Tensor:
     -------
     Tensor
         ``(samples,)``; above 0: the first modality's. NaN where a reading is undefined or no fit knew the class.
+
+    Examples
+    --------
+    >>> readings = torch.tensor([[[0.8, 0.2]], [[0.4, 0.6]]]).log()
+    >>> lean(readings, predicted=torch.tensor([0]))  # ln 0.8 / 0.4
+    tensor([0.6931])
     """
     known = (predicted >= 0) & (predicted < readings.shape[2])
     place = torch.where(known, predicted, 0)[:, None]
@@ -208,6 +245,12 @@ def untapped(readings: Tensor, predicted: Tensor, target: Tensor) -> Tensor:
     -------
     Tensor
         ``(samples,)`` 1 or 0; NaN where the prediction is right or not known, or a reading is undefined.
+
+    Examples
+    --------
+    >>> readings = torch.tensor([[[0.9, 0.1]], [[0.2, 0.8]]])
+    >>> untapped(readings, predicted=torch.tensor([1]), target=torch.tensor([0])).tolist()
+    [1.0]
     """
     right = (readings.argmax(2) == target).any(0)
     wrong = (predicted != target) & (predicted >= 0) & (target >= 0) & ~readings.isnan().any(2).any(0)

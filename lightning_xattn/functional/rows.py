@@ -44,6 +44,11 @@ class Rows:
         The first so many keys are tokens; the rest are slots of ``add_bias_kv`` or ``add_zero_attn``.
     crossing
         ``(batch, heads, queries)``, see ``Attention``; NaN where the query is no real token.
+
+    Examples
+    --------
+    >>> prepare_rows(Attention(Direction("eeg", "spec"), torch.full((4, 8, 9, 119), 1 / 119)))
+    Rows(eeg_to_spec: 4 samples, 8 heads, 9 queries, 119 keys)
     """
 
     direction: Direction
@@ -56,6 +61,10 @@ class Rows:
     visible: Tensor | None
     tokens: int
     crossing: Tensor | None
+
+    def __repr__(self) -> str:
+        samples, heads, queries, keys = self.weights.shape
+        return f"Rows({self.direction}: {samples} samples, {heads} heads, {queries} queries, {keys} keys)"
 
     @property
     def token_visible(self) -> Tensor | None:
@@ -70,6 +79,12 @@ def prepare_rows(attention: Attention) -> Rows:
 
     A row is valid when its query is a real token, it has at least one valid key, it is finite and sums to 1
     within ``row_sum_tolerance``. A row of half precision is scaled back to sum to 1.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [0.9, 0.9]]]])  # the second row is no attention
+    >>> prepare_rows(Attention(Direction("eeg", "spec"), weights)).valid
+    tensor([[[ True, False]]])
     """
     dtype = attention.weights.dtype
     weights = attention.weights.detach().to(torch.promote_types(dtype, torch.float32))
@@ -110,34 +125,75 @@ def prepare_rows(attention: Attention) -> Rows:
 
 
 def has_single_keys(rows: Rows, samples: int | slice = slice(None)) -> bool:
-    """Whether these samples have valid rows, all of them of a single valid key: their attention says nothing."""
+    """Whether these samples have valid rows, all of them of a single valid key: their attention says nothing.
+
+    Examples
+    --------
+    >>> has_single_keys(prepare_rows(Attention(Direction("eeg", "spec"), torch.ones(1, 8, 9, 1))))
+    True
+    """
     valid, several = rows.valid[samples], (rows.valid & (rows.keys > 1))[samples]
     return bool(valid.any()) and not bool(several.any())
 
 
 def entropy(rows: Rows) -> Tensor:
-    """``-sum a ln a / ln K_q``, ``(batch, heads)`` in [0, 1]: 0 = one key, 1 = diffuse; leaves out rows of one key."""
+    """``-sum a ln a / ln K_q``, ``(batch, heads)`` in [0, 1]: 0 = one key, 1 = diffuse; leaves out rows of one key.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> entropy(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    tensor([[0.5000]])
+    """
     normalised = (rows.entropy / rows.keys.log()).clamp(0, 1)
     return _mean_of_rows(normalised, rows.valid & (rows.keys > 1))
 
 
 def effective_keys(rows: Rows) -> Tensor:
-    """``exp(-sum a ln a)``, ``(batch, heads)`` in [1, K_q]: how many keys a row really uses."""
+    """``exp(-sum a ln a)``, ``(batch, heads)`` in [1, K_q]: how many keys a row really uses.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> effective_keys(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    tensor([[1.5000]])
+    """
     return _mean_of_rows(rows.entropy.exp(), rows.valid)
 
 
 def effective_share(rows: Rows) -> Tensor:
-    """``exp(-sum a ln a) / K_q``, ``(batch, heads)`` in [1 / K_q, 1]: which share of its keys a row really uses."""
+    """``exp(-sum a ln a) / K_q``, ``(batch, heads)`` in [1 / K_q, 1]: which share of its keys a row really uses.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> effective_share(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    tensor([[0.7500]])
+    """
     return _mean_of_rows(rows.entropy.exp() / rows.keys, rows.valid)
 
 
 def max_weight(rows: Rows) -> Tensor:
-    """Largest weight of a row, ``(batch, heads)`` in [1 / K_q, 1]: a head's "confidence" (Voita et al. 2019)."""
+    """Largest weight of a row, ``(batch, heads)`` in [1 / K_q, 1]: a head's "confidence" (Voita et al. 2019).
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> max_weight(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    tensor([[0.7500]])
+    """
     return _mean_of_rows(rows.weights.amax(-1), rows.valid)
 
 
 def min_weight(rows: Rows) -> Tensor:
-    """Smallest weight of a row over its valid keys, ``(batch, heads)`` in [0, 1 / K_q]."""
+    """Smallest weight of a row over its valid keys, ``(batch, heads)`` in [0, 1 / K_q].
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> min_weight(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    tensor([[0.2500]])
+    """
     weights = rows.weights if rows.visible is None else rows.weights.masked_fill(~rows.visible, torch.inf)
     return _mean_of_rows(weights.amin(-1), rows.valid)
 
@@ -146,17 +202,37 @@ def sparsity(rows: Rows) -> Tensor:
     """Percentage of valid keys below ``SPARSITY_THRESHOLD``, ``(batch, heads)`` in [0, 100].
 
     With more than ``1 / SPARSITY_THRESHOLD`` keys even uniform attention scores 100.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> sparsity(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    tensor([[25.]])
     """
     return _percent_below(rows, SPARSITY_THRESHOLD)
 
 
 def relative_sparsity(rows: Rows) -> Tensor:
-    """Percentage of valid keys below ``SPARSITY_THRESHOLD / K_q``, ``(batch, heads)`` in [0, 100]."""
+    """Percentage of valid keys below ``SPARSITY_THRESHOLD / K_q``, ``(batch, heads)`` in [0, 100].
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> relative_sparsity(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    tensor([[25.]])
+    """
     return _percent_below(rows, SPARSITY_THRESHOLD / rows.keys[..., None])
 
 
 def std(rows: Rows) -> Tensor:
-    """Population standard deviation of a row over its valid keys, ``(batch, heads)``."""
+    """Population standard deviation of a row over its valid keys, ``(batch, heads)``.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> std(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    tensor([[0.2500]])
+    """
     centred = rows.weights - 1 / rows.keys[..., None]
     if rows.visible is not None:
         centred = centred.masked_fill(~rows.visible, 0)
@@ -164,7 +240,14 @@ def std(rows: Rows) -> Tensor:
 
 
 def mean(rows: Rows) -> Tensor:
-    """Mean weight of a row, ``(batch, heads)``: always ``1 / K_q``, so it says nothing about the model."""
+    """Mean weight of a row, ``(batch, heads)``: always ``1 / K_q``, so it says nothing about the model.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> mean(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    tensor([[0.5000]])
+    """
     return _mean_of_rows((1 / rows.keys).expand(rows.valid.shape), rows.valid)
 
 
@@ -178,6 +261,12 @@ def crossing(rows: Rows) -> Tensor:
     ------
     ShapeError
         If the rows are not from a joint sequence.
+
+    Examples
+    --------
+    >>> weights, before = torch.full((1, 1, 2, 4), 0.25), torch.tensor([[[0.2, 0.4]]])
+    >>> crossing(prepare_rows(Attention(Direction("eeg", "spec"), weights, crossing=before)))
+    tensor([[0.3000]])
     """
     if rows.crossing is None:
         raise ShapeError(f"The attention {rows.direction} is no block of a joint sequence, so nothing crosses over.")
@@ -199,7 +288,15 @@ ROW_STATISTICS = {
 
 
 def row_statistics(rows: Rows) -> dict[str, Tensor]:
-    """All of ``ROW_STATISTICS``, each ``(batch, heads)``."""
+    """All of ``ROW_STATISTICS``, each ``(batch, heads)``.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> numbers = row_statistics(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    >>> numbers["max"], numbers["min"]
+    (tensor([[0.7500]]), tensor([[0.2500]]))
+    """
     return {name: statistic(rows) for name, statistic in ROW_STATISTICS.items()}
 
 

@@ -35,6 +35,8 @@ from lightning_xattn.fusion.collected import IDENTITY, FusionPart
 from lightning_xattn.fusion.contribution import Contributions
 from lightning_xattn.fusion.faithfulness import Replaced
 from lightning_xattn.group_keys import UNKNOWN_GROUP
+from lightning_xattn.messages import describe_size
+from lightning_xattn.notebook import ShownInNotebooks
 from lightning_xattn.summary import Comparison
 
 
@@ -51,7 +53,7 @@ class Estimate:
     """How many groups they belong to; None where groups are not known."""
 
 
-class FusionSummary:
+class FusionSummary(ShownInNotebooks):
     """An evaluation's modalities: readings, conflict, and contributions where they were measured.
 
     Parameters
@@ -126,6 +128,11 @@ class FusionSummary:
             spread = self._spreading(one.samples)
             numbers = {"gain": one.gain, "reference": one.reference, "cost": one.cost}
             self.numbers |= {f"{name}/{direction}": spread(of) for name, of in numbers.items()}
+
+    def __repr__(self) -> str:
+        size = describe_size(self.samples, self.known_groups, self.group_noun)
+        untold = f"; contributions cannot be told: {self.uncontributed}" if self.uncontributed else ""
+        return f"FusionSummary({' and '.join(self.modalities)}: {size}, {self.n_classes} classes{untold})"
 
     def with_classes(self, kept: Sequence[int]) -> FusionSummary:
         """The same by these classes alone, in this order, and a last one that is all others."""

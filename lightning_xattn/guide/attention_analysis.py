@@ -42,7 +42,15 @@ Weights = Tensor | Attention
 
 
 class HeadAnalysis(TypedDict):
-    """One head of one direction, over a batch."""
+    """One head of one direction, over a batch.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])  # one sample, one head, two queries, two keys
+    >>> analysed = head_wise_attention_analysis({"eeg_to_spec": weights})["eeg_to_spec"][0]
+    >>> round(analysed["specialization_score"], 3), round(analysed["effective_keys"], 3)
+    (0.5, 1.5)
+    """
 
     specialization_score: float
     """The head's entropy, in [0, 1]: lower is more specialised."""
@@ -68,11 +76,23 @@ class AttentionAnalyzer:
     SettingError
         If ``num_heads`` is no whole number >= 1; from the methods, if the weights are neither a tensor nor an
         ``Attention``, or have another number of heads.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])  # one sample, one head, two queries, two keys
+    >>> analyzer = AttentionAnalyzer(num_heads=1)
+    >>> analyzer.get_top_attention_pairs(weights, top_k=2)  # query, key, weight
+    [(1, 0, 1.0), (0, 0, 0.5)]
+    >>> round(analyzer.compute_attention_entropy(weights), 3)
+    0.5
     """
 
     def __init__(self, num_heads: int | None = None) -> None:
         check_whole_number("num_heads", num_heads, optional=True)
         self.num_heads = num_heads
+
+    def __repr__(self) -> str:
+        return f"AttentionAnalyzer(num_heads={self.num_heads})"
 
     def analyze_attention_weights(self, weights: Weights) -> AttentionStatistics:
         """Statistics of a batch, averaged over rows, then heads, then samples."""
@@ -133,6 +153,13 @@ def head_wise_attention_analysis(
         If a direction has another number of heads, a name is no direction, or a number is no whole number >= 1.
     ShapeError
         If weights do not have four axes.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[1.0, 0.0]], [[0.5, 0.5]]]])  # two heads: one key, and all
+    >>> analysed = head_wise_attention_analysis({"eeg_to_spec": weights})["eeg_to_spec"]
+    >>> [abs(round(one["specialization_score"], 3)) for one in analysed.values()]
+    [0.0, 1.0]
     """
     check_whole_number("num_heads", num_heads, optional=True)
     check_whole_number("top_k", top_k)
@@ -146,7 +173,14 @@ def head_wise_attention_analysis(
 
 
 def extract_attention_statistics(attention_dict: Mapping[str, Weights]) -> dict[str, AttentionStatistics]:
-    """Statistics of each direction over a batch; names as in ``head_wise_attention_analysis``."""
+    """Statistics of each direction over a batch; names as in ``head_wise_attention_analysis``.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])  # one sample, one head, two queries, two keys
+    >>> extract_attention_statistics({"eeg_to_spec": weights})["eeg_to_spec"].max
+    0.75
+    """
     prepared = {name: prepare_rows(_as_attention(weights, name)) for name, weights in attention_dict.items()}
     _warn_of(prepared)
     return {name: AttentionStatistics.of_batch(rows) for name, rows in prepared.items()}
@@ -171,6 +205,12 @@ def compute_modality_alignment(eeg_to_spec: Weights, spec_to_eeg: Weights) -> fl
     ------
     ShapeError
         If the queries of one are not the keys of the other.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.75, 0.25], [0.25, 0.75]]]])
+    >>> [round(compute_modality_alignment(weights, other), 3) for other in (weights, weights.flip(-1))]
+    [1.0, -1.0]
     """
     forward = _as_attention(eeg_to_spec)
     backward = _as_attention(spec_to_eeg, str(forward.direction.opposite))

@@ -23,12 +23,12 @@ import torch
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from lightning_xattn.files import complete_or_absent
 from lightning_xattn.hms.features import eeg_features, feature_shapes, spectrogram_features
 from lightning_xattn.hms.recordings import EEGGeometry, Recordings
 from lightning_xattn.hms.table import BadRow, RowError
+from lightning_xattn.stages import Stage
 
 BAD_ROWS = "bad_rows.json"
 _ROWS_IN_A_PART = 256
@@ -69,9 +69,9 @@ def build(
     with ExitStack() as stack:
         files = {name: stack.enter_context(closing(_Rows(folder / f"{name}.npy"))) for name in shapes}
         results = stack.enter_context(closing(_compute(recordings, geometry, tasks, order, num_workers)))
-        # disable=None: no progress bar where nobody looks at a terminal.
-        title, done = f"Features of {recordings.root.name}", len(recordings) - sum(len(tasks[task]) for task in order)
-        bar = stack.enter_context(tqdm(desc=title, total=len(recordings), initial=done, unit=" rows", disable=None))
+        done = len(recordings) - sum(len(tasks[task]) for task in order)
+        title = f"Computing the features of {len(recordings)} recordings"
+        stage = stack.enter_context(Stage(title, len(recordings), done))
         for part in left:
             bad_rows = []
             for task in part.tasks:
@@ -83,7 +83,7 @@ def build(
                     else:
                         for name, values in result.items():
                             files[name].write(position, values)
-                bar.update(len(tasks[task]))
+                stage.advance(len(tasks[task]))
             # The rows first, then the word that they are there, also if the power fails.
             for file in files.values():
                 file.sync()

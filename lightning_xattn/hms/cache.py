@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_xattn.hms.build import BAD_ROWS, build
 from lightning_xattn.hms.features import FEATURE_VERSION, feature_shapes
 from lightning_xattn.hms.recordings import EEGGeometry, Recordings
 from lightning_xattn.hms.table import BadRow, RowError
+from lightning_xattn.messages import tell
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _locked(path: Path, root: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        rank_zero_info(f"Another process computes the features of {root}; waiting for it.")
+        tell([f"Another process computes the features of {root}; waiting for it."])
         lock.acquire()
     try:
         yield

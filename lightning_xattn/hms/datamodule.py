@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pytorch_lightning import LightningDataModule
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch_geometric.data import Batch
@@ -26,6 +25,7 @@ from lightning_xattn.hms.folds import patient_folds
 from lightning_xattn.hms.graphs import EEG_EDGE_INDEX, SPEC_EDGE_INDEX, graph_batches
 from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import EEGGeometry, OnBadRow, Recordings
+from lightning_xattn.messages import tell, warn
 
 
 class HMSBatch(TypedDict):
@@ -124,6 +124,14 @@ class HMSDataModule(LightningDataModule):
     ------
     SettingError
         If a setting has a value that is not allowed.
+
+    Examples
+    --------
+    >>> folder = simulate("recordings", n_samples=12, eeg_seconds=10)
+    >>> data = HMSDataModule(folder, n_folds=3, cache_dir="features", num_workers=0)
+    >>> data.setup()
+    >>> [len(part.dataset) for part in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())]
+    [4, 4, 4]
     """
 
     # The settings are not saved as hyperparameters: paths and geometry would keep a checkpoint from loading with
@@ -166,6 +174,10 @@ class HMSDataModule(LightningDataModule):
         self._eeg_geometry = eeg_geometry
         self._features: dict[Path, StoredFeatures] = {}
         self._folds: NDArray[np.int64] | None = None
+
+    def __repr__(self) -> str:
+        tested = "" if self.test_data is None else f", test_data='{self.test_data}'"
+        return f"HMSDataModule('{self.data}'{tested}, batch_size={self.batch_size}, fold={self.fold} of {self.n_folds})"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -289,13 +301,17 @@ def _tell(features: StoredFeatures) -> None:
     recordings, filled = features.recordings, features.filled
     if recordings.skipped:
         reasons = Counter(bad_row.reason for bad_row in recordings.skipped)
-        rank_zero_warn(
-            f"Left out {len(recordings.skipped)} of {len(recordings.skipped) + len(recordings)} rows of "
-            f"{recordings.root}: {', '.join(f'{count} x {reason}' for reason, count in reasons.items())}. "
-            f"The first: {recordings.skipped[0]} All are in the data module's recordings.skipped."
+        warn(
+            [
+                f"Left out {len(recordings.skipped)} of {len(recordings.skipped) + len(recordings)} rows of "
+                f"{recordings.root}: {', '.join(f'{count} x {reason}' for reason, count in reasons.items())}. "
+                f"The first: {recordings.skipped[0]} All are in the data module's recordings.skipped."
+            ]
         )
-    if filled.any():
-        rank_zero_info(
-            f"{recordings.root}: filled {filled[:, 0].sum()} missing EEG values in {(filled[:, 0] > 0).sum()} and "
-            f"{filled[:, 1].sum()} missing spectrogram values in {(filled[:, 1] > 0).sum()} of {len(filled)} samples."
-        )
+    parts = [
+        f"{values.sum()} missing {what} values in {(values > 0).sum()} of {len(filled)} samples"
+        for what, values in zip(("EEG", "spectrogram"), filled.T, strict=True)
+        if values.any()
+    ]
+    if parts:
+        tell([f"{recordings.root}: filled {' and '.join(parts)}."])

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
-import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
-from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from torch.utils.data import DataLoader
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
 from lightning_xattn.errors import SettingError
@@ -22,12 +21,12 @@ from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import COMPETITION, Recordings
 from lightning_xattn.hms.simulator import simulate
 from lightning_xattn.hms.truth import describe_scores
-from lightning_xattn.messages import describe_size
-from lightning_xattn.report import fusion_text, summary_text
-from lightning_xattn.report.facts import collect_facts
-from lightning_xattn.report.rendering import Block, Section, as_markdown, as_text, blocks_as_text
-from lightning_xattn.report.wording import dataset_document
+from lightning_xattn.report.facts import collect_facts, collect_layer
+from lightning_xattn.report.modalities import collect_fusion, describe_fusion
+from lightning_xattn.report.rendering import Document, Paragraph, Section, as_markdown, as_text, print_document
+from lightning_xattn.report.wording import dataset_document, describe_layer
 from lightning_xattn.results import DatasetResult
+from lightning_xattn.stages import Stage
 
 TRAIN_ON = ("simulated", "data")
 
@@ -77,10 +76,6 @@ def run_demo(
     for name, number, least in (("epochs", epochs, 1), ("samples", samples, 30), ("seed", seed, 0)):
         if number < least:
             raise SettingError(f"{name} must be at least {least}; got {number}.")
-    # Lightning 2.6 calls what torch 2.13 deprecates, at every evaluation; the user can do nothing about it.
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
-    # Loading from memory-mapped features takes a few milliseconds a batch: workers would not help.
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
     out = Path(out)
     seed_everything(seed, verbose=False)
 
@@ -99,26 +94,28 @@ def run_demo(
 
     trainer, watch = _trainer(logs / f"train_on_{train_on}", epochs)
     trainer.fit(module, datamodule=datamodule)
-    summary = _describe_test("Validation", datamodule.test_recordings.root, "val", trainer, watch)
-    trainer.test(module, datamodule=datamodule, verbose=False)
-    summary += _describe_test("Test", datamodule.test_recordings.root, "test", trainer, watch)
+    sections = [_describe_test("Validation", datamodule.test_recordings, "val", trainer, watch)]
+    _test(trainer, module, datamodule.test_dataloader(), datamodule.test_recordings)
+    sections.append(_describe_test("Test", datamodule.test_recordings, "test", trainer, watch))
     if held_out is not None:
         # A trainer and logs of its own, so that two data sets do not share the names of their curves.
         trainer, watch = _trainer(logs / "test_on_simulated", epochs)
-        trainer.test(module, datamodule.source_test_dataloader(), verbose=False)
-        summary += _describe_test("Test", datamodule.recordings.root, "test", trainer, watch)
-    pictures = f"{logs}/*/csv/xattn_*"
+        _test(trainer, module, datamodule.source_test_dataloader(), datamodule.recordings)
+        sections.append(_describe_test("Test", datamodule.recordings, "test", trainer, watch))
+    written = {"Pictures": f"{logs}/*/csv/xattn_*"}
     if train_on == "simulated":
         folder, root = logs / "disagreeing", _simulated(out, samples // 2, seconds, seed + 1, disagreeing=0.5)
         disagreeing = HMSDataModule(root, test_data=root, cache_dir=out / "features")
         opening, explained = _explain_disagreeing(module, disagreeing, folder)
         _write_report(opening, explained, folder)
-        fusion = [] if explained.fusion is None else [fusion_text(explained.fusion, CLASSES, explained.group_by)]
-        summary = [blocks_as_text(opening), "", *fusion, "", *summary]
-        summary += [f"Report: {folder / 'report.txt'}, and to open in a browser: {folder / 'report.html'}"]
-        pictures += f", {folder / 'figures'}"
+        sections = [opening, *_describe_fusion(explained, root), *sections]
+        written["Pictures"] += f", {folder / 'figures'}"
+        written |= {"Report": f"{folder}/report.txt", "To open in a browser": f"{folder}/report.html"}
 
-    print("", *summary, f"Pictures: {pictures}", f"tensorboard --logdir {logs}", sep="\n")
+    print()
+    print_document(Document("What the demo found", sections))
+    # As they are, however long: to be copied.
+    print("", *(f"{what}: {where}" for what, where in written.items()), f"tensorboard --logdir {logs}", sep="\n")
     return logs
 
 
@@ -138,44 +135,84 @@ def _trainer(folder: Path, epochs: int) -> tuple[Trainer, AttentionExplainabilit
         CSVLogger(folder, name="", version="csv"),
     ]
     trainer = Trainer(
-        max_epochs=epochs, logger=loggers, callbacks=[watch], log_every_n_steps=1, default_root_dir=folder
+        max_epochs=epochs,
+        logger=loggers,
+        callbacks=[watch, _Epochs()],
+        log_every_n_steps=1,
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     return trainer, watch
 
 
+class _Epochs(Callback):
+    """A line for each epoch of a fit."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        title = f"Training, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
+        self._stage = Stage(title, int(trainer.num_training_batches))
+        self._stage.__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._stage.advance()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        accuracy, loss = (float(trainer.callback_metrics[name]) for name in ("val_acc", "val_loss"))
+        self._stage.title += f" (validation: accuracy {accuracy:.2f}, loss {loss:.2f})"
+        self._stage.__exit__(None, None, None)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "_stage"):
+            self._stage.__exit__(type(exception), exception, None)
+
+
+def _test(trainer: Trainer, module: LightningModule, loader: DataLoader[Any], recordings: Recordings) -> None:
+    with Stage(f"Testing on {recordings.root.name}"):
+        trainer.test(module, loader, verbose=False)
+
+
 def _describe_test(
-    title: str, root: Path, stage: str, trainer: Trainer, watch: AttentionExplainabilityCallback
-) -> list[str]:
-    summary, metrics = watch.summaries[stage], trainer.callback_metrics
+    title: str, recordings: Recordings, stage: str, trainer: Trainer, watch: AttentionExplainabilityCallback
+) -> Section:
+    metrics, group_by = trainer.callback_metrics, watch.settings.group_by
     fusion = watch.fusion_summaries.get(stage)
-    ties = f" ({summary.ties} with a tied top vote, where the first class counts)" if summary.ties else ""
-    return [
-        f"{title} on {root}: {describe_size(summary.samples, summary.groups(), summary.group_noun)}{ties}",
-        f"  accuracy {metrics[f'{stage}_acc']:.2f} (chance {1 / len(CLASSES):.2f}), "
-        f"macro F1 {metrics[f'{stage}_f1']:.2f}, loss {metrics[f'{stage}_loss']:.2f}",
-        *([] if fusion is None else [textwrap.indent(fusion_text(fusion, CLASSES, watch.settings.group_by), "  ")]),
-        textwrap.indent(summary_text(summary, CLASSES, watch.settings.group_by), "  "),
-        "",
-    ]
+    scores = Paragraph(
+        f"Accuracy {metrics[f'{stage}_acc']:.2f} (chance {1 / len(CLASSES):.2f}), "
+        f"macro F1 {metrics[f'{stage}_f1']:.2f}, loss {metrics[f'{stage}_loss']:.2f}."
+    )
+    of_fusion = [] if fusion is None else describe_fusion(collect_fusion(fusion, CLASSES), group_by)
+    of_attention = describe_layer(collect_layer("", watch.summaries[stage], CLASSES), group_by)
+    return Section(title, [scores, *of_fusion, *of_attention], f"on {recordings.root.name}")
+
+
+def _describe_fusion(explained: DatasetResult, root: Path) -> list[Section]:
+    if explained.fusion is None:
+        return []
+    blocks = list(describe_fusion(collect_fusion(explained.fusion, CLASSES), explained.group_by))
+    return [Section("What each modality says and contributes", blocks, f"on {root.name}")]
 
 
 def _explain_disagreeing(
     module: HMSLightningModule, datamodule: HMSDataModule, folder: Path
-) -> tuple[list[Block], DatasetResult]:
+) -> tuple[Section, DatasetResult]:
     """Which number tells what on recordings whose truth is known, and what else is to be said of them."""
     samples = len(datamodule.test_recordings)
     explainer = ExplainabilityCapture(module, contribution_samples=samples, axes=datamodule.attention_axes)
-    explained = explainer.explain_loader(datamodule.test_dataloader(), folder / "table", progress=False)
-    save_dataset_figures(explained, folder / "figures")
-    return list(describe_scores(folder / "table", datamodule.test_recordings)), explained
+    explained = explainer.explain_loader(datamodule.test_dataloader(), folder / "table")
+    blocks = list(describe_scores(folder / "table", datamodule.test_recordings))
+    return Section("Which number tells what?", blocks), explained
 
 
-def _write_report(opening: Sequence[Block], explained: DatasetResult, folder: Path) -> None:
+def _write_report(opening: Section, explained: DatasetResult, folder: Path) -> None:
     facts = collect_facts(explained)
     assert facts["kind"] == "dataset"
-    create_explainability_report(explained, folder / "report.html")
-    document = dataset_document(facts)
-    document = replace(document, sections=[Section("Which number tells what?", opening), *document.sections])
-    for name, text in (("report.txt", as_text(document)), ("report.md", as_markdown(document))):
-        with complete_or_absent(folder / name) as part:
-            part.write_text(text, encoding="utf-8")
+    with Stage("Drawing figures"):
+        save_dataset_figures(explained, folder / "figures")
+    with Stage("Writing the report"):
+        create_explainability_report(explained, folder / "report.html")
+        document = dataset_document(facts)
+        document = replace(document, sections=[opening, *document.sections])
+        for name, text in (("report.txt", as_text(document)), ("report.md", as_markdown(document))):
+            with complete_or_absent(folder / name) as part:
+                part.write_text(text, encoding="utf-8")

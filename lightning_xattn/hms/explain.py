@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,9 @@ from lightning_xattn.hms.datamodule import HMSDataModule, HMSDataset
 from lightning_xattn.hms.module import HMSLightningModule
 from lightning_xattn.hms.montage import EEG_RATE, ELECTRODES, REGIONS, SPEC_FREQUENCIES, SPEC_ROW_SECONDS, SPEC_SECONDS
 from lightning_xattn.messages import first_line
+from lightning_xattn.report import print_report
 from lightning_xattn.results import DatasetResult, ExplainedBatch
+from lightning_xattn.stages import Stage
 from lightning_xattn.visualizations import (
     Spectrograms,
     Traces,
@@ -57,8 +58,6 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path) -> Pa
     SettingError
         If ``out`` was begun with another checkpoint or other recordings or votes.
     """
-    # Loading from memory-mapped features takes a few milliseconds a batch: workers would not help.
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; expected a folder, or a name for a new one.")
@@ -69,7 +68,8 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path) -> Pa
     explained = replace(explainer.explain_loader(loader, table=out / "table"), trained_on=training_data(checkpoint))
     for suffix in (".txt", ".md", ".json"):
         create_explainability_report(explained, out / f"report{suffix}")
-    save_dataset_figures(explained, out / "figures")
+    with Stage("Drawing figures"):
+        save_dataset_figures(explained, out / "figures")
 
     dataset = loader.dataset
     assert isinstance(dataset, HMSDataset)
@@ -79,13 +79,18 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path) -> Pa
         sample["sample_idx"] = place  # in the data, as in the table
     create_explainability_report(results, out / "samples.txt")
     pictures = {}
-    for i, sample in enumerate(results["per_sample_explanations"]):
-        _draw_sample(results, i, datamodule, out / "samples")
-        of_sample = out / "samples" / str(sample["sample_id"])
-        drawn = (of_sample / f"{name}.png" for name in PICTURES)
-        pictures[str(sample["sample_id"])] = [path for path in drawn if path.exists()]
-    create_explainability_report(explained, out / "report.html", pictures=pictures)
-    print((out / "report.txt").read_text())
+    with Stage(f"Drawing {len(chosen)} recordings", len(chosen)) as stage:
+        for i, sample in enumerate(results["per_sample_explanations"]):
+            _draw_sample(results, i, datamodule, out / "samples")
+            of_sample = out / "samples" / str(sample["sample_id"])
+            drawn = (of_sample / f"{name}.png" for name in PICTURES)
+            pictures[str(sample["sample_id"])] = [path for path in drawn if path.exists()]
+            stage.advance()
+    with Stage("Writing the report"):
+        create_explainability_report(explained, out / "report.html", pictures=pictures)
+    print()
+    print_report(explained)
+    print()
     print(f"{len(chosen)} recordings are drawn in {out / 'samples'} and described in {out / 'samples.txt'}.")
     print(f"All of it, to open in a browser: {out / 'report.html'}")
     if not _has_times(results):

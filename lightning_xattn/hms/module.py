@@ -53,6 +53,14 @@ class HMSLightningModule(pl.LightningModule):
     ------
     SettingError
         If a setting is not allowed.
+
+    Examples
+    --------
+    >>> folder = simulate("recordings", n_samples=6, eeg_seconds=10)
+    >>> data = HMSDataModule(folder, test_data=folder, cache_dir="features", num_workers=0)
+    >>> module = HMSLightningModule(num_heads=4)
+    >>> module.predict_step(next(iter(data.test_dataloader())), 0).shape
+    torch.Size([6, 6])
     """
 
     def __init__(

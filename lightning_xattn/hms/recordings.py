@@ -43,6 +43,12 @@ class EEGGeometry:
     ------
     SettingError
         If the three do not fit each other or do not fall on samples (1/200 s).
+
+    Examples
+    --------
+    >>> geometry = EEGGeometry(seconds=50, window_seconds=10, step_seconds=5)
+    >>> geometry.n_windows, geometry.spans[0]
+    (9, (-25.0, -15.0))
     """
 
     seconds: float
@@ -98,12 +104,23 @@ class Recordings:
         The rows that were left out, with the reasons.
     on_bad_row
         What to do with a row whose recording turns out not to be usable, see `read`.
+
+    Examples
+    --------
+    >>> recordings = Recordings.read(simulate("recordings", n_samples=6, eeg_seconds=10))
+    >>> len(recordings.rows), recordings.infer_geometry()
+    (6, EEGGeometry(seconds=10, window_seconds=2, step_seconds=1))
     """
 
     root: Path
     rows: tuple[Recording, ...]
     skipped: tuple[BadRow, ...] = ()
     on_bad_row: OnBadRow = "raise"
+
+    def __repr__(self) -> str:
+        patients = len({row.patient_id for row in self.rows})
+        skipped = f", {len(self.skipped)} left out" if self.skipped else ""
+        return f"Recordings('{self.root}': {len(self.rows)} rows of {patients} patients{skipped})"
 
     @classmethod
     def read(cls, root: str | Path, on_bad_row: OnBadRow = "raise") -> Recordings:

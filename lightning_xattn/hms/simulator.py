@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy import fft, signal
-from tqdm import tqdm
 
 from lightning_xattn.errors import DataError, SettingError
 from lightning_xattn.hms.columns import SPECTROGRAM_COLUMNS, TIME
@@ -39,6 +38,7 @@ from lightning_xattn.hms.montage import (
     VOTE_COLUMNS,
 )
 from lightning_xattn.hms.waveforms import Array, Patient, falling, noise, source_signals, train
+from lightning_xattn.stages import Stage
 
 EEG_SECONDS = (10, 50)
 """The supported lengths: the labelled centre alone, or the competition's window around it."""
@@ -128,6 +128,12 @@ def simulate(
         If a setting has a value that is not allowed.
     DataError
         If ``root`` is a file or a folder that holds something.
+
+    Examples
+    --------
+    >>> folder = simulate("recordings", n_samples=6, eeg_seconds=10)
+    >>> sorted(path.name for path in folder.iterdir())
+    ['train.csv', 'train_eegs', 'train_spectrograms']
     """
     if n_samples < 1:
         raise SettingError(f"n_samples must be at least 1, got {n_samples}")
@@ -147,8 +153,11 @@ def simulate(
         (folder / "train_spectrograms").mkdir()
         write = partial(_write_sample, folder, eeg_seconds)
         with ThreadPoolExecutor(_WORKERS) as pool:
-            written = pool.map(write, _plan(n_samples, disagreeing, seed))
-            rows = list(tqdm(written, total=n_samples, desc="Simulating", unit="sample"))
+            rows = []
+            with Stage(f"Simulating {n_samples} recordings", n_samples) as stage:
+                for row in pool.map(write, _plan(n_samples, disagreeing, seed)):
+                    rows.append(row)
+                    stage.advance()
         with (folder / "train.csv").open("w", newline="") as file:
             table = csv.DictWriter(file, rows[0], lineterminator="\n")
             table.writeheader()

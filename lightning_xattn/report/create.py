@@ -17,7 +17,7 @@ from lightning_xattn.report.facts import BatchFacts, DatasetFacts, collect_facts
 from lightning_xattn.report.listing import LISTED, entries_of_batch, entries_of_dataset
 from lightning_xattn.report.modalities import collect_fusion, describe_fusion
 from lightning_xattn.report.page import Picture, as_page
-from lightning_xattn.report.rendering import as_markdown, as_text, blocks_as_text
+from lightning_xattn.report.rendering import Document, as_markdown, as_text, blocks_as_text, print_document
 from lightning_xattn.report.short import in_short, in_short_of_batch
 from lightning_xattn.report.wording import PER_SAMPLE, batch_document, dataset_document, describe_layer
 from lightning_xattn.results import DatasetResult, ExplainedBatch, Results
@@ -68,6 +68,13 @@ def create_explainability_report(
     ------
     SettingError
         If the format is not one of these, or not told by the path's suffix, or the results are of another kind.
+
+    Examples
+    --------
+    >>> results = ExplainabilityCapture(model).explain_batch(batch)  # of 5 samples
+    >>> report = create_explainability_report(results, "explained/report.md")
+    >>> report.splitlines()[0], report.count("### Sample")
+    ('# Cross-modal attention report', 5)
     """
     path = None if output_path is None else Path(output_path)
     chosen = _choose_format(path, format)
@@ -77,12 +84,20 @@ def create_explainability_report(
     elif chosen == "html":
         report = _page(results, facts, pictures or {})
     else:
-        document = batch_document(facts) if facts["kind"] == "batch" else dataset_document(facts)
-        report = as_text(document) if chosen == "text" else as_markdown(document)
+        report = as_text(_document(facts)) if chosen == "text" else as_markdown(_document(facts))
     if path is not None:
         with complete_or_absent(path) as part:
             part.write_text(report, encoding="utf-8")
     return report
+
+
+def print_report(results: Results) -> None:
+    """Print the report as text; in a terminal within its width, with titles and labels in bold."""
+    print_document(_document(collect_facts(results)))
+
+
+def _document(facts: BatchFacts | DatasetFacts) -> Document:
+    return batch_document(facts) if facts["kind"] == "batch" else dataset_document(facts)
 
 
 def summary_text(summary: LayerSummary, class_names: Sequence[str], group_by: str) -> str:

@@ -73,6 +73,13 @@ class Criterion:
         The direction that the value is from, e.g. ``"eeg_to_spec"``; None for the modality agreement.
     caveat
         Why the answer says less than it seems to; None where it does not.
+
+    Examples
+    --------
+    >>> results = ExplainabilityCapture(model).explain_batch(batch)
+    >>> one = interpret_sample(results["per_sample_explanations"][0])[0]
+    >>> one.criterion, one.met == (one.value > one.threshold)
+    ("mean of the rows' largest weights > 0.7", True)
     """
 
     group: str
@@ -144,6 +151,13 @@ def interpret_sample(explanation: SampleResult, dataset: DatasetResult | None = 
     -------
     list of Criterion
         In the guide's order: patterns first.
+
+    Examples
+    --------
+    >>> results = ExplainabilityCapture(model).explain_batch(batch)
+    >>> criteria = interpret_sample(results["per_sample_explanations"][0])
+    >>> len(criteria)  # 8 of the four patterns, and 4 of the checklist that applies
+    12
     """
     applies = {True: (IF_CORRECT,), False: (IF_INCORRECT,), None: (IF_CORRECT, IF_INCORRECT)}[explanation["correct"]]
     summary = None if dataset is None else next(iter(dataset.summaries.values()), None)

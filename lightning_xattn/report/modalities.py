@@ -10,7 +10,7 @@ from lightning_xattn.aggregation import CORRECT, INCORRECT
 from lightning_xattn.attention import Direction
 from lightning_xattn.fusion.samples import SampleModalities, most_conflicting, of_sample
 from lightning_xattn.fusion.summary import Estimate, FusionSummary
-from lightning_xattn.messages import decimal, name_modality
+from lightning_xattn.messages import by_reason, decimal, name_modality
 from lightning_xattn.report.rendering import Block, Items, Paragraph, Table
 from lightning_xattn.report.verdict import describe_comparison
 from lightning_xattn.summary import Comparison
@@ -176,13 +176,14 @@ def collect_fusion(summary: FusionSummary, class_names: Sequence[str]) -> Fusion
 def _verdict(facts: FusionFacts) -> Iterator[str]:
     """What the modalities know, what the model uses of them, and what its attention shows."""
     modalities = facts["modalities"]
+    readable = [one for one in modalities if not one["unreadable"]]
     known = [
-        f"{name_modality(one['name'])} "
-        + ("cannot be read" if one["unreadable"] else f"alone is right in {decimal(one['reading_accuracy'].mean)}")
-        for one in modalities
+        f"{name_modality(one['name'])} alone is right in {decimal(one['reading_accuracy'].mean)}" for one in readable
     ]
+    known[-1:] = [f"{last} of the samples" for last in known[-1:]]
+    known += [f"{name_modality(one['name'])} cannot be read" for one in modalities if one["unreadable"]]
     largest = facts["largest_class"]
-    about = "" if math.isnan(largest) else f" of the samples (the largest class has {decimal(largest)})"
+    about = "" if math.isnan(largest) else f" (the largest class has {decimal(largest)})"
     yield f"Knows: {', '.join(known)}{about}."
     shares = {one["name"]: one["share"] for one in modalities if one["share"] is not None}
     told = {name: share for name, share in shares.items() if not math.isnan(share.mean)}
@@ -214,8 +215,11 @@ def _say_shown(one: DirectionFacts) -> str:
     return f"attention is not seen to rank what the model uses of {key} ({interval})"
 
 
-def describe_fusion(facts: FusionFacts, group_by: str) -> Iterator[Block]:
-    """The modalities in words: a table of each, one by class and outcome, and what tells errors."""
+def describe_fusion(facts: FusionFacts, group_by: str | None) -> Iterator[Block]:
+    """The modalities in words: a table of each, one by class and outcome, and what tells errors.
+
+    ``group_by`` says whether classes are those of the "target" or of the "prediction"; None: that is not known.
+    """
     noun = facts["group_noun"]
     counts = [("Samples", f"{facts['samples']} of {facts['groups']} {noun}" if noun else str(facts["samples"]), ())]
     if facts["left_out"]:
@@ -239,9 +243,10 @@ def describe_fusion(facts: FusionFacts, group_by: str) -> Iterator[Block]:
             for one in modalities
         ],
     )
-    for one in modalities:
-        if one["unreadable"]:
-            yield Paragraph(f"{name_modality(one['name'])} cannot be read by itself: {one['unreadable']}.")
+    unreadable = {name_modality(one["name"]): one["unreadable"] for one in modalities if one["unreadable"]}
+    for reason, names in by_reason(unreadable).items():
+        alone = "itself" if len(names) == 1 else "themselves"
+        yield Paragraph(f"{' and '.join(names)} cannot be read by {alone}: {reason}.")
     if facts["uncontributed"]:
         yield Paragraph(f"Contributions cannot be told: {facts['uncontributed']}.")
     yield from _describe_subsets(facts, group_by)
@@ -259,7 +264,7 @@ def describe_fusion(facts: FusionFacts, group_by: str) -> Iterator[Block]:
         yield Items(outcomes, "Correct against incorrect predictions, confidence first")
 
 
-def _describe_subsets(facts: FusionFacts, group_by: str) -> Iterator[Block]:
+def _describe_subsets(facts: FusionFacts, group_by: str | None) -> Iterator[Block]:
     names = [one["name"] for one in facts["modalities"]]
     readable = not any(one["unreadable"] for one in facts["modalities"])
     columns: list[tuple[str, list[Estimate | None]]] = []
@@ -274,7 +279,7 @@ def _describe_subsets(facts: FusionFacts, group_by: str) -> Iterator[Block]:
             columns.append((f"share of {name_modality(name)}", shares))
         columns.append(("opposed", [one["opposed"] for one in subsets]))
     if columns:
-        title = {"target": "true class", "prediction": "predicted class"}[group_by]
+        title = {"target": "true class", "prediction": "predicted class", None: "class"}[group_by]
         rows = [(one["name"], *(_estimate(values[i]) for _, values in columns)) for i, one in enumerate(subsets)]
         yield Table((title, *(name for name, _ in columns)), rows)
 

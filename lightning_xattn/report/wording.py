@@ -18,7 +18,11 @@ from lightning_xattn.report.verdict import describe_comparison, say_interval
 from lightning_xattn.results import AttentionStatistics, PlacedPair
 
 # Of the samples of a true class the accuracy is the recall, and of those predicted as a class the precision.
-_GROUPS = {"target": ("true class", "accuracy (recall)"), "prediction": ("predicted class", "accuracy (precision)")}
+_GROUPS = {
+    "target": ("true class", "accuracy (recall)"),
+    "prediction": ("predicted class", "accuracy (precision)"),
+    None: ("class", "accuracy"),
+}
 
 PER_SAMPLE = "Per-sample analysis"
 
@@ -208,8 +212,11 @@ def _describe_independence(group_noun: str | None) -> str:
     )
 
 
-def describe_layer(facts: LayerFacts, group_by: str) -> Iterator[Block]:
-    """One layer over a data set: how many samples, what is undefined, means by class and outcome, correct or not."""
+def describe_layer(facts: LayerFacts, group_by: str | None) -> Iterator[Block]:
+    """One layer over a data set: how many samples, what is undefined, means by class and outcome, correct or not.
+
+    ``group_by`` says whether classes are those of the "target" or of the "prediction"; None: that is not known.
+    """
     yield Items(list(_describe_counts(facts)))
     columns = _table_columns(facts)
     yield _tabulate(facts, group_by, columns)
@@ -262,7 +269,7 @@ def _table_columns(facts: LayerFacts) -> dict[str, str]:
     }
 
 
-def _tabulate(facts: LayerFacts, group_by: str, columns: Mapping[str, str]) -> Table:
+def _tabulate(facts: LayerFacts, group_by: str | None, columns: Mapping[str, str]) -> Table:
     by_class = any(group["group"] == "class" for group in facts["groups"])
     title, accuracy = _GROUPS[group_by] if by_class else ("samples", "accuracy")
     rows = [

@@ -22,7 +22,13 @@ OUTCOMES = ("correct", "incorrect")
 
 
 class Mean(NamedTuple):
-    """Some samples and one of their numbers: how many have it, its mean, and the mean's 95 % interval (NaN: none)."""
+    """Some samples and one of their numbers: how many have it, its mean, and the mean's 95 % interval (NaN: none).
+
+    Examples
+    --------
+    >>> Mean(n=40, mean=0.5, low=0.4, high=0.6).high
+    0.6
+    """
 
     n: int
     mean: float
@@ -67,6 +73,15 @@ def plot_class_comparison(
         If a number does not have as many groups as there are classes, or two outcomes.
     SettingError
         If there is no number, or ``group_by`` or the suffix of ``save_path`` is not one.
+
+    Examples
+    --------
+    >>> classes = [Mean(40, 0.5, 0.4, 0.6), Mean(30, 0.3, 0.2, 0.4)]  # n, mean, and its interval
+    >>> outcomes = [Mean(50, 0.5, 0.4, 0.6), Mean(20, 0.2, 0.1, 0.3)]  # correct, incorrect
+    >>> numbers = {"alignment (Pearson r)": (classes, outcomes)}
+    >>> figure = plot_class_comparison(numbers, ["cat", "dog"], save_path="classes.png")
+    >>> Path("classes.png").is_file()
+    True
     """
     if not quantities:
         raise SettingError("At least one quantity is needed; got none.")

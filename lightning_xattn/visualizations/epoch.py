@@ -60,6 +60,11 @@ class OutcomeSummary:
         ``(classes,)`` number of samples behind them.
     groups
         How many groups (patients, recordings) the samples belong to, where this is known.
+
+    Examples
+    --------
+    >>> OutcomeSummary([3, 1], mean=-0.25, class_means=[-0.25], class_intervals=[(-0.8, 0.3)], class_counts=[4]).mean
+    -0.25
     """
 
     histogram: ArrayLike
@@ -118,6 +123,13 @@ def plot_class_attention(
     SettingError
         If there is no class, ``direction`` or ``group_by`` is not one, an axis' spans do not ascend, or the
         suffix of ``save_path`` is not one that matplotlib can write.
+
+    Examples
+    --------
+    >>> maps = torch.randn(2, 9, 12).softmax(-1)  # of each class
+    >>> figure = plot_class_attention(maps, [40, 30], ["cat", "dog"], direction="image_to_text", save_path="maps.png")
+    >>> Path("maps.png").is_file()
+    True
     """
     classes, sides = count_classes(class_names), Direction.parse(direction)
     weights = as_array("maps", maps, classes=classes, queries=None, keys=None)
@@ -193,6 +205,13 @@ def plot_head_entropy(
         If the arrays and the names do not fit each other.
     SettingError
         If there is no class or no direction, or a direction, ``group_by`` or the suffix of ``save_path`` is not one.
+
+    Examples
+    --------
+    >>> entropy = {"image_to_text": torch.rand(2, 8)}  # two classes, eight heads
+    >>> figure = plot_head_entropy(entropy, [40, 30], ["cat", "dog"], save_path="entropy.png")
+    >>> Path("entropy.png").is_file()
+    True
     """
     if not entropy:
         raise SettingError("The entropy of at least one direction is needed; got none.")
@@ -266,6 +285,15 @@ def plot_outcome_alignment(
         If the arrays and the names do not fit each other.
     SettingError
         If there is no class, or ``group_by`` or the suffix of ``save_path`` is not one.
+
+    Examples
+    --------
+    >>> correct = OutcomeSummary([10, 30], 0.25, [0.25], [(0.1, 0.4)], [40])
+    >>> incorrect = OutcomeSummary([15, 15], 0.0, [0.0], [(-0.2, 0.2)], [30])
+    >>> auroc = 0.625, 0.5, 0.74
+    >>> figure = plot_outcome_alignment(correct, incorrect, [-1, 0, 1], auroc, ["cat"], save_path="outcomes.png")
+    >>> Path("outcomes.png").is_file()
+    True
     """
     classes, bounds = count_classes(class_names), as_array("edges", edges, edges=None)
     outcomes = {"correct": correct, "incorrect": incorrect}

@@ -67,6 +67,14 @@ def plot_head_contributions(
         written.
     ShapeError
         If the directions do not fit each other.
+
+    Examples
+    --------
+    >>> logits = torch.randn(4, 8, 9, 12)
+    >>> weights = {"eeg_to_spec": logits.softmax(-1), "spec_to_eeg": logits.mT.softmax(-1)}
+    >>> figure = plot_head_contributions(weights, save_path="heads.png")
+    >>> Path("heads.png").is_file()
+    True
     """
     pair = read_pair(attention_dict)
     for rows in pair:
@@ -134,6 +142,14 @@ def plot_head_alignment_matrix(
         If there is one direction only, no such sample, or the suffix of ``save_path`` is not one that can be written.
     ShapeError
         If the directions do not fit each other.
+
+    Examples
+    --------
+    >>> logits = torch.randn(4, 8, 9, 12)
+    >>> weights = {"eeg_to_spec": logits.softmax(-1), "spec_to_eeg": logits.mT.softmax(-1)}
+    >>> figure = plot_head_alignment_matrix(weights, sample_idx=0, save_path="matrix.png")
+    >>> Path("matrix.png").is_file()
+    True
     """
     forward, backward = read_both(attention_dict, "plot_head_alignment_matrix")
     matrices = head_alignment_matrix(forward, backward)

@@ -59,6 +59,13 @@ def plot_conflict(
         If they are not of the same samples.
     SettingError
         If the suffix of ``save_path`` is not one.
+
+    Examples
+    --------
+    >>> conflict, confidence, correct = torch.rand(50), torch.rand(50), torch.rand(50) > 0.3
+    >>> figure = plot_conflict(conflict, confidence, correct, save_path="conflict.png")
+    >>> Path("conflict.png").is_file()
+    True
     """
     y = as_array("conflict", conflict, samples=None)
     x = as_array("confidence", confidence, samples=len(y))
@@ -109,6 +116,14 @@ def plot_contribution_shares(
         If a modality does not have as many groups as there are classes, or two outcomes.
     SettingError
         If there is no modality or more than four, or ``group_by`` or the suffix of ``save_path`` is not one.
+
+    Examples
+    --------
+    >>> classes = [Mean(40, 0.5, 0.4, 0.6), Mean(30, 0.3, 0.2, 0.4)]  # n, mean, and its interval
+    >>> outcomes = [Mean(50, 0.5, 0.4, 0.6), Mean(20, 0.2, 0.1, 0.3)]  # correct, incorrect
+    >>> figure = plot_contribution_shares({"eeg": (classes, outcomes)}, ["cat", "dog"], save_path="shares.png")
+    >>> Path("shares.png").is_file()
+    True
     """
     if not 0 < len(shares) <= len(HUES):
         raise SettingError(f"Shares of 1 to {len(HUES)} modalities can be drawn; got {len(shares)}.")
@@ -155,7 +170,13 @@ def plot_contribution_shares(
 
 
 class SampleRow(NamedTuple):
-    """What is drawn of a sample."""
+    """What is drawn of a sample.
+
+    Examples
+    --------
+    >>> SampleRow("sample 7", says={"eeg": ("LPD", 0.8)}, contributions={"eeg": 0.3}).says["eeg"]
+    ('LPD', 0.8)
+    """
 
     title: str
     says: Mapping[str, tuple[str, float]]
@@ -183,6 +204,14 @@ def plot_conflicting_samples(
     ------
     SettingError
         If there is no sample, or the suffix of ``save_path`` is not one.
+
+    Examples
+    --------
+    >>> says = {"eeg": ("LPD", 0.8), "spec": ("GPD", 0.6)}
+    >>> row = SampleRow("sample 7", says, contributions={"eeg": 0.3, "spec": -0.1})
+    >>> figure = plot_conflicting_samples([row], save_path="samples.png")
+    >>> Path("samples.png").is_file()
+    True
     """
     if not samples:
         raise SettingError("At least one sample is needed; got none.")

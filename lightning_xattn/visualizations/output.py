@@ -77,7 +77,14 @@ def _with_boxes() -> Iterator[None]:
 
 
 def svg_picture(figure: Figure) -> bytes:
-    """Draw a figure as SVG."""
+    """Draw a figure as SVG.
+
+    Examples
+    --------
+    >>> figure = plot_attention_heatmap(torch.randn(9, 12).softmax(-1))
+    >>> b"<svg" in svg_picture(figure)
+    True
+    """
     content = io.BytesIO()
     with _with_boxes():
         figure.savefig(content, format="svg")
@@ -85,7 +92,13 @@ def svg_picture(figure: Figure) -> bytes:
 
 
 def map_picture(values: NDArray[np.float32]) -> bytes:
-    """A map ``(rows, columns)`` as PNG, a pixel a cell, the largest value yellow; undefined is transparent."""
+    """A map ``(rows, columns)`` as PNG, a pixel a cell, the largest value yellow; undefined is transparent.
+
+    Examples
+    --------
+    >>> map_picture(torch.rand(9, 12).numpy())[1:4]
+    b'PNG'
+    """
     known = np.isfinite(values)
     low, high = (values[known].min(), values[known].max()) if known.any() else (0.0, 1.0)
     pixels = COLOURS((np.where(known, values, low) - low) / max(high - low, 1e-12), bytes=True)
@@ -96,7 +109,14 @@ def map_picture(values: NDArray[np.float32]) -> bytes:
 
 
 def render(figure: Figure) -> NDArray[np.uint8]:
-    """Draw a figure and return its picture, ``(height, width, 3)``, red, green and blue in [0, 255]."""
+    """Draw a figure and return its picture, ``(height, width, 3)``, red, green and blue in [0, 255].
+
+    Examples
+    --------
+    >>> figure = plot_attention_heatmap(torch.randn(9, 12).softmax(-1))
+    >>> render(figure).shape[2]  # red, green, blue
+    3
+    """
     canvas: Any = FigureCanvasAgg(figure)  # matplotlib leaves its methods untyped
     with _with_boxes():
         canvas.draw()

@@ -25,7 +25,13 @@ _DASHES = "-", "--", "-.", ":"
 
 
 class Curve(NamedTuple):
-    """A number over time, with its 95 % interval where there is one."""
+    """A number over time, with its 95 % interval where there is one.
+
+    Examples
+    --------
+    >>> Curve("correct", moments=[0, 1], values=[0.1, 0.4]).values[-1]
+    0.4
+    """
 
     name: str
     """"correct" and "incorrect" look as they do everywhere."""
@@ -39,7 +45,14 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """What is to be compared."""
+    """What is to be compared.
+
+    Examples
+    --------
+    >>> panel = Panel("alignment", [Curve("correct", [0, 1], [0.1, 0.4])], range=(-1, 1))
+    >>> [curve.name for curve in panel.curves]
+    ['correct']
+    """
 
     title: str
     curves: Sequence[Curve]
@@ -69,6 +82,13 @@ def plot_epochs(
     ------
     SettingError
         If there is no panel, or the suffix of ``save_path`` is not one.
+
+    Examples
+    --------
+    >>> panel = Panel("alignment", [Curve("correct", [0, 1], [0.1, 0.4])], range=(-1, 1))
+    >>> figure = plot_epochs([panel], save_path="epochs.png")
+    >>> Path("epochs.png").is_file()
+    True
     """
     if not panels:
         raise SettingError("At least one panel is needed; got none.")

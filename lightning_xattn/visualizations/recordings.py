@@ -50,6 +50,11 @@ class Traces:
         If the names do not fit the values.
     SettingError
         If the rate is not positive.
+
+    Examples
+    --------
+    >>> Traces(torch.randn(2000, 2), rate=200, names=["C3", "C4"], start=-5).names
+    ['C3', 'C4']
     """
 
     microvolts: ArrayLike
@@ -108,6 +113,11 @@ class Spectrograms:
         If the regions or frequencies do not fit the values.
     SettingError
         If ``row_seconds`` is not positive or the frequencies do not ascend.
+
+    Examples
+    --------
+    >>> Spectrograms(torch.rand(5, 1, 3), row_seconds=2, regions=["LL"], frequencies=[1, 2, 4], start=-5).regions
+    ['LL']
     """
 
     power: ArrayLike

@@ -101,6 +101,14 @@ def plot_cross_modal_attention(
         If there is no such sample or direction, or the suffix of ``save_path`` is not one that can be written.
     ShapeError
         If the directions or an axis do not fit.
+
+    Examples
+    --------
+    >>> logits = torch.randn(4, 8, 9, 12)
+    >>> weights = {"eeg_to_spec": logits.softmax(-1), "spec_to_eeg": logits.mT.softmax(-1)}
+    >>> figure = plot_cross_modal_attention(weights, sample_idx=2, save_path="attention.png")
+    >>> Path("attention.png").is_file()
+    True
     """
     pair = read_pair(attention_dict)
     check_sample(sample_idx, len(pair[0].weights))
@@ -150,6 +158,13 @@ def plot_attention_heatmap(
         If the weights do not have two to four axes, or a token axis does not fit.
     SettingError
         If there is no such sample or head, ``direction`` is not one, or the suffix of ``save_path`` cannot be written.
+
+    Examples
+    --------
+    >>> weights = torch.randn(9, 12).softmax(-1)
+    >>> figure = plot_attention_heatmap(weights, direction="eeg_to_spec", save_path="map.png")
+    >>> Path("map.png").is_file()
+    True
     """
     weights = torch.as_tensor(attention_weights).cpu()
     if weights.dim() not in (2, 3, 4):
@@ -217,6 +232,14 @@ def plot_modality_alignment(
         If there is one direction only, no such sample, or the suffix of ``save_path`` is not one that can be written.
     ShapeError
         If the directions or an axis do not fit.
+
+    Examples
+    --------
+    >>> logits = torch.randn(4, 8, 9, 12)
+    >>> weights = {"eeg_to_spec": logits.softmax(-1), "spec_to_eeg": logits.mT.softmax(-1)}
+    >>> figure = plot_modality_alignment(weights, sample_idx=0, save_path="alignment.png")
+    >>> Path("alignment.png").is_file()
+    True
     """
     forward, backward = read_both(attention_dict, "plot_modality_alignment")
     check_sample(sample_idx, len(forward.weights))

@@ -94,6 +94,18 @@ def plot_attention_over_signals(
         suffix of ``save_path`` is not one that can be written.
     ShapeError
         If signals, attention and windows do not fit each other.
+
+    Examples
+    --------
+    >>> eeg = Traces(torch.randn(2000, 2), rate=200, names=["C3", "C4"], start=-5)
+    >>> spec = Spectrograms(torch.rand(30, 1, 3) + 1, row_seconds=2, regions=["LL"], frequencies=[1, 2, 4], start=-30)
+    >>> seconds = {"eeg": [(-5, 0), (0, 5)], "spec": [(-30, -10), (-10, 10), (10, 30)]}
+    >>> axes = {name: TokenAxis(f"{name} (s)", spans) for name, spans in seconds.items()}
+    >>> logits = torch.randn(1, 8, 2, 3)
+    >>> weights = {"eeg_to_spec": logits.softmax(-1), "spec_to_eeg": logits.mT.softmax(-1)}
+    >>> figure = plot_attention_over_signals(eeg, spec, weights, axes=axes, save_path="signals.png")
+    >>> Path("signals.png").is_file()
+    True
     """
     pair = read_pair(attention_dict)
     check_sample(sample_idx, len(pair[0].weights))

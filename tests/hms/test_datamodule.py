@@ -252,4 +252,4 @@ def test_missing_samples_are_told(folder, tmp_path, infos):
     broken[5:25, 2] = np.nan
     write_parquet(folder / "train_eegs/100.parquet", [*ELECTRODES, "EKG"], broken)
     HMSDataModule(folder, cache_dir=tmp_path / "cache", eeg_geometry=EEGGeometry(10, 2, 1)).setup()
-    assert "filled 20 missing EEG values in 1 and 0 missing spectrogram values in 0 of 17 samples" in infos.text
+    assert "data: filled 20 missing EEG values in 1 of 17 samples.\n" in infos.text

@@ -1,0 +1,60 @@
+"""Every public name has an example in its docstring, and the examples are true."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+
+import lightning_xattn
+from lightning_xattn import functional, hms, visualizations
+from lightning_xattn.guide import attention_analysis, interpretation
+from tests.toy import ToyModule, toy_data, toy_loader
+
+PUBLIC = (lightning_xattn, functional, visualizations, attention_analysis, interpretation, hms)
+
+
+class AudioText(ToyModule):
+    """What examples call ``model``: of audio and text, with four classes."""
+
+    def forward(self, *inputs):
+        audio, text, *_ = inputs[0] if len(inputs) == 1 else inputs
+        return super().forward(audio, text)
+
+
+def given():
+    """What an example may use, as the package's docstring says."""
+    names = {name: getattr(home, name) for home in PUBLIC for name in home.__all__}
+    data = {"model": AudioText().eval(), "loader": toy_loader(), "batch": toy_data(5)[:]}
+    return names | {"torch": torch, "Path": Path, "Trainer": Trainer} | data
+
+
+def examples():
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for found in pkgutil.walk_packages(lightning_xattn.__path__, "lightning_xattn."):
+        module = importlib.import_module(found.name)
+        for one in finder.find(module, found.name):
+            if one.examples:
+                yield pytest.param(one, id=one.name.removeprefix("lightning_xattn."))
+
+
+@pytest.mark.filterwarnings("default::lightning_xattn.XAttnWarning")
+@pytest.mark.parametrize("example", list(examples()))
+def test_examples_are_true(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example.globs = given()
+    said = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    runner.run(example, out=said.append)
+    assert not runner.failures, "".join(said)
+
+
+@pytest.mark.parametrize("home", PUBLIC, ids=lambda home: home.__name__)
+def test_every_public_name_has_one(home):
+    described = {name: getattr(home, name) for name in home.__all__}
+    described = {name: one for name, one in described.items() if inspect.isclass(one) or inspect.isfunction(one)}
+    assert [name for name, one in described.items() if ">>> " not in (one.__doc__ or "")] == []
