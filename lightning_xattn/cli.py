@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 from lightning_xattn import XAttnError, __version__
 from lightning_xattn.errors import SettingError
@@ -46,6 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain.add_argument("--datamodule", metavar="PATH", help="that of the LightningDataModule with its test data")
     explain.add_argument("--data", metavar="DIR", help="recordings in the layout of the HMS competition")
     explain.add_argument("--out", metavar="DIR", required=True, help="where everything is written")
+    explain.add_argument(
+        "--montage",
+        choices=("bipolar", "referential"),
+        default="bipolar",
+        help="with --data: the EEG as a reader of EEG expects it (longitudinal bipolar, the default), or as recorded",
+    )
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
@@ -61,11 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _explain(checkpoint: str, out: str, data: str | None, model: str | None, datamodule: str | None) -> None:
+def _explain(
+    checkpoint: str,
+    out: str,
+    data: str | None,
+    model: str | None,
+    datamodule: str | None,
+    montage: Literal["bipolar", "referential"],
+) -> None:
     if data is not None and model is None and datamodule is None:
         from lightning_xattn.hms.explain import run_explain
 
-        run_explain(checkpoint, data, out)
+        run_explain(checkpoint, data, out, montage)
     elif data is None and model is not None and datamodule is not None:
         from lightning_xattn.commands import explain_model
 

@@ -32,10 +32,12 @@ from lightning_xattn.visualizations.drawing import (
     new_figure,
     place_tokens,
     set_title,
+    show_key,
+    undefined_key,
     wrap,
 )
 from lightning_xattn.visualizations.lifts import (
-    HATCHED,
+    NO_LIFT,
     draw_lift_bar,
     draw_lift_map,
     label_panel,
@@ -75,10 +77,11 @@ def plot_cross_modal_attention(
     context: str = "",
     save_path: str | PathLike[str] | None = None,
 ) -> Figure:
-    """Draw one sample's attention in both directions, averaged over heads, on one colour scale.
+    """Draw one sample's attention in both directions, averaged over heads, each on its own colour scale.
 
     The colour is the lift over uniform, weight times number of keys, as the two directions have different numbers of
-    keys. In both panels the modality with more tokens lies horizontally; the axis titles say which holds the queries.
+    keys. Each has its own scale, so that the stronger one does not blank the other. In both panels the modality with
+    more tokens lies horizontally; the axis titles say which holds the queries.
 
     Parameters
     ----------
@@ -108,8 +111,9 @@ def plot_cross_modal_attention(
     height = max(2.4, *(item.down.height for item in maps))
     fig = new_figure(WIDTH, height + 1.8)
     panels = fig.subplots(1, len(maps), squeeze=False)[0]
-    _draw_maps(fig, panels, maps, _PANELS_WIDTH / len(maps) - 0.6, height)
-    set_title(fig, "Cross-modal attention, mean over heads", context or f"sample {sample_idx}", _remark(maps))
+    _draw_maps(fig, panels, maps, _PANELS_WIDTH / len(maps) - 0.1, height)
+    remark = "Each direction has its own scale." if len(maps) > 1 else ""
+    set_title(fig, "Cross-modal attention, mean over heads", context or f"sample {sample_idx}", remark)
     return save(fig, save_path)
 
 
@@ -176,8 +180,10 @@ def plot_attention_heatmap(
     label_panel(ax, across, down, _PANELS_WIDTH, down.height)
     shown = f"head {head}" if head is not None else "mean over heads" if heads > 1 else ""
     ax.set_title(", ".join(filter(None, (shown, lift_range(lifts)))), fontsize=10)
-    draw_lift_bar(fig, np.array([ax]), scale, LIFT)
-    set_title(fig, title, "", HATCHED if np.isnan(lifts).any() else "")
+    draw_lift_bar(fig, np.array([ax]), scale, f"{LIFT}\n(line: 1, uniform)")
+    if np.isnan(lifts).any():
+        show_key(fig, undefined_key(NO_LIFT))
+    set_title(fig, title, "")
     return save(fig, save_path)
 
 
@@ -195,7 +201,7 @@ def plot_modality_alignment(
     disagreement, medium between; what is undefined has a hatched place and no bar. Heads of the two directions share
     no parameters, so equal indices are a convention (see ``plot_head_alignment_matrix``); where the directions have
     different numbers of heads, the bars are the best one-to-one pairs instead. The title has the headline alignment,
-    that of the head-averaged maps.
+    that of the head-averaged maps, which have a scale each.
 
     Parameters
     ----------
@@ -231,7 +237,7 @@ def plot_modality_alignment(
     _draw_maps(fig, panels, maps, (width - WIDTH + _PANELS_WIDTH) / 2 - 0.6, height)
     headline = float(alignment(forward, backward)[sample_idx])
     said = "undefined" if np.isnan(headline) else f"Pearson r = {decimal(headline)} of the head-averaged maps"
-    set_title(fig, f"Modality alignment: {said}", context or f"sample {sample_idx}", _remark(maps))
+    set_title(fig, f"Modality alignment: {said}", context or f"sample {sample_idx}")
     return save(fig, save_path)
 
 
@@ -246,17 +252,15 @@ class _SampleMap:
 
 
 def _draw_maps(fig: Figure, panels: NDArray[Any], maps: list[_SampleMap], width: float, height: float) -> None:
-    """Draw the directions side by side on one scale; ``width`` and ``height`` are a panel's, in inches."""
-    scale = lift_scale(np.concatenate([item.values.ravel() for item in maps]))
+    """Draw the directions side by side, each on its scale; ``width`` and ``height`` are a panel's, in inches."""
     for ax, item in zip(panels, maps, strict=True):
+        scale = lift_scale(item.values)
         draw_lift_map(ax, item.values, item.across, item.down, scale, item.note and wrap(item.note, width))
         label_panel(ax, item.across, item.down, width, height)
         ax.set_title(wrap(item.title, width), fontsize=10)
-    draw_lift_bar(fig, panels, scale, LIFT)
-
-
-def _remark(maps: list[_SampleMap]) -> str:
-    return HATCHED if any(np.isnan(item.values).any() for item in maps) else ""
+        draw_lift_bar(fig, np.array([ax]), scale, wrap(f"{LIFT} (line: 1)", width), inches=width, is_below=True)
+    if any(np.isnan(item.values).any() for item in maps):
+        show_key(fig, undefined_key(NO_LIFT))
 
 
 def _bars(forward: Rows, backward: Rows, sample: int) -> tuple[NDArray[Any], list[str], bool]:
