@@ -1,7 +1,5 @@
 """What stands in an epoch's figures is what the summary says: each number at its class, head, direction and outcome."""
 
-import re
-
 import numpy as np
 import pytest
 
@@ -83,7 +81,8 @@ def test_each_outcome_has_its_means_intervals_and_counts(one, figures):
     assert [label.get_text() for label in below.get_yticklabels()] == ["Seizure (13/6)", "LPD (5/6)", "GPD (6/0)"]
     found = one.compare(ALIGNMENT)
     for number in (found.auroc, found.low, found.high):
-        assert f"{number:.3f}" in above.get_title()
+        assert f"{number:.3f}" in texts(figure)
+    assert [line.get_xdata()[0] for line in above.lines if line.get_linestyle() == ":"] == [one.alignment_null]
 
 
 def test_a_data_sets_classes_and_outcomes_have_their_means_intervals_and_counts(one):
@@ -91,15 +90,19 @@ def test_a_data_sets_classes_and_outcomes_have_their_means_intervals_and_counts(
     directions = [Column("entropy", direction) for direction in one.heads]
     places = [(0, None), (1, None), (2, None), (None, CORRECT), (None, INCORRECT)]
     for panel, column in zip(panels(figure), [ALIGNMENT, *directions], strict=True):
-        lines = [container.lines[0].get_xdata()[0] for container in panel.containers]
-        np.testing.assert_allclose(lines, [one.mean(column, *place) for place in places], rtol=1e-6)
-        ends = [container.lines[2][0].get_segments()[0][:, 0] for container in panel.containers]
+        means = np.concatenate([container.lines[0].get_xdata() for container in panel.containers])
+        np.testing.assert_allclose(means, [one.mean(column, *place) for place in places], rtol=1e-6)
+        segments = [segment for container in panel.containers for segment in container.lines[2][0].get_segments()]
+        ends = [segment[:, 0] for segment in segments]
         np.testing.assert_allclose(ends, [one.interval(column, *place) for place in places], rtol=1e-5)
     labels = [label.get_text() for label in panels(figure)[0].get_yticklabels()]
     assert labels == ["Seizure (n=19)", "LPD (n=11)", "GPD (n=7)", "correct (n=24)", "incorrect (n=12)"]
-    assert [re.split(r"\s*\(", panel.get_xlabel().replace("\n", " "))[0] for panel in panels(figure)] == [
+    titles = [text.get_text().partition(" (")[0] for text in figure.texts]
+    assert [one for one in titles if one.startswith(("alignment", "entropy"))] == [
         *("alignment", "entropy eeg → spec", "entropy spec → eeg"),
     ]
+    nulls = [[line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"] for ax in panels(figure)]
+    assert nulls == [[one.alignment_null], [], []]
 
 
 def test_without_classes_all_samples_are_one(one):

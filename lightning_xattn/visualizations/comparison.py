@@ -85,13 +85,14 @@ def plot_class_comparison(
         page.skip(0.06)
         page.write(title)
         (ax,) = page.row(rows.height, left=rows.left)
-        for name, of in (("", classes), ("correct", outcomes[:1]), ("incorrect", outcomes[1:])):
-            look, first = LOOKS.get(name, _CLASS), {"correct": 0, "incorrect": 1}.get(name, -len(classes))
-            means = np.array([group.mean for group in of])
+        looks = [_CLASS] * len(classes) + [LOOKS[name] for name in OUTCOMES]
+        for look in dict.fromkeys(looks):
+            at = [row for row, one in enumerate(looks) if one is look]
+            means, low, high = np.array([[groups[row].mean, groups[row].low, groups[row].high] for row in at]).T
             ax.errorbar(
                 means,
-                len(classes) + first + np.arange(len(of)),
-                xerr=np.abs([[group.low for group in of] - means, [group.high for group in of] - means]),
+                at,
+                xerr=np.abs([low - means, high - means]),
                 fmt=look.marker,
                 color=look.colour,
                 markerfacecolor=look.colour if look.filled else "white",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from lightning_xattn.attention import Attention, Direction, TokenAxis
@@ -57,14 +58,14 @@ from lightning_xattn.visualizations.pairs import (
     warn_of_broken_rows,
 )
 
-LIFT = "lift over uniform: weight / (1/keys)"
+LIFT = "lift over uniform: weight times keys"
 _PANELS_WIDTH = 7.2  # inches for panels and their labels beside a colour bar
 
 # The guide's thresholds of agreement, in colours that differ in lightness too, and in hatching.
 _AGREEMENT: dict[str, dict[str, Any]] = {
-    "high (> 0.5)": {"color": "#0072B2"},
-    "medium": {"color": "#E9C46A", "hatch": "///"},
-    "disagree (< 0)": {"color": "#B23A00", "hatch": "xxx"},
+    "high (> 0.5)": {"facecolor": "#0072B2"},
+    "medium": {"facecolor": "#E9C46A", "hatch": "///"},
+    "disagree (< 0)": {"facecolor": "#B23A00", "hatch": "xxx"},
 }
 _HIGH = 0.5
 
@@ -112,6 +113,8 @@ def plot_cross_modal_attention(
     fig = new_figure(WIDTH, height + 1.8)
     panels = fig.subplots(1, len(maps), squeeze=False)[0]
     _draw_maps(fig, panels, maps, _PANELS_WIDTH / len(maps) - 0.1, height)
+    if _has_gaps(maps):
+        show_key(fig, undefined_key(NO_LIFT))
     remark = "Each direction has its own scale." if len(maps) > 1 else ""
     set_title(fig, "Cross-modal attention, mean over heads", context or f"sample {sample_idx}", remark)
     return save(fig, save_path)
@@ -234,7 +237,9 @@ def plot_modality_alignment(
     grid = fig.add_gridspec(2, 2, height_ratios=[2.0, height])
     _draw_bars(fig.add_subplot(grid[0, :]), values, names, matched)
     panels = np.array([fig.add_subplot(grid[1, column]) for column in range(2)])
-    _draw_maps(fig, panels, maps, (width - WIDTH + _PANELS_WIDTH) / 2 - 0.6, height)
+    _draw_maps(fig, panels, maps, (width - WIDTH + _PANELS_WIDTH) / 2 - 0.1, height)
+    levels = [Patch(label=label, edgecolor="black", **look) for label, look in _AGREEMENT.items()]
+    show_key(fig, *levels, *([undefined_key()] if _has_gaps(maps) or np.isnan(values).any() else []))
     headline = float(alignment(forward, backward)[sample_idx])
     said = "undefined" if np.isnan(headline) else f"Pearson r = {decimal(headline)} of the head-averaged maps"
     set_title(fig, f"Modality alignment: {said}", context or f"sample {sample_idx}")
@@ -259,8 +264,10 @@ def _draw_maps(fig: Figure, panels: NDArray[Any], maps: list[_SampleMap], width:
         label_panel(ax, item.across, item.down, width, height)
         ax.set_title(wrap(item.title, width), fontsize=10)
         draw_lift_bar(fig, np.array([ax]), scale, wrap(f"{LIFT} (line: 1)", width), inches=width, is_below=True)
-    if any(np.isnan(item.values).any() for item in maps):
-        show_key(fig, undefined_key(NO_LIFT))
+
+
+def _has_gaps(maps: list[_SampleMap]) -> bool:
+    return any(np.isnan(item.values).any() for item in maps)
 
 
 def _bars(forward: Rows, backward: Rows, sample: int) -> tuple[NDArray[Any], list[str], bool]:
@@ -287,11 +294,6 @@ def _draw_bars(ax: Axes, values: NDArray[Any], names: list[str], matched: bool) 
         text.set_bbox({"facecolor": "white", "linewidth": 0, "pad": 0.5})
     ax.axhline(0, color="black", linewidth=0.8)
     ax.axhline(_HIGH, color="0.4", linewidth=0.8, linestyle="--")
-    # The levels stand beside the axis, so that a bar can be read without its colour.
-    for label, height in zip(_AGREEMENT, (0.8, 0.25, -0.6), strict=True):
-        beside = ax.text(1.01, height, label.replace(" (", "\n("), transform=ax.get_yaxis_transform())
-        # They stand in the room that the maps' colour bar takes below, and must not push it away from the maps.
-        beside.set(fontsize=9, va="center", in_layout=False)
     ax.set(xlim=(-0.6, len(values) - 0.4), ylim=(-1.2, 1.2), yticks=[-1, -0.5, 0, 0.5, 1], ylabel="Pearson r")
     ax.set_xticks(range(len(values)), names)
     ax.set_xlabel("head of one direction, head of the other" if matched else "head")

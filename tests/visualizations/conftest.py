@@ -38,6 +38,13 @@ def colour_bar(figure: Figure) -> Axes:
     return found
 
 
+def places(shown: list[Axes]) -> list[tuple[int, int]]:
+    """Row and column of each panel, from the top and from the left."""
+    corners = [(-round(ax.get_position().y1, 3), round(ax.get_position().x0, 3)) for ax in shown]
+    rows, columns = (sorted({corner[i] for corner in corners}) for i in range(2))
+    return [(rows.index(top), columns.index(left)) for top, left in corners]
+
+
 def mesh(ax: Axes) -> QuadMesh:
     (found,) = (c for c in ax.collections if isinstance(c, QuadMesh))
     return found
