@@ -5,9 +5,10 @@ import pytest
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN
 from lightning_xattn.columns import ALIGNMENT, Column
-from lightning_xattn.figures import dataset_figures, epoch_figures
+from lightning_xattn.figures import dataset_figures, epoch_figures, overview_figure
 from tests.explained import NAMES, dataset, summary
-from tests.visualizations.conftest import drawn, panels, texts
+from tests.fusion.models import said_data, summary_of, trained
+from tests.visualizations.conftest import drawn, panels, smallest_text, texts
 
 # Classes of 19, 11 and 7 samples, of which unequally many are predicted correctly.
 CLASSES = [0] * 19 + [1] * 11 + [2] * 7
@@ -30,6 +31,20 @@ def test_each_figure_has_its_tag_and_says_where_it_is_from(figures):
     maps = [tag for direction in directions for tag in (direction, f"{direction}_by_outcome")]
     assert list(figures) == [*maps, "entropy/by_head", "alignment/by_outcome"]
     assert all("epoch 4" in texts(figure) for figure in figures.values())
+
+
+def test_whatever_loggers_get_is_legible_at_the_size_that_tensorboard_shows(one):
+    data, _ = said_data(60)
+    fusion = summary_of(trained(None, data, epochs=5), data)
+    records = [
+        {"stage": "val", "epoch": epoch, "step": epoch, "alignment/all": 0.1, "read_samples": 9} for epoch in (0, 1)
+    ]
+    drawn_figures = {"overview": overview_figure(records, "val"), **dict(dataset_figures(dataset(one, fusion=fusion)))}
+    kinds = {"overview", "map", "entropy", "alignment", "conflict", "contribution", "class"}
+    assert {name.partition("_")[0] for name in drawn_figures} == kinds
+    assert {
+        name: smallest_text(figure, 324) for name, figure in drawn_figures.items() if smallest_text(figure, 324) < 9
+    } == {}
 
 
 @pytest.mark.parametrize("direction", ["eeg_to_spec", "spec_to_eeg"])

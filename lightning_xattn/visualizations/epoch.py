@@ -38,6 +38,7 @@ from lightning_xattn.visualizations.pages import (
     MARGIN,
     NUMBERS,
     PAGE_WIDTH,
+    RIGHT,
     SMALL,
     Page,
     RowNames,
@@ -225,7 +226,7 @@ def plot_head_entropy(
         heads = values.shape[1]
         draw_mesh(ax, np.arange(heads + 1) - 0.5, np.arange(classes + 1) - 0.5, values, scale)
         # Where a cell is too narrow for its number, its colour has to do.
-        if (PAGE_WIDTH - MARGIN - rows.left) / heads > text_inches("0.00", SMALL):
+        if (PAGE_WIDTH - RIGHT - rows.left) / heads > text_inches("0.00", SMALL):
             for (row, column), value in np.ndenumerate(values):
                 print_value(ax, column, row, value, scale)
         ax.set_title(arrow(direction), fontsize=SMALL, pad=3)

@@ -74,15 +74,13 @@ def plot_epochs(
     page.write("Bands and bars: 95 % intervals.")
     for start in range(0, len(panels), 2):
         beside = panels[start : start + 2]
-        titles = [wrap(panel.title, 1.7, LARGE) for panel in beside]
+        titles = [wrap(panel.title, 3.4 / len(beside), LARGE) for panel in beside]
         above = 0.1 + LARGE / SMALL * LINE * max(len(title.splitlines()) for title in titles)
-        axes = page.row(1.35, widths=(1, 1), left=BESIDE, gap=BESIDE, above=above, below=NUMBERS + LINE)
-        page.legend(*(_draw(ax, panel) for ax, panel in zip(axes, beside, strict=False)))
-        for ax, title in zip(axes, titles, strict=False):
+        axes = page.row(1.35, widths=(1,) * len(beside), gap=BESIDE, above=above, below=NUMBERS + LINE)
+        page.legend(*(_draw(ax, panel) for ax, panel in zip(axes, beside, strict=True)))
+        for ax, title in zip(axes, titles, strict=True):
             ax.set_title(title, fontsize=LARGE, pad=3)
             ax.set_xlabel(unit, fontsize=SMALL, labelpad=1)
-        for ax in axes[len(beside) :]:
-            ax.set_axis_off()
     return save(page.finish(), save_path)
 
 

@@ -35,6 +35,8 @@ LINE = 0.155
 """Inches that a line of small text takes."""
 MARGIN = 0.1
 """Inches around a page."""
+RIGHT = 0.17
+"""Inches on the right of panels, where half of a last number has room."""
 NUMBERS = 0.22
 """Inches that the numbers below a panel take."""
 BESIDE = 0.5
@@ -108,7 +110,7 @@ class Page:
 
         ``left``, ``above`` and ``below`` are inches for what stands around them, ``gap`` those between two of them.
         """
-        scale = (PAGE_WIDTH - MARGIN - left - gap * (len(widths) - 1)) / sum(widths)
+        scale = (PAGE_WIDTH - RIGHT - left - gap * (len(widths) - 1)) / sum(widths)
         axes, x, top = [], left, self.used + above
         for width in widths:
             axes.append(self._panel(x, top, scale * width, height))

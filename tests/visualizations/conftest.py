@@ -76,6 +76,14 @@ def texts(figure: Figure) -> str:
     return "\n".join(text.get_text() for text in figure.findobj(Text))
 
 
+def smallest_text(figure: Figure, shown_width: int) -> float:
+    """In pixels, where the figure is shown so many pixels wide."""
+    seen = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    assert seen
+    points = min(text.get_fontsize() for text in seen)
+    return points * figure.dpi / 72 * shown_width / (figure.get_figwidth() * figure.dpi)
+
+
 def make_maps(*shape: int) -> NDArray[np.float64]:
     logits = np.random.default_rng(0).normal(size=shape)
     weights = np.exp(2 * logits)
