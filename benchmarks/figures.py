@@ -27,12 +27,12 @@ from lightning_xattn.visualizations import render
 EPOCHS = 10  # over which the overview goes
 
 
-def explained(folder: Path, samples: int) -> DatasetResult:
+def explained(folder: Path, table: Path, samples: int) -> DatasetResult:
     """So many samples of the reference model: 6 classes, 8 heads, 9 x 119 windows."""
     batch: Any = one_batch(folder)
     explainer = ExplainabilityCapture(balanced(HMSLightningModule(), batch))
     loader = [batch] * (samples // BATCH)
-    return explainer.explain_loader(loader, table=folder / f"table_of_{samples}", progress=False)
+    return explainer.explain_loader(loader, table=table, progress=False)
 
 
 def logged_figures(result: DatasetResult) -> Iterator[Figure]:
@@ -56,8 +56,8 @@ def peak_memory_of_drawing(folder: Path, epochs: int) -> int:
 
 def figures_and_report(folder: Path) -> None:
     """Of the reference model: 6 classes, 8 heads, 9 x 119 windows."""
-    result = explained(folder, 2016)
     with tempfile.TemporaryDirectory() as temporary:
+        result = explained(folder, Path(temporary) / "table", 2016)
 
         def figures_of_an_epoch() -> None:
             for figure in logged_figures(result):
@@ -81,7 +81,8 @@ def figures_and_report(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    of_few = explained(Path(sys.argv[1]), 10 * BATCH)
+    with tempfile.TemporaryDirectory() as of_tables:
+        of_few = explained(Path(sys.argv[1]), Path(of_tables) / "table", 10 * BATCH)
     for _ in range(int(sys.argv[2])):
         for one in logged_figures(of_few):
             render(one)

@@ -74,7 +74,7 @@ def plot_epochs(
     page.write("Bands and bars: 95 % intervals.")
     for start in range(0, len(panels), 2):
         beside = panels[start : start + 2]
-        titles = [wrap(panel.title, 3.4 / len(beside), LARGE) for panel in beside]
+        titles = [wrap(panel.title, 4.1 / len(beside), LARGE) for panel in beside]
         above = 0.1 + LARGE / SMALL * LINE * max(len(title.splitlines()) for title in titles)
         axes = page.row(1.35, widths=(1,) * len(beside), gap=BESIDE, above=above, below=NUMBERS + LINE)
         page.legend(*(_draw(ax, panel) for ax, panel in zip(axes, beside, strict=True)))
