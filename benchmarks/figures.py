@@ -1,34 +1,89 @@
-"""What it costs to see it: an epoch's figures, and a report of 2,000 samples."""
+"""What it costs to see it: an epoch's figures, their memory over many epochs, and a report of 2,000 samples.
+
+As a script, print the peak memory after drawing so many epochs: ``python -m benchmarks.figures FOLDER EPOCHS``.
+"""
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from benchmarks.timing import median_seconds
 from benchmarks.validate import BATCH, balanced, one_batch
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
-from lightning_xattn.figures import dataset_figures
+from lightning_xattn.curves import epoch_curves, epoch_record, fusion_curves, fusion_record
+from lightning_xattn.figures import dataset_figures, epoch_figures, fusion_figures, overview_figure
 from lightning_xattn.hms import HMSLightningModule
+from lightning_xattn.results import DatasetResult
 from lightning_xattn.visualizations import render
+
+EPOCHS = 10  # over which the overview goes
+
+
+def explained(folder: Path, table: Path, samples: int) -> DatasetResult:
+    """So many samples of the reference model: 6 classes, 8 heads, 9 x 119 windows."""
+    batch: Any = one_batch(folder)
+    explainer = ExplainabilityCapture(balanced(HMSLightningModule(), batch))
+    loader = [batch] * (samples // BATCH)
+    return explainer.explain_loader(loader, table=table, progress=False)
+
+
+def logged_figures(result: DatasetResult) -> Iterator[Figure]:
+    """All that a logger gets of an epoch."""
+    names, summary, fusion = result.class_names, result.headline, result.fusion
+    assert fusion is not None
+    known = epoch_record(summary, "val", epoch_curves(summary, "val", names))
+    known |= fusion_record(fusion, "val", fusion_curves(fusion, "val", names, has_attention=True))
+    yield overview_figure([{"stage": "val", "epoch": i, "step": i, **known} for i in range(EPOCHS)], "val")
+    for _, figure in fusion_figures(fusion, "val", names, all_names=names, group_by="target", context="val"):
+        yield figure
+    for _, figure in epoch_figures(summary, "val", names, group_by="target", axes=result.axes, context="val"):
+        yield figure
+
+
+def peak_memory_of_drawing(folder: Path, epochs: int) -> int:
+    """MiB, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.figures", str(folder), str(epochs)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def figures_and_report(folder: Path) -> None:
     """Of the reference model: 6 classes, 8 heads, 9 x 119 windows."""
-    batch: Any = one_batch(folder)
-    explainer = ExplainabilityCapture(balanced(HMSLightningModule(), batch))
     with tempfile.TemporaryDirectory() as temporary:
-        explained = explainer.explain_loader([batch] * (2016 // BATCH), table=Path(temporary) / "table", progress=False)
+        result = explained(folder, Path(temporary) / "table", 2016)
 
-        def figures() -> None:
-            for _, figure in dataset_figures(explained):
+        def figures_of_an_epoch() -> None:
+            for figure in logged_figures(result):
+                render(figure)
+
+        def figures_of_a_data_set() -> None:
+            for _, figure in dataset_figures(result):
                 render(figure)
 
         def report() -> None:
-            create_explainability_report(explained, Path(temporary) / "report.html")
+            create_explainability_report(result, Path(temporary) / "report.html")
 
-        (drawing,) = median_seconds(figures, repeats=3)
-        (writing,) = median_seconds(report, repeats=3)
-    print(f"all figures of a data set           {drawing:6.2f} s   (aim: at most 2)")
+        of_an_epoch, of_a_data_set, writing = median_seconds(
+            figures_of_an_epoch, figures_of_a_data_set, report, repeats=3
+        )
+    few, many = (peak_memory_of_drawing(folder, epochs) for epochs in (20, 200))
+    print(f"all figures of an epoch             {of_an_epoch:6.2f} s   (aim: at most 2)")
+    print(f"all figures of a data set           {of_a_data_set:6.2f} s")
+    print(f"peak memory of 20, 200 epochs' figures  {few}, {many} MiB   (aim: no growth)")
     print(f"report.html of 2,016 samples        {writing:6.2f} s   (aim: at most 20)")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as of_tables:
+        of_few = explained(Path(sys.argv[1]), Path(of_tables) / "table", 10 * BATCH)
+    for _ in range(int(sys.argv[2])):
+        for one in logged_figures(of_few):
+            render(one)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 from lightning_xattn import XAttnError, __version__
 from lightning_xattn.errors import SettingError
@@ -50,6 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain.add_argument("--datamodule", metavar="PATH", help="that of the LightningDataModule with its test data")
     explain.add_argument("--data", metavar="DIR", help="recordings in the layout of the HMS competition")
     explain.add_argument("--out", metavar="DIR", required=True, help="where everything is written")
+    explain.add_argument(
+        "--montage",
+        choices=("bipolar", "referential"),
+        default="bipolar",
+        help="with --data: the EEG as a reader of EEG expects it (longitudinal bipolar, the default), or as recorded",
+    )
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
@@ -68,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _quiet(command: str) -> Iterator[None]:
-    """Keep to ourselves what Lightning and torch advise their own users, who here are we."""
-    # What is told in a demo its summary says, too.
+    """Silence what Lightning and torch advise their users, who here are we ourselves."""
+    # The summary of a demo says what is told in it, too.
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_xattn")[: 1 + (command == "demo")]]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -83,11 +90,18 @@ def _quiet(command: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _explain(checkpoint: str, out: str, data: str | None, model: str | None, datamodule: str | None) -> None:
+def _explain(
+    checkpoint: str,
+    out: str,
+    data: str | None,
+    model: str | None,
+    datamodule: str | None,
+    montage: Literal["bipolar", "referential"],
+) -> None:
     if data is not None and model is None and datamodule is None:
         from lightning_xattn.hms.explain import run_explain
 
-        run_explain(checkpoint, data, out)
+        run_explain(checkpoint, data, out, montage)
     elif data is None and model is not None and datamodule is not None:
         from lightning_xattn.commands import explain_model
 

@@ -124,6 +124,7 @@ def epoch_figures(
             torch.linspace(*SCORES[ALIGNMENT], BINS + 1),
             (compared.auroc, compared.low, compared.high),
             names,
+            null=summary.alignment_null,
             group_by=grouping,
             group_noun=summary.group_noun,
             context=context,
@@ -306,8 +307,9 @@ def dataset_figures(explained: DatasetResult) -> Iterator[tuple[str, Figure]]:
             yield tag.removeprefix("xattn_").replace("/all/", "_") + end, figure
         if names:
             quantities = {title: _means(summary, column) for title, column in _compared(summary)}
+            nulls = {title: summary.alignment_null for title, column in _compared(summary) if column == ALIGNMENT}
             figure = plot_class_comparison(
-                quantities, names, group_by=group_by, group_noun=summary.group_noun, context=context
+                quantities, names, nulls=nulls, group_by=group_by, group_noun=summary.group_noun, context=context
             )
             yield f"class_comparison{end}", figure
 

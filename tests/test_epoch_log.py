@@ -5,6 +5,7 @@ import math
 import pytest
 import pytorch_lightning as pl
 import torch
+from matplotlib.markers import CARETUP
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -149,6 +150,20 @@ def test_the_overview_begins_with_the_fit_and_has_the_null_and_the_intervals():
     assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(0.35)
 
 
+def test_where_an_interval_leaves_the_panel_an_arrow_says_so():
+    numbers = {"read_samples": 9, "conflict/correct": 0.9, "conflict/correct_low": 0.8}
+    records = [
+        record(epoch, **numbers, **{"conflict/correct_high": high}) for epoch, high in enumerate((0.95, 1.2, 1.4))
+    ]
+    figure = overview_figure(records, "val")
+    panel = next(panel for panel in figure.axes if panel.get_title() == "conflict of the readings")
+    (arrow,) = [line for line in panel.lines if line.get_marker() == CARETUP]
+    top = panel.get_ylim()[1]
+    assert (arrow.get_xdata().tolist(), arrow.get_ydata().tolist()) == ([1, 2], [top, top])
+    said = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert said.count("goes on beyond the panel") == 1
+
+
 def test_several_validations_of_an_epoch_are_over_steps_and_what_cannot_be_told_says_so():
     records = [{"stage": "val", "epoch": 0, "step": step, "read_samples": 9} for step in (3, 7)]
     figure = overview_figure(records, "val")
@@ -200,7 +215,8 @@ def test_single_samples_keep_their_classes_where_few_are_shown():
     summary = watch.fusion_summaries["val"]
     result = DatasetResult({}, summary, tuple(names), "target", {}, None)
     figures = dict(dataset_figures(result))
-    drawn = [text.get_text() for text in figures["conflict_samples"].axes[0].get_yticklabels()]
+    said = [text.get_text() for text in figures["conflict_samples"].axes[0].texts]
+    drawn = [one for one in said if "true: " in one]
     expected = [of_sample(summary, i, names) for i in most_conflicting(summary)]
     assert [one.rpartition("true: ")[2] for one in drawn] == [one.true for one in expected]
 

@@ -1,15 +1,14 @@
 """What stands in an epoch's figures is what the summary says: each number at its class, head, direction and outcome."""
 
-import re
-
 import numpy as np
 import pytest
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN
 from lightning_xattn.columns import ALIGNMENT, Column
-from lightning_xattn.figures import dataset_figures, epoch_figures
+from lightning_xattn.figures import dataset_figures, epoch_figures, overview_figure
 from tests.explained import NAMES, dataset, summary
-from tests.visualizations.conftest import drawn, panels, texts
+from tests.fusion.models import said_data, summary_of, trained
+from tests.visualizations.conftest import drawn, panels, smallest_text, texts
 
 # Classes of 19, 11 and 7 samples, of which unequally many are predicted correctly.
 CLASSES = [0] * 19 + [1] * 11 + [2] * 7
@@ -32,6 +31,20 @@ def test_each_figure_has_its_tag_and_says_where_it_is_from(figures):
     maps = [tag for direction in directions for tag in (direction, f"{direction}_by_outcome")]
     assert list(figures) == [*maps, "entropy/by_head", "alignment/by_outcome"]
     assert all("epoch 4" in texts(figure) for figure in figures.values())
+
+
+def test_whatever_loggers_get_is_legible_at_the_size_that_tensorboard_shows(one):
+    data, _ = said_data(60)
+    fusion = summary_of(trained(None, data, epochs=5), data)
+    records = [
+        {"stage": "val", "epoch": epoch, "step": epoch, "alignment/all": 0.1, "read_samples": 9} for epoch in (0, 1)
+    ]
+    drawn_figures = {"overview": overview_figure(records, "val"), **dict(dataset_figures(dataset(one, fusion=fusion)))}
+    kinds = {"overview", "map", "entropy", "alignment", "conflict", "contribution", "class"}
+    assert {name.partition("_")[0] for name in drawn_figures} == kinds
+    assert {
+        name: smallest_text(figure, 324) for name, figure in drawn_figures.items() if smallest_text(figure, 324) < 9
+    } == {}
 
 
 @pytest.mark.parametrize("direction", ["eeg_to_spec", "spec_to_eeg"])
@@ -83,7 +96,8 @@ def test_each_outcome_has_its_means_intervals_and_counts(one, figures):
     assert [label.get_text() for label in below.get_yticklabels()] == ["Seizure (13/6)", "LPD (5/6)", "GPD (6/0)"]
     found = one.compare(ALIGNMENT)
     for number in (found.auroc, found.low, found.high):
-        assert f"{number:.3f}" in above.get_title()
+        assert f"{number:.3f}" in texts(figure)
+    assert [line.get_xdata()[0] for line in above.lines if line.get_linestyle() == ":"] == [one.alignment_null]
 
 
 def test_a_data_sets_classes_and_outcomes_have_their_means_intervals_and_counts(one):
@@ -91,15 +105,19 @@ def test_a_data_sets_classes_and_outcomes_have_their_means_intervals_and_counts(
     directions = [Column("entropy", direction) for direction in one.heads]
     places = [(0, None), (1, None), (2, None), (None, CORRECT), (None, INCORRECT)]
     for panel, column in zip(panels(figure), [ALIGNMENT, *directions], strict=True):
-        lines = [container.lines[0].get_xdata()[0] for container in panel.containers]
-        np.testing.assert_allclose(lines, [one.mean(column, *place) for place in places], rtol=1e-6)
-        ends = [container.lines[2][0].get_segments()[0][:, 0] for container in panel.containers]
+        means = np.concatenate([container.lines[0].get_xdata() for container in panel.containers])
+        np.testing.assert_allclose(means, [one.mean(column, *place) for place in places], rtol=1e-6)
+        segments = [segment for container in panel.containers for segment in container.lines[2][0].get_segments()]
+        ends = [segment[:, 0] for segment in segments]
         np.testing.assert_allclose(ends, [one.interval(column, *place) for place in places], rtol=1e-5)
     labels = [label.get_text() for label in panels(figure)[0].get_yticklabels()]
     assert labels == ["Seizure (n=19)", "LPD (n=11)", "GPD (n=7)", "correct (n=24)", "incorrect (n=12)"]
-    assert [re.split(r"\s*\(", panel.get_xlabel().replace("\n", " "))[0] for panel in panels(figure)] == [
+    titles = [text.get_text().partition(" (")[0] for text in figure.texts]
+    assert [one for one in titles if one.startswith(("alignment", "entropy"))] == [
         *("alignment", "entropy eeg → spec", "entropy spec → eeg"),
     ]
+    nulls = [[line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"] for ax in panels(figure)]
+    assert nulls == [[one.alignment_null], [], []]
 
 
 def test_without_classes_all_samples_are_one(one):

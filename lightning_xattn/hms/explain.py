@@ -13,7 +13,15 @@ from lightning_xattn.errors import DataError
 from lightning_xattn.explainer import save_dataset_figures, training_data
 from lightning_xattn.hms.datamodule import HMSDataModule, HMSDataset
 from lightning_xattn.hms.module import HMSLightningModule
-from lightning_xattn.hms.montage import EEG_RATE, ELECTRODES, REGIONS, SPEC_FREQUENCIES, SPEC_ROW_SECONDS, SPEC_SECONDS
+from lightning_xattn.hms.montage import (
+    EEG_RATE,
+    ELECTRODES,
+    REGION_NAMES,
+    REGIONS,
+    SPEC_FREQUENCIES,
+    SPEC_ROW_SECONDS,
+    SPEC_SECONDS,
+)
 from lightning_xattn.messages import first_line
 from lightning_xattn.report import print_report
 from lightning_xattn.results import DatasetResult, ExplainedBatch
@@ -26,12 +34,13 @@ from lightning_xattn.visualizations import (
     plot_head_alignment_matrix,
     plot_modality_alignment,
 )
+from lightning_xattn.visualizations.montages import Montage, require_montage
 
 PICTURES = ("signals", "attention", "alignment")
 """Of a recording, those that the page shows."""
 
 
-def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path) -> Path:
+def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path, montage: Montage = "bipolar") -> Path:
     """Explain every recording of a folder, and draw one correct and one incorrect prediction of each class.
 
     A run that was cut off goes on where it was when it is called again with the same checkpoint, data and folder.
@@ -45,6 +54,9 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path) -> Pa
     out
         Gets ``report.html``, ``.txt``, ``.md`` and ``.json``, ``figures/`` of all recordings, ``samples/<label_id>/``
         and ``samples.txt`` of those that are drawn, ``table/`` with one row per recording, and ``features/``.
+    montage
+        How the EEG is drawn, see ``plot_attention_over_signals``. Bipolar by default, as the clinic reads EEG: the
+        reference cancels, so that the side and the region of a pattern stand out.
 
     Returns
     -------
@@ -56,8 +68,9 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path) -> Pa
     DataError
         If the checkpoint is none or of another architecture, or the data do not hold what they should.
     SettingError
-        If ``out`` was begun with another checkpoint or other recordings or votes.
+        If ``out`` was begun with another checkpoint or other recordings or votes, or ``montage`` is not one.
     """
+    require_montage(montage)
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; expected a folder, or a name for a new one.")
@@ -81,7 +94,7 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path) -> Pa
     pictures = {}
     with Stage(f"Drawing {len(chosen)} recordings", len(chosen)) as stage:
         for i, sample in enumerate(results["per_sample_explanations"]):
-            _draw_sample(results, i, datamodule, out / "samples")
+            _draw_sample(results, i, datamodule, out / "samples", montage)
             of_sample = out / "samples" / str(sample["sample_id"])
             drawn = (of_sample / f"{name}.png" for name in PICTURES)
             pictures[str(sample["sample_id"])] = [path for path in drawn if path.exists()]
@@ -141,7 +154,7 @@ def _has_times(results: ExplainedBatch) -> bool:
     return len(results["axes"]) == 2 and all(axis.spans is not None for axis in results["axes"].values())
 
 
-def _draw_sample(results: ExplainedBatch, i: int, datamodule: HMSDataModule, folder: Path) -> None:
+def _draw_sample(results: ExplainedBatch, i: int, datamodule: HMSDataModule, folder: Path, montage: Montage) -> None:
     sample, pair, axes = results["per_sample_explanations"][i], results["attention"][0], results["axes"]
     recordings, geometry = datamodule.test_recordings, datamodule.eeg_geometry
     assert sample["sample_id"] is not None
@@ -151,13 +164,15 @@ def _draw_sample(results: ExplainedBatch, i: int, datamodule: HMSDataModule, fol
         f"recording {row.label_id}, predicted {sample['predicted_name']} ({sample['confidence']:.2f}), "
         f"true {sample['true_name']}"
     )
+    regions = [REGION_NAMES[region] for region in REGIONS]
     if _has_times(results):
         plot_attention_over_signals(
             Traces(recordings.eeg(row, geometry), EEG_RATE, ELECTRODES, -geometry.seconds / 2),
-            Spectrograms(recordings.spectrogram(row), SPEC_ROW_SECONDS, REGIONS, SPEC_FREQUENCIES, -SPEC_SECONDS / 2),
+            Spectrograms(recordings.spectrogram(row), SPEC_ROW_SECONDS, regions, SPEC_FREQUENCIES, -SPEC_SECONDS / 2),
             pair,
             i,
             axes=axes,
+            montage=montage,
             context=context,
             save_path=folder / "signals.png",
         )

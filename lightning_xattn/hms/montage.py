@@ -26,7 +26,14 @@ _NEIGHBOURS = (
 # fmt: on
 
 REGIONS = ("LL", "RL", "LP", "RP")
-"""Left lateral, right lateral, left parasagittal, right parasagittal: the spectrogram's four regions."""
+"""The spectrogram's four regions."""
+
+REGION_NAMES = {
+    "LL": "left lateral",
+    "RL": "right lateral",
+    "LP": "left parasagittal",
+    "RP": "right parasagittal",
+}
 
 REGION_ELECTRODES = {
     "LL": ("Fp1", "F7", "T3", "T5", "O1"),

@@ -10,12 +10,14 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from lightning_xattn.errors import SettingError, ShapeError
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.visualizations.drawing import WIDTH, name_rows, new_figure, set_title, wrap
-from lightning_xattn.visualizations.epoch import LOOKS, Look, interval_by, per_group
+from lightning_xattn.visualizations.epoch import LOOKS, NULL, Look, interval_by, per_group
 from lightning_xattn.visualizations.output import save
+from lightning_xattn.visualizations.pages import Page, RowNames
 
 _CLASS = Look("black", filled=True, line="-", marker="o", offset=0)
 OUTCOMES = ("correct", "incorrect")
@@ -42,6 +44,7 @@ def plot_class_comparison(
     quantities: Mapping[str, tuple[Sequence[Mean], Sequence[Mean]]],
     class_names: Sequence[str],
     *,
+    nulls: Mapping[str, float] | None = None,
     group_by: str | None = "target",
     group_noun: str | None = None,
     context: str = "",
@@ -58,6 +61,8 @@ def plot_class_comparison(
         groups of correct and of incorrect predictions. A group without samples has a mean of NaN and draws nothing.
     class_names
         A name for each class.
+    nulls
+        By title, the mean alignment between different samples, what habit alone gives.
     group_by
         What the classes are: ``"target"`` (true class), ``"prediction"`` (predicted class) or None (no classes).
     group_noun
@@ -87,21 +92,35 @@ def plot_class_comparison(
         raise SettingError("At least one quantity is needed; got none.")
     require_groups(quantities, class_names)
     names = [*class_names, *OUTCOMES]
-    rows = np.arange(len(names))
-    fig = new_figure(WIDTH, 1.8 + 0.4 * len(names))
-    panels = fig.subplots(1, len(quantities), sharey=True, squeeze=False)[0]
-    for ax, (title, (classes, outcomes)) in zip(panels, quantities.items(), strict=True):
-        for row, name, group in zip(rows, names, [*classes, *outcomes], strict=True):
-            look = LOOKS[name] if row >= len(class_names) else _CLASS
-            errors = np.abs([[group.low - group.mean], [group.high - group.mean]])
-            face = look.colour if look.filled else "white"
+    page = Page(f"Mean{per_group(group_by)} and outcome, with its {interval_by(group_noun)}", context)
+    panels = []
+    for title, (classes, outcomes) in quantities.items():
+        groups = [*classes, *outcomes]
+        rows = RowNames.of(names, [f"n={say_count(group)}" for group in groups])
+        page.skip(0.06)
+        page.write(title)
+        (ax,) = page.row(rows.height, left=rows.left)
+        looks = [_CLASS] * len(classes) + [LOOKS[name] for name in OUTCOMES]
+        for look in dict.fromkeys(looks):
+            at = [row for row, one in enumerate(looks) if one is look]
+            means, low, high = np.array([[groups[row].mean, groups[row].low, groups[row].high] for row in at]).T
             ax.errorbar(
-                group.mean, row, xerr=errors, fmt=look.marker, color=look.colour, markerfacecolor=face, capsize=3
+                means,
+                at,
+                xerr=np.abs([low - means, high - means]),
+                fmt=look.marker,
+                color=look.colour,
+                markerfacecolor=look.colour if look.filled else "white",
+                markersize=4.5,
+                capsize=2.5,
             )
+        if nulls and title in nulls:
+            ax.axvline(nulls[title], **NULL)
         ax.axhline(len(class_names) - 0.5, color="0.4", linewidth=0.8)
-        ax.grid(axis="x", color="0.85")
-        ax.locator_params(axis="x", nbins=5 if len(quantities) < 4 else 3)
-        ax.set_xlabel(wrap(title, 7.0 / len(quantities)))
+        ax.grid(axis="x", color="0.9")
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        rows.label(ax)
+        panels.append(ax)
     units: dict[str, list[Axes]] = defaultdict(list)
     for ax, name in zip(panels, quantities, strict=True):
         units[name.partition("(")[2] or name].append(ax)
@@ -109,18 +128,14 @@ def plot_class_comparison(
         limits = [limit for ax in alike for limit in ax.get_xlim()]
         for ax in alike:
             ax.set_xlim(min(limits), max(limits))
-    by_row = zip(*([*classes, *outcomes] for classes, outcomes in quantities.values()), strict=True)
-    samples = [[say_count(group) for group in of_row] for of_row in by_row]
-    # Where a number is undefined for some samples, the panels have different counts.
-    counts = ["n=" + "/".join(of_row if len(set(of_row)) > 1 else of_row[:1]) for of_row in samples]
-    name_rows(panels[0], names, counts)
+    if nulls:
+        page.legend([Line2D([], [], **NULL, label="null: alignment of different samples")])
     few = any(group.n and np.isnan(group.low) for parts in quantities.values() for of in parts for group in of)
     remarks = [f"n: samples, and of how many {group_noun}."] if group_noun else []
     if few:
         remarks.append(f"No interval: fewer than {MINIMUM_GROUP} {group_noun or 'samples'}, nothing is claimed.")
-    title = f"Mean{per_group(group_by)} and outcome, with its {interval_by(group_noun)}"
-    set_title(fig, title, context, " ".join(remarks))
-    return save(fig, save_path)
+    page.write(" ".join(remarks))
+    return save(page.finish(), save_path)
 
 
 def require_groups(quantities: Mapping[str, tuple[Sequence[Mean], Sequence[Mean]]], class_names: Sequence[str]) -> None:

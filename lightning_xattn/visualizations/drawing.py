@@ -6,23 +6,28 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Patch
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_xattn.attention import Direction, TokenAxis
 from lightning_xattn.errors import SettingError, ShapeError
 from lightning_xattn.messages import decimal
-from lightning_xattn.visualizations.output import COLOURS, WindowFigure
+from lightning_xattn.visualizations.output import COLOURS, WindowFigure, with_boxes
 
-WIDTH, _DPI = 9.0, 100  # inches, and dots in each
-_LINE, _LETTER = 0.17, 0.085  # inches that a line, and a letter, of 10 points take
+WIDTH, _DPI = 9.0, 100  # inches, and dots in each, of a figure that is seen in its full width
+_LINE = 0.17  # inches that a line of 10 points takes
 HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 """Colours of Okabe and Ito, of as many modalities as can be told."""
 UNDEFINED: dict[str, Any] = {"facecolor": "0.93", "edgecolor": "0.7", "hatch": "///", "linewidth": 0}
@@ -53,10 +58,20 @@ class MapAxis:
             return
         # Where the names do not fit side by side they are turned, and where not even so, some are left out.
         every = math.ceil(_LINE * len(self.names) / inches)
-        longest = max(map(len, self.names)) + 1
-        turned = which == "x" and _LETTER * longest * len(self.names) > inches
+        turned = which == "x" and self._are_turned(inches)
         ticks = range(0, len(self.names), every)
         axis.set_ticks(ticks, self.names[::every], fontsize=9, rotation=90 if turned else 0)
+
+    def room(self, which: Literal["x", "y"], inches: float) -> float:
+        """Inches that the tokens' names or numbers take beside an axis of this length."""
+        if self.names is None or (which == "x" and not self._are_turned(inches)):
+            return 0.22 if which == "x" else 0.35
+        return max(text_inches(name, 9) for name in self.names) + 0.08
+
+    def _are_turned(self, inches: float) -> bool:
+        """Whether names below an axis of this length stand upright, as side by side they would overlap."""
+        assert self.names is not None
+        return (max(text_inches(name, 9) for name in self.names) + 0.08) * len(self.names) > inches
 
 
 def place_tokens(role: str, modality: str | None, count: int, axis: TokenAxis | None) -> MapAxis:
@@ -96,9 +111,9 @@ def as_array(name: str, values: ArrayLike, **axes: int | None) -> NDArray[Any]:
     return array
 
 
-def new_figure(width: float, height: float, dpi: int = _DPI) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure of this size in inches, whose parts make room for each other."""
-    return WindowFigure(figsize=(width, height), dpi=dpi, layout="constrained")
+    return WindowFigure(figsize=(width, height), dpi=_DPI, layout="constrained")
 
 
 def draw_mesh(
@@ -111,8 +126,12 @@ def draw_mesh(
 ) -> None:
     """Draw the cells; where a value is NaN the hatched background shows."""
     ax.patch.set(**UNDEFINED)
-    # Thousands of cells as vectors make a large file, with seams between them in many viewers.
-    ax.pcolormesh(x, y, values, cmap=colours, norm=scale, rasterized=True)
+    # Thousands of cells as vectors make a large file, with seams between them in many viewers. What pcolormesh adds to
+    # this is the search for limits, which takes longer than to draw the cells.
+    corners = np.stack(np.meshgrid(x, y), axis=-1)
+    ax.add_collection(QuadMesh(corners, array=values, cmap=colours, norm=scale, rasterized=True), autolim=False)
+    ax.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
+    ax.spines[:].set_visible(False)
 
 
 def print_value(ax: Axes, x: float, y: float, value: float, scale: Normalize) -> None:
@@ -126,18 +145,15 @@ def print_value(ax: Axes, x: float, y: float, value: float, scale: Normalize) ->
     text.set_in_layout(False)  # it needs no room outside its cell, and asking each one is slow
 
 
-def write_note(ax: Axes, text: str) -> None:
+def write_note(ax: Axes, text: str, size: float = 10) -> None:
     """Write over a panel that says nothing."""
     box = {"facecolor": "white", "edgecolor": "0.7"}
-    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", bbox=box)
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", bbox=box, fontsize=size)
 
 
-def name_rows(ax: Axes, names: Sequence[str], counts: Sequence[str]) -> None:
-    """Name the rows of a panel, the first at the top; a row has room for two lines."""
-    short = ["\n".join(textwrap.wrap(name, 24, max_lines=2, placeholder=" …")) for name in names]
-    labels = [f"{name} ({count})" for name, count in zip(short, counts, strict=True)]
-    ax.set_yticks(range(len(names)), labels, fontsize=9, parse_math=False)
-    ax.set_ylim(len(names) - 0.5, -0.5)
+def undefined_key(reasons: str = "") -> Patch:
+    """What a legend says of hatching."""
+    return Patch(**UNDEFINED, label=f"undefined: {reasons}" if reasons else "undefined")
 
 
 def draw_colour_bar(
@@ -149,15 +165,22 @@ def draw_colour_bar(
     inches: float = 0,
     colours: Colormap = COLOURS,
     extend: Literal["neither", "both"] = "neither",
+    is_below: bool = False,
 ) -> Axes:
-    """Put the scale's colour bar beside these axes, equally thick whatever their height in inches (0: the figure's).
+    """Put the scale's colour bar beside or below these axes, equally thick whatever their length in inches (0: all).
 
     ``extend``: whether it says, by its pointed ends, that values lie beyond the scale.
     """
-    height = inches or fig.get_figheight()
-    bar = fig.colorbar(ScalarMappable(scale, colours), ax=axes.tolist(), aspect=6 * height, pad=0.02, extend=extend)
+    length = inches or fig.get_figheight()
+    place: dict[str, Any] = {"location": "bottom" if is_below else "right", "aspect": 6 * length, "pad": 0.02}
+    bar = fig.colorbar(ScalarMappable(scale, colours), ax=axes.tolist(), extend=extend, **place)
     bar.set_label(label)
     return bar.ax
+
+
+def show_key(fig: Figure, *keys: Patch) -> None:
+    """Say below the figure what fills and hatches mean."""
+    fig.legend(handles=keys, loc="outside lower left", ncols=len(keys), frameon=False)
 
 
 def set_title(fig: Figure, title: str, context: str, remark: str = "") -> None:
@@ -171,6 +194,18 @@ def arrow(direction: Direction) -> str:
     return f"{direction.query} → {direction.key}"
 
 
-def wrap(text: str, inches: float) -> str:
-    """Break a text of 10 points into lines of this length."""
-    return textwrap.fill(text, max(int(inches / _LETTER), 12))
+def wrap(text: str, inches: float, size: float = 10) -> str:
+    """Break a text into lines of this length."""
+    if not text:
+        return text
+    letters = 0.95 * len(text) * inches / text_inches(text, size)  # lines differ a little in their letters' widths
+    return textwrap.fill(text, max(int(letters), 8))
+
+
+@lru_cache(4096)
+def text_inches(text: str, size: float) -> float:
+    """How wide a text of this size is; the widest of its lines."""
+    font = FontProperties(size=size)
+    with with_boxes():
+        widths = [text_to_path.get_text_width_height_descent(line, font, False)[0] for line in text.splitlines()]
+    return float(max(widths, default=0)) / 72

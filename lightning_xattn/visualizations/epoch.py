@@ -9,6 +9,7 @@ from os import PathLike
 from typing import Any, Literal
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -19,22 +20,31 @@ from lightning_xattn.errors import SettingError
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.messages import SINGLE_KEY, decimal
 from lightning_xattn.visualizations.drawing import (
-    WIDTH,
     arrow,
     as_array,
     count_classes,
-    draw_colour_bar,
     draw_mesh,
-    name_rows,
-    new_figure,
     place_tokens,
     print_value,
-    set_title,
+    text_inches,
+    undefined_key,
     wrap,
     write_note,
 )
-from lightning_xattn.visualizations.lifts import draw_lift_bar, lift_scale
+from lightning_xattn.visualizations.lifts import lift_scale
 from lightning_xattn.visualizations.output import save
+from lightning_xattn.visualizations.pages import (
+    LINE,
+    MARGIN,
+    NUMBERS,
+    PAGE_WIDTH,
+    RIGHT,
+    SMALL,
+    Page,
+    RowNames,
+    cut_key,
+    mark_cut,
+)
 
 _GROUPS = {"target": " per true class", "prediction": " per predicted class", None: ""}
 _HISTOGRAM_BARS = 40
@@ -141,35 +151,41 @@ def plot_class_attention(
     if queries > keys:
         lift, across, down = lift.swapaxes(1, 2), down, across
 
-    columns = 1 if classes == 1 else 2 if classes <= 4 else 3
+    columns = 1 if classes == 1 else 2
     rows = math.ceil(classes / columns)
-    panel_width, panel_height = 7.4 / columns, down.height
-    fig = new_figure(WIDTH, 1.6 + rows * (panel_height + 0.4))
-    axes = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    scale = lift_scale(lift)
-    for index, name in enumerate(class_names):
-        ax = axes[index]
+    width, height = 4.0 / columns, min(max(down.height, 0.95), 3.0)
+    asks = wrap(down.title, rows * height, SMALL)
+    left = MARGIN + LINE * len(asks.splitlines()) + down.room("y", height)
+    page = Page(f"Mean attention {arrow(sides)}{per_group(group_by)}", context)
+    if keys == 1:
+        page.write(f"These maps are of {SINGLE_KEY}.")
+    # A class name is no formula, whatever dollars are in it.
+    titles = [wrap(f"{name} (n={int(n)})", width, SMALL) for name, n in zip(class_names, samples, strict=True)]
+    scale, axes, since = lift_scale(lift), [], page.used
+    for start in range(0, classes, columns):
+        lines = max(len(title.splitlines()) for title in titles[start : start + columns])
+        axes += page.row(height, widths=(1,) * columns, left=left, gap=0.12, above=0.07 + LINE * lines, below=0)
+    for index, (ax, title) in enumerate(zip(axes, titles, strict=False)):
         draw_mesh(ax, across.edges, down.edges, lift[index], scale)
-        # A class name is no formula, whatever dollars are in it.
-        ax.set_title(wrap(f"{name} (n={int(samples[index])})", panel_width), fontsize=10, parse_math=False)
+        ax.invert_yaxis()
+        ax.set_title(title, fontsize=SMALL, pad=3, parse_math=False)
         if np.isnan(lift[index]).all():
-            write_note(ax, "undefined" if samples[index] else "no samples")
-        across.label(ax, "x", panel_width)
-        down.label(ax, "y", panel_height)
+            write_note(ax, "undefined" if samples[index] else "no samples", SMALL)
         # Only the outer panels show their axes, and above a gap in the last row is an outer one.
+        if index + columns >= classes:
+            across.label(ax, "x", width)
+        if index % columns == 0:
+            down.label(ax, "y", height)
         ax.xaxis.set_visible(index + columns >= classes)
         ax.yaxis.set_visible(index % columns == 0)
-        ax.tick_params(labelbottom=True)
-    axes[0].invert_yaxis()
     for ax in axes[classes:]:
         ax.set_axis_off()
-
-    fig.supxlabel(wrap(across.title, WIDTH), fontsize=10)
-    fig.supylabel(wrap(down.title, fig.get_figheight()), fontsize=10)
-    draw_lift_bar(fig, axes, scale, f"lift over uniform: mean weight / (1/{keys})")
-    remark = f"These maps are of {SINGLE_KEY}." if keys == 1 else ""
-    set_title(fig, f"Mean attention {arrow(sides)}{per_group(group_by)}", context, remark)
-    return save(fig, save_path)
+    page.skip(across.room("x", width))
+    page.name_axes(across.title, asks, since)
+    page.colour_bar(scale, f"lift over uniform: mean weight / (1/{keys}) (line: 1)", left, mark=1.0)
+    if np.isnan(lift).any():
+        page.legend([undefined_key()])
+    return save(page.finish(), save_path)
 
 
 def plot_head_entropy(
@@ -221,25 +237,25 @@ def plot_head_entropy(
         Direction.parse(name): as_array(f"entropy['{name}']", values, classes=classes, heads=None)
         for name, values in entropy.items()
     }
-    heads = max(values.shape[1] for values in panels.values())
-    rows, columns = (1, len(panels)) if len(panels) * heads <= 16 else (len(panels), 1)
-    fig = new_figure(max(WIDTH, 2.6 + 0.4 * heads), 1.2 + rows * (0.8 + 0.38 * classes))
-    axes = fig.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    rows = RowNames.of(class_names, [f"n={int(n)}" for n in samples])
+    page = Page(f"Attention entropy of each head{per_group(group_by)}", context)
     scale = Normalize(0.0, 1.0)
-    for ax, (direction, values) in zip(axes, panels.items(), strict=True):
-        draw_mesh(ax, np.arange(values.shape[1] + 1) - 0.5, np.arange(classes + 1) - 0.5, values, scale)
-        for (row, column), value in np.ndenumerate(values):
-            print_value(ax, column, row, value, scale)
-        ax.set_title(arrow(direction), fontsize=10)
-        ax.set_xticks(range(values.shape[1]))
-        ax.set_xlabel("head")
-    name_rows(axes[0], class_names, [f"n={int(n)}" for n in samples])
-
-    draw_colour_bar(fig, axes, scale, "normalised entropy\n(0: one key, 1: diffuse)")
-    undefined = any(np.isnan(values).any() for values in panels.values())
-    remark = "Hatched: undefined (no samples in the class, or a single key to attend to)." if undefined else ""
-    set_title(fig, f"Attention entropy of each head{per_group(group_by)}", context, remark)
-    return save(fig, save_path)
+    for direction, values in panels.items():
+        (ax,) = page.row(rows.height, left=rows.left, above=0.24, below=NUMBERS + LINE)
+        heads = values.shape[1]
+        draw_mesh(ax, np.arange(heads + 1) - 0.5, np.arange(classes + 1) - 0.5, values, scale)
+        # Where a cell is too narrow for its number, its colour has to do.
+        if (PAGE_WIDTH - RIGHT - rows.left) / heads > text_inches("0.00", SMALL):
+            for (row, column), value in np.ndenumerate(values):
+                print_value(ax, column, row, value, scale)
+        ax.set_title(arrow(direction), fontsize=SMALL, pad=3)
+        ax.set_xticks(range(0, heads, math.ceil(heads / 16)))
+        ax.set_xlabel("head", fontsize=SMALL, labelpad=1)
+        rows.label(ax)
+    page.colour_bar(scale, "normalised entropy (0: one key, 1: diffuse)", rows.left)
+    if any(np.isnan(values).any() for values in panels.values()):
+        page.legend([undefined_key("no samples, or a single key to attend to")])
+    return save(page.finish(), save_path)
 
 
 def plot_outcome_alignment(
@@ -249,6 +265,7 @@ def plot_outcome_alignment(
     auroc: tuple[float, float, float],
     class_names: Sequence[str],
     *,
+    null: float = math.nan,
     group_by: str | None = "target",
     group_noun: str | None = None,
     context: str = "",
@@ -256,8 +273,9 @@ def plot_outcome_alignment(
 ) -> Figure:
     """Draw how the alignment of correctly predicted samples differs from that of the others.
 
-    Above, the density of each outcome (area 1) over the occupied range, whole fine bins summed into about 40
-    bars, and lines at the means. Below, on the same axis, the mean of each class with its 95 % interval.
+    Above, the density of each outcome (area 1) over the occupied range and the null, whole fine bins summed into about
+    40 bars, and lines at the means. Below, on the same axis, the mean of each class with its 95 % interval; an arrow at
+    the edge says that an interval goes on beyond it.
 
     Parameters
     ----------
@@ -270,6 +288,8 @@ def plot_outcome_alignment(
         few samples allow no claim, and the figure says so.
     class_names
         A name for each class.
+    null
+        Mean alignment between different samples, what habit alone gives; NaN: not known, and not drawn.
     group_by
         What the classes are: ``"target"`` (true class), ``"prediction"`` (predicted class) or None (no classes).
     group_noun
@@ -302,10 +322,29 @@ def plot_outcome_alignment(
     )
     bars, bar_edges = _readable_bars(histograms, bounds)
 
-    fig = new_figure(WIDTH, 4.2 + 0.4 * classes)
-    above, below = fig.subplots(2, 1, sharex=True, height_ratios=[2.6, 0.4 + 0.4 * classes])
-    handles, class_counts, few = [], [], False
-    for (name, outcome), counts in zip(outcomes.items(), bars, strict=True):
+    samples = [as_array(f"{name} class_counts", one.class_counts, classes=classes) for name, one in outcomes.items()]
+    rows = RowNames.of(class_names, [f"{int(right)}/{int(wrong)}" for right, wrong in zip(*samples, strict=True)])
+    page = Page("Alignment of correct against incorrect predictions", context)
+    page.write(_claim(*auroc, group_noun))
+    (above,) = page.row(1.7, left=rows.left, above=0.08)
+    page.skip(0.12)
+    page.write(f"Mean{per_group(group_by)}, with its {interval_by(group_noun)} (correct/incorrect samples)")
+    (below,) = page.row(1.2 * rows.height, left=rows.left, above=0.04, below=NUMBERS + LINE)
+    for ax in (above, below):
+        ax.grid(axis="x", color="0.9")
+    above.set_ylabel("density", fontsize=SMALL)
+    below.set_xlabel("alignment of the two directions (Pearson r)", fontsize=SMALL, labelpad=1)
+    rows.label(below)
+    handles: list[Artist] = []
+    if histograms.any():
+        seen = [end for end in (*bar_edges[[0, -1]], null) if math.isfinite(end)]
+        margin = 0.02 * (max(seen) - min(seen))
+        for ax in (above, below):
+            ax.set_xlim(min(seen) - margin, max(seen) + margin)
+    else:
+        write_note(above, "no sample with a defined alignment", SMALL)
+    few = is_cut = False
+    for (name, outcome), counts, of_class in zip(outcomes.items(), bars, samples, strict=True):
         look, total = LOOKS[name], int(counts.sum())
         face = look.colour if look.filled else "white"
         label = f"{name} (no samples)"
@@ -314,34 +353,34 @@ def plot_outcome_alignment(
             label = f"{name} (n = {size}, mean {decimal(outcome.mean, 3)})"
             density = counts / (total * np.diff(bar_edges))
             alpha = 0.35 if look.filled else 1.0
-            above.stairs(density, bar_edges, color=look.colour, fill=look.filled, alpha=alpha, linewidth=1.5)
-            above.axvline(outcome.mean, color=look.colour, linestyle=look.line, linewidth=2)
+            above.stairs(density, bar_edges, color=look.colour, fill=look.filled, alpha=alpha, linewidth=1.2)
+            above.axvline(outcome.mean, color=look.colour, linestyle=look.line, linewidth=1.6)
         means = as_array(f"{name} class_means", outcome.class_means, classes=classes)
         ends = as_array(f"{name} class_intervals", outcome.class_intervals, classes=classes, ends=2)
-        samples = as_array(f"{name} class_counts", outcome.class_counts, classes=classes)
-        few |= bool((np.isnan(ends).any(axis=1) & (samples > 0)).any())
-        errors = np.abs(np.transpose(ends) - means)
-        rows = np.arange(classes) + look.offset
-        below.errorbar(means, rows, xerr=errors, fmt=look.marker, color=look.colour, markerfacecolor=face, capsize=3)
-        key = Line2D([], [], color=look.colour, linestyle=look.line, linewidth=2, label=label)
-        key.set(marker=look.marker, markerfacecolor=face)
+        few |= bool((np.isnan(ends).any(axis=1) & (of_class > 0)).any())
+        places = np.arange(classes) + look.offset
+        below.errorbar(
+            means,
+            places,
+            xerr=np.abs(np.transpose(ends) - means),
+            fmt=look.marker,
+            color=look.colour,
+            markerfacecolor=face,
+            markersize=4.5,
+            capsize=2.5,
+        )
+        is_cut |= mark_cut(below, "x", places, ends[:, 0], ends[:, 1], look.colour)
+        key = Line2D([], [], color=look.colour, linestyle=look.line, linewidth=1.6, label=label)
+        key.set(marker=look.marker, markerfacecolor=face, markersize=4.5)
         handles.append(key)
-        class_counts.append(samples)
-    if not histograms.any():
-        write_note(above, "no sample with a defined alignment")
-    margin = 0.02 * (bar_edges[-1] - bar_edges[0])
-    above.set_xlim(bar_edges[0] - margin, bar_edges[-1] + margin)
-    above.set_ylabel("density")
-    above.set_title(_claim(*auroc, group_noun), fontsize=10)
-    below.set_xlabel("alignment of the two directions (Pearson r)")
-    remark = f"; no interval: fewer than {MINIMUM_GROUP} {group_noun or ''}".rstrip() if few else ""
-    title = f"Mean{per_group(group_by)}, with its {interval_by(group_noun)} (correct/incorrect samples{remark})"
-    below.set_title(wrap(title, WIDTH - 1.5), fontsize=10)
-    below.grid(axis="x", color="0.85")
-    name_rows(below, class_names, [f"{int(right)}/{int(wrong)}" for right, wrong in zip(*class_counts, strict=True)])
-    fig.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
-    set_title(fig, "Alignment of correct against incorrect predictions", context)
-    return save(fig, save_path)
+    if math.isfinite(null):
+        for ax in (above, below):
+            ax.axvline(null, **NULL)
+        handles.append(Line2D([], [], **NULL, label=f"null: different samples ({decimal(null, 3)})"))
+    page.legend([*handles, *([cut_key()] if is_cut else [])])
+    if few:
+        page.write(f"No interval: fewer than {MINIMUM_GROUP} {group_noun or 'samples'}.")
+    return save(page.finish(), save_path)
 
 
 @dataclass(frozen=True)
@@ -354,6 +393,9 @@ class Look:
     marker: str
     offset: float
 
+
+NULL: dict[str, Any] = {"color": "0.25", "linestyle": ":", "linewidth": 1.6}
+"""What an alignment has to differ from to say anything."""
 
 LOOKS = {
     "correct": Look("#0072B2", True, "-", "o", -0.15),

@@ -28,6 +28,8 @@ from lightning_xattn.visualizations.drawing import (
     new_figure,
     print_value,
     set_title,
+    show_key,
+    undefined_key,
 )
 from lightning_xattn.visualizations.output import save
 from lightning_xattn.visualizations.pairs import AttentionDict, check_sample, read_both, read_pair
@@ -182,6 +184,8 @@ def plot_head_alignment_matrix(
     bar.axhline(0.0, color="white", linewidth=3)
     bar.axhline(0.0, color="black", linewidth=1)
     single = [arrow(rows.direction) for rows in (forward, backward) if has_single_keys(rows, which)]
+    if np.isnan(values).any():
+        show_key(fig, undefined_key("a map has no variance, or no valid row"))
     set_title(
         fig, "Alignment of the heads of both directions", context or shown, "\n".join(_said_of(values, matched, single))
     )
@@ -189,12 +193,10 @@ def plot_head_alignment_matrix(
 
 
 def _said_of(values: NDArray[Any], matched: list[tuple[int, int]], single: list[str]) -> list[str]:
-    """What the title says of the matching, and of what is undefined."""
+    """What the title says of the matching."""
     lines = []
     if matched:
         best = np.mean([values[pair] for pair in matched])
         lines.append(f"Outlined: the best one-to-one matching, mean r = {decimal(best)} (above 0 even by chance).")
     lines += [f"{direction}: {SINGLE_KEY}" for direction in single]
-    if np.isnan(values).any() and not single:
-        lines.append("Hatched: undefined (a map has no variance, or no valid row).")
     return lines

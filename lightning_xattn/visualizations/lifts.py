@@ -17,7 +17,8 @@ from lightning_xattn.visualizations.drawing import MapAxis, draw_colour_bar, dra
 
 # The scale of lifts reaches at least this far from 1: a nearly uniform map should look flat, not noisy.
 _MARGIN = 0.1
-HATCHED = "Hatched: undefined (padding, masked, or not attention)."
+NO_LIFT = "padding, masked, or not attention"
+"""Why a cell may be undefined."""
 
 
 def lift_limits(lifts: NDArray[Any]) -> tuple[float, float]:
@@ -26,15 +27,17 @@ def lift_limits(lifts: NDArray[Any]) -> tuple[float, float]:
 
 
 def lift_scale(lifts: NDArray[Any]) -> Normalize:
-    """One scale for all maps of a figure; linear, as weights add up."""
+    """The scale of maps of one direction; linear, as weights add up."""
     return Normalize(*lift_limits(lifts))
 
 
-def draw_lift_bar(fig: Figure, axes: NDArray[Any], scale: Normalize, label: str, inches: float = 0) -> None:
-    """Put the scale's colour bar beside these axes, with a line at 1."""
-    bar = draw_colour_bar(fig, axes, scale, f"{label}\n(line: 1, uniform)", inches=inches)
-    bar.axhline(1.0, color="black", linewidth=3)
-    bar.axhline(1.0, color="white", linewidth=1)
+def draw_lift_bar(
+    fig: Figure, axes: NDArray[Any], scale: Normalize, label: str, inches: float = 0, is_below: bool = False
+) -> None:
+    """Put the scale's colour bar beside or below these axes, with a line at 1; ``label`` is to say so."""
+    bar = draw_colour_bar(fig, axes, scale, label, inches=inches, is_below=is_below)
+    for colour, width in (("black", 3), ("white", 1)):
+        (bar.axvline if is_below else bar.axhline)(1.0, color=colour, linewidth=width)
 
 
 def draw_lift_map(ax: Axes, lifts: NDArray[Any], across: MapAxis, down: MapAxis, scale: Normalize, note: str) -> None:

@@ -7,7 +7,10 @@ from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
@@ -15,20 +18,24 @@ from lightning_xattn.errors import SettingError
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.messages import decimal, name_modality
 from lightning_xattn.visualizations.comparison import OUTCOMES, Mean, require_groups, say_count
-from lightning_xattn.visualizations.drawing import (
-    HUES,
-    WIDTH,
-    as_array,
-    name_rows,
-    new_figure,
-    set_title,
-    wrap,
-)
+from lightning_xattn.visualizations.drawing import HUES, as_array, wrap
 from lightning_xattn.visualizations.epoch import LOOKS, interval_by, per_group
 from lightning_xattn.visualizations.output import save
+from lightning_xattn.visualizations.pages import (
+    BESIDE,
+    LINE,
+    MARGIN,
+    NUMBERS,
+    SMALL,
+    Page,
+    RowNames,
+    cut_key,
+    mark_cut,
+)
 
 _HATCHES = ("", "///", "...", "xxx")
 """Beside the colours of the modalities."""
+_INTERVAL: dict[str, Any] = {"fmt": "none", "color": "black", "capsize": 2.5, "linewidth": 1}
 
 
 def plot_conflict(
@@ -70,26 +77,30 @@ def plot_conflict(
     y = as_array("conflict", conflict, samples=None)
     x = as_array("confidence", confidence, samples=len(y))
     right = as_array("correct", correct, samples=len(y)) > 0
-    fig = new_figure(WIDTH, 6.2)
-    ax = fig.subplots()
+    page = Page("Conflict against confidence, errors marked", context)
+    words = {"confidence": "confidence of the prediction", "conflict": "conflict of the readings"}
+    for name in words:
+        page.write((claims or {}).get(name, ""))
+    (ax,) = page.row(3.1, left=BESIDE + LINE, above=0.08, below=NUMBERS + LINE)
     known = np.isfinite(x) & np.isfinite(y)
+    handles: list[Artist] = []
     for name in OUTCOMES:
         look, chosen = LOOKS[name], known & (right == (name == "correct"))
         face = look.colour if look.filled else "none"
-        style: dict[str, Any] = {"alpha": 0.35, "linewidths": 0} if look.filled else {"linewidths": 1.4}
+        style: dict[str, Any] = {"alpha": 0.35, "linewidths": 0} if look.filled else {"linewidths": 1.1}
         label = f"{name} (n={int(chosen.sum())})"
-        ax.scatter(
-            x[chosen], y[chosen], 40, marker=look.marker, facecolor=face, edgecolor=look.colour, label=label, **style
+        handles.append(
+            ax.scatter(
+                *(x[chosen], y[chosen], 20),
+                **{"marker": look.marker, "facecolor": face, "edgecolor": look.colour, "label": label, **style},
+            )
         )
-    for axis, name in (("x", "confidence"), ("y", "conflict")):
-        words = {"confidence": "confidence of the prediction", "conflict": "conflict of the readings"}[name]
-        said = f"\n{claims[name]}" if claims and name in claims else ""
-        ax.set(**{f"{axis}label": f"{words}{said}", f"{axis}lim": (-0.03, 1.03)})
-    ax.grid(color="0.88")
-    ax.set_axisbelow(True)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, frameon=False)
-    set_title(fig, "Conflict against confidence, errors marked", context)
-    return save(fig, save_path)
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    ax.set_xlabel(words["confidence"], fontsize=SMALL, labelpad=1)
+    ax.set_ylabel(words["conflict"], fontsize=SMALL)
+    ax.grid(color="0.9")
+    page.legend(handles)
+    return save(page.finish(), save_path)
 
 
 def plot_contribution_shares(
@@ -129,44 +140,43 @@ def plot_contribution_shares(
         raise SettingError(f"Shares of 1 to {len(HUES)} modalities can be drawn; got {len(shares)}.")
     require_groups(shares, class_names)
     names = [*class_names, *OUTCOMES]
-    fig = new_figure(WIDTH, 1.8 + 0.5 * len(names))
-    ax, thick = fig.subplots(), 0.8 / len(shares)
-    for i, (name, (classes, outcomes)) in enumerate(shares.items()):
-        groups = [*classes, *outcomes]
-        rows = np.arange(len(names)) - 0.4 + (i + 0.5) * thick
-        means = np.array([group.mean for group in groups])
-        errors = np.abs([[one.low - one.mean for one in groups], [one.high - one.mean for one in groups]])
-        ax.barh(
-            rows,
-            means,
-            thick * 0.92,
-            color=HUES[i],
-            hatch=_HATCHES[i],
-            edgecolor="white",
-            label=name_modality(name),
-        )
-        ax.errorbar(means, rows, xerr=errors, fmt="none", color="black", capsize=3, linewidth=1.2)
-        for row, group, mean in zip(rows, groups, means, strict=True):
-            if np.isnan(mean) and group.n:
-                ax.text(0.01, row, "undefined", va="center", fontsize=9)
-    ax.axvline(0, color="0.3", linewidth=0.8)
-    ax.axhline(len(class_names) - 0.5, color="0.4", linewidth=0.8)
-    ax.grid(axis="x", color="0.88")
-    ax.set_axisbelow(True)
+    groups = [*next(iter(shares.values()))[0], *next(iter(shares.values()))[1]]
+    rows = RowNames.of(names, [f"n={say_count(one)}" for one in groups])
+    title = f"What each modality contributes{per_group(group_by)} and outcome, with its {interval_by(group_noun)}"
+    page, thick = Page(title, context), 0.8 / len(shares)
+    height = max(rows.row_height, 0.11 * len(shares) + 0.08) * len(names)
+    (ax,) = page.row(height, left=rows.left, above=0.05, below=NUMBERS + 2 * LINE)
     ends = [end for both in shares.values() for of in both for one in of for end in (one.low, one.high, one.mean)]
     finite = [end for end in ends if np.isfinite(end)]
-    # An interval of few samples may reach far beyond any share; it is cut off, and drawn to the edge.
+    # An interval of few samples may reach far beyond any share.
     ax.set_xlim(max(min([0.0, *finite]) - 0.03, -0.6), min(max([1.0, *finite]) + 0.03, 1.6))
-    ax.set_xlabel("share of the mean contribution (below 0: speaks against the predictions)")
-    groups = [*next(iter(shares.values()))[0], *next(iter(shares.values()))[1]]
-    name_rows(ax, names, [f"n={say_count(one)}" for one in groups])
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, frameon=False)
+    handles: list[Artist] = []
+    is_cut = False
+    for i, (name, (classes, outcomes)) in enumerate(shares.items()):
+        of_modality = [*classes, *outcomes]
+        places = np.arange(len(names)) - 0.4 + (i + 0.5) * thick
+        means, low, high = (np.array([getattr(one, part) for one in of_modality]) for part in ("mean", "low", "high"))
+        look: dict[str, Any] = {"facecolor": HUES[i], "hatch": _HATCHES[i], "edgecolor": "white"}
+        ax.barh(places, means, thick * 0.92, **look)
+        ax.errorbar(means, places, xerr=np.abs([low - means, high - means]), **_INTERVAL)
+        is_cut |= mark_cut(ax, "x", places, low, high)
+        for place, mean, group in zip(places, means, of_modality, strict=True):
+            if np.isnan(mean) and group.n:
+                ax.text(0.01, place, "undefined", va="center", fontsize=SMALL)
+        handles.append(Patch(**look, label=name_modality(name)))
+    ax.axvline(0, color="0.3", linewidth=0.8)
+    ax.axhline(len(class_names) - 0.5, color="0.4", linewidth=0.8)
+    ax.grid(axis="x", color="0.9")
+    ax.set_xlabel(wrap("share of the mean contribution (below 0: speaks against the predictions)", 3.0, SMALL))
+    ax.xaxis.label.set_fontsize(SMALL)
+    rows.label(ax)
+    handles.append(Line2D([], [], color="black", linewidth=1, label=interval_by(group_noun)))
+    page.legend([*handles, *([cut_key()] if is_cut else [])])
     remarks = [f"n: samples, and of how many {group_noun}."] if group_noun else []
     if any(one.n and np.isfinite(one.mean) and np.isnan(one.low) for one in groups):
         remarks.append(f"No interval: fewer than {MINIMUM_GROUP} {group_noun or 'samples'}.")
-    title = f"What each modality contributes{per_group(group_by)} and outcome, with its {interval_by(group_noun)}"
-    set_title(fig, title, context, " ".join(remarks))
-    return save(fig, save_path)
+    page.write(" ".join(remarks))
+    return save(page.finish(), save_path)
 
 
 class SampleRow(NamedTuple):
@@ -179,6 +189,7 @@ class SampleRow(NamedTuple):
     """
 
     title: str
+    """Of one or two lines."""
     says: Mapping[str, tuple[str, float]]
     """By modality, the class that it says and the probability of it."""
     contributions: Mapping[str, float]
@@ -216,36 +227,44 @@ def plot_conflicting_samples(
     if not samples:
         raise SettingError("At least one sample is needed; got none.")
     modalities = list(samples[0].says)
-    thick = 0.8 / len(modalities)
-    fig = new_figure(WIDTH, 1.7 + 0.62 * len(samples))
-    left, right = fig.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    page = Page("Samples of largest conflict: what each modality says, and what it carries", context)
+    page.write("Over the bars: sample, what the model says (confidence), and the true class.")
+    # Of each sample a line of text, and below it a bar for each modality.
+    lines = 1.6 + len(modalities)
+    left, right = page.row(
+        LINE * lines * len(samples), widths=(3, 2), left=1.5 * MARGIN, above=0.05, below=NUMBERS + 2 * LINE
+    )
+    tops = lines * np.arange(len(samples))
+    handles = []
     for i, modality in enumerate(modalities):
-        look = {"color": HUES[i], "hatch": _HATCHES[i], "edgecolor": "white"}
-        rows = np.arange(len(samples)) - 0.4 + (i + 0.5) * thick
-        probabilities = [one.says[modality][1] for one in samples]
-        left.barh(rows, probabilities, thick * 0.92, label=name_modality(modality), **look)
-        for row, (said, p) in zip(rows, (one.says[modality] for one in samples), strict=True):
-            left.text(p + 0.02, row, f"{_short(said, 14)} {decimal(p)}", va="center", fontsize=9, parse_math=False)
-        right.barh(rows, [one.contributions.get(modality, np.nan) for one in samples], thick * 0.92, **look)
-    for row, one in enumerate(samples):
+        look: dict[str, Any] = {"facecolor": HUES[i], "hatch": _HATCHES[i], "edgecolor": "white"}
+        places = tops + 1.5 + i
+        left.barh(places, [one.says[modality][1] for one in samples], 0.9, **look)
+        right.barh(places, [one.contributions.get(modality, np.nan) for one in samples], 0.9, **look)
+        for place, one in zip(places, samples, strict=True):
+            said, p = one.says[modality]
+            text = f"{_short(said, 11)} {decimal(p)}"
+            left.text(p + 0.02, place, text, va="center", fontsize=SMALL, parse_math=False)
+        handles.append(Patch(**look, label=name_modality(modality)))
+    for top, one in zip(tops, samples, strict=True):
+        # Over both panels, as the one on the right has nothing to say there.
+        title = ", ".join(_short(line, 25) for line in one.title.splitlines())
+        left.text(0, top + 0.5, title, va="center", fontsize=SMALL, parse_math=False)
         if not one.contributions:
-            right.text(0.01, row, "not exchanged", va="center", fontsize=9, color="0.35")
-    left.set(xlim=(0, 1.45), xlabel="says: reading's class and probability")
-    left.set_xticks([0, 0.5, 1])
-    right.set_xlabel(wrap("carries: contribution to the prediction's probability", 3.0))
+            right.text(0.01, top + 1 + len(modalities) / 2, "not exchanged", va="center", fontsize=SMALL, color="0.35")
+    right.patch.set_visible(False)
+    left.set(xlim=(0, 1.75), xticks=[0, 0.5, 1])
+    left.set_xlabel("says: class and\nprobability of its reading", fontsize=SMALL, labelpad=1)
+    right.set_xlabel("carries: contribution\nto the probability", fontsize=SMALL, labelpad=1)
     right.axvline(0, color="0.3", linewidth=0.8)
-    right.xaxis.set_major_locator(MaxNLocator(5))
+    right.xaxis.set_major_locator(MaxNLocator(3))
     for ax in (left, right):
-        ax.grid(axis="x", color="0.88")
-        ax.set_axisbelow(True)
-    titles = ["\n".join(_short(line, 26) for line in one.title.splitlines()) for one in samples]
-    left.set_yticks(range(len(samples)), titles, fontsize=9, parse_math=False)
-    left.set_ylim(len(samples) - 0.5, -0.5)
-    left.set_ylabel("sample: what the model says (confidence)")
-    handles, labels = left.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=len(modalities), fontsize=9, frameon=False)
-    set_title(fig, "Samples of largest conflict: what each modality says, and what it carries", context)
-    return save(fig, save_path)
+        ax.set_ylim(lines * len(samples), 0)
+        ax.grid(axis="x", color="0.9")
+        ax.yaxis.set_visible(False)
+        ax.spines.left.set_visible(False)
+    page.legend(handles)
+    return save(page.finish(), save_path)
 
 
 def _short(name: str, letters: int) -> str:

@@ -63,13 +63,13 @@ def save(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     kind, kinds = path.suffix[1:].lower(), sorted(figure.canvas.get_supported_filetypes())
     if kind not in kinds:
         raise SettingError(f"save_path must end in one of {', '.join(f'.{k}' for k in kinds)}; got '{path}'.")
-    with complete_or_absent(path) as part, _with_boxes():
+    with complete_or_absent(path) as part, with_boxes():
         figure.savefig(part, format=kind)
     return figure
 
 
 @contextmanager
-def _with_boxes() -> Iterator[None]:
+def with_boxes() -> Iterator[None]:
     """Without matplotlib's warning for each letter of a name that its font lacks: it draws a box."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -86,7 +86,7 @@ def svg_picture(figure: Figure) -> bytes:
     True
     """
     content = io.BytesIO()
-    with _with_boxes():
+    with with_boxes():
         figure.savefig(content, format="svg")
     return content.getvalue()
 
@@ -118,6 +118,6 @@ def render(figure: Figure) -> NDArray[np.uint8]:
     3
     """
     canvas: Any = FigureCanvasAgg(figure)  # matplotlib leaves its methods untyped
-    with _with_boxes():
+    with with_boxes():
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]

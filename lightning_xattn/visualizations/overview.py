@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lightning_xattn.errors import SettingError
-from lightning_xattn.visualizations.drawing import HUES, new_figure, wrap, write_note
-from lightning_xattn.visualizations.epoch import LOOKS
+from lightning_xattn.visualizations.drawing import HUES, wrap, write_note
+from lightning_xattn.visualizations.epoch import LOOKS, NULL
 from lightning_xattn.visualizations.output import save
-
-_PANEL, _DPI = (2.5, 2.6), 180
-"""Inches, and dots in each. TensorBoard shows a picture 324 pixels wide: beside another panel text of 10 points is
-then 9 pixels high."""
+from lightning_xattn.visualizations.pages import BESIDE, LARGE, LINE, NUMBERS, SMALL, Page, cut_key, mark_cut
 
 _DASHES = "-", "--", "-.", ":"
 
@@ -92,33 +90,33 @@ def plot_epochs(
     """
     if not panels:
         raise SettingError("At least one panel is needed; got none.")
-    columns = min(2, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    fig = new_figure(columns * _PANEL[0], rows * _PANEL[1] + 0.5, _DPI)
-    axes = fig.subplots(rows, columns, squeeze=False).ravel()
-    for ax, panel in zip(axes, panels, strict=False):
-        _draw(ax, panel)
-        ax.set_xlabel(unit)
-    for ax in axes[len(panels) :]:
-        ax.set_axis_off()
-    fig.suptitle(
-        wrap(
-            f"{unit.capitalize()} by {unit} ({context})" if context else f"{unit.capitalize()} by {unit}",
-            fig.get_figwidth(),
-        )
-    )
-    return save(fig, save_path)
+    page = Page(f"{unit.capitalize()} by {unit}", context)
+    page.write("Bands and bars: 95 % intervals.")
+    for start in range(0, len(panels), 2):
+        beside = panels[start : start + 2]
+        titles = [wrap(panel.title, 4.1 / len(beside), LARGE) for panel in beside]
+        above = 0.1 + LARGE / SMALL * LINE * max(len(title.splitlines()) for title in titles)
+        axes = page.row(1.35, widths=(1,) * len(beside), gap=BESIDE, above=above, below=NUMBERS + LINE)
+        page.legend(*(_draw(ax, panel) for ax, panel in zip(axes, beside, strict=True)))
+        for ax, title in zip(axes, titles, strict=True):
+            ax.set_title(title, fontsize=LARGE, pad=3)
+            ax.set_xlabel(unit, fontsize=SMALL, labelpad=1)
+    return save(page.finish(), save_path)
 
 
-def _draw(ax: Axes, panel: Panel) -> None:
+def _draw(ax: Axes, panel: Panel) -> list[Artist]:
+    """Draw a panel; returns what its legend says."""
     ends: list[float] = []
+    intervals = []
+    handles: list[Artist] = []
     for place, curve in enumerate(panel.curves):
         x, y = np.asarray(curve.moments, dtype=float), np.asarray(curve.values, dtype=float)
         look = LOOKS.get(curve.name)
         colour = look.colour if look else HUES[place % len(HUES)]
         line, marker = (look.line, look.marker) if look else (_DASHES[place % len(_DASHES)], "o^sD"[place % 4])
         face = "white" if look and not look.filled else colour
-        ax.plot(x, y, line, marker=marker, markersize=5, color=colour, markerfacecolor=face, label=curve.name)
+        style: dict[str, Any] = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4.5}
+        handles += ax.plot(x, y, label=curve.name, markerfacecolor=face, **style)
         ends += y[np.isfinite(y)].tolist()
         if len(curve.low):
             low, high = np.asarray(curve.low, dtype=float), np.asarray(curve.high, dtype=float)
@@ -129,32 +127,21 @@ def _draw(ax: Axes, panel: Panel) -> None:
                 errors = np.clip([y - low, high - y], 0, None)
                 ax.errorbar(x, y, yerr=errors, fmt="none", color=colour, capsize=3)
             ends += [end for end in (*low, *high) if math.isfinite(end)]
+            intervals.append((x, low, high, colour))
     name, reference = panel.reference
     if panel.curves and any(map(math.isfinite, reference)):
-        ax.plot(panel.curves[0].moments, reference, ":", color="0.25", linewidth=1.6, label=name)
+        handles += ax.plot(panel.curves[0].moments, reference, **NULL, label=name)
         ends += [value for value in reference if math.isfinite(value)]
-    ax.set_title(wrap(panel.title, _PANEL[0] - 0.3), fontsize=11)
-    ax.tick_params(labelsize=10)
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(4))
     ax.grid(color="0.9")
-    ax.set_axisbelow(True)
     if not ends:
-        write_note(ax, "cannot be told")
+        write_note(ax, "cannot be told", SMALL)
         ax.set(xticks=[], yticks=[])
-        return
+        return []
     bottom, top = max(min(ends), panel.range[0]), min(max(ends), panel.range[1])
     margin = 0.08 * max(top - bottom, 0.02)
     ax.set_ylim(bottom - margin, top + margin)
     if len(panel.curves[0].moments) == 1:
         ax.set_xlim(panel.curves[0].moments[0] - 1, panel.curves[0].moments[0] + 1)
-    ax.legend(
-        fontsize=10,
-        frameon=False,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.26),
-        ncols=2,
-        handlelength=1.4,
-        columnspacing=0.8,
-        borderpad=0,
-    )
+    is_cut = [mark_cut(ax, "y", *interval) for interval in intervals]
+    return [*handles, cut_key()] if any(is_cut) else handles

@@ -11,13 +11,20 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_xattn.errors import SettingError
-from lightning_xattn.visualizations.drawing import UNDEFINED, as_array, draw_colour_bar, draw_mesh
+from lightning_xattn.visualizations.drawing import UNDEFINED, as_array, draw_colour_bar, draw_mesh, wrap
+from lightning_xattn.visualizations.montages import Derivations
 
 STRETCH: dict[str, Any] = {"color": "#C04A00", "linewidth": 1.2}
 """How the stretch that the EEG covers is marked on the spectrograms' time axis."""
+
+PAGE_SECONDS = 10
+"""Of an EEG, as many as a page has that a reader can read."""
+SPECTROGRAM_INCHES = 0.95
+"""Height of a panel that its region's name fits beside."""
 
 # Signals are grey and attention is in colour, so that neither is taken for the other.
 _POWER = colormaps["Greys"]
@@ -82,11 +89,6 @@ class Traces:
         """Whether anything is missing."""
         return bool(np.isnan(self.values).any())
 
-    @property
-    def height(self) -> float:
-        """Inches for a panel whose electrodes can be told apart."""
-        return max(1.2, 0.19 * len(self.names))
-
 
 @dataclass(frozen=True, eq=False)
 class Spectrograms:
@@ -150,37 +152,79 @@ class Spectrograms:
         return bool(np.isnan(self.decibels).any())
 
 
-def draw_traces(ax: Axes, traces: Traces) -> None:
-    """Draw the electrodes one below the other, negative up, each without its offset; gaps are hatched.
+def page_of(extent: tuple[float, float]) -> tuple[float, float]:
+    """The seconds of a recording that are drawn to be read: 10 around the labelled moment, which is what was labelled.
+
+    Where it does not reach so far, the nearest 10; a shorter one is drawn as a whole.
+    """
+    start, stop = extent
+    first = max(min(-PAGE_SECONDS / 2, stop - PAGE_SECONDS), start)
+    return first, min(first + PAGE_SECONDS, stop)
+
+
+def page_height(derivations: Derivations) -> float:
+    """Inches for a panel whose traces can be told apart."""
+    return max(1.2, 0.2 * float(derivations.rows[-1] + 1))
+
+
+def draw_traces(ax: Axes, traces: Traces, derivations: Derivations, seconds: tuple[float, float]) -> None:
+    """Draw these seconds of the traces one below the other, negative up, each without its offset; gaps are hatched.
 
     Bars at the top mark when a trace leaves the panel.
     """
-    values = traces.values
-    values = values - [np.median(trace[np.isfinite(trace)]) if np.isfinite(trace).any() else 0.0 for trace in values.T]
-    spacing = _spacing(values)
-    time = traces.start + np.arange(len(values)) / traces.rate
-    for row, trace in enumerate(values.T):
+    time, values = _between(traces, derivations, seconds)
+    spacing, rows = _spacing(values), derivations.rows
+    for row, trace in zip(rows, values.T, strict=True):
         # Rows count downwards, so a negative value goes up, as EEG is read.
-        ax.plot(time, row + trace / spacing, color="black", linewidth=0.5)
+        ax.plot(time, row + trace / spacing, color="black", linewidth=0.7)
         gaps = [(time[first], (last - first) / traces.rate) for first, last in runs(np.isnan(trace))]
         ax.broken_barh(gaps, (row - 0.4, 0.8), **UNDEFINED)
-    electrodes = len(traces.names)
-    ax.set_yticks(range(electrodes), traces.names, fontsize=9, parse_math=False)
-    rows = np.arange(electrodes) + values / spacing
+    ax.set_yticks(rows, derivations.names, fontsize=9, parse_math=False)
+    ax.tick_params(axis="y", length=0)
+    ax.xaxis.set_major_locator(MultipleLocator(1))
+    ax.grid(axis="x", color="0.88")
+    ax.set_axisbelow(True)
+    drawn: NDArray[Any] = rows + values / spacing
     # The outer traces have no neighbour to reach over, and get room; but a huge artefact must not flatten the others.
-    top, bottom = np.nanmin(rows, initial=-0.6), np.nanmax(rows, initial=electrodes - 0.4)
-    ax.set_ylim(min(bottom, electrodes - 1 + _REACH) + 0.2, max(top, -_REACH) - 0.2)
+    top, bottom = np.nanmin(drawn, initial=-0.6), np.nanmax(drawn, initial=rows[-1] + 0.6)
+    ax.set_ylim(min(bottom, rows[-1] + _REACH) + 0.2, max(top, -_REACH) - 0.2)
+    ax.set_xlim(*seconds)
     low, high = sorted(ax.get_ylim())
-    beyond = runs(((rows < low) | (rows > high)).any(axis=1))
+    beyond = runs(np.any((drawn < low) | (drawn > high), axis=1))
     ax.broken_barh([(time[first], (last - first) / traces.rate) for first, last in beyond], (low, 0.3), **_BEYOND)
-    remark = " (bars at the top: a trace leaves the panel)" if beyond else ""
-    ax.set_title(f"EEG, negative up, offsets removed{remark}", loc="left", fontsize=10)
+    start, stop = seconds
+    where = f"{stop - start:g} s around the labelled moment" if start == -stop else f"{start:g} to {stop:g} s"
+    remark = "; bars at the top: a trace leaves the panel" if beyond else ""
+    ax.set_title(f"EEG, {where}, {derivations.description}, negative up{remark}", loc="left", fontsize=10)
     # Beside the panel, where other panels have their colour bars.
     size = max(step for step in _STEPS if step <= spacing)
-    beside, middle, half = ax.get_yaxis_transform(), (electrodes - 1) / 2, size / spacing / 2
+    beside, middle, half = ax.get_yaxis_transform(), rows[-1] / 2, size / spacing / 2
     (bar,) = ax.plot([1.03, 1.03], [middle - half, middle + half], transform=beside, color="black", marker="_")
     bar.set(linewidth=2, clip_on=False, in_layout=False)
-    ax.text(1.05, middle, f"{size:g} µV", transform=beside, va="center", in_layout=False)
+    ax.text(1.045, middle, f"{size:g} µV", transform=beside, va="center", in_layout=False)
+
+
+def draw_strip(ax: Axes, traces: Traces, derivations: Derivations, page: tuple[float, float]) -> None:
+    """Draw the whole recording small, with the seconds that are drawn large shaded."""
+    time, values = _between(traces, derivations, traces.extent)
+    spacing = _spacing(values)
+    ax.axvspan(*page, facecolor="#F5D9A8", linewidth=0)
+    for row, trace in zip(derivations.rows, values.T, strict=True):
+        ax.plot(time, row + trace / spacing, color="0.15", linewidth=0.25)
+    ax.set(xlim=traces.extent, ylim=(derivations.rows[-1] + 1.5, -1.5), yticks=[])
+    first, last = traces.extent
+    ax.set_title(f"The whole {last - first:g} s (shaded: the {page[1] - page[0]:g} s above)", loc="left", fontsize=10)
+
+
+def _between(
+    traces: Traces, derivations: Derivations, seconds: tuple[float, float]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Time and values of some seconds, each trace less its median."""
+    first, last = (round((second - traces.start) * traces.rate) for second in seconds)
+    values = derivations.microvolts[first:last]
+    known = [trace[np.isfinite(trace)] for trace in values.T]
+    offsets = [np.median(trace) if trace.size else 0.0 for trace in known]
+    return traces.start + np.arange(first, first + len(values)) / traces.rate, values - offsets
 
 
 def draw_spectrograms(
@@ -199,9 +243,9 @@ def draw_spectrograms(
         draw_mesh(ax, time, edges, decibels[:, index].T, scale, _POWER)
         for second in stretch:
             ax.axvline(second, **STRETCH)
-        ax.set_ylabel(f"{region}\n(Hz)", parse_math=False)
+        ax.set_ylabel(wrap(region, SPECTROGRAM_INCHES, 9), fontsize=9, parse_math=False)
         ax.locator_params(axis="y", nbins=3)
-    panels[0].set_title("Spectrograms (between the lines: the EEG above)", loc="left", fontsize=10)
+    panels[0].set_title("Spectrograms, frequency in Hz (between the lines: the EEG above)", loc="left", fontsize=10)
     draw_colour_bar(fig, panels, scale, "power (dB)", inches=len(panels), colours=_POWER, extend="both")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from lightning_xattn.attention import Attention, Direction, TokenAxis
@@ -32,10 +33,12 @@ from lightning_xattn.visualizations.drawing import (
     new_figure,
     place_tokens,
     set_title,
+    show_key,
+    undefined_key,
     wrap,
 )
 from lightning_xattn.visualizations.lifts import (
-    HATCHED,
+    NO_LIFT,
     draw_lift_bar,
     draw_lift_map,
     label_panel,
@@ -55,14 +58,14 @@ from lightning_xattn.visualizations.pairs import (
     warn_of_broken_rows,
 )
 
-LIFT = "lift over uniform: weight / (1/keys)"
+LIFT = "lift over uniform: weight times keys"
 _PANELS_WIDTH = 7.2  # inches for panels and their labels beside a colour bar
 
 # The guide's thresholds of agreement, in colours that differ in lightness too, and in hatching.
 _AGREEMENT: dict[str, dict[str, Any]] = {
-    "high (> 0.5)": {"color": "#0072B2"},
-    "medium": {"color": "#E9C46A", "hatch": "///"},
-    "disagree (< 0)": {"color": "#B23A00", "hatch": "xxx"},
+    "high (> 0.5)": {"facecolor": "#0072B2"},
+    "medium": {"facecolor": "#E9C46A", "hatch": "///"},
+    "disagree (< 0)": {"facecolor": "#B23A00", "hatch": "xxx"},
 }
 _HIGH = 0.5
 
@@ -75,10 +78,11 @@ def plot_cross_modal_attention(
     context: str = "",
     save_path: str | PathLike[str] | None = None,
 ) -> Figure:
-    """Draw one sample's attention in both directions, averaged over heads, on one colour scale.
+    """Draw one sample's attention in both directions, averaged over heads, each on its own colour scale.
 
     The colour is the lift over uniform, weight times number of keys, as the two directions have different numbers of
-    keys. In both panels the modality with more tokens lies horizontally; the axis titles say which holds the queries.
+    keys. Each has its own scale, so that the stronger one does not blank the other. In both panels the modality with
+    more tokens lies horizontally; the axis titles say which holds the queries.
 
     Parameters
     ----------
@@ -116,8 +120,11 @@ def plot_cross_modal_attention(
     height = max(2.4, *(item.down.height for item in maps))
     fig = new_figure(WIDTH, height + 1.8)
     panels = fig.subplots(1, len(maps), squeeze=False)[0]
-    _draw_maps(fig, panels, maps, _PANELS_WIDTH / len(maps) - 0.6, height)
-    set_title(fig, "Cross-modal attention, mean over heads", context or f"sample {sample_idx}", _remark(maps))
+    _draw_maps(fig, panels, maps, _PANELS_WIDTH / len(maps) - 0.1, height)
+    if _has_gaps(maps):
+        show_key(fig, undefined_key(NO_LIFT))
+    remark = "Each direction has its own scale." if len(maps) > 1 else ""
+    set_title(fig, "Cross-modal attention, mean over heads", context or f"sample {sample_idx}", remark)
     return save(fig, save_path)
 
 
@@ -191,8 +198,10 @@ def plot_attention_heatmap(
     label_panel(ax, across, down, _PANELS_WIDTH, down.height)
     shown = f"head {head}" if head is not None else "mean over heads" if heads > 1 else ""
     ax.set_title(", ".join(filter(None, (shown, lift_range(lifts)))), fontsize=10)
-    draw_lift_bar(fig, np.array([ax]), scale, LIFT)
-    set_title(fig, title, "", HATCHED if np.isnan(lifts).any() else "")
+    draw_lift_bar(fig, np.array([ax]), scale, f"{LIFT}\n(line: 1, uniform)")
+    if np.isnan(lifts).any():
+        show_key(fig, undefined_key(NO_LIFT))
+    set_title(fig, title, "")
     return save(fig, save_path)
 
 
@@ -210,7 +219,7 @@ def plot_modality_alignment(
     disagreement, medium between; what is undefined has a hatched place and no bar. Heads of the two directions share
     no parameters, so equal indices are a convention (see ``plot_head_alignment_matrix``); where the directions have
     different numbers of heads, the bars are the best one-to-one pairs instead. The title has the headline alignment,
-    that of the head-averaged maps.
+    that of the head-averaged maps, which have a scale each.
 
     Parameters
     ----------
@@ -251,10 +260,12 @@ def plot_modality_alignment(
     grid = fig.add_gridspec(2, 2, height_ratios=[2.0, height])
     _draw_bars(fig.add_subplot(grid[0, :]), values, names, matched)
     panels = np.array([fig.add_subplot(grid[1, column]) for column in range(2)])
-    _draw_maps(fig, panels, maps, (width - WIDTH + _PANELS_WIDTH) / 2 - 0.6, height)
+    _draw_maps(fig, panels, maps, (width - WIDTH + _PANELS_WIDTH) / 2 - 0.1, height)
+    levels = [Patch(label=label, edgecolor="black", **look) for label, look in _AGREEMENT.items()]
+    show_key(fig, *levels, *([undefined_key()] if _has_gaps(maps) or np.isnan(values).any() else []))
     headline = float(alignment(forward, backward)[sample_idx])
     said = "undefined" if np.isnan(headline) else f"Pearson r = {decimal(headline)} of the head-averaged maps"
-    set_title(fig, f"Modality alignment: {said}", context or f"sample {sample_idx}", _remark(maps))
+    set_title(fig, f"Modality alignment: {said}", context or f"sample {sample_idx}")
     return save(fig, save_path)
 
 
@@ -269,17 +280,17 @@ class _SampleMap:
 
 
 def _draw_maps(fig: Figure, panels: NDArray[Any], maps: list[_SampleMap], width: float, height: float) -> None:
-    """Draw the directions side by side on one scale; ``width`` and ``height`` are a panel's, in inches."""
-    scale = lift_scale(np.concatenate([item.values.ravel() for item in maps]))
+    """Draw the directions side by side, each on its scale; ``width`` and ``height`` are a panel's, in inches."""
     for ax, item in zip(panels, maps, strict=True):
+        scale = lift_scale(item.values)
         draw_lift_map(ax, item.values, item.across, item.down, scale, item.note and wrap(item.note, width))
         label_panel(ax, item.across, item.down, width, height)
         ax.set_title(wrap(item.title, width), fontsize=10)
-    draw_lift_bar(fig, panels, scale, LIFT)
+        draw_lift_bar(fig, np.array([ax]), scale, wrap(f"{LIFT} (line: 1)", width), inches=width, is_below=True)
 
 
-def _remark(maps: list[_SampleMap]) -> str:
-    return HATCHED if any(np.isnan(item.values).any() for item in maps) else ""
+def _has_gaps(maps: list[_SampleMap]) -> bool:
+    return any(np.isnan(item.values).any() for item in maps)
 
 
 def _bars(forward: Rows, backward: Rows, sample: int) -> tuple[NDArray[Any], list[str], bool]:
@@ -306,11 +317,6 @@ def _draw_bars(ax: Axes, values: NDArray[Any], names: list[str], matched: bool) 
         text.set_bbox({"facecolor": "white", "linewidth": 0, "pad": 0.5})
     ax.axhline(0, color="black", linewidth=0.8)
     ax.axhline(_HIGH, color="0.4", linewidth=0.8, linestyle="--")
-    # The levels stand beside the axis, so that a bar can be read without its colour.
-    for label, height in zip(_AGREEMENT, (0.8, 0.25, -0.6), strict=True):
-        beside = ax.text(1.01, height, label.replace(" (", "\n("), transform=ax.get_yaxis_transform())
-        # They stand in the room that the maps' colour bar takes below, and must not push it away from the maps.
-        beside.set(fontsize=9, va="center", in_layout=False)
     ax.set(xlim=(-0.6, len(values) - 0.4), ylim=(-1.2, 1.2), yticks=[-1, -0.5, 0, 0.5, 1], ylabel="Pearson r")
     ax.set_xticks(range(len(values)), names)
     ax.set_xlabel("head of one direction, head of the other" if matched else "head")

@@ -26,6 +26,8 @@ from lightning_xattn.visualizations.drawing import (
     new_figure,
     place_tokens,
     set_title,
+    show_key,
+    undefined_key,
     wrap,
     write_note,
 )
@@ -37,9 +39,20 @@ from lightning_xattn.visualizations.lifts import (
     lift_scale,
     says_nothing,
 )
+from lightning_xattn.visualizations.montages import Montage, derive
 from lightning_xattn.visualizations.output import save
 from lightning_xattn.visualizations.pairs import AttentionDict, check_sample, read_pair
-from lightning_xattn.visualizations.recordings import STRETCH, Spectrograms, Traces, draw_spectrograms, draw_traces
+from lightning_xattn.visualizations.recordings import (
+    SPECTROGRAM_INCHES,
+    STRETCH,
+    Spectrograms,
+    Traces,
+    draw_spectrograms,
+    draw_strip,
+    draw_traces,
+    page_height,
+    page_of,
+)
 
 _TIME = "s from the labelled moment"
 _STRONGEST = 3  # pairs of each direction that are linked
@@ -57,18 +70,21 @@ def plot_attention_over_signals(
     sample_idx: int = 0,
     *,
     axes: Mapping[str, TokenAxis],
+    montage: Montage = "referential",
     context: str = "",
     save_path: str | PathLike[str] | None = None,
 ) -> Figure:
     """Draw one sample's recording and, on the same time axes, which of its windows attend to which.
 
-    From top to bottom: the EEG; how much attention each of its windows receives; the strongest pairs of both directions
-    as lines from the EEG's seconds to the spectrogram's; the spectrograms, with the EEG's stretch marked; how much
-    attention each of their windows receives; and the maps of both directions, EEG windows by spectrogram windows.
+    From top to bottom: 10 s of EEG around the labelled moment, as these are what was labelled; the whole EEG, where it
+    is longer; how much attention each of its windows receives; the strongest pairs of both directions as lines from the
+    EEG's seconds to the spectrogram's; the spectrograms, with the EEG's stretch marked; how much attention each of
+    their windows receives; and the maps of both directions, EEG windows by spectrogram windows.
 
     Attention is the lift over uniform (weight times keys), averaged over heads, and over queries where it is received;
-    1 is what uniform attention gives. Both strips have one scale, and so have both maps. Windows overlap: a strip shows
-    each at its full extent, a map shows a cell from midpoint to midpoint between the windows' centres.
+    1 is what uniform attention gives. Each direction has its own scale, so that the stronger one does not blank the
+    other. Windows overlap: a strip shows each at its full extent, a map shows a cell from midpoint to midpoint between
+    the windows' centres.
 
     Parameters
     ----------
@@ -82,6 +98,9 @@ def plot_attention_over_signals(
     axes
         The windows of both modalities, as spans in seconds from the labelled moment. A modality of a single token
         needs none: it is the whole signal.
+    montage
+        ``"referential"``: the traces as they are given. ``"bipolar"``: the longitudinal bipolar montage ("double
+        banana"), derived from the 19 electrodes of the 10-20 system.
     context
         What to know of the sample, for the title, e.g. ``"sample 3001, predicted LPD (0.82), true GPD"``.
     save_path
@@ -90,8 +109,8 @@ def plot_attention_over_signals(
     Raises
     ------
     SettingError
-        If there is no such sample, the attention is between other modalities, a modality has no windows in time, or the
-        suffix of ``save_path`` is not one that can be written.
+        If there is no such sample or montage, an electrode of it is missing, the attention is between other modalities,
+        a modality has no windows in time, or the suffix of ``save_path`` is not one that can be written.
     ShapeError
         If signals, attention and windows do not fit each other.
 
@@ -118,47 +137,51 @@ def plot_attention_over_signals(
     rows = {item.direction: item for item in pair}
     to_spec = Direction(traces.modality, spectrograms.modality)
 
-    regions = len(spectrograms.regions)
-    fig = new_figure(WIDTH, 6.5 + traces.height + 0.75 * regions + 0.8 * len(pair))
-    heights = [traces.height, 0.7, 0.7, *[0.75] * regions, 0.7, *[0.9] * len(pair)]
+    derivations = derive(traces.values, traces.names, montage)
+    page, regions = page_of(traces.extent), len(spectrograms.regions)
+    strip = [] if page == traces.extent else [1.1]
+    spectrogram_heights = [SPECTROGRAM_INCHES] * regions
+    heights = [page_height(derivations), *strip, 0.7, 0.7, *spectrogram_heights, 0.7, *[1.1] * len(pair)]
+    fig = new_figure(WIDTH, sum(heights) + 0.32 * len(heights))
     panels = fig.subplots(len(heights), 1, height_ratios=heights)
-    eeg_ax, eeg_strip, links = panels[:3]
-    spec_axes, spec_strip, maps = panels[3 : 3 + regions], panels[3 + regions], panels[4 + regions :]
+    eeg_ax, whole, (eeg_strip, links) = panels[0], panels[1 : 1 + len(strip)], panels[1 + len(strip) :][:2]
+    spec_axes, (spec_strip, *maps) = np.split(panels[3 + len(strip) :], [regions])
 
-    draw_traces(eeg_ax, traces)
+    draw_traces(eeg_ax, traces, derivations, page)
+    for ax in whole:
+        draw_strip(ax, traces, derivations, page)
+    # Over the same seconds those below are enough.
+    (whole[0] if strip else eeg_ax).tick_params(labelbottom=False)
     draw_spectrograms(fig, spec_axes, spectrograms, traces.extent)
     received = {to_spec: (spec_strip, spec), to_spec.opposite: (eeg_strip, eeg)}
     for direction, (ax, of_key) in received.items():
         _draw_received(ax, of_key, rows.get(direction), sample_idx)
         _head(ax, f"Attention that each {direction.key} window receives ({arrow(direction)}), at its full extent")
-    limits = [ax.get_ylim() for ax in (eeg_strip, spec_strip)]
-    for ax in (eeg_strip, spec_strip):
-        ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
 
     lifts = {item.direction: lift_map(item)[sample_idx].numpy() for item in pair}
     laid = {d: values if d == to_spec else values.T for d, values in lifts.items()}  # EEG down, spectrogram across
     notes = {item.direction: says_nothing(item, lifts[item.direction], sample_idx) for item in pair}
-    scale = lift_scale(np.concatenate([values.ravel() for values in laid.values()]))
     for ax, (direction, values) in zip(maps, laid.items(), strict=True):
+        scale = lift_scale(values)
         draw_lift_map(ax, values, spec.cells, eeg.cells, scale, notes[direction])
+        draw_lift_bar(fig, np.array([ax]), scale, "lift (line: 1)", inches=1.3)
         ax.set_ylabel(f"{traces.modality} (s)")
         title = f"{arrow(direction)}: which {direction.key} window each {direction.query} window attends to"
         _head(ax, f"{title} ({lift_range(values)})")
-    draw_lift_bar(fig, maps, scale, "lift over uniform", inches=1.3 * len(maps))
     telling = {d: values for d, values in laid.items() if not notes[d]}
     _draw_links(links, telling, eeg, spec, traces.extent, spectrograms.extent)
 
-    for ax in (eeg_ax, eeg_strip):
-        ax.set_xlim(*traces.extent)
+    eeg_strip.set_xlim(*traces.extent)
     for ax in (*spec_axes, spec_strip, *maps):
         ax.set_xlim(*spectrograms.extent)
-    for ax in (eeg_ax, *spec_axes, *maps[:-1]):
+    for ax in (*spec_axes, *maps[:-1]):
         ax.tick_params(labelbottom=False)
     eeg_strip.set_xlabel(_TIME)
     spec_strip.set_xlabel(_TIME)
     maps[-1].set_xlabel(f"{_TIME} (windows overlap: a cell lies around its window's centre)")
-    hatched = traces.has_gaps or spectrograms.has_gaps or any(np.isnan(values).any() for values in lifts.values())
-    set_title(fig, "Attention over the signals", context, "Hatched: no signal, or undefined." if hatched else "")
+    if traces.has_gaps or spectrograms.has_gaps or any(np.isnan(values).any() for values in lifts.values()):
+        show_key(fig, undefined_key("no signal, or no attention"))
+    set_title(fig, "Attention over the signals", context)
     return save(fig, save_path)
 
 

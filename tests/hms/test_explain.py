@@ -11,9 +11,10 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_xattn.cli import main
-from lightning_xattn.errors import DataError
+from lightning_xattn.errors import DataError, SettingError
 from lightning_xattn.hms import HMSLightningModule
 from lightning_xattn.hms.explain import load_module, run_explain
+from lightning_xattn.hms.montage import ELECTRODES
 from tests.hms.conftest import table_rows
 from tests.toy import ToyModule
 
@@ -58,6 +59,36 @@ def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(
     assert main(arguments) == 0  # a finished folder is read back
     assert (tmp_path / "report.txt").read_text() == report
     assert (tmp_path / "table").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("arguments", "montage"), [([], "bipolar"), (["--montage", "referential"], "referential")])
+def test_the_montage_is_bipolar_unless_another_is_asked_for(arguments, montage, monkeypatch):
+    called = []
+    monkeypatch.setattr("lightning_xattn.hms.explain.run_explain", lambda *args: called.append(args))
+    assert main(["explain", "--checkpoint", "c", "--data", "d", "--out", "o", *arguments]) == 0
+    assert called == [("c", "d", "o", montage)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("montage", ["bipolar", "referential"])
+def test_recordings_are_drawn_in_their_montage_with_regions_spelled_out(
+    montage, hms_checkpoint, make_folder, tmp_path, monkeypatch
+):
+    drawn = []
+
+    def draw(traces, spectrograms, *args, **settings):
+        drawn.append((traces.names, spectrograms.regions, settings["montage"]))
+
+    monkeypatch.setattr("lightning_xattn.hms.explain.plot_attention_over_signals", draw)
+    run_explain(hms_checkpoint, make_folder(rows=table_rows(2)), tmp_path / "out", montage)
+    regions = ["left lateral", "right lateral", "left parasagittal", "right parasagittal"]
+    assert drawn
+    assert all(one == (ELECTRODES, regions, montage) for one in drawn)
+
+
+def test_what_is_no_montage_is_said_before_anything_is_read(tmp_path):
+    with pytest.raises(SettingError, match="montage must be one of 'bipolar', 'referential'; got 'transverse'"):
+        run_explain(tmp_path / "none.ckpt", tmp_path / "none", tmp_path / "out", "transverse")
 
 
 @pytest.mark.usefixtures("without_pictures")

@@ -38,6 +38,13 @@ def colour_bar(figure: Figure) -> Axes:
     return found
 
 
+def places(shown: list[Axes]) -> list[tuple[int, int]]:
+    """Row and column of each panel, from the top and from the left."""
+    corners = [(-round(ax.get_position().y1, 3), round(ax.get_position().x0, 3)) for ax in shown]
+    rows, columns = (sorted({corner[i] for corner in corners}) for i in range(2))
+    return [(rows.index(top), columns.index(left)) for top, left in corners]
+
+
 def mesh(ax: Axes) -> QuadMesh:
     (found,) = (c for c in ax.collections if isinstance(c, QuadMesh))
     return found
@@ -67,6 +74,14 @@ def assert_written(path: Path, figure: Figure) -> None:
 
 def texts(figure: Figure) -> str:
     return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+def smallest_text(figure: Figure, shown_width: int) -> float:
+    """In pixels, where the figure is shown so many pixels wide."""
+    seen = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    assert seen
+    points = min(text.get_fontsize() for text in seen)
+    return points * figure.dpi / 72 * shown_width / (figure.get_figwidth() * figure.dpi)
 
 
 def make_maps(*shape: int) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ from lightning_xattn.errors import SettingError, ShapeError
 from lightning_xattn.visualizations import Mean, plot_class_comparison
 from lightning_xattn.visualizations.epoch import LOOKS
 from tests.messages import tells
-from tests.visualizations.conftest import panels
+from tests.visualizations.conftest import panels, texts
 
 NAN = float("nan")
 CLASSES = [Mean(23, 0.3, 0.26, 0.35), Mean(4, 0.5, NAN, NAN), Mean(0, NAN, NAN, NAN)]
@@ -20,30 +20,41 @@ NAMES = ["a", "b", "c"]
 
 def drawn_groups(ax):
     """Mean and ends of the interval of each row, from the top."""
-    result = []
+    result = {}
     for points, _, (bars,) in ax.containers:
-        (segment,) = bars.get_segments()
-        ends = tuple(segment[:, 0]) if len(segment) else (NAN, NAN)
-        result.append((points.get_xdata()[0], *ends))
-    return result
+        for row, mean, segment in zip(points.get_ydata(), points.get_xdata(), bars.get_segments(), strict=True):
+            result[row] = (mean, *(segment[:, 0] if len(segment) else (NAN, NAN)))
+    return [result[row] for row in range(len(result))]
 
 
 def test_means_have_their_intervals() -> None:
-    (ax,) = panels(plot_class_comparison({"alignment (Pearson r)": (CLASSES, OUTCOMES)}, NAMES))
+    figure = plot_class_comparison({"alignment (Pearson r)": (CLASSES, OUTCOMES)}, NAMES)
+    (ax,) = panels(figure)
     for group, (mean, low, high) in zip([*CLASSES, *OUTCOMES], drawn_groups(ax), strict=True):
         assert (mean, low, high) == pytest.approx(group[1:4], nan_ok=True)
-    assert ax.get_xlabel() == "alignment (Pearson r)"
+    assert "alignment (Pearson r)" in texts(figure)
+
+
+def test_the_null_stands_in_the_panel_that_it_is_of_and_in_the_legend() -> None:
+    quantities = {"alignment (Pearson r)": (CLASSES, OUTCOMES), "entropy (0: one key)": (CLASSES, OUTCOMES)}
+    figure = plot_class_comparison(quantities, NAMES, nulls={"alignment (Pearson r)": 0.07})
+    found = [[line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"] for ax in panels(figure)]
+    assert found == [[0.07], []]
+    assert "null: alignment of different samples" in texts(figure)
+    assert "null" not in texts(plot_class_comparison(quantities, NAMES))
 
 
 def test_rows_are_named_and_counted_and_the_first_is_at_the_top() -> None:
     fewer = [CLASSES[0]._replace(n=20), *CLASSES[1:]]
     figure = plot_class_comparison({"x": (CLASSES, OUTCOMES), "y": (fewer, OUTCOMES)}, NAMES, context="test")
     first, second = panels(figure)
-    said = [label.get_text() for label in first.get_yticklabels()]
-    assert said == ["a (n=23/20)", "b (n=4)", "c (n=0)", "correct (n=19)", "incorrect (n=8)"]
-    assert first.yaxis_inverted()
-    assert first.get_ylim() == second.get_ylim()
-    assert "per true class and outcome, with its 95 % interval (test)" in figure.get_suptitle()
+    for ax, n in ((first, 23), (second, 20)):
+        said = [label.get_text() for label in ax.get_yticklabels()]
+        assert said == [f"a (n={n})", "b (n=4)", "c (n=0)", "correct (n=19)", "incorrect (n=8)"]
+        assert ax.yaxis_inverted()
+    said = texts(figure).replace("\n", " ")
+    assert "per true class and outcome, with its 95 % interval" in said
+    assert "test" in said
 
 
 def test_numbers_of_one_range_have_one_scale() -> None:
@@ -63,18 +74,19 @@ def test_numbers_of_one_range_have_one_scale() -> None:
 
 
 def test_few_samples_are_said() -> None:
-    assert "fewer than 5 samples" in plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES).get_suptitle()
+    assert "fewer than 5 samples" in texts(plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES))
     enough = plot_class_comparison({"x": (CLASSES[:1], OUTCOMES)}, NAMES[:1])
-    assert "fewer" not in enough.get_suptitle()
+    assert "fewer" not in texts(enough)
     absent = plot_class_comparison({"x": ([CLASSES[0], CLASSES[2]], OUTCOMES)}, ["a", "c"])
-    assert "fewer" not in absent.get_suptitle(), "a class without samples needs no word"
+    assert "fewer" not in texts(absent), "a class without samples needs no word"
 
 
 def test_intervals_by_group_are_said() -> None:
-    title = plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES, group_noun="patients").get_suptitle()
-    assert "95 % interval by patients" in title
-    assert "fewer than 5 patients" in title
-    assert "n: samples, and of how many patients" in title
+    figure = plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES, group_noun="patients")
+    said = texts(figure).replace("\n", " ")
+    assert "95 % interval by patients" in said
+    assert "fewer than 5 patients" in said
+    assert "n: samples, and of how many patients" in said
     counted = [group._replace(groups=3) for group in CLASSES]
     (ax,) = panels(plot_class_comparison({"x": (counted, OUTCOMES)}, NAMES, group_noun="patients"))
     assert ax.get_yticklabels()[0].get_text() == "a (n=23 of 3)"
@@ -89,9 +101,8 @@ def test_outcomes_differ_in_marker_and_from_the_classes_in_colour() -> None:
     (ax,) = panels(plot_class_comparison({"x": ([], OUTCOMES)}, [], group_by=None))
     assert [points.get_marker() for points, _, _ in ax.containers] == ["o", "s"]
     (ax,) = panels(plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES))
-    *classes, correct, incorrect = (points for points, _, _ in ax.containers)
-    looks = {(points.get_color(), points.get_markerfacecolor(), points.get_marker()) for points in classes}
-    assert looks == {("black", "black", "o")}
+    classes, correct, incorrect = (points for points, _, _ in ax.containers)
+    assert (classes.get_color(), classes.get_markerfacecolor(), classes.get_marker()) == ("black", "black", "o")
     blue, orange = LOOKS["correct"].colour, LOOKS["incorrect"].colour
     assert (correct.get_color(), correct.get_markerfacecolor()) == (blue, blue)
     assert (incorrect.get_color(), incorrect.get_markerfacecolor()) == (orange, "white")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.markers import CARETLEFT, CARETRIGHT
 from matplotlib.patches import StepPatch
 from numpy.typing import NDArray
 from scipy import stats
@@ -35,6 +36,7 @@ from tests.visualizations.conftest import (
     make_outcome,
     mesh,
     panels,
+    places,
     summary,
     texts,
 )
@@ -62,8 +64,8 @@ def test_all_panels_and_the_colour_bar_share_one_scale() -> None:
     limits = {mesh(ax).get_clim() for ax in panels(figure)}
     assert limits == {(maps.min() * 7, maps.max() * 7)}
     bar = colour_bar(figure)
-    assert {bar.get_ylim()} == limits
-    assert bar.get_ylabel().startswith("lift over uniform: mean weight / (1/7)")
+    assert {bar.get_xlim()} == limits
+    assert bar.get_xlabel().startswith("lift over uniform: mean weight / (1/7)")
 
 
 def test_uniform_maps_are_not_zoomed_into_noise() -> None:
@@ -149,11 +151,11 @@ def test_a_class_name_is_no_formula_whatever_dollars_are_in_it() -> None:
     assert not any(label.get_parse_math() for label in labels)
 
 
-def test_a_long_class_name_has_two_lines() -> None:
+def test_a_long_class_name_has_two_lines_and_its_count_stands_below() -> None:
     name = "generalised rhythmic delta activity with superimposed fast activity and more"
     (ax,) = panels(plot_head_entropy({"x_to_y": [[0.4]]}, [3], [name]))
     (label,) = ax.get_yticklabels()
-    assert label.get_text() == "generalised rhythmic\ndelta activity with … (n=3)"
+    assert label.get_text() == "generalised\nrhythmic delta …\n(n=3)"
 
 
 @pytest.mark.parametrize("missing", [np.nan, 0.0])
@@ -176,7 +178,7 @@ def test_nothing_defined_at_all_still_draws() -> None:
 @pytest.mark.parametrize("queries", [1, 9])
 def test_one_key_is_labelled(queries: int) -> None:
     figure = plot_class_attention(np.ones((2, queries, 1)), [4, 5], ["a", "b"], direction="eeg_to_spec")
-    assert "a single key, so every weight is 1" in figure.get_suptitle()
+    assert "a single key, so every weight is 1" in texts(figure)
     assert "single key" not in texts(plot_class_attention(make_maps(1, 1, 2), [4], ["a"], direction="eeg_to_spec"))
 
 
@@ -190,40 +192,45 @@ def test_the_title_says_what_the_classes_are(group_by: str | None, said: str) ->
 
 @pytest.mark.parametrize(
     ("classes", "columns", "lowest"),
-    [(1, 1, {0}), (2, 2, {0, 1}), (3, 2, {1, 2}), (4, 2, {2, 3}), (5, 3, {2, 3, 4}), (7, 3, {4, 5, 6})],
+    [(1, 1, {0}), (2, 2, {0, 1}), (3, 2, {1, 2}), (4, 2, {2, 3}), (5, 2, {3, 4}), (7, 2, {5, 6})],
 )
 def test_only_the_outer_panels_have_labels_and_above_a_gap_is_an_outer_one(classes: int, columns: int, lowest) -> None:
     names = list("abcdefg"[:classes])
     shown = panels(plot_class_attention(make_maps(classes, 3, 5), [1] * classes, names, direction="x_to_y"))
-    places = [ax.get_subplotspec() for ax in shown]
-    assert [(at.rowspan.start, at.colspan.start) for at in places] == [divmod(i, columns) for i in range(classes)]
+    assert places(shown) == [divmod(i, columns) for i in range(classes)]
     assert {i for i, ax in enumerate(shown) if ax.xaxis.get_visible()} == lowest
     assert {i for i, ax in enumerate(shown) if ax.yaxis.get_visible()} == set(range(0, classes, columns))
 
 
 def test_uniform_attention_is_a_line_in_the_colour_bar() -> None:
     bar = colour_bar(plot_class_attention(make_maps(1, 3, 7), [4], ["a"], direction="eeg_to_spec"))
-    assert {(line.get_ydata()[0], line.get_color()) for line in bar.lines} == {(1, "black"), (1, "white")}
-    assert "1, uniform" in bar.get_ylabel()
+    assert {(line.get_xdata()[0], line.get_color()) for line in bar.lines} == {(1, "black"), (1, "white")}
+    assert "uniform" in bar.get_xlabel()
+    assert "line: 1" in bar.get_xlabel()
 
 
 # Entropy per head
 
 
-@pytest.mark.parametrize(("heads", "places"), [(8, [(0, 0), (0, 1)]), (9, [(0, 0), (1, 0)])])
-def test_directions_stand_side_by_side_where_16_heads_are_enough(heads: int, places: list[tuple[int, int]]) -> None:
-    values = np.full((2, heads), 0.5)
+def test_directions_stand_below_each_other_with_a_cell_for_each_head() -> None:
+    values = np.full((2, 9), 0.5)
     shown = panels(plot_head_entropy({"x_to_y": values, "y_to_x": values}, [3, 5], ["a", "b"]))
-    at = [ax.get_subplotspec() for ax in shown]
-    assert [(one.rowspan.start, one.colspan.start) for one in at] == places
+    assert places(shown) == [(0, 0), (1, 0)]
     for ax in shown:
-        assert (ax.get_xlabel(), ax.get_xlim()) == ("head", (-0.5, heads - 0.5))
+        assert (ax.get_xlabel(), ax.get_xlim()) == ("head", (-0.5, 8.5))
+
+
+@pytest.mark.parametrize(("heads", "printed"), [(8, True), (32, False)])
+def test_values_are_printed_where_cells_have_room(heads: int, printed: bool) -> None:
+    (ax,) = panels(plot_head_entropy({"x_to_y": np.full((1, heads), 0.5)}, [3], ["a"]))
+    assert [text.get_text() for text in ax.texts] == ["0.50"] * heads * printed
+    assert mesh(ax).get_clim() == (0, 1)
 
 
 def test_the_colour_bar_of_entropy_says_which_end_is_diffuse() -> None:
     bar = colour_bar(plot_head_entropy({"x_to_y": [[0.4, 0.5]]}, [3], ["a"]))
-    assert bar.get_ylim() == (0, 1)
-    assert "0: one key, 1: diffuse" in bar.get_ylabel()
+    assert bar.get_xlim() == (0, 1)
+    assert "0: one key, 1: diffuse" in bar.get_xlabel()
 
 
 def test_entropy_cells_show_their_values() -> None:
@@ -238,19 +245,19 @@ def test_entropy_cells_show_their_values() -> None:
     assert printed == {(0, 0): "0.00", (1, 0): "0.25", (2, 0): "1.00", (0, 1): "0.50", (1, 1): "\u2013", (2, 1): "0.75"}
     assert [label.get_text() for label in there.get_yticklabels()] == ["a (n=3)", "b (n=5)"]
     assert there.yaxis_inverted()
-    assert "Hatched: undefined" in figure.get_suptitle()
+    assert "undefined: no samples" in texts(figure)
 
 
 def test_printed_values_contrast_with_their_cells() -> None:
-    values = np.linspace(0, 1, 21)[None]
-    ax = panels(plot_head_entropy({"eeg_to_spec": values}, [3], ["a"]))[0]
+    values = np.linspace(0, 1, 21).reshape(3, 7)
+    ax = panels(plot_head_entropy({"eeg_to_spec": values}, [3] * 3, list("abc")))[0]
     weights = np.array([0.2126, 0.7152, 0.0722])
 
     def luminance(colour: NDArray[np.float64]) -> float:
         linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
         return float(linear @ weights)
 
-    for text, value in zip(ax.texts, values[0], strict=True):
+    for text, value in zip(ax.texts, values.ravel(), strict=True):
         cell = luminance(np.array(mesh(ax).to_rgba(value)[:3]))
         ink = {"black": 0.0, "white": 1.0}[text.get_color()]
         ratio = (max(cell, ink) + 0.05) / (min(cell, ink) + 0.05)
@@ -322,8 +329,7 @@ def test_few_samples_of_either_outcome_are_said_and_a_class_without_any_needs_no
     rng = np.random.default_rng(0)
     enough, few, none = (summary([rng.normal(0.3, 0.1, 20), rng.normal(0.3, 0.1, n)]) for n in (20, 4, 0))
     for correct, incorrect, said in ((few, enough, True), (enough, few, True), (enough, none, False)):
-        _, below = panels(make_alignment(correct, incorrect, ["a", "b"]))
-        assert ("fewer than 5" in " ".join(below.get_title().split())) == said
+        assert ("No interval: fewer than 5 samples" in texts(make_alignment(correct, incorrect, ["a", "b"]))) == said
 
 
 def test_intervals_by_group_are_said_and_the_groups_are_counted() -> None:
@@ -336,14 +342,14 @@ def test_intervals_by_group_are_said_and_the_groups_are_counted() -> None:
         return plot_outcome_alignment(correct, incorrect, EDGES, auroc, ["a"], **settings)
 
     figure = plot((0.6342, 0.551, 0.7174), group_noun="patients")
-    above, below = panels(figure)
-    assert above.get_title().startswith("AUROC 0.634, 95 % interval by patients 0.551 to 0.717")
-    assert "95 % interval by patients" in " ".join(below.get_title().split())
+    said = texts(figure).replace("\n", " ")
+    assert "AUROC 0.634, 95 % interval by patients 0.551 to 0.717" in said
+    assert "Mean per true class, with its 95 % interval by patients" in said
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         f"correct (n = 20 of 7 patients, mean {correct.mean:.3f})",
         f"incorrect (n = 20 of 6 patients, mean {incorrect.mean:.3f})",
     ]
-    assert "fewer than 5 patients" in panels(plot(NOTHING, group_noun="patients"))[0].get_title()
+    assert "fewer than 5 patients" in texts(plot(NOTHING, group_noun="patients")).replace("\n", " ")
     assert "20 of 7 groups" in texts(plot(NOTHING))
 
 
@@ -351,27 +357,53 @@ def test_class_means_have_their_intervals() -> None:
     many = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
     correct = summary([many, np.array([0.5]), np.array([])])
     incorrect = summary([np.array([]), np.array([0.2, 0.4, 0.9]), np.array([])])
-    _, below = panels(make_alignment(correct, incorrect, list("abc")))
+    figure = make_alignment(correct, incorrect, list("abc"))
+    _, below = panels(figure)
     dots, _, (bars,) = below.containers[0]
     np.testing.assert_allclose(dots.get_xdata(), [0.3, 0.5, np.nan])
     half = stats.t.ppf(0.975, 4) * many.std(ddof=1) / 5**0.5
     np.testing.assert_allclose(bars.get_segments()[0][:, 0], [0.3 - half, 0.3 + half], rtol=1e-5)
     assert [len(segment) for segment in bars.get_segments()] == [2, 0, 0]  # none with fewer than 5
-    assert "no interval: fewer than 5" in " ".join(below.get_title().split())
+    assert "No interval: fewer than 5" in texts(figure)
     np.testing.assert_allclose(below.containers[1][0].get_xdata(), [np.nan, 0.5, np.nan])
     assert [label.get_text() for label in below.get_yticklabels()] == ["a (5/0)", "b (1/3)", "c (0/0)"]
 
 
 def test_few_samples_claim_nothing() -> None:
     few = summary([np.array([0.1, 0.3])])
-    above, _ = panels(make_alignment(make_outcome(0.4, 1, 0), few, ["a"]))
-    assert above.get_title() == "No AUROC (fewer than 5 samples of an outcome: nothing claimed)"
+    figure = make_alignment(make_outcome(0.4, 1, 0), few, ["a"])
+    assert "No AUROC (fewer than 5 samples of an outcome: nothing claimed)" in texts(figure).replace("\n", " ")
 
 
 def test_the_auroc_stands_with_its_interval() -> None:
     outcome = make_outcome(0.4, 1, 0)
-    above, _ = panels(plot_outcome_alignment(outcome, outcome, EDGES, (0.6342, 0.551, 0.7174), ["a"]))
-    assert above.get_title().startswith("AUROC 0.634, 95 % interval 0.551 to 0.717")
+    figure = plot_outcome_alignment(outcome, outcome, EDGES, (0.6342, 0.551, 0.7174), ["a"])
+    assert "AUROC 0.634, 95 % interval 0.551 to 0.717" in texts(figure)
+
+
+def test_the_null_is_a_line_in_both_panels_within_the_axis_and_in_the_legend() -> None:
+    outcome = make_outcome(0.4, 2, 0)
+    figure = plot_outcome_alignment(outcome, outcome, EDGES, NOTHING, ["a", "b"], null=-0.31)
+    for ax in panels(figure):
+        assert [line.get_linestyle() for line in ax.lines if line.get_xdata()[0] == -0.31] == [":"]
+        assert ax.get_xlim()[0] < -0.31
+    assert "null: different samples (-0.310)" in texts(figure)
+    assert "null" not in texts(make_alignment(outcome, outcome, ["a", "b"]))
+
+
+def test_an_interval_that_goes_on_beyond_the_panel_has_an_arrow_at_the_edge() -> None:
+    outcome = make_outcome(0.4, 3, 0)
+    ends = [(0.39, 0.41), (-0.9, 0.41), (0.39, 0.95)]
+    wide = dataclasses.replace(outcome, class_means=[0.4] * 3, class_intervals=ends)
+    figure = make_alignment(wide, outcome, list("abc"))
+    _, below = panels(figure)
+    arrows = [line for line in below.lines if line.get_marker() in (CARETLEFT, CARETRIGHT)]
+    low, high = below.get_xlim()
+    found = {line.get_marker(): (line.get_xdata().tolist(), line.get_ydata().tolist()) for line in arrows}
+    assert found == {CARETLEFT: ([low], [0.85]), CARETRIGHT: ([high], [1.85])}
+    assert {line.get_color() for line in arrows} == {below.containers[0][0].get_color()}
+    assert "goes on beyond the panel" in texts(figure)
+    assert "goes on beyond the panel" not in texts(make_alignment(outcome, outcome, list("abc")))
 
 
 def test_no_defined_alignment_says_so() -> None:
@@ -407,7 +439,7 @@ NOTHING = (np.nan, np.nan, np.nan)
 )
 def test_every_figure_says_where_its_numbers_come_from_and_what_the_classes_are(plot) -> None:
     figure = plot(context="val, epoch 3", group_by="prediction")
-    assert figure.get_suptitle().endswith("(val, epoch 3)")
+    assert "val, epoch 3" in texts(figure)
     assert "per predicted class" in texts(figure)
     assert "per true class" in texts(plot())
     assert " class" not in texts(plot(group_by=None))
@@ -484,7 +516,7 @@ def test_every_figure_says_where_its_numbers_come_from_and_what_the_classes_are(
         (
             lambda: plot_outcome_alignment(OUTCOME, OUTCOME, EDGES, NOTHING, ["a"]),
             ShapeError,
-            ["'correct class_means'", "(classes=1)", "got (2,)"],
+            ["'correct class_counts'", "(classes=1)", "got (2,)"],
         ),
     ],
 )

@@ -15,7 +15,7 @@ from lightning_xattn.errors import SettingError
 from lightning_xattn.visualizations import plot_head_alignment_matrix, plot_head_contributions, render
 from tests import reference
 from tests.messages import tells
-from tests.visualizations.conftest import colour_bar, drawn, make_pair, mesh, panels
+from tests.visualizations.conftest import colour_bar, drawn, make_pair, mesh, panels, texts
 
 # Of rows that are left out figures warn, too.
 pytestmark = pytest.mark.filterwarnings("ignore:.*not finite or do not sum to 1:lightning_xattn.XAttnWarning")
@@ -145,7 +145,7 @@ def test_undefined_pairs_are_not_matched() -> None:
     (ax,) = panels(figure)
     assert np.isnan(drawn(ax)[1]).all()
     assert {round(patch.get_center()[1], 6) for patch in ax.patches if isinstance(patch, Rectangle)} == {0, 2}
-    assert "Hatched: undefined" in figure.get_suptitle()
+    assert "undefined: a map has no variance, or no valid row" in texts(figure)
 
 
 def test_the_title_says_which_sample_or_its_context() -> None:

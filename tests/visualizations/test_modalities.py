@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.markers import CARETLEFT, CARETRIGHT
 
 from lightning_xattn.errors import SettingError, ShapeError
 from lightning_xattn.visualizations import (
@@ -42,8 +43,8 @@ def test_each_sample_is_where_its_numbers_are_and_errors_are_marked():
     np.testing.assert_allclose(wrong, [[0.4, 0.9]])
     said = texts(figure)
     assert all(one in said for one in ("correct (n=2)", "incorrect (n=1)", *claims.values(), "val, epoch 3"))
-    assert "AUROC 0.83" in ax.get_xlabel()
-    assert "AUROC 0.72" in ax.get_ylabel()
+    assert ax.get_xlabel() == "confidence of the prediction"
+    assert ax.get_ylabel() == "conflict of the readings"
 
 
 def test_each_modality_has_its_share_of_each_class_with_its_interval():
@@ -68,10 +69,16 @@ def test_each_modality_has_its_share_of_each_class_with_its_interval():
     assert high > 1.3
 
 
-def test_an_interval_that_reaches_beyond_all_shares_is_cut_off():
-    wide = [Mean(6, 0.5, -40.0, 41.0)]
-    (ax,) = panels(plot_contribution_shares({"eeg": (wide, OUTCOMES)}, ["a"]))
+def test_an_interval_that_reaches_beyond_all_shares_is_cut_off_with_an_arrow():
+    wide = [Mean(6, 0.5, -40.0, 41.0), Mean(6, 0.5, 0.4, 41.0)]
+    figure = plot_contribution_shares({"eeg": (wide, OUTCOMES)}, ["a", "b"])
+    (ax,) = panels(figure)
     assert ax.get_xlim() == (-0.6, 1.6)
+    arrows = {line.get_marker(): line for line in ax.lines if line.get_marker() in (CARETLEFT, CARETRIGHT)}
+    found = {marker: (line.get_xdata().tolist(), line.get_ydata().tolist()) for marker, line in arrows.items()}
+    assert found == {CARETLEFT: ([-0.6], [0]), CARETRIGHT: ([1.6, 1.6], [0, 1])}
+    assert "goes on beyond the panel" in texts(figure)
+    assert "goes on beyond the panel" not in texts(plot_contribution_shares(SHARES, NAMES))
 
 
 def test_each_sample_has_what_its_modalities_say_and_carry():
@@ -82,7 +89,7 @@ def test_each_sample_has_what_its_modalities_say_and_carry():
         carried = [bar.get_width() for bar in right.containers[i]]
         np.testing.assert_allclose(carried, [one.contributions.get(name, NAN) for one in ROWS])
     said = texts(figure)
-    assert all(one in said for one in ("GPD 0.71", "$x$ 0.64", "LPD 0.99", "3: GPD (0.58)\ntrue: LPD", "not exchanged"))
+    assert all(one in said for one in ("GPD 0.71", "$x$ 0.64", "LPD 0.99", "3: GPD (0.58), true: LPD", "not exchanged"))
     assert left.yaxis_inverted()
 
 

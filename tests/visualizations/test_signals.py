@@ -12,9 +12,19 @@ from matplotlib.collections import LineCollection
 from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
 from lightning_xattn.errors import SettingError, ShapeError
 from lightning_xattn.hms.features import spectrogram_spans
-from lightning_xattn.hms.montage import EEG_RATE, ELECTRODES, REGIONS, SPEC_FREQUENCIES, SPEC_ROW_SECONDS
+from lightning_xattn.hms.montage import (
+    EEG_RATE,
+    ELECTRODES,
+    REGION_ELECTRODES,
+    REGION_NAMES,
+    REGIONS,
+    SPEC_FREQUENCIES,
+    SPEC_ROW_SECONDS,
+)
 from lightning_xattn.hms.recordings import COMPETITION, IIIC, Recordings
 from lightning_xattn.visualizations import Spectrograms, Traces, plot_attention_over_signals, render
+from lightning_xattn.visualizations.montages import CHAINS, derive
+from lightning_xattn.visualizations.recordings import page_of
 from tests import reference
 from tests.messages import tells
 from tests.visualizations.conftest import assert_written, drawn, make_pair, make_spectrograms, make_traces, mesh, texts
@@ -36,9 +46,11 @@ class Parts:
     """The panels by what they show."""
 
     def __init__(self, figure):
-        axes = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
-        self.eeg, self.eeg_strip, self.links, *spectrograms = axes[:7]
-        self.spectrograms, self.spec_strip, self.maps = spectrograms, axes[7], axes[8:]
+        self.eeg, *axes = (ax for ax in figure.axes if ax.get_label() != "<colorbar>")
+        is_longer = axes[0].get_title(loc="left").startswith("The whole")
+        self.whole = axes.pop(0) if is_longer else None
+        self.eeg_strip, self.links, *spectrograms = axes[:6]
+        self.spectrograms, self.spec_strip, self.maps = spectrograms, axes[6], axes[7:]
 
 
 def segments(ax):
@@ -68,10 +80,76 @@ def test_traces_stand_at_their_seconds_negative_up_and_to_scale() -> None:
     assert [label.get_text() for label in parts.eeg.get_yticklabels()] == ["a", "b", "c"]
 
 
+def test_ten_seconds_around_the_labelled_moment_are_drawn_to_be_read_and_marked_in_the_whole() -> None:
+    parts = Parts(plot())
+    assert parts.eeg.get_xlim() == (-5, 5)
+    assert "10 s around the labelled moment, referential montage" in parts.eeg.get_title(loc="left")
+    np.testing.assert_allclose(parts.eeg.lines[3].get_xdata(), np.arange(-5, 5, 1 / 200), atol=1e-9)
+    np.testing.assert_allclose(parts.whole.lines[3].get_xdata(), np.arange(-25, 25, 1 / 200), atol=1e-9)
+    shown = np.asarray(TRACES.microvolts)[4000:6000, 3]
+    y = np.asarray(parts.eeg.lines[3].get_ydata())
+    assert np.corrcoef(y, shown)[0, 1] == pytest.approx(1), "these seconds and no others"
+    (shade,) = parts.whole.patches
+    assert (shade.get_x(), shade.get_x() + shade.get_width()) == (-5, 5)
+    assert parts.whole.get_title(loc="left") == "The whole 50 s (shaded: the 10 s above)"
+
+
+@pytest.mark.parametrize(
+    ("extent", "page"),
+    [((-25, 25), (-5, 5)), ((-5, 5), (-5, 5)), ((-3, 4), (-3, 4)), ((-2, 30), (-2, 8)), ((-40, -8), (-18, -8))],
+)
+def test_of_a_recording_that_ends_early_the_nearest_ten_seconds_are_drawn(extent, page) -> None:
+    assert page_of(extent) == page
+
+
+def test_the_bipolar_montage_is_each_electrode_less_the_next_one_of_its_chain() -> None:
+    values = np.random.default_rng(0).normal(size=(50, 19))
+    found = derive(values, ELECTRODES, "bipolar")
+    assert list(found.names) == [
+        *("Fp1-F7", "F7-T3", "T3-T5", "T5-O1"),
+        *("Fp2-F8", "F8-T4", "T4-T6", "T6-O2"),
+        *("Fp1-F3", "F3-C3", "C3-P3", "P3-O1"),
+        *("Fp2-F4", "F4-C4", "C4-P4", "P4-O2"),
+        *("Fz-Cz", "Cz-Pz"),
+    ]
+    electrodes = dict(zip(ELECTRODES, values.T, strict=True))
+    for name, trace in zip(found.names, found.microvolts.T, strict=True):
+        first, second = name.split("-")
+        np.testing.assert_array_equal(trace, electrodes[first] - electrodes[second])
+    # Whatever the reference, and whatever the order of the electrodes.
+    order = np.random.default_rng(1).permutation(19)
+    again = derive(values[:, order] + 31.0, [ELECTRODES[i] for i in order], "bipolar")
+    np.testing.assert_allclose(again.microvolts, found.microvolts)
+    steps = np.diff(found.rows)
+    assert {i for i, step in enumerate(steps) if step > 1} == {3, 7, 11, 15}, "a gap between two chains"
+    assert set(np.delete(steps, [3, 7, 11, 15]).round(6)) == {1}
+
+
+def test_chains_are_those_along_which_spectrograms_are_computed() -> None:
+    for region, electrodes in REGION_ELECTRODES.items():
+        assert CHAINS[REGION_NAMES[region]] == electrodes
+
+
+def test_the_bipolar_montage_is_drawn_as_it_is_derived() -> None:
+    traces = dataclasses.replace(TRACES, names=ELECTRODES)
+    parts = Parts(plot(traces, montage="bipolar"))
+    names = [label.get_text() for label in parts.eeg.get_yticklabels()]
+    assert names[:2] == ["Fp1-F7", "F7-T3"]
+    assert "longitudinal bipolar montage, negative up" in parts.eeg.get_title(loc="left")
+    values = np.asarray(TRACES.microvolts)[4000:6000]
+    expected = values[:, ELECTRODES.index("Fp1")] - values[:, ELECTRODES.index("F7")]
+    (bar,) = (line for line in parts.eeg.lines if line.get_marker() == "_")
+    (said,) = (text.get_text() for text in parts.eeg.texts)
+    microvolts = float(said.removesuffix(" µV")) / np.ptp(bar.get_ydata())
+    np.testing.assert_allclose(
+        np.asarray(parts.eeg.lines[0].get_ydata()) * microvolts, expected - np.median(expected), atol=1e-9
+    )
+
+
 @pytest.mark.parametrize("huge", [-1e5, 1e5])
 def test_the_outer_traces_are_whole_unless_an_artefact_is_huge(huge: float) -> None:
     values = np.random.default_rng(0).normal(0, 20, (10_000, 5))
-    values[5000, 0], values[6000, 4] = -120, 110  # up, and down
+    values[5000, 0], values[5400, 4] = -120, 110  # up, and down
     ax = Parts(plot(Traces(values, 200, list("abcde"), -25))).eeg
     bottom, top = ax.get_ylim()
     assert top < ax.lines[0].get_ydata().min() < -1.5
@@ -89,7 +167,7 @@ def test_the_outer_traces_are_whole_unless_an_artefact_is_huge(huge: float) -> N
 
 def test_gaps_are_hatched_and_said() -> None:
     values = np.array(TRACES.microvolts)
-    values[1000:2000, 2] = NAN
+    values[1000:4500, 2] = NAN
     values[:, 5] = np.inf
     power = np.array(SPECTROGRAMS.power)
     power[10:20, 1] = NAN
@@ -97,15 +175,17 @@ def test_gaps_are_hatched_and_said() -> None:
     figure = plot(dataclasses.replace(TRACES, microvolts=values), dataclasses.replace(SPECTROGRAMS, power=power))
     render(figure)
     parts = Parts(figure)
-    assert np.isnan(parts.eeg.lines[2].get_ydata()[1000:2000]).all()
+    assert np.isnan(parts.eeg.lines[2].get_ydata()[:500]).all()
+    assert np.isfinite(parts.eeg.lines[2].get_ydata()[500:]).all()
     hatched = {i: c.get_paths()[0].get_extents() for i, c in enumerate(parts.eeg.collections) if c.get_paths()}
     assert set(hatched) == {2, 5}
-    assert (hatched[2].x0, hatched[2].x1) == pytest.approx((-20, -15))
-    assert (hatched[5].x0, hatched[5].x1) == pytest.approx((-25, 25))
+    assert (hatched[2].x0, hatched[2].x1) == pytest.approx((-5, -2.5))
+    assert (hatched[5].x0, hatched[5].x1) == pytest.approx((-5, 5))
+    assert np.isnan(parts.whole.lines[2].get_ydata()[1000:4500]).all()
     assert np.isnan(drawn(parts.spectrograms[1])[:, 10:20]).all()
     assert np.isnan(drawn(parts.spectrograms[2])[3]).all(), "no power has no logarithm"
-    assert "Hatched: no signal" in figure.get_suptitle()
-    assert "Hatched" not in plot().get_suptitle()
+    assert "undefined: no signal, or no attention" in texts(figure)
+    assert "undefined" not in texts(plot())
 
 
 def test_spectrograms_are_log_power_on_one_scale_at_their_time_and_frequency() -> None:
@@ -116,7 +196,7 @@ def test_spectrograms_are_log_power_on_one_scale_at_their_time_and_frequency() -
         np.testing.assert_allclose(corners[0, :, 0], np.arange(-300, 301, 2))
         step = (19.9 - 0.6) / 99
         np.testing.assert_allclose(corners[:, 0, 1], 0.6 + step * (np.arange(101) - 0.5))
-        assert ax.get_ylabel() == f"{REGIONS[index]}\n(Hz)"
+        assert ax.get_ylabel() == REGIONS[index]
         # The EEG's stretch is marked.
         assert [line.get_xdata()[0] for line in ax.lines] == [-25, 25]
     # Single artefacts do not take the scale.
@@ -137,15 +217,17 @@ def test_strips_show_what_each_window_receives_at_its_full_extent() -> None:
         np.testing.assert_allclose(segments(ax)[:, 1, 1], expected, rtol=1e-5)
         assert ax.get_ylim()[0] < min(expected) < max(expected) < ax.get_ylim()[1]
         assert ax.lines[0].get_ydata()[0] == 1
-    assert parts.eeg_strip.get_ylim() == parts.spec_strip.get_ylim()
+    assert parts.eeg_strip.get_ylim() != parts.spec_strip.get_ylim(), "each direction has its own scale"
 
 
-def test_maps_share_the_time_axis_of_the_spectrograms_and_one_scale() -> None:
+def test_maps_share_the_time_axis_of_the_spectrograms_and_have_a_scale_each() -> None:
     parts = Parts(plot())
     there, back = parts.maps
     np.testing.assert_allclose(drawn(there), reference.lift_map(PAIR["eeg_to_spec"][1].double().numpy()), rtol=1e-5)
     np.testing.assert_allclose(drawn(back), reference.lift_map(PAIR["spec_to_eeg"][1].double().numpy()).T, rtol=1e-5)
-    assert mesh(there).get_clim() == mesh(back).get_clim()
+    bars = [ax for ax in parts.eeg.figure.axes if ax.get_label() == "<colorbar>"][1:]
+    for ax, bar in zip(parts.maps, bars, strict=True):
+        assert mesh(ax).get_clim() == bar.get_ylim() == (drawn(ax).min(), drawn(ax).max())
     for ax in parts.maps:
         corners = mesh(ax).get_coordinates()
         # From midpoint to midpoint between centres -295, -290, ...; the outer cells to the ends of their windows.
@@ -157,7 +239,7 @@ def test_maps_share_the_time_axis_of_the_spectrograms_and_one_scale() -> None:
     figure = parts.eeg.figure
     figure.draw_without_rendering()
     assert len({tuple(np.round(ax.get_position().intervalx, 6)) for ax in aligned}) == 1
-    assert parts.eeg.get_xlim() == parts.eeg_strip.get_xlim() == (-25, 25)
+    assert parts.whole.get_xlim() == parts.eeg_strip.get_xlim() == (-25, 25)
 
 
 def test_the_strongest_pairs_are_linked_from_second_to_second() -> None:
@@ -242,7 +324,8 @@ def test_signals_are_grey_and_attention_is_in_colour() -> None:
     bars = [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
     assert [(ax.get_ylabel().partition("\n")[0], mesh(ax).get_cmap().name) for ax in bars] == [
         ("power (dB)", "Greys"),
-        ("lift over uniform", "viridis"),
+        ("lift (line: 1)", "viridis"),
+        ("lift (line: 1)", "viridis"),
     ]
 
 
@@ -260,7 +343,7 @@ def test_a_window_that_nobody_can_see_is_hatched() -> None:
     figure = plot(pair={**PAIR, "spec_to_eeg": back})
     assert np.isnan(drawn(Parts(figure).maps[1])[:, 40:60]).all()
     assert len(segments(Parts(figure).eeg_strip)) == 9, "other queries still see every window"
-    assert "Hatched" in figure.get_suptitle()
+    assert "undefined: no signal, or no attention" in texts(figure)
 
 
 @pytest.mark.parametrize(
@@ -303,6 +386,12 @@ def test_real_recordings_are_drawn(iiic_irr, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "facts"),
     [
+        (lambda: plot(montage="transverse"), SettingError, ["montage", "'bipolar', 'referential'", "got 'transverse'"]),
+        (
+            lambda: plot(montage="bipolar"),
+            SettingError,
+            ["19 electrodes of the 10-20 system", "C3, C4, Cz", "E0, E1", "montage='referential'"],
+        ),
         (
             lambda: plot(axes={"spec": AXES["spec"]}),
             SettingError,
