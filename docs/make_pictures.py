@@ -70,7 +70,7 @@ def diagonal(queries: int, keys: int, width: float = 1.0) -> Tensor:
 
 def draw_map(ax: Axes, weights: Tensor, x: str = "key", y: str = "query") -> None:
     """One map of attention."""
-    ax.imshow(weights, cmap="viridis", vmin=0, aspect="auto", interpolation="nearest")
+    ax.imshow(weights.numpy(), cmap="viridis", vmin=0, aspect="auto", interpolation="nearest")
     ax.set(xticks=[], yticks=[], xlabel=x, ylabel=y)
 
 
@@ -81,7 +81,7 @@ def draw_bars(ax: Axes, readings: Tensor, chosen: int | None = None) -> None:
         (0.2, readings[1], SECOND, "///", "Spec's reading"),
     ):
         places = np.arange(len(reading)) + shift
-        ax.bar(places, reading, 0.4, color=colour, hatch=hatch, edgecolor="white", label=name)
+        ax.bar(places, reading.numpy(), 0.4, color=colour, hatch=hatch, edgecolor="white", label=name)
     ax.set_xticks(range(readings.shape[1]), NAMES[: readings.shape[1]])
     ax.set(ylim=(0, 1.05), yticks=(0, 0.5, 1), ylabel="probability", xlabel="class")
     if chosen is not None:
@@ -114,7 +114,7 @@ def draw_reading(figure_axes: list[list[Axes]]) -> Drawn:
         read = cross_fitted_reading(points, target, folds, 3)
         values.append(float((read.argmax(1) == target).double().mean()))
         for one, (marker, colour) in enumerate(zip("o^s", (FIRST, SECOND, THIRD), strict=True)):
-            x, y = points[target == one].T
+            x, y = points[target == one].T.numpy()
             ax.scatter(x, y, s=14, marker=marker, color=colour, label=f"class {NAMES[one]}")
         ax.set(xticks=[], yticks=[], xlabel="what the modality brings into the fusion")
     figure_axes[1][0].legend(fontsize=9, loc="lower right")
@@ -247,7 +247,7 @@ def draw_entropy(figure_axes: list[list[Axes]]) -> Drawn:
     for (ax,), scores in zip(figure_axes, (focused, 0.4 * random(12, seed=1)), strict=True):
         weights = scores.softmax(-1)
         values.append(float(entropy(rows_of(weights[None, None]))))
-        ax.bar(range(12), weights, color=FIRST)
+        ax.bar(range(12), weights.numpy(), color=FIRST)
         ax.axhline(1 / 12, color="0.3", linestyle=":")
         ax.set(ylim=(0, 1), xticks=[], xlabel="key", ylabel="weight")
     figure_axes[1][0].text(11.4, 0.12, "uniform: 1/12", ha="right", va="bottom", fontsize=9)

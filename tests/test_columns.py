@@ -14,8 +14,7 @@ from lightning_xattn.errors import SettingError
 from lightning_xattn.functional import prepare_rows
 from tests.explained import summary
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-
+CURVES = (Path(__file__).parents[1] / "docs/all-curves.md").read_text()
 
 EEG_TO_SPEC = Direction("eeg", "spec")
 
@@ -85,7 +84,7 @@ def test_what_is_compared_has_a_number_of_the_layer_and_a_range_for_its_histogra
 
 
 def documented(statistic):
-    """The row of the README's table that a statistic gives."""
+    """The row of the page's table that a statistic gives."""
     topic, _, what = statistic.curve.partition("/")
     first = f"`xattn_{topic}/val/" + what.format(which="all", direction="<direction>") + "`"
     more = ["<class>"] if "{which}" in what else []
@@ -97,15 +96,15 @@ def documented(statistic):
     return f"| {', '.join([first, *(f'`/{name}`' for name in more)])} | {words} | {ends} ({statistic.scale}) |"
 
 
-def test_the_readmes_table_is_the_table_of_statistics():
+def test_the_page_of_curves_has_the_table_of_statistics():
     """A statistic with a curve that is not in it, or of which it says something else, fails here."""
     for statistic in STATISTICS.values():
-        assert statistic.curve is None or documented(statistic) in README.splitlines()
+        assert statistic.curve is None or documented(statistic) in CURVES.splitlines()
 
 
-def test_every_curve_that_is_logged_is_in_the_readmes_table():
+def test_every_curve_that_is_logged_is_on_the_page_of_curves():
     classes = ("Seizure", "LPD", "GPD")
-    rows = [re.findall("`([^`]*)`", line.split("|")[1]) for line in README.splitlines() if line.startswith("| `xattn_")]
+    rows = [re.findall("`([^`]*)`", line.split("|")[1]) for line in CURVES.splitlines() if line.startswith("| `xattn_")]
     told = {first.rpartition("/")[0] + "/" + one.rpartition("/")[2] for first, *more in rows for one in (first, *more)}
     logged = epoch_curves(summary([0, 1, 2] * 13, [0, 1, 1] * 13), "val", classes)
     for curve in logged:

@@ -40,7 +40,8 @@ class AttentionRecorder:
         Any module; nothing is hooked yet.
     attention
         Where the attention is: module paths by direction, seen from ``model``, a ``JointSequence``, or callables (see
-        the README). None: found by name (see ``locate_attention``) or, where no name tells, in the first step.
+        ``docs/own-model.md``). None: found by name (see ``locate_attention``) or, where no name tells, in the first
+        step.
 
     Attributes
     ----------
