@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.attention import Attention, Direction
 from lightning_xattn.columns import SCORES, STATISTICS, Column, sample_statistics, shown_columns, table_columns
-from lightning_xattn.curves import epoch_curves
 from lightning_xattn.errors import SettingError
 from lightning_xattn.functional import prepare_rows
-from tests.explained import summary
+from tests.toy import ToyModule, toy_data, validate
 
 CURVES = (Path(__file__).parents[1] / "docs/all-curves.md").read_text()
 
@@ -102,11 +103,18 @@ def test_the_page_of_curves_has_the_table_of_statistics():
         assert statistic.curve is None or documented(statistic) in CURVES.splitlines()
 
 
+@pytest.mark.filterwarnings("ignore:.*attention sink:lightning_xattn.XAttnWarning")
+@pytest.mark.slow
 def test_every_curve_that_is_logged_is_on_the_page_of_curves():
-    classes = ("Seizure", "LPD", "GPD")
     rows = [re.findall("`([^`]*)`", line.split("|")[1]) for line in CURVES.splitlines() if line.startswith("| `xattn_")]
     told = {first.rpartition("/")[0] + "/" + one.rpartition("/")[2] for first, *more in rows for one in (first, *more)}
-    logged = epoch_curves(summary([0, 1, 2] * 13, [0, 1, 1] * 13), "val", classes)
+    audio, text, target = toy_data(160).tensors
+    audio, text = (tokens + target[:, None, None] for tokens in (audio, text))
+    readable = DataLoader(TensorDataset(audio, text, target), batch_size=32)
+    logged = validate(ToyModule(), AttentionExplainabilityCallback(curves="all"), readable)
+    topics = {name.partition("/")[0] for name in logged}
+    assert {"xattn_conflict", "xattn_lean", "xattn_contribution", "xattn_faithfulness", "xattn_alignment"} <= topics
     for curve in logged:
-        name = re.sub(r"\w+_to_\w+", "<direction>", re.sub(r"/head_\d$", "/head_<i>", curve))
-        assert re.sub(f"/({'|'.join(classes)})$", "/<class>", name) in told, curve
+        name = re.sub(r"(audio|text)_to_(audio|text)", "<direction>", re.sub(r"/head_\d$", "/head_<i>", curve))
+        name = re.sub(r"/(audio|text)(/|$)", r"/<modality>\2", re.sub(r"/class_\d$", "/<class>", name))
+        assert name in told, curve
