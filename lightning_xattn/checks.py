@@ -54,8 +54,8 @@ class Checks:
             if before != queries and self._is_new(pair.layer, "", "padding", 0):
                 yield (
                     f"Layer '{pair.layer}': the number of {attention.direction.query} queries changes from batch to "
-                    f"batch ({before}, {queries}), and nothing says which of them are padding: all are counted. Say "
-                    "it: query_mask=<key or callable>, (batch, queries), True for a real token."
+                    f"batch ({before}, {queries}), and nothing says which of them are padding, so all count. If some "
+                    "are padding, say which: query_mask=<key or callable>, (batch, queries), True for a real token."
                 )
 
     def of_doubts(self, doubts: Mapping[str, str]) -> Iterator[str]:
@@ -66,8 +66,8 @@ class Checks:
         """The warning that a recorded evaluation without any attention gives."""
         if self._is_new("", "", "nothing", 0):
             yield (
-                f"No attention was seen in an evaluation ('{stage}') that should be recorded, though it was before: "
-                "the modules did not run, or returned none. There are no curves of it."
+                f"An evaluation ('{stage}') had no attention, though earlier steps had: the modules did not run, or "
+                "returned none. The evaluation has no curves."
             )
 
     def of_epoch(self, layer: str, summary: LayerSummary) -> Iterator[str]:
@@ -121,7 +121,7 @@ class Checks:
         """New messages of where figures and reports are that no logger takes."""
         for folder in folders:
             if self._is_new("", "", f"folder {folder}", 0):
-                yield f"Figures and reports of the attention are files in {folder}."
+                yield f"Figures and reports are written to {folder}."
 
     def of_fusion(self, summary: FusionSummary) -> Iterator[str]:
         """New messages of what cannot be told of the modalities."""
@@ -130,22 +130,22 @@ class Checks:
                 yield f"'{name}' cannot be read by itself: {reason}. So there is no conflict and no lean."
         if summary.left_out and self._is_new("", "", "left out", 0):
             yield (
-                f"{summary.left_out} samples are left out of what modalities say and contribute: what enters the "
+                f"{summary.left_out} samples are left out of readings and contributions: what they bring into the "
                 "fusion is not finite."
             )
         if summary.whole_runs and self._is_new("", "", "whole runs", 0):
             yield (
-                f"What comes before the fusion cannot be skipped when modalities are exchanged: {summary.pairs} pairs "
-                "cost as many samples' runs of the whole model at each evaluation's end. contribution_samples=0 turns "
-                "it off."
+                "Exchanging modalities runs the whole model again, as what comes before the fusion cannot be skipped: "
+                f"at the end of each evaluation it costs as much as {summary.pairs} samples. contribution_samples=0 "
+                "turns it off."
             )
         if summary.uncontributed and self._is_new("", "", summary.uncontributed, 0):
-            yield f"What each modality contributes cannot be told: {summary.uncontributed}."
+            yield f"The contributions of the modalities cannot be told: {summary.uncontributed}."
         for direction, one in summary.replaced.items():
             if one.problem and self._is_new("", str(direction), "faithfulness", 0):
-                yield f"Whether the attention {direction} ranks what the model uses cannot be told: {one.problem}."
+                yield f"The faithfulness of the attention {direction} cannot be told: {one.problem}."
             elif one.without_reference and self._is_new("", str(direction), "reference", 0):
-                yield f"The faithfulness of {direction} has no reference: {one.without_reference}."
+                yield f"The faithfulness of the attention {direction} has no reference: {one.without_reference}."
 
     def _of_samples(self, layer: str, summary: LayerSummary) -> Iterator[str]:
         single = [

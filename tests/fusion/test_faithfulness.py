@@ -245,7 +245,7 @@ def test_it_takes_128_samples(infos):
     assert math.isnan(summary.faithfulness(THERE).mean)
     assert summary.unfaithful(THERE) == "it takes 128 samples, and 127 were exchanged"
     for direction in (THERE, BACK):
-        told = f"Whether the attention {direction} ranks what the model uses cannot be told: it takes 128 samples"
+        told = f"The faithfulness of the attention {direction} cannot be told: it takes 128 samples"
         assert infos.text.count(told) == 1
 
 
