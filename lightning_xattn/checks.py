@@ -54,8 +54,8 @@ class Checks:
             if before != queries and self._is_new(pair.layer, "", "padding", 0):
                 yield (
                     f"Layer '{pair.layer}': the number of {attention.direction.query} queries changes from batch to "
-                    f"batch ({before}, {queries}), and nothing says which of them are padding: all are counted. Say "
-                    "it: query_mask=<key or callable>, (batch, queries), True for a real token."
+                    f"batch ({before}, {queries}), and nothing says which of them are padding, so all count. If some "
+                    "are padding, say which: query_mask=<key or callable>, (batch, queries), True for a real token."
                 )
 
     def of_doubts(self, doubts: Mapping[str, str]) -> Iterator[str]:
@@ -66,8 +66,8 @@ class Checks:
         """The warning that a recorded evaluation without any attention gives."""
         if self._is_new("", "", "nothing", 0):
             yield (
-                f"No attention was seen in an evaluation ('{stage}') that should be recorded, though it was before: "
-                "the modules did not run, or returned none. There are no curves of it."
+                f"An evaluation ('{stage}') had no attention, though earlier steps had: the modules did not run, or "
+                "returned none. The evaluation has no curves."
             )
 
     def of_epoch(self, layer: str, summary: LayerSummary) -> Iterator[str]:
@@ -126,7 +126,7 @@ class Checks:
         """New messages of where figures and reports are that no logger takes."""
         for folder in folders:
             if self._is_new("", "", f"folder {folder}", 0):
-                yield f"Figures and reports of the attention are files in {folder}."
+                yield f"Figures and reports are written to {folder}."
 
     def of_fusion(self, summary: FusionSummary) -> Iterator[str]:
         """New messages of what cannot be told of the modalities."""
@@ -135,24 +135,23 @@ class Checks:
             yield f"{who} cannot be read by {alone}: {reason}. So there is no conflict and no lean."
         if summary.left_out and self._is_new("", "", "left out", 0):
             yield (
-                f"{summary.left_out} samples are left out of what modalities say and contribute: what enters the "
+                f"{summary.left_out} samples are left out of readings and contributions: what they bring into the "
                 "fusion is not finite."
             )
         if summary.whole_runs and self._is_new("", "", "whole runs", 0):
             yield (
-                f"What comes before the fusion cannot be skipped when modalities are exchanged: {summary.pairs} pairs "
-                "cost as many samples' runs of the whole model at each evaluation's end. contribution_samples=0 turns "
-                "it off."
+                "Exchanging modalities runs the whole model again, as what comes before the fusion cannot be skipped: "
+                f"at the end of each evaluation it costs as much as {summary.pairs} samples. contribution_samples=0 "
+                "turns it off."
             )
         if summary.uncontributed and self._is_new("", "", summary.uncontributed, 0):
-            yield f"What each modality contributes cannot be told: {summary.uncontributed}."
+            yield f"The contributions of the modalities cannot be told: {summary.uncontributed}."
         replaced = {str(direction): one for direction, one in summary.replaced.items()}
         for reason, names in self._new_by_reason("faithfulness", {name: one.problem for name, one in replaced.items()}):
-            which = " and ".join(names)
-            yield f"Whether the attention of {which} ranks what the model uses cannot be told: {reason}."
+            yield f"The faithfulness of the attention {' and '.join(names)} cannot be told: {reason}."
         told = {name: one.without_reference for name, one in replaced.items() if not one.problem}
         for reason, names in self._new_by_reason("reference", told):
-            yield f"The faithfulness of {' and '.join(names)} has no reference: {reason}."
+            yield f"The faithfulness of the attention {' and '.join(names)} has no reference: {reason}."
 
     def _of_samples(self, layer: str, summary: LayerSummary) -> Iterator[str]:
         single = [

@@ -37,18 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--out", metavar="DIR", default="xattn-demo", help="where everything is written")
     demo.add_argument("--samples", type=int, default=480, help="how many recordings to simulate")
     demo.add_argument("--epochs", type=int, default=10, help="how long to train")
-    demo.add_argument("--seed", type=int, default=0, help="of the simulation, the folds and the weights")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the simulation, the folds and the weights")
     explain = commands.add_parser(
         "explain",
-        help="explain a trained checkpoint on its test data, or of the reference model on recordings",
-        description="Explain what a trained checkpoint attends to: report to open in a browser, figures and table. Of "
-        "your own model with --model and --datamodule, on the test data; of the reference model with --data, on every "
-        "recording of a folder, and with attention over the signals for one correct and one incorrect prediction of "
-        "each class. A run that was cut off goes on where it was.",
+        help="explain a trained model on its test data, or the reference model on recordings",
+        description="Write a report to open in a browser, figures and a table about a trained checkpoint. With --model "
+        "and --datamodule: your own model, on its test data. With --data: the reference model, on every recording of a "
+        "folder, with attention over the signals for one correct and one incorrect prediction of each class. A run "
+        "that was cut off continues where it was.",
     )
-    explain.add_argument("--checkpoint", metavar="FILE", required=True, help="of the model")
+    explain.add_argument("--checkpoint", metavar="FILE", required=True, help="checkpoint of the model")
     explain.add_argument("--model", metavar="PATH", help="import path of your LightningModule: package.module:Class")
-    explain.add_argument("--datamodule", metavar="PATH", help="that of the LightningDataModule with its test data")
+    explain.add_argument("--datamodule", metavar="PATH", help="import path of its LightningDataModule, for test data")
     explain.add_argument("--data", metavar="DIR", help="recordings in the layout of the HMS competition")
     explain.add_argument("--out", metavar="DIR", required=True, help="where everything is written")
     explain.add_argument(

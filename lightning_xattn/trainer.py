@@ -129,7 +129,7 @@ def require_lightning_that_takes_it() -> None:
     lightning = sys.modules.get("lightning")
     if lightning is not None and "lightning.pytorch" in sys.modules and Version(lightning.__version__) < Version("2.6"):
         raise XAttnError(
-            f"lightning {lightning.__version__} is imported, whose Trainer takes no callback that is made for "
-            'pytorch_lightning; expected lightning 2.6 or later. Update it: pip install "lightning>=2.6". Or '
-            "import pytorch_lightning in its place."
+            f"The Trainer of lightning {lightning.__version__} takes no callback that is made for pytorch_lightning; "
+            'expected lightning 2.6 or later. Update it: pip install "lightning>=2.6". Or import pytorch_lightning '
+            "instead."
         )

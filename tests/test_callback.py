@@ -288,7 +288,7 @@ def test_a_regression_has_no_classes_and_no_outcomes():
     told = [str(warning.message) for warning in caught if warning.category is XAttnWarning]
     assert len(told) == 2
     assert "No predictions found" in told[0]
-    assert "this is a regression, which has no classes" in told[0]
+    assert "it is a regression, which has no classes" in told[0]
     assert "No targets found" in told[1]
     assert {name for name in logged if "alignment" in name} == {"xattn_alignment/val/all", "xattn_alignment/val/null"}
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.attention import Attention, Direction
 from lightning_xattn.columns import SCORES, STATISTICS, Column, sample_statistics, shown_columns, table_columns
-from lightning_xattn.curves import epoch_curves
 from lightning_xattn.errors import SettingError
 from lightning_xattn.functional import prepare_rows
-from tests.explained import summary
+from tests.toy import ToyModule, toy_data, validate
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-
+CURVES = (Path(__file__).parents[1] / "docs/all-curves.md").read_text()
 
 EEG_TO_SPEC = Direction("eeg", "spec")
 
@@ -85,7 +85,7 @@ def test_what_is_compared_has_a_number_of_the_layer_and_a_range_for_its_histogra
 
 
 def documented(statistic):
-    """The row of the README's table that a statistic gives."""
+    """The row of the page's table that a statistic gives."""
     topic, _, what = statistic.curve.partition("/")
     first = f"`xattn_{topic}/val/" + what.format(which="all", direction="<direction>") + "`"
     more = ["<class>"] if "{which}" in what else []
@@ -97,17 +97,24 @@ def documented(statistic):
     return f"| {', '.join([first, *(f'`/{name}`' for name in more)])} | {words} | {ends} ({statistic.scale}) |"
 
 
-def test_the_readmes_table_is_the_table_of_statistics():
+def test_the_page_of_curves_has_the_table_of_statistics():
     """A statistic with a curve that is not in it, or of which it says something else, fails here."""
     for statistic in STATISTICS.values():
-        assert statistic.curve is None or documented(statistic) in README.splitlines()
+        assert statistic.curve is None or documented(statistic) in CURVES.splitlines()
 
 
-def test_every_curve_that_is_logged_is_in_the_readmes_table():
-    classes = ("Seizure", "LPD", "GPD")
-    rows = [re.findall("`([^`]*)`", line.split("|")[1]) for line in README.splitlines() if line.startswith("| `xattn_")]
+@pytest.mark.filterwarnings("ignore:.*attention sink:lightning_xattn.XAttnWarning")
+@pytest.mark.slow
+def test_every_curve_that_is_logged_is_on_the_page_of_curves():
+    rows = [re.findall("`([^`]*)`", line.split("|")[1]) for line in CURVES.splitlines() if line.startswith("| `xattn_")]
     told = {first.rpartition("/")[0] + "/" + one.rpartition("/")[2] for first, *more in rows for one in (first, *more)}
-    logged = epoch_curves(summary([0, 1, 2] * 13, [0, 1, 1] * 13), "val", classes)
+    audio, text, target = toy_data(160).tensors
+    audio, text = (tokens + target[:, None, None] for tokens in (audio, text))
+    readable = DataLoader(TensorDataset(audio, text, target), batch_size=32)
+    logged = validate(ToyModule(), AttentionExplainabilityCallback(curves="all"), readable)
+    topics = {name.partition("/")[0] for name in logged}
+    assert {"xattn_conflict", "xattn_lean", "xattn_contribution", "xattn_faithfulness", "xattn_alignment"} <= topics
     for curve in logged:
-        name = re.sub(r"\w+_to_\w+", "<direction>", re.sub(r"/head_\d$", "/head_<i>", curve))
-        assert re.sub(f"/({'|'.join(classes)})$", "/<class>", name) in told, curve
+        name = re.sub(r"(audio|text)_to_(audio|text)", "<direction>", re.sub(r"/head_\d$", "/head_<i>", curve))
+        name = re.sub(r"/(audio|text)(/|$)", r"/<modality>\2", re.sub(r"/class_\d$", "/<class>", name))
+        assert name in told, curve

@@ -183,7 +183,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         (explainer(group_by="prediction"), toy_loader(), "group_by: target there, prediction now"),
         (explainer(), toy_loader(samples=31), "batches: 5 there, 7 now"),
         (explainer(), toy_loader(seed=1), "Batch 0: The loader's first batch is not the one.*another data set"),
-        (explainer(), DataLoader(toy_data(), 5, shuffle=True), "a loader that shuffles cannot be gone on with"),
+        (explainer(), DataLoader(toy_data(), 5, shuffle=True), "a loader that shuffles cannot be continued"),
     ):
         with pytest.raises(SettingError, match=message):
             watch.explain_loader(loader, tmp_path)

@@ -150,8 +150,8 @@ def test_logits_that_happen_to_look_like_probabilities_under_their_name():
 @pytest.mark.parametrize(
     ("targets", "scores", "reason"),
     [
-        (BITS, SINGLE.sigmoid(), "all between 0 and 1, which may be logits or probabilities: return them.*'logits'"),
-        (SINGLE, SINGLE, "one number a sample, but no targets of 0 and 1.*regression, which has no classes"),
+        (BITS, SINGLE.sigmoid(), "all between 0 and 1: they may be logits or probabilities.*'logits'"),
+        (SINGLE, SINGLE, "one number for each sample.*no targets of 0 and 1.*regression, which has no classes"),
         (IDS, SINGLE, "no targets of 0 and 1"),
         (None, SINGLE, "no targets of 0 and 1"),
     ],
@@ -171,7 +171,7 @@ def test_floating_targets_of_which_a_first_batch_shows_one_class_may_be_numbers_
         labels = find(LOSS, (IMAGE, only), SINGLE)
         assert labels.predicted is None
         assert labels.target is None
-        assert "in the first batch: this is a regression" in labels.doubts["predictions"]
+        assert "So it is a regression" in labels.doubts["predictions"]
         assert find(LOSS, (IMAGE, only.long()), SINGLE).target.tolist() == only.tolist()
         assert find(LOSS, {"mine": only}, SINGLE, targets="mine").target.tolist() == only.tolist()
 
@@ -316,7 +316,7 @@ def test_one_positive_a_row_in_the_first_batch_is_no_proof_of_classes():
         assert labels.target.tolist() == [0, -1, -1, 1, 2]
         assert not labels.tied.any()
         assert finder.has_several
-        assert "none or several since: these are several labels" in finder.drop_targets()
+        assert "none or several. So they are several labels" in finder.drop_targets()
         assert finder.find(step({"logits": SCORES}, {"labels": one_hot})).target is None
     soft = LabelFinder()
     soft.find(step({"logits": SCORES}, {"labels": VOTES}))

@@ -1,5 +1,9 @@
 """The project's own files agree with each other."""
 
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,7 @@ def requirements():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     # Loggers' clients and other programs are run in their newest versions alone, and have no lower bounds.
-    for group in (project["dependencies"], *(extras[name] for name in extras if name != "clients")):
+    for group in (project["dependencies"], *(extras[name] for name in extras if name not in {"clients", "docs"})):
         for line in group:
             requirement = Requirement(line)
             if requirement.name not in {project["name"], *LINTERS}:
@@ -38,3 +42,27 @@ def test_the_oldest_set_that_ci_runs_is_the_lower_bounds():
     assert len({pin.name for pin in pins}) == len(pins)
     pinned = {(pin.name, versions(pin, "==")) for pin in pins}
     assert pinned == {(bound.name, versions(bound, ">=")) for bound in requirements()}
+
+
+@pytest.mark.slow
+def test_the_readme_of_a_wheel_leads_to_addresses():
+    """A package index has no file beside it."""
+    command = [sys.executable, "-m", "hatchling", "metadata"]
+    made = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    targets = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", made["readme"]["text"])
+    pictures, links = ([target for mark, target in targets if mark == kind] for kind in ("!", ""))
+    repository = made["urls"]["Repository"]
+    assert pictures
+    raw = repository.replace("https://github.com/", "https://raw.githubusercontent.com/") + "/main/"
+    assert all(target.startswith(raw) for target in pictures)
+    assert len(links) > 10
+    assert all(target.startswith(f"{repository}/blob/main/") for target in links)
+    here = (ROOT / target.removeprefix(raw).removeprefix(f"{repository}/blob/main/") for _, target in targets)
+    assert all(path.exists() for path in here)
+
+
+def test_the_site_has_the_projects_addresses():
+    addresses = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert f"site_url: {addresses['Documentation']}\n" in site
+    assert f"link: {addresses['Repository']}\n" in site

@@ -75,7 +75,7 @@ def test_a_lightning_whose_trainer_would_not_take_it_is_told_which_does(monkeypa
     monkeypatch.delitem(sys.modules, "lightning.pytorch", raising=False)
     AttentionExplainabilityCallback()  # what is not imported does not matter
     monkeypatch.setitem(sys.modules, "lightning.pytorch", ModuleType("lightning.pytorch"))
-    with pytest.raises(XAttnError, match=r"2\.5\.6 is imported.*expected lightning 2\.6 or later.*pip install"):
+    with pytest.raises(XAttnError, match=r"2\.5\.6 takes no callback.*expected lightning 2\.6 or later.*pip install"):
         AttentionExplainabilityCallback()
     older.__version__ = "2.6.0"
     AttentionExplainabilityCallback()

@@ -203,7 +203,7 @@ def test_several_loggers_have_the_same_and_others_get_files(tmp_path, infos):
     theirs, ours = Image.open(io.BytesIO(event)), Image.open(tmp_path / "csv" / OVERVIEW / "step_000000.png")
     assert np.array_equal(np.asarray(theirs), np.asarray(ours))
     assert (tmp_path / "csv" / REPORT / "step_000000.md").read_text().startswith("# Cross-modal")
-    assert len([said for said in infos.messages if said.endswith(f"are files in {tmp_path / 'csv'}.")]) == 1
+    assert len([said for said in infos.messages if said.endswith(f"are written to {tmp_path / 'csv'}.")]) == 1
 
 
 def test_without_a_logger_files_are_under_the_trainers_root_folder(tmp_path):

@@ -235,7 +235,7 @@ def _by_name(survey: Survey, crossing: Sequence[Found]) -> list[Layer]:
             return source
         if len(across) == 1 and not any(found.doubt for found in in_a_run if found is not across[0]):
             return Source(source.path, across[0].number)
-        raise DiscoveryError(survey.say(f"Module '{source.path}' does not show which attention is meant"))
+        raise DiscoveryError(survey.say(f"It is ambiguous which attention of module '{source.path}' is meant"))
 
     return [
         Layer(layer.name, *((direction, numbered(source)) for direction, source in layer.sources)) for layer in layers
@@ -251,10 +251,10 @@ def _pair(survey: Survey, across: Sequence[Found]) -> list[Layer]:
         if found.sides is not None:
             groups[frozenset(found.sides)].append(found)
     if not groups:
-        raise DiscoveryError(survey.say(f"Whether '{survey.name(across[0])}' goes across cannot be seen"))
+        raise DiscoveryError(survey.say(f"It is ambiguous whether '{survey.name(across[0])}' goes across"))
     equal = [group for group in groups.values() if group[0].tokens[0] == group[0].tokens[1]]
     if len(equal) > 1:
-        raise DiscoveryError(survey.say("Which tokens are of one modality cannot be seen"))
+        raise DiscoveryError(survey.say("It is ambiguous which tokens belong to one modality"))
     # A letter for each number of tokens, in the order in which they ask.
     across = [found for group in groups.values() for found in group]
     asking = dict.fromkeys(count for found in across for count in found.tokens if found.sides == found.tokens)
@@ -265,9 +265,9 @@ def _pair(survey: Survey, across: Sequence[Found]) -> list[Layer]:
         back = [found for found in group if found.sides != group[0].sides]
         if group in equal and not back:
             # Other tensors are not yet other modalities: queries and keys may be made of the same tokens.
-            raise DiscoveryError(survey.say(f"Whether '{survey.name(group[0])}' goes across cannot be seen"))
+            raise DiscoveryError(survey.say(f"It is ambiguous whether '{survey.name(group[0])}' goes across"))
         if not _in_order(there, back):
-            raise DiscoveryError(survey.say("It is not clear which of these belong together"))
+            raise DiscoveryError(survey.say("It is ambiguous which of these belong together"))
         queries, keys = there[0].tokens
         forward = Direction("a", "b") if queries == keys else Direction(letters[queries], letters[keys])
         for found, opposite in zip_longest(there, back):

@@ -20,8 +20,8 @@ from lightning_xattn.capture.masks import (
 from lightning_xattn.errors import ShapeError
 
 NAME_IT = (
-    "Name the one that is meant, 'path#2' for the second that a module computes or 'path[item]' for an item of what it "
-    "returns, or give a callable (attention={'<a>_to_<b>': lambda model: weights})."
+    "Name the attention that you mean: 'path#2' is the second that a module computes, 'path[item]' an item of what it "
+    "returns. Or give a callable: attention={'<a>_to_<b>': lambda model: weights}."
 )
 
 

@@ -40,7 +40,8 @@ class AttentionRecorder:
         Any module; nothing is hooked yet.
     attention
         Where the attention is: module paths by direction, seen from ``model``, a ``JointSequence``, or callables (see
-        the README). None: found by name (see ``locate_attention``) or, where no name tells, in the first step.
+        ``docs/own-model.md``). None: found by name (see ``locate_attention``) or, where no name tells, in the first
+        step.
 
     Attributes
     ----------
@@ -122,9 +123,9 @@ class AttentionRecorder:
             require_one_replica(self._model)
             if compiled := compiled_modules(self._model):
                 self._tell(
-                    f"{', '.join(compiled)} is compiled, where attention cannot be seen: it runs without compilation "
-                    "while it is recorded, so its outputs may differ in the last bits and take longer. Record fewer "
-                    "epochs or batches (every_n_epochs, every_n_batches) if that is too slow."
+                    f"{', '.join(compiled)} is compiled, and compiled code hides its attention. While it is recorded "
+                    "it runs uncompiled, so its outputs may differ in the last bits and take longer. If that is too "
+                    "slow, record fewer epochs or batches (every_n_epochs, every_n_batches)."
                 )
         # Hooks set before a failure half way leave with this stack; only a complete set is kept.
         with ExitStack() as hooks:
@@ -249,8 +250,8 @@ class AttentionRecorder:
         found = {direction: names if len(names) > 1 else names[0] for direction, names in paths.items()}
         others = "; ".join(f"'{survey.name(one)}' {one.who}" for one in left_out)
         self._tell(
-            f"Found in the first pass: {found}, from their names or from which tokens ask which. If that is not "
-            "what you mean, or these are not the names of your modalities, name them: attention={'<a>_to_<b>': "
+            f"Found in the first pass: {found}. The directions come from the modules' names, or from which tokens ask "
+            "which. If a module or the name of a modality is wrong, name them: attention={'<a>_to_<b>': "
             "'path.to.module', ...}." + (f" Left out, as no name tells their direction: {others}." if others else "")
         )
         shown = [shown_of(survey, source) for _, _, source in self._sources()]
@@ -261,8 +262,8 @@ class AttentionRecorder:
         else:
             self.is_waiting = True
             self._tell(
-                "The weights of a first step were too large to keep until it was known which are meant: that step is "
-                "left out. Name the attention to have it, too."
+                "The weights of the first step were too large to keep before it was known which of them are meant, so "
+                "that step is left out. To include it, name the attention."
             )
 
     def _settle(self, survey: Survey) -> None:
@@ -281,9 +282,9 @@ class AttentionRecorder:
         if turned:
             paths = ", ".join(f"'{path}'" for path in turned.values())
             self._tell(
-                f"{paths} is recorded with the direction that its name "
-                "tells, queries first. But the numbers of tokens say that the other modality asks. If they are right, "
-                f"turn the names round: attention={turned}."
+                f"{paths} is recorded in the direction that its name "
+                "says, queries first, but the numbers of tokens show that the other modality asks. If the numbers are "
+                f"right, swap the names: attention={turned}."
             )
         self._survey = None
         if self._hooked:  # from now on only what is recorded
@@ -304,7 +305,7 @@ class AttentionRecorder:
         return (
             f"None of {', '.join(dict.fromkeys(str(source) for _, _, source in self._sources()))} ran, so there is no "
             "attention to show. If the model computes it elsewhere, name that module: attention={'<a>_to_<b>': 'path', "
-            "...}. If they run inside of a function that torch.compile made, call that function uncompiled"
+            "...}. If they run inside a function that torch.compile made, call that function uncompiled"
             + (f"; TorchScript hides what is in {', '.join(script)}." if script else ".")
         )
 

@@ -295,11 +295,11 @@ class Tap:
         gaps = gaps_between(places, length)
         told_by_the_batch = any(callable(span) for span in joint.spans.values())
         changed = length != (self._length or length) and not whole.cropped and not told_by_the_batch
-        remedy = "Spans that count from the end, such as (-144, None), or a callable that makes a span of the batch, go"
+        remedy = "give spans that count from the end, such as (-144, None), or a callable that makes them"
         if changed and min(gaps) >= 0 and gaps != self._gaps:
             raise ShapeError(
                 f"The sequence of '{name}' has {length} tokens, and had {self._length} before, but the spans of the "
-                f"JointSequence do not move with it: {dict(joint.spans)}. {remedy} with any length."
+                f"JointSequence stay as they are: {dict(joint.spans)}. To follow it, {remedy}."
             )
         try:
             cut = cut_direction(whole, places[self.direction.query], places[self.direction.key], name)
@@ -310,8 +310,8 @@ class Tap:
             return None
         if changed and not joint.counts_from_the_end:
             self.remarks.append(
-                f"The sequence of '{name}' changes its length ({self._length}, {length}): the tokens of the last "
-                f"modality are taken to be more or fewer. {remedy} with others: {dict(joint.spans)}."
+                f"The sequence of '{name}' changes its length ({self._length}, {length}), and the last modality is "
+                f"taken to have more or fewer tokens. If another one has, {remedy}. The spans are {dict(joint.spans)}."
             )
         if not self._has_given:
             self._length, self._gaps, self._has_given = length, gaps, True
@@ -404,7 +404,7 @@ class Tap:
         ]
         none = tensors and not any(looks_like_attention(tensor) for tensor in tensors.values())
         return (
-            f"Module '{run.path}' does not show which attention is meant. It computes "
+            f"It is ambiguous which attention of module '{run.path}' is meant. The module computes "
             f"{', '.join(computed) or 'none that can be seen'}, and returns {describe_returned(run.path, tensors)}"
             f"{'; none of these is weights whose rows sum to 1' if none else ''}. {NAME_IT}"
         )

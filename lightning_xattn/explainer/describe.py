@@ -46,8 +46,8 @@ def require_finite(batch: BatchResult) -> BatchResult:
         also = "" if labels.predicted is None else " (or class ids below 0)"
         raise DataError(
             f"The {what} of sample {', '.join(names[:8])}{', ...' if len(names) > 8 else ''} ({len(names)} of "
-            f"{len(broken)}) are not finite{also}. Look for NaN or infinity in their input, or in the model's "
-            "weights if it is all samples, and mend it."
+            f"{len(broken)}) are not finite{also}. Look for NaN or infinity in their input or, if all samples are "
+            "concerned, in the model's weights."
         )
     return batch
 

@@ -118,14 +118,14 @@ class ExplainedFolder:
         if groups[0] != groups[1]:
             raise SettingError(
                 f"{self.folder} was begun with {_say_groups(self._first)} in the loader's first batch, which now has "
-                f"{_say_groups(first)}. Intervals are by group, so it cannot be gone on with or read back. Name "
-                "another folder, or delete this one."
+                f"{_say_groups(first)}. Intervals are by group, so the folder can be neither continued nor read "
+                "back. Name another folder, or delete this one."
             )
         same = ours[0] == theirs[0] and ours[1].shape == theirs[1].shape
         if not (same and torch.allclose(ours[1], theirs[1], rtol=ALIKE, atol=ALIKE, equal_nan=True)):
             raise SettingError(
                 f"The loader's first batch is not the one that {self.folder} was begun with: another data set, another "
-                "order (a loader that shuffles cannot be gone on with), or another precision. Pass the same loader, "
+                "order (a loader that shuffles cannot be continued), or another precision. Pass the same loader, "
                 "name another folder, or delete this one."
             )
 
@@ -189,7 +189,7 @@ class ExplainedFolder:
             if others:
                 raise SettingError(
                     f"{self.folder} holds {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} but no {FILE}, "
-                    "so it is not an explained data set that can be gone on with. Name another folder, or empty this "
+                    "so it is not an explained data set that can be continued. Name another folder, or empty this "
                     "one."
                 )
             return {}
@@ -205,7 +205,7 @@ class ExplainedFolder:
                 f"{name}: {_cut(known[name])} there, {_cut(self._identity[name])} now" for name in sorted(other)
             )
             raise SettingError(
-                f"{self.folder} was begun with something else ({found}), so it cannot be gone on with or read back. "
+                f"{self.folder} was begun with something else ({found}), so it can be neither continued nor read back. "
                 "Name another folder, or delete this one."
             )
         return saved

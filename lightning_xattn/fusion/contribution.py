@@ -31,8 +31,8 @@ PARTNERS = 4
 """So many partners of each sample, unless all are wanted."""
 
 NOT_BACK = (
-    "the intact samples' outputs do not come back, so something besides the fusion's tokens reaches the prediction, or "
-    "it differs from run to run"
+    "running the fusion again on intact samples gives other outputs, so something besides the fusion's tokens reaches "
+    "the prediction, or the model differs from run to run"
 )
 """Why nothing is said where the replay of what was not exchanged says something else."""
 
@@ -115,7 +115,7 @@ def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], par
     samples, modalities = len(source), len(names)
     predicted = source.spoken.values.argmax(1)
     if samples < 2:
-        raise ReplayError("it takes two samples of which the model says something finite")
+        raise ReplayError("fewer than two samples have finite predictions")
     if source.spoken.values.shape[1] > 1 and len(predicted.unique()) < 2:
         raise ReplayError("one class is predicted for all samples, so nothing shows what it depends on")
     shifts = torch.tensor(list(partner_shifts(samples, samples if partners is None else partners)))

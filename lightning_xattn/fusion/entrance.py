@@ -49,14 +49,14 @@ def check_fusion(fusion: str | None, modalities: ModalitiesSetting | None) -> No
     ) and all(isinstance(place, (int, str)) and not isinstance(place, bool) for place in places)
     if not 2 <= len(entries) <= MOST_MODALITIES or not usable or len(set(places)) < len(places):
         raise SettingError(
-            f"modalities must map 2 to {MOST_MODALITIES} modalities, whose names have no '/' and no spaces and are "
-            f"none of {', '.join(RESERVED_MODALITIES)}, to the "
-            "positions or names of the fusion's arguments that hold their tokens, each argument once, e.g. "
-            f"{{'eeg': 0, 'spec': 1}} or {{'eeg': ('eeg', 'eeg_mask'), 'spec': 'spec'}}; got {modalities!r}."
+            f"modalities must map 2 to {MOST_MODALITIES} modalities to positions or names of the fusion's arguments "
+            "that hold their tokens, each argument once, e.g. {'eeg': 0, 'spec': 1} or {'eeg': ('eeg', 'eeg_mask'), "
+            "'spec': 'spec'}. A modality's name has no '/' and no space, and is none of "
+            f"{', '.join(RESERVED_MODALITIES)}. Got {modalities!r}."
         )
     if fusion is None:
         raise SettingError(
-            f"modalities names arguments of a fusion; name it too: fusion='path.to.module'. Got {modalities!r}."
+            f"modalities names arguments of a fusion: name the fusion too, fusion='path.to.module'. Got {modalities!r}."
         )
 
 

@@ -95,7 +95,7 @@ class FusionRecorder:
         if fusion is not None and self._named is None:
             known = ", ".join(f"'{path}'" for path, _ in model.named_children())
             raise DiscoveryError(
-                f"No module '{fusion}' to be the fusion. Found: {known or 'none'}, and what is in them."
+                f"No module '{fusion}' for fusion=. Found: {known or 'none'}, and the modules inside them."
             )
         self.entrance: Entrance | None = None
         self.problem = ""

@@ -165,7 +165,7 @@ class Replay:
             if gives_back(intact[order], again, self.is_half):
                 return
             failure = ReplayError(
-                "something besides the fusion's tokens reaches the prediction, or it differs from run to run"
+                "something besides the fusion's tokens reaches the prediction, or the model differs from run to run"
             )
         raise failure
 

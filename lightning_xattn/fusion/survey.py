@@ -141,13 +141,13 @@ class FusionSurvey:
         """Why nothing is taken, and what could be meant."""
         if self.runs_of_named > 1:
             return (
-                f"The fusion '{self._named}' runs {self.runs_of_named} times in a step, so it is not clear what enters "
+                f"The fusion '{self._named}' runs {self.runs_of_named} times in a step, so it is ambiguous what enters "
                 "it. Name a module that runs once."
             )
         names = " and ".join(attention[0].forward.token_counts)
         found = "; ".join(map(str, self._around_both(layers)[:6]))
         return (
-            f"Where {names} enter the fusion cannot be told, so what each of them says and contributes is not shown: "
-            "no module runs both directions once in a step with arguments that surely hold the tokens of one modality "
-            f"each. Candidates: {found or 'none'}. {NAME_IT}"
+            f"Where {names} enter the fusion cannot be told, so there are no readings and no contributions. No module "
+            "runs both directions once in a step with arguments that surely hold the tokens of one modality each. "
+            f"Candidates: {found or 'none'}. {NAME_IT}"
         )

@@ -39,7 +39,7 @@ def find_eeg(names: Sequence[str]) -> tuple[str, ...]:
     Raises
     ------
     Problem
-        If one is missing, or stands there twice.
+        If one is missing, or occurs twice.
     """
     return _require_columns(ELECTRODES, names)
 
@@ -79,5 +79,5 @@ def _require_columns(wanted: Sequence[str], names: Sequence[str]) -> tuple[str, 
         raise Problem("missing column", f"{shown} ({len(missing)} of {len(wanted)} missing); the file has {there}")
     repeated = [name for name in wanted if counts[name] > 1]
     if repeated:
-        raise Problem("repeated column", f"{repeated[0]} stands there {counts[repeated[0]]} times, expected once")
+        raise Problem("repeated column", f"{repeated[0]} occurs {counts[repeated[0]]} times, expected once")
     return tuple(wanted)

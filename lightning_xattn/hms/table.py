@@ -94,7 +94,7 @@ class BadRow:
     def __str__(self) -> str:
         return (
             f"{self.file}: {self.reason}: {self.detail} (train.csv line {self.line}, label_id {self.label_id}"
-            "). Mend or remove it, or pass on_bad_row='skip' to leave such rows out."
+            "). Fix or remove it, or pass on_bad_row='skip' to leave such rows out."
         )
 
 
@@ -158,7 +158,7 @@ def _read_text(path: Path) -> pa.Table:
         raise DataError(f"{path} is not a comma-separated table with a header: {error}") from error
     repeated = [name for name in _REQUIRED if table.column_names.count(name) > 1]
     if repeated:
-        raise DataError(f"{path}: the column {repeated[0]} stands there more than once, expected once.")
+        raise DataError(f"{path}: the column {repeated[0]} occurs more than once, expected once.")
     missing = [name for name in _REQUIRED if name not in table.column_names]
     if missing:
         raise DataError(

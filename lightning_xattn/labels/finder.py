@@ -281,9 +281,9 @@ class LabelFinder:
         place = (self._places or {}).get("targets")
         name = "targets" if place is None else place.name
         reason = (
-            f"{name} has one positive a row in the first batch, but rows with none or several since: these are several "
-            "labels at once, which are no classes. No classes and outcomes are shown of such an evaluation. Name "
-            "classes, if there are any: targets=<key or callable>."
+            f"{name} has one positive in each row of the first batch, but later rows have none or several. So they are "
+            "several labels at once, which are no classes, and the evaluation has no classes and no outcomes. If there "
+            "are classes, name them: targets=<key or callable>."
         )
         if self._places is not None:
             self._places["targets"] = None
@@ -342,25 +342,26 @@ class LabelFinder:
             if not scale or self._probabilities or place.key == "logits" or are_surely_logits(scores):
                 return {}
             text = (
-                f"{place.name} gives scores between 0 and 1 whose rows do not sum to 1, which may be logits or "
-                "probabilities of each class by itself: the class with the highest one is taken, a confidence is not. "
-                "Return them from the step as {'logits': ...}, or as {'probabilities': ...} whose rows sum to 1."
+                f"{place.name} gives scores between 0 and 1 whose rows do not sum to 1: they may be logits, or a "
+                "probability for each class by itself. The class with the highest score counts as predicted, and there "
+                "is no confidence. Return the scores from the step as {'logits': ...}, or as {'probabilities': ...} "
+                "whose rows sum to 1."
             )
             return {"confidence": text}
         labels = None if targets is None else targets.read(step)
         binary = are_binary_labels(labels, step.samples, self._settings["targets"] is None)
         if not binary and (targets or self._settings["predictions"] is None):
             text = (
-                f"{place.name} gives one number a sample, but no targets of 0 and 1 were found to go with it in the "
-                "first batch: this is a regression, which has no classes, or a binary head whose targets must be named."
+                f"{place.name} gives one number for each sample, but the first batch has no targets of 0 and 1 to go "
+                "with it. So it is a regression, which has no classes, or a binary head whose targets must be named."
             )
             return {"predictions": text}
         self._probabilities = place.key in ("probabilities", "probs")
         if self._probabilities or place.key == "logits" or are_surely_logits(scores):
             return {}
         text = (
-            f"{place.name} gives one score a sample, all between 0 and 1, which may be logits or probabilities: "
-            "return them from the step as {'logits': ...} or {'probabilities': ...}."
+            f"{place.name} gives one score for each sample, all between 0 and 1: they may be logits or probabilities. "
+            "Return them from the step as {'logits': ...} or {'probabilities': ...}."
         )
         return {"predictions": text}
 
@@ -387,8 +388,8 @@ class LabelFinder:
             if what not in self._told:
                 self._told.add(what)
                 warnings.warn(
-                    f"A step has no {what} as the first one had in {place.name}, so its samples have no class or "
-                    f"outcome; this is said once. {step}",
+                    f"A step has no {what} in {place.name}, where the first step had them, so its samples have no "
+                    f"class or outcome. This is said once. {step}",
                     XAttnWarning,
                     stacklevel=4,
                 )

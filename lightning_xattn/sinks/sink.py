@@ -35,7 +35,7 @@ class Sink(ABC):
     """Hands pictures, texts, pages and tables to one of the Trainer's loggers; scalars go through Lightning.
 
     A logger that `SINKS` does not know gets files in its folder. To serve one in its own way, derive from this class
-    and enter it under the name of the logger's class::
+    and enter it under the name of the logger's class:
 
         class NeptuneSink(Sink):
             def log_images(self, images, step):

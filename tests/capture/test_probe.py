@@ -314,7 +314,8 @@ def test_a_softmax_that_is_a_module(names, lengths):
         model(x, y)
     if there == "f" and lengths[0] == lengths[1]:
         with pytest.raises(
-            DiscoveryError, match=tells("Whether", "'f' (2, 3, 5, 5)", "'g' (2, 3, 5, 5)", "attention={'<a>_to_<b>'")
+            DiscoveryError,
+            match=tells("ambiguous whether", "'f' (2, 3, 5, 5)", "'g' (2, 3, 5, 5)", "attention={'<a>_to_<b>'"),
         ):
             _ = recorder.attention
         return

@@ -123,7 +123,7 @@ def test_equal_lengths_do_not_tell_a_direction(lxmert):
         lxmert(**inputs)
         with pytest.raises(
             DiscoveryError,
-            match=tells("Whether", "encoder.x_layers.0.visual_attention.att#1", "attention={'<a>_to_<b>'"),
+            match=tells("ambiguous whether", "encoder.x_layers.0.visual_attention.att#1", "attention={'<a>_to_<b>'"),
         ):
             _ = recorder.attention
 

@@ -16,7 +16,7 @@ from tests.messages import tells
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, count_hooks, quiet_trainer, runs_compiled, toy_loader
 
 
-@pytest.mark.filterwarnings("ignore:.*is compiled, where attention cannot be seen")
+@pytest.mark.filterwarnings("ignore:.*is compiled, and compiled code hides its attention")
 def test_recorders_that_overlap_put_torchs_stance_back():
     assert runs_compiled()
     model = nn.ModuleDict({"fusion": torch.compile(Pair(), backend="aot_eager")})
@@ -189,7 +189,7 @@ def test_small_half_precision_weights_are_not_padding():
 @pytest.mark.filterwarnings("ignore:Found in the first pass")
 def test_self_attention_with_queries_and_keys_of_its_own_making_is_asked_for():
     model = Runs(lambda m, x, y: m.sa(x + 1, x + 1, x), sa=mha())
-    with pytest.raises(DiscoveryError, match=tells("'sa'", "Whether", "attention={'<a>_to_<b>'")):
+    with pytest.raises(DiscoveryError, match=tells("'sa'", "ambiguous whether", "attention={'<a>_to_<b>'")):
         recorded(model)
 
 

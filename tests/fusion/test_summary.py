@@ -285,7 +285,7 @@ def test_what_cannot_be_told_is_not_told():
     torch.manual_seed(0)
     module = TwoStreams(Concatenation())
     one = summary_of(module, TensorDataset(left[:1], right[:1], target[:1], ids[:1]), **NAMED)
-    assert one.uncontributed == "it takes two samples of which the model says something finite"
+    assert one.uncontributed == "fewer than two samples have finite predictions"
     with torch.no_grad():
         module.head.bias[0] = 100
     same = summary_of(module, data, **NAMED)

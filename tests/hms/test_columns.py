@@ -82,7 +82,7 @@ def test_neither_the_order_of_columns_nor_other_columns_matter(tmp_path):
         (["LL_3.15" if n == "LL_3.13" else n for n in SPECTROGRAM], r"LL_3\.13 \(1 of 401"),
         (SPECTROGRAM[1:], r"missing column.*time"),
         (["LL_4.10" if n == "LL_4.1" else n for n in SPECTROGRAM] + ["LL_4.100"], r"LL_4\.10 and LL_4\.100 are one"),
-        ([*SPECTROGRAM, "time"], r"repeated column.*time stands there 2 times"),
+        ([*SPECTROGRAM, "time"], r"repeated column.*time occurs 2 times"),
         ([], r"401 of 401 missing"),
     ],
 )
