@@ -36,9 +36,6 @@ from lightning_xattn.visualizations import (
 )
 from lightning_xattn.visualizations.montages import Montage, require_montage
 
-PICTURES = ("signals", "attention", "alignment")
-"""Of a recording, those that the page shows."""
-
 
 def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path, montage: Montage = "bipolar") -> Path:
     """Explain every recording of a folder, and draw one correct and one incorrect prediction of each class.
@@ -95,9 +92,8 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path, monta
     with Stage(f"Drawing {len(chosen)} recordings", len(chosen)) as stage:
         for i, sample in enumerate(results["per_sample_explanations"]):
             _draw_sample(results, i, datamodule, out / "samples", montage)
-            of_sample = out / "samples" / str(sample["sample_id"])
-            drawn = (of_sample / f"{name}.png" for name in PICTURES)
-            pictures[str(sample["sample_id"])] = [path for path in drawn if path.exists()]
+            signals = out / "samples" / str(sample["sample_id"]) / "signals.png"
+            pictures[str(sample["sample_id"])] = [signals] if signals.exists() else []  # the page has the maps already
             stage.advance()
     with Stage("Writing the report"):
         create_explainability_report(explained, out / "report.html", pictures=pictures)
