@@ -15,7 +15,7 @@ from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN
 from lightning_xattn.columns import ALIGNMENT, ENTROPY, INVALID_ROWS, Column
 from lightning_xattn.errors import SettingError
 from lightning_xattn.messages import decimal
-from lightning_xattn.report import print_report, summary_text
+from lightning_xattn.report import print_report
 from lightning_xattn.report.wording import describe_outcome
 from lightning_xattn.summary import Comparison
 from tests.explained import NAMES, NAN, NO_ROW, SINGLE_KEY, batch, dataset, placed, sample, statistics, summary
@@ -390,11 +390,6 @@ def test_undefined_samples_show_how_many_are_behind_a_mean():
     report = create_explainability_report(dataset(summary(CLASSES, OUTCOMES, broken=(1,))))
     assert row(report, "LPD")[3].endswith(" n=12")
     assert "n=" not in row(report, "GPD")[3]
-
-
-def test_summary_text_is_the_data_sets_section():
-    one = summary(CLASSES, OUTCOMES)
-    assert summary_text(one, NAMES, "target") in create_explainability_report(dataset(one))
 
 
 def test_text_fits_a_hundred_columns_and_no_number_is_lost():

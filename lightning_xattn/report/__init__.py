@@ -1,6 +1,6 @@
 """Reports of explained samples and data sets: results to facts (JSON), facts to words, words to text or Markdown."""
 
 import lightning_xattn.report.in_notebook  # noqa: F401  # tells notebooks how to show results
-from lightning_xattn.report.create import create_explainability_report, fusion_text, print_report, summary_text
+from lightning_xattn.report.create import create_explainability_report, print_report
 
-__all__ = ["create_explainability_report", "fusion_text", "print_report", "summary_text"]
+__all__ = ["create_explainability_report", "print_report"]

@@ -11,17 +11,14 @@ from typing import Any, cast
 
 from lightning_xattn.errors import SettingError
 from lightning_xattn.files import complete_or_absent
-from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.messages import name_modality
-from lightning_xattn.report.facts import BatchFacts, DatasetFacts, collect_facts, collect_layer
+from lightning_xattn.report.facts import BatchFacts, DatasetFacts, collect_facts
 from lightning_xattn.report.listing import LISTED, entries_of_batch, entries_of_dataset
-from lightning_xattn.report.modalities import collect_fusion, describe_fusion
 from lightning_xattn.report.page import Picture, as_page
-from lightning_xattn.report.rendering import Document, as_markdown, as_text, blocks_as_text, print_document
+from lightning_xattn.report.rendering import Document, as_markdown, as_text, print_document
 from lightning_xattn.report.short import in_short, in_short_of_batch
-from lightning_xattn.report.wording import PER_SAMPLE, batch_document, dataset_document, describe_layer
+from lightning_xattn.report.wording import PER_SAMPLE, batch_document, dataset_document
 from lightning_xattn.results import DatasetResult, ExplainedBatch, Results
-from lightning_xattn.summary import LayerSummary
 
 FORMATS = {".txt": "text", ".md": "markdown", ".json": "json", ".html": "html"}
 """The format of a file by its suffix."""
@@ -98,26 +95,6 @@ def print_report(results: Results) -> None:
 
 def _document(facts: BatchFacts | DatasetFacts) -> Document:
     return batch_document(facts) if facts["kind"] == "batch" else dataset_document(facts)
-
-
-def summary_text(summary: LayerSummary, class_names: Sequence[str], group_by: str) -> str:
-    """One layer's part of a data set's report as text, as after an epoch.
-
-    Parameters
-    ----------
-    summary
-        The epoch.
-    class_names
-        As many as the summary has classes.
-    group_by
-        Whether the classes are those of the "target" or of the "prediction".
-    """
-    return blocks_as_text(list(describe_layer(collect_layer("", summary, class_names), group_by)))
-
-
-def fusion_text(summary: FusionSummary, class_names: Sequence[str], group_by: str) -> str:
-    """The part of a data set's report on its modalities as text, as after an epoch; parameters as `summary_text`."""
-    return blocks_as_text(list(describe_fusion(collect_fusion(summary, class_names), group_by)))
 
 
 def _page(results: Results, facts: BatchFacts | DatasetFacts, pictures: Mapping[str, Sequence[Path]]) -> str:
