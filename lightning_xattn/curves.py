@@ -23,8 +23,10 @@ MAIN = re.compile(
 )
 """``<topic>/<what>`` of the curves that are acted on: those that are logged unless all are asked for."""
 
-COMPARED = re.compile(r"accuracy|(alignment|conflict)/all|reading/[^/]+|contribution/share/[^/]+|outcome/\w+_auroc")
-"""What a record of the history has that runs are compared by."""
+COMPARED = re.compile(
+    r"(?!.*_(low|high)$)(accuracy|(alignment|conflict)/all|reading/[^/]+|contribution/share/[^/]+|outcome/\w+_auroc)"
+)
+"""What a record of the history has that runs are compared by: no ends of intervals."""
 
 _SCOPE = r"{stage}(/[^/]+){0,3}"
 

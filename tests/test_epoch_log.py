@@ -30,11 +30,13 @@ def test_the_best_epoch_is_that_of_the_most_correct_predictions_since_the_fit_be
     before = [record(10, 0.99, **{"alignment/all": 0.1})]
     fit = [
         record(5, 0.5, **{"alignment/all": 0.2}),
-        record(10, 0.75, **{"alignment/all": 0.3, "outcome/conflict_auroc": 0.6, "outcome/conflict_auroc_low": 0.5}),
+        record(10, 0.75, **{"alignment/all": 0.3, "outcome/conflict_auroc": 0.6, "outcome/conflict_auroc_low": 0.5})
+        | {"reading/eeg": 0.8, "reading/eeg_low": 0.7, "contribution/share/eeg_high": 0.9},
         record(15, 0.75, **{"alignment/all": 0.4}),
         record(15, 1.0, "test", **{"alignment/all": 0.5}),
     ]
     expected = {"xattn_best/accuracy": 0.75, "xattn_best/alignment/all": 0.3, "xattn_best/outcome/conflict_auroc": 0.6}
+    expected["xattn_best/reading/eeg"] = 0.8
     assert best_epoch([*before, *fit]) == expected
     assert best_epoch([{"stage": "val", "step": 5, "alignment/all": 0.2}]) == {}
 

@@ -50,9 +50,10 @@ class TensorBoardSink(Sink):
         """In the hparams tab, beside the hyperparameters.
 
         A run names the columns of that tab once. Lightning names ``hp_metric`` alone, unless the logger is made with
-        ``default_hp_metric=False``; only then is there room for these values.
+        ``default_hp_metric=False``; only then is there room for these values. Without hyperparameters the tab shows
+        nothing.
         """
-        if not self.logger._default_hp_metric:
+        if self.logger.hparams and not self.logger._default_hp_metric:
             self.logger.log_hyperparams(self.logger.hparams, dict(values), step)
 
     def arrange(self, charts: Mapping[str, Mapping[str, str]]) -> None:
