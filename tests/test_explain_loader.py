@@ -307,6 +307,43 @@ def test_a_failure_while_the_sums_are_written_leaves_every_row_once(error, at, t
     assert_same_summary(explained.headline, explainer().explain_loader(toy_loader()).headline, **EXACTLY)
 
 
+@pytest.mark.slow
+def test_a_disk_that_is_full_in_the_first_part_is_said_and_leaves_nothing(tmp_path):
+    """No file may grow beyond 18 kB, which the rows fit in and the sums do not."""
+    code = f"""
+import resource, signal, torch
+from lightning_xattn import ExplainabilityCapture
+from tests.toy import ToyModule, run_toy, toy_loader
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (18_000, 18_000))
+torch.manual_seed(0)
+ExplainabilityCapture(ToyModule(), predict=run_toy).explain_loader(toy_loader(), {str(tmp_path / "full")!r})
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "OSError: [Errno 27] File too large" in ended.stderr
+    assert list((tmp_path / "full").iterdir()) == []
+    again = explainer().explain_loader(toy_loader(), tmp_path / "full")
+    assert_same_summary(again.headline, explainer().explain_loader(toy_loader()).headline, **EXACTLY)
+
+
+def test_a_run_that_was_killed_in_its_first_part_begins_anew(tmp_path):
+    """Between its rows and their sums; also with other settings, as nothing of it is known."""
+    explainer().explain_loader(toy_loader(), tmp_path / "whole")
+    (tmp_path / "killed").mkdir()
+    folder = progress.ExplainedFolder(tmp_path / "killed", {})
+    folder._write({"identity": {"format": progress.FORMAT}, "batches": 0})
+    rows = min((tmp_path / "whole").glob("*.parquet"))
+    (tmp_path / "killed" / rows.name).write_bytes(rows.read_bytes())
+    explainer(top_k=3).explain_loader(toy_loader(), tmp_path / "killed")
+    assert sorted(pd.read_parquet(tmp_path / "killed")["sample_idx"]) == list(range(23))
+
+
+def test_the_sums_are_small_beside_what_they_are_of(tmp_path):
+    explainer().explain_loader(toy_loader(), table=tmp_path)
+    assert (tmp_path / progress.FILE).stat().st_size < 40_000
+
+
 def test_rows_that_are_lost_or_damaged_are_noticed(tmp_path):
     explainer().explain_loader(toy_loader(), table=tmp_path)
     part = min(tmp_path.glob("*.parquet"))

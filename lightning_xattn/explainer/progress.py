@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from lightning_xattn.table import LateColumns, SampleTable, add_columns, count_r
 FILE = "_progress.pt"
 """Readers of Parquet folders pass over names that begin with an underscore."""
 
-FORMAT = "8"
+FORMAT = "9"
 """Raised when the file, or what a number in it means, changes."""
 
 ALIKE = 1e-4
@@ -149,6 +151,10 @@ class ExplainedFolder:
             Those of the batches since the last call, as ``SampleTable.add`` takes them.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._path.exists():
+            self._write(
+                {"identity": self._identity, "batches": 0}
+            )  # so that whatever happens these rows are known as ours
         table = SampleTable(self.folder, f"explained-{self.batches:06d}", {})
         try:
             for row in rows:
@@ -164,12 +170,13 @@ class ExplainedFolder:
                 "first": self._first,
                 "parts": self._parts | {path.name: count_rows(path) for path in table.close()},
             }
-            with complete_or_absent(self.folder / FILE) as part:
-                torch.save(saved, part)
+            self._write(saved)
         finally:
             # Whatever went wrong and wherever: what the file with the sums says is what there is.
             table.discard()
             self._load()
+            if not self.batches:
+                self._path.unlink()
 
     def finish(self, late: LateColumns | None) -> None:
         """Add what is known of the samples at the end to their rows; then there is nothing to go on with.
@@ -182,8 +189,18 @@ class ExplainedFolder:
                     add_columns(path, part, {None: late})
         self.save(self.batches, self.samples, self.sums, self.fusion, self.maps, (), finished=True)
 
+    @property
+    def _path(self) -> Path:
+        return self.folder / FILE
+
+    def _write(self, saved: Mapping[str, Any]) -> None:
+        content = io.BytesIO()
+        torch.save(saved, content)
+        with complete_or_absent(self._path) as part:
+            part.write_bytes(zlib.compress(content.getbuffer()))  # most of the sums are 0
+
     def _read(self) -> dict[str, Any]:
-        path = self.folder / FILE
+        path = self._path
         if not path.exists():
             others = sorted(found.name for found in self.folder.glob("*.parquet"))
             if others:
@@ -194,10 +211,13 @@ class ExplainedFolder:
                 )
             return {}
         try:
-            saved: dict[str, Any] = torch.load(path, weights_only=True)
+            content = io.BytesIO(zlib.decompress(path.read_bytes()))
+            saved: dict[str, Any] = torch.load(content, weights_only=True)
             known: dict[str, str] = saved["identity"]
         except Exception as error:  # whatever torch and pickle raise for a file that is cut off or something else
             raise DataError(f"{path} cannot be read ({error!r}). Name another folder, or delete this one.") from error
+        if not saved["batches"]:  # of a run that was killed in its first part
+            return {}
         # What is not known of a loader, such as its length, is not there.
         other = [name for name in self._identity.keys() & known.keys() if self._identity[name] != known[name]]
         if other:
