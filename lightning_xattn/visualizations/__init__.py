@@ -1,7 +1,8 @@
 """Figures: values in, :class:`matplotlib.figure.Figure` out.
 
-Only matplotlib's object API is used: no figure is registered with pyplot and nobody's settings change. A figure
-is 900 pixels wide (more only for more than 16 heads) with text of 9 points or more, for TensorBoard. Colours run
+Only matplotlib's object API is used: no figure is registered with pyplot and nobody's settings change. What loggers get
+is a page whose text is 9 pixels high or more at the 324 that TensorBoard shows (`pages.py`); a figure of a single
+sample is 900 pixels wide (more only for more than 16 heads) with text of 9 points or more, for the report. Colours run
 along viridis, whose lightness rises steadily, so they survive a grey print and colour blindness; outcomes and
 directions differ in shape, line or hatching as well as in colour. An undefined value is hatched grey, never a colour of
 the scale. Every figure is also written to ``save_path`` where that is given.

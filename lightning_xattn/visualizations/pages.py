@@ -45,7 +45,7 @@ BESIDE = 0.5
 _DPI = 144  # twice the pixels that are shown: for fine screens, and for a click, which enlarges
 _HANDLE = 0.33  # inches of a legend's line or patch, with the gap before its text
 _BETWEEN = 0.15  # inches between a legend's columns
-_NAME_LETTERS, _NAME_INCHES = 16, 1.3
+_NAME_LETTERS, _NAME_INCHES = 16, 1.45
 
 
 class Page:
