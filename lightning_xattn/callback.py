@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +109,8 @@ class AttentionExplainabilityCallback(Callback):
         Record every so many batches of each evaluation, from the first on. All numbers, also the count of samples, are
         then of the recorded batches alone.
     table
-        A folder for one row per sample, epoch and layer, as Parquet files (see ``SampleTable``). None: no table.
+        A folder for one row per sample, epoch and layer, as Parquet files (see ``SampleTable``). The column ``run``
+        tells one run of a Trainer from another; the latest sorts last. None: no table.
 
     Attributes
     ----------
@@ -178,6 +181,7 @@ class AttentionExplainabilityCallback(Callback):
         self._recording = False
         self._table: TrainingTable | None = None
         self._resumes = True
+        self._run = ""
 
     def __repr__(self) -> str:
         recorded = ", ".join({**self.summaries, **self.fusion_summaries}) or "nothing"
@@ -227,6 +231,9 @@ class AttentionExplainabilityCallback(Callback):
         first = make()
         # One for each dataloader, as their batches may differ; their classes are those of the first.
         self._evaluations = defaultdict(partial(make, first), {0: first})
+        if self.settings.table is not None:
+            now = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:4]}"
+            self._run = trainer.strategy.broadcast(now)
         if trainer.world_size > 1:
             # What is logged is the same on every process already; Lightning cannot know, and says so for each name.
             warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('xattn_")
@@ -247,8 +254,9 @@ class AttentionExplainabilityCallback(Callback):
         if self.settings.table is not None and not rehearsal:
             from lightning_xattn.table import TrainingTable  # pyarrow, only where a table is wanted
 
-            about = moment(trainer)
-            name = "{stage}-epoch={epoch}-step={step}-rank={rank}".format(**about, rank=trainer.global_rank)
+            about = {"run": self._run} | moment(trainer)
+            name = "{run}-{stage}-epoch={epoch}-step={step}".format(**about)
+            name += f"-rank={trainer.global_rank}-of-{trainer.world_size}"
             self._table = TrainingTable(Path(self.settings.table), name, about)
 
     def on_validation_batch_start(

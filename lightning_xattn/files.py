@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +24,37 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
     Yields
     ------
     Path
-        Where to write. The name is hidden and has another suffix, so tell the format to what tells it by the suffix.
+        Where to write: ``hidden_part(path)``. It has another suffix, so tell the format to what tells it by the suffix.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = hidden_part(path)
     try:
         yield part
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def hidden_part(path: Path) -> Path:
+    """What a file is called until it is whole: hidden, beside its own name, and telling which process writes it."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+
+
+def remove_dead_parts(folder: Path) -> None:
+    """Remove what processes of this machine left behind that were killed while they wrote."""
+    for part in folder.glob(f".*.{socket.gethostname()}.*.part"):
+        process = part.name.split(".")[-2]
+        if not _is_running(int(process)):
+            part.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if sys.platform == "win32":  # where this question would end the process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_xattn.aggregation import CORRECT, UNKNOWN
 from lightning_xattn.columns import NUMBER
-from lightning_xattn.files import complete_or_absent
+from lightning_xattn.files import complete_or_absent, hidden_part, remove_dead_parts
 from lightning_xattn.group_keys import plain_id
 from lightning_xattn.messages import warn
 
@@ -45,7 +45,8 @@ class SampleTable:
     """Rows of one process and one evaluation, streamed into a Parquet file of its own.
 
     The file appears in the folder, under a name that no other has, when ``close`` is called; until then, and after a
-    crash, there is only a hidden part that readers pass over. So a folder of such files is always a readable data set:
+    crash, there is only a hidden part that readers pass over. The next table in the folder removes parts of processes
+    that have ended. So a folder of such files is always a readable data set:
     ``pandas.read_parquet(folder)``, ``polars.read_parquet(f"{folder}/*.parquet")``, DuckDB's
     ``read_parquet('folder/*.parquet')``.
 
@@ -99,9 +100,9 @@ class SampleTable:
         for writer, path in self._writers.values():
             writer.close()
             if late:
-                with complete_or_absent(_part(path)) as more:
-                    add_columns(_part(path), more, late)
-            _part(path).replace(path)
+                with complete_or_absent(hidden_part(path)) as more:
+                    add_columns(hidden_part(path), more, late)
+            hidden_part(path).replace(path)
         paths = [path for _, path in self._writers.values()]
         self._writers = {}
         return paths
@@ -112,7 +113,7 @@ class SampleTable:
         for writer, path in self._writers.values():
             with suppress(OSError):  # on a full disk closing fails too
                 writer.close()
-            _part(path).unlink(missing_ok=True)
+            hidden_part(path).unlink(missing_ok=True)
         self._writers = {}
 
     def _write(self) -> None:
@@ -128,8 +129,9 @@ class SampleTable:
             # Layers between other modalities have other columns, and so a file of their own.
             if names not in self._writers:
                 self._folder.mkdir(parents=True, exist_ok=True)
+                remove_dead_parts(self._folder)
                 path = self._folder / f"{self._name}-{uuid.uuid4().hex[:8]}.parquet"
-                self._writers[names] = pq.ParquetWriter(_part(path), whole.schema), path
+                self._writers[names] = _writer_of(hidden_part(path), whole.schema), path
             self._writers[names][0].write_table(whole)
 
 
@@ -210,8 +212,12 @@ def count_rows(path: Path) -> int | None:
     return rows
 
 
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
+def _writer_of(part: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    try:
+        return pq.ParquetWriter(part, schema)
+    except BaseException:  # on a full disk an empty file is there already
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _count_rows_of(batch: Mapping[str, Any]) -> int:

@@ -84,7 +84,7 @@ def test_the_table_has_the_callbacks_rows(tmp_path):
     assert explained.table == tmp_path / "explained"
     theirs, ours = pd.read_parquet(tmp_path / "callback"), pd.read_parquet(explained.table)
     assert ours["sample_idx"].tolist() == list(range(23))
-    shared = [name for name in theirs if name not in ("stage", "epoch", "step", "dataloader")]
+    shared = [name for name in theirs if name not in ("run", "stage", "epoch", "step", "dataloader")]
     assert set(ours) == set(shared)
     pd.testing.assert_frame_equal(ours[shared], theirs[shared], rtol=1e-5, atol=1e-6)
 

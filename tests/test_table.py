@@ -1,5 +1,10 @@
 """One row per sample and epoch, whole or absent, readable by everybody."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import duckdb
 import numpy as np
 import pandas as pd
@@ -65,7 +70,12 @@ def test_a_data_set_for_pandas_polars_and_duckdb_over_epochs_and_runs(tmp_path):
     for frame in frames:
         assert frame.groupby("epoch").size().tolist() == [46, 46]
         assert frame["alignment"].mean() == pytest.approx(frames[0]["alignment"].mean(), rel=1e-5)
+        # As the documentation reads what the last run says of each epoch.
+        latest = frame[frame["run"] == frame.groupby(["stage", "epoch"])["run"].transform("max")]
+        assert latest.groupby("epoch").size().tolist() == [23, 23]
+        assert latest["run"].nunique() == 1
     assert len(list(tmp_path.iterdir())) == 4
+    assert all("-rank=0-of-1-" in path.name for path in tmp_path.iterdir())
 
 
 def test_undefined_numbers_are_missing_and_flagged(tmp_path):
@@ -117,6 +127,26 @@ def test_a_killed_process_leaves_a_part_that_readers_pass_over(tmp_path, monkeyp
     assert len(pd.read_parquet(tmp_path)) == 23
     assert len(pl.read_parquet(tmp_path / "*.parquet")) == 23
     assert duckdb.sql(f"select count(*) from '{tmp_path}/*.parquet'").fetchall() == [(23,)]
+    # This process lives and may write on; of one that has ended the next run removes the part.
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead = hidden[0].with_name(hidden[0].name.replace(f".{os.getpid()}.", f".{ended.pid}."))
+    dead.write_bytes(b"half")
+    run(ToyModule(), tmp_path)
+    assert hidden[0].exists()
+    assert not dead.exists()
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_no_empty_part(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, path, schema):
+            Path(path).touch()
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(table_module.pq, "ParquetWriter", Full)
+    with pytest.warns(XAttnWarning, match="lacks this evaluation: .*No space left"):
+        run(ToyModule(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_table_that_cannot_be_written_ends_no_run(tmp_path):
