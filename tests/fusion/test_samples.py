@@ -95,7 +95,7 @@ def test_a_batch_of_a_data_set_that_was_explained(explained):
             leads = abs(phi["left"] - phi["right"]) > 0.02
             assert found.followed == (max(phi, key=phi.get) if leads else None)
     assert said > 8
-    report = create_explainability_report(results)
+    report = " ".join(create_explainability_report(results).split())
     assert f"Modalities: {results['per_sample_explanations'][0]['modalities']}" in report
     told = json.loads(create_explainability_report(results, format="json"))["per_sample_explanations"][0]["modalities"]
     assert told["says"]["left"][0] in NAMES
