@@ -35,13 +35,20 @@ def explained(folder: Path, table: Path, samples: int) -> DatasetResult:
     return explainer.explain_loader(loader, table=table, progress=False)
 
 
-def logged_figures(result: DatasetResult) -> Iterator[Figure]:
-    """All that a logger gets of an epoch."""
+def history_of(result: DatasetResult) -> list[dict[str, Any]]:
+    """What the callback keeps of so many epochs, for the overview."""
     names, summary, fusion = result.class_names, result.headline, result.fusion
     assert fusion is not None
     known = epoch_record(summary, "val", epoch_curves(summary, "val", names))
     known |= fusion_record(fusion, "val", fusion_curves(fusion, "val", names, has_attention=True))
-    yield overview_figure([{"stage": "val", "epoch": i, "step": i, **known} for i in range(EPOCHS)], "val")
+    return [{"stage": "val", "epoch": i, "step": i, **known} for i in range(EPOCHS)]
+
+
+def logged_figures(result: DatasetResult, history: list[dict[str, Any]]) -> Iterator[Figure]:
+    """All that a logger gets of an epoch."""
+    names, summary, fusion = result.class_names, result.headline, result.fusion
+    assert fusion is not None
+    yield overview_figure(history, "val")
     for _, figure in fusion_figures(fusion, "val", names, all_names=names, group_by="target", context="val"):
         yield figure
     for _, figure in epoch_figures(summary, "val", names, group_by="target", axes=result.axes, context="val"):
@@ -58,9 +65,10 @@ def figures_and_report(folder: Path) -> None:
     """Of the reference model: 6 classes, 8 heads, 9 x 119 windows."""
     with tempfile.TemporaryDirectory() as temporary:
         result = explained(folder, Path(temporary) / "table", 2016)
+        history = history_of(result)
 
         def figures_of_an_epoch() -> None:
-            for figure in logged_figures(result):
+            for figure in logged_figures(result, history):
                 render(figure)
 
         def figures_of_a_data_set() -> None:
@@ -83,7 +91,8 @@ def figures_and_report(folder: Path) -> None:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as of_tables:
         of_few = explained(Path(sys.argv[1]), Path(of_tables) / "table", 10 * BATCH)
+    so_far = history_of(of_few)
     for _ in range(int(sys.argv[2])):
-        for one in logged_figures(of_few):
+        for one in logged_figures(of_few, so_far):
             render(one)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

@@ -9,7 +9,7 @@ VIRIDIS = (np.array(colormaps["viridis"].colors) * 255).round().astype(int)
 
 
 def read_picture(path):
-    """``(height, width, 3)``, of a picture 900 pixels wide, as TensorBoard shows figures."""
+    """``(height, width, 3)``, of a picture 900 pixels wide, as figures of single samples are."""
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     assert pixels.shape[1] == 900

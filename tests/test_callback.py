@@ -113,7 +113,7 @@ def test_fit_leaves_curves_and_images_in_tensorboard_at_every_epoch(tmp_path):
         for tag in ("map/{}/audio_to_text", "map/{}/text_to_audio", "entropy/{}/by_head", "alignment/{}/by_outcome"):
             images = events.Images(f"xattn_{tag.format(stage)}")
             assert len(images) == times
-            assert images[0].width == 648, "4.5 inches, on which a point is two pixels"
+            assert images[0].width == 2 * 324  # twice as wide as TensorBoard shows it
     steps = [point.step for point in events.Scalars("xattn_alignment/val/all")]
     assert [image.step for image in events.Images("xattn_map/val/audio_to_text")] == steps
 
