@@ -182,6 +182,7 @@ class AttentionExplainabilityCallback(Callback):
         self._table: TrainingTable | None = None
         self._resumes = True
         self._run = ""
+        self._fit_begins = 0  # the place in the history of what the last fit has added
 
     def __repr__(self) -> str:
         recorded = ", ".join({**self.summaries, **self.fusion_summaries}) or "nothing"
@@ -189,37 +190,26 @@ class AttentionExplainabilityCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells callbacks with different settings apart in a checkpoint."""
-        return self._generate_state_key(**self.settings.named(), schedule=self.schedule, table=self.settings.table)
+        """Tells callbacks that measure different things apart in a checkpoint; schedule and table may change."""
+        return self._generate_state_key(**self.settings.named())
 
     def state_dict(self) -> dict[str, Any]:
         """The history, in plain types: a checkpoint with it loads with ``weights_only=True``.
 
-        It has the curves that are logged, see ``curves``, in single precision.
+        Of the history it has what ``curves`` has logged, in single precision.
         """
-        return {"history": pack_history(self.history, keeps_all=self.curves == "all")}
+        packed = pack_history(self.history, keeps_all=self.curves == "all")
+        return {"history": packed, "fit_begins": self._fit_begins}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's history; only a fit does, a checkpoint that is tested has nothing to add."""
+        """Go on from a checkpoint's history, unless there is one already and the checkpoint is only tested."""
         if "history" in state_dict and (self._resumes or not self.history):
-            self.history = unpack_history(state_dict["history"])
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go on from the history of a callback whose settings, such as a schedule, have changed since."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
-        ours = [one for one in callbacks if isinstance(one, AttentionExplainabilityCallback)]
-        kind = type(self).__qualname__
-        saved = {key: state for key, state in checkpoint["callbacks"].items() if key.startswith(kind)}
-        keys = [one.state_key for one in ours]
-        # Each has its own by its settings; those that are left over are taken in the order in which they stand.
-        left = [state for key, state in saved.items() if key not in keys]
-        without = [one for one in ours if one.state_key not in saved]
-        if self in without and without.index(self) < len(left):
-            self.load_state_dict(left[without.index(self)])
+            self.history, self._fit_begins = unpack_history(state_dict["history"]), state_dict["fit_begins"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look anew at the first batch of what is to run."""
         self._resumes, self._recorder = stage == "fit", None
+        self._fit_begins = len(self.history) if self._resumes else self._fit_begins
         make = partial(
             Evaluation,
             self.settings,
@@ -321,7 +311,9 @@ class AttentionExplainabilityCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the values of the best epoch, by which runs are compared."""
-        self._log(trainer, pl_module, self.schedule.figures_every_n_epochs > 0).log_best(self.history)
+        self._log(trainer, pl_module, self.schedule.figures_every_n_epochs > 0).log_best(
+            self.history[self._fit_begins :]
+        )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take every hook off the model: after a crash Lightning does not call ``teardown``."""
@@ -375,7 +367,7 @@ class AttentionExplainabilityCallback(Callback):
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         results, tables = self._end_epoch(trainer, pl_module)
         log = self._log(trainer, pl_module, self.schedule.draws(trainer))
-        records = log.log(results, self._evaluations, self.history, tables)
+        records = log.log(results, self._evaluations, self.history[self._fit_begins :], tables)
         self.history += records
         if not records:
             warn(self._checks.of_nothing(stage_of(trainer)))

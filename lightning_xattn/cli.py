@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _quiet(command: str) -> Iterator[None]:
-    """Silence what Lightning and torch advise their users, who here are we ourselves."""
+    """Silence the advice that Lightning and torch have for programmers."""
     # The summary of a demo says what is told in it, too.
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_xattn")[: 1 + (command == "demo")]]
     levels = [logger.level for logger in loggers]

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
@@ -43,23 +45,21 @@ def explain_model(model: str, checkpoint: str | Path, datamodule: str, out: str 
     Raises
     ------
     SettingError
-        If one of the import paths leads nowhere.
+        If one of the import paths leads nowhere, or the data module gives no test data, or several loaders.
     DataError
         If the checkpoint is none of the model.
     """
     kind, data = _imported(model), _imported(datamodule)
     try:
-        module = kind.load_from_checkpoint(checkpoint, map_location="cpu")
+        module = kind.load_from_checkpoint(checkpoint, map_location="cuda" if torch.cuda.is_available() else "cpu")
     except OSError:
         raise
     except Exception as error:  # whatever a file that is no checkpoint, or one of another class, leads to
         raise DataError(f"{checkpoint} is no checkpoint of {model}: {first_line(error)}") from error
-    data = data() if isinstance(data, type) else data
-    data.prepare_data()
-    data.setup("test")
+    loader, data = _test_loader(data, datamodule)
     out = Path(out)
     explainer = ExplainabilityCapture(module, predict=_run_step, axes=getattr(data, "attention_axes", None))
-    explained = explainer.explain_loader(data.test_dataloader(), table=out / "table")
+    explained = explainer.explain_loader(loader, table=out / "table")
     explained = replace(explained, trained_on=training_data(checkpoint))
     with Stage("Drawing figures"):
         save_dataset_figures(explained, out / "figures")
@@ -71,6 +71,25 @@ def explain_model(model: str, checkpoint: str | Path, datamodule: str, out: str 
     print()
     print(f"All of it, to open in a browser: {out / 'report.html'}")
     return out
+
+
+def _test_loader(data: Any, name: str) -> tuple[Any, Any]:
+    """The one loader of a data module's test data, and the data module."""
+    try:
+        data = data() if isinstance(data, type) else data
+        data.prepare_data()
+        data.setup("test")
+        loader = data.test_dataloader()
+    except (TypeError, AttributeError, MisconfigurationException) as error:
+        raise SettingError(
+            f"{name} gives no test data: {first_line(error)} Expected a LightningDataModule with test_dataloader(), made "
+            "without arguments or already, as 'package.module:name'."
+        ) from error
+    if isinstance(loader, (list, tuple, dict)):
+        raise SettingError(
+            f"{name} has {len(loader)} test dataloaders, and one can be explained. Name a data module with that one."
+        )
+    return loader, data
 
 
 def _run_step(module: Any, batch: Any) -> Any:
@@ -88,6 +107,8 @@ def _imported(path: str) -> Any:
     if str(Path.cwd()) not in sys.path:  # where users' own modules are
         sys.path.insert(0, str(Path.cwd()))
     try:
+        if not name:
+            raise ValueError("there is no ':'")
         return getattr(importlib.import_module(place), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise SettingError(f"Expected an import path such as 'package.module:Class'; got '{path}': {error}.") from error

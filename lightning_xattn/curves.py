@@ -6,7 +6,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT
@@ -88,27 +87,20 @@ def mean_curves(of_layers: Sequence[Mapping[str, float]], scopes: Sequence[str],
     }
 
 
-def of_this_fit(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The records of the validations of the last fit: one that begins anew has smaller steps."""
-    validated = [one for one in records if one["stage"] == "val"]
-    begins = [i for i, (one, other) in enumerate(pairwise(validated), start=1) if other["step"] < one["step"]]
-    return validated[begins[-1] if begins else 0 :]
-
-
 def best_epoch(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What runs are compared by, of the validation of a fit that predicted the most samples correctly.
 
     Parameters
     ----------
     records
-        The history of one dataloader and layer.
+        The history of one dataloader and layer since the fit began.
 
     Returns
     -------
     dict of str to float
         ``xattn_best/<what>`` and its value; empty where no accuracy is known.
     """
-    known = [one for one in of_this_fit(records) if "accuracy" in one]
+    known = [one for one in records if one["stage"] == "val" and "accuracy" in one]
     if not known:
         return {}
     best = max(known, key=lambda one: one["accuracy"])

@@ -88,7 +88,7 @@ class EpochLog:
         ended, evaluations
             By dataloader.
         history
-            The records of the epochs before.
+            The records since the last fit began.
         tables
             The files of the sample table of this evaluation.
 

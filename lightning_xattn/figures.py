@@ -14,7 +14,6 @@ from torch import Tensor
 from lightning_xattn.aggregation import CORRECT, INCORRECT
 from lightning_xattn.attention import Direction, TokenAxis, fitting_axes
 from lightning_xattn.columns import ALIGNMENT, SCORES, STATISTICS, Column, shown_columns
-from lightning_xattn.curves import of_this_fit
 from lightning_xattn.functional.outcomes import BINS
 from lightning_xattn.fusion.samples import most_conflicting, of_sample
 from lightning_xattn.fusion.summary import FusionSummary
@@ -133,11 +132,11 @@ def epoch_figures(
 
 
 def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figure:
-    """Draw what is acted on over the epochs: records of the history of one dataloader and layer, the last one now."""
+    """Draw what is acted on over the epochs: the records of one dataloader and layer since a fit began, up to now."""
     from lightning_xattn.visualizations import Curve, Panel, plot_epochs  # matplotlib, only where figures are wanted
 
     last = records[-1]
-    shown = of_this_fit(records) if last["stage"] == "val" else [last]
+    shown = [one for one in records if one["stage"] == "val"] if last["stage"] == "val" else [last]
     # Several validations of one epoch differ in their steps alone.
     unit = "epoch" if len({one["epoch"] for one in shown}) == len(shown) else "step"
     moments = [one[unit] for one in shown]

@@ -32,13 +32,13 @@ class SampleMaps:
     """
 
     def __init__(self) -> None:
-        self._pool = Pool(0)
-        self._shapes: list[torch.Size] = []
+        self._pool: Pool | None = None
+        self._shapes: dict[str, torch.Size] = {}
 
     def snapshot(self, device: torch.device | str | None = None) -> SampleMaps:
         """What there is so far, there or on another device; adding more leaves it as it is."""
         other = copy(self)
-        other._pool = self._pool.snapshot(device)
+        other._pool = None if self._pool is None else self._pool.snapshot(device)
         return other
 
     def add(self, rows: Sequence[Rows], keys: Tensor, identity: Mapping[str, Tensor]) -> None:
@@ -59,14 +59,14 @@ class SampleMaps:
     def load(self, columns: Columns) -> None:
         """Add what `part` gave."""
         shapes = _shapes_of(columns)
-        if not self._shapes:
+        if self._pool is None:
             self._shapes, self._pool = shapes, Pool(_most(shapes))
         if shapes == self._shapes:
             self._pool.add(columns)
 
     def part(self) -> Columns | None:
         """What there is so far, on the CPU: "hash", ``IDENTITY`` and maps by direction; None without any sample."""
-        rows = self._pool.settled()
+        rows = None if self._pool is None else self._pool.settled()
         return None if rows is None else {name: values.cpu() for name, values in rows.items()}
 
 
@@ -84,10 +84,10 @@ def merge_maps(parts: Sequence[Columns]) -> MapsBySample:
     }
 
 
-def _shapes_of(columns: Columns) -> list[torch.Size]:
-    return [values.shape[1:] for name, values in columns.items() if name.startswith(_PREFIX)]
+def _shapes_of(columns: Columns) -> dict[str, torch.Size]:
+    return {name: values.shape[1:] for name, values in columns.items() if name.startswith(_PREFIX)}
 
 
-def _most(shapes: Sequence[torch.Size]) -> int:
+def _most(shapes: Mapping[str, torch.Size]) -> int:
     """How many samples with maps of these shapes are kept, at most."""
-    return max(CELLS // sum(map(math.prod, shapes)), 1)
+    return max(CELLS // sum(map(math.prod, shapes.values())), 1)

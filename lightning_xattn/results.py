@@ -245,7 +245,12 @@ class TrainingData:
     groups: frozenset[str] = frozenset()
 
     def tell(self, sample_id: str | None, group: str | None) -> str:
-        """What the model has seen of a sample: "seen" itself, others of its group ("related"), or "new"."""
+        """What the model has seen of a sample: "seen" itself, others of its group ("related"), or "new".
+
+        Empty of a sample without an id, of which it is not known.
+        """
+        if sample_id is None:
+            return ""
         return "seen" if sample_id in self.ids else "related" if group in self.groups else "new"
 
 

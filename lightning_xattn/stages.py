@@ -1,4 +1,4 @@
-"""What takes long says in one line what it was and how long it took; in a terminal a bar shows how far it is."""
+"""Progress of long work: one line says what was done and how long it took; in a terminal a bar shows how far it is."""
 
 from __future__ import annotations
 

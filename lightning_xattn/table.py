@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -197,9 +197,23 @@ def _late(values: Tensor) -> list[Any]:
     return [None if value != value or (isinstance(value, int) and value < 0) else value for value in values.tolist()]
 
 
-def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a table by column, in the order of the samples; what is undefined is None."""
-    rows = [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+def read_rows(folder: Path, layer: str | None, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a layer by column, in the order of the samples; what is undefined is None.
+
+    Parameters
+    ----------
+    folder
+        The table's.
+    layer
+        Which one; None: of a model without cross-attention.
+    columns
+        Those that are wanted; None: all.
+    """
+    wanted = None if columns is None else [*columns, NUMBER, "layer"]
+    rows = []
+    for path in sorted(folder.glob("*.parquet")):
+        there = None if wanted is None else [name for name in wanted if name in pq.read_schema(path).names]
+        rows += [row for row in pq.read_table(path, columns=there).to_pylist() if row["layer"] == layer]
     yield from sorted(rows, key=lambda row: row[NUMBER])
 
 

@@ -97,8 +97,8 @@ def seen_by_softmax(scores: Tensor, weights: Tensor) -> Tensor:
     """Which keys a softmax does not hide, from its scores alone, whatever hides some: a mask added or filled in.
 
     A hidden key gets no weight and lies far below the row's largest score; of a row all keys are hidden whose largest
-    score is about what a mask adds. A row with NaN is broken, not hidden. Its scores do not tell what it sees, so it
-    sees what the other rows do.
+    score is about what a mask adds. A row with NaN or an infinite score is broken, not hidden. Its scores do not tell
+    what it sees, so it sees what the other rows do.
     """
     largest = scores.amax(-1, keepdim=True)
     hidden = (weights == 0) & (scores <= largest - _FAR_BELOW)
@@ -106,7 +106,7 @@ def seen_by_softmax(scores: Tensor, weights: Tensor) -> Tensor:
     visible = ~hidden & (largest > _LOWEST) & ((largest - _MASK).abs() > _FAR_BELOW)
     elsewhere = visible.any(-2, keepdim=True)
     elsewhere = elsewhere | ~elsewhere.any(-1, keepdim=True)
-    return torch.where(largest.isnan(), elsewhere, visible)
+    return torch.where(largest.isnan() | largest.isposinf(), elsewhere, visible)
 
 
 def keys_with_weight(weights: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def training_data(checkpoint: str | Path) -> TrainingData | None:
     """
     try:
         saved: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception:  # a file that holds more than plain types is none of those that tell
+    except Exception:  # whatever a file raises that is no checkpoint, or that holds more than plain types
         return None
     states = [one for one in saved.values() if isinstance(one, dict) and IDS in one]
     if not states:

@@ -186,8 +186,8 @@ class FusionSummary(ShownInNotebooks):
                 self.unreadable[name] = f"there are {there} {of_what}, and it takes {MINIMUM_GROUP} to claim anything"
             elif not accuracy.low > largest:
                 self.unreadable[name] = (
-                    f"its reading is right for {accuracy.mean:.2f} of the samples, which is not clearly above the "
-                    f"largest class's share, {largest:.2f}"
+                    f"right for {accuracy.mean:.2f} of the samples, which is not clearly above the share of the "
+                    f"largest class, {largest:.2f}"
                 )
         several = torch.stack(list(self.readings.values()))
         undefined = torch.full_like(self.numbers["confidence"], torch.nan)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
 from lightning_xattn.errors import SettingError
-from lightning_xattn.explainer import save_dataset_figures
+from lightning_xattn.explainer import save_dataset_figures, training_data
 from lightning_xattn.files import complete_or_absent
 from lightning_xattn.hms.datamodule import HMSDataModule
 from lightning_xattn.hms.module import HMSLightningModule
@@ -94,6 +95,8 @@ def run_demo(
 
     trainer, watch = _trainer(logs / f"train_on_{train_on}", epochs)
     trainer.fit(module, datamodule=datamodule)
+    assert isinstance(trainer.checkpoint_callback, ModelCheckpoint)
+    trained_on = training_data(trainer.checkpoint_callback.best_model_path)
     sections = [_describe_test("Validation", datamodule.test_recordings, "val", trainer, watch)]
     _test(trainer, module, datamodule.test_dataloader(), datamodule.test_recordings)
     sections.append(_describe_test("Test", datamodule.test_recordings, "test", trainer, watch))
@@ -107,6 +110,7 @@ def run_demo(
         folder, root = logs / "disagreeing", _simulated(out, samples // 2, seconds, seed + 1, disagreeing=0.5)
         disagreeing = HMSDataModule(root, test_data=root, cache_dir=out / "features")
         opening, explained = _explain_disagreeing(module, disagreeing, folder)
+        explained = replace(explained, trained_on=trained_on)
         _write_report(opening, explained, folder)
         sections = [opening, *_describe_fusion(explained, root), *sections]
         written["Pictures"] += f", {folder / 'figures'}"

@@ -215,7 +215,9 @@ def _write_sample(folder: Path, eeg_seconds: int, sample: _Sample) -> dict[str, 
         sources = source_signals(sample.spectrogram_class, sample.patient, sample.rng(_SPECTROGRAM))
     votes = _votes(CLASSES.index(sample.eeg_class), sample.rng(_VOTES))
 
-    eeg_id, spectrogram_id = 100_001 + sample.index, 200_001 + sample.index
+    # Another seed is other recordings of other patients: in no two folders may they have the same ids.
+    first = 1_000_000 * sample.seed
+    eeg_id, spectrogram_id = first + 100_001 + sample.index, first + 200_001 + sample.index
     columns = dict(zip((*ELECTRODES, "EKG"), eeg, strict=True))
     _write_parquet(folder / "train_eegs" / f"{eeg_id}.parquet", columns)
     _write_parquet(folder / "train_spectrograms" / f"{spectrogram_id}.parquet", _spectrogram(sources))
@@ -226,8 +228,8 @@ def _write_sample(folder: Path, eeg_seconds: int, sample: _Sample) -> dict[str, 
         "spectrogram_id": spectrogram_id,
         "spectrogram_sub_id": 0,
         "spectrogram_label_offset_seconds": 0.0,
-        "label_id": 300_001 + sample.index,
-        "patient_id": 400_001 + sample.patient.index,
+        "label_id": first + 300_001 + sample.index,
+        "patient_id": first + 400_001 + sample.patient.index,
         "expert_consensus": CLASSES[int(votes.argmax())],
         **dict(zip(VOTE_COLUMNS, votes.tolist(), strict=True)),
         "eeg_class": sample.eeg_class,

@@ -13,7 +13,7 @@ from lightning_xattn.errors import SettingError
 from lightning_xattn.files import complete_or_absent
 from lightning_xattn.messages import name_modality
 from lightning_xattn.report.facts import BatchFacts, DatasetFacts, collect_facts
-from lightning_xattn.report.listing import LISTED, entries_of_batch, entries_of_dataset
+from lightning_xattn.report.listing import entries_of_batch, entries_of_dataset
 from lightning_xattn.report.page import Picture, as_page
 from lightning_xattn.report.rendering import Document, as_markdown, as_text, print_document
 from lightning_xattn.report.short import in_short, in_short_of_batch
@@ -115,10 +115,10 @@ def _page(results: Results, facts: BatchFacts | DatasetFacts, pictures: Mapping[
     ]
     samples = list(entries_of_dataset(results, pictures))
     known = max([0, *(one.samples for one in [results.fusion, *results.summaries.values()] if one is not None)])
-    if len(samples) == LISTED < known:
-        missing = f"The first {LISTED} of {known} samples; the others are in the table."
-    else:
-        missing = "" if samples else NO_SAMPLES
+    missing = "" if samples else NO_SAMPLES
+    if 0 < len(samples) < known:
+        missing = f"{len(samples)} of {known} samples, those with maps among them."
+        missing += "" if results.table is None else " The others are in the table."
     first = "" if results.fusion is None else name_modality(results.fusion.modalities[0])
     return as_page(dataset_document(facts), list(in_short(facts)), figures, samples, missing, first)
 

@@ -109,8 +109,8 @@ class TrainingFacts(TypedDict):
     samples: int
     seen: int
     """Those that it was trained on."""
-    related: int
-    """Those of whose group it was trained on others."""
+    related: int | None
+    """Those of whose group it was trained on others; None where groups are not known."""
 
 
 class DatasetFacts(TypedDict):
@@ -164,10 +164,13 @@ def _collect_training(results: DatasetResult) -> TrainingFacts | None:
         return None
     from lightning_xattn.table import read_rows  # pyarrow, only where a table is read
 
-    layer = next(iter(results.summaries), None)
-    rows = [row for row in read_rows(results.table) if row.get("layer") == layer]
+    rows = list(read_rows(results.table, next(iter(results.summaries), None), ("sample_id", "group")))
     told = [results.trained_on.tell(row.get("sample_id"), row.get("group")) for row in rows]
-    return {"samples": len(told), "seen": told.count("seen"), "related": told.count("related")}
+    if not any(told):
+        return None
+    has_groups = bool(results.trained_on.groups) and any(row.get("group") is not None for row in rows)
+    related = told.count("related") if has_groups else None
+    return {"samples": len(told), "seen": told.count("seen"), "related": related}
 
 
 def _collect_batch(results: ExplainedBatch) -> BatchFacts:

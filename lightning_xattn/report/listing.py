@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -22,6 +22,8 @@ from lightning_xattn.report.page import Picture, SampleEntry
 from lightning_xattn.report.wording import describe_sample
 from lightning_xattn.results import DatasetResult, ExplainedBatch
 
+Item = TypeVar("Item")
+
 LISTED = 2000
 """So many samples are listed, so that the page stays light."""
 
@@ -35,26 +37,32 @@ _OUTCOMES = {True: "correct", False: "incorrect", None: ""}
 
 
 def entries_of_dataset(result: DatasetResult, pictures: Pictures) -> Iterator[SampleEntry]:
-    """Those of its table, or without one those that were read of its fusion; at most ``LISTED``."""
+    """Those of its table, or without one those that were read of its fusion; at most ``LISTED``, with maps first."""
     fusion = result.fusion
     if result.table is not None:
         from lightning_xattn.table import read_rows  # pyarrow, only where a table is read
 
         # Of the process that wrote it, the only one there is.
         said = {} if fusion is None else dict(_sentences(fusion, result.class_names))
-        layer = next(iter(result.summaries), None)
-        rows = (row for row in read_rows(result.table) if row.get("layer") == layer)
-        for row, _ in zip(rows, range(LISTED), strict=False):
+        rows = read_rows(result.table, next(iter(result.summaries), None))
+        for row in _listed(rows, lambda row: (0, row["sample_idx"]) in result.maps):
             yield _entry_of_row(row, result, said, pictures)
     elif fusion is not None:
         process = fusion.rows["process"]
         several = len(process.unique()) > 1
-        identities = list(zip(process.tolist(), fusion.sample_numbers.tolist(), range(fusion.samples), strict=True))
-        for place, (rank, number, i) in enumerate(sorted(identities)[:LISTED]):
+        identities = sorted(zip(process.tolist(), fusion.sample_numbers.tolist(), range(fusion.samples), strict=True))
+        for place, (rank, number, i) in enumerate(_listed(identities, lambda one: one[:2] in result.maps)):
             outcome = {CORRECT: True, INCORRECT: False}.get(int(fusion.outcomes[i]))
             name = f"{number} of process {rank}" if several else str(number)
             more = [*_maps_of(result, (rank, number)), *_shrunk(pictures, name)]
             yield _entry(place, name, of_sample(fusion, i, result.class_names), outcome, {}, more)
+
+
+def _listed(samples: Iterable[Item], has_maps: Callable[[Item], bool]) -> list[Item]:
+    """As many as are listed, in their order; of more those that have maps before others."""
+    whole = list(samples)
+    chosen = sorted(range(len(whole)), key=lambda i: not has_maps(whole[i]))[:LISTED]
+    return [whole[i] for i in sorted(chosen)]
 
 
 def _sentences(fusion: FusionSummary, class_names: Sequence[str]) -> Iterator[tuple[int, SampleModalities]]:
@@ -94,7 +102,9 @@ def _entry(
     training: str = "",
 ) -> SampleEntry:
     phi = list(said.contributions.values())
-    share = phi[0] / sum(phi) if phi and min(phi) >= 0 and sum(phi) > 0 else math.nan
+    # Contributions to a value rather than a class may add up to anything.
+    is_share = said.predicted is not None and bool(phi) and min(phi) >= 0 and sum(phi) > 0
+    share = phi[0] / sum(phi) if is_share else math.nan
     return SampleEntry(
         place,
         name,

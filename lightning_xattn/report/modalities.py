@@ -193,7 +193,8 @@ def _verdict(facts: FusionFacts) -> Iterator[str]:
         yield f"Uses: {moved}, on average over samples."
     elif told:
         most = max(told, key=lambda name: told[name].mean)
-        clearly = told[most].low > 1 / len(told)
+        # An interval above one half leaves the others less, however many they are.
+        clearly = told[most].low > 0.5
         carried = ", ".join(f"{name_modality(name)} {decimal(share.mean)}" for name, share in told.items())
         yield f"Uses: {'mostly ' + name_modality(most) if clearly else 'no modality clearly more'} (shares: {carried})."
     else:

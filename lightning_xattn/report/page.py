@@ -123,7 +123,7 @@ def as_page(
 
 
 def block_as_html(block: Block) -> str:
-    """Lay out a block; whatever a name holds, it is no markup."""
+    """Lay out a block; markup in a name is escaped."""
     match block:
         case Paragraph(text):
             return f"<p>{escape(text)}</p>"

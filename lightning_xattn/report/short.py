@@ -1,14 +1,17 @@
-"""What is to be known of a data set first, in plain sentences."""
+"""What a reader should know of a data set first, in plain sentences."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 
+from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.messages import decimal, describe_size, name_modality
 from lightning_xattn.report.facts import BatchFacts, DatasetFacts, TrainingFacts
 from lightning_xattn.report.modalities import FusionFacts, ModalityFacts
 from lightning_xattn.summary import Comparison
+
+CONFIDENCE = "confidence"
 
 
 def in_short(facts: DatasetFacts) -> Iterator[str]:
@@ -19,6 +22,8 @@ def in_short(facts: DatasetFacts) -> Iterator[str]:
         known = whole["correct"] + whole["incorrect"]
         size = describe_size(layers[0]["samples"], whole["groups"], layers[0]["group_noun"])
         yield f"{size}; {whole['correct']} of {known} are predicted correctly." if known else f"{size}."
+    elif fusion is not None:
+        yield f"{describe_size(fusion['samples'], fusion['groups'], fusion['group_noun'])}."
     if facts["table"]:
         yield describe_training(facts["training"])
     if fusion is not None:
@@ -29,7 +34,7 @@ def in_short(facts: DatasetFacts) -> Iterator[str]:
         for title, sentence in zip(("What the model uses", "What its attention shows"), others, strict=False):
             yield f"{title}: {sentence}"
         if not fusion["attention"]:
-            yield "What its attention shows was not tested."
+            yield "What its attention shows was not tested." if layers else "It has no cross-attention."
     yield _say_errors(facts)
 
 
@@ -42,16 +47,20 @@ def in_short_of_batch(facts: BatchFacts) -> Iterator[str]:
 
 
 def describe_training(facts: TrainingFacts | None) -> str:
-    """Say of how many samples the model's predictions tell nothing about new ones."""
+    """Say how many of the samples the model knows from its training."""
     if facts is None:
         return "Which of these samples the model was trained on is not known."
-    if not facts["seen"] and not facts["related"]:
-        return f"The model was trained on none of these {facts['samples']} samples, nor on others of their groups."
-    also = f", and on others of the groups of {facts['related']} more" if facts["related"] else ""
-    return (
-        f"The model was trained on {facts['seen']} of these {facts['samples']} samples{also}: they do not tell how it "
-        "does with new ones."
+    seen = f"The model was trained on {facts['seen'] or 'none'} of these {facts['samples']} samples"
+    if facts["related"] is None:
+        also = "; whether it was trained on others of their groups is not known"
+    elif facts["related"]:
+        also = f", and on others of the groups of {facts['related']} more"
+    else:
+        also = "" if facts["seen"] else ", nor on others of their groups"
+    warning = (
+        " Such samples do not show how well the model does on new ones." if facts["seen"] or facts["related"] else ""
     )
+    return f"{seen}{also}.{warning}"
 
 
 def _say_reading(one: ModalityFacts, fusion: FusionFacts) -> str:
@@ -60,7 +69,7 @@ def _say_reading(one: ModalityFacts, fusion: FusionFacts) -> str:
         return f"{name} cannot be read by itself: {one['unreadable']}."
     return (
         f"{name} can be read: by itself it is right in {decimal(100 * found.mean, 0)} % of the samples "
-        f"({decimal(100 * found.low, 0)} to {decimal(100 * found.high, 0)} %; the largest class has "
+        f"({decimal(100 * max(found.low, 0), 0)} to {decimal(100 * min(found.high, 1), 0)} %; the largest class has "
         f"{decimal(100 * fusion['largest_class'], 0)} %)."
     )
 
@@ -76,34 +85,36 @@ def _say_conflict(fusion: FusionFacts) -> str:
 
 
 def _say_errors(facts: DatasetFacts) -> str:
-    """Whether any score tells errors better than confidence does."""
+    """Whether confidence tells errors, and whether any score tells them better."""
     # Of all samples, rather than of those alone that were read.
     found = {} if facts["fusion"] is None else dict(facts["fusion"]["outcomes"])
     for layer in facts["layers"][:1]:
         found |= layer["outcomes"]
-    told = {name: one for name, one in found.items() if not math.isnan(one.low)}
-    confidence = told.pop("confidence", None)
-    if confidence is None:
-        return "Whether a score tells errors cannot be said: confidence, the baseline, is not known of enough samples."
-    base = f"the model is more confident of its correct predictions with an AUROC of {_with_interval(confidence)}"
-    if not told:
-        return f"{base[0].upper()}{base[1:]} (0.5: it is not)."
-    of_each = [
-        f"{name} is {'higher' if one.auroc >= 0.5 else 'lower'} in them with {_with_interval(_turned(one))}"
-        for name, one in told.items()
-    ]
-    better = [name for name, one in told.items() if _turned(one)[1] > confidence.high]
+    if CONFIDENCE not in found:
+        return "Whether a score tells errors cannot be said: confidence, the baseline, is not known."
+    confidence = found.pop(CONFIDENCE)
+    if math.isnan(confidence.auroc):
+        sizes = f"{confidence.correct} correct and {confidence.incorrect} incorrect predictions"
+        return f"Whether a score tells errors cannot be said of {sizes}: it takes {MINIMUM_GROUP} of either."
+    told = {name: one for name, one in found.items() if not math.isnan(one.auroc)}
+    better = [name for name, one in told.items() if _tells(one) and _turned(one)[1] > confidence.high]
     which = " and ".join(better).capitalize() if better else "No score"
     verb = "tell" if len(better) > 1 else "tells"
-    return f"{which} {verb} errors clearly better than confidence: {base}; {', '.join(of_each)}."
+    said = "; ".join(_say_score(name, one) for name, one in ((CONFIDENCE, confidence), *told.items()))
+    return f"{which} {verb} errors clearly better than confidence. AUROC: {said}."
+
+
+def _say_score(name: str, one: Comparison) -> str:
+    which = "higher" if one.auroc >= 0.5 else "lower"
+    what = f"{which} in correct predictions" if _tells(one) else "no difference shown"
+    value, low, high = map(decimal, _turned(one) if _tells(one) else (one.auroc, one.low, one.high))
+    return f"{name} {value} ({low} to {high}; {what})"
+
+
+def _tells(one: Comparison) -> bool:
+    return one.low > 0.5 or one.high < 0.5
 
 
 def _turned(one: Comparison) -> tuple[float, float, float]:
     """The AUROC for whichever side is higher, with its interval: unlike confidence a score may say either."""
     return (one.auroc, one.low, one.high) if one.auroc >= 0.5 else (1 - one.auroc, 1 - one.high, 1 - one.low)
-
-
-def _with_interval(found: Comparison | tuple[float, float, float]) -> str:
-    values = found if isinstance(found, tuple) else (found.auroc, found.low, found.high)
-    value, low, high = map(decimal, values)
-    return f"{value} ({low} to {high})"

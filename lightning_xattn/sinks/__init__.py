@@ -1,4 +1,4 @@
-"""What is no scalar into whichever loggers the Trainer has: one class a logger."""
+"""Hand pictures, texts, pages and tables to the Trainer's loggers: one class for each kind of logger."""
 
 from __future__ import annotations
 
