@@ -190,8 +190,8 @@ class AttentionExplainabilityCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells callbacks that measure different things apart in a checkpoint; schedule and table may change."""
-        return self._generate_state_key(**self.settings.named())
+        """Tells callbacks with different settings apart in a checkpoint."""
+        return self._generate_state_key(**self.settings.named(), schedule=self.schedule, table=self.settings.table)
 
     def state_dict(self) -> dict[str, Any]:
         """The history, in plain types: a checkpoint with it loads with ``weights_only=True``.
@@ -199,12 +199,24 @@ class AttentionExplainabilityCallback(Callback):
         Of the history it has what ``curves`` has logged, in single precision.
         """
         packed = pack_history(self.history, keeps_all=self.curves == "all")
-        return {"history": packed, "fit_begins": self._fit_begins}
+        return {"history": packed, "fit_begins": self._fit_begins, "measured": str(self.settings.named())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's history, unless there is one already and the checkpoint is only tested."""
         if "history" in state_dict and (self._resumes or not self.history):
             self.history, self._fit_begins = unpack_history(state_dict["history"]), state_dict["fit_begins"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on from the history of a callback that measured the same with another schedule or table."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
+        present = {one.state_key for one in callbacks}
+        saved = checkpoint["callbacks"]
+        if self.state_key in saved:  # Lightning has loaded it
+            return
+        measured = str(self.settings.named())
+        alike = [state for key, state in saved.items() if key not in present and state.get("measured") == measured]
+        if len(alike) == 1:
+            self.load_state_dict(alike[0])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look anew at the first batch of what is to run."""

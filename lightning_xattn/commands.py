@@ -82,8 +82,8 @@ def _test_loader(data: Any, name: str) -> tuple[Any, Any]:
         loader = data.test_dataloader()
     except (TypeError, AttributeError, MisconfigurationException) as error:
         raise SettingError(
-            f"{name} gives no test data: {first_line(error)} Expected a LightningDataModule with test_dataloader(), made "
-            "without arguments or already, as 'package.module:name'."
+            f"{name} gives no test data: {first_line(error)} Expected a LightningDataModule with test_dataloader(), "
+            "made without arguments or already, as 'package.module:name'."
         ) from error
     if isinstance(loader, (list, tuple, dict)):
         raise SettingError(

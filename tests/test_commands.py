@@ -36,6 +36,16 @@ class Data(pl.LightningDataModule):
         return DataLoader(self.tested, 8)
 
 
+class Two(Data):
+    def test_dataloader(self):
+        return [super().test_dataloader()] * 2
+
+
+class Asking(Data):
+    def __init__(self, folder):
+        super().__init__()
+
+
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
     """A folder with a module of the user's own and a checkpoint, to run the command in."""
@@ -70,6 +80,12 @@ def test_a_model_of_ones_own(mine, datamodule, capsys):
         ({"--model": "mine:Absent"}, "import path such as 'package.module:Class'; got 'mine:Absent'"),
         ({"--model": "nowhere"}, "got 'nowhere'"),
         ({"--datamodule": "absent.module:Data"}, "got 'absent.module:Data'"),
+        ({"--datamodule": "tests.test_commands:Two"}, "has 2 test dataloaders, and one can be explained"),
+        (
+            {"--datamodule": "tests.test_commands:Asking"},
+            "tests.test_commands:Asking gives no test data: Asking.__init__()",
+        ),
+        ({"--datamodule": "mine"}, "got 'mine': there is no ':'"),
         ({"--checkpoint": "absent.ckpt"}, "absent.ckpt"),
         ({"--checkpoint": "mine.py"}, "mine.py is no checkpoint of mine:Logging"),
         ({"--data": "folder"}, "explain takes --model and --datamodule of your own model, or --data"),

@@ -110,6 +110,16 @@ def test_the_reference_has_every_public_name():
     assert names | {"lightning_xattn.errors"} <= told
 
 
+def test_every_picture_is_there():
+    shown = [
+        path.parent / picture
+        for path in PAGES.values()
+        for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text())
+    ]
+    assert len(shown) > 15
+    assert [picture for picture in shown if not picture.exists()] == []
+
+
 def test_each_picture_of_a_number_stands_on_the_page_of_the_curves():
     script = runpy.run_path(str(ROOT / "docs/make_pictures.py"))
     shown = re.findall(r"\(images/(\w+)\.svg\)", PAGES["docs/reading-the-curves.md"].read_text())

@@ -6,6 +6,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from matplotlib.markers import CARETUP
+from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,11 +25,10 @@ from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader, validate
 MANY = 14
 
 
-def test_the_best_epoch_is_that_of_the_most_correct_predictions_since_the_fit_began():
+def test_the_best_epoch_is_that_of_the_most_correct_predictions():
     def record(step, accuracy, stage="val", **numbers):
         return {"stage": stage, "step": step, "accuracy": accuracy, "alignment/correct": 9.0, **numbers}
 
-    before = [record(10, 0.99, **{"alignment/all": 0.1})]
     fit = [
         record(5, 0.5, **{"alignment/all": 0.2}),
         record(10, 0.75, **{"alignment/all": 0.3, "outcome/conflict_auroc": 0.6, "outcome/conflict_auroc_low": 0.5})
@@ -37,7 +38,7 @@ def test_the_best_epoch_is_that_of_the_most_correct_predictions_since_the_fit_be
     ]
     expected = {"xattn_best/accuracy": 0.75, "xattn_best/alignment/all": 0.3, "xattn_best/outcome/conflict_auroc": 0.6}
     expected["xattn_best/reading/eeg"] = 0.8
-    assert best_epoch([*before, *fit]) == expected
+    assert best_epoch(fit) == expected
     assert best_epoch([{"stage": "val", "step": 5, "alignment/all": 0.2}]) == {}
 
 
@@ -52,6 +53,27 @@ def many_classes(samples=120):
     # Class i has 15 - i samples, 14 classes.
     target = torch.repeat_interleave(torch.arange(MANY), torch.arange(MANY + 1, 1, -1))[:samples]
     return DataLoader(TensorDataset(audio[: len(target)], text[: len(target)], target), 16)
+
+
+def test_each_fit_has_a_best_epoch_of_its_own(tmp_path):
+    """As in cross-validation, where the folds may take equally many steps; a validation before is no part of it."""
+    watch, found = AttentionExplainabilityCallback(), []
+    for fold in range(2):
+        torch.manual_seed(fold)
+        logger = TensorBoardLogger(tmp_path, name="", version=str(fold), default_hp_metric=False)
+        logger.log_hyperparams({"fold": fold})
+        trainer = quiet_trainer(logger=logger, callbacks=[watch])
+        module = ToyModule()
+        trainer.validate(module, toy_loader(seed=9), verbose=False)
+        begins = len(watch.history)
+        trainer.fit(module, toy_loader(seed=fold), toy_loader(seed=fold + 5))
+        logger.finalize("success")
+        events = EventAccumulator(str(tmp_path / str(fold)))
+        events.Reload()
+        found.append((events.Scalars("xattn_best/accuracy")[0].value, watch.history[begins]["accuracy"]))
+    for logged, own in found:
+        assert logged == pytest.approx(own)
+    assert found[0] != found[1]
 
 
 def test_of_many_classes_the_ten_largest_and_the_rest_are_shown():
@@ -136,13 +158,12 @@ def record(epoch, **more):
     return {"stage": "val", "epoch": epoch, "step": 10 * epoch, **more}
 
 
-def test_the_overview_begins_with_the_fit_and_has_the_null_and_the_intervals():
+def test_the_overview_is_of_validations_and_has_the_null_and_the_intervals():
     numbers = {"alignment/all": 0.2, "alignment/correct": 0.3, "alignment/incorrect": 0.1, "alignment/null": 0.05}
     numbers |= {"alignment/correct_low": 0.25, "alignment/correct_high": 0.35}
-    earlier = [record(epoch, **numbers) for epoch in range(5)]
     tests = [record(5, **numbers) | {"stage": "test"}]
     now = [record(epoch, **numbers | {"alignment/correct": 0.3 + epoch}) for epoch in range(3)]
-    figure = overview_figure([*earlier, *tests, *now], "val, epoch 2")
+    figure = overview_figure([*tests, *now], "val, epoch 2")
     (panel,) = figure.axes
     lines = {line.get_label(): line for line in panel.lines}
     assert set(lines) == {"correct", "incorrect", "null"}

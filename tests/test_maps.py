@@ -194,5 +194,12 @@ def test_a_report_says_of_how_many_samples_it_was_trained_on(tmp_path):
     assert page.count('data-training="seen"') == 1
     assert page.count('data-training="related"') == related
     assert page.count('data-training="new"') == 22 - related
+    unnamed = explainer().explain_loader(toy_loader(), tmp_path / "unnamed", progress=False)
+    unnamed = replace(unnamed, trained_on=TrainingData(frozenset(map(str, range(23)))))
+    told = create_explainability_report(unnamed, format="html")
+    assert "Which of these samples the model was trained on is not known." in told
+    assert "new to the model" not in told
     none = replace(explained, trained_on=TrainingData(frozenset({"another"})))
+    page = create_explainability_report(none, format="html")
+    assert "whether it was trained on others of their groups is not known" in page
     assert "trained on none of these 23 samples" in " ".join(create_explainability_report(none).split())

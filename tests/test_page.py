@@ -26,28 +26,37 @@ def compared(auroc, low, high):
     return Comparison(auroc, low, high, 50, 50, None, None, 2 * auroc - 1, 0.1, 0.1)
 
 
+NO_SCORE = "No score tells errors clearly better than confidence. AUROC:"
+
+
 @pytest.mark.parametrize(
     ("outcomes", "said"),
     [
         (
             {"confidence": compared(0.7, 0.6, 0.8), "conflict": compared(0.3, 0.2, 0.4)},
-            "No score tells errors clearly better than confidence: the model is more confident of its correct "
-            "predictions with an AUROC of 0.70 (0.60 to 0.80); conflict is lower in them with 0.70 (0.60 to 0.80).",
+            f"{NO_SCORE} confidence 0.70 (0.60 to 0.80; higher in correct predictions); "
+            "conflict 0.70 (0.60 to 0.80; lower in correct predictions).",
         ),
         (
             {"confidence": compared(0.25, 0.2, 0.3), "conflict": compared(0.1, 0.05, 0.15)},
-            "Conflict tells errors clearly better than confidence: the model is more confident of its correct "
-            "predictions with an AUROC of 0.25 (0.20 to 0.30); conflict is lower in them with 0.90 (0.85 to 0.95).",
+            "Conflict tells errors clearly better than confidence. AUROC: confidence 0.25 (0.20 to 0.30; lower in "
+            "correct predictions); conflict 0.90 (0.85 to 0.95; lower in correct predictions).",
+        ),
+        (
+            {"confidence": compared(0.47, 0.23, 0.72), "alignment": compared(0.54, 0.29, 0.78)},
+            f"{NO_SCORE} confidence 0.47 (0.23 to 0.72; no difference shown); "
+            "alignment 0.54 (0.29 to 0.78; no difference shown).",
         ),
         (
             {"confidence": compared(0.7, 0.6, 0.8)},
-            "The model is more confident of its correct predictions with an AUROC of 0.70 (0.60 to 0.80) "
-            "(0.5: it is not).",
+            f"{NO_SCORE} confidence 0.70 (0.60 to 0.80; higher in correct predictions).",
         ),
         (
             {"confidence": compared(0.7, math.nan, math.nan)},
-            "Whether a score tells errors cannot be said: confidence, the baseline, is not known of enough samples.",
+            "Whether a score tells errors cannot be said of 50 correct and 50 incorrect predictions: nothing is "
+            "claimed of fewer than 5 groups, or samples, of either.",
         ),
+        ({}, "Whether a score tells errors cannot be said: confidence, the baseline, is not known."),
     ],
 )
 def test_confidence_is_the_baseline_and_keeps_its_direction(result, outcomes, said):

@@ -62,7 +62,7 @@ def test_history_survives_saving_resuming_and_a_second_fit(tmp_path):
     trainer.save_checkpoint(path)
     loaded = torch.load(path, weights_only=True)
     (state,) = (value for key, value in loaded["callbacks"].items() if "AttentionExplainability" in key)
-    assert [*state] == ["history"]
+    assert [*state] == ["history", "fit_begins", "measured"]
 
     resumed = AttentionExplainabilityCallback()
     fit([resumed], ckpt_path=path, max_epochs=3)
@@ -79,7 +79,7 @@ def test_history_survives_saving_resuming_and_a_second_fit(tmp_path):
 
 
 def test_a_fit_goes_on_with_its_history_where_settings_have_changed(tmp_path):
-    """As a table that is wanted from now on, or another schedule: of two callbacks each with its own."""
+    """As a table that is wanted from now on, or another schedule; not with one of something else that was measured."""
     first, second = AttentionExplainabilityCallback(), AttentionExplainabilityCallback(group_by="prediction")
     fit([first, second], max_epochs=2, enable_checkpointing=False).save_checkpoint(tmp_path / "last.ckpt")
     table = AttentionExplainabilityCallback(table=tmp_path / "table", figures_every_n_epochs=0)

@@ -241,7 +241,7 @@ def _left_over(
     """Squared standard errors of what a fit says of each row and of each column, at the sample's class.
 
     What the fit leaves over of a sample's pairs, spread over their number ``R``, and once more over ``R`` as what it
-    says of each partner has such an error too; less the more of all partners they are.
+    says of each partner has such an error too. The more of all partners the pairs cover, the smaller the error.
     """
     samples, pairs = len(chosen), len(exchange.rows)
     rest = exchange.values.double() - fit[0][exchange.rows] - fit[1][exchange.columns]

@@ -93,21 +93,25 @@ def _say_errors(facts: DatasetFacts) -> str:
     if CONFIDENCE not in found:
         return "Whether a score tells errors cannot be said: confidence, the baseline, is not known."
     confidence = found.pop(CONFIDENCE)
-    if math.isnan(confidence.auroc):
-        sizes = f"{confidence.correct} correct and {confidence.incorrect} incorrect predictions"
-        return f"Whether a score tells errors cannot be said of {sizes}: it takes {MINIMUM_GROUP} of either."
-    told = {name: one for name, one in found.items() if not math.isnan(one.auroc)}
+    if math.isnan(confidence.low):
+        return (
+            f"Whether a score tells errors cannot be said of {confidence.correct} correct and {confidence.incorrect} "
+            f"incorrect predictions: nothing is claimed of fewer than {MINIMUM_GROUP} groups, or samples, of either."
+        )
+    told = {name: one for name, one in found.items() if not math.isnan(one.low)}
     better = [name for name, one in told.items() if _tells(one) and _turned(one)[1] > confidence.high]
     which = " and ".join(better).capitalize() if better else "No score"
     verb = "tell" if len(better) > 1 else "tells"
-    said = "; ".join(_say_score(name, one) for name, one in ((CONFIDENCE, confidence), *told.items()))
-    return f"{which} {verb} errors clearly better than confidence. AUROC: {said}."
+    # Confidence is expected to be higher in correct predictions; another score may say either.
+    said = [_say_score(CONFIDENCE, confidence, (confidence.auroc, confidence.low, confidence.high))]
+    said += [_say_score(name, one, _turned(one)) for name, one in told.items()]
+    return f"{which} {verb} errors clearly better than confidence. AUROC: {'; '.join(said)}."
 
 
-def _say_score(name: str, one: Comparison) -> str:
+def _say_score(name: str, one: Comparison, auroc: tuple[float, float, float]) -> str:
     which = "higher" if one.auroc >= 0.5 else "lower"
     what = f"{which} in correct predictions" if _tells(one) else "no difference shown"
-    value, low, high = map(decimal, _turned(one) if _tells(one) else (one.auroc, one.low, one.high))
+    value, low, high = map(decimal, auroc)
     return f"{name} {value} ({low} to {high}; {what})"
 
 

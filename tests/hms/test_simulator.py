@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from scipy import signal
@@ -162,9 +163,10 @@ def test_a_seed_gives_the_same_files_however_many_follow(tmp_path):
     assert table(few) == table(many)[:2]
     names = sorted(path.relative_to(few) for path in few.rglob("*.parquet"))
     assert len(names) == 4
-    for name in names:
+    others = sorted(path.relative_to(other) for path in other.rglob("*.parquet"))
+    for name, of_other in zip(names, others, strict=True):
         assert (few / name).read_bytes() == (many / name).read_bytes()
-        assert (few / name).read_bytes() != (other / name).read_bytes()
+        assert (few / name).read_bytes() != (other / of_other).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -299,3 +301,11 @@ def test_a_disagreeing_spectrogram_shows_the_class_it_is_said_to_show(folder):
     looks = [CLASSES[np.argmin(((describe(row) / seen.std(axis=0) - centres) ** 2).sum(axis=1))] for row in disagreeing]
     assert sum(a == row["spectrogram_class"] for a, row in zip(looks, disagreeing, strict=True)) >= 6
     assert sum(a == row["eeg_class"] for a, row in zip(looks, disagreeing, strict=True)) <= 1
+
+
+def test_another_seed_is_other_recordings_of_other_patients(tmp_path):
+    ids = []
+    for seed in range(2):
+        table = pd.read_csv(simulate(tmp_path / str(seed), n_samples=12, seed=seed) / "train.csv")
+        ids.append([set(table[name]) for name in ("eeg_id", "spectrogram_id", "label_id", "patient_id")])
+    assert not any(one & other for one, other in zip(*ids, strict=True))
