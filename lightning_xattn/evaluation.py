@@ -35,7 +35,7 @@ from lightning_xattn.fusion.collected import MAX_SAMPLES, Collected, FusionPart,
 from lightning_xattn.fusion.contribution import CONTRIBUTION_SAMPLES, PARTNERS, Contributions, contributions
 from lightning_xattn.fusion.entrance import ModalitiesSetting, check_fusion
 from lightning_xattn.fusion.faithfulness import replaced_keys
-from lightning_xattn.fusion.pool import Rows as Columns
+from lightning_xattn.fusion.pool import Columns
 from lightning_xattn.fusion.recorder import FusionInputs, FusionRecorder
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.group_keys import group_keys

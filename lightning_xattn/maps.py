@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lightning_xattn.functional import Rows, lift_map
 from lightning_xattn.fusion.collected import CHOSEN, IDENTITY
-from lightning_xattn.fusion.pool import Pool, hashed, smallest
-from lightning_xattn.fusion.pool import Rows as Columns
+from lightning_xattn.fusion.pool import Columns, Pool, hashed, smallest
 
 CELLS = 2**20
 """So many cells are kept, of all directions together (2 MiB): 489 samples of 9 and 119 tokens."""

@@ -19,7 +19,7 @@ from lightning_xattn.errors import DataError, SettingError
 from lightning_xattn.files import complete_or_absent
 from lightning_xattn.functional import ROW_STATISTICS, pooled_tokens, prepare_rows
 from lightning_xattn.fusion.collected import FusionPart
-from lightning_xattn.fusion.pool import Rows as Columns
+from lightning_xattn.fusion.pool import Columns
 from lightning_xattn.group_keys import plain_id
 from lightning_xattn.groups import GroupSums
 from lightning_xattn.results import BatchResult

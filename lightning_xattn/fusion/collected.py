@@ -13,7 +13,7 @@ from lightning_xattn.aggregation import UNKNOWN
 from lightning_xattn.columns import NUMBER
 from lightning_xattn.functional import pooled_tokens, project
 from lightning_xattn.functional.reading import FOLDS
-from lightning_xattn.fusion.pool import NOT_KEPT, Pool, Rows, hashed, smallest
+from lightning_xattn.fusion.pool import NOT_KEPT, Columns, Pool, hashed, smallest
 from lightning_xattn.fusion.recorder import FusionInputs
 from lightning_xattn.fusion.replay import Spoken
 
@@ -35,9 +35,9 @@ class FusionPart:
     """What one process has collected."""
 
     modalities: tuple[str, ...]
-    rows: Rows
+    rows: Columns
     """Of the samples that are read: "hash", "fold", "group", "features/<modality>" and what else is kept of each."""
-    geometries: tuple[Rows, ...]
+    geometries: tuple[Columns, ...]
     """Of those that are exchanged, by the numbers of their tokens: "hash", "group", ``IDENTITY``, "values", "logits",
     "tokens/<modality>/<number>" and "received/<direction>"."""
     group_noun: str | None
@@ -69,7 +69,7 @@ def merge_parts(parts: Sequence[FusionPart], sizes: tuple[int, int]) -> FusionPa
     """
     if len(parts) == 1:
         return parts[0]
-    by_kind: dict[tuple[torch.Size, ...], list[Rows]] = {}
+    by_kind: dict[tuple[torch.Size, ...], list[Columns]] = {}
     for rows in (rows for part in parts for rows in part.geometries):
         by_kind.setdefault(_geometry_of(rows), []).append(rows)
     return FusionPart(
@@ -124,7 +124,7 @@ class Collected:
         keys: Tensor,
         groups: Tensor | None,
         noun: str | None,
-        facts: Rows,
+        facts: Columns,
         received: Mapping[str, Tensor],
     ) -> None:
         """Add a batch.
@@ -157,7 +157,7 @@ class Collected:
             kept |= {f"received/{direction}": one for direction, one in received.items()}
             self._keep_tokens(inputs, inputs.spoken, kept)
 
-    def _keep_tokens(self, inputs: FusionInputs, spoken: Spoken, rows: Rows) -> None:
+    def _keep_tokens(self, inputs: FusionInputs, spoken: Spoken, rows: Columns) -> None:
         sound = (spoken.values.isfinite() & spoken.logits.isfinite()).all(1)
         rows["hash"] = torch.where(sound, rows["hash"], NOT_KEPT)
         rows |= {"values": spoken.values, "logits": spoken.logits}
@@ -197,5 +197,5 @@ def _geometry_of(rows: Mapping[str, Tensor]) -> tuple[torch.Size, ...]:
     return tuple(values.shape[1:] for name, values in rows.items() if name.startswith(("tokens/", "received/")))
 
 
-def _moved(rows: Rows) -> Rows:
+def _moved(rows: Columns) -> Columns:
     return {name: values.cpu() for name, values in rows.items()}

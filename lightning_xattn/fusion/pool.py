@@ -10,7 +10,7 @@ from torch import Tensor
 NOT_KEPT = 2**63 - 1
 """The hash of samples that are not to be kept."""
 
-Rows = dict[str, Tensor]
+Columns = dict[str, Tensor]
 """Columns by name, each with a row a sample; "hash" is one of them."""
 
 
@@ -44,7 +44,7 @@ def _shifted(x: Tensor, places: int) -> Tensor:
 class Pool:
     """The samples with the smallest hashes.
 
-    Rows wait where they are until there are enough, so that no GPU has to say which are kept.
+    Columns wait where they are until there are enough, so that no GPU has to say which are kept.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._parts: list[Rows] = []
+        self._parts: list[Columns] = []
 
     def add(self, rows: Mapping[str, Tensor]) -> None:
         """Add samples; those whose hash is ``NOT_KEPT`` are let go."""
@@ -81,7 +81,7 @@ class Pool:
         other._parts = [{name: values.to(device) for name, values in part.items()} for part in self._parts]
         return other
 
-    def settled(self) -> Rows | None:
+    def settled(self) -> Columns | None:
         """The samples in the order of their hashes; None before any came. A GPU waits for it."""
         if not self._parts:
             return None
@@ -90,7 +90,7 @@ class Pool:
         return {name: values[kept] for name, values in rows.items()}
 
 
-def smallest(parts: Sequence[Mapping[str, Tensor]], size: int) -> Rows:
+def smallest(parts: Sequence[Mapping[str, Tensor]], size: int) -> Columns:
     """The rows with the smallest hashes, in their order."""
     hashes = torch.cat([part["hash"] for part in parts])
     order = hashes.argsort(stable=True)[:size]

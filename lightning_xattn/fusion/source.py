@@ -13,7 +13,7 @@ from lightning_xattn.distributed import gather, process
 from lightning_xattn.fusion.arguments import Path
 from lightning_xattn.fusion.collected import IDENTITY
 from lightning_xattn.fusion.entrance import ModalityPlace
-from lightning_xattn.fusion.pool import Rows
+from lightning_xattn.fusion.pool import Columns
 from lightning_xattn.fusion.recorder import FusionRecorder
 from lightning_xattn.fusion.replay import Replay, ReplayError, Spoken
 
@@ -45,7 +45,7 @@ class TokenSource:
         What the model said of them.
     """
 
-    def __init__(self, geometries: Sequence[Rows], size: int) -> None:
+    def __init__(self, geometries: Sequence[Columns], size: int) -> None:
         self._geometries = geometries
         whole = {
             name: torch.cat([rows[name].cpu() for rows in geometries])

@@ -98,8 +98,8 @@ class FusionFacts(TypedDict):
     """Of the first layer; empty where it was not tested."""
     conflicting: list[ConflictingSample]
     """Those of largest conflict, the largest first."""
-    verdict: str
-    """All of it in a sentence."""
+    verdict: list[str]
+    """What the modalities know, what the model uses and, where it was tested, what its attention shows: a sentence each."""
 
 
 class ConflictingSample(TypedDict):
@@ -168,9 +168,9 @@ def collect_fusion(summary: FusionSummary, class_names: Sequence[str]) -> Fusion
             {"sample_idx": int(summary.sample_numbers[i]), "modalities": of_sample(summary, i, class_names)}
             for i in most_conflicting(summary)
         ],
-        "verdict": "",
+        "verdict": [],
     }
-    return {**facts, "verdict": " ".join(_verdict(facts))}
+    return {**facts, "verdict": list(_verdict(facts))}
 
 
 def _verdict(facts: FusionFacts) -> Iterator[str]:
@@ -226,7 +226,7 @@ def describe_fusion(facts: FusionFacts, group_by: str | None) -> Iterator[Block]
     if facts["left_out"]:
         counts.append(("Samples left out, as what enters the fusion is not finite", str(facts["left_out"]), ()))
     yield Items(counts)
-    yield Paragraph(facts["verdict"])
+    yield Paragraph(" ".join(facts["verdict"]))
     modalities = facts["modalities"]
     shown = {Direction.parse(one["direction"]).key: one for one in facts["attention"]}
     of_value = any(one["size"] for one in modalities)

@@ -30,9 +30,9 @@ def in_short(facts: DatasetFacts) -> Iterator[str]:
         yield from (_say_reading(one, fusion) for one in fusion["modalities"])
         yield _say_conflict(fusion)
         # The verdict's sentences on what is used and shown; what is known has just been said at greater length.
-        _, *others = fusion["verdict"].replace(" Shows: ", "\n").replace(" Uses: ", "\n").splitlines()
+        _, *others = fusion["verdict"]
         for title, sentence in zip(("What the model uses", "What its attention shows"), others, strict=False):
-            yield f"{title}: {sentence}"
+            yield f"{title}: {sentence.partition(': ')[2]}"
         if not fusion["attention"]:
             yield "What its attention shows was not tested." if layers else "It has no cross-attention."
     yield _say_errors(facts)
