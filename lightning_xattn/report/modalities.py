@@ -99,7 +99,7 @@ class FusionFacts(TypedDict):
     conflicting: list[ConflictingSample]
     """Those of largest conflict, the largest first."""
     verdict: list[str]
-    """What the modalities know, what the model uses and, where it was tested, what its attention shows: a sentence each."""
+    """What the modalities know, what the model uses and, if it was tested, what attention shows: a sentence each."""
 
 
 class ConflictingSample(TypedDict):
