@@ -213,8 +213,9 @@ class AttentionExplainabilityCallback(Callback):
         saved = checkpoint["callbacks"]
         if self.state_key in saved:  # Lightning has loaded it
             return
-        measured = str(self.settings.named())
-        alike = [state for key, state in saved.items() if key not in present and state.get("measured") == measured]
+        measured, kind = str(self.settings.named()), type(self).__qualname__
+        ours = {key: state for key, state in saved.items() if key.startswith(kind) and key not in present}
+        alike = [state for state in ours.values() if state.get("measured") == measured]
         if len(alike) == 1:
             self.load_state_dict(alike[0])
 

@@ -286,10 +286,13 @@ class Evaluation:
         self, batch: BatchResult, about: Mapping[str, Any], places: Sequence[int], first_layer: Sequence[Rows]
     ) -> None:
         """Keep of single samples what is wanted at the end."""
+        wants_maps = self._keeps_maps and bool(first_layer)
+        if batch.inputs is None and not wants_maps:
+            return
         labels = batch.labels
         keys = group_keys(places if labels.sample_ids is None else labels.sample_ids, batch.device)
         identity = {NUMBER: about[NUMBER], "process": torch.full_like(about["class"], process()[0])}
-        if self._keeps_maps and first_layer:
+        if wants_maps:
             self.maps.add(first_layer, keys, identity)
         if batch.inputs is None:
             return
