@@ -193,7 +193,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_folders_that_are_no_explained_data_set(tmp_path):
     table = tmp_path / "callback"
     validate(ToyModule(), AttentionExplainabilityCallback(table=table))
-    with pytest.raises(SettingError, match="holds val-epoch.*but no _progress.pt"):
+    with pytest.raises(SettingError, match="holds .*-val-epoch=0.*but no _progress.pt"):
         explainer().explain_loader(toy_loader(), table)
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -299,7 +299,7 @@ def test_reports_say_how_many_patients_and_that_intervals_are_by_them():
     report = create_explainability_report(explain(loader))
     words = " ".join(report.split())
     assert "- Samples: 40 of 7 patients" in report
-    assert re.search(r"true class +n \(patients\)", report)
+    assert re.search(r"^ +n +accuracy\ntrue class +\(patients\)", report, re.MULTILINE)  # headers of two lines
     assert re.search(r"^all +40 \(7\)", report, re.MULTILINE)
     claim = r"95 % interval by patients 0\.\d+ to 0\.\d+ \(\d+ correct of \d patients and \d+ incorrect of \d patients"
     assert re.search(claim, words)

@@ -142,7 +142,7 @@ def test_a_modality_that_says_nothing_cannot_be_read_and_one_that_is_not_used_co
         module.fusion.hidden.weight[:, WIDTH:] = 0
     summary = summary_of(module, data, **NAMED)
     assert list(summary.unreadable) == ["right"]
-    assert "not clearly above the largest class's share, 0.25" in summary.unreadable["right"]
+    assert "not clearly above the share of the largest class, 0.25" in summary.unreadable["right"]
     for name in ("conflict", "lean", "untapped"):
         assert summary.numbers[name].isnan().all()
     assert (

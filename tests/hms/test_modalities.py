@@ -94,7 +94,7 @@ def test_a_modality_on_which_the_labels_do_not_depend_cannot_be_read_and_is_not_
     roots = [unrelated(tmp_path / name, simulated / name) for name in ("trained", "held_out")]
     fusion, columns = explained(*roots, tmp_path, epochs=6)
     assert list(fusion.unreadable) == ["spec"]
-    assert "is not clearly above the largest class's share" in fusion.unreadable["spec"]
+    assert "is not clearly above the share of the largest class" in fusion.unreadable["spec"]
     assert torch.isnan(fusion.numbers["conflict"]).all()
     assert fusion.estimate("right/eeg").low > 0.4
     assert fusion.share("eeg").mean >= 0.97
