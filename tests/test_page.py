@@ -1,13 +1,17 @@
 """What a page says first, and whose samples it lists."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
+from lightning_xattn.fusion.samples import SampleModalities
+from lightning_xattn.report import listing
 from lightning_xattn.report.facts import collect_facts
-from lightning_xattn.report.listing import entries_of_batch, entries_of_dataset
+from lightning_xattn.report.listing import _entry, entries_of_batch, entries_of_dataset
+from lightning_xattn.report.modalities import _verdict, collect_fusion
 from lightning_xattn.report.short import in_short
 from lightning_xattn.results import DatasetResult
 from lightning_xattn.summary import Comparison
@@ -69,6 +73,27 @@ def test_what_is_used_is_said_in_whole_sentences(result):
     sentences = list(in_short(collect_facts(result)))
     assert any(sentence.startswith("What the model uses: mostly Left (shares: ") for sentence in sentences)
     assert any(sentence.startswith("Left can be read: by itself it is right in ") for sentence in sentences)
+
+
+@pytest.mark.parametrize(("low", "said"), [(0.55, "mostly Left"), (0.4, "no modality clearly more")])
+def test_a_model_uses_mostly_one_of_three_if_that_carries_more_than_half(result, low, said):
+    fusion = collect_fusion(result.fusion, "abcd")
+    first = fusion["modalities"][0]
+    share = replace(first["share"], mean=0.6, low=low, high=0.7)
+    others = [first | {"name": name, "share": replace(share, mean=0.2, low=0.1, high=0.3)} for name in ("x", "y")]
+    sentences = list(_verdict({**fusion, "modalities": [first | {"share": share}, *others]}))
+    assert sentences[1].startswith(f"Uses: {said} (shares: Left 0.60")
+
+
+def test_a_value_has_no_shares_in_the_list(result):
+    one = SampleModalities(0.1, {}, None, None, math.nan, {"left": 3.0, "right": 1.0}, None)
+    assert math.isnan(_entry(0, "0", one, None, {}, []).numbers["share"])
+    assert _entry(0, "0", replace(one, predicted="a"), None, {}, []).numbers["share"] == 0.75
+
+
+def test_those_with_maps_are_listed_before_others(monkeypatch):
+    monkeypatch.setattr(listing, "LISTED", 3)
+    assert listing._listed(range(10), lambda one: one in (4, 8)) == [0, 4, 8]
 
 
 def test_samples_of_two_processes_keep_what_is_theirs(result):

@@ -102,11 +102,11 @@ def seen_by_softmax(scores: Tensor, weights: Tensor) -> Tensor:
     """
     largest = scores.amax(-1, keepdim=True)
     hidden = (weights == 0) & (scores <= largest - _FAR_BELOW)
-    # No comparison holds of NaN.
+    broken = largest.isnan() | largest.isposinf()
     visible = ~hidden & (largest > _LOWEST) & ((largest - _MASK).abs() > _FAR_BELOW)
-    elsewhere = visible.any(-2, keepdim=True)
+    elsewhere = (visible & ~broken).any(-2, keepdim=True)
     elsewhere = elsewhere | ~elsewhere.any(-1, keepdim=True)
-    return torch.where(largest.isnan() | largest.isposinf(), elsewhere, visible)
+    return torch.where(broken, elsewhere, visible)
 
 
 def keys_with_weight(weights: Tensor) -> Tensor:
