@@ -76,13 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextmanager
 def _quiet(command: str) -> Iterator[None]:
     """Silence the advice that Lightning and torch have for programmers."""
-    # The summary of a demo says what is told in it, too.
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_xattn")[: 1 + (command == "demo")]]
+    names = ["pytorch_lightning"]
+    # What we tell during a demo, its summary says too.
+    names += ["lightning_xattn"] if command == "demo" else []
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
+            # By module, so that our own warnings get through.
             warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning[._](?!xattn)|lightning_fabric|torch")
             yield
     finally:

@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any, TextIO
 
 from pytorch_lightning.utilities import rank_zero_only
@@ -82,9 +82,24 @@ def named(setting: Any) -> Any:
 def _what_it_does(function: FunctionType) -> list[Any]:
     """The instructions of a function and what they act on, without where it stands."""
     code, cells = function.__code__, function.__closure__ or ()
-    constants = [one.co_code if isinstance(one, CodeType) else one for one in code.co_consts]
-    closed = [named(cell.cell_contents) for cell in cells]
-    return [code.co_code, code.co_names, constants, closed, named(function.__defaults__)]
+    closed = [_enclosed(cell) for cell in cells]
+    return [code.co_code, code.co_names, [*map(_constant, code.co_consts)], closed, named(function.__defaults__)]
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, CodeType):
+        return value.co_code
+    # Strings have another order in a set in every run.
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else value
+
+
+def _enclosed(cell: CellType) -> Any:
+    try:
+        value = cell.cell_contents
+    except ValueError:  # nothing is in it yet
+        return None
+    # A function that calls itself encloses itself.
+    return value.__qualname__ if isinstance(value, FunctionType) else named(value)
 
 
 def decimal(value: float, digits: int = 2, signed: bool = False) -> str:

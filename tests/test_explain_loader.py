@@ -1,5 +1,6 @@
 """A whole loader explained: the callback's numbers, and a folder that a run which was cut off goes on with."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -389,6 +390,25 @@ def test_settings_have_the_same_name_in_every_run():
     assert " at 0x" not in first
     assert "Reader" in first
     assert "{'x': 'object', 'y': [1.5]}" in first
+
+
+def test_functions_that_call_themselves_have_a_name():
+    def down(number):
+        return down(number - 1) if number else later
+
+    assert named(down) == named(down)
+    later = 1
+    assert named(down).startswith(down.__qualname__)
+
+
+@pytest.mark.slow
+def test_a_lambda_has_the_same_name_whatever_the_order_of_a_set():
+    code = "from lightning_xattn.messages import named; print(named(lambda x: x in {'a', 'b', 'c', 'd', 'e'}))"
+    names = set()
+    for seed in "123":
+        settings = {"capture_output": True, "text": True, "check": True, "env": os.environ | {"PYTHONHASHSEED": seed}}
+        names.add(subprocess.run([sys.executable, "-c", code], **settings).stdout)
+    assert len(names) == 1
 
 
 def test_a_loader_without_labels_after_one_with_labels_is_refused(tmp_path):

@@ -73,11 +73,6 @@ def as_text(document: Document) -> str:
     return _as_plain(_draw_document(document)) + "\n"
 
 
-def blocks_as_text(blocks: Sequence[Block]) -> str:
-    """Lay out blocks as plain text, an empty line between them."""
-    return _as_plain(_spaced(map(_draw_block, blocks)))
-
-
 def print_document(document: Document) -> None:
     """Print what `as_text` writes; in a terminal with titles and labels in bold."""
     console = Console(highlight=False)

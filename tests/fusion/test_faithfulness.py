@@ -14,7 +14,7 @@ from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCaptu
 from lightning_xattn.attention import Direction
 from lightning_xattn.fusion.pool import hashed
 from lightning_xattn.report.modalities import collect_fusion, describe_fusion
-from lightning_xattn.report.rendering import blocks_as_text
+from lightning_xattn.report.rendering import Document, Section, as_text
 from tests import reference
 from tests.fusion.models import HEADS, LEFT, WIDTH, TwoStreams, loader_of, said_data, sample_ids, trained
 from tests.toy import quiet_trainer
@@ -265,7 +265,8 @@ def test_it_takes_128_samples(infos):
 )
 def test_a_report_says_it_with_the_number(fusion, said, cell):
     facts = collect_fusion(summary_of(Gazer(**fusion)), ["a", "b", "c"])
-    text = " ".join(blocks_as_text(list(describe_fusion(facts, "target"))).split())
+    section = Section("Modalities", list(describe_fusion(facts, "target")))
+    text = " ".join(as_text(Document("Report", [section])).split())
     assert f"Shows: {said}" in text
     assert re.search(rf"Right \d\.\d+ .* {re.escape(cell)}", text)
     assert "where the attention gets them" in text or fusion
