@@ -15,7 +15,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.checks import Checks
-from lightning_xattn.distributed import own_places
+from lightning_xattn.distributed import ALONE, own_places
 from lightning_xattn.epoch_log import EpochLog, by_scope
 from lightning_xattn.errors import SettingError
 from lightning_xattn.evaluation import Evaluation, Settings, summarise
@@ -35,6 +35,7 @@ from lightning_xattn.trainer import (
     attention_axes,
     loaders_of,
     moment,
+    processes_of,
     require_lightning_that_takes_it,
     scope_of,
     stage_of,
@@ -181,7 +182,7 @@ class AttentionExplainabilityCallback(Callback):
         self._recording = False
         self._table: TrainingTable | None = None
         self._resumes = True
-        self._run = ""
+        self._run, self._processes = "", ALONE
         self._fit_begins = 0  # the place in the history of what the last fit has added
 
     def __repr__(self) -> str:
@@ -221,7 +222,7 @@ class AttentionExplainabilityCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look anew at the first batch of what is to run."""
-        self._resumes, self._recorder = stage == "fit", None
+        self._resumes, self._recorder, self._processes = stage == "fit", None, processes_of(trainer)
         self._fit_begins = len(self.history) if self._resumes else self._fit_begins
         make = partial(
             Evaluation,
@@ -230,6 +231,7 @@ class AttentionExplainabilityCallback(Callback):
             self._checks,
             expects_targets=stage != "predict",
             keeps_maps=stage == "test",  # after which there is a page
+            processes=self._processes,
         )
         first = make()
         # One for each dataloader, as their batches may differ; their classes are those of the first.
@@ -243,7 +245,7 @@ class AttentionExplainabilityCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the attention before training starts, so that a wrong path fails at once."""
-        self._recorder = self.settings.recorder(pl_module)
+        self._recorder = self.settings.recorder(pl_module, self._processes)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to record, if this epoch is one to record."""
@@ -252,14 +254,14 @@ class AttentionExplainabilityCallback(Callback):
             return
         self._recording = True
         if self._recorder is None:
-            self._recorder = self.settings.recorder(pl_module)
+            self._recorder = self.settings.recorder(pl_module, self._processes)
         rehearsal = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
-        if self.settings.table is not None and not rehearsal:
+        if self.settings.table is not None and not rehearsal and self._processes.is_first_peer:
             from lightning_xattn.table import TrainingTable  # pyarrow, only where a table is wanted
 
             about = {"run": self._run} | moment(trainer)
             name = "{run}-{stage}-epoch={epoch}-step={step}".format(**about)
-            name += f"-rank={trainer.global_rank}-of-{trainer.world_size}"
+            name += f"-rank={self._processes.rank}-of-{self._processes.count}"
             self._table = TrainingTable(Path(self.settings.table), name, about)
 
     def on_validation_batch_start(
@@ -335,13 +337,13 @@ class AttentionExplainabilityCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take every hook off the model, and let go of it."""
         self._stop()
-        self._recorder, self._evaluations = None, {}
+        self._recorder, self._evaluations, self._processes = None, {}, ALONE
 
     def _stop(self) -> None:
         if self._recorder is not None:
             self._recorder.close()
             self._recorder.clear()
-            self._recorder.fusion.let_go()
+            self._recorder.let_go()
         if self._table is not None:
             self._table.discard()
         self._recording, self._table = False, None
@@ -354,12 +356,14 @@ class AttentionExplainabilityCallback(Callback):
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], list[Path]]:
         """What the evaluation says, by dataloader, and the files of its sample table."""
         assert self._recorder is not None
-        ended = dict(summarise(self._evaluations, self._recorder, self.schedule.tests_attention(trainer)))
+        ended = dict(
+            summarise(self._evaluations, self._recorder, self._processes, self.schedule.tests_attention(trainer))
+        )
         fusions = {number: summary.fusion for number, summary in ended.items() if summary.fusion is not None}
         tables = []
         if self._table is not None:
             tables = self._table.close(
-                {number: sample_columns(one, trainer.global_rank) for number, one in fusions.items()}
+                {number: sample_columns(one, self._processes.rank) for number, one in fusions.items()}
             )
         for number, one in fusions.items():
             self.fusion_summaries[self._scope(trainer)(number, "")] = one

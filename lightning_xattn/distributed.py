@@ -3,32 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 Value = TypeVar("Value")
 
 
-def gather(value: Value) -> list[Value]:
-    """What each process passed, in the order of their ranks and the same everywhere; ``[value]`` in a single process.
+@dataclass(frozen=True, eq=False)
+class Processes:
+    """The processes that run an evaluation together, as one of them sees them; by default it is alone."""
 
-    One collective, which every process must reach.
-    """
-    _, processes = process()
-    if processes == 1:
-        return [value]
-    gathered: list[Any] = [None] * processes
-    dist.all_gather_object(gathered, value)
-    return gathered
+    rank: int = 0
+    """Which part of the data this one has."""
+    count: int = 1
+    """How many parts there are."""
+    peers: dist.ProcessGroup | None = None
+    """Those that have the same part, as the model's layers are split among them (tensor parallelism)."""
+    run_alone: bool = True
+    """Whether each has the whole model; else all must run it at once, equally often."""
+
+    @property
+    def is_first_peer(self) -> bool:
+        """Whether this one speaks for those that have the same part of the data."""
+        return self.peers is None or dist.get_rank(self.peers) == 0
+
+    def gather(self, value: Value) -> list[Value]:
+        """What there is of each part of the data, in order and the same everywhere; ``[value]`` of a single process.
+
+        One collective, which every process must reach.
+        """
+        if self.count == 1 and self.peers is None:
+            return [value]
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (value,) if self.is_first_peer else ())
+        return [one for several in gathered for one in several]
+
+    def agree(self, tensor: Tensor) -> bool:
+        """Whether all peers have this tensor, but for rounding; one collective among them. Looks at the values."""
+        if self.peers is None:
+            return True
+        theirs: list[Any] = [None] * dist.get_world_size(self.peers)
+        mine = tensor.detach().cpu()
+        dist.all_gather_object(theirs, mine, group=self.peers)
+        close = 3e-2 if mine.is_floating_point() and mine.dtype.itemsize < 4 else 1e-3
+        alike = [one.shape == theirs[0].shape for one in theirs]
+        # Compared with the first one's, so that all come to the same conclusion.
+        return all(alike) and all(torch.allclose(one, theirs[0], 0, close, equal_nan=True) for one in theirs)
+
+    def join(self, tensor: Tensor, dim: int) -> Tensor:
+        """The parts of a tensor that the peers have, all of one shape, as one; one collective among them."""
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.peers))]
+        dist.all_gather(parts, tensor.contiguous(), group=self.peers)
+        return torch.cat(parts, dim)
 
 
-def process() -> tuple[int, int]:
-    """The rank of this process, and how many processes there are."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+ALONE = Processes()
 
 
 def own_places(loaders: Any, dataloader_idx: int, batch_idx: int, batch_size: int) -> range | None:

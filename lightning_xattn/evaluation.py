@@ -28,7 +28,7 @@ from lightning_xattn.classes import (
     own_class_names,
 )
 from lightning_xattn.columns import CONFIDENCE, NUMBER, headline, sample_statistics, table_columns
-from lightning_xattn.distributed import gather, process
+from lightning_xattn.distributed import ALONE, Processes
 from lightning_xattn.errors import SettingError, check_whole_number
 from lightning_xattn.functional import Rows, prepare_rows, received_attention
 from lightning_xattn.fusion.collected import MAX_SAMPLES, Collected, FusionPart, merge_parts
@@ -94,9 +94,9 @@ class Settings:
         """Where the labels of an evaluation come from."""
         return LabelFinder(self.predictions, self.targets, self.sample_ids, self.groups, self.query_mask)
 
-    def recorder(self, model: nn.Module) -> StepRecorder:
+    def recorder(self, model: nn.Module, processes: Processes = ALONE) -> StepRecorder:
         """What records a model's steps."""
-        return StepRecorder(model, self.attention, self.fusion, self.modalities)
+        return StepRecorder(model, self.attention, self.fusion, self.modalities, processes)
 
     def named(self) -> dict[str, Any]:
         """How batches are read: the settings by name, callables by theirs, so the same from run to run."""
@@ -164,6 +164,8 @@ class Evaluation:
         Whether it is said where there are none, which are not to be had of a prediction.
     keeps_maps
         Whether maps of single samples are kept, for a page.
+    processes
+        Those that run the model.
 
     Attributes
     ----------
@@ -189,8 +191,9 @@ class Evaluation:
         first: Evaluation | None = None,
         expects_targets: bool = True,
         keeps_maps: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
-        self._expects_targets, self._keeps_maps = expects_targets, keeps_maps
+        self._expects_targets, self._keeps_maps, self._processes = expects_targets, keeps_maps, processes
         self._settings, self._module, self._checks, self._first = settings, module, checks, first
         self.finder = settings.finder()
         self.classes: tuple[str, ...] | None = None
@@ -251,7 +254,7 @@ class Evaluation:
             them. None: all samples, which follow on those before.
         """
         numbers = torch.arange(self._seen, self._seen + len(batch), device=batch.device)
-        first = self._seen + process()[0] * PLACES_OF_A_PROCESS
+        first = self._seen + self._processes.rank * PLACES_OF_A_PROCESS
         places = range(first, first + len(batch)) if places is None else places
         self._seen, self.repeats = self._seen + len(batch), self.repeats + len(batch) - len(places)
         batch = batch[: len(places)]
@@ -291,7 +294,7 @@ class Evaluation:
             return
         labels = batch.labels
         keys = group_keys(places if labels.sample_ids is None else labels.sample_ids, batch.device)
-        identity = {NUMBER: about[NUMBER], "process": torch.full_like(about["class"], process()[0])}
+        identity = {NUMBER: about[NUMBER], "process": torch.full_like(about["class"], self._processes.rank)}
         if wants_maps:
             self.maps.add(first_layer, keys, identity)
         if batch.inputs is None:
@@ -329,7 +332,7 @@ class Evaluation:
         """What this process has. A GPU waits for it."""
         sums = {layer: of_layer.cpu() for layer, of_layer in self.sums().items()}
         fusion = self.collected.part()
-        if fusion is not None and process()[1] > 1:
+        if fusion is not None and self._processes is not ALONE:
             fusion = fusion.cpu()  # to be sent
         return Part(self.classes, sums, fusion, self.repeats, self.finder.has_several, self.maps.part())
 
@@ -408,7 +411,7 @@ def _filled(values: Tensor | None, otherwise: float, batch: BatchResult) -> Tens
 
 
 def summarise(
-    evaluations: Mapping[int, Evaluation], recorder: StepRecorder, tests_attention: bool
+    evaluations: Mapping[int, Evaluation], recorder: StepRecorder, processes: Processes, tests_attention: bool
 ) -> Iterator[tuple[int, EvaluationSummary]]:
     """Merge the evaluations of all processes: dataloader and summary, in one order on each of them.
 
@@ -420,10 +423,12 @@ def summarise(
         By dataloader; makes those that another process has and this one has not.
     recorder
         Has what is needed to replay what lies behind the fusion.
+    processes
+        Those that run the model.
     tests_attention
         Whether keys are replaced to see what the attention ranks.
     """
-    processes = gather({number: evaluation.part() for number, evaluation in evaluations.items()})
-    for number in sorted({number for parts in processes for number in parts}):
-        of_number = [parts[number] for parts in processes if number in parts]
+    several = processes.gather({number: evaluation.part() for number, evaluation in evaluations.items()})
+    for number in sorted({number for parts in several for number in parts}):
+        of_number = [parts[number] for parts in several if number in parts]
         yield number, evaluations[number].summary(recorder, tests_attention, of_number)

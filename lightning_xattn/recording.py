@@ -8,11 +8,13 @@ from torch import nn
 
 from lightning_xattn.attention import AttentionPair
 from lightning_xattn.capture import AttentionRecorder, AttentionSetting, Layer
+from lightning_xattn.distributed import ALONE, Processes
 from lightning_xattn.errors import DiscoveryError
 from lightning_xattn.fusion.entrance import ModalitiesSetting
 from lightning_xattn.fusion.recorder import FusionInputs, FusionRecorder
 from lightning_xattn.labels import Labels, Step
 from lightning_xattn.messages import tell, warn
+from lightning_xattn.peers import check_alike, splits_heads, with_all_heads
 
 Attentions = tuple[AttentionPair, ...]
 
@@ -28,6 +30,8 @@ class StepRecorder:
         As ``AttentionRecorder`` takes it.
     fusion, modalities
         As ``FusionRecorder`` takes them.
+    processes
+        Those that run the model.
 
     Attributes
     ----------
@@ -46,9 +50,12 @@ class StepRecorder:
         attention: AttentionSetting | None = None,
         fusion: str | None = None,
         modalities: ModalitiesSetting | None = None,
+        processes: Processes = ALONE,
     ) -> None:
-        self.fusion = FusionRecorder(model, fusion, modalities)
+        self.fusion = FusionRecorder(model, fusion, modalities, processes)
         self._attention = AttentionRecorder(model, attention)
+        self._model, self._processes = model, processes
+        self._splits_heads, self._is_first = False, True
         # A model whose fusion is named may have no cross-attention at all.
         self._may_lack_attention = attention is None and not self.fusion.needs_attention
         self._lacks_attention = False
@@ -74,6 +81,11 @@ class StepRecorder:
         self.fusion.clear()
         self._taken = ()
 
+    def let_go(self) -> None:
+        """Let go of what an evaluation's first step has shown of it."""
+        self.fusion.let_go()
+        self._splits_heads, self._is_first = False, True
+
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers that are recorded."""
@@ -91,8 +103,10 @@ class StepRecorder:
         ------
         DiscoveryError, ShapeError
             As ``AttentionRecorder.attention``; a model whose fusion is named needs no attention.
+        DataError
+            If processes that have the same samples have other attention, and not as they have other heads.
         """
-        self._taken = self._read_attention(batch)
+        self._taken = self._with_all_heads(self._read_attention(batch))
         forward = self._attention.output
         if self._taken:
             weights = self._taken[0].forward.weights
@@ -110,13 +124,26 @@ class StepRecorder:
         ------
         DiscoveryError
             If a named argument is not there, or there is neither attention nor a fusion that is clear.
+        DataError
+            If processes that have the same samples have other tokens or predictions.
         """
         inputs, messages = self.fusion.take(self._taken, self.layers, labels)
+        if self._is_first and self._processes.peers is not None:
+            check_alike(labels, inputs, self._processes)
+        self._is_first = False
         if inputs is None and not self._taken:
             raise DiscoveryError(" ".join(messages))
         say = warn if self.fusion.is_named else tell
         say(messages)
         return inputs
+
+    def _with_all_heads(self, attention: Attentions) -> Attentions:
+        """Of all peers, if each has computed some of them in an evaluation's first step."""
+        if self._processes.peers is None:
+            return attention
+        if self._is_first:
+            self._splits_heads = splits_heads(attention, self.layers, self._model, self._processes)
+        return with_all_heads(attention, self._processes) if self._splits_heads else attention
 
     def _read_attention(self, batch: Any) -> Attentions:
         if self._lacks_attention:

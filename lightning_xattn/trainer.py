@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from packaging.version import Version
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lightning_xattn.attention import TokenAxis
+from lightning_xattn.distributed import ALONE, Processes
 from lightning_xattn.errors import XAttnError, check_whole_number
 
 
@@ -99,6 +101,18 @@ def scope_of(trainer: Trainer, callback: Callback, kind: type[Callback], dataloa
     scope += f"/callback_{ours.index(callback)}" if callback in ours[1:] else ""
     scope += f"/dataloader_{dataloader}" if dataloader else ""
     return scope + (f"/{layer}" if layer else "")
+
+
+def processes_of(trainer: Trainer) -> Processes:
+    """Those that run the Trainer's evaluations together."""
+    if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+        return ALONE
+    strategy: Any = trainer.strategy
+    dealt = strategy.distributed_sampler_kwargs
+    has_peers = dealt["num_replicas"] < trainer.world_size
+    peers = strategy.device_mesh["tensor_parallel"].get_group() if has_peers else None
+    # By name, as Lightning has two namespaces; its other strategies, also DDP's children, may split the model.
+    return Processes(dealt["rank"], dealt["num_replicas"], peers, type(strategy).__name__ == "DDPStrategy")
 
 
 def root_folder(trainer: Trainer) -> Path:

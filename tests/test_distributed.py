@@ -1,12 +1,7 @@
 """Several real processes log what one process logs over the same samples, and none of them hangs."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,34 +10,17 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.distributed import gather, own_places
+from lightning_xattn.distributed import ALONE, own_places
 from tests import ddp_run
+from tests.processes import run_processes
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
-
-TIME_LIMIT = 240  # seconds; a hang ends here
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["two processes", "three processes"])
 def processes(request, tmp_path_factory):
     """What each rank wrote, and the folder."""
     folder = tmp_path_factory.mktemp(f"ranks_{request.param}")
-    command = [sys.executable, "-m", "tests.ddp_run", str(request.param), str(folder)]
-    # A group of its own, so that a hang is killed with all its processes.
-    run = subprocess.Popen(
-        command,
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = run.communicate(timeout=TIME_LIMIT)
-    except subprocess.TimeoutExpired:
-        os.killpg(run.pid, signal.SIGKILL)
-        pytest.fail(f"{request.param} processes hung: {run.communicate()[0][-3000:]}")
-    assert run.returncode == 0, output[-3000:]
+    run_processes("tests.ddp_run", request.param, folder)
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(request.param)], folder
 
 
@@ -140,7 +118,7 @@ def test_repeats_are_counted_as_the_sampler_deals():
     assert own_places(DataLoader(dataset), 0, 100, 5) is None
     for several in ([DataLoader(dataset), by_batch], {"plain": DataLoader(dataset), "dealt": by_batch}):
         assert [own_places(several, which, 1, 4) for which in (0, 1)] == [None, range(14, 23, 3)]
-    assert gather("mine") == ["mine"]
+    assert ALONE.gather("mine") == ["mine"]
 
 
 def test_repeats_are_those_of_their_own_dataloader():

@@ -33,7 +33,8 @@ ROOMS = {
         *("aggregation", "attention", "capture", "columns", "distributed", "errors", "functional", "group_keys"),
         *("labels", "messages", "notebook", "summary"),
     },
-    "recording": {"attention", "capture", "errors", "fusion", "labels", "messages"},
+    "peers": {"attention", "capture", "distributed", "errors", "fusion", "labels"},
+    "recording": {"attention", "capture", "distributed", "errors", "fusion", "labels", "messages", "peers"},
     "maps": {"functional", "fusion"},
     "results": {"attention", "errors", "functional", "fusion", "labels", "maps", "notebook", "summary"},
     "classes": {"aggregation", "errors", "labels", "messages"},
@@ -55,7 +56,7 @@ ROOMS = {
         *("aggregation", "attention", "columns", "errors", "figures", "files", "functional", "fusion", "messages"),
         *("notebook", "results", "summary", "table", "visualizations"),
     },
-    "trainer": {"attention", "errors"},
+    "trainer": {"attention", "distributed", "errors"},
     "epoch_log": {
         *("checks", "classes", "curves", "evaluation", "figures", "messages", "report", "results", "sinks", "summary"),
         "trainer",

@@ -284,7 +284,7 @@ class ExplainabilityCapture:
                 yield
         finally:
             self._recorder.clear()
-            self._recorder.fusion.let_go()
+            self._recorder.let_go()
             for module, training in modes.items():
                 module.training = training
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from lightning_xattn.attention import AttentionPair, Direction
 from lightning_xattn.capture import Layer
 from lightning_xattn.capture.sources import Source
 from lightning_xattn.capture.wrappers import find_module
+from lightning_xattn.distributed import ALONE, Processes
 from lightning_xattn.errors import DiscoveryError
 from lightning_xattn.fusion.arguments import Call
 from lightning_xattn.fusion.entrance import (
@@ -70,6 +73,8 @@ class FusionRecorder:
         The fusion's path; None: to be found.
     modalities
         Which of its arguments are whose tokens; None: as names and numbers of tokens tell.
+    processes
+        Those that run the model.
 
     Attributes
     ----------
@@ -87,9 +92,14 @@ class FusionRecorder:
     """
 
     def __init__(
-        self, model: nn.Module, fusion: str | None = None, modalities: ModalitiesSetting | None = None
+        self,
+        model: nn.Module,
+        fusion: str | None = None,
+        modalities: ModalitiesSetting | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         check_fusion(fusion, modalities)
+        self.processes = processes
         self._model, self._modalities = model, modalities
         self._named = None if fusion is None else find_module(model, fusion)
         if fusion is not None and self._named is None:
@@ -215,16 +225,40 @@ class FusionRecorder:
     def replay(self) -> Replay:
         """What lies behind the fusion, carried by the evaluation's first step.
 
+        A collective where processes hold the model together.
+
         Raises
         ------
         ReplayError
             If it cannot be replayed.
         """
+        if not self.processes.run_alone and self._replay is None:
+            self._carry_alike()
         if self._carrier is None or self.entrance is None or self._fusion is None or self._read is None:
             raise ReplayError(self.problem or "the fusion did not run")
         if self._replay is None:
             self._replay = Replay(self._fusion, self.entrance.axes, self._carrier, self._read)
         return self._replay
+
+    def _carry_alike(self) -> None:
+        """Take the first process's step on all, as one on which the model runs once more would wait for the others.
+
+        Raises
+        ------
+        ReplayError
+            If a process has no step, or the first one's cannot be sent.
+        """
+        packed, carrier = None, self._carrier
+        if carrier is not None:
+            call = move_data_to_device((carrier.call.args, dict(carrier.call.kwargs)), "cpu")
+            with suppress(Exception):  # whatever a user's objects raise
+                packed = pickle.dumps((call, carrier.precision, carrier.spoken.cpu()))
+        steps = [step for step in self.processes.gather(packed) if step is not None]
+        if carrier is None or len(steps) < self.processes.count:
+            raise ReplayError(self.problem or "not every process has a step that could be run again on all of them")
+        (args, kwargs), precision, spoken = pickle.loads(steps[0])
+        args, kwargs = move_data_to_device((args, kwargs), carrier.spoken.values.device)
+        self._carrier = Carrier(carrier.module, Call(args, kwargs), precision, spoken)
 
     def attention_of(self, direction: Direction, queries: int | None, keys: int) -> AttentionPlace | None:
         """Where a direction of the first layer is computed inside of the fusion; None where that is not known.
@@ -315,8 +349,9 @@ class FusionRecorder:
             try:
                 self._carrier, self._read = self._behind(run, entrance, labels)
                 # A replay costs a forward. Where there is a choice, what can be replayed is chosen; where there is
-                # none, the forward waits until something is replayed.
-                self._replay = Replay(run.module, entrance.axes, self._carrier, self._read) if possible[1:] else None
+                # none, the forward waits until something is replayed, and all processes are there if they must be.
+                chooses = possible[1:] and self.processes.run_alone
+                self._replay = Replay(run.module, entrance.axes, self._carrier, self._read) if chooses else None
             except ReplayError as error:
                 problems.append(str(error))
                 continue

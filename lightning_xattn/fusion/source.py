@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.attention import Direction
-from lightning_xattn.distributed import gather, process
 from lightning_xattn.fusion.arguments import Path
 from lightning_xattn.fusion.collected import IDENTITY
 from lightning_xattn.fusion.entrance import ModalityPlace
@@ -113,6 +112,7 @@ def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -
     """Let each process do its part of what takes replays: two collectives, which each must reach.
 
     One whose first step showed nothing, as of samples that are not finite, cannot replay, and has no part in it.
+    Processes that hold a model together do all of it, each at the same time as the others.
 
     Parameters
     ----------
@@ -131,27 +131,29 @@ def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -
     ReplayError
         If none can replay, or the work of one fails.
     """
-    rank, _ = process()
+    processes = fusion.processes
     replay, result, problem = None, None, ""
     try:
         replay = fusion.replay()
     except ReplayError as error:
         problem = str(error)
-    problems = gather(problem)
+    problems = processes.gather(problem)
     able = [one for one, found in enumerate(problems) if not found]
     if not able:
         raise ReplayError(problems[0])
 
     def part(count: int) -> Tensor:
-        return torch.arange(count).tensor_split(len(able))[able.index(rank)]
+        every = torch.arange(count)
+        return every.tensor_split(len(able))[able.index(processes.rank)] if processes.run_alone else every
 
     if replay is not None:
         try:
             result = work(replay, part)
         except ReplayError as error:
             problem = str(error)
-    processes = gather(("" if replay is None else problem, result))
-    for found, _ in processes:
+    results = processes.gather(("" if replay is None else problem, result))
+    for found, _ in results:
         if found:
             raise ReplayError(found)
-    return [one for _, one in processes if one is not None]
+    known = [one for _, one in results if one is not None]
+    return known if processes.run_alone else known[:1]

@@ -1,0 +1,127 @@
+"""Run by test_split_models.py: a model that several processes hold together, and what each of them saw of it."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import DataLoader
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.errors import DataError
+from tests.toy import WIDTH, ToyModule, quiet_trainer, toy_data
+
+SAMPLES = 129
+"""Dealt to two processes these are 65 and 64: 2 and 1 replays of 64."""
+
+HEADS = 4
+
+
+class Attention(nn.Module):
+    """Multi-head attention as tensor parallelism splits it: how many heads there are follows from the projections."""
+
+    def __init__(self, asks_a_part=False):
+        super().__init__()
+        self.asks_a_part = asks_a_part
+        self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        for projection in (self.query, self.key):
+            nn.init.normal_(projection.weight, std=0.8)
+
+    def forward(self, x, y):
+        if self.asks_a_part:  # as context parallelism does
+            x = x.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
+        query, key, value = (
+            project(tokens).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2)
+            for project, tokens in ((self.query, x), (self.key, y), (self.value, y))
+        )
+        fused = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.out(fused.transpose(1, 2).flatten(2))
+
+
+class Fusion(nn.Module):
+    def __init__(self, asks_a_part=False):
+        super().__init__()
+        self.audio_to_text_attn, self.text_to_audio_attn = Attention(asks_a_part), Attention()
+
+    def forward(self, audio, text):
+        there, back = self.audio_to_text_attn(audio, text), self.text_to_audio_attn(text, audio)
+        return torch.cat([there.mean(1), back.mean(1)], dim=1)
+
+
+class SplitModule(ToyModule):
+    """``split``: nothing, "parameters" (FSDP2), "heads" (tensor parallelism), both, or what cannot be read."""
+
+    def __init__(self, split):
+        super().__init__()
+        del self.audio_to_text_attn, self.text_to_audio_attn
+        self.split, self.is_configured = split, False
+        self.fusion = Fusion(asks_a_part="queries" in split)
+
+    def configure_model(self):
+        if self.is_configured or not self.split:
+            return
+        self.is_configured = True
+        tensor_parallel, data_parallel = self.device_mesh["tensor_parallel"], self.device_mesh["data_parallel"]
+        attentions = self.fusion.audio_to_text_attn, self.fusion.text_to_audio_attn
+        if "heads" in self.split:
+            plan = {name: ColwiseParallel() for name in ("query", "key", "value")} | {"out": RowwiseParallel()}
+            for one in attentions:
+                parallelize_module(one, tensor_parallel, plan)
+            parallelize_module(self.head, tensor_parallel, ColwiseParallel(output_layouts=Replicate()))
+        if "classes" in self.split:
+            parallelize_module(self.head, tensor_parallel, ColwiseParallel())
+        if "parameters" in self.split:
+            for one in (*attentions, self):
+                fully_shard(one, mesh=data_parallel)
+
+    def forward(self, audio, text):
+        return self.head(self.fusion(self.audio(audio), self.text(text)))
+
+    def _loss(self, batch):
+        audio, text, target = batch
+        logits = self(audio, text)
+        return nn.functional.cross_entropy(logits, target % logits.shape[1])
+
+
+def explain(split, settings, folder):
+    """What is logged by a fit, a validation and a test, and what the table has."""
+    torch.manual_seed(0)
+    callback = AttentionExplainabilityCallback(curves="all", contribution_samples=SAMPLES, table=folder / "table")
+    trainer = quiet_trainer(callbacks=[callback], num_sanity_val_steps=1, **settings)
+    model, loader = SplitModule(split), DataLoader(toy_data(SAMPLES), batch_size=6)
+    trainer.validate(model, loader, verbose=False)
+    trainer.test(model, loader, verbose=False)
+    trainer.fit(model, DataLoader(toy_data(12), batch_size=2), loader)
+    return {"history": callback.history, "heads": [*callback.summaries["val"].heads.values()]}
+
+
+def refused(split, settings):
+    torch.manual_seed(0)
+    # Of both directions it would be seen that the queries of one are not the keys of the other.
+    callback = AttentionExplainabilityCallback({"audio_to_text": "fusion.audio_to_text_attn"})
+    trainer = quiet_trainer(callbacks=[callback], **settings)
+    try:
+        trainer.validate(SplitModule(split), DataLoader(toy_data(12), batch_size=6), verbose=False)
+    except DataError as error:
+        return str(error)
+    return "not refused"
+
+
+if __name__ == "__main__":
+    folder, split, data_parallel, tensor_parallel = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
+    sizes = {"data_parallel_size": data_parallel, "tensor_parallel_size": tensor_parallel}
+    settings = {
+        "strategy": ModelParallelStrategy(**sizes, process_group_backend="gloo"),
+        "devices": data_parallel * tensor_parallel,
+    }
+    if split in ("classes", "queries"):
+        result = {"refused": refused(split, settings)}
+    else:
+        result = explain(split, settings, folder)
+    (folder / f"rank_{dist.get_rank()}.json").write_text(json.dumps(result))

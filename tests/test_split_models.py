@@ -1,0 +1,82 @@
+"""Processes that hold a model together say what one process says, and say each sample once."""
+
+import json
+import warnings
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests import split_run
+from tests.processes import run_processes
+
+pytestmark = pytest.mark.slow
+
+SPLITS = {"parameters": (2, 1), "heads": (1, 2), "heads and parameters": (2, 2)}
+"""How many processes have other data, and how many the same."""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its attention has no names that say all, and its modalities cannot be read
+        return split_run.explain("", {}, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module", params=SPLITS)
+def split(request, tmp_path_factory):
+    """What each process wrote, how many have other data, and the folder of the table."""
+    folder = tmp_path_factory.mktemp("split")
+    data_parallel, tensor_parallel = SPLITS[request.param]
+    run_processes("tests.split_run", folder, request.param, data_parallel, tensor_parallel)
+    ranks = [folder / f"rank_{rank}.json" for rank in range(data_parallel * tensor_parallel)]
+    return [json.loads(path.read_text()) for path in ranks], data_parallel, folder / "table"
+
+
+def test_numbers_are_those_of_one_process(split, alone):
+    ranks, data_parallel, _ = split
+    assert [record["stage"] for record in alone["history"]] == ["val", "test", "val"]
+    for rank in ranks:
+        assert rank["heads"] == alone["heads"] == [split_run.HEADS, split_run.HEADS]
+        for found, expected in zip(rank["history"][:2], alone["history"][:2], strict=True):
+            # Gradients do not pass between processes, so faithfulness has no reference.
+            assert {one for one in expected if one not in found} <= {
+                f"faithfulness/reference/{direction}" for direction in ("audio_to_text", "text_to_audio")
+            }
+            for name, value in found.items():
+                if name != "repeats":
+                    assert value == pytest.approx(expected[name], abs=1e-5, nan_ok=True), name
+            assert "contribution/audio" in found
+            assert found["samples"] == split_run.SAMPLES
+            assert found["repeats"] == -split_run.SAMPLES % data_parallel
+
+
+def test_a_fit_goes_on_and_all_processes_say_the_same(split):
+    ranks, _, _ = split
+    fitted = [rank["history"][2] for rank in ranks]
+    assert all(json.dumps(one) == json.dumps(fitted[0]) for one in fitted)
+    assert (fitted[0]["stage"], fitted[0]["samples"]) == ("val", split_run.SAMPLES)
+
+
+def test_the_table_has_each_sample_once(split):
+    _, data_parallel, folder = split
+    table = pq.read_table(folder).to_pandas()
+    evaluations = [rows for _, rows in table.groupby(["run", "stage"])]
+    assert [len(rows) for rows in evaluations] == [split_run.SAMPLES] * 3
+    names = {path.name.partition("rank=")[2][:6] for path in folder.iterdir()}
+    assert names == {f"{rank}-of-{data_parallel}" for rank in range(data_parallel)}
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("classes", "other predictions of the same samples: each seems to have a part of them"),
+        (
+            "queries",
+            "audio_to_text of the same samples, though no layer in 'fusion.audio_to_text_attn' is parallelized",
+        ),
+    ],
+)
+def test_parts_that_cannot_be_put_together_are_refused(tmp_path, part, said):
+    run_processes("tests.split_run", tmp_path, part, 1, 2)
+    for rank in (0, 1):
+        assert said in json.loads((tmp_path / f"rank_{rank}.json").read_text())["refused"]
