@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lightning_xattn.capture import AttentionSetting
-from lightning_xattn.checks import Checks
 from lightning_xattn.distributed import ALONE, own_places
 from lightning_xattn.epoch_log import EpochLog, by_scope
 from lightning_xattn.errors import SettingError
 from lightning_xattn.evaluation import Evaluation, Settings, summarise
+from lightning_xattn.findings import Findings, Handover
 from lightning_xattn.fusion.collected import MAX_SAMPLES
 from lightning_xattn.fusion.contribution import CONTRIBUTION_SAMPLES
 from lightning_xattn.fusion.entrance import ModalitiesSetting
@@ -46,6 +46,12 @@ if TYPE_CHECKING:
 
 
 CURVES = ("main", "all")
+
+_OF_A_RUN = (
+    *("_evaluations", "_recorder", "_recording", "_table", "_resumes", "_run", "_processes"),
+    *("log", "log_dict"),  # the model's own methods: Lightning puts them here
+)
+"""Attributes that are not copied with a callback."""
 
 
 class AttentionExplainabilityCallback(Callback):
@@ -113,18 +119,6 @@ class AttentionExplainabilityCallback(Callback):
         A folder for one row per sample, epoch and layer, as Parquet files (see ``SampleTable``). The column ``run``
         tells one run of a Trainer from another; the latest sorts last. None: no table.
 
-    Attributes
-    ----------
-    history : list of dict
-        One record per recorded epoch, dataloader and layer: ``stage``, ``epoch``, ``step``, ``dataloader``, ``layer``,
-        ``samples``, ``groups`` (how many; None where they are not known), ``repeats`` (samples dropped because another
-        process had them), ``ties`` and ``unclassified`` samples, ``accuracy``, the comparisons of correct with
-        incorrect predictions, and the epoch's curves by their names without the scope. It is saved in checkpoints.
-    summaries : dict of str to LayerSummary
-        The last epoch of each scope, such as ``val``, ``test`` or ``val/dataloader_1``.
-    fusion_summaries : dict of str to FusionSummary
-        The same of what the modalities say and contribute.
-
     Raises
     ------
     SettingError
@@ -173,21 +167,56 @@ class AttentionExplainabilityCallback(Callback):
             raise SettingError(f"curves must be one of {', '.join(CURVES)}; got {curves!r}.")
         self.curves = curves
         self.schedule = Schedule(every_n_epochs, figures_every_n_epochs, faithfulness_every_n_epochs, every_n_batches)
-        self.history: list[dict[str, Any]] = []
-        self.summaries: dict[str, LayerSummary] = {}
-        self.fusion_summaries: dict[str, FusionSummary] = {}
-        self._checks = Checks()
+        self._handover, self._found = Handover(), Findings()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Have nothing of a run."""
         self._evaluations: dict[int, Evaluation] = {}
         self._recorder: StepRecorder | None = None
         self._recording = False
         self._table: TrainingTable | None = None
         self._resumes = True
         self._run, self._processes = "", ALONE
-        self._fit_begins = 0  # the place in the history of what the last fit has added
 
     def __repr__(self) -> str:
         recorded = ", ".join({**self.summaries, **self.fusion_summaries}) or "nothing"
         return f"AttentionExplainabilityCallback(group_by='{self.settings.group_by}'; recorded so far: {recorded})"
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One record per recorded epoch, dataloader and layer.
+
+        ``stage``, ``epoch``, ``step``, ``dataloader``, ``layer``, ``samples``, ``groups`` (how many; None where they
+        are not known), ``repeats`` (samples dropped because another process had them), ``ties`` and ``unclassified``
+        samples, ``accuracy``, the comparisons of correct with incorrect predictions, and the epoch's curves by their
+        names without the scope. It is saved in checkpoints.
+        """
+        return self._findings.history
+
+    @property
+    def summaries(self) -> dict[str, LayerSummary]:
+        """The last epoch of each scope, such as ``val``, ``test`` or ``val/dataloader_1``."""
+        return self._findings.summaries
+
+    @property
+    def fusion_summaries(self) -> dict[str, FusionSummary]:
+        """The same of what the modalities say and contribute."""
+        return self._findings.fusion_summaries
+
+    @property
+    def _findings(self) -> Findings:
+        self._found = self._handover.take() or self._found
+        return self._found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What was found, but nothing of a run, its model and its Trainer."""
+        state = vars(self) | {"_found": self._findings}
+        return {name: value for name, value in state.items() if name not in _OF_A_RUN}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
 
     @property
     def state_key(self) -> str:
@@ -200,12 +229,13 @@ class AttentionExplainabilityCallback(Callback):
         Of the history it has what ``curves`` has logged, in single precision.
         """
         packed = pack_history(self.history, keeps_all=self.curves == "all")
-        return {"history": packed, "fit_begins": self._fit_begins, "measured": str(self.settings.named())}
+        return {"history": packed, "fit_begins": self._findings.fit_begins, "measured": str(self.settings.named())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's history, unless there is one already and the checkpoint is only tested."""
         if "history" in state_dict and (self._resumes or not self.history):
-            self.history, self._fit_begins = unpack_history(state_dict["history"]), state_dict["fit_begins"]
+            self._findings.history = unpack_history(state_dict["history"])
+            self._findings.fit_begins = state_dict["fit_begins"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on from the history of a callback that measured the same with another schedule or table."""
@@ -223,12 +253,13 @@ class AttentionExplainabilityCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look anew at the first batch of what is to run."""
         self._resumes, self._recorder, self._processes = stage == "fit", None, processes_of(trainer)
-        self._fit_begins = len(self.history) if self._resumes else self._fit_begins
+        if self._resumes:
+            self._findings.fit_begins = len(self.history)
         make = partial(
             Evaluation,
             self.settings,
             pl_module,
-            self._checks,
+            self._findings.checks,
             expects_targets=stage != "predict",
             keeps_maps=stage == "test",  # after which there is a page
             processes=self._processes,
@@ -295,8 +326,8 @@ class AttentionExplainabilityCallback(Callback):
         result = evaluation.read(*taken, self._recorder)
         self._recorder.clear()
         if is_first:
-            warn(self._checks.of_directions(self._recorder.layers))
-            tell(self._checks.of_reading(evaluation.describe(result, self._recorder)))
+            warn(self._findings.checks.of_directions(self._recorder.layers))
+            tell(self._findings.checks.of_reading(evaluation.describe(result, self._recorder)))
         for columns in evaluation.add(result, own_places(loaders_of(trainer), dataloader_idx, batch_idx, len(result))):
             if self._table is not None:
                 self._table.add(columns | {"dataloader": dataloader_idx})
@@ -305,6 +336,7 @@ class AttentionExplainabilityCallback(Callback):
         """Log the epoch's curves and figures."""
         if self._recording and not trainer.sanity_checking:
             self._log_epoch(trainer, pl_module)
+            self._hand_over(trainer)  # now, as an exception in a process that a Trainer has started calls no hook there
         self._stop()
 
     # A test is recorded as a validation is.
@@ -327,7 +359,7 @@ class AttentionExplainabilityCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the values of the best epoch, by which runs are compared."""
         self._log(trainer, pl_module, self.schedule.figures_every_n_epochs > 0).log_best(
-            self.history[self._fit_begins :]
+            self.history[self._findings.fit_begins :]
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -337,6 +369,7 @@ class AttentionExplainabilityCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take every hook off the model, and let go of it."""
         self._stop()
+        self._hand_over(trainer)
         self._recorder, self._evaluations, self._processes = None, {}, ALONE
 
     def _stop(self) -> None:
@@ -349,6 +382,10 @@ class AttentionExplainabilityCallback(Callback):
         self._recording, self._table = False, None
         for evaluation in self._evaluations.values():
             evaluation.reset()
+
+    def _hand_over(self, trainer: Trainer) -> None:
+        if trainer.local_rank == 0:
+            self._handover.leave(self._found)
 
     def _scope(self, trainer: Trainer) -> Callable[[int, str], str]:
         return partial(scope_of, trainer, self, AttentionExplainabilityCallback)
@@ -374,17 +411,19 @@ class AttentionExplainabilityCallback(Callback):
             )
             for number, one in ended.items()
         }
-        self.summaries |= by_scope(results, self._scope(trainer))
+        self.summaries.update(by_scope(results, self._scope(trainer)))
         return results, tables
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, draws: bool) -> EpochLog:
         names = self._scope(trainer)
-        return EpochLog(trainer, pl_module, names, self._checks, self.settings.group_by, self.curves == "all", draws)
+        return EpochLog(
+            trainer, pl_module, names, self._findings.checks, self.settings.group_by, self.curves == "all", draws
+        )
 
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         results, tables = self._end_epoch(trainer, pl_module)
         log = self._log(trainer, pl_module, self.schedule.draws(trainer))
-        records = log.log(results, self._evaluations, self.history[self._fit_begins :], tables)
-        self.history += records
+        records = log.log(results, self._evaluations, self.history[self._findings.fit_begins :], tables)
+        self.history.extend(records)
         if not records:
-            warn(self._checks.of_nothing(stage_of(trainer)))
+            warn(self._findings.checks.of_nothing(stage_of(trainer)))

@@ -40,6 +40,7 @@ ROOMS = {
     "classes": {"aggregation", "errors", "labels", "messages"},
     "checks": {"attention", "capture", "columns", "fusion", "messages", "summary"},
     "table": {"aggregation", "columns", "files", "group_keys", "messages"},
+    "findings": {"checks", "files", "fusion", "messages", "summary"},
     "evaluation": {
         *("aggregation", "attention", "capture", "checks", "classes", "columns", "distributed", "errors", "functional"),
         *("fusion", "group_keys", "labels", "maps", "messages", "recording", "results", "summary"),
@@ -62,7 +63,7 @@ ROOMS = {
         "trainer",
     },
     "callback": {
-        *("capture", "checks", "distributed", "epoch_log", "errors", "evaluation", "fusion", "history", "labels"),
+        *("capture", "distributed", "epoch_log", "errors", "evaluation", "findings", "fusion", "history", "labels"),
         *("messages", "recording", "results", "summary", "table", "trainer"),
     },
     "explainer": {

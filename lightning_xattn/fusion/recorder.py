@@ -300,12 +300,20 @@ class FusionRecorder:
         assert self._fusion is not None
         axes, around = self.entrance.axes, self._around
 
+        running: list[nn.Module] = []
+
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if running and module is self._model:
+                self._calls.pop()  # of a step, see SeenRun.runs_itself
+            running.append(module)
             try:
                 call = Call(args, kwargs).copied(axes)  # a module may change its arguments in place
             except (KeyError, IndexError, TypeError, AttributeError):
                 call = Call(args, kwargs)
             self._calls.append(call)
+
+        def left(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            running.pop()
 
         calls: list[tuple[Call, Precision]] = []
 
@@ -322,6 +330,7 @@ class FusionRecorder:
                     self._carrier = Carrier(module, *called, self._spoken)
 
         hooks.callback(self._fusion.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        hooks.callback(self._fusion.register_forward_hook(left, always_call=True).remove)
         if around is not None:
             hooks.callback(around.register_forward_pre_hook(begin, with_kwargs=True).remove)
             hooks.callback(around.register_forward_hook(leave).remove)

@@ -34,6 +34,9 @@ class SeenRun:
     may_fuse: bool
     """Whether its arguments may be those of a fusion, or hold such a run."""
     output: Any = None
+    runs_itself: bool = False
+    """Of the whole model, whether it runs in it again: then this is a step, which Lightning runs as the ``forward`` of
+    a model that it wraps, as under DDP."""
 
     def __str__(self) -> str:
         held = (f"{label_of(self.module, where)} {tuple(one.shape)}" for where, one in self.call.tensors())
@@ -78,6 +81,8 @@ class FusionSurvey:
             may_fuse = len(floats) > 1
         else:
             may_fuse = path == self._named
+        for one in self._running:
+            one.runs_itself |= not path and not one.path
         if may_fuse:
             call = call.copied({where for where, _ in call.tensors()})
         self._running.append(SeenRun(module, path, outer, call, precision, may_fuse))
@@ -86,7 +91,7 @@ class FusionSurvey:
         while self._running and (run := self._running.pop()):
             if run.outer is not None:
                 run.outer.may_fuse |= run.may_fuse
-            if run.may_fuse:
+            if run.may_fuse and not run.runs_itself:
                 run.output = output
                 self._seen.append(run)
             if run.module is module:

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from pytorch_lightning.strategies.strategy import _ForwardRedirection
 from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.errors import DiscoveryError, SettingError, XAttnWarning
 from tests.fusion.models import Concatenation, Fusion, TwoStreams, loader_of, said_data
 from tests.messages import tells
-from tests.toy import quiet_trainer
+from tests.toy import ToyModule, quiet_trainer, toy_loader
 
 DATA, _ = said_data(40)
 
@@ -200,6 +201,43 @@ def test_a_fusion_that_runs_twice_in_a_step_is_none(infos):
         watch = look(TwiceBeside(), **settings | {"fusion": "beside"})
     assert not watch.fusion_summaries
     assert watch.summaries["val"].samples == 40
+
+
+class Wrapper(nn.Module):
+    """As DistributedDataParallel wraps a model in a fit."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args):
+        return self.module(*args)
+
+
+class Wrapped(ToyModule):
+    """Its steps are run as Lightning runs those of a model that it has wrapped: in the place of its ``forward``."""
+
+    def validation_step(self, batch, batch_idx):
+        if "forward" in vars(self):
+            return super().validation_step(batch, batch_idx)
+        wrapper = Wrapper(self)
+        return _ForwardRedirection()(wrapper, self, "validation_step", batch, batch_idx)
+
+    def on_validation_batch_end(self, *_):
+        vars(self).pop("forward")
+
+
+def test_a_model_whose_steps_run_as_its_forward_is_its_own_fusion():
+    found = []
+    for kind in (ToyModule, Wrapped):
+        torch.manual_seed(0)
+        watch = AttentionExplainabilityCallback()
+        quiet_trainer(callbacks=[watch]).validate(kind(), toy_loader(), verbose=False)
+        found.append(watch.history[0])
+    plain, wrapped = found
+    assert wrapped["read_samples"] == 23
+    assert wrapped["contribution/audio"] == plain["contribution/audio"] != 0
+    assert repr(wrapped) == repr(plain)
 
 
 def test_padding_is_not_read_and_masks_go_with_their_modality():
