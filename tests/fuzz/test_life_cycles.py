@@ -23,11 +23,9 @@ from tests.toy import CLASSES, ToyModule, count_global_hooks, count_hooks, quiet
 # Advice of Lightning's about small data, and ours about labels and numbers that are not there.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-HOOKS = [
-    f"on_{stage}_{moment}"
-    for stage in ("train", "validation", "test", "predict")
-    for moment in ("epoch_start", "batch_start", "batch_end", "epoch_end")
-]
+STAGES = ("train", "validation", "test", "predict")
+MOMENTS = ("epoch_start", "batch_start", "batch_end", "epoch_end")
+HOOKS = [f"on_{stage}_{moment}" for stage in STAGES for moment in MOMENTS]
 STEPS = st.sampled_from(["fit", "fit", "validate", "test", "predict", "resume"])
 
 
@@ -53,12 +51,15 @@ def cases(draw):
             "max_epochs": draw(st.integers(1, 3)),
             "limit_val_batches": draw(st.sampled_from([1.0, 0, 2])),
             "limit_train_batches": 2,
+            "val_check_interval": draw(st.sampled_from([1.0, 1])),
             "num_sanity_val_steps": draw(st.sampled_from([0, 2, -1])),
             "check_val_every_n_epoch": draw(st.integers(1, 2)),
             "fast_dev_run": draw(st.sampled_from([False, False, False, True])),
         },
         "steps": draw(st.lists(STEPS, min_size=1, max_size=4)),
-        "crash": draw(st.one_of(st.none(), st.tuples(st.sampled_from(HOOKS), st.integers(0, 4), st.booleans()))),
+        "crash": draw(st.sampled_from([None, "step", *HOOKS])),
+        "crashes_at": draw(st.integers(0, 4)),
+        "crashes_first": draw(st.booleans()),
         "seed": draw(st.integers(0, 10**6)),
     }
 
@@ -68,7 +69,7 @@ class Module(ToyModule):
 
     def __init__(self, case):
         super().__init__(need_weights=case["module"] != "no weights")
-        self.labels, self.noted = case["labels"], []
+        self.crash, self.noted = Crash(case), []
         self.drop = nn.Dropout(0.3 if case["module"] == "dropout" else 0)
         self.second = nn.Module()
         if case["module"] == "two layers":
@@ -80,15 +81,18 @@ class Module(ToyModule):
             a, t = self.audio(audio), self.text(text)
             self.second.audio_to_text_attn(a, t, t)
             self.second.text_to_audio_attn(t, a, a)
-        return super().forward(self.drop(audio), text)
+        logits = super().forward(self.drop(audio), text)
+        self.crash.check()
+        return logits
 
     def _loss(self, batch):
-        logits = self(*batch[:2])
+        logits = self.predict_step(batch)
         loss = nn.functional.cross_entropy(logits, batch[2]) if len(batch) > 2 else logits.square().sum()
-        self.noted += [logits.detach().clone(), loss.detach().clone()]
+        self.noted.append(loss.detach().clone())
         return loss
 
-    def predict_step(self, batch, batch_idx, dataloader_idx=0):
+    def predict_step(self, batch, *_):
+        self.crash.count("step")
         logits = self(*batch[:2])
         self.noted.append(logits.detach().clone())
         return logits
@@ -105,10 +109,20 @@ def make_loader(case, samples, seed):
 
 
 class Ledger(Callback):
-    """Counts by itself what a callback beside it must have recorded: ``(stage, epoch, dataloader, samples)``."""
+    """Counts by itself what a callback beside it must have recorded: ``(stage, epoch, dataloader, samples)``.
+
+    ``history`` is that of a checkpoint where a fit goes on from one, ``rows`` has all that a table must have, and
+    ``latest`` the samples by stage and dataloader.
+    """
 
     def __init__(self, settings):
-        self.settings, self.now, self.ended = settings, None, []
+        self.settings, self.now, self.history, self.rows, self.latest = settings, None, [], [], {}
+
+    def state_dict(self):
+        return {"history": list(self.history)}
+
+    def load_state_dict(self, state_dict):
+        self.history = list(state_dict["history"])
 
     def start(self, trainer, pl_module):
         validated = (trainer.current_epoch + 1) // trainer.check_val_every_n_epoch - 1
@@ -122,8 +136,10 @@ class Ledger(Callback):
     def end(self, trainer, pl_module):
         if self.now is not None and not trainer.sanity_checking:
             stage = "test" if trainer.testing else "predict" if trainer.predicting else "val"
-            trial = bool(trainer.fast_dev_run)
-            self.ended += [(stage, trainer.current_epoch, *found, trial) for found in sorted(self.now.items())]
+            self.latest |= {(stage, number): samples for number, samples in self.now.items()}
+            self.rows += [] if trainer.fast_dev_run else self.now.values()
+            if stage != "predict":
+                self.history += [(stage, trainer.current_epoch, *found) for found in sorted(self.now.items())]
         self.now = None
 
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = start
@@ -135,97 +151,90 @@ class CrashError(Exception):
     pass
 
 
-def make_crash(case):
-    """A callback that raises in a hook, at its so-manyth call; the same run without ours crashes there too."""
-    hook, count, first = case["crash"]
-    calls = iter(range(10**6))
+class Crash(Callback):
+    """Raises once: in a hook, or in the middle of a step. The same run without our callback crashes there, too."""
 
-    class Crash(Callback):
-        pass
+    def __init__(self, case):
+        self.place, self.left, self.is_due = case["crash"], case["crashes_at"], False
+        if self.place in HOOKS:
+            setattr(self, self.place, self.raise_in_hook)
 
-    def crash(self, *args):
-        if next(calls) == count:
+    def raise_in_hook(self, *_):
+        self.count(self.place)
+        self.check()
+
+    def count(self, place):
+        if place == self.place:
+            self.is_due, self.left = self.left == 0, self.left - 1
+
+    def check(self):
+        if self.is_due:
+            self.is_due = False
             raise CrashError
-
-    setattr(Crash, hook, crash)
-    return Crash(), first
 
 
 def live(case, folder, watched):
     """Run through a life; after each step what the callbacks say is checked. Gives what the module computed."""
     torch.manual_seed(case["seed"])
-    module = Module(case)
+    module, ledger, checkpoint = Module(case), Ledger(case["settings"]), folder / "last.ckpt"
     table = folder / "table" if case["table"] else None
     settings = [case["settings"] | {"table": table}, case["settings"] | {"max_samples": 50}][: case["callbacks"]]
     watches = [AttentionExplainabilityCallback(**one) for one in settings] if watched else []
-    ledger = Ledger(case["settings"])
-    if case["crash"]:
-        crash, first = make_crash(case)
+    callbacks = [*watches, ledger]
+    callbacks = [module.crash, *callbacks] if case["crashes_first"] else [*callbacks, module.crash]
+    loaders = [make_loader(case, samples, seed) for samples, seed in ((18, 1), (7, 2))][: case["loaders"]]
     for step in case["steps"]:
-        callbacks = [*watches, ledger]
-        if case["crash"]:
-            callbacks = [crash, *callbacks] if first else [*callbacks, crash]
         trainer = quiet_trainer(callbacks=callbacks, default_root_dir=folder, **case["trainer"])
-        loaders = [make_loader(case, samples, seed) for samples, seed in ((18, 1), (7, 2))][: case["loaders"]]
         with suppress(CrashError):
             if step in ("fit", "resume"):
-                checkpoint = folder / "last.ckpt"
-                resumes = {"ckpt_path": checkpoint} if step == "resume" and checkpoint.exists() else {}
-                trainer.fit(module, make_loader(case | {"nan_batch": False}, 12, 0), loaders, **resumes)
-                if not case["trainer"]["fast_dev_run"]:
-                    trainer.save_checkpoint(checkpoint)
+                begin = checkpoint if step == "resume" and checkpoint.exists() else None
+                trainer.fit(module, make_loader(case | {"nan_batch": False}, 12, 0), loaders, ckpt_path=begin)
+                trainer.save_checkpoint(checkpoint)
             elif step == "predict":
                 trainer.predict(module, loaders)
             else:
                 getattr(trainer, step)(module, loaders, verbose=False)
         assert count_hooks(module) == count_global_hooks() == torch._C._len_torch_function_stack() == 0
         for watch in watches:
-            check(case, watch, ledger.ended, step)
-    if watched and table is not None:
-        check_table(case, table, ledger.ended)
-    module.noted.append(torch.get_rng_state())
-    return module.noted + list(module.state_dict().values())
+            check_callback(case, watch, ledger)
+        if watched and table is not None:
+            check_table(case, table, ledger)
+    return [*module.noted, torch.get_rng_state(), *module.state_dict().values()]
 
 
-def check(case, watch, ended, step):
-    layers = 1 + (case["module"] == "two layers")
-    logged = [one[:4] for one in ended for _ in range(layers) if one[0] != "predict"]
+def layers_of(case):
+    return 1 + (case["module"] == "two layers")
+
+
+def check_callback(case, watch, ledger):
     records = [(one["stage"], one["epoch"], one["dataloader"], one["samples"]) for one in watch.history]
-    if step != "resume":  # which goes on from the checkpoint's history
-        assert records == logged
-    latest = {(stage, number): samples for stage, _, number, samples, _ in ended}
-    for (stage, number), samples in latest.items():
+    assert records == [one for one in ledger.history for _ in range(layers_of(case))]
+    for (stage, number), samples in ledger.latest.items():
         scope = [stage] + [f"dataloader_{number}"] * (number > 0)
-        found = [one for name, one in watch.summaries.items() if _scope(name) == scope]
-        assert [one.samples for one in found] == [samples] * layers
-    saved = pickle.loads(pickle.dumps(watch.state_dict()))
+        found = [one.samples for name, one in watch.summaries.items() if scope == stage_and_dataloader(name)]
+        assert found == [samples] * layers_of(case)
     again = AttentionExplainabilityCallback(**case["settings"])
-    again.load_state_dict(saved)
+    again.load_state_dict(pickle.loads(pickle.dumps(watch.state_dict())))
     if case["settings"]["curves"] == "main":
         assert_same_records(again.history, watch.history)
     pickled = pickle.loads(pickle.dumps(watch))
-    assert repr(pickled.history) == repr(watch.history)
-    assert {name: repr(one) for name, one in pickled.summaries.items()} == {
-        name: repr(one) for name, one in watch.summaries.items()
-    }
+    assert repr((pickled.history, pickled.summaries)) == repr((watch.history, watch.summaries))
 
 
-def _scope(name):
-    """Stage and dataloader of a summary's name, which may also name the callback and the layer."""
-    return [part for part in name.split("/") if part in ("val", "test", "predict") or part.startswith("dataloader_")]
+def stage_and_dataloader(scope):
+    """Of a summary's scope, which may also name the callback and the layer."""
+    return [part for part in scope.split("/") if part in ("val", "test", "predict") or part.startswith("dataloader_")]
 
 
-def check_table(case, folder, ended):
-    layers = 1 + (case["module"] == "two layers")
-    expected = [one[3] * layers for one in ended if not one[4]]
+def check_table(case, folder, ledger):
     assert not [path for path in folder.glob("*") if path.name.startswith(".")]
-    rows = pd.read_parquet(folder) if any(expected) else pd.DataFrame()
-    assert len(rows) == sum(expected)
-    if len(rows):
+    rows = pd.read_parquet(folder) if ledger.rows else []
+    assert len(rows) == sum(ledger.rows) * layers_of(case)
+    if ledger.rows:
         assert not rows.duplicated(["run", "stage", "epoch", "step", "dataloader", "layer", "sample_idx"]).any()
 
 
-@examples(60)
+@examples(90)
 @given(cases())
 def test_any_life(case):
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
