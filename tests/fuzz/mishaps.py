@@ -29,12 +29,12 @@ PROCESSES.set_forkserver_preload(["tests.fuzz.test_interrupted"])
 
 @contextmanager
 def at_line(number, act):
-    """Act before the so-manyth line that runs; gives a list of those that ran."""
+    """Act before the so-manyth line that runs; gives those that ran."""
     ran, before = [], sys.gettrace()
 
     def trace(frame, event, _):
         if event == "line":
-            ran.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+            ran.append(frame.f_lineno)
             if len(ran) == number:
                 act()
         return trace if frame.f_code.co_filename in WRITING else None
@@ -74,9 +74,8 @@ def _meet(mishap, at, function, *args):
 
 
 def run_into(mishap, at, function, *args):
-    """Whether the function met "killed", "interrupted" or "full", and did not end before."""
-    process = PROCESSES.Process(target=_meet, args=(mishap, at, function, *args))
+    """Run a function that is "killed", "interrupted" or "full" there, unless it has ended before."""
+    process = PROCESSES.Process(target=_meet, args=(mishap, at, function, *args), daemon=True)
     process.start()
     process.join(120)
     assert process.exitcode in (0, -signal.SIGKILL if mishap == "killed" else ENDED_BY_MISHAP)
-    return process.exitcode != 0

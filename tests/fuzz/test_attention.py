@@ -143,7 +143,7 @@ def build(case):
     return Fusing(module).train(case["training"]), (x, y), seen
 
 
-@examples(250)
+@examples(400)
 @given(cases())
 def test_any_attention(case):
     model, (x, y), seen = build(case)

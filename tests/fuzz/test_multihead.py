@@ -234,7 +234,7 @@ def run(model, step, case):
             return None, torch.get_rng_state()
 
 
-@examples(250)
+@examples(400)
 @given(cases())
 def test_any_multihead_attention(case):
     generator = torch.Generator().manual_seed(case["seed"])

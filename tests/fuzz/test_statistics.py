@@ -128,7 +128,7 @@ def compare(ours, theirs, name=""):
     np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5, err_msg=name)
 
 
-@examples(250)
+@examples(500)
 @given(cases())
 def test_the_table_of_statistics(case):
     made = make(case)
@@ -141,7 +141,7 @@ def test_the_table_of_statistics(case):
             compare(numbers[Column.parse(name)][b], value, name)
 
 
-@examples(150)
+@examples(300)
 @given(cases())
 def test_what_figures_and_explanations_show(case):
     made = make(case)

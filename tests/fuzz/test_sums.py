@@ -138,7 +138,7 @@ def test_maps_and_the_null_are_those_of_all_samples(case):
         close(summary.alignment_null, null, rtol=1e-4, atol=1e-6)
 
 
-@examples(25)
+@examples(15)
 @given(cases(fewest=20))
 def test_comparisons_of_outcomes(case):
     columns, generator = make(case)
