@@ -197,7 +197,8 @@ def compare(case, attention, weights, seen, real):
     for mask in (attention.visible, None if attention.key_mask is None else attention.key_mask[:, None, None]):
         ours = ours if mask is None else ours & mask
     assert torch.equal(ours, seen)
-    torch.testing.assert_close(attention.weights.double()[some], weights[some], **rounding)
+    # A query that sees nothing gets NaN, which a next layer spreads.
+    torch.testing.assert_close(attention.weights.double()[some], weights[some], **rounding, equal_nan=True)
     if case["padding"] is not None:
         assert torch.equal(attention.query_mask, real)
 
