@@ -31,7 +31,7 @@ def pack_history(records: Sequence[Mapping[str, Any]], keeps_all: bool) -> dict[
     columns: dict[str, list[str]] = {"whole": [], "single": [], "other": []}
     for name in names:
         values = [one[name] for one in records if name in one]
-        # NaN is what a record lacks, which whole numbers do not have.
+        # What a record lacks is NaN in its column, which whole numbers do not have.
         if all(type(value) is int for value in values) and len(values) == len(records):
             columns["whole"].append(name)
         else:
@@ -40,6 +40,8 @@ def pack_history(records: Sequence[Mapping[str, Any]], keeps_all: bool) -> dict[
         "names": columns,
         "whole": torch.tensor([[one[name] for name in columns["whole"]] for one in records], dtype=torch.int64),
         "single": torch.tensor([[one.get(name, torch.nan) for name in columns["single"]] for one in records]),
+        # Apart from what is undefined, which is NaN, too.
+        "has": torch.tensor([[name in one for name in columns["single"]] for one in records], dtype=torch.bool),
         "other": [[one.get(name, _ABSENT) for one in records] for name in columns["other"]],
     }
 
@@ -48,8 +50,8 @@ def unpack_history(packed: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The records that `pack_history` packed."""
     names = packed["names"]
     records = [dict(zip(names["whole"], row, strict=True)) for row in packed["whole"].tolist()]
-    for record, row in zip(records, packed["single"].tolist(), strict=True):
-        record |= {name: value for name, value in zip(names["single"], row, strict=True) if value == value}
+    for record, row, has in zip(records, packed["single"].tolist(), packed["has"].tolist(), strict=True):
+        record |= {name: value for name, value, there in zip(names["single"], row, has, strict=True) if there}
     for name, values in zip(names["other"], packed["other"], strict=True):
         for record, value in zip(records, values, strict=True):
             if value != _ABSENT:

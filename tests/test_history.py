@@ -22,6 +22,13 @@ def test_what_is_packed_is_there_again(records):
     assert unpack_history(torch.load(buffer, weights_only=True)) == records
 
 
+def test_what_is_undefined_is_not_what_a_record_lacks():
+    records = [{"outcome/alignment_auroc": 0.5}, {"outcome/alignment_auroc": float("nan")}, {"late": 0.25}]
+    first, second, third = unpack_history(pack_history(records, keeps_all=True))
+    assert (first, third) == (records[0], records[2])
+    assert second == pytest.approx(records[1], nan_ok=True)
+
+
 def test_curves_that_are_not_logged_are_left_out():
     first = unpack_history(pack_history(RECORDS, keeps_all=False))[0]
     assert first == {name: value for name, value in RECORDS[0].items() if name != "alignment/x"}

@@ -165,7 +165,7 @@ def cut_direction(joint: RecordedWeights, queries: slice, keys: slice, name: str
     crossing = block.sum(-1)
     # Below this a sum is made of numbers with no precision left.
     crosses = crossing > joint.weights.shape[3] * torch.finfo(dtype).smallest_normal
-    key_mask, sound = joint.key_mask, (weights.sum(-1) - 1).abs() <= row_sum_tolerance(dtype)
+    key_mask, sound = joint.padding_of_its_own, (weights.sum(-1) - 1).abs() <= row_sum_tolerance(dtype)
     if key_mask is not None:
         key_mask, sound = key_mask[:, keys], sound & key_mask[:, None, queries]
     visible = crosses[..., None].expand(block.shape)

@@ -243,13 +243,15 @@ def _noted(book: Mapping[int, tuple[weakref.ref[Tensor], Note]], tensor: Any) ->
 def _note_fold(tensor: Tensor, result: Tensor, run: Run) -> None:
     """Note how many heads are folded into the samples, and which of the two are inside.
 
-    Of four axes of which two were moved to the front, samples lie farther apart in memory than heads. Of three the
-    samples are the second, as in ``(tokens, batch, width)``, and get more by being split.
+    Of four axes of which two were moved to the front, samples lie farther apart in memory than heads. What is the same
+    for all of them, as a mask for all heads or queries for all samples, does not tell. Of three axes the samples are
+    the second, as in ``(tokens, batch, width)``, and get more by being split.
     """
     if tensor.dim() == 4 and not tensor.is_contiguous():
         rows, (first, second) = tensor.shape[0] * tensor.shape[1], tensor.stride()[:2]
-        inside = second != 0 and (first > second or first == 0)  # 0: the same tokens for all samples
-        run.folded[not inside, rows] = tensor.shape[1 if inside else 0]
+        if first and second:
+            inside = first > second
+            run.folded[not inside, rows] = tensor.shape[1 if inside else 0]
     elif tensor.dim() == result.dim() == 3 and tensor.shape[0] == result.shape[0] and tensor.shape[1]:
         heads, rest = divmod(result.shape[1], tensor.shape[1])
         if heads > 1 and not rest:

@@ -103,6 +103,21 @@ def test_which_rows_are_of_one_sample(fold, batch):
         torch.testing.assert_close(recorder.attention[0].forward.weights, weights, atol=2e-6, rtol=1e-5)
 
 
+def test_a_mask_that_is_the_same_for_all_heads_does_not_tell_which_rows_are_of_one_sample():
+    """Samples first, as the tokens show; the mask is spread over the heads and folded as they are."""
+    x, y = tokens()
+    seen = torch.ones(len(x), AUDIO, TEXT, dtype=torch.bool)
+    seen[1, :, 5:] = False
+
+    def attend(module, x, y):
+        q, k = folded(x, y)
+        return F.scaled_dot_product_attention(q, k, k, seen[:, None].expand(-1, HEADS, -1, -1).flatten(0, 1))
+
+    (pair,) = record_fusion(Runs(attend), WHOLE, (x, y))
+    scores = (heads(x) @ heads(y).mT / 2).masked_fill(~seen[:, None], -torch.inf)
+    torch.testing.assert_close(pair.forward.weights, scores.softmax(-1), atol=2e-6, rtol=1e-5)
+
+
 def test_rows_that_do_not_go_with_the_heads_that_a_module_says_it_has():
     with pytest.raises(
         ShapeError, match=tells("fusion", (6, 5, 7), "6 rows", "2 samples", "4 heads", "seen in which order")

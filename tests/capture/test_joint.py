@@ -61,6 +61,21 @@ def test_blocks_are_renormalised_and_what_crosses_is_told(padding):
             assert found[Column("crossing", rows.direction)][b].item() == pytest.approx(share.mean(), abs=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["slow path", "fast path"])
+def test_padding_is_told_from_an_attention_mask_that_it_was_merged_with(training):
+    """torch's fast path gets both masks as one: a token that nobody sees, not even itself, is padding."""
+    model, padding = Joint().train(training), padded()
+    model.attend = nn.MultiheadAttention(WIDTH, 2, batch_first=True).train(training)  # 3 heads have no fast path
+    causal = torch.ones(AUDIO + TEXT, AUDIO + TEXT, dtype=torch.bool).triu(1)
+    with torch.no_grad(), AttentionRecorder(model, JointSequence("attend", SPANS)) as recorder:
+        model(*tokens(), key_padding_mask=padding, attn_mask=causal, need_weights=False)
+    (pair,) = recorder.attention
+    real = dict(zip(SPANS, (~padding).split([AUDIO, TEXT], dim=1), strict=True))
+    for attention in pair.directions:
+        assert torch.equal(attention.query_mask, real[attention.direction.query])
+        assert torch.equal(attention.key_mask, real[attention.direction.key])
+
+
 @pytest.mark.filterwarnings("ignore:.*with weights of exactly 0")
 def test_a_row_of_which_nothing_crosses_is_left_out_and_is_not_broken():
     weights = torch.full((1, 1, 4, 4), 0.25)

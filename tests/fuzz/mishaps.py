@@ -1,0 +1,81 @@
+"""Run a function in a process of its own that is killed, interrupted, or out of disk space, at a point that is told.
+
+A point is a number of lines, of those that run in the files in which the package writes and says when.
+"""
+
+import logging
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning_xattn
+from lightning_xattn.errors import XAttnError
+
+WRITING = {
+    str(Path(lightning_xattn.__file__).parent / name)
+    for name in ("callback.py", "files.py", "history.py", "table.py", "explainer/dataset.py", "explainer/progress.py")
+}
+ENDED_BY_MISHAP = 3
+
+# Imports what the functions need once, and forks: a process costs a moment.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.fuzz.test_interrupted"])
+
+
+@contextmanager
+def at_line(number, act):
+    """Act before the so-manyth line that runs; gives those that ran."""
+    ran, before = [], sys.gettrace()
+
+    def trace(frame, event, _):
+        if event == "line":
+            ran.append(frame.f_lineno)
+            if len(ran) == number:
+                act()
+        return trace if frame.f_code.co_filename in WRITING else None
+
+    sys.settrace(trace)
+    try:
+        yield ran
+    finally:
+        sys.settrace(before)
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def _meet(mishap, at, function, *args):
+    """What the process does; an error that is no consequence of the mishap ends it with 1."""
+    logging.disable(logging.ERROR)
+    if mishap == "full":  # no file may grow beyond a limit, which needs no rights
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))
+    try:
+        with at_line(at if mishap != "full" else 0, kill if mishap == "killed" else interrupt):
+            function(*args)
+    except KeyboardInterrupt:
+        pass
+    except (XAttnError, OSError) as error:
+        if mishap != "full" or "File too large" not in "".join(traceback.format_exception(error)):
+            raise
+    else:
+        return
+    os._exit(ENDED_BY_MISHAP)
+
+
+def run_into(mishap, at, function, *args):
+    """Run a function that is "killed", "interrupted" or "full" there, unless it has ended before."""
+    process = PROCESSES.Process(target=_meet, args=(mishap, at, function, *args), daemon=True)
+    process.start()
+    process.join(120)
+    assert process.exitcode in (0, -signal.SIGKILL if mishap == "killed" else ENDED_BY_MISHAP)

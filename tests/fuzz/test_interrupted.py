@@ -1,0 +1,120 @@
+"""Explaining and training that are cut off at any point, several times in a row, end as if nothing had happened."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
+from lightning_xattn import table as table_module
+from lightning_xattn.explainer import dataset, progress
+from tests.fuzz.examples import examples
+from tests.fuzz.mishaps import at_line, interrupt, run_into
+from tests.test_explain_loader import EXACTLY, assert_same_summary
+from tests.toy import NAMES, ToyModule, quiet_trainer, run_toy, toy_loader
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
+EPOCHS, SAMPLES = 3, 23
+
+
+def explain(folder):
+    """A data set of five batches in three parts."""
+    dataset.BATCHES_A_PART = 2
+    torch.manual_seed(0)
+    watch = ExplainabilityCapture(ToyModule(), predict=run_toy, class_names=NAMES, contribution_samples=8)
+    return watch.explain_loader(toy_loader(SAMPLES), folder, progress=False)
+
+
+def train(folder):
+    """Three epochs, from the last checkpoint on if there is one; rows are written as they come."""
+    table_module.ROWS_IN_MEMORY = 6
+    torch.manual_seed(0)
+    settings = {"contribution_samples": 8, "figures_every_n_epochs": 0, "curves": "all"}
+    watch = AttentionExplainabilityCallback(table=folder / "table", **settings)
+    keep = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
+    trainer = quiet_trainer(callbacks=[watch, keep], max_epochs=EPOCHS, enable_checkpointing=True)
+    last = folder / "last.ckpt"
+    trainer.fit(ToyModule(), toy_loader(), toy_loader(seed=1), ckpt_path=last if last.exists() else None)
+    return watch.history
+
+
+@pytest.fixture(autouse=True)
+def _put_back(monkeypatch):
+    monkeypatch.setattr(dataset, "BATCHES_A_PART", dataset.BATCHES_A_PART)
+    monkeypatch.setattr(table_module, "ROWS_IN_MEMORY", table_module.ROWS_IN_MEMORY)
+
+
+@functools.cache
+def undisturbed(function):
+    """What it gives, its folder, and how many lines it runs."""
+    folder = tempfile.TemporaryDirectory()
+    with at_line(0, interrupt) as ran:
+        return function(Path(folder.name)), folder, len(ran)
+
+
+def mishaps(*kinds):
+    """Some in a row, each at a share of the lines, or of the size of the largest file."""
+    return st.lists(st.tuples(st.sampled_from(kinds), st.floats(0, 1)), min_size=1, max_size=4)
+
+
+def rows_of(folder):
+    rows = pd.read_parquet(folder)
+    return rows.sort_values("sample_idx", ignore_index=True)[sorted(rows.columns)]
+
+
+def report_of(result):
+    return create_explainability_report(result, format="json").replace(str(result.table), "")
+
+
+@examples(25)
+@given(chain=mishaps("killed", "interrupted", "full"))
+def test_a_data_set_is_explained_to_its_end(chain):
+    expected, whole, lines = undisturbed(explain)
+    largest = max(path.stat().st_size for path in Path(whole.name).iterdir())
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder) / "explained"
+        for mishap, share in chain:
+            run_into(mishap, round(share * (largest if mishap == "full" else lines)), explain, folder)
+            found = list(folder.glob("*.parquet"))
+            if found:
+                assert not pd.read_parquet(folder)["sample_idx"].duplicated().any()
+            hidden = [path for path in folder.glob("*") if path.name.startswith(".")]
+            assert mishap == "killed" or not hidden
+        result = explain(folder)
+        assert_same_summary(result.headline, expected.headline, **EXACTLY)
+        assert report_of(result) == report_of(expected)
+        pd.testing.assert_frame_equal(rows_of(folder), rows_of(whole.name), check_exact=True)
+        others = [path.name for path in folder.iterdir() if not path.match("explained-*.parquet")]
+        assert others == [progress.FILE]
+
+
+@examples(12)
+@given(chain=mishaps("killed"))
+def test_a_training_run_goes_on_from_its_last_checkpoint(chain):
+    expected, whole, lines = undisturbed(train)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for mishap, share in chain:
+            run_into(mishap, round(share * lines), train, folder)
+            if list((folder / "table").glob("*.parquet")):
+                pd.read_parquet(folder / "table")
+        history = train(folder)
+        assert [record["epoch"] for record in history] == list(range(EPOCHS))
+        for record, undisturbed_one in zip(history, expected, strict=True):
+            assert set(record) == set(undisturbed_one)
+            for name, value in undisturbed_one.items():
+                # A checkpoint has numbers in single precision.
+                told = pytest.approx(value, rel=1e-6, nan_ok=True) if isinstance(value, float) else value
+                assert record[name] == told, name
+        rows, theirs = (pd.read_parquet(Path(one) / "table") for one in (folder, whole.name))
+        latest = rows[rows["run"] == rows.groupby(["stage", "epoch"])["run"].transform("max")]
+        order = ["epoch", "sample_idx"]
+        latest, theirs = (one.sort_values(order, ignore_index=True).drop(columns="run") for one in (latest, theirs))
+        pd.testing.assert_frame_equal(latest, theirs, check_exact=True)
+        assert not [path for path in (folder / "table").iterdir() if path.suffix != ".parquet"]
