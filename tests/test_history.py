@@ -27,6 +27,7 @@ def test_curves_that_are_not_logged_are_left_out():
     assert first == {name: value for name, value in RECORDS[0].items() if name != "alignment/x"}
 
 
+@pytest.mark.slow
 def test_a_thousand_validations_of_a_large_model_are_a_megabyte():
     """Of 12 layers four have records, with a thousand curves of heads and classes between them."""
     curves = [f"{topic}/{which}" for topic in ("alignment", "conflict") for which in ("all", "correct", "incorrect")]

@@ -11,6 +11,7 @@ from lightning_xattn.columns import ALIGNMENT
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnError, XAttnWarning
 from lightning_xattn.labels.finder import LabelFinder
 from lightning_xattn.labels.places import Step
+from lightning_xattn.labels.tensors import are_binary_labels
 from tests.messages import tells
 from tests.toy import AUDIO, TEXT, ToyModule, quiet_trainer
 from tests.toy import CLASSES as CLASSES_OF_TOY
@@ -145,6 +146,36 @@ def test_logits_that_happen_to_look_like_probabilities_under_their_name():
     labels = find(LOSS, (IMAGE, bits), scores)
     assert labels.predicted.tolist() == [0, 1, -1, 0, 1]
     assert labels.target.tolist() == [0, -1, 1, 0, 1]
+
+
+def test_a_single_score_at_the_threshold_is_class_0():
+    """As of ``round``: 0.5 is no evidence for class 1, and neither is a logit of 0."""
+    probabilities = torch.tensor([0.5, 0.25, 0.75, 0.0, 1.0])
+    for scores, name in ((probabilities, "probabilities"), (probabilities - 0.5, "logits")):
+        assert find({name: scores}, (IMAGE, BITS)).predicted.tolist() == [0, 0, 1, 0, 1], name
+
+
+@pytest.mark.parametrize(
+    ("labels", "taken"),
+    [
+        ([0, 1, 1, 0, 1], True),
+        ([1, 1, 1, 1, 1], True),
+        ([0, 1, -1, 0, 1], True),
+        ([1, 1, -100, 1, 1], True),
+        ([1, 1, -1, 1, 1], False),  # -1 may be the other class
+        ([-1, -1, -1, -1, -1], False),
+        ([0, 1, 2, 0, 1], False),
+        ([0, 1, -2, 0, 1], False),
+    ],
+)
+def test_what_labels_of_two_classes_may_be(labels, taken):
+    assert are_binary_labels(torch.tensor(labels), BATCH, guessed=False) == taken
+    assert are_binary_labels(torch.tensor(labels)[:, None], BATCH, guessed=True) == taken
+    of_floats = torch.tensor(labels).float()
+    assert are_binary_labels(of_floats, BATCH, guessed=False) == taken
+    shown = taken and {0, 1} <= set(labels)
+    assert are_binary_labels(of_floats, BATCH, guessed=True) == shown, "numbers to regress may all be 0"
+    assert not are_binary_labels(torch.tensor(labels), BATCH - 1, guessed=False)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_xattn.capture.masks import zeros_are_a_mask
 from lightning_xattn.functional import prepare_rows
 from tests.capture.models import BATCH, Runs, heads, mha, record_fusion, tokens
 from tests.toy import AUDIO, HEADS, TEXT
@@ -138,3 +139,35 @@ def test_zeros_are_a_mask_where_their_pattern_is_that_of_one(patterns, seen):
 def test_a_key_that_nobody_sees_is_padding_also_where_other_zeros_are_weights(dtype, seen):
     patterns = F.pad(torch.stack([GROWING, SPARSE])[None], (0, 1))
     assert (keys_seen(returned(closed(patterns).to(dtype))) == seen).all()
+
+
+CAUSAL = [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+BAND = [[1, 1, 0], [0, 1, 1], [0, 0, 1]]
+PADDED = [[1, 1, 0], [1, 1, 0], [1, 1, 0]]
+WHOLE = [[1, 1, 1]] * 3
+
+
+@pytest.mark.parametrize(
+    ("some", "are"),
+    [
+        # Of each sample and head, where weights are not 0.
+        ([[WHOLE]], True),
+        ([[PADDED]], True),
+        ([[CAUSAL]], True),
+        ([[CAUSAL[::-1]]], True),
+        ([[BAND]], False),  # of one head and sample a sparse attention may look like that
+        ([[BAND, BAND]], True),
+        ([[BAND, CAUSAL]], False),
+        ([[PADDED, WHOLE]], False),
+        ([[BAND], [BAND]], True),
+        ([[BAND], [CAUSAL]], False),
+        ([[WHOLE], [PADDED]], True),
+        ([[PADDED], [WHOLE]], True),
+        ([[CAUSAL], [[[1, 0, 0], [1, 1, 0], [1, 1, 0]]]], True),  # the last token of one is padding
+        ([[CAUSAL], [[[1, 0, 0], [0, 1, 0], [1, 1, 1]]]], False),
+        ([[BAND, BAND], [CAUSAL, CAUSAL]], True),  # heads tell, whatever the samples
+    ],
+)
+def test_which_zeros_are_a_mask(some, are):
+    weights = torch.tensor(some, dtype=torch.float32)
+    assert zeros_are_a_mask(weights / weights.sum(-1, keepdim=True)) == are

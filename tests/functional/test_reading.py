@@ -157,6 +157,16 @@ def test_tokens_are_averaged_where_they_are_real():
     assert functional.pooled_tokens(tokens.half()).dtype == torch.float32
 
 
+def test_a_projection_is_the_same_in_every_process_and_draws_no_random_numbers(monkeypatch):
+    found = []
+    for seed in (1, 2):
+        monkeypatch.setattr("lightning_xattn.functional.reading._PROJECTIONS", {})
+        torch.manual_seed(seed)
+        found.append(functional.project(torch.eye(READING_WIDTH + 3)))
+        assert torch.get_rng_state().equal(torch.manual_seed(seed).get_state())
+    assert torch.equal(*found)
+
+
 def test_wide_features_are_projected_always_the_same_way():
     x = torch.randn(200, 300)
     assert torch.equal(functional.project(x[:, :READING_WIDTH]), x[:, :READING_WIDTH])
