@@ -22,6 +22,14 @@ def test_what_is_packed_is_there_again(records):
     assert unpack_history(torch.load(buffer, weights_only=True)) == records
 
 
+def test_whole_numbers_that_every_record_has_stay_whole_and_others_take_four_bytes():
+    packed = pack_history(RECORDS, keeps_all=True)
+    single = ["alignment/all", "alignment/x", "conflict/all", "alignment/all_low"]
+    other = ["stage", "groups", "unreadable", "late"]
+    assert packed["names"] == {"whole": ["step"], "single": single, "other": other}
+    assert (packed["whole"].dtype, packed["single"].dtype) == (torch.int64, torch.float32)
+
+
 def test_curves_that_are_not_logged_are_left_out():
     first = unpack_history(pack_history(RECORDS, keeps_all=False))[0]
     assert first == {name: value for name, value in RECORDS[0].items() if name != "alignment/x"}
