@@ -1,5 +1,6 @@
 """Where predictions and targets are found, what is left alone, and what is said when they do not fit."""
 
+import math
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from lightning_xattn.columns import ALIGNMENT
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnError, XAttnWarning
 from lightning_xattn.labels.finder import LabelFinder
 from lightning_xattn.labels.places import Step
-from lightning_xattn.labels.tensors import are_binary_labels
+from lightning_xattn.labels.tensors import are_binary_labels, confidence_of
 from tests.messages import tells
 from tests.toy import AUDIO, TEXT, ToyModule, quiet_trainer
 from tests.toy import CLASSES as CLASSES_OF_TOY
@@ -153,6 +154,26 @@ def test_a_single_score_at_the_threshold_is_class_0():
     probabilities = torch.tensor([0.5, 0.25, 0.75, 0.0, 1.0])
     for scores, name in ((probabilities, "probabilities"), (probabilities - 0.5, "logits")):
         assert find({name: scores}, (IMAGE, BITS)).predicted.tolist() == [0, 0, 1, 0, 1], name
+
+
+def test_confidence_is_the_probability_of_the_predicted_class():
+    """Of each form of scores, NaN where they are said to be probabilities and are none."""
+    logits = torch.tensor([[0.0, 1.0, 3.0], [2.0, -1.0, 0.0]])
+    odds = [[math.exp(one) for one in row] for row in logits.tolist()]
+    expected = [max(row) / sum(row) for row in odds]
+    assert confidence_of(logits, probabilities=False).tolist() == pytest.approx(expected)
+    assert confidence_of(logits.softmax(1), probabilities=True).tolist() == pytest.approx(expected)
+    assert confidence_of(logits, probabilities=True).isnan().all()
+    for single in (torch.tensor([0.9, 0.2, 0.5]), torch.tensor([[0.9], [0.2], [0.5]])):
+        assert confidence_of(single, probabilities=True).tolist() == pytest.approx([0.9, 0.8, 0.5])
+        logit = (single / (1 - single)).log()
+        assert confidence_of(logit, probabilities=False).tolist() == pytest.approx([0.9, 0.8, 0.5])
+    assert confidence_of(torch.tensor([1.25, -0.25, math.nan, 0.0]), probabilities=True).tolist() == pytest.approx(
+        [math.nan, math.nan, math.nan, 1], nan_ok=True
+    )
+    # bfloat16 keeps a sum up to its rounding: to 4 eps, 1 / 32.
+    half = torch.tensor([[0.5, 0.53125], [0.5, 0.546875]]).bfloat16()
+    assert confidence_of(half, probabilities=True).tolist() == pytest.approx([0.53125, math.nan], nan_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,15 @@ def test_a_row_is_broken_that_does_not_sum_to_1_within_its_precision(row, valid)
     assert rows.broken.flatten().tolist() == [not valid, not valid, False], "padding is not broken"
 
 
+def test_a_row_of_half_precision_is_scaled_to_sum_to_1_and_one_of_single_precision_stays():
+    row = torch.tensor([0.5, 0.5009]).expand(1, 1, 1, 2)
+    assert F.max_weight(rows_of(row)).item() == pytest.approx(0.5009, abs=1e-6)
+    half = torch.tensor([0.5, 0.53125]).expand(1, 1, 1, 2)
+    rows = rows_of(half.bfloat16())
+    assert F.max_weight(rows).item() == pytest.approx(0.53125 / 1.03125, abs=1e-6)
+    assert rows.weights.sum().item() == pytest.approx(1)
+
+
 def test_single_keys_are_those_of_valid_rows():
     assert F.has_single_keys(rows_of(torch.ones(2, 3, 5, 1)))
     assert not F.has_single_keys(rows_of(torch.full((2, 3, 5, 7), 1 / 7)))
