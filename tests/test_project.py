@@ -82,9 +82,11 @@ def test_the_mutation_run_names_files_that_are_there():
 
 def test_mutants_meet_the_fastest_tests_first(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    items = [SimpleNamespace(nodeid=name) for name in ("slow", "fast", "new", "middle")]
+    items = [SimpleNamespace(nodeid=name) for name in ("b.py::slow", "a.py::middle", "b.py::fast", "a.py::new")]
+    before = list(items)
     pytest_collection_modifyitems(items)
-    assert [item.nodeid for item in items] == ["slow", "fast", "new", "middle"], "nothing is known yet"
-    DURATIONS.write_text(json.dumps({"duration_by_test": {"slow": 3.0, "fast": 0.1, "middle": 0.5}}))
+    assert items == before, "nothing is known yet"
+    seconds = {"b.py::slow": 3.0, "b.py::fast": 0.1, "a.py::middle": 0.5}
+    DURATIONS.write_text(json.dumps({"duration_by_test": seconds}))
     pytest_collection_modifyitems(items)
-    assert [item.nodeid for item in items] == ["new", "fast", "middle", "slow"]
+    assert [item.nodeid for item in items] == ["a.py::new", "a.py::middle", "b.py::fast", "b.py::slow"]
