@@ -274,6 +274,13 @@ def test_merging_parts_with_other_token_counts_ends_the_maps(samples):
     assert summary.maps == {}
     assert np.isnan(summary.alignment_null)
     assert summary.samples == 2 * SAMPLES
+    several = [a.sums() for a in (first, other, first, other)]
+    for parts in (several, several[::-1]):
+        merged = LayerSummary(merge_sums(parts))
+        assert merged.samples == 4 * SAMPLES
+        assert merged.maps == {}
+        for column in summary.columns:
+            assert merged.mean(column) == pytest.approx(summary.mean(column))
     with pytest.raises(ShapeError, match="3 classes and 3 heads eeg_to_spec.*7 classes"):
         merge_sums([a.sums() for a in (first, new_accumulator(rows, 7))])
 
