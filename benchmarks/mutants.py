@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 DURATIONS = Path("mutmut-stats.json")
 """Where mutmut writes how long each test takes, in the folder that the tests of a mutant run in."""
 
+QUICK = 0.5
+"""Seconds. Slower tests run only where no quick one reaches a mutant: with them one that survives takes minutes."""
+
 NOTICED = ("killed", "timeout")
 
 
@@ -32,9 +35,9 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the fastest files first, and in each the fastest tests, as mutmut gives tests in no order.
+    """Run the `QUICK` tests, the fastest file first: most mutants are noticed within a second.
 
-    Most mutants are noticed within a second, and what the tests of a file share is made once.
+    mutmut gives tests in no order. Those of a file stay together, as what they share is made once.
     """
     if not DURATIONS.exists():
         return
@@ -48,6 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return of_file[file], file, seconds.get(item.nodeid, 0)
 
     items.sort(key=place)
+    items[:] = [item for item in items if seconds.get(item.nodeid, 0) < QUICK] or items
 
 
 def sample(seed: int, of_each_file: int) -> list[str]:

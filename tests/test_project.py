@@ -82,11 +82,15 @@ def test_the_mutation_run_names_files_that_are_there():
 
 def test_mutants_meet_the_fastest_tests_first(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    items = [SimpleNamespace(nodeid=name) for name in ("b.py::slow", "a.py::middle", "b.py::fast", "a.py::new")]
+    names = ("b.py::slow", "b.py::middle", "a.py::middle", "b.py::fast", "a.py::new")
+    items = [SimpleNamespace(nodeid=name) for name in names]
     before = list(items)
     pytest_collection_modifyitems(items)
     assert items == before, "nothing is known yet"
-    seconds = {"b.py::slow": 3.0, "b.py::fast": 0.1, "a.py::middle": 0.5}
+    seconds = {"b.py::slow": 3.0, "b.py::fast": 0.1, "b.py::middle": 0.4, "a.py::middle": 0.4}
     DURATIONS.write_text(json.dumps({"duration_by_test": seconds}))
     pytest_collection_modifyitems(items)
-    assert [item.nodeid for item in items] == ["a.py::new", "a.py::middle", "b.py::fast", "b.py::slow"]
+    assert [item.nodeid for item in items] == ["a.py::new", "a.py::middle", "b.py::fast", "b.py::middle"]
+    alone = before[:1]
+    pytest_collection_modifyitems(alone)
+    assert alone == before[:1], "where no quick test reaches a mutant"
