@@ -343,6 +343,38 @@ def test_errors():
         find({"logits": SCORES}, {"t": VOTES[:, :2]}, targets="t")
 
 
+@pytest.mark.parametrize(
+    ("outputs", "forward", "logits"),
+    [
+        ({"preds": torch.tensor(PREDICTED)}, SCORES, SCORES),
+        ({"preds": torch.tensor(PREDICTED)}, {"features": SCORES.flip(1), "head": SCORES}, SCORES),
+        ({"preds": torch.tensor(PREDICTED), "raw": SCORES}, None, SCORES),
+        ({"probs": SCORES.softmax(1)}, {"head": SCORES}, SCORES),
+        ({"probs": SCORES.softmax(1)}, {"head": 2 * SCORES}, SCORES.log_softmax(1)),  # says another confidence
+        ({"preds": torch.tensor(PREDICTED)}, SCORES.flip(1), None),  # says other classes
+        ({"preds": torch.tensor(PREDICTED)}, SCORES.sigmoid(), None),  # logits, or of a sigmoid for each class?
+    ],
+)
+def test_the_scores_behind_the_predictions_are_those_that_agree_with_them(outputs, forward, logits):
+    finder = LabelFinder()
+    first = finder.find(step(outputs, {"y": IDS}, forward))
+    assert first.predicted.tolist() == PREDICTED
+    if logits is None:
+        assert first.scores is None
+        return
+    torch.testing.assert_close(first.scores.logits, logits)
+    torch.testing.assert_close(first.scores.probabilities, logits.softmax(1))
+
+    # Where they were found they are read again, of other samples.
+    def turned(value):
+        if isinstance(value, dict):
+            return {name: turned(one) for name, one in value.items()}
+        return value.flip(0) if isinstance(value, torch.Tensor) else value
+
+    again = finder.find(step(turned(outputs), {"y": IDS}, turned(forward)))
+    torch.testing.assert_close(again.scores.logits, logits.flip(0))
+
+
 def test_a_key_of_what_forward_returned():
     labels = find(LOSS, {"y": IDS}, {"snli_logits": SCORES, "features": IMAGE}, predictions="snli_logits")
     assert labels.predicted.tolist() == PREDICTED
