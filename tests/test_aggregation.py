@@ -323,6 +323,17 @@ def grouped_sums(samples):
     return accumulator.compute()
 
 
+def test_groups_of_a_class_and_an_outcome(samples):
+    _, _, classes, outcomes, _ = samples
+    summary, groups = LayerSummary(grouped_sums(samples)), torch.arange(SAMPLES) % 7
+    defined = ~torch.tensor(expected_numbers(samples)["alignment"]).isnan()
+    for class_id, outcome in EVERYTHING.values():
+        chosen = torch.ones(SAMPLES, dtype=torch.bool) if class_id is None else classes == class_id
+        chosen = chosen if outcome is None else chosen & (outcomes == outcome)
+        assert summary.groups(class_id=class_id, outcome=outcome) == len(groups[chosen].unique())
+        assert summary.groups(ALIGNMENT, class_id, outcome) == len(groups[chosen & defined].unique())
+
+
 def test_classes_that_are_put_together(samples):
     """Classes 2 and 0 stay, in this order; class 1 is all others, and samples without a class stay so."""
     there, back, classes, outcomes, tied = samples

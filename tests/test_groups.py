@@ -252,6 +252,23 @@ def test_the_unknown_group_is_none_that_a_claim_may_rest_on(correct, incorrect):
         assert (found.low, found.high) == pytest.approx(interval, abs=1e-4)
 
 
+def test_groups_are_counted_within_a_class_and_an_outcome():
+    """Class 0 has four known groups and one that is not known, class 1 has six; two of its samples are wrong."""
+    groups = torch.tensor([0, 1, 2, 3, UNKNOWN_GROUP, 10, 11, 12, 13, 14, 15])
+    classes, outcomes = torch.tensor([0] * 5 + [1] * 6), torch.tensor([CORRECT] * 9 + [INCORRECT] * 2)
+    values = torch.linspace(-1, 1, len(groups), dtype=torch.float64)
+    terms = torch.stack([torch.ones_like(values), values], dim=1)[:, None]
+    sums = GroupSums.empty(1).add(groups, classes, outcomes, torch.zeros(11, 0).long(), terms).settled()
+    counts = {(None, None): 10, (0, None): 4, (1, None): 6, (None, CORRECT): 8, (1, CORRECT): 4, (1, INCORRECT): 2}
+    for (class_id, outcome), count in counts.items():
+        assert sums.count(0, class_id, outcome) == count
+        chosen = torch.ones(11, dtype=torch.bool) if class_id is None else classes == class_id
+        chosen = chosen if outcome is None else chosen & (outcomes == outcome)
+        expected = reference.grouped_mean_interval(values[chosen].tolist(), groups[chosen].tolist())
+        expected = expected if count >= 5 else (math.nan, math.nan)
+        assert sums.interval(0, class_id, outcome) == pytest.approx(expected, abs=1e-3, nan_ok=True)
+
+
 @pytest.mark.parametrize("limit", [1, 7, 4096])
 def test_sums_do_not_depend_on_batches_or_processes(monkeypatch, limit):
     monkeypatch.setattr("lightning_xattn.groups.ROWS_IN_MEMORY", limit)

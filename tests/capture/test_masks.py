@@ -193,6 +193,7 @@ def test_tokens_that_were_cut_off_are_put_back_as_padding(masked):
     assert not whole.weights[:, :, 3:].any()
     assert not whole.weights[..., 3:].any()
     real = known.tolist() if masked else [[True] * 3] * 2
+    assert whole.key_mask.dtype == torch.bool
     assert whole.key_mask.tolist() == [[*of_sample, False, False] for of_sample in real]
     if masked:
         assert whole.visible.shape == (2, 2, 5, 5)

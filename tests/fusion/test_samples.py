@@ -138,6 +138,20 @@ def test_the_most_conflicting_samples_are_those_of_largest_conflict_whose_contri
     assert most_conflicting(fusion) == [2, 3, 1]
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "followed"),
+    [(0.4, 0.1, "left"), (0.1, 0.4, "right"), (-0.3, 0.0, "right"), (0.2, 0.215, None), (0.225, 0.2, "left")],
+)
+def test_the_modality_that_is_followed_contributes_clearly_more(explained, left, right, followed):
+    fusion = copy(explained[2].fusion)
+    fusion.numbers = fusion.numbers | {
+        f"phi/{name}": torch.full((140,), phi) for name, phi in (("left", left), ("right", right))
+    }
+    found = of_sample(fusion, 3, NAMES)
+    assert found.followed == followed
+    assert found.contributions == pytest.approx({"left": left, "right": right})
+
+
 def test_a_class_without_a_name_is_told_by_its_number(explained):
     fusion = explained[2].fusion
     first = int((fusion.predicted == 1).nonzero()[0])
