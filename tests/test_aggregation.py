@@ -218,6 +218,37 @@ def test_alignment_between_different_samples(samples):
     assert np.isnan(LayerSummary(accumulate(chosen, [torch.arange(1)]).compute()).alignment_null)
 
 
+def null_of(there, back, **visible):
+    """Of a first batch of three samples and a second of the others."""
+    accumulator = None
+    for batch in (slice(3), slice(3, None)):
+        attention = Attention(DIRECTION, there, **visible)[batch], Attention(DIRECTION.opposite, back)[batch]
+        rows = tuple(map(prepare_rows, attention))
+        accumulator = accumulator or new_accumulator(rows)
+        n = len(rows[0].weights)
+        add(accumulator, rows, torch.zeros(n).long(), torch.zeros(n).long(), torch.zeros(n, dtype=torch.bool))
+    return LayerSummary(accumulator.compute()).alignment_null
+
+
+def test_samples_without_an_alignment_have_no_part_in_the_null(samples):
+    """One attends to all alike, in one all rows are broken, and one of its maps is NaN in the one direction alone."""
+    there, back = (x[5:14].clone() for x in samples[:2])
+    there[1], back[4], there[7], back[7] = 1 / KEYS, torch.nan, torch.nan, torch.nan
+    pairs = [(there[b].double().numpy(), back[b].double().numpy()) for b in (0, 2, 3, 5, 6, 8)]
+    assert null_of(there, back) == pytest.approx(reference.alignment_null(pairs), abs=1e-6)
+
+
+@pytest.mark.parametrize("sample", [0, 8])
+def test_a_sample_that_is_masked_in_part_ends_the_null(samples, sample):
+    """It has an alignment, over cells of its own, in which other samples' maps are not standardised."""
+    there, back = (x[5:14].clone() for x in samples[:2])
+    visible = torch.ones(9, 1, QUERIES, KEYS, dtype=torch.bool)
+    assert null_of(there, back, visible=visible) == pytest.approx(null_of(there, back), abs=1e-9)
+    visible[sample, :, 1, 2] = False
+    there = there * visible
+    assert np.isnan(null_of(there / there.sum(-1, keepdim=True), back, visible=visible))
+
+
 @settings(max_examples=10, deadline=None)
 @given(cuts=st.lists(st.integers(1, SAMPLES - 1), max_size=3, unique=True), seed=st.integers(0, 10**6))
 def test_merging_parts_in_any_order_is_the_whole(cuts, seed):
@@ -243,6 +274,13 @@ def test_merging_parts_with_other_token_counts_ends_the_maps(samples):
     assert summary.maps == {}
     assert np.isnan(summary.alignment_null)
     assert summary.samples == 2 * SAMPLES
+    several = [a.sums() for a in (first, other, first, other)]
+    for parts in (several, several[::-1]):
+        merged = LayerSummary(merge_sums(parts))
+        assert merged.samples == 4 * SAMPLES
+        assert merged.maps == {}
+        for column in summary.columns:
+            assert merged.mean(column) == pytest.approx(summary.mean(column))
     with pytest.raises(ShapeError, match="3 classes and 3 heads eeg_to_spec.*7 classes"):
         merge_sums([a.sums() for a in (first, new_accumulator(rows, 7))])
 
@@ -273,6 +311,69 @@ def test_any_order_in_any_batches_is_the_same(size, seed):
     shift = (parts.histograms.cumsum(0) - whole.histograms.cumsum(0)).abs()
     assert shift.max() <= 1
     assert (shift > 0).sum() <= 2
+
+
+def grouped_sums(samples):
+    """Sums of all samples, of seven groups."""
+    there, back, classes, outcomes, tied = samples
+    rows = rows_of(there, back)
+    statistics = sample_statistics(*rows)
+    accumulator = LayerAccumulator(Layout.of(rows, statistics, CLASSES, "patients"))
+    accumulator.update(rows, statistics, classes, outcomes, tied, torch.arange(SAMPLES) % 7)
+    return accumulator.compute()
+
+
+def test_groups_of_a_class_and_an_outcome(samples):
+    _, _, classes, outcomes, _ = samples
+    summary, groups = LayerSummary(grouped_sums(samples)), torch.arange(SAMPLES) % 7
+    defined = ~torch.tensor(expected_numbers(samples)["alignment"]).isnan()
+    for class_id, outcome in EVERYTHING.values():
+        chosen = torch.ones(SAMPLES, dtype=torch.bool) if class_id is None else classes == class_id
+        chosen = chosen if outcome is None else chosen & (outcomes == outcome)
+        assert summary.groups(class_id=class_id, outcome=outcome) == len(groups[chosen].unique())
+        assert summary.groups(ALIGNMENT, class_id, outcome) == len(groups[chosen & defined].unique())
+
+
+def test_classes_that_are_put_together(samples):
+    """Classes 2 and 0 stay, in this order; class 1 is all others, and samples without a class stay so."""
+    there, back, classes, outcomes, tied = samples
+    found = LayerSummary(grouped_sums(samples).with_classes([2, 0]))
+    named = torch.tensor([1, 2, 0, CLASSES])[classes]
+    expected = LayerSummary(grouped_sums((there, back, named, outcomes, tied)))
+    assert found.n_classes == 3
+    for column in found.columns:
+        for class_id in (None, 0, 1, 2, 3):
+            for outcome in (None, CORRECT, INCORRECT):
+                assert found.count(column, class_id, outcome) == expected.count(column, class_id, outcome)
+                mean = expected.mean(column, class_id, outcome)
+                assert found.mean(column, class_id, outcome) == pytest.approx(mean, nan_ok=True)
+                std = expected.std(column, class_id, outcome)
+                assert found.std(column, class_id, outcome) == pytest.approx(std, nan_ok=True)
+                interval = expected.interval(column, class_id, outcome)
+                assert found.interval(column, class_id, outcome) == pytest.approx(interval, nan_ok=True)
+    assert found.unclassified == expected.unclassified == (classes == CLASSES).sum()
+    for direction in (DIRECTION, DIRECTION.opposite):
+        torch.testing.assert_close(found.maps[direction], expected.maps[direction], equal_nan=True)
+    for score in (ALIGNMENT, ENTROPY):
+        assert vars(found.compare(score)) == pytest.approx(vars(expected.compare(score)), nan_ok=True)
+
+
+def test_sums_without_labels_are_those_of_samples_that_never_had_any(samples):
+    there, back, classes, *_ = samples
+    found = grouped_sums(samples).without_labels()
+    nothing = torch.full_like(classes, -1), torch.full_like(classes, UNKNOWN), torch.zeros(SAMPLES, dtype=torch.bool)
+    rows = rows_of(there, back)
+    statistics = sample_statistics(*rows)
+    never = LayerAccumulator(Layout.of(rows, statistics, 0, "patients"))
+    never.update(rows, statistics, *nothing, torch.arange(SAMPLES) % 7)
+    expected = never.compute()
+    assert found.layout == expected.layout
+    assert set(found.states) == set(expected.states)
+    for name, values in expected.states.items():
+        told = slice(UNKNOWN) if name.startswith("outcome_map") else slice(None)  # of unknown outcomes there is no map
+        torch.testing.assert_close(found.states[name][told], values[told], msg=name)
+    for name in ("cells", "sums", "score_cells", "score_counts"):
+        torch.testing.assert_close(getattr(found.groups, name), getattr(expected.groups, name), msg=name)
 
 
 def test_one_direction_and_no_classes():

@@ -84,6 +84,15 @@ def test_what_is_compared_has_a_number_of_the_layer_and_a_range_for_its_histogra
         assert all(map(math.isfinite, ends))
 
 
+def test_scores_are_binned_from_the_smallest_to_the_largest_value_that_they_can_have():
+    """A probability, a correlation, and an entropy over that of uniform attention."""
+    assert {str(score): ends for score, ends in SCORES.items()} == {
+        "confidence": (0, 1),
+        "alignment": (-1, 1),
+        "entropy": (0, 1),
+    }
+
+
 def documented(statistic):
     """The row of the page's table that a statistic gives."""
     topic, _, what = statistic.curve.partition("/")

@@ -222,6 +222,53 @@ def batches_of(rng, samples, columns=3):
     return groups, classes, outcomes, bins, terms
 
 
+@pytest.mark.parametrize(("correct", "incorrect"), [(5, 5), (4, 5), (5, 4)])
+def test_the_unknown_group_is_none_that_a_claim_may_rest_on(correct, incorrect):
+    """Of each outcome so many known groups of one sample, and two samples of groups that are not known."""
+    groups = torch.tensor([*range(correct), *range(10, 10 + incorrect), *[UNKNOWN_GROUP] * 4])
+    outcomes = torch.tensor([CORRECT] * correct + [INCORRECT] * incorrect + [CORRECT] * 2 + [INCORRECT] * 2)
+    values = torch.linspace(-1, 1, len(groups), dtype=torch.float64)
+    terms = torch.stack([torch.ones_like(values), values], dim=1)[:, None]
+    bins = score_bins(values, -1, 1)[:, None]
+    sums = GroupSums.empty(1).add(groups, torch.zeros_like(groups), outcomes, bins, terms).settled()
+    found = sums.separation(0, CORRECT, INCORRECT)
+    assert (found.correct, found.incorrect) == (correct + 2, incorrect + 2)
+    assert (found.correct_groups, found.incorrect_groups) == (correct, incorrect)
+    assert (sums.count(0, 0, CORRECT), sums.count(0, outcome=INCORRECT)) == (correct, incorrect)
+    assert sums.size(0, UNKNOWN_GROUP) == 4
+    told = min(correct, incorrect) >= 5
+    assert [math.isnan(one) for one in (found.auroc, found.low, found.high)] == [not told] * 3
+    for outcome, known in ((CORRECT, correct), (INCORRECT, incorrect)):
+        of_outcome = outcomes == outcome
+        expected = reference.grouped_mean_interval(values[of_outcome].tolist(), groups[of_outcome].tolist())
+        assert sums.interval(0, 0, outcome) == pytest.approx(
+            expected if known >= 5 else (math.nan, math.nan), nan_ok=True, abs=1e-3
+        )
+    if told:
+        parts = [(reference.binned(values[outcomes == one], -1, 1), groups[outcomes == one].tolist()) for one in (1, 0)]
+        (right, of_right), (wrong, of_wrong) = parts
+        assert found.auroc == pytest.approx(reference.auroc(right, wrong))
+        interval = reference.grouped_auroc_interval(right, wrong, of_right, of_wrong)
+        assert (found.low, found.high) == pytest.approx(interval, abs=1e-4)
+
+
+def test_groups_are_counted_within_a_class_and_an_outcome():
+    """Class 0 has four known groups and one that is not known, class 1 has six; two of its samples are wrong."""
+    groups = torch.tensor([0, 1, 2, 3, UNKNOWN_GROUP, 10, 11, 12, 13, 14, 15])
+    classes, outcomes = torch.tensor([0] * 5 + [1] * 6), torch.tensor([CORRECT] * 9 + [INCORRECT] * 2)
+    values = torch.linspace(-1, 1, len(groups), dtype=torch.float64)
+    terms = torch.stack([torch.ones_like(values), values], dim=1)[:, None]
+    sums = GroupSums.empty(1).add(groups, classes, outcomes, torch.zeros(11, 0).long(), terms).settled()
+    counts = {(None, None): 10, (0, None): 4, (1, None): 6, (None, CORRECT): 8, (1, CORRECT): 4, (1, INCORRECT): 2}
+    for (class_id, outcome), count in counts.items():
+        assert sums.count(0, class_id, outcome) == count
+        chosen = torch.ones(11, dtype=torch.bool) if class_id is None else classes == class_id
+        chosen = chosen if outcome is None else chosen & (outcomes == outcome)
+        expected = reference.grouped_mean_interval(values[chosen].tolist(), groups[chosen].tolist())
+        expected = expected if count >= 5 else (math.nan, math.nan)
+        assert sums.interval(0, class_id, outcome) == pytest.approx(expected, abs=1e-3, nan_ok=True)
+
+
 @pytest.mark.parametrize("limit", [1, 7, 4096])
 def test_sums_do_not_depend_on_batches_or_processes(monkeypatch, limit):
     monkeypatch.setattr("lightning_xattn.groups.ROWS_IN_MEMORY", limit)
@@ -239,6 +286,13 @@ def test_sums_do_not_depend_on_batches_or_processes(monkeypatch, limit):
     for name in ("cells", "sums", "score_cells", "score_counts"):
         torch.testing.assert_close(getattr(merged, name), getattr(at_once, name), msg=name)
     assert len(at_once.cells) == len(torch.stack(whole[:3], dim=1).unique(dim=0))
+
+
+def test_as_many_samples_as_may_wait_are_added_up(monkeypatch):
+    whole = batches_of(np.random.default_rng(0), 60)
+    for limit, waiting in ((60, 0), (61, 1)):
+        monkeypatch.setattr("lightning_xattn.groups.ROWS_IN_MEMORY", limit)
+        assert len(GroupSums.empty(3).add(*whole).waiting) == waiting
 
 
 def test_memory_is_of_groups_not_of_samples():

@@ -29,11 +29,20 @@ def test_what_is_undefined_is_not_what_a_record_lacks():
     assert second == pytest.approx(records[1], nan_ok=True)
 
 
+def test_whole_numbers_that_every_record_has_stay_whole_and_others_take_four_bytes():
+    packed = pack_history(RECORDS, keeps_all=True)
+    single = ["alignment/all", "alignment/x", "conflict/all", "alignment/all_low"]
+    other = ["stage", "groups", "unreadable", "late"]
+    assert packed["names"] == {"whole": ["step"], "single": single, "other": other}
+    assert (packed["whole"].dtype, packed["single"].dtype) == (torch.int64, torch.float32)
+
+
 def test_curves_that_are_not_logged_are_left_out():
     first = unpack_history(pack_history(RECORDS, keeps_all=False))[0]
     assert first == {name: value for name, value in RECORDS[0].items() if name != "alignment/x"}
 
 
+@pytest.mark.slow
 def test_a_thousand_validations_of_a_large_model_are_a_megabyte():
     """Of 12 layers four have records, with a thousand curves of heads and classes between them."""
     curves = [f"{topic}/{which}" for topic in ("alignment", "conflict") for which in ("all", "correct", "incorrect")]

@@ -1,5 +1,6 @@
 """Where predictions and targets are found, what is left alone, and what is said when they do not fit."""
 
+import math
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from lightning_xattn.columns import ALIGNMENT
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnError, XAttnWarning
 from lightning_xattn.labels.finder import LabelFinder
 from lightning_xattn.labels.places import Step
+from lightning_xattn.labels.tensors import are_binary_labels, confidence_of
 from tests.messages import tells
 from tests.toy import AUDIO, TEXT, ToyModule, quiet_trainer
 from tests.toy import CLASSES as CLASSES_OF_TOY
@@ -145,6 +147,56 @@ def test_logits_that_happen_to_look_like_probabilities_under_their_name():
     labels = find(LOSS, (IMAGE, bits), scores)
     assert labels.predicted.tolist() == [0, 1, -1, 0, 1]
     assert labels.target.tolist() == [0, -1, 1, 0, 1]
+
+
+def test_a_single_score_at_the_threshold_is_class_0():
+    """As of ``round``: 0.5 is no evidence for class 1, and neither is a logit of 0."""
+    probabilities = torch.tensor([0.5, 0.25, 0.75, 0.0, 1.0])
+    for scores, name in ((probabilities, "probabilities"), (probabilities - 0.5, "logits")):
+        assert find({name: scores}, (IMAGE, BITS)).predicted.tolist() == [0, 0, 1, 0, 1], name
+
+
+def test_confidence_is_the_probability_of_the_predicted_class():
+    """Of each form of scores, NaN where they are said to be probabilities and are none."""
+    logits = torch.tensor([[0.0, 1.0, 3.0], [2.0, -1.0, 0.0]])
+    odds = [[math.exp(one) for one in row] for row in logits.tolist()]
+    expected = [max(row) / sum(row) for row in odds]
+    assert confidence_of(logits, probabilities=False).tolist() == pytest.approx(expected)
+    assert confidence_of(logits.softmax(1), probabilities=True).tolist() == pytest.approx(expected)
+    assert confidence_of(logits, probabilities=True).isnan().all()
+    for single in (torch.tensor([0.9, 0.2, 0.5]), torch.tensor([[0.9], [0.2], [0.5]])):
+        assert confidence_of(single, probabilities=True).tolist() == pytest.approx([0.9, 0.8, 0.5])
+        logit = (single / (1 - single)).log()
+        assert confidence_of(logit, probabilities=False).tolist() == pytest.approx([0.9, 0.8, 0.5])
+    assert confidence_of(torch.tensor([1.25, -0.25, math.nan, 0.0]), probabilities=True).tolist() == pytest.approx(
+        [math.nan, math.nan, math.nan, 1], nan_ok=True
+    )
+    # bfloat16 keeps a sum up to its rounding: to 4 eps, 1 / 32.
+    half = torch.tensor([[0.5, 0.53125], [0.5, 0.546875]]).bfloat16()
+    assert confidence_of(half, probabilities=True).tolist() == pytest.approx([0.53125, math.nan], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("labels", "taken"),
+    [
+        ([0, 1, 1, 0, 1], True),
+        ([1, 1, 1, 1, 1], True),
+        ([0, 1, -1, 0, 1], True),
+        ([1, 1, -100, 1, 1], True),
+        ([1, 1, -1, 1, 1], False),  # -1 may be the other class
+        ([-1, -1, -1, -1, -1], False),
+        ([0, 1, 2, 0, 1], False),
+        ([0, 1, -2, 0, 1], False),
+    ],
+)
+def test_what_labels_of_two_classes_may_be(labels, taken):
+    assert are_binary_labels(torch.tensor(labels), BATCH, guessed=False) == taken
+    assert are_binary_labels(torch.tensor(labels)[:, None], BATCH, guessed=True) == taken
+    of_floats = torch.tensor(labels).float()
+    assert are_binary_labels(of_floats, BATCH, guessed=False) == taken
+    shown = taken and {0, 1} <= set(labels)
+    assert are_binary_labels(of_floats, BATCH, guessed=True) == shown, "numbers to regress may all be 0"
+    assert not are_binary_labels(torch.tensor(labels), BATCH - 1, guessed=False)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +341,38 @@ def test_errors():
         find(batch={"t": IDS[:4]}, targets="t")
     with pytest.raises(ShapeError, match="Predictions have 3 classes and targets 2"):
         find({"logits": SCORES}, {"t": VOTES[:, :2]}, targets="t")
+
+
+@pytest.mark.parametrize(
+    ("outputs", "forward", "logits"),
+    [
+        ({"preds": torch.tensor(PREDICTED)}, SCORES, SCORES),
+        ({"preds": torch.tensor(PREDICTED)}, {"features": SCORES.flip(1), "head": SCORES}, SCORES),
+        ({"preds": torch.tensor(PREDICTED), "raw": SCORES}, None, SCORES),
+        ({"probs": SCORES.softmax(1)}, {"head": SCORES}, SCORES),
+        ({"probs": SCORES.softmax(1)}, {"head": 2 * SCORES}, SCORES.log_softmax(1)),  # says another confidence
+        ({"preds": torch.tensor(PREDICTED)}, SCORES.flip(1), None),  # says other classes
+        ({"preds": torch.tensor(PREDICTED)}, SCORES.sigmoid(), None),  # logits, or of a sigmoid for each class?
+    ],
+)
+def test_the_scores_behind_the_predictions_are_those_that_agree_with_them(outputs, forward, logits):
+    finder = LabelFinder()
+    first = finder.find(step(outputs, {"y": IDS}, forward))
+    assert first.predicted.tolist() == PREDICTED
+    if logits is None:
+        assert first.scores is None
+        return
+    torch.testing.assert_close(first.scores.logits, logits)
+    torch.testing.assert_close(first.scores.probabilities, logits.softmax(1))
+
+    # Where they were found they are read again, of other samples.
+    def turned(value):
+        if isinstance(value, dict):
+            return {name: turned(one) for name, one in value.items()}
+        return value.flip(0) if isinstance(value, torch.Tensor) else value
+
+    again = finder.find(step(turned(outputs), {"y": IDS}, turned(forward)))
+    torch.testing.assert_close(again.scores.logits, logits.flip(0))
 
 
 def test_a_key_of_what_forward_returned():

@@ -109,6 +109,7 @@ def test_samples_with_other_numbers_of_tokens_have_none():
     assert explained.headline.samples == 6
 
 
+@pytest.mark.slow
 def test_a_page_shows_them_and_only_a_test_keeps_them(tmp_path):
     explained = explainer().explain_loader(toy_loader(), tmp_path / "table", progress=False)
     page = create_explainability_report(explained, format="html")
@@ -175,6 +176,7 @@ def test_what_is_no_checkpoint_does_not_say(tmp_path):
     assert training_data(tmp_path / "other") is None
 
 
+@pytest.mark.slow
 def test_a_report_says_of_how_many_samples_it_was_trained_on(tmp_path):
     explained = explainer(
         sample_ids=lambda outputs, batch: [f"s{int(1000 * one)}" for one in batch[0][:, 0, 0]],

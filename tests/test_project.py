@@ -5,10 +5,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from benchmarks.mutants import DURATIONS, pytest_collection_modifyitems
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML by itself.")
 
@@ -66,3 +69,28 @@ def test_the_site_has_the_projects_addresses():
     site = (ROOT / "mkdocs.yml").read_text()
     assert f"site_url: {addresses['Documentation']}\n" in site
     assert f"link: {addresses['Repository']}\n" in site
+
+
+def test_the_mutation_run_names_files_that_are_there():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutmut"]
+    assert [pattern for pattern in settings["only_mutate"] if not list(ROOT.glob(pattern))] == []
+    tests = [name.partition("::") for name in settings["pytest_add_cli_args_test_selection"]]
+    for file, _, test in tests:
+        assert (ROOT / file).exists(), file
+        assert not test or f"def {test}(" in (ROOT / file).read_text()
+
+
+def test_mutants_meet_the_fastest_tests_first(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names = ("b.py::slow", "b.py::middle", "a.py::middle", "b.py::fast", "a.py::new")
+    items = [SimpleNamespace(nodeid=name) for name in names]
+    before = list(items)
+    pytest_collection_modifyitems(items)
+    assert items == before, "nothing is known yet"
+    seconds = {"b.py::slow": 3.0, "b.py::fast": 0.1, "b.py::middle": 0.4, "a.py::middle": 0.4}
+    DURATIONS.write_text(json.dumps({"duration_by_test": seconds}))
+    pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == ["a.py::new", "a.py::middle", "b.py::fast", "b.py::middle"]
+    alone = before[:1]
+    pytest_collection_modifyitems(alone)
+    assert alone == before[:1], "where no quick test reaches a mutant"

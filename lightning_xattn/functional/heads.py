@@ -47,7 +47,7 @@ def query_selectivity(rows: Rows) -> Tensor:
     pooled = rows.weights.sum(2) / queries[..., None]
     excess = _entropy(pooled) - rows.entropy.sum(-1) / queries
     # K counts the keys that some valid query can see.
-    seen = rows.keys.masked_fill(~rows.valid, 0).amax(-1) if rows.visible is None else _keys_seen(rows)
+    seen = rows.keys[..., 0] if rows.visible is None else _keys_seen(rows)
     return torch.where((queries > 1) & (seen > 1), (excess / seen.log()).clamp(0, 1), torch.nan)
 
 

@@ -6,6 +6,7 @@ uniform for any number of keys.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lightning_xattn.functional.rows import Rows
@@ -30,7 +31,7 @@ def lift(rows: Rows) -> Tensor:
     defined = rows.valid[..., None]
     if rows.token_visible is not None:
         defined = defined & rows.token_visible
-    return values.masked_fill(~defined, float("nan"))
+    return values.masked_fill(~defined, torch.nan)
 
 
 def lift_map(rows: Rows) -> Tensor:

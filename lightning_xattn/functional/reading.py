@@ -162,7 +162,7 @@ def cross_fitted_reading(features: Tensor, target: Tensor, folds: Tensor, n_clas
     finite = features.isfinite().all(1)
     fitted = finite & (target >= 0) & (target < n_classes)
     reading = features.new_full((len(features), n_classes), torch.nan)
-    if (target[fitted].bincount(minlength=1) >= LEAST_OF_A_CLASS).sum() < 2:
+    if (target[fitted].bincount() >= LEAST_OF_A_CLASS).sum() < 2:
         return reading
     # Differences to the mean of all: large features that differ little keep their digits.
     features = features - features[fitted].mean(0)

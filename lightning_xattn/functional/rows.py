@@ -69,9 +69,7 @@ class Rows:
     @property
     def token_visible(self) -> Tensor | None:
         """``visible`` over the keys that are tokens."""
-        if self.visible is None or self.visible.shape[-1] == 1:
-            return self.visible
-        return self.visible[..., : self.tokens]
+        return None if self.visible is None else self.visible[..., : self.tokens]
 
 
 def prepare_rows(attention: Attention) -> Rows:

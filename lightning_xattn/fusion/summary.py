@@ -158,7 +158,7 @@ class FusionSummary(ShownInNotebooks):
     def _read(self, rows: Mapping[str, Tensor]) -> None:
         target, predicted, folds = rows["target"], rows["prediction"], rows["fold"]
         # Class ids without names do not tell how many classes there are.
-        n_classes = self.n_classes or 1 + max(0, *target.tolist(), 0)
+        n_classes = self.n_classes or 1 + max([0, *target.tolist()])
         logs = {
             name: cross_fitted_reading(rows[f"features/{name}"], target, folds, n_classes) for name in self.modalities
         }

@@ -94,6 +94,18 @@ def test_a_row_of_which_nothing_crosses_is_left_out_and_is_not_broken():
     assert sample_statistics(rows)[Column.parse("a_to_b/entropy")].isnan().all()
 
 
+def test_what_crosses_in_a_row_that_is_no_attention_is_not_told():
+    """A row sums to 1.5, another one is of padding, and two sum to 1 within bfloat16's rounding, 1 / 32, and not."""
+    weights = torch.full((1, 1, 5, 5), 0.2)
+    weights[0, 0, 0] *= 1.5
+    real = torch.tensor([[True, False, True, True, True]])
+    found = cut_direction(RecordedWeights(weights, key_mask=real), slice(0, 3), slice(3, 5), "x").crossing
+    torch.testing.assert_close(found, torch.tensor([[[torch.nan, torch.nan, 0.4]]]), equal_nan=True)
+    weights = torch.tensor([[0.5, 0.53125, 0], [0.5, 0.546875, 0], [0, 0, 1]]).bfloat16()[None, None]
+    found = cut_direction(RecordedWeights(weights), slice(0, 2), slice(2, 3), "x").crossing
+    torch.testing.assert_close(found, torch.tensor([[[0, torch.nan]]]), equal_nan=True)
+
+
 def test_three_modalities_and_a_class_token_of_none():
     spans = {"a": (1, 3), "b": (3, 6), "c": (6, 11)}
     model = Joint(add_zero_attn=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_xattn.capture.masks import RecordedWeights, keys_with_weight, zeros_are_a_mask
 from lightning_xattn.functional import prepare_rows
 from tests.capture.models import BATCH, Runs, heads, mha, record_fusion, tokens
 from tests.toy import AUDIO, HEADS, TEXT
@@ -138,3 +139,67 @@ def test_zeros_are_a_mask_where_their_pattern_is_that_of_one(patterns, seen):
 def test_a_key_that_nobody_sees_is_padding_also_where_other_zeros_are_weights(dtype, seen):
     patterns = F.pad(torch.stack([GROWING, SPARSE])[None], (0, 1))
     assert (keys_seen(returned(closed(patterns).to(dtype))) == seen).all()
+
+
+CAUSAL = [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+BAND = [[1, 1, 0], [0, 1, 1], [0, 0, 1]]
+PADDED = [[1, 1, 0], [1, 1, 0], [1, 1, 0]]
+WHOLE = [[1, 1, 1]] * 3
+
+
+@pytest.mark.parametrize(
+    ("some", "are"),
+    [
+        # Of each sample and head, where weights are not 0.
+        ([[WHOLE]], True),
+        ([[PADDED]], True),
+        ([[CAUSAL]], True),
+        ([[CAUSAL[::-1]]], True),
+        ([[BAND]], False),  # of one head and sample a sparse attention may look like that
+        ([[BAND, BAND]], True),
+        ([[BAND, CAUSAL]], False),
+        ([[PADDED, WHOLE]], False),
+        ([[BAND], [BAND]], True),
+        ([[BAND], [CAUSAL]], False),
+        ([[WHOLE], [PADDED]], True),
+        ([[PADDED], [WHOLE]], True),
+        ([[CAUSAL], [[[1, 0, 0], [1, 1, 0], [1, 1, 0]]]], True),  # the last token of one is padding
+        ([[CAUSAL], [[[1, 0, 0], [0, 1, 0], [1, 1, 1]]]], False),
+        ([[BAND, BAND], [CAUSAL, CAUSAL]], True),  # heads tell, whatever the samples
+    ],
+)
+def test_which_zeros_are_a_mask(some, are):
+    weights = torch.tensor(some, dtype=torch.float32)
+    assert zeros_are_a_mask(weights / weights.sum(-1, keepdim=True)) == are
+
+
+def test_a_key_has_weight_if_any_query_of_any_head_looks_at_it():
+    weights = torch.zeros(2, 2, 2, 4)
+    weights[0, 0, 0, 0] = weights[0, 1, 1, 2] = weights[1, 0, 1, 3] = 0.5
+    seen = [[True, False, True, False], [False, False, False, True]]
+    assert keys_with_weight(weights).tolist() == [[[of_sample]] for of_sample in seen]
+    assert keys_with_weight(weights.half()).tolist() == [[[[True] * 4]]] * 2, "float16 rounds small weights to 0"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_tokens_that_were_cut_off_are_put_back_as_padding(masked):
+    """Attention over three tokens of five; a mask that is one for all samples and heads goes along."""
+    weights = torch.rand(2, 2, 3, 3).softmax(-1)
+    known = torch.tensor([[True, True, False], [True, True, True]])
+    causal = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    recorded = RecordedWeights(weights, *((known, causal) if masked else ()))
+    whole = recorded.padded_to(5)
+    assert torch.equal(whole.weights[:, :, :3, :3], weights)
+    assert not whole.weights[:, :, 3:].any()
+    assert not whole.weights[..., 3:].any()
+    real = known.tolist() if masked else [[True] * 3] * 2
+    assert whole.key_mask.dtype == torch.bool
+    assert whole.key_mask.tolist() == [[*of_sample, False, False] for of_sample in real]
+    if masked:
+        assert whole.visible.shape == (2, 2, 5, 5)
+        assert torch.equal(whole.visible[..., :3, :3], causal.expand(2, 2, 3, 3))
+        assert not whole.visible[..., 3:].any()
+        assert not whole.visible[..., 3:, :].any()
+    else:
+        assert whole.visible is None
+    assert recorded.padded_to(3) is recorded

@@ -42,6 +42,17 @@ def make_case(name):
         there_sees = torch.rand(BATCH, HEADS, QUERIES, KEYS, generator=generator) > 0.3
         back_sees = torch.rand(BATCH, HEADS, KEYS, QUERIES, generator=generator) > 0.3
         there, back = masked(there, there_sees), masked(back, back_sees)
+    elif name == "causal":  # rows of one key, of two, and so on
+        there_sees = torch.ones(QUERIES, KEYS, dtype=torch.bool).tril().expand(BATCH, HEADS, -1, -1)
+        back_sees = there_sees.transpose(-1, -2)
+        there, back = masked(there, there_sees), masked(back, back_sees)
+    elif name == "local":  # each query sees the key in its own place and the next one
+        places = torch.arange(KEYS) - torch.arange(QUERIES)[:, None]
+        there_sees = ((places == 0) | (places == 1)).expand(1, 1, -1, -1)
+        there = masked(there, there_sees)
+    elif name == "two tokens":
+        there, back = there[..., :2, :2], back[..., :2, :2]
+        there, back = (side / side.sum(-1, keepdim=True) for side in (there, back))
     elif name == "broken rows":
         there[0, 1, 2, 3] = torch.nan
         there[1, 0, 4] *= 1.01
@@ -69,6 +80,9 @@ CASES = (
     "padded",
     "attention mask",
     "attention masks both ways",
+    "causal",
+    "local",
+    "two tokens",
     "broken rows",
     "one head broken",
     "peaked",

@@ -166,6 +166,15 @@ def test_the_fit_is_least_squares(partners):
     np.testing.assert_allclose(ours, reference.additive_fit(rows, columns, values, SAMPLES), atol=1e-10)
 
 
+def test_a_fit_to_pairs_of_which_rows_and_columns_have_different_numbers():
+    pairs = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 0), (2, 1), (3, 3)]
+    rows, columns = zip(*pairs, strict=True)
+    values = np.random.default_rng(1).normal(size=len(pairs))
+    exchange = Exchange(torch.tensor(rows), torch.tensor(columns), torch.tensor(values)[:, None])
+    a, b = functional.additive_fit(exchange, 4)
+    np.testing.assert_allclose(a + b.T, reference.additive_fit(rows, columns, values, 4), atol=1e-10)
+
+
 def test_pairs_that_do_not_connect_determine_no_fit_and_all_sides_have_the_partners_that_were_run():
     pairs = [(0, 1), (1, 0), (2, 3), (3, 2)]
     f, g = torch.randn(2, 4, 2).double()

@@ -98,6 +98,15 @@ def test_a_row_is_broken_that_does_not_sum_to_1_within_its_precision(row, valid)
     assert rows.broken.flatten().tolist() == [not valid, not valid, False], "padding is not broken"
 
 
+def test_a_row_of_half_precision_is_scaled_to_sum_to_1_and_one_of_single_precision_stays():
+    row = torch.tensor([0.5, 0.5009]).expand(1, 1, 1, 2)
+    assert F.max_weight(rows_of(row)).item() == pytest.approx(0.5009, abs=1e-6)
+    half = torch.tensor([0.5, 0.53125]).expand(1, 1, 1, 2)
+    rows = rows_of(half.bfloat16())
+    assert F.max_weight(rows).item() == pytest.approx(0.53125 / 1.03125, abs=1e-6)
+    assert rows.weights.sum().item() == pytest.approx(1)
+
+
 def test_single_keys_are_those_of_valid_rows():
     assert F.has_single_keys(rows_of(torch.ones(2, 3, 5, 1)))
     assert not F.has_single_keys(rows_of(torch.full((2, 3, 5, 7), 1 / 7)))
@@ -167,6 +176,40 @@ def test_a_sink_is_what_every_valid_query_gives_to_one_key_beyond_uniform_attent
     weights[:, :, 1] = weights[:, :, 0]
     rows = rows_of(weights, visible=visible.expand(2, 3, 5, 7), query_mask=query_mask)
     torch.testing.assert_close(F.sink_strength(rows), torch.full((2, 3), (0.4 - 1 / 5) / (1 - 1 / 5)))
+
+
+@pytest.mark.parametrize(("least", "strength"), [(0.5, 0.0), (0.7, 0.4), (1.0, 1.0), (0.25, 0.0)])
+def test_a_sink_of_two_queries_and_two_keys(least, strength):
+    """Both look at the first key; uniform attention gives it a half. A third query is padding."""
+    weights = torch.tensor([[1.0, 0.0], [least, 1 - least], [0.0, 1.0]]).expand(1, 1, 3, 2)
+    sink = F.sink_strength(rows_of(weights, query_mask=torch.tensor([[True, True, False]])))
+    assert sink.item() == pytest.approx(strength)
+    alone = F.sink_strength(rows_of(weights, query_mask=torch.tensor([[True, False, False]])))
+    assert alone.isnan(), "a single query cannot differ from itself"
+
+
+def test_a_sink_is_beyond_uniform_attention_over_the_row_that_sees_the_most_keys():
+    """Under a causal mask the first query sees one key, the others two and three."""
+    weights = torch.tensor([[1.0, 0.0, 0.0], [0.7, 0.3, 0.0], [0.5, 0.25, 0.25]]).expand(1, 1, 3, 3)
+    sink = F.sink_strength(rows_of(weights, visible=torch.ones(3, 3, dtype=torch.bool).tril().expand(1, 1, 3, 3)))
+    assert sink.item() == pytest.approx((0.5 - 1 / 3) / (1 - 1 / 3))
+
+
+def test_heads_differ_over_the_queries_that_see_several_keys():
+    """A query of a single key says nothing: of the other, each head has a key of its own."""
+    weights = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])[None]
+    visible = torch.tensor([[True, False], [True, True]]).expand(1, 1, 2, 2)
+    assert F.head_diversity(rows_of(weights, visible=visible)).item() == pytest.approx(1)
+    assert F.head_diversity(rows_of(weights[:, :, :1], visible=visible[:, :, :1])).isnan()
+
+
+def test_a_mask_over_a_token_and_a_slot_is_that_of_the_token():
+    """A band of two keys, of which the second is no token."""
+    weights = torch.tensor([[0.25, 0.75], [0.0, 1.0]]).expand(1, 1, 2, 2)
+    visible = torch.tensor([[True, True], [False, True]]).expand(1, 1, 2, 2)
+    rows = rows_of(weights, visible=visible, extra_keys=1)
+    assert rows.token_visible.shape == (1, 1, 2, 1)
+    torch.testing.assert_close(F.lift(rows).flatten(), torch.tensor([0.5, torch.nan]), equal_nan=True)
 
 
 def test_check_values_of_the_definition():

@@ -36,6 +36,34 @@ def test_the_fit_is_scikit_learns_but_for_the_covariances_denominator():
     np.testing.assert_allclose(bias, shift, rtol=1e-8)
 
 
+def sums_of(x, target):
+    member = torch.nn.functional.one_hot(target, CLASSES).double()
+    return member.sum(0), member.T @ x, x.T @ x
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_features_of_another_scale_are_read_alike(scale):
+    x, target, _ = made_up()
+    x = x.double() - 100
+    weights, bias = functional.discriminant(*sums_of(x, target))
+    scaled, same = functional.discriminant(*sums_of(scale * x, target))
+    torch.testing.assert_close(scaled * scale, weights)
+    torch.testing.assert_close(same, bias)
+
+
+def test_a_fit_takes_two_classes_and_one_sample_more_than_classes():
+    """Of classes 0 and 2: the means are 1 and 4, and two samples lie 1 from theirs."""
+    x, target = torch.tensor([[0.0], [2.0], [4.0]]).double(), torch.tensor([0, 0, 2])
+    weights, bias = functional.discriminant(*sums_of(x, target))
+    assert weights.flatten().tolist() == pytest.approx([1 / 2, 0, 4 / 2])
+    expected = [math.log(2 / 3) - 1 / 4, -math.inf, math.log(1 / 3) - 16 / 4]
+    assert bias.tolist() == pytest.approx(expected)
+    for some in ([0, 2], [0, 1]):  # no more samples than classes, and one class
+        weights, bias = functional.discriminant(*sums_of(x[some], target[some]))
+        assert weights.isnan().all()
+        assert bias.isnan().all()
+
+
 def test_each_sample_is_read_by_a_fit_of_the_other_folds():
     x, target, folds = made_up()
     ours = functional.cross_fitted_reading(x, target, folds, CLASSES)
@@ -155,6 +183,16 @@ def test_tokens_are_averaged_where_they_are_real():
     assert torch.equal(functional.pooled_tokens(padded, mask)[:2], ours[:2])
     assert torch.equal(functional.pooled_tokens(tokens[:, 0]), tokens[:, 0])
     assert functional.pooled_tokens(tokens.half()).dtype == torch.float32
+
+
+def test_a_projection_is_the_same_in_every_process_and_draws_no_random_numbers(monkeypatch):
+    found = []
+    for seed in (1, 2):
+        monkeypatch.setattr("lightning_xattn.functional.reading._PROJECTIONS", {})
+        torch.manual_seed(seed)
+        found.append(functional.project(torch.eye(READING_WIDTH + 3)))
+        assert torch.get_rng_state().equal(torch.manual_seed(seed).get_state())
+    assert torch.equal(*found)
 
 
 def test_wide_features_are_projected_always_the_same_way():

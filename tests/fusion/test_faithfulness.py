@@ -188,6 +188,24 @@ def test_keys_that_are_not_seen_are_replaced_where_they_enter_the_fusion():
         assert float(summary.numbers[f"cost/{THERE}"][i]) == pytest.approx(cost, abs=1e-6)
 
 
+def test_tokens_whose_samples_stand_second_are_replaced_alike():
+    class SequenceFirst(Gazing):
+        def forward(self, left, right):
+            return super().forward(left.transpose(0, 1), right.transpose(0, 1))
+
+    class Turned(Gazer):
+        def forward(self, left, right):
+            return 3 * self.fusion(left.transpose(0, 1), right.transpose(0, 1))
+
+    module = Turned(way="softmax")
+    module.fusion = SequenceFirst(way="softmax")
+    found, expected = summary_of(module).numbers, summary_of(Gazer(way="softmax")).numbers
+    assert expected[f"gain/{THERE}"].isfinite().sum() == 128
+    for direction in (THERE, BACK):
+        for name in ("gain", "cost"):
+            torch.testing.assert_close(found[f"{name}/{direction}"], expected[f"{name}/{direction}"], equal_nan=True)
+
+
 @pytest.mark.parametrize("way", ["kernel", "softmax"])
 def test_reported_weights_that_are_not_those_that_were_used_rank_nothing(way):
     summary = summary_of(Gazer(reports="shuffled", way=way), marked_data(1500), contribution_samples=1500)

@@ -1,12 +1,15 @@
 """What lies behind a fusion, run again with other tokens: nothing of the model or of the run changes."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.fusion.contribution import _Jobs, _replay_jobs
+from lightning_xattn.fusion.replay import ReplayError, Spoken
 from tests.fusion.models import WIDTH, Concatenation, TwoStreams, loader_of, said_data
 from tests.toy import count_global_hooks, count_hooks, quiet_trainer
 
@@ -230,3 +233,30 @@ def test_two_callbacks_do_not_see_each_others_replays():
     for watch in both:
         (summary,) = watch.fusion_summaries.values()
         assert torch.equal(summary.numbers["phi/left"], expected.numbers["phi/left"])
+
+
+@pytest.mark.parametrize(("is_half", "off", "kept"), [(False, 5e-4, True), (False, 5e-3, False), (True, 5e-3, True)])
+def test_intact_pairs_must_say_what_they_said_within_rounding(is_half, off, kept):
+    """Probabilities that are off by so much: half precision may be, single precision may not."""
+    values = torch.eye(4)[torch.arange(8) % 4] * 0.9 + 0.02
+    source = SimpleNamespace(spoken=Spoken(values, values), batches=lambda places, sources: [(sources[0], sources)])
+
+    class Replays:
+        skips = True
+
+        def __call__(self, sources):
+            return Spoken(values[sources[0]] + off, values[sources[0]])
+
+    replay = Replays()
+    replay.is_half = is_half
+    every = torch.arange(8)
+    jobs = [_Jobs(every, every, frozenset()), _Jobs(every, every.roll(1), frozenset({0}))]
+    places = {"left": None, "right": None}
+    if kept:
+        found, whole = _replay_jobs(source, places, jobs, replay, torch.arange)
+        assert sorted(found) == [0, 1]
+        assert not whole
+        torch.testing.assert_close(found[1].values, values + off)
+    else:
+        with pytest.raises(ReplayError, match="other outputs"):
+            _replay_jobs(source, places, jobs, replay, torch.arange)

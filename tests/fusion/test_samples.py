@@ -3,13 +3,14 @@
 import json
 import math
 import warnings
+from copy import copy
 
 import pytest
 import torch
 
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
 from lightning_xattn.errors import SettingError
-from lightning_xattn.fusion.samples import SampleModalities
+from lightning_xattn.fusion.samples import SampleModalities, most_conflicting, of_sample
 from lightning_xattn.report.criteria import interpret_sample
 from tests.fusion.models import Concatenation, Fusion, loader_of, said_data, sample_ids, trained
 
@@ -123,6 +124,40 @@ def test_the_guides_thresholds_stand_beside_the_models_own_numbers(explained):
     assert f"met there by {int((maps < 0.2).sum())} of {len(maps)} correct" in low.evidence
     assert f"correct {maps.mean():.3f}" in low.evidence
     assert summary.samples == 140
+
+
+def test_the_most_conflicting_samples_are_those_of_largest_conflict_whose_contributions_are_known(explained):
+    fusion = copy(explained[2].fusion)
+    conflicts = fusion.numbers["conflict"].tolist()
+    exchanged = [i for i in range(140) if not math.isnan(float(fusion.numbers["phi/left"][i]))]
+    assert len(exchanged) == 128
+    assert most_conflicting(fusion) == sorted(exchanged, key=lambda i: -conflicts[i])[:10]
+    fusion.uncontributed = "no reason"
+    assert most_conflicting(fusion) == sorted(range(140), key=lambda i: -conflicts[i])[:10]
+    fusion.numbers = fusion.numbers | {"conflict": torch.tensor([math.nan, 0.0, 1.0, 0.5, math.nan])}
+    assert most_conflicting(fusion) == [2, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "followed"),
+    [(0.4, 0.1, "left"), (0.1, 0.4, "right"), (-0.3, 0.0, "right"), (0.2, 0.215, None), (0.225, 0.2, "left")],
+)
+def test_the_modality_that_is_followed_contributes_clearly_more(explained, left, right, followed):
+    fusion = copy(explained[2].fusion)
+    fusion.numbers = fusion.numbers | {
+        f"phi/{name}": torch.full((140,), phi) for name, phi in (("left", left), ("right", right))
+    }
+    found = of_sample(fusion, 3, NAMES)
+    assert found.followed == followed
+    assert found.contributions == pytest.approx({"left": left, "right": right})
+
+
+def test_a_class_without_a_name_is_told_by_its_number(explained):
+    fusion = explained[2].fusion
+    first = int((fusion.predicted == 1).nonzero()[0])
+    assert of_sample(fusion, first, NAMES).predicted == of_sample(fusion, first, NAMES[:2]).predicted == "b"
+    for names in (NAMES[:1], []):
+        assert of_sample(fusion, first, names).predicted == "class 1"
 
 
 def test_all_partners():
