@@ -12,7 +12,7 @@ from lightning_xattn.columns import ALIGNMENT
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnError, XAttnWarning
 from lightning_xattn.labels.finder import LabelFinder
 from lightning_xattn.labels.places import Step
-from lightning_xattn.labels.tensors import are_binary_labels, confidence_of
+from lightning_xattn.labels.tensors import are_binary_labels, are_probabilities, confidence_of
 from tests.messages import tells
 from tests.toy import AUDIO, TEXT, ToyModule, quiet_trainer
 from tests.toy import CLASSES as CLASSES_OF_TOY
@@ -174,6 +174,18 @@ def test_confidence_is_the_probability_of_the_predicted_class():
     # bfloat16 keeps a sum up to its rounding: to 4 eps, 1 / 32.
     half = torch.tensor([[0.5, 0.53125], [0.5, 0.546875]]).bfloat16()
     assert confidence_of(half, probabilities=True).tolist() == pytest.approx([0.53125, math.nan], nan_ok=True)
+
+
+def test_probabilities_sum_to_1_within_their_precision():
+    assert are_probabilities(torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
+    assert not are_probabilities(torch.tensor([[0.5, 0.5], [0.25, 0.5]]))
+    assert not are_probabilities(torch.tensor([[1.5, -0.5]]))
+    half = torch.tensor([[0.5, 0.53125]]).bfloat16()  # 1 / 32 more than 1
+    assert are_probabilities(half)
+    assert not are_probabilities(half.float())
+    broken = torch.tensor([[math.nan, 0.5], [0.5, 0.5]])
+    assert are_probabilities(broken), "what is not finite says nothing"
+    assert not are_probabilities(broken[:1])
 
 
 @pytest.mark.parametrize(
@@ -352,6 +364,7 @@ def test_errors():
         ({"probs": SCORES.softmax(1)}, {"head": SCORES}, SCORES),
         ({"probs": SCORES.softmax(1)}, {"head": 2 * SCORES}, SCORES.log_softmax(1)),  # says another confidence
         ({"preds": torch.tensor(PREDICTED)}, SCORES.flip(1), None),  # says other classes
+        ({"preds": torch.tensor(PREDICTED)}, torch.cat([SCORES[:4], SCORES[:1]]), None),  # says 1 where 0 is predicted
         ({"preds": torch.tensor(PREDICTED)}, SCORES.sigmoid(), None),  # logits, or of a sigmoid for each class?
     ],
 )

@@ -183,6 +183,7 @@ def test_tokens_are_averaged_where_they_are_real():
     assert torch.equal(functional.pooled_tokens(padded, mask)[:2], ours[:2])
     assert torch.equal(functional.pooled_tokens(tokens[:, 0]), tokens[:, 0])
     assert functional.pooled_tokens(tokens.half()).dtype == torch.float32
+    assert functional.pooled_tokens(tokens.double()).dtype == torch.float64
 
 
 def test_a_projection_is_the_same_in_every_process_and_draws_no_random_numbers(monkeypatch):

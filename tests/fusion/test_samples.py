@@ -138,6 +138,16 @@ def test_the_most_conflicting_samples_are_those_of_largest_conflict_whose_contri
     assert most_conflicting(fusion) == [2, 3, 1]
 
 
+def test_numbers_of_some_samples_stand_in_their_places_and_those_of_others_nowhere(explained):
+    fusion = explained[2].fusion
+    places = [7, 139, 0]
+    samples = torch.stack([fusion.rows["process"], fusion.sample_numbers], dim=1)[places]
+    others = torch.tensor([[0, 10_000], [9, 3]])  # of no sample that was read
+    spread = fusion._spreading(torch.cat([others[:1], samples, others[1:]]))(torch.tensor([5.0, 1.0, 2.0, 3.0, 6.0]))
+    assert spread[places].tolist() == [1, 2, 3]
+    assert spread.isnan().sum() == 137
+
+
 @pytest.mark.parametrize(
     ("left", "right", "followed"),
     [(0.4, 0.1, "left"), (0.1, 0.4, "right"), (-0.3, 0.0, "right"), (0.2, 0.215, None), (0.225, 0.2, "left")],
