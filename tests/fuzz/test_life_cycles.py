@@ -21,7 +21,7 @@ from tests.test_trainer import assert_same_records
 from tests.toy import CLASSES, ToyModule, count_global_hooks, count_hooks, quiet_trainer, toy_data
 
 # Advice of Lightning's about small data, and ours about labels and numbers that are not there.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 STAGES = ("train", "validation", "test", "predict")
 MOMENTS = ("epoch_start", "batch_start", "batch_end", "epoch_end")
