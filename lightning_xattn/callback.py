@@ -6,6 +6,7 @@ import uuid
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lightning_xattn.capture import AttentionSetting
-from lightning_xattn.distributed import ALONE, own_places
+from lightning_xattn.distributed import ALONE, Processes, own_places
 from lightning_xattn.epoch_log import EpochLog, by_scope
 from lightning_xattn.errors import SettingError
 from lightning_xattn.evaluation import Evaluation, Settings, summarise
@@ -47,11 +48,18 @@ if TYPE_CHECKING:
 
 CURVES = ("main", "all")
 
-_OF_A_RUN = (
-    *("_evaluations", "_recorder", "_recording", "_table", "_resumes", "_run", "_processes"),
-    *("log", "log_dict"),  # the model's own methods: Lightning puts them here
-)
-"""Attributes that are not copied with a callback."""
+
+@dataclass(eq=False)
+class _Run:
+    """What a callback has while a Trainer runs, and is not copied with it."""
+
+    resumes: bool = True
+    name: str = ""
+    processes: Processes = ALONE
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    recorder: StepRecorder | None = None
+    is_recording: bool = False
+    table: TrainingTable | None = None
 
 
 class AttentionExplainabilityCallback(Callback):
@@ -168,16 +176,7 @@ class AttentionExplainabilityCallback(Callback):
         self.curves = curves
         self.schedule = Schedule(every_n_epochs, figures_every_n_epochs, faithfulness_every_n_epochs, every_n_batches)
         self._handover, self._found = Handover(), Findings()
-        self._begin()
-
-    def _begin(self) -> None:
-        """Have nothing of a run."""
-        self._evaluations: dict[int, Evaluation] = {}
-        self._recorder: StepRecorder | None = None
-        self._recording = False
-        self._table: TrainingTable | None = None
-        self._resumes = True
-        self._run, self._processes = "", ALONE
+        self._run = _Run()
 
     def __repr__(self) -> str:
         recorded = ", ".join({**self.summaries, **self.fusion_summaries}) or "nothing"
@@ -211,12 +210,14 @@ class AttentionExplainabilityCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """What was found, but nothing of a run, its model and its Trainer."""
+        # Lightning puts the model's own methods here.
+        of_run = "_run", "log", "log_dict"
         state = vars(self) | {"_found": self._findings}
-        return {name: value for name, value in state.items() if name not in _OF_A_RUN}
+        return {name: value for name, value in state.items() if name not in of_run}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._begin()
+        self._run = _Run()
 
     @property
     def state_key(self) -> str:
@@ -233,7 +234,7 @@ class AttentionExplainabilityCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's history, unless there is one already and the checkpoint is only tested."""
-        if "history" in state_dict and (self._resumes or not self.history):
+        if "history" in state_dict and (self._run.resumes or not self.history):
             self._findings.history = unpack_history(state_dict["history"])
             self._findings.fit_begins = state_dict["fit_begins"]
 
@@ -252,8 +253,8 @@ class AttentionExplainabilityCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look anew at the first batch of what is to run."""
-        self._resumes, self._recorder, self._processes = stage == "fit", None, processes_of(trainer)
-        if self._resumes:
+        self._run = _Run(stage == "fit", processes=processes_of(trainer))
+        if self._run.resumes:
             self._findings.fit_begins = len(self.history)
         make = partial(
             Evaluation,
@@ -262,46 +263,46 @@ class AttentionExplainabilityCallback(Callback):
             self._findings.checks,
             expects_targets=stage != "predict",
             keeps_maps=stage == "test",  # after which there is a page
-            processes=self._processes,
+            processes=self._run.processes,
         )
         first = make()
         # One for each dataloader, as their batches may differ; their classes are those of the first.
-        self._evaluations = defaultdict(partial(make, first), {0: first})
+        self._run.evaluations = defaultdict(partial(make, first), {0: first})
         if self.settings.table is not None:
             now = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:4]}"
-            self._run = trainer.strategy.broadcast(now)
+            self._run.name = trainer.strategy.broadcast(now)
         if trainer.world_size > 1:
             # What is logged is the same on every process already; Lightning cannot know, and says so for each name.
             warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('xattn_")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the attention before training starts, so that a wrong path fails at once."""
-        self._recorder = self.settings.recorder(pl_module, self._processes)
+        self._run.recorder = self.settings.recorder(pl_module, self._run.processes)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to record, if this epoch is one to record."""
         self._stop()
         if not self.schedule.records(trainer):
             return
-        self._recording = True
-        if self._recorder is None:
-            self._recorder = self.settings.recorder(pl_module, self._processes)
+        self._run.is_recording = True
+        if self._run.recorder is None:
+            self._run.recorder = self.settings.recorder(pl_module, self._run.processes)
         rehearsal = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
-        if self.settings.table is not None and not rehearsal and self._processes.is_first_peer:
+        if self.settings.table is not None and not rehearsal and self._run.processes.is_first_peer:
             from lightning_xattn.table import TrainingTable  # pyarrow, only where a table is wanted
 
-            about = {"run": self._run} | moment(trainer)
+            about = {"run": self._run.name} | moment(trainer)
             name = "{run}-{stage}-epoch={epoch}-step={step}".format(**about)
-            name += f"-rank={self._processes.rank}-of-{self._processes.count}"
-            self._table = TrainingTable(Path(self.settings.table), name, about)
+            name += f"-rank={self._run.processes.rank}-of-{self._run.processes.count}"
+            self._run.table = TrainingTable(Path(self.settings.table), name, about)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Put the hooks on the model, if this batch is one to record."""
-        if self._recording and self.schedule.samples(batch_idx):
-            assert self._recorder is not None
-            self._recorder.__enter__()
+        if self._run.is_recording and self.schedule.samples(batch_idx):
+            assert self._run.recorder is not None
+            self._run.recorder.__enter__()
 
     def on_validation_batch_end(
         self,
@@ -313,28 +314,28 @@ class AttentionExplainabilityCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the running sums."""
-        if not (self._recording and self.schedule.samples(batch_idx)):
+        if not (self._run.is_recording and self.schedule.samples(batch_idx)):
             return
-        assert self._recorder is not None
-        self._recorder.close()
-        taken = self._recorder.take(outputs, batch)
+        assert self._run.recorder is not None
+        self._run.recorder.close()
+        taken = self._run.recorder.take(outputs, batch)
         if taken is None:
-            self._recorder.clear()
+            self._run.recorder.clear()
             return
-        evaluation = self._evaluations[dataloader_idx]
-        is_first = all(one.classes is None for one in self._evaluations.values())
-        result = evaluation.read(*taken, self._recorder)
-        self._recorder.clear()
+        evaluation = self._run.evaluations[dataloader_idx]
+        is_first = all(one.classes is None for one in self._run.evaluations.values())
+        result = evaluation.read(*taken, self._run.recorder)
+        self._run.recorder.clear()
         if is_first:
-            warn(self._findings.checks.of_directions(self._recorder.layers))
-            tell(self._findings.checks.of_reading(evaluation.describe(result, self._recorder)))
+            warn(self._findings.checks.of_directions(self._run.recorder.layers))
+            tell(self._findings.checks.of_reading(evaluation.describe(result, self._run.recorder)))
         for columns in evaluation.add(result, own_places(loaders_of(trainer), dataloader_idx, batch_idx, len(result))):
-            if self._table is not None:
-                self._table.add(columns | {"dataloader": dataloader_idx})
+            if self._run.table is not None:
+                self._run.table.add(columns | {"dataloader": dataloader_idx})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's curves and figures."""
-        if self._recording and not trainer.sanity_checking:
+        if self._run.is_recording and not trainer.sanity_checking:
             self._log_epoch(trainer, pl_module)
             self._hand_over(trainer)  # now, as an exception in a process that a Trainer has started calls no hook there
         self._stop()
@@ -352,7 +353,7 @@ class AttentionExplainabilityCallback(Callback):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table; what is known of all samples is in ``summaries`` and ``fusion_summaries``."""
-        if self._recording:
+        if self._run.is_recording:
             self._end_epoch(trainer, pl_module)
         self._stop()
 
@@ -370,17 +371,17 @@ class AttentionExplainabilityCallback(Callback):
         """Take every hook off the model, and let go of it."""
         self._stop()
         self._hand_over(trainer)
-        self._recorder, self._evaluations, self._processes = None, {}, ALONE
+        self._run = _Run()
 
     def _stop(self) -> None:
-        if self._recorder is not None:
-            self._recorder.close()
-            self._recorder.clear()
-            self._recorder.let_go()
-        if self._table is not None:
-            self._table.discard()
-        self._recording, self._table = False, None
-        for evaluation in self._evaluations.values():
+        if self._run.recorder is not None:
+            self._run.recorder.close()
+            self._run.recorder.clear()
+            self._run.recorder.let_go()
+        if self._run.table is not None:
+            self._run.table.discard()
+        self._run.is_recording, self._run.table = False, None
+        for evaluation in self._run.evaluations.values():
             evaluation.reset()
 
     def _hand_over(self, trainer: Trainer) -> None:
@@ -392,22 +393,24 @@ class AttentionExplainabilityCallback(Callback):
 
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], list[Path]]:
         """What the evaluation says, by dataloader, and the files of its sample table."""
-        assert self._recorder is not None
+        assert self._run.recorder is not None
         ended = dict(
-            summarise(self._evaluations, self._recorder, self._processes, self.schedule.tests_attention(trainer))
+            summarise(
+                self._run.evaluations, self._run.recorder, self._run.processes, self.schedule.tests_attention(trainer)
+            )
         )
         fusions = {number: summary.fusion for number, summary in ended.items() if summary.fusion is not None}
         tables = []
-        if self._table is not None:
-            tables = self._table.close(
-                {number: sample_columns(one, self._processes.rank) for number, one in fusions.items()}
+        if self._run.table is not None:
+            tables = self._run.table.close(
+                {number: sample_columns(one, self._run.processes.rank) for number, one in fusions.items()}
             )
         for number, one in fusions.items():
             self.fusion_summaries[self._scope(trainer)(number, "")] = one
         group_by, axes = self.settings.group_by, attention_axes(trainer, pl_module)
         results = {
             number: DatasetResult(
-                one.layers, one.fusion, self._evaluations[number].classes or (), group_by, axes, None, one.maps
+                one.layers, one.fusion, self._run.evaluations[number].classes or (), group_by, axes, None, one.maps
             )
             for number, one in ended.items()
         }
@@ -423,7 +426,7 @@ class AttentionExplainabilityCallback(Callback):
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         results, tables = self._end_epoch(trainer, pl_module)
         log = self._log(trainer, pl_module, self.schedule.draws(trainer))
-        records = log.log(results, self._evaluations, self.history[self._findings.fit_begins :], tables)
+        records = log.log(results, self._run.evaluations, self.history[self._findings.fit_begins :], tables)
         self.history.extend(records)
         if not records:
             warn(self._findings.checks.of_nothing(stage_of(trainer)))

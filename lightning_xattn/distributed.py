@@ -43,22 +43,17 @@ class Processes:
         dist.all_gather_object(gathered, (value,) if self.is_first_peer else ())
         return [one for several in gathered for one in several]
 
-    def agree(self, tensor: Tensor) -> bool:
-        """Whether all peers have this tensor, but for rounding; one collective among them. Looks at the values."""
-        if self.peers is None:
-            return True
+    def ask_peers(self, tensor: Tensor) -> list[Tensor]:
+        """What each of the peers has, on the CPU; one collective among them, for which a GPU waits."""
         theirs: list[Any] = [None] * dist.get_world_size(self.peers)
-        mine = tensor.detach().cpu()
-        dist.all_gather_object(theirs, mine, group=self.peers)
-        close = 3e-2 if mine.is_floating_point() and mine.dtype.itemsize < 4 else 1e-3
-        alike = [one.shape == theirs[0].shape for one in theirs]
-        # Compared with the first one's, so that all come to the same conclusion.
-        return all(alike) and all(torch.allclose(one, theirs[0], 0, close, equal_nan=True) for one in theirs)
+        dist.all_gather_object(theirs, tensor.detach().cpu(), group=self.peers)
+        return theirs
 
     def join(self, tensor: Tensor, dim: int) -> Tensor:
         """The parts of a tensor that the peers have, all of one shape, as one; one collective among them."""
+        tensor = tensor.contiguous()
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.peers))]
-        dist.all_gather(parts, tensor.contiguous(), group=self.peers)
+        dist.all_gather(parts, tensor, group=self.peers)
         return torch.cat(parts, dim)
 
 

@@ -45,11 +45,13 @@ class Handover:
         self._made_in = os.getpid()
         self._folder = Path(tempfile.gettempdir()) / f"lightning_xattn-{uuid.uuid4().hex}"
         self._known: tuple[int, ...] | None = None
+        self._has_looked = False
         weakref.finalize(self, _remove, self._folder, self._made_in)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        if os.getpid() == self._made_in:  # a copy, to which nothing comes that is the original's
+        # In a process that is being started, parent_process() is not known yet.
+        if os.getppid() != self._made_in:  # a copy, to which nothing comes that is the original's
             self.__init__()  # type: ignore[misc]
 
     def leave(self, findings: Findings) -> None:
@@ -66,7 +68,14 @@ class Handover:
         self._known = self._version()
 
     def take(self) -> Findings | None:
-        """What was left since this was last asked; None if nothing."""
+        """What was left since this was last asked; None if nothing.
+
+        In a process that was started: what was left before it.
+        """
+        if os.getpid() != self._made_in:
+            if self._has_looked:
+                return None
+            self._has_looked = True
         version = self._version()
         if version in (None, self._known):
             return None

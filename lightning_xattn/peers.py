@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
-from lightning_xattn.attention import Attention, AttentionPair
+from lightning_xattn.attention import Attention, AttentionPair, Direction
 from lightning_xattn.capture import Layer
 from lightning_xattn.distributed import Processes
 from lightning_xattn.errors import DataError
 from lightning_xattn.fusion.recorder import FusionInputs
 from lightning_xattn.labels import Labels
 
+Place = tuple[str, Direction]
+"""A layer's name and one of its directions."""
 
-def splits_heads(
-    attention: Iterable[AttentionPair], layers: Iterable[Layer], model: nn.Module, processes: Processes
-) -> bool:
-    """Whether each of these processes has computed some of the heads. A collective for each direction among them.
+
+def split_heads(
+    attention: Iterable[AttentionPair], layers: Sequence[Layer], model: nn.Module, processes: Processes
+) -> set[Place]:
+    """Where each of these processes has computed some of the heads. A collective for each direction among them.
+
+    What all of them compute is the same to the bit, as all have got the same; heads differ, if only by rounding.
 
     Raises
     ------
@@ -27,37 +32,50 @@ def splits_heads(
         If their attention differs, and no layer around it is split by columns, as those are that project to heads.
     """
     sources = {one.name: dict(one.sources) for one in layers}
-    splits = False
+    split = set()
     for pair in attention:
         for one in pair.directions:
-            if processes.agree(one.weights):
+            theirs = processes.ask_peers(one.weights)
+            if _are_equal(theirs):
                 continue
-            path = sources[pair.layer][one.direction].path
-            if not any(map(_is_split_by_columns, model.get_submodule(path).parameters())):
+            source = sources[pair.layer][one.direction]
+            if source.read is None and _splits_columns(model.get_submodule(source.path)):
+                split.add((pair.layer, one.direction))
+            elif not _are_alike(theirs):
                 raise DataError(
-                    f"The processes of a tensor-parallel group have other attention {one.direction} of the same "
-                    f"samples, though no layer in '{path or 'the model'}' is parallelized with ColwiseParallel, which "
-                    "splits heads. They may have other weights: seed_everything() before the model is made. Or each "
+                    f"The processes of a tensor-parallel group computed different attention {one.direction} for the "
+                    f"same samples, though no layer in '{source}' is parallelized with ColwiseParallel, which splits "
+                    "heads. They may have different weights: call seed_everything() before the model is made. Or each "
                     "has a part of the queries: give it all of them."
                 )
-            splits = True
-    return splits
+    return split
 
 
-def with_all_heads(attention: Iterable[AttentionPair], processes: Processes) -> tuple[AttentionPair, ...]:
-    """The same with the heads of all these processes, in their order."""
-
-    def whole(one: Attention) -> Attention:
-        heads = one.weights.shape[1]
-        by_head = one.visible is not None and one.visible.dim() == 4 and one.visible.shape[1] == heads
-        return replace(
-            one,
-            weights=processes.join(one.weights, 1),
-            visible=processes.join(one.visible, 1) if by_head and one.visible is not None else one.visible,
-            crossing=None if one.crossing is None else processes.join(one.crossing, 1),
+def with_all_heads(
+    attention: Iterable[AttentionPair], split: Collection[Place], processes: Processes
+) -> tuple[AttentionPair, ...]:
+    """The same with the heads of all these processes, in their order, where they are split."""
+    return tuple(
+        AttentionPair(
+            pair.layer,
+            *(_whole(one, processes) if (pair.layer, one.direction) in split else one for one in pair.directions),
         )
+        for pair in attention
+    )
 
-    return tuple(AttentionPair(pair.layer, *map(whole, pair.directions)) for pair in attention)
+
+def _whole(one: Attention, processes: Processes) -> Attention:
+    heads, visible, key_mask = one.weights.shape[1], one.visible, one.key_mask
+    if key_mask is not None:
+        # A key that all heads of one process do not see may be one that those of another see.
+        here = key_mask[:, None, None, :]
+        visible = here if visible is None else visible & here
+        key_mask = processes.join(key_mask[None], 0).any(0)
+    if visible is not None:
+        visible = processes.join(visible.expand(torch.broadcast_shapes(visible.shape, (1, heads, 1, 1))), 1)
+    crossing = None if one.crossing is None else processes.join(one.crossing, 1)
+    weights = processes.join(one.weights, 1)
+    return replace(one, weights=weights, visible=visible, key_mask=key_mask, crossing=crossing)
 
 
 def check_alike(labels: Labels, inputs: FusionInputs | None, processes: Processes) -> None:
@@ -66,7 +84,7 @@ def check_alike(labels: Labels, inputs: FusionInputs | None, processes: Processe
     Raises
     ------
     DataError
-        If they have other predictions of the same samples, or other tokens at the fusion.
+        If they have different predictions for the same samples, or different tokens at the fusion.
     """
     parts: dict[str, Tensor | None] = {
         "predictions": labels.predicted if labels.confidence is None else labels.confidence
@@ -74,20 +92,40 @@ def check_alike(labels: Labels, inputs: FusionInputs | None, processes: Processe
     if inputs is not None:
         parts |= {f"tokens of '{name}' at the fusion": tokens for name, (tokens, _) in inputs.tokens.items()}
     for name, part in parts.items():
-        if part is not None and not processes.agree(part):
+        if part is not None and not _are_alike(processes.ask_peers(part)):
             raise DataError(
-                f"The processes of a tensor-parallel group have other {name} of the same samples: each seems to have "
-                "a part of them. Let each have the whole: parallelize what makes them with "
+                f"The processes of a tensor-parallel group have different {name} for the same samples: each seems to "
+                "have a part of them. Let each have the whole: parallelize what makes them with "
                 "output_layouts=Replicate()."
             )
 
 
-def _is_split_by_columns(parameter: Tensor) -> bool:
-    """Whether tensor parallelism has given each process some of the rows of a weight, so of the layer's outputs."""
-    if not isinstance(parameter, DTensor):
+def _are_equal(several: Sequence[Tensor]) -> bool:
+    return all(
+        one.shape == several[0].shape and torch.equal(one.nan_to_num(), several[0].nan_to_num()) for one in several
+    )
+
+
+def _are_alike(several: Sequence[Tensor]) -> bool:
+    """Whether they differ by no more than rounding, by the size of the values."""
+    first = several[0]
+    if any(one.shape != first.shape for one in several):
         return False
-    names = parameter.device_mesh.mesh_dim_names or ()
+    if not first.is_floating_point():
+        return _are_equal(several)
+    size = first.double().nan_to_num(0, 0, 0).norm() / max(first.numel(), 1) ** 0.5
+    tolerance = float(size) * max(1e-5, 8 * torch.finfo(first.dtype).eps)
+    return all(torch.allclose(one.double(), first.double(), 0, tolerance, equal_nan=True) for one in several)
+
+
+def _splits_columns(module: nn.Module) -> bool:
+    """Whether tensor parallelism has given each process some of the outputs of a linear layer in it."""
+    from torch.distributed.tensor import DTensor, Shard  # absent where torch has no torch.distributed
+
+    weights = [one.weight for one in module.modules() if isinstance(one, nn.Linear)]
     return any(
         name == "tensor_parallel" and isinstance(placement, Shard) and placement.dim == 0
-        for name, placement in zip(names, parameter.placements, strict=True)
+        for weight in weights
+        if isinstance(weight, DTensor)
+        for name, placement in zip(weight.device_mesh.mesh_dim_names or (), weight.placements, strict=True)
     )

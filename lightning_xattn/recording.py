@@ -14,7 +14,7 @@ from lightning_xattn.fusion.entrance import ModalitiesSetting
 from lightning_xattn.fusion.recorder import FusionInputs, FusionRecorder
 from lightning_xattn.labels import Labels, Step
 from lightning_xattn.messages import tell, warn
-from lightning_xattn.peers import check_alike, splits_heads, with_all_heads
+from lightning_xattn.peers import Place, check_alike, split_heads, with_all_heads
 
 Attentions = tuple[AttentionPair, ...]
 
@@ -55,7 +55,7 @@ class StepRecorder:
         self.fusion = FusionRecorder(model, fusion, modalities, processes)
         self._attention = AttentionRecorder(model, attention)
         self._model, self._processes = model, processes
-        self._splits_heads, self._is_first = False, True
+        self._split, self._is_first = set[Place](), True
         # A model whose fusion is named may have no cross-attention at all.
         self._may_lack_attention = attention is None and not self.fusion.needs_attention
         self._lacks_attention = False
@@ -84,7 +84,7 @@ class StepRecorder:
     def let_go(self) -> None:
         """Let go of what an evaluation's first step has shown of it."""
         self.fusion.let_go()
-        self._splits_heads, self._is_first = False, True
+        self._split, self._is_first = set[Place](), True
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -104,7 +104,7 @@ class StepRecorder:
         DiscoveryError, ShapeError
             As ``AttentionRecorder.attention``; a model whose fusion is named needs no attention.
         DataError
-            If processes that have the same samples have other attention, and not as they have other heads.
+            If processes that have the same samples have different attention, and not because each has other heads.
         """
         self._taken = self._with_all_heads(self._read_attention(batch))
         forward = self._attention.output
@@ -125,7 +125,7 @@ class StepRecorder:
         DiscoveryError
             If a named argument is not there, or there is neither attention nor a fusion that is clear.
         DataError
-            If processes that have the same samples have other tokens or predictions.
+            If processes that have the same samples have different tokens or predictions.
         """
         inputs, messages = self.fusion.take(self._taken, self.layers, labels)
         if self._is_first and self._processes.peers is not None:
@@ -138,12 +138,12 @@ class StepRecorder:
         return inputs
 
     def _with_all_heads(self, attention: Attentions) -> Attentions:
-        """Of all peers, if each has computed some of them in an evaluation's first step."""
+        """Of all peers, where each has computed some of them in an evaluation's first step."""
         if self._processes.peers is None:
             return attention
         if self._is_first:
-            self._splits_heads = splits_heads(attention, self.layers, self._model, self._processes)
-        return with_all_heads(attention, self._processes) if self._splits_heads else attention
+            self._split = split_heads(attention, self.layers, self._model, self._processes)
+        return with_all_heads(attention, self._split, self._processes)
 
     def _read_attention(self, batch: Any) -> Attentions:
         if self._lacks_attention:

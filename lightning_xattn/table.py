@@ -102,8 +102,10 @@ class SampleTable:
             if late:
                 with complete_or_absent(hidden_part(path)) as more:
                     add_columns(hidden_part(path), more, late)
-            hidden_part(path).replace(path)
+        # Only now, so that a file of some layers is not there without that of the others.
         paths = [path for _, path in self._writers.values()]
+        for path in paths:
+            hidden_part(path).replace(path)
         self._writers = {}
         return paths
 

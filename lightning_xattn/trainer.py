@@ -111,8 +111,10 @@ def processes_of(trainer: Trainer) -> Processes:
     dealt = strategy.distributed_sampler_kwargs
     has_peers = dealt["num_replicas"] < trainer.world_size
     peers = strategy.device_mesh["tensor_parallel"].get_group() if has_peers else None
-    # By name, as Lightning has two namespaces; its other strategies, also DDP's children, may split the model.
-    return Processes(dealt["rank"], dealt["num_replicas"], peers, type(strategy).__name__ == "DDPStrategy")
+    # By name, as Lightning has two namespaces. DeepSpeed's strategy is a child of DDP's, and may split the model.
+    kinds = {kind.__name__ for kind in type(strategy).__mro__}
+    run_alone = "DDPStrategy" in kinds and "DeepSpeedStrategy" not in kinds
+    return Processes(dealt["rank"], dealt["num_replicas"], peers, run_alone)
 
 
 def root_folder(trainer: Trainer) -> Path:

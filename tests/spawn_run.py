@@ -1,6 +1,7 @@
 """Run by test_spawn.py: fits and tests in processes that the Trainer starts, and writes what the callback has here."""
 
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from tests.toy import ToyModule, quiet_trainer, toy_loader
 def run(settings):
     """What the callback has found in this process after a fit, and after a test with another Trainer."""
     torch.manual_seed(0)
-    callback, model = AttentionExplainabilityCallback(), ToyModule()
+    # One that was copied is as good as one that was not.
+    callback, model = pickle.loads(pickle.dumps(AttentionExplainabilityCallback())), ToyModule()
     quiet_trainer(callbacks=[callback], max_epochs=2, **settings).fit(model, toy_loader(12), toy_loader())
     fitted = len(callback.history)
     quiet_trainer(callbacks=[callback], **settings).test(model, toy_loader(), verbose=False)

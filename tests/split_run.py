@@ -26,12 +26,12 @@ HEADS = 4
 class Attention(nn.Module):
     """Multi-head attention as tensor parallelism splits it: how many heads there are follows from the projections."""
 
-    def __init__(self, asks_a_part=False):
+    def __init__(self, asks_a_part=False, std=0.8):
         super().__init__()
         self.asks_a_part = asks_a_part
         self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
         for projection in (self.query, self.key):
-            nn.init.normal_(projection.weight, std=0.8)
+            nn.init.normal_(projection.weight, std=std)
 
     def forward(self, x, y):
         if self.asks_a_part:  # as context parallelism does
@@ -45,9 +45,9 @@ class Attention(nn.Module):
 
 
 class Fusion(nn.Module):
-    def __init__(self, asks_a_part=False):
+    def __init__(self, asks_a_part=False, std=0.8):
         super().__init__()
-        self.audio_to_text_attn, self.text_to_audio_attn = Attention(asks_a_part), Attention()
+        self.audio_to_text_attn, self.text_to_audio_attn = Attention(asks_a_part, std), Attention(std=std)
 
     def forward(self, audio, text):
         there, back = self.audio_to_text_attn(audio, text), self.text_to_audio_attn(text, audio)
@@ -55,23 +55,27 @@ class Fusion(nn.Module):
 
 
 class SplitModule(ToyModule):
-    """``split``: nothing, "parameters" (FSDP2), "heads" (tensor parallelism), both, or what cannot be read."""
+    """What the words in ``split`` say is split.
+
+    "parameters" (FSDP2); "heads" (tensor parallelism) of one direction or "both", whose attention may be "faint", as
+    before training; or what cannot be put together, "classes" and "queries".
+    """
 
     def __init__(self, split):
         super().__init__()
         del self.audio_to_text_attn, self.text_to_audio_attn
         self.split, self.is_configured = split, False
-        self.fusion = Fusion(asks_a_part="queries" in split)
+        self.fusion = Fusion("queries" in split, 0.02 if "faint" in split else 0.8)
 
     def configure_model(self):
-        if self.is_configured or not self.split:
+        if self.is_configured or self.split in ("", "faint"):
             return
         self.is_configured = True
         tensor_parallel, data_parallel = self.device_mesh["tensor_parallel"], self.device_mesh["data_parallel"]
         attentions = self.fusion.audio_to_text_attn, self.fusion.text_to_audio_attn
         if "heads" in self.split:
             plan = {name: ColwiseParallel() for name in ("query", "key", "value")} | {"out": RowwiseParallel()}
-            for one in attentions:
+            for one in attentions if "both" in self.split else attentions[:1]:
                 parallelize_module(one, tensor_parallel, plan)
             parallelize_module(self.head, tensor_parallel, ColwiseParallel(output_layouts=Replicate()))
         if "classes" in self.split:
@@ -101,6 +105,15 @@ def explain(split, settings, folder):
     return {"history": callback.history, "heads": [*callback.summaries["val"].heads.values()]}
 
 
+def validate(split, settings):
+    """What one validation says."""
+    torch.manual_seed(0)
+    callback = AttentionExplainabilityCallback(curves="all")
+    trainer = quiet_trainer(callbacks=[callback], **settings)
+    trainer.validate(SplitModule(split), DataLoader(toy_data(20), batch_size=6), verbose=False)
+    return {"history": callback.history}
+
+
 def refused(split, settings):
     torch.manual_seed(0)
     # Of both directions it would be seen that the queries of one are not the keys of the other.
@@ -120,8 +133,10 @@ if __name__ == "__main__":
         "strategy": ModelParallelStrategy(**sizes, process_group_backend="gloo"),
         "devices": data_parallel * tensor_parallel,
     }
-    if split in ("classes", "queries"):
+    if split in ("classes", "queries", "faint queries"):
         result = {"refused": refused(split, settings)}
+    elif split in ("heads", "faint both heads"):
+        result = validate(split, settings)
     else:
         result = explain(split, settings, folder)
     (folder / f"rank_{dist.get_rank()}.json").write_text(json.dumps(result))

@@ -11,8 +11,11 @@ from tests.processes import run_processes
 
 pytestmark = pytest.mark.slow
 
-SPLITS = {"parameters": (2, 1), "heads": (1, 2), "heads and parameters": (2, 2)}
+SPLITS = {"parameters": (2, 1), "heads of both": (1, 2), "heads of both and parameters": (2, 2)}
 """How many processes have other data, and how many the same."""
+
+
+QUERIES = "audio_to_text for the same samples, though no layer in 'fusion.audio_to_text_attn' is parallelized"
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +41,31 @@ def test_numbers_are_those_of_one_process(split, alone):
     for rank in ranks:
         assert rank["heads"] == alone["heads"] == [split_run.HEADS, split_run.HEADS]
         for found, expected in zip(rank["history"][:2], alone["history"][:2], strict=True):
-            # Gradients do not pass between processes, so faithfulness has no reference.
-            assert {one for one in expected if one not in found} <= {
-                f"faithfulness/reference/{direction}" for direction in ("audio_to_text", "text_to_audio")
-            }
-            for name, value in found.items():
-                if name != "repeats":
-                    assert value == pytest.approx(expected[name], abs=1e-5, nan_ok=True), name
+            assert_same_numbers(found, expected)
             assert "contribution/audio" in found
             assert found["samples"] == split_run.SAMPLES
             assert found["repeats"] == -split_run.SAMPLES % data_parallel
+
+
+def assert_same_numbers(found, expected):
+    # Gradients do not pass between processes, so faithfulness has no reference there.
+    referred = {name for name in expected if name.startswith("faithfulness/reference")}
+    assert expected.keys() - referred == found.keys()
+    for name, value in found.items():
+        if name != "repeats":
+            assert value == pytest.approx(expected[name], abs=1e-5, nan_ok=True), name
+
+
+@pytest.mark.parametrize("part", ["heads", "faint both heads"])
+def test_each_head_is_there_once_where_one_direction_is_split_or_all_are_alike(tmp_path, part):
+    run_processes("tests.split_run", tmp_path, part, 1, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (expected,) = split_run.validate("faint" if "faint" in part else "", {})["history"]
+    for rank in (0, 1):
+        (found,) = json.loads((tmp_path / f"rank_{rank}.json").read_text())["history"]
+        assert_same_numbers(found, expected)
+        assert f"entropy/text_to_audio/head_{split_run.HEADS - 1}" in found
 
 
 def test_a_fit_goes_on_and_all_processes_say_the_same(split):
@@ -69,11 +87,9 @@ def test_the_table_has_each_sample_once(split):
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        ("classes", "other predictions of the same samples: each seems to have a part of them"),
-        (
-            "queries",
-            "audio_to_text of the same samples, though no layer in 'fusion.audio_to_text_attn' is parallelized",
-        ),
+        ("classes", "different predictions for the same samples: each seems to have a part of them"),
+        ("queries", QUERIES),
+        ("faint queries", QUERIES),
     ],
 )
 def test_parts_that_cannot_be_put_together_are_refused(tmp_path, part, said):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import torch
-from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from lightning_xattn.attention import AttentionPair, Direction
@@ -250,15 +249,17 @@ class FusionRecorder:
         """
         packed, carrier = None, self._carrier
         if carrier is not None:
-            call = move_data_to_device((carrier.call.args, dict(carrier.call.kwargs)), "cpu")
-            with suppress(Exception):  # whatever a user's objects raise
-                packed = pickle.dumps((call, carrier.precision, carrier.spoken.cpu()))
+            with suppress(Exception), BytesIO() as file:  # whatever a user's objects raise
+                torch.save((carrier.call, carrier.precision, carrier.spoken), file)
+                packed = file.getvalue()
         steps = [step for step in self.processes.gather(packed) if step is not None]
         if carrier is None or len(steps) < self.processes.count:
             raise ReplayError(self.problem or "not every process has a step that could be run again on all of them")
-        (args, kwargs), precision, spoken = pickle.loads(steps[0])
-        args, kwargs = move_data_to_device((args, kwargs), carrier.spoken.values.device)
-        self._carrier = Carrier(carrier.module, Call(args, kwargs), precision, spoken)
+        here = str(carrier.spoken.values.device)
+        devices = {f"cuda:{number}": here for number in range(torch.cuda.device_count())}
+        self._carrier = Carrier(
+            carrier.module, *torch.load(BytesIO(steps[0]), map_location=devices, weights_only=False)
+        )
 
     def attention_of(self, direction: Direction, queries: int | None, keys: int) -> AttentionPlace | None:
         """Where a direction of the first layer is computed inside of the fusion; None where that is not known.
@@ -300,16 +301,16 @@ class FusionRecorder:
         assert self._fusion is not None
         axes, around = self.entrance.axes, self._around
 
-        running: list[nn.Module] = []
+        running: list[Call] = []
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if running and module is self._model:
-                self._calls.pop()  # of a step, see SeenRun.runs_itself
-            running.append(module)
+            if running and module is self._model:  # in a step, see SeenRun.runs_itself
+                self._calls = [one for one in self._calls if one is not running[-1]]
             try:
                 call = Call(args, kwargs).copied(axes)  # a module may change its arguments in place
             except (KeyError, IndexError, TypeError, AttributeError):
                 call = Call(args, kwargs)
+            running.append(call)
             self._calls.append(call)
 
         def left(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -353,14 +354,16 @@ class FusionRecorder:
             self._given_up = True
             yield self._survey.say_unclear(attention, layers)
             return
+        tries = len(possible) > 1 and self.processes.run_alone
+        if len(possible) > 1 and not tries:
+            yield self._survey.say_several(possible)
         problems = []
         for run, entrance in possible:
             try:
                 self._carrier, self._read = self._behind(run, entrance, labels)
                 # A replay costs a forward. Where there is a choice, what can be replayed is chosen; where there is
-                # none, the forward waits until something is replayed, and all processes are there if they must be.
-                chooses = possible[1:] and self.processes.run_alone
-                self._replay = Replay(run.module, entrance.axes, self._carrier, self._read) if chooses else None
+                # none, the forward waits until something is replayed.
+                self._replay = Replay(run.module, entrance.axes, self._carrier, self._read) if tries else None
             except ReplayError as error:
                 problems.append(str(error))
                 continue

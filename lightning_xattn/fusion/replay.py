@@ -292,6 +292,8 @@ class Replay:
     @contextmanager
     def _as_in_the_step(self) -> Iterator[None]:
         with left_as_it_was(self._carrier.module, self._with_hooks), self._carrier.precision.entered():
+            # The same in every process: those that hold a model together must come to the same conclusions.
+            torch.manual_seed(0)
             yield
 
     def _look(self) -> tuple[Call, Spoken]:

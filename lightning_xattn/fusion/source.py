@@ -109,7 +109,7 @@ class TokenSource:
 
 
 def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -> list[Result]:
-    """Let each process do its part of what takes replays: two collectives, which each must reach.
+    """Let each process do its part of what takes replays: a few collectives, which each must reach.
 
     One whose first step showed nothing, as of samples that are not finite, cannot replay, and has no part in it.
     Processes that hold a model together do all of it, each at the same time as the others.

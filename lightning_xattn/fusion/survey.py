@@ -142,6 +142,14 @@ class FusionSurvey:
         once = [run for run in around if sum(other.module is run.module for other in around) == 1]
         return sorted(once, key=lambda run: -len(run.path.split(".")) if run.path else 0)
 
+    def say_several(self, possible: Sequence[tuple[SeenRun, Entrance]]) -> str:
+        """What could be meant, where processes hold the model together, so that one cannot try to replay it."""
+        several = "; ".join(dict.fromkeys(str(run) for run, _ in possible))
+        return (
+            f"Several modules may be the fusion: {several}. The first is taken: while several processes hold the model "
+            f"together it is not tried which can be replayed. {NAME_IT}"
+        )
+
     def say_unclear(self, attention: Sequence[AttentionPair], layers: Sequence[Layer]) -> str:
         """Why nothing is taken, and what could be meant."""
         if self.runs_of_named > 1:
