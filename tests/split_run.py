@@ -57,8 +57,9 @@ class Fusion(nn.Module):
 class SplitModule(ToyModule):
     """What the words in ``split`` say is split.
 
-    "parameters" (FSDP2); "heads" (tensor parallelism) of one direction or "both", whose attention may be "faint", as
-    before training; or what cannot be put together, "classes" and "queries".
+    "parameters" (FSDP2), of a model that may have "noise" of its own in each process; "heads" (tensor parallelism) of
+    one direction or "both", whose attention may be "faint", as before training; or what cannot be put together,
+    "classes" and "queries".
     """
 
     def __init__(self, split):
@@ -85,7 +86,11 @@ class SplitModule(ToyModule):
                 fully_shard(one, mesh=data_parallel)
 
     def forward(self, audio, text):
-        return self.head(self.fusion(self.audio(audio), self.text(text)))
+        said = self.head(self.fusion(self.audio(audio), self.text(text)))
+        return said + (torch.rand(()) < 0.5) * torch.eye(4)[0] if "noise" in self.split else said
+
+    def on_validation_start(self):
+        torch.manual_seed(self.global_rank + 101)
 
     def _loss(self, batch):
         audio, text, target = batch
@@ -111,7 +116,7 @@ def validate(split, settings):
     callback = AttentionExplainabilityCallback(curves="all")
     trainer = quiet_trainer(callbacks=[callback], **settings)
     trainer.validate(SplitModule(split), DataLoader(toy_data(20), batch_size=6), verbose=False)
-    return {"history": callback.history}
+    return {"history": callback.history, "said": repr(callback.fusion_summaries["val"])}
 
 
 def refused(split, settings):
@@ -135,7 +140,7 @@ if __name__ == "__main__":
     }
     if split in ("classes", "queries", "faint queries"):
         result = {"refused": refused(split, settings)}
-    elif split in ("heads", "faint both heads"):
+    elif split in ("heads", "faint both heads", "noise, parameters"):
         result = validate(split, settings)
     else:
         result = explain(split, settings, folder)

@@ -68,6 +68,14 @@ def test_each_head_is_there_once_where_one_direction_is_split_or_all_are_alike(t
         assert f"entropy/text_to_audio/head_{split_run.HEADS - 1}" in found
 
 
+def test_a_model_that_differs_from_run_to_run_ends_no_run(tmp_path):
+    """Each process alone would try another number of replays, and wait for the others in another collective."""
+    run_processes("tests.split_run", tmp_path, "noise, parameters", 2, 1)
+    first, second = (json.loads((tmp_path / f"rank_{rank}.json").read_text())["said"] for rank in (0, 1))
+    assert first == second
+    assert "contributions cannot be told" in first
+
+
 def test_a_fit_goes_on_and_all_processes_say_the_same(split):
     ranks, _, _ = split
     fitted = [rank["history"][2] for rank in ranks]

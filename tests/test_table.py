@@ -149,6 +149,21 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_empty_part(tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_files_of_one_evaluation_appear_together_or_not_at_all(tmp_path, monkeypatch):
+    table = SampleTable(tmp_path, "run", {"epoch": 0})
+    for name in ("first", "second"):  # columns of their own, so files of their own
+        table.add({name: torch.rand(3), "layer": name})
+    table._write()
+    _, (last, _) = table._writers.values()
+    with monkeypatch.context() as patch:
+        patch.setattr(last, "close", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            table.close()
+        assert not list(tmp_path.glob("*.parquet"))
+    table.discard()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_table_that_cannot_be_written_ends_no_run(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.warns(XAttnWarning, match="sample table in .*file lacks this evaluation: .*Exists|Not a directory"):

@@ -1,18 +1,21 @@
 """The callback in the ways that people use a Trainer: monitors, history, resuming, several of everything."""
 
 import re
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_xattn import AttentionExplainabilityCallback, JointSequence
 from lightning_xattn.columns import ALIGNMENT
 from lightning_xattn.curves import MAIN
+from lightning_xattn.trainer import processes_of
 from tests.toy import ToyModule, count_hooks, quiet_trainer, toy_data, toy_loader
 
 
@@ -310,3 +313,19 @@ def test_a_prediction_is_recorded_without_labels_and_logs_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["table"]
     assert count_hooks(module) == 0
     assert torch.equal(torch.cat(trainer.predict(module, loader)).argmax(1), predictions)
+
+
+class OwnStrategy(DDPStrategy):
+    """As users derive theirs."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "run_alone"),
+    [(DDPStrategy, True), (OwnStrategy, True), (DeepSpeedStrategy, False), (FSDPStrategy, False)],
+)
+def test_whether_each_process_has_the_whole_model(kind, run_alone, monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    strategy = kind.__new__(kind)
+    monkeypatch.setattr(kind, "distributed_sampler_kwargs", {"num_replicas": 2, "rank": 1})
+    processes = processes_of(SimpleNamespace(world_size=2, strategy=strategy))
+    assert (processes.rank, processes.count, processes.peers, processes.run_alone) == (1, 2, None, run_alone)
