@@ -236,6 +236,8 @@ class Wrapped(Twice):
         vars(self).pop("forward")
 
 
+@pytest.mark.filterwarnings("ignore:Module 'audio_to_text_attn' ran more often")
+@pytest.mark.filterwarnings("ignore:Module 'text_to_audio_attn' ran more often")
 def test_a_model_whose_steps_run_as_its_forward_is_its_own_fusion(infos):
     found = []
     for kind in (Twice, Wrapped):
