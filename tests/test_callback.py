@@ -475,5 +475,5 @@ def test_a_checkpoint_knows_the_callback_however_its_folder_is_given(tmp_path):
 def test_after_a_run_the_module_is_let_go_of():
     watch, module = AttentionExplainabilityCallback(), ToyModule()
     validate(module, watch)
-    assert (watch._recorder, watch._evaluations) == (None, {})
+    assert (watch._run.recorder, watch._run.evaluations) == (None, {})
     assert watch.summaries["val"].samples == 23

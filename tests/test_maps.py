@@ -131,7 +131,7 @@ class _Looking(pl.Callback):
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         if batch_idx == 0:
-            self.kept.append(self.watch._evaluations[0].maps.part() is not None)
+            self.kept.append(self.watch._run.evaluations[0].maps.part() is not None)
 
     on_test_batch_end = on_validation_batch_end
 
