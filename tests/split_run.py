@@ -131,17 +131,19 @@ def refused(split, settings):
     return "not refused"
 
 
-if __name__ == "__main__":
-    folder, split, data_parallel, tensor_parallel = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
-    sizes = {"data_parallel_size": data_parallel, "tensor_parallel_size": tensor_parallel}
-    settings = {
-        "strategy": ModelParallelStrategy(**sizes, process_group_backend="gloo"),
-        "devices": data_parallel * tensor_parallel,
-    }
+def run(split, settings, folder):
     if split in ("classes", "queries", "faint queries"):
-        result = {"refused": refused(split, settings)}
-    elif split in ("heads", "faint both heads", "noise, parameters"):
-        result = validate(split, settings)
-    else:
-        result = explain(split, settings, folder)
-    (folder / f"rank_{dist.get_rank()}.json").write_text(json.dumps(result))
+        return refused(split, settings)
+    if split in ("heads", "faint both heads", "noise, parameters"):
+        return validate(split, settings)
+    return explain(split, settings, folder)
+
+
+if __name__ == "__main__":
+    folder, data_parallel, tensor_parallel = Path(sys.argv[1]), *map(int, sys.argv[2:4])
+    sizes = {"data_parallel_size": data_parallel, "tensor_parallel_size": tensor_parallel}
+    results = {}
+    for split in sys.argv[4:]:
+        strategy = ModelParallelStrategy(**sizes, process_group_backend="gloo")
+        results[split] = run(split, {"strategy": strategy, "devices": data_parallel * tensor_parallel}, folder)
+    (folder / f"rank_{dist.get_rank()}.json").write_text(json.dumps(results))

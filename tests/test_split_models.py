@@ -9,42 +9,24 @@ import pytest
 from tests import split_run
 from tests.processes import run_processes
 
+# A test makes much of each start of its processes, as starting them takes longer than what they do.
 pytestmark = pytest.mark.slow
 
-SPLITS = {"parameters": (2, 1), "heads of both": (1, 2), "heads of both and parameters": (2, 2)}
-"""How many processes have other data, and how many the same."""
-
-
+WHOLE = "different predictions for the same samples: each seems to have a part of them"
 QUERIES = "audio_to_text for the same samples, though no layer in 'fusion.audio_to_text_attn' is parallelized"
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def run_together(folder, data_parallel, tensor_parallel, *splits):
+    """What each process says of each split."""
+    run_processes("tests.split_run", folder, data_parallel, tensor_parallel, *splits)
+    ranks = range(data_parallel * tensor_parallel)
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in ranks]
+
+
+def run_alone(function, *arguments):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its attention has no names that say all, and its modalities cannot be read
-        return split_run.explain("", {}, tmp_path_factory.mktemp("alone"))
-
-
-@pytest.fixture(scope="module", params=SPLITS)
-def split(request, tmp_path_factory):
-    """What each process wrote, how many have other data, and the folder of the table."""
-    folder = tmp_path_factory.mktemp("split")
-    data_parallel, tensor_parallel = SPLITS[request.param]
-    run_processes("tests.split_run", folder, request.param, data_parallel, tensor_parallel)
-    ranks = [folder / f"rank_{rank}.json" for rank in range(data_parallel * tensor_parallel)]
-    return [json.loads(path.read_text()) for path in ranks], data_parallel, folder / "table"
-
-
-def test_numbers_are_those_of_one_process(split, alone):
-    ranks, data_parallel, _ = split
-    assert [record["stage"] for record in alone["history"]] == ["val", "test", "val"]
-    for rank in ranks:
-        assert rank["heads"] == alone["heads"] == [split_run.HEADS, split_run.HEADS]
-        for found, expected in zip(rank["history"][:2], alone["history"][:2], strict=True):
-            assert_same_numbers(found, expected)
-            assert "contribution/audio" in found
-            assert found["samples"] == split_run.SAMPLES
-            assert found["repeats"] == -split_run.SAMPLES % data_parallel
+        return function(*arguments)
 
 
 def assert_same_numbers(found, expected):
@@ -56,51 +38,48 @@ def assert_same_numbers(found, expected):
             assert value == pytest.approx(expected[name], abs=1e-5, nan_ok=True), name
 
 
-@pytest.mark.parametrize("part", ["heads", "faint both heads"])
-def test_each_head_is_there_once_where_one_direction_is_split_or_all_are_alike(tmp_path, part):
-    run_processes("tests.split_run", tmp_path, part, 1, 2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        (expected,) = split_run.validate("faint" if "faint" in part else "", {})["history"]
-    for rank in (0, 1):
-        (found,) = json.loads((tmp_path / f"rank_{rank}.json").read_text())["history"]
-        assert_same_numbers(found, expected)
-        assert f"entropy/text_to_audio/head_{split_run.HEADS - 1}" in found
+@pytest.mark.parametrize(
+    ("split", "data_parallel", "tensor_parallel"),
+    [("parameters", 2, 1), ("heads of both", 1, 2), ("heads of both and parameters", 2, 2)],
+)
+def test_numbers_are_those_of_one_process(split, data_parallel, tensor_parallel, tmp_path):
+    (here := tmp_path / "alone").mkdir()
+    alone = run_alone(split_run.explain, "", {}, here)
+    assert [record["stage"] for record in alone["history"]] == ["val", "test", "val"]
+    ranks = [said[split] for said in run_together(tmp_path, data_parallel, tensor_parallel, split)]
+    for rank in ranks:
+        assert rank["heads"] == alone["heads"] == [split_run.HEADS, split_run.HEADS]
+        for found, expected in zip(rank["history"][:2], alone["history"][:2], strict=True):
+            assert_same_numbers(found, expected)
+            assert "contribution/audio" in found
+            assert found["samples"] == split_run.SAMPLES
+            assert found["repeats"] == -split_run.SAMPLES % data_parallel
+    # Weights are others after a fit, and the same on each process.
+    fitted = [rank["history"][2] for rank in ranks]
+    assert all(json.dumps(one) == json.dumps(fitted[0]) for one in fitted)
+    assert (fitted[0]["stage"], fitted[0]["samples"]) == ("val", split_run.SAMPLES)
+    # The table has each sample once.
+    rows = pq.read_table(tmp_path / "table").to_pandas()
+    assert [len(of_one) for _, of_one in rows.groupby(["run", "stage"])] == [split_run.SAMPLES] * 3
+    names = {path.name.partition("rank=")[2][:6] for path in (tmp_path / "table").iterdir()}
+    assert names == {f"{rank}-of-{data_parallel}" for rank in range(data_parallel)}
+
+
+def test_heads_are_put_together_where_they_are_split_and_what_cannot_be_is_refused(tmp_path):
+    put_together, said = ("heads", "faint both heads"), {"classes": WHOLE, "queries": QUERIES, "faint queries": QUERIES}
+    ranks = run_together(tmp_path, 1, 2, *put_together, *said)
+    for split in put_together:
+        (expected,) = run_alone(split_run.validate, "faint" if "faint" in split else "", {})["history"]
+        for rank in ranks:
+            (found,) = rank[split]["history"]
+            assert_same_numbers(found, expected)
+            assert f"entropy/text_to_audio/head_{split_run.HEADS - 1}" in found
+    for split, reason in said.items():
+        assert all(reason in rank[split] for rank in ranks)
 
 
 def test_a_model_that_differs_from_run_to_run_ends_no_run(tmp_path):
     """Each process alone would try another number of replays, and wait for the others in another collective."""
-    run_processes("tests.split_run", tmp_path, "noise, parameters", 2, 1)
-    first, second = (json.loads((tmp_path / f"rank_{rank}.json").read_text())["said"] for rank in (0, 1))
+    first, second = (rank["noise, parameters"]["said"] for rank in run_together(tmp_path, 2, 1, "noise, parameters"))
     assert first == second
     assert "contributions cannot be told" in first
-
-
-def test_a_fit_goes_on_and_all_processes_say_the_same(split):
-    ranks, _, _ = split
-    fitted = [rank["history"][2] for rank in ranks]
-    assert all(json.dumps(one) == json.dumps(fitted[0]) for one in fitted)
-    assert (fitted[0]["stage"], fitted[0]["samples"]) == ("val", split_run.SAMPLES)
-
-
-def test_the_table_has_each_sample_once(split):
-    _, data_parallel, folder = split
-    table = pq.read_table(folder).to_pandas()
-    evaluations = [rows for _, rows in table.groupby(["run", "stage"])]
-    assert [len(rows) for rows in evaluations] == [split_run.SAMPLES] * 3
-    names = {path.name.partition("rank=")[2][:6] for path in folder.iterdir()}
-    assert names == {f"{rank}-of-{data_parallel}" for rank in range(data_parallel)}
-
-
-@pytest.mark.parametrize(
-    ("part", "said"),
-    [
-        ("classes", "different predictions for the same samples: each seems to have a part of them"),
-        ("queries", QUERIES),
-        ("faint queries", QUERIES),
-    ],
-)
-def test_parts_that_cannot_be_put_together_are_refused(tmp_path, part, said):
-    run_processes("tests.split_run", tmp_path, part, 1, 2)
-    for rank in (0, 1):
-        assert said in json.loads((tmp_path / f"rank_{rank}.json").read_text())["refused"]
