@@ -234,7 +234,7 @@ def check_table(case, folder, ledger):
         assert not rows.duplicated(["run", "stage", "epoch", "step", "dataloader", "layer", "sample_idx"]).any()
 
 
-@examples(60)
+@examples(40)
 @given(cases())
 def test_any_life(case):
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
