@@ -55,27 +55,38 @@ def with_all_heads(
     attention: Iterable[AttentionPair], split: Collection[Place], processes: Processes
 ) -> tuple[AttentionPair, ...]:
     """The same with the heads of all these processes, in their order, where they are split."""
-    return tuple(
-        AttentionPair(
-            pair.layer,
-            *(_whole(one, processes) if (pair.layer, one.direction) in split else one for one in pair.directions),
-        )
-        for pair in attention
+    pairs = []
+    for pair in attention:
+        are_split = [(pair.layer, one.direction) in split for one in pair.directions]
+        if any(are_split):
+            both = zip(pair.directions, are_split, strict=True)
+            pair = AttentionPair(pair.layer, *(_whole(one, is_split, processes) for one, is_split in both))
+        pairs.append(pair)
+    return tuple(pairs)
+
+
+def _whole(one: Attention, is_split: bool, processes: Processes) -> Attention:
+    # A token that no head of one process sees may be one that a head of another sees, so it is no padding. What pads
+    # the keys of a direction pads the queries of the other, too.
+    key_mask, query_mask = (
+        None if mask is None else processes.join(mask[None], 0).any(0) for mask in (one.key_mask, one.query_mask)
     )
-
-
-def _whole(one: Attention, processes: Processes) -> Attention:
-    heads, visible, key_mask = one.weights.shape[1], one.visible, one.key_mask
-    if key_mask is not None:
-        # A key that all heads of one process do not see may be one that those of another see.
-        here = key_mask[:, None, None, :]
+    if not is_split:
+        return replace(one, key_mask=key_mask, query_mask=query_mask)
+    heads, visible = one.weights.shape[1], one.visible
+    if one.key_mask is not None:
+        here = one.key_mask[:, None, None, :]
         visible = here if visible is None else visible & here
-        key_mask = processes.join(key_mask[None], 0).any(0)
     if visible is not None:
         visible = processes.join(visible.expand(torch.broadcast_shapes(visible.shape, (1, heads, 1, 1))), 1)
-    crossing = None if one.crossing is None else processes.join(one.crossing, 1)
-    weights = processes.join(one.weights, 1)
-    return replace(one, weights=weights, visible=visible, key_mask=key_mask, crossing=crossing)
+    return replace(
+        one,
+        weights=processes.join(one.weights, 1),
+        visible=visible,
+        key_mask=key_mask,
+        query_mask=query_mask,
+        crossing=None if one.crossing is None else processes.join(one.crossing, 1),
+    )
 
 
 def check_alike(labels: Labels, inputs: FusionInputs | None, processes: Processes) -> None:

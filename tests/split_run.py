@@ -26,9 +26,9 @@ HEADS = 4
 class Attention(nn.Module):
     """Multi-head attention as tensor parallelism splits it: how many heads there are follows from the projections."""
 
-    def __init__(self, asks_a_part=False, std=0.8):
+    def __init__(self, asks_a_part=False, std=0.8, masks=False):
         super().__init__()
-        self.asks_a_part = asks_a_part
+        self.asks_a_part, self.masks = asks_a_part, masks
         self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
         for projection in (self.query, self.key):
             nn.init.normal_(projection.weight, std=std)
@@ -40,14 +40,21 @@ class Attention(nn.Module):
             project(tokens).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2)
             for project, tokens in ((self.query, x), (self.key, y), (self.value, y))
         )
-        fused = nn.functional.scaled_dot_product_attention(query, key, value)
+        seen = None
+        if self.masks:  # one half of the heads does not see the first key, the other not the second
+            seen = torch.ones(HEADS, x.shape[1], y.shape[1], dtype=torch.bool)
+            seen[: HEADS // 2, :, 0] = seen[HEADS // 2 :, :, 1] = False
+            first = dist.get_rank() * query.shape[1] if query.shape[1] < HEADS else 0
+            seen = seen[first : first + query.shape[1]]
+        fused = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
         return self.out(fused.transpose(1, 2).flatten(2))
 
 
 class Fusion(nn.Module):
-    def __init__(self, asks_a_part=False, std=0.8):
+    def __init__(self, asks_a_part=False, std=0.8, masks=False):
         super().__init__()
-        self.audio_to_text_attn, self.text_to_audio_attn = Attention(asks_a_part, std), Attention(std=std)
+        self.audio_to_text_attn = Attention(asks_a_part, std, masks)
+        self.text_to_audio_attn = Attention(std=std, masks=masks)
 
     def forward(self, audio, text):
         there, back = self.audio_to_text_attn(audio, text), self.text_to_audio_attn(text, audio)
@@ -58,18 +65,18 @@ class SplitModule(ToyModule):
     """What the words in ``split`` say is split.
 
     "parameters" (FSDP2), of a model that may have "noise" of its own in each process; "heads" (tensor parallelism) of
-    one direction or "both", whose attention may be "faint", as before training; or what cannot be put together,
-    "classes" and "queries".
+    one direction or "both", whose attention may be "faint", as before training, or "masked", by head; or what cannot be
+    put together, "classes" and "queries".
     """
 
     def __init__(self, split):
         super().__init__()
         del self.audio_to_text_attn, self.text_to_audio_attn
         self.split, self.is_configured = split, False
-        self.fusion = Fusion("queries" in split, 0.02 if "faint" in split else 0.8)
+        self.fusion = Fusion("queries" in split, 0.02 if "faint" in split else 0.8, "masked" in split)
 
     def configure_model(self):
-        if self.is_configured or self.split in ("", "faint"):
+        if self.is_configured or self.split in ("", "faint", "masked"):
             return
         self.is_configured = True
         tensor_parallel, data_parallel = self.device_mesh["tensor_parallel"], self.device_mesh["data_parallel"]
@@ -134,7 +141,7 @@ def refused(split, settings):
 def run(split, settings, folder):
     if split in ("classes", "queries", "faint queries"):
         return refused(split, settings)
-    if split in ("heads", "faint both heads", "noise, parameters"):
+    if split in ("heads", "masked heads", "faint both heads", "noise, parameters"):
         return validate(split, settings)
     return explain(split, settings, folder)
 

@@ -71,11 +71,12 @@ def test_parameters_are_split(tmp_path):
 
 
 def test_heads_are_split(tmp_path):
-    put_together, said = ("heads", "faint both heads"), {"classes": WHOLE, "queries": QUERIES, "faint queries": QUERIES}
+    put_together = {"heads": "", "masked heads": "masked", "faint both heads": "faint"}
+    said = {"classes": WHOLE, "queries": QUERIES, "faint queries": QUERIES}
     ranks = run_together(tmp_path, 1, 2, "heads of both", *put_together, *said)
     assert_as_one_process("heads of both", ranks, 1, tmp_path)
-    for split in put_together:
-        (expected,) = run_alone(split_run.validate, "faint" if "faint" in split else "", {})["history"]
+    for split, whole in put_together.items():
+        (expected,) = run_alone(split_run.validate, whole, {})["history"]
         for rank in ranks:
             (found,) = rank[split]["history"]
             assert_same_numbers(found, expected)
