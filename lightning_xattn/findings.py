@@ -36,12 +36,15 @@ class Findings:
 class Handover:
     """The way back from a process that runs a copy of a callback to the one in which the callback was made.
 
-    With ``ddp_spawn`` and ``ddp_notebook`` callbacks run in processes that the Trainer starts. It brings back a model's
-    weights and its metrics, and of callbacks nothing. So the first of these processes leaves a file, which is looked
-    for when the findings are asked for. Only this user can read it, and it goes with the callback.
+    With ``ddp_spawn`` and ``ddp_notebook`` callbacks run in processes that the Trainer starts. The Trainer brings back
+    a model's weights and its metrics, and of callbacks nothing. So the first of these processes leaves a file, which is
+    looked for when the findings are asked for. Only this user can read it, and it goes with the callback.
     """
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._made_in = os.getpid()
         self._folder = Path(tempfile.gettempdir()) / f"lightning_xattn-{uuid.uuid4().hex}"
         self._known: tuple[int, ...] | None = None
@@ -52,7 +55,7 @@ class Handover:
         vars(self).update(state)
         # In a process that is being started, parent_process() is not known yet.
         if os.getppid() != self._made_in:  # a copy, to which nothing comes that is the original's
-            self.__init__()  # type: ignore[misc]
+            self._begin()
 
     def leave(self, findings: Findings) -> None:
         """Leave findings for the process that has started this one, if the callback was made there."""

@@ -87,7 +87,7 @@ def contributions(
 ) -> Contributions | str:
     """Exchange the modalities of samples with those of partners, and play the game; or say why not.
 
-    Where there are several processes each replays its share: two collectives, which each must reach.
+    Several processes share the replays, see `share_work`: a few collectives, which each must reach.
 
     Parameters
     ----------

@@ -55,7 +55,7 @@ class Replaced:
 def replaced_keys(part: FusionPart, fusion: FusionRecorder, size: int) -> dict[Direction, Replaced]:
     """Replace keys of each direction of the first layer by those of a partner, where there are enough samples.
 
-    Where there are several processes each replays its share: two collectives, which each must reach.
+    Several processes share the replays, see `share_work`: a few collectives, which each must reach.
 
     Parameters
     ----------

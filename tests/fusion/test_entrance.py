@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.errors import DiscoveryError, SettingError, XAttnWarning
+from tests.capture.models import Fusing
 from tests.fusion.models import Concatenation, Fusion, TwoStreams, loader_of, said_data
 from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_loader
@@ -203,17 +204,6 @@ def test_a_fusion_that_runs_twice_in_a_step_is_none(infos):
     assert watch.summaries["val"].samples == 40
 
 
-class Wrapper(nn.Module):
-    """As DistributedDataParallel wraps a model in a fit."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args):
-        return self.module(*args)
-
-
 class Twice(ToyModule):
     """Runs a second time in every other step."""
 
@@ -229,8 +219,7 @@ class Wrapped(Twice):
     def validation_step(self, batch, batch_idx):
         if "forward" in vars(self):
             return super().validation_step(batch, batch_idx)
-        wrapper = Wrapper(self)
-        return _ForwardRedirection()(wrapper, self, "validation_step", batch, batch_idx)
+        return _ForwardRedirection()(Fusing(self), self, "validation_step", batch, batch_idx)
 
     def on_validation_batch_end(self, *_):
         vars(self).pop("forward")
