@@ -170,6 +170,6 @@ def _replay_jobs(
                 *((chosen, replay(tokens)) for chosen, tokens in source.batches(places, sources)), strict=True
             )
             results[number] = Spoken.joined(parts)[torch.cat(chosen).argsort()]
-            if number == 0 and not gives_back(source.spoken[mine], results[0], replay.is_half):
+            if number == 0 and not gives_back(source.spoken[mine], results[0], replay.precision):
                 raise ReplayError(NOT_BACK)
     return results, not replay.skips

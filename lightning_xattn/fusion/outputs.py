@@ -16,7 +16,7 @@ from lightning_xattn.labels.scores import CLOSE, Scores, are_clear, scores_by_cl
 from lightning_xattn.labels.tensors import are_probabilities, are_single_scores
 
 LEAST_PROBABILITY = 1e-12
-"""Its logarithm stands for that of probabilities that are 0."""
+"""Its logarithm stands for those of smaller probabilities, unless these already are rounded in larger ones."""
 
 
 def find_output(output: Any, samples: int, labels: Labels) -> ReadOutput | None:
@@ -61,9 +61,19 @@ def _read_scores(path: Path, are_probabilities: bool, n_classes: int, output: An
     tensor = _at(path, output)
     for scores in scores_by_class(tensor, 0 if tensor is None else len(tensor)):
         if scores.are_probabilities == are_probabilities and scores.values.shape[1] == n_classes:
-            values = scores.values.clamp_min(LEAST_PROBABILITY) if are_probabilities else scores.values
+            values = scores.values.clamp_min(_least(tensor)) if are_probabilities else scores.values
             return Spoken(scores.probabilities, centred(Scores(values, are_probabilities).logits))
     return None
+
+
+def _least(probabilities: Tensor | None) -> float:
+    """What smaller probabilities count as: below it they are made of too few bits for a logarithm."""
+    if probabilities is None:
+        return LEAST_PROBABILITY
+    limits = torch.finfo(probabilities.dtype)
+    # Of a single probability the other class's is what is missing to 1.
+    is_single = probabilities.dim() < 2 or probabilities.shape[1] < 2
+    return max(LEAST_PROBABILITY, 8 * limits.eps if is_single else 8 * limits.smallest_normal)
 
 
 def _read_value(path: Path, output: Any) -> Spoken | None:

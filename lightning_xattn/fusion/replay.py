@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from lightning_xattn.capture.readers import Edit, Event, Want
 from lightning_xattn.capture.watch import Watch
+from lightning_xattn.functional.contribution import RULED_OUT
 from lightning_xattn.fusion.arguments import Call, Path
+from lightning_xattn.fusion.state import ModelState
 from lightning_xattn.fusion.unchanged import left_as_it_was, with_forward
 
 MAX_ROWS = 64
 """So many pairs are replayed in a call: few enough that on a CPU what they take stays in its caches."""
 
-CLOSE, CLOSE_IN_HALF = 1e-3, 3e-2
-"""Outputs that are as near to each other as this are given back; half precision rounds more."""
-
-SMALL_PART, ROUNDING = 0.1, 1e-5
-"""So much of the outputs' standard deviation between samples may be missing, and rounding may always take this."""
+ROUNDED = {False: (1e-3, 1e-5), True: (3e-2, torch.finfo(torch.bfloat16).eps)}
+"""By whether a model computes in half precision: by how much of their standard deviation between samples logits may
+differ in a replay, and by how much of the largest logit they always may, as other numbers of rows round otherwise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +142,14 @@ class Replay:
     def __init__(self, fusion: nn.Module, axes: Mapping[Path, int], carrier: Carrier, read: ReadOutput) -> None:
         self._fusion, self._axes, self._carrier, self._read = fusion, axes, carrier, read
         self._made: dict[nn.Module, list[Any]] = {}
+        self._state: ModelState | None = None
         self.rows, self.skips, self._exactly = MAX_ROWS, True, False
+        with self.keeping_state():
+            self._check()
+
+    def _check(self) -> None:
+        """Find how the carrier's samples, in another order, give their outputs back in that order."""
+        axes = self._axes
         entered, intact = self._look()
         self._tokens = {path: entered[path] for path in axes}
         path, axis = next(iter(axes.items()))
@@ -162,7 +169,7 @@ class Replay:
             except ReplayError as error:
                 failure = error
                 continue
-            if gives_back(intact[order], again, self.is_half):
+            if gives_back(intact[order], again, self.precision):
                 return
             failure = ReplayError(
                 "something besides the fusion's tokens reaches the prediction, or the model differs from run to run"
@@ -176,9 +183,13 @@ class Replay:
         return first.device
 
     @property
-    def is_half(self) -> bool:
-        """Whether the tokens, or autocast, have half precision."""
-        return _is_half(self._tokens.values(), self._carrier)
+    def precision(self) -> torch.dtype:
+        """The coarser one of the tokens' and of autocast's."""
+        return self._coarsest(self._tokens.values())
+
+    def _coarsest(self, tokens: Iterable[Tensor]) -> torch.dtype:
+        kinds = [self._carrier.precision.dtype or torch.float32, *(one.dtype for one in tokens)]
+        return max((kind for kind in kinds if kind.is_floating_point), key=lambda kind: torch.finfo(kind).eps)
 
     def __call__(
         self, tokens: Mapping[Path, Tensor], place: AttentionPlace | None = None, edit: EditRows | None = None
@@ -238,9 +249,13 @@ class Replay:
         """
         with torch.inference_mode(False):
             again, slopes = self._passing_gradients, []
-            for rows in torch.arange(len(classes)).split(again.rows):
-                chosen = {path: one.index_select(self._axes[path], rows.to(one.device)) for path, one in tokens.items()}
-                slopes.append(again._slope({path: one.clone() for path, one in chosen.items()}, place, classes[rows]))
+            with again.keeping_state():
+                for rows in torch.arange(len(classes)).split(again.rows):
+                    chosen = {
+                        path: one.index_select(self._axes[path], rows.to(one.device)) for path, one in tokens.items()
+                    }
+                    own = {path: one.clone() for path, one in chosen.items()}
+                    slopes.append(again._slope(own, place, classes[rows]))
         return torch.cat(slopes)
 
     @cached_property
@@ -290,11 +305,37 @@ class Replay:
         return said.cpu()
 
     @contextmanager
-    def _as_in_the_step(self) -> Iterator[None]:
-        with left_as_it_was(self._carrier.module, self._with_hooks), self._carrier.precision.entered():
-            # The same in every process: those that hold a model together must come to the same conclusions.
-            torch.manual_seed(0)
+    def keeping_state(self) -> Iterator[None]:
+        """Let all replays in the block put the model back to what it is now, kept once; its user runs nothing meanwhile.
+
+        Raises
+        ------
+        ReplayError
+            If the state cannot be kept.
+        """
+        if self._state is not None:
             yield
+            return
+        call = self._carrier.call
+        try:
+            self._state = ModelState(self._carrier.module, call.args, call.kwargs)
+        except Exception as error:  # no memory for a copy, or an object of the user's that cannot be read
+            raise ReplayError(f"the model's state cannot be kept, to be put back afterwards: {error!r}") from error
+        try:
+            yield
+        finally:
+            self._state = None
+
+    @contextmanager
+    def _as_in_the_step(self) -> Iterator[None]:
+        with self.keeping_state():
+            assert self._state is not None
+            try:
+                # The same random numbers in every process: those that hold a model together must conclude the same.
+                with left_as_it_was(self._state, self._with_hooks), self._carrier.precision.entered():
+                    yield
+            except RuntimeError as error:
+                raise ReplayError(str(error)) from error
 
     def _look(self) -> tuple[Call, Spoken]:
         """What enters the fusion, and what the model says, when the carrier runs as it is."""
@@ -306,9 +347,7 @@ class Replay:
             except ReplayError as error:
                 failure = error
                 continue
-            if gives_back(
-                self._carrier.spoken.cpu(), intact, _is_half((entered[path] for path in self._axes), self._carrier)
-            ):
+            if gives_back(self._carrier.spoken.cpu(), intact, self._coarsest(entered[path] for path in self._axes)):
                 return entered, intact
             failure = ReplayError("it does not say the same when it is run again")
         raise failure
@@ -350,21 +389,28 @@ class Replay:
         return entered[0], said.cpu()
 
 
-def gives_back(intact: Spoken, again: Spoken, is_half: bool) -> bool:
-    """Whether a replay said the same, within what rounding does."""
-    values = intact.values
-    scale = 1 + values.nan_to_num().abs().max()
-    tolerance = scale * (CLOSE_IN_HALF if is_half else CLOSE)
-    if len(values) > 1:
-        # What samples differ by must be more than what is not given back.
-        spread = (values - values.nanmean(0)).nan_to_num().square().mean(0).sqrt().max()
-        tolerance = torch.minimum(tolerance, (SMALL_PART * spread).clamp_min(ROUNDING * scale))
-    return torch.allclose(again.values, values, rtol=0, atol=float(tolerance), equal_nan=True)
+def gives_back(intact: Spoken, again: Spoken, precision: torch.dtype) -> bool:
+    """Whether a replay gave the same logits, within what rounding does to the differences between samples.
 
+    Logits, as a model that is sure of itself gives the same probabilities whatever reaches it.
 
-def _is_half(tokens: Iterable[Tensor], carrier: Carrier) -> bool:
-    half = (torch.float16, torch.bfloat16)
-    return carrier.precision.dtype in half or any(one.dtype in half for one in tokens)
+    Parameters
+    ----------
+    intact, again
+        Of the same samples, in the step and in the replay.
+    precision
+        In which the model computes, see `Replay.precision`.
+    """
+    logits = intact.logits.double()
+    finite = logits[logits.isfinite().all(1)]
+    if not len(finite):
+        return True  # nothing is kept of such samples
+    part, rounding = ROUNDED[precision.itemsize < 4]
+    largest = float(torch.where(finite == RULED_OUT, 0, finite).abs().max())
+    spread = float(finite.std(0).max()) if len(finite) > 1 else largest
+    return torch.allclose(
+        again.logits.double(), logits, rtol=0, atol=max(part * spread, rounding * largest), equal_nan=True
+    )
 
 
 def _given_first(outputs: list[Any], forward: Callable[..., Any]) -> Callable[..., Any]:

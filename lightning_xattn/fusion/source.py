@@ -148,7 +148,8 @@ def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -
 
     if replay is not None:
         try:
-            result = work(replay, part)
+            with replay.keeping_state():
+                result = work(replay, part)
         except ReplayError as error:
             problem = str(error)
     results = processes.gather(("" if replay is None else problem, result))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from copy import copy
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_xattn.capture.wrappers import run_uncompiled
+from lightning_xattn.fusion.state import HOOKS, ModelState, torch_generators
 
 
 @contextmanager
@@ -30,58 +29,39 @@ def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Non
             vars(module)["forward"] = own
 
 
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-)
-"""Where a module keeps the hooks of its forward; torch keeps those of all modules alike."""
-
-_HOLDERS = (list, deque, set, dict, OrderedDict, defaultdict)
-"""What is emptied and filled again."""
-
-
 @contextmanager
-def left_as_it_was(module: nn.Module, with_hooks: bool) -> Iterator[None]:
-    """Whatever a forward does to random numbers, buffers and attributes is undone; nothing is logged or compiled.
+def left_as_it_was(state: ModelState, with_hooks: bool) -> Iterator[None]:
+    """Put a model's state back however the block ends; within it nothing is logged or compiled, and there is no gradient.
 
-    Attributes are what a module refers to, the tensors there, such as the states of metrics, and the contents of its
-    lists, dicts and sets; not what lies deeper.
+    Torch's random generators begin at the same seed in each such block.
 
-    Without hooks what has been hooked on the module, and on all modules, is not called.
+    Parameters
+    ----------
+    state
+        The model's, as it is now.
+    with_hooks
+        Whether what has been hooked on the model's modules, and on all modules, is called.
     """
     kept = vars(torch.nn.modules.module)
-    everywhere = [kept[f"_global{name}"] for name in _HOOKS if f"_global{name}" in kept]
-    books = [
-        (book, dict(book))
-        for one in module.modules()
-        for book in (vars(one), one._buffers, one._parameters, one._modules)
-    ] + [(book, dict(book)) for book in everywhere]
-    attributes = [value for one in module.modules() for value in vars(one).values()]
-    held = [one for value in attributes if isinstance(value, list) for one in value]
-    tensors = [(one, one.clone()) for one in (*module.buffers(), *attributes, *held) if isinstance(one, Tensor)]
-    holders = [(value, copy(value)) for value in attributes if type(value) in _HOLDERS]
+    everywhere = [(kept[f"_global{name}"], dict(kept[f"_global{name}"])) for name in HOOKS if f"_global{name}" in kept]
     try:
         with ExitStack() as contexts:
-            contexts.enter_context(isolate_rng())
             contexts.enter_context(torch.no_grad())
             if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import is slow
                 contexts.enter_context(run_uncompiled())
-            for book in () if with_hooks else everywhere:
+            state.set_gradients_aside()
+            for generator in torch_generators():
+                generator.manual_seed(0)
+            for book, _ in () if with_hooks else everywhere:
                 book.clear()
-            for one in module.modules():
+            for one in state.modules:
                 if not with_hooks:
-                    vars(one).update({name: OrderedDict() for name in _HOOKS})
+                    vars(one).update({name: OrderedDict() for name in HOOKS})
                 if hasattr(one, "log_dict") and hasattr(one, "log"):
                     vars(one)["log"] = vars(one)["log_dict"] = lambda *args, **kwargs: None
             yield
     finally:
-        for book, before in books:
+        for book, before in everywhere:
             book.clear()
             book.update(before)
-        for holder, content in holders:
-            holder.clear()
-            holder.extend(content) if isinstance(holder, (list, deque)) else holder.update(content)
-        for tensor, content in tensors:
-            if not tensor.equal(content):
-                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                    tensor.copy_(content)
+        state.restore()

@@ -1,0 +1,441 @@
+"""The state that a run of a model may change: kept before the run, put back after it."""
+
+from __future__ import annotations
+
+import array
+import functools
+import io
+import logging
+import multiprocessing.process
+import operator
+import queue
+import random
+import socket
+import subprocess
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lightning_xattn.capture.memory import has_address
+
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+"""Where a module keeps the hooks of its forward; torch keeps those of all modules alike."""
+
+_SERVICES = (
+    *(threading.Thread, type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event),
+    *(threading.Semaphore, queue.SimpleQueue, Executor, multiprocessing.process.BaseProcess),
+    *(io.IOBase, socket.socket, subprocess.Popen),
+)
+"""What holds one of these, such as a logger's client, is used by other threads or by the outside world."""
+
+_LEAVES = (
+    *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), Enum, torch.dtype, torch.device, torch.Size),
+    *(ModuleType, BuiltinFunctionType, weakref.ref, logging.Logger, *_SERVICES),
+    *(DataLoader, Dataset, Sampler),
+)
+"""What a forward does not change, or what is not the model's."""
+
+_OF_A_TRAINER = {"Trainer", "Callback", "LightningDataModule"}
+"""Lightning's, by name, as it has two namespaces: what a Trainer keeps is not the model's."""
+
+Restore = Callable[[], None]
+"""Puts one thing back if it has changed."""
+
+
+class ModelState:
+    """All that a forward can change and that can be reached from some objects, as it is now.
+
+    Found through modules, other objects (also with ``__slots__``) and their classes, dicts, lists, sets, tuples, bound
+    methods, partials and what functions enclose: the values of tensors and numpy arrays, which tensors share memory,
+    gradients, random generators, what containers hold, and attributes. The process's own random generators are always
+    among it.
+
+    Not kept: files, counters in C such as ``itertools.count``, module-level variables, what a ``ScriptModule`` keeps
+    beside its parameters and buffers, and objects that hold a lock, a thread or a file, as a logger's client does.
+
+    Parameters
+    ----------
+    roots
+        Where to begin, such as a model and the batch that it gets.
+    """
+
+    def __init__(self, *roots: Any) -> None:
+        self._restores: list[Restore] = []
+        # Keeps what was seen alive, so that no id is used twice.
+        self._seen: dict[int, Any] = {}
+        # By storage, the tensors that look at it.
+        self._storages: dict[int, list[Tensor]] = {}
+        self._gradients: list[tuple[Tensor, Tensor | None]] = []
+        self._modules: list[nn.Module] = []
+        of_process = (random.getstate.__self__, np.random.get_state.__self__)  # type: ignore[attr-defined]  # methods
+        with torch._C.DisableTorchFunction():
+            self._walk([*roots, *of_process, *torch_generators()])
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Every module that was found."""
+        return tuple(self._modules)
+
+    def set_gradients_aside(self) -> None:
+        """Let all tensors have no gradient until ``restore``, so that a backward pass in a forward adds to none."""
+        for tensor, gradient in self._gradients:
+            if gradient is not None:
+                tensor.grad = None
+
+    def restore(self) -> None:
+        """Put everything back.
+
+        Raises
+        ------
+        RuntimeError
+            If something could not be put back; everything else was.
+        """
+        problems = []
+        with torch._C.DisableTorchFunction():
+            for restore in self._restores:
+                try:
+                    restore()
+                except Exception as error:  # an object of the user's may refuse anything
+                    problems.append(repr(error))
+        if problems:
+            raise RuntimeError(f"{len(problems)} part(s) of the model's state could not be put back: {problems[0]}")
+
+    def _walk(self, waiting: list[Any]) -> None:
+        while waiting:
+            one = waiting.pop()
+            kind = type(one)
+            if not _is_leaf(kind) and id(one) not in self._seen:
+                self._seen[id(one)] = one
+                waiting += self._keep(one, kind)
+
+    def _keep(self, one: Any, kind: type) -> Iterable[Any]:
+        """Keep one object; gives what can be reached from it."""
+        if issubclass(kind, Tensor):
+            return self._keep_tensor(one)
+        if issubclass(kind, np.ndarray):
+            return self._keep_array(one)
+        if (state := _generator_state(one, kind)) is not None:
+            self._restores.append(state)
+            return ()
+        if issubclass(kind, type):
+            return self._keep_class(one)
+        if issubclass(kind, FunctionType):
+            return self._keep_function(one)
+        if issubclass(kind, MethodType):
+            return one.__self__, one.__func__
+        if issubclass(kind, functools.partial):
+            return one.func, *one.args, *one.keywords.values()
+        if issubclass(kind, nn.Module):
+            self._modules.append(one)
+            # A ScriptModule has them elsewhere.
+            elsewhere = [*one.parameters(recurse=False), *one.buffers(recurse=False)]
+            return [*elsewhere, *self._keep_attributes(one, kind)]
+        held = self._keep_container(one, kind)
+        if held is None and _is_service(one):
+            return ()
+        return [*(held or ()), *self._keep_attributes(one, kind)]
+
+    def _keep_tensor(self, tensor: Tensor) -> Iterable[Any]:
+        if is_traceable_wrapper_subclass(tensor):  # such as a DTensor
+            names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]  # of such a subclass
+            return [getattr(tensor, name) for name in names]
+        if tensor.is_meta or tensor.is_nested or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            return ()
+        if tensor.layout != torch.strided:
+            self._restores.append(_restore_sparse(tensor))
+            return ()
+        if not has_address(tensor):
+            return ()
+        if tensor.is_leaf:
+            self._gradients.append((tensor, tensor.grad))
+        self._restores.append(_restore_tensor(tensor))
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._storages:
+            self._storages[storage._cdata] = []
+            self._restores.append(_restore_storage(storage, self._storages[storage._cdata]))  # which keeps it alive
+        self._storages[storage._cdata].append(tensor)
+        return [vars(tensor)] if vars(tensor) else ()
+
+    def _keep_array(self, values: np.ndarray) -> Iterable[Any]:
+        if not values.flags.writeable:
+            return ()
+        self._restores.append(functools.partial(np.copyto, values, values.copy()))
+        return values.ravel().tolist() if values.dtype.hasobject else ()
+
+    def _keep_container(self, one: Any, kind: type) -> Iterable[Any] | None:
+        """What a container holds; None of anything else. Its class's own methods are passed by: they may do anything."""
+        if issubclass(kind, dict):
+            self._restores.append(_restore_mapping(one))
+            return [*dict.keys(one), *dict.values(one)]
+        if issubclass(kind, (list, deque)):
+            base: Any = list if issubclass(kind, list) else deque
+            self._restores.append(_restore_items(one, base, base.extend))
+            return [*base.__iter__(one)]
+        if issubclass(kind, set):
+            self._restores.append(_restore_set(one))
+            return [*set.__iter__(one)]
+        if issubclass(kind, (tuple, frozenset)):
+            return one  # type: ignore[no-any-return]  # iterable
+        if issubclass(kind, (bytearray, array.array)):
+            self._restores.append(_restore_bytes(one))
+            return ()
+        return None
+
+    def _keep_attributes(self, one: Any, kind: type) -> Iterator[Any]:
+        """The attributes of an object, and those of its classes."""
+        for parent in kind.__mro__:
+            if not _is_written_in_python(parent):
+                continue
+            yield parent
+            for slot in vars(parent).values() if "__slots__" in vars(parent) else ():
+                if isinstance(slot, MemberDescriptorType):
+                    yield from self._keep_value(
+                        functools.partial(slot.__get__, one, kind),
+                        functools.partial(slot.__set__, one),
+                        functools.partial(slot.__delete__, one),
+                    )
+        try:
+            attributes = object.__getattribute__(one, "__dict__")
+        except AttributeError:
+            return
+        self._restores.append(_restore_mapping(attributes))
+        for name, value in attributes.items():
+            if name in HOOKS:
+                # Which hooks there are is kept, not what they hold: they may be those of FSDP.
+                self._restores.append(_restore_mapping(value))
+            else:
+                yield value
+
+    def _keep_value(self, get: Callable[[], Any], put: Callable[[Any], None], remove: Restore) -> Iterator[Any]:
+        """A value that is read and written by functions; ``get`` raises where there is none."""
+        value = _value_of(get)
+
+        def restore() -> None:
+            now = _value_of(get)
+            if now is not value:
+                remove() if value is _NOTHING else put(value)
+
+        self._restores.append(restore)
+        if value is not _NOTHING:
+            yield value
+
+    def _keep_class(self, kind: type) -> Iterable[Any]:
+        """The attributes of a class, but for what Python itself keeps there."""
+        if not _is_written_in_python(kind) or issubclass(kind, Enum):
+            return ()
+        kept = _attributes_of(kind)
+
+        def restore() -> None:
+            now = _attributes_of(kind)
+            for name in now.keys() - kept.keys():
+                delattr(kind, name)
+            for name, value in kept.items():
+                if now.get(name, _NOTHING) is not value:
+                    setattr(kind, name, value)
+
+        self._restores.append(restore)
+        return kept.values()
+
+    def _keep_function(self, function: FunctionType) -> Iterator[Any]:
+        """What a function encloses, its attributes, and values that it takes where a caller gives none."""
+        if function.__module__ is None or function.__module__.partition(".")[0] == "torch":
+            return
+        yield from function.__defaults__ or ()
+        yield from (function.__kwdefaults__ or {}).values()
+        if vars(function):
+            yield vars(function)
+        for cell in function.__closure__ or ():
+            yield from self._keep_value(
+                functools.partial(getattr, cell, "cell_contents"),
+                functools.partial(setattr, cell, "cell_contents"),
+                functools.partial(delattr, cell, "cell_contents"),
+            )
+
+
+_NOTHING = object()
+
+
+def torch_generators() -> Iterator[torch.Generator]:
+    """Those of torch's own random generators that are in use."""
+    yield torch.default_generator
+    for device in (torch.cuda, torch.xpu):
+        if device.is_initialized():  # asking would begin to use it
+            yield from device.default_generators
+    if torch.backends.mps.is_available():
+        yield torch.mps._get_default_mps_generator()
+
+
+def _generator_state(one: Any, kind: type) -> Restore | None:
+    """How to put a random generator back; None of anything else."""
+    if issubclass(kind, torch.Generator):
+        return functools.partial(one.set_state, one.get_state())
+    if issubclass(kind, np.random.Generator):
+        return functools.partial(setattr, one.bit_generator, "state", one.bit_generator.state)
+    if issubclass(kind, np.random.BitGenerator):
+        return functools.partial(setattr, one, "state", one.state)
+    if issubclass(kind, np.random.RandomState):
+        return functools.partial(one.set_state, one.get_state())
+    if issubclass(kind, random.Random) and not issubclass(kind, random.SystemRandom):  # which has no state
+        return functools.partial(one.setstate, one.getstate())
+    return None
+
+
+def _restore_tensor(tensor: Tensor) -> Restore:
+    """Where a tensor's numbers are, whether it takes gradients, and its gradient; not the numbers."""
+    alias = tensor.detach()
+    takes, gradient = tensor.requires_grad, tensor.grad if tensor.is_leaf else None
+
+    def restore() -> None:
+        with torch.inference_mode(alias.is_inference()), torch.no_grad():
+            moved = tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape
+            if moved or tensor.stride() != alias.stride() or tensor.dtype != alias.dtype:
+                tensor.data = alias
+        if tensor.is_leaf:
+            if tensor.requires_grad != takes:
+                tensor.requires_grad_(takes)
+            if tensor.grad is not gradient:
+                tensor.grad = gradient
+
+    return restore
+
+
+def _restore_storage(storage: torch.UntypedStorage, tensors: Sequence[Tensor]) -> Restore:
+    """The numbers in memory, whatever tensors look at them; these learn that they were changed."""
+    kept, size = storage.clone(), storage.nbytes()
+    before = _bytes_of(kept)
+
+    def restore() -> None:
+        if storage.nbytes() != size:
+            storage.resize_(size)
+        if size and not _bytes_of(storage).equal(before):
+            storage.copy_(kept)
+            for tensor in tensors:
+                if not tensor.is_inference():  # else a gradient could be computed from them that is wrong
+                    increment_version(tensor)
+
+    return restore
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _restore_sparse(tensor: Tensor) -> Restore:
+    kept = tensor.detach().clone()
+
+    def restore() -> None:
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            tensor.copy_(kept)
+
+    return restore
+
+
+def _restore_mapping(mapping: Any) -> Restore:
+    # The methods of dict leave an OrderedDict's order as it is.
+    kind: Any = OrderedDict if isinstance(mapping, OrderedDict) else dict
+    keys, values = tuple(kind.keys(mapping)), tuple(kind.values(mapping))
+
+    def restore() -> None:
+        if not (_are_same(kind.keys(mapping), keys) and _are_same(kind.values(mapping), values)):
+            kind.clear(mapping)
+            kind.update(mapping, zip(keys, values, strict=True))
+
+    return restore
+
+
+def _restore_items(items: Any, kind: Any, extend: Callable[[Any, Iterable[Any]], None]) -> Restore:
+    kept = tuple(kind.__iter__(items))
+
+    def restore() -> None:
+        if not _are_same(kind.__iter__(items), kept):
+            kind.clear(items)
+            extend(items, kept)
+
+    return restore
+
+
+def _restore_set(items: set[Any]) -> Restore:
+    kept = frozenset(set.__iter__(items))
+
+    def restore() -> None:
+        if frozenset(set.__iter__(items)) != kept:
+            set.clear(items)
+            set.update(items, kept)
+
+    return restore
+
+
+def _restore_bytes(values: Any) -> Restore:
+    kept = values[:]
+
+    def restore() -> None:
+        if values != kept:
+            values[:] = kept
+
+    return restore
+
+
+def _are_same(there: Iterable[Any], kept: tuple[Any, ...]) -> bool:
+    there = tuple(there)
+    return len(there) == len(kept) and all(map(operator.is_, there, kept))
+
+
+def _value_of(get: Callable[[], Any]) -> Any:
+    try:
+        return get()
+    except (AttributeError, ValueError):  # an empty slot or cell
+        return _NOTHING
+
+
+def _attributes_of(kind: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(kind).items() if not (name[:2] == name[-2:] == "__")}
+
+
+def _is_written_in_python(kind: type) -> bool:
+    """Whether attributes can be set on a class, as on none that is written in C."""
+    return bool(kind.__flags__ & (1 << 9)) and not kind.__flags__ & (1 << 8)  # a heap type that is not immutable
+
+
+@functools.cache
+def _is_leaf(kind: type) -> bool:
+    """Whether nothing of an object of this class is kept. By class, as isinstance may run code of a proxy's."""
+    return issubclass(kind, _LEAVES) or any(
+        parent.__name__ in _OF_A_TRAINER and parent.__module__.startswith(("pytorch_lightning.", "lightning.pytorch."))
+        for parent in kind.__mro__
+    )
+
+
+def _is_service(one: Any) -> bool:
+    """Whether an object holds a lock, a thread or a file, directly or through other objects that are no modules."""
+    waiting, seen = [one], set[int]()
+    while waiting:
+        held = waiting.pop()
+        kind = type(held)
+        if issubclass(kind, _SERVICES):
+            return True
+        if _is_leaf(kind) or id(held) in seen or issubclass(kind, (type, nn.Module, Tensor, np.ndarray, FunctionType)):
+            continue
+        seen.add(id(held))
+        if issubclass(kind, dict):
+            waiting += dict.values(held)
+        elif issubclass(kind, (list, tuple, set, frozenset, deque)):
+            waiting += held
+        elif isinstance(attributes := getattr(held, "__dict__", None), dict):
+            waiting += attributes.values()
+    return False
