@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
 from lightning_xattn.attention import AttentionPair
 from lightning_xattn.capture import AttentionRecorder, AttentionSetting, Layer
+from lightning_xattn.capture.wrappers import Hook
 from lightning_xattn.distributed import ALONE, Processes
 from lightning_xattn.errors import DiscoveryError
 from lightning_xattn.fusion.entrance import ModalitiesSetting
@@ -60,11 +62,21 @@ class StepRecorder:
         self._may_lack_attention = attention is None and not self.fusion.needs_attention
         self._lacks_attention = False
         self._taken: Attentions = ()
+        # What the model's own forward returned first in this step.
+        self._output: Any = None
+        self._hooks = ExitStack()
 
     def __enter__(self) -> StepRecorder:
-        if not self._lacks_attention:
-            self._attention.__enter__()
-        self.fusion.__enter__()
+        self.close()
+        self.clear()
+        with ExitStack() as hooks:  # which leave again if one cannot be set
+            hooks.callback(self._model.register_forward_hook(Hook(self._keep_output, [])).remove)
+            if not self._lacks_attention:
+                hooks.callback(self._attention.close)
+                self._attention.__enter__()
+            hooks.callback(self.fusion.close)
+            self.fusion.__enter__()
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,14 +84,13 @@ class StepRecorder:
 
     def close(self) -> None:
         """Remove every hook. What was recorded stays until ``clear``."""
-        self._attention.close()
-        self.fusion.close()
+        self._hooks.close()
 
     def clear(self) -> None:
         """Forget what was recorded."""
         self._attention.clear()
         self.fusion.clear()
-        self._taken = ()
+        self._taken, self._output = (), None
 
     def let_go(self) -> None:
         """Let go of what an evaluation's first step has shown of it."""
@@ -107,7 +118,7 @@ class StepRecorder:
             If processes that have the same samples have different attention, and not because each has other heads.
         """
         self._taken = self._with_all_heads(self._read_attention(batch))
-        forward = self._attention.output
+        forward = self._output
         if self._taken:
             weights = self._taken[0].forward.weights
             return Step(outputs, batch, forward, len(weights), weights.device, tuple(weights.shape[2:])), self._taken
@@ -136,6 +147,10 @@ class StepRecorder:
         say = warn if self.fusion.is_named else tell
         say(messages)
         return inputs
+
+    def _keep_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._output is None:
+            self._output = output
 
     def _with_all_heads(self, attention: Attentions) -> Attentions:
         """Of all peers, where each has computed some of them in an evaluation's first step."""

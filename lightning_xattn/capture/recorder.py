@@ -22,7 +22,13 @@ from lightning_xattn.capture.readers import Event, Want
 from lightning_xattn.capture.sources import AttentionSetting, Layer, Source
 from lightning_xattn.capture.tap import Tap
 from lightning_xattn.capture.watch import Run, Watch
-from lightning_xattn.capture.wrappers import compiled_modules, require_one_replica, run_uncompiled, scripted_modules
+from lightning_xattn.capture.wrappers import (
+    Hook,
+    compiled_modules,
+    require_one_replica,
+    run_uncompiled,
+    scripted_modules,
+)
 from lightning_xattn.errors import DiscoveryError, XAttnWarning
 
 
@@ -47,8 +53,6 @@ class AttentionRecorder:
     ----------
     layers
         The layers that are recorded; empty until a first step has shown them, where no name tells.
-    output
-        What the model's own ``forward`` returned first since the last ``clear``; None if it did not run.
     is_waiting
         Whether the layers were found in this step, and its weights were too large to be kept until then.
     batch
@@ -70,7 +74,6 @@ class AttentionRecorder:
     def __init__(self, model: nn.Module, attention: AttentionSetting | None = None) -> None:
         self._model = model
         self.layers: tuple[Layer, ...] = locate_attention(model, attention)
-        self.output: Any = None
         self.batch: Any = None
         self._inputs: Any = None
         self._hooks, self._hooked = ExitStack(), False
@@ -85,6 +88,8 @@ class AttentionRecorder:
         self._padding: dict[tuple[str, int], Tensor | None] = {}
         self.is_waiting = False
         self._told: set[str] = set()
+        # What went wrong while the model ran.
+        self._errors: list[Exception] = []
 
     def __repr__(self) -> str:
         names = ", ".join(layer.name for layer in self.layers)
@@ -97,8 +102,15 @@ class AttentionRecorder:
         self._hook()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close()
+        if kind is None:
+            self._raise_errors()
+
+    def _raise_errors(self) -> None:
+        """Raise what went wrong while the model ran, which has not ended its run."""
+        if self._errors:
+            raise self._errors[0]
 
     def close(self) -> None:
         """Remove every hook. What was recorded stays until ``clear``; closing twice is harmless."""
@@ -115,8 +127,9 @@ class AttentionRecorder:
             self._watch.clear()
         self._padding.clear()
         self._counts.clear()
+        self._errors.clear()
         self.is_waiting = False
-        self.output = self.batch = self._inputs = None
+        self.batch = self._inputs = None
 
     def _hook(self) -> None:
         if self._survey is not None:  # later steps go through no more of the model than they record
@@ -135,13 +148,14 @@ class AttentionRecorder:
             self._of_module = self._make_taps()
             if self._survey is not None:
                 everything = {module: path for path, module in self._model.named_modules()}
-                self._watch = Watch(everything, self._want, self._leave, follows=True)
+                self._watch = Watch(everything, self._want, self._leave, follows=True, errors=self._errors)
             else:
                 seen = {self._module(path): path for path, _ in self._suppliers}
                 seen |= {module: taps[0].source.path for module, taps in self._of_module.items()}
-                self._watch = Watch(seen, self._want, self._leave)
+                self._watch = Watch(seen, self._want, self._leave, errors=self._errors)
             self._watch.attach(self._model, hooks)
-            hooks.callback(self._model.register_forward_hook(self._keep_output, with_kwargs=True).remove)
+            keep = Hook(self._keep_inputs, self._errors)
+            hooks.callback(self._model.register_forward_pre_hook(keep, with_kwargs=True).remove)
             self._hooks = hooks.pop_all()
             self._hooked = True
 
@@ -196,9 +210,8 @@ class AttentionRecorder:
         if self._survey is not None:
             self._survey.note(run, output)
 
-    def _keep_output(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.output is None:
-            self.output = output
+    def _keep_inputs(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._inputs is None:
             inputs = (*args, *kwargs.values())
             self._inputs = inputs[0] if len(inputs) == 1 else inputs
 
@@ -215,7 +228,10 @@ class AttentionRecorder:
             If nothing has run yet, or what ran does not show which attention is meant.
         ShapeError
             If the two directions of a layer do not fit each other, or what was read is no attention.
+        Exception
+            Whatever else went wrong while the model ran, which has not ended its run.
         """
+        self._raise_errors()
         if not self.layers and self._survey is not None and self._survey.found:
             self._choose(self._survey)
         batch = self._inputs if self.batch is None else self.batch

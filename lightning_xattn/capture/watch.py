@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_xattn.capture.memory import Address, has_address
 from lightning_xattn.capture.readers import Edit, Event, Read, Want, reader_of
-from lightning_xattn.capture.wrappers import Shared, in_encoder_layers, runs_for_backward
+from lightning_xattn.capture.wrappers import Hook, Shared, in_encoder_layers, runs_for_backward
+from lightning_xattn.messages import first_line
 
 ToEdit = Callable[[Event], Edit | None]
 """Gets an attention that is about to be computed; gives what is to be changed of it; None: nothing."""
@@ -74,6 +75,8 @@ class Watch(TorchFunctionMode):
     ``want`` says what is to be recorded of an attention that is about to be computed. ``leave`` is called when a run
     ends without an error, with what the module returned. ``edit`` changes an attention before it is computed; torch's
     fast paths are then off. A watch that ``follows`` notes which attention reaches which.
+
+    What goes wrong here never reaches the modules that run: it is added to ``errors``. Only what ``edit`` raises does.
     """
 
     def __init__(
@@ -83,9 +86,11 @@ class Watch(TorchFunctionMode):
         leave: Callable[[Run, Any], None],
         edit: ToEdit | None = None,
         follows: bool = False,
+        errors: list[Exception] | None = None,
     ) -> None:
         super().__init__()
         self._modules, self._want, self._leave, self._edit = modules, want, leave, edit
+        self.errors: list[Exception] = [] if errors is None else errors
         self._runs: list[Run] = []
         self._turns: Counter[nn.Module] = Counter()
         self._on = False
@@ -100,19 +105,24 @@ class Watch(TorchFunctionMode):
         unhookable = {module for module in in_encoder_layers(root) if module in self._modules}
         for module in self._modules:
             if module not in unhookable and not isinstance(module, torch.jit.ScriptModule):
-                hooks.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-                handle = module.register_forward_hook(self._end, with_kwargs=True, prepend=True, always_call=True)
+                enter, end = Hook(self._enter, self.errors), Hook(self._end, self.errors)
+                hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                handle = module.register_forward_hook(end, with_kwargs=True, prepend=True, always_call=True)
                 hooks.callback(handle.remove)
         if unhookable:
+
+            def enter_one(module: nn.Module, args: tuple[Any, ...]) -> None:
+                if module in unhookable:
+                    self._enter(module, args)
+
+            def end_one(module: nn.Module, *call: Any) -> None:
+                if module in unhookable:  # after an error torch calls it without the keyword arguments
+                    self._end(module, call[0], call[1], call[-1])
+
             # A hook on all modules does not turn their fast path off.
             handles = (
-                register_module_forward_pre_hook(lambda m, args: self._enter(m, args) if m in unhookable else None),
-                register_module_forward_hook(
-                    # After an error torch calls it without the keyword arguments.
-                    lambda m, *call: self._end(m, call[0], call[1], call[-1]) if m in unhookable else None,
-                    with_kwargs=True,
-                    always_call=True,
-                ),
+                register_module_forward_pre_hook(Hook(enter_one, self.errors)),
+                register_module_forward_hook(Hook(end_one, self.errors), with_kwargs=True, always_call=True),
             )
             # torch 2.13 forgets these entries when the hook is removed, and then takes every module for a watched one.
             for book in (_global_forward_hooks_with_kwargs, _global_forward_hooks_always_called):
@@ -172,13 +182,23 @@ class Watch(TorchFunctionMode):
         if not self._runs:
             return function(*args, **kwargs)
         reader, before = reader_of(function), len(self._runs[-1].events)
-        if reader is not None:
-            result = reader(function, args, kwargs, self)
-        else:
+        if reader is None:
             result = function(*args, **kwargs)
-            self._follow(getattr(function, "__name__", ""), args, kwargs, result)
-        if self._follows:
-            self._pass_on((*args, *kwargs.values()), self._runs[-1].events[before:], result)
+        else:
+            try:
+                result = reader(function, args, kwargs, self)
+            except Exception as error:
+                if self._edit is not None:
+                    raise
+                result = function(*args, **kwargs)  # raises what the model is to see if it was the function's
+                self.errors.append(error)
+        try:
+            if reader is None:
+                self._follow(getattr(function, "__name__", ""), args, kwargs, result)
+            if self._follows:
+                self._pass_on((*args, *kwargs.values()), self._runs[-1].events[before:], result)
+        except Exception as error:
+            self.errors.append(error)
         return result
 
     def _pass_on(self, args: Sequence[Any], events: Sequence[Event], result: Any) -> None:
@@ -197,7 +217,10 @@ class Watch(TorchFunctionMode):
                 if rows == event.shape[0]:
                     event.folded.setdefault(heads_first, heads)
         if event.problem is None:
-            event.want = self._want(self._runs[-1], event)
+            try:
+                event.want = self._want(self._runs[-1], event)
+            except Exception as error:
+                self.errors.append(error)
         return None if self._edit is None else self._edit(event)
 
     def take(self, event: Event, read: Read | None = None, given: Tensor | None = None) -> None:
@@ -209,8 +232,11 @@ class Watch(TorchFunctionMode):
         if read is not None and event.want is not Want.NOTHING:
             rounds = torch.is_autocast_enabled(event.device.type)
             precise = torch.autocast(event.device.type, enabled=False) if rounds else nullcontext()
-            with torch.no_grad(), precise, torch._C.DisableTorchFunction():  # unseen by watches around this one
-                event.recorded = read()
+            try:
+                with torch.no_grad(), precise, torch._C.DisableTorchFunction():  # unseen by watches around this one
+                    event.recorded = read()
+            except Exception as error:  # such as a mask of a form that is not understood, or no memory
+                event.problem = f"reading it failed ({type(error).__name__}: {first_line(error)})"
 
     def _follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note how heads are folded into the samples, and what is made of weights, and what these are used for."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,6 +42,33 @@ def compiled_modules(root: nn.Module) -> list[str]:
     ]
     # Lightning takes a compiled LightningModule out of its wrapper and compiles its steps instead.
     return found or (["the model"] if getattr(root, "_compiler_ctx", None) is not None else [])
+
+
+class Hook:
+    """A hook of ours on a user's module: it never ends the module's run, and a copy of the module has none that acts.
+
+    Parameters
+    ----------
+    function
+        What the hook does; what it returns is ignored.
+    errors
+        Gets what the function raises, for later.
+    """
+
+    def __init__(self, function: Callable[..., Any], errors: list[Exception]) -> None:
+        self._function, self._errors = function, errors
+
+    def __call__(self, *args: Any) -> None:
+        """Act on what torch passes to a hook."""
+        try:
+            self._function(*args)
+        except Exception as error:  # the model's run goes on as without us
+            self._errors.append(error)
+
+    def __reduce__(self) -> Any:
+        # Copied and pickled with its module, by an EMA or snapshot callback, as a function that takes anything and does
+        # nothing; one of Python's own, so that the file can be read without this package.
+        return getattr, (nullcontext(), "__exit__")
 
 
 class Shared:

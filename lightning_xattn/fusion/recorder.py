@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_xattn.attention import AttentionPair, Direction
 from lightning_xattn.capture import Layer
 from lightning_xattn.capture.sources import Source
-from lightning_xattn.capture.wrappers import find_module
+from lightning_xattn.capture.wrappers import Hook, find_module
 from lightning_xattn.distributed import ALONE, Processes
 from lightning_xattn.errors import DiscoveryError
 from lightning_xattn.fusion.arguments import Call
@@ -120,6 +120,8 @@ class FusionRecorder:
         self._calls: list[Call] = []
         self._spoken: Spoken | None = None
         self._told: set[str] = set()
+        # What went wrong in this step's hooks.
+        self._errors: list[Exception] = []
 
     @property
     def is_named(self) -> bool:
@@ -148,6 +150,7 @@ class FusionRecorder:
     def clear(self) -> None:
         """Forget the step."""
         self._survey.clear()
+        self._errors.clear()
         self._calls, self._spoken = [], None
 
     def let_go(self) -> None:
@@ -192,7 +195,14 @@ class FusionRecorder:
         -------
         inputs, messages
             None where the fusion is not known, or did not run once in this step.
+
+        Raises
+        ------
+        Exception
+            Whatever went wrong while the model ran, which has not ended its run.
         """
+        if self._errors:
+            raise self._errors[0]
         if self._given_up:
             return None, []
         if self.entrance is None:
@@ -283,7 +293,7 @@ class FusionRecorder:
             if self.entrance is not None:
                 self._hook(hooks)
             elif not self._given_up:
-                self._survey.attach(hooks)
+                self._survey.attach(hooks, self._errors)
             self._hooks = hooks.pop_all()
             self._hooked = True
 
@@ -330,11 +340,19 @@ class FusionRecorder:
                 if self._carrier is None and self._spoken is not None:
                     self._carrier = Carrier(module, *called, self._spoken)
 
-        hooks.callback(self._fusion.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        hooks.callback(self._fusion.register_forward_hook(left, always_call=True).remove)
+        def before(module: nn.Module, function: Callable[..., None]) -> None:
+            hook = Hook(function, self._errors)
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+        def after(module: nn.Module, function: Callable[..., None], always_call: bool = False) -> None:
+            hook = Hook(function, self._errors)
+            hooks.callback(module.register_forward_hook(hook, always_call=always_call).remove)
+
+        before(self._fusion, enter)
+        after(self._fusion, left, always_call=True)
         if around is not None:
-            hooks.callback(around.register_forward_pre_hook(begin, with_kwargs=True).remove)
-            hooks.callback(around.register_forward_hook(leave).remove)
+            before(around, begin)
+            after(around, leave)
 
     def _find(self, attention: Sequence[AttentionPair], layers: Sequence[Layer], labels: Labels) -> Iterator[str]:
         """Decide in a first step; says what users should know."""

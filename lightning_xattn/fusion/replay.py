@@ -306,7 +306,7 @@ class Replay:
 
     @contextmanager
     def keeping_state(self) -> Iterator[None]:
-        """Let all replays in the block put the model back to what it is now, kept once; its user runs nothing meanwhile.
+        """Keep the model's state once, for all replays in the block to put back: nothing else runs the model meanwhile.
 
         Raises
         ------

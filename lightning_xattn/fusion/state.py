@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -152,9 +153,9 @@ class ModelState:
 
     def _keep_tensor(self, tensor: Tensor) -> Iterable[Any]:
         if is_traceable_wrapper_subclass(tensor):  # such as a DTensor
-            names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]  # of such a subclass
+            names, _ = tensor.__tensor_flatten__()
             return [getattr(tensor, name) for name in names]
-        if tensor.is_meta or tensor.is_nested or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if tensor.is_meta or tensor.is_nested or is_lazy(tensor):
             return ()
         if tensor.layout != torch.strided:
             self._restores.append(_restore_sparse(tensor))
@@ -178,7 +179,7 @@ class ModelState:
         return values.ravel().tolist() if values.dtype.hasobject else ()
 
     def _keep_container(self, one: Any, kind: type) -> Iterable[Any] | None:
-        """What a container holds; None of anything else. Its class's own methods are passed by: they may do anything."""
+        """What a container holds; None of anything else. A user's class may have other methods: they are passed by."""
         if issubclass(kind, dict):
             self._restores.append(_restore_mapping(one))
             return [*dict.keys(one), *dict.values(one)]
@@ -413,7 +414,7 @@ def _is_written_in_python(kind: type) -> bool:
 
 
 @functools.cache
-def _is_leaf(kind: type) -> bool:
+def _is_leaf(kind: Any) -> bool:
     """Whether nothing of an object of this class is kept. By class, as isinstance may run code of a proxy's."""
     return issubclass(kind, _LEAVES) or any(
         parent.__name__ in _OF_A_TRAINER and parent.__module__.startswith(("pytorch_lightning.", "lightning.pytorch."))

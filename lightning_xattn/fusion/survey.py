@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_xattn.attention import AttentionPair
 from lightning_xattn.capture import Layer
-from lightning_xattn.capture.wrappers import in_encoder_layers
+from lightning_xattn.capture.wrappers import Hook, in_encoder_layers
 from lightning_xattn.fusion.arguments import Call, label_of
 from lightning_xattn.fusion.entrance import Entrance, ModalitiesSetting, guessed_entrances, named_entrance
 from lightning_xattn.fusion.replay import Precision
@@ -65,13 +65,14 @@ class FusionSurvey:
         self._running: list[SeenRun] = []
         self._seen: list[SeenRun] = []
 
-    def attach(self, hooks: ExitStack) -> None:
-        """Look at every run until ``hooks`` closes."""
+    def attach(self, hooks: ExitStack, errors: list[Exception]) -> None:
+        """Look at every run until ``hooks`` closes; ``errors`` gets what goes wrong."""
         unhookable = in_encoder_layers(self._model)
         for path, module in self._model.named_modules():
             if module not in unhookable and not isinstance(module, torch.jit.ScriptModule):
-                hooks.callback(module.register_forward_pre_hook(partial(self._enter, path), with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+                enter, leave = Hook(partial(self._enter, path), errors), Hook(self._leave, errors)
+                hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
 
     def _enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = Call(args, kwargs)

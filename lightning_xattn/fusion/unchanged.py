@@ -31,7 +31,7 @@ def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Non
 
 @contextmanager
 def left_as_it_was(state: ModelState, with_hooks: bool) -> Iterator[None]:
-    """Put a model's state back however the block ends; within it nothing is logged or compiled, and there is no gradient.
+    """Put a model's state back however the block ends. In the block nothing is logged, compiled or differentiated.
 
     Torch's random generators begin at the same seed in each such block.
 

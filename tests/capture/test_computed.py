@@ -190,7 +190,6 @@ def test_several_attentions_in_one_module_are_not_guessed():
     audio, text = tokens()
     model = Both()
     with (
-        AttentionRecorder(nn.ModuleDict({"fusion": model}), {"audio_to_text": "fusion"}),
         pytest.raises(
             DiscoveryError,
             match=tells(
@@ -203,6 +202,7 @@ def test_several_attentions_in_one_module_are_not_guessed():
                 "'path[item]'",
             ),
         ),
+        AttentionRecorder(nn.ModuleDict({"fusion": model}), {"audio_to_text": "fusion"}),
     ):
         model(audio, text)
 

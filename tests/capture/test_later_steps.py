@@ -200,10 +200,12 @@ def test_a_kernel_in_the_first_step_and_a_softmax_that_is_changed_in_the_next():
         with pytest.warns(XAttnWarning, match=tells("later step", "'fusion'", "which attention", "left out")):
             assert recorder.attention == ()
         model(*tokens())  # said once
-    with AttentionRecorder(model, {"a_to_b": "fusion"}):
-        for _ in range(2):  # also when the first error is caught
-            with pytest.raises(DiscoveryError, match=tells("'fusion'", "which attention", "'path[item]'")):
-                model(*tokens())
+    for _ in range(2):  # also when the first error is caught
+        with (
+            pytest.raises(DiscoveryError, match=tells("'fusion'", "which attention", "'path[item]'")),
+            AttentionRecorder(model, {"a_to_b": "fusion"}),
+        ):
+            model(*tokens())
 
 
 def test_a_later_batch_with_as_many_tokens_as_heads_ends_nothing():

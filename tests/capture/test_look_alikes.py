@@ -253,9 +253,12 @@ def test_dropout_in_what_is_returned_is_noticed_also_after_eval_mode():
     with AttentionRecorder(model, ITEM) as recorder:
         model(*tokens())
         assert torch.equal(recorder.attention[0].forward.weights, softmax(*tokens()))
+        recorder.clear()
         model.train()
+        model(*tokens())
         with pytest.raises(ShapeError, match=tells((2, 3, 5, 7), "dropout", "eval mode")):
-            model(*tokens())
+            _ = recorder.attention
+        recorder.clear()
 
 
 def test_dropout_in_what_a_callable_gives_is_noticed_also_after_eval_mode():

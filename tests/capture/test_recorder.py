@@ -1,11 +1,19 @@
 """The recorder: what it holds, what it says, and that no hook stays behind."""
 
+import copy
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from lightning_xattn.capture import AttentionRecorder
+from lightning_xattn.capture import AttentionRecorder, readers
+from lightning_xattn.capture.tap import Tap
+from lightning_xattn.capture.watch import Watch
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.recording import StepRecorder
 from tests.capture.models import BATCH, Fusing, Pair, Runs, heads, recorded, tokens
 from tests.messages import tells
 from tests.toy import ToyModule, count_hooks, toy_data
@@ -24,13 +32,64 @@ def test_recorders_nest_and_other_hooks_see_what_the_caller_gets():
 
 def test_keeps_the_first_output_of_the_models_own_forward():
     model = ToyModule()
-    audio, text, _ = toy_data(BATCH)[:]
-    with AttentionRecorder(model) as recorder:
-        first = model(audio, text)
-        assert recorder.output is first
+    batch = toy_data(BATCH)[:]
+    with StepRecorder(model) as recorder:
+        first = model(*batch[:2])
+        model(*batch[:2])
+        with pytest.warns(XAttnWarning, match="ran more often"):
+            step, _ = recorder.take(None, batch)
+        assert step.forward is first
         recorder.clear()
-        assert recorder.output is None
-        assert recorder.attention == ()
+        assert recorder.take(None, batch) is None
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(Watch, "_follow"), (Tap, "take"), (Watch, "take"), (AttentionRecorder, "_want")]
+)
+def test_what_goes_wrong_while_the_model_runs_waits_until_it_has_run(owner, name, monkeypatch):
+    model, (audio, text) = Pair(), tokens()
+    (expected, _), _ = model(audio, text)
+
+    def fail(*args):
+        raise ArithmeticError("a fault of ours")
+
+    monkeypatch.setattr(owner, name, fail)
+    recorder = AttentionRecorder(model).__enter__()
+    (got, _), _ = model(audio, text)
+    assert torch.equal(got, expected)
+    with pytest.raises(ArithmeticError, match="of ours"):
+        _ = recorder.attention
+    with pytest.raises(ArithmeticError, match="of ours"):
+        recorder.__exit__(None)
+    assert count_hooks(model) == 0
+
+
+def test_attention_that_cannot_be_read_is_refused_after_the_run(monkeypatch):
+    model = Pair()
+    monkeypatch.setattr(readers, "_with_masks", lambda *_: torch.zeros(2).reshape(3))
+    with pytest.raises(DiscoveryError, match=tells("cannot be read", "RuntimeError", "invalid for input of size 2")):
+        recorded(model, None)
+
+
+def test_a_copy_of_a_model_that_is_recorded_acts_as_the_model_does(tmp_path):
+    """A snapshot or EMA callback copies the model between the hooks of a batch."""
+    model, (audio, text) = Pair(), tokens()
+    expected = model(audio, text)[0][0]
+    with AttentionRecorder(model) as recorder:
+        copies = [copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))]
+        torch.save(model, tmp_path / "model.pt")
+        model(audio, text)
+        weights = recorder.attention[0].forward.weights
+        copies.append(torch.load(tmp_path / "model.pt", weights_only=False))
+        for one in copies:
+            assert torch.equal(one(audio, text)[0][0], expected)
+        assert torch.equal(recorder.attention[0].forward.weights, weights)
+    module = nn.MultiheadAttention(12, 3, batch_first=True)
+    with AttentionRecorder(nn.ModuleDict({"a_to_b": module})):
+        torch.save(module, tmp_path / "attention.pt")
+    path = str(tmp_path / "attention.pt")
+    code = f"import sys, torch; sys.modules['lightning_xattn'] = None; torch.load({path!r}, weights_only=False)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_hooks_leave_when_the_model_crashes_and_when_setting_up_fails(monkeypatch):

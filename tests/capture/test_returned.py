@@ -124,7 +124,7 @@ REFUSED = {
 @pytest.mark.parametrize(("give", "facts"), REFUSED.values(), ids=REFUSED)
 def test_what_is_not_clear_is_refused(give, facts):
     model, (audio, text) = Model(give), tokens()
-    with AttentionRecorder(model, {"audio_to_text": "fusion"}), pytest.raises(DiscoveryError, match=tells(*facts)):
+    with pytest.raises(DiscoveryError, match=tells(*facts)), AttentionRecorder(model, {"audio_to_text": "fusion"}):
         model(audio, text)
 
 
@@ -153,18 +153,18 @@ def test_what_is_not_clear_is_refused(give, facts):
 def test_what_is_named_and_is_no_attention_is_refused(spoil, training, facts):
     model, (audio, text) = Model(lambda f, a, b: (f, spoil(a))), tokens()
     model.train(training)
-    with AttentionRecorder(model, {"audio_to_text": "fusion[1]"}), pytest.raises(ShapeError, match=tells(*facts)):
+    with pytest.raises(ShapeError, match=tells(*facts)), AttentionRecorder(model, {"audio_to_text": "fusion[1]"}):
         model(audio, text)
 
 
 def test_an_item_that_is_not_there_and_a_module_that_should_have_run_twice():
     model, (audio, text) = Model(lambda f, a, b: (f, a)), tokens()
     with (
-        AttentionRecorder(model, {"audio_to_text": "fusion[2]"}),
         pytest.raises(
             DiscoveryError,
             match=tells("'fusion[2]'", "'fusion[0]' (2, 12, 12)", "'fusion[1]' (2, 3, 5, 7)"),
         ),
+        AttentionRecorder(model, {"audio_to_text": "fusion[2]"}),
     ):
         model(audio, text)
     with AttentionRecorder(model, BY_NAME) as recorder:

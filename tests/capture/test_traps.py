@@ -293,8 +293,8 @@ def test_attention_inside_of_vmap_is_passed_over():
     x, y = (t[None] for t in tokens())
     expected = model(x, y)
     with (
-        AttentionRecorder(model, {"a_to_b": "fusion"}),
         pytest.raises(DiscoveryError, match=tells("'fusion'", "computes none", "path[item]")),
+        AttentionRecorder(model, {"a_to_b": "fusion"}),
     ):
         model(x, y)
     assert torch.equal(model(x, y), expected), "nothing stays behind"
