@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import uuid
 import warnings
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -17,7 +19,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.distributed import ALONE, Processes, own_places
 from lightning_xattn.epoch_log import EpochLog, by_scope
-from lightning_xattn.errors import SettingError
+from lightning_xattn.errors import SettingError, XAttnError
 from lightning_xattn.evaluation import Evaluation, Settings, summarise
 from lightning_xattn.findings import Findings, Handover
 from lightning_xattn.fusion.collected import MAX_SAMPLES
@@ -27,9 +29,9 @@ from lightning_xattn.fusion.samples import sample_columns
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.history import pack_history, unpack_history
 from lightning_xattn.labels import LabelSetting
-from lightning_xattn.messages import tell, warn
+from lightning_xattn.messages import describe_error, tell, warn
 from lightning_xattn.recording import StepRecorder
-from lightning_xattn.results import DatasetResult
+from lightning_xattn.results import BatchResult, DatasetResult
 from lightning_xattn.summary import LayerSummary
 from lightning_xattn.trainer import (
     Schedule,
@@ -48,6 +50,9 @@ if TYPE_CHECKING:
 
 CURVES = ("main", "all")
 
+READ_SETTINGS = ("predictions", "targets", "sample_ids", "groups", "query_mask", "fusion", "class_names")
+"""Those that say how a batch is read, but for its attention."""
+
 
 @dataclass(eq=False)
 class _Run:
@@ -60,6 +65,12 @@ class _Run:
     recorder: StepRecorder | None = None
     is_recording: bool = False
     table: TrainingTable | None = None
+    trainer: Callable[[], Trainer | None] = lambda: None
+    """The Trainer that runs; None: none does, or it is gone."""
+    has_recorded: bool = False
+    """Whether a batch was recorded to its end."""
+    refusal: str = ""
+    """Why nothing of this run is recorded; "" if something may be."""
 
 
 class AttentionExplainabilityCallback(Callback):
@@ -252,8 +263,19 @@ class AttentionExplainabilityCallback(Callback):
             self.load_state_dict(alike[0])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look anew at the first batch of what is to run."""
-        self._run = _Run(stage == "fit", processes=processes_of(trainer))
+        """Look anew at the first batch of what is to run.
+
+        Raises
+        ------
+        XAttnError
+            If another Trainer still runs this callback.
+        """
+        if self._run.trainer() not in (None, trainer):
+            raise XAttnError(
+                "This callback still records another Trainer, inside of which this one runs. Give the inner Trainer a "
+                "callback of its own: Trainer(callbacks=[AttentionExplainabilityCallback()])."
+            )
+        self._run = _Run(stage == "fit", processes=processes_of(trainer), trainer=weakref.ref(trainer))
         if self._run.resumes:
             self._findings.fit_begins = len(self.history)
         make = partial(
@@ -277,7 +299,8 @@ class AttentionExplainabilityCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the attention before training starts, so that a wrong path fails at once."""
-        self._run.recorder = self.settings.recorder(pl_module, self._run.processes)
+        with self._refusing("attention", "fusion"):
+            self._run.recorder = self.settings.recorder(pl_module, self._run.processes)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to record, if this epoch is one to record."""
@@ -286,7 +309,8 @@ class AttentionExplainabilityCallback(Callback):
             return
         self._run.is_recording = True
         if self._run.recorder is None:
-            self._run.recorder = self.settings.recorder(pl_module, self._run.processes)
+            with self._refusing("attention", "fusion"):
+                self._run.recorder = self.settings.recorder(pl_module, self._run.processes)
         rehearsal = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
         if self.settings.table is not None and not rehearsal and self._run.processes.is_first_peer:
             from lightning_xattn.table import TrainingTable  # pyarrow, only where a table is wanted
@@ -300,9 +324,10 @@ class AttentionExplainabilityCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Put the hooks on the model, if this batch is one to record."""
-        if self._run.is_recording and self.schedule.samples(batch_idx):
+        if self._records(batch_idx):
             assert self._run.recorder is not None
-            self._run.recorder.__enter__()
+            with self._refusing("attention", "fusion"):
+                self._run.recorder.__enter__()
 
     def on_validation_batch_end(
         self,
@@ -314,24 +339,52 @@ class AttentionExplainabilityCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the running sums."""
-        if not (self._run.is_recording and self.schedule.samples(batch_idx)):
+        if not self._records(batch_idx):
             return
-        assert self._run.recorder is not None
-        self._run.recorder.close()
-        taken = self._run.recorder.take(outputs, batch)
-        if taken is None:
-            self._run.recorder.clear()
-            return
-        evaluation = self._run.evaluations[dataloader_idx]
-        is_first = all(one.classes is None for one in self._run.evaluations.values())
-        result = evaluation.read(*taken, self._run.recorder)
-        self._run.recorder.clear()
-        if is_first:
-            warn(self._findings.checks.of_directions(self._run.recorder.layers))
-            tell(self._findings.checks.of_reading(evaluation.describe(result, self._run.recorder)))
+        recorder = self._run.recorder
+        assert recorder is not None
+        recorder.close()
+        evaluation, taken = self._run.evaluations[dataloader_idx], None
+        with self._refusing("attention", "fusion"):
+            taken = recorder.take(outputs, batch)
+        if taken is not None:
+            with self._refusing(*READ_SETTINGS):
+                self._add(trainer, evaluation.read(*taken, recorder), batch_idx, dataloader_idx)
+        recorder.clear()
+
+    def _add(self, trainer: Trainer, result: BatchResult, batch_idx: int, dataloader_idx: int) -> None:
+        recorder, evaluation = self._run.recorder, self._run.evaluations[dataloader_idx]
+        assert recorder is not None
+        if not self._run.has_recorded:
+            self._run.has_recorded = True
+            warn(self._findings.checks.of_directions(recorder.layers))
+            tell(self._findings.checks.of_reading(evaluation.describe(result, recorder)))
         for columns in evaluation.add(result, own_places(loaders_of(trainer), dataloader_idx, batch_idx, len(result))):
             if self._run.table is not None:
                 self._run.table.add(columns | {"dataloader": dataloader_idx})
+
+    def _records(self, batch_idx: int) -> bool:
+        return self._run.is_recording and not self._run.refusal and self.schedule.samples(batch_idx)
+
+    @contextmanager
+    def _refusing(self, *settings: str) -> Iterator[None]:
+        """Let no error end the run, unless one of these settings is given and the first batch does not meet it.
+
+        If the first batch cannot be recorded, nothing of the run is. A later batch is left out.
+        """
+        try:
+            yield
+        except Exception as error:
+            is_given = any(getattr(self.settings, name) is not None for name in settings)
+            if not self._run.has_recorded and is_given:
+                raise
+            if self._run.recorder is not None:
+                self._run.recorder.close()
+            if self._run.has_recorded:
+                warn(self._findings.checks.of_a_batch(error))
+            else:
+                self._run.refusal = describe_error(error)
+                warn([f"Nothing is recorded in this run. {self._run.refusal}"])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's curves and figures."""
@@ -365,7 +418,9 @@ class AttentionExplainabilityCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take every hook off the model: after a crash Lightning does not call ``teardown``."""
-        self._stop()
+        if self._run.trainer() in (None, trainer):
+            self._stop()
+            self._run.trainer = lambda: None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take every hook off the model, and let go of it."""
@@ -391,9 +446,21 @@ class AttentionExplainabilityCallback(Callback):
     def _scope(self, trainer: Trainer) -> Callable[[int, str], str]:
         return partial(scope_of, trainer, self, AttentionExplainabilityCallback)
 
-    def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], list[Path]]:
-        """What the evaluation says, by dataloader, and the files of its sample table."""
-        assert self._run.recorder is not None
+    def _end_epoch(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> tuple[dict[int, DatasetResult], list[Path]] | None:
+        """What the evaluation says, by dataloader, and the files of its sample table; None if that goes wrong."""
+        try:
+            return self._sum_up(trainer, pl_module)
+        except Exception as error:
+            if self._run.processes is not ALONE:  # the others wait for this one
+                raise
+            warn([f"An evaluation ('{stage_of(trainer)}') could not be summed up. {describe_error(error)}"])
+            return None
+
+    def _sum_up(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], list[Path]]:
+        if self._run.recorder is None:  # the same on all processes
+            return {}, []
         ended = dict(
             summarise(
                 self._run.evaluations, self._run.recorder, self._run.processes, self.schedule.tests_attention(trainer)
@@ -424,9 +491,16 @@ class AttentionExplainabilityCallback(Callback):
         )
 
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        results, tables = self._end_epoch(trainer, pl_module)
+        ended = self._end_epoch(trainer, pl_module)
+        if ended is None:
+            return
+        results, tables = ended
         log = self._log(trainer, pl_module, self.schedule.draws(trainer))
-        records = log.log(results, self._run.evaluations, self.history[self._findings.fit_begins :], tables)
+        try:
+            records = log.log(results, self._run.evaluations, self.history[self._findings.fit_begins :], tables)
+        except Exception as error:
+            warn([f"An evaluation ('{stage_of(trainer)}') could not be logged. {describe_error(error)}"])
+            return
         self.history.extend(records)
-        if not records:
+        if not records and not self._run.refusal:
             warn(self._findings.checks.of_nothing(stage_of(trainer)))

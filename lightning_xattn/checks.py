@@ -9,7 +9,7 @@ from lightning_xattn.attention import AttentionPair
 from lightning_xattn.capture import Layer
 from lightning_xattn.columns import Column
 from lightning_xattn.fusion.summary import FusionSummary
-from lightning_xattn.messages import SINGLE_KEYS, by_reason
+from lightning_xattn.messages import SINGLE_KEYS, by_reason, describe_error
 from lightning_xattn.summary import LayerSummary
 
 UNIFORM = 0.999
@@ -69,6 +69,11 @@ class Checks:
                 f"An evaluation ('{stage}') had no attention, though earlier steps had: the modules did not run, or "
                 "returned none. The evaluation has no curves."
             )
+
+    def of_a_batch(self, error: Exception) -> Iterator[str]:
+        """The warning that a batch gives that cannot be recorded, once for each kind of error."""
+        if self._is_new("", "", f"batch: {type(error).__name__}", 0):
+            yield f"A batch is left out, and others like it will be without another warning. {describe_error(error)}"
 
     def of_epoch(self, layer: str, summary: LayerSummary) -> Iterator[str]:
         """New warnings that an epoch gives."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 import zlib
 from argparse import Namespace
@@ -16,7 +17,7 @@ from typing import Any, TextIO
 
 from pytorch_lightning.utilities import rank_zero_only
 
-from lightning_xattn.errors import XAttnWarning
+from lightning_xattn.errors import XAttnError, XAttnWarning
 
 _PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
@@ -129,6 +130,17 @@ def first_line(error: BaseException) -> str:
     """What an error says in its first line: torch's go on for a page, and say what is wrong in the midst of it."""
     *_, said = str(error).split("WeightsUnpickler error:")
     return (said.strip().splitlines() or [repr(error)])[0]
+
+
+def describe_error(error: Exception) -> str:
+    """What an error says; of one that was not raised on purpose also what and where it is."""
+    if isinstance(error, XAttnError):
+        return str(error)
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"{type(error).__name__}: {first_line(error)} ({where.filename}, line {where.lineno}). This is a fault of "
+        "lightning_xattn; your run goes on as without it."
+    )
 
 
 def tell(messages: Iterable[str]) -> None:

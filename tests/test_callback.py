@@ -14,7 +14,9 @@ from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.aggregation import CORRECT, INCORRECT
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.columns import ALIGNMENT
-from lightning_xattn.errors import DiscoveryError, XAttnWarning
+from lightning_xattn.epoch_log import EpochLog
+from lightning_xattn.errors import DataError, DiscoveryError, XAttnError, XAttnWarning
+from lightning_xattn.evaluation import Evaluation
 from tests import reference
 from tests.messages import tells
 from tests.toy import CLASSES, HEADS, NAMES, ToyModule, count_hooks, quiet_trainer, toy_data, toy_loader, validate
@@ -145,6 +147,67 @@ def test_training_with_the_callback_is_bit_for_bit_training_without(need_weights
     assert len(plain) == len(watched)
     assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
     assert count_hooks(module) == 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("fault", [ArithmeticError("a fault"), DataError("an odd batch")])
+def test_what_goes_wrong_in_a_batch_ends_no_run(fault, first, monkeypatch):
+    """In the first batch nothing is recorded from then on; a later one is left out."""
+    read, runs = Evaluation.read, []
+
+    def fail(evaluation, *args):
+        runs.append(len(runs))
+        if len(runs) == (1 if first else 3):
+            raise fault
+        return read(evaluation, *args)
+
+    monkeypatch.setattr(Evaluation, "read", fail)
+    watch, module = AttentionExplainabilityCallback(contribution_samples=0), ToyModule()
+    message = "Nothing is recorded in this run" if first else "A batch is left out"
+    with pytest.warns(XAttnWarning, match=f"{message}.* {fault}") as warned:
+        logged = validate(module, watch)
+    (warning,) = [str(one.message) for one in warned if one.category is XAttnWarning]
+    assert ("This is a fault of lightning_xattn" in warning) == isinstance(fault, ArithmeticError)
+    assert [record["samples"] for record in watch.history] == ([] if first else [18])
+    assert ("xattn_alignment/val/all" in logged) != first
+    assert count_hooks(module) == 0
+
+
+@pytest.mark.parametrize("what", ["summary", "curves"])
+def test_what_goes_wrong_at_an_evaluations_end_ends_no_run(what, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ArithmeticError("a fault")
+
+    owner, name = {"summary": (Evaluation, "summary"), "curves": (EpochLog, "log")}[what]
+    monkeypatch.setattr(owner, name, fail)
+    watch, module = AttentionExplainabilityCallback(contribution_samples=0), ToyModule()
+    trainer = quiet_trainer(callbacks=[watch], max_epochs=2)
+    with pytest.warns(XAttnWarning, match=r"could not be (summed up|logged).*ArithmeticError: a fault"):
+        trainer.fit(module, toy_loader(), toy_loader())
+    assert trainer.current_epoch == 2
+    assert count_hooks(module) == 0
+
+
+def test_a_trainer_inside_of_a_fit():
+    """The inner Trainer has a callback of its own, or says that it needs one."""
+
+    class Validate(Callback):
+        def __init__(self, watch):
+            self.watch = watch
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            quiet_trainer(callbacks=[self.watch]).validate(ToyModule(), toy_loader(), verbose=False)
+
+    def fit(outer, inner):
+        quiet_trainer(callbacks=[outer, Validate(inner)]).fit(ToyModule(), toy_loader(), toy_loader())
+
+    outer, inner = (AttentionExplainabilityCallback(contribution_samples=0) for _ in range(2))
+    fit(outer, inner)
+    assert [record["samples"] for record in outer.history + inner.history] == [23, 23]
+    with pytest.raises(XAttnError, match=r"still records another Trainer.*callback of its own: Trainer\(callbacks="):
+        fit(outer, outer)
+    fit(outer, inner)  # a run that has failed is over
+    assert [record["stage"] for record in outer.history] == ["val"] * 3
 
 
 class Crash(ToyModule):

@@ -46,7 +46,7 @@ _SERVICES = (
 
 _LEAVES = (
     *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), Enum, torch.dtype, torch.device, torch.Size),
-    *(ModuleType, BuiltinFunctionType, weakref.ref, logging.Logger, *_SERVICES),
+    *(ModuleType, weakref.ref, logging.Logger, *_SERVICES),
     *(DataLoader, Dataset, Sampler),
 )
 """What a forward does not change, or what is not the model's."""
@@ -119,7 +119,7 @@ class ModelState:
     def _walk(self, waiting: list[Any]) -> None:
         while waiting:
             one = waiting.pop()
-            kind = type(one)
+            kind: Any = type(one)
             if not _is_leaf(kind) and id(one) not in self._seen:
                 self._seen[id(one)] = one
                 waiting += self._keep(one, kind)
@@ -139,6 +139,8 @@ class ModelState:
             return self._keep_function(one)
         if issubclass(kind, MethodType):
             return one.__self__, one.__func__
+        if issubclass(kind, BuiltinFunctionType):  # such as a list's append
+            return (one.__self__,)
         if issubclass(kind, functools.partial):
             return one.func, *one.args, *one.keywords.values()
         if issubclass(kind, nn.Module):
@@ -427,7 +429,7 @@ def _is_service(one: Any) -> bool:
     waiting, seen = [one], set[int]()
     while waiting:
         held = waiting.pop()
-        kind = type(held)
+        kind: Any = type(held)
         if issubclass(kind, _SERVICES):
             return True
         if _is_leaf(kind) or id(held) in seen or issubclass(kind, (type, nn.Module, Tensor, np.ndarray, FunctionType)):

@@ -118,8 +118,9 @@ def test_what_is_not_clear_can_be_named(infos):
 
 
 def test_a_model_without_attention_needs_a_name():
-    with pytest.raises(DiscoveryError, match="No cross-attention ran"):
-        look(TwoStreams(Concatenation()))
+    with pytest.warns(XAttnWarning, match="Nothing is recorded in this run. No cross-attention ran"):
+        watch = look(TwoStreams(Concatenation()))
+    assert watch.history == []
     watch = look(TwoStreams(Concatenation()), fusion="fusion", modalities={"left": 0, "right": 1})
     summary = watch.fusion_summaries["val"]
     assert summary.estimate("right/left").mean > 0.9
