@@ -241,9 +241,11 @@ class ModelState:
         """The attributes of a class, but for what Python itself keeps there."""
         if not _is_written_in_python(kind) or issubclass(kind, Enum):
             return ()
-        kept = _attributes_of(kind)
+        kept, whole = _attributes_of(kind), tuple(vars(kind).values())
 
         def restore() -> None:
+            if _are_same(vars(kind).values(), whole):
+                return
             now = _attributes_of(kind)
             for name in now.keys() - kept.keys():
                 delattr(kind, name)
@@ -336,7 +338,8 @@ def _restore_storage(storage: torch.UntypedStorage, tensors: Sequence[Tensor]) -
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
     with torch.inference_mode(False):
-        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return whole if len(whole) % 8 else whole.view(torch.int64)  # which is compared faster
 
 
 def _restore_sparse(tensor: Tensor) -> Restore:
