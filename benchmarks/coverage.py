@@ -1,7 +1,7 @@
 """How often the 95 % CI of a proportion holds the truth, samples of one group being alike.
 
-``python -m benchmarks.coverage``: a table of 2,000 simulated evaluations a row (half a minute). A group's own proportion
-is drawn from a beta distribution, so that samples of one group correlate by ``intraclass``.
+``python -m benchmarks.coverage``: a table, each row of 2,000 simulated evaluations (two minutes). A group's own
+proportion is drawn from a beta distribution, so that samples of one group correlate by ``intraclass``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CORRELATIONS = (0.0, 0.1, 0.3, 0.5)
 
 
 def always_with_design_effect(counts: torch.Tensor, successes: torch.Tensor) -> tuple[float, float]:
-    """The same interval, but for the design effect: it is taken wherever it is defined, with errors of one group too."""
+    """The same interval, but with a design effect wherever there is one, also of errors in a single group."""
     groups, n = len(counts), float(counts.sum())
     share = float(successes.sum()) / n
     effective = float(groups)
@@ -27,7 +27,10 @@ def always_with_design_effect(counts: torch.Tensor, successes: torch.Tensor) -> 
         variance = groups / (groups - 1) * float((successes - counts * share).square().sum()) / n**2
         effective = n / max(1.0, variance * (n - 1) / (share * (1 - share)))
     q = float(t.ppf(0.975, groups - 1))
-    centre, half = share + q**2 / (2 * effective), q * (share * (1 - share) / effective + (q / 2 / effective) ** 2) ** 0.5
+    centre, half = (
+        share + q**2 / (2 * effective),
+        q * (share * (1 - share) / effective + (q / 2 / effective) ** 2) ** 0.5,
+    )
     return (centre - half) / (1 + q**2 / effective), (centre + half) / (1 + q**2 / effective)
 
 
@@ -54,8 +57,7 @@ def main() -> None:
                         held[i] += low <= share <= high
                         widths[run, i] = high - low
                 cells = [
-                    f"{100 * of / RUNS:.1f} ({width:.2f})"
-                    for of, width in zip(held, np.median(widths, 0), strict=True)
+                    f"{100 * of / RUNS:.1f} ({width:.2f})" for of, width in zip(held, np.median(widths, 0), strict=True)
                 ]
                 print(f"{groups} x {size} | {share} | {intraclass} | {' | '.join(cells)}", flush=True)
 

@@ -242,7 +242,9 @@ def fusion_figures(
                 auroc, low, high = found.auroc, found.low, found.high
             sign = {"confidence": "1 - confidence", "conflict": "conflict"}[score]
             if math.isfinite(auroc):
-                claims[score] = f"{sign} finds errors: AUROC {decimal(auroc)} ({decimal(low)} to {decimal(high)})"
+                what = "finds errors" if low > 0.5 else "is not seen to find errors"
+                what = "is lower in errors" if high < 0.5 else what
+                claims[score] = f"{sign} {what}: AUROC {decimal(auroc)} (95 % CI {decimal(low)} to {decimal(high)})"
         figure = plot_conflict(
             numbers["conflict"][known],
             numbers["confidence"][known],

@@ -110,6 +110,11 @@ def decimal(value: float, digits: int = 2, signed: bool = False) -> str:
     return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}"
 
 
+def percent(share: float, digits: int = 1) -> str:
+    """Write a share of 1 in percent, with so many digits after the point: 0.975 as ``97.5 %``."""
+    return f"{decimal(100 * share, digits)} %"
+
+
 def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     """The names that have each reason."""
     names: dict[str, list[str]] = {}

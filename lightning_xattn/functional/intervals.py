@@ -107,10 +107,10 @@ def grouped_proportion_interval(counts: Tensor, successes: Tensor) -> tuple[floa
         m = n / max(1, d),   d = G / (G - 1) sum_g (S_g - n_g p)^2 / n^2  /  (p (1 - p) / (n - 1))
 
     The design effect d (Kish 1965) is the cluster-robust variance of `grouped_mean_interval` over the binomial
-    variance; with one sample a group it is 1. It cannot be estimated where samples that have it, or samples that do not,
-    are in fewer than ``MINIMUM_GROUP`` groups, as at 0 and 100 %: ``m = G`` there. One wrong sample of 400 would else
-    pass for 400 independent ones, however alike those of a group are: of samples that correlate by 0.3 in 20 groups
-    of 20, of which 98 % are right, such intervals hold the truth in 84 % of the evaluations, these ones in 98 %
+    variance; with one sample a group it is 1. It cannot be estimated where fewer than ``MINIMUM_GROUP`` groups have
+    samples of the one kind or of the other, as at 0 and 100 %: ``m = G`` there. One wrong sample of 400 would else make
+    400 independent ones of them, however alike those of a group are: of samples that correlate by 0.3 in 20 groups of
+    20, of which 98 % are right, such intervals hold the truth in 84 % of the evaluations, these ones in 98 %
     (``python -m benchmarks.coverage``).
 
     Parameters

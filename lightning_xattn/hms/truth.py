@@ -22,7 +22,7 @@ QUESTIONS = ("the modalities disagree", "which one the model followed", "the pre
 
 
 def describe_scores(table: Path, recordings: Recordings) -> Iterator[Block]:
-    """How well each score answers each question: the AUROC with its 95 % interval by patients, confidence first.
+    """How well each score answers each question: the AUROC with its 95 % CI by patients, confidence first.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ def describe_scores(table: Path, recordings: Recordings) -> Iterator[Block]:
     counts = [[int(one) for one in truth.sum(0)] for truth in truths]
     yield Table(("score", *QUESTIONS), cells)
     yield Paragraph(
-        f"AUROC with its 95 % interval by patients, on {len(rows)} simulated recordings that the model was not trained "
+        f"AUROC with its 95 % CI by patients, on {len(rows)} simulated recordings that the model was not trained "
         f"on; 0.5: nothing is told. {counts[0][0]} of them show another class in the spectrogram than in the EEG; "
         f"where they do, the model followed the EEG {counts[1][0]} times and the spectrogram {counts[1][1]} times; "
         f"{counts[2][0]} predictions are wrong. Signs of disagreement and of errors are a low confidence, alignment "

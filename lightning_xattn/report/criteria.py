@@ -200,7 +200,7 @@ def _evidence(rule: _Rule, direction: str | None, summary: LayerSummary) -> str 
     means = []
     for name, outcome in known.items():
         low, high = summary.interval(column, outcome=outcome)
-        interval = "" if math.isnan(low) else f" ({say_interval(low, high)})"
+        interval = "" if math.isnan(low) else f" (95 % CI {say_interval(low, high)})"
         means.append(f"{name} {decimal(summary.mean(column, outcome=outcome), 3)}{interval}")
     said = f"means in its data set: {', '.join(means)}"
     if column != ALIGNMENT:
@@ -212,7 +212,7 @@ def _evidence(rule: _Rule, direction: str | None, summary: LayerSummary) -> str 
         met.append(f"{int((counts[edge:] if rule.above else counts[:edge]).sum())} of {int(counts.sum())} {name}")
     found = summary.compare(ALIGNMENT)
     if not math.isnan(found.auroc):
-        said += f"; AUROC {decimal(found.auroc, 3)} ({say_interval(found.low, found.high)})"
+        said += f"; AUROC {decimal(found.auroc, 3)} (95 % CI {say_interval(found.low, found.high)})"
     return f"met there by {' and '.join(met)} predictions; {said}"
 
 

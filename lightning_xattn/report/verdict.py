@@ -46,10 +46,14 @@ def describe_comparison(
     adjusted = "undefined (no class has both outcomes)" if math.isnan(within) else decimal(within, 3, signed=True)
     gaps = f"gap {decimal(outcome.gap, 3, signed=True)}, class-adjusted gap {adjusted}"
     by = f" by {noun}" if noun else ""
-    found = f"AUROC {decimal(outcome.auroc, 3)}, 95 % interval{by} {say_interval(outcome.low, outcome.high)}"
+    found = f"AUROC {decimal(outcome.auroc, 3)}, 95 % CI{by} {say_interval(outcome.low, outcome.high)}"
     return label, f"{verdict}: {found} ({sizes})", [gaps]
 
 
-def say_interval(low: float, high: float) -> str:
-    """An interval in words."""
-    return f"{decimal(low, 3)} to {decimal(high, 3)}"
+def say_interval(low: float, high: float, digits: int = 3, as_percent: bool = False) -> str:
+    """An interval in words; one that has no width in so many digits does not seem to be certain."""
+    scale, unit = (100, " %") if as_percent else (1, "")
+    first, last = decimal(scale * low, digits), decimal(scale * high, digits)
+    if first == last:
+        return f"± less than {decimal(10.0**-digits, digits)}{unit}"
+    return f"{first} to {last}{unit}"
