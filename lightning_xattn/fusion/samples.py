@@ -18,6 +18,9 @@ from lightning_xattn.messages import decimal, name_modality, percent
 CONFLICTING = 10
 """So many samples of largest conflict are shown."""
 
+NONE_MOSTLY = "no modality clearly for more than two thirds"
+"""What is said where no share is clearly above ``MOSTLY``."""
+
 
 @dataclass(frozen=True)
 class SampleModalities:
@@ -68,7 +71,7 @@ class SampleModalities:
             shown = "contributions " + ", ".join(f"{name_modality(name)} {phi}" for name, phi in parts.items())
         if self.followed is None:
             for_it = any(phi > 0 for phi in self.contributions.values())
-            return f", {'no modality mostly' if for_it else 'which no modality contributes to'} ({shown})"
+            return f", {NONE_MOSTLY if for_it else 'to which no modality contributes'} ({shown})"
         who, (said, _) = name_modality(self.followed), self.says.get(self.followed, ("", 0.0))
         if said == self.predicted:
             return f" and follows {who} ({shown})"

@@ -10,7 +10,7 @@ from lightning_xattn.aggregation import CORRECT, INCORRECT
 from lightning_xattn.attention import Direction
 from lightning_xattn.functional.contribution import MOSTLY
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.fusion.samples import SampleModalities, most_conflicting, of_sample
+from lightning_xattn.fusion.samples import NONE_MOSTLY, SampleModalities, most_conflicting, of_sample
 from lightning_xattn.fusion.summary import Estimate, FusionSummary
 from lightning_xattn.messages import by_reason, decimal, name_modality, percent
 from lightning_xattn.report.rendering import Block, Items, Paragraph, Table
@@ -22,11 +22,12 @@ HOW_TO_READ = (
     "probe that has seen it or its group. Conflict is the chance that the readings, each drawing a class, draw "
     "different ones; lean says whose reading supports the prediction more. Uses: a contribution is the part of the "
     "predicted class's probability that a modality carries (Shapley value), which is what changes when it is exchanged "
-    "for that of other samples; below 0 it speaks against the prediction (opposed: below -0.02). Mostly one "
-    "modality: the 95 % CI of its share lies above two thirds. Shows: faithfulness is what replacing the most attended "
-    "tokens costs more than replacing the least attended, over what it costs to replace all; 1: the first hold all of it, 0: what a random order gives. Its reference is the order by signed "
-    "gradient x attention. None of these says that a prediction is right: confidence is the baseline that any sign of "
-    "that has to beat."
+    "for that of other samples; below 0 it speaks against the prediction (opposed: below -0.02). A share of all "
+    "contributions below 0 or above 100 % means the same of many predictions; mostly one modality is said only where "
+    "the 95 % CI of its share lies above two thirds. Shows: faithfulness is what replacing the most attended tokens "
+    "costs more than replacing the least attended, over what it costs to replace all; 1: the first hold all of it, 0: "
+    "what a random order gives. Its reference is the order by signed gradient x attention. None of these says that a "
+    "prediction is right: confidence is the baseline that any sign of that has to beat."
 )
 
 
@@ -208,7 +209,7 @@ def _say_most(shares: Mapping[str, Estimate], noun: str | None) -> str:
     most = max(shares, key=lambda name: shares[name].mean)
     if math.isnan(shares[most].low):
         return f"which modality mostly is not claimed of fewer than {MINIMUM_GROUP} {noun or 'samples'}"
-    return f"mostly {name_modality(most)}" if shares[most].low > MOSTLY else "no modality mostly"
+    return f"mostly {name_modality(most)}" if shares[most].low > MOSTLY else NONE_MOSTLY
 
 
 def _say_shown(one: DirectionFacts) -> str:

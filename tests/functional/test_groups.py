@@ -176,6 +176,29 @@ def test_outcomes_that_do_not_overlap_are_not_certain():
     assert ours.low == pytest.approx(alone.low, abs=0.15)
 
 
+@pytest.mark.parametrize("groups", [6, 7, 11, 59])
+def test_a_variance_that_is_rounding_is_none(groups):
+    """Each group has a correct and an incorrect sample of one score: their variances and covariance cancel."""
+    scores = torch.randperm(1000, generator=torch.Generator().manual_seed(groups))[:groups].repeat(2)
+    counts = torch.tensor([[1.0, 0.0]] * groups + [[0.0, 1.0]] * groups)
+    found = F.grouped_separation(scores, torch.arange(groups).repeat(2), counts)
+    assert found.auroc == pytest.approx(0.5)
+    assert found.high - found.low > 0.2
+
+
+def test_samples_of_unknown_groups_widen_an_auroc_and_are_none_that_a_claim_rests_on():
+    scores, groups = torch.arange(18) * 100, torch.tensor([0, 1, 2, 3, 9, 9, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15])
+    counts = torch.tensor([[1.0, 0.0]] * 6 + [[0.0, 1.0]] * 12)
+    assert F.grouped_separation(scores, groups, counts).correct_groups == 5
+    found = F.grouped_separation(scores, groups, counts, unknown=9)
+    assert (found.correct_groups, found.incorrect_groups) == (4, 11)
+    assert np.isnan([found.auroc, found.low, found.high]).all()
+    groups[5] = 20
+    found, known = (F.grouped_separation(scores, groups, counts, unknown=one) for one in (9, None))
+    assert (found.correct_groups, known.correct_groups) == (5, 6)
+    assert (found.auroc, found.low, found.high) == (known.auroc, known.low, known.high)
+
+
 def test_a_mean_by_groups_holds_the_truth_and_one_by_samples_does_not():
     rng = np.random.default_rng(0)
     by_group = by_sample = 0
