@@ -115,6 +115,15 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{decimal(100 * share, digits)} %"
 
 
+def say_interval(low: float, high: float, digits: int = 3, as_percent: bool = False) -> str:
+    """An interval in words; one that has no width in so many digits does not seem to be certain."""
+    scale, unit = (100, " %") if as_percent else (1, "")
+    first, last = decimal(scale * low, digits), decimal(scale * high, digits)
+    if first == last:
+        return f"± less than {decimal(10.0**-digits, digits)}{unit}"
+    return f"{first} to {last}{unit}"
+
+
 def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     """The names that have each reason."""
     names: dict[str, list[str]] = {}

@@ -9,12 +9,12 @@ import torch
 
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
 from lightning_xattn.fusion.samples import SampleModalities
+from lightning_xattn.messages import say_interval
 from lightning_xattn.report import listing
 from lightning_xattn.report.facts import collect_facts
 from lightning_xattn.report.listing import _entry, entries_of_batch, entries_of_dataset
 from lightning_xattn.report.modalities import _verdict, collect_fusion
 from lightning_xattn.report.short import in_short
-from lightning_xattn.report.verdict import say_interval
 from lightning_xattn.results import DatasetResult
 from lightning_xattn.summary import Comparison
 from tests.fusion.models import NAMED, Concatenation, said_data, trained, watch_of
@@ -73,7 +73,10 @@ def test_confidence_is_the_baseline_and_keeps_its_direction(result, outcomes, sa
 
 def test_what_is_used_is_said_in_whole_sentences(result):
     sentences = list(in_short(collect_facts(result)))
-    uses = "What the model uses: no modality clearly for more than two thirds (shares: Left 67.6 %, 95 % CI 63.5 to "
+    share = result.fusion.share("left")
+    assert 0.5 < share.low < 2 / 3 < share.high
+    told = f"Left {100 * share.mean:.1f} %, 95 % CI {100 * share.low:.1f} to {100 * share.high:.1f} %; Right "
+    uses = f"What the model uses: no modality clearly for more than two thirds (shares: {told}"
     assert any(sentence.startswith(uses) for sentence in sentences)
     assert any(sentence.startswith("Left can be read: by itself it is right in ") for sentence in sentences)
 

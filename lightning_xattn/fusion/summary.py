@@ -38,7 +38,7 @@ from lightning_xattn.fusion.collected import IDENTITY, FusionPart
 from lightning_xattn.fusion.contribution import Contributions
 from lightning_xattn.fusion.faithfulness import Replaced
 from lightning_xattn.group_keys import UNKNOWN_GROUP
-from lightning_xattn.messages import describe_size, percent
+from lightning_xattn.messages import decimal, describe_size, percent, say_interval
 from lightning_xattn.notebook import ShownInNotebooks
 from lightning_xattn.summary import Comparison
 
@@ -306,7 +306,8 @@ class FusionSummary(ShownInNotebooks):
             return self.replaced[direction].problem
         if math.isnan(cost.low):
             return "too few samples have several keys and a partner of another group"
-        return f"bypassed: it costs {cost.mean:.3f} ({cost.low:.3f} to {cost.high:.3f}) to replace all of its keys"
+        interval = f"95 % CI {say_interval(cost.low, cost.high)}"
+        return f"bypassed: it costs {decimal(cost.mean, 3)} ({interval}) of the probability to replace all of its keys"
 
     def _ratio(self, ratio: float, part: Tensor, whole: Tensor, chosen: Tensor) -> Estimate:
         """A ratio of two means, with the interval of its linearisation (delta method)."""

@@ -15,7 +15,7 @@ from lightning_xattn.functional import Separation, grouped_separation, score_bin
 from lightning_xattn.group_keys import group_keys
 from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import Recordings
-from lightning_xattn.messages import decimal
+from lightning_xattn.messages import decimal, say_interval
 from lightning_xattn.report.rendering import Block, Paragraph, Table
 
 QUESTIONS = ("the modalities disagree", "which one the model followed", "the prediction is wrong")
@@ -91,4 +91,4 @@ def _separate(scores: Tensor, groups: Tensor, truth: Tensor) -> Separation:
 def _say(found: Separation) -> str:
     if math.isnan(found.auroc):
         return "too few to say"
-    return f"{decimal(found.auroc)} ({decimal(found.low)} to {decimal(found.high)})"
+    return f"{decimal(found.auroc)} ({say_interval(found.low, found.high, 2)})"

@@ -23,8 +23,7 @@ from lightning_xattn.attention import Direction
 from lightning_xattn.columns import ALIGNMENT, STATISTICS, Column
 from lightning_xattn.functional import score_bins
 from lightning_xattn.functional.rows import SPARSITY_THRESHOLD
-from lightning_xattn.messages import SINGLE_KEY, decimal
-from lightning_xattn.report.verdict import say_interval
+from lightning_xattn.messages import SINGLE_KEY, decimal, say_interval
 from lightning_xattn.results import AttentionStatistics, DatasetResult, SampleResult
 from lightning_xattn.summary import LayerSummary
 

@@ -12,9 +12,9 @@ from lightning_xattn.functional.contribution import MOSTLY
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.fusion.samples import NONE_MOSTLY, SampleModalities, most_conflicting, of_sample
 from lightning_xattn.fusion.summary import Estimate, FusionSummary
-from lightning_xattn.messages import by_reason, decimal, name_modality, percent
+from lightning_xattn.messages import by_reason, decimal, name_modality, percent, say_interval
 from lightning_xattn.report.rendering import Block, Items, Paragraph, Table
-from lightning_xattn.report.verdict import describe_comparison, say_interval
+from lightning_xattn.report.verdict import describe_comparison
 from lightning_xattn.summary import Comparison
 
 HOW_TO_READ = (

@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator
 
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.messages import decimal, describe_size, name_modality, percent
+from lightning_xattn.messages import decimal, describe_size, name_modality, percent, say_interval
 from lightning_xattn.report.facts import BatchFacts, DatasetFacts, Subset, TrainingFacts
 from lightning_xattn.report.modalities import FusionFacts, ModalityFacts
-from lightning_xattn.report.verdict import say_interval
 from lightning_xattn.summary import Comparison
 
 CONFIDENCE = "confidence"

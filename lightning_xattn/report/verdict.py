@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.messages import decimal
+from lightning_xattn.messages import decimal, say_interval
 from lightning_xattn.summary import Comparison
 
 
@@ -48,12 +48,3 @@ def describe_comparison(
     by = f" by {noun}" if noun else ""
     found = f"AUROC {decimal(outcome.auroc, 3)}, 95 % CI{by} {say_interval(outcome.low, outcome.high)}"
     return label, f"{verdict}: {found} ({sizes})", [gaps]
-
-
-def say_interval(low: float, high: float, digits: int = 3, as_percent: bool = False) -> str:
-    """An interval in words; one that has no width in so many digits does not seem to be certain."""
-    scale, unit = (100, " %") if as_percent else (1, "")
-    first, last = decimal(scale * low, digits), decimal(scale * high, digits)
-    if first == last:
-        return f"± less than {decimal(10.0**-digits, digits)}{unit}"
-    return f"{first} to {last}{unit}"
