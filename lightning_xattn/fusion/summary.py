@@ -307,7 +307,7 @@ class FusionSummary(ShownInNotebooks):
         if math.isnan(cost.low):
             return "too few samples have several keys and a partner of another group"
         interval = f"95 % CI {say_interval(cost.low, cost.high)}"
-        return f"bypassed: it costs {decimal(cost.mean, 3)} ({interval}) of the probability to replace all of its keys"
+        return f"bypassed: it costs {decimal(cost.mean, 3)} ({interval}) to replace all of its keys"
 
     def _ratio(self, ratio: float, part: Tensor, whole: Tensor, chosen: Tensor) -> Estimate:
         """A ratio of two means, with the interval of its linearisation (delta method)."""
