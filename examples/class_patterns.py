@@ -26,7 +26,7 @@ n = summary.size(which)
 print(f"{n} samples of {summary.groups(class_id=which)} patients are predicted as {name}")
 for column in map(Column.parse, ("alignment", "eeg_to_spec/entropy", "spec_to_eeg/entropy")):
     low, high = summary.interval(column, which)
-    interval = "too few for an interval" if math.isnan(low) else f"95 % interval {low:.3f} to {high:.3f}"
+    interval = "too few for an interval" if math.isnan(low) else f"95 % CI {low:.3f} to {high:.3f}"
     print(f"  {column}: {summary.mean(column, which):.3f} ({interval})")
 if n:
     direction = Direction("eeg", "spec")

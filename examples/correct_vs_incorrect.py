@@ -20,7 +20,7 @@ for score in (ALIGNMENT, ENTROPY):
     for name, outcome in (("correct", CORRECT), ("incorrect", INCORRECT)):
         low, high = summary.interval(score, outcome=outcome)
         n, mean = summary.count(score, outcome=outcome), summary.mean(score, outcome=outcome)
-        interval = "too few for an interval" if math.isnan(low) else f"95 % interval {low:.3f} to {high:.3f}"
+        interval = "too few for an interval" if math.isnan(low) else f"95 % CI {low:.3f} to {high:.3f}"
         patients = summary.groups(score, outcome=outcome)
         print(f"  {name}: mean {mean:.3f} ({interval}, n = {n} of {patients} {summary.group_noun})")
     # Classes differ in accuracy and in attention, and that alone makes a gap: the gap within classes is free of it.

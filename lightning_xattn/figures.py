@@ -17,7 +17,7 @@ from lightning_xattn.columns import ALIGNMENT, SCORES, STATISTICS, Column, shown
 from lightning_xattn.functional.outcomes import BINS
 from lightning_xattn.fusion.samples import most_conflicting, of_sample
 from lightning_xattn.fusion.summary import FusionSummary
-from lightning_xattn.messages import decimal, describe_size
+from lightning_xattn.messages import decimal, describe_size, say_interval
 from lightning_xattn.results import DatasetResult
 from lightning_xattn.sinks import Histogram
 from lightning_xattn.summary import LayerSummary
@@ -242,7 +242,9 @@ def fusion_figures(
                 auroc, low, high = found.auroc, found.low, found.high
             sign = {"confidence": "1 - confidence", "conflict": "conflict"}[score]
             if math.isfinite(auroc):
-                claims[score] = f"{sign} finds errors: AUROC {decimal(auroc)} ({decimal(low)} to {decimal(high)})"
+                what = "finds errors" if low > 0.5 else "is not seen to find errors"
+                what = "is lower in errors" if high < 0.5 else what
+                claims[score] = f"{sign} {what}: AUROC {decimal(auroc)} (95 % CI {say_interval(low, high, 2)})"
         figure = plot_conflict(
             numbers["conflict"][known],
             numbers["confidence"][known],

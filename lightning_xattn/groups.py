@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_xattn.functional import Separation, grouped_mean_interval, grouped_separation
+from lightning_xattn.functional import (
+    Separation,
+    grouped_mean_interval,
+    grouped_proportion_interval,
+    grouped_separation,
+)
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.group_keys import UNKNOWN_GROUP
 
@@ -122,11 +127,24 @@ class GroupSums:
         return int(self.sums[self.cells[:, 0] == group, column, 0].sum())
 
     def interval(self, column: int, class_id: int | None = None, outcome: int | None = None) -> tuple[float, float]:
-        """95 % interval of a number's mean over the samples of a class and an outcome, see `grouped_mean_interval`."""
+        """95 % CI of a number's mean over the samples of a class and an outcome, see `grouped_mean_interval`."""
         if self.count(column, class_id, outcome) < MINIMUM_GROUP:
             return math.nan, math.nan
         _, counts, sums = self._by_group(column, class_id, outcome)
         return grouped_mean_interval(counts, sums)
+
+    def share_interval(self, column: int, outcome: int, other: int, class_id: int | None = None) -> tuple[float, float]:
+        """95 % CI of the share of an outcome among two, of a class's samples, see `grouped_proportion_interval`.
+
+        ``column`` is a number that all samples have.
+        """
+        parts = [self._by_group(column, class_id, which) for which in (outcome, other)]
+        terms = [torch.stack([counts, counts * (i == 0)], dim=1) for i, (_, counts, _) in enumerate(parts)]
+        groups, totals = _fold(torch.cat([of[0] for of in parts])[:, None], torch.cat(terms))
+        known = groups[:, 0][totals[:, 0] > 0] != UNKNOWN_GROUP
+        if known.sum() < MINIMUM_GROUP:
+            return math.nan, math.nan
+        return grouped_proportion_interval(totals[:, 0], totals[:, 1])
 
     def separation(self, score: int, correct: int, incorrect: int) -> Separation:
         """Does a score tell two outcomes apart? See `grouped_separation`."""
@@ -134,14 +152,7 @@ class GroupSums:
         columns = [torch.where(cells[:, 1] == outcome, counts, 0) for outcome in (correct, incorrect)]
         of_score = (cells[:, 2] == score) & (columns[0] + columns[1] > 0)
         groups, by_outcome = cells[of_score, 0], torch.stack(columns, dim=1)[of_score]
-        found = grouped_separation(cells[of_score, 3], groups, by_outcome)
-        # Samples of unknown groups widen the interval as one group does, but are none that a claim may rest on.
-        correct_groups, incorrect_groups = (
-            len(groups[(of_outcome > 0) & (groups != UNKNOWN_GROUP)].unique()) for of_outcome in by_outcome.unbind(1)
-        )
-        found = replace(found, correct_groups=correct_groups, incorrect_groups=incorrect_groups)
-        enough = min(correct_groups, incorrect_groups) >= MINIMUM_GROUP
-        return found if enough else replace(found, auroc=math.nan, low=math.nan, high=math.nan)
+        return grouped_separation(cells[of_score, 3], groups, by_outcome, unknown=UNKNOWN_GROUP)
 
     def _by_group(self, column: int, class_id: int | None, outcome: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Each group, its count and its sum."""

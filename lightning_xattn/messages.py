@@ -111,6 +111,20 @@ def decimal(value: float, digits: int = 2, signed: bool = False) -> str:
     return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}"
 
 
+def percent(share: float, digits: int = 1) -> str:
+    """Write a share of 1 in percent, with so many digits after the point: 0.975 as ``97.5 %``."""
+    return f"{decimal(100 * share, digits)} %"
+
+
+def say_interval(low: float, high: float, digits: int = 3, as_percent: bool = False) -> str:
+    """An interval in words; one that has no width in so many digits does not seem to be certain."""
+    scale, unit = (100, " %") if as_percent else (1, "")
+    first, last = decimal(scale * low, digits), decimal(scale * high, digits)
+    if first == last:
+        return f"± less than {decimal(10.0**-digits, digits)}{unit}"
+    return f"{first} to {last}{unit}"
+
+
 def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     """The names that have each reason."""
     names: dict[str, list[str]] = {}

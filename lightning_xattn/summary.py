@@ -11,8 +11,15 @@ from torch import Tensor
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT, LayerSums
 from lightning_xattn.attention import Direction
-from lightning_xattn.columns import INVALID_ROWS, SCORES, Column, headline
-from lightning_xattn.functional import alignment_null, class_adjusted_gap, mean_interval, separation
+from lightning_xattn.columns import INVALID_ROWS, SCORES, STATISTICS, Column, headline
+from lightning_xattn.functional import (
+    alignment_null,
+    class_adjusted_gap,
+    mean_interval,
+    proportion_interval,
+    separation,
+    within,
+)
 from lightning_xattn.functional.outcomes import BINS
 from lightning_xattn.group_keys import UNKNOWN_GROUP
 from lightning_xattn.messages import describe_size
@@ -164,17 +171,31 @@ class LayerSummary(ShownInNotebooks):
         return float(((squares - total**2 / count).clamp_min(0) / (count - 1)).sqrt())
 
     def interval(self, column: Column, class_id: int | None = None, outcome: int | None = None) -> tuple[float, float]:
-        """95 % interval of the mean, by groups where they are known: `grouped_mean_interval`, else `mean_interval`.
+        """95 % CI of the mean, by groups where they are known: `grouped_mean_interval`, else `mean_interval`.
 
-        NaN with fewer than ``MINIMUM_GROUP`` groups, or samples. Of single heads there are no sums by group, so where
-        groups are known their interval is NaN too.
+        Within the range of the number. NaN with fewer than ``MINIMUM_GROUP`` groups, or samples. Of single heads there
+        are no sums by group, so where groups are known their interval is NaN too.
         """
+        samples = column, class_id, outcome
         if self._groups is None:
-            samples = column, class_id, outcome
-            return mean_interval(self.mean(*samples), self.std(*samples), self.count(*samples))
-        if column.head is not None:
+            found = mean_interval(self.mean(*samples), self.std(*samples), self.count(*samples))
+        elif column.head is not None:
             return math.nan, math.nan
-        return self._groups.interval(self._grouped_places[column], class_id, outcome)
+        else:
+            found = self._groups.interval(self._grouped_places[column], class_id, outcome)
+        return within(found, STATISTICS[column.statistic].range)
+
+    def accuracy_interval(self, class_id: int | None = None) -> tuple[float, float]:
+        """95 % CI of the share of correct predictions, of those that are known to be correct or not.
+
+        By groups where they are known: `grouped_proportion_interval`, else `proportion_interval`. NaN with fewer than
+        ``MINIMUM_GROUP`` groups, or samples.
+        """
+        if self._groups is not None:
+            place = self._grouped_places[INVALID_ROWS]
+            return self._groups.share_interval(place, CORRECT, INCORRECT, class_id)
+        correct, incorrect = (self.size(class_id, outcome) for outcome in (CORRECT, INCORRECT))
+        return proportion_interval(correct, correct + incorrect)
 
     def gap(self, column: Column) -> float:
         """Mean over correct minus mean over incorrect predictions."""

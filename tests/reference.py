@@ -315,6 +315,42 @@ def grouped_mean_interval(values, groups):
     return mean - t_quantile(len(ids) - 1) * error, mean + t_quantile(len(ids) - 1) * error
 
 
+def wilson(share, effective, quantile):
+    """The true proportions that so many of their own binomial standard errors do not part from the one seen."""
+
+    def is_inside(true):
+        return (share - true) ** 2 <= quantile**2 * true * (1 - true) / effective * (1 + 1e-9)
+
+    def edge(inside, outside):
+        if is_inside(outside):
+            return outside
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if is_inside(middle) else (inside, middle)
+        return inside
+
+    # The share itself is inside, and at 0 and 1 its neighbour.
+    start = min(max(share, 1e-12), 1 - 1e-12)
+    return edge(start, 0.0), edge(start, 1.0)
+
+
+def proportion_interval(values, groups=None):
+    """95 % interval of the share of ones, whose samples may be alike within groups; None: each is its own group."""
+    groups = list(range(len(values))) if groups is None else list(groups)
+    ids = sorted(set(groups))
+    if len(ids) < 5:
+        return NAN, NAN
+    n, share = len(values), sum(values) / len(values)
+    members = [[v for v, g in zip(values, groups, strict=True) if g == i] for i in ids]
+    ones, zeros = sum(1 in of for of in members), sum(0 in of for of in members)
+    effective = len(ids)
+    if min(ones, zeros) >= 5:
+        by_group = len(ids) / (len(ids) - 1) * sum(sum(v - share for v in of) ** 2 for of in members) / n**2
+        by_sample = sum((v - share) ** 2 for v in values) / (n - 1) / n
+        effective = n / max(1, by_group / by_sample)
+    return wilson(share, effective, t_quantile(len(ids) - 1))
+
+
 def auroc_variances(correct, incorrect, correct_groups, incorrect_groups):
     """The variance of an AUROC by Obuchowski (1997), whose groups are alike within, and by DeLong (1988)."""
     theta, m, n = auroc(correct, incorrect), len(correct), len(incorrect)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN, LayerAccumulator, Layout, merge_sums
 from lightning_xattn.attention import Attention, Direction
-from lightning_xattn.columns import ALIGNMENT, ENTROPY, INVALID_ROWS, Column, sample_statistics
+from lightning_xattn.columns import ALIGNMENT, ENTROPY, INVALID_ROWS, STATISTICS, Column, sample_statistics
 from lightning_xattn.errors import ShapeError
 from lightning_xattn.functional import prepare_rows
 from lightning_xattn.summary import LayerSummary
@@ -168,8 +168,12 @@ def test_every_number_by_class_and_outcome(samples):
             std = values.std(ddof=1) if len(values) > 1 else np.nan
             np.testing.assert_allclose(summary.mean(column, class_id, outcome), mean, rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(summary.std(column, class_id, outcome), std, rtol=1e-3, atol=1e-5)
-            interval = reference.mean_interval(values)
+            interval = np.clip(reference.mean_interval(values), *STATISTICS[column.statistic].range)
             np.testing.assert_allclose(summary.interval(column, class_id, outcome), interval, rtol=1e-3, atol=1e-4)
+        if outcome is None:
+            known = [int(one == CORRECT) for one in outcomes[chosen] if one in (CORRECT, INCORRECT)]
+            found = summary.accuracy_interval(class_id)
+            np.testing.assert_allclose(found, reference.proportion_interval(known), atol=1e-3)
     assert summary.samples == SAMPLES
     assert summary.undefined_share() == pytest.approx(np.isnan(numbers["alignment"]).mean())
     assert summary.total(INVALID_ROWS) == sum(numbers["invalid_rows"])

@@ -1,5 +1,6 @@
 """Groups of samples in the callback and the explainer: where they are found, what they are called, what they change."""
 
+import json
 import math
 import re
 
@@ -114,6 +115,23 @@ def test_intervals_are_by_group(by_patient, tmp_path):
     assert (found.low, found.high) == pytest.approx(interval, abs=1e-3)
     assert found.auroc == pytest.approx(reference.auroc(*binned), abs=1e-3)
     assert math.isnan(summary.interval(Column.parse("audio_to_text/entropy/head_0"))[0])
+
+
+def test_the_accuracy_by_patients_holds_what_is_possible(by_patient):
+    """Its interval is that of a proportion, of all samples and of each class, and the report has it."""
+    summary, _ = by_patient
+    results = explain(DataLoader(Named(patient_ids=PATIENTS), batch_size=6))
+    facts = json.loads(create_explainability_report(results, format="json"))["layers"][0]["groups"]
+    audio, text, target = toy_data(SAMPLES).tensors
+    with torch.no_grad():
+        right = (make_toy()(audio, text).argmax(1) == target).int().tolist()
+    for class_id in (None, 0, 1, 2, 3):
+        chosen = [i for i in range(SAMPLES) if class_id in (None, int(target[i]))]
+        expected = reference.proportion_interval([right[i] for i in chosen], [PATIENTS[i] for i in chosen])
+        assert summary.accuracy_interval(class_id) == pytest.approx(expected, abs=1e-3, nan_ok=True)
+        told = facts[0 if class_id is None else 1 + class_id]
+        ends = [math.nan if told[end] is None else told[end] for end in ("accuracy_low", "accuracy_high")]
+        assert ends == pytest.approx(expected, abs=1e-3, nan_ok=True)
 
 
 def test_without_groups_samples_are_independent():
@@ -236,6 +254,8 @@ def test_the_unknown_group_is_none_that_a_claim_may_rest_on(correct, incorrect):
     assert (found.correct_groups, found.incorrect_groups) == (correct, incorrect)
     assert (sums.count(0, 0, CORRECT), sums.count(0, outcome=INCORRECT)) == (correct, incorrect)
     assert sums.size(0, UNKNOWN_GROUP) == 4
+    share = reference.proportion_interval((outcomes == CORRECT).int().tolist(), groups.tolist())
+    assert sums.share_interval(0, CORRECT, INCORRECT) == pytest.approx(share, abs=1e-3)
     told = min(correct, incorrect) >= 5
     assert [math.isnan(one) for one in (found.auroc, found.low, found.high)] == [not told] * 3
     for outcome, known in ((CORRECT, correct), (INCORRECT, incorrect)):
@@ -267,6 +287,10 @@ def test_groups_are_counted_within_a_class_and_an_outcome():
         expected = reference.grouped_mean_interval(values[chosen].tolist(), groups[chosen].tolist())
         expected = expected if count >= 5 else (math.nan, math.nan)
         assert sums.interval(0, class_id, outcome) == pytest.approx(expected, abs=1e-3, nan_ok=True)
+    assert np.isnan(sums.share_interval(0, CORRECT, INCORRECT, class_id=0)).all(), "of four known groups"
+    right = (outcomes[classes == 1] == CORRECT).int().tolist()
+    expected = reference.proportion_interval(right, groups[classes == 1].tolist())
+    assert sums.share_interval(0, CORRECT, INCORRECT, class_id=1) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("limit", [1, 7, 4096])
@@ -353,11 +377,12 @@ def test_reports_say_how_many_patients_and_that_intervals_are_by_them():
     report = create_explainability_report(explain(loader))
     words = " ".join(report.split())
     assert "- Samples: 40 of 7 patients" in report
-    assert re.search(r"^ +n +accuracy\ntrue class +\(patients\)", report, re.MULTILINE)  # headers of two lines
-    assert re.search(r"^all +40 \(7\)", report, re.MULTILINE)
-    claim = r"95 % interval by patients 0\.\d+ to 0\.\d+ \(\d+ correct of \d patients and \d+ incorrect of \d patients"
+    assert re.search(r"^ +n\ntrue class +\(patients\) +accuracy \(recall\)", report, re.MULTILINE)
+    accuracy = r"\d+\.\d % \(\d+\.\d to \d+\.\d %\) \d+/40"
+    assert re.search(rf"^all +40 \(7\) +{accuracy}", report, re.MULTILINE)
+    claim = r"95 % CI by patients 0\.\d+ to 0\.\d+ \(\d+ correct of \d patients and \d+ incorrect of \d patients"
     assert re.search(claim, words)
-    assert "the 95 % interval of the mean, by patients." in words
+    assert "In brackets: 95 % CI, by patients." in words
     assert "Intervals are by patients" in words
     assert "independent" not in words
     alone = create_explainability_report(explain(DataLoader(Named(), batch_size=6)))

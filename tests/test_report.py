@@ -264,11 +264,12 @@ def test_text_of_a_data_set():
         low, high = one.interval(Column.parse("spec_to_eeg/entropy"), i)
         assert cells[6] == f"{one.mean(Column.parse('spec_to_eeg/entropy'), i):.3f} ({low:.3f} to {high:.3f})"
     right, known = OUTCOMES.count(CORRECT), len(OUTCOMES) - OUTCOMES.count(UNKNOWN)
-    assert row(report, "all")[2] == f"{right / known:.2f} ({right}/{known})"
+    low, high = (100 * end for end in one.accuracy_interval())
+    assert row(report, "all")[2] == f"{100 * right / known:.1f} % ({low:.1f} to {high:.1f} %) {right}/{known}"
     assert row(report, "correct")[1] == str(right)
     assert "true class" in report
     assert "(recall)" in report
-    assert "In brackets: the 95 % interval of the mean, samples taken as independent.\n" in report
+    assert "In brackets: 95 % CI, samples taken as independent.\n" in report
     assert "- Samples with a tied top vote: 2; the first of the tied classes counts" in report
     assert f"- Alignment between different samples: {one.alignment_null:.3f} (the mean alignment less " in report
     excess = one.mean(ALIGNMENT) - one.alignment_null
@@ -276,7 +277,7 @@ def test_text_of_a_data_set():
     assert "habit" not in report
     found = one.compare(ALIGNMENT)
     assert (
-        f"alignment: no difference shown: AUROC {found.auroc:.3f}, 95 % interval {found.low:.3f} to {found.high:.3f} "
+        f"alignment: no difference shown: AUROC {found.auroc:.3f}, 95 % CI {found.low:.3f} to {found.high:.3f} "
         f"({right} correct and {known - right} incorrect with a defined alignment) "
         f"gap {found.gap:+.3f}, class-adjusted gap {found.class_adjusted_gap:+.3f} " in in_one_line(report)
     )

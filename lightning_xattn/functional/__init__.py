@@ -24,7 +24,13 @@ from lightning_xattn.functional.contribution import (
 )
 from lightning_xattn.functional.faithfulness import ranking_gain, received_attention, replacements
 from lightning_xattn.functional.heads import head_diversity, query_selectivity, require_heads, sink_strength
-from lightning_xattn.functional.intervals import grouped_mean_interval, mean_interval
+from lightning_xattn.functional.intervals import (
+    grouped_mean_interval,
+    grouped_proportion_interval,
+    mean_interval,
+    proportion_interval,
+    within,
+)
 from lightning_xattn.functional.lift import lift, lift_map, received_lift
 from lightning_xattn.functional.outcomes import (
     Separation,
@@ -86,6 +92,7 @@ __all__ = [
     "entropy",
     "exchanged_subsets",
     "grouped_mean_interval",
+    "grouped_proportion_interval",
     "grouped_separation",
     "has_single_keys",
     "head_alignment",
@@ -105,6 +112,7 @@ __all__ = [
     "pooled_tokens",
     "prepare_rows",
     "project",
+    "proportion_interval",
     "query_selectivity",
     "ranking_gain",
     "received_attention",
@@ -123,4 +131,5 @@ __all__ = [
     "std",
     "top_pairs",
     "untapped",
+    "within",
 ]

@@ -20,6 +20,10 @@ from torch import Tensor
 OPPOSED = -0.02
 """A modality whose contribution is below this speaks against the prediction."""
 
+MOSTLY = 2 / 3
+"""A prediction is mostly one modality's if the lower end of its share is above this, of however many modalities: all
+others together then have less than a third, and it has more than twice as much as they."""
+
 RULED_OUT = -100.0
 """Centred logit of a class that cannot be predicted."""
 

@@ -20,6 +20,9 @@ BINS = 2**14
 raw scores' when they spread over hundreds of bins, and nearer to 0.5 than it when they crowd in a few, as the entropies
 of an untrained model may, all next to 1."""
 
+ROUNDING = 1e-9
+"""A design effect that is smaller than this is 0 but for rounding."""
+
 
 @dataclass(frozen=True)
 class Separation:
@@ -31,7 +34,7 @@ class Separation:
         P(score of a correct sample > score of an incorrect one) + half the ties, in [0, 1]; 0.5: not at all.
         NaN with fewer than ``MINIMUM_GROUP`` samples of either outcome, or groups where they are known.
     low, high
-        95 % interval of the AUROC (Hanley & McNeil 1982, solved as Newcombe 2006), in [0, 1]; NaN where ``auroc`` is.
+        95 % CI of the AUROC (Hanley & McNeil 1982, solved as Newcombe 2006), in [0, 1]; NaN where ``auroc`` is.
     correct, incorrect
         Samples with a defined score of each outcome.
     correct_groups, incorrect_groups
@@ -81,7 +84,7 @@ def score_bins(scores: Tensor, low: float, high: float) -> Tensor:
 
 
 def separation(correct: Tensor, incorrect: Tensor) -> Separation:
-    """AUROC of a score with its 95 % interval, from one histogram an outcome; samples are taken as independent.
+    """AUROC of a score with its 95 % CI, from one histogram an outcome; samples are taken as independent.
 
     Parameters
     ----------
@@ -102,13 +105,13 @@ def separation(correct: Tensor, incorrect: Tensor) -> Separation:
     return Separation(auroc, *_interval(auroc, *sizes, half_width=norm.ppf(0.975)), *sizes)
 
 
-def grouped_separation(bins: Tensor, groups: Tensor, counts: Tensor) -> Separation:
-    """AUROC of a score with its 95 % interval, where samples of one group (patient, recording) may be alike.
+def grouped_separation(bins: Tensor, groups: Tensor, counts: Tensor, unknown: int | None = None) -> Separation:
+    """AUROC of a score with its 95 % CI, where samples of one group (patient, recording) may be alike.
 
     The AUROC is that of `separation`. Its variance by groups (Obuchowski 1997) over that by samples (DeLong 1988) is
     the design effect: by so much the variance in `separation`'s interval is multiplied, and 1.96 becomes Student's
-    quantile for the number of groups. With one sample a group the design effect is 1. Where a variance is not above 0,
-    as that of outcomes whose scores do not overlap, a group counts as one sample.
+    quantile for the number of groups. With one sample a group the design effect is 1. Where a variance is not above 0
+    but for rounding, as that of outcomes whose scores do not overlap, a group counts as one sample.
 
     Parameters
     ----------
@@ -118,6 +121,9 @@ def grouped_separation(bins: Tensor, groups: Tensor, counts: Tensor) -> Separati
         ``(n,)`` int64, any numbers.
     counts
         ``(n, 2)`` how many correct and incorrect samples of the group have a score in the bin.
+    unknown
+        The number of what is no group, but all samples whose group is not known. They widen the interval as one group
+        does, but no claim may rest on them: they are not among the groups that are counted. None: all are known.
 
     Examples
     --------
@@ -131,9 +137,10 @@ def grouped_separation(bins: Tensor, groups: Tensor, counts: Tensor) -> Separati
     histograms = counts.new_zeros(BINS, 2).index_add(0, bins, counts)
     by_group = counts.new_zeros(len(ids), 2).index_add(0, index, counts)
     sizes = int(counts[:, 0].sum()), int(counts[:, 1].sum())
-    n_groups = int((by_group[:, 0] > 0).sum()), int((by_group[:, 1] > 0).sum())
-    if min(n_groups) < MINIMUM_GROUP:
-        return Separation(torch.nan, torch.nan, torch.nan, *sizes, *n_groups)
+    is_known = torch.ones_like(ids, dtype=torch.bool) if unknown is None else ids != unknown
+    known = int((by_group[is_known, 0] > 0).sum()), int((by_group[is_known, 1] > 0).sum())
+    if min(known) < MINIMUM_GROUP:
+        return Separation(torch.nan, torch.nan, torch.nan, *sizes, *known)
     correct, incorrect = histograms.unbind(1)
     # The share of the other outcome that a sample in each bin is right about: its placement (DeLong 1988).
     placements = torch.stack([_beaten(incorrect), 1 - _beaten(correct)], dim=1)
@@ -141,13 +148,14 @@ def grouped_separation(bins: Tensor, groups: Tensor, counts: Tensor) -> Separati
     deviations = placements - auroc
     by_sample = (histograms * deviations**2).sum(0) / (histograms.sum(0) - 1) / histograms.sum(0)
     sums = counts.new_zeros(len(ids), 2).index_add(0, index, counts * deviations[bins]) / counts.sum(0)
-    each = counts.new_tensor(n_groups)
+    each = (by_group > 0).sum(0).double()
     both = len(by_group[by_group.sum(1) > 0])
     variance = (each / (each - 1) * sums.square().sum(0)).sum() + 2 * both / (both - 1) * sums.prod(1).sum()
-    told = min(float(variance), float(by_sample.sum())) > 0
+    # A variance that is 0 comes out as a tiny number of either sign, and an interval of no width claims all.
+    told = float(variance) > ROUNDING * float(by_sample.sum()) > 0
     effect = float(variance / by_sample.sum()) if told else sum(sizes) / both
     half_width = float(t.ppf(0.975, both - 1)) * math.sqrt(effect)
-    return Separation(auroc, *_interval(auroc, *sizes, half_width), *sizes, *n_groups)
+    return Separation(auroc, *_interval(auroc, *sizes, half_width), *sizes, *known)
 
 
 def _beaten(histogram: Tensor) -> Tensor:

@@ -1,22 +1,25 @@
-"""What is said of a single sample: what each modality says, and which one the model follows."""
+"""What is said of a single sample: what each modality says, and which one its prediction is mostly from."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_xattn.functional.contribution import OPPOSED
+from lightning_xattn.functional.contribution import MOSTLY, OPPOSED
 from lightning_xattn.fusion.collected import CHOSEN
 from lightning_xattn.fusion.pool import hashed
 from lightning_xattn.fusion.summary import FusionSummary
-from lightning_xattn.messages import decimal, name_modality
+from lightning_xattn.messages import decimal, name_modality, percent
 
 CONFLICTING = 10
 """So many samples of largest conflict are shown."""
+
+NONE_MOSTLY = "no modality clearly for more than two thirds"
+"""What is said where no share is clearly above ``MOSTLY``."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class SampleModalities:
     contributions
         By modality, see `Game.phi`; empty where this sample was not exchanged.
     followed
-        The modality that contributes clearly more than each other; None where there is none, or it is not known.
+        The modality that clearly has more than `MOSTLY` of what speaks for the prediction; None where there is none, or
+        it is not known.
     """
 
     conflict: float
@@ -59,14 +63,20 @@ class SampleModalities:
             return ""
         whole = sum(self.contributions.values())
         if min(self.contributions.values()) >= 0 and whole > 0:
-            parts = {name: decimal(phi / whole) for name, phi in self.contributions.items()}
+            parts = {name: percent(phi / whole, 0) for name, phi in self.contributions.items()}
             carried = ", ".join(f"{name_modality(name)} {share}" for name, share in parts.items())
             shown = f"shares {carried}" if self.followed is None else f"share {parts[self.followed]}"
         else:  # where one speaks against the prediction there are no shares
             parts = {name: decimal(phi, signed=True) for name, phi in self.contributions.items()}
             shown = "contributions " + ", ".join(f"{name_modality(name)} {phi}" for name, phi in parts.items())
-        who = "none more than another" if self.followed is None else name_modality(self.followed)
-        return f" and follows {who} ({shown})"
+        if self.followed is None:
+            for_it = any(phi > 0 for phi in self.contributions.values())
+            return f", {NONE_MOSTLY if for_it else 'to which no modality contributes'} ({shown})"
+        who, (said, _) = name_modality(self.followed), self.says.get(self.followed, ("", 0.0))
+        if said == self.predicted:
+            return f" and follows {who} ({shown})"
+        # What is used of a modality need not be what it says by itself: then the model does not follow it.
+        return f", mostly because of {who} ({shown})" + (f", though {who} by itself says {said}" if said else "")
 
 
 def of_sample(summary: FusionSummary, i: int, class_names: Sequence[str]) -> SampleModalities:
@@ -92,8 +102,6 @@ def of_sample(summary: FusionSummary, i: int, class_names: Sequence[str]) -> Sam
     says = {one: (str(name(int(p.argmax()))), float(p.max())) for one, p in readings.items() if not p.isnan().any()}
     phi = {one: float(numbers[f"phi/{one}"][i]) for one in summary.modalities if f"phi/{one}" in numbers}
     phi = {} if any(map(math.isnan, phi.values())) else phi
-    ordered = sorted(phi, key=lambda one: -phi[one])
-    leads = bool(phi) and phi[ordered[0]] - phi[ordered[1]] > -OPPOSED
     return SampleModalities(
         float(numbers["conflict"][i]),
         says,
@@ -101,8 +109,25 @@ def of_sample(summary: FusionSummary, i: int, class_names: Sequence[str]) -> Sam
         name(int(summary.target[i])),
         float(numbers["confidence"][i]),
         phi,
-        ordered[0] if leads else None,
+        None if summary.of_value else _most(phi, {one: float(numbers[f"error/{one}"][i]) for one in phi}),
     )
+
+
+def _most(phi: Mapping[str, float], errors: Mapping[str, float]) -> str | None:
+    """The modality with clearly more than `MOSTLY` of what speaks for the prediction, if there is one.
+
+    Twice the standard errors are allowed for, as in `opposed`. Those of one sample's modalities are of the same
+    exchanges: what is too much for the one is too little for another, so they add up.
+    """
+    for one in phi:
+        others = [name for name in phi if name != one]
+        # Over two thirds of the whole: over twice as much as all others.
+        times = MOSTLY / (1 - MOSTLY)
+        least = phi[one] - 2 * errors[one]
+        most = sum(max(phi[name], 0.0) + 2 * errors[name] for name in others)
+        if least > -OPPOSED and least > times * most:
+            return one
+    return None
 
 
 def most_conflicting(summary: FusionSummary) -> list[int]:

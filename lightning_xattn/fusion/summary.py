@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,13 +20,16 @@ from lightning_xattn.functional import (
     contribution_shares,
     cross_fitted_reading,
     grouped_mean_interval,
+    grouped_proportion_interval,
     grouped_separation,
     lean,
     mean_interval,
     opposed,
+    proportion_interval,
     score_bins,
     separation,
     untapped,
+    within,
 )
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.functional.outcomes import BINS
@@ -35,14 +38,14 @@ from lightning_xattn.fusion.collected import IDENTITY, FusionPart
 from lightning_xattn.fusion.contribution import Contributions
 from lightning_xattn.fusion.faithfulness import Replaced
 from lightning_xattn.group_keys import UNKNOWN_GROUP
-from lightning_xattn.messages import describe_size
+from lightning_xattn.messages import decimal, describe_size, percent, say_interval
 from lightning_xattn.notebook import ShownInNotebooks
 from lightning_xattn.summary import Comparison
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % interval; NaN where it is not defined."""
+    """A mean, a proportion or a ratio with its 95 % CI; NaN where it is not defined."""
 
     mean: float
     low: float
@@ -51,6 +54,13 @@ class Estimate:
     """Samples where it is defined."""
     groups: int | None
     """How many groups they belong to; None where groups are not known."""
+
+
+PROPORTIONS = ("right", "untapped", "leans_first", "opposed", "additive_right", "model_right")
+"""The numbers that are 0 or 1 in each sample, so that their mean is a proportion."""
+
+_LIMITS = {"confidence": (0.0, 1.0), "conflict": (0.0, 1.0), "cost": (-1.0, 1.0), "phi": (-1.0, 1.0)}
+"""What other numbers can be; contributions those to a probability."""
 
 
 class FusionSummary(ShownInNotebooks):
@@ -74,9 +84,10 @@ class FusionSummary(ShownInNotebooks):
     numbers
         By name ``(samples,)`` float64, NaN where undefined: "confidence", "conflict", "lean", "leans_first" (whether
         the first modality's reading supports the prediction more), "untapped", "right/<modality>" (whether its reading
-        is right), and of the samples that were exchanged "phi/<modality>", "opposed", "followed", those of
-        ``interactions``, "additive_right" and "model_right", and by direction "gain/<direction>",
-        "reference/<direction>" and "cost/<direction>" of replaced keys.
+        is right), and of the samples that were exchanged "phi/<modality>", its standard error "error/<modality>" (as
+        not all partners were run), "opposed", "followed", those of ``interactions``, "additive_right" and
+        "model_right", and by direction "gain/<direction>", "reference/<direction>" and "cost/<direction>" of replaced
+        keys.
     rows
         By name ``(samples,)``: what is kept of each sample, "hash" and ``IDENTITY`` among it.
     readings
@@ -186,8 +197,8 @@ class FusionSummary(ShownInNotebooks):
                 self.unreadable[name] = f"there are {there} {of_what}, and it takes {MINIMUM_GROUP} to claim anything"
             elif not accuracy.low > largest:
                 self.unreadable[name] = (
-                    f"right for {accuracy.mean:.2f} of the samples, which is not clearly above the share of the "
-                    f"largest class, {largest:.2f}"
+                    f"right for {percent(accuracy.mean)} of the samples, which is not clearly above the share of the "
+                    f"largest class, {percent(largest)}"
                 )
         several = torch.stack(list(self.readings.values()))
         undefined = torch.full_like(self.numbers["confidence"], torch.nan)
@@ -217,6 +228,7 @@ class FusionSummary(ShownInNotebooks):
         spread = self._spreading(found.samples)
         for i, name in enumerate(self.modalities):
             self.numbers[f"phi/{name}"] = spread(found.phi[:, i])
+            self.numbers[f"error/{name}"] = spread(found.error[:, i])
         if not found.of_value:
             self.numbers["opposed"] = spread(opposed(found.phi, found.error))
         self.numbers |= {name: spread(one) for name, one in found.interactions.items()}
@@ -237,8 +249,19 @@ class FusionSummary(ShownInNotebooks):
         return everyone if outcome is None else everyone & (self.outcomes == outcome)
 
     def estimate(self, number: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
-        """Mean of a number over the samples of a class and an outcome where it is defined, with its interval."""
-        return self._estimate(self.numbers[number], self.chosen(class_id, outcome))
+        """Mean of a number over the samples of a class and an outcome where it is defined, with its 95 % CI.
+
+        That of a number that is 0 or 1 is a proportion's, see `grouped_proportion_interval`; any other is within the
+        number's range.
+        """
+        kind, values, chosen = number.partition("/")[0], self.numbers[number], self.chosen(class_id, outcome)
+        if kind in PROPORTIONS:
+            return self._estimate(values, chosen, is_proportion=True)
+        found = self._estimate(values, chosen)
+        if kind not in _LIMITS or (kind == "phi" and self.of_value):
+            return found
+        low, high = within((found.low, found.high), _LIMITS[kind])
+        return replace(found, low=low, high=high)
 
     def share(self, modality: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
         """Share of the mean contribution that a modality has, see `contribution_shares`.
@@ -254,7 +277,8 @@ class FusionSummary(ShownInNotebooks):
 
     def size(self, modality: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
         """Mean of the absolute contribution of a modality: by how much it moves the output."""
-        return self._estimate(self.numbers[f"phi/{modality}"].abs(), self.chosen(class_id, outcome))
+        found = self._estimate(self.numbers[f"phi/{modality}"].abs(), self.chosen(class_id, outcome))
+        return replace(found, low=within((found.low, found.high), (0.0, math.inf))[0])
 
     def faithfulness(self, direction: Direction, order: Literal["gain", "reference"] = "gain") -> Estimate:
         """How well an order of the keys ranks what the predictions depend on, with the interval of a ratio.
@@ -282,26 +306,32 @@ class FusionSummary(ShownInNotebooks):
             return self.replaced[direction].problem
         if math.isnan(cost.low):
             return "too few samples have several keys and a partner of another group"
-        return f"bypassed: it costs {cost.mean:.3f} ({cost.low:.3f} to {cost.high:.3f}) to replace all of its keys"
+        interval = f"95 % CI {say_interval(cost.low, cost.high)}"
+        return f"bypassed: it costs {decimal(cost.mean, 3)} ({interval}) to replace all of its keys"
 
     def _ratio(self, ratio: float, part: Tensor, whole: Tensor, chosen: Tensor) -> Estimate:
         """A ratio of two means, with the interval of its linearisation (delta method)."""
         around = self._estimate((part - ratio * whole) / whole[chosen].mean(), chosen)
         return Estimate(ratio, ratio + around.low, ratio + around.high, around.count, around.groups)
 
-    def _estimate(self, values: Tensor, chosen: Tensor) -> Estimate:
+    def _estimate(self, values: Tensor, chosen: Tensor, is_proportion: bool = False) -> Estimate:
         chosen = chosen & values.isfinite()
         values, count = values[chosen], int(chosen.sum())
         mean = float(values.mean()) if count else math.nan
         if self.group_noun is None:
             deviation = float(values.std()) if count > 1 else math.nan
-            return Estimate(mean, *mean_interval(mean, deviation, count), count, None)
+            ends = mean_interval(mean, deviation, count)
+            ends = proportion_interval(int(values.sum()), count) if is_proportion else ends
+            return Estimate(mean, *ends, count, None)
         ids, index = self.groups[chosen].unique(return_inverse=True)
         known = int((ids != UNKNOWN_GROUP).sum())
         counts = torch.zeros(len(ids), dtype=torch.float64).index_add(0, index, torch.ones_like(values))
         sums = torch.zeros(len(ids), dtype=torch.float64).index_add(0, index, values)
-        low, high = grouped_mean_interval(counts, sums) if known >= MINIMUM_GROUP else (math.nan, math.nan)
-        return Estimate(mean, low, high, count, known)
+        # Samples of unknown groups widen the interval as one group does, but are none that a claim may rest on.
+        if known < MINIMUM_GROUP:
+            return Estimate(mean, math.nan, math.nan, count, known)
+        interval = grouped_proportion_interval if is_proportion else grouped_mean_interval
+        return Estimate(mean, *interval(counts, sums), count, known)
 
     def compare(self, number: str) -> Comparison:
         """Does a number in [0, 1], "conflict" or "confidence", tell correct from incorrect predictions?"""
@@ -313,7 +343,7 @@ class FusionSummary(ShownInNotebooks):
             histograms = torch.zeros(BINS, 2, dtype=torch.float64).index_add(0, bins, counts)
             found = separation(*histograms.unbind(1))
         else:
-            found = grouped_separation(bins, self.groups[defined], counts)
+            found = grouped_separation(bins, self.groups[defined], counts, unknown=UNKNOWN_GROUP)
         correct, incorrect = (self.estimate(number, outcome=outcome).mean for outcome in (CORRECT, INCORRECT))
         by_class = [
             [self._estimate(values, self.chosen(class_id, outcome)) for outcome in (CORRECT, INCORRECT)]

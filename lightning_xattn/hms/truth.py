@@ -15,14 +15,14 @@ from lightning_xattn.functional import Separation, grouped_separation, score_bin
 from lightning_xattn.group_keys import group_keys
 from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import Recordings
-from lightning_xattn.messages import decimal
+from lightning_xattn.messages import decimal, say_interval
 from lightning_xattn.report.rendering import Block, Paragraph, Table
 
 QUESTIONS = ("the modalities disagree", "which one the model followed", "the prediction is wrong")
 
 
 def describe_scores(table: Path, recordings: Recordings) -> Iterator[Block]:
-    """How well each score answers each question: the AUROC with its 95 % interval by patients, confidence first.
+    """How well each score answers each question: the AUROC with its 95 % CI by patients, confidence first.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ def describe_scores(table: Path, recordings: Recordings) -> Iterator[Block]:
     counts = [[int(one) for one in truth.sum(0)] for truth in truths]
     yield Table(("score", *QUESTIONS), cells)
     yield Paragraph(
-        f"AUROC with its 95 % interval by patients, on {len(rows)} simulated recordings that the model was not trained "
+        f"AUROC with its 95 % CI by patients, on {len(rows)} simulated recordings that the model was not trained "
         f"on; 0.5: nothing is told. {counts[0][0]} of them show another class in the spectrogram than in the EEG; "
         f"where they do, the model followed the EEG {counts[1][0]} times and the spectrogram {counts[1][1]} times; "
         f"{counts[2][0]} predictions are wrong. Signs of disagreement and of errors are a low confidence, alignment "
@@ -91,4 +91,4 @@ def _separate(scores: Tensor, groups: Tensor, truth: Tensor) -> Separation:
 def _say(found: Separation) -> str:
     if math.isnan(found.auroc):
         return "too few to say"
-    return f"{decimal(found.auroc)} ({decimal(found.low)} to {decimal(found.high)})"
+    return f"{decimal(found.auroc)} ({say_interval(found.low, found.high, 2)})"

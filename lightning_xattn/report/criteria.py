@@ -23,8 +23,7 @@ from lightning_xattn.attention import Direction
 from lightning_xattn.columns import ALIGNMENT, STATISTICS, Column
 from lightning_xattn.functional import score_bins
 from lightning_xattn.functional.rows import SPARSITY_THRESHOLD
-from lightning_xattn.messages import SINGLE_KEY, decimal
-from lightning_xattn.report.verdict import say_interval
+from lightning_xattn.messages import SINGLE_KEY, decimal, say_interval
 from lightning_xattn.results import AttentionStatistics, DatasetResult, SampleResult
 from lightning_xattn.summary import LayerSummary
 
@@ -200,7 +199,7 @@ def _evidence(rule: _Rule, direction: str | None, summary: LayerSummary) -> str 
     means = []
     for name, outcome in known.items():
         low, high = summary.interval(column, outcome=outcome)
-        interval = "" if math.isnan(low) else f" ({say_interval(low, high)})"
+        interval = "" if math.isnan(low) else f" (95 % CI {say_interval(low, high)})"
         means.append(f"{name} {decimal(summary.mean(column, outcome=outcome), 3)}{interval}")
     said = f"means in its data set: {', '.join(means)}"
     if column != ALIGNMENT:
@@ -212,7 +211,7 @@ def _evidence(rule: _Rule, direction: str | None, summary: LayerSummary) -> str 
         met.append(f"{int((counts[edge:] if rule.above else counts[:edge]).sum())} of {int(counts.sum())} {name}")
     found = summary.compare(ALIGNMENT)
     if not math.isnan(found.auroc):
-        said += f"; AUROC {decimal(found.auroc, 3)} ({say_interval(found.low, found.high)})"
+        said += f"; AUROC {decimal(found.auroc, 3)} (95 % CI {say_interval(found.low, found.high)})"
     return f"met there by {' and '.join(met)} predictions; {said}"
 
 

@@ -62,7 +62,7 @@ class Number(TypedDict):
     std: float
     """Standard deviation with n - 1."""
     low: float
-    """Lower and upper end of the mean's 95 % interval; NaN with fewer than ``MINIMUM_GROUP`` groups, or samples."""
+    """Lower and upper end of the mean's 95 % CI; NaN with fewer than ``MINIMUM_GROUP`` groups, or samples."""
     high: float
 
 
@@ -78,6 +78,9 @@ class Subset(TypedDict):
     incorrect: int
     accuracy: float
     """``correct / (correct + incorrect)``: of a true class its recall, of a predicted class its precision."""
+    accuracy_low: float
+    """Lower and upper end of its 95 % CI, see ``grouped_proportion_interval``; NaN as of a mean."""
+    accuracy_high: float
     numbers: dict[str, Number]
     """By name, see ``sample_statistics``; those of single heads are left out."""
 
@@ -277,7 +280,9 @@ def _collect_subset(
     correct, incorrect = (
         summary.size(class_id, which) if outcome in (None, which) else 0 for which in (CORRECT, INCORRECT)
     )
-    known = correct + incorrect
+    # The accuracy within an outcome is 1 or 0 by construction.
+    has_accuracy = correct + incorrect > 0 and group != "outcome"
+    accuracy_low, accuracy_high = summary.accuracy_interval(class_id) if has_accuracy else (math.nan, math.nan)
     numbers: dict[str, Number] = {}
     for column in summary.columns:
         if column.head is None:
@@ -298,7 +303,8 @@ def _collect_subset(
         "groups": summary.groups(INVALID_ROWS, class_id, outcome) if summary.group_noun else None,
         "correct": correct,
         "incorrect": incorrect,
-        # The accuracy within an outcome is 1 or 0 by construction.
-        "accuracy": correct / known if known and group != "outcome" else math.nan,
+        "accuracy": correct / (correct + incorrect) if has_accuracy else math.nan,
+        "accuracy_low": accuracy_low,
+        "accuracy_high": accuracy_high,
         "numbers": numbers,
     }

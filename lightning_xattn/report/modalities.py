@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypedDict
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT
 from lightning_xattn.attention import Direction
-from lightning_xattn.fusion.samples import SampleModalities, most_conflicting, of_sample
+from lightning_xattn.functional.contribution import MOSTLY
+from lightning_xattn.functional.intervals import MINIMUM_GROUP
+from lightning_xattn.fusion.samples import NONE_MOSTLY, SampleModalities, most_conflicting, of_sample
 from lightning_xattn.fusion.summary import Estimate, FusionSummary
-from lightning_xattn.messages import by_reason, decimal, name_modality
+from lightning_xattn.messages import by_reason, decimal, name_modality, percent, say_interval
 from lightning_xattn.report.rendering import Block, Items, Paragraph, Table
 from lightning_xattn.report.verdict import describe_comparison
 from lightning_xattn.summary import Comparison
@@ -20,11 +22,12 @@ HOW_TO_READ = (
     "probe that has seen it or its group. Conflict is the chance that the readings, each drawing a class, draw "
     "different ones; lean says whose reading supports the prediction more. Uses: a contribution is the part of the "
     "predicted class's probability that a modality carries (Shapley value), which is what changes when it is exchanged "
-    "for that of other samples; below 0 it speaks against the prediction (opposed: below -0.02). Shows: faithfulness "
-    "is what replacing the most attended tokens costs more than replacing the least attended, over what it costs to "
-    "replace all; 1: the first hold all of it, 0: what a random order gives. Its reference is the order by signed "
-    "gradient x attention. None of these says that a prediction is right: confidence is the baseline that any sign of "
-    "that has to beat."
+    "for that of other samples; below 0 it speaks against the prediction (opposed: below -0.02). A share of all "
+    "contributions below 0 or above 100 % means the same of many predictions; mostly one modality is said only where "
+    "the 95 % CI of its share lies above two thirds. Shows: faithfulness is what replacing the most attended tokens "
+    "costs more than replacing the least attended, over what it costs to replace all; 1: the first hold all of it, 0: "
+    "what a random order gives. Its reference is the order by signed gradient x attention. None of these says that a "
+    "prediction is right: confidence is the baseline that any sign of that has to beat."
 )
 
 
@@ -178,12 +181,12 @@ def _verdict(facts: FusionFacts) -> Iterator[str]:
     modalities = facts["modalities"]
     readable = [one for one in modalities if not one["unreadable"]]
     known = [
-        f"{name_modality(one['name'])} alone is right in {decimal(one['reading_accuracy'].mean)}" for one in readable
+        f"{name_modality(one['name'])} alone is right in {percent(one['reading_accuracy'].mean)}" for one in readable
     ]
     known[-1:] = [f"{last} of the samples" for last in known[-1:]]
     known += [f"{name_modality(one['name'])} cannot be read" for one in modalities if one["unreadable"]]
     largest = facts["largest_class"]
-    about = "" if math.isnan(largest) else f" (the largest class has {decimal(largest)})"
+    about = "" if math.isnan(largest) else f" (the largest class has {percent(largest)})"
     yield f"Knows: {', '.join(known)}{about}."
     shares = {one["name"]: one["share"] for one in modalities if one["share"] is not None}
     told = {name: share for name, share in shares.items() if not math.isnan(share.mean)}
@@ -192,11 +195,8 @@ def _verdict(facts: FusionFacts) -> Iterator[str]:
         moved = ", ".join(f"{name} moves the output by {decimal(size.mean, 3)}" for name, size in sizes)
         yield f"Uses: {moved}, on average over samples."
     elif told:
-        most = max(told, key=lambda name: told[name].mean)
-        # An interval above one half leaves the others less, however many they are.
-        clearly = told[most].low > 0.5
-        carried = ", ".join(f"{name_modality(name)} {decimal(share.mean)}" for name, share in told.items())
-        yield f"Uses: {'mostly ' + name_modality(most) if clearly else 'no modality clearly more'} (shares: {carried})."
+        carried = "; ".join(f"{name_modality(name)} {_say_share(share)}" for name, share in told.items())
+        yield f"Uses: {_say_most(told, facts['group_noun'])} (shares: {carried})."
     else:
         yield f"Uses: cannot be told ({facts['uncontributed'] or 'contributions do not add up to more than 0'})."
     shown = [_say_shown(one) for one in facts["attention"]]
@@ -204,11 +204,19 @@ def _verdict(facts: FusionFacts) -> Iterator[str]:
         yield f"Shows: {'; '.join(shown)}."
 
 
+def _say_most(shares: Mapping[str, Estimate], noun: str | None) -> str:
+    """Which modality most of the predictions are from, if the interval of its share allows to say so."""
+    most = max(shares, key=lambda name: shares[name].mean)
+    if math.isnan(shares[most].low):
+        return f"which modality mostly is not claimed of fewer than {MINIMUM_GROUP} {noun or 'samples'}"
+    return f"mostly {name_modality(most)}" if shares[most].low > MOSTLY else NONE_MOSTLY
+
+
 def _say_shown(one: DirectionFacts) -> str:
     key, found = name_modality(Direction.parse(one["direction"]).key), one["faithfulness"]
     if one["unfaithful"]:
         return f"of {key} it cannot be told ({one['unfaithful']})"
-    interval = f"{decimal(found.mean)}, {decimal(found.low)} to {decimal(found.high)}"
+    interval = f"{decimal(found.mean)}, 95 % CI {say_interval(found.low, found.high, 2)}"
     if found.low > 0:
         return f"attention ranks what the model uses of {key} ({interval})"
     if found.high < 0:
@@ -227,6 +235,8 @@ def describe_fusion(facts: FusionFacts, group_by: str | None) -> Iterator[Block]
         counts.append(("Samples left out, as what enters the fusion is not finite", str(facts["left_out"]), ()))
     yield Items(counts)
     yield Paragraph(" ".join(facts["verdict"]))
+    by = f"by {noun}" if noun else "samples taken as independent"
+    yield Paragraph(f"In brackets: 95 % CI, {by}; none of fewer than {MINIMUM_GROUP} {noun or 'samples'}.")
     modalities = facts["modalities"]
     shown = {Direction.parse(one["direction"]).key: one for one in facts["attention"]}
     of_value = any(one["size"] for one in modalities)
@@ -236,9 +246,9 @@ def describe_fusion(facts: FusionFacts, group_by: str | None) -> Iterator[Block]
         [
             (
                 name_modality(one["name"]),
-                _estimate(one["reading_accuracy"]) + (" (cannot be read)" if one["unreadable"] else ""),
+                _share(one["reading_accuracy"]) + (" (cannot be read)" if one["unreadable"] else ""),
                 *([_estimate(one["size"])] if of_value else []),
-                *([] if of_value else [_estimate(one["contribution"], signed=True), _estimate(one["share"])]),
+                *([] if of_value else [_estimate(one["contribution"], signed=True), _share(one["share"])]),
                 *([_faithfulness(shown.get(one["name"]))] if shown else []),
             )
             for one in modalities
@@ -268,26 +278,26 @@ def describe_fusion(facts: FusionFacts, group_by: str | None) -> Iterator[Block]
 def _describe_subsets(facts: FusionFacts, group_by: str | None) -> Iterator[Block]:
     names = [one["name"] for one in facts["modalities"]]
     readable = not any(one["unreadable"] for one in facts["modalities"])
-    columns: list[tuple[str, list[Estimate | None]]] = []
+    columns: list[tuple[str, list[str]]] = []
     subsets = facts["subsets"]
     if readable:
-        columns.append(("conflict", [one["conflict"] for one in subsets]))
+        columns.append(("conflict", [_estimate(one["conflict"]) for one in subsets]))
         if len(names) == 2:
-            columns.append((f"leans to {name_modality(names[0])}", [one["leans_first"] for one in subsets]))
+            columns.append((f"leans to {name_modality(names[0])}", [_share(one["leans_first"]) for one in subsets]))
     if subsets[0]["shares"] is not None:
         for name in names:
-            shares = [None if one["shares"] is None else one["shares"][name] for one in subsets]
+            shares = [_share(None if one["shares"] is None else one["shares"][name]) for one in subsets]
             columns.append((f"share of {name_modality(name)}", shares))
-        columns.append(("opposed", [one["opposed"] for one in subsets]))
+        columns.append(("opposed", [_share(one["opposed"]) for one in subsets]))
     if columns:
         title = {"target": "true class", "prediction": "predicted class", None: "class"}[group_by]
-        rows = [(one["name"], *(_estimate(values[i]) for _, values in columns)) for i, one in enumerate(subsets)]
+        rows = [(one["name"], *(cells[i] for _, cells in columns)) for i, one in enumerate(subsets)]
         yield Table((title, *(name for name, _ in columns)), rows)
 
 
 def _describe_wholes(facts: FusionFacts) -> Iterator[tuple[str, str, Sequence[str]]]:
     if facts["untapped"].count:
-        yield "Wrong predictions of which a modality's own reading is right", _estimate(facts["untapped"]), ()
+        yield "Wrong predictions of which a modality's own reading is right", _share(facts["untapped"]), ()
     on = "of the output" if any(one["size"] for one in facts["modalities"]) else "centred logits"
     for name, interaction in facts["interactions"].items():
         _, _, which = name.partition("/")
@@ -296,7 +306,7 @@ def _describe_wholes(facts: FusionFacts) -> Iterator[tuple[str, str, Sequence[st
     if additive is not None and model is not None and additive.count:
         yield (
             "Accuracy if the modalities only added up (EMAP)",
-            f"{_estimate(additive)}, the model's {_estimate(model)}",
+            f"{_share(additive)}, the model's {_share(model)}",
             (),
         )
 
@@ -325,5 +335,19 @@ def _faithfulness(one: DirectionFacts | None) -> str:
 def _estimate(one: Estimate | None, signed: bool = False) -> str:
     if one is None or math.isnan(one.mean):
         return "undefined"
-    interval = "" if math.isnan(one.low) else f" ({decimal(one.low, 3)} to {decimal(one.high, 3)})"
+    interval = "" if math.isnan(one.low) else f" ({say_interval(one.low, one.high)})"
     return f"{decimal(one.mean, 3, signed=signed)}{interval}"
+
+
+def _share(one: Estimate | None) -> str:
+    """A proportion, or a share of the contribution, in percent."""
+    if one is None or math.isnan(one.mean):
+        return "undefined"
+    interval = "" if math.isnan(one.low) else f" ({say_interval(one.low, one.high, 1, as_percent=True)})"
+    return f"{percent(one.mean)}{interval}"
+
+
+def _say_share(one: Estimate) -> str:
+    """The same within brackets."""
+    interval = "" if math.isnan(one.low) else f", 95 % CI {say_interval(one.low, one.high, 1, as_percent=True)}"
+    return f"{percent(one.mean)}{interval}"

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.messages import decimal, describe_size, name_modality
-from lightning_xattn.report.facts import BatchFacts, DatasetFacts, TrainingFacts
+from lightning_xattn.messages import decimal, describe_size, name_modality, percent, say_interval
+from lightning_xattn.report.facts import BatchFacts, DatasetFacts, Subset, TrainingFacts
 from lightning_xattn.report.modalities import FusionFacts, ModalityFacts
 from lightning_xattn.summary import Comparison
 
@@ -21,7 +21,8 @@ def in_short(facts: DatasetFacts) -> Iterator[str]:
         whole = layers[0]["groups"][0]
         known = whole["correct"] + whole["incorrect"]
         size = describe_size(layers[0]["samples"], whole["groups"], layers[0]["group_noun"])
-        yield f"{size}; {whole['correct']} of {known} are predicted correctly." if known else f"{size}."
+        right = f"; {whole['correct']} of {known} are predicted correctly{_say_accuracy(whole)}" if known else ""
+        yield f"{size}{right}."
     elif fusion is not None:
         yield f"{describe_size(fusion['samples'], fusion['groups'], fusion['group_noun'])}."
     if facts["table"]:
@@ -63,14 +64,21 @@ def describe_training(facts: TrainingFacts | None) -> str:
     return f"{seen}{also}.{warning}"
 
 
+def _say_accuracy(whole: Subset) -> str:
+    if math.isnan(whole["accuracy_low"]):
+        return f" ({percent(whole['accuracy'])})"
+    interval = say_interval(whole["accuracy_low"], whole["accuracy_high"], 1, as_percent=True)
+    return f" ({percent(whole['accuracy'])}, 95 % CI {interval})"
+
+
 def _say_reading(one: ModalityFacts, fusion: FusionFacts) -> str:
     name, found = name_modality(one["name"]), one["reading_accuracy"]
     if one["unreadable"]:
         return f"{name} cannot be read by itself: {one['unreadable']}."
     return (
-        f"{name} can be read: by itself it is right in {decimal(100 * found.mean, 0)} % of the samples "
-        f"({decimal(100 * max(found.low, 0), 0)} to {decimal(100 * min(found.high, 1), 0)} %; the largest class has "
-        f"{decimal(100 * fusion['largest_class'], 0)} %)."
+        f"{name} can be read: by itself it is right in {percent(found.mean)} of the samples (95 % CI "
+        f"{say_interval(found.low, found.high, 1, as_percent=True)}; the largest class has "
+        f"{percent(fusion['largest_class'])})."
     )
 
 
@@ -80,7 +88,7 @@ def _say_conflict(fusion: FusionFacts) -> str:
         return "Whether the modalities conflict cannot be told."
     return (
         f"Their readings conflict by {decimal(found.mean)} on average (0: they agree, 1: they differ; "
-        f"{decimal(found.low)} to {decimal(found.high)})."
+        f"95 % CI {say_interval(found.low, found.high, 2)})."
     )
 
 
@@ -111,8 +119,8 @@ def _say_errors(facts: DatasetFacts) -> str:
 def _say_score(name: str, one: Comparison, auroc: tuple[float, float, float]) -> str:
     which = "higher" if one.auroc >= 0.5 else "lower"
     what = f"{which} in correct predictions" if _tells(one) else "no difference shown"
-    value, low, high = map(decimal, auroc)
-    return f"{name} {value} ({low} to {high}; {what})"
+    value, low, high = auroc
+    return f"{name} {decimal(value)} (95 % CI {say_interval(low, high, 2)}; {what})"
 
 
 def _tells(one: Comparison) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.messages import decimal
+from lightning_xattn.messages import decimal, say_interval
 from lightning_xattn.summary import Comparison
 
 
@@ -46,10 +46,5 @@ def describe_comparison(
     adjusted = "undefined (no class has both outcomes)" if math.isnan(within) else decimal(within, 3, signed=True)
     gaps = f"gap {decimal(outcome.gap, 3, signed=True)}, class-adjusted gap {adjusted}"
     by = f" by {noun}" if noun else ""
-    found = f"AUROC {decimal(outcome.auroc, 3)}, 95 % interval{by} {say_interval(outcome.low, outcome.high)}"
+    found = f"AUROC {decimal(outcome.auroc, 3)}, 95 % CI{by} {say_interval(outcome.low, outcome.high)}"
     return label, f"{verdict}: {found} ({sizes})", [gaps]
-
-
-def say_interval(low: float, high: float) -> str:
-    """An interval in words."""
-    return f"{decimal(low, 3)} to {decimal(high, 3)}"

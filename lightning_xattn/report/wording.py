@@ -8,13 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from lightning_xattn.attention import Direction
 from lightning_xattn.columns import STATISTICS, Column, shown_columns
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.messages import SINGLE_KEY, SINGLE_KEY_REMEDY, decimal, name_modality
-from lightning_xattn.report.criteria import IF_CORRECT, IF_INCORRECT, PATTERNS, Criterion, uniform_is_sparse
+from lightning_xattn.messages import SINGLE_KEY, SINGLE_KEY_REMEDY, decimal, name_modality, percent, say_interval
+from lightning_xattn.report.criteria import (
+    AGREEING,
+    DISAGREEING,
+    IF_CORRECT,
+    IF_INCORRECT,
+    PATTERNS,
+    Criterion,
+    uniform_is_sparse,
+)
 from lightning_xattn.report.facts import BatchFacts, DatasetFacts, LayerFacts, SampleFacts, Subset
 from lightning_xattn.report.modalities import HOW_TO_READ, describe_fusion
 from lightning_xattn.report.rendering import Block, Document, Items, Paragraph, Section, Table
 from lightning_xattn.report.short import describe_training
-from lightning_xattn.report.verdict import describe_comparison, say_interval
+from lightning_xattn.report.verdict import describe_comparison
 from lightning_xattn.results import AttentionStatistics, PlacedPair
 
 # Of the samples of a true class the accuracy is the recall, and of those predicted as a class the precision.
@@ -45,7 +53,7 @@ _OF_DATASET = (
     "The alignment between different samples is that of the one direction of a sample with the other direction of "
     "another, averaged over all such pairs: near 0 where the maps of two samples are unrelated, and well above 0 where "
     "the model attends alike whatever the sample. The mean alignment less this is what belongs to the samples. "
-    "The interval of a mean may reach beyond what is possible where samples are few. The class-adjusted gap is the gap "
+    "The class-adjusted gap is the gap "
     "within each class, averaged over the classes with both outcomes: classes differ in accuracy and in attention, and "
     "that alone makes a gap. The AUROC is the chance that a correct prediction has the higher score of the two, 0.5 "
     "where the score tells nothing."
@@ -122,7 +130,7 @@ def describe_sample(sample: SampleFacts) -> Items:
     modalities = sample.get("modalities")
     if modalities is not None:
         items.insert(2, ("Modalities", str(modalities), ()))
-    items += _describe_interpretation(sample["interpretation"])
+    items += _describe_interpretation(sample)
     known_as = "" if sample["sample_id"] is None else f" (id {sample['sample_id']})"
     return Items(items, f"Sample {sample['sample_idx']}{known_as}")
 
@@ -152,15 +160,30 @@ def _describe_pair(pair: PlacedPair) -> str:
     return f"{text}: {pair['query_place'] or pair['query']} → {pair['key_place'] or pair['key']}"
 
 
-def _describe_interpretation(criteria: Sequence[Criterion]) -> Iterator[tuple[str, str, Sequence[str]]]:
+def _describe_interpretation(sample: SampleFacts) -> Iterator[tuple[str, str, Sequence[str]]]:
+    criteria = sample["interpretation"]
     groups = {name: [one for one in criteria if one.group == name] for name in (*PATTERNS, IF_CORRECT, IF_INCORRECT)}
     shown = [name.partition(": ")[2] for name in PATTERNS if all(one.met for one in groups[name])]
-    yield "Patterns", ", ".join(shown) or "none of the guide's four", ()
+    remark = _contradict_agreement(sample, groups[AGREEING], groups[DISAGREEING])
+    yield "Patterns", (", ".join(shown) or "none of the guide's four") + remark, ()
     for name in (IF_CORRECT, IF_INCORRECT):
         if criteria := groups[name]:
             met = f"{sum(one.met is True for one in criteria)} of {len(criteria)} met"
             undefined = sum(one.met is None for one in criteria)
             yield name, met + (f", {undefined} undefined" if undefined else ""), [*map(_describe_criterion, criteria)]
+
+
+def _contradict_agreement(sample: SampleFacts, high: Sequence[Criterion], low: Sequence[Criterion]) -> str:
+    """Why a pattern of agreement is none of the modalities' classes, where these say the opposite; else empty."""
+    modalities = sample.get("modalities")
+    if modalities is None or len(modalities.says) < 2:
+        return ""
+    said = {name for name, _ in modalities.says.values()}
+    if all(one.met for one in high) and len(said) > 1:
+        return " (of their attention: by themselves the modalities say different classes)"
+    if all(one.met for one in low) and len(said) == 1:
+        return f" (of their attention: by themselves the modalities all say {said.pop()})"
+    return ""
 
 
 def _describe_criterion(criterion: Criterion) -> str:
@@ -239,7 +262,7 @@ def _describe_counts(facts: LayerFacts) -> Iterator[tuple[str, str, Sequence[str
     if facts["ties"]:
         yield "Samples with a tied top vote", f"{facts['ties']}; the first of the tied classes counts", ()
     headline = "Entropy" if "alignment" in facts["undefined"] else "Alignment"
-    yield f"{headline} undefined", f"{_number(100 * facts['undefined_share'], digits=1)} % of the samples", ()
+    yield f"{headline} undefined", f"{percent(facts['undefined_share'])} of the samples", ()
     if headline == "Alignment":
         yield "Alignment between different samples", _describe_null(facts), ()
     else:
@@ -291,7 +314,7 @@ def _describe_intervals(facts: LayerFacts, columns: Sequence[str]) -> str:
     by = f", by {facts['group_noun']}" if facts["group_noun"] else ", samples taken as independent"
     told = any(not math.isnan(one["low"]) for one in numbers)
     parts = [
-        f"In brackets: the 95 % interval of the mean{by}." if told else "",
+        f"In brackets: 95 % CI{by}." if told else "",
         f"No interval: {few}." if any(one["count"] and math.isnan(one["low"]) for one in numbers) else "",
     ]
     return " ".join(filter(None, parts))
@@ -300,7 +323,9 @@ def _describe_intervals(facts: LayerFacts, columns: Sequence[str]) -> str:
 def _share(group: Subset) -> str:
     if math.isnan(group["accuracy"]):
         return ""
-    return f"{group['accuracy']:.2f} ({group['correct']}/{group['correct'] + group['incorrect']})"
+    low, high = group["accuracy_low"], group["accuracy_high"]
+    interval = "" if math.isnan(low) else f" ({say_interval(low, high, 1, as_percent=True)})"
+    return f"{percent(group['accuracy'])}{interval} {group['correct']}/{group['correct'] + group['incorrect']}"
 
 
 def _mean(group: Subset, name: str) -> str:

@@ -412,7 +412,7 @@ def per_group(group_by: str | None) -> str:
 
 def interval_by(group_noun: str | None) -> str:
     """Name the interval."""
-    return "95 % interval" + (f" by {group_noun}" if group_noun else "")
+    return "95 % CI" + (f" by {group_noun}" if group_noun else "")
 
 
 def _claim(auroc: float, low: float, high: float, group_noun: str | None) -> str:

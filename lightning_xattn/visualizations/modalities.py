@@ -11,7 +11,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
 from lightning_xattn.errors import SettingError
@@ -167,6 +167,7 @@ def plot_contribution_shares(
     ax.axvline(0, color="0.3", linewidth=0.8)
     ax.axhline(len(class_names) - 0.5, color="0.4", linewidth=0.8)
     ax.grid(axis="x", color="0.9")
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     ax.set_xlabel(wrap("share of the mean contribution (below 0: speaks against the predictions)", 3.0, SMALL))
     ax.xaxis.label.set_fontsize(SMALL)
     rows.label(ax)

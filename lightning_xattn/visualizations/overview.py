@@ -91,7 +91,7 @@ def plot_epochs(
     if not panels:
         raise SettingError("At least one panel is needed; got none.")
     page = Page(f"{unit.capitalize()} by {unit}", context)
-    page.write("Bands and bars: 95 % intervals.")
+    page.write("Bands and bars: 95 % CI.")
     for start in range(0, len(panels), 2):
         beside = panels[start : start + 2]
         titles = [wrap(panel.title, 4.1 / len(beside), LARGE) for panel in beside]

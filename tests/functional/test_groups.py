@@ -52,6 +52,83 @@ def test_a_group_without_samples_is_none():
     assert np.isnan(F.grouped_mean_interval(counts * (counts > 1), sums * (counts > 1))).all(), "four are too few"
 
 
+def share_of(values, groups):
+    index = torch.as_tensor(groups)
+    counts, successes = torch.zeros(2, int(index.max()) + 1, dtype=torch.float64)
+    values = torch.as_tensor(values, dtype=torch.float64)
+    return F.grouped_proportion_interval(
+        counts.index_add(0, index, torch.ones_like(values)), successes.index_add(0, index, values)
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 7), min_size=1, max_size=13).filter(any),
+    share=st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_the_share_of_groups(sizes, share, seed):
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    values = rng.random(len(groups)) < np.where(rng.random(len(sizes)) < 0.5, share, rng.random(len(sizes)))[groups]
+    values = values.astype(int).tolist()
+    low, high = share_of(values, groups)
+    assert (low, high) == pytest.approx(reference.proportion_interval(values, groups), abs=1e-3, nan_ok=True)
+    enough = sum(size > 0 for size in sizes) >= MINIMUM_GROUP
+    assert np.isnan([low, high]).tolist() == [not enough] * 2
+    if enough:
+        assert 0 <= low < high <= 1
+        assert low <= np.mean(values) <= high
+
+
+@pytest.mark.parametrize(("successes", "count"), [(16, 16), (0, 16), (39, 40), (3, 7), (5, 5), (4, 4)])
+def test_a_share_of_independent_samples_is_that_of_groups_of_one(successes, count):
+    values = [1] * successes + [0] * (count - successes)
+    found = F.proportion_interval(successes, count)
+    assert found == pytest.approx(reference.proportion_interval(values), abs=1e-4, nan_ok=True)
+    assert found == pytest.approx(share_of(values, range(count)), abs=1e-12, nan_ok=True)
+    assert np.isnan(found[0]) == (count < 5)
+
+
+def test_a_share_with_a_published_interval():
+    """Newcombe 1998, table I: 81 of 263, Wilson with z. With t(262) it is hardly wider."""
+    assert F.proportion_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=2e-3)
+
+
+def test_errors_of_few_groups_say_nothing_of_how_alike_their_samples_are():
+    """One wrong sample of 400 has a design effect of 1, but in 20 groups of 20 it is none of 400 independent ones."""
+    counts, right = torch.full((20,), 20.0), torch.full((20,), 20.0)
+    all_right = F.grouped_proportion_interval(counts, right)
+    assert all_right == pytest.approx(F.proportion_interval(20, 20))
+    right[3] -= 1
+    low, high = F.grouped_proportion_interval(counts, right)
+    assert low < all_right[0] + 0.01
+    assert high < 1
+    right[:5] = 19  # of five groups: now it can be told, and they are not alike
+    low, _ = F.grouped_proportion_interval(counts, right)
+    assert low > 0.95
+
+
+@pytest.mark.parametrize(("groups", "size"), [(5, 10), (20, 20)])
+@pytest.mark.parametrize(("share", "intraclass"), [(0.8, 0.3), (0.98, 0.5)])
+def test_a_share_by_groups_holds_the_truth(groups, size, share, intraclass):
+    rng = np.random.default_rng(0)
+    strength = 1 / intraclass - 1
+    held = 0
+    for _ in range(300):
+        right = rng.binomial(size, rng.beta(share * strength, (1 - share) * strength, groups))
+        low, high = F.grouped_proportion_interval(torch.full((groups,), float(size)), torch.as_tensor(right))
+        held += low <= share <= high
+    assert held / 300 >= 0.92
+
+
+def test_what_is_not_possible_is_cut_off_an_interval():
+    assert F.within((-0.2, 0.4), (0.0, 1.0)) == (0.0, 0.4)
+    assert F.within((0.9, 1.1), (0.0, 1.0)) == (0.9, 1.0)
+    assert F.within((-3.0, 3.0), (-np.inf, np.inf)) == (-3.0, 3.0)
+    assert np.isnan(F.within((np.nan, np.nan), (0.0, 1.0))).all()
+
+
 @settings(max_examples=20, deadline=None)
 @given(sizes=st.lists(st.integers(1, 5), min_size=5, max_size=12), seed=st.integers(0, 10**6), tie=st.booleans())
 @pytest.mark.slow
@@ -97,6 +174,29 @@ def test_outcomes_that_do_not_overlap_are_not_certain():
     assert (ours.auroc, ours.high) == (1, 1)
     alone = F.separation(torch.tensor([0, 5]), torch.tensor([5, 0]))  # each group as one sample
     assert ours.low == pytest.approx(alone.low, abs=0.15)
+
+
+@pytest.mark.parametrize("groups", [6, 7, 11, 59])
+def test_a_variance_that_is_rounding_is_none(groups):
+    """Each group has a correct and an incorrect sample of one score: their variances and covariance cancel."""
+    scores = torch.randperm(1000, generator=torch.Generator().manual_seed(groups))[:groups].repeat(2)
+    counts = torch.tensor([[1.0, 0.0]] * groups + [[0.0, 1.0]] * groups)
+    found = F.grouped_separation(scores, torch.arange(groups).repeat(2), counts)
+    assert found.auroc == pytest.approx(0.5)
+    assert found.high - found.low > 0.2
+
+
+def test_samples_of_unknown_groups_widen_an_auroc_and_are_none_that_a_claim_rests_on():
+    scores, groups = torch.arange(18) * 100, torch.tensor([0, 1, 2, 3, 9, 9, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15])
+    counts = torch.tensor([[1.0, 0.0]] * 6 + [[0.0, 1.0]] * 12)
+    assert F.grouped_separation(scores, groups, counts).correct_groups == 5
+    found = F.grouped_separation(scores, groups, counts, unknown=9)
+    assert (found.correct_groups, found.incorrect_groups) == (4, 11)
+    assert np.isnan([found.auroc, found.low, found.high]).all()
+    groups[5] = 20
+    found, known = (F.grouped_separation(scores, groups, counts, unknown=one) for one in (9, None))
+    assert (found.correct_groups, known.correct_groups) == (5, 6)
+    assert (found.auroc, found.low, found.high) == (known.auroc, known.low, known.high)
 
 
 def test_a_mean_by_groups_holds_the_truth_and_one_by_samples_does_not():

@@ -223,7 +223,7 @@ def test_what_is_bypassed_is_not_told(infos):
     summary = summary_of(Gazer(used=0.0))
     assert math.isnan(summary.faithfulness(THERE).mean)
     assert math.isnan(summary.faithfulness(THERE, "reference").mean)
-    assert summary.unfaithful(THERE).startswith("bypassed: it costs 0.000 (0.000 to 0.000) to replace")
+    assert summary.unfaithful(THERE).startswith("bypassed: it costs 0.000 (95 % CI ± less than 0.001) to replace")
     assert not summary.unfaithful(BACK)
 
 
@@ -272,10 +272,14 @@ def test_it_takes_128_samples(infos):
     ("fusion", "said", "cell"),
     [
         ({}, "attention ranks what the model uses of Right (0.", "+0."),
-        ({"used": 0.0}, "of Right it cannot be told (bypassed: it costs 0.000 (0.000 to 0.000) to replace", "bypassed"),
+        (
+            {"used": 0.0},
+            "of Right it cannot be told (bypassed: it costs 0.000 (95 % CI ± less than 0.001) to replace",
+            "bypassed",
+        ),
         (
             {"sharpness": 0.0},
-            "attention is not seen to rank what the model uses of Right (0.00, 0.00 to 0.00)",
+            "attention is not seen to rank what the model uses of Right (0.00, 95 % CI ± less than 0.01)",
             "+0.000",
         ),
     ],
@@ -286,7 +290,7 @@ def test_a_report_says_it_with_the_number(fusion, said, cell):
     section = Section("Modalities", list(describe_fusion(facts, "target")))
     text = " ".join(as_text(Document("Report", [section])).split())
     assert f"Shows: {said}" in text
-    assert re.search(rf"Right \d\.\d+ .* {re.escape(cell)}", text)
+    assert re.search(rf"Right \d+\.\d % .* {re.escape(cell)}", text)
     assert "where the attention gets them" in text or fusion
 
 

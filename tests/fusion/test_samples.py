@@ -4,13 +4,14 @@ import json
 import math
 import warnings
 from copy import copy
+from itertools import product
 
 import pytest
 import torch
 
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
 from lightning_xattn.errors import SettingError
-from lightning_xattn.fusion.samples import SampleModalities, most_conflicting, of_sample
+from lightning_xattn.fusion.samples import SampleModalities, _most, most_conflicting, of_sample
 from lightning_xattn.report.criteria import interpret_sample
 from tests.fusion.models import Concatenation, Fusion, loader_of, said_data, sample_ids, trained
 
@@ -35,7 +36,7 @@ def sample(**changed):
     [
         (
             {},
-            "EEG says GPD (0.71), Spec says Seizure (0.64), the model says GPD and follows EEG (share 0.82); "
+            "EEG says GPD (0.71), Spec says Seizure (0.64), the model says GPD and follows EEG (share 82 %); "
             "confidence 0.58, true class Seizure",
         ),
         (
@@ -45,15 +46,29 @@ def sample(**changed):
         ),
         (
             {"contributions": {"eeg": 0.25, "spec": 0.25}, "followed": None, "true": None},
-            "EEG says GPD (0.71), Spec says Seizure (0.64), the model says GPD and follows none more than another "
-            "(shares EEG 0.50, Spec 0.50); confidence 0.58",
+            "EEG says GPD (0.71), Spec says Seizure (0.64), the model says GPD, no modality clearly for more than two "
+            "thirds (shares EEG 50 %, Spec 50 %); confidence 0.58",
+        ),
+        (
+            {"predicted": "Seizure", "contributions": {"eeg": 0.4, "spec": -0.1}},
+            "EEG says GPD (0.71), Spec says Seizure (0.64), the model says Seizure, mostly because of EEG "
+            "(contributions EEG +0.40, Spec -0.10), though EEG by itself says GPD; confidence 0.58, true class Seizure",
+        ),
+        (
+            {"contributions": {"eeg": -0.1, "spec": -0.3}, "followed": None},
+            "EEG says GPD (0.71), Spec says Seizure (0.64), the model says GPD, to which no modality contributes "
+            "(contributions EEG -0.10, Spec -0.30); confidence 0.58, true class Seizure",
+        ),
+        (
+            {"says": {}},
+            "the model says GPD, mostly because of EEG (share 82 %); confidence 0.58, true class Seizure",
         ),
         (
             {"says": {}, "contributions": {}, "followed": None, "confidence": math.nan, "true": None},
             "the model says GPD",
         ),
     ],
-    ids=["plain", "opposed", "even", "little known"],
+    ids=["plain", "opposed", "even", "against itself", "against all", "unreadable", "little known"],
 )
 def test_a_sample_in_a_sentence(changed, sentence):
     assert str(sample(**changed)) == sentence
@@ -93,8 +108,13 @@ def test_a_batch_of_a_data_set_that_was_explained(explained):
         assert found.contributions == ({} if math.isnan(phi["left"]) else phi)
         if found.contributions:
             said += 1
-            leads = abs(phi["left"] - phi["right"]) > 0.02
-            assert found.followed == (max(phi, key=phi.get) if leads else None)
+            error = {name: float(numbers[f"error/{name}"][place]) for name in ("left", "right")}
+            clearly = {
+                one: phi[one] - 2 * error[one] > 2 * (max(phi[other], 0) + 2 * error[other])
+                for one, other in (("left", "right"), ("right", "left"))
+            }
+            leads = [one for one in phi if clearly[one] and phi[one] - 2 * error[one] > 0.02]
+            assert found.followed == (leads[0] if leads else None)
     assert said > 8
     report = " ".join(create_explainability_report(results).split())
     assert f"Modalities: {results['per_sample_explanations'][0]['modalities']}" in report
@@ -149,17 +169,84 @@ def test_numbers_of_some_samples_stand_in_their_places_and_those_of_others_nowhe
 
 
 @pytest.mark.parametrize(
-    ("left", "right", "followed"),
-    [(0.4, 0.1, "left"), (0.1, 0.4, "right"), (-0.3, 0.0, "right"), (0.2, 0.215, None), (0.225, 0.2, "left")],
+    ("left", "right", "error", "followed"),
+    [
+        (0.4, 0.1, 0, "left"),
+        (0.1, 0.4, 0, "right"),
+        (0.4, 0.21, 0, None),  # less than two thirds
+        (0.4, 0.1, 0.03, "left"),  # 0.34 is more than twice 0.16
+        (0.4, 0.1, 0.04, None),
+        (0.4, -0.2, 0.06, "left"),
+        (0.01, -0.3, 0, None),  # hardly anything
+        (-0.3, 0.0, 0, None),
+        (-0.3, -0.1, 0, None),
+        (0.4, 0.1, math.nan, None),
+    ],
 )
-def test_the_modality_that_is_followed_contributes_clearly_more(explained, left, right, followed):
+def test_the_modality_that_is_followed_has_clearly_more_than_two_thirds(explained, left, right, error, followed):
     fusion = copy(explained[2].fusion)
     fusion.numbers = fusion.numbers | {
-        f"phi/{name}": torch.full((140,), phi) for name, phi in (("left", left), ("right", right))
+        f"{kind}/{name}": torch.full((140,), float(value))
+        for name, phi in (("left", left), ("right", right))
+        for kind, value in (("phi", phi), ("error", error))
     }
     found = of_sample(fusion, 3, NAMES)
     assert found.followed == followed
     assert found.contributions == pytest.approx({"left": left, "right": right})
+    fusion.of_value = True  # of which a contribution below 0 is no objection
+    assert of_sample(fusion, 3, NAMES).followed is None
+
+
+CLASSES_SAID = {"eeg": ("GPD", "LPD"), "spec": ("GPD", "LPD", "GRDA")}
+PHI = [{"eeg": a, "spec": b} for a in (0.5, 0.1, -0.2) for b in (0.5, 0.1, -0.2)]
+
+
+@pytest.mark.parametrize("confidence", [0.3, 0.98])
+@pytest.mark.parametrize("true", ["GPD", "LPD", None])
+def test_no_sentence_contradicts_the_prediction(confidence, true):
+    """Modalities agree or not, with each other and the model, which is right or wrong, sure or not."""
+    followed = 0
+    for eeg, spec, phi in product(CLASSES_SAID["eeg"], CLASSES_SAID["spec"], PHI):
+        one = sample(
+            says={"eeg": (eeg, 0.7), "spec": (spec, 0.7)},
+            true=true,
+            confidence=confidence,
+            contributions=phi,
+            followed=_most(phi, {"eeg": 0.0, "spec": 0.0}),
+        )
+        for name, said in (("EEG", eeg), ("Spec", spec)):
+            share = phi[name.lower()] / sum(max(of, 0) for of in phi.values()) if max(phi.values()) > 0 else 0
+            follows = share > 2 / 3 and said == "GPD"
+            assert (f"follows {name}" in str(one)) == follows, str(one)
+            against = share > 2 / 3 and said != "GPD"
+            assert (f"mostly because of {name}" in str(one)) == against, str(one)
+            assert (f"though {name} by itself says {said}" in str(one)) == against, str(one)
+            followed += follows
+        assert ("no modality contributes" in str(one)) == (max(phi.values()) <= 0)
+    assert followed
+
+
+@pytest.mark.parametrize(
+    ("agreement", "says", "remark"),
+    [
+        (
+            0.9,
+            ("GPD", "LPD"),
+            "high modality agreement (of their attention: by themselves the modalities say different",
+        ),
+        (0.1, ("GPD", "GPD"), "low modality agreement (of their attention: by themselves the modalities all say GPD)"),
+        (0.9, ("GPD", "GPD"), "high modality agreement\n"),
+        (0.1, ("GPD", "LPD"), "low modality agreement\n"),
+        (0.5, ("GPD", "LPD"), "none of the guide's four\n"),
+    ],
+)
+def test_agreement_of_attention_is_none_of_the_modalities(explained, agreement, says, remark):
+    explainer, loader, _ = explained
+    results = explainer.explain_batch(next(iter(loader)))
+    (one, *_) = results["per_sample_explanations"]
+    one["modality_agreement"] = agreement
+    one["modalities"] = sample(says={"eeg": (says[0], 0.7), "spec": (says[1], 0.7)})
+    assert remark in create_explainability_report(results, format="markdown")
 
 
 def test_a_class_without_a_name_is_told_by_its_number(explained):

@@ -13,6 +13,8 @@ from lightning_xattn.aggregation import CORRECT, INCORRECT
 from lightning_xattn.functional import partner_shifts
 from lightning_xattn.functional.reading import FOLDS
 from lightning_xattn.fusion.pool import hashed
+from lightning_xattn.fusion.summary import PROPORTIONS
+from lightning_xattn.group_keys import UNKNOWN_GROUP
 from tests import reference
 from tests.fusion.models import (
     CLASSES,
@@ -142,7 +144,7 @@ def test_a_modality_that_says_nothing_cannot_be_read_and_one_that_is_not_used_co
         module.fusion.hidden.weight[:, WIDTH:] = 0
     summary = summary_of(module, data, **NAMED)
     assert list(summary.unreadable) == ["right"]
-    assert "not clearly above the share of the largest class, 0.25" in summary.unreadable["right"]
+    assert "not clearly above the share of the largest class, 25.0 %" in summary.unreadable["right"]
     for name in ("conflict", "lean", "untapped"):
         assert summary.numbers[name].isnan().all()
     assert (
@@ -197,6 +199,54 @@ def test_groups_are_of_one_fold_and_no_partners_and_widen_intervals():
     alone = summary_of(module, data, groups=lambda outputs, batch: batch[3] * 0, **NAMED)
     assert "all samples are of one group" in alone.uncontributed
     assert set(alone.unreadable) == {"left", "right"}
+
+
+PATIENTS = [None, lambda outputs, batch: (batch[3] * 7) % 17]
+
+
+@pytest.mark.parametrize("groups", PATIENTS, ids=["samples", "patients"])
+def test_shares_of_samples_have_a_proportions_interval_and_other_means_stay_possible(groups):
+    data, _ = said_data(120)
+    summary = summary_of(trained(Concatenation(), data), data, groups=groups, **NAMED)
+    assert set(PROPORTIONS) == {name.partition("/")[0] for name in summary.numbers} & set(PROPORTIONS)
+    for name, values in summary.numbers.items():
+        known = values.isfinite()
+        found, theirs = summary.estimate(name), values[known].tolist()
+        ids = None if groups is None else summary.groups[known].tolist()
+        kind = name.partition("/")[0]
+        if kind in PROPORTIONS:
+            assert set(theirs) <= {0, 1}
+            expected = reference.proportion_interval(theirs, ids)
+        else:
+            expected = reference.mean_interval(theirs) if ids is None else reference.grouped_mean_interval(theirs, ids)
+            limits = {"confidence": (0, 1), "conflict": (0, 1), "phi": (-1, 1), "cost": (-1, 1)}
+            expected = np.clip(expected, *limits.get(kind, (-np.inf, np.inf)))
+        assert (found.low, found.high) == pytest.approx(expected, abs=1e-3, nan_ok=True), name
+    right = summary.numbers["right/left"] = torch.ones(120, dtype=torch.float64)
+    found = summary.estimate("right/left")
+    assert (found.mean, found.high) == (1, 1)
+    assert found.low == pytest.approx(reference.proportion_interval([1] * (120 if groups is None else 17))[0], abs=1e-3)
+    summary.numbers["conflict"] = torch.where(torch.arange(120) == 7, 1.0, 0.001 * right)
+    assert summary.estimate("conflict").low == 0
+
+
+def test_nothing_is_compared_where_an_outcome_is_of_four_known_groups():
+    """Samples of unknown groups are none that a claim may rest on."""
+    data, _ = said_data(120, noise=1.5)
+    summary = summary_of(
+        trained(Concatenation(), data, epochs=15), data, groups=lambda outputs, batch: batch[3] % 11, **NAMED
+    )
+    summary.groups = summary.groups.clone()
+    wrong = (summary.outcomes == INCORRECT).nonzero()[:, 0]
+    assert math.isfinite(summary.compare("confidence").low)
+    summary.groups[wrong] = torch.arange(len(wrong)) % 5
+    assert math.isfinite(summary.compare("confidence").low)
+    summary.groups[summary.groups == 4] = UNKNOWN_GROUP
+    found = summary.compare("confidence")
+    assert found.incorrect_groups == 4
+    assert np.isnan([found.auroc, found.low, found.high]).all()
+    assert math.isnan(summary.estimate("right/left", outcome=INCORRECT).low)
+    assert math.isfinite(summary.estimate("right/left").low)
 
 
 @pytest.mark.filterwarnings("ignore:No (predictions|targets) found")

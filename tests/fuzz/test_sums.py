@@ -12,7 +12,7 @@ from scipy import stats
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN, LayerAccumulator, Layout, merge_sums
 from lightning_xattn.attention import Attention, Direction
-from lightning_xattn.columns import CONFIDENCE, SCORES, sample_statistics
+from lightning_xattn.columns import CONFIDENCE, SCORES, STATISTICS, sample_statistics
 from lightning_xattn.functional import prepare_rows
 from lightning_xattn.summary import LayerSummary
 from tests import reference
@@ -126,6 +126,7 @@ def test_sums_are_those_of_all_samples(case):
             half = stats.t.ppf(0.975, len(theirs) - 1) * std / len(theirs) ** 0.5
             interval = theirs.mean() - half, theirs.mean() + half
         width = np.nan_to_num(interval[1] - interval[0])
+        interval = np.clip(interval, *STATISTICS[column.statistic].range)
         close(summary.interval(column, class_id, outcome), interval, atol=1e-4 * width + 1e-5)
 
 

@@ -53,7 +53,7 @@ def test_rows_are_named_and_counted_and_the_first_is_at_the_top() -> None:
         assert said == [f"a (n={n})", "b (n=4)", "c (n=0)", "correct (n=19)", "incorrect (n=8)"]
         assert ax.yaxis_inverted()
     said = texts(figure).replace("\n", " ")
-    assert "per true class and outcome, with its 95 % interval" in said
+    assert "per true class and outcome, with its 95 % CI" in said
     assert "test" in said
 
 
@@ -84,7 +84,7 @@ def test_few_samples_are_said() -> None:
 def test_intervals_by_group_are_said() -> None:
     figure = plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES, group_noun="patients")
     said = texts(figure).replace("\n", " ")
-    assert "95 % interval by patients" in said
+    assert "95 % CI by patients" in said
     assert "fewer than 5 patients" in said
     assert "n: samples, and of how many patients" in said
     counted = [group._replace(groups=3) for group in CLASSES]

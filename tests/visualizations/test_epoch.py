@@ -343,8 +343,8 @@ def test_intervals_by_group_are_said_and_the_groups_are_counted() -> None:
 
     figure = plot((0.6342, 0.551, 0.7174), group_noun="patients")
     said = texts(figure).replace("\n", " ")
-    assert "AUROC 0.634, 95 % interval by patients 0.551 to 0.717" in said
-    assert "Mean per true class, with its 95 % interval by patients" in said
+    assert "AUROC 0.634, 95 % CI by patients 0.551 to 0.717" in said
+    assert "Mean per true class, with its 95 % CI by patients" in said
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         f"correct (n = 20 of 7 patients, mean {correct.mean:.3f})",
         f"incorrect (n = 20 of 6 patients, mean {incorrect.mean:.3f})",
@@ -378,7 +378,7 @@ def test_few_samples_claim_nothing() -> None:
 def test_the_auroc_stands_with_its_interval() -> None:
     outcome = make_outcome(0.4, 1, 0)
     figure = plot_outcome_alignment(outcome, outcome, EDGES, (0.6342, 0.551, 0.7174), ["a"])
-    assert "AUROC 0.634, 95 % interval 0.551 to 0.717" in texts(figure)
+    assert "AUROC 0.634, 95 % CI 0.551 to 0.717" in texts(figure)
 
 
 def test_the_null_is_a_line_in_both_panels_within_the_axis_and_in_the_legend() -> None:

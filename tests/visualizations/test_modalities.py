@@ -64,6 +64,7 @@ def test_each_modality_has_its_share_of_each_class_with_its_interval():
     ]
     said = texts(figure).replace("\n", " ")
     assert all(one in said for one in ("EEG", "Spec", "per true class", "by patients", "fewer than 5 patients"))
+    assert ax.xaxis.get_major_formatter()(0.5) == "50 %"
     low, high = ax.get_xlim()
     assert low < -0.3
     assert high > 1.3
