@@ -9,6 +9,7 @@ import sys
 from lightning_xattn import ExplainabilityCapture
 from lightning_xattn.attention import Direction
 from lightning_xattn.columns import Column
+from lightning_xattn.explainer import load_checkpoint
 from lightning_xattn.hms import CLASSES, HMSDataModule, HMSLightningModule
 from lightning_xattn.visualizations import plot_attention_heatmap
 
@@ -16,7 +17,7 @@ checkpoint, data, name, picture = sys.argv[1:]
 if name not in CLASSES:
     sys.exit(f"No class {name}: expected one of {', '.join(CLASSES)}.")
 datamodule = HMSDataModule(data, test_data=data)
-model = HMSLightningModule.load_from_checkpoint(checkpoint, map_location="cpu")
+model = load_checkpoint(HMSLightningModule, checkpoint)
 axes = model.attention_axes or datamodule.attention_axes
 explainer = ExplainabilityCapture(model, axes=axes, group_by="prediction")
 explained = explainer.explain_loader(datamodule.test_dataloader())

@@ -9,10 +9,11 @@ import sys
 from lightning_xattn import ExplainabilityCapture
 from lightning_xattn.aggregation import CORRECT, INCORRECT
 from lightning_xattn.columns import ALIGNMENT, ENTROPY
+from lightning_xattn.explainer import load_checkpoint
 from lightning_xattn.hms import HMSDataModule, HMSLightningModule
 
 checkpoint, data = sys.argv[1:]
-explainer = ExplainabilityCapture(HMSLightningModule.load_from_checkpoint(checkpoint, map_location="cpu"))
+explainer = ExplainabilityCapture(load_checkpoint(HMSLightningModule, checkpoint))
 summary = explainer.explain_loader(HMSDataModule(data, test_data=data).test_dataloader()).headline
 
 for score in (ALIGNMENT, ENTROPY):

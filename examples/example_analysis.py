@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
-from lightning_xattn.explainer import dataset_figures
+from lightning_xattn.explainer import dataset_figures, load_checkpoint
 from lightning_xattn.hms import HMSDataModule, HMSLightningModule
 from lightning_xattn.visualizations import plot_cross_modal_attention, plot_modality_alignment
 
 checkpoint, data, out = (Path(argument) for argument in sys.argv[1:])
 
-model = HMSLightningModule.load_from_checkpoint(checkpoint, map_location="cpu")
+model = load_checkpoint(HMSLightningModule, checkpoint)
 datamodule = HMSDataModule(data, test_data=data, cache_dir=out / "features")
 loader = datamodule.test_dataloader()
 

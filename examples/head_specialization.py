@@ -7,11 +7,12 @@ import sys
 
 from lightning_xattn import ExplainabilityCapture
 from lightning_xattn.attention_analysis import head_wise_attention_analysis
+from lightning_xattn.explainer import load_checkpoint
 from lightning_xattn.hms import HMSDataModule, HMSLightningModule
 from lightning_xattn.visualizations import plot_head_alignment_matrix
 
 checkpoint, data, picture = sys.argv[1:]
-model = HMSLightningModule.load_from_checkpoint(checkpoint, map_location="cpu")
+model = load_checkpoint(HMSLightningModule, checkpoint)
 datamodule = HMSDataModule(data, test_data=data)
 explainer = ExplainabilityCapture(model, axes=model.attention_axes or datamodule.attention_axes)
 results = explainer.explain_batch(next(iter(datamodule.test_dataloader())))

@@ -52,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain.add_argument("--data", metavar="DIR", help="recordings in the layout of the HMS competition")
     explain.add_argument("--out", metavar="DIR", required=True, help="where everything is written")
     explain.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="load a checkpoint that holds objects, which runs code that whoever made the file chose: only for files "
+        "of people whose programs you would run",
+    )
+    explain.add_argument(
         "--montage",
         choices=("bipolar", "referential"),
         default="bipolar",
@@ -100,15 +106,16 @@ def _explain(
     model: str | None,
     datamodule: str | None,
     montage: Literal["bipolar", "referential"],
+    trust_checkpoint: bool,
 ) -> None:
     if data is not None and model is None and datamodule is None:
         from lightning_xattn.hms.explain import run_explain
 
-        run_explain(checkpoint, data, out, montage)
+        run_explain(checkpoint, data, out, montage, trust_checkpoint)
     elif data is None and model is not None and datamodule is not None:
         from lightning_xattn.commands import explain_model
 
-        explain_model(model, checkpoint, datamodule, out)
+        explain_model(model, checkpoint, datamodule, out, trust_checkpoint)
     else:
         raise SettingError(
             "explain takes --model and --datamodule of your own model, or --data of the reference model."

@@ -9,19 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from lightning_xattn.errors import DataError, SettingError
-from lightning_xattn.explainer import ExplainabilityCapture, save_dataset_figures, training_data
+from lightning_xattn.errors import SettingError
+from lightning_xattn.explainer import ExplainabilityCapture, load_checkpoint, save_dataset_figures, training_data
 from lightning_xattn.messages import first_line
+from lightning_xattn.names import shown
 from lightning_xattn.report import create_explainability_report, print_report
 from lightning_xattn.stages import Stage
 
 
-def explain_model(model: str, checkpoint: str | Path, datamodule: str, out: str | Path) -> Path:
+def explain_model(
+    model: str, checkpoint: str | Path, datamodule: str, out: str | Path, trust_checkpoint: bool = False
+) -> Path:
     """Explain every sample of a data module's test data.
 
     Parameters
@@ -36,6 +38,8 @@ def explain_model(model: str, checkpoint: str | Path, datamodule: str, out: str 
         one that is made already.
     out
         Gets ``report.html``, ``.txt``, ``.md`` and ``.json``, ``figures/`` and ``table/``.
+    trust_checkpoint
+        Whether code in the checkpoint may run, see ``load_checkpoint``.
 
     Returns
     -------
@@ -47,15 +51,12 @@ def explain_model(model: str, checkpoint: str | Path, datamodule: str, out: str 
     SettingError
         If one of the import paths leads nowhere, or the data module gives no test data, or several loaders.
     DataError
-        If the checkpoint is none of the model.
+        If the checkpoint is none of the model, or needs ``trust_checkpoint``.
     """
     kind, data = _imported(model), _imported(datamodule)
-    try:
-        module = kind.load_from_checkpoint(checkpoint, map_location="cuda" if torch.cuda.is_available() else "cpu")
-    except OSError:
-        raise
-    except Exception as error:  # whatever a file that is no checkpoint, or one of another class, leads to
-        raise DataError(f"{checkpoint} is no checkpoint of {model}: {first_line(error)}") from error
+    if not (isinstance(kind, type) and hasattr(kind, "load_from_checkpoint")):
+        raise SettingError(f"Expected the import path of a LightningModule class; {model} is {shown(repr(kind))}.")
+    module: LightningModule = load_checkpoint(kind, checkpoint, trust_checkpoint)
     loader, data = _test_loader(data, datamodule)
     out = Path(out)
     explainer = ExplainabilityCapture(module, predict=_run_step, axes=getattr(data, "attention_axes", None))

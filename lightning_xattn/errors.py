@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_xattn.names import clean
+
 
 class XAttnError(Exception):
     """Base of every error raised on purpose: catch this one to catch them all.
@@ -16,6 +18,10 @@ class XAttnError(Exception):
     ...     print(error)
     A direction is named '<query>_to_<key>' after two different modalities, ...; got 'eeg'.
     """
+
+    def __str__(self) -> str:
+        # Names from data are in it, and it ends in a terminal.
+        return clean(super().__str__())
 
 
 class SettingError(XAttnError, ValueError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.errors import ShapeError
+from lightning_xattn.names import is_unknown, plain_id, raw_text
 
 UNKNOWN_GROUP = -(2**63)
 """The key of samples whose group is not known. Intervals take them as one group, since they may all be of one."""
@@ -49,22 +49,17 @@ def group_keys(ids: Tensor | Sequence[Any], device: torch.device | str) -> Tenso
     return torch.where(values.isnan(), UNKNOWN_GROUP, bits)
 
 
-def plain_id(one: Any) -> Any:
-    """An id as Python has it, out of a tensor or an array of one."""
-    return one.item() if hasattr(one, "item") else one
-
-
 def _key(one: Any) -> int:
     try:
         one = plain_id(one)
     except (RuntimeError, ValueError):  # torch's and numpy's, for more than one number
         raise ShapeError(f"Expected one group a sample; got {one!r}.") from None
-    if one is None or (isinstance(one, float) and math.isnan(one)):
+    if is_unknown(one):
         return UNKNOWN_GROUP
     if isinstance(one, float):
         packed = struct.pack("<d", one + 0.0)
     elif isinstance(one, int) and abs(one) < 2**63:
         return int(one)
     else:
-        packed = hashlib.blake2b(str(one).encode(), digest_size=8).digest()
+        packed = hashlib.blake2b(raw_text(one).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(packed, "little", signed=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -18,6 +19,7 @@ from typing import Any, TextIO
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_xattn.errors import XAttnError, XAttnWarning
+from lightning_xattn.names import clean, shown
 
 _PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
@@ -140,10 +142,20 @@ def name_modality(name: str) -> str:
     return name.upper() if len(name) <= 3 else name.capitalize()
 
 
+_ADVICE = re.compile(r"weights_only|safe_globals|trusted source")
+
+
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line: torch's go on for a page, and say what is wrong in the midst of it."""
+    """What an error says in its first line: torch's go on for a page, and say what is wrong in the midst of it.
+
+    Without torch's advice on how to have the code in a file run.
+    """
     *_, said = str(error).split("WeightsUnpickler error:")
-    return (said.strip().splitlines() or [repr(error)])[0]
+    line = (said.strip().splitlines() or [""])[0]
+    sentences = [one for one in re.split(r"(?<=[.!?]) ", line) if not _ADVICE.search(one)]
+    kept = " ".join(sentences)
+    # Some errors have no words, or a bare number.
+    return shown(kept if re.search(r"[^\W\d]", kept) else f"{type(error).__name__}({kept})", 500)
 
 
 def describe_error(error: Exception) -> str:
@@ -161,7 +173,7 @@ def tell(messages: Iterable[str]) -> None:
     """Say each in the terminal, on the first of several processes: what users need not act on."""
     for message in messages:
         if _is_first_process():
-            _log.info(message)
+            _log.info(clean(message))
 
 
 def warn(messages: Iterable[str]) -> None:
@@ -171,7 +183,7 @@ def warn(messages: Iterable[str]) -> None:
         while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
             frame, level = frame.f_back, level + 1
         if _is_first_process():
-            warnings.warn(message, XAttnWarning, stacklevel=level)
+            warnings.warn(clean(message), XAttnWarning, stacklevel=level)
 
 
 def _is_first_process() -> bool:

@@ -18,8 +18,8 @@ from torch import Tensor
 from lightning_xattn.aggregation import CORRECT, UNKNOWN
 from lightning_xattn.columns import NUMBER
 from lightning_xattn.files import complete_or_absent, hidden_part, remove_dead_parts
-from lightning_xattn.group_keys import plain_id
 from lightning_xattn.messages import warn
+from lightning_xattn.names import id_text
 
 Value = TypeVar("Value")
 
@@ -247,7 +247,7 @@ def _array(name: str, value: Any, rows: int) -> pa.Array:
     if isinstance(value, Tensor):
         value = (value.float() if value.is_floating_point() else value).cpu().numpy()
     if name in ("sample_id", "group"):
-        return pa.array([None if one is None else str(plain_id(one)) for one in value], TYPES[name])
+        return pa.array([*map(id_text, value)], TYPES[name])
     if name == "correct":
         return pa.array(value == CORRECT, TYPES[name], mask=value == UNKNOWN)
     if name in ("target", "prediction"):

@@ -1,6 +1,11 @@
 """``lightning-xattn explain`` of a model that is not ours."""
 
 import json
+import pickle
+import re
+import warnings
+from contextlib import suppress
+from pathlib import PurePosixPath
 
 import pandas as pd
 import pytest
@@ -9,6 +14,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_xattn.cli import main
+from lightning_xattn.errors import DataError
+from lightning_xattn.explainer import load_checkpoint, training_data
+from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
 
 MINE = """
@@ -87,7 +95,12 @@ def test_a_model_of_ones_own(mine, datamodule, capsys):
         ),
         ({"--datamodule": "mine"}, "got 'mine': there is no ':'"),
         ({"--checkpoint": "absent.ckpt"}, "absent.ckpt"),
-        ({"--checkpoint": "mine.py"}, "mine.py is no checkpoint of mine:Logging"),
+        ({"--checkpoint": "mine.py"}, "mine.py is no checkpoint of Logging"),
+        ({"--model": "mine:ready"}, "Expected the import path of a LightningModule class; mine:ready is"),
+        (
+            {"--checkpoint": "https://a.org/b.ckpt"},
+            "https://a.org/b.ckpt is an address; expected a file on this machine",
+        ),
         ({"--data": "folder"}, "explain takes --model and --datamodule of your own model, or --data"),
     ],
 )
@@ -103,3 +116,90 @@ def test_bad_input_is_one_line(mine, changed, message, capsys):
     assert message in error
     assert len(error.splitlines()) == 1
     assert not (mine / "o").exists()
+
+
+# Checkpoints that hold code
+
+
+class Marking:
+    """What a pickle of it does when it is read: it leaves a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+class OfOldLightning(ToyModule):
+    """Lightning before 2.6 reads any pickle."""
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path, map_location=None):
+        module = cls()
+        module.load_state_dict(torch.load(checkpoint_path, map_location, weights_only=False)["state_dict"])
+        return module
+
+
+def save_crafted(path, checkpoint, how, marker):
+    """A checkpoint that has code run when it is read as any pickle."""
+    whole = torch.load(checkpoint, weights_only=True)
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(Marking(marker), protocol=2))
+    else:
+        whole["hyper_parameters"] = {"crafted": Marking(marker)}
+        torch.save(whole, path, _use_new_zipfile_serialization=how == "zip")
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("kind", [ToyModule, OfOldLightning])
+def test_code_in_a_checkpoint_is_not_run_unless_it_is_trusted(kind, how, mine):
+    save_crafted(mine / "crafted.ckpt", "toy.ckpt", how, mine / "marker")
+    with pytest.raises(DataError, match=tells("crafted.ckpt", "--trust-checkpoint", "runs code")) as refused:
+        load_checkpoint(kind, "crafted.ckpt")
+    assert not (mine / "marker").exists()
+    assert not re.search("weights_only|safe_globals", str(refused.value))
+    assert training_data("crafted.ckpt") is None
+    assert not (mine / "marker").exists()
+    loaded = load_checkpoint(kind, "toy.ckpt").state_dict()
+    assert loaded.keys() == torch.load("toy.ckpt", weights_only=True)["state_dict"].keys()
+    with warnings.catch_warnings(), suppress(DataError):  # what it makes is none of the model's hyperparameters
+        warnings.simplefilter("ignore", ResourceWarning)
+        load_checkpoint(kind, "crafted.ckpt", trust_checkpoint=True)
+    assert (mine / "marker").exists()  # or nothing was crafted
+
+
+def test_hyperparameters_that_name_code_are_not_called(mine):
+    whole = torch.load("toy.ckpt", weights_only=True)
+    whole["hyper_parameters"] = {"_instantiator": "os.mkdir", "_class_path": "marker"}
+    torch.save(whole, "crafted.ckpt")
+    with pytest.raises(DataError, match=tells("_instantiator", "--trust-checkpoint")):
+        load_checkpoint(ToyModule, "crafted.ckpt")
+
+
+def test_the_command_runs_no_code_of_a_checkpoint(mine, capsys):
+    save_crafted(mine / "crafted.ckpt", "toy.ckpt", "zip", mine / "marker")
+    arguments = ["explain", "--checkpoint", "crafted.ckpt", "--model", "mine:Logging", "--datamodule", "mine:ready"]
+    assert main([*arguments, "--out", "o"]) == 1
+    assert main(["explain", "--checkpoint", "crafted.ckpt", "--data", "x", "--out", "o"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("objects of io.open") == 2
+    assert len(said.splitlines()) == 2
+    assert not {"marker", "o"} & {path.name for path in mine.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:9/x", "s3://a/b.ckpt", "gs://a/b", "file:///toy.ckpt", "hdfs:/a"]
+)
+def test_addresses_are_not_fetched(mine, address):
+    with pytest.raises(DataError, match=tells(address, "expected a file on this machine")):
+        load_checkpoint(ToyModule, address)
+
+
+def test_a_checkpoint_of_objects_is_loaded_where_it_is_trusted(mine):
+    whole = torch.load("toy.ckpt", weights_only=True)
+    torch.save(whole | {"made_by": PurePosixPath("me")}, "objects.ckpt")
+    with pytest.raises(DataError, match=tells("objects of", "pathlib.PurePosixPath")):
+        load_checkpoint(ToyModule, "objects.ckpt")
+    loaded = load_checkpoint(ToyModule, "objects.ckpt", trust_checkpoint=True)
+    assert all(torch.equal(values, whole["state_dict"][name]) for name, values in loaded.state_dict().items())

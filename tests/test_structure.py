@@ -14,16 +14,17 @@ from lightning_xattn import functional
 PACKAGE = Path(lightning_xattn.__file__).parent
 
 ROOMS = {
-    "errors": set(),
+    "names": set(),
+    "errors": {"names"},
     "files": set(),
     "distributed": set(),
     "stages": set(),
     "notebook": set(),
-    "messages": {"errors"},
+    "messages": {"errors", "names"},
     "attention": {"errors"},
     "functional": {"attention", "errors"},
     "columns": {"attention", "errors", "functional"},
-    "group_keys": {"errors"},
+    "group_keys": {"errors", "names"},
     "groups": {"functional", "group_keys"},
     "capture": {"attention", "errors"},
     "labels": {"attention", "errors", "group_keys"},
@@ -39,7 +40,7 @@ ROOMS = {
     "results": {"attention", "errors", "functional", "fusion", "labels", "maps", "notebook", "summary"},
     "classes": {"aggregation", "errors", "labels", "messages"},
     "checks": {"attention", "capture", "columns", "fusion", "messages", "summary"},
-    "table": {"aggregation", "columns", "files", "group_keys", "messages"},
+    "table": {"aggregation", "columns", "files", "messages", "names"},
     "findings": {"checks", "files", "fusion", "messages", "summary"},
     "evaluation": {
         *("aggregation", "attention", "capture", "checks", "classes", "columns", "distributed", "errors", "functional"),
@@ -68,7 +69,7 @@ ROOMS = {
     },
     "explainer": {
         *("aggregation", "attention", "capture", "checks", "classes", "columns", "errors", "evaluation", "figures"),
-        *("files", "functional", "fusion", "group_keys", "groups", "labels", "maps", "messages", "recording"),
+        *("files", "functional", "fusion", "group_keys", "groups", "labels", "maps", "messages", "names", "recording"),
         *("results", "stages", "table"),
     },
     # The guide's names stand on top; the two files are where the guide imports them from.
@@ -81,7 +82,7 @@ ROOMS = {
         *("", "attention", "columns", "errors", "explainer", "files", "functional", "group_keys", "messages", "report"),
         *("results", "stages", "visualizations"),
     },
-    "commands": {"errors", "explainer", "messages", "report", "stages", "visualizations"},
+    "commands": {"errors", "explainer", "messages", "names", "report", "stages", "visualizations"},
     "cli": {"", "commands", "errors", "hms", "stages"},
 }
 """What each room may import besides itself; "" is the package's public API."""

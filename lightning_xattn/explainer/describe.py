@@ -15,7 +15,8 @@ from lightning_xattn.columns import ALIGNMENT, sample_statistics
 from lightning_xattn.errors import DataError
 from lightning_xattn.functional import Rows, TopPair, prepare_rows, sample_top_pairs
 from lightning_xattn.fusion.samples import SampleModalities, find_samples, of_sample
-from lightning_xattn.group_keys import group_keys, plain_id
+from lightning_xattn.group_keys import group_keys
+from lightning_xattn.names import id_text
 from lightning_xattn.results import (
     AttentionStatistics,
     BatchResult,
@@ -34,7 +35,7 @@ def require_finite(batch: BatchResult) -> BatchResult:
     DataError
         If scores are not finite, or attention where there are no predictions; names the samples.
     """
-    labels, ids = batch.labels, _plain_ids(batch)
+    labels, ids = batch.labels, _ids_as_text(batch)
     if labels.predicted is not None:
         what, broken = "class scores", labels.predicted < 0
     else:
@@ -119,7 +120,7 @@ def _explain_samples(
     axes: Mapping[str, TokenAxis],
     top_k: int,
 ) -> list[SampleResult]:
-    labels, samples, ids = batch.labels, len(batch), _plain_ids(batch)
+    labels, samples, ids = batch.labels, len(batch), _ids_as_text(batch)
     # Each number is one column over the samples.
     entropies: dict[str, list[float]] = {}
     agreement = [torch.nan] * samples
@@ -174,9 +175,9 @@ def _modalities_of(batch: BatchResult, among: DatasetResult | None) -> list[Samp
     return [None if i is None else of_sample(among.fusion, i, among.class_names) for i in found]
 
 
-def _plain_ids(batch: BatchResult) -> list[str] | None:
+def _ids_as_text(batch: BatchResult) -> list[str | None] | None:
     ids = batch.labels.sample_ids
-    return None if ids is None else [str(plain_id(one)) for one in ids]
+    return None if ids is None else [*map(id_text, ids)]
 
 
 def _class_ids(ids: Tensor | None, samples: int) -> list[int | None]:

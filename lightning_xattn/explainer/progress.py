@@ -20,8 +20,8 @@ from lightning_xattn.files import complete_or_absent
 from lightning_xattn.functional import ROW_STATISTICS, pooled_tokens, prepare_rows
 from lightning_xattn.fusion.collected import FusionPart
 from lightning_xattn.fusion.pool import Columns
-from lightning_xattn.group_keys import plain_id
 from lightning_xattn.groups import GroupSums
+from lightning_xattn.names import id_text
 from lightning_xattn.results import BatchResult
 from lightning_xattn.table import LateColumns, SampleTable, add_columns, count_rows
 
@@ -250,7 +250,7 @@ def _describe_first(batch: BatchResult) -> dict[str, Any]:
         numbers += [pooled_tokens(*tokens).mean(1) for tokens in inputs.tokens.values()]
     columns = [column.float().cpu() for column in numbers if column is not None]
     return {
-        "sample_ids": None if labels.sample_ids is None else [str(plain_id(one)) for one in labels.sample_ids],
+        "sample_ids": None if labels.sample_ids is None else [*map(id_text, labels.sample_ids)],
         "numbers": torch.stack(columns, dim=1),
         "groups": [] if labels.groups is None else labels.groups.tolist(),
         "group_noun": labels.group_noun,

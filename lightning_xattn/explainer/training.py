@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_xattn.group_keys import plain_id
+from lightning_xattn.names import id_text
 from lightning_xattn.results import TrainingData
 
 IDS, GROUPS = "training_ids", "training_groups"
@@ -44,4 +44,4 @@ def training_data(checkpoint: str | Path) -> TrainingData | None:
 
 def _as_strings(ids: Iterable[Any]) -> frozenset[str]:
     """As the sample table has them."""
-    return frozenset(str(plain_id(one)) for one in ids)
+    return frozenset(text for text in map(id_text, ids) if text is not None)

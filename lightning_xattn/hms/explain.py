@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import torch
 
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
 from lightning_xattn.errors import DataError
-from lightning_xattn.explainer import save_dataset_figures, training_data
+from lightning_xattn.explainer import load_checkpoint, save_dataset_figures, training_data
 from lightning_xattn.hms.datamodule import HMSDataModule, HMSDataset
 from lightning_xattn.hms.module import HMSLightningModule
 from lightning_xattn.hms.montage import (
@@ -22,7 +21,6 @@ from lightning_xattn.hms.montage import (
     SPEC_ROW_SECONDS,
     SPEC_SECONDS,
 )
-from lightning_xattn.messages import first_line
 from lightning_xattn.report import print_report
 from lightning_xattn.results import DatasetResult, ExplainedBatch
 from lightning_xattn.stages import Stage
@@ -37,7 +35,13 @@ from lightning_xattn.visualizations import (
 from lightning_xattn.visualizations.montages import Montage, require_montage
 
 
-def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path, montage: Montage = "bipolar") -> Path:
+def run_explain(
+    checkpoint: str | Path,
+    data: str | Path,
+    out: str | Path,
+    montage: Montage = "bipolar",
+    trust_checkpoint: bool = False,
+) -> Path:
     """Explain every recording of a folder, and draw one correct and one incorrect prediction of each class.
 
     A run that was cut off goes on where it was when it is called again with the same checkpoint, data and folder.
@@ -54,6 +58,8 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path, monta
     montage
         How the EEG is drawn, see ``plot_attention_over_signals``. Bipolar by default, as the clinic reads EEG: the
         reference cancels, so that the side and the region of a pattern stand out.
+    trust_checkpoint
+        Whether code in the checkpoint may run, see ``load_checkpoint``.
 
     Returns
     -------
@@ -63,7 +69,8 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path, monta
     Raises
     ------
     DataError
-        If the checkpoint is none or of another architecture, or the data do not hold what they should.
+        If the checkpoint is none or of another architecture, or needs ``trust_checkpoint``, or the data do not hold
+        what they should.
     SettingError
         If ``out`` was begun with another checkpoint or other recordings or votes, or ``montage`` is not one.
     """
@@ -71,7 +78,7 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path, monta
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; expected a folder, or a name for a new one.")
-    module = load_module(checkpoint)
+    module = load_checkpoint(HMSLightningModule, checkpoint, trust_checkpoint)
     datamodule = HMSDataModule(data, test_data=data, cache_dir=out / "features", on_bad_row="skip")
     explainer = ExplainabilityCapture(module, axes=module.attention_axes or datamodule.attention_axes)
     loader = datamodule.test_dataloader()
@@ -105,28 +112,6 @@ def run_explain(checkpoint: str | Path, data: str | Path, out: str | Path, monta
     if not _has_times(results):
         print("There is no attention over the signals: the tokens of this checkpoint's fusion are no windows in time.")
     return out
-
-
-def load_module(checkpoint: str | Path) -> HMSLightningModule:
-    """Load a checkpoint of the reference model, on a GPU where there is one.
-
-    Raises
-    ------
-    DataError
-        If the file is absent or no checkpoint, or of another architecture.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return HMSLightningModule.load_from_checkpoint(checkpoint, map_location=device)
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"No checkpoint {checkpoint}.") from None
-    except Exception as error:  # torch, pickle and Lightning each have their own for a file that is something else
-        raise DataError(
-            f"{checkpoint} is no checkpoint of HMSLightningModule, or a file that cannot be read as one: "
-            f"{first_line(error)}"
-        ) from error
 
 
 def _choose(explained: DatasetResult, table: Path) -> list[int]:

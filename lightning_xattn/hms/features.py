@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import fft, signal
 
 from lightning_xattn.errors import DataError
+from lightning_xattn.hms.missing import FLAT, SPEC_BANDS, band_members, require_eeg, require_spectrogram
 from lightning_xattn.hms.montage import (
     EEG_EDGES,
     EEG_RATE,
@@ -25,7 +26,7 @@ from lightning_xattn.hms.montage import (
 )
 from lightning_xattn.hms.recordings import EEGGeometry
 
-FEATURE_VERSION = 2
+FEATURE_VERSION = 3
 """Part of the key of every stored feature."""
 
 EEG_BANDS = {
@@ -36,9 +37,6 @@ EEG_BANDS = {
     "gamma": (30.0, 50.0),
 }
 """EEG bands in Hz, lower end included, upper end not."""
-
-SPEC_BANDS = {"delta": (0.5, 4.0), "theta": (4.0, 8.0), "alpha": (8.0, 13.0), "beta": (13.0, 20.0)}
-"""Spectrogram bands in Hz; its data go from 0.59 to 19.92 Hz."""
 
 SPEC_WINDOW_SECONDS = 10
 SPEC_STEP_SECONDS = 5
@@ -52,7 +50,6 @@ SPEC_POWER_RANGE = (float(np.exp(-4)), float(np.exp(8)))
 _PASS_BAND = (0.5, 50.0)
 _MAINS = 60.0
 _SEGMENT_SECONDS = 2.0  # Welch segments: 0.5 Hz resolution, the same for windows of 2 s and of 10 s
-_FLAT = 1e-3  # µV; an envelope that varies less, such as rounding, says nothing about its neighbour's
 
 SPEC_WINDOWS = (SPEC_SECONDS - SPEC_WINDOW_SECONDS) // SPEC_STEP_SECONDS + 1
 
@@ -78,8 +75,9 @@ def spectrogram_spans() -> tuple[tuple[float, float], ...]:
 def fill_gaps(values: Array) -> tuple[NDArray[np.float64], int]:
     """Replace what is not finite by straight lines between its neighbours in time.
 
-    A gap at an end takes the nearest value, a channel without any finite value becomes 0. A long gap thus ends up
-    with no power in any band: it looks like what it is, no signal.
+    A gap at an end takes the nearest value, a channel without any finite value becomes 0. A long gap of EEG thus ends
+    up with no power in any band: it looks like what it is, no signal. Which recordings are whole enough to be filled,
+    `hms.missing` says.
 
     Parameters
     ----------
@@ -167,17 +165,10 @@ def band_powers(filtered: Array, geometry: EEGGeometry) -> NDArray[np.float32]:
     frequencies, _, density = signal.spectrogram(
         filtered, EEG_RATE, window="hann", nperseg=length, noverlap=length - grid, detrend="constant"
     )
-    power = _band_members(frequencies, EEG_BANDS).T @ density * (EEG_RATE / length)
+    power = band_members(frequencies, EEG_BANDS).T @ density * (EEG_RATE / length)
     segments = np.arange(geometry.n_windows)[:, None] * step + np.arange(0, window - length + 1, hop)
     by_window = power[..., segments // grid].mean(axis=-1)
     return np.asarray(np.log10(np.maximum(np.moveaxis(by_window, -1, 0), POWER_FLOOR)), dtype=np.float32)
-
-
-def _band_members(frequencies: Array, bands: dict[str, tuple[float, float]]) -> NDArray[np.float32]:
-    """``(frequencies, bands)``, 1 where the frequency is in the band."""
-    edges = np.asarray(list(bands.values()))
-    inside = (frequencies[:, None] >= edges[:, 0]) & (frequencies[:, None] < edges[:, 1])
-    return inside.astype(np.float32)
 
 
 def envelope_correlations(envelopes: Array, geometry: EEGGeometry) -> NDArray[np.float32]:
@@ -199,7 +190,8 @@ def envelope_correlations(envelopes: Array, geometry: EEGGeometry) -> NDArray[np
     # All 19 x 19 pairs by matrix product are faster than the 72 picked out first.
     covariance = centred @ centred.swapaxes(-1, -2) / window
     deviation = np.sqrt(np.diagonal(covariance, axis1=-2, axis2=-1))
-    scale = np.where(deviation > _FLAT, 1 / np.maximum(deviation, _FLAT), 0.0)
+    # An envelope that varies less, such as rounding, says nothing about its neighbour's.
+    scale = np.where(deviation > FLAT, 1 / np.maximum(deviation, FLAT), 0.0)
     sources, targets = np.asarray(EEG_EDGES).T
     correlations = covariance[:, sources, targets] * (scale[:, sources] * scale[:, targets])
     return np.asarray(np.clip(correlations, -1.0, 1.0), dtype=np.float32)
@@ -227,11 +219,12 @@ def eeg_features(microvolts: Array, geometry: EEGGeometry) -> tuple[NDArray[np.f
     Raises
     ------
     DataError
-        If the array is not ``(samples of the geometry, 19)``.
+        If the array is not ``(samples of the geometry, 19)``, or too little of it is there, see `require_eeg`.
     """
     expected = (_samples(geometry)[0], len(ELECTRODES))
     if microvolts.shape != expected:
         raise DataError(f"EEG of {geometry} must be (samples, electrodes) {expected}; got shape {microvolts.shape}.")
+    require_eeg(microvolts)
     finite, filled = fill_gaps(microvolts)
     # Single precision is what the recordings have; it keeps rounding far below POWER_FLOOR, in half of the time.
     analytic = filter_eeg(np.ascontiguousarray(finite.T, dtype=np.float32))
@@ -257,23 +250,25 @@ def spectrogram_features(power: Array) -> tuple[NDArray[np.float32], int]:
     x
         ``(119, 4, 4)``: windows, regions, bands.
     filled
-        How many bins were not finite, see `fill_gaps`; a frequency that is missing throughout becomes the mean.
+        How many bins were not finite, see `fill_gaps`; a frequency that a region lacks throughout is no part of its
+        band's average.
 
     Raises
     ------
     DataError
-        If the array is not ``(300, 4, 100)``.
+        If the array is not ``(300, 4, 100)``, or too little of it is there, see `require_spectrogram`.
     """
     expected = (SPEC_SECONDS // SPEC_ROW_SECONDS, len(REGIONS), len(SPEC_FREQUENCIES))
     if power.shape != expected:
         raise DataError(f"A spectrogram must be (rows, regions, frequencies) {expected}; got shape {power.shape}.")
+    require_spectrogram(power)
     logarithm = np.log(np.clip(np.where(np.isfinite(power), power, np.nan), *SPEC_POWER_RANGE), dtype=np.float64)
-    finite = logarithm[np.isfinite(logarithm)]
-    mean, deviation = (finite.mean(), finite.std()) if finite.size else (0.0, 0.0)
+    known = np.isfinite(logarithm)
+    mean, deviation = logarithm[known].mean(), logarithm[known].std()
     standard = (logarithm - mean) / (deviation if deviation > 0 else 1.0)
     flat, filled = fill_gaps(standard.reshape(len(standard), -1))
-    members = _band_members(np.asarray(SPEC_FREQUENCIES), SPEC_BANDS)
-    bands = flat.reshape(expected) @ (members / members.sum(axis=0))
+    members = known.any(axis=0)[..., None] * band_members(np.asarray(SPEC_FREQUENCIES), SPEC_BANDS)
+    bands = np.einsum("trf,rfb->trb", flat.reshape(expected), members / members.sum(axis=1, keepdims=True))
     return np.tensordot(_window_weights(), bands, axes=1).astype(np.float32), filled
 
 

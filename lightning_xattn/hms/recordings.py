@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from lightning_xattn.errors import DataError, SettingError
 from lightning_xattn.hms.columns import find_eeg, find_spectrogram
+from lightning_xattn.hms.missing import require_eeg, require_spectrogram
 from lightning_xattn.hms.montage import EEG_RATE, REGIONS, SPEC_FREQUENCIES, SPEC_ROW_SECONDS, SPEC_SECONDS
 from lightning_xattn.hms.table import BadRow, Problem, Recording, RowError, read_table
 
@@ -193,7 +194,8 @@ class Recordings:
         Raises
         ------
         RowError
-            If the file or a column is missing or not numeric, or the window runs past the recording.
+            If the file or a column is missing or not numeric, the window runs past the recording, or too little of it
+            is there, see `hms.missing`.
         """
         path = self.eeg_path(row)
         try:
@@ -208,6 +210,7 @@ class Recordings:
                     f"eeg_label_offset_seconds {row.eeg_offset:g} needs {start / EEG_RATE:g} to "
                     f"{stop / EEG_RATE:g} s, the recording has {seconds:g} s",
                 )
+            require_eeg(values[start:stop])
             return values[start:stop]
         except Problem as problem:
             raise RowError(self._bad_row(row, path, problem)) from None
@@ -229,6 +232,8 @@ class Recordings:
         try:
             values = _read_parquet(path, *_stamp(path), find_spectrogram)
             time, power = values[:, 0], values[:, 1:]
+            if not len(time):
+                raise Problem("offset past the recording", "the recording has no rows")
             if (np.diff(time) != SPEC_ROW_SECONDS).any() or not np.isfinite(time).all():
                 raise Problem("uneven time", f"the column 'time' must go in steps of {SPEC_ROW_SECONDS} s")
             # 'time' is the middle of a row; an odd offset takes the rows whose middle is inside.
@@ -240,7 +245,9 @@ class Recordings:
                     f"{row.spectrogram_offset + SPEC_SECONDS:g} s, the recording has {time[0] - 1:g} to "
                     f"{time[-1] + 1:g} s",
                 )
-            return power[inside].reshape(-1, len(REGIONS), len(SPEC_FREQUENCIES))
+            power = power[inside].reshape(-1, len(REGIONS), len(SPEC_FREQUENCIES))
+            require_spectrogram(power)
+            return power
         except Problem as problem:
             raise RowError(self._bad_row(row, path, problem)) from None
 
@@ -262,8 +269,12 @@ class Recordings:
                 lengths[path] = pq.read_metadata(path).num_rows / EEG_RATE
             except (OSError, pa.ArrowException):
                 continue  # told, or skipped, with its row when the recording itself is read
+            if not lengths[path]:
+                del lengths[path]  # so is an empty one
         if not lengths:
-            raise DataError(f"None of the EEG files that {self.root / 'train.csv'} names can be opened in train_eegs/.")
+            raise DataError(
+                f"None of the EEG files that {self.root / 'train.csv'} names can be opened in train_eegs/ and has rows."
+            )
         shortest, longest = min(lengths, key=lengths.__getitem__), max(lengths, key=lengths.__getitem__)
         if lengths[shortest] >= COMPETITION.seconds:
             return COMPETITION
@@ -278,7 +289,7 @@ class Recordings:
 
     @staticmethod
     def _bad_row(row: Recording, path: Path, problem: Problem) -> BadRow:
-        return BadRow(row.line, str(row.label_id), str(path), *problem.args)
+        return BadRow(row.line, str(row.label_id), str(path), problem.reason, problem.detail)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

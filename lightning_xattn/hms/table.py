@@ -108,8 +108,12 @@ class RowError(DataError):
         return bad_row
 
 
-class Problem(Exception):  # noqa: N818 - always caught, and told as a BadRow
+class Problem(DataError):  # noqa: N818 - told as a BadRow, where the row is known
     """Reason and detail of a `BadRow`, raised where file and row are not known."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}.")
+        self.reason, self.detail = reason, detail
 
 
 def read_table(path: Path) -> tuple[list[Recording], list[BadRow]]:
@@ -141,7 +145,8 @@ def read_table(path: Path) -> tuple[list[Recording], list[BadRow]]:
                 raise Problem("repeated label_id", f"also on line {rows[row.label_id].line}, expected once")
             rows[row.label_id] = row
         except Problem as problem:
-            bad_rows.append(BadRow(i + 2, table["label_id"][i].as_py(), str(path), *problem.args))
+            label_id = table["label_id"][i].as_py()
+            bad_rows.append(BadRow(i + 2, label_id, str(path), problem.reason, problem.detail))
     return list(rows.values()), bad_rows
 
 

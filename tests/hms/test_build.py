@@ -22,6 +22,7 @@ from lightning_xattn.hms.features import eeg_features, spectrogram_features
 from lightning_xattn.hms.recordings import COMPETITION, IIIC, Recordings
 from lightning_xattn.hms.table import RowError
 from tests.hms.conftest import table_rows, write_eeg, write_spectrogram, write_table
+from tests.messages import tells
 
 
 @pytest.fixture
@@ -271,8 +272,8 @@ def test_a_full_disk_is_an_error_and_what_is_done_stays(shared, tmp_path, monkey
     assert content(resumed.folder) == content(stored_features(recordings, COMPETITION, tmp_path / "whole").folder)
 
 
-def test_rows_with_a_region_that_is_missing_have_no_power_there(make_folder, tmp_path):
-    root = make_folder(rows=table_rows(1))
+def test_rows_with_a_region_that_is_missing_are_left_out(make_folder, tmp_path):
+    root = make_folder(rows=table_rows(2))
     path = root / "train_spectrograms/200.parquet"
     table = pq.read_table(path)
     for i, name in enumerate(table.column_names):
@@ -280,12 +281,12 @@ def test_rows_with_a_region_that_is_missing_have_no_power_there(make_folder, tmp
             missing = np.full(len(table), np.nan, np.float32)
             table = table.set_column(i, name, [missing])
     pq.write_table(table, path)
-    features = stored_features(Recordings.read(root), IIIC, tmp_path / "cache")
-    spec_x = features.take(np.array([0]))["spec_x"][0]
-    assert (spec_x[:, 2] == 0).all()
-    assert np.isfinite(spec_x).all()
-    assert (spec_x[:, [0, 1, 3]] != 0).all()
-    assert list(features.filled[0]) == [0, 300 * 100]
+    with pytest.raises(RowError, match=tells("200.parquet", "no spectrogram", "left parasagittal", "label_id 300")):
+        stored_features(Recordings.read(root), IIIC, tmp_path / "cache", 0)
+    features = stored_features(Recordings.read(root, "skip"), IIIC, tmp_path / "cache", 0)
+    assert [row.label_id for row in features.recordings] == [301]
+    assert [bad.reason for bad in features.recordings.skipped] == ["no spectrogram"]
+    assert (features.filled == 0).all()
 
 
 def test_an_hour_of_eeg(tmp_path):

@@ -248,7 +248,7 @@ def test_a_trainer_takes_it_as_it_is(iiic_irr, tmp_path):
 
 
 def test_missing_samples_are_told(folder, tmp_path, infos):
-    broken = np.ones((2000, 20), dtype=np.float32)
+    broken = np.random.default_rng(0).normal(0, 20, (2000, 20)).astype(np.float32)
     broken[5:25, 2] = np.nan
     write_parquet(folder / "train_eegs/100.parquet", [*ELECTRODES, "EKG"], broken)
     HMSDataModule(folder, cache_dir=tmp_path / "cache", eeg_geometry=EEGGeometry(10, 2, 1)).setup()

@@ -12,8 +12,9 @@ import torch
 
 from lightning_xattn.cli import main
 from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.explainer import load_checkpoint
 from lightning_xattn.hms import HMSLightningModule
-from lightning_xattn.hms.explain import load_module, run_explain
+from lightning_xattn.hms.explain import run_explain
 from lightning_xattn.hms.montage import ELECTRODES
 from tests.hms.conftest import table_rows
 from tests.toy import ToyModule
@@ -66,7 +67,7 @@ def test_the_montage_is_bipolar_unless_another_is_asked_for(arguments, montage, 
     called = []
     monkeypatch.setattr("lightning_xattn.hms.explain.run_explain", lambda *args: called.append(args))
     assert main(["explain", "--checkpoint", "c", "--data", "d", "--out", "o", *arguments]) == 0
-    assert called == [("c", "d", "o", montage)]
+    assert called == [("c", "d", "o", montage, False)]
 
 
 @pytest.mark.slow
@@ -134,12 +135,12 @@ def test_what_is_no_checkpoint_is_said(hms_checkpoint, iiic_irr, tmp_path, capsy
         (iiic_irr / "train.csv", "train.csv is no checkpoint of HMSLightningModule"),
     ):
         with pytest.raises(DataError, match=message):
-            load_module(path)
+            load_checkpoint(HMSLightningModule, path)
     other = torch.load(hms_checkpoint, weights_only=True)
     other["state_dict"] = ToyModule().state_dict()
     torch.save(other, tmp_path / "other.ckpt")
     with pytest.raises(DataError, match="another architecture|does not fit|checkpoint"):
-        load_module(tmp_path / "other.ckpt")
+        load_checkpoint(HMSLightningModule, tmp_path / "other.ckpt")
     assert main(["explain", "--checkpoint", str(tmp_path / "none.ckpt"), "--data", "x", "--out", str(tmp_path)]) == 1
     assert "lightning-xattn explain: No checkpoint" in capsys.readouterr().err
     assert main(["explain", "--checkpoint", str(hms_checkpoint), "--data", "x", "--out", str(tmp_path)]) == 1

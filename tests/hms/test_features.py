@@ -229,9 +229,19 @@ def test_missing_power_is_counted_and_never_passed_on():
     x, filled = spectrogram_features(power)
     assert filled == 10 * 400 + 290
     assert np.isfinite(x).all()
-    x, filled = spectrogram_features(np.full((300, 4, 100), np.nan))
-    assert filled == 300 * 400
-    assert (x == 0).all()
+
+
+def test_a_frequency_that_is_missing_throughout_is_no_part_of_its_bands_average():
+    power = np.random.default_rng(0).lognormal(0, 1, (300, 4, 100))
+    power[:, :, 3] = np.exp(6)  # of delta, and unlike the others
+    power[:, 2, 3] = np.nan
+    logarithm = np.log(power.clip(np.exp(-4), np.exp(8)))
+    standard = (logarithm - np.nanmean(logarithm)) / np.nanstd(logarithm)
+    delta = np.array(SPEC_FREQUENCIES) < 4
+    x, filled = spectrogram_features(power)
+    assert filled == 300
+    rows = np.nanmean(standard[:, :, delta], axis=2)
+    np.testing.assert_allclose(x[0, :, 0], rows[:5].mean(axis=0), rtol=1e-5)  # the first 10 s
 
 
 def test_a_spectrogram_of_another_shape_is_refused():

@@ -1,0 +1,112 @@
+"""Load a trained model from a file without running what the maker of the file put into it."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from inspect import signature
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import IO, Any, TypeVar
+
+import torch
+
+from lightning_xattn.errors import DataError, XAttnError
+from lightning_xattn.messages import first_line
+from lightning_xattn.names import shown
+
+Model = TypeVar("Model")
+
+_HYPERPARAMETERS = ("hyper_parameters", "hparams", "module_arguments")
+"""Where Lightning has written, and reads, what a model is made with."""
+
+
+def load_checkpoint(kind: type[Model], checkpoint: str | Path, trust_checkpoint: bool = False) -> Model:
+    """Load a model from one of Lightning's checkpoints, on a GPU where there is one.
+
+    A checkpoint is a pickle, which can hold any code and have it run when it is read. So only weights and plain values
+    are taken from it, whichever version of Lightning is installed, unless ``trust_checkpoint`` says otherwise.
+
+    Parameters
+    ----------
+    kind
+        The ``LightningModule`` class.
+    checkpoint
+        A file on this machine. What stands at an address is never fetched.
+    trust_checkpoint
+        Whether code in the file may run: with all rights of this process, before anything of the model is known. Only
+        for files of people whose programs you would run.
+
+    Returns
+    -------
+    The model, an instance of ``kind``.
+
+    Raises
+    ------
+    DataError
+        If there is no such file, it is no checkpoint of ``kind``, or it needs ``trust_checkpoint``.
+    """
+    name = shown(checkpoint)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with _opened(checkpoint) as file:
+        try:
+            if not trust_checkpoint:
+                _require_plain(file, name)
+                file.seek(0)
+            # Before 2.6 Lightning reads any pickle, and knows no such argument. What was read above holds no code.
+            takes = signature(kind.load_from_checkpoint).parameters  # type: ignore[attr-defined]  # of two namespaces
+            options = {"weights_only": not trust_checkpoint} if "weights_only" in takes else {}
+            model: Model = kind.load_from_checkpoint(file, map_location=device, **options)  # type: ignore[attr-defined]
+        except XAttnError:
+            raise
+        except Exception as error:  # torch, pickle and Lightning each have their own for a file that is something else
+            raise DataError(f"{name} is no checkpoint of {kind.__name__}: {first_line(error)}") from error
+    return model
+
+
+def _opened(checkpoint: str | Path) -> IO[bytes]:
+    if re.match(r"[A-Za-z][\w+.-]+:[/:]", str(checkpoint)):
+        raise DataError(
+            f"{shown(checkpoint)} is an address; expected a file on this machine. Fetch it yourself from where you "
+            "trust it, and name the file."
+        )
+    try:
+        return Path(checkpoint).open("rb")
+    except FileNotFoundError:
+        raise DataError(f"No checkpoint {shown(checkpoint)}.") from None
+    except (OSError, ValueError) as error:  # a folder, a file of somebody else, a name that no file can have
+        raise DataError(f"{shown(checkpoint)} cannot be read as a checkpoint: {first_line(error)}") from None
+
+
+def _require_plain(file: IO[bytes], name: str) -> None:
+    """Refuse a file that would have code run, with a DataError; none is run for it."""
+    try:
+        saved: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        objects = _objects_in(file, error)
+        if not objects:  # no pickle at all
+            raise
+        raise DataError(_needs_trust(name, f"objects of {objects}")) from None
+    hyperparameters = [saved.get(key) for key in _HYPERPARAMETERS] if isinstance(saved, dict) else []
+    # Written by Lightning's CLI: names of functions and classes that are imported and called to make the model.
+    if any("_instantiator" in one for one in hyperparameters if isinstance(one, dict)):
+        raise DataError(_needs_trust(name, "hyperparameters that name code to be called ('_instantiator')"))
+
+
+def _needs_trust(name: str, what: str) -> str:
+    return (
+        f"{name} holds more than weights and plain values: {what}. To load it runs code that whoever made the file "
+        "chose, which can do all that you can do on this machine, so nothing of it was run. If you made the file, or "
+        "would run any program of its maker, add --trust-checkpoint (in Python: trust_checkpoint=True)."
+    )
+
+
+def _objects_in(file: IO[bytes], error: Exception) -> str:
+    """The classes and functions that a checkpoint would call, without importing one; empty if it calls none."""
+    found: list[str] = []
+    with suppress(Exception):  # an older format, or something that can only be said to be refused
+        file.seek(0)
+        found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    found = found or re.findall(r"GLOBAL ([^\s`]+)", str(error))[:1]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return ", ".join(shown(one, 60) for one in found[:3]) + more

@@ -1,0 +1,112 @@
+"""What has to be there of a recording, so that filling its gaps is no invention.
+
+The rule, for all that is used of a recording (10 s or 50 s of EEG, 600 s of spectrogram) and once more for the 10 s
+around the labelled moment, which the experts' votes are about:
+
+- EEG: at least half of the electrodes have a signal. One has if at least half of its samples are numbers, and they are
+  not all one value. The others end up without power in any band: they look like what they are.
+- Spectrogram: at least half of the bins of each band in each region are numbers, since a band that is missing would
+  look like one of average power. Not all regions may be constant.
+
+A recording that has less is refused. Of any other one gaps are filled, and counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_xattn.hms.montage import EEG_RATE, ELECTRODES, REGION_NAMES, REGIONS, SPEC_FREQUENCIES, SPEC_ROW_SECONDS
+from lightning_xattn.hms.table import Problem
+
+SPEC_BANDS = {"delta": (0.5, 4.0), "theta": (4.0, 8.0), "alpha": (8.0, 13.0), "beta": (13.0, 20.0)}
+"""Spectrogram bands in Hz, lower end included, upper end not; its data go from 0.59 to 19.92 Hz."""
+
+FLAT = 1e-3
+"""µV: what varies less has no signal but rounding."""
+
+_LEAST_SHARE = 0.5
+_LABELLED_SECONDS = 10.0
+
+Array = NDArray[np.floating[Any]]
+
+
+def require_eeg(microvolts: Array) -> None:
+    """Refuse a stretch of EEG in which too few electrodes have a signal.
+
+    Parameters
+    ----------
+    microvolts
+        ``(samples, 19)`` with the labelled moment in the middle; what is missing is not finite.
+
+    Raises
+    ------
+    Problem
+        Saying how many electrodes there are.
+    """
+    middle = _middle(len(microvolts), _LABELLED_SECONDS * EEG_RATE)
+    for values, where in ((microvolts, "that are used"), (microvolts[middle], "around the labelled moment")):
+        known = np.isfinite(values)
+        highest = np.where(known, values, -np.inf).max(axis=0, initial=-np.inf)
+        lowest = np.where(known, values, np.inf).min(axis=0, initial=np.inf)
+        there = (known.sum(axis=0) >= max(1, _LEAST_SHARE * len(values))) & (highest - lowest > FLAT)
+        if there.sum() < _LEAST_SHARE * len(ELECTRODES):
+            names = ", ".join(name for name, one in zip(ELECTRODES, there, strict=True) if one)
+            raise Problem(
+                "no EEG",
+                f"expected a signal of at least {int(np.ceil(_LEAST_SHARE * len(ELECTRODES)))} of {len(ELECTRODES)} "
+                f"electrodes in the {len(values) / EEG_RATE:g} s {where}, got {there.sum()}"
+                f"{f' ({names})' if names else ''}: one has a signal if at least half of its samples are numbers and "
+                "they are not all one value",
+            )
+
+
+def require_spectrogram(power: Array) -> None:
+    """Refuse a stretch of spectrogram that lacks a band of a region, or that is constant.
+
+    Parameters
+    ----------
+    power
+        ``(rows, 4, 100)`` with the labelled moment in the middle; what is missing is not finite.
+
+    Raises
+    ------
+    Problem
+        Saying what is missing.
+    """
+    middle = _middle(len(power), _LABELLED_SECONDS / SPEC_ROW_SECONDS)
+    for values, where in ((power, "that are used"), (power[middle], "around the labelled moment")):
+        share = np.isfinite(values).mean(axis=0) @ _band_shares()
+        region, band = np.unravel_index(share.argmin(), share.shape)
+        if share[region, band] < _LEAST_SHARE:
+            raise Problem(
+                "no spectrogram",
+                f"expected numbers in at least half of the bins of each band and region in the "
+                f"{len(values) * SPEC_ROW_SECONDS} s {where}, got {100 * share[region, band]:.1f} % in "
+                f"{list(SPEC_BANDS)[band]} of the {REGION_NAMES[REGIONS[region]]} region",
+            )
+    known = np.where(np.isfinite(power), power, np.nan)
+    if (np.nanmax(known, axis=(0, 2)) == np.nanmin(known, axis=(0, 2))).all():
+        raise Problem("no spectrogram", "every region is constant, which no recording of a brain is")
+
+
+def band_members(frequencies: Array, bands: dict[str, tuple[float, float]]) -> NDArray[np.float32]:
+    """``(frequencies, bands)``, 1 where the frequency is in the band."""
+    edges = np.asarray(list(bands.values()))
+    inside = (frequencies[:, None] >= edges[:, 0]) & (frequencies[:, None] < edges[:, 1])
+    return inside.astype(np.float32)
+
+
+def _band_shares() -> NDArray[np.float32]:
+    """``(100, bands)``: what each frequency counts in the mean over its band."""
+    members = band_members(np.asarray(SPEC_FREQUENCIES), SPEC_BANDS)
+    shares: NDArray[np.float32] = members / members.sum(axis=0)
+    return shares
+
+
+def _middle(length: int, wanted: float) -> slice:
+    """The middle of so many rows; all of them where there are fewer."""
+    margin = max(0, int((length - wanted) / 2))
+    return slice(margin, length - margin)

@@ -1,0 +1,110 @@
+"""Ids and names that come from data: as text that identifies, and as text that can be shown.
+
+Who made the data decides what a name holds: halves of surrogate pairs, which no UTF-8 file takes; escape sequences,
+which a terminal obeys; marks that turn the direction of text, so that it reads as something else; 100,000 letters.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from typing import Any
+
+LONGEST = 120
+"""So many characters of a name are shown."""
+
+_SPACES = re.compile(r"[\t\n\v\f\r\x1c-\x1f\x85\u2028\u2029]+")
+
+_UNSHOWN = re.compile(
+    "["
+    r"\0-\x1f\x7f-\x9f"  # controls, with the one that begins escape sequences
+    r"\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # unseen, or turning text
+    r"\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff"  # no characters at all
+    r"\U000e0000-\U000e007f"  # unseen copies of ASCII
+    "]"
+)
+
+
+def plain_id(one: Any) -> Any:
+    """An id as Python has it, out of a tensor or an array of one."""
+    return one.item() if callable(getattr(one, "item", None)) else one
+
+
+def is_unknown(one: Any) -> bool:
+    """Whether an id says that there is none: None, NaN, and what pandas writes for them."""
+    if one is None or type(one).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(one, float) and math.isnan(one)
+
+
+def raw_text(one: Any) -> str:
+    """An id as text, whatever it is; two ids of one type that differ have two texts."""
+    one = plain_id(one)
+    try:
+        return repr(one) if isinstance(one, bytes) else str(one)
+    except Exception:  # Python writes no integer of more than 4300 digits; whatever an object of users' raises
+        return hex(one) if isinstance(one, int) else object.__repr__(one)
+
+
+def id_text(one: Any) -> str | None:
+    r"""An id as text that identifies it, and that every file takes.
+
+    Parameters
+    ----------
+    one
+        A string, a number, a tensor or an array of one, or any object that its text identifies.
+
+    Returns
+    -------
+    str or None
+        As ``str`` writes it, whole. Only a half of a surrogate pair, which UTF-8 does not have, is written ``\ud800``.
+        None where there is no id, see ``is_unknown``.
+    """
+    one = plain_id(one)
+    return None if is_unknown(one) else valid(raw_text(one))
+
+
+def valid(text: str) -> str:
+    r"""A text that every file takes: halves of surrogate pairs, which UTF-8 does not have, are written ``\ud800``."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def clean(text: str) -> str:
+    r"""A text of several lines, without what a terminal, a page or a figure would obey rather than show.
+
+    Controls (but for the ends of lines), marks that turn the direction of text, unseen characters, and halves of
+    surrogate pairs are written as Python writes them: ``\x1b``, ``\u202e``, ``\ud800``.
+    """
+    if text.isascii() and text.isprintable():  # nearly always
+        return text
+    return "\n".join(_UNSHOWN.sub(_written_out, line) for line in text.split("\n"))
+
+
+def shown(name: Any, longest: int = LONGEST) -> str:
+    """A name from data as it is shown: in one line, ``clean``, and not too long.
+
+    For figures, reports, pages, terminals, and the names of curves. Not for what finds a sample again: see ``id_text``.
+
+    Parameters
+    ----------
+    name
+        The name.
+    longest
+        So many characters are shown, at least 20. Of a longer name the beginning, an ellipsis, and eight signs that
+        differ from name to name.
+
+    Returns
+    -------
+    str
+        One line.
+    """
+    text = raw_text(name)
+    whole = clean(_SPACES.sub(" ", text if len(text) <= longest else text[: longest + 1]))
+    if len(text) <= longest and len(whole) <= longest:
+        return whole
+    return f"{whole[: longest - 9]}…{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
+
+
+def _written_out(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
