@@ -20,6 +20,7 @@ from lightning_xattn.capture.given import (
     zeros_hide,
 )
 from lightning_xattn.capture.joint import cut_direction, gaps_between
+from lightning_xattn.capture.kinds import is_plain
 from lightning_xattn.capture.layout import (
     Axes,
     Item,
@@ -369,7 +370,8 @@ class Tap:
         """
         batch, _, queries, keys = recorded.weights.shape
         for name, tensor in arguments_of(run) if queries != keys or self._mask_name else ():
-            if tuple(tensor.shape) == (batch, queries) and "mask" in name and self._mask_name in (None, name):
+            fits = tuple(tensor.shape) == (batch, queries) and is_plain(tensor)
+            if fits and "mask" in name and self._mask_name in (None, name):
                 by_torch = tensor.dtype == torch.bool and name.endswith("padding_mask")
                 if by_torch or not (tensor.is_floating_point() or tensor.dtype == torch.bool):
                     self._mask_name = name
