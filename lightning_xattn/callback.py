@@ -187,7 +187,8 @@ class AttentionExplainabilityCallback(Callback):
         """One record per recorded epoch, dataloader and layer.
 
         ``stage``, ``epoch``, ``step``, ``dataloader``, ``layer``, ``samples``, ``groups`` (how many; None where they
-        are not known), ``repeats`` (samples dropped because another process had them), ``ties`` and ``unclassified``
+        are not known), ``repeats`` (samples dropped because another process had them), ``other_lengths`` (samples left
+        out because their joint sequence has another length than its spans are for), ``ties`` and ``unclassified``
         samples, ``accuracy``, the comparisons of correct with incorrect predictions, and the epoch's curves by their
         names without the scope. It is saved in checkpoints.
         """
@@ -319,10 +320,13 @@ class AttentionExplainabilityCallback(Callback):
         assert self._run.recorder is not None
         self._run.recorder.close()
         taken = self._run.recorder.take(outputs, batch)
+        evaluation = self._run.evaluations[dataloader_idx]
+        if left_out := self._run.recorder.left_out:
+            places = own_places(loaders_of(trainer), dataloader_idx, batch_idx, max(left_out.values()))
+            evaluation.leave_out(left_out, taken is None, places)
         if taken is None:
             self._run.recorder.clear()
             return
-        evaluation = self._run.evaluations[dataloader_idx]
         is_first = all(one.classes is None for one in self._run.evaluations.values())
         result = evaluation.read(*taken, self._run.recorder)
         self._run.recorder.clear()
@@ -410,7 +414,14 @@ class AttentionExplainabilityCallback(Callback):
         group_by, axes = self.settings.group_by, attention_axes(trainer, pl_module)
         results = {
             number: DatasetResult(
-                one.layers, one.fusion, self._run.evaluations[number].classes or (), group_by, axes, None, one.maps
+                one.layers,
+                one.fusion,
+                self._run.evaluations[number].classes or (),
+                group_by,
+                axes,
+                None,
+                one.maps,
+                other_lengths=dict(self._run.evaluations[number].other_lengths),
             )
             for number, one in ended.items()
         }

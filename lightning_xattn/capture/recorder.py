@@ -240,6 +240,14 @@ class AttentionRecorder:
             raise DiscoveryError(self._nothing_ran())
         return tuple(pairs)
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """By layer, how many samples were left out of this step, as their joint sequence does not fit its spans."""
+        found = {layer: 0 for layer, _ in self._taps}
+        for (layer, _), tap in self._taps.items():
+            found[layer] = max(found[layer], tap.left_out)
+        return {layer: samples for layer, samples in found.items() if samples}
+
     def _choose(self, survey: Survey) -> None:
         """Take the layers that a first step has shown, and of what they computed what was kept."""
         self.layers, left_out = choose_layers(survey)
