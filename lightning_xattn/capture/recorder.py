@@ -23,7 +23,7 @@ from lightning_xattn.capture.sources import AttentionSetting, Layer, Source
 from lightning_xattn.capture.tap import Tap
 from lightning_xattn.capture.watch import Run, Watch
 from lightning_xattn.capture.wrappers import compiled_modules, require_one_replica, run_uncompiled, scripted_modules
-from lightning_xattn.errors import DiscoveryError, XAttnWarning
+from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
 
 
 class AttentionRecorder:
@@ -85,6 +85,8 @@ class AttentionRecorder:
         self._padding: dict[tuple[str, int], Tensor | None] = {}
         self.is_waiting = False
         self._told: set[str] = set()
+        # Layers whose directions have fitted each other.
+        self._paired: set[str] = set()
 
     def __repr__(self) -> str:
         names = ", ".join(layer.name for layer in self.layers)
@@ -230,7 +232,13 @@ class AttentionRecorder:
             of_layer = [taken.get((layer.name, direction)) for direction, _ in layer.sources]
             recorded = [one for one in of_layer if one is not None]
             if len(recorded) == len(of_layer):
-                pairs.append(self._pair(layer, recorded))
+                try:
+                    pairs.append(self._pair(layer, recorded))
+                    self._paired.add(layer.name)
+                except ShapeError as error:
+                    if layer.name not in self._paired:
+                        raise
+                    self._tell(f"In a later step: {error} Such steps are left out.")
             elif recorded:
                 self._tell_half(layer, *layer.sources[of_layer.index(None)])
         for tap in self._taps.values():

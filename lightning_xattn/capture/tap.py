@@ -19,7 +19,7 @@ from lightning_xattn.capture.given import (
     tell_the_same,
     zeros_hide,
 )
-from lightning_xattn.capture.joint import cut_direction
+from lightning_xattn.capture.joint import JointSequence, cut_direction
 from lightning_xattn.capture.kinds import is_plain
 from lightning_xattn.capture.layout import (
     Axes,
@@ -36,7 +36,7 @@ from lightning_xattn.capture.memory import Address
 from lightning_xattn.capture.readers import Event
 from lightning_xattn.capture.sources import Source
 from lightning_xattn.capture.watch import Run
-from lightning_xattn.errors import DiscoveryError, ShapeError
+from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError
 
 FOLLOW_IT = "give spans that count from the end, such as (-144, None), or a callable that makes them of the batch"
 """What to do where a modality of a joint sequence has as many tokens as each batch has."""
@@ -107,7 +107,7 @@ class Tap:
         found = None
         try:
             found = self.find(run, output)
-        except DiscoveryError as error:
+        except (DiscoveryError, ShapeError) as error:
             if not self.has_run:
                 raise
             self.remarks.append(f"In a later step: {error} Such steps are left out.")
@@ -278,56 +278,61 @@ class Tap:
         if source.joint is not None:
             return self._cut(taken, batch)
         if taken.within:
+            message = f"'{source}' ({self.direction}) attends within one sequence: its query is its key."
+            if self._has_given:
+                self.remarks.append(f"In a later step: {message} Such steps are left out.")
+                return None
             raise DiscoveryError(
-                f"'{source}' ({self.direction}) attends within one sequence: its query is its key. Name the module "
-                "that attends across: attention={'<a>_to_<b>': 'path', ...}; or, if both modalities share the "
-                "sequence, attention=JointSequence('path', spans={'<a>': (start, stop), '<b>': (start, stop)})."
+                f"{message} Name the module that attends across: attention={{'<a>_to_<b>': 'path', ...}}; or, if both "
+                "modalities share the sequence, attention=JointSequence('path', spans={'<a>': (start, stop), '<b>': "
+                "(start, stop)})."
             )
         self._has_given = True
         return taken
 
     def _cut(self, whole: RecordedWeights, batch: Any) -> RecordedWeights | None:
         """The direction within a joint sequence; None of one that does not fit its spans, if an earlier one did."""
-        joint, name, length = self.source.joint, self.source.path, whole.weights.shape[2]
+        joint, length = self.source.joint, whole.weights.shape[2]
         assert joint is not None
-        assert self.direction is not None
-        places = joint.slices(batch)
-        if whole.cropped and joint.counts_from_the_end:
-            raise DiscoveryError(
-                f"torch has packed the sequence of '{name}' and cut padding off, so that its end is not known: use "
-                "spans that count from the start, or nn.TransformerEncoder(..., enable_nested_tensor=False)."
-            )
-        expected = joint.expected_length
-        within = whole.weights.shape[3] - whole.extra_keys == length
-        # Of what torch has packed it is not known how much was cut off.
-        fits = expected is None or length == expected or (whole.cropped and length < expected)
         try:
-            if within and not fits:
-                hint = f" If the tokens in no span belong to no modality, say so: JointSequence(..., length={length})."
-                may_be_meant = joint.length is None and length > (expected or 0) and not self._has_given
-                raise ShapeError(
-                    f"The sequence of '{name}' has {length} tokens, but the spans of the JointSequence are for "
-                    f"{expected}: {dict(joint.spans)}. If a modality changes its length, {FOLLOW_IT}."
-                    + hint
-                    * may_be_meant
-                )
-            cut = cut_direction(whole, places[self.direction.query], places[self.direction.key], name)
-        except ShapeError as error:
+            cut = self._block(joint, whole, joint.slices(batch))
+        except (DiscoveryError, SettingError, ShapeError) as error:
             if not self._has_given:
                 raise
             self.left_out = len(whole.weights)
             self.remarks.append(f"{error} Such steps are left out and counted.")
             return None
-        changed = expected is None and length != (self._length or length) and not whole.cropped
+        changed = joint.expected_length is None and length != (self._length or length) and not whole.cropped
         if changed and not joint.counts_from_the_end and not any(map(callable, joint.spans.values())):
             self.remarks.append(
-                f"The sequence of '{name}' changes its length ({self._length}, {length}), and the last modality is "
-                f"taken to have more or fewer tokens. If another one has, {FOLLOW_IT}. The spans are "
+                f"The sequence of '{self.source.path}' changes its length ({self._length}, {length}), and the last "
+                f"modality is taken to have more or fewer tokens. If another one has, {FOLLOW_IT}. The spans are "
                 f"{dict(joint.spans)}."
             )
         if not self._has_given:
             self._length, self._has_given = length, True
         return cut
+
+    def _block(self, joint: JointSequence, whole: RecordedWeights, places: Mapping[str, slice]) -> RecordedWeights:
+        """The direction within a joint sequence that its spans fit."""
+        name, length, expected = self.source.path, whole.weights.shape[2], joint.expected_length
+        assert self.direction is not None
+        if whole.cropped and joint.counts_from_the_end:
+            raise DiscoveryError(
+                f"torch has packed the sequence of '{name}' and cut padding off, so that its end is not known: use "
+                "spans that count from the start, or nn.TransformerEncoder(..., enable_nested_tensor=False)."
+            )
+        within = whole.weights.shape[3] - whole.extra_keys == length
+        # Of what torch has packed it is not known how much was cut off.
+        fits = expected is None or length == expected or (whole.cropped and length < expected)
+        if within and not fits:
+            hint = f" If the tokens in no span belong to no modality, say so: JointSequence(..., length={length})."
+            may_be_meant = joint.length is None and length > (expected or 0) and not self._has_given
+            raise ShapeError(
+                f"The sequence of '{name}' has {length} tokens, but the spans of the JointSequence are for {expected}: "
+                f"{dict(joint.spans)}. If a modality changes its length, {FOLLOW_IT}." + hint * may_be_meant
+            )
+        return cut_direction(whole, places[self.direction.query], places[self.direction.key], name)
 
     def _axes_of(self, what: Item | str, shape: tuple[int, ...], run: Run, event: Event | None) -> Axes:
         """How the rows of an attention are split into samples and heads, as told from a first run."""
