@@ -189,8 +189,8 @@ class AttentionExplainabilityCallback(Callback):
         ``stage``, ``epoch``, ``step``, ``dataloader``, ``layer``, ``samples``, ``groups`` (how many; None where they
         are not known), ``repeats`` (samples dropped because another process had them), ``other_lengths`` (samples left
         out because their joint sequence has another length than its spans are for), ``ties`` and ``unclassified``
-        samples, ``accuracy``, the comparisons of correct with incorrect predictions, and the epoch's curves by their
-        names without the scope. It is saved in checkpoints.
+        samples, ``wholly_masked`` (samples of which one modality is), ``accuracy``, the comparisons of correct with
+        incorrect predictions, and the epoch's curves by their names without the scope. It is saved in checkpoints.
         """
         return self._findings.history
 

@@ -42,6 +42,12 @@ def masks_of(A, queries, keys):
     return queries, np.broadcast_to(keys, A.shape)
 
 
+def wholly_masked(weights, queries=None, keys=None):
+    """Whether every query is padding, or no query of any head sees a key."""
+    queries, keys = masks_of(weights, queries, keys)
+    return not any(queries) or not keys.any()
+
+
 def row_statistics(A, queries=None, keys=None, threshold=0.1):
     """Dict of (heads,) arrays: the mean of each row statistic over the valid rows of a head."""
     valid = valid_rows(A, queries, keys)

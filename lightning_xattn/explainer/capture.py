@@ -158,8 +158,11 @@ class ExplainabilityCapture:
             steps, parts = zip(*((step, part.cpu()) for step, part in self._observe(batch, finder, read)), strict=True)
         whole = BatchResult.joined(parts)
         for pair in whole.attention:
-            single = [str(a.direction) for a in pair.directions if has_single_keys(prepare_rows(a))]
+            rows = [prepare_rows(attention) for attention in pair.directions]
+            single = [str(one.direction) for one in rows if has_single_keys(one)]
             warn(self._checks.of_single_keys(pair.layer, single))
+            masked = torch.stack([one.wholly_masked for one in rows]).any(0)
+            warn(self._checks.of_wholly_masked(pair.layer, int(masked.sum()), len(whole)))
         labels, scores = whole.labels, whole.scores
         warn(self._checks.of_doubts(labels.doubts))
         if scores is not None:

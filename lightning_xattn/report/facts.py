@@ -94,6 +94,8 @@ class LayerFacts(TypedDict):
     ties: int
     other_lengths: int
     """Samples that were left out because their joint sequence has another length than its spans are for."""
+    wholly_masked: int
+    """Samples of which one modality is wholly masked, so that they have no attention across."""
     undefined_share: float
     invalid_rows: int
     alignment_null: float
@@ -241,6 +243,7 @@ def collect_layer(layer: str, summary: LayerSummary, class_names: Sequence[str],
         "unclassified": summary.unclassified,
         "ties": summary.ties,
         "other_lengths": other_lengths,
+        "wholly_masked": summary.wholly_masked,
         "undefined_share": summary.undefined_share(),
         "invalid_rows": int(summary.total(INVALID_ROWS)),
         "alignment_null": summary.alignment_null,
