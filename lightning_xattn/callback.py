@@ -198,9 +198,10 @@ class AttentionExplainabilityCallback(Callback):
         """One record per recorded epoch, dataloader and layer.
 
         ``stage``, ``epoch``, ``step``, ``dataloader``, ``layer``, ``samples``, ``groups`` (how many; None where they
-        are not known), ``repeats`` (samples dropped because another process had them), ``ties`` and ``unclassified``
-        samples, ``accuracy``, the comparisons of correct with incorrect predictions, and the epoch's curves by their
-        names without the scope. It is saved in checkpoints.
+        are not known), ``repeats`` (samples dropped because another process had them), ``other_lengths`` (samples left
+        out because their joint sequence has another length than its spans are for), ``ties`` and ``unclassified``
+        samples, ``wholly_masked`` (samples of which one modality is), ``accuracy``, the comparisons of correct with
+        incorrect predictions, and the epoch's curves by their names without the scope. It is saved in checkpoints.
         """
         return self._findings.history
 
@@ -347,6 +348,9 @@ class AttentionExplainabilityCallback(Callback):
         evaluation, taken = self._run.evaluations[dataloader_idx], None
         with self._refusing("attention", "fusion"):
             taken = recorder.take(outputs, batch)
+            if left_out := recorder.left_out:
+                places = own_places(loaders_of(trainer), dataloader_idx, batch_idx, max(left_out.values()))
+                evaluation.leave_out(left_out, taken is None, places)
         if taken is not None:
             with self._refusing(*READ_SETTINGS):
                 self._add(trainer, evaluation.read(*taken, recorder), batch_idx, dataloader_idx)
@@ -477,7 +481,14 @@ class AttentionExplainabilityCallback(Callback):
         group_by, axes = self.settings.group_by, attention_axes(trainer, pl_module)
         results = {
             number: DatasetResult(
-                one.layers, one.fusion, self._run.evaluations[number].classes or (), group_by, axes, None, one.maps
+                one.layers,
+                one.fusion,
+                self._run.evaluations[number].classes or (),
+                group_by,
+                axes,
+                None,
+                one.maps,
+                other_lengths=dict(self._run.evaluations[number].other_lengths),
             )
             for number, one in ended.items()
         }

@@ -9,7 +9,7 @@ from lightning_xattn.attention import AttentionPair
 from lightning_xattn.capture import Layer
 from lightning_xattn.columns import Column
 from lightning_xattn.fusion.summary import FusionSummary
-from lightning_xattn.messages import SINGLE_KEYS, by_reason, describe_error
+from lightning_xattn.messages import SINGLE_KEYS, by_reason, describe_error, say_wholly_masked
 from lightning_xattn.summary import LayerSummary
 
 UNIFORM = 0.999
@@ -122,6 +122,11 @@ class Checks:
         if directions and self._is_new(layer, "", "single key", 0):
             yield f"Layer '{layer}': {' and '.join(directions)} {SINGLE_KEYS}"
 
+    def of_wholly_masked(self, layer: str, masked: int, samples: int) -> Iterator[str]:
+        """New warnings that samples give of which one modality is wholly masked."""
+        if masked and self._is_new(layer, "", "wholly masked", 0):
+            yield say_wholly_masked(layer, masked, samples)
+
     def of_reading(self, described: str) -> Iterator[str]:
         """The message of what was taken for what, where it is not what it was before."""
         if self._is_new("", "", f"takes {described}", 0):
@@ -166,6 +171,7 @@ class Checks:
             if summary.count(Column("max", direction)) and not summary.count(Column("entropy", direction))
         ]
         yield from self.of_single_keys(layer, single)
+        yield from self.of_wholly_masked(layer, summary.wholly_masked, summary.samples)
         if not summary.maps and self._is_new(layer, "", "ragged", 0):
             yield (
                 f"Layer '{layer}': the number of tokens changes from batch to batch, so there are no mean maps and no "

@@ -110,6 +110,10 @@ def _invalid_rows(*rows: Rows) -> Tensor:
     return torch.stack([(~one.valid).sum((1, 2)) for one in rows]).sum(0)
 
 
+def _any_wholly_masked(*rows: Rows) -> Tensor:
+    return torch.stack([one.wholly_masked for one in rows]).any(0).float()
+
+
 STATISTICS = {
     "confidence": Statistic(
         None,
@@ -217,6 +221,13 @@ STATISTICS = {
         "rows",
         "rows left out because they are padding, fully masked, or not finite",
     ),
+    "wholly_masked": Statistic(
+        _any_wholly_masked,
+        ("layer",),
+        (0.0, 1.0),
+        "1: it is",
+        "whether one modality is wholly masked: no token of it is real, or seen",
+    ),
 }
 """Every number that describes one sample and its attention in one layer, by name."""
 
@@ -224,6 +235,9 @@ CONFIDENCE, ALIGNMENT, ENTROPY = Column("confidence"), Column("alignment"), Colu
 
 INVALID_ROWS = Column("invalid_rows")
 """The one number that every sample has: its count is the number of samples."""
+
+WHOLLY_MASKED = Column("wholly_masked")
+"""Its total is the number of samples of which one modality is wholly masked."""
 
 NUMBER = "sample_idx"
 """The column of the sample table that says which sample, from 0 on, of its process and evaluation a row is of."""

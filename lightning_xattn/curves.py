@@ -128,6 +128,7 @@ def epoch_record(summary: LayerSummary, scope: str, curves: Mapping[str, float])
     groups = summary.groups() if summary.group_noun else None
     record: dict[str, Any] = {"samples": summary.samples, "groups": groups}
     record |= {"ties": summary.ties, "unclassified": summary.unclassified}
+    record["wholly_masked"] = summary.wholly_masked
     correct, incorrect = (summary.size(outcome=outcome) for outcome in (CORRECT, INCORRECT))
     record |= _accuracy(correct, incorrect)
     for score in _scores(summary):

@@ -159,7 +159,8 @@ class EpochLog:
             if layer in shown:
                 self._log(of_layers[-1], scopes[-1])
                 record = epoch_record(whole.summaries[layer], scopes[-1], of_layers[-1])
-                records.append(about | {"layer": layer, "repeats": repeats} | of_fusion | record)
+                counts = {"repeats": repeats, "other_lengths": whole.other_lengths.get(layer, 0)}
+                records.append(about | {"layer": layer} | counts | of_fusion | record)
                 of_fusion = {}
         if several:
             self._log(mean_curves(of_layers, scopes, scope), scope)

@@ -6,6 +6,7 @@ sums of each layer and gives its rows of the sample table, and ``summary`` says 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -129,6 +130,7 @@ class Part:
     """By layer, on the CPU."""
     fusion: FusionPart | None
     repeats: int
+    other_lengths: Mapping[str, int]
     has_several: bool
     """Whether targets turned out to be no classes."""
     maps: Columns | None
@@ -175,6 +177,10 @@ class Evaluation:
         The names of the classes, decided in the first batch; none where what groups them is not known.
     repeats : int
         Samples that were left out because another process had them.
+    other_lengths : Counter of str
+        By layer, samples that were left out because their joint sequence does not fit its spans.
+    seen : int
+        Samples of this process so far, with those that were left out.
     shown_classes : tuple of int or None
         Of very many classes, those that are shown one by one; decided when an evaluation is shown first.
     collected : Collected
@@ -203,11 +209,11 @@ class Evaluation:
 
     def reset(self) -> None:
         """Begin anew, with what was decided in the first batch."""
-        self.repeats = 0
+        self.repeats, self.other_lengths = 0, Counter[str]()
         self._accumulators: dict[str, LayerAccumulator] = {}
         self.collected = Collected(self._settings.max_samples, self._settings.contribution_samples)
         self.maps = SampleMaps()
-        self._seen = 0
+        self.seen = 0
 
     def read(self, step: Step, attention: Attentions, recorder: StepRecorder) -> BatchResult:
         """Read a batch, see ``read_batch``; the first one decides what the classes are, and where the fusion is."""
@@ -223,6 +229,22 @@ class Evaluation:
             if self._expects_targets:
                 warn(missing_labels(batch.labels, self.classes, group_by, step))
         return batch
+
+    def leave_out(self, samples: Mapping[str, int], is_all: bool, places: range | None = None) -> None:
+        """Count samples that a layer has not recorded, as their joint sequence does not fit its spans.
+
+        Parameters
+        ----------
+        samples
+            How many, by layer.
+        is_all
+            Whether there is nothing else of their batch, so that it is not added.
+        places
+            As ``add`` takes them.
+        """
+        own = {layer: count if places is None else min(count, len(places)) for layer, count in samples.items()}
+        self.other_lengths.update(own)
+        self.seen += max(samples.values(), default=0) if is_all else 0
 
     def describe(self, batch: BatchResult, recorder: StepRecorder) -> str:
         """What was taken for what, in a few words, so that a name that means something else is seen at once."""
@@ -253,10 +275,10 @@ class Evaluation:
             Where its samples stand in the data set, see ``own_places``; others are left out, as another process has
             them. None: all samples, which follow on those before.
         """
-        numbers = torch.arange(self._seen, self._seen + len(batch), device=batch.device)
-        first = self._seen + self._processes.rank * PLACES_OF_A_PROCESS
+        numbers = torch.arange(self.seen, self.seen + len(batch), device=batch.device)
+        first = self.seen + self._processes.rank * PLACES_OF_A_PROCESS
         places = range(first, first + len(batch)) if places is None else places
-        self._seen, self.repeats = self._seen + len(batch), self.repeats + len(batch) - len(places)
+        self.seen, self.repeats = self.seen + len(batch), self.repeats + len(batch) - len(places)
         batch = batch[: len(places)]
         labels, n_classes = batch.labels, len(self.classes or ())
         classes, outcomes, tied = classify(labels, self._settings.group_by, n_classes, len(batch), batch.device)
@@ -316,13 +338,14 @@ class Evaluation:
     def load(
         self,
         samples: int,
+        other_lengths: Mapping[str, int],
         sums: Mapping[str, LayerSums],
         collected: Collected,
         maps: SampleMaps,
         device: torch.device | str,
     ) -> None:
-        """Go on from what there is of so many samples of the same data set, with batches on this device."""
-        self._seen = samples
+        """Go on from what there is of the same data set, whose first so many samples were seen, on this device."""
+        self.seen, self.other_lengths = samples, Counter(other_lengths)
         self.collected, self.maps = collected.snapshot(device), maps.snapshot(device)
         self._accumulators = {layer: LayerAccumulator.of(of_layer, device) for layer, of_layer in sums.items()}
         if self.classes and any(of_layer.layout.n_classes == 0 for of_layer in sums.values()):
@@ -334,7 +357,8 @@ class Evaluation:
         fusion = self.collected.part()
         if fusion is not None and self._processes is not ALONE:
             fusion = fusion.cpu()  # to be sent
-        return Part(self.classes, sums, fusion, self.repeats, self.finder.has_several, self.maps.part())
+        lengths = dict(self.other_lengths)
+        return Part(self.classes, sums, fusion, self.repeats, lengths, self.finder.has_several, self.maps.part())
 
     def drop_targets(self) -> None:
         """Have no classes and outcomes, as the targets are several labels at once, which are no classes."""
@@ -368,6 +392,7 @@ class Evaluation:
         parts = [self.part()] if parts is None else parts
         self.classes = next((part.classes for part in parts if part.classes is not None), None)
         self.repeats = sum(part.repeats for part in parts)
+        self.other_lengths = sum((Counter(part.other_lengths) for part in parts), Counter())
         layers = dict.fromkeys(layer for part in parts for layer in part.sums)
         merged = {name: merge_sums([part.sums[name] for part in parts if name in part.sums]) for name in layers}
         several = any(part.has_several for part in parts)

@@ -51,6 +51,16 @@ SINGLE_KEYS = (
 )
 """What is wrong with directions of single keys, and the remedy; follows their names."""
 
+
+def say_wholly_masked(layer: str, masked: int, samples: int) -> str:
+    """What a user should know of samples that have no attention across, as a sentence or two."""
+    return (
+        f"Layer '{layer}': one modality is wholly masked in {masked} of {samples} samples: none of its tokens is real, "
+        "or seen. These samples have no attention across and are in no number of it. If the modality is there, look at "
+        "the masks."
+    )
+
+
 BROKEN_ROWS = (
     "have rows that are not finite or do not sum to 1: they are left out, and where none is left every number is "
     "undefined. Pass weights after the softmax and before any dropout, as of a model in eval mode."

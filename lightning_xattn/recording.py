@@ -107,6 +107,11 @@ class StepRecorder:
         """See ``AttentionRecorder``."""
         return self._attention.is_waiting
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """See ``AttentionRecorder``."""
+        return self._attention.left_out
+
     def take(self, outputs: Any, batch: Any) -> tuple[Step, Attentions] | None:
         """What the step gave and the attention in it; None if there is neither attention nor a fusion.
 

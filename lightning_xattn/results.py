@@ -276,6 +276,9 @@ class DatasetResult(ShownInNotebooks):
         Of single samples, in the first layer; of some 500 of a large data set, of none where a page is not made.
     trained_on
         What the model was trained on; None where that is not known.
+    other_lengths
+        By layer name, samples that were left out because their joint sequence has another length than its spans are
+        for.
     """
 
     summaries: dict[str, LayerSummary]
@@ -286,6 +289,7 @@ class DatasetResult(ShownInNotebooks):
     table: Path | None
     maps: MapsBySample = field(default_factory=dict)
     trained_on: TrainingData | None = None
+    other_lengths: dict[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         one = self.headline if self.summaries else self.fusion

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT, LayerSums
 from lightning_xattn.attention import Direction
-from lightning_xattn.columns import INVALID_ROWS, SCORES, STATISTICS, Column, headline
+from lightning_xattn.columns import INVALID_ROWS, SCORES, STATISTICS, WHOLLY_MASKED, Column, headline
 from lightning_xattn.functional import (
     alignment_null,
     class_adjusted_gap,
@@ -149,6 +149,11 @@ class LayerSummary(ShownInNotebooks):
     def unclassified(self) -> int:
         """Number of samples without a class, where there are classes."""
         return self.size(self.n_classes) if self.n_classes else 0
+
+    @property
+    def wholly_masked(self) -> int:
+        """Number of samples of which one modality is wholly masked, so that they have no attention across."""
+        return round(self.total(WHOLLY_MASKED))
 
     def count(self, column: Column, class_id: int | None = None, outcome: int | None = None) -> int:
         """How many samples have this number, of all or of one class and outcome."""

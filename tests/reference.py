@@ -42,6 +42,12 @@ def masks_of(A, queries, keys):
     return queries, np.broadcast_to(keys, A.shape)
 
 
+def wholly_masked(weights, queries=None, keys=None):
+    """Whether every query is padding, or no query of any head sees a key."""
+    queries, keys = masks_of(weights, queries, keys)
+    return not any(queries) or not keys.any()
+
+
 def row_statistics(A, queries=None, keys=None, threshold=0.1):
     """Dict of (heads,) arrays: the mean of each row statistic over the valid rows of a head."""
     valid = valid_rows(A, queries, keys)
@@ -68,6 +74,29 @@ def row_statistics(A, queries=None, keys=None, threshold=0.1):
         for name in names:
             result[name].append(mean_defined(collected[name]))
     return {name: np.array(values) for name, values in result.items()}
+
+
+def attention(query, key, scale=None, score=None, mask=None, group=1):
+    """Of ``(batch, heads, tokens, width)`` the weights ``softmax(score(q k scale))`` of the keys that the mask shows.
+
+    ``score(s, b, h, m, n)`` and ``mask(b, h, m, n)`` get the places of sample, head, query and key; ``group`` heads
+    share their keys. Gives weights and what is shown; the weights of a row of which nothing is shown are NaN.
+    """
+    (batch, heads, queries, width), keys = query.shape, key.shape[2]
+    weights, shown = np.full((batch, heads, queries, keys), NAN), np.zeros((batch, heads, queries, keys), bool)
+    for b, h, m in itertools.product(range(batch), range(heads), range(queries)):
+        of_head, scores = key[b, h // group], []
+        for n in range(keys):
+            s = sum(float(q) * float(k) for q, k in zip(query[b, h, m], of_head[n], strict=True))
+            s *= width**-0.5 if scale is None else scale
+            shown[b, h, m, n] = mask is None or bool(mask(b, h, m, n))
+            scores.append(float(s if score is None else score(s, b, h, m, n)))
+        seen = [n for n in range(keys) if shown[b, h, m, n]]
+        largest = max((scores[n] for n in seen), default=0.0)
+        terms = {n: math.exp(scores[n] - largest) for n in seen}
+        if seen:
+            weights[b, h, m] = [terms.get(n, 0.0) / sum(terms.values()) for n in range(keys)]
+    return weights, shown
 
 
 def joint_block(A, queries, keys, real):

@@ -143,6 +143,7 @@ def expected_numbers(samples):
     entropies = zip(numbers["eeg_to_spec/entropy"], numbers["spec_to_eeg/entropy"], strict=True)
     numbers["entropy"] = [(a + b) / 2 for a, b in entropies]
     numbers["invalid_rows"] = invalid
+    numbers["wholly_masked"] = [0] * SAMPLES
     return numbers
 
 

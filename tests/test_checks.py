@@ -72,7 +72,8 @@ def test_nan_rings_and_masked_rows_do_not():
     masked[1] = torch.nan
     padding = torch.ones(BATCH, KEYS, dtype=torch.bool)
     padding[1] = False
-    assert ring(masked, key_mask=padding) == []
+    (message,) = ring(masked, key_mask=padding)
+    assert message.startswith("Layer 'fusion.1': one modality is wholly masked in 1 of 4 samples")
 
 
 def test_a_sink_is_judged_by_the_number_of_keys():

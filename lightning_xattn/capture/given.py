@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.attention import row_sum_tolerance
+from lightning_xattn.capture.kinds import describe_kind, is_plain
 from lightning_xattn.capture.masks import (
     RecordedWeights,
     apart_from_padding,
@@ -31,9 +32,14 @@ def check_weights(weights: Any, who: str, training: bool) -> None:
     Raises
     ------
     ShapeError
-        If the weights are not ``(batch, heads, queries, keys)`` or ``(batch, queries, keys)``, or a row that is not
-        fully masked does not sum to 1.
+        If the weights are not ``(batch, heads, queries, keys)`` or ``(batch, queries, keys)``, a row that is not fully
+        masked does not sum to 1, or their numbers need not be their values.
     """
+    if isinstance(weights, Tensor) and not is_plain(weights):
+        raise ShapeError(
+            f"{who} {describe_kind(weights)}, whose numbers need not be its values; expected a plain tensor. If they "
+            "are, give weights.as_subclass(torch.Tensor)."
+        )
     shape = tuple(weights.shape) if isinstance(weights, Tensor) else None
     if shape is None or len(shape) not in (3, 4) or not weights.is_floating_point():
         found = f"a {type(weights).__name__}" if shape is None else f"{weights.dtype} of shape {shape}"
@@ -55,8 +61,8 @@ def check_weights(weights: Any, who: str, training: bool) -> None:
 
 
 def looks_like_attention(tensor: Tensor) -> bool:
-    """Whether all rows sum to 1, but for those that are fully masked (0 or NaN), and none is negative."""
-    if tensor.dim() not in (3, 4) or not tensor.is_floating_point() or not tensor.numel():
+    """Whether all rows of a plain tensor sum to 1, but for fully masked ones (0 or NaN), and none is negative."""
+    if not is_plain(tensor) or tensor.dim() not in (3, 4) or not tensor.is_floating_point() or not tensor.numel():
         return False
     sums = tensor.float().sum(-1)
     sound = ((sums - 1).abs() <= row_sum_tolerance(tensor.dtype)) | (sums == 0) | sums.isnan()

@@ -12,7 +12,7 @@ import torch
 
 from lightning_xattn.attention import Direction, row_sum_tolerance
 from lightning_xattn.capture.masks import RecordedWeights
-from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.errors import SettingError, ShapeError, check_whole_number
 
 Span = tuple[int, int | None]
 """``(start, stop)`` as in a slice: below 0 from the end, a stop of None is the end."""
@@ -33,11 +33,23 @@ class JointSequence:
         For each modality the place of its tokens in the sequence, as in a slice: ``(0, 9)``, ``(9, None)`` to the end,
         ``(-144, None)`` for the last 144. A callable gets the batch and returns such a pair, for sequences that are
         only as long as the longest of each batch. Tokens in no span, such as a class token, belong to no modality.
+    length
+        How many tokens the sequence has. None: as many as the spans reach over, where each holds a fixed number of
+        tokens; else any number, of which the span that reaches from one end to the other takes up the rest, as
+        ``(9, None)`` does; a callable knows its batch. A first batch of another length is an error, and a later one is
+        left out and counted: at the same places it would have other tokens.
 
     Raises
     ------
     SettingError
-        If there are fewer than two modalities, or their spans are empty or overlap.
+        If there are fewer than two modalities, their spans are empty or overlap, or it takes a length to tell whether
+        they do.
+
+    Notes
+    -----
+    A sequence that has the right length and other tokens at some places is not noticed, such as one whose text is three
+    tokens longer and whose image is three tokens shorter. Nor is it noticed that another modality than the one whose
+    span takes up the rest has changed its length. Give a callable then.
 
     Examples
     --------
@@ -51,6 +63,7 @@ class JointSequence:
 
     attention: str | Sequence[str]
     spans: Mapping[str, Span | Callable[[Any], Span]]
+    length: int | None = None
 
     def __post_init__(self) -> None:
         names = list(self.spans) if isinstance(self.spans, Mapping) else []
@@ -63,10 +76,24 @@ class JointSequence:
             raise SettingError(f"JointSequence needs a module path or a list of them; got {self.attention!r}.")
         for first, second in pairwise(names):
             Direction.parse(f"{first}_to_{second}")
+        check_whole_number("length", self.length, optional=True)
         told = {name: _check_span(name, span) for name, span in self.spans.items() if not callable(span)}
+        if self.length is not None:
+            _require_apart(_places_in(self.length, told))
+            return
         # Spans that count from one end can be compared before the length is known.
         _require_apart({name: (start, stop) for name, (start, stop) in told.items() if start >= 0 <= (stop or 0)})
         _require_apart({name: (start, stop) for name, (start, stop) in told.items() if start < 0})
+        for name, (start, stop) in told.items():
+            if _takes_the_rest((start, stop)):
+                others = {other: span for other, span in told.items() if other != name}
+                between = [other for other, span in others.items() if not _lies_outside(span, start, stop)]
+                if between:
+                    raise SettingError(
+                        f"Whether the spans of '{name}' and '{between[0]}' overlap depends on how long the sequence "
+                        f"is: {dict(self.spans)}. Count what lies between them from one end, or give the length: "
+                        "JointSequence(..., length=128)."
+                    )
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -77,6 +104,15 @@ class JointSequence:
     def counts_from_the_end(self) -> bool:
         """Whether a span starts or stops a number of tokens before the end."""
         return any(not callable(span) and (span[0] < 0 or (span[1] or 0) < 0) for span in self.spans.values())
+
+    @property
+    def expected_length(self) -> int | None:
+        """How many tokens the sequence must have for the spans to hold what they are meant to; None: any number."""
+        spans = [span for span in self.spans.values() if not callable(span)]
+        if self.length is not None or len(spans) < len(self.spans) or any(map(_takes_the_rest, spans)):
+            return self.length
+        from_the_start = max((stop or 0 for start, stop in spans if start >= 0), default=0)
+        return from_the_start + max((-start for start, _ in spans if start < 0), default=0)
 
     def slices(self, batch: Any) -> dict[str, slice]:
         """The place of each modality's tokens.
@@ -99,6 +135,34 @@ def _check_span(name: str, span: Any) -> Span:
             f"a callable that makes one of the batch; got {span!r}."
         )
     return span[0], span[1]
+
+
+def _takes_the_rest(span: Span) -> bool:
+    """Whether a span is as long as the sequence allows."""
+    start, stop = span
+    return start >= 0 and (stop is None or stop < 0)
+
+
+def _lies_outside(span: Span, start: int, stop: int | None) -> bool:
+    """Whether a span ends before a start, or begins behind a stop that counts from the end, in every sequence."""
+    first, last = span
+    if first < 0:
+        return stop is not None and first >= stop
+    return last is not None and 0 <= last <= start
+
+
+def _places_in(length: int, spans: Mapping[str, Span]) -> dict[str, Span]:
+    """Spans in a sequence of so many tokens, from its start.
+
+    Raises
+    ------
+    SettingError
+        If one reaches beyond it.
+    """
+    for name, (start, stop) in spans.items():
+        if max(start, -start - 1, (stop or 1) - 1, -(stop or 0) - 1) >= length:
+            raise SettingError(f"The span of '{name}', {(start, stop)}, is not in a sequence of length={length}.")
+    return {name: slice(*span).indices(length)[:2] for name, span in spans.items()}
 
 
 def _require_apart(spans: Mapping[str, Span]) -> None:
@@ -128,13 +192,6 @@ def _from_the_start(slices: Mapping[str, slice], attention: RecordedWeights, nam
     except SettingError as error:
         raise ShapeError(f"'{name}' has a sequence of {tokens} tokens. {error}") from None
     return places
-
-
-def gaps_between(places: Mapping[str, slice], tokens: int) -> tuple[int, ...]:
-    """How many tokens lie before, between and behind places in a sequence of so many tokens."""
-    ordered = sorted((slice(*place.indices(tokens)) for place in places.values()), key=lambda place: place.start)
-    starts, stops = [place.start for place in ordered], [place.stop for place in ordered]
-    return tuple(start - stop for start, stop in zip([*starts, tokens], [0, *stops], strict=True))
 
 
 def cut_direction(joint: RecordedWeights, queries: slice, keys: slice, name: str) -> RecordedWeights:

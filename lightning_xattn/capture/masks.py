@@ -134,8 +134,11 @@ def zeros_are_a_mask(weights: Tensor) -> bool:
 
 
 def is_visible(mask: Tensor) -> Tensor:
-    """Where a mask of ``nn.MultiheadAttention`` (True hides, or added to the scores) shows the key."""
-    return ~mask if mask.dtype == torch.bool else mask > MASKED
+    """Where a mask of ``nn.MultiheadAttention`` (True hides, or added to the scores) shows the key.
+
+    NaN shows it, so that its row is broken, and not hidden.
+    """
+    return ~mask if mask.dtype == torch.bool else ~(mask <= MASKED)
 
 
 def additive(mask: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_xattn.capture.kinds import unreadable_kind
+
 
 @dataclass(frozen=True, eq=False)
 class Address:
@@ -42,12 +44,12 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def has_address(tensor: Tensor) -> bool:
-    """Whether a tensor has numbers in memory of its own: nested and sparse ones, and those inside of vmap, have not."""
-    if tensor.is_nested or tensor.layout != torch.strided:
+    """Whether a tensor has numbers in memory of its own: nested, sparse and fake ones, and those in vmap, have not."""
+    if unreadable_kind(tensor) is not None:
         return False
     try:
         tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # what torch raises for a tensor inside of vmap, depending on its kind
+    except (NotImplementedError, RuntimeError):  # as of a device that does not tell
         return False
     return True
 

@@ -11,12 +11,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_xattn.capture.kinds import (
+    describe_kind,
+    is_plain,
+    plain,
+    run_as_called,
+    shape_of,
+    unreadable_kind,
+)
 from lightning_xattn.capture.masks import (
     MASKED,
     RecordedWeights,
@@ -87,8 +96,8 @@ class Edit:
     """``(samples, keys)`` by which the weights that go to each key are multiplied, after the softmax; None: by 1."""
 
 
-Read = Callable[[], RecordedWeights]
-"""Gives weights and masks; if only masks are wanted, weights without values."""
+Read = Callable[[], RecordedWeights | None]
+"""Gives weights and masks; if only masks are wanted, weights without values. None: the event says why not."""
 
 Call = dict[str, Any]
 """The arguments of a function by their names."""
@@ -126,6 +135,22 @@ def _arguments(function: Any, args: Sequence[Any], kwargs: Call) -> Call:
     return parameters | dict(zip(parameters, args, strict=False)) | kwargs
 
 
+def _find_problem(**tensors: Tensor | None) -> str | None:
+    """Why an attention cannot be read whose tensors hold no numbers; None: they hold some."""
+    kinds = {name: unreadable_kind(one) for name, one in tensors.items() if one is not None}
+    return next((f"its {name} is {kind}" for name, kind in kinds.items() if kind is not None), None)
+
+
+def _ask(event: Event, ask: Read) -> RecordedWeights | None:
+    """What the attention's own function says of it; None where it says nothing, and why is then in the event."""
+    try:
+        return ask()
+    except Exception as error:  # whatever a class of the user's raises
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        event.problem = f"asked for its weights, it fails ({why})"
+        return None
+
+
 def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
     """``F.multi_head_attention_forward``.
 
@@ -139,7 +164,12 @@ def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, watch: Wat
     extra = int(call["bias_k"] is not None) + int(call["add_zero_attn"])
     keys = (key.shape[0] if static is None else static.shape[1]) + extra
     shape = (query.shape[1] if batched else 1, call["num_heads"], query.shape[0], keys)
-    event = Event("multi_head_attention_forward", shape, query.device, (query, key), extra)
+    masks = {name: call[name] for name in ("key_padding_mask", "attn_mask")}
+    unknown = [
+        f"its {name} is {describe_kind(one)}" for name, one in masks.items() if one is not None and not is_plain(one)
+    ]
+    problem = next(iter(unknown), None) or _find_problem(query=query, key=key)
+    event = Event("multi_head_attention_forward", shape, query.device, (query, key), extra, problem)
     edit = watch.begin(event, query)
     if edit is not None:
         call |= _edited_tokens(call, edit)
@@ -155,14 +185,15 @@ def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, watch: Wat
         if not wanted:
             found = _no_values(event)
         elif dropped or weights is None or weights.dim() == query.dim():  # an average
-            found = _projected(call)
+            parts = [one for name, one in call.items() if name in _PROJECTED and isinstance(one, Tensor)]
+            found = _projected(call) if all(map(is_plain, parts)) else _weights_of(function, call)
         else:
             found = weights.detach() if batched else weights.detach()[None]
             # The caller may change in place what it gets; the average that it asked for is a tensor of its own.
             found = found if takes_average else found.clone()
         return _with_masks(found, call, extra)
 
-    watch.take(event, read, None if takes_average else weights)
+    watch.take(event, lambda: _ask(event, read), None if takes_average else weights)
     if takes_average:
         weights = weights.mean(dim=1 if batched else 0)
     return output, weights
@@ -205,6 +236,20 @@ def _read_packed(function: Any, args: Sequence[Any], kwargs: Call, watch: Watche
 
     watch.take(event, read)
     return result
+
+
+_PROJECTED = (
+    *("query", "key", "in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "bias_k", "static_k"),
+)
+"""The arguments of ``F.multi_head_attention_forward`` that its weights are made of, beside its masks."""
+
+
+def _weights_of(function: Any, call: Call) -> Tensor:
+    """The weights ``(batch, heads, queries, keys)`` that ``F.multi_head_attention_forward`` gives when it is asked."""
+    with run_as_called():
+        _, given = function(**call | {"training": False, "need_weights": True, "average_attn_weights": False})
+    weights = plain(given)
+    return weights if weights.dim() == 4 else weights[None]
 
 
 def _projected(call: Call) -> Tensor:
@@ -291,20 +336,88 @@ def _edited_tokens(call: Call, edit: Edit) -> Call:
 def _read_kernel(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
     """``F.scaled_dot_product_attention``: its weights are computed once more, beside the fused kernel."""
     call = _arguments(function, args, kwargs)
-    query, key = call["query"], call["key"]
-    readable = query.dim() in (3, 4) and has_address(query)
-    shape = (*query.shape[:-1], key.shape[-2]) if not query.is_nested else ()
-    problem = None if readable else "it has other axes"
-    event = Event("scaled_dot_product_attention", shape, query.device, problem=problem, over_keys=readable)
+    query, key, mask = call["query"], call["key"], call["attn_mask"]
+    if query.dim() < 2 or key.dim() < 2:
+        return function(*args, **kwargs)
+    shape = _shape_of_kernel(query, key)
+    problem = _find_problem(query=query, key=key, attn_mask=mask)
+    if problem is None and len(shape) not in (3, 4):
+        problem = "it has other axes than (batch, heads, queries, keys)"
+    event = Event("scaled_dot_product_attention", shape, query.device, problem=problem, over_keys=len(shape) in (3, 4))
     edit = watch.begin(event, query)
-    if edit is not None and edit.tokens is not None:
-        call["key"], call["value"] = edit.tokens(key, call["value"])
-    if edit is not None and edit.weights is not None:
-        call["value"] = call["value"] * _over_heads(edit.weights, len(shape))[..., None].to(key.dtype)
+    call |= {} if edit is None else _edited_kernel(call, edit, event)
     result = function(*args, **kwargs) if edit is None else function(**call)
-    if len(shape) > 1:
-        watch.take(event, lambda: _beside_kernel(event, call))
+
+    def ask(query: Tensor, values: Tensor) -> Any:
+        return function(**call | {"query": query, "value": values, "dropout_p": 0.0})
+
+    def read() -> RecordedWeights | None:
+        if all(is_plain(one) for one in (query, key, mask) if one is not None):
+            return _beside_kernel(event, call)
+        return _ask(event, lambda: _weigh_identity(event, ask, query, call["value"], torch.zeros_like))
+
+    watch.take(event, read)
     return result
+
+
+def _shape_of_kernel(query: Tensor, key: Tensor) -> tuple[int, ...]:
+    """That of its weights: samples and heads of which there is one are broadcast, as are a group's keys."""
+    (*of_queries, queries, _), (*of_keys, keys, _) = shape_of(query), shape_of(key)
+    rows = [max(sizes) for sizes in zip_longest(of_queries[::-1], of_keys[::-1], fillvalue=1)]
+    return *rows[::-1], queries, keys
+
+
+def _edited_kernel(call: Call, edit: Edit, event: Event) -> Call:
+    """Other keys and values, whose samples are the first axis; those that are the same for all have one of each."""
+    key, value = (
+        one.expand(event.shape[0], *one.shape[1:]) if len(one) == 1 else one for one in (call["key"], call["value"])
+    )
+    if edit.tokens is not None:
+        key, value = edit.tokens(key, value)
+    if edit.weights is not None:
+        value = value * _over_heads(edit.weights, len(event.shape))[..., None].to(key.dtype)
+    return {"key": key, "value": value}
+
+
+def _weigh_identity(
+    event: Event,
+    ask: Callable[[Tensor, Tensor], Any],
+    query: Tensor,
+    value: Tensor,
+    zeros: Callable[[Tensor], Tensor],
+) -> RecordedWeights:
+    """How a function weighs an identity matrix as values: with its weights, whatever its masks are.
+
+    A key is hidden to which a query of 0 gives no weight.
+
+    Parameters
+    ----------
+    event
+        What is read.
+    ask
+        Runs the function on other queries and values.
+    query, value
+        Those that the model gave it.
+    zeros
+        Makes the queries of 0.
+    """
+    queries, keys = event.shape[-2:]
+    whole = torch.eye(keys, dtype=value.dtype, device=value.device).expand(*value.shape[:-2], keys, keys)
+    # Of many keys and few queries no more at once than the weights, or the values, take.
+    columns = whole.split(max(queries, value.shape[-1]), dim=-1)
+
+    def weigh(make: Callable[[Tensor], Tensor]) -> Tensor:
+        with run_as_called():
+            asks = make(query)
+            parts = [ask(asks, some) for some in columns]
+        weights = torch.cat([plain(part) for part in parts], dim=-1)
+        if weights.shape != event.shape:
+            raise ValueError(f"it gives {tuple(weights.shape)}")
+        return weights
+
+    visible = weigh(zeros) > 0
+    wanted = event.want is Want.WEIGHTS
+    return RecordedWeights(weigh(lambda query: query) if wanted else _no_values(event), visible=visible)
 
 
 def _over_heads(weights: Tensor, axes: int) -> Tensor:
@@ -322,14 +435,14 @@ def _beside_kernel(event: Event, call: Call) -> RecordedWeights:
     visible = _causal(event) if call["is_causal"] else None
     if mask is not None:
         # Copied, as the model may change its mask in place.
-        visible = mask.clone() if mask.dtype == torch.bool else mask > MASKED
+        visible = mask.clone() if mask.dtype == torch.bool else ~(mask <= MASKED)
     if visible is not None:
         visible = visible[(None,) * (len(event.shape) - visible.dim())]
     if event.want is not Want.WEIGHTS:
         return RecordedWeights(_no_values(event), visible=visible)
     query, key = call["query"].float(), call["key"].float()
     if call["enable_gqa"]:
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + mask.float()
@@ -345,8 +458,11 @@ def _read_softmax(function: Any, args: Sequence[Any], kwargs: Call, watch: Watch
     turned = axis in (-2, scores.dim() - 2)
     if scores.dim() < 3 or not (turned or axis in (-1, scores.dim() - 1)):
         return function(*args, **kwargs)
-    shape = tuple(scores.mT.shape if turned else scores.shape)
-    problem = None if len(shape) < 5 else "it has other axes than (batch, heads, queries, keys)"
+    sizes = shape_of(scores)
+    shape = (*sizes[:-2], sizes[-1], sizes[-2]) if turned else sizes
+    problem = None if is_plain(scores) else f"its scores are {describe_kind(scores)}"
+    if problem is None and len(shape) > 4:
+        problem = "it has other axes than (batch, heads, queries, keys)"
     event = Event("softmax", shape, scores.device, problem=problem, over_keys=len(shape) == 4 and not turned)
     edit = watch.begin(event, scores)
     result = function(*args, **kwargs)
@@ -363,15 +479,43 @@ def _read_softmax(function: Any, args: Sequence[Any], kwargs: Call, watch: Watch
 
     if has_address(result):
         watch.take(event, read, result)
+    elif problem is not None:
+        watch.take(event)
     return result
 
 
+_FLEX = ("query", "key", "value", "score_mod", "block_mask", "scale", "kernel_options")
+_FLEX_BUFFERS = ("score_mod_other_buffers", "mask_mod_other_buffers")
+
+
 def _read_flex(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
-    """``flex_attention``, whose scores and masks are functions of the user's."""
-    result = function(*args, **kwargs)
-    query, key = args[:2]
-    shape = (*query.shape[:-1], key.shape[-2])
-    watch.take(Event("flex_attention", shape, query.device, problem="its scores are made by functions of the user's"))
+    """``flex_attention``, whose scores and masks are functions of the user's: it is asked for its weights."""
+    call = dict(zip((*_FLEX, *_FLEX_BUFFERS), args, strict=False)) | kwargs
+    query, key = call["query"], call["key"]
+    event = Event(
+        "flex_attention", _shape_of_kernel(query, key), query.device, problem=_find_problem(query=query, key=key)
+    )
+    edit = watch.begin(event, query)
+    call |= {} if edit is None else _edited_kernel(call, edit, event)
+    result = function(*args, **kwargs) if edit is None else function(**call)
+
+    def read() -> RecordedWeights | None:
+        # What it gives is rounded as its queries are, while its scores are not.
+        query, key, value = (
+            one.to(torch.promote_types(one.dtype, torch.float32)) for one in (call["query"], call["key"], call["value"])
+        )
+
+        def ask(query: Tensor, values: Tensor) -> Any:
+            alike = {"query": query, "key": key.to(query.dtype), "value": values.to(query.dtype)}
+            return function(**call | alike)[0]
+
+        def zeros(query: Tensor) -> Tensor:
+            # A bias by distance, as of ALiBi, may add -500, of which exp is 0 in single precision.
+            return torch.zeros_like(query, dtype=torch.float32 if query.device.type == "mps" else torch.float64)
+
+        return _ask(event, lambda: _weigh_identity(event, ask, query, value, zeros))
+
+    watch.take(event, read)
     return result
 
 

@@ -29,7 +29,7 @@ from lightning_xattn.capture.wrappers import (
     run_uncompiled,
     scripted_modules,
 )
-from lightning_xattn.errors import DiscoveryError, XAttnWarning
+from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
 
 
 class AttentionRecorder:
@@ -90,6 +90,8 @@ class AttentionRecorder:
         self._told: set[str] = set()
         # What went wrong while the model ran.
         self._errors: list[Exception] = []
+        # Layers whose directions have fitted each other.
+        self._paired: set[str] = set()
 
     def __repr__(self) -> str:
         names = ", ".join(layer.name for layer in self.layers)
@@ -246,7 +248,13 @@ class AttentionRecorder:
             of_layer = [taken.get((layer.name, direction)) for direction, _ in layer.sources]
             recorded = [one for one in of_layer if one is not None]
             if len(recorded) == len(of_layer):
-                pairs.append(self._pair(layer, recorded))
+                try:
+                    pairs.append(self._pair(layer, recorded))
+                    self._paired.add(layer.name)
+                except ShapeError as error:
+                    if layer.name not in self._paired:
+                        raise
+                    self._tell(f"In a later step: {error} Such steps are left out.")
             elif recorded:
                 self._tell_half(layer, *layer.sources[of_layer.index(None)])
         for tap in self._taps.values():
@@ -255,6 +263,14 @@ class AttentionRecorder:
         if not pairs and not self.is_waiting and not any(tap.has_run for tap in self._taps.values()):
             raise DiscoveryError(self._nothing_ran())
         return tuple(pairs)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """By layer, how many samples were left out of this step, as their joint sequence does not fit its spans."""
+        found = {layer: 0 for layer, _ in self._taps}
+        for (layer, _), tap in self._taps.items():
+            found[layer] = max(found[layer], tap.left_out)
+        return {layer: samples for layer, samples in found.items() if samples}
 
     def _choose(self, survey: Survey) -> None:
         """Take the layers that a first step has shown, and of what they computed what was kept."""

@@ -19,7 +19,8 @@ from lightning_xattn.capture.given import (
     tell_the_same,
     zeros_hide,
 )
-from lightning_xattn.capture.joint import cut_direction, gaps_between
+from lightning_xattn.capture.joint import JointSequence, cut_direction
+from lightning_xattn.capture.kinds import is_plain
 from lightning_xattn.capture.layout import (
     Axes,
     Item,
@@ -35,7 +36,10 @@ from lightning_xattn.capture.memory import Address
 from lightning_xattn.capture.readers import Event
 from lightning_xattn.capture.sources import Source
 from lightning_xattn.capture.watch import Run
-from lightning_xattn.errors import DiscoveryError, ShapeError
+from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError
+
+FOLLOW_IT = "give spans that count from the end, such as (-144, None), or a callable that makes them of the batch"
+"""What to do where a modality of a joint sequence has as many tokens as each batch has."""
 
 
 class Tap:
@@ -64,6 +68,8 @@ class Tap:
         self.axes: dict[Item | str, Axes] = {}
         # What a first step has kept, before it was known that it is meant.
         self.kept: RecordedWeights | None = None
+        # How many samples were left out of this step, as their joint sequence does not fit its spans.
+        self.left_out = 0
         # Of this step: what the runs gave, and how many attentions they computed.
         self._found: list[RecordedWeights] = []
         self._count = self._runs = 0
@@ -75,17 +81,16 @@ class Tap:
         self._named: Item = ()
         self._place: Item | None = None
         self._chosen: tuple[int, list[str]] | None = None
-        # The argument that is the mask of the queries; of a joint sequence its first length, and how many tokens lay
-        # between the spans; of a callable where the numbers are that it gave last.
+        # The argument that is the mask of the queries; of a joint sequence its first length; of a callable where the
+        # numbers are that it gave last.
         self._mask_name: str | None = None
         self._length: int | None = None
-        self._gaps: tuple[int, ...] = ()
         self._has_given = False
         self._last: Address | None = None
 
     def clear(self) -> None:
         """Begin a new step."""
-        self._found, self._count, self._runs, self.kept = [], 0, 0, None
+        self._found, self._count, self._runs, self.kept, self.left_out = [], 0, 0, None, 0
 
     def wants(self, number: int) -> bool:
         """Whether the attention with this number, from 1 on, of those of a run that has begun may be taken."""
@@ -102,7 +107,7 @@ class Tap:
         found = None
         try:
             found = self.find(run, output)
-        except DiscoveryError as error:
+        except (DiscoveryError, ShapeError) as error:
             if not self.has_run:
                 raise
             self.remarks.append(f"In a later step: {error} Such steps are left out.")
@@ -273,49 +278,61 @@ class Tap:
         if source.joint is not None:
             return self._cut(taken, batch)
         if taken.within:
+            message = f"'{source}' ({self.direction}) attends within one sequence: its query is its key."
+            if self._has_given:
+                self.remarks.append(f"In a later step: {message} Such steps are left out.")
+                return None
             raise DiscoveryError(
-                f"'{source}' ({self.direction}) attends within one sequence: its query is its key. Name the module "
-                "that attends across: attention={'<a>_to_<b>': 'path', ...}; or, if both modalities share the "
-                "sequence, attention=JointSequence('path', spans={'<a>': (start, stop), '<b>': (start, stop)})."
+                f"{message} Name the module that attends across: attention={{'<a>_to_<b>': 'path', ...}}; or, if both "
+                "modalities share the sequence, attention=JointSequence('path', spans={'<a>': (start, stop), '<b>': "
+                "(start, stop)})."
             )
         self._has_given = True
         return taken
 
     def _cut(self, whole: RecordedWeights, batch: Any) -> RecordedWeights | None:
-        """The direction within a joint sequence; None of one that is too short, if an earlier one was not."""
-        joint, name, length = self.source.joint, self.source.path, whole.weights.shape[2]
+        """The direction within a joint sequence; None of one that does not fit its spans, if an earlier one did."""
+        joint, length = self.source.joint, whole.weights.shape[2]
         assert joint is not None
+        try:
+            cut = self._block(joint, whole, joint.slices(batch))
+        except (DiscoveryError, SettingError, ShapeError) as error:
+            if not self._has_given:
+                raise
+            self.left_out = len(whole.weights)
+            self.remarks.append(f"{error} Such steps are left out and counted.")
+            return None
+        changed = joint.expected_length is None and length != (self._length or length) and not whole.cropped
+        if changed and not joint.counts_from_the_end and not any(map(callable, joint.spans.values())):
+            self.remarks.append(
+                f"The sequence of '{self.source.path}' changes its length ({self._length}, {length}), and the last "
+                f"modality is taken to have more or fewer tokens. If another one has, {FOLLOW_IT}. The spans are "
+                f"{dict(joint.spans)}."
+            )
+        if not self._has_given:
+            self._length, self._has_given = length, True
+        return cut
+
+    def _block(self, joint: JointSequence, whole: RecordedWeights, places: Mapping[str, slice]) -> RecordedWeights:
+        """The direction within a joint sequence that its spans fit."""
+        name, length, expected = self.source.path, whole.weights.shape[2], joint.expected_length
         assert self.direction is not None
-        places = joint.slices(batch)
         if whole.cropped and joint.counts_from_the_end:
             raise DiscoveryError(
                 f"torch has packed the sequence of '{name}' and cut padding off, so that its end is not known: use "
                 "spans that count from the start, or nn.TransformerEncoder(..., enable_nested_tensor=False)."
             )
-        gaps = gaps_between(places, length)
-        told_by_the_batch = any(callable(span) for span in joint.spans.values())
-        changed = length != (self._length or length) and not whole.cropped and not told_by_the_batch
-        remedy = "give spans that count from the end, such as (-144, None), or a callable that makes them"
-        if changed and min(gaps) >= 0 and gaps != self._gaps:
+        within = whole.weights.shape[3] - whole.extra_keys == length
+        # Of what torch has packed it is not known how much was cut off.
+        fits = expected is None or length == expected or (whole.cropped and length < expected)
+        if within and not fits:
+            hint = f" If the tokens in no span belong to no modality, say so: JointSequence(..., length={length})."
+            may_be_meant = joint.length is None and length > (expected or 0) and not self._has_given
             raise ShapeError(
-                f"The sequence of '{name}' has {length} tokens, and had {self._length} before, but the spans of the "
-                f"JointSequence stay as they are: {dict(joint.spans)}. To follow it, {remedy}."
+                f"The sequence of '{name}' has {length} tokens, but the spans of the JointSequence are for {expected}: "
+                f"{dict(joint.spans)}. If a modality changes its length, {FOLLOW_IT}." + hint * may_be_meant
             )
-        try:
-            cut = cut_direction(whole, places[self.direction.query], places[self.direction.key], name)
-        except ShapeError as error:
-            if not self._has_given:
-                raise
-            self.remarks.append(f"{error} Such steps are left out.")
-            return None
-        if changed and not joint.counts_from_the_end:
-            self.remarks.append(
-                f"The sequence of '{name}' changes its length ({self._length}, {length}), and the last modality is "
-                f"taken to have more or fewer tokens. If another one has, {remedy}. The spans are {dict(joint.spans)}."
-            )
-        if not self._has_given:
-            self._length, self._gaps, self._has_given = length, gaps, True
-        return cut
+        return cut_direction(whole, places[self.direction.query], places[self.direction.key], name)
 
     def _axes_of(self, what: Item | str, shape: tuple[int, ...], run: Run, event: Event | None) -> Axes:
         """How the rows of an attention are split into samples and heads, as told from a first run."""
@@ -369,7 +386,8 @@ class Tap:
         """
         batch, _, queries, keys = recorded.weights.shape
         for name, tensor in arguments_of(run) if queries != keys or self._mask_name else ():
-            if tuple(tensor.shape) == (batch, queries) and "mask" in name and self._mask_name in (None, name):
+            fits = tuple(tensor.shape) == (batch, queries) and is_plain(tensor)
+            if fits and "mask" in name and self._mask_name in (None, name):
                 by_torch = tensor.dtype == torch.bool and name.endswith("padding_mask")
                 if by_torch or not (tensor.is_floating_point() or tensor.dtype == torch.bool):
                     self._mask_name = name

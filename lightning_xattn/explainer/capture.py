@@ -158,8 +158,11 @@ class ExplainabilityCapture:
             steps, parts = zip(*((step, part.cpu()) for step, part in self._observe(batch, finder, read)), strict=True)
         whole = BatchResult.joined(parts)
         for pair in whole.attention:
-            single = [str(a.direction) for a in pair.directions if has_single_keys(prepare_rows(a))]
+            rows = [prepare_rows(attention) for attention in pair.directions]
+            single = [str(one.direction) for one in rows if has_single_keys(one)]
             warn(self._checks.of_single_keys(pair.layer, single))
+            masked = torch.stack([one.wholly_masked for one in rows]).any(0)
+            warn(self._checks.of_wholly_masked(pair.layer, int(masked.sum()), len(whole)))
         labels, scores = whole.labels, whole.scores
         warn(self._checks.of_doubts(labels.doubts))
         if scores is not None:
@@ -239,7 +242,10 @@ class ExplainabilityCapture:
         folder = None if table is None else self._open(settings, loader, partners)
         evaluation = Evaluation(settings, None, self._checks, keeps_maps=True)
         observe = partial(
-            self._observe, finder=evaluation.finder, read=partial(evaluation.read, recorder=self._recorder)
+            self._observe,
+            finder=evaluation.finder,
+            read=partial(evaluation.read, recorder=self._recorder),
+            leave_out=evaluation.leave_out,
         )
         run = LoaderRun(observe, evaluation, folder)
         with self._watching():
@@ -256,7 +262,14 @@ class ExplainabilityCapture:
         axes = fitting_axes(self.axes, run.token_counts)
         kept = None if folder is None else folder.folder
         return DatasetResult(
-            explained.layers, explained.fusion, evaluation.classes or (), settings.group_by, axes, kept, explained.maps
+            explained.layers,
+            explained.fusion,
+            evaluation.classes or (),
+            settings.group_by,
+            axes,
+            kept,
+            explained.maps,
+            other_lengths=dict(evaluation.other_lengths),
         )
 
     def _open(self, settings: Settings, loader: Iterable[Any], partners: int | str) -> ExplainedFolder:
@@ -289,26 +302,48 @@ class ExplainabilityCapture:
                 module.training = training
 
     def _observe(
-        self, batch: Any, finder: LabelFinder, read: Callable[[Step, Attentions], BatchResult]
+        self,
+        batch: Any,
+        finder: LabelFinder,
+        read: Callable[[Step, Attentions], BatchResult],
+        leave_out: Callable[[Mapping[str, int], bool], None] | None = None,
     ) -> Iterator[tuple[Step, BatchResult]]:
-        """Run the model over a batch, or over its parts, and read what it gave."""
+        """Run the model over a batch, or over its parts, and read what it gave.
+
+        ``leave_out`` counts what is left out, as ``Evaluation.leave_out`` does; None: nothing may be.
+        """
+
+        def run(batch: Any) -> tuple[Step, Attentions] | None:
+            taken, left_out = self._run(batch), self._recorder.left_out
+            if left_out and leave_out is not None:
+                leave_out(left_out, taken is None)
+            elif left_out:
+                raise DataError(
+                    f"The {max(left_out.values())} samples have a joint sequence of another length than the spans of "
+                    "the JointSequence are for, so their attention cannot be told apart by modality."
+                )
+            return taken
+
         if self.max_batch_size is None:
-            step, attention = self._run(batch)
-            yield step, require_finite(read(step, attention))
+            if (taken := run(batch)) is not None:
+                yield taken[0], require_finite(read(*taken))
             return
         count = count_samples(batch)
         starts = range(0, count, self.max_batch_size)
         parts = [take_samples(batch, range(start, min(start + self.max_batch_size, count))) for start in starts]
         if not finder.decided:
             # A part may not show what the whole batch does, so the first one is run once more.
-            steps = [step for step, _ in map(self._run, parts)]
+            steps = [taken[0] for taken in map(self._run, parts) if taken is not None]
+        if not finder.decided and len(steps) == len(parts):
             counts = [count_samples(part) for part in parts]
             outputs, forward = (
                 join_samples([getattr(step, of) for step in steps], counts) for of in ("outputs", "forward")
             )
             finder.decide(Step(outputs, to_device(batch, self.model), forward, count, steps[0].device))
         for part in parts:
-            step, attention = self._run(part)
+            if (taken := run(part)) is None:
+                continue
+            step, attention = taken
             if step.samples != count_samples(part):
                 raise DataError(
                     f"The batch was split into parts of {count_samples(part)} samples along its first axes, but the "
@@ -317,13 +352,16 @@ class ExplainabilityCapture:
                 )
             yield step, require_finite(read(step, attention))
 
-    def _run(self, batch: Any) -> tuple[Step, Attentions]:
+    def _run(self, batch: Any) -> tuple[Step, Attentions] | None:
+        """What the model did with a batch; None of one that is left out."""
         self._recorder.clear()
         moved = to_device(batch, self.model)
         outputs = self._predict(moved)
         taken = self._recorder.take(outputs, moved)
         if self._recorder.is_waiting:
             return self._run(batch)
+        if taken is None and self._recorder.left_out:
+            return None
         if taken is None:
             raise DiscoveryError(
                 "No attention ran for this batch, though it did for an earlier one. If the model has to be called in "

@@ -32,6 +32,10 @@ class _Done:
 
     batches: int
     samples: int
+    seen: int
+    """With those that were left out."""
+    other_lengths: Mapping[str, int]
+    """See ``Evaluation``."""
     sums: Mapping[str, LayerSums]
     collected: Collected
     maps: SampleMaps
@@ -66,13 +70,14 @@ class LoaderRun:
         self._observe, self._evaluation, self._folder = observe, evaluation, folder
         self.token_counts: dict[str, int] = {}
         collected, maps = evaluation.collected.snapshot(), evaluation.maps.snapshot()
-        self._done = _Done(0, 0, {}, collected, maps, [])
+        self._done = _Done(0, 0, 0, {}, {}, collected, maps, [])
         if folder is not None:
             if folder.fusion is not None:
                 collected.load(folder.fusion)
             if folder.maps is not None:
                 maps.load(folder.maps)
-            self._done = _Done(folder.batches, folder.samples, folder.sums, collected, maps, [])
+            counts = folder.batches, folder.samples, folder.seen, folder.other_lengths
+            self._done = _Done(*counts, folder.sums, collected, maps, [])
         self._reached = 0
 
     def run(self, loader: Iterable[Any], progress: bool) -> None:
@@ -118,13 +123,19 @@ class LoaderRun:
         if self._reached == 0:
             # Looked at in every run: where labels are found is decided here, and whether the folder is this loader's.
             runs = self._observe(batch)
-            first = next(runs)
+            first = next(runs, None)
+            if first is None or self._evaluation.other_lengths:
+                raise DataError(
+                    "The first batch has a joint sequence of another length than the spans of its JointSequence are "
+                    "for."
+                )
             if first[1].attention:
                 self.token_counts = first[1].attention[0].forward.token_counts
             if self._folder is not None:
                 self._folder.check_first(first[1])
             done = self._done
-            self._evaluation.load(done.samples, done.sums, done.collected, done.maps, first[1].device)
+            before = done.seen, done.other_lengths, done.sums, done.collected, done.maps
+            self._evaluation.load(*before, first[1].device)
             runs = chain([first], runs)
         elif self._reached >= self._done.batches:
             runs = self._observe(batch)
@@ -140,7 +151,8 @@ class LoaderRun:
                 self._evaluation.drop_targets()
         waiting = [] if self._folder is None else done.rows + rows
         kept = self._evaluation.collected.snapshot(), self._evaluation.maps.snapshot()
-        self._done = _Done(done.batches + 1, samples, self._evaluation.sums(), *kept, waiting)
+        counts = done.batches + 1, samples, self._evaluation.seen, dict(self._evaluation.other_lengths)
+        self._done = _Done(*counts, self._evaluation.sums(), *kept, waiting)
         if self._folder is not None and self._done.batches - self._folder.batches >= BATCHES_A_PART:
             self._save()
 
@@ -148,7 +160,8 @@ class LoaderRun:
         if self._folder is not None:
             done = self._done
             kept = done.collected.part(), done.maps.part()
-            self._folder.save(done.batches, done.samples, done.sums, *kept, done.rows)
+            counts = done.batches, done.samples, done.seen, done.other_lengths
+            self._folder.save(*counts, done.sums, *kept, done.rows)
             self._done = replace(self._done, rows=[])
 
     def _keep(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,10 +36,10 @@ def require_finite(batch: BatchResult) -> BatchResult:
         If scores are not finite, or attention where there are no predictions; names the samples.
     """
     labels, ids = batch.labels, _ids_as_text(batch)
+    rows = [prepare_rows(attention) for pair in batch.attention for attention in pair.directions]
     if labels.predicted is not None:
         what, broken = "class scores", labels.predicted < 0
     else:
-        rows = [prepare_rows(attention) for pair in batch.attention for attention in pair.directions]
         what, broken = "attention", torch.stack([r.broken.flatten(1).any(1) for r in rows]).any(0)
     if bool(broken.any()):
         found = broken.nonzero().flatten().tolist()
@@ -48,9 +48,19 @@ def require_finite(batch: BatchResult) -> BatchResult:
         raise DataError(
             f"The {what} of sample {', '.join(names[:8])}{', ...' if len(names) > 8 else ''} ({len(names)} of "
             f"{len(broken)}) are not finite{also}. Look for NaN or infinity in their input or, if all samples are "
-            "concerned, in the model's weights."
+            "concerned, in the model's weights." + _say_masked(rows, broken)
         )
     return batch
+
+
+def _say_masked(rows: Sequence[Rows], broken: Tensor) -> str:
+    masked = max((int((one.wholly_masked & broken).sum()) for one in rows), default=0)
+    if not masked:
+        return ""
+    return (
+        f" In {masked} of them one modality is wholly masked: a softmax that sees no key gives NaN. Have the model "
+        "leave the attention of such samples out, or show it one token."
+    )
 
 
 @dataclass(frozen=True, eq=False)

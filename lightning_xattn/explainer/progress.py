@@ -28,7 +28,7 @@ from lightning_xattn.table import LateColumns, SampleTable, add_columns, count_r
 FILE = "_progress.pt"
 """Readers of Parquet folders pass over names that begin with an underscore."""
 
-FORMAT = "9"
+FORMAT = "10"
 """Raised when the file, or what a number in it means, changes."""
 
 ALIKE = 1e-4
@@ -56,6 +56,10 @@ class ExplainedFolder:
     ----------
     batches, samples
         How many the sums contain.
+    seen
+        How many samples there were, with those that were left out.
+    other_lengths
+        How many were left out, see ``Evaluation``.
     finished
         Whether these are all there are.
     sums
@@ -90,6 +94,8 @@ class ExplainedFolder:
         saved = self._read()
         self.batches: int = saved.get("batches", 0)
         self.samples: int = saved.get("samples", 0)
+        self.seen: int = saved.get("seen", 0)
+        self.other_lengths: dict[str, int] = saved.get("other_lengths", {})
         self.finished: bool = saved.get("finished", False)
         self.fusion = None if saved.get("fusion") is None else _part_of(saved["fusion"])
         self.maps: Columns | None = saved.get("maps")
@@ -135,6 +141,8 @@ class ExplainedFolder:
         self,
         batches: int,
         samples: int,
+        seen: int,
+        other_lengths: Mapping[str, int],
         sums: Sums,
         fusion: FusionPart | None,
         maps: Columns | None,
@@ -145,7 +153,7 @@ class ExplainedFolder:
 
         Parameters
         ----------
-        batches, samples, sums, fusion, maps, finished
+        batches, samples, seen, other_lengths, sums, fusion, maps, finished
             See the attributes.
         rows
             Those of the batches since the last call, as ``SampleTable.add`` takes them.
@@ -163,6 +171,8 @@ class ExplainedFolder:
                 "identity": self._identity,
                 "batches": batches,
                 "samples": samples,
+                "seen": seen,
+                "other_lengths": dict(other_lengths),
                 "finished": finished,
                 "sums": {name: _plain_sums(of_layer.cpu()) for name, of_layer in sums.items()},
                 "fusion": None if fusion is None else _plain_part(fusion.cpu()),
@@ -187,7 +197,8 @@ class ExplainedFolder:
             if late is not None:
                 with complete_or_absent(path) as part:
                     add_columns(path, part, {None: late})
-        self.save(self.batches, self.samples, self.sums, self.fusion, self.maps, (), finished=True)
+        counts = self.batches, self.samples, self.seen, self.other_lengths
+        self.save(*counts, self.sums, self.fusion, self.maps, (), finished=True)
 
     @property
     def _path(self) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ class Rows:
         The first so many keys are tokens; the rest are slots of ``add_bias_kv`` or ``add_zero_attn``.
     crossing
         ``(batch, heads, queries)``, see ``Attention``; NaN where the query is no real token.
+    wholly_masked
+        ``(batch,)`` bool: masks hide all tokens of one modality, so that no query of the sample has a key, or all of
+        its queries are padding. Of a block of a joint sequence only padding counts.
 
     Examples
     --------
@@ -61,6 +64,7 @@ class Rows:
     visible: Tensor | None
     tokens: int
     crossing: Tensor | None
+    wholly_masked: Tensor
 
     def __repr__(self) -> str:
         samples, heads, queries, keys = self.weights.shape
@@ -119,6 +123,7 @@ def prepare_rows(attention: Attention) -> Rows:
         visible=visible,
         tokens=attention.tokens,
         crossing=crossing,
+        wholly_masked=_wholly_masked(attention),
     )
 
 
@@ -310,9 +315,21 @@ def _percent_below(rows: Rows, threshold: Tensor | float) -> Tensor:
 
 
 def _visible_keys(attention: Attention) -> Tensor | None:
-    """Where no mask hides the key, broadcastable to the weights; None when nothing is masked."""
+    """Where no mask hides the key, with the weights' axes and as many keys; None when nothing is masked."""
     visible = attention.visible
+    if visible is not None:
+        visible = visible[(None,) * (4 - visible.dim())]
+        visible = visible.expand(*visible.shape[:-1], attention.weights.shape[3])
     if attention.key_mask is not None:
         padding = attention.key_mask[:, None, None, :]
         visible = padding if visible is None else visible & padding
     return visible
+
+
+def _wholly_masked(attention: Attention) -> Tensor:
+    # What an attention mask hides of a joint sequence may be the other modality as such, as a causal mask does.
+    seen = _visible_keys(attention if attention.crossing is None else replace(attention, visible=None))
+    masked = torch.zeros(len(attention.weights), dtype=torch.bool, device=attention.weights.device)
+    if seen is not None:
+        masked = masked | ~seen[..., : attention.tokens].flatten(1).any(1)
+    return masked if attention.query_mask is None else masked | ~attention.query_mask.any(1)

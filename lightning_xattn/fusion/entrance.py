@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.errors import DiscoveryError, SettingError
+from lightning_xattn.capture.kinds import is_plain
+from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError
 from lightning_xattn.fusion.arguments import Call, Path, label_of
 
 Named = int | str
@@ -126,12 +127,23 @@ class Entrance:
         return {path: axis for place in self.places.values() for path, axis in place.axes.items()}
 
     def tokens(self, call: Call, modality: str) -> tuple[Tensor, Tensor | None]:
-        """A modality's tokens, ``(batch, tokens, width)`` or ``(batch, width)``, and its mask, True for real ones."""
+        """A modality's tokens, ``(batch, tokens, width)`` or ``(batch, width)``, and its mask, True for real ones.
+
+        Raises
+        ------
+        ShapeError
+            If the mask does not hold one value for each token, as it did in the call that it was found in.
+        """
         place = self.places[modality]
         tokens = call[place.tokens[0]].transpose(0, place.axis)
         if place.mask is None:
             return tokens, None
-        return tokens, place.mask.real(call[place.mask.path].reshape(tokens.shape[:2]))
+        mask, expected = call[place.mask.path], tokens.shape[:2]
+        if mask.numel() != expected.numel():
+            raise ShapeError(
+                f"'{place.mask.label}' is {tuple(mask.shape)} and no mask of the {tuple(expected)} tokens of {modality}"
+            )
+        return tokens, place.mask.real(mask.reshape(expected))
 
 
 class AbsentArgumentError(Exception):
@@ -225,7 +237,7 @@ def _find_mask(
     """
     for path, label in labels.items():
         values = tensors[path]
-        if values.numel() != shape.numel() or not _may_be_mask(values):
+        if values.numel() != shape.numel() or not is_plain(values) or not _may_be_mask(values):
             continue
         values = values.reshape(shape)
         called = values.dtype == torch.bool or any(word in label.lower() for word in ("mask", "pad", "valid"))

@@ -16,8 +16,8 @@ from lightning_xattn.capture import Layer
 from lightning_xattn.capture.sources import Source
 from lightning_xattn.capture.wrappers import Hook, find_module
 from lightning_xattn.distributed import ALONE, Processes
-from lightning_xattn.errors import DiscoveryError
-from lightning_xattn.fusion.arguments import Call
+from lightning_xattn.errors import DiscoveryError, ShapeError
+from lightning_xattn.fusion.arguments import Call, Path, label_of
 from lightning_xattn.fusion.entrance import (
     AbsentArgumentError,
     Entrance,
@@ -122,6 +122,8 @@ class FusionRecorder:
         self._told: set[str] = set()
         # What went wrong in this step's hooks.
         self._errors: list[Exception] = []
+        # Of the first step.
+        self._arguments: set[Path] = set()
 
     @property
     def is_named(self) -> bool:
@@ -225,6 +227,8 @@ class FusionRecorder:
             return self._inputs(entrance, self._calls[0]), []
         except (KeyError, IndexError, TypeError, AttributeError):
             return None, self._once(f"The fusion {entrance} got other arguments in a step, which is left out.")
+        except ShapeError as error:
+            return None, self._once(f"The fusion {entrance} got other arguments in a step, which is left out: {error}.")
 
     @property
     def places(self) -> Mapping[str, ModalityPlace]:
@@ -303,6 +307,18 @@ class FusionRecorder:
             name: [call[path].detach().movedim(axis, 0) for path, axis in place.kept.items()]
             for name, place in entrance.places.items()
         }
+        assert self._fusion is not None
+        # A mask that is given only where there is padding: which tokens are real is not known without it.
+        sizes = {one.shape[:2].numel() for one, mask in tokens.values() if mask is None}
+        new = {path: one for path, one in call.tensors() if path not in self._arguments and one.numel() in sizes}
+        if new:
+            which = " and ".join(f"'{label_of(self._fusion, path)}'" for path in new)
+            raise ShapeError(f"{which} may be a mask, and the first step had none. Give it in every step")
+        samples = len(next(iter(tokens.values()))[0])
+        for name, kept in exchanged.items():
+            if any(len(one) != samples for one in kept):
+                shapes = ", ".join(str(tuple(one.shape)) for one in kept)
+                raise ShapeError(f"what goes with {name} does not hold {samples} samples: {shapes}")
         return FusionInputs(tokens, exchanged, self._spoken)
 
     def _hook(self, hooks: ExitStack) -> None:
@@ -391,6 +407,7 @@ class FusionRecorder:
             run, entrance = possible[0]
             self.problem, self._carrier = problems[0], None
         self.entrance, self._fusion, self._calls = entrance, run.module, [run.call]
+        self._arguments = {path for path, _ in run.call.tensors()}
         self._sources = dict(layers[0].sources) if layers else {}
 
     def _behind(self, run: SeenRun, entrance: Entrance, labels: Labels) -> tuple[Carrier, ReadOutput]:

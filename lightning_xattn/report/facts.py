@@ -95,6 +95,10 @@ class LayerFacts(TypedDict):
     """What groups are called, such as "patients"; None where they are not known: samples count as independent."""
     unclassified: int
     ties: int
+    other_lengths: int
+    """Samples that were left out because their joint sequence has another length than its spans are for."""
+    wholly_masked: int
+    """Samples of which one modality is wholly masked, so that they have no attention across."""
     undefined_share: float
     invalid_rows: int
     alignment_null: float
@@ -149,7 +153,10 @@ def collect_facts(results: Results) -> BatchFacts | DatasetFacts:
             "table": None if results.table is None else str(results.table),
             "training": _collect_training(results),
             "fusion": None if results.fusion is None else collect_fusion(results.fusion, results.class_names),
-            "layers": [collect_layer(name, one, results.class_names) for name, one in results.summaries.items()],
+            "layers": [
+                collect_layer(name, one, results.class_names, results.other_lengths.get(name, 0))
+                for name, one in results.summaries.items()
+            ],
         }
     needed = ("attention_stats", "modality_alignment", "per_sample_explanations", "class_names", "axes")
     got = list(results) if isinstance(results, Mapping) else type(results).__name__
@@ -221,8 +228,8 @@ def _undefined_agreement(statistics: Mapping[str, AttentionStatistics]) -> str:
     return next(iter(_undefined_directions(layer).values()), NO_VARIATION)
 
 
-def collect_layer(layer: str, summary: LayerSummary, class_names: Sequence[str]) -> LayerFacts:
-    """One layer's numbers, for a report on it alone."""
+def collect_layer(layer: str, summary: LayerSummary, class_names: Sequence[str], other_lengths: int = 0) -> LayerFacts:
+    """One layer's numbers, for a report on it alone; ``other_lengths`` is what `DatasetResult` says of the layer."""
     undefined = dict(_undefined_samples(summary))
     if ALIGNMENT not in summary.columns:
         undefined["alignment"] = ONE_DIRECTION
@@ -238,6 +245,8 @@ def collect_layer(layer: str, summary: LayerSummary, class_names: Sequence[str])
         "group_noun": summary.group_noun,
         "unclassified": summary.unclassified,
         "ties": summary.ties,
+        "other_lengths": other_lengths,
+        "wholly_masked": summary.wholly_masked,
         "undefined_share": summary.undefined_share(),
         "invalid_rows": int(summary.total(INVALID_ROWS)),
         "alignment_null": summary.alignment_null,

@@ -259,6 +259,11 @@ def _describe_counts(facts: LayerFacts) -> Iterator[tuple[str, str, Sequence[str
     yield "Samples", f"{facts['samples']} of {whole['groups']} {noun}" if noun else str(facts["samples"]), ()
     if facts["unclassified"]:
         yield "Samples without a class", str(facts["unclassified"]), ()
+    if facts["other_lengths"]:
+        why = "their joint sequence has another length than its spans are for"
+        yield "Samples left out", f"{facts['other_lengths']}: {why}", ()
+    if facts["wholly_masked"]:
+        yield "Samples of which one modality is wholly masked", str(facts["wholly_masked"]), ()
     if facts["ties"]:
         yield "Samples with a tied top vote", f"{facts['ties']}; the first of the tied classes counts", ()
     headline = "Entropy" if "alignment" in facts["undefined"] else "Alignment"

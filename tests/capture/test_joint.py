@@ -5,17 +5,22 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_xattn import AttentionExplainabilityCallback, JointSequence
+from lightning_xattn import (
+    AttentionExplainabilityCallback,
+    ExplainabilityCapture,
+    JointSequence,
+    create_explainability_report,
+)
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.capture.joint import cut_direction
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.columns import Column, sample_statistics
-from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
+from lightning_xattn.errors import DataError, DiscoveryError, SettingError, ShapeError, XAttnWarning
 from lightning_xattn.functional import crossing, prepare_rows
 from tests import reference
 from tests.capture.models import BATCH, record, tokens
 from tests.messages import tells
-from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, validate
+from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, quiet_trainer, validate
 
 SPANS = {"audio": (0, AUDIO), "text": (AUDIO, None)}
 
@@ -107,9 +112,14 @@ def test_what_crosses_in_a_row_that_is_no_attention_is_not_told():
 
 
 def test_three_modalities_and_a_class_token_of_none():
+    """The first and the last of 12 tokens are in no span: behind the spans that takes a word."""
     spans = {"a": (1, 3), "b": (3, 6), "c": (6, 11)}
     model = Joint(add_zero_attn=True)
     with AttentionRecorder(model, JointSequence("attend", spans)) as recorder:
+        model(*tokens())
+    with pytest.raises(ShapeError, match=tells("'attend'", "12 tokens", "for 11", "JointSequence(..., length=12)")):
+        _ = recorder.attention
+    with AttentionRecorder(model, JointSequence("attend", spans, length=12)) as recorder:
         model(*tokens())
     shapes = {
         str(attention.direction): tuple(attention.weights.shape[2:])
@@ -123,10 +133,13 @@ def test_three_modalities_and_a_class_token_of_none():
 
 def test_spans_and_attention_that_do_not_fit():
     model, (audio, text) = Joint(), tokens()
-    for spans in ({"a": (0, 5), "b": (5, 13)}, {"a": (0, 5), "b": (12, None)}):
+    for spans, facts in (
+        ({"a": (0, 5), "b": (5, 13)}, ("12 tokens", "are for 13")),
+        ({"a": (0, 5), "b": (12, None)}, ("13 tokens", "12 queries", "12 keys")),
+    ):
         with AttentionRecorder(model, JointSequence("attend", spans)) as recorder:
             model(audio, text)
-        with pytest.raises(ShapeError, match=tells("'attend'", "13 tokens", "12 queries", "12 keys")):
+        with pytest.raises(ShapeError, match=tells("'attend'", *facts)):
             _ = recorder.attention
     with AttentionRecorder(model, JointSequence("attend", SPANS)) as recorder:
         model.attend(audio, text, text)
@@ -175,25 +188,165 @@ def test_a_text_as_long_as_the_longest_of_each_batch(spans):
         torch.testing.assert_close(pair.forward.weights, block / block.sum(-1, keepdim=True))
 
 
-def nine_then_twelve(spans):
-    """A recorder of a joint sequence that had 9 tokens, was read, and has 12 now."""
+def attending(spans, length=None):
+    """A recorder of a joint sequence, and what it takes of sequences of these lengths, one after the other."""
     model = nn.ModuleDict({"attend": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)})
-    with AttentionRecorder(model, JointSequence("attend", spans)) as recorder:
-        for length in (9, 12):
-            recorder.clear()
-            x = torch.randn(BATCH, length, WIDTH)
+    recorder = AttentionRecorder(model, JointSequence("attend", spans, length))
+
+    def take(tokens):
+        with recorder:
+            x = torch.randn(BATCH, tokens, WIDTH)
             model["attend"](x, x, x)
-            if length == 9:
-                assert len(recorder.attention) == 1
-    return recorder
+            return recorder.attention
+
+    return recorder, take
 
 
-def test_a_sequence_that_changes_its_length_under_fixed_spans_is_an_error_with_its_remedy():
-    recorder = nine_then_twelve({"text": (0, 5), "image": (5, 9)})
-    with pytest.raises(
-        ShapeError, match=tells("'attend'", 12, 9, "{'text': (0, 5), 'image': (5, 9)}", "(-144, None)", "callable")
-    ):
-        _ = recorder.attention
+FIXED = [
+    {"text": (0, 5), "image": (5, 9)},
+    {"text": (-9, -4), "image": (-4, None)},
+    {"text": (0, 5), "image": (-4, None)},  # tokens between the two belong to nobody
+]
+
+
+@pytest.mark.parametrize("spans", FIXED)
+def test_the_first_sequence_has_the_length_that_fixed_spans_are_for_and_later_ones_are_left_out(spans):
+    """Whatever was recorded before, as with each recorder that a Trainer's callback makes."""
+    facts = "'attend'", "for 9", spans, "(-144, None)", "callable"
+    for length, hint in ((12, ("JointSequence(..., length=12)",)), (8, ())):
+        _, take = attending(spans)
+        with pytest.raises(ShapeError, match=tells(*facts, f"has {length} tokens", *hint)) as raised:
+            take(length)
+        assert ("length=" in str(raised.value)) == bool(hint), "nothing is in no span"
+    recorder, take = attending(spans)
+    assert take(9)[0].forward.weights.shape[2:] == (5, 4)
+    assert recorder.left_out == {}
+    with pytest.warns(XAttnWarning, match=tells(*facts, "has 12 tokens", "left out and counted")):
+        assert take(12) == ()
+    for length in (8, 12, 11):  # it is said once
+        assert take(length) == ()
+        assert recorder.left_out == {"attend": BATCH}
+    assert len(take(9)) == 1
+    assert recorder.left_out == {}
+
+
+def test_a_length_that_is_told_goes_before_the_spans():
+    """Behind the spans, and where the last one reaches to the end."""
+    for spans, of_image in (({"text": (0, 5), "image": (5, 9)}, 4), ({"text": (0, 5), "image": (5, None)}, 7)):
+        recorder, take = attending(spans, length=12)
+        assert take(12)[0].forward.weights.shape[2:] == (5, of_image)
+        with pytest.warns(XAttnWarning, match=tells("'attend'", "has 9 tokens", "for 12")):
+            assert take(9) == ()
+        assert recorder.left_out == {"attend": BATCH}
+
+
+@pytest.mark.parametrize(
+    ("spans", "length", "expected"),
+    [
+        ({"a": (0, 9), "b": (9, 128)}, None, 128),
+        ({"a": (9, 128), "b": (1, 9)}, None, 128),
+        ({"a": (-9, -4), "b": (-4, -1)}, None, 9),
+        ({"a": (0, 5), "b": (7, 9), "c": (-4, -2)}, None, 13),
+        ({"a": (0, 9), "b": (9, None)}, None, None),
+        ({"a": (0, -9), "b": (-9, None)}, None, None),
+        ({"a": (0, 5), "b": (6, -7), "c": (-6, None)}, None, None),
+        ({"a": (0, 5), "b": lambda batch: (5, 9)}, None, None),
+        ({"a": (0, 5), "b": lambda batch: (5, 9)}, 10, 10),
+        ({"a": (0, -8), "b": (5, None)}, 13, 13),
+    ],
+)
+def test_how_long_the_sequence_must_be(spans, length, expected):
+    assert JointSequence("x", spans, length).expected_length == expected
+
+
+@pytest.mark.parametrize(
+    ("spans", "length", "facts"),
+    [
+        ({"a": (0, -8), "b": (5, None)}, None, ("'a' and 'b'", "depends on how long", "length=128")),
+        ({"a": (9, 20), "b": (0, -144)}, None, ("'b' and 'a'", "depends on how long", "length=128")),
+        ({"a": (9, None), "b": (-4, None)}, None, ("'a' and 'b'", "depends on how long", "length=128")),
+        ({"a": (0, -8), "b": (5, None)}, 14, ("overlap", "that of 'b'")),
+        ({"a": (0, 5), "b": (5, 9)}, 8, ("'b'", (5, 9), "length=8")),
+        ({"a": (0, 5), "b": (-4, None)}, 3, ("'a'", (0, 5), "length=3")),
+        ({"a": (0, 5), "b": (5, 9)}, 0, ("length", "whole number >= 1", "got 0")),
+        ({"a": (0, 5), "b": (5, 9)}, 9.0, ("length", "whole number", "got 9.0")),
+    ],
+)
+def test_spans_that_do_not_go_with_each_other_or_a_length(spans, length, facts):
+    with pytest.raises(SettingError, match=tells(*facts)):
+        JointSequence("x", spans, length)
+
+
+class Lengths(JointModule):
+    """A batch's first item is a list of sequences of one length, of which the last four tokens are the image."""
+
+    def forward(self, x):
+        fused, _ = self.joint.attend(x, x, x)
+        return self.head(torch.cat([fused[:, :1].mean(1), fused[:, -4:].mean(1)], dim=1))
+
+    def validation_step(self, batch, batch_idx):
+        return {"logits": self(batch[0]), "targets": batch[1]}
+
+    test_step = validation_step
+
+
+def of_lengths(*lengths, samples=3):
+    """A batch of each length; those after the third have five samples."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [samples if i < 3 else 5 for i in range(len(lengths))]
+    return torch.utils.data.DataLoader(
+        [
+            (torch.randn(n, tokens, WIDTH, generator=generator), torch.arange(n) % 4)
+            for n, tokens in zip(sizes, lengths, strict=True)
+        ],
+        batch_size=None,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*Such steps are left out and counted", "ignore:.*changes its length")
+def test_samples_of_another_length_are_counted_and_in_no_number():
+    module, spans = Lengths(), {"text": (0, 5), "image": (5, 9)}
+    settings = {"contribution_samples": 0, "figures_every_n_epochs": 0}
+    watch = AttentionExplainabilityCallback(JointSequence("joint.attend", spans), **settings)
+    found = validate(module, watch, of_lengths(9, 12, 9, 11, 9))
+    same = AttentionExplainabilityCallback(JointSequence("joint.attend", spans), **settings)
+    kept = [batch for batch in of_lengths(9, 12, 9, 11, 9) if batch[0].shape[1] == 9]
+    assert found == validate(module, same, torch.utils.data.DataLoader(kept, batch_size=None))
+    (record,), (without,) = watch.history, same.history
+    assert (record["samples"], record["other_lengths"]) == (11, 8)
+    assert (without["samples"], without["other_lengths"]) == (11, 0)
+    # Whatever was fitted before, another recorder takes no other length.
+    trainer = quiet_trainer(callbacks=[watch])
+    with pytest.raises(ShapeError, match=tells("'joint.attend'", "12 tokens", "for 9")):
+        trainer.test(module, of_lengths(12, 9), verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*Such steps are left out and counted")
+def test_the_explainer_leaves_out_samples_of_another_length_and_goes_on(tmp_path):
+    pytest.importorskip("pyarrow")
+    from lightning_xattn.table import read_rows
+
+    class Only(Lengths):
+        def predict_step(self, batch, batch_idx):
+            return self(batch[0])
+
+    model = Only()
+    joint = JointSequence("joint.attend", {"text": (0, 5), "image": (5, 9)})
+    explainer = ExplainabilityCapture(model, attention=joint, contribution_samples=0)
+    whole = explainer.explain_loader(of_lengths(9, 12, 9, 11, 9), table=tmp_path, progress=False)
+    assert whole.headline.samples == 11
+    assert whole.other_lengths == {"joint.attend": 8}
+    places = [row["sample_idx"] for row in read_rows(tmp_path, "joint.attend", ("sample_idx",))]
+    assert places == [0, 1, 2, 6, 7, 8, *range(14, 19)]
+    assert "8: their joint sequence has another length" in create_explainability_report(whole, format="markdown")
+    again = explainer.explain_loader(of_lengths(9, 12, 9, 11, 9), table=tmp_path, progress=False)
+    assert again.other_lengths == whole.other_lengths, "read back"
+    with pytest.raises(DataError, match=tells("3 samples", "another length")):
+        explainer.explain_batch(next(iter(of_lengths(12))))
+    with pytest.raises(DataError, match=tells("first batch", "another length")):
+        explainer.explain_loader(of_lengths(12, 9), progress=False)
+    parts = ExplainabilityCapture(model, attention=joint, contribution_samples=0, max_batch_size=2)
+    assert parts.explain_loader(of_lengths(9, 12, 9, 11, 9), progress=False).other_lengths == whole.other_lengths
 
 
 def test_spans_of_the_batch_in_a_trainer():
@@ -234,14 +387,10 @@ def test_a_span_of_a_callable_is_checked():
                 _ = recorder.attention
 
 
-@pytest.mark.parametrize("spans", [{"text": (0, 5), "image": (-4, None)}, {"text": (0, 5), "image": (5, None)}])
-def test_a_sequence_that_changes_its_length_under_spans_that_may_go_with_it(spans):
-    recorder = nine_then_twelve(spans)
-    if spans["image"][0] < 0:  # tokens between the two belong to nobody
-        with pytest.raises(ShapeError, match=tells("'attend'", 12, 9, spans, "(-144, None)", "callable")):
-            _ = recorder.attention
-    else:
-        with pytest.warns(
-            XAttnWarning, match=tells("'attend'", 9, 12, "last modality", spans, "(-144, None)", "callable")
-        ):
-            assert recorder.attention[0].forward.weights.shape[2:] == (5, 7)
+def test_a_sequence_that_changes_its_length_under_a_span_that_takes_up_the_rest():
+    spans = {"text": (0, 5), "image": (5, None)}
+    recorder, take = attending(spans)
+    take(9)
+    with pytest.warns(XAttnWarning, match=tells("'attend'", 9, 12, "last modality", spans, "(-144, None)", "callable")):
+        assert take(12)[0].forward.weights.shape[2:] == (5, 7)
+    assert recorder.left_out == {}

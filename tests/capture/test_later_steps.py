@@ -1,15 +1,18 @@
 """Steps that are other than the first one: what is not there is left out and said, what is new is looked at."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder, JointSequence
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
 from tests.capture.models import Fusing, Runs, heads, mha, tokens
 from tests.messages import tells
-from tests.toy import AUDIO, TEXT, ToyModule, quiet_trainer, toy_loader
+from tests.toy import AUDIO, TEXT, WIDTH, ToyModule, quiet_trainer, toy_loader
 
 
 def steps(model, recorder, *changes):
@@ -251,7 +254,8 @@ def test_a_later_step_that_is_not_clear_is_left_out():
 @pytest.mark.parametrize(("spans", "length"), [({"a": (0, 4), "b": (4, 12)}, 8), ({"a": (0, 4), "b": (4, None)}, 4)])
 def test_a_later_sequence_that_is_too_short_for_its_spans(spans, length):
     model, joint = Fusing(Runs(lambda m, x: m.p(x, x, x), p=mha())), torch.cat(tokens(), dim=1)
-    short = "'fusion.p'", f"{12 if spans['b'][1] else 5} tokens", f"{length} queries", f"{length} keys"
+    rest = "5 tokens", f"{length} queries", f"{length} keys"
+    short = "'fusion.p'", *((f"{length} tokens", "for 12") if spans["b"][1] else rest)
     recorder = AttentionRecorder(model, JointSequence("fusion.p", spans))
     with recorder:
         model(joint)
@@ -267,3 +271,41 @@ def test_a_later_sequence_that_is_too_short_for_its_spans(spans, length):
         model(joint[:, :length])
         with pytest.raises(ShapeError, match=tells(*short)):
             _ = recorder.attention
+
+
+def test_later_steps_that_attend_within_or_whose_directions_do_not_fit_are_left_out():
+    model, (audio, text) = Runs(lambda m, x, y, z: (m.p(x, y, y), m.q(y, z, z)), p=mha(), q=mha()), tokens()
+    recorder = AttentionRecorder(model, {"a_to_b": "p", "b_to_a": "q"})
+    calls = [(audio, text, audio), (audio, text, audio[:, :3]), (audio, audio, text), (audio, text, audio)]
+    found = []
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for call in calls:
+            with recorder:
+                model(*call)
+                found.append(len(recorder.attention))
+    assert found == [1, 0, 0, 1]
+    messages = [str(one.message) for one in said]
+    assert sum("(2, 3, 7, 3)" in one and "left out" in one for one in messages) == 1
+    assert sum("attends within one sequence" in one and "left out" in one for one in messages) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_spans_of_a_later_sequence_that_cannot_be_told_are_left_out_and_counted():
+    """torch packs a sequence only where there is padding, and a callable may give no span of a strange batch."""
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True)
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 1)}).eval()
+    x, hidden = torch.cat(tokens(), dim=1), torch.arange(12) >= torch.tensor([[10], [9]])
+    for spans, padding in (
+        ({"a": (0, -4), "b": (-4, None)}, [None, hidden, None]),
+        ({"a": (0, 5), "b": lambda batch: (5, 12) if batch != 1 else None}, [None, None, None]),
+    ):
+        recorder = AttentionRecorder(model, JointSequence("encoder", spans))
+        found = []
+        with torch.no_grad(), pytest.warns(XAttnWarning, match="left out and counted"):  # noqa: PT031
+            for i, mask in enumerate(padding):
+                with recorder:
+                    recorder.batch = i
+                    model["encoder"](x, src_key_padding_mask=mask)
+                    found.append((len(recorder.attention), recorder.left_out))
+        assert found == [(1, {}), (0, {"encoder.layers.0": 2}), (1, {})]

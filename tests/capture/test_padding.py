@@ -1,18 +1,20 @@
 """Which tokens are padding: queries of a direction without an opposite, and zeros of weights that are returned."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.columns import Column, sample_statistics
-from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.errors import DataError, DiscoveryError, ShapeError, XAttnWarning
 from lightning_xattn.functional import prepare_rows
 from tests.capture.models import BATCH, Fusing, Runs, heads, mha, record_fusion, softmax, tokens
 from tests.messages import tells
-from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, quiet_trainer
+from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, padded_toy_data, quiet_trainer, run_toy, validate
 
 REAL = torch.arange(TEXT) < torch.tensor([[TEXT], [4]])
 IMAGES = tokens()[0]
@@ -406,3 +408,51 @@ def test_weights_that_are_used_for_both_sides():
     x = torch.randn(BATCH, TEXT, WIDTH)
     (pair,) = record_fusion(Runs(attend).eval(), {"a_to_b": "fusion"}, (x, x + 1))
     assert prepare_rows(pair.forward).valid.all()
+
+
+class Blank(ToyModule):
+    """A token whose first feature is 0 is padding; what a softmax over no key gives is 0."""
+
+    def forward(self, audio, text):
+        silent, blank = audio[..., 0] == 0, text[..., 0] == 0
+        audio, text = self.audio(audio), self.text(text)
+        there, _ = self.audio_to_text_attn(audio, text, text, key_padding_mask=blank)
+        back, _ = self.text_to_audio_attn(text, audio, audio, key_padding_mask=silent)
+        return self.head(torch.cat([there.nan_to_num().mean(1), back.nan_to_num().mean(1)], dim=1))
+
+
+class NotFinite(Blank):
+    def forward(self, audio, text):
+        return super().forward(audio, text) + torch.where((text[..., 0] == 0).all(1), torch.nan, 0.0)[:, None]
+
+
+def half_blank(samples=23):
+    """Of three samples the text is blank, of two others the audio, and of many a part of it."""
+    audio, text, target = padded_toy_data(samples).tensors
+    text[[1, 7, 20], :, 0] = 0
+    audio[[2, 22], :, 0] = 0
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(audio, text, target), 5)
+
+
+def test_samples_of_which_one_modality_is_wholly_masked_are_named_and_counted():
+    watch = AttentionExplainabilityCallback(contribution_samples=0, figures_every_n_epochs=0)
+    with pytest.warns(XAttnWarning, match="one modality is wholly masked in 5 of 23 samples") as said:
+        validate(Blank(), watch, half_blank())
+    assert not any("not finite" in str(one.message) for one in said)
+    assert watch.history[0]["wholly_masked"] == 5
+    assert watch.summaries["val"].wholly_masked == 5
+    explainer = ExplainabilityCapture(Blank(), predict=run_toy, contribution_samples=0)
+    with pytest.warns(XAttnWarning, match="one modality is wholly masked in 2 of 5 samples"):
+        explainer.explain_batch(next(iter(half_blank(23))))
+    explained = ExplainabilityCapture(Blank(), predict=run_toy, contribution_samples=0)
+    with pytest.warns(XAttnWarning, match="one modality is wholly masked in 5 of 23 samples"):
+        result = explained.explain_loader(half_blank(), progress=False)
+    text = create_explainability_report(result, format="markdown")
+    assert "Samples of which one modality is wholly masked" in text
+    assert json.loads(create_explainability_report(result, format="json"))["layers"][0]["wholly_masked"] == 5
+
+
+def test_scores_that_are_not_finite_as_one_modality_is_wholly_masked():
+    explainer = ExplainabilityCapture(NotFinite(), predict=run_toy)
+    with pytest.raises(DataError, match=tells("sample 1 ", "not finite", "In 1 of them one modality is wholly masked")):
+        explainer.explain_batch(next(iter(half_blank())))

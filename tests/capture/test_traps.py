@@ -288,12 +288,12 @@ def test_data_parallel_over_several_devices_is_refused():
     assert count_hooks(model) == 0
 
 
-def test_attention_inside_of_vmap_is_passed_over():
+def test_attention_inside_of_vmap_is_named_as_such():
     model = Fusing(Runs(lambda m, x, y: torch.vmap(lambda q, k: (heads(q) @ heads(k).mT).softmax(-1) @ heads(k))(x, y)))
     x, y = (t[None] for t in tokens())
     expected = model(x, y)
     with (
-        pytest.raises(DiscoveryError, match=tells("'fusion'", "computes none", "path[item]")),
+        pytest.raises(DiscoveryError, match=tells("'fusion'", "cannot be read", "inside of torch.vmap", "path[item]")),
         AttentionRecorder(model, {"a_to_b": "fusion"}),
     ):
         model(x, y)

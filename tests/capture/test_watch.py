@@ -160,24 +160,6 @@ def test_other_modes_still_turn_the_fast_path_off():
         assert torch._C._len_torch_function_stack() == 1
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_flex_attention_is_not_touched_and_said():
-    flex = pytest.importorskip("torch.nn.attention.flex_attention")
-    q, k = torch.randn(BATCH, HEADS, 16, 8), torch.randn(BATCH, HEADS, 24, 8)
-    model = Fusing(Runs(lambda m, q, k: flex.flex_attention(q, k, k)))
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        expected = model(q, k)
-        with (
-            AttentionRecorder(model, {"a_to_b": "fusion"}),
-            pytest.raises(
-                DiscoveryError, match=tells("'fusion'", (2, 3, 16, 24), "flex_attention", "functions of the user's")
-            ),
-        ):
-            model(q, k)
-        with AttentionRecorder(model, {"a_to_b": lambda model: None}):
-            assert torch.equal(model(q, k), expected)
-
-
 def test_direct_calls_of_multi_head_attention_forward():
     audio, text = tokens()
     attention = mha()

@@ -337,3 +337,31 @@ def test_heads_with_masks_of_their_own_share_the_keys_that_any_of_them_sees():
     for attention in (masked, Attention(Direction("eeg", "spec"), weights)):
         # Their mean is uniform over four keys, each of them over two: (ln 4 - ln 2) / ln 4.
         assert F.head_diversity(F.prepare_rows(attention)).item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("visible", [torch.arange(QUERIES)[:, None] != 2, torch.arange(KEYS) < 4])
+def test_a_mask_with_fewer_axes_is_the_same_for_all(visible):
+    there, _ = softmax_pair(torch.Generator().manual_seed(3))
+    whole = visible.expand(BATCH, HEADS, QUERIES, KEYS)
+    there = masked(there, whole)
+    short, spread = (F.prepare_rows(Attention(EEG_TO_SPEC, there, visible=one)) for one in (visible, whole))
+    for name, values in F.row_statistics(spread).items():
+        torch.testing.assert_close(F.row_statistics(short)[name], values, equal_nan=True)
+    assert not short.wholly_masked.any()
+
+
+def test_samples_whose_queries_or_keys_are_all_masked():
+    """Not where nothing but an attention mask hides one modality of a joint sequence, as a causal mask does."""
+    weights = torch.full((4, HEADS, QUERIES, KEYS), 1 / KEYS)
+    queries, keys = torch.ones(4, QUERIES, dtype=torch.bool), torch.ones(4, KEYS, dtype=torch.bool)
+    queries[1] = keys[2] = keys[0, 1:] = False
+    sees = torch.ones(4, HEADS, QUERIES, KEYS, dtype=torch.bool)
+    sees[3] = sees[0, 1:] = False
+    for crossing, expected in (
+        (None, [False, True, True, True]),
+        (torch.ones(4, HEADS, QUERIES), [False, True, True, False]),
+    ):
+        attention = Attention(EEG_TO_SPEC, weights, keys, sees, queries, crossing=crossing)
+        assert F.prepare_rows(attention).wholly_masked.tolist() == expected
+    extra = Attention(EEG_TO_SPEC, weights, keys & (torch.arange(KEYS) == 6), extra_keys=1)
+    assert F.prepare_rows(extra).wholly_masked.all(), "only a learned key is left"

@@ -43,6 +43,7 @@ RANGES = {
     "round_trip_lift": lambda queries, keys: (0, min(queries, keys)),
     "invalid_rows": lambda queries, keys: (0, 0),  # of sound attention
     "broken": lambda queries, keys: (0, 0),
+    "wholly_masked": lambda queries, keys: (0, 0),
 }
 """From where to where each number goes, of so many real queries and keys."""
 

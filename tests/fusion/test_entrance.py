@@ -290,3 +290,64 @@ def test_masks_in_any_form_go_with_their_tokens(form):
         assert summary.estimate("right/left").mean > 0.85
         assert summary.left_out == 0
         assert not summary.uncontributed
+
+
+def batches(masks):
+    """Batches of ten samples, each with a mask for the left tokens or None."""
+    left, right, target, _ = DATA.tensors
+    cut = [slice(10 * i, 10 * i + 10) for i in range(len(masks))]
+    made = [
+        {"x": (left[one], right[one]), "y": target[one], "mask": mask} for one, mask in zip(cut, masks, strict=True)
+    ]
+    return torch.utils.data.DataLoader(made, batch_size=None)
+
+
+class MaskedStreams(TwoStreams):
+    """Gets the left mask as the batch has it, True for padding, also one for each head."""
+
+    def __init__(self):
+        super().__init__(Masked())
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        left, right = batch["x"]
+        scores = self.head(self.fusion(self.left(left), self.right(right), left_padding_mask=batch["mask"]))
+        return {"logits": scores, "targets": batch["y"]}
+
+
+class Masked(Fusion):
+    def forward(self, left, right, left_padding_mask=None):
+        mask = left_padding_mask
+        if mask is not None:
+            mask = mask < 0 if mask.is_floating_point() else mask.bool()
+            mask = ~mask.reshape(len(left), -1, left.shape[1]).all(1)
+        return super().forward(left, right, left_mask=mask)
+
+
+PADDING = torch.zeros(10, 5, dtype=torch.bool).index_fill_(1, torch.tensor([3, 4]), True)
+
+
+@pytest.mark.parametrize(
+    ("masks", "read", "facts"),
+    [
+        # One for each head from the second batch on.
+        (
+            [PADDING, PADDING[:, None].repeat(1, 3, 1), PADDING],
+            20,
+            ("'left_padding_mask' is (10, 3, 5)", "(10, 5) tokens"),
+        ),
+        ([PADDING, None, PADDING], 20, ("got other arguments in a step",)),
+        # Given only where there is padding.
+        ([None, PADDING, None], 20, ("'left_padding_mask' may be a mask", "the first step had none", "in every step")),
+        ([PADDING, torch.where(PADDING, -1e9, 0.0), PADDING.int()], 30, ()),
+    ],
+    ids=["of each head", "absent later", "absent first", "other types"],
+)
+def test_a_mask_that_changes_between_batches_ends_no_run_and_nothing_is_read_without_it(masks, read, facts, infos):
+    model, watch = MaskedStreams(), AttentionExplainabilityCallback()
+    quiet_trainer(callbacks=[watch]).validate(model, batches(masks), verbose=False)
+    assert watch.history[0]["samples"] == 10 * len(masks)
+    assert watch.history[0]["read_samples"] == read
+    said = [one for one in infos.messages if "in a step" in one]
+    assert len(said) == bool(facts)
+    for fact in facts:
+        assert fact in said[0]

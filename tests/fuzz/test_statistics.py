@@ -90,6 +90,17 @@ def sample(attention, b):
     return weights, None if attention.query_mask is None else attention.query_mask[b].numpy(), keys
 
 
+def real_keys(attention, b):
+    """Which keys are tokens that neither padding hides nor, unless it is a block of a larger attention, its mask."""
+    keys = np.ones(attention.weights.shape[1:], bool)
+    if attention.key_mask is not None:
+        keys &= attention.key_mask[b].numpy()
+    if attention.visible is not None and attention.crossing is None:
+        keys &= attention.visible.expand(attention.weights.shape)[b].numpy()
+    keys[..., attention.weights.shape[3] - attention.extra_keys :] = False
+    return keys
+
+
 def pair_of(forward, backward):
     """Both directions of a sample as the reference takes them."""
     (there, eeg, there_sees), (back, spec, back_sees) = forward, backward
@@ -122,6 +133,12 @@ def expected(made, b):
             if "direction" in levels:
                 numbers[column] = reference.mean_defined(values)
     numbers["entropy"] = np.mean([numbers[f"{attention.direction}/entropy"] for attention in made])
+    numbers["wholly_masked"] = float(
+        any(
+            reference.wholly_masked(weights, queries, real_keys(one, b))
+            for one, (weights, queries, _) in zip(made, samples, strict=True)
+        )
+    )
     numbers["invalid_rows"] = sum((~reference.valid_rows(*one)).sum() for one in samples)
     if len(made) == 2:
         numbers["alignment"] = reference.alignment(*pair_of(*samples))

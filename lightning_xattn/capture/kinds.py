@@ -1,0 +1,89 @@
+"""Which tensors are what their numbers say, and what kind the others are of.
+
+A subclass of ``Tensor`` may give torch's functions another meaning. The numbers of such a tensor need not be its
+values: those of torch's ``CausalBias`` are whatever was in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_PLAIN_FUNCTIONS = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)  # type: ignore[attr-defined]  # mypy takes the bound method for a function
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor's numbers are its values, and can be read."""
+    return unreadable_kind(tensor) is None and not has_own_functions(tensor)
+
+
+def has_own_functions(tensor: Tensor) -> bool:
+    """Whether the tensor's class gives torch's functions another meaning."""
+    function = type(tensor).__torch_function__
+    return getattr(function, "__func__", function) not in _PLAIN_FUNCTIONS
+
+
+def unreadable_kind(tensor: Tensor) -> str | None:
+    """What kind a tensor is of that holds no numbers of its own; None: it holds some."""
+    with torch._C.DisableTorchFunctionSubclass():  # a class may allow few functions, and what is asked here is one, too
+        return _unreadable_kind(tensor)
+
+
+def _unreadable_kind(tensor: Tensor) -> str | None:
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return "a tensor inside of torch.vmap or another transform of torch.func"
+    if tensor.is_nested:
+        return f"a nested tensor ({tensor.layout})"
+    if tensor.layout != torch.strided:
+        return f"a tensor of layout {tensor.layout}"
+    if tensor.is_quantized:
+        return f"a quantized tensor ({tensor.dtype})"
+    if tensor.is_meta:
+        return "a tensor without numbers (device meta)"
+    kind = type(tensor)
+    # What processes share is read as its dispatch gives it.
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not kind.__module__.startswith("torch.distributed"):
+        return f"a {kind.__name__}"
+    return None
+
+
+def describe_kind(tensor: Tensor) -> str:
+    """What kind a tensor is of, for a message."""
+    return unreadable_kind(tensor) or f"a {type(tensor).__name__}"
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The numbers of what a function has given, detached and without the class around them.
+
+    Raises
+    ------
+    TypeError
+        If it holds none.
+    """
+    kind = unreadable_kind(tensor)
+    if kind is not None:
+        raise TypeError(f"it gives {kind}")
+    return tensor.detach().as_subclass(Tensor)
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor; of a nested one that which holds all of its parts."""
+    if not tensor.is_nested:
+        return tuple(tensor.shape)
+    parts = [tuple(part.shape) for part in tensor.unbind()]
+    return len(parts), *(max(sizes) for sizes in zip(*parts, strict=True))
+
+
+@contextmanager
+def run_as_called() -> Iterator[None]:
+    """Inside of it the functions of subclasses are in force, and no mode is on."""
+    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
+    try:
+        with torch._C._EnableTorchFunction():
+            yield
+    finally:
+        for mode in reversed(modes):
+            torch._C._push_on_torch_function_stack(mode)
