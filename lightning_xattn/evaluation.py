@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,26 @@ class Settings:
             object.__setattr__(self, "class_names", check_class_names(self.class_names))
         if self.group_by not in GROUPINGS:
             raise SettingError(f"group_by must be one of {', '.join(GROUPINGS)}; got {self.group_by!r}.")
+        if self.table is not None and not (isinstance(self.table, (str, PathLike)) and str(self.table).strip()):
+            raise SettingError(
+                f"table must be a folder's path, as in table='samples', or None for no table; got {self.table!r}."
+            )
         if self.table is not None and find_spec("pyarrow") is None:
             raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
         check_fusion(self.fusion, self.modalities)
         check_whole_number("contribution_samples", self.contribution_samples, 0)
         check_whole_number("max_samples", self.max_samples)
+        if self.contribution_samples == 1:
+            raise SettingError(
+                "contribution_samples must be 0 (no contributions) or at least 2, as modalities are exchanged between "
+                "samples; got 1."
+            )
+        if self.max_samples < self.contribution_samples:
+            fewer = self.max_samples if self.max_samples > 1 else 0
+            raise SettingError(
+                f"max_samples must be at least contribution_samples, {self.contribution_samples}, which are taken from "
+                f"them; got {self.max_samples}. Take fewer: contribution_samples={fewer}."
+            )
         object.__setattr__(self, "table", None if self.table is None else str(self.table))
         self.finder()  # it checks those of the labels
 

@@ -15,6 +15,9 @@ from lightning_xattn.attention import TokenAxis
 from lightning_xattn.distributed import ALONE, Processes
 from lightning_xattn.errors import XAttnError, check_whole_number
 
+OUTPUT_FOLDER = "xattn_output"
+"""Below the Trainer's root folder: figures and reports of a Trainer without a logger."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -118,8 +121,9 @@ def processes_of(trainer: Trainer) -> Processes:
 
 
 def root_folder(trainer: Trainer) -> Path:
-    """Where files go that belong to no logger."""
-    return Path(trainer.default_root_dir) / "lightning_xattn"
+    """Where files go that belong to no logger; not the package's name, as the root may be its repository."""
+    root = str(trainer.default_root_dir)
+    return Path("." if "://" in root else root) / OUTPUT_FOLDER  # a bucket is no folder here
 
 
 def attention_axes(trainer: Trainer, module: LightningModule) -> dict[str, TokenAxis]:

@@ -264,6 +264,6 @@ def test_the_epochs_report_names_every_class(tmp_path):
     torch.manual_seed(0)
     watch = AttentionExplainabilityCallback()
     validate(ManyClasses(), watch, many_classes(), logger=False, default_root_dir=tmp_path)
-    (report,) = (tmp_path / "lightning_xattn").rglob("*.md")
+    (report,) = (tmp_path / "xattn_output").rglob("*.md")
     assert all(f"class\\_{i} " in report.read_text() for i in range(MANY))
     assert REST not in report.read_text().split()

@@ -28,8 +28,8 @@ OVERVIEW, MAP, REPORT = "xattn_about/val/overview", "xattn_map/val/audio_to_text
 
 
 def client(name):
-    """A logger's client, which only ``pip install -e ".[clients]"`` brings; CI has to have it."""
-    return importlib.import_module(name) if os.environ.get("CI") else pytest.importorskip(name)
+    """A logger's client, which only ``pip install -e ".[clients]"`` brings; `.ci/run` has to have it."""
+    return importlib.import_module(name) if "XATTN_CI" in os.environ else pytest.importorskip(name)
 
 
 def run(logger, **settings):
@@ -208,7 +208,7 @@ def test_several_loggers_have_the_same_and_others_get_files(tmp_path, infos):
 
 def test_without_a_logger_files_are_under_the_trainers_root_folder(tmp_path):
     validate(ToyModule(), AttentionExplainabilityCallback(), logger=False, default_root_dir=tmp_path)
-    assert (tmp_path / "lightning_xattn" / OVERVIEW / "step_000000.png").exists()
+    assert (tmp_path / "xattn_output" / OVERVIEW / "step_000000.png").exists()
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -239,7 +239,7 @@ def test_a_logger_that_fails_is_reported_once_and_ends_nothing(tmp_path, monkeyp
 @pytest.mark.parametrize("what", ["a file in the way", "no permission"])
 def test_what_cannot_be_written_is_absent_and_said_once(what, tmp_path, monkeypatch):
     if what == "a file in the way":
-        (tmp_path / "lightning_xattn").write_text("not a folder")
+        (tmp_path / "xattn_output").write_text("not a folder")
     else:  # root may write everywhere
         monkeypatch.setattr(Path, "mkdir", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError("no")))
     with pytest.warns(XAttnWarning, match=tells("Writing files", "gets nothing more of this evaluation")) as warned:

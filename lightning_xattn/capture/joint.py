@@ -59,8 +59,11 @@ class JointSequence:
                 "JointSequence needs the spans of at least two modalities, e.g. "
                 f"{{'eeg': (0, 9), 'spec': (9, 128)}}; got {self.spans!r}."
             )
-        if not self.paths or not all(isinstance(path, str) for path in self.paths):
-            raise SettingError(f"JointSequence needs a module path or a list of them; got {self.attention!r}.")
+        paths = self.paths if isinstance(self.attention, (str, Sequence)) else ()
+        if not paths or not all(isinstance(path, str) for path in paths) or len(set(paths)) < len(paths):
+            raise SettingError(
+                f"JointSequence needs a module path or a list of different ones; got {self.attention!r}."
+            )
         for first, second in pairwise(names):
             Direction.parse(f"{first}_to_{second}")
         told = {name: _check_span(name, span) for name, span in self.spans.items() if not callable(span)}
@@ -92,13 +95,17 @@ class JointSequence:
 
 def _check_span(name: str, span: Any) -> Span:
     whole = isinstance(span, (tuple, list)) and len(span) == 2
-    numbers = whole and isinstance(span[0], int) and isinstance(span[1], int | None)
+    numbers = whole and _is_place(span[0]) and (span[1] is None or _is_place(span[1]))
     if not numbers or (span[0] < 0 and span[1] is not None and span[1] >= 0):
         raise SettingError(
             f"The span of '{name}' must be (start, stop) as in a slice, such as (0, 9), (9, None) or (-144, None), or "
             f"a callable that makes one of the batch; got {span!r}."
         )
     return span[0], span[1]
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require_apart(spans: Mapping[str, Span]) -> None:

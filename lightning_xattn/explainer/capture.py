@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -111,9 +111,9 @@ class ExplainabilityCapture:
         labels = predictions, targets, sample_ids, groups, query_mask
         entrance = fusion, modalities, contribution_samples, max_samples
         self.settings = Settings(attention, class_names, group_by, *labels, *entrance)
-        if predict is not None and not callable(predict):
-            raise SettingError(f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r}.")
-        for name, count in (("num_heads", num_heads), ("max_batch_size", max_batch_size), ("top_k", top_k)):
+        _check_predict(predict)
+        check_whole_number("top_k", top_k)
+        for name, count in (("num_heads", num_heads), ("max_batch_size", max_batch_size)):
             check_whole_number(name, count, optional=True)
         self.model = model
         self.num_heads = num_heads
@@ -228,11 +228,16 @@ class ExplainabilityCapture:
             If the loader is empty or a sample's scores are not finite; the message says in which batch, and what is
             kept.
         SettingError
-            If the folder was begun with another model, other settings or another loader, or ``partners`` is neither an
-            even number from 4 on nor "all".
+            If the loader is none, the folder was begun with another model, other settings or another loader, or
+            ``partners`` is neither an even number from 4 on nor "all".
         XAttnError
             If a batch fails for another reason; the reason is its cause.
         """
+        iterates = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+        if not iterates or isinstance(loader, (str, bytes, Mapping, torch.Tensor)):
+            raise SettingError(
+                f"loader must yield batches, as a DataLoader or a list of them does; got a {type(loader).__name__}."
+            )
         if partners != "all" and not (isinstance(partners, int) and partners >= PARTNERS and partners % 2 == 0):
             raise SettingError(f"partners must be an even number from {PARTNERS} on, or 'all'; got {partners!r}.")
         settings = replace(self.settings, class_names=self.class_names, table=table)
@@ -350,6 +355,20 @@ class ExplainabilityCapture:
                     "predict=lambda model, batch: model(batch[0], batch[1]))."
                 ) from error
         return self.model(batch) if step is None else step(batch, 0)
+
+
+def _check_predict(predict: Any) -> None:
+    if predict is None:
+        return
+    fits = callable(predict)
+    with suppress(ValueError):  # built-in ones may not say what they take
+        try:
+            if fits:
+                inspect.signature(predict).bind("model", "batch")
+        except TypeError:
+            fits = False
+    if not fits:
+        raise SettingError(f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r}.")
 
 
 def _check_axes(axes: Any) -> dict[str, TokenAxis]:
