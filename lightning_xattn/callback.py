@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.distributed import ALONE, Processes, own_places
@@ -32,14 +33,20 @@ from lightning_xattn.recording import StepRecorder
 from lightning_xattn.results import DatasetResult
 from lightning_xattn.summary import LayerSummary
 from lightning_xattn.trainer import (
+    Monitor,
     Schedule,
     attention_axes,
     loaders_of,
     moment,
+    monitors_of,
     processes_of,
     require_lightning_that_takes_it,
+    sample_weights,
+    say_averages,
+    say_other_weights,
     scope_of,
     stage_of,
+    warn_of_monitors,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +66,13 @@ class _Run:
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     recorder: StepRecorder | None = None
     is_recording: bool = False
+    monitors: list[Monitor] = field(default_factory=list)
+    weights: list[Tensor] | None = None
+    """A sample of them in the first recorded batch of this evaluation."""
+    names: dict[str, None] = field(default_factory=dict)
+    """Those of the curves that were logged."""
+    layers: dict[str, None] = field(default_factory=dict)
+    """The names of those that were recorded."""
     table: TrainingTable | None = None
 
 
@@ -278,6 +292,9 @@ class AttentionExplainabilityCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the attention before training starts, so that a wrong path fails at once."""
         self._run.recorder = self.settings.recorder(pl_module, self._run.processes)
+        self._run.monitors = monitors_of(trainer, self._scope(trainer)(0, ""))
+        warn(warn_of_monitors(self._run.monitors, self.schedule))
+        warn(say_averages(trainer, self))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to record, if this epoch is one to record."""
@@ -322,6 +339,8 @@ class AttentionExplainabilityCallback(Callback):
         if taken is None:
             self._run.recorder.clear()
             return
+        if self._run.weights is None:
+            self._run.weights = sample_weights(pl_module)
         evaluation = self._run.evaluations[dataloader_idx]
         is_first = all(one.classes is None for one in self._run.evaluations.values())
         result = evaluation.read(*taken, self._run.recorder)
@@ -338,6 +357,8 @@ class AttentionExplainabilityCallback(Callback):
         if self._run.is_recording and not trainer.sanity_checking:
             self._log_epoch(trainer, pl_module)
             self._hand_over(trainer)  # now, as an exception in a process that a Trainer has started calls no hook there
+        elif not trainer.sanity_checking:
+            self._log(trainer, pl_module, draws=False).log_absent()
         self._stop()
 
     # A test is recorded as a validation is.
@@ -380,7 +401,7 @@ class AttentionExplainabilityCallback(Callback):
             self._run.recorder.let_go()
         if self._run.table is not None:
             self._run.table.discard()
-        self._run.is_recording, self._run.table = False, None
+        self._run.is_recording, self._run.table, self._run.weights = False, None, None
         for evaluation in self._run.evaluations.values():
             evaluation.reset()
 
@@ -394,6 +415,10 @@ class AttentionExplainabilityCallback(Callback):
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], list[Path]]:
         """What the evaluation says, by dataloader, and the files of its sample table."""
         assert self._run.recorder is not None
+        before, now = self._run.weights or (), sample_weights(pl_module)
+        if any(not one.equal(other) for one, other in zip(before, now, strict=False)):
+            for evaluation in self._run.evaluations.values():
+                evaluation.refused = say_other_weights(trainer, self)
         ended = dict(
             summarise(
                 self._run.evaluations, self._run.recorder, self._run.processes, self.schedule.tests_attention(trainer)
@@ -414,13 +439,26 @@ class AttentionExplainabilityCallback(Callback):
             )
             for number, one in ended.items()
         }
-        self.summaries.update(by_scope(results, self._scope(trainer)))
+        self._run.layers.update(dict.fromkeys(layer for one in results.values() for layer in one.summaries))
+        self.summaries.update(by_scope(results, self._scope(trainer), len(self._run.layers) > 1))
         return results, tables
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, draws: bool) -> EpochLog:
         names = self._scope(trainer)
+        run = self._run
         return EpochLog(
-            trainer, pl_module, names, self._findings.checks, self.settings.group_by, self.curves == "all", draws
+            trainer,
+            pl_module,
+            names,
+            self._findings.checks,
+            self.settings.group_by,
+            all_curves=self.curves == "all",
+            draws=draws,
+            exchanges=self.settings.contribution_samples > 0,
+            tests_attention=self.schedule.ever_tests_attention(trainer),
+            monitors=run.monitors,
+            names=run.names,
+            layers=run.layers,
         )
 
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -145,6 +145,7 @@ class Part:
     """By layer, on the CPU."""
     fusion: FusionPart | None
     repeats: int
+    refused: str
     has_several: bool
     """Whether targets turned out to be no classes."""
     maps: Columns | None
@@ -191,6 +192,8 @@ class Evaluation:
         The names of the classes, decided in the first batch; none where what groups them is not known.
     repeats : int
         Samples that were left out because another process had them.
+    refused : str
+        Why nothing is replayed at the end of this evaluation, as the end of a sentence; "" where it may be.
     shown_classes : tuple of int or None
         Of very many classes, those that are shown one by one; decided when an evaluation is shown first.
     collected : Collected
@@ -219,7 +222,7 @@ class Evaluation:
 
     def reset(self) -> None:
         """Begin anew, with what was decided in the first batch."""
-        self.repeats = 0
+        self.repeats, self.refused = 0, ""
         self._accumulators: dict[str, LayerAccumulator] = {}
         self.collected = Collected(self._settings.max_samples, self._settings.contribution_samples)
         self.maps = SampleMaps()
@@ -350,7 +353,8 @@ class Evaluation:
         fusion = self.collected.part()
         if fusion is not None and self._processes is not ALONE:
             fusion = fusion.cpu()  # to be sent
-        return Part(self.classes, sums, fusion, self.repeats, self.finder.has_several, self.maps.part())
+        known = self.repeats, self.refused, self.finder.has_several
+        return Part(self.classes, sums, fusion, *known, self.maps.part())
 
     def drop_targets(self) -> None:
         """Have no classes and outcomes, as the targets are several labels at once, which are no classes."""
@@ -397,15 +401,17 @@ class Evaluation:
             sizes = self._settings.max_samples, self._settings.contribution_samples
             part = merge_parts(collected, sizes)
             part = part.without_labels() if several else part
-            fusion = self._summarise_fusion(recorder.fusion, part, tests_attention, partners)
+            refused = next((one.refused for one in parts if one.refused), "")
+            fusion = self._summarise_fusion(recorder.fusion, part, tests_attention, partners, refused)
         maps = merge_maps([part.maps for part in parts if part.maps is not None])
         return EvaluationSummary(summaries, fusion, maps)
 
     def _summarise_fusion(
-        self, recorder: FusionRecorder, part: FusionPart, tests_attention: bool, partners: int | None
+        self, recorder: FusionRecorder, part: FusionPart, tests_attention: bool, partners: int | None, refused: str
     ) -> FusionSummary:
         size = self._settings.contribution_samples
-        found = contributions(part, recorder, size, partners) if size else "contribution_samples is 0"
+        refused = refused if size else "contribution_samples is 0"
+        found = refused or contributions(part, recorder, size, partners)
         # Where the intact samples do not come back there is nothing to compare with.
         tests_attention &= isinstance(found, Contributions)
         replaced = replaced_keys(part, recorder, size) if tests_attention else {}
