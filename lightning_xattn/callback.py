@@ -375,7 +375,8 @@ class AttentionExplainabilityCallback(Callback):
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table; what is known of all samples is in ``summaries`` and ``fusion_summaries``."""
         if self._run.is_recording:
-            self._end_epoch(trainer, pl_module)
+            results, _ = self._end_epoch(trainer, pl_module)
+            self._warn_of_nothing(trainer, any(one.summaries or one.fusion for one in results.values()))
         self._stop()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -466,5 +467,9 @@ class AttentionExplainabilityCallback(Callback):
         log = self._log(trainer, pl_module, self.schedule.draws(trainer))
         records = log.log(results, self._run.evaluations, self.history[self._findings.fit_begins :], tables)
         self.history.extend(records)
-        if not records:
-            warn(self._findings.checks.of_nothing(stage_of(trainer)))
+        self._warn_of_nothing(trainer, bool(records))
+
+    def _warn_of_nothing(self, trainer: Trainer, found: bool) -> None:
+        if not found:
+            ever = any(one.classes is not None for one in self._run.evaluations.values())
+            warn(self._findings.checks.of_nothing(stage_of(trainer), ever))

@@ -153,7 +153,7 @@ def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) 
     class_names
         What the classes are called in curves.
     """
-    return {_full(name, scope): _finite(value) for name, value in _numbers(summary, class_names)}
+    return {_full(name, scope): _or_nan(value) for name, value in _numbers(summary, class_names)}
 
 
 def epoch_record(summary: LayerSummary, scope: str, curves: Mapping[str, float]) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def fusion_curves(
     if exchanges:
         numbers = chain(numbers, _contribution_numbers(summary, class_names, tested))
     return {
-        _full(name, scope): _finite(value)
+        _full(name, scope): _or_nan(value)
         for name, value in numbers
         if not (has_attention and name == f"outcome/{CONFIDENCE}_auroc")
     }
@@ -227,7 +227,7 @@ def _defined(curves: Mapping[str, float], scope: str) -> dict[str, float]:
     return {_relative(name, scope): value for name, value in curves.items() if math.isfinite(value)}
 
 
-def _finite(value: float) -> float:
+def _or_nan(value: float) -> float:
     return value if math.isfinite(value) else math.nan
 
 

@@ -236,9 +236,11 @@ class Evaluation:
         self._first_layer = recorder.layers[0].name if recorder.layers else ""
         if self.classes is None and self._first is not None:
             self.classes = self._first.classes
-        if self.classes is None:
+        if self.classes is None:  # where nothing ran for the first one, this is first
             names, group_by = self._settings.class_names or own_class_names(self._module), self._settings.group_by
             self.classes = name_classes(batch.labels, names, group_by, step)
+            if self._first is not None:
+                self._first.classes = self.classes
             if self._expects_targets:
                 warn(missing_labels(batch.labels, self.classes, group_by, step))
         return batch

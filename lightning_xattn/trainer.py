@@ -245,9 +245,9 @@ def sample_weights(module: LightningModule) -> list[Tensor]:
         for one in module.parameters()
         if one.requires_grad and not hasattr(one, "to_local") and one.numel() <= MOST_VALUES
     ]
-    step = max(1, len(trained) // WEIGHTS)
+    chosen = dict.fromkeys(round(i * (len(trained) - 1) / (WEIGHTS - 1)) for i in range(WEIGHTS)) if trained else ()
     with torch.no_grad():
-        return [one.detach().abs().sum() for one in trained[::step][:WEIGHTS]]
+        return [trained[i].abs().sum() for i in chosen]
 
 
 def say_other_weights(trainer: Trainer, callback: Callback) -> str:

@@ -129,6 +129,7 @@ def _wandb_history(path):
 
 
 @pytest.mark.filterwarnings("ignore:.*loader strategy is deprecated")  # MLflow's use of SQLAlchemy
+@pytest.mark.filterwarnings("ignore:MLFlow only allows")  # of a class that is called 🧠
 def test_mlflow(tmp_path):
     mlflow = client("mlflow")
     uri, artifacts = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "artifacts"
@@ -282,12 +283,21 @@ def test_the_charts_hold_the_curves_that_they_are_for(tmp_path):
         f"xattn_alignment/val/{which}" for which in ("correct", "incorrect", "null")
     }
     assert in_charts["alignment of each class"] == {f"xattn_alignment/val/{name}" for name in "abcd"}
+    directions = "audio_to_text", "text_to_audio"
+    assert in_charts["entropy of each class"] == {
+        f"xattn_entropy/val/{one}/{name}" for one in directions for name in "abcd"
+    }
     assert len(in_charts["entropy of each head"]) == 6
     assert in_charts["AUROC: how often a score is higher in correct predictions"] >= {
         "xattn_outcome/val/confidence_auroc"
     }
 
 
-def test_about_twenty_curves_are_logged_by_default():
-    logged = validate(ToyModule(), AttentionExplainabilityCallback())
-    assert 12 <= len([name for name in logged if name.startswith("xattn_")]) <= 25
+def test_about_twenty_curves_and_three_of_each_class_are_logged_by_default():
+    trainer = quiet_trainer(callbacks=[AttentionExplainabilityCallback(class_names=list("abcd"))])
+    trainer.validate(ToyModule(), toy_loader(), verbose=False)
+    logged = [name for name in trainer.callback_metrics if name.startswith("xattn_")]
+    of_classes = {f"xattn_alignment/val/{name}" for name in "abcd"}
+    of_classes |= {f"xattn_entropy/val/{one}/{name}" for one in ("audio_to_text", "text_to_audio") for name in "abcd"}
+    assert of_classes <= set(logged)
+    assert 12 <= len(set(logged) - of_classes) <= 30

@@ -95,7 +95,7 @@ class JointSequence:
 
 def _check_span(name: str, span: Any) -> Span:
     whole = isinstance(span, (tuple, list)) and len(span) == 2
-    numbers = whole and _is_place(span[0]) and (span[1] is None or _is_place(span[1]))
+    numbers = whole and _is_number(span[0]) and (span[1] is None or _is_number(span[1]))
     if not numbers or (span[0] < 0 and span[1] is not None and span[1] >= 0):
         raise SettingError(
             f"The span of '{name}' must be (start, stop) as in a slice, such as (0, 9), (9, None) or (-144, None), or "
@@ -104,7 +104,7 @@ def _check_span(name: str, span: Any) -> Span:
     return span[0], span[1]
 
 
-def _is_place(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

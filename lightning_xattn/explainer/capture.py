@@ -155,7 +155,13 @@ class ExplainabilityCapture:
         finder = self.settings.finder()
         read = partial(read_batch, finder=finder, checks=self._checks)
         with self._watching():
-            steps, parts = zip(*((step, part.cpu()) for step, part in self._observe(batch, finder, read)), strict=True)
+            runs = [(step, part.cpu()) for step, part in self._observe(batch, finder, read)]
+        if not runs:
+            raise DiscoveryError(
+                "Nothing ran for this batch: the model, or predict, returned None before it called any module. Give a "
+                "batch that the model runs on."
+            )
+        steps, parts = zip(*runs, strict=True)
         whole = BatchResult.joined(parts)
         for pair in whole.attention:
             single = [str(a.direction) for a in pair.directions if has_single_keys(prepare_rows(a))]
@@ -298,22 +304,27 @@ class ExplainabilityCapture:
     ) -> Iterator[tuple[Step, BatchResult]]:
         """Run the model over a batch, or over its parts, and read what it gave."""
         if self.max_batch_size is None:
-            step, attention = self._run(batch)
-            yield step, require_finite(read(step, attention))
+            if (ran := self._run(batch)) is not None:
+                yield ran[0], require_finite(read(*ran))
             return
         count = count_samples(batch)
         starts = range(0, count, self.max_batch_size)
         parts = [take_samples(batch, range(start, min(start + self.max_batch_size, count))) for start in starts]
         if not finder.decided:
             # A part may not show what the whole batch does, so the first one is run once more.
-            steps = [step for step, _ in map(self._run, parts)]
+            steps = [ran[0] for part in parts if (ran := self._run(part)) is not None]
+            if not steps:
+                return
             counts = [count_samples(part) for part in parts]
             outputs, forward = (
                 join_samples([getattr(step, of) for step in steps], counts) for of in ("outputs", "forward")
             )
-            finder.decide(Step(outputs, to_device(batch, self.model), forward, count, steps[0].device))
+            whole = Step(outputs, to_device(batch, self.model), forward, count, steps[0].device)
+            finder.decide(whole if len(steps) == len(parts) else steps[0])
         for part in parts:
-            step, attention = self._run(part)
+            if (ran := self._run(part)) is None:
+                continue
+            step, attention = ran
             if step.samples != count_samples(part):
                 raise DataError(
                     f"The batch was split into parts of {count_samples(part)} samples along its first axes, but the "
@@ -322,13 +333,16 @@ class ExplainabilityCapture:
                 )
             yield step, require_finite(read(step, attention))
 
-    def _run(self, batch: Any) -> tuple[Step, Attentions]:
+    def _run(self, batch: Any) -> tuple[Step, Attentions] | None:
+        """Run the model over a batch; None where it returned nothing, and ran nothing, of it."""
         self._recorder.clear()
         moved = to_device(batch, self.model)
         outputs = self._predict(moved)
         taken = self._recorder.take(outputs, moved)
         if self._recorder.is_waiting:
             return self._run(batch)
+        if taken is None and outputs is None:
+            return None
         if taken is None:
             raise DiscoveryError(
                 "No attention ran for this batch, though it did for an earlier one. If the model has to be called in "
