@@ -36,11 +36,11 @@ from lightning_xattn.trainer import (
     Monitor,
     Schedule,
     attention_axes,
+    join_namespaces,
     loaders_of,
     moment,
     monitors_of,
     processes_of,
-    require_lightning_that_takes_it,
     sample_weights,
     say_averages,
     say_other_weights,
@@ -74,6 +74,12 @@ class _Run:
     layers: dict[str, None] = field(default_factory=dict)
     """The names of those that were recorded."""
     table: TrainingTable | None = None
+
+
+def of_both_namespaces() -> type[AttentionExplainabilityCallback]:
+    """The callback; of ``lightning.pytorch`` too once that is imported."""
+    join_namespaces(AttentionExplainabilityCallback)
+    return AttentionExplainabilityCallback
 
 
 class AttentionExplainabilityCallback(Callback):
@@ -124,7 +130,9 @@ class AttentionExplainabilityCallback(Callback):
     max_samples
         So many samples of an evaluation are read, at most.
     curves
-        "main": log the curves that are acted on, about twenty; "all": also those of classes, heads and the rest.
+        "main": log the curves that are acted on: about twenty, and of up to ten classes the alignment and the entropies
+        of each. "all": also those of single heads, of the ten largest of more classes, and the rest. What is monitored
+        is logged in any case.
     every_n_epochs
         During ``fit``, record every so many of the epochs that are validated, from the first on.
         ``trainer.validate`` and ``trainer.test`` always record.
@@ -145,8 +153,6 @@ class AttentionExplainabilityCallback(Callback):
     ------
     SettingError
         If a setting has a value that is not allowed.
-    XAttnError
-        If ``lightning`` is imported in a version whose Trainer does not take this callback.
 
     Examples
     --------
@@ -180,8 +186,8 @@ class AttentionExplainabilityCallback(Callback):
         every_n_batches: int = 1,
         table: str | Path | None = None,
     ) -> None:
+        of_both_namespaces()
         super().__init__()
-        require_lightning_that_takes_it()
         labels = predictions, targets, sample_ids, groups, query_mask
         entrance = fusion, modalities, contribution_samples, max_samples
         self.settings = Settings(attention, class_names, group_by, *labels, *entrance, table)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from packaging.version import Version
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_xattn.attention import TokenAxis
 from lightning_xattn.curves import TOPICS
 from lightning_xattn.distributed import ALONE, Processes
-from lightning_xattn.errors import XAttnError, check_whole_number
+from lightning_xattn.errors import check_whole_number
 
 OUTPUT_FOLDER = "xattn_output"
 """Below the Trainer's root folder: figures and reports of a Trainer without a logger."""
@@ -281,15 +281,13 @@ def _validations_before(trainer: Trainer) -> int:
     return (trainer.current_epoch + 1) // (trainer.check_val_every_n_epoch or 1) - 1
 
 
-def require_lightning_that_takes_it() -> None:
-    """Refuse a ``lightning`` whose Trainer ends with "Expected a parent", before any code of ours could say why.
+def join_namespaces(kind: type[Callback]) -> None:
+    """Make a kind of callback one of ``lightning.pytorch`` too, where that is imported.
 
-    This callback is a child of ``pytorch_lightning.Callback``, which to ``lightning.pytorch`` is a stranger.
+    Its Trainer and its command line take children of its own ``Callback`` alone, which is another class with the same
+    hooks. Who imports ``pytorch_lightning`` alone is left with that.
     """
-    lightning = sys.modules.get("lightning")
-    if lightning is not None and "lightning.pytorch" in sys.modules and Version(lightning.__version__) < Version("2.6"):
-        raise XAttnError(
-            f"The Trainer of lightning {lightning.__version__} takes no callback that is made for pytorch_lightning; "
-            'expected lightning 2.6 or later. Update it: pip install "lightning>=2.6". Or import pytorch_lightning '
-            "instead."
-        )
+    other = getattr(sys.modules.get("lightning.pytorch.callbacks.callback"), "Callback", None)
+    if other is not None and not issubclass(kind, other):
+        with suppress(TypeError):  # where a child of it is one of the other already, before this one
+            kind.__bases__ = (*kind.__bases__, other)

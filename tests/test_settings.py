@@ -1,14 +1,11 @@
 """Settings and inputs that do not fit, and what their users are told."""
 
-import sys
-from types import ModuleType
-
 import pytest
 import torch
 from pytorch_lightning.callbacks import Callback
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, JointSequence
-from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnError
+from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError
 from tests.toy import NAMES, ToyModule, quiet_trainer, toy_loader, validate
 
 
@@ -122,16 +119,3 @@ def test_attention_that_never_runs_is_an_error():
         DiscoveryError, match="None of audio_to_text_attn, text_to_audio_attn ran, so .* name that module"
     ):
         validate(Idle(), AttentionExplainabilityCallback())
-
-
-def test_a_lightning_whose_trainer_would_not_take_it_is_told_which_does(monkeypatch):
-    older = ModuleType("lightning")
-    older.__version__ = "2.5.6"
-    monkeypatch.setitem(sys.modules, "lightning", older)
-    monkeypatch.delitem(sys.modules, "lightning.pytorch", raising=False)
-    AttentionExplainabilityCallback()  # what is not imported does not matter
-    monkeypatch.setitem(sys.modules, "lightning.pytorch", ModuleType("lightning.pytorch"))
-    with pytest.raises(XAttnError, match=r"2\.5\.6 takes no callback.*expected lightning 2\.6 or later.*pip install"):
-        AttentionExplainabilityCallback()
-    older.__version__ = "2.6.0"
-    AttentionExplainabilityCallback()
