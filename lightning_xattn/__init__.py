@@ -7,13 +7,26 @@ Examples in docstrings take ``torch``, ``pathlib.Path``, Lightning's ``Trainer``
 ``model`` is one of audio and text, ``batch`` has 5 samples for it, and ``loader`` 23.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from lightning_xattn import callback as _callback
 from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
-from lightning_xattn.callback import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder, JointSequence
 from lightning_xattn.errors import XAttnError, XAttnWarning
 from lightning_xattn.explainer import ExplainabilityCapture
 from lightning_xattn.guide.interpretation import interpret_sample
 from lightning_xattn.report import create_explainability_report
+
+if TYPE_CHECKING:
+    from lightning_xattn.callback import AttentionExplainabilityCallback
+else:
+
+    def __getattr__(name: str) -> Any:
+        # Asked for each time, as lightning.pytorch may be imported meanwhile, whose command line takes it by its name.
+        if name == "AttentionExplainabilityCallback":
+            return _callback.of_both_namespaces()
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Attention",

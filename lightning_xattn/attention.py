@@ -5,8 +5,10 @@ One axis order everywhere: ``(batch, heads, queries, keys)``. A *direction* is n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from math import inf
 from typing import Any
 
 import torch
@@ -307,7 +309,7 @@ class TokenAxis:
     Raises
     ------
     SettingError
-        Unless exactly one of ``spans`` and ``names`` is given.
+        Unless exactly one of ``spans`` and ``names`` is given, with something for each token.
 
     Examples
     --------
@@ -323,6 +325,17 @@ class TokenAxis:
     def __post_init__(self) -> None:
         if (self.spans is None) == (self.names is None):
             raise SettingError(f"TokenAxis '{self.title}' takes either spans or names, and not both.")
+        if not isinstance(self.title, str):
+            raise SettingError(f"TokenAxis needs a title, as in TokenAxis('EEG window (s)', ...); got {self.title!r}.")
+        if self.spans is not None and not _ascend(self.spans):
+            raise SettingError(
+                f"TokenAxis '{self.title}' needs (start, stop) of each token, start below stop and no token before its "
+                f"predecessor, as spans=[(0, 10), (5, 15)]; got {self.spans!r}."
+            )
+        if self.names is not None and not _are_names(self.names):
+            raise SettingError(
+                f"TokenAxis '{self.title}' needs a name for each token, as names=['left', 'right']; got {self.names!r}."
+            )
 
     def __repr__(self) -> str:
         places = [self.place(token) for token in range(len(self))]
@@ -341,6 +354,21 @@ class TokenAxis:
             return self.names[token]
         start, stop = self.spans[token]
         return f"{start:g} to {stop:g}"
+
+
+def _ascend(spans: Any) -> bool:
+    """Whether each is a pair of finite numbers, the first below the second, and none begins before its predecessor."""
+    try:
+        pairs = [(float(start), float(stop)) for start, stop in spans]
+    except (TypeError, ValueError):
+        return False
+    inside = all(-inf < start < stop < inf for start, stop in pairs)
+    return len(pairs) > 0 and inside and all(one <= other for (one, _), (other, _) in pairwise(pairs))
+
+
+def _are_names(names: Any) -> bool:
+    ordered = isinstance(names, Collection) and not isinstance(names, (str, Mapping, Set))
+    return ordered and len(names) > 0 and all(isinstance(name, str) and name for name in names)
 
 
 def fitting_axes(axes: Mapping[str, TokenAxis], counts: Mapping[str, int]) -> dict[str, TokenAxis]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.distributed import ALONE, Processes, own_places
@@ -34,14 +35,20 @@ from lightning_xattn.recording import StepRecorder
 from lightning_xattn.results import BatchResult, DatasetResult
 from lightning_xattn.summary import LayerSummary
 from lightning_xattn.trainer import (
+    Monitor,
     Schedule,
     attention_axes,
+    join_namespaces,
     loaders_of,
     moment,
+    monitors_of,
     processes_of,
-    require_lightning_that_takes_it,
+    sample_weights,
+    say_averages,
+    say_other_weights,
     scope_of,
     stage_of,
+    warn_of_monitors,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +71,13 @@ class _Run:
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     recorder: StepRecorder | None = None
     is_recording: bool = False
+    monitors: list[Monitor] = field(default_factory=list)
+    weights: list[Tensor] | None = None
+    """A sample of them in the first recorded batch of this evaluation."""
+    names: dict[str, None] = field(default_factory=dict)
+    """Those of the curves that were logged."""
+    layers: dict[str, None] = field(default_factory=dict)
+    """The names of those that were recorded."""
     table: TrainingTable | None = None
     trainer: Callable[[], Trainer | None] = lambda: None
     """The Trainer that runs; None: none does, or it is gone."""
@@ -71,6 +85,12 @@ class _Run:
     """Whether a batch was recorded to its end."""
     refusal: str = ""
     """Why nothing of this run is recorded; "" if something may be."""
+
+
+def of_both_namespaces() -> type[AttentionExplainabilityCallback]:
+    """The callback; of ``lightning.pytorch`` too once that is imported."""
+    join_namespaces(AttentionExplainabilityCallback)
+    return AttentionExplainabilityCallback
 
 
 class AttentionExplainabilityCallback(Callback):
@@ -121,7 +141,9 @@ class AttentionExplainabilityCallback(Callback):
     max_samples
         So many samples of an evaluation are read, at most.
     curves
-        "main": log the curves that are acted on, about twenty; "all": also those of classes, heads and the rest.
+        "main": log the curves that are acted on: about twenty, and of up to ten classes the alignment and the entropies
+        of each. "all": also those of single heads, of the ten largest of more classes, and the rest. What is monitored
+        is logged in any case.
     every_n_epochs
         During ``fit``, record every so many of the epochs that are validated, from the first on.
         ``trainer.validate`` and ``trainer.test`` always record.
@@ -142,8 +164,6 @@ class AttentionExplainabilityCallback(Callback):
     ------
     SettingError
         If a setting has a value that is not allowed.
-    XAttnError
-        If ``lightning`` is imported in a version whose Trainer does not take this callback.
 
     Examples
     --------
@@ -177,8 +197,8 @@ class AttentionExplainabilityCallback(Callback):
         every_n_batches: int = 1,
         table: str | Path | None = None,
     ) -> None:
+        of_both_namespaces()
         super().__init__()
-        require_lightning_that_takes_it()
         labels = predictions, targets, sample_ids, groups, query_mask
         entrance = fusion, modalities, contribution_samples, max_samples
         self.settings = Settings(attention, class_names, group_by, *labels, *entrance, table)
@@ -302,6 +322,9 @@ class AttentionExplainabilityCallback(Callback):
         """Find the attention before training starts, so that a wrong path fails at once."""
         with self._refusing("attention", "fusion"):
             self._run.recorder = self.settings.recorder(pl_module, self._run.processes)
+        self._run.monitors = monitors_of(trainer, self._scope(trainer)(0, ""))
+        warn(warn_of_monitors(self._run.monitors, self.schedule))
+        warn(say_averages(trainer, self))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to record, if this epoch is one to record."""
@@ -353,6 +376,8 @@ class AttentionExplainabilityCallback(Callback):
                 evaluation.leave_out(left_out, taken is None, places)
         if taken is not None:
             with self._refusing(*READ_SETTINGS):
+                if self._run.weights is None:
+                    self._run.weights = sample_weights(pl_module)
                 self._add(trainer, evaluation.read(*taken, recorder), batch_idx, dataloader_idx)
         recorder.clear()
 
@@ -395,6 +420,8 @@ class AttentionExplainabilityCallback(Callback):
         if self._run.is_recording and not trainer.sanity_checking:
             self._log_epoch(trainer, pl_module)
             self._hand_over(trainer)  # now, as an exception in a process that a Trainer has started calls no hook there
+        elif not trainer.sanity_checking:
+            self._log(trainer, pl_module, draws=False).log_absent()
         self._stop()
 
     # A test is recorded as a validation is.
@@ -411,7 +438,9 @@ class AttentionExplainabilityCallback(Callback):
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table; what is known of all samples is in ``summaries`` and ``fusion_summaries``."""
         if self._run.is_recording:
-            self._end_epoch(trainer, pl_module)
+            ended = self._end_epoch(trainer, pl_module)
+            if ended is not None:
+                self._warn_of_nothing(trainer, any(one.summaries or one.fusion for one in ended[0].values()))
         self._stop()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -439,7 +468,7 @@ class AttentionExplainabilityCallback(Callback):
             self._run.recorder.let_go()
         if self._run.table is not None:
             self._run.table.discard()
-        self._run.is_recording, self._run.table = False, None
+        self._run.is_recording, self._run.table, self._run.weights = False, None, None
         for evaluation in self._run.evaluations.values():
             evaluation.reset()
 
@@ -465,6 +494,10 @@ class AttentionExplainabilityCallback(Callback):
     def _sum_up(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], list[Path]]:
         if self._run.recorder is None:  # the same on all processes
             return {}, []
+        before, now = self._run.weights or (), sample_weights(pl_module)
+        if any(not one.equal(other) for one, other in zip(before, now, strict=False)):
+            for evaluation in self._run.evaluations.values():
+                evaluation.refused = say_other_weights(trainer, self)
         ended = dict(
             summarise(
                 self._run.evaluations, self._run.recorder, self._run.processes, self.schedule.tests_attention(trainer)
@@ -492,13 +525,26 @@ class AttentionExplainabilityCallback(Callback):
             )
             for number, one in ended.items()
         }
-        self.summaries.update(by_scope(results, self._scope(trainer)))
+        self._run.layers.update(dict.fromkeys(layer for one in results.values() for layer in one.summaries))
+        self.summaries.update(by_scope(results, self._scope(trainer), len(self._run.layers) > 1))
         return results, tables
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, draws: bool) -> EpochLog:
         names = self._scope(trainer)
+        run = self._run
         return EpochLog(
-            trainer, pl_module, names, self._findings.checks, self.settings.group_by, self.curves == "all", draws
+            trainer,
+            pl_module,
+            names,
+            self._findings.checks,
+            self.settings.group_by,
+            all_curves=self.curves == "all",
+            draws=draws,
+            exchanges=self.settings.contribution_samples > 0,
+            tests_attention=self.schedule.ever_tests_attention(trainer),
+            monitors=run.monitors,
+            names=run.names,
+            layers=run.layers,
         )
 
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -513,5 +559,9 @@ class AttentionExplainabilityCallback(Callback):
             warn([f"An evaluation ('{stage_of(trainer)}') could not be logged. {describe_error(error)}"])
             return
         self.history.extend(records)
-        if not records and not self._run.refusal:
-            warn(self._findings.checks.of_nothing(stage_of(trainer)))
+        self._warn_of_nothing(trainer, bool(records))
+
+    def _warn_of_nothing(self, trainer: Trainer, found: bool) -> None:
+        if not found and not self._run.refusal:
+            ever = any(one.classes is not None for one in self._run.evaluations.values())
+            warn(self._findings.checks.of_nothing(stage_of(trainer), ever))

@@ -62,9 +62,15 @@ class Checks:
         """New warnings of what could be labels and was not taken, see ``Labels.doubts``."""
         yield from (doubt for doubt in doubts.values() if self._is_new("", "", doubt, 0))
 
-    def of_nothing(self, stage: str) -> Iterator[str]:
-        """The warning that a recorded evaluation without any attention gives."""
-        if self._is_new("", "", "nothing", 0):
+    def of_nothing(self, stage: str, ever: bool) -> Iterator[str]:
+        """The warning that a recorded evaluation without any attention gives, after one with attention (``ever``)."""
+        if not ever and self._is_new("", "", "never", 0):
+            yield (
+                f"No recorded step of an evaluation ('{stage}') ran a module, so there is no curve: each returned "
+                "before it called the model, or called it in a function that torch.compile made, which hides it. If "
+                "other steps run the model, record more of them: every_n_batches=1."
+            )
+        if ever and self._is_new("", "", "nothing", 0):
             yield (
                 f"An evaluation ('{stage}') had no attention, though earlier steps had: the modules did not run, or "
                 "returned none. The evaluation has no curves."

@@ -26,15 +26,16 @@ def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
     Raises
     ------
     SettingError
-        If there is no name, or one is repeated, not a string, in ``RESERVED``, or reads like a head's.
+        If there is no name, or one is empty, repeated, not a string, in ``RESERVED``, or reads like a head's.
     """
     usable = isinstance(class_names, Sequence) and not isinstance(class_names, str) and len(class_names) > 0
     if not usable or any(
-        not isinstance(name, str) or name in RESERVED or re.fullmatch(r"head_\d+", name) for name in class_names
+        not isinstance(name, str) or not name.strip() or name in RESERVED or re.fullmatch(r"head_\d+", name)
+        for name in class_names
     ):
         raise SettingError(
-            f"class_names must be a sequence of strings, none of them {', '.join(RESERVED)} or like head_0, since each "
-            f"names a curve; got {class_names!r}."
+            f"class_names must be a sequence of strings, none of them empty, {', '.join(RESERVED)} or like head_0, "
+            f"since each names a curve; got {class_names!r}."
         )
     if len(set(class_names)) < len(class_names):
         raise SettingError(f"class_names must differ from each other; got {class_names!r}.")

@@ -6,9 +6,11 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from itertools import chain, combinations
+from typing import Any, Literal
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT
+from lightning_xattn.attention import Direction
 from lightning_xattn.columns import ALIGNMENT, CONFIDENCE, INVALID_ROWS, SCORES, STATISTICS, Column
 from lightning_xattn.fusion.summary import Estimate, FusionSummary
 from lightning_xattn.summary import LayerSummary
@@ -21,6 +23,18 @@ MAIN = re.compile(
     r"|outcome/\w+_auroc|health/undefined_share"
 )
 """``<topic>/<what>`` of the curves that are acted on: those that are logged unless all are asked for."""
+
+_OF_CLASS = re.compile(r"(alignment|entropy/[^/]+_to_[^/]+)/(?!(all|correct|incorrect|gap|null|head_\d+)$)(?P<name>.+)")
+"""The curves of a class that are logged as those of ``MAIN`` are, where there are few classes."""
+
+FEW_CLASSES = 10
+"""Of up to so many classes each has curves that are logged as those of ``MAIN`` are."""
+
+TOPICS = (
+    *("alignment", "entropy", "focus", "conflict", "lean", "reading", "contribution", "faithfulness", "outcome"),
+    "health",
+)
+"""Of all curves, ``xattn_<topic>/...``."""
 
 COMPARED = re.compile(
     r"(?!.*_(low|high)$)(accuracy|(alignment|conflict)/all|reading/[^/]+|contribution/share/[^/]+|outcome/\w+_auroc)"
@@ -41,8 +55,12 @@ CHARTS = {
         "contribution: share of each modality": r"xattn_contribution/{scope}/share/[^/]+$",
         "faithfulness of the attention": r"xattn_faithfulness/{scope}/[^/]+$",
     },
-    "Classes and heads (with curves='all')": {
+    "Do the classes differ?": {
         "alignment of each class": r"xattn_alignment/{scope}/(?!all$|correct$|incorrect$|gap$|null$)[^/]+$",
+        "entropy of each class": r"xattn_entropy/{scope}/[^/]+_to_[^/]+/"
+        r"(?!all$|correct$|incorrect$|gap$|head_\d+$)[^/]+$",
+    },
+    "Conflict of classes, and heads (with curves='all')": {
         "conflict of each class": r"xattn_conflict/{scope}/(?!all$|correct$|incorrect$|gap$)[^/]+$",
         "entropy of each head": r"xattn_entropy/{scope}/[^/]+/head_\d+$",
     },
@@ -61,12 +79,23 @@ def charts(stages: Iterable[str] = ("val", "test")) -> dict[str, dict[str, str]]
     }
 
 
+def main_names(names: Iterable[str]) -> set[str]:
+    """Of ``<topic>/<what>`` those that are logged unless all are: ``MAIN``, and those of up to ``FEW_CLASSES``."""
+    names = list(names)
+    of_class = {name: found["name"] for name in names if (found := _OF_CLASS.fullmatch(name))}
+    few = len(set(of_class.values())) <= FEW_CLASSES
+    return {name for name in names if MAIN.fullmatch(name) or (few and name in of_class)}
+
+
 def main_curves(curves: Mapping[str, float], scope: str) -> dict[str, float]:
-    """Those of a scope's curves that ``MAIN`` has."""
-    return {name: value for name, value in curves.items() if MAIN.fullmatch(_relative(name, scope))}
+    """Those of a scope's curves that `main_names` names."""
+    chosen = main_names(_relative(name, scope) for name in curves)
+    return {name: value for name, value in curves.items() if _relative(name, scope) in chosen}
 
 
-def mean_curves(of_layers: Sequence[Mapping[str, float]], scopes: Sequence[str], scope: str) -> dict[str, float]:
+def mean_curves(
+    of_layers: Sequence[Mapping[str, float]], scopes: Sequence[str], scope: str, layers: int
+) -> dict[str, float]:
     """Means over layers of what says how they attend: not of single heads, nor of what is no mean.
 
     Parameters
@@ -75,16 +104,19 @@ def mean_curves(of_layers: Sequence[Mapping[str, float]], scopes: Sequence[str],
         The curves of each layer, and its scope.
     scope
         Under which the means stand.
+    layers
+        How many there are: where one of them has not run, or has no such number, there is no mean of all.
     """
     values: dict[str, list[float]] = defaultdict(list)
     for curves, of_layer in zip(of_layers, scopes, strict=True):
         for name, value in curves.items():
             values[_relative(name, of_layer)].append(value)
-    return {
-        _full(name, scope): sum(found) / len(found)
+    means = {
+        _full(name, scope): sum(found) / len(found) if len(scopes) == layers else math.nan
         for name, found in values.items()
         if name.startswith(("alignment/", "entropy/", "focus/")) and "/head_" not in name and len(found) == len(scopes)
     }
+    return means
 
 
 def best_epoch(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -108,7 +140,9 @@ def best_epoch(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) -> dict[str, float]:
-    """Scalars of one layer's epoch, as ``xattn_<topic>/<scope>/<what>``; undefined numbers are left out.
+    """Scalars of one layer's epoch, as ``xattn_<topic>/<scope>/<what>``; NaN where undefined.
+
+    Which names there are depends on the layer and the classes alone, so that each is there in every epoch.
 
     Parameters
     ----------
@@ -119,8 +153,7 @@ def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) 
     class_names
         What the classes are called in curves.
     """
-    numbers = _numbers(summary, class_names)
-    return {_full(name, scope): value for name, value in numbers if math.isfinite(value)}
+    return {_full(name, scope): _or_nan(value) for name, value in _numbers(summary, class_names)}
 
 
 def epoch_record(summary: LayerSummary, scope: str, curves: Mapping[str, float]) -> dict[str, Any]:
@@ -138,18 +171,41 @@ def epoch_record(summary: LayerSummary, scope: str, curves: Mapping[str, float])
         record |= {f"outcome/{score}_{name}": value for name, value in (compared | ends).items()}
         for name, outcome in OUTCOMES.items():
             record |= _ends(f"{score}/{name}", *summary.interval(score, outcome=outcome))
-    return record | {_relative(name, scope): value for name, value in curves.items()}
+    return record | _defined(curves, scope)
 
 
 def fusion_curves(
-    summary: FusionSummary, scope: str, class_names: Sequence[str], has_attention: bool
+    summary: FusionSummary,
+    scope: str,
+    class_names: Sequence[str],
+    has_attention: bool,
+    exchanges: bool = True,
+    tested: Sequence[Direction] = (),
 ) -> dict[str, float]:
-    """Scalars of what the modalities say and contribute, named as in ``epoch_curves``, which has what both have."""
-    curves = {}
-    for name, value in _fusion_numbers(summary, class_names):
-        if math.isfinite(value) and not (has_attention and name == f"outcome/{CONFIDENCE}_auroc"):
-            curves[_full(name, scope)] = value
-    return curves
+    """Scalars of what the modalities say and contribute, NaN where undefined, named as in ``epoch_curves``.
+
+    Which names there are depends on the modalities, the classes and what is below, so that each is there in every
+    epoch.
+
+    Parameters
+    ----------
+    summary, scope, class_names
+        As in ``epoch_curves``.
+    has_attention
+        Whether ``epoch_curves`` has what both have.
+    exchanges
+        Whether contributions are measured at all.
+    tested
+        The directions whose faithfulness is tested, now or in another epoch.
+    """
+    numbers = _fusion_numbers(summary, class_names)
+    if exchanges:
+        numbers = chain(numbers, _contribution_numbers(summary, class_names, tested))
+    return {
+        _full(name, scope): _or_nan(value)
+        for name, value in numbers
+        if not (has_attention and name == f"outcome/{CONFIDENCE}_auroc")
+    }
 
 
 def fusion_record(summary: FusionSummary, scope: str, curves: Mapping[str, float]) -> dict[str, Any]:
@@ -160,11 +216,20 @@ def fusion_record(summary: FusionSummary, scope: str, curves: Mapping[str, float
     record |= {"largest_class": summary.largest_class} if math.isfinite(summary.largest_class) else {}
     for score in ("conflict", "confidence"):
         compared = summary.compare(score)
-        if _full(f"outcome/{score}_auroc", scope) in curves:
+        if math.isfinite(curves.get(_full(f"outcome/{score}_auroc", scope), math.nan)):
             record |= {f"outcome/{score}_auroc_low": compared.low, f"outcome/{score}_auroc_high": compared.high}
     for name, estimate in _fusion_intervals(summary):
         record |= _ends(name, estimate.low, estimate.high)
-    return record | {_relative(name, scope): value for name, value in curves.items()}
+    return record | _defined(curves, scope)
+
+
+def _defined(curves: Mapping[str, float], scope: str) -> dict[str, float]:
+    """For the history, which has what is undefined under no name."""
+    return {_relative(name, scope): value for name, value in curves.items() if math.isfinite(value)}
+
+
+def _or_nan(value: float) -> float:
+    return value if math.isfinite(value) else math.nan
 
 
 def _accuracy(correct: int, incorrect: int) -> dict[str, float]:
@@ -181,38 +246,58 @@ def _fusion_intervals(summary: FusionSummary) -> Iterator[tuple[str, Estimate]]:
             yield f"contribution/share/{name}", summary.share(name)
 
 
+def _subsets(class_names: Sequence[str]) -> dict[str, tuple[int | None, int | None]]:
+    """Class and outcome of the samples that have curves of their own."""
+    outcomes = {name: (None, outcome) for name, outcome in OUTCOMES.items()}
+    of_classes = {name: (class_id, None) for class_id, name in enumerate(class_names)}
+    return {"all": (None, None), **outcomes, **of_classes}
+
+
 def _fusion_numbers(summary: FusionSummary, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:
     for name in summary.modalities:
         yield f"reading/{name}", summary.estimate(f"right/{name}").mean
-    outcomes = {name: (None, outcome) for name, outcome in OUTCOMES.items()}
-    subsets: dict[str, tuple[int | None, int | None]] = {"all": (None, None), **outcomes}
-    subsets |= {name: (class_id, None) for class_id, name in enumerate(class_names)}
+    subsets = _subsets(class_names)
     for topic, number in (("conflict", "conflict"), ("lean", "leans_first")):
+        if topic == "lean" and len(summary.modalities) != 2:
+            continue
         means = {which: summary.estimate(number, *subset).mean for which, subset in subsets.items()}
         yield from ((f"{topic}/{which}", mean) for which, mean in means.items())
         yield f"{topic}/gap", means["correct"] - means["incorrect"]
     for score in ("conflict", "confidence"):
         yield f"outcome/{score}_auroc", summary.compare(score).auroc
-    if summary.uncontributed:
+
+
+def _contribution_numbers(
+    summary: FusionSummary, class_names: Sequence[str], tested: Sequence[Direction]
+) -> Iterator[tuple[str, float]]:
+    names, known = summary.modalities, not summary.uncontributed
+
+    def mean(number: str) -> float:
+        return summary.estimate(number).mean if number in summary.numbers else math.nan
+
+    pairs = [f"interaction/{a}_{b}" for a, b in combinations(names, 2)] if len(names) > 2 else ["interaction"]
+    for name in pairs:
+        yield f"contribution/{name}", mean(name)
+    # Where nothing was exchanged, predictions and classes tell that these are no values.
+    if summary.of_value or not (known or summary.n_classes or (summary.predicted >= 0).any()):
+        for name in names:
+            yield f"contribution/size/{name}", summary.size(name).mean if known else math.nan
         return
-    for name in summary.interactions:
-        yield f"contribution/{name}", summary.estimate(name).mean
-    if summary.of_value:
-        for name in summary.modalities:
-            yield f"contribution/size/{name}", summary.size(name).mean
-        return
-    for name in summary.modalities:
-        yield f"contribution/{name}", summary.estimate(f"phi/{name}").mean
-        shares = {which: summary.share(name, *subset).mean for which, subset in subsets.items()}
+    subsets = _subsets(class_names)
+    for name in names:
+        yield f"contribution/{name}", mean(f"phi/{name}")
+        shares = {which: summary.share(name, *subset).mean if known else math.nan for which, subset in subsets.items()}
         yield f"contribution/share/{name}", shares.pop("all")
-        yield from ((f"contribution/share/{name}/{which}", mean) for which, mean in shares.items())
+        yield from ((f"contribution/share/{name}/{which}", share) for which, share in shares.items())
         yield f"contribution/share/{name}/gap", shares["correct"] - shares["incorrect"]
-    yield "contribution/opposed", summary.estimate("opposed").mean
-    yield "contribution/emap_accuracy", summary.estimate("additive_right").mean
-    for direction in summary.replaced:
-        yield f"faithfulness/{direction}", summary.faithfulness(direction).mean
-        yield f"faithfulness/reference/{direction}", summary.faithfulness(direction, "reference").mean
-        yield f"faithfulness/cost/{direction}", summary.estimate(f"cost/{direction}").mean
+    yield "contribution/opposed", mean("opposed")
+    yield "contribution/emap_accuracy", mean("additive_right")
+    for direction in dict.fromkeys([*tested, *summary.replaced]):
+        orders: dict[str, Literal["gain", "reference"]] = {"": "gain", "reference/": "reference"}
+        for which, order in orders.items():
+            there = direction in summary.replaced
+            yield f"faithfulness/{which}{direction}", summary.faithfulness(direction, order).mean if there else math.nan
+        yield f"faithfulness/cost/{direction}", mean(f"cost/{direction}")
 
 
 def _numbers(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,7 @@ from lightning_xattn.report import create_explainability_report
 from lightning_xattn.results import DatasetResult
 from lightning_xattn.sinks import Sinks
 from lightning_xattn.summary import LayerSummary
-from lightning_xattn.trainer import logged_step, moment, root_folder, stage_of
+from lightning_xattn.trainer import Monitor, logged_step, moment, root_folder, say_unknown, stage_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,6 +62,16 @@ class EpochLog:
         Whether all curves are logged, and not those alone that are acted on.
     draws
         Whether there are figures, texts and distributions.
+    exchanges
+        Whether contributions are measured at all.
+    tests_attention
+        Whether the faithfulness of the attention is tested, now or in another epoch.
+    monitors
+        What acts on curves.
+    names
+        Those that this run of the Trainer has logged so far: each is logged in every recorded evaluation.
+    layers
+        The names of those that this run has recorded so far, in this evaluation or before.
     """
 
     trainer: Trainer
@@ -70,6 +81,11 @@ class EpochLog:
     group_by: str
     all_curves: bool
     draws: bool
+    exchanges: bool
+    tests_attention: bool
+    monitors: Sequence[Monitor]
+    names: dict[str, None]
+    layers: Mapping[str, None]
 
     def log(
         self,
@@ -97,9 +113,9 @@ class EpochLog:
         list of dict
             A record of each layer that is shown, for the history.
         """
-        several = _have_several_layers(ended)
-        records: list[dict[str, Any]] = []
-        sinks = self._sinks()
+        several = len(self.layers) > 1
+        found: dict[int, tuple[DatasetResult, list[dict[str, Any]]]] = {}
+        curves, others = dict[str, float](), dict[str, float]()
         for number, whole in ended.items():
             if self.trainer.is_global_zero:
                 for layer, summary in whole.summaries.items():
@@ -107,17 +123,30 @@ class EpochLog:
             if evaluations[number].shown_classes is None:  # the same ones in every epoch
                 evaluations[number].shown_classes = whole.largest_classes(SHOWN_CLASSES)
             shown = few_classes(whole, evaluations[number].shown_classes)
-            new = self._log_curves(number, shown, whole, several, evaluations[number].repeats)
-            records += new
+            by_scope, new = self._collect(number, shown, whole, several, evaluations[number].repeats)
+            found[number] = shown, new
+            for scope, of_scope in by_scope:
+                curves |= of_scope if self.all_curves else main_curves(of_scope, scope)
+                others |= of_scope
+        self._log(curves, others)
+        records = [record for _, new in found.values() for record in new]
+        sinks = self._sinks()
+        for number, (shown, new) in found.items():
             if sinks is not None and new:
                 past = [one for one in history if one["dataloader"] == number and one["layer"] == new[0]["layer"]]
-                self._log_rest(sinks, number, whole, shown, several, [*past, new[0]])
+                self._log_rest(sinks, number, ended[number], shown, several, [*past, new[0]])
         if sinks is not None:
             name = f"xattn_about/{self.scope(0, '')}/samples"
             step = logged_step(self.trainer)
             for path in tables:
                 sinks.log("tables", partial(Path, path), lambda sink, made: sink.log_table(name, made, step))
         return records
+
+    def log_absent(self) -> None:
+        """After a validation that is not recorded, log what is monitored and has no value yet, as NaN."""
+        absent = {one.curve: math.nan for one in self.monitors if one.curve not in self.trainer.callback_metrics}
+        if absent and not self.trainer.barebones:
+            self.module.log_dict(absent, on_step=False, on_epoch=True, batch_size=1)
 
     def log_best(self, history: Sequence[Mapping[str, Any]]) -> None:
         """At the end of a fit, log what its run is compared by with others; of the first dataloader and layer."""
@@ -136,40 +165,50 @@ class EpochLog:
         tell(self.checks.of_folders(sinks.folders))
         return sinks if sinks else None
 
-    def _log_curves(
+    def _collect(
         self, number: int, result: DatasetResult, whole: DatasetResult, several: bool, repeats: int
-    ) -> list[dict[str, Any]]:
-        """Log the curves of a dataloader; the records of its layers, whose comparisons are over all classes."""
+    ) -> tuple[list[tuple[str, dict[str, float]]], list[dict[str, Any]]]:
+        """By scope the curves of a dataloader; the records of its layers, whose comparisons are over all classes."""
         scope, classes = self.scope(number, ""), name_in_curves(result.class_names, self.group_by)
         about = moment(self.trainer) | {"dataloader": number}
+        by_scope: list[tuple[str, dict[str, float]]] = []
         of_fusion: dict[str, Any] = {}
         if result.fusion is not None:
-            curves = fusion_curves(result.fusion, scope, classes, has_attention=bool(result.summaries))
-            self._log(curves, scope)
+            first = next(iter(result.summaries.values()), None)
+            tested = tuple(first.heads) if first is not None and self.tests_attention else ()
+            curves = fusion_curves(result.fusion, scope, classes, bool(result.summaries), self.exchanges, tested)
+            by_scope.append((scope, curves))
             tell(self.checks.of_fusion(result.fusion))
             assert whole.fusion is not None
             of_fusion = fusion_record(whole.fusion, scope, curves)
         if not result.summaries:
-            return [about | {"layer": None} | of_fusion] if of_fusion else []
+            return by_scope, [about | {"layer": None} | of_fusion] if of_fusion else []
         records, of_layers, scopes = [], [], []
         shown = few_layers(list(result.summaries))
         for layer, summary in result.summaries.items():
             scopes.append(self.scope(number, layer if several else ""))
             of_layers.append(epoch_curves(summary, scopes[-1], classes))
             if layer in shown:
-                self._log(of_layers[-1], scopes[-1])
+                by_scope.append((scopes[-1], of_layers[-1]))
                 record = epoch_record(whole.summaries[layer], scopes[-1], of_layers[-1])
                 counts = {"repeats": repeats, "other_lengths": whole.other_lengths.get(layer, 0)}
                 records.append(about | {"layer": layer} | counts | of_fusion | record)
                 of_fusion = {}
         if several:
-            self._log(mean_curves(of_layers, scopes, scope), scope)
-        return records
+            by_scope.append((scope, mean_curves(of_layers, scopes, scope, len(self.layers))))
+        return by_scope, records
 
-    def _log(self, curves: Mapping[str, float], scope: str) -> None:
-        curves = curves if self.all_curves else main_curves(curves, scope)
+    def _log(self, curves: Mapping[str, float], others: Mapping[str, float]) -> None:
+        """Log curves, of all others those that are monitored, and as NaN what has no value in this evaluation."""
+        monitored = {one.curve: others[one.curve] for one in self.monitors if one.curve in others}
+        present = {**curves, **monitored}
+        unknown = [one for one in self.monitors if one.curve not in present and one.curve not in self.names]
+        warn(say_unknown(unknown, present))  # once, as they have a name from then on
+        absent = [name for name in (*self.names, *(one.curve for one in unknown)) if name not in present]
+        present |= dict.fromkeys(absent, math.nan)
+        self.names.update(dict.fromkeys(present))
         if not self.trainer.barebones:  # where Lightning logs nothing, and warns of it
-            self.module.log_dict(dict(curves), on_step=False, on_epoch=True, batch_size=1)
+            self.module.log_dict(present, on_step=False, on_epoch=True, batch_size=1)
 
     def _log_rest(
         self,
@@ -217,15 +256,12 @@ class EpochLog:
             )
 
 
-def by_scope(results: Mapping[int, DatasetResult], scope: Callable[[int, str], str]) -> dict[str, LayerSummary]:
+def by_scope(
+    results: Mapping[int, DatasetResult], scope: Callable[[int, str], str], several: bool
+) -> dict[str, LayerSummary]:
     """The summary of every layer of every dataloader, by its scope; an only layer's name goes without saying."""
-    several = _have_several_layers(results)
     return {
         scope(number, layer if several else ""): summary
         for number, result in results.items()
         for layer, summary in result.summaries.items()
     }
-
-
-def _have_several_layers(results: Mapping[int, DatasetResult]) -> bool:
-    return len({layer for result in results.values() for layer in result.summaries}) > 1

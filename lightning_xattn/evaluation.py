@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,26 @@ class Settings:
             object.__setattr__(self, "class_names", check_class_names(self.class_names))
         if self.group_by not in GROUPINGS:
             raise SettingError(f"group_by must be one of {', '.join(GROUPINGS)}; got {self.group_by!r}.")
+        if self.table is not None and not (isinstance(self.table, (str, PathLike)) and str(self.table).strip()):
+            raise SettingError(
+                f"table must be a folder's path, as in table='samples', or None for no table; got {self.table!r}."
+            )
         if self.table is not None and find_spec("pyarrow") is None:
             raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
         check_fusion(self.fusion, self.modalities)
         check_whole_number("contribution_samples", self.contribution_samples, 0)
         check_whole_number("max_samples", self.max_samples)
+        if self.contribution_samples == 1:
+            raise SettingError(
+                "contribution_samples must be 0 (no contributions) or at least 2, as modalities are exchanged between "
+                "samples; got 1."
+            )
+        if self.max_samples < self.contribution_samples:
+            fewer = self.max_samples if self.max_samples > 1 else 0
+            raise SettingError(
+                f"max_samples must be at least contribution_samples, {self.contribution_samples}, which are taken from "
+                f"them; got {self.max_samples}. Take fewer: contribution_samples={fewer}."
+            )
         object.__setattr__(self, "table", None if self.table is None else str(self.table))
         self.finder()  # it checks those of the labels
 
@@ -131,6 +147,7 @@ class Part:
     fusion: FusionPart | None
     repeats: int
     other_lengths: Mapping[str, int]
+    refused: str
     has_several: bool
     """Whether targets turned out to be no classes."""
     maps: Columns | None
@@ -181,6 +198,8 @@ class Evaluation:
         By layer, samples that were left out because their joint sequence does not fit its spans.
     seen : int
         Samples of this process so far, with those that were left out.
+    refused : str
+        Why nothing is replayed at the end of this evaluation, as the end of a sentence; "" where it may be.
     shown_classes : tuple of int or None
         Of very many classes, those that are shown one by one; decided when an evaluation is shown first.
     collected : Collected
@@ -209,7 +228,7 @@ class Evaluation:
 
     def reset(self) -> None:
         """Begin anew, with what was decided in the first batch."""
-        self.repeats, self.other_lengths = 0, Counter[str]()
+        self.repeats, self.refused, self.other_lengths = 0, "", Counter[str]()
         self._accumulators: dict[str, LayerAccumulator] = {}
         self.collected = Collected(self._settings.max_samples, self._settings.contribution_samples)
         self.maps = SampleMaps()
@@ -223,9 +242,11 @@ class Evaluation:
         self._first_layer = recorder.layers[0].name if recorder.layers else ""
         if self.classes is None and self._first is not None:
             self.classes = self._first.classes
-        if self.classes is None:
+        if self.classes is None:  # where nothing ran for the first one, this is first
             names, group_by = self._settings.class_names or own_class_names(self._module), self._settings.group_by
             self.classes = name_classes(batch.labels, names, group_by, step)
+            if self._first is not None:
+                self._first.classes = self.classes
             if self._expects_targets:
                 warn(missing_labels(batch.labels, self.classes, group_by, step))
         return batch
@@ -357,8 +378,8 @@ class Evaluation:
         fusion = self.collected.part()
         if fusion is not None and self._processes is not ALONE:
             fusion = fusion.cpu()  # to be sent
-        lengths = dict(self.other_lengths)
-        return Part(self.classes, sums, fusion, self.repeats, lengths, self.finder.has_several, self.maps.part())
+        known = self.repeats, dict(self.other_lengths), self.refused, self.finder.has_several
+        return Part(self.classes, sums, fusion, *known, self.maps.part())
 
     def drop_targets(self) -> None:
         """Have no classes and outcomes, as the targets are several labels at once, which are no classes."""
@@ -406,15 +427,17 @@ class Evaluation:
             sizes = self._settings.max_samples, self._settings.contribution_samples
             part = merge_parts(collected, sizes)
             part = part.without_labels() if several else part
-            fusion = self._summarise_fusion(recorder.fusion, part, tests_attention, partners)
+            refused = next((one.refused for one in parts if one.refused), "")
+            fusion = self._summarise_fusion(recorder.fusion, part, tests_attention, partners, refused)
         maps = merge_maps([part.maps for part in parts if part.maps is not None])
         return EvaluationSummary(summaries, fusion, maps)
 
     def _summarise_fusion(
-        self, recorder: FusionRecorder, part: FusionPart, tests_attention: bool, partners: int | None
+        self, recorder: FusionRecorder, part: FusionPart, tests_attention: bool, partners: int | None, refused: str
     ) -> FusionSummary:
         size = self._settings.contribution_samples
-        found = contributions(part, recorder, size, partners) if size else "contribution_samples is 0"
+        refused = refused if size else "contribution_samples is 0"
+        found = refused or contributions(part, recorder, size, partners)
         # Where the intact samples do not come back there is nothing to compare with.
         tests_attention &= isinstance(found, Contributions)
         replaced = replaced_keys(part, recorder, size) if tests_attention else {}

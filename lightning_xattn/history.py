@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_xattn.curves import MAIN
+from lightning_xattn.curves import main_names
 
 _ENDS = re.compile("_(low|high)$")
 
@@ -27,7 +27,9 @@ def pack_history(records: Sequence[Mapping[str, Any]], keeps_all: bool) -> dict[
         Whether everything is kept, and not the curves that are acted on alone, with their intervals. The curves of many
         layers, classes and heads are most of it.
     """
-    names = dict.fromkeys(name for one in records for name in one if keeps_all or _is_kept(name))
+    names = list(dict.fromkeys(name for one in records for name in one))
+    kept = main_names(_ENDS.sub("", name) for name in names if "/" in name)
+    names = [name for name in names if keeps_all or "/" not in name or _ENDS.sub("", name) in kept]
     columns: dict[str, list[str]] = {"whole": [], "single": [], "other": []}
     for name in names:
         values = [one[name] for one in records if name in one]
@@ -57,7 +59,3 @@ def unpack_history(packed: Mapping[str, Any]) -> list[dict[str, Any]]:
             if value != _ABSENT:
                 record[name] = value
     return records
-
-
-def _is_kept(name: str) -> bool:
-    return "/" not in name or bool(MAIN.fullmatch(_ENDS.sub("", name)))

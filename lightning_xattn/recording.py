@@ -113,7 +113,7 @@ class StepRecorder:
         return self._attention.left_out
 
     def take(self, outputs: Any, batch: Any) -> tuple[Step, Attentions] | None:
-        """What the step gave and the attention in it; None if there is neither attention nor a fusion.
+        """What the step gave and the attention in it; None if there is neither attention nor a fusion, or nothing ran.
 
         Raises
         ------
@@ -172,6 +172,8 @@ class StepRecorder:
         try:
             return self._attention.attention
         except DiscoveryError:
+            if self._attention.ran_nothing:
+                return ()
             if not self._may_lack_attention:
                 raise
             self._lacks_attention = True

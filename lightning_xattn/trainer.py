@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from packaging.version import Version
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lightning_xattn.attention import TokenAxis
+from lightning_xattn.curves import TOPICS
 from lightning_xattn.distributed import ALONE, Processes
-from lightning_xattn.errors import XAttnError, check_whole_number
+from lightning_xattn.errors import check_whole_number
+
+OUTPUT_FOLDER = "xattn_output"
+"""Below the Trainer's root folder: figures and reports of a Trainer without a logger."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,10 @@ class Schedule:
         """Whether a recorded evaluation ends with a test of its attention."""
         return self._is_due(trainer, self.faithfulness_every_n_epochs)
 
+    def ever_tests_attention(self, trainer: Trainer) -> bool:
+        """Whether an evaluation of this run ends with a test of its attention."""
+        return not _is_fitting(trainer) or self.faithfulness_every_n_epochs > 0
+
     def _is_due(self, trainer: Trainer, every: int) -> bool:
         recorded_before = _validations_before(trainer) // self.every_n_epochs
         return every > 0 and (not _is_fitting(trainer) or recorded_before % every == 0)
@@ -117,9 +129,141 @@ def processes_of(trainer: Trainer) -> Processes:
     return Processes(dealt["rank"], dealt["num_replicas"], peers, run_alone)
 
 
+@dataclass(frozen=True)
+class Monitor:
+    """What acts on a curve of ours while a model is fitted."""
+
+    who: str
+    """The name of its class."""
+    curve: str
+    passes_over_nan: bool
+    """Whether it takes NaN for a number that nothing is worse than, and no more: neither stops nor counts."""
+    paste: str = ""
+    """How to make it so that it does not stop at NaN; "" where it does not stop."""
+
+
+def monitors_of(trainer: Trainer, scope: str) -> list[Monitor]:
+    """What monitors curves of a callback's scope, see `scope_of`: callbacks and schedulers of the learning rate.
+
+    Parameters
+    ----------
+    trainer
+        When a fit starts.
+    scope
+        Of the callback's first dataloader and all layers, as ``val`` or ``val/callback_1``.
+    """
+    ours = re.compile(rf"xattn_({'|'.join(TOPICS)})/{scope}/(?!callback_\d+/|.*dataloader_idx_\d).+")
+    found = []
+    everyone = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
+    for one in everyone:
+        curve = getattr(one, "monitor", None)
+        if isinstance(curve, str) and ours.fullmatch(curve):
+            # By what they have, as Lightning has two namespaces.
+            stops = hasattr(one, "wait_count") or hasattr(one, "patience")
+            paste = _early_stopping(one, curve) if stops and getattr(one, "check_finite", False) else ""
+            found.append(Monitor(type(one).__name__, curve, not stops, paste))
+    for scheduler in trainer.lr_scheduler_configs:
+        if scheduler.reduce_on_plateau and ours.fullmatch(str(scheduler.monitor)):
+            found.append(Monitor(type(scheduler.scheduler).__name__, str(scheduler.monitor), False))
+    return found
+
+
+def _early_stopping(stopping: Any, curve: str) -> str:
+    """The line that makes the same, but for that it does not stop at NaN."""
+    settings = {name: getattr(stopping, name) for name in ("mode", "patience") if hasattr(stopping, name)}
+    settings |= {"min_delta": abs(stopping.min_delta)} if getattr(stopping, "min_delta", 0) else {}
+    given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    return f"{type(stopping).__name__}({curve!r}, {given}, check_finite=False)"
+
+
+def warn_of_monitors(monitors: Iterable[Monitor], schedule: Schedule) -> Iterator[str]:
+    """What users should know of what they monitor, each with the line that mends it."""
+    for one in monitors:
+        begins = f"{one.who} monitors '{one.curve}'"
+        counts = "" if one.passes_over_nan else ", and counts it as no improvement"
+        if one.paste:
+            yield (
+                f"{begins} and ends the fit at the first epoch in which it is NaN, as an undefined number is. So that "
+                f"it goes on: {one.paste}."
+            )
+        if schedule.every_n_epochs > 1:
+            yield (
+                f"{begins}, which is recorded in one of {schedule.every_n_epochs} validated epochs, from the first on. "
+                f"In those between Lightning keeps the last value, so {one.who} judges other weights by it{counts}. "
+                "Record each: AttentionExplainabilityCallback(every_n_epochs=1)."
+            )
+        every = schedule.faithfulness_every_n_epochs
+        if one.curve.startswith("xattn_faithfulness/") and every != 1:
+            when = f"in one of {every} recorded epochs, from the first on" if every else "in none"
+            yield (
+                f"{begins}, which is measured {when}, and else NaN, which {one.who} takes for the worst value{counts}. "
+                "Measure it in each: AttentionExplainabilityCallback(faithfulness_every_n_epochs=1)."
+            )
+
+
+def say_unknown(unknown: Iterable[Monitor], present: Iterable[str]) -> Iterator[str]:
+    """What is monitored and is no curve of an evaluation that has these."""
+    present = list(present)
+    for one in unknown:
+        topic, _, _ = one.curve.partition("/")
+        alike = [name for name in present if name.startswith(f"{topic}/")] or present
+        yield (
+            f"{one.who} monitors '{one.curve}', of which this evaluation has no value, so it is logged as NaN. Curves "
+            f"of this evaluation: {', '.join(alike[:12]) or 'none'}."
+        )
+
+
+def callbacks_before(trainer: Trainer, callback: Callback, hook: str) -> list[str]:
+    """The names of the callbacks that run before this one and do something at a hook."""
+    everyone = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
+    before = everyone[: everyone.index(callback)] if callback in everyone else []
+    return [type(one).__name__ for one in before if getattr(type(one), hook).__qualname__ != f"Callback.{hook}"]
+
+
+def say_averages(trainer: Trainer, callback: Callback) -> Iterator[str]:
+    """The warning that weights are averaged by callbacks that come before this one."""
+    everyone = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
+    for one in everyone[: everyone.index(callback)]:
+        # By name, as Lightning has two namespaces.
+        if any(kind.__name__ == "WeightAveraging" for kind in type(one).__mro__):
+            name = type(one).__name__
+            yield (
+                f"{name} comes before AttentionExplainabilityCallback, so it puts the current weights back before the "
+                "end of the epoch, where modalities are exchanged, and there are no contributions. Let it come after: "
+                f"callbacks=[AttentionExplainabilityCallback(...), {name}(...)]."
+            )
+
+
+WEIGHTS, MOST_VALUES = 8, 2**20
+"""So many parameters of at most so many values show whether others were put in their places."""
+
+
+def sample_weights(module: LightningModule) -> list[Tensor]:
+    """Sums of some of the parameters that are trained, on their devices."""
+    trained = [
+        one
+        for one in module.parameters()
+        if one.requires_grad and not hasattr(one, "to_local") and one.numel() <= MOST_VALUES
+    ]
+    chosen = dict.fromkeys(round(i * (len(trained) - 1) / (WEIGHTS - 1)) for i in range(WEIGHTS)) if trained else ()
+    with torch.no_grad():
+        return [trained[i].abs().sum() for i in chosen]
+
+
+def say_other_weights(trainer: Trainer, callback: Callback) -> str:
+    """Why nothing is replayed at the end of an evaluation whose batches had other weights, as the end of a sentence."""
+    before = callbacks_before(trainer, callback, f"on_{'test' if trainer.testing else 'validation'}_epoch_end")
+    order = ", ".join(["AttentionExplainabilityCallback(...)", *(f"{name}(...)" for name in before)])
+    return (
+        "the model has other weights at the end of the evaluation than in its batches, so a callback that averages "
+        "weights has put the others back" + (f". Let those come later: callbacks=[{order}]" if before else "")
+    )
+
+
 def root_folder(trainer: Trainer) -> Path:
-    """Where files go that belong to no logger."""
-    return Path(trainer.default_root_dir) / "lightning_xattn"
+    """Where files go that belong to no logger; not the package's name, as the root may be its repository."""
+    root = str(trainer.default_root_dir)
+    return Path("." if "://" in root else root) / OUTPUT_FOLDER  # a bucket is no folder here
 
 
 def attention_axes(trainer: Trainer, module: LightningModule) -> dict[str, TokenAxis]:
@@ -137,15 +281,13 @@ def _validations_before(trainer: Trainer) -> int:
     return (trainer.current_epoch + 1) // (trainer.check_val_every_n_epoch or 1) - 1
 
 
-def require_lightning_that_takes_it() -> None:
-    """Refuse a ``lightning`` whose Trainer ends with "Expected a parent", before any code of ours could say why.
+def join_namespaces(kind: type[Callback]) -> None:
+    """Make a kind of callback one of ``lightning.pytorch`` too, where that is imported.
 
-    This callback is a child of ``pytorch_lightning.Callback``, which to ``lightning.pytorch`` is a stranger.
+    Its Trainer and its command line take children of its own ``Callback`` alone, which is another class with the same
+    hooks. Who imports ``pytorch_lightning`` alone is left with that.
     """
-    lightning = sys.modules.get("lightning")
-    if lightning is not None and "lightning.pytorch" in sys.modules and Version(lightning.__version__) < Version("2.6"):
-        raise XAttnError(
-            f"The Trainer of lightning {lightning.__version__} takes no callback that is made for pytorch_lightning; "
-            'expected lightning 2.6 or later. Update it: pip install "lightning>=2.6". Or import pytorch_lightning '
-            "instead."
-        )
+    other = getattr(sys.modules.get("lightning.pytorch.callbacks.callback"), "Callback", None)
+    if other is not None and not issubclass(kind, other):
+        with suppress(TypeError):  # where a child of it is one of the other already, before this one
+            kind.__bases__ = (*kind.__bases__, other)

@@ -96,7 +96,7 @@ def validate(scenario, ranks, settings, folder):
 def fit(settings, folder):
     torch.manual_seed(0)
     best = ModelCheckpoint(folder / "checkpoints", monitor="xattn_alignment/val/all", mode="max")
-    callbacks = [watch(), best, EarlyStopping("xattn_alignment/val/all", patience=9, mode="max")]
+    callbacks = [watch(), best, EarlyStopping("xattn_alignment/val/all", patience=9, mode="max", check_finite=False)]
     trainer = quiet_trainer(callbacks=callbacks, max_epochs=2, enable_checkpointing=True, **settings)
     data = make_data("odd", 2)
     trainer.fit(Identified(), DataLoader(data, batch_size=4), DataLoader(data, batch_size=4))

@@ -1,5 +1,6 @@
 """Attention with its masks: cut, joined, marked, paired, and refused where parts do not fit."""
 
+import math
 import re
 
 import pytest
@@ -184,3 +185,12 @@ def test_an_axis_says_where_a_token_lies():
     for both in ({}, {"spans": [(0, 1)], "names": ["a"]}):
         with pytest.raises(SettingError, match=tells("'time'", "either spans or names")):
             TokenAxis("time", **both)
+    late, backwards = [(5, 8), (0, 3)], [(3, 0)]
+    for wrong in ([], 3, "ab", [(0, 1, 2)], [(0, math.nan)], [(0, math.inf)], late, backwards, [("a", "b")]):
+        with pytest.raises(SettingError, match=tells("'time'", "(start, stop) of each token", repr(wrong))):
+            TokenAxis("time", spans=wrong)
+    for wrong in ([], 3, "ab", ["a", ""], ["a", 3], {"a", "b"}):
+        with pytest.raises(SettingError, match=tells("'region'", "a name for each token", repr(wrong))):
+            TokenAxis("region", names=wrong)
+    with pytest.raises(SettingError, match=tells("needs a title", "got 3")):
+        TokenAxis(3, names=["a"])

@@ -1,7 +1,5 @@
 """Real Trainers: what is logged, what stays untouched, and what a wrong setting is told."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -298,7 +296,6 @@ def test_one_key_attention_is_said_to_say_nothing():
         logged = validate(Pooled(), AttentionExplainabilityCallback())
     assert len([w for w in caught if w.category is XAttnWarning]) == 1
     assert logged["xattn_health/val/undefined_share"] == 1
-    assert not any(math.isnan(value) for value in logged.values())
     assert not any(name.startswith(("xattn_alignment", "xattn_entropy", "xattn_outcome")) for name in logged)
 
 

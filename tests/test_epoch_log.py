@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn import epoch_log as epoch_log_module
 from lightning_xattn.columns import ALIGNMENT
-from lightning_xattn.curves import best_epoch
+from lightning_xattn.curves import best_epoch, mean_curves
 from lightning_xattn.errors import XAttnWarning
 from lightning_xattn.figures import dataset_figures, overview_figure
 from lightning_xattn.fusion.samples import most_conflicting, of_sample
@@ -89,6 +89,20 @@ def test_of_many_classes_the_ten_largest_and_the_rest_are_shown():
     means = [summary.mean(ALIGNMENT, i) for i in rest]
     expected = sum(n * mean for n, mean in zip(counts, means, strict=True)) / sum(counts)
     assert logged[f"xattn_alignment/val/{REST}"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_of_more_than_ten_classes_none_has_a_curve_by_default():
+    trainer = quiet_trainer(callbacks=[AttentionExplainabilityCallback()])
+    trainer.validate(ManyClasses(), many_classes(), verbose=False)
+    shown = {name for name in trainer.callback_metrics if "class_" in name or REST in name}
+    assert shown == set()
+    assert "xattn_alignment/val/all" in trainer.callback_metrics
+
+
+def test_a_mean_of_all_layers_needs_all_layers():
+    of_layers = [{"xattn_alignment/val/a/all": 0.25}, {"xattn_alignment/val/b/all": 0.75}]
+    assert mean_curves(of_layers, ["val/a", "val/b"], "val", 2) == {"xattn_alignment/val/all": 0.5}
+    assert math.isnan(mean_curves(of_layers, ["val/a", "val/b"], "val", 3)["xattn_alignment/val/all"])
 
 
 @pytest.mark.parametrize("grouped", [True, False])
@@ -264,6 +278,6 @@ def test_the_epochs_report_names_every_class(tmp_path):
     torch.manual_seed(0)
     watch = AttentionExplainabilityCallback()
     validate(ManyClasses(), watch, many_classes(), logger=False, default_root_dir=tmp_path)
-    (report,) = (tmp_path / "lightning_xattn").rglob("*.md")
+    (report,) = (tmp_path / "xattn_output").rglob("*.md")
     assert all(f"class\\_{i} " in report.read_text() for i in range(MANY))
     assert REST not in report.read_text().split()

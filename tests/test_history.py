@@ -38,8 +38,13 @@ def test_whole_numbers_that_every_record_has_stay_whole_and_others_take_four_byt
 
 
 def test_curves_that_are_not_logged_are_left_out():
-    first = unpack_history(pack_history(RECORDS, keeps_all=False))[0]
-    assert first == {name: value for name, value in RECORDS[0].items() if name != "alignment/x"}
+    """Those of heads, and those of more than ten classes."""
+    of_heads = RECORDS[0] | {"entropy/a_to_b/head_0": 0.5, "entropy/a_to_b/x": 0.25}
+    of_few = of_heads | {f"alignment/{i}": 0.5 for i in range(9)}
+    of_many = of_few | {"entropy/a_to_b/y": 0.5}
+    few, many = (unpack_history(pack_history([one], keeps_all=False))[0] for one in (of_few, of_many))
+    assert few == {name: value for name, value in of_few.items() if name != "entropy/a_to_b/head_0"}
+    assert many == {name: value for name, value in RECORDS[0].items() if name != "alignment/x"}
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from benchmarks.mutants import DURATIONS, pytest_collection_modifyitems
+from tests.conftest import require_recordings
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML by itself.")
 
@@ -78,6 +79,18 @@ def test_the_mutation_run_names_files_that_are_there():
     for file, _, test in tests:
         assert (ROOT / file).exists(), file
         assert not test or f"def {test}(" in (ROOT / file).read_text()
+
+
+@pytest.mark.parametrize("variable", ["CI", "XATTN_CI"])
+def test_what_is_not_in_the_repository_is_needed_in_its_own_ci_alone(variable, tmp_path, monkeypatch):
+    """Any public CI sets CI, and has no folder of recordings beside the clone."""
+    monkeypatch.delenv("XATTN_CI", raising=False)
+    monkeypatch.setenv(variable, "true")
+    ends = pytest.skip.Exception if variable == "CI" else pytest.fail.Exception
+    with pytest.raises(ends, match="recordings at"):
+        require_recordings(tmp_path / "absent")
+    assert require_recordings(tmp_path) == tmp_path
+    assert "export CI=true XATTN_CI=true" in (ROOT / ".ci/run").read_text()
 
 
 def test_mutants_meet_the_fastest_tests_first(monkeypatch, tmp_path):

@@ -1,14 +1,11 @@
 """Settings and inputs that do not fit, and what their users are told."""
 
-import sys
-from types import ModuleType
-
 import pytest
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from lightning_xattn import AttentionExplainabilityCallback, JointSequence
-from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnError
+from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, JointSequence
+from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError
 from tests.toy import NAMES, ToyModule, quiet_trainer, toy_loader, validate
 
 
@@ -33,7 +30,7 @@ def test_settings_are_checked_at_once():
         ({"every_n_epochs": 0}, "every_n_epochs must be a whole number >= 1; got 0"),
         ({"figures_every_n_epochs": -1}, "figures_every_n_epochs must be a whole number >= 0; got -1"),
         ({"attention": {"eeg": "fusion"}}, "got 'eeg'"),
-        ({"class_names": ["all", "b"]}, "none of them all, correct"),
+        ({"class_names": ["all", "b"]}, "none of them empty, all, correct"),
         ({"class_names": ["b", "b"]}, "must differ from each other"),
         ({"class_names": ["head_0", "b"]}, "like head_0"),
         ({"class_names": []}, "must be a sequence of strings"),
@@ -42,6 +39,27 @@ def test_settings_are_checked_at_once():
         ({"attention": {"left/eeg_to_spec": "fusion"}}, "'left/eeg_to_spec'"),
         ({"every_n_epochs": True}, "whole number"),
         ({"predictions": 3}, "predictions must be None, a key or a callable; got 3"),
+        ({"targets": ""}, "targets must be None, a key or a callable; got ''"),
+        ({"groups": True}, "groups must be None, a key or a callable; got True"),
+        ({"predictions": "y", "targets": "y"}, "predictions and targets are both the key 'y'"),
+        (
+            {"targets": lambda batch: batch[2]},
+            r"targets must take \(outputs, batch\) or .*; its callable takes \(batch\)",
+        ),
+        ({"sample_ids": lambda a, b, c, d: a}, r"sample_ids must take .* takes \(a, b, c, d\)"),
+        ({"class_names": ["a", " "]}, "none of them empty, all"),
+        ({"class_names": "ab"}, "must be a sequence of strings"),
+        ({"table": True}, "table must be a folder's path, .* or None for no table; got True"),
+        ({"table": 3}, "table must be a folder's path, .*; got 3"),
+        ({"table": " "}, "table must be a folder's path, .*; got ' '"),
+        ({"contribution_samples": 1}, "contribution_samples must be 0 .* or at least 2, .*; got 1"),
+        ({"contribution_samples": True}, "contribution_samples must be a whole number >= 0; got True"),
+        ({"contribution_samples": float("nan")}, "whole number >= 0; got nan"),
+        ({"max_samples": 101}, "at least contribution_samples, 128, .*; got 101. .* contribution_samples=101"),
+        ({"every_n_batches": 2.0}, "every_n_batches must be a whole number >= 1; got 2.0"),
+        ({"faithfulness_every_n_epochs": False}, "faithfulness_every_n_epochs must be a whole number >= 0; got False"),
+        ({"curves": True}, "curves must be one of main, all; got True"),
+        ({"fusion": True}, "fusion must be a module's path"),
     ):
         with pytest.raises(SettingError, match=message):
             AttentionExplainabilityCallback(**settings)
@@ -49,6 +67,41 @@ def test_settings_are_checked_at_once():
         JointSequence("fusion", {"left/eeg": (0, 3), "spec": (3, 7)})
     with pytest.raises(TypeError, match="unknown"):
         AttentionExplainabilityCallback(unknown=1)
+    for spans in ({"a": (True, 3), "b": (3, 7)}, {"a": (0, 3), "b": (3, True)}):
+        with pytest.raises(SettingError, match=r"must be \(start, stop\).*True"):
+            JointSequence("fusion", spans)
+    for paths in (3, [], ["fusion", "fusion"], ["fusion", 3]):
+        with pytest.raises(SettingError, match="a module path or a list of different ones; got"):
+            JointSequence(paths, {"a": (0, 3), "b": (3, 7)})
+
+
+def test_what_is_suggested_in_a_message_is_taken():
+    AttentionExplainabilityCallback(max_samples=101, contribution_samples=101)
+
+
+def test_settings_of_the_explainer_are_checked_at_once():
+    for settings, message in (
+        ({"top_k": None}, "top_k must be a whole number >= 1; got None"),
+        ({"top_k": True}, "top_k must be a whole number >= 1; got True"),
+        ({"num_heads": 0}, "num_heads must be a whole number >= 1; got 0"),
+        ({"max_batch_size": 1.5}, "max_batch_size must be a whole number"),
+        ({"predict": "forward"}, r"predict must be a callable \(model, batch\) -> outputs, or None; got 'forward'"),
+        ({"predict": lambda batch: batch}, "predict must be a callable"),
+        ({"contribution_samples": 1}, "contribution_samples must be 0"),
+        ({"axes": {"audio": "s"}}, "axes must map modalities to TokenAxis"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            ExplainabilityCapture(ToyModule(), **settings)
+    explainer = ExplainabilityCapture(ToyModule())
+    for loader in (None, 3, "loader", {"audio": 3}, torch.zeros(5, 3)):
+        with pytest.raises(SettingError, match=f"loader must yield batches, .*; got a {type(loader).__name__}"):
+            explainer.explain_loader(loader)
+    for table in (True, 3, ""):
+        with pytest.raises(SettingError, match="table must be a folder's path"):
+            explainer.explain_loader(toy_loader(), table=table)
+    for partners in (True, 3, 5, "some", 4.0):
+        with pytest.raises(SettingError, match="partners must be an even number from 4 on, or 'all'"):
+            explainer.explain_loader(toy_loader(), partners=partners)
 
 
 def test_a_wrong_path_fails_before_anything_runs():
@@ -66,16 +119,3 @@ def test_attention_that_never_runs_is_an_error():
         DiscoveryError, match="None of audio_to_text_attn, text_to_audio_attn ran, so .* name that module"
     ):
         validate(Idle(), AttentionExplainabilityCallback())
-
-
-def test_a_lightning_whose_trainer_would_not_take_it_is_told_which_does(monkeypatch):
-    older = ModuleType("lightning")
-    older.__version__ = "2.5.6"
-    monkeypatch.setitem(sys.modules, "lightning", older)
-    monkeypatch.delitem(sys.modules, "lightning.pytorch", raising=False)
-    AttentionExplainabilityCallback()  # what is not imported does not matter
-    monkeypatch.setitem(sys.modules, "lightning.pytorch", ModuleType("lightning.pytorch"))
-    with pytest.raises(XAttnError, match=r"2\.5\.6 takes no callback.*expected lightning 2\.6 or later.*pip install"):
-        AttentionExplainabilityCallback()
-    older.__version__ = "2.6.0"
-    AttentionExplainabilityCallback()

@@ -28,8 +28,8 @@ OVERVIEW, MAP, REPORT = "xattn_about/val/overview", "xattn_map/val/audio_to_text
 
 
 def client(name):
-    """A logger's client, which only ``pip install -e ".[clients]"`` brings; CI has to have it."""
-    return importlib.import_module(name) if os.environ.get("CI") else pytest.importorskip(name)
+    """A logger's client, which only ``pip install -e ".[clients]"`` brings; `.ci/run` has to have it."""
+    return importlib.import_module(name) if "XATTN_CI" in os.environ else pytest.importorskip(name)
 
 
 def run(logger, **settings):
@@ -129,6 +129,7 @@ def _wandb_history(path):
 
 
 @pytest.mark.filterwarnings("ignore:.*loader strategy is deprecated")  # MLflow's use of SQLAlchemy
+@pytest.mark.filterwarnings("ignore:MLFlow only allows")  # of a class that is called 🧠
 def test_mlflow(tmp_path):
     mlflow = client("mlflow")
     uri, artifacts = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "artifacts"
@@ -208,7 +209,7 @@ def test_several_loggers_have_the_same_and_others_get_files(tmp_path, infos):
 
 def test_without_a_logger_files_are_under_the_trainers_root_folder(tmp_path):
     validate(ToyModule(), AttentionExplainabilityCallback(), logger=False, default_root_dir=tmp_path)
-    assert (tmp_path / "lightning_xattn" / OVERVIEW / "step_000000.png").exists()
+    assert (tmp_path / "xattn_output" / OVERVIEW / "step_000000.png").exists()
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -239,7 +240,7 @@ def test_a_logger_that_fails_is_reported_once_and_ends_nothing(tmp_path, monkeyp
 @pytest.mark.parametrize("what", ["a file in the way", "no permission"])
 def test_what_cannot_be_written_is_absent_and_said_once(what, tmp_path, monkeypatch):
     if what == "a file in the way":
-        (tmp_path / "lightning_xattn").write_text("not a folder")
+        (tmp_path / "xattn_output").write_text("not a folder")
     else:  # root may write everywhere
         monkeypatch.setattr(Path, "mkdir", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError("no")))
     with pytest.warns(XAttnWarning, match=tells("Writing files", "gets nothing more of this evaluation")) as warned:
@@ -282,12 +283,21 @@ def test_the_charts_hold_the_curves_that_they_are_for(tmp_path):
         f"xattn_alignment/val/{which}" for which in ("correct", "incorrect", "null")
     }
     assert in_charts["alignment of each class"] == {f"xattn_alignment/val/{name}" for name in "abcd"}
+    directions = "audio_to_text", "text_to_audio"
+    assert in_charts["entropy of each class"] == {
+        f"xattn_entropy/val/{one}/{name}" for one in directions for name in "abcd"
+    }
     assert len(in_charts["entropy of each head"]) == 6
     assert in_charts["AUROC: how often a score is higher in correct predictions"] >= {
         "xattn_outcome/val/confidence_auroc"
     }
 
 
-def test_about_twenty_curves_are_logged_by_default():
-    logged = validate(ToyModule(), AttentionExplainabilityCallback())
-    assert 12 <= len([name for name in logged if name.startswith("xattn_")]) <= 25
+def test_about_twenty_curves_and_three_of_each_class_are_logged_by_default():
+    trainer = quiet_trainer(callbacks=[AttentionExplainabilityCallback(class_names=list("abcd"))])
+    trainer.validate(ToyModule(), toy_loader(), verbose=False)
+    logged = [name for name in trainer.callback_metrics if name.startswith("xattn_")]
+    of_classes = {f"xattn_alignment/val/{name}" for name in "abcd"}
+    of_classes |= {f"xattn_entropy/val/{one}/{name}" for one in ("audio_to_text", "text_to_audio") for name in "abcd"}
+    assert of_classes <= set(logged)
+    assert 12 <= len(set(logged) - of_classes) <= 30

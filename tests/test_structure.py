@@ -48,7 +48,7 @@ ROOMS = {
     },
     "visualizations": {"attention", "errors", "files", "functional", "messages"},
     "sinks": {"files", "messages", "visualizations"},
-    "curves": {"aggregation", "columns", "fusion", "summary"},
+    "curves": {"aggregation", "attention", "columns", "fusion", "summary"},
     "history": {"curves"},
     "figures": {
         *("aggregation", "attention", "columns", "curves", "functional", "fusion", "messages", "results", "sinks"),
@@ -58,7 +58,7 @@ ROOMS = {
         *("aggregation", "attention", "columns", "errors", "figures", "files", "functional", "fusion", "messages"),
         *("notebook", "results", "summary", "table", "visualizations"),
     },
-    "trainer": {"attention", "distributed", "errors"},
+    "trainer": {"attention", "curves", "distributed", "errors"},
     "epoch_log": {
         *("checks", "classes", "curves", "evaluation", "figures", "messages", "report", "results", "sinks", "summary"),
         "trainer",

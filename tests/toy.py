@@ -100,10 +100,10 @@ def quiet_trainer(**settings):
 
 
 def validate(module, callback, loader=None, **settings):
-    """What a validation with the callback logs, by name."""
+    """What a validation with the callback logs, by name, without what is undefined."""
     trainer = quiet_trainer(callbacks=[callback], **settings)
     trainer.validate(module, toy_loader() if loader is None else loader, verbose=False)
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if not value.isnan()}
 
 
 def count_hooks(module):

@@ -72,8 +72,11 @@ class JointSequence:
                 "JointSequence needs the spans of at least two modalities, e.g. "
                 f"{{'eeg': (0, 9), 'spec': (9, 128)}}; got {self.spans!r}."
             )
-        if not self.paths or not all(isinstance(path, str) for path in self.paths):
-            raise SettingError(f"JointSequence needs a module path or a list of them; got {self.attention!r}.")
+        paths = self.paths if isinstance(self.attention, (str, Sequence)) else ()
+        if not paths or not all(isinstance(path, str) for path in paths) or len(set(paths)) < len(paths):
+            raise SettingError(
+                f"JointSequence needs a module path or a list of different ones; got {self.attention!r}."
+            )
         for first, second in pairwise(names):
             Direction.parse(f"{first}_to_{second}")
         check_whole_number("length", self.length, optional=True)
@@ -128,7 +131,7 @@ class JointSequence:
 
 def _check_span(name: str, span: Any) -> Span:
     whole = isinstance(span, (tuple, list)) and len(span) == 2
-    numbers = whole and isinstance(span[0], int) and isinstance(span[1], int | None)
+    numbers = whole and _is_number(span[0]) and (span[1] is None or _is_number(span[1]))
     if not numbers or (span[0] < 0 and span[1] is not None and span[1] >= 0):
         raise SettingError(
             f"The span of '{name}' must be (start, stop) as in a slice, such as (0, 9), (9, None) or (-144, None), or "
@@ -163,6 +166,10 @@ def _places_in(length: int, spans: Mapping[str, Span]) -> dict[str, Span]:
         if max(start, -start - 1, (stop or 1) - 1, -(stop or 0) - 1) >= length:
             raise SettingError(f"The span of '{name}', {(start, stop)}, is not in a sequence of length={length}.")
     return {name: slice(*span).indices(length)[:2] for name, span in spans.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require_apart(spans: Mapping[str, Span]) -> None:

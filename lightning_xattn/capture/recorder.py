@@ -86,7 +86,7 @@ class AttentionRecorder:
         self._suppliers: dict[tuple[str, int], tuple[Axes | None, bool]] = {}
         self._counts: Counter[str] = Counter()
         self._padding: dict[tuple[str, int], Tensor | None] = {}
-        self.is_waiting = False
+        self.is_waiting = self._has_run = False
         self._told: set[str] = set()
         # What went wrong while the model ran.
         self._errors: list[Exception] = []
@@ -130,7 +130,7 @@ class AttentionRecorder:
         self._padding.clear()
         self._counts.clear()
         self._errors.clear()
-        self.is_waiting = False
+        self.is_waiting = self._has_run = False
         self.batch = self._inputs = None
 
     def _hook(self) -> None:
@@ -200,6 +200,7 @@ class AttentionRecorder:
         return Want.MASKS if self.layers and want is Want.WEIGHTS else want
 
     def _leave(self, run: Run, output: Any) -> None:
+        self._has_run = True
         for tap in self._of_module.get(run.module, ()):
             tap.take(run, output)
         for number, event in enumerate(run.events, start=self._counts[run.path] + 1):
@@ -216,6 +217,11 @@ class AttentionRecorder:
         if self._inputs is None:
             inputs = (*args, *kwargs.values())
             self._inputs = inputs[0] if len(inputs) == 1 else inputs
+
+    @property
+    def ran_nothing(self) -> bool:
+        """Of a first step, whether no module of the model ran, so that the next step is the first to look at."""
+        return not self._has_run and not any(scripted_modules(self._model))  # of which it is not seen what runs
 
     @property
     def attention(self) -> tuple[AttentionPair, ...]:

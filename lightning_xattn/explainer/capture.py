@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -111,9 +111,9 @@ class ExplainabilityCapture:
         labels = predictions, targets, sample_ids, groups, query_mask
         entrance = fusion, modalities, contribution_samples, max_samples
         self.settings = Settings(attention, class_names, group_by, *labels, *entrance)
-        if predict is not None and not callable(predict):
-            raise SettingError(f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r}.")
-        for name, count in (("num_heads", num_heads), ("max_batch_size", max_batch_size), ("top_k", top_k)):
+        _check_predict(predict)
+        check_whole_number("top_k", top_k)
+        for name, count in (("num_heads", num_heads), ("max_batch_size", max_batch_size)):
             check_whole_number(name, count, optional=True)
         self.model = model
         self.num_heads = num_heads
@@ -155,7 +155,13 @@ class ExplainabilityCapture:
         finder = self.settings.finder()
         read = partial(read_batch, finder=finder, checks=self._checks)
         with self._watching():
-            steps, parts = zip(*((step, part.cpu()) for step, part in self._observe(batch, finder, read)), strict=True)
+            runs = [(step, part.cpu()) for step, part in self._observe(batch, finder, read)]
+        if not runs:
+            raise DiscoveryError(
+                "Nothing ran for this batch: the model, or predict, returned None before it called any module. Give a "
+                "batch that the model runs on."
+            )
+        steps, parts = zip(*runs, strict=True)
         whole = BatchResult.joined(parts)
         for pair in whole.attention:
             rows = [prepare_rows(attention) for attention in pair.directions]
@@ -231,11 +237,16 @@ class ExplainabilityCapture:
             If the loader is empty or a sample's scores are not finite; the message says in which batch, and what is
             kept.
         SettingError
-            If the folder was begun with another model, other settings or another loader, or ``partners`` is neither an
-            even number from 4 on nor "all".
+            If the loader is none, the folder was begun with another model, other settings or another loader, or
+            ``partners`` is neither an even number from 4 on nor "all".
         XAttnError
             If a batch fails for another reason; the reason is its cause.
         """
+        iterates = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+        if not iterates or isinstance(loader, (str, bytes, Mapping, torch.Tensor)):
+            raise SettingError(
+                f"loader must yield batches, as a DataLoader or a list of them does; got a {type(loader).__name__}."
+            )
         if partners != "all" and not (isinstance(partners, int) and partners >= PARTNERS and partners % 2 == 0):
             raise SettingError(f"partners must be an even number from {PARTNERS} on, or 'all'; got {partners!r}.")
         settings = replace(self.settings, class_names=self.class_names, table=table)
@@ -334,12 +345,14 @@ class ExplainabilityCapture:
         if not finder.decided:
             # A part may not show what the whole batch does, so the first one is run once more.
             steps = [taken[0] for taken in map(self._run, parts) if taken is not None]
-        if not finder.decided and len(steps) == len(parts):
-            counts = [count_samples(part) for part in parts]
-            outputs, forward = (
-                join_samples([getattr(step, of) for step in steps], counts) for of in ("outputs", "forward")
-            )
-            finder.decide(Step(outputs, to_device(batch, self.model), forward, count, steps[0].device))
+            if len(steps) == len(parts):
+                counts = [count_samples(part) for part in parts]
+                outputs, forward = (
+                    join_samples([getattr(step, of) for step in steps], counts) for of in ("outputs", "forward")
+                )
+                finder.decide(Step(outputs, to_device(batch, self.model), forward, count, steps[0].device))
+            elif steps:
+                finder.decide(steps[0])
         for part in parts:
             if (taken := run(part)) is None:
                 continue
@@ -353,14 +366,14 @@ class ExplainabilityCapture:
             yield step, require_finite(read(step, attention))
 
     def _run(self, batch: Any) -> tuple[Step, Attentions] | None:
-        """What the model did with a batch; None of one that is left out."""
+        """What the model did with a batch; None of one that is left out, or of which nothing ran."""
         self._recorder.clear()
         moved = to_device(batch, self.model)
         outputs = self._predict(moved)
         taken = self._recorder.take(outputs, moved)
         if self._recorder.is_waiting:
             return self._run(batch)
-        if taken is None and self._recorder.left_out:
+        if taken is None and (self._recorder.left_out or outputs is None):
             return None
         if taken is None:
             raise DiscoveryError(
@@ -388,6 +401,20 @@ class ExplainabilityCapture:
                     "predict=lambda model, batch: model(batch[0], batch[1]))."
                 ) from error
         return self.model(batch) if step is None else step(batch, 0)
+
+
+def _check_predict(predict: Any) -> None:
+    if predict is None:
+        return
+    fits = callable(predict)
+    with suppress(ValueError):  # built-in ones may not say what they take
+        try:
+            if fits:
+                inspect.signature(predict).bind("model", "batch")
+        except TypeError:
+            fits = False
+    if not fits:
+        raise SettingError(f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r}.")
 
 
 def _check_axes(axes: Any) -> dict[str, TokenAxis]:

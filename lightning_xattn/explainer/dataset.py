@@ -78,7 +78,7 @@ class LoaderRun:
                 maps.load(folder.maps)
             counts = folder.batches, folder.samples, folder.seen, folder.other_lengths
             self._done = _Done(*counts, folder.sums, collected, maps, [])
-        self._reached = 0
+        self._reached, self._has_begun = 0, False
 
     def run(self, loader: Iterable[Any], progress: bool) -> None:
         """Explain every batch that the folder does not have yet; the sums are then those of all.
@@ -95,7 +95,7 @@ class LoaderRun:
                 for batch in loader:
                     self._take(batch)
                     self._reached += 1
-                    if self._folder is not None and self._folder.finished:
+                    if self._folder is not None and self._folder.finished and self._has_begun:
                         tell([f"Read back from {self._folder.folder}, which is finished."])
                         return
                     stage.advance()
@@ -113,6 +113,11 @@ class LoaderRun:
             raise
         if not self._reached:
             raise DataError("The loader is empty: it yields no batch, so there is nothing to explain.")
+        if not self._has_begun:
+            raise DataError(
+                f"Nothing ran for any of the loader's {self._reached} batches: the model, or predict, returned None "
+                "before it called any module, so there is nothing to explain."
+            )
 
     def finish(self, fusion: FusionSummary | None) -> None:
         """Add to the folder what is known of its samples now that the loader has ended."""
@@ -120,15 +125,17 @@ class LoaderRun:
             self._folder.finish(None if fusion is None else sample_columns(fusion, 0))
 
     def _take(self, batch: Any) -> None:
-        if self._reached == 0:
-            # Looked at in every run: where labels are found is decided here, and whether the folder is this loader's.
-            runs = self._observe(batch)
-            first = next(runs, None)
-            if first is None or self._evaluation.other_lengths:
-                raise DataError(
-                    "The first batch has a joint sequence of another length than the spans of its JointSequence are "
-                    "for."
-                )
+        is_new = self._reached >= self._done.batches
+        runs = self._observe(batch) if is_new or not self._has_begun else iter(())
+        # The first batch for which the model runs is looked at in every run: where labels are found is decided there,
+        # and whether the folder is this loader's.
+        first = None if self._has_begun else next(runs, None)
+        if not self._has_begun and self._evaluation.other_lengths:
+            raise DataError(
+                "The first batch has a joint sequence of another length than the spans of its JointSequence are for."
+            )
+        if first is not None:
+            self._has_begun = True
             if first[1].attention:
                 self.token_counts = first[1].attention[0].forward.token_counts
             if self._folder is not None:
@@ -137,9 +144,7 @@ class LoaderRun:
             before = done.seen, done.other_lengths, done.sums, done.collected, done.maps
             self._evaluation.load(*before, first[1].device)
             runs = chain([first], runs)
-        elif self._reached >= self._done.batches:
-            runs = self._observe(batch)
-        if self._reached >= self._done.batches:
+        if is_new:
             self._add(result for _, result in runs)
 
     def _add(self, results: Iterable[BatchResult]) -> None:

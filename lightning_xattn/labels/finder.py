@@ -20,6 +20,7 @@ from lightning_xattn.labels.places import (
     LabelSetting,
     Place,
     Step,
+    check_label_setting,
     describe,
     guess_ids,
     guess_predictions,
@@ -160,8 +161,12 @@ class LabelFinder:
         self._settings = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids, "groups": groups}
         self._settings["query_mask"] = query_mask
         for name, setting in self._settings.items():
-            if not (setting is None or isinstance(setting, str) or callable(setting)):
-                raise SettingError(f"{name} must be None, a key or a callable; got {setting!r}.")
+            check_label_setting(name, setting)
+        if isinstance(predictions, str) and predictions == targets:
+            raise SettingError(
+                f"predictions and targets are both the key {predictions!r}, so every prediction would be correct. Name "
+                "two keys."
+            )
         self._places: dict[str, Place | None] | None = None
         self._scores_of: ReadScores | None = None
         self._binary = self._probabilities = self._one_hot = False

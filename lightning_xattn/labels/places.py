@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_xattn.errors import DiscoveryError
+from lightning_xattn.errors import DiscoveryError, SettingError
 from lightning_xattn.labels.tensors import (
     are_binary_labels,
     are_ids,
@@ -87,6 +88,31 @@ def told_place(setting: LabelSetting) -> Place | None:
         return next((held[setting] for held in holders if isinstance(held, Mapping) and setting in held), None)
 
     return Place(say_setting(setting), by_key, setting)
+
+
+def check_label_setting(name: str, setting: LabelSetting) -> None:
+    """Refuse what does not say where labels are.
+
+    Raises
+    ------
+    SettingError
+        Saying what was expected.
+    """
+    if setting is None or (isinstance(setting, str) and setting):
+        return
+    if not callable(setting):
+        raise SettingError(f"{name} must be None, a key or a callable; got {setting!r}.")
+    try:
+        signature = inspect.signature(setting)
+    except (TypeError, ValueError):  # as of some built-in ones
+        return
+    for count in (2, 3):
+        with suppress(TypeError):
+            signature.bind(*range(count))
+            return
+    raise SettingError(
+        f"{name} must take (outputs, batch) or (outputs, batch, forward); its callable takes {signature}."
+    )
 
 
 def _takes_forward(function: Callable[..., Any]) -> bool:
