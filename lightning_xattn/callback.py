@@ -218,8 +218,9 @@ class AttentionExplainabilityCallback(Callback):
         """One record per recorded epoch, dataloader and layer.
 
         ``stage``, ``epoch``, ``step``, ``dataloader``, ``layer``, ``samples``, ``groups`` (how many; None where they
-        are not known), ``repeats`` (samples dropped because another process had them), ``other_lengths`` (samples left
-        out because their joint sequence has another length than its spans are for), ``ties`` and ``unclassified``
+        are not known), ``repeats`` (samples dropped because another process had them), ``left_out_batches`` (that could
+        not be recorded), ``other_lengths`` (samples left out because their joint sequence has another length than its
+        spans are for), ``ties`` and ``unclassified``
         samples, ``wholly_masked`` (samples of which one modality is), ``accuracy``, the comparisons of correct with
         incorrect predictions, and the epoch's curves by their names without the scope. It is saved in checkpoints.
         """
@@ -369,13 +370,13 @@ class AttentionExplainabilityCallback(Callback):
         assert recorder is not None
         recorder.close()
         evaluation, taken = self._run.evaluations[dataloader_idx], None
-        with self._refusing("attention", "fusion"):
+        with self._refusing("attention", "fusion", dataloader=dataloader_idx):
             taken = recorder.take(outputs, batch)
             if left_out := recorder.left_out:
                 places = own_places(loaders_of(trainer), dataloader_idx, batch_idx, max(left_out.values()))
                 evaluation.leave_out(left_out, taken is None, places)
         if taken is not None:
-            with self._refusing(*READ_SETTINGS):
+            with self._refusing(*READ_SETTINGS, dataloader=dataloader_idx):
                 if self._run.weights is None:
                     self._run.weights = sample_weights(pl_module)
                 self._add(trainer, evaluation.read(*taken, recorder), batch_idx, dataloader_idx)
@@ -396,7 +397,7 @@ class AttentionExplainabilityCallback(Callback):
         return self._run.is_recording and not self._run.refusal and self.schedule.samples(batch_idx)
 
     @contextmanager
-    def _refusing(self, *settings: str) -> Iterator[None]:
+    def _refusing(self, *settings: str, dataloader: int = 0) -> Iterator[None]:
         """Let no error end the run, unless one of these settings is given and the first batch does not meet it.
 
         If the first batch cannot be recorded, nothing of the run is. A later batch is left out.
@@ -410,6 +411,7 @@ class AttentionExplainabilityCallback(Callback):
             if self._run.recorder is not None:
                 self._run.recorder.close()
             if self._run.has_recorded:
+                self._run.evaluations[dataloader].left_out_batches += 1
                 warn(self._findings.checks.of_a_batch(error))
             else:
                 self._run.refusal = describe_error(error)

@@ -123,7 +123,8 @@ class EpochLog:
             if evaluations[number].shown_classes is None:  # the same ones in every epoch
                 evaluations[number].shown_classes = whole.largest_classes(SHOWN_CLASSES)
             shown = few_classes(whole, evaluations[number].shown_classes)
-            by_scope, new = self._collect(number, shown, whole, several, evaluations[number].repeats)
+            counts = {name: getattr(evaluations[number], name) for name in ("repeats", "left_out_batches")}
+            by_scope, new = self._collect(number, shown, whole, several, counts)
             found[number] = shown, new
             for scope, of_scope in by_scope:
                 curves |= of_scope if self.all_curves else main_curves(of_scope, scope)
@@ -166,7 +167,7 @@ class EpochLog:
         return sinks if sinks else None
 
     def _collect(
-        self, number: int, result: DatasetResult, whole: DatasetResult, several: bool, repeats: int
+        self, number: int, result: DatasetResult, whole: DatasetResult, several: bool, counts: Mapping[str, int]
     ) -> tuple[list[tuple[str, dict[str, float]]], list[dict[str, Any]]]:
         """By scope the curves of a dataloader; the records of its layers, whose comparisons are over all classes."""
         scope, classes = self.scope(number, ""), name_in_curves(result.class_names, self.group_by)
@@ -182,7 +183,7 @@ class EpochLog:
             assert whole.fusion is not None
             of_fusion = fusion_record(whole.fusion, scope, curves)
         if not result.summaries:
-            return by_scope, [about | {"layer": None} | of_fusion] if of_fusion else []
+            return by_scope, [about | {"layer": None} | counts | of_fusion] if of_fusion else []
         records, of_layers, scopes = [], [], []
         shown = few_layers(list(result.summaries))
         for layer, summary in result.summaries.items():
@@ -191,8 +192,8 @@ class EpochLog:
             if layer in shown:
                 by_scope.append((scopes[-1], of_layers[-1]))
                 record = epoch_record(whole.summaries[layer], scopes[-1], of_layers[-1])
-                counts = {"repeats": repeats, "other_lengths": whole.other_lengths.get(layer, 0)}
-                records.append(about | {"layer": layer} | counts | of_fusion | record)
+                lengths = {"other_lengths": whole.other_lengths.get(layer, 0)}
+                records.append(about | {"layer": layer} | counts | lengths | of_fusion | record)
                 of_fusion = {}
         if several:
             by_scope.append((scope, mean_curves(of_layers, scopes, scope, len(self.layers))))

@@ -146,6 +146,7 @@ class Part:
     """By layer, on the CPU."""
     fusion: FusionPart | None
     repeats: int
+    left_out_batches: int
     other_lengths: Mapping[str, int]
     refused: str
     has_several: bool
@@ -194,6 +195,8 @@ class Evaluation:
         The names of the classes, decided in the first batch; none where what groups them is not known.
     repeats : int
         Samples that were left out because another process had them.
+    left_out_batches : int
+        Batches that were left out because they could not be recorded.
     other_lengths : Counter of str
         By layer, samples that were left out because their joint sequence does not fit its spans.
     seen : int
@@ -228,7 +231,7 @@ class Evaluation:
 
     def reset(self) -> None:
         """Begin anew, with what was decided in the first batch."""
-        self.repeats, self.refused, self.other_lengths = 0, "", Counter[str]()
+        self.repeats, self.left_out_batches, self.refused, self.other_lengths = 0, 0, "", Counter[str]()
         self._accumulators: dict[str, LayerAccumulator] = {}
         self.collected = Collected(self._settings.max_samples, self._settings.contribution_samples)
         self.maps = SampleMaps()
@@ -378,8 +381,8 @@ class Evaluation:
         fusion = self.collected.part()
         if fusion is not None and self._processes is not ALONE:
             fusion = fusion.cpu()  # to be sent
-        known = self.repeats, dict(self.other_lengths), self.refused, self.finder.has_several
-        return Part(self.classes, sums, fusion, *known, self.maps.part())
+        counts = self.repeats, self.left_out_batches, dict(self.other_lengths)
+        return Part(self.classes, sums, fusion, *counts, self.refused, self.finder.has_several, self.maps.part())
 
     def drop_targets(self) -> None:
         """Have no classes and outcomes, as the targets are several labels at once, which are no classes."""
@@ -413,6 +416,7 @@ class Evaluation:
         parts = [self.part()] if parts is None else parts
         self.classes = next((part.classes for part in parts if part.classes is not None), None)
         self.repeats = sum(part.repeats for part in parts)
+        self.left_out_batches = sum(part.left_out_batches for part in parts)
         self.other_lengths = sum((Counter(part.other_lengths) for part in parts), Counter())
         layers = dict.fromkeys(layer for part in parts for layer in part.sums)
         merged = {name: merge_sums([part.sums[name] for part in parts if name in part.sums]) for name in layers}

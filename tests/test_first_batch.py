@@ -118,8 +118,12 @@ class Partly(ToyModule):
         return super().validation_step(batch, batch_idx) if batch_idx else self.audio(batch[0]).mean()
 
 
-def test_a_step_that_ran_something_else_is_an_error_at_once():
+def test_a_step_that_ran_something_else_does_not_meet_a_setting():
+    """Attention that is named and does not run is an error at once; what was found by itself is refused."""
+    paths = {"audio_to_text": "audio_to_text_attn", "text_to_audio": "text_to_audio_attn"}
     with pytest.raises(DiscoveryError, match="None of audio_to_text_attn, text_to_audio_attn ran"):
+        run(Partly(), "validate", AttentionExplainabilityCallback(paths))
+    with pytest.warns(XAttnWarning, match="Nothing is recorded in this run. None of audio_to_text_attn, .* ran"):
         run(Partly(), "validate")
 
 

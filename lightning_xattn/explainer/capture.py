@@ -353,6 +353,8 @@ class ExplainabilityCapture:
                 finder.decide(Step(outputs, to_device(batch, self.model), forward, count, steps[0].device))
             elif steps:
                 finder.decide(steps[0])
+            elif not self._recorder.left_out:
+                return
         for part in parts:
             if (taken := run(part)) is None:
                 continue
