@@ -37,6 +37,7 @@ from lightning_xattn.summary import LayerSummary
 from lightning_xattn.trainer import (
     Monitor,
     Schedule,
+    are_other_weights,
     attention_axes,
     join_namespaces,
     loaders_of,
@@ -72,7 +73,7 @@ class _Run:
     recorder: StepRecorder | None = None
     is_recording: bool = False
     monitors: list[Monitor] = field(default_factory=list)
-    weights: list[Tensor] | None = None
+    weights: list[tuple[Tensor, Tensor]] | None = None
     """A sample of them in the first recorded batch of this evaluation."""
     names: dict[str, None] = field(default_factory=dict)
     """Those of the curves that were logged."""
@@ -496,8 +497,7 @@ class AttentionExplainabilityCallback(Callback):
     def _sum_up(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], list[Path]]:
         if self._run.recorder is None:  # the same on all processes
             return {}, []
-        before, now = self._run.weights or (), sample_weights(pl_module)
-        if any(not one.equal(other) for one, other in zip(before, now, strict=False)):
+        if are_other_weights(self._run.weights or ()):
             for evaluation in self._run.evaluations.values():
                 evaluation.refused = say_other_weights(trainer, self)
         ended = dict(

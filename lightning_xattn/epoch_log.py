@@ -167,7 +167,7 @@ class EpochLog:
         return sinks if sinks else None
 
     def _collect(
-        self, number: int, result: DatasetResult, whole: DatasetResult, several: bool, counts: Mapping[str, int]
+        self, number: int, result: DatasetResult, whole: DatasetResult, several: bool, counts: dict[str, int]
     ) -> tuple[list[tuple[str, dict[str, float]]], list[dict[str, Any]]]:
         """By scope the curves of a dataloader; the records of its layers, whose comparisons are over all classes."""
         scope, classes = self.scope(number, ""), name_in_curves(result.class_names, self.group_by)

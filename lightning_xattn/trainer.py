@@ -238,8 +238,8 @@ WEIGHTS, MOST_VALUES = 8, 2**20
 """So many parameters of at most so many values show whether others were put in their places."""
 
 
-def sample_weights(module: LightningModule) -> list[Tensor]:
-    """Sums of some of the parameters that are trained, on their devices."""
+def sample_weights(module: LightningModule) -> list[tuple[Tensor, Tensor]]:
+    """Some of the parameters that are trained, each with the sum of its absolute values, on its device."""
     trained = [
         one
         for one in module.parameters()
@@ -247,7 +247,13 @@ def sample_weights(module: LightningModule) -> list[Tensor]:
     ]
     chosen = dict.fromkeys(round(i * (len(trained) - 1) / (WEIGHTS - 1)) for i in range(WEIGHTS)) if trained else ()
     with torch.no_grad():
-        return [trained[i].abs().sum() for i in chosen]
+        return [(trained[i], trained[i].abs().sum()) for i in chosen]
+
+
+def are_other_weights(sample: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether parameters have other values than when they were sampled. A GPU waits for it."""
+    with torch.no_grad():
+        return any(not one.abs().sum().equal(before) for one, before in sample)
 
 
 def say_other_weights(trainer: Trainer, callback: Callback) -> str:
@@ -255,8 +261,9 @@ def say_other_weights(trainer: Trainer, callback: Callback) -> str:
     before = callbacks_before(trainer, callback, f"on_{'test' if trainer.testing else 'validation'}_epoch_end")
     order = ", ".join(["AttentionExplainabilityCallback(...)", *(f"{name}(...)" for name in before)])
     return (
-        "the model has other weights at the end of the evaluation than in its batches, so a callback that averages "
-        "weights has put the others back" + (f". Let those come later: callbacks=[{order}]" if before else "")
+        "the model has other weights at the end of the evaluation than in its first batch: a callback that averages "
+        "weights has put others back, or the model's own forward changes them"
+        + (f". Let those come later: callbacks=[{order}]" if before else "")
     )
 
 
