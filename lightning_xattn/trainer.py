@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,10 +260,10 @@ def say_other_weights(trainer: Trainer, callback: Callback) -> str:
     """Why nothing is replayed at the end of an evaluation whose batches had other weights, as the end of a sentence."""
     before = callbacks_before(trainer, callback, f"on_{'test' if trainer.testing else 'validation'}_epoch_end")
     order = ", ".join(["AttentionExplainabilityCallback(...)", *(f"{name}(...)" for name in before)])
+    remedy = f". Let those come later: callbacks=[{order}]" if before else ""
     return (
         "the model has other weights at the end of the evaluation than in its first batch: a callback that averages "
-        "weights has put others back, or the model's own forward changes them"
-        + (f". Let those come later: callbacks=[{order}]" if before else "")
+        f"weights has put others back, or the model's own forward changes them{remedy}"
     )
 
 
