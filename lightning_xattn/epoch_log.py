@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from lightning_xattn.figures import (
 )
 from lightning_xattn.messages import tell, warn
 from lightning_xattn.report import create_explainability_report
-from lightning_xattn.results import DatasetResult
+from lightning_xattn.results import DatasetResult, EarlierTest
 from lightning_xattn.sinks import Sinks
 from lightning_xattn.summary import LayerSummary
 from lightning_xattn.trainer import logged_step, moment, root_folder, stage_of
@@ -111,6 +111,8 @@ class EpochLog:
             records += new
             if sinks is not None and new:
                 past = [one for one in history if one["dataloader"] == number and one["layer"] == new[0]["layer"]]
+                if whole.fusion is not None and not whole.fusion.replaced:
+                    whole = replace(whole, earlier_test=EarlierTest.find(past))
                 self._log_rest(sinks, number, whole, shown, several, [*past, new[0]])
         if sinks is not None:
             name = f"xattn_about/{self.scope(0, '')}/samples"
