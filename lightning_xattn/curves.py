@@ -212,6 +212,8 @@ def fusion_record(summary: FusionSummary, scope: str, curves: Mapping[str, float
     """What the history says of the modalities: their curves, why what is missing is missing, and how sure it is."""
     record: dict[str, Any] = {"read_samples": summary.samples, "unreadable": dict(summary.unreadable)}
     record["uncontributed"] = summary.uncontributed
+    if summary.replaced:  # the attention was tested
+        record["unfaithful"] = {str(direction): summary.unfaithful(direction) for direction in summary.replaced}
     record |= _accuracy(*(int((summary.outcomes == outcome).sum()) for outcome in (CORRECT, INCORRECT)))
     record |= {"largest_class": summary.largest_class} if math.isfinite(summary.largest_class) else {}
     for score in ("conflict", "confidence"):
@@ -244,6 +246,8 @@ def _fusion_intervals(summary: FusionSummary) -> Iterator[tuple[str, Estimate]]:
         yield f"reading/{name}", summary.estimate(f"right/{name}")
         if not summary.uncontributed:
             yield f"contribution/share/{name}", summary.share(name)
+    for direction in () if summary.uncontributed else summary.replaced:
+        yield f"faithfulness/{direction}", summary.faithfulness(direction)
 
 
 def _subsets(class_names: Sequence[str]) -> dict[str, tuple[int | None, int | None]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ from lightning_xattn.figures import (
 )
 from lightning_xattn.messages import tell, warn
 from lightning_xattn.report import create_explainability_report
-from lightning_xattn.results import DatasetResult
+from lightning_xattn.results import DatasetResult, EarlierTest
 from lightning_xattn.sinks import Sinks
 from lightning_xattn.summary import LayerSummary
 from lightning_xattn.trainer import Monitor, logged_step, moment, root_folder, say_unknown, stage_of
@@ -135,7 +135,10 @@ class EpochLog:
         for number, (shown, new) in found.items():
             if sinks is not None and new:
                 past = [one for one in history if one["dataloader"] == number and one["layer"] == new[0]["layer"]]
-                self._log_rest(sinks, number, ended[number], shown, several, [*past, new[0]])
+                whole = ended[number]
+                if whole.fusion is not None and not whole.fusion.replaced:
+                    whole = replace(whole, earlier_test=EarlierTest.find(past))
+                self._log_rest(sinks, number, whole, shown, several, [*past, new[0]])
         if sinks is not None:
             name = f"xattn_about/{self.scope(0, '')}/samples"
             step = logged_step(self.trainer)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -254,6 +255,40 @@ class TrainingData:
         return "seen" if sample_id in self.ids else "related" if group in self.groups else "new"
 
 
+@dataclass(frozen=True)
+class EarlierTest:
+    """What a test of the attention in an earlier epoch of a fit found, where an evaluation has none of its own.
+
+    Attributes
+    ----------
+    epoch
+        That it is of.
+    faithfulness
+        By direction its value and the ends of its 95 % CI; NaN where it is not told.
+    unfaithful
+        By direction, why it is not told; "" where it is.
+    """
+
+    epoch: int
+    faithfulness: dict[str, tuple[float, float, float]]
+    unfaithful: dict[str, str]
+
+    @classmethod
+    def find(cls, history: Sequence[Mapping[str, Any]]) -> EarlierTest | None:
+        """The last one of a history; None where there is none."""
+        record = next((one for one in reversed(history) if one.get("unfaithful")), None)
+        if record is None:
+            return None
+
+        def read(name: str) -> float:
+            # What is undefined in an epoch is not in its record.
+            return float(record.get(name, math.nan))
+
+        names = {direction: f"faithfulness/{direction}" for direction in record["unfaithful"]}
+        found = {one: (read(name), read(f"{name}_low"), read(f"{name}_high")) for one, name in names.items()}
+        return cls(record["epoch"], found, dict(record["unfaithful"]))
+
+
 @dataclass(frozen=True, eq=False)
 class DatasetResult(ShownInNotebooks):
     """A whole loader, from running sums.
@@ -279,6 +314,8 @@ class DatasetResult(ShownInNotebooks):
     other_lengths
         By layer name, samples that were left out because their joint sequence has another length than its spans are
         for.
+    earlier_test
+        The last test of the attention in the fit that this is of, if this evaluation has none of its own; else None.
     """
 
     summaries: dict[str, LayerSummary]
@@ -290,6 +327,7 @@ class DatasetResult(ShownInNotebooks):
     maps: MapsBySample = field(default_factory=dict)
     trained_on: TrainingData | None = None
     other_lengths: dict[str, int] = field(default_factory=dict)
+    earlier_test: EarlierTest | None = None
 
     def __repr__(self) -> str:
         one = self.headline if self.summaries else self.fusion

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,7 +38,7 @@ class Schedule:
     figures_every_n_epochs
         Draw every so many of those that are recorded; 0: none.
     faithfulness_every_n_epochs
-        Test the attention every so many of those that are recorded; 0: never.
+        Test the attention every so many of those that are recorded, and at the last of a fit; 0: never.
     every_n_batches
         Record every so many batches of a recorded epoch, from the first on, at least 1.
 
@@ -71,8 +72,13 @@ class Schedule:
         return self._is_due(trainer, self.figures_every_n_epochs)
 
     def tests_attention(self, trainer: Trainer) -> bool:
-        """Whether a recorded evaluation ends with a test of its attention."""
-        return self._is_due(trainer, self.faithfulness_every_n_epochs)
+        """Whether a recorded evaluation ends with a test of its attention: also the last one of a fit.
+
+        Which one is the last is told by ``max_epochs`` and ``max_steps``, or by a stop that has been asked for. A fit
+        that ends otherwise, as by early stopping after an evaluation, has been tested before.
+        """
+        every = self.faithfulness_every_n_epochs
+        return self._is_due(trainer, every) or (every > 0 and self._is_last(trainer))
 
     def ever_tests_attention(self, trainer: Trainer) -> bool:
         """Whether an evaluation of this run ends with a test of its attention."""
@@ -81,6 +87,67 @@ class Schedule:
     def _is_due(self, trainer: Trainer, every: int) -> bool:
         recorded_before = _validations_before(trainer) // self.every_n_epochs
         return every > 0 and (not _is_fitting(trainer) or recorded_before % every == 0)
+
+    def _is_last(self, trainer: Trainer) -> bool:
+        """Whether no later evaluation of this fit is recorded; True where this may be so, but cannot be known."""
+        place = _Place.of(trainer)
+        if place.stops or (place.per_epoch == math.inf and place.is_last_epoch):
+            return True
+        if place.left == math.inf:
+            return False
+        if trainer.check_val_every_n_epoch is None and place.every < math.inf:
+            # Validations are counted in batches, whatever epoch they are of.
+            coming = range(int(place.next), int(place.left) + 1, int(place.every))
+            later = (int((place.done + one - 1) // place.per_epoch) for one in coming)
+            return not any((trainer.current_epoch + one) % self.every_n_epochs == 0 for one in later)
+        if place.done + place.next <= place.per_epoch and place.next <= place.left:
+            return False  # there is another one in this epoch
+        recorded = _validations_before(trainer) // self.every_n_epochs
+        validated = (recorded + 1) * self.every_n_epochs + 1
+        epochs = validated * (trainer.check_val_every_n_epoch or 1) - 1 - trainer.current_epoch
+        first = epochs * place.per_epoch - place.done + min(place.every, place.per_epoch)
+        return first > place.left
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in a fit a validation is, in batches; ``inf`` is what is not known, or has no end."""
+
+    done: int
+    """Batches of this epoch that are trained on."""
+    per_epoch: float
+    every: float
+    """A validation every so many; inf: at the end of an epoch."""
+    next: float
+    """So many batches on is the next one that this counts; inf: none."""
+    left: float
+    """So many are left of the fit."""
+    is_last_epoch: bool
+    """By ``max_epochs``."""
+    stops: bool
+    """Whether the fit stops after this validation, as somebody has asked for."""
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> _Place:
+        """Of the validation that runs."""
+        loop, epoch = trainer.fit_loop.epoch_loop, trainer.current_epoch
+        done, total, steps = loop.batch_idx + 1, loop.total_batch_idx + 1, trainer.global_step
+        every = trainer.val_check_batch or math.inf  # None: by the clock
+        per_epoch = float(trainer.num_training_batches)
+        if every == per_epoch == math.inf:
+            per_epoch = float(done)  # as it has just ended
+        left, is_last_epoch = math.inf, False
+        if trainer.max_epochs not in (None, -1):
+            is_last_epoch = epoch + 1 >= trainer.max_epochs
+            left = (trainer.max_epochs - epoch) * per_epoch - done
+        if trainer.max_steps not in (None, -1) and steps:
+            # How many batches a step takes depends on accumulation and on the number of optimisers: as many as so far.
+            left = min(left, total * (trainer.max_steps - steps) / steps + 1e-6)
+        counted = total if trainer.check_val_every_n_epoch is None else done
+        following = math.inf if every == math.inf else every - counted % every
+        ends = done + following > per_epoch
+        enough = epoch + ends >= (trainer.min_epochs or 0) and steps >= (trainer.min_steps or 0)
+        return cls(done, per_epoch, every, following, left, is_last_epoch, bool(trainer.should_stop and enough))
 
 
 def logged_step(trainer: Trainer) -> int:

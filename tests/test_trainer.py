@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_xattn import AttentionExplainabilityCallback, JointSequence
 from lightning_xattn.columns import ALIGNMENT
 from lightning_xattn.curves import main_names
-from lightning_xattn.trainer import processes_of
+from lightning_xattn.trainer import Schedule, processes_of
 from tests.toy import ToyModule, count_hooks, quiet_trainer, toy_data, toy_loader
 
 
@@ -141,6 +141,99 @@ def test_several_validations_in_an_epoch_and_fewer_batches():
     fit([watch], val_check_interval=2, limit_val_batches=3)
     assert [(record["epoch"], record["samples"]) for record in watch.history] == [(0, 15), (0, 15)]
     assert watch.history[0]["step"] < watch.history[1]["step"]
+
+
+class Unsized(IterableDataset):
+    """Samples of which nobody knows how many there are."""
+
+    def __iter__(self):
+        yield from zip(*toy_data(23).tensors, strict=True)
+
+
+class StopAt(Callback):
+    """Asks for the end in the midst of an epoch, as a timer does."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop |= trainer.global_step == self.batches
+
+
+class SeesTests(Callback):
+    """The recorded validations of a fit, and whether their attention is tested."""
+
+    def __init__(self, every_n_epochs, faithfulness_every_n_epochs):
+        self.schedule = Schedule(every_n_epochs, 1, faithfulness_every_n_epochs, 1)
+        self.validations = []
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        if self.schedule.records(trainer) and not trainer.sanity_checking:
+            batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+            self.validations.append((trainer.current_epoch, batches, self.schedule.tests_attention(trainer)))
+
+
+BY_BATCHES = {"check_val_every_n_epoch": None}
+BY_STEPS = {"max_epochs": -1}
+FITS = {
+    # The training has five batches. By setting: in which epochs, after how many batches.
+    "one epoch": ({"max_epochs": 1}, {}, [(0, 5)]),
+    "four epochs": ({"max_epochs": 4}, {}, [(0, 5), (3, 20)]),
+    "eleven epochs": ({"max_epochs": 11}, {"faithfulness_every_n_epochs": 4}, [(0, 5), (4, 25), (8, 45), (10, 55)]),
+    "the last one is due": ({"max_epochs": 5}, {"faithfulness_every_n_epochs": 4}, [(0, 5), (4, 25)]),
+    "never": ({"max_epochs": 3}, {"faithfulness_every_n_epochs": 0}, []),
+    "every third recorded": ({"max_epochs": 6}, {"every_n_epochs": 3}, [(0, 5), (3, 20)]),
+    "every other validated": ({"max_epochs": 7, "check_val_every_n_epoch": 2}, {}, [(1, 10), (5, 30)]),
+    "both": ({"max_epochs": 9, "check_val_every_n_epoch": 2}, {"every_n_epochs": 3}, [(1, 10), (7, 40)]),
+    "several in an epoch": ({"max_epochs": 3, "val_check_interval": 2}, {}, [(0, 2), (0, 4), (2, 14)]),
+    "by batches": ({"max_epochs": 4, "val_check_interval": 3} | BY_BATCHES, {}, [(0, 3), (3, 18)]),
+    "by batches, every other": (
+        {"max_epochs": 4, "val_check_interval": 3} | BY_BATCHES,
+        {"every_n_epochs": 2},
+        [(0, 3), (2, 15)],
+    ),
+    "steps": ({"max_steps": 12} | BY_STEPS, {}, [(0, 5), (1, 10)]),
+    "steps before epochs": ({"max_steps": 12, "max_epochs": 30}, {}, [(0, 5), (1, 10)]),
+    "epochs before steps": ({"max_steps": 100, "max_epochs": 2}, {}, [(0, 5), (1, 10)]),
+    "steps of two batches": ({"max_steps": 7, "accumulate_grad_batches": 2} | BY_STEPS, {}, [(0, 5), (1, 10)]),
+    "steps, several": ({"max_steps": 8, "val_check_interval": 2} | BY_STEPS, {}, [(0, 2), (0, 4), (1, 7)]),
+    "stopped": ({"max_epochs": 9, "callbacks": [StopAt(8)]}, {}, [(0, 5), (1, 8)]),
+    "stopped early": ({"max_epochs": 9, "min_epochs": 3, "callbacks": [StopAt(8)]}, {}, [(0, 5), (2, 15)]),
+    "fast_dev_run": ({"fast_dev_run": True}, {}, [(0, 1)]),
+}
+OF_UNKNOWN_LENGTH = {
+    "epochs": ({"max_epochs": 3}, {}, [(0, 5), (2, 15)]),
+    # Each of the last epoch may be the last.
+    "several": ({"max_epochs": 3, "val_check_interval": 2}, {}, [(0, 2), (0, 4), (2, 12), (2, 14)]),
+    "steps": ({"max_steps": 12} | BY_STEPS, {}, [(0, 5), (1, 10)]),
+    "by batches": ({"max_steps": 12, "val_check_interval": 5} | BY_STEPS | BY_BATCHES, {}, [(0, 5), (1, 10)]),
+}
+
+
+@pytest.mark.parametrize(
+    ("unsized", "settings", "schedule", "expected"),
+    [(False, *of) for of in FITS.values()] + [(True, *of) for of in OF_UNKNOWN_LENGTH.values()],
+    ids=[*FITS, *(f"unknown length, {name}" for name in OF_UNKNOWN_LENGTH)],
+)
+def test_attention_is_tested_every_so_many_epochs_and_at_the_last_of_a_fit(unsized, settings, schedule, expected):
+    watch = SeesTests(**{"every_n_epochs": 1, "faithfulness_every_n_epochs": 10} | schedule)
+    loader = DataLoader(Unsized(), 5) if unsized else toy_loader()
+    settings = {"limit_val_batches": 1} | settings
+    trainer = quiet_trainer(**settings | {"callbacks": [*settings.get("callbacks", []), watch]})
+    trainer.fit(ToyModule(), loader, toy_loader(seed=1))
+    assert [(epoch, batches) for epoch, batches, tested in watch.validations if tested] == expected
+    is_last_tested = watch.validations[-1][2]
+    assert is_last_tested == bool(expected)
+
+
+def test_attention_is_tested_at_the_last_epoch_of_a_fit_that_is_resumed(tmp_path):
+    first, second = SeesTests(1, 10), SeesTests(1, 10)
+    trainer = quiet_trainer(callbacks=[first], max_epochs=2)
+    trainer.fit(ToyModule(), toy_loader(), toy_loader(seed=1))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trainer = quiet_trainer(callbacks=[second], max_epochs=5)
+    trainer.fit(ToyModule(), toy_loader(), toy_loader(seed=1), ckpt_path=tmp_path / "last.ckpt")
+    assert [(epoch, tested) for epoch, _, tested in second.validations] == [(2, False), (3, False), (4, True)]
 
 
 def test_several_dataloaders_have_records_of_their_own():

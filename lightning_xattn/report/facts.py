@@ -152,7 +152,9 @@ def collect_facts(results: Results) -> BatchFacts | DatasetFacts:
             "axes": results.axes,
             "table": None if results.table is None else str(results.table),
             "training": _collect_training(results),
-            "fusion": None if results.fusion is None else collect_fusion(results.fusion, results.class_names),
+            "fusion": None
+            if results.fusion is None
+            else collect_fusion(results.fusion, results.class_names, results.earlier_test),
             "layers": [
                 collect_layer(name, one, results.class_names, results.other_lengths.get(name, 0))
                 for name, one in results.summaries.items()

@@ -15,6 +15,7 @@ from lightning_xattn.fusion.summary import Estimate, FusionSummary
 from lightning_xattn.messages import by_reason, decimal, name_modality, percent, say_interval
 from lightning_xattn.report.rendering import Block, Items, Paragraph, Table
 from lightning_xattn.report.verdict import describe_comparison
+from lightning_xattn.results import EarlierTest
 from lightning_xattn.summary import Comparison
 
 HOW_TO_READ = (
@@ -99,6 +100,8 @@ class FusionFacts(TypedDict):
     """Confidence, the baseline, and conflict: do they tell correct from incorrect predictions?"""
     attention: list[DirectionFacts]
     """Of the first layer; empty where it was not tested."""
+    earlier_test: EarlierTest | None
+    """What the last test before found, in the fit that this evaluation is of, where it was not tested itself."""
     conflicting: list[ConflictingSample]
     """Those of largest conflict, the largest first."""
     verdict: list[str]
@@ -113,8 +116,10 @@ class ConflictingSample(TypedDict):
     modalities: SampleModalities
 
 
-def collect_fusion(summary: FusionSummary, class_names: Sequence[str]) -> FusionFacts:
-    """What is said of the modalities, as numbers."""
+def collect_fusion(
+    summary: FusionSummary, class_names: Sequence[str], earlier_test: EarlierTest | None = None
+) -> FusionFacts:
+    """What is said of the modalities, as numbers; ``earlier_test`` as in ``DatasetResult``."""
     told = not summary.uncontributed
     of_classes = told and not summary.of_value
     subsets: list[tuple[Literal["all", "class", "outcome"], str, int | None, int | None]] = [("all", "all", None, None)]
@@ -167,6 +172,7 @@ def collect_fusion(summary: FusionSummary, class_names: Sequence[str]) -> Fusion
             }
             for direction, one in summary.replaced.items()
         ],
+        "earlier_test": earlier_test,
         "conflicting": [
             {"sample_idx": int(summary.sample_numbers[i]), "modalities": of_sample(summary, i, class_names)}
             for i in most_conflicting(summary)
@@ -199,9 +205,10 @@ def _verdict(facts: FusionFacts) -> Iterator[str]:
         yield f"Uses: {_say_most(told, facts['group_noun'])} (shares: {carried})."
     else:
         yield f"Uses: cannot be told ({facts['uncontributed'] or 'contributions do not add up to more than 0'})."
-    shown = [_say_shown(one) for one in facts["attention"]]
-    if shown:
-        yield f"Shows: {'; '.join(shown)}."
+    if facts["attention"]:
+        yield f"Shows: {'; '.join(_say_tested(one) for one in facts['attention'])}."
+    elif facts["earlier_test"] is not None:
+        yield _say_earlier(facts["earlier_test"])
 
 
 def _say_most(shares: Mapping[str, Estimate], noun: str | None) -> str:
@@ -212,14 +219,24 @@ def _say_most(shares: Mapping[str, Estimate], noun: str | None) -> str:
     return f"mostly {name_modality(most)}" if shares[most].low > MOSTLY else NONE_MOSTLY
 
 
-def _say_shown(one: DirectionFacts) -> str:
-    key, found = name_modality(Direction.parse(one["direction"]).key), one["faithfulness"]
-    if one["unfaithful"]:
-        return f"of {key} it cannot be told ({one['unfaithful']})"
-    interval = f"{decimal(found.mean)}, 95 % CI {say_interval(found.low, found.high, 2)}"
-    if found.low > 0:
+def _say_earlier(test: EarlierTest) -> str:
+    said = [_say_shown(one, *values, test.unfaithful[one]) for one, values in test.faithfulness.items()]
+    return f"Shows: not tested in this epoch; of epoch {test.epoch}, the last one that was: {'; '.join(said)}."
+
+
+def _say_tested(one: DirectionFacts) -> str:
+    found = one["faithfulness"]
+    return _say_shown(one["direction"], found.mean, found.low, found.high, one["unfaithful"])
+
+
+def _say_shown(direction: str, value: float, low: float, high: float, unfaithful: str) -> str:
+    key = name_modality(Direction.parse(direction).key)
+    if unfaithful:
+        return f"of {key} it cannot be told ({unfaithful})"
+    interval = f"{decimal(value)}, 95 % CI {say_interval(low, high, 2)}"
+    if low > 0:
         return f"attention ranks what the model uses of {key} ({interval})"
-    if found.high < 0:
+    if high < 0:
         return f"attention ranks what the model uses of {key} the wrong way round ({interval})"
     return f"attention is not seen to rank what the model uses of {key} ({interval})"
 
@@ -323,7 +340,7 @@ def _describe_direction(one: DirectionFacts) -> tuple[str, str, Sequence[str]]:
         if one["without_reference"]
         else f"reference {_estimate(one['reference'], signed=True)}"
     )
-    return label, f"{_say_shown(one)}; {reference}", [f"{cost}, {where}"]
+    return label, f"{_say_tested(one)}; {reference}", [f"{cost}, {where}"]
 
 
 def _faithfulness(one: DirectionFacts | None) -> str:

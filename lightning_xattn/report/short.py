@@ -34,7 +34,7 @@ def in_short(facts: DatasetFacts) -> Iterator[str]:
         _, *others = fusion["verdict"]
         for title, sentence in zip(("What the model uses", "What its attention shows"), others, strict=False):
             yield f"{title}: {sentence.partition(': ')[2]}"
-        if not fusion["attention"]:
+        if not fusion["attention"] and fusion["earlier_test"] is None:
             yield "What its attention shows was not tested." if layers else "It has no cross-attention."
     yield _say_errors(facts)
 

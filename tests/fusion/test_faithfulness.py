@@ -15,6 +15,7 @@ from lightning_xattn.attention import Direction
 from lightning_xattn.fusion.pool import hashed
 from lightning_xattn.report.modalities import collect_fusion, describe_fusion
 from lightning_xattn.report.rendering import Document, Section, as_text
+from lightning_xattn.results import EarlierTest
 from tests import reference
 from tests.fusion.models import HEADS, LEFT, WIDTH, TwoStreams, loader_of, said_data, sample_ids, trained
 from tests.toy import quiet_trainer
@@ -294,23 +295,72 @@ def test_a_report_says_it_with_the_number(fusion, said, cell):
     assert "where the attention gets them" in text or fusion
 
 
+class Fitted(Gazer):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(CLASSES))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(*batch[:2]) + self.bias, batch[2])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class StopAfter(pl.Callback):
+    """Ends a fit at its first epoch, after the callback has seen its validation, as early stopping does."""
+
+    def on_validation_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch == 1
+
+
+def test_a_report_says_from_which_epoch_its_faithfulness_is(tmp_path, infos):
+    """Where the fit ends before the last epoch that was planned, it is that of the last test."""
+    watch = AttentionExplainabilityCallback(NAMED, sample_ids=sample_ids)
+    loader = loader_of(marked_data(130))
+    trainer = quiet_trainer(
+        callbacks=[watch, StopAfter()], max_epochs=4, logger=False, default_root_dir=tmp_path, num_sanity_val_steps=0
+    )
+    trainer.fit(Fitted(), loader, loader)
+    tested, last = watch.history
+    assert (tested["epoch"], last["epoch"]) == (0, 1)
+    assert tested["unfaithful"] == {str(THERE): "", str(BACK): ""}
+    assert "unfaithful" not in last
+    name = f"faithfulness/{THERE}"
+    low, value, high = (tested[f"{name}{end}"] for end in ("_low", "", "_high"))
+    assert low < value < high
+    first, second = (
+        " ".join(path.read_text().replace("\\", "").split())
+        for path in sorted(tmp_path.rglob("*.md"), key=lambda path: path.stat().st_mtime_ns)
+    )
+    said = f"attention ranks what the model uses of Right ({value:.2f}, 95 % CI {low:.2f} to {high:.2f})"
+    assert f"Shows: {said}" in first
+    assert "not tested" not in first
+    assert f"Shows: not tested in this epoch; of epoch 0, the last one that was: {said}" in second
+
+
+def test_an_earlier_test_that_told_nothing_is_said_to_have_told_nothing():
+    history = [
+        {"epoch": 3, "unfaithful": {"left_to_right": ""}, "faithfulness/left_to_right": 0.5},
+        {"epoch": 7, "unfaithful": {"left_to_right": "bypassed: why"}},
+        {"epoch": 8},
+    ]
+    assert EarlierTest.find(history[2:]) is None
+    assert EarlierTest.find(history[:1]).faithfulness["left_to_right"][0] == 0.5
+    test = EarlierTest.find(history)
+    assert test.epoch == 7
+    assert math.isnan(test.faithfulness["left_to_right"][0])
+    facts = collect_fusion(summary_of(Gazer(), faithfulness_every_n_epochs=0), ["a", "b", "c"], test)
+    said = "of epoch 7, the last one that was: of Right it cannot be told (bypassed: why)."
+    assert facts["verdict"][-1] == f"Shows: not tested in this epoch; {said}"
+
+
 def test_curves_and_how_often(infos):
-    class Fitted(Gazer):
-        def __init__(self):
-            super().__init__()
-            self.bias = nn.Parameter(torch.zeros(CLASSES))
-
-        def training_step(self, batch, batch_idx):
-            return F.cross_entropy(self(*batch[:2]) + self.bias, batch[2])
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
     watch = AttentionExplainabilityCallback(NAMED, sample_ids=sample_ids, faithfulness_every_n_epochs=2, curves="all")
     trainer, loader = quiet_trainer(callbacks=[watch], max_epochs=4), loader_of(marked_data(130))
     trainer.fit(Fitted(), loader, loader)
     curve = f"faithfulness/{THERE}"
-    assert [curve in record for record in watch.history] == [True, False, True, False]
+    assert [curve in record for record in watch.history] == [True, False, True, True]
     trainer.test(Fitted(), loader, verbose=False)
     summary, logged = watch.fusion_summaries["test"], trainer.callback_metrics
     assert float(logged[f"xattn_faithfulness/test/{THERE}"]) == pytest.approx(summary.faithfulness(THERE).mean)
