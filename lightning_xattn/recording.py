@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_xattn.attention import AttentionPair
-from lightning_xattn.capture import AttentionRecorder, AttentionSetting, Layer
+from lightning_xattn.capture import AttentionRecorder, AttentionSetting, Layer, is_set_aside
 from lightning_xattn.distributed import ALONE, Processes
 from lightning_xattn.errors import DiscoveryError
 from lightning_xattn.fusion.entrance import ModalitiesSetting
@@ -58,12 +58,11 @@ class StepRecorder:
         self._split, self._is_first = set[Place](), True
         # A model whose fusion is named may have no cross-attention at all.
         self._may_lack_attention = attention is None and not self.fusion.needs_attention
-        self._lacks_attention = False
+        self._lacks_attention = is_set_aside(attention)
         self._taken: Attentions = ()
 
     def __enter__(self) -> StepRecorder:
-        if not self._lacks_attention:
-            self._attention.__enter__()
+        self._attention.__enter__()
         self.fusion.__enter__()
         return self
 
@@ -159,5 +158,6 @@ class StepRecorder:
         except DiscoveryError:
             if not self._may_lack_attention:
                 raise
+            self._attention.set_aside()
             self._lacks_attention = True
             return ()

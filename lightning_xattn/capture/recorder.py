@@ -19,7 +19,7 @@ from lightning_xattn.capture.layout import Axes
 from lightning_xattn.capture.locate import describe_attention, locate_attention
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import Event, Want
-from lightning_xattn.capture.sources import AttentionSetting, Layer, Source
+from lightning_xattn.capture.sources import AttentionSetting, Layer, Source, is_set_aside
 from lightning_xattn.capture.tap import Tap
 from lightning_xattn.capture.watch import Run, Watch
 from lightning_xattn.capture.wrappers import compiled_modules, require_one_replica, run_uncompiled, scripted_modules
@@ -41,7 +41,7 @@ class AttentionRecorder:
     attention
         Where the attention is: module paths by direction, seen from ``model``, a ``JointSequence``, or callables (see
         ``docs/own-model.md``). None: found by name (see ``locate_attention``) or, where no name tells, in the first
-        step.
+        step. ``{}``: none is recorded.
 
     Attributes
     ----------
@@ -74,7 +74,8 @@ class AttentionRecorder:
         self.batch: Any = None
         self._inputs: Any = None
         self._hooks, self._hooked = ExitStack(), False
-        self._survey: Survey | None = Survey(model)
+        self._is_set_aside = is_set_aside(attention)
+        self._survey: Survey | None = None if self._is_set_aside else Survey(model)
         self._watch: Watch | None = None
         self._taps: dict[tuple[str, Direction], Tap] = {}
         self._of_module: dict[nn.Module, list[Tap]] = {}
@@ -120,7 +121,18 @@ class AttentionRecorder:
         self.is_waiting = False
         self.output = self.batch = self._inputs = None
 
+    def set_aside(self) -> None:
+        """Record no attention from now on, but what the model's own ``forward`` returns, in which labels may be."""
+        self._is_set_aside, self._survey = True, None
+        if self._hooked:
+            self._hooks.close()
+            self._hook()
+
     def _hook(self) -> None:
+        if self._is_set_aside:
+            self._hooks.callback(self._model.register_forward_hook(self._keep_output, with_kwargs=True).remove)
+            self._hooked = True
+            return
         if self._survey is not None:  # later steps go through no more of the model than they record
             require_one_replica(self._model)
             if compiled := compiled_modules(self._model):
@@ -218,6 +230,8 @@ class AttentionRecorder:
         ShapeError
             If the two directions of a layer do not fit each other, or what was read is no attention.
         """
+        if self._is_set_aside:
+            return ()
         if not self.layers and self._survey is not None and self._survey.found:
             self._choose(self._survey)
         batch = self._inputs if self.batch is None else self.batch
