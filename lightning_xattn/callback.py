@@ -111,7 +111,7 @@ class AttentionExplainabilityCallback(Callback):
         Module paths by direction, seen from the LightningModule, e.g.
         ``{"eeg_to_spec": "model.fusion.eeg_to_spec_attn", "spec_to_eeg": "model.fusion.spec_to_eeg_attn"}``, or a
         ``JointSequence``, or callables (see ``docs/own-model.md``). None: found by name or, where no name tells, in
-        the first batch.
+        the first batch. ``{}``: none is recorded; ``fusion`` and ``modalities`` must then be named.
     class_names
         A name for each class. None: the LightningModule's attribute ``class_names``, or ``class_0``, ``class_1``, ...
     group_by

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_xattn.aggregation import LayerAccumulator, LayerSums, Layout, merge_sums
 from lightning_xattn.attention import mask_queries
-from lightning_xattn.capture import AttentionSetting, check_attention
+from lightning_xattn.capture import AttentionSetting, check_attention, is_set_aside
 from lightning_xattn.checks import Checks
 from lightning_xattn.classes import (
     GROUPINGS,
@@ -91,6 +91,12 @@ class Settings:
         if self.table is not None and find_spec("pyarrow") is None:
             raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
         check_fusion(self.fusion, self.modalities)
+        if is_set_aside(self.attention) and (self.fusion is None or self.modalities is None):
+            raise SettingError(
+                "With attention={} no attention is recorded, and without a named fusion nothing would be: name it too, "
+                "attention={}, fusion='path.to.module', modalities={'<a>': 0, '<b>': 1} (positions or names of the "
+                f"fusion's arguments). Got fusion={self.fusion!r}, modalities={self.modalities!r}."
+            )
         check_whole_number("contribution_samples", self.contribution_samples, 0)
         check_whole_number("max_samples", self.max_samples)
         if self.contribution_samples == 1:

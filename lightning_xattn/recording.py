@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_xattn.attention import AttentionPair
-from lightning_xattn.capture import AttentionRecorder, AttentionSetting, Layer
+from lightning_xattn.capture import AttentionRecorder, AttentionSetting, Layer, is_set_aside
 from lightning_xattn.capture.wrappers import Hook
 from lightning_xattn.distributed import ALONE, Processes
 from lightning_xattn.errors import DiscoveryError
@@ -60,7 +60,7 @@ class StepRecorder:
         self._split, self._is_first = set[Place](), True
         # A model whose fusion is named may have no cross-attention at all.
         self._may_lack_attention = attention is None and not self.fusion.needs_attention
-        self._lacks_attention = False
+        self._lacks_attention = is_set_aside(attention)
         self._taken: Attentions = ()
         # What the model's own forward returned first in this step.
         self._output: Any = None

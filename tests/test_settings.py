@@ -38,6 +38,8 @@ def test_settings_are_checked_at_once():
         ({"attention": {"a_to_b": 3}}, "must map directions to module paths"),
         ({"attention": {"left/eeg_to_spec": "fusion"}}, "'left/eeg_to_spec'"),
         ({"every_n_epochs": True}, "whole number"),
+        ({"attention": {}}, r"attention=\{\}, fusion='path.to.module', modalities=\{'<a>': 0, '<b>': 1\}"),
+        ({"attention": {}, "fusion": "fusion"}, "Got fusion='fusion', modalities=None"),
         ({"predictions": 3}, "predictions must be None, a key or a callable; got 3"),
         ({"targets": ""}, "targets must be None, a key or a callable; got ''"),
         ({"groups": True}, "groups must be None, a key or a callable; got True"),

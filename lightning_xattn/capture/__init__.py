@@ -3,7 +3,7 @@
 from lightning_xattn.capture.joint import JointSequence
 from lightning_xattn.capture.locate import locate_attention
 from lightning_xattn.capture.recorder import AttentionRecorder
-from lightning_xattn.capture.sources import AttentionSetting, Layer, check_attention
+from lightning_xattn.capture.sources import AttentionSetting, Layer, check_attention, is_set_aside
 
 __all__ = [
     "AttentionRecorder",
@@ -11,5 +11,6 @@ __all__ = [
     "JointSequence",
     "Layer",
     "check_attention",
+    "is_set_aside",
     "locate_attention",
 ]

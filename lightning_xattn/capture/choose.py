@@ -19,7 +19,7 @@ from lightning_xattn.capture.locate import common_parent, describe_idle, layers_
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.memory import are_same
 from lightning_xattn.capture.readers import Event, Want
-from lightning_xattn.capture.sources import Layer, Source
+from lightning_xattn.capture.sources import SET_IT_ASIDE, Layer, Source
 from lightning_xattn.capture.tap import Tap, key_of
 from lightning_xattn.capture.watch import Run
 from lightning_xattn.capture.wrappers import plain_path
@@ -176,7 +176,7 @@ class Survey:
             f"{what}. "
             + (f"What ran: {ran}. " if ran else f"{describe_idle(self.root)} ")
             + f"{NAME_THEM} For modalities that share one sequence: attention=JointSequence('path.to.module', "
-            "spans={'<a>': (start, stop), '<b>': (start, stop)})."
+            f"spans={{'<a>': (start, stop), '<b>': (start, stop)}}). {SET_IT_ASIDE}"
         )
 
 

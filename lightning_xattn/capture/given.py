@@ -18,11 +18,12 @@ from lightning_xattn.capture.masks import (
     seen_by_both,
     zeros_are_a_mask,
 )
+from lightning_xattn.capture.sources import SET_IT_ASIDE
 from lightning_xattn.errors import ShapeError
 
 NAME_IT = (
     "Name the attention that you mean: 'path#2' is the second that a module computes, 'path[item]' an item of what it "
-    "returns. Or give a callable: attention={'<a>_to_<b>': lambda model: weights}."
+    "returns. Or give a callable: attention={'<a>_to_<b>': lambda model: weights}. " + SET_IT_ASIDE
 )
 
 

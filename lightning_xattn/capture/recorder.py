@@ -19,7 +19,7 @@ from lightning_xattn.capture.layout import Axes
 from lightning_xattn.capture.locate import describe_attention, locate_attention
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import Event, Want
-from lightning_xattn.capture.sources import AttentionSetting, Layer, Source
+from lightning_xattn.capture.sources import AttentionSetting, Layer, Source, is_set_aside
 from lightning_xattn.capture.tap import Tap
 from lightning_xattn.capture.watch import Run, Watch
 from lightning_xattn.capture.wrappers import (
@@ -47,7 +47,7 @@ class AttentionRecorder:
     attention
         Where the attention is: module paths by direction, seen from ``model``, a ``JointSequence``, or callables (see
         ``docs/own-model.md``). None: found by name (see ``locate_attention``) or, where no name tells, in the first
-        step.
+        step. ``{}``: none is recorded.
 
     Attributes
     ----------
@@ -77,7 +77,8 @@ class AttentionRecorder:
         self.batch: Any = None
         self._inputs: Any = None
         self._hooks, self._hooked = ExitStack(), False
-        self._survey: Survey | None = Survey(model)
+        self._is_set_aside = is_set_aside(attention)
+        self._survey: Survey | None = None if self._is_set_aside else Survey(model)
         self._watch: Watch | None = None
         self._taps: dict[tuple[str, Direction], Tap] = {}
         self._of_module: dict[nn.Module, list[Tap]] = {}
@@ -134,6 +135,8 @@ class AttentionRecorder:
         self.batch = self._inputs = None
 
     def _hook(self) -> None:
+        if self._is_set_aside:
+            return
         if self._survey is not None:  # later steps go through no more of the model than they record
             require_one_replica(self._model)
             if compiled := compiled_modules(self._model):
@@ -240,6 +243,8 @@ class AttentionRecorder:
             Whatever else went wrong while the model ran, which has not ended its run.
         """
         self._raise_errors()
+        if self._is_set_aside:
+            return ()
         if not self.layers and self._survey is not None and self._survey.found:
             self._choose(self._survey)
         batch = self._inputs if self.batch is None else self.batch

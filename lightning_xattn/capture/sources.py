@@ -86,7 +86,18 @@ class Layer:
 
 
 AttentionSetting = Mapping[str, Named | Sequence[Named]] | JointSequence
-"""``{"eeg_to_spec": "model.fusion.eeg_to_spec_attn", ...}``; a sequence names several layers."""
+"""``{"eeg_to_spec": "model.fusion.eeg_to_spec_attn", ...}``; a sequence names several layers, ``{}`` none."""
+
+SET_IT_ASIDE = (
+    "Or set it aside: attention={}, fusion='path.to.module', modalities={'<a>': 0, '<b>': 1} (positions or names of "
+    "the fusion's arguments)."
+)
+"""What to set where an attention cannot be used."""
+
+
+def is_set_aside(attention: AttentionSetting | None) -> bool:
+    """Whether the setting says that no attention is to be recorded."""
+    return isinstance(attention, Mapping) and not attention
 
 
 def as_names(value: Any) -> tuple[Any, ...]:
@@ -106,14 +117,16 @@ def check_attention(attention: AttentionSetting) -> None:
         for path in attention.paths:
             Source.parse(path)
         return
+    if is_set_aside(attention):
+        return
     entries = attention if isinstance(attention, Mapping) else {}
     named = {direction: as_names(value) for direction, value in entries.items()}
     known = all(isinstance(name, str) or callable(name) for names in named.values() for name in names)
     if not named or not all(named.values()) or not known:
         raise SettingError(
             "attention must map directions to module paths, e.g. {'eeg_to_spec': 'model.fusion.a', 'spec_to_eeg': "
-            "'model.fusion.b'}, to lists of paths for several layers, or to callables; or be a JointSequence; got "
-            f"{attention!r}."
+            "'model.fusion.b'}, to lists of paths for several layers, or to callables; or be a JointSequence; or {}, "
+            f"which is none; got {attention!r}."
         )
     sources = {Direction.parse(name): names for name, names in named.items()}
     for direction, there in sources.items():

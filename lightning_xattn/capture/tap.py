@@ -110,12 +110,15 @@ class Tap:
         except (DiscoveryError, ShapeError) as error:
             if not self.has_run:
                 raise
-            self.remarks.append(f"In a later step: {error} Such steps are left out.")
+            self._leave_out(error)
         self._count += len(run.events)
         self._runs += 1
         if found is not None:
             self.has_run = True
             self._found.append(replace(found, query_mask=self._own_query_mask(run, found)) if self.is_alone else found)
+
+    def _leave_out(self, why: object) -> None:
+        self.remarks.append(f"In a later step: {why} Such steps are left out.")
 
     def find(self, run: Run, output: Any) -> RecordedWeights | None:
         """The attention of a run; None if it has none. It raises what ``take`` does, also of a later run."""
@@ -207,7 +210,7 @@ class Tap:
         """Weights that a module returned in a run, or a callable gave, with the masks of the event that made them."""
         who = f"The {name} gives" if run is None else f"Module '{name}' returns"
         first = (what, training) not in self._looked_at
-        if first:
+        if first or not isinstance(weights, Tensor):
             check_weights(weights, who, training)
         shape = tuple(weights.shape)
         whole = event if event is not None and event.shape == shape else None
@@ -228,7 +231,7 @@ class Tap:
         Raises
         ------
         ShapeError
-            If it is no attention.
+            If it is no attention in a first step; a later one of which it is none is left out.
         """
         if self._runs or self.source.read is None:
             return
@@ -240,7 +243,13 @@ class Tap:
             )
         elif weights is not None:
             name = str(self.source)
-            self._found.append(self._given(name, weights, name, model.training, None, None))
+            try:
+                self._found.append(self._given(name, weights, name, model.training, None, None))
+            except ShapeError as error:
+                if not self.has_run:
+                    raise
+                self._leave_out(error)
+                return
             self._last, self.has_run = Address.of(weights), True
 
     def recorded(self, batch: Any) -> RecordedWeights | None:
@@ -280,7 +289,7 @@ class Tap:
         if taken.within:
             message = f"'{source}' ({self.direction}) attends within one sequence: its query is its key."
             if self._has_given:
-                self.remarks.append(f"In a later step: {message} Such steps are left out.")
+                self._leave_out(message)
                 return None
             raise DiscoveryError(
                 f"{message} Name the module that attends across: attention={{'<a>_to_<b>': 'path', ...}}; or, if both "

@@ -153,7 +153,7 @@ class ExplainabilityCapture:
         if batch is None:
             raise DataError("The batch is None; expected one as the model's loader gives it.")
         finder = self.settings.finder()
-        read = partial(read_batch, finder=finder, checks=self._checks)
+        read = partial(_read_attended, finder=finder, checks=self._checks)
         with self._watching():
             runs = [(step, part.cpu()) for step, part in self._observe(batch, finder, read)]
         if not runs:
@@ -417,6 +417,15 @@ def _check_predict(predict: Any) -> None:
             fits = False
     if not fits:
         raise SettingError(f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r}.")
+
+
+def _read_attended(step: Step, attention: Attentions, finder: LabelFinder, checks: Checks) -> BatchResult:
+    if not attention:
+        raise DiscoveryError(
+            "A batch is explained by its attention, and none is recorded: the model has none, or attention={} sets it "
+            "aside. explain_loader tells what its modalities know and contribute."
+        )
+    return read_batch(step, attention, finder, checks)
 
 
 def _check_axes(axes: Any) -> dict[str, TokenAxis]:

@@ -139,7 +139,8 @@ def test_errors_say_what_there_is():
         locate_attention(nn.Linear(2, 2), {"a_to_b": "x"})
     with pytest.raises(SettingError, match=tells("1 layer(s) for eeg_to_spec", "2 for spec_to_eeg", "one by one")):
         locate_attention(root, {"eeg_to_spec": "a", "spec_to_eeg": ["b", "c"]})
-    for paths in ({}, {"a_to_b": 3}, {"a_to_b": []}, ["a_to_b"], "a_to_b", {"a_to_b": ["x", None]}):
+    assert locate_attention(root, {}) == (), "none is recorded"
+    for paths in ({"a_to_b": 3}, {"a_to_b": []}, ["a_to_b"], "a_to_b", {"a_to_b": ["x", None]}):
         with pytest.raises(
             SettingError,
             match=tells(
