@@ -145,6 +145,8 @@ class LoaderRun:
             if self._evaluation.finder.has_several:
                 self._evaluation.drop_targets()
         waiting = [] if self._folder is None else done.rows + rows
+        if self._evaluation.has_dropped:
+            waiting = [row | dict.fromkeys(("target", "prediction", "confidence", "correct")) for row in waiting]
         kept = self._evaluation.collected.snapshot(), self._evaluation.maps.snapshot()
         self._done = _Done(done.batches + 1, samples, self._evaluation.sums(), *kept, waiting)
         if self._folder is not None and self._done.batches - self._folder.batches >= BATCHES_A_PART:
