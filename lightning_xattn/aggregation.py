@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_xattn.attention import Direction
-from lightning_xattn.columns import SCORES, Column
+from lightning_xattn.columns import CONFIDENCE, SCORES, Column
 from lightning_xattn.errors import ShapeError
 from lightning_xattn.functional import Rows, score_bins, standardised_maps
 from lightning_xattn.functional.outcomes import BINS
@@ -111,20 +111,28 @@ class LayerSums:
         return LayerSums(replace(self.layout, n_classes=len(kept) + 1), states, groups)
 
     def without_labels(self) -> LayerSums:
-        """The same without classes, and with all outcomes unknown."""
+        """The same without classes and confidences, and with all outcomes unknown."""
         states = dict(self.states)
         moments, histograms = states["moments"], states["histograms"].unflatten(0, (-1, 3, BINS))
         states["moments"] = moments.new_zeros(3, *moments.shape[1:])
         states["moments"][UNKNOWN] = moments.sum(0)
+        states["moments"][UNKNOWN, _places(CONFIDENCE, self.layout.columns)] = 0
         of_unknown = torch.zeros_like(histograms)
         of_unknown[:, UNKNOWN] = histograms.sum(1)
+        of_unknown[list(SCORES).index(CONFIDENCE)] = 0
         states["histograms"], states["ties"] = of_unknown.flatten(), torch.zeros_like(states["ties"])
         for name in (f"map_{direction}" for direction in self.layout.tokens):
             states[name] = states[name].sum(0, keepdim=True)
         for name in (f"outcome_map_{direction}" for direction in self.layout.tokens):
             states[name] = torch.zeros_like(states[name])
-        groups = None if self.groups is None else self.groups.relabelled(0, UNKNOWN)
+        dropped = _places(CONFIDENCE, self.layout.grouped_columns)
+        groups = None if self.groups is None else self.groups.relabelled(0, UNKNOWN, dropped)
         return LayerSums(replace(self.layout, n_classes=0), states, groups)
+
+
+def _places(column: Column, columns: Sequence[Column]) -> list[int]:
+    """Where a number stands; nowhere in sums that do not have it."""
+    return [place for place, one in enumerate(columns) if one == column]
 
 
 class LayerAccumulator(Metric):

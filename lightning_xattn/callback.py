@@ -507,6 +507,9 @@ class AttentionExplainabilityCallback(Callback):
         )
         fusions = {number: summary.fusion for number, summary in ended.items() if summary.fusion is not None}
         tables = []
+        if self._run.table is not None and any(one.has_dropped for one in self._run.evaluations.values()):
+            self._run.table.discard()
+            warn(["The sample table lacks this evaluation, whose first rows took several labels at once for a class."])
         if self._run.table is not None:
             tables = self._run.table.close(
                 {number: sample_columns(one, self._run.processes.rank) for number, one in fusions.items()}

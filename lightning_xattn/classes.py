@@ -52,9 +52,16 @@ def own_class_names(module: object) -> tuple[str, ...] | None:
         return None
 
 
-def name_in_curves(class_names: Sequence[str], group_by: str) -> tuple[str, ...]:
-    """What the classes are called in curves: their names, or ``predicted_<name>`` when grouped by prediction."""
-    return tuple(name if group_by == "target" else f"predicted_{name}" for name in class_names)
+def name_in_curves(class_names: Sequence[str], group_by: str, plain: bool = False) -> tuple[str, ...]:
+    """What the classes are called in curves: their names, or ``predicted_<name>`` when grouped by prediction.
+
+    ``plain``: for a logger that takes but ASCII letters, digits and a few signs, as MLflow, a class whose name would be
+    nothing without the others, or that of another class, is called ``class_<i>``.
+    """
+    kept = [re.sub(r"[^A-Za-z0-9_/. -]", "", name) for name in class_names]
+    is_path = [all(part.strip(" .") for part in name.split("/")) and kept.count(name) == 1 for name in kept]
+    names = [f"class_{i}" if plain and not is_path[i] else name for i, name in enumerate(class_names)]
+    return tuple(name if group_by == "target" else f"predicted_{name}" for name in names)
 
 
 def name_classes(labels: Labels, class_names: Sequence[str] | None, group_by: str, step: Step) -> tuple[str, ...]:

@@ -173,7 +173,8 @@ class EpochLog:
         self, number: int, result: DatasetResult, whole: DatasetResult, several: bool, counts: dict[str, int]
     ) -> tuple[list[tuple[str, dict[str, float]]], list[dict[str, Any]]]:
         """By scope the curves of a dataloader; the records of its layers, whose comparisons are over all classes."""
-        scope, classes = self.scope(number, ""), name_in_curves(result.class_names, self.group_by)
+        plain = any(kind.__name__ == "MLFlowLogger" for one in self.trainer.loggers for kind in type(one).__mro__)
+        scope, classes = self.scope(number, ""), name_in_curves(result.class_names, self.group_by, plain)
         about = moment(self.trainer) | {"dataloader": number}
         by_scope: list[tuple[str, dict[str, float]]] = []
         of_fusion: dict[str, Any] = {}

@@ -41,7 +41,7 @@ from lightning_xattn.fusion.pool import Columns
 from lightning_xattn.fusion.recorder import FusionInputs, FusionRecorder
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.group_keys import group_keys
-from lightning_xattn.labels import LabelFinder, Labels, LabelSetting, Step
+from lightning_xattn.labels import SEVERAL_LABELS, LabelFinder, Labels, LabelSetting, Step
 from lightning_xattn.maps import MapsBySample, SampleMaps, merge_maps
 from lightning_xattn.messages import named, warn
 from lightning_xattn.recording import Attentions, StepRecorder
@@ -209,6 +209,8 @@ class Evaluation:
         Samples of this process so far, with those that were left out.
     refused : str
         Why nothing is replayed at the end of this evaluation, as the end of a sentence; "" where it may be.
+    has_dropped : bool
+        Whether samples of this evaluation had classes and predictions before their targets turned out to be none.
     shown_classes : tuple of int or None
         Of very many classes, those that are shown one by one; decided when an evaluation is shown first.
     collected : Collected
@@ -237,7 +239,8 @@ class Evaluation:
 
     def reset(self) -> None:
         """Begin anew, with what was decided in the first batch."""
-        self.repeats, self.left_out_batches, self.refused, self.other_lengths = 0, 0, "", Counter[str]()
+        self.repeats, self.left_out_batches, self.refused, self.has_dropped = 0, 0, "", False
+        self.other_lengths = Counter[str]()
         self._accumulators: dict[str, LayerAccumulator] = {}
         self.collected = Collected(self._settings.max_samples, self._settings.contribution_samples)
         self.maps = SampleMaps()
@@ -387,13 +390,15 @@ class Evaluation:
         fusion = self.collected.part()
         if fusion is not None and self._processes is not ALONE:
             fusion = fusion.cpu()  # to be sent
+        several = self.finder.has_several
         counts = self.repeats, self.left_out_batches, dict(self.other_lengths)
-        return Part(self.classes, sums, fusion, *counts, self.refused, self.finder.has_several, self.maps.part())
+        refused = self.refused or (SEVERAL_LABELS if several or self.finder.are_several else "")
+        return Part(self.classes, sums, fusion, *counts, refused, several, self.maps.part())
 
     def drop_targets(self) -> None:
-        """Have no classes and outcomes, as the targets are several labels at once, which are no classes."""
+        """Have no classes, predictions and outcomes, as the targets are several labels at once."""
         warn([self.finder.drop_targets()])
-        self.classes = ()
+        self.classes, self.has_dropped = (), True
         for layer, of_layer in self._accumulators.items():
             self._accumulators[layer] = LayerAccumulator.of(of_layer.sums().without_labels(), of_layer.device)
 

@@ -110,12 +110,14 @@ class GroupSums:
         cells[:, 1] = of_class[cells[:, 1]]
         return GroupSums(*_fold(cells, whole.sums), whole.score_cells, whole.score_counts)
 
-    def relabelled(self, class_id: int, outcome: int) -> GroupSums:
-        """The same with all samples in one class and of one outcome."""
+    def relabelled(self, class_id: int, outcome: int, dropped: Sequence[int]) -> GroupSums:
+        """The same with all samples in one class and of one outcome, without some of the numbers."""
         whole = self.settled()
         cells, score_cells = whole.cells.clone(), whole.score_cells.clone()
         cells[:, 1], cells[:, 2], score_cells[:, 1] = class_id, outcome, outcome
-        return GroupSums(*_fold(cells, whole.sums), *_fold(score_cells, whole.score_counts))
+        cells, sums = _fold(cells, whole.sums)
+        sums[:, list(dropped)] = 0
+        return GroupSums(cells, sums, *_fold(score_cells, whole.score_counts))
 
     def count(self, column: int, class_id: int | None = None, outcome: int | None = None) -> int:
         """How many known groups have samples of a class and an outcome in which a number is defined."""

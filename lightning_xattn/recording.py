@@ -20,6 +20,18 @@ from lightning_xattn.peers import Place, check_alike, split_heads, with_all_head
 
 Attentions = tuple[AttentionPair, ...]
 
+_OF_SEVERAL = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss)
+
+
+def find_loss_of_several(model: nn.Module) -> str:
+    """The path of a loss or metric in a model that is one for several labels at once; "" without."""
+    of_several = (
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, _OF_SEVERAL) or type(module).__name__.startswith(("Multilabel", "MultiLabel"))
+    )
+    return next(of_several, "")
+
 
 class StepRecorder:
     """Record a model's attention and what enters its fusion while it runs; its outputs stay what they are.
@@ -57,6 +69,7 @@ class StepRecorder:
         self.fusion = FusionRecorder(model, fusion, modalities, processes)
         self._attention = AttentionRecorder(model, attention)
         self._model, self._processes = model, processes
+        self._loss_of_several = find_loss_of_several(model)
         self._split, self._is_first = set[Place](), True
         # A model whose fusion is named may have no cross-attention at all.
         self._may_lack_attention = attention is None and not self.fusion.needs_attention
@@ -126,12 +139,17 @@ class StepRecorder:
         forward = self._output
         if self._taken:
             weights = self._taken[0].forward.weights
-            return Step(outputs, batch, forward, len(weights), weights.device, tuple(weights.shape[2:])), self._taken
+            tokens = tuple(weights.shape[2:])
+            return Step(
+                outputs, batch, forward, len(weights), weights.device, tokens, self._loss_of_several
+            ), self._taken
         if not self._lacks_attention:
             return None
         first, messages = self.fusion.first_tokens()
         warn(messages)
-        return None if first is None else (Step(outputs, batch, forward, len(first), first.device), ())
+        if first is None:
+            return None
+        return Step(outputs, batch, forward, len(first), first.device, loss_of_several=self._loss_of_several), ()
 
     def enter(self, labels: Labels) -> FusionInputs | None:
         """What entered the fusion in this step; of a first step the labels help to find it.

@@ -3,12 +3,13 @@
 import math
 import re
 
+import pandas as pd
 import pytest
 import torch
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture
 from lightning_xattn.aggregation import UNKNOWN
-from lightning_xattn.columns import ALIGNMENT
+from lightning_xattn.columns import ALIGNMENT, CONFIDENCE
 from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnError, XAttnWarning
 from lightning_xattn.labels.finder import LabelFinder
 from lightning_xattn.labels.places import Step
@@ -439,6 +440,70 @@ class Several(ToyModule):
         return {"logits": self(batch)}
 
 
+def assert_no_classes(watch):
+    """Nothing of a softmax: no prediction, confidence, accuracy, probe of classes or contribution."""
+    (record,), summary, fusion = watch.history, watch.summaries["val"], watch.fusion_summaries["val"]
+    assert not {"accuracy", "reading/audio", "contribution/share/audio", "outcome/confidence_auroc"} & set(record)
+    assert record["uncontributed"] == "the targets are several labels at once, so no one class is predicted"
+    assert summary.count(CONFIDENCE) == 0
+    assert summary.count(ALIGNMENT) == summary.samples
+    assert summary.interval(CONFIDENCE) == pytest.approx((math.nan, math.nan), nan_ok=True)
+    assert fusion.numbers["confidence"].isnan().all()
+    assert set(fusion.predicted.tolist()) == set(fusion.target.tolist()) == {-1}
+
+
+SEVERAL_OF_TOY = torch.tensor([[1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]])
+
+
+class OfSeveral(ToyModule):
+    """Trained on several labels at once; ``how`` says what shows it."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        if how == "loss":
+            self.criterion = torch.nn.BCEWithLogitsLoss()
+
+    def validation_step(self, batch, batch_idx):
+        scores = self(*batch[:2])
+        if self.how in ("outputs", "probabilities"):
+            scores = scores.sigmoid() if self.how == "probabilities" else scores
+            return {"logits" if self.how == "outputs" else "probabilities": scores, "targets": batch[2].float()}
+        return torch.nn.functional.binary_cross_entropy_with_logits(scores, SEVERAL_OF_TOY.float())
+
+
+@pytest.mark.parametrize("how", ["batch", "outputs", "probabilities", "loss", "named"])
+def test_a_head_of_several_labels_is_not_taken_for_one_of_classes(how, tmp_path):
+    data = [torch.randn(5, AUDIO, 3), torch.randn(5, TEXT, 2), SEVERAL_OF_TOY]
+    loader = torch.utils.data.DataLoader([data[: 2 if how == "loss" else 3]] * 3, batch_size=None)
+    targets = {"targets": lambda outputs, batch: batch[2]} if how == "named" else {}
+    watch = AttentionExplainabilityCallback(**targets, table=tmp_path, figures_every_n_epochs=0)
+    why = "'criterion'" if how == "loss" else "do not sum to 1"
+    with pytest.warns(XAttnWarning, match=tells("several labels", why)):
+        quiet_trainer(callbacks=[watch]).validate(OfSeveral(how), loader, verbose=False)
+    assert_no_classes(watch)
+    rows = pd.read_parquet(tmp_path)
+    assert rows[["target", "prediction", "confidence", "correct"]].isna().all(axis=None)
+    assert rows["alignment"].notna().all()
+
+
+def test_a_table_of_samples_that_had_classes_which_turn_out_to_be_none_is_left_out(tmp_path):
+    loader = torch.utils.data.DataLoader(list(several_labels(False)), batch_size=None)
+    watch = AttentionExplainabilityCallback(table=tmp_path, figures_every_n_epochs=0)
+    trainer = quiet_trainer(callbacks=[watch])
+    with pytest.warns(XAttnWarning) as caught:
+        trainer.validate(Several(), loader, verbose=False)
+    assert any("The sample table lacks this evaluation" in str(one.message) for one in caught)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("labels", [IDS, torch.nn.functional.one_hot(IDS), VOTES])
+def test_a_loss_of_several_labels_is_no_evidence_beside_targets(labels):
+    found = LabelFinder().find(Step({"logits": SCORES}, {"y": labels}, None, BATCH, loss_of_several="aux"))
+    assert found.predicted.tolist() == PREDICTED
+    assert found.target is not None
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_an_evaluation_whose_labels_turn_out_to_be_several_has_no_classes(grouped):
     watch = AttentionExplainabilityCallback()
@@ -453,6 +518,7 @@ def test_an_evaluation_whose_labels_turn_out_to_be_several_has_no_classes(groupe
     assert record["ties"] == 0
     assert "alignment/all" in record
     assert not [name for name in record if name.endswith(("class_0", "/correct", "/incorrect"))]
+    assert_no_classes(watch)
     explainer = ExplainabilityCapture(module)
     with pytest.warns(XAttnWarning, match=tells("several labels at once")):
         summary = explainer.explain_loader(loader, progress=False).headline

@@ -155,6 +155,8 @@ class LoaderRun:
             if self._evaluation.finder.has_several:
                 self._evaluation.drop_targets()
         waiting = [] if self._folder is None else done.rows + rows
+        if self._evaluation.has_dropped:
+            waiting = [row | dict.fromkeys(("target", "prediction", "confidence", "correct")) for row in waiting]
         kept = self._evaluation.collected.snapshot(), self._evaluation.maps.snapshot()
         counts = done.batches + 1, samples, self._evaluation.seen, dict(self._evaluation.other_lengths)
         self._done = _Done(*counts, self._evaluation.sums(), *kept, waiting)

@@ -52,9 +52,11 @@ class FusionPart:
         return replace(self, rows=_moved(self.rows), geometries=tuple(map(_moved, self.geometries)))
 
     def without_labels(self) -> FusionPart:
-        """The same without classes and outcomes."""
-        unknown = {name: torch.full_like(self.rows[name], -1) for name in ("class", "target")}
-        return replace(self, rows=self.rows | unknown | {"correct": torch.full_like(self.rows["correct"], UNKNOWN)})
+        """The same without classes, predictions, confidences and outcomes."""
+        unknown = {name: torch.full_like(self.rows[name], -1) for name in ("class", "target", "prediction")}
+        unknown |= {"correct": torch.full_like(self.rows["correct"], UNKNOWN)}
+        unknown |= {"confidence": torch.full_like(self.rows["confidence"], torch.nan)}
+        return replace(self, rows=self.rows | unknown)
 
 
 def merge_parts(parts: Sequence[FusionPart], sizes: tuple[int, int]) -> FusionPart:

@@ -27,6 +27,7 @@ from lightning_xattn.labels.places import (
     guess_targets,
     misfits,
     say_setting,
+    several_labels,
     told_place,
 )
 from lightning_xattn.labels.scores import ReadScores, Scores, find_scores
@@ -37,6 +38,7 @@ from lightning_xattn.labels.tensors import (
     are_one_hot,
     are_probabilities,
     are_rows,
+    are_several,
     are_single,
     are_single_scores,
     are_surely_logits,
@@ -45,6 +47,9 @@ from lightning_xattn.labels.tensors import (
     classes_of_scores,
     confidence_of,
 )
+
+SEVERAL_LABELS = "the targets are several labels at once, so no one class is predicted"
+"""Why nothing of a softmax is computed, as the end of a sentence."""
 
 _NAMES = {"sample_ids": "sample id", "groups": "group"}
 _BY_SAMPLE = ("predicted", "confidence", "target", "tied", "groups", "group_ids", "sample_ids", "query_mask")
@@ -144,6 +149,11 @@ class LabelFinder:
     query_mask
         See ``LabelSetting``: which queries are real tokens, for models of one direction.
 
+    Attributes
+    ----------
+    are_several : bool
+        Whether the targets are several labels at once: then there are no predictions, classes and confidences.
+
     Raises
     ------
     SettingError
@@ -169,7 +179,7 @@ class LabelFinder:
             )
         self._places: dict[str, Place | None] | None = None
         self._scores_of: ReadScores | None = None
-        self._binary = self._probabilities = self._one_hot = False
+        self._binary = self._probabilities = self._one_hot = self.are_several = False
         # Whether rows of targets that were one-hot in the first batch have none or several positives; on their device.
         self._several: Tensor | None = None
         self._doubts: dict[str, str] = {}
@@ -287,12 +297,16 @@ class LabelFinder:
         name = "targets" if place is None else place.name
         reason = (
             f"{name} has one positive in each row of the first batch, but later rows have none or several. So they are "
-            "several labels at once, which are no classes, and the evaluation has no classes and no outcomes. If there "
-            "are classes, name them: targets=<key or callable>."
+            "several labels at once, and the evaluation has no classes, predictions, confidences and outcomes. If "
+            "there are classes, name them: targets=<key or callable>."
         )
         if self._places is not None:
-            self._places["targets"] = None
-        self._several, self._one_hot, self._doubts = None, False, self._doubts | {"targets": reason}
+            self._places |= dict.fromkeys(("targets", "predictions"))
+        self._several, self._one_hot, self._scores_of, self.are_several = None, False, None, True
+        self._doubts = self._doubts | {
+            "targets": reason,
+            "predictions": f"{SEVERAL_LABELS[0].upper()}{SEVERAL_LABELS[1:]}.",
+        }
         return reason
 
     def _find_ids(self, what: str, step: Step) -> list[Any] | Tensor | None:
@@ -329,6 +343,11 @@ class LabelFinder:
             if self._settings[what] is None:
                 place = guess_ids(step, what)
                 places[what] = place if place is not None and _count(place.read(step)) == step.samples else None
+        several = self._say_several(scores, places["targets"], step)
+        if several:
+            self._doubts |= {"predictions": several, "targets": several}
+            self.are_several, self._one_hot = True, False
+            return places | dict.fromkeys(("predictions", "targets"))
         if places["predictions"] is not None and isinstance(scores, Tensor):
             self._doubts |= self._decide(scores, places["predictions"], places["targets"], step)
         if "predictions" in self._doubts:
@@ -338,6 +357,26 @@ class LabelFinder:
             labels = None if places["targets"] is None else places["targets"].read(step)
             self._binary = are_binary_labels(labels, step.samples, self._settings["targets"] is None)
         return places
+
+    def _say_several(self, scores: Any, targets: Place | None, step: Step) -> str:
+        """Why a first batch is one of several labels at once; "" where nothing says so."""
+        classes = scores.shape[1] if are_rows(scores, step.samples) and scores.is_floating_point() else None
+        labels = None if targets is None else targets.read(step)
+        rows = isinstance(labels, Tensor) and are_rows(labels, step.samples)
+        if isinstance(labels, Tensor) and rows and classes in (None, labels.shape[1]) and are_several(labels):
+            found = targets
+        else:
+            found = several_labels(step, classes) if classes and targets is None else None
+        if found is not None:
+            why = f"{found.name} has rows of numbers from 0 to 1 that do not sum to 1"
+        elif classes and targets is None and self._settings["predictions"] is None and step.loss_of_several:
+            why = f"the step has no targets, and the model's loss '{step.loss_of_several}' is one for several labels"
+        else:
+            return ""
+        return (
+            f"{why[0].upper()}{why[1:]}. So the scores are of several labels at once: no one class is predicted, and "
+            "there are no classes, confidences and outcomes."
+        )
 
     def _decide(self, scores: Tensor, place: Place, targets: Place | None, step: Step) -> dict[str, str]:
         """Decide what the scores of a first batch are; what cannot be told is returned."""

@@ -18,6 +18,7 @@ from lightning_xattn.labels.tensors import (
     are_ids,
     are_predictions,
     are_rows,
+    are_several,
     are_shares,
     are_single_scores,
 )
@@ -49,6 +50,8 @@ class Step:
         Where the attention is; labels are moved there.
     tokens
         Number of queries and of keys of the attention.
+    loss_of_several
+        The path of a loss in the model that is one for several labels at once; "" without.
     """
 
     outputs: Any
@@ -57,6 +60,7 @@ class Step:
     samples: int
     device: torch.device | str = "cpu"
     tokens: tuple[int, ...] = ()
+    loss_of_several: str = ""
 
     def __str__(self) -> str:
         return (
@@ -201,6 +205,17 @@ def guess_targets(step: Step, scores: Any) -> Place | None:
         return keyed if fits(keyed.read(step)) else None
     fitting = [place for place in _items(step, "batch") if fits(place.read(step))]
     return fitting[0] if len(fitting) == 1 else None
+
+
+def several_labels(step: Step, classes: int) -> Place | None:
+    """Where a step without targets has several labels at once for so many classes; None where it has none."""
+
+    def fits(value: Any) -> bool:
+        return are_rows(value, step.samples) and value.shape[1] == classes and are_several(value)
+
+    keyed = next(_keyed(step, ("outputs", "batch"), TARGET_KEYS), None)
+    places = [keyed] if keyed is not None else _items(step, "batch")
+    return next((place for place in places if fits(place.read(step))), None)
 
 
 def guess_ids(step: Step, what: str) -> Place | None:

@@ -79,6 +79,11 @@ def are_shares(rows: Tensor) -> bool:
     return bool((rows >= 0).all() and ((rows.float().sum(1) - 1).abs() < 1e-3).all())
 
 
+def are_several(rows: Tensor) -> bool:
+    """Several labels at once: shares between 0 and 1 of which rows do not sum to 1. Looks at the values."""
+    return bool(((rows >= 0) & (rows <= 1)).all()) and not are_shares(rows)
+
+
 def are_one_hot(rows: Tensor) -> bool:
     """Whether each row has a single 1 among 0s, as far as a first batch shows. Looks at the values."""
     return bool(((rows == 0) | (rows == 1)).all() and (rows.float().sum(1) == 1).all())
