@@ -11,7 +11,7 @@ from lightning_xattn.attention import AttentionPair
 from lightning_xattn.capture import AttentionRecorder, AttentionSetting, Layer, is_set_aside
 from lightning_xattn.capture.wrappers import Hook
 from lightning_xattn.distributed import ALONE, Processes
-from lightning_xattn.errors import DiscoveryError
+from lightning_xattn.errors import DiscoveryError, ShapeError
 from lightning_xattn.fusion.entrance import ModalitiesSetting
 from lightning_xattn.fusion.recorder import FusionInputs, FusionRecorder
 from lightning_xattn.labels import Labels, Step
@@ -189,10 +189,12 @@ class StepRecorder:
         self._attention.batch = batch
         try:
             return self._attention.attention
-        except DiscoveryError:
+        except (DiscoveryError, ShapeError) as error:
             if self._attention.ran_nothing:
                 return ()
             if not self._may_lack_attention:
                 raise
+            if self._attention.saw_attention:
+                warn([f"The attention is left out, and the rest is recorded. {error}"])
             self._lacks_attention = True
             return ()

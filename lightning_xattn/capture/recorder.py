@@ -222,6 +222,11 @@ class AttentionRecorder:
             self._inputs = inputs[0] if len(inputs) == 1 else inputs
 
     @property
+    def saw_attention(self) -> bool:
+        """Of a first step, whether there was any attention, also such as cannot be used."""
+        return self._survey is not None and bool(self._survey.found)
+
+    @property
     def ran_nothing(self) -> bool:
         """Of a first step, whether no module of the model ran, so that the next step is the first to look at."""
         return not self._has_run and not any(scripted_modules(self._model))  # of which it is not seen what runs

@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 from lightning_xattn.capture.memory import Address, has_address
 from lightning_xattn.capture.readers import Edit, Event, Read, Want, reader_of
 from lightning_xattn.capture.wrappers import Hook, Shared, in_encoder_layers, runs_for_backward
-from lightning_xattn.messages import first_line
 
 ToEdit = Callable[[Event], Edit | None]
 """Gets an attention that is about to be computed; gives what is to be changed of it; None: nothing."""
@@ -236,7 +235,8 @@ class Watch(TorchFunctionMode):
                 with torch.no_grad(), precise, torch._C.DisableTorchFunction():  # unseen by watches around this one
                     event.recorded = read()
             except Exception as error:  # such as a mask of a form that is not understood, or no memory
-                event.problem = f"reading it failed ({type(error).__name__}: {first_line(error)})"
+                why = (str(error).splitlines() or [""])[0]
+                event.problem = f"reading it failed ({type(error).__name__}: {why})"
 
     def _follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note how heads are folded into the samples, and what is made of weights, and what these are used for."""

@@ -301,7 +301,7 @@ def _tabulate(facts: LayerFacts, group_by: str | None, columns: Mapping[str, str
     by_class = any(group["group"] == "class" for group in facts["groups"])
     title, accuracy = _GROUPS[group_by] if by_class else ("samples", "accuracy")
     rows = [
-        (group["name"], _say_size(group), _share(group), *(_mean(group, name) for name in columns))
+        (group["name"], _say_size(group), _accuracy_of(group), *(_mean(group, name) for name in columns))
         for group in facts["groups"]
     ]
     size = f"n ({facts['group_noun']})" if facts["group_noun"] else "n"
@@ -325,7 +325,7 @@ def _describe_intervals(facts: LayerFacts, columns: Sequence[str]) -> str:
     return " ".join(filter(None, parts))
 
 
-def _share(group: Subset) -> str:
+def _accuracy_of(group: Subset) -> str:
     if math.isnan(group["accuracy"]):
         return ""
     low, high = group["accuracy_low"], group["accuracy_high"]

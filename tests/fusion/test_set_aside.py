@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback, AttentionRecorder, ExplainabilityCapture
-from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError
+from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
 from tests.fusion.models import NAMED, Concatenation, TwoStreams, loader_of
 from tests.fusion.test_entrance import DATA
 from tests.messages import tells
@@ -71,10 +71,14 @@ def test_what_cannot_be_used_names_the_way_out_and_is_set_aside(fusion, fact):
         explainer = ExplainabilityCapture(model, predict=predict, **settings)
         return explainer.explain_loader(loader_of(DATA), progress=False)
 
-    for face in (callback, explain):
-        with pytest.raises((DiscoveryError, ShapeError), match=fact) as raised:
-            face()
-        assert SAID in str(raised.value)
+    with pytest.raises((DiscoveryError, ShapeError), match=fact) as raised:
+        explain()
+    assert SAID in str(raised.value)
+    with pytest.warns(XAttnWarning, match=f"Nothing is recorded in this run.*{fact}") as warned:
+        assert callback().history == []
+    assert any(SAID in str(one.message) for one in warned)
+    with pytest.warns(XAttnWarning, match=f"The attention is left out, and the rest is recorded.*{fact}"):
+        assert "accuracy" in callback(**(ASIDE | {"attention": None})).history[0]
     (record,) = callback(**ASIDE).history
     assert record["layer"] is None
     assert record["read_samples"] == len(DATA)
