@@ -152,8 +152,9 @@ class AttentionExplainabilityCallback(Callback):
         Hand figures, distributions and a report to the loggers every so many epochs, of those that are recorded; 0:
         never. ``trainer.validate`` and ``trainer.test`` always do.
     faithfulness_every_n_epochs
-        Test every so many epochs, of those that are recorded, whether the attention ranks the keys that the model uses,
-        which takes 128 ``contribution_samples``; 0: never. ``trainer.validate`` and ``trainer.test`` always do.
+        Test every so many epochs, of those that are recorded, and at the last of a fit by ``max_epochs`` or
+        ``max_steps``, whether the attention ranks the keys that the model uses, which takes 128
+        ``contribution_samples``; 0: never. ``trainer.validate`` and ``trainer.test`` always do.
     every_n_batches
         Record every so many batches of each evaluation, from the first on. All numbers, also the count of samples, are
         then of the recorded batches alone.

@@ -1,11 +1,15 @@
 """What stands in an epoch's figures is what the summary says: each number at its class, head, direction and outcome."""
 
+import math
+from copy import copy
+
 import numpy as np
 import pytest
 
 from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN
 from lightning_xattn.columns import ALIGNMENT, Column
-from lightning_xattn.figures import dataset_figures, epoch_figures, overview_figure
+from lightning_xattn.figures import dataset_figures, epoch_figures, fusion_figures, overview_figure
+from lightning_xattn.summary import Comparison
 from tests.explained import NAMES, dataset, summary
 from tests.fusion.models import said_data, summary_of, trained
 from tests.visualizations.conftest import drawn, panels, smallest_text, texts
@@ -126,3 +130,30 @@ def test_without_classes_all_samples_are_one(one):
     assert list(drawn_figures) == [f"xattn_map/test/{d}" for d in one.heads] + ["xattn_entropy/test/by_head"]
     (panel,) = panels(drawn_figures["xattn_map/test/eeg_to_spec"])
     assert panel.get_title() == "all samples (n=5)"
+
+
+@pytest.mark.parametrize(
+    ("interval", "confidence", "conflict"),
+    [
+        ((0.6, 0.9), "1 - confidence finds errors: AUROC 0.75", "conflict is lower in errors: AUROC 0.25"),
+        ((0.4, 0.9), "1 - confidence is not seen to find errors: AUROC 0.65", "conflict is not seen to find errors"),
+        (
+            (0.1, 0.4),
+            "1 - confidence is lower in errors: AUROC 0.25",
+            "conflict finds errors: AUROC 0.75 (95 % CI 0.60",
+        ),
+        ((math.nan, math.nan), "", ""),
+    ],
+)
+def test_no_score_is_said_to_find_errors_that_is_not_seen_to(interval, confidence, conflict):
+    """The AUROC is that of being higher in correct predictions."""
+    low, high = interval
+    found = Comparison((low + high) / 2, low, high, 50, 50, None, None, 0.0, 0.1, 0.1)
+    data, _ = said_data(60, noise=1.5)
+    summary = copy(summary_of(trained(None, data, epochs=5), data))
+    summary.compare = lambda score: found
+    _, figure = next(fusion_figures(summary, "val", [], all_names=[], group_by="target", context=""))
+    said = " ".join(texts(figure).split())
+    assert confidence in said
+    assert conflict in said
+    assert ("errors:" in said) == bool(conflict)

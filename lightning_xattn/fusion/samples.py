@@ -109,11 +109,11 @@ def of_sample(summary: FusionSummary, i: int, class_names: Sequence[str]) -> Sam
         name(int(summary.target[i])),
         float(numbers["confidence"][i]),
         phi,
-        None if summary.of_value else _find_most(phi, {one: float(numbers[f"error/{one}"][i]) for one in phi}),
+        None if summary.of_value else _find_followed(phi, {one: float(numbers[f"error/{one}"][i]) for one in phi}),
     )
 
 
-def _find_most(phi: Mapping[str, float], errors: Mapping[str, float]) -> str | None:
+def _find_followed(phi: Mapping[str, float], errors: Mapping[str, float]) -> str | None:
     """The modality with clearly more than `MOSTLY` of what speaks for the prediction, if there is one.
 
     Twice the standard errors are allowed for, as in `opposed`. Those of one sample's modalities are of the same

@@ -263,9 +263,9 @@ def describe_fusion(facts: FusionFacts, group_by: str | None) -> Iterator[Block]
         [
             (
                 name_modality(one["name"]),
-                _say_proportion(one["reading_accuracy"]) + (" (cannot be read)" if one["unreadable"] else ""),
+                _in_percent(one["reading_accuracy"]) + (" (cannot be read)" if one["unreadable"] else ""),
                 *([_estimate(one["size"])] if of_value else []),
-                *([] if of_value else [_estimate(one["contribution"], signed=True), _say_proportion(one["share"])]),
+                *([] if of_value else [_estimate(one["contribution"], signed=True), _in_percent(one["share"])]),
                 *([_faithfulness(shown.get(one["name"]))] if shown else []),
             )
             for one in modalities
@@ -301,13 +301,13 @@ def _describe_subsets(facts: FusionFacts, group_by: str | None) -> Iterator[Bloc
         columns.append(("conflict", [_estimate(one["conflict"]) for one in subsets]))
         if len(names) == 2:
             columns.append(
-                (f"leans to {name_modality(names[0])}", [_say_proportion(one["leans_first"]) for one in subsets])
+                (f"leans to {name_modality(names[0])}", [_in_percent(one["leans_first"]) for one in subsets])
             )
     if subsets[0]["shares"] is not None:
         for name in names:
-            shares = [_say_proportion(None if one["shares"] is None else one["shares"][name]) for one in subsets]
+            shares = [_in_percent(None if one["shares"] is None else one["shares"][name]) for one in subsets]
             columns.append((f"share of {name_modality(name)}", shares))
-        columns.append(("opposed", [_say_proportion(one["opposed"]) for one in subsets]))
+        columns.append(("opposed", [_in_percent(one["opposed"]) for one in subsets]))
     if columns:
         title = {"target": "true class", "prediction": "predicted class", None: "class"}[group_by]
         rows = [(one["name"], *(cells[i] for _, cells in columns)) for i, one in enumerate(subsets)]
@@ -316,7 +316,7 @@ def _describe_subsets(facts: FusionFacts, group_by: str | None) -> Iterator[Bloc
 
 def _describe_wholes(facts: FusionFacts) -> Iterator[tuple[str, str, Sequence[str]]]:
     if facts["untapped"].count:
-        yield "Wrong predictions of which a modality's own reading is right", _say_proportion(facts["untapped"]), ()
+        yield "Wrong predictions of which a modality's own reading is right", _in_percent(facts["untapped"]), ()
     on = "of the output" if any(one["size"] for one in facts["modalities"]) else "centred logits"
     for name, interaction in facts["interactions"].items():
         _, _, which = name.partition("/")
@@ -325,7 +325,7 @@ def _describe_wholes(facts: FusionFacts) -> Iterator[tuple[str, str, Sequence[st
     if additive is not None and model is not None and additive.count:
         yield (
             "Accuracy if the modalities only added up (EMAP)",
-            f"{_say_proportion(additive)}, the model's {_say_proportion(model)}",
+            f"{_in_percent(additive)}, the model's {_in_percent(model)}",
             (),
         )
 
@@ -358,7 +358,7 @@ def _estimate(one: Estimate | None, signed: bool = False) -> str:
     return f"{decimal(one.mean, 3, signed=signed)}{interval}"
 
 
-def _say_proportion(one: Estimate | None) -> str:
+def _in_percent(one: Estimate | None) -> str:
     """A proportion, or a share of the contribution, in percent."""
     if one is None or math.isnan(one.mean):
         return "undefined"

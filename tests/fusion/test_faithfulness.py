@@ -1,7 +1,9 @@
 """Does attention rank what the model uses? Models of which it is known that it does, does not, or that nothing is."""
 
+import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import pytorch_lightning as pl
@@ -10,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture
+from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
 from lightning_xattn.attention import Direction
 from lightning_xattn.fusion.pool import hashed
 from lightning_xattn.report.modalities import collect_fusion, describe_fusion
 from lightning_xattn.report.rendering import Document, Section, as_text
-from lightning_xattn.results import EarlierTest
+from lightning_xattn.results import DatasetResult, EarlierTest
 from tests import reference
 from tests.fusion.models import HEADS, LEFT, WIDTH, TwoStreams, loader_of, said_data, sample_ids, trained
 from tests.toy import quiet_trainer
@@ -353,6 +355,9 @@ def test_an_earlier_test_that_told_nothing_is_said_to_have_told_nothing():
     facts = collect_fusion(summary_of(Gazer(), faithfulness_every_n_epochs=0), ["a", "b", "c"], test)
     said = "of epoch 7, the last one that was: of Right it cannot be told (bypassed: why)."
     assert facts["verdict"][-1] == f"Shows: not tested in this epoch; {said}"
+    result = DatasetResult({}, summary_of(Gazer(), faithfulness_every_n_epochs=0), (), "target", {}, None)
+    told = json.loads(create_explainability_report(replace(result, earlier_test=test), format="json"))["fusion"]
+    assert told["earlier_test"]["faithfulness"]["left_to_right"] == [None, None, None]
 
 
 def test_curves_and_how_often(infos):

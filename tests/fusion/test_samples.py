@@ -11,7 +11,7 @@ import torch
 
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
 from lightning_xattn.errors import SettingError
-from lightning_xattn.fusion.samples import SampleModalities, _most, most_conflicting, of_sample
+from lightning_xattn.fusion.samples import SampleModalities, _find_followed, most_conflicting, of_sample
 from lightning_xattn.report.criteria import interpret_sample
 from tests.fusion.models import Concatenation, Fusion, loader_of, said_data, sample_ids, trained
 
@@ -212,7 +212,7 @@ def test_no_sentence_contradicts_the_prediction(confidence, true):
             true=true,
             confidence=confidence,
             contributions=phi,
-            followed=_most(phi, {"eeg": 0.0, "spec": 0.0}),
+            followed=_find_followed(phi, {"eeg": 0.0, "spec": 0.0}),
         )
         for name, said in (("EEG", eeg), ("Spec", spec)):
             share = phi[name.lower()] / sum(max(of, 0) for of in phi.values()) if max(phi.values()) > 0 else 0
