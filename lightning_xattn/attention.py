@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.names import shown
 
 
 def row_sum_tolerance(dtype: torch.dtype) -> float:
@@ -323,6 +324,10 @@ class TokenAxis:
     def __post_init__(self) -> None:
         if (self.spans is None) == (self.names is None):
             raise SettingError(f"TokenAxis '{self.title}' takes either spans or names, and not both.")
+        # Both are there to be shown, and the names often come from data.
+        object.__setattr__(self, "title", shown(self.title))
+        if self.names is not None:
+            object.__setattr__(self, "names", [*map(shown, self.names)])
 
     def __repr__(self) -> str:
         places = [self.place(token) for token in range(len(self))]

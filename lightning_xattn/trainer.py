@@ -14,6 +14,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from lightning_xattn.attention import TokenAxis
 from lightning_xattn.distributed import ALONE, Processes
 from lightning_xattn.errors import XAttnError, check_whole_number
+from lightning_xattn.names import shown
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def scope_of(trainer: Trainer, callback: Callback, kind: type[Callback], dataloa
     scope = stage_of(trainer)
     scope += f"/callback_{ours.index(callback)}" if callback in ours[1:] else ""
     scope += f"/dataloader_{dataloader}" if dataloader else ""
-    return scope + (f"/{layer}" if layer else "")
+    return scope + (f"/{shown(layer)}" if layer else "")
 
 
 def processes_of(trainer: Trainer) -> Processes:
