@@ -29,7 +29,7 @@ from lightning_xattn.visualizations.output import COLOURS, WindowFigure, with_bo
 
 WIDTH, _DPI = 9.0, 100  # inches, and dots in each, of a figure that is seen in its full width
 _LINE = 0.17  # inches that a line of 10 points takes
-LONGEST_TOKEN, LONGEST_CONTEXT = 40, 400  # characters
+LONGEST_NAME, LONGEST_CONTEXT = 40, 400  # characters
 HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 """Colours of Okabe and Ito, of as many modalities as can be told."""
 UNDEFINED: dict[str, Any] = {"facecolor": "0.93", "edgecolor": "0.7", "hatch": "///", "linewidth": 0}
@@ -80,12 +80,14 @@ def place_tokens(role: str, modality: str | None, count: int, axis: TokenAxis | 
     """Place the tokens of a map's axis; ``role`` is ``"query"`` or ``"key"``, a modality may have no name."""
     numbered = np.arange(count + 1) - 0.5
     if axis is None:
-        return MapAxis(f"{role}: {shown(modality)} token" if modality else f"{role} token", numbered, whole=True)
+        return MapAxis(
+            f"{role}: {shown(modality, LONGEST_NAME)} token" if modality else f"{role} token", numbered, whole=True
+        )
     if len(axis) != count:
         raise ShapeError(f"The {role} axis '{axis.title}' has {len(axis)} tokens, the maps have {count}.")
     title = f"{role}: {axis.title}"
     if axis.spans is None:
-        names = None if axis.names is None else [shown(name, LONGEST_TOKEN) for name in axis.names]
+        names = None if axis.names is None else [shown(name, LONGEST_NAME) for name in axis.names]
         return MapAxis(title, numbered, names)
     spans = np.asarray(axis.spans, dtype=np.float64)
     if count == 1:
@@ -195,7 +197,7 @@ def set_title(fig: Figure, title: str, context: str, remark: str = "") -> None:
 
 def arrow(direction: Direction) -> str:
     """Write a direction for a reader, the one who asks first."""
-    return f"{shown(direction.query)} → {shown(direction.key)}"
+    return f"{shown(direction.query, LONGEST_NAME)} → {shown(direction.key, LONGEST_NAME)}"
 
 
 def wrap(text: str, inches: float, size: float = 10) -> str:
