@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.names import shown
 
 
 def row_sum_tolerance(dtype: torch.dtype) -> float:
@@ -336,6 +337,10 @@ class TokenAxis:
             raise SettingError(
                 f"TokenAxis '{self.title}' needs a name for each token, as names=['left', 'right']; got {self.names!r}."
             )
+        # Both are there to be shown, and the names often come from data.
+        object.__setattr__(self, "title", shown(self.title))
+        if self.names is not None:
+            object.__setattr__(self, "names", [*map(shown, self.names)])
 
     def __repr__(self) -> str:
         places = [self.place(token) for token in range(len(self))]

@@ -13,6 +13,7 @@ from lightning_xattn.errors import SettingError, ShapeError
 from lightning_xattn.labels import Labels, Step
 from lightning_xattn.labels.tensors import UNLABELLED
 from lightning_xattn.messages import warn
+from lightning_xattn.names import shown
 
 GROUPINGS = ("target", "prediction")
 
@@ -21,7 +22,7 @@ RESERVED = ("all", "correct", "incorrect", "gap", "null", "rest")
 
 
 def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
-    """Refuse names that would give two curves one name.
+    """The names as they are shown everywhere, see ``shown``; refuses such as would give two curves one name.
 
     Raises
     ------
@@ -29,17 +30,16 @@ def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
         If there is no name, or one is empty, repeated, not a string, in ``RESERVED``, or reads like a head's.
     """
     usable = isinstance(class_names, Sequence) and not isinstance(class_names, str) and len(class_names) > 0
-    if not usable or any(
-        not isinstance(name, str) or not name.strip() or name in RESERVED or re.fullmatch(r"head_\d+", name)
-        for name in class_names
-    ):
+    usable = usable and all(isinstance(name, str) for name in class_names)
+    names = tuple(map(shown, class_names)) if usable else ()
+    if not names or any(not name.strip() or name in RESERVED or re.fullmatch(r"head_\d+", name) for name in names):
         raise SettingError(
             f"class_names must be a sequence of strings, none of them empty, {', '.join(RESERVED)} or like head_0, "
             f"since each names a curve; got {class_names!r}."
         )
-    if len(set(class_names)) < len(class_names):
+    if len(set(names)) < len(names):
         raise SettingError(f"class_names must differ from each other; got {class_names!r}.")
-    return tuple(class_names)
+    return names
 
 
 def own_class_names(module: object) -> tuple[str, ...] | None:

@@ -16,7 +16,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from lightning_xattn.errors import SettingError
 from lightning_xattn.explainer import ExplainabilityCapture, load_checkpoint, save_dataset_figures, training_data
 from lightning_xattn.messages import first_line
-from lightning_xattn.names import shown
+from lightning_xattn.names import clean, shown
 from lightning_xattn.report import create_explainability_report, print_report
 from lightning_xattn.stages import Stage
 
@@ -70,7 +70,7 @@ def explain_model(
     print()
     print_report(explained)
     print()
-    print(f"All of it, to open in a browser: {out / 'report.html'}")
+    print(clean(f"All of it, to open in a browser: {out / 'report.html'}"))
     return out
 
 

@@ -13,6 +13,7 @@ from lightning_xattn.aggregation import CORRECT, INCORRECT
 from lightning_xattn.attention import Direction
 from lightning_xattn.columns import ALIGNMENT, CONFIDENCE, INVALID_ROWS, SCORES, STATISTICS, Column
 from lightning_xattn.fusion.summary import Estimate, FusionSummary
+from lightning_xattn.names import shown_tag
 from lightning_xattn.summary import LayerSummary
 
 OUTCOMES = {"correct": CORRECT, "incorrect": INCORRECT}
@@ -340,12 +341,13 @@ def _scores(summary: LayerSummary) -> list[Column]:
 
 def _ends(name: str, low: float, high: float) -> dict[str, float]:
     """An interval for the history; nothing where there is none."""
+    name = shown_tag(name)  # as its curve
     return {f"{name}_low": low, f"{name}_high": high} if math.isfinite(low) and math.isfinite(high) else {}
 
 
 def _full(name: str, scope: str) -> str:
     topic, _, what = name.partition("/")
-    return f"xattn_{topic}/{scope}/{what}"
+    return f"xattn_{topic}/{scope}/{shown_tag(what)}"
 
 
 def _relative(name: str, scope: str) -> str:

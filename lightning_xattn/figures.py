@@ -18,8 +18,10 @@ from lightning_xattn.functional.outcomes import BINS
 from lightning_xattn.fusion.samples import most_conflicting, of_sample
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.messages import decimal, describe_size, say_interval
+from lightning_xattn.names import shown
 from lightning_xattn.results import DatasetResult
 from lightning_xattn.sinks import Histogram
+from lightning_xattn.sinks.folder import path_of
 from lightning_xattn.summary import LayerSummary
 
 # matplotlib takes a while to import, and not every run asks for figures.
@@ -95,7 +97,7 @@ def epoch_figures(
             query_axis=known.get(direction.query),
             key_axis=known.get(direction.key),
             group_by=group_by,
-            context=f"{context}; {queries} {direction.query} queries ask {keys} {direction.key} keys",
+            context=f"{context}; {queries} {shown(direction.query)} queries ask {keys} {shown(direction.key)} keys",
         )
 
     outcomes = [summary.size(outcome=outcome) for outcome in (CORRECT, INCORRECT)]
@@ -196,7 +198,7 @@ def distributions(result: DatasetResult, scope: str) -> Iterator[tuple[str, Hist
     if result.fusion is not None and not result.fusion.uncontributed and not result.fusion.of_value:
         for name in result.fusion.modalities:
             phi = result.fusion.numbers[f"phi/{name}"]
-            yield f"xattn_contribution/{scope}/samples/{name}", _histogram(phi, -1, 1)
+            yield f"xattn_contribution/{scope}/samples/{shown(name)}", _histogram(phi, -1, 1)
 
 
 def _histogram(values: Tensor, low: float, high: float) -> Histogram:
@@ -300,7 +302,7 @@ def dataset_figures(explained: DatasetResult) -> Iterator[tuple[str, Figure]]:
             yield tag.removeprefix("xattn_").replace("/all/", "_"), figure
     for layer in few_layers(list(explained.summaries)):
         summary = explained.summaries[layer]
-        context = f"layer {layer}, {describe_size(summary.samples, summary.groups(), summary.group_noun)}"
+        context = f"layer {shown(layer)}, {describe_size(summary.samples, summary.groups(), summary.group_noun)}"
         end = "" if summary is explained.headline else f"_{layer}"
         for tag, figure in epoch_figures(
             summary, "all", names, group_by=group_by, axes=explained.axes, context=context
@@ -320,14 +322,16 @@ def save_dataset_figures(explained: DatasetResult, folder: str | PathLike[str]) 
     from lightning_xattn.visualizations.output import save  # matplotlib, only where figures are wanted
 
     for name, figure in dataset_figures(explained):
-        save(figure, Path(folder) / f"{name}.png")
+        path = Path(folder) / path_of(name)
+        save(figure, path.with_name(f"{path.name}.png"))
 
 
 def _compared(summary: LayerSummary) -> Iterator[tuple[str, Column]]:
     """The numbers that are compared between outcomes, with titles."""
     for score in SCORES:
         for column in shown_columns(score.statistic, summary.columns):
-            asks = "" if column.direction is None else f" {column.direction.query} → {column.direction.key}"
+            way = column.direction
+            asks = "" if way is None else f" {shown(way.query)} → {shown(way.key)}"
             yield f"{score}{asks} ({STATISTICS[score.statistic].scale})", column
 
 

@@ -147,6 +147,7 @@ def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
 
 def name_modality(name: str) -> str:
     """``eeg`` as EEG and ``spec`` as Spec, as the guide writes them; a name with capitals of its own stays."""
+    name = shown(name)
     if not name.isalpha() or name != name.lower():
         return name
     return name.upper() if len(name) <= 3 else name.capitalize()

@@ -6,6 +6,7 @@ which a terminal obeys; marks that turn the direction of text, so that it reads 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import zlib
@@ -13,6 +14,8 @@ from typing import Any
 
 LONGEST = 120
 """So many characters of a name are shown."""
+
+_LONG_WORD = re.compile(r"(\S{1000})\S+")
 
 _SPACES = re.compile(r"[\t\n\v\f\r\x1c-\x1f\x85\u2028\u2029]+")
 
@@ -74,11 +77,18 @@ def clean(text: str) -> str:
     r"""A text of several lines, without what a terminal, a page or a figure would obey rather than show.
 
     Controls (but for the ends of lines), marks that turn the direction of text, unseen characters, and halves of
-    surrogate pairs are written as Python writes them: ``\x1b``, ``\u202e``, ``\ud800``.
+    surrogate pairs are written as Python writes them: ``\x1b``, ``\u202e``, ``\ud800``. Of a word of more than 1000
+    characters the first 1000 are left.
     """
+    text = _LONG_WORD.sub(r"\1…", text) if len(text) > 1000 else text
     if text.isascii() and text.isprintable():  # nearly always
         return text
     return "\n".join(_UNSHOWN.sub(_written_out, line) for line in text.split("\n"))
+
+
+def escaped_in_json(text: str) -> str:
+    """What JSON was written as, with the same signs escaped: whoever reads it back has the names as they are."""
+    return "\n".join(_UNSHOWN.sub(lambda found: json.dumps(found[0])[1:-1], line) for line in text.split("\n"))
 
 
 def shown(name: Any, longest: int = LONGEST) -> str:
@@ -104,6 +114,11 @@ def shown(name: Any, longest: int = LONGEST) -> str:
     if len(text) <= longest and len(whole) <= longest:
         return whole
     return f"{whole[: longest - 9]}…{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
+
+
+def shown_tag(tag: str) -> str:
+    """A name of a curve or a figure as loggers get it: each of its parts between slashes as ``shown``."""
+    return "/".join(map(shown, tag.split("/")))
 
 
 def _written_out(found: re.Match[str]) -> str:

@@ -21,6 +21,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from lightning_xattn.names import clean
+
 _log = logging.getLogger(__name__)
 
 
@@ -52,7 +54,7 @@ class Stage:
             [TimeElapsedColumn()] if total is None else [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         )
         self._bar = Progress(*columns, console=self._console, refresh_per_second=2, transient=True)
-        self._task = self._bar.add_task(title, total=total, completed=done)
+        self._task = self._bar.add_task(clean(title), total=total, completed=done)
 
     def __enter__(self) -> Stage:
         self._started = time.monotonic()
@@ -71,7 +73,7 @@ class Stage:
             self._bar.stop()
         if kind is not None or not self._shown:  # what went wrong has its own words
             return
-        line = f"{self.title}: {time.monotonic() - self._started:.0f} s"
+        line = f"{clean(self.title)}: {time.monotonic() - self._started:.0f} s"
         if self._is_drawn:
             self._console.print(Text(line))
         else:

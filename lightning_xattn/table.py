@@ -19,7 +19,7 @@ from lightning_xattn.aggregation import CORRECT, UNKNOWN
 from lightning_xattn.columns import NUMBER
 from lightning_xattn.files import complete_or_absent, hidden_part, remove_dead_parts
 from lightning_xattn.messages import warn
-from lightning_xattn.names import id_text
+from lightning_xattn.names import id_text, valid
 
 Value = TypeVar("Value")
 
@@ -123,7 +123,7 @@ class SampleTable:
         for batch in self._waiting:
             columns = self._constants | batch
             rows = _count_rows_of(batch)
-            table = pa.table({name: _array(name, value, rows) for name, value in columns.items()})
+            table = pa.table({valid(name): _array(name, value, rows) for name, value in columns.items()})
             by_columns[tuple(columns)].append(table)
         self._waiting = []
         for names, tables in by_columns.items():
@@ -171,9 +171,9 @@ def add_columns(source: Path, target: Path, late: Mapping[int | None, LateColumn
         By dataloader, or of None where the file has no such column.
     """
     places = {key: {number: i for i, number in enumerate(numbers.tolist())} for key, (numbers, _) in late.items()}
-    values = {key: {name: _late(one) for name, one in columns.items()} for key, (_, columns) in late.items()}
+    values = {key: {valid(name): _late(one) for name, one in columns.items()} for key, (_, columns) in late.items()}
     types = {
-        name: pa.float32() if one.is_floating_point() else pa.int64()
+        valid(name): pa.float32() if one.is_floating_point() else pa.int64()
         for _, columns in late.values()
         for name, one in columns.items()
     }
@@ -212,7 +212,7 @@ def read_rows(folder: Path, layer: str | None, columns: Sequence[str] | None = N
         Those that are wanted; None: all.
     """
     wanted = None if columns is None else [*columns, NUMBER, "layer"]
-    rows = []
+    rows, layer = [], None if layer is None else valid(layer)
     for path in sorted(folder.glob("*.parquet")):
         there = None if wanted is None else [name for name in wanted if name in pq.read_schema(path).names]
         rows += [row for row in pq.read_table(path, columns=there).to_pylist() if row["layer"] == layer]
@@ -254,4 +254,4 @@ def _array(name: str, value: Any, rows: int) -> pa.Array:
         return pa.array(value, TYPES[name], mask=value < 0)
     if isinstance(value, np.ndarray):
         return pa.array(list(value) if value.ndim == 2 else value, from_pandas=True)
-    return pa.array([value] * rows)
+    return pa.array([valid(value) if isinstance(value, str) else value] * rows)

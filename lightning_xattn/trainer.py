@@ -20,6 +20,7 @@ from lightning_xattn.attention import TokenAxis
 from lightning_xattn.curves import TOPICS
 from lightning_xattn.distributed import ALONE, Processes
 from lightning_xattn.errors import check_whole_number
+from lightning_xattn.names import shown
 
 OUTPUT_FOLDER = "xattn_output"
 """Below the Trainer's root folder: figures and reports of a Trainer without a logger."""
@@ -179,7 +180,7 @@ def scope_of(trainer: Trainer, callback: Callback, kind: type[Callback], dataloa
     scope = stage_of(trainer)
     scope += f"/callback_{ours.index(callback)}" if callback in ours[1:] else ""
     scope += f"/dataloader_{dataloader}" if dataloader else ""
-    return scope + (f"/{layer}" if layer else "")
+    return scope + (f"/{shown(layer)}" if layer else "")
 
 
 def processes_of(trainer: Trainer) -> Processes:

@@ -265,12 +265,36 @@ def test_figures_that_cannot_be_drawn_are_reported(tmp_path):
         ("xattn_map/val/a_to_b", "xattn_map/val/a_to_b"),
         ("xattn_map/val/../../evil", "xattn_map/val/_/_/evil"),
         ("/etc/passwd", "_/etc/passwd"),
-        ("a/b c/🧠:d", "a/b c/__d"),
-        ("a/" + "x" * 300, "a/" + "x" * 100),
+        ("a/b c/🧠:d", "a/b c/__d-91b40f9f"),
+        ("a/" + "x" * 300, "a/" + "x" * 100 + "-1b432d13"),
+        ("a/con", "a/_con-fdbf975c"),
     ],
 )
 def test_names_are_paths_that_stay_in_their_folder(name, path):
     assert path_of(name).as_posix() == path
+
+
+def test_any_names_are_two_files_that_can_be_written(tmp_path):
+    names = [
+        "?",
+        "*",
+        "\ud800",
+        "\udfff",
+        "\0",
+        "a\n",
+        "a\t",
+        "\u202ea",
+        "\x1b[31m",
+        "NUL",
+        "com1.png",
+        "漢" * 200,
+        "漢" * 201,
+    ]
+    FolderSink(None, tmp_path).log_images({f"map/{name}": np.zeros((2, 3, 3), np.uint8) for name in names}, 0)
+    written = list((tmp_path / "map").glob("*/step_000000.png"))
+    assert len(written) == len(names)
+    assert all(path.parent.name.isprintable() and len(path.parent.name.encode()) < 120 for path in written)
+    assert not any(path.parent.name.lower().startswith(("nul", "com1")) for path in written)
 
 
 def test_the_charts_hold_the_curves_that_they_are_for(tmp_path):

@@ -247,7 +247,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(type(model).__qualname__.encode())
     for name, values in model.state_dict().items():
         if isinstance(values, Tensor):
-            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode("utf-8", "surrogatepass"))
             digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

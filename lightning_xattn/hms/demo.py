@@ -22,6 +22,7 @@ from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import COMPETITION, Recordings
 from lightning_xattn.hms.simulator import simulate
 from lightning_xattn.hms.truth import describe_scores
+from lightning_xattn.names import clean
 from lightning_xattn.report.facts import collect_facts, collect_layer
 from lightning_xattn.report.modalities import collect_fusion, describe_fusion
 from lightning_xattn.report.rendering import Document, Paragraph, Section, as_markdown, as_text, print_document
@@ -119,7 +120,8 @@ def run_demo(
     print()
     print_document(Document("What the demo found", sections))
     # As they are, however long: to be copied.
-    print("", *(f"{what}: {where}" for what, where in written.items()), f"tensorboard --logdir {logs}", sep="\n")
+    where_it_is = [f"{what}: {where}" for what, where in written.items()]
+    print("", *map(clean, [*where_it_is, f"tensorboard --logdir {logs}"]), sep="\n")
     return logs
 
 

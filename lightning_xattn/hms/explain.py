@@ -21,6 +21,7 @@ from lightning_xattn.hms.montage import (
     SPEC_ROW_SECONDS,
     SPEC_SECONDS,
 )
+from lightning_xattn.names import clean
 from lightning_xattn.report import print_report
 from lightning_xattn.results import DatasetResult, ExplainedBatch
 from lightning_xattn.stages import Stage
@@ -107,8 +108,8 @@ def run_explain(
     print()
     print_report(explained)
     print()
-    print(f"{len(chosen)} recordings are drawn in {out / 'samples'} and described in {out / 'samples.txt'}.")
-    print(f"All of it, to open in a browser: {out / 'report.html'}")
+    print(clean(f"{len(chosen)} recordings are drawn in {out / 'samples'} and described in {out / 'samples.txt'}."))
+    print(clean(f"All of it, to open in a browser: {out / 'report.html'}"))
     if not _has_times(results):
         print("There is no attention over the signals: the tokens of this checkpoint's fusion are no windows in time.")
     return out

@@ -12,6 +12,7 @@ from typing import Any, cast
 from lightning_xattn.errors import SettingError
 from lightning_xattn.files import complete_or_absent
 from lightning_xattn.messages import name_modality
+from lightning_xattn.names import escaped_in_json, valid
 from lightning_xattn.report.facts import BatchFacts, DatasetFacts, collect_facts
 from lightning_xattn.report.listing import entries_of_batch, entries_of_dataset
 from lightning_xattn.report.page import Picture, as_page
@@ -77,7 +78,7 @@ def create_explainability_report(
     chosen = _choose_format(path, format)
     facts = collect_facts(results)
     if chosen == "json":
-        report = json.dumps(_as_json(facts), allow_nan=False, ensure_ascii=False, indent=2) + "\n"
+        report = escaped_in_json(json.dumps(_as_json(facts), allow_nan=False, ensure_ascii=False, indent=2)) + "\n"
     elif chosen == "html":
         report = _page(results, facts, pictures or {})
     else:
@@ -145,7 +146,9 @@ def _as_json(value: Any) -> Any:
     elif hasattr(value, "tolist"):  # numbers and arrays of numpy and torch
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): _as_json(item) for key, item in value.items()}
+        return {valid(str(key)): _as_json(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return valid(value)  # as the sample table has it
     if isinstance(value, (list, tuple)):
         return [_as_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

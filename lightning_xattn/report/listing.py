@@ -17,6 +17,7 @@ from lightning_xattn.functional import lift_map, prepare_rows
 from lightning_xattn.fusion.samples import SampleModalities, of_sample
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.messages import decimal, name_modality
+from lightning_xattn.names import shown
 from lightning_xattn.report.facts import BatchFacts
 from lightning_xattn.report.page import Picture, SampleEntry
 from lightning_xattn.report.wording import describe_sample
@@ -107,7 +108,7 @@ def _entry(
     share = phi[0] / sum(phi) if is_share else math.nan
     return SampleEntry(
         place,
-        name,
+        shown(name),
         said.predicted or "no class",
         said.true or "",
         _OUTCOMES[correct],
@@ -129,7 +130,7 @@ def entries_of_batch(results: ExplainedBatch, facts: BatchFacts, pictures: Pictu
         numbers |= {} if modalities is None else {"conflict": modalities.conflict}
         yield SampleEntry(
             i,
-            name,
+            shown(name),
             sample["predicted_name"] or str(sample["predicted_class"]),
             sample["true_name"] or ("" if sample["true_class"] is None else str(sample["true_class"])),
             _OUTCOMES[sample["correct"]],

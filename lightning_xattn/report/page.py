@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import html
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from lightning_xattn.messages import decimal
+from lightning_xattn.names import clean
 from lightning_xattn.report.rendering import Block, Document, Items, Paragraph, Table
 
 _HERE = Path(__file__).parent
@@ -120,6 +121,11 @@ def as_page(
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     parts += ["</section></main>", f"<script>{script}</script></body></html>"]
     return "\n".join(filter(None, parts)) + "\n"
+
+
+def escape(text: str) -> str:
+    """A text as HTML shows it, whatever it holds."""
+    return html.escape(clean(text))
 
 
 def block_as_html(block: Block) -> str:

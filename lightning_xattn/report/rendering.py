@@ -15,6 +15,8 @@ from rich.table import Column
 from rich.table import Table as Grid
 from rich.text import Text
 
+from lightning_xattn.names import clean
+
 WIDTH = 100
 """Plain text, and what stands in the terminal, has at most so many columns."""
 
@@ -203,10 +205,12 @@ def _table_row(cells: Sequence[str]) -> str:
 
 
 def _line(text: str) -> str:
-    """A name may hold line breaks; a line may not."""
-    return " ".join(text.split())
+    """A name may hold line breaks, and what a terminal obeys; a line may not."""
+    return clean(" ".join(text.split()))
 
 
 def _escape(text: str) -> str:
     """Whatever a name holds, it is no markup."""
-    return re.sub(r"([\\`*_|<\[\]~$&])", r"\\\1", _line(text))
+    escaped = re.sub(r"([\\`*_|<\[\]~$&])", r"\\\1", _line(text))
+    # What begins a title, a quote, or a list where it begins a line.
+    return re.sub(r"^(?:(?=>)|(\d{1,9}|[-+=#]*)(?=[-+=#.)](?:\s|$)))", r"\1\\", escaped)

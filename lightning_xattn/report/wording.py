@@ -9,6 +9,7 @@ from lightning_xattn.attention import Direction
 from lightning_xattn.columns import STATISTICS, Column, shown_columns
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.messages import SINGLE_KEY, SINGLE_KEY_REMEDY, decimal, name_modality, percent, say_interval
+from lightning_xattn.names import shown
 from lightning_xattn.report.criteria import (
     AGREEING,
     DISAGREEING,
@@ -131,7 +132,7 @@ def describe_sample(sample: SampleFacts) -> Items:
     if modalities is not None:
         items.insert(2, ("Modalities", str(modalities), ()))
     items += _describe_interpretation(sample)
-    known_as = "" if sample["sample_id"] is None else f" (id {sample['sample_id']})"
+    known_as = "" if sample["sample_id"] is None else f" (id {shown(sample['sample_id'])})"
     return Items(items, f"Sample {sample['sample_idx']}{known_as}")
 
 

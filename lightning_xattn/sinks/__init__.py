@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_xattn.messages import warn
+from lightning_xattn.names import shown_tag
 from lightning_xattn.sinks.aim import AimSink
 from lightning_xattn.sinks.comet import CometSink
 from lightning_xattn.sinks.folder import FolderSink
@@ -85,7 +86,7 @@ class Sinks:
         images: dict[str, Picture] = {}
         try:
             for tag, figure in figures:
-                images[tag] = render(figure)
+                images[shown_tag(tag)] = render(figure)
         except Exception as error:  # whatever drawing may raise
             warn([f"The figures of {scope} could not all be drawn: {error!r}."])
         self.log("pictures", lambda: images, lambda sink, made: sink.log_images(made, step))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ from PIL import Image
 
 from lightning_xattn.files import complete_or_absent
 from lightning_xattn.sinks.sink import Picture, Sink
+
+_LONGEST = 100
+"""Bytes: most file systems take 255, and of a file that is being written the name is longer."""
+
+_DEVICES = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)
 
 
 class FolderSink(Sink):
@@ -50,6 +56,19 @@ class FolderSink(Sink):
 
 
 def path_of(name: str) -> Path:
-    """A name as a path that stays in its folder and that every file system takes: ``../a b`` is ``_/a b``."""
-    parts = (re.sub(r"[^\w .=+-]", "_", part).strip(". ") or "_" for part in name.split("/"))
-    return Path(*(part[:100] for part in parts))
+    """A name as a path that stays in its folder and that every file system takes.
+
+    What a file system might refuse is ``_``, and Windows' devices begin with it. So that two names do not become one
+    path, a part that is cut or has lost signs ends in eight that differ: ``../a b`` is ``_/a b``, ``a?`` is
+    ``a_-8b596524``.
+    """
+    return Path(*map(_file_name, name.split("/")))
+
+
+def _file_name(part: str) -> str:
+    allowed = re.sub(r"[^\w .=+-]", "_", part).strip(". ")
+    allowed = f"_{allowed}" if _DEVICES.fullmatch(allowed.partition(".")[0]) else allowed
+    short = allowed.encode()[:_LONGEST].decode(errors="ignore")
+    if short == part or not short:
+        return short or "_"
+    return f"{short}-{zlib.crc32(part.encode('utf-8', 'surrogatepass')):08x}"

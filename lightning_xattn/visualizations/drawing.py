@@ -24,10 +24,12 @@ from numpy.typing import ArrayLike, NDArray
 from lightning_xattn.attention import Direction, TokenAxis
 from lightning_xattn.errors import SettingError, ShapeError
 from lightning_xattn.messages import decimal
+from lightning_xattn.names import clean, shown
 from lightning_xattn.visualizations.output import COLOURS, WindowFigure, with_boxes
 
 WIDTH, _DPI = 9.0, 100  # inches, and dots in each, of a figure that is seen in its full width
 _LINE = 0.17  # inches that a line of 10 points takes
+LONGEST_NAME, LONGEST_CONTEXT = 40, 400  # characters
 HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 """Colours of Okabe and Ito, of as many modalities as can be told."""
 UNDEFINED: dict[str, Any] = {"facecolor": "0.93", "edgecolor": "0.7", "hatch": "///", "linewidth": 0}
@@ -78,12 +80,15 @@ def place_tokens(role: str, modality: str | None, count: int, axis: TokenAxis | 
     """Place the tokens of a map's axis; ``role`` is ``"query"`` or ``"key"``, a modality may have no name."""
     numbered = np.arange(count + 1) - 0.5
     if axis is None:
-        return MapAxis(f"{role}: {modality} token" if modality else f"{role} token", numbered, whole=True)
+        return MapAxis(
+            f"{role}: {shown(modality, LONGEST_NAME)} token" if modality else f"{role} token", numbered, whole=True
+        )
     if len(axis) != count:
         raise ShapeError(f"The {role} axis '{axis.title}' has {len(axis)} tokens, the maps have {count}.")
     title = f"{role}: {axis.title}"
     if axis.spans is None:
-        return MapAxis(title, numbered, axis.names)
+        names = None if axis.names is None else [shown(name, LONGEST_NAME) for name in axis.names]
+        return MapAxis(title, numbered, names)
     spans = np.asarray(axis.spans, dtype=np.float64)
     if count == 1:
         return MapAxis(title, spans[0])
@@ -185,17 +190,19 @@ def show_key(fig: Figure, *keys: Patch) -> None:
 
 def set_title(fig: Figure, title: str, context: str, remark: str = "") -> None:
     """Put the title and its context over the figure, and a remark on a line below."""
+    context = shown(context, LONGEST_CONTEXT)
     text = wrap(f"{title} ({context})" if context else title, 0.8 * fig.get_figwidth())
     fig.suptitle(f"{text}\n{remark}".strip(), fontsize=12)
 
 
 def arrow(direction: Direction) -> str:
     """Write a direction for a reader, the one who asks first."""
-    return f"{direction.query} → {direction.key}"
+    return f"{shown(direction.query, LONGEST_NAME)} → {shown(direction.key, LONGEST_NAME)}"
 
 
 def wrap(text: str, inches: float, size: float = 10) -> str:
     """Break a text into lines of this length."""
+    text = clean(text)
     if not text:
         return text
     letters = 0.95 * len(text) * inches / text_inches(text, size)  # lines differ a little in their letters' widths
@@ -207,5 +214,6 @@ def text_inches(text: str, size: float) -> float:
     """How wide a text of this size is; the widest of its lines."""
     font = FontProperties(size=size)
     with with_boxes():
-        widths = [text_to_path.get_text_width_height_descent(line, font, False)[0] for line in text.splitlines()]
+        lines = clean(text).splitlines()
+        widths = [text_to_path.get_text_width_height_descent(line, font, False)[0] for line in lines]
     return float(max(widths, default=0)) / 72

@@ -19,7 +19,9 @@ from lightning_xattn.attention import Direction, TokenAxis
 from lightning_xattn.errors import SettingError
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.messages import SINGLE_KEY, decimal
+from lightning_xattn.names import shown
 from lightning_xattn.visualizations.drawing import (
+    LONGEST_NAME,
     arrow,
     as_array,
     count_classes,
@@ -160,7 +162,8 @@ def plot_class_attention(
     if keys == 1:
         page.write(f"These maps are of {SINGLE_KEY}.")
     # A class name is no formula, whatever dollars are in it.
-    titles = [wrap(f"{name} (n={int(n)})", width, SMALL) for name, n in zip(class_names, samples, strict=True)]
+    names = [shown(name, LONGEST_NAME) for name in class_names]
+    titles = [wrap(f"{name} (n={int(n)})", width, SMALL) for name, n in zip(names, samples, strict=True)]
     scale, axes, since = lift_scale(lift), [], page.used
     for start in range(0, classes, columns):
         lines = max(len(title.splitlines()) for title in titles[start : start + columns])

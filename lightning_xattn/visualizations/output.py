@@ -12,20 +12,38 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backend_bases import NonGuiException
+from matplotlib.backend_bases import NonGuiException, RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
 from lightning_xattn.errors import SettingError
 from lightning_xattn.files import complete_or_absent
+from lightning_xattn.names import clean
 
 COLOURS = colormaps["viridis"]
 
 
 class WindowFigure(Figure):
-    """A figure whose ``show`` needs no pyplot figure."""
+    """A figure whose ``show`` needs no pyplot figure, and whose texts are shown as they are.
+
+    Names from data are among them: what no font can draw is written out, and a ``$`` begins no formula.
+    """
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Draw it, as matplotlib asks for any way out of a figure."""
+        axes = [axis for ax in self.get_axes() for axis in (ax.xaxis, ax.yaxis)]
+        # matplotlib's own numbers may be formulas; ticks that were given are names.
+        numbered = [axis for axis in axes if not isinstance(axis.get_major_formatter(), FuncFormatter)]
+        numbers = {tick.label1 for axis in numbered for tick in axis.get_major_ticks()}
+        for text in self.findobj(Text):
+            assert isinstance(text, Text)
+            if text not in numbers:
+                text.set(text=clean(text.get_text()), parse_math=False)
+        super().draw(renderer)
 
     def show(self, warn: bool = True) -> None:
         """Open a window where matplotlib's backend has windows; do nothing where it has none, as without a screen.

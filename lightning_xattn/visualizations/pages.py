@@ -24,6 +24,7 @@ from matplotlib.markers import CARETDOWN, CARETLEFT, CARETRIGHT, CARETUP
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
+from lightning_xattn.names import shown
 from lightning_xattn.visualizations.drawing import text_inches, wrap
 from lightning_xattn.visualizations.output import COLOURS, WindowFigure
 
@@ -207,7 +208,7 @@ class RowNames:
         """A name has two lines at most; its count follows it, or stands below where it does not fit."""
         labels = []
         for name, count in zip(names, counts, strict=True):
-            lines = textwrap.wrap(name, _NAME_LETTERS, max_lines=2, placeholder=" …") or [""]
+            lines = textwrap.wrap(shown(name), _NAME_LETTERS, max_lines=2, placeholder=" …") or [""]
             together = f"{lines[-1]} ({count})"
             fits = text_inches(together, SMALL) <= _NAME_INCHES
             labels.append("\n".join([*lines[:-1], together] if fits else [*lines, f"({count})"]))

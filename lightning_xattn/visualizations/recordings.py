@@ -15,6 +15,7 @@ from matplotlib.ticker import MultipleLocator
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_xattn.errors import SettingError
+from lightning_xattn.names import shown
 from lightning_xattn.visualizations.drawing import UNDEFINED, as_array, draw_colour_bar, draw_mesh, wrap
 from lightning_xattn.visualizations.montages import Derivations
 
@@ -179,7 +180,7 @@ def draw_traces(ax: Axes, traces: Traces, derivations: Derivations, seconds: tup
         ax.plot(time, row + trace / spacing, color="black", linewidth=0.7)
         gaps = [(time[first], (last - first) / traces.rate) for first, last in runs(np.isnan(trace))]
         ax.broken_barh(gaps, (row - 0.4, 0.8), **UNDEFINED)
-    ax.set_yticks(rows, derivations.names, fontsize=9, parse_math=False)
+    ax.set_yticks(rows, [*map(shown, derivations.names)], fontsize=9, parse_math=False)
     ax.tick_params(axis="y", length=0)
     ax.xaxis.set_major_locator(MultipleLocator(1))
     ax.grid(axis="x", color="0.88")
