@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.capture.kinds import is_plain, unreadable_kind
 from lightning_xattn.capture.memory import has_address
+from lightning_xattn.capture.readers import Edit, reader_of
 from lightning_xattn.errors import DiscoveryError, ShapeError
 from lightning_xattn.functional import prepare_rows
 from tests import reference
@@ -189,6 +190,37 @@ def test_queries_or_keys_that_are_the_same_for_all_samples_have_the_shape_of_the
         found = watched(attend, runs=2)
         assert found.weights.shape == (BATCH, HEADS, AUDIO, TEXT)
         assert found.key_mask.tolist() == [[True] * 4 + [False] * 3] * BATCH
+
+
+class Edits(torch.overrides.TorchFunctionMode):
+    """Other keys and values, and weights that are multiplied after the softmax."""
+
+    scales = torch.rand(BATCH, TEXT)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        reader = reader_of(function)
+        return function(*args, **kwargs or {}) if reader is None else reader(function, args, kwargs or {}, self)
+
+    def begin(self, event, asks):
+        return Edit(lambda keys, values: (keys.flip(0), values.flip(0, -1)), self.scales)
+
+    def take(self, event, read=None, given=None):
+        pass
+
+
+@pytest.mark.parametrize("samples", [BATCH, 1])
+def test_keys_and_weights_of_flex_attention_are_edited_as_those_of_the_kernel(samples):
+    """Also where all samples share their keys: each has its own then."""
+    query, key = (heads(x) for x in tokens())
+    shared, spread = key[:samples], key[:samples].expand(BATCH, -1, -1, -1)
+    weights = (query @ spread.flip(0).mT / 2).softmax(-1) * Edits.scales[:, None, None]
+    blocks = flex.create_block_mask(lambda b, h, m, n: m >= 0, BATCH, None, AUDIO, TEXT, device="cpu")
+    with torch.compiler.set_stance("force_eager"), Edits():
+        by_kernel = F.scaled_dot_product_attention(query, shared, shared)
+        by_flex = flex.flex_attention(query, shared, shared, block_mask=blocks)
+    expected = weights @ spread.flip(0, -1)
+    torch.testing.assert_close(by_kernel, expected)
+    torch.testing.assert_close(by_flex, expected)
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")

@@ -16,6 +16,7 @@ from tests.toy import count_global_hooks, count_hooks
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*has no axis for heads"),
     pytest.mark.filterwarnings("ignore:Found in the first pass"),
+    pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile"),
 ]
 
 
@@ -42,6 +43,16 @@ def kernel(m, x, y, seen, how):
     if how == "-1e9":
         seen = torch.where(seen, 0.0, -1e9).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, k, seen)
+
+
+def flex(m, x, y, seen, how):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q, k = split(x, m.num_heads), split(y, m.num_heads)
+    q, k = (one.detach().to(torch.promote_types(q.dtype, k.dtype)) for one in (q, k))  # the CPU has no gradients of it
+    blocks = create_block_mask(lambda b, h, m, n: seen[b, h, m, n], *seen.shape, device="cpu")
+    with torch.compiler.set_stance("force_eager"):
+        return flex_attention(q, k, k, block_mask=blocks) + 0 * split(x, m.num_heads)
 
 
 def softmax(m, x, y, seen, how):
@@ -72,7 +83,7 @@ def heads_first(m, x, y, seen, how):
     return hide(scores, seen.transpose(0, 1).flatten(0, 1), how).softmax(-1).to(k.dtype) @ k
 
 
-WAYS = (kernel, softmax, queries_last, folded, folded_kernel, heads_first)
+WAYS = (kernel, flex, softmax, queries_last, folded, folded_kernel, heads_first)
 
 
 def reference(heads, x, y, seen):
