@@ -395,7 +395,7 @@ def test_samples_that_are_not_finite_are_named():
             DiscoveryError,
             r"forward of ToyModule cannot be called with a batch alone.*predict=lambda model, batch",
         ),
-        ({"predict": lambda module, batch: None}, DiscoveryError, "ran, so there is no attention to show"),
+        ({"predict": lambda module, batch: None}, DiscoveryError, "Nothing ran for this batch"),
         ({"targets": "labels"}, DiscoveryError, "No targets: the key 'labels' gave NoneType"),
         ({"class_names": ["a", "b"]}, ValueError, "There are 2 class_names"),
     ],
