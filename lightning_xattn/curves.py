@@ -112,12 +112,11 @@ def mean_curves(
     for curves, of_layer in zip(of_layers, scopes, strict=True):
         for name, value in curves.items():
             values[_relative(name, of_layer)].append(value)
-    means = {
+    return {
         _full(name, scope): sum(found) / len(found) if len(scopes) == layers else math.nan
         for name, found in values.items()
         if name.startswith(("alignment/", "entropy/", "focus/")) and "/head_" not in name and len(found) == len(scopes)
     }
-    return means
 
 
 def best_epoch(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_xattn.attention import TokenAxis
 from lightning_xattn.curves import TOPICS
@@ -281,17 +282,15 @@ def say_unknown(unknown: Iterable[Monitor], present: Iterable[str]) -> Iterator[
         )
 
 
-def callbacks_before(trainer: Trainer, callback: Callback, hook: str) -> list[str]:
-    """The names of the callbacks that run before this one and do something at a hook."""
-    everyone = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
-    before = everyone[: everyone.index(callback)] if callback in everyone else []
-    return [type(one).__name__ for one in before if getattr(type(one), hook).__qualname__ != f"Callback.{hook}"]
+def callbacks_before(trainer: Trainer, callback: Callback) -> list[Callback]:
+    """Those that run before this one."""
+    everyone: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
+    return everyone[: everyone.index(callback)] if callback in everyone else []
 
 
 def say_averages(trainer: Trainer, callback: Callback) -> Iterator[str]:
     """The warning that weights are averaged by callbacks that come before this one."""
-    everyone = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
-    for one in everyone[: everyone.index(callback)]:
+    for one in callbacks_before(trainer, callback):
         # By name, as Lightning has two namespaces.
         if any(kind.__name__ == "WeightAveraging" for kind in type(one).__mro__):
             name = type(one).__name__
@@ -311,7 +310,7 @@ def sample_weights(module: LightningModule) -> list[tuple[Tensor, Tensor]]:
     trained = [
         one
         for one in module.parameters()
-        if one.requires_grad and not hasattr(one, "to_local") and one.numel() <= MOST_VALUES
+        if one.requires_grad and not is_lazy(one) and not hasattr(one, "to_local") and one.numel() <= MOST_VALUES
     ]
     chosen = dict.fromkeys(round(i * (len(trained) - 1) / (WEIGHTS - 1)) for i in range(WEIGHTS)) if trained else ()
     with torch.no_grad():
@@ -326,7 +325,10 @@ def are_other_weights(sample: Sequence[tuple[Tensor, Tensor]]) -> bool:
 
 def say_other_weights(trainer: Trainer, callback: Callback) -> str:
     """Why nothing is replayed at the end of an evaluation whose batches had other weights, as the end of a sentence."""
-    before = callbacks_before(trainer, callback, f"on_{'test' if trainer.testing else 'validation'}_epoch_end")
+    hook = f"on_{'test' if trainer.testing else 'validation'}_epoch_end"
+    # Those that do something then.
+    kinds = [type(one) for one in callbacks_before(trainer, callback)]
+    before = [kind.__name__ for kind in kinds if getattr(kind, hook).__qualname__ != f"Callback.{hook}"]
     order = ", ".join(["AttentionExplainabilityCallback(...)", *(f"{name}(...)" for name in before)])
     remedy = f". Let those come later: callbacks=[{order}]" if before else ""
     return (
