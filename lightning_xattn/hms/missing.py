@@ -4,7 +4,7 @@ The rule, for all that is used of a recording (10 s or 50 s of EEG, 600 s of spe
 around the labelled moment, which the experts' votes are about:
 
 - EEG: at least half of the electrodes have a signal. One has if at least half of its samples are numbers, and they are
-  not all one value. The others end up without power in any band: they look like what they are.
+  not all one value. A gap of any electrode is filled by a line, without power in any band: it looks like what it is.
 - Spectrogram: at least half of the bins of each band in each region are numbers, since a band that is missing would
   look like one of average power. Not all regions may be constant.
 
@@ -78,7 +78,8 @@ def require_spectrogram(power: Array) -> None:
     """
     middle = _middle(len(power), _LABELLED_SECONDS / SPEC_ROW_SECONDS)
     for values, where in ((power, "that are used"), (power[middle], "around the labelled moment")):
-        share = np.isfinite(values).mean(axis=0) @ _band_shares()
+        members = band_members(np.asarray(SPEC_FREQUENCIES), SPEC_BANDS)
+        share = (np.isfinite(values).sum(axis=0) @ members) / (len(values) * members.sum(axis=0))
         region, band = np.unravel_index(share.argmin(), share.shape)
         if share[region, band] < _LEAST_SHARE:
             raise Problem(
@@ -97,13 +98,6 @@ def band_members(frequencies: Array, bands: dict[str, tuple[float, float]]) -> N
     edges = np.asarray(list(bands.values()))
     inside = (frequencies[:, None] >= edges[:, 0]) & (frequencies[:, None] < edges[:, 1])
     return inside.astype(np.float32)
-
-
-def _band_shares() -> NDArray[np.float32]:
-    """``(100, bands)``: what each frequency counts in the mean over its band."""
-    members = band_members(np.asarray(SPEC_FREQUENCIES), SPEC_BANDS)
-    shares: NDArray[np.float32] = members / members.sum(axis=0)
-    return shares
 
 
 def _middle(length: int, wanted: float) -> slice:

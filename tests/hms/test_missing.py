@@ -90,6 +90,7 @@ def test_too_little_of_a_spectrogram_is_refused(power, got):
     "power",
     [
         with_gap(some_power(), slice(145)),
+        with_gap(some_power(), [*range(147), 155, 156, 157]),  # half of it
         with_gap(some_power(), slice(153, 300)),
         with_gap(some_power(), slice(None), slice(None), slice(0, 100, 2)),
         with_gap(some_power(), slice(None), slice(3), filler=0.0),  # no power, which is not missing
