@@ -119,7 +119,9 @@ class Settings:
 
     def recorder(self, model: nn.Module, processes: Processes = ALONE) -> StepRecorder:
         """What records a model's steps."""
-        return StepRecorder(model, self.attention, self.fusion, self.modalities, processes)
+        return StepRecorder(
+            model, self.attention, self.fusion, self.modalities, processes, replays=self.contribution_samples > 0
+        )
 
     def named(self) -> dict[str, Any]:
         """How batches are read: the settings by name, callables by theirs, so the same from run to run."""

@@ -46,6 +46,8 @@ class StepRecorder:
         As ``FusionRecorder`` takes them.
     processes
         Those that run the model.
+    replays
+        Whether the model may run again.
 
     Attributes
     ----------
@@ -65,8 +67,9 @@ class StepRecorder:
         fusion: str | None = None,
         modalities: ModalitiesSetting | None = None,
         processes: Processes = ALONE,
+        replays: bool = True,
     ) -> None:
-        self.fusion = FusionRecorder(model, fusion, modalities, processes)
+        self.fusion = FusionRecorder(model, fusion, modalities, processes, replays)
         self._attention = AttentionRecorder(model, attention)
         self._model, self._processes = model, processes
         self._loss_of_several = find_loss_of_several(model)

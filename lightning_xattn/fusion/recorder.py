@@ -74,6 +74,8 @@ class FusionRecorder:
         Which of its arguments are whose tokens; None: as names and numbers of tokens tell.
     processes
         Those that run the model.
+    replays
+        Whether the model may run again, to try which of several modules is the fusion. If not, the nearest is taken.
 
     Attributes
     ----------
@@ -96,9 +98,10 @@ class FusionRecorder:
         fusion: str | None = None,
         modalities: ModalitiesSetting | None = None,
         processes: Processes = ALONE,
+        replays: bool = True,
     ) -> None:
         check_fusion(fusion, modalities)
-        self.processes = processes
+        self.processes, self._replays = processes, replays
         self._model, self._modalities = model, modalities
         self._named = None if fusion is None else find_module(model, fusion)
         if fusion is not None and self._named is None:
@@ -388,8 +391,8 @@ class FusionRecorder:
             self._given_up = True
             yield self._survey.say_unclear(attention, layers)
             return
-        tries = len(possible) > 1 and self.processes.run_alone
-        if len(possible) > 1 and not tries:
+        tries = len(possible) > 1 and self.processes.run_alone and self._replays
+        if len(possible) > 1 and self._replays and not tries:
             yield self._survey.say_several(possible)
         problems = []
         for run, entrance in possible:

@@ -99,6 +99,21 @@ def test_only_what_lies_behind_the_fusion_runs_again():
     assert RUNS == [16, 16, 16, 8]
 
 
+def test_without_contributions_nothing_runs_again():
+    """Not even to try which of several modules around the attention is the fusion."""
+
+    class Counted(TwoStreams):
+        def forward(self, left, right):
+            RUNS.append(len(left))
+            return super().forward(left, right)
+
+    RUNS.clear()
+    watch = AttentionExplainabilityCallback(contribution_samples=0)
+    quiet_trainer(callbacks=[watch]).validate(Counted(), loader_of(DATA), verbose=False)
+    assert RUNS == [16, 16, 8]
+    assert watch.fusion_summaries["val"].uncontributed == "contribution_samples is 0"
+
+
 class Bypassed(TwoStreams):
     """The left tokens reach the head past the fusion, too."""
 
