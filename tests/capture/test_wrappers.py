@@ -181,10 +181,12 @@ def test_a_module_that_is_not_called_in_some_steps():
         validate(Sometimes(skipped=2, half=True), watch)
     assert watch.summaries["val"].samples == 23 - 5
 
-    with pytest.raises(
-        DiscoveryError, match=tells("text_to_audio_attn", "text_to_audio", "did not run", "attention={'<a>_to_<b>'")
-    ):
+    said = tells("text_to_audio_attn", "text_to_audio", "did not run", "attention={'<a>_to_<b>'")
+    with pytest.warns(XAttnWarning, match=said):
         validate(Sometimes(skipped=0, half=True), AttentionExplainabilityCallback())
+    named = {"audio_to_text": "audio_to_text_attn", "text_to_audio": "text_to_audio_attn"}
+    with pytest.raises(DiscoveryError, match=said):
+        validate(Sometimes(skipped=0, half=True), AttentionExplainabilityCallback(named))
 
 
 class Twice(ToyModule):

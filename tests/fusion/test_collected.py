@@ -13,6 +13,7 @@ SHORT, LONG = 3, 5
 def rows_of(keys):
     """What is read of samples: of each all its numbers say which one it is."""
     columns = {"hash": hashed(keys, 0), "group": keys // 4, "class": keys % 3, "target": keys % 3, "correct": keys % 2}
+    columns |= {"prediction": keys % 3, "confidence": keys / 60}
     return columns | {"features/a": keys[:, None] + torch.tensor([0.0, 0.5])}
 
 
@@ -71,8 +72,11 @@ def test_what_one_process_left_out_is_left_out_of_all(partial):
 def test_a_part_without_labels_keeps_everything_else():
     part = part_of(KEYS, left_out=4)
     bare = part.without_labels()
-    labels = {"class": -1, "target": -1, "correct": UNKNOWN}
-    assert_same(bare.rows, part.rows | {name: torch.full_like(KEYS, value) for name, value in labels.items()})
+    labels = {"class": -1, "target": -1, "prediction": -1, "correct": UNKNOWN}
+    unknown = {name: torch.full_like(KEYS, value) for name, value in labels.items()}
+    confidence = bare.rows.pop("confidence")
+    assert confidence.isnan().all()
+    assert_same(bare.rows, {name: one for name, one in part.rows.items() if name != "confidence"} | unknown)
     assert bare.geometries is part.geometries
     assert (bare.left_out, bare.group_noun, bare.modalities) == (4, "patients", ("a", "b"))
     moved = part.cpu()

@@ -294,7 +294,7 @@ def test_the_default_is_the_published_configuration() -> None:
     assert module.class_names == CLASSES
     assert module.attention_axes is None
     axes = HMSLightningModule(fusion="regional").attention_axes
-    assert {name: axis.names for name, axis in axes.items()} == {"eeg": REGIONS, "spec": REGIONS}
+    assert {name: axis.names for name, axis in axes.items()} == {"eeg": [*REGIONS], "spec": [*REGIONS]}
 
 
 def test_learning_rate_rises_then_falls_and_outlasts_its_end() -> None:

@@ -485,7 +485,7 @@ def test_every_figure_says_where_its_numbers_come_from_and_what_the_classes_are(
                 key_axis=TokenAxis("time (s)", spans=[(5, 6), (0, 1)]),
             ),
             SettingError,
-            ["key axis 'time (s)'", "ascend", "[5.5 0.5]"],
+            ["TokenAxis 'time (s)'", "start below stop", "[(5, 6), (0, 1)]"],
         ),
         (
             lambda: plot_class_attention(make_maps(1, 2, 2), [1], ["a"], direction="x"),
