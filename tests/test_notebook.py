@@ -57,7 +57,7 @@ def test_so_do_the_callbacks_summaries():
     assert {"class", "accuracy", "class_0", "class_3", f"{layer.mean(ALIGNMENT, 0):.3f}"} <= {
         text.split(" (")[0] for text in of_layer.texts
     }
-    assert {"class", "class_0", "Audio", f"{fusion.estimate('opposed', 1).mean:.1%}".replace("%", " %")} <= {
+    assert {"class", "class_0", "Audio", f"{100 * fusion.estimate('opposed', 1).mean:.1f} %"} <= {
         text.split(" (")[0] for text in of_fusion.texts
     }
 
