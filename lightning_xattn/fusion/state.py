@@ -82,6 +82,8 @@ class ModelState:
         # By storage, the tensors that look at it.
         self._storages: dict[int, list[Tensor]] = {}
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
+        # Objects that hold no service, by id.
+        self._apart: set[int] = set()
         self._modules: list[nn.Module] = []
         of_process = (random.getstate.__self__, np.random.get_state.__self__)  # type: ignore[attr-defined]  # methods
         with torch._C.DisableTorchFunction():
@@ -149,7 +151,7 @@ class ModelState:
             elsewhere = [*one.parameters(recurse=False), *one.buffers(recurse=False)]
             return [*elsewhere, *self._keep_attributes(one, kind)]
         held = self._keep_container(one, kind)
-        if held is None and _is_service(one):
+        if held is None and _is_service(one, self._apart):
             return ()
         return [*(held or ()), *self._keep_attributes(one, kind)]
 
@@ -175,7 +177,7 @@ class ModelState:
         return [vars(tensor)] if vars(tensor) else ()
 
     def _keep_array(self, values: np.ndarray) -> Iterable[Any]:
-        if not values.flags.writeable:
+        if not values.flags.writeable or isinstance(values, np.memmap) or isinstance(values.base, np.memmap):
             return ()
         self._restores.append(functools.partial(np.copyto, values, values.copy()))
         return values.ravel().tolist() if values.dtype.hasobject else ()
@@ -212,9 +214,8 @@ class ModelState:
                         functools.partial(slot.__set__, one),
                         functools.partial(slot.__delete__, one),
                     )
-        try:
-            attributes = object.__getattribute__(one, "__dict__")
-        except AttributeError:
+        attributes = _attributes_or_none(one)
+        if not isinstance(attributes, dict):
             return
         self._restores.append(_restore_mapping(attributes))
         for name, value in attributes.items():
@@ -409,6 +410,14 @@ def _value_of(get: Callable[[], Any]) -> Any:
         return _NOTHING
 
 
+def _attributes_or_none(one: Any) -> Any:
+    """What an object's ``__dict__`` is, past what its class may do when it is asked."""
+    try:
+        return object.__getattribute__(one, "__dict__")
+    except AttributeError:
+        return None
+
+
 def _attributes_of(kind: type) -> dict[str, Any]:
     return {name: value for name, value in vars(kind).items() if not (name[:2] == name[-2:] == "__")}
 
@@ -427,21 +436,26 @@ def _is_leaf(kind: Any) -> bool:
     )
 
 
-def _is_service(one: Any) -> bool:
-    """Whether an object holds a lock, a thread or a file, directly or through other objects that are no modules."""
+def _is_service(one: Any, apart: set[int]) -> bool:
+    """Whether an object holds a lock, a thread or a file, directly or through other objects that are no modules.
+
+    ``apart`` has the ids of objects that are known to hold none, and gets more.
+    """
     waiting, seen = [one], set[int]()
     while waiting:
         held = waiting.pop()
         kind: Any = type(held)
         if issubclass(kind, _SERVICES):
             return True
-        if _is_leaf(kind) or id(held) in seen or issubclass(kind, (type, nn.Module, Tensor, np.ndarray, FunctionType)):
+        known = id(held) in seen or id(held) in apart
+        if known or _is_leaf(kind) or issubclass(kind, (type, nn.Module, Tensor, np.ndarray, FunctionType)):
             continue
         seen.add(id(held))
         if issubclass(kind, dict):
             waiting += dict.values(held)
         elif issubclass(kind, (list, tuple, set, frozenset, deque)):
             waiting += held
-        elif isinstance(attributes := getattr(held, "__dict__", None), dict):
+        elif isinstance(attributes := _attributes_or_none(held), dict):
             waiting += attributes.values()
+    apart |= seen
     return False
