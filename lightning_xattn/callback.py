@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.distributed import ALONE, Processes, own_places
 from lightning_xattn.epoch_log import EpochLog, by_scope
-from lightning_xattn.errors import SettingError, XAttnError
+from lightning_xattn.errors import DiscoveryError, SettingError, XAttnError
 from lightning_xattn.evaluation import Evaluation, Settings, summarise
 from lightning_xattn.findings import Findings, Handover
 from lightning_xattn.fusion.collected import MAX_SAMPLES
@@ -29,9 +29,9 @@ from lightning_xattn.fusion.entrance import ModalitiesSetting
 from lightning_xattn.fusion.samples import sample_columns
 from lightning_xattn.fusion.summary import FusionSummary
 from lightning_xattn.history import pack_history, unpack_history
-from lightning_xattn.labels import LabelSetting
+from lightning_xattn.labels import LabelSetting, Step
 from lightning_xattn.messages import describe_error, tell, warn
-from lightning_xattn.recording import StepRecorder
+from lightning_xattn.recording import Attentions, StepRecorder
 from lightning_xattn.results import BatchResult, DatasetResult
 from lightning_xattn.summary import LayerSummary
 from lightning_xattn.trainer import (
@@ -86,6 +86,8 @@ class _Run:
     """Whether a batch was recorded to its end."""
     refusal: str = ""
     """Why nothing of this run is recorded; "" if something may be."""
+    doubt: str = ""
+    """Why the steps so far, which returned nothing, may have nothing to record."""
 
 
 def of_both_namespaces() -> type[AttentionExplainabilityCallback]:
@@ -366,14 +368,16 @@ class AttentionExplainabilityCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch to the running sums."""
+        evaluation, taken = self._run.evaluations[dataloader_idx], None
         if not self._records(batch_idx):
+            is_due = self._run.is_recording and self.schedule.samples(batch_idx)
+            evaluation.left_out_batches += int(is_due and bool(self._run.refusal))
             return
         recorder = self._run.recorder
         assert recorder is not None
         recorder.close()
-        evaluation, taken = self._run.evaluations[dataloader_idx], None
         with self._refusing("attention", "fusion", dataloader=dataloader_idx):
-            taken = recorder.take(outputs, batch)
+            taken = self._take(recorder, outputs, batch)
             if left_out := recorder.left_out:
                 places = own_places(loaders_of(trainer), dataloader_idx, batch_idx, max(left_out.values()))
                 evaluation.leave_out(left_out, taken is None, places)
@@ -383,6 +387,24 @@ class AttentionExplainabilityCallback(Callback):
                     self._run.weights = sample_weights(pl_module)
                 self._add(trainer, evaluation.read(*taken, recorder), batch_idx, dataloader_idx)
         recorder.clear()
+
+    def _take(self, recorder: StepRecorder, outputs: Any, batch: Any) -> tuple[Step, Attentions] | None:
+        """What the recorder has of a step; None of one that may have ended before it came to what is looked for."""
+        try:
+            return recorder.take(outputs, batch)
+        except DiscoveryError as error:
+            is_named = self.settings.attention is not None or self.settings.fusion is not None
+            if outputs is not None or self._run.has_recorded or is_named:
+                raise
+            self._run.doubt = str(error)
+            return None
+
+    def _end_doubt(self, rehearsal: bool) -> None:
+        """Say at the end of an evaluation what no step of it has shown."""
+        if self._run.doubt and not self._run.has_recorded and not self._run.refusal:
+            what = "was recorded in the sanity check" if rehearsal else "is recorded in this run"
+            warn([f"Nothing {what}. {self._run.doubt}"])
+            self._run.refusal = "" if rehearsal else self._run.doubt
 
     def _add(self, trainer: Trainer, result: BatchResult, batch_idx: int, dataloader_idx: int) -> None:
         recorder, evaluation = self._run.recorder, self._run.evaluations[dataloader_idx]
@@ -421,6 +443,8 @@ class AttentionExplainabilityCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's curves and figures."""
+        if self._run.is_recording:
+            self._end_doubt(rehearsal=bool(trainer.sanity_checking))
         if self._run.is_recording and not trainer.sanity_checking:
             self._log_epoch(trainer, pl_module)
             self._hand_over(trainer)  # now, as an exception in a process that a Trainer has started calls no hook there
@@ -442,6 +466,7 @@ class AttentionExplainabilityCallback(Callback):
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table; what is known of all samples is in ``summaries`` and ``fusion_summaries``."""
         if self._run.is_recording:
+            self._end_doubt(rehearsal=False)
             ended = self._end_epoch(trainer, pl_module)
             if ended is not None:
                 self._warn_of_nothing(trainer, any(one.summaries or one.fusion for one in ended[0].values()))
@@ -490,7 +515,8 @@ class AttentionExplainabilityCallback(Callback):
         try:
             return self._sum_up(trainer, pl_module)
         except Exception as error:
-            if self._run.processes is not ALONE:  # the others wait for this one
+            # The others wait for this one; what is raised on purpose is raised on all of them.
+            if self._run.processes is not ALONE and not isinstance(error, XAttnError):
                 raise
             warn([f"An evaluation ('{stage_of(trainer)}') could not be summed up. {describe_error(error)}"])
             return None
@@ -498,6 +524,8 @@ class AttentionExplainabilityCallback(Callback):
     def _sum_up(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], list[Path]]:
         if self._run.recorder is None:  # the same on all processes
             return {}, []
+        for evaluation in self._run.evaluations.values():
+            evaluation.refusal = self._run.refusal
         if are_other_weights(self._run.weights or ()):
             for evaluation in self._run.evaluations.values():
                 evaluation.refused = say_other_weights(trainer, self)

@@ -81,6 +81,14 @@ class Checks:
         if self._is_new("", "", f"batch: {type(error).__name__}", 0):
             yield f"A batch is left out, and others like it will be without another warning. {describe_error(error)}"
 
+    def of_a_process(self, refusal: str) -> Iterator[str]:
+        """The warning of one of several processes that records nothing, where others do."""
+        if refusal and self._is_new("", "", "process", 0):
+            yield (
+                "One of several processes records nothing in this run, so its samples are missing in every number "
+                f"(left_out_batches in the history). {refusal}"
+            )
+
     def of_epoch(self, layer: str, summary: LayerSummary) -> Iterator[str]:
         """New warnings that an epoch gives."""
         yield from self._of_samples(layer, summary)

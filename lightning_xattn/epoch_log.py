@@ -132,6 +132,8 @@ class EpochLog:
         self._log(curves, others)
         records = [record for _, new in found.values() for record in new]
         sinks = self._sinks()
+        if sinks is not None and records:
+            tell(self.checks.of_folders(sinks.folders))
         for number, (shown, new) in found.items():
             if sinks is not None and new:
                 past = [one for one in history if one["dataloader"] == number and one["layer"] == new[0]["layer"]]
@@ -166,7 +168,6 @@ class EpochLog:
         if is_trial or not (self.trainer.is_global_zero and self.draws):
             return None
         sinks = Sinks(self.trainer.loggers, root_folder(self.trainer))
-        tell(self.checks.of_folders(sinks.folders))
         return sinks if sinks else None
 
     def _collect(

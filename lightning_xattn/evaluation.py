@@ -48,6 +48,12 @@ from lightning_xattn.recording import Attentions, StepRecorder
 from lightning_xattn.results import BatchResult
 from lightning_xattn.summary import LayerSummary
 
+DIFFERENT_CLASSES = (
+    "Processes do not agree on how many classes there are: the first batch of one had no predictions or targets that "
+    "fit. So the evaluation is not split by class. Name them: predictions=<key or callable>, "
+    "targets=<key or callable>."
+)
+
 PLACES_OF_A_PROCESS = 2**40
 """So far apart are the places that processes number by themselves, where nothing says how samples are dealt out."""
 
@@ -157,6 +163,7 @@ class Part:
     left_out_batches: int
     other_lengths: Mapping[str, int]
     refused: str
+    refusal: str
     has_several: bool
     """Whether targets turned out to be no classes."""
     maps: Columns | None
@@ -209,6 +216,8 @@ class Evaluation:
         By layer, samples that were left out because their joint sequence does not fit its spans.
     seen : int
         Samples of this process so far, with those that were left out.
+    refusal : str
+        Why this process records nothing; "" if it records.
     refused : str
         Why nothing is replayed at the end of this evaluation, as the end of a sentence; "" where it may be.
     has_dropped : bool
@@ -241,7 +250,8 @@ class Evaluation:
 
     def reset(self) -> None:
         """Begin anew, with what was decided in the first batch."""
-        self.repeats, self.left_out_batches, self.refused, self.has_dropped = 0, 0, "", False
+        self.repeats, self.left_out_batches, self.has_dropped = 0, 0, False
+        self.refused = self.refusal = ""
         self.other_lengths = Counter[str]()
         self._accumulators: dict[str, LayerAccumulator] = {}
         self.collected = Collected(self._settings.max_samples, self._settings.contribution_samples)
@@ -395,7 +405,7 @@ class Evaluation:
         several = self.finder.has_several
         counts = self.repeats, self.left_out_batches, dict(self.other_lengths)
         refused = self.refused or (SEVERAL_LABELS if several or self.finder.are_several else "")
-        return Part(self.classes, sums, fusion, *counts, refused, several, self.maps.part())
+        return Part(self.classes, sums, fusion, *counts, refused, self.refusal, several, self.maps.part())
 
     def drop_targets(self) -> None:
         """Have no classes, predictions and outcomes, as the targets are several labels at once."""
@@ -432,18 +442,34 @@ class Evaluation:
         self.left_out_batches = sum(part.left_out_batches for part in parts)
         self.other_lengths = sum((Counter(part.other_lengths) for part in parts), Counter())
         layers = dict.fromkeys(layer for part in parts for layer in part.sums)
-        merged = {name: merge_sums([part.sums[name] for part in parts if name in part.sums]) for name in layers}
         several = any(part.has_several for part in parts)
+        counts = {sums.layout.n_classes for part in parts for sums in part.sums.values()}
         if several:
             self.drop_targets()
-            merged = {layer: sums.without_labels() for layer, sums in merged.items()}
+        elif len(counts) > 1:
+            warn([DIFFERENT_CLASSES])
+            self.classes = ()
+        without = several or len(counts) > 1
+        merged = {
+            name: merge_sums(
+                [
+                    part.sums[name].without_labels() if without else part.sums[name]
+                    for part in parts
+                    if name in part.sums
+                ]
+            )
+            for name in layers
+        }
+        if not all(part.refusal for part in parts):
+            for one in parts:
+                warn(self._checks.of_a_process(one.refusal))
         summaries = {layer: LayerSummary(sums) for layer, sums in merged.items()}
         collected = [part.fusion for part in parts if part.fusion is not None]
         fusion = None
         if collected:
             sizes = self._settings.max_samples, self._settings.contribution_samples
             part = merge_parts(collected, sizes)
-            part = part.without_labels() if several else part
+            part = part.without_labels() if without else part
             refused = next((one.refused for one in parts if one.refused), "")
             fusion = self._summarise_fusion(recorder.fusion, part, tests_attention, partners, refused)
         maps = merge_maps([part.maps for part in parts if part.maps is not None])

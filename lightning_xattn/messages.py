@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -153,7 +154,7 @@ def name_modality(name: str) -> str:
     return name.upper() if len(name) <= 3 else name.capitalize()
 
 
-_ADVICE = re.compile(r"weights_only|safe_globals|trusted source")
+_ADVICE = re.compile(r"weights_only|safe_globals|trusted source|_ALLOWED_INSTANTIATORS|[Ii]f you trust")
 
 
 def first_line(error: BaseException) -> str:
@@ -162,7 +163,9 @@ def first_line(error: BaseException) -> str:
     Without torch's advice on how to have the code in a file run.
     """
     *_, said = str(error).split("WeightsUnpickler error:")
-    line = (said.strip().splitlines() or [""])[0]
+    lines = [line.strip() for line in said.strip().splitlines()] or [""]
+    # "Error(s) in loading state_dict for Model:" says nothing by itself.
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     sentences = [one for one in re.split(r"(?<=[.!?]) ", line) if not _ADVICE.search(one)]
     kept = " ".join(sentences)
     # Some errors have no words, or a bare number.
@@ -173,11 +176,15 @@ def describe_error(error: Exception) -> str:
     """What an error says; of one that was not raised on purpose also what and where it is."""
     if isinstance(error, XAttnError):
         return str(error)
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return (
-        f"{type(error).__name__}: {first_line(error)} ({where.filename}, line {where.lineno}). This is a fault of "
-        "lightning_xattn; your run goes on as without it."
-    )
+    frames = traceback.extract_tb(error.__traceback__)
+    where = frames[-1]
+    what = f"{type(error).__name__}: {first_line(error)} ({where.filename}, line {where.lineno})."
+    # Code of the user's that was called from here, such as a function that finds labels.
+    ours = [i for i, frame in enumerate(frames) if frame.filename.startswith(_PACKAGE)]
+    behind = frames[ours[-1] + 1 :] if ours else frames
+    if any("site-packages" not in frame.filename for frame in behind):
+        return f"{what} It was raised in code of yours that lightning_xattn called; your run goes on as without it."
+    return f"{what} This is a fault of lightning_xattn; your run goes on as without it."
 
 
 def tell(messages: Iterable[str]) -> None:
@@ -191,7 +198,7 @@ def warn(messages: Iterable[str]) -> None:
     """Warn of each, on the first of several processes, at the line outside of the package that led here."""
     for message in messages:
         frame, level = sys._getframe(1), 2
-        while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, contextlib.__file__)):
             frame, level = frame.f_back, level + 1
         if _is_first_process():
             warnings.warn(clean(message), XAttnWarning, stacklevel=level)

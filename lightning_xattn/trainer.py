@@ -252,8 +252,9 @@ def warn_of_monitors(monitors: Iterable[Monitor], schedule: Schedule) -> Iterato
         counts = "" if one.passes_over_nan else ", and counts it as no improvement"
         if one.paste:
             yield (
-                f"{begins} and ends the fit at the first epoch in which it is NaN, as an undefined number is. So that "
-                f"it goes on: {one.paste}."
+                f"{begins} and ends the fit at the first epoch in which it is NaN, as an undefined number is. Without "
+                "check_finite it counts as an epoch without improvement: choose a patience that outlasts those. "
+                f"So that it goes on: {one.paste}."
             )
         if schedule.every_n_epochs > 1:
             yield (

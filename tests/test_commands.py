@@ -169,12 +169,27 @@ def test_code_in_a_checkpoint_is_not_run_unless_it_is_trusted(kind, how, mine):
     assert (mine / "marker").exists()  # or nothing was crafted
 
 
-def test_hyperparameters_that_name_code_are_not_called(mine):
+@pytest.mark.parametrize("where", ["hyper_parameters", "hparams", "module_arguments"])
+@pytest.mark.parametrize("form", [dict, list, tuple])
+def test_hyperparameters_that_name_code_are_not_called(mine, where, form):
+    """Lightning makes a dict of pairs, too; before 2.6 it imports and calls any function."""
     whole = torch.load("toy.ckpt", weights_only=True)
-    whole["hyper_parameters"] = {"_instantiator": "os.mkdir", "_class_path": "marker"}
+    whole[where] = form({"_instantiator": "os.mkdir", "_class_path": "marker"}.items())
     torch.save(whole, "crafted.ckpt")
-    with pytest.raises(DataError, match=tells("_instantiator", "--trust-checkpoint")):
+    with pytest.raises(DataError, match=tells("_instantiator", "--trust-checkpoint")) as refused:
         load_checkpoint(ToyModule, "crafted.ckpt")
+    assert "_ALLOWED" not in str(refused.value)
+
+
+def test_what_is_no_checkpoint_is_said_in_a_sentence(mine):
+    torch.save({"weights": torch.zeros(2)}, "other.ckpt")
+    with pytest.raises(DataError, match="other.ckpt is no checkpoint of Lightning's: expected .* 'state_dict'"):
+        load_checkpoint(ToyModule, "other.ckpt")
+    whole = torch.load("toy.ckpt", weights_only=True)
+    whole["state_dict"].popitem()
+    torch.save(whole, "less.ckpt")
+    with pytest.raises(DataError, match="Error.* in loading state_dict for ToyModule: Missing key"):
+        load_checkpoint(ToyModule, "less.ckpt")
 
 
 def test_the_command_runs_no_code_of_a_checkpoint(mine, capsys):

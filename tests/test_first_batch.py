@@ -214,3 +214,31 @@ def test_hooks_of_a_step_that_ran_nothing_are_gone_when_the_next_begins():
     loader = DataLoader(TensorDataset(*toy_data().tensors), 5)
     quiet_trainer(callbacks=[watch, count]).validate(Skipping(), loader, verbose=False)
     assert count.counts == [0] * 5
+
+
+class Begins(ToyModule):
+    """The first step runs an encoder, and returns before it comes to the attention."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 0:
+            self.audio(batch[0])
+            return None
+        return super().validation_step(batch, batch_idx)
+
+
+class Never(Begins):
+    """No step comes to the attention."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.audio(batch[0])
+
+
+def test_a_step_that_begins_and_returns_nothing_is_not_the_one_to_judge_by():
+    watch = AttentionExplainabilityCallback(figures_every_n_epochs=0)
+    run(Begins(), "validate", watch)
+    assert watch.history[0]["samples"] == 18
+    watch = AttentionExplainabilityCallback(figures_every_n_epochs=0)
+    with pytest.warns(XAttnWarning, match="Nothing is recorded in this run. None of audio_to_text_attn") as warned:
+        run(Never(), "validate", watch)
+    assert sum(one.category is XAttnWarning for one in warned) == 1
+    assert watch.history == []

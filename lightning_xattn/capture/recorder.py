@@ -203,7 +203,8 @@ class AttentionRecorder:
         return Want.MASKS if self.layers and want is Want.WEIGHTS else want
 
     def _leave(self, run: Run, output: Any) -> None:
-        self._has_run = True
+        # A step that Lightning runs as the model's own forward, as under DDP, may return before it runs anything.
+        self._has_run |= run.module is not self._model or output is not None
         for tap in self._of_module.get(run.module, ()):
             tap.take(run, output)
         for number, event in enumerate(run.events, start=self._counts[run.path] + 1):

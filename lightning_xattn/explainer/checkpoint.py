@@ -17,8 +17,8 @@ from lightning_xattn.names import shown
 
 Model = TypeVar("Model")
 
-_HYPERPARAMETERS = ("hyper_parameters", "hparams", "module_arguments")
-"""Where Lightning has written, and reads, what a model is made with."""
+_NAMES_CODE = "_instantiator"
+"""The hyperparameter that holds the name of a function that Lightning imports and calls to make the model."""
 
 
 def load_checkpoint(kind: type[Model], checkpoint: str | Path, trust_checkpoint: bool = False) -> Model:
@@ -87,10 +87,25 @@ def _require_plain(file: IO[bytes], name: str) -> None:
         if not objects:  # no pickle at all
             raise
         raise DataError(_needs_trust(name, f"objects of {objects}")) from None
-    hyperparameters = [saved.get(key) for key in _HYPERPARAMETERS] if isinstance(saved, dict) else []
-    # Written by Lightning's CLI: names of functions and classes that are imported and called to make the model.
-    if any("_instantiator" in one for one in hyperparameters if isinstance(one, dict)):
-        raise DataError(_needs_trust(name, "hyperparameters that name code to be called ('_instantiator')"))
+    if not isinstance(saved, dict) or "state_dict" not in saved:
+        raise DataError(f"{name} is no checkpoint of Lightning's: expected a dict with 'state_dict'.")
+    # Written by Lightning's CLI, wherever it stands: Lightning makes a dict of pairs, too.
+    if _NAMES_CODE in _strings_in(saved):
+        raise DataError(_needs_trust(name, f"hyperparameters that name code to be called ('{_NAMES_CODE}')"))
+
+
+def _strings_in(saved: Any) -> set[str]:
+    """Every string in plain containers, as a key or a value."""
+    found, waiting = set[str](), [saved]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            found.add(one)
+        elif isinstance(one, dict):
+            waiting += [*one.keys(), *one.values()]
+        elif isinstance(one, (list, tuple, set, frozenset)):
+            waiting += one
+    return found
 
 
 def _needs_trust(name: str, what: str) -> str:

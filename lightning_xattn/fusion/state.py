@@ -46,7 +46,7 @@ _SERVICES = (
 
 _LEAVES = (
     *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), Enum, torch.dtype, torch.device, torch.Size),
-    *(ModuleType, weakref.ref, logging.Logger, *_SERVICES),
+    *(ModuleType, weakref.ProxyType, weakref.CallableProxyType, logging.Logger, *_SERVICES),
     *(DataLoader, Dataset, Sampler),
 )
 """What a forward does not change, or what is not the model's."""
@@ -66,8 +66,7 @@ class ModelState:
     gradients, random generators, what containers hold, and attributes. The process's own random generators are always
     among it.
 
-    Not kept: files, counters in C such as ``itertools.count``, module-level variables, what a ``ScriptModule`` keeps
-    beside its parameters and buffers, and objects that hold a lock, a thread or a file, as a logger's client does.
+    Not kept: see ``docs/costs.md``, "What a replay leaves as it was".
 
     Parameters
     ----------
@@ -79,8 +78,8 @@ class ModelState:
         self._restores: list[Restore] = []
         # Keeps what was seen alive, so that no id is used twice.
         self._seen: dict[int, Any] = {}
-        # By storage, the tensors that look at it.
-        self._storages: dict[int, list[Tensor]] = {}
+        # Each storage, with the tensors that look at it.
+        self._storages: dict[int, tuple[torch.UntypedStorage, list[Tensor]]] = {}
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
         # Objects that hold no service, by id.
         self._apart: set[int] = set()
@@ -88,6 +87,7 @@ class ModelState:
         of_process = (random.getstate.__self__, np.random.get_state.__self__)  # type: ignore[attr-defined]  # methods
         with torch._C.DisableTorchFunction():
             self._walk([*roots, *of_process, *torch_generators()])
+            self._restores += [_restore_storage(storage, tensors) for storage, tensors in self._storages.values()]
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -143,6 +143,8 @@ class ModelState:
             return one.__self__, one.__func__
         if issubclass(kind, BuiltinFunctionType):  # such as a list's append
             return (one.__self__,)
+        if issubclass(kind, weakref.ref):
+            return (weakref.ref.__call__(one),)
         if issubclass(kind, functools.partial):
             return one.func, *one.args, *one.keywords.values()
         if issubclass(kind, nn.Module):
@@ -170,17 +172,15 @@ class ModelState:
             self._gradients.append((tensor, tensor.grad))
         self._restores.append(_restore_tensor(tensor))
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._storages:
-            self._storages[storage._cdata] = []
-            self._restores.append(_restore_storage(storage, self._storages[storage._cdata]))  # which keeps it alive
-        self._storages[storage._cdata].append(tensor)
+        self._storages.setdefault(storage._cdata, (storage, []))[1].append(tensor)
         return [vars(tensor)] if vars(tensor) else ()
 
     def _keep_array(self, values: np.ndarray) -> Iterable[Any]:
-        if not values.flags.writeable or isinstance(values, np.memmap) or isinstance(values.base, np.memmap):
-            return ()
-        self._restores.append(functools.partial(np.copyto, values, values.copy()))
-        return values.ravel().tolist() if values.dtype.hasobject else ()
+        if not isinstance(values, np.memmap) and not isinstance(values.base, np.memmap):  # those are files
+            self._restores.append(_restore_array(values))
+        attributes = _attributes_or_none(values)  # of a subclass, such as a masked array
+        held = values.view(np.ndarray).ravel().tolist() if values.dtype.hasobject else []
+        return [*held, attributes] if isinstance(attributes, dict) else held
 
     def _keep_container(self, one: Any, kind: type) -> Iterable[Any] | None:
         """What a container holds; None of anything else. A user's class may have other methods: they are passed by."""
@@ -195,7 +195,8 @@ class ModelState:
             self._restores.append(_restore_set(one))
             return [*set.__iter__(one)]
         if issubclass(kind, (tuple, frozenset)):
-            return one  # type: ignore[no-any-return]  # iterable
+            fixed: Any = tuple if issubclass(kind, tuple) else frozenset
+            return [*fixed.__iter__(one)]
         if issubclass(kind, (bytearray, array.array)):
             self._restores.append(_restore_bytes(one))
             return ()
@@ -217,7 +218,7 @@ class ModelState:
         attributes = _attributes_or_none(one)
         if not isinstance(attributes, dict):
             return
-        self._restores.append(_restore_mapping(attributes))
+        self._restores += [_restore_identity(one, kind, attributes), _restore_mapping(attributes)]
         for name, value in attributes.items():
             if name in HOOKS:
                 # Which hooks there are is kept, not what they hold: they may be those of FSDP.
@@ -321,15 +322,19 @@ def _restore_tensor(tensor: Tensor) -> Restore:
 
 
 def _restore_storage(storage: torch.UntypedStorage, tensors: Sequence[Tensor]) -> Restore:
-    """The numbers in memory, whatever tensors look at them; these learn that they were changed."""
-    kept, size = storage.clone(), storage.nbytes()
-    before = _bytes_of(kept)
+    """The numbers in memory that these tensors look at; the tensors learn that they were changed."""
+    spans = [_span_of(tensor) for tensor in tensors]
+    # Whole words of 8 bytes, which are compared faster.
+    low, high, size = min(start for start, _ in spans) // 8 * 8, max(stop for _, stop in spans), storage.nbytes()
+    high = min(-(-high // 8) * 8, size)
+    kept = _bytes_of(storage, low, high).clone()
 
     def restore() -> None:
         if storage.nbytes() != size:
             storage.resize_(size)
-        if size and not _bytes_of(storage).equal(before):
-            storage.copy_(kept)
+        now = _bytes_of(storage, low, high)
+        if not now.equal(kept):
+            now.copy_(kept)
             for tensor in tensors:
                 if not tensor.is_inference():  # else a gradient could be computed from them that is wrong
                     increment_version(tensor)
@@ -337,10 +342,19 @@ def _restore_storage(storage: torch.UntypedStorage, tensors: Sequence[Tensor]) -
     return restore
 
 
-def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+def _span_of(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor in its storage, and the one behind its last."""
+    if not tensor.numel():
+        return 0, 0
+    first = tensor.storage_offset()
+    last = first + sum((count - 1) * step for count, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(first * tensor.element_size()), int((last + 1) * tensor.element_size())
+
+
+def _bytes_of(storage: torch.UntypedStorage, low: int, high: int) -> Tensor:
     with torch.inference_mode(False):
-        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    return whole if len(whole) % 8 else whole.view(torch.int64)  # which is compared faster
+        part = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[low:high]
+    return part if len(part) % 8 else part.view(torch.int64)
 
 
 def _restore_sparse(tensor: Tensor) -> Restore:
@@ -349,6 +363,34 @@ def _restore_sparse(tensor: Tensor) -> Restore:
     def restore() -> None:
         with torch.inference_mode(tensor.is_inference()), torch.no_grad():
             tensor.copy_(kept)
+
+    return restore
+
+
+def _restore_array(values: np.ndarray) -> Restore:
+    """The values of an array, and its shape."""
+    plain = values.view(np.ndarray)
+    kept, shape = plain.copy(), values.shape
+
+    def restore() -> None:
+        if values.shape != shape:
+            values.shape = shape
+        now = values.view(np.ndarray)
+        if now.dtype.hasobject or now.tobytes() != kept.tobytes():
+            now.flags.writeable = True  # else it could not have changed
+            np.copyto(now, kept)
+
+    return restore
+
+
+def _restore_identity(one: Any, kind: type, attributes: dict[str, Any]) -> Restore:
+    """The class of an object, and the dict of its attributes, if others were put in their places."""
+
+    def restore() -> None:
+        if type(one) is not kind:
+            object.__setattr__(one, "__class__", kind)
+        if _attributes_or_none(one) is not attributes:
+            object.__setattr__(one, "__dict__", attributes)
 
     return restore
 
@@ -427,7 +469,6 @@ def _is_written_in_python(kind: type) -> bool:
     return bool(kind.__flags__ & (1 << 9)) and not kind.__flags__ & (1 << 8)  # a heap type that is not immutable
 
 
-@functools.cache
 def _is_leaf(kind: Any) -> bool:
     """Whether nothing of an object of this class is kept. By class, as isinstance may run code of a proxy's."""
     return issubclass(kind, _LEAVES) or any(
@@ -451,10 +492,11 @@ def _is_service(one: Any, apart: set[int]) -> bool:
         if known or _is_leaf(kind) or issubclass(kind, (type, nn.Module, Tensor, np.ndarray, FunctionType)):
             continue
         seen.add(id(held))
+        container = next((base for base in (list, tuple, set, frozenset, deque) if issubclass(kind, base)), None)
         if issubclass(kind, dict):
             waiting += dict.values(held)
-        elif issubclass(kind, (list, tuple, set, frozenset, deque)):
-            waiting += held
+        elif container is not None:
+            waiting += container.__iter__(held)
         elif isinstance(attributes := _attributes_or_none(held), dict):
             waiting += attributes.values()
     apart |= seen

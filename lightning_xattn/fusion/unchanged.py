@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -60,8 +60,19 @@ def left_as_it_was(state: ModelState, with_hooks: bool) -> Iterator[None]:
                 if hasattr(one, "log_dict") and hasattr(one, "log"):
                     vars(one)["log"] = vars(one)["log_dict"] = lambda *args, **kwargs: None
             yield
-    finally:
-        for book, before in everywhere:
-            book.clear()
-            book.update(before)
-        state.restore()
+    except Exception:
+        _put_back(everywhere, state)
+        raise
+    except BaseException:  # an interrupt, which must not be lost behind what cannot be put back
+        with suppress(RuntimeError):
+            _put_back(everywhere, state)
+        raise
+    else:
+        _put_back(everywhere, state)
+
+
+def _put_back(books: Sequence[tuple[dict[Any, Any], dict[Any, Any]]], state: ModelState) -> None:
+    for book, before in books:
+        book.clear()
+        book.update(before)
+    state.restore()

@@ -5,6 +5,7 @@ Each habit of a forward runs in a fit and in a validation, with replays that suc
 
 import array
 import random
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from functools import partial
 from types import SimpleNamespace
@@ -25,10 +26,21 @@ SAMPLES, BATCH, WIDTH = 26, 13, 4
 
 
 class Slots:
-    __slots__ = ("count", "seen")
+    __slots__ = ("__weakref__", "count", "seen")
 
     def __init__(self):
         self.count, self.seen = 0, []
+
+
+class Whole:
+    def __init__(self):
+        self.count = 0
+
+    def replace(self):
+        self.__dict__ = {"count": self.count + 1}
+
+
+WEAKLY = Slots()
 
 
 class Model(pl.LightningModule):
@@ -122,6 +134,11 @@ def _sets(**attributes):
     return setup
 
 
+def _weakly(model):
+    WEAKLY.seen = []
+    model.weakly, model.whole = weakref.ref(WEAKLY), Whole()
+
+
 def _nothing(model):
     pass
 
@@ -187,6 +204,14 @@ HABITS = {
         ),
         _containers,
     ),
+    "a masked array and an array's shape": (
+        _sets(masked=lambda: np.ma.array(np.zeros(4), mask=[False] * 4), wide=lambda: np.zeros((2, 3))),
+        lambda m: (m.masked.__setitem__(0, np.ma.masked), setattr(m.wide, "shape", m.wide.shape[::-1])),
+    ),
+    "an object that is held weakly, and the whole of another one's attributes": (
+        _weakly,
+        lambda m: (m.weakly().seen.append(1), m.whole.replace()),
+    ),
     "bytes": (
         _sets(raw=lambda: bytearray(2), numbers=lambda: array.array("i", [0, 0])),
         lambda m: (m.raw.append(1), m.numbers.append(2)),
@@ -234,7 +259,7 @@ def plain(value):
     if isinstance(value, Tensor):
         return ["tensor", value.dtype, value.requires_grad, value.detach().clone().tolist()]
     if isinstance(value, np.ndarray):
-        return ["array", value.tolist()]
+        return ["array", value.shape, str(value)]
     if isinstance(value, torch.Generator):
         return value.get_state().tolist()
     if isinstance(value, np.random.Generator):
@@ -243,6 +268,10 @@ def plain(value):
         return str(value.get_state())
     if isinstance(value, random.Random):
         return value.getstate()
+    if isinstance(value, weakref.ref):
+        return plain(value())
+    if isinstance(value, Whole):
+        return vars(value)
     if isinstance(value, Slots):
         return [value.count, value.seen]
     if isinstance(value, OrderedDict) and value and isinstance(next(iter(value)), int):
