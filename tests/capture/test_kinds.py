@@ -298,6 +298,8 @@ def by_class(q, k):
     ],
     ids=["jagged", "masked", "fake", "meta", "vmap", "five axes", "a class", "scores"],
 )
+# torch 2.14 warns of kernels inside of vmap.
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
 def test_what_cannot_be_read_is_refused_by_its_kind(attend, facts):
     model = Fusing(Runs(lambda m, x, y: (attend(heads(x), heads(y)), None)[1]))
     with torch.no_grad(), pytest.raises(DiscoveryError, match=tells("'fusion'", "cannot be read", *facts)):  # noqa: PT012
