@@ -10,7 +10,10 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.checks import Checks
 from lightning_xattn.distributed import ALONE, own_places
+from lightning_xattn.errors import XAttnWarning
+from lightning_xattn.evaluation import Evaluation, Settings
 from tests import ddp_run
 from tests.processes import run_processes
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
@@ -129,3 +132,36 @@ def test_repeats_are_those_of_their_own_dataloader():
     trainer.validate(ToyModule(), [toy_loader(5), dealt], verbose=False)
     found = [(record["dataloader"], record["samples"], record["repeats"]) for record in callback.history]
     assert found == [(0, 5, 0), (1, 7, 1)]
+
+
+def _evaluated(batch):
+    """One process's evaluation of a batch, and what recorded it."""
+    module, settings = ToyModule().eval(), Settings(contribution_samples=0)
+    recorder, evaluation = settings.recorder(module), Evaluation(settings, module, Checks(), expects_targets=False)
+    with recorder:
+        outputs = module(*batch[:2])
+    evaluation.add(evaluation.read(*recorder.take(outputs, batch), recorder))
+    return evaluation, recorder
+
+
+def test_processes_that_do_not_agree_on_the_classes_have_none():
+    """The first batch of one had no targets; this must not end the run of all."""
+    audio, text, target = toy_data(5)[:]
+    evaluation, recorder = _evaluated((audio, text, target))
+    other, _ = _evaluated((audio, text))
+    assert evaluation.part().classes
+    assert not other.part().classes
+    with pytest.warns(XAttnWarning, match="Processes do not agree on how many classes there are"):
+        summary = evaluation.summary(recorder, tests_attention=False, parts=[evaluation.part(), other.part()])
+    (layer,) = summary.layers.values()
+    assert (layer.samples, layer.n_classes, evaluation.classes) == (10, 0, ())
+
+
+def test_a_process_that_records_nothing_is_named():
+    evaluation, recorder = _evaluated(toy_data(5)[:])
+    other, _ = _evaluated(toy_data(5)[:])
+    other.refusal = "No cross-attention ran."
+    other.left_out_batches = 3
+    with pytest.warns(XAttnWarning, match="One of several processes records nothing.*No cross-attention ran"):
+        evaluation.summary(recorder, tests_attention=False, parts=[evaluation.part(), other.part()])
+    assert evaluation.left_out_batches == 3
