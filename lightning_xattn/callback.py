@@ -428,7 +428,7 @@ class AttentionExplainabilityCallback(Callback):
         """
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # whatever it is, the user's run goes on
             is_given = any(getattr(self.settings, name) is not None for name in settings)
             if not self._run.has_recorded and is_given:
                 raise
@@ -514,7 +514,7 @@ class AttentionExplainabilityCallback(Callback):
         """What the evaluation says, by dataloader, and the files of its sample table; None if that goes wrong."""
         try:
             return self._sum_up(trainer, pl_module)
-        except Exception as error:
+        except Exception as error:  # as above
             # The others wait for this one; what is raised on purpose is raised on all of them.
             if self._run.processes is not ALONE and not isinstance(error, XAttnError):
                 raise
@@ -589,7 +589,7 @@ class AttentionExplainabilityCallback(Callback):
         log = self._log(trainer, pl_module, self.schedule.draws(trainer))
         try:
             records = log.log(results, self._run.evaluations, self.history[self._findings.fit_begins :], tables)
-        except Exception as error:
+        except Exception as error:  # as above
             warn([f"An evaluation ('{stage_of(trainer)}') could not be logged. {describe_error(error)}"])
             return
         self.history.extend(records)

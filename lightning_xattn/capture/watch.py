@@ -186,7 +186,7 @@ class Watch(TorchFunctionMode):
         else:
             try:
                 result = reader(function, args, kwargs, self)
-            except Exception as error:
+            except Exception as error:  # which the model's run must not see
                 if self._edit is not None:
                     raise
                 result = function(*args, **kwargs)  # raises what the model is to see if it was the function's
@@ -196,7 +196,7 @@ class Watch(TorchFunctionMode):
                 self._follow(getattr(function, "__name__", ""), args, kwargs, result)
             if self._follows:
                 self._pass_on((*args, *kwargs.values()), self._runs[-1].events[before:], result)
-        except Exception as error:
+        except Exception as error:  # which the model's run must not see
             self.errors.append(error)
         return result
 
@@ -218,7 +218,7 @@ class Watch(TorchFunctionMode):
         if event.problem is None:
             try:
                 event.want = self._want(self._runs[-1], event)
-            except Exception as error:
+            except Exception as error:  # which the model's run must not see
                 self.errors.append(error)
         return None if self._edit is None else self._edit(event)
 
