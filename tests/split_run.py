@@ -126,16 +126,24 @@ def validate(split, settings):
     return {"history": callback.history, "said": repr(callback.fusion_summaries["val"])}
 
 
+class Remembers(AttentionExplainabilityCallback):
+    """Why nothing was recorded, on every process."""
+
+    def teardown(self, *args, **kwargs):
+        self.refusal = self._run.refusal
+        super().teardown(*args, **kwargs)
+
+
 def refused(split, settings):
     torch.manual_seed(0)
     # Of both directions it would be seen that the queries of one are not the keys of the other.
-    callback = AttentionExplainabilityCallback({"audio_to_text": "fusion.audio_to_text_attn"})
+    callback = Remembers({"audio_to_text": "fusion.audio_to_text_attn"})
     trainer = quiet_trainer(callbacks=[callback], **settings)
     try:
         trainer.validate(SplitModule(split), DataLoader(toy_data(12), batch_size=6), verbose=False)
     except DataError as error:
         return str(error)
-    return "not refused"
+    return callback.refusal or "not refused"
 
 
 def run(split, settings, folder):
