@@ -24,8 +24,8 @@ from benchmarks.numpy_loop import numpy_loop
 from benchmarks.timing import median_seconds, quartiles_of_ratios, times_in_turns
 from benchmarks.validate import BATCH, balanced, one_batch, validate
 from lightning_xattn import Attention, Direction
-from lightning_xattn.aggregation import LayerAccumulator, Layout
-from lightning_xattn.columns import sample_statistics
+from lightning_xattn.evaluation.accumulators import LayerAccumulator, Layout
+from lightning_xattn.evaluation.statistics import sample_statistics
 from lightning_xattn.functional import cross_fitted_reading, prepare_rows
 from lightning_xattn.hms import HMSDataModule, HMSLightningModule
 from tests import reference

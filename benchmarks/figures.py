@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from benchmarks.timing import median_seconds
 from benchmarks.validate import BATCH, balanced, one_batch
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
-from lightning_xattn.curves import epoch_curves, epoch_record, fusion_curves, fusion_record
-from lightning_xattn.figures import dataset_figures, epoch_figures, fusion_figures, overview_figure
+from lightning_xattn.evaluation.curves import epoch_curves, epoch_record, fusion_curves, fusion_record
+from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.hms import HMSLightningModule
-from lightning_xattn.results import DatasetResult
+from lightning_xattn.report.figures import dataset_figures, epoch_figures, fusion_figures, overview_figure
 from lightning_xattn.visualizations import render
 
 EPOCHS = 10  # over which the overview goes

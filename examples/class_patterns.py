@@ -7,8 +7,8 @@ import math
 import sys
 
 from lightning_xattn import ExplainabilityCapture
-from lightning_xattn.attention import Direction
-from lightning_xattn.columns import Column
+from lightning_xattn.core.attention import Direction
+from lightning_xattn.evaluation.statistics import Column
 from lightning_xattn.explainer import load_checkpoint
 from lightning_xattn.hms import CLASSES, HMSDataModule, HMSLightningModule
 from lightning_xattn.visualizations import plot_attention_heatmap

@@ -7,9 +7,9 @@ import math
 import sys
 
 from lightning_xattn import ExplainabilityCapture
-from lightning_xattn.aggregation import CORRECT, INCORRECT
-from lightning_xattn.columns import ALIGNMENT, ENTROPY
+from lightning_xattn.evaluation.statistics import ALIGNMENT, ENTROPY
 from lightning_xattn.explainer import load_checkpoint
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.hms import HMSDataModule, HMSLightningModule
 
 checkpoint, data = sys.argv[1:]

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
-from lightning_xattn.explainer import dataset_figures, load_checkpoint
+from lightning_xattn.explainer import load_checkpoint
 from lightning_xattn.hms import HMSDataModule, HMSLightningModule
+from lightning_xattn.report import dataset_figures
 from lightning_xattn.visualizations import plot_cross_modal_attention, plot_modality_alignment
 
 checkpoint, data, out = (Path(argument) for argument in sys.argv[1:])

@@ -9,16 +9,16 @@ Examples in docstrings take ``torch``, ``pathlib.Path``, Lightning's ``Trainer``
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_xattn import callback as _callback
-from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
+from lightning_xattn.callback import callback as _callback
 from lightning_xattn.capture import AttentionRecorder, JointSequence
-from lightning_xattn.errors import XAttnError, XAttnWarning
+from lightning_xattn.core.attention import Attention, AttentionPair, Direction, TokenAxis
+from lightning_xattn.core.errors import XAttnError, XAttnWarning
 from lightning_xattn.explainer import ExplainabilityCapture
-from lightning_xattn.guide.interpretation import interpret_sample
 from lightning_xattn.report import create_explainability_report
+from lightning_xattn.report.criteria import interpret_sample
 
 if TYPE_CHECKING:
-    from lightning_xattn.callback import AttentionExplainabilityCallback
+    from lightning_xattn.callback.callback import AttentionExplainabilityCallback
 else:
 
     def __getattr__(name: str) -> Any:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import Literal
 
 from lightning_xattn import XAttnError, __version__
-from lightning_xattn.errors import SettingError
-from lightning_xattn.stages import printed_stages
+from lightning_xattn.core.errors import SettingError
+from lightning_xattn.core.progress import printed_stages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,7 +113,7 @@ def _explain(
 
         run_explain(checkpoint, data, out, montage, trust_checkpoint)
     elif data is None and model is not None and datamodule is not None:
-        from lightning_xattn.commands import explain_model
+        from lightning_xattn.explainer.command import explain_model
 
         explain_model(model, checkpoint, datamodule, out, trust_checkpoint)
     else:

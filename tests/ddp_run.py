@@ -10,9 +10,9 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.aggregation import INCORRECT
-from lightning_xattn.callback import AttentionExplainabilityCallback as Watch
-from lightning_xattn.columns import ALIGNMENT, ENTROPY
+from lightning_xattn.callback.callback import AttentionExplainabilityCallback as Watch
+from lightning_xattn.evaluation.statistics import ALIGNMENT, ENTROPY
+from lightning_xattn.functional.outcomes import INCORRECT
 from tests.toy import ToyModule, quiet_trainer, toy_data
 
 SAMPLES, MANY = 22, 140

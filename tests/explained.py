@@ -2,12 +2,12 @@
 
 import torch
 
-from lightning_xattn.aggregation import LayerAccumulator, Layout
-from lightning_xattn.attention import Attention, Direction, TokenAxis
-from lightning_xattn.columns import sample_statistics
+from lightning_xattn.core.attention import Attention, Direction, TokenAxis
+from lightning_xattn.evaluation.accumulators import LayerAccumulator, Layout
+from lightning_xattn.evaluation.layer_summary import LayerSummary
+from lightning_xattn.evaluation.results import AttentionStatistics, DatasetResult
+from lightning_xattn.evaluation.statistics import sample_statistics
 from lightning_xattn.functional import prepare_rows
-from lightning_xattn.results import AttentionStatistics, DatasetResult
-from lightning_xattn.summary import LayerSummary
 
 NAN = float("nan")
 NAMES = ("Seizure", "LPD", "GPD")

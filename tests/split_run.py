@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.errors import DataError
+from lightning_xattn.core.errors import DataError
 from tests.toy import WIDTH, ToyModule, quiet_trainer, toy_data
 
 SAMPLES = 129

@@ -14,7 +14,7 @@ from lightning_xattn.attention_analysis import (
     extract_attention_statistics,
     head_wise_attention_analysis,
 )
-from lightning_xattn.errors import SettingError, ShapeError, XAttnWarning
+from lightning_xattn.core.errors import SettingError, ShapeError, XAttnWarning
 from tests import reference
 from tests.functional.test_against_reference import BATCH, CASES, HEADS, KEYS, QUERIES, make_case, sample
 from tests.messages import tells

@@ -14,17 +14,17 @@ from pytorch_lightning.loggers import Logger
 from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback, AttentionRecorder
-from lightning_xattn import callback as callback_module
-from lightning_xattn import epoch_log as epoch_log_module
-from lightning_xattn.aggregation import LayerAccumulator
+from lightning_xattn.callback import callback as callback_module
+from lightning_xattn.callback import epoch_log as epoch_log_module
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import READERS, Event
-from lightning_xattn.columns import STATISTICS, Column, Statistic, sample_statistics
-from lightning_xattn.curves import epoch_curves
-from lightning_xattn.evaluation import Evaluation
+from lightning_xattn.evaluation.accumulators import LayerAccumulator
+from lightning_xattn.evaluation.curves import epoch_curves
+from lightning_xattn.evaluation.evaluation import Evaluation
+from lightning_xattn.evaluation.layer_summary import LayerSummary
+from lightning_xattn.evaluation.statistics import STATISTICS, Column, Statistic, sample_statistics
+from lightning_xattn.loggers import SINKS, Sink
 from lightning_xattn.report.facts import collect_layer
-from lightning_xattn.sinks import SINKS, Sink
-from lightning_xattn.summary import LayerSummary
 from tests.toy import ToyModule, quiet_trainer, toy_loader, validate
 
 ROOT = Path(__file__).parents[1]

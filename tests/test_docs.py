@@ -8,7 +8,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 import lightning_xattn
-from lightning_xattn.sinks import SINKS
+from lightning_xattn.loggers import SINKS
 from tests.toy import ToyModule, toy_data, toy_loader
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +107,7 @@ def test_the_reference_has_every_public_name():
     told = {name for page in PAGES for name in re.findall(r"^::: (\S+)", PAGES[page].read_text(), re.MULTILINE)}
     # The errors are told with their module.
     names = {f"lightning_xattn.{name}" for name in lightning_xattn.__all__ if not name.startswith("XAttn")}
-    assert names | {"lightning_xattn.errors"} <= told
+    assert names | {"lightning_xattn.core.errors"} <= told
 
 
 def test_every_picture_is_there():

@@ -11,8 +11,8 @@ import torch
 from pytorch_lightning import Trainer
 
 import lightning_xattn
-from lightning_xattn import functional, hms, visualizations
-from lightning_xattn.guide import attention_analysis, interpretation
+from lightning_xattn import attention_analysis, functional, hms, visualizations
+from lightning_xattn.report import criteria as interpretation
 from tests.toy import ToyModule, toy_data, toy_loader
 
 PUBLIC = (lightning_xattn, functional, visualizations, attention_analysis, interpretation, hms)

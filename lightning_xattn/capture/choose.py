@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_xattn.attention import Direction
 from lightning_xattn.capture.given import NAME_IT
 from lightning_xattn.capture.layout import Axes, Tokens, arguments_of, candidates_of, describe_event, token_inputs
 from lightning_xattn.capture.locate import common_parent, describe_idle, layers_by_name, with_unique_names
@@ -23,7 +22,8 @@ from lightning_xattn.capture.sources import SET_IT_ASIDE, Layer, Source
 from lightning_xattn.capture.tap import Tap, key_of
 from lightning_xattn.capture.watch import Run
 from lightning_xattn.capture.wrappers import plain_path
-from lightning_xattn.errors import DiscoveryError, ShapeError
+from lightning_xattn.core.attention import Direction
+from lightning_xattn.core.errors import DiscoveryError, ShapeError
 
 NAME_THEM = "Name them: attention={'<a>_to_<b>': 'path.to.module', '<b>_to_<a>': ...}."
 

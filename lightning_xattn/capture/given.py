@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_xattn.attention import row_sum_tolerance
 from lightning_xattn.capture.kinds import describe_kind, is_plain
 from lightning_xattn.capture.masks import (
     RecordedWeights,
@@ -19,7 +18,8 @@ from lightning_xattn.capture.masks import (
     zeros_are_a_mask,
 )
 from lightning_xattn.capture.sources import SET_IT_ASIDE
-from lightning_xattn.errors import ShapeError
+from lightning_xattn.core.attention import row_sum_tolerance
+from lightning_xattn.core.errors import ShapeError
 
 NAME_IT = (
     "Name the attention that you mean: 'path#2' is the second that a module computes, 'path[item]' an item of what it "

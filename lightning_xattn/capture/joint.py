@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from lightning_xattn.attention import Direction, row_sum_tolerance
 from lightning_xattn.capture.masks import RecordedWeights
-from lightning_xattn.errors import SettingError, ShapeError, check_whole_number
+from lightning_xattn.core.attention import Direction, row_sum_tolerance
+from lightning_xattn.core.errors import SettingError, ShapeError, check_whole_number
 
 Span = tuple[int, int | None]
 """``(start, stop)`` as in a slice: below 0 from the end, a stop of None is the end."""

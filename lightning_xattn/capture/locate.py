@@ -12,11 +12,11 @@ from itertools import combinations, takewhile, zip_longest
 import torch
 from torch import nn
 
-from lightning_xattn.attention import Direction
 from lightning_xattn.capture.joint import JointSequence
 from lightning_xattn.capture.sources import AttentionSetting, Layer, Source, as_names, check_attention
 from lightning_xattn.capture.wrappers import find_module, plain_path, scripted_modules
-from lightning_xattn.errors import DiscoveryError, SettingError
+from lightning_xattn.core.attention import Direction
+from lightning_xattn.core.errors import DiscoveryError, SettingError
 
 # What attention modules are called besides their direction: eeg_to_spec_attn, cross_attention_eeg_to_spec, ...
 _DECORATION = re.compile(r"(?:^|_)(?:cross|multihead|mha|xattn|attn|attention|layer|block|module)?\d*(?=_|$)")

@@ -18,14 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_xattn.capture.kinds import (
-    describe_kind,
-    is_plain,
-    plain,
-    run_as_called,
-    shape_of,
-    unreadable_kind,
-)
+from lightning_xattn.capture.kinds import describe_kind, is_plain, plain, run_as_called, shape_of, unreadable_kind
 from lightning_xattn.capture.masks import (
     MASKED,
     RecordedWeights,

@@ -13,7 +13,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_xattn.attention import Attention, AttentionPair, Direction
 from lightning_xattn.capture.choose import Survey, choose_layers, padding_source, shown_of, turned_round
 from lightning_xattn.capture.layout import Axes
 from lightning_xattn.capture.locate import describe_attention, locate_attention
@@ -29,7 +28,8 @@ from lightning_xattn.capture.wrappers import (
     run_uncompiled,
     scripted_modules,
 )
-from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.core.attention import Attention, AttentionPair, Direction
+from lightning_xattn.core.errors import DiscoveryError, ShapeError, XAttnWarning
 
 
 class AttentionRecorder:

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_xattn.attention import Direction
 from lightning_xattn.capture.joint import JointSequence
-from lightning_xattn.errors import SettingError
+from lightning_xattn.core.attention import Direction
+from lightning_xattn.core.errors import SettingError
 
 ReadAttention = Callable[[nn.Module], Tensor | None]
 """Gets the model after a step and returns ``(batch, heads, queries, keys)`` weights, or None if there were none."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.attention import Direction
 from lightning_xattn.capture.given import (
     NAME_IT,
     check_weights,
@@ -36,7 +35,8 @@ from lightning_xattn.capture.memory import Address
 from lightning_xattn.capture.readers import Event
 from lightning_xattn.capture.sources import Source
 from lightning_xattn.capture.watch import Run
-from lightning_xattn.errors import DiscoveryError, SettingError, ShapeError
+from lightning_xattn.core.attention import Direction
+from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError
 
 FOLLOW_IT = "give spans that count from the end, such as (-144, None), or a callable that makes them of the batch"
 """What to do where a modality of a joint sequence has as many tokens as each batch has."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_xattn.errors import DiscoveryError
+from lightning_xattn.core.errors import DiscoveryError
 
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Where ``torch.compile``, FSDP and activation checkpointing keep the module that they wrap."""

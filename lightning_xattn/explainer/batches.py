@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from lightning_xattn.errors import DataError
+from lightning_xattn.core.errors import DataError
 
 
 def to_device(batch: Any, model: nn.Module) -> Any:

@@ -15,24 +15,24 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import nn
 
-from lightning_xattn.attention import TokenAxis, fitting_axes
+from lightning_xattn.attribution.contribution import CONTRIBUTION_SAMPLES, PARTNERS
+from lightning_xattn.attribution.inputs import ModalitiesSetting
+from lightning_xattn.attribution.kept_samples import MAX_SAMPLES
 from lightning_xattn.capture import AttentionSetting
-from lightning_xattn.checks import Checks
-from lightning_xattn.classes import name_classes, own_class_names
-from lightning_xattn.errors import DataError, DiscoveryError, SettingError, check_whole_number
-from lightning_xattn.evaluation import Evaluation, Settings, read_batch
+from lightning_xattn.capture.labels import LabelFinder, LabelSetting, Step
+from lightning_xattn.core.attention import TokenAxis, fitting_axes
+from lightning_xattn.core.errors import DataError, DiscoveryError, SettingError, check_whole_number
+from lightning_xattn.core.notices import named, tell, warn
+from lightning_xattn.core.progress import Stage
+from lightning_xattn.evaluation.checks import Checks
+from lightning_xattn.evaluation.classes import name_classes, own_class_names
+from lightning_xattn.evaluation.evaluation import Evaluation, Settings, read_batch
+from lightning_xattn.evaluation.results import BatchResult, DatasetResult, ExplainedBatch, ExplainedSample
+from lightning_xattn.evaluation.step_recorder import Attentions
 from lightning_xattn.explainer.batches import count_samples, join_samples, take_samples, to_device
 from lightning_xattn.explainer.dataset import LoaderRun, size_of
 from lightning_xattn.explainer.describe import explain, require_finite
 from lightning_xattn.functional import has_single_keys, prepare_rows, require_heads
-from lightning_xattn.fusion.collected import MAX_SAMPLES
-from lightning_xattn.fusion.contribution import CONTRIBUTION_SAMPLES, PARTNERS
-from lightning_xattn.fusion.entrance import ModalitiesSetting
-from lightning_xattn.labels import LabelFinder, LabelSetting, Step
-from lightning_xattn.messages import named, tell, warn
-from lightning_xattn.recording import Attentions
-from lightning_xattn.results import BatchResult, DatasetResult, ExplainedBatch, ExplainedSample
-from lightning_xattn.stages import Stage
 
 if TYPE_CHECKING:
     from lightning_xattn.explainer.progress import ExplainedFolder
@@ -284,10 +284,7 @@ class ExplainabilityCapture:
         )
 
     def _open(self, settings: Settings, loader: Iterable[Any], partners: int | str) -> ExplainedFolder:
-        from lightning_xattn.explainer.progress import (  # pyarrow, only where a table is wanted
-            ExplainedFolder,
-            fingerprint,
-        )
+        from lightning_xattn.explainer.progress import ExplainedFolder, fingerprint
 
         assert settings.table is not None
         identity = {"model weights": fingerprint(self.model), "predict": named(self.predict), "partners": partners}

@@ -11,9 +11,9 @@ from typing import IO, Any, TypeVar
 
 import torch
 
-from lightning_xattn.errors import DataError, XAttnError
-from lightning_xattn.messages import first_line
-from lightning_xattn.names import shown
+from lightning_xattn.core.errors import DataError, XAttnError
+from lightning_xattn.core.names import shown
+from lightning_xattn.core.notices import first_line
 
 Model = TypeVar("Model")
 

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from lightning_xattn.aggregation import LayerSums
-from lightning_xattn.errors import DataError, XAttnError
-from lightning_xattn.evaluation import Evaluation
-from lightning_xattn.fusion.collected import Collected
-from lightning_xattn.fusion.samples import sample_columns
-from lightning_xattn.fusion.summary import FusionSummary
-from lightning_xattn.labels import Step
-from lightning_xattn.maps import SampleMaps
-from lightning_xattn.messages import tell
-from lightning_xattn.results import BatchResult
-from lightning_xattn.stages import Stage
+from lightning_xattn.attribution.kept_samples import Collected
+from lightning_xattn.capture.labels import Step
+from lightning_xattn.core.errors import DataError, XAttnError
+from lightning_xattn.core.notices import tell
+from lightning_xattn.core.progress import Stage
+from lightning_xattn.evaluation.accumulators import LayerSums
+from lightning_xattn.evaluation.evaluation import Evaluation
+from lightning_xattn.evaluation.fusion_samples import sample_columns
+from lightning_xattn.evaluation.fusion_summary import FusionSummary
+from lightning_xattn.evaluation.maps import SampleMaps
+from lightning_xattn.evaluation.results import BatchResult
 
 if TYPE_CHECKING:
     from lightning_xattn.explainer.progress import ExplainedFolder

@@ -8,16 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_xattn.aggregation import CORRECT, UNKNOWN
-from lightning_xattn.attention import Attention, TokenAxis, fitting_axes
-from lightning_xattn.classes import classify
-from lightning_xattn.columns import ALIGNMENT, sample_statistics
-from lightning_xattn.errors import DataError
-from lightning_xattn.functional import Rows, TopPair, prepare_rows, sample_top_pairs
-from lightning_xattn.fusion.samples import SampleModalities, find_samples, of_sample
-from lightning_xattn.group_keys import group_keys
-from lightning_xattn.names import id_text
-from lightning_xattn.results import (
+from lightning_xattn.core.attention import Attention, TokenAxis, fitting_axes
+from lightning_xattn.core.errors import DataError
+from lightning_xattn.core.group_keys import group_keys
+from lightning_xattn.core.names import id_text
+from lightning_xattn.evaluation.classes import classify
+from lightning_xattn.evaluation.fusion_samples import SampleModalities, find_samples, of_sample
+from lightning_xattn.evaluation.results import (
     AttentionStatistics,
     BatchResult,
     DatasetResult,
@@ -25,6 +22,9 @@ from lightning_xattn.results import (
     PlacedPair,
     SampleResult,
 )
+from lightning_xattn.evaluation.statistics import ALIGNMENT, sample_statistics
+from lightning_xattn.functional import Rows, TopPair, prepare_rows, sample_top_pairs
+from lightning_xattn.functional.outcomes import CORRECT, UNKNOWN
 
 
 def require_finite(batch: BatchResult) -> BatchResult:

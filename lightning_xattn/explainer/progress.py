@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.aggregation import LayerSums, Layout
-from lightning_xattn.attention import Direction
-from lightning_xattn.columns import Column
-from lightning_xattn.errors import DataError, SettingError
-from lightning_xattn.files import complete_or_absent
+from lightning_xattn.attribution.bottom_k import Columns
+from lightning_xattn.attribution.kept_samples import FusionPart
+from lightning_xattn.core.attention import Direction
+from lightning_xattn.core.errors import DataError, SettingError
+from lightning_xattn.core.files import complete_or_absent
+from lightning_xattn.core.names import id_text
+from lightning_xattn.evaluation.accumulators import LayerSums, Layout
+from lightning_xattn.evaluation.groups import GroupSums
+from lightning_xattn.evaluation.results import BatchResult
+from lightning_xattn.evaluation.statistics import Column
+from lightning_xattn.evaluation.table import LateColumns, SampleTable, add_columns, count_rows
 from lightning_xattn.functional import ROW_STATISTICS, pooled_tokens, prepare_rows
-from lightning_xattn.fusion.collected import FusionPart
-from lightning_xattn.fusion.pool import Columns
-from lightning_xattn.groups import GroupSums
-from lightning_xattn.names import id_text
-from lightning_xattn.results import BatchResult
-from lightning_xattn.table import LateColumns, SampleTable, add_columns, count_rows
 
 FILE = "_progress.pt"
 """Readers of Parquet folders pass over names that begin with an underscore."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lightning_xattn.names import id_text
-from lightning_xattn.results import TrainingData
+from lightning_xattn.core.names import id_text
+from lightning_xattn.evaluation.results import TrainingData
 
 IDS, GROUPS = "training_ids", "training_groups"
 """Keys of the state that a data module saves."""

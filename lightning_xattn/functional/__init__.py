@@ -10,18 +10,6 @@ from lightning_xattn.functional.alignment import (
     round_trip_lift,
     standardised_maps,
 )
-from lightning_xattn.functional.contribution import (
-    Exchange,
-    Game,
-    additive_fit,
-    additive_projection,
-    centred,
-    contribution_shares,
-    exchanged_subsets,
-    opposed,
-    partner_shifts,
-    play,
-)
 from lightning_xattn.functional.faithfulness import ranking_gain, received_attention, replacements
 from lightning_xattn.functional.heads import head_diversity, query_selectivity, require_heads, sink_strength
 from lightning_xattn.functional.intervals import (
@@ -40,7 +28,7 @@ from lightning_xattn.functional.outcomes import (
     separation,
 )
 from lightning_xattn.functional.pairs import TopPair, head_top_pairs, sample_top_pairs, top_pairs
-from lightning_xattn.functional.reading import (
+from lightning_xattn.functional.probe import (
     conflict,
     cross_fitted_reading,
     discriminant,
@@ -65,6 +53,18 @@ from lightning_xattn.functional.rows import (
     row_statistics,
     sparsity,
     std,
+)
+from lightning_xattn.functional.shapley import (
+    Exchange,
+    Game,
+    additive_fit,
+    additive_projection,
+    centred,
+    contribution_shares,
+    exchanged_subsets,
+    opposed,
+    partner_shifts,
+    play,
 )
 
 __all__ = [

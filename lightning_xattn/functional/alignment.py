@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lightning_xattn.errors import ShapeError
+from lightning_xattn.core.errors import ShapeError
 from lightning_xattn.functional.rows import Rows
 
 NO_VARIANCE = 1e-6

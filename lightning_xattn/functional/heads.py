@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_xattn.errors import SettingError
+from lightning_xattn.core.errors import SettingError
 from lightning_xattn.functional.rows import WEIGHT_FLOOR, Rows
 
 
@@ -19,7 +19,7 @@ def require_heads(expected: int | None, heads: int, where: str) -> None:
     >>> require_heads(8, 4, "eeg_to_spec")
     Traceback (most recent call last):
         ...
-    lightning_xattn.errors.SettingError: ...
+    lightning_xattn.core.errors.SettingError: ...
     """
     if expected not in (None, heads):
         raise SettingError(

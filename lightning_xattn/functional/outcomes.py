@@ -15,6 +15,9 @@ from torch import Tensor
 
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 
+INCORRECT, CORRECT, UNKNOWN = range(3)
+"""Outcome of a sample; unknown without a prediction or a target."""
+
 BINS = 2**14
 """Bins of a score's histogram over its range. Scores that share a bin count as tied: the AUROC is within 1e-4 of the
 raw scores' when they spread over hundreds of bins, and nearer to 0.5 than it when they crowd in a few, as the entropies

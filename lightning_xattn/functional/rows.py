@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_xattn.attention import Attention, Direction, row_sum_tolerance
-from lightning_xattn.errors import ShapeError
+from lightning_xattn.core.attention import Attention, Direction, row_sum_tolerance
+from lightning_xattn.core.errors import ShapeError
 
 WEIGHT_FLOOR = 1e-12
 """Weights are floored here before a logarithm, so that a weight of 0 has one."""

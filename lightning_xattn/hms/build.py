@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_xattn.files import complete_or_absent
+from lightning_xattn.core.files import complete_or_absent
+from lightning_xattn.core.progress import Stage
 from lightning_xattn.hms.features import eeg_features, feature_shapes, spectrogram_features
 from lightning_xattn.hms.recordings import EEGGeometry, Recordings
 from lightning_xattn.hms.table import BadRow, RowError
-from lightning_xattn.stages import Stage
 
 BAD_ROWS = "bad_rows.json"
 _ROWS_IN_A_PART = 256

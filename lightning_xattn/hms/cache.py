@@ -20,11 +20,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from lightning_xattn.core.notices import tell
 from lightning_xattn.hms.build import BAD_ROWS, build
 from lightning_xattn.hms.features import FEATURE_VERSION, feature_shapes
 from lightning_xattn.hms.recordings import EEGGeometry, Recordings
 from lightning_xattn.hms.table import BadRow, RowError
-from lightning_xattn.messages import tell
 
 
 @dataclass(frozen=True)

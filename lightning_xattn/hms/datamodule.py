@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch_geometric.data import Batch
 
-from lightning_xattn.attention import TokenAxis
-from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.core.attention import TokenAxis
+from lightning_xattn.core.errors import DataError, SettingError
+from lightning_xattn.core.notices import tell, warn
 from lightning_xattn.explainer.training import GROUPS, IDS
 from lightning_xattn.hms.build import as_it_is
 from lightning_xattn.hms.cache import StoredFeatures, stored_features
@@ -25,7 +26,6 @@ from lightning_xattn.hms.folds import patient_folds
 from lightning_xattn.hms.graphs import EEG_EDGE_INDEX, SPEC_EDGE_INDEX, graph_batches
 from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import EEGGeometry, OnBadRow, Recordings
-from lightning_xattn.messages import tell, warn
 
 
 class HMSBatch(TypedDict):

@@ -12,23 +12,26 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
-from lightning_xattn.errors import SettingError
-from lightning_xattn.explainer import save_dataset_figures, training_data
-from lightning_xattn.files import complete_or_absent
+from lightning_xattn.callback import AttentionExplainabilityCallback
+from lightning_xattn.explainer import ExplainabilityCapture
+from lightning_xattn.report import create_explainability_report
+from lightning_xattn.core.errors import SettingError
+from lightning_xattn.core.files import complete_or_absent
+from lightning_xattn.core.names import clean
+from lightning_xattn.core.progress import Stage
+from lightning_xattn.evaluation.results import DatasetResult
+from lightning_xattn.explainer import training_data
 from lightning_xattn.hms.datamodule import HMSDataModule
 from lightning_xattn.hms.module import HMSLightningModule
 from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import COMPETITION, Recordings
 from lightning_xattn.hms.simulator import simulate
 from lightning_xattn.hms.truth import describe_scores
-from lightning_xattn.names import clean
+from lightning_xattn.report import save_dataset_figures
 from lightning_xattn.report.facts import collect_facts, collect_layer
 from lightning_xattn.report.modalities import collect_fusion, describe_fusion
 from lightning_xattn.report.rendering import Document, Paragraph, Section, as_markdown, as_text, print_document
 from lightning_xattn.report.wording import dataset_document, describe_layer
-from lightning_xattn.results import DatasetResult
-from lightning_xattn.stages import Stage
 
 TRAIN_ON = ("simulated", "data")
 

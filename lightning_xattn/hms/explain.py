@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from lightning_xattn import ExplainabilityCapture, create_explainability_report
-from lightning_xattn.errors import DataError
-from lightning_xattn.explainer import load_checkpoint, save_dataset_figures, training_data
+from lightning_xattn.explainer import ExplainabilityCapture
+from lightning_xattn.report import create_explainability_report
+from lightning_xattn.core.errors import DataError
+from lightning_xattn.core.names import clean
+from lightning_xattn.core.progress import Stage
+from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch
+from lightning_xattn.explainer import load_checkpoint, training_data
 from lightning_xattn.hms.datamodule import HMSDataModule, HMSDataset
+from lightning_xattn.hms.derivations import Montage, require_montage
 from lightning_xattn.hms.module import HMSLightningModule
 from lightning_xattn.hms.montage import (
     EEG_RATE,
@@ -21,19 +26,14 @@ from lightning_xattn.hms.montage import (
     SPEC_ROW_SECONDS,
     SPEC_SECONDS,
 )
-from lightning_xattn.names import clean
-from lightning_xattn.report import print_report
-from lightning_xattn.results import DatasetResult, ExplainedBatch
-from lightning_xattn.stages import Stage
+from lightning_xattn.hms.recording_plots import Spectrograms, Traces
+from lightning_xattn.hms.signal_plots import plot_attention_over_signals
+from lightning_xattn.report import print_report, save_dataset_figures
 from lightning_xattn.visualizations import (
-    Spectrograms,
-    Traces,
-    plot_attention_over_signals,
     plot_cross_modal_attention,
     plot_head_alignment_matrix,
     plot_modality_alignment,
 )
-from lightning_xattn.visualizations.montages import Montage, require_montage
 
 
 def run_explain(

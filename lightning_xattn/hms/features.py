@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, signal
 
-from lightning_xattn.errors import DataError
+from lightning_xattn.core.errors import DataError
 from lightning_xattn.hms.missing import FLAT, SPEC_BANDS, band_members, require_eeg, require_spectrogram
 from lightning_xattn.hms.montage import (
     EEG_EDGES,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_xattn.errors import DataError
+from lightning_xattn.core.errors import DataError
 from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.table import Recording
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch_geometric.data import Batch, Data
 from torch_geometric.nn import GATv2Conv, global_mean_pool
 
-from lightning_xattn.errors import DataError, SettingError, ShapeError
+from lightning_xattn.core.errors import DataError, SettingError, ShapeError
 from lightning_xattn.hms.montage import CLASSES, ELECTRODES, REGION_ELECTRODES, REGIONS
 
 FUSIONS = ("temporal", "regional", "pooled")

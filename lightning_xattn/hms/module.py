@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_xattn.attention import TokenAxis
-from lightning_xattn.errors import DataError, SettingError, ShapeError
+from lightning_xattn.core.attention import TokenAxis
+from lightning_xattn.core.errors import DataError, SettingError, ShapeError
 from lightning_xattn.hms.model import HMSNetwork
 from lightning_xattn.hms.montage import CLASSES, REGIONS
 

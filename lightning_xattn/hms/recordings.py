@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.core.errors import DataError, SettingError
 from lightning_xattn.hms.columns import find_eeg, find_spectrogram
 from lightning_xattn.hms.missing import require_eeg, require_spectrogram
 from lightning_xattn.hms.montage import EEG_RATE, REGIONS, SPEC_FREQUENCIES, SPEC_ROW_SECONDS, SPEC_SECONDS

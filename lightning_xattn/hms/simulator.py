@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy import fft, signal
 
-from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.core.errors import DataError, SettingError
+from lightning_xattn.core.progress import Stage
 from lightning_xattn.hms.columns import SPECTROGRAM_COLUMNS, TIME
 from lightning_xattn.hms.montage import (
     CLASSES,
@@ -38,7 +39,6 @@ from lightning_xattn.hms.montage import (
     VOTE_COLUMNS,
 )
 from lightning_xattn.hms.waveforms import Array, Patient, falling, noise, source_signals, train
-from lightning_xattn.stages import Stage
 
 EEG_SECONDS = (10, 50)
 """The supported lengths: the labelled centre alone, or the competition's window around it."""

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 from numpy.typing import NDArray
 
-from lightning_xattn.errors import DataError
+from lightning_xattn.core.errors import DataError
 from lightning_xattn.hms.montage import VOTE_COLUMNS
 
 _REQUIRED: dict[str, type[int] | type[float]] = {

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from lightning_xattn.core.group_keys import group_keys
+from lightning_xattn.core.wording import decimal, say_interval
 from lightning_xattn.functional import Separation, grouped_separation, score_bins
-from lightning_xattn.group_keys import group_keys
 from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import Recordings
-from lightning_xattn.messages import decimal, say_interval
 from lightning_xattn.report.rendering import Block, Paragraph, Table
 
 QUESTIONS = ("the modalities disagree", "which one the model followed", "the prediction is wrong")

@@ -9,17 +9,17 @@ from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from lightning_xattn.errors import SettingError
-from lightning_xattn.files import complete_or_absent
-from lightning_xattn.messages import name_modality
-from lightning_xattn.names import escaped_in_json, valid
+from lightning_xattn.core.errors import SettingError
+from lightning_xattn.core.files import complete_or_absent
+from lightning_xattn.core.names import escaped_in_json, valid
+from lightning_xattn.core.wording import name_modality
+from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch, Results
 from lightning_xattn.report.facts import BatchFacts, DatasetFacts, collect_facts
 from lightning_xattn.report.listing import entries_of_batch, entries_of_dataset
 from lightning_xattn.report.page import Picture, as_page
 from lightning_xattn.report.rendering import Document, as_markdown, as_text, print_document
 from lightning_xattn.report.short import in_short, in_short_of_batch
 from lightning_xattn.report.wording import PER_SAMPLE, batch_document, dataset_document
-from lightning_xattn.results import DatasetResult, ExplainedBatch, Results
 
 FORMATS = {".txt": "text", ".md": "markdown", ".json": "json", ".html": "html"}
 """The format of a file by its suffix."""
@@ -100,7 +100,7 @@ def _document(facts: BatchFacts | DatasetFacts) -> Document:
 
 def _page(results: Results, facts: BatchFacts | DatasetFacts, pictures: Mapping[str, Sequence[Path]]) -> str:
     # Imported here as they take matplotlib.
-    from lightning_xattn.figures import dataset_figures
+    from lightning_xattn.report.figures import dataset_figures
     from lightning_xattn.visualizations import svg_picture
 
     if facts["kind"] == "batch":

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_xattn.aggregation import CORRECT, INCORRECT
-from lightning_xattn.attention import Direction
-from lightning_xattn.columns import ALIGNMENT, STATISTICS, Column
+from lightning_xattn.core.attention import Direction
+from lightning_xattn.core.wording import SINGLE_KEY, decimal, say_interval
+from lightning_xattn.evaluation.layer_summary import LayerSummary
+from lightning_xattn.evaluation.results import AttentionStatistics, DatasetResult, SampleResult
+from lightning_xattn.evaluation.statistics import ALIGNMENT, STATISTICS, Column
 from lightning_xattn.functional import score_bins
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.functional.rows import SPARSITY_THRESHOLD
-from lightning_xattn.messages import SINGLE_KEY, decimal, say_interval
-from lightning_xattn.results import AttentionStatistics, DatasetResult, SampleResult
-from lightning_xattn.summary import LayerSummary
 
 HIGH_AGREEMENT, LOW_AGREEMENT = 0.7, 0.2
 """Modality agreement of patterns 3 and 4; the low one is in the checklist for an incorrect prediction too."""

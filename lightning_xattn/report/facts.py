@@ -10,15 +10,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypedDict, cast
 
-from lightning_xattn.aggregation import CORRECT, INCORRECT
-from lightning_xattn.attention import TokenAxis
-from lightning_xattn.columns import ALIGNMENT, INVALID_ROWS, SCORES, Column
-from lightning_xattn.errors import SettingError
-from lightning_xattn.messages import SINGLE_KEY
+from lightning_xattn.core.attention import TokenAxis
+from lightning_xattn.core.errors import SettingError
+from lightning_xattn.core.wording import SINGLE_KEY
+from lightning_xattn.evaluation.layer_summary import Comparison, LayerSummary
+from lightning_xattn.evaluation.results import AttentionStatistics, DatasetResult, ExplainedBatch, Results, SampleResult
+from lightning_xattn.evaluation.statistics import ALIGNMENT, INVALID_ROWS, SCORES, Column
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.report.criteria import Criterion, first_layer, interpret_sample
 from lightning_xattn.report.modalities import FusionFacts, collect_fusion
-from lightning_xattn.results import AttentionStatistics, DatasetResult, ExplainedBatch, Results, SampleResult
-from lightning_xattn.summary import Comparison, LayerSummary
 
 NO_ROW = "no valid row (all are padding, fully masked or not finite)"
 ONE_DIRECTION = "only one direction of attention is recorded"
@@ -174,7 +174,7 @@ def collect_facts(results: Results) -> BatchFacts | DatasetFacts:
 def _collect_training(results: DatasetResult) -> TrainingFacts | None:
     if results.table is None or results.trained_on is None:
         return None
-    from lightning_xattn.table import read_rows  # pyarrow, only where a table is read
+    from lightning_xattn.evaluation.table import read_rows  # pyarrow, only where a table is read
 
     rows = list(read_rows(results.table, next(iter(results.summaries), None), ("sample_id", "group")))
     told = [results.trained_on.tell(row.get("sample_id"), row.get("group")) for row in rows]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lightning_xattn.fusion.summary import FusionSummary
-from lightning_xattn.notebook import as_html
+from lightning_xattn.core.notebook import as_html
+from lightning_xattn.evaluation.fusion_summary import FusionSummary
+from lightning_xattn.evaluation.layer_summary import LayerSummary
+from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.report.facts import collect_facts, collect_layer
 from lightning_xattn.report.modalities import collect_fusion, describe_fusion
 from lightning_xattn.report.page import block_as_html, escape
 from lightning_xattn.report.rendering import Block
 from lightning_xattn.report.short import in_short
 from lightning_xattn.report.wording import dataset_document, describe_layer
-from lightning_xattn.results import DatasetResult
-from lightning_xattn.summary import LayerSummary
 
 
 @as_html.register

@@ -11,17 +11,17 @@ from typing import Any, TypeVar
 from PIL import Image
 from torch import Tensor
 
-from lightning_xattn.aggregation import CORRECT, INCORRECT
-from lightning_xattn.attention import Direction, TokenAxis, fitting_axes
+from lightning_xattn.core.attention import Direction, TokenAxis, fitting_axes
+from lightning_xattn.core.names import shown
+from lightning_xattn.core.wording import decimal, name_modality
+from lightning_xattn.evaluation.fusion_samples import SampleModalities, of_sample
+from lightning_xattn.evaluation.fusion_summary import FusionSummary
+from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch
 from lightning_xattn.functional import lift_map, prepare_rows
-from lightning_xattn.fusion.samples import SampleModalities, of_sample
-from lightning_xattn.fusion.summary import FusionSummary
-from lightning_xattn.messages import decimal, name_modality
-from lightning_xattn.names import shown
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.report.facts import BatchFacts
 from lightning_xattn.report.page import Picture, SampleEntry
 from lightning_xattn.report.wording import describe_sample
-from lightning_xattn.results import DatasetResult, ExplainedBatch
 
 Item = TypeVar("Item")
 
@@ -41,7 +41,7 @@ def entries_of_dataset(result: DatasetResult, pictures: Pictures) -> Iterator[Sa
     """Those of its table, or without one those that were read of its fusion; at most ``LISTED``, with maps first."""
     fusion = result.fusion
     if result.table is not None:
-        from lightning_xattn.table import read_rows  # pyarrow, only where a table is read
+        from lightning_xattn.evaluation.table import read_rows  # pyarrow, only where a table is read
 
         # Of the process that wrote it, the only one there is.
         said = {} if fusion is None else dict(_sentences(fusion, result.class_names))

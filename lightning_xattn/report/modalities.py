@@ -6,17 +6,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypedDict
 
-from lightning_xattn.aggregation import CORRECT, INCORRECT
-from lightning_xattn.attention import Direction
-from lightning_xattn.functional.contribution import MOSTLY
+from lightning_xattn.core.attention import Direction
+from lightning_xattn.core.wording import by_reason, decimal, name_modality, percent, say_interval
+from lightning_xattn.evaluation.fusion_samples import NONE_MOSTLY, SampleModalities, most_conflicting, of_sample
+from lightning_xattn.evaluation.fusion_summary import Estimate, FusionSummary
+from lightning_xattn.evaluation.layer_summary import Comparison
+from lightning_xattn.evaluation.results import EarlierTest
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.fusion.samples import NONE_MOSTLY, SampleModalities, most_conflicting, of_sample
-from lightning_xattn.fusion.summary import Estimate, FusionSummary
-from lightning_xattn.messages import by_reason, decimal, name_modality, percent, say_interval
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
+from lightning_xattn.functional.shapley import MOSTLY
 from lightning_xattn.report.rendering import Block, Items, Paragraph, Table
 from lightning_xattn.report.verdict import describe_comparison
-from lightning_xattn.results import EarlierTest
-from lightning_xattn.summary import Comparison
 
 HOW_TO_READ = (
     "Knows: what a linear probe reads of the class in what a modality brings into the fusion; no sample is read by a "

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_xattn.messages import decimal
-from lightning_xattn.names import clean
+from lightning_xattn.core.names import clean
+from lightning_xattn.core.wording import decimal
 from lightning_xattn.report.rendering import Block, Document, Items, Paragraph, Table
 
 _HERE = Path(__file__).parent

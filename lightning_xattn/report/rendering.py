@@ -15,7 +15,7 @@ from rich.table import Column
 from rich.table import Table as Grid
 from rich.text import Text
 
-from lightning_xattn.names import clean
+from lightning_xattn.core.names import clean
 
 WIDTH = 100
 """Plain text, and what stands in the terminal, has at most so many columns."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from lightning_xattn.core.wording import decimal, describe_size, name_modality, percent, say_interval
+from lightning_xattn.evaluation.layer_summary import Comparison
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.messages import decimal, describe_size, name_modality, percent, say_interval
 from lightning_xattn.report.facts import BatchFacts, DatasetFacts, Subset, TrainingFacts
 from lightning_xattn.report.modalities import FusionFacts, ModalityFacts
-from lightning_xattn.summary import Comparison
 
 CONFIDENCE = "confidence"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lightning_xattn.core.wording import decimal, say_interval
+from lightning_xattn.evaluation.layer_summary import Comparison
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.messages import decimal, say_interval
-from lightning_xattn.summary import Comparison
 
 
 def describe_comparison(

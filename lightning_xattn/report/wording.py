@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from lightning_xattn.attention import Direction
-from lightning_xattn.columns import STATISTICS, Column, shown_columns
+from lightning_xattn.core.attention import Direction
+from lightning_xattn.core.names import shown
+from lightning_xattn.core.wording import SINGLE_KEY, SINGLE_KEY_REMEDY, decimal, name_modality, percent, say_interval
+from lightning_xattn.evaluation.results import AttentionStatistics, PlacedPair
+from lightning_xattn.evaluation.statistics import STATISTICS, Column, shown_columns
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.messages import SINGLE_KEY, SINGLE_KEY_REMEDY, decimal, name_modality, percent, say_interval
-from lightning_xattn.names import shown
 from lightning_xattn.report.criteria import (
     AGREEING,
     DISAGREEING,
@@ -24,7 +25,6 @@ from lightning_xattn.report.modalities import HOW_TO_READ, describe_fusion
 from lightning_xattn.report.rendering import Block, Document, Items, Paragraph, Section, Table
 from lightning_xattn.report.short import describe_training
 from lightning_xattn.report.verdict import describe_comparison
-from lightning_xattn.results import AttentionStatistics, PlacedPair
 
 # Of the samples of a true class the accuracy is the recall, and of those predicted as a class the precision.
 _GROUPS = {

@@ -24,13 +24,11 @@ from lightning_xattn.visualizations.modalities import (
 )
 from lightning_xattn.visualizations.output import map_picture, render, svg_picture
 from lightning_xattn.visualizations.overview import Curve, Panel, plot_epochs
-from lightning_xattn.visualizations.recordings import Spectrograms, Traces
 from lightning_xattn.visualizations.sample import (
     plot_attention_heatmap,
     plot_cross_modal_attention,
     plot_modality_alignment,
 )
-from lightning_xattn.visualizations.signals import plot_attention_over_signals
 
 __all__ = [
     "Curve",
@@ -38,11 +36,8 @@ __all__ = [
     "OutcomeSummary",
     "Panel",
     "SampleRow",
-    "Spectrograms",
-    "Traces",
     "map_picture",
     "plot_attention_heatmap",
-    "plot_attention_over_signals",
     "plot_class_attention",
     "plot_class_comparison",
     "plot_conflict",

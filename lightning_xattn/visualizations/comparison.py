@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.visualizations.epoch import LOOKS, NULL, Look, interval_by, per_group
 from lightning_xattn.visualizations.output import save

@@ -21,10 +21,10 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_xattn.attention import Direction, TokenAxis
-from lightning_xattn.errors import SettingError, ShapeError
-from lightning_xattn.messages import decimal
-from lightning_xattn.names import clean, shown
+from lightning_xattn.core.attention import Direction, TokenAxis
+from lightning_xattn.core.errors import SettingError, ShapeError
+from lightning_xattn.core.names import clean, shown
+from lightning_xattn.core.wording import decimal
 from lightning_xattn.visualizations.output import COLOURS, WindowFigure, with_boxes
 
 WIDTH, _DPI = 9.0, 100  # inches, and dots in each, of a figure that is seen in its full width

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_xattn.attention import Direction, TokenAxis
-from lightning_xattn.errors import SettingError
+from lightning_xattn.core.attention import Direction, TokenAxis
+from lightning_xattn.core.errors import SettingError
+from lightning_xattn.core.names import shown
+from lightning_xattn.core.wording import SINGLE_KEY, decimal
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.messages import SINGLE_KEY, decimal
-from lightning_xattn.names import shown
 from lightning_xattn.visualizations.drawing import (
     LONGEST_NAME,
     arrow,

@@ -12,6 +12,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
+from lightning_xattn.core.wording import SINGLE_KEY, decimal
 from lightning_xattn.functional import (
     best_head_matching,
     has_single_keys,
@@ -19,7 +20,6 @@ from lightning_xattn.functional import (
     require_heads,
     row_statistics,
 )
-from lightning_xattn.messages import SINGLE_KEY, decimal
 from lightning_xattn.visualizations.drawing import (
     WIDTH,
     arrow,

@@ -14,24 +14,14 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
-from lightning_xattn.errors import SettingError
+from lightning_xattn.core.errors import SettingError
+from lightning_xattn.core.wording import decimal, name_modality
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.messages import decimal, name_modality
 from lightning_xattn.visualizations.comparison import OUTCOMES, Mean, require_groups, say_count
 from lightning_xattn.visualizations.drawing import HUES, as_array, wrap
 from lightning_xattn.visualizations.epoch import LOOKS, interval_by, per_group
 from lightning_xattn.visualizations.output import save
-from lightning_xattn.visualizations.pages import (
-    BESIDE,
-    LINE,
-    MARGIN,
-    NUMBERS,
-    SMALL,
-    Page,
-    RowNames,
-    cut_key,
-    mark_cut,
-)
+from lightning_xattn.visualizations.pages import BESIDE, LINE, MARGIN, NUMBERS, SMALL, Page, RowNames, cut_key, mark_cut
 
 _HATCHES = ("", "///", "...", "xxx")
 """Beside the colours of the modalities."""

@@ -20,9 +20,9 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_xattn.errors import SettingError
-from lightning_xattn.files import complete_or_absent
-from lightning_xattn.names import clean
+from lightning_xattn.core.errors import SettingError
+from lightning_xattn.core.files import complete_or_absent
+from lightning_xattn.core.names import clean
 
 COLOURS = colormaps["viridis"]
 

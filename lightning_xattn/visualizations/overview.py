@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lightning_xattn.errors import SettingError
+from lightning_xattn.core.errors import SettingError
 from lightning_xattn.visualizations.drawing import HUES, wrap, write_note
 from lightning_xattn.visualizations.epoch import LOOKS, NULL
 from lightning_xattn.visualizations.output import save

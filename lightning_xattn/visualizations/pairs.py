@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
-from lightning_xattn.errors import SettingError
+from lightning_xattn.core.attention import Attention, AttentionPair, Direction, TokenAxis
+from lightning_xattn.core.errors import SettingError
+from lightning_xattn.core.notices import warn
+from lightning_xattn.core.wording import BROKEN_ROWS
 from lightning_xattn.functional import Rows, prepare_rows
-from lightning_xattn.messages import BROKEN_ROWS, warn
 from lightning_xattn.visualizations.drawing import MapAxis, place_tokens
 
 AttentionDict = Mapping[str, Any] | AttentionPair

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from lightning_xattn.attention import Attention, Direction, TokenAxis
-from lightning_xattn.errors import ShapeError
+from lightning_xattn.core.attention import Attention, Direction, TokenAxis
+from lightning_xattn.core.errors import ShapeError
+from lightning_xattn.core.wording import decimal
 from lightning_xattn.functional import (
     Rows,
     alignment,
@@ -25,7 +26,6 @@ from lightning_xattn.functional import (
     lift_map,
     prepare_rows,
 )
-from lightning_xattn.messages import decimal
 from lightning_xattn.visualizations.drawing import (
     UNDEFINED,
     WIDTH,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_xattn.capture import AttentionRecorder
-from lightning_xattn.errors import ShapeError, XAttnWarning
+from lightning_xattn.core.errors import ShapeError, XAttnWarning
 from tests.capture.models import BATCH, Fusing, Runs, folded, heads, record_fusion, softmax, tokens
 from tests.messages import tells
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH

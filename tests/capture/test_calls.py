@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder, choose
-from lightning_xattn.errors import DiscoveryError, XAttnWarning
+from lightning_xattn.core.errors import DiscoveryError, XAttnWarning
 from tests.capture.models import BATCH, Fusing, Runs, heads, mha, record, record_fusion, softmax, tokens
 from tests.messages import tells
 from tests.toy import AUDIO, TEXT, WIDTH, ToyModule, quiet_trainer, toy_loader

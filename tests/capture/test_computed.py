@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention  # bound early, as 
 
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.capture.masks import seen_by_softmax
-from lightning_xattn.errors import DiscoveryError, XAttnWarning
+from lightning_xattn.core.errors import DiscoveryError, XAttnWarning
 from lightning_xattn.functional import prepare_rows
 from tests.capture.models import BATCH, record, tokens
 from tests.messages import tells

@@ -3,9 +3,9 @@
 import pytest
 from torch import nn
 
-from lightning_xattn.attention import Direction
 from lightning_xattn.capture import JointSequence, locate_attention
-from lightning_xattn.errors import DiscoveryError, SettingError
+from lightning_xattn.core.attention import Direction
+from lightning_xattn.core.errors import DiscoveryError, SettingError
 from tests.messages import tells
 
 

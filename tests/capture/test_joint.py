@@ -14,8 +14,8 @@ from lightning_xattn import (
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.capture.joint import cut_direction
 from lightning_xattn.capture.masks import RecordedWeights
-from lightning_xattn.columns import Column, sample_statistics
-from lightning_xattn.errors import DataError, DiscoveryError, SettingError, ShapeError, XAttnWarning
+from lightning_xattn.core.errors import DataError, DiscoveryError, SettingError, ShapeError, XAttnWarning
+from lightning_xattn.evaluation.statistics import Column, sample_statistics
 from lightning_xattn.functional import crossing, prepare_rows
 from tests import reference
 from tests.capture.models import BATCH, record, tokens
@@ -324,7 +324,7 @@ def test_samples_of_another_length_are_counted_and_in_no_number():
 @pytest.mark.filterwarnings("ignore:.*Such steps are left out and counted")
 def test_the_explainer_leaves_out_samples_of_another_length_and_goes_on(tmp_path):
     pytest.importorskip("pyarrow")
-    from lightning_xattn.table import read_rows
+    from lightning_xattn.evaluation.table import read_rows
 
     class Only(Lengths):
         def predict_step(self, batch, batch_idx):

@@ -12,7 +12,7 @@ from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.capture.kinds import is_plain, unreadable_kind
 from lightning_xattn.capture.memory import has_address
 from lightning_xattn.capture.readers import Edit, reader_of
-from lightning_xattn.errors import DiscoveryError, ShapeError
+from lightning_xattn.core.errors import DiscoveryError, ShapeError
 from lightning_xattn.functional import prepare_rows
 from tests import reference
 from tests.capture.models import BATCH, Fusing, Runs, assert_same, heads, mha, tokens

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder, JointSequence
-from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.core.errors import DiscoveryError, ShapeError, XAttnWarning
 from tests.capture.models import Fusing, Runs, heads, mha, tokens
 from tests.messages import tells
 from tests.toy import AUDIO, TEXT, WIDTH, ToyModule, quiet_trainer, toy_loader

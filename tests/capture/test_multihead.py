@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_xattn.capture import AttentionRecorder, JointSequence
-from lightning_xattn.errors import DiscoveryError
+from lightning_xattn.core.errors import DiscoveryError
 from tests.capture.models import BATCH, Pair, Runs, assert_same, mha, record, recorded, tokens
 from tests.messages import tells
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, count_hooks

@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
 from lightning_xattn.capture import AttentionRecorder
-from lightning_xattn.columns import Column, sample_statistics
-from lightning_xattn.errors import DataError, DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.core.errors import DataError, DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.evaluation.statistics import Column, sample_statistics
 from lightning_xattn.functional import prepare_rows
 from tests.capture.models import BATCH, Fusing, Runs, heads, mha, record_fusion, softmax, tokens
 from tests.messages import tells

@@ -12,8 +12,8 @@ from torch import nn
 from lightning_xattn.capture import AttentionRecorder, readers
 from lightning_xattn.capture.tap import Tap
 from lightning_xattn.capture.watch import Watch
-from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
-from lightning_xattn.recording import StepRecorder
+from lightning_xattn.core.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.evaluation.step_recorder import StepRecorder
 from tests.capture.models import BATCH, Fusing, Pair, Runs, heads, recorded, tokens
 from tests.messages import tells
 from tests.toy import ToyModule, count_hooks, toy_data

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_xattn.capture import AttentionRecorder
-from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.core.errors import DiscoveryError, ShapeError, XAttnWarning
 from tests.capture.models import BATCH, record, tokens
 from tests.messages import tells
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH

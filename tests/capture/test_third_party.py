@@ -117,7 +117,7 @@ def test_one_item_of_what_the_whole_model_returns():
 def test_equal_lengths_do_not_tell_a_direction(lxmert):
     inputs = lxmert_inputs()
     inputs |= {name: inputs[name][:, :LANGUAGE] for name in ("visual_feats", "visual_pos")}
-    from lightning_xattn.errors import DiscoveryError
+    from lightning_xattn.core.errors import DiscoveryError
 
     with AttentionRecorder(lxmert) as recorder, torch.no_grad():
         lxmert(**inputs)

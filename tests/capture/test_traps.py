@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder
-from lightning_xattn.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.core.errors import DiscoveryError, ShapeError, XAttnWarning
 from lightning_xattn.functional import prepare_rows
 from tests.capture.models import BATCH, Fusing, Pair, Runs, heads, mha, record_fusion, recorded, tokens
 from tests.messages import tells

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.capture.readers import Edit, Want
 from lightning_xattn.capture.watch import Watch
-from lightning_xattn.errors import DiscoveryError
+from lightning_xattn.core.errors import DiscoveryError
 from tests.capture.models import BATCH, Fusing, Runs, assert_same, heads, mha, tokens
 from tests.messages import tells
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, count_hooks

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder
-from lightning_xattn.errors import DiscoveryError, XAttnWarning
+from lightning_xattn.core.errors import DiscoveryError, XAttnWarning
 from tests.capture.models import Fusing, Pair, Runs, assert_same, heads, record, recorded, tokens
 from tests.messages import tells
 from tests.toy import (

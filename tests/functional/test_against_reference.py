@@ -6,7 +6,7 @@ import torch
 from scipy.stats import norm
 
 from lightning_xattn import functional as F
-from lightning_xattn.attention import Attention, Direction
+from lightning_xattn.core.attention import Attention, Direction
 from tests import reference
 
 BATCH, HEADS, QUERIES, KEYS = 2, 3, 5, 7

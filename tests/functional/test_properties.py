@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_xattn import functional as F
-from lightning_xattn.attention import Attention, Direction
-from lightning_xattn.columns import INVALID_ROWS, STATISTICS, Column, sample_statistics
-from lightning_xattn.errors import ShapeError
+from lightning_xattn.core.attention import Attention, Direction
+from lightning_xattn.core.errors import ShapeError
+from lightning_xattn.evaluation.statistics import INVALID_ROWS, STATISTICS, Column, sample_statistics
 from tests.messages import tells
 
 DIRECTION = Direction("eeg", "spec")

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import lightning_xattn
-from lightning_xattn.errors import XAttnError
+from lightning_xattn.core.errors import XAttnError
 
 WRITING = {
     str(Path(lightning_xattn.__file__).parent / name)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
-from lightning_xattn import table as table_module
+from lightning_xattn.evaluation import table as table_module
 from lightning_xattn.explainer import dataset, progress
 from tests.fuzz.examples import examples
 from tests.fuzz.mishaps import at_line, interrupt, run_into
-from tests.test_explain_loader import EXACTLY, assert_same_summary
+from tests.explainer.test_explain_loader import EXACTLY, assert_same_summary
 from tests.toy import NAMES, ToyModule, quiet_trainer, run_toy, toy_loader
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_xattn import AttentionExplainabilityCallback
 from tests.capture.models import assert_same
 from tests.fuzz.examples import examples
-from tests.test_trainer import assert_same_records
+from tests.callback.test_trainer import assert_same_records
 from tests.toy import CLASSES, ToyModule, count_global_hooks, count_hooks, quiet_trainer, toy_data
 
 # Advice of Lightning's about small data, and ours about labels and numbers that are not there.

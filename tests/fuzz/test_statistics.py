@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_xattn import functional as F
-from lightning_xattn.attention import Attention, Direction, row_sum_tolerance
-from lightning_xattn.columns import STATISTICS, Column, sample_statistics
+from lightning_xattn.core.attention import Attention, Direction, row_sum_tolerance
+from lightning_xattn.evaluation.statistics import STATISTICS, Column, sample_statistics
 from lightning_xattn.functional import ROW_STATISTICS, prepare_rows
 from tests import reference
 from tests.fuzz.examples import examples

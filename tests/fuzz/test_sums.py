@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lightning_xattn.aggregation import CORRECT, INCORRECT, UNKNOWN, LayerAccumulator, Layout, merge_sums
-from lightning_xattn.attention import Attention, Direction
-from lightning_xattn.columns import CONFIDENCE, SCORES, STATISTICS, sample_statistics
+from lightning_xattn.core.attention import Attention, Direction
+from lightning_xattn.evaluation.accumulators import LayerAccumulator, Layout, merge_sums
+from lightning_xattn.evaluation.layer_summary import LayerSummary
+from lightning_xattn.evaluation.statistics import CONFIDENCE, SCORES, STATISTICS, sample_statistics
 from lightning_xattn.functional import prepare_rows
-from lightning_xattn.summary import LayerSummary
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
 from tests import reference
 from tests.fuzz.examples import examples
 

@@ -8,7 +8,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 from torch_geometric.data import Batch
 
-from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.core.errors import DataError, SettingError
 from lightning_xattn.hms.datamodule import HMSDataModule
 from lightning_xattn.hms.montage import CLASSES, ELECTRODES
 from lightning_xattn.hms.recordings import COMPETITION, IIIC, EEGGeometry

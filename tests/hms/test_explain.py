@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_xattn.cli import main
-from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.core.errors import DataError, SettingError
 from lightning_xattn.explainer import load_checkpoint
 from lightning_xattn.hms import HMSLightningModule
 from lightning_xattn.hms.explain import run_explain

@@ -6,11 +6,11 @@ import torch
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, XAttnWarning
 from lightning_xattn.attention_analysis import AttentionAnalyzer, head_wise_attention_analysis
-from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.core.errors import DataError, SettingError
 from lightning_xattn.hms import CLASSES, HMSDataModule, HMSLightningModule, simulate
 from tests.messages import tells
-from tests.test_explain_loader import assert_same_summary
-from tests.test_explainer import assert_same
+from tests.explainer.test_explain_loader import assert_same_summary
+from tests.explainer.test_explainer import assert_same
 from tests.toy import quiet_trainer
 
 # An untrained model has heads that are uniform, and is warned of them.

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import signal
 
-from lightning_xattn.errors import DataError
+from lightning_xattn.core.errors import DataError
 from lightning_xattn.hms.features import (
     EEG_BANDS,
     POWER_FLOOR,

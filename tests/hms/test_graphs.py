@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch_geometric.data import Batch, Data
 
-from lightning_xattn.errors import DataError
+from lightning_xattn.core.errors import DataError
 from lightning_xattn.hms.graphs import EEG_EDGE_INDEX, SPEC_EDGE_INDEX, graph_batches
 
 SAMPLES, WINDOWS, FEATURES = 3, 7, 5

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lightning_xattn.errors import DataError
+from lightning_xattn.core.errors import DataError
 from lightning_xattn.hms import HMSDataModule
 from lightning_xattn.hms.columns import SPECTROGRAM_COLUMNS
 from lightning_xattn.hms.features import eeg_features, spectrogram_features

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torch_geometric.data import Batch, Data
 from torch_geometric.nn import global_mean_pool
 
-from lightning_xattn.errors import DataError, SettingError, ShapeError
+from lightning_xattn.core.errors import DataError, SettingError, ShapeError
 from lightning_xattn.hms.model import FUSIONS, CrossModalFusion, HMSNetwork, JoinedWindows
 from lightning_xattn.hms.module import HMSLightningModule, learning_rate_factor
 from lightning_xattn.hms.montage import CLASSES, EEG_EDGES, ELECTRODES, REGIONS, SPEC_EDGES

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.core.errors import DataError, SettingError
 from lightning_xattn.hms.folds import patient_folds
 from lightning_xattn.hms.montage import CLASSES, ELECTRODES
 from lightning_xattn.hms.recordings import COMPETITION, IIIC, EEGGeometry, Recordings

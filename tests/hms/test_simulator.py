@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import signal
 
-from lightning_xattn.errors import DataError, SettingError
+from lightning_xattn.core.errors import DataError, SettingError
 from lightning_xattn.hms import simulator
 from lightning_xattn.hms.montage import CLASSES, ELECTRODES, REGION_ELECTRODES, REGIONS, VOTE_COLUMNS
 from lightning_xattn.hms.simulator import simulate

@@ -15,9 +15,10 @@ from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_xattn.attention import TokenAxis
+from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.functional import mean_interval, separation
-from lightning_xattn.visualizations import OutcomeSummary, Spectrograms, Traces, plot_outcome_alignment, render
+from lightning_xattn.hms.recording_plots import Spectrograms, Traces
+from lightning_xattn.visualizations import OutcomeSummary, plot_outcome_alignment, render
 
 EEG = TokenAxis("EEG window (s from the labelled moment)", spans=[(5 * i - 25, 5 * i - 15) for i in range(9)])
 SPEC = TokenAxis("spectrogram window (s from the labelled moment)", spans=[(5 * i, 5 * i + 10) for i in range(119)])

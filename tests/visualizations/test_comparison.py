@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.visualizations import Mean, plot_class_comparison
 from lightning_xattn.visualizations.epoch import LOOKS
 from tests.messages import tells

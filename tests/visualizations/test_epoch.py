@@ -13,8 +13,8 @@ from matplotlib.patches import StepPatch
 from numpy.typing import NDArray
 from scipy import stats
 
-from lightning_xattn.attention import TokenAxis
-from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.core.attention import TokenAxis
+from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.visualizations import (
     epoch,
     plot_class_attention,

@@ -11,7 +11,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.container import BarContainer
 from matplotlib.patches import Rectangle
 
-from lightning_xattn.errors import SettingError
+from lightning_xattn.core.errors import SettingError
 from lightning_xattn.visualizations import plot_head_alignment_matrix, plot_head_contributions, render
 from tests import reference
 from tests.messages import tells

@@ -13,16 +13,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from lightning_xattn.attention import TokenAxis
+from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.hms.features import spectrogram_spans
 from lightning_xattn.hms.recordings import COMPETITION, IIIC
+from lightning_xattn.hms.signal_plots import plot_attention_over_signals
 from lightning_xattn.visualizations import (
     Curve,
     Mean,
     Panel,
     SampleRow,
     plot_attention_heatmap,
-    plot_attention_over_signals,
     plot_class_attention,
     plot_class_comparison,
     plot_conflict,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.markers import CARETLEFT, CARETRIGHT
 
-from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.visualizations import (
     Mean,
     SampleRow,

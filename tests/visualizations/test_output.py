@@ -13,14 +13,14 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lightning_xattn import visualizations
-from lightning_xattn.errors import SettingError
+from lightning_xattn.core.errors import SettingError
+from lightning_xattn.hms.signal_plots import plot_attention_over_signals
 from lightning_xattn.visualizations import (
     Curve,
     Mean,
     Panel,
     SampleRow,
     plot_attention_heatmap,
-    plot_attention_over_signals,
     plot_class_attention,
     plot_class_comparison,
     plot_conflict,

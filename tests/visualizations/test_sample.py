@@ -10,8 +10,8 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
-from lightning_xattn.errors import SettingError, ShapeError, XAttnWarning
+from lightning_xattn.core.attention import Attention, AttentionPair, Direction, TokenAxis
+from lightning_xattn.core.errors import SettingError, ShapeError, XAttnWarning
 from lightning_xattn.visualizations import (
     plot_attention_heatmap,
     plot_cross_modal_attention,

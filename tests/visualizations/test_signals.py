@@ -9,8 +9,9 @@ import pytest
 import torch
 from matplotlib.collections import LineCollection
 
-from lightning_xattn.attention import Attention, AttentionPair, Direction, TokenAxis
-from lightning_xattn.errors import SettingError, ShapeError
+from lightning_xattn.core.attention import Attention, AttentionPair, Direction, TokenAxis
+from lightning_xattn.core.errors import SettingError, ShapeError
+from lightning_xattn.hms.derivations import CHAINS, derive
 from lightning_xattn.hms.features import spectrogram_spans
 from lightning_xattn.hms.montage import (
     EEG_RATE,
@@ -21,10 +22,10 @@ from lightning_xattn.hms.montage import (
     SPEC_FREQUENCIES,
     SPEC_ROW_SECONDS,
 )
+from lightning_xattn.hms.recording_plots import Spectrograms, Traces, page_of
 from lightning_xattn.hms.recordings import COMPETITION, IIIC, Recordings
-from lightning_xattn.visualizations import Spectrograms, Traces, plot_attention_over_signals, render
-from lightning_xattn.visualizations.montages import CHAINS, derive
-from lightning_xattn.visualizations.recordings import page_of
+from lightning_xattn.hms.signal_plots import plot_attention_over_signals
+from lightning_xattn.visualizations import render
 from tests import reference
 from tests.messages import tells
 from tests.visualizations.conftest import assert_written, drawn, make_pair, make_spectrograms, make_traces, mesh, texts

@@ -1,0 +1,1 @@
+"""What the prediction depends on: the kept samples of an evaluation, replays, contributions and faithfulness."""

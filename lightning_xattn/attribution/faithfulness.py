@@ -1,0 +1,260 @@
+"""Replace the keys that an attention ranks, and say whether the predictions depend on them in that order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.attribution.arguments import Path
+from lightning_xattn.attribution.kept_samples import FusionPart
+from lightning_xattn.attribution.recorder import FusionRecorder
+from lightning_xattn.attribution.replay import AttentionPlace, Replay, ReplayError
+from lightning_xattn.attribution.token_source import Part, TokenSource, share_work
+from lightning_xattn.capture.readers import Edit
+from lightning_xattn.core.attention import Direction
+from lightning_xattn.functional import partner_shifts, ranking_gain, replacements
+from lightning_xattn.functional.faithfulness import LEAST_SAMPLES, REPLACED_SHARES
+
+REPLACEMENTS = 2 * len(REPLACED_SHARES) + 1
+"""So many replacements are run of each order, see `replacements`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Replaced:
+    """What replacing the keys of a direction does to the predictions of some samples; NaN where it is not defined.
+
+    Attributes
+    ----------
+    samples
+        ``(samples, 2)`` which samples these are, see ``IDENTITY``.
+    gain, reference
+        ``(samples,)`` see `ranking_gain`, of the order of the attention, and of signed gradient x attention.
+    cost
+        ``(samples,)`` by how much the probability of the prediction falls if all keys are replaced.
+    at_attention
+        Whether they were replaced at the attention's own keys and values; else where they enter the fusion.
+    problem
+        Why nothing is told; "" where it is.
+    without_reference
+        Why there is no reference; "" where there is.
+    """
+
+    samples: Tensor
+    gain: Tensor
+    reference: Tensor
+    cost: Tensor
+    at_attention: bool
+    problem: str = ""
+    without_reference: str = ""
+
+
+def replaced_keys(part: FusionPart, fusion: FusionRecorder, size: int) -> dict[Direction, Replaced]:
+    """Replace keys of each direction of the first layer by those of a partner, where there are enough samples.
+
+    Several processes share the replays, see `share_work`: a few collectives, which each must reach.
+
+    Parameters
+    ----------
+    part
+        What all processes have collected; its intact samples' outputs come back in a replay.
+    fusion
+        Has what is needed to replay what lies behind the fusion.
+    size
+        At most so many samples are taken.
+    """
+    source = TokenSource(part.geometries, size)
+    names = [name for rows in part.geometries for name in rows if name.startswith("received/")]
+    directions = [Direction.parse(name.removeprefix("received/")) for name in dict.fromkeys(names)]
+    shares: Sequence[Mapping[Direction, _Share | str]] = []
+    problem = ""
+    if source.spoken.values.shape[1] == 1:
+        problem = "the predictions are no classes"
+    elif len(source) < LEAST_SAMPLES:
+        problem = f"it takes {LEAST_SAMPLES} samples, and {len(source)} were exchanged"
+    elif directions:
+        try:
+            shares = share_work(fusion, partial(_replace_part, source, fusion, directions, _partners(source)))
+        except ReplayError as error:
+            problem = str(error)
+    return {
+        direction: _joined(source, [problem] if problem else [share[direction] for share in shares])
+        for direction in directions
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Share:
+    """What one process found of a direction."""
+
+    samples: Tensor
+    values: Tensor
+    """``(samples, 2 * REPLACEMENTS)`` probability of the intact prediction's class."""
+    at_attention: bool = True
+    without_reference: str = ""
+
+
+def _joined(source: TokenSource, shares: Sequence[_Share | str]) -> Replaced:
+    """What all processes found of a direction, or why one of them found nothing."""
+    problem = next((one for one in shares if isinstance(one, str)), "")
+    found = [one for one in shares if not isinstance(one, str)]
+    spoken = source.spoken.values
+    table = spoken.new_full((len(source), 2 * REPLACEMENTS), torch.nan)
+    for one in found if not problem else ():
+        table[one.samples] = one.values
+    by_attention, by_slope = table.split(REPLACEMENTS, dim=1)
+    gain = ranking_gain(by_attention)
+    told = int(gain.isfinite().sum())
+    if not problem and told < LEAST_SAMPLES:
+        problem = f"it takes {LEAST_SAMPLES} samples, and {told} have several keys and a partner of another group"
+    return Replaced(
+        source.samples,
+        gain,
+        ranking_gain(by_slope),
+        spoken.amax(1) - by_attention[:, -1],
+        all(one.at_attention for one in found),
+        problem,
+        next((one.without_reference for one in found if one.without_reference), ""),
+    )
+
+
+def _partners(source: TokenSource) -> Tensor:
+    """Each sample's partner: another one with as many tokens, of another group; itself where there is none."""
+    every = torch.arange(len(source))
+    partners = every.clone()
+    for shift in partner_shifts(len(source), len(source)):
+        other = (every + shift) % len(source)
+        fits = (source.groups != source.groups[other]) & (source.kinds == source.kinds[other])
+        partners = torch.where((partners == every) & fits, other, partners)
+    return partners
+
+
+def _replace_part(
+    source: TokenSource,
+    fusion: FusionRecorder,
+    directions: Sequence[Direction],
+    partners: Tensor,
+    replay: Replay,
+    part: Part,
+) -> dict[Direction, _Share | str]:
+    """A process's part of each direction, or why there is none."""
+    found: dict[Direction, _Share | str] = {}
+    for direction in directions:
+        shares = [_Share(torch.empty(0, dtype=torch.long), torch.empty(0, 2 * REPLACEMENTS))]
+        try:
+            if direction.key not in fusion.places:
+                raise ReplayError(f"no modality that enters the fusion is called {direction.key}")
+            for kind in source.kinds.unique():
+                of_kind = (source.kinds == kind).nonzero()[:, 0]
+                samples = of_kind[part(len(of_kind))]
+                # Not all steps may have had this attention.
+                if len(samples) and source.has(f"received/{direction}", samples):
+                    shares.append(_replace_alike(source, fusion, direction, (samples, partners[samples]), replay))
+        except ReplayError as error:
+            found[direction] = str(error)
+            continue
+        found[direction] = _Share(
+            torch.cat([one.samples for one in shares]),
+            torch.cat([one.values for one in shares]),
+            all(one.at_attention for one in shares),
+            next((one.without_reference for one in shares if one.without_reference), ""),
+        )
+    return found
+
+
+def _replace_alike(
+    source: TokenSource, fusion: FusionRecorder, direction: Direction, pairs: tuple[Tensor, Tensor], replay: Replay
+) -> _Share:
+    """Of samples with the same numbers of tokens, and their partners."""
+    samples, partners = pairs
+    received, theirs = (source.column(f"received/{direction}", one).cpu() for one in pairs)
+    received = received.masked_fill(theirs.isnan() | (samples == partners)[:, None], torch.nan)
+    place = fusion.attention_of(direction, source.token_count(direction.opposite, samples), received.shape[1])
+    tokens, others = (source.tokens(fusion.places, [one] * len(fusion.places)) for one in pairs)
+    keys = None if place is None else _keys_of(replay, place, others, len(samples))
+    classes = source.spoken.values[samples].argmax(1)
+    # Of all samples, so that it is the same whatever the processes.
+    generator = torch.Generator().manual_seed(0)
+    shuffled = torch.rand(len(source), received.shape[1], generator=generator).argsort(1)[samples]
+
+    def run(scores: Tensor, last: Tensor | None = None) -> Tensor:
+        """The table of these scores; the last column, of all keys, may be known from others."""
+        columns = []
+        *several, every = replacements(scores, shuffled).unbind(1)
+        for chosen in several if last is not None else [*several, every]:
+            if keys is None:
+                said = replay(_put_at_entrance(fusion, direction, tokens, others, chosen))
+            else:
+                said = replay(tokens, place, partial(_put_at_attention, keys, chosen))
+            columns.append(said.values.gather(1, classes[:, None])[:, 0])
+        values = torch.stack(columns if last is None else [*columns, last], dim=1)
+        ranked = ((~scores.isnan()).sum(1) > 1) & values.isfinite().all(1)
+        return values.masked_fill(~ranked[:, None], torch.nan)
+
+    values, problem = run(received), ""
+    try:
+        if place is None:
+            raise ReplayError("where it is computed is not known")
+        if not fusion.processes.run_alone:
+            raise ReplayError("it takes gradients, and processes hold the model together")
+        slopes = replay.key_slopes(tokens, place, classes).masked_fill(received.isnan(), torch.nan)
+        reference = run(slopes, values[:, -1])
+    except ReplayError as error:
+        reference, problem = torch.full_like(values, torch.nan), str(error)
+    return _Share(samples, torch.cat([values, reference], dim=1), keys is not None, problem)
+
+
+def _keys_of(
+    replay: Replay, place: AttentionPlace, tokens: Mapping[Path, Tensor], samples: int
+) -> tuple[Tensor, ...] | None:
+    """The keys and values that an attention gets, ``(samples, ..., keys, width)``; None where they are not seen."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def look(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append((key.clone(), value.clone()))
+        return key, value
+
+    try:
+        replay(tokens, place, lambda rows: Edit(tokens=look))
+    except ReplayError:
+        return None
+    return tuple(torch.cat(parts)[:samples] for parts in zip(*seen, strict=True)) or None
+
+
+def _put_at_attention(keys: Sequence[Tensor], chosen: Tensor, rows: Tensor) -> Edit:
+    """Put others' keys and values in the chosen places ``(samples, keys)`` of an attention."""
+
+    def put(*own: Tensor) -> tuple[Tensor, Tensor]:
+        places = chosen[rows].to(own[0].device)
+        places = places.reshape(len(rows), *(1,) * (own[0].dim() - 3), -1, 1)
+        key, value = (
+            torch.where(places, theirs[rows.to(theirs.device)], one) for theirs, one in zip(keys, own, strict=True)
+        )
+        return key, value
+
+    return Edit(tokens=put)
+
+
+def _put_at_entrance(
+    fusion: FusionRecorder,
+    direction: Direction,
+    tokens: Mapping[Path, Tensor],
+    others: Mapping[Path, Tensor],
+    chosen: Tensor,
+) -> dict[Path, Tensor]:
+    """Put others' tokens in the chosen places ``(samples, keys)`` where their modality enters the fusion.
+
+    Raises
+    ------
+    ReplayError
+        If it has not as many tokens there as the attention has keys.
+    """
+    place = fusion.places[direction.key]
+    own, theirs = tokens[place.tokens[0]], others[place.tokens[0]]
+    if own.dim() != 3 or own.shape[1 - place.axis] != chosen.shape[1]:
+        raise ReplayError(f"its {chosen.shape[1]} keys are not the tokens of {direction.key} that enter the fusion")
+    places = (chosen if place.axis == 0 else chosen.T)[..., None].to(own.device)
+    return {**tokens, **dict.fromkeys(place.tokens, torch.where(places, theirs, own))}

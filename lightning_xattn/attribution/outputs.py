@@ -1,0 +1,92 @@
+"""What a module says of samples, found in what it returns."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.attribution.arguments import Call, Path
+from lightning_xattn.attribution.replay import ReadOutput, Spoken
+from lightning_xattn.capture.labels import Labels
+from lightning_xattn.capture.labels.scores import CLOSE, Scores, are_clear, scores_by_class
+from lightning_xattn.capture.labels.tensors import are_probabilities, are_single_scores
+from lightning_xattn.functional import centred
+
+LEAST_PROBABILITY = 1e-12
+"""Its logarithm stands for those of smaller probabilities, unless these already are rounded in larger ones."""
+
+
+def find_output(output: Any, samples: int, labels: Labels) -> ReadOutput | None:
+    """How to read what a module says of samples in what it returns; None where it is not there. Looks at the values.
+
+    Gradients pass through what is read.
+
+    Parameters
+    ----------
+    output
+        What it returned for a first batch.
+    samples
+        How many samples that has.
+    labels
+        The class scores or predictions that it must agree with. Without any, a single number a sample is the value of
+        a regression.
+    """
+    for path, tensor in Call((output,), {}).tensors():
+        for scores in scores_by_class(tensor, samples):
+            if _agree(scores, labels, tensor, samples):
+                return partial(_read_scores, path, scores.are_probabilities, scores.values.shape[1])
+    if labels.predicted is None and labels.scores is None:
+        for path, tensor in Call((output,), {}).tensors():
+            if are_single_scores(tensor, samples):
+                return partial(_read_value, path)
+    return None
+
+
+def _agree(scores: Scores, labels: Labels, tensor: Tensor, samples: int) -> bool:
+    if scores.are_probabilities and not are_probabilities(scores.values):
+        return False
+    if labels.scores is not None:
+        known = labels.scores.probabilities.to(scores.values.device)
+        same = known.shape == scores.values.shape
+        return same and torch.allclose(scores.probabilities, known, rtol=0, atol=CLOSE, equal_nan=True)
+    fits = labels.predicted is not None and labels.n_classes in (None, scores.values.shape[1])
+    clear = labels.confidence is not None or are_clear(tensor, samples)
+    return fits and clear and labels.predicted is not None and scores.tell(labels.predicted, labels.confidence)
+
+
+def _read_scores(path: Path, are_probabilities: bool, n_classes: int, output: Any) -> Spoken | None:
+    tensor = _at(path, output)
+    for scores in scores_by_class(tensor, 0 if tensor is None else len(tensor)):
+        if scores.are_probabilities == are_probabilities and scores.values.shape[1] == n_classes:
+            values = scores.values.clamp_min(_least(tensor)) if are_probabilities else scores.values
+            return Spoken(scores.probabilities, centred(Scores(values, are_probabilities).logits))
+    return None
+
+
+def _least(probabilities: Tensor | None) -> float:
+    """What smaller probabilities count as: below it they are made of too few bits for a logarithm."""
+    if probabilities is None:
+        return LEAST_PROBABILITY
+    limits = torch.finfo(probabilities.dtype)
+    # Of a single probability the other class's is what is missing to 1.
+    is_single = probabilities.dim() < 2 or probabilities.shape[1] < 2
+    return max(LEAST_PROBABILITY, 8 * limits.eps if is_single else 8 * limits.smallest_normal)
+
+
+def _read_value(path: Path, output: Any) -> Spoken | None:
+    tensor = _at(path, output)
+    if tensor is None or not are_single_scores(tensor, len(tensor)):
+        return None
+    value = tensor.float().reshape(-1, 1)
+    return Spoken(value, value)
+
+
+def _at(path: Path, output: Any) -> Tensor | None:
+    try:
+        found = Call((output,), {})[path]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return found if isinstance(found, Tensor) and found.dim() else None

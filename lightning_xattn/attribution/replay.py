@@ -1,0 +1,455 @@
+"""Run what lies behind a fusion once more, with other tokens at its entrance; the model is left as it was."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_xattn.attribution.arguments import Call, Path
+from lightning_xattn.attribution.state import ModelState
+from lightning_xattn.attribution.unchanged import left_as_it_was, with_forward
+from lightning_xattn.capture.readers import Edit, Event, Want
+from lightning_xattn.capture.watch import Watch
+from lightning_xattn.functional.shapley import RULED_OUT
+
+MAX_ROWS = 64
+"""So many pairs are replayed in a call: few enough that on a CPU what they take stays in its caches."""
+
+ROUNDED = {False: (1e-3, 1e-5), True: (3e-2, torch.finfo(torch.bfloat16).eps)}
+"""By whether a model computes in half precision: by how much of their standard deviation between samples logits may
+differ in a replay, and by how much of the largest logit they always may, as other numbers of rows round otherwise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spoken:
+    """What a model says of samples."""
+
+    values: Tensor
+    """``(samples, classes)`` probabilities, or ``(samples, 1)`` the output where it is no classes; float32."""
+    logits: Tensor
+    """``(samples, classes)`` centred logits, on which an additive model has no interaction; else as ``values``."""
+
+    def __getitem__(self, samples: slice | Tensor) -> Spoken:
+        return Spoken(self.values[samples], self.logits[samples])
+
+    def cpu(self) -> Spoken:
+        """The same on the CPU."""
+        return Spoken(self.values.cpu(), self.logits.cpu())
+
+    @classmethod
+    def joined(cls, parts: Sequence[Spoken]) -> Spoken:
+        """Several as one."""
+        return cls(torch.cat([part.values for part in parts]), torch.cat([part.logits for part in parts]))
+
+
+ReadOutput = Callable[[Any], Spoken | None]
+"""Finds it in what a module returned; None where it is not there."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The autocast in which a module ran."""
+
+    device: str
+    dtype: torch.dtype | None
+    """None: it was off."""
+
+    @classmethod
+    def of(cls, call: Call) -> Precision:
+        """The one that is in force, for a call that begins."""
+        device = next((tensor.device.type for _, tensor in call.tensors()), "cpu")
+        return cls(device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+
+    def entered(self) -> torch.autocast:
+        """A context manager in which it is in force again."""
+        return torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Carrier:
+    """A run of a module around a fusion, or of the fusion, whose other inputs carry the tokens of any sample."""
+
+    module: nn.Module
+    call: Call
+    precision: Precision
+    spoken: Spoken
+    """What it said."""
+
+
+class ReplayError(Exception):
+    """Why what lies behind a fusion cannot be replayed, as the end of a sentence."""
+
+
+@dataclass(frozen=True)
+class AttentionPlace:
+    """The attention of a direction in what is replayed."""
+
+    module: nn.Module
+    """It is computed while this runs,"""
+    call: int | None
+    """as number so many of those that are, from 1 on; None: it is the only one of its shape."""
+    queries: int | None
+    """None: any number."""
+    keys: int
+
+    def picks(self, event: Event, number: int) -> bool:
+        """Whether it is this one of those that are computed."""
+        keys = event.shape[-1] - event.extra_keys
+        return self.call in (None, number) and keys == self.keys and self.queries in (None, event.shape[-2])
+
+
+EditRows = Callable[[Tensor], Edit]
+"""Gets the numbers of samples that are replayed in one call, ``(rows,)``, and says what is to be changed of theirs."""
+
+
+class Replay:
+    """What lies behind a fusion, as a function of the tokens that enter it.
+
+    The carrier's module is run, with other tokens at the fusion. What runs in it before the fusion is skipped: its
+    outputs are those of one run that is made first.
+
+    Parameters
+    ----------
+    fusion
+        The fusion.
+    axes
+        Where its tokens are among its arguments, and what goes with them; and which axis is that of the samples.
+    carrier
+        A run of a module around it.
+    read
+        Finds what the model says in what that module returns.
+
+    Attributes
+    ----------
+    rows
+        How many pairs are replayed in a call, at most.
+    skips
+        Whether what runs before the fusion is skipped; if not, each replay costs a whole run of the module.
+
+    Raises
+    ------
+    ReplayError
+        If the carrier's samples, in another order, do not give their outputs back in that order.
+    """
+
+    def __init__(self, fusion: nn.Module, axes: Mapping[Path, int], carrier: Carrier, read: ReadOutput) -> None:
+        self._fusion, self._axes, self._carrier, self._read = fusion, axes, carrier, read
+        self._made: dict[nn.Module, list[Any]] = {}
+        self._state: ModelState | None = None
+        self.rows, self.skips, self._exactly = MAX_ROWS, True, False
+        with self.keeping_state():
+            self._check()
+
+    def _check(self) -> None:
+        """Find how the carrier's samples, in another order, give their outputs back in that order."""
+        axes = self._axes
+        entered, intact = self._look()
+        self._tokens = {path: entered[path] for path in axes}
+        path, axis = next(iter(axes.items()))
+        samples = entered[path].shape[axis]
+        # Fewer rows than the carrier has; if that is not understood, as many; and at last nothing is skipped.
+        for self.skips, self._exactly in ((True, False), (True, True), (False, True)):
+            self.rows = samples if self._exactly else MAX_ROWS
+            count = samples if self._exactly else (samples + 1) // 2
+            order = torch.arange(samples - 1, samples - 1 - count, -1)
+            try:
+                again = self(
+                    {
+                        path: entered[path].index_select(axis, order.to(entered[path].device))
+                        for path, axis in axes.items()
+                    }
+                )
+            except ReplayError as error:
+                failure = error
+                continue
+            if gives_back(intact[order], again, self.precision):
+                return
+            failure = ReplayError(
+                "something besides the fusion's tokens reaches the prediction, or the model differs from run to run"
+            )
+        raise failure
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        first: Tensor = next(iter(self._tokens.values()))
+        return first.device
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The coarser one of the tokens' and of autocast's."""
+        return self._coarsest(self._tokens.values())
+
+    def _coarsest(self, tokens: Iterable[Tensor]) -> torch.dtype:
+        kinds = [self._carrier.precision.dtype or torch.float32, *(one.dtype for one in tokens)]
+        return max((kind for kind in kinds if kind.is_floating_point), key=lambda kind: torch.finfo(kind).eps)
+
+    def __call__(
+        self, tokens: Mapping[Path, Tensor], place: AttentionPlace | None = None, edit: EditRows | None = None
+    ) -> Spoken:
+        """What the model says of samples whose tokens these are.
+
+        Parameters
+        ----------
+        tokens
+            What stands at each of the places, with any number of samples.
+        place, edit
+            An attention behind the fusion's entrance, and what is to be changed of it.
+
+        Raises
+        ------
+        ReplayError
+            If it does not run, or says nothing, or there is not one such attention.
+        """
+        path, axis = next(iter(self._axes.items()))
+        samples, parts = tokens[path].shape[axis], []
+        with self._as_in_the_step():
+            for start in range(0, samples, self.rows):
+                places = torch.arange(start, min(start + self.rows, samples))
+                count = len(places)
+                if self._exactly:  # repeats of the last
+                    places = torch.cat([places, places[-1:].expand(self.rows - count)])
+                chosen = {
+                    where: one.index_select(self._axes[where], places.to(one.device)).to(self._tokens[where].device)
+                    for where, one in tokens.items()
+                }
+                with _editing(place, edit, places):
+                    parts.append(self._run(chosen)[:count])
+        return Spoken.joined(parts)
+
+    def key_slopes(self, tokens: Mapping[Path, Tensor], place: AttentionPlace, classes: Tensor) -> Tensor:
+        """How the probability of a class grows with the weights that go to each key: signed gradient x attention.
+
+        Parameters
+        ----------
+        tokens
+            What stands at each of the places.
+        place
+            The attention.
+        classes
+            ``(samples,)`` int64.
+
+        Returns
+        -------
+        Tensor
+            ``(samples, keys)`` the sum over heads and queries of the weights that a key gets, each times the gradient
+            of the probability by it.
+
+        Raises
+        ------
+        ReplayError
+            As `__call__`, or if no gradient reaches the weights.
+        """
+        with torch.inference_mode(False):
+            again, slopes = self._passing_gradients, []
+            with again.keeping_state():
+                for rows in torch.arange(len(classes)).split(again.rows):
+                    chosen = {
+                        path: one.index_select(self._axes[path], rows.to(one.device)) for path, one in tokens.items()
+                    }
+                    own = {path: one.clone() for path, one in chosen.items()}
+                    slopes.append(again._slope(own, place, classes[rows]))
+        return torch.cat(slopes)
+
+    @cached_property
+    def _passing_gradients(self) -> Replay:
+        """The same of copies, as what comes from the step may be inference tensors, which no gradient can pass."""
+        call = self._carrier.call
+        carrier = replace(self._carrier, call=call.copied({path for path, _ in call.tensors()}))
+        return Replay(self._fusion, self._axes, carrier, self._read)
+
+    def _slope(self, tokens: Mapping[Path, Tensor], place: AttentionPlace, classes: Tensor) -> Tensor:
+        scales: list[Tensor] = []
+
+        def weigh(rows: Tensor) -> Edit:
+            scales.append(torch.ones(len(rows), place.keys, device=self.device, requires_grad=True))
+            torch.set_grad_enabled(True)  # from here on, until the replay's end
+            return Edit(weights=scales[0])
+
+        said = self(tokens, place, weigh).values.gather(1, classes[:, None]).sum()
+        if not said.requires_grad:
+            raise ReplayError("no gradient reaches its weights")
+        try:
+            (slope,) = torch.autograd.grad(said, scales)
+        except RuntimeError as error:  # as of a model that changes in place what the gradient needs
+            raise ReplayError(f"no gradient reaches its weights: {error}") from error
+        return slope[: len(classes)].cpu()
+
+    def _run(self, tokens: Mapping[Path, Tensor]) -> Spoken:
+        module, call = self._carrier.module, self._carrier.call
+        with ExitStack() as changes:
+            forward = self._fusion.forward
+
+            def fusion(*args: Any, **kwargs: Any) -> Any:
+                exchanged = Call(args, kwargs).replaced(tokens)
+                return forward(*exchanged.args, **exchanged.kwargs)
+
+            changes.enter_context(with_forward(self._fusion, fusion))
+            for skipped, outputs in self._made.items() if self.skips else ():
+                changes.enter_context(with_forward(skipped, _given_first(outputs, skipped.forward)))
+            try:
+                said = self._read(module(*call.args, **call.kwargs))
+            except ReplayError:
+                raise
+            except Exception as error:  # whatever a user's module raises for other tokens or another number of them
+                raise ReplayError(f"it fails with other tokens: {error!r}") from error
+        if said is None:
+            raise ReplayError("it gives no class scores with other tokens")
+        return said.cpu()
+
+    @contextmanager
+    def keeping_state(self) -> Iterator[None]:
+        """Keep the model's state once, for all replays in the block to put back: nothing else runs the model meanwhile.
+
+        Raises
+        ------
+        ReplayError
+            If the state cannot be kept.
+        """
+        if self._state is not None:
+            yield
+            return
+        call = self._carrier.call
+        try:
+            self._state = ModelState(self._carrier.module, call.args, call.kwargs)
+        except Exception as error:  # no memory for a copy, or an object of the user's that cannot be read
+            raise ReplayError(f"the model's state cannot be kept, to be put back afterwards: {error!r}") from error
+        try:
+            yield
+        finally:
+            self._state = None
+
+    @contextmanager
+    def _as_in_the_step(self) -> Iterator[None]:
+        with self.keeping_state():
+            assert self._state is not None
+            try:
+                # The same random numbers in every process: those that hold a model together must conclude the same.
+                with left_as_it_was(self._state, self._with_hooks), self._carrier.precision.entered():
+                    yield
+            except RuntimeError as error:
+                raise ReplayError(str(error)) from error
+
+    def _look(self) -> tuple[Call, Spoken]:
+        """What enters the fusion, and what the model says, when the carrier runs as it is."""
+        # Users' hooks note what a model does, and must not note this; but some change it, as those of FSDP.
+        for self._with_hooks in (False, True):
+            try:
+                with self._as_in_the_step():
+                    entered, intact = self._run_once()
+            except ReplayError as error:
+                failure = error
+                continue
+            if gives_back(self._carrier.spoken.cpu(), intact, self._coarsest(entered[path] for path in self._axes)):
+                return entered, intact
+            failure = ReplayError("it does not say the same when it is run again")
+        raise failure
+
+    def _run_once(self) -> tuple[Call, Spoken]:
+        """Run the carrier as it is, and keep what is made before the fusion."""
+        module, call = self._carrier.module, self._carrier.call
+        entered: list[Call] = []
+        running: list[nn.Module] = []
+        # What ended before the fusion began, each with the modules that it ran in.
+        done: list[tuple[nn.Module, Any, tuple[nn.Module, ...]]] = []
+
+        def begin(one: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            running.append(one)
+            if one is self._fusion:
+                entered.append(Call(args, kwargs).copied(self._axes))
+
+        def end(one: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            running.pop()
+            if not entered:
+                done[:] = [other for other in done if one not in other[2]]
+                done.append((one, output, tuple(running)))
+
+        with ExitStack() as hooks:
+            for one in module.modules():
+                if not isinstance(one, torch.jit.ScriptModule):
+                    hooks.callback(one.register_forward_pre_hook(begin, with_kwargs=True).remove)
+                    hooks.callback(one.register_forward_hook(end).remove)
+            try:
+                said = self._read(module(*call.args, **call.kwargs))
+            except Exception as error:  # whatever a user's module raises
+                raise ReplayError(f"it fails when it is run again: {error!r}") from error
+        if said is None or len(entered) != 1:
+            raise ReplayError("it gives no class scores" if said is None else f"the fusion runs {len(entered)} times")
+        by_module = defaultdict(list)
+        for one, output, _ in done:
+            by_module[one].append(output)
+        self._made = dict(by_module)
+        return entered[0], said.cpu()
+
+
+def gives_back(intact: Spoken, again: Spoken, precision: torch.dtype) -> bool:
+    """Whether a replay gave the same logits, within what rounding does to the differences between samples.
+
+    Logits, as a model that is sure of itself gives the same probabilities whatever reaches it.
+
+    Parameters
+    ----------
+    intact, again
+        Of the same samples, in the step and in the replay.
+    precision
+        In which the model computes, see `Replay.precision`.
+    """
+    logits = intact.logits.double()
+    finite = logits[logits.isfinite().all(1)]
+    if not len(finite):
+        return True  # nothing is kept of such samples
+    part, rounding = ROUNDED[precision.itemsize < 4]
+    largest = float(torch.where(finite == RULED_OUT, 0, finite).abs().max())
+    spread = float(finite.std(0).max()) if len(finite) > 1 else largest
+    return torch.allclose(
+        again.logits.double(), logits, rtol=0, atol=max(part * spread, rounding * largest), equal_nan=True
+    )
+
+
+def _given_first(outputs: list[Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that gives these outputs, one a run, and then runs."""
+    waiting = list(outputs)
+
+    def skipped(*args: Any, **kwargs: Any) -> Any:
+        return waiting.pop(0) if waiting else forward(*args, **kwargs)
+
+    return skipped
+
+
+@contextmanager
+def _editing(place: AttentionPlace | None, edit: EditRows | None, rows: Tensor) -> Iterator[None]:
+    """Change an attention of these samples.
+
+    Raises
+    ------
+    ReplayError
+        At the end, if not exactly one such attention was computed.
+    """
+    if place is None or edit is None:
+        yield
+        return
+    seen: list[Event] = []
+    picked = 0
+
+    def change(event: Event) -> Edit | None:
+        nonlocal picked
+        seen.append(event)
+        if not place.picks(event, len(seen)):
+            return None
+        picked += 1
+        if event.shape[0] != len(rows):
+            raise ReplayError(f"an attention has {event.shape[0]} rows for {len(rows)} samples")
+        return edit(rows)
+
+    with ExitStack() as hooks:
+        Watch({place.module: ""}, lambda *_: Want.NOTHING, lambda *_: None, change).attach(place.module, hooks)
+        yield
+    if picked != 1:
+        raise ReplayError(f"{picked or 'no'} attentions of its shape are computed")

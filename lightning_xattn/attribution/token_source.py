@@ -1,0 +1,160 @@
+"""The samples whose tokens were kept, to be exchanged; and the work on them, shared by processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.attribution.arguments import Path
+from lightning_xattn.attribution.bottom_k import Columns
+from lightning_xattn.attribution.inputs import ModalityPlace
+from lightning_xattn.attribution.kept_samples import IDENTITY
+from lightning_xattn.attribution.recorder import FusionRecorder
+from lightning_xattn.attribution.replay import Replay, ReplayError, Spoken
+from lightning_xattn.core.attention import Direction
+
+Result = TypeVar("Result")
+
+Part = Callable[[int], Tensor]
+"""Gives the numbers of those of so many that this process works on."""
+
+
+class TokenSource:
+    """The kept samples, whatever the numbers of their tokens.
+
+    Parameters
+    ----------
+    geometries
+        Samples with the same numbers of tokens together, see ``Collected``.
+    size
+        At most so many are taken, those with the smallest hashes.
+
+    Attributes
+    ----------
+    samples
+        ``(samples, 2)`` their ``IDENTITY``. Not their hashes: the same id may occur twice.
+    groups
+        ``(samples,)`` int64 key of the group.
+    kinds
+        ``(samples,)`` which of the geometries.
+    spoken
+        What the model said of them.
+    """
+
+    def __init__(self, geometries: Sequence[Columns], size: int) -> None:
+        self._geometries = geometries
+        whole = {
+            name: torch.cat([rows[name].cpu() for rows in geometries])
+            for name in ("hash", "group", *IDENTITY, "values", "logits")
+        }
+        order = whole["hash"].argsort(stable=True)[:size]
+        self.samples = torch.stack([whole[name] for name in IDENTITY], dim=1)[order]
+        self.groups = whole["group"][order]
+        self.spoken = Spoken(whole["values"][order], whole["logits"][order])
+        counts = torch.tensor([len(rows["hash"]) for rows in geometries])
+        self.kinds = torch.arange(len(geometries)).repeat_interleave(counts)[order]
+        self._row = torch.cat([torch.arange(int(count)) for count in counts])[order]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def column(self, name: str, samples: Tensor) -> Tensor:
+        """One of the columns that are kept of samples of one geometry."""
+        values = self._geometries[int(self.kinds[samples[0]])][name]
+        return values[self._row[samples].to(values.device)]
+
+    def has(self, name: str, samples: Tensor) -> bool:
+        """Whether a column is kept of samples of one geometry."""
+        return name in self._geometries[int(self.kinds[samples[0]])]
+
+    def token_count(self, direction: Direction, samples: Tensor) -> int | None:
+        """How many keys a direction has in samples of one geometry; None where it was not recorded."""
+        name = f"received/{direction}"
+        return self.column(name, samples).shape[1] if self.has(name, samples) else None
+
+    def tokens(self, places: Mapping[str, ModalityPlace], samples: Sequence[Tensor]) -> dict[Path, Tensor]:
+        """What stands at each of the fusion's arguments.
+
+        Parameters
+        ----------
+        places
+            Where each modality stands.
+        samples
+            For each modality which samples it is taken from, ``(pairs,)``, all of one geometry.
+        """
+        tokens: dict[Path, Tensor] = {}
+        for (name, place), of_modality in zip(places.items(), samples, strict=True):
+            for i, (path, axis) in enumerate(place.kept.items()):
+                tokens[path] = self.column(f"tokens/{name}/{i}", of_modality).movedim(0, axis)
+            tokens |= dict.fromkeys(place.tokens[1:], tokens[place.tokens[0]])
+        return tokens
+
+    def batches(
+        self, places: Mapping[str, ModalityPlace], samples: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, dict[Path, Tensor]]]:
+        """Pairs with the same numbers of tokens of each modality, which fit into one batch: which ones, and `tokens`.
+
+        Parameters
+        ----------
+        places, samples
+            As `tokens` takes them, but of any geometries.
+        """
+        _, kind = torch.stack([self.kinds[one] for one in samples], dim=1).unique(dim=0, return_inverse=True)
+        for one in range(int(kind.max()) + 1):
+            chosen = (kind == one).nonzero()[:, 0]
+            yield chosen, self.tokens(places, [of_modality[chosen] for of_modality in samples])
+
+
+def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -> list[Result]:
+    """Let each process do its part of what takes replays: a few collectives, which each must reach.
+
+    One whose first step showed nothing, as of samples that are not finite, cannot replay, and has no part in it.
+    Processes that hold a model together do all of it, each at the same time as the others.
+
+    Parameters
+    ----------
+    fusion
+        Has what is needed to replay what lies behind the fusion.
+    work
+        Does a process's part.
+
+    Returns
+    -------
+    list
+        What each process found, in the order of their parts.
+
+    Raises
+    ------
+    ReplayError
+        If none can replay, or the work of one fails.
+    """
+    processes = fusion.processes
+    replay, result, problem = None, None, ""
+    try:
+        replay = fusion.replay()
+    except ReplayError as error:
+        problem = str(error)
+    problems = processes.gather(problem)
+    able = [one for one, found in enumerate(problems) if not found]
+    if not able:
+        raise ReplayError(problems[0])
+
+    def part(count: int) -> Tensor:
+        every = torch.arange(count)
+        return every.tensor_split(len(able))[able.index(processes.rank)] if processes.run_alone else every
+
+    if replay is not None:
+        try:
+            with replay.keeping_state():
+                result = work(replay, part)
+        except ReplayError as error:
+            problem = str(error)
+    results = processes.gather(("" if replay is None else problem, result))
+    for found, _ in results:
+        if found:
+            raise ReplayError(found)
+    known = [one for _, one in results if one is not None]
+    return known if processes.run_alone else known[:1]

@@ -1,0 +1,78 @@
+"""Run a model once more, and leave it as it was."""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_xattn.attribution.state import HOOKS, ModelState, torch_generators
+from lightning_xattn.capture.wrappers import run_uncompiled
+
+
+@contextmanager
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module run another forward."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = own
+
+
+@contextmanager
+def left_as_it_was(state: ModelState, with_hooks: bool) -> Iterator[None]:
+    """Put a model's state back however the block ends. In the block nothing is logged, compiled or differentiated.
+
+    Torch's random generators begin at the same seed in each such block.
+
+    Parameters
+    ----------
+    state
+        The model's, as it is now.
+    with_hooks
+        Whether what has been hooked on the model's modules, and on all modules, is called.
+    """
+    kept = vars(torch.nn.modules.module)
+    everywhere = [(kept[f"_global{name}"], dict(kept[f"_global{name}"])) for name in HOOKS if f"_global{name}" in kept]
+    try:
+        with ExitStack() as contexts:
+            contexts.enter_context(torch.no_grad())
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import is slow
+                contexts.enter_context(run_uncompiled())
+            state.set_gradients_aside()
+            for generator in torch_generators():
+                generator.manual_seed(0)
+            for book, _ in () if with_hooks else everywhere:
+                book.clear()
+            for one in state.modules:
+                if not with_hooks:
+                    vars(one).update({name: OrderedDict() for name in HOOKS})
+                if hasattr(one, "log_dict") and hasattr(one, "log"):
+                    vars(one)["log"] = vars(one)["log_dict"] = lambda *args, **kwargs: None
+            yield
+    except Exception:
+        _put_back(everywhere, state)
+        raise
+    except BaseException:  # an interrupt, which must not be lost behind what cannot be put back
+        with suppress(RuntimeError):
+            _put_back(everywhere, state)
+        raise
+    else:
+        _put_back(everywhere, state)
+
+
+def _put_back(books: Sequence[tuple[dict[Any, Any], dict[Any, Any]]], state: ModelState) -> None:
+    for book, before in books:
+        book.clear()
+        book.update(before)
+    state.restore()

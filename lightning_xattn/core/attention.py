@@ -1,0 +1,381 @@
+"""The vocabulary: one direction's attention, the pair of directions of a layer, and the axes of their tokens.
+
+One axis order everywhere: ``(batch, heads, queries, keys)``. A *direction* is named ``<query>_to_<key>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.core.errors import SettingError, ShapeError
+from lightning_xattn.core.names import shown
+
+
+def row_sum_tolerance(dtype: torch.dtype) -> float:
+    """How far from 1 the weights of a row may sum up: half precision keeps a sum only up to its rounding."""
+    return max(1e-3, 4 * torch.finfo(dtype).eps if dtype.itemsize < 4 else 0)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Which modality asks (query) and which is looked at (key), e.g. ``eeg_to_spec``.
+
+    Raises
+    ------
+    SettingError
+        If these are not two different names, or one contains ``_to_`` or a slash.
+
+    Examples
+    --------
+    >>> Direction.parse("eeg_to_spec").opposite
+    Direction(query='spec', key='eeg')
+    """
+
+    query: str
+    key: str
+
+    def __post_init__(self) -> None:
+        names = self.query, self.key
+        # A slash separates the parts of a curve's name, and a layer from its direction.
+        if not all(names) or self.query == self.key or any(part in name for name in names for part in ("_to_", "/")):
+            raise self._misnamed(str(self))
+
+    @classmethod
+    def parse(cls, name: str) -> Direction:
+        """Read ``<query>_to_<key>``; raises a SettingError if it is not of this form."""
+        query, separator, key = name.partition("_to_")
+        if not separator:
+            raise cls._misnamed(name)
+        return cls(query, key)
+
+    @staticmethod
+    def _misnamed(name: str) -> SettingError:
+        return SettingError(
+            "A direction is named '<query>_to_<key>' after two different modalities, whose names hold neither '_to_' "
+            f"nor '/', e.g. 'eeg_to_spec'; got '{name}'."
+        )
+
+    @property
+    def opposite(self) -> Direction:
+        """The direction that asks the other way round."""
+        return Direction(self.key, self.query)
+
+    def __str__(self) -> str:
+        return f"{self.query}_to_{self.key}"
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Attention weights of one direction of one layer, with the masks that were in force.
+
+    Parameters
+    ----------
+    direction
+        Who asks whom.
+    weights
+        ``(batch, heads, queries, keys)``, rows sum to 1, any floating dtype, before dropout.
+    key_mask
+        ``(batch, keys)`` bool, True where the key is a real token (key padding); None: all are.
+    visible
+        Bool, broadcastable to ``weights``, True where the attention mask lets the query see the key; None: everywhere.
+    query_mask
+        ``(batch, queries)`` bool, True where the query is a real token; None: all are.
+    extra_keys
+        How many of the last keys are no tokens but learned or zero slots (``add_bias_kv``, ``add_zero_attn``).
+    crossing
+        ``(batch, heads, queries)`` in [0, 1]: where the weights are a block of a joint self-attention, scaled to sum to
+        1, what they summed to before, NaN for a row that is no attention; None: they are no such block.
+
+    Raises
+    ------
+    ShapeError
+        If ``weights`` does not have four axes or a mask does not fit it.
+
+    Examples
+    --------
+    >>> attention = Attention(Direction("eeg", "spec"), torch.full((4, 8, 9, 119), 1 / 119))
+    >>> attention
+    Attention(eeg_to_spec: 4 samples, 8 heads, 9 queries, 119 keys)
+    >>> attention.token_counts
+    {'eeg': 9, 'spec': 119}
+    """
+
+    direction: Direction
+    weights: Tensor
+    key_mask: Tensor | None = None
+    visible: Tensor | None = None
+    query_mask: Tensor | None = None
+    extra_keys: int = 0
+    crossing: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights.dim() != 4:
+            raise ShapeError(
+                f"Attention of {self.direction} must be (batch, heads, queries, keys); "
+                f"got shape {tuple(self.weights.shape)}."
+            )
+        batch, heads, queries, keys = self.weights.shape
+        for name, mask, expected in (
+            ("key_mask", self.key_mask, (batch, keys)),
+            ("query_mask", self.query_mask, (batch, queries)),
+            ("crossing", self.crossing, (batch, heads, queries)),
+        ):
+            if mask is not None and tuple(mask.shape) != expected:
+                raise ShapeError(
+                    f"{name} of {self.direction} must have shape {expected} to go with weights of shape "
+                    f"{tuple(self.weights.shape)}; got {tuple(mask.shape)}."
+                )
+
+    def __repr__(self) -> str:
+        samples, heads, queries, keys = self.weights.shape
+        masks = [name for name in ("key_mask", "visible", "query_mask") if getattr(self, name) is not None]
+        masked = f"; {', '.join(masks)}" if masks else ""
+        return f"Attention({self.direction}: {samples} samples, {heads} heads, {queries} queries, {keys} keys{masked})"
+
+    def __getitem__(self, samples: slice) -> Attention:
+        """The attention of some of the samples."""
+
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            # An attention mask may be one for all samples.
+            return tensor if tensor is None or len(tensor) == 1 < len(self.weights) else tensor[samples]
+
+        return replace(
+            self,
+            weights=self.weights[samples],
+            key_mask=pick(self.key_mask),
+            visible=pick(self.visible),
+            query_mask=pick(self.query_mask),
+            crossing=pick(self.crossing),
+        )
+
+    def cpu(self) -> Attention:
+        """The same, detached and on the CPU."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {n: v.detach().cpu() if isinstance(v, Tensor) else v for n, v in values.items()}
+        return Attention(**moved)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Attention]) -> Attention:
+        """The attention of several batches as one."""
+
+        def join(name: str) -> Tensor | None:
+            known = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+            return torch.cat(known) if len(known) == len(parts) else None
+
+        # An attention mask may be one for all samples of its part.
+        visible = [
+            None if part.visible is None else part.visible.expand(len(part.weights), *part.visible.shape[1:])
+            for part in parts
+        ]
+        parts = [replace(part, visible=of_part) for part, of_part in zip(parts, visible, strict=True)]
+        joined: dict[str, Any] = {name: join(name) for name in ("weights", "key_mask", "query_mask", "crossing")}
+        return replace(parts[0], visible=join("visible"), **joined)
+
+    @classmethod
+    def of_weights(cls, direction: Direction, weights: Tensor) -> Attention:
+        """Attention of weights alone, in which NaN marks what a mask hides (see ``marked_weights``)."""
+        hidden = weights.isnan()
+        return cls(direction, weights.masked_fill(hidden, 0), visible=~hidden)
+
+    @property
+    def marked_weights(self) -> Tensor:
+        """The weights, with NaN where a mask hides the key or the query is padding."""
+        weights = self.weights
+        if self.key_mask is not None:
+            weights = weights.masked_fill(~self.key_mask[:, None, None, :], torch.nan)
+        if self.visible is not None:
+            weights = weights.masked_fill(~self.visible, torch.nan)
+        if self.query_mask is not None:
+            weights = weights.masked_fill(~self.query_mask[:, None, :, None], torch.nan)
+        return weights
+
+    @property
+    def tokens(self) -> int:
+        """Number of keys that are tokens."""
+        return self.weights.shape[3] - self.extra_keys
+
+    @property
+    def token_counts(self) -> dict[str, int]:
+        """Number of tokens of each modality, the one that asks first."""
+        return {self.direction.query: self.weights.shape[2], self.direction.key: self.tokens}
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPair:
+    """One layer's attention in both directions (or in one, when the model has only one).
+
+    Parameters
+    ----------
+    layer
+        Name of the layer, unique within a model.
+    forward, backward
+        The two directions; ``backward.direction`` is the opposite of ``forward.direction``.
+
+    Raises
+    ------
+    ShapeError
+        If the queries of one direction are not the keys of the other.
+
+    Examples
+    --------
+    >>> there = Attention(Direction("eeg", "spec"), torch.full((4, 8, 9, 119), 1 / 119))
+    >>> back = Attention(Direction("spec", "eeg"), torch.full((4, 8, 119, 9), 1 / 9))
+    >>> [str(one.direction) for one in AttentionPair("fusion", there, back).directions]
+    ['eeg_to_spec', 'spec_to_eeg']
+    """
+
+    layer: str
+    forward: Attention
+    backward: Attention | None = None
+
+    def __post_init__(self) -> None:
+        if self.backward is None:
+            return
+        there, back = self.forward, self.backward
+        if back.direction != there.direction.opposite:
+            raise ShapeError(
+                f"Layer '{self.layer}' pairs {there.direction} with {back.direction}; "
+                f"expected {there.direction.opposite}."
+            )
+        expected = (there.weights.shape[0], there.tokens, there.weights.shape[2])
+        got = (back.weights.shape[0], back.weights.shape[2], back.tokens)
+        if got != expected:
+            raise ShapeError(
+                f"Layer '{self.layer}': {there.direction} has weights of shape {tuple(there.weights.shape)}, so "
+                f"{back.direction} must be (batch={expected[0]}, heads, queries={expected[1]}, keys={expected[2]}); "
+                f"got {tuple(back.weights.shape)}. Where some keys are no tokens, such as a null key, name one "
+                "direction alone: its entropy needs no pair."
+            )
+
+    def __repr__(self) -> str:
+        return f"AttentionPair('{self.layer}', {', '.join(map(repr, self.directions))})"
+
+    def __getitem__(self, samples: slice) -> AttentionPair:
+        """The attention of some of the samples."""
+        return AttentionPair(self.layer, *(attention[samples] for attention in self.directions))
+
+    def cpu(self) -> AttentionPair:
+        """The same, detached and on the CPU."""
+        return AttentionPair(self.layer, *(attention.cpu() for attention in self.directions))
+
+    @classmethod
+    def joined(cls, parts: Sequence[AttentionPair]) -> AttentionPair:
+        """The attention of several batches as one."""
+        directions = zip(*(part.directions for part in parts), strict=True)
+        return cls(parts[0].layer, *map(Attention.joined, directions))
+
+    @property
+    def directions(self) -> tuple[Attention, ...]:
+        """The recorded directions, forward first."""
+        return (self.forward,) if self.backward is None else (self.forward, self.backward)
+
+
+def mask_queries(pairs: Sequence[AttentionPair], mask: Tensor | None) -> tuple[AttentionPair, ...]:
+    """The same, with a mask ``(batch, queries)`` of the modality that asks in the first direction without an opposite.
+
+    Raises
+    ------
+    ShapeError
+        If the mask does not fit.
+    """
+    alone = [pair.forward.direction.query for pair in pairs if pair.backward is None]
+    return tuple(
+        replace(pair, forward=replace(pair.forward, query_mask=mask))
+        if mask is not None and pair.backward is None and pair.forward.direction.query == alone[0]
+        else pair
+        for pair in pairs
+    )
+
+
+@dataclass(frozen=True)
+class TokenAxis:
+    """What the tokens of one modality are, so that a figure can label them.
+
+    Parameters
+    ----------
+    title
+        Axis title with its unit, e.g. ``"EEG window (s from the labelled moment)"``.
+    spans
+        ``(start, stop)`` of each token in the title's unit, ascending; for tokens along a continuous axis.
+    names
+        A name for each token; for tokens without an order, such as regions.
+
+    Raises
+    ------
+    SettingError
+        Unless exactly one of ``spans`` and ``names`` is given, with something for each token.
+
+    Examples
+    --------
+    >>> axis = TokenAxis("EEG window (s)", spans=[(0, 10), (5, 15), (10, 20)])
+    >>> axis.place(1)
+    '5 to 15'
+    """
+
+    title: str
+    spans: Sequence[tuple[float, float]] | None = None
+    names: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.spans is None) == (self.names is None):
+            raise SettingError(f"TokenAxis '{self.title}' takes either spans or names, and not both.")
+        if not isinstance(self.title, str):
+            raise SettingError(f"TokenAxis needs a title, as in TokenAxis('EEG window (s)', ...); got {self.title!r}.")
+        if self.spans is not None and not _ascend(self.spans):
+            raise SettingError(
+                f"TokenAxis '{self.title}' needs (start, stop) of each token, start below stop and no token before its "
+                f"predecessor, as spans=[(0, 10), (5, 15)]; got {self.spans!r}."
+            )
+        if self.names is not None and not _are_names(self.names):
+            raise SettingError(
+                f"TokenAxis '{self.title}' needs a name for each token, as names=['left', 'right']; got {self.names!r}."
+            )
+        # Both are there to be shown, and the names often come from data.
+        object.__setattr__(self, "title", shown(self.title))
+        if self.names is not None:
+            object.__setattr__(self, "names", [*map(shown, self.names)])
+
+    def __repr__(self) -> str:
+        places = [self.place(token) for token in range(len(self))]
+        shown = places if len(places) <= 3 else [places[0], "...", places[-1]]
+        return f"TokenAxis('{self.title}', {len(self)} tokens: {', '.join(shown)})"
+
+    def __len__(self) -> int:
+        tokens = self.names if self.spans is None else self.spans
+        assert tokens is not None
+        return len(tokens)
+
+    def place(self, token: int) -> str:
+        """Where a token lies, in words: its name, or its span such as ``"20 to 30"``."""
+        if self.spans is None:
+            assert self.names is not None
+            return self.names[token]
+        start, stop = self.spans[token]
+        return f"{start:g} to {stop:g}"
+
+
+def _ascend(spans: Any) -> bool:
+    """Whether each is a pair of finite numbers, the first below the second, and none begins before its predecessor."""
+    try:
+        pairs = [(float(start), float(stop)) for start, stop in spans]
+    except (TypeError, ValueError):
+        return False
+    inside = all(-inf < start < stop < inf for start, stop in pairs)
+    return len(pairs) > 0 and inside and all(one <= other for (one, _), (other, _) in pairwise(pairs))
+
+
+def _are_names(names: Any) -> bool:
+    ordered = isinstance(names, Collection) and not isinstance(names, (str, Mapping, Set))
+    return ordered and len(names) > 0 and all(isinstance(name, str) and name for name in names)
+
+
+def fitting_axes(axes: Mapping[str, TokenAxis], counts: Mapping[str, int]) -> dict[str, TokenAxis]:
+    """The axes with as many tokens as their modality has; a model may pool or group what the data have."""
+    return {name: axes[name] for name, count in counts.items() if name in axes and len(axes[name]) == count}

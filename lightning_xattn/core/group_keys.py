@@ -1,0 +1,65 @@
+"""Which samples belong together: the ids of their groups (patients, recordings) as numbers that can be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.core.errors import ShapeError
+from lightning_xattn.core.names import is_unknown, plain_id, raw_text
+
+UNKNOWN_GROUP = -(2**63)
+"""The key of samples whose group is not known. Intervals take them as one group, since they may all be of one."""
+
+
+def group_keys(ids: Tensor | Sequence[Any], device: torch.device | str) -> Tensor:
+    """A number for each sample: the same for the same id, in every batch, process and run.
+
+    Parameters
+    ----------
+    ids
+        ``(batch,)`` or ``(batch, 1)`` numbers, or a sequence of numbers and strings; None and NaN: not known.
+    device
+        Where the numbers should be; a tensor that is there already is not waited for.
+
+    Returns
+    -------
+    Tensor
+        ``(batch,)`` int64: whole numbers are their own key, of others it is a hash.
+
+    Raises
+    ------
+    ShapeError
+        If a tensor has more than one number a sample.
+    """
+    if not isinstance(ids, Tensor):
+        return torch.tensor([_key(one) for one in ids], dtype=torch.int64, device=device)
+    if ids.numel() != len(ids):
+        raise ShapeError(f"Expected one group a sample; got a tensor of shape {tuple(ids.shape)}.")
+    values = ids.detach().reshape(-1).to(device, non_blocking=True)
+    if not values.is_floating_point():
+        return values.long()
+    # The bits of a number tell it from any other, and no GPU has to be asked for its value; -0.0 is 0.0.
+    bits = (values.double() + 0.0).view(torch.int64)
+    return torch.where(values.isnan(), UNKNOWN_GROUP, bits)
+
+
+def _key(one: Any) -> int:
+    try:
+        one = plain_id(one)
+    except (RuntimeError, ValueError):  # torch's and numpy's, for more than one number
+        raise ShapeError(f"Expected one group a sample; got {one!r}.") from None
+    if is_unknown(one):
+        return UNKNOWN_GROUP
+    if isinstance(one, float):
+        packed = struct.pack("<d", one + 0.0)
+    elif isinstance(one, int) and abs(one) < 2**63:
+        return int(one)
+    else:
+        packed = hashlib.blake2b(raw_text(one).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(packed, "little", signed=True)

@@ -1,0 +1,142 @@
+"""Which class and which outcome a sample belongs to, and what the classes are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.capture.labels import Labels, Step
+from lightning_xattn.capture.labels.tensors import UNLABELLED
+from lightning_xattn.core.errors import SettingError, ShapeError
+from lightning_xattn.core.names import shown
+from lightning_xattn.core.notices import warn
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
+
+GROUPINGS = ("target", "prediction")
+
+RESERVED = ("all", "correct", "incorrect", "gap", "null", "rest")
+"""Curve names that a class may not have."""
+
+
+def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    """The names as they are shown everywhere, see ``shown``; refuses such as would give two curves one name.
+
+    Raises
+    ------
+    SettingError
+        If there is no name, or one is empty, repeated, not a string, in ``RESERVED``, or reads like a head's.
+    """
+    usable = isinstance(class_names, Sequence) and not isinstance(class_names, str) and len(class_names) > 0
+    usable = usable and all(isinstance(name, str) for name in class_names)
+    names = tuple(map(shown, class_names)) if usable else ()
+    if not names or any(not name.strip() or name in RESERVED or re.fullmatch(r"head_\d+", name) for name in names):
+        raise SettingError(
+            f"class_names must be a sequence of strings, none of them empty, {', '.join(RESERVED)} or like head_0, "
+            f"since each names a curve; got {class_names!r}."
+        )
+    if len(set(names)) < len(names):
+        raise SettingError(f"class_names must differ from each other; got {class_names!r}.")
+    return names
+
+
+def own_class_names(module: object) -> tuple[str, ...] | None:
+    """A module's attribute ``class_names`` if it can be used; warns where it cannot, as nobody gave it as a setting."""
+    names = getattr(module, "class_names", None)
+    try:
+        return None if names is None else check_class_names(names)
+    except SettingError as error:
+        warn([f"The class_names of {type(module).__name__} are not used: {error}"])
+        return None
+
+
+def name_in_curves(class_names: Sequence[str], group_by: str, plain: bool = False) -> tuple[str, ...]:
+    """What the classes are called in curves: their names, or ``predicted_<name>`` when grouped by prediction.
+
+    ``plain``: for a logger that takes but ASCII letters, digits and a few signs, as MLflow, a class whose name would be
+    nothing without the others, or that of another class, is called ``class_<i>``.
+    """
+    kept = [re.sub(r"[^A-Za-z0-9_/. -]", "", name) for name in class_names]
+    is_path = [all(part.strip(" .") for part in name.split("/")) and kept.count(name) == 1 for name in kept]
+    names = [f"class_{i}" if plain and not is_path[i] else name for i, name in enumerate(class_names)]
+    return tuple(name if group_by == "target" else f"predicted_{name}" for name in names)
+
+
+def name_classes(labels: Labels, class_names: Sequence[str] | None, group_by: str, step: Step) -> tuple[str, ...]:
+    """The names of the classes of a first batch; none when what groups them is not known.
+
+    Parameters
+    ----------
+    labels
+        Of the batch.
+    class_names
+        As given by the user or the module; None: ``class_0``, ``class_1`` and so on.
+    group_by
+        One of ``GROUPINGS``.
+    step
+        Where the labels were looked for, for error messages.
+
+    Raises
+    ------
+    ShapeError
+        If names and labels do not fit each other.
+    """
+    if (labels.target if group_by == "target" else labels.predicted) is None:
+        return ()
+    if class_names is None:
+        class_names = [f"class_{i}" for i in range(labels.n_classes or 0)]
+    elif labels.n_classes not in (None, len(class_names)):
+        raise ShapeError(
+            f"There are {len(class_names)} class_names ({', '.join(class_names)}) but {labels.n_classes} columns of "
+            f"class scores. Give a name for each: class_names=[...]. {step}"
+        )
+    for what, ids in (("targets", labels.target), ("predictions", labels.predicted)):
+        if ids is None or not class_names:
+            continue
+        outside = set(ids.tolist()) - set(range(len(class_names))) - set(UNLABELLED)
+        if outside:
+            raise ShapeError(
+                f"Expected {what} in 0 ... {len(class_names) - 1} for {len(class_names)} classes "
+                f"({', '.join(map(str, UNLABELLED))}: no label); got {sorted(outside)} too. {step} Name the right "
+                f"ones: {what}=<key or callable>."
+            )
+    return check_class_names(class_names) if class_names else ()
+
+
+def missing_labels(labels: Labels, names: Sequence[str], group_by: str, step: Step) -> Iterator[str]:
+    """What cannot be shown because it was not found, or why it was not taken, and how to name it."""
+    if "confidence" in labels.doubts:
+        yield labels.doubts["confidence"]
+    for what, ids in (("predictions", labels.predicted), ("targets", labels.target)):
+        if ids is None:
+            parts = "correct and incorrect predictions" + (" and classes" if what.startswith(group_by) else "")
+            reason = f" {labels.doubts[what]}" if what in labels.doubts else ""
+            yield f"No {what} found, so {parts} are not compared.{reason} {step} Name them: {what}=<key or callable>."
+        elif not names and what.startswith(group_by):
+            yield (
+                f"The {what} are class ids, which do not tell how many classes there are, so classes are not "
+                "compared. Name them: class_names=[...]."
+            )
+
+
+def classify(
+    labels: Labels, group_by: str, n_classes: int, samples: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Class id (-1: none), outcome and tie of each of so many samples.
+
+    An id outside the classes has no class and no outcome.
+    """
+    classes = labels.target if group_by == "target" else labels.predicted
+    if classes is None:
+        classes = torch.full((samples,), -1, device=device)
+    outcomes = torch.full((samples,), UNKNOWN, device=device)
+    if labels.predicted is not None and labels.target is not None:
+        # Ids below 0 are no labels, or scores that were not finite.
+        known = (labels.predicted >= 0) & (labels.target >= 0)
+        if n_classes:
+            known = known & (labels.predicted < n_classes) & (labels.target < n_classes)
+        outcomes = torch.where(known, torch.where(labels.predicted == labels.target, CORRECT, INCORRECT), UNKNOWN)
+    tied = torch.zeros(samples, dtype=torch.bool, device=device) if labels.tied is None else labels.tied
+    return classes, outcomes, tied

@@ -1,0 +1,353 @@
+"""What is logged of an epoch as curves: their names and values, which are shown together, and the history's record."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, combinations
+from typing import Any, Literal
+
+from lightning_xattn.core.attention import Direction
+from lightning_xattn.core.names import shown_tag
+from lightning_xattn.evaluation.fusion_summary import Estimate, FusionSummary
+from lightning_xattn.evaluation.layer_summary import LayerSummary
+from lightning_xattn.evaluation.statistics import ALIGNMENT, CONFIDENCE, INVALID_ROWS, SCORES, STATISTICS, Column
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
+
+OUTCOMES = {"correct": CORRECT, "incorrect": INCORRECT}
+
+MAIN = re.compile(
+    r"alignment/(all|correct|incorrect|null)|entropy/(correct|incorrect|[^/]+_to_[^/]+/all)"
+    r"|conflict/(all|correct|incorrect)|reading/[^/]+|contribution/(share|size)/[^/]+|faithfulness/[^/]+"
+    r"|outcome/\w+_auroc|health/undefined_share"
+)
+"""``<topic>/<what>`` of the curves that are acted on: those that are logged unless all are asked for."""
+
+_OF_CLASS = re.compile(r"(alignment|entropy/[^/]+_to_[^/]+)/(?!(all|correct|incorrect|gap|null|head_\d+)$)(?P<name>.+)")
+"""The curves of a class that are logged as those of ``MAIN`` are, where there are few classes."""
+
+FEW_CLASSES = 10
+"""Of up to so many classes each has curves that are logged as those of ``MAIN`` are."""
+
+TOPICS = (
+    *("alignment", "entropy", "focus", "conflict", "lean", "reading", "contribution", "faithfulness", "outcome"),
+    "health",
+)
+"""Of all curves, ``xattn_<topic>/...``."""
+
+COMPARED = re.compile(
+    r"(?!.*_(low|high)$)(accuracy|(alignment|conflict)/all|reading/[^/]+|contribution/share/[^/]+|outcome/\w+_auroc)"
+)
+"""What a record of the history has that runs are compared by: no ends of intervals."""
+
+_SCOPE = r"{stage}(/[^/]+){0,3}"
+
+CHARTS = {
+    "Do correct and incorrect predictions differ?": {
+        "alignment: correct, incorrect, null": r"xattn_alignment/{scope}/(correct|incorrect|null)$",
+        "conflict: correct, incorrect": r"xattn_conflict/{scope}/(correct|incorrect)$",
+        "entropy: correct, incorrect": r"xattn_entropy/{scope}/(correct|incorrect)$",
+        "AUROC: how often a score is higher in correct predictions": r"xattn_outcome/{scope}/\w+_auroc$",
+    },
+    "What do the modalities know, and what is used?": {
+        "reading: accuracy of each modality": r"xattn_reading/{scope}/[^/]+$",
+        "contribution: share of each modality": r"xattn_contribution/{scope}/share/[^/]+$",
+        "faithfulness of the attention": r"xattn_faithfulness/{scope}/[^/]+$",
+    },
+    "Do the classes differ?": {
+        "alignment of each class": r"xattn_alignment/{scope}/(?!all$|correct$|incorrect$|gap$|null$)[^/]+$",
+        "entropy of each class": r"xattn_entropy/{scope}/[^/]+_to_[^/]+/"
+        r"(?!all$|correct$|incorrect$|gap$|head_\d+$)[^/]+$",
+    },
+    "Conflict of classes, and heads (with curves='all')": {
+        "conflict of each class": r"xattn_conflict/{scope}/(?!all$|correct$|incorrect$|gap$)[^/]+$",
+        "entropy of each head": r"xattn_entropy/{scope}/[^/]+/head_\d+$",
+    },
+}
+"""By section and title, the curves that belong in one chart, as a pattern; ``{scope}`` stands for a stage and so on."""
+
+
+def charts(stages: Iterable[str] = ("val", "test")) -> dict[str, dict[str, str]]:
+    """``CHARTS`` of each stage, with the first stage first."""
+    return {
+        f"{stage}: {section}": {
+            title: pattern.replace("{scope}", _SCOPE.replace("{stage}", stage)) for title, pattern in of_section.items()
+        }
+        for stage in stages
+        for section, of_section in CHARTS.items()
+    }
+
+
+def main_names(names: Iterable[str]) -> set[str]:
+    """Of ``<topic>/<what>`` those that are logged unless all are: ``MAIN``, and those of up to ``FEW_CLASSES``."""
+    names = list(names)
+    of_class = {name: found["name"] for name in names if (found := _OF_CLASS.fullmatch(name))}
+    few = len(set(of_class.values())) <= FEW_CLASSES
+    return {name for name in names if MAIN.fullmatch(name) or (few and name in of_class)}
+
+
+def main_curves(curves: Mapping[str, float], scope: str) -> dict[str, float]:
+    """Those of a scope's curves that `main_names` names."""
+    chosen = main_names(_relative(name, scope) for name in curves)
+    return {name: value for name, value in curves.items() if _relative(name, scope) in chosen}
+
+
+def mean_curves(
+    of_layers: Sequence[Mapping[str, float]], scopes: Sequence[str], scope: str, layers: int
+) -> dict[str, float]:
+    """Means over layers of what says how they attend: not of single heads, nor of what is no mean.
+
+    Parameters
+    ----------
+    of_layers, scopes
+        The curves of each layer, and its scope.
+    scope
+        Under which the means stand.
+    layers
+        How many there are: where one of them has not run, or has no such number, there is no mean of all.
+    """
+    values: dict[str, list[float]] = defaultdict(list)
+    for curves, of_layer in zip(of_layers, scopes, strict=True):
+        for name, value in curves.items():
+            values[_relative(name, of_layer)].append(value)
+    return {
+        _full(name, scope): sum(found) / len(found) if len(scopes) == layers else math.nan
+        for name, found in values.items()
+        if name.startswith(("alignment/", "entropy/", "focus/")) and "/head_" not in name and len(found) == len(scopes)
+    }
+
+
+def best_epoch(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What runs are compared by, of the validation of a fit that predicted the most samples correctly.
+
+    Parameters
+    ----------
+    records
+        The history of one dataloader and layer since the fit began.
+
+    Returns
+    -------
+    dict of str to float
+        ``xattn_best/<what>`` and its value; empty where no accuracy is known.
+    """
+    known = [one for one in records if one["stage"] == "val" and "accuracy" in one]
+    if not known:
+        return {}
+    best = max(known, key=lambda one: one["accuracy"])
+    return {f"xattn_best/{name}": value for name, value in best.items() if COMPARED.fullmatch(name)}
+
+
+def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) -> dict[str, float]:
+    """Scalars of one layer's epoch, as ``xattn_<topic>/<scope>/<what>``; NaN where undefined.
+
+    Which names there are depends on the layer and the classes alone, so that each is there in every epoch.
+
+    Parameters
+    ----------
+    summary
+        The epoch.
+    scope
+        Stage, followed by the dataloader and the layer where there are several, e.g. ``val`` or ``test/fusion.1``.
+    class_names
+        What the classes are called in curves.
+    """
+    return {_full(name, scope): _or_nan(value) for name, value in _numbers(summary, class_names)}
+
+
+def epoch_record(summary: LayerSummary, scope: str, curves: Mapping[str, float]) -> dict[str, Any]:
+    """What the history says of an epoch: its curves, how many samples are behind them, and how sure comparisons are."""
+    groups = summary.groups() if summary.group_noun else None
+    record: dict[str, Any] = {"samples": summary.samples, "groups": groups}
+    record |= {"ties": summary.ties, "unclassified": summary.unclassified}
+    record["wholly_masked"] = summary.wholly_masked
+    correct, incorrect = (summary.size(outcome=outcome) for outcome in (CORRECT, INCORRECT))
+    record |= _accuracy(correct, incorrect)
+    for score in _scores(summary):
+        compared = dict(vars(summary.compare(score)))
+        ends = {"auroc_low": compared.pop("low"), "auroc_high": compared.pop("high")}
+        del compared["auroc"]  # a curve
+        record |= {f"outcome/{score}_{name}": value for name, value in (compared | ends).items()}
+        for name, outcome in OUTCOMES.items():
+            record |= _ends(f"{score}/{name}", *summary.interval(score, outcome=outcome))
+    return record | _defined(curves, scope)
+
+
+def fusion_curves(
+    summary: FusionSummary,
+    scope: str,
+    class_names: Sequence[str],
+    has_attention: bool,
+    exchanges: bool = True,
+    tested: Sequence[Direction] = (),
+) -> dict[str, float]:
+    """Scalars of what the modalities say and contribute, NaN where undefined, named as in ``epoch_curves``.
+
+    Which names there are depends on the modalities, the classes and what is below, so that each is there in every
+    epoch.
+
+    Parameters
+    ----------
+    summary, scope, class_names
+        As in ``epoch_curves``.
+    has_attention
+        Whether ``epoch_curves`` has what both have.
+    exchanges
+        Whether contributions are measured at all.
+    tested
+        The directions whose faithfulness is tested, now or in another epoch.
+    """
+    numbers = _fusion_numbers(summary, class_names)
+    if exchanges:
+        numbers = chain(numbers, _contribution_numbers(summary, class_names, tested))
+    return {
+        _full(name, scope): _or_nan(value)
+        for name, value in numbers
+        if not (has_attention and name == f"outcome/{CONFIDENCE}_auroc")
+    }
+
+
+def fusion_record(summary: FusionSummary, scope: str, curves: Mapping[str, float]) -> dict[str, Any]:
+    """What the history says of the modalities: their curves, why what is missing is missing, and how sure it is."""
+    record: dict[str, Any] = {"read_samples": summary.samples, "unreadable": dict(summary.unreadable)}
+    record["uncontributed"] = summary.uncontributed
+    if summary.replaced:  # the attention was tested
+        record["unfaithful"] = {str(direction): summary.unfaithful(direction) for direction in summary.replaced}
+    record |= _accuracy(*(int((summary.outcomes == outcome).sum()) for outcome in (CORRECT, INCORRECT)))
+    record |= {"largest_class": summary.largest_class} if math.isfinite(summary.largest_class) else {}
+    for score in ("conflict", "confidence"):
+        compared = summary.compare(score)
+        if math.isfinite(curves.get(_full(f"outcome/{score}_auroc", scope), math.nan)):
+            record |= {f"outcome/{score}_auroc_low": compared.low, f"outcome/{score}_auroc_high": compared.high}
+    for name, estimate in _fusion_intervals(summary):
+        record |= _ends(name, estimate.low, estimate.high)
+    return record | _defined(curves, scope)
+
+
+def _defined(curves: Mapping[str, float], scope: str) -> dict[str, float]:
+    """For the history, which has what is undefined under no name."""
+    return {_relative(name, scope): value for name, value in curves.items() if math.isfinite(value)}
+
+
+def _or_nan(value: float) -> float:
+    return value if math.isfinite(value) else math.nan
+
+
+def _accuracy(correct: int, incorrect: int) -> dict[str, float]:
+    """For the history; nothing where no outcome is known."""
+    return {"accuracy": correct / (correct + incorrect)} if correct + incorrect else {}
+
+
+def _fusion_intervals(summary: FusionSummary) -> Iterator[tuple[str, Estimate]]:
+    for name, outcome in OUTCOMES.items():
+        yield f"conflict/{name}", summary.estimate("conflict", outcome=outcome)
+    for name in summary.modalities:
+        yield f"reading/{name}", summary.estimate(f"right/{name}")
+        if not summary.uncontributed:
+            yield f"contribution/share/{name}", summary.share(name)
+    for direction in () if summary.uncontributed else summary.replaced:
+        yield f"faithfulness/{direction}", summary.faithfulness(direction)
+
+
+def _subsets(class_names: Sequence[str]) -> dict[str, tuple[int | None, int | None]]:
+    """Class and outcome of the samples that have curves of their own."""
+    outcomes = {name: (None, outcome) for name, outcome in OUTCOMES.items()}
+    of_classes = {name: (class_id, None) for class_id, name in enumerate(class_names)}
+    return {"all": (None, None), **outcomes, **of_classes}
+
+
+def _fusion_numbers(summary: FusionSummary, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:
+    for name in summary.modalities:
+        yield f"reading/{name}", summary.estimate(f"right/{name}").mean
+    subsets = _subsets(class_names)
+    for topic, number in (("conflict", "conflict"), ("lean", "leans_first")):
+        if topic == "lean" and len(summary.modalities) != 2:
+            continue
+        means = {which: summary.estimate(number, *subset).mean for which, subset in subsets.items()}
+        yield from ((f"{topic}/{which}", mean) for which, mean in means.items())
+        yield f"{topic}/gap", means["correct"] - means["incorrect"]
+    for score in ("conflict", "confidence"):
+        yield f"outcome/{score}_auroc", summary.compare(score).auroc
+
+
+def _contribution_numbers(
+    summary: FusionSummary, class_names: Sequence[str], tested: Sequence[Direction]
+) -> Iterator[tuple[str, float]]:
+    names, known = summary.modalities, not summary.uncontributed
+
+    def mean(number: str) -> float:
+        return summary.estimate(number).mean if number in summary.numbers else math.nan
+
+    pairs = [f"interaction/{a}_{b}" for a, b in combinations(names, 2)] if len(names) > 2 else ["interaction"]
+    for name in pairs:
+        yield f"contribution/{name}", mean(name)
+    # Where nothing was exchanged, predictions and classes tell that these are no values.
+    if summary.of_value or not (known or summary.n_classes or (summary.predicted >= 0).any()):
+        for name in names:
+            yield f"contribution/size/{name}", summary.size(name).mean if known else math.nan
+        return
+    subsets = _subsets(class_names)
+    for name in names:
+        yield f"contribution/{name}", mean(f"phi/{name}")
+        shares = {which: summary.share(name, *subset).mean if known else math.nan for which, subset in subsets.items()}
+        yield f"contribution/share/{name}", shares.pop("all")
+        yield from ((f"contribution/share/{name}/{which}", share) for which, share in shares.items())
+        yield f"contribution/share/{name}/gap", shares["correct"] - shares["incorrect"]
+    yield "contribution/opposed", mean("opposed")
+    yield "contribution/emap_accuracy", mean("additive_right")
+    for direction in dict.fromkeys([*tested, *summary.replaced]):
+        orders: dict[str, Literal["gain", "reference"]] = {"": "gain", "reference/": "reference"}
+        for which, order in orders.items():
+            there = direction in summary.replaced
+            yield f"faithfulness/{which}{direction}", summary.faithfulness(direction, order).mean if there else math.nan
+        yield f"faithfulness/cost/{direction}", mean(f"cost/{direction}")
+
+
+def _numbers(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """``<topic>/<what>`` and value of each curve."""
+    for column in summary.columns:
+        curve = STATISTICS[column.statistic].curve
+        if curve is not None and (column.direction is not None or "{direction}" not in curve):
+            for which, value in _by_samples(summary, column, class_names):
+                if which == "all" or "{which}" in curve:
+                    yield curve.format(direction=column.direction, which=which), value
+        if curve is not None and column in SCORES:
+            for name, outcome in OUTCOMES.items():
+                yield f"{column}/{name}", summary.mean(column, outcome=outcome)
+            yield f"{column}/gap", summary.gap(column)
+    if ALIGNMENT in summary.columns:
+        yield "alignment/null", summary.alignment_null
+    for score in _scores(summary):
+        yield f"outcome/{score}_auroc", summary.compare(score).auroc
+    yield "health/undefined_share", summary.undefined_share()
+    yield "health/invalid_rows", summary.total(INVALID_ROWS)
+
+
+def _by_samples(summary: LayerSummary, column: Column, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """The means of a number over all samples, and over each class; of a head over all."""
+    if column.head is not None:
+        yield f"head_{column.head}", summary.mean(column)
+        return
+    yield "all", summary.mean(column)
+    for class_id, name in enumerate(class_names):
+        yield name, summary.mean(column, class_id)
+
+
+def _scores(summary: LayerSummary) -> list[Column]:
+    return [score for score in SCORES if score in summary.columns]
+
+
+def _ends(name: str, low: float, high: float) -> dict[str, float]:
+    """An interval for the history; nothing where there is none."""
+    name = shown_tag(name)  # as its curve
+    return {f"{name}_low": low, f"{name}_high": high} if math.isfinite(low) and math.isfinite(high) else {}
+
+
+def _full(name: str, scope: str) -> str:
+    topic, _, what = name.partition("/")
+    return f"xattn_{topic}/{scope}/{shown_tag(what)}"
+
+
+def _relative(name: str, scope: str) -> str:
+    return name.removeprefix("xattn_").replace(f"/{scope}/", "/", 1)

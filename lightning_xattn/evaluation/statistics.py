@@ -1,0 +1,303 @@
+"""What is computed of each sample: the one table of statistics, and the columns that they fill.
+
+A new statistic is a function in ``functional``, an entry in ``STATISTICS`` and its reference in the tests. Sums,
+curves, the sample table, reports and the documentation take it from here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.core.attention import Direction
+from lightning_xattn.core.errors import SettingError
+from lightning_xattn.functional import (
+    Rows,
+    alignment,
+    alignment_interaction,
+    crossing,
+    effective_keys,
+    entropy,
+    head_diversity,
+    max_weight,
+    query_selectivity,
+    sink_strength,
+    sparsity,
+)
+
+Level = Literal["layer", "direction", "head"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number of every sample."""
+
+    statistic: str
+    """Its name in ``STATISTICS``."""
+    direction: Direction | None = None
+    """None: of the layer."""
+    head: int | None = None
+    """None: of all heads."""
+
+    @classmethod
+    def parse(cls, name: str) -> Column:
+        """Read what ``str`` writes: ``alignment``, ``eeg_to_spec/entropy`` or ``eeg_to_spec/entropy/head_3``.
+
+        Raises
+        ------
+        SettingError
+            If the name is of another form.
+        """
+        form = re.fullmatch(r"(?:(?P<direction>[^/]+)/)?(?P<statistic>\w+)(?:/head_(?P<head>\d+))?", name)
+        if form is None:
+            raise SettingError(
+                "A column is named '<statistic>', '<direction>/<statistic>' or '<direction>/<statistic>/head_<i>'; "
+                f"got '{name}'."
+            )
+        direction = None if form["direction"] is None else Direction.parse(form["direction"])
+        return cls(form["statistic"], direction, None if form["head"] is None else int(form["head"]))
+
+    def __str__(self) -> str:
+        of_direction = self.statistic if self.direction is None else f"{self.direction}/{self.statistic}"
+        return of_direction if self.head is None else f"{of_direction}/head_{self.head}"
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What a number is, and where it is shown."""
+
+    function: Callable[..., Tensor | None] | None
+    """For the layer alone: of its one or two directions, ``(batch,)``, or None where they do not have it. Else of the
+    ``Rows`` of a direction, ``(batch, heads)`` or ``(batch,)``; the layer's is then the mean of its directions'. None:
+    it is not of the attention but of the labels."""
+    levels: tuple[Level, ...]
+    """Of what there is a column: the layer, each direction, each head. A direction's is the mean of its heads'."""
+    range: tuple[float, float]
+    """The smallest and the largest value that it can have."""
+    scale: str
+    """What its values mean, in a few words."""
+    words: str
+    """What it says, for the documentation."""
+    curve: str | None = None
+    """Its curves, ``<topic>/<name>``: of each ``{direction}``, and of ``{which}`` samples (all, each class) or which
+    head. None: no curve."""
+    compared: bool = False
+    """Whether the layer's column is compared between correct and incorrect predictions."""
+    reported: bool = False
+    """Whether a report's table has it, see ``shown_columns``."""
+
+
+def _alignment(*rows: Rows) -> Tensor | None:
+    return alignment(*rows) if len(rows) == 2 else None
+
+
+def _interaction(*rows: Rows) -> Tensor | None:
+    comparable = len(rows) == 2 and rows[0].weights.shape[1] == rows[1].weights.shape[1]
+    return alignment_interaction(*rows).nanmean(1) if comparable else None
+
+
+def _crossing(rows: Rows) -> Tensor | None:
+    return None if rows.crossing is None else crossing(rows)
+
+
+def _invalid_rows(*rows: Rows) -> Tensor:
+    return torch.stack([(~one.valid).sum((1, 2)) for one in rows]).sum(0)
+
+
+def _any_wholly_masked(*rows: Rows) -> Tensor:
+    return torch.stack([one.wholly_masked for one in rows]).any(0).float()
+
+
+STATISTICS = {
+    "confidence": Statistic(
+        None,
+        ("layer",),
+        (0.0, 1.0),
+        "probability of the predicted class",
+        "how sure is the model? The baseline that every other number has to beat",
+        compared=True,
+    ),
+    "alignment": Statistic(
+        _alignment,
+        ("layer",),
+        (-1.0, 1.0),
+        "Pearson r",
+        "do the two directions agree which token goes with which? Pearson correlation of the head-averaged maps, one "
+        "transposed",
+        curve="alignment/{which}",
+        compared=True,
+        reported=True,
+    ),
+    "interaction": Statistic(
+        _interaction,
+        ("layer",),
+        (-1.0, 1.0),
+        "Pearson r",
+        "the same without what each query and each key has on average: which query goes with which key",
+        reported=True,
+    ),
+    "entropy": Statistic(
+        entropy,
+        ("layer", "direction", "head"),
+        (0.0, 1.0),
+        "0: one key, 1: uniform",
+        "how spread out is a query's attention? Shannon entropy over that of uniform attention, row by row",
+        curve="entropy/{direction}/{which}",
+        compared=True,
+        reported=True,
+    ),
+    "max": Statistic(
+        max_weight,
+        ("direction",),
+        (0.0, 1.0),
+        "1: one key",
+        "a row's largest weight",
+        curve="focus/{direction}/max",
+    ),
+    "sparsity": Statistic(
+        sparsity,
+        ("direction",),
+        (0.0, 100.0),
+        "%",
+        "the percentage of keys below 0.1: with more than ten keys even uniform attention is sparse",
+        curve="focus/{direction}/sparsity",
+    ),
+    "effective_keys": Statistic(
+        effective_keys,
+        ("direction",),
+        (1.0, torch.inf),
+        "keys",
+        "how many keys are really used",
+        curve="focus/{direction}/effective_keys",
+    ),
+    "query_selectivity": Statistic(
+        query_selectivity,
+        ("direction",),
+        (0.0, 1.0),
+        "0: the head is a fixed pooling",
+        "does it matter which query asks?",
+        curve="health/query_selectivity/{direction}",
+    ),
+    "head_diversity": Statistic(
+        head_diversity,
+        ("direction",),
+        (0.0, 1.0),
+        "0: all alike",
+        "do the heads differ?",
+        curve="health/head_diversity/{direction}",
+    ),
+    "crossing": Statistic(
+        _crossing,
+        ("direction",),
+        (0.0, 1.0),
+        "1: all of it",
+        "of a joint sequence: the share of attention that goes to the other modality",
+        curve="focus/{direction}/crossing",
+    ),
+    "sink": Statistic(
+        sink_strength,
+        ("head",),
+        (0.0, 1.0),
+        "1: all of it",
+        "how much of every query's attention goes to one and the same key",
+    ),
+    "broken": Statistic(
+        lambda rows: rows.broken.sum(2),
+        ("head",),
+        (0.0, torch.inf),
+        "rows",
+        "rows that are not finite or do not sum to 1, though their query is a token and has a key",
+    ),
+    "invalid_rows": Statistic(
+        _invalid_rows,
+        ("layer",),
+        (0.0, torch.inf),
+        "rows",
+        "rows left out because they are padding, fully masked, or not finite",
+    ),
+    "wholly_masked": Statistic(
+        _any_wholly_masked,
+        ("layer",),
+        (0.0, 1.0),
+        "1: it is",
+        "whether one modality is wholly masked: no token of it is real, or seen",
+    ),
+}
+"""Every number that describes one sample and its attention in one layer, by name."""
+
+CONFIDENCE, ALIGNMENT, ENTROPY = Column("confidence"), Column("alignment"), Column("entropy")
+
+INVALID_ROWS = Column("invalid_rows")
+"""The one number that every sample has: its count is the number of samples."""
+
+WHOLLY_MASKED = Column("wholly_masked")
+"""Its total is the number of samples of which one modality is wholly masked."""
+
+SCORES = {Column(name): statistic.range for name, statistic in STATISTICS.items() if statistic.compared}
+"""What is compared between correct and incorrect predictions, with the ranges of the histograms."""
+
+
+def sample_statistics(*rows: Rows) -> dict[Column, Tensor]:
+    """All numbers of the attention of a layer's samples, each ``(batch,)``, NaN where undefined.
+
+    Parameters
+    ----------
+    *rows
+        The layer's one or two directions, forward first.
+    """
+    by_level: dict[Level, dict[Column, Tensor]] = defaultdict(dict)
+    for name, statistic in STATISTICS.items():
+        if statistic.function is None:
+            continue
+        if statistic.levels == ("layer",):
+            values = statistic.function(*rows)
+            if values is not None:
+                by_level["layer"][Column(name)] = values
+            continue
+        means = []
+        for direction in rows:
+            values = statistic.function(direction)
+            if values is None:
+                continue
+            if "head" in statistic.levels:
+                for head, of_head in enumerate(values.unbind(1)):
+                    by_level["head"][Column(name, direction.direction, head)] = of_head
+            if "direction" in statistic.levels:
+                means.append(values if values.dim() == 1 else values.nanmean(1))
+                by_level["direction"][Column(name, direction.direction)] = means[-1]
+        if "layer" in statistic.levels:
+            by_level["layer"][Column(name)] = torch.stack(means).mean(0)
+    return by_level["layer"] | by_level["direction"] | by_level["head"]
+
+
+def headline(columns: Iterable[Column]) -> Column:
+    """The number that a layer is judged by: its alignment, or its entropy where one direction is recorded."""
+    return ALIGNMENT if ALIGNMENT in columns else ENTROPY
+
+
+def shown_columns(statistic: str, columns: Iterable[Column]) -> list[Column]:
+    """A statistic's columns in a report or a figure of classes: each direction's, or the layer's if there are none."""
+    whole = [column for column in columns if column.statistic == statistic and column.head is None]
+    return [column for column in whole if column.direction is not None] or whole
+
+
+def table_columns(statistics: Mapping[Column, Tensor]) -> dict[str, Tensor]:
+    """The same under names that need no quotes in SQL, such as ``eeg_to_spec_entropy``.
+
+    Those of heads are one column of lists, ``eeg_to_spec_entropy_heads``, as layers may have different numbers of them.
+    """
+    columns: dict[str, Tensor] = {}
+    heads: dict[str, list[Tensor]] = defaultdict(list)
+    for column, values in statistics.items():
+        name = column.statistic if column.direction is None else f"{column.direction}_{column.statistic}"
+        if column.head is None:
+            columns[name] = values
+        else:
+            heads[f"{name}_heads"].append(values)
+    return columns | {name: torch.stack(of_heads, dim=1) for name, of_heads in heads.items()}

@@ -1,0 +1,203 @@
+"""What a model does in a step: its attention, what enters its fusion, and where labels are."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from lightning_xattn.attribution.inputs import ModalitiesSetting
+from lightning_xattn.attribution.recorder import FusionInputs, FusionRecorder
+from lightning_xattn.capture import AttentionRecorder, AttentionSetting, Layer, is_set_aside
+from lightning_xattn.capture.labels import Labels, Step
+from lightning_xattn.capture.wrappers import Hook
+from lightning_xattn.core.attention import AttentionPair
+from lightning_xattn.core.distributed import ALONE, Processes
+from lightning_xattn.core.errors import DiscoveryError, ShapeError
+from lightning_xattn.core.notices import tell, warn
+from lightning_xattn.evaluation.peers import Place, check_alike, split_heads, with_all_heads
+
+Attentions = tuple[AttentionPair, ...]
+
+_OF_SEVERAL = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss)
+
+
+def find_loss_of_several(model: nn.Module) -> str:
+    """The path of a loss or metric in a model that is one for several labels at once; "" without."""
+    of_several = (
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, _OF_SEVERAL) or type(module).__name__.startswith(("Multilabel", "MultiLabel"))
+    )
+    return next(of_several, "")
+
+
+class StepRecorder:
+    """Record a model's attention and what enters its fusion while it runs; its outputs stay what they are.
+
+    Parameters
+    ----------
+    model
+        Any module; nothing is hooked yet.
+    attention
+        As ``AttentionRecorder`` takes it.
+    fusion, modalities
+        As ``FusionRecorder`` takes them.
+    processes
+        Those that run the model.
+    replays
+        Whether the model may run again.
+
+    Attributes
+    ----------
+    fusion : FusionRecorder
+        Of what enters the fusion, for replays.
+
+    Raises
+    ------
+    DiscoveryError, SettingError
+        If a setting names what is not there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attention: AttentionSetting | None = None,
+        fusion: str | None = None,
+        modalities: ModalitiesSetting | None = None,
+        processes: Processes = ALONE,
+        replays: bool = True,
+    ) -> None:
+        self.fusion = FusionRecorder(model, fusion, modalities, processes, replays)
+        self._attention = AttentionRecorder(model, attention)
+        self._model, self._processes = model, processes
+        self._loss_of_several = find_loss_of_several(model)
+        self._split, self._is_first = set[Place](), True
+        # A model whose fusion is named may have no cross-attention at all.
+        self._may_lack_attention = attention is None and not self.fusion.needs_attention
+        self._lacks_attention = is_set_aside(attention)
+        self._taken: Attentions = ()
+        # What the model's own forward returned first in this step.
+        self._output: Any = None
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> StepRecorder:
+        self.close()
+        self.clear()
+        with ExitStack() as hooks:  # which leave again if one cannot be set
+            hooks.callback(self._model.register_forward_hook(Hook(self._keep_output, [])).remove)
+            if not self._lacks_attention:
+                hooks.callback(self._attention.close)
+                self._attention.__enter__()
+            hooks.callback(self.fusion.close)
+            self.fusion.__enter__()
+            self._hooks = hooks.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove every hook. What was recorded stays until ``clear``."""
+        self._hooks.close()
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._attention.clear()
+        self.fusion.clear()
+        self._taken, self._output = (), None
+
+    def let_go(self) -> None:
+        """Let go of what an evaluation's first step has shown of it."""
+        self.fusion.let_go()
+        self._split, self._is_first = set[Place](), True
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers that are recorded."""
+        return self._attention.layers
+
+    @property
+    def is_waiting(self) -> bool:
+        """See ``AttentionRecorder``."""
+        return self._attention.is_waiting
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """See ``AttentionRecorder``."""
+        return self._attention.left_out
+
+    def take(self, outputs: Any, batch: Any) -> tuple[Step, Attentions] | None:
+        """What the step gave and the attention in it; None if there is neither attention nor a fusion, or nothing ran.
+
+        Raises
+        ------
+        DiscoveryError, ShapeError
+            As ``AttentionRecorder.attention``; a model whose fusion is named needs no attention.
+        DataError
+            If processes that have the same samples have different attention, and not because each has other heads.
+        """
+        self._taken = self._with_all_heads(self._read_attention(batch))
+        forward = self._output
+        if self._taken:
+            weights = self._taken[0].forward.weights
+            tokens = tuple(weights.shape[2:])
+            return Step(
+                outputs, batch, forward, len(weights), weights.device, tokens, self._loss_of_several
+            ), self._taken
+        if not self._lacks_attention:
+            return None
+        first, messages = self.fusion.first_tokens()
+        warn(messages)
+        if first is None:
+            return None
+        return Step(outputs, batch, forward, len(first), first.device, loss_of_several=self._loss_of_several), ()
+
+    def enter(self, labels: Labels) -> FusionInputs | None:
+        """What entered the fusion in this step; of a first step the labels help to find it.
+
+        Raises
+        ------
+        DiscoveryError
+            If a named argument is not there, or there is neither attention nor a fusion that is clear.
+        DataError
+            If processes that have the same samples have different tokens or predictions.
+        """
+        inputs, messages = self.fusion.take(self._taken, self.layers, labels)
+        if self._is_first and self._processes.peers is not None:
+            check_alike(labels, inputs, self._processes)
+        self._is_first = False
+        if inputs is None and not self._taken:
+            raise DiscoveryError(" ".join(messages))
+        say = warn if self.fusion.is_named else tell
+        say(messages)
+        return inputs
+
+    def _keep_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._output is None:
+            self._output = output
+
+    def _with_all_heads(self, attention: Attentions) -> Attentions:
+        """Of all peers, where each has computed some of them in an evaluation's first step."""
+        if self._processes.peers is None:
+            return attention
+        if self._is_first:
+            self._split = split_heads(attention, self.layers, self._model, self._processes)
+        return with_all_heads(attention, self._split, self._processes)
+
+    def _read_attention(self, batch: Any) -> Attentions:
+        if self._lacks_attention:
+            return ()
+        self._attention.batch = batch
+        try:
+            return self._attention.attention
+        except (DiscoveryError, ShapeError) as error:
+            if self._attention.ran_nothing:
+                return ()
+            if not self._may_lack_attention:
+                raise
+            if self._attention.saw_attention:
+                warn([f"The attention is left out, and the rest is recorded. {error}"])
+            self._lacks_attention = True
+            return ()

@@ -1,1 +1,0 @@
-"""The names and forms of the cross-modal attention guide, on top of everything else."""

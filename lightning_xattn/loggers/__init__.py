@@ -1,0 +1,117 @@
+"""Hand pictures, texts, pages and tables to the Trainer's loggers: one class for each kind of logger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lightning_xattn.core.names import shown_tag
+from lightning_xattn.core.notices import warn
+from lightning_xattn.loggers.aim import AimSink
+from lightning_xattn.loggers.comet import CometSink
+from lightning_xattn.loggers.folder import FolderSink
+from lightning_xattn.loggers.mlflow import MLFlowSink
+from lightning_xattn.loggers.tensorboard import TensorBoardSink
+from lightning_xattn.loggers.wandb import WandbSink
+from lightning_xattn.loggers.writer import Histogram, Picture, Sink
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Content = TypeVar("Content")
+
+__all__ = ["SINKS", "Histogram", "Sink", "Sinks"]
+
+SINKS: dict[str, Callable[[Any], Sink] | None] = {
+    "TensorBoardLogger": TensorBoardSink,
+    "WandbLogger": WandbSink,
+    "MLFlowLogger": MLFlowSink,
+    "CometLogger": CometSink,
+    "AimLogger": AimSink,
+    # Of Lightning's trial runs, which leave nothing behind.
+    "DummyLogger": None,
+}
+"""By the name of a logger's class, or of one that it derives from: what hands it pictures and the rest; None: it gets
+nothing.
+
+By name, as ``lightning`` and ``pytorch_lightning`` have classes of their own, and none is imported for it.
+"""
+
+
+class Sinks:
+    """All loggers of a Trainer. One that fails is reported in a warning and skipped; it may not end a training run.
+
+    Parameters
+    ----------
+    loggers
+        Lightning loggers; those that ``SINKS`` does not know get files in their folder.
+    root
+        Where files go without any logger.
+
+    Attributes
+    ----------
+    folders : list of Path
+        Where files go.
+    """
+
+    def __init__(self, loggers: Sequence[Any], root: Path) -> None:
+        self._working: list[Sink] = [] if loggers else [FolderSink(None, root)]
+        for logger in loggers:
+            try:
+                sink = _sink_of(logger, root)
+            except Exception as error:  # whatever asking a logger for its folder, or making a sink of users', may raise
+                warn([f"{type(logger).__name__} gets no pictures and reports: {error!r}."])
+                continue
+            self._working += [] if sink is None else [sink]
+        self.folders = [sink.folder for sink in self._working if isinstance(sink, FolderSink)]
+
+    def __bool__(self) -> bool:
+        return bool(self._working)
+
+    def log_figures(self, figures: Iterable[tuple[str, Figure]], step: int, scope: str) -> None:
+        """Draw figures, and hand over their pictures; of figures that cannot all be drawn, those that could.
+
+        Parameters
+        ----------
+        figures
+            Tags and figures; may be lazy.
+        step
+            The step of the scalars.
+        scope
+            What they are of, for a warning.
+        """
+        from lightning_xattn.visualizations import render  # matplotlib, only where figures are wanted
+
+        images: dict[str, Picture] = {}
+        try:
+            for tag, figure in figures:
+                images[shown_tag(tag)] = render(figure)
+        except Exception as error:  # whatever drawing may raise
+            warn([f"The figures of {scope} could not all be drawn: {error!r}."])
+        self.log("pictures", lambda: images, lambda sink, made: sink.log_images(made, step))
+
+    def log(self, what: str, make: Callable[[], Content], log: Callable[[Sink, Content], None]) -> None:
+        """Make something, and hand it over to each that still works."""
+        try:
+            content = make()
+        except Exception as error:  # whatever is wrong in it: a training run does not end of it
+            warn([f"There are no {what} of this evaluation: {error!r}."])
+            return
+        for sink in list(self._working):
+            try:
+                log(sink, content)
+            except Exception as error:  # whatever a logger's backend, network or disk may raise
+                name = "Writing files" if sink.logger is None else type(sink.logger).__name__
+                warn([f"{name} failed with {what}, and gets nothing more of this evaluation: {error!r}."])
+                self._working.remove(sink)
+
+
+def _sink_of(logger: Any, root: Path) -> Sink | None:
+    for kind in type(logger).__mro__:
+        if kind.__name__ in SINKS:
+            make = SINKS[kind.__name__]
+            return None if make is None else make(logger)
+    folders = (getattr(logger, name, None) for name in ("log_dir", "save_dir"))
+    # An address, as of a bucket, is no folder here.
+    return FolderSink(logger, Path(next((one for one in folders if one and "://" not in str(one)), root)))

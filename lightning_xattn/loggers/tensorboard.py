@@ -1,0 +1,64 @@
+"""TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from lightning_xattn.core.files import complete_or_absent, path_of
+from lightning_xattn.loggers.writer import Histogram, Picture, Sink
+
+
+class TensorBoardSink(Sink):
+    """Lightning's ``TensorBoardLogger``: images, text, histograms and custom scalars; pages lie in its folder."""
+
+    def log_images(self, images: Mapping[str, Picture], step: int) -> None:
+        """In the images tab."""
+        for name, picture in images.items():
+            self.logger.experiment.add_image(name, picture, global_step=step, dataformats="HWC")
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """In the text tab."""
+        self.logger.experiment.add_text(name, text, global_step=step)
+
+    def log_page(self, name: str, html: str, step: int) -> None:
+        """A file beside the event file: TensorBoard shows no pages."""
+        with complete_or_absent(Path(self.logger.log_dir) / path_of(f"{name}.html")) as part:
+            part.write_text(html, encoding="utf-8")
+
+    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
+        """In the histograms and distributions tabs."""
+        for name, one in histograms.items():
+            middles = (one.edges[:-1] + one.edges[1:]) / 2
+            counts = one.counts.astype(np.float64)
+            self.logger.experiment.add_histogram_raw(
+                name,
+                min=one.edges[0],
+                max=one.edges[-1],
+                num=counts.sum(),
+                sum=(counts * middles).sum(),
+                sum_squares=(counts * middles**2).sum(),
+                bucket_limits=one.edges[1:].tolist(),
+                bucket_counts=counts.tolist(),
+                global_step=step,
+            )
+
+    def log_best(self, values: Mapping[str, float], step: int) -> None:
+        """In the hparams tab, beside the hyperparameters.
+
+        A run names the columns of that tab once. Lightning names ``hp_metric`` alone, unless the logger is made with
+        ``default_hp_metric=False``; only then is there room for these values. Without hyperparameters the tab shows
+        nothing.
+        """
+        if self.logger.hparams and not self.logger._default_hp_metric:
+            self.logger.log_hyperparams(self.logger.hparams, dict(values), step)
+
+    def arrange(self, charts: Mapping[str, Mapping[str, str]]) -> None:
+        """In the custom scalars tab, of which TensorBoard takes what a run says first."""
+        layout = {
+            section: {title: ["Multiline", [pattern]] for title, pattern in of_section.items()}
+            for section, of_section in charts.items()
+        }
+        self.logger.experiment.add_custom_scalars(layout)

@@ -1,0 +1,268 @@
+"""What users pass that is no textbook fusion: nothing is told that is not so, and no training ends of it."""
+
+import math
+from collections import deque
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.attribution.kept_samples import Collected
+from lightning_xattn.attribution.recorder import FusionInputs
+from lightning_xattn.attribution.replay import Spoken
+from lightning_xattn.core.errors import XAttnWarning
+from tests.attribution.models import NAMED, Concatenation, Fusion, Sum, TwoStreams, said_data, summary_of, trained, watch_of
+from tests.toy import quiet_trainer
+
+DATA, _ = said_data(160)
+
+
+class Also(Fusion):
+    """Gets something beside the tokens that has a mask's shape."""
+
+    def forward(self, left, right, left_positions=None, left_types=None, left_times=None):
+        return super().forward(left, right)
+
+
+@pytest.mark.parametrize("name", ["left_positions", "left_types", "left_times"])
+def test_positions_types_and_times_are_no_mask(name):
+    class Given(TwoStreams):
+        def forward(self, left, right):
+            values = {
+                "left_positions": torch.arange(5).expand(len(left), 5),
+                "left_types": torch.zeros(len(left), 5, dtype=torch.int64),
+                "left_times": torch.linspace(-2.5, 2.5, 5).expand(len(left), 5),
+            }
+            return self.head(self.fusion(self.left(left), self.right(right), **{name: values[name]}))
+
+    torch.manual_seed(0)
+    plain, given = TwoStreams(), Given(Also())
+    given.load_state_dict(plain.state_dict())
+    assert torch.equal(*(summary_of(one, DATA).numbers["conflict"] for one in (plain, given)))
+
+
+@pytest.mark.parametrize("has_attention", [True, False])
+@pytest.mark.parametrize("label", ["left_mask", "left_padding_mask"])
+def test_attention_tells_which_of_a_masks_values_is_padding_and_else_its_name_does(label, has_attention, infos):
+    """With attention the mask is hidden-is-True whatever its name; without, its name is believed, and that is said."""
+
+    class Masked(Fusion if has_attention else Concatenation):
+        def forward(self, left, right, left_mask=None, left_padding_mask=None):
+            hidden = left_mask if left_padding_mask is None else left_padding_mask
+            if has_attention:
+                return super().forward(left, right, left_mask=~hidden)
+            real = hidden if left_padding_mask is None else ~hidden
+            return super().forward(left * real[..., None], right)
+
+    class Padded(TwoStreams):
+        def forward(self, left, right):
+            padding = left[..., 2] < -50
+            given = padding if has_attention or label == "left_padding_mask" else ~padding
+            return self.head(self.fusion(self.left(left), self.right(right), **{label: given}))
+
+    left, right, target, ids = (one.clone() for one in DATA.tensors)
+    for i in range(len(left)):
+        left[i, 5 - i % 4 :] = torch.tensor([37.0 * (i % 7), -20.0 * (i % 3), -100.0])
+    named = {} if has_attention else {"fusion": "fusion", "modalities": {"left": ("left", label), "right": 1}}
+    torch.manual_seed(0)
+    summary = summary_of(Padded(Masked()), TensorDataset(left, right, target, ids), **named)
+    hidden = has_attention or label == "left_padding_mask"
+    said = f"as left (its mask '{label}', True for {'padding' if hidden else 'a real token'}) and right"
+    assert any(said in one for one in infos.messages)
+    assert summary.estimate("right/left").mean > 0.85
+    assert summary.left_out == 0
+
+
+@pytest.mark.parametrize("targets", [True, False])
+def test_a_model_that_diverges_to_nan_still_ends_its_validation(targets):
+    class Diverged(TwoStreams):
+        def validation_step(self, batch, batch_idx):
+            return super().validation_step(batch, batch_idx) if targets else {"logits": self(*batch[:2])}
+
+    torch.manual_seed(0)
+    module = Diverged()
+    with torch.no_grad():
+        for one in (module.left, module.right):
+            one.weight.fill_(math.nan)
+    with pytest.warns(XAttnWarning):
+        summary = summary_of(module, DATA, fusion="fusion", modalities={"left": 0, "right": 1})
+    assert (summary.samples, summary.left_out) == (0, 160)
+    assert summary.unreadable["left"] == "what enters the fusion is not finite in any sample"
+
+
+def test_replays_leave_metrics_tensors_and_containers_as_they_were():
+    class Counting(TwoStreams):
+        def __init__(self):
+            super().__init__(Concatenation())
+            self.mean = MeanMetric()
+            self.seen, self.notes, self.last = torch.zeros(()), [], deque(maxlen=3)
+            self.by_size, self.sizes = {}, set()
+
+        def forward(self, left, right):
+            logits = super().forward(left, right)
+            self.mean.update(logits.mean())
+            self.seen += len(left)
+            self.notes.append(len(left))
+            self.last.append(len(left))
+            self.by_size[len(left)] = self.by_size.get(len(left), 0) + 1
+            self.sizes.add(len(left))
+            return logits
+
+    found = []
+    for size in (0, 128):
+        torch.manual_seed(0)
+        module = Counting()
+        watch_of(module, DATA, contribution_samples=size, **NAMED)
+        kept = module.notes, list(module.last), module.by_size, module.sizes, float(module.seen)
+        found.append((*kept, float(module.mean.compute())))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_named_argument_that_is_none_in_some_batches_leaves_these_out(first):
+    class Optional(Concatenation):
+        def forward(self, left, right, left_mask=None):
+            return super().forward(left if left_mask is None else left * left_mask[..., None], right)
+
+    class Sometimes(TwoStreams):
+        def validation_step(self, batch, batch_idx):
+            left, right, target, *_ = batch
+            mask = torch.ones(left.shape[:2], dtype=torch.bool) if (batch_idx == 0) != first else None
+            return {"logits": self.head(self.fusion(self.left(left), self.right(right), mask)), "targets": target}
+
+    settings = {"fusion": "fusion", "modalities": {"left": (0, 2), "right": 1}}
+    torch.manual_seed(0)
+    with pytest.warns(XAttnWarning, match="in a step, which is left out"):
+        summary = summary_of(Sometimes(Optional()), DATA, **settings)
+    assert summary.samples == (144 if first else 16)
+
+
+def test_contributions_to_a_value_have_a_size_and_no_share():
+    class Value(TwoStreams):
+        def validation_step(self, batch, batch_idx):
+            return {"value": self(*batch[:2])}
+
+    torch.manual_seed(0)
+    module = Value(Sum(), outputs=1)
+    with torch.no_grad():
+        module.head.weight[:, 12:] *= 0.05
+    with pytest.warns(XAttnWarning):  # that there are no classes
+        watch = watch_of(module, DATA, **NAMED)
+    summary = watch.fusion_summaries["val"]
+    size = {name: float(summary.numbers[f"phi/{name}"].abs().nanmean()) for name in ("left", "right")}
+    assert size["left"] > 3 * size["right"]
+    record = watch.history[0]
+    assert {name: record[f"contribution/size/{name}"] for name in size} == pytest.approx(size)
+    told = [name for name in record if name.startswith("contribution/") and "size" not in name]
+    assert told == ["contribution/interaction"]
+    assert "opposed" not in summary.numbers
+    assert math.isnan(summary.share("left").mean)
+
+
+def test_shares_of_what_is_not_clearly_there_are_not_told():
+    summary = summary_of(trained(Sum(), DATA, epochs=5), DATA, **NAMED)
+    summary.numbers["phi/left"] = torch.randn(160).double() * 0.3
+    summary.numbers["phi/right"] = -summary.numbers["phi/left"] + 1e-4
+    summary.numbers["phi/right"][0] -= 1
+    assert math.isnan(summary.share("left").mean)
+
+
+def test_too_few_groups_are_the_reason_where_they_are():
+    def patients(outputs, batch):
+        return batch[3] % 4
+
+    summary = summary_of(trained(Sum(), DATA), DATA, groups=patients, **NAMED)
+    assert summary.unreadable["left"] == "there are 4 groups, and it takes 5 to claim anything"
+
+
+def test_faithfulness_takes_as_many_samples_as_have_a_partner():
+    class Shortened(TwoStreams):
+        """Most samples have numbers of tokens of their own group alone."""
+
+        def validation_step(self, batch, batch_idx):
+            left, right, target, *_ = batch
+            return {"logits": self(left[:, : 2 + batch_idx % 4], right), "targets": target}
+
+    def groups(outputs, batch):
+        return (batch[3] - 1000) // 16 % 4
+
+    torch.manual_seed(0)
+    with pytest.warns(XAttnWarning, match="the number of tokens changes from batch to batch"):
+        summary = summary_of(Shortened(), DATA, groups=groups)
+    reasons = [summary.unfaithful(direction) for direction in summary.replaced]
+    assert reasons
+    assert all("it takes 128 samples, and 0 have several keys and a partner" in reason for reason in reasons)
+
+
+def test_each_two_of_three_modalities_have_an_interaction():
+    class Three(nn.Module):
+        def forward(self, a, b, c):
+            return torch.stack([a[:, 0], 3 * b[:, 0] * c[:, 0]], dim=1)
+
+    class Streams(TwoStreams):
+        def __init__(self):
+            super().__init__(Three())
+
+        def forward(self, x):
+            return self.fusion(*x.unbind(1))
+
+        def validation_step(self, batch, batch_idx):
+            return {"logits": self(batch[0]), "targets": batch[1]}
+
+    x = torch.randn(96, 3, 2, generator=torch.Generator().manual_seed(0))
+    target = (3 * x[:, 1, 0] * x[:, 2, 0] > x[:, 0, 0]).long()
+    watch = AttentionExplainabilityCallback(fusion="fusion", modalities={"a": 0, "b": 1, "c": 2})
+    quiet_trainer(callbacks=[watch]).validate(Streams(), DataLoader(TensorDataset(x, target), 32), verbose=False)
+    numbers = watch.fusion_summaries["val"].numbers
+    assert numbers["interaction/a_b"].abs().max() < 1e-5
+    assert numbers["interaction/a_c"].abs().max() < 1e-5
+    assert numbers["interaction/b_c"].abs().mean() > 0.5
+    assert {"contribution/interaction/a_b", "contribution/interaction/b_c"} <= set(watch.history[0])
+
+
+def test_a_class_that_the_model_rules_out_does_not_end_contributions():
+    class RulesOut(TwoStreams):
+        def forward(self, left, right):
+            logits = super().forward(left, right)
+            return torch.cat([logits, torch.full_like(logits[:, :1], -math.inf)], dim=1)
+
+    torch.manual_seed(0)
+    module, plain = RulesOut(Concatenation()), TwoStreams(Concatenation())
+    plain.load_state_dict(module.state_dict())
+    ours, theirs = (summary_of(one, DATA, **NAMED) for one in (module, plain))
+    assert not ours.uncontributed
+    for name in ("phi/left", "interaction", "additive_right"):
+        torch.testing.assert_close(ours.numbers[name], theirs.numbers[name], atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+def test_confidence_stands_beside_conflict_where_a_step_gives_class_ids_alone():
+    class Ids(TwoStreams):
+        def validation_step(self, batch, batch_idx):
+            found = super().validation_step(batch, batch_idx)
+            return {"preds": found["logits"].argmax(1), "targets": found["targets"]}
+
+    data, _ = said_data(160, noise=1.5)
+    torch.manual_seed(0)
+    plain, ids = trained(Sum(), data, epochs=15), Ids(Sum())
+    ids.load_state_dict(plain.state_dict())
+    names = ["a", "b", "c", "d"]
+    records = [watch_of(one, data, class_names=names, **NAMED).history[0] for one in (plain, ids)]
+    assert records[0]["outcome/confidence_auroc"] == pytest.approx(records[1]["outcome/confidence_auroc"])
+
+
+def test_tokens_of_many_lengths_are_kept_of_no_more_samples_than_are_exchanged():
+    collected = Collected(8192, 8)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(200):
+        tokens = torch.zeros(4, 2 + i % 20, 3)
+        inputs = FusionInputs({"a": (tokens, None)}, {"a": [tokens]}, Spoken(torch.zeros(4, 2), torch.zeros(4, 2)))
+        keys = torch.randint(2**40, (4,), generator=generator)
+        facts = {name: torch.arange(4) for name in ("process", "sample_idx")}
+        collected.add(inputs, keys, None, None, facts, {})
+        assert sum(map(len, collected._exchanged.values())) <= 4 * 8 + 4
+    part = collected.part()
+    kept = torch.cat([rows["hash"] for rows in part.geometries]).sort().values
+    assert kept[:8].tolist() == part.rows["hash"][:8].tolist()

@@ -1,0 +1,103 @@
+"""What is said of the modalities by the explainer, in its folders and in the sample table."""
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from lightning_xattn import ExplainabilityCapture
+from lightning_xattn.attribution.bottom_k import hashed
+from tests.attribution.models import (
+    NAMED,
+    Concatenation,
+    loader_of,
+    said_data,
+    sample_ids,
+    summary_of,
+    trained,
+    watch_of,
+)
+
+
+def test_the_explainer_says_what_the_callback_says():
+    data, _ = said_data(60)
+    module = trained(None, data, epochs=5)
+    expected = summary_of(module, data)
+    explainer = ExplainabilityCapture(
+        module,
+        predict=lambda model, batch: model(*batch[:2]),
+        targets=lambda outputs, batch: batch[2],
+        sample_ids=sample_ids,
+    )
+    ours = explainer.explain_loader(loader_of(data), progress=False).fusion
+    for name, values in expected.numbers.items():
+        torch.testing.assert_close(ours.numbers[name], values, equal_nan=True, atol=1e-6, rtol=1e-5)
+
+
+def test_an_explained_folder_is_gone_on_with(tmp_path):
+    data, _ = said_data(60)
+    module = trained(None, data, epochs=5)
+
+    def explain(loader, folder):
+        explainer = ExplainabilityCapture(
+            module,
+            predict=lambda model, batch: model(*batch[:2]),
+            targets=lambda outputs, batch: batch[2],
+            sample_ids=sample_ids,
+        )
+        return explainer.explain_loader(loader, folder, progress=False).fusion
+
+    class Interrupted:
+        def __iter__(self):
+            for i, batch in enumerate(loader_of(data)):
+                if i == 2:
+                    raise KeyboardInterrupt
+                yield batch
+
+        def __len__(self):
+            return 4
+
+    expected = explain(loader_of(data), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        explain(Interrupted(), tmp_path / "parts")
+    for folder in ("parts", "parts", "whole"):
+        ours = explain(loader_of(data), tmp_path / folder)
+        for name, values in expected.numbers.items():
+            torch.testing.assert_close(ours.numbers[name], values, equal_nan=True, atol=0, rtol=0)
+
+
+def test_the_table_has_what_is_said_of_each_sample(tmp_path):
+    data, _ = said_data(150)
+    module = trained(None, data, epochs=5)
+    watch = watch_of(module, data, table=tmp_path, contribution_samples=64)
+    frame = pd.read_parquet(tmp_path).set_index("sample_id")
+    summary = watch.fusion_summaries["val"]
+    ids = {int(one): str(int(sample)) for sample, one in zip(data.tensors[3], hashed(data.tensors[3], 0), strict=True)}
+    rows = frame.loc[[ids[int(one)] for one in summary.rows["hash"]]]
+    names = {"conflict": "conflict", "lean": "lean", "untapped": "untapped"}
+    names |= {f"contribution_{name}": f"phi/{name}" for name in ("left", "right")}
+    names |= {f"contribution_{name}": name for name in ("interaction", "opposed", "followed")}
+    for column, number in names.items():
+        np.testing.assert_allclose(rows[column], summary.numbers[number], rtol=1e-5, atol=1e-6, err_msg=column)
+    assert rows["contribution_left"].notna().sum() == 64
+    for name, reading in summary.readings.items():
+        assert rows[f"reading_{name}"].tolist() == reading.argmax(1).tolist()
+        np.testing.assert_allclose(rows[f"reading_{name}_probability"], reading.amax(1), rtol=1e-5)
+    few = TensorDataset(*(one[:30] for one in data.tensors))
+    watch_of(module, few, table=tmp_path / "few")
+    unread = pd.read_parquet(tmp_path / "few")
+    assert unread[["conflict", "lean", "reading_left", "reading_left_probability"]].isna().all(axis=None)
+    assert unread["contribution_left"].notna().all()
+    both = duckdb.sql(f"select count(conflict), count(*) from read_parquet('{tmp_path}/**/*.parquet')").fetchall()
+    assert both == [(150, 180)]
+
+
+def test_a_table_of_a_model_without_attention(tmp_path):
+    data, _ = said_data(60)
+    watch_of(trained(Concatenation(), data), data, table=tmp_path, **NAMED)
+    frame = pd.read_parquet(tmp_path)
+    assert len(frame) == 60
+    assert frame["layer"].isna().all()
+    assert frame["conflict"].notna().all()

@@ -1,0 +1,353 @@
+"""Where the modalities enter the fusion: found where it is clear, named where it is not."""
+
+import pytest
+import torch
+from pytorch_lightning.strategies.strategy import _ForwardRedirection
+from torch import nn
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.core.errors import DiscoveryError, SettingError, XAttnWarning
+from tests.capture.models import Fusing
+from tests.attribution.models import Concatenation, Fusion, TwoStreams, loader_of, said_data
+from tests.messages import tells
+from tests.toy import ToyModule, quiet_trainer, toy_loader
+
+DATA, _ = said_data(40)
+
+
+def look(module, **settings):
+    """The callback after a validation."""
+    watch = AttentionExplainabilityCallback(**settings)
+    quiet_trainer(callbacks=[watch]).validate(module, loader_of(DATA), verbose=False)
+    return watch
+
+
+def said_of(infos):
+    return next(said for said in infos.messages if said.startswith("AttentionExplainabilityCallback takes"))
+
+
+class Renamed(TwoStreams):
+    """A fusion whose arguments are called and passed otherwise."""
+
+    def __init__(self, fusion, call):
+        super().__init__(fusion)
+        self.call = call
+
+    def forward(self, left, right):
+        return self.head(self.call(self.fusion, self.left(left), self.right(right)))
+
+
+class ByNumbers(Fusion):
+    def forward(self, first, second):
+        return super().forward(first, second)
+
+
+class OfDict(Fusion):
+    def forward(self, tokens):
+        return super().forward(tokens["left"], tokens["right"])
+
+
+class OfPair(Fusion):
+    def forward(self, pair, *, scale):
+        return super().forward(*pair) * scale
+
+
+class TokensFirst(Fusion):
+    def forward(self, left, right):
+        return super().forward(left.transpose(0, 1), right.transpose(0, 1))
+
+
+class Nested(nn.Module):
+    """The fusion inside of one that gets the same tokens: the nearest is taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Fusion()
+
+    def forward(self, left, right):
+        return self.inner(left, right)
+
+
+@pytest.mark.parametrize(
+    ("fusion", "call", "where"),
+    [
+        (Fusion, lambda fusion, left, right: fusion(left, right), "fusion"),
+        (Fusion, lambda fusion, left, right: fusion(right=right, left=left), "fusion"),
+        (ByNumbers, lambda fusion, left, right: fusion(left, right), "fusion"),
+        (OfDict, lambda fusion, left, right: fusion({"left": left, "right": right}), "fusion"),
+        (OfPair, lambda fusion, left, right: fusion((left, right), scale=2.0), "fusion"),
+        (TokensFirst, lambda fusion, left, right: fusion(left.transpose(0, 1), right.transpose(0, 1)), "fusion"),
+        (Nested, lambda fusion, left, right: fusion(left, right), "fusion.inner"),
+    ],
+    ids=["position", "keyword", "numbers", "dict", "tuple", "tokens first", "nested"],
+)
+def test_it_is_found(fusion, call, where, infos):
+    torch.manual_seed(0)
+    watch = look(Renamed(fusion(), call))
+    assert f"what enters '{where}' as left and right" in said_of(infos)
+    summary = watch.fusion_summaries["val"]
+    assert summary.modalities == ("left", "right")
+    assert not summary.uncontributed
+    # The left tokens say the target; the features that are read are those of the left encoder.
+    assert summary.estimate("right/left").mean > 0.9
+
+
+def test_equal_numbers_of_tokens_are_told_apart_by_name_alone(infos):
+    class Alike(TwoStreams):
+        def forward(self, one, other):
+            return self.head(self.fusion(self.left(one), self.right(other)[:, :5]))
+
+    look(Alike())
+    assert "what enters 'fusion' as left and right" in said_of(infos)
+    infos.clear()
+    paths = {"left_to_right": "fusion.left_to_right", "right_to_left": "fusion.right_to_left"}
+    watch = look(Alike(ByNumbers()), attention=paths)
+    assert not watch.fusion_summaries
+    unclear = next(said for said in infos.messages if "cannot be told" in said)
+    assert all(fact in unclear for fact in ("left and right", "'fusion'", "first (16, 5, 12)", "modalities="))
+
+
+def test_what_is_not_clear_can_be_named(infos):
+    class Alike(TwoStreams):
+        def forward(self, left, right):
+            return self.head(self.fusion(self.left(left), self.right(right)[:, :5]))
+
+    watch = look(Alike(ByNumbers()), fusion="fusion", modalities={"sound": "first", "sight": 1})
+    assert watch.fusion_summaries["val"].modalities == ("sound", "sight")
+    assert "what enters 'fusion' as sound and sight" in said_of(infos)
+
+
+def test_a_model_without_attention_needs_a_name():
+    with pytest.warns(XAttnWarning, match="Nothing is recorded in this run. No cross-attention ran"):
+        watch = look(TwoStreams(Concatenation()))
+    assert watch.history == []
+    watch = look(TwoStreams(Concatenation()), fusion="fusion", modalities={"left": 0, "right": 1})
+    summary = watch.fusion_summaries["val"]
+    assert summary.estimate("right/left").mean > 0.9
+    assert not summary.uncontributed
+    assert watch.summaries == {}
+    assert watch.history[0]["reading/left"] == pytest.approx(summary.estimate("right/left").mean)
+
+
+def test_a_named_fusion_whose_arguments_only_attention_would_tell():
+    with pytest.raises(DiscoveryError, match="No cross-attention ran"):
+        look(TwoStreams(Concatenation()), fusion="fusion")
+
+
+def test_a_named_fusion_that_does_not_run_is_said():
+    class Beside(TwoStreams):
+        def __init__(self):
+            super().__init__()
+            self.idle = Concatenation()
+
+    with pytest.warns(XAttnWarning, match="The fusion 'idle' was not seen in a step") as warned:
+        watch = look(Beside(), fusion="idle", modalities={"left": 0, "right": 1})
+    assert sum("'idle'" in str(one.message) for one in warned) == 1
+    assert not watch.fusion_summaries
+    assert watch.summaries["val"].samples == 40
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts"),
+    [
+        ({"fusion": "fusion.none"}, ["fusion.none", "'fusion'"]),
+        ({"fusion": "fusion", "modalities": {"left": 0, "right": "rigth"}}, ["'rigth'", "left", "(16, 7, 12)"]),
+        ({"fusion": "fusion", "modalities": {"left": 0, "right": 5}}, ["5", "(16, 7, 12)"]),
+    ],
+)
+def test_names_of_what_is_not_there(settings, facts):
+    with pytest.raises(DiscoveryError, match=tells(*facts)):
+        look(TwoStreams(Concatenation()), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts"),
+    [
+        ({"modalities": {"left": 0, "right": 1}}, ["fusion="]),
+        ({"fusion": "f", "modalities": {"left": 0}}, ["2 to 4"]),
+        ({"fusion": "f", "modalities": {"left": 0, "right": 0}}, ["each argument once"]),
+        ({"fusion": "f", "modalities": {"left/x": 0, "right": 1}}, ["no '/'"]),
+        ({"fusion": "f", "modalities": {"left": 0.5, "right": 1}}, ["0.5"]),
+        ({"fusion": "f", "modalities": {"interaction": 0, "right": 1}}, ["interaction", "emap_accuracy"]),
+        ({"fusion": 3}, ["3"]),
+        ({"contribution_samples": -1}, ["contribution_samples", "-1"]),
+        ({"max_samples": 0}, ["max_samples", "0"]),
+    ],
+)
+def test_settings_that_say_nothing(settings, facts):
+    with pytest.raises(SettingError, match=tells(*facts)):
+        AttentionExplainabilityCallback(**settings)
+
+
+def test_a_fusion_that_runs_twice_in_a_step_is_none(infos):
+    class Twice(TwoStreams):
+        def forward(self, left, right):
+            left, right = self.left(left), self.right(right)
+            return self.head(self.fusion(left, right) + self.fusion(left.flip(1), right))
+
+    settings = {"fusion": "fusion", "modalities": {"left": 0, "right": 1}}
+    with pytest.raises(DiscoveryError, match="The fusion 'fusion' runs 2 times in a step"):
+        look(Twice(Concatenation()), **settings)
+
+    class TwiceBeside(TwoStreams):
+        def __init__(self):
+            super().__init__()
+            self.beside = Concatenation()
+
+        def forward(self, left, right):
+            left, right = self.left(left), self.right(right)
+            beside = self.beside(left, right) + self.beside(left.flip(1), right)
+            return self.head(self.fusion(left, right) + beside)
+
+    with pytest.warns(XAttnWarning, match="The fusion 'beside' runs 2 times in a step"):
+        watch = look(TwiceBeside(), **settings | {"fusion": "beside"})
+    assert not watch.fusion_summaries
+    assert watch.summaries["val"].samples == 40
+
+
+class Twice(ToyModule):
+    """Runs a second time in every other step."""
+
+    def validation_step(self, batch, batch_idx):
+        if batch_idx % 2:
+            self(-3 * batch[0], batch[1])
+        return super().validation_step(batch, batch_idx)
+
+
+class Wrapped(Twice):
+    """Its steps are run as Lightning runs those of a model that it has wrapped: in the place of its ``forward``."""
+
+    def validation_step(self, batch, batch_idx):
+        if "forward" in vars(self):
+            return super().validation_step(batch, batch_idx)
+        return _ForwardRedirection()(Fusing(self), self, "validation_step", batch, batch_idx)
+
+    def on_validation_batch_end(self, *_):
+        vars(self).pop("forward")
+
+
+@pytest.mark.filterwarnings("ignore:Module 'audio_to_text_attn' ran more often")
+@pytest.mark.filterwarnings("ignore:Module 'text_to_audio_attn' ran more often")
+def test_a_model_whose_steps_run_as_its_forward_is_its_own_fusion(infos):
+    found = []
+    for kind in (Twice, Wrapped):
+        torch.manual_seed(0)
+        watch = AttentionExplainabilityCallback()
+        quiet_trainer(callbacks=[watch]).validate(kind(), toy_loader(), verbose=False)
+        found.append(watch.history[0])
+    assert sum("ran 2 times in a step, which is left out" in said for said in infos.messages) == 2
+    plain, wrapped = found
+    assert wrapped["read_samples"] == 13  # of steps in which it runs once
+    assert wrapped["contribution/audio"] == plain["contribution/audio"] != 0
+    assert repr(wrapped) == repr(plain)
+
+
+def test_padding_is_not_read_and_masks_go_with_their_modality():
+    """The hidden tokens hold numbers that would drown the others; a mask of another sample would change the outputs."""
+
+    class Padded(TwoStreams):
+        def forward(self, left, right):
+            real = left[..., 2] > -50
+            return self.head(self.fusion(self.left(left), self.right(right), left_mask=real))
+
+    left, right, target, ids = (one.clone() for one in DATA.tensors)
+    for i in range(len(left)):
+        left[i, 5 - i % 4 :] = torch.tensor([37.0 * (i % 7), -20.0 * (i % 3), -100.0])
+    watch = AttentionExplainabilityCallback()
+    data = torch.utils.data.TensorDataset(left, right, target, ids)
+    quiet_trainer(callbacks=[watch]).validate(Padded(), loader_of(data), verbose=False)
+    summary = watch.fusion_summaries["val"]
+    assert summary.estimate("right/left").mean > 0.9
+    assert not summary.uncontributed
+
+
+@pytest.mark.parametrize("form", ["added", "shares", "four axes", "hidden"])
+def test_masks_in_any_form_go_with_their_tokens(form):
+    class Masked(Fusion):
+        def forward(self, left, right, left_padding_mask=None, left_mask=None):
+            given = left_padding_mask if left_mask is None else left_mask
+            given = given.reshape(left.shape[:2])
+            real = {"added": given >= 0, "shares": given > 0, "four axes": given >= 0, "hidden": ~given.bool()}[form]
+            return super().forward(left, right, left_mask=real)
+
+    class Padded(TwoStreams):
+        def forward(self, left, right):
+            real = left[..., 2] > -50
+            added = torch.where(real, 0.0, -1e4)
+            masks = {"added": added, "shares": real.float(), "four axes": added[:, None, None], "hidden": ~real}
+            name = "left_padding_mask" if form == "hidden" else "left_mask"
+            return self.head(self.fusion(self.left(left), self.right(right), **{name: masks[form]}))
+
+    left, right, target, ids = (one.clone() for one in DATA.tensors)
+    whole = left.clone()
+    for i in range(len(left)):
+        left[i, 5 - i % 4 :] = torch.tensor([37.0 * (i % 7), -20.0 * (i % 3), -100.0])
+    for tokens in (left, whole):  # a batch without padding, too
+        watch = AttentionExplainabilityCallback()
+        data = torch.utils.data.TensorDataset(tokens, right, target, ids)
+        quiet_trainer(callbacks=[watch]).validate(Padded(Masked()), loader_of(data), verbose=False)
+        summary = watch.fusion_summaries["val"]
+        assert summary.estimate("right/left").mean > 0.85
+        assert summary.left_out == 0
+        assert not summary.uncontributed
+
+
+def batches(masks):
+    """Batches of ten samples, each with a mask for the left tokens or None."""
+    left, right, target, _ = DATA.tensors
+    cut = [slice(10 * i, 10 * i + 10) for i in range(len(masks))]
+    made = [
+        {"x": (left[one], right[one]), "y": target[one], "mask": mask} for one, mask in zip(cut, masks, strict=True)
+    ]
+    return torch.utils.data.DataLoader(made, batch_size=None)
+
+
+class MaskedStreams(TwoStreams):
+    """Gets the left mask as the batch has it, True for padding, also one for each head."""
+
+    def __init__(self):
+        super().__init__(Masked())
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        left, right = batch["x"]
+        scores = self.head(self.fusion(self.left(left), self.right(right), left_padding_mask=batch["mask"]))
+        return {"logits": scores, "targets": batch["y"]}
+
+
+class Masked(Fusion):
+    def forward(self, left, right, left_padding_mask=None):
+        mask = left_padding_mask
+        if mask is not None:
+            mask = mask < 0 if mask.is_floating_point() else mask.bool()
+            mask = ~mask.reshape(len(left), -1, left.shape[1]).all(1)
+        return super().forward(left, right, left_mask=mask)
+
+
+PADDING = torch.zeros(10, 5, dtype=torch.bool).index_fill_(1, torch.tensor([3, 4]), True)
+
+
+@pytest.mark.parametrize(
+    ("masks", "read", "facts"),
+    [
+        # One for each head from the second batch on.
+        (
+            [PADDING, PADDING[:, None].repeat(1, 3, 1), PADDING],
+            20,
+            ("'left_padding_mask' is (10, 3, 5)", "(10, 5) tokens"),
+        ),
+        ([PADDING, None, PADDING], 20, ("got other arguments in a step",)),
+        # Given only where there is padding.
+        ([None, PADDING, None], 20, ("'left_padding_mask' may be a mask", "the first step had none", "in every step")),
+        ([PADDING, torch.where(PADDING, -1e9, 0.0), PADDING.int()], 30, ()),
+    ],
+    ids=["of each head", "absent later", "absent first", "other types"],
+)
+def test_a_mask_that_changes_between_batches_ends_no_run_and_nothing_is_read_without_it(masks, read, facts, infos):
+    model, watch = MaskedStreams(), AttentionExplainabilityCallback()
+    quiet_trainer(callbacks=[watch]).validate(model, batches(masks), verbose=False)
+    assert watch.history[0]["samples"] == 10 * len(masks)
+    assert watch.history[0]["read_samples"] == read
+    said = [one for one in infos.messages if "in a step" in one]
+    assert len(said) == bool(facts)
+    for fact in facts:
+        assert fact in said[0]

@@ -1,0 +1,540 @@
+"""Real Trainers: what is logged, what stays untouched, and what a wrong setting is told."""
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.callback.epoch_log import EpochLog
+from lightning_xattn.capture import AttentionRecorder
+from lightning_xattn.core.errors import DataError, DiscoveryError, XAttnError, XAttnWarning
+from lightning_xattn.evaluation.evaluation import Evaluation
+from lightning_xattn.evaluation.statistics import ALIGNMENT
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
+from tests import reference
+from tests.messages import tells
+from tests.toy import CLASSES, HEADS, NAMES, ToyModule, count_hooks, quiet_trainer, toy_data, toy_loader, validate
+
+
+def record_all(module, dataset):
+    """Attention of the whole data set in one pass, and the predicted classes."""
+    audio, text, target = dataset[:]
+    with torch.no_grad(), AttentionRecorder(module.eval()) as recorder:
+        predicted = module(audio, text).argmax(1)
+    (pair,) = recorder.attention
+    return pair.forward.weights.double().numpy(), pair.backward.weights.double().numpy(), predicted, target
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_curves_are_the_references_numbers(need_weights):
+    torch.manual_seed(0)
+    module = ToyModule(need_weights)
+    logged = validate(module, AttentionExplainabilityCallback(class_names=NAMES, curves="all"))
+    there, back, predicted, target = record_all(module, toy_data())
+    samples = range(len(there))
+    alignment = np.array([reference.alignment(there[b], back[b]) for b in samples])
+    correct = (predicted == target).numpy()
+    expected = {
+        "xattn_alignment/val/all": alignment.mean(),
+        "xattn_alignment/val/null": reference.alignment_null(list(zip(there, back, strict=True))),
+        "xattn_health/val/undefined_share": 0.0,
+        "xattn_health/val/invalid_rows": 0.0,
+    }
+    for c, name in enumerate(NAMES):
+        expected[f"xattn_alignment/val/{name}"] = alignment[(target == c).numpy()].mean()
+    entropies = []
+    for direction, maps in (("audio_to_text", there), ("text_to_audio", back)):
+        rows = [reference.row_statistics(maps[b]) for b in samples]
+        entropy = np.array([r["entropy"] for r in rows])
+        entropies.append(entropy.mean(1))
+        expected[f"xattn_entropy/val/{direction}/all"] = entropy.mean()
+        for h in range(HEADS):
+            expected[f"xattn_entropy/val/{direction}/head_{h}"] = entropy[:, h].mean()
+        for c, name in enumerate(NAMES):
+            expected[f"xattn_entropy/val/{direction}/{name}"] = entropy[(target == c).numpy()].mean()
+        for name in ("max", "sparsity", "effective_keys"):
+            expected[f"xattn_focus/val/{direction}/{name}"] = np.mean([r[name].mean() for r in rows])
+        for name in ("head_diversity", "query_selectivity"):
+            values = [np.mean(getattr(reference, name)(maps[b])) for b in samples]
+            expected[f"xattn_health/val/{name}/{direction}"] = np.mean(values)
+    assert min(correct.sum(), (~correct).sum()) >= 5
+    for name, low, score in (("alignment", -1, alignment), ("entropy", 0, np.mean(entropies, axis=0))):
+        means = {"correct": score[correct].mean(), "incorrect": score[~correct].mean()}
+        expected |= {f"xattn_{name}/val/{outcome}": mean for outcome, mean in means.items()}
+        expected[f"xattn_{name}/val/gap"] = means["correct"] - means["incorrect"]
+        bins = reference.binned(score, low, 1)
+        expected[f"xattn_outcome/val/{name}_auroc"] = reference.auroc(bins[correct], bins[~correct])
+    # What the modalities say and contribute is compared in tests/fusion.
+    of_fusion = "xattn_contribution/", "xattn_outcome/val/confidence_auroc"
+    assert {name for name in logged if not name.startswith(of_fusion)} == set(expected)
+    for name, value in expected.items():
+        assert logged[name] == pytest.approx(value, abs=1e-4, rel=1e-4), name
+
+
+def test_grouping_by_prediction():
+    torch.manual_seed(0)
+    module = ToyModule()
+    logged = validate(module, AttentionExplainabilityCallback(group_by="prediction", curves="all"))
+    there, back, predicted, _ = record_all(module, toy_data())
+    alignment = np.array([reference.alignment(there[b], back[b]) for b in range(len(there))])
+    for c in range(CLASSES):
+        chosen = (predicted == c).numpy()
+        if chosen.any():
+            assert logged[f"xattn_alignment/val/predicted_class_{c}"] == pytest.approx(
+                alignment[chosen].mean(), abs=1e-5
+            )
+        else:
+            assert f"xattn_alignment/val/predicted_class_{c}" not in logged
+
+
+@pytest.mark.slow
+def test_fit_leaves_curves_and_images_in_tensorboard_at_every_epoch(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    trainer = quiet_trainer(
+        logger=logger,
+        max_epochs=2,
+        callbacks=[AttentionExplainabilityCallback(class_names=NAMES, curves="all")],
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(ToyModule(), toy_loader(), toy_loader(seed=1))
+    trainer.test(trainer.model, toy_loader(seed=2), verbose=False)
+    logger.finalize("success")
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    for stage, times in (("val", 2), ("test", 1)):  # the sanity check leaves nothing
+        for name in ("all", "correct", "incorrect", *NAMES):
+            points = events.Scalars(f"xattn_alignment/{stage}/{name}")
+            assert len(points) == times
+            assert all(-1 <= point.value <= 1 for point in points)
+        for tag in ("map/{}/audio_to_text", "map/{}/text_to_audio", "entropy/{}/by_head", "alignment/{}/by_outcome"):
+            images = events.Images(f"xattn_{tag.format(stage)}")
+            assert len(images) == times
+            assert images[0].width == 2 * 324  # twice as wide as TensorBoard shows it
+    steps = [point.step for point in events.Scalars("xattn_alignment/val/all")]
+    assert [image.step for image in events.Images("xattn_map/val/audio_to_text")] == steps
+
+
+class Collect(Callback):
+    """Keeps what every validation step computed."""
+
+    def __init__(self):
+        self.logits = []
+
+    def setup(self, trainer, pl_module, stage):
+        self.handle = pl_module.register_forward_hook(lambda m, a, out: self.logits.append(out.detach().clone()))
+
+    def teardown(self, trainer, pl_module, stage):
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_training_with_the_callback_is_bit_for_bit_training_without(need_weights):
+    def run(callbacks):
+        torch.manual_seed(0)
+        module, collect = ToyModule(need_weights), Collect()
+        trainer = quiet_trainer(max_epochs=2, callbacks=[collect, *callbacks])
+        trainer.fit(module, toy_loader(), toy_loader(seed=1))
+        return collect.logits, module
+
+    plain, _ = run([])
+    watched, module = run([AttentionExplainabilityCallback()])
+    assert len(plain) == len(watched)
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+    assert count_hooks(module) == 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("fault", [ArithmeticError("a fault"), DataError("an odd batch")])
+def test_what_goes_wrong_in_a_batch_ends_no_run(fault, first, monkeypatch):
+    """In the first batch nothing is recorded from then on; a later one is left out."""
+    read, runs = Evaluation.read, []
+
+    def fail(evaluation, *args):
+        runs.append(len(runs))
+        if len(runs) == (1 if first else 3):
+            raise fault
+        return read(evaluation, *args)
+
+    monkeypatch.setattr(Evaluation, "read", fail)
+    watch, module = AttentionExplainabilityCallback(contribution_samples=0), ToyModule()
+    message = "Nothing is recorded in this run" if first else "A batch is left out"
+    with pytest.warns(XAttnWarning, match=f"{message}.* {fault}") as warned:
+        logged = validate(module, watch)
+    (warning,) = [str(one.message) for one in warned if one.category is XAttnWarning]
+    assert ("your run goes on as without it" in warning) == isinstance(fault, ArithmeticError)
+    found = [(record["samples"], record["left_out_batches"]) for record in watch.history]
+    assert found == ([] if first else [(18, 1)])
+    assert ("xattn_alignment/val/all" in logged) != first
+    assert count_hooks(module) == 0
+
+
+@pytest.mark.parametrize("what", ["summary", "curves"])
+def test_what_goes_wrong_at_an_evaluations_end_ends_no_run(what, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ArithmeticError("a fault")
+
+    owner, name = {"summary": (Evaluation, "summary"), "curves": (EpochLog, "log")}[what]
+    monkeypatch.setattr(owner, name, fail)
+    watch, module = AttentionExplainabilityCallback(contribution_samples=0), ToyModule()
+    trainer = quiet_trainer(callbacks=[watch], max_epochs=2)
+    with pytest.warns(XAttnWarning, match=r"could not be (summed up|logged).*ArithmeticError: a fault"):
+        trainer.fit(module, toy_loader(), toy_loader())
+    assert trainer.current_epoch == 2
+    assert count_hooks(module) == 0
+
+
+def test_a_trainer_inside_of_a_fit():
+    """The inner Trainer has a callback of its own, or says that it needs one."""
+
+    class Validate(Callback):
+        def __init__(self, watch):
+            self.watch = watch
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            quiet_trainer(callbacks=[self.watch]).validate(ToyModule(), toy_loader(), verbose=False)
+
+    def fit(outer, inner):
+        quiet_trainer(callbacks=[outer, Validate(inner)]).fit(ToyModule(), toy_loader(), toy_loader())
+
+    outer, inner = (AttentionExplainabilityCallback(contribution_samples=0) for _ in range(2))
+    fit(outer, inner)
+    assert [record["samples"] for record in outer.history + inner.history] == [23, 23]
+    with pytest.raises(XAttnError, match=r"still records another Trainer.*callback of its own: Trainer\(callbacks="):
+        fit(outer, outer)
+    fit(outer, inner)  # a run that has failed is over
+    assert [record["stage"] for record in outer.history] == ["val"] * 3
+
+
+class Crash(ToyModule):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        loss = super().validation_step(batch, batch_idx)
+        if batch_idx == 2:
+            raise RuntimeError("the step crashed")
+        return loss
+
+
+def test_no_hook_stays_when_a_step_crashes():
+    module = Crash()
+    with pytest.raises(RuntimeError, match="the step crashed"):
+        validate(module, AttentionExplainabilityCallback())
+    assert count_hooks(module) == 0
+
+
+def test_hooks_are_on_the_model_only_while_it_is_recorded():
+    class Count(Callback):
+        def __init__(self):
+            self.training, self.validation = [], []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.training.append(count_hooks(pl_module))
+
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            if not trainer.sanity_checking:
+                self.validation.append((trainer.current_epoch, count_hooks(pl_module) > 0))
+
+    count = Count()
+    callback = AttentionExplainabilityCallback(every_n_epochs=2)
+    quiet_trainer(max_epochs=3, callbacks=[callback, count]).fit(ToyModule(), toy_loader(), toy_loader())
+    assert set(count.training) == {0}
+    assert set(count.validation) == {(0, True), (1, False), (2, True)}
+
+
+@pytest.mark.slow
+def test_figures_every_n_epochs(tmp_path):
+    for figures, epochs in ((0, []), (1, [0, 1, 2]), (2, [0, 2])):
+        logger = CSVLogger(tmp_path, name="", version=f"run_{figures}")
+        callback = AttentionExplainabilityCallback(figures_every_n_epochs=figures)
+        trainer = quiet_trainer(max_epochs=3, logger=logger, callbacks=[callback], default_root_dir=tmp_path)
+        trainer.fit(ToyModule(), toy_loader(), toy_loader())
+        files = sorted((tmp_path / f"run_{figures}").rglob("xattn_entropy/**/*.png"))
+        assert [int(path.stem.removeprefix("step_")) for path in files] == [5 * (epoch + 1) - 1 for epoch in epochs]
+
+
+def test_a_second_dataloader_and_a_second_layer_add_their_names():
+    logged = validate(ToyModule(), AttentionExplainabilityCallback(), [toy_loader(), toy_loader(seed=1)])
+    assert {"xattn_alignment/val/all", "xattn_alignment/val/dataloader_1/all"} <= set(logged)
+    assert logged["xattn_alignment/val/all"] != logged["xattn_alignment/val/dataloader_1/all"]
+
+    class TwoLayers(ToyModule):
+        def __init__(self):
+            super().__init__()
+            self.second = nn.Module()
+            self.second.audio_to_text_attn = nn.MultiheadAttention(12, 2, batch_first=True)
+            self.second.text_to_audio_attn = nn.MultiheadAttention(12, 2, batch_first=True)
+            for attention in self.second.children():
+                nn.init.normal_(attention.in_proj_weight, std=0.6)
+
+        def forward(self, audio, text):
+            a, t = self.audio(audio), self.text(text)
+            self.second.audio_to_text_attn(a, t, t)
+            self.second.text_to_audio_attn(t, a, a)
+            return super().forward(audio, text)
+
+    watch = AttentionExplainabilityCallback(curves="all")
+    logged = validate(TwoLayers(), watch)
+    heads = {"xattn_entropy/val/second/audio_to_text/head_1", "xattn_entropy/val/audio_to_text/audio_to_text/head_2"}
+    assert heads <= set(logged)
+    # Under the plain name, the mean of both.
+    layers = [logged[f"xattn_alignment/val/{layer}/all"] for layer in ("audio_to_text", "second")]
+    assert logged["xattn_alignment/val/all"] == pytest.approx(sum(layers) / 2, abs=1e-6)
+    assert set(watch.summaries) == {"val/audio_to_text", "val/second"}
+    assert [record["layer"] for record in watch.history] == ["audio_to_text", "second"]
+
+
+class Pooled(ToyModule):
+    """Pools each modality to one vector before the fusion."""
+
+    def forward(self, audio, text):
+        return super().forward(audio.mean(1, keepdim=True), text.mean(1, keepdim=True))
+
+
+def test_one_key_attention_is_said_to_say_nothing():
+    with pytest.warns(XAttnWarning, match="single key.*pool after the fusion") as caught:
+        logged = validate(Pooled(), AttentionExplainabilityCallback())
+    assert len([w for w in caught if w.category is XAttnWarning]) == 1
+    assert logged["xattn_health/val/undefined_share"] == 1
+    assert not any(name.startswith(("xattn_alignment", "xattn_entropy", "xattn_outcome")) for name in logged)
+
+
+class Unlabelled(ToyModule):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self(*batch[:2])
+
+
+def test_without_labels_the_class_and_outcome_parts_switch_off_and_say_so():
+    dataset = torch.utils.data.TensorDataset(*toy_data().tensors[:2])
+    loader = torch.utils.data.DataLoader(dataset, batch_size=5)
+    with pytest.warns(XAttnWarning, match=r"No targets found.*the batch is \[float32.*targets=<key or callable>"):
+        logged = validate(Unlabelled(), AttentionExplainabilityCallback(), loader)
+    names = {name for name in logged if "alignment" in name}
+    assert names == {"xattn_alignment/val/all", "xattn_alignment/val/null"}
+
+
+class OneScore(ToyModule):
+    """A binary head, or a regression: one number a sample."""
+
+    def forward(self, audio, text):
+        return super().forward(audio, text)[:, :1] * 20
+
+
+@pytest.mark.parametrize("kind", [torch.long, torch.float32])
+def test_a_binary_head(kind):
+    audio, text, target = toy_data().tensors
+    target = (target % 2).to(kind)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(audio, text, target[:, None]), batch_size=5)
+    module, watch = OneScore(), AttentionExplainabilityCallback(class_names=["no", "yes"], curves="all")
+    module._loss = lambda batch: nn.functional.binary_cross_entropy_with_logits(module(*batch[:2]), batch[2].float())
+    logged = validate(module, watch, loader)
+    there, back, _, _ = record_all(module, toy_data())
+    alignment = np.array([reference.alignment(there[b], back[b]) for b in range(len(there))])
+    with torch.no_grad():
+        predicted = module(audio, text)[:, 0] > 0
+    correct = (predicted == target.bool()).numpy()
+    assert 0 < correct.sum() < len(correct)
+    for name, chosen in (("correct", correct), ("incorrect", ~correct), ("yes", target.bool().numpy())):
+        assert logged[f"xattn_alignment/val/{name}"] == pytest.approx(alignment[chosen].mean(), abs=1e-5)
+
+
+def test_a_regression_has_no_classes_and_no_outcomes():
+    audio, text, target = toy_data().tensors
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(audio, text, target / 3 + 0.1), batch_size=5)
+    module = OneScore()
+    module._loss = lambda batch: nn.functional.mse_loss(module(*batch[:2])[:, 0], batch[2])
+    with pytest.warns(XAttnWarning) as caught:
+        logged = validate(module, AttentionExplainabilityCallback(), loader)
+    told = [str(warning.message) for warning in caught if warning.category is XAttnWarning]
+    assert len(told) == 2
+    assert "No predictions found" in told[0]
+    assert "it is a regression, which has no classes" in told[0]
+    assert "No targets found" in told[1]
+    assert {name for name in logged if "alignment" in name} == {"xattn_alignment/val/all", "xattn_alignment/val/null"}
+
+
+def test_samples_without_a_label_have_no_class_and_no_outcome():
+    audio, text, target = toy_data().tensors
+    target[12:] = -1
+    module, callback = ToyModule(), AttentionExplainabilityCallback(targets=lambda outputs, batch: batch[2])
+    module._loss = lambda batch: module(*batch[:2]).sum()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(audio, text, target), batch_size=5)
+    with pytest.warns(XAttnWarning, match="11 of 23 samples have no class"):
+        validate(module, callback, loader)
+    summary = callback.summaries["val"]
+    assert summary.samples == 23
+    assert sum(summary.count(ALIGNMENT, outcome=outcome) for outcome in (CORRECT, INCORRECT)) == 12
+    assert sum(summary.count(ALIGNMENT, class_id=c) for c in range(CLASSES)) == 12
+
+
+@pytest.mark.parametrize("names", [["incorrect", "correct", "c", "d"], {0: "a"}, ["$^$", "b", "c", "d"]])
+def test_names_of_the_module_that_cannot_be_used_do_not_end_the_run(names, tmp_path):
+    module = ToyModule()
+    module.class_names = names
+    logger = CSVLogger(tmp_path, name="", version="run")
+    if names[0] == "$^$":
+        logged = validate(module, AttentionExplainabilityCallback(curves="all"), logger=logger)
+        assert "xattn_alignment/val/$^$" in logged
+        assert list((tmp_path / "run").rglob("xattn_map/**/*.png"))
+    else:
+        with pytest.warns(XAttnWarning, match="class_names of ToyModule are not used"):
+            logged = validate(module, AttentionExplainabilityCallback(curves="all"), logger=logger)
+        assert "xattn_alignment/val/class_0" in logged
+
+
+def test_a_figure_that_cannot_be_drawn_ends_nothing(tmp_path, monkeypatch):
+    def fail(figure):
+        raise ValueError("no ink")
+
+    monkeypatch.setattr("lightning_xattn.visualizations.render", fail)
+    with pytest.warns(XAttnWarning, match=tells("figures of val", "ValueError", "no ink")):
+        validate(ToyModule(), AttentionExplainabilityCallback(), logger=CSVLogger(tmp_path, name="", version="run"))
+
+
+class BuiltLater(ToyModule):
+    """Makes its modules where large models do."""
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        super(ToyModule, self).__init__()
+
+    def configure_model(self):
+        if not hasattr(self, "head"):
+            for name, child in ToyModule().named_children():
+                self.add_module(name, child)
+            self.need_weights = True
+
+
+def test_a_model_that_is_built_in_configure_model():
+    callback = AttentionExplainabilityCallback()
+    quiet_trainer(callbacks=[callback]).fit(BuiltLater(), toy_loader(), toy_loader())
+    assert len(callback.history) == 1
+
+
+def test_what_runs_outside_of_the_steps_is_not_recorded():
+    class Curious(Callback):
+        def run(self, trainer, pl_module, *args):
+            pl_module(*toy_data(3)[:][:2])
+
+        on_validation_epoch_start = on_validation_batch_end = run
+
+    callback = AttentionExplainabilityCallback()
+    trainer = quiet_trainer(callbacks=[callback, Curious()])
+    trainer.validate(ToyModule(), toy_loader(), verbose=False)
+    assert callback.summaries["val"].samples == 23
+
+
+@pytest.mark.parametrize(("validated", "every", "epochs"), [(2, 2, [1, 5]), (2, 1, [1, 3, 5]), (1, 3, [0, 3])])
+def test_every_n_of_the_epochs_that_are_validated(validated, every, epochs, tmp_path):
+    callback = AttentionExplainabilityCallback(every_n_epochs=every, figures_every_n_epochs=2)
+    logger = CSVLogger(tmp_path, name="", version="run")
+    trainer = quiet_trainer(
+        max_epochs=6, check_val_every_n_epoch=validated, callbacks=[callback], logger=logger, default_root_dir=tmp_path
+    )
+    trainer.fit(ToyModule(), toy_loader(), toy_loader())
+    assert [record["epoch"] for record in callback.history] == epochs
+    files = (tmp_path / "run").rglob("xattn_entropy/**/*.png")
+    drawn = sorted((int(path.stem.removeprefix("step_")) + 1) // 5 - 1 for path in files)
+    assert drawn == epochs[::2]
+
+
+@pytest.mark.parametrize("namespace", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.slow
+def test_both_namespaces_of_lightning(namespace, tmp_path):
+    lightning = pytest.importorskip(namespace)
+    loggers = pytest.importorskip(f"{namespace}.loggers")
+
+    class Other(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.toy = ToyModule()
+
+        def forward(self, audio, text):
+            return self.toy(audio, text)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(*batch[:2]), batch[2])
+
+        def validation_step(self, batch, batch_idx):
+            self(*batch[:2])
+
+        test_step = validation_step
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    watch = AttentionExplainabilityCallback()
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=loggers.CSVLogger(tmp_path, name="", version="run"),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        log_every_n_steps=1,
+        callbacks=[watch],
+    )
+    module = Other()
+    trainer.fit(module, toy_loader(), toy_loader(seed=1))
+    assert "xattn_alignment/val/correct" in trainer.callback_metrics
+    trainer.test(module, toy_loader(seed=2), verbose=False)
+    assert "xattn_alignment/test/all" in trainer.callback_metrics
+    assert [(entry["stage"], entry["samples"]) for entry in watch.history] == [("val", 23), ("val", 23), ("test", 23)]
+    assert len(list((tmp_path / "run").rglob("xattn_map/**/*.png"))) == 12
+    assert count_hooks(module) == 0
+
+
+def test_says_once_what_it_takes_for_what(infos):
+    watch = AttentionExplainabilityCallback()
+    for _ in range(2):
+        validate(ToyModule(), watch)
+    assert [said for said in infos.messages if said.startswith("AttentionExplainabilityCallback")] == [
+        "AttentionExplainabilityCallback takes audio_to_text (5 queries ask 7 keys), text_to_audio (7 queries ask 5 "
+        "keys), what enters the model's own forward as audio and text; predictions from forward, targets from "
+        "batch[2], of 4 classes."
+    ]
+
+
+def test_callbacks_of_one_kind_are_told_apart_and_others_do_not_count():
+    class Mine(AttentionExplainabilityCallback):
+        """A subclass logs as the second one does."""
+
+    first, second = AttentionExplainabilityCallback(), Mine()
+    trainer = quiet_trainer(callbacks=[Callback(), first, second])
+    trainer.validate(ToyModule(), toy_loader(), verbose=False)
+    assert list(first.summaries) == ["val"]
+    assert list(second.summaries) == ["val/callback_1"]
+
+
+def test_a_second_dataloader_has_the_classes_of_the_first(infos):
+    """Samples of other classes are counted as without one, and what was taken for what is said once."""
+
+    def targets(outputs, batch):
+        return batch[2] + (CLASSES if len(batch[2]) == 4 else 0)
+
+    watch = AttentionExplainabilityCallback(targets=targets)
+    loaders = [toy_loader(15), toy_loader(12, batch_size=4)]
+    with pytest.warns(XAttnWarning, match=tells("12 of 12 samples", "no class")):
+        quiet_trainer(callbacks=[watch]).validate(ToyModule(), loaders, verbose=False)
+    assert [record["unclassified"] for record in watch.history] == [0, 12]
+    assert [summary.n_classes for summary in watch.summaries.values()] == [CLASSES, CLASSES]
+    assert infos.text.count("AttentionExplainabilityCallback takes") == 1
+
+
+def test_sample_ids_that_are_named_must_be_there():
+    with pytest.raises(DiscoveryError, match=tells("nowhere", "sample ids")):
+        validate(ToyModule(), AttentionExplainabilityCallback(sample_ids="nowhere"))
+
+
+def test_a_checkpoint_knows_the_callback_however_its_folder_is_given(tmp_path):
+    keys = {AttentionExplainabilityCallback(table=one).state_key for one in (tmp_path, str(tmp_path))}
+    assert len(keys) == 1
+    assert len({AttentionExplainabilityCallback(group_by=one).state_key for one in ("target", "prediction")}) == 2
+
+
+def test_after_a_run_the_module_is_let_go_of():
+    watch, module = AttentionExplainabilityCallback(), ToyModule()
+    validate(module, watch)
+    assert (watch._run.recorder, watch._run.evaluations) == (None, {})
+    assert watch.summaries["val"].samples == 23

@@ -1,0 +1,283 @@
+"""What an epoch's end logs of very many classes and layers, and what never ends a run."""
+
+import math
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from matplotlib.markers import CARETUP
+from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.callback import epoch_log as epoch_log_module
+from lightning_xattn.core.errors import XAttnWarning
+from lightning_xattn.evaluation.curves import best_epoch, mean_curves
+from lightning_xattn.evaluation.fusion_samples import most_conflicting, of_sample
+from lightning_xattn.evaluation.results import REST, DatasetResult
+from lightning_xattn.evaluation.statistics import ALIGNMENT
+from lightning_xattn.report.figures import dataset_figures, overview_figure
+from tests.messages import tells
+from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader, validate
+
+MANY = 14
+
+
+def test_the_best_epoch_is_that_of_the_most_correct_predictions():
+    def record(step, accuracy, stage="val", **numbers):
+        return {"stage": stage, "step": step, "accuracy": accuracy, "alignment/correct": 9.0, **numbers}
+
+    fit = [
+        record(5, 0.5, **{"alignment/all": 0.2}),
+        record(10, 0.75, **{"alignment/all": 0.3, "outcome/conflict_auroc": 0.6, "outcome/conflict_auroc_low": 0.5})
+        | {"reading/eeg": 0.8, "reading/eeg_low": 0.7, "contribution/share/eeg_high": 0.9},
+        record(15, 0.75, **{"alignment/all": 0.4}),
+        record(15, 1.0, "test", **{"alignment/all": 0.5}),
+    ]
+    expected = {"xattn_best/accuracy": 0.75, "xattn_best/alignment/all": 0.3, "xattn_best/outcome/conflict_auroc": 0.6}
+    expected["xattn_best/reading/eeg"] = 0.8
+    assert best_epoch(fit) == expected
+    assert best_epoch([{"stage": "val", "step": 5, "alignment/all": 0.2}]) == {}
+
+
+class ManyClasses(ToyModule):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(24, MANY)
+
+
+def many_classes(samples=120):
+    audio, text, _ = toy_data(samples).tensors
+    # Class i has 15 - i samples, 14 classes.
+    target = torch.repeat_interleave(torch.arange(MANY), torch.arange(MANY + 1, 1, -1))[:samples]
+    return DataLoader(TensorDataset(audio[: len(target)], text[: len(target)], target), 16)
+
+
+def test_each_fit_has_a_best_epoch_of_its_own(tmp_path):
+    """As in cross-validation, where the folds may take equally many steps; a validation before is no part of it."""
+    watch, found = AttentionExplainabilityCallback(), []
+    for fold in range(2):
+        torch.manual_seed(fold)
+        logger = TensorBoardLogger(tmp_path, name="", version=str(fold), default_hp_metric=False)
+        logger.log_hyperparams({"fold": fold})
+        trainer = quiet_trainer(logger=logger, callbacks=[watch])
+        module = ToyModule()
+        trainer.validate(module, toy_loader(seed=9), verbose=False)
+        begins = len(watch.history)
+        trainer.fit(module, toy_loader(seed=fold), toy_loader(seed=fold + 5))
+        logger.finalize("success")
+        events = EventAccumulator(str(tmp_path / str(fold)))
+        events.Reload()
+        found.append((events.Scalars("xattn_best/accuracy")[0].value, watch.history[begins]["accuracy"]))
+    for logged, own in found:
+        assert logged == pytest.approx(own)
+    assert found[0] != found[1]
+
+
+def test_of_many_classes_the_ten_largest_and_the_rest_are_shown():
+    torch.manual_seed(0)
+    watch = AttentionExplainabilityCallback(curves="all")
+    logged = validate(ManyClasses(), watch, many_classes())
+    shown = {name.rpartition("/")[2] for name in logged if name.startswith("xattn_alignment/val/class_")}
+    assert shown == {f"class_{i}" for i in range(10)}
+    summary = watch.summaries["val"]
+    assert summary.n_classes == MANY, "what is not shown is known"
+    rest = [i for i in range(10, MANY) if summary.count(ALIGNMENT, i)]
+    counts = [summary.count(ALIGNMENT, i) for i in rest]
+    means = [summary.mean(ALIGNMENT, i) for i in rest]
+    expected = sum(n * mean for n, mean in zip(counts, means, strict=True)) / sum(counts)
+    assert logged[f"xattn_alignment/val/{REST}"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_of_more_than_ten_classes_none_has_a_curve_by_default():
+    trainer = quiet_trainer(callbacks=[AttentionExplainabilityCallback()])
+    trainer.validate(ManyClasses(), many_classes(), verbose=False)
+    shown = {name for name in trainer.callback_metrics if "class_" in name or REST in name}
+    assert shown == set()
+    assert "xattn_alignment/val/all" in trainer.callback_metrics
+
+
+def test_a_mean_of_all_layers_needs_all_layers():
+    of_layers = [{"xattn_alignment/val/a/all": 0.25}, {"xattn_alignment/val/b/all": 0.75}]
+    assert mean_curves(of_layers, ["val/a", "val/b"], "val", 2) == {"xattn_alignment/val/all": 0.5}
+    assert math.isnan(mean_curves(of_layers, ["val/a", "val/b"], "val", 3)["xattn_alignment/val/all"])
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_classes_together_are_what_their_samples_are(grouped):
+    torch.manual_seed(0)
+    groups = (lambda outputs, batch: torch.arange(len(batch[2])) % 7) if grouped else None
+    watch = AttentionExplainabilityCallback(groups=groups)
+    validate(ManyClasses(), watch, many_classes())
+    summary, fusion = watch.summaries["val"], watch.fusion_summaries["val"]
+    few, of_fusion = summary.with_classes([3, 0]), fusion.with_classes([3, 0])
+    for i, old in enumerate((3, 0)):
+        assert few.mean(ALIGNMENT, i) == summary.mean(ALIGNMENT, old)
+        assert few.interval(ALIGNMENT, i) == pytest.approx(summary.interval(ALIGNMENT, old), nan_ok=True)
+        torch.testing.assert_close(
+            next(iter(few.maps.values()))[i], next(iter(summary.maps.values()))[old], equal_nan=True
+        )
+        assert of_fusion.chosen(i).equal(fusion.chosen(old))
+    assert few.size(2) == summary.samples - summary.size(3) - summary.size(0)
+    assert few.mean(ALIGNMENT) == pytest.approx(summary.mean(ALIGNMENT))
+    assert of_fusion.chosen(2).sum() == few.size(2)
+
+
+class ManyLayers(ToyModule):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict() for _ in range(6))
+        for layer in self.layers:
+            for name in ("audio_to_text_attn", "text_to_audio_attn"):
+                layer[name] = nn.MultiheadAttention(12, 2, batch_first=True)
+                nn.init.normal_(layer[name].in_proj_weight, std=0.3)
+        del self.audio_to_text_attn, self.text_to_audio_attn
+
+    def forward(self, audio, text):
+        a, t = self.audio(audio), self.text(text)
+        for layer in self.layers:
+            a = a + layer["audio_to_text_attn"](a, t, t)[0]
+            t = t + layer["text_to_audio_attn"](t, a, a)[0]
+        return self.head(torch.cat([a.mean(1), t.mean(1)], dim=1))
+
+
+def test_of_many_layers_four_and_the_mean_are_shown(tmp_path):
+    watch = AttentionExplainabilityCallback(table=tmp_path)
+    torch.manual_seed(0)
+    logged = validate(ManyLayers(), watch)
+    shown = [f"layers.{i}" for i in (0, 2, 3, 5)]
+    assert [record["layer"] for record in watch.history] == shown
+    assert {name.split("/")[2] for name in logged if name.startswith("xattn_alignment/val/layers")} == set(shown)
+    whole = [watch.summaries[f"val/layers.{i}"].mean(ALIGNMENT) for i in range(6)]
+    assert logged["xattn_alignment/val/all"] == pytest.approx(sum(whole) / 6, abs=1e-6)
+    import pandas as pd
+
+    assert set(pd.read_parquet(tmp_path)["layer"]) == {f"layers.{i}" for i in range(6)}
+
+
+@pytest.mark.parametrize("broken", ["create_explainability_report", "distributions", "overview_figure", "charts"])
+def test_what_is_wrong_in_our_own_extras_ends_no_run(broken, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(epoch_log_module, broken, fails)
+    with pytest.warns(XAttnWarning, match=tells("oh")):
+        logged = validate(ToyModule(), AttentionExplainabilityCallback(), logger=False, default_root_dir=tmp_path)
+    assert "xattn_alignment/val/all" in logged
+
+
+def record(epoch, **more):
+    return {"stage": "val", "epoch": epoch, "step": 10 * epoch, **more}
+
+
+def test_the_overview_is_of_validations_and_has_the_null_and_the_intervals():
+    numbers = {"alignment/all": 0.2, "alignment/correct": 0.3, "alignment/incorrect": 0.1, "alignment/null": 0.05}
+    numbers |= {"alignment/correct_low": 0.25, "alignment/correct_high": 0.35}
+    tests = [record(5, **numbers) | {"stage": "test"}]
+    now = [record(epoch, **numbers | {"alignment/correct": 0.3 + epoch}) for epoch in range(3)]
+    figure = overview_figure([*tests, *now], "val, epoch 2")
+    (panel,) = figure.axes
+    lines = {line.get_label(): line for line in panel.lines}
+    assert set(lines) == {"correct", "incorrect", "null"}
+    assert lines["correct"].get_xdata().tolist() == [0, 1, 2]
+    assert lines["correct"].get_ydata().tolist() == [0.3, 1.3, 2.3]
+    band = panel.collections[0]
+    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(0.35)
+
+
+def test_where_an_interval_leaves_the_panel_an_arrow_says_so():
+    numbers = {"read_samples": 9, "conflict/correct": 0.9, "conflict/correct_low": 0.8}
+    records = [
+        record(epoch, **numbers, **{"conflict/correct_high": high}) for epoch, high in enumerate((0.95, 1.2, 1.4))
+    ]
+    figure = overview_figure(records, "val")
+    panel = next(panel for panel in figure.axes if panel.get_title() == "conflict of the readings")
+    (arrow,) = [line for line in panel.lines if line.get_marker() == CARETUP]
+    top = panel.get_ylim()[1]
+    assert (arrow.get_xdata().tolist(), arrow.get_ydata().tolist()) == ([1, 2], [top, top])
+    said = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert said.count("goes on beyond the panel") == 1
+
+
+def test_several_validations_of_an_epoch_are_over_steps_and_what_cannot_be_told_says_so():
+    records = [{"stage": "val", "epoch": 0, "step": step, "read_samples": 9} for step in (3, 7)]
+    figure = overview_figure(records, "val")
+    assert {panel.get_xlabel() for panel in figure.axes if panel.get_xlabel()} == {"step"}
+    panels = [panel for panel in figure.axes if panel.axison]
+    assert all(any("cannot be told" in text.get_text() for text in panel.texts) for panel in panels)
+
+
+def test_models_with_one_direction_have_curves_of_correct_and_incorrect():
+    class OneWay(ToyModule):
+        def __init__(self):
+            super().__init__()
+            del self.text_to_audio_attn
+
+        def forward(self, audio, text):
+            audio, text = self.audio(audio), self.text(text)
+            there, _ = self.audio_to_text_attn(audio, text, text)
+            return self.head(torch.cat([there.mean(1), text.mean(1)], dim=1))
+
+    with pytest.warns(XAttnWarning, match="without text_to_audio, so there is no alignment"):
+        logged = validate(OneWay(), AttentionExplainabilityCallback(), toy_loader())
+    assert all(math.isfinite(logged[f"xattn_entropy/val/{name}"]) for name in ("correct", "incorrect"))
+
+
+def test_single_samples_keep_their_classes_where_few_are_shown():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.arange(280) % MANY
+    corners = 3 * torch.randn(MANY, 5, generator=generator)
+    noise = torch.randn(2, 280, 5, generator=generator)
+
+    class Sum(nn.Module):
+        def forward(self, left, right):
+            return torch.cat([left, right], dim=1)
+
+    class Two(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.fusion, self.head = Sum(), nn.Linear(10, MANY)
+
+        def validation_step(self, batch, batch_idx):
+            left, right, target = batch
+            return {"logits": self.head(self.fusion(left, right)), "targets": target}
+
+    shown = torch.where(torch.arange(280) < 200, target, (target + 1) % MANY)
+    data = TensorDataset(corners[target] + noise[0], corners[shown] + noise[1], target)
+    names = [f"c{i:02}" for i in range(MANY)]
+    watch = AttentionExplainabilityCallback(fusion="fusion", modalities={"left": 0, "right": 1}, class_names=names)
+    quiet_trainer(callbacks=[watch]).validate(Two(), DataLoader(data, 40), verbose=False)
+    summary = watch.fusion_summaries["val"]
+    result = DatasetResult({}, summary, tuple(names), "target", {}, None)
+    figures = dict(dataset_figures(result))
+    said = [text.get_text() for text in figures["conflict_samples"].axes[0].texts]
+    drawn = [one for one in said if "true: " in one]
+    expected = [of_sample(summary, i, names) for i in most_conflicting(summary)]
+    assert [one.rpartition("true: ")[2] for one in drawn] == [one.true for one in expected]
+
+
+@pytest.mark.parametrize("setting", ["fast_dev_run", "barebones"])
+def test_trial_runs_without_a_logger_leave_nothing(setting, tmp_path):
+    settings = {"accelerator": "cpu", "default_root_dir": tmp_path, "callbacks": [AttentionExplainabilityCallback()]}
+    settings |= {"max_epochs": 1, "logger": False} if setting == "fast_dev_run" else {"max_epochs": 1}
+    trainer = pl.Trainer(**settings, **{setting: True})
+    trainer.fit(ToyModule(), toy_loader(), toy_loader())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_that_the_last_epoch_lacks_is_drawn_of_those_before():
+    records = [record(e, **{"read_samples": 9, "contribution/share/a": 0.6}) for e in range(3)]
+    figure = overview_figure([*records, record(3, read_samples=9)], "val")
+    panel = next(panel for panel in figure.axes if panel.get_title() == "share of the contribution")
+    assert panel.lines[0].get_ydata()[:3].tolist() == [0.6] * 3
+
+
+def test_the_epochs_report_names_every_class(tmp_path):
+    torch.manual_seed(0)
+    watch = AttentionExplainabilityCallback()
+    validate(ManyClasses(), watch, many_classes(), logger=False, default_root_dir=tmp_path)
+    (report,) = (tmp_path / "xattn_output").rglob("*.md")
+    assert all(f"class\\_{i} " in report.read_text() for i in range(MANY))
+    assert REST not in report.read_text().split()

@@ -1,0 +1,167 @@
+"""Several real processes log what one process logs over the same samples, and none of them hangs."""
+
+import json
+import warnings
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.core.distributed import ALONE, own_places
+from lightning_xattn.core.errors import XAttnWarning
+from lightning_xattn.evaluation.checks import Checks
+from lightning_xattn.evaluation.evaluation import Evaluation, Settings
+from tests import ddp_run
+from tests.processes import run_processes
+from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["two processes", "three processes"])
+def processes(request, tmp_path_factory):
+    """What each rank wrote, and the folder."""
+    folder = tmp_path_factory.mktemp(f"ranks_{request.param}")
+    run_processes("tests.ddp_run", request.param, folder)
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(request.param)], folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process over the same samples, for as many ranks as the data were made for."""
+    made = {}
+
+    def run(ranks, scenario):
+        if (ranks, scenario) not in made:
+            folder = tmp_path_factory.mktemp("alone")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # one scenario has NaN in its attention, and is warned of it
+                made[ranks, scenario] = ddp_run.validate(scenario, ranks, {}, folder)
+        return made[ranks, scenario]
+
+    return run
+
+
+@pytest.mark.parametrize("scenario", ddp_run.SCENARIOS)
+@pytest.mark.slow
+def test_every_process_logs_what_one_process_logs(processes, alone, scenario):
+    ranks, _ = processes
+    expected = alone(len(ranks), scenario)["logged"]
+    for rank in ranks:
+        assert list(rank[scenario]["logged"]) == list(expected)
+        for name, value in expected.items():
+            # Faithfulness is a ratio to a small cost, whose rounding depends on how many samples run at once.
+            tolerance = 1e-5 if name.startswith("xattn_faithfulness") else 1e-6
+            assert rank[scenario]["logged"][name] == pytest.approx(value, abs=tolerance, nan_ok=True), name
+
+
+@pytest.mark.parametrize("scenario", ddp_run.SCENARIOS)
+@pytest.mark.slow
+def test_intervals_by_group_are_those_of_one_process(processes, alone, scenario):
+    ranks, _ = processes
+    expected = alone(len(ranks), scenario)["by_group"]
+    assert expected[0] == (47 if scenario == "many" else 8)
+    assert np.isfinite(expected).all()
+    for rank in ranks:
+        assert rank[scenario]["by_group"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("scenario", ddp_run.SCENARIOS)
+@pytest.mark.slow
+def test_few_collectives_and_no_repeats(processes, alone, scenario):
+    ranks, _ = processes
+    (record,) = alone(len(ranks), scenario)["history"]
+    dealt = -(-record["samples"] // len(ranks)) * len(ranks)
+    for rank in ranks:
+        # The sums; who can replay, and what they have replayed: for contributions, and to test the attention.
+        is_tested = any(name.startswith("faithfulness") for name in record)
+        assert is_tested == (scenario == "many")
+        assert rank[scenario]["collectives"] == ["all_gather_object"] * (5 if is_tested else 3)
+        (merged,) = rank[scenario]["history"]
+        assert merged["samples"] == record["samples"]
+        assert merged["repeats"] == dealt - record["samples"]
+
+
+@pytest.mark.slow
+def test_the_table_has_each_sample_once_in_a_shard_of_each_process(processes):
+    ranks, folder = processes
+    for scenario in ddp_run.SCENARIOS:
+        shards = list((folder / "table" / scenario).iterdir())
+        assert sorted(int(path.name.split("rank=")[1][0]) for path in shards) == list(range(len(ranks)))
+        ids = pq.read_table(folder / "table" / scenario)["sample_id"].to_pylist()
+        assert sorted(map(int, ids)) == [100 + i for i in range(len(ddp_run.make_data(scenario, len(ranks))))]
+
+
+@pytest.mark.slow
+def test_fitting_with_monitors(processes):
+    ranks, _ = processes
+    assert all(rank["fit"] == ranks[0]["fit"] for rank in ranks)
+    assert ranks[0]["fit"]["epochs"] == [0, 1]
+
+
+def test_repeats_are_counted_as_the_sampler_deals():
+    dataset = TensorDataset(torch.arange(22))
+    seen = []
+    for rank in range(3):
+        for shuffle in (False, True):
+            sampler = DistributedSampler(dataset, num_replicas=3, rank=rank, shuffle=shuffle)
+            loader = DataLoader(dataset, batch_size=3, sampler=sampler)
+            kept = []
+            for batch_idx, (batch,) in enumerate(loader):
+                places = own_places(loader, 0, batch_idx, len(batch))
+                kept += batch[: len(places)].tolist()
+                assert shuffle or kept[-len(places) :] == list(places)
+            seen += [] if shuffle else kept
+            assert len(kept) == 8 - (rank > 0)  # 24 places for 22 samples: ranks 1 and 2 have a repeat each
+    assert sorted(seen) == list(range(22))
+    sampler = DistributedSampler(dataset, num_replicas=3, rank=2, shuffle=False)
+    by_batch = DataLoader(dataset, batch_sampler=BatchSampler(sampler, 4, drop_last=False))
+    assert [list(own_places(by_batch, 0, batch_idx, 4)) for batch_idx in (0, 1)] == [[2, 5, 8, 11], [14, 17, 20]]
+    assert own_places(DataLoader(dataset), 0, 100, 5) is None
+    for several in ([DataLoader(dataset), by_batch], {"plain": DataLoader(dataset), "dealt": by_batch}):
+        assert [own_places(several, which, 1, 4) for which in (0, 1)] == [None, range(14, 23, 3)]
+    assert ALONE.gather("mine") == ["mine"]
+
+
+def test_repeats_are_those_of_their_own_dataloader():
+    callback = AttentionExplainabilityCallback()
+    data = toy_data(22)
+    dealt = DataLoader(data, batch_size=3, sampler=DistributedSampler(data, num_replicas=3, rank=2, shuffle=False))
+    trainer = quiet_trainer(callbacks=[callback], use_distributed_sampler=False)
+    trainer.validate(ToyModule(), [toy_loader(5), dealt], verbose=False)
+    found = [(record["dataloader"], record["samples"], record["repeats"]) for record in callback.history]
+    assert found == [(0, 5, 0), (1, 7, 1)]
+
+
+def _evaluated(batch):
+    """One process's evaluation of a batch, and what recorded it."""
+    module, settings = ToyModule().eval(), Settings(contribution_samples=0)
+    recorder, evaluation = settings.recorder(module), Evaluation(settings, module, Checks(), expects_targets=False)
+    with recorder:
+        outputs = module(*batch[:2])
+    evaluation.add(evaluation.read(*recorder.take(outputs, batch), recorder))
+    return evaluation, recorder
+
+
+def test_processes_that_do_not_agree_on_the_classes_have_none():
+    """The first batch of one had no targets; this must not end the run of all."""
+    audio, text, target = toy_data(5)[:]
+    evaluation, recorder = _evaluated((audio, text, target))
+    other, _ = _evaluated((audio, text))
+    assert evaluation.part().classes
+    assert not other.part().classes
+    with pytest.warns(XAttnWarning, match="Processes do not agree on how many classes there are"):
+        summary = evaluation.summary(recorder, tests_attention=False, parts=[evaluation.part(), other.part()])
+    (layer,) = summary.layers.values()
+    assert (layer.samples, layer.n_classes, evaluation.classes) == (10, 0, ())
+
+
+def test_a_process_that_records_nothing_is_named():
+    evaluation, recorder = _evaluated(toy_data(5)[:])
+    other, _ = _evaluated(toy_data(5)[:])
+    other.refusal = "No cross-attention ran."
+    other.left_out_batches = 3
+    with pytest.warns(XAttnWarning, match="One of several processes records nothing.*No cross-attention ran"):
+        evaluation.summary(recorder, tests_attention=False, parts=[evaluation.part(), other.part()])
+    assert evaluation.left_out_batches == 3

@@ -1,0 +1,410 @@
+"""Accumulated sums say what a list of all samples would say, whatever the batches."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_xattn.core.attention import Attention, Direction
+from lightning_xattn.core.errors import ShapeError
+from lightning_xattn.evaluation.accumulators import LayerAccumulator, Layout, merge_sums
+from lightning_xattn.evaluation.layer_summary import LayerSummary
+from lightning_xattn.evaluation.statistics import (
+    ALIGNMENT,
+    ENTROPY,
+    INVALID_ROWS,
+    STATISTICS,
+    Column,
+    sample_statistics,
+)
+from lightning_xattn.functional import prepare_rows
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
+from tests import reference
+
+SAMPLES, HEADS, QUERIES, KEYS, CLASSES = 23, 3, 5, 7, 3
+DIRECTION = Direction("eeg", "spec")
+
+
+def make_samples(seed=0):
+    """Attention of all samples with a few broken rows, class ids (3 is none) and outcomes."""
+    generator = torch.Generator().manual_seed(seed)
+    there = torch.randn(SAMPLES, HEADS, QUERIES, KEYS, generator=generator)
+    back = there.transpose(-1, -2) + torch.randn(SAMPLES, HEADS, KEYS, QUERIES, generator=generator)
+    there, back = there.softmax(-1), back.softmax(-1)
+    there[3] = torch.nan
+    back[4, 1, 2] = torch.nan
+    classes = torch.randint(0, CLASSES + 1, (SAMPLES,), generator=generator)
+    outcomes = torch.randint(0, 2, (SAMPLES,), generator=generator)
+    outcomes[::7] = UNKNOWN
+    tied = torch.rand(SAMPLES, generator=generator) < 0.3
+    return there, back, classes, outcomes, tied
+
+
+def rows_of(there, back):
+    return prepare_rows(Attention(DIRECTION, there)), prepare_rows(Attention(DIRECTION.opposite, back))
+
+
+def new_accumulator(rows, n_classes=CLASSES):
+    return LayerAccumulator(Layout.of(rows, sample_statistics(*rows), n_classes))
+
+
+def add(accumulator, rows, *labels):
+    accumulator.update(rows, sample_statistics(*rows), *labels)
+
+
+def masked_samples():
+    """Ragged samples: the last tokens of some are padding, in bfloat16, with rows of a single valid key."""
+    there, back, classes, outcomes, tied = make_samples(5)
+    there, back = there.nan_to_num(nan=1 / KEYS), back.nan_to_num(nan=1 / QUERIES)
+    eeg = torch.arange(QUERIES) < torch.arange(SAMPLES)[:, None] % QUERIES + 1
+    spec = torch.arange(KEYS) < torch.arange(SAMPLES)[:, None] % KEYS + 1
+    there, back = there * spec[:, None, None], back * eeg[:, None, None]
+    there, back = (x / x.sum(-1, keepdim=True) for x in (there, back))
+    return there.bfloat16(), back.bfloat16(), eeg, spec, classes, outcomes, tied
+
+
+def test_masked_ragged_half_precision_and_single_keys():
+    there, back, eeg, spec, classes, outcomes, tied = masked_samples()
+    rows = (
+        prepare_rows(Attention(DIRECTION, there, key_mask=spec, query_mask=eeg)),
+        prepare_rows(Attention(DIRECTION.opposite, back, key_mask=eeg, query_mask=spec)),
+    )
+    accumulator = new_accumulator(rows)
+    add(accumulator, rows, classes, outcomes, tied)
+    summary = LayerSummary(accumulator.compute())
+
+    scaled = [x.double().numpy() for x in (there, back)]
+    scaled = [x / x.sum(-1, keepdims=True) for x in scaled]
+    masks = eeg.numpy(), spec.numpy()
+    expected = {
+        "alignment": [],
+        "interaction": [],
+        "eeg_to_spec/entropy": [],
+        "spec_to_eeg/max": [],
+        "invalid_rows": [],
+    }
+    for b in range(SAMPLES):
+        a, z, (e, s) = scaled[0][b], scaled[1][b], (masks[0][b], masks[1][b])
+        expected["alignment"].append(reference.alignment(a, z, e, s, s, e))
+        expected["interaction"].append(reference.mean_defined(reference.alignment_interaction(a, z, e, s, s, e)))
+        expected["eeg_to_spec/entropy"].append(reference.mean_defined(reference.row_statistics(a, e, s)["entropy"]))
+        expected["spec_to_eeg/max"].append(reference.mean_defined(reference.row_statistics(z, s, e)["max"]))
+        invalid = (~reference.valid_rows(a, e, s)).sum() + (~reference.valid_rows(z, s, e)).sum()
+        expected["invalid_rows"].append(invalid)
+    for name, values in expected.items():
+        column, defined = Column.parse(name), [value for value in values if not np.isnan(value)]
+        assert summary.count(column) == len(defined), column
+        assert summary.mean(column) == pytest.approx(np.mean(defined), rel=1e-4, abs=1e-5), column
+    assert 0 < summary.undefined_share() < 1
+    assert np.isnan(summary.alignment_null)  # samples of different token counts cannot be compared
+
+    for c in range(CLASSES):
+        chosen = np.flatnonzero(classes == c)
+        for q in range(QUERIES):
+            for k in range(KEYS):
+                cells = [scaled[0][b, :, q, k] for b in chosen if masks[0][b, q] and masks[1][b, k]]
+                mean = np.mean(cells) if cells else np.nan
+                np.testing.assert_allclose(summary.maps[DIRECTION][c, q, k], mean, rtol=1e-4, atol=1e-6)
+
+
+def accumulate(samples, batches):
+    accumulator = None
+    for batch in batches:
+        there, back, classes, outcomes, tied = (x[batch] for x in samples)
+        rows = rows_of(there, back)
+        accumulator = accumulator or new_accumulator(rows)
+        add(accumulator, rows, classes, outcomes, tied)
+    return accumulator
+
+
+def in_batches(order, size):
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+EVERYTHING = {"all": (None, None)} | {
+    f"class {c}, outcome {o}": (c, o) for c in (None, *range(CLASSES)) for o in (None, CORRECT, INCORRECT)
+}
+
+
+def expected_numbers(samples):
+    """The reference's value of every column for every sample, NaN where undefined."""
+    there, back, *_ = (x.double().numpy() for x in samples)
+    numbers = {}
+    alignments = [reference.alignment(there[b], back[b]) for b in range(SAMPLES)]
+    interactions = [reference.mean_defined(reference.alignment_interaction(there[b], back[b])) for b in range(SAMPLES)]
+    numbers["alignment"], numbers["interaction"] = alignments, interactions
+    invalid = [0] * SAMPLES  # nothing is masked, so every invalid row is a broken one
+    for name, maps in (("eeg_to_spec", there), ("spec_to_eeg", back)):
+        by_head = [reference.row_statistics(maps[b]) for b in range(SAMPLES)]
+        for column in ("entropy", "max", "sparsity", "effective_keys"):
+            numbers[f"{name}/{column}"] = [reference.mean_defined(s[column]) for s in by_head]
+        for head in range(HEADS):
+            numbers[f"{name}/entropy/head_{head}"] = [s["entropy"][head] for s in by_head]
+            broken = [(~reference.valid_rows(maps[b]))[head].sum() for b in range(SAMPLES)]
+            numbers[f"{name}/broken/head_{head}"] = broken
+            numbers[f"{name}/sink/head_{head}"] = [reference.sink_strength(maps[b])[head] for b in range(SAMPLES)]
+        selectivity = [reference.mean_defined(reference.query_selectivity(maps[b])) for b in range(SAMPLES)]
+        numbers[f"{name}/query_selectivity"] = selectivity
+        numbers[f"{name}/head_diversity"] = [reference.head_diversity(maps[b]) for b in range(SAMPLES)]
+        invalid = [n + (~reference.valid_rows(maps[b])).sum() for b, n in enumerate(invalid)]
+    entropies = zip(numbers["eeg_to_spec/entropy"], numbers["spec_to_eeg/entropy"], strict=True)
+    numbers["entropy"] = [(a + b) / 2 for a, b in entropies]
+    numbers["invalid_rows"] = invalid
+    numbers["wholly_masked"] = [0] * SAMPLES
+    return numbers
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return make_samples()
+
+
+def test_every_number_by_class_and_outcome(samples):
+    summary = LayerSummary(accumulate(samples, in_batches(torch.arange(SAMPLES), 5)).compute())
+    numbers = expected_numbers(samples)
+    assert set(map(str, summary.columns)) == set(numbers)
+    classes, outcomes = samples[2].numpy(), samples[3].numpy()
+    for class_id, outcome in EVERYTHING.values():
+        chosen = np.ones(SAMPLES, bool) if class_id is None else classes == class_id
+        chosen = chosen if outcome is None else chosen & (outcomes == outcome)
+        for name, values in numbers.items():
+            column = Column.parse(name)
+            values = np.array(values, float)[chosen]
+            values = values[~np.isnan(values)]
+            assert summary.count(column, class_id, outcome) == len(values), column
+            mean = values.mean() if len(values) else np.nan
+            std = values.std(ddof=1) if len(values) > 1 else np.nan
+            np.testing.assert_allclose(summary.mean(column, class_id, outcome), mean, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(summary.std(column, class_id, outcome), std, rtol=1e-3, atol=1e-5)
+            interval = np.clip(reference.mean_interval(values), *STATISTICS[column.statistic].range)
+            np.testing.assert_allclose(summary.interval(column, class_id, outcome), interval, rtol=1e-3, atol=1e-4)
+        if outcome is None:
+            known = [int(one == CORRECT) for one in outcomes[chosen] if one in (CORRECT, INCORRECT)]
+            found = summary.accuracy_interval(class_id)
+            np.testing.assert_allclose(found, reference.proportion_interval(known), atol=1e-3)
+    assert summary.samples == SAMPLES
+    assert summary.undefined_share() == pytest.approx(np.isnan(numbers["alignment"]).mean())
+    assert summary.total(INVALID_ROWS) == sum(numbers["invalid_rows"])
+    assert summary.ties == samples[4].sum()
+
+
+def test_outcome_statistics(samples):
+    summary = LayerSummary(accumulate(samples, [torch.arange(SAMPLES)]).compute())
+    numbers, (_, _, classes, outcomes, _) = expected_numbers(samples), samples
+    for score in (ALIGNMENT, ENTROPY):
+        values = np.array(numbers[str(score)])
+        defined = ~np.isnan(values)
+        correct = values[defined & (outcomes == CORRECT).numpy()]
+        incorrect = values[defined & (outcomes == INCORRECT).numpy()]
+        separation = summary.compare(score)
+        low = -1 if score == ALIGNMENT else 0
+        binned = reference.binned(correct, low, 1), reference.binned(incorrect, low, 1)
+        assert separation.auroc == pytest.approx(reference.auroc(*binned), abs=1e-9)
+        assert (separation.correct, separation.incorrect) == (len(correct), len(incorrect))
+        assert summary.gap(score) == pytest.approx(correct.mean() - incorrect.mean(), abs=1e-5)
+        known = ((outcomes != UNKNOWN) & (classes < CLASSES)).numpy()
+        adjusted = reference.class_adjusted_gap(values[known], classes[known].tolist(), (outcomes == CORRECT)[known])
+        assert summary.compare(score).class_adjusted_gap == pytest.approx(adjusted, abs=1e-5)
+
+
+def test_mean_maps(samples):
+    there, back, classes, outcomes, _ = samples
+    summary = LayerSummary(accumulate(samples, in_batches(torch.arange(SAMPLES), 4)).compute())
+    for direction, weights in ((DIRECTION, there), (DIRECTION.opposite, back)):
+        for c in range(CLASSES):
+            expected = weights[classes == c].nanmean((0, 1))
+            torch.testing.assert_close(summary.maps[direction][c].float(), expected)
+        for outcome in (INCORRECT, CORRECT):
+            expected = weights[outcomes == outcome].nanmean((0, 1))
+            torch.testing.assert_close(summary.outcome_maps[direction][outcome].float(), expected)
+
+
+def test_alignment_between_different_samples(samples):
+    there, back = samples[:2]
+    whole = [b for b in range(SAMPLES) if b not in (3, 4)]  # those have broken rows: cells of their own
+    chosen = tuple(x[whole] for x in samples)
+    summary = LayerSummary(accumulate(chosen, in_batches(torch.arange(len(whole)), 4)).compute())
+    pairs = [(there[b].double().numpy(), back[b].double().numpy()) for b in whole]
+    assert summary.alignment_null == pytest.approx(reference.alignment_null(pairs), abs=1e-6)
+    assert np.isnan(LayerSummary(accumulate(samples, [torch.arange(SAMPLES)]).compute()).alignment_null)
+    assert np.isnan(LayerSummary(accumulate(chosen, [torch.arange(1)]).compute()).alignment_null)
+
+
+def null_of(there, back, **visible):
+    """Of a first batch of three samples and a second of the others."""
+    accumulator = None
+    for batch in (slice(3), slice(3, None)):
+        attention = Attention(DIRECTION, there, **visible)[batch], Attention(DIRECTION.opposite, back)[batch]
+        rows = tuple(map(prepare_rows, attention))
+        accumulator = accumulator or new_accumulator(rows)
+        n = len(rows[0].weights)
+        add(accumulator, rows, torch.zeros(n).long(), torch.zeros(n).long(), torch.zeros(n, dtype=torch.bool))
+    return LayerSummary(accumulator.compute()).alignment_null
+
+
+def test_samples_without_an_alignment_have_no_part_in_the_null(samples):
+    """One attends to all alike, in one all rows are broken, and one of its maps is NaN in the one direction alone."""
+    there, back = (x[5:14].clone() for x in samples[:2])
+    there[1], back[4], there[7], back[7] = 1 / KEYS, torch.nan, torch.nan, torch.nan
+    pairs = [(there[b].double().numpy(), back[b].double().numpy()) for b in (0, 2, 3, 5, 6, 8)]
+    assert null_of(there, back) == pytest.approx(reference.alignment_null(pairs), abs=1e-6)
+
+
+@pytest.mark.parametrize("sample", [0, 8])
+def test_a_sample_that_is_masked_in_part_ends_the_null(samples, sample):
+    """It has an alignment, over cells of its own, in which other samples' maps are not standardised."""
+    there, back = (x[5:14].clone() for x in samples[:2])
+    visible = torch.ones(9, 1, QUERIES, KEYS, dtype=torch.bool)
+    assert null_of(there, back, visible=visible) == pytest.approx(null_of(there, back), abs=1e-9)
+    visible[sample, :, 1, 2] = False
+    there = there * visible
+    assert np.isnan(null_of(there / there.sum(-1, keepdim=True), back, visible=visible))
+
+
+@settings(max_examples=10, deadline=None)
+@given(cuts=st.lists(st.integers(1, SAMPLES - 1), max_size=3, unique=True), seed=st.integers(0, 10**6))
+def test_merging_parts_in_any_order_is_the_whole(cuts, seed):
+    samples = make_samples()
+    parts = [range(a, b) for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), SAMPLES], strict=True)]
+    accumulators = [accumulate(samples, [torch.tensor(part)]) for part in parts]
+    order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed)).tolist()
+    merged = merge_sums([accumulators[i].sums() for i in order]).states
+    whole = accumulate(samples, [torch.arange(SAMPLES)])
+    for name, values in merged.items():
+        if name != "histograms":  # a score within rounding of a bin's edge may change its bin with the batch
+            torch.testing.assert_close(values, getattr(whole, name), rtol=1e-5, atol=1e-6, msg=name)
+    assert merged["histograms"].sum() == whole.histograms.sum()
+
+
+def test_merging_parts_with_other_token_counts_ends_the_maps(samples):
+    there, back, classes, outcomes, tied = samples
+    rows = rows_of(*_shorter(there, back))
+    other = new_accumulator(rows)
+    add(other, rows, classes, outcomes, tied)
+    first = accumulate(samples, [torch.arange(SAMPLES)])
+    summary = LayerSummary(merge_sums([a.sums() for a in (first, other)]))
+    assert summary.maps == {}
+    assert np.isnan(summary.alignment_null)
+    assert summary.samples == 2 * SAMPLES
+    several = [a.sums() for a in (first, other, first, other)]
+    for parts in (several, several[::-1]):
+        merged = LayerSummary(merge_sums(parts))
+        assert merged.samples == 4 * SAMPLES
+        assert merged.maps == {}
+        for column in summary.columns:
+            assert merged.mean(column) == pytest.approx(summary.mean(column))
+    with pytest.raises(ShapeError, match="3 classes and 3 heads eeg_to_spec.*7 classes"):
+        merge_sums([a.sums() for a in (first, new_accumulator(rows, 7))])
+
+
+def test_maps_end_when_token_counts_change_and_numbers_go_on(samples):
+    accumulator = accumulate(samples, [torch.arange(SAMPLES)])
+    there, back, classes, outcomes, tied = make_samples(1)
+    add(accumulator, rows_of(*_shorter(there, back)), classes, outcomes, tied)
+    summary = LayerSummary(accumulator.compute())
+    assert summary.maps == {}
+    assert summary.samples == 2 * SAMPLES
+
+
+def _shorter(there, back):
+    there, back = there[..., :4], back[:, :, :4]
+    return there / there.sum(-1, keepdim=True), back
+
+
+@settings(max_examples=20, deadline=None)
+@given(size=st.integers(1, SAMPLES), seed=st.integers(0, 10**6))
+def test_any_order_in_any_batches_is_the_same(size, seed):
+    samples = make_samples()
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(seed))
+    whole, parts = accumulate(samples, [torch.arange(SAMPLES)]), accumulate(samples, in_batches(order, size))
+    for name in set(parts.sums().states) - {"histograms"}:
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-6, msg=name)
+    # A score within rounding of a bin's edge may change its bin with the batch.
+    shift = (parts.histograms.cumsum(0) - whole.histograms.cumsum(0)).abs()
+    assert shift.max() <= 1
+    assert (shift > 0).sum() <= 2
+
+
+def grouped_sums(samples):
+    """Sums of all samples, of seven groups."""
+    there, back, classes, outcomes, tied = samples
+    rows = rows_of(there, back)
+    statistics = sample_statistics(*rows)
+    accumulator = LayerAccumulator(Layout.of(rows, statistics, CLASSES, "patients"))
+    accumulator.update(rows, statistics, classes, outcomes, tied, torch.arange(SAMPLES) % 7)
+    return accumulator.compute()
+
+
+def test_groups_of_a_class_and_an_outcome(samples):
+    _, _, classes, outcomes, _ = samples
+    summary, groups = LayerSummary(grouped_sums(samples)), torch.arange(SAMPLES) % 7
+    defined = ~torch.tensor(expected_numbers(samples)["alignment"]).isnan()
+    for class_id, outcome in EVERYTHING.values():
+        chosen = torch.ones(SAMPLES, dtype=torch.bool) if class_id is None else classes == class_id
+        chosen = chosen if outcome is None else chosen & (outcomes == outcome)
+        assert summary.groups(class_id=class_id, outcome=outcome) == len(groups[chosen].unique())
+        assert summary.groups(ALIGNMENT, class_id, outcome) == len(groups[chosen & defined].unique())
+
+
+def test_classes_that_are_put_together(samples):
+    """Classes 2 and 0 stay, in this order; class 1 is all others, and samples without a class stay so."""
+    there, back, classes, outcomes, tied = samples
+    found = LayerSummary(grouped_sums(samples).with_classes([2, 0]))
+    named = torch.tensor([1, 2, 0, CLASSES])[classes]
+    expected = LayerSummary(grouped_sums((there, back, named, outcomes, tied)))
+    assert found.n_classes == 3
+    for column in found.columns:
+        for class_id in (None, 0, 1, 2, 3):
+            for outcome in (None, CORRECT, INCORRECT):
+                assert found.count(column, class_id, outcome) == expected.count(column, class_id, outcome)
+                mean = expected.mean(column, class_id, outcome)
+                assert found.mean(column, class_id, outcome) == pytest.approx(mean, nan_ok=True)
+                std = expected.std(column, class_id, outcome)
+                assert found.std(column, class_id, outcome) == pytest.approx(std, nan_ok=True)
+                interval = expected.interval(column, class_id, outcome)
+                assert found.interval(column, class_id, outcome) == pytest.approx(interval, nan_ok=True)
+    assert found.unclassified == expected.unclassified == (classes == CLASSES).sum()
+    for direction in (DIRECTION, DIRECTION.opposite):
+        torch.testing.assert_close(found.maps[direction], expected.maps[direction], equal_nan=True)
+    for score in (ALIGNMENT, ENTROPY):
+        assert vars(found.compare(score)) == pytest.approx(vars(expected.compare(score)), nan_ok=True)
+
+
+def test_sums_without_labels_are_those_of_samples_that_never_had_any(samples):
+    there, back, classes, *_ = samples
+    found = grouped_sums(samples).without_labels()
+    nothing = torch.full_like(classes, -1), torch.full_like(classes, UNKNOWN), torch.zeros(SAMPLES, dtype=torch.bool)
+    rows = rows_of(there, back)
+    statistics = sample_statistics(*rows)
+    never = LayerAccumulator(Layout.of(rows, statistics, 0, "patients"))
+    never.update(rows, statistics, *nothing, torch.arange(SAMPLES) % 7)
+    expected = never.compute()
+    assert found.layout == expected.layout
+    assert set(found.states) == set(expected.states)
+    for name, values in expected.states.items():
+        told = slice(UNKNOWN) if name.startswith("outcome_map") else slice(None)  # of unknown outcomes there is no map
+        torch.testing.assert_close(found.states[name][told], values[told], msg=name)
+    for name in ("cells", "sums", "score_cells", "score_counts"):
+        torch.testing.assert_close(getattr(found.groups, name), getattr(expected.groups, name), msg=name)
+
+
+def test_one_direction_and_no_classes():
+    there, _, _, outcomes, tied = make_samples()
+    rows = rows_of(there, there.transpose(-1, -2))[:1]
+    accumulator = new_accumulator(rows, 0)
+    add(accumulator, rows, torch.full((SAMPLES,), -1), outcomes, tied)
+    summary = LayerSummary(accumulator.compute())
+    assert ALIGNMENT not in summary.columns
+    assert summary.undefined_share() == pytest.approx(1 / SAMPLES)  # the sample whose rows are all broken
+    assert summary.n_classes == 0
+    torch.testing.assert_close(summary.maps[DIRECTION][0].float(), there.nanmean((0, 1)))
+
+
+def test_sums_made_in_inference_mode_go_on_outside_of_it(samples):
+    with torch.inference_mode():
+        accumulator = accumulate(samples, [torch.arange(10)])
+    there, back, classes, outcomes, tied = (x[10:] for x in samples)
+    add(accumulator, rows_of(there, back), classes, outcomes, tied)
+    whole = accumulate(samples, [torch.arange(SAMPLES)])
+    torch.testing.assert_close(accumulator.moments, whole.moments)

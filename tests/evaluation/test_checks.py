@@ -1,0 +1,123 @@
+"""Each alarm rings for what it is for, once, with layer and head, and not for ordinary attention."""
+
+import warnings
+
+import pytest
+import torch
+
+from lightning_xattn import AttentionExplainabilityCallback, XAttnWarning
+from lightning_xattn import functional as F
+from lightning_xattn.core.attention import Attention, Direction
+from lightning_xattn.evaluation.accumulators import LayerAccumulator, Layout
+from lightning_xattn.evaluation.checks import Checks
+from lightning_xattn.evaluation.layer_summary import LayerSummary
+from lightning_xattn.evaluation.statistics import sample_statistics
+from lightning_xattn.functional import prepare_rows
+from lightning_xattn.functional.outcomes import UNKNOWN
+from tests.toy import ToyModule, quiet_trainer, toy_loader
+
+BATCH, HEADS, QUERIES, KEYS = 4, 3, 5, 7
+DIRECTION = Direction("eeg", "spec")
+
+
+def ordinary():
+    generator = torch.Generator().manual_seed(0)
+    return (2 * torch.randn(BATCH, HEADS, QUERIES, KEYS, generator=generator)).softmax(-1)
+
+
+def ring(weights, checks=None, **masks):
+    rows = [prepare_rows(Attention(DIRECTION, weights, **masks))]
+    statistics = sample_statistics(*rows)
+    accumulator = LayerAccumulator(Layout.of(rows, statistics, 0))
+    none = torch.full((BATCH,), -1)
+    accumulator.update(rows, statistics, none, torch.full((BATCH,), UNKNOWN), torch.zeros(BATCH))
+    return list((checks or Checks()).of_epoch("fusion.1", LayerSummary(accumulator.compute())))
+
+
+def test_ordinary_attention_rings_nothing():
+    assert ring(ordinary()) == []
+
+
+@pytest.mark.parametrize("head", [0, 2])
+def test_one_head_of_its_kind(head):
+    uniform, collapsed, sink = ordinary(), ordinary(), ordinary()
+    uniform[:, head] = 1 / KEYS
+    collapsed[:, head] = torch.eye(KEYS)[:QUERIES]
+    sink[:, head] = 0.3 / (KEYS - 1)
+    sink[:, head, :, 4] = 0.7
+    for weights, words in ((uniform, "uniform attention"), (collapsed, "a single key"), (sink, "an attention sink")):
+        (message,) = ring(weights)
+        assert message.startswith(f"Layer 'fusion.1', eeg_to_spec, head {head}: ")
+        assert words in message
+
+
+def test_a_head_that_is_nearly_uniform_is_not_dead():
+    """A mean entropy of 0.98, as of many an untrained model's heads, whose rows still differ."""
+    nearly = ordinary()
+    nearly[:, 1] = 0.25 * nearly[:, 1] + 0.75 / KEYS
+    entropy = F.entropy(prepare_rows(Attention(DIRECTION, nearly)))[:, 1].mean()
+    assert 0.97 < entropy < 0.99
+    assert ring(nearly) == []
+
+
+def test_heads_that_are_alike():
+    (message,) = ring(ordinary()[:, :1].expand(-1, HEADS, -1, -1))
+    assert message.startswith("Layer 'fusion.1', eeg_to_spec: all 3 heads attend alike")
+
+
+def test_nan_rings_and_masked_rows_do_not():
+    broken, masked = ordinary(), ordinary()
+    broken[1, 1, 3] = torch.nan
+    (message,) = ring(broken)
+    assert message.startswith("Layer 'fusion.1', eeg_to_spec, head 1: 1 rows of attention are not finite")
+    masked[1] = torch.nan
+    padding = torch.ones(BATCH, KEYS, dtype=torch.bool)
+    padding[1] = False
+    (message,) = ring(masked, key_mask=padding)
+    assert message.startswith("Layer 'fusion.1': one modality is wholly masked in 1 of 4 samples")
+
+
+def test_a_sink_is_judged_by_the_number_of_keys():
+    two = torch.tensor([0.6, 0.4]).expand(BATCH, HEADS, QUERIES, 2)
+    assert not [message for message in ring(two) if "sink" in message]  # 0.6 of 2 keys is next to uniform
+
+
+def test_each_rings_once():
+    checks, weights = Checks(), ordinary()
+    weights[:, 0] = 1 / KEYS
+    assert len(ring(weights, checks)) == 1
+    assert ring(weights, checks) == []
+    weights[:, 1] = 1 / KEYS
+    (message,) = ring(weights, checks)
+    assert "head 1:" in message  # and not head 0 again
+
+
+def test_a_single_key():
+    checks = Checks()
+    (message,) = ring(torch.ones(BATCH, HEADS, QUERIES, 1), checks)
+    assert message.startswith("Layer 'fusion.1': eeg_to_spec attend to a single key")
+    assert ring(torch.ones(BATCH, HEADS, QUERIES, 1), checks) == []
+    only_first = torch.eye(KEYS)[:1].expand(BATCH, HEADS, QUERIES, KEYS)
+    mask = (torch.arange(KEYS) == 0).expand(BATCH, KEYS)
+    (message,) = ring(only_first, key_mask=mask)
+    assert "a single key" in message
+
+
+def test_a_single_query_is_no_sink():
+    sharp = torch.eye(KEYS)[:BATCH, None, None].expand(BATCH, HEADS, 1, KEYS) * 0.86 + 0.02
+    assert not [message for message in ring(sharp) if "sink" in message]
+
+
+def test_a_trainer_warns_once_a_run_and_goes_on():
+    module = ToyModule()
+    with torch.no_grad():
+        module.audio_to_text_attn.in_proj_weight[:24] = 0  # queries and keys say nothing: uniform attention
+    module.audio_to_text_attn.requires_grad_(False)
+    trainer = quiet_trainer(max_epochs=3, callbacks=[AttentionExplainabilityCallback()])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, toy_loader(), toy_loader())
+    messages = [str(w.message) for w in caught if w.category is XAttnWarning]
+    assert len(messages) == 2
+    assert "audio_to_text, head 0, 1, 2: uniform attention" in messages[1]
+    assert "all 3 heads attend alike" in messages[0]

@@ -1,0 +1,392 @@
+"""Groups of samples in the callback and the explainer: where they are found, what they are called, what they change."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
+from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError, XAttnError, XAttnWarning
+from lightning_xattn.core.group_keys import UNKNOWN_GROUP, group_keys
+from lightning_xattn.evaluation.groups import GroupSums
+from lightning_xattn.evaluation.statistics import ALIGNMENT, ENTROPY, Column
+from lightning_xattn.functional import score_bins
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
+from tests import reference
+from tests.messages import tells
+from tests.toy import ToyModule, quiet_trainer, run_toy, toy_data
+
+SAMPLES = 40
+PATIENTS = [i // 4 % 7 for i in range(SAMPLES)]  # 7 patients, each in batches that are not next to each other
+
+
+class Named(Dataset):
+    """Batches as dicts, with groups under a name."""
+
+    def __init__(self, **columns):
+        self.columns = columns
+        self.tensors = toy_data(SAMPLES).tensors
+
+    def __len__(self):
+        return SAMPLES
+
+    def __getitem__(self, i):
+        audio, text, target = (tensor[i] for tensor in self.tensors)
+        return {"audio": audio, "text": text, "target": target} | {name: of[i] for name, of in self.columns.items()}
+
+
+class NamedToy(ToyModule):
+    def _loss(self, batch):
+        return super()._loss((batch["audio"], batch["text"], batch["target"]))
+
+
+def make_toy():
+    torch.manual_seed(2)
+    return NamedToy()
+
+
+def watched(columns, collate_fn=None, **settings):
+    """The summary and the callback of a validation."""
+    callback = AttentionExplainabilityCallback(class_names=list("abcd"), figures_every_n_epochs=0, **settings)
+    loader = DataLoader(Named(**columns), batch_size=6, collate_fn=collate_fn)
+    quiet_trainer(callbacks=[callback]).validate(make_toy(), loader, verbose=False)
+    return callback.summaries["val"], callback
+
+
+def explain(loader, **settings):
+    def predict(model, batch):
+        return run_toy(model, list(batch.values()))
+
+    return ExplainabilityCapture(make_toy(), class_names=list("abcd"), predict=predict).explain_loader(
+        loader, **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def by_patient():
+    return watched({"patient_ids": PATIENTS})
+
+
+NAMES = [f"patient {i}" for i in PATIENTS]
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "noun"),
+    [
+        ({"groups": PATIENTS}, {}, "groups"),
+        ({"groups": NAMES}, {}, "groups"),
+        ({"groups": [i + 0.5 for i in PATIENTS]}, {}, "groups"),
+        ({"groups": NAMES, "patient_ids": list(range(SAMPLES))}, {}, "groups"),
+        ({"site": NAMES}, {"groups": "site"}, "groups"),
+        ({"patient": NAMES}, {"groups": "patient"}, "patients"),
+        ({"site": PATIENTS}, {"groups": lambda outputs, batch: batch["site"] * 2 + 1}, "groups"),
+    ],
+    ids=["groups", "strings", "floats", "both", "key", "patient key", "callable"],
+)
+def test_where_groups_are_found_and_what_they_are_called(by_patient, columns, settings, noun):
+    summary, _ = watched(columns, **settings)
+    assert (summary.group_noun, summary.groups()) == (noun, 7)
+    expected, _ = by_patient
+    assert summary.interval(ALIGNMENT) == pytest.approx(expected.interval(ALIGNMENT), abs=1e-9)
+
+
+def test_intervals_are_by_group(by_patient, tmp_path):
+    summary, _ = watched({"patient_ids": PATIENTS}, table=tmp_path)
+    assert summary.group_noun == "patients"
+    rows = pq.read_table(tmp_path).to_pylist()
+    assert sorted(int(row["group"]) for row in rows) == sorted(PATIENTS)
+    values = [row["alignment"] for row in rows]
+    groups = [row["group"] for row in rows]
+    assert summary.interval(ALIGNMENT) == pytest.approx(reference.grouped_mean_interval(values, groups), abs=1e-4)
+    of_class = [i for i, row in enumerate(rows) if row["target"] == 1]
+    expected = reference.grouped_mean_interval([values[i] for i in of_class], [groups[i] for i in of_class])
+    assert summary.interval(ALIGNMENT, 1) == pytest.approx(expected, abs=1e-4, nan_ok=True)
+    parts = [[i for i, row in enumerate(rows) if row["correct"] is outcome] for outcome in (True, False)]
+    for outcome, part in zip((CORRECT, INCORRECT), parts, strict=True):
+        assert summary.groups(ALIGNMENT, outcome=outcome) == len({groups[i] for i in part})
+    found = summary.compare(ALIGNMENT)
+    binned = [reference.binned([values[i] for i in part], -1, 1) for part in parts]
+    interval = reference.grouped_auroc_interval(*binned, *([groups[i] for i in part] for part in parts))
+    assert (found.low, found.high) == pytest.approx(interval, abs=1e-3)
+    assert found.auroc == pytest.approx(reference.auroc(*binned), abs=1e-3)
+    assert math.isnan(summary.interval(Column.parse("audio_to_text/entropy/head_0"))[0])
+
+
+def test_the_accuracy_by_patients_holds_what_is_possible(by_patient):
+    """Its interval is that of a proportion, of all samples and of each class, and the report has it."""
+    summary, _ = by_patient
+    results = explain(DataLoader(Named(patient_ids=PATIENTS), batch_size=6))
+    facts = json.loads(create_explainability_report(results, format="json"))["layers"][0]["groups"]
+    audio, text, target = toy_data(SAMPLES).tensors
+    with torch.no_grad():
+        right = (make_toy()(audio, text).argmax(1) == target).int().tolist()
+    for class_id in (None, 0, 1, 2, 3):
+        chosen = [i for i in range(SAMPLES) if class_id in (None, int(target[i]))]
+        expected = reference.proportion_interval([right[i] for i in chosen], [PATIENTS[i] for i in chosen])
+        assert summary.accuracy_interval(class_id) == pytest.approx(expected, abs=1e-3, nan_ok=True)
+        told = facts[0 if class_id is None else 1 + class_id]
+        ends = [math.nan if told[end] is None else told[end] for end in ("accuracy_low", "accuracy_high")]
+        assert ends == pytest.approx(expected, abs=1e-3, nan_ok=True)
+
+
+def test_without_groups_samples_are_independent():
+    summary, callback = watched({})
+    assert (summary.group_noun, summary.groups()) == (None, 0)
+    assert callback.history[0]["groups"] is None
+    interval = summary.interval(ALIGNMENT)
+    expected = reference.t_quantile(SAMPLES - 1) * summary.std(ALIGNMENT) / SAMPLES**0.5
+    assert interval[1] - interval[0] == pytest.approx(2 * expected, rel=1e-3)
+
+
+def test_the_history_says_how_many_groups(by_patient):
+    summary, callback = by_patient
+    (record,) = callback.history
+    found = summary.compare(ENTROPY)
+    assert (record["samples"], record["groups"]) == (SAMPLES, 7)
+    assert record["outcome/entropy_correct_groups"] == found.correct_groups
+    assert record["outcome/entropy_auroc_low"] == pytest.approx(found.low)
+
+
+def test_nothing_is_claimed_of_few_patients():
+    """Many rows of one person's seizure are one observation."""
+    patients = [0 if i < 34 else i for i in range(SAMPLES)]
+    few, _ = watched({"patient_ids": patients})
+    assert few.groups() == 7
+    found = few.compare(ALIGNMENT)
+    assert min(found.correct, found.incorrect) >= 5 > min(found.correct_groups, found.incorrect_groups)
+    assert math.isnan(found.auroc)
+    independent, _ = watched({})
+    assert math.isfinite(independent.compare(ALIGNMENT).auroc)
+
+
+def test_groups_that_are_missing_count_as_one(by_patient):
+    some = [None if i % 4 == 0 else patient for i, patient in enumerate(PATIENTS)]
+
+    def collate(samples):
+        batch = torch.utils.data.default_collate([{k: v for k, v in s.items() if k != "groups"} for s in samples])
+        return batch | {"groups": [sample["groups"] for sample in samples]}
+
+    with pytest.warns(XAttnWarning, match="10 of 40 samples have no group.*taken as one group"):
+        summary, _ = watched({"groups": some}, collate)
+    assert summary.groups() == 7  # of those that are known
+    assert summary.ungrouped == 10
+    known, _ = by_patient
+    low, high = known.interval(ALIGNMENT)
+    assert summary.interval(ALIGNMENT)[1] - summary.interval(ALIGNMENT)[0] > 0.5 * (high - low)
+
+    def lose(samples):
+        batch = torch.utils.data.default_collate(samples)
+        return batch if 0 in batch["place"] else {k: v for k, v in batch.items() if k != "groups"}
+
+    with pytest.warns(XAttnWarning, match="34 of 40 samples have no group"):
+        summary, _ = watched({"groups": PATIENTS, "place": list(range(SAMPLES))}, lose)
+    assert summary.ungrouped == SAMPLES - 6
+
+
+def test_what_is_named_and_wrong_is_an_error():
+    with pytest.raises(SettingError, match=tells("groups", "None, a key or a callable", "got 3")):
+        AttentionExplainabilityCallback(groups=3)
+    with pytest.raises(DiscoveryError, match="No groups: the key 'site' gave nothing"):
+        watched({}, groups="site")
+    with pytest.raises(ShapeError, match=tells("group", "6 samples", "got 2")):
+        watched({}, groups=lambda outputs, batch: [1, 2])
+    with pytest.raises(ShapeError, match=tells("group", "6 samples", "float32 (6, 7, 2)")):
+        watched({}, groups=lambda outputs, batch: batch["text"])
+    for value in ("x", [1, 2], torch.zeros(6, 3), {"a": 1}):  # nothing that can be meant
+        guessed = {"groups": value}
+        summary, _ = watched({}, lambda samples, guessed=guessed: torch.utils.data.default_collate(samples) | guessed)
+        assert summary.group_noun is None
+    with pytest.raises(ShapeError, match="Expected one group a sample"):
+        group_keys([torch.zeros(2)], "cpu")
+
+
+def test_few_known_patients_and_some_without_claim_nothing():
+    patients = [i % 4 if i < 30 else None for i in range(SAMPLES)]
+
+    def collate(samples):
+        batch = torch.utils.data.default_collate([{k: v for k, v in s.items() if k != "groups"} for s in samples])
+        return batch | {"groups": [sample["groups"] for sample in samples]}
+
+    with pytest.warns(XAttnWarning, match="10 of 40 samples have no group"):
+        summary, _ = watched({"groups": patients}, collate)
+    assert summary.groups() == 4
+    assert np.isnan([*summary.interval(ALIGNMENT), summary.compare(ALIGNMENT).auroc]).all()
+
+
+def test_keys_tell_ids_apart_and_stay():
+    assert group_keys([4, "4", 4.5, None, math.nan], "cpu").unique().numel() == 4
+    assert group_keys([None, math.nan], "cpu").tolist() == [UNKNOWN_GROUP] * 2
+    assert group_keys(["patient 7"], "cpu").tolist() == [-8945976229267054775]  # in every process and run
+    assert group_keys(torch.tensor([[3], [9]]), "cpu").tolist() == [3, 9]
+    floats = torch.tensor([0.0, -0.0, 1.25, math.nan])
+    keys = group_keys(floats, "cpu")
+    assert keys[0] == keys[1] != keys[2]
+    assert keys[3] == UNKNOWN_GROUP
+    assert keys[2] == group_keys([1.25], "cpu")[0]
+    assert group_keys(list(np.array([3, 9])), "cpu").tolist() == [3, 9]
+
+
+def batches_of(rng, samples, columns=3):
+    groups, classes, outcomes = (torch.as_tensor(rng.integers(high, size=samples)) for high in (5, 3, 3))
+    values = torch.as_tensor(rng.normal(size=(samples, columns)))
+    defined = torch.as_tensor(rng.random((samples, columns)) < 0.9)
+    terms = torch.stack([defined.double(), torch.where(defined, values, 0)], dim=-1)
+    bins = torch.where(defined[:, :2], score_bins(values[:, :2] / 4, -1, 1), -1)
+    return groups, classes, outcomes, bins, terms
+
+
+@pytest.mark.parametrize(("correct", "incorrect"), [(5, 5), (4, 5), (5, 4)])
+def test_the_unknown_group_is_none_that_a_claim_may_rest_on(correct, incorrect):
+    """Of each outcome so many known groups of one sample, and two samples of groups that are not known."""
+    groups = torch.tensor([*range(correct), *range(10, 10 + incorrect), *[UNKNOWN_GROUP] * 4])
+    outcomes = torch.tensor([CORRECT] * correct + [INCORRECT] * incorrect + [CORRECT] * 2 + [INCORRECT] * 2)
+    values = torch.linspace(-1, 1, len(groups), dtype=torch.float64)
+    terms = torch.stack([torch.ones_like(values), values], dim=1)[:, None]
+    bins = score_bins(values, -1, 1)[:, None]
+    sums = GroupSums.empty(1).add(groups, torch.zeros_like(groups), outcomes, bins, terms).settled()
+    found = sums.separation(0, CORRECT, INCORRECT)
+    assert (found.correct, found.incorrect) == (correct + 2, incorrect + 2)
+    assert (found.correct_groups, found.incorrect_groups) == (correct, incorrect)
+    assert (sums.count(0, 0, CORRECT), sums.count(0, outcome=INCORRECT)) == (correct, incorrect)
+    assert sums.size(0, UNKNOWN_GROUP) == 4
+    share = reference.proportion_interval((outcomes == CORRECT).int().tolist(), groups.tolist())
+    assert sums.share_interval(0, CORRECT, INCORRECT) == pytest.approx(share, abs=1e-3)
+    told = min(correct, incorrect) >= 5
+    assert [math.isnan(one) for one in (found.auroc, found.low, found.high)] == [not told] * 3
+    for outcome, known in ((CORRECT, correct), (INCORRECT, incorrect)):
+        of_outcome = outcomes == outcome
+        expected = reference.grouped_mean_interval(values[of_outcome].tolist(), groups[of_outcome].tolist())
+        assert sums.interval(0, 0, outcome) == pytest.approx(
+            expected if known >= 5 else (math.nan, math.nan), nan_ok=True, abs=1e-3
+        )
+    if told:
+        parts = [(reference.binned(values[outcomes == one], -1, 1), groups[outcomes == one].tolist()) for one in (1, 0)]
+        (right, of_right), (wrong, of_wrong) = parts
+        assert found.auroc == pytest.approx(reference.auroc(right, wrong))
+        interval = reference.grouped_auroc_interval(right, wrong, of_right, of_wrong)
+        assert (found.low, found.high) == pytest.approx(interval, abs=1e-4)
+
+
+def test_groups_are_counted_within_a_class_and_an_outcome():
+    """Class 0 has four known groups and one that is not known, class 1 has six; two of its samples are wrong."""
+    groups = torch.tensor([0, 1, 2, 3, UNKNOWN_GROUP, 10, 11, 12, 13, 14, 15])
+    classes, outcomes = torch.tensor([0] * 5 + [1] * 6), torch.tensor([CORRECT] * 9 + [INCORRECT] * 2)
+    values = torch.linspace(-1, 1, len(groups), dtype=torch.float64)
+    terms = torch.stack([torch.ones_like(values), values], dim=1)[:, None]
+    sums = GroupSums.empty(1).add(groups, classes, outcomes, torch.zeros(11, 0).long(), terms).settled()
+    counts = {(None, None): 10, (0, None): 4, (1, None): 6, (None, CORRECT): 8, (1, CORRECT): 4, (1, INCORRECT): 2}
+    for (class_id, outcome), count in counts.items():
+        assert sums.count(0, class_id, outcome) == count
+        chosen = torch.ones(11, dtype=torch.bool) if class_id is None else classes == class_id
+        chosen = chosen if outcome is None else chosen & (outcomes == outcome)
+        expected = reference.grouped_mean_interval(values[chosen].tolist(), groups[chosen].tolist())
+        expected = expected if count >= 5 else (math.nan, math.nan)
+        assert sums.interval(0, class_id, outcome) == pytest.approx(expected, abs=1e-3, nan_ok=True)
+    assert np.isnan(sums.share_interval(0, CORRECT, INCORRECT, class_id=0)).all(), "of four known groups"
+    right = (outcomes[classes == 1] == CORRECT).int().tolist()
+    expected = reference.proportion_interval(right, groups[classes == 1].tolist())
+    assert sums.share_interval(0, CORRECT, INCORRECT, class_id=1) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 4096])
+def test_sums_do_not_depend_on_batches_or_processes(monkeypatch, limit):
+    monkeypatch.setattr("lightning_xattn.evaluation.groups.ROWS_IN_MEMORY", limit)
+    whole = batches_of(np.random.default_rng(0), 60)
+    at_once = GroupSums.empty(3).add(*whole).settled()
+    processes = []
+    for part in torch.randperm(60, generator=torch.Generator().manual_seed(1)).split(23):
+        sums = GroupSums.empty(3)
+        for batch in part.split(4):
+            before, cells = sums, len(sums.cells)
+            sums = sums.add(*(column[batch] for column in whole))
+            assert len(before.cells) == cells  # what was added to stays as it was
+        processes.append(sums)
+    merged = GroupSums.merged(processes)
+    for name in ("cells", "sums", "score_cells", "score_counts"):
+        torch.testing.assert_close(getattr(merged, name), getattr(at_once, name), msg=name)
+    assert len(at_once.cells) == len(torch.stack(whole[:3], dim=1).unique(dim=0))
+
+
+def test_as_many_samples_as_may_wait_are_added_up(monkeypatch):
+    whole = batches_of(np.random.default_rng(0), 60)
+    for limit, waiting in ((60, 0), (61, 1)):
+        monkeypatch.setattr("lightning_xattn.evaluation.groups.ROWS_IN_MEMORY", limit)
+        assert len(GroupSums.empty(3).add(*whole).waiting) == waiting
+
+
+def test_memory_is_of_groups_not_of_samples():
+    sums = GroupSums.empty(3)
+    rng = np.random.default_rng(0)
+    sizes = []
+    for _ in range(40):
+        sums = sums.add(*batches_of(rng, 500))
+        sizes.append((len(sums.cells), sum(len(batch[0]) for batch in sums.waiting)))
+    assert max(cells for cells, _ in sizes) == 5 * 3 * 3
+    assert max(waiting for _, waiting in sizes) < 4096
+    # Scores of 20,000 samples in 101 bins.
+    coarse = GroupSums.empty(3)
+    for _ in range(40):
+        groups, classes, outcomes, bins, terms = batches_of(rng, 500)
+        coarse = coarse.add(groups, classes, outcomes, bins.clamp(8000, 8100), terms)
+    assert len(coarse.settled().score_cells) <= 5 * 3 * 2 * 101
+
+
+def test_the_explainer_gives_the_callbacks_intervals(by_patient, tmp_path):
+    expected, _ = by_patient
+    loader = DataLoader(Named(patient_ids=PATIENTS), batch_size=6)
+    results = explain(loader, table=tmp_path)
+    for summary in (results.headline, explain(loader, table=tmp_path).headline):  # also read back
+        assert (summary.group_noun, summary.groups()) == ("patients", 7)
+        assert summary.interval(ALIGNMENT) == pytest.approx(expected.interval(ALIGNMENT), abs=1e-6)
+        assert summary.compare(ENTROPY).low == pytest.approx(expected.compare(ENTROPY).low, abs=1e-4)
+    assert set(pq.read_table(tmp_path)["group"].to_pylist()) == {str(i) for i in PATIENTS}
+
+
+@pytest.mark.parametrize("begun", [{}, {"patient_ids": PATIENTS}], ids=["without", "with"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_folder_is_not_gone_on_with_when_groups_change(tmp_path, begun, cut):
+    class CutError(Exception):
+        pass
+
+    def loader(columns, stop=None):
+        for i, batch in enumerate(DataLoader(Named(**columns), batch_size=6)):
+            if i == stop:
+                raise CutError
+            yield batch
+
+    if cut:
+        with pytest.raises(XAttnError, match="could not be explained|are kept") as error:
+            explain(loader(begun, 3), table=tmp_path)
+        assert isinstance(error.value.__cause__, CutError)
+    else:
+        explain(loader(begun), table=tmp_path)
+    others = [{"patient_ids": [i + 1 for i in PATIENTS]}, {"patient_ids": PATIENTS} if not begun else {}]
+    for columns in others:
+        with pytest.raises(SettingError, match=r"was begun with (no groups|the patients \[0, 0, 0\]) .*which now has"):
+            explain(loader(columns), table=tmp_path)
+    assert explain(loader(begun), table=tmp_path).headline.groups() == (7 if begun else 0)
+
+
+def test_reports_say_how_many_patients_and_that_intervals_are_by_them():
+    loader = DataLoader(Named(patient_ids=PATIENTS), batch_size=6)
+    report = create_explainability_report(explain(loader))
+    words = " ".join(report.split())
+    assert "- Samples: 40 of 7 patients" in report
+    assert re.search(r"^ +n\ntrue class +\(patients\) +accuracy \(recall\)", report, re.MULTILINE)
+    accuracy = r"\d+\.\d % \(\d+\.\d to \d+\.\d %\) \d+/40"
+    assert re.search(rf"^all +40 \(7\) +{accuracy}", report, re.MULTILINE)
+    claim = r"95 % CI by patients 0\.\d+ to 0\.\d+ \(\d+ correct of \d patients and \d+ incorrect of \d patients"
+    assert re.search(claim, words)
+    assert "In brackets: 95 % CI, by patients." in words
+    assert "Intervals are by patients" in words
+    assert "independent" not in words
+    alone = create_explainability_report(explain(DataLoader(Named(), batch_size=6)))
+    assert "Samples are taken as independent of each other, since no groups are known." in " ".join(alone.split())
+    assert "patients" not in alone
+    of_table = create_explainability_report(explain(loader), format="json")
+    assert '"group_noun": "patients"' in of_table

@@ -1,0 +1,329 @@
+"""What each logger has of an evaluation, read back with its own client."""
+
+import importlib
+import io
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pytorch_lightning.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.core.errors import XAttnWarning
+from lightning_xattn.core.files import path_of
+from lightning_xattn.evaluation.curves import charts
+from lightning_xattn.loggers import SINKS, Sinks
+from lightning_xattn.loggers.folder import FolderSink
+from tests.messages import tells
+from tests.toy import ToyModule, quiet_trainer, toy_loader, validate
+
+OVERVIEW, MAP, REPORT = "xattn_about/val/overview", "xattn_map/val/audio_to_text", "xattn_about/val/report"
+
+
+def client(name):
+    """A logger's client, which only ``pip install -e ".[clients]"`` brings; `.ci/run` has to have it."""
+    return importlib.import_module(name) if "XATTN_CI" in os.environ else pytest.importorskip(name)
+
+
+def run(logger, **settings):
+    """A validation that is logged at the step of a fit."""
+    torch.manual_seed(0)
+    watch = AttentionExplainabilityCallback(class_names=["a", "b/c", "d e", "🧠"], **settings)
+    trainer = quiet_trainer(logger=logger, callbacks=[watch], max_epochs=2)
+    trainer.fit(ToyModule(), toy_loader(), toy_loader(seed=1))
+    trainer.test(trainer.model, toy_loader(seed=2), verbose=False)
+    return trainer
+
+
+def test_tensorboard(tmp_path):
+    run(TensorBoardLogger(tmp_path, name="", version="run")).logger.finalize("success")
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
+    events.Reload()
+    steps = [point.step for point in events.Scalars("xattn_alignment/val/all")]
+    assert len(steps) == 2
+    for tag in (OVERVIEW, MAP):
+        assert [image.step for image in events.Images(tag)] == steps
+    # The overview is the first thing in the images tab.
+    assert min(events.Tags()["images"]) == "xattn_about/test/overview"
+    texts = events.Tensors(f"{REPORT}/text_summary")
+    assert [text.step for text in texts] == steps
+    assert texts[0].tensor_proto.string_val[0].decode().startswith("# Cross-modal attention report")
+    histogram = events.Histograms("xattn_alignment/val/samples/correct")[0].histogram_value
+    assert histogram.num + events.Histograms("xattn_alignment/val/samples/incorrect")[0].histogram_value.num == 23
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    page = (tmp_path / "run/xattn_about/test/report.html").read_text()
+    assert page.startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("default_hp_metric", [True, False])
+def test_tensorboard_compares_runs_by_their_best_epochs(tmp_path, default_hp_metric):
+    """As the hparams tab reads it; columns that a run has named before are left as they are."""
+    logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=default_hp_metric)
+    logger.log_hyperparams({"lr": 0.1})
+    torch.manual_seed(0)
+    watch = AttentionExplainabilityCallback()
+    quiet_trainer(logger=logger, callbacks=[watch], max_epochs=3).fit(ToyModule(), toy_loader(), toy_loader(seed=1))
+    logger.finalize("success")
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    plugin = events.PluginTagToContent("hparams")
+    named = HParamsPluginData.FromString(plugin["_hparams_/experiment"]).experiment.metric_infos
+    columns = {one.name.tag for one in named}
+    assert HParamsPluginData.FromString(plugin["_hparams_/session_start_info"]).session_start_info.hparams["lr"]
+    if default_hp_metric:
+        assert columns == {"hp_metric"}
+        assert not [tag for tag in events.Tags()["scalars"] if tag.startswith("xattn_best")]
+        return
+    best = max(watch.history, key=lambda one: one["accuracy"])
+    assert {"xattn_best/accuracy", "xattn_best/alignment/all", "xattn_best/outcome/confidence_auroc"} <= columns
+    for column in columns:
+        (point,) = events.Scalars(column)
+        assert point.value == pytest.approx(best[column.removeprefix("xattn_best/")])
+
+
+def test_weights_and_biases(tmp_path, monkeypatch):
+    wandb = client("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run(WandbLogger(save_dir=tmp_path, offline=True, project="p"), table=tmp_path / "table")
+    wandb.finish()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    records = list(_wandb_history(next(folder.glob("*.wandb"))))
+    pictures = [record for record in records if f"{OVERVIEW}/path" in record]
+    assert [record["trainer/global_step"] for record in pictures] == [4, 9]
+    assert f"{MAP}/path" in pictures[0], "all pictures of an evaluation are one step of theirs"
+    with Image.open(folder / "files" / pictures[0][f"{OVERVIEW}/path"]) as picture:
+        assert picture.width > 400
+    assert [one["trainer/global_step"] for one in records if f"{REPORT}/path" in one] == [4, 9]
+    tables = [record for record in records if "xattn_about/val/samples/nrows" in record]
+    assert [record["xattn_about/val/samples/nrows"] for record in tables] == [23, 23]
+    assert [one["trainer/global_step"] for one in records if "xattn_alignment/val/all" in one] == [4, 9]
+
+
+def _wandb_history(path):
+    """What was logged, out of the file that ``wandb sync`` sends: LevelDB's log format, after 7 bytes of its own."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:  # no header fits into the rest of a block
+            at += left
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                yield {"/".join(one.nested_key) or one.key: json.loads(one.value_json) for one in items}
+
+
+@pytest.mark.filterwarnings("ignore:.*loader strategy is deprecated")  # MLflow's use of SQLAlchemy
+def test_mlflow(tmp_path):
+    mlflow = client("mlflow")
+    uri, artifacts = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "artifacts"
+    logger = MLFlowLogger("e", tracking_uri=uri, artifact_location=artifacts.as_uri())
+    run(logger, table=tmp_path / "table")
+    store = mlflow.MlflowClient(uri)
+    steps = [metric.step for metric in store.get_metric_history(logger.run_id, "xattn_alignment/val/all")]
+    # MLflow takes no name like 🧠, the fourth class, and ends a run that logs one.
+    assert {"xattn_alignment/val/d e", "xattn_alignment/val/class_3"} <= set(store.get_run(logger.run_id).data.metrics)
+
+    def below(path):
+        for one in store.list_artifacts(logger.run_id, path):
+            yield from below(one.path) if one.is_dir else [one.path]
+
+    found = list(below(None))
+    pictures = [path for path in found if path.startswith("images/") and path.endswith(".png")]
+    overviews = [path for path in pictures if "overview" in path and "val" in path]
+    assert sorted(int(re.search(r"step\W(\d+)", path)[1]) for path in overviews) == steps == [4, 9]
+    assert f"{REPORT}/step_000004.md" in found
+    assert "xattn_about/test/report/step_000010.html" in found
+    assert len([path for path in found if path.endswith(".parquet")]) == 3
+    local = mlflow.artifacts.download_artifacts(run_id=logger.run_id, artifact_path=overviews[0], tracking_uri=uri)
+    with Image.open(local) as picture:
+        assert picture.width > 400
+
+
+def test_comet(tmp_path):
+    comet_ml = client("comet_ml")
+    logger = CometLogger(online=False, project="p")
+    # Lightning's own offline experiment is disabled: it writes nothing.
+    logger._experiment = comet_ml.OfflineExperiment(
+        offline_directory=str(tmp_path), log_env_details=False, log_code=False, auto_output_logging=False
+    )
+    run(logger, table=tmp_path / "table")
+    logger.experiment.end()
+    (archive,) = tmp_path.glob("*.zip")
+    with zipfile.ZipFile(archive) as whole:
+        messages = [json.loads(line) for line in whole.read("messages.json").decode().splitlines()]
+        files = [one["payload"] for one in messages if one["type"] == "file_upload"]
+        about = [one["additional_params"] for one in files]
+        names = {(one.get("fileName") or one.get("figName"), one.get("step")) for one in about}
+        assert {(OVERVIEW, 4), (OVERVIEW, 9), (MAP, 4), (f"{REPORT}.md", 4)} <= names
+        assert any(name == "xattn_about/test/report.html" for name, _ in names)
+        assert len([name for name, _ in names if name.endswith(".parquet")]) == 3
+        picture = next(one for one in files if one["additional_params"].get("figName") == OVERVIEW)
+        assert Image.open(io.BytesIO(whole.read(Path(picture["file_path"]).name))).width > 400
+
+
+def test_aim(tmp_path):
+    # Not in CI: with what it asks for, pip takes eight minutes to find a set of versions.
+    pytest.importorskip("aim")
+    from aim.pytorch_lightning import AimLogger
+
+    logger = AimLogger(
+        repo=str(tmp_path), system_tracking_interval=None, log_system_params=False, capture_terminal_logs=False
+    )
+    run(logger)
+    found = logger.experiment.collect_sequence_info(("images", "texts"))
+    logger.experiment.close()
+    # Its logger ends a run with the fit; what came since then can be read.
+    assert {one["name"] for one in found["images"]} >= {"xattn_about/test/overview", "xattn_map/test/audio_to_text"}
+    assert {one["name"] for one in found["texts"]} >= {"xattn_about/test/report"}
+
+
+def test_several_loggers_have_the_same_and_others_get_files(tmp_path, infos):
+    loggers = [TensorBoardLogger(tmp_path, name="", version="run"), CSVLogger(tmp_path, name="", version="csv")]
+    validate(ToyModule(), AttentionExplainabilityCallback(), logger=loggers)
+    loggers[0].finalize("success")
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0})
+    events.Reload()
+    files = {str(path.parent.relative_to(tmp_path / "csv")) for path in (tmp_path / "csv").rglob("step_000000.png")}
+    assert files == set(events.Tags()["images"])
+    event = events.Images(OVERVIEW)[0].encoded_image_string
+    theirs, ours = Image.open(io.BytesIO(event)), Image.open(tmp_path / "csv" / OVERVIEW / "step_000000.png")
+    assert np.array_equal(np.asarray(theirs), np.asarray(ours))
+    assert (tmp_path / "csv" / REPORT / "step_000000.md").read_text().startswith("# Cross-modal")
+    assert len([said for said in infos.messages if said.endswith(f"are written to {tmp_path / 'csv'}.")]) == 1
+
+
+def test_without_a_logger_files_are_under_the_trainers_root_folder(tmp_path):
+    validate(ToyModule(), AttentionExplainabilityCallback(), logger=False, default_root_dir=tmp_path)
+    assert (tmp_path / "xattn_output" / OVERVIEW / "step_000000.png").exists()
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_trial_run_leaves_nothing(tmp_path):
+    trainer = quiet_trainer(fast_dev_run=True, callbacks=[AttentionExplainabilityCallback()], default_root_dir=tmp_path)
+    trainer.fit(ToyModule(), toy_loader(), toy_loader())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_logger_that_fails_is_reported_once_and_ends_nothing(tmp_path, monkeypatch):
+    class Broken(CSVLogger):
+        pass
+
+    class BrokenSink(FolderSink):
+        def log_images(self, images, step):
+            raise OSError("disk on fire")
+
+    monkeypatch.setitem(SINKS, "Broken", lambda logger: BrokenSink(logger, tmp_path))
+    loggers = [Broken(tmp_path), CSVLogger(tmp_path, name="", version="csv")]
+    with pytest.warns(XAttnWarning) as warned:
+        validate(ToyModule(), AttentionExplainabilityCallback(), logger=loggers)
+    told = [str(one.message) for one in warned if one.category is XAttnWarning]
+    assert len(told) == 1
+    assert all(fact in told[0] for fact in ("Broken", "disk on fire"))
+    assert (tmp_path / "csv" / OVERVIEW / "step_000000.png").exists()
+
+
+@pytest.mark.parametrize("what", ["a file in the way", "no permission"])
+def test_what_cannot_be_written_is_absent_and_said_once(what, tmp_path, monkeypatch):
+    if what == "a file in the way":
+        (tmp_path / "xattn_output").write_text("not a folder")
+    else:  # root may write everywhere
+        monkeypatch.setattr(Path, "mkdir", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError("no")))
+    with pytest.warns(XAttnWarning, match=tells("Writing files", "gets nothing more of this evaluation")) as warned:
+        validate(ToyModule(), AttentionExplainabilityCallback(), logger=False, default_root_dir=tmp_path)
+    assert len([one for one in warned if one.category is XAttnWarning]) == 1
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_figures_that_cannot_be_drawn_are_reported(tmp_path):
+    def figures():
+        raise ValueError("no ink")
+        yield
+
+    with pytest.warns(XAttnWarning, match=tells("The figures of val", "no ink")):
+        Sinks([], tmp_path).log_figures(figures(), 0, "val")
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("xattn_map/val/a_to_b", "xattn_map/val/a_to_b"),
+        ("xattn_map/val/../../evil", "xattn_map/val/_/_/evil"),
+        ("/etc/passwd", "_/etc/passwd"),
+        ("a/b c/🧠:d", "a/b c/__d-91b40f9f"),
+        ("a/" + "x" * 300, "a/" + "x" * 100 + "-1b432d13"),
+        ("a/con", "a/_con-fdbf975c"),
+    ],
+)
+def test_names_are_paths_that_stay_in_their_folder(name, path):
+    assert path_of(name).as_posix() == path
+
+
+def test_any_names_are_two_files_that_can_be_written(tmp_path):
+    names = [
+        "?",
+        "*",
+        "\ud800",
+        "\udfff",
+        "\0",
+        "a\n",
+        "a\t",
+        "\u202ea",
+        "\x1b[31m",
+        "NUL",
+        "com1.png",
+        "漢" * 200,
+        "漢" * 201,
+    ]
+    FolderSink(None, tmp_path).log_images({f"map/{name}": np.zeros((2, 3, 3), np.uint8) for name in names}, 0)
+    written = list((tmp_path / "map").glob("*/step_000000.png"))
+    assert len(written) == len(names)
+    assert all(path.parent.name.isprintable() and len(path.parent.name.encode()) < 120 for path in written)
+    assert not any(path.parent.name.lower().startswith(("nul", "com1")) for path in written)
+
+
+def test_the_charts_hold_the_curves_that_they_are_for(tmp_path):
+    logged = validate(ToyModule(), AttentionExplainabilityCallback(class_names=list("abcd"), curves="all"))
+    in_charts = {
+        title: {name for name in logged if re.match(pattern, name)}
+        for section in charts(["val"]).values()
+        for title, pattern in section.items()
+    }
+    assert in_charts["alignment: correct, incorrect, null"] == {
+        f"xattn_alignment/val/{which}" for which in ("correct", "incorrect", "null")
+    }
+    assert in_charts["alignment of each class"] == {f"xattn_alignment/val/{name}" for name in "abcd"}
+    directions = "audio_to_text", "text_to_audio"
+    assert in_charts["entropy of each class"] == {
+        f"xattn_entropy/val/{one}/{name}" for one in directions for name in "abcd"
+    }
+    assert len(in_charts["entropy of each head"]) == 6
+    assert in_charts["AUROC: how often a score is higher in correct predictions"] >= {
+        "xattn_outcome/val/confidence_auroc"
+    }
+
+
+def test_about_twenty_curves_and_three_of_each_class_are_logged_by_default():
+    trainer = quiet_trainer(callbacks=[AttentionExplainabilityCallback(class_names=list("abcd"))])
+    trainer.validate(ToyModule(), toy_loader(), verbose=False)
+    logged = [name for name in trainer.callback_metrics if name.startswith("xattn_")]
+    of_classes = {f"xattn_alignment/val/{name}" for name in "abcd"}
+    of_classes |= {f"xattn_entropy/val/{one}/{name}" for one in ("audio_to_text", "text_to_audio") for name in "abcd"}
+    assert of_classes <= set(logged)
+    assert 12 <= len(set(logged) - of_classes) <= 30

@@ -1,0 +1,177 @@
+"""What a page says first, and whose samples it lists."""
+
+import math
+from copy import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightning_xattn import ExplainabilityCapture, create_explainability_report
+from lightning_xattn.core.wording import say_interval
+from lightning_xattn.evaluation.fusion_samples import SampleModalities
+from lightning_xattn.evaluation.layer_summary import Comparison
+from lightning_xattn.evaluation.results import DatasetResult
+from lightning_xattn.report import listing
+from lightning_xattn.report.facts import collect_facts
+from lightning_xattn.report.listing import _entry, entries_of_batch, entries_of_dataset
+from lightning_xattn.report.modalities import _verdict, collect_fusion
+from lightning_xattn.report.short import in_short
+from tests.attribution.models import NAMED, Concatenation, said_data, trained, watch_of
+from tests.toy import PaddedToyModule, padded_toy_data, run_toy
+
+
+@pytest.fixture(scope="module")
+def result():
+    data, _ = said_data(160, noise=1.5)
+    watch = watch_of(trained(Concatenation(), data, epochs=15), data, class_names=list("abcd"), **NAMED)
+    return DatasetResult({}, watch.fusion_summaries["val"], tuple("abcd"), "target", {}, None)
+
+
+def compared(auroc, low, high):
+    return Comparison(auroc, low, high, 50, 50, None, None, 2 * auroc - 1, 0.1, 0.1)
+
+
+NO_SCORE = "No score tells errors clearly better than confidence. AUROC:"
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "said"),
+    [
+        (
+            {"confidence": compared(0.7, 0.6, 0.8), "conflict": compared(0.3, 0.2, 0.4)},
+            f"{NO_SCORE} confidence 0.70 (95 % CI 0.60 to 0.80; higher in correct predictions); "
+            "conflict 0.70 (95 % CI 0.60 to 0.80; lower in correct predictions).",
+        ),
+        (
+            {"confidence": compared(0.25, 0.2, 0.3), "conflict": compared(0.1, 0.05, 0.15)},
+            "Conflict tells errors clearly better than confidence. AUROC: confidence 0.25 (95 % CI 0.20 to 0.30; lower "
+            "in correct predictions); conflict 0.90 (95 % CI 0.85 to 0.95; lower in correct predictions).",
+        ),
+        (
+            {"confidence": compared(0.47, 0.23, 0.72), "alignment": compared(0.54, 0.29, 0.78)},
+            f"{NO_SCORE} confidence 0.47 (95 % CI 0.23 to 0.72; no difference shown); "
+            "alignment 0.54 (95 % CI 0.29 to 0.78; no difference shown).",
+        ),
+        (
+            {"confidence": compared(0.7, 0.6, 0.8)},
+            f"{NO_SCORE} confidence 0.70 (95 % CI 0.60 to 0.80; higher in correct predictions).",
+        ),
+        (
+            {"confidence": compared(0.7, math.nan, math.nan)},
+            "Whether a score tells errors cannot be said of 50 correct and 50 incorrect predictions: nothing is "
+            "claimed of fewer than 5 groups, or samples, of either.",
+        ),
+        ({}, "Whether a score tells errors cannot be said: confidence, the baseline, is not known."),
+    ],
+)
+def test_confidence_is_the_baseline_and_keeps_its_direction(result, outcomes, said):
+    facts = collect_facts(result)
+    facts["fusion"]["outcomes"] = outcomes
+    assert list(in_short(facts))[-1] == said
+
+
+def test_what_is_used_is_said_in_whole_sentences(result):
+    sentences = list(in_short(collect_facts(result)))
+    share = result.fusion.share("left")
+    assert 0.5 < share.low < 2 / 3 < share.high
+    told = f"Left {100 * share.mean:.1f} %, 95 % CI {100 * share.low:.1f} to {100 * share.high:.1f} %; Right "
+    uses = f"What the model uses: no modality clearly for more than two thirds (shares: {told}"
+    assert any(sentence.startswith(uses) for sentence in sentences)
+    assert any(sentence.startswith("Left can be read: by itself it is right in ") for sentence in sentences)
+
+
+@pytest.mark.parametrize("others", [("x",), ("x", "y"), ("x", "y", "z")])
+@pytest.mark.parametrize(
+    ("low", "noun", "said"),
+    [
+        (0.67, "patients", "mostly Left"),
+        (0.66, "patients", "no modality clearly for more than two thirds"),
+        (0.55, None, "no modality clearly for more than two thirds"),
+        (math.nan, "patients", "which modality mostly is not claimed of fewer than 5 patients"),
+        (math.nan, None, "which modality mostly is not claimed of fewer than 5 samples"),
+    ],
+)
+def test_a_model_uses_mostly_one_modality_if_its_share_is_clearly_above_two_thirds(result, others, low, noun, said):
+    fusion = collect_fusion(result.fusion, "abcd")
+    first = fusion["modalities"][0]
+    share = replace(first["share"], mean=0.8, low=low, high=0.9)
+    rest = replace(share, mean=0.2 / len(others), low=0.0, high=0.3)
+    others = [first | {"name": name, "share": rest} for name in others]
+    facts = {**fusion, "modalities": [first | {"share": share}, *others], "group_noun": noun}
+    _, sentence, *_ = _verdict(facts)
+    interval = "" if math.isnan(low) else f", 95 % CI {100 * low:.1f} to 90.0 %"
+    assert sentence.startswith(f"Uses: {said} (shares: Left 80.0 %{interval}; X ")
+
+
+@pytest.mark.parametrize("noun", ["patients", None])
+def test_a_modality_that_is_always_right_is_not_right_for_certain(result, noun):
+    """As 16 of 16 samples: what a page says first, the table, and the notebook."""
+    summary = copy(result.fusion)
+    summary.numbers = summary.numbers | {"right/left": torch.ones(160, dtype=torch.float64)}
+    summary.numbers["right/left"][16:] = math.nan
+    summary.group_noun, summary.groups = noun, torch.arange(160) // 2
+    # 16 samples, or of two each 8 patients: n / (n + t(0.975, n - 1) ** 2).
+    low = {"patients": 58.9, None: 77.9}[noun]
+    with_it = replace(result, fusion=summary)
+    assert f"right in 100.0 % of the samples (95 % CI {low} to 100.0 %;" in " ".join(in_short(collect_facts(with_it)))
+    assert f"100.0 % ({low} to 100.0 %)" in create_explainability_report(with_it)
+    assert f"95 % CI {low} to 100.0 %" in with_it._repr_html_()
+
+
+def test_an_interval_that_rounds_to_nothing_is_not_certain():
+    assert say_interval(0.12, 0.3) == "0.120 to 0.300"
+    assert say_interval(1, 1) == say_interval(0.9997, 1.0003) == "± less than 0.001"
+    assert say_interval(0.12, 0.3, 1, as_percent=True) == "12.0 to 30.0 %"
+    assert say_interval(0.5, 0.5002, 1, as_percent=True) == "± less than 0.1 %"
+
+
+def test_a_value_has_no_shares_in_the_list(result):
+    one = SampleModalities(0.1, {}, None, None, math.nan, {"left": 3.0, "right": 1.0}, None)
+    assert math.isnan(_entry(0, "0", one, None, {}, []).numbers["share"])
+    assert _entry(0, "0", replace(one, predicted="a"), None, {}, []).numbers["share"] == 0.75
+
+
+def test_those_with_maps_are_listed_before_others(monkeypatch):
+    monkeypatch.setattr(listing, "LISTED", 3)
+    assert listing._listed(range(10), lambda one: one in (4, 8)) == [0, 4, 8]
+
+
+def test_samples_of_two_processes_keep_what_is_theirs(result):
+    """As of a DistributedSampler: each process numbers its own."""
+    whole = result.fusion
+    single = list(entries_of_dataset(result, {}))
+    rows = dict(whole.rows)
+    numbers = whole.sample_numbers
+    whole.rows = rows | {"process": numbers % 2}
+    whole.sample_numbers = numbers // 2
+    try:
+        entries = list(entries_of_dataset(result, {}))
+    finally:
+        whole.rows, whole.sample_numbers = rows, numbers
+    assert len({one.name for one in entries}) == len(entries) == 160
+    assert all((one.predicted == one.true) == (one.outcome == "correct") for one in entries)
+    assert sorted(one.says for one in entries) == sorted(one.says for one in single)
+
+
+def test_maps_leave_out_what_a_mask_hides(monkeypatch):
+    from lightning_xattn import visualizations
+
+    drawn = []
+    monkeypatch.setattr(visualizations, "map_picture", lambda values: drawn.append(values) or b"")
+    torch.manual_seed(0)
+    explainer = ExplainabilityCapture(PaddedToyModule(), predict=run_toy)
+    batch = explainer.explain_batch(padded_toy_data(6)[:])
+    list(entries_of_batch(batch, collect_facts(batch), {}))
+    first = batch["attention_dict"]["audio_to_text"]
+    for i in range(6):
+        weights = first[i].mean(0)
+        visible = weights.isfinite().sum(1, keepdim=True)
+        torch.testing.assert_close(torch.as_tensor(drawn[2 * i]), weights * visible, equal_nan=True)
+    assert torch.as_tensor(drawn[2]).isnan().any()
+
+
+def test_a_page_is_a_format(result, tmp_path):
+    report = create_explainability_report(result, tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text() == report
+    assert report.count('<details class="sample') == 160
