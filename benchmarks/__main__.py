@@ -26,7 +26,7 @@ from benchmarks.validate import BATCH, balanced, one_batch, validate
 from lightning_xattn import Attention, Direction
 from lightning_xattn.evaluation.accumulators import LayerAccumulator, Layout
 from lightning_xattn.evaluation.statistics import sample_statistics
-from lightning_xattn.functional import cross_fitted_reading, prepare_rows
+from lightning_xattn.functional import cross_fitted_probe, prepare_rows
 from lightning_xattn.hms import HMSDataModule, HMSLightningModule
 from tests import reference
 
@@ -82,7 +82,7 @@ def reference_loop(there: NDArray[np.float32], back: NDArray[np.float32]) -> Non
             reference.row_statistics(weights)
             reference.query_selectivity(weights)
             reference.head_diversity(weights)
-            reference.sink_strength(weights)
+            reference.sink(weights)
 
 
 def data_loader(folder: Path) -> None:
@@ -118,7 +118,7 @@ def validation_epoch(folder: Path) -> None:
         print(f"    testing the attention takes {more:.1f} s more")
 
 
-def reading() -> None:
+def probe() -> None:
     """Reading two modalities at an epoch's end."""
     generator = torch.Generator().manual_seed(0)
     target = torch.randint(6, (8192,), generator=generator)
@@ -127,10 +127,10 @@ def reading() -> None:
 
     def read() -> None:
         for one in features:
-            cross_fitted_reading(one, target, folds, 6)
+            cross_fitted_probe(one, target, folds, 6)
 
     (seconds,) = median_seconds(read, repeats=10)
-    print(f"reading 8,192 samples of two modalities: {seconds:.2f} s (aim: at most 1)")
+    print(f"probe 8,192 samples of two modalities: {seconds:.2f} s (aim: at most 1)")
 
 
 def peak_memory() -> None:
@@ -160,7 +160,7 @@ def main() -> None:
         features()
         data_loader(folder)
         validation_epoch(folder)
-        reading()
+        probe()
         explain_loader(folder)
         figures_and_report(folder)
     peak_memory()

@@ -28,17 +28,17 @@ from lightning_xattn.functional import (
     alignment_null,
     conflict,
     contribution_shares,
-    cross_fitted_reading,
-    crossing,
+    cross_fitted_probe,
+    cross_modal_mass,
     entropy,
     head_diversity,
-    lean,
     prepare_rows,
     query_selectivity,
     ranking_gain,
     separation,
-    sink_strength,
+    sink,
     standardised_maps,
+    support_difference,
 )
 from lightning_xattn.functional.outcomes import BINS
 from lightning_xattn.visualizations.drawing import HUES
@@ -74,15 +74,15 @@ def draw_map(ax: Axes, weights: Tensor, x: str = "key", y: str = "query") -> Non
     ax.set(xticks=[], yticks=[], xlabel=x, ylabel=y)
 
 
-def draw_bars(ax: Axes, readings: Tensor, chosen: int | None = None) -> None:
-    """What two readings say of each class, and which class the model predicts."""
-    for shift, reading, colour, hatch, name in (
-        (-0.2, readings[0], FIRST, "", "EEG's reading"),
-        (0.2, readings[1], SECOND, "///", "Spec's reading"),
+def draw_bars(ax: Axes, probes: Tensor, chosen: int | None = None) -> None:
+    """What two probes say of each class, and which class the model predicts."""
+    for shift, probe, colour, hatch, name in (
+        (-0.2, probes[0], FIRST, "", "EEG's probe"),
+        (0.2, probes[1], SECOND, "///", "Spec's probe"),
     ):
-        places = np.arange(len(reading)) + shift
-        ax.bar(places, reading.numpy(), 0.4, color=colour, hatch=hatch, edgecolor="white", label=name)
-    ax.set_xticks(range(readings.shape[1]), NAMES[: readings.shape[1]])
+        places = np.arange(len(probe)) + shift
+        ax.bar(places, probe.numpy(), 0.4, color=colour, hatch=hatch, edgecolor="white", label=name)
+    ax.set_xticks(range(probes.shape[1]), NAMES[: probes.shape[1]])
     ax.set(ylim=(0, 1.05), yticks=(0, 0.5, 1), ylabel="probability", xlabel="class")
     if chosen is not None:
         ax.set_ylim(0, 1.4)
@@ -111,40 +111,42 @@ def draw_reading(figure_axes: list[list[Axes]]) -> Drawn:
     values = []
     for (ax,), spread in zip(figure_axes, (6.0, 0.45), strict=True):
         points = torch.stack([angles.cos(), angles.sin()], dim=1) + spread * random(240, 2)
-        read = cross_fitted_reading(points, target, folds, 3)
+        read = cross_fitted_probe(points, target, folds, 3)
         values.append(float((read.argmax(1) == target).double().mean()))
         for one, (marker, colour) in enumerate(zip("o^s", (FIRST, SECOND, THIRD), strict=True)):
             x, y = points[target == one].T.numpy()
             ax.scatter(x, y, s=14, marker=marker, color=colour, label=f"class {NAMES[one]}")
         ax.set(xticks=[], yticks=[], xlabel="what the modality brings into the fusion")
     figure_axes[1][0].legend(fontsize=9, loc="lower right")
-    return name_halves(figure_axes, "reading", values, ("little above the largest class, 0.33", "it knows the class"))
+    return name_halves(figure_axes, "probe", values, ("little above the largest class, 0.33", "it knows the class"))
 
 
 def draw_conflict(figure_axes: list[list[Axes]]) -> Drawn:
-    """Two readings that agree, and two that do not."""
+    """Two probes that agree, and two that do not."""
     agree = torch.tensor([[0.85, 0.10, 0.05], [0.90, 0.06, 0.04]])
     differ = torch.tensor([[0.85, 0.10, 0.05], [0.05, 0.05, 0.90]])
     values = [float(conflict(one[:, None])) for one in (agree, differ)]
-    for (ax,), readings in zip(figure_axes, (agree, differ), strict=True):
-        draw_bars(ax, readings)
+    for (ax,), probes in zip(figure_axes, (agree, differ), strict=True):
+        draw_bars(ax, probes)
     figure_axes[1][0].legend(fontsize=9, loc="upper center")
     return name_halves(figure_axes, "conflict", values, ("both name class A", "EEG says A, Spec says C"))
 
 
 def draw_lean(figure_axes: list[list[Axes]]) -> Drawn:
-    """A prediction that the second modality's reading supports, and one that the first one's does."""
-    readings = torch.tensor([[0.80, 0.15, 0.05], [0.10, 0.10, 0.80]])
+    """A prediction that the second modality's probe supports, and one that the first one's does."""
+    probes = torch.tensor([[0.80, 0.15, 0.05], [0.10, 0.10, 0.80]])
     values = []
     for (ax,), predicted in zip(figure_axes, (2, 0), strict=True):
-        values.append(float(lean(readings[:, None].log(), torch.tensor([predicted]))))
-        draw_bars(ax, readings, predicted)
+        values.append(float(support_difference(probes[:, None].log(), torch.tensor([predicted]))))
+        draw_bars(ax, probes, predicted)
     figure_axes[1][0].legend(fontsize=9, loc="upper right")
-    return name_halves(figure_axes, "lean", values, ("Spec supports the prediction", "EEG supports the prediction"))
+    return name_halves(
+        figure_axes, "support_difference", values, ("Spec supports the prediction", "EEG supports the prediction")
+    )
 
 
 def draw_contribution(figure_axes: list[list[Axes]]) -> Drawn:
-    """Probabilities of the prediction with modalities exchanged, and what follows for EEG's share."""
+    """Probabilities of the prediction with modalities permuted, and what follows for EEG's share."""
     games = ((0.17, 0.45, 0.55, 0.85), (0.17, 0.88, 0.12, 0.80))
     shares = []
     for (ax,), values in zip(figure_axes, games, strict=True):
@@ -287,7 +289,7 @@ def draw_sink(figure_axes: list[list[Axes]]) -> Drawn:
     values = []
     for (ax,), scores in zip(figure_axes, (diagonal(9, 14), sunk), strict=True):
         weights = scores.softmax(-1)
-        values.append(float(sink_strength(rows_of(weights[None]))))
+        values.append(float(sink(rows_of(weights[None]))))
         draw_map(ax, weights)
     return name_halves(figure_axes, "sink strength", values, ("no key gets all queries", "the first key takes most"))
 
@@ -300,13 +302,16 @@ def draw_crossing(figure_axes: list[list[Axes]]) -> Drawn:
     for (ax,), bonus in zip(figure_axes, (2.5, -2.5), strict=True):
         joint = (random(16, 16) + bonus * (own[:, None] == own)).softmax(-1)
         cut = cut_direction(RecordedWeights(joint[None, None]), slice(0, 6), slice(6, 16), "encoder")
-        block = Attention(FORWARD, cut.weights, crossing=cut.crossing)
-        values.append(float(crossing(prepare_rows(block))))
+        block = Attention(FORWARD, cut.weights, cross_modal_mass=cut.cross_modal_mass)
+        values.append(float(cross_modal_mass(prepare_rows(block))))
         draw_map(ax, joint, "key: EEG, then Spec", "query: EEG, then Spec")
         for line in (ax.axhline, ax.axvline):
             line(5.5, color="white", linewidth=2)
     return name_halves(
-        figure_axes, "crossing (EEG asks)", values, ("each modality looks at itself", "EEG looks at the spectrogram")
+        figure_axes,
+        "cross_modal_mass (EEG asks)",
+        values,
+        ("each modality looks at itself", "EEG looks at the spectrogram"),
     )
 
 
@@ -326,9 +331,9 @@ def draw_auroc(figure_axes: list[list[Axes]]) -> Drawn:
 
 
 PICTURES: Mapping[str, tuple[Callable[[list[list[Axes]]], Drawn], int]] = {
-    "reading": (draw_reading, 1),
+    "probe": (draw_reading, 1),
     "conflict": (draw_conflict, 1),
-    "lean": (draw_lean, 1),
+    "support_difference": (draw_lean, 1),
     "contribution": (draw_contribution, 1),
     "faithfulness": (draw_faithfulness, 1),
     "alignment": (draw_alignment, 2),
@@ -338,7 +343,7 @@ PICTURES: Mapping[str, tuple[Callable[[list[list[Axes]]], Drawn], int]] = {
     "head_diversity": (draw_heads, 3),
     "query_selectivity": (draw_selectivity, 1),
     "sink": (draw_sink, 1),
-    "crossing": (draw_crossing, 1),
+    "cross_modal_mass": (draw_crossing, 1),
     "auroc": (draw_auroc, 1),
 }
 """By the name of the file, what draws its two halves, and how many panels each half has."""

@@ -1,7 +1,7 @@
 """A minute's start: two modalities that mostly name the same thing, and what the callback finds where they do not.
 
 The data are made up, and what is to be found is planted: an image shows one of four things, a caption names one, and in
-three of ten samples they differ. The label is then that of either, by a coin, so no model can know it. Watch
+three of ten samples they differ. The label is then that of either, by a coin, so no model can know it. AttentionMode
 how correct and incorrect predictions part in alignment and in conflict::
 
     python examples/quick_start.py && tensorboard --logdir quick_start

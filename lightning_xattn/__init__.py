@@ -1,4 +1,4 @@
-"""Watch how a multi-modal model's modalities attend to each other.
+"""AttentionMode how a multi-modal model's modalities attend to each other.
 
 ``AttentionExplainabilityCallback`` goes into a Lightning ``Trainer``; ``ExplainabilityCapture`` explains a trained
 model and ``create_explainability_report`` says what it found; ``AttentionRecorder`` records any model.

@@ -94,6 +94,6 @@ def summary(classes, outcomes, n_classes=3, keys=7, both=True, tied=(), broken=(
 
 
 def dataset(*summaries, **values):
-    settings = {"fusion": None, "class_names": NAMES, "group_by": "target", "axes": PLACES, "table": None} | values
+    settings = {"fusion": None, "class_names": NAMES, "classes_by": "target", "axes": PLACES, "table": None} | values
     layers = {f"fusion.{i}": one for i, one in enumerate(summaries)}
     return DatasetResult(summaries=layers, **settings)

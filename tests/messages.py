@@ -1,4 +1,4 @@
-"""What a message must tell: names, numbers and the remedy, in whatever words."""
+"""What a message must info: names, numbers and the remedy, in whatever words."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ def head_diversity(A, queries=None, keys=None):
     return mean_defined(values)
 
 
-def sink_strength(A, queries=None, keys=None):
+def sink(A, queries=None, keys=None):
     """The share of every query's attention that the same key takes, 0 where uniform attention is and 1 at most."""
     valid = valid_rows(A, queries, keys)
     _, keys = masks_of(A, queries, keys)
@@ -446,7 +446,7 @@ def discriminant_scores(X, y, n_classes, shrinkage=0.1):
     return scores
 
 
-def cross_fitted_reading(X, y, folds, n_classes):
+def cross_fitted_probe(X, y, folds, n_classes):
     """(samples, classes) probabilities, each sample by a fit of the other folds' labelled samples."""
     result = []
     for x, fold in zip(X, folds, strict=True):
@@ -457,16 +457,16 @@ def cross_fitted_reading(X, y, folds, n_classes):
     return np.array(result)
 
 
-def conflict(readings):
+def conflict(probes):
     """The chance that independent draws of two modalities differ, the mean over all pairs of modalities."""
     chances = []
-    for a in range(len(readings)):
-        for b in range(a + 1, len(readings)):
-            chances.append(sum(p * q for i, p in enumerate(readings[a]) for j, q in enumerate(readings[b]) if i != j))
+    for a in range(len(probes)):
+        for b in range(a + 1, len(probes)):
+            chances.append(sum(p * q for i, p in enumerate(probes[a]) for j, q in enumerate(probes[b]) if i != j))
     return sum(chances) / len(chances)
 
 
-def lean(first, second, predicted):
+def support_difference(first, second, predicted):
     return math.log(first[predicted]) - math.log(second[predicted])
 
 

@@ -23,7 +23,7 @@ from lightning_xattn.evaluation.curves import epoch_curves
 from lightning_xattn.evaluation.evaluation import Evaluation
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import STATISTICS, Column, Statistic, sample_statistics
-from lightning_xattn.loggers import SINKS, Sink
+from lightning_xattn.loggers import WRITERS, LoggerWriter
 from lightning_xattn.report.facts import collect_layer
 from tests.toy import ToyModule, quiet_trainer, toy_loader, validate
 
@@ -150,7 +150,7 @@ class Pictures(Logger):
         pass
 
 
-class PicturesSink(Sink):
+class PicturesSink(LoggerWriter):
     def log_images(self, images, step):
         self.logger.pictures |= {name: (picture, step) for name, picture in images.items()}
 
@@ -162,7 +162,7 @@ class PicturesSink(Sink):
 
 
 def test_a_figure_is_one_tag_and_a_sink_is_one_class(monkeypatch):
-    monkeypatch.setitem(SINKS, "Pictures", PicturesSink)
+    monkeypatch.setitem(WRITERS, "Pictures", PicturesSink)
 
     of_epoch = epoch_log_module.epoch_figures
 

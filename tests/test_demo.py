@@ -27,7 +27,7 @@ def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
         assert events.Scalars(f"xattn_alignment/val/{name}"), name
     assert len(events.Scalars("xattn_alignment/val/all")) == 6
     assert len(events.Images("xattn_map/val/eeg_to_spec")) == 6
-    # 6 validation epochs and the test; of 30 samples no class has the ten that a reading takes.
+    # 6 validation epochs and the test; of 30 samples no class has the ten that a probe takes.
     assert len(list((logs / "csv").rglob("xattn_*/**/*.png"))) == 8 * 7
 
     accuracy = max(point.value for point in events.Scalars("val_acc"))
@@ -48,7 +48,15 @@ def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
     table = printed[printed.index("score ") :].splitlines()
     del table[1]  # the line under the header
     assert [line.split("  ")[0] for line in table[:7]] == [
-        *("score", "confidence", "alignment", "interaction", "entropy", "contribution", "reading: conflict, lean"),
+        *(
+            "score",
+            "confidence",
+            "alignment",
+            "interaction",
+            "entropy",
+            "contribution",
+            "probe: conflict, support_difference",
+        ),
     ]
     assert all(re.search(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", line) for line in table[1:7])
     assert printed.index("score ") < printed.index("Knows: EEG") < printed.index("VALIDATION on")

@@ -8,7 +8,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 import lightning_xattn
-from lightning_xattn.loggers import SINKS
+from lightning_xattn.loggers import WRITERS
 from tests.toy import ToyModule, toy_data, toy_loader
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # The page of loggers enters one, which leaves with the test.
-    monkeypatch.setitem(SINKS, "NotesLogger", None)
+    monkeypatch.setitem(WRITERS, "NotesLogger", None)
 
     def run_page(page):
         names = presupposed()

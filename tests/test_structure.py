@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -13,86 +12,39 @@ from lightning_xattn import functional
 
 PACKAGE = Path(lightning_xattn.__file__).parent
 
-ROOMS = {
-    "names": set(),
-    "errors": {"names"},
-    "files": set(),
-    "distributed": set(),
-    "stages": {"names"},
-    "notebook": set(),
-    "messages": {"errors", "names"},
-    "attention": {"errors", "names"},
-    "functional": {"attention", "errors"},
-    "columns": {"attention", "errors", "functional"},
-    "group_keys": {"errors", "names"},
-    "groups": {"functional", "group_keys"},
-    "capture": {"attention", "errors"},
-    "labels": {"attention", "errors", "group_keys"},
-    "aggregation": {"attention", "columns", "errors", "functional", "groups"},
-    "summary": {"aggregation", "attention", "columns", "functional", "group_keys", "messages", "notebook"},
-    "fusion": {
-        *("aggregation", "attention", "capture", "columns", "distributed", "errors", "functional", "group_keys"),
-        *("labels", "messages", "notebook", "summary"),
-    },
-    "peers": {"attention", "capture", "distributed", "errors", "fusion", "labels"},
-    "recording": {"attention", "capture", "distributed", "errors", "fusion", "labels", "messages", "peers"},
-    "maps": {"functional", "fusion"},
-    "results": {"attention", "errors", "functional", "fusion", "labels", "maps", "notebook", "summary"},
-    "classes": {"aggregation", "errors", "labels", "messages", "names"},
-    "checks": {"attention", "capture", "columns", "fusion", "messages", "summary"},
-    "table": {"aggregation", "columns", "files", "messages", "names"},
-    "findings": {"checks", "files", "fusion", "messages", "summary"},
-    "evaluation": {
-        *("aggregation", "attention", "capture", "checks", "classes", "columns", "distributed", "errors", "functional"),
-        *("fusion", "group_keys", "labels", "maps", "messages", "recording", "results", "summary"),
-    },
-    "visualizations": {"attention", "errors", "files", "functional", "messages", "names"},
-    "sinks": {"files", "messages", "names", "visualizations"},
-    "curves": {"aggregation", "attention", "columns", "fusion", "names", "summary"},
-    "history": {"curves"},
-    "figures": {
-        *("aggregation", "attention", "columns", "curves", "functional", "fusion", "messages", "names", "results"),
-        *("sinks", "summary", "visualizations"),
-    },
-    "report": {
-        *("aggregation", "attention", "columns", "errors", "figures", "files", "functional", "fusion", "messages"),
-        *("names", "notebook", "results", "summary", "table", "visualizations"),
-    },
-    "trainer": {"attention", "curves", "distributed", "errors", "names"},
-    "epoch_log": {
-        *("checks", "classes", "curves", "evaluation", "figures", "messages", "report", "results", "sinks", "summary"),
-        "trainer",
-    },
-    "callback": {
-        *("capture", "distributed", "epoch_log", "errors", "evaluation", "findings", "fusion", "history", "labels"),
-        *("messages", "recording", "results", "summary", "table", "trainer"),
-    },
-    "explainer": {
-        *("aggregation", "attention", "capture", "checks", "classes", "columns", "errors", "evaluation", "figures"),
-        *("files", "functional", "fusion", "group_keys", "groups", "labels", "maps", "messages", "names", "recording"),
-        *("results", "stages", "table"),
-    },
-    # The guide's names stand on top; the two files are where the guide imports them from.
-    "guide": {"attention", "errors", "functional", "messages", "report", "results"},
-    "attention_analysis": {"guide"},
-    "interpretation": {"guide"},
-    # The package itself: the public names.
-    "": {"attention", "callback", "capture", "errors", "explainer", "guide", "report"},
-    "hms": {
-        *("", "attention", "columns", "errors", "explainer", "files", "functional", "group_keys", "messages", "names"),
-        *("report", "results", "stages", "visualizations"),
-    },
-    "commands": {"errors", "explainer", "messages", "names", "report", "stages", "visualizations"},
-    "cli": {"", "commands", "errors", "hms", "stages"},
-}
-"""What each room may import besides itself; "" is the package's public API."""
+FLOORS = (
+    {"core"},
+    {"functional", "capture"},
+    {"attribution", "visualizations"},
+    {"evaluation"},
+    {"report"},
+    {"loggers", "explainer"},
+    {"callback"},
+    {"hms"},
+)
+"""The rooms, from the ground up: a room imports only from floors below its own."""
 
-ONLY_IN = {"torch_geometric": {"hms"}, "pyarrow": {"hms", "sinks", "table"}, "matplotlib": {"visualizations"}}
+BESIDE = {("capture", "functional")}
+"""What may import its neighbour."""
+
+FACE = {"__init__.py", "attention_analysis.py", "cli.py"}
+"""What users import and call; it stands above all floors."""
+
+ONLY_IN = {
+    "torch_geometric": {"hms"},
+    "pyarrow": {"hms", "evaluation", "loggers"},
+    "matplotlib": {"hms", "visualizations"},
+}
 
 
 def room_of(path):
-    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return "" if part == "__init__" else part
+    """The room of a module; None for the face."""
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else None
+
+
+def floor_of(room):
+    return next(floor for floor, rooms in enumerate(FLOORS) if room in rooms)
 
 
 def imports_of(path):
@@ -112,34 +64,35 @@ def imports_of(path):
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_go_downwards(path):
-    room = room_of(path)
-    for name in imports_of(path):
-        top, _, rest = name.partition(".")
-        if top == PACKAGE.name:
-            target = rest.partition(".")[0]
-            assert target == room or target in ROOMS[room], f"{room} imports {name}"
-        for library, homes in ONLY_IN.items():
-            if top == library:
-                assert room in homes, f"{room} imports {name}"
+def test_every_module_is_in_a_room_or_of_the_face():
+    rooms = {room for floor in FLOORS for room in floor}
+    assert {room_of(path) for path in FILES} == {*rooms, None}
+    assert {path.name for path in FILES if room_of(path) is None} == FACE
+    assert all((PACKAGE / room / "__init__.py").exists() for room in rooms)
 
 
-def test_every_room_is_known_and_stands_above_what_it_imports():
-    rooms = list(ROOMS)
-    assert {room_of(path) for path in FILES} == set(rooms)
-    for room, imported in ROOMS.items():
-        assert all(rooms.index(below) < rooms.index(room) for below in imported), room
-
-
-def test_each_thing_has_a_name_of_its_own():
-    """Classes and functions of the whole package, private ones too."""
-    homes = defaultdict(list)
+def test_imports_go_downwards():
+    wrong = []
     for path in FILES:
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                homes[node.name].append(path.name)
-    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
+        room = room_of(path)
+        for name in imports_of(path):
+            top, _, rest = name.partition(".")
+            homes = ONLY_IN.get(top)
+            if homes is not None and room not in homes:
+                wrong.append(f"{path}: {name}")
+            if top != PACKAGE.name or room is None:
+                continue
+            target = rest.partition(".")[0]
+            is_below = target and target not in ("attention_analysis", "cli") and floor_of(target) < floor_of(room)
+            if target != room and not is_below and (room, target) not in BESIDE:
+                wrong.append(f"{path}: {name}")
+    assert not wrong
+
+
+def test_only_the_command_imports_the_reference_application():
+    others = [path for path in FILES if room_of(path) != "hms"]
+    importing = {path.name for path in others if any("lightning_xattn.hms" in name for name in imports_of(path))}
+    assert importing == {"cli.py"}
 
 
 def test_functional_exports_every_statistic_that_it_has():

@@ -41,7 +41,7 @@ def _shifted(x: Tensor, places: int) -> Tensor:
     return (x >> places) & ((1 << (64 - places)) - 1)
 
 
-class Pool:
+class BottomKSample:
     """The samples with the smallest hashes.
 
     Columns wait where they are until there are enough, so that no GPU has to say which are kept.
@@ -75,9 +75,9 @@ class Pool:
         kept = rows["hash"] <= last
         self._parts = [{name: values[kept] for name, values in rows.items()}]
 
-    def snapshot(self, device: torch.device | str | None = None) -> Pool:
+    def snapshot(self, device: torch.device | str | None = None) -> BottomKSample:
         """What there is so far, there or on another device; adding more leaves it as it is."""
-        other = Pool(self._size)
+        other = BottomKSample(self._size)
         other._parts = [{name: values.to(device) for name, values in part.items()} for part in self._parts]
         return other
 

@@ -1,4 +1,4 @@
-"""Exchange the modalities of an evaluation's samples, and say how much of the predictions each of them carries."""
+"""Permutation the modalities of an evaluation's samples, and say how much of the predictions each of them carries."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.attribution.inputs import ModalityPlace
-from lightning_xattn.attribution.kept_samples import MAX_GEOMETRIES, FusionPart
+from lightning_xattn.attribution.kept_samples import MAX_TOKEN_SHAPES, FusionPart
 from lightning_xattn.attribution.recorder import FusionRecorder
-from lightning_xattn.attribution.replay import Replay, ReplayError, Spoken, gives_back
+from lightning_xattn.attribution.replay import ModelOutput, Replay, ReplayError, gives_back
 from lightning_xattn.attribution.token_source import Part, TokenSource, share_work
-from lightning_xattn.functional import Exchange, additive_projection, exchanged_subsets, partner_shifts, play
+from lightning_xattn.functional import Permutation, additive_projection, partner_shifts, permuted_subsets, play
 from lightning_xattn.functional.shapley import Subset
 
 CONTRIBUTION_SAMPLES = 128
-"""So many samples of an evaluation are exchanged, at most."""
+"""So many samples of an evaluation are permuted, at most."""
 
 PARTNERS = 4
 """So many partners of each sample, unless all are wanted."""
@@ -28,7 +28,7 @@ NOT_BACK = (
     "running the fusion again on intact samples gives other outputs, so something besides the fusion's tokens reaches "
     "the prediction, or the model differs from run to run"
 )
-"""Why nothing is said where the replay of what was not exchanged says something else."""
+"""Why nothing is said where the replay of what was not permuted says something else."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class _Jobs:
 def contributions(
     part: FusionPart, fusion: FusionRecorder, size: int, partners: int | None = PARTNERS
 ) -> Contributions | str:
-    """Exchange the modalities of samples with those of partners, and play the game; or say why not.
+    """Permutation the modalities of samples with those of partners, and play the game; or say why not.
 
     Several processes share the replays, see `share_work`: a few collectives, which each must reach.
 
@@ -95,10 +95,10 @@ def contributions(
         How many partners each sample has; None: all others. None of them is of the sample's own group.
     """
     if part.is_partial:
-        return f"more than {MAX_GEOMETRIES} different numbers of tokens occur: pad them to fewer lengths"
-    if not part.geometries:
+        return f"more than {MAX_TOKEN_SHAPES} different numbers of tokens occur: pad them to fewer lengths"
+    if not part.token_shapes:
         return fusion.problem or "no sample could be kept"
-    source = TokenSource(part.geometries, size)
+    source = TokenSource(part.token_shapes, size)
     try:
         return _play(source, fusion, part.modalities, partners)
     except ReplayError as error:
@@ -107,10 +107,10 @@ def contributions(
 
 def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], partners: int | None) -> Contributions:
     samples, modalities = len(source), len(names)
-    predicted = source.spoken.values.argmax(1)
+    predicted = source.model_output.values.argmax(1)
     if samples < 2:
         raise ReplayError("fewer than two samples have finite predictions")
-    if source.spoken.values.shape[1] > 1 and len(predicted.unique()) < 2:
+    if source.model_output.values.shape[1] > 1 and len(predicted.unique()) < 2:
         raise ReplayError("one class is predicted for all samples, so nothing shows what it depends on")
     shifts = torch.tensor(list(partner_shifts(samples, samples if partners is None else partners)))
     rows = torch.arange(samples).repeat_interleave(len(shifts))
@@ -120,20 +120,20 @@ def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], par
         raise ReplayError("all samples are of one group")
     rows, columns, every = rows[apart], columns[apart], torch.arange(samples)
     jobs = [_Jobs(every, every, frozenset())]
-    jobs += [_Jobs(rows, columns, subset) for subset in exchanged_subsets(modalities)]
+    jobs += [_Jobs(rows, columns, subset) for subset in permuted_subsets(modalities)]
     shares = share_work(fusion, partial(_replay_jobs, source, fusion.places, jobs))
-    exchanged = [
-        Spoken.joined([said[number] for said, _ in shares if number in said]) for number in range(1, len(jobs))
+    permuted = [
+        ModelOutput.joined([said[number] for said, _ in shares if number in said]) for number in range(1, len(jobs))
     ]
     whole_runs = any(whole for _, whole in shares)
-    by_value, by_logit = dict[Subset, Exchange](), dict[Subset, Exchange]()
-    for one, said in zip(jobs[1:], exchanged, strict=True):
+    by_value, by_logit = dict[Subset, Permutation](), dict[Subset, Permutation]()
+    for one, said in zip(jobs[1:], permuted, strict=True):
         whole = said.values.isfinite().all(1) & said.logits.isfinite().all(1)
         places = one.rows[whole], one.columns[whole]
-        by_value[one.subset] = Exchange(*places, said.values[whole])
-        by_logit[one.subset] = Exchange(*places, said.logits[whole])
-    logits = source.spoken.logits
-    game = play(source.spoken.values, by_value, source.groups, predicted, modalities)
+        by_value[one.subset] = Permutation(*places, said.values[whole])
+        by_logit[one.subset] = Permutation(*places, said.logits[whole])
+    logits = source.model_output.logits
+    game = play(source.model_output.values, by_value, source.groups, predicted, modalities)
     by_logits = play(logits, by_logit, source.groups, predicted, modalities)
     interactions = {
         f"interaction/{names[a]}_{names[b]}" if modalities > 2 else "interaction": by_logits.interaction(a, b)
@@ -141,7 +141,7 @@ def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], par
     }
     projected = additive_projection(samples, by_logit)
     additive = torch.where(projected.isnan().any(1), -1, projected.argmax(1))
-    pairs, of_value = len(rows) * len(exchanged), logits.shape[1] == 1
+    pairs, of_value = len(rows) * len(permuted), logits.shape[1] == 1
     return Contributions(
         source.samples, game.phi, game.phi_error, interactions, additive, predicted, pairs, of_value, whole_runs
     )
@@ -149,12 +149,12 @@ def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], par
 
 def _replay_jobs(
     source: TokenSource, places: Mapping[str, ModalityPlace], jobs: Sequence[_Jobs], replay: Replay, part: Part
-) -> tuple[dict[int, Spoken], bool]:
+) -> tuple[dict[int, ModelOutput], bool]:
     """What the model says of a part of each job's pairs, by the job's number, and whether each was a whole run.
 
     The first job is the intact pairs, which must say what they said.
     """
-    results: dict[int, Spoken] = {}
+    results: dict[int, ModelOutput] = {}
     for number, job in enumerate(jobs):
         mine = part(len(job.rows))
         if len(mine):
@@ -163,7 +163,7 @@ def _replay_jobs(
             chosen, parts = zip(
                 *((chosen, replay(tokens)) for chosen, tokens in source.batches(places, sources)), strict=True
             )
-            results[number] = Spoken.joined(parts)[torch.cat(chosen).argsort()]
-            if number == 0 and not gives_back(source.spoken[mine], results[0], replay.precision):
+            results[number] = ModelOutput.joined(parts)[torch.cat(chosen).argsort()]
+            if number == 0 and not gives_back(source.model_output[mine], results[0], replay.precision):
                 raise ReplayError(NOT_BACK)
     return results, not replay.skips

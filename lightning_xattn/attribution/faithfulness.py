@@ -66,15 +66,15 @@ def replaced_keys(part: FusionPart, fusion: FusionRecorder, size: int) -> dict[D
     size
         At most so many samples are taken.
     """
-    source = TokenSource(part.geometries, size)
-    names = [name for rows in part.geometries for name in rows if name.startswith("received/")]
+    source = TokenSource(part.token_shapes, size)
+    names = [name for rows in part.token_shapes for name in rows if name.startswith("received/")]
     directions = [Direction.parse(name.removeprefix("received/")) for name in dict.fromkeys(names)]
     shares: Sequence[Mapping[Direction, _Share | str]] = []
     problem = ""
-    if source.spoken.values.shape[1] == 1:
+    if source.model_output.values.shape[1] == 1:
         problem = "the predictions are no classes"
     elif len(source) < LEAST_SAMPLES:
-        problem = f"it takes {LEAST_SAMPLES} samples, and {len(source)} were exchanged"
+        problem = f"it takes {LEAST_SAMPLES} samples, and {len(source)} were permuted"
     elif directions:
         try:
             shares = share_work(fusion, partial(_replace_part, source, fusion, directions, _partners(source)))
@@ -101,8 +101,8 @@ def _joined(source: TokenSource, shares: Sequence[_Share | str]) -> Replaced:
     """What all processes found of a direction, or why one of them found nothing."""
     problem = next((one for one in shares if isinstance(one, str)), "")
     found = [one for one in shares if not isinstance(one, str)]
-    spoken = source.spoken.values
-    table = spoken.new_full((len(source), 2 * REPLACEMENTS), torch.nan)
+    model_output = source.model_output.values
+    table = model_output.new_full((len(source), 2 * REPLACEMENTS), torch.nan)
     for one in found if not problem else ():
         table[one.samples] = one.values
     by_attention, by_slope = table.split(REPLACEMENTS, dim=1)
@@ -114,7 +114,7 @@ def _joined(source: TokenSource, shares: Sequence[_Share | str]) -> Replaced:
         source.samples,
         gain,
         ranking_gain(by_slope),
-        spoken.amax(1) - by_attention[:, -1],
+        model_output.amax(1) - by_attention[:, -1],
         all(one.at_attention for one in found),
         problem,
         next((one.without_reference for one in found if one.without_reference), ""),
@@ -175,7 +175,7 @@ def _replace_alike(
     place = fusion.attention_of(direction, source.token_count(direction.opposite, samples), received.shape[1])
     tokens, others = (source.tokens(fusion.places, [one] * len(fusion.places)) for one in pairs)
     keys = None if place is None else _keys_of(replay, place, others, len(samples))
-    classes = source.spoken.values[samples].argmax(1)
+    classes = source.model_output.values[samples].argmax(1)
     # Of all samples, so that it is the same whatever the processes.
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.rand(len(source), received.shape[1], generator=generator).argsort(1)[samples]
@@ -186,7 +186,7 @@ def _replace_alike(
         *several, every = replacements(scores, shuffled).unbind(1)
         for chosen in several if last is not None else [*several, every]:
             if keys is None:
-                said = replay(_put_at_entrance(fusion, direction, tokens, others, chosen))
+                said = replay(_put_at_fusion_inputs(fusion, direction, tokens, others, chosen))
             else:
                 said = replay(tokens, place, partial(_put_at_attention, keys, chosen))
             columns.append(said.values.gather(1, classes[:, None])[:, 0])
@@ -238,7 +238,7 @@ def _put_at_attention(keys: Sequence[Tensor], chosen: Tensor, rows: Tensor) -> E
     return Edit(tokens=put)
 
 
-def _put_at_entrance(
+def _put_at_fusion_inputs(
     fusion: FusionRecorder,
     direction: Direction,
     tokens: Mapping[Path, Tensor],

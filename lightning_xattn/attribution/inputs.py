@@ -102,17 +102,17 @@ class ModalityPlace:
 
     @property
     def axes(self) -> dict[Path, int]:
-        """All that is exchanged with the modality, with the axis of the samples."""
+        """All that is permuted with the modality, with the axis of the samples."""
         return dict.fromkeys(self.tokens, self.axis) | dict(self.others)
 
     @property
     def kept(self) -> dict[Path, int]:
-        """What is kept to be exchanged: the tokens once, wherever they stand."""
+        """What is kept to be permuted: the tokens once, wherever they stand."""
         return {self.tokens[0]: self.axis, **self.others}
 
 
 @dataclass(frozen=True)
-class Entrance:
+class FusionInputs:
     """A fusion, and its modalities by name."""
 
     path: str
@@ -123,7 +123,7 @@ class Entrance:
 
     @property
     def axes(self) -> dict[Path, int]:
-        """All that is exchanged, with the axis of the samples."""
+        """All that is permuted, with the axis of the samples."""
         return {path: axis for place in self.places.values() for path, axis in place.axes.items()}
 
     def tokens(self, call: Call, modality: str) -> tuple[Tensor, Tensor | None]:
@@ -150,10 +150,10 @@ class AbsentArgumentError(Exception):
     """An argument of the fusion is None in this call, and may not be in another."""
 
 
-def named_entrance(
+def named_fusion_inputs(
     module: nn.Module, path: str, modalities: ModalitiesSetting, call: Call, real: Mapping[str, Tensor]
-) -> Entrance:
-    """The entrance that the settings name.
+) -> FusionInputs:
+    """The fusion_inputs that the settings name.
 
     Parameters
     ----------
@@ -202,7 +202,7 @@ def named_entrance(
         said = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
         raise DiscoveryError(f"Expected as many samples of each modality in '{path}'; got {said}.")
     samples = next(iter(shapes.values()))[axis]
-    return Entrance(
+    return FusionInputs(
         path,
         {
             name: ModalityPlace(
@@ -258,9 +258,9 @@ def _may_be_mask(values: Tensor) -> bool:
     return bool(((values == 0) | (values == 1)).all() or ((values == 0) | (values < LOWEST_SHOWN)).all())
 
 
-def guessed_entrances(
+def guessed_fusion_inputs(
     module: nn.Module, path: str, call: Call, counts: Mapping[str, int], samples: int, real: Mapping[str, Tensor]
-) -> list[Entrance]:
+) -> list[FusionInputs]:
     """Which arguments of a module hold one token sequence for each modality, as names or numbers of tokens tell.
 
     Parameters
@@ -276,15 +276,15 @@ def guessed_entrances(
 
     Returns
     -------
-    list of Entrance
+    list of FusionInputs
         More than one where the axis of the samples cannot be told from that of the tokens; none where it is not clear.
     """
-    entrances: list[Entrance] = []
+    several_fusion_inputs: list[FusionInputs] = []
     for axis in (0, 1) if set(counts).isdisjoint(RESERVED_MODALITIES) else ():
         found = _guess(module, call, counts, samples, axis, real)
         if found is not None:
-            entrances.append(Entrance(path, found))
-    return entrances
+            several_fusion_inputs.append(FusionInputs(path, found))
+    return several_fusion_inputs
 
 
 def _guess(

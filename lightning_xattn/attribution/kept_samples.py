@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.bottom_k import NOT_KEPT, Columns, Pool, hashed, smallest
-from lightning_xattn.attribution.recorder import FusionInputs
-from lightning_xattn.attribution.replay import Spoken
+from lightning_xattn.attribution.bottom_k import NOT_KEPT, BottomKSample, Columns, hashed, smallest
+from lightning_xattn.attribution.recorder import FusionRecord
+from lightning_xattn.attribution.replay import ModelOutput
 from lightning_xattn.core.distributed import NUMBER
 from lightning_xattn.functional import pooled_tokens, project
 from lightning_xattn.functional.outcomes import UNKNOWN
@@ -20,7 +20,7 @@ from lightning_xattn.functional.probe import FOLDS
 MAX_SAMPLES = 8192
 """So many samples of an evaluation are read, at most."""
 
-MAX_GEOMETRIES = 32
+MAX_TOKEN_SHAPES = 32
 """So many numbers of tokens may occur; samples with yet others do not contribute."""
 
 IDENTITY = ("process", NUMBER)
@@ -37,8 +37,8 @@ class FusionPart:
     modalities: tuple[str, ...]
     rows: Columns
     """Of the samples that are read: "hash", "fold", "group", "features/<modality>" and what else is kept of each."""
-    geometries: tuple[Columns, ...]
-    """Of those that are exchanged, by the numbers of their tokens: "hash", "group", ``IDENTITY``, "values", "logits",
+    token_shapes: tuple[Columns, ...]
+    """Of those that are permuted, by the numbers of their tokens: "hash", "group", ``IDENTITY``, "values", "logits",
     "tokens/<modality>/<number>" and "received/<direction>"."""
     group_noun: str | None
     """What groups are called; None where they are not known: each sample is its own."""
@@ -49,7 +49,7 @@ class FusionPart:
 
     def cpu(self) -> FusionPart:
         """The same on the CPU, to be sent to other processes."""
-        return replace(self, rows=_moved(self.rows), geometries=tuple(map(_moved, self.geometries)))
+        return replace(self, rows=_moved(self.rows), token_shapes=tuple(map(_moved, self.token_shapes)))
 
     def without_labels(self) -> FusionPart:
         """The same without classes, predictions, confidences and outcomes."""
@@ -67,13 +67,13 @@ def merge_parts(parts: Sequence[FusionPart], sizes: tuple[int, int]) -> FusionPa
     parts
         The parts.
     sizes
-        How many samples are read and exchanged, at most.
+        How many samples are read and permuted, at most.
     """
     if len(parts) == 1:
         return parts[0]
     by_kind: dict[tuple[torch.Size, ...], list[Columns]] = {}
-    for rows in (rows for part in parts for rows in part.geometries):
-        by_kind.setdefault(_geometry_of(rows), []).append(rows)
+    for rows in (rows for part in parts for rows in part.token_shapes):
+        by_kind.setdefault(_token_shape_of(rows), []).append(rows)
     return FusionPart(
         parts[0].modalities,
         smallest([part.rows for part in parts], sizes[0]),
@@ -92,13 +92,13 @@ class Collected:
     max_samples
         How many samples are read, at most.
     contribution_samples
-        Of how many the tokens are kept, to be exchanged.
+        Of how many the tokens are kept, to be permuted.
     """
 
     def __init__(self, max_samples: int, contribution_samples: int) -> None:
         self._contribution_samples = contribution_samples
-        self._read = Pool(max_samples)
-        self._exchanged: dict[tuple[torch.Size, ...], Pool] = {}
+        self._read = BottomKSample(max_samples)
+        self._permuted: dict[tuple[torch.Size, ...], BottomKSample] = {}
         self._modalities: tuple[str, ...] = ()
         self._group_noun: str | None = None
         self._is_partial = False
@@ -108,7 +108,7 @@ class Collected:
         """What there is so far, there or on another device; adding more leaves it as it is."""
         other = copy(self)
         other._read = self._read.snapshot(device)
-        other._exchanged = {kind: pool.snapshot(device) for kind, pool in self._exchanged.items()}
+        other._permuted = {kind: pool.snapshot(device) for kind, pool in self._permuted.items()}
         other._left_out = self._left_out.to(device)
         return other
 
@@ -117,12 +117,14 @@ class Collected:
         self._modalities, self._group_noun, self._is_partial = part.modalities, part.group_noun, part.is_partial
         self._left_out = torch.tensor(part.left_out)
         self._read.add(part.rows)
-        for of_geometry in part.geometries:
-            self._exchanged.setdefault(_geometry_of(of_geometry), Pool(self._contribution_samples)).add(of_geometry)
+        for of_token_shape in part.token_shapes:
+            self._permuted.setdefault(_token_shape_of(of_token_shape), BottomKSample(self._contribution_samples)).add(
+                of_token_shape
+            )
 
     def add(
         self,
-        inputs: FusionInputs,
+        inputs: FusionRecord,
         keys: Tensor,
         groups: Tensor | None,
         noun: str | None,
@@ -154,33 +156,33 @@ class Collected:
         rows = {"hash": hashes, "fold": hashed(groups, _FOLDED) % FOLDS, "group": groups, **facts}
         self._left_out = self._left_out.to(keys.device) + (~finite).sum()
         self._read.add(rows | {f"features/{name}": one for name, one in features.items()})
-        if inputs.spoken is not None and self._contribution_samples:
+        if inputs.model_output is not None and self._contribution_samples:
             kept = {name: rows[name] for name in ("hash", "group", *IDENTITY)}
             kept |= {f"received/{direction}": one for direction, one in received.items()}
-            self._keep_tokens(inputs, inputs.spoken, kept)
+            self._keep_tokens(inputs, inputs.model_output, kept)
 
-    def _keep_tokens(self, inputs: FusionInputs, spoken: Spoken, rows: Columns) -> None:
-        sound = (spoken.values.isfinite() & spoken.logits.isfinite()).all(1)
+    def _keep_tokens(self, inputs: FusionRecord, model_output: ModelOutput, rows: Columns) -> None:
+        sound = (model_output.values.isfinite() & model_output.logits.isfinite()).all(1)
         rows["hash"] = torch.where(sound, rows["hash"], NOT_KEPT)
-        rows |= {"values": spoken.values, "logits": spoken.logits}
-        rows |= {f"tokens/{name}/{i}": one for name, kept in inputs.exchanged.items() for i, one in enumerate(kept)}
-        kind = _geometry_of(rows)
-        if kind not in self._exchanged and len(self._exchanged) == MAX_GEOMETRIES:
+        rows |= {"values": model_output.values, "logits": model_output.logits}
+        rows |= {f"tokens/{name}/{i}": one for name, kept in inputs.permuted.items() for i, one in enumerate(kept)}
+        kind = _token_shape_of(rows)
+        if kind not in self._permuted and len(self._permuted) == MAX_TOKEN_SHAPES:
             self._is_partial = True
             return
-        self._exchanged.setdefault(kind, Pool(self._contribution_samples)).add(rows)
-        if len(self._exchanged) > 1 and sum(map(len, self._exchanged.values())) > 4 * self._contribution_samples:
-            self._let_go()
+        self._permuted.setdefault(kind, BottomKSample(self._contribution_samples)).add(rows)
+        if len(self._permuted) > 1 and sum(map(len, self._permuted.values())) > 4 * self._contribution_samples:
+            self._reset()
 
-    def _let_go(self) -> None:
-        """Of all geometries together keep no more tokens than are exchanged.
+    def _reset(self) -> None:
+        """Of all token_shapes together keep no more tokens than are permuted.
 
         How many of each are kept depends on the hashes, so a GPU waits for it, once in so many samples; else the pool
-        of each geometry would hold as many.
+        of each token_shape would hold as many.
         """
-        whole = torch.cat([pool.hashes() for pool in self._exchanged.values()])
+        whole = torch.cat([pool.hashes() for pool in self._permuted.values()])
         last = whole.sort().values[: self._contribution_samples][-1]
-        for pool in self._exchanged.values():
+        for pool in self._permuted.values():
             pool.keep_to(last)
 
     def part(self) -> FusionPart | None:
@@ -188,14 +190,14 @@ class Collected:
         rows = self._read.settled()
         if rows is None:
             return None
-        settled = [pool.settled() for pool in self._exchanged.values()]
-        geometries = tuple(rows for rows in settled if rows is not None)
+        settled = [pool.settled() for pool in self._permuted.values()]
+        token_shapes = tuple(rows for rows in settled if rows is not None)
         return FusionPart(
-            self._modalities, _moved(rows), geometries, self._group_noun, self._is_partial, int(self._left_out)
+            self._modalities, _moved(rows), token_shapes, self._group_noun, self._is_partial, int(self._left_out)
         )
 
 
-def _geometry_of(rows: Mapping[str, Tensor]) -> tuple[torch.Size, ...]:
+def _token_shape_of(rows: Mapping[str, Tensor]) -> tuple[torch.Size, ...]:
     return tuple(values.shape[1:] for name, values in rows.items() if name.startswith(("tokens/", "received/")))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.attribution.arguments import Call, Path
-from lightning_xattn.attribution.replay import ReadOutput, Spoken
+from lightning_xattn.attribution.replay import ModelOutput, ReadOutput
 from lightning_xattn.capture.labels import Labels
 from lightning_xattn.capture.labels.scores import CLOSE, Scores, are_clear, scores_by_class
 from lightning_xattn.capture.labels.tensors import are_probabilities, are_single_scores
@@ -54,15 +54,15 @@ def _agree(scores: Scores, labels: Labels, tensor: Tensor, samples: int) -> bool
         return same and torch.allclose(scores.probabilities, known, rtol=0, atol=CLOSE, equal_nan=True)
     fits = labels.predicted is not None and labels.n_classes in (None, scores.values.shape[1])
     clear = labels.confidence is not None or are_clear(tensor, samples)
-    return fits and clear and labels.predicted is not None and scores.tell(labels.predicted, labels.confidence)
+    return fits and clear and labels.predicted is not None and scores.info(labels.predicted, labels.confidence)
 
 
-def _read_scores(path: Path, are_probabilities: bool, n_classes: int, output: Any) -> Spoken | None:
+def _read_scores(path: Path, are_probabilities: bool, n_classes: int, output: Any) -> ModelOutput | None:
     tensor = _at(path, output)
     for scores in scores_by_class(tensor, 0 if tensor is None else len(tensor)):
         if scores.are_probabilities == are_probabilities and scores.values.shape[1] == n_classes:
             values = scores.values.clamp_min(_least(tensor)) if are_probabilities else scores.values
-            return Spoken(scores.probabilities, centred(Scores(values, are_probabilities).logits))
+            return ModelOutput(scores.probabilities, centred(Scores(values, are_probabilities).logits))
     return None
 
 
@@ -76,12 +76,12 @@ def _least(probabilities: Tensor | None) -> float:
     return max(LEAST_PROBABILITY, 8 * limits.eps if is_single else 8 * limits.smallest_normal)
 
 
-def _read_value(path: Path, output: Any) -> Spoken | None:
+def _read_value(path: Path, output: Any) -> ModelOutput | None:
     tensor = _at(path, output)
     if tensor is None or not are_single_scores(tensor, len(tensor)):
         return None
     value = tensor.float().reshape(-1, 1)
-    return Spoken(value, value)
+    return ModelOutput(value, value)
 
 
 def _at(path: Path, output: Any) -> Tensor | None:

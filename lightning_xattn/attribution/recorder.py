@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_xattn.attribution.arguments import Call, Path, label_of
 from lightning_xattn.attribution.inputs import (
     AbsentArgumentError,
-    Entrance,
+    FusionInputs,
     ModalitiesSetting,
     ModalityPlace,
     check_fusion,
@@ -22,12 +22,12 @@ from lightning_xattn.attribution.inputs import (
 from lightning_xattn.attribution.outputs import find_output
 from lightning_xattn.attribution.replay import (
     AttentionPlace,
-    Carrier,
+    ModelOutput,
     Precision,
     ReadOutput,
+    RecordedCall,
     Replay,
     ReplayError,
-    Spoken,
 )
 from lightning_xattn.attribution.survey import FusionSurvey, SeenRun
 from lightning_xattn.capture import Layer
@@ -35,33 +35,33 @@ from lightning_xattn.capture.labels import Labels
 from lightning_xattn.capture.sources import Source
 from lightning_xattn.capture.wrappers import Hook, find_module
 from lightning_xattn.core.attention import AttentionPair, Direction
-from lightning_xattn.core.distributed import ALONE, Processes
+from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
 
 
 @dataclass(frozen=True, eq=False)
-class FusionInputs:
+class FusionRecord:
     """The modalities of a batch as they enter the fusion."""
 
     tokens: Mapping[str, tuple[Tensor, Tensor | None]]
     """By modality ``(batch, tokens, width)`` or ``(batch, width)``, and a mask, True for real ones."""
-    exchanged: Mapping[str, Sequence[Tensor]]
-    """By modality, what is exchanged with it, see ``ModalityPlace.kept``; samples come first."""
-    spoken: Spoken | None
+    permuted: Mapping[str, Sequence[Tensor]]
+    """By modality, what is permuted with it, see ``ModalityPlace.kept``; samples come first."""
+    model_output: ModelOutput | None
     """What the module around it said of these samples; None where that is not replayed."""
 
     def __len__(self) -> int:
         return len(next(iter(self.tokens.values()))[0])
 
-    def __getitem__(self, samples: slice) -> FusionInputs:
+    def __getitem__(self, samples: slice) -> FusionRecord:
         """Some of the samples."""
-        return FusionInputs(
+        return FusionRecord(
             {
                 name: (tokens[samples], None if mask is None else mask[samples])
                 for name, (tokens, mask) in self.tokens.items()
             },
-            {name: [one[samples] for one in kept] for name, kept in self.exchanged.items()},
-            None if self.spoken is None else self.spoken[samples],
+            {name: [one[samples] for one in kept] for name, kept in self.permuted.items()},
+            None if self.model_output is None else self.model_output[samples],
         )
 
 
@@ -87,7 +87,7 @@ class FusionRecorder:
 
     Attributes
     ----------
-    entrance
+    fusion_inputs
         The fusion and its modalities; None until they are found.
     problem
         Why contributions cannot be told, or nothing of the fusion; "" where they can.
@@ -105,7 +105,7 @@ class FusionRecorder:
         model: nn.Module,
         fusion: str | None = None,
         modalities: ModalitiesSetting | None = None,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
         replays: bool = True,
     ) -> None:
         check_fusion(fusion, modalities)
@@ -117,19 +117,19 @@ class FusionRecorder:
             raise DiscoveryError(
                 f"No module '{fusion}' for fusion=. Found: {known or 'none'}, and the modules inside them."
             )
-        self.entrance: Entrance | None = None
+        self.fusion_inputs: FusionInputs | None = None
         self.problem = ""
         self._given_up = False
         self._fusion: nn.Module | None = None
         self._around: nn.Module | None = None
         self._read: ReadOutput | None = None
-        self._carrier: Carrier | None = None
+        self._recorded_call: RecordedCall | None = None
         self._replay: Replay | None = None
         self._sources: Mapping[Direction, Source] = {}
         self._hooks, self._hooked = ExitStack(), False
         self._survey = FusionSurvey(model, self._named, modalities)
         self._calls: list[Call] = []
-        self._spoken: Spoken | None = None
+        self._model_output: ModelOutput | None = None
         self._told: set[str] = set()
         # What went wrong in this step's hooks.
         self._errors: list[Exception] = []
@@ -164,11 +164,11 @@ class FusionRecorder:
         """Forget the step."""
         self._survey.clear()
         self._errors.clear()
-        self._calls, self._spoken = [], None
+        self._calls, self._model_output = [], None
 
-    def let_go(self) -> None:
+    def reset(self) -> None:
         """Let go of an evaluation's first step, which carries the replays at its end; the next one has its own."""
-        self._carrier = self._replay = None
+        self._recorded_call = self._replay = None
 
     def first_tokens(self) -> tuple[Tensor | None, list[str]]:
         """Of a fusion that is named, the first modality's tokens in this step.
@@ -180,8 +180,8 @@ class FusionRecorder:
         """
         if self._given_up:
             return None, []
-        if self.entrance is not None:
-            inputs, messages = self._taken(self.entrance)
+        if self.fusion_inputs is not None:
+            inputs, messages = self._taken(self.fusion_inputs)
             return (None if inputs is None else next(iter(inputs.tokens.values()))[0]), messages
         try:
             runs = self._survey.possible((), ())
@@ -189,12 +189,12 @@ class FusionRecorder:
             return None, self._once(f"The fusion '{self._named}' got {error} in a step, which is left out.")
         if not runs:
             return None, []
-        run, entrance = runs[0]
-        return entrance.tokens(run.call, next(iter(entrance.places)))[0], []
+        run, fusion_inputs = runs[0]
+        return fusion_inputs.tokens(run.call, next(iter(fusion_inputs.places)))[0], []
 
     def take(
         self, attention: Sequence[AttentionPair], layers: Sequence[Layer], labels: Labels
-    ) -> tuple[FusionInputs | None, list[str]]:
+    ) -> tuple[FusionRecord | None, list[str]]:
         """What entered the fusion in this step, and what users should be told.
 
         Parameters
@@ -218,33 +218,35 @@ class FusionRecorder:
             raise self._errors[0]
         if self._given_up:
             return None, []
-        if self.entrance is None:
+        if self.fusion_inputs is None:
             messages = list(self._find(attention, layers, labels))
             if self._hooked:  # from now on only what is needed
                 self._hooks.close()
                 self._attach()
-            if self.entrance is None:
+            if self.fusion_inputs is None:
                 return None, messages
         else:
             messages = []
-        inputs, more = self._taken(self.entrance)
+        inputs, more = self._taken(self.fusion_inputs)
         return inputs, [*messages, *more]
 
-    def _taken(self, entrance: Entrance) -> tuple[FusionInputs | None, list[str]]:
+    def _taken(self, fusion_inputs: FusionInputs) -> tuple[FusionRecord | None, list[str]]:
         if len(self._calls) != 1:
             how = "did not run" if not self._calls else f"ran {len(self._calls)} times"
-            return None, self._once(f"The fusion {entrance} {how} in a step, which is left out.")
+            return None, self._once(f"The fusion {fusion_inputs} {how} in a step, which is left out.")
         try:
-            return self._inputs(entrance, self._calls[0]), []
+            return self._inputs(fusion_inputs, self._calls[0]), []
         except (KeyError, IndexError, TypeError, AttributeError):
-            return None, self._once(f"The fusion {entrance} got other arguments in a step, which is left out.")
+            return None, self._once(f"The fusion {fusion_inputs} got other arguments in a step, which is left out.")
         except ShapeError as error:
-            return None, self._once(f"The fusion {entrance} got other arguments in a step, which is left out: {error}.")
+            return None, self._once(
+                f"The fusion {fusion_inputs} got other arguments in a step, which is left out: {error}."
+            )
 
     @property
     def places(self) -> Mapping[str, ModalityPlace]:
         """Where each modality stands among the fusion's arguments."""
-        return {} if self.entrance is None else self.entrance.places
+        return {} if self.fusion_inputs is None else self.fusion_inputs.places
 
     def replay(self) -> Replay:
         """What lies behind the fusion, carried by the evaluation's first step.
@@ -257,14 +259,14 @@ class FusionRecorder:
             If it cannot be replayed.
         """
         if not self.processes.run_alone and self._replay is None:
-            self._carry_alike()
-        if self._carrier is None or self.entrance is None or self._fusion is None or self._read is None:
+            self._share_recorded_call()
+        if self._recorded_call is None or self.fusion_inputs is None or self._fusion is None or self._read is None:
             raise ReplayError(self.problem or "the fusion did not run")
         if self._replay is None:
-            self._replay = Replay(self._fusion, self.entrance.axes, self._carrier, self._read)
+            self._replay = Replay(self._fusion, self.fusion_inputs.axes, self._recorded_call, self._read)
         return self._replay
 
-    def _carry_alike(self) -> None:
+    def _share_recorded_call(self) -> None:
         """Take the first process's step on all, as one on which the model runs once more would wait for the others.
 
         Raises
@@ -272,18 +274,18 @@ class FusionRecorder:
         ReplayError
             If a process has no step, or the first one's cannot be sent.
         """
-        packed, carrier = None, self._carrier
-        if carrier is not None:
+        packed, recorded_call = None, self._recorded_call
+        if recorded_call is not None:
             with suppress(Exception), BytesIO() as file:  # whatever a user's objects raise
-                torch.save((carrier.call, carrier.precision, carrier.spoken), file)
+                torch.save((recorded_call.call, recorded_call.precision, recorded_call.model_output), file)
                 packed = file.getvalue()
         steps = [step for step in self.processes.gather(packed) if step is not None]
-        if carrier is None or len(steps) < self.processes.count:
+        if recorded_call is None or len(steps) < self.processes.count:
             raise ReplayError(self.problem or "not every process has a step that could be run again on all of them")
-        here = str(carrier.spoken.values.device)
+        here = str(recorded_call.model_output.values.device)
         devices = {f"cuda:{number}": here for number in range(torch.cuda.device_count())}
-        self._carrier = Carrier(
-            carrier.module, *torch.load(BytesIO(steps[0]), map_location=devices, weights_only=False)
+        self._recorded_call = RecordedCall(
+            recorded_call.module, *torch.load(BytesIO(steps[0]), map_location=devices, weights_only=False)
         )
 
     def attention_of(self, direction: Direction, queries: int | None, keys: int) -> AttentionPlace | None:
@@ -295,28 +297,28 @@ class FusionRecorder:
             If it is computed elsewhere, so that what enters the fusion does not reach it.
         """
         source = self._sources.get(direction)
-        if source is None or self.entrance is None or source.read is not None:
+        if source is None or self.fusion_inputs is None or source.read is not None:
             return None
-        inside = self.entrance.path
+        inside = self.fusion_inputs.path
         if inside and source.path != inside and not source.path.startswith(f"{inside}."):
-            raise ReplayError(f"'{source.path}' is not in the fusion {self.entrance}")
+            raise ReplayError(f"'{source.path}' is not in the fusion {self.fusion_inputs}")
         module = self._model.get_submodule(source.path)
         return AttentionPlace(module, source.call, queries, keys)
 
     def _attach(self) -> None:
         with ExitStack() as hooks:
-            if self.entrance is not None:
+            if self.fusion_inputs is not None:
                 self._hook(hooks)
             elif not self._given_up:
                 self._survey.attach(hooks, self._errors)
             self._hooks = hooks.pop_all()
             self._hooked = True
 
-    def _inputs(self, entrance: Entrance, call: Call) -> FusionInputs:
-        tokens = {name: entrance.tokens(call, name) for name in entrance.places}
-        exchanged = {
+    def _inputs(self, fusion_inputs: FusionInputs, call: Call) -> FusionRecord:
+        tokens = {name: fusion_inputs.tokens(call, name) for name in fusion_inputs.places}
+        permuted = {
             name: [call[path].detach().movedim(axis, 0) for path, axis in place.kept.items()]
-            for name, place in entrance.places.items()
+            for name, place in fusion_inputs.places.items()
         }
         assert self._fusion is not None
         # A mask that is given only where there is padding: which tokens are real is not known without it.
@@ -326,17 +328,17 @@ class FusionRecorder:
             which = " and ".join(f"'{label_of(self._fusion, path)}'" for path in new)
             raise ShapeError(f"{which} may be a mask, and the first step had none. Give it in every step")
         samples = len(next(iter(tokens.values()))[0])
-        for name, kept in exchanged.items():
+        for name, kept in permuted.items():
             if any(len(one) != samples for one in kept):
                 shapes = ", ".join(str(tuple(one.shape)) for one in kept)
                 raise ShapeError(f"what goes with {name} does not hold {samples} samples: {shapes}")
-        return FusionInputs(tokens, exchanged, self._spoken)
+        return FusionRecord(tokens, permuted, self._model_output)
 
     def _hook(self, hooks: ExitStack) -> None:
         """In later steps: what enters the fusion, what the module around it gives, and one call to carry replays."""
-        assert self.entrance is not None
+        assert self.fusion_inputs is not None
         assert self._fusion is not None
-        axes, around = self.entrance.axes, self._around
+        axes, around = self.fusion_inputs.axes, self._around
 
         running: list[Call] = []
 
@@ -361,11 +363,11 @@ class FusionRecorder:
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             called = calls.pop()
-            if self._spoken is None and self._read is not None:
+            if self._model_output is None and self._read is not None:
                 with torch.no_grad():
-                    self._spoken = self._read(output)
-                if self._carrier is None and self._spoken is not None:
-                    self._carrier = Carrier(module, *called, self._spoken)
+                    self._model_output = self._read(output)
+                if self._recorded_call is None and self._model_output is not None:
+                    self._recorded_call = RecordedCall(module, *called, self._model_output)
 
         def before(module: nn.Module, function: Callable[..., None]) -> None:
             hook = Hook(function, self._errors)
@@ -403,25 +405,27 @@ class FusionRecorder:
         if len(possible) > 1 and self._replays and not tries:
             yield self._survey.say_several(possible)
         problems = []
-        for run, entrance in possible:
+        for run, fusion_inputs in possible:
             try:
-                self._carrier, self._read = self._behind(run, entrance, labels)
+                self._recorded_call, self._read = self._behind(run, fusion_inputs, labels)
                 # A replay costs a forward. Where there is a choice, what can be replayed is chosen; where there is
                 # none, the forward waits until something is replayed.
-                self._replay = Replay(run.module, entrance.axes, self._carrier, self._read) if tries else None
+                self._replay = (
+                    Replay(run.module, fusion_inputs.axes, self._recorded_call, self._read) if tries else None
+                )
             except ReplayError as error:
                 problems.append(str(error))
                 continue
-            self._around, self._spoken = self._carrier.module, self._carrier.spoken
+            self._around, self._model_output = self._recorded_call.module, self._recorded_call.model_output
             break
         else:
-            run, entrance = possible[0]
-            self.problem, self._carrier = problems[0], None
-        self.entrance, self._fusion, self._calls = entrance, run.module, [run.call]
+            run, fusion_inputs = possible[0]
+            self.problem, self._recorded_call = problems[0], None
+        self.fusion_inputs, self._fusion, self._calls = fusion_inputs, run.module, [run.call]
         self._arguments = {path for path, _ in run.call.tensors()}
         self._sources = dict(layers[0].sources) if layers else {}
 
-    def _behind(self, run: SeenRun, entrance: Entrance, labels: Labels) -> tuple[Carrier, ReadOutput]:
+    def _behind(self, run: SeenRun, fusion_inputs: FusionInputs, labels: Labels) -> tuple[RecordedCall, ReadOutput]:
         """The nearest module around a fusion that gives the class scores, to carry replays, and how to read them.
 
         Raises
@@ -429,14 +433,14 @@ class FusionRecorder:
         ReplayError
             If there is none.
         """
-        samples = run.call[next(iter(entrance.axes))].shape[next(iter(entrance.axes.values()))]
+        samples = run.call[next(iter(fusion_inputs.axes))].shape[next(iter(fusion_inputs.axes.values()))]
         around: SeenRun | None = run
         while around is not None:
             read = find_output(around.output, samples, labels)
             with torch.no_grad():
-                spoken = None if read is None else read(around.output)
-            if read is not None and spoken is not None:
-                return Carrier(around.module, around.call, around.precision, spoken), read
+                model_output = None if read is None else read(around.output)
+            if read is not None and model_output is not None:
+                return RecordedCall(around.module, around.call, around.precision, model_output), read
             around = around.outer
         raise ReplayError("no module around it returns the class scores, as a forward would that calls both")
 

@@ -1,4 +1,4 @@
-"""Run what lies behind a fusion once more, with other tokens at its entrance; the model is left as it was."""
+"""Run what lies behind a fusion once more, with other tokens at its fusion_inputs; the model is left as it was."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lightning_xattn.attribution.arguments import Call, Path
 from lightning_xattn.attribution.state import ModelState
 from lightning_xattn.attribution.unchanged import left_as_it_was, with_forward
-from lightning_xattn.capture.readers import Edit, Event, Want
-from lightning_xattn.capture.watch import Watch
+from lightning_xattn.capture.attention_mode import AttentionMode
+from lightning_xattn.capture.readers import Edit, Event, RecordLevel
 from lightning_xattn.functional.shapley import RULED_OUT
 
 MAX_ROWS = 64
@@ -28,7 +28,7 @@ differ in a replay, and by how much of the largest logit they always may, as oth
 
 
 @dataclass(frozen=True, eq=False)
-class Spoken:
+class ModelOutput:
     """What a model says of samples."""
 
     values: Tensor
@@ -36,20 +36,20 @@ class Spoken:
     logits: Tensor
     """``(samples, classes)`` centred logits, on which an additive model has no interaction; else as ``values``."""
 
-    def __getitem__(self, samples: slice | Tensor) -> Spoken:
-        return Spoken(self.values[samples], self.logits[samples])
+    def __getitem__(self, samples: slice | Tensor) -> ModelOutput:
+        return ModelOutput(self.values[samples], self.logits[samples])
 
-    def cpu(self) -> Spoken:
+    def cpu(self) -> ModelOutput:
         """The same on the CPU."""
-        return Spoken(self.values.cpu(), self.logits.cpu())
+        return ModelOutput(self.values.cpu(), self.logits.cpu())
 
     @classmethod
-    def joined(cls, parts: Sequence[Spoken]) -> Spoken:
+    def joined(cls, parts: Sequence[ModelOutput]) -> ModelOutput:
         """Several as one."""
         return cls(torch.cat([part.values for part in parts]), torch.cat([part.logits for part in parts]))
 
 
-ReadOutput = Callable[[Any], Spoken | None]
+ReadOutput = Callable[[Any], ModelOutput | None]
 """Finds it in what a module returned; None where it is not there."""
 
 
@@ -73,13 +73,13 @@ class Precision:
 
 
 @dataclass(frozen=True, eq=False)
-class Carrier:
+class RecordedCall:
     """A run of a module around a fusion, or of the fusion, whose other inputs carry the tokens of any sample."""
 
     module: nn.Module
     call: Call
     precision: Precision
-    spoken: Spoken
+    model_output: ModelOutput
     """What it said."""
 
 
@@ -112,8 +112,8 @@ EditRows = Callable[[Tensor], Edit]
 class Replay:
     """What lies behind a fusion, as a function of the tokens that enter it.
 
-    The carrier's module is run, with other tokens at the fusion. What runs in it before the fusion is skipped: its
-    outputs are those of one run that is made first.
+    The module of the recorded call runs, with other tokens at the fusion. What runs in it before the fusion is
+    skipped: its outputs are those of one run that is made first.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class Replay:
         The fusion.
     axes
         Where its tokens are among its arguments, and what goes with them; and which axis is that of the samples.
-    carrier
+    recorded_call
         A run of a module around it.
     read
         Finds what the model says in what that module returns.
@@ -136,11 +136,13 @@ class Replay:
     Raises
     ------
     ReplayError
-        If the carrier's samples, in another order, do not give their outputs back in that order.
+        If the recorded_call's samples, in another order, do not give their outputs back in that order.
     """
 
-    def __init__(self, fusion: nn.Module, axes: Mapping[Path, int], carrier: Carrier, read: ReadOutput) -> None:
-        self._fusion, self._axes, self._carrier, self._read = fusion, axes, carrier, read
+    def __init__(
+        self, fusion: nn.Module, axes: Mapping[Path, int], recorded_call: RecordedCall, read: ReadOutput
+    ) -> None:
+        self._fusion, self._axes, self._recorded_call, self._read = fusion, axes, recorded_call, read
         self._made: dict[nn.Module, list[Any]] = {}
         self._state: ModelState | None = None
         self.rows, self.skips, self._exactly = MAX_ROWS, True, False
@@ -148,13 +150,13 @@ class Replay:
             self._check()
 
     def _check(self) -> None:
-        """Find how the carrier's samples, in another order, give their outputs back in that order."""
+        """Find how the recorded_call's samples, in another order, give their outputs back in that order."""
         axes = self._axes
         entered, intact = self._look()
         self._tokens = {path: entered[path] for path in axes}
         path, axis = next(iter(axes.items()))
         samples = entered[path].shape[axis]
-        # Fewer rows than the carrier has; if that is not understood, as many; and at last nothing is skipped.
+        # Fewer rows than the recorded_call has; if that is not understood, as many; and at last nothing is skipped.
         for self.skips, self._exactly in ((True, False), (True, True), (False, True)):
             self.rows = samples if self._exactly else MAX_ROWS
             count = samples if self._exactly else (samples + 1) // 2
@@ -188,12 +190,12 @@ class Replay:
         return self._coarsest(self._tokens.values())
 
     def _coarsest(self, tokens: Iterable[Tensor]) -> torch.dtype:
-        kinds = [self._carrier.precision.dtype or torch.float32, *(one.dtype for one in tokens)]
+        kinds = [self._recorded_call.precision.dtype or torch.float32, *(one.dtype for one in tokens)]
         return max((kind for kind in kinds if kind.is_floating_point), key=lambda kind: torch.finfo(kind).eps)
 
     def __call__(
         self, tokens: Mapping[Path, Tensor], place: AttentionPlace | None = None, edit: EditRows | None = None
-    ) -> Spoken:
+    ) -> ModelOutput:
         """What the model says of samples whose tokens these are.
 
         Parameters
@@ -201,7 +203,7 @@ class Replay:
         tokens
             What stands at each of the places, with any number of samples.
         place, edit
-            An attention behind the fusion's entrance, and what is to be changed of it.
+            An attention behind the fusion's fusion_inputs, and what is to be changed of it.
 
         Raises
         ------
@@ -222,7 +224,7 @@ class Replay:
                 }
                 with _editing(place, edit, places):
                     parts.append(self._run(chosen)[:count])
-        return Spoken.joined(parts)
+        return ModelOutput.joined(parts)
 
     def key_slopes(self, tokens: Mapping[Path, Tensor], place: AttentionPlace, classes: Tensor) -> Tensor:
         """How the probability of a class grows with the weights that go to each key: signed gradient x attention.
@@ -261,9 +263,9 @@ class Replay:
     @cached_property
     def _passing_gradients(self) -> Replay:
         """The same of copies, as what comes from the step may be inference tensors, which no gradient can pass."""
-        call = self._carrier.call
-        carrier = replace(self._carrier, call=call.copied({path for path, _ in call.tensors()}))
-        return Replay(self._fusion, self._axes, carrier, self._read)
+        call = self._recorded_call.call
+        recorded_call = replace(self._recorded_call, call=call.copied({path for path, _ in call.tensors()}))
+        return Replay(self._fusion, self._axes, recorded_call, self._read)
 
     def _slope(self, tokens: Mapping[Path, Tensor], place: AttentionPlace, classes: Tensor) -> Tensor:
         scales: list[Tensor] = []
@@ -282,14 +284,14 @@ class Replay:
             raise ReplayError(f"no gradient reaches its weights: {error}") from error
         return slope[: len(classes)].cpu()
 
-    def _run(self, tokens: Mapping[Path, Tensor]) -> Spoken:
-        module, call = self._carrier.module, self._carrier.call
+    def _run(self, tokens: Mapping[Path, Tensor]) -> ModelOutput:
+        module, call = self._recorded_call.module, self._recorded_call.call
         with ExitStack() as changes:
             forward = self._fusion.forward
 
             def fusion(*args: Any, **kwargs: Any) -> Any:
-                exchanged = Call(args, kwargs).replaced(tokens)
-                return forward(*exchanged.args, **exchanged.kwargs)
+                permuted = Call(args, kwargs).replaced(tokens)
+                return forward(*permuted.args, **permuted.kwargs)
 
             changes.enter_context(with_forward(self._fusion, fusion))
             for skipped, outputs in self._made.items() if self.skips else ():
@@ -316,9 +318,9 @@ class Replay:
         if self._state is not None:
             yield
             return
-        call = self._carrier.call
+        call = self._recorded_call.call
         try:
-            self._state = ModelState(self._carrier.module, call.args, call.kwargs)
+            self._state = ModelState(self._recorded_call.module, call.args, call.kwargs)
         except Exception as error:  # no memory for a copy, or an object of the user's that cannot be read
             raise ReplayError(f"the model's state cannot be kept, to be put back afterwards: {error!r}") from error
         try:
@@ -332,13 +334,13 @@ class Replay:
             assert self._state is not None
             try:
                 # The same random numbers in every process: those that hold a model together must conclude the same.
-                with left_as_it_was(self._state, self._with_hooks), self._carrier.precision.entered():
+                with left_as_it_was(self._state, self._with_hooks), self._recorded_call.precision.entered():
                     yield
             except RuntimeError as error:
                 raise ReplayError(str(error)) from error
 
-    def _look(self) -> tuple[Call, Spoken]:
-        """What enters the fusion, and what the model says, when the carrier runs as it is."""
+    def _look(self) -> tuple[Call, ModelOutput]:
+        """What enters the fusion, and what the model says, when the recorded_call runs as it is."""
         # Users' hooks note what a model does, and must not note this; but some change it, as those of FSDP.
         for self._with_hooks in (False, True):
             try:
@@ -347,14 +349,16 @@ class Replay:
             except ReplayError as error:
                 failure = error
                 continue
-            if gives_back(self._carrier.spoken.cpu(), intact, self._coarsest(entered[path] for path in self._axes)):
+            if gives_back(
+                self._recorded_call.model_output.cpu(), intact, self._coarsest(entered[path] for path in self._axes)
+            ):
                 return entered, intact
             failure = ReplayError("it does not say the same when it is run again")
         raise failure
 
-    def _run_once(self) -> tuple[Call, Spoken]:
-        """Run the carrier as it is, and keep what is made before the fusion."""
-        module, call = self._carrier.module, self._carrier.call
+    def _run_once(self) -> tuple[Call, ModelOutput]:
+        """Run the recorded_call as it is, and keep what is made before the fusion."""
+        module, call = self._recorded_call.module, self._recorded_call.call
         entered: list[Call] = []
         running: list[nn.Module] = []
         # What ended before the fusion began, each with the modules that it ran in.
@@ -389,7 +393,7 @@ class Replay:
         return entered[0], said.cpu()
 
 
-def gives_back(intact: Spoken, again: Spoken, precision: torch.dtype) -> bool:
+def gives_back(intact: ModelOutput, again: ModelOutput, precision: torch.dtype) -> bool:
     """Whether a replay gave the same logits, within what rounding does to the differences between samples.
 
     Logits, as a model that is sure of itself gives the same probabilities whatever reaches it.
@@ -449,7 +453,9 @@ def _editing(place: AttentionPlace | None, edit: EditRows | None, rows: Tensor) 
         return edit(rows)
 
     with ExitStack() as hooks:
-        Watch({place.module: ""}, lambda *_: Want.NOTHING, lambda *_: None, change).attach(place.module, hooks)
+        AttentionMode({place.module: ""}, lambda *_: RecordLevel.NOTHING, lambda *_: None, change).attach(
+            place.module, hooks
+        )
         yield
     if picked != 1:
         raise ReplayError(f"{picked or 'no'} attentions of its shape are computed")

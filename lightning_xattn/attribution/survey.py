@@ -12,7 +12,12 @@ import torch
 from torch import nn
 
 from lightning_xattn.attribution.arguments import Call, label_of
-from lightning_xattn.attribution.inputs import Entrance, ModalitiesSetting, guessed_entrances, named_entrance
+from lightning_xattn.attribution.inputs import (
+    FusionInputs,
+    ModalitiesSetting,
+    guessed_fusion_inputs,
+    named_fusion_inputs,
+)
 from lightning_xattn.attribution.replay import Precision
 from lightning_xattn.capture import Layer
 from lightning_xattn.capture.wrappers import Hook, in_encoder_layers
@@ -105,7 +110,7 @@ class FusionSurvey:
 
     def possible(
         self, attention: Sequence[AttentionPair], layers: Sequence[Layer]
-    ) -> list[tuple[SeenRun, Entrance]] | None:
+    ) -> list[tuple[SeenRun, FusionInputs]] | None:
         """The runs that may be the fusion, nearest first; None if it did not run in this step.
 
         Raises
@@ -120,16 +125,16 @@ class FusionSurvey:
         if self._named is not None and self._modalities is not None:
             runs = [run for run in self._seen if run.path == self._named]
             return [
-                (run, named_entrance(run.module, run.path, self._modalities, run.call, real)) for run in runs[:1]
+                (run, named_fusion_inputs(run.module, run.path, self._modalities, run.call, real)) for run in runs[:1]
             ] or None
         if not attention:
             return None
         counts, samples = attention[0].forward.token_counts, len(attention[0].forward.weights)
         return [
-            (run, entrance)
+            (run, fusion_inputs)
             for run in self._around_both(layers)
             if self._named in (None, run.path)
-            for entrance in guessed_entrances(run.module, run.path, run.call, counts, samples, real)
+            for fusion_inputs in guessed_fusion_inputs(run.module, run.path, run.call, counts, samples, real)
         ]
 
     def _around_both(self, layers: Sequence[Layer]) -> list[SeenRun]:
@@ -143,7 +148,7 @@ class FusionSurvey:
         once = [run for run in around if sum(other.module is run.module for other in around) == 1]
         return sorted(once, key=lambda run: -len(run.path.split(".")) if run.path else 0)
 
-    def say_several(self, possible: Sequence[tuple[SeenRun, Entrance]]) -> str:
+    def say_several(self, possible: Sequence[tuple[SeenRun, FusionInputs]]) -> str:
         """What could be meant, where processes hold the model together, so that one cannot try to replay it."""
         several = "; ".join(dict.fromkeys(str(run) for run, _ in possible))
         return (
@@ -161,7 +166,7 @@ class FusionSurvey:
         names = " and ".join(attention[0].forward.token_counts)
         found = "; ".join(map(str, self._around_both(layers)[:6]))
         return (
-            f"Where {names} enter the fusion cannot be told, so there are no readings and no contributions. No module "
+            f"Where {names} enter the fusion cannot be told, so there are no probes and no contributions. No module "
             "runs both directions once in a step with arguments that surely hold the tokens of one modality each. "
             f"Candidates: {found or 'none'}. {NAME_IT}"
         )

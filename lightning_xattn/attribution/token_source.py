@@ -1,4 +1,4 @@
-"""The samples whose tokens were kept, to be exchanged; and the work on them, shared by processes."""
+"""The samples whose tokens were kept, to be permuted; and the work on them, shared by processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_xattn.attribution.bottom_k import Columns
 from lightning_xattn.attribution.inputs import ModalityPlace
 from lightning_xattn.attribution.kept_samples import IDENTITY
 from lightning_xattn.attribution.recorder import FusionRecorder
-from lightning_xattn.attribution.replay import Replay, ReplayError, Spoken
+from lightning_xattn.attribution.replay import ModelOutput, Replay, ReplayError
 from lightning_xattn.core.attention import Direction
 
 Result = TypeVar("Result")
@@ -27,7 +27,7 @@ class TokenSource:
 
     Parameters
     ----------
-    geometries
+    token_shapes
         Samples with the same numbers of tokens together, see ``Collected``.
     size
         At most so many are taken, those with the smallest hashes.
@@ -39,39 +39,39 @@ class TokenSource:
     groups
         ``(samples,)`` int64 key of the group.
     kinds
-        ``(samples,)`` which of the geometries.
-    spoken
+        ``(samples,)`` which of the token_shapes.
+    model_output
         What the model said of them.
     """
 
-    def __init__(self, geometries: Sequence[Columns], size: int) -> None:
-        self._geometries = geometries
+    def __init__(self, token_shapes: Sequence[Columns], size: int) -> None:
+        self._token_shapes = token_shapes
         whole = {
-            name: torch.cat([rows[name].cpu() for rows in geometries])
+            name: torch.cat([rows[name].cpu() for rows in token_shapes])
             for name in ("hash", "group", *IDENTITY, "values", "logits")
         }
         order = whole["hash"].argsort(stable=True)[:size]
         self.samples = torch.stack([whole[name] for name in IDENTITY], dim=1)[order]
         self.groups = whole["group"][order]
-        self.spoken = Spoken(whole["values"][order], whole["logits"][order])
-        counts = torch.tensor([len(rows["hash"]) for rows in geometries])
-        self.kinds = torch.arange(len(geometries)).repeat_interleave(counts)[order]
+        self.model_output = ModelOutput(whole["values"][order], whole["logits"][order])
+        counts = torch.tensor([len(rows["hash"]) for rows in token_shapes])
+        self.kinds = torch.arange(len(token_shapes)).repeat_interleave(counts)[order]
         self._row = torch.cat([torch.arange(int(count)) for count in counts])[order]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def column(self, name: str, samples: Tensor) -> Tensor:
-        """One of the columns that are kept of samples of one geometry."""
-        values = self._geometries[int(self.kinds[samples[0]])][name]
+        """One of the columns that are kept of samples of one token_shape."""
+        values = self._token_shapes[int(self.kinds[samples[0]])][name]
         return values[self._row[samples].to(values.device)]
 
     def has(self, name: str, samples: Tensor) -> bool:
-        """Whether a column is kept of samples of one geometry."""
-        return name in self._geometries[int(self.kinds[samples[0]])]
+        """Whether a column is kept of samples of one token_shape."""
+        return name in self._token_shapes[int(self.kinds[samples[0]])]
 
     def token_count(self, direction: Direction, samples: Tensor) -> int | None:
-        """How many keys a direction has in samples of one geometry; None where it was not recorded."""
+        """How many keys a direction has in samples of one token_shape; None where it was not recorded."""
         name = f"received/{direction}"
         return self.column(name, samples).shape[1] if self.has(name, samples) else None
 
@@ -83,7 +83,7 @@ class TokenSource:
         places
             Where each modality stands.
         samples
-            For each modality which samples it is taken from, ``(pairs,)``, all of one geometry.
+            For each modality which samples it is taken from, ``(pairs,)``, all of one token_shape.
         """
         tokens: dict[Path, Tensor] = {}
         for (name, place), of_modality in zip(places.items(), samples, strict=True):
@@ -100,7 +100,7 @@ class TokenSource:
         Parameters
         ----------
         places, samples
-            As `tokens` takes them, but of any geometries.
+            As `tokens` takes them, but of any token_shapes.
         """
         _, kind = torch.stack([self.kinds[one] for one in samples], dim=1).unique(dim=0, return_inverse=True)
         for one in range(int(kind.max()) + 1):

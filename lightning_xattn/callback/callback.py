@@ -42,9 +42,9 @@ from lightning_xattn.callback.trainer import (
 )
 from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.capture.labels import LabelSetting, Step
-from lightning_xattn.core.distributed import ALONE, Processes, own_places
+from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes, unique_sample_indices
 from lightning_xattn.core.errors import DiscoveryError, SettingError, XAttnError
-from lightning_xattn.core.notices import describe_error, tell, warn
+from lightning_xattn.core.notices import describe_error, info, warn
 from lightning_xattn.evaluation.evaluation import Evaluation, Settings, summarise
 from lightning_xattn.evaluation.fusion_samples import sample_columns
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
@@ -68,7 +68,7 @@ class _Run:
 
     resumes: bool = True
     name: str = ""
-    processes: Processes = ALONE
+    processes: Processes = SINGLE_PROCESS
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     recorder: StepRecorder | None = None
     is_recording: bool = False
@@ -116,7 +116,7 @@ class AttentionExplainabilityCallback(Callback):
         the first batch. ``{}``: none is recorded; ``fusion`` and ``modalities`` must then be named.
     class_names
         A name for each class. None: the LightningModule's attribute ``class_names``, or ``class_0``, ``class_1``, ...
-    group_by
+    classes_by
         "target" groups samples by their true class, "prediction" by the predicted one.
     predictions, targets
         Where a step's predictions (class scores or ids) and targets (class ids or soft labels) are. None: found in
@@ -139,7 +139,7 @@ class AttentionExplainabilityCallback(Callback):
         whose tokens, ``{"eeg": 0, "spec": "spec_tokens"}``. None: found from the attention. A model whose fusion is
         named needs no cross-attention.
     contribution_samples
-        Of so many samples of an evaluation the modalities are exchanged at its end, to say how much each contributes;
+        Of so many samples of an evaluation the modalities are permuted at its end, to say how much each contributes;
         0: of none.
     max_samples
         So many samples of an evaluation are read, at most.
@@ -184,7 +184,7 @@ class AttentionExplainabilityCallback(Callback):
         self,
         attention: AttentionSetting | None = None,
         class_names: Sequence[str] | None = None,
-        group_by: str = "target",
+        classes_by: str = "target",
         predictions: LabelSetting = None,
         targets: LabelSetting = None,
         sample_ids: LabelSetting = None,
@@ -204,8 +204,8 @@ class AttentionExplainabilityCallback(Callback):
         of_both_namespaces()
         super().__init__()
         labels = predictions, targets, sample_ids, groups, query_mask
-        entrance = fusion, modalities, contribution_samples, max_samples
-        self.settings = Settings(attention, class_names, group_by, *labels, *entrance, table)
+        fusion_inputs = fusion, modalities, contribution_samples, max_samples
+        self.settings = Settings(attention, class_names, classes_by, *labels, *fusion_inputs, table)
         if curves not in CURVES:
             raise SettingError(f"curves must be one of {', '.join(CURVES)}; got {curves!r}.")
         self.curves = curves
@@ -215,7 +215,7 @@ class AttentionExplainabilityCallback(Callback):
 
     def __repr__(self) -> str:
         recorded = ", ".join({**self.summaries, **self.fusion_summaries}) or "nothing"
-        return f"AttentionExplainabilityCallback(group_by='{self.settings.group_by}'; recorded so far: {recorded})"
+        return f"AttentionExplainabilityCallback(classes_by='{self.settings.classes_by}'; recorded so far: {recorded})"
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -379,7 +379,7 @@ class AttentionExplainabilityCallback(Callback):
         with self._refusing("attention", "fusion", dataloader=dataloader_idx):
             taken = self._take(recorder, outputs, batch)
             if left_out := recorder.left_out:
-                places = own_places(loaders_of(trainer), dataloader_idx, batch_idx, max(left_out.values()))
+                places = unique_sample_indices(loaders_of(trainer), dataloader_idx, batch_idx, max(left_out.values()))
                 evaluation.leave_out(left_out, taken is None, places)
         if taken is not None:
             with self._refusing(*READ_SETTINGS, dataloader=dataloader_idx):
@@ -412,8 +412,10 @@ class AttentionExplainabilityCallback(Callback):
         if not self._run.has_recorded:
             self._run.has_recorded = True
             warn(self._findings.checks.of_directions(recorder.layers))
-            tell(self._findings.checks.of_reading(evaluation.describe(result, recorder)))
-        for columns in evaluation.add(result, own_places(loaders_of(trainer), dataloader_idx, batch_idx, len(result))):
+            info(self._findings.checks.of_probe(evaluation.describe(result, recorder)))
+        for columns in evaluation.add(
+            result, unique_sample_indices(loaders_of(trainer), dataloader_idx, batch_idx, len(result))
+        ):
             if self._run.table is not None:
                 self._run.table.add(columns | {"dataloader": dataloader_idx})
 
@@ -494,7 +496,7 @@ class AttentionExplainabilityCallback(Callback):
         if self._run.recorder is not None:
             self._run.recorder.close()
             self._run.recorder.clear()
-            self._run.recorder.let_go()
+            self._run.recorder.reset()
         if self._run.table is not None:
             self._run.table.discard()
         self._run.is_recording, self._run.table, self._run.weights = False, None, None
@@ -516,7 +518,7 @@ class AttentionExplainabilityCallback(Callback):
             return self._sum_up(trainer, pl_module)
         except Exception as error:  # as above
             # The others wait for this one; what is raised on purpose is raised on all of them.
-            if self._run.processes is not ALONE and not isinstance(error, XAttnError):
+            if self._run.processes is not SINGLE_PROCESS and not isinstance(error, XAttnError):
                 raise
             warn([f"An evaluation ('{stage_of(trainer)}') could not be summed up. {describe_error(error)}"])
             return None
@@ -545,13 +547,13 @@ class AttentionExplainabilityCallback(Callback):
             )
         for number, one in fusions.items():
             self.fusion_summaries[self._scope(trainer)(number, "")] = one
-        group_by, axes = self.settings.group_by, attention_axes(trainer, pl_module)
+        classes_by, axes = self.settings.classes_by, attention_axes(trainer, pl_module)
         results = {
             number: DatasetResult(
                 one.layers,
                 one.fusion,
                 self._run.evaluations[number].classes or (),
-                group_by,
+                classes_by,
                 axes,
                 None,
                 one.maps,
@@ -571,10 +573,10 @@ class AttentionExplainabilityCallback(Callback):
             pl_module,
             names,
             self._findings.checks,
-            self.settings.group_by,
+            self.settings.classes_by,
             all_curves=self.curves == "all",
             draws=draws,
-            exchanges=self.settings.contribution_samples > 0,
+            permutes=self.settings.contribution_samples > 0,
             tests_attention=self.schedule.ever_tests_attention(trainer),
             monitors=run.monitors,
             names=run.names,

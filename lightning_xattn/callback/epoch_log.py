@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning import LightningModule, Trainer
 
 from lightning_xattn.callback.trainer import Monitor, logged_step, moment, root_folder, say_unknown, stage_of
-from lightning_xattn.core.notices import tell, warn
+from lightning_xattn.core.notices import info, warn
 from lightning_xattn.evaluation.checks import Checks
 from lightning_xattn.evaluation.classes import name_in_curves
 from lightning_xattn.evaluation.curves import (
@@ -28,15 +28,15 @@ from lightning_xattn.evaluation.curves import (
 from lightning_xattn.evaluation.evaluation import Evaluation
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult, EarlierTest
-from lightning_xattn.loggers import Sinks
+from lightning_xattn.loggers import LoggerWriters
 from lightning_xattn.report import create_explainability_report
 from lightning_xattn.report.figures import (
     SHOWN_CLASSES,
     distributions,
     epoch_figures,
-    few_classes,
-    few_layers,
     fusion_figures,
+    limit_classes,
+    limit_layers,
     overview_figure,
 )
 
@@ -56,13 +56,13 @@ class EpochLog:
         What a dataloader and a layer ("": all layers) are called in curves.
     checks
         Say each thing once.
-    group_by
+    classes_by
         Whether the classes are those of the "target" or of the "prediction".
     all_curves
         Whether all curves are logged, and not those alone that are acted on.
     draws
         Whether there are figures, texts and distributions.
-    exchanges
+    permutes
         Whether contributions are measured at all.
     tests_attention
         Whether the faithfulness of the attention is tested, now or in another epoch.
@@ -78,10 +78,10 @@ class EpochLog:
     module: LightningModule
     scope: Callable[[int, str], str]
     checks: Checks
-    group_by: str
+    classes_by: str
     all_curves: bool
     draws: bool
-    exchanges: bool
+    permutes: bool
     tests_attention: bool
     monitors: Sequence[Monitor]
     names: dict[str, None]
@@ -122,7 +122,7 @@ class EpochLog:
                     warn(self.checks.of_epoch(layer, summary))
             if evaluations[number].shown_classes is None:  # the same ones in every epoch
                 evaluations[number].shown_classes = whole.largest_classes(SHOWN_CLASSES)
-            shown = few_classes(whole, evaluations[number].shown_classes)
+            shown = limit_classes(whole, evaluations[number].shown_classes)
             counts = {name: getattr(evaluations[number], name) for name in ("repeats", "left_out_batches")}
             by_scope, new = self._collect(number, shown, whole, several, counts)
             found[number] = shown, new
@@ -131,9 +131,9 @@ class EpochLog:
                 others |= of_scope
         self._log(curves, others)
         records = [record for _, new in found.values() for record in new]
-        sinks = self._sinks()
+        sinks = self._writers()
         if sinks is not None and records:
-            tell(self.checks.of_folders(sinks.folders))
+            info(self.checks.of_folders(sinks.folders))
         for number, (shown, new) in found.items():
             if sinks is not None and new:
                 past = [one for one in history if one["dataloader"] == number and one["layer"] == new[0]["layer"]]
@@ -156,18 +156,18 @@ class EpochLog:
 
     def log_best(self, history: Sequence[Mapping[str, Any]]) -> None:
         """At the end of a fit, log what its run is compared by with others; of the first dataloader and layer."""
-        sinks = self._sinks()
+        sinks = self._writers()
         ours = [one for one in history if one["dataloader"] == 0]
         if sinks is not None and ours:
             of_layer = [one for one in ours if one["layer"] == ours[0]["layer"]]
             best, step = partial(best_epoch, of_layer), logged_step(self.trainer)
             sinks.log("best values", best, lambda sink, made: sink.log_best(made, step) if made else None)
 
-    def _sinks(self) -> Sinks | None:
+    def _writers(self) -> LoggerWriters | None:
         is_trial = self.trainer.fast_dev_run or self.trainer.barebones  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
         if is_trial or not (self.trainer.is_global_zero and self.draws):
             return None
-        sinks = Sinks(self.trainer.loggers, root_folder(self.trainer))
+        sinks = LoggerWriters(self.trainer.loggers, root_folder(self.trainer))
         return sinks if sinks else None
 
     def _collect(
@@ -175,22 +175,22 @@ class EpochLog:
     ) -> tuple[list[tuple[str, dict[str, float]]], list[dict[str, Any]]]:
         """By scope the curves of a dataloader; the records of its layers, whose comparisons are over all classes."""
         plain = any(kind.__name__ == "MLFlowLogger" for one in self.trainer.loggers for kind in type(one).__mro__)
-        scope, classes = self.scope(number, ""), name_in_curves(result.class_names, self.group_by, plain)
+        scope, classes = self.scope(number, ""), name_in_curves(result.class_names, self.classes_by, plain)
         about = moment(self.trainer) | {"dataloader": number}
         by_scope: list[tuple[str, dict[str, float]]] = []
         of_fusion: dict[str, Any] = {}
         if result.fusion is not None:
             first = next(iter(result.summaries.values()), None)
             tested = tuple(first.heads) if first is not None and self.tests_attention else ()
-            curves = fusion_curves(result.fusion, scope, classes, bool(result.summaries), self.exchanges, tested)
+            curves = fusion_curves(result.fusion, scope, classes, bool(result.summaries), self.permutes, tested)
             by_scope.append((scope, curves))
-            tell(self.checks.of_fusion(result.fusion))
+            info(self.checks.of_fusion(result.fusion))
             assert whole.fusion is not None
             of_fusion = fusion_record(whole.fusion, scope, curves)
         if not result.summaries:
             return by_scope, [about | {"layer": None} | counts | of_fusion] if of_fusion else []
         records, of_layers, scopes = [], [], []
-        shown = few_layers(list(result.summaries))
+        shown = limit_layers(list(result.summaries))
         for layer, summary in result.summaries.items():
             scopes.append(self.scope(number, layer if several else ""))
             of_layers.append(epoch_curves(summary, scopes[-1], classes))
@@ -218,7 +218,7 @@ class EpochLog:
 
     def _log_rest(
         self,
-        sinks: Sinks,
+        sinks: LoggerWriters,
         number: int,
         whole: DatasetResult,
         shown: DatasetResult,
@@ -252,13 +252,13 @@ class EpochLog:
         yield f"xattn_about/{scope}/overview", overview_figure(past, about)
         if result.fusion is not None:
             yield from fusion_figures(
-                result.fusion, scope, names, all_names=all_names, group_by=self.group_by, context=title
+                result.fusion, scope, names, all_names=all_names, classes_by=self.classes_by, context=title
             )
-        for layer in few_layers(list(result.summaries)):
+        for layer in limit_layers(list(result.summaries)):
             of_layer = self.scope(number, layer if several else "")
             context = f"{title}, layer {layer}" if several else title
             yield from epoch_figures(
-                result.summaries[layer], of_layer, names, group_by=self.group_by, axes=result.axes, context=context
+                result.summaries[layer], of_layer, names, classes_by=self.classes_by, axes=result.axes, context=context
             )
 
 

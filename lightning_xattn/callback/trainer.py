@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_xattn.core.attention import TokenAxis
-from lightning_xattn.core.distributed import ALONE, Processes
+from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import check_whole_number
 from lightning_xattn.core.names import shown
 from lightning_xattn.evaluation.curves import TOPICS
@@ -187,7 +187,7 @@ def scope_of(trainer: Trainer, callback: Callback, kind: type[Callback], dataloa
 def processes_of(trainer: Trainer) -> Processes:
     """Those that run the Trainer's evaluations together."""
     if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
-        return ALONE
+        return SINGLE_PROCESS
     strategy: Any = trainer.strategy
     dealt = strategy.distributed_sampler_kwargs
     has_peers = dealt["num_replicas"] < trainer.world_size
@@ -297,7 +297,7 @@ def say_averages(trainer: Trainer, callback: Callback) -> Iterator[str]:
             name = type(one).__name__
             yield (
                 f"{name} comes before AttentionExplainabilityCallback, so it puts the current weights back before the "
-                "end of the epoch, where modalities are exchanged, and there are no contributions. Let it come after: "
+                "end of the epoch, where modalities are permuted, and there are no contributions. Let it come after: "
                 f"callbacks=[AttentionExplainabilityCallback(...), {name}(...)]."
             )
 

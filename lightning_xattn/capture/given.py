@@ -70,12 +70,12 @@ def looks_like_attention(tensor: Tensor) -> bool:
     return bool(sound.all() and (sums > 0).any() and not (tensor < 0).any())
 
 
-def zeros_hide(weights: Tensor, who: str, tell: Callable[[str], None]) -> bool:
+def zeros_hide(weights: Tensor, who: str, info: Callable[[str], None]) -> bool:
     """Whether weights of exactly 0 are hidden keys, of which the masks are not known. Looks at the values."""
     if weights.dtype == torch.float16 or zeros_are_a_mask(weights):
         return weights.dtype != torch.float16
     if weights.shape[1] == 1:  # of several heads it shows that they leave out different keys
-        tell(
+        info(
             f"{who} one head, or an average, with weights of exactly 0 that differ from sample to sample and from "
             "query to query. They are taken as weights, as of a sparse attention. If a mask hides these keys, name "
             "the module whose softmax gives the weights."

@@ -204,8 +204,8 @@ def _from_the_start(slices: Mapping[str, slice], attention: RecordedWeights, nam
 def cut_direction(joint: RecordedWeights, queries: slice, keys: slice, name: str) -> RecordedWeights:
     """One direction out of a joint self-attention: a block of it, whose rows are scaled to sum to 1.
 
-    ``crossing`` keeps what a row's weights summed to in the block, the share of its attention that crosses over. A row
-    of which nothing crosses has no distribution over these keys: none of them is visible to it.
+    ``cross_modal_mass`` keeps what a row's weights summed to in the block, the share of its attention on the other
+    modality. A row without such attention has no distribution over these keys: none of them is visible to it.
 
     Parameters
     ----------
@@ -226,9 +226,9 @@ def cut_direction(joint: RecordedWeights, queries: slice, keys: slice, name: str
     dtype = joint.weights.dtype
     weights = joint.weights[:, :, queries].to(torch.promote_types(dtype, torch.float32))
     block = weights[..., keys]
-    crossing = block.sum(-1)
+    cross_modal_mass = block.sum(-1)
     # Below this a sum is made of numbers with no precision left.
-    crosses = crossing > joint.weights.shape[3] * torch.finfo(dtype).smallest_normal
+    crosses = cross_modal_mass > joint.weights.shape[3] * torch.finfo(dtype).smallest_normal
     key_mask, sound = joint.padding_of_its_own, (weights.sum(-1) - 1).abs() <= row_sum_tolerance(dtype)
     if key_mask is not None:
         key_mask, sound = key_mask[:, keys], sound & key_mask[:, None, queries]
@@ -236,8 +236,8 @@ def cut_direction(joint: RecordedWeights, queries: slice, keys: slice, name: str
     if joint.visible is not None:
         visible = visible & joint.visible.expand(joint.weights.shape)[:, :, queries, keys]
     return RecordedWeights(
-        block / torch.where(crosses, crossing, 1)[..., None],
+        block / torch.where(crosses, cross_modal_mass, 1)[..., None],
         key_mask,
         visible,
-        crossing=torch.where(sound, crossing, torch.nan),
+        cross_modal_mass=torch.where(sound, cross_modal_mass, torch.nan),
     )

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_xattn.capture.attention_mode import Run
 from lightning_xattn.capture.masks import RecordedWeights, apart_from_padding
 from lightning_xattn.capture.memory import has_address
 from lightning_xattn.capture.readers import Event
-from lightning_xattn.capture.watch import Run
 
 Item = tuple[str | int, ...]
 

@@ -30,7 +30,7 @@ class RecordedWeights:
     key_mask: Tensor | None = None
     visible: Tensor | None = None
     extra_keys: int = 0
-    crossing: Tensor | None = None
+    cross_modal_mass: Tensor | None = None
     query_mask: Tensor | None = None
     cropped: bool = False
     """Whether tokens that are padding in every sample may have been cut off at the end."""
@@ -97,7 +97,7 @@ def seen_by_softmax(scores: Tensor, weights: Tensor) -> Tensor:
     """Which keys a softmax does not hide, from its scores alone, whatever hides some: a mask added or filled in.
 
     A hidden key gets no weight and lies far below the row's largest score; of a row all keys are hidden whose largest
-    score is about what a mask adds. A row with NaN or an infinite score is broken, not hidden. Its scores do not tell
+    score is about what a mask adds. A row with NaN or an infinite score is broken, not hidden. Its scores do not info
     what it sees, so it sees what the other rows do.
     """
     largest = scores.amax(-1, keepdim=True)

@@ -49,7 +49,7 @@ def has_address(tensor: Tensor) -> bool:
         return False
     try:
         tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # as of a device that does not tell
+    except (NotImplementedError, RuntimeError):  # as of a device that does not info
         return False
     return True
 

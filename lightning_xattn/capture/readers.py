@@ -30,7 +30,7 @@ from lightning_xattn.capture.masks import (
 from lightning_xattn.capture.memory import Address, are_same, has_address
 
 
-class Want(Enum):
+class RecordLevel(Enum):
     """What is to be recorded of an attention."""
 
     NOTHING = 0
@@ -56,7 +56,7 @@ class Event:
     """Why it cannot be read; None: it can."""
     over_keys: bool = True
     """Whether the keys are surely keys: not so of a softmax over other axes than the last of four."""
-    want: Want = Want.NOTHING
+    level: RecordLevel = RecordLevel.NOTHING
     recorded: RecordedWeights | None = None
     """The weights and masks with the axes of ``shape``; None of what is not wanted, or cannot be read."""
     result: Address | None = None
@@ -96,7 +96,7 @@ Call = dict[str, Any]
 """The arguments of a function by their names."""
 
 
-class Watcher(Protocol):
+class ReaderContext(Protocol):
     """What a reader hands an attention to."""
 
     def begin(self, event: Event, asks: Tensor) -> Edit | None:
@@ -144,7 +144,7 @@ def _ask(event: Event, ask: Read) -> RecordedWeights | None:
         return None
 
 
-def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
+def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderContext) -> Any:
     """``F.multi_head_attention_forward``.
 
     A caller that asks for weights gets the function to compute them per head, and they are averaged for it afterwards
@@ -163,11 +163,11 @@ def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, watch: Wat
     ]
     problem = next(iter(unknown), None) or _find_problem(query=query, key=key)
     event = Event("multi_head_attention_forward", shape, query.device, (query, key), extra, problem)
-    edit = watch.begin(event, query)
+    edit = mode.begin(event, query)
     if edit is not None:
         call |= _edited_tokens(call, edit)
     dropped = call["training"] and call["dropout_p"] > 0
-    wanted = event.want is Want.WEIGHTS
+    wanted = event.level is RecordLevel.WEIGHTS
     takes_average = wanted and call["need_weights"] and call["average_attn_weights"] and not dropped
     if takes_average:
         call["average_attn_weights"] = False
@@ -186,13 +186,13 @@ def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, watch: Wat
             found = found if takes_average else found.clone()
         return _with_masks(found, call, extra)
 
-    watch.take(event, lambda: _ask(event, read), None if takes_average else weights)
+    mode.take(event, lambda: _ask(event, read), None if takes_average else weights)
     if takes_average:
         weights = weights.mean(dim=1 if batched else 0)
     return output, weights
 
 
-def _read_packed(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
+def _read_packed(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderContext) -> Any:
     """The fast paths of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``.
 
     They are self-attention whose weights are computed once more.
@@ -204,7 +204,7 @@ def _read_packed(function: Any, args: Sequence[Any], kwargs: Call, watch: Watche
     nested = tokens.is_nested
     batch, length = (tokens.size(0), max(map(len, tokens.unbind()))) if nested else tokens.shape[:2]
     event = Event("a fast path of torch", (batch, heads, length, length), tokens.device, (tokens, tokens))
-    watch.begin(event, tokens)
+    mode.begin(event, tokens)
 
     def read() -> RecordedWeights:
         asks, padding, attention_mask = tokens, None, None
@@ -222,12 +222,12 @@ def _read_packed(function: Any, args: Sequence[Any], kwargs: Call, watch: Watche
         asks = asks.transpose(0, 1)
         projection = {"in_proj_weight": call["qkv_weight"], "in_proj_bias": call["qkv_bias"], "num_heads": heads}
         masks = {"key_padding_mask": padding, "attn_mask": attention_mask}
-        wanted = event.want is Want.WEIGHTS
+        wanted = event.level is RecordLevel.WEIGHTS
         weights = _projected({"query": asks, "key": asks, **projection, **masks}) if wanted else _no_values(event)
         recorded = _with_masks(weights, masks, cropped=nested)
         return recorded if padding is not None else apart_from_padding(recorded)
 
-    watch.take(event, read)
+    mode.take(event, read)
     return result
 
 
@@ -326,7 +326,7 @@ def _edited_tokens(call: Call, edit: Edit) -> Call:
     return {"key": key, "value": weighed, "use_separate_proj_weight": True, "in_proj_bias": bias} | weights
 
 
-def _read_kernel(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
+def _read_kernel(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderContext) -> Any:
     """``F.scaled_dot_product_attention``: its weights are computed once more, beside the fused kernel."""
     call = _arguments(function, args, kwargs)
     query, key, mask = call["query"], call["key"], call["attn_mask"]
@@ -337,7 +337,7 @@ def _read_kernel(function: Any, args: Sequence[Any], kwargs: Call, watch: Watche
     if problem is None and len(shape) not in (3, 4):
         problem = "it has other axes than (batch, heads, queries, keys)"
     event = Event("scaled_dot_product_attention", shape, query.device, problem=problem, over_keys=len(shape) in (3, 4))
-    edit = watch.begin(event, query)
+    edit = mode.begin(event, query)
     call |= {} if edit is None else _edited_kernel(call, edit, event)
     result = function(*args, **kwargs) if edit is None else function(**call)
 
@@ -349,7 +349,7 @@ def _read_kernel(function: Any, args: Sequence[Any], kwargs: Call, watch: Watche
             return _beside_kernel(event, call)
         return _ask(event, lambda: _weigh_identity(event, ask, query, call["value"], torch.zeros_like))
 
-    watch.take(event, read)
+    mode.take(event, read)
     return result
 
 
@@ -409,7 +409,7 @@ def _weigh_identity(
         return weights
 
     visible = weigh(zeros) > 0
-    wanted = event.want is Want.WEIGHTS
+    wanted = event.level is RecordLevel.WEIGHTS
     return RecordedWeights(weigh(lambda query: query) if wanted else _no_values(event), visible=visible)
 
 
@@ -431,7 +431,7 @@ def _beside_kernel(event: Event, call: Call) -> RecordedWeights:
         visible = mask.clone() if mask.dtype == torch.bool else ~(mask <= MASKED)
     if visible is not None:
         visible = visible[(None,) * (len(event.shape) - visible.dim())]
-    if event.want is not Want.WEIGHTS:
+    if event.level is not RecordLevel.WEIGHTS:
         return RecordedWeights(_no_values(event), visible=visible)
     query, key = call["query"].float(), call["key"].float()
     if call["enable_gqa"]:
@@ -444,7 +444,7 @@ def _beside_kernel(event: Event, call: Call) -> RecordedWeights:
     return RecordedWeights(scores.softmax(-1), visible=visible)
 
 
-def _read_softmax(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
+def _read_softmax(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderContext) -> Any:
     """A softmax over the last axis, or the last but one, of at least three; its result is copied, before dropout."""
     call = dict(zip(("input", "dim"), args, strict=False)) | kwargs
     scores, axis = call["input"], call.get("dim")
@@ -457,7 +457,7 @@ def _read_softmax(function: Any, args: Sequence[Any], kwargs: Call, watch: Watch
     if problem is None and len(shape) > 4:
         problem = "it has other axes than (batch, heads, queries, keys)"
     event = Event("softmax", shape, scores.device, problem=problem, over_keys=len(shape) == 4 and not turned)
-    edit = watch.begin(event, scores)
+    edit = mode.begin(event, scores)
     result = function(*args, **kwargs)
     if edit is not None and edit.weights is not None:
         weighed = _over_heads(edit.weights, len(shape))[..., None, :].to(result.dtype)
@@ -467,13 +467,13 @@ def _read_softmax(function: Any, args: Sequence[Any], kwargs: Call, watch: Watch
         given, weights = (scores.mT, result.mT) if turned else (scores, result)
         visible = seen_by_softmax(given.detach(), weights.detach())
         # Copied, as the model may change it in place.
-        wanted = event.want is Want.WEIGHTS
+        wanted = event.level is RecordLevel.WEIGHTS
         return RecordedWeights(weights.detach().clone() if wanted else _no_values(event), visible=visible)
 
     if has_address(result):
-        watch.take(event, read, result)
+        mode.take(event, read, result)
     elif problem is not None:
-        watch.take(event)
+        mode.take(event)
     return result
 
 
@@ -481,14 +481,14 @@ _FLEX = ("query", "key", "value", "score_mod", "block_mask", "scale", "kernel_op
 _FLEX_BUFFERS = ("score_mod_other_buffers", "mask_mod_other_buffers")
 
 
-def _read_flex(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher) -> Any:
+def _read_flex(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderContext) -> Any:
     """``flex_attention``, whose scores and masks are functions of the user's: it is asked for its weights."""
     call = dict(zip((*_FLEX, *_FLEX_BUFFERS), args, strict=False)) | kwargs
     query, key = call["query"], call["key"]
     event = Event(
         "flex_attention", _shape_of_kernel(query, key), query.device, problem=_find_problem(query=query, key=key)
     )
-    edit = watch.begin(event, query)
+    edit = mode.begin(event, query)
     call |= {} if edit is None else _edited_kernel(call, edit, event)
     result = function(*args, **kwargs) if edit is None else function(**call)
 
@@ -508,11 +508,11 @@ def _read_flex(function: Any, args: Sequence[Any], kwargs: Call, watch: Watcher)
 
         return _ask(event, lambda: _weigh_identity(event, ask, query, value, zeros))
 
-    watch.take(event, read)
+    mode.take(event, read)
     return result
 
 
-Reader = Callable[[Any, Sequence[Any], Call, Watcher], Any]
+Reader = Callable[[Any, Sequence[Any], Call, ReaderContext], Any]
 
 READERS: dict[Any, Reader] = {
     F.multi_head_attention_forward: _read_multihead,

@@ -13,14 +13,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_xattn.capture.choose import Survey, choose_layers, padding_source, shown_of, turned_round
+from lightning_xattn.capture.attention_mode import AttentionMode, Run
+from lightning_xattn.capture.discover import Survey, choose_layers, padding_source, shown_of, turned_round
+from lightning_xattn.capture.extractor import AttentionExtractor
 from lightning_xattn.capture.layout import Axes
 from lightning_xattn.capture.locate import describe_attention, locate_attention
 from lightning_xattn.capture.masks import RecordedWeights
-from lightning_xattn.capture.readers import Event, Want
+from lightning_xattn.capture.readers import Event, RecordLevel
 from lightning_xattn.capture.sources import AttentionSetting, Layer, Source, is_set_aside
-from lightning_xattn.capture.tap import Tap
-from lightning_xattn.capture.watch import Run, Watch
 from lightning_xattn.capture.wrappers import (
     Hook,
     compiled_modules,
@@ -79,9 +79,9 @@ class AttentionRecorder:
         self._hooks, self._hooked = ExitStack(), False
         self._is_set_aside = is_set_aside(attention)
         self._survey: Survey | None = None if self._is_set_aside else Survey(model)
-        self._watch: Watch | None = None
-        self._taps: dict[tuple[str, Direction], Tap] = {}
-        self._of_module: dict[nn.Module, list[Tap]] = {}
+        self._mode: AttentionMode | None = None
+        self._extractors: dict[tuple[str, Direction], AttentionExtractor] = {}
+        self._of_module: dict[nn.Module, list[AttentionExtractor]] = {}
         # The self-attention that says which queries are padding, by its module's path and its number in a step: its
         # axes, and whether padding may be cut off; how many modules have computed in this step, and its masks.
         self._suppliers: dict[tuple[str, int], tuple[Axes | None, bool]] = {}
@@ -122,12 +122,12 @@ class AttentionRecorder:
 
     def clear(self) -> None:
         """Forget what was recorded."""
-        for tap in self._taps.values():
-            tap.clear()
+        for extractor in self._extractors.values():
+            extractor.clear()
         if self._survey is not None:
             self._survey = Survey(self._model)
-        if self._watch is not None:
-            self._watch.clear()
+        if self._mode is not None:
+            self._mode.clear()
         self._padding.clear()
         self._counts.clear()
         self._errors.clear()
@@ -140,7 +140,7 @@ class AttentionRecorder:
         if self._survey is not None:  # later steps go through no more of the model than they record
             require_one_replica(self._model)
             if compiled := compiled_modules(self._model):
-                self._tell(
+                self._info(
                     f"{', '.join(compiled)} is compiled, and compiled code hides its attention. While it is recorded "
                     "it runs uncompiled, so its outputs may differ in the last bits and take longer. If that is too "
                     "slow, record fewer epochs or batches (every_n_epochs, every_n_batches)."
@@ -150,31 +150,31 @@ class AttentionRecorder:
             # Without it nothing is compiled. Of functions it cannot be told whether they are, and its import is slow.
             if "torch._dynamo" in sys.modules:
                 hooks.enter_context(run_uncompiled())
-            self._of_module = self._make_taps()
+            self._of_module = self._make_extractors()
             if self._survey is not None:
                 everything = {module: path for path, module in self._model.named_modules()}
-                self._watch = Watch(everything, self._want, self._leave, follows=True, errors=self._errors)
+                self._mode = AttentionMode(everything, self._level, self._leave, follows=True, errors=self._errors)
             else:
                 seen = {self._module(path): path for path, _ in self._suppliers}
-                seen |= {module: taps[0].source.path for module, taps in self._of_module.items()}
-                self._watch = Watch(seen, self._want, self._leave, errors=self._errors)
-            self._watch.attach(self._model, hooks)
+                seen |= {module: extractors[0].source.path for module, extractors in self._of_module.items()}
+                self._mode = AttentionMode(seen, self._level, self._leave, errors=self._errors)
+            self._mode.attach(self._model, hooks)
             keep = Hook(self._keep_inputs, self._errors)
             hooks.callback(self._model.register_forward_pre_hook(keep, with_kwargs=True).remove)
             self._hooks = hooks.pop_all()
             self._hooked = True
 
-    def _make_taps(self) -> dict[nn.Module, list[Tap]]:
-        """The taps of each module, new ones where there are none yet."""
-        of_module: dict[nn.Module, list[Tap]] = defaultdict(list)
+    def _make_extractors(self) -> dict[nn.Module, list[AttentionExtractor]]:
+        """The extractors of each module, new ones where there are none yet."""
+        of_module: dict[nn.Module, list[AttentionExtractor]] = defaultdict(list)
         for layer, direction, source in self._sources():
             key = layer.name, direction
-            if key not in self._taps:
+            if key not in self._extractors:
                 siblings = [sibling for _, sibling, other in self._sources() if other.path == source.path]
                 alone = layer.backward is None and source.joint is None
-                self._taps[key] = Tap(direction, source, siblings, alone)
+                self._extractors[key] = AttentionExtractor(direction, source, siblings, alone)
             if source.read is None:
-                of_module[self._module(source.path)].append(self._taps[key])
+                of_module[self._module(source.path)].append(self._extractors[key])
         return of_module
 
     def _sources(self) -> Iterator[tuple[Layer, Direction, Source]]:
@@ -191,22 +191,22 @@ class AttentionRecorder:
                 "AttentionRecorder or callback after changing the model."
             ) from None
 
-    def _want(self, run: Run, event: Event) -> Want:
+    def _level(self, run: Run, event: Event) -> RecordLevel:
         number = 1
         for outer in run.outwards():
             number += len(outer.events)
-            if any(tap.wants(number) for tap in self._of_module.get(outer.module, ())):
-                return Want.WEIGHTS
+            if any(extractor.wants(number) for extractor in self._of_module.get(outer.module, ())):
+                return RecordLevel.WEIGHTS
         if self._survey is None:
-            return Want.MASKS
-        want = self._survey.want(run, event)
-        return Want.MASKS if self.layers and want is Want.WEIGHTS else want
+            return RecordLevel.MASKS
+        level = self._survey.level(run, event)
+        return RecordLevel.MASKS if self.layers and level is RecordLevel.WEIGHTS else level
 
     def _leave(self, run: Run, output: Any) -> None:
         # A step that Lightning runs as the model's own forward, as under DDP, may return before it runs anything.
         self._has_run |= run.module is not self._model or output is not None
-        for tap in self._of_module.get(run.module, ()):
-            tap.take(run, output)
+        for extractor in self._of_module.get(run.module, ()):
+            extractor.take(run, output)
         for number, event in enumerate(run.events, start=self._counts[run.path] + 1):
             supplier = self._suppliers.get((run.path, number))
             if supplier is not None and event.recorded is not None:
@@ -255,9 +255,9 @@ class AttentionRecorder:
             self._choose(self._survey)
         batch = self._inputs if self.batch is None else self.batch
         taken: dict[tuple[str, Direction], RecordedWeights | None] = {}
-        for key, tap in self._taps.items():
-            tap.give(self._model)
-            taken[key] = tap.recorded(batch)
+        for key, extractor in self._extractors.items():
+            extractor.give(self._model)
+            taken[key] = extractor.recorded(batch)
         if self._survey is not None and (self.is_waiting or any(one is not None for one in taken.values())):
             self._settle(self._survey)
         pairs = []
@@ -271,34 +271,34 @@ class AttentionRecorder:
                 except ShapeError as error:
                     if layer.name not in self._paired:
                         raise
-                    self._tell(f"In a later step: {error} Such steps are left out.")
+                    self._info(f"In a later step: {error} Such steps are left out.")
             elif recorded:
                 self._tell_half(layer, *layer.sources[of_layer.index(None)])
-        for tap in self._taps.values():
-            while tap.remarks:
-                self._tell(tap.remarks.pop(0))
-        if not pairs and not self.is_waiting and not any(tap.has_run for tap in self._taps.values()):
+        for extractor in self._extractors.values():
+            while extractor.remarks:
+                self._info(extractor.remarks.pop(0))
+        if not pairs and not self.is_waiting and not any(extractor.has_run for extractor in self._extractors.values()):
             raise DiscoveryError(self._nothing_ran())
         return tuple(pairs)
 
     @property
     def left_out(self) -> dict[str, int]:
         """By layer, how many samples were left out of this step, as their joint sequence does not fit its spans."""
-        found = {layer: 0 for layer, _ in self._taps}
-        for (layer, _), tap in self._taps.items():
-            found[layer] = max(found[layer], tap.left_out)
+        found = {layer: 0 for layer, _ in self._extractors}
+        for (layer, _), extractor in self._extractors.items():
+            found[layer] = max(found[layer], extractor.left_out)
         return {layer: samples for layer, samples in found.items() if samples}
 
     def _choose(self, survey: Survey) -> None:
         """Take the layers that a first step has shown, and of what they computed what was kept."""
         self.layers, left_out = choose_layers(survey)
-        self._make_taps()
+        self._make_extractors()
         paths: dict[str, list[str]] = defaultdict(list)
         for _, direction, source in self._sources():
             paths[str(direction)].append(str(source))
         found = {direction: names if len(names) > 1 else names[0] for direction, names in paths.items()}
         others = "; ".join(f"'{survey.name(one)}' {one.who}" for one in left_out)
-        self._tell(
+        self._info(
             f"Found in the first pass: {found}. The directions come from the modules' names, or from which tokens ask "
             "which. If a module or the name of a modality is wrong, name them: attention={'<a>_to_<b>': "
             "'path.to.module', ...}." + (f" Left out, as no name tells their direction: {others}." if others else "")
@@ -306,31 +306,31 @@ class AttentionRecorder:
         shown = [shown_of(survey, source) for _, _, source in self._sources()]
         kept = [one.recorded for one in shown if one is not None and one.recorded is not None]
         if len(kept) == len(shown):
-            for tap, recorded in zip(self._taps.values(), kept, strict=True):
-                tap.kept = recorded
+            for extractor, recorded in zip(self._extractors.values(), kept, strict=True):
+                extractor.kept = recorded
         else:
             self.is_waiting = True
-            self._tell(
+            self._info(
                 "The weights of the first step were too large to keep before it was known which of them are meant, so "
                 "that step is left out. To include it, name the attention."
             )
 
     def _settle(self, survey: Survey) -> None:
         """Learn from a first step what else to look at, and from then on look at nothing more."""
-        for tap in self._taps.values():
-            shown = shown_of(survey, tap.source)
-            if shown is not None and shown.axes is not None and shown.path == tap.source.path:
-                tap.axes[shown.key] = shown.axes
-            supplier = padding_source(survey, tap.source) if tap.is_alone else None
+        for extractor in self._extractors.values():
+            shown = shown_of(survey, extractor.source)
+            if shown is not None and shown.axes is not None and shown.path == extractor.source.path:
+                extractor.axes[shown.key] = shown.axes
+            supplier = padding_source(survey, extractor.source) if extractor.is_alone else None
             if supplier is not None:
-                tap.padding = supplier.path, supplier.number
+                extractor.padding = supplier.path, supplier.number
                 # Not the whole, which would keep the first step's attention.
-                self._suppliers[tap.padding] = supplier.axes, supplier.cropped
-                self._padding[tap.padding] = supplier.padding
+                self._suppliers[extractor.padding] = supplier.axes, supplier.cropped
+                self._padding[extractor.padding] = supplier.padding
         turned = turned_round(survey, self.layers)
         if turned:
             paths = ", ".join(f"'{path}'" for path in turned.values())
-            self._tell(
+            self._info(
                 f"{paths} is recorded in the direction that its name "
                 "says, queries first, but the numbers of tokens show that the other modality asks. If the numbers are "
                 f"right, swap the names: attention={turned}."
@@ -342,9 +342,9 @@ class AttentionRecorder:
 
     def _tell_half(self, layer: Layer, missing: Direction, source: Source) -> None:
         message = f"'{source}' ({missing} of layer '{layer.name}') did not run, but its opposite direction did."
-        if not self._taps[layer.name, missing].has_run:
+        if not self._extractors[layer.name, missing].has_run:
             raise DiscoveryError(f"{message} Name the modules to record: attention={{'<a>_to_<b>': 'path', ...}}.")
-        self._tell(f"{message} The layer is left out of such steps.")
+        self._info(f"{message} The layer is left out of such steps.")
 
     def _nothing_ran(self) -> str:
         if not self.layers:
@@ -358,7 +358,7 @@ class AttentionRecorder:
             + (f"; TorchScript hides what is in {', '.join(script)}." if script else ".")
         )
 
-    def _tell(self, message: str) -> None:
+    def _info(self, message: str) -> None:
         """Say something once, of one thing whatever the numbers."""
         about = re.sub(r"\d+", "", message)
         if about not in self._told:
@@ -377,7 +377,7 @@ class AttentionRecorder:
                 # Directions that do not fit each other at all are refused as a pair, with both shapes.
                 query_mask=mask if mask is not None and mask.shape == call.weights[:, 0, :, 0].shape else None,
                 extra_keys=call.extra_keys,
-                crossing=call.crossing,
+                cross_modal_mass=call.cross_modal_mass,
             )
             for (direction, _), call, mask in zip(layer.sources, recorded, masks, strict=True)
         ]
@@ -385,7 +385,7 @@ class AttentionRecorder:
 
     def _padded(self, layer: Layer, recorded: RecordedWeights) -> Tensor | None:
         """Which queries of a direction without an opposite are real, as far as anything says it."""
-        supplier = self._taps[layer.name, layer.forward[0]].padding
+        supplier = self._extractors[layer.name, layer.forward[0]].padding
         if supplier is None or (mask := self._padding.get(supplier)) is None:
             return recorded.query_mask
         missing = recorded.weights.shape[2] - mask.shape[1]

@@ -89,7 +89,7 @@ class Attention:
         ``(batch, queries)`` bool, True where the query is a real token; None: all are.
     extra_keys
         How many of the last keys are no tokens but learned or zero slots (``add_bias_kv``, ``add_zero_attn``).
-    crossing
+    cross_modal_mass
         ``(batch, heads, queries)`` in [0, 1]: where the weights are a block of a joint self-attention, scaled to sum to
         1, what they summed to before, NaN for a row that is no attention; None: they are no such block.
 
@@ -113,7 +113,7 @@ class Attention:
     visible: Tensor | None = None
     query_mask: Tensor | None = None
     extra_keys: int = 0
-    crossing: Tensor | None = None
+    cross_modal_mass: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.weights.dim() != 4:
@@ -125,7 +125,7 @@ class Attention:
         for name, mask, expected in (
             ("key_mask", self.key_mask, (batch, keys)),
             ("query_mask", self.query_mask, (batch, queries)),
-            ("crossing", self.crossing, (batch, heads, queries)),
+            ("cross_modal_mass", self.cross_modal_mass, (batch, heads, queries)),
         ):
             if mask is not None and tuple(mask.shape) != expected:
                 raise ShapeError(
@@ -152,7 +152,7 @@ class Attention:
             key_mask=pick(self.key_mask),
             visible=pick(self.visible),
             query_mask=pick(self.query_mask),
-            crossing=pick(self.crossing),
+            cross_modal_mass=pick(self.cross_modal_mass),
         )
 
     def cpu(self) -> Attention:
@@ -175,7 +175,9 @@ class Attention:
             for part in parts
         ]
         parts = [replace(part, visible=of_part) for part, of_part in zip(parts, visible, strict=True)]
-        joined: dict[str, Any] = {name: join(name) for name in ("weights", "key_mask", "query_mask", "crossing")}
+        joined: dict[str, Any] = {
+            name: join(name) for name in ("weights", "key_mask", "query_mask", "cross_modal_mass")
+        }
         return replace(parts[0], visible=join("visible"), **joined)
 
     @classmethod

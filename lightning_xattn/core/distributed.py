@@ -61,10 +61,10 @@ class Processes:
         return torch.cat(parts, dim)
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
-def own_places(loaders: Any, dataloader_idx: int, batch_idx: int, batch_size: int) -> range | None:
+def unique_sample_indices(loaders: Any, dataloader_idx: int, batch_idx: int, batch_size: int) -> range | None:
     """Where the samples of a batch stand in the data set, without those that another process has.
 
     ``DistributedSampler`` deals samples out in turn and starts over when they run out: at its end a batch may have

@@ -118,7 +118,7 @@ def describe_error(error: Exception) -> str:
     return f"{what} This is a fault of lightning_xattn; your run goes on as without it."
 
 
-def tell(messages: Iterable[str]) -> None:
+def info(messages: Iterable[str]) -> None:
     """Say each in the terminal, on the first of several processes: what users need not act on."""
     for message in messages:
         if _is_first_process():

@@ -23,7 +23,7 @@ ALIKE = 0.001
 """Heads whose mean diversity is below this attend alike."""
 
 SINK = 0.5
-"""A head whose mean ``sink_strength`` is above this gives most of every query's attention to one key."""
+"""A head whose mean ``sink`` is above this gives most of every query's attention to one key."""
 
 
 class Checks:
@@ -49,7 +49,7 @@ class Checks:
         """A new warning that a batch gives whose queries may be padding, as nothing says which are."""
         for pair in pairs:
             attention, queries = pair.forward, pair.forward.weights.shape[2]
-            if pair.backward is not None or attention.query_mask is not None or attention.crossing is not None:
+            if pair.backward is not None or attention.query_mask is not None or attention.cross_modal_mass is not None:
                 continue
             before = self._queries.setdefault(pair.layer, queries)
             if before != queries and self._is_new(pair.layer, "", "padding", 0):
@@ -142,7 +142,7 @@ class Checks:
         if masked and self._is_new(layer, "", "wholly masked", 0):
             yield say_wholly_masked(layer, masked, samples)
 
-    def of_reading(self, described: str) -> Iterator[str]:
+    def of_probe(self, described: str) -> Iterator[str]:
         """The message of what was taken for what, where it is not what it was before."""
         if self._is_new("", "", f"takes {described}", 0):
             yield f"AttentionExplainabilityCallback takes {described}."
@@ -157,15 +157,15 @@ class Checks:
         """New messages of what cannot be told of the modalities."""
         for reason, names in self._new_by_reason("unreadable", summary.unreadable):
             who, alone = " and ".join(map(repr, names)), "itself" if len(names) == 1 else "themselves"
-            yield f"{who} cannot be read by {alone}: {reason}. So there is no conflict and no lean."
+            yield f"{who} cannot be read by {alone}: {reason}. So there is no conflict and no support_difference."
         if summary.left_out and self._is_new("", "", "left out", 0):
             yield (
-                f"{summary.left_out} samples are left out of readings and contributions: what they bring into the "
+                f"{summary.left_out} samples are left out of probes and contributions: what they bring into the "
                 "fusion is not finite."
             )
         if summary.whole_runs and self._is_new("", "", "whole runs", 0):
             yield (
-                "Exchanging modalities runs the whole model again, as what comes before the fusion cannot be skipped: "
+                "Permuting modalities runs the whole model again, as what comes before the fusion cannot be skipped: "
                 f"at the end of each evaluation it costs as much as {summary.pairs} samples. contribution_samples=0 "
                 "turns it off."
             )

@@ -52,7 +52,7 @@ def own_class_names(module: object) -> tuple[str, ...] | None:
         return None
 
 
-def name_in_curves(class_names: Sequence[str], group_by: str, plain: bool = False) -> tuple[str, ...]:
+def name_in_curves(class_names: Sequence[str], classes_by: str, plain: bool = False) -> tuple[str, ...]:
     """What the classes are called in curves: their names, or ``predicted_<name>`` when grouped by prediction.
 
     ``plain``: for a logger that takes but ASCII letters, digits and a few signs, as MLflow, a class whose name would be
@@ -61,10 +61,10 @@ def name_in_curves(class_names: Sequence[str], group_by: str, plain: bool = Fals
     kept = [re.sub(r"[^A-Za-z0-9_/. -]", "", name) for name in class_names]
     is_path = [all(part.strip(" .") for part in name.split("/")) and kept.count(name) == 1 for name in kept]
     names = [f"class_{i}" if plain and not is_path[i] else name for i, name in enumerate(class_names)]
-    return tuple(name if group_by == "target" else f"predicted_{name}" for name in names)
+    return tuple(name if classes_by == "target" else f"predicted_{name}" for name in names)
 
 
-def name_classes(labels: Labels, class_names: Sequence[str] | None, group_by: str, step: Step) -> tuple[str, ...]:
+def name_classes(labels: Labels, class_names: Sequence[str] | None, classes_by: str, step: Step) -> tuple[str, ...]:
     """The names of the classes of a first batch; none when what groups them is not known.
 
     Parameters
@@ -73,7 +73,7 @@ def name_classes(labels: Labels, class_names: Sequence[str] | None, group_by: st
         Of the batch.
     class_names
         As given by the user or the module; None: ``class_0``, ``class_1`` and so on.
-    group_by
+    classes_by
         One of ``GROUPINGS``.
     step
         Where the labels were looked for, for error messages.
@@ -83,7 +83,7 @@ def name_classes(labels: Labels, class_names: Sequence[str] | None, group_by: st
     ShapeError
         If names and labels do not fit each other.
     """
-    if (labels.target if group_by == "target" else labels.predicted) is None:
+    if (labels.target if classes_by == "target" else labels.predicted) is None:
         return ()
     if class_names is None:
         class_names = [f"class_{i}" for i in range(labels.n_classes or 0)]
@@ -105,16 +105,16 @@ def name_classes(labels: Labels, class_names: Sequence[str] | None, group_by: st
     return check_class_names(class_names) if class_names else ()
 
 
-def missing_labels(labels: Labels, names: Sequence[str], group_by: str, step: Step) -> Iterator[str]:
+def missing_labels(labels: Labels, names: Sequence[str], classes_by: str, step: Step) -> Iterator[str]:
     """What cannot be shown because it was not found, or why it was not taken, and how to name it."""
     if "confidence" in labels.doubts:
         yield labels.doubts["confidence"]
     for what, ids in (("predictions", labels.predicted), ("targets", labels.target)):
         if ids is None:
-            parts = "correct and incorrect predictions" + (" and classes" if what.startswith(group_by) else "")
+            parts = "correct and incorrect predictions" + (" and classes" if what.startswith(classes_by) else "")
             reason = f" {labels.doubts[what]}" if what in labels.doubts else ""
             yield f"No {what} found, so {parts} are not compared.{reason} {step} Name them: {what}=<key or callable>."
-        elif not names and what.startswith(group_by):
+        elif not names and what.startswith(classes_by):
             yield (
                 f"The {what} are class ids, which do not tell how many classes there are, so classes are not "
                 "compared. Name them: class_names=[...]."
@@ -122,13 +122,13 @@ def missing_labels(labels: Labels, names: Sequence[str], group_by: str, step: St
 
 
 def classify(
-    labels: Labels, group_by: str, n_classes: int, samples: int, device: torch.device | str = "cpu"
+    labels: Labels, classes_by: str, n_classes: int, samples: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Class id (-1: none), outcome and tie of each of so many samples.
 
     An id outside the classes has no class and no outcome.
     """
-    classes = labels.target if group_by == "target" else labels.predicted
+    classes = labels.target if classes_by == "target" else labels.predicted
     if classes is None:
         classes = torch.full((samples,), -1, device=device)
     outcomes = torch.full((samples,), UNKNOWN, device=device)

@@ -20,7 +20,7 @@ OUTCOMES = {"correct": CORRECT, "incorrect": INCORRECT}
 
 MAIN = re.compile(
     r"alignment/(all|correct|incorrect|null)|entropy/(correct|incorrect|[^/]+_to_[^/]+/all)"
-    r"|conflict/(all|correct|incorrect)|reading/[^/]+|contribution/(share|size)/[^/]+|faithfulness/[^/]+"
+    r"|conflict/(all|correct|incorrect)|probe/[^/]+|contribution/(share|size)/[^/]+|faithfulness/[^/]+"
     r"|outcome/\w+_auroc|health/undefined_share"
 )
 """``<topic>/<what>`` of the curves that are acted on: those that are logged unless all are asked for."""
@@ -28,17 +28,17 @@ MAIN = re.compile(
 _OF_CLASS = re.compile(r"(alignment|entropy/[^/]+_to_[^/]+)/(?!(all|correct|incorrect|gap|null|head_\d+)$)(?P<name>.+)")
 """The curves of a class that are logged as those of ``MAIN`` are, where there are few classes."""
 
-FEW_CLASSES = 10
+MAX_CLASS_CURVES = 10
 """Of up to so many classes each has curves that are logged as those of ``MAIN`` are."""
 
 TOPICS = (
-    *("alignment", "entropy", "focus", "conflict", "lean", "reading", "contribution", "faithfulness", "outcome"),
+    *("alignment", "entropy", "focus", "conflict", "support", "probe", "contribution", "faithfulness", "outcome"),
     "health",
 )
 """Of all curves, ``xattn_<topic>/...``."""
 
 COMPARED = re.compile(
-    r"(?!.*_(low|high)$)(accuracy|(alignment|conflict)/all|reading/[^/]+|contribution/share/[^/]+|outcome/\w+_auroc)"
+    r"(?!.*_(low|high)$)(accuracy|(alignment|conflict)/all|probe/[^/]+|contribution/share/[^/]+|outcome/\w+_auroc)"
 )
 """What a record of the history has that runs are compared by: no ends of intervals."""
 
@@ -52,7 +52,7 @@ CHARTS = {
         "AUROC: how often a score is higher in correct predictions": r"xattn_outcome/{scope}/\w+_auroc$",
     },
     "What do the modalities know, and what is used?": {
-        "reading: accuracy of each modality": r"xattn_reading/{scope}/[^/]+$",
+        "probe: accuracy of each modality": r"xattn_probe/{scope}/[^/]+$",
         "contribution: share of each modality": r"xattn_contribution/{scope}/share/[^/]+$",
         "faithfulness of the attention": r"xattn_faithfulness/{scope}/[^/]+$",
     },
@@ -81,10 +81,10 @@ def charts(stages: Iterable[str] = ("val", "test")) -> dict[str, dict[str, str]]
 
 
 def main_names(names: Iterable[str]) -> set[str]:
-    """Of ``<topic>/<what>`` those that are logged unless all are: ``MAIN``, and those of up to ``FEW_CLASSES``."""
+    """Of ``<topic>/<what>`` those that are logged unless all are: ``MAIN``, and those of up to ``MAX_CLASS_CURVES``."""
     names = list(names)
     of_class = {name: found["name"] for name in names if (found := _OF_CLASS.fullmatch(name))}
-    few = len(set(of_class.values())) <= FEW_CLASSES
+    few = len(set(of_class.values())) <= MAX_CLASS_CURVES
     return {name for name in names if MAIN.fullmatch(name) or (few and name in of_class)}
 
 
@@ -179,7 +179,7 @@ def fusion_curves(
     scope: str,
     class_names: Sequence[str],
     has_attention: bool,
-    exchanges: bool = True,
+    permutes: bool = True,
     tested: Sequence[Direction] = (),
 ) -> dict[str, float]:
     """Scalars of what the modalities say and contribute, NaN where undefined, named as in ``epoch_curves``.
@@ -193,13 +193,13 @@ def fusion_curves(
         As in ``epoch_curves``.
     has_attention
         Whether ``epoch_curves`` has what both have.
-    exchanges
+    permutes
         Whether contributions are measured at all.
     tested
         The directions whose faithfulness is tested, now or in another epoch.
     """
     numbers = _fusion_numbers(summary, class_names)
-    if exchanges:
+    if permutes:
         numbers = chain(numbers, _contribution_numbers(summary, class_names, tested))
     return {
         _full(name, scope): _or_nan(value)
@@ -243,7 +243,7 @@ def _fusion_intervals(summary: FusionSummary) -> Iterator[tuple[str, Estimate]]:
     for name, outcome in OUTCOMES.items():
         yield f"conflict/{name}", summary.estimate("conflict", outcome=outcome)
     for name in summary.modalities:
-        yield f"reading/{name}", summary.estimate(f"right/{name}")
+        yield f"probe/{name}", summary.estimate(f"right/{name}")
         if not summary.uncontributed:
             yield f"contribution/share/{name}", summary.share(name)
     for direction in () if summary.uncontributed else summary.replaced:
@@ -259,10 +259,10 @@ def _subsets(class_names: Sequence[str]) -> dict[str, tuple[int | None, int | No
 
 def _fusion_numbers(summary: FusionSummary, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:
     for name in summary.modalities:
-        yield f"reading/{name}", summary.estimate(f"right/{name}").mean
+        yield f"probe/{name}", summary.estimate(f"right/{name}").mean
     subsets = _subsets(class_names)
-    for topic, number in (("conflict", "conflict"), ("lean", "leans_first")):
-        if topic == "lean" and len(summary.modalities) != 2:
+    for topic, number in (("conflict", "conflict"), ("support", "supports_first")):
+        if topic == "support" and len(summary.modalities) != 2:
             continue
         means = {which: summary.estimate(number, *subset).mean for which, subset in subsets.items()}
         yield from ((f"{topic}/{which}", mean) for which, mean in means.items())
@@ -282,7 +282,7 @@ def _contribution_numbers(
     pairs = [f"interaction/{a}_{b}" for a, b in combinations(names, 2)] if len(names) > 2 else ["interaction"]
     for name in pairs:
         yield f"contribution/{name}", mean(name)
-    # Where nothing was exchanged, predictions and classes tell that these are no values.
+    # Where nothing was permuted, predictions and classes tell that these are no values.
     if summary.of_value or not (known or summary.n_classes or (summary.predicted >= 0).any()):
         for name in names:
             yield f"contribution/size/{name}", summary.size(name).mean if known else math.nan

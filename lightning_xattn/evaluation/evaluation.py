@@ -22,11 +22,11 @@ from lightning_xattn.attribution.contribution import CONTRIBUTION_SAMPLES, PARTN
 from lightning_xattn.attribution.faithfulness import replaced_keys
 from lightning_xattn.attribution.inputs import ModalitiesSetting, check_fusion
 from lightning_xattn.attribution.kept_samples import MAX_SAMPLES, Collected, FusionPart, merge_parts
-from lightning_xattn.attribution.recorder import FusionInputs, FusionRecorder
+from lightning_xattn.attribution.recorder import FusionRecord, FusionRecorder
 from lightning_xattn.capture import AttentionSetting, check_attention, is_set_aside
 from lightning_xattn.capture.labels import SEVERAL_LABELS, LabelFinder, Labels, LabelSetting, Step
 from lightning_xattn.core.attention import mask_queries
-from lightning_xattn.core.distributed import ALONE, NUMBER, Processes
+from lightning_xattn.core.distributed import NUMBER, SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import SettingError, check_whole_number
 from lightning_xattn.core.group_keys import group_keys
 from lightning_xattn.core.notices import named, warn
@@ -70,7 +70,7 @@ class Settings:
 
     attention: AttentionSetting | None = None
     class_names: Sequence[str] | None = None
-    group_by: str = "target"
+    classes_by: str = "target"
     predictions: LabelSetting = None
     targets: LabelSetting = None
     sample_ids: LabelSetting = None
@@ -88,8 +88,8 @@ class Settings:
             check_attention(self.attention)
         if self.class_names is not None:
             object.__setattr__(self, "class_names", check_class_names(self.class_names))
-        if self.group_by not in GROUPINGS:
-            raise SettingError(f"group_by must be one of {', '.join(GROUPINGS)}; got {self.group_by!r}.")
+        if self.classes_by not in GROUPINGS:
+            raise SettingError(f"classes_by must be one of {', '.join(GROUPINGS)}; got {self.classes_by!r}.")
         if self.table is not None and not (isinstance(self.table, (str, PathLike)) and str(self.table).strip()):
             raise SettingError(
                 f"table must be a folder's path, as in table='samples', or None for no table; got {self.table!r}."
@@ -107,7 +107,7 @@ class Settings:
         check_whole_number("max_samples", self.max_samples)
         if self.contribution_samples == 1:
             raise SettingError(
-                "contribution_samples must be 0 (no contributions) or at least 2, as modalities are exchanged between "
+                "contribution_samples must be 0 (no contributions) or at least 2, as modalities are permuted between "
                 "samples; got 1."
             )
         if self.max_samples < self.contribution_samples:
@@ -123,7 +123,7 @@ class Settings:
         """Where the labels of an evaluation come from."""
         return LabelFinder(self.predictions, self.targets, self.sample_ids, self.groups, self.query_mask)
 
-    def recorder(self, model: nn.Module, processes: Processes = ALONE) -> StepRecorder:
+    def recorder(self, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> StepRecorder:
         """What records a model's steps."""
         return StepRecorder(
             model, self.attention, self.fusion, self.modalities, processes, replays=self.contribution_samples > 0
@@ -132,7 +132,7 @@ class Settings:
     def named(self) -> dict[str, Any]:
         """How batches are read: the settings by name, callables by theirs, so the same from run to run."""
         read = ("attention", "predictions", "targets", "sample_ids", "groups", "query_mask", "fusion", "modalities")
-        whole: dict[str, Any] = {"class_names": self.class_names, "group_by": self.group_by}
+        whole: dict[str, Any] = {"class_names": self.class_names, "classes_by": self.classes_by}
         whole |= {"contribution_samples": self.contribution_samples, "max_samples": self.max_samples}
         return {name: named(getattr(self, name)) for name in read} | whole
 
@@ -238,7 +238,7 @@ class Evaluation:
         first: Evaluation | None = None,
         expects_targets: bool = True,
         keeps_maps: bool = False,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         self._expects_targets, self._keeps_maps, self._processes = expects_targets, keeps_maps, processes
         self._settings, self._module, self._checks, self._first = settings, module, checks, first
@@ -267,12 +267,12 @@ class Evaluation:
         if self.classes is None and self._first is not None:
             self.classes = self._first.classes
         if self.classes is None:  # where nothing ran for the first one, this is first
-            names, group_by = self._settings.class_names or own_class_names(self._module), self._settings.group_by
-            self.classes = name_classes(batch.labels, names, group_by, step)
+            names, classes_by = self._settings.class_names or own_class_names(self._module), self._settings.classes_by
+            self.classes = name_classes(batch.labels, names, classes_by, step)
             if self._first is not None:
                 self._first.classes = self.classes
             if self._expects_targets:
-                warn(missing_labels(batch.labels, self.classes, group_by, step))
+                warn(missing_labels(batch.labels, self.classes, classes_by, step))
         return batch
 
     def leave_out(self, samples: Mapping[str, int], is_all: bool, places: range | None = None) -> None:
@@ -304,7 +304,7 @@ class Evaluation:
                 name if place.mask is None else f"{name} (its mask {place.mask})"
                 for name, place in recorder.fusion.places.items()
             ]
-            parts.append(f"what enters {recorder.fusion.entrance} as {' and '.join(entering)}")
+            parts.append(f"what enters {recorder.fusion.fusion_inputs} as {' and '.join(entering)}")
         labels = ", ".join(f"{what} from {place}" for what, place in self.finder.places.items()) or "no labels"
         n_classes = batch.labels.n_classes
         return f"{', '.join(parts)}; {labels}" + (f", of {n_classes} classes" if n_classes else "")
@@ -317,8 +317,8 @@ class Evaluation:
         batch
             From ``read``.
         places
-            Where its samples stand in the data set, see ``own_places``; others are left out, as another process has
-            them. None: all samples, which follow on those before.
+            Where its samples stand in the data set, see ``unique_sample_indices``; others are left out, as another
+            process has them. None: all samples, which follow on those before.
         """
         numbers = torch.arange(self.seen, self.seen + len(batch), device=batch.device)
         first = self.seen + self._processes.rank * PLACES_OF_A_PROCESS
@@ -326,7 +326,7 @@ class Evaluation:
         self.seen, self.repeats = self.seen + len(batch), self.repeats + len(batch) - len(places)
         batch = batch[: len(places)]
         labels, n_classes = batch.labels, len(self.classes or ())
-        classes, outcomes, tied = classify(labels, self._settings.group_by, n_classes, len(batch), batch.device)
+        classes, outcomes, tied = classify(labels, self._settings.classes_by, n_classes, len(batch), batch.device)
         about: dict[str, Any] = {
             "target": labels.target,
             "prediction": labels.predicted,
@@ -356,13 +356,13 @@ class Evaluation:
         self, batch: BatchResult, about: Mapping[str, Any], places: Sequence[int], first_layer: Sequence[Rows]
     ) -> None:
         """Keep of single samples what is wanted at the end."""
-        wants_maps = self._keeps_maps and bool(first_layer)
-        if batch.inputs is None and not wants_maps:
+        needs_maps = self._keeps_maps and bool(first_layer)
+        if batch.inputs is None and not needs_maps:
             return
         labels = batch.labels
         keys = group_keys(places if labels.sample_ids is None else labels.sample_ids, batch.device)
         identity = {NUMBER: about[NUMBER], "process": torch.full_like(about["class"], self._processes.rank)}
-        if wants_maps:
+        if needs_maps:
             self.maps.add(first_layer, keys, identity)
         if batch.inputs is None:
             return
@@ -400,7 +400,7 @@ class Evaluation:
         """What this process has. A GPU waits for it."""
         sums = {layer: of_layer.cpu() for layer, of_layer in self.sums().items()}
         fusion = self.collected.part()
-        if fusion is not None and self._processes is not ALONE:
+        if fusion is not None and self._processes is not SINGLE_PROCESS:
             fusion = fusion.cpu()  # to be sent
         several = self.finder.has_several
         counts = self.repeats, self.left_out_batches, dict(self.other_lengths)
@@ -434,7 +434,7 @@ class Evaluation:
         parts
             Those of all processes, in one order on each of them. None: this one alone.
         partners
-            With how many others each sample is exchanged; None: with all.
+            With how many others each sample is permuted; None: with all.
         """
         parts = [self.part()] if parts is None else parts
         self.classes = next((part.classes for part in parts if part.classes is not None), None)
@@ -487,12 +487,17 @@ class Evaluation:
         return FusionSummary(part, len(self.classes or ()), found, replaced)
 
 
-def _confident(labels: Labels, inputs: FusionInputs | None) -> Labels:
+def _confident(labels: Labels, inputs: FusionRecord | None) -> Labels:
     """With the confidence that the fusion's replays know, of a step that gives class ids alone."""
-    spoken = None if inputs is None else inputs.spoken
-    if labels.confidence is not None or labels.predicted is None or spoken is None or spoken.values.shape[1] < 2:
+    model_output = None if inputs is None else inputs.model_output
+    if (
+        labels.confidence is not None
+        or labels.predicted is None
+        or model_output is None
+        or model_output.values.shape[1] < 2
+    ):
         return labels
-    sure, said = spoken.values.max(1)
+    sure, said = model_output.values.max(1)
     return replace(labels, confidence=torch.where(said == labels.predicted, sure, torch.nan))
 
 

@@ -31,13 +31,13 @@ class SampleModalities:
     conflict
         In [0, 1]; NaN where a modality cannot be read.
     says
-        By modality, the class that its reading says and the probability of it; empty where one cannot be read.
+        By modality, the class that its probe says and the probability of it; empty where one cannot be read.
     predicted, true
         The names of the classes; None where they are not known.
     confidence
         Probability of the prediction; NaN where it is not known.
     contributions
-        By modality, see `Game.phi`; empty where this sample was not exchanged.
+        By modality, see `Game.phi`; empty where this sample was not permuted.
     followed
         The modality that clearly has more than `MOSTLY` of what speaks for the prediction; None where there is none, or
         it is not known.
@@ -98,8 +98,8 @@ def of_sample(summary: FusionSummary, i: int, class_names: Sequence[str]) -> Sam
         return class_names[class_id] if class_id < len(class_names) else f"class {class_id}"
 
     numbers = summary.numbers
-    readings = {} if summary.unreadable else {one: reading[i] for one, reading in summary.readings.items()}
-    says = {one: (str(name(int(p.argmax()))), float(p.max())) for one, p in readings.items() if not p.isnan().any()}
+    probes = {} if summary.unreadable else {one: probe[i] for one, probe in summary.probes.items()}
+    says = {one: (str(name(int(p.argmax()))), float(p.max())) for one, p in probes.items() if not p.isnan().any()}
     phi = {one: float(numbers[f"phi/{one}"][i]) for one in summary.modalities if f"phi/{one}" in numbers}
     phi = {} if any(map(math.isnan, phi.values())) else phi
     return SampleModalities(
@@ -117,7 +117,7 @@ def _find_followed(phi: Mapping[str, float], errors: Mapping[str, float]) -> str
     """The modality with clearly more than `MOSTLY` of what speaks for the prediction, if there is one.
 
     Twice the standard errors are allowed for, as in `opposed`. Those of one sample's modalities are of the same
-    exchanges: what is too much for the one is too little for another, so they add up.
+    permutes: what is too much for the one is too little for another, so they add up.
     """
     for one in phi:
         others = [name for name in phi if name != one]
@@ -133,7 +133,7 @@ def _find_followed(phi: Mapping[str, float], errors: Mapping[str, float]) -> str
 def most_conflicting(summary: FusionSummary) -> list[int]:
     """The places of the `CONFLICTING` samples of largest conflict, the largest first; fewer where it is not known.
 
-    Where contributions are known, of those that were exchanged, as else it cannot be said which modality was followed.
+    Where contributions are known, of those that were permuted, as else it cannot be said which modality was followed.
     """
     conflict = summary.numbers["conflict"]
     if not summary.uncontributed:
@@ -157,11 +157,11 @@ def find_samples(summary: FusionSummary, keys: Tensor) -> list[int | None]:
 def sample_columns(summary: FusionSummary, rank: int) -> tuple[Tensor, dict[str, Tensor]]:
     """What is said of single samples of a process, for the table: their numbers, and the columns."""
     of_rank = summary.rows["process"] == rank
-    columns = {name: summary.numbers[name] for name in ("conflict", "lean", "untapped")}
-    for name, reading in summary.readings.items():
-        known = ~reading.isnan().any(1) & (name not in summary.unreadable)
-        columns[f"reading_{name}"] = torch.where(known, reading.argmax(1), -1)
-        columns[f"reading_{name}_probability"] = torch.where(known, reading.amax(1), torch.nan)
+    columns = {name: summary.numbers[name] for name in ("conflict", "support_difference", "probe_right")}
+    for name, probe in summary.probes.items():
+        known = ~probe.isnan().any(1) & (name not in summary.unreadable)
+        columns[f"probe_{name}"] = torch.where(known, probe.argmax(1), -1)
+        columns[f"probe_{name}_probability"] = torch.where(known, probe.amax(1), torch.nan)
     undefined = torch.full_like(summary.numbers["confidence"], torch.nan)
     interactions = summary.interactions or ("interaction",)
     for name in (*(f"phi/{one}" for one in summary.modalities), "followed", "opposed", *interactions):

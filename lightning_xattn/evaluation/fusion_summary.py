@@ -24,17 +24,17 @@ from lightning_xattn.functional import (
     class_adjusted_gap,
     conflict,
     contribution_shares,
-    cross_fitted_reading,
+    cross_fitted_probe,
     grouped_mean_interval,
     grouped_proportion_interval,
     grouped_separation,
-    lean,
     mean_interval,
     opposed,
+    probe_right,
     proportion_interval,
     score_bins,
     separation,
-    untapped,
+    support_difference,
     within,
 )
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
@@ -55,7 +55,7 @@ class Estimate:
     """How many groups they belong to; None where groups are not known."""
 
 
-PROPORTIONS = ("right", "untapped", "leans_first", "opposed", "additive_right", "model_right")
+PROPORTIONS = ("right", "probe_right", "supports_first", "opposed", "additive_right", "model_right")
 """The numbers that are 0 or 1 in each sample, so that their mean is a proportion."""
 
 _LIMITS = {"confidence": (0.0, 1.0), "conflict": (0.0, 1.0), "cost": (-1.0, 1.0), "phi": (-1.0, 1.0)}
@@ -63,7 +63,7 @@ _LIMITS = {"confidence": (0.0, 1.0), "conflict": (0.0, 1.0), "cost": (-1.0, 1.0)
 
 
 class FusionSummary(ShownInNotebooks):
-    """An evaluation's modalities: readings, conflict, and contributions where they were measured.
+    """An evaluation's modalities: probes, conflict, and contributions where they were measured.
 
     Parameters
     ----------
@@ -81,15 +81,15 @@ class FusionSummary(ShownInNotebooks):
     modalities
         Their names.
     numbers
-        By name ``(samples,)`` float64, NaN where undefined: "confidence", "conflict", "lean", "leans_first" (whether
-        the first modality's reading supports the prediction more), "untapped", "right/<modality>" (whether its reading
-        is right), and of the samples that were exchanged "phi/<modality>", its standard error "error/<modality>" (as
-        not all partners were run), "opposed", "followed", those of ``interactions``, "additive_right" and
-        "model_right", and by direction "gain/<direction>", "reference/<direction>" and "cost/<direction>" of replaced
-        keys.
+        By name ``(samples,)`` float64, NaN where undefined: "confidence", "conflict", "support_difference",
+        "supports_first" (whether the first modality's probe supports the prediction more), "probe_right",
+        "right/<modality>" (whether its probe is right), and of the samples that were permuted "phi/<modality>", its
+        standard error "error/<modality>" (as not all partners were run), "opposed", "followed", those of
+        ``interactions``, "additive_right" and "model_right", and by direction "gain/<direction>",
+        "reference/<direction>" and "cost/<direction>" of replaced keys.
     rows
         By name ``(samples,)``: what is kept of each sample, "hash" and ``IDENTITY`` among it.
-    readings
+    probes
         By modality ``(samples, classes)`` probabilities.
     classes, outcomes, groups, predicted, target, sample_numbers
         ``(samples,)`` int64: class by which samples are grouped, outcome, key of the group, class ids (-1: none), and
@@ -170,16 +170,16 @@ class FusionSummary(ShownInNotebooks):
         # Class ids without names do not tell how many classes there are.
         n_classes = self.n_classes or 1 + max([0, *target.tolist()])
         logs = {
-            name: cross_fitted_reading(rows[f"features/{name}"], target, folds, n_classes) for name in self.modalities
+            name: cross_fitted_probe(rows[f"features/{name}"], target, folds, n_classes) for name in self.modalities
         }
-        self.readings = {name: one.exp() for name, one in logs.items()}
+        self.probes = {name: one.exp() for name, one in logs.items()}
         labelled = (target >= 0) & (target < n_classes)
         counts = target[labelled].bincount(minlength=n_classes)
         largest = float(counts.max() / counts.sum()) if labelled.any() else math.nan
         self.largest_class = largest
-        for name, reading in self.readings.items():
-            read = labelled & ~reading.isnan().any(1)
-            right = (reading.argmax(1) == target).double()
+        for name, probe in self.probes.items():
+            read = labelled & ~probe.isnan().any(1)
+            right = (probe.argmax(1) == target).double()
             self.numbers[f"right/{name}"] = torch.where(read, right, torch.nan)
             accuracy = self.estimate(f"right/{name}")
             if not len(target):
@@ -199,15 +199,15 @@ class FusionSummary(ShownInNotebooks):
                     f"right for {percent(accuracy.mean)} of the samples, which is not clearly above the share of the "
                     f"largest class, {percent(largest)}"
                 )
-        several = torch.stack(list(self.readings.values()))
+        several = torch.stack(list(self.probes.values()))
         undefined = torch.full_like(self.numbers["confidence"], torch.nan)
         known = not self.unreadable
         self.numbers["conflict"] = conflict(several) if known else undefined
-        self.numbers["untapped"] = untapped(several, predicted, target) if known else undefined
+        self.numbers["probe_right"] = probe_right(several, predicted, target) if known else undefined
         two = known and len(self.modalities) == 2
-        leans = lean(torch.stack(list(logs.values())), predicted) if two else undefined
-        self.numbers["lean"] = leans
-        self.numbers["leans_first"] = torch.where(leans.isnan(), torch.nan, (leans > 0).double())
+        supports = support_difference(torch.stack(list(logs.values())), predicted) if two else undefined
+        self.numbers["support_difference"] = supports
+        self.numbers["supports_first"] = torch.where(supports.isnan(), torch.nan, (supports > 0).double())
 
     def _spreading(self, samples: Tensor) -> Callable[[Tensor], Tensor]:
         """Puts numbers of some of the samples among all that were read, NaN elsewhere."""

@@ -9,7 +9,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.bottom_k import Columns, Pool, hashed, smallest
+from lightning_xattn.attribution.bottom_k import BottomKSample, Columns, hashed, smallest
 from lightning_xattn.attribution.kept_samples import CHOSEN, IDENTITY
 from lightning_xattn.functional import Rows, lift_map
 
@@ -31,7 +31,7 @@ class SampleMaps:
     """
 
     def __init__(self) -> None:
-        self._pool: Pool | None = None
+        self._pool: BottomKSample | None = None
         self._shapes: dict[str, torch.Size] = {}
 
     def snapshot(self, device: torch.device | str | None = None) -> SampleMaps:
@@ -59,7 +59,7 @@ class SampleMaps:
         """Add what `part` gave."""
         shapes = _shapes_of(columns)
         if self._pool is None:
-            self._shapes, self._pool = shapes, Pool(_most(shapes))
+            self._shapes, self._pool = shapes, BottomKSample(_most(shapes))
         if shapes == self._shapes:
             self._pool.add(columns)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.attribution.recorder import FusionInputs
+from lightning_xattn.attribution.recorder import FusionRecord
 from lightning_xattn.capture import Layer
 from lightning_xattn.capture.labels import Labels
 from lightning_xattn.core.attention import Attention, AttentionPair, Direction
@@ -85,11 +85,11 @@ def _whole(one: Attention, is_split: bool, processes: Processes) -> Attention:
         visible=visible,
         key_mask=key_mask,
         query_mask=query_mask,
-        crossing=None if one.crossing is None else processes.join(one.crossing, 1),
+        cross_modal_mass=None if one.cross_modal_mass is None else processes.join(one.cross_modal_mass, 1),
     )
 
 
-def check_alike(labels: Labels, inputs: FusionInputs | None, processes: Processes) -> None:
+def check_alike(labels: Labels, inputs: FusionRecord | None, processes: Processes) -> None:
     """Refuse a model of which these processes have parts where it is read. A collective for each thing.
 
     Raises

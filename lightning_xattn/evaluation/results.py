@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.recorder import FusionInputs
+from lightning_xattn.attribution.recorder import FusionRecord
 from lightning_xattn.capture.labels import Labels
 from lightning_xattn.capture.labels.scores import Scores
 from lightning_xattn.core.attention import AttentionPair, TokenAxis
@@ -35,7 +35,7 @@ class BatchResult:
     """Of each layer."""
     labels: Labels
     """Predictions, scores, targets, ids and groups."""
-    inputs: FusionInputs | None = None
+    inputs: FusionRecord | None = None
     """What entered the fusion; None where that is not known."""
 
     def __repr__(self) -> str:
@@ -62,7 +62,7 @@ class BatchResult:
     def scores(self) -> Scores | None:
         """The class scores, if they are those of the predictions. Looks at the values."""
         scores, predicted = self.labels.scores, self.labels.predicted
-        if scores is None or predicted is None or not scores.tell(predicted, self.labels.confidence):
+        if scores is None or predicted is None or not scores.info(predicted, self.labels.confidence):
             return None
         return scores
 
@@ -245,7 +245,7 @@ class TrainingData:
     ids: frozenset[str]
     groups: frozenset[str] = frozenset()
 
-    def tell(self, sample_id: str | None, group: str | None) -> str:
+    def info(self, sample_id: str | None, group: str | None) -> str:
         """What the model has seen of a sample: "seen" itself, others of its group ("related"), or "new".
 
         Empty of a sample without an id, of which it is not known.
@@ -301,7 +301,7 @@ class DatasetResult(ShownInNotebooks):
         What each modality says and contributes; None where the fusion is not known.
     class_names
         A name for each class; empty when there are no classes.
-    group_by
+    classes_by
         "target" or "prediction": what the classes of the summaries are.
     axes
         What the tokens of each modality are, where it is known.
@@ -321,7 +321,7 @@ class DatasetResult(ShownInNotebooks):
     summaries: dict[str, LayerSummary]
     fusion: FusionSummary | None
     class_names: tuple[str, ...]
-    group_by: str
+    classes_by: str
     axes: dict[str, TokenAxis]
     table: Path | None
     maps: MapsBySample = field(default_factory=dict)

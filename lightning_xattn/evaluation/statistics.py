@@ -21,13 +21,13 @@ from lightning_xattn.functional import (
     Rows,
     alignment,
     alignment_interaction,
-    crossing,
+    cross_modal_mass,
     effective_keys,
     entropy,
     head_diversity,
     max_weight,
     query_selectivity,
-    sink_strength,
+    sink,
     sparsity,
 )
 
@@ -102,8 +102,8 @@ def _interaction(*rows: Rows) -> Tensor | None:
     return alignment_interaction(*rows).nanmean(1) if comparable else None
 
 
-def _crossing(rows: Rows) -> Tensor | None:
-    return None if rows.crossing is None else crossing(rows)
+def _cross_modal_mass(rows: Rows) -> Tensor | None:
+    return None if rows.cross_modal_mass is None else cross_modal_mass(rows)
 
 
 def _invalid_rows(*rows: Rows) -> Tensor:
@@ -192,16 +192,16 @@ STATISTICS = {
         "do the heads differ?",
         curve="health/head_diversity/{direction}",
     ),
-    "crossing": Statistic(
-        _crossing,
+    "cross_modal_mass": Statistic(
+        _cross_modal_mass,
         ("direction",),
         (0.0, 1.0),
         "1: all of it",
         "of a joint sequence: the share of attention that goes to the other modality",
-        curve="focus/{direction}/crossing",
+        curve="focus/{direction}/cross_modal_mass",
     ),
     "sink": Statistic(
-        sink_strength,
+        sink,
         ("head",),
         (0.0, 1.0),
         "1: all of it",

@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 
 from lightning_xattn.attribution.inputs import ModalitiesSetting
-from lightning_xattn.attribution.recorder import FusionInputs, FusionRecorder
+from lightning_xattn.attribution.recorder import FusionRecord, FusionRecorder
 from lightning_xattn.capture import AttentionRecorder, AttentionSetting, Layer, is_set_aside
 from lightning_xattn.capture.labels import Labels, Step
 from lightning_xattn.capture.wrappers import Hook
 from lightning_xattn.core.attention import AttentionPair
-from lightning_xattn.core.distributed import ALONE, Processes
+from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
-from lightning_xattn.core.notices import tell, warn
+from lightning_xattn.core.notices import info, warn
 from lightning_xattn.evaluation.peers import Place, check_alike, split_heads, with_all_heads
 
 Attentions = tuple[AttentionPair, ...]
@@ -66,7 +66,7 @@ class StepRecorder:
         attention: AttentionSetting | None = None,
         fusion: str | None = None,
         modalities: ModalitiesSetting | None = None,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
         replays: bool = True,
     ) -> None:
         self.fusion = FusionRecorder(model, fusion, modalities, processes, replays)
@@ -108,9 +108,9 @@ class StepRecorder:
         self.fusion.clear()
         self._taken, self._output = (), None
 
-    def let_go(self) -> None:
+    def reset(self) -> None:
         """Let go of what an evaluation's first step has shown of it."""
-        self.fusion.let_go()
+        self.fusion.reset()
         self._split, self._is_first = set[Place](), True
 
     @property
@@ -154,7 +154,7 @@ class StepRecorder:
             return None
         return Step(outputs, batch, forward, len(first), first.device, loss_of_several=self._loss_of_several), ()
 
-    def enter(self, labels: Labels) -> FusionInputs | None:
+    def enter(self, labels: Labels) -> FusionRecord | None:
         """What entered the fusion in this step; of a first step the labels help to find it.
 
         Raises
@@ -170,7 +170,7 @@ class StepRecorder:
         self._is_first = False
         if inputs is None and not self._taken:
             raise DiscoveryError(" ".join(messages))
-        say = warn if self.fusion.is_named else tell
+        say = warn if self.fusion.is_named else info
         say(messages)
         return inputs
 

@@ -22,7 +22,7 @@ from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.capture.labels import LabelFinder, LabelSetting, Step
 from lightning_xattn.core.attention import TokenAxis, fitting_axes
 from lightning_xattn.core.errors import DataError, DiscoveryError, SettingError, check_whole_number
-from lightning_xattn.core.notices import named, tell, warn
+from lightning_xattn.core.notices import info, named, warn
 from lightning_xattn.core.progress import Stage
 from lightning_xattn.evaluation.checks import Checks
 from lightning_xattn.evaluation.classes import name_classes, own_class_names
@@ -51,8 +51,8 @@ class ExplainabilityCapture:
         Any module whose attention ``AttentionRecorder`` finds.
     num_heads
         How many heads the attention must have; None: as many as it has.
-    attention, class_names, group_by, predictions, targets, sample_ids, groups, query_mask
-        As ``AttentionExplainabilityCallback`` takes them; ``outputs`` are those of ``predict``, and ``group_by`` is
+    attention, class_names, classes_by, predictions, targets, sample_ids, groups, query_mask
+        As ``AttentionExplainabilityCallback`` takes them; ``outputs`` are those of ``predict``, and ``classes_by`` is
         for ``explain_loader``.
     fusion, modalities, contribution_samples, max_samples
         The same, all for ``explain_loader``.
@@ -91,7 +91,7 @@ class ExplainabilityCapture:
         *,
         attention: AttentionSetting | None = None,
         class_names: Sequence[str] | None = None,
-        group_by: str = "target",
+        classes_by: str = "target",
         predictions: LabelSetting = None,
         targets: LabelSetting = None,
         sample_ids: LabelSetting = None,
@@ -109,8 +109,8 @@ class ExplainabilityCapture:
         if not isinstance(model, nn.Module):
             raise SettingError(f"model must be a torch module; got a {type(model).__name__}.")
         labels = predictions, targets, sample_ids, groups, query_mask
-        entrance = fusion, modalities, contribution_samples, max_samples
-        self.settings = Settings(attention, class_names, group_by, *labels, *entrance)
+        fusion_inputs = fusion, modalities, contribution_samples, max_samples
+        self.settings = Settings(attention, class_names, classes_by, *labels, *fusion_inputs)
         _check_predict(predict)
         check_whole_number("top_k", top_k)
         for name, count in (("num_heads", num_heads), ("max_batch_size", max_batch_size)):
@@ -126,7 +126,7 @@ class ExplainabilityCapture:
         self._recorder = self.settings.recorder(model)
 
     def __repr__(self) -> str:
-        return f"ExplainabilityCapture({type(self.model).__name__}, group_by='{self.settings.group_by}')"
+        return f"ExplainabilityCapture({type(self.model).__name__}, classes_by='{self.settings.classes_by}')"
 
     def explain_batch(self, batch: Any, among: DatasetResult | None = None) -> ExplainedBatch:
         """Explain every sample of a batch.
@@ -228,7 +228,7 @@ class ExplainabilityCapture:
         progress
             Show how far it is, if stdout is a terminal.
         partners
-            With how many others the modalities of each sample are exchanged: an even number from 4 on, or "all" of
+            With how many others the modalities of each sample are permuted: an even number from 4 on, or "all" of
             the ``contribution_samples``, which takes as many replays as these have pairs.
 
         Raises
@@ -261,22 +261,22 @@ class ExplainabilityCapture:
         run = LoaderRun(observe, evaluation, folder)
         with self._watching():
             run.run(loader, progress)
-            exchanged = None if isinstance(partners, str) else partners
+            permuted = None if isinstance(partners, str) else partners
             with Stage("Summing up", shown=progress):
-                explained = evaluation.summary(self._recorder, tests_attention=True, partners=exchanged)
+                explained = evaluation.summary(self._recorder, tests_attention=True, partners=permuted)
             run.finish(explained.fusion)
         warn(self._checks.of_directions(self._recorder.layers))
         for layer, summary in explained.layers.items():
             warn(self._checks.of_epoch(layer, summary))
         if explained.fusion is not None:
-            tell(self._checks.of_fusion(explained.fusion))
+            info(self._checks.of_fusion(explained.fusion))
         axes = fitting_axes(self.axes, run.token_counts)
         kept = None if folder is None else folder.folder
         return DatasetResult(
             explained.layers,
             explained.fusion,
             evaluation.classes or (),
-            settings.group_by,
+            settings.classes_by,
             axes,
             kept,
             explained.maps,
@@ -305,7 +305,7 @@ class ExplainabilityCapture:
                 yield
         finally:
             self._recorder.clear()
-            self._recorder.let_go()
+            self._recorder.reset()
             for module, training in modes.items():
                 module.training = training
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_xattn.attribution.kept_samples import Collected
 from lightning_xattn.capture.labels import Step
 from lightning_xattn.core.errors import DataError, XAttnError
-from lightning_xattn.core.notices import tell
+from lightning_xattn.core.notices import info
 from lightning_xattn.core.progress import Stage
 from lightning_xattn.evaluation.accumulators import LayerSums
 from lightning_xattn.evaluation.evaluation import Evaluation
@@ -96,7 +96,7 @@ class LoaderRun:
                     self._take(batch)
                     self._reached += 1
                     if self._folder is not None and self._folder.finished and self._has_begun:
-                        tell([f"Read back from {self._folder.folder}, which is finished."])
+                        info([f"Read back from {self._folder.folder}, which is finished."])
                         return
                     stage.advance()
                 stage.title = f"Explaining {self._done.samples} samples"

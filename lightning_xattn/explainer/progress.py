@@ -302,8 +302,10 @@ def _sums_of(plain: Mapping[str, Any]) -> LayerSums:
 
 
 def _plain_part(part: FusionPart) -> dict[str, Any]:
-    return {**vars(part), "modalities": [*part.modalities], "geometries": [*part.geometries]}
+    return {**vars(part), "modalities": [*part.modalities], "token_shapes": [*part.token_shapes]}
 
 
 def _part_of(plain: Mapping[str, Any]) -> FusionPart:
-    return FusionPart(**{**plain, "modalities": tuple(plain["modalities"]), "geometries": tuple(plain["geometries"])})
+    return FusionPart(
+        **{**plain, "modalities": tuple(plain["modalities"]), "token_shapes": tuple(plain["token_shapes"])}
+    )

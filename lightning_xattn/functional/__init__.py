@@ -11,7 +11,7 @@ from lightning_xattn.functional.alignment import (
     standardised_maps,
 )
 from lightning_xattn.functional.faithfulness import ranking_gain, received_attention, replacements
-from lightning_xattn.functional.heads import head_diversity, query_selectivity, require_heads, sink_strength
+from lightning_xattn.functional.heads import head_diversity, query_selectivity, require_heads, sink
 from lightning_xattn.functional.intervals import (
     grouped_mean_interval,
     grouped_proportion_interval,
@@ -30,17 +30,17 @@ from lightning_xattn.functional.outcomes import (
 from lightning_xattn.functional.pairs import TopPair, head_top_pairs, sample_top_pairs, top_pairs
 from lightning_xattn.functional.probe import (
     conflict,
-    cross_fitted_reading,
+    cross_fitted_probe,
     discriminant,
-    lean,
     pooled_tokens,
+    probe_right,
     project,
-    untapped,
+    support_difference,
 )
 from lightning_xattn.functional.rows import (
     ROW_STATISTICS,
     Rows,
-    crossing,
+    cross_modal_mass,
     effective_keys,
     effective_share,
     entropy,
@@ -55,22 +55,22 @@ from lightning_xattn.functional.rows import (
     std,
 )
 from lightning_xattn.functional.shapley import (
-    Exchange,
     Game,
+    Permutation,
     additive_fit,
     additive_projection,
     centred,
     contribution_shares,
-    exchanged_subsets,
     opposed,
     partner_shifts,
+    permuted_subsets,
     play,
 )
 
 __all__ = [
     "ROW_STATISTICS",
-    "Exchange",
     "Game",
+    "Permutation",
     "Rows",
     "Separation",
     "TopPair",
@@ -84,13 +84,12 @@ __all__ = [
     "class_adjusted_gap",
     "conflict",
     "contribution_shares",
-    "cross_fitted_reading",
-    "crossing",
+    "cross_fitted_probe",
+    "cross_modal_mass",
     "discriminant",
     "effective_keys",
     "effective_share",
     "entropy",
-    "exchanged_subsets",
     "grouped_mean_interval",
     "grouped_proportion_interval",
     "grouped_separation",
@@ -99,7 +98,6 @@ __all__ = [
     "head_alignment_matrix",
     "head_diversity",
     "head_top_pairs",
-    "lean",
     "lift",
     "lift_map",
     "max_weight",
@@ -108,9 +106,11 @@ __all__ = [
     "min_weight",
     "opposed",
     "partner_shifts",
+    "permuted_subsets",
     "play",
     "pooled_tokens",
     "prepare_rows",
+    "probe_right",
     "project",
     "proportion_interval",
     "query_selectivity",
@@ -125,11 +125,11 @@ __all__ = [
     "sample_top_pairs",
     "score_bins",
     "separation",
-    "sink_strength",
+    "sink",
     "sparsity",
     "standardised_maps",
     "std",
+    "support_difference",
     "top_pairs",
-    "untapped",
     "within",
 ]

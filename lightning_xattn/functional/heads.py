@@ -78,7 +78,7 @@ def head_diversity(rows: Rows) -> Tensor:
     return torch.where(defined, diversity, 0).sum(-1) / defined.sum(-1)
 
 
-def sink_strength(rows: Rows) -> Tensor:
+def sink(rows: Rows) -> Tensor:
     """How much of every query's attention goes to one and the same key, from 0 (what uniform attention gives) to 1.
 
     With ``s = max_k min_q a[q, k]`` over the valid queries it is ``(s - 1 / K) / (1 - 1 / K)``, floored at 0, so that
@@ -92,7 +92,7 @@ def sink_strength(rows: Rows) -> Tensor:
     Examples
     --------
     >>> weights = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])  # all queries have the same key
-    >>> sink_strength(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    >>> sink(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
     tensor([[1.]])
     """
     least = torch.where(rows.valid[..., None], rows.weights, 1).amin(2).amax(-1)

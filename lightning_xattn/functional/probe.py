@@ -19,7 +19,7 @@ READING_WIDTH = 64
 """So many numbers of a sample and modality are kept; wider tokens are projected, see `project`."""
 
 LEAST_OF_A_CLASS = 10
-"""A reading needs two classes with so many samples each."""
+"""A probe needs two classes with so many samples each."""
 
 
 def pooled_tokens(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -129,7 +129,7 @@ def discriminant(counts: Tensor, sums: Tensor, products: Tensor, shrinkage: floa
     return weights, bias
 
 
-def cross_fitted_reading(features: Tensor, target: Tensor, folds: Tensor, n_classes: int) -> Tensor:
+def cross_fitted_probe(features: Tensor, target: Tensor, folds: Tensor, n_classes: int) -> Tensor:
     """Log probability of each class from one modality's features, each sample by a fit that has not seen its fold.
 
     Parameters
@@ -154,16 +154,16 @@ def cross_fitted_reading(features: Tensor, target: Tensor, folds: Tensor, n_clas
     --------
     >>> target = torch.arange(100) % 2
     >>> features = target[:, None] + 0.1 * torch.randn(100, 3)
-    >>> reading = cross_fitted_reading(features, target, folds=torch.arange(100) // 20, n_classes=2)
-    >>> bool((reading.argmax(1) == target).all())
+    >>> probe = cross_fitted_probe(features, target, folds=torch.arange(100) // 20, n_classes=2)
+    >>> bool((probe.argmax(1) == target).all())
     True
     """
     features = features.double()
     finite = features.isfinite().all(1)
     fitted = finite & (target >= 0) & (target < n_classes)
-    reading = features.new_full((len(features), n_classes), torch.nan)
+    probe = features.new_full((len(features), n_classes), torch.nan)
     if (target[fitted].bincount() >= LEAST_OF_A_CLASS).sum() < 2:
-        return reading
+        return probe
     # Differences to the mean of all: large features that differ little keep their digits.
     features = features - features[fitted].mean(0)
     parts = []
@@ -176,67 +176,67 @@ def cross_fitted_reading(features: Tensor, target: Tensor, folds: Tensor, n_clas
         counts, sums, products = (total - of_fold for total, of_fold in zip(totals, part, strict=True))
         weights, bias = discriminant(counts, sums, products)
         read = finite & (folds == fold)
-        reading[read] = (features[read] @ weights.T + bias).log_softmax(1)
-    return reading
+        probe[read] = (features[read] @ weights.T + bias).log_softmax(1)
+    return probe
 
 
-def conflict(readings: Tensor) -> Tensor:
-    """The chance that two modalities, each drawing a class from its reading, draw different ones: ``1 - sum p_a p_b``.
+def conflict(probes: Tensor) -> Tensor:
+    """The chance that two modalities, each drawing a class from its probe, draw different ones: ``1 - sum p_a p_b``.
 
     Parameters
     ----------
-    readings
+    probes
         ``(modalities, samples, classes)`` probabilities of at least two modalities.
 
     Returns
     -------
     Tensor
-        ``(samples,)`` in [0, 1], the mean over all pairs of modalities; NaN where a reading is undefined.
+        ``(samples,)`` in [0, 1], the mean over all pairs of modalities; NaN where a probe is undefined.
 
     Examples
     --------
     >>> conflict(torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]]))  # two samples
     tensor([1.0000, 0.5000])
     """
-    modalities = len(readings)
+    modalities = len(probes)
     # The squared sum has each pair twice, and each modality with itself.
-    same = (readings.sum(0).square() - readings.square().sum(0)).sum(1) / (modalities * (modalities - 1))
+    same = (probes.sum(0).square() - probes.square().sum(0)).sum(1) / (modalities * (modalities - 1))
     return (1 - same).clamp(0, 1)
 
 
-def lean(readings: Tensor, predicted: Tensor) -> Tensor:
-    """Whose reading supports the model's prediction: ``ln p_a(y) - ln p_b(y)``, in nats.
+def support_difference(probes: Tensor, predicted: Tensor) -> Tensor:
+    """Whose probe supports the model's prediction: ``ln p_a(y) - ln p_b(y)``, in nats.
 
     Parameters
     ----------
-    readings
+    probes
         ``(2, samples, classes)`` log probabilities of two modalities.
     predicted
-        ``(samples,)`` int64 predicted classes; those outside of the classes have no lean.
+        ``(samples,)`` int64 predicted classes; those outside of the classes have no support_difference.
 
     Returns
     -------
     Tensor
-        ``(samples,)``; above 0: the first modality's. NaN where a reading is undefined or no fit knew the class.
+        ``(samples,)``; above 0: the first modality's. NaN where a probe is undefined or no fit knew the class.
 
     Examples
     --------
-    >>> readings = torch.tensor([[[0.8, 0.2]], [[0.4, 0.6]]]).log()
-    >>> lean(readings, predicted=torch.tensor([0]))  # ln 0.8 / 0.4
+    >>> probes = torch.tensor([[[0.8, 0.2]], [[0.4, 0.6]]]).log()
+    >>> support_difference(probes, predicted=torch.tensor([0]))  # ln 0.8 / 0.4
     tensor([0.6931])
     """
-    known = (predicted >= 0) & (predicted < readings.shape[2])
+    known = (predicted >= 0) & (predicted < probes.shape[2])
     place = torch.where(known, predicted, 0)[:, None]
-    first, second = (one.gather(1, place)[:, 0] for one in readings)
+    first, second = (one.gather(1, place)[:, 0] for one in probes)
     return torch.where(known, first - second, torch.nan)
 
 
-def untapped(readings: Tensor, predicted: Tensor, target: Tensor) -> Tensor:
-    """Of a wrong prediction, whether a modality's own reading was right.
+def probe_right(probes: Tensor, predicted: Tensor, target: Tensor) -> Tensor:
+    """Of a wrong prediction, whether a modality's own probe was right.
 
     Parameters
     ----------
-    readings
+    probes
         ``(modalities, samples, classes)``.
     predicted, target
         ``(samples,)`` int64 class ids.
@@ -244,14 +244,14 @@ def untapped(readings: Tensor, predicted: Tensor, target: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        ``(samples,)`` 1 or 0; NaN where the prediction is right or not known, or a reading is undefined.
+        ``(samples,)`` 1 or 0; NaN where the prediction is right or not known, or a probe is undefined.
 
     Examples
     --------
-    >>> readings = torch.tensor([[[0.9, 0.1]], [[0.2, 0.8]]])
-    >>> untapped(readings, predicted=torch.tensor([1]), target=torch.tensor([0])).tolist()
+    >>> probes = torch.tensor([[[0.9, 0.1]], [[0.2, 0.8]]])
+    >>> probe_right(probes, predicted=torch.tensor([1]), target=torch.tensor([0])).tolist()
     [1.0]
     """
-    right = (readings.argmax(2) == target).any(0)
-    wrong = (predicted != target) & (predicted >= 0) & (target >= 0) & ~readings.isnan().any(2).any(0)
-    return torch.where(wrong, right.to(readings.dtype), torch.nan)
+    right = (probes.argmax(2) == target).any(0)
+    wrong = (predicted != target) & (predicted >= 0) & (target >= 0) & ~probes.isnan().any(2).any(0)
+    return torch.where(wrong, right.to(probes.dtype), torch.nan)

@@ -42,7 +42,7 @@ class Rows:
         Bool, broadcastable to ``weights``, True where no mask hides the key; None: everywhere.
     tokens
         The first so many keys are tokens; the rest are slots of ``add_bias_kv`` or ``add_zero_attn``.
-    crossing
+    cross_modal_mass
         ``(batch, heads, queries)``, see ``Attention``; NaN where the query is no real token.
     wholly_masked
         ``(batch,)`` bool: masks hide all tokens of one modality, so that no query of the sample has a key, or all of
@@ -63,7 +63,7 @@ class Rows:
     entropy: Tensor
     visible: Tensor | None
     tokens: int
-    crossing: Tensor | None
+    cross_modal_mass: Tensor | None
     wholly_masked: Tensor
 
     def __repr__(self) -> str:
@@ -100,10 +100,14 @@ def prepare_rows(attention: Attention) -> Rows:
     total = weights.sum(-1)
     # A comparison with NaN is False and an infinite sum is far from 1, so this is the check for finiteness too.
     valid = (total - 1).abs() <= row_sum_tolerance(dtype)
-    expected, crossing = keys > 0, attention.crossing
+    expected, cross_modal_mass = keys > 0, attention.cross_modal_mass
     if attention.query_mask is not None:
         expected = expected & attention.query_mask[:, None, :]
-        crossing = None if crossing is None else crossing.masked_fill(~attention.query_mask[:, None, :], torch.nan)
+        cross_modal_mass = (
+            None
+            if cross_modal_mass is None
+            else cross_modal_mass.masked_fill(~attention.query_mask[:, None, :], torch.nan)
+        )
     broken = expected & ~valid
     valid = expected & valid
     weights = weights.masked_fill(~valid[..., None], 0)
@@ -122,7 +126,7 @@ def prepare_rows(attention: Attention) -> Rows:
         entropy=-torch.linalg.vecdot(weights, log_weights),
         visible=visible,
         tokens=attention.tokens,
-        crossing=crossing,
+        cross_modal_mass=cross_modal_mass,
         wholly_masked=_wholly_masked(attention),
     )
 
@@ -254,7 +258,7 @@ def mean(rows: Rows) -> Tensor:
     return _mean_of_rows((1 / rows.keys).expand(rows.valid.shape), rows.valid)
 
 
-def crossing(rows: Rows) -> Tensor:
+def cross_modal_mass(rows: Rows) -> Tensor:
     """Share of a query's attention that crosses over to the other modality of a joint sequence, ``(batch, heads)``.
 
     In [0, 1], averaged over the queries that are real tokens. As in a joint sequence a query may attend to its own
@@ -268,12 +272,12 @@ def crossing(rows: Rows) -> Tensor:
     Examples
     --------
     >>> weights, before = torch.full((1, 1, 2, 4), 0.25), torch.tensor([[[0.2, 0.4]]])
-    >>> crossing(prepare_rows(Attention(Direction("eeg", "spec"), weights, crossing=before)))
+    >>> cross_modal_mass(prepare_rows(Attention(Direction("eeg", "spec"), weights, cross_modal_mass=before)))
     tensor([[0.3000]])
     """
-    if rows.crossing is None:
+    if rows.cross_modal_mass is None:
         raise ShapeError(f"The attention {rows.direction} is no block of a joint sequence, so nothing crosses over.")
-    return rows.crossing.nanmean(-1)
+    return rows.cross_modal_mass.nanmean(-1)
 
 
 ROW_STATISTICS = {
@@ -328,7 +332,7 @@ def _visible_keys(attention: Attention) -> Tensor | None:
 
 def _wholly_masked(attention: Attention) -> Tensor:
     # What an attention mask hides of a joint sequence may be the other modality as such, as a causal mask does.
-    seen = _visible_keys(attention if attention.crossing is None else replace(attention, visible=None))
+    seen = _visible_keys(attention if attention.cross_modal_mass is None else replace(attention, visible=None))
     masked = torch.zeros(len(attention.weights), dtype=torch.bool, device=attention.weights.device)
     if seen is not None:
         masked = masked | ~seen[..., : attention.tokens].flatten(1).any(1)

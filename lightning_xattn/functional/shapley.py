@@ -1,6 +1,6 @@
 """How much of a prediction does each modality carry? Exact Shapley values (Shapley 1953) at the fusion.
 
-The modalities that enter a fusion are exchanged between samples: pair (i, j) has the modalities of a subset from sample
+The modalities that enter a fusion are permuted between samples: pair (i, j) has the modalities of a subset from sample
 i and the others from its partner j. A game's value ``v_i(S)`` is the mean over partners of what the model then says of
 the class that it predicts for the intact sample i.
 """
@@ -32,8 +32,8 @@ Subset = frozenset[int]
 
 
 @dataclass(frozen=True, eq=False)
-class Exchange:
-    """What a model says of pairs of samples whose modalities were exchanged.
+class Permutation:
+    """What a model says of pairs of samples whose modalities were permuted.
 
     Attributes
     ----------
@@ -44,8 +44,8 @@ class Exchange:
 
     Examples
     --------
-    >>> Exchange(torch.tensor([0, 1]), torch.tensor([1, 0]), values=torch.rand(2, 6))
-    Exchange(2 pairs, 6 classes)
+    >>> Permutation(torch.tensor([0, 1]), torch.tensor([1, 0]), values=torch.rand(2, 6))
+    Permutation(2 pairs, 6 classes)
     """
 
     rows: Tensor
@@ -54,15 +54,15 @@ class Exchange:
 
     def __repr__(self) -> str:
         pairs, classes = self.values.shape
-        return f"Exchange({pairs} pairs, {classes} classes)"
+        return f"Permutation({pairs} pairs, {classes} classes)"
 
 
-def exchanged_subsets(modalities: int) -> list[Subset]:
+def permuted_subsets(modalities: int) -> list[Subset]:
     """One subset of each pair of complements: pair (i, j) of the one is pair (j, i) of the other.
 
     Examples
     --------
-    >>> [sorted(subset) for subset in exchanged_subsets(3)]
+    >>> [sorted(subset) for subset in permuted_subsets(3)]
     [[0], [0, 1], [0, 2]]
     """
     return [
@@ -70,12 +70,12 @@ def exchanged_subsets(modalities: int) -> list[Subset]:
     ]
 
 
-def additive_fit(exchange: Exchange, samples: int) -> tuple[Tensor, Tensor] | None:
+def additive_fit(permute: Permutation, samples: int) -> tuple[Tensor, Tensor] | None:
     """Least-squares fit of ``a_i + b_j`` to the pairs (i, j) that were run.
 
     Parameters
     ----------
-    exchange
+    permute
         The pairs; each once at most.
     samples
         How many samples there are, each a row and a column of at least one pair.
@@ -89,16 +89,16 @@ def additive_fit(exchange: Exchange, samples: int) -> tuple[Tensor, Tensor] | No
     Examples
     --------
     >>> rows, columns = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
-    >>> pairs = Exchange(rows, columns, torch.tensor([[0.0], [2.0], [1.0], [3.0]]))
+    >>> pairs = Permutation(rows, columns, torch.tensor([[0.0], [2.0], [1.0], [3.0]]))
     >>> a, b = additive_fit(pairs, samples=2)
     >>> (a + b.T).round(decimals=3).tolist()
     [[0.0, 2.0], [1.0, 3.0]]
     """
-    rows, columns, values = exchange.rows, exchange.columns, exchange.values.double()
+    rows, columns, values = permute.rows, permute.columns, permute.values.double()
     graph = coo_array((torch.ones(len(rows)), (rows, columns + samples)), shape=(2 * samples, 2 * samples))
     if connected_components(graph, directed=False, return_labels=False) > 1:
         return None
-    run = _run(exchange, samples)
+    run = _run(permute, samples)
     row_sums, column_sums = (
         torch.zeros(samples, values.shape[1], dtype=torch.float64).index_add(0, places, values)
         for places in (rows, columns)
@@ -182,7 +182,9 @@ class Game:
         return total
 
 
-def play(intact: Tensor, exchanges: Mapping[Subset, Exchange], groups: Tensor, chosen: Tensor, modalities: int) -> Game:
+def play(
+    intact: Tensor, permutes: Mapping[Subset, Permutation], groups: Tensor, chosen: Tensor, modalities: int
+) -> Game:
     """Values of every subset of modalities at each sample's class.
 
     A sample's partners are all samples of other groups. Where not all pairs were run, what their mean would be is
@@ -193,8 +195,8 @@ def play(intact: Tensor, exchanges: Mapping[Subset, Exchange], groups: Tensor, c
     ----------
     intact
         ``(samples, classes)`` what the model says of the intact samples.
-    exchanges
-        Of each of `exchanged_subsets`.
+    permutes
+        Of each of `permuted_subsets`.
     groups
         ``(samples,)`` int64: samples of one group are no partners of each other.
     chosen
@@ -204,17 +206,17 @@ def play(intact: Tensor, exchanges: Mapping[Subset, Exchange], groups: Tensor, c
 
     Examples
     --------
-    >>> said = Exchange(torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([[0.5, 0.5], [0.75, 0.25]]))
+    >>> said = Permutation(torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([[0.5, 0.5], [0.75, 0.25]]))
     >>> intact, groups, chosen = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.arange(2), torch.tensor([0, 0])
     >>> play(intact, {frozenset({0}): said}, groups, chosen, modalities=2).values[frozenset({0})].tolist()
     [0.5, 0.75]
     """
     samples, everything = len(intact), frozenset(range(modalities))
-    fits = {subset: additive_fit(exchange, samples) for subset, exchange in exchanges.items()}
+    fits = {subset: additive_fit(permute, samples) for subset, permute in permutes.items()}
     partners = (groups[:, None] != groups).double()
     if any(fit is None for fit in fits.values()):
         # The means of those that were run: all sides by the same partners, whatever the subset.
-        run = torch.stack([_run(exchange, samples) for exchange in exchanges.values()]).amin(0)
+        run = torch.stack([_run(permute, samples) for permute in permutes.values()]).amin(0)
         partners = partners * run * run.T
     weights = partners / partners.sum(1, keepdim=True)
 
@@ -223,16 +225,16 @@ def play(intact: Tensor, exchanges: Mapping[Subset, Exchange], groups: Tensor, c
 
     values = {everything: at_class(intact.double()), frozenset[int](): at_class(weights @ intact.double())}
     variances = dict.fromkeys((everything, frozenset[int]()), torch.zeros(samples, dtype=torch.float64))
-    for subset, exchange in exchanges.items():
-        fit, run = fits[subset], _run(exchange, samples)
+    for subset, permute in permutes.items():
+        fit, run = fits[subset], _run(permute, samples)
         variances[subset] = variances[everything - subset] = variances[everything]
         if fit is not None and not run.equal(partners):
             a, b = fit
             of_rows, of_columns = a + weights @ b, weights @ a + b
-            variances[subset], variances[everything - subset] = _left_over(exchange, fit, partners, chosen)
+            variances[subset], variances[everything - subset] = _left_over(permute, fit, partners, chosen)
         else:
-            whole = exchange.values.new_zeros(samples, samples, exchange.values.shape[1], dtype=torch.float64)
-            whole[exchange.rows, exchange.columns] = exchange.values.double()
+            whole = permute.values.new_zeros(samples, samples, permute.values.shape[1], dtype=torch.float64)
+            whole[permute.rows, permute.columns] = permute.values.double()
             of_rows = torch.einsum("ij,ijc->ic", weights, whole)
             of_columns = torch.einsum("ij,jic->ic", weights, whole)
         values[subset], values[everything - subset] = at_class(of_rows), at_class(of_columns)
@@ -240,17 +242,17 @@ def play(intact: Tensor, exchanges: Mapping[Subset, Exchange], groups: Tensor, c
 
 
 def _left_over(
-    exchange: Exchange, fit: tuple[Tensor, Tensor], partners: Tensor, chosen: Tensor
+    permute: Permutation, fit: tuple[Tensor, Tensor], partners: Tensor, chosen: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Squared standard errors of what a fit says of each row and of each column, at the sample's class.
 
     What the fit leaves over of a sample's pairs, spread over their number ``R``, and once more over ``R`` as what it
     says of each partner has such an error too. The more of all partners the pairs cover, the smaller the error.
     """
-    samples, pairs = len(chosen), len(exchange.rows)
-    rest = exchange.values.double() - fit[0][exchange.rows] - fit[1][exchange.columns]
+    samples, pairs = len(chosen), len(permute.rows)
+    rest = permute.values.double() - fit[0][permute.rows] - fit[1][permute.columns]
     squares, counts = torch.zeros(2, samples, dtype=torch.float64), torch.zeros(2, samples, dtype=torch.float64)
-    for side, places in enumerate((exchange.rows, exchange.columns)):
+    for side, places in enumerate((permute.rows, permute.columns)):
         of_class = rest.gather(1, chosen[places][:, None])[:, 0].square()
         squares[side].index_add_(0, places, of_class)
         counts[side].index_add_(0, places, torch.ones_like(of_class))
@@ -259,14 +261,14 @@ def _left_over(
     return first, second
 
 
-def _run(exchange: Exchange, samples: int) -> Tensor:
+def _run(permute: Permutation, samples: int) -> Tensor:
     """``(samples, samples)`` 1 where a pair was run."""
     run = torch.zeros(samples, samples, dtype=torch.float64)
-    run[exchange.rows, exchange.columns] = 1
+    run[permute.rows, permute.columns] = 1
     return run
 
 
-def additive_projection(samples: int, exchanges: Mapping[Subset, Exchange]) -> Tensor:
+def additive_projection(samples: int, permutes: Mapping[Subset, Permutation]) -> Tensor:
     """What an additive model of the modalities would say (EMAP, Hessel & Lee 2020), of two modalities.
 
     The least-squares fit ``a_i + b_j`` to the pairs that were run, at the intact sample (i, i): with all pairs the
@@ -277,7 +279,7 @@ def additive_projection(samples: int, exchanges: Mapping[Subset, Exchange]) -> T
     ----------
     samples
         How many there are.
-    exchanges
+    permutes
         Of centred logits.
 
     Returns
@@ -288,14 +290,14 @@ def additive_projection(samples: int, exchanges: Mapping[Subset, Exchange]) -> T
     Examples
     --------
     >>> rows, columns = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
-    >>> pairs = Exchange(rows, columns, torch.tensor([[0.0], [2.0], [1.0], [3.0]]))
+    >>> pairs = Permutation(rows, columns, torch.tensor([[0.0], [2.0], [1.0], [3.0]]))
     >>> additive_projection(2, {frozenset({0}): pairs}).round(decimals=3).tolist()
     [[0.0], [3.0]]
     """
-    exchange, *others = exchanges.values()
-    fit = None if others else additive_fit(exchange, samples)
+    permute, *others = permutes.values()
+    fit = None if others else additive_fit(permute, samples)
     if fit is None:
-        return torch.full((samples, exchange.values.shape[1]), torch.nan, dtype=torch.float64)
+        return torch.full((samples, permute.values.shape[1]), torch.nan, dtype=torch.float64)
     return fit[0] + fit[1]
 
 

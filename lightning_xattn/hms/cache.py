@@ -20,7 +20,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from lightning_xattn.core.notices import tell
+from lightning_xattn.core.notices import info
 from lightning_xattn.hms.build import BAD_ROWS, build
 from lightning_xattn.hms.features import FEATURE_VERSION, feature_shapes
 from lightning_xattn.hms.recordings import EEGGeometry, Recordings
@@ -147,7 +147,7 @@ def _locked(path: Path, root: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        tell([f"Another process computes the features of {root}; waiting for it."])
+        info([f"Another process computes the features of {root}; waiting for it."])
         lock.acquire()
     try:
         yield

@@ -17,7 +17,7 @@ from torch_geometric.data import Batch
 
 from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.core.errors import DataError, SettingError
-from lightning_xattn.core.notices import tell, warn
+from lightning_xattn.core.notices import info, warn
 from lightning_xattn.explainer.training import GROUPS, IDS
 from lightning_xattn.hms.build import as_it_is
 from lightning_xattn.hms.cache import StoredFeatures, stored_features
@@ -291,12 +291,12 @@ class HMSDataModule(LightningDataModule):
         if folder not in self._features:
             recordings = Recordings.read(folder, self.on_bad_row)
             features = stored_features(recordings, self.eeg_geometry, self.cache_dir, self.num_workers)
-            _tell(features)
+            _info(features)
             self._features[folder] = features
         return self._features[folder]
 
 
-def _tell(features: StoredFeatures) -> None:
+def _info(features: StoredFeatures) -> None:
     """Say once what was left out and what was filled."""
     recordings, filled = features.recordings, features.filled
     if recordings.skipped:
@@ -314,4 +314,4 @@ def _tell(features: StoredFeatures) -> None:
         if values.any()
     ]
     if parts:
-        tell([f"{recordings.root}: filled {' and '.join(parts)}."])
+        info([f"{recordings.root}: filled {' and '.join(parts)}."])

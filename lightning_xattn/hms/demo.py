@@ -13,21 +13,19 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from lightning_xattn.callback import AttentionExplainabilityCallback
-from lightning_xattn.explainer import ExplainabilityCapture
-from lightning_xattn.report import create_explainability_report
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.files import complete_or_absent
 from lightning_xattn.core.names import clean
 from lightning_xattn.core.progress import Stage
 from lightning_xattn.evaluation.results import DatasetResult
-from lightning_xattn.explainer import training_data
+from lightning_xattn.explainer import ExplainabilityCapture, training_data
 from lightning_xattn.hms.datamodule import HMSDataModule
 from lightning_xattn.hms.module import HMSLightningModule
 from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import COMPETITION, Recordings
 from lightning_xattn.hms.simulator import simulate
 from lightning_xattn.hms.truth import describe_scores
-from lightning_xattn.report import save_dataset_figures
+from lightning_xattn.report import create_explainability_report, save_dataset_figures
 from lightning_xattn.report.facts import collect_facts, collect_layer
 from lightning_xattn.report.modalities import collect_fusion, describe_fusion
 from lightning_xattn.report.rendering import Document, Paragraph, Section, as_markdown, as_text, print_document
@@ -184,21 +182,21 @@ def _test(trainer: Trainer, module: LightningModule, loader: DataLoader[Any], re
 def _describe_test(
     title: str, recordings: Recordings, stage: str, trainer: Trainer, watch: AttentionExplainabilityCallback
 ) -> Section:
-    metrics, group_by = trainer.callback_metrics, watch.settings.group_by
+    metrics, classes_by = trainer.callback_metrics, watch.settings.classes_by
     fusion = watch.fusion_summaries.get(stage)
     scores = Paragraph(
         f"Accuracy {metrics[f'{stage}_acc']:.2f} (chance {1 / len(CLASSES):.2f}), "
         f"macro F1 {metrics[f'{stage}_f1']:.2f}, loss {metrics[f'{stage}_loss']:.2f}."
     )
-    of_fusion = [] if fusion is None else describe_fusion(collect_fusion(fusion, CLASSES), group_by)
-    of_attention = describe_layer(collect_layer("", watch.summaries[stage], CLASSES), group_by)
+    of_fusion = [] if fusion is None else describe_fusion(collect_fusion(fusion, CLASSES), classes_by)
+    of_attention = describe_layer(collect_layer("", watch.summaries[stage], CLASSES), classes_by)
     return Section(title, [scores, *of_fusion, *of_attention], f"on {recordings.root.name}")
 
 
 def _describe_fusion(explained: DatasetResult, root: Path) -> list[Section]:
     if explained.fusion is None:
         return []
-    blocks = list(describe_fusion(collect_fusion(explained.fusion, CLASSES), explained.group_by))
+    blocks = list(describe_fusion(collect_fusion(explained.fusion, CLASSES), explained.classes_by))
     return [Section("What each modality says and contributes", blocks, f"on {root.name}")]
 
 

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from lightning_xattn.explainer import ExplainabilityCapture
-from lightning_xattn.report import create_explainability_report
 from lightning_xattn.core.errors import DataError
 from lightning_xattn.core.names import clean
 from lightning_xattn.core.progress import Stage
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch
-from lightning_xattn.explainer import load_checkpoint, training_data
+from lightning_xattn.explainer import ExplainabilityCapture, load_checkpoint, training_data
 from lightning_xattn.hms.datamodule import HMSDataModule, HMSDataset
 from lightning_xattn.hms.derivations import Montage, require_montage
 from lightning_xattn.hms.module import HMSLightningModule
@@ -28,7 +26,7 @@ from lightning_xattn.hms.montage import (
 )
 from lightning_xattn.hms.recording_plots import Spectrograms, Traces
 from lightning_xattn.hms.signal_plots import plot_attention_over_signals
-from lightning_xattn.report import print_report, save_dataset_figures
+from lightning_xattn.report import create_explainability_report, print_report, save_dataset_figures
 from lightning_xattn.visualizations import (
     plot_cross_modal_attention,
     plot_head_alignment_matrix,

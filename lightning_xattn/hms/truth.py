@@ -58,7 +58,7 @@ def describe_scores(table: Path, recordings: Recordings) -> Iterator[Block]:
         f"where they do, the model followed the EEG {counts[1][0]} times and the spectrogram {counts[1][1]} times; "
         f"{counts[2][0]} predictions are wrong. Signs of disagreement and of errors are a low confidence, alignment "
         "and interaction, a high entropy and conflict, and contributions that differ little; a sign that the EEG was "
-        "followed is a large value, of contribution and lean that of the EEG less that of the spectrogram."
+        "followed is a large value, for contribution and support_difference the EEG's minus the spectrogram's."
     )
 
 
@@ -76,7 +76,11 @@ def _signs(columns: Mapping[str, list[Any]]) -> dict[str, tuple[Tensor, Tensor, 
         difference = column("contribution_followed")
         found["contribution"] = (-difference.abs(), difference, -difference.abs())
     if "conflict" in columns:
-        found["reading: conflict, lean"] = (column("conflict"), column("lean"), column("conflict"))
+        found["probe: conflict, support_difference"] = (
+            column("conflict"),
+            column("support_difference"),
+            column("conflict"),
+        )
     return found
 
 

@@ -8,27 +8,27 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_xattn.core.names import shown_tag
 from lightning_xattn.core.notices import warn
-from lightning_xattn.loggers.aim import AimSink
-from lightning_xattn.loggers.comet import CometSink
-from lightning_xattn.loggers.folder import FolderSink
-from lightning_xattn.loggers.mlflow import MLFlowSink
-from lightning_xattn.loggers.tensorboard import TensorBoardSink
-from lightning_xattn.loggers.wandb import WandbSink
-from lightning_xattn.loggers.writer import Histogram, Picture, Sink
+from lightning_xattn.loggers.aim import AimWriter
+from lightning_xattn.loggers.comet import CometWriter
+from lightning_xattn.loggers.folder import FolderWriter
+from lightning_xattn.loggers.mlflow import MLFlowWriter
+from lightning_xattn.loggers.tensorboard import TensorBoardWriter
+from lightning_xattn.loggers.wandb import WandbWriter
+from lightning_xattn.loggers.writer import Histogram, LoggerWriter, Picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Content = TypeVar("Content")
 
-__all__ = ["SINKS", "Histogram", "Sink", "Sinks"]
+__all__ = ["WRITERS", "Histogram", "LoggerWriter", "LoggerWriters"]
 
-SINKS: dict[str, Callable[[Any], Sink] | None] = {
-    "TensorBoardLogger": TensorBoardSink,
-    "WandbLogger": WandbSink,
-    "MLFlowLogger": MLFlowSink,
-    "CometLogger": CometSink,
-    "AimLogger": AimSink,
+WRITERS: dict[str, Callable[[Any], LoggerWriter] | None] = {
+    "TensorBoardLogger": TensorBoardWriter,
+    "WandbLogger": WandbWriter,
+    "MLFlowLogger": MLFlowWriter,
+    "CometLogger": CometWriter,
+    "AimLogger": AimWriter,
     # Of Lightning's trial runs, which leave nothing behind.
     "DummyLogger": None,
 }
@@ -39,13 +39,13 @@ By name, as ``lightning`` and ``pytorch_lightning`` have classes of their own, a
 """
 
 
-class Sinks:
+class LoggerWriters:
     """All loggers of a Trainer. One that fails is reported in a warning and skipped; it may not end a training run.
 
     Parameters
     ----------
     loggers
-        Lightning loggers; those that ``SINKS`` does not know get files in their folder.
+        Lightning loggers; those that ``WRITERS`` does not know get files in their folder.
     root
         Where files go without any logger.
 
@@ -56,15 +56,15 @@ class Sinks:
     """
 
     def __init__(self, loggers: Sequence[Any], root: Path) -> None:
-        self._working: list[Sink] = [] if loggers else [FolderSink(None, root)]
+        self._working: list[LoggerWriter] = [] if loggers else [FolderWriter(None, root)]
         for logger in loggers:
             try:
-                sink = _sink_of(logger, root)
+                sink = _writer_of(logger, root)
             except Exception as error:  # whatever asking a logger for its folder, or making a sink of users', may raise
                 warn([f"{type(logger).__name__} gets no pictures and reports: {error!r}."])
                 continue
             self._working += [] if sink is None else [sink]
-        self.folders = [sink.folder for sink in self._working if isinstance(sink, FolderSink)]
+        self.folders = [sink.folder for sink in self._working if isinstance(sink, FolderWriter)]
 
     def __bool__(self) -> bool:
         return bool(self._working)
@@ -91,7 +91,7 @@ class Sinks:
             warn([f"The figures of {scope} could not all be drawn: {error!r}."])
         self.log("pictures", lambda: images, lambda sink, made: sink.log_images(made, step))
 
-    def log(self, what: str, make: Callable[[], Content], log: Callable[[Sink, Content], None]) -> None:
+    def log(self, what: str, make: Callable[[], Content], log: Callable[[LoggerWriter, Content], None]) -> None:
         """Make something, and hand it over to each that still works."""
         try:
             content = make()
@@ -107,11 +107,11 @@ class Sinks:
                 self._working.remove(sink)
 
 
-def _sink_of(logger: Any, root: Path) -> Sink | None:
+def _writer_of(logger: Any, root: Path) -> LoggerWriter | None:
     for kind in type(logger).__mro__:
-        if kind.__name__ in SINKS:
-            make = SINKS[kind.__name__]
+        if kind.__name__ in WRITERS:
+            make = WRITERS[kind.__name__]
             return None if make is None else make(logger)
     folders = (getattr(logger, name, None) for name in ("log_dir", "save_dir"))
     # An address, as of a bucket, is no folder here.
-    return FolderSink(logger, Path(next((one for one in folders if one and "://" not in str(one)), root)))
+    return FolderWriter(logger, Path(next((one for one in folders if one and "://" not in str(one)), root)))

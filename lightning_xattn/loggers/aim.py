@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from PIL import Image
 
-from lightning_xattn.loggers.writer import Picture, Sink
+from lightning_xattn.loggers.writer import LoggerWriter, Picture
 
 
-class AimSink(Sink):
+class AimWriter(LoggerWriter):
     """Aim's own ``AimLogger``: images and texts by step."""
 
     def log_images(self, images: Mapping[str, Picture], step: int) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from lightning_xattn.loggers.writer import Picture, Sink
+from lightning_xattn.loggers.writer import LoggerWriter, Picture
 
 
-class CometSink(Sink):
+class CometWriter(LoggerWriter):
     """Lightning's ``CometLogger``: images by step, the rest as assets."""
 
     def log_images(self, images: Mapping[str, Picture], step: int) -> None:

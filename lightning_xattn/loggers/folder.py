@@ -9,10 +9,10 @@ from typing import Any
 from PIL import Image
 
 from lightning_xattn.core.files import complete_or_absent, path_of
-from lightning_xattn.loggers.writer import Picture, Sink
+from lightning_xattn.loggers.writer import LoggerWriter, Picture
 
 
-class FolderSink(Sink):
+class FolderWriter(LoggerWriter):
     """Writes ``<folder>/<name>/step_<step>.png``, ``.md`` and ``.html``, each complete or absent.
 
     Parameters

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lightning_xattn.core.files import path_of
-from lightning_xattn.loggers.writer import Picture, Sink
+from lightning_xattn.loggers.writer import LoggerWriter, Picture
 
 
-class MLFlowSink(Sink):
+class MLFlowWriter(LoggerWriter):
     """Lightning's ``MLFlowLogger``: images by step, the rest as artifacts. Needs MLflow 2.11."""
 
     def log_images(self, images: Mapping[str, Picture], step: int) -> None:

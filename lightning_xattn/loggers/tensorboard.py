@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from lightning_xattn.core.files import complete_or_absent, path_of
-from lightning_xattn.loggers.writer import Histogram, Picture, Sink
+from lightning_xattn.loggers.writer import Histogram, LoggerWriter, Picture
 
 
-class TensorBoardSink(Sink):
+class TensorBoardWriter(LoggerWriter):
     """Lightning's ``TensorBoardLogger``: images, text, histograms and custom scalars; pages lie in its folder."""
 
     def log_images(self, images: Mapping[str, Picture], step: int) -> None:

@@ -6,10 +6,10 @@ import html as escaping
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightning_xattn.loggers.writer import Histogram, Picture, Sink
+from lightning_xattn.loggers.writer import Histogram, LoggerWriter, Picture
 
 
-class WandbSink(Sink):
+class WandbWriter(LoggerWriter):
     """Lightning's ``WandbLogger``, which sends each call as a step of its own: all pictures go in one."""
 
     def log_images(self, images: Mapping[str, Picture], step: int) -> None:

@@ -31,13 +31,13 @@ class Histogram:
     counts: NDArray[np.float64]
 
 
-class Sink(ABC):
+class LoggerWriter(ABC):
     """Hands pictures, texts, pages and tables to one of the Trainer's loggers; scalars go through Lightning.
 
-    A logger that `SINKS` does not know gets files in its folder. To serve one in its own way, derive from this class
+    A logger that `WRITERS` does not know gets files in its folder. To serve one in its own way, derive from this class
     and enter it under the name of the logger's class:
 
-        class NeptuneSink(Sink):
+        class NeptuneWriter(LoggerWriter):
             def log_images(self, images, step):
                 for name, picture in images.items():
                     self.logger.experiment[name].append(File.as_image(picture / 255), step=step)
@@ -48,7 +48,7 @@ class Sink(ABC):
             def log_page(self, name, html, step):
                 self.logger.experiment[name].upload(File.from_content(html, "html"))
 
-        SINKS["NeptuneLogger"] = NeptuneSink
+        WRITERS["NeptuneLogger"] = NeptuneWriter
 
     Whatever a method raises becomes a warning, and the logger gets nothing more of that evaluation.
 

@@ -15,10 +15,10 @@ from lightning_xattn.core.names import escaped_in_json, valid
 from lightning_xattn.core.wording import name_modality
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch, Results
 from lightning_xattn.report.facts import BatchFacts, DatasetFacts, collect_facts
+from lightning_xattn.report.key_points import key_points, key_points_of_batch
 from lightning_xattn.report.listing import entries_of_batch, entries_of_dataset
 from lightning_xattn.report.page import Picture, as_page
 from lightning_xattn.report.rendering import Document, as_markdown, as_text, print_document
-from lightning_xattn.report.short import in_short, in_short_of_batch
 from lightning_xattn.report.wording import PER_SAMPLE, batch_document, dataset_document
 
 FORMATS = {".txt": "text", ".md": "markdown", ".json": "json", ".html": "html"}
@@ -108,7 +108,7 @@ def _page(results: Results, facts: BatchFacts | DatasetFacts, pictures: Mapping[
         # The samples stand in a list of their own.
         document = replace(whole, sections=[one for one in whole.sections if one.title != PER_SAMPLE])
         samples = list(entries_of_batch(cast(ExplainedBatch, results), facts, pictures))
-        return as_page(document, list(in_short_of_batch(facts)), [], samples, "No samples.")
+        return as_page(document, list(key_points_of_batch(facts)), [], samples, "No samples.")
     assert isinstance(results, DatasetResult)
     figures = [
         Picture(" ".join(figure.get_suptitle().split()), svg_picture(figure), "svg+xml", is_captioned=False)
@@ -121,7 +121,7 @@ def _page(results: Results, facts: BatchFacts | DatasetFacts, pictures: Mapping[
         missing = f"{len(samples)} of {known} samples, those with maps among them."
         missing += "" if results.table is None else " The others are in the table."
     first = "" if results.fusion is None else name_modality(results.fusion.modalities[0])
-    return as_page(dataset_document(facts), list(in_short(facts)), figures, samples, missing, first)
+    return as_page(dataset_document(facts), list(key_points(facts)), figures, samples, missing, first)
 
 
 def _choose_format(path: Path | None, given: str | None) -> str:

@@ -125,7 +125,7 @@ class DatasetFacts(TypedDict):
 
     kind: Literal["dataset"]
     class_names: list[str]
-    group_by: str
+    classes_by: str
     """What the classes of the groups are: "target" (true class) or "prediction" (predicted class)."""
     axes: dict[str, TokenAxis]
     table: str | None
@@ -148,7 +148,7 @@ def collect_facts(results: Results) -> BatchFacts | DatasetFacts:
         return {
             "kind": "dataset",
             "class_names": list(results.class_names),
-            "group_by": results.group_by,
+            "classes_by": results.classes_by,
             "axes": results.axes,
             "table": None if results.table is None else str(results.table),
             "training": _collect_training(results),
@@ -177,7 +177,7 @@ def _collect_training(results: DatasetResult) -> TrainingFacts | None:
     from lightning_xattn.evaluation.table import read_rows  # pyarrow, only where a table is read
 
     rows = list(read_rows(results.table, next(iter(results.summaries), None), ("sample_id", "group")))
-    told = [results.trained_on.tell(row.get("sample_id"), row.get("group")) for row in rows]
+    told = [results.trained_on.info(row.get("sample_id"), row.get("group")) for row in rows]
     if not any(told):
         return None
     has_groups = bool(results.trained_on.groups) and any(row.get("group") is not None for row in rows)

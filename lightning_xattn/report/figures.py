@@ -37,14 +37,14 @@ SHOWN_LAYERS = 4
 """Of more layers so many have curves and figures, from the first to the last."""
 
 
-def few_layers(layers: Sequence[str]) -> list[str]:
+def limit_layers(layers: Sequence[str]) -> list[str]:
     """At most ``SHOWN_LAYERS`` of them, evenly from the first to the last."""
     if len(layers) <= SHOWN_LAYERS:
         return list(layers)
     return [layers[round(i * (len(layers) - 1) / (SHOWN_LAYERS - 1))] for i in range(SHOWN_LAYERS)]
 
 
-def few_classes(result: DatasetResult, kept: Sequence[int] | None = None) -> DatasetResult:
+def limit_classes(result: DatasetResult, kept: Sequence[int] | None = None) -> DatasetResult:
     """The same with the largest ``SHOWN_CLASSES`` classes, or with these, and the others as one."""
     if len(result.class_names) <= SHOWN_CLASSES + 1:
         return result
@@ -60,7 +60,7 @@ def epoch_figures(
     scope: str,
     class_names: Sequence[str],
     *,
-    group_by: str,
+    classes_by: str,
     axes: Mapping[str, TokenAxis],
     context: str,
 ) -> Iterator[tuple[str, Figure]]:
@@ -70,7 +70,7 @@ def epoch_figures(
     ----------
     summary, scope, class_names
         As in ``epoch_curves``, with the classes' own names.
-    group_by
+    classes_by
         Whether the classes are those of the "target" or of the "prediction".
     axes
         What the tokens of a modality are, by modality; one whose length does not fit is not used.
@@ -81,11 +81,13 @@ def epoch_figures(
     from lightning_xattn.visualizations import plot_class_attention, plot_head_entropy, plot_outcome_alignment
 
     names = list(class_names) or ["all samples"]
-    grouping = group_by if class_names else None
+    grouping = classes_by if class_names else None
     ids = range(len(names))
     counts = [summary.size(class_id=i) for i in ids]
 
-    def draw_maps(direction: Direction, maps: Tensor, sizes: list[int], of: list[str], group_by: str | None) -> Figure:
+    def draw_maps(
+        direction: Direction, maps: Tensor, sizes: list[int], of: list[str], classes_by: str | None
+    ) -> Figure:
         _, queries, keys = maps.shape
         known = fitting_axes(axes, {direction.query: queries, direction.key: keys})
         return plot_class_attention(
@@ -95,7 +97,7 @@ def epoch_figures(
             direction=str(direction),
             query_axis=known.get(direction.query),
             key_axis=known.get(direction.key),
-            group_by=group_by,
+            classes_by=classes_by,
             context=f"{context}; {queries} {shown(direction.query)} queries ask {keys} {shown(direction.key)} keys",
         )
 
@@ -114,7 +116,7 @@ def epoch_figures(
     }
     yield (
         f"xattn_entropy/{scope}/by_head",
-        plot_head_entropy(entropy, counts, names, group_by=grouping, context=context),
+        plot_head_entropy(entropy, counts, names, classes_by=grouping, context=context),
     )
     if class_names and ALIGNMENT in summary.columns:
         compared = summary.compare(ALIGNMENT)
@@ -125,7 +127,7 @@ def epoch_figures(
             (compared.auroc, compared.low, compared.high),
             names,
             null=summary.alignment_null,
-            group_by=grouping,
+            classes_by=grouping,
             group_noun=summary.group_noun,
             context=context,
         )
@@ -168,8 +170,8 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
         panels.append(Panel("entropy", by_outcome("entropy"), (0, 1)))
     if "read_samples" in known:
         largest = "largest class", over("largest_class")
-        panels.append(Panel("conflict of the readings", by_outcome("conflict"), (0, 1)))
-        panels.append(Panel("accuracy of each reading", of_each("reading/"), (0, 1), largest))
+        panels.append(Panel("conflict of the probes", by_outcome("conflict"), (0, 1)))
+        panels.append(Panel("accuracy of each probe", of_each("probe/"), (0, 1), largest))
         if any(name.startswith("contribution/size/") for name in known):
             panels.append(Panel("size of the contribution", of_each("contribution/size/"), (0, math.inf)))
         else:
@@ -211,7 +213,7 @@ def fusion_figures(
     class_names: Sequence[str],
     *,
     all_names: Sequence[str],
-    group_by: str,
+    classes_by: str,
     context: str,
 ) -> Iterator[tuple[str, Figure]]:
     """Draw what the modalities of an epoch say and contribute, where it can be told.
@@ -267,7 +269,7 @@ def fusion_figures(
             plot_contribution_shares(
                 shares,
                 class_names,
-                group_by=group_by if class_names else None,
+                classes_by=classes_by if class_names else None,
                 group_noun=summary.group_noun,
                 context=context,
             ),
@@ -291,27 +293,27 @@ def dataset_figures(explained: DatasetResult) -> Iterator[tuple[str, Figure]]:
     """
     from lightning_xattn.visualizations import plot_class_comparison  # matplotlib, only where figures are wanted
 
-    all_names, explained = explained.class_names, few_classes(explained)
-    names, group_by, fusion = explained.class_names, explained.group_by, explained.fusion
+    all_names, explained = explained.class_names, limit_classes(explained)
+    names, classes_by, fusion = explained.class_names, explained.classes_by, explained.fusion
     if fusion is not None:
         context = describe_size(fusion.samples, fusion.known_groups, fusion.group_noun)
         for tag, figure in fusion_figures(
-            fusion, "all", names, all_names=all_names, group_by=group_by, context=context
+            fusion, "all", names, all_names=all_names, classes_by=classes_by, context=context
         ):
             yield tag.removeprefix("xattn_").replace("/all/", "_"), figure
-    for layer in few_layers(list(explained.summaries)):
+    for layer in limit_layers(list(explained.summaries)):
         summary = explained.summaries[layer]
         context = f"layer {shown(layer)}, {describe_size(summary.samples, summary.groups(), summary.group_noun)}"
         end = "" if summary is explained.headline else f"_{layer}"
         for tag, figure in epoch_figures(
-            summary, "all", names, group_by=group_by, axes=explained.axes, context=context
+            summary, "all", names, classes_by=classes_by, axes=explained.axes, context=context
         ):
             yield tag.removeprefix("xattn_").replace("/all/", "_") + end, figure
         if names:
             quantities = {title: _means(summary, column) for title, column in _compared(summary)}
             nulls = {title: summary.alignment_null for title, column in _compared(summary) if column == ALIGNMENT}
             figure = plot_class_comparison(
-                quantities, names, nulls=nulls, group_by=group_by, group_noun=summary.group_noun, context=context
+                quantities, names, nulls=nulls, classes_by=classes_by, group_noun=summary.group_noun, context=context
             )
             yield f"class_comparison{end}", figure
 

@@ -9,10 +9,10 @@ from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.report.facts import collect_facts, collect_layer
+from lightning_xattn.report.key_points import key_points
 from lightning_xattn.report.modalities import collect_fusion, describe_fusion
 from lightning_xattn.report.page import block_as_html, escape
 from lightning_xattn.report.rendering import Block
-from lightning_xattn.report.short import in_short
 from lightning_xattn.report.wording import dataset_document, describe_layer
 
 
@@ -21,7 +21,7 @@ def _of_dataset(result: DatasetResult) -> str:
     facts = collect_facts(result)
     assert facts["kind"] == "dataset"
     *sections, _ = dataset_document(facts).sections  # the last one says how to read the others
-    parts = [f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in in_short(facts))}</ul>"]
+    parts = [f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in key_points(facts))}</ul>"]
     for section in sections:
         parts += [f"<h3>{escape(f'{section.title} {section.about}'.strip())}</h3>", _blocks_as_html(section.blocks)]
     return "".join(parts)

@@ -88,7 +88,7 @@ def _entry_of_row(
             math.nan, {}, name(row["prediction"]), name(row["target"]), known["confidence"], {}, None
         )
     label = str(place) if row.get("sample_id") is None else row["sample_id"]
-    training = "" if result.trained_on is None else result.trained_on.tell(row.get("sample_id"), row.get("group"))
+    training = "" if result.trained_on is None else result.trained_on.info(row.get("sample_id"), row.get("group"))
     more = [*_maps_of(result, (0, place)), *_shrunk(pictures, label)]
     return _entry(place, label, one, row["correct"], known, more, training)
 

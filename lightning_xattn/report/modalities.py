@@ -20,9 +20,10 @@ from lightning_xattn.report.verdict import describe_comparison
 
 HOW_TO_READ = (
     "Knows: what a linear probe reads of the class in what a modality brings into the fusion; no sample is read by a "
-    "probe that has seen it or its group. Conflict is the chance that the readings, each drawing a class, draw "
-    "different ones; lean says whose reading supports the prediction more. Uses: a contribution is the part of the "
-    "predicted class's probability that a modality carries (Shapley value), which is what changes when it is exchanged "
+    "probe that has seen it or its group. Conflict is the chance that the probes, each drawing a class, draw "
+    "different ones; the support difference says whose probe supports the prediction more. Uses: a contribution is "
+    "the part of the predicted class's probability that a modality carries (Shapley value), which is what changes "
+    "when it is permuted "
     "for that of other samples; below 0 it speaks against the prediction (opposed: below -0.02). A share of all "
     "contributions below 0 or above 100 % means the same of many predictions; mostly one modality is said only where "
     "the 95 % CI of its share lies above two thirds. Shows: faithfulness is what replacing the most attended tokens "
@@ -36,7 +37,7 @@ class ModalityFacts(TypedDict):
     """One modality over a data set."""
 
     name: str
-    reading_accuracy: Estimate
+    probe_accuracy: Estimate
     unreadable: str
     """Why it cannot be read; "" where it can."""
     contribution: Estimate | None
@@ -52,8 +53,8 @@ class ModalitySubset(TypedDict):
     group: Literal["all", "class", "outcome"]
     name: str
     conflict: Estimate
-    leans_first: Estimate
-    """Share of the samples in which the first modality's reading supports the prediction more."""
+    supports_first: Estimate
+    """Share of the samples in which the first modality's probe supports the prediction more."""
     shares: dict[str, Estimate] | None
     """Of the mean contribution, by modality."""
     opposed: Estimate | None
@@ -84,11 +85,11 @@ class FusionFacts(TypedDict):
     group_noun: str | None
     left_out: int
     largest_class: float
-    """Share of the largest class, which a reading has to beat."""
+    """Share of the largest class, which a probe has to beat."""
     modalities: list[ModalityFacts]
     subsets: list[ModalitySubset]
-    untapped: Estimate
-    """Share of the wrong predictions of which a modality's own reading is right."""
+    probe_right: Estimate
+    """Share of the wrong predictions of which a modality's own probe is right."""
     uncontributed: str
     """Why contributions cannot be told; "" where they can."""
     interactions: dict[str, Estimate]
@@ -135,7 +136,7 @@ def collect_fusion(
         "modalities": [
             {
                 "name": name,
-                "reading_accuracy": summary.estimate(f"right/{name}"),
+                "probe_accuracy": summary.estimate(f"right/{name}"),
                 "unreadable": summary.unreadable.get(name, ""),
                 "contribution": summary.estimate(f"phi/{name}") if of_classes else None,
                 "share": summary.share(name) if of_classes else None,
@@ -148,13 +149,13 @@ def collect_fusion(
                 "group": group,
                 "name": name,
                 "conflict": summary.estimate("conflict", *which),
-                "leans_first": summary.estimate("leans_first", *which),
+                "supports_first": summary.estimate("supports_first", *which),
                 "shares": {one: summary.share(one, *which) for one in summary.modalities} if of_classes else None,
                 "opposed": summary.estimate("opposed", *which) if of_classes else None,
             }
             for group, name, *which in subsets
         ],
-        "untapped": summary.estimate("untapped"),
+        "probe_right": summary.estimate("probe_right"),
         "uncontributed": summary.uncontributed,
         "interactions": {name: summary.estimate(name) for name in summary.interactions},
         "emap_accuracy": summary.estimate("additive_right") if of_classes else None,
@@ -187,7 +188,7 @@ def _verdict(facts: FusionFacts) -> Iterator[str]:
     modalities = facts["modalities"]
     readable = [one for one in modalities if not one["unreadable"]]
     known = [
-        f"{name_modality(one['name'])} alone is right in {percent(one['reading_accuracy'].mean)}" for one in readable
+        f"{name_modality(one['name'])} alone is right in {percent(one['probe_accuracy'].mean)}" for one in readable
     ]
     known[-1:] = [f"{last} of the samples" for last in known[-1:]]
     known += [f"{name_modality(one['name'])} cannot be read" for one in modalities if one["unreadable"]]
@@ -241,10 +242,10 @@ def _say_shown(direction: str, value: float, low: float, high: float, unfaithful
     return f"attention is not seen to rank what the model uses of {key} ({interval})"
 
 
-def describe_fusion(facts: FusionFacts, group_by: str | None) -> Iterator[Block]:
+def describe_fusion(facts: FusionFacts, classes_by: str | None) -> Iterator[Block]:
     """The modalities in words: a table of each, one by class and outcome, and what tells errors.
 
-    ``group_by`` says whether classes are those of the "target" or of the "prediction"; None: that is not known.
+    ``classes_by`` says whether classes are those of the "target" or of the "prediction"; None: that is not known.
     """
     noun = facts["group_noun"]
     counts = [("Samples", f"{facts['samples']} of {facts['groups']} {noun}" if noun else str(facts["samples"]), ())]
@@ -259,11 +260,11 @@ def describe_fusion(facts: FusionFacts, group_by: str | None) -> Iterator[Block]
     of_value = any(one["size"] for one in modalities)
     uses = ("uses: mean size of its contribution",) if of_value else ("uses: contribution", "share")
     yield Table(
-        ("modality", "knows: accuracy of its reading", *uses, *(["shows: faithfulness"] if shown else [])),
+        ("modality", "knows: accuracy of its probe", *uses, *(["shows: faithfulness"] if shown else [])),
         [
             (
                 name_modality(one["name"]),
-                _in_percent(one["reading_accuracy"]) + (" (cannot be read)" if one["unreadable"] else ""),
+                _in_percent(one["probe_accuracy"]) + (" (cannot be read)" if one["unreadable"] else ""),
                 *([_estimate(one["size"])] if of_value else []),
                 *([] if of_value else [_estimate(one["contribution"], signed=True), _in_percent(one["share"])]),
                 *([_faithfulness(shown.get(one["name"]))] if shown else []),
@@ -277,7 +278,7 @@ def describe_fusion(facts: FusionFacts, group_by: str | None) -> Iterator[Block]
         yield Paragraph(f"{' and '.join(names)} cannot be read by {alone}: {reason}.")
     if facts["uncontributed"]:
         yield Paragraph(f"Contributions cannot be told: {facts['uncontributed']}.")
-    yield from _describe_subsets(facts, group_by)
+    yield from _describe_subsets(facts, classes_by)
     items = list(_describe_wholes(facts))
     if items:
         yield Items(items, "Over all samples")
@@ -285,14 +286,14 @@ def describe_fusion(facts: FusionFacts, group_by: str | None) -> Iterator[Block]
         yield Items([_describe_direction(one) for one in facts["attention"]], "Does attention rank what is used?")
     if facts["conflicting"]:
         lines = [(f"Sample {one['sample_idx']}", str(one["modalities"]), ()) for one in facts["conflicting"]]
-        among = "" if facts["uncontributed"] else ", of those that were exchanged"
+        among = "" if facts["uncontributed"] else ", of those that were permuted"
         yield Items(lines, f"Samples of largest conflict{among}")
     outcomes = [describe_comparison(score, score, one, noun) for score, one in facts["outcomes"].items()]
     if outcomes:
         yield Items(outcomes, "Correct against incorrect predictions, confidence first")
 
 
-def _describe_subsets(facts: FusionFacts, group_by: str | None) -> Iterator[Block]:
+def _describe_subsets(facts: FusionFacts, classes_by: str | None) -> Iterator[Block]:
     names = [one["name"] for one in facts["modalities"]]
     readable = not any(one["unreadable"] for one in facts["modalities"])
     columns: list[tuple[str, list[str]]] = []
@@ -301,7 +302,7 @@ def _describe_subsets(facts: FusionFacts, group_by: str | None) -> Iterator[Bloc
         columns.append(("conflict", [_estimate(one["conflict"]) for one in subsets]))
         if len(names) == 2:
             columns.append(
-                (f"leans to {name_modality(names[0])}", [_in_percent(one["leans_first"]) for one in subsets])
+                (f"supports to {name_modality(names[0])}", [_in_percent(one["supports_first"]) for one in subsets])
             )
     if subsets[0]["shares"] is not None:
         for name in names:
@@ -309,14 +310,14 @@ def _describe_subsets(facts: FusionFacts, group_by: str | None) -> Iterator[Bloc
             columns.append((f"share of {name_modality(name)}", shares))
         columns.append(("opposed", [_in_percent(one["opposed"]) for one in subsets]))
     if columns:
-        title = {"target": "true class", "prediction": "predicted class", None: "class"}[group_by]
+        title = {"target": "true class", "prediction": "predicted class", None: "class"}[classes_by]
         rows = [(one["name"], *(cells[i] for _, cells in columns)) for i, one in enumerate(subsets)]
         yield Table((title, *(name for name, _ in columns)), rows)
 
 
 def _describe_wholes(facts: FusionFacts) -> Iterator[tuple[str, str, Sequence[str]]]:
-    if facts["untapped"].count:
-        yield "Wrong predictions of which a modality's own reading is right", _in_percent(facts["untapped"]), ()
+    if facts["probe_right"].count:
+        yield "Wrong predictions of which a modality's own probe is right", _in_percent(facts["probe_right"]), ()
     on = "of the output" if any(one["size"] for one in facts["modalities"]) else "centred logits"
     for name, interaction in facts["interactions"].items():
         _, _, which = name.partition("/")

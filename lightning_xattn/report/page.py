@@ -99,7 +99,7 @@ def as_page(
         f"<header><h1>{title}</h1>",
         '<nav aria-label="Parts"><a href="#short">In short</a>',
         '<a href="#figures">Figures</a>' if figures else "",
-        '<a href="#numbers">Numbers</a><a href="#samples">Samples</a><a href="#reading">How to read this</a>',
+        '<a href="#numbers">Numbers</a><a href="#samples">Samples</a><a href="#probe">How to read this</a>',
         '</nav></header><main><section id="short"><h2>In short</h2><ul class="short">',
         *(f"<li>{escape(sentence)}</li>" for sentence in short),
         "</ul></section>",
@@ -117,7 +117,7 @@ def as_page(
     parts += ["</section>", '<section id="samples"><h2>Samples</h2>']
     parts += [f"<p>{escape(missing)}</p>"] if missing else []
     parts += _list(samples, first) if samples else []
-    parts += ["</section>", f'<section id="reading"><h2>{escape(last.title)}</h2>', *map(block_as_html, last.blocks)]
+    parts += ["</section>", f'<section id="probe"><h2>{escape(last.title)}</h2>', *map(block_as_html, last.blocks)]
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     parts += ["</section></main>", f"<script>{script}</script></body></html>"]
     return "\n".join(filter(None, parts)) + "\n"

@@ -21,9 +21,9 @@ from lightning_xattn.report.criteria import (
     uniform_is_sparse,
 )
 from lightning_xattn.report.facts import BatchFacts, DatasetFacts, LayerFacts, SampleFacts, Subset
+from lightning_xattn.report.key_points import describe_training
 from lightning_xattn.report.modalities import HOW_TO_READ, describe_fusion
 from lightning_xattn.report.rendering import Block, Document, Items, Paragraph, Section, Table
-from lightning_xattn.report.short import describe_training
 from lightning_xattn.report.verdict import describe_comparison
 
 # Of the samples of a true class the accuracy is the recall, and of those predicted as a class the precision.
@@ -201,12 +201,12 @@ def dataset_document(facts: DatasetFacts) -> Document:
     several = len(facts["layers"]) > 1
     sections, fusion = [], facts["fusion"]
     if fusion is not None:
-        blocks = list(describe_fusion(fusion, facts["group_by"]))
+        blocks = list(describe_fusion(fusion, facts["classes_by"]))
         sections.append(Section("What each modality says and contributes", blocks))
     sections += [
         Section(
             "Whole data set",
-            list(describe_layer(layer, facts["group_by"])),
+            list(describe_layer(layer, facts["classes_by"])),
             about=f"(layer {layer['layer']})" if several else "",
         )
         for layer in facts["layers"]
@@ -236,14 +236,14 @@ def _describe_independence(group_noun: str | None) -> str:
     )
 
 
-def describe_layer(facts: LayerFacts, group_by: str | None) -> Iterator[Block]:
+def describe_layer(facts: LayerFacts, classes_by: str | None) -> Iterator[Block]:
     """One layer over a data set: how many samples, what is undefined, means by class and outcome, correct or not.
 
-    ``group_by`` says whether classes are those of the "target" or of the "prediction"; None: that is not known.
+    ``classes_by`` says whether classes are those of the "target" or of the "prediction"; None: that is not known.
     """
     yield Items(list(_describe_counts(facts)))
     columns = _table_columns(facts)
-    yield _tabulate(facts, group_by, columns)
+    yield _tabulate(facts, classes_by, columns)
     if remark := _describe_intervals(facts, list(columns)):
         yield Paragraph(remark)
     if any(SINGLE_KEY in reason for reason in facts["undefined"].values()):
@@ -298,9 +298,9 @@ def _table_columns(facts: LayerFacts) -> dict[str, str]:
     }
 
 
-def _tabulate(facts: LayerFacts, group_by: str | None, columns: Mapping[str, str]) -> Table:
+def _tabulate(facts: LayerFacts, classes_by: str | None, columns: Mapping[str, str]) -> Table:
     by_class = any(group["group"] == "class" for group in facts["groups"])
-    title, accuracy = _GROUPS[group_by] if by_class else ("samples", "accuracy")
+    title, accuracy = _GROUPS[classes_by] if by_class else ("samples", "accuracy")
     rows = [
         (group["name"], _say_size(group), _accuracy_of(group), *(_mean(group, name) for name in columns))
         for group in facts["groups"]

@@ -45,7 +45,7 @@ def plot_class_comparison(
     class_names: Sequence[str],
     *,
     nulls: Mapping[str, float] | None = None,
-    group_by: str | None = "target",
+    classes_by: str | None = "target",
     group_noun: str | None = None,
     context: str = "",
     save_path: str | PathLike[str] | None = None,
@@ -63,7 +63,7 @@ def plot_class_comparison(
         A name for each class.
     nulls
         By title, the mean alignment between different samples, what habit alone gives.
-    group_by
+    classes_by
         What the classes are: ``"target"`` (true class), ``"prediction"`` (predicted class) or None (no classes).
     group_noun
         What the intervals are by, such as ``"patients"``; None: by sample.
@@ -77,7 +77,7 @@ def plot_class_comparison(
     ShapeError
         If a number does not have as many groups as there are classes, or two outcomes.
     SettingError
-        If there is no number, or ``group_by`` or the suffix of ``save_path`` is not one.
+        If there is no number, or ``classes_by`` or the suffix of ``save_path`` is not one.
 
     Examples
     --------
@@ -92,7 +92,7 @@ def plot_class_comparison(
         raise SettingError("At least one quantity is needed; got none.")
     require_groups(quantities, class_names)
     names = [*class_names, *OUTCOMES]
-    page = Page(f"Mean{per_group(group_by)} and outcome, with its {interval_by(group_noun)}", context)
+    page = Page(f"Mean{per_group(classes_by)} and outcome, with its {interval_by(group_noun)}", context)
     panels = []
     for title, (classes, outcomes) in quantities.items():
         groups = [*classes, *outcomes]

@@ -95,7 +95,7 @@ def plot_class_attention(
     direction: str,
     query_axis: TokenAxis | None = None,
     key_axis: TokenAxis | None = None,
-    group_by: str | None = "target",
+    classes_by: str | None = "target",
     context: str = "",
     save_path: str | PathLike[str] | None = None,
 ) -> Figure:
@@ -121,7 +121,7 @@ def plot_class_attention(
         ``<query>_to_<key>``, e.g. ``eeg_to_spec``.
     query_axis, key_axis
         What the tokens are; None: they are numbered.
-    group_by
+    classes_by
         What the classes are: ``"target"`` (true class), ``"prediction"`` (predicted class) or None (no classes).
     context
         Where the numbers come from, for the title, e.g. ``"val, epoch 3, layer fusion"``.
@@ -133,7 +133,7 @@ def plot_class_attention(
     ShapeError
         If the maps, the counts, the names and the axes do not fit each other.
     SettingError
-        If there is no class, ``direction`` or ``group_by`` is not one, an axis' spans do not ascend, or the
+        If there is no class, ``direction`` or ``classes_by`` is not one, an axis' spans do not ascend, or the
         suffix of ``save_path`` is not one that matplotlib can write.
 
     Examples
@@ -158,7 +158,7 @@ def plot_class_attention(
     width, height = 4.0 / columns, min(max(down.height, 0.95), 3.0)
     asks = wrap(down.title, rows * height, SMALL)
     left = MARGIN + LINE * len(asks.splitlines()) + down.room("y", height)
-    page = Page(f"Mean attention {arrow(sides)}{per_group(group_by)}", context)
+    page = Page(f"Mean attention {arrow(sides)}{per_group(classes_by)}", context)
     if keys == 1:
         page.write(f"These maps are of {SINGLE_KEY}.")
     # A class name is no formula, whatever dollars are in it.
@@ -196,7 +196,7 @@ def plot_head_entropy(
     counts: ArrayLike,
     class_names: Sequence[str],
     *,
-    group_by: str | None = "target",
+    classes_by: str | None = "target",
     context: str = "",
     save_path: str | PathLike[str] | None = None,
 ) -> Figure:
@@ -211,7 +211,7 @@ def plot_head_entropy(
         ``(classes,)`` number of samples of each class.
     class_names
         A name for each class.
-    group_by
+    classes_by
         What the classes are: ``"target"`` (true class), ``"prediction"`` (predicted class) or None (no classes).
     context
         Where the numbers come from, for the title, e.g. ``"val, epoch 3, layer fusion"``.
@@ -223,7 +223,7 @@ def plot_head_entropy(
     ShapeError
         If the arrays and the names do not fit each other.
     SettingError
-        If there is no class or no direction, or a direction, ``group_by`` or the suffix of ``save_path`` is not one.
+        If there is no class or no direction, or a direction, ``classes_by`` or the suffix of ``save_path`` is not one.
 
     Examples
     --------
@@ -241,7 +241,7 @@ def plot_head_entropy(
         for name, values in entropy.items()
     }
     rows = RowNames.of(class_names, [f"n={int(n)}" for n in samples])
-    page = Page(f"Attention entropy of each head{per_group(group_by)}", context)
+    page = Page(f"Attention entropy of each head{per_group(classes_by)}", context)
     scale = Normalize(0.0, 1.0)
     for direction, values in panels.items():
         (ax,) = page.row(rows.height, left=rows.left, above=0.24, below=NUMBERS + LINE)
@@ -269,7 +269,7 @@ def plot_outcome_alignment(
     class_names: Sequence[str],
     *,
     null: float = math.nan,
-    group_by: str | None = "target",
+    classes_by: str | None = "target",
     group_noun: str | None = None,
     context: str = "",
     save_path: str | PathLike[str] | None = None,
@@ -293,7 +293,7 @@ def plot_outcome_alignment(
         A name for each class.
     null
         Mean alignment between different samples, what habit alone gives; NaN: not known, and not drawn.
-    group_by
+    classes_by
         What the classes are: ``"target"`` (true class), ``"prediction"`` (predicted class) or None (no classes).
     group_noun
         What the intervals are by, such as ``"patients"``; None: by sample.
@@ -307,7 +307,7 @@ def plot_outcome_alignment(
     ShapeError
         If the arrays and the names do not fit each other.
     SettingError
-        If there is no class, or ``group_by`` or the suffix of ``save_path`` is not one.
+        If there is no class, or ``classes_by`` or the suffix of ``save_path`` is not one.
 
     Examples
     --------
@@ -331,7 +331,7 @@ def plot_outcome_alignment(
     page.write(_claim(*auroc, group_noun))
     (above,) = page.row(1.7, left=rows.left, above=0.08)
     page.skip(0.12)
-    page.write(f"Mean{per_group(group_by)}, with its {interval_by(group_noun)} (correct/incorrect samples)")
+    page.write(f"Mean{per_group(classes_by)}, with its {interval_by(group_noun)} (correct/incorrect samples)")
     (below,) = page.row(1.2 * rows.height, left=rows.left, above=0.04, below=NUMBERS + LINE)
     for ax in (above, below):
         ax.grid(axis="x", color="0.9")
@@ -406,11 +406,11 @@ LOOKS = {
 }
 
 
-def per_group(group_by: str | None) -> str:
+def per_group(classes_by: str | None) -> str:
     """End a title with what the classes are."""
-    if group_by not in _GROUPS:
-        raise SettingError(f"'group_by' must be one of 'target', 'prediction', None; got '{group_by}'.")
-    return _GROUPS[group_by]
+    if classes_by not in _GROUPS:
+        raise SettingError(f"'classes_by' must be one of 'target', 'prediction', None; got '{classes_by}'.")
+    return _GROUPS[classes_by]
 
 
 def interval_by(group_noun: str | None) -> str:

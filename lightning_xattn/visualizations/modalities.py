@@ -68,7 +68,7 @@ def plot_conflict(
     x = as_array("confidence", confidence, samples=len(y))
     right = as_array("correct", correct, samples=len(y)) > 0
     page = Page("Conflict against confidence, errors marked", context)
-    words = {"confidence": "confidence of the prediction", "conflict": "conflict of the readings"}
+    words = {"confidence": "confidence of the prediction", "conflict": "conflict of the probes"}
     for name in words:
         page.write((claims or {}).get(name, ""))
     (ax,) = page.row(3.1, left=BESIDE + LINE, above=0.08, below=NUMBERS + LINE)
@@ -97,7 +97,7 @@ def plot_contribution_shares(
     shares: Mapping[str, tuple[Sequence[Mean], Sequence[Mean]]],
     class_names: Sequence[str],
     *,
-    group_by: str | None = "target",
+    classes_by: str | None = "target",
     group_noun: str | None = None,
     context: str = "",
     save_path: str | PathLike[str] | None = None,
@@ -108,7 +108,7 @@ def plot_contribution_shares(
     ----------
     shares
         For each modality a group per class, and the groups of correct and of incorrect predictions.
-    class_names, group_by, group_noun, context, save_path
+    class_names, classes_by, group_noun, context, save_path
         As in ``plot_class_comparison``.
 
     Raises
@@ -116,7 +116,7 @@ def plot_contribution_shares(
     ShapeError
         If a modality does not have as many groups as there are classes, or two outcomes.
     SettingError
-        If there is no modality or more than four, or ``group_by`` or the suffix of ``save_path`` is not one.
+        If there is no modality or more than four, or ``classes_by`` or the suffix of ``save_path`` is not one.
 
     Examples
     --------
@@ -132,7 +132,7 @@ def plot_contribution_shares(
     names = [*class_names, *OUTCOMES]
     groups = [*next(iter(shares.values()))[0], *next(iter(shares.values()))[1]]
     rows = RowNames.of(names, [f"n={say_count(one)}" for one in groups])
-    title = f"What each modality contributes{per_group(group_by)} and outcome, with its {interval_by(group_noun)}"
+    title = f"What each modality contributes{per_group(classes_by)} and outcome, with its {interval_by(group_noun)}"
     page, thick = Page(title, context), 0.8 / len(shares)
     height = max(rows.row_height, 0.11 * len(shares) + 0.08) * len(names)
     (ax,) = page.row(height, left=rows.left, above=0.05, below=NUMBERS + 2 * LINE)
@@ -242,10 +242,10 @@ def plot_conflicting_samples(
         title = ", ".join(_short(line, 25) for line in one.title.splitlines())
         left.text(0, top + 0.5, title, va="center", fontsize=SMALL, parse_math=False)
         if not one.contributions:
-            right.text(0.01, top + 1 + len(modalities) / 2, "not exchanged", va="center", fontsize=SMALL, color="0.35")
+            right.text(0.01, top + 1 + len(modalities) / 2, "not permuted", va="center", fontsize=SMALL, color="0.35")
     right.patch.set_visible(False)
     left.set(xlim=(0, 1.75), xticks=[0, 0.5, 1])
-    left.set_xlabel("says: class and\nprobability of its reading", fontsize=SMALL, labelpad=1)
+    left.set_xlabel("says: class and\nprobability of its probe", fontsize=SMALL, labelpad=1)
     right.set_xlabel("carries: contribution\nto the probability", fontsize=SMALL, labelpad=1)
     right.axvline(0, color="0.3", linewidth=0.8)
     right.xaxis.set_major_locator(MaxNLocator(3))

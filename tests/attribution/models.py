@@ -111,9 +111,9 @@ def trained(fusion, data, epochs=60):
 
 
 def watch_of(module, data, batch_size=16, order=None, **settings):
-    watch = AttentionExplainabilityCallback(**{"sample_ids": sample_ids} | settings)
-    quiet_trainer(callbacks=[watch]).validate(module, loader_of(data, batch_size, order), verbose=False)
-    return watch
+    callback = AttentionExplainabilityCallback(**{"sample_ids": sample_ids} | settings)
+    quiet_trainer(callbacks=[callback]).validate(module, loader_of(data, batch_size, order), verbose=False)
+    return callback
 
 
 def summary_of(module, data, **settings):

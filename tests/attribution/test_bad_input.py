@@ -11,10 +11,20 @@ from torchmetrics import MeanMetric
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.attribution.kept_samples import Collected
-from lightning_xattn.attribution.recorder import FusionInputs
-from lightning_xattn.attribution.replay import Spoken
+from lightning_xattn.attribution.recorder import FusionRecord
+from lightning_xattn.attribution.replay import ModelOutput
 from lightning_xattn.core.errors import XAttnWarning
-from tests.attribution.models import NAMED, Concatenation, Fusion, Sum, TwoStreams, said_data, summary_of, trained, watch_of
+from tests.attribution.models import (
+    NAMED,
+    Concatenation,
+    Fusion,
+    Sum,
+    TwoStreams,
+    said_data,
+    summary_of,
+    trained,
+    watch_of,
+)
 from tests.toy import quiet_trainer
 
 DATA, _ = said_data(160)
@@ -150,11 +160,11 @@ def test_contributions_to_a_value_have_a_size_and_no_share():
     with torch.no_grad():
         module.head.weight[:, 12:] *= 0.05
     with pytest.warns(XAttnWarning):  # that there are no classes
-        watch = watch_of(module, DATA, **NAMED)
-    summary = watch.fusion_summaries["val"]
+        callback = watch_of(module, DATA, **NAMED)
+    summary = callback.fusion_summaries["val"]
     size = {name: float(summary.numbers[f"phi/{name}"].abs().nanmean()) for name in ("left", "right")}
     assert size["left"] > 3 * size["right"]
-    record = watch.history[0]
+    record = callback.history[0]
     assert {name: record[f"contribution/size/{name}"] for name in size} == pytest.approx(size)
     told = [name for name in record if name.startswith("contribution/") and "size" not in name]
     assert told == ["contribution/interaction"]
@@ -214,13 +224,13 @@ def test_each_two_of_three_modalities_have_an_interaction():
 
     x = torch.randn(96, 3, 2, generator=torch.Generator().manual_seed(0))
     target = (3 * x[:, 1, 0] * x[:, 2, 0] > x[:, 0, 0]).long()
-    watch = AttentionExplainabilityCallback(fusion="fusion", modalities={"a": 0, "b": 1, "c": 2})
-    quiet_trainer(callbacks=[watch]).validate(Streams(), DataLoader(TensorDataset(x, target), 32), verbose=False)
-    numbers = watch.fusion_summaries["val"].numbers
+    callback = AttentionExplainabilityCallback(fusion="fusion", modalities={"a": 0, "b": 1, "c": 2})
+    quiet_trainer(callbacks=[callback]).validate(Streams(), DataLoader(TensorDataset(x, target), 32), verbose=False)
+    numbers = callback.fusion_summaries["val"].numbers
     assert numbers["interaction/a_b"].abs().max() < 1e-5
     assert numbers["interaction/a_c"].abs().max() < 1e-5
     assert numbers["interaction/b_c"].abs().mean() > 0.5
-    assert {"contribution/interaction/a_b", "contribution/interaction/b_c"} <= set(watch.history[0])
+    assert {"contribution/interaction/a_b", "contribution/interaction/b_c"} <= set(callback.history[0])
 
 
 def test_a_class_that_the_model_rules_out_does_not_end_contributions():
@@ -258,11 +268,11 @@ def test_tokens_of_many_lengths_are_kept_of_no_more_samples_than_are_exchanged()
     generator = torch.Generator().manual_seed(0)
     for i in range(200):
         tokens = torch.zeros(4, 2 + i % 20, 3)
-        inputs = FusionInputs({"a": (tokens, None)}, {"a": [tokens]}, Spoken(torch.zeros(4, 2), torch.zeros(4, 2)))
+        inputs = FusionRecord({"a": (tokens, None)}, {"a": [tokens]}, ModelOutput(torch.zeros(4, 2), torch.zeros(4, 2)))
         keys = torch.randint(2**40, (4,), generator=generator)
         facts = {name: torch.arange(4) for name in ("process", "sample_idx")}
         collected.add(inputs, keys, None, None, facts, {})
-        assert sum(map(len, collected._exchanged.values())) <= 4 * 8 + 4
+        assert sum(map(len, collected._permuted.values())) <= 4 * 8 + 4
     part = collected.part()
-    kept = torch.cat([rows["hash"] for rows in part.geometries]).sort().values
+    kept = torch.cat([rows["hash"] for rows in part.token_shapes]).sort().values
     assert kept[:8].tolist() == part.rows["hash"][:8].tolist()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_xattn.attribution.bottom_k import NOT_KEPT, Pool, hashed, smallest
+from lightning_xattn.attribution.bottom_k import NOT_KEPT, BottomKSample, hashed, smallest
 
 KEYS = torch.arange(500) * 7 - 1000
 
@@ -40,11 +40,11 @@ def test_hashes_are_even_and_differ_by_salt():
 def test_any_order_and_any_batches_keep_the_same(batch_size):
     expected = KEYS[hashed(KEYS, 0).argsort()[:60]]
     shuffled = KEYS[torch.randperm(500, generator=torch.Generator().manual_seed(batch_size))]
-    pool = Pool(60)
+    pool = BottomKSample(60)
     for batch in shuffled.split(batch_size):
         pool.add(rows_of(batch))
     assert torch.equal(pool.settled()["key"], expected)
-    parts = [Pool(60), Pool(60)]
+    parts = [BottomKSample(60), BottomKSample(60)]
     for i, batch in enumerate(shuffled.split(batch_size)):
         parts[i % 2].add(rows_of(batch))
     settled = [one.settled() for one in parts if one.settled() is not None]
@@ -52,7 +52,7 @@ def test_any_order_and_any_batches_keep_the_same(batch_size):
 
 
 def test_memory_is_bounded_and_a_snapshot_stays():
-    pool = Pool(20)
+    pool = BottomKSample(20)
     for batch in KEYS.split(5):
         pool.add(rows_of(batch))
         assert sum(len(part["hash"]) for part in pool._parts) < 45
@@ -64,7 +64,7 @@ def test_memory_is_bounded_and_a_snapshot_stays():
 
 
 def test_rows_that_are_not_to_be_kept_never_are():
-    pool = Pool(20)
+    pool = BottomKSample(20)
     assert pool.settled() is None
     pool.add({"hash": torch.tensor([NOT_KEPT, 3, NOT_KEPT]), "key": torch.arange(3)})
     assert pool.settled()["key"].tolist() == [1]

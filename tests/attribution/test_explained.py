@@ -71,24 +71,24 @@ def test_an_explained_folder_is_gone_on_with(tmp_path):
 def test_the_table_has_what_is_said_of_each_sample(tmp_path):
     data, _ = said_data(150)
     module = trained(None, data, epochs=5)
-    watch = watch_of(module, data, table=tmp_path, contribution_samples=64)
+    callback = watch_of(module, data, table=tmp_path, contribution_samples=64)
     frame = pd.read_parquet(tmp_path).set_index("sample_id")
-    summary = watch.fusion_summaries["val"]
+    summary = callback.fusion_summaries["val"]
     ids = {int(one): str(int(sample)) for sample, one in zip(data.tensors[3], hashed(data.tensors[3], 0), strict=True)}
     rows = frame.loc[[ids[int(one)] for one in summary.rows["hash"]]]
-    names = {"conflict": "conflict", "lean": "lean", "untapped": "untapped"}
+    names = {"conflict": "conflict", "support_difference": "support_difference", "probe_right": "probe_right"}
     names |= {f"contribution_{name}": f"phi/{name}" for name in ("left", "right")}
     names |= {f"contribution_{name}": name for name in ("interaction", "opposed", "followed")}
     for column, number in names.items():
         np.testing.assert_allclose(rows[column], summary.numbers[number], rtol=1e-5, atol=1e-6, err_msg=column)
     assert rows["contribution_left"].notna().sum() == 64
-    for name, reading in summary.readings.items():
-        assert rows[f"reading_{name}"].tolist() == reading.argmax(1).tolist()
-        np.testing.assert_allclose(rows[f"reading_{name}_probability"], reading.amax(1), rtol=1e-5)
+    for name, probe in summary.probes.items():
+        assert rows[f"probe_{name}"].tolist() == probe.argmax(1).tolist()
+        np.testing.assert_allclose(rows[f"probe_{name}_probability"], probe.amax(1), rtol=1e-5)
     few = TensorDataset(*(one[:30] for one in data.tensors))
     watch_of(module, few, table=tmp_path / "few")
     unread = pd.read_parquet(tmp_path / "few")
-    assert unread[["conflict", "lean", "reading_left", "reading_left_probability"]].isna().all(axis=None)
+    assert unread[["conflict", "support_difference", "reading_left", "reading_left_probability"]].isna().all(axis=None)
     assert unread["contribution_left"].notna().all()
     both = duckdb.sql(f"select count(conflict), count(*) from read_parquet('{tmp_path}/**/*.parquet')").fetchall()
     assert both == [(150, 180)]

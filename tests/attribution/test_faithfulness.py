@@ -265,7 +265,7 @@ def test_zero_is_never(infos):
 def test_it_takes_128_samples(infos):
     summary = summary_of(Gazer(), marked_data(127))
     assert math.isnan(summary.faithfulness(THERE).mean)
-    assert summary.unfaithful(THERE) == "it takes 128 samples, and 127 were exchanged"
+    assert summary.unfaithful(THERE) == "it takes 128 samples, and 127 were permuted"
     told = f"The faithfulness of the attention {THERE} and {BACK} cannot be told: it takes 128 samples"
     assert infos.text.count(told) == 1
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.core.errors import DiscoveryError, SettingError, XAttnWarning
-from tests.capture.models import Fusing
 from tests.attribution.models import Concatenation, Fusion, TwoStreams, loader_of, said_data
+from tests.capture.models import Fusing
 from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_loader
 
@@ -126,7 +126,7 @@ def test_a_model_without_attention_needs_a_name():
     assert summary.estimate("right/left").mean > 0.9
     assert not summary.uncontributed
     assert watch.summaries == {}
-    assert watch.history[0]["reading/left"] == pytest.approx(summary.estimate("right/left").mean)
+    assert watch.history[0]["probe/left"] == pytest.approx(summary.estimate("right/left").mean)
 
 
 def test_a_named_fusion_whose_arguments_only_attention_would_tell():

@@ -28,8 +28,8 @@ def geometry_of(keys, tokens):
 def part_of(keys, is_partial=False, left_out=0):
     """One process's part; odd samples have more tokens than even ones."""
     by_tokens = [(keys[keys % 2 == odd], tokens) for odd, tokens in ((0, SHORT), (1, LONG))]
-    geometries = tuple(geometry_of(some, tokens) for some, tokens in by_tokens if len(some))
-    return FusionPart(("a", "b"), rows_of(keys), geometries, "patients", is_partial, left_out)
+    token_shapes = tuple(geometry_of(some, tokens) for some, tokens in by_tokens if len(some))
+    return FusionPart(("a", "b"), rows_of(keys), token_shapes, "patients", is_partial, left_out)
 
 
 def in_order(keys):
@@ -47,12 +47,12 @@ def assert_same(columns, expected):
 
 @pytest.mark.parametrize("sizes", [(100, 100), (20, 7), (1, 1)])
 def test_parts_of_several_processes_are_that_of_one(sizes):
-    """The second has even samples alone, so that geometries do not stand in the same places."""
+    """The second has even samples alone, so that token_shapes do not stand in the same places."""
     parts = [KEYS[:20], KEYS[20:40:2], torch.cat([KEYS[21:40:2], KEYS[40:]])]
     merged = merge_parts([part_of(keys) for keys in parts], sizes)
     assert_same(merged.rows, rows_of(in_order(KEYS)[: sizes[0]]))
-    assert len(merged.geometries) == 2
-    for found, odd, tokens in zip(merged.geometries, (0, 1), (SHORT, LONG), strict=True):
+    assert len(merged.token_shapes) == 2
+    for found, odd, tokens in zip(merged.token_shapes, (0, 1), (SHORT, LONG), strict=True):
         assert_same(found, geometry_of(in_order(KEYS[odd::2])[: sizes[1]], tokens))
     assert (merged.modalities, merged.group_noun) == (("a", "b"), "patients")
     assert (merged.is_partial, merged.left_out) == (False, 0)
@@ -77,9 +77,9 @@ def test_a_part_without_labels_keeps_everything_else():
     confidence = bare.rows.pop("confidence")
     assert confidence.isnan().all()
     assert_same(bare.rows, {name: one for name, one in part.rows.items() if name != "confidence"} | unknown)
-    assert bare.geometries is part.geometries
+    assert bare.token_shapes is part.token_shapes
     assert (bare.left_out, bare.group_noun, bare.modalities) == (4, "patients", ("a", "b"))
     moved = part.cpu()
     assert_same(moved.rows, part.rows)
-    for ours, theirs in zip(moved.geometries, part.geometries, strict=True):
+    for ours, theirs in zip(moved.token_shapes, part.token_shapes, strict=True):
         assert_same(ours, theirs)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.attribution.contribution import _Jobs, _replay_jobs
-from lightning_xattn.attribution.replay import ReplayError, Spoken
+from lightning_xattn.attribution.replay import ModelOutput, ReplayError
 from tests.attribution.models import WIDTH, Concatenation, TwoStreams, loader_of, said_data
 from tests.toy import count_global_hooks, count_hooks, quiet_trainer
 
@@ -18,9 +18,9 @@ DATA, _ = said_data(40)
 
 def look(module, data=DATA, batch_size=16, trainer=None, **settings):
     """The only summary of a validation."""
-    watch = AttentionExplainabilityCallback(**settings)
-    quiet_trainer(callbacks=[watch], **(trainer or {})).validate(module, loader_of(data, batch_size), verbose=False)
-    return watch.fusion_summaries["val"]
+    callback = AttentionExplainabilityCallback(**settings)
+    quiet_trainer(callbacks=[callback], **(trainer or {})).validate(module, loader_of(data, batch_size), verbose=False)
+    return callback.fusion_summaries["val"]
 
 
 class Busy(TwoStreams):
@@ -58,9 +58,9 @@ def test_training_is_bit_for_bit_what_it_is_without(trainer):
         return module, noted, logged, torch.get_rng_state()
 
     plain, notes, metrics, state = run([])
-    watch = AttentionExplainabilityCallback(faithfulness_every_n_epochs=1)
-    watched, others, logged, after = run([watch])
-    summary = watch.fusion_summaries["val"]
+    callback = AttentionExplainabilityCallback(faithfulness_every_n_epochs=1)
+    watched, others, logged, after = run([callback])
+    summary = callback.fusion_summaries["val"]
     assert not summary.uncontributed
     assert [(one.problem, one.without_reference) for one in summary.replaced.values()] == [("", "")] * 2
     assert len(notes) == len(others)
@@ -108,10 +108,10 @@ def test_without_contributions_nothing_runs_again():
             return super().forward(left, right)
 
     RUNS.clear()
-    watch = AttentionExplainabilityCallback(contribution_samples=0)
-    quiet_trainer(callbacks=[watch]).validate(Counted(), loader_of(DATA), verbose=False)
+    callback = AttentionExplainabilityCallback(contribution_samples=0)
+    quiet_trainer(callbacks=[callback]).validate(Counted(), loader_of(DATA), verbose=False)
     assert RUNS == [16, 16, 8]
-    assert watch.fusion_summaries["val"].uncontributed == "contribution_samples is 0"
+    assert callback.fusion_summaries["val"].uncontributed == "contribution_samples is 0"
 
 
 class Bypassed(TwoStreams):
@@ -246,11 +246,11 @@ def test_two_callbacks_do_not_see_each_others_replays():
     module = TwoStreams()
     alone = AttentionExplainabilityCallback()
     quiet_trainer(callbacks=[alone]).validate(module, loader_of(DATA), verbose=False)
-    both = [AttentionExplainabilityCallback(), AttentionExplainabilityCallback(group_by="prediction")]
+    both = [AttentionExplainabilityCallback(), AttentionExplainabilityCallback(classes_by="prediction")]
     quiet_trainer(callbacks=both).validate(module, loader_of(DATA), verbose=False)
     expected = alone.fusion_summaries["val"]
-    for watch in both:
-        (summary,) = watch.fusion_summaries.values()
+    for callback in both:
+        (summary,) = callback.fusion_summaries.values()
         assert torch.equal(summary.numbers["phi/left"], expected.numbers["phi/left"])
 
 
@@ -271,14 +271,14 @@ def test_intact_pairs_must_give_their_logits_back_within_rounding(precision, off
     again = logits + off * torch.tensor([1.0, -1.0])
     assert float((again.softmax(1) - logits.softmax(1)).abs().max()) < 1e-6
     source = SimpleNamespace(
-        spoken=Spoken(logits.softmax(1), logits), batches=lambda places, sources: [(sources[0], sources)]
+        model_output=ModelOutput(logits.softmax(1), logits), batches=lambda places, sources: [(sources[0], sources)]
     )
 
     class Replays:
         skips = True
 
         def __call__(self, sources):
-            return Spoken(again[sources[0]].softmax(1), again[sources[0]])
+            return ModelOutput(again[sources[0]].softmax(1), again[sources[0]])
 
     replay = Replays()
     replay.precision = precision

@@ -78,7 +78,7 @@ def test_curves_are_the_references_numbers(need_weights):
 def test_grouping_by_prediction():
     torch.manual_seed(0)
     module = ToyModule()
-    logged = validate(module, AttentionExplainabilityCallback(group_by="prediction", curves="all"))
+    logged = validate(module, AttentionExplainabilityCallback(classes_by="prediction", curves="all"))
     there, back, predicted, _ = record_all(module, toy_data())
     alignment = np.array([reference.alignment(there[b], back[b]) for b in range(len(there))])
     for c in range(CLASSES):
@@ -530,7 +530,7 @@ def test_sample_ids_that_are_named_must_be_there():
 def test_a_checkpoint_knows_the_callback_however_its_folder_is_given(tmp_path):
     keys = {AttentionExplainabilityCallback(table=one).state_key for one in (tmp_path, str(tmp_path))}
     assert len(keys) == 1
-    assert len({AttentionExplainabilityCallback(group_by=one).state_key for one in ("target", "prediction")}) == 2
+    assert len({AttentionExplainabilityCallback(classes_by=one).state_key for one in ("target", "prediction")}) == 2
 
 
 def test_after_a_run_the_module_is_let_go_of():

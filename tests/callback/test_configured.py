@@ -13,7 +13,7 @@ from tests.toy import ToyModule, toy_loader
 SETTINGS = {
     "attention": {"audio_to_text": "audio_to_text_attn", "text_to_audio": "text_to_audio_attn"},
     "class_names": ["a", "b", "c", "d"],
-    "group_by": "prediction",
+    "classes_by": "prediction",
     "predictions": None,
     "targets": "labels",
     "sample_ids": "ids",

@@ -32,12 +32,12 @@ def test_the_best_epoch_is_that_of_the_most_correct_predictions():
     fit = [
         record(5, 0.5, **{"alignment/all": 0.2}),
         record(10, 0.75, **{"alignment/all": 0.3, "outcome/conflict_auroc": 0.6, "outcome/conflict_auroc_low": 0.5})
-        | {"reading/eeg": 0.8, "reading/eeg_low": 0.7, "contribution/share/eeg_high": 0.9},
+        | {"probe/eeg": 0.8, "probe/eeg_low": 0.7, "contribution/share/eeg_high": 0.9},
         record(15, 0.75, **{"alignment/all": 0.4}),
         record(15, 1.0, "test", **{"alignment/all": 0.5}),
     ]
     expected = {"xattn_best/accuracy": 0.75, "xattn_best/alignment/all": 0.3, "xattn_best/outcome/conflict_auroc": 0.6}
-    expected["xattn_best/reading/eeg"] = 0.8
+    expected["xattn_best/probe/eeg"] = 0.8
     assert best_epoch(fit) == expected
     assert best_epoch([{"stage": "val", "step": 5, "alignment/all": 0.2}]) == {}
 
@@ -193,7 +193,7 @@ def test_where_an_interval_leaves_the_panel_an_arrow_says_so():
         record(epoch, **numbers, **{"conflict/correct_high": high}) for epoch, high in enumerate((0.95, 1.2, 1.4))
     ]
     figure = overview_figure(records, "val")
-    panel = next(panel for panel in figure.axes if panel.get_title() == "conflict of the readings")
+    panel = next(panel for panel in figure.axes if panel.get_title() == "conflict of the probes")
     (arrow,) = [line for line in panel.lines if line.get_marker() == CARETUP]
     top = panel.get_ylim()[1]
     assert (arrow.get_xdata().tolist(), arrow.get_ydata().tolist()) == ([1, 2], [top, top])

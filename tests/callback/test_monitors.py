@@ -41,21 +41,21 @@ class Sure(ToyModule):
 def fit(module, *callbacks, loader=None, settings=(), **of_trainer):
     torch.manual_seed(0)
     names = Names()
-    watch = AttentionExplainabilityCallback(**{"figures_every_n_epochs": 0} | dict(settings))
-    of_trainer = {"max_epochs": 2, "callbacks": [watch, names, *callbacks], "num_sanity_val_steps": 0} | of_trainer
+    callback = AttentionExplainabilityCallback(**{"figures_every_n_epochs": 0} | dict(settings))
+    of_trainer = {"max_epochs": 2, "callbacks": [callback, names, *callbacks], "num_sanity_val_steps": 0} | of_trainer
     of_trainer |= {"enable_checkpointing": any(isinstance(one, ModelCheckpoint) for one in callbacks)}
     trainer = quiet_trainer(**of_trainer)
     trainer.fit(module, toy_loader(), loader or toy_loader(seed=1))
-    return trainer, watch, names.seen
+    return trainer, callback, names.seen
 
 
 def test_a_curve_that_is_undefined_in_an_epoch_is_nan_and_not_missing(tmp_path):
-    trainer, watch, seen = fit(Sure(), ModelCheckpoint(tmp_path, monitor=SHARE, mode="max"))
+    trainer, callback, seen = fit(Sure(), ModelCheckpoint(tmp_path, monitor=SHARE, mode="max"))
     assert trainer.current_epoch == 2
     assert list(seen[0]) == list(seen[1])
     assert math.isnan(seen[0][SHARE])
     assert math.isfinite(seen[1][SHARE])
-    assert ["contribution/share/audio" in record for record in watch.history] == [False, True]
+    assert ["contribution/share/audio" in record for record in callback.history] == [False, True]
 
 
 def only(dataset, chosen):
@@ -76,12 +76,12 @@ def test_the_names_are_the_same_whatever_an_epoch_has(tmp_path):
         def training_step(self, batch, _):
             return 0 * self._loss(batch)
 
-    names, watch = Names(), AttentionExplainabilityCallback(figures_every_n_epochs=0, curves="all")
+    names, callback = Names(), AttentionExplainabilityCallback(figures_every_n_epochs=0, curves="all")
     trainer = quiet_trainer(
-        max_epochs=4, callbacks=[watch, names], reload_dataloaders_every_n_epochs=1, num_sanity_val_steps=0
+        max_epochs=4, callbacks=[callback, names], reload_dataloaders_every_n_epochs=1, num_sanity_val_steps=0
     )
     trainer.fit(Changing(), toy_loader())
-    assert [record["samples"] for record in watch.history][::3] == [23, 1]
+    assert [record["samples"] for record in callback.history][::3] == [23, 1]
     assert all(list(one) == list(names.seen[0]) for one in names.seen)
     whole = names.seen[0]
     assert math.isfinite(whole["xattn_alignment/val/incorrect"])
@@ -109,12 +109,12 @@ class Silent(ToyModule):
 
 def test_what_is_monitored_is_nan_where_nothing_is_known_yet(tmp_path):
     with pytest.warns(XAttnWarning) as caught:
-        trainer, watch, seen = fit(Silent(), ModelCheckpoint(tmp_path, monitor=ALIGNMENT, mode="max"))
+        trainer, callback, seen = fit(Silent(), ModelCheckpoint(tmp_path, monitor=ALIGNMENT, mode="max"))
     told = [str(one.message) for one in caught if one.category is XAttnWarning]
     assert any(tell_of(one, "ModelCheckpoint", ALIGNMENT, "logged as NaN") for one in told)
     assert trainer.current_epoch == 2
     assert (math.isnan(seen[0][ALIGNMENT]), math.isfinite(seen[1][ALIGNMENT])) == (True, True)
-    assert trainer.checkpoint_callback.best_model_score == pytest.approx(watch.history[0]["alignment/all"], abs=1e-6)
+    assert trainer.checkpoint_callback.best_model_score == pytest.approx(callback.history[0]["alignment/all"], abs=1e-6)
 
 
 def tell_of(message, *facts):
@@ -131,17 +131,17 @@ def test_a_name_that_no_curve_has_is_nan_and_told_with_those_that_there_are(tmp_
 
 def test_a_monitored_curve_is_logged_though_it_is_none_of_the_main_ones(tmp_path):
     name = "xattn_alignment/val/gap"
-    _, watch, seen = fit(ToyModule(), ModelCheckpoint(tmp_path, monitor=name, mode="max"))
-    assert [one[name] for one in seen] == pytest.approx([one["alignment/gap"] for one in watch.history], abs=1e-6)
+    _, callback, seen = fit(ToyModule(), ModelCheckpoint(tmp_path, monitor=name, mode="max"))
+    assert [one[name] for one in seen] == pytest.approx([one["alignment/gap"] for one in callback.history], abs=1e-6)
 
 
 def test_a_fit_that_goes_on_between_two_recorded_epochs_has_the_monitored_name(tmp_path):
     first, _, _ = fit(ToyModule(), settings={"every_n_epochs": 2}, max_epochs=1)
     first.save_checkpoint(tmp_path / "first.ckpt")
-    names, watch = Names(), AttentionExplainabilityCallback(figures_every_n_epochs=0, every_n_epochs=2)
+    names, callback = Names(), AttentionExplainabilityCallback(figures_every_n_epochs=0, every_n_epochs=2)
     best = ModelCheckpoint(tmp_path / "best", monitor=ALIGNMENT, mode="max")
     trainer = quiet_trainer(
-        max_epochs=3, callbacks=[watch, names, best], enable_checkpointing=True, num_sanity_val_steps=0
+        max_epochs=3, callbacks=[callback, names, best], enable_checkpointing=True, num_sanity_val_steps=0
     )
     with pytest.warns(XAttnWarning, match="every_n_epochs=1"):
         trainer.fit(ToyModule(), toy_loader(), toy_loader(), ckpt_path=tmp_path / "first.ckpt")
@@ -226,11 +226,11 @@ class Swaps(Callback):
 @pytest.mark.parametrize("make", [averaging, Swaps])
 @pytest.mark.parametrize("comes_first", [True, False])
 def test_averages_of_weights_come_after(make, comes_first, recwarn, infos):
-    other, watch = make(), AttentionExplainabilityCallback(figures_every_n_epochs=0)
-    callbacks = [other, watch] if comes_first else [watch, other]
+    other, callback = make(), AttentionExplainabilityCallback(figures_every_n_epochs=0)
+    callbacks = [other, callback] if comes_first else [callback, other]
     name, settings = type(other).__name__, {"max_epochs": 1, "num_sanity_val_steps": 0}
     quiet_trainer(callbacks=callbacks, **settings).fit(ToyModule(), toy_loader(), toy_loader(seed=1))
-    (record,) = watch.history
+    (record,) = callback.history
     order = f"callbacks=[AttentionExplainabilityCallback(...), {name}(...)]"
     told = [str(one.message) for one in recwarn if one.category is XAttnWarning]
     assert [tell_of(one, f"{name} comes before", order) for one in told] == [True] * (comes_first and make is averaging)
@@ -240,7 +240,7 @@ def test_averages_of_weights_come_after(make, comes_first, recwarn, infos):
 
 
 def test_a_regression_has_its_names_in_every_epoch():
-    """Also where nothing could be exchanged."""
+    """Also where nothing could be permuted."""
 
     class Regression(ToyModule):
         def forward(self, audio, text):
@@ -254,10 +254,10 @@ def test_a_regression_has_its_names_in_every_epoch():
             return DataLoader(TensorDataset(audio, text, target / 3 + 0.1), 5)
 
     names = Names()
-    watch = AttentionExplainabilityCallback(figures_every_n_epochs=0)
+    callback = AttentionExplainabilityCallback(figures_every_n_epochs=0)
     audio, text, target = toy_data().tensors
     trainer = quiet_trainer(
-        max_epochs=2, callbacks=[watch, names], reload_dataloaders_every_n_epochs=1, num_sanity_val_steps=0
+        max_epochs=2, callbacks=[callback, names], reload_dataloaders_every_n_epochs=1, num_sanity_val_steps=0
     )
     with pytest.warns(XAttnWarning, match="it is a regression|No targets found"):
         trainer.fit(Regression(), DataLoader(TensorDataset(audio, text, target / 3), 5))

@@ -26,7 +26,7 @@ def test_targets_and_names_that_do_not_fit_fail_in_the_sanity_check():
 
 def test_settings_are_checked_at_once():
     for settings, message in (
-        ({"group_by": "patient"}, "group_by must be one of target, prediction; got 'patient'"),
+        ({"classes_by": "patient"}, "classes_by must be one of target, prediction; got 'patient'"),
         ({"every_n_epochs": 0}, "every_n_epochs must be a whole number >= 1; got 0"),
         ({"figures_every_n_epochs": -1}, "figures_every_n_epochs must be a whole number >= 0; got -1"),
         ({"attention": {"eeg": "fusion"}}, "got 'eeg'"),

@@ -86,11 +86,11 @@ def test_history_survives_saving_resuming_and_a_second_fit(tmp_path):
 
 def test_a_fit_goes_on_with_its_history_where_settings_have_changed(tmp_path):
     """As a table that is wanted from now on, or another schedule; not with one of something else that was measured."""
-    first, second = AttentionExplainabilityCallback(), AttentionExplainabilityCallback(group_by="prediction")
+    first, second = AttentionExplainabilityCallback(), AttentionExplainabilityCallback(classes_by="prediction")
     fit([first, second], max_epochs=2, enable_checkpointing=False).save_checkpoint(tmp_path / "last.ckpt")
     table = AttentionExplainabilityCallback(table=tmp_path / "table", figures_every_n_epochs=0)
-    same = AttentionExplainabilityCallback(group_by="prediction")
-    new = AttentionExplainabilityCallback(every_n_epochs=2, class_names=[*"wxyz"], group_by="prediction")
+    same = AttentionExplainabilityCallback(classes_by="prediction")
+    new = AttentionExplainabilityCallback(every_n_epochs=2, class_names=[*"wxyz"], classes_by="prediction")
     with pytest.warns(UserWarning, match="callbacks used to create the checkpoint need to be provided"):
         fit([table, same, new], ckpt_path=tmp_path / "last.ckpt", max_epochs=3)
     assert_same_records(table.history[:2], first.history)
@@ -119,7 +119,7 @@ def test_callbacks_that_differ_in_a_lambda_alone_stand_beside_each_other():
 
 def test_two_callbacks_log_under_names_of_their_own_and_save_both_histories(tmp_path):
     by_target, by_prediction = (
-        AttentionExplainabilityCallback(group_by=group, class_names=["a", "b", "c", "d"], curves="all")
+        AttentionExplainabilityCallback(classes_by=group, class_names=["a", "b", "c", "d"], curves="all")
         for group in ("target", "prediction")
     )
     trainer = fit([by_target, by_prediction])
@@ -275,7 +275,7 @@ def test_callbacks_that_differ_in_anything_can_share_a_trainer(tmp_path):
 
 
 class CountSynchronisations(TorchDispatchMode):
-    """Counts what would make a GPU wait: reading a value, a shape that depends on values, and copies to the CPU."""
+    """Counts what would make a GPU wait: probe a value, a shape that depends on values, and copies to the CPU."""
 
     WAITING = ("cpu", "numpy", "tolist", "item", "__bool__", "__int__", "__float__", "nonzero")
 

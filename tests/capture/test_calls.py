@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.capture import AttentionRecorder, choose
+from lightning_xattn.capture import AttentionRecorder, discover
 from lightning_xattn.core.errors import DiscoveryError, XAttnWarning
 from tests.capture.models import BATCH, Fusing, Runs, heads, mha, record, record_fusion, softmax, tokens
 from tests.messages import tells
@@ -242,7 +242,7 @@ def test_keys_as_many_as_a_token_is_wide():
 
 
 def test_a_first_step_of_a_large_model_is_left_out_and_said(monkeypatch):
-    monkeypatch.setattr(choose, "BUDGET", 1000)
+    monkeypatch.setattr(discover, "BUDGET", 1000)
     model = Fusing(Runs(two_streams))
     recorder = AttentionRecorder(model)
     with recorder:
@@ -269,12 +269,12 @@ class OneDirection(ToyModule):
 
 @pytest.mark.parametrize("budget", [64 * 2**20, 1000])
 def test_a_trainer_with_a_large_model(budget, monkeypatch):
-    monkeypatch.setattr(choose, "BUDGET", budget)
-    watch = AttentionExplainabilityCallback()
-    trainer = quiet_trainer(callbacks=[watch], num_sanity_val_steps=0)
+    monkeypatch.setattr(discover, "BUDGET", budget)
+    mode = AttentionExplainabilityCallback()
+    trainer = quiet_trainer(callbacks=[mode], num_sanity_val_steps=0)
     if budget == 1000:
         with pytest.warns(XAttnWarning, match=tells("too large", "left out")):
             trainer.validate(OneDirection(), toy_loader(), verbose=False)
     else:
         trainer.validate(OneDirection(), toy_loader(), verbose=False)
-    assert watch.history[0]["samples"] == (23 if budget > 1000 else 18)
+    assert mode.history[0]["samples"] == (23 if budget > 1000 else 18)

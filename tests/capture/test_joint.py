@@ -16,7 +16,7 @@ from lightning_xattn.capture.joint import cut_direction
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.core.errors import DataError, DiscoveryError, SettingError, ShapeError, XAttnWarning
 from lightning_xattn.evaluation.statistics import Column, sample_statistics
-from lightning_xattn.functional import crossing, prepare_rows
+from lightning_xattn.functional import cross_modal_mass, prepare_rows
 from tests import reference
 from tests.capture.models import BATCH, record, tokens
 from tests.messages import tells
@@ -56,14 +56,14 @@ def test_blocks_are_renormalised_and_what_crosses_is_told(padding):
         (pair.backward, range(AUDIO, AUDIO + TEXT), range(AUDIO)),
     ):
         rows, found = prepare_rows(attention), sample_statistics(prepare_rows(attention))
-        shares = crossing(rows)
+        shares = cross_modal_mass(rows)
         for b in range(BATCH):
             block, share = reference.joint_block(whole[b].double().numpy(), queries, keys, real[b])
             assert shares[b].numpy() == pytest.approx(share, abs=1e-5)
             masks = real[b][list(queries)], real[b][list(keys)]
             entropy = reference.row_statistics(block, *masks)["entropy"]
             assert found[Column("entropy", rows.direction)][b].item() == pytest.approx(entropy.mean(), abs=1e-5)
-            assert found[Column("crossing", rows.direction)][b].item() == pytest.approx(share.mean(), abs=1e-5)
+            assert found[Column("cross_modal_mass", rows.direction)][b].item() == pytest.approx(share.mean(), abs=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["slow path", "fast path"])
@@ -92,10 +92,10 @@ def test_a_row_of_which_nothing_crosses_is_left_out_and_is_not_broken():
     with AttentionRecorder(joint, JointSequence("x", {"a": (0, 2), "b": (2, 4)})) as recorder:
         joint.x(weights)
     rows = prepare_rows(recorder.attention[0].forward)
-    assert (attention.crossing < 1e-30).all()
+    assert (attention.cross_modal_mass < 1e-30).all()
     assert not rows.valid.any()
     assert not rows.broken.any()
-    assert crossing(rows).item() == pytest.approx(0, abs=1e-30)
+    assert cross_modal_mass(rows).item() == pytest.approx(0, abs=1e-30)
     assert sample_statistics(rows)[Column.parse("a_to_b/entropy")].isnan().all()
 
 
@@ -104,10 +104,10 @@ def test_what_crosses_in_a_row_that_is_no_attention_is_not_told():
     weights = torch.full((1, 1, 5, 5), 0.2)
     weights[0, 0, 0] *= 1.5
     real = torch.tensor([[True, False, True, True, True]])
-    found = cut_direction(RecordedWeights(weights, key_mask=real), slice(0, 3), slice(3, 5), "x").crossing
+    found = cut_direction(RecordedWeights(weights, key_mask=real), slice(0, 3), slice(3, 5), "x").cross_modal_mass
     torch.testing.assert_close(found, torch.tensor([[[torch.nan, torch.nan, 0.4]]]), equal_nan=True)
     weights = torch.tensor([[0.5, 0.53125, 0], [0.5, 0.546875, 0], [0, 0, 1]]).bfloat16()[None, None]
-    found = cut_direction(RecordedWeights(weights), slice(0, 2), slice(2, 3), "x").crossing
+    found = cut_direction(RecordedWeights(weights), slice(0, 2), slice(2, 3), "x").cross_modal_mass
     torch.testing.assert_close(found, torch.tensor([[[0, torch.nan]]]), equal_nan=True)
 
 
@@ -161,10 +161,10 @@ def test_what_crosses_is_a_curve():
     joint = JointSequence("joint.attend", SPANS)
     logged = validate(JointModule(), AttentionExplainabilityCallback(joint, curves="all"))
     for name in ("audio_to_text", "text_to_audio"):
-        assert 0 < logged[f"xattn_focus/val/{name}/crossing"] < 1
+        assert 0 < logged[f"xattn_focus/val/{name}/cross_modal_mass"] < 1
     assert -1 <= logged["xattn_alignment/val/all"] <= 1
     logged = validate(ToyModule(), AttentionExplainabilityCallback(curves="all"))
-    assert "xattn_focus/val/audio_to_text/crossing" not in logged
+    assert "xattn_focus/val/audio_to_text/cross_modal_mass" not in logged
 
 
 IMAGE = 4
@@ -184,7 +184,7 @@ def test_a_text_as_long_as_the_longest_of_each_batch(spans):
             (pair,) = recorder.attention
             whole = model["attend"](x, x, x, average_attn_weights=False)[1]
         block = whole[:, :, : length - IMAGE, length - IMAGE :]
-        torch.testing.assert_close(pair.forward.crossing, block.sum(-1))
+        torch.testing.assert_close(pair.forward.cross_modal_mass, block.sum(-1))
         torch.testing.assert_close(pair.forward.weights, block / block.sum(-1, keepdim=True))
 
 
@@ -307,16 +307,16 @@ def of_lengths(*lengths, samples=3):
 def test_samples_of_another_length_are_counted_and_in_no_number():
     module, spans = Lengths(), {"text": (0, 5), "image": (5, 9)}
     settings = {"contribution_samples": 0, "figures_every_n_epochs": 0}
-    watch = AttentionExplainabilityCallback(JointSequence("joint.attend", spans), **settings)
-    found = validate(module, watch, of_lengths(9, 12, 9, 11, 9))
+    mode = AttentionExplainabilityCallback(JointSequence("joint.attend", spans), **settings)
+    found = validate(module, mode, of_lengths(9, 12, 9, 11, 9))
     same = AttentionExplainabilityCallback(JointSequence("joint.attend", spans), **settings)
     kept = [batch for batch in of_lengths(9, 12, 9, 11, 9) if batch[0].shape[1] == 9]
     assert found == validate(module, same, torch.utils.data.DataLoader(kept, batch_size=None))
-    (record,), (without,) = watch.history, same.history
+    (record,), (without,) = mode.history, same.history
     assert (record["samples"], record["other_lengths"]) == (11, 8)
     assert (without["samples"], without["other_lengths"]) == (11, 0)
     # Whatever was fitted before, another recorder takes no other length.
-    trainer = quiet_trainer(callbacks=[watch])
+    trainer = quiet_trainer(callbacks=[mode])
     with pytest.raises(ShapeError, match=tells("'joint.attend'", "12 tokens", "for 9")):
         trainer.test(module, of_lengths(12, 9), verbose=False)
 

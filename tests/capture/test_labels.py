@@ -440,10 +440,10 @@ class Several(ToyModule):
         return {"logits": self(batch)}
 
 
-def assert_no_classes(watch):
+def assert_no_classes(mode):
     """Nothing of a softmax: no prediction, confidence, accuracy, probe of classes or contribution."""
-    (record,), summary, fusion = watch.history, watch.summaries["val"], watch.fusion_summaries["val"]
-    assert not {"accuracy", "reading/audio", "contribution/share/audio", "outcome/confidence_auroc"} & set(record)
+    (record,), summary, fusion = mode.history, mode.summaries["val"], mode.fusion_summaries["val"]
+    assert not {"accuracy", "probe/audio", "contribution/share/audio", "outcome/confidence_auroc"} & set(record)
     assert record["uncontributed"] == "the targets are several labels at once, so no one class is predicted"
     assert summary.count(CONFIDENCE) == 0
     assert summary.count(ALIGNMENT) == summary.samples
@@ -477,11 +477,11 @@ def test_a_head_of_several_labels_is_not_taken_for_one_of_classes(how, tmp_path)
     data = [torch.randn(5, AUDIO, 3), torch.randn(5, TEXT, 2), SEVERAL_OF_TOY]
     loader = torch.utils.data.DataLoader([data[: 2 if how == "loss" else 3]] * 3, batch_size=None)
     targets = {"targets": lambda outputs, batch: batch[2]} if how == "named" else {}
-    watch = AttentionExplainabilityCallback(**targets, table=tmp_path, figures_every_n_epochs=0)
+    mode = AttentionExplainabilityCallback(**targets, table=tmp_path, figures_every_n_epochs=0)
     why = "'criterion'" if how == "loss" else "do not sum to 1"
     with pytest.warns(XAttnWarning, match=tells("several labels", why)):
-        quiet_trainer(callbacks=[watch]).validate(OfSeveral(how), loader, verbose=False)
-    assert_no_classes(watch)
+        quiet_trainer(callbacks=[mode]).validate(OfSeveral(how), loader, verbose=False)
+    assert_no_classes(mode)
     rows = pd.read_parquet(tmp_path)
     assert rows[["target", "prediction", "confidence", "correct"]].isna().all(axis=None)
     assert rows["alignment"].notna().all()
@@ -489,8 +489,8 @@ def test_a_head_of_several_labels_is_not_taken_for_one_of_classes(how, tmp_path)
 
 def test_a_table_of_samples_that_had_classes_which_turn_out_to_be_none_is_left_out(tmp_path):
     loader = torch.utils.data.DataLoader(list(several_labels(False)), batch_size=None)
-    watch = AttentionExplainabilityCallback(table=tmp_path, figures_every_n_epochs=0)
-    trainer = quiet_trainer(callbacks=[watch])
+    mode = AttentionExplainabilityCallback(table=tmp_path, figures_every_n_epochs=0)
+    trainer = quiet_trainer(callbacks=[mode])
     with pytest.warns(XAttnWarning) as caught:
         trainer.validate(Several(), loader, verbose=False)
     assert any("The sample table lacks this evaluation" in str(one.message) for one in caught)
@@ -506,19 +506,19 @@ def test_a_loss_of_several_labels_is_no_evidence_beside_targets(labels):
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_an_evaluation_whose_labels_turn_out_to_be_several_has_no_classes(grouped):
-    watch = AttentionExplainabilityCallback()
+    mode = AttentionExplainabilityCallback()
     loader = torch.utils.data.DataLoader(list(several_labels(grouped)), batch_size=None)
-    module, trainer = Several(), quiet_trainer(callbacks=[watch])
+    module, trainer = Several(), quiet_trainer(callbacks=[mode])
     with pytest.warns(
         XAttnWarning, match=tells("batch['labels']", "several labels at once", "targets=<key or callable>")
     ):
         trainer.validate(module, loader, verbose=False)
-    record = watch.history[0]
+    record = mode.history[0]
     assert record["samples"] == 15
     assert record["ties"] == 0
     assert "alignment/all" in record
     assert not [name for name in record if name.endswith(("class_0", "/correct", "/incorrect"))]
-    assert_no_classes(watch)
+    assert_no_classes(mode)
     explainer = ExplainabilityCapture(module)
     with pytest.warns(XAttnWarning, match=tells("several labels at once")):
         summary = explainer.explain_loader(loader, progress=False).headline

@@ -124,10 +124,10 @@ class Fickle(ToyModule):
 
 @pytest.mark.filterwarnings("ignore:Found 'fusion.*without")
 def test_an_epoch_without_attention_is_said_and_ends_nothing():
-    watch = AttentionExplainabilityCallback({"audio_to_text": "fusion[1]"})
+    mode = AttentionExplainabilityCallback({"audio_to_text": "fusion[1]"})
     with pytest.warns(XAttnWarning, match=tells("had no attention", "'val'", "no curves")) as told:
-        quiet_trainer(callbacks=[watch], max_epochs=3).fit(Fickle(), toy_loader(), toy_loader(seed=1))
-    assert [record["epoch"] for record in watch.history] == [0]
+        quiet_trainer(callbacks=[mode], max_epochs=3).fit(Fickle(), toy_loader(), toy_loader(seed=1))
+    assert [record["epoch"] for record in mode.history] == [0]
     assert len([one for one in told if "had no attention" in str(one.message)]) == 1
 
 
@@ -148,7 +148,7 @@ def test_two_callbacks_on_attention_by_hand(attention):
     torch.manual_seed(0)
     module = Hand()
     alone, first = AttentionExplainabilityCallback(attention), AttentionExplainabilityCallback(attention)
-    watches = [first, AttentionExplainabilityCallback(attention, group_by="prediction")]
+    watches = [first, AttentionExplainabilityCallback(attention, classes_by="prediction")]
     for callbacks in ([alone], watches):
         quiet_trainer(callbacks=callbacks).validate(module, toy_loader(), verbose=False)
     assert len(alone.history) == 1

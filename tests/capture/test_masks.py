@@ -165,7 +165,7 @@ WHOLE = [[1, 1, 1]] * 3
         ([[PADDED], [WHOLE]], True),
         ([[CAUSAL], [[[1, 0, 0], [1, 1, 0], [1, 1, 0]]]], True),  # the last token of one is padding
         ([[CAUSAL], [[[1, 0, 0], [0, 1, 0], [1, 1, 1]]]], False),
-        ([[BAND, BAND], [CAUSAL, CAUSAL]], True),  # heads tell, whatever the samples
+        ([[BAND, BAND], [CAUSAL, CAUSAL]], True),  # heads info, whatever the samples
     ],
 )
 def test_which_zeros_are_a_mask(some, are):

@@ -199,7 +199,7 @@ def test_the_encoders_fast_path_stays_on(named, norm_first, call):
     torch.testing.assert_close(torch.where(crosses, got.weights, 0), expected, atol=2e-6, rtol=1e-5)
     if "src_key_padding_mask" in call:
         assert torch.equal(got.key_mask, ~call["src_key_padding_mask"][:, AUDIO:])
-    torch.testing.assert_close(got.crossing, mass, atol=2e-6, rtol=1e-5, equal_nan=True)
+    torch.testing.assert_close(got.cross_modal_mass, mass, atol=2e-6, rtol=1e-5, equal_nan=True)
 
 
 def test_large_half_precision_tokens_do_not_overflow():
@@ -310,7 +310,7 @@ def test_a_norm_that_counts_what_it_sees_counts_it_once():
     normed = Norm()(joint)
     _, expected = layers[1].self_attn(normed, normed, normed, average_attn_weights=False)
     block = expected[:, :, :AUDIO, AUDIO:]
-    torch.testing.assert_close(recorder.attention[0].forward.crossing, block.sum(-1))
+    torch.testing.assert_close(recorder.attention[0].forward.cross_modal_mass, block.sum(-1))
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -404,8 +404,10 @@ def test_self_attention_whose_fast_path_averages_by_itself(heads, dtype):
         with torch.no_grad():
             weights = attention.float()(*[joint.float()] * 3, average_attn_weights=False)[1]
             attention.to(dtype)
-        crossing = weights[:, :, :AUDIO, AUDIO:].sum(-1)
-        torch.testing.assert_close(recorder.attention[0].forward.crossing.float(), crossing, atol=0.02, rtol=0.02)
+        cross_modal_mass = weights[:, :, :AUDIO, AUDIO:].sum(-1)
+        torch.testing.assert_close(
+            recorder.attention[0].forward.cross_modal_mass.float(), cross_modal_mass, atol=0.02, rtol=0.02
+        )
 
 
 class Block(nn.TransformerEncoderLayer):
@@ -437,5 +439,5 @@ def test_an_encoder_layer_that_attends_in_a_way_of_its_own(own, fast):
             assert torch.equal(layer(joint), expected)
     query = joint if fast else joint.flip(1)
     weights = per_head(attention, query, joint if fast or own == "attention" else query)
-    crossing = weights[:, :, :AUDIO, AUDIO:].sum(-1)
-    torch.testing.assert_close(recorder.attention[0].forward.crossing, crossing)
+    cross_modal_mass = weights[:, :, :AUDIO, AUDIO:].sum(-1)
+    torch.testing.assert_close(recorder.attention[0].forward.cross_modal_mass, cross_modal_mass)

@@ -132,10 +132,10 @@ def caption_batches(lengths):
 
 def caption_entropy(**settings):
     torch.manual_seed(0)
-    watch = AttentionExplainabilityCallback({"text_to_audio": "text_to_audio_attn"}, **settings)
+    mode = AttentionExplainabilityCallback({"text_to_audio": "text_to_audio_attn"}, **settings)
     loader = torch.utils.data.DataLoader(list(caption_batches((TEXT, 4))), batch_size=None)
-    quiet_trainer(callbacks=[watch]).validate(Captions(), loader, verbose=False)
-    return watch.history[0]["entropy/text_to_audio/all"]
+    quiet_trainer(callbacks=[mode]).validate(Captions(), loader, verbose=False)
+    return mode.history[0]["entropy/text_to_audio/all"]
 
 
 @pytest.mark.filterwarnings("ignore:Found 'text_to_audio_attn.*without", "ignore:.*number of tokens changes")
@@ -262,12 +262,12 @@ def test_attention_that_goes_from_sample_to_sample_is_refused():
 
     batches = [(torch.randn(3, AUDIO, 3), torch.randn(3, TEXT, 2), torch.tensor([0, 1, 2]))]
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
-    watch = AttentionExplainabilityCallback({"audio_to_text": "cross"})
+    mode = AttentionExplainabilityCallback({"audio_to_text": "cross"})
     with pytest.warns(
         XAttnWarning,
         match=tells("Nothing is recorded", "5 samples", "3 and 3 tokens", "batch[2]", "3 targets", "batch_first=True"),
     ):
-        quiet_trainer(callbacks=[watch]).validate(TimeFirst(), loader, verbose=False)
+        quiet_trainer(callbacks=[mode]).validate(TimeFirst(), loader, verbose=False)
 
 
 class Masked(nn.Module):
@@ -436,12 +436,12 @@ def half_blank(samples=23):
 
 
 def test_samples_of_which_one_modality_is_wholly_masked_are_named_and_counted():
-    watch = AttentionExplainabilityCallback(contribution_samples=0, figures_every_n_epochs=0)
+    mode = AttentionExplainabilityCallback(contribution_samples=0, figures_every_n_epochs=0)
     with pytest.warns(XAttnWarning, match="one modality is wholly masked in 5 of 23 samples") as said:
-        validate(Blank(), watch, half_blank())
+        validate(Blank(), mode, half_blank())
     assert not any("not finite" in str(one.message) for one in said)
-    assert watch.history[0]["wholly_masked"] == 5
-    assert watch.summaries["val"].wholly_masked == 5
+    assert mode.history[0]["wholly_masked"] == 5
+    assert mode.summaries["val"].wholly_masked == 5
     explainer = ExplainabilityCapture(Blank(), predict=run_toy, contribution_samples=0)
     with pytest.warns(XAttnWarning, match="one modality is wholly masked in 2 of 5 samples"):
         explainer.explain_batch(next(iter(half_blank(23))))

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_xattn.capture import AttentionRecorder, readers
-from lightning_xattn.capture.tap import Tap
-from lightning_xattn.capture.watch import Watch
+from lightning_xattn.capture.attention_mode import AttentionMode
+from lightning_xattn.capture.extractor import AttentionExtractor
 from lightning_xattn.core.errors import DiscoveryError, ShapeError, XAttnWarning
 from lightning_xattn.evaluation.step_recorder import StepRecorder
 from tests.capture.models import BATCH, Fusing, Pair, Runs, heads, recorded, tokens
@@ -44,7 +44,8 @@ def test_keeps_the_first_output_of_the_models_own_forward():
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(Watch, "_follow"), (Tap, "take"), (Watch, "take"), (AttentionRecorder, "_want")]
+    ("owner", "name"),
+    [(AttentionMode, "_follow"), (AttentionExtractor, "take"), (AttentionMode, "take"), (AttentionRecorder, "_level")],
 )
 def test_what_goes_wrong_while_the_model_runs_waits_until_it_has_run(owner, name, monkeypatch):
     model, (audio, text) = Pair(), tokens()

@@ -94,18 +94,18 @@ def test_recording_first_leaves_nothing_in_what_is_compiled_later():
         with pytest.warns(XAttnWarning, match=COMPILED), AttentionRecorder(model) as recorder:
             model(audio, text)
         recorder.clear()
-        recorder._watch._leave = lambda *call: calls.append(call)
+        recorder._mode._leave = lambda *call: calls.append(call)
         model(audio, text)
         model(audio, text)
     assert calls == []
 
 
 def test_a_compiled_lightning_module_in_a_trainer():
-    watch = AttentionExplainabilityCallback()
+    mode = AttentionExplainabilityCallback()
     module = torch.compile(ToyModule(), backend="aot_eager")
     with pytest.warns(XAttnWarning, match=COMPILED):
-        quiet_trainer(callbacks=[watch], max_epochs=2).fit(module, toy_loader(), toy_loader(seed=1))
-    assert [entry["samples"] for entry in watch.history] == [23, 23]
+        quiet_trainer(callbacks=[mode], max_epochs=2).fit(module, toy_loader(), toy_loader(seed=1))
+    assert [entry["samples"] for entry in mode.history] == [23, 23]
 
 
 class Checkpointed(Around):
@@ -172,14 +172,14 @@ class Sometimes(ToyModule):
 
 
 def test_a_module_that_is_not_called_in_some_steps():
-    watch = AttentionExplainabilityCallback()
-    validate(Sometimes(skipped=2), watch)
-    assert watch.summaries["val"].samples == 23 - 5
+    mode = AttentionExplainabilityCallback()
+    validate(Sometimes(skipped=2), mode)
+    assert mode.summaries["val"].samples == 23 - 5
 
-    watch = AttentionExplainabilityCallback()
+    mode = AttentionExplainabilityCallback()
     with pytest.warns(XAttnWarning, match=tells("text_to_audio_attn", "text_to_audio", "did not run", "left out")):
-        validate(Sometimes(skipped=2, half=True), watch)
-    assert watch.summaries["val"].samples == 23 - 5
+        validate(Sometimes(skipped=2, half=True), mode)
+    assert mode.summaries["val"].samples == 23 - 5
 
     said = tells("text_to_audio_attn", "text_to_audio", "did not run", "attention={'<a>_to_<b>'")
     with pytest.warns(XAttnWarning, match=said):
@@ -220,16 +220,16 @@ def test_batches_that_are_not_sampled_have_no_hooks():
             hooks.append(count_hooks(self) > 0)
             return super().validation_step(batch, batch_idx)
 
-    watch = AttentionExplainabilityCallback(every_n_batches=2)
-    trainer = quiet_trainer(callbacks=[watch], num_sanity_val_steps=0)
+    mode = AttentionExplainabilityCallback(every_n_batches=2)
+    trainer = quiet_trainer(callbacks=[mode], num_sanity_val_steps=0)
     trainer.fit(Count(), toy_loader(), toy_loader(seed=1))
     assert hooks == [True, False, True, False, True]
-    assert watch.history[0]["samples"] == 5 + 5 + 3
+    assert mode.history[0]["samples"] == 5 + 5 + 3
     sampled = [toy_data(seed=1)[start : start + 5] for start in (0, 10, 20)]
     alone = AttentionExplainabilityCallback()
     validate(trainer.model, alone, DataLoader(sampled, batch_size=None))
     for name in ("alignment/all", "alignment/correct", "alignment/null", "entropy/text_to_audio/head_1"):
-        assert watch.history[0][name] == pytest.approx(alone.history[0][name], abs=1e-7)
+        assert mode.history[0][name] == pytest.approx(alone.history[0][name], abs=1e-7)
 
 
 def test_a_compiled_function_runs_as_it_is_written_while_it_is_recorded():

@@ -23,13 +23,13 @@ def attention(batch=BATCH, seed=0, direction=THERE, **changed):
         "key_mask": torch.rand(batch, keys, generator=generator) > 0.3,
         "visible": torch.rand(batch, HEADS, queries, keys, generator=generator) > 0.3,
         "query_mask": torch.rand(batch, queries, generator=generator) > 0.3,
-        "crossing": torch.rand(batch, HEADS, queries, generator=generator),
+        "cross_modal_mass": torch.rand(batch, HEADS, queries, generator=generator),
     }
     weights = torch.rand(batch, HEADS, queries, keys, generator=generator).softmax(-1)
     return Attention(direction, weights, **masks | changed)
 
 
-TENSORS = ("weights", "key_mask", "visible", "query_mask", "crossing")
+TENSORS = ("weights", "key_mask", "visible", "query_mask", "cross_modal_mass")
 
 
 def assert_same(one, other):
@@ -67,7 +67,7 @@ def test_a_mask_for_all_samples_of_a_batch_is_joined_as_one_of_each():
     shared = Attention(THERE, shared.weights, visible=shared.visible[:1])
     joined = Attention.joined([shared, Attention(THERE, own.weights, visible=own.visible)])
     assert torch.equal(joined.visible, torch.cat([shared.visible, shared.visible, own.visible]))
-    assert [joined.key_mask, joined.query_mask, joined.crossing] == [None] * 3
+    assert [joined.key_mask, joined.query_mask, joined.cross_modal_mass] == [None] * 3
 
 
 def test_a_mask_that_not_all_batches_have_is_none_of_the_whole():
@@ -131,7 +131,7 @@ def test_slots_are_keys_and_no_tokens():
         {"key_mask": torch.ones(BATCH, QUERIES, dtype=torch.bool)},
         {"query_mask": torch.ones(BATCH, KEYS, dtype=torch.bool)},
         {"query_mask": torch.ones(1, QUERIES, dtype=torch.bool)},
-        {"crossing": torch.ones(BATCH, QUERIES)},
+        {"cross_modal_mass": torch.ones(BATCH, QUERIES)},
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused(wrong):

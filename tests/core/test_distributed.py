@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.core.distributed import ALONE, own_places
+from lightning_xattn.core.distributed import SINGLE_PROCESS, unique_sample_indices
 from lightning_xattn.core.errors import XAttnWarning
 from lightning_xattn.evaluation.checks import Checks
 from lightning_xattn.evaluation.evaluation import Evaluation, Settings
@@ -109,7 +109,7 @@ def test_repeats_are_counted_as_the_sampler_deals():
             loader = DataLoader(dataset, batch_size=3, sampler=sampler)
             kept = []
             for batch_idx, (batch,) in enumerate(loader):
-                places = own_places(loader, 0, batch_idx, len(batch))
+                places = unique_sample_indices(loader, 0, batch_idx, len(batch))
                 kept += batch[: len(places)].tolist()
                 assert shuffle or kept[-len(places) :] == list(places)
             seen += [] if shuffle else kept
@@ -117,11 +117,14 @@ def test_repeats_are_counted_as_the_sampler_deals():
     assert sorted(seen) == list(range(22))
     sampler = DistributedSampler(dataset, num_replicas=3, rank=2, shuffle=False)
     by_batch = DataLoader(dataset, batch_sampler=BatchSampler(sampler, 4, drop_last=False))
-    assert [list(own_places(by_batch, 0, batch_idx, 4)) for batch_idx in (0, 1)] == [[2, 5, 8, 11], [14, 17, 20]]
-    assert own_places(DataLoader(dataset), 0, 100, 5) is None
+    assert [list(unique_sample_indices(by_batch, 0, batch_idx, 4)) for batch_idx in (0, 1)] == [
+        [2, 5, 8, 11],
+        [14, 17, 20],
+    ]
+    assert unique_sample_indices(DataLoader(dataset), 0, 100, 5) is None
     for several in ([DataLoader(dataset), by_batch], {"plain": DataLoader(dataset), "dealt": by_batch}):
-        assert [own_places(several, which, 1, 4) for which in (0, 1)] == [None, range(14, 23, 3)]
-    assert ALONE.gather("mine") == ["mine"]
+        assert [unique_sample_indices(several, which, 1, 4) for which in (0, 1)] == [None, range(14, 23, 3)]
+    assert SINGLE_PROCESS.gather("mine") == ["mine"]
 
 
 def test_repeats_are_those_of_their_own_dataloader():

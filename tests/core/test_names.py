@@ -20,7 +20,7 @@ from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.core.errors import DataError
 from lightning_xattn.core.group_keys import UNKNOWN_GROUP, group_keys
 from lightning_xattn.core.names import LONGEST, clean, escaped_in_json, id_text, shown, shown_tag
-from lightning_xattn.core.notices import first_line, tell
+from lightning_xattn.core.notices import first_line, info
 from lightning_xattn.report import print_report
 from lightning_xattn.visualizations import plot_class_attention, plot_cross_modal_attention, render
 from lightning_xattn.visualizations.output import svg_picture
@@ -100,7 +100,7 @@ def test_ids_stay_apart_whatever_they_are():
 
 
 def test_messages_are_not_obeyed(infos, capsys):
-    tell([f"{ESCAPE} {TURNED}"])
+    info([f"{ESCAPE} {TURNED}"])
     assert str(DataError(f"no {ESCAPE}\nbut {TURNED}")) == "no \\x1b[31mred\\x07\nbut inv\\u202egpj.exe"
     assert first_line(ValueError(f"no {NUL}")) == "no a\\x00b"
     assert not OBEYED.search(infos.text)
@@ -122,7 +122,7 @@ def directions(first, second):
 @pytest.mark.filterwarnings("ignore::lightning_xattn.XAttnWarning")
 def test_a_run_ends_as_any_other(first, second, tmp_path):
     names = [one for one in HOSTILE if one != BROKEN][:4] if first == "audio" else None
-    watch = AttentionExplainabilityCallback(
+    callback = AttentionExplainabilityCallback(
         attention=directions(first, second),
         class_names=names,
         sample_ids=of_batch(HOSTILE),
@@ -132,7 +132,7 @@ def test_a_run_ends_as_any_other(first, second, tmp_path):
         figures_every_n_epochs=int(first == "audio"),
     )
     loggers = [TensorBoardLogger(tmp_path / "board"), CSVLogger(tmp_path / "csv")]
-    trainer = quiet_trainer(callbacks=[watch], logger=loggers, default_root_dir=tmp_path)
+    trainer = quiet_trainer(callbacks=[callback], logger=loggers, default_root_dir=tmp_path)
     trainer.validate(ToyModule(), toy_loader(12, 12), verbose=False)
     assert not OBEYED.search("".join(trainer.callback_metrics))
     assert max(map(len, trainer.callback_metrics)) < 500

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_xattn import cli
 from lightning_xattn.core.errors import DataError
-from lightning_xattn.core.notices import _StandardError, first_line, tell
+from lightning_xattn.core.notices import _StandardError, first_line, info
 from lightning_xattn.core.progress import Stage, printed_stages
 
 
@@ -62,7 +62,7 @@ def test_what_is_told_goes_to_what_is_stderr_then(monkeypatch, capsys):
     ours = logging.getLogger("lightning_xattn")
     monkeypatch.setattr(ours, "handlers", [_StandardError()])
     monkeypatch.setattr(ours, "propagate", False)
-    tell(["one", "two"])
+    info(["one", "two"])
     assert capsys.readouterr() == ("", "one\ntwo\n")
 
 
@@ -74,7 +74,7 @@ def test_commands_keep_lightnings_advice_to_themselves(command, told, caplog, mo
 
     def run_command(**_):
         logging.getLogger("pytorch_lightning.utilities.rank_zero").info("GPU available")
-        tell(["ours"])
+        info(["ours"])
         for module in (
             "pytorch_lightning.loops",
             "torch.jit",

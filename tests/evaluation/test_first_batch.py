@@ -33,9 +33,9 @@ ALL = tuple(range(5))
 pytestmark = pytest.mark.filterwarnings("ignore:predict returned None")
 
 
-def run(module, how, watch=None, loaders=None, **settings):
-    watch = watch or AttentionExplainabilityCallback(figures_every_n_epochs=0)
-    trainer = quiet_trainer(callbacks=[watch], **settings)
+def run(module, how, callback=None, loaders=None, **settings):
+    callback = callback or AttentionExplainabilityCallback(figures_every_n_epochs=0)
+    trainer = quiet_trainer(callbacks=[callback], **settings)
     loaders = loaders or toy_loader()
     if how == "fit":
         trainer.fit(module, toy_loader(), loaders)
@@ -44,7 +44,7 @@ def run(module, how, watch=None, loaders=None, **settings):
     else:
         getattr(trainer, how)(module, loaders, verbose=False)
     assert count_hooks(module) == 0
-    return watch
+    return callback
 
 
 @pytest.mark.parametrize(
@@ -54,20 +54,20 @@ def run(module, how, watch=None, loaders=None, **settings):
 def test_the_first_step_in_which_something_ran_is_looked_at(how, scope, named):
     """Also in the sanity check, of which all batches may run nothing."""
     attention = {"audio_to_text": "audio_to_text_attn", "text_to_audio": "text_to_audio_attn"} if named else None
-    watch = AttentionExplainabilityCallback(attention, figures_every_n_epochs=0)
-    run(Skipping(((0, 1),)), how, watch)
-    assert watch.summaries[scope].samples == 13
-    assert watch.fusion_summaries[scope].samples == 13
-    assert watch.summaries[scope].n_classes == 4
+    callback = AttentionExplainabilityCallback(attention, figures_every_n_epochs=0)
+    run(Skipping(((0, 1),)), how, callback)
+    assert callback.summaries[scope].samples == 13
+    assert callback.fusion_summaries[scope].samples == 13
+    assert callback.summaries[scope].n_classes == 4
 
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_some_of_several_dataloaders(every):
     """The second one is first in the first; of the third not every recorded batch runs."""
-    watch = AttentionExplainabilityCallback(figures_every_n_epochs=0, every_n_batches=every)
+    callback = AttentionExplainabilityCallback(figures_every_n_epochs=0, every_n_batches=every)
     skipped = ALL, (0,), (2,)
-    run(Skipping(skipped), "validate", watch, [toy_loader(seed=seed) for seed in range(3)])
-    samples = {scope: summary.samples for scope, summary in watch.summaries.items()}
+    run(Skipping(skipped), "validate", callback, [toy_loader(seed=seed) for seed in range(3)])
+    samples = {scope: summary.samples for scope, summary in callback.summaries.items()}
     assert samples == {"val/dataloader_1": 18 if every == 1 else 8, "val/dataloader_2": 18 if every == 1 else 8}
 
 
@@ -76,18 +76,18 @@ def test_all_dataloaders_have_the_classes_of_the_first_that_ran():
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
             return None if not (dataloader_idx or self.current_epoch) else super().validation_step(batch, batch_idx)
 
-    watch = AttentionExplainabilityCallback(figures_every_n_epochs=0)
-    run(Later(), "fit", watch, [toy_loader(), toy_loader(seed=1)], max_epochs=2, num_sanity_val_steps=0)
-    assert [(one["dataloader"], one["samples"]) for one in watch.history] == [(1, 18), (0, 18), (1, 18)]
-    assert {summary.n_classes for summary in watch.summaries.values()} == {4}
+    callback = AttentionExplainabilityCallback(figures_every_n_epochs=0)
+    run(Later(), "fit", callback, [toy_loader(), toy_loader(seed=1)], max_epochs=2, num_sanity_val_steps=0)
+    assert [(one["dataloader"], one["samples"]) for one in callback.history] == [(1, 18), (0, 18), (1, 18)]
+    assert {summary.n_classes for summary in callback.summaries.values()} == {4}
 
 
 @pytest.mark.parametrize("how", ["validate", "test", "predict"])
 def test_where_nothing_ever_runs_it_is_said_at_the_end(how):
     with pytest.warns(XAttnWarning, match=tells("No recorded step", "every_n_batches=1")) as caught:
-        watch = run(Skipping((ALL,)), how)
+        callback = run(Skipping((ALL,)), how)
     assert len([one for one in caught if one.category is XAttnWarning]) == 1
-    assert watch.history == []
+    assert callback.history == []
 
 
 def test_a_fusion_without_attention_is_waited_for_too():
@@ -107,8 +107,8 @@ def test_a_fusion_without_attention_is_waited_for_too():
             return {"logits": self(*batch[:2]), "targets": batch[2]}
 
     named = {"fusion": "join", "modalities": {"audio": 0, "text": 1}}
-    watch = run(Joined(), "validate", AttentionExplainabilityCallback(**named, figures_every_n_epochs=0))
-    assert watch.fusion_summaries["val"].samples == 18
+    callback = run(Joined(), "validate", AttentionExplainabilityCallback(**named, figures_every_n_epochs=0))
+    assert callback.fusion_summaries["val"].samples == 18
 
 
 class Partly(ToyModule):
@@ -137,12 +137,12 @@ class LossFirst(ToyModule):
 
 
 def test_a_first_step_that_returns_the_loss_alone_has_its_outcomes():
-    watch, module = AttentionExplainabilityCallback(figures_every_n_epochs=0), LossFirst()
-    run(module, "validate", watch)
+    callback, module = AttentionExplainabilityCallback(figures_every_n_epochs=0), LossFirst()
+    run(module, "validate", callback)
     audio, text, target = toy_data().tensors
     with torch.no_grad():
         by_hand = float((module.eval()(audio, text).argmax(1) == target).float().mean())
-    assert watch.history[0]["accuracy"] == pytest.approx(by_hand)
+    assert callback.history[0]["accuracy"] == pytest.approx(by_hand)
 
 
 def nothing_for(numbers, count=None):
@@ -210,9 +210,9 @@ def test_hooks_of_a_step_that_ran_nothing_are_gone_when_the_next_begins():
             self.counts.append(count_hooks(pl_module))
 
     count = Count()
-    watch = AttentionExplainabilityCallback(figures_every_n_epochs=0)
+    callback = AttentionExplainabilityCallback(figures_every_n_epochs=0)
     loader = DataLoader(TensorDataset(*toy_data().tensors), 5)
-    quiet_trainer(callbacks=[watch, count]).validate(Skipping(), loader, verbose=False)
+    quiet_trainer(callbacks=[callback, count]).validate(Skipping(), loader, verbose=False)
     assert count.counts == [0] * 5
 
 
@@ -234,11 +234,11 @@ class Never(Begins):
 
 
 def test_a_step_that_begins_and_returns_nothing_is_not_the_one_to_judge_by():
-    watch = AttentionExplainabilityCallback(figures_every_n_epochs=0)
-    run(Begins(), "validate", watch)
-    assert watch.history[0]["samples"] == 18
-    watch = AttentionExplainabilityCallback(figures_every_n_epochs=0)
+    callback = AttentionExplainabilityCallback(figures_every_n_epochs=0)
+    run(Begins(), "validate", callback)
+    assert callback.history[0]["samples"] == 18
+    callback = AttentionExplainabilityCallback(figures_every_n_epochs=0)
     with pytest.warns(XAttnWarning, match="Nothing is recorded in this run. None of audio_to_text_attn") as warned:
-        run(Never(), "validate", watch)
+        run(Never(), "validate", callback)
     assert sum(one.category is XAttnWarning for one in warned) == 1
-    assert watch.history == []
+    assert callback.history == []

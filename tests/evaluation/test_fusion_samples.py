@@ -101,8 +101,8 @@ def test_a_batch_of_a_data_set_that_was_explained(explained):
         assert found.predicted == one["predicted_name"]
         assert found.confidence == pytest.approx(one["confidence"], abs=1e-6)
         assert found.says["left"] == (
-            NAMES[int(fusion.readings["left"][place].argmax())],
-            float(fusion.readings["left"][place].max()),
+            NAMES[int(fusion.probes["left"][place].argmax())],
+            float(fusion.probes["left"][place].max()),
         )
         phi = {name: float(numbers[f"phi/{name}"][place]) for name in ("left", "right")}
         assert found.contributions == ({} if math.isnan(phi["left"]) else phi)
@@ -149,9 +149,9 @@ def test_the_guides_thresholds_stand_beside_the_models_own_numbers(explained):
 def test_the_most_conflicting_samples_are_those_of_largest_conflict_whose_contributions_are_known(explained):
     fusion = copy(explained[2].fusion)
     conflicts = fusion.numbers["conflict"].tolist()
-    exchanged = [i for i in range(140) if not math.isnan(float(fusion.numbers["phi/left"][i]))]
-    assert len(exchanged) == 128
-    assert most_conflicting(fusion) == sorted(exchanged, key=lambda i: -conflicts[i])[:10]
+    permuted = [i for i in range(140) if not math.isnan(float(fusion.numbers["phi/left"][i]))]
+    assert len(permuted) == 128
+    assert most_conflicting(fusion) == sorted(permuted, key=lambda i: -conflicts[i])[:10]
     fusion.uncontributed = "no reason"
     assert most_conflicting(fusion) == sorted(range(140), key=lambda i: -conflicts[i])[:10]
     fusion.numbers = fusion.numbers | {"conflict": torch.tensor([math.nan, 0.0, 1.0, 0.5, math.nan])}

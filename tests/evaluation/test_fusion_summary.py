@@ -51,7 +51,7 @@ def test_every_number_is_the_references():
         ]
     target, n = target[order].tolist(), 61
     folds = (hashed(ids[order], 1) % FOLDS).tolist()
-    readings = [reference.cross_fitted_reading(x, target, folds, CLASSES) for x in features]
+    probes = [reference.cross_fitted_probe(x, target, folds, CLASSES) for x in features]
     probabilities = [[row.softmax(0) for row in rows] for rows in table]
     predicted = [int(table[i][i].argmax()) for i in range(n)]
     pairs = [(i, (i + s) % n) for i in range(n) for s in partner_shifts(n, 4)]
@@ -82,11 +82,11 @@ def test_every_number_is_the_references():
     interactions = [reference.shapley_interaction(one, 2) for one in game(centred)]
     for i, values in enumerate(game(probabilities)):
         phi = reference.shapley(values, 2)
-        both = readings[0][i], readings[1][i]
+        both = probes[0][i], probes[1][i]
         expected = {
             "confidence": float(probabilities[i][i].max()),
             "conflict": reference.conflict(both),
-            "lean": reference.lean(*both, predicted[i]),
+            "support_difference": reference.support_difference(*both, predicted[i]),
             "right/left": float(both[0].argmax() == target[i]),
             "right/right": float(both[1].argmax() == target[i]),
             "phi/left": phi[0],
@@ -101,14 +101,14 @@ def test_every_number_is_the_references():
 
 def test_curves_are_the_means_of_the_samples_numbers():
     data, _ = said_data(160, noise=1.5)
-    watch = watch_of(trained(Concatenation(), data, epochs=15), data, class_names=["a", "b", "c", "d"], **NAMED)
-    summary, record = watch.fusion_summaries["val"], watch.history[0]
+    callback = watch_of(trained(Concatenation(), data, epochs=15), data, class_names=["a", "b", "c", "d"], **NAMED)
+    summary, record = callback.fusion_summaries["val"], callback.history[0]
     numbers, outcomes, classes = summary.numbers, summary.outcomes, summary.classes
-    assert record["reading/left"] == pytest.approx(float(numbers["right/left"].mean()))
+    assert record["probe/left"] == pytest.approx(float(numbers["right/left"].mean()))
     assert record["conflict/correct"] == pytest.approx(float(numbers["conflict"][outcomes == CORRECT].mean()))
     assert record["conflict/b"] == pytest.approx(float(numbers["conflict"][classes == 1].mean()))
-    assert record["lean/incorrect"] == pytest.approx(
-        float((numbers["lean"][outcomes == INCORRECT] > 0).double().mean())
+    assert record["support_difference/incorrect"] == pytest.approx(
+        float((numbers["support_difference"][outcomes == INCORRECT] > 0).double().mean())
     )
     phi = torch.stack([numbers["phi/left"], numbers["phi/right"]], 1)
     known = phi[phi.isfinite().all(1)]
@@ -128,7 +128,7 @@ def test_disagreement_is_found_and_which_one_was_followed():
     place = {int(one): i for i, one in enumerate(hashed(data.tensors[3], 0))}
     agree = torch.tensor([bool(agrees[place[int(one)]]) for one in summary.rows["hash"]])
     assert reference.auroc(conflict[~agree].numpy(), conflict[agree].numpy()) > 0.95
-    assert summary.numbers["leans_first"][~agree].nanmean() > 0.9
+    assert summary.numbers["supports_first"][~agree].nanmean() > 0.9
     followed = summary.numbers["followed"]
     assert (followed[~agree & followed.isfinite()] > 0).double().mean() > 0.9
     assert summary.share("left").mean > summary.share("right").mean
@@ -145,7 +145,7 @@ def test_a_modality_that_says_nothing_cannot_be_read_and_one_that_is_not_used_co
     summary = summary_of(module, data, **NAMED)
     assert list(summary.unreadable) == ["right"]
     assert "not clearly above the share of the largest class, 25.0 %" in summary.unreadable["right"]
-    for name in ("conflict", "lean", "untapped"):
+    for name in ("conflict", "support_difference", "probe_right"):
         assert summary.numbers[name].isnan().all()
     assert (
         summary.numbers["phi/right"].abs().max() < 1e-6 or summary.numbers["phi/right"].nan_to_num().abs().max() < 1e-6
@@ -260,8 +260,8 @@ def test_a_regression_contributes_to_its_value_and_reads_nothing():
     torch.manual_seed(0)
     module = Regression(Sum(), outputs=1)
     regressed = TensorDataset(*data.tensors[:2], data.tensors[2] + 0.5, data.tensors[3])
-    watch = watch_of(module, regressed, **NAMED)
-    summary = watch.fusion_summaries["val"]
+    callback = watch_of(module, regressed, **NAMED)
+    summary = callback.fusion_summaries["val"]
     assert not summary.uncontributed
     assert set(summary.unreadable.values()) == {"there are no targets"}
     with torch.no_grad():
@@ -275,7 +275,7 @@ def test_a_regression_contributes_to_its_value_and_reads_nothing():
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_numbers_of_tokens_that_change_from_batch_to_batch(masked):
-    """Each batch has a length of its own; tokens are exchanged whole, with their mask where there is one."""
+    """Each batch has a length of its own; tokens are permuted whole, with their mask where there is one."""
     data, _ = said_data(80)
     left, right, target, ids = data.tensors
 
@@ -294,11 +294,11 @@ def test_numbers_of_tokens_that_change_from_batch_to_batch(masked):
         batches.append((tokens, right[some], target[some], ids[some]))
     torch.manual_seed(0)
     module = Ragged()
-    watch = AttentionExplainabilityCallback(sample_ids=sample_ids)
+    callback = AttentionExplainabilityCallback(sample_ids=sample_ids)
     loader = DataLoader(batches, batch_size=None)
     with pytest.warns(UserWarning, match="number of tokens changes"):
-        quiet_trainer(callbacks=[watch]).validate(module, loader, verbose=False)
-    summary = watch.fusion_summaries["val"]
+        quiet_trainer(callbacks=[callback]).validate(module, loader, verbose=False)
+    summary = callback.fusion_summaries["val"]
     assert not summary.uncontributed
     assert int(summary.numbers["phi/left"].isfinite().sum()) == 80
     assert summary.estimate("right/left").mean > 0.9
@@ -326,7 +326,7 @@ def test_three_modalities():
     phi = torch.stack([summary.numbers[f"phi/{name}"] for name in names], dim=1)
     assert phi.isfinite().all()
     assert sum(summary.share(name).mean for name in names) == pytest.approx(1)
-    assert summary.numbers["lean"].isnan().all()
+    assert summary.numbers["support_difference"].isnan().all()
 
 
 def test_what_cannot_be_told_is_not_told():

@@ -81,7 +81,7 @@ def test_reports_show_directions_where_there_are_any():
     columns = list(numbers())
     assert shown_columns("alignment", columns) == [Column("alignment")]
     assert list(map(str, shown_columns("entropy", columns))) == ["eeg_to_spec/entropy", "spec_to_eeg/entropy"]
-    assert shown_columns("crossing", columns) == []
+    assert shown_columns("cross_modal_mass", columns) == []
 
 
 def test_what_is_compared_has_a_number_of_the_layer_and_a_range_for_its_histogram():
@@ -129,7 +129,7 @@ def test_every_curve_that_is_logged_is_on_the_page_of_curves():
     readable = DataLoader(TensorDataset(audio, text, target), batch_size=32)
     logged = validate(ToyModule(), AttentionExplainabilityCallback(curves="all"), readable)
     topics = {name.partition("/")[0] for name in logged}
-    assert {"xattn_conflict", "xattn_lean", "xattn_contribution", "xattn_faithfulness", "xattn_alignment"} <= topics
+    assert {"xattn_conflict", "xattn_support", "xattn_contribution", "xattn_faithfulness", "xattn_alignment"} <= topics
     for curve in logged:
         name = re.sub(r"(audio|text)_to_(audio|text)", "<direction>", re.sub(r"/head_\d$", "/head_<i>", curve))
         name = re.sub(r"/(audio|text)(/|$)", r"/<modality>\2", re.sub(r"/class_\d$", "/<class>", name))

@@ -26,13 +26,13 @@ from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
 
 
 def run(module, folder, loader=None, epochs=None, **settings):
-    watch = AttentionExplainabilityCallback(table=folder, **settings)
-    trainer = quiet_trainer(callbacks=[watch], max_epochs=epochs or 1)
+    callback = AttentionExplainabilityCallback(table=folder, **settings)
+    trainer = quiet_trainer(callbacks=[callback], max_epochs=epochs or 1)
     if epochs:
         trainer.fit(module, toy_loader(), loader or toy_loader())
     else:
         trainer.validate(module, loader or toy_loader(), verbose=False)
-    return watch
+    return callback
 
 
 def test_rows_are_the_samples(tmp_path):
@@ -167,8 +167,8 @@ def test_files_of_one_evaluation_appear_together_or_not_at_all(tmp_path, monkeyp
 def test_a_table_that_cannot_be_written_ends_no_run(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.warns(XAttnWarning, match="sample table in .*file lacks this evaluation: .*Exists|Not a directory"):
-        watch = run(ToyModule(), tmp_path / "file")
-    assert watch.summaries["val"].samples == 23
+        callback = run(ToyModule(), tmp_path / "file")
+    assert callback.summaries["val"].samples == 23
 
 
 def test_ids_of_any_type_in_one_run_and_from_run_to_run(tmp_path, monkeypatch):

@@ -50,15 +50,15 @@ EXACTLY = {"rtol": 0, "atol": 0}
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("group_by", ["target", "prediction"])
-def test_callback_and_explainer_agree(padded, group_by):
+@pytest.mark.parametrize("classes_by", ["target", "prediction"])
+def test_callback_and_explainer_agree(padded, classes_by):
     module = PaddedToyModule() if padded else ToyModule()
     loader = DataLoader(padded_toy_data() if padded else toy_data(), batch_size=5)
-    watch = AttentionExplainabilityCallback(class_names=NAMES, group_by=group_by)
+    watch = AttentionExplainabilityCallback(class_names=NAMES, classes_by=classes_by)
     validate(module, watch, loader)
-    explained = explainer(module, class_names=NAMES, group_by=group_by).explain_loader(loader)
+    explained = explainer(module, class_names=NAMES, classes_by=classes_by).explain_loader(loader)
     assert_same_summary(explained.headline, watch.summaries["val"])
-    assert (explained.class_names, explained.group_by, explained.table) == (tuple(NAMES), group_by, None)
+    assert (explained.class_names, explained.classes_by, explained.table) == (tuple(NAMES), classes_by, None)
     assert explained.headline.samples == 23
 
 
@@ -181,7 +181,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     for watch, loader, message in (
         (other, toy_loader(), "begun with something else \\(model weights: .*delete this one"),
         (explainer(class_names=NAMES), toy_loader(), "class_names: None there, \\['a', 'b', 'c', 'd'\\] now"),
-        (explainer(group_by="prediction"), toy_loader(), "group_by: target there, prediction now"),
+        (explainer(classes_by="prediction"), toy_loader(), "classes_by: target there, prediction now"),
         (explainer(), toy_loader(samples=31), "batches: 5 there, 7 now"),
         (explainer(), toy_loader(seed=1), "Batch 0: The loader's first batch is not the one.*another data set"),
         (explainer(), DataLoader(toy_data(), 5, shuffle=True), "a loader that shuffles cannot be continued"),
@@ -264,7 +264,7 @@ def test_without_targets_there_are_no_outcomes_and_one_warning_says_so():
     assert explained.class_names == ()
     assert explained.headline.samples == 23
     with pytest.warns(XAttnWarning, match=tells("No targets", "correct and incorrect", "targets=<key or callable>")):
-        explained = explainer(group_by="prediction").explain_loader(loader)
+        explained = explainer(classes_by="prediction").explain_loader(loader)
     assert explained.class_names == ("class_0", "class_1", "class_2", "class_3")
 
 

@@ -411,7 +411,7 @@ def test_what_does_not_fit_the_model_is_said(settings, error, message):
         ({"num_heads": 0}, "num_heads must be a whole number >= 1; got 0"),
         ({"max_batch_size": 1.5}, "max_batch_size must be a whole number"),
         ({"top_k": True}, "top_k must be a whole number"),
-        ({"group_by": "class"}, "group_by must be one of target, prediction"),
+        ({"classes_by": "class"}, "classes_by must be one of target, prediction"),
         ({"axes": {"audio": "seconds"}}, "axes must map modalities to TokenAxis"),
         ({"targets": 2}, "targets must be None, a key or a callable"),
         ({"predict": 2}, "predict must be a callable"),

@@ -21,14 +21,14 @@ RUN = textwrap.dedent("""
     folder, limit = Path(sys.argv[1]), int(sys.argv[2])
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    watch = AttentionExplainabilityCallback(table=folder / "table", contribution_samples=0)
+    callback = AttentionExplainabilityCallback(table=folder / "table", contribution_samples=0)
     logger = CSVLogger(folder, name="", version="csv")
-    trainer = quiet_trainer(logger=logger, callbacks=[watch], num_sanity_val_steps=0)
+    trainer = quiet_trainer(logger=logger, callbacks=[callback], num_sanity_val_steps=0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(ToyModule(), toy_loader(), toy_loader(seed=1))
         trainer.test(trainer.model, toy_loader(seed=2), verbose=False)
-    assert [record["stage"] for record in watch.history] == ["val", "test"]
+    assert [record["stage"] for record in callback.history] == ["val", "test"]
     for one in caught:
         if issubclass(one.category, XAttnWarning):
             print(one.message)

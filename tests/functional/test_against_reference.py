@@ -155,7 +155,7 @@ def test_heads(case):
         samples = [sample(attention, b) for b in range(BATCH)]
         compare(F.query_selectivity(rows), [reference.query_selectivity(*s) for s in samples])
         compare(F.head_diversity(rows), [reference.head_diversity(*s) for s in samples])
-        compare(F.sink_strength(rows), [reference.sink_strength(*s) for s in samples])
+        compare(F.sink(rows), [reference.sink(*s) for s in samples])
 
 
 def test_top_pairs(case):
@@ -357,11 +357,11 @@ def test_samples_whose_queries_or_keys_are_all_masked():
     queries[1] = keys[2] = keys[0, 1:] = False
     sees = torch.ones(4, HEADS, QUERIES, KEYS, dtype=torch.bool)
     sees[3] = sees[0, 1:] = False
-    for crossing, expected in (
+    for cross_modal_mass, expected in (
         (None, [False, True, True, True]),
         (torch.ones(4, HEADS, QUERIES), [False, True, True, False]),
     ):
-        attention = Attention(EEG_TO_SPEC, weights, keys, sees, queries, crossing=crossing)
+        attention = Attention(EEG_TO_SPEC, weights, keys, sees, queries, cross_modal_mass=cross_modal_mass)
         assert F.prepare_rows(attention).wholly_masked.tolist() == expected
     extra = Attention(EEG_TO_SPEC, weights, keys & (torch.arange(KEYS) == 6), extra_keys=1)
     assert F.prepare_rows(extra).wholly_masked.all(), "only a learned key is left"

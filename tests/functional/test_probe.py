@@ -1,4 +1,4 @@
-"""The reading of each modality, against a slow reference and scikit-learn."""
+"""The probe of each modality, against a slow reference and scikit-learn."""
 
 import math
 
@@ -66,17 +66,17 @@ def test_a_fit_takes_two_classes_and_one_sample_more_than_classes():
 
 def test_each_sample_is_read_by_a_fit_of_the_other_folds():
     x, target, folds = made_up()
-    ours = functional.cross_fitted_reading(x, target, folds, CLASSES)
-    expected = reference.cross_fitted_reading(x.double().numpy(), target.tolist(), folds.tolist(), CLASSES)
+    ours = functional.cross_fitted_probe(x, target, folds, CLASSES)
+    expected = reference.cross_fitted_probe(x.double().numpy(), target.tolist(), folds.tolist(), CLASSES)
     np.testing.assert_allclose(ours.exp(), expected, atol=1e-9)
     assert (ours.argmax(1) == target).double().mean() > 0.7
 
 
 def test_a_label_of_its_own_fold_changes_no_reading_of_it():
     x, target, folds = made_up()
-    before = functional.cross_fitted_reading(x, target, folds, CLASSES)
+    before = functional.cross_fitted_probe(x, target, folds, CLASSES)
     changed = torch.where(folds == 2, (target + 1) % CLASSES, target)
-    after = functional.cross_fitted_reading(x, changed, folds, CLASSES)
+    after = functional.cross_fitted_probe(x, changed, folds, CLASSES)
     assert torch.equal(before[folds == 2], after[folds == 2])
     assert not torch.equal(before[folds == 1], after[folds == 1])
 
@@ -84,10 +84,10 @@ def test_a_label_of_its_own_fold_changes_no_reading_of_it():
 def test_samples_without_a_label_are_read_but_not_fitted():
     x, target, folds = made_up()
     unknown = torch.arange(len(x)) % 7 == 0
-    ours = functional.cross_fitted_reading(x, torch.where(unknown, -1, target), folds, CLASSES)
+    ours = functional.cross_fitted_probe(x, torch.where(unknown, -1, target), folds, CLASSES)
     assert ours.isfinite().all()
     shifted = torch.where(unknown[:, None], x + 1e3, x)
-    others = functional.cross_fitted_reading(shifted, torch.where(unknown, -1, target), folds, CLASSES)
+    others = functional.cross_fitted_probe(shifted, torch.where(unknown, -1, target), folds, CLASSES)
     assert torch.equal(ours[~unknown], others[~unknown])
 
 
@@ -95,10 +95,10 @@ def test_samples_that_are_not_finite_are_left_out():
     x, target, folds = made_up()
     broken = x.clone()
     broken[3] = math.nan
-    ours = functional.cross_fitted_reading(broken, target, folds, CLASSES)
+    ours = functional.cross_fitted_probe(broken, target, folds, CLASSES)
     assert ours[3].isnan().all()
     kept = torch.arange(len(x)) != 3
-    expected = functional.cross_fitted_reading(x[kept], target[kept], folds[kept], CLASSES)
+    expected = functional.cross_fitted_probe(x[kept], target[kept], folds[kept], CLASSES)
     torch.testing.assert_close(ours[kept], expected)
 
 
@@ -106,7 +106,7 @@ def test_samples_that_are_not_finite_are_left_out():
 def test_two_classes_need_enough_samples(second, readable):
     x, _, folds = made_up(40 + second + 3)
     target = torch.tensor([0] * 40 + [1] * second + [2] * 3)
-    ours = functional.cross_fitted_reading(x, target, folds, CLASSES)
+    ours = functional.cross_fitted_probe(x, target, folds, CLASSES)
     assert bool(ours.isfinite().all()) == readable
     assert bool(ours.isnan().all()) != readable
 
@@ -114,26 +114,26 @@ def test_two_classes_need_enough_samples(second, readable):
 def test_a_class_that_a_fit_has_not_seen_has_no_probability():
     x, target, folds = made_up()
     folds = torch.where(target == 2, 0, folds)
-    ours = functional.cross_fitted_reading(x, target, folds, CLASSES)
+    ours = functional.cross_fitted_probe(x, target, folds, CLASSES)
     assert (ours[folds == 0, 2] == -math.inf).all()
     assert ours.exp().isfinite().all()
-    unseen = functional.lean(torch.stack([ours, ours]), torch.full((len(x),), 2))
+    unseen = functional.support_difference(torch.stack([ours, ours]), torch.full((len(x),), 2))
     assert unseen[folds == 0].isnan().all()
     assert (unseen[folds != 0] == 0).all()
 
 
 def test_features_that_do_not_vary_or_are_of_one_fold_cannot_be_read():
     x, target, folds = made_up()
-    assert functional.cross_fitted_reading(torch.ones_like(x), target, folds, CLASSES).isnan().all()
-    assert functional.cross_fitted_reading(x, target, torch.full_like(folds, 4), CLASSES).isnan().all()
+    assert functional.cross_fitted_probe(torch.ones_like(x), target, folds, CLASSES).isnan().all()
+    assert functional.cross_fitted_probe(x, target, torch.full_like(folds, 4), CLASSES).isnan().all()
 
 
 @pytest.mark.parametrize("modalities", [2, 3])
 def test_conflict_is_the_chance_that_two_draws_differ(modalities):
-    readings = torch.rand(modalities, 11, 4).double().softmax(2)
-    ours = functional.conflict(readings)
+    probes = torch.rand(modalities, 11, 4).double().softmax(2)
+    ours = functional.conflict(probes)
     for i in range(11):
-        assert ours[i] == pytest.approx(reference.conflict(readings[:, i].tolist()))
+        assert ours[i] == pytest.approx(reference.conflict(probes[:, i].tolist()))
 
 
 def test_conflict_of_certain_readings():
@@ -144,28 +144,28 @@ def test_conflict_of_certain_readings():
 
 def test_a_reading_far_from_the_data_still_leans_by_a_number():
     x, target, folds = made_up()
-    ours = functional.cross_fitted_reading(x * 1e-3 + target[:, None] * 10.0, target, folds, CLASSES)
+    ours = functional.cross_fitted_probe(x * 1e-3 + target[:, None] * 10.0, target, folds, CLASSES)
     wrong = (target + 1) % CLASSES
     assert (ours.exp().gather(1, wrong[:, None]) == 0).any()
-    assert functional.lean(torch.stack([ours, -torch.ones_like(ours)]), wrong).isfinite().all()
+    assert functional.support_difference(torch.stack([ours, -torch.ones_like(ours)]), wrong).isfinite().all()
 
 
 def test_lean():
-    readings = torch.rand(2, 7, 4).double().softmax(2)
+    probes = torch.rand(2, 7, 4).double().softmax(2)
     predicted = torch.tensor([0, 1, 2, 3, 0, -1, 4])
-    ours = functional.lean(readings.log(), predicted)
+    ours = functional.support_difference(probes.log(), predicted)
     assert ours[5:].isnan().all()
     for i in range(5):
-        assert ours[i] == pytest.approx(reference.lean(*readings[:, i].tolist(), predicted[i]))
+        assert ours[i] == pytest.approx(reference.support_difference(*probes[:, i].tolist(), predicted[i]))
 
 
 def test_untapped_is_a_right_reading_of_a_wrong_prediction():
     says = torch.eye(3).double()
-    readings = torch.stack([says[[0, 0, 0, 0]], says[[1, 1, 2, 1]]])
-    ours = functional.untapped(readings, torch.tensor([0, 2, 1, 2]), torch.tensor([0, 1, 1, -1]))
+    probes = torch.stack([says[[0, 0, 0, 0]], says[[1, 1, 2, 1]]])
+    ours = functional.probe_right(probes, torch.tensor([0, 2, 1, 2]), torch.tensor([0, 1, 1, -1]))
     assert ours[1] == 1  # the second one said 1
     assert ours[[0, 2, 3]].isnan().all()  # a right prediction, another one, and no target
-    assert functional.untapped(readings, torch.tensor([2, 2, 2, 2]), torch.tensor([1, 1, 1, 0])).tolist() == [
+    assert functional.probe_right(probes, torch.tensor([2, 2, 2, 2]), torch.tensor([1, 1, 1, 0])).tolist() == [
         1,
         1,
         0,

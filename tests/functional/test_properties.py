@@ -124,9 +124,9 @@ def test_masks_of_tokens_beside_a_slot_stay_in_their_place():
 def test_what_crosses_over_is_averaged_over_the_real_queries():
     mask, shares = torch.tensor([[True, True, False]]), torch.tensor([[[0.2, 0.6, 0.9]]])
     weights = torch.full((1, 1, 3, 2), 0.5)
-    assert F.crossing(rows_of(weights, query_mask=mask, crossing=shares)).item() == pytest.approx(0.4)
+    assert F.cross_modal_mass(rows_of(weights, query_mask=mask, cross_modal_mass=shares)).item() == pytest.approx(0.4)
     with pytest.raises(ShapeError, match=tells("eeg_to_spec", "joint sequence")):
-        F.crossing(rows_of(weights))
+        F.cross_modal_mass(rows_of(weights))
 
 
 def test_one_hot_attention():
@@ -173,26 +173,26 @@ def test_a_sink_is_what_every_valid_query_gives_to_one_key_beyond_uniform_attent
     query_mask = (torch.arange(5) < 3).expand(2, 5)
     rows = rows_of(weights, visible=visible.expand(2, 3, 5, 7), query_mask=query_mask)
     # Keys 2 and 3 get at least 0.2 and 0.1 of each, key 0 of the second query 0.1: no more than 1 / 5.
-    torch.testing.assert_close(F.sink_strength(rows), torch.zeros(2, 3))
+    torch.testing.assert_close(F.sink(rows), torch.zeros(2, 3))
     weights[:, :, 1] = weights[:, :, 0]
     rows = rows_of(weights, visible=visible.expand(2, 3, 5, 7), query_mask=query_mask)
-    torch.testing.assert_close(F.sink_strength(rows), torch.full((2, 3), (0.4 - 1 / 5) / (1 - 1 / 5)))
+    torch.testing.assert_close(F.sink(rows), torch.full((2, 3), (0.4 - 1 / 5) / (1 - 1 / 5)))
 
 
 @pytest.mark.parametrize(("least", "strength"), [(0.5, 0.0), (0.7, 0.4), (1.0, 1.0), (0.25, 0.0)])
 def test_a_sink_of_two_queries_and_two_keys(least, strength):
     """Both look at the first key; uniform attention gives it a half. A third query is padding."""
     weights = torch.tensor([[1.0, 0.0], [least, 1 - least], [0.0, 1.0]]).expand(1, 1, 3, 2)
-    sink = F.sink_strength(rows_of(weights, query_mask=torch.tensor([[True, True, False]])))
+    sink = F.sink(rows_of(weights, query_mask=torch.tensor([[True, True, False]])))
     assert sink.item() == pytest.approx(strength)
-    alone = F.sink_strength(rows_of(weights, query_mask=torch.tensor([[True, False, False]])))
+    alone = F.sink(rows_of(weights, query_mask=torch.tensor([[True, False, False]])))
     assert alone.isnan(), "a single query cannot differ from itself"
 
 
 def test_a_sink_is_beyond_uniform_attention_over_the_row_that_sees_the_most_keys():
     """Under a causal mask the first query sees one key, the others two and three."""
     weights = torch.tensor([[1.0, 0.0, 0.0], [0.7, 0.3, 0.0], [0.5, 0.25, 0.25]]).expand(1, 1, 3, 3)
-    sink = F.sink_strength(rows_of(weights, visible=torch.ones(3, 3, dtype=torch.bool).tril().expand(1, 1, 3, 3)))
+    sink = F.sink(rows_of(weights, visible=torch.ones(3, 3, dtype=torch.bool).tril().expand(1, 1, 3, 3)))
     assert sink.item() == pytest.approx((0.5 - 1 / 3) / (1 - 1 / 3))
 
 
@@ -320,7 +320,7 @@ def test_every_number_stays_in_its_range_and_is_undefined_only_where_it_must_be(
     numbers = F.row_statistics(forward) | {
         "query_selectivity": F.query_selectivity(forward),
         "head_diversity": F.head_diversity(forward),
-        "sink": F.sink_strength(forward),
+        "sink": F.sink(forward),
         "round_trip_lift": F.round_trip_lift(forward, backward),
         "lift": F.lift(forward)[..., :queries, :keys],
     }

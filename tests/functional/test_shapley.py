@@ -8,7 +8,7 @@ import torch
 from captum.attr import ShapleyValues
 
 from lightning_xattn import functional
-from lightning_xattn.functional import Exchange
+from lightning_xattn.functional import Permutation
 from lightning_xattn.functional.shapley import RULED_OUT
 from tests import reference
 
@@ -28,12 +28,12 @@ def table_of(model, modalities, samples=SAMPLES):
 def exchanges_of(says, modalities, pairs, samples=SAMPLES):
     rows, columns = (torch.tensor(places) for places in zip(*pairs, strict=True))
     found = {}
-    for subset in functional.exchanged_subsets(modalities):
+    for subset in functional.permuted_subsets(modalities):
         values = [
             says([int(i) if m in subset else int(j) for m in range(modalities)])
             for i, j in zip(rows, columns, strict=True)
         ]
-        found[subset] = Exchange(rows, columns, torch.stack(values))
+        found[subset] = Permutation(rows, columns, torch.stack(values))
     return found
 
 
@@ -76,7 +76,7 @@ def test_captum_with_grouped_features_agrees():
         rows, columns = (torch.tensor(places) for places in zip(*pairs, strict=True))
         mixed = torch.where(mask == 0, inputs[rows], inputs[columns])
         game = functional.play(
-            intact, {frozenset({0}): Exchange(rows, columns, layer(mixed))}, torch.arange(7), chosen, 2
+            intact, {frozenset({0}): Permutation(rows, columns, layer(mixed))}, torch.arange(7), chosen, 2
         )
         theirs = torch.zeros(7, 2)
         for i, j in pairs:
@@ -99,11 +99,11 @@ def test_an_additive_model_has_no_interaction_whatever_the_partners(partners, mo
     pairs = [(i, (i + s) % SAMPLES) for i in range(SAMPLES) for s in shifts]
     pairs = [(i, j) for i, j in pairs if groups[i] != groups[j]]
     intact = torch.stack([says([i] * modalities) for i in range(SAMPLES)])
-    exchanges = exchanges_of(says, modalities, pairs)
-    game = functional.play(intact, exchanges, groups, intact.argmax(1), modalities)
+    permutes = exchanges_of(says, modalities, pairs)
+    game = functional.play(intact, permutes, groups, intact.argmax(1), modalities)
     assert game.interaction().abs().max() < 1e-12
     if modalities == 2:
-        torch.testing.assert_close(functional.additive_projection(len(intact), exchanges), intact)
+        torch.testing.assert_close(functional.additive_projection(len(intact), permutes), intact)
 
 
 def test_xor_of_two_bits():
@@ -117,7 +117,7 @@ def test_xor_of_two_bits():
     values = torch.stack([says([int(i), int(j)]) for i, j in zip(rows, columns, strict=True)])
     intact = torch.stack([says([i, i]) for i in range(4)])
     # Partners with all bits alike, so every sample is a partner of all, itself too.
-    whole = {frozenset({0}): Exchange(rows, columns, values)}
+    whole = {frozenset({0}): Permutation(rows, columns, values)}
     game = functional.play(intact.repeat(2, 1), _doubled(whole), torch.arange(8) // 4, intact.argmax(1).repeat(2), 2)
     nothing, first, second = (game.values[frozenset(of)] for of in ((), {0}, {1}))
     assert nothing.tolist() == first.tolist() == second.tolist() == [0.5] * 8
@@ -125,12 +125,12 @@ def test_xor_of_two_bits():
     assert game.interaction().tolist() == [0.5] * 8
 
 
-def _doubled(exchanges):
+def _doubled(permutes):
     """Two copies of all samples, each the partners of the other copy's."""
-    (exchange,) = exchanges.values()
-    rows = torch.cat([exchange.rows, exchange.rows + 4])
-    columns = torch.cat([exchange.columns + 4, exchange.columns])
-    return {frozenset({0}): Exchange(rows, columns, exchange.values.repeat(2, 1))}
+    (permute,) = permutes.values()
+    rows = torch.cat([permute.rows, permute.rows + 4])
+    columns = torch.cat([permute.columns + 4, permute.columns])
+    return {frozenset({0}): Permutation(rows, columns, permute.values.repeat(2, 1))}
 
 
 def test_a_modality_that_is_ignored_contributes_nothing_and_a_symmetric_model_shares_equally():
@@ -146,7 +146,7 @@ def test_a_modality_that_is_ignored_contributes_nothing_and_a_symmetric_model_sh
     rows, columns = (torch.tensor(places) for places in zip(*all_pairs(range(SAMPLES)), strict=True))
     intact = torch.stack([twins * twins, 2 * twins], dim=1)
     game = functional.play(
-        intact, {frozenset({0}): Exchange(rows, columns, table)}, torch.arange(SAMPLES), intact.argmax(1), 2
+        intact, {frozenset({0}): Permutation(rows, columns, table)}, torch.arange(SAMPLES), intact.argmax(1), 2
     )
     torch.testing.assert_close(game.phi[:, 0], game.phi[:, 1])
 
@@ -160,7 +160,7 @@ def test_the_fit_is_least_squares(partners):
     )
     values = rng.normal(size=len(rows))
     found = functional.additive_fit(
-        Exchange(torch.tensor(rows), torch.tensor(columns), torch.tensor(values)[:, None]), SAMPLES
+        Permutation(torch.tensor(rows), torch.tensor(columns), torch.tensor(values)[:, None]), SAMPLES
     )
     ours = found[0] + found[1].T
     np.testing.assert_allclose(ours, reference.additive_fit(rows, columns, values, SAMPLES), atol=1e-10)
@@ -170,8 +170,8 @@ def test_a_fit_to_pairs_of_which_rows_and_columns_have_different_numbers():
     pairs = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 0), (2, 1), (3, 3)]
     rows, columns = zip(*pairs, strict=True)
     values = np.random.default_rng(1).normal(size=len(pairs))
-    exchange = Exchange(torch.tensor(rows), torch.tensor(columns), torch.tensor(values)[:, None])
-    a, b = functional.additive_fit(exchange, 4)
+    permute = Permutation(torch.tensor(rows), torch.tensor(columns), torch.tensor(values)[:, None])
+    a, b = functional.additive_fit(permute, 4)
     np.testing.assert_allclose(a + b.T, reference.additive_fit(rows, columns, values, 4), atol=1e-10)
 
 
@@ -179,9 +179,9 @@ def test_pairs_that_do_not_connect_determine_no_fit_and_all_sides_have_the_partn
     pairs = [(0, 1), (1, 0), (2, 3), (3, 2)]
     f, g = torch.randn(2, 4, 2).double()
     rows, columns = (torch.tensor(places) for places in zip(*pairs, strict=True))
-    exchange = Exchange(rows, columns, f[rows] + g[columns])
-    assert functional.additive_fit(exchange, 4) is None
-    game = functional.play(f + g, {frozenset({0}): exchange}, torch.arange(4), torch.zeros(4).long(), 2)
+    permute = Permutation(rows, columns, f[rows] + g[columns])
+    assert functional.additive_fit(permute, 4) is None
+    game = functional.play(f + g, {frozenset({0}): permute}, torch.arange(4), torch.zeros(4).long(), 2)
     assert game.interaction().abs().max() < 1e-12
     assert game.values[frozenset()].tolist() == (f + g)[[1, 0, 3, 2], 0].tolist()
 
@@ -190,15 +190,15 @@ def test_a_sample_without_partners_has_no_contribution():
     groups = torch.tensor([0, 0, 0, 0, 0, 0])
     _, says = table_of(entangled, 2, 6)
     intact = torch.stack([says([i, i]) for i in range(6)])
-    exchange = Exchange(torch.tensor([0]), torch.tensor([1]), intact[:1])
-    assert functional.play(intact, {frozenset({0}): exchange}, groups, intact.argmax(1), 2).phi.isnan().all()
+    permute = Permutation(torch.tensor([0]), torch.tensor([1]), intact[:1])
+    assert functional.play(intact, {frozenset({0}): permute}, groups, intact.argmax(1), 2).phi.isnan().all()
 
 
 def test_with_all_pairs_the_additive_projection_is_the_published_one():
     values = torch.randn(SAMPLES, SAMPLES, CLASSES).double()
     # Those of a sample with itself too, as in a table of all.
     rows, columns = torch.cartesian_prod(torch.arange(SAMPLES), torch.arange(SAMPLES)).unbind(1)
-    ours = functional.additive_projection(SAMPLES, {frozenset({0}): Exchange(rows, columns, values[rows, columns])})
+    ours = functional.additive_projection(SAMPLES, {frozenset({0}): Permutation(rows, columns, values[rows, columns])})
     for c in range(CLASSES):
         np.testing.assert_allclose(ours[:, c], reference.emap(values[..., c].numpy()), atol=1e-12)
 
@@ -225,12 +225,12 @@ def test_an_xor_does_not_seem_to_add_up_nor_to_be_opposed_whatever_the_partners(
     rows = torch.arange(samples).repeat_interleave(len(shifts))
     columns = (rows + shifts.repeat(samples)) % samples
     every = torch.arange(samples)
-    intact, exchanged = says(every, every), says(rows, columns)
+    intact, permuted = says(every, every), says(rows, columns)
     target = intact.argmax(1)
-    projected = functional.additive_projection(samples, {frozenset({0}): Exchange(rows, columns, exchanged)})
+    projected = functional.additive_projection(samples, {frozenset({0}): Permutation(rows, columns, permuted)})
     assert (projected.argmax(1) == target).double().mean() == pytest.approx(0.5, abs=0.08)
     game = functional.play(
-        intact.softmax(1), {frozenset({0}): Exchange(rows, columns, exchanged.softmax(1))}, every, target, 2
+        intact.softmax(1), {frozenset({0}): Permutation(rows, columns, permuted.softmax(1))}, every, target, 2
     )
     # None is; noise goes beyond two standard errors to one side in 2.3 %, of either modality.
     assert functional.opposed(game.phi, game.phi_error).mean() < 0.06
@@ -269,5 +269,5 @@ def test_partners_are_symmetric_and_connect_everybody(samples):
     assert list(functional.partner_shifts(samples, 4)) == list(shifts)
     rows = torch.arange(samples).repeat_interleave(len(shifts))
     columns = (rows + torch.tensor(list(shifts)).repeat(samples)) % samples
-    fit = functional.additive_fit(Exchange(rows, columns, torch.randn(len(rows), 1)), samples)
+    fit = functional.additive_fit(Permutation(rows, columns, torch.randn(len(rows), 1)), samples)
     assert (fit is not None) == (samples > 2)

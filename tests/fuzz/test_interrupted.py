@@ -14,9 +14,9 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
 from lightning_xattn.evaluation import table as table_module
 from lightning_xattn.explainer import dataset, progress
+from tests.explainer.test_explain_loader import EXACTLY, assert_same_summary
 from tests.fuzz.examples import examples
 from tests.fuzz.mishaps import at_line, interrupt, run_into
-from tests.explainer.test_explain_loader import EXACTLY, assert_same_summary
 from tests.toy import NAMES, ToyModule, quiet_trainer, run_toy, toy_loader
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -27,8 +27,8 @@ def explain(folder):
     """A data set of five batches in three parts."""
     dataset.BATCHES_A_PART = 2
     torch.manual_seed(0)
-    watch = ExplainabilityCapture(ToyModule(), predict=run_toy, class_names=NAMES, contribution_samples=8)
-    return watch.explain_loader(toy_loader(SAMPLES), folder, progress=False)
+    callback = ExplainabilityCapture(ToyModule(), predict=run_toy, class_names=NAMES, contribution_samples=8)
+    return callback.explain_loader(toy_loader(SAMPLES), folder, progress=False)
 
 
 def train(folder):
@@ -36,12 +36,12 @@ def train(folder):
     table_module.ROWS_IN_MEMORY = 6
     torch.manual_seed(0)
     settings = {"contribution_samples": 8, "figures_every_n_epochs": 0, "curves": "all"}
-    watch = AttentionExplainabilityCallback(table=folder / "table", **settings)
+    callback = AttentionExplainabilityCallback(table=folder / "table", **settings)
     keep = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
-    trainer = quiet_trainer(callbacks=[watch, keep], max_epochs=EPOCHS, enable_checkpointing=True)
+    trainer = quiet_trainer(callbacks=[callback, keep], max_epochs=EPOCHS, enable_checkpointing=True)
     last = folder / "last.ckpt"
     trainer.fit(ToyModule(), toy_loader(), toy_loader(seed=1), ckpt_path=last if last.exists() else None)
-    return watch.history
+    return callback.history
 
 
 @pytest.fixture(autouse=True)

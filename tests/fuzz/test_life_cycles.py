@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback
+from tests.callback.test_trainer import assert_same_records
 from tests.capture.models import assert_same
 from tests.fuzz.examples import examples
-from tests.callback.test_trainer import assert_same_records
 from tests.toy import CLASSES, ToyModule, count_global_hooks, count_hooks, quiet_trainer, toy_data
 
 # Advice of Lightning's about small data, and ours about labels and numbers that are not there.
@@ -44,7 +44,7 @@ def cases(draw):
             "figures_every_n_epochs": draw(st.integers(0, 2)),
             "faithfulness_every_n_epochs": draw(st.integers(0, 2)),
             "contribution_samples": draw(st.sampled_from([0, 8])),
-            "group_by": draw(st.sampled_from(["target", "prediction"])),
+            "classes_by": draw(st.sampled_from(["target", "prediction"])),
             "curves": draw(st.sampled_from(["main", "all"])),
         },
         "trainer": {

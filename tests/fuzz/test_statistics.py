@@ -34,7 +34,7 @@ def cases(draw):
         "padding": draw(st.booleans()),
         "visible": draw(st.tuples(MASKS, MASKS)),
         "broken": draw(st.lists(st.sampled_from(BROKEN), max_size=2)),
-        "crossing": draw(st.booleans()),
+        "cross_modal_mass": draw(st.booleans()),
         "seed": draw(st.integers(0, 10**6)),
     }
 
@@ -57,7 +57,7 @@ def make_direction(case, direction, shape, masks, visible, generator):
             weights[cell[:3]] *= 1.1
         else:
             weights[cell] = 0.0 if how == "zero" else float(how)
-    shares = torch.rand(samples, heads, queries, generator=generator) if case["crossing"] else None
+    shares = torch.rand(samples, heads, queries, generator=generator) if case["cross_modal_mass"] else None
     return Attention(direction, weights, masks[1], sees, masks[0], 0 if case["both"] else case["extra_keys"], shares)
 
 
@@ -95,7 +95,7 @@ def real_keys(attention, b):
     keys = np.ones(attention.weights.shape[1:], bool)
     if attention.key_mask is not None:
         keys &= attention.key_mask[b].numpy()
-    if attention.visible is not None and attention.crossing is None:
+    if attention.visible is not None and attention.cross_modal_mass is None:
         keys &= attention.visible.expand(attention.weights.shape)[b].numpy()
     keys[..., attention.weights.shape[3] - attention.extra_keys :] = False
     return keys
@@ -114,11 +114,13 @@ def of_direction(attention, b):
     found = reference.row_statistics(*of_sample) | {
         "query_selectivity": reference.query_selectivity(*of_sample),
         "head_diversity": [reference.head_diversity(*of_sample)],
-        "sink": reference.sink_strength(*of_sample),
+        "sink": reference.sink(*of_sample),
         "broken": (real & keys.any(-1) & ~reference.valid_rows(*of_sample)).sum(1),
     }
-    if attention.crossing is not None:
-        found["crossing"] = [reference.mean_defined(of_head[real]) for of_head in attention.crossing[b].numpy()]
+    if attention.cross_modal_mass is not None:
+        found["cross_modal_mass"] = [
+            reference.mean_defined(of_head[real]) for of_head in attention.cross_modal_mass[b].numpy()
+        ]
     return {name: values for name, values in found.items() if name in STATISTICS}
 
 

@@ -8,9 +8,9 @@ from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCaptu
 from lightning_xattn.attention_analysis import AttentionAnalyzer, head_wise_attention_analysis
 from lightning_xattn.core.errors import DataError, SettingError
 from lightning_xattn.hms import CLASSES, HMSDataModule, HMSLightningModule, simulate
-from tests.messages import tells
 from tests.explainer.test_explain_loader import assert_same_summary
 from tests.explainer.test_explainer import assert_same
+from tests.messages import tells
 from tests.toy import quiet_trainer
 
 # An untrained model has heads that are uniform, and is warned of them.
@@ -40,10 +40,10 @@ def model():
 
 
 def test_callback_and_explainer_agree(model, datamodule):
-    watch = AttentionExplainabilityCallback()
-    quiet_trainer(callbacks=[watch]).validate(model, datamodule=datamodule, verbose=False)
+    callback = AttentionExplainabilityCallback()
+    quiet_trainer(callbacks=[callback]).validate(model, datamodule=datamodule, verbose=False)
     explained = ExplainabilityCapture(model, num_heads=8).explain_loader(datamodule.val_dataloader())
-    assert_same_summary(explained.headline, watch.summaries["val"])
+    assert_same_summary(explained.headline, callback.summaries["val"])
     assert explained.class_names == CLASSES
     assert list(explained.summaries) == ["model.fusion"]
 
@@ -73,15 +73,15 @@ def test_regions_are_named_by_the_model(batch):
 
 
 def test_one_sample_however_it_is_cut_out(model, batch):
-    watch = ExplainabilityCapture(model)
-    whole = watch.explain_batch(batch)["per_sample_explanations"][3]
-    sample = watch.explain_single_sample(batch, 3)
+    callback = ExplainabilityCapture(model)
+    whole = callback.explain_batch(batch)["per_sample_explanations"][3]
+    sample = callback.explain_single_sample(batch, 3)
     guide = {
         "eeg_graphs": [g[[3]] for g in batch["eeg_graphs"]],
         "spec_graphs": [g[[3]] for g in batch["spec_graphs"]],
         "targets": batch["targets"][[3]],
     }
-    (alone,) = watch.explain_batch(guide)["per_sample_explanations"]
+    (alone,) = callback.explain_batch(guide)["per_sample_explanations"]
     parts = ExplainabilityCapture(model, max_batch_size=2).explain_batch(batch)["per_sample_explanations"][3]
     for name, value in whole.items():
         if name not in ("top_attention_pairs", "top_attention_places"):  # nearly equal weights may change places
@@ -136,20 +136,20 @@ def test_the_pooled_fusion_is_said_to_say_nothing(batch):
 
 
 def test_bad_input_is_named(model, batch, tmp_path):
-    watch = ExplainabilityCapture(model)
+    callback = ExplainabilityCapture(model)
     with pytest.raises(
         DataError, match=r"lacks \['eeg_graphs'\]; it holds \['patient_ids', 'sample_ids', 'spec_graphs', 'targets'\]"
     ):
-        watch.explain_batch({name: value for name, value in batch.items() if name != "eeg_graphs"})
+        callback.explain_batch({name: value for name, value in batch.items() if name != "eeg_graphs"})
     with pytest.raises(SettingError, match="layer 'model.fusion': expected num_heads=4, but there are 8 heads"):
         ExplainabilityCapture(model, num_heads=4).explain_batch(batch)
     batch["eeg_graphs"][2].x[20] = torch.nan  # a node of the second graph
     with pytest.raises(DataError, match=rf"sample 1 \(id {int(batch['sample_ids'][1])}\) \(1 of 5\) are not finite"):
-        watch.explain_batch(batch)
+        callback.explain_batch(batch)
     with pytest.raises(
         DataError, match=r"Batch 1: .*lacks \['eeg_graphs', 'spec_graphs'\].*5 samples of the 1 batches"
     ):
-        watch.explain_loader([{**batch, "eeg_graphs": batch["eeg_graphs"][:2]}, {}], tmp_path)
+        callback.explain_loader([{**batch, "eeg_graphs": batch["eeg_graphs"][:2]}, {}], tmp_path)
 
 
 def test_a_checkpoint_of_another_architecture(tmp_path):

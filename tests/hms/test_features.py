@@ -115,12 +115,12 @@ def test_a_silent_channel_has_the_floor_and_no_edges():
 
 def test_edges_weigh_common_envelopes():
     time = seconds(COMPETITION)
-    carrier = np.sin(2 * np.pi * 10 * time)
+    recorded_call = np.sin(2 * np.pi * 10 * time)
     envelope = 20 + 15 * np.sin(2 * np.pi * 0.4 * time)
     eeg = noise(COMPETITION)
     fp1, fp2, o1, o2 = (ELECTRODES.index(name) for name in ("Fp1", "Fp2", "O1", "O2"))
-    eeg[:, fp1], eeg[:, fp2] = envelope * carrier, 3 * envelope * np.sin(2 * np.pi * 11 * time)
-    eeg[:, o1], eeg[:, o2] = envelope * carrier, (40 - envelope) * carrier
+    eeg[:, fp1], eeg[:, fp2] = envelope * recorded_call, 3 * envelope * np.sin(2 * np.pi * 11 * time)
+    eeg[:, o1], eeg[:, o2] = envelope * recorded_call, (40 - envelope) * recorded_call
     _, edge_attr, _ = eeg_features(eeg, COMPETITION)
     assert edge_attr.shape == (9, 72, 1)
     weights = {edge: edge_attr[1:-1, i, 0] for i, edge in enumerate(EEG_EDGES)}

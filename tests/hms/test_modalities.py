@@ -82,7 +82,7 @@ def test_planted_disagreement_is_found_and_which_modality_was_followed(simulated
     follows = [i for i, (one, eeg, spec) in enumerate(truth) if eeg != spec and one in (eeg, spec)]
     by_eeg = [truth[i][0] == truth[i][1] for i in follows]
     assert 10 <= sum(by_eeg) <= len(by_eeg) - 10
-    assert auroc([columns["lean"][i] for i in follows], by_eeg) >= 0.88
+    assert auroc([columns["support_difference"][i] for i in follows], by_eeg) >= 0.88
     # This model follows the spectrogram about ten times of a hundred: over three seeds 0.81 to 0.86.
     assert auroc([columns["contribution_followed"][i] for i in follows], by_eeg) >= 0.75
     for direction in fusion.replaced:

@@ -20,8 +20,8 @@ from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.core.errors import XAttnWarning
 from lightning_xattn.core.files import path_of
 from lightning_xattn.evaluation.curves import charts
-from lightning_xattn.loggers import SINKS, Sinks
-from lightning_xattn.loggers.folder import FolderSink
+from lightning_xattn.loggers import WRITERS, LoggerWriters
+from lightning_xattn.loggers.folder import FolderWriter
 from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_loader, validate
 
@@ -36,8 +36,8 @@ def client(name):
 def run(logger, **settings):
     """A validation that is logged at the step of a fit."""
     torch.manual_seed(0)
-    watch = AttentionExplainabilityCallback(class_names=["a", "b/c", "d e", "🧠"], **settings)
-    trainer = quiet_trainer(logger=logger, callbacks=[watch], max_epochs=2)
+    callback = AttentionExplainabilityCallback(class_names=["a", "b/c", "d e", "🧠"], **settings)
+    trainer = quiet_trainer(logger=logger, callbacks=[callback], max_epochs=2)
     trainer.fit(ToyModule(), toy_loader(), toy_loader(seed=1))
     trainer.test(trainer.model, toy_loader(seed=2), verbose=False)
     return trainer
@@ -69,8 +69,8 @@ def test_tensorboard_compares_runs_by_their_best_epochs(tmp_path, default_hp_met
     logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=default_hp_metric)
     logger.log_hyperparams({"lr": 0.1})
     torch.manual_seed(0)
-    watch = AttentionExplainabilityCallback()
-    quiet_trainer(logger=logger, callbacks=[watch], max_epochs=3).fit(ToyModule(), toy_loader(), toy_loader(seed=1))
+    callback = AttentionExplainabilityCallback()
+    quiet_trainer(logger=logger, callbacks=[callback], max_epochs=3).fit(ToyModule(), toy_loader(), toy_loader(seed=1))
     logger.finalize("success")
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
@@ -82,7 +82,7 @@ def test_tensorboard_compares_runs_by_their_best_epochs(tmp_path, default_hp_met
         assert columns == {"hp_metric"}
         assert not [tag for tag in events.Tags()["scalars"] if tag.startswith("xattn_best")]
         return
-    best = max(watch.history, key=lambda one: one["accuracy"])
+    best = max(callback.history, key=lambda one: one["accuracy"])
     assert {"xattn_best/accuracy", "xattn_best/alignment/all", "xattn_best/outcome/confidence_auroc"} <= columns
     for column in columns:
         (point,) = events.Scalars(column)
@@ -225,11 +225,11 @@ def test_a_logger_that_fails_is_reported_once_and_ends_nothing(tmp_path, monkeyp
     class Broken(CSVLogger):
         pass
 
-    class BrokenSink(FolderSink):
+    class BrokenSink(FolderWriter):
         def log_images(self, images, step):
             raise OSError("disk on fire")
 
-    monkeypatch.setitem(SINKS, "Broken", lambda logger: BrokenSink(logger, tmp_path))
+    monkeypatch.setitem(WRITERS, "Broken", lambda logger: BrokenSink(logger, tmp_path))
     loggers = [Broken(tmp_path), CSVLogger(tmp_path, name="", version="csv")]
     with pytest.warns(XAttnWarning) as warned:
         validate(ToyModule(), AttentionExplainabilityCallback(), logger=loggers)
@@ -257,7 +257,7 @@ def test_figures_that_cannot_be_drawn_are_reported(tmp_path):
         yield
 
     with pytest.warns(XAttnWarning, match=tells("The figures of val", "no ink")):
-        Sinks([], tmp_path).log_figures(figures(), 0, "val")
+        LoggerWriters([], tmp_path).log_figures(figures(), 0, "val")
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_any_names_are_two_files_that_can_be_written(tmp_path):
         "漢" * 200,
         "漢" * 201,
     ]
-    FolderSink(None, tmp_path).log_images({f"map/{name}": np.zeros((2, 3, 3), np.uint8) for name in names}, 0)
+    FolderWriter(None, tmp_path).log_images({f"map/{name}": np.zeros((2, 3, 3), np.uint8) for name in names}, 0)
     written = list((tmp_path / "map").glob("*/step_000000.png"))
     assert len(written) == len(names)
     assert all(path.parent.name.isprintable() and len(path.parent.name.encode()) < 120 for path in written)

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lightning_xattn.interpretation import AGREEING, DIFFUSE, DISAGREEING, FOCUSED, IF_CORRECT, IF_INCORRECT, PATTERNS
 
 from lightning_xattn import interpret_sample
 from lightning_xattn.core.attention import Attention, Direction
 from lightning_xattn.functional import prepare_rows, row_statistics
+from lightning_xattn.report.criteria import AGREEING, DIFFUSE, DISAGREEING, FOCUSED, IF_CORRECT, IF_INCORRECT, PATTERNS
 from tests.explained import NAN, NO_ROW, SINGLE_KEY, sample, statistics
 
 FOCUSED_EXAMPLE = statistics(max=0.95, entropy=0.2, sparsity=85.0)

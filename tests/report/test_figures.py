@@ -10,8 +10,8 @@ from lightning_xattn.evaluation.layer_summary import Comparison
 from lightning_xattn.evaluation.statistics import ALIGNMENT, Column
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
 from lightning_xattn.report.figures import dataset_figures, epoch_figures, fusion_figures, overview_figure
-from tests.explained import NAMES, dataset, summary
 from tests.attribution.models import said_data, summary_of, trained
+from tests.explained import NAMES, dataset, summary
 from tests.visualizations.conftest import drawn, panels, smallest_text, texts
 
 # Classes of 19, 11 and 7 samples, of which unequally many are predicted correctly.
@@ -26,7 +26,7 @@ def one():
 
 @pytest.fixture(scope="module")
 def figures(one):
-    drawn_figures = epoch_figures(one, "val", NAMES, group_by="target", axes={}, context="epoch 4")
+    drawn_figures = epoch_figures(one, "val", NAMES, classes_by="target", axes={}, context="epoch 4")
     return {tag.replace("/val", "").removeprefix("xattn_"): figure for tag, figure in drawn_figures}
 
 
@@ -126,7 +126,7 @@ def test_a_data_sets_classes_and_outcomes_have_their_means_intervals_and_counts(
 
 def test_without_classes_all_samples_are_one(one):
     whole = summary([-1] * 5, [UNKNOWN] * 5, n_classes=0)
-    drawn_figures = dict(epoch_figures(whole, "test", (), group_by="target", axes={}, context=""))
+    drawn_figures = dict(epoch_figures(whole, "test", (), classes_by="target", axes={}, context=""))
     assert list(drawn_figures) == [f"xattn_map/test/{d}" for d in one.heads] + ["xattn_entropy/test/by_head"]
     (panel,) = panels(drawn_figures["xattn_map/test/eeg_to_spec"])
     assert panel.get_title() == "all samples (n=5)"
@@ -152,7 +152,7 @@ def test_no_score_is_said_to_find_errors_that_is_not_seen_to(interval, confidenc
     data, _ = said_data(60, noise=1.5)
     summary = copy(summary_of(trained(None, data, epochs=5), data))
     summary.compare = lambda score: found
-    _, figure = next(fusion_figures(summary, "val", [], all_names=[], group_by="target", context=""))
+    _, figure = next(fusion_figures(summary, "val", [], all_names=[], classes_by="target", context=""))
     said = " ".join(texts(figure).split())
     assert confidence in said
     assert conflict in said

@@ -9,7 +9,7 @@ import torch
 from lightning_xattn import AttentionExplainabilityCallback, AttentionRecorder, ExplainabilityCapture, TokenAxis
 from lightning_xattn.attention_analysis import AttentionAnalyzer
 from lightning_xattn.evaluation.statistics import ALIGNMENT
-from lightning_xattn.functional import Exchange, prepare_rows
+from lightning_xattn.functional import Permutation, prepare_rows
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.hms import HMSDataModule
 from tests.explained import dataset, summary
@@ -50,9 +50,9 @@ def test_a_notebook_shows_the_reports_tables_and_no_markup_of_a_name(explained):
 
 
 def test_so_do_the_callbacks_summaries():
-    watch = AttentionExplainabilityCallback()
-    validate(ToyModule(), watch)
-    layer, fusion = watch.summaries["val"], watch.fusion_summaries["val"]
+    callback = AttentionExplainabilityCallback()
+    validate(ToyModule(), callback)
+    layer, fusion = callback.summaries["val"], callback.fusion_summaries["val"]
     of_layer, of_fusion = Reader(layer._repr_html_()), Reader(fusion._repr_html_())
     assert {"class", "accuracy", "class_0", "class_3", f"{layer.mean(ALIGNMENT, 0):.3f}"} <= {
         text.split(" (")[0] for text in of_layer.texts
@@ -71,26 +71,26 @@ def test_the_reports_escape_what_the_notebook_escapes():
 
 
 def test_reprs_say_in_a_line_what_it_is(explained, tmp_path):
-    module, watch = ToyModule(), AttentionExplainabilityCallback()
+    module, callback = ToyModule(), AttentionExplainabilityCallback()
     recorder = AttentionRecorder(module)
     with recorder:
         module(*toy_data(3)[:][:2])
     (pair,) = recorder.attention
-    validate(module, watch)
-    exchange = Exchange(torch.arange(5), torch.arange(5), torch.rand(5, 2))
+    validate(module, callback)
+    permute = Permutation(torch.arange(5), torch.arange(5), torch.rand(5, 2))
     expected = {
         pair.forward: "Attention(audio_to_text: 3 samples, 3 heads, 5 queries, 7 keys)",
         pair: f"AttentionPair('audio_to_text', {pair.forward!r}, {pair.backward!r})",
         prepare_rows(pair.forward): "Rows(audio_to_text: 3 samples, 3 heads, 5 queries, 7 keys)",
-        exchange: "Exchange(5 pairs, 2 classes)",
+        permute: "Permutation(5 pairs, 2 classes)",
         recorder: "AttentionRecorder(ToyModule: layers audio_to_text)",
-        watch: "AttentionExplainabilityCallback(group_by='target'; recorded so far: val)",
-        watch.summaries[
+        callback: "AttentionExplainabilityCallback(classes_by='target'; recorded so far: val)",
+        callback.summaries[
             "val"
         ]: "LayerSummary(23 samples, 4 classes; audio_to_text of 3 heads, text_to_audio of 3 heads)",
-        watch.fusion_summaries["val"]: "FusionSummary(audio and text: 23 samples, 4 classes)",
+        callback.fusion_summaries["val"]: "FusionSummary(audio and text: 23 samples, 4 classes)",
         explained: "DatasetResult(23 samples, 4 classes; layers audio_to_text; modalities audio, text)",
-        ExplainabilityCapture(module): "ExplainabilityCapture(ToyModule, group_by='target')",
+        ExplainabilityCapture(module): "ExplainabilityCapture(ToyModule, classes_by='target')",
         AttentionAnalyzer(3): "AttentionAnalyzer(num_heads=3)",
         HMSDataModule("x", fold=2): "HMSDataModule('x', batch_size=32, fold=2 of 5)",
     }

@@ -14,9 +14,9 @@ from lightning_xattn.evaluation.layer_summary import Comparison
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.report import listing
 from lightning_xattn.report.facts import collect_facts
+from lightning_xattn.report.key_points import key_points
 from lightning_xattn.report.listing import _entry, entries_of_batch, entries_of_dataset
 from lightning_xattn.report.modalities import _verdict, collect_fusion
-from lightning_xattn.report.short import in_short
 from tests.attribution.models import NAMED, Concatenation, said_data, trained, watch_of
 from tests.toy import PaddedToyModule, padded_toy_data, run_toy
 
@@ -24,8 +24,8 @@ from tests.toy import PaddedToyModule, padded_toy_data, run_toy
 @pytest.fixture(scope="module")
 def result():
     data, _ = said_data(160, noise=1.5)
-    watch = watch_of(trained(Concatenation(), data, epochs=15), data, class_names=list("abcd"), **NAMED)
-    return DatasetResult({}, watch.fusion_summaries["val"], tuple("abcd"), "target", {}, None)
+    callback = watch_of(trained(Concatenation(), data, epochs=15), data, class_names=list("abcd"), **NAMED)
+    return DatasetResult({}, callback.fusion_summaries["val"], tuple("abcd"), "target", {}, None)
 
 
 def compared(auroc, low, high):
@@ -68,11 +68,11 @@ NO_SCORE = "No score tells errors clearly better than confidence. AUROC:"
 def test_confidence_is_the_baseline_and_keeps_its_direction(result, outcomes, said):
     facts = collect_facts(result)
     facts["fusion"]["outcomes"] = outcomes
-    assert list(in_short(facts))[-1] == said
+    assert list(key_points(facts))[-1] == said
 
 
 def test_what_is_used_is_said_in_whole_sentences(result):
-    sentences = list(in_short(collect_facts(result)))
+    sentences = list(key_points(collect_facts(result)))
     share = result.fusion.share("left")
     assert 0.5 < share.low < 2 / 3 < share.high
     told = f"Left {100 * share.mean:.1f} %, 95 % CI {100 * share.low:.1f} to {100 * share.high:.1f} %; Right "
@@ -114,7 +114,7 @@ def test_a_modality_that_is_always_right_is_not_right_for_certain(result, noun):
     # 16 samples, or of two each 8 patients: n / (n + t(0.975, n - 1) ** 2).
     low = {"patients": 58.9, None: 77.9}[noun]
     with_it = replace(result, fusion=summary)
-    assert f"right in 100.0 % of the samples (95 % CI {low} to 100.0 %;" in " ".join(in_short(collect_facts(with_it)))
+    assert f"right in 100.0 % of the samples (95 % CI {low} to 100.0 %;" in " ".join(key_points(collect_facts(with_it)))
     assert f"100.0 % ({low} to 100.0 %)" in create_explainability_report(with_it)
     assert f"95 % CI {low} to 100.0 %" in with_it._repr_html_()
 

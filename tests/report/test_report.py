@@ -211,7 +211,7 @@ def test_json_has_null_for_what_is_undefined_and_numbers_for_tensors():
 def test_json_of_a_data_set_holds_the_summarys_numbers():
     one = summary(CLASSES, OUTCOMES, tied=(1, 2), broken=(4,))
     got = json_of(dataset(one, table=Path("rows")))
-    assert (got["kind"], got["group_by"], got["table"]) == ("dataset", "target", "rows")
+    assert (got["kind"], got["classes_by"], got["table"]) == ("dataset", "target", "rows")
     (layer,) = got["layers"]
     assert (layer["layer"], layer["samples"], layer["ties"], layer["invalid_rows"]) == ("fusion.0", 39, 2, 15)
     assert layer["undefined_share"] == pytest.approx(1 / 39)
@@ -318,7 +318,7 @@ def test_nothing_is_claimed_of_fewer_than_five():
 def test_predicted_classes_unclassified_samples_and_several_layers():
     classes = [-1, *CLASSES[1:]]
     report = create_explainability_report(
-        dataset(summary(classes, OUTCOMES), summary(classes, OUTCOMES, keys=1), group_by="prediction")
+        dataset(summary(classes, OUTCOMES), summary(classes, OUTCOMES, keys=1), classes_by="prediction")
     )
     assert "WHOLE DATA SET (layer fusion.0)\n" in report
     assert "WHOLE DATA SET (layer fusion.1)\n" in report

@@ -98,7 +98,7 @@ def test_a_line_parts_the_outcomes_from_the_classes() -> None:
 
 
 def test_outcomes_differ_in_marker_and_from_the_classes_in_colour() -> None:
-    (ax,) = panels(plot_class_comparison({"x": ([], OUTCOMES)}, [], group_by=None))
+    (ax,) = panels(plot_class_comparison({"x": ([], OUTCOMES)}, [], classes_by=None))
     assert [points.get_marker() for points, _, _ in ax.containers] == ["o", "s"]
     (ax,) = panels(plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES))
     classes, correct, incorrect = (points for points, _, _ in ax.containers)
@@ -123,9 +123,9 @@ def test_outcomes_differ_in_marker_and_from_the_classes_in_colour() -> None:
             ["'x'", "3 classes", "2 outcomes", "got 3 and 1"],
         ),
         (
-            lambda: plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES, group_by="x"),
+            lambda: plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES, classes_by="x"),
             SettingError,
-            ["'group_by'", "'target', 'prediction', None", "got 'x'"],
+            ["'classes_by'", "'target', 'prediction', None", "got 'x'"],
         ),
     ],
 )

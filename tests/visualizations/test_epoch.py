@@ -183,10 +183,10 @@ def test_one_key_is_labelled(queries: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group_by", "said"), [("target", "per true class"), ("prediction", "per predicted class"), (None, "spec")]
+    ("classes_by", "said"), [("target", "per true class"), ("prediction", "per predicted class"), (None, "spec")]
 )
-def test_the_title_says_what_the_classes_are(group_by: str | None, said: str) -> None:
-    figure = plot_class_attention(make_maps(1, 3, 7), [4], ["a"], direction="eeg_to_spec", group_by=group_by)
+def test_the_title_says_what_the_classes_are(classes_by: str | None, said: str) -> None:
+    figure = plot_class_attention(make_maps(1, 3, 7), [4], ["a"], direction="eeg_to_spec", classes_by=classes_by)
     assert figure.get_suptitle().endswith(said)
 
 
@@ -438,11 +438,11 @@ NOTHING = (np.nan, np.nan, np.nan)
     ],
 )
 def test_every_figure_says_where_its_numbers_come_from_and_what_the_classes_are(plot) -> None:
-    figure = plot(context="val, epoch 3", group_by="prediction")
+    figure = plot(context="val, epoch 3", classes_by="prediction")
     assert "val, epoch 3" in texts(figure)
     assert "per predicted class" in texts(figure)
     assert "per true class" in texts(plot())
-    assert " class" not in texts(plot(group_by=None))
+    assert " class" not in texts(plot(classes_by=None))
 
 
 # What does not fit
@@ -498,9 +498,9 @@ def test_every_figure_says_where_its_numbers_come_from_and_what_the_classes_are(
             ["class", "got none"],
         ),
         (
-            lambda: plot_class_attention(make_maps(1, 2, 2), [1], ["a"], direction="x_to_y", group_by="class"),
+            lambda: plot_class_attention(make_maps(1, 2, 2), [1], ["a"], direction="x_to_y", classes_by="class"),
             SettingError,
-            ["'group_by'", "'target', 'prediction', None", "got 'class'"],
+            ["'classes_by'", "'target', 'prediction', None", "got 'class'"],
         ),
         (lambda: plot_head_entropy({}, [1], ["a"]), SettingError, ["direction", "got none"]),
         (

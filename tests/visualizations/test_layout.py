@@ -91,8 +91,8 @@ def alignment_figure(classes: list[str]) -> Figure:
 
 
 def signals_figure(pair: dict[str, torch.Tensor], seconds: int = 50) -> Figure:
-    geometry = {50: COMPETITION, 10: IIIC}[seconds]
-    axes = {"eeg": TokenAxis("w", spans=geometry.spans), "spec": TokenAxis("w", spans=spectrogram_spans())}
+    token_shape = {50: COMPETITION, 10: IIIC}[seconds]
+    axes = {"eeg": TokenAxis("w", spans=token_shape.spans), "spec": TokenAxis("w", spans=spectrogram_spans())}
     context = "sample 1628180742, predicted Seizure (0.82), true Other"
     if len(next(iter(pair.values()))[0, 0]) == 1:
         axes = {}
@@ -147,7 +147,7 @@ def epochs_figure(panels: int) -> Figure:
         for name, of in zip(("correct", "incorrect"), values, strict=True)
     ]
     reference = "null: different samples", [0.1] * 12
-    titles = ["alignment", "share of the contribution of each modality to the prediction", "accuracy of each reading"]
+    titles = ["alignment", "share of the contribution of each modality to the prediction", "accuracy of each probe"]
     return plot_epochs([Panel(title, curves, (0, 1), reference) for title in titles[:panels]], context=CONTEXT)
 
 

@@ -44,7 +44,7 @@ def test_each_sample_is_where_its_numbers_are_and_errors_are_marked():
     said = texts(figure)
     assert all(one in said for one in ("correct (n=2)", "incorrect (n=1)", *claims.values(), "val, epoch 3"))
     assert ax.get_xlabel() == "confidence of the prediction"
-    assert ax.get_ylabel() == "conflict of the readings"
+    assert ax.get_ylabel() == "conflict of the probes"
 
 
 def test_each_modality_has_its_share_of_each_class_with_its_interval():
@@ -90,7 +90,7 @@ def test_each_sample_has_what_its_modalities_say_and_carry():
         carried = [bar.get_width() for bar in right.containers[i]]
         np.testing.assert_allclose(carried, [one.contributions.get(name, NAN) for one in ROWS])
     said = texts(figure)
-    assert all(one in said for one in ("GPD 0.71", "$x$ 0.64", "LPD 0.99", "3: GPD (0.58), true: LPD", "not exchanged"))
+    assert all(one in said for one in ("GPD 0.71", "$x$ 0.64", "LPD 0.99", "3: GPD (0.58), true: LPD", "not permuted"))
     assert left.yaxis_inverted()
 
 
@@ -100,7 +100,7 @@ def test_each_sample_has_what_its_modalities_say_and_carry():
         (lambda: plot_conflict(CONFLICT, CONFIDENCE[:3], CORRECT), ShapeError, "confidence"),
         (lambda: plot_contribution_shares({}, NAMES), SettingError, "1 to 4 modalities"),
         (lambda: plot_contribution_shares({"eeg": (CLASSES[:2], OUTCOMES)}, NAMES), ShapeError, "3 classes"),
-        (lambda: plot_contribution_shares(SHARES, NAMES, group_by="sex"), SettingError, "group_by"),
+        (lambda: plot_contribution_shares(SHARES, NAMES, classes_by="sex"), SettingError, "classes_by"),
         (lambda: plot_conflicting_samples([]), SettingError, "At least one sample"),
     ],
 )

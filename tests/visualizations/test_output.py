@@ -34,6 +34,7 @@ from lightning_xattn.visualizations import (
     plot_modality_alignment,
     plot_outcome_alignment,
 )
+from tests.hms.test_signal_plots import AXES
 from tests.messages import tells
 from tests.visualizations import window_backend
 from tests.visualizations.conftest import (
@@ -45,7 +46,6 @@ from tests.visualizations.conftest import (
     make_spectrograms,
     make_traces,
 )
-from tests.visualizations.test_signals import AXES
 
 PAIR = make_pair()
 GROUPS = [Mean(9, 0.3, 0.2, 0.4), Mean(7, 0.2, 0.1, 0.3)]

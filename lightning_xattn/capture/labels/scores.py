@@ -41,7 +41,7 @@ class Scores:
         """The probabilities."""
         return self.values if self.are_probabilities else self.values.softmax(1)
 
-    def tell(self, predicted: Tensor, confidence: Tensor | None) -> bool:
+    def info(self, predicted: Tensor, confidence: Tensor | None) -> bool:
         """Whether these classes were predicted, with this confidence where it is known. Looks at the values."""
         top, classes = self.probabilities.to(predicted.device).max(1)
         told = (classes == predicted) | (predicted < 0)
@@ -77,7 +77,7 @@ def find_scores(step: Step, predictions: Tensor, predicted: Classes, confidence:
             fits = predicted.n_classes in (None, classes) and (
                 not scores.are_probabilities or are_probabilities(scores.values)
             )
-            if fits and predicted.ids is not None and scores.tell(predicted.ids, confidence):
+            if fits and predicted.ids is not None and scores.info(predicted.ids, confidence):
                 return partial(_read, place, classes, scores.are_probabilities)
     return None
 

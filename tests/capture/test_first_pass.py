@@ -181,10 +181,10 @@ class Steps(ToyModule):
 
 
 def test_a_step_that_calls_parts_of_the_model():
-    watch = AttentionExplainabilityCallback()
-    quiet_trainer(callbacks=[watch]).validate(Steps(), toy_loader(), verbose=False)
-    assert watch.history[0]["samples"] == 23
-    assert "alignment/correct" in watch.history[0]
+    mode = AttentionExplainabilityCallback()
+    quiet_trainer(callbacks=[mode]).validate(Steps(), toy_loader(), verbose=False)
+    assert mode.history[0]["samples"] == 23
+    assert "alignment/correct" in mode.history[0]
 
 
 def test_names_of_modules_that_are_no_multihead_attention_tell_the_direction():
@@ -211,16 +211,16 @@ class Nameless(ToyModule):
 
 @pytest.mark.parametrize("sanity", [0, 2])
 def test_a_trainer_with_a_model_whose_names_tell_nothing(sanity):
-    watch, module = AttentionExplainabilityCallback(), Nameless()
-    trainer = quiet_trainer(callbacks=[watch], num_sanity_val_steps=sanity, max_epochs=2)
+    mode, module = AttentionExplainabilityCallback(), Nameless()
+    trainer = quiet_trainer(callbacks=[mode], num_sanity_val_steps=sanity, max_epochs=2)
     trainer.fit(module, toy_loader(), toy_loader(seed=1))
-    assert [record["samples"] for record in watch.history] == [23, 23]
-    assert {"entropy/a_to_b/all", "entropy/b_to_a/head_2"} <= set(watch.history[0])
+    assert [record["samples"] for record in mode.history] == [23, 23]
+    assert {"entropy/a_to_b/all", "entropy/b_to_a/head_2"} <= set(mode.history[0])
 
     named = AttentionExplainabilityCallback({"a_to_b": "one", "b_to_a": "two"})
-    for callback in (watch, named):
+    for callback in (mode, named):
         quiet_trainer(callbacks=[callback]).validate(module, toy_loader(), verbose=False)
-    assert named.history[-1] == watch.history[-1]
+    assert named.history[-1] == mode.history[-1]
 
 
 @pytest.mark.parametrize(

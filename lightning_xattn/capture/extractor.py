@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_xattn.capture.attention_mode import Run
 from lightning_xattn.capture.given import (
     NAME_IT,
     check_weights,
@@ -34,7 +35,6 @@ from lightning_xattn.capture.masks import RecordedWeights, seen_by_both
 from lightning_xattn.capture.memory import Address
 from lightning_xattn.capture.readers import Event
 from lightning_xattn.capture.sources import Source
-from lightning_xattn.capture.watch import Run
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError
 
@@ -42,7 +42,7 @@ FOLLOW_IT = "give spans that count from the end, such as (-144, None), or a call
 """What to do where a modality of a joint sequence has as many tokens as each batch has."""
 
 
-class Tap:
+class AttentionExtractor:
     """Takes the attention of a direction out of the runs of its module, or out of what a callable gives.
 
     Where an item was named, or the module returns a mapping with the direction's name, that is read; where a number was

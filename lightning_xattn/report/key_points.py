@@ -14,7 +14,7 @@ from lightning_xattn.report.modalities import FusionFacts, ModalityFacts
 CONFIDENCE = "confidence"
 
 
-def in_short(facts: DatasetFacts) -> Iterator[str]:
+def key_points(facts: DatasetFacts) -> Iterator[str]:
     """Can each modality be read, do they conflict, which is followed, what tells errors, is attention faithful?"""
     fusion, layers = facts["fusion"], facts["layers"]
     if layers:
@@ -28,7 +28,7 @@ def in_short(facts: DatasetFacts) -> Iterator[str]:
     if facts["table"]:
         yield describe_training(facts["training"])
     if fusion is not None:
-        yield from (_say_reading(one, fusion) for one in fusion["modalities"])
+        yield from (_say_probe(one, fusion) for one in fusion["modalities"])
         yield _say_conflict(fusion)
         # The verdict's sentences on what is used and shown; what is known has just been said at greater length.
         _, *others = fusion["verdict"]
@@ -39,7 +39,7 @@ def in_short(facts: DatasetFacts) -> Iterator[str]:
     yield _say_errors(facts)
 
 
-def in_short_of_batch(facts: BatchFacts) -> Iterator[str]:
+def key_points_of_batch(facts: BatchFacts) -> Iterator[str]:
     """How many samples, and how many of them are predicted correctly."""
     known = facts["correct"] + facts["incorrect"]
     yield f"{facts['samples']} samples" + (f", {facts['correct']} of {known} predicted correctly." if known else ".")
@@ -71,8 +71,8 @@ def _say_accuracy(whole: Subset) -> str:
     return f" ({percent(whole['accuracy'])}, 95 % CI {interval})"
 
 
-def _say_reading(one: ModalityFacts, fusion: FusionFacts) -> str:
-    name, found = name_modality(one["name"]), one["reading_accuracy"]
+def _say_probe(one: ModalityFacts, fusion: FusionFacts) -> str:
+    name, found = name_modality(one["name"]), one["probe_accuracy"]
     if one["unreadable"]:
         return f"{name} cannot be read by itself: {one['unreadable']}."
     return (
@@ -87,7 +87,7 @@ def _say_conflict(fusion: FusionFacts) -> str:
     if math.isnan(found.mean):
         return "Whether the modalities conflict cannot be told."
     return (
-        f"Their readings conflict by {decimal(found.mean)} on average (0: they agree, 1: they differ; "
+        f"Their probes conflict by {decimal(found.mean)} on average (0: they agree, 1: they differ; "
         f"95 % CI {say_interval(found.low, found.high, 2)})."
     )
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_xattn.capture import AttentionRecorder
-from lightning_xattn.capture.readers import Edit, Want
-from lightning_xattn.capture.watch import Watch
+from lightning_xattn.capture.attention_mode import AttentionMode
+from lightning_xattn.capture.readers import Edit, RecordLevel
 from lightning_xattn.core.errors import DiscoveryError
 from tests.capture.models import BATCH, Fusing, Runs, assert_same, heads, mha, tokens
 from tests.messages import tells
@@ -69,9 +69,11 @@ for need_weights in (True, False):
 
 
 def edited(model, edit, *call):
-    watch = Watch({model: ""}, lambda run, event: Want.NOTHING, lambda run, output: None, lambda event: edit)
+    mode = AttentionMode(
+        {model: ""}, lambda run, event: RecordLevel.NOTHING, lambda run, output: None, lambda event: edit
+    )
     with ExitStack() as hooks:
-        watch.attach(model, hooks)
+        mode.attach(model, hooks)
         output = model(*call)
     assert count_hooks(model) == 0
     assert torch._C._len_torch_function_stack() == 0

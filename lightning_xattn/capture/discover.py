@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_xattn.capture.attention_mode import Run
+from lightning_xattn.capture.extractor import AttentionExtractor, key_of
 from lightning_xattn.capture.given import NAME_IT
 from lightning_xattn.capture.layout import Axes, Tokens, arguments_of, candidates_of, describe_event, token_inputs
 from lightning_xattn.capture.locate import common_parent, describe_idle, layers_by_name, with_unique_names
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.memory import are_same
-from lightning_xattn.capture.readers import Event, Want
+from lightning_xattn.capture.readers import Event, RecordLevel
 from lightning_xattn.capture.sources import SET_IT_ASIDE, Layer, Source
-from lightning_xattn.capture.tap import Tap, key_of
-from lightning_xattn.capture.watch import Run
 from lightning_xattn.capture.wrappers import plain_path
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
@@ -98,14 +98,14 @@ class Survey:
     _counts: Counter[str] = field(default_factory=Counter)
     _budget: int = field(default_factory=lambda: BUDGET)
 
-    def want(self, run: Run, event: Event) -> Want:
+    def level(self, run: Run, event: Event) -> RecordLevel:
         """Weights of what may go across, as far as the budget reaches, and masks of the rest that is not larger."""
         size = 4 * prod(event.shape)
         crosses = not event.within and (Tokens.of(run, event.shape).kinds > 1 or event.shape[-2] != event.shape[-1])
         if crosses and size <= self._budget:
             self._budget -= size
-            return Want.WEIGHTS
-        return Want.MASKS if size <= BUDGET else Want.NOTHING
+            return RecordLevel.WEIGHTS
+        return RecordLevel.MASKS if size <= BUDGET else RecordLevel.NOTHING
 
     def note(self, run: Run, output: Any) -> None:
         """Note what a run computed that ends now."""
@@ -123,13 +123,13 @@ class Survey:
         mine = [event for event in candidates_of(run, across=False) if event in mine]
         across = candidates_of(run, across=True)
         for event in mine:
-            tap, recorded, doubt = Tap(None, Source(run.path)), None, None
+            extractor, recorded, doubt = AttentionExtractor(None, Source(run.path)), None, None
             place = run.events.index(event)
             key = key_of(event, place)
             try:
-                recorded = tap.unfolded(event.recorded, event, run)
-                if event.want is Want.WEIGHTS and len(mine) == 1:
-                    recorded = tap.find(run, output)
+                recorded = extractor.unfolded(event.recorded, event, run)
+                if event.level is RecordLevel.WEIGHTS and len(mine) == 1:
+                    recorded = extractor.find(run, output)
             except (DiscoveryError, ShapeError) as error:
                 recorded, doubt = None, str(error).removesuffix(f". {NAME_IT}")
             mixed = not event.within if event.tokens is not None else Tokens.of(run, event.shape).kinds > 1
@@ -139,10 +139,10 @@ class Survey:
                 turn=run.turn,
                 event=event,
                 # A first step of a large model holds little.
-                recorded=recorded if event.want is Want.WEIGHTS else None,
+                recorded=recorded if event.level is RecordLevel.WEIGHTS else None,
                 padding=None if recorded is None or mixed else recorded.padding_of_its_own,
                 key=key,
-                axes=tap.axes.get(key),
+                axes=extractor.axes.get(key),
                 alone=across == [event],
                 cropped=event.recorded is not None and event.recorded.cropped,
                 mixed=mixed,
@@ -150,7 +150,7 @@ class Survey:
                 doubt=doubt,
             )
             self.found.append(found)
-            if event.want is Want.MASKS:
+            if event.level is RecordLevel.MASKS:
                 event.recorded = None
             event.used, event.tokens = None, event.tokens if mixed else None
             if event.within or not mixed:
@@ -192,10 +192,10 @@ def choose_layers(survey: Survey) -> tuple[tuple[Layer, ...], list[Found]]:
         If nothing attends across, or it is not clear what pairs up or what the axes are; the message lists all that
         ran, as it can be named.
     """
-    crossing = [found for found in survey.found if found.may_cross]
-    layers = _by_name(survey, crossing)
+    cross_modal_mass = [found for found in survey.found if found.may_cross]
+    layers = _by_name(survey, cross_modal_mass)
     if not layers:
-        across = [found for found in crossing if found.mixed]
+        across = [found for found in cross_modal_mass if found.mixed]
         # A single query, as of a head that pools, is nobody's token.
         clear = [found for found in across if found.doubt is None and found.tokens[0] > 1]
         layers = _pair(survey, clear or across)
@@ -203,7 +203,7 @@ def choose_layers(survey: Survey) -> tuple[tuple[Layer, ...], list[Found]]:
     doubt = next((found.doubt for found in survey.found if id(found) in taken and found.doubt is not None), None)
     if doubt is not None:
         raise DiscoveryError(survey.say(doubt))
-    return tuple(layers), [found for found in crossing if id(found) not in taken]
+    return tuple(layers), [found for found in cross_modal_mass if id(found) not in taken]
 
 
 def _taken(survey: Survey, source: Source) -> list[Found]:
@@ -223,8 +223,8 @@ def shown_of(survey: Survey, source: Source) -> Found | None:
     return next(iter(_taken(survey, source)), None)
 
 
-def _by_name(survey: Survey, crossing: Sequence[Found]) -> list[Layer]:
-    layers = layers_by_name(survey.root, dict.fromkeys(found.path for found in crossing))
+def _by_name(survey: Survey, cross_modal_mass: Sequence[Found]) -> list[Layer]:
+    layers = layers_by_name(survey.root, dict.fromkeys(found.path for found in cross_modal_mass))
 
     def numbered(source: Source) -> Source:
         """Of a module that computes several, the one that surely goes from some tokens to others."""

@@ -22,7 +22,7 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from lightning_xattn.capture.memory import Address, has_address
-from lightning_xattn.capture.readers import Edit, Event, Read, Want, reader_of
+from lightning_xattn.capture.readers import Edit, Event, Read, RecordLevel, reader_of
 from lightning_xattn.capture.wrappers import Hook, Shared, in_encoder_layers, runs_for_backward
 
 ToEdit = Callable[[Event], Edit | None]
@@ -67,11 +67,11 @@ class Run:
             run = run.outer
 
 
-class Watch(TorchFunctionMode):
+class AttentionMode(TorchFunctionMode):
     """Sees every attention that is computed while certain modules run; the results stay what they are bit for bit.
 
     The mode is on while one of ``modules`` (with their paths) runs; the operations of others are not looked at.
-    ``want`` says what is to be recorded of an attention that is about to be computed. ``leave`` is called when a run
+    ``level`` says what is to be recorded of an attention that is about to be computed. ``leave`` is called when a run
     ends without an error, with what the module returned. ``edit`` changes an attention before it is computed; torch's
     fast paths are then off. A watch that ``follows`` notes which attention reaches which.
 
@@ -81,14 +81,14 @@ class Watch(TorchFunctionMode):
     def __init__(
         self,
         modules: Mapping[nn.Module, str],
-        want: Callable[[Run, Event], Want],
+        level: Callable[[Run, Event], RecordLevel],
         leave: Callable[[Run, Any], None],
         edit: ToEdit | None = None,
         follows: bool = False,
         errors: list[Exception] | None = None,
     ) -> None:
         super().__init__()
-        self._modules, self._want, self._leave, self._edit = modules, want, leave, edit
+        self._modules, self._level, self._leave, self._edit = modules, level, leave, edit
         self.errors: list[Exception] = [] if errors is None else errors
         self._runs: list[Run] = []
         self._turns: Counter[nn.Module] = Counter()
@@ -98,7 +98,7 @@ class Watch(TorchFunctionMode):
         self._follows, self._reached = follows, dict[int, tuple[weakref.ref[Tensor], frozenset[Event]]]()
 
     def attach(self, root: nn.Module, hooks: ExitStack) -> None:
-        """Watch the modules, which are ``root`` or in it, until ``hooks`` closes."""
+        """AttentionMode the modules, which are ``root`` or in it, until ``hooks`` closes."""
         hooks.callback(self.clear)
         hooks.enter_context(keep_fast_paths())
         unhookable = {module for module in in_encoder_layers(root) if module in self._modules}
@@ -209,7 +209,7 @@ class Watch(TorchFunctionMode):
                 self._reached[id(one)] = weakref.ref(one), reached
 
     def begin(self, event: Event, asks: Tensor) -> Edit | None:
-        """See ``Watcher``."""
+        """See ``ReaderContext``."""
         event.reached_by = _noted(self._reached, asks) or frozenset()
         for run in self._runs[-1].outwards() if len(event.shape) == 3 else ():
             for (heads_first, rows), heads in run.folded.items():
@@ -217,18 +217,18 @@ class Watch(TorchFunctionMode):
                     event.folded.setdefault(heads_first, heads)
         if event.problem is None:
             try:
-                event.want = self._want(self._runs[-1], event)
+                event.level = self._level(self._runs[-1], event)
             except Exception as error:  # which the model's run must not see
                 self.errors.append(error)
         return None if self._edit is None else self._edit(event)
 
     def take(self, event: Event, read: Read | None = None, given: Tensor | None = None) -> None:
-        """See ``Watcher``."""
+        """See ``ReaderContext``."""
         self._runs[-1].events.append(event)
         if given is not None and has_address(given):
             event.result = Address.of(given)
             self._made[id(given)] = weakref.ref(given), event
-        if read is not None and event.want is not Want.NOTHING:
+        if read is not None and event.level is not RecordLevel.NOTHING:
             rounds = torch.is_autocast_enabled(event.device.type)
             precise = torch.autocast(event.device.type, enabled=False) if rounds else nullcontext()
             try:
@@ -286,7 +286,7 @@ def _note_fold(tensor: Tensor, result: Tensor, run: Run) -> None:
 
 @contextmanager
 def _keep_fast_paths() -> Iterator[None]:
-    """Keep torch's fast paths of ``nn.MultiheadAttention`` and encoder layers on under a ``Watch``, which reads them.
+    """Keep torch's fast paths of ``nn.MultiheadAttention`` and encoder layers on under an ``AttentionMode``.
 
     They are off under any mode, and their outputs differ in the last bits from those of the slow path. While a watch is
     attached, torch's modules that ask whether there is a mode are told of all but watches; everybody else of all.
@@ -299,7 +299,7 @@ def _keep_fast_paths() -> Iterator[None]:
             return original(args)
         stack = _pop_all()
         try:
-            _push([mode for mode in stack if not isinstance(mode, Watch) or mode._edit is not None])
+            _push([mode for mode in stack if not isinstance(mode, AttentionMode) or mode._edit is not None])
             return original(args)
         finally:
             _pop_all()
@@ -313,7 +313,7 @@ def _keep_fast_paths() -> Iterator[None]:
 
 
 keep_fast_paths = Shared(_keep_fast_paths)
-"""Gives a context manager in which ``Watch`` leaves torch's fast paths on."""
+"""Gives a context manager in which ``AttentionMode`` leaves torch's fast paths on."""
 
 
 def _pop_all() -> list[Any]:
