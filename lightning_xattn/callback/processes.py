@@ -29,10 +29,11 @@ def describe_tensor_parallelism(trainer: Trainer) -> str:
     dealt: Any = trainer.strategy.distributed_sampler_kwargs  # type: ignore[attr-defined]  # of parallel strategies
     if dealt["num_replicas"] == trainer.world_size:
         return ""
+    together = trainer.world_size // dealt["num_replicas"]
     return (
-        f"{type(trainer.strategy).__name__} runs each sample on {trainer.world_size // dealt['num_replicas']} processes "
-        "together (tensor parallelism), so that each may have a part of the heads. Evaluate the model without tensor "
-        "parallelism: trainer.validate(...) of its checkpoint with another strategy."
+        f"{type(trainer.strategy).__name__} runs each sample on {together} processes together (tensor parallelism), so "
+        "that each may have a part of the heads. Evaluate the model without tensor parallelism: trainer.validate(...) "
+        "of its checkpoint with another strategy."
     )
 
 
