@@ -151,7 +151,7 @@ class AttentionExplainabilityCallback(Callback):
         During ``fit``, record every so many of the epochs that are validated, from the first on.
         ``trainer.validate`` and ``trainer.test`` always record.
     figures_every_n_epochs
-        Hand figures, distributions and a report to the loggers every so many epochs, of those that are recorded; 0:
+        Hand figures and a report to the loggers every so many epochs, of those that are recorded; 0:
         never. ``trainer.validate`` and ``trainer.test`` always do.
     faithfulness_every_n_epochs
         Test every so many epochs, of those that are recorded, and at the last of a fit by ``max_epochs`` or

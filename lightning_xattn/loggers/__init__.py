@@ -14,14 +14,14 @@ from lightning_xattn.loggers.folder import FolderWriter
 from lightning_xattn.loggers.mlflow import MLFlowWriter
 from lightning_xattn.loggers.tensorboard import TensorBoardWriter
 from lightning_xattn.loggers.wandb import WandbWriter
-from lightning_xattn.loggers.writer import Histogram, LoggerWriter, Picture
+from lightning_xattn.loggers.writer import LoggerWriter, Picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Content = TypeVar("Content")
 
-__all__ = ["WRITERS", "Histogram", "LoggerWriter", "LoggerWriters"]
+__all__ = ["WRITERS", "LoggerWriter", "LoggerWriters"]
 
 WRITERS: dict[str, Callable[[Any], LoggerWriter] | None] = {
     "TensorBoardLogger": TensorBoardWriter,

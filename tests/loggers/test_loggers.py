@@ -56,8 +56,6 @@ def test_tensorboard(tmp_path):
     texts = events.Tensors(f"{REPORT}/text_summary")
     assert [text.step for text in texts] == steps
     assert texts[0].tensor_proto.string_val[0].decode().startswith("# Cross-modal attention report")
-    histogram = events.Histograms("xattn_alignment/val/samples/correct")[0].histogram_value
-    assert histogram.num + events.Histograms("xattn_alignment/val/samples/incorrect")[0].histogram_value.num == 23
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     page = (tmp_path / "run/xattn_about/test/report.html").read_text()
     assert page.startswith("<!doctype html>")
