@@ -17,7 +17,7 @@ from lightning_xattn.core.progress import printed_times
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status of the command; 1 after bad input or a full disk, which one line reports."""
-    parser = argparse.ArgumentParser(prog="lightning-xattn", description="What the modalities of a model know, contribute and attend to.")
+    parser = argparse.ArgumentParser(prog="lightning-xattn", description="What each modality knows, contributes and attends to.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser(
