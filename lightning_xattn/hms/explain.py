@@ -12,8 +12,8 @@ from lightning_xattn.core.names import clean
 from lightning_xattn.core.progress import Stage
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch
 from lightning_xattn.explainer import ExplainabilityCapture, load_checkpoint, training_data
-from lightning_xattn.hms.datamodule import HMSDataModule, HMSDataset
-from lightning_xattn.hms.derivations import Montage, require_montage
+from lightning_xattn.hms.datamodule import HMSDataModule
+from lightning_xattn.hms.dataset import HMSDataset
 from lightning_xattn.hms.module import HMSLightningModule
 from lightning_xattn.hms.montage import (
     EEG_RATE,
@@ -23,6 +23,8 @@ from lightning_xattn.hms.montage import (
     SPEC_FREQUENCIES,
     SPEC_ROW_SECONDS,
     SPEC_SECONDS,
+    Montage,
+    require_montage,
 )
 from lightning_xattn.hms.recording_plots import Spectrograms, Traces
 from lightning_xattn.hms.signal_plots import plot_attention_over_signals

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import fft, signal
 
 from lightning_xattn.core.errors import DataError
-from lightning_xattn.hms.missing import FLAT, SPEC_BANDS, band_members, require_eeg, require_spectrogram
+from lightning_xattn.hms.missing import FLAT, SPEC_BANDS, band_members, fill_gaps, require_eeg, require_spectrogram
 from lightning_xattn.hms.montage import (
     EEG_EDGES,
     EEG_RATE,
@@ -27,7 +27,7 @@ from lightning_xattn.hms.montage import (
 from lightning_xattn.hms.recordings import EEGGeometry
 
 FEATURE_VERSION = 3
-"""Part of the key of every stored feature."""
+"""Decides the folder of stored features, see `hms.cache`."""
 
 EEG_BANDS = {
     "delta": (0.5, 4.0),
@@ -56,46 +56,22 @@ SPEC_WINDOWS = (SPEC_SECONDS - SPEC_WINDOW_SECONDS) // SPEC_STEP_SECONDS + 1
 Array = NDArray[np.floating[Any]]
 
 
-def feature_shapes(rows: int, geometry: EEGGeometry) -> dict[str, tuple[int, ...]]:
-    """What is stored of so many rows: features, float32, and how many values had to be filled, int64."""
-    return {
-        "eeg_x": (rows, geometry.n_windows, len(ELECTRODES), len(EEG_BANDS)),
-        "eeg_edge_attr": (rows, geometry.n_windows, len(EEG_EDGES), 1),
-        "spec_x": (rows, SPEC_WINDOWS, len(REGIONS), len(SPEC_BANDS)),
-        "filled": (rows, 2),
-    }
+def feature_type(geometry: EEGGeometry) -> np.dtype[np.void]:
+    """Layout of one recording's file: how many samples and bins were filled, then the float32 features."""
+    return np.dtype(
+        [
+            ("filled", np.int64, 2),
+            ("eeg_x", np.float32, (geometry.n_windows, len(ELECTRODES), len(EEG_BANDS))),
+            ("eeg_edge_attr", np.float32, (geometry.n_windows, len(EEG_EDGES), 1)),
+            ("spec_x", np.float32, (SPEC_WINDOWS, len(REGIONS), len(SPEC_BANDS))),
+        ]
+    )
 
 
 def spectrogram_spans() -> tuple[tuple[float, float], ...]:
     """``(start, stop)`` of each spectrogram window in seconds from the labelled moment, the middle of the 600 s."""
     starts = [i * SPEC_STEP_SECONDS - SPEC_SECONDS / 2 for i in range(SPEC_WINDOWS)]
     return tuple((start, start + SPEC_WINDOW_SECONDS) for start in starts)
-
-
-def fill_gaps(values: Array) -> tuple[NDArray[np.float64], int]:
-    """Replace what is not finite by straight lines between its neighbours in time.
-
-    A gap at an end takes the nearest value, a channel without any finite value becomes 0. A long gap of EEG thus ends
-    up with no power in any band: it looks like what it is, no signal. Which recordings are whole enough to be filled,
-    `hms.missing` says.
-
-    Parameters
-    ----------
-    values
-        ``(time, channels)``.
-
-    Returns
-    -------
-    The filled values, and how many were filled.
-    """
-    filled = np.array(values, dtype=np.float64)
-    missing = ~np.isfinite(filled)
-    time = np.arange(len(filled))
-    for channel in np.flatnonzero(missing.any(axis=0)):
-        gap = missing[:, channel]
-        known = time[~gap]
-        filled[gap, channel] = np.interp(time[gap], known, filled[known, channel]) if known.size else 0.0
-    return filled, int(missing.sum())
 
 
 def filter_eeg(microvolts: Array) -> NDArray[np.complex64]:

@@ -13,6 +13,7 @@ A recording that has less is refused. Of any other one gaps are filled, and coun
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,31 @@ def require_spectrogram(power: Array) -> None:
         raise Problem("no spectrogram", "every region is constant, which no recording of a brain is")
 
 
-def band_members(frequencies: Array, bands: dict[str, tuple[float, float]]) -> NDArray[np.float32]:
+def fill_gaps(values: Array) -> tuple[NDArray[np.float64], int]:
+    """Replace what is not finite by straight lines between its neighbours in time.
+
+    A gap at an end takes the nearest value; a channel without any finite value becomes 0.
+
+    Parameters
+    ----------
+    values
+        ``(time, channels)``.
+
+    Returns
+    -------
+    The filled values, and how many were filled.
+    """
+    filled = np.array(values, dtype=np.float64)
+    missing = ~np.isfinite(filled)
+    time = np.arange(len(filled))
+    for channel in np.flatnonzero(missing.any(axis=0)):
+        gap = missing[:, channel]
+        known = time[~gap]
+        filled[gap, channel] = np.interp(time[gap], known, filled[known, channel]) if known.size else 0.0
+    return filled, int(missing.sum())
+
+
+def band_members(frequencies: Array, bands: Mapping[str, tuple[float, float]]) -> NDArray[np.float32]:
     """``(frequencies, bands)``, 1 where the frequency is in the band."""
     edges = np.asarray(list(bands.values()))
     inside = (frequencies[:, None] >= edges[:, 0]) & (frequencies[:, None] < edges[:, 1])

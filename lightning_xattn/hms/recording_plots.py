@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.names import shown
-from lightning_xattn.hms.derivations import Derivations
+from lightning_xattn.hms.montage import Derivations
 from lightning_xattn.visualizations.drawing import UNDEFINED, as_array, draw_colour_bar, draw_mesh, wrap
 
 STRETCH: dict[str, Any] = {"color": "#C04A00", "linewidth": 1.2}

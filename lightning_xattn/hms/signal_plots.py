@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lightning_xattn.core.attention import Direction, TokenAxis
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.functional import Rows, lift_map, received_lift
-from lightning_xattn.hms.derivations import Montage, derive
+from lightning_xattn.hms.montage import Montage, derive
 from lightning_xattn.hms.recording_plots import (
     SPECTROGRAM_INCHES,
     STRETCH,
