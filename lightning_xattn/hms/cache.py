@@ -32,38 +32,19 @@ _ROWS_PER_PROCESS = 500
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """Features of all usable rows of a folder.
-
-    Parameters
-    ----------
-    recordings
-        The usable rows; those whose recording could not be used are in its ``skipped``.
-    geometry
-        How the EEG was cut.
-    files
-        The file of each row's features.
-    """
+    """Features of all usable rows of a folder."""
 
     recordings: Recordings
+    """The usable rows; those whose recording could not be used are in its ``skipped``."""
     geometry: EEGGeometry
     files: tuple[Path, ...]
+    """The file of each row's features."""
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
-        """Read the features of some rows.
-
-        Parameters
-        ----------
-        indices
-            ``(n,)`` positions in ``recordings``.
-
-        Returns
-        -------
-        ``eeg_x (n, 9, 19, 5)``, ``eeg_edge_attr (n, 9, 72, 1)`` and ``spec_x (n, 119, 4, 4)``, see
-        `features.eeg_features` and `features.spectrogram_features`.
-        """
+        """Read ``eeg_x (n, 9, 19, 5)``, ``eeg_edge_attr (n, 9, 72, 1)`` and ``spec_x (n, 119, 4, 4)`` of n rows."""
         kind = feature_type(self.geometry)
         records = np.concatenate([np.fromfile(self.files[i], kind) for i in indices])
         return {name: records[name] for name in ("eeg_x", "eeg_edge_attr", "spec_x")}
@@ -195,8 +176,7 @@ def _run_tasks(tasks: Sequence[_Task], geometry: EEGGeometry, workers: int) -> G
     except BrokenProcessPool as error:
         raise DataError(
             "A process that computes features ended. A script that calls HMSDataModule needs "
-            "if __name__ == '__main__': around its work, or num_workers=0. Otherwise the memory may not suffice: "
-            "take fewer num_workers."
+            "if __name__ == '__main__': around its work, or num_workers=0; else take fewer, as memory may be short."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -36,13 +36,13 @@ class HMSDataModule(LightningDataModule):
     Parameters
     ----------
     data
-        Folder with ``train.csv``, ``train_eegs/`` and ``train_spectrograms/``; it is only read.
+        Folder with ``train.csv``, ``train_eegs/`` and ``train_spectrograms/``.
     test_data
         Another such folder to validate and test on.
     batch_size
         Samples in a batch; the last one may have fewer.
     fold, n_folds
-        Which fold validates, and of how many (at least 3).
+        The fold that validates, and the number of folds, at least 3.
     eeg_geometry
         How the EEG is cut, for both folders; None: inferred from the recordings' length. Give `IIIC` to take the middle
         10 s of competition recordings together with recordings of 10 s.
@@ -147,7 +147,7 @@ class HMSDataModule(LightningDataModule):
 
     @property
     def attention_axes(self) -> dict[str, TokenAxis]:
-        """What the tokens of each modality are: windows, in seconds from the labelled moment."""
+        """The windows of each modality in seconds from the labelled moment."""
         return {
             "eeg": TokenAxis("EEG window (s from the labelled moment)", spans=self.eeg_geometry.spans),
             "spec": TokenAxis("Spectrogram window (s from the labelled moment)", spans=spectrogram_spans()),
@@ -223,9 +223,9 @@ def assign_folds(rows: Sequence[Recording], n_folds: int, seed: int) -> NDArray[
     r"""Assign each row to a fold: whole patients, stratified by consensus class.
 
     Patients with the most rows come first (in a seeded random order among equals). Each goes to the fold with the
-    smallest :math:`\sum_c f_c p_c / t_c^2`, where :math:`f`, :math:`p` and :math:`t` count the rows of each class in the
-    fold so far, of the patient and in total: the greedy step towards equal shares of every class, measured by the sum of
-    squared shares. A tie goes to the fold with fewer rows, so that no fold stays empty.
+    smallest :math:`\sum_c f_c p_c / t_c^2`, where :math:`f`, :math:`p` and :math:`t` count the rows of each class in
+    the fold so far, of the patient and in total: the greedy step towards equal shares of every class, measured by the
+    sum of squared shares. A tie goes to the fold with fewer rows, so that no fold stays empty.
 
     Returns
     -------

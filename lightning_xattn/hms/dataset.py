@@ -32,15 +32,7 @@ class HMSBatch(TypedDict):
 
 
 class HMSDataset(Dataset[HMSBatch]):
-    """Some rows of a folder; whole batches are read at once.
-
-    Parameters
-    ----------
-    features
-        The features of the folder.
-    indices
-        The positions of its rows, in this order.
-    """
+    """The rows at some ``indices`` of a folder's features, in this order; whole batches are read at once."""
 
     def __init__(self, features: StoredFeatures, indices: NDArray[np.int64]) -> None:
         self.features = features
@@ -83,18 +75,8 @@ def graph_batches(
     share one ``edge_index``, ``batch`` and ``ptr`` tensor, and their ``x`` and ``edge_attr`` are views of one tensor
     each: treat them as read-only.
 
-    Parameters
-    ----------
-    x
-        ``(batch, windows, nodes, features)`` node features.
-    edge_index
-        ``(2, edges)`` int64, the topology of every graph.
-    edge_attr
-        ``(batch, windows, edges, attributes)``; None: the graphs have none.
-
-    Returns
-    -------
-    ``windows`` batches of ``batch`` graphs.
+    Takes ``x (batch, windows, nodes, features)``, ``edge_index (2, edges)`` of every graph, and ``edge_attr (batch,
+    windows, edges, attributes)``, where edges have attributes.
     """
     arrays = {"x": x} if edge_attr is None else {"x": x, "edge_attr": edge_attr}
     first = {name: torch.from_numpy(values[0, 0]) for name, values in arrays.items()}

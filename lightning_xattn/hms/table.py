@@ -26,31 +26,22 @@ _REQUIRED: dict[str, type[int] | type[float]] = {
 
 @dataclass(frozen=True)
 class Recording:
-    """One row of ``train.csv``.
-
-    Parameters
-    ----------
-    line
-        Line of ``train.csv``, where the header is line 1.
-    eeg_id, spectrogram_id, label_id, patient_id
-        Identifiers; ``label_id`` is unique in a folder.
-    eeg_offset, spectrogram_offset
-        Seconds from the start of the file to the start of the labelled window.
-    votes
-        The experts' votes for each of ``montage.CLASSES``.
-    extra
-        The row's other columns by name, e.g. ``expert_consensus``.
-    """
+    """One row of ``train.csv``."""
 
     line: int
+    """Where the header is line 1."""
     eeg_id: int
     spectrogram_id: int
     label_id: int
+    """Unique in a folder."""
     patient_id: int
     eeg_offset: float
+    """Seconds from the start of the file to the start of the labelled window."""
     spectrogram_offset: float
     votes: tuple[float, ...]
+    """The experts' votes for each of ``montage.CLASSES``."""
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The row's other columns by name, e.g. ``expert_consensus``."""
 
     @property
     def soft_label(self) -> NDArray[np.float32]:
@@ -65,25 +56,17 @@ class Recording:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used.
-
-    Parameters
-    ----------
-    line, label_id
-        Where it stands in ``train.csv``; ``label_id`` as written there.
-    file
-        The file that is at fault.
-    reason
-        What is wrong in two or three words, the same for all rows with this fault.
-    detail
-        What was expected and what came.
-    """
+    """A row that cannot be used."""
 
     line: int
     label_id: str
+    """As written in ``train.csv``."""
     file: str
+    """The file that is at fault."""
     reason: str
+    """The fault in two or three words, the same for all rows with this fault."""
     detail: str
+    """What was expected and what came."""
 
     def __str__(self) -> str:
         return (
@@ -111,16 +94,12 @@ class Problem(DataError):  # noqa: N818 - becomes a BadRow where the row is know
 
 
 def read_table(path: Path) -> tuple[list[Recording], list[BadRow]]:
-    """Read ``train.csv``.
-
-    Returns
-    -------
-    The usable rows and the others, each in the file's order.
+    """Read ``train.csv``: the usable rows and the others, each in the file's order.
 
     Raises
     ------
     DataError
-        If the file or a needed column is missing or it is no table.
+        If the file or a needed column is missing, or it is no table.
     """
     table = _read_text(path)
     columns = [[_parse(cell, kind) for cell in table[name].to_pylist()] for name, kind in _REQUIRED.items()]
@@ -168,7 +147,7 @@ def _read_text(path: Path) -> pa.Table:
 
 
 def _parse(cell: str, kind: type[int] | type[float]) -> float | None:
-    """The number in a cell of text; None where it is no finite one."""
+    """Return the number in a cell of text, None where it is no finite one."""
     try:
         exact = Decimal(cell)
     except InvalidOperation:
