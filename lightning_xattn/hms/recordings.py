@@ -277,7 +277,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _read_parquet(
     path: Path, size: int, modified: int, find: Callable[[Sequence[str]], tuple[str, ...]]
 ) -> NDArray[np.float32]:
-    """Read the columns that ``find`` picks, as ``(rows, columns)``; a file that changes is another entry of the cache."""
+    """Read the columns that ``find`` picks, as ``(rows, columns)``; ``size`` and ``modified`` tell a changed file apart."""
     try:
         with pq.ParquetFile(path) as file:
             columns = find(file.schema_arrow.names)
