@@ -28,6 +28,7 @@ from lightning_xattn.callback.trainer import (
     Schedule,
     are_other_weights,
     attention_axes,
+    describe_tensor_parallelism,
     join_namespaces,
     loaders_of,
     moment,
@@ -151,7 +152,7 @@ class AttentionExplainabilityCallback(Callback):
         During ``fit``, record every so many of the epochs that are validated, from the first on.
         ``trainer.validate`` and ``trainer.test`` always record.
     figures_every_n_epochs
-        Hand figures, distributions and a report to the loggers every so many epochs, of those that are recorded; 0:
+        Hand figures and a report to the loggers every so many epochs, of those that are recorded; 0:
         never. ``trainer.validate`` and ``trainer.test`` always do.
     faithfulness_every_n_epochs
         Test every so many epochs, of those that are recorded, and at the last of a fit by ``max_epochs`` or
@@ -302,6 +303,9 @@ class AttentionExplainabilityCallback(Callback):
                 "callback of its own: Trainer(callbacks=[AttentionExplainabilityCallback()])."
             )
         self._run = _Run(stage == "fit", processes=processes_of(trainer), trainer=weakref.ref(trainer))
+        self._run.refusal = describe_tensor_parallelism(trainer)
+        if self._run.refusal:
+            warn([f"Nothing is recorded in this run. {self._run.refusal}"])
         if self._run.resumes:
             self._findings.fit_begins = len(self.history)
         make = partial(
@@ -325,8 +329,9 @@ class AttentionExplainabilityCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the attention before training starts, so that a wrong path fails at once."""
-        with self._refusing("attention", "fusion"):
-            self._run.recorder = self.settings.recorder(pl_module, self._run.processes)
+        if not self._run.refusal:
+            with self._refusing("attention", "fusion"):
+                self._run.recorder = self.settings.recorder(pl_module, self._run.processes)
         self._run.monitors = monitors_of(trainer, self._scope(trainer)(0, ""))
         warn(warn_of_monitors(self._run.monitors, self.schedule))
         warn(say_averages(trainer, self))
@@ -337,11 +342,11 @@ class AttentionExplainabilityCallback(Callback):
         if not self.schedule.records(trainer):
             return
         self._run.is_recording = True
-        if self._run.recorder is None:
+        if self._run.recorder is None and not self._run.refusal:
             with self._refusing("attention", "fusion"):
                 self._run.recorder = self.settings.recorder(pl_module, self._run.processes)
         rehearsal = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
-        if self.settings.table is not None and not rehearsal and self._run.processes.is_first_peer:
+        if self.settings.table is not None and not rehearsal and self._run.recorder is not None:
             from lightning_xattn.evaluation.table import TrainingTable  # pyarrow, only where a table is wanted
 
             about = {"run": self._run.name} | moment(trainer)

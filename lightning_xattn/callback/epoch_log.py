@@ -32,7 +32,6 @@ from lightning_xattn.loggers import LoggerWriters
 from lightning_xattn.report import create_explainability_report
 from lightning_xattn.report.figures import (
     SHOWN_CLASSES,
-    distributions,
     epoch_figures,
     fusion_figures,
     limit_classes,
@@ -61,7 +60,7 @@ class EpochLog:
     all_curves
         Whether all curves are logged, and not those alone that are acted on.
     draws
-        Whether there are figures, texts and distributions.
+        Whether there are figures and texts.
     permutes
         Whether contributions are measured at all.
     tests_attention
@@ -225,15 +224,13 @@ class EpochLog:
         several: bool,
         past: Sequence[Mapping[str, Any]],
     ) -> None:
-        """What the loggers get beside the curves: figures, a text, distributions; after a test a page."""
+        """What the loggers get beside the curves: figures and a text; after a test a page."""
         step, scope = logged_step(self.trainer), self.scope(number, "")
         title, report = f"{scope}, epoch {self.trainer.current_epoch}", f"xattn_about/{scope}/report"
         sinks.log("charts", charts, lambda sink, made: sink.arrange(made))
         sinks.log_figures(self._figures(number, shown, whole.class_names, several, past, title), step, scope)
         text = partial(create_explainability_report, whole, format="markdown")
         sinks.log("reports", text, lambda sink, made: sink.log_text(report, made, step))
-        histograms = partial(distributions, whole, scope)
-        sinks.log("distributions", lambda: dict(histograms()), lambda sink, made: sink.log_histograms(made, step))
         if stage_of(self.trainer) == "test":
             page = partial(create_explainability_report, whole, format="html")
             sinks.log("pages", page, lambda sink, made: sink.log_page(report, made, step))

@@ -190,12 +190,24 @@ def processes_of(trainer: Trainer) -> Processes:
         return SINGLE_PROCESS
     strategy: Any = trainer.strategy
     dealt = strategy.distributed_sampler_kwargs
-    has_peers = dealt["num_replicas"] < trainer.world_size
-    peers = strategy.device_mesh["tensor_parallel"].get_group() if has_peers else None
     # By name, as Lightning has two namespaces. DeepSpeed's strategy is a child of DDP's, and may split the model.
     kinds = {kind.__name__ for kind in type(strategy).__mro__}
-    run_alone = "DDPStrategy" in kinds and "DeepSpeedStrategy" not in kinds
-    return Processes(dealt["rank"], dealt["num_replicas"], peers, run_alone)
+    hold_whole_model = "DDPStrategy" in kinds and "DeepSpeedStrategy" not in kinds
+    return Processes(dealt["rank"], dealt["num_replicas"], hold_whole_model)
+
+
+def describe_tensor_parallelism(trainer: Trainer) -> str:
+    """Why nothing is recorded of a model whose heads or columns may be split among processes; "" if they are not."""
+    if processes_of(trainer) is SINGLE_PROCESS:
+        return ""
+    dealt: Any = trainer.strategy.distributed_sampler_kwargs  # type: ignore[attr-defined]  # of parallel strategies
+    if dealt["num_replicas"] == trainer.world_size:
+        return ""
+    return (
+        f"{type(trainer.strategy).__name__} runs each sample on {trainer.world_size // dealt['num_replicas']} processes "
+        "together (tensor parallelism), so that each may have a part of the heads. Evaluate the model without tensor "
+        "parallelism: trainer.validate(...) of its checkpoint with another strategy."
+    )
 
 
 @dataclass(frozen=True)

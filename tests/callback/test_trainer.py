@@ -414,12 +414,12 @@ class OwnStrategy(DDPStrategy):
 
 
 @pytest.mark.parametrize(
-    ("kind", "run_alone"),
+    ("kind", "holds_whole_model"),
     [(DDPStrategy, True), (OwnStrategy, True), (DeepSpeedStrategy, False), (FSDPStrategy, False)],
 )
-def test_whether_each_process_has_the_whole_model(kind, run_alone, monkeypatch):
+def test_whether_each_process_has_the_whole_model(kind, holds_whole_model, monkeypatch):
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     strategy = kind.__new__(kind)
     monkeypatch.setattr(kind, "distributed_sampler_kwargs", {"num_replicas": 2, "rank": 1})
     processes = processes_of(SimpleNamespace(world_size=2, strategy=strategy))
-    assert (processes.rank, processes.count, processes.peers, processes.run_alone) == (1, 2, None, run_alone)
+    assert (processes.rank, processes.count, processes.hold_whole_model) == (1, 2, holds_whole_model)
