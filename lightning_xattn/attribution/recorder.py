@@ -37,7 +37,6 @@ from lightning_xattn.core.attention import AttentionPair, Direction
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
 
-
 SPLIT_MODEL = (
     "the processes hold the model together, as under FSDP or DeepSpeed, so that none of them can run it again by itself"
 )

@@ -68,21 +68,19 @@ def stored_features(
     """Open the features of a folder of recordings, after computing those that are not there yet.
 
     The name of the folder of features is a hash of `FEATURE_VERSION`, the recordings' folder and the geometry. The name
-    of a file is a hash of where its row is cut, and of the size and time of change of the row's two recordings. So
-    features of another state are never read, a file that is mended costs its own rows alone, and a computation that was
-    interrupted continues. Nothing is ever deleted; the cache may be emptied at any time.
+    of a file is a hash of the row's offsets, and of the size and time of change of its two recordings. So features of
+    another state are never read, a file that is mended costs its own rows alone, and a computation that was interrupted
+    continues. Nothing is ever deleted; the cache may be emptied at any time.
 
     Parameters
     ----------
-    recordings
-        The rows; ``recordings.on_bad_row`` decides what happens to those whose recording cannot be used.
-    geometry
-        How the EEG is cut.
+    recordings, geometry
+        The rows, and how their EEG is cut; ``recordings.on_bad_row`` applies to recordings that cannot be used.
     cache_dir
         Folder for the features of any number of data sets; None: `default_cache_dir`.
     num_workers
-        Processes that compute; 0: this one alone; None: one for each core and 500 rows. A script that lets others
-        compute needs ``if __name__ == "__main__":``. The number does not change a bit of the features.
+        Processes that compute; 0: this one alone; None: one for each core and 500 rows. A script that starts processes
+        needs ``if __name__ == "__main__":``. The number does not change a bit of the features.
 
     Raises
     ------

@@ -100,19 +100,11 @@ class HMSDataModule(LightningDataModule):
             raise SettingError(f"on_bad_row must be 'raise' or 'skip'; got {on_bad_row!r}.")
         self.data = Path(data)
         self.test_data = None if test_data is None else Path(test_data)
-        self.batch_size = batch_size
-        self.fold = fold
-        self.n_folds = n_folds
-        self.cache_dir = cache_dir
+        self.batch_size, self.fold, self.n_folds, self.seed = batch_size, fold, n_folds, seed
+        self.cache_dir, self.num_workers = cache_dir, num_workers
         self.on_bad_row: OnBadRow = on_bad_row
-        self.num_workers = num_workers
-        self.seed = seed
         self._eeg_geometry = eeg_geometry
         self._features: dict[Path, StoredFeatures] = {}
-
-    def __repr__(self) -> str:
-        tested = "" if self.test_data is None else f", test_data='{self.test_data}'"
-        return f"HMSDataModule('{self.data}'{tested}, batch_size={self.batch_size}, fold={self.fold} of {self.n_folds})"
 
     @property
     def recordings(self) -> Recordings:

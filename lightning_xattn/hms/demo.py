@@ -47,7 +47,7 @@ def run_demo(
     Parameters
     ----------
     out
-        Folder for everything that is written: simulated recordings, features, logs, figures.
+        Folder for simulated recordings, features, logs and figures.
     data
         Folder of recordings. None: only simulated ones.
     train_on
@@ -55,24 +55,13 @@ def run_demo(
         simulated patients too; then compare the scores on half as many other recordings, half of which are simulated
         to show another class in the spectrogram than in the EEG. "data": train, validate and test on patients of
         ``data``; nothing is simulated.
-    samples
-        How many recordings to simulate.
-    epochs
-        How long to train.
+    samples, epochs
+        Number of recordings to simulate, and of epochs to train.
     seed
         Of the simulation, the folds and the weights.
 
-    Returns
-    -------
-    Path
-        The folder to give to ``tensorboard --logdir``.
-
-    Raises
-    ------
-    SettingError
-        If ``train_on`` is not one of ``TRAIN_ON``, or is "data" without ``data``, or a number is out of range.
-    DataError
-        If ``data`` is no folder of recordings.
+    Returns the folder to give to ``tensorboard --logdir``. Raises ``SettingError`` or ``DataError`` if a number is out of
+    range, or ``data`` is missing or no folder of recordings.
     """
     if train_on not in TRAIN_ON:
         raise SettingError(f"train_on must be one of {', '.join(TRAIN_ON)}; got {train_on!r}.")

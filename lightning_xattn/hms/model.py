@@ -117,12 +117,7 @@ class GraphEncoder(nn.Module):
 class ModalityEncoder(nn.Module):
     """Graphs of one modality to its tokens: graph attention in each window, then a BiLSTM over the windows.
 
-    Parameters
-    ----------
-    modality
-        Its name, for messages.
-    in_features, edge_dim
-        Features of a node and attributes of an edge (None: edges without attributes).
+    ``modality`` is its name, for messages; ``edge_dim=None``: edges without attributes.
     """
 
     def __init__(self, modality: str, in_features: int, edge_dim: int | None) -> None:
@@ -135,11 +130,8 @@ class ModalityEncoder(nn.Module):
     def forward(self, windows: Sequence[Any]) -> Tensor:
         """Encode ``W`` PyG batches of ``B`` graphs to a token for each window, ``(B, W, 256)``.
 
-        Raises
-        ------
-        DataError, ShapeError
-            If the windows do not belong together (see ``JoinedWindows``), or have nodes with another number of
-            features.
+        Raises ``DataError`` or ``ShapeError`` if the windows do not belong together (see ``JoinedWindows``), or have
+        nodes with another number of features.
         """
         joined = JoinedWindows.from_windows(windows, self.modality, edge_attr=self.edge_dim is not None)
         if joined.x.dim() != 2 or joined.x.shape[1] != self.in_features:
@@ -224,18 +216,10 @@ class HMSNetwork(nn.Module):
         )
 
     def forward(self, eeg_graphs: Sequence[Any], spec_graphs: Sequence[Any]) -> Tensor:
-        """Classify ``B`` samples: logits ``(B, 6)``.
+        """Return logits ``(B, 6)`` for a PyG ``Batch`` of ``B`` graphs, or a list of ``B`` ``Data``, of each window.
 
-        Parameters
-        ----------
-        eeg_graphs, spec_graphs
-            For each window a PyG ``Batch`` of ``B`` graphs, or a list of ``B`` ``Data``. EEG nodes have
-            5 features and edges one attribute, spectrogram nodes have 4 and edges none.
-
-        Raises
-        ------
-        DataError, ShapeError
-            If the graphs are not what the encoders expect, or the modalities hold different numbers of samples.
+        EEG nodes have 5 features and edges one attribute, spectrogram nodes have 4 and edges none. Raises ``DataError``
+        or ``ShapeError`` if they have not, or if the modalities hold different numbers of samples.
         """
         eeg, spec = self.eeg_encoder(eeg_graphs), self.spec_encoder(spec_graphs)
         if eeg.shape[0] != spec.shape[0]:

@@ -85,24 +85,15 @@ _GAP = 0.6  # rows between two chains
 
 @dataclass(frozen=True, eq=False)
 class Derivations:
-    """Traces in the order in which a montage shows them.
-
-    Parameters
-    ----------
-    microvolts
-        ``(samples, traces)``, NaN in gaps.
-    names
-        A name for each trace.
-    rows
-        ``(traces,)`` where each stands, counted downwards from 0 in rows; chains have a gap between them.
-    description
-        Name of the montage.
-    """
+    """Traces in the order in which a montage shows them."""
 
     microvolts: NDArray[Any]
+    """``(samples, traces)``, NaN in gaps."""
     names: Sequence[str]
     rows: NDArray[Any]
+    """``(traces,)`` position of each, in rows downwards from 0; chains have a gap between them."""
     description: str
+    """Name of the montage."""
 
 
 def require_montage(montage: str) -> None:

@@ -56,24 +56,21 @@ class EEGGeometry:
     step_seconds: float
 
     def __post_init__(self) -> None:
-        positive = min(self._values) > 0
+        values = self.seconds, self.window_seconds, self.step_seconds
+        positive = min(values) > 0
         whole = [(self.seconds - self.window_seconds) / self.step_seconds] if positive else []
-        whole += [value * EEG_RATE for value in self._values]
+        whole += [value * EEG_RATE for value in values]
         fits = self.window_seconds <= self.seconds <= _LABEL_SECONDS
         if not (positive and fits and all(float(value).is_integer() for value in whole)):
             raise SettingError(
                 "EEGGeometry needs window_seconds <= seconds <= 50, step_seconds > 0 and seconds = window_seconds + a "
                 f"whole number of step_seconds, all multiples of 1/{EEG_RATE} s, e.g. EEGGeometry(50, 10, 5); "
-                f"got {self._values}."
+                f"got {values}."
             )
 
     @property
-    def _values(self) -> tuple[float, float, float]:
-        return self.seconds, self.window_seconds, self.step_seconds
-
-    @property
     def n_windows(self) -> int:
-        """How many windows fill the stretch."""
+        """Number of windows that fill the stretch."""
         return round((self.seconds - self.window_seconds) / self.step_seconds) + 1
 
     @property
@@ -277,7 +274,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _read_parquet(
     path: Path, size: int, modified: int, find: Callable[[Sequence[str]], tuple[str, ...]]
 ) -> NDArray[np.float32]:
-    """Read the columns that ``find`` picks, as ``(rows, columns)``; ``size`` and ``modified`` tell a changed file apart."""
+    """Read the columns that ``find`` picks, as ``(rows, columns)``; ``size`` and ``modified`` change with the file."""
     try:
         with pq.ParquetFile(path) as file:
             columns = find(file.schema_arrow.names)

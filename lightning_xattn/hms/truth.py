@@ -22,14 +22,9 @@ QUESTIONS = ("the modalities disagree", "which one the model followed", "the pre
 
 
 def describe_scores(table: Path, recordings: Recordings) -> Iterator[Block]:
-    """The AUROC of each score for each question, with its 95 % CI by patients, confidence first.
+    """Describe the AUROC of each score for each question, with its 95 % CI by patients, confidence first.
 
-    Parameters
-    ----------
-    table
-        The folder that ``explain_loader`` wrote of simulated recordings.
-    recordings
-        With the simulator's columns ``eeg_class`` and ``spectrogram_class``.
+    ``table`` is the folder that ``explain_loader`` wrote of simulated ``recordings``.
     """
     columns = pq.read_table(table).to_pydict()
     rows = [recordings.by_label_id[int(one)] for one in columns["sample_id"]]

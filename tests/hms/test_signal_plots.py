@@ -20,7 +20,7 @@ from lightning_xattn.hms.montage import (
     SPEC_ROW_SECONDS,
     derive,
 )
-from lightning_xattn.hms.recording_plots import Spectrograms, Traces, page_of
+from lightning_xattn.hms.recording_plots import Spectrograms, Traces, find_page
 from lightning_xattn.hms.recordings import COMPETITION, IIIC, Recordings
 from lightning_xattn.hms.signal_plots import plot_attention_over_signals
 from lightning_xattn.visualizations import render
@@ -98,7 +98,7 @@ def test_ten_seconds_around_the_labelled_moment_are_drawn_to_be_read_and_marked_
     [((-25, 25), (-5, 5)), ((-5, 5), (-5, 5)), ((-3, 4), (-3, 4)), ((-2, 30), (-2, 8)), ((-40, -8), (-18, -8))],
 )
 def test_of_a_recording_that_ends_early_the_nearest_ten_seconds_are_drawn(extent, page) -> None:
-    assert page_of(extent) == page
+    assert find_page(extent) == page
 
 
 def test_the_bipolar_montage_is_each_electrode_less_the_next_one_of_its_chain() -> None:
