@@ -60,8 +60,8 @@ def run_demo(
     seed
         Of the simulation, the folds and the weights.
 
-    Returns the folder to give to ``tensorboard --logdir``. Raises ``SettingError`` or ``DataError`` if a number is out of
-    range, or ``data`` is missing or no folder of recordings.
+    Returns the folder to give to ``tensorboard --logdir``. Raises ``SettingError`` or ``DataError`` if a number is out
+    of range, or ``data`` is missing or no folder of recordings.
     """
     if train_on not in TRAIN_ON:
         raise SettingError(f"train_on must be one of {', '.join(TRAIN_ON)}; got {train_on!r}.")

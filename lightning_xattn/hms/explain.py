@@ -59,8 +59,8 @@ def run_explain(
     trust_checkpoint
         Whether code in the checkpoint may run, see ``load_checkpoint``.
 
-    Returns ``out``. Raises ``DataError`` or ``SettingError`` if the checkpoint is none or of another architecture or needs
-    ``trust_checkpoint``, if ``data`` has no usable recording, or if there is no such montage.
+    Returns ``out``. Raises ``DataError`` or ``SettingError`` if the checkpoint is none, of another architecture, or
+    needs ``trust_checkpoint``, if ``data`` has no usable recording, or if there is no such montage.
     """
     require_montage(montage)
     out = Path(out)
