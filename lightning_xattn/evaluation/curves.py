@@ -37,11 +37,6 @@ TOPICS = (
 )
 """Of all curves, ``xattn_<topic>/...``."""
 
-COMPARED = re.compile(
-    r"(?!.*_(low|high)$)(accuracy|(alignment|conflict)/all|probe/[^/]+|contribution/share/[^/]+|outcome/\w+_auroc)"
-)
-"""What a record of the history has that runs are compared by: no ends of intervals."""
-
 _SCOPE = r"{stage}(/[^/]+){0,3}"
 
 CHARTS = {
@@ -117,26 +112,6 @@ def mean_curves(
         for name, found in values.items()
         if name.startswith(("alignment/", "entropy/", "focus/")) and "/head_" not in name and len(found) == len(scopes)
     }
-
-
-def best_epoch(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What runs are compared by, of the validation of a fit that predicted the most samples correctly.
-
-    Parameters
-    ----------
-    records
-        The history of one dataloader and layer since the fit began.
-
-    Returns
-    -------
-    dict of str to float
-        ``xattn_best/<what>`` and its value; empty where no accuracy is known.
-    """
-    known = [one for one in records if one["stage"] == "val" and "accuracy" in one]
-    if not known:
-        return {}
-    best = max(known, key=lambda one: one["accuracy"])
-    return {f"xattn_best/{name}": value for name, value in best.items() if COMPARED.fullmatch(name)}
 
 
 def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) -> dict[str, float]:

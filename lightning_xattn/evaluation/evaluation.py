@@ -29,7 +29,7 @@ from lightning_xattn.core.attention import mask_queries
 from lightning_xattn.core.distributed import NUMBER, SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import SettingError, check_whole_number
 from lightning_xattn.core.group_keys import group_keys
-from lightning_xattn.core.notices import named, warn
+from lightning_xattn.core.notices import warn
 from lightning_xattn.evaluation.accumulators import LayerAccumulator, LayerSums, Layout, merge_sums
 from lightning_xattn.evaluation.checks import Checks
 from lightning_xattn.evaluation.classes import (
@@ -128,13 +128,6 @@ class Settings:
         return StepRecorder(
             model, self.attention, self.fusion, self.modalities, processes, replays=self.contribution_samples > 0
         )
-
-    def named(self) -> dict[str, Any]:
-        """How batches are read: the settings by name, callables by theirs, so the same from run to run."""
-        read = ("attention", "predictions", "targets", "sample_ids", "groups", "query_mask", "fusion", "modalities")
-        whole: dict[str, Any] = {"class_names": self.class_names, "classes_by": self.classes_by}
-        whole |= {"contribution_samples": self.contribution_samples, "max_samples": self.max_samples}
-        return {name: named(getattr(self, name)) for name in read} | whole
 
 
 def read_batch(step: Step, attention: Attentions, finder: LabelFinder, checks: Checks) -> BatchResult:
