@@ -12,7 +12,7 @@ from lightning_xattn.capture.labels import Step
 from lightning_xattn.core.errors import DataError, XAttnError
 from lightning_xattn.core.notices import info
 from lightning_xattn.core.progress import Stage
-from lightning_xattn.evaluation.accumulators import LayerSums
+from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.evaluation import Evaluation
 from lightning_xattn.evaluation.fusion_samples import sample_columns
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
@@ -36,7 +36,7 @@ class _Done:
     """With those that were left out."""
     other_lengths: Mapping[str, int]
     """See ``Evaluation``."""
-    sums: Mapping[str, LayerSums]
+    sums: Mapping[str, LayerAccumulator]
     collected: Collected
     maps: SampleMaps
     rows: list[dict[str, Any]]

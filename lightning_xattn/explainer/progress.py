@@ -18,8 +18,7 @@ from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import DataError, SettingError
 from lightning_xattn.core.files import complete_or_absent
 from lightning_xattn.core.names import id_text
-from lightning_xattn.evaluation.accumulators import LayerSums, Layout
-from lightning_xattn.evaluation.groups import GroupSums
+from lightning_xattn.evaluation.accumulators import KeyedSums, LayerAccumulator
 from lightning_xattn.evaluation.results import BatchResult
 from lightning_xattn.evaluation.statistics import Column
 from lightning_xattn.evaluation.table import LateColumns, SampleTable, add_columns, count_rows
@@ -34,8 +33,8 @@ FORMAT = "10"
 ALIKE = 1e-4
 """Numbers of one batch that are computed twice agree within this."""
 
-Sums = Mapping[str, LayerSums]
-"""By layer, the sums of its ``LayerAccumulator``."""
+Sums = Mapping[str, LayerAccumulator]
+"""By layer."""
 
 
 class ExplainedFolder:
@@ -276,29 +275,21 @@ def _cut(value: str) -> str:
     return value if len(value) <= 60 else f"{value[:12]}..."
 
 
-def _plain_sums(sums: LayerSums) -> dict[str, Any]:
+def _plain_sums(sums: LayerAccumulator) -> dict[str, Any]:
     """Sums in plain types, so that a file with them loads with ``weights_only=True``."""
-    layout, groups = sums.layout, sums.groups
-    return {
-        "columns": [*map(str, layout.columns)],
-        "n_classes": layout.n_classes,
-        "heads": {str(direction): heads for direction, heads in layout.heads.items()},
-        "tokens": {str(direction): list(tokens) for direction, tokens in layout.tokens.items()},
-        "group_noun": layout.groups,
-        "states": dict(sums.states),
-        "groups": groups and [groups.cells, groups.sums, groups.score_cells, groups.score_counts],
-    }
+    plain = {**vars(sums.settled()), "columns": [*map(str, sums.columns)]}
+    for name in ("heads", "maps", "outcome_maps"):
+        plain[name] = {str(direction): value for direction, value in plain[name].items()}
+    return plain | {name: [plain[name].keys, plain[name].sums] for name in ("by_group", "scores_by_group")}
 
 
-def _sums_of(plain: Mapping[str, Any]) -> LayerSums:
-    layout = Layout(
-        tuple(map(Column.parse, plain["columns"])),
-        plain["n_classes"],
-        {Direction.parse(name): heads for name, heads in plain["heads"].items()},
-        {Direction.parse(name): (queries, keys) for name, (queries, keys) in plain["tokens"].items()},
-        plain["group_noun"],
-    )
-    return LayerSums(layout, plain["states"], plain["groups"] and GroupSums(*plain["groups"]))
+def _sums_of(plain: Mapping[str, Any]) -> LayerAccumulator:
+    values: dict[str, Any] = {**plain, "columns": tuple(map(Column.parse, plain["columns"]))}
+    for name in ("heads", "maps", "outcome_maps"):
+        values[name] = {Direction.parse(direction): value for direction, value in values[name].items()}
+    for name in ("by_group", "scores_by_group"):
+        values[name] = KeyedSums(*values[name])
+    return LayerAccumulator(**values)
 
 
 def _plain_part(part: FusionPart) -> dict[str, Any]:
