@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from importlib.util import find_spec
+from operator import add
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from lightning_xattn.core.distributed import NUMBER, SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import SettingError, check_whole_number
 from lightning_xattn.core.group_keys import group_keys
 from lightning_xattn.core.notices import warn
-from lightning_xattn.evaluation.accumulators import LayerAccumulator, LayerSums, Layout, merge_sums
+from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.checks import Checks
 from lightning_xattn.evaluation.classes import (
     GROUPINGS,
@@ -149,7 +151,7 @@ class Part:
     """What one process has of an evaluation: see the attributes of ``Evaluation``."""
 
     classes: tuple[str, ...] | None
-    sums: Mapping[str, LayerSums]
+    sums: Mapping[str, LayerAccumulator]
     """By layer, on the CPU."""
     fusion: FusionPart | None
     repeats: int
@@ -337,9 +339,10 @@ class Evaluation:
         for pair, rows in zip(batch.attention, layers, strict=True):
             statistics = sample_statistics(*rows) | {CONFIDENCE: _filled(labels.confidence, torch.nan, batch)}
             if pair.layer not in self._accumulators:
-                layout = Layout.of(rows, statistics, n_classes, labels.group_noun)
-                self._accumulators[pair.layer] = LayerAccumulator(layout, batch.device)
-            self._accumulators[pair.layer].update(rows, statistics, classes, outcomes, tied, labels.groups)
+                empty = LayerAccumulator.empty(rows, tuple(statistics), n_classes, labels.group_noun)
+                self._accumulators[pair.layer] = empty
+            sums = self._accumulators[pair.layer].add(rows, statistics, classes, outcomes, tied, labels.groups)
+            self._accumulators[pair.layer] = sums
             undefined = statistics[headline(statistics)].isnan()
             layer = {"undefined": undefined, "layer": pair.layer}
             table.append(about | table_columns(statistics) | layer | ids)
@@ -369,15 +372,15 @@ class Evaluation:
         received = {str(rows.direction): received_attention(rows) for rows in first_layer}
         self.collected.add(batch.inputs, keys, labels.groups, labels.group_noun, facts, received)
 
-    def sums(self) -> dict[str, LayerSums]:
+    def sums(self) -> dict[str, LayerAccumulator]:
         """By layer, what there is so far; ``add`` leaves these tensors as they are."""
-        return {layer: accumulator.sums() for layer, accumulator in self._accumulators.items()}
+        return dict(self._accumulators)
 
     def load(
         self,
         samples: int,
         other_lengths: Mapping[str, int],
-        sums: Mapping[str, LayerSums],
+        sums: Mapping[str, LayerAccumulator],
         collected: Collected,
         maps: SampleMaps,
         device: torch.device | str,
@@ -385,8 +388,8 @@ class Evaluation:
         """Go on from what there is of the same data set, whose first so many samples were seen, on this device."""
         self.seen, self.other_lengths = samples, Counter(other_lengths)
         self.collected, self.maps = collected.snapshot(device), maps.snapshot(device)
-        self._accumulators = {layer: LayerAccumulator.of(of_layer, device) for layer, of_layer in sums.items()}
-        if self.classes and any(of_layer.layout.n_classes == 0 for of_layer in sums.values()):
+        self._accumulators = dict(sums)
+        if self.classes and any(of_layer.n_classes == 0 for of_layer in sums.values()):
             self.drop_targets()  # as these sums had to
 
     def part(self) -> Part:
@@ -405,7 +408,7 @@ class Evaluation:
         warn([self.finder.drop_targets()])
         self.classes, self.has_dropped = (), True
         for layer, of_layer in self._accumulators.items():
-            self._accumulators[layer] = LayerAccumulator.of(of_layer.sums().without_labels(), of_layer.device)
+            self._accumulators[layer] = of_layer.without_labels()
 
     def summary(
         self,
@@ -436,7 +439,7 @@ class Evaluation:
         self.other_lengths = sum((Counter(part.other_lengths) for part in parts), Counter())
         layers = dict.fromkeys(layer for part in parts for layer in part.sums)
         several = any(part.has_several for part in parts)
-        counts = {sums.layout.n_classes for part in parts for sums in part.sums.values()}
+        counts = {sums.n_classes for part in parts for sums in part.sums.values()}
         if several:
             self.drop_targets()
         elif len(counts) > 1:
@@ -444,12 +447,13 @@ class Evaluation:
             self.classes = ()
         without = several or len(counts) > 1
         merged = {
-            name: merge_sums(
-                [
+            name: reduce(
+                add,
+                (
                     part.sums[name].without_labels() if without else part.sums[name]
                     for part in parts
                     if name in part.sums
-                ]
+                ),
             )
             for name in layers
         }

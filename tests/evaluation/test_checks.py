@@ -8,7 +8,7 @@ import torch
 from lightning_xattn import AttentionExplainabilityCallback, XAttnWarning
 from lightning_xattn import functional as F
 from lightning_xattn.core.attention import Attention, Direction
-from lightning_xattn.evaluation.accumulators import LayerAccumulator, Layout
+from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.checks import Checks
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import sample_statistics
@@ -28,10 +28,9 @@ def ordinary():
 def ring(weights, checks=None, **masks):
     rows = [prepare_rows(Attention(DIRECTION, weights, **masks))]
     statistics = sample_statistics(*rows)
-    accumulator = LayerAccumulator(Layout.of(rows, statistics, 0))
-    none = torch.full((BATCH,), -1)
-    accumulator.update(rows, statistics, none, torch.full((BATCH,), UNKNOWN), torch.zeros(BATCH))
-    return list((checks or Checks()).of_epoch("fusion.1", LayerSummary(accumulator.compute())))
+    labels = torch.full((BATCH,), -1), torch.full((BATCH,), UNKNOWN), torch.zeros(BATCH)
+    sums = LayerAccumulator.empty(rows, tuple(statistics), 0).add(rows, statistics, *labels)
+    return list((checks or Checks()).of_epoch("fusion.1", LayerSummary(sums)))
 
 
 def test_ordinary_attention_rings_nothing():
