@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.attribution.inputs import ModalityPlace
-from lightning_xattn.attribution.kept_samples import MAX_TOKEN_SHAPES, FusionPart
+from lightning_xattn.attribution.kept_samples import KeptSamples
 from lightning_xattn.attribution.recorder import FusionRecorder
 from lightning_xattn.attribution.replay import ModelOutput, Replay, ReplayError, gives_back
 from lightning_xattn.attribution.token_source import Part, TokenSource, share_work
@@ -77,7 +77,7 @@ class _Jobs:
 
 
 def contributions(
-    part: FusionPart, fusion: FusionRecorder, size: int, partners: int | None = PARTNERS
+    kept: KeptSamples, fusion: FusionRecorder, partners: int | None = PARTNERS
 ) -> Contributions | str:
     """Permutation the modalities of samples with those of partners, and play the game; or say why not.
 
@@ -85,22 +85,19 @@ def contributions(
 
     Parameters
     ----------
-    part
-        What all processes have collected.
+    kept
+        The samples of all processes.
     fusion
         Has what is needed to replay what lies behind the fusion.
-    size
-        At most so many samples are taken.
     partners
         How many partners each sample has; None: all others. None of them is of the sample's own group.
     """
-    if part.is_partial:
-        return f"more than {MAX_TOKEN_SHAPES} different numbers of tokens occur: pad them to fewer lengths"
-    if not part.token_shapes:
+    blocks = kept.permuted.blocks()
+    if not blocks:
         return fusion.problem or "no sample could be kept"
-    source = TokenSource(part.token_shapes, size)
+    source = TokenSource(blocks)
     try:
-        return _play(source, fusion, part.modalities, partners)
+        return _play(source, fusion, kept.modalities, partners)
     except ReplayError as error:
         return str(error)
 

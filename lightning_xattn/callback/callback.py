@@ -8,7 +8,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from lightning_xattn.attribution.inputs import ModalitiesSetting
 from lightning_xattn.attribution.kept_samples import MAX_SAMPLES
 from lightning_xattn.callback.epoch_log import EpochLog, by_scope
 from lightning_xattn.callback.findings import Findings, Handover
-from lightning_xattn.callback.history import pack_history, unpack_history
+from lightning_xattn.callback.history import main_history
 from lightning_xattn.callback.trainer import (
     Monitor,
     Schedule,
@@ -45,11 +45,13 @@ from lightning_xattn.capture.labels import LabelSetting, Step
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes, unique_sample_indices
 from lightning_xattn.core.errors import DiscoveryError, SettingError, XAttnError
 from lightning_xattn.core.notices import describe_error, info, warn
-from lightning_xattn.evaluation.evaluation import Evaluation, Settings, summarise
+from lightning_xattn.evaluation.batch import BatchResult
+from lightning_xattn.evaluation.evaluation import Evaluation, summarise_all
 from lightning_xattn.evaluation.fusion_samples import sample_columns
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
-from lightning_xattn.evaluation.results import BatchResult, DatasetResult
+from lightning_xattn.evaluation.results import DatasetResult
+from lightning_xattn.evaluation.settings import Settings
 from lightning_xattn.evaluation.step_recorder import Attentions, StepRecorder
 
 if TYPE_CHECKING:
@@ -262,17 +264,13 @@ class AttentionExplainabilityCallback(Callback):
         return self._generate_state_key(**self.settings.named(), schedule=self.schedule, table=self.settings.table)
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, in plain types: a checkpoint with it loads with ``weights_only=True``.
-
-        Of the history it has what ``curves`` has logged, in single precision.
-        """
-        packed = pack_history(self.history, keeps_all=self.curves == "all")
-        return {"history": packed, "fit_begins": self._findings.fit_begins, "measured": str(self.settings.named())}
+        """The history's main curves, in plain types: a checkpoint with it loads with ``weights_only=True``."""
+        return {"history": main_history(self.history), "fit_begins": self._findings.fit_begins, "measured": str(self.settings.named())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's history, unless there is one already and the checkpoint is only tested."""
         if "history" in state_dict and (self._run.resumes or not self.history):
-            self._findings.history = unpack_history(state_dict["history"])
+            self._findings.history = state_dict["history"]
             self._findings.fit_begins = state_dict["fit_begins"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -371,7 +369,7 @@ class AttentionExplainabilityCallback(Callback):
         evaluation, taken = self._run.evaluations[dataloader_idx], None
         if not self._records(batch_idx):
             is_due = self._run.is_recording and self.schedule.samples(batch_idx)
-            evaluation.left_out_batches += int(is_due and bool(self._run.refusal))
+            evaluation.totals.left_out_batches += int(is_due and bool(self._run.refusal))
             return
         recorder = self._run.recorder
         assert recorder is not None
@@ -437,7 +435,7 @@ class AttentionExplainabilityCallback(Callback):
             if self._run.recorder is not None:
                 self._run.recorder.close()
             if self._run.has_recorded:
-                self._run.evaluations[dataloader].left_out_batches += 1
+                self._run.evaluations[dataloader].totals.left_out_batches += 1
                 warn(self._findings.checks.of_a_batch(error))
             else:
                 self._run.refusal = describe_error(error)
@@ -512,7 +510,7 @@ class AttentionExplainabilityCallback(Callback):
 
     def _end_epoch(
         self, trainer: Trainer, pl_module: LightningModule
-    ) -> tuple[dict[int, DatasetResult], list[Path]] | None:
+    ) -> tuple[dict[int, DatasetResult], dict[str, Path]] | None:
         """What the evaluation says, by dataloader, and the files of its sample table; None if that goes wrong."""
         try:
             return self._sum_up(trainer, pl_module)
@@ -523,44 +521,32 @@ class AttentionExplainabilityCallback(Callback):
             warn([f"An evaluation ('{stage_of(trainer)}') could not be summed up. {describe_error(error)}"])
             return None
 
-    def _sum_up(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], list[Path]]:
+    def _sum_up(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], dict[str, Path]]:
         if self._run.recorder is None:  # the same on all processes
-            return {}, []
+            return {}, {}
         for evaluation in self._run.evaluations.values():
-            evaluation.refusal = self._run.refusal
+            evaluation.totals.recording_problem = self._run.refusal
         if are_other_weights(self._run.weights or ()):
             for evaluation in self._run.evaluations.values():
-                evaluation.refused = say_other_weights(trainer, self)
+                evaluation.totals.replay_problem = say_other_weights(trainer, self)
         ended = dict(
-            summarise(
+            summarise_all(
                 self._run.evaluations, self._run.recorder, self._run.processes, self.schedule.tests_attention(trainer)
             )
         )
         fusions = {number: summary.fusion for number, summary in ended.items() if summary.fusion is not None}
-        tables = []
+        tables: dict[str, Path] = {}
         if self._run.table is not None and any(one.has_dropped for one in self._run.evaluations.values()):
             self._run.table.discard()
             warn(["The sample table lacks this evaluation, whose first rows took several labels at once for a class."])
         if self._run.table is not None:
-            tables = self._run.table.close(
-                {number: sample_columns(one, self._run.processes.rank) for number, one in fusions.items()}
-            )
+            known_to_all = fusions if self._run.processes.rank == 0 else {}
+            samples = [{"dataloader": number, **sample_columns(one)} for number, one in known_to_all.items()]
+            tables = self._run.table.close(samples)
         for number, one in fusions.items():
             self.fusion_summaries[self._scope(trainer)(number, "")] = one
-        classes_by, axes = self.settings.classes_by, attention_axes(trainer, pl_module)
-        results = {
-            number: DatasetResult(
-                one.layers,
-                one.fusion,
-                self._run.evaluations[number].classes or (),
-                classes_by,
-                axes,
-                None,
-                one.maps,
-                other_lengths=dict(self._run.evaluations[number].other_lengths),
-            )
-            for number, one in ended.items()
-        }
+        axes = attention_axes(trainer, pl_module)
+        results = {number: replace(one, axes=axes) for number, one in ended.items()}
         self._run.layers.update(dict.fromkeys(layer for one in results.values() for layer in one.summaries))
         self.summaries.update(by_scope(results, self._scope(trainer), len(self._run.layers) > 1))
         return results, tables

@@ -17,7 +17,6 @@ from lightning_xattn.evaluation.checks import Checks
 from lightning_xattn.evaluation.classes import name_in_curves
 from lightning_xattn.evaluation.curves import (
     best_epoch,
-    charts,
     epoch_curves,
     epoch_record,
     fusion_curves,
@@ -28,7 +27,7 @@ from lightning_xattn.evaluation.curves import (
 from lightning_xattn.evaluation.evaluation import Evaluation
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult, EarlierTest
-from lightning_xattn.loggers import LoggerWriters
+from lightning_xattn.loggers import LoggerWriter, LoggerWriters
 from lightning_xattn.report import create_explainability_report
 from lightning_xattn.report.figures import (
     SHOWN_CLASSES,
@@ -92,7 +91,7 @@ class EpochLog:
         ended: Mapping[int, DatasetResult],
         evaluations: Mapping[int, Evaluation],
         history: Sequence[Mapping[str, Any]],
-        tables: Sequence[Path],
+        tables: Mapping[str, Path],
     ) -> list[dict[str, Any]]:
         """Log what has ended, by dataloader.
 
@@ -106,7 +105,7 @@ class EpochLog:
         history
             The records since the last fit began.
         tables
-            The files of the sample table of this evaluation.
+            The files of the sample table of this evaluation, by name.
 
         Returns
         -------
@@ -123,7 +122,7 @@ class EpochLog:
             if evaluations[number].shown_classes is None:  # the same ones in every epoch
                 evaluations[number].shown_classes = whole.largest_classes(SHOWN_CLASSES)
             shown = limit_classes(whole, evaluations[number].shown_classes)
-            counts = {name: getattr(evaluations[number], name) for name in ("repeats", "left_out_batches")}
+            counts = {name: getattr(evaluations[number].totals, name) for name in ("repeats", "left_out_batches")}
             by_scope, new = self._collect(number, shown, whole, several, counts)
             found[number] = shown, new
             for scope, of_scope in by_scope:
@@ -142,10 +141,10 @@ class EpochLog:
                     whole = replace(whole, earlier_test=EarlierTest.find(past))
                 self._log_rest(sinks, number, whole, shown, several, [*past, new[0]])
         if sinks is not None:
-            name = f"xattn_about/{self.scope(0, '')}/samples"
-            step = logged_step(self.trainer)
-            for path in tables:
-                sinks.log("tables", partial(Path, path), lambda sink, made: sink.log_table(name, made, step))
+            scope, step = self.scope(0, ""), logged_step(self.trainer)
+            for name, path in tables.items():
+                log_table = partial(_log_table, f"xattn_about/{scope}/{name}", step)
+                sinks.log("tables", partial(Path, path), log_table)
         return records
 
     def log_absent(self) -> None:
@@ -228,7 +227,6 @@ class EpochLog:
         """What the loggers get beside the curves: figures, a text, distributions; after a test a page."""
         step, scope = logged_step(self.trainer), self.scope(number, "")
         title, report = f"{scope}, epoch {self.trainer.current_epoch}", f"xattn_about/{scope}/report"
-        sinks.log("charts", charts, lambda sink, made: sink.arrange(made))
         sinks.log_figures(self._figures(number, shown, whole.class_names, several, past, title), step, scope)
         text = partial(create_explainability_report, whole, format="markdown")
         sinks.log("reports", text, lambda sink, made: sink.log_text(report, made, step))
@@ -260,6 +258,10 @@ class EpochLog:
             yield from epoch_figures(
                 result.summaries[layer], of_layer, names, classes_by=self.classes_by, axes=result.axes, context=context
             )
+
+
+def _log_table(name: str, step: int, writer: LoggerWriter, path: Path) -> None:
+    writer.log_table(name, path, step)
 
 
 def by_scope(

@@ -155,12 +155,12 @@ class Checks:
 
     def of_fusion(self, summary: FusionSummary) -> Iterator[str]:
         """New messages of what cannot be told of the modalities."""
-        for reason, names in self._new_by_reason("unreadable", summary.unreadable):
+        for reason, names in self._new_by_reason("unreadable", summary.probe_problems):
             who, alone = " and ".join(map(repr, names)), "itself" if len(names) == 1 else "themselves"
             yield f"{who} cannot be read by {alone}: {reason}. So there is no conflict and no support_difference."
-        if summary.left_out and self._is_new("", "", "left out", 0):
+        if summary.nonfinite and self._is_new("", "", "left out", 0):
             yield (
-                f"{summary.left_out} samples are left out of probes and contributions: what they bring into the "
+                f"{summary.nonfinite} samples are left out of probes and contributions: what they bring into the "
                 "fusion is not finite."
             )
         if summary.whole_runs and self._is_new("", "", "whole runs", 0):
@@ -169,8 +169,8 @@ class Checks:
                 f"at the end of each evaluation it costs as much as {summary.pairs} samples. contribution_samples=0 "
                 "turns it off."
             )
-        if summary.uncontributed and self._is_new("", "", summary.uncontributed, 0):
-            yield f"The contributions of the modalities cannot be told: {summary.uncontributed}."
+        if summary.contribution_problem and self._is_new("", "", summary.contribution_problem, 0):
+            yield f"The contributions of the modalities cannot be told: {summary.contribution_problem}."
         replaced = {str(direction): one for direction, one in summary.replaced.items()}
         for reason, names in self._new_by_reason("faithfulness", {name: one.problem for name, one in replaced.items()}):
             yield f"The faithfulness of the attention {' and '.join(names)} cannot be told: {reason}."

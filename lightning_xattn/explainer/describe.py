@@ -13,7 +13,7 @@ from lightning_xattn.core.errors import DataError
 from lightning_xattn.core.group_keys import group_keys
 from lightning_xattn.core.names import id_text
 from lightning_xattn.evaluation.classes import classify
-from lightning_xattn.evaluation.fusion_samples import SampleModalities, find_samples, of_sample
+from lightning_xattn.evaluation.fusion_samples import SampleModalities, find_samples, describe_modalities
 from lightning_xattn.evaluation.results import (
     AttentionStatistics,
     BatchResult,
@@ -182,7 +182,7 @@ def _modalities_of(batch: BatchResult, among: DatasetResult | None) -> list[Samp
     if among is None or among.fusion is None or batch.labels.sample_ids is None:
         return [None] * len(batch)
     found = find_samples(among.fusion, group_keys(batch.labels.sample_ids, "cpu"))
-    return [None if i is None else of_sample(among.fusion, i, among.class_names) for i in found]
+    return [None if i is None else describe_modalities(among.fusion, i, among.class_names) for i in found]
 
 
 def _ids_as_text(batch: BatchResult) -> list[str | None] | None:

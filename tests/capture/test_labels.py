@@ -444,7 +444,7 @@ def assert_no_classes(mode):
     """Nothing of a softmax: no prediction, confidence, accuracy, probe of classes or contribution."""
     (record,), summary, fusion = mode.history, mode.summaries["val"], mode.fusion_summaries["val"]
     assert not {"accuracy", "probe/audio", "contribution/share/audio", "outcome/confidence_auroc"} & set(record)
-    assert record["uncontributed"] == "the targets are several labels at once, so no one class is predicted"
+    assert record["contribution_problem"] == "the targets are several labels at once, so no one class is predicted"
     assert summary.count(CONFIDENCE) == 0
     assert summary.count(ALIGNMENT) == summary.samples
     assert summary.interval(CONFIDENCE) == pytest.approx((math.nan, math.nan), nan_ok=True)

@@ -11,7 +11,7 @@ import torch
 
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
 from lightning_xattn.core.errors import SettingError
-from lightning_xattn.evaluation.fusion_samples import SampleModalities, _find_followed, most_conflicting, of_sample
+from lightning_xattn.evaluation.fusion_samples import SampleModalities, _find_followed, most_conflicting, describe_modalities
 from lightning_xattn.report.criteria import interpret_sample
 from tests.attribution.models import Concatenation, Fusion, loader_of, said_data, sample_ids, trained
 
@@ -100,7 +100,7 @@ def test_a_batch_of_a_data_set_that_was_explained(explained):
         found = one["modalities"]
         assert found.predicted == one["predicted_name"]
         assert found.confidence == pytest.approx(one["confidence"], abs=1e-6)
-        assert found.says["left"] == (
+        assert found.probes["left"] == (
             NAMES[int(fusion.probes["left"][place].argmax())],
             float(fusion.probes["left"][place].max()),
         )
@@ -152,7 +152,7 @@ def test_the_most_conflicting_samples_are_those_of_largest_conflict_whose_contri
     permuted = [i for i in range(140) if not math.isnan(float(fusion.numbers["phi/left"][i]))]
     assert len(permuted) == 128
     assert most_conflicting(fusion) == sorted(permuted, key=lambda i: -conflicts[i])[:10]
-    fusion.uncontributed = "no reason"
+    fusion.contribution_problem = "no reason"
     assert most_conflicting(fusion) == sorted(range(140), key=lambda i: -conflicts[i])[:10]
     fusion.numbers = fusion.numbers | {"conflict": torch.tensor([math.nan, 0.0, 1.0, 0.5, math.nan])}
     assert most_conflicting(fusion) == [2, 3, 1]
@@ -190,11 +190,11 @@ def test_the_modality_that_is_followed_has_clearly_more_than_two_thirds(explaine
         for name, phi in (("left", left), ("right", right))
         for kind, value in (("phi", phi), ("error", error))
     }
-    found = of_sample(fusion, 3, NAMES)
+    found = describe_modalities(fusion, 3, NAMES)
     assert found.followed == followed
     assert found.contributions == pytest.approx({"left": left, "right": right})
-    fusion.of_value = True  # of which a contribution below 0 is no objection
-    assert of_sample(fusion, 3, NAMES).followed is None
+    fusion.is_regression = True  # of which a contribution below 0 is no objection
+    assert describe_modalities(fusion, 3, NAMES).followed is None
 
 
 CLASSES_SAID = {"eeg": ("GPD", "LPD"), "spec": ("GPD", "LPD", "GRDA")}
@@ -208,7 +208,7 @@ def test_no_sentence_contradicts_the_prediction(confidence, true):
     followed = 0
     for eeg, spec, phi in product(CLASSES_SAID["eeg"], CLASSES_SAID["spec"], PHI):
         one = sample(
-            says={"eeg": (eeg, 0.7), "spec": (spec, 0.7)},
+            probes={"eeg": (eeg, 0.7), "spec": (spec, 0.7)},
             true=true,
             confidence=confidence,
             contributions=phi,
@@ -245,16 +245,16 @@ def test_agreement_of_attention_is_none_of_the_modalities(explained, agreement, 
     results = explainer.explain_batch(next(iter(loader)))
     (one, *_) = results["per_sample_explanations"]
     one["modality_agreement"] = agreement
-    one["modalities"] = sample(says={"eeg": (says[0], 0.7), "spec": (says[1], 0.7)})
+    one["modalities"] = sample(probes={"eeg": (says[0], 0.7), "spec": (says[1], 0.7)})
     assert remark in create_explainability_report(results, format="markdown")
 
 
 def test_a_class_without_a_name_is_told_by_its_number(explained):
     fusion = explained[2].fusion
     first = int((fusion.predicted == 1).nonzero()[0])
-    assert of_sample(fusion, first, NAMES).predicted == of_sample(fusion, first, NAMES[:2]).predicted == "b"
+    assert describe_modalities(fusion, first, NAMES).predicted == describe_modalities(fusion, first, NAMES[:2]).predicted == "b"
     for names in (NAMES[:1], []):
-        assert of_sample(fusion, first, names).predicted == "class 1"
+        assert describe_modalities(fusion, first, names).predicted == "class 1"
 
 
 def test_all_partners():

@@ -15,7 +15,7 @@ from lightning_xattn import (
     create_explainability_report,
 )
 from lightning_xattn.evaluation import maps as sample_maps
-from lightning_xattn.evaluation.maps import SampleMaps, merge_maps
+from lightning_xattn.evaluation.maps import CELLS, add_maps, maps_by_sample
 from lightning_xattn.evaluation.results import TrainingData
 from lightning_xattn.explainer import dataset, training_data
 from tests.toy import (

@@ -93,8 +93,8 @@ def test_planted_disagreement_is_found_and_which_modality_was_followed(simulated
 def test_a_modality_on_which_the_labels_do_not_depend_cannot_be_read_and_is_not_used(simulated, tmp_path):
     roots = [unrelated(tmp_path / name, simulated / name) for name in ("trained", "held_out")]
     fusion, columns = explained(*roots, tmp_path, epochs=6)
-    assert list(fusion.unreadable) == ["spec"]
-    assert "is not clearly above the share of the largest class" in fusion.unreadable["spec"]
+    assert list(fusion.probe_problems) == ["spec"]
+    assert "is not clearly above the share of the largest class" in fusion.probe_problems["spec"]
     assert torch.isnan(fusion.numbers["conflict"]).all()
     assert fusion.estimate("right/eeg").low > 0.4
     assert fusion.share("eeg").mean >= 0.97
