@@ -50,7 +50,7 @@ class Contributions:
         ``(samples,)`` class that an additive projection predicts (-1: not known), and the model.
     pairs
         How many pairs were replayed.
-    of_value
+    is_regression
         Whether the model says a value, and no classes.
     whole
         Whether each replay ran all of the module around the fusion, as what comes before it could not be skipped.
@@ -63,7 +63,7 @@ class Contributions:
     additive: Tensor
     predicted: Tensor
     pairs: int
-    of_value: bool
+    is_regression: bool
     whole: bool
 
 
@@ -76,9 +76,7 @@ class _Jobs:
     subset: Subset
 
 
-def contributions(
-    kept: KeptSamples, fusion: FusionRecorder, partners: int | None = PARTNERS
-) -> Contributions | str:
+def contributions(kept: KeptSamples, fusion: FusionRecorder, partners: int | None = PARTNERS) -> Contributions | str:
     """Permutation the modalities of samples with those of partners, and play the game; or say why not.
 
     Several processes share the replays, see `share_work`: a few collectives, which each must reach.
@@ -138,9 +136,9 @@ def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], par
     }
     projected = additive_projection(samples, by_logit)
     additive = torch.where(projected.isnan().any(1), -1, projected.argmax(1))
-    pairs, of_value = len(rows) * len(permuted), logits.shape[1] == 1
+    pairs, is_regression = len(rows) * len(permuted), logits.shape[1] == 1
     return Contributions(
-        source.samples, game.phi, game.phi_error, interactions, additive, predicted, pairs, of_value, whole_runs
+        source.samples, game.phi, game.phi_error, interactions, additive, predicted, pairs, is_regression, whole_runs
     )
 
 

@@ -112,9 +112,7 @@ class KeptSamples:
 
     def cpu(self) -> KeptSamples:
         """Give the same on the CPU, to be sent to other processes."""
-        return replace(
-            self, probed=self.probed.cpu(), permuted=self.permuted.cpu(), nonfinite=self.nonfinite.cpu()
-        )
+        return replace(self, probed=self.probed.cpu(), permuted=self.permuted.cpu(), nonfinite=self.nonfinite.cpu())
 
     def without_labels(self) -> KeptSamples:
         """Give the same without classes, predictions, confidences and outcomes."""

@@ -265,7 +265,11 @@ class AttentionExplainabilityCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The history's main curves, in plain types: a checkpoint with it loads with ``weights_only=True``."""
-        return {"history": main_history(self.history), "fit_begins": self._findings.fit_begins, "measured": str(self.settings.named())}
+        return {
+            "history": main_history(self.history),
+            "fit_begins": self._findings.fit_begins,
+            "measured": str(self.settings.named()),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's history, unless there is one already and the checkpoint is only tested."""

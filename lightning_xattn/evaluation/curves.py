@@ -42,6 +42,7 @@ COMPARED = re.compile(
 )
 """What runs are compared by, of a record of the history."""
 
+
 def main_names(names: Iterable[str]) -> set[str]:
     """Give the main curves among ``<topic>/<what>``: ``MAIN``, and those of up to ``MAX_CLASS_CURVES`` classes."""
     names = list(names)

@@ -1,7 +1,7 @@
 """The running sums of one data set, batch after batch, and their summary at its end.
 
-The callback and the explainer hand each batch to an `Evaluation`: ``read`` gives a `BatchResult`, ``add`` adds it to the
-sums and gives its rows of the sample table, and ``summarise`` gives the `DatasetResult`.
+The callback and the explainer hand each batch to an `Evaluation`: ``read`` gives a `BatchResult`, ``add`` adds it to
+the sums and gives its rows of the sample table, and ``summarise`` gives the `DatasetResult`.
 """
 
 from __future__ import annotations

@@ -52,7 +52,9 @@ class SampleModalities:
     followed: str | None
 
     def __str__(self) -> str:
-        parts = [f"{name_modality(one)}'s probe predicts {name} ({decimal(p)})" for one, (name, p) in self.probes.items()]
+        parts = [
+            f"{name_modality(one)}'s probe predicts {name} ({decimal(p)})" for one, (name, p) in self.probes.items()
+        ]
         parts += [] if self.predicted is None else [f"the model predicts {self.predicted}{self._describe_followed()}"]
         about = [] if math.isnan(self.confidence) else [f"confidence {decimal(self.confidence)}"]
         about += [] if self.true is None else [f"true class {self.true}"]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
 from torch import Tensor
 
 from lightning_xattn.core.attention import AttentionPair, TokenAxis

@@ -205,6 +205,6 @@ def _array(name: str, values: Any, rows: int) -> pa.Array:
         return pa.array([*map(id_text, values)], TYPES[name])
     if name == "correct":
         return pa.array(values == CORRECT, TYPES[name], mask=values == UNKNOWN)
-    if values.dtype.kind == "f":  # of each head: lists
-        return pa.array([*values] if values.ndim == 2 else values, from_pandas=True)
-    return pa.array(values, mask=values < 0)
+    if values.ndim == 2:  # lists with a value of each head
+        return pa.array([*values], from_pandas=True)
+    return pa.array(values, mask=None if values.dtype.kind == "f" else values < 0, from_pandas=True)

@@ -15,7 +15,7 @@ from lightning_xattn.core.attention import Direction, TokenAxis, fitting_axes
 from lightning_xattn.core.files import path_of
 from lightning_xattn.core.names import shown
 from lightning_xattn.core.wording import decimal, describe_size, say_interval
-from lightning_xattn.evaluation.fusion_samples import most_conflicting, describe_modalities
+from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult

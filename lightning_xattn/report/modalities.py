@@ -8,7 +8,12 @@ from typing import Literal, TypedDict
 
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.wording import by_reason, decimal, name_modality, percent, say_interval
-from lightning_xattn.evaluation.fusion_samples import NONE_MOSTLY, SampleModalities, most_conflicting, describe_modalities
+from lightning_xattn.evaluation.fusion_samples import (
+    NONE_MOSTLY,
+    SampleModalities,
+    describe_modalities,
+    most_conflicting,
+)
 from lightning_xattn.evaluation.fusion_summary import Estimate, FusionSummary
 from lightning_xattn.evaluation.layer_summary import Comparison
 from lightning_xattn.evaluation.results import EarlierTest

@@ -226,7 +226,9 @@ def test_what_is_bypassed_is_not_told(infos):
     summary = summary_of(Gazer(used=0.0))
     assert math.isnan(summary.faithfulness(THERE).mean)
     assert math.isnan(summary.faithfulness(THERE, "reference").mean)
-    assert summary.faithfulness_problem(THERE).startswith("bypassed: it costs 0.000 (95 % CI ± less than 0.001) to replace")
+    assert summary.faithfulness_problem(THERE).startswith(
+        "bypassed: it costs 0.000 (95 % CI ± less than 0.001) to replace"
+    )
     assert not summary.faithfulness_problem(BACK)
 
 

@@ -21,7 +21,8 @@ KEYS = torch.arange(60)
 def kept_of(keys, sizes=(100, 100)):
     """What one process keeps of samples, in one batch each; odd samples have more tokens than even ones."""
     kept = KeptSamples(BottomKSample(sizes[0]), BottomKSample(sizes[1]))
-    for one in keys.split(1):
+    for key in keys.tolist():
+        one = torch.tensor([key])
         tokens = one[:, None, None].expand(-1, LONG if one % 2 else SHORT, 2).float()
         tokens = tokens / (one % 30 != 29)  # two samples are not finite
         output = ModelOutput(one[:, None] / 60 + torch.zeros(1, 2), torch.zeros(1, 2))

@@ -15,7 +15,7 @@ from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.callback import epoch_log as epoch_log_module
 from lightning_xattn.core.errors import XAttnWarning
 from lightning_xattn.evaluation.curves import best_epoch, mean_curves
-from lightning_xattn.evaluation.fusion_samples import most_conflicting, describe_modalities
+from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
 from lightning_xattn.evaluation.results import REST, DatasetResult
 from lightning_xattn.evaluation.statistics import ALIGNMENT
 from lightning_xattn.report.figures import dataset_figures, overview_figure
