@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_xattn.core.files import complete_or_absent
-from lightning_xattn.core.progress import Stage
+from lightning_xattn.core.progress import track
 from lightning_xattn.hms.features import eeg_features, feature_shapes, spectrogram_features
 from lightning_xattn.hms.recordings import EEGGeometry, Recordings
 from lightning_xattn.hms.table import BadRow, RowError
@@ -69,10 +69,7 @@ def build(
     with ExitStack() as stack:
         files = {name: stack.enter_context(closing(_Rows(folder / f"{name}.npy"))) for name in shapes}
         results = stack.enter_context(closing(_compute(recordings, geometry, tasks, order, num_workers)))
-        done = len(recordings) - sum(len(tasks[task]) for task in order)
-        title = f"Computing the features of {len(recordings)} recordings"
-        stage = stack.enter_context(Stage(title, len(recordings), done))
-        for part in left:
+        for part in track(left, f"Computing the features of {len(recordings)} recordings"):
             bad_rows = []
             for task in part.tasks:
                 for position, result in zip(tasks[task], next(results), strict=True):
@@ -83,7 +80,6 @@ def build(
                     else:
                         for name, values in result.items():
                             files[name].write(position, values)
-                stage.advance(len(tasks[task]))
             # The rows first, then the word that they are there, also if the power fails.
             for file in files.values():
                 file.sync()

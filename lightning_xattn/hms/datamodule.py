@@ -18,7 +18,7 @@ from torch_geometric.data import Batch
 from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.core.errors import DataError, SettingError
 from lightning_xattn.core.notices import info, warn
-from lightning_xattn.explainer.training import GROUPS, IDS
+from lightning_xattn.explainer.checkpoint import TRAINING_GROUPS, TRAINING_IDS
 from lightning_xattn.hms.build import as_it_is
 from lightning_xattn.hms.cache import StoredFeatures, stored_features
 from lightning_xattn.hms.features import spectrogram_spans
@@ -237,7 +237,7 @@ class HMSDataModule(LightningDataModule):
         """What a checkpoint says of the training samples: their ids and patients, see `training_data`."""
         rows = [self.recordings.rows[i] for i in self._training_indices()]
         ids, patients = zip(*((row.label_id, row.patient_id) for row in rows), strict=True)
-        return {IDS: torch.tensor(ids), GROUPS: torch.tensor(patients)}
+        return {TRAINING_IDS: torch.tensor(ids), TRAINING_GROUPS: torch.tensor(patients)}
 
     def train_dataloader(self) -> DataLoader[HMSBatch]:
         """Return ``data`` but for its two held-out folds, shuffled anew each epoch."""

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from lightning_xattn.core.errors import DataError
 from lightning_xattn.core.names import clean
-from lightning_xattn.core.progress import Stage
+from lightning_xattn.core.progress import timed, track
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch
 from lightning_xattn.explainer import ExplainabilityCapture, load_checkpoint, training_data
 from lightning_xattn.hms.datamodule import HMSDataModule, HMSDataset
@@ -84,7 +84,7 @@ def run_explain(
     explained = replace(explainer.explain_loader(loader, table=out / "table"), trained_on=training_data(checkpoint))
     for suffix in (".txt", ".md", ".json"):
         create_explainability_report(explained, out / f"report{suffix}")
-    with Stage("Drawing figures"):
+    with timed("Drawing figures"):
         save_dataset_figures(explained, out / "figures")
 
     dataset = loader.dataset
@@ -95,13 +95,11 @@ def run_explain(
         sample["sample_idx"] = place  # in the data, as in the table
     create_explainability_report(results, out / "samples.txt")
     pictures = {}
-    with Stage(f"Drawing {len(chosen)} recordings", len(chosen)) as stage:
-        for i, sample in enumerate(results["per_sample_explanations"]):
-            _draw_sample(results, i, datamodule, out / "samples", montage)
-            signals = out / "samples" / str(sample["sample_id"]) / "signals.png"
-            pictures[str(sample["sample_id"])] = [signals] if signals.exists() else []  # the page has the maps already
-            stage.advance()
-    with Stage("Writing the report"):
+    for i, sample in enumerate(track(results["per_sample_explanations"], f"Drawing {len(chosen)} recordings")):
+        _draw_sample(results, i, datamodule, out / "samples", montage)
+        signals = out / "samples" / str(sample["sample_id"]) / "signals.png"
+        pictures[str(sample["sample_id"])] = [signals] if signals.exists() else []  # the page has the maps already
+    with timed("Writing the report"):
         create_explainability_report(explained, out / "report.html", pictures=pictures)
     print()
     print_report(explained)
