@@ -89,7 +89,7 @@ def run_explain(
 
     dataset = loader.dataset
     assert isinstance(dataset, HMSDataset)
-    chosen = _choose(explained, out / "table")
+    chosen = _choose(explained, out / "table/attention")
     results = explainer.explain_batch(dataset.__getitems__(chosen), among=explained)
     for sample, place in zip(results["per_sample_explanations"], chosen, strict=True):
         sample["sample_idx"] = place  # in the data, as in the table

@@ -154,7 +154,7 @@ def test_of_many_layers_four_and_the_mean_are_shown(tmp_path):
     assert logged["xattn_alignment/val/all"] == pytest.approx(sum(whole) / 6, abs=1e-6)
     import pandas as pd
 
-    assert set(pd.read_parquet(tmp_path)["layer"]) == {f"layers.{i}" for i in range(6)}
+    assert set(pd.read_parquet(tmp_path / "attention")["layer"]) == {f"layers.{i}" for i in range(6)}
 
 
 @pytest.mark.parametrize("broken", ["create_explainability_report", "distributions", "overview_figure", "charts"])

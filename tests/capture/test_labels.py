@@ -482,7 +482,7 @@ def test_a_head_of_several_labels_is_not_taken_for_one_of_classes(how, tmp_path)
     with pytest.warns(XAttnWarning, match=tells("several labels", why)):
         quiet_trainer(callbacks=[mode]).validate(OfSeveral(how), loader, verbose=False)
     assert_no_classes(mode)
-    rows = pd.read_parquet(tmp_path)
+    rows = pd.read_parquet(tmp_path / "attention")
     assert rows[["target", "prediction", "confidence", "correct"]].isna().all(axis=None)
     assert rows["alignment"].notna().all()
 

@@ -7,12 +7,12 @@ import shutil
 import warnings
 
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 import torch
 from pytorch_lightning import Trainer, seed_everything
 
 from lightning_xattn import ExplainabilityCapture
+from lightning_xattn.evaluation.table import read_columns
 from lightning_xattn.hms import HMSDataModule, HMSLightningModule, simulate
 from tests import reference
 
@@ -57,7 +57,7 @@ def explained(trained, held_out, folder, epochs):
         data.setup("test")
         explainer = ExplainabilityCapture(module, contribution_samples=240)
         found = explainer.explain_loader(data.test_dataloader(), table=folder / "table", progress=False, partners=16)
-    columns = pq.read_table(folder / "table").to_pydict()
+    columns = read_columns(folder / "table")
     rows = [data.test_recordings.by_label_id[int(one)] for one in columns["sample_id"]]
     for column in ("eeg_class", "spectrogram_class"):
         columns[column] = [row.extra[column] for row in rows]

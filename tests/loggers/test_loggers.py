@@ -150,7 +150,7 @@ def test_mlflow(tmp_path):
     assert sorted(int(re.search(r"step\W(\d+)", path)[1]) for path in overviews) == steps == [4, 9]
     assert f"{REPORT}/step_000004.md" in found
     assert "xattn_about/test/report/step_000010.html" in found
-    assert len([path for path in found if path.endswith(".parquet")]) == 3
+    assert len([path for path in found if path.endswith(".parquet")]) == 6
     local = mlflow.artifacts.download_artifacts(run_id=logger.run_id, artifact_path=overviews[0], tracking_uri=uri)
     with Image.open(local) as picture:
         assert picture.width > 400
@@ -173,7 +173,7 @@ def test_comet(tmp_path):
         names = {(one.get("fileName") or one.get("figName"), one.get("step")) for one in about}
         assert {(OVERVIEW, 4), (OVERVIEW, 9), (MAP, 4), (f"{REPORT}.md", 4)} <= names
         assert any(name == "xattn_about/test/report.html" for name, _ in names)
-        assert len([name for name, _ in names if name.endswith(".parquet")]) == 3
+        assert len([name for name, _ in names if name.endswith(".parquet")]) == 6
         picture = next(one for one in files if one["additional_params"].get("figName") == OVERVIEW)
         assert Image.open(io.BytesIO(whole.read(Path(picture["file_path"]).name))).width > 400
 
