@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import torch
@@ -37,6 +36,11 @@ from lightning_xattn.capture.wrappers import Hook, find_module
 from lightning_xattn.core.attention import AttentionPair, Direction
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
+
+SPLIT_MODEL = (
+    "the processes hold the model together, as under FSDP or DeepSpeed, so that none of them can run it again by itself"
+)
+"""Why nothing is replayed, as the end of a sentence."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,42 +255,18 @@ class FusionRecorder:
     def replay(self) -> Replay:
         """What lies behind the fusion, carried by the evaluation's first step.
 
-        A collective where processes hold the model together.
-
         Raises
         ------
         ReplayError
             If it cannot be replayed.
         """
-        if not self.processes.run_alone and self._replay is None:
-            self._share_recorded_call()
+        if not self.processes.hold_whole_model:
+            raise ReplayError(SPLIT_MODEL)
         if self._recorded_call is None or self.fusion_inputs is None or self._fusion is None or self._read is None:
             raise ReplayError(self.problem or "the fusion did not run")
         if self._replay is None:
             self._replay = Replay(self._fusion, self.fusion_inputs.axes, self._recorded_call, self._read)
         return self._replay
-
-    def _share_recorded_call(self) -> None:
-        """Take the first process's step on all, as one on which the model runs once more would wait for the others.
-
-        Raises
-        ------
-        ReplayError
-            If a process has no step, or the first one's cannot be sent.
-        """
-        packed, recorded_call = None, self._recorded_call
-        if recorded_call is not None:
-            with suppress(Exception), BytesIO() as file:  # whatever a user's objects raise
-                torch.save((recorded_call.call, recorded_call.precision, recorded_call.model_output), file)
-                packed = file.getvalue()
-        steps = [step for step in self.processes.gather(packed) if step is not None]
-        if recorded_call is None or len(steps) < self.processes.count:
-            raise ReplayError(self.problem or "not every process has a step that could be run again on all of them")
-        here = str(recorded_call.model_output.values.device)
-        devices = {f"cuda:{number}": here for number in range(torch.cuda.device_count())}
-        self._recorded_call = RecordedCall(
-            recorded_call.module, *torch.load(BytesIO(steps[0]), map_location=devices, weights_only=False)
-        )
 
     def attention_of(self, direction: Direction, queries: int | None, keys: int) -> AttentionPlace | None:
         """Where a direction of the first layer is computed inside of the fusion; None where that is not known.
@@ -401,7 +381,7 @@ class FusionRecorder:
             self._given_up = True
             yield self._survey.say_unclear(attention, layers)
             return
-        tries = len(possible) > 1 and self.processes.run_alone and self._replays
+        tries = len(possible) > 1 and self._replays and self.processes.hold_whole_model
         if len(possible) > 1 and self._replays and not tries:
             yield self._survey.say_several(possible)
         problems = []

@@ -110,7 +110,6 @@ def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -
     """Let each process do its part of what takes replays: a few collectives, which each must reach.
 
     One whose first step showed nothing, as of samples that are not finite, cannot replay, and has no part in it.
-    Processes that hold a model together do all of it, each at the same time as the others.
 
     Parameters
     ----------
@@ -141,8 +140,7 @@ def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -
         raise ReplayError(problems[0])
 
     def part(count: int) -> Tensor:
-        every = torch.arange(count)
-        return every.tensor_split(len(able))[able.index(processes.rank)] if processes.run_alone else every
+        return torch.arange(count).tensor_split(len(able))[able.index(processes.rank)]
 
     if replay is not None:
         try:
@@ -154,5 +152,4 @@ def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -
     for found, _ in results:
         if found:
             raise ReplayError(found)
-    known = [one for _, one in results if one is not None]
-    return known if processes.run_alone else known[:1]
+    return [one for _, one in results if one is not None]

@@ -112,8 +112,7 @@ def with_fusion(batch: BatchResult, recorder: StepRecorder) -> BatchResult:
     """Give a batch with what entered the fusion, and with confidences that a step of class ids alone lacks."""
     labels, inputs = batch.labels, recorder.enter(batch.labels)
     output = None if inputs is None else inputs.model_output
-    is_unsure = labels.confidence is None and labels.predicted is not None
-    if is_unsure and output is not None and output.values.shape[1] > 1:
+    if output is not None and output.values.shape[1] > 1 and labels.confidence is None and labels.predicted is not None:
         confidence, predicted = output.values.max(1)
         labels = replace(labels, confidence=torch.where(predicted == labels.predicted, confidence, torch.nan))
     return replace(batch, labels=labels, inputs=inputs)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -18,7 +17,6 @@ from lightning_xattn.capture import AttentionSetting, check_attention, is_set_as
 from lightning_xattn.capture.labels import LabelFinder, LabelSetting
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import SettingError, check_whole_number
-from lightning_xattn.core.notices import named
 from lightning_xattn.evaluation.classes import GROUPINGS, check_class_names
 from lightning_xattn.evaluation.step_recorder import StepRecorder
 
@@ -93,10 +91,3 @@ class Settings:
         return StepRecorder(
             model, self.attention, self.fusion, self.modalities, processes, replays=self.contribution_samples > 0
         )
-
-    def named(self) -> dict[str, Any]:
-        """Give the settings by which two evaluations measure the same, callables by their names."""
-        read = ("attention", "predictions", "targets", "sample_ids", "groups", "query_mask", "fusion", "modalities")
-        whole: dict[str, Any] = {"class_names": self.class_names, "classes_by": self.classes_by}
-        whole |= {"contribution_samples": self.contribution_samples, "max_samples": self.max_samples}
-        return {name: named(getattr(self, name)) for name in read} | whole

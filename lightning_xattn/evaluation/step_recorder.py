@@ -16,7 +16,6 @@ from lightning_xattn.core.attention import AttentionPair
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
 from lightning_xattn.core.notices import info, warn
-from lightning_xattn.evaluation.peers import Place, check_alike, split_heads, with_all_heads
 
 Attentions = tuple[AttentionPair, ...]
 
@@ -71,9 +70,8 @@ class StepRecorder:
     ) -> None:
         self.fusion = FusionRecorder(model, fusion, modalities, processes, replays)
         self._attention = AttentionRecorder(model, attention)
-        self._model, self._processes = model, processes
+        self._model = model
         self._loss_of_several = find_loss_of_several(model)
-        self._split, self._is_first = set[Place](), True
         # A model whose fusion is named may have no cross-attention at all.
         self._may_lack_attention = attention is None and not self.fusion.needs_attention
         self._lacks_attention = is_set_aside(attention)
@@ -111,7 +109,6 @@ class StepRecorder:
     def reset(self) -> None:
         """Let go of what an evaluation's first step has shown of it."""
         self.fusion.reset()
-        self._split, self._is_first = set[Place](), True
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -135,10 +132,8 @@ class StepRecorder:
         ------
         DiscoveryError, ShapeError
             As ``AttentionRecorder.attention``; a model whose fusion is named needs no attention.
-        DataError
-            If processes that have the same samples have different attention, and not because each has other heads.
         """
-        self._taken = self._with_all_heads(self._read_attention(batch))
+        self._taken = self._read_attention(batch)
         forward = self._output
         if self._taken:
             weights = self._taken[0].forward.weights
@@ -161,13 +156,8 @@ class StepRecorder:
         ------
         DiscoveryError
             If a named argument is not there, or there is neither attention nor a fusion that is clear.
-        DataError
-            If processes that have the same samples have different tokens or predictions.
         """
         inputs, messages = self.fusion.take(self._taken, self.layers, labels)
-        if self._is_first and self._processes.peers is not None:
-            check_alike(labels, inputs, self._processes)
-        self._is_first = False
         if inputs is None and not self._taken:
             raise DiscoveryError(" ".join(messages))
         say = warn if self.fusion.is_named else info
@@ -177,14 +167,6 @@ class StepRecorder:
     def _keep_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._output is None:
             self._output = output
-
-    def _with_all_heads(self, attention: Attentions) -> Attentions:
-        """Of all peers, where each has computed some of them in an evaluation's first step."""
-        if self._processes.peers is None:
-            return attention
-        if self._is_first:
-            self._split = split_heads(attention, self.layers, self._model, self._processes)
-        return with_all_heads(attention, self._split, self._processes)
 
     def _read_attention(self, batch: Any) -> Attentions:
         if self._lacks_attention:

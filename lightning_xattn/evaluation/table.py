@@ -26,7 +26,7 @@ from lightning_xattn.functional.outcomes import CORRECT, UNKNOWN
 
 Value = TypeVar("Value")
 
-Columns = dict[str, Tensor | list[Any] | int | str | None]
+Columns = Mapping[str, Any]
 """By name: a tensor or a list with one value per sample, or one number or string for all samples, or None for a column
 of ``TYPES`` that is not known."""
 
@@ -125,7 +125,9 @@ class SampleTable:
 
     def _arrow_table(self, columns: Columns) -> pa.Table:
         rows = _count_rows(columns)
-        return pa.table({valid(name): _array(name, one, rows) for name, one in (self._constants | columns).items()})
+        return pa.table(
+            {valid(name): _array(name, one, rows) for name, one in (self._constants | dict(columns)).items()}
+        )
 
     def _write(self, what: str, table: pa.Table) -> None:
         if what not in self._writers:

@@ -56,8 +56,8 @@ def describe_scores(table: Path, recordings: Recordings) -> Iterator[Block]:
         f"AUROC with its 95 % CI by patients, on {len(rows)} simulated recordings that the model was not trained "
         f"on; 0.5: nothing is told. {counts[0][0]} of them show another class in the spectrogram than in the EEG; "
         f"where they do, the model followed the EEG {counts[1][0]} times and the spectrogram {counts[1][1]} times; "
-        f"{counts[2][0]} predictions are wrong. Signs of disagreement and of errors are a low confidence, alignment "
-        "and interaction, a high entropy and conflict, and contributions that differ little; a sign that the EEG was "
+        f"{counts[2][0]} predictions are wrong. Signs of disagreement and of errors are a low confidence and "
+        "alignment, a high entropy and conflict, and contributions that differ little; a sign that the EEG was "
         "followed is a large value, for contribution and support_difference the EEG's minus the spectrogram's."
     )
 
@@ -69,7 +69,7 @@ def _signs(columns: Mapping[str, list[Any]]) -> dict[str, tuple[Tensor, Tensor, 
         return torch.tensor([math.nan if one is None else float(one) for one in columns[name]], dtype=torch.float64)
 
     found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    for name, sign in (("confidence", -1), ("alignment", -1), ("interaction", -1), ("entropy", 1)):
+    for name, sign in (("confidence", -1), ("alignment", -1), ("entropy", 1)):
         if name in columns:
             found[name] = (sign * column(name), column(name), sign * column(name))
     if "contribution_followed" in columns:
