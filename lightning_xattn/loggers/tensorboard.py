@@ -10,7 +10,7 @@ from lightning_xattn.loggers.writer import LoggerWriter, Picture
 
 
 class TensorBoardWriter(LoggerWriter):
-    """Lightning's ``TensorBoardLogger``: images, text and custom scalars; pages lie in its folder."""
+    """Lightning's ``TensorBoardLogger``: images and text; pages lie in its folder."""
 
     def log_images(self, images: Mapping[str, Picture], step: int) -> None:
         """In the images tab."""
@@ -35,11 +35,3 @@ class TensorBoardWriter(LoggerWriter):
         """
         if self.logger.hparams and not self.logger._default_hp_metric:
             self.logger.log_hyperparams(self.logger.hparams, dict(values), step)
-
-    def arrange(self, charts: Mapping[str, Mapping[str, str]]) -> None:
-        """In the custom scalars tab, of which TensorBoard takes what a run says first."""
-        layout = {
-            section: {title: ["Multiline", [pattern]] for title, pattern in of_section.items()}
-            for section, of_section in charts.items()
-        }
-        self.logger.experiment.add_custom_scalars(layout)
