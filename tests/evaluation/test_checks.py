@@ -123,3 +123,21 @@ def test_a_trainer_warns_once_a_run_and_goes_on():
     assert len(messages) == 2
     assert "audio_to_text, head 0, 1, 2: uniform attention" in messages[1]
     assert "all 3 heads attend alike" in messages[0]
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_changing_token_counts_name_the_mask_of_padded_queries(directions):
+    """Two directions mask each other's queries, so only one alone needs it."""
+    begin_run()
+    sums, labels = None, (torch.full((BATCH,), -1), torch.full((BATCH,), UNKNOWN), torch.zeros(BATCH))
+    for queries in (QUERIES, QUERIES - 1):
+        there = ordinary()[:, :, :queries]
+        back = there.transpose(-1, -2).softmax(-1)
+        pair = Attention(DIRECTION, there), Attention(DIRECTION.opposite, back)
+        rows = [prepare_rows(attention) for attention in pair[:directions]]
+        statistics = sample_statistics(*rows)
+        sums = sums or LayerAccumulator.empty(rows, tuple(statistics), 0)
+        sums = sums.add(rows, statistics, *labels)
+    (message,) = check_layer("fusion.1", LayerSummary(sums))
+    assert message.startswith("Layer 'fusion.1': the number of tokens changes from batch to batch")
+    assert ("query_mask=<key or callable>" in message) == (directions == 1)
