@@ -184,7 +184,8 @@ def read_rows(folder: Path, layer: str | None, columns: Sequence[str] | None = N
 
 def read_columns(folder: Path) -> dict[str, list[Any]]:
     """Give all columns of an explained data set with one layer, those of the samples among them; missing is None."""
-    rows, samples = (pq.read_table(folder / kind).to_pydict() for kind in ("attention", "samples"))
+    rows: dict[str, list[Any]] = pq.read_table(folder / "attention").to_pydict()
+    samples: dict[str, list[Any]] = pq.read_table(folder / "samples").to_pydict()
     place = {number: i for i, number in enumerate(samples[NUMBER])}
     places = [place.get(number) for number in rows[NUMBER]]
     of_rows: dict[str, list[Any]] = rows
