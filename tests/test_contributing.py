@@ -83,7 +83,7 @@ def test_a_statistic_is_one_entry(monkeypatch, tmp_path):
     weights = recorder.attention[0].forward.weights
     expected = weights.sort(-1, descending=True).values[..., 1].mean(-1)
     assert metrics["xattn_focus/val/audio_to_text/second"] == pytest.approx(float(expected.mean()))
-    table = pd.read_parquet(tmp_path)
+    table = pd.read_parquet(tmp_path / "attention")
     np.testing.assert_allclose(table["audio_to_text_second"], expected.mean(1), rtol=1e-5)
     np.testing.assert_allclose(np.stack(table["audio_to_text_second_heads"]), expected, rtol=1e-5)
     summary = watch.summaries["val"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.attribution.inputs import ModalityPlace
-from lightning_xattn.attribution.kept_samples import MAX_TOKEN_SHAPES, FusionPart
+from lightning_xattn.attribution.kept_samples import KeptSamples
 from lightning_xattn.attribution.recorder import FusionRecorder
 from lightning_xattn.attribution.replay import ModelOutput, Replay, ReplayError, gives_back
 from lightning_xattn.attribution.token_source import Part, TokenSource, share_work
@@ -50,7 +50,7 @@ class Contributions:
         ``(samples,)`` class that an additive projection predicts (-1: not known), and the model.
     pairs
         How many pairs were replayed.
-    of_value
+    is_regression
         Whether the model says a value, and no classes.
     whole
         Whether each replay ran all of the module around the fusion, as what comes before it could not be skipped.
@@ -63,7 +63,7 @@ class Contributions:
     additive: Tensor
     predicted: Tensor
     pairs: int
-    of_value: bool
+    is_regression: bool
     whole: bool
 
 
@@ -76,31 +76,26 @@ class _Jobs:
     subset: Subset
 
 
-def contributions(
-    part: FusionPart, fusion: FusionRecorder, size: int, partners: int | None = PARTNERS
-) -> Contributions | str:
+def contributions(kept: KeptSamples, fusion: FusionRecorder, partners: int | None = PARTNERS) -> Contributions | str:
     """Permutation the modalities of samples with those of partners, and play the game; or say why not.
 
     Several processes share the replays, see `share_work`: a few collectives, which each must reach.
 
     Parameters
     ----------
-    part
-        What all processes have collected.
+    kept
+        The samples of all processes.
     fusion
         Has what is needed to replay what lies behind the fusion.
-    size
-        At most so many samples are taken.
     partners
         How many partners each sample has; None: all others. None of them is of the sample's own group.
     """
-    if part.is_partial:
-        return f"more than {MAX_TOKEN_SHAPES} different numbers of tokens occur: pad them to fewer lengths"
-    if not part.token_shapes:
+    blocks = kept.permuted.blocks()
+    if not blocks:
         return fusion.problem or "no sample could be kept"
-    source = TokenSource(part.token_shapes, size)
+    source = TokenSource(blocks)
     try:
-        return _play(source, fusion, part.modalities, partners)
+        return _play(source, fusion, kept.modalities, partners)
     except ReplayError as error:
         return str(error)
 
@@ -141,9 +136,9 @@ def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], par
     }
     projected = additive_projection(samples, by_logit)
     additive = torch.where(projected.isnan().any(1), -1, projected.argmax(1))
-    pairs, of_value = len(rows) * len(permuted), logits.shape[1] == 1
+    pairs, is_regression = len(rows) * len(permuted), logits.shape[1] == 1
     return Contributions(
-        source.samples, game.phi, game.phi_error, interactions, additive, predicted, pairs, of_value, whole_runs
+        source.samples, game.phi, game.phi_error, interactions, additive, predicted, pairs, is_regression, whole_runs
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.attribution.arguments import Path
-from lightning_xattn.attribution.kept_samples import FusionPart
+from lightning_xattn.attribution.kept_samples import KeptSamples
 from lightning_xattn.attribution.recorder import FusionRecorder
 from lightning_xattn.attribution.replay import AttentionPlace, Replay, ReplayError
 from lightning_xattn.attribution.token_source import Part, TokenSource, share_work
@@ -52,22 +52,21 @@ class Replaced:
     without_reference: str = ""
 
 
-def replaced_keys(part: FusionPart, fusion: FusionRecorder, size: int) -> dict[Direction, Replaced]:
+def replaced_keys(kept: KeptSamples, fusion: FusionRecorder) -> dict[Direction, Replaced]:
     """Replace keys of each direction of the first layer by those of a partner, where there are enough samples.
 
     Several processes share the replays, see `share_work`: a few collectives, which each must reach.
 
     Parameters
     ----------
-    part
-        What all processes have collected; its intact samples' outputs come back in a replay.
+    kept
+        The samples of all processes; their outputs come back in a replay of the intact samples.
     fusion
         Has what is needed to replay what lies behind the fusion.
-    size
-        At most so many samples are taken.
     """
-    source = TokenSource(part.token_shapes, size)
-    names = [name for rows in part.token_shapes for name in rows if name.startswith("received/")]
+    blocks = kept.permuted.blocks()
+    source = TokenSource(blocks)
+    names = [name for rows in blocks for name in rows if name.startswith("received/")]
     directions = [Direction.parse(name.removeprefix("received/")) for name in dict.fromkeys(names)]
     shares: Sequence[Mapping[Direction, _Share | str]] = []
     problem = ""

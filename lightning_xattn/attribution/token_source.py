@@ -28,9 +28,7 @@ class TokenSource:
     Parameters
     ----------
     token_shapes
-        Samples with the same numbers of tokens together, see ``Collected``.
-    size
-        At most so many are taken, those with the smallest hashes.
+        Samples with the same numbers of tokens together, see ``KeptSamples.permuted``.
 
     Attributes
     ----------
@@ -44,13 +42,13 @@ class TokenSource:
         What the model said of them.
     """
 
-    def __init__(self, token_shapes: Sequence[Columns], size: int) -> None:
+    def __init__(self, token_shapes: Sequence[Columns]) -> None:
         self._token_shapes = token_shapes
         whole = {
             name: torch.cat([rows[name].cpu() for rows in token_shapes])
             for name in ("hash", "group", *IDENTITY, "values", "logits")
         }
-        order = whole["hash"].argsort(stable=True)[:size]
+        order = whole["hash"].argsort(stable=True)
         self.samples = torch.stack([whole[name] for name in IDENTITY], dim=1)[order]
         self.groups = whole["group"][order]
         self.model_output = ModelOutput(whole["values"][order], whole["logits"][order])

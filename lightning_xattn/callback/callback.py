@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from lightning_xattn.attribution.contribution import CONTRIBUTION_SAMPLES
 from lightning_xattn.attribution.inputs import ModalitiesSetting
 from lightning_xattn.attribution.kept_samples import MAX_SAMPLES
 from lightning_xattn.callback.epoch_log import EpochLog
-from lightning_xattn.callback.history import pack_history, unpack_history
+from lightning_xattn.callback.history import main_history
 from lightning_xattn.callback.monitors import describe_risks, find_monitors
 from lightning_xattn.callback.namespaces import join_namespaces
 from lightning_xattn.callback.processes import describe_spawning, describe_tensor_parallelism, find_processes
@@ -33,11 +34,13 @@ from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.core.distributed import SINGLE_PROCESS, unique_sample_indices
 from lightning_xattn.core.errors import DiscoveryError, SettingError, XAttnError
 from lightning_xattn.core.notices import begin_run, describe_error, info, warn
-from lightning_xattn.evaluation.evaluation import Evaluation, Settings, summarise
+from lightning_xattn.evaluation.checks import check_directions, explain_empty_evaluation
+from lightning_xattn.evaluation.evaluation import Evaluation, summarise_all
 from lightning_xattn.evaluation.fusion_samples import sample_columns
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult
+from lightning_xattn.evaluation.settings import Settings
 from lightning_xattn.evaluation.step_recorder import Attentions
 
 CURVES = ("main", "all")
@@ -216,7 +219,6 @@ class AttentionExplainabilityCallback(Callback):
             Evaluation,
             self.settings,
             pl_module,
-            run.checks,
             expects_targets=stage != "predict",
             keeps_maps=stage == "test",  # after which there is a page
             processes=run.processes,
@@ -285,7 +287,7 @@ class AttentionExplainabilityCallback(Callback):
         run, evaluation, taken = self._run, self._run.evaluations[dataloader_idx], None
         if not self._records(batch_idx):
             is_due = run.is_recording and self.schedule.records_batch(batch_idx)
-            evaluation.left_out_batches += int(is_due and bool(run.refusal))
+            evaluation.totals.left_out_batches += int(is_due and bool(run.refusal))
             return
         recorder = run.recorder
         assert recorder is not None
@@ -303,8 +305,9 @@ class AttentionExplainabilityCallback(Callback):
                 result = evaluation.read(*taken, recorder)
                 if not run.has_recorded:
                     run.has_recorded = True
-                    warn(run.checks.of_directions(recorder.layers))
-                    info(run.checks.of_probe(evaluation.describe(result, recorder)))
+                    warn(check_directions(recorder.layers), once=True)
+                    described = evaluation.describe(result, recorder)
+                    info(f"AttentionExplainabilityCallback takes {described}.", once=True)
                 for columns in evaluation.add(result, own_samples(len(result))):
                     if run.table is not None:
                         run.table.add(columns | {"dataloader": dataloader_idx})
@@ -370,14 +373,14 @@ class AttentionExplainabilityCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The history, in plain types: a checkpoint with it loads with ``weights_only=True``.
 
-        Of the history it has what ``curves`` has logged, in single precision.
+        Of the history it has the main curves alone, whatever ``curves`` is.
         """
-        return {"history": pack_history(self.history, keeps_all=self.curves == "all"), "fit_begins": self._fit_begins}
+        return {"history": main_history(self.history), "fit_begins": self._fit_begins}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's history, unless there is one already and the checkpoint is only tested."""
         if "history" in state_dict and (self._run.is_fit or not self.history):
-            self.history = unpack_history(state_dict["history"])
+            self.history = state_dict["history"]
             self._fit_begins = state_dict["fit_begins"]
 
     def _make_recorder(self, module: LightningModule) -> None:
@@ -417,7 +420,7 @@ class AttentionExplainabilityCallback(Callback):
             return
         if not run.refusal and not any(one.summaries or one.fusion for one in results.values()):
             ever = any(one.classes is not None for one in run.evaluations.values())
-            warn(run.checks.of_nothing(stage_of(trainer), ever))
+            warn(explain_empty_evaluation(stage_of(trainer), ever), once=f"empty evaluation {ever}")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> EpochLog:
         scope, everything = self._scope(trainer), self.curves == "all"
@@ -426,28 +429,17 @@ class AttentionExplainabilityCallback(Callback):
     def _scope(self, trainer: Trainer) -> Callable[[int, str], str]:
         return partial(scope_of, trainer, self, AttentionExplainabilityCallback)
 
-    def _sum_up(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], list[Path]]:
+    def _sum_up(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], dict[str, Path]]:
         run, scope = self._run, self._scope(trainer)
         if run.recorder is None:  # the same on all processes
-            return {}, []
+            return {}, {}
         change = describe_change(trainer, self) if have_changed(run.weights or ()) else ""
         for evaluation in run.evaluations.values():
-            evaluation.refusal, evaluation.refused = run.refusal, change
+            evaluation.totals.recording_problem, evaluation.totals.replay_problem = run.refusal, change
         tests_attention = self.schedule.tests_attention(trainer)
-        ended = dict(summarise(run.evaluations, run.recorder, run.processes, tests_attention))
-        results = {
-            number: DatasetResult(
-                one.layers,
-                one.fusion,
-                run.evaluations[number].classes or (),
-                self.settings.classes_by,
-                _attention_axes(trainer, pl_module),
-                None,
-                one.maps,
-                other_lengths=dict(run.evaluations[number].other_lengths),
-            )
-            for number, one in ended.items()
-        }
+        ended = dict(summarise_all(run.evaluations, run.recorder, run.processes, tests_attention))
+        axes = _attention_axes(trainer, pl_module)
+        results = {number: replace(one, axes=axes) for number, one in ended.items()}
         run.layers.update(dict.fromkeys(layer for one in results.values() for layer in one.summaries))
         for number, one in results.items():
             for layer, summary in one.summaries.items():
@@ -456,16 +448,19 @@ class AttentionExplainabilityCallback(Callback):
                 self.fusion_summaries[scope(number, "")] = one.fusion
         return results, self._close_table(results)
 
-    def _close_table(self, results: Mapping[int, DatasetResult]) -> list[Path]:
+    def _close_table(self, results: Mapping[int, DatasetResult]) -> dict[str, Path]:
         """The files of the sample table of this evaluation, which are complete now."""
         run = self._run
         if run.table is None:
-            return []
+            return {}
         if any(one.has_dropped for one in run.evaluations.values()):
             run.table.discard()
             warn("The sample table lacks this evaluation, whose first rows took several labels at once for a class.")
+            return {}
         fusions = {number: one.fusion for number, one in results.items() if one.fusion is not None}
-        return run.table.close({number: sample_columns(one, run.processes.rank) for number, one in fusions.items()})
+        is_first = run.processes.rank == 0  # which knows the samples of all processes
+        samples = [{"dataloader": number, **sample_columns(one)} for number, one in fusions.items() if is_first]
+        return run.table.close(samples)
 
 
 def _attention_axes(trainer: Trainer, module: LightningModule) -> dict[str, TokenAxis]:

@@ -16,6 +16,7 @@ from lightning_xattn.callback.run import Run
 from lightning_xattn.callback.schedule import Schedule
 from lightning_xattn.callback.scope import logged_step, moment, stage_of
 from lightning_xattn.core.notices import info, warn
+from lightning_xattn.evaluation.checks import check_fusion, check_layer
 from lightning_xattn.evaluation.classes import name_in_curves
 from lightning_xattn.evaluation.curves import (
     epoch_curves,
@@ -25,8 +26,9 @@ from lightning_xattn.evaluation.curves import (
     main_curves,
     mean_curves,
 )
-from lightning_xattn.evaluation.evaluation import Evaluation, Settings
+from lightning_xattn.evaluation.evaluation import Evaluation
 from lightning_xattn.evaluation.results import DatasetResult, EarlierTest
+from lightning_xattn.evaluation.settings import Settings
 from lightning_xattn.loggers import LoggerWriters
 from lightning_xattn.report import create_explainability_report
 from lightning_xattn.report.figures import (
@@ -79,7 +81,7 @@ class EpochLog:
         ended: Mapping[int, DatasetResult],
         evaluations: Mapping[int, Evaluation],
         history: Sequence[Record],
-        tables: Sequence[Path],
+        tables: Mapping[str, Path],
     ) -> list[Record]:
         """Log what has ended.
 
@@ -90,7 +92,7 @@ class EpochLog:
         history
             The records since the last fit began.
         tables
-            The files of the sample table of this evaluation.
+            The files of the sample table of this evaluation, by name.
 
         Returns
         -------
@@ -104,13 +106,13 @@ class EpochLog:
         for number, whole in ended.items():
             evaluation = evaluations[number]
             for layer, summary in whole.summaries.items():
-                warn(self.run.checks.of_epoch(layer, summary))
+                warn(check_layer(layer, summary))
             if whole.fusion is not None:
-                info(self.run.checks.of_fusion(whole.fusion))
+                info(check_fusion(whole.fusion))
             if evaluation.shown_classes is None:  # the same ones in every epoch
                 evaluation.shown_classes = whole.largest_classes(SHOWN_CLASSES)
             shown[number] = limit_classes(whole, evaluation.shown_classes)
-            counts = {name: getattr(evaluation, name) for name in ("repeats", "left_out_batches")}
+            counts = {name: getattr(evaluation.totals, name) for name in ("repeats", "left_out_batches")}
             by_scope, records[number] = self._collect(number, shown[number], whole, counts)
             for scope, of_scope in by_scope:
                 curves |= of_scope if self.all_curves else main_curves(of_scope, scope)
@@ -122,9 +124,8 @@ class EpochLog:
                 if new:
                     past = [one for one in history if (one["dataloader"], one["layer"]) == (number, new[0]["layer"])]
                     self._log_rest(writers, number, ended[number], shown[number], past, new[0])
-            name, step = f"xattn_about/{self.scope(0, '')}/samples", logged_step(self.trainer)
-            for path in tables:
-                writers.log("tables", partial(Path, path), lambda writer, made: writer.log_table(name, made, step))
+            for name, path in tables.items():
+                self._log_table(writers, f"xattn_about/{self.scope(0, '')}/{name}", path)
         return [record for new in records.values() for record in new]
 
     def log_absent(self) -> None:
@@ -218,6 +219,10 @@ class EpochLog:
         if stage_of(self.trainer) == "test":
             page = partial(create_explainability_report, whole, format="html")
             writers.log("pages", page, lambda writer, made: writer.log_page(name, made, step))
+
+    def _log_table(self, writers: LoggerWriters, name: str, path: Path) -> None:
+        step = logged_step(self.trainer)
+        writers.log("tables", lambda: path, lambda writer, made: writer.log_table(name, made, step))
 
     def _figures(
         self, number: int, result: DatasetResult, all_names: Sequence[str], records: Sequence[Record], title: str

@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_xattn.callback.monitors import Monitor
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.notices import describe_error, warn
-from lightning_xattn.evaluation.checks import Checks
-from lightning_xattn.evaluation.evaluation import Evaluation, Settings
+from lightning_xattn.evaluation.evaluation import Evaluation
+from lightning_xattn.evaluation.settings import Settings
 from lightning_xattn.evaluation.step_recorder import StepRecorder
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ class Run:
     """By dataloader."""
     recorder: StepRecorder | None = None
     table: TrainingTable | None = None
-    checks: Checks = field(default_factory=Checks)
     is_recording: bool = False
     """Whether the evaluation that runs is recorded."""
     has_recorded: bool = False
@@ -66,7 +65,7 @@ class Run:
             if self.recorder is not None:
                 self.recorder.close()
             if self.has_recorded:
-                self.evaluations[dataloader].left_out_batches += 1
+                self.evaluations[dataloader].totals.left_out_batches += 1
                 described = describe_error(error)
                 warn(
                     f"A batch is left out, and others like it will be without another warning. {described}",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
 
 from lightning_xattn.capture import Layer
 from lightning_xattn.core.notices import is_new
@@ -10,6 +12,7 @@ from lightning_xattn.core.wording import SINGLE_KEYS, by_reason, say_wholly_mask
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import Column
+from lightning_xattn.functional import Rows, has_single_keys
 
 UNIFORM = 0.999
 """A head whose mean entropy is above this is uniform for all samples, as no sample's entropy can be above 1."""
@@ -64,6 +67,14 @@ def explain_empty_evaluation(stage: str, has_recorded: bool) -> str:
     )
 
 
+def explain_refusal(problem: str) -> str:
+    """The message of one of several processes that records nothing, where others do."""
+    return (
+        "One of several processes records nothing in this run, so its samples are missing in every number "
+        f"(left_out_batches in the history). {problem}"
+    )
+
+
 def check_layer(layer: str, summary: LayerSummary) -> Iterator[str]:
     """Messages about a layer in an evaluation, those that this run has not given yet."""
     for about, message in _check_samples(layer, summary):
@@ -89,14 +100,23 @@ def check_layer(layer: str, summary: LayerSummary) -> Iterator[str]:
                 yield f"{where}, head {', '.join(map(str, new))}: {meaning}"
 
 
+def check_rows(layer: str, rows: Sequence[Rows]) -> Iterator[str]:
+    """Messages about the directions of a layer in one batch, those that this run has not given yet."""
+    single = [str(one.direction) for one in rows if has_single_keys(one)]
+    masked = torch.stack([one.wholly_masked for one in rows]).any(0)
+    for about, message in _check_keys(layer, single, int(masked.sum()), len(masked)):
+        if is_new((layer, about)):
+            yield message
+
+
 def check_fusion(summary: FusionSummary) -> Iterator[str]:
     """Messages about what was not computed of the modalities, those that this run has not given yet."""
-    for reason, names in _new_by_reason("probe", summary.unreadable):
+    for reason, names in _new_by_reason("probe", summary.probe_problems):
         who, alone = " and ".join(map(repr, names)), "itself" if len(names) == 1 else "themselves"
         yield f"{who} cannot be read by {alone}: {reason}. So conflict and support_difference are not computed."
-    if summary.left_out and is_new("left out"):
+    if summary.nonfinite and is_new("left out"):
         yield (
-            f"{summary.left_out} samples are left out of probes and contributions: what they bring into the fusion is "
+            f"{summary.nonfinite} samples are left out of probes and contributions: what they bring into the fusion is "
             "not finite."
         )
     if summary.whole_runs and is_new("whole runs"):
@@ -105,8 +125,8 @@ def check_fusion(summary: FusionSummary) -> Iterator[str]:
             f"the end of each evaluation it costs as much as {summary.pairs} samples. contribution_samples=0 turns it "
             "off."
         )
-    if summary.uncontributed and is_new(summary.uncontributed):
-        yield f"Contributions not computed: {summary.uncontributed}."
+    if summary.contribution_problem and is_new(summary.contribution_problem):
+        yield f"Contributions not computed: {summary.contribution_problem}."
     replaced = {str(direction): one for direction, one in summary.replaced.items()}
     for reason, names in _new_by_reason("faithfulness", {name: one.problem for name, one in replaced.items()}):
         yield f"Faithfulness of the attention {' and '.join(names)} not computed: {reason}."
@@ -123,10 +143,7 @@ def _check_samples(layer: str, summary: LayerSummary) -> Iterator[tuple[str, str
         # Valid rows without an entropy are rows of a single key, whether the others are masked or do not exist.
         if summary.count(Column("max", direction)) and not summary.count(Column("entropy", direction))
     ]
-    if single:
-        yield "single keys", f"Layer '{layer}': {' and '.join(single)} {SINGLE_KEYS}"
-    if summary.wholly_masked:
-        yield "wholly masked", say_wholly_masked(layer, summary.wholly_masked, summary.samples)
+    yield from _check_keys(layer, single, summary.wholly_masked, summary.samples)
     if not summary.maps:
         padding = ""
         if len(summary.heads) == 1 and not any(column.statistic == "cross_modal_mass" for column in summary.columns):
@@ -151,6 +168,13 @@ def _check_samples(layer: str, summary: LayerSummary) -> Iterator[tuple[str, str
             f"{summary.ungrouped} of {summary.samples} samples have no group, though others have one: they are taken "
             "as one group, which makes intervals wider. Give each sample a group.",
         )
+
+
+def _check_keys(layer: str, single: Sequence[str], masked: int, samples: int) -> Iterator[tuple[str, str]]:
+    if single:
+        yield "single keys", f"Layer '{layer}': {' and '.join(single)} {SINGLE_KEYS}"
+    if masked:
+        yield "wholly masked", say_wholly_masked(layer, masked, samples)
 
 
 def _new_by_reason(kind: str, reasons: Mapping[str, str]) -> Iterable[tuple[str, list[str]]]:

@@ -11,11 +11,11 @@ from lightning_xattn.core.attention import Attention, TokenAxis, fitting_axes
 from lightning_xattn.core.errors import DataError
 from lightning_xattn.core.group_keys import group_keys
 from lightning_xattn.core.names import id_text
+from lightning_xattn.evaluation.batch import BatchResult
 from lightning_xattn.evaluation.classes import classify
-from lightning_xattn.evaluation.fusion_samples import SampleModalities, find_samples, of_sample
+from lightning_xattn.evaluation.fusion_samples import SampleModalities, describe_modalities, find_samples
 from lightning_xattn.evaluation.results import (
     AttentionStatistics,
-    BatchResult,
     DatasetResult,
     ExplainedBatch,
     PlacedPair,
@@ -146,7 +146,7 @@ def _find_modalities(batch: BatchResult, among: DatasetResult | None) -> list[Sa
     if among is None or among.fusion is None or batch.labels.sample_ids is None:
         return [None] * len(batch)
     found = find_samples(among.fusion, group_keys(batch.labels.sample_ids, "cpu"))
-    return [None if i is None else of_sample(among.fusion, i, among.class_names) for i in found]
+    return [None if i is None else describe_modalities(among.fusion, i, among.class_names) for i in found]
 
 
 def _place_pairs(pairs: Sequence[TopPair], attention: Attention, axes: Mapping[str, TokenAxis]) -> list[PlacedPair]:

@@ -30,7 +30,7 @@ def open_table(folder: Path) -> Iterator[SampleTable]:
     # Imported here as it takes pyarrow.
     from lightning_xattn.evaluation.table import SampleTable
 
-    others = sorted(path.name for path in folder.glob("*.parquet") if not path.name.startswith(_NAME))
+    others = sorted(path.name for path in folder.glob("**/*.parquet") if not path.name.startswith(_NAME))
     if others:
         raise SettingError(
             f"{folder} holds {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}, and not from explain_loader: "
@@ -47,7 +47,7 @@ def open_table(folder: Path) -> Iterator[SampleTable]:
 
 def close_table(table: SampleTable, folder: Path, fusion: FusionSummary | None) -> None:
     """Let the table's files appear in the folder, with what is known of the samples now, and remove earlier ones."""
-    earlier = list(folder.glob(f"{_NAME}*.parquet"))
-    table.close(None if fusion is None else {None: sample_columns(fusion, 0)})
+    earlier = list(folder.glob(f"*/{_NAME}*.parquet"))
+    table.close([] if fusion is None else [sample_columns(fusion)])
     for path in earlier:
         path.unlink()

@@ -78,7 +78,7 @@ def run_explain(
 
     dataset = loader.dataset
     assert isinstance(dataset, HMSDataset)
-    chosen = _choose_samples(explained, out / "table")
+    chosen = _choose_samples(explained, out / "table/attention")
     results = explainer.explain_batch(dataset.__getitems__(chosen), among=explained)
     for sample, place in zip(results["per_sample_explanations"], chosen, strict=True):
         sample["sample_idx"] = place  # in the data, as in the table
@@ -105,7 +105,7 @@ def _choose_samples(explained: DatasetResult, table: Path) -> list[int]:
     """
     columns = pq.read_table(table, columns=["sample_idx", "target", "correct"]).to_pydict()
     known: set[int] = set()
-    if explained.fusion is not None and not explained.fusion.uncontributed:
+    if explained.fusion is not None and not explained.fusion.contribution_problem:
         known = set(explained.fusion.sample_numbers[explained.fusion.numbers["followed"].isfinite()].tolist())
     first: dict[tuple[int | None, bool | None], int] = {}
     rows = sorted(zip(*columns.values(), strict=True), key=lambda row: (row[0] not in known, row[0]))

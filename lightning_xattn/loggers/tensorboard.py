@@ -10,7 +10,7 @@ from lightning_xattn.loggers.writer import LoggerWriter, Picture
 
 
 class TensorBoardWriter(LoggerWriter):
-    """Lightning's ``TensorBoardLogger``: images, text and custom scalars; pages lie in its folder."""
+    """Lightning's ``TensorBoardLogger``: images and text; pages lie in its folder."""
 
     def log_images(self, images: Mapping[str, Picture], step: int) -> None:
         """In the images tab."""

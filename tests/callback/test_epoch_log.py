@@ -13,7 +13,7 @@ from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.callback import epoch_log as epoch_log_module
 from lightning_xattn.core.errors import XAttnWarning
 from lightning_xattn.evaluation.curves import mean_curves
-from lightning_xattn.evaluation.fusion_samples import most_conflicting, of_sample
+from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
 from lightning_xattn.evaluation.results import REST, DatasetResult
 from lightning_xattn.evaluation.statistics import ALIGNMENT
 from lightning_xattn.report.figures import dataset_figures, overview_figure
@@ -72,7 +72,7 @@ def test_classes_together_are_what_their_samples_are(grouped):
     watch = AttentionExplainabilityCallback(groups=groups)
     validate(ManyClasses(), watch, many_classes())
     summary, fusion = watch.summaries["val"], watch.fusion_summaries["val"]
-    few, of_fusion = summary.with_classes([3, 0]), fusion.with_classes([3, 0])
+    few, of_fusion = summary.with_classes([3, 0]), fusion.merge_classes([3, 0])
     for i, old in enumerate((3, 0)):
         assert few.mean(ALIGNMENT, i) == summary.mean(ALIGNMENT, old)
         assert few.interval(ALIGNMENT, i) == pytest.approx(summary.interval(ALIGNMENT, old), nan_ok=True)
@@ -114,7 +114,7 @@ def test_of_many_layers_four_and_the_mean_are_shown(tmp_path):
     assert logged["xattn_alignment/val/all"] == pytest.approx(sum(whole) / 6, abs=1e-6)
     import pandas as pd
 
-    assert set(pd.read_parquet(tmp_path)["layer"]) == {f"layers.{i}" for i in range(6)}
+    assert set(pd.read_parquet(tmp_path / "attention")["layer"]) == {f"layers.{i}" for i in range(6)}
 
 
 @pytest.mark.parametrize("broken", ["create_explainability_report", "overview_figure"])
@@ -148,7 +148,7 @@ def test_the_overview_is_of_validations_and_has_the_null_and_the_intervals():
 
 
 def test_where_an_interval_leaves_the_panel_an_arrow_says_so():
-    numbers = {"read_samples": 9, "conflict/correct": 0.9, "conflict/correct_low": 0.8}
+    numbers = {"probed_samples": 9, "conflict/correct": 0.9, "conflict/correct_low": 0.8}
     records = [
         record(epoch, **numbers, **{"conflict/correct_high": high}) for epoch, high in enumerate((0.95, 1.2, 1.4))
     ]
@@ -162,7 +162,7 @@ def test_where_an_interval_leaves_the_panel_an_arrow_says_so():
 
 
 def test_several_validations_of_an_epoch_are_over_steps_and_what_cannot_be_told_says_so():
-    records = [{"stage": "val", "epoch": 0, "step": step, "read_samples": 9} for step in (3, 7)]
+    records = [{"stage": "val", "epoch": 0, "step": step, "probed_samples": 9} for step in (3, 7)]
     figure = overview_figure(records, "val")
     assert {panel.get_xlabel() for panel in figure.axes if panel.get_xlabel()} == {"step"}
     panels = [panel for panel in figure.axes if panel.axison]
@@ -214,7 +214,7 @@ def test_single_samples_keep_their_classes_where_few_are_shown():
     figures = dict(dataset_figures(result))
     said = [text.get_text() for text in figures["conflict_samples"].axes[0].texts]
     drawn = [one for one in said if "true: " in one]
-    expected = [of_sample(summary, i, names) for i in most_conflicting(summary)]
+    expected = [describe_modalities(summary, i, names) for i in most_conflicting(summary)]
     assert [one.rpartition("true: ")[2] for one in drawn] == [one.true for one in expected]
 
 
@@ -228,8 +228,8 @@ def test_trial_runs_without_a_logger_leave_nothing(setting, tmp_path):
 
 
 def test_a_number_that_the_last_epoch_lacks_is_drawn_of_those_before():
-    records = [record(e, **{"read_samples": 9, "contribution/share/a": 0.6}) for e in range(3)]
-    figure = overview_figure([*records, record(3, read_samples=9)], "val")
+    records = [record(e, **{"probed_samples": 9, "contribution/share/a": 0.6}) for e in range(3)]
+    figure = overview_figure([*records, record(3, probed_samples=9)], "val")
     panel = next(panel for panel in figure.axes if panel.get_title() == "share of the contribution")
     assert panel.lines[0].get_ydata()[:3].tolist() == [0.6] * 3
 

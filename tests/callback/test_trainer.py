@@ -397,7 +397,7 @@ def test_a_prediction_is_recorded_without_labels_and_logs_nothing(tmp_path):
     trainer = quiet_trainer(callbacks=[watch], default_root_dir=tmp_path, logger=False)
     module = Predicting()
     predictions = torch.cat(trainer.predict(module, loader)).argmax(1)
-    table = pd.read_parquet(tmp_path / "table")
+    table = pd.read_parquet(tmp_path / "table/attention")
     assert table["prediction"].tolist() == predictions.tolist()
     assert table["stage"].unique().tolist() == ["predict"]
     assert table["target"].isna().all()

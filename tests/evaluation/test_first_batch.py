@@ -167,7 +167,7 @@ def test_the_explainer_waits_too(numbers, tmp_path):
     result = explain(numbers, tmp_path / "table")
     samples = sum(len(batch[2]) for number, batch in enumerate(toy_loader()) if number not in numbers)
     assert result.headline.samples == samples
-    assert len(pd.read_parquet(tmp_path / "table")) == samples
+    assert len(pd.read_parquet(tmp_path / "table/attention")) == samples
 
 
 def test_parts_of_a_batch():

@@ -71,7 +71,7 @@ def test_the_table_has_the_callbacks_rows(tmp_path):
     validate(module, watch)
     explained = explainer(module).explain_loader(toy_loader(), tmp_path / "explained")
     assert explained.table == tmp_path / "explained"
-    theirs, ours = pd.read_parquet(tmp_path / "callback"), pd.read_parquet(explained.table)
+    theirs, ours = pd.read_parquet(tmp_path / "callback/attention"), pd.read_parquet(explained.table / "attention")
     assert ours["sample_idx"].tolist() == list(range(23))
     shared = [name for name in theirs if name not in ("run", "stage", "epoch", "step", "dataloader")]
     assert set(ours) == set(shared)
@@ -104,7 +104,7 @@ def test_a_run_that_fails_leaves_the_folder_as_it_was_and_can_run_again(tmp_path
             assert str(raised.value) == "Batch 3 could not be explained: OSError('no such disk')."
         assert contents(folder) == before
         explainer().explain_loader(toy_loader(), folder)
-        assert pd.read_parquet(folder)["sample_idx"].tolist() == list(range(23))
+        assert pd.read_parquet(folder / "attention")["sample_idx"].tolist() == list(range(23))
 
 
 def contents(folder):
@@ -115,7 +115,7 @@ def test_a_table_replaces_the_one_of_an_earlier_call(tmp_path):
     explainer().explain_loader(toy_loader(), tmp_path)
     explained = explainer(class_names=NAMES).explain_loader(toy_loader(samples=31), tmp_path)
     assert explained.table == tmp_path
-    assert pd.read_parquet(tmp_path)["sample_idx"].tolist() == list(range(31))
+    assert pd.read_parquet(tmp_path / "attention")["sample_idx"].tolist() == list(range(31))
 
 
 def test_a_folder_with_another_table_is_refused(tmp_path):

@@ -62,7 +62,7 @@ def mishaps(*kinds):
 
 
 def rows_of(folder):
-    rows = pd.read_parquet(folder)
+    rows = pd.read_parquet(folder / "attention")
     return rows.sort_values("sample_idx", ignore_index=True)[sorted(rows.columns)]
 
 
@@ -79,15 +79,15 @@ def test_the_table_of_a_data_set_is_complete_or_absent(chain):
         folder = Path(folder) / "explained"
         for mishap, share in chain:
             run_into(mishap, round(share * (largest if mishap == "full" else lines)), explain, folder)
-            if list(folder.glob("*.parquet")):
-                assert set(pd.read_parquet(folder)["sample_idx"]) == set(range(SAMPLES))
+            if list(folder.glob("attention/*.parquet")):
+                assert set(pd.read_parquet(folder / "attention")["sample_idx"]) == set(range(SAMPLES))
             hidden = [path for path in folder.glob("*") if path.name.startswith(".")]
             assert mishap == "killed" or not hidden
         result = explain(folder)
         assert_same_summary(result.headline, expected.headline, rtol=0, atol=0)
         assert report_of(result) == report_of(expected)
         pd.testing.assert_frame_equal(rows_of(folder), rows_of(whole.name), check_exact=True)
-        assert all(path.match("explained-*.parquet") for path in folder.iterdir())
+        assert all(path.match("explained-*.parquet") for path in folder.glob("*/*"))
 
 
 @examples(12)
@@ -98,8 +98,8 @@ def test_a_training_run_goes_on_from_its_last_checkpoint(chain):
         folder = Path(folder)
         for mishap, share in chain:
             run_into(mishap, round(share * lines), train, folder)
-            if list((folder / "table").glob("*.parquet")):
-                pd.read_parquet(folder / "table")
+            if list((folder / "table/attention").glob("*.parquet")):
+                pd.read_parquet(folder / "table/attention")
         history = train(folder)
         assert [record["epoch"] for record in history] == list(range(EPOCHS))
         for record, undisturbed_one in zip(history, expected, strict=True):
@@ -108,9 +108,9 @@ def test_a_training_run_goes_on_from_its_last_checkpoint(chain):
                 # A checkpoint has numbers in single precision.
                 told = pytest.approx(value, rel=1e-6, nan_ok=True) if isinstance(value, float) else value
                 assert record[name] == told, name
-        rows, theirs = (pd.read_parquet(Path(one) / "table") for one in (folder, whole.name))
+        rows, theirs = (pd.read_parquet(Path(one) / "table/attention") for one in (folder, whole.name))
         latest = rows[rows["run"] == rows.groupby(["stage", "epoch"])["run"].transform("max")]
         order = ["epoch", "sample_idx"]
         latest, theirs = (one.sort_values(order, ignore_index=True).drop(columns="run") for one in (latest, theirs))
         pd.testing.assert_frame_equal(latest, theirs, check_exact=True)
-        assert not [path for path in (folder / "table").iterdir() if path.suffix != ".parquet"]
+        assert not [path for path in (folder / "table").glob("*/*") if path.suffix != ".parquet"]
