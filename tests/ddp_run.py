@@ -70,22 +70,22 @@ def validate(scenario, ranks, settings, folder):
     torch.manual_seed(0)
     callback = watch(table=folder / "table" / scenario)
     counts = []
-    finish = AttentionExplainabilityCallback._log_epoch
+    finish = AttentionExplainabilityCallback._end_evaluation
 
-    def log_epoch(self, *args):
+    def end_evaluation(self, *args, **settings):
         counts.clear()
-        finish(self, *args)
+        finish(self, *args, **settings)
         seen.extend(counts)
 
     seen = []
-    AttentionExplainabilityCallback._log_epoch = log_epoch
+    AttentionExplainabilityCallback._end_evaluation = end_evaluation
     originals = {name: getattr(dist, name) for name in dir(dist)}
     count_collectives(counts)
     trainer = quiet_trainer(callbacks=[callback], **settings)
     trainer.validate(Identified(), DataLoader(make_data(scenario, ranks), batch_size=4), verbose=False)
     for name, value in originals.items():
         setattr(dist, name, value)
-    AttentionExplainabilityCallback._log_epoch = finish
+    AttentionExplainabilityCallback._end_evaluation = finish
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     summary = callback.summaries["val"]
     by_group = [summary.groups(), *summary.interval(ALIGNMENT), *summary.interval(ENTROPY, outcome=INCORRECT)]

@@ -317,11 +317,10 @@ class AttentionExplainabilityCallback(Callback):
         """Sum the evaluation up, and log its curves and figures; of the sanity check nothing is logged."""
         if self._run.is_recording:
             self._run.resolve_doubt(bool(trainer.sanity_checking))
-        if not trainer.sanity_checking:
-            if self._run.is_recording:
-                self._log_epoch(trainer, pl_module)
-            else:
-                self._log(trainer, pl_module).log_absent()
+        if self._run.is_recording and not trainer.sanity_checking:
+            self._end_evaluation(trainer, pl_module, logs=True)
+        elif not trainer.sanity_checking:
+            self._log(trainer, pl_module).log_absent()
         self._run.stop()
 
     # A test is recorded as a validation is.
@@ -339,9 +338,7 @@ class AttentionExplainabilityCallback(Callback):
         """Write the table; ``summaries`` and ``fusion_summaries`` have what is known of all samples."""
         if self._run.is_recording:
             self._run.resolve_doubt(is_rehearsal=False)
-            ended = self._end_epoch(trainer, pl_module)
-            if ended is not None:
-                self._warn_of_nothing(trainer, any(one.summaries or one.fusion for one in ended[0].values()))
+            self._end_evaluation(trainer, pl_module, logs=False)
         self._run.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -407,39 +404,30 @@ class AttentionExplainabilityCallback(Callback):
             self._run.doubt = str(error)
             return None
 
-    def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ended = self._end_epoch(trainer, pl_module)
-        if ended is None:
-            return
-        results, tables = ended
-        log, past = self._log(trainer, pl_module), self.history[self._fit_begins :]
+    def _end_evaluation(self, trainer: Trainer, pl_module: LightningModule, logs: bool) -> None:
+        """Sum the evaluation up and log it; what goes wrong is a warning, unless other processes wait for this one."""
+        run, action = self._run, "summed up"
         try:
-            records = log.log(results, self._run.evaluations, past, tables)
+            results, tables = self._sum_up(trainer, pl_module)
+            if logs:
+                action, past = "logged", self.history[self._fit_begins :]
+                self.history += self._log(trainer, pl_module).log(results, run.evaluations, past, tables)
         except Exception as error:  # whatever it is, the user's run goes on
-            warn(f"An evaluation ('{stage_of(trainer)}') could not be logged. {describe_error(error)}", once=True)
+            # Other processes wait for this one while they sum up; what is raised on purpose is raised on all of them.
+            if action == "summed up" and run.processes is not SINGLE_PROCESS and not isinstance(error, XAttnError):
+                raise
+            warn(f"An evaluation ('{stage_of(trainer)}') could not be {action}. {describe_error(error)}", once=True)
             return
-        self.history.extend(records)
-        self._warn_of_nothing(trainer, bool(records))
+        if not run.refusal and not any(one.summaries or one.fusion for one in results.values()):
+            ever = any(one.totals.classes is not None for one in run.evaluations.values())
+            warn(explain_empty_evaluation(stage_of(trainer), ever), once=f"empty evaluation {ever}")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> EpochLog:
-        everything = self.curves == "all"
-        return EpochLog(trainer, pl_module, self._scope(trainer), self._run, self.settings, self.schedule, everything)
+        scope, everything = self._scope(trainer), self.curves == "all"
+        return EpochLog(trainer, pl_module, scope, self._run, self.settings, self.schedule, everything)
 
     def _scope(self, trainer: Trainer) -> Callable[[int, str], str]:
         return partial(scope_of, trainer, self, AttentionExplainabilityCallback)
-
-    def _end_epoch(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> tuple[dict[int, DatasetResult], dict[str, Path]] | None:
-        """The evaluation's results by dataloader, and the files of its sample table; None if summing up fails."""
-        try:
-            return self._sum_up(trainer, pl_module)
-        except Exception as error:  # whatever it is, the user's run goes on
-            # The others wait for this one; what is raised on purpose is raised on all of them.
-            if self._run.processes is not SINGLE_PROCESS and not isinstance(error, XAttnError):
-                raise
-            warn(f"An evaluation ('{stage_of(trainer)}') could not be summed up. {describe_error(error)}", once=True)
-            return None
 
     def _sum_up(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], dict[str, Path]]:
         run, scope = self._run, self._scope(trainer)
@@ -473,11 +461,6 @@ class AttentionExplainabilityCallback(Callback):
         is_first = run.processes.rank == 0  # which knows the samples of all processes
         samples = [{"dataloader": number, **sample_columns(one)} for number, one in fusions.items() if is_first]
         return run.table.close(samples)
-
-    def _warn_of_nothing(self, trainer: Trainer, found: bool) -> None:
-        if not found and not self._run.refusal:
-            ever = any(one.classes is not None for one in self._run.evaluations.values())
-            warn(explain_empty_evaluation(stage_of(trainer), ever), once=f"empty evaluation {ever}")
 
 
 def _attention_axes(trainer: Trainer, module: LightningModule) -> dict[str, TokenAxis]:
