@@ -18,7 +18,7 @@ from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.capture.labels import LabelSetting
 from lightning_xattn.core.attention import TokenAxis, fitting_axes
 from lightning_xattn.core.errors import DataError, DiscoveryError, SettingError, XAttnError, check_whole_number
-from lightning_xattn.core.notices import info, warn
+from lightning_xattn.core.notices import begin_run, info, warn
 from lightning_xattn.core.progress import timed, track
 from lightning_xattn.evaluation.checks import Checks
 from lightning_xattn.evaluation.classes import name_classes, own_class_names
@@ -124,6 +124,7 @@ class ExplainabilityCapture:
         self.top_k = top_k
         self.class_names = self.settings.class_names or own_class_names(model)
         self.axes = _check_axes(getattr(model, "attention_axes", None) if axes is None else axes)
+        begin_run()  # a new explainer gives its notices again
         self._checks = Checks()
         self._recorder = self.settings.recorder(model)
         self._runner = ModelRunner(model, self._recorder, predict, max_batch_size, num_heads)
