@@ -419,7 +419,7 @@ class AttentionExplainabilityCallback(Callback):
             warn(f"An evaluation ('{stage_of(trainer)}') could not be {action}. {describe_error(error)}", once=True)
             return
         if not run.refusal and not any(one.summaries or one.fusion for one in results.values()):
-            ever = any(one.totals.classes is not None for one in run.evaluations.values())
+            ever = any(one.classes is not None for one in run.evaluations.values())
             warn(explain_empty_evaluation(stage_of(trainer), ever), once=f"empty evaluation {ever}")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> EpochLog:
