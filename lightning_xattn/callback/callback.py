@@ -396,7 +396,7 @@ class AttentionExplainabilityCallback(Callback):
     def _take(self, recorder: StepRecorder, outputs: Any, batch: Any) -> tuple[Step, Attentions] | None:
         """What the recorder has of a step; None of one that may have ended before it came to what is looked for."""
         try:
-            return recorder.take(outputs, batch)
+            return recorder.collect_step(outputs, batch)
         except DiscoveryError as error:
             is_named = self.settings.attention is not None or self.settings.fusion is not None
             if outputs is not None or self._run.has_recorded or is_named:

@@ -204,9 +204,9 @@ def describe_tensor_parallelism(trainer: Trainer) -> str:
     if dealt["num_replicas"] == trainer.world_size:
         return ""
     return (
-        f"{type(trainer.strategy).__name__} runs each sample on {trainer.world_size // dealt['num_replicas']} processes "
-        "together (tensor parallelism), so that each may have a part of the heads. Evaluate the model without tensor "
-        "parallelism: trainer.validate(...) of its checkpoint with another strategy."
+        f"{type(trainer.strategy).__name__} runs each sample on {trainer.world_size // dealt['num_replicas']} "
+        "processes together (tensor parallelism), so that each may have a part of the heads. Evaluate a checkpoint of "
+        "the model without tensor parallelism."
     )
 
 

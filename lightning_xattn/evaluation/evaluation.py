@@ -18,8 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attribution.bottom_k import Columns
-from lightning_xattn.attribution.contribution import CONTRIBUTION_SAMPLES, PARTNERS, Contributions, contributions
-from lightning_xattn.attribution.faithfulness import replaced_keys
+from lightning_xattn.attribution.contribution import (
+    CONTRIBUTION_SAMPLES,
+    PARTNERS,
+    Contributions,
+    compute_contributions,
+)
+from lightning_xattn.attribution.faithfulness import replace_keys
 from lightning_xattn.attribution.inputs import ModalitiesSetting, check_fusion
 from lightning_xattn.attribution.kept_samples import MAX_SAMPLES, Collected, FusionPart, merge_parts
 from lightning_xattn.attribution.recorder import FusionRecord, FusionRecorder
@@ -261,7 +266,7 @@ class Evaluation:
     def read(self, step: Step, attention: Attentions, recorder: StepRecorder) -> BatchResult:
         """Read a batch, see ``read_batch``; the first one decides what the classes are, and where the fusion is."""
         batch = read_batch(step, attention, self.finder, self._checks)
-        inputs = recorder.enter(batch.labels)
+        inputs = recorder.collect_fusion(batch.labels)
         batch = replace(batch, inputs=inputs, labels=_confident(batch.labels, inputs))
         self._first_layer = recorder.layers[0].name if recorder.layers else ""
         if self.classes is None and self._first is not None:
@@ -480,10 +485,10 @@ class Evaluation:
     ) -> FusionSummary:
         size = self._settings.contribution_samples
         refused = refused if size else "contribution_samples is 0"
-        found = refused or contributions(part, recorder, size, partners)
+        found = refused or compute_contributions(part, recorder, size, partners)
         # Where the intact samples do not come back there is nothing to compare with.
         tests_attention &= isinstance(found, Contributions)
-        replaced = replaced_keys(part, recorder, size) if tests_attention else {}
+        replaced = replace_keys(part, recorder, size) if tests_attention else {}
         return FusionSummary(part, len(self.classes or ()), found, replaced)
 
 

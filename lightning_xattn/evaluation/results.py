@@ -62,7 +62,7 @@ class BatchResult:
     def scores(self) -> Scores | None:
         """The class scores, if they are those of the predictions. Looks at the values."""
         scores, predicted = self.labels.scores, self.labels.predicted
-        if scores is None or predicted is None or not scores.info(predicted, self.labels.confidence):
+        if scores is None or predicted is None or not scores.agree_with(predicted, self.labels.confidence):
             return None
         return scores
 

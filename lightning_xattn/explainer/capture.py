@@ -369,7 +369,7 @@ class ExplainabilityCapture:
         self._recorder.clear()
         moved = to_device(batch, self.model)
         outputs = self._predict(moved)
-        taken = self._recorder.take(outputs, moved)
+        taken = self._recorder.collect_step(outputs, moved)
         if self._recorder.is_waiting:
             return self._run(batch)
         if taken is None and (self._recorder.left_out or outputs is None):

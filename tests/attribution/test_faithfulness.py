@@ -265,8 +265,8 @@ def test_zero_is_never(infos):
 def test_it_takes_128_samples(infos):
     summary = summary_of(Gazer(), marked_data(127))
     assert math.isnan(summary.faithfulness(THERE).mean)
-    assert summary.unfaithful(THERE) == "it takes 128 samples, and 127 were permuted"
-    told = f"The faithfulness of the attention {THERE} and {BACK} cannot be told: it takes 128 samples"
+    assert summary.unfaithful(THERE) == "it needs 128 samples, and 127 were permuted"
+    told = f"The faithfulness of the attention {THERE} and {BACK} cannot be told: it needs 128 samples"
     assert infos.text.count(told) == 1
 
 
@@ -405,4 +405,4 @@ def test_a_regression_has_no_class_to_lose(infos):
     data, _ = said_data(130)
     left, right, target, ids = data.tensors
     summary = summary_of(TwoStreams(outputs=1), TensorDataset(left, right, target.float(), ids), attention=None)
-    assert summary.unfaithful(THERE) == "the predictions are no classes"
+    assert summary.unfaithful(THERE) == "the model predicts no classes"
