@@ -77,7 +77,6 @@ def reference_loop(there: NDArray[np.float32], back: NDArray[np.float32]) -> Non
     """The same numbers by the tests' slow reference."""
     for x, y in zip(there, back, strict=True):
         reference.alignment(x, y)
-        reference.alignment_interaction(x, y)
         for weights in (x, y):
             reference.row_statistics(weights)
             reference.query_selectivity(weights)

@@ -24,7 +24,7 @@ else:
     def __getattr__(name: str) -> Any:
         # Asked for each time, as lightning.pytorch may be imported meanwhile, whose command line takes it by its name.
         if name == "AttentionExplainabilityCallback":
-            return _callback.of_both_namespaces()
+            return _callback.join_imported_namespaces()
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -29,7 +28,8 @@ from lightning_xattn.capture.wrappers import (
     scripted_modules,
 )
 from lightning_xattn.core.attention import Attention, AttentionPair, Direction
-from lightning_xattn.core.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.core.errors import DiscoveryError, ShapeError
+from lightning_xattn.core.notices import warn
 
 
 class AttentionRecorder:
@@ -363,7 +363,7 @@ class AttentionRecorder:
         about = re.sub(r"\d+", "", message)
         if about not in self._warned:
             self._warned.add(about)
-            warnings.warn(message, XAttnWarning, stacklevel=4)
+            warn(message)
 
     def _make_pair(self, layer: Layer, recorded: list[RecordedWeights]) -> AttentionPair:
         """A token that is padding as a key of one direction is padding as a query of the other."""

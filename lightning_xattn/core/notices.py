@@ -11,13 +11,13 @@ import traceback
 import warnings
 import zlib
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import CellType, CodeType, FunctionType
 from typing import Any, TextIO
 
-from pytorch_lightning.utilities import rank_zero_only
+from lightning_utilities.core.rank_zero import WarningCache, rank_zero_only
 
 from lightning_xattn.core.errors import XAttnError, XAttnWarning
 from lightning_xattn.core.names import clean, shown
@@ -118,22 +118,50 @@ def describe_error(error: Exception) -> str:
     return f"{what} This is a fault of lightning_xattn; your run goes on as without it."
 
 
-def info(messages: Iterable[str]) -> None:
-    """Say each in the terminal, on the first of several processes: what users need not act on."""
-    for message in messages:
-        if _is_first_process():
-            _log.info(clean(message))
+_said = WarningCache()
 
 
-def warn(messages: Iterable[str]) -> None:
-    """Warn of each, on the first of several processes, at the line outside of the package that led here."""
-    for message in messages:
+def begin_run() -> None:
+    """Forget which notices were given: a new run may give them again."""
+    _said.clear()
+
+
+def is_new(about: Hashable) -> bool:
+    """Whether no notice about this was given in this run; from now on one was."""
+    known = about in _said
+    _said.add(about)
+    return not known
+
+
+def info(messages: str | Iterable[str], once: bool | str = False) -> None:
+    """Print messages that need no action, on the first process.
+
+    Parameters
+    ----------
+    messages
+        One or several.
+    once
+        True: leave out messages that this run has given before. A string: what they are about; leave them out if this
+        run has given any about it.
+    """
+    for message in _new(messages, once):
+        _log.info(clean(message))
+
+
+def warn(messages: str | Iterable[str], once: bool | str = False) -> None:
+    """Warn with an `XAttnWarning` at the user's line that led here, on the first process; as `info`."""
+    for message in _new(messages, once):
         frame, level = sys._getframe(1), 2
         while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, contextlib.__file__)):
             frame, level = frame.f_back, level + 1
-        if _is_first_process():
-            warnings.warn(clean(message), XAttnWarning, stacklevel=level)
+        warnings.warn(clean(message), XAttnWarning, stacklevel=level)
 
 
-def _is_first_process() -> bool:
-    return bool(getattr(rank_zero_only, "rank", 0) == 0)
+def _new(messages: str | Iterable[str], once: bool | str) -> list[str]:
+    several = [messages] if isinstance(messages, str) else list(messages)
+    if isinstance(once, str):
+        several = several if several and is_new(once) else []
+    elif once:
+        several = [message for message in several if is_new(message)]
+    # No rank is set before Lightning is imported.
+    return several if getattr(rank_zero_only, "rank", 0) == 0 else []

@@ -20,7 +20,6 @@ from lightning_xattn.core.errors import SettingError
 from lightning_xattn.functional import (
     Rows,
     alignment,
-    alignment_interaction,
     cross_modal_mass,
     effective_keys,
     entropy,
@@ -97,11 +96,6 @@ def _alignment(*rows: Rows) -> Tensor | None:
     return alignment(*rows) if len(rows) == 2 else None
 
 
-def _interaction(*rows: Rows) -> Tensor | None:
-    comparable = len(rows) == 2 and rows[0].weights.shape[1] == rows[1].weights.shape[1]
-    return alignment_interaction(*rows).nanmean(1) if comparable else None
-
-
 def _cross_modal_mass(rows: Rows) -> Tensor | None:
     return None if rows.cross_modal_mass is None else cross_modal_mass(rows)
 
@@ -132,14 +126,6 @@ STATISTICS = {
         "transposed",
         curve="alignment/{which}",
         compared=True,
-        reported=True,
-    ),
-    "interaction": Statistic(
-        _interaction,
-        ("layer",),
-        (-1.0, 1.0),
-        "Pearson r",
-        "the same without what each query and each key has on average: which query goes with which key",
         reported=True,
     ),
     "entropy": Statistic(

@@ -2,12 +2,10 @@
 
 from lightning_xattn.functional.alignment import (
     alignment,
-    alignment_interaction,
     alignment_null,
     best_head_matching,
     head_alignment,
     head_alignment_matrix,
-    round_trip_lift,
     standardised_maps,
 )
 from lightning_xattn.functional.faithfulness import ranking_gain, received_attention, replacements
@@ -40,6 +38,7 @@ from lightning_xattn.functional.probe import (
 from lightning_xattn.functional.rows import (
     ROW_STATISTICS,
     Rows,
+    Weights,
     cross_modal_mass,
     effective_keys,
     effective_share,
@@ -49,7 +48,6 @@ from lightning_xattn.functional.rows import (
     mean,
     min_weight,
     prepare_rows,
-    relative_sparsity,
     row_statistics,
     sparsity,
     std,
@@ -74,10 +72,10 @@ __all__ = [
     "Rows",
     "Separation",
     "TopPair",
+    "Weights",
     "additive_fit",
     "additive_projection",
     "alignment",
-    "alignment_interaction",
     "alignment_null",
     "best_head_matching",
     "centred",
@@ -117,10 +115,8 @@ __all__ = [
     "ranking_gain",
     "received_attention",
     "received_lift",
-    "relative_sparsity",
     "replacements",
     "require_heads",
-    "round_trip_lift",
     "row_statistics",
     "sample_top_pairs",
     "score_bins",

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from lightning_xattn.core.files import complete_or_absent, path_of
-from lightning_xattn.loggers.writer import Histogram, LoggerWriter, Picture
+from lightning_xattn.loggers.writer import LoggerWriter, Picture
 
 
 class TensorBoardWriter(LoggerWriter):
-    """Lightning's ``TensorBoardLogger``: images, text, histograms and custom scalars; pages lie in its folder."""
+    """Lightning's ``TensorBoardLogger``: images, text and custom scalars; pages lie in its folder."""
 
     def log_images(self, images: Mapping[str, Picture], step: int) -> None:
         """In the images tab."""
@@ -27,23 +25,6 @@ class TensorBoardWriter(LoggerWriter):
         """A file beside the event file: TensorBoard shows no pages."""
         with complete_or_absent(Path(self.logger.log_dir) / path_of(f"{name}.html")) as part:
             part.write_text(html, encoding="utf-8")
-
-    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
-        """In the histograms and distributions tabs."""
-        for name, one in histograms.items():
-            middles = (one.edges[:-1] + one.edges[1:]) / 2
-            counts = one.counts.astype(np.float64)
-            self.logger.experiment.add_histogram_raw(
-                name,
-                min=one.edges[0],
-                max=one.edges[-1],
-                num=counts.sum(),
-                sum=(counts * middles).sum(),
-                sum_squares=(counts * middles**2).sum(),
-                bucket_limits=one.edges[1:].tolist(),
-                bucket_counts=counts.tolist(),
-                global_step=step,
-            )
 
     def log_best(self, values: Mapping[str, float], step: int) -> None:
         """In the hparams tab, beside the hyperparameters.

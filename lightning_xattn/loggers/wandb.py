@@ -6,7 +6,7 @@ import html as escaping
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightning_xattn.loggers.writer import Histogram, LoggerWriter, Picture
+from lightning_xattn.loggers.writer import LoggerWriter, Picture
 
 
 class WandbWriter(LoggerWriter):
@@ -36,13 +36,3 @@ class WandbWriter(LoggerWriter):
         columns = pq.read_table(path).to_pydict()
         rows = [list(row) for row in zip(*columns.values(), strict=True)]
         self.logger.log_metrics({name: wandb.Table(columns=list(columns), data=rows)}, step)
-
-    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
-        """As panels, in one call."""
-        import wandb
-
-        found = {
-            name: wandb.Histogram(np_histogram=(one.counts.tolist(), one.edges.tolist()))
-            for name, one in histograms.items()
-        }
-        self.logger.log_metrics(found, step)

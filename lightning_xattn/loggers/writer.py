@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,6 @@ from numpy.typing import NDArray
 
 Picture = NDArray[np.uint8]
 """``(height, width, 3)``: red, green and blue."""
-
-
-@dataclass(frozen=True, eq=False)
-class Histogram:
-    """How many samples have which values of a number.
-
-    Parameters
-    ----------
-    edges
-        ``(bins + 1,)`` ascending edges of the bins.
-    counts
-        ``(bins,)`` samples in each bin.
-    """
-
-    edges: NDArray[np.float64]
-    counts: NDArray[np.float64]
 
 
 class LoggerWriter(ABC):
@@ -77,9 +60,6 @@ class LoggerWriter(ABC):
 
     def log_table(self, name: str, path: Path, step: int) -> None:  # noqa: B027
         """Take a table that is in a Parquet file already."""
-
-    def log_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:  # noqa: B027
-        """Take how the numbers of the samples are distributed, by name."""
 
     def log_best(self, values: Mapping[str, float], step: int) -> None:  # noqa: B027
         """Take at the end of a fit what its run is compared by with others, of its best epoch, by name."""

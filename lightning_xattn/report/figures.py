@@ -21,7 +21,6 @@ from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.evaluation.statistics import ALIGNMENT, SCORES, STATISTICS, Column, shown_columns
 from lightning_xattn.functional.outcomes import BINS, CORRECT, INCORRECT
-from lightning_xattn.loggers import Histogram
 
 # matplotlib takes a while to import, and not every run asks for figures.
 if TYPE_CHECKING:
@@ -49,10 +48,6 @@ def limit_classes(result: DatasetResult, kept: Sequence[int] | None = None) -> D
     if len(result.class_names) <= SHOWN_CLASSES + 1:
         return result
     return result.with_classes(result.largest_classes(SHOWN_CLASSES) if kept is None else kept)
-
-
-BARS = 64
-"""Of a distribution, as loggers take it."""
 
 
 def epoch_figures(
@@ -184,27 +179,6 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
     )
     panels += [told] if scores else []
     return plot_epochs(panels, unit=unit, context=context)
-
-
-def distributions(result: DatasetResult, scope: str) -> Iterator[tuple[str, Histogram]]:
-    """How the numbers of the samples are distributed: alignment and conflict by outcome, contributions."""
-    for name, outcome in (("correct", CORRECT), ("incorrect", INCORRECT)):
-        if result.summaries and ALIGNMENT in result.headline.columns:
-            counts = result.headline.histogram(ALIGNMENT, outcome).unflatten(0, (BARS, -1)).sum(1)
-            edges = torch.linspace(*SCORES[ALIGNMENT], BARS + 1, dtype=torch.float64)
-            yield f"xattn_alignment/{scope}/samples/{name}", Histogram(edges.numpy(), counts.numpy())
-        if result.fusion is not None:
-            conflict = result.fusion.numbers["conflict"][result.fusion.outcomes == outcome]
-            yield f"xattn_conflict/{scope}/samples/{name}", _histogram(conflict, 0, 1)
-    if result.fusion is not None and not result.fusion.uncontributed and not result.fusion.of_value:
-        for name in result.fusion.modalities:
-            phi = result.fusion.numbers[f"phi/{name}"]
-            yield f"xattn_contribution/{scope}/samples/{shown(name)}", _histogram(phi, -1, 1)
-
-
-def _histogram(values: Tensor, low: float, high: float) -> Histogram:
-    counts, edges = torch.histogram(values[values.isfinite()].double().clamp(low, high), BARS, range=(low, high))
-    return Histogram(edges.numpy(), counts.numpy())
 
 
 def fusion_figures(

@@ -157,7 +157,7 @@ def test_of_many_layers_four_and_the_mean_are_shown(tmp_path):
     assert set(pd.read_parquet(tmp_path)["layer"]) == {f"layers.{i}" for i in range(6)}
 
 
-@pytest.mark.parametrize("broken", ["create_explainability_report", "distributions", "overview_figure", "charts"])
+@pytest.mark.parametrize("broken", ["create_explainability_report", "overview_figure", "charts"])
 def test_what_is_wrong_in_our_own_extras_ends_no_run(broken, tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise ZeroDivisionError("oh")

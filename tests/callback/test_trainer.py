@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_xattn import AttentionExplainabilityCallback, JointSequence
-from lightning_xattn.callback.trainer import Schedule, processes_of
+from lightning_xattn.callback.processes import find_processes
+from lightning_xattn.callback.schedule import Schedule
 from lightning_xattn.evaluation.curves import main_names
 from lightning_xattn.evaluation.statistics import ALIGNMENT
 from tests.toy import ToyModule, count_hooks, quiet_trainer, toy_data, toy_loader
@@ -421,5 +422,5 @@ def test_whether_each_process_has_the_whole_model(kind, holds_whole_model, monke
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     strategy = kind.__new__(kind)
     monkeypatch.setattr(kind, "distributed_sampler_kwargs", {"num_replicas": 2, "rank": 1})
-    processes = processes_of(SimpleNamespace(world_size=2, strategy=strategy))
+    processes = find_processes(SimpleNamespace(world_size=2, strategy=strategy))
     assert (processes.rank, processes.count, processes.hold_whole_model) == (1, 2, holds_whole_model)

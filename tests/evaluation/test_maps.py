@@ -17,7 +17,7 @@ from lightning_xattn import (
 from lightning_xattn.evaluation import maps as sample_maps
 from lightning_xattn.evaluation.maps import SampleMaps, merge_maps
 from lightning_xattn.evaluation.results import TrainingData
-from lightning_xattn.explainer import dataset, training_data
+from lightning_xattn.explainer import training_data
 from tests.toy import (
     PaddedToyModule,
     ToyModule,
@@ -50,30 +50,6 @@ def test_each_samples_map_is_its_mean_weight_times_its_keys(kind):
             expected = weights * weights.isfinite().sum(1, keepdim=True)
             torch.testing.assert_close(lifts.float(), expected, rtol=2e-3, atol=1e-3, equal_nan=True)
     assert any(maps[DIRECTIONS[0]].isnan().any() for maps in explained.maps.values()) == (kind == "padded")
-
-
-def test_a_run_that_was_cut_off_has_the_same_maps(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "BATCHES_A_PART", 2)
-
-    class Broken:
-        def __len__(self):
-            return 5
-
-        def __iter__(self):
-            for i, batch in enumerate(toy_loader()):
-                if i == 3:
-                    raise KeyboardInterrupt
-                yield batch
-
-    whole = explainer().explain_loader(toy_loader(), progress=False)
-    with pytest.raises(KeyboardInterrupt):
-        explainer().explain_loader(Broken(), tmp_path, progress=False)
-    for _ in range(2):  # gone on with, then read back
-        again = explainer().explain_loader(toy_loader(), tmp_path, progress=False)
-        assert set(again.maps) == set(whole.maps)
-        for identity, maps in whole.maps.items():
-            for direction in DIRECTIONS:
-                assert torch.equal(again.maps[identity][direction], maps[direction])
 
 
 def kept(size, order, cut, monkeypatch):

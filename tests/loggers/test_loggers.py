@@ -56,8 +56,6 @@ def test_tensorboard(tmp_path):
     texts = events.Tensors(f"{REPORT}/text_summary")
     assert [text.step for text in texts] == steps
     assert texts[0].tensor_proto.string_val[0].decode().startswith("# Cross-modal attention report")
-    histogram = events.Histograms("xattn_alignment/val/samples/correct")[0].histogram_value
-    assert histogram.num + events.Histograms("xattn_alignment/val/samples/incorrect")[0].histogram_value.num == 23
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     page = (tmp_path / "run/xattn_about/test/report.html").read_text()
     assert page.startswith("<!doctype html>")
@@ -178,22 +176,6 @@ def test_comet(tmp_path):
         assert Image.open(io.BytesIO(whole.read(Path(picture["file_path"]).name))).width > 400
 
 
-def test_aim(tmp_path):
-    # Not in CI: with what it asks for, pip takes eight minutes to find a set of versions.
-    pytest.importorskip("aim")
-    from aim.pytorch_lightning import AimLogger
-
-    logger = AimLogger(
-        repo=str(tmp_path), system_tracking_interval=None, log_system_params=False, capture_terminal_logs=False
-    )
-    run(logger)
-    found = logger.experiment.collect_sequence_info(("images", "texts"))
-    logger.experiment.close()
-    # Its logger ends a run with the fit; what came since then can be read.
-    assert {one["name"] for one in found["images"]} >= {"xattn_about/test/overview", "xattn_map/test/audio_to_text"}
-    assert {one["name"] for one in found["texts"]} >= {"xattn_about/test/report"}
-
-
 def test_several_loggers_have_the_same_and_others_get_files(tmp_path, infos):
     loggers = [TensorBoardLogger(tmp_path, name="", version="run"), CSVLogger(tmp_path, name="", version="csv")]
     validate(ToyModule(), AttentionExplainabilityCallback(), logger=loggers)
@@ -225,11 +207,11 @@ def test_a_logger_that_fails_is_reported_once_and_ends_nothing(tmp_path, monkeyp
     class Broken(CSVLogger):
         pass
 
-    class BrokenSink(FolderWriter):
+    class BrokenWriter(FolderWriter):
         def log_images(self, images, step):
             raise OSError("disk on fire")
 
-    monkeypatch.setitem(WRITERS, "Broken", lambda logger: BrokenSink(logger, tmp_path))
+    monkeypatch.setitem(WRITERS, "Broken", lambda logger: BrokenWriter(logger, tmp_path))
     loggers = [Broken(tmp_path), CSVLogger(tmp_path, name="", version="csv")]
     with pytest.warns(XAttnWarning) as warned:
         validate(ToyModule(), AttentionExplainabilityCallback(), logger=loggers)

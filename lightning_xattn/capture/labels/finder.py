@@ -6,7 +6,6 @@ target never changes from batch to batch, and no device has to wait.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,8 +44,9 @@ from lightning_xattn.capture.labels.tensors import (
     classes_of_scores,
     confidence_of,
 )
-from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
+from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError
 from lightning_xattn.core.group_keys import group_keys
+from lightning_xattn.core.notices import warn
 
 SEVERAL_LABELS = "the targets are several labels at once, so no one class is predicted"
 """Why nothing of a softmax is computed, as the end of a sentence."""
@@ -431,11 +431,9 @@ class LabelFinder:
         if not first and fitting is None and (found is None or self._settings[what] is None):
             if what not in self._warned:
                 self._warned.add(what)
-                warnings.warn(
+                warn(
                     f"A step has no {what} in {place.name}, where the first step had them, so its samples have no "
-                    f"class or outcome. {step}",
-                    XAttnWarning,
-                    stacklevel=4,
+                    f"class or outcome. {step}"
                 )
             return None
         if not isinstance(found, Tensor):
