@@ -218,7 +218,6 @@ class AttentionExplainabilityCallback(Callback):
             Evaluation,
             self.settings,
             pl_module,
-            run.checks,
             expects_targets=stage != "predict",
             keeps_maps=stage == "test",  # after which there is a page
             processes=run.processes,
