@@ -14,7 +14,7 @@ from lightning_xattn.visualizations import plot_head_alignment_matrix
 checkpoint, data, picture = sys.argv[1:]
 model = load_checkpoint(HMSLightningModule, checkpoint)
 datamodule = HMSDataModule(data, test_data=data)
-explainer = ExplainabilityCapture(model, axes=model.attention_axes or datamodule.attention_axes)
+explainer = ExplainabilityCapture(model, axes=datamodule.attention_axes)
 results = explainer.explain_batch(next(iter(datamodule.test_dataloader())))
 
 

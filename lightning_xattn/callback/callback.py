@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 import warnings
 import weakref
@@ -27,7 +28,7 @@ from lightning_xattn.callback.run import Run
 from lightning_xattn.callback.schedule import Schedule
 from lightning_xattn.callback.scope import moment, scope_of, stage_of
 from lightning_xattn.callback.weights import describe_averaging, describe_change, have_changed, sample_weights
-from lightning_xattn.capture import AttentionSetting, JointSequence
+from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.capture.labels import LabelSetting, Step
 from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.core.distributed import SINGLE_PROCESS, unique_sample_indices
@@ -225,7 +226,7 @@ class AttentionExplainabilityCallback(Callback):
         first = make()
         # One for each dataloader, as their batches may differ; their classes are those of the first.
         run.evaluations = defaultdict(partial(make, first), {0: first})
-        if reason := describe_tensor_parallelism(trainer):
+        if reason := describe_tensor_parallelism(trainer, run.processes):
             run.refuse(reason)
         if self.settings.table is not None:
             now = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:4]}"
@@ -316,11 +317,10 @@ class AttentionExplainabilityCallback(Callback):
         """Sum the evaluation up, and log its curves and figures; of the sanity check nothing is logged."""
         if self._run.is_recording:
             self._run.resolve_doubt(bool(trainer.sanity_checking))
-        if not trainer.sanity_checking:
-            if self._run.is_recording:
-                self._log_epoch(trainer, pl_module)
-            else:
-                self._log(trainer, pl_module).log_absent()
+        if self._run.is_recording and not trainer.sanity_checking:
+            self._end_evaluation(trainer, pl_module, logs=True)
+        elif not trainer.sanity_checking:
+            self._log(trainer, pl_module).log_absent()
         self._run.stop()
 
     # A test is recorded as a validation is.
@@ -338,9 +338,7 @@ class AttentionExplainabilityCallback(Callback):
         """Write the table; ``summaries`` and ``fusion_summaries`` have what is known of all samples."""
         if self._run.is_recording:
             self._run.resolve_doubt(is_rehearsal=False)
-            ended = self._end_epoch(trainer, pl_module)
-            if ended is not None:
-                self._warn_of_nothing(trainer, any(one.summaries or one.fusion for one in ended[0].values()))
+            self._end_evaluation(trainer, pl_module, logs=False)
         self._run.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -368,9 +366,9 @@ class AttentionExplainabilityCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """The name of the state in a checkpoint, the same for the same measurements, whatever schedule and table."""
-        measured = {name: _name(value) for name, value in vars(self.settings).items() if name != "table"}
-        return self._generate_state_key(**measured)
+        """The name of the state in a checkpoint: the same for the same measurements, whatever schedule and table."""
+        measured = {name: value for name, value in vars(self.settings).items() if name != "table"}
+        return re.sub(" at 0x[0-9a-fA-F]+", "", self._generate_state_key(**measured))  # of callables the names
 
     def state_dict(self) -> dict[str, Any]:
         """The history, in plain types: a checkpoint with it loads with ``weights_only=True``.
@@ -406,47 +404,30 @@ class AttentionExplainabilityCallback(Callback):
             self._run.doubt = str(error)
             return None
 
-    def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ended = self._end_epoch(trainer, pl_module)
-        if ended is None:
-            return
-        results, tables = ended
-        log, past = self._log(trainer, pl_module), self.history[self._fit_begins :]
+    def _end_evaluation(self, trainer: Trainer, pl_module: LightningModule, logs: bool) -> None:
+        """Sum the evaluation up and log it; what goes wrong is a warning, unless other processes wait for this one."""
+        run, action = self._run, "summed up"
         try:
-            records = log.log(results, self._run.evaluations, past, tables, self.schedule.draws(trainer))
+            results, tables = self._sum_up(trainer, pl_module)
+            if logs:
+                action, past = "logged", self.history[self._fit_begins :]
+                self.history += self._log(trainer, pl_module).log(results, run.evaluations, past, tables)
         except Exception as error:  # whatever it is, the user's run goes on
-            warn(f"An evaluation ('{stage_of(trainer)}') could not be logged. {describe_error(error)}", once=True)
+            # Other processes wait for this one while they sum up; what is raised on purpose is raised on all of them.
+            if action == "summed up" and run.processes is not SINGLE_PROCESS and not isinstance(error, XAttnError):
+                raise
+            warn(f"An evaluation ('{stage_of(trainer)}') could not be {action}. {describe_error(error)}", once=True)
             return
-        self.history.extend(records)
-        self._warn_of_nothing(trainer, bool(records))
+        if not run.refusal and not any(one.summaries or one.fusion for one in results.values()):
+            ever = any(one.classes is not None for one in run.evaluations.values())
+            warn(explain_empty_evaluation(stage_of(trainer), ever), once=f"empty evaluation {ever}")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> EpochLog:
-        return EpochLog(
-            trainer,
-            pl_module,
-            self._scope(trainer),
-            self._run,
-            classes_by=self.settings.classes_by,
-            all_curves=self.curves == "all",
-            permutes=self.settings.contribution_samples > 0,
-            tests_attention=self.schedule.ever_tests_attention(trainer),
-        )
+        scope, everything = self._scope(trainer), self.curves == "all"
+        return EpochLog(trainer, pl_module, scope, self._run, self.settings, self.schedule, everything)
 
     def _scope(self, trainer: Trainer) -> Callable[[int, str], str]:
         return partial(scope_of, trainer, self, AttentionExplainabilityCallback)
-
-    def _end_epoch(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> tuple[dict[int, DatasetResult], dict[str, Path]] | None:
-        """The evaluation's results by dataloader, and the files of its sample table; None if summing up fails."""
-        try:
-            return self._sum_up(trainer, pl_module)
-        except Exception as error:  # whatever it is, the user's run goes on
-            # The others wait for this one; what is raised on purpose is raised on all of them.
-            if self._run.processes is not SINGLE_PROCESS and not isinstance(error, XAttnError):
-                raise
-            warn(f"An evaluation ('{stage_of(trainer)}') could not be summed up. {describe_error(error)}", once=True)
-            return None
 
     def _sum_up(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], dict[str, Path]]:
         run, scope = self._run, self._scope(trainer)
@@ -481,24 +462,8 @@ class AttentionExplainabilityCallback(Callback):
         samples = [{"dataloader": number, **sample_columns(one)} for number, one in fusions.items() if is_first]
         return run.table.close(samples)
 
-    def _warn_of_nothing(self, trainer: Trainer, found: bool) -> None:
-        if not found and not self._run.refusal:
-            ever = any(one.classes is not None for one in self._run.evaluations.values())
-            warn(explain_empty_evaluation(stage_of(trainer), ever), once=f"empty evaluation {ever}")
-
 
 def _attention_axes(trainer: Trainer, module: LightningModule) -> dict[str, TokenAxis]:
     """The axes of the tokens, from the module's or else its data module's attribute ``attention_axes``."""
     holders = module, getattr(trainer, "datamodule", None)
     return next((axes for axes in (getattr(holder, "attention_axes", None) for holder in holders) if axes), {})
-
-
-def _name(setting: Any) -> Any:
-    """A setting with its callables by their names, which are the same in every run."""
-    if isinstance(setting, JointSequence):
-        setting = vars(setting)
-    if isinstance(setting, Mapping):
-        return {name: _name(value) for name, value in setting.items()}
-    if isinstance(setting, Sequence) and not isinstance(setting, str):
-        return [_name(value) for value in setting]
-    return getattr(setting, "__qualname__", type(setting).__qualname__) if callable(setting) else setting

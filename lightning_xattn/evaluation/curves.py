@@ -37,11 +37,6 @@ TOPICS = (
 )
 """The topics of all curves."""
 
-COMPARED = re.compile(
-    r"(?!.*_(low|high)$)(accuracy|(alignment|conflict)/all|probe/[^/]+|contribution/share/[^/]+|outcome/\w+_auroc)"
-)
-"""What runs are compared by, of a record of the history."""
-
 
 def main_names(names: Iterable[str]) -> set[str]:
     """Give the main curves among ``<topic>/<what>``: ``MAIN``, and those of up to ``MAX_CLASS_CURVES`` classes."""
@@ -80,26 +75,6 @@ def mean_curves(
         for name, found in values.items()
         if name.startswith(("alignment/", "entropy/", "focus/")) and "/head_" not in name and len(found) == len(scopes)
     }
-
-
-def best_epoch(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Give what runs are compared by, of the fit's validation with the highest accuracy.
-
-    Parameters
-    ----------
-    records
-        The history of one dataloader and layer since the fit began.
-
-    Returns
-    -------
-    dict of str to float
-        ``xattn_best/<what>`` and its value; empty where no accuracy is known.
-    """
-    known = [one for one in records if one["stage"] == "val" and "accuracy" in one]
-    if not known:
-        return {}
-    best = max(known, key=lambda one: one["accuracy"])
-    return {f"xattn_best/{name}": value for name, value in best.items() if COMPARED.fullmatch(name)}
 
 
 def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_xattn import functional
 from lightning_xattn.attribution.contribution import Contributions
 from lightning_xattn.attribution.faithfulness import Replaced
 from lightning_xattn.attribution.kept_samples import IDENTITY, KeptSamples
@@ -22,23 +23,6 @@ from lightning_xattn.core.group_keys import UNKNOWN_GROUP
 from lightning_xattn.core.notebook import ShownInNotebooks
 from lightning_xattn.core.wording import decimal, describe_size, percent, say_interval
 from lightning_xattn.evaluation.layer_summary import Comparison
-from lightning_xattn.functional import (
-    class_adjusted_gap,
-    conflict,
-    contribution_shares,
-    cross_fitted_probe,
-    grouped_mean_interval,
-    grouped_proportion_interval,
-    grouped_separation,
-    mean_interval,
-    opposed,
-    probe_right,
-    proportion_interval,
-    score_bins,
-    separation,
-    support_difference,
-    within,
-)
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.functional.outcomes import BINS, CORRECT, INCORRECT
 from lightning_xattn.functional.probe import LEAST_OF_A_CLASS
@@ -178,7 +162,8 @@ class FusionSummary(ShownInNotebooks):
         # Class ids without names do not tell how many classes there are.
         n_classes = self.n_classes or 1 + max([0, *target.tolist()])
         logs = {
-            name: cross_fitted_probe(rows[f"features/{name}"], target, folds, n_classes) for name in self.modalities
+            name: functional.cross_fitted_probe(rows[f"features/{name}"], target, folds, n_classes)
+            for name in self.modalities
         }
         self.probes = {name: one.exp() for name, one in logs.items()}
         labelled = (target >= 0) & (target < n_classes)
@@ -192,10 +177,10 @@ class FusionSummary(ShownInNotebooks):
         several = torch.stack(list(self.probes.values()))
         undefined = torch.full_like(self.numbers["confidence"], torch.nan)
         known = not self.probe_problems
-        self.numbers["conflict"] = conflict(several) if known else undefined
-        self.numbers["probe_right"] = probe_right(several, predicted, target) if known else undefined
+        self.numbers["conflict"] = functional.conflict(several) if known else undefined
+        self.numbers["probe_right"] = functional.probe_right(several, predicted, target) if known else undefined
         two = known and len(self.modalities) == 2
-        supports = support_difference(torch.stack(list(logs.values())), predicted) if two else undefined
+        supports = functional.support_difference(torch.stack(list(logs.values())), predicted) if two else undefined
         self.numbers["support_difference"] = supports
         self.numbers["supports_first"] = torch.where(supports.isnan(), torch.nan, (supports > 0).double())
 
@@ -235,7 +220,7 @@ class FusionSummary(ShownInNotebooks):
             self.numbers[f"phi/{name}"] = spread(found.phi[:, i])
             self.numbers[f"error/{name}"] = spread(found.error[:, i])
         if not found.is_regression:
-            self.numbers["opposed"] = spread(opposed(found.phi, found.error))
+            self.numbers["opposed"] = spread(functional.opposed(found.phi, found.error))
         self.interactions = tuple(found.interactions)
         self.numbers |= {name: spread(one) for name, one in found.interactions.items()}
         if len(self.modalities) == 2:
@@ -263,7 +248,7 @@ class FusionSummary(ShownInNotebooks):
         found = self._estimate(values, chosen)
         if kind not in _LIMITS or (kind == "phi" and self.is_regression):
             return found
-        low, high = within((found.low, found.high), _LIMITS[kind])
+        low, high = functional.within((found.low, found.high), _LIMITS[kind])
         return replace(found, low=low, high=high)
 
     def share(self, modality: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
@@ -274,13 +259,15 @@ class FusionSummary(ShownInNotebooks):
         phi = torch.stack([self.numbers[f"phi/{name}"] for name in self.modalities], dim=1)
         chosen = self.chosen(class_id, outcome) & phi.isfinite().all(1)
         nothing = self.is_regression or self._estimate(phi.sum(1), chosen).low <= 0
-        share = math.nan if nothing else float(contribution_shares(phi[chosen])[self.modalities.index(modality)])
+        share = (
+            math.nan if nothing else float(functional.contribution_shares(phi[chosen])[self.modalities.index(modality)])
+        )
         return self._ratio(share, phi[:, self.modalities.index(modality)], phi.sum(1), chosen)
 
     def size(self, modality: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
         """Give the mean absolute contribution of a modality: by how much it moves the output."""
         found = self._estimate(self.numbers[f"phi/{modality}"].abs(), self.chosen(class_id, outcome))
-        return replace(found, low=within((found.low, found.high), (0.0, math.inf))[0])
+        return replace(found, low=functional.within((found.low, found.high), (0.0, math.inf))[0])
 
     def faithfulness(self, direction: Direction, order: Literal["gain", "reference"] = "gain") -> Estimate:
         """Give how well an order of the keys ranks what the predictions depend on.
@@ -322,8 +309,8 @@ class FusionSummary(ShownInNotebooks):
         mean = float(values.mean()) if count else math.nan
         if self.group_noun is None:
             deviation = float(values.std()) if count > 1 else math.nan
-            ends = mean_interval(mean, deviation, count)
-            ends = proportion_interval(int(values.sum()), count) if is_proportion else ends
+            ends = functional.mean_interval(mean, deviation, count)
+            ends = functional.proportion_interval(int(values.sum()), count) if is_proportion else ends
             return Estimate(mean, *ends, count, None)
         ids, index = self.groups[chosen].unique(return_inverse=True)
         known = int((ids != UNKNOWN_GROUP).sum())
@@ -332,27 +319,27 @@ class FusionSummary(ShownInNotebooks):
         # Samples of unknown groups widen the interval as one group, but do not count towards the minimum of groups.
         if known < MINIMUM_GROUP:
             return Estimate(mean, math.nan, math.nan, count, known)
-        interval = grouped_proportion_interval if is_proportion else grouped_mean_interval
+        interval = functional.grouped_proportion_interval if is_proportion else functional.grouped_mean_interval
         return Estimate(mean, *interval(counts, sums), count, known)
 
     def compare(self, number: str) -> Comparison:
         """Compare a number in [0, 1], "conflict" or "confidence", between correct and incorrect predictions."""
         values = self.numbers[number]
         defined = values.isfinite()
-        bins, outcomes = score_bins(values[defined], 0.0, 1.0), self.outcomes[defined]
+        bins, outcomes = functional.score_bins(values[defined], 0.0, 1.0), self.outcomes[defined]
         counts = torch.stack([outcomes == CORRECT, outcomes == INCORRECT], dim=1).double()
         if self.group_noun is None:
             histograms = torch.zeros(BINS, 2, dtype=torch.float64).index_add(0, bins, counts)
-            found = separation(*histograms.unbind(1))
+            found = functional.separation(*histograms.unbind(1))
         else:
-            found = grouped_separation(bins, self.groups[defined], counts, unknown=UNKNOWN_GROUP)
+            found = functional.grouped_separation(bins, self.groups[defined], counts, unknown=UNKNOWN_GROUP)
         correct, incorrect = (self.estimate(number, outcome=outcome).mean for outcome in (CORRECT, INCORRECT))
         by_class = [
             [self._estimate(values, self.chosen(class_id, outcome)) for outcome in (CORRECT, INCORRECT)]
             for class_id in range(self.n_classes)
         ]
         within = torch.tensor([[[one.count, one.count * one.mean] for one in two] for two in by_class]).double()
-        adjusted = class_adjusted_gap(within[..., 0], within[..., 1].nan_to_num()) if by_class else math.nan
+        adjusted = functional.class_adjusted_gap(within[..., 0], within[..., 1].nan_to_num()) if by_class else math.nan
         return Comparison(
             **vars(found), cliffs_delta=found.cliffs_delta, gap=correct - incorrect, class_adjusted_gap=adjusted
         )

@@ -184,10 +184,12 @@ def read_rows(folder: Path, layer: str | None, columns: Sequence[str] | None = N
 
 def read_columns(folder: Path) -> dict[str, list[Any]]:
     """Give all columns of an explained data set with one layer, those of the samples among them; missing is None."""
-    rows, samples = (pq.read_table(folder / kind).to_pydict() for kind in ("attention", "samples"))
+    rows: dict[str, list[Any]] = pq.read_table(folder / "attention").to_pydict()
+    samples: dict[str, list[Any]] = pq.read_table(folder / "samples").to_pydict()
     place = {number: i for i, number in enumerate(samples[NUMBER])}
     places = [place.get(number) for number in rows[NUMBER]]
-    return {name: [None if i is None else one[i] for i in places] for name, one in samples.items()} | rows
+    of_rows: dict[str, list[Any]] = rows
+    return {name: [None if i is None else one[i] for i in places] for name, one in samples.items()} | of_rows
 
 
 def _open_part(path: Path, schema: pa.Schema) -> pq.ParquetWriter:

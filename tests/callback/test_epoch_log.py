@@ -6,15 +6,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from matplotlib.markers import CARETUP
-from pytorch_lightning.loggers import TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.callback import epoch_log as epoch_log_module
 from lightning_xattn.core.errors import XAttnWarning
-from lightning_xattn.evaluation.curves import best_epoch, mean_curves
+from lightning_xattn.evaluation.curves import mean_curves
 from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
 from lightning_xattn.evaluation.results import REST, DatasetResult
 from lightning_xattn.evaluation.statistics import ALIGNMENT
@@ -23,23 +21,6 @@ from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader, validate
 
 MANY = 14
-
-
-def test_the_best_epoch_is_that_of_the_most_correct_predictions():
-    def record(step, accuracy, stage="val", **numbers):
-        return {"stage": stage, "step": step, "accuracy": accuracy, "alignment/correct": 9.0, **numbers}
-
-    fit = [
-        record(5, 0.5, **{"alignment/all": 0.2}),
-        record(10, 0.75, **{"alignment/all": 0.3, "outcome/conflict_auroc": 0.6, "outcome/conflict_auroc_low": 0.5})
-        | {"probe/eeg": 0.8, "probe/eeg_low": 0.7, "contribution/share/eeg_high": 0.9},
-        record(15, 0.75, **{"alignment/all": 0.4}),
-        record(15, 1.0, "test", **{"alignment/all": 0.5}),
-    ]
-    expected = {"xattn_best/accuracy": 0.75, "xattn_best/alignment/all": 0.3, "xattn_best/outcome/conflict_auroc": 0.6}
-    expected["xattn_best/probe/eeg"] = 0.8
-    assert best_epoch(fit) == expected
-    assert best_epoch([{"stage": "val", "step": 5, "alignment/all": 0.2}]) == {}
 
 
 class ManyClasses(ToyModule):
@@ -53,27 +34,6 @@ def many_classes(samples=120):
     # Class i has 15 - i samples, 14 classes.
     target = torch.repeat_interleave(torch.arange(MANY), torch.arange(MANY + 1, 1, -1))[:samples]
     return DataLoader(TensorDataset(audio[: len(target)], text[: len(target)], target), 16)
-
-
-def test_each_fit_has_a_best_epoch_of_its_own(tmp_path):
-    """As in cross-validation, where the folds may take equally many steps; a validation before is no part of it."""
-    watch, found = AttentionExplainabilityCallback(), []
-    for fold in range(2):
-        torch.manual_seed(fold)
-        logger = TensorBoardLogger(tmp_path, name="", version=str(fold), default_hp_metric=False)
-        logger.log_hyperparams({"fold": fold})
-        trainer = quiet_trainer(logger=logger, callbacks=[watch])
-        module = ToyModule()
-        trainer.validate(module, toy_loader(seed=9), verbose=False)
-        begins = len(watch.history)
-        trainer.fit(module, toy_loader(seed=fold), toy_loader(seed=fold + 5))
-        logger.finalize("success")
-        events = EventAccumulator(str(tmp_path / str(fold)))
-        events.Reload()
-        found.append((events.Scalars("xattn_best/accuracy")[0].value, watch.history[begins]["accuracy"]))
-    for logged, own in found:
-        assert logged == pytest.approx(own)
-    assert found[0] != found[1]
 
 
 def test_of_many_classes_the_ten_largest_and_the_rest_are_shown():

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from pytorch_lightning.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.core.errors import XAttnWarning
@@ -57,32 +56,6 @@ def test_tensorboard(tmp_path):
     assert texts[0].tensor_proto.string_val[0].decode().startswith("# Cross-modal attention report")
     page = (tmp_path / "run/xattn_about/test/report.html").read_text()
     assert page.startswith("<!doctype html>")
-
-
-@pytest.mark.parametrize("default_hp_metric", [True, False])
-def test_tensorboard_compares_runs_by_their_best_epochs(tmp_path, default_hp_metric):
-    """As the hparams tab reads it; columns that a run has named before are left as they are."""
-    logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=default_hp_metric)
-    logger.log_hyperparams({"lr": 0.1})
-    torch.manual_seed(0)
-    callback = AttentionExplainabilityCallback()
-    quiet_trainer(logger=logger, callbacks=[callback], max_epochs=3).fit(ToyModule(), toy_loader(), toy_loader(seed=1))
-    logger.finalize("success")
-    events = EventAccumulator(str(tmp_path / "run"))
-    events.Reload()
-    plugin = events.PluginTagToContent("hparams")
-    named = HParamsPluginData.FromString(plugin["_hparams_/experiment"]).experiment.metric_infos
-    columns = {one.name.tag for one in named}
-    assert HParamsPluginData.FromString(plugin["_hparams_/session_start_info"]).session_start_info.hparams["lr"]
-    if default_hp_metric:
-        assert columns == {"hp_metric"}
-        assert not [tag for tag in events.Tags()["scalars"] if tag.startswith("xattn_best")]
-        return
-    best = max(callback.history, key=lambda one: one["accuracy"])
-    assert {"xattn_best/accuracy", "xattn_best/alignment/all", "xattn_best/outcome/confidence_auroc"} <= columns
-    for column in columns:
-        (point,) = events.Scalars(column)
-        assert point.value == pytest.approx(best[column.removeprefix("xattn_best/")])
 
 
 def test_weights_and_biases(tmp_path, monkeypatch):
