@@ -19,11 +19,11 @@ datamodule = HMSDataModule(data, test_data=data, cache_dir=out / "features")
 loader = datamodule.test_dataloader()
 
 # The data know when their windows begin and end (a model may know its regions): so pairs and figures have places.
-explainer = ExplainabilityCapture(model, axes=model.attention_axes or datamodule.attention_axes)
+explainer = ExplainabilityCapture(model, axes=datamodule.attention_axes)
 
 # The whole data set: one row per recording in the table, classes and outcomes in the report.
 explained = explainer.explain_loader(loader, table=out / "table")
-print(create_explainability_report(explained, out / "report.txt"))
+print(create_explainability_report(explained, out / "report.md"))
 (out / "figures").mkdir(exist_ok=True)
 for name, figure in dataset_figures(explained):
     figure.savefig(out / "figures" / f"{name}.png")

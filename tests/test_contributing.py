@@ -44,7 +44,7 @@ def test_the_way_of_a_batch(monkeypatch):
         (Evaluation, "read"),
         (Evaluation, "add"),
         (inspect.getmodule(Evaluation), "sample_statistics"),
-        (LayerAccumulator, "update"),
+        (LayerAccumulator, "add"),
         (LayerSummary, "__init__"),
         (epoch_log_module, "epoch_curves"),
     ]

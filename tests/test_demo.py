@@ -47,21 +47,13 @@ def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
     assert max(map(len, summary.split("\nPictures: ")[0].splitlines())) <= 100
     table = printed[printed.index("score ") :].splitlines()
     del table[1]  # the line under the header
-    assert [line.split("  ")[0] for line in table[:6]] == [
-        *(
-            "score",
-            "confidence",
-            "alignment",
-            "entropy",
-            "contribution",
-            "probe: conflict, support_difference",
-        ),
-    ]
+    scores = ["confidence", "alignment", "entropy", "contribution", "probe: conflict, support"]
+    assert [line.split("  ")[0] for line in table[:6]] == ["score", *scores]
     assert all(re.search(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", line) for line in table[1:6])
     assert printed.index("score ") < printed.index("Knows: EEG") < printed.index("VALIDATION on")
     disagreeing = tmp_path / "run_0/disagreeing"
     report = (disagreeing / "report.txt").read_text()
-    assert report.index("WHICH NUMBER TELLS WHAT?") < report.index("WHAT EACH MODALITY SAYS")
+    assert report.index("WHICH SCORE ANSWERS WHICH QUESTION?") < report.index("WHAT EACH MODALITY PREDICTS")
     assert "\n".join(table[1:6]) in report
     figures = {path.name for path in (disagreeing / "figures").iterdir()}
     assert {"conflict_confidence.png", "conflict_samples.png", "contribution_shares.png"} < figures

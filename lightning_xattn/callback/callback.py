@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 import warnings
 import weakref
@@ -27,12 +28,13 @@ from lightning_xattn.callback.run import Run
 from lightning_xattn.callback.schedule import Schedule
 from lightning_xattn.callback.scope import moment, scope_of, stage_of
 from lightning_xattn.callback.weights import describe_averaging, describe_change, have_changed, sample_weights
-from lightning_xattn.capture import AttentionSetting, JointSequence
+from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.capture.labels import LabelSetting, Step
 from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.core.distributed import SINGLE_PROCESS, unique_sample_indices
 from lightning_xattn.core.errors import DiscoveryError, SettingError, XAttnError
 from lightning_xattn.core.notices import begin_run, describe_error, info, warn
+from lightning_xattn.evaluation.checks import check_directions, explain_empty_evaluation
 from lightning_xattn.evaluation.evaluation import Evaluation, summarise_all
 from lightning_xattn.evaluation.fusion_samples import sample_columns
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
@@ -217,7 +219,6 @@ class AttentionExplainabilityCallback(Callback):
             Evaluation,
             self.settings,
             pl_module,
-            run.checks,
             expects_targets=stage != "predict",
             keeps_maps=stage == "test",  # after which there is a page
             processes=run.processes,
@@ -225,7 +226,7 @@ class AttentionExplainabilityCallback(Callback):
         first = make()
         # One for each dataloader, as their batches may differ; their classes are those of the first.
         run.evaluations = defaultdict(partial(make, first), {0: first})
-        if reason := describe_tensor_parallelism(trainer):
+        if reason := describe_tensor_parallelism(trainer, run.processes):
             run.refuse(reason)
         if self.settings.table is not None:
             now = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:4]}"
@@ -304,8 +305,9 @@ class AttentionExplainabilityCallback(Callback):
                 result = evaluation.read(*taken, recorder)
                 if not run.has_recorded:
                     run.has_recorded = True
-                    warn(run.checks.of_directions(recorder.layers))
-                    info(run.checks.of_probe(evaluation.describe(result, recorder)))
+                    warn(check_directions(recorder.layers), once=True)
+                    described = evaluation.describe(result, recorder)
+                    info(f"AttentionExplainabilityCallback takes {described}.", once=True)
                 for columns in evaluation.add(result, own_samples(len(result))):
                     if run.table is not None:
                         run.table.add(columns | {"dataloader": dataloader_idx})
@@ -367,9 +369,9 @@ class AttentionExplainabilityCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """The name of the state in a checkpoint, the same for the same measurements, whatever schedule and table."""
-        measured = {name: _name(value) for name, value in vars(self.settings).items() if name != "table"}
-        return self._generate_state_key(**measured)
+        """The name of the state in a checkpoint: the same for the same measurements, whatever schedule and table."""
+        measured = {name: value for name, value in vars(self.settings).items() if name != "table"}
+        return re.sub(" at 0x[0-9a-fA-F]+", "", self._generate_state_key(**measured))  # of callables the names
 
     def state_dict(self) -> dict[str, Any]:
         """The history, in plain types: a checkpoint with it loads with ``weights_only=True``.
@@ -412,7 +414,7 @@ class AttentionExplainabilityCallback(Callback):
         results, tables = ended
         log, past = self._log(trainer, pl_module), self.history[self._fit_begins :]
         try:
-            records = log.log(results, self._run.evaluations, past, tables, self.schedule.draws(trainer))
+            records = log.log(results, self._run.evaluations, past, tables)
         except Exception as error:  # whatever it is, the user's run goes on
             warn(f"An evaluation ('{stage_of(trainer)}') could not be logged. {describe_error(error)}", once=True)
             return
@@ -420,16 +422,8 @@ class AttentionExplainabilityCallback(Callback):
         self._warn_of_nothing(trainer, bool(records))
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> EpochLog:
-        return EpochLog(
-            trainer,
-            pl_module,
-            self._scope(trainer),
-            self._run,
-            classes_by=self.settings.classes_by,
-            all_curves=self.curves == "all",
-            permutes=self.settings.contribution_samples > 0,
-            tests_attention=self.schedule.ever_tests_attention(trainer),
-        )
+        everything = self.curves == "all"
+        return EpochLog(trainer, pl_module, self._scope(trainer), self._run, self.settings, self.schedule, everything)
 
     def _scope(self, trainer: Trainer) -> Callable[[int, str], str]:
         return partial(scope_of, trainer, self, AttentionExplainabilityCallback)
@@ -483,21 +477,10 @@ class AttentionExplainabilityCallback(Callback):
     def _warn_of_nothing(self, trainer: Trainer, found: bool) -> None:
         if not found and not self._run.refusal:
             ever = any(one.classes is not None for one in self._run.evaluations.values())
-            warn(self._run.checks.of_nothing(stage_of(trainer), ever))
+            warn(explain_empty_evaluation(stage_of(trainer), ever), once=f"empty evaluation {ever}")
 
 
 def _attention_axes(trainer: Trainer, module: LightningModule) -> dict[str, TokenAxis]:
     """The axes of the tokens, from the module's or else its data module's attribute ``attention_axes``."""
     holders = module, getattr(trainer, "datamodule", None)
     return next((axes for axes in (getattr(holder, "attention_axes", None) for holder in holders) if axes), {})
-
-
-def _name(setting: Any) -> Any:
-    """A setting with its callables by their names, which are the same in every run."""
-    if isinstance(setting, JointSequence):
-        setting = vars(setting)
-    if isinstance(setting, Mapping):
-        return {name: _name(value) for name, value in setting.items()}
-    if isinstance(setting, Sequence) and not isinstance(setting, str):
-        return [_name(value) for value in setting]
-    return getattr(setting, "__qualname__", type(setting).__qualname__) if callable(setting) else setting

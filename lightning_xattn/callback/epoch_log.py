@@ -13,8 +13,10 @@ from pytorch_lightning import LightningModule, Trainer
 
 from lightning_xattn.callback.monitors import describe_unknown
 from lightning_xattn.callback.run import Run
+from lightning_xattn.callback.schedule import Schedule
 from lightning_xattn.callback.scope import logged_step, moment, stage_of
 from lightning_xattn.core.notices import info, warn
+from lightning_xattn.evaluation.checks import check_fusion, check_layer
 from lightning_xattn.evaluation.classes import name_in_curves
 from lightning_xattn.evaluation.curves import (
     epoch_curves,
@@ -26,6 +28,7 @@ from lightning_xattn.evaluation.curves import (
 )
 from lightning_xattn.evaluation.evaluation import Evaluation
 from lightning_xattn.evaluation.results import DatasetResult, EarlierTest
+from lightning_xattn.evaluation.settings import Settings
 from lightning_xattn.loggers import LoggerWriters
 from lightning_xattn.report import create_explainability_report
 from lightning_xattn.report.figures import (
@@ -59,24 +62,19 @@ class EpochLog:
         What a dataloader and a layer ("": all layers) are called in curves.
     run
         The run that the epoch is of: its monitors, and the curves and layers so far.
-    classes_by
-        Whether the classes are those of the "target" or of the "prediction".
+    settings, schedule
+        Of the callback.
     all_curves
         Whether all curves are logged, and not those alone that are acted on.
-    permutes
-        Whether contributions are measured at all.
-    tests_attention
-        Whether the faithfulness of the attention is tested, now or in another epoch.
     """
 
     trainer: Trainer
     module: LightningModule
     scope: Callable[[int, str], str]
     run: Run
-    classes_by: str
+    settings: Settings
+    schedule: Schedule
     all_curves: bool
-    permutes: bool
-    tests_attention: bool
 
     def log(
         self,
@@ -84,7 +82,6 @@ class EpochLog:
         evaluations: Mapping[int, Evaluation],
         history: Sequence[Record],
         tables: Mapping[str, Path],
-        draws: bool,
     ) -> list[Record]:
         """Log what has ended.
 
@@ -96,8 +93,6 @@ class EpochLog:
             The records since the last fit began.
         tables
             The files of the sample table of this evaluation, by name.
-        draws
-            Whether the loggers get figures, reports and tables, too.
 
         Returns
         -------
@@ -111,9 +106,9 @@ class EpochLog:
         for number, whole in ended.items():
             evaluation = evaluations[number]
             for layer, summary in whole.summaries.items():
-                warn(self.run.checks.of_epoch(layer, summary))
+                warn(check_layer(layer, summary))
             if whole.fusion is not None:
-                info(self.run.checks.of_fusion(whole.fusion))
+                info(check_fusion(whole.fusion))
             if evaluation.shown_classes is None:  # the same ones in every epoch
                 evaluation.shown_classes = whole.largest_classes(SHOWN_CLASSES)
             shown[number] = limit_classes(whole, evaluation.shown_classes)
@@ -123,7 +118,7 @@ class EpochLog:
                 curves |= of_scope if self.all_curves else main_curves(of_scope, scope)
                 others |= of_scope
         self._log_curves(curves, others)
-        writers = self._writers() if draws and any(records.values()) else None
+        writers = self._writers() if any(records.values()) else None
         if writers is not None:
             for number, new in records.items():
                 if new:
@@ -151,14 +146,16 @@ class EpochLog:
     ) -> tuple[list[tuple[str, dict[str, float]]], list[Record]]:
         """By scope the curves of a dataloader; the records of its layers, whose comparisons are over all classes."""
         plain = any(kind.__name__ == "MLFlowLogger" for one in self.trainer.loggers for kind in type(one).__mro__)
-        scope, classes = self.scope(number, ""), name_in_curves(shown.class_names, self.classes_by, plain)
+        scope, classes = self.scope(number, ""), name_in_curves(shown.class_names, self.settings.classes_by, plain)
         by_scope: list[tuple[str, dict[str, float]]] = []
         about: Record = moment(self.trainer) | {"dataloader": number}
         of_fusion: Record = {}
         if shown.fusion is not None and whole.fusion is not None:
             first = next(iter(shown.summaries.values()), None)
-            tested = tuple(first.heads) if first is not None and self.tests_attention else ()
-            curves = fusion_curves(shown.fusion, scope, classes, bool(shown.summaries), self.permutes, tested)
+            ever_tests = self.schedule.ever_tests_attention(self.trainer)
+            tested = tuple(first.heads) if first is not None and ever_tests else ()
+            permutes = self.settings.contribution_samples > 0
+            curves = fusion_curves(shown.fusion, scope, classes, bool(shown.summaries), permutes, tested)
             by_scope.append((scope, curves))
             of_fusion = fusion_record(whole.fusion, scope, curves)
         if not shown.summaries:
@@ -194,7 +191,7 @@ class EpochLog:
 
     def _writers(self) -> LoggerWriters | None:
         is_trial = self.trainer.fast_dev_run or self.trainer.barebones  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
-        if is_trial or not self.trainer.is_global_zero:
+        if is_trial or not self.trainer.is_global_zero or not self.schedule.draws(self.trainer):
             return None
         root = str(self.trainer.default_root_dir)
         writers = LoggerWriters(self.trainer.loggers, Path("." if "://" in root else root) / OUTPUT_FOLDER)
@@ -238,14 +235,14 @@ class EpochLog:
         yield f"xattn_about/{scope}/overview", overview_figure(records, of(records[-1]["layer"]))
         if result.fusion is not None:
             yield from fusion_figures(
-                result.fusion, scope, names, all_names=all_names, classes_by=self.classes_by, context=title
+                result.fusion, scope, names, all_names=all_names, classes_by=self.settings.classes_by, context=title
             )
         for layer in limit_layers(list(result.summaries)):
             yield from epoch_figures(
                 result.summaries[layer],
                 self._layer_scope(number, layer),
                 names,
-                classes_by=self.classes_by,
+                classes_by=self.settings.classes_by,
                 axes=result.axes,
                 context=of(layer),
             )

@@ -22,14 +22,11 @@ def find_processes(trainer: Trainer) -> Processes:
     return Processes(dealt["rank"], dealt["num_replicas"], hold_whole_model)
 
 
-def describe_tensor_parallelism(trainer: Trainer) -> str:
+def describe_tensor_parallelism(trainer: Trainer, processes: Processes) -> str:
     """Why nothing is recorded of a model whose heads or columns may be split among processes; "" if they are not."""
-    if find_processes(trainer) is SINGLE_PROCESS:
+    if processes is SINGLE_PROCESS or processes.count == trainer.world_size:
         return ""
-    dealt: Any = trainer.strategy.distributed_sampler_kwargs  # type: ignore[attr-defined]  # of parallel strategies
-    if dealt["num_replicas"] == trainer.world_size:
-        return ""
-    together = trainer.world_size // dealt["num_replicas"]
+    together = trainer.world_size // processes.count
     return (
         f"{type(trainer.strategy).__name__} runs each sample on {together} processes together (tensor parallelism), so "
         "that each may have a part of the heads. Evaluate the model without tensor parallelism: trainer.validate(...) "

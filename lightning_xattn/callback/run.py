@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_xattn.callback.monitors import Monitor
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.notices import describe_error, warn
-from lightning_xattn.evaluation.checks import Checks
 from lightning_xattn.evaluation.evaluation import Evaluation
 from lightning_xattn.evaluation.settings import Settings
 from lightning_xattn.evaluation.step_recorder import StepRecorder
@@ -36,7 +35,6 @@ class Run:
     """By dataloader."""
     recorder: StepRecorder | None = None
     table: TrainingTable | None = None
-    checks: Checks = field(default_factory=Checks)
     is_recording: bool = False
     """Whether the evaluation that runs is recorded."""
     has_recorded: bool = False

@@ -13,8 +13,6 @@ from lightning_xattn.capture.labels import LabelFinder, Labels, Step
 from lightning_xattn.capture.labels.scores import Scores
 from lightning_xattn.core.attention import AttentionPair, mask_queries
 from lightning_xattn.core.errors import DataError
-from lightning_xattn.core.notices import warn
-from lightning_xattn.evaluation.checks import Checks
 from lightning_xattn.evaluation.step_recorder import Attentions, StepRecorder
 
 
@@ -94,7 +92,7 @@ class BatchResult:
         return cls(tuple(map(AttentionPair.joined, layers)), Labels.joined([part.labels for part in parts]))
 
 
-def read_batch(step: Step, attention: Attentions, finder: LabelFinder, checks: Checks) -> BatchResult:
+def read_batch(step: Step, attention: Attentions, finder: LabelFinder) -> BatchResult:
     """Give a batch with its labels, and without those of its queries that are padding.
 
     Raises
@@ -104,7 +102,6 @@ def read_batch(step: Step, attention: Attentions, finder: LabelFinder, checks: C
     """
     labels = finder.find(step)
     attention = mask_queries(attention, labels.query_mask)
-    warn(checks.of_padding(attention))
     return BatchResult(attention, labels)
 
 

@@ -25,9 +25,9 @@ from lightning_xattn.capture.labels import SEVERAL_LABELS, Step
 from lightning_xattn.core.distributed import NUMBER, SINGLE_PROCESS, Processes
 from lightning_xattn.core.group_keys import group_keys
 from lightning_xattn.core.notices import warn
-from lightning_xattn.evaluation.accumulators import LayerAccumulator, LayerSums, Layout, merge_sums
+from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.batch import BatchResult, read_batch, with_fusion
-from lightning_xattn.evaluation.checks import Checks
+from lightning_xattn.evaluation.checks import explain_refusal
 from lightning_xattn.evaluation.classes import classify, missing_labels, name_classes, own_class_names
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
@@ -59,7 +59,7 @@ class Totals:
         Attention maps of single samples.
     classes : tuple of str or None
         The names of the classes; None before the first batch.
-    layers : dict of str to LayerSums
+    layers : dict of str to LayerAccumulator
         By name.
     repeats : int
         Samples left out because another process had them.
@@ -78,7 +78,7 @@ class Totals:
     kept: KeptSamples
     maps: BottomKSample
     classes: tuple[str, ...] | None = None
-    layers: dict[str, LayerSums] = field(default_factory=dict)
+    layers: dict[str, LayerAccumulator] = field(default_factory=dict)
     repeats: int = 0
     left_out_batches: int = 0
     other_lengths: Counter[str] = field(default_factory=Counter)
@@ -93,7 +93,7 @@ class Totals:
             self.kept + other.kept,
             self.maps + other.maps,
             other.classes if self.classes is None else self.classes,
-            {name: merge_sums(several) for name, several in of_layers.items()},
+            {name: reduce(add, several) for name, several in of_layers.items()},
             self.repeats + other.repeats,
             self.left_out_batches + other.left_out_batches,
             self.other_lengths + other.other_lengths,
@@ -117,8 +117,6 @@ class Evaluation:
         How batches are read.
     module
         Its ``class_names``, if it has any, are used where the settings have none.
-    checks
-        Give each warning once.
     first
         The evaluation of another dataloader that has the same classes; None: they are decided here.
     expects_targets
@@ -146,14 +144,13 @@ class Evaluation:
         self,
         settings: Settings,
         module: object,
-        checks: Checks,
         first: Evaluation | None = None,
         expects_targets: bool = True,
         keeps_maps: bool = False,
         processes: Processes = SINGLE_PROCESS,
     ) -> None:
         self._expects_targets, self._keeps_maps, self._processes = expects_targets, keeps_maps, processes
-        self._settings, self._module, self._checks, self._first = settings, module, checks, first
+        self._settings, self._module, self._first = settings, module, first
         self.finder = settings.finder()
         self.classes: tuple[str, ...] | None = None
         self.shown_classes: tuple[int, ...] | None = None
@@ -175,7 +172,7 @@ class Evaluation:
         DiscoveryError, ShapeError, DataError
             As ``read_batch``, ``StepRecorder.enter`` and ``name_classes``.
         """
-        batch = with_fusion(read_batch(step, attention, self.finder, self._checks), recorder)
+        batch = with_fusion(read_batch(step, attention, self.finder), recorder)
         self._first_layer = recorder.layers[0].name if recorder.layers else ""
         if self.classes is None and self._first is not None:
             self.classes = self._first.classes
@@ -259,9 +256,10 @@ class Evaluation:
         for pair, rows in zip(batch.attention, layers, strict=True):
             statistics = sample_statistics(*rows) | {CONFIDENCE: _or_default(labels.confidence, torch.nan, batch)}
             if pair.layer not in self._accumulators:
-                layout = Layout.of(rows, statistics, n_classes, labels.group_noun)
-                self._accumulators[pair.layer] = LayerAccumulator(layout, batch.device)
-            self._accumulators[pair.layer].update(rows, statistics, classes, outcomes, tied, labels.groups)
+                empty = LayerAccumulator.empty(rows, tuple(statistics), n_classes, labels.group_noun)
+                self._accumulators[pair.layer] = empty
+            sums = self._accumulators[pair.layer].add(rows, statistics, classes, outcomes, tied, labels.groups)
+            self._accumulators[pair.layer] = sums
             undefined = statistics[headline(statistics)].isnan()
             layer = {"undefined": undefined, "layer": pair.layer}
             table.append(about | table_columns(statistics) | layer | ids)
@@ -294,9 +292,7 @@ class Evaluation:
         """Drop classes, predictions and outcomes, as the targets are several labels at once."""
         warn([self.finder.drop_targets()])
         self.classes, self.has_dropped = (), True
-        for layer, accumulator in self._accumulators.items():
-            without = accumulator.sums().without_labels()
-            self._accumulators[layer] = LayerAccumulator.of(without, accumulator.device)
+        self._accumulators = {layer: sums.without_labels() for layer, sums in self._accumulators.items()}
 
     def own_totals(self) -> Totals:
         """Give the sums of this process, to be added to those of others. Waits for a GPU."""
@@ -308,7 +304,7 @@ class Evaluation:
             kept=totals.kept if self._processes is SINGLE_PROCESS else totals.kept.cpu(),
             maps=totals.maps.cpu(),
             classes=self.classes,
-            layers={layer: accumulator.sums().cpu() for layer, accumulator in self._accumulators.items()},
+            layers={layer: sums.cpu() for layer, sums in self._accumulators.items()},
             has_several_labels=several,
             replay_problem=refused,
         )
@@ -337,7 +333,7 @@ class Evaluation:
         """
         parts = [self.own_totals()] if parts is None else parts
         several = any(part.has_several_labels for part in parts)
-        disagree = len({sums.layout.n_classes for part in parts for sums in part.layers.values()}) > 1
+        disagree = len({sums.n_classes for part in parts for sums in part.layers.values()}) > 1
         if several:
             self.drop_targets()
         elif disagree:
@@ -347,8 +343,8 @@ class Evaluation:
         self.totals = totals = reduce(add, parts)
         self.classes = totals.classes
         if not totals.recording_problem:
-            for part in parts:
-                warn(self._checks.of_a_process(part.recording_problem))
+            problems = [part.recording_problem for part in parts if part.recording_problem]
+            warn(map(explain_refusal, problems[:1]), once="process")
         return DatasetResult(
             {layer: LayerSummary(sums) for layer, sums in totals.layers.items()},
             self._summarise_fusion(recorder.fusion, tests_attention, partners) if totals.kept.modalities else None,

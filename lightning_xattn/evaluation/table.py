@@ -188,7 +188,8 @@ def read_columns(folder: Path) -> dict[str, list[Any]]:
     samples: dict[str, list[Any]] = pq.read_table(folder / "samples").to_pydict()
     place = {number: i for i, number in enumerate(samples[NUMBER])}
     places = [place.get(number) for number in rows[NUMBER]]
-    return {name: [None if i is None else one[i] for i in places] for name, one in samples.items()} | rows
+    of_rows: dict[str, list[Any]] = rows
+    return {name: [None if i is None else one[i] for i in places] for name, one in samples.items()} | of_rows
 
 
 def _open_part(path: Path, schema: pa.Schema) -> pq.ParquetWriter:

@@ -102,8 +102,8 @@ def join_samples(parts: Sequence[Any], counts: Sequence[int]) -> Any:
     by_path = [dict(tree_flatten_with_path(part)[0]) for part in parts]
 
     def join(path: Any, first: Any) -> Any:
-        leaves = [part.get(path) for part in by_path]
-        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        leaves = [leaf for part in by_path if isinstance(leaf := part.get(path), Tensor)]
+        if len(leaves) < len(parts):
             return first
         # A model that squeezes its output removes the axis of a single sample.
         pairs = list(zip(leaves, counts, strict=True))

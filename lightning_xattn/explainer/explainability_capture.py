@@ -18,10 +18,10 @@ from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.capture.labels import LabelSetting
 from lightning_xattn.core.attention import TokenAxis, fitting_axes
 from lightning_xattn.core.errors import DataError, DiscoveryError, SettingError, XAttnError, check_whole_number
-from lightning_xattn.core.notices import info, warn
+from lightning_xattn.core.notices import begin_run, info, warn
 from lightning_xattn.core.progress import timed, track
 from lightning_xattn.evaluation.batch import BatchResult, read_batch
-from lightning_xattn.evaluation.checks import Checks
+from lightning_xattn.evaluation.checks import check_directions, check_fusion, check_layer, check_rows
 from lightning_xattn.evaluation.classes import name_classes, own_class_names
 from lightning_xattn.evaluation.evaluation import Evaluation
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch, ExplainedSample
@@ -29,7 +29,7 @@ from lightning_xattn.evaluation.settings import Settings
 from lightning_xattn.explainer.model_runner import ModelRunner, Predict
 from lightning_xattn.explainer.samples import explain_samples, require_finite
 from lightning_xattn.explainer.table import close_table, open_table
-from lightning_xattn.functional import has_single_keys, prepare_rows
+from lightning_xattn.functional import prepare_rows
 
 if TYPE_CHECKING:
     from lightning_xattn.evaluation.table import SampleTable
@@ -122,11 +122,11 @@ class ExplainabilityCapture:
         check_whole_number("top_k", top_k)
         check_whole_number("num_heads", num_heads, optional=True)
         check_whole_number("max_batch_size", max_batch_size, optional=True)
+        begin_run()
         self.model = model
         self.top_k = top_k
         self.class_names = self.settings.class_names or own_class_names(model)
         self.axes = _check_axes(getattr(model, "attention_axes", None) if axes is None else axes)
-        self._checks = Checks()
         self._recorder = self.settings.recorder(model)
         self._runner = ModelRunner(model, self._recorder, predict, max_batch_size, num_heads)
 
@@ -174,7 +174,7 @@ class ExplainabilityCapture:
                         "attention={} turns it off. explain_loader reports probes and contributions without attention."
                     )
                 steps.append(recorded[0])
-                parts.append(require_finite(read_batch(*recorded, finder, self._checks)).cpu())
+                parts.append(require_finite(read_batch(*recorded, finder)).cpu())
         if not parts:
             raise DiscoveryError(
                 "Nothing ran for this batch: the model, or predict, returned None before it called any module. Give a "
@@ -258,7 +258,7 @@ class ExplainabilityCapture:
             raise SettingError(f"partners must be an even number from {PARTNERS} on, or 'all'; got {partners!r}.")
         settings = replace(self.settings, class_names=self.class_names, table=table)
         folder = None if table is None else Path(table)
-        evaluation = Evaluation(settings, None, self._checks, keeps_maps=True)
+        evaluation = Evaluation(settings, None, keeps_maps=True)
         with nullcontext() if folder is None else open_table(folder) as rows, self._runner.recording():
             batches = track(loader, "Explaining the data set") if progress else loader
             token_counts = self._add_batches(batches, evaluation, rows)
@@ -272,11 +272,11 @@ class ExplainabilityCapture:
                 folder = None
             if folder is not None and rows is not None:
                 close_table(rows, folder, explained.fusion)
-        warn(self._checks.of_directions(self._recorder.layers))
+        warn(check_directions(self._recorder.layers), once=True)
         for layer, summary in explained.summaries.items():
-            warn(self._checks.of_epoch(layer, summary))
+            warn(check_layer(layer, summary))
         if explained.fusion is not None:
-            info(self._checks.of_fusion(explained.fusion))
+            info(check_fusion(explained.fusion))
         return replace(explained, axes=fitting_axes(self.axes, token_counts), table=folder)
 
     def _add_batches(self, batches: Iterable[Any], evaluation: Evaluation, table: SampleTable | None) -> dict[str, int]:
@@ -316,11 +316,8 @@ class ExplainabilityCapture:
 
     def _warn(self, batch: BatchResult) -> None:
         for pair in batch.attention:
-            rows = [prepare_rows(attention) for attention in pair.directions]
-            warn(self._checks.of_single_keys(pair.layer, [str(one.direction) for one in rows if has_single_keys(one)]))
-            masked = torch.stack([one.wholly_masked for one in rows]).any(0)
-            warn(self._checks.of_wholly_masked(pair.layer, int(masked.sum()), len(batch)))
-        warn(self._checks.of_doubts(batch.labels.doubts))
+            warn(check_rows(pair.layer, [prepare_rows(attention) for attention in pair.directions]))
+        warn(batch.labels.doubts.values(), once=True)
 
 
 def _check_axes(axes: Any) -> dict[str, TokenAxis]:

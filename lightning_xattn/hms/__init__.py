@@ -13,7 +13,19 @@ except ModuleNotFoundError as error:
 from lightning_xattn.hms.datamodule import HMSDataModule
 from lightning_xattn.hms.module import HMSLightningModule
 from lightning_xattn.hms.montage import CLASSES
+from lightning_xattn.hms.recording_plots import Spectrograms, Traces
 from lightning_xattn.hms.recordings import EEGGeometry, Recordings
+from lightning_xattn.hms.signal_plots import plot_attention_over_signals
 from lightning_xattn.hms.simulator import simulate
 
-__all__ = ["CLASSES", "EEGGeometry", "HMSDataModule", "HMSLightningModule", "Recordings", "simulate"]
+__all__ = [
+    "CLASSES",
+    "EEGGeometry",
+    "HMSDataModule",
+    "HMSLightningModule",
+    "Recordings",
+    "Spectrograms",
+    "Traces",
+    "plot_attention_over_signals",
+    "simulate",
+]

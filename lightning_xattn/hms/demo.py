@@ -1,4 +1,4 @@
-"""The demonstration: simulate, train the reference model with the callback attached, test, and say what came out."""
+"""The demo: simulate, train the reference model with the callback attached, test it, and print a summary."""
 
 from __future__ import annotations
 
@@ -43,37 +43,26 @@ def run_demo(
     epochs: int = 10,
     seed: int = 0,
 ) -> Path:
-    """Train and test the reference model on recordings in the HMS layout, watched by the callback, and print a summary.
+    """Train and test the reference model with the callback attached, and print a summary.
 
     Parameters
     ----------
     out
-        Folder for everything that is written: simulated recordings, features, logs, figures.
+        Folder for simulated recordings, features, logs and figures.
     data
         Folder of recordings. None: only simulated ones.
     train_on
-        "simulated": train on simulated recordings, validate and test on all of ``data``, and test on held-out
-        simulated patients too; then say which number tells what on half as many other recordings, of which every other
-        one is simulated to show another class in the spectrogram than in the EEG. "data": train, validate and test on
-        patients of ``data``; nothing is simulated.
-    samples
-        How many recordings to simulate.
-    epochs
-        How long to train.
+        "simulated": train on simulated recordings; validate and test on all of ``data``, and test on held-out
+        simulated patients too; then compare the scores on half as many other recordings, half of which are simulated
+        to show another class in the spectrogram than in the EEG. "data": train, validate and test on patients of
+        ``data``; nothing is simulated.
+    samples, epochs
+        Number of recordings to simulate, and of epochs to train.
     seed
         Of the simulation, the folds and the weights.
 
-    Returns
-    -------
-    Path
-        The folder to give to ``tensorboard --logdir``.
-
-    Raises
-    ------
-    SettingError
-        If ``train_on`` is not one of ``TRAIN_ON``, or is "data" without any, or a number is out of range.
-    DataError
-        If ``data`` does not hold what it should.
+    Returns the folder to give to ``tensorboard --logdir``. Raises ``SettingError`` or ``DataError`` if a number is out
+    of range, or ``data`` is missing or no folder of recordings.
     """
     if train_on not in TRAIN_ON:
         raise SettingError(f"train_on must be one of {', '.join(TRAIN_ON)}; got {train_on!r}.")
@@ -90,27 +79,27 @@ def run_demo(
         source = Path(data)
     else:
         seconds = int(COMPETITION.seconds if data is None else Recordings.read(data).infer_geometry().seconds)
-        source, held_out = _simulated(out, samples, seconds, seed, disagreeing=0.2), data
+        source, held_out = _simulate(out, samples, seconds, seed, disagreeing=0.2), data
     datamodule = HMSDataModule(source, test_data=held_out, cache_dir=out / "features", seed=seed)
     module = HMSLightningModule()
     # A folder of its own for each run: two runs in one would be drawn as one zigzag curve.
     logs = next(folder for i in count() if not (folder := out / f"run_{i}").exists())
 
-    trainer, watch = _trainer(logs / f"train_on_{train_on}", epochs)
+    trainer, callback = _make_trainer(logs / f"train_on_{train_on}", epochs)
     trainer.fit(module, datamodule=datamodule)
     assert isinstance(trainer.checkpoint_callback, ModelCheckpoint)
     trained_on = training_data(trainer.checkpoint_callback.best_model_path)
-    sections = [_describe_test("Validation", datamodule.test_recordings, "val", trainer, watch)]
+    sections = [_describe_test("Validation", datamodule.test_recordings, "val", trainer, callback)]
     _test(trainer, module, datamodule.test_dataloader(), datamodule.test_recordings)
-    sections.append(_describe_test("Test", datamodule.test_recordings, "test", trainer, watch))
+    sections.append(_describe_test("Test", datamodule.test_recordings, "test", trainer, callback))
     if held_out is not None:
         # A trainer and logs of its own, so that two data sets do not share the names of their curves.
-        trainer, watch = _trainer(logs / "test_on_simulated", epochs)
+        trainer, callback = _make_trainer(logs / "test_on_simulated", epochs)
         _test(trainer, module, datamodule.source_test_dataloader(), datamodule.recordings)
-        sections.append(_describe_test("Test", datamodule.recordings, "test", trainer, watch))
+        sections.append(_describe_test("Test", datamodule.recordings, "test", trainer, callback))
     written = {"Pictures": f"{logs}/*/csv/xattn_*"}
     if train_on == "simulated":
-        folder, root = logs / "disagreeing", _simulated(out, samples // 2, seconds, seed + 1, disagreeing=0.5)
+        folder, root = logs / "disagreeing", _simulate(out, samples // 2, seconds, seed + 1, disagreeing=0.5)
         disagreeing = HMSDataModule(root, test_data=root, cache_dir=out / "features")
         opening, explained = _explain_disagreeing(module, disagreeing, folder)
         explained = replace(explained, trained_on=trained_on)
@@ -121,22 +110,22 @@ def run_demo(
 
     print()
     print_document(Document("What the demo found", sections))
-    # As they are, however long: to be copied.
-    where_it_is = [f"{what}: {where}" for what, where in written.items()]
-    print("", *map(clean, [*where_it_is, f"tensorboard --logdir {logs}"]), sep="\n")
+    # Unwrapped, however long: to be copied.
+    print("", *(clean(f"{what}: {where}") for what, where in written.items()), sep="\n")
+    print(clean(f"tensorboard --logdir {logs}"))
     return logs
 
 
-def _simulated(out: Path, samples: int, eeg_seconds: int, seed: int, disagreeing: float) -> Path:
-    """Simulated recordings; those of an earlier demo with the same settings are taken again."""
+def _simulate(out: Path, samples: int, eeg_seconds: int, seed: int, disagreeing: float) -> Path:
+    """Simulate recordings, unless an earlier demo with the same settings has."""
     folder = out / f"simulated_{samples}_of_{eeg_seconds}s_seed_{seed}_disagreeing_{disagreeing}"
     if folder.exists():
         return folder
     return simulate(folder, samples, eeg_seconds=eeg_seconds, seed=seed, disagreeing=disagreeing)
 
 
-def _trainer(folder: Path, epochs: int) -> tuple[Trainer, AttentionExplainabilityCallback]:
-    watch = AttentionExplainabilityCallback()
+def _make_trainer(folder: Path, epochs: int) -> tuple[Trainer, AttentionExplainabilityCallback]:
+    callback = AttentionExplainabilityCallback()
     # TensorBoard gets the figures as images; the CSV logger has no place for images, so it gets them as files.
     loggers = [
         TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
@@ -145,13 +134,13 @@ def _trainer(folder: Path, epochs: int) -> tuple[Trainer, AttentionExplainabilit
     trainer = Trainer(
         max_epochs=epochs,
         logger=loggers,
-        callbacks=[watch, _Epochs()],
+        callbacks=[callback, _Epochs()],
         log_every_n_steps=1,
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    return trainer, watch
+    return trainer, callback
 
 
 class _Epochs(Callback):
@@ -172,35 +161,35 @@ def _test(trainer: Trainer, module: LightningModule, loader: DataLoader[Any], re
 
 
 def _describe_test(
-    title: str, recordings: Recordings, stage: str, trainer: Trainer, watch: AttentionExplainabilityCallback
+    title: str, recordings: Recordings, stage: str, trainer: Trainer, callback: AttentionExplainabilityCallback
 ) -> Section:
-    metrics, classes_by = trainer.callback_metrics, watch.settings.classes_by
-    fusion = watch.fusion_summaries.get(stage)
+    metrics, classes_by = trainer.callback_metrics, callback.settings.classes_by
+    fusion = callback.fusion_summaries.get(stage)
     scores = Paragraph(
         f"Accuracy {metrics[f'{stage}_acc']:.2f} (chance {1 / len(CLASSES):.2f}), "
         f"macro F1 {metrics[f'{stage}_f1']:.2f}, loss {metrics[f'{stage}_loss']:.2f}."
     )
     of_fusion = [] if fusion is None else describe_fusion(collect_fusion(fusion, CLASSES), classes_by)
-    of_attention = describe_layer(collect_layer("", watch.summaries[stage], CLASSES), classes_by)
+    of_attention = describe_layer(collect_layer("", callback.summaries[stage], CLASSES), classes_by)
     return Section(title, [scores, *of_fusion, *of_attention], f"on {recordings.root.name}")
 
 
 def _describe_fusion(explained: DatasetResult, root: Path) -> list[Section]:
     if explained.fusion is None:
         return []
-    blocks = list(describe_fusion(collect_fusion(explained.fusion, CLASSES), explained.classes_by))
-    return [Section("What each modality says and contributes", blocks, f"on {root.name}")]
+    blocks = [*describe_fusion(collect_fusion(explained.fusion, CLASSES), explained.classes_by)]
+    return [Section("What each modality predicts and contributes", blocks, f"on {root.name}")]
 
 
 def _explain_disagreeing(
     module: HMSLightningModule, datamodule: HMSDataModule, folder: Path
 ) -> tuple[Section, DatasetResult]:
-    """Which number tells what on recordings whose truth is known, and what else is to be said of them."""
+    """Explain recordings whose truth is known; with a section that compares the scores."""
     samples = len(datamodule.test_recordings)
     explainer = ExplainabilityCapture(module, contribution_samples=samples, axes=datamodule.attention_axes)
     explained = explainer.explain_loader(datamodule.test_dataloader(), folder / "table")
     blocks = list(describe_scores(folder / "table", datamodule.test_recordings))
-    return Section("Which number tells what?", blocks), explained
+    return Section("Which score answers which question?", blocks), explained
 
 
 def _write_report(opening: Section, explained: DatasetResult, folder: Path) -> None:

@@ -268,7 +268,7 @@ def test_it_takes_128_samples(infos):
     summary = summary_of(Gazer(), marked_data(127))
     assert math.isnan(summary.faithfulness(THERE).mean)
     assert summary.faithfulness_problem(THERE) == "it takes 128 samples, and 127 were permuted"
-    told = f"The faithfulness of the attention {THERE} and {BACK} cannot be told: it takes 128 samples"
+    told = f"Faithfulness of the attention {THERE} and {BACK} not computed: it takes 128 samples"
     assert infos.text.count(told) == 1
 
 

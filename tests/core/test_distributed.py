@@ -12,7 +12,6 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Tenso
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.core.distributed import SINGLE_PROCESS, unique_sample_indices
 from lightning_xattn.core.errors import XAttnWarning
-from lightning_xattn.evaluation.checks import Checks
 from lightning_xattn.evaluation.evaluation import Evaluation
 from lightning_xattn.evaluation.settings import Settings
 from tests import ddp_run
@@ -141,7 +140,7 @@ def test_repeats_are_those_of_their_own_dataloader():
 def _evaluated(batch):
     """One process's evaluation of a batch, and what recorded it."""
     module, settings = ToyModule().eval(), Settings(contribution_samples=0)
-    recorder, evaluation = settings.recorder(module), Evaluation(settings, module, Checks(), expects_targets=False)
+    recorder, evaluation = settings.recorder(module), Evaluation(settings, module, expects_targets=False)
     with recorder:
         outputs = module(*batch[:2])
     evaluation.add(evaluation.read(*recorder.take(outputs, batch), recorder))
