@@ -271,7 +271,7 @@ class AttentionExplainabilityCallback(Callback):
         """Put the hooks on the model, if this batch is one to record."""
         if self._records(batch_idx):
             assert self._run.recorder is not None
-            with self._run.refusing(self.settings, *RECORDED):
+            with self._run.refusing(self.settings, *RECORDED, dataloader=dataloader_idx):
                 self._run.recorder.__enter__()
 
     def on_validation_batch_end(
