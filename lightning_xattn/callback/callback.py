@@ -396,7 +396,7 @@ class AttentionExplainabilityCallback(Callback):
         """What the recorder has of a step; None if the step may have ended before it ran what is looked for."""
         assert self._run.recorder is not None
         try:
-            return self._run.recorder.take(outputs, batch)
+            return self._run.recorder.collect_step(outputs, batch)
         except DiscoveryError as error:
             is_named = self.settings.attention is not None or self.settings.fusion is not None
             if outputs is not None or self._run.has_recorded or is_named:

@@ -127,6 +127,7 @@ class ExplainabilityCapture:
         self.top_k = top_k
         self.class_names = self.settings.class_names or own_class_names(model)
         self.axes = _check_axes(getattr(model, "attention_axes", None) if axes is None else axes)
+        begin_run()  # a new explainer gives its notices again
         self._recorder = self.settings.recorder(model)
         self._runner = ModelRunner(model, self._recorder, predict, max_batch_size, num_heads)
 

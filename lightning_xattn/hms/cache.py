@@ -94,8 +94,8 @@ def stored_features(
     files = _name_files(recordings, folder)
     folder.mkdir(parents=True, exist_ok=True)
     size = feature_type(geometry).itemsize
-    complete = {entry.name for entry in os.scandir(folder) if entry.stat().st_size == size}
-    missing = [position for position, file in enumerate(files) if file.name not in complete]
+    complete = {file for file in folder.glob("*.features") if file.stat().st_size == size}
+    missing = [position for position, file in enumerate(files) if file not in complete]
     bad_rows = _compute_files(recordings, geometry, files, missing, num_workers) if missing else []
     bad_lines = {bad_row.line for bad_row in bad_rows}
     if len(bad_rows) == len(recordings):

@@ -205,7 +205,7 @@ def test_faithfulness_takes_as_many_samples_as_have_a_partner():
         summary = summary_of(Shortened(), DATA, groups=groups)
     reasons = [summary.faithfulness_problem(direction) for direction in summary.replaced]
     assert reasons
-    assert all("it takes 128 samples, and 0 have several keys and a partner" in reason for reason in reasons)
+    assert all("it needs 128 samples, and 0 have several keys and a partner" in reason for reason in reasons)
 
 
 def test_each_two_of_three_modalities_have_an_interaction():

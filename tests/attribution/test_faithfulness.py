@@ -267,8 +267,8 @@ def test_zero_is_never(infos):
 def test_it_takes_128_samples(infos):
     summary = summary_of(Gazer(), marked_data(127))
     assert math.isnan(summary.faithfulness(THERE).mean)
-    assert summary.faithfulness_problem(THERE) == "it takes 128 samples, and 127 were permuted"
-    told = f"Faithfulness of the attention {THERE} and {BACK} not computed: it takes 128 samples"
+    assert summary.faithfulness_problem(THERE) == "it needs 128 samples, and 127 were permuted"
+    told = f"Faithfulness of the attention {THERE} and {BACK} not computed: it needs 128 samples"
     assert infos.text.count(told) == 1
 
 
@@ -407,4 +407,4 @@ def test_a_regression_has_no_class_to_lose(infos):
     data, _ = said_data(130)
     left, right, target, ids = data.tensors
     summary = summary_of(TwoStreams(outputs=1), TensorDataset(left, right, target.float(), ids), attention=None)
-    assert summary.faithfulness_problem(THERE) == "the predictions are no classes"
+    assert summary.faithfulness_problem(THERE) == "the model predicts no classes"

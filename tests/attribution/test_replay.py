@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.attribution.contribution import _Jobs, _replay_jobs
+from lightning_xattn.attribution.contribution import _Job, _replay_jobs
 from lightning_xattn.attribution.replay import ModelOutput, ReplayError
 from tests.attribution.models import WIDTH, Concatenation, TwoStreams, loader_of, said_data
 from tests.toy import count_global_hooks, count_hooks, quiet_trainer
@@ -283,7 +283,7 @@ def test_intact_pairs_must_give_their_logits_back_within_rounding(precision, off
     replay = Replays()
     replay.precision = precision
     every = torch.arange(8)
-    jobs = [_Jobs(every, every, frozenset()), _Jobs(every, every.roll(1), frozenset({0}))]
+    jobs = [_Job(every, every, frozenset()), _Job(every, every.roll(1), frozenset({0}))]
     places = {"left": None, "right": None}
     if kept:
         found, whole = _replay_jobs(source, places, jobs, replay, torch.arange)

@@ -143,7 +143,7 @@ def _evaluated(batch):
     recorder, evaluation = settings.recorder(module), Evaluation(settings, module, expects_targets=False)
     with recorder:
         outputs = module(*batch[:2])
-    evaluation.add(evaluation.read(*recorder.take(outputs, batch), recorder))
+    evaluation.add(evaluation.read(*recorder.collect_step(outputs, batch), recorder))
     return evaluation, recorder
 
 

@@ -101,7 +101,7 @@ def test_where_groups_are_found_and_what_they_are_called(by_patient, columns, se
 def test_intervals_are_by_group(by_patient, tmp_path):
     summary, _ = watched({"patient_ids": PATIENTS}, table=tmp_path)
     assert summary.group_noun == "patients"
-    rows = pq.read_table(tmp_path).to_pylist()
+    rows = pq.read_table(tmp_path / "attention").to_pylist()
     assert sorted(int(row["group"]) for row in rows) == sorted(PATIENTS)
     values = [row["alignment"] for row in rows]
     groups = [row["group"] for row in rows]
@@ -348,7 +348,7 @@ def test_the_explainer_gives_the_callbacks_intervals(by_patient, tmp_path):
         assert (summary.group_noun, summary.groups()) == ("patients", 7)
         assert summary.interval(ALIGNMENT) == pytest.approx(expected.interval(ALIGNMENT), abs=1e-6)
         assert summary.compare(ENTROPY).low == pytest.approx(expected.compare(ENTROPY).low, abs=1e-4)
-    assert set(pq.read_table(tmp_path)["group"].to_pylist()) == {str(i) for i in PATIENTS}
+    assert set(pq.read_table(tmp_path / "attention")["group"].to_pylist()) == {str(i) for i in PATIENTS}
 
 
 @pytest.mark.parametrize("begun", [{}, {"patient_ids": PATIENTS}], ids=["without", "with"])
