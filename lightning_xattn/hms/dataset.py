@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -90,6 +90,6 @@ def graph_batches(
     return windows
 
 
-def keep_batch(batch: HMSBatch) -> HMSBatch:
+def keep_batch(batch: Any) -> Any:
     """Return a loaded batch as it is: `HMSDataset` reads whole batches, so there is nothing to collate."""
     return batch
