@@ -39,8 +39,8 @@ def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
     assert [re.sub(r" \d+ s$", "", line) for line in stages.splitlines() if "Training" not in line] == [
         *("Simulating 150 recordings:", "Computing the features of 150 recordings:"),
         "Testing on simulated_150_of_50s_seed_0_disagreeing_0.2:",
-        *("Simulating 75 recordings:", "Computing the features of 75 recordings:", "Explaining 75 samples:"),
-        *("Summing up:", "Drawing figures:", "Writing the report:"),
+        *("Simulating 75 recordings:", "Computing the features of 75 recordings:", "Explaining the data set:"),
+        *("Computing contributions and summaries:", "Drawing figures:", "Writing the report:"),
     ]
     epochs = r"Training, epoch (\d) of 6 \(validation: accuracy 0\.\d\d, loss \d\.\d\d\): \d+ s"
     assert re.findall(epochs, stages) == list("123456")

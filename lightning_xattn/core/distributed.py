@@ -1,4 +1,4 @@
-"""What several processes need: everybody's sums, and no sample counted twice."""
+"""What an evaluation on several processes needs: the sums of all, and no sample counted twice."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ Value = TypeVar("Value")
 
 
 NUMBER = "sample_idx"
-"""The column of the sample table that says which sample, from 0 on, of its process and evaluation a row is of."""
+"""The column of the sample table with a sample's number, from 0 on, in its process and evaluation."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that run an evaluation together, as one of them sees them; by default it is alone."""
+    """The processes that run an evaluation together, as one of them sees them; by default a single one."""
 
     rank: int = 0
-    """Which part of the data this one has."""
+    """The number of this process, which has a part of the data of its own."""
     count: int = 1
-    """How many parts there are."""
     hold_whole_model: bool = True
     """Whether each process holds the whole model; else all of them must run it at once, equally often."""
 
@@ -43,10 +42,10 @@ SINGLE_PROCESS = Processes()
 
 
 def unique_sample_indices(loaders: Any, dataloader_idx: int, batch_idx: int, batch_size: int) -> range | None:
-    """Where the samples of a batch stand in the data set, without those that another process has.
+    """The indices in the data set of a batch's samples, without those that another process has.
 
-    ``DistributedSampler`` deals samples out in turn and starts over when they run out: at its end a batch may have
-    samples that are there only to give every process equally many.
+    ``DistributedSampler`` deals samples out in turn and starts over when they run out: the last batches may repeat
+    samples so that every process has the same number.
 
     Parameters
     ----------
@@ -73,8 +72,8 @@ def unique_sample_indices(loaders: Any, dataloader_idx: int, batch_idx: int, bat
         return None
     whole_batch = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     if whole_batch is None:
-        return None  # the place of a sample is not known
+        return None  # the indices are not known
     step = sampler.num_replicas
     first = batch_idx * whole_batch * step + sampler.rank
-    places = range(first, first + batch_size * step, step)
-    return places[: sum(place < len(sampler.dataset) for place in places)]  # type: ignore[arg-type]  # a sized dataset, or it could not deal it out
+    indices = range(first, first + batch_size * step, step)
+    return indices[: sum(index < len(sampler.dataset) for index in indices)]  # type: ignore[arg-type]  # a sized dataset, or it could not deal it out

@@ -38,7 +38,6 @@ from lightning_xattn.functional.probe import (
 from lightning_xattn.functional.rows import (
     ROW_STATISTICS,
     Rows,
-    Weights,
     cross_modal_mass,
     effective_keys,
     effective_share,
@@ -72,7 +71,6 @@ __all__ = [
     "Rows",
     "Separation",
     "TopPair",
-    "Weights",
     "additive_fit",
     "additive_projection",
     "alignment",

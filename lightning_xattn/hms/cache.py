@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from lightning_xattn.core.errors import DataError
 from lightning_xattn.core.files import complete_or_absent
-from lightning_xattn.core.progress import Stage
+from lightning_xattn.core.progress import track
 from lightning_xattn.hms.features import FEATURE_VERSION, eeg_features, feature_type, spectrogram_features
 from lightning_xattn.hms.recordings import EEGGeometry, Recordings
 from lightning_xattn.hms.table import BadRow, RowError
@@ -146,15 +146,12 @@ def _compute_files(
     ]
     workers = min(_count_cores(), len(missing) // _ROWS_PER_PROCESS) if num_workers is None else num_workers
     bad_rows: list[BadRow] = []
-    with (
-        Stage(f"Computing the features of {len(missing)} recordings", len(missing)) as stage,
-        closing(_run_tasks(tasks, geometry, min(workers, len(tasks)))) as results,
-    ):
-        for (rows, _), found in zip(tasks, results, strict=True):
+    title = f"Computing the features of {len(missing)} recordings"
+    with closing(_run_tasks(tasks, geometry, min(workers, len(tasks)))) as results:
+        for found in track(results, title, len(tasks)):
             if found and recordings.on_bad_row == "raise":
                 raise RowError(found[0])
             bad_rows += found
-            stage.advance(len(rows))
     return sorted(bad_rows, key=lambda bad_row: bad_row.line)
 
 

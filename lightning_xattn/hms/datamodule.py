@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.core.errors import DataError, SettingError
 from lightning_xattn.core.notices import info, warn
-from lightning_xattn.explainer.training import GROUPS, IDS
+from lightning_xattn.explainer.checkpoint import TRAINING_GROUPS, TRAINING_IDS
 from lightning_xattn.hms.cache import StoredFeatures, stored_features
 from lightning_xattn.hms.dataset import HMSBatch, HMSDataset, keep_batch
 from lightning_xattn.hms.features import spectrogram_spans
@@ -159,7 +159,7 @@ class HMSDataModule(LightningDataModule):
         """The ids and patients of the training samples, for the checkpoint; `training_data` reads them."""
         rows = [self.recordings.rows[i] for i in self._find_training_rows()]
         ids, patients = zip(*((row.label_id, row.patient_id) for row in rows), strict=True)
-        return {IDS: torch.tensor(ids), GROUPS: torch.tensor(patients)}
+        return {TRAINING_IDS: torch.tensor(ids), TRAINING_GROUPS: torch.tensor(patients)}
 
     def train_dataloader(self) -> DataLoader[HMSBatch]:
         """Return ``data`` but for its two held-out folds, shuffled anew each epoch."""

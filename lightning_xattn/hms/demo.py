@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -16,7 +17,7 @@ from lightning_xattn.callback import AttentionExplainabilityCallback
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.files import complete_or_absent
 from lightning_xattn.core.names import clean
-from lightning_xattn.core.progress import Stage
+from lightning_xattn.core.progress import report_time, timed
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.explainer import ExplainabilityCapture, training_data
 from lightning_xattn.hms.datamodule import HMSDataModule
@@ -146,25 +147,16 @@ class _Epochs(Callback):
     """A line for each epoch of a fit."""
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        title = f"Training, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
-        self._stage = Stage(title, int(trainer.num_training_batches))
-        self._stage.__enter__()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self._stage.advance()
+        self._started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         accuracy, loss = (float(trainer.callback_metrics[name]) for name in ("val_acc", "val_loss"))
-        self._stage.title += f" (validation: accuracy {accuracy:.2f}, loss {loss:.2f})"
-        self._stage.__exit__(None, None, None)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "_stage"):
-            self._stage.__exit__(type(exception), exception, None)
+        epoch = f"Training, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
+        report_time(f"{epoch} (validation: accuracy {accuracy:.2f}, loss {loss:.2f})", self._started)
 
 
 def _test(trainer: Trainer, module: LightningModule, loader: DataLoader[Any], recordings: Recordings) -> None:
-    with Stage(f"Testing on {recordings.root.name}"):
+    with timed(f"Testing on {recordings.root.name}"):
         trainer.test(module, loader, verbose=False)
 
 
@@ -203,9 +195,9 @@ def _explain_disagreeing(
 def _write_report(opening: Section, explained: DatasetResult, folder: Path) -> None:
     facts = collect_facts(explained)
     assert facts["kind"] == "dataset"
-    with Stage("Drawing figures"):
+    with timed("Drawing figures"):
         save_dataset_figures(explained, folder / "figures")
-    with Stage("Writing the report"):
+    with timed("Writing the report"):
         create_explainability_report(explained, folder / "report.html")
         document = dataset_document(facts)
         document = replace(document, sections=[opening, *document.sections])

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from lightning_xattn.core.errors import DataError
 from lightning_xattn.core.names import clean
-from lightning_xattn.core.progress import Stage
+from lightning_xattn.core.progress import timed, track
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch
 from lightning_xattn.explainer import ExplainabilityCapture, load_checkpoint, training_data
 from lightning_xattn.hms.datamodule import HMSDataModule
@@ -73,24 +73,22 @@ def run_explain(
     explained = replace(explainer.explain_loader(loader, table=out / "table"), trained_on=training_data(checkpoint))
     for suffix in (".txt", ".md", ".json"):
         create_explainability_report(explained, out / f"report{suffix}")
-    with Stage("Drawing figures"):
+    with timed("Drawing figures"):
         save_dataset_figures(explained, out / "figures")
 
     dataset = loader.dataset
     assert isinstance(dataset, HMSDataset)
-    chosen = _choose_samples(explained, out / "table")
+    chosen = _choose_samples(explained, out / "table/attention")
     results = explainer.explain_batch(dataset.__getitems__(chosen), among=explained)
     for sample, place in zip(results["per_sample_explanations"], chosen, strict=True):
         sample["sample_idx"] = place  # in the data, as in the table
     create_explainability_report(results, out / "samples.txt")
     pictures: dict[str, list[Path]] = {}
-    with Stage(f"Drawing {len(chosen)} recordings", len(chosen)) as stage:
-        for i, sample in enumerate(results["per_sample_explanations"]):
-            _draw_sample(results, i, datamodule, out / "samples", montage)
-            # Only the signals: the page has the maps already.
-            pictures[str(sample["sample_id"])] = [out / "samples" / str(sample["sample_id"]) / "signals.png"]
-            stage.advance()
-    with Stage("Writing the report"):
+    for i, sample in enumerate(track(results["per_sample_explanations"], f"Drawing {len(chosen)} recordings")):
+        _draw_sample(results, i, datamodule, out / "samples", montage)
+        # Only the signals: the page has the maps already.
+        pictures[str(sample["sample_id"])] = [out / "samples" / str(sample["sample_id"]) / "signals.png"]
+    with timed("Writing the report"):
         create_explainability_report(explained, out / "report.html", pictures=pictures)
     print()
     print_report(explained)
@@ -107,7 +105,7 @@ def _choose_samples(explained: DatasetResult, table: Path) -> list[int]:
     """
     columns = pq.read_table(table, columns=["sample_idx", "target", "correct"]).to_pydict()
     known: set[int] = set()
-    if explained.fusion is not None and not explained.fusion.uncontributed:
+    if explained.fusion is not None and not explained.fusion.contribution_problem:
         known = set(explained.fusion.sample_numbers[explained.fusion.numbers["followed"].isfinite()].tolist())
     first: dict[tuple[int | None, bool | None], int] = {}
     rows = sorted(zip(*columns.values(), strict=True), key=lambda row: (row[0] not in known, row[0]))

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy import fft, signal
 
 from lightning_xattn.core.errors import DataError, SettingError
-from lightning_xattn.core.progress import Stage
+from lightning_xattn.core.progress import track
 from lightning_xattn.hms.columns import SPECTROGRAM_COLUMNS, TIME
 from lightning_xattn.hms.montage import (
     CLASSES,
@@ -149,11 +149,8 @@ def simulate(
         (folder / "train_spectrograms").mkdir()
         write = partial(_write_sample, folder, eeg_seconds)
         with ThreadPoolExecutor(_WORKERS) as pool:
-            rows = []
-            with Stage(f"Simulating {n_samples} recordings", n_samples) as stage:
-                for row in pool.map(write, _plan(n_samples, disagreeing, seed)):
-                    rows.append(row)
-                    stage.advance()
+            written = pool.map(write, _plan(n_samples, disagreeing, seed))
+            rows = list(track(written, f"Simulating {n_samples} recordings", n_samples))
         with (folder / "train.csv").open("w", newline="") as file:
             table = csv.DictWriter(file, rows[0], lineterminator="\n")
             table.writeheader()

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from lightning_xattn.core.group_keys import group_keys
 from lightning_xattn.core.wording import decimal, say_interval
+from lightning_xattn.evaluation.table import read_columns
 from lightning_xattn.functional import grouped_separation, score_bins
 from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import Recordings
@@ -26,7 +26,7 @@ def describe_scores(table: Path, recordings: Recordings) -> Iterator[Block]:
 
     ``table`` is the folder that ``explain_loader`` wrote of simulated ``recordings``.
     """
-    columns = pq.read_table(table).to_pydict()
+    columns = read_columns(table)
     rows = [recordings.by_label_id[int(one)] for one in columns["sample_id"]]
     eeg, spec = (
         torch.tensor([CLASSES.index(row.extra[column]) for row in rows])

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_xattn.core.attention import Direction, TokenAxis, fitting_axes
 from lightning_xattn.core.names import shown
 from lightning_xattn.core.wording import decimal, name_modality
-from lightning_xattn.evaluation.fusion_samples import SampleModalities, of_sample
+from lightning_xattn.evaluation.fusion_samples import SampleModalities, describe_modalities
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch
 from lightning_xattn.functional import lift_map, prepare_rows
@@ -56,7 +56,7 @@ def entries_of_dataset(result: DatasetResult, pictures: Pictures) -> Iterator[Sa
             outcome = {CORRECT: True, INCORRECT: False}.get(int(fusion.outcomes[i]))
             name = f"{number} of process {rank}" if several else str(number)
             more = [*_maps_of(result, (rank, number)), *_shrunk(pictures, name)]
-            yield _entry(place, name, of_sample(fusion, i, result.class_names), outcome, {}, more)
+            yield _entry(place, name, describe_modalities(fusion, i, result.class_names), outcome, {}, more)
 
 
 def _listed(samples: Iterable[Item], has_maps: Callable[[Item], bool]) -> list[Item]:
@@ -68,7 +68,7 @@ def _listed(samples: Iterable[Item], has_maps: Callable[[Item], bool]) -> list[I
 
 def _sentences(fusion: FusionSummary, class_names: Sequence[str]) -> Iterator[tuple[int, SampleModalities]]:
     for i, number in enumerate(fusion.sample_numbers.tolist()):
-        yield number, of_sample(fusion, i, class_names)
+        yield number, describe_modalities(fusion, i, class_names)
 
 
 def _entry_of_row(
@@ -113,7 +113,7 @@ def _entry(
         said.true or "",
         _OUTCOMES[correct],
         {"confidence": said.confidence, "conflict": said.conflict, "share": share, **numbers},
-        str(said) if said.says or said.contributions else "",
+        str(said) if said.probes or said.contributions else "",
         pictures=pictures,
         training=training,
     )

@@ -8,7 +8,12 @@ from typing import Literal, TypedDict
 
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.wording import by_reason, decimal, name_modality, percent, say_interval
-from lightning_xattn.evaluation.fusion_samples import NONE_MOSTLY, SampleModalities, most_conflicting, of_sample
+from lightning_xattn.evaluation.fusion_samples import (
+    NONE_MOSTLY,
+    SampleModalities,
+    describe_modalities,
+    most_conflicting,
+)
 from lightning_xattn.evaluation.fusion_summary import Estimate, FusionSummary
 from lightning_xattn.evaluation.layer_summary import Comparison
 from lightning_xattn.evaluation.results import EarlierTest
@@ -121,8 +126,8 @@ def collect_fusion(
     summary: FusionSummary, class_names: Sequence[str], earlier_test: EarlierTest | None = None
 ) -> FusionFacts:
     """What is said of the modalities, as numbers; ``earlier_test`` as in ``DatasetResult``."""
-    told = not summary.uncontributed
-    of_classes = told and not summary.of_value
+    told = not summary.contribution_problem
+    of_classes = told and not summary.is_regression
     subsets: list[tuple[Literal["all", "class", "outcome"], str, int | None, int | None]] = [("all", "all", None, None)]
     subsets += [("class", name, class_id, None) for class_id, name in enumerate(class_names)]
     subsets += [("outcome", name, None, outcome) for name, outcome in (("correct", CORRECT), ("incorrect", INCORRECT))]
@@ -131,16 +136,16 @@ def collect_fusion(
         "samples": summary.samples,
         "groups": summary.known_groups,
         "group_noun": summary.group_noun,
-        "left_out": summary.left_out,
+        "left_out": summary.nonfinite,
         "largest_class": summary.largest_class,
         "modalities": [
             {
                 "name": name,
                 "probe_accuracy": summary.estimate(f"right/{name}"),
-                "unreadable": summary.unreadable.get(name, ""),
+                "unreadable": summary.probe_problems.get(name, ""),
                 "contribution": summary.estimate(f"phi/{name}") if of_classes else None,
                 "share": summary.share(name) if of_classes else None,
-                "size": summary.size(name) if told and summary.of_value else None,
+                "size": summary.size(name) if told and summary.is_regression else None,
             }
             for name in summary.modalities
         ],
@@ -156,7 +161,7 @@ def collect_fusion(
             for group, name, *which in subsets
         ],
         "probe_right": summary.estimate("probe_right"),
-        "uncontributed": summary.uncontributed,
+        "uncontributed": summary.contribution_problem,
         "interactions": {name: summary.estimate(name) for name in summary.interactions},
         "emap_accuracy": summary.estimate("additive_right") if of_classes else None,
         "model_accuracy": summary.estimate("model_right") if of_classes else None,
@@ -167,7 +172,7 @@ def collect_fusion(
                 "faithfulness": summary.faithfulness(direction),
                 "reference": summary.faithfulness(direction, "reference"),
                 "cost": summary.estimate(f"cost/{direction}"),
-                "unfaithful": summary.unfaithful(direction),
+                "unfaithful": summary.faithfulness_problem(direction),
                 "without_reference": one.without_reference,
                 "at_attention": one.at_attention,
             }
@@ -175,7 +180,7 @@ def collect_fusion(
         ],
         "earlier_test": earlier_test,
         "conflicting": [
-            {"sample_idx": int(summary.sample_numbers[i]), "modalities": of_sample(summary, i, class_names)}
+            {"sample_idx": int(summary.sample_numbers[i]), "modalities": describe_modalities(summary, i, class_names)}
             for i in most_conflicting(summary)
         ],
         "verdict": [],
@@ -221,7 +226,7 @@ def _say_most(shares: Mapping[str, Estimate], noun: str | None) -> str:
 
 
 def _say_earlier(test: EarlierTest) -> str:
-    said = [_say_shown(one, *values, test.unfaithful[one]) for one, values in test.faithfulness.items()]
+    said = [_say_shown(one, *values, test.problems[one]) for one, values in test.faithfulness.items()]
     return f"Shows: not tested in this epoch; of epoch {test.epoch}, the last one that was: {'; '.join(said)}."
 
 

@@ -177,9 +177,9 @@ def _describe_interpretation(sample: SampleFacts) -> Iterator[tuple[str, str, Se
 def _contradict_agreement(sample: SampleFacts, high: Sequence[Criterion], low: Sequence[Criterion]) -> str:
     """Why a pattern of agreement is none of the modalities' classes, where these say the opposite; else empty."""
     modalities = sample.get("modalities")
-    if modalities is None or len(modalities.says) < 2:
+    if modalities is None or len(modalities.probes) < 2:
         return ""
-    said = {name for name, _ in modalities.says.values()}
+    said = {name for name, _ in modalities.probes.values()}
     if all(one.met for one in high) and len(said) > 1:
         return " (of their attention: by themselves the modalities say different classes)"
     if all(one.met for one in low) and len(said) == 1:

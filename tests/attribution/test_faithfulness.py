@@ -226,8 +226,10 @@ def test_what_is_bypassed_is_not_told(infos):
     summary = summary_of(Gazer(used=0.0))
     assert math.isnan(summary.faithfulness(THERE).mean)
     assert math.isnan(summary.faithfulness(THERE, "reference").mean)
-    assert summary.unfaithful(THERE).startswith("bypassed: it costs 0.000 (95 % CI ± less than 0.001) to replace")
-    assert not summary.unfaithful(BACK)
+    assert summary.faithfulness_problem(THERE).startswith(
+        "bypassed: it costs 0.000 (95 % CI ± less than 0.001) to replace"
+    )
+    assert not summary.faithfulness_problem(BACK)
 
 
 @pytest.mark.filterwarnings("ignore:.*did not run")
@@ -265,8 +267,8 @@ def test_zero_is_never(infos):
 def test_it_takes_128_samples(infos):
     summary = summary_of(Gazer(), marked_data(127))
     assert math.isnan(summary.faithfulness(THERE).mean)
-    assert summary.unfaithful(THERE) == "it takes 128 samples, and 127 were permuted"
-    told = f"The faithfulness of the attention {THERE} and {BACK} cannot be told: it takes 128 samples"
+    assert summary.faithfulness_problem(THERE) == "it needs 128 samples, and 127 were permuted"
+    told = f"Faithfulness of the attention {THERE} and {BACK} not computed: it needs 128 samples"
     assert infos.text.count(told) == 1
 
 
@@ -326,8 +328,8 @@ def test_a_report_says_from_which_epoch_its_faithfulness_is(tmp_path, infos):
     trainer.fit(Fitted(), loader, loader)
     tested, last = watch.history
     assert (tested["epoch"], last["epoch"]) == (0, 1)
-    assert tested["unfaithful"] == {str(THERE): "", str(BACK): ""}
-    assert "unfaithful" not in last
+    assert tested["faithfulness_problems"] == {str(THERE): "", str(BACK): ""}
+    assert "faithfulness_problems" not in last
     name = f"faithfulness/{THERE}"
     low, value, high = (tested[f"{name}{end}"] for end in ("_low", "", "_high"))
     assert low < value < high
@@ -343,8 +345,8 @@ def test_a_report_says_from_which_epoch_its_faithfulness_is(tmp_path, infos):
 
 def test_an_earlier_test_that_told_nothing_is_said_to_have_told_nothing():
     history = [
-        {"epoch": 3, "unfaithful": {"left_to_right": ""}, "faithfulness/left_to_right": 0.5},
-        {"epoch": 7, "unfaithful": {"left_to_right": "bypassed: why"}},
+        {"epoch": 3, "faithfulness_problems": {"left_to_right": ""}, "faithfulness/left_to_right": 0.5},
+        {"epoch": 7, "faithfulness_problems": {"left_to_right": "bypassed: why"}},
         {"epoch": 8},
     ]
     assert EarlierTest.find(history[2:]) is None
@@ -405,4 +407,4 @@ def test_a_regression_has_no_class_to_lose(infos):
     data, _ = said_data(130)
     left, right, target, ids = data.tensors
     summary = summary_of(TwoStreams(outputs=1), TensorDataset(left, right, target.float(), ids), attention=None)
-    assert summary.unfaithful(THERE) == "the predictions are no classes"
+    assert summary.faithfulness_problem(THERE) == "the model predicts no classes"

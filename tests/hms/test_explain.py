@@ -35,7 +35,7 @@ def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(hms_che
     report = (tmp_path / "report.txt").read_text()
     assert report in capsys.readouterr().out
     facts = json.loads((tmp_path / "report.json").read_text())
-    table = pd.read_parquet(tmp_path / "table")
+    table = pd.read_parquet(tmp_path / "table/attention")
     assert sorted(table["sample_id"].astype(int)) == list(range(3001, 3021))
     layer = facts["layers"][0]
     (everyone,) = (group for group in layer["groups"] if group["name"] == "all")
@@ -88,7 +88,7 @@ def test_recordings_that_cannot_be_used_are_left_out_and_said(hms_checkpoint, ma
     (data / "train_eegs/102.parquet").unlink()
     with pytest.warns(UserWarning, match="Left out 1 of 5 rows.*missing file"):
         run_explain(hms_checkpoint, data, tmp_path / "out")
-    assert len(pd.read_parquet(tmp_path / "out/table")) == 4
+    assert len(pd.read_parquet(tmp_path / "out/table/attention")) == 4
 
 
 def test_what_is_no_checkpoint_is_said(hms_checkpoint, iiic_irr, tmp_path, capsys):
