@@ -164,7 +164,7 @@ def test_a_process_that_records_nothing_is_named():
     evaluation, recorder = _evaluated(toy_data(5)[:])
     other, _ = _evaluated(toy_data(5)[:])
     other.totals.recording_problem, other.totals.left_out_batches = "No cross-attention ran.", 3
+    parts = [evaluation.own_totals(), other.own_totals()]
     with pytest.warns(XAttnWarning, match="One of several processes records nothing.*No cross-attention ran"):
-        parts = [evaluation.own_totals(), other.own_totals()]
         evaluation.summarise(recorder, tests_attention=False, parts=parts)
     assert evaluation.totals.left_out_batches == 3
