@@ -23,7 +23,7 @@ explainer = ExplainabilityCapture(model, axes=model.attention_axes or datamodule
 
 # The whole data set: one row per recording in the table, classes and outcomes in the report.
 explained = explainer.explain_loader(loader, table=out / "table")
-print(create_explainability_report(explained, out / "report.txt"))
+print(create_explainability_report(explained, out / "report.md"))
 (out / "figures").mkdir(exist_ok=True)
 for name, figure in dataset_figures(explained):
     figure.savefig(out / "figures" / f"{name}.png")

@@ -37,7 +37,7 @@ def explain_model(
         ``package.module:Class`` of a LightningDataModule that is made without arguments, or ``package.module:name`` of
         one that is made already.
     out
-        Gets ``report.html``, ``.txt``, ``.md`` and ``.json``, ``figures/`` and ``table/``.
+        Gets ``report.html``, ``.md`` and ``.json``, ``figures/`` and ``table/``.
     trust_checkpoint
         Whether code in the checkpoint may run, see ``load_checkpoint``.
 
@@ -65,7 +65,7 @@ def explain_model(
     with Stage("Drawing figures"):
         save_dataset_figures(explained, out / "figures")
     with Stage("Writing the report"):
-        for suffix in (".html", ".txt", ".md", ".json"):
+        for suffix in (".html", ".md", ".json"):
             create_explainability_report(explained, out / f"report{suffix}")
     print()
     print_report(explained)
