@@ -22,9 +22,10 @@ from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.curves import epoch_curves
 from lightning_xattn.evaluation.evaluation import Evaluation
 from lightning_xattn.evaluation.layer_summary import LayerSummary
+from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.evaluation.statistics import STATISTICS, Column, Statistic, sample_statistics
 from lightning_xattn.loggers import WRITERS, LoggerWriter
-from lightning_xattn.report.facts import collect_layer
+from lightning_xattn.report.facts import collect_facts
 from tests.toy import ToyModule, quiet_trainer, toy_loader, validate
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +89,8 @@ def test_a_statistic_is_one_entry(monkeypatch, tmp_path):
     np.testing.assert_allclose(np.stack(table["audio_to_text_second_heads"]), expected, rtol=1e-5)
     summary = watch.summaries["val"]
     assert summary.mean(Column.parse("audio_to_text/second/head_2")) == pytest.approx(float(expected[:, 2].mean()))
-    facts = collect_layer("layer", summary, watch.settings.class_names or [])
+    result = DatasetResult({"layer": summary}, None, (), "target", {}, None)
+    (facts,) = collect_facts(result)["layers"]
     assert facts["groups"][0]["numbers"]["audio_to_text/second"]["mean"] == pytest.approx(float(expected.mean()))
 
 

@@ -37,7 +37,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 def test_example_analysis(run, hms_checkpoint, iiic_irr, tmp_path):
     printed = run("example_analysis.py", hms_checkpoint, iiic_irr, tmp_path)
     assert "- Samples: 20" in printed
-    assert (tmp_path / "report.txt").read_text() in printed
+    assert (tmp_path / "report.md").read_text() in printed
     assert "# " in (tmp_path / "samples.md").read_text()
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         *("map_eeg_to_spec.png", "map_spec_to_eeg.png", "entropy_by_head.png", "alignment_by_outcome.png"),

@@ -117,7 +117,7 @@ def test_a_batch_of_a_data_set_that_was_explained(explained):
             assert found.followed == (leads[0] if leads else None)
     assert said > 8
     report = " ".join(create_explainability_report(results).split())
-    assert f"Modalities: {results['per_sample_explanations'][0]['modalities']}" in report
+    assert f"**Modalities:** {results['per_sample_explanations'][0]['modalities']}" in report
     told = json.loads(create_explainability_report(results, format="json"))["per_sample_explanations"][0]["modalities"]
     assert told["says"]["left"][0] in NAMES
     assert all(one["modalities"] is None for one in explainer.explain_batch(batch)["per_sample_explanations"])

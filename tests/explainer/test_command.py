@@ -72,7 +72,7 @@ def test_a_model_of_ones_own(mine, datamodule, capsys):
     arguments = ["explain", "--checkpoint", "toy.ckpt", "--model", "mine:Logging", "--datamodule", datamodule]
     assert main([*arguments, "--out", "explained"]) == 0
     out = mine / "explained"
-    assert (out / "report.txt").read_text() in capsys.readouterr().out
+    assert (out / "report.md").read_text() in capsys.readouterr().out
     assert (out / "report.html").read_text().count('<details class="sample') == 30
     assert json.loads((out / "report.json").read_text())["layers"][0]["samples"] == 30
     module, (audio, text, target) = ToyModule.load_from_checkpoint("toy.ckpt"), toy_data(30, seed=3).tensors

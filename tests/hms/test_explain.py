@@ -36,7 +36,7 @@ def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(
 ):
     arguments = ["explain", "--checkpoint", str(hms_checkpoint), "--data", str(iiic_irr), "--out", str(tmp_path)]
     assert main(arguments) == 0
-    report = (tmp_path / "report.txt").read_text()
+    report = (tmp_path / "report.md").read_text()
     assert report in capsys.readouterr().out
     facts = json.loads((tmp_path / "report.json").read_text())
     table = pd.read_parquet(tmp_path / "table")
@@ -44,7 +44,6 @@ def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(
     layer = facts["layers"][0]
     (everyone,) = (group for group in layer["groups"] if group["name"] == "all")
     assert everyone["numbers"]["alignment"]["mean"] == pytest.approx(table["alignment"].mean(), abs=1e-6)
-    assert (tmp_path / "report.md").read_text().startswith("# ")
     assert len(list((tmp_path / "figures").glob("*.png"))) == 8
 
     first = table.sort_values("sample_idx").groupby(["target", "correct"])["sample_id"].first()
@@ -53,12 +52,12 @@ def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(
         files = {path.name for path in (tmp_path / "samples" / name).iterdir()}
         assert files == {"signals.png", "attention.png", "alignment.png", "heads.png"}
         place = int(table.set_index("sample_id")["sample_idx"][name])
-        assert f"Sample {place} (id {name})" in (tmp_path / "samples.txt").read_text()
+        assert f"Sample {place} (id {name})" in (tmp_path / "samples.md").read_text()
 
     before = (tmp_path / "table").stat().st_mtime_ns
     request.getfixturevalue("without_pictures")
     assert main(arguments) == 0  # a finished folder is read back
-    assert (tmp_path / "report.txt").read_text() == report
+    assert (tmp_path / "report.md").read_text() == report
     assert (tmp_path / "table").stat().st_mtime_ns == before
 
 
@@ -111,7 +110,7 @@ def test_fusions_without_windows_have_no_seconds(fusion, make_folder, tmp_path, 
     run_explain(tmp_path / "other.ckpt", make_folder(rows=table_rows(2)), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out/samples").rglob("*.png")}
     assert names == {"attention.png", "alignment.png", "heads.png"}
-    described = (tmp_path / "out/samples.txt").read_text()
+    described = (tmp_path / "out/samples.md").read_text()
     assert "s from the labelled moment" not in described
     assert ("EEG region" in described) == (fusion == "regional")
     assert "There is no attention over the signals" in capsys.readouterr().out
