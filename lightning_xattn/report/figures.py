@@ -213,7 +213,9 @@ def fusion_figures(
     known &= numbers["conflict"].isfinite() & numbers["confidence"].isfinite()
     if known.any():
         compared = {score: summary.compare(score) for score in ("confidence", "conflict")}
-        claims = {score: f"AUROC {format_auroc(one)}" for score, one in compared.items() if math.isfinite(one.auroc)}
+        claims = {
+            score: f"{score}: AUROC {format_auroc(one)}" for score, one in compared.items() if math.isfinite(one.auroc)
+        }
         figure = plot_conflict(
             numbers["conflict"][known],
             numbers["confidence"][known],

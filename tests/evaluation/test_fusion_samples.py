@@ -226,29 +226,6 @@ def test_no_sentence_contradicts_the_prediction(confidence, true):
     assert followed
 
 
-@pytest.mark.parametrize(
-    ("agreement", "says", "remark"),
-    [
-        (
-            0.9,
-            ("GPD", "LPD"),
-            "high modality agreement (of their attention: by themselves the modalities say different",
-        ),
-        (0.1, ("GPD", "GPD"), "low modality agreement (of their attention: by themselves the modalities all say GPD)"),
-        (0.9, ("GPD", "GPD"), "high modality agreement\n"),
-        (0.1, ("GPD", "LPD"), "low modality agreement\n"),
-        (0.5, ("GPD", "LPD"), "none of the guide's four\n"),
-    ],
-)
-def test_agreement_of_attention_is_none_of_the_modalities(explained, agreement, says, remark):
-    explainer, loader, _ = explained
-    results = explainer.explain_batch(next(iter(loader)))
-    (one, *_) = results["per_sample_explanations"]
-    one["modality_agreement"] = agreement
-    one["modalities"] = sample(says={"eeg": (says[0], 0.7), "spec": (says[1], 0.7)})
-    assert remark in create_explainability_report(results, format="markdown")
-
-
 def test_a_class_without_a_name_is_told_by_its_number(explained):
     fusion = explained[2].fusion
     first = int((fusion.predicted == 1).nonzero()[0])
