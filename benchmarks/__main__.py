@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.capture import recording
 from benchmarks.explain import explain_loader, peak_memory_of_explaining
@@ -24,7 +25,7 @@ from benchmarks.numpy_loop import numpy_loop
 from benchmarks.timing import median_seconds, quartiles_of_ratios, times_in_turns
 from benchmarks.validate import BATCH, balanced, one_batch, validate
 from lightning_xattn import Attention, Direction
-from lightning_xattn.evaluation.accumulators import LayerAccumulator, Layout
+from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.statistics import sample_statistics
 from lightning_xattn.functional import cross_fitted_probe, prepare_rows
 from lightning_xattn.hms import HMSDataModule, HMSLightningModule
@@ -43,7 +44,7 @@ def statistics_of_a_batch() -> None:
     classes, outcomes = torch.arange(BATCH) % 6, torch.arange(BATCH) % 2
     tied = torch.zeros(BATCH, dtype=torch.bool)
     first = [prepare_rows(attention) for attention in pair]
-    accumulator = LayerAccumulator(Layout.of(first, sample_statistics(*first), 6))
+    accumulator = LayerAccumulator.empty(first, tuple(sample_statistics(*first)), 6)
 
     def softmax() -> None:
         there.softmax(-1)
@@ -54,14 +55,16 @@ def statistics_of_a_batch() -> None:
 
     def numbers_and_sums() -> None:
         rows = [prepare_rows(attention) for attention in pair]
-        accumulator.update(rows, sample_statistics(*rows), classes, outcomes, tied)
+        accumulator.add(rows, sample_statistics(*rows), classes, outcomes, tied)
 
     arrays = [attention.weights.numpy() for attention in pair]
     one, all_numbers, with_sums, vectors = median_seconds(
         softmax, numbers, numbers_and_sums, lambda: numpy_loop(*arrays), repeats=50
     )
     (loops,) = median_seconds(lambda: reference_loop(*(array[:1] for array in arrays)), repeats=3)
-    size = sum(state.numel() * state.element_size() for state in accumulator.sums().states.values())
+    size = sum(
+        state.numel() * state.element_size() for state in tree_leaves(vars(accumulator)) if torch.is_tensor(state)
+    )
     print(f"statistics of one batch ({BATCH} x {HEADS} x {EEG} x {SPEC}, both directions); one softmax = 1")
     print(f"  all per-sample numbers            {all_numbers / one:6.2f}     (aim: at most 6)")
     print(f"  the same, added to the sums       {with_sums / one:6.2f}")
@@ -77,7 +80,6 @@ def reference_loop(there: NDArray[np.float32], back: NDArray[np.float32]) -> Non
     """The same numbers by the tests' slow reference."""
     for x, y in zip(there, back, strict=True):
         reference.alignment(x, y)
-        reference.alignment_interaction(x, y)
         for weights in (x, y):
             reference.row_statistics(weights)
             reference.query_selectivity(weights)

@@ -1,4 +1,4 @@
-"""Features of the HMS recordings: rows a second, over what plain scipy calls, row after row in one process, give."""
+"""Features of the HMS recordings: rows a second, relative to plain scipy calls, row after row in one process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from threadpoolctl import ThreadpoolController
 from benchmarks.timing import median_seconds
 from lightning_xattn.hms import simulate
 from lightning_xattn.hms.cache import stored_features
-from lightning_xattn.hms.features import EEG_BANDS, eeg_features, fill_gaps, spectrogram_features
+from lightning_xattn.hms.features import EEG_BANDS, eeg_features, spectrogram_features
+from lightning_xattn.hms.missing import fill_gaps
 from lightning_xattn.hms.montage import EEG_EDGES, EEG_RATE
 from lightning_xattn.hms.recordings import COMPETITION, Recordings
 
@@ -25,7 +26,7 @@ ROWS_A_SPECTROGRAM = 10
 
 
 def plain_eeg_features(microvolts: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What `eeg_features` gives, up to its ends, as one would write it, and as it once was."""
+    """Compute `eeg_features`, up to the filter's ends, with plain scipy."""
     finite, _ = fill_gaps(microvolts)
     band_pass = signal.butter(4, (0.5, 50.0), "bandpass", fs=EEG_RATE, output="sos")
     sections = np.concatenate([band_pass, signal.tf2sos(*signal.iirnotch(60.0, 30, fs=EEG_RATE))])
@@ -45,8 +46,8 @@ def plain_eeg_features(microvolts: NDArray[np.float32]) -> tuple[NDArray[np.floa
     return powers, (unit @ unit.swapaxes(-1, -2) / unit.shape[-1])[:, sources, targets]
 
 
-def as_in_the_competition(folder: Path, spectrograms: int) -> Path:
-    """A folder with ten rows of each recording."""
+def simulate_competition(folder: Path, spectrograms: int) -> Path:
+    """Simulate a folder with ten rows of each recording."""
     simulated = simulate(folder / "simulated", spectrograms)
     with (simulated / "train.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -62,16 +63,16 @@ def as_in_the_competition(folder: Path, spectrograms: int) -> Path:
     return simulated
 
 
-def row_after_row(recordings: Recordings) -> None:
-    """As it was before: in one process, with as many threads as the products of matrices take."""
+def compute_each_row(recordings: Recordings) -> None:
+    """Compute row after row in one process, with all threads for products of matrices."""
     for row in recordings:
         plain_eeg_features(recordings.eeg(row, COMPETITION))
         spectrogram_features(recordings.spectrogram(row))
 
 
-def one_thread(call: Callable[[], object]) -> Callable[[], None]:
-    """The same with one thread for products of matrices, as in the processes that compute features."""
-    threads = ThreadpoolController()  # to look for the libraries takes longer than what is measured
+def limit_to_one_thread(call: Callable[[], object]) -> Callable[[], None]:
+    """Wrap a call to take one thread for products of matrices, as the processes that compute features do."""
+    threads = ThreadpoolController()  # made once: it takes longer than the call
 
     def limited() -> None:
         with threads.limit(limits=1, user_api="blas"):
@@ -81,31 +82,31 @@ def one_thread(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def features(spectrograms: int = 24) -> None:
-    """Print rows a second, before, and with 1 and 2 processes, measured in turns."""
+    """Print rows a second with plain scipy, in this process and with 2 more, measured in turns."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        recordings = Recordings.read(as_in_the_competition(folder, spectrograms))
+        recordings = Recordings.read(simulate_competition(folder, spectrograms))
 
         def build(workers: int) -> None:
             stored_features(recordings, COMPETITION, folder / "cache", workers)
             shutil.rmtree(folder / "cache")
 
         before, one, two = median_seconds(
-            lambda: row_after_row(recordings), lambda: build(1), lambda: build(2), repeats=3
+            lambda: compute_each_row(recordings), lambda: build(0), lambda: build(2), repeats=3
         )
         eeg = recordings.eeg(recordings.rows[0], COMPETITION)
         plain, alone, ours = median_seconds(
             lambda: plain_eeg_features(eeg),
-            one_thread(lambda: plain_eeg_features(eeg)),
-            one_thread(lambda: eeg_features(eeg, COMPETITION)),
+            limit_to_one_thread(lambda: plain_eeg_features(eeg)),
+            limit_to_one_thread(lambda: eeg_features(eeg, COMPETITION)),
             repeats=40,
         )
     rows = len(recordings)
     print(
         f"features of {rows} rows of 50 s, {ROWS_A_SPECTROGRAM} of each spectrogram; row after row in plain scipy = 1"
     )
-    print(f"  rows a second with 1 process      {before / one:6.2f}")
-    print(f"  with 2 processes                  {before / two:6.2f}")
+    print(f"  rows a second in this process     {before / one:6.2f}")
+    print(f"  with 2 more, and their start      {before / two:6.2f}")
     print(f"  rows a second                     {rows / before:.0f} before, {rows / one:.0f} and {rows / two:.0f}")
     print(f"  EEG features of a row             {plain / ours:6.2f}     times as fast (aim: at least 2)")
     print(f"  the same, both with one thread    {alone / ours:6.2f}")

@@ -30,21 +30,13 @@ def one_direction(weights: Array) -> list[Any]:
     ]
 
 
-def double_centred(values: Array) -> Array:
-    return (
-        values - values.mean(-1, keepdims=True) - values.mean(-2, keepdims=True) + values.mean((-1, -2), keepdims=True)
-    )
-
-
 def numpy_loop(there: Array, back: Array) -> list[Any]:
     """All per-sample numbers of a batch, ``(batch, heads, queries, keys)`` and its opposite."""
     numbers = []
     for x, y in zip(there, back.swapaxes(-1, -2), strict=True):
-        pairs = zip(double_centred(np.log(x)), double_centred(np.log(y)), strict=True)
         numbers.append(
             [
                 np.corrcoef(x.mean(0).ravel(), y.mean(0).ravel())[0, 1],
-                np.mean([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in pairs]),
                 *one_direction(x),
                 *one_direction(y.swapaxes(-1, -2)),
             ]

@@ -24,7 +24,6 @@ from lightning_xattn.functional import (
     Game,
     Rows,
     alignment,
-    alignment_interaction,
     alignment_null,
     conflict,
     contribution_shares,
@@ -221,27 +220,6 @@ def draw_null(figure_axes: list[list[Axes]]) -> Drawn:
     )
 
 
-def draw_interaction(figure_axes: list[list[Axes]]) -> Drawn:
-    """Alignment of key preferences alone, and of which query goes with which key."""
-    popular = 2 * random(1, 14, seed=5).expand(9, 14)
-    scores = 1.5 * random(9, 14, seed=6)
-    cases = (
-        (popular + 0.5 * random(9, 14, seed=7), 2 * random(1, 9, seed=9) + 0.5 * random(14, 9, seed=8)),
-        (scores, scores.T + 4 * random(1, 9, seed=9)),
-    )
-    values = []
-    for axes, (there, back) in zip(figure_axes, cases, strict=True):
-        both = rows_of(there.softmax(-1)[None]), rows_of(back.softmax(-1)[None], FORWARD.opposite)
-        values.append(float(alignment_interaction(*both)))
-        draw_map(axes[0], both[0].weights[0, 0], "Spec", "EEG")
-        draw_map(axes[1], both[1].weights[0, 0].T, "Spec", "")
-        axes[0].set_title("EEG asks", fontsize=9)
-        axes[1].set_title("Spec asks", fontsize=9)
-    return name_halves(
-        figure_axes, "interaction form", values, ("popular tokens alone", "the same pairs, under popular tokens")
-    )
-
-
 def draw_entropy(figure_axes: list[list[Axes]]) -> Drawn:
     """One query's weights over twelve keys."""
     values = []
@@ -338,7 +316,6 @@ PICTURES: Mapping[str, tuple[Callable[[list[list[Axes]]], Drawn], int]] = {
     "faithfulness": (draw_faithfulness, 1),
     "alignment": (draw_alignment, 2),
     "null": (draw_null, 2),
-    "interaction": (draw_interaction, 2),
     "entropy": (draw_entropy, 1),
     "head_diversity": (draw_heads, 3),
     "query_selectivity": (draw_selectivity, 1),

@@ -18,7 +18,7 @@ if name not in CLASSES:
     sys.exit(f"No class {name}: expected one of {', '.join(CLASSES)}.")
 datamodule = HMSDataModule(data, test_data=data)
 model = load_checkpoint(HMSLightningModule, checkpoint)
-axes = model.attention_axes or datamodule.attention_axes
+axes = datamodule.attention_axes
 explainer = ExplainabilityCapture(model, axes=axes, classes_by="prediction")
 explained = explainer.explain_loader(datamodule.test_dataloader())
 summary, which = explained.headline, CLASSES.index(name)

@@ -1,4 +1,4 @@
-"""Do correct and incorrect predictions differ in alignment or entropy, and is that more than the classes' doing?
+"""Do correct and incorrect predictions differ in alignment or entropy, also within classes?
 
 python examples/correct_vs_incorrect.py CHECKPOINT DATA
 """
@@ -24,11 +24,11 @@ for score in (ALIGNMENT, ENTROPY):
         interval = "too few for an interval" if math.isnan(low) else f"95 % CI {low:.3f} to {high:.3f}"
         patients = summary.groups(score, outcome=outcome)
         print(f"  {name}: mean {mean:.3f} ({interval}, n = {n} of {patients} {summary.group_noun})")
-    # Classes differ in accuracy and in attention, and that alone makes a gap: the gap within classes is free of it.
+    # Classes differ in accuracy and in attention, which alone makes a gap; the gap within classes leaves that out.
     found = summary.compare(score)
     print(f"  gap {found.gap:+.3f}, within classes {found.class_adjusted_gap:+.3f}")
     if math.isnan(found.auroc):
         groups = f"{found.correct_groups} and {found.incorrect_groups} {summary.group_noun}"
-        print(f"  {found.correct} correct and {found.incorrect} incorrect, of {groups}, are too few to claim anything")
+        print(f"  {found.correct} correct and {found.incorrect} incorrect, of {groups}, are too few for an AUROC")
     else:
-        print(f"  AUROC {found.auroc:.2f} ({found.low:.2f} to {found.high:.2f}); 0.5: it does not tell them apart")
+        print(f"  AUROC {found.auroc:.2f} ({found.low:.2f} to {found.high:.2f}); 0.5: it does not separate them")

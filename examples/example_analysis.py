@@ -19,7 +19,7 @@ datamodule = HMSDataModule(data, test_data=data, cache_dir=out / "features")
 loader = datamodule.test_dataloader()
 
 # The data know when their windows begin and end (a model may know its regions): so pairs and figures have places.
-explainer = ExplainabilityCapture(model, axes=model.attention_axes or datamodule.attention_axes)
+explainer = ExplainabilityCapture(model, axes=datamodule.attention_axes)
 
 # The whole data set: one row per recording in the table, classes and outcomes in the report.
 explained = explainer.explain_loader(loader, table=out / "table")

@@ -1,4 +1,4 @@
-"""Explain a two-modality model of your own: no HMS part, nothing but torch.
+"""Explain your own model of two modalities, with torch alone.
 
 python examples/explain_own_model.py OUT
 """
@@ -50,6 +50,6 @@ explainer = ExplainabilityCapture(
     class_names=["rain", "wind", "sea"],
     axes={"audio": TokenAxis("Audio (s)", spans=[(i, i + 1) for i in range(30)])},
 )
-print(create_explainability_report(explainer.explain_loader(loader), out / "report.md", format="text"))
+print(create_explainability_report(explainer.explain_loader(loader), out / "report.md"))
 results = explainer.explain_batch(next(iter(loader)))
 plot_modality_alignment(results["attention"][0], axes=results["axes"], save_path=out / "alignment.png")

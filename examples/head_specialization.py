@@ -1,4 +1,4 @@
-"""Which heads look at what, and which head of one direction goes with which of the other?
+"""What does each head attend to, and which head of one direction matches which of the other?
 
 python examples/head_specialization.py CHECKPOINT DATA OUT.png
 """
@@ -14,7 +14,7 @@ from lightning_xattn.visualizations import plot_head_alignment_matrix
 checkpoint, data, picture = sys.argv[1:]
 model = load_checkpoint(HMSLightningModule, checkpoint)
 datamodule = HMSDataModule(data, test_data=data)
-explainer = ExplainabilityCapture(model, axes=model.attention_axes or datamodule.attention_axes)
+explainer = ExplainabilityCapture(model, axes=datamodule.attention_axes)
 results = explainer.explain_batch(next(iter(datamodule.test_dataloader())))
 
 
@@ -30,9 +30,9 @@ for direction, heads in head_wise_attention_analysis(results["attention_dict"]).
         asks, looked_at, weight = found["top_pairs"][0]
         print(
             f"  head {head}: entropy {found['specialization_score']:.3f} (0: one key, 1: uniform), query selectivity "
-            f"{found['query_selectivity']:.3f} (0: all queries attend alike); most from {place(query, asks)} to "
-            f"{place(key, looked_at)}, weight {weight:.3f}"
+            f"{found['query_selectivity']:.3f} (0: the same attention from all queries); most from "
+            f"{place(query, asks)} to {place(key, looked_at)}, weight {weight:.3f}"
         )
 
-# Heads of the two directions share no parameters: which goes with which is found, not given by their numbers.
+# Heads of the two directions share no parameters, so their numbers do not pair them; the figure does.
 plot_head_alignment_matrix(results["attention"][0], save_path=picture)

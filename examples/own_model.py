@@ -1,4 +1,4 @@
-"""Your own two-modality model under the callback: no HMS part, nothing but Lightning and torch."""
+"""Your own model of two modalities with the callback, with Lightning and torch alone."""
 
 import pytorch_lightning as pl
 import torch
@@ -11,7 +11,7 @@ from lightning_xattn import AttentionExplainabilityCallback
 class Fusion(nn.Module):
     def __init__(self):
         super().__init__()
-        # Modules named <a>_to_<b>... are found by themselves: queries from <a>, keys from <b>.
+        # Modules with a name like <a>_to_<b> are found automatically: queries from <a>, keys from <b>.
         self.audio_to_text_attn = nn.MultiheadAttention(64, 4, batch_first=True)
         self.text_to_audio_attn = nn.MultiheadAttention(64, 4, batch_first=True)
 

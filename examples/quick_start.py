@@ -1,8 +1,8 @@
-"""A minute's start: two modalities that mostly name the same thing, and what the callback finds where they do not.
+"""A quick start: an image and a caption that mostly name the same thing, and what the callback finds if they differ.
 
-The data are made up, and what is to be found is planted: an image shows one of four things, a caption names one, and in
-three of ten samples they differ. The label is then that of either, by a coin, so no model can know it. AttentionMode
-how correct and incorrect predictions part in alignment and in conflict::
+The data are simulated: an image shows one of four things, a caption names one, and in three of ten samples they differ.
+The label is then that of either, at random, so no model can know it. Watch how alignment and conflict of correct and
+incorrect predictions separate::
 
     python examples/quick_start.py && tensorboard --logdir quick_start
 """
@@ -19,8 +19,8 @@ THINGS = ["cat", "dog", "bird", "fish"]
 PATCHES, WORDS, WIDTH = 12, 8, 32
 
 
-def made_up(samples: int, seed: int) -> TensorDataset:
-    """Tokens of images and captions: one of each says the thing, the others say nothing."""
+def simulate(samples: int, seed: int) -> TensorDataset:
+    """Tokens of images and captions: one token of each is the thing, the others are noise."""
     make = torch.Generator().manual_seed(seed)
     looks = nn.functional.one_hot(torch.arange(len(THINGS)), WIDTH).float()
     shown = torch.randint(len(THINGS), (samples,), generator=make)
@@ -38,7 +38,7 @@ def made_up(samples: int, seed: int) -> TensorDataset:
 
 
 class Matching(pl.LightningModule):
-    """Cross-attention in both directions, which begins with looking for tokens that are alike."""
+    """Cross-attention in both directions, initialised so that tokens attend to similar tokens."""
 
     class_names = THINGS
 
@@ -83,6 +83,6 @@ if __name__ == "__main__":
     )
     trainer.fit(
         Matching(),
-        DataLoader(made_up(2000, 0), batch_size=64, shuffle=True),
-        DataLoader(made_up(500, 1), batch_size=64),
+        DataLoader(simulate(2000, 0), batch_size=64, shuffle=True),
+        DataLoader(simulate(500, 1), batch_size=64),
     )

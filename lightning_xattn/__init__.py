@@ -1,32 +1,23 @@
-"""AttentionMode how a multi-modal model's modalities attend to each other.
+"""Explain multi-modal models: what each modality knows and contributes, and how the modalities attend to each other.
 
 ``AttentionExplainabilityCallback`` goes into a Lightning ``Trainer``; ``ExplainabilityCapture`` explains a trained
-model and ``create_explainability_report`` says what it found; ``AttentionRecorder`` records any model.
+model and ``create_explainability_report`` reports what it found; ``AttentionRecorder`` records any model.
 
 Examples in docstrings take ``torch``, ``pathlib.Path``, Lightning's ``Trainer`` and the package's public names.
 ``model`` is one of audio and text, ``batch`` has 5 samples for it, and ``loader`` 23.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from lightning_xattn.callback import callback as _callback
-from lightning_xattn.capture import AttentionRecorder, JointSequence
-from lightning_xattn.core.attention import Attention, AttentionPair, Direction, TokenAxis
-from lightning_xattn.core.errors import XAttnError, XAttnWarning
-from lightning_xattn.explainer import ExplainabilityCapture
-from lightning_xattn.report import create_explainability_report
-from lightning_xattn.report.criteria import interpret_sample
 
 if TYPE_CHECKING:
     from lightning_xattn.callback.callback import AttentionExplainabilityCallback
-else:
-
-    def __getattr__(name: str) -> Any:
-        # Asked for each time, as lightning.pytorch may be imported meanwhile, whose command line takes it by its name.
-        if name == "AttentionExplainabilityCallback":
-            return _callback.of_both_namespaces()
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+    from lightning_xattn.capture import AttentionRecorder, JointSequence
+    from lightning_xattn.core.attention import Attention, AttentionPair, Direction, TokenAxis
+    from lightning_xattn.core.errors import XAttnError, XAttnWarning
+    from lightning_xattn.explainer import ExplainabilityCapture
+    from lightning_xattn.report import create_explainability_report
+    from lightning_xattn.report.criteria import interpret_sample
 
 __all__ = [
     "Attention",
@@ -44,3 +35,29 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Attention": "core.attention",
+    "AttentionExplainabilityCallback": "callback.callback",
+    "AttentionPair": "core.attention",
+    "AttentionRecorder": "capture",
+    "Direction": "core.attention",
+    "ExplainabilityCapture": "explainer",
+    "JointSequence": "capture",
+    "TokenAxis": "core.attention",
+    "XAttnError": "core.errors",
+    "XAttnWarning": "core.errors",
+    "create_explainability_report": "report",
+    "interpret_sample": "report.criteria",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: torch and Lightning take seconds."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_MODULES[name]}")
+    if name == "AttentionExplainabilityCallback":
+        # Each time, as lightning.pytorch may be imported meanwhile, whose command line finds the callback by this name.
+        module.join_imported_namespaces()
+    return getattr(module, name)

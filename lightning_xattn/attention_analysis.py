@@ -1,8 +1,8 @@
 """The guide's analyser: statistics of attention tensors, from the same functions that the callback calls.
 
-Everything here takes weights as a tensor ``(batch, heads, queries, keys)``, of which every token counts as real, or as
-an ``Attention``, which knows its masks: ``results["attention"]`` of the explainer holds these. Rows that are not
-attention (not finite, or not summing to 1) are left out; undefined is NaN.
+Weights are a tensor ``(batch, heads, queries, keys)``, in which every token counts as real, or an ``Attention``, which
+has its masks: ``results["attention"]`` of the explainer holds these. Rows that are not attention (not finite, or not
+summing to 1) are left out; an undefined number is NaN.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from lightning_xattn.evaluation.results import AttentionStatistics
 from lightning_xattn.functional import (
     ROW_STATISTICS,
     Rows,
-    TopPair,
     alignment,
     has_single_keys,
     head_top_pairs,
@@ -57,9 +56,9 @@ class HeadAnalysis(TypedDict):
     """The head's entropy, in [0, 1]: lower is more specialised."""
     attention_stats: AttentionStatistics
     effective_keys: float
-    """How many keys a row really uses, in [1, K]."""
+    """The number of keys that a row uses, in [1, K]."""
     query_selectivity: float
-    """In [0, 1]; 0: every query attends alike, the head is a fixed pooling."""
+    """In [0, 1]; 0: all queries have the same attention, so the head is a fixed pooling."""
     top_pairs: list[tuple[int, int, float]]
     """(query, key, weight) of the head's mean map, the largest weight first."""
 
@@ -70,12 +69,12 @@ class AttentionAnalyzer:
     Parameters
     ----------
     num_heads
-        How many heads the weights must have; None: any number.
+        The number of heads that the weights must have; None: any number.
 
     Raises
     ------
     SettingError
-        If ``num_heads`` is no whole number >= 1; from the methods, if the weights are neither a tensor nor an
+        If ``num_heads`` is no whole number >= 1. The methods raise it if the weights are neither a tensor nor an
         ``Attention``, or have another number of heads.
 
     Examples
@@ -102,11 +101,11 @@ class AttentionAnalyzer:
         return AttentionStatistics.of_batch(rows)
 
     def get_top_attention_pairs(self, weights: Weights, top_k: int = 5) -> list[tuple[int, int, float]]:
-        """(query, key, weight) of the mean over batch and heads, the largest weight first; fewer where there are."""
+        """(query, key, weight) of the mean over batch and heads, the largest weight first; at most ``top_k``."""
         check_whole_number("top_k", top_k)
         rows = self._rows(weights)
         _warn_of({"These weights": rows}, of_single_keys=False)  # the only pair is the top one
-        return _without_lift(top_pairs(rows, top_k))
+        return [pair[:3] for pair in top_pairs(rows, top_k)]
 
     def compute_attention_entropy(self, weights: Weights, per_head: bool = False) -> float | dict[int, float]:
         """Entropy in [0, 1], averaged over rows and samples: the mean over heads, or ``{head: entropy}``."""
@@ -115,10 +114,10 @@ class AttentionAnalyzer:
         entropy = ROW_STATISTICS["entropy"](rows)
         if per_head:
             return dict(enumerate(entropy.cpu().double().nanmean(0).tolist()))
-        return _mean_over_samples(entropy)
+        return float(entropy.nanmean(1).cpu().double().nanmean())
 
     def compare_modality_agreement(self, eeg_to_spec: Weights, spec_to_eeg: Weights) -> float:
-        """As ``compute_modality_alignment``."""
+        """The same as ``compute_modality_alignment``."""
         for weights in (eeg_to_spec, spec_to_eeg):
             self._rows(weights)
         return compute_modality_alignment(eeg_to_spec, spec_to_eeg)
@@ -132,16 +131,16 @@ class AttentionAnalyzer:
 def head_wise_attention_analysis(
     attention_dict: Mapping[str, Weights], num_heads: int | None = None, top_k: int = 5
 ) -> dict[str, dict[int, HeadAnalysis]]:
-    """Analyse each head of each direction by itself.
+    """The analysis of each head of each direction.
 
     Parameters
     ----------
     attention_dict
         Weights by direction, ``{"eeg_to_spec": ..., "spec_to_eeg": ...}``; a second layer's as ``<layer>/<direction>``.
     num_heads
-        How many heads each direction must have; None: as many as it has.
+        The number of heads that each direction must have; None: any number.
     top_k
-        How many pairs to name.
+        The number of pairs to name.
 
     Returns
     -------
@@ -188,19 +187,19 @@ def extract_attention_statistics(attention_dict: Mapping[str, Weights]) -> dict[
 
 
 def compute_modality_alignment(eeg_to_spec: Weights, spec_to_eeg: Weights) -> float:
-    """Alignment of the two directions, averaged over the samples of which it is defined.
+    """Alignment of the two directions, averaged over the samples for which it is defined.
 
-    Pearson correlation of the head-averaged maps, one of them transposed; ``functional.alignment`` has it by sample.
+    Pearson correlation of the head-averaged maps, one of them transposed; ``functional.alignment`` gives it by sample.
 
     Parameters
     ----------
     eeg_to_spec, spec_to_eeg
-        The two directions, whatever the modalities are called.
+        The two directions, of any modalities.
 
     Returns
     -------
     float
-        In [-1, 1]; NaN where no sample defines it, as with a single key.
+        In [-1, 1]; NaN if it is defined for no sample, as with a single key.
 
     Raises
     ------
@@ -225,8 +224,8 @@ _NAMES = tuple(AttentionStatistics.__dataclass_fields__)
 
 
 def _analyse_heads(rows: Rows, top_k: int) -> dict[int, HeadAnalysis]:
-    wanted = (*_NAMES, "effective_keys")
-    values = {name: ROW_STATISTICS[name](rows).cpu().double().nanmean(0).tolist() for name in wanted}
+    names = (*_NAMES, "effective_keys")
+    values = {name: ROW_STATISTICS[name](rows).cpu().double().nanmean(0).tolist() for name in names}
     selectivity = query_selectivity(rows).cpu().double().nanmean(0).tolist()
     return {
         head: {
@@ -234,19 +233,10 @@ def _analyse_heads(rows: Rows, top_k: int) -> dict[int, HeadAnalysis]:
             "attention_stats": AttentionStatistics(**{name: values[name][head] for name in _NAMES}),
             "effective_keys": values["effective_keys"][head],
             "query_selectivity": selectivity[head],
-            "top_pairs": _without_lift(pairs),
+            "top_pairs": [pair[:3] for pair in pairs],
         }
         for head, pairs in enumerate(head_top_pairs(rows, top_k))
     }
-
-
-def _mean_over_samples(of_heads: Tensor) -> float:
-    """Mean of ``(batch, heads)`` over heads, then samples, of what is defined."""
-    return float(of_heads.nanmean(1).cpu().double().nanmean())
-
-
-def _without_lift(pairs: list[TopPair]) -> list[tuple[int, int, float]]:
-    return [pair[:3] for pair in pairs]
 
 
 def _as_attention(weights: Weights, name: str = "query_to_key") -> Attention:
@@ -261,7 +251,7 @@ def _as_attention(weights: Weights, name: str = "query_to_key") -> Attention:
 
 
 def _warn_of(prepared: Mapping[str, Rows], of_single_keys: bool = True) -> None:
-    """Warn of what makes numbers undefined, each thing once."""
+    """Warn of rows that make numbers undefined, once for all directions."""
     broken = [name for name, rows in prepared.items() if rows.broken.any()]
     single = [name for name, rows in prepared.items() if of_single_keys and has_single_keys(rows)]
     warn(f"{' and '.join(names)} {what}" for names, what in ((broken, BROKEN_ROWS), (single, SINGLE_KEYS)) if names)

@@ -12,19 +12,20 @@ from typing import Literal
 
 from lightning_xattn import XAttnError, __version__
 from lightning_xattn.core.errors import SettingError
-from lightning_xattn.core.progress import printed_stages
+from lightning_xattn.core.progress import printed_times
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status (1: bad input or a full disk, said in one line)."""
-    parser = argparse.ArgumentParser(prog="lightning-xattn", description="See how modalities attend to each other.")
+    """The exit status of the command; 1 after bad input or a full disk, which one line reports."""
+    about = "Report what each modality knows, contributes and attends to."
+    parser = argparse.ArgumentParser(prog="lightning-xattn", description=about)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser(
         "demo",
         help="train the reference EEG and spectrogram model with the callback attached",
         description="Simulate recordings, train the reference model with AttentionExplainabilityCallback attached, "
-        "test it, and leave TensorBoard logs, PNG figures and a summary.",
+        "test it, and write TensorBoard logs, PNG figures and a report.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--data", metavar="DIR", help="recordings in the layout of the HMS competition")
@@ -32,41 +33,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--train-on",
         choices=("simulated", "data"),
         default="simulated",
-        help="with --data: train on simulated recordings and validate and test on DIR, or do all three on DIR",
+        help="with --data: train on simulated recordings and test on DIR, or train and test on DIR",
     )
-    demo.add_argument("--out", metavar="DIR", default="xattn-demo", help="where everything is written")
-    demo.add_argument("--samples", type=int, default=480, help="how many recordings to simulate")
-    demo.add_argument("--epochs", type=int, default=10, help="how long to train")
+    demo.add_argument("--out", metavar="DIR", default="xattn-demo", help="folder for all results")
+    demo.add_argument("--samples", type=int, default=480, help="number of recordings to simulate")
+    demo.add_argument("--epochs", type=int, default=10, help="number of epochs")
     demo.add_argument("--seed", type=int, default=0, help="seed of the simulation, the folds and the weights")
     explain = commands.add_parser(
         "explain",
         help="explain a trained model on its test data, or the reference model on recordings",
-        description="Write a report to open in a browser, figures and a table about a trained checkpoint. With --model "
-        "and --datamodule: your own model, on its test data. With --data: the reference model, on every recording of a "
-        "folder, with attention over the signals for one correct and one incorrect prediction of each class. A run "
-        "that was cut off continues where it was.",
+        description="Write a report for a browser, figures and a table about a trained checkpoint. With --model and "
+        "--datamodule: your own model, on its test data. With --data: the reference model, on every recording of a "
+        "folder, with attention over the signals for one correct and one incorrect prediction of each class. Results "
+        "of an earlier run in the same folder are replaced.",
     )
     explain.add_argument("--checkpoint", metavar="FILE", required=True, help="checkpoint of the model")
     explain.add_argument("--model", metavar="PATH", help="import path of your LightningModule: package.module:Class")
     explain.add_argument("--datamodule", metavar="PATH", help="import path of its LightningDataModule, for test data")
     explain.add_argument("--data", metavar="DIR", help="recordings in the layout of the HMS competition")
-    explain.add_argument("--out", metavar="DIR", required=True, help="where everything is written")
+    explain.add_argument("--out", metavar="DIR", required=True, help="folder for all results")
     explain.add_argument(
         "--trust-checkpoint",
         action="store_true",
-        help="load a checkpoint that holds objects, which runs code that whoever made the file chose: only for files "
-        "of people whose programs you would run",
+        help="load a checkpoint that holds objects, which runs code that the file's maker chose: only for files of "
+        "people whose programs you would run",
     )
     explain.add_argument(
         "--montage",
         choices=("bipolar", "referential"),
         default="bipolar",
-        help="with --data: the EEG as a reader of EEG expects it (longitudinal bipolar, the default), or as recorded",
+        help="with --data: draw the EEG in the longitudinal bipolar montage (default), or as recorded",
     )
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
-        with printed_stages(), _quiet(command):
+        with printed_times(), _quiet(command):
             if command == "demo":
                 from lightning_xattn.hms.demo import run_demo
 
@@ -81,17 +82,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _quiet(command: str) -> Iterator[None]:
-    """Silence the advice that Lightning and torch have for programmers."""
-    names = ["pytorch_lightning"]
-    # What we tell during a demo, its summary says too.
-    names += ["lightning_xattn"] if command == "demo" else []
+    """Silence messages of Lightning and torch that are for programmers; of a demo also ours, which its report has."""
+    names = ["pytorch_lightning", *(["lightning_xattn"] if command == "demo" else [])]
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            # By module, so that our own warnings get through.
+            # By module, so that our own warnings are shown.
             warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning[._](?!xattn)|lightning_fabric|torch")
             yield
     finally:
@@ -118,7 +117,7 @@ def _explain(
         explain_model(model, checkpoint, datamodule, out, trust_checkpoint)
     else:
         raise SettingError(
-            "explain takes --model and --datamodule of your own model, or --data of the reference model."
+            "explain takes --model and --datamodule of your own model, or --data for the reference model."
         )
 
 

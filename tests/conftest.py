@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock
 
+from lightning_xattn.core.notices import begin_run
+
 IIIC_IRR = Path(__file__).parents[2] / "shared/data/iiic_irr"
 
 
@@ -61,6 +63,11 @@ def infos(monkeypatch, caplog) -> pytest.LogCaptureFixture:
     """What is told. Its logger keeps it where nobody has set up logging."""
     monkeypatch.setattr(logging.getLogger("lightning_xattn"), "propagate", True)
     return caplog
+
+
+@pytest.fixture(autouse=True)
+def _no_notices_given():
+    begin_run()
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.callback.callback import AttentionExplainabilityCallback as AttentionMode
 from lightning_xattn.evaluation.statistics import ALIGNMENT, ENTROPY
 from lightning_xattn.functional.outcomes import INCORRECT
 from tests.toy import ToyModule, quiet_trainer, toy_data
@@ -71,22 +70,22 @@ def validate(scenario, ranks, settings, folder):
     torch.manual_seed(0)
     callback = watch(table=folder / "table" / scenario)
     counts = []
-    finish = AttentionMode._log_epoch
+    finish = AttentionExplainabilityCallback._end_evaluation
 
-    def log_epoch(self, *args):
+    def end_evaluation(self, *args, **settings):
         counts.clear()
-        finish(self, *args)
+        finish(self, *args, **settings)
         seen.extend(counts)
 
     seen = []
-    AttentionMode._log_epoch = log_epoch
+    AttentionExplainabilityCallback._end_evaluation = end_evaluation
     originals = {name: getattr(dist, name) for name in dir(dist)}
     count_collectives(counts)
     trainer = quiet_trainer(callbacks=[callback], **settings)
     trainer.validate(Identified(), DataLoader(make_data(scenario, ranks), batch_size=4), verbose=False)
     for name, value in originals.items():
         setattr(dist, name, value)
-    AttentionMode._log_epoch = finish
+    AttentionExplainabilityCallback._end_evaluation = finish
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     summary = callback.summaries["val"]
     by_group = [summary.groups(), *summary.interval(ALIGNMENT), *summary.interval(ENTROPY, outcome=INCORRECT)]

@@ -3,7 +3,7 @@
 import torch
 
 from lightning_xattn.core.attention import Attention, Direction, TokenAxis
-from lightning_xattn.evaluation.accumulators import LayerAccumulator, Layout
+from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import AttentionStatistics, DatasetResult
 from lightning_xattn.evaluation.statistics import sample_statistics
@@ -87,10 +87,9 @@ def summary(classes, outcomes, n_classes=3, keys=7, both=True, tied=(), broken=(
     pair = [Attention(forward, there), Attention(forward.opposite, back)][: 1 + both]
     rows = [prepare_rows(attention) for attention in pair]
     numbers = sample_statistics(*rows)
-    accumulator = LayerAccumulator(Layout.of(rows, numbers, n_classes))
     ties = torch.tensor([i in tied for i in range(len(classes))])
-    accumulator.update(rows, numbers, classes, outcomes, ties)
-    return LayerSummary(accumulator.compute())
+    accumulator = LayerAccumulator.empty(rows, tuple(numbers), n_classes)
+    return LayerSummary(accumulator.add(rows, numbers, classes, outcomes, ties))
 
 
 def dataset(*summaries, **values):

@@ -12,7 +12,7 @@ TIME_LIMIT = 240  # seconds; a hang ends here
 
 
 def run_processes(module, *arguments):
-    """Run ``python -m module arguments``, which starts processes of its own; it must end well."""
+    """Run ``python -m module arguments``, which starts processes of its own; it must end well. Returns its output."""
     # A group of its own, so that a hang is killed with all its processes.
     run = subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)],
@@ -29,3 +29,4 @@ def run_processes(module, *arguments):
         os.killpg(run.pid, signal.SIGKILL)
         pytest.fail(f"{module} {arguments} hung: {run.communicate()[0][-3000:]}")
     assert run.returncode == 0, output[-3000:]
+    return output

@@ -52,8 +52,7 @@ def row_statistics(A, queries=None, keys=None, threshold=0.1):
     """Dict of (heads,) arrays: the mean of each row statistic over the valid rows of a head."""
     valid = valid_rows(A, queries, keys)
     _, keys = masks_of(A, queries, keys)
-    names = ("entropy", "effective_keys", "effective_share", "max", "min")
-    names += ("sparsity", "relative_sparsity", "std", "mean")
+    names = ("entropy", "effective_keys", "effective_share", "max", "min", "sparsity", "std", "mean")
     result = {name: [] for name in names}
     for h in range(A.shape[0]):
         collected = {name: [] for name in names}
@@ -68,7 +67,6 @@ def row_statistics(A, queries=None, keys=None, threshold=0.1):
             collected["max"].append(a.max())
             collected["min"].append(min(a))
             collected["sparsity"].append(100 * sum(a < threshold) / k)
-            collected["relative_sparsity"].append(100 * sum(a < threshold / k) / k)
             collected["std"].append(math.sqrt(sum((a - 1 / k) ** 2) / k))
             collected["mean"].append(1 / k)
         for name in names:
@@ -196,13 +194,12 @@ def top_pairs(samples, top_k):
     return sorted(means, key=lambda pair: -pair[2])[:top_k]
 
 
-def pearson(x, y, scale_x=None, scale_y=None):
+def pearson(x, y):
     """Pearson r of two lists; NaN where either varies by no more than float32 rounding."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     if len(x) == 0:
         return NAN
-    scale_x = np.sqrt((x**2).mean()) if scale_x is None else scale_x
-    scale_y = np.sqrt((y**2).mean()) if scale_y is None else scale_y
+    scale_x, scale_y = (math.sqrt((values**2).mean()) for values in (x, y))
     dx, dy = x - x.mean(), y - y.mean()
     if math.sqrt((dx**2).mean()) <= 1e-6 * scale_x or math.sqrt((dy**2).mean()) <= 1e-6 * scale_y:
         return NAN
@@ -245,48 +242,6 @@ def head_alignment_matrix(A, B, eeg=None, spec=None, there=None, back=None):
             both = cells(A, B, eeg, spec, there, back, [i], [j])
             matrix[i, j] = pearson([A[i, q, k] for q, k in both], [B[j, k, q] for q, k in both])
     return matrix
-
-
-def double_centred(values, both):
-    """Subtract row means and column means, add the grand mean, over the cells in ``both``."""
-
-    def mean(pairs):
-        pairs = list(pairs)
-        return sum(values[p] for p in pairs) / len(pairs)
-
-    grand = mean(both)
-    rows = {q: mean(p for p in both if p[0] == q) for q, _ in both}
-    columns = {k: mean(p for p in both if p[1] == k) for _, k in both}
-    return [values[q, k] - rows[q] - columns[k] + grand for q, k in both]
-
-
-def alignment_interaction(A, B, eeg=None, spec=None, there=None, back=None):
-    result = []
-    for h in range(A.shape[0]):
-        both = cells(A, B, eeg, spec, there, back, [h], [h])
-        if not both:
-            result.append(NAN)
-            continue
-        x = {(q, k): math.log(max(A[h, q, k], 1e-12)) for q, k in both}
-        y = {(q, k): math.log(max(B[h, k, q], 1e-12)) for q, k in both}
-        scales = [math.sqrt(sum(v**2 for v in z.values()) / len(z)) for z in (x, y)]
-        result.append(pearson(double_centred(x, both), double_centred(y, both), *scales))
-    return np.array(result)
-
-
-def round_trip_lift(A, B, eeg=None, spec=None, there=None, back=None):
-    valid_a, valid_b = valid_rows(A, eeg, there), valid_rows(B, spec, back)
-    _, there = masks_of(A, eeg, there)
-    _, back = masks_of(B, spec, back)
-    result = []
-    for h in range(A.shape[0]):
-        total = 0.0
-        for q in range(A.shape[1]):
-            for k in range(B.shape[1]):
-                if valid_a[h, q] and valid_b[h, k] and there[h, q, k] and back[h, k, q]:
-                    total += A[h, q, k] * B[h, k, q]
-        result.append(total if valid_a[h].any() and valid_b[h].any() else NAN)
-    return np.array(result)
 
 
 def binned(scores, low, high):

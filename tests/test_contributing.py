@@ -45,7 +45,7 @@ def test_the_way_of_a_batch(monkeypatch):
         (Evaluation, "read"),
         (Evaluation, "add"),
         (inspect.getmodule(Evaluation), "sample_statistics"),
-        (LayerAccumulator, "update"),
+        (LayerAccumulator, "add"),
         (LayerSummary, "__init__"),
         (epoch_log_module, "epoch_curves"),
     ]
@@ -84,7 +84,7 @@ def test_a_statistic_is_one_entry(monkeypatch, tmp_path):
     weights = recorder.attention[0].forward.weights
     expected = weights.sort(-1, descending=True).values[..., 1].mean(-1)
     assert metrics["xattn_focus/val/audio_to_text/second"] == pytest.approx(float(expected.mean()))
-    table = pd.read_parquet(tmp_path)
+    table = pd.read_parquet(tmp_path / "attention")
     np.testing.assert_allclose(table["audio_to_text_second"], expected.mean(1), rtol=1e-5)
     np.testing.assert_allclose(np.stack(table["audio_to_text_second_heads"]), expected, rtol=1e-5)
     summary = watch.summaries["val"]
@@ -114,12 +114,12 @@ class ByDistances(ToyModule):
 
 
 def test_a_way_of_capturing_is_one_reader(monkeypatch):
-    def read_softmin(function, args, kwargs, watch):
+    def read_softmin(function, args, kwargs, mode):
         (distances,) = args
         event = Event("softmin", tuple(distances.shape), distances.device)
-        watch.begin(event, distances)
+        mode.begin(event, distances)
         weights = function(*args, **kwargs)
-        watch.take(event, lambda: RecordedWeights(weights.detach().clone()), weights)
+        mode.record(event, lambda: RecordedWeights(weights.detach().clone()), weights)
         return weights
 
     module, attention = ByDistances().eval(), {name: name for name in ("audio_to_text", "text_to_audio")}

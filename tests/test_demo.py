@@ -40,30 +40,21 @@ def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
     assert [re.sub(r" \d+ s$", "", line) for line in stages.splitlines() if "Training" not in line] == [
         *("Simulating 150 recordings:", "Computing the features of 150 recordings:"),
         "Testing on simulated_150_of_50s_seed_0_disagreeing_0.2:",
-        *("Simulating 75 recordings:", "Computing the features of 75 recordings:", "Explaining 75 samples:"),
-        *("Summing up:", "Drawing figures:", "Writing the report:"),
+        *("Simulating 75 recordings:", "Computing the features of 75 recordings:", "Explaining the data set:"),
+        *("Computing contributions and summaries:", "Drawing figures:", "Writing the report:"),
     ]
     epochs = r"Training, epoch (\d) of 6 \(validation: accuracy 0\.\d\d, loss \d\.\d\d\): \d+ s"
     assert re.findall(epochs, stages) == list("123456")
     table = printed[printed.index("| score") :].splitlines()
     del table[1]  # the line under the header
-    assert [line.split("|")[1].strip() for line in table[:7]] == [
-        *(
-            "score",
-            "confidence",
-            "alignment",
-            "interaction",
-            "entropy",
-            "contribution",
-            r"probe: conflict, support\_difference",
-        ),
-    ]
-    assert all(re.search(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", line) for line in table[1:7])
+    scores = ["confidence", "alignment", "entropy", "contribution", "probe: conflict, support"]
+    assert [line.split("|")[1].strip() for line in table[:6]] == ["score", *scores]
+    assert all(re.search(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", line) for line in table[1:6])
     assert printed.index("| score") < printed.index("**Probe:** the probe on EEG") < printed.index("## Validation on")
     disagreeing = tmp_path / "run_0/disagreeing"
     report = (disagreeing / "report.md").read_text()
-    assert report.index("## Which number tells what?") < report.index("## Key points")
-    assert "\n".join(table[1:7]) in report
+    assert report.index("## Which score answers which question?") < report.index("## Key points")
+    assert "\n".join(table[1:6]) in report
     figures = {path.name for path in (disagreeing / "figures").iterdir()}
     assert {"conflict_confidence.png", "conflict_samples.png", "contribution_shares.png"} < figures
     assert printed.rstrip().splitlines()[-1] == f"tensorboard --logdir {tmp_path / 'run_0'}"

@@ -57,7 +57,11 @@ LEAVES = {
     "README.md": {"lightning_logs/version_0/events*"},
     "docs/index.md": {"lightning_logs/version_0/events*"},
     "docs/getting-started.md": {"lightning_logs/version_0/events*"},
-    "docs/acting.md": {"lightning_logs/version_0/checkpoints/*.ckpt", "samples/*.parquet"},
+    "docs/acting.md": {
+        "lightning_logs/version_0/checkpoints/*.ckpt",
+        "table/attention/*.parquet",
+        "table/samples/*.parquet",
+    },
     "docs/eeg.md": {"lightning_logs/version_0/events*", "lightning_logs/version_0/xattn_about/test/report.html"},
 }
 """What the blocks of a page leave in their folder."""

@@ -44,7 +44,7 @@ def test_example_analysis(run, hms_checkpoint, iiic_irr, tmp_path):
         *("map_eeg_to_spec_by_outcome.png", "map_spec_to_eeg_by_outcome.png"),
         *("class_comparison.png", "contribution_shares.png", "sample_0.pdf", "sample_0_alignment.png"),
     }
-    assert list((tmp_path / "table").glob("*.parquet"))
+    assert list((tmp_path / "table/attention").glob("*.parquet"))
 
 
 def test_correct_vs_incorrect(run, hms_checkpoint, iiic_irr):

@@ -8,29 +8,27 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.arguments import Path
 from lightning_xattn.attribution.bottom_k import Columns
 from lightning_xattn.attribution.inputs import ModalityPlace
 from lightning_xattn.attribution.kept_samples import IDENTITY
 from lightning_xattn.attribution.recorder import FusionRecorder
 from lightning_xattn.attribution.replay import ModelOutput, Replay, ReplayError
+from lightning_xattn.capture.calls import Path
 from lightning_xattn.core.attention import Direction
 
 Result = TypeVar("Result")
 
 Part = Callable[[int], Tensor]
-"""Gives the numbers of those of so many that this process works on."""
+"""Gets a number of items, and gives the indices of those that this process works on."""
 
 
 class TokenSource:
-    """The kept samples, whatever the numbers of their tokens.
+    """The kept samples of an evaluation, whatever the numbers of their tokens.
 
     Parameters
     ----------
     token_shapes
-        Samples with the same numbers of tokens together, see ``Collected``.
-    size
-        At most so many are taken, those with the smallest hashes.
+        Samples with the same numbers of tokens together, see ``KeptSamples.permuted``.
 
     Attributes
     ----------
@@ -41,16 +39,16 @@ class TokenSource:
     kinds
         ``(samples,)`` which of the token_shapes.
     model_output
-        What the model said of them.
+        The model's outputs for them.
     """
 
-    def __init__(self, token_shapes: Sequence[Columns], size: int) -> None:
+    def __init__(self, token_shapes: Sequence[Columns]) -> None:
         self._token_shapes = token_shapes
         whole = {
             name: torch.cat([rows[name].cpu() for rows in token_shapes])
             for name in ("hash", "group", *IDENTITY, "values", "logits")
         }
-        order = whole["hash"].argsort(stable=True)[:size]
+        order = whole["hash"].argsort(stable=True)
         self.samples = torch.stack([whole[name] for name in IDENTITY], dim=1)[order]
         self.groups = whole["group"][order]
         self.model_output = ModelOutput(whole["values"][order], whole["logits"][order])
@@ -109,10 +107,9 @@ class TokenSource:
 
 
 def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -> list[Result]:
-    """Let each process do its part of what takes replays: a few collectives, which each must reach.
+    """The results of all processes, each of which does its part of work that takes replays: two collectives.
 
-    One whose first step showed nothing, as of samples that are not finite, cannot replay, and has no part in it.
-    Processes that hold a model together do all of it, each at the same time as the others.
+    A process that cannot replay, as its first samples are not finite, has no part in it.
 
     Parameters
     ----------
@@ -124,7 +121,7 @@ def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -
     Returns
     -------
     list
-        What each process found, in the order of their parts.
+        The result of each process, in the order of their parts.
 
     Raises
     ------
@@ -134,7 +131,7 @@ def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -
     processes = fusion.processes
     replay, result, problem = None, None, ""
     try:
-        replay = fusion.replay()
+        replay = fusion.make_replay()
     except ReplayError as error:
         problem = str(error)
     problems = processes.gather(problem)
@@ -143,8 +140,7 @@ def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -
         raise ReplayError(problems[0])
 
     def part(count: int) -> Tensor:
-        every = torch.arange(count)
-        return every.tensor_split(len(able))[able.index(processes.rank)] if processes.run_alone else every
+        return torch.arange(count).tensor_split(len(able))[able.index(processes.rank)]
 
     if replay is not None:
         try:
@@ -156,5 +152,4 @@ def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -
     for found, _ in results:
         if found:
             raise ReplayError(found)
-    known = [one for _, one in results if one is not None]
-    return known if processes.run_alone else known[:1]
+    return [one for _, one in results if one is not None]

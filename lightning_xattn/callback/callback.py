@@ -1,108 +1,70 @@
-"""The Lightning callback: hooks and wiring only."""
+"""The Lightning callback: its settings, and its hooks in the order in which a Trainer calls them."""
 
 from __future__ import annotations
 
+import re
 import uuid
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from lightning_xattn.attribution.contribution import CONTRIBUTION_SAMPLES
 from lightning_xattn.attribution.inputs import ModalitiesSetting
 from lightning_xattn.attribution.kept_samples import MAX_SAMPLES
-from lightning_xattn.callback.epoch_log import EpochLog, by_scope
-from lightning_xattn.callback.findings import Findings, Handover
-from lightning_xattn.callback.history import pack_history, unpack_history
-from lightning_xattn.callback.trainer import (
-    Monitor,
-    Schedule,
-    are_other_weights,
-    attention_axes,
-    join_namespaces,
-    loaders_of,
-    moment,
-    monitors_of,
-    processes_of,
-    sample_weights,
-    say_averages,
-    say_other_weights,
-    scope_of,
-    stage_of,
-    warn_of_monitors,
-)
+from lightning_xattn.callback.epoch_log import EpochLog
+from lightning_xattn.callback.history import main_history
+from lightning_xattn.callback.monitors import describe_risks, find_monitors
+from lightning_xattn.callback.namespaces import join_namespaces
+from lightning_xattn.callback.processes import describe_spawning, describe_tensor_parallelism, find_processes
+from lightning_xattn.callback.run import Run
+from lightning_xattn.callback.schedule import Schedule
+from lightning_xattn.callback.scope import moment, scope_of, stage_of
+from lightning_xattn.callback.weights import describe_averaging, describe_change, have_changed, sample_weights
 from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.capture.labels import LabelSetting, Step
-from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes, unique_sample_indices
+from lightning_xattn.core.attention import TokenAxis
+from lightning_xattn.core.distributed import SINGLE_PROCESS, unique_sample_indices
 from lightning_xattn.core.errors import DiscoveryError, SettingError, XAttnError
-from lightning_xattn.core.notices import describe_error, info, warn
-from lightning_xattn.evaluation.evaluation import Evaluation, Settings, summarise
+from lightning_xattn.core.notices import begin_run, describe_error, info, warn
+from lightning_xattn.evaluation.checks import check_directions, explain_empty_evaluation
+from lightning_xattn.evaluation.evaluation import Evaluation, summarise_all
 from lightning_xattn.evaluation.fusion_samples import sample_columns
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
-from lightning_xattn.evaluation.results import BatchResult, DatasetResult
-from lightning_xattn.evaluation.step_recorder import Attentions, StepRecorder
-
-if TYPE_CHECKING:
-    from lightning_xattn.evaluation.table import TrainingTable
-
+from lightning_xattn.evaluation.results import DatasetResult
+from lightning_xattn.evaluation.settings import Settings
+from lightning_xattn.evaluation.step_recorder import Attentions
 
 CURVES = ("main", "all")
 
-READ_SETTINGS = ("predictions", "targets", "sample_ids", "groups", "query_mask", "fusion", "class_names")
-"""Those that say how a batch is read, but for its attention."""
+RECORDED = ("attention", "fusion")
+"""The settings that say what of a step is recorded."""
+
+READ = ("predictions", "targets", "sample_ids", "groups", "query_mask", "fusion", "class_names")
+"""The settings that say how a recorded step is read."""
 
 
-@dataclass(eq=False)
-class _Run:
-    """What a callback has while a Trainer runs, and is not copied with it."""
-
-    resumes: bool = True
-    name: str = ""
-    processes: Processes = SINGLE_PROCESS
-    evaluations: dict[int, Evaluation] = field(default_factory=dict)
-    recorder: StepRecorder | None = None
-    is_recording: bool = False
-    monitors: list[Monitor] = field(default_factory=list)
-    weights: list[tuple[Tensor, Tensor]] | None = None
-    """A sample of them in the first recorded batch of this evaluation."""
-    names: dict[str, None] = field(default_factory=dict)
-    """Those of the curves that were logged."""
-    layers: dict[str, None] = field(default_factory=dict)
-    """The names of those that were recorded."""
-    table: TrainingTable | None = None
-    trainer: Callable[[], Trainer | None] = lambda: None
-    """The Trainer that runs; None: none does, or it is gone."""
-    has_recorded: bool = False
-    """Whether a batch was recorded to its end."""
-    refusal: str = ""
-    """Why nothing of this run is recorded; "" if something may be."""
-    doubt: str = ""
-    """Why the steps so far, which returned nothing, may have nothing to record."""
-
-
-def of_both_namespaces() -> type[AttentionExplainabilityCallback]:
-    """The callback; of ``lightning.pytorch`` too once that is imported."""
+def join_imported_namespaces() -> type[AttentionExplainabilityCallback]:
+    """The callback, which is one of ``lightning.pytorch`` too once that is imported."""
     join_namespaces(AttentionExplainabilityCallback)
     return AttentionExplainabilityCallback
 
 
 class AttentionExplainabilityCallback(Callback):
-    """Log how a model's two modalities attend to each other while it is validated and tested.
+    """Log how a model's modalities attend to each other, and what each of them knows and contributes.
 
-    Every epoch it logs head entropy and modality alignment, per class and for correct against incorrect predictions,
-    as scalars with ``LightningModule.log`` (so ``ModelCheckpoint`` and ``EarlyStopping`` can monitor them) and as
-    figures in the Trainer's loggers. The model's outputs stay bit for bit the same. The sanity check before training
-    is used to check the settings against a real batch; nothing of it is kept or logged.
+    Every validated and tested epoch it logs head entropy and modality alignment, per class and for correct against
+    incorrect predictions: as scalars with ``LightningModule.log`` (so ``ModelCheckpoint`` and ``EarlyStopping`` can
+    monitor them) and as figures in the Trainer's loggers. The model's outputs stay bit for bit the same. The sanity
+    check before training checks the settings against a real batch; nothing of it is kept or logged.
 
     If the LightningModule or its data module has an attribute ``attention_axes``, a mapping from modality to
     ``TokenAxis``, the figures label the tokens with it.
@@ -112,7 +74,7 @@ class AttentionExplainabilityCallback(Callback):
     attention
         Module paths by direction, seen from the LightningModule, e.g.
         ``{"eeg_to_spec": "model.fusion.eeg_to_spec_attn", "spec_to_eeg": "model.fusion.spec_to_eeg_attn"}``, or a
-        ``JointSequence``, or callables (see ``docs/own-model.md``). None: found by name or, where no name tells, in
+        ``JointSequence``, or callables (see ``docs/own-model.md``). None: found by name or, where no name says it, in
         the first batch. ``{}``: none is recorded; ``fusion`` and ``modalities`` must then be named.
     class_names
         A name for each class. None: the LightningModule's attribute ``class_names``, or ``class_0``, ``class_1``, ...
@@ -124,45 +86,60 @@ class AttentionExplainabilityCallback(Callback):
         A callable: ``(outputs, batch) -> tensor``, or ``(outputs, batch, forward) -> tensor`` with what ``forward``
         returned.
     sample_ids
-        Where the samples' ids (numbers or strings) are: as ``predictions``. None: the batch's ``sample_ids``.
+        Where the samples' ids (numbers or strings) are, given as ``predictions`` is. None: the batch's ``sample_ids``.
     groups
-        Where the group of each sample is (a number or a string), of which the samples are not independent, such as a
-        patient or a recording: as ``predictions``. Every interval is then by group. None: the batch's ``groups`` or
-        ``patient_ids``; without them samples are taken as independent.
+        Where each sample's group is (a number or a string), given as ``predictions`` is. A group, such as a patient or
+        a recording, holds samples that are not independent; every interval is then by group. None: the batch's
+        ``groups`` or ``patient_ids``; without them samples count as independent.
     query_mask
-        Which queries are real tokens, ``(batch, queries)``, True or 1: as ``predictions``; of the modality that asks in
-        the first layer of which only one direction is recorded. Of two directions that pair up each tells it of the
-        other; of one alone it is taken from a self-attention of the same tokens or from an argument of the module,
+        Which queries are real tokens, ``(batch, queries)``, True or 1, given as ``predictions`` is. It is for the
+        queries of the first layer that is recorded in one direction only. Two directions that pair up give each other's
+        padding; of a single one it is taken from a self-attention of the same tokens or from an argument of the module,
         where there is one. Else padding counts as any query does, and a warning says so.
     fusion, modalities
         The module that fuses the modalities, ``"model.fusion"``, and which of its arguments, by position or name, hold
         whose tokens, ``{"eeg": 0, "spec": "spec_tokens"}``. None: found from the attention. A model whose fusion is
         named needs no cross-attention.
     contribution_samples
-        Of so many samples of an evaluation the modalities are permuted at its end, to say how much each contributes;
-        0: of none.
+        How many samples of an evaluation have their modalities permuted at its end, to measure how much each modality
+        contributes; 0: none.
     max_samples
-        So many samples of an evaluation are read, at most.
+        How many samples of an evaluation the linear probes are fitted on, at most.
     curves
         "main": log the curves that are acted on: about twenty, and of up to ten classes the alignment and the entropies
         of each. "all": also those of single heads, of the ten largest of more classes, and the rest. What is monitored
         is logged in any case.
     every_n_epochs
-        During ``fit``, record every so many of the epochs that are validated, from the first on.
+        During ``fit``, record every n-th of the epochs that are validated, from the first on.
         ``trainer.validate`` and ``trainer.test`` always record.
     figures_every_n_epochs
-        Hand figures and a report to the loggers every so many epochs, of those that are recorded; 0:
-        never. ``trainer.validate`` and ``trainer.test`` always do.
+        Hand figures and a report to the loggers in every n-th recorded epoch; 0: never. ``trainer.validate`` and
+        ``trainer.test`` always do.
     faithfulness_every_n_epochs
-        Test every so many epochs, of those that are recorded, and at the last of a fit by ``max_epochs`` or
-        ``max_steps``, whether the attention ranks the keys that the model uses, which takes 128
-        ``contribution_samples``; 0: never. ``trainer.validate`` and ``trainer.test`` always do.
+        Test whether the attention ranks the keys that the model uses, in every n-th recorded epoch and in the last one
+        of a fit by ``max_epochs`` or ``max_steps``; 0: never. It takes 128 ``contribution_samples``.
+        ``trainer.validate`` and ``trainer.test`` always do.
     every_n_batches
-        Record every so many batches of each evaluation, from the first on. All numbers, also the count of samples, are
-        then of the recorded batches alone.
+        Record every n-th batch of each evaluation, from the first on. All numbers, also the count of samples, are then
+        of the recorded batches alone.
     table
         A folder for one row per sample, epoch and layer, as Parquet files (see ``SampleTable``). The column ``run``
         tells one run of a Trainer from another; the latest sorts last. None: no table.
+
+    Attributes
+    ----------
+    history : list of dict
+        One record per recorded epoch, dataloader and layer: ``stage``, ``epoch``, ``step``, ``dataloader``, ``layer``,
+        ``samples``, ``groups`` (a count; None where they are not known), ``repeats`` (samples dropped because another
+        process had them), ``left_out_batches`` (that could not be recorded), ``other_lengths`` (samples left out
+        because their joint sequence has another length than its spans are for), ``ties`` and ``unclassified`` samples,
+        ``wholly_masked`` (samples of which one modality is), ``accuracy``, the comparisons of correct with incorrect
+        predictions, and the epoch's curves by their names without the scope. It is saved in checkpoints. With
+        ``strategy="ddp_spawn"`` or ``"ddp_notebook"`` it stays empty, as the callback runs in other processes.
+    summaries : dict of str to LayerSummary
+        The last epoch of each scope, such as ``val``, ``test`` or ``val/dataloader_1``.
+    fusion_summaries : dict of str to FusionSummary
+        What each modality knows and contributes in the last epoch of each scope.
 
     Raises
     ------
@@ -171,18 +148,19 @@ class AttentionExplainabilityCallback(Callback):
 
     Examples
     --------
-    >>> watch = AttentionExplainabilityCallback()
-    >>> trainer = Trainer(callbacks=[watch], logger=False, enable_progress_bar=False)
+    >>> callback = AttentionExplainabilityCallback()
+    >>> trainer = Trainer(callbacks=[callback], logger=False, enable_progress_bar=False)
     >>> losses = trainer.validate(model, loader, verbose=False)  # of 23 samples
-    >>> watch.summaries["val"]
+    >>> callback.summaries["val"]
     LayerSummary(23 samples, 4 classes; audio_to_text of 3 heads, text_to_audio of 3 heads)
-    >>> watch.history[0]["stage"], watch.history[0]["samples"]
+    >>> callback.history[0]["stage"], callback.history[0]["samples"]
     ('val', 23)
     """
 
     def __init__(
         self,
         attention: AttentionSetting | None = None,
+        *,
         class_names: Sequence[str] | None = None,
         classes_by: str = "target",
         predictions: LabelSetting = None,
@@ -201,7 +179,7 @@ class AttentionExplainabilityCallback(Callback):
         every_n_batches: int = 1,
         table: str | Path | None = None,
     ) -> None:
-        of_both_namespaces()
+        join_imported_namespaces()
         super().__init__()
         labels = predictions, targets, sample_ids, groups, query_mask
         fusion_inputs = fusion, modalities, contribution_samples, max_samples
@@ -210,86 +188,18 @@ class AttentionExplainabilityCallback(Callback):
             raise SettingError(f"curves must be one of {', '.join(CURVES)}; got {curves!r}.")
         self.curves = curves
         self.schedule = Schedule(every_n_epochs, figures_every_n_epochs, faithfulness_every_n_epochs, every_n_batches)
-        self._handover, self._found = Handover(), Findings()
-        self._run = _Run()
+        self.history: list[dict[str, Any]] = []
+        self.summaries: dict[str, LayerSummary] = {}
+        self.fusion_summaries: dict[str, FusionSummary] = {}
+        self._fit_begins = 0
+        self._run = Run()
 
     def __repr__(self) -> str:
         recorded = ", ".join({**self.summaries, **self.fusion_summaries}) or "nothing"
         return f"AttentionExplainabilityCallback(classes_by='{self.settings.classes_by}'; recorded so far: {recorded})"
 
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """One record per recorded epoch, dataloader and layer.
-
-        ``stage``, ``epoch``, ``step``, ``dataloader``, ``layer``, ``samples``, ``groups`` (how many; None where they
-        are not known), ``repeats`` (samples dropped because another process had them), ``left_out_batches`` (that could
-        not be recorded), ``other_lengths`` (samples left out because their joint sequence has another length than its
-        spans are for), ``ties`` and ``unclassified``
-        samples, ``wholly_masked`` (samples of which one modality is), ``accuracy``, the comparisons of correct with
-        incorrect predictions, and the epoch's curves by their names without the scope. It is saved in checkpoints.
-        """
-        return self._findings.history
-
-    @property
-    def summaries(self) -> dict[str, LayerSummary]:
-        """The last epoch of each scope, such as ``val``, ``test`` or ``val/dataloader_1``."""
-        return self._findings.summaries
-
-    @property
-    def fusion_summaries(self) -> dict[str, FusionSummary]:
-        """The same of what the modalities say and contribute."""
-        return self._findings.fusion_summaries
-
-    @property
-    def _findings(self) -> Findings:
-        self._found = self._handover.take() or self._found
-        return self._found
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What was found, but nothing of a run, its model and its Trainer."""
-        # Lightning puts the model's own methods here.
-        of_run = "_run", "log", "log_dict"
-        state = vars(self) | {"_found": self._findings}
-        return {name: value for name, value in state.items() if name not in of_run}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._run = _Run()
-
-    @property
-    def state_key(self) -> str:
-        """Tells callbacks with different settings apart in a checkpoint."""
-        return self._generate_state_key(**self.settings.named(), schedule=self.schedule, table=self.settings.table)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The history, in plain types: a checkpoint with it loads with ``weights_only=True``.
-
-        Of the history it has what ``curves`` has logged, in single precision.
-        """
-        packed = pack_history(self.history, keeps_all=self.curves == "all")
-        return {"history": packed, "fit_begins": self._findings.fit_begins, "measured": str(self.settings.named())}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's history, unless there is one already and the checkpoint is only tested."""
-        if "history" in state_dict and (self._run.resumes or not self.history):
-            self._findings.history = unpack_history(state_dict["history"])
-            self._findings.fit_begins = state_dict["fit_begins"]
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go on from the history of a callback that measured the same with another schedule or table."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
-        present = {one.state_key for one in callbacks}
-        saved = checkpoint["callbacks"]
-        if self.state_key in saved:  # Lightning has loaded it
-            return
-        measured, kind = str(self.settings.named()), type(self).__qualname__
-        ours = {key: state for key, state in saved.items() if key.startswith(kind) and key not in present}
-        alike = [state for state in ours.values() if state.get("measured") == measured]
-        if len(alike) == 1:
-            self.load_state_dict(alike[0])
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look anew at the first batch of what is to run.
+        """Begin a run, whose first batch settles anew what is recorded.
 
         Raises
         ------
@@ -301,53 +211,59 @@ class AttentionExplainabilityCallback(Callback):
                 "This callback still records another Trainer, inside of which this one runs. Give the inner Trainer a "
                 "callback of its own: Trainer(callbacks=[AttentionExplainabilityCallback()])."
             )
-        self._run = _Run(stage == "fit", processes=processes_of(trainer), trainer=weakref.ref(trainer))
-        if self._run.resumes:
-            self._findings.fit_begins = len(self.history)
+        begin_run()
+        self._run = run = Run(stage == "fit", weakref.ref(trainer), processes=find_processes(trainer))
+        if run.is_fit:
+            self._fit_begins = len(self.history)
         make = partial(
             Evaluation,
             self.settings,
             pl_module,
-            self._findings.checks,
             expects_targets=stage != "predict",
             keeps_maps=stage == "test",  # after which there is a page
-            processes=self._run.processes,
+            processes=run.processes,
         )
         first = make()
         # One for each dataloader, as their batches may differ; their classes are those of the first.
-        self._run.evaluations = defaultdict(partial(make, first), {0: first})
+        run.evaluations = defaultdict(partial(make, first), {0: first})
+        if reason := describe_tensor_parallelism(trainer, run.processes):
+            run.refuse(reason)
         if self.settings.table is not None:
             now = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:4]}"
-            self._run.name = trainer.strategy.broadcast(now)
+            run.name = trainer.strategy.broadcast(now)
         if trainer.world_size > 1:
             # What is logged is the same on every process already; Lightning cannot know, and says so for each name.
             warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('xattn_")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the attention before training starts, so that a wrong path fails at once."""
-        with self._refusing("attention", "fusion"):
-            self._run.recorder = self.settings.recorder(pl_module, self._run.processes)
-        self._run.monitors = monitors_of(trainer, self._scope(trainer)(0, ""))
-        warn(warn_of_monitors(self._run.monitors, self.schedule))
-        warn(say_averages(trainer, self))
+        """Find the attention before training starts, so that a wrong path fails at once; warn of what monitors curves.
+
+        Raises
+        ------
+        XAttnError
+            If ``attention`` or ``fusion`` names what the model does not have.
+        """
+        self._make_recorder(pl_module)
+        self._run.monitors = find_monitors(trainer, self._scope(trainer)(0, ""))
+        warn(describe_risks(self._run.monitors, self.schedule))
+        warn(describe_averaging(trainer, self))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to record, if this epoch is one to record."""
-        self._stop()
+        run = self._run
+        run.stop()
         if not self.schedule.records(trainer):
             return
-        self._run.is_recording = True
-        if self._run.recorder is None:
-            with self._refusing("attention", "fusion"):
-                self._run.recorder = self.settings.recorder(pl_module, self._run.processes)
-        rehearsal = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
-        if self.settings.table is not None and not rehearsal and self._run.processes.is_first_peer:
+        run.is_recording = True
+        self._make_recorder(pl_module)
+        is_rehearsal = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
+        if self.settings.table is not None and not is_rehearsal and run.recorder is not None:
             from lightning_xattn.evaluation.table import TrainingTable  # pyarrow, only where a table is wanted
 
-            about = {"run": self._run.name} | moment(trainer)
+            about = {"run": run.name} | moment(trainer)
             name = "{run}-{stage}-epoch={epoch}-step={step}".format(**about)
-            name += f"-rank={self._run.processes.rank}-of-{self._run.processes.count}"
-            self._run.table = TrainingTable(Path(self.settings.table), name, about)
+            name += f"-rank={run.processes.rank}-of-{run.processes.count}"
+            run.table = TrainingTable(Path(self.settings.table), name, about)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -355,7 +271,7 @@ class AttentionExplainabilityCallback(Callback):
         """Put the hooks on the model, if this batch is one to record."""
         if self._records(batch_idx):
             assert self._run.recorder is not None
-            with self._refusing("attention", "fusion"):
+            with self._run.refusing(self.settings, *RECORDED, dataloader=dataloader_idx):
                 self._run.recorder.__enter__()
 
     def on_validation_batch_end(
@@ -367,92 +283,45 @@ class AttentionExplainabilityCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add the batch to the running sums."""
-        evaluation, taken = self._run.evaluations[dataloader_idx], None
+        """Take the hooks off the model, read what they recorded, and add it to the running sums."""
+        run, evaluation, taken = self._run, self._run.evaluations[dataloader_idx], None
         if not self._records(batch_idx):
-            is_due = self._run.is_recording and self.schedule.samples(batch_idx)
-            evaluation.left_out_batches += int(is_due and bool(self._run.refusal))
+            is_due = run.is_recording and self.schedule.records_batch(batch_idx)
+            evaluation.totals.left_out_batches += int(is_due and bool(run.refusal))
             return
-        recorder = self._run.recorder
+        recorder = run.recorder
         assert recorder is not None
         recorder.close()
-        with self._refusing("attention", "fusion", dataloader=dataloader_idx):
-            taken = self._take(recorder, outputs, batch)
+        loaders = getattr(trainer, f"{stage_of(trainer)}_dataloaders")
+        own_samples = partial(unique_sample_indices, loaders, dataloader_idx, batch_idx)
+        with run.refusing(self.settings, *RECORDED, dataloader=dataloader_idx):
+            taken = self._take(outputs, batch)
             if left_out := recorder.left_out:
-                places = unique_sample_indices(loaders_of(trainer), dataloader_idx, batch_idx, max(left_out.values()))
-                evaluation.leave_out(left_out, taken is None, places)
+                evaluation.leave_out(left_out, taken is None, own_samples(max(left_out.values())))
         if taken is not None:
-            with self._refusing(*READ_SETTINGS, dataloader=dataloader_idx):
-                if self._run.weights is None:
-                    self._run.weights = sample_weights(pl_module)
-                self._add(trainer, evaluation.read(*taken, recorder), batch_idx, dataloader_idx)
+            with run.refusing(self.settings, *READ, dataloader=dataloader_idx):
+                if run.weights is None:
+                    run.weights = sample_weights(pl_module)
+                result = evaluation.read(*taken, recorder)
+                if not run.has_recorded:
+                    run.has_recorded = True
+                    warn(check_directions(recorder.layers), once=True)
+                    described = evaluation.describe(result, recorder)
+                    info(f"AttentionExplainabilityCallback takes {described}.", once=True)
+                for columns in evaluation.add(result, own_samples(len(result))):
+                    if run.table is not None:
+                        run.table.add(columns | {"dataloader": dataloader_idx})
         recorder.clear()
 
-    def _take(self, recorder: StepRecorder, outputs: Any, batch: Any) -> tuple[Step, Attentions] | None:
-        """What the recorder has of a step; None of one that may have ended before it came to what is looked for."""
-        try:
-            return recorder.take(outputs, batch)
-        except DiscoveryError as error:
-            is_named = self.settings.attention is not None or self.settings.fusion is not None
-            if outputs is not None or self._run.has_recorded or is_named:
-                raise
-            self._run.doubt = str(error)
-            return None
-
-    def _end_doubt(self, rehearsal: bool) -> None:
-        """Say at the end of an evaluation what no step of it has shown."""
-        if self._run.doubt and not self._run.has_recorded and not self._run.refusal:
-            what = "was recorded in the sanity check" if rehearsal else "is recorded in this run"
-            warn([f"Nothing {what}. {self._run.doubt}"])
-            self._run.refusal = "" if rehearsal else self._run.doubt
-
-    def _add(self, trainer: Trainer, result: BatchResult, batch_idx: int, dataloader_idx: int) -> None:
-        recorder, evaluation = self._run.recorder, self._run.evaluations[dataloader_idx]
-        assert recorder is not None
-        if not self._run.has_recorded:
-            self._run.has_recorded = True
-            warn(self._findings.checks.of_directions(recorder.layers))
-            info(self._findings.checks.of_probe(evaluation.describe(result, recorder)))
-        for columns in evaluation.add(
-            result, unique_sample_indices(loaders_of(trainer), dataloader_idx, batch_idx, len(result))
-        ):
-            if self._run.table is not None:
-                self._run.table.add(columns | {"dataloader": dataloader_idx})
-
-    def _records(self, batch_idx: int) -> bool:
-        return self._run.is_recording and not self._run.refusal and self.schedule.samples(batch_idx)
-
-    @contextmanager
-    def _refusing(self, *settings: str, dataloader: int = 0) -> Iterator[None]:
-        """Let no error end the run, unless one of these settings is given and the first batch does not meet it.
-
-        If the first batch cannot be recorded, nothing of the run is. A later batch is left out.
-        """
-        try:
-            yield
-        except Exception as error:  # whatever it is, the user's run goes on
-            is_given = any(getattr(self.settings, name) is not None for name in settings)
-            if not self._run.has_recorded and is_given:
-                raise
-            if self._run.recorder is not None:
-                self._run.recorder.close()
-            if self._run.has_recorded:
-                self._run.evaluations[dataloader].left_out_batches += 1
-                warn(self._findings.checks.of_a_batch(error))
-            else:
-                self._run.refusal = describe_error(error)
-                warn([f"Nothing is recorded in this run. {self._run.refusal}"])
-
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the epoch's curves and figures."""
+        """Sum the evaluation up, and log its curves and figures; of the sanity check nothing is logged."""
         if self._run.is_recording:
-            self._end_doubt(rehearsal=bool(trainer.sanity_checking))
+            self._run.resolve_doubt(bool(trainer.sanity_checking))
         if self._run.is_recording and not trainer.sanity_checking:
-            self._log_epoch(trainer, pl_module)
-            self._hand_over(trainer)  # now, as an exception in a process that a Trainer has started calls no hook there
+            self._end_evaluation(trainer, pl_module, logs=True)
         elif not trainer.sanity_checking:
-            self._log(trainer, pl_module, draws=False).log_absent()
-        self._stop()
+            self._log(trainer, pl_module).log_absent()
+        self._run.stop()
 
     # A test is recorded as a validation is.
     on_test_epoch_start = on_validation_epoch_start
@@ -466,138 +335,135 @@ class AttentionExplainabilityCallback(Callback):
     on_predict_batch_end = on_validation_batch_end
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the table; what is known of all samples is in ``summaries`` and ``fusion_summaries``."""
+        """Write the table; ``summaries`` and ``fusion_summaries`` have what is known of all samples."""
         if self._run.is_recording:
-            self._end_doubt(rehearsal=False)
-            ended = self._end_epoch(trainer, pl_module)
-            if ended is not None:
-                self._warn_of_nothing(trainer, any(one.summaries or one.fusion for one in ended[0].values()))
-        self._stop()
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the values of the best epoch, by which runs are compared."""
-        self._log(trainer, pl_module, self.schedule.figures_every_n_epochs > 0).log_best(
-            self.history[self._findings.fit_begins :]
-        )
+            self._run.resolve_doubt(is_rehearsal=False)
+            self._end_evaluation(trainer, pl_module, logs=False)
+        self._run.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take every hook off the model: after a crash Lightning does not call ``teardown``."""
         if self._run.trainer() in (None, trainer):
-            self._stop()
+            self._run.stop()
             self._run.trainer = lambda: None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take every hook off the model, and let go of it."""
-        self._stop()
-        self._hand_over(trainer)
-        self._run = _Run()
+        """Take every hook off the model, and let go of it and of the Trainer."""
+        self._run.stop()
+        self._run = Run()
+        if reason := describe_spawning(trainer):
+            info(reason, once=True)
 
-    def _stop(self) -> None:
-        if self._run.recorder is not None:
-            self._run.recorder.close()
-            self._run.recorder.clear()
-            self._run.recorder.reset()
-        if self._run.table is not None:
-            self._run.table.discard()
-        self._run.is_recording, self._run.table, self._run.weights = False, None, None
-        for evaluation in self._run.evaluations.values():
-            evaluation.reset()
+    def __getstate__(self) -> dict[str, Any]:
+        """What was found, but nothing of a run, its model and its Trainer."""
+        # Lightning puts the model's own methods here.
+        of_run = "_run", "log", "log_dict"
+        return {name: value for name, value in vars(self).items() if name not in of_run}
 
-    def _hand_over(self, trainer: Trainer) -> None:
-        if trainer.local_rank == 0:
-            self._handover.leave(self._found)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._run = Run()
+
+    @property
+    def state_key(self) -> str:
+        """The name of the state in a checkpoint: the same for the same measurements, whatever schedule and table."""
+        measured = {name: value for name, value in vars(self.settings).items() if name != "table"}
+        return re.sub(" at 0x[0-9a-fA-F]+", "", self._generate_state_key(**measured))  # of callables the names
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, in plain types: a checkpoint with it loads with ``weights_only=True``.
+
+        Of the history it has the main curves alone, whatever ``curves`` is.
+        """
+        return {"history": main_history(self.history), "fit_begins": self._fit_begins}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's history, unless there is one already and the checkpoint is only tested."""
+        if "history" in state_dict and (self._run.is_fit or not self.history):
+            self.history = state_dict["history"]
+            self._fit_begins = state_dict["fit_begins"]
+
+    def _make_recorder(self, module: LightningModule) -> None:
+        run = self._run
+        if run.recorder is None and not run.refusal:
+            with run.refusing(self.settings, *RECORDED):
+                run.recorder = self.settings.recorder(module, run.processes)
+
+    def _records(self, batch_idx: int) -> bool:
+        return self._run.is_recording and not self._run.refusal and self.schedule.records_batch(batch_idx)
+
+    def _take(self, outputs: Any, batch: Any) -> tuple[Step, Attentions] | None:
+        """What the recorder has of a step; None if the step may have ended before it ran what is looked for."""
+        assert self._run.recorder is not None
+        try:
+            return self._run.recorder.collect_step(outputs, batch)
+        except DiscoveryError as error:
+            is_named = self.settings.attention is not None or self.settings.fusion is not None
+            if outputs is not None or self._run.has_recorded or is_named:
+                raise
+            self._run.doubt = str(error)
+            return None
+
+    def _end_evaluation(self, trainer: Trainer, pl_module: LightningModule, logs: bool) -> None:
+        """Sum the evaluation up and log it; what goes wrong is a warning, unless other processes wait for this one."""
+        run, action = self._run, "summed up"
+        try:
+            results, tables = self._sum_up(trainer, pl_module)
+            if logs:
+                action, past = "logged", self.history[self._fit_begins :]
+                self.history += self._log(trainer, pl_module).log(results, run.evaluations, past, tables)
+        except Exception as error:  # whatever it is, the user's run goes on
+            # Other processes wait for this one while they sum up; what is raised on purpose is raised on all of them.
+            if action == "summed up" and run.processes is not SINGLE_PROCESS and not isinstance(error, XAttnError):
+                raise
+            warn(f"An evaluation ('{stage_of(trainer)}') could not be {action}. {describe_error(error)}", once=True)
+            return
+        if not run.refusal and not any(one.summaries or one.fusion for one in results.values()):
+            ever = any(one.classes is not None for one in run.evaluations.values())
+            warn(explain_empty_evaluation(stage_of(trainer), ever), once=f"empty evaluation {ever}")
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> EpochLog:
+        scope, everything = self._scope(trainer), self.curves == "all"
+        return EpochLog(trainer, pl_module, scope, self._run, self.settings, self.schedule, everything)
 
     def _scope(self, trainer: Trainer) -> Callable[[int, str], str]:
         return partial(scope_of, trainer, self, AttentionExplainabilityCallback)
 
-    def _end_epoch(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> tuple[dict[int, DatasetResult], list[Path]] | None:
-        """What the evaluation says, by dataloader, and the files of its sample table; None if that goes wrong."""
-        try:
-            return self._sum_up(trainer, pl_module)
-        except Exception as error:  # as above
-            # The others wait for this one; what is raised on purpose is raised on all of them.
-            if self._run.processes is not SINGLE_PROCESS and not isinstance(error, XAttnError):
-                raise
-            warn([f"An evaluation ('{stage_of(trainer)}') could not be summed up. {describe_error(error)}"])
-            return None
+    def _sum_up(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], dict[str, Path]]:
+        run, scope = self._run, self._scope(trainer)
+        if run.recorder is None:  # the same on all processes
+            return {}, {}
+        change = describe_change(trainer, self) if have_changed(run.weights or ()) else ""
+        for evaluation in run.evaluations.values():
+            evaluation.totals.recording_problem, evaluation.totals.replay_problem = run.refusal, change
+        tests_attention = self.schedule.tests_attention(trainer)
+        ended = dict(summarise_all(run.evaluations, run.recorder, run.processes, tests_attention))
+        axes = _attention_axes(trainer, pl_module)
+        results = {number: replace(one, axes=axes) for number, one in ended.items()}
+        run.layers.update(dict.fromkeys(layer for one in results.values() for layer in one.summaries))
+        for number, one in results.items():
+            for layer, summary in one.summaries.items():
+                self.summaries[scope(number, layer if len(run.layers) > 1 else "")] = summary
+            if one.fusion is not None:
+                self.fusion_summaries[scope(number, "")] = one.fusion
+        return results, self._close_table(results)
 
-    def _sum_up(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[int, DatasetResult], list[Path]]:
-        if self._run.recorder is None:  # the same on all processes
-            return {}, []
-        for evaluation in self._run.evaluations.values():
-            evaluation.refusal = self._run.refusal
-        if are_other_weights(self._run.weights or ()):
-            for evaluation in self._run.evaluations.values():
-                evaluation.refused = say_other_weights(trainer, self)
-        ended = dict(
-            summarise(
-                self._run.evaluations, self._run.recorder, self._run.processes, self.schedule.tests_attention(trainer)
-            )
-        )
-        fusions = {number: summary.fusion for number, summary in ended.items() if summary.fusion is not None}
-        tables = []
-        if self._run.table is not None and any(one.has_dropped for one in self._run.evaluations.values()):
-            self._run.table.discard()
-            warn(["The sample table lacks this evaluation, whose first rows took several labels at once for a class."])
-        if self._run.table is not None:
-            tables = self._run.table.close(
-                {number: sample_columns(one, self._run.processes.rank) for number, one in fusions.items()}
-            )
-        for number, one in fusions.items():
-            self.fusion_summaries[self._scope(trainer)(number, "")] = one
-        classes_by, axes = self.settings.classes_by, attention_axes(trainer, pl_module)
-        results = {
-            number: DatasetResult(
-                one.layers,
-                one.fusion,
-                self._run.evaluations[number].classes or (),
-                classes_by,
-                axes,
-                None,
-                one.maps,
-                other_lengths=dict(self._run.evaluations[number].other_lengths),
-            )
-            for number, one in ended.items()
-        }
-        self._run.layers.update(dict.fromkeys(layer for one in results.values() for layer in one.summaries))
-        self.summaries.update(by_scope(results, self._scope(trainer), len(self._run.layers) > 1))
-        return results, tables
-
-    def _log(self, trainer: Trainer, pl_module: LightningModule, draws: bool) -> EpochLog:
-        names = self._scope(trainer)
+    def _close_table(self, results: Mapping[int, DatasetResult]) -> dict[str, Path]:
+        """The files of the sample table of this evaluation, which are complete now."""
         run = self._run
-        return EpochLog(
-            trainer,
-            pl_module,
-            names,
-            self._findings.checks,
-            self.settings.classes_by,
-            all_curves=self.curves == "all",
-            draws=draws,
-            permutes=self.settings.contribution_samples > 0,
-            tests_attention=self.schedule.ever_tests_attention(trainer),
-            monitors=run.monitors,
-            names=run.names,
-            layers=run.layers,
-        )
+        if run.table is None:
+            return {}
+        if any(one.has_dropped for one in run.evaluations.values()):
+            run.table.discard()
+            warn("The sample table lacks this evaluation, whose first rows took several labels at once for a class.")
+            return {}
+        fusions = {number: one.fusion for number, one in results.items() if one.fusion is not None}
+        is_first = run.processes.rank == 0  # which knows the samples of all processes
+        samples = [{"dataloader": number, **sample_columns(one)} for number, one in fusions.items() if is_first]
+        return run.table.close(samples)
 
-    def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ended = self._end_epoch(trainer, pl_module)
-        if ended is None:
-            return
-        results, tables = ended
-        log = self._log(trainer, pl_module, self.schedule.draws(trainer))
-        try:
-            records = log.log(results, self._run.evaluations, self.history[self._findings.fit_begins :], tables)
-        except Exception as error:  # as above
-            warn([f"An evaluation ('{stage_of(trainer)}') could not be logged. {describe_error(error)}"])
-            return
-        self.history.extend(records)
-        self._warn_of_nothing(trainer, bool(records))
 
-    def _warn_of_nothing(self, trainer: Trainer, found: bool) -> None:
-        if not found and not self._run.refusal:
-            ever = any(one.classes is not None for one in self._run.evaluations.values())
-            warn(self._findings.checks.of_nothing(stage_of(trainer), ever))
+def _attention_axes(trainer: Trainer, module: LightningModule) -> dict[str, TokenAxis]:
+    """The axes of the tokens, from the module's or else its data module's attribute ``attention_axes``."""
+    holders = module, getattr(trainer, "datamodule", None)
+    return next((axes for axes in (getattr(holder, "attention_axes", None) for holder in holders) if axes), {})

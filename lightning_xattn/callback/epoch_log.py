@@ -1,4 +1,4 @@
-"""The end of an epoch in a Trainer: curves, history, and what the loggers get beside them."""
+"""The end of an epoch in a Trainer: its curves, its records for the history, and what else the loggers get."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import LightningModule, Trainer
 
-from lightning_xattn.callback.trainer import Monitor, logged_step, moment, root_folder, say_unknown, stage_of
+from lightning_xattn.callback.monitors import describe_unknown
+from lightning_xattn.callback.run import Run
+from lightning_xattn.callback.schedule import Schedule
+from lightning_xattn.callback.scope import logged_step, moment, stage_of
 from lightning_xattn.core.notices import info, warn
-from lightning_xattn.evaluation.checks import Checks
+from lightning_xattn.evaluation.checks import check_fusion, check_layer
 from lightning_xattn.evaluation.classes import name_in_curves
 from lightning_xattn.evaluation.curves import (
-    best_epoch,
-    charts,
     epoch_curves,
     epoch_record,
     fusion_curves,
@@ -26,8 +27,8 @@ from lightning_xattn.evaluation.curves import (
     mean_curves,
 )
 from lightning_xattn.evaluation.evaluation import Evaluation
-from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult, EarlierTest
+from lightning_xattn.evaluation.settings import Settings
 from lightning_xattn.loggers import LoggerWriters
 from lightning_xattn.report import create_explainability_report
 from lightning_xattn.report.figures import (
@@ -42,10 +43,16 @@ from lightning_xattn.report.figures import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+OUTPUT_FOLDER = "xattn_output"
+"""Below the Trainer's root folder: figures and reports of a Trainer without a logger. Not the package's name, as the
+root may be its repository."""
+
+Record = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class EpochLog:
-    """Logs the epochs of a Trainer.
+    """Logs an epoch of a Trainer.
 
     Parameters
     ----------
@@ -53,50 +60,30 @@ class EpochLog:
         Where to log.
     scope
         What a dataloader and a layer ("": all layers) are called in curves.
-    checks
-        Say each thing once.
-    classes_by
-        Whether the classes are those of the "target" or of the "prediction".
+    run
+        The run that the epoch is of: its monitors, and the curves and layers so far.
+    settings, schedule
+        Of the callback.
     all_curves
         Whether all curves are logged, and not those alone that are acted on.
-    draws
-        Whether there are figures and texts.
-    permutes
-        Whether contributions are measured at all.
-    tests_attention
-        Whether the faithfulness of the attention is tested, now or in another epoch.
-    monitors
-        What acts on curves.
-    names
-        Those that this run of the Trainer has logged so far: each is logged in every recorded evaluation.
-    layers
-        The names of those that this run has recorded so far, in this evaluation or before.
     """
 
     trainer: Trainer
     module: LightningModule
     scope: Callable[[int, str], str]
-    checks: Checks
-    classes_by: str
+    run: Run
+    settings: Settings
+    schedule: Schedule
     all_curves: bool
-    draws: bool
-    permutes: bool
-    tests_attention: bool
-    monitors: Sequence[Monitor]
-    names: dict[str, None]
-    layers: Mapping[str, None]
 
     def log(
         self,
         ended: Mapping[int, DatasetResult],
         evaluations: Mapping[int, Evaluation],
-        history: Sequence[Mapping[str, Any]],
-        tables: Sequence[Path],
-    ) -> list[dict[str, Any]]:
-        """Log what has ended, by dataloader.
-
-        The record of a dataloader's first layer has what is said of the modalities, too. A model without
-        cross-attention has one record alone.
+        history: Sequence[Record],
+        tables: Mapping[str, Path],
+    ) -> list[Record]:
+        """Log what has ended.
 
         Parameters
         ----------
@@ -105,166 +92,157 @@ class EpochLog:
         history
             The records since the last fit began.
         tables
-            The files of the sample table of this evaluation.
+            The files of the sample table of this evaluation, by name.
 
         Returns
         -------
         list of dict
-            A record of each layer that is shown, for the history.
+            A record of each layer that is shown, for the history. The first of a dataloader has the numbers of the
+            modalities, too. A model without cross-attention has one record alone.
         """
-        several = len(self.layers) > 1
-        found: dict[int, tuple[DatasetResult, list[dict[str, Any]]]] = {}
+        shown: dict[int, DatasetResult] = {}
+        records: dict[int, list[Record]] = {}
         curves, others = dict[str, float](), dict[str, float]()
         for number, whole in ended.items():
-            if self.trainer.is_global_zero:
-                for layer, summary in whole.summaries.items():
-                    warn(self.checks.of_epoch(layer, summary))
-            if evaluations[number].shown_classes is None:  # the same ones in every epoch
-                evaluations[number].shown_classes = whole.largest_classes(SHOWN_CLASSES)
-            shown = limit_classes(whole, evaluations[number].shown_classes)
-            counts = {name: getattr(evaluations[number], name) for name in ("repeats", "left_out_batches")}
-            by_scope, new = self._collect(number, shown, whole, several, counts)
-            found[number] = shown, new
+            evaluation = evaluations[number]
+            for layer, summary in whole.summaries.items():
+                warn(check_layer(layer, summary))
+            if whole.fusion is not None:
+                info(check_fusion(whole.fusion))
+            if evaluation.shown_classes is None:  # the same ones in every epoch
+                evaluation.shown_classes = whole.largest_classes(SHOWN_CLASSES)
+            shown[number] = limit_classes(whole, evaluation.shown_classes)
+            counts = {name: getattr(evaluation.totals, name) for name in ("repeats", "left_out_batches")}
+            by_scope, records[number] = self._collect(number, shown[number], whole, counts)
             for scope, of_scope in by_scope:
                 curves |= of_scope if self.all_curves else main_curves(of_scope, scope)
                 others |= of_scope
-        self._log(curves, others)
-        records = [record for _, new in found.values() for record in new]
-        sinks = self._writers()
-        if sinks is not None and records:
-            info(self.checks.of_folders(sinks.folders))
-        for number, (shown, new) in found.items():
-            if sinks is not None and new:
-                past = [one for one in history if one["dataloader"] == number and one["layer"] == new[0]["layer"]]
-                whole = ended[number]
-                if whole.fusion is not None and not whole.fusion.replaced:
-                    whole = replace(whole, earlier_test=EarlierTest.find(past))
-                self._log_rest(sinks, number, whole, shown, several, [*past, new[0]])
-        if sinks is not None:
-            name = f"xattn_about/{self.scope(0, '')}/samples"
-            step = logged_step(self.trainer)
-            for path in tables:
-                sinks.log("tables", partial(Path, path), lambda sink, made: sink.log_table(name, made, step))
-        return records
+        self._log_curves(curves, others)
+        writers = self._writers() if any(records.values()) else None
+        if writers is not None:
+            for number, new in records.items():
+                if new:
+                    past = [one for one in history if (one["dataloader"], one["layer"]) == (number, new[0]["layer"])]
+                    self._log_rest(writers, number, ended[number], shown[number], past, new[0])
+            for name, path in tables.items():
+                self._log_table(writers, f"xattn_about/{self.scope(0, '')}/{name}", path)
+        return [record for new in records.values() for record in new]
 
     def log_absent(self) -> None:
         """After a validation that is not recorded, log what is monitored and has no value yet, as NaN."""
-        absent = {one.curve: math.nan for one in self.monitors if one.curve not in self.trainer.callback_metrics}
-        if absent and not self.trainer.barebones:
-            self.module.log_dict(absent, on_step=False, on_epoch=True, batch_size=1)
+        has_value = self.trainer.callback_metrics
+        self._log_dict({one.curve: math.nan for one in self.run.monitors if one.curve not in has_value})
 
-    def log_best(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """At the end of a fit, log what its run is compared by with others; of the first dataloader and layer."""
-        sinks = self._writers()
-        ours = [one for one in history if one["dataloader"] == 0]
-        if sinks is not None and ours:
-            of_layer = [one for one in ours if one["layer"] == ours[0]["layer"]]
-            best, step = partial(best_epoch, of_layer), logged_step(self.trainer)
-            sinks.log("best values", best, lambda sink, made: sink.log_best(made, step) if made else None)
+    @property
+    def _has_several_layers(self) -> bool:
+        return len(self.run.layers) > 1
+
+    def _layer_scope(self, number: int, layer: str) -> str:
+        """The scope of a layer; an only layer's name is left out."""
+        return self.scope(number, layer if self._has_several_layers else "")
+
+    def _collect(
+        self, number: int, shown: DatasetResult, whole: DatasetResult, counts: Record
+    ) -> tuple[list[tuple[str, dict[str, float]]], list[Record]]:
+        """By scope the curves of a dataloader; the records of its layers, whose comparisons are over all classes."""
+        plain = any(kind.__name__ == "MLFlowLogger" for one in self.trainer.loggers for kind in type(one).__mro__)
+        scope, classes = self.scope(number, ""), name_in_curves(shown.class_names, self.settings.classes_by, plain)
+        by_scope: list[tuple[str, dict[str, float]]] = []
+        about: Record = moment(self.trainer) | {"dataloader": number}
+        of_fusion: Record = {}
+        if shown.fusion is not None and whole.fusion is not None:
+            first = next(iter(shown.summaries.values()), None)
+            ever_tests = self.schedule.ever_tests_attention(self.trainer)
+            tested = tuple(first.heads) if first is not None and ever_tests else ()
+            permutes = self.settings.contribution_samples > 0
+            curves = fusion_curves(shown.fusion, scope, classes, bool(shown.summaries), permutes, tested)
+            by_scope.append((scope, curves))
+            of_fusion = fusion_record(whole.fusion, scope, curves)
+        if not shown.summaries:
+            return by_scope, [about | {"layer": None} | counts | of_fusion] if of_fusion else []
+        scopes = {layer: self._layer_scope(number, layer) for layer in shown.summaries}
+        of_layers = {layer: epoch_curves(one, scopes[layer], classes) for layer, one in shown.summaries.items()}
+        records = []
+        for layer in limit_layers(list(of_layers)):
+            by_scope.append((scopes[layer], of_layers[layer]))
+            record = epoch_record(whole.summaries[layer], scopes[layer], of_layers[layer])
+            lengths = {"other_lengths": whole.other_lengths.get(layer, 0)}
+            records.append(about | {"layer": layer} | counts | lengths | of_fusion | record)
+            of_fusion = {}
+        if self._has_several_layers:
+            mean = mean_curves([*of_layers.values()], [*scopes.values()], scope, len(self.run.layers))
+            by_scope.append((scope, mean))
+        return by_scope, records
+
+    def _log_curves(self, curves: Mapping[str, float], others: Mapping[str, float]) -> None:
+        """Log curves, of all others those that are monitored, and as NaN what has no value in this evaluation."""
+        monitors, known = self.run.monitors, self.run.curves
+        present = {**curves, **{one.curve: others[one.curve] for one in monitors if one.curve in others}}
+        unknown = [one for one in monitors if one.curve not in present and one.curve not in known]
+        warn(describe_unknown(unknown, present))  # once, as they have a name from then on
+        absent = [name for name in (*known, *(one.curve for one in unknown)) if name not in present]
+        present |= dict.fromkeys(absent, math.nan)
+        known.update(dict.fromkeys(present))
+        self._log_dict(present)
+
+    def _log_dict(self, curves: Mapping[str, float]) -> None:
+        if curves and not self.trainer.barebones:  # where Lightning logs nothing, and warns of it
+            self.module.log_dict(curves, on_step=False, on_epoch=True, batch_size=1)
 
     def _writers(self) -> LoggerWriters | None:
         is_trial = self.trainer.fast_dev_run or self.trainer.barebones  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
-        if is_trial or not (self.trainer.is_global_zero and self.draws):
+        if is_trial or not self.trainer.is_global_zero or not self.schedule.draws(self.trainer):
             return None
-        sinks = LoggerWriters(self.trainer.loggers, root_folder(self.trainer))
-        return sinks if sinks else None
-
-    def _collect(
-        self, number: int, result: DatasetResult, whole: DatasetResult, several: bool, counts: dict[str, int]
-    ) -> tuple[list[tuple[str, dict[str, float]]], list[dict[str, Any]]]:
-        """By scope the curves of a dataloader; the records of its layers, whose comparisons are over all classes."""
-        plain = any(kind.__name__ == "MLFlowLogger" for one in self.trainer.loggers for kind in type(one).__mro__)
-        scope, classes = self.scope(number, ""), name_in_curves(result.class_names, self.classes_by, plain)
-        about = moment(self.trainer) | {"dataloader": number}
-        by_scope: list[tuple[str, dict[str, float]]] = []
-        of_fusion: dict[str, Any] = {}
-        if result.fusion is not None:
-            first = next(iter(result.summaries.values()), None)
-            tested = tuple(first.heads) if first is not None and self.tests_attention else ()
-            curves = fusion_curves(result.fusion, scope, classes, bool(result.summaries), self.permutes, tested)
-            by_scope.append((scope, curves))
-            info(self.checks.of_fusion(result.fusion))
-            assert whole.fusion is not None
-            of_fusion = fusion_record(whole.fusion, scope, curves)
-        if not result.summaries:
-            return by_scope, [about | {"layer": None} | counts | of_fusion] if of_fusion else []
-        records, of_layers, scopes = [], [], []
-        shown = limit_layers(list(result.summaries))
-        for layer, summary in result.summaries.items():
-            scopes.append(self.scope(number, layer if several else ""))
-            of_layers.append(epoch_curves(summary, scopes[-1], classes))
-            if layer in shown:
-                by_scope.append((scopes[-1], of_layers[-1]))
-                record = epoch_record(whole.summaries[layer], scopes[-1], of_layers[-1])
-                lengths = {"other_lengths": whole.other_lengths.get(layer, 0)}
-                records.append(about | {"layer": layer} | counts | lengths | of_fusion | record)
-                of_fusion = {}
-        if several:
-            by_scope.append((scope, mean_curves(of_layers, scopes, scope, len(self.layers))))
-        return by_scope, records
-
-    def _log(self, curves: Mapping[str, float], others: Mapping[str, float]) -> None:
-        """Log curves, of all others those that are monitored, and as NaN what has no value in this evaluation."""
-        monitored = {one.curve: others[one.curve] for one in self.monitors if one.curve in others}
-        present = {**curves, **monitored}
-        unknown = [one for one in self.monitors if one.curve not in present and one.curve not in self.names]
-        warn(say_unknown(unknown, present))  # once, as they have a name from then on
-        absent = [name for name in (*self.names, *(one.curve for one in unknown)) if name not in present]
-        present |= dict.fromkeys(absent, math.nan)
-        self.names.update(dict.fromkeys(present))
-        if not self.trainer.barebones:  # where Lightning logs nothing, and warns of it
-            self.module.log_dict(present, on_step=False, on_epoch=True, batch_size=1)
+        root = str(self.trainer.default_root_dir)
+        writers = LoggerWriters(self.trainer.loggers, Path("." if "://" in root else root) / OUTPUT_FOLDER)
+        info((f"Figures and reports are written to {folder}." for folder in writers.folders), once=True)
+        return writers if writers else None
 
     def _log_rest(
         self,
-        sinks: LoggerWriters,
+        writers: LoggerWriters,
         number: int,
         whole: DatasetResult,
         shown: DatasetResult,
-        several: bool,
-        past: Sequence[Mapping[str, Any]],
+        past: Sequence[Record],
+        record: Record,
     ) -> None:
-        """What the loggers get beside the curves: figures and a text; after a test a page."""
+        """Hand the loggers figures and a report; after a test a page, too."""
+        if whole.fusion is not None and not whole.fusion.replaced:
+            whole = replace(whole, earlier_test=EarlierTest.find(past))
         step, scope = logged_step(self.trainer), self.scope(number, "")
-        title, report = f"{scope}, epoch {self.trainer.current_epoch}", f"xattn_about/{scope}/report"
-        sinks.log("charts", charts, lambda sink, made: sink.arrange(made))
-        sinks.log_figures(self._figures(number, shown, whole.class_names, several, past, title), step, scope)
+        name, title = f"xattn_about/{scope}/report", f"{scope}, epoch {self.trainer.current_epoch}"
+        figures = self._figures(number, shown, whole.class_names, [*past, record], title)
+        writers.log_figures(figures, step, scope)
         text = partial(create_explainability_report, whole, format="markdown")
-        sinks.log("reports", text, lambda sink, made: sink.log_text(report, made, step))
+        writers.log("reports", text, lambda writer, made: writer.log_text(name, made, step))
         if stage_of(self.trainer) == "test":
             page = partial(create_explainability_report, whole, format="html")
-            sinks.log("pages", page, lambda sink, made: sink.log_page(report, made, step))
+            writers.log("pages", page, lambda writer, made: writer.log_page(name, made, step))
+
+    def _log_table(self, writers: LoggerWriters, name: str, path: Path) -> None:
+        step = logged_step(self.trainer)
+        writers.log("tables", lambda: path, lambda writer, made: writer.log_table(name, made, step))
 
     def _figures(
-        self,
-        number: int,
-        result: DatasetResult,
-        all_names: Sequence[str],
-        several: bool,
-        past: Sequence[Mapping[str, Any]],
-        title: str,
+        self, number: int, result: DatasetResult, all_names: Sequence[str], records: Sequence[Record], title: str
     ) -> Iterator[tuple[str, Figure]]:
         scope, names = self.scope(number, ""), result.class_names
-        about = f"{title}, layer {past[-1]['layer']}" if several else title
-        yield f"xattn_about/{scope}/overview", overview_figure(past, about)
+
+        def of(layer: str | None) -> str:
+            return f"{title}, layer {layer}" if self._has_several_layers else title
+
+        yield f"xattn_about/{scope}/overview", overview_figure(records, of(records[-1]["layer"]))
         if result.fusion is not None:
             yield from fusion_figures(
-                result.fusion, scope, names, all_names=all_names, classes_by=self.classes_by, context=title
+                result.fusion, scope, names, all_names=all_names, classes_by=self.settings.classes_by, context=title
             )
         for layer in limit_layers(list(result.summaries)):
-            of_layer = self.scope(number, layer if several else "")
-            context = f"{title}, layer {layer}" if several else title
             yield from epoch_figures(
-                result.summaries[layer], of_layer, names, classes_by=self.classes_by, axes=result.axes, context=context
+                result.summaries[layer],
+                self._layer_scope(number, layer),
+                names,
+                classes_by=self.settings.classes_by,
+                axes=result.axes,
+                context=of(layer),
             )
-
-
-def by_scope(
-    results: Mapping[int, DatasetResult], scope: Callable[[int, str], str], several: bool
-) -> dict[str, LayerSummary]:
-    """The summary of every layer of every dataloader, by its scope; an only layer's name goes without saying."""
-    return {
-        scope(number, layer if several else ""): summary
-        for number, result in results.items()
-        for layer, summary in result.summaries.items()
-    }

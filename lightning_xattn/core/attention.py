@@ -1,4 +1,4 @@
-"""The vocabulary: one direction's attention, the pair of directions of a layer, and the axes of their tokens.
+"""One direction's attention, the pair of directions of a layer, and the axes of their tokens.
 
 One axis order everywhere: ``(batch, heads, queries, keys)``. A *direction* is named ``<query>_to_<key>``.
 """
@@ -6,7 +6,7 @@ One axis order everywhere: ``(batch, heads, queries, keys)``. A *direction* is n
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence, Set
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
 from typing import Any
@@ -25,7 +25,7 @@ def row_sum_tolerance(dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Direction:
-    """Which modality asks (query) and which is looked at (key), e.g. ``eeg_to_spec``.
+    """Which modality's tokens are the queries and which one's the keys, e.g. ``eeg_to_spec``.
 
     Raises
     ------
@@ -141,44 +141,36 @@ class Attention:
 
     def __getitem__(self, samples: slice) -> Attention:
         """The attention of some of the samples."""
-
-        def pick(tensor: Tensor | None) -> Tensor | None:
+        picked: dict[str, Any] = {
             # An attention mask may be one for all samples.
-            return tensor if tensor is None or len(tensor) == 1 < len(self.weights) else tensor[samples]
-
-        return replace(
-            self,
-            weights=self.weights[samples],
-            key_mask=pick(self.key_mask),
-            visible=pick(self.visible),
-            query_mask=pick(self.query_mask),
-            cross_modal_mass=pick(self.cross_modal_mass),
-        )
+            name: tensor if len(tensor) == 1 < len(self.weights) else tensor[samples]
+            for name, tensor in self._tensors.items()
+        }
+        return replace(self, **picked)
 
     def cpu(self) -> Attention:
         """The same, detached and on the CPU."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {n: v.detach().cpu() if isinstance(v, Tensor) else v for n, v in values.items()}
-        return Attention(**moved)
+        moved: dict[str, Any] = {name: tensor.detach().cpu() for name, tensor in self._tensors.items()}
+        return replace(self, **moved)
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     @classmethod
     def joined(cls, parts: Sequence[Attention]) -> Attention:
-        """The attention of several batches as one."""
-
-        def join(name: str) -> Tensor | None:
-            known = [getattr(part, name) for part in parts if getattr(part, name) is not None]
-            return torch.cat(known) if len(known) == len(parts) else None
-
-        # An attention mask may be one for all samples of its part.
-        visible = [
-            None if part.visible is None else part.visible.expand(len(part.weights), *part.visible.shape[1:])
-            for part in parts
-        ]
-        parts = [replace(part, visible=of_part) for part, of_part in zip(parts, visible, strict=True)]
-        joined: dict[str, Any] = {
-            name: join(name) for name in ("weights", "key_mask", "query_mask", "cross_modal_mass")
-        }
-        return replace(parts[0], visible=join("visible"), **joined)
+        """The attention of several batches as one; without a mask that one of them lacks."""
+        joined: dict[str, Any] = {}
+        for name in ("weights", "key_mask", "visible", "query_mask", "cross_modal_mass"):
+            tensors = [part._tensors.get(name) for part in parts]
+            known = [
+                # An attention mask may be one for all samples of its part.
+                tensor.expand(len(part.weights), *tensor.shape[1:])
+                for part, tensor in zip(parts, tensors, strict=True)
+                if tensor is not None
+            ]
+            joined[name] = torch.cat(known) if len(known) == len(parts) else None
+        return replace(parts[0], **joined)
 
     @classmethod
     def of_weights(cls, direction: Direction, weights: Tensor) -> Attention:
@@ -205,7 +197,7 @@ class Attention:
 
     @property
     def token_counts(self) -> dict[str, int]:
-        """Number of tokens of each modality, the one that asks first."""
+        """Number of tokens of each modality, that of the queries first."""
         return {self.direction.query: self.weights.shape[2], self.direction.key: self.tokens}
 
 
@@ -280,7 +272,7 @@ class AttentionPair:
 
 
 def mask_queries(pairs: Sequence[AttentionPair], mask: Tensor | None) -> tuple[AttentionPair, ...]:
-    """The same, with a mask ``(batch, queries)`` of the modality that asks in the first direction without an opposite.
+    """The same, with a mask ``(batch, queries)`` of the modality whose queries the first unpaired direction has.
 
     Raises
     ------
@@ -298,7 +290,7 @@ def mask_queries(pairs: Sequence[AttentionPair], mask: Tensor | None) -> tuple[A
 
 @dataclass(frozen=True)
 class TokenAxis:
-    """What the tokens of one modality are, so that a figure can label them.
+    """The names or places of one modality's tokens, with which a figure labels them.
 
     Parameters
     ----------
@@ -355,7 +347,7 @@ class TokenAxis:
         return len(tokens)
 
     def place(self, token: int) -> str:
-        """Where a token lies, in words: its name, or its span such as ``"20 to 30"``."""
+        """A token's name, or its span in words, such as ``"20 to 30"``."""
         if self.spans is None:
             assert self.names is not None
             return self.names[token]

@@ -1,4 +1,4 @@
-"""What several processes need: everybody's sums, and no sample counted twice."""
+"""What an evaluation on several processes needs: the sums of all, and no sample counted twice."""
 
 from __future__ import annotations
 
@@ -6,69 +6,46 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 Value = TypeVar("Value")
 
 
 NUMBER = "sample_idx"
-"""The column of the sample table that says which sample, from 0 on, of its process and evaluation a row is of."""
+"""The column of the sample table with a sample's number, from 0 on, in its process and evaluation."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Processes:
-    """The processes that run an evaluation together, as one of them sees them; by default it is alone."""
+    """The processes that run an evaluation together, as one of them sees them; by default a single one."""
 
     rank: int = 0
-    """Which part of the data this one has."""
+    """The number of this process, which has a part of the data of its own."""
     count: int = 1
-    """How many parts there are."""
-    peers: dist.ProcessGroup | None = None
-    """Those that have the same part, as the model's layers are split among them (tensor parallelism)."""
-    run_alone: bool = True
-    """Whether each has the whole model; else all must run it at once, equally often."""
-
-    @property
-    def is_first_peer(self) -> bool:
-        """Whether this one speaks for those that have the same part of the data."""
-        return self.peers is None or dist.get_rank(self.peers) == 0
+    hold_whole_model: bool = True
+    """Whether each process holds the whole model; else all of them must run it at once, equally often."""
 
     def gather(self, value: Value) -> list[Value]:
-        """What there is of each part of the data, in order and the same everywhere; ``[value]`` of a single process.
+        """What each process has, in order and the same everywhere; ``[value]`` of a single process.
 
         One collective, which every process must reach.
         """
-        if self.count == 1 and self.peers is None:
+        if self.count == 1:
             return [value]
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (value,) if self.is_first_peer else ())
-        return [one for several in gathered for one in several]
-
-    def ask_peers(self, tensor: Tensor) -> list[Tensor]:
-        """What each of the peers has, on the CPU; one collective among them, for which a GPU waits."""
-        theirs: list[Any] = [None] * dist.get_world_size(self.peers)
-        dist.all_gather_object(theirs, tensor.detach().cpu(), group=self.peers)
-        return theirs
-
-    def join(self, tensor: Tensor, dim: int) -> Tensor:
-        """The parts of a tensor that the peers have, all of one shape, as one; one collective among them."""
-        tensor = tensor.contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.peers))]
-        dist.all_gather(parts, tensor, group=self.peers)
-        return torch.cat(parts, dim)
+        gathered: list[Any] = [None] * self.count
+        dist.all_gather_object(gathered, value)
+        return gathered
 
 
 SINGLE_PROCESS = Processes()
 
 
 def unique_sample_indices(loaders: Any, dataloader_idx: int, batch_idx: int, batch_size: int) -> range | None:
-    """Where the samples of a batch stand in the data set, without those that another process has.
+    """The indices in the data set of a batch's samples, without those that another process has.
 
-    ``DistributedSampler`` deals samples out in turn and starts over when they run out: at its end a batch may have
-    samples that are there only to give every process equally many.
+    ``DistributedSampler`` deals samples out in turn and starts over when they run out: the last batches may repeat
+    samples so that every process has the same number.
 
     Parameters
     ----------
@@ -95,8 +72,8 @@ def unique_sample_indices(loaders: Any, dataloader_idx: int, batch_idx: int, bat
         return None
     whole_batch = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     if whole_batch is None:
-        return None  # the place of a sample is not known
+        return None  # the indices are not known
     step = sampler.num_replicas
     first = batch_idx * whole_batch * step + sampler.rank
-    places = range(first, first + batch_size * step, step)
-    return places[: sum(place < len(sampler.dataset) for place in places)]  # type: ignore[arg-type]  # a sized dataset, or it could not deal it out
+    indices = range(first, first + batch_size * step, step)
+    return indices[: sum(index < len(sampler.dataset) for index in indices)]  # type: ignore[arg-type]  # a sized dataset, or it could not deal it out

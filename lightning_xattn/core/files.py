@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _LONGEST = 100
-"""Bytes: most file systems take 255, and of a file that is being written the name is longer."""
+"""In bytes. Most file systems take 255, and the name of a file that is being written is longer."""
 
 _DEVICES = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)
 
 
 @contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
-    """Write a file under another name beside its own, which it gets when it is whole; on failure it is removed.
+    """Write a file under a hidden name beside its own; rename it when it is whole, remove it on failure.
 
-    So a reader never sees half a file, and a file that was there stays until the new one is whole.
+    A reader never sees half a file, and a file that was there stays until the new one is whole.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
     Yields
     ------
     Path
-        Where to write: ``hidden_part(path)``. It has another suffix, so tell the format to what tells it by the suffix.
+        Where to write: ``hidden_part(path)``. Its suffix is another one, so name the format where a suffix would.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = hidden_part(path)
@@ -43,12 +43,12 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 
 def hidden_part(path: Path) -> Path:
-    """What a file is called until it is whole: hidden, beside its own name, and telling which process writes it."""
+    """The name of a file until it is whole: hidden, beside its own, with the process that writes it."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
 
 
 def remove_dead_parts(folder: Path) -> None:
-    """Remove what processes of this machine left behind that were killed while they wrote."""
+    """Remove the parts that killed processes of this machine left behind."""
     for part in folder.glob(f".*.{socket.gethostname()}.*.part"):
         process = part.name.split(".")[-2]
         if not _is_running(int(process)):
@@ -56,13 +56,13 @@ def remove_dead_parts(folder: Path) -> None:
 
 
 def _is_running(process: int) -> bool:
-    if sys.platform == "win32":  # where this question would end the process
+    if sys.platform == "win32":  # where os.kill would end the process
         return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is somebody else's
+    except PermissionError:  # another user's
         return True
     return True
 
@@ -70,9 +70,9 @@ def _is_running(process: int) -> bool:
 def path_of(name: str) -> Path:
     """A name as a path that stays in its folder and that every file system takes.
 
-    What a file system might refuse is ``_``, and Windows' devices begin with it. So that two names do not become one
-    path, a part that is cut or has lost signs ends in eight that differ: ``../a b`` is ``_/a b``, ``a?`` is
-    ``a_-8b596524``.
+    Characters that a file system might refuse become ``_``, which is also put before the names of Windows' devices. A
+    part that is cut or changed ends in eight characters of a hash, so that two names do not become one path:
+    ``../a b`` is ``_/a b``, ``a?`` is ``a_-8b596524``.
     """
     return Path(*map(_file_name, name.split("/")))
 

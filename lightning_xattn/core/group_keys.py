@@ -1,4 +1,4 @@
-"""Which samples belong together: the ids of their groups (patients, recordings) as numbers that can be compared."""
+"""The ids of groups (patients, recordings) as numbers that can be compared."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from lightning_xattn.core.errors import ShapeError
 from lightning_xattn.core.names import is_unknown, plain_id, raw_text
 
 UNKNOWN_GROUP = -(2**63)
-"""The key of samples whose group is not known. Intervals take them as one group, since they may all be of one."""
+"""The key of samples whose group is not known. For intervals they are one group, as they may all be of one."""
 
 
 def group_keys(ids: Tensor | Sequence[Any], device: torch.device | str) -> Tensor:
-    """A number for each sample: the same for the same id, in every batch, process and run.
+    """A number for each sample's group: the same for the same id, in every batch, process and run.
 
     Parameters
     ----------
     ids
         ``(batch,)`` or ``(batch, 1)`` numbers, or a sequence of numbers and strings; None and NaN: not known.
     device
-        Where the numbers should be; a tensor that is there already is not waited for.
+        Where the numbers should be. A tensor that is there already is not copied, to avoid a device sync.
 
     Returns
     -------
     Tensor
-        ``(batch,)`` int64: whole numbers are their own key, of others it is a hash.
+        ``(batch,)`` int64: a whole number is its own key, any other id has a hash.
 
     Raises
     ------
@@ -44,7 +44,7 @@ def group_keys(ids: Tensor | Sequence[Any], device: torch.device | str) -> Tenso
     values = ids.detach().reshape(-1).to(device, non_blocking=True)
     if not values.is_floating_point():
         return values.long()
-    # The bits of a number tell it from any other, and no GPU has to be asked for its value; -0.0 is 0.0.
+    # Bits differ from number to number and are read without a device sync; -0.0 is 0.0.
     bits = (values.double() + 0.0).view(torch.int64)
     return torch.where(values.isnan(), UNKNOWN_GROUP, bits)
 

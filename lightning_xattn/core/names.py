@@ -1,7 +1,7 @@
-"""Ids and names that come from data: as text that identifies, and as text that can be shown.
+"""Ids and names from data: as text that identifies a sample, and as text that is safe to show.
 
-Who made the data decides what a name holds: halves of surrogate pairs, which no UTF-8 file takes; escape sequences,
-which a terminal obeys; marks that turn the direction of text, so that it reads as something else; 100,000 letters.
+A name may hold anything: halves of surrogate pairs, which no UTF-8 file takes; escape sequences, which a terminal
+obeys; marks that turn the direction of text, so that it reads as something else; 100,000 letters.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import zlib
 from typing import Any
 
 LONGEST = 120
-"""So many characters of a name are shown."""
+"""The number of characters of a name that are shown."""
 
 _LONG_WORD = re.compile(r"(\S{1000})\S+")
 
@@ -30,23 +30,23 @@ _UNSHOWN = re.compile(
 
 
 def plain_id(one: Any) -> Any:
-    """An id as Python has it, out of a tensor or an array of one."""
+    """An id as a Python value, also from a tensor or an array of one."""
     return one.item() if callable(getattr(one, "item", None)) else one
 
 
 def is_unknown(one: Any) -> bool:
-    """Whether an id says that there is none: None, NaN, and what pandas writes for them."""
+    """Whether an id stands for no id: None, NaN, and what pandas writes for them."""
     if one is None or type(one).__name__ in ("NAType", "NaTType"):
         return True
     return isinstance(one, float) and math.isnan(one)
 
 
 def raw_text(one: Any) -> str:
-    """An id as text, whatever it is; two ids of one type that differ have two texts."""
+    """An id as text, whatever its type; two ids of one type that differ have two texts."""
     one = plain_id(one)
     try:
         return repr(one) if isinstance(one, bytes) else str(one)
-    except Exception:  # Python writes no integer of more than 4300 digits; whatever an object of users' raises
+    except Exception:  # an integer of more than 4300 digits; whatever a user's object raises
         return hex(one) if isinstance(one, int) else object.__repr__(one)
 
 
@@ -69,16 +69,16 @@ def id_text(one: Any) -> str | None:
 
 
 def valid(text: str) -> str:
-    r"""A text that every file takes: halves of surrogate pairs, which UTF-8 does not have, are written ``\ud800``."""
+    r"""A text that every file takes: a half of a surrogate pair, which UTF-8 does not have, is written ``\ud800``."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def clean(text: str) -> str:
-    r"""A text of several lines, without what a terminal, a page or a figure would obey rather than show.
+    r"""A text of several lines, without what a terminal, a page or a figure would obey instead of showing it.
 
     Controls (but for the ends of lines), marks that turn the direction of text, unseen characters, and halves of
-    surrogate pairs are written as Python writes them: ``\x1b``, ``\u202e``, ``\ud800``. Of a word of more than 1000
-    characters the first 1000 are left.
+    surrogate pairs are written as Python writes them: ``\x1b``, ``\u202e``, ``\ud800``. A word of more than 1000
+    characters is cut there.
     """
     text = _LONG_WORD.sub(r"\1…", text) if len(text) > 1000 else text
     if text.isascii() and text.isprintable():  # nearly always
@@ -87,22 +87,22 @@ def clean(text: str) -> str:
 
 
 def escaped_in_json(text: str) -> str:
-    """What JSON was written as, with the same signs escaped: whoever reads it back has the names as they are."""
+    """JSON with the characters escaped that ``clean`` writes out; reading it gives the names back."""
     return "\n".join(_UNSHOWN.sub(lambda found: json.dumps(found[0])[1:-1], line) for line in text.split("\n"))
 
 
 def shown(name: Any, longest: int = LONGEST) -> str:
     """A name from data as it is shown: in one line, ``clean``, and not too long.
 
-    For figures, reports, pages, terminals, and the names of curves. Not for what finds a sample again: see ``id_text``.
+    For figures, reports, pages, terminals, and the names of curves. To find a sample again use ``id_text``.
 
     Parameters
     ----------
     name
         The name.
     longest
-        So many characters are shown, at least 20. Of a longer name the beginning, an ellipsis, and eight signs that
-        differ from name to name.
+        The number of characters that are shown, at least 20. A longer name is cut and ends in an ellipsis and eight
+        characters of a hash, which differ from name to name.
 
     Returns
     -------

@@ -1,89 +1,63 @@
-"""Progress of long work: one line says what was done and how long it took; in a terminal a bar shows how far it is."""
+"""Progress of long work: a bar in a terminal; in a command one line with what was done and how long it took."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from typing import TypeVar
 
 from lightning_xattn.core.names import clean
 
 _log = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
 
-class Stage:
-    """Something that takes long, as a context.
 
-    Where stdout is no terminal a library has nothing to say there: the line is then a record of the logger
-    ``lightning_xattn.core.progress`` at level DEBUG, which the commands print.
+def track(items: Iterable[Item], title: str, total: int | None = None) -> Iterator[Item]:
+    """Yield the items while a bar in the terminal shows how many there were; elsewhere time them, see ``timed``.
 
     Parameters
     ----------
+    items
+        What is worked on, one after the other.
     title
-        What is done, e.g. ``"Simulating 480 recordings"``. It may be changed until the end.
+        What is done, e.g. ``"Simulating 480 recordings"``.
     total
-        How many steps it takes; None: that is not known.
-    done
-        How many of them an earlier run has made.
-    shown
-        Whether anything is said at all.
+        How many items there are; None: their length, where they have one.
     """
+    # Imported here as only long work needs it.
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import track as track_in_terminal
 
-    def __init__(self, title: str, total: int | None = None, done: int = 0, shown: bool = True) -> None:
-        self.title = title
-        self._shown = shown
-        self._console = Console(highlight=False)
-        self._is_drawn = shown and self._console.is_terminal
-        columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)]
-        columns += (
-            [TimeElapsedColumn()] if total is None else [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        )
-        self._bar = Progress(*columns, console=self._console, refresh_per_second=2, transient=True)
-        self._task = self._bar.add_task(clean(title), total=total, completed=done)
-
-    def __enter__(self) -> Stage:
-        self._started = time.monotonic()
-        if self._is_drawn:
-            self._bar.start()
-        return self
-
-    def advance(self, steps: int = 1) -> None:
-        """So many more steps are made."""
-        self._bar.advance(self._task, steps)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._is_drawn:
-            self._bar.stop()
-        if kind is not None or not self._shown:  # what went wrong has its own words
-            return
-        line = f"{clean(self.title)}: {time.monotonic() - self._started:.0f} s"
-        if self._is_drawn:
-            self._console.print(Text(line))
-        else:
-            _log.debug(line)
+    console = Console()
+    if console.is_terminal:
+        yield from track_in_terminal(items, escape(clean(title)), total, console=console)
+    else:
+        with timed(title):
+            yield from items
 
 
 @contextmanager
-def printed_stages() -> Iterator[None]:
-    """Print the lines of all stages, where stdout is no terminal too: as a command does."""
-    handler, level, propagate = logging.StreamHandler(sys.stdout), _log.level, _log.propagate
+def timed(title: str) -> Iterator[None]:
+    """Report what was done and how long it took, unless it fails."""
+    started = time.monotonic()
+    yield
+    report_time(title, started)
+
+
+def report_time(title: str, started: float) -> None:
+    """Log a line at level DEBUG, which the commands print: what was done, and the seconds since ``started``."""
+    _log.debug("%s: %.0f s", clean(title), time.monotonic() - started)
+
+
+@contextmanager
+def printed_times() -> Iterator[None]:
+    """Print the lines of ``report_time``, as a command does."""
+    handler, level = logging.StreamHandler(sys.stdout), _log.level
     _log.addHandler(handler)
     _log.setLevel(logging.DEBUG)
     _log.propagate = False
@@ -92,4 +66,4 @@ def printed_stages() -> Iterator[None]:
     finally:
         _log.removeHandler(handler)
         _log.setLevel(level)
-        _log.propagate = propagate
+        _log.propagate = True

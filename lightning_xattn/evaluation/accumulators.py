@@ -1,6 +1,6 @@
-"""Running sums of every number by class and outcome.
+"""Running sums of every number of a layer, by class and outcome, and by group (patient, recording).
 
-Accumulators hold sums and counts only, so a short last batch weighs what it should, samples may come in any order,
+An accumulator holds sums and counts only, so a short last batch weighs what it should, samples may come in any order,
 and several processes give what one gives.
 """
 
@@ -11,21 +11,64 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torch.utils._pytree import tree_map_only
 
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import ShapeError
-from lightning_xattn.evaluation.groups import GroupSums
 from lightning_xattn.evaluation.statistics import CONFIDENCE, SCORES, Column
 from lightning_xattn.functional import Rows, score_bins, standardised_maps
 from lightning_xattn.functional.outcomes import BINS, UNKNOWN
 
+ROWS_IN_MEMORY = 4096
+"""How many samples wait on their device before they are added to the sums by group, so that a GPU seldom waits."""
 
-@dataclass(frozen=True)
-class Layout:
-    """What an accumulator has a place for.
 
-    Parameters
+@dataclass(frozen=True, eq=False)
+class KeyedSums:
+    """Sums by key, on the CPU; only keys that occur have a place.
+
+    Attributes
+    ----------
+    keys
+        ``(n, parts)`` int64: a group, any number, and then small numbers from 0 on.
+    sums
+        ``(n, ...)`` float64.
+    """
+
+    keys: Tensor
+    sums: Tensor
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor) -> KeyedSums:
+        """The sums of the values that have equal keys."""
+        if not len(keys):
+            return cls(keys, values)
+        # One number for each key: to compare numbers is many times as fast as to compare rows.
+        _, code = keys[:, 0].unique(return_inverse=True)
+        for part in keys[:, 1:].unbind(1):
+            code = code * (part.max() + 1) + part
+        codes, index = code.unique(return_inverse=True)
+        unique = keys.new_empty(len(codes), keys.shape[1])
+        unique[index] = keys
+        return cls(unique, values.new_zeros(len(codes), *values.shape[1:]).index_add(0, index, values))
+
+    def __add__(self, other: KeyedSums) -> KeyedSums:
+        return KeyedSums.of(torch.cat([self.keys, other.keys]), torch.cat([self.sums, other.sums]))
+
+    def with_part(self, place: int, values: Tensor | int) -> KeyedSums:
+        """The sums by the same keys with another part, ``(n,)`` or one for all, in this place."""
+        keys = self.keys.clone()
+        keys[:, place] = values
+        return KeyedSums.of(keys, self.sums)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerAccumulator:
+    """Sums of one layer's numbers; ``a + b`` has the samples of both, as of two processes.
+
+    It never changes: adding a batch gives another one. So sums that were made in inference mode go on outside of it.
+
+    Attributes
     ----------
     columns
         The numbers, see ``sample_statistics``.
@@ -33,158 +76,108 @@ class Layout:
         Number of classes; 0 when there are none.
     heads
         Number of heads by direction, forward first.
-    tokens
-        Number of queries and of keys that are tokens, by direction.
-    groups
+    group_noun
         What groups of samples are called, such as "patients"; None where groups are not known.
+    moments
+        ``(classes + 1, outcomes, columns, 3)`` count, sum and sum of squares; the last class is "no class".
+    histograms
+        ``(scores, outcomes, bins)`` counts, in the order of ``SCORES``.
+    ties
+        Number of samples whose soft target has more than one top class.
+    maps, outcome_maps
+        By direction ``(classes + 1, queries, keys, 2)`` and ``(outcomes, queries, keys, 2)``: sum of the weights and
+        number of rows. Empty once token counts have changed between batches.
+    null_maps, null_terms
+        ``(2, queries, keys)`` sums of both directions' standardised maps; ``(3,)`` sum of their alignments, number of
+        samples in these sums, and number of samples whose maps cannot be compared with others'.
+    by_group
+        By group, class and outcome ``(columns, 2)`` count and sum of the numbers that are not of single heads.
+    scores_by_group
+        Counts by group, outcome, score and bin: no more places than samples, and than bins for each group.
+    waiting
+        Batches that are not in the sums by group yet: ``(batch, 3)`` group, class and outcome, ``(batch, scores)`` bins
+        and ``(batch, columns, 2)`` counts and values.
     """
 
     columns: tuple[Column, ...]
     n_classes: int
     heads: dict[Direction, int]
-    tokens: dict[Direction, tuple[int, int]]
-    groups: str | None = None
+    group_noun: str | None
+    moments: Tensor
+    histograms: Tensor
+    ties: Tensor
+    maps: dict[Direction, Tensor]
+    outcome_maps: dict[Direction, Tensor]
+    null_maps: Tensor
+    null_terms: Tensor
+    by_group: KeyedSums
+    scores_by_group: KeyedSums
+    waiting: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
 
     @classmethod
-    def of(
-        cls, rows: Sequence[Rows], statistics: Mapping[Column, Tensor], n_classes: int, groups: str | None = None
-    ) -> Layout:
-        """The layout for the prepared rows of a first batch, forward direction first, and its ``sample_statistics``."""
+    def empty(
+        cls, rows: Sequence[Rows], columns: Sequence[Column], n_classes: int, group_noun: str | None = None
+    ) -> LayerAccumulator:
+        """No samples yet, of directions like those of a first batch (forward first) and of these numbers."""
+        device = rows[0].weights.device
+        # float64 keeps long sums exact; Apple's GPUs do not have it.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        shapes = {r.direction: (r.weights.shape[2], r.tokens) for r in rows}
+        grouped = sum(column.head is None for column in columns)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
         return cls(
-            columns=tuple(statistics),
+            columns=tuple(columns),
             n_classes=n_classes,
             heads={r.direction: r.weights.shape[1] for r in rows},
-            tokens={r.direction: (r.weights.shape[2], r.tokens) for r in rows},
-            groups=groups,
+            group_noun=group_noun,
+            moments=zeros(n_classes + 1, 3, len(columns), 3),
+            histograms=zeros(len(SCORES), 3, BINS),
+            ties=zeros(),
+            maps={direction: zeros(n_classes + 1, *shape, 2) for direction, shape in shapes.items()},
+            outcome_maps={direction: zeros(3, *shape, 2) for direction, shape in shapes.items()},
+            null_maps=zeros(2, *shapes[rows[0].direction]),
+            null_terms=zeros(3),
+            by_group=KeyedSums(torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, grouped, 2, dtype=torch.float64)),
+            scores_by_group=KeyedSums(torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)),
         )
 
     @property
-    def numbers(self) -> tuple[tuple[Column, ...], int, dict[Direction, int], str | None]:
-        """All but the token counts: accumulators that agree in this can be merged."""
-        return self.columns, self.n_classes, self.heads, self.groups
-
-    @property
     def grouped_columns(self) -> list[Column]:
-        """The numbers that are added up by group too: not those of single heads."""
+        """The numbers of ``by_group``."""
         return [column for column in self.columns if column.head is None]
 
+    def __add__(self, other: LayerAccumulator) -> LayerAccumulator:
+        """The sums of the samples of both, which are on one device.
 
-class LayerSums:
-    """What an accumulator has added up; adding more leaves it as it is.
+        Raises
+        ------
+        ShapeError
+            If they differ in more than their token counts; those only end the maps.
+        """
+        if self._describe() != other._describe() or self.columns != other.columns:
+            raise ShapeError(
+                f"Different attention was recorded: {self._describe()} in one place, {other._describe()} in another. "
+                "Every process must run the same model with the same settings."
+            )
+        shapes, others = ({key: one.shape for key, one in sums.maps.items()} for sums in (self, other))
+        both, other = (self if shapes == others else self._without_maps()).settled(), other.settled()
+        return replace(
+            both,
+            moments=both.moments + other.moments,
+            histograms=both.histograms + other.histograms,
+            ties=both.ties + other.ties,
+            maps={key: sums + other.maps[key] for key, sums in both.maps.items()},
+            outcome_maps={key: sums + other.outcome_maps[key] for key, sums in both.outcome_maps.items()},
+            null_maps=both.null_maps + other.null_maps if both.maps else both.null_maps,
+            null_terms=both.null_terms + other.null_terms,
+            by_group=both.by_group + other.by_group,
+            scores_by_group=both.scores_by_group + other.scores_by_group,
+        )
 
-    Attributes
-    ----------
-    layout
-        What there is.
-    states
-        The sums by name.
-    groups
-        Sums by group; None where groups are not known.
-    """
-
-    # Not a dataclass: torchmetrics would take the result of ``compute`` apart and squeeze its tensors.
-    def __init__(self, layout: Layout, states: Mapping[str, Tensor], groups: GroupSums | None) -> None:
-        self.layout, self.states, self.groups = layout, states, groups
-
-    def cpu(self) -> LayerSums:
-        """The same on the CPU."""
-        states = {name: values.cpu() for name, values in self.states.items()}
-        return LayerSums(self.layout, states, None if self.groups is None else self.groups.settled())
-
-    def with_classes(self, kept: Sequence[int]) -> LayerSums:
-        """The same with these classes alone, in this order, and a last one that is all others."""
-        of_class = torch.full((self.layout.n_classes + 1,), len(kept))
-        of_class[list(kept)] = torch.arange(len(kept))
-        of_class[-1] = len(kept) + 1  # samples without a class
-
-        def merged(values: Tensor) -> Tensor:
-            return values.new_zeros(len(kept) + 2, *values.shape[1:]).index_add(0, of_class, values)
-
-        states = dict(self.states)
-        states["moments"] = merged(states["moments"].unflatten(0, (-1, 3))).flatten(0, 1)
-        for name in (f"map_{direction}" for direction in self.layout.tokens):
-            states[name] = merged(states[name])
-        groups = None if self.groups is None else self.groups.with_classes(of_class)
-        return LayerSums(replace(self.layout, n_classes=len(kept) + 1), states, groups)
-
-    def without_labels(self) -> LayerSums:
-        """The same without classes and confidences, and with all outcomes unknown."""
-        states = dict(self.states)
-        moments, histograms = states["moments"], states["histograms"].unflatten(0, (-1, 3, BINS))
-        states["moments"] = moments.new_zeros(3, *moments.shape[1:])
-        states["moments"][UNKNOWN] = moments.sum(0)
-        states["moments"][UNKNOWN, _places(CONFIDENCE, self.layout.columns)] = 0
-        of_unknown = torch.zeros_like(histograms)
-        of_unknown[:, UNKNOWN] = histograms.sum(1)
-        of_unknown[list(SCORES).index(CONFIDENCE)] = 0
-        states["histograms"], states["ties"] = of_unknown.flatten(), torch.zeros_like(states["ties"])
-        for name in (f"map_{direction}" for direction in self.layout.tokens):
-            states[name] = states[name].sum(0, keepdim=True)
-        for name in (f"outcome_map_{direction}" for direction in self.layout.tokens):
-            states[name] = torch.zeros_like(states[name])
-        dropped = _places(CONFIDENCE, self.layout.grouped_columns)
-        groups = None if self.groups is None else self.groups.relabelled(0, UNKNOWN, dropped)
-        return LayerSums(replace(self.layout, n_classes=0), states, groups)
-
-
-def _places(column: Column, columns: Sequence[Column]) -> list[int]:
-    """Where a number stands; nowhere in sums that do not have it."""
-    return [place for place, one in enumerate(columns) if one == column]
-
-
-class LayerAccumulator(Metric):
-    """Sums of one layer's numbers over an epoch, by class and outcome.
-
-    Parameters
-    ----------
-    layout
-        What there is to add up.
-    device
-        Where the batches are.
-    """
-
-    full_state_update = False
-    moments: Tensor
-    histograms: Tensor
-    null_maps: Tensor
-    null_terms: Tensor
-    ragged: Tensor
-    ties: Tensor
-
-    def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
-        # Processes are merged all at once, see ``merge_sums``, and not state by state when computing.
-        super().__init__(sync_on_compute=False)
-        self.layout = layout
-        # float64 keeps long sums exact; Apple's GPUs do not have it.
-        self._dtype_of_sums = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        places = layout.n_classes + 1  # samples without a class have one of their own
-        # (class, outcome), column, (count, sum, sum of squares)
-        self._add("moments", places * 3, len(layout.columns), 3)
-        # (score, outcome), bin
-        self._add("histograms", len(SCORES) * 3 * BINS)
-        self._add("ragged", 1)
-        self._add("ties", 1)
-        for direction, (queries, keys) in layout.tokens.items():
-            # class, query, key, (sum of weights, number of rows), and the same by outcome
-            self._add(f"map_{direction}", places, queries, keys, 2)
-            self._add(f"outcome_map_{direction}", 3, queries, keys, 2)
-        queries, keys = next(iter(layout.tokens.values()))
-        # sums of both directions' standardised maps
-        self._add("null_maps", 2, queries, keys)
-        # (sum of alignments, samples in the sums, samples whose maps cannot be compared with others')
-        self._add("null_terms", 3)
-        self._groups = None if layout.groups is None else GroupSums.empty(len(layout.grouped_columns))
-        # Made once, so that no GPU waits for it in each batch.
-        self._grouped = torch.tensor([layout.columns.index(column) for column in layout.grouped_columns], device=device)
-        self.to(device)
-
-    def _add(self, name: str, *shape: int) -> None:
-        self.add_state(name, torch.zeros(shape, dtype=self._dtype_of_sums), dist_reduce_fx="sum")
-
-    # Sums are replaced, never changed in place: validation runs in inference mode, and a tensor that was made there
-    # cannot be changed in place outside of it.
-
-    def update(
+    def add(
         self,
         rows: Sequence[Rows],
         statistics: Mapping[Column, Tensor],
@@ -192,14 +185,14 @@ class LayerAccumulator(Metric):
         outcomes: Tensor,
         tied: Tensor,
         groups: Tensor | None = None,
-    ) -> None:
-        """Add a batch.
+    ) -> LayerAccumulator:
+        """The sums with those of a batch.
 
         Parameters
         ----------
         rows
-            The directions that the layout was made of; other token counts are allowed, but end the mean maps and the
-            alignment between different samples of this epoch.
+            The directions; other token counts than before are allowed, but end the mean maps and the alignment between
+            different samples of this epoch.
         statistics
             Their ``sample_statistics``.
         classes
@@ -209,99 +202,133 @@ class LayerAccumulator(Metric):
         tied
             ``(batch,)`` bool: more than one class has the top share of a soft target.
         groups
-            ``(batch,)`` int64 group of each sample, where the layout has groups.
+            ``(batch,)`` int64 group of each sample, any numbers, where groups are known.
+
+        Raises
+        ------
+        ShapeError
+            If the batch has no groups, though groups are known.
         """
-        n_classes = self.layout.n_classes
-        classes = torch.where((classes >= 0) & (classes < n_classes), classes, n_classes)
-        self._add_numbers(statistics, classes, outcomes, groups)
-        self.ties = self.ties + tied.sum()
-        if all((r.weights.shape[2], r.tokens) == self.layout.tokens[r.direction] for r in rows):
-            self._add_maps(rows, classes, outcomes)
-        else:
-            self.ragged = self.ragged + 1
-
-    def _add_numbers(
-        self, statistics: Mapping[Column, Tensor], classes: Tensor, outcomes: Tensor, groups: Tensor | None
-    ) -> None:
-        columns = self.layout.columns
-        values = torch.stack([statistics[column].to(self._dtype_of_sums) for column in columns], dim=1)
+        if self.group_noun is not None and groups is None:
+            raise ShapeError(f"This batch has no {self.group_noun}, though the first one had.")
+        classes = torch.where((classes >= 0) & (classes < self.n_classes), classes, self.n_classes)
+        values = torch.stack([statistics[column].to(self.moments.dtype) for column in self.columns], dim=1)
         defined = values.isfinite()
-        values = torch.where(defined, values, 0)
         terms = torch.stack([defined.to(values.dtype), values, values**2], dim=-1)
-        self.moments = self.moments.index_add(0, classes * 3 + outcomes, terms)
-        bins = torch.full((len(values), len(SCORES)), -1, device=values.device)
-        for i, (score, (low, high)) in enumerate(SCORES.items()):
-            if score in columns:
-                place = columns.index(score)
-                of_score = score_bins(values[:, place], low, high)
-                bins[:, i] = torch.where(defined[:, place], of_score, -1)
-                cells = (i * 3 + outcomes) * BINS + of_score
-                self.histograms = self.histograms.index_add(0, cells, defined[:, place].to(values.dtype))
-        if self._groups is not None:
-            if groups is None:
-                raise ShapeError(f"This batch has no {self.layout.groups}, though the first one had.")
-            self._groups = self._groups.add(groups, classes, outcomes, bins, terms[:, self._grouped, :2])
+        terms = torch.where(defined[..., None], terms, 0)
+        bins = torch.stack([self._bins(score, values) for score in SCORES], dim=1)
+        cells = (torch.arange(len(SCORES), device=bins.device) * 3 + outcomes[:, None]) * BINS + bins.clamp_min(0)
+        counts = (bins >= 0).to(values.dtype)
+        histograms = self.histograms.flatten().index_add(0, cells.flatten(), counts.flatten())
+        added = replace(
+            self,
+            moments=self.moments.flatten(0, 1).index_add(0, classes * 3 + outcomes, terms).view_as(self.moments),
+            histograms=histograms.view_as(self.histograms),
+            ties=self.ties + tied.sum(),
+        )
+        if groups is not None and self.group_noun is not None:
+            # Columns are picked one by one, as a list of places would have to be copied to a GPU.
+            of_groups = [terms[:, i, :2] for i, column in enumerate(self.columns) if column.head is None]
+            batch = torch.stack([groups, classes, outcomes], dim=1), bins, torch.stack(of_groups, dim=1)
+            added = replace(added, waiting=(*self.waiting, batch))
+            # The more there is, the more waits until all of it is gone through.
+            enough = max(ROWS_IN_MEMORY, len(self.by_group.keys))
+            added = added.settled() if sum(len(keys) for keys, _, _ in added.waiting) >= enough else added
+        shapes = {r.direction: (r.weights.shape[2], r.tokens) for r in rows}
+        if shapes != {direction: tuple(sums.shape[1:3]) for direction, sums in self.maps.items()}:
+            return added._without_maps()
+        return added._add_maps(rows, classes, outcomes)
 
-    def _add_maps(self, rows: Sequence[Rows], classes: Tensor, outcomes: Tensor) -> None:
+    def settled(self) -> LayerAccumulator:
+        """The same with no batch waiting."""
+        if not self.waiting:
+            return self
+        keys, bins, terms = (torch.cat(parts).cpu() for parts in zip(*self.waiting, strict=True))
+        sample, score = (bins >= 0).nonzero(as_tuple=True)
+        score_keys = torch.stack([keys[sample, 0], keys[sample, 2], score, bins[sample, score]], dim=1)
+        return replace(
+            self,
+            by_group=self.by_group + KeyedSums.of(keys, terms.double()),
+            scores_by_group=self.scores_by_group + KeyedSums.of(score_keys, torch.ones(len(sample)).double()),
+            waiting=(),
+        )
+
+    def cpu(self) -> LayerAccumulator:
+        """The same on the CPU, with no batch waiting."""
+        return LayerAccumulator(**tree_map_only(Tensor, Tensor.cpu, vars(self.settled())))
+
+    def with_classes(self, kept: Sequence[int]) -> LayerAccumulator:
+        """The same with these classes alone, in this order, and a last one that is all others; on the CPU."""
+        whole = self.cpu()
+        new_class = torch.full((self.n_classes + 1,), len(kept))
+        new_class[list(kept)] = torch.arange(len(kept))
+        new_class[-1] = len(kept) + 1  # samples without a class
+
+        def merged(sums: Tensor) -> Tensor:
+            return sums.new_zeros(len(kept) + 2, *sums.shape[1:]).index_add(0, new_class, sums)
+
+        return replace(
+            whole,
+            n_classes=len(kept) + 1,
+            moments=merged(whole.moments),
+            maps={direction: merged(sums) for direction, sums in whole.maps.items()},
+            by_group=whole.by_group.with_part(1, new_class[whole.by_group.keys[:, 1]]),
+        )
+
+    def without_labels(self) -> LayerAccumulator:
+        """The same without classes and confidences, and with all outcomes unknown."""
+        whole = self.settled()
+
+        def kept(columns: Sequence[Column], like: Tensor) -> Tensor:
+            return torch.tensor([[column != CONFIDENCE] for column in columns]).to(like)
+
+        moments = whole.moments.new_zeros(1, *whole.moments.shape[1:])
+        moments[0, UNKNOWN] = whole.moments.sum((0, 1)) * kept(self.columns, moments)
+        histograms = torch.zeros_like(whole.histograms)
+        histograms[:, UNKNOWN] = whole.histograms.sum(1) * kept(list(SCORES), histograms)
+        by_group = whole.by_group.with_part(1, 0).with_part(2, UNKNOWN)
+        return replace(
+            whole,
+            n_classes=0,
+            moments=moments,
+            histograms=histograms,
+            ties=torch.zeros_like(whole.ties),
+            maps={direction: sums.sum(0, keepdim=True) for direction, sums in whole.maps.items()},
+            outcome_maps={direction: torch.zeros_like(sums) for direction, sums in whole.outcome_maps.items()},
+            by_group=replace(by_group, sums=by_group.sums * kept(self.grouped_columns, by_group.sums)),
+            scores_by_group=whole.scores_by_group.with_part(1, UNKNOWN),
+        )
+
+    def _bins(self, score: Column, values: Tensor) -> Tensor:
+        """``(batch,)`` the bin of each sample's score; -1 where it is undefined."""
+        if score not in self.columns:
+            return torch.full((len(values),), -1, device=values.device)
+        scores = values[:, self.columns.index(score)]
+        return torch.where(scores.isfinite(), score_bins(scores, *SCORES[score]), -1)
+
+    def _add_maps(self, rows: Sequence[Rows], classes: Tensor, outcomes: Tensor) -> LayerAccumulator:
+        maps, outcome_maps = dict[Direction, Tensor](), dict[Direction, Tensor]()
         for r in rows:
             weights = r.weights[..., : r.tokens].sum(1)
             seen = r.valid[..., None] if r.token_visible is None else r.valid[..., None] & r.token_visible
-            counts = seen.sum(1).expand(weights.shape)
-            cells = torch.stack([weights, counts], dim=-1).to(self._dtype_of_sums)
-            for state, places in ((f"map_{r.direction}", classes), (f"outcome_map_{r.direction}", outcomes)):
-                setattr(self, state, getattr(self, state).index_add(0, places, cells))
-        if len(rows) == 2:
-            x, y, whole = standardised_maps(*rows)
-            aligned = (x * y).sum((1, 2))
-            defined = aligned.isfinite()
-            counted = (defined & whole)[:, None, None]
-            sums = torch.stack([torch.where(counted, maps, 0).sum(0) for maps in (x, y)])
-            self.null_maps = self.null_maps + sums
-            terms = [torch.where(defined & whole, aligned, 0), defined & whole, defined & ~whole]
-            self.null_terms = self.null_terms + torch.stack([term.sum() for term in terms])
+            cells = torch.stack([weights, seen.sum(1).expand(weights.shape)], dim=-1).to(self.moments.dtype)
+            maps[r.direction] = self.maps[r.direction].index_add(0, classes, cells)
+            outcome_maps[r.direction] = self.outcome_maps[r.direction].index_add(0, outcomes, cells)
+        added = replace(self, maps=maps, outcome_maps=outcome_maps)
+        if len(rows) == 1:
+            return added
+        x, y, whole = standardised_maps(*rows)
+        aligned = (x * y).sum((1, 2))
+        defined = aligned.isfinite()
+        counted = defined & whole
+        sums = torch.stack([torch.where(counted[:, None, None], one, 0).sum(0) for one in (x, y)])
+        terms = torch.stack([torch.where(counted, aligned, 0).sum(), counted.sum(), (defined & ~whole).sum()])
+        return replace(added, null_maps=self.null_maps + sums, null_terms=self.null_terms + terms)
 
-    def sums(self) -> LayerSums:
-        """What there is so far, where the batches are."""
-        return LayerSums(self.layout, {name: getattr(self, name) for name in self.metric_state}, self._groups)
+    def _without_maps(self) -> LayerAccumulator:
+        return replace(self, maps={}, outcome_maps={})
 
-    @classmethod
-    def of(cls, sums: LayerSums, device: torch.device | str) -> LayerAccumulator:
-        """One that goes on from these sums."""
-        accumulator = cls(sums.layout, device)
-        for name, values in sums.states.items():
-            setattr(accumulator, name, values.to(device))
-        accumulator._groups = sums.groups
-        return accumulator
-
-    def compute(self) -> LayerSums:
-        """The sums so far, on the CPU."""
-        return self.sums().cpu()
-
-
-def merge_sums(parts: Sequence[LayerSums]) -> LayerSums:
-    """Add up the sums of several accumulators, as those of several processes; all on the CPU.
-
-    Raises
-    ------
-    ShapeError
-        If they differ in more than their token counts; those only end the maps.
-    """
-    layout, total = parts[0].layout, dict(parts[0].states)
-    for part in parts[1:]:
-        if part.layout.numbers != layout.numbers:
-            raise ShapeError(
-                f"Different attention was recorded: {_say_layout(layout)} in one place, {_say_layout(part.layout)} in "
-                "another. Every process must run the same model with the same settings."
-            )
-        same = {name: values for name, values in part.states.items() if values.shape == total[name].shape}
-        total |= {name: total[name] + values for name, values in same.items()}
-        if len(same) < len(part.states):
-            total["ragged"] = total["ragged"] + 1
-    grouped = [part.groups for part in parts if part.groups is not None]
-    return LayerSums(layout, total, GroupSums.merged(grouped) if grouped else None)
-
-
-def _say_layout(layout: Layout) -> str:
-    heads = ", ".join(f"{heads} heads {direction}" for direction, heads in layout.heads.items())
-    groups = f", in {layout.groups}" if layout.groups else ""
-    return f"{layout.n_classes} classes and {heads}{groups}"
+    def _describe(self) -> str:
+        heads = ", ".join(f"{heads} heads {direction}" for direction, heads in self.heads.items())
+        groups = f", in {self.group_noun}" if self.group_noun else ""
+        return f"{self.n_classes} classes and {heads}{groups}"

@@ -22,12 +22,13 @@ RESERVED = ("all", "correct", "incorrect", "gap", "null", "rest")
 
 
 def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
-    """The names as they are shown everywhere, see ``shown``; refuses such as would give two curves one name.
+    """The names as they are shown everywhere, see ``shown``.
 
     Raises
     ------
     SettingError
-        If there is no name, or one is empty, repeated, not a string, in ``RESERVED``, or reads like a head's.
+        If there is no name, or one is empty, repeated, not a string, in ``RESERVED``, or like a head's: curves would
+        share a name.
     """
     usable = isinstance(class_names, Sequence) and not isinstance(class_names, str) and len(class_names) > 0
     usable = usable and all(isinstance(name, str) for name in class_names)
@@ -43,7 +44,7 @@ def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
 
 
 def own_class_names(module: object) -> tuple[str, ...] | None:
-    """A module's attribute ``class_names`` if it can be used; warns where it cannot, as nobody gave it as a setting."""
+    """The ``class_names`` of a module; None, with a warning, where they cannot be used, as they are no setting."""
     names = getattr(module, "class_names", None)
     try:
         return None if names is None else check_class_names(names)
@@ -53,10 +54,17 @@ def own_class_names(module: object) -> tuple[str, ...] | None:
 
 
 def name_in_curves(class_names: Sequence[str], classes_by: str, plain: bool = False) -> tuple[str, ...]:
-    """What the classes are called in curves: their names, or ``predicted_<name>`` when grouped by prediction.
+    """The names of classes in curves: their own, or ``predicted_<name>`` where classes are those of the predictions.
 
-    ``plain``: for a logger that takes but ASCII letters, digits and a few signs, as MLflow, a class whose name would be
-    nothing without the others, or that of another class, is called ``class_<i>``.
+    Parameters
+    ----------
+    class_names
+        The classes.
+    classes_by
+        One of ``GROUPINGS``.
+    plain
+        Whether the logger allows only ASCII letters, digits and a few signs, as MLflow does. A class whose name has
+        none of these, or no others than another class, is then called ``class_<i>``.
     """
     kept = [re.sub(r"[^A-Za-z0-9_/. -]", "", name) for name in class_names]
     is_path = [all(part.strip(" .") for part in name.split("/")) and kept.count(name) == 1 for name in kept]
@@ -65,7 +73,7 @@ def name_in_curves(class_names: Sequence[str], classes_by: str, plain: bool = Fa
 
 
 def name_classes(labels: Labels, class_names: Sequence[str] | None, classes_by: str, step: Step) -> tuple[str, ...]:
-    """The names of the classes of a first batch; none when what groups them is not known.
+    """The names of the classes of a first batch; none where its targets (or predictions) are not known.
 
     Parameters
     ----------
@@ -76,7 +84,7 @@ def name_classes(labels: Labels, class_names: Sequence[str] | None, classes_by: 
     classes_by
         One of ``GROUPINGS``.
     step
-        Where the labels were looked for, for error messages.
+        The step whose labels these are, for error messages.
 
     Raises
     ------
@@ -106,7 +114,7 @@ def name_classes(labels: Labels, class_names: Sequence[str] | None, classes_by: 
 
 
 def missing_labels(labels: Labels, names: Sequence[str], classes_by: str, step: Step) -> Iterator[str]:
-    """What cannot be shown because it was not found, or why it was not taken, and how to name it."""
+    """Messages about labels that were not found or not used, each with the setting that names them."""
     if "confidence" in labels.doubts:
         yield labels.doubts["confidence"]
     for what, ids in (("predictions", labels.predicted), ("targets", labels.target)):
@@ -116,17 +124,17 @@ def missing_labels(labels: Labels, names: Sequence[str], classes_by: str, step: 
             yield f"No {what} found, so {parts} are not compared.{reason} {step} Name them: {what}=<key or callable>."
         elif not names and what.startswith(classes_by):
             yield (
-                f"The {what} are class ids, which do not tell how many classes there are, so classes are not "
-                "compared. Name them: class_names=[...]."
+                f"The {what} are class ids alone, so the number of classes is not known and classes are not compared. "
+                "Name them: class_names=[...]."
             )
 
 
 def classify(
     labels: Labels, classes_by: str, n_classes: int, samples: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Class id (-1: none), outcome and tie of each of so many samples.
+    """Each sample's class id (-1: none), outcome, and whether its target is tied.
 
-    An id outside the classes has no class and no outcome.
+    A sample whose target or prediction is not one of the classes has no outcome.
     """
     classes = labels.target if classes_by == "target" else labels.predicted
     if classes is None:

@@ -1,4 +1,4 @@
-"""What is logged of an epoch as curves: their names and values, which are shown together, and the history's record."""
+"""The curves of an epoch, ``xattn_<topic>/<scope>/<what>``, and the record that the history has of it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, combinations
+from itertools import chain
 from typing import Any, Literal
 
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.names import shown_tag
-from lightning_xattn.evaluation.fusion_summary import Estimate, FusionSummary
+from lightning_xattn.evaluation.fusion_summary import Estimate, FusionSummary, interaction_names
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import ALIGNMENT, CONFIDENCE, INVALID_ROWS, SCORES, STATISTICS, Column
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
@@ -23,65 +23,23 @@ MAIN = re.compile(
     r"|conflict/(all|correct|incorrect)|probe/[^/]+|contribution/(share|size)/[^/]+|faithfulness/[^/]+"
     r"|outcome/\w+_auroc|health/undefined_share"
 )
-"""``<topic>/<what>`` of the curves that are acted on: those that are logged unless all are asked for."""
+"""``<topic>/<what>`` of the main curves: those that are logged unless all are asked for."""
 
 _OF_CLASS = re.compile(r"(alignment|entropy/[^/]+_to_[^/]+)/(?!(all|correct|incorrect|gap|null|head_\d+)$)(?P<name>.+)")
-"""The curves of a class that are logged as those of ``MAIN`` are, where there are few classes."""
+"""The curves of a class that are main curves, too, where there are few classes."""
 
 MAX_CLASS_CURVES = 10
-"""Of up to so many classes each has curves that are logged as those of ``MAIN`` are."""
+"""With more classes than this, those of single classes are no main curves."""
 
 TOPICS = (
     *("alignment", "entropy", "focus", "conflict", "support", "probe", "contribution", "faithfulness", "outcome"),
     "health",
 )
-"""Of all curves, ``xattn_<topic>/...``."""
-
-COMPARED = re.compile(
-    r"(?!.*_(low|high)$)(accuracy|(alignment|conflict)/all|probe/[^/]+|contribution/share/[^/]+|outcome/\w+_auroc)"
-)
-"""What a record of the history has that runs are compared by: no ends of intervals."""
-
-_SCOPE = r"{stage}(/[^/]+){0,3}"
-
-CHARTS = {
-    "Do correct and incorrect predictions differ?": {
-        "alignment: correct, incorrect, null": r"xattn_alignment/{scope}/(correct|incorrect|null)$",
-        "conflict: correct, incorrect": r"xattn_conflict/{scope}/(correct|incorrect)$",
-        "entropy: correct, incorrect": r"xattn_entropy/{scope}/(correct|incorrect)$",
-        "AUROC: how often a score is higher in correct predictions": r"xattn_outcome/{scope}/\w+_auroc$",
-    },
-    "What do the modalities know, and what is used?": {
-        "probe: accuracy of each modality": r"xattn_probe/{scope}/[^/]+$",
-        "contribution: share of each modality": r"xattn_contribution/{scope}/share/[^/]+$",
-        "faithfulness of the attention": r"xattn_faithfulness/{scope}/[^/]+$",
-    },
-    "Do the classes differ?": {
-        "alignment of each class": r"xattn_alignment/{scope}/(?!all$|correct$|incorrect$|gap$|null$)[^/]+$",
-        "entropy of each class": r"xattn_entropy/{scope}/[^/]+_to_[^/]+/"
-        r"(?!all$|correct$|incorrect$|gap$|head_\d+$)[^/]+$",
-    },
-    "Conflict of classes, and heads (with curves='all')": {
-        "conflict of each class": r"xattn_conflict/{scope}/(?!all$|correct$|incorrect$|gap$)[^/]+$",
-        "entropy of each head": r"xattn_entropy/{scope}/[^/]+/head_\d+$",
-    },
-}
-"""By section and title, the curves that belong in one chart, as a pattern; ``{scope}`` stands for a stage and so on."""
-
-
-def charts(stages: Iterable[str] = ("val", "test")) -> dict[str, dict[str, str]]:
-    """``CHARTS`` of each stage, with the first stage first."""
-    return {
-        f"{stage}: {section}": {
-            title: pattern.replace("{scope}", _SCOPE.replace("{stage}", stage)) for title, pattern in of_section.items()
-        }
-        for stage in stages
-        for section, of_section in CHARTS.items()
-    }
+"""The topics of all curves."""
 
 
 def main_names(names: Iterable[str]) -> set[str]:
-    """Of ``<topic>/<what>`` those that are logged unless all are: ``MAIN``, and those of up to ``MAX_CLASS_CURVES``."""
+    """Give the main curves among ``<topic>/<what>``: ``MAIN``, and those of up to ``MAX_CLASS_CURVES`` classes."""
     names = list(names)
     of_class = {name: found["name"] for name in names if (found := _OF_CLASS.fullmatch(name))}
     few = len(set(of_class.values())) <= MAX_CLASS_CURVES
@@ -89,7 +47,7 @@ def main_names(names: Iterable[str]) -> set[str]:
 
 
 def main_curves(curves: Mapping[str, float], scope: str) -> dict[str, float]:
-    """Those of a scope's curves that `main_names` names."""
+    """Give the main curves of a scope, see `main_names`."""
     chosen = main_names(_relative(name, scope) for name in curves)
     return {name: value for name, value in curves.items() if _relative(name, scope) in chosen}
 
@@ -97,16 +55,16 @@ def main_curves(curves: Mapping[str, float], scope: str) -> dict[str, float]:
 def mean_curves(
     of_layers: Sequence[Mapping[str, float]], scopes: Sequence[str], scope: str, layers: int
 ) -> dict[str, float]:
-    """Means over layers of what says how they attend: not of single heads, nor of what is no mean.
+    """Give the means over layers of alignment, entropy and focus; none of single heads.
 
     Parameters
     ----------
     of_layers, scopes
         The curves of each layer, and its scope.
     scope
-        Under which the means stand.
+        That of the means.
     layers
-        How many there are: where one of them has not run, or has no such number, there is no mean of all.
+        Number of layers of the model; where one of them has not run, the means are NaN.
     """
     values: dict[str, list[float]] = defaultdict(list)
     for curves, of_layer in zip(of_layers, scopes, strict=True):
@@ -119,30 +77,10 @@ def mean_curves(
     }
 
 
-def best_epoch(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What runs are compared by, of the validation of a fit that predicted the most samples correctly.
-
-    Parameters
-    ----------
-    records
-        The history of one dataloader and layer since the fit began.
-
-    Returns
-    -------
-    dict of str to float
-        ``xattn_best/<what>`` and its value; empty where no accuracy is known.
-    """
-    known = [one for one in records if one["stage"] == "val" and "accuracy" in one]
-    if not known:
-        return {}
-    best = max(known, key=lambda one: one["accuracy"])
-    return {f"xattn_best/{name}": value for name, value in best.items() if COMPARED.fullmatch(name)}
-
-
 def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) -> dict[str, float]:
-    """Scalars of one layer's epoch, as ``xattn_<topic>/<scope>/<what>``; NaN where undefined.
+    """Give the curves of one layer's epoch; NaN where undefined.
 
-    Which names there are depends on the layer and the classes alone, so that each is there in every epoch.
+    The names depend on the layer and the classes alone, so they are the same in every epoch.
 
     Parameters
     ----------
@@ -151,17 +89,15 @@ def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) 
     scope
         Stage, followed by the dataloader and the layer where there are several, e.g. ``val`` or ``test/fusion.1``.
     class_names
-        What the classes are called in curves.
+        The names of the classes in curves.
     """
     return {_full(name, scope): _or_nan(value) for name, value in _numbers(summary, class_names)}
 
 
 def epoch_record(summary: LayerSummary, scope: str, curves: Mapping[str, float]) -> dict[str, Any]:
-    """What the history says of an epoch: its curves, how many samples are behind them, and how sure comparisons are."""
-    groups = summary.groups() if summary.group_noun else None
-    record: dict[str, Any] = {"samples": summary.samples, "groups": groups}
-    record |= {"ties": summary.ties, "unclassified": summary.unclassified}
-    record["wholly_masked"] = summary.wholly_masked
+    """Give the history's record of a layer's epoch: its curves, numbers of samples, and intervals."""
+    record: dict[str, Any] = {"samples": summary.samples, "groups": summary.groups() if summary.group_noun else None}
+    record |= {name: getattr(summary, name) for name in ("ties", "unclassified", "wholly_masked")}
     correct, incorrect = (summary.size(outcome=outcome) for outcome in (CORRECT, INCORRECT))
     record |= _accuracy(correct, incorrect)
     for score in _scores(summary):
@@ -182,21 +118,20 @@ def fusion_curves(
     permutes: bool = True,
     tested: Sequence[Direction] = (),
 ) -> dict[str, float]:
-    """Scalars of what the modalities say and contribute, NaN where undefined, named as in ``epoch_curves``.
+    """Give the curves of probes and contributions; NaN where undefined.
 
-    Which names there are depends on the modalities, the classes and what is below, so that each is there in every
-    epoch.
+    The names depend on the modalities, the classes and the parameters below, so they are the same in every epoch.
 
     Parameters
     ----------
     summary, scope, class_names
         As in ``epoch_curves``.
     has_attention
-        Whether ``epoch_curves`` has what both have.
+        Whether ``epoch_curves`` has the AUROC of the confidence.
     permutes
         Whether contributions are measured at all.
     tested
-        The directions whose faithfulness is tested, now or in another epoch.
+        The directions whose faithfulness is tested, in this or another epoch.
     """
     numbers = _fusion_numbers(summary, class_names)
     if permutes:
@@ -209,11 +144,12 @@ def fusion_curves(
 
 
 def fusion_record(summary: FusionSummary, scope: str, curves: Mapping[str, float]) -> dict[str, Any]:
-    """What the history says of the modalities: their curves, why what is missing is missing, and how sure it is."""
-    record: dict[str, Any] = {"read_samples": summary.samples, "unreadable": dict(summary.unreadable)}
-    record["uncontributed"] = summary.uncontributed
-    if summary.replaced:  # the attention was tested
-        record["unfaithful"] = {str(direction): summary.unfaithful(direction) for direction in summary.replaced}
+    """Give the history's record of the modalities: their curves and intervals, and why others are missing."""
+    record: dict[str, Any] = {"probed_samples": summary.samples, "probe_problems": dict(summary.probe_problems)}
+    record["contribution_problem"] = summary.contribution_problem
+    if summary.replaced:  # faithfulness was tested
+        problems = {str(direction): summary.faithfulness_problem(direction) for direction in summary.replaced}
+        record["faithfulness_problems"] = problems
     record |= _accuracy(*(int((summary.outcomes == outcome).sum()) for outcome in (CORRECT, INCORRECT)))
     record |= {"largest_class": summary.largest_class} if math.isfinite(summary.largest_class) else {}
     for score in ("conflict", "confidence"):
@@ -226,7 +162,7 @@ def fusion_record(summary: FusionSummary, scope: str, curves: Mapping[str, float
 
 
 def _defined(curves: Mapping[str, float], scope: str) -> dict[str, float]:
-    """For the history, which has what is undefined under no name."""
+    """Give the defined curves under their names in the history."""
     return {_relative(name, scope): value for name, value in curves.items() if math.isfinite(value)}
 
 
@@ -235,7 +171,7 @@ def _or_nan(value: float) -> float:
 
 
 def _accuracy(correct: int, incorrect: int) -> dict[str, float]:
-    """For the history; nothing where no outcome is known."""
+    """Give the accuracy for the history; nothing where no outcome is known."""
     return {"accuracy": correct / (correct + incorrect)} if correct + incorrect else {}
 
 
@@ -244,14 +180,14 @@ def _fusion_intervals(summary: FusionSummary) -> Iterator[tuple[str, Estimate]]:
         yield f"conflict/{name}", summary.estimate("conflict", outcome=outcome)
     for name in summary.modalities:
         yield f"probe/{name}", summary.estimate(f"right/{name}")
-        if not summary.uncontributed:
+        if not summary.contribution_problem:
             yield f"contribution/share/{name}", summary.share(name)
-    for direction in () if summary.uncontributed else summary.replaced:
+    for direction in () if summary.contribution_problem else summary.replaced:
         yield f"faithfulness/{direction}", summary.faithfulness(direction)
 
 
 def _subsets(class_names: Sequence[str]) -> dict[str, tuple[int | None, int | None]]:
-    """Class and outcome of the samples that have curves of their own."""
+    """Give the subsets of samples that have curves: class and outcome by name."""
     outcomes = {name: (None, outcome) for name, outcome in OUTCOMES.items()}
     of_classes = {name: (class_id, None) for class_id, name in enumerate(class_names)}
     return {"all": (None, None), **outcomes, **of_classes}
@@ -274,16 +210,15 @@ def _fusion_numbers(summary: FusionSummary, class_names: Sequence[str]) -> Itera
 def _contribution_numbers(
     summary: FusionSummary, class_names: Sequence[str], tested: Sequence[Direction]
 ) -> Iterator[tuple[str, float]]:
-    names, known = summary.modalities, not summary.uncontributed
+    names, known = summary.modalities, not summary.contribution_problem
 
     def mean(number: str) -> float:
         return summary.estimate(number).mean if number in summary.numbers else math.nan
 
-    pairs = [f"interaction/{a}_{b}" for a, b in combinations(names, 2)] if len(names) > 2 else ["interaction"]
-    for name in pairs:
+    for name in interaction_names(names):
         yield f"contribution/{name}", mean(name)
-    # Where nothing was permuted, predictions and classes tell that these are no values.
-    if summary.of_value or not (known or summary.n_classes or (summary.predicted >= 0).any()):
+    # Where nothing was permuted, a model that has predictions or classes is no regression.
+    if summary.is_regression or not (known or summary.n_classes or (summary.predicted >= 0).any()):
         for name in names:
             yield f"contribution/size/{name}", summary.size(name).mean if known else math.nan
         return
@@ -305,7 +240,7 @@ def _contribution_numbers(
 
 
 def _numbers(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """``<topic>/<what>`` and value of each curve."""
+    """Give ``<topic>/<what>`` and the value of each curve."""
     for column in summary.columns:
         curve = STATISTICS[column.statistic].curve
         if curve is not None and (column.direction is not None or "{direction}" not in curve):
@@ -325,7 +260,7 @@ def _numbers(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[tupl
 
 
 def _by_samples(summary: LayerSummary, column: Column, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """The means of a number over all samples, and over each class; of a head over all."""
+    """Give the means of a number over all samples and over each class; of a head over all samples."""
     if column.head is not None:
         yield f"head_{column.head}", summary.mean(column)
         return
@@ -339,7 +274,7 @@ def _scores(summary: LayerSummary) -> list[Column]:
 
 
 def _ends(name: str, low: float, high: float) -> dict[str, float]:
-    """An interval for the history; nothing where there is none."""
+    """Give the ends of an interval for the history; nothing where it is undefined."""
     name = shown_tag(name)  # as its curve
     return {f"{name}_low": low, f"{name}_high": high} if math.isfinite(low) and math.isfinite(high) else {}
 

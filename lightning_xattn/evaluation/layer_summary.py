@@ -1,4 +1,4 @@
-"""What an epoch's sums say of one layer: means, intervals, and what tells correct from incorrect predictions."""
+"""What an epoch's sums say of one layer: means, intervals, and which scores differ by outcome."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.group_keys import UNKNOWN_GROUP
 from lightning_xattn.core.notebook import ShownInNotebooks
 from lightning_xattn.core.wording import describe_size
-from lightning_xattn.evaluation.accumulators import LayerSums
+from lightning_xattn.evaluation.accumulators import KeyedSums, LayerAccumulator
 from lightning_xattn.evaluation.statistics import INVALID_ROWS, SCORES, STATISTICS, WHOLLY_MASKED, Column, headline
 from lightning_xattn.functional import (
     alignment_null,
     class_adjusted_gap,
+    grouped_mean_interval,
+    grouped_proportion_interval,
+    grouped_separation,
     mean_interval,
     proportion_interval,
     separation,
     within,
 )
-from lightning_xattn.functional.outcomes import BINS, CORRECT, INCORRECT
+from lightning_xattn.functional.intervals import MINIMUM_GROUP
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,18 @@ class LayerSummary(ShownInNotebooks):
     Parameters
     ----------
     sums
-        The sums of a ``LayerAccumulator``, or several merged.
+        Those of all batches and processes.
 
     Attributes
     ----------
-    layout
-        The numbers, classes, heads, tokens, and what groups are called.
+    columns
+        The numbers.
+    n_classes
+        Number of classes; 0 when there are none.
+    heads
+        Number of heads by direction, forward first.
+    group_noun
+        What groups are called, such as "patients"; None where they are not known: samples count as independent.
     moments
         ``(classes + 1, outcomes, columns, 3)``: count, sum, sum of squares; the last class is "no class".
     histograms
@@ -74,27 +83,20 @@ class LayerSummary(ShownInNotebooks):
         Number of samples whose soft target has more than one top class; the first of them counts as the class.
     """
 
-    def __init__(self, sums: LayerSums) -> None:
-        self._sums, self.layout, states = sums, sums.layout, sums.states
-        self._places = {column: place for place, column in enumerate(self.layout.columns)}
-        self._grouped_places = {column: place for place, column in enumerate(self.layout.grouped_columns)}
-        self._groups = None if sums.groups is None else sums.groups.settled()
-        self.moments = states["moments"].unflatten(0, (-1, 3))
-        self.histograms = states["histograms"].reshape(len(SCORES), 3, BINS)
-        self.ties = int(states["ties"])
-        self.maps: dict[Direction, Tensor] = {}
-        self.outcome_maps: dict[Direction, Tensor] = {}
-        self.alignment_null = torch.nan
-        if not states["ragged"].any():
-            for direction in self.layout.tokens:
-                totals, counts = states[f"map_{direction}"].unbind(-1)
-                self.maps[direction] = (totals / counts)[: self.layout.n_classes or 1]
-                totals, counts = states[f"outcome_map_{direction}"].unbind(-1)
-                self.outcome_maps[direction] = (totals / counts)[[INCORRECT, CORRECT]]
-            aligned, samples, others = states["null_terms"]
-            if others == 0:
-                x_sum, y_sum = states["null_maps"]
-                self.alignment_null = float(alignment_null(x_sum, y_sum, aligned, samples))
+    def __init__(self, sums: LayerAccumulator) -> None:
+        self._sums = sums = sums.cpu()
+        self._places = {column: place for place, column in enumerate(sums.columns)}
+        self.columns, self.n_classes, self.heads = sums.columns, sums.n_classes, sums.heads
+        self.group_noun = sums.group_noun
+        self.moments, self.histograms, self.ties = sums.moments, sums.histograms, int(sums.ties)
+        self.maps = {direction: _mean_maps(one)[: self.n_classes or 1] for direction, one in sums.maps.items()}
+        self.outcome_maps = {
+            direction: _mean_maps(one)[[INCORRECT, CORRECT]] for direction, one in sums.outcome_maps.items()
+        }
+        aligned, samples, others = sums.null_terms
+        x_sum, y_sum = sums.null_maps
+        null = float(alignment_null(x_sum, y_sum, aligned, samples)) if others == 0 else math.nan
+        self.alignment_null = null if self.maps else math.nan
 
     def __repr__(self) -> str:
         size = describe_size(self.samples, self.groups(), self.group_noun)
@@ -106,40 +108,20 @@ class LayerSummary(ShownInNotebooks):
         return LayerSummary(self._sums.with_classes(kept))
 
     @property
-    def columns(self) -> tuple[Column, ...]:
-        """The numbers."""
-        return self.layout.columns
-
-    @property
-    def heads(self) -> dict[Direction, int]:
-        """Number of heads by direction, forward first."""
-        return self.layout.heads
-
-    @property
-    def n_classes(self) -> int:
-        """Number of classes; 0 when there are none."""
-        return self.layout.n_classes
-
-    @property
     def samples(self) -> int:
         """Number of samples."""
         return self.size()
 
-    @property
-    def group_noun(self) -> str | None:
-        """What groups are called, such as "patients"; None where they are not known: samples count as independent."""
-        return self.layout.groups
-
     def groups(self, column: Column = INVALID_ROWS, class_id: int | None = None, outcome: int | None = None) -> int:
         """How many groups have samples of a class and an outcome with this number; 0 where groups are not known."""
-        if self._groups is None:
-            return 0
-        return self._groups.count(self._grouped_places[column], class_id, outcome)
+        by_group = self._by_group(column, class_id, outcome)
+        return int(((by_group.sums[:, 0] > 0) & (by_group.keys[:, 0] != UNKNOWN_GROUP)).sum())
 
     @property
     def ungrouped(self) -> int:
         """Number of samples whose group is not known, where other samples' groups are."""
-        return 0 if self._groups is None else self._groups.size(self._grouped_places[INVALID_ROWS], UNKNOWN_GROUP)
+        by_group = self._by_group(INVALID_ROWS)
+        return int(by_group.sums[by_group.keys[:, 0] == UNKNOWN_GROUP, 0].sum())
 
     def size(self, class_id: int | None = None, outcome: int | None = None) -> int:
         """Number of samples of a class and an outcome, whether their numbers are defined or not."""
@@ -182,12 +164,12 @@ class LayerSummary(ShownInNotebooks):
         are no sums by group, so where groups are known their interval is NaN too.
         """
         samples = column, class_id, outcome
-        if self._groups is None:
+        if self.group_noun is None:
             found = mean_interval(self.mean(*samples), self.std(*samples), self.count(*samples))
-        elif column.head is not None:
+        elif column.head is not None or self.groups(*samples) < MINIMUM_GROUP:
             return math.nan, math.nan
         else:
-            found = self._groups.interval(self._grouped_places[column], class_id, outcome)
+            found = grouped_mean_interval(*self._by_group(*samples).sums.unbind(1))
         return within(found, STATISTICS[column.statistic].range)
 
     def accuracy_interval(self, class_id: int | None = None) -> tuple[float, float]:
@@ -196,11 +178,17 @@ class LayerSummary(ShownInNotebooks):
         By groups where they are known: `grouped_proportion_interval`, else `proportion_interval`. NaN with fewer than
         ``MINIMUM_GROUP`` groups, or samples.
         """
-        if self._groups is not None:
-            place = self._grouped_places[INVALID_ROWS]
-            return self._groups.share_interval(place, CORRECT, INCORRECT, class_id)
-        correct, incorrect = (self.size(class_id, outcome) for outcome in (CORRECT, INCORRECT))
-        return proportion_interval(correct, correct + incorrect)
+        if self.group_noun is None:
+            correct, incorrect = (self.size(class_id, outcome) for outcome in (CORRECT, INCORRECT))
+            return proportion_interval(correct, correct + incorrect)
+        # Of each group its samples, and those that are correct.
+        terms = ((CORRECT, torch.tensor([1.0, 1.0])), (INCORRECT, torch.tensor([1.0, 0.0])))
+        parts = [(self._by_group(INVALID_ROWS, class_id, outcome), term) for outcome, term in terms]
+        right, wrong = (KeyedSums(part.keys, part.sums[:, :1] * term) for part, term in parts)
+        both = right + wrong
+        if ((both.sums[:, 0] > 0) & (both.keys[:, 0] != UNKNOWN_GROUP)).sum() < MINIMUM_GROUP:
+            return math.nan, math.nan
+        return grouped_proportion_interval(*both.sums.unbind(1))
 
     def gap(self, column: Column) -> float:
         """Mean over correct minus mean over incorrect predictions."""
@@ -212,14 +200,18 @@ class LayerSummary(ShownInNotebooks):
 
     def compare(self, score: Column) -> Comparison:
         """Does a score of ``SCORES`` predict errors? By groups where they are known: `grouped_separation`."""
-        if self._groups is not None:
-            found = self._groups.separation(list(SCORES).index(score), CORRECT, INCORRECT)
-        else:
+        if self.group_noun is None:
             found = separation(self.histogram(score, CORRECT), self.histogram(score, INCORRECT))
+        else:
+            keys, counts = self._sums.scores_by_group.keys, self._sums.scores_by_group.sums
+            outcomes = torch.tensor([CORRECT, INCORRECT])
+            counts = counts[:, None] * (keys[:, 1:2] == outcomes)
+            chosen = (keys[:, 2] == list(SCORES).index(score)) & (counts.sum(1) > 0)
+            found = grouped_separation(keys[chosen, 3], keys[chosen, 0], counts[chosen], unknown=UNKNOWN_GROUP)
         by_class = self.moments[: self.n_classes, [CORRECT, INCORRECT], self._places[score]]
-        within = class_adjusted_gap(by_class[..., 0], by_class[..., 1])
+        adjusted = class_adjusted_gap(by_class[..., 0], by_class[..., 1])
         return Comparison(
-            **vars(found), cliffs_delta=found.cliffs_delta, gap=self.gap(score), class_adjusted_gap=within
+            **vars(found), cliffs_delta=found.cliffs_delta, gap=self.gap(score), class_adjusted_gap=adjusted
         )
 
     def undefined_share(self) -> float:
@@ -234,3 +226,17 @@ class LayerSummary(ShownInNotebooks):
         selected = selected if class_id is None else selected[class_id : class_id + 1]
         selected = selected if outcome is None else selected[:, outcome : outcome + 1]
         return selected.sum((0, 1))
+
+    def _by_group(self, column: Column, class_id: int | None = None, outcome: int | None = None) -> KeyedSums:
+        """By group ``(2,)``: how many of its samples of a class and an outcome have a number, and its sum."""
+        keys, sums = self._sums.by_group.keys, self._sums.by_group.sums
+        chosen = torch.ones(len(keys), dtype=torch.bool)
+        for place, wanted in ((1, class_id), (2, outcome)):
+            if wanted is not None:
+                chosen &= keys[:, place] == wanted
+        return KeyedSums.of(keys[chosen, :1], sums[chosen, self._sums.grouped_columns.index(column)])
+
+
+def _mean_maps(sums: Tensor) -> Tensor:
+    weights, counts = sums.unbind(-1)
+    return weights / counts

@@ -1,4 +1,4 @@
-"""The vocabulary of results: a batch as it was read, and what is said of samples, batches and data sets."""
+"""Results: of single samples, of a batch, and of a data set."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.recorder import FusionRecord
-from lightning_xattn.capture.labels import Labels
-from lightning_xattn.capture.labels.scores import Scores
 from lightning_xattn.core.attention import AttentionPair, TokenAxis
-from lightning_xattn.core.errors import DataError
 from lightning_xattn.core.notebook import ShownInNotebooks
 from lightning_xattn.evaluation.fusion_samples import SampleModalities
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
@@ -24,76 +19,7 @@ from lightning_xattn.evaluation.maps import MapsBySample
 from lightning_xattn.functional import ROW_STATISTICS, Rows
 
 REST = "rest"
-"""What classes are called together that are not shown one by one."""
-
-
-@dataclass(frozen=True, eq=False)
-class BatchResult:
-    """What a model did with a batch, for as many samples as its attention has."""
-
-    attention: tuple[AttentionPair, ...]
-    """Of each layer."""
-    labels: Labels
-    """Predictions, scores, targets, ids and groups."""
-    inputs: FusionRecord | None = None
-    """What entered the fusion; None where that is not known."""
-
-    def __repr__(self) -> str:
-        layers = ", ".join(pair.layer for pair in self.attention)
-        return f"BatchResult({len(self)} samples; {f'layers {layers}' if layers else 'no cross-attention'})"
-
-    def __len__(self) -> int:
-        return len(self._by_sample)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return self._by_sample.device
-
-    @property
-    def _by_sample(self) -> Tensor:
-        """A tensor with a row for each sample."""
-        if self.attention:
-            return self.attention[0].forward.weights
-        assert self.inputs is not None
-        return next(iter(self.inputs.tokens.values()))[0]
-
-    @property
-    def scores(self) -> Scores | None:
-        """The class scores, if they are those of the predictions. Looks at the values."""
-        scores, predicted = self.labels.scores, self.labels.predicted
-        if scores is None or predicted is None or not scores.info(predicted, self.labels.confidence):
-            return None
-        return scores
-
-    def __getitem__(self, samples: slice) -> BatchResult:
-        """Some of the samples."""
-        inputs = None if self.inputs is None else self.inputs[samples]
-        return BatchResult(tuple(pair[samples] for pair in self.attention), self.labels[samples], inputs)
-
-    def cpu(self) -> BatchResult:
-        """Attention and labels on the CPU, without a graph."""
-        return BatchResult(tuple(pair.cpu() for pair in self.attention), self.labels.cpu())
-
-    @classmethod
-    def joined(cls, parts: Sequence[BatchResult]) -> BatchResult:
-        """The parts of a batch as one.
-
-        Raises
-        ------
-        DataError
-            If the parts have other layers or other numbers of tokens.
-        """
-        if len(parts) == 1:
-            return parts[0]
-        shapes = {tuple(a.weights.shape[1:] for pair in part.attention for a in pair.directions) for part in parts}
-        if len(shapes) > 1:
-            raise DataError(
-                f"The parts of the batch have attention of different shapes, {sorted(shapes)}: this model's tokens "
-                "depend on the batch, so explain it without max_batch_size, in smaller batches."
-            )
-        layers = zip(*(part.attention for part in parts), strict=True)
-        return cls(tuple(map(AttentionPair.joined, layers)), Labels.joined([part.labels for part in parts]))
+"""The name of all classes together that are not shown one by one."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +29,7 @@ class AttentionStatistics:
     Attributes
     ----------
     mean
-        Mean weight of a row: ``1 / K`` by construction, so it says nothing about the model.
+        Mean weight of a row: ``1 / K`` by construction, whatever the model.
     std
         Population standard deviation of a row over its valid keys.
     max, min
@@ -128,7 +54,7 @@ class AttentionStatistics:
     sparsity: float
 
     def __getitem__(self, name: str) -> float:
-        """Read a statistic by its name, as from a dict."""
+        """Give a statistic by its name, as a dict does."""
         try:
             value: float = vars(self)[name]
         except KeyError:
@@ -137,19 +63,19 @@ class AttentionStatistics:
 
     @classmethod
     def of_batch(cls, rows: Rows) -> AttentionStatistics:
-        """Of all samples, averaged over rows, then heads, then samples."""
+        """Give the statistics of all samples, averaged over rows, then heads, then samples."""
         means = (ROW_STATISTICS[name](rows).nanmean(1).cpu().double().nanmean() for name in cls.__dataclass_fields__)
         return cls(*map(float, means))
 
     @classmethod
     def of_samples(cls, rows: Rows) -> list[AttentionStatistics]:
-        """Of each sample, averaged over rows, then heads."""
+        """Give the statistics of each sample, averaged over rows, then heads."""
         columns = [ROW_STATISTICS[name](rows).nanmean(1).tolist() for name in cls.__dataclass_fields__]
         return [cls(*values) for values in zip(*columns, strict=True)]
 
 
 class PlacedPair(TypedDict):
-    """A query and a key of one sample, and where they lie."""
+    """A query and a key of one sample, and their places."""
 
     query: int
     key: int
@@ -158,15 +84,15 @@ class PlacedPair(TypedDict):
     lift: float
     """``weight`` times the number of valid keys: 1 is uniform."""
     query_place: str | None
-    """In words, e.g. ``"20 to 30"`` or ``"LL"``; None where no axis tells."""
+    """In words, e.g. ``"20 to 30"`` or ``"LL"``; None without an axis."""
     key_place: str | None
 
 
 class SampleResult(TypedDict):
-    """One sample; undefined numbers are NaN, what is not known is None."""
+    """One sample; undefined numbers are NaN, unknown values None."""
 
     sample_idx: int
-    """Its place in the batch, or in the loader when a whole loader was explained."""
+    """Its index in the batch, or in the loader when a whole loader was explained."""
     sample_id: str | None
     predicted_class: int | None
     predicted_name: str | None
@@ -187,13 +113,13 @@ class SampleResult(TypedDict):
     top_attention_pairs: dict[str, list[tuple[int, int, float]]]
     """By direction: (query, key, weight), largest weight first."""
     top_attention_places: dict[str, list[PlacedPair]]
-    """The same pairs with their lift and places."""
+    """The same pairs with their lifts and places."""
     modalities: SampleModalities | None
-    """What each modality says and contributes; None unless it is known from the data set that the sample is of."""
+    """Its probes and contributions; None unless the sample's data set was given."""
 
 
 class ExplainedSample(SampleResult):
-    """One sample of a batch, with what is needed to draw it: there it is sample 0."""
+    """One sample of a batch, with its attention, of which it is sample 0."""
 
     attention_dict: dict[str, Tensor]
     """Weights ``(1, heads, queries, keys)``, keys as in ``ExplainedBatch``."""
@@ -214,20 +140,20 @@ class ExplainedBatch(TypedDict):
     targets: Tensor | None
     """``(B,)`` class ids; -1 where there is none."""
     attention_dict: dict[str, Tensor]
-    """Weights ``(B, heads, queries, keys)`` by direction; a second layer's as ``<layer>/<direction>``. NaN marks what a
-    mask hides: padding, and keys that a query may not see. Analyser and figures leave it out."""
+    """Weights ``(B, heads, queries, keys)`` by direction; a second layer's as ``<layer>/<direction>``. NaN where a mask
+    hides padding, or keys that a query may not see; the analyser and figures leave these out."""
     attention: tuple[AttentionPair, ...]
     """The same weights with their masks, by layer."""
     attention_stats: dict[str, AttentionStatistics]
     """Means over the batch, keys as in ``attention_dict``."""
     modality_alignment: float
-    """Mean of the samples' ``modality_agreement`` where it is defined."""
+    """Mean of the samples' ``modality_agreement``."""
     per_sample_explanations: list[SampleResult]
     class_names: tuple[str, ...]
     axes: dict[str, TokenAxis]
-    """What the tokens of each modality are, where it is known."""
+    """What the tokens of each modality are, where that is known."""
     dataset: DatasetResult | None
-    """The data set that the samples are of, where that was given."""
+    """The data set of the samples, where that was given."""
 
 
 @dataclass(frozen=True)
@@ -239,16 +165,16 @@ class TrainingData:
     ids
         Of the samples, as strings.
     groups
-        Of the groups, such as patients, that they come from; empty where these are not known.
+        Of their groups, such as patients; empty where these are not known.
     """
 
     ids: frozenset[str]
     groups: frozenset[str] = frozenset()
 
     def info(self, sample_id: str | None, group: str | None) -> str:
-        """What the model has seen of a sample: "seen" itself, others of its group ("related"), or "new".
+        """Give "seen" for a sample of the training, "related" for one of a group of these, and "new" for others.
 
-        Empty of a sample without an id, of which it is not known.
+        Empty for a sample without an id, for which this is not known.
         """
         if sample_id is None:
             return ""
@@ -257,73 +183,72 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class EarlierTest:
-    """What a test of the attention in an earlier epoch of a fit found, where an evaluation has none of its own.
+    """The faithfulness of attention in an earlier epoch of a fit, for an evaluation that does not test it.
 
     Attributes
     ----------
     epoch
-        That it is of.
+        The epoch of the test.
     faithfulness
-        By direction its value and the ends of its 95 % CI; NaN where it is not told.
-    unfaithful
-        By direction, why it is not told; "" where it is.
+        By direction, the value and the ends of its 95 % CI; NaN where undefined.
+    problems
+        By direction, why it is undefined; "" where it is defined.
     """
 
     epoch: int
     faithfulness: dict[str, tuple[float, float, float]]
-    unfaithful: dict[str, str]
+    problems: dict[str, str]
 
     @classmethod
     def find(cls, history: Sequence[Mapping[str, Any]]) -> EarlierTest | None:
-        """The last one of a history; None where there is none."""
-        record = next((one for one in reversed(history) if one.get("unfaithful")), None)
+        """Give the last one of a history; None where there is none."""
+        record = next((one for one in reversed(history) if one.get("faithfulness_problems")), None)
         if record is None:
             return None
 
-        def read(name: str) -> float:
-            # What is undefined in an epoch is not in its record.
-            return float(record.get(name, math.nan))
+        def read(direction: str, end: str = "") -> float:
+            return float(record.get(f"faithfulness/{direction}{end}", math.nan))  # undefined numbers are not there
 
-        names = {direction: f"faithfulness/{direction}" for direction in record["unfaithful"]}
-        found = {one: (read(name), read(f"{name}_low"), read(f"{name}_high")) for one, name in names.items()}
-        return cls(record["epoch"], found, dict(record["unfaithful"]))
+        problems = dict(record["faithfulness_problems"])
+        found = {one: (read(one), read(one, "_low"), read(one, "_high")) for one in problems}
+        return cls(record["epoch"], found, problems)
 
 
 @dataclass(frozen=True, eq=False)
 class DatasetResult(ShownInNotebooks):
-    """A whole loader, from running sums.
+    """A data set, from running sums.
 
     Attributes
     ----------
     summaries
-        By layer name, the first layer first: counts, means and standard deviations by class and outcome, AUROC, maps.
+        By layer name, in the order in which they ran: counts, means and standard deviations by class and outcome,
+        AUROC, maps.
     fusion
-        What each modality says and contributes; None where the fusion is not known.
+        Probes and contributions; None where the fusion is not known.
     class_names
         A name for each class; empty when there are no classes.
     classes_by
         "target" or "prediction": what the classes of the summaries are.
     axes
-        What the tokens of each modality are, where it is known.
+        What the tokens of each modality are, where that is known.
     table
-        The folder with one row per sample and layer; None when none was written.
+        The folder of the sample table; None when none was written.
     maps
-        Of single samples, in the first layer; of some 500 of a large data set, of none where a page is not made.
+        Of single samples, in the first layer; of some 500 of a large data set, of none where no page is made.
     trained_on
-        What the model was trained on; None where that is not known.
+        The samples that the model was trained on; None where these are not known.
     other_lengths
-        By layer name, samples that were left out because their joint sequence has another length than its spans are
-        for.
+        By layer name, samples that were left out because their joint sequence does not fit the spans.
     earlier_test
-        The last test of the attention in the fit that this is of, if this evaluation has none of its own; else None.
+        The fit's last test of faithfulness, if this evaluation has none of its own; else None.
     """
 
     summaries: dict[str, LayerSummary]
     fusion: FusionSummary | None
     class_names: tuple[str, ...]
     classes_by: str
-    axes: dict[str, TokenAxis]
-    table: Path | None
+    axes: dict[str, TokenAxis] = field(default_factory=dict)
+    table: Path | None = None
     maps: MapsBySample = field(default_factory=dict)
     trained_on: TrainingData | None = None
     other_lengths: dict[str, int] = field(default_factory=dict)
@@ -337,7 +262,7 @@ class DatasetResult(ShownInNotebooks):
         return f"DatasetResult({samples} samples, {len(self.class_names)} classes; {layers}{fusion})"
 
     def largest_classes(self, count: int) -> tuple[int, ...]:
-        """The ids of the classes with the most samples, in their own order."""
+        """Give the ids of the classes with the most samples, in ascending order."""
         sizes = [0] * len(self.class_names)
         if self.summaries:
             sizes = [self.headline.size(class_id=class_id) for class_id in range(len(sizes))]
@@ -346,12 +271,12 @@ class DatasetResult(ShownInNotebooks):
         largest = sorted(range(len(sizes)), key=lambda class_id: -sizes[class_id])[:count]
         return tuple(sorted(largest))
 
-    def with_classes(self, kept: Sequence[int]) -> DatasetResult:
-        """The same by these classes alone, and a last one, ``REST``, that is all others."""
+    def merge_classes(self, kept: Sequence[int]) -> DatasetResult:
+        """Give the same with these classes, and a last one, ``REST``, that is all others."""
         return replace(
             self,
             summaries={layer: summary.with_classes(kept) for layer, summary in self.summaries.items()},
-            fusion=None if self.fusion is None else self.fusion.with_classes(kept),
+            fusion=None if self.fusion is None else self.fusion.merge_classes(kept),
             class_names=(*(self.class_names[class_id] for class_id in kept), REST),
         )
 
@@ -362,4 +287,4 @@ class DatasetResult(ShownInNotebooks):
 
 
 Results = ExplainedBatch | DatasetResult | dict[str, Any]
-"""What reports and figures take; a plain dict with the keys of ``ExplainedBatch`` will do."""
+"""What reports and figures are made of; may be a plain dict with the keys of ``ExplainedBatch``."""

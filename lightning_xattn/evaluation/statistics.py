@@ -20,7 +20,6 @@ from lightning_xattn.core.errors import SettingError
 from lightning_xattn.functional import (
     Rows,
     alignment,
-    alignment_interaction,
     cross_modal_mass,
     effective_keys,
     entropy,
@@ -78,12 +77,12 @@ class Statistic:
     it is not of the attention but of the labels."""
     levels: tuple[Level, ...]
     """Of what there is a column: the layer, each direction, each head. A direction's is the mean of its heads'."""
-    range: tuple[float, float]
-    """The smallest and the largest value that it can have."""
     scale: str
     """What its values mean, in a few words."""
     words: str
-    """What it says, for the documentation."""
+    """What it measures, for the documentation."""
+    range: tuple[float, float] = (0.0, 1.0)
+    """The smallest and the largest value that it can have."""
     curve: str | None = None
     """Its curves, ``<topic>/<name>``: of each ``{direction}``, and of ``{which}`` samples (all, each class) or which
     head. None: no curve."""
@@ -97,28 +96,14 @@ def _alignment(*rows: Rows) -> Tensor | None:
     return alignment(*rows) if len(rows) == 2 else None
 
 
-def _interaction(*rows: Rows) -> Tensor | None:
-    comparable = len(rows) == 2 and rows[0].weights.shape[1] == rows[1].weights.shape[1]
-    return alignment_interaction(*rows).nanmean(1) if comparable else None
-
-
 def _cross_modal_mass(rows: Rows) -> Tensor | None:
     return None if rows.cross_modal_mass is None else cross_modal_mass(rows)
-
-
-def _invalid_rows(*rows: Rows) -> Tensor:
-    return torch.stack([(~one.valid).sum((1, 2)) for one in rows]).sum(0)
-
-
-def _any_wholly_masked(*rows: Rows) -> Tensor:
-    return torch.stack([one.wholly_masked for one in rows]).any(0).float()
 
 
 STATISTICS = {
     "confidence": Statistic(
         None,
         ("layer",),
-        (0.0, 1.0),
         "probability of the predicted class",
         "how sure is the model? The baseline that every other number has to beat",
         compared=True,
@@ -126,26 +111,17 @@ STATISTICS = {
     "alignment": Statistic(
         _alignment,
         ("layer",),
-        (-1.0, 1.0),
         "Pearson r",
         "do the two directions agree which token goes with which? Pearson correlation of the head-averaged maps, one "
         "transposed",
+        range=(-1.0, 1.0),
         curve="alignment/{which}",
         compared=True,
-        reported=True,
-    ),
-    "interaction": Statistic(
-        _interaction,
-        ("layer",),
-        (-1.0, 1.0),
-        "Pearson r",
-        "the same without what each query and each key has on average: which query goes with which key",
         reported=True,
     ),
     "entropy": Statistic(
         entropy,
         ("layer", "direction", "head"),
-        (0.0, 1.0),
         "0: one key, 1: uniform",
         "how spread out is a query's attention? Shannon entropy over that of uniform attention, row by row",
         curve="entropy/{direction}/{which}",
@@ -155,7 +131,6 @@ STATISTICS = {
     "max": Statistic(
         max_weight,
         ("direction",),
-        (0.0, 1.0),
         "1: one key",
         "a row's largest weight",
         curve="focus/{direction}/max",
@@ -163,23 +138,22 @@ STATISTICS = {
     "sparsity": Statistic(
         sparsity,
         ("direction",),
-        (0.0, 100.0),
         "%",
         "the percentage of keys below 0.1: with more than ten keys even uniform attention is sparse",
+        range=(0.0, 100.0),
         curve="focus/{direction}/sparsity",
     ),
     "effective_keys": Statistic(
         effective_keys,
         ("direction",),
-        (1.0, torch.inf),
         "keys",
         "how many keys are really used",
+        range=(1.0, torch.inf),
         curve="focus/{direction}/effective_keys",
     ),
     "query_selectivity": Statistic(
         query_selectivity,
         ("direction",),
-        (0.0, 1.0),
         "0: the head is a fixed pooling",
         "does it matter which query asks?",
         curve="health/query_selectivity/{direction}",
@@ -187,7 +161,6 @@ STATISTICS = {
     "head_diversity": Statistic(
         head_diversity,
         ("direction",),
-        (0.0, 1.0),
         "0: all alike",
         "do the heads differ?",
         curve="health/head_diversity/{direction}",
@@ -195,7 +168,6 @@ STATISTICS = {
     "cross_modal_mass": Statistic(
         _cross_modal_mass,
         ("direction",),
-        (0.0, 1.0),
         "1: all of it",
         "of a joint sequence: the share of attention that goes to the other modality",
         curve="focus/{direction}/cross_modal_mass",
@@ -203,28 +175,26 @@ STATISTICS = {
     "sink": Statistic(
         sink,
         ("head",),
-        (0.0, 1.0),
         "1: all of it",
-        "how much of every query's attention goes to one and the same key",
+        "the share of every query's attention that goes to one and the same key",
     ),
     "broken": Statistic(
         lambda rows: rows.broken.sum(2),
         ("head",),
-        (0.0, torch.inf),
         "rows",
         "rows that are not finite or do not sum to 1, though their query is a token and has a key",
+        range=(0.0, torch.inf),
     ),
     "invalid_rows": Statistic(
-        _invalid_rows,
+        lambda *rows: torch.stack([(~one.valid).sum((1, 2)) for one in rows]).sum(0),
         ("layer",),
-        (0.0, torch.inf),
         "rows",
         "rows left out because they are padding, fully masked, or not finite",
+        range=(0.0, torch.inf),
     ),
     "wholly_masked": Statistic(
-        _any_wholly_masked,
+        lambda *rows: torch.stack([one.wholly_masked for one in rows]).any(0).float(),
         ("layer",),
-        (0.0, 1.0),
         "1: it is",
         "whether one modality is wholly masked: no token of it is real, or seen",
     ),

@@ -1,7 +1,7 @@
 """The offline explainer: one sample, one batch, or a whole loader of a trained model, with the callback's numbers."""
 
-from lightning_xattn.explainer.capture import ExplainabilityCapture
-from lightning_xattn.explainer.checkpoint import load_checkpoint
-from lightning_xattn.explainer.training import training_data
+import lightning_xattn.report  # noqa: F401  # it shows results in notebooks
+from lightning_xattn.explainer.checkpoint import load_checkpoint, training_data
+from lightning_xattn.explainer.explainability_capture import ExplainabilityCapture
 
 __all__ = ["ExplainabilityCapture", "load_checkpoint", "training_data"]

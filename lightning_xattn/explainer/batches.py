@@ -1,21 +1,25 @@
-"""A batch as a user's loader gives it: how many samples it has, some of them alone, the way to the model's device."""
+"""A batch as the user's loader yields it: count its samples, take some of them, move it to the model's device.
+
+Containers are those of ``torch.utils._pytree`` and other mappings. Graphs are leaves.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map, tree_map_with_path
 
 from lightning_xattn.core.errors import DataError
 
 
 def to_device(batch: Any, model: nn.Module) -> Any:
-    """Move a batch to where the model is, through the hooks that a Trainer would call; the batch itself stays.
+    """A batch on the model's device, moved by the hooks that a Trainer would call; the given batch does not change.
 
     Parameters
     ----------
@@ -29,33 +33,33 @@ def to_device(batch: Any, model: nn.Module) -> Any:
     device = torch.device("cpu") if first is None else first.device
     if device.type != "cpu":
         # Graphs are moved in place: a list of batches would pile up on the GPU.
-        batch = _rebuild(batch, _copy_graphs)
-    # Where there is no accelerator everything is on the CPU; to look through a batch of graphs takes milliseconds.
+        batch = tree_map(lambda part: copy.copy(part) if _is_graph(part) or _is_graphs(part) else part, batch)
+    # Without an accelerator everything is on the CPU, and searching a batch of graphs takes milliseconds.
     stays = device.type == "cpu" and not torch.accelerator.is_available()
     if not hasattr(model, "transfer_batch_to_device"):
         return batch if stays else move_data_to_device(batch, device)
     hooks: Any = model
     batch = hooks.on_before_batch_transfer(batch, 0)
-    # Lightning's own, of whichever of its two namespaces, does nothing but move.
-    own = type(hooks).transfer_batch_to_device.__qualname__ == "DataHooks.transfer_batch_to_device"
-    if not (stays and own):
+    # Lightning's own hook, in either of its two namespaces, only moves.
+    is_lightnings = type(hooks).transfer_batch_to_device.__qualname__ == "DataHooks.transfer_batch_to_device"
+    if not (stays and is_lightnings):
         batch = hooks.transfer_batch_to_device(batch, device, 0)
     return hooks.on_after_batch_transfer(batch, 0)
 
 
 def count_samples(batch: Any) -> int:
-    """How many samples a batch holds, by the first axis of its tensors and the number of graphs.
+    """How many samples a batch holds, by the first axis of its tensors and the number of its graphs.
 
-    Understood are dicts, lists and tuples of: tensors and arrays; batches of graphs (anything with ``num_graphs``, as
-    PyG's); lists of one graph, string or number for each sample. What has no axis, such as a single number, belongs to
-    all samples.
+    A batch may hold, in dicts, lists and tuples: tensors and arrays; batches of graphs (anything with ``num_graphs``,
+    as of PyG); lists with one graph, string or number for each sample. A value without an axis, such as a single
+    number, belongs to all samples.
 
     Raises
     ------
     DataError
-        If there is something else in it, or its parts hold different numbers of samples, so that it cannot be split.
+        If the batch holds anything else, or its parts hold different numbers of samples, so that it cannot be split.
     """
-    counts = dict(_counts(batch, "batch"))
+    counts = _count_by_place(batch, "batch")
     if len(set(counts.values())) != 1 or None in counts.values():
         found = ", ".join(f"{place}: {'?' if count is None else count}" for place, count in list(counts.items())[:12])
         raise DataError(
@@ -68,62 +72,68 @@ def count_samples(batch: Any) -> int:
 
 
 def take_samples(batch: Any, indices: Sequence[int]) -> Any:
-    """Some samples of a batch that ``count_samples`` understands, in the same form."""
+    """Some samples of a batch that ``count_samples`` accepts, in the same containers."""
     chosen = list(indices)
 
     def take(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            taken: Any = copy.copy(part)
+            taken.update(take_samples(dict(part), chosen))
+            return taken
         if _length(part) is None:
             return part
         if _is_graphs(part):
             return type(part).from_data_list(part[chosen])
         return [part[i] for i in chosen] if isinstance(part, (list, tuple)) else part[chosen]
 
-    return _rebuild(batch, take)
+    return tree_map(take, batch, is_leaf=_holds_samples)
 
 
 def join_samples(parts: Sequence[Any], counts: Sequence[int]) -> Any:
-    """What a model gave for the parts of a batch as if for the whole, as far as it is by sample.
+    """The outputs of a model for the parts of a batch, joined; the first part's where an output is not by sample.
 
     Parameters
     ----------
     parts
-        What it gave for each part.
+        The outputs for each part.
     counts
-        How many samples each part has.
+        The number of samples of each part.
     """
-    first = parts[0]
-    if isinstance(first, Tensor):
-        # A model that squeezes its output takes the axis of a single sample off.
-        pairs = list(zip(parts, counts, strict=True))
-        whole = [part[None] if count == 1 and part.dim() < first.dim() else part for part, count in pairs]
-        by_sample = all(part.dim() and len(part) == count for part, count in zip(whole, counts, strict=True))
-        alike = len({part.shape[1:] for part in whole}) == 1
-        return torch.cat(whole) if by_sample and alike else first
-    if isinstance(first, Mapping):
-        shared = [key for key in first if all(key in part for part in parts)]
-        return {key: join_samples([part[key] for part in parts], counts) for key in shared}
-    if isinstance(first, (list, tuple)) and len({len(part) for part in parts}) == 1:
-        return [join_samples(items, counts) for items in zip(*parts, strict=True)]
-    return first
+    by_path = [dict(tree_flatten_with_path(part)[0]) for part in parts]
+
+    def join(path: Any, first: Any) -> Any:
+        leaves = [leaf for part in by_path if isinstance(leaf := part.get(path), Tensor)]
+        if len(leaves) < len(parts):
+            return first
+        # A model that squeezes its output removes the axis of a single sample.
+        pairs = list(zip(leaves, counts, strict=True))
+        leaves = [leaf[None] if count == 1 and leaf.dim() < first.dim() else leaf for leaf, count in pairs]
+        is_by_sample = all(leaf.dim() and len(leaf) == count for leaf, count in zip(leaves, counts, strict=True))
+        return torch.cat(leaves) if is_by_sample and len({leaf.shape[1:] for leaf in leaves}) == 1 else first
+
+    return tree_map_with_path(join, parts[0])
 
 
-def _counts(part: Any, place: str) -> Iterator[tuple[str, int | None]]:
-    """Where samples are and how many; None for what is not understood."""
-    length = _length(part)
-    if length is not None:
-        yield place, length
-    elif isinstance(part, Mapping):
-        for key, value in part.items():
-            yield from _counts(value, f"{place}[{key!r}]")
-    elif isinstance(part, (list, tuple)):
-        for i, value in enumerate(part):
-            yield from _counts(value, f"{place}[{i}]")
-    elif not (part is None or isinstance(part, (str, int, float, Tensor, np.ndarray))):
-        yield f"{place} (a {type(part).__name__})", None
+def _count_by_place(batch: Any, place: str) -> dict[str, int | None]:
+    """The number of samples of each part that has an axis of samples; None for a part of an unknown type."""
+    counts: dict[str, int | None] = {}
+    for path, part in tree_flatten_with_path(batch, is_leaf=_holds_samples)[0]:
+        where = place + keystr(path)
+        if isinstance(part, Mapping):
+            counts |= _count_by_place(dict(part), where)
+        elif _holds_samples(part):
+            counts[where] = _length(part)
+        elif not (part is None or isinstance(part, (str, int, float, Tensor, np.ndarray))):
+            counts[f"{where} (a {type(part).__name__})"] = None
+    return counts
+
+
+def _holds_samples(part: Any) -> bool:
+    return _length(part) is not None
 
 
 def _length(part: Any) -> int | None:
-    """How many samples a leaf holds; None for what is no leaf, or has no axis."""
+    """The number of samples of a leaf; None for a container, and for a leaf without an axis."""
     if isinstance(part, (Tensor, np.ndarray)):
         return len(part) if part.ndim else None
     if _is_graphs(part):
@@ -139,26 +149,3 @@ def _is_graphs(part: Any) -> bool:
 
 def _is_graph(part: Any) -> bool:
     return hasattr(part, "num_nodes") and not hasattr(part, "num_graphs")
-
-
-def _copy_graphs(part: Any) -> Any:
-    if isinstance(part, (list, tuple)):
-        return [_copy_graphs(graph) for graph in part]
-    return copy.copy(part) if _is_graph(part) or _is_graphs(part) else part
-
-
-def _rebuild(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """The same containers around leaves that are changed."""
-    if isinstance(batch, Mapping):
-        changed = {key: _rebuild(value, change) for key, value in batch.items()}
-        if type(batch) is dict:
-            return changed
-        same_kind: Any = copy.copy(batch)
-        same_kind.update(changed)
-        return same_kind
-    if isinstance(batch, (list, tuple)) and _length(batch) is None:
-        parts = [_rebuild(part, change) for part in batch]
-        if isinstance(batch, tuple):
-            return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
-        return parts
-    return change(batch)

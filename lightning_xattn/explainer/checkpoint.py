@@ -1,8 +1,9 @@
-"""Load a trained model from a file without running what the maker of the file put into it."""
+"""Read a trained model, and what it was trained on, from a checkpoint without running code that is in the file."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from inspect import signature
 from pathlib import Path
@@ -12,30 +13,34 @@ from typing import IO, Any, TypeVar
 import torch
 
 from lightning_xattn.core.errors import DataError, XAttnError
-from lightning_xattn.core.names import shown
+from lightning_xattn.core.names import id_text, shown
 from lightning_xattn.core.notices import first_line
+from lightning_xattn.evaluation.results import TrainingData
 
 Model = TypeVar("Model")
+
+TRAINING_IDS, TRAINING_GROUPS = "training_ids", "training_groups"
+"""Keys of the state that a data module saves."""
 
 _NAMES_CODE = "_instantiator"
 """The hyperparameter that holds the name of a function that Lightning imports and calls to make the model."""
 
 
 def load_checkpoint(kind: type[Model], checkpoint: str | Path, trust_checkpoint: bool = False) -> Model:
-    """Load a model from one of Lightning's checkpoints, on a GPU where there is one.
+    """The model of one of Lightning's checkpoints, on a GPU if there is one.
 
-    A checkpoint is a pickle, which can hold any code and have it run when it is read. So only weights and plain values
-    are taken from it, whichever version of Lightning is installed, unless ``trust_checkpoint`` says otherwise.
+    A checkpoint is a pickle, which can hold any code and run it when it is read. So only weights and plain values are
+    read, whichever version of Lightning is installed, unless ``trust_checkpoint`` is set.
 
     Parameters
     ----------
     kind
         The ``LightningModule`` class.
     checkpoint
-        A file on this machine. What stands at an address is never fetched.
+        A file on this machine. Addresses are never fetched.
     trust_checkpoint
-        Whether code in the file may run: with all rights of this process, before anything of the model is known. Only
-        for files of people whose programs you would run.
+        Whether code in the file may run, with all rights of this process. Only for files of people whose programs you
+        would run.
 
     Returns
     -------
@@ -48,12 +53,12 @@ def load_checkpoint(kind: type[Model], checkpoint: str | Path, trust_checkpoint:
     """
     name = shown(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with _opened(checkpoint) as file:
+    with _open(checkpoint) as file:
         try:
             if not trust_checkpoint:
                 _require_plain(file, name)
                 file.seek(0)
-            # Before 2.6 Lightning reads any pickle, and knows no such argument. What was read above holds no code.
+            # Before 2.6 Lightning reads any pickle, without such an argument. The file read above holds no code.
             takes = signature(kind.load_from_checkpoint).parameters  # type: ignore[attr-defined]  # of two namespaces
             options = {"weights_only": not trust_checkpoint} if "weights_only" in takes else {}
             model: Model = kind.load_from_checkpoint(file, map_location=device, **options)  # type: ignore[attr-defined]
@@ -64,22 +69,49 @@ def load_checkpoint(kind: type[Model], checkpoint: str | Path, trust_checkpoint:
     return model
 
 
-def _opened(checkpoint: str | Path) -> IO[bytes]:
+def training_data(checkpoint: str | Path) -> TrainingData | None:
+    """The samples that a model was trained on; None if the checkpoint does not have them.
+
+    Lightning saves the ``state_dict()`` of a data module in each checkpoint. If it holds ``training_ids``, the ids of
+    the training samples, and for samples in groups ``training_groups``, the group of each, they are read here.
+    `HMSDataModule` saves both.
+
+    Parameters
+    ----------
+    checkpoint
+        One of Lightning's files.
+    """
+    try:
+        saved: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception:  # any error of a file that is no checkpoint, or that holds more than plain types
+        return None
+    state = next((one for one in saved.values() if isinstance(one, dict) and TRAINING_IDS in one), None)
+    if state is None:
+        return None
+    return TrainingData(_ids_as_text(state[TRAINING_IDS]), _ids_as_text(state.get(TRAINING_GROUPS, ())))
+
+
+def _ids_as_text(ids: Iterable[Any]) -> frozenset[str]:
+    """Ids as they are in the sample table."""
+    return frozenset(text for text in map(id_text, ids) if text is not None)
+
+
+def _open(checkpoint: str | Path) -> IO[bytes]:
     if re.match(r"[A-Za-z][\w+.-]+:[/:]", str(checkpoint)):
         raise DataError(
-            f"{shown(checkpoint)} is an address; expected a file on this machine. Fetch it yourself from where you "
-            "trust it, and name the file."
+            f"{shown(checkpoint)} is an address; expected a file on this machine. Download it from a source that you "
+            "trust, and name the file."
         )
     try:
         return Path(checkpoint).open("rb")
     except FileNotFoundError:
         raise DataError(f"No checkpoint {shown(checkpoint)}.") from None
-    except (OSError, ValueError) as error:  # a folder, a file of somebody else, a name that no file can have
+    except (OSError, ValueError) as error:  # a folder, no permission, a name that no file can have
         raise DataError(f"{shown(checkpoint)} cannot be read as a checkpoint: {first_line(error)}") from None
 
 
 def _require_plain(file: IO[bytes], name: str) -> None:
-    """Refuse a file that would have code run, with a DataError; none is run for it."""
+    """Refuse a file that would run code, with a DataError, without running it."""
     try:
         saved: Any = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
@@ -89,7 +121,7 @@ def _require_plain(file: IO[bytes], name: str) -> None:
         raise DataError(_needs_trust(name, f"objects of {objects}")) from None
     if not isinstance(saved, dict) or "state_dict" not in saved:
         raise DataError(f"{name} is no checkpoint of Lightning's: expected a dict with 'state_dict'.")
-    # Written by Lightning's CLI, wherever it stands: Lightning makes a dict of pairs, too.
+    # LightningCLI writes it. It is refused at any place, as Lightning makes a dict of pairs, too.
     if _NAMES_CODE in _strings_in(saved):
         raise DataError(_needs_trust(name, f"hyperparameters that name code to be called ('{_NAMES_CODE}')"))
 
@@ -110,16 +142,16 @@ def _strings_in(saved: Any) -> set[str]:
 
 def _needs_trust(name: str, what: str) -> str:
     return (
-        f"{name} holds more than weights and plain values: {what}. To load it runs code that whoever made the file "
-        "chose, which can do all that you can do on this machine, so nothing of it was run. If you made the file, or "
-        "would run any program of its maker, add --trust-checkpoint (in Python: trust_checkpoint=True)."
+        f"{name} holds more than weights and plain values: {what}. Loading it runs code that the file's maker chose, "
+        "which can do all that you can do on this machine, so nothing of it was run. If you made the file, or would "
+        "run any program of its maker, add --trust-checkpoint (in Python: trust_checkpoint=True)."
     )
 
 
 def _objects_in(file: IO[bytes], error: Exception) -> str:
-    """The classes and functions that a checkpoint would call, without importing one; empty if it calls none."""
+    """The classes and functions that a checkpoint would call, found without importing them; "" if it calls none."""
     found: list[str] = []
-    with suppress(Exception):  # an older format, or something that can only be said to be refused
+    with suppress(Exception):  # an older format, or one that cannot be searched
         file.seek(0)
         found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     found = found or re.findall(r"GLOBAL ([^\s`]+)", str(error))[:1]

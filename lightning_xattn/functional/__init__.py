@@ -2,12 +2,10 @@
 
 from lightning_xattn.functional.alignment import (
     alignment,
-    alignment_interaction,
     alignment_null,
     best_head_matching,
     head_alignment,
     head_alignment_matrix,
-    round_trip_lift,
     standardised_maps,
 )
 from lightning_xattn.functional.faithfulness import ranking_gain, received_attention, replacements
@@ -49,7 +47,6 @@ from lightning_xattn.functional.rows import (
     mean,
     min_weight,
     prepare_rows,
-    relative_sparsity,
     row_statistics,
     sparsity,
     std,
@@ -77,7 +74,6 @@ __all__ = [
     "additive_fit",
     "additive_projection",
     "alignment",
-    "alignment_interaction",
     "alignment_null",
     "best_head_matching",
     "centred",
@@ -117,10 +113,8 @@ __all__ = [
     "ranking_gain",
     "received_attention",
     "received_lift",
-    "relative_sparsity",
     "replacements",
     "require_heads",
-    "round_trip_lift",
     "row_statistics",
     "sample_top_pairs",
     "score_bins",

@@ -2,6 +2,7 @@
 
 For one sample the forward map ``X`` is (queries, keys) and the backward map is transposed to the same shape, ``Y``.
 Both are compared over the cells whose query and key are valid rows of their own direction and visible to each other.
+Each direction is given as `prepare_rows` takes it.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lightning_xattn.core.errors import ShapeError
-from lightning_xattn.functional.rows import Rows
+from lightning_xattn.functional.rows import Rows, Weights, prepare_rows
 
 NO_VARIANCE = 1e-6
 """A map whose standard deviation is within this share of its root mean square varies by float32 rounding only."""
 
 
-def alignment(forward: Rows, backward: Rows) -> Tensor:
+def alignment(forward: Weights, backward: Weights) -> Tensor:
     """Pearson correlation of the two head-averaged maps: the headline number (``modality_agreement``).
 
     Returns
@@ -28,16 +29,14 @@ def alignment(forward: Rows, backward: Rows) -> Tensor:
     Examples
     --------
     >>> weights = torch.tensor([[[[0.75, 0.25], [0.25, 0.75]]]])
-    >>> there = prepare_rows(Attention(Direction("eeg", "spec"), weights))
-    >>> back = prepare_rows(Attention(Direction("spec", "eeg"), weights))
-    >>> alignment(there, back)
+    >>> alignment(weights, weights)
     tensor([1.])
     """
     x, y, _ = standardised_maps(forward, backward)
     return _inner(x, y)
 
 
-def standardised_maps(forward: Rows, backward: Rows) -> tuple[Tensor, Tensor, Tensor]:
+def standardised_maps(forward: Weights, backward: Weights) -> tuple[Tensor, Tensor, Tensor]:
     """The two head-averaged maps with mean 0 and norm 1, so that their inner product is the ``alignment``.
 
     Returns
@@ -50,17 +49,16 @@ def standardised_maps(forward: Rows, backward: Rows) -> tuple[Tensor, Tensor, Te
     Examples
     --------
     >>> weights = torch.tensor([[[[0.75, 0.25], [0.25, 0.75]]]])
-    >>> there = prepare_rows(Attention(Direction("eeg", "spec"), weights))
-    >>> back = prepare_rows(Attention(Direction("spec", "eeg"), weights))
-    >>> x, y, whole = standardised_maps(there, back)
+    >>> x, y, whole = standardised_maps(weights, weights)
     >>> x.tolist(), whole
     ([[[0.5, -0.5], [-0.5, 0.5]]], tensor([True]))
     """
+    forward, backward = prepare_rows(forward), prepare_rows(backward)
     x = forward.weights[..., : forward.tokens].mean(1)
     y = backward.weights[..., : backward.tokens].mean(1).transpose(-1, -2)
     cells = _cells(forward, backward, per_head=False)
-    (x, x_norm), (y, y_norm) = (_centre(maps, cells, double=False) for maps in (x, y))
-    whole = cells.count[:, 0, 0] == x.shape[1] * x.shape[2]
+    (x, x_norm), (y, y_norm) = (_centre(maps, cells) for maps in (x, y))
+    whole = cells.bool().all((1, 2))
     return x / x_norm[:, None, None], y / y_norm[:, None, None], whole
 
 
@@ -95,7 +93,7 @@ def alignment_null(x_sum: Tensor, y_sum: Tensor, aligned: Tensor, samples: Tenso
     return torch.where(pairs > 0, ((x_sum * y_sum).sum() - aligned) / pairs, torch.nan)
 
 
-def head_alignment(forward: Rows, backward: Rows) -> Tensor:
+def head_alignment(forward: Weights, backward: Weights) -> Tensor:
     """Pearson correlation of head h of one direction with head h of the other.
 
     Heads of the two directions share no parameters, so equal indices are a convention:
@@ -114,18 +112,17 @@ def head_alignment(forward: Rows, backward: Rows) -> Tensor:
     Examples
     --------
     >>> weights = torch.tensor([[[[0.75, 0.25], [0.25, 0.75]]]])
-    >>> there = prepare_rows(Attention(Direction("eeg", "spec"), weights))
-    >>> back = prepare_rows(Attention(Direction("spec", "eeg"), weights))
-    >>> head_alignment(there, back)
+    >>> head_alignment(weights, weights)
     tensor([[1.]])
     """
+    forward, backward = prepare_rows(forward), prepare_rows(backward)
     _require_equal_heads(forward, backward)
     x = forward.weights[..., : forward.tokens]
     y = backward.weights[..., : backward.tokens].transpose(-1, -2)
     return _pearson(x, y, _cells(forward, backward, per_head=True))
 
 
-def head_alignment_matrix(forward: Rows, backward: Rows) -> Tensor:
+def head_alignment_matrix(forward: Weights, backward: Weights) -> Tensor:
     """Pearson correlation of every forward head i with every backward head j.
 
     Returns
@@ -136,20 +133,19 @@ def head_alignment_matrix(forward: Rows, backward: Rows) -> Tensor:
     Examples
     --------
     >>> weights = torch.tensor([[[[0.75, 0.25], [0.25, 0.75]]]])
-    >>> there = prepare_rows(Attention(Direction("eeg", "spec"), weights))
-    >>> back = prepare_rows(Attention(Direction("spec", "eeg"), weights))
-    >>> head_alignment_matrix(there, back)
+    >>> head_alignment_matrix(weights, weights)
     tensor([[[1.]]])
     """
+    forward, backward = prepare_rows(forward), prepare_rows(backward)
     x = forward.weights[:, :, None, :, : forward.tokens]
     y = backward.weights[:, None, :, :, : backward.tokens].transpose(-1, -2)
     x, y = torch.broadcast_tensors(x, y)
     there, back = forward.token_visible, backward.token_visible
-    cells = _Cells(
+    cells = _both(
         forward.valid[:, :, None],
         backward.valid[:, None],
         None if there is None else there[:, :, None],
-        None if back is None else back[:, None].transpose(-1, -2),
+        None if back is None else back[:, None],
     )
     return _pearson(x, y, cells)
 
@@ -176,109 +172,26 @@ def best_head_matching(matrix: Tensor) -> list[tuple[int, int]]:
     return [(int(i), int(j)) for i, j in zip(rows, columns, strict=True)]
 
 
-def alignment_interaction(forward: Rows, backward: Rows) -> Tensor:
-    """Pearson correlation of the doubly centred log-maps, head h with head h.
-
-    Taking row and column means off ``ln a`` leaves the same as taking them off the logits: the softmax normaliser
-    and the overall popularity of a key cancel, and which query goes with which key is left.
-
-    Returns
-    -------
-    Tensor
-        ``(batch, heads)`` in [-1, 1], NaN where undefined.
-
-    Raises
-    ------
-    ShapeError
-        If the directions have different numbers of heads.
-
-    Examples
-    --------
-    >>> weights = torch.tensor([[[[0.75, 0.25], [0.25, 0.75]]]])
-    >>> there = prepare_rows(Attention(Direction("eeg", "spec"), weights))
-    >>> back = prepare_rows(Attention(Direction("spec", "eeg"), weights))
-    >>> alignment_interaction(there, back)
-    tensor([[1.]])
-    """
-    _require_equal_heads(forward, backward)
-    cells = _cells(forward, backward, per_head=True)
-    x = forward.log_weights[..., : forward.tokens]
-    y = backward.log_weights[..., : backward.tokens].transpose(-1, -2)
-    return _pearson(x, y, cells, double_centred=True)
-
-
-def round_trip_lift(forward: Rows, backward: Rows) -> Tensor:
-    """``sum_q sum_k A[q, k] B[k, q]``: how much likelier than chance attention returns to where it started.
-
-    Returns
-    -------
-    Tensor
-        ``(batch, heads)``: 1 at chance, up to min(queries, keys); NaN without a valid row in both directions.
-
-    Raises
-    ------
-    ShapeError
-        If the directions have different numbers of heads.
-
-    Examples
-    --------
-    >>> weights = torch.eye(2)[None, None]  # each token has one of its own on the other side
-    >>> there = prepare_rows(Attention(Direction("eeg", "spec"), weights))
-    >>> back = prepare_rows(Attention(Direction("spec", "eeg"), weights))
-    >>> round_trip_lift(there, back)
-    tensor([[2.]])
-    """
-    _require_equal_heads(forward, backward)
-    there = forward.weights[..., : forward.tokens]
-    back = backward.weights[..., : backward.tokens].transpose(-1, -2)
-    defined = forward.valid.any(-1) & backward.valid.any(-1)
-    return torch.where(defined, (there * back).sum((-1, -2)), torch.nan)
-
-
-class _Cells:
-    """The cells over which two maps are compared: 1 where a cell counts and 0 elsewhere, kept as factors.
-
-    Parameters
-    ----------
-    rows, columns
-        ``(..., queries)`` and ``(..., keys)`` bool: valid rows of the forward and of the backward direction.
-    masks
-        ``(..., queries, keys)`` bool or broadcastable to it, or None: where a query and a key see each other.
-    """
-
-    def __init__(self, rows: Tensor, columns: Tensor, *masks: Tensor | None) -> None:
-        self._factors = [rows[..., :, None].float(), columns[..., None, :].float()]
-        seen = [mask for mask in masks if mask is not None]
-        if seen:
-            whole = torch.stack(torch.broadcast_tensors(*self._factors, *(mask.float() for mask in seen))).prod(0)
-            self._factors = [whole]
-            self.in_row, self.in_column = whole.sum(-1, keepdim=True), whole.sum(-2, keepdim=True)
-        else:
-            row, column = self._factors
-            self.in_row, self.in_column = row * column.sum(-1, keepdim=True), column * row.sum(-2, keepdim=True)
-        self.count = self.in_row.sum(-2, keepdim=True)
-
-    def keep_(self, maps: Tensor) -> Tensor:
-        """Set every other cell to 0, in place."""
-        for factor in self._factors:
-            maps.mul_(factor)
-        return maps
-
-
-def _cells(forward: Rows, backward: Rows, *, per_head: bool) -> _Cells:
+def _cells(forward: Rows, backward: Rows, *, per_head: bool) -> Tensor:
+    """1 where a cell counts, 0 elsewhere: its query and its key are valid rows and see each other."""
     rows, columns = forward.valid, backward.valid
     there, back = forward.token_visible, backward.token_visible
     if not per_head:
         # A head average needs the row in every head.
         rows, columns = rows.all(1), columns.all(1)
         there, back = (mask if mask is None else mask.all(1) for mask in (there, back))
-    return _Cells(rows, columns, there, None if back is None else back.transpose(-1, -2))
+    return _both(rows, columns, there, back)
 
 
-def _pearson(x: Tensor, y: Tensor, cells: _Cells, *, double_centred: bool = False) -> Tensor:
+def _both(rows: Tensor, columns: Tensor, there: Tensor | None, back: Tensor | None) -> Tensor:
+    cells = rows[..., :, None] & columns[..., None, :]
+    cells = cells if there is None else cells & there
+    return (cells if back is None else cells & back.transpose(-1, -2)).float()
+
+
+def _pearson(x: Tensor, y: Tensor, cells: Tensor) -> Tensor:
     """Pearson correlation over the last two axes; NaN without variance."""
-    x, x_norm = _centre(x, cells, double_centred)
-    y, y_norm = _centre(y, cells, double_centred)
+    (x, x_norm), (y, y_norm) = (_centre(maps, cells) for maps in (x, y))
     return _inner(x, y) / (x_norm * y_norm)
 
 
@@ -287,17 +200,13 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
     return (x.flatten(-2)[..., None, :] @ y.flatten(-2)[..., :, None])[..., 0, 0]
 
 
-def _centre(maps: Tensor, cells: _Cells, double: bool) -> tuple[Tensor, Tensor]:
+def _centre(maps: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
     """Centre maps over their cells, with 0 elsewhere; and their norms, NaN where a map has no variance."""
     # In place from here on: at this size a new tensor costs more than the arithmetic.
-    centred = cells.keep_(maps.clone(memory_format=torch.contiguous_format))
+    centred = maps.clone(memory_format=torch.contiguous_format).mul_(cells)
     scale = torch.linalg.vector_norm(centred, dim=(-1, -2))
-    if double:
-        rows = centred.sum(-1, keepdim=True) / cells.in_row.clamp_min(1)
-        columns = centred.sum(-2, keepdim=True) / cells.in_column.clamp_min(1)
-        cells.keep_(centred.sub_(rows).sub_(columns))
-    # The grand mean goes last: with irregular masks double centring alone does not leave the mean at 0.
-    cells.keep_(centred.sub_(centred.sum((-1, -2), keepdim=True) / cells.count.clamp_min(1)))
+    count = cells.sum((-1, -2), keepdim=True).clamp_min(1)
+    centred.sub_(centred.sum((-1, -2), keepdim=True) / count).mul_(cells)
     norm = torch.linalg.vector_norm(centred, dim=(-1, -2))
     return centred, torch.where(norm > NO_VARIANCE * scale, norm, torch.nan)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.core.errors import SettingError
-from lightning_xattn.functional.rows import WEIGHT_FLOOR, Rows
+from lightning_xattn.functional.rows import WEIGHT_FLOOR, Rows, Weights, prepare_rows
 
 
 def require_heads(expected: int | None, heads: int, where: str) -> None:
@@ -28,7 +28,7 @@ def require_heads(expected: int | None, heads: int, where: str) -> None:
         )
 
 
-def query_selectivity(rows: Rows) -> Tensor:
+def query_selectivity(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """How much a head's attention depends on the query: ``[H(mean_q a_q) - mean_q H(a_q)] / ln K``.
 
     Returns
@@ -40,9 +40,10 @@ def query_selectivity(rows: Rows) -> Tensor:
     Examples
     --------
     >>> weights = torch.eye(2)[None, None]  # each query has a key of its own
-    >>> query_selectivity(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    >>> query_selectivity(weights)
     tensor([[1.]])
     """
+    rows = prepare_rows(weights, key_mask)
     queries = rows.valid.sum(-1)
     pooled = rows.weights.sum(2) / queries[..., None]
     excess = _entropy(pooled) - rows.entropy.sum(-1) / queries
@@ -51,7 +52,7 @@ def query_selectivity(rows: Rows) -> Tensor:
     return torch.where((queries > 1) & (seen > 1), (excess / seen.log()).clamp(0, 1), torch.nan)
 
 
-def head_diversity(rows: Rows) -> Tensor:
+def head_diversity(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """How much the heads differ: ``mean_q [H(mean_h a_h) - mean_h H(a_h)] / min(ln H, ln K_q)``.
 
     The generalised Jensen-Shannon divergence between heads, over the queries that are valid in every head. ``K_q`` is
@@ -65,9 +66,10 @@ def head_diversity(rows: Rows) -> Tensor:
     Examples
     --------
     >>> weights = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])  # each head has a key of its own
-    >>> head_diversity(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    >>> head_diversity(weights)
     tensor([1.])
     """
+    rows = prepare_rows(weights, key_mask)
     heads = rows.weights.shape[1]
     keys = rows.keys.amax(1) if rows.visible is None else rows.visible.any(1).sum(-1)
     defined = rows.valid.all(1) & (keys > 1)
@@ -78,7 +80,7 @@ def head_diversity(rows: Rows) -> Tensor:
     return torch.where(defined, diversity, 0).sum(-1) / defined.sum(-1)
 
 
-def sink(rows: Rows) -> Tensor:
+def sink(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """How much of every query's attention goes to one and the same key, from 0 (what uniform attention gives) to 1.
 
     With ``s = max_k min_q a[q, k]`` over the valid queries it is ``(s - 1 / K) / (1 - 1 / K)``, floored at 0, so that
@@ -92,9 +94,10 @@ def sink(rows: Rows) -> Tensor:
     Examples
     --------
     >>> weights = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])  # all queries have the same key
-    >>> sink(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    >>> sink(weights)
     tensor([[1.]])
     """
+    rows = prepare_rows(weights, key_mask)
     least = torch.where(rows.valid[..., None], rows.weights, 1).amin(2).amax(-1)
     keys = rows.keys.masked_fill(~rows.valid, 0).amax(-1)
     strength = ((least - 1 / keys) / (1 - 1 / keys)).clamp(0, 1)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_xattn.functional.rows import Rows
+from lightning_xattn.functional.rows import Weights, prepare_rows
 
 
-def lift(rows: Rows) -> Tensor:
+def lift(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """``a[q, k] * K_q``, with K_q the number of keys that query q can see.
 
     Returns
@@ -24,9 +24,10 @@ def lift(rows: Rows) -> Tensor:
     Examples
     --------
     >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
-    >>> lift(prepare_rows(Attention(Direction("eeg", "spec"), weights))).tolist()
+    >>> lift(weights).tolist()
     [[[[1.0, 1.0], [2.0, 0.0]]]]
     """
+    rows = prepare_rows(weights, key_mask)
     values = (rows.weights * rows.keys[..., None])[..., : rows.tokens]
     defined = rows.valid[..., None]
     if rows.token_visible is not None:
@@ -34,19 +35,19 @@ def lift(rows: Rows) -> Tensor:
     return values.masked_fill(~defined, torch.nan)
 
 
-def lift_map(rows: Rows) -> Tensor:
+def lift_map(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """``lift`` averaged over the heads where it is defined: ``(batch, queries, keys)``, else NaN.
 
     Examples
     --------
     >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
-    >>> lift_map(prepare_rows(Attention(Direction("eeg", "spec"), weights))).tolist()
+    >>> lift_map(weights).tolist()
     [[[1.0, 1.0], [2.0, 0.0]]]
     """
-    return lift(rows).nanmean(1)
+    return lift(weights, key_mask).nanmean(1)
 
 
-def received_lift(rows: Rows) -> Tensor:
+def received_lift(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """``lift`` averaged over heads and queries: how much attention a key receives.
 
     Returns
@@ -58,7 +59,7 @@ def received_lift(rows: Rows) -> Tensor:
     Examples
     --------
     >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
-    >>> received_lift(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    >>> received_lift(weights)
     tensor([[1.5000, 0.5000]])
     """
-    return lift(rows).nanmean((1, 2))
+    return lift(weights, key_mask).nanmean((1, 2))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_xattn.functional.rows import Rows
+from lightning_xattn.functional.rows import Rows, Weights, prepare_rows
 
 
 class TopPair(NamedTuple):
@@ -33,7 +33,7 @@ class TopPair(NamedTuple):
     lift: float
 
 
-def top_pairs(rows: Rows, top_k: int) -> list[TopPair]:
+def top_pairs(weights: Weights, top_k: int, key_mask: Tensor | None = None) -> list[TopPair]:
     """Largest weights of the map that is averaged over batch and heads, the largest first.
 
     A cell's mean runs over the valid rows that see its key; cells that none sees, and keys that are no tokens, are
@@ -42,35 +42,38 @@ def top_pairs(rows: Rows, top_k: int) -> list[TopPair]:
     Examples
     --------
     >>> weights = torch.tensor([[[[0.5, 0.5], [0.75, 0.25]]]])
-    >>> top_pairs(prepare_rows(Attention(Direction("eeg", "spec"), weights)), top_k=1)
+    >>> top_pairs(weights, top_k=1)
     [TopPair(query=1, key=0, weight=0.75, lift=1.5)]
     """
+    rows = prepare_rows(weights, key_mask)
     weights, lifts = _mean_maps(rows, (0, 1))
     (pairs,) = _largest(weights[None], lifts[None], top_k)
     return pairs
 
 
-def sample_top_pairs(rows: Rows, top_k: int) -> list[list[TopPair]]:
+def sample_top_pairs(weights: Weights, top_k: int, key_mask: Tensor | None = None) -> list[list[TopPair]]:
     """For each sample what ``top_pairs`` gives of it alone: the map is averaged over heads.
 
     Examples
     --------
     >>> weights = torch.tensor([[[[0.5, 0.5], [0.75, 0.25]]]])
-    >>> sample_top_pairs(prepare_rows(Attention(Direction("eeg", "spec"), weights)), top_k=1)
+    >>> sample_top_pairs(weights, top_k=1)
     [[TopPair(query=1, key=0, weight=0.75, lift=1.5)]]
     """
+    rows = prepare_rows(weights, key_mask)
     return _largest(*_mean_maps(rows, (1,)), top_k)
 
 
-def head_top_pairs(rows: Rows, top_k: int) -> list[list[TopPair]]:
+def head_top_pairs(weights: Weights, top_k: int, key_mask: Tensor | None = None) -> list[list[TopPair]]:
     """For each head what ``top_pairs`` gives of it alone: the map is averaged over the batch.
 
     Examples
     --------
     >>> weights = torch.tensor([[[[0.5, 0.5]], [[0.25, 0.75]]]])  # two heads
-    >>> [pair.key for (pair,) in head_top_pairs(prepare_rows(Attention(Direction("eeg", "spec"), weights)), top_k=1)]
+    >>> [pair.key for (pair,) in head_top_pairs(weights, top_k=1)]
     [0, 1]
     """
+    rows = prepare_rows(weights, key_mask)
     return _largest(*_mean_maps(rows, (0,)), top_k)
 
 

@@ -1,4 +1,8 @@
-"""How is one query's attention spread over its keys? Statistics of rows, averaged over the rows of a head."""
+"""How is one query's attention spread over its keys? Statistics of rows, averaged over the rows of a head.
+
+Every function of attention takes weights ``(batch, heads, queries, keys)`` with a ``key_mask`` where some keys are
+padding, or an ``Attention`` with all of its masks, or what `prepare_rows` makes of either.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.core.attention import Attention, Direction, row_sum_tolerance
-from lightning_xattn.core.errors import ShapeError
+from lightning_xattn.core.errors import SettingError, ShapeError
 
 WEIGHT_FLOOR = 1e-12
 """Weights are floored here before a logarithm, so that a weight of 0 has one."""
 
 SPARSITY_THRESHOLD = 0.1
-"""A weight below this counts as sparse; ``relative_sparsity`` uses the same share of uniform attention."""
+"""A weight below this counts as sparse."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,18 +80,54 @@ class Rows:
         return None if self.visible is None else self.visible[..., : self.tokens]
 
 
-def prepare_rows(attention: Attention) -> Rows:
-    """Set aside what no statistic may use, and compute what all of them share.
+Weights = Tensor | Attention | Rows
+"""Attention as every function takes it, see `prepare_rows`."""
+
+
+def prepare_rows(weights: Weights, key_mask: Tensor | None = None) -> Rows:
+    """Rows that are ready for statistics: invalid ones are set to 0, and what all statistics share is computed once.
 
     A row is valid when its query is a real token, it has at least one valid key, it is finite and sums to 1
     within ``row_sum_tolerance``. A row of half precision is scaled back to sum to 1.
 
+    Parameters
+    ----------
+    weights
+        ``(batch, heads, queries, keys)``, after the softmax and before dropout; or an ``Attention``; or ``Rows``, which
+        come back as they are.
+    key_mask
+        ``(batch, keys)`` bool, True where the key is a real token; None: all are. Only with a tensor.
+
+    Raises
+    ------
+    SettingError
+        If ``weights`` is of another type, or has its masks and gets another one.
+    ShapeError
+        If the weights do not have four axes, or the mask does not fit them.
+
     Examples
     --------
+    >>> prepare_rows(torch.tensor([[[[0.5, 0.5, 0.0]]]]), key_mask=torch.tensor([[True, True, False]])).keys
+    tensor([[[2.]]])
     >>> weights = torch.tensor([[[[0.5, 0.5], [0.9, 0.9]]]])  # the second row is no attention
     >>> prepare_rows(Attention(Direction("eeg", "spec"), weights)).valid
     tensor([[[ True, False]]])
     """
+    if key_mask is not None and isinstance(weights, (Attention, Rows)):
+        raise SettingError(f"key_mask goes with a tensor alone: {weights!r} has its masks already.")
+    if isinstance(weights, Rows):
+        return weights
+    if isinstance(weights, Tensor):
+        weights = Attention(Direction("query", "key"), weights, key_mask)
+    if not isinstance(weights, Attention):
+        raise SettingError(
+            f"Weights must be a tensor (batch, heads, queries, keys), an Attention or Rows; got a "
+            f"{type(weights).__name__}. torch.as_tensor(weights) makes a tensor."
+        )
+    return _prepare(weights)
+
+
+def _prepare(attention: Attention) -> Rows:
     dtype = attention.weights.dtype
     weights = attention.weights.detach().to(torch.promote_types(dtype, torch.float32))
     visible = _visible_keys(attention)
@@ -102,12 +142,9 @@ def prepare_rows(attention: Attention) -> Rows:
     valid = (total - 1).abs() <= row_sum_tolerance(dtype)
     expected, cross_modal_mass = keys > 0, attention.cross_modal_mass
     if attention.query_mask is not None:
-        expected = expected & attention.query_mask[:, None, :]
-        cross_modal_mass = (
-            None
-            if cross_modal_mass is None
-            else cross_modal_mass.masked_fill(~attention.query_mask[:, None, :], torch.nan)
-        )
+        is_token = attention.query_mask[:, None, :]
+        expected = expected & is_token
+        cross_modal_mass = None if cross_modal_mass is None else cross_modal_mass.masked_fill(~is_token, torch.nan)
     broken = expected & ~valid
     valid = expected & valid
     weights = weights.masked_fill(~valid[..., None], 0)
@@ -143,69 +180,76 @@ def has_single_keys(rows: Rows, samples: int | slice = slice(None)) -> bool:
     return bool(valid.any()) and not bool(several.any())
 
 
-def entropy(rows: Rows) -> Tensor:
+def entropy(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """``-sum a ln a / ln K_q``, ``(batch, heads)`` in [0, 1]: 0 = one key, 1 = diffuse; leaves out rows of one key.
 
     Examples
     --------
     >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
-    >>> entropy(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    >>> entropy(weights)
+    tensor([[0.5000]])
+    >>> entropy(weights, key_mask=torch.tensor([[True, True]]))
     tensor([[0.5000]])
     """
+    rows = prepare_rows(weights, key_mask)
     normalised = (rows.entropy / rows.keys.log()).clamp(0, 1)
     return _mean_of_rows(normalised, rows.valid & (rows.keys > 1))
 
 
-def effective_keys(rows: Rows) -> Tensor:
+def effective_keys(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """``exp(-sum a ln a)``, ``(batch, heads)`` in [1, K_q]: how many keys a row really uses.
 
     Examples
     --------
     >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
-    >>> effective_keys(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    >>> effective_keys(weights)
     tensor([[1.5000]])
     """
+    rows = prepare_rows(weights, key_mask)
     return _mean_of_rows(rows.entropy.exp(), rows.valid)
 
 
-def effective_share(rows: Rows) -> Tensor:
+def effective_share(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """``exp(-sum a ln a) / K_q``, ``(batch, heads)`` in [1 / K_q, 1]: which share of its keys a row really uses.
 
     Examples
     --------
     >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
-    >>> effective_share(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    >>> effective_share(weights)
     tensor([[0.7500]])
     """
+    rows = prepare_rows(weights, key_mask)
     return _mean_of_rows(rows.entropy.exp() / rows.keys, rows.valid)
 
 
-def max_weight(rows: Rows) -> Tensor:
+def max_weight(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """Largest weight of a row, ``(batch, heads)`` in [1 / K_q, 1]: a head's "confidence" (Voita et al. 2019).
 
     Examples
     --------
     >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
-    >>> max_weight(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    >>> max_weight(weights)
     tensor([[0.7500]])
     """
+    rows = prepare_rows(weights, key_mask)
     return _mean_of_rows(rows.weights.amax(-1), rows.valid)
 
 
-def min_weight(rows: Rows) -> Tensor:
+def min_weight(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """Smallest weight of a row over its valid keys, ``(batch, heads)`` in [0, 1 / K_q].
 
     Examples
     --------
     >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
-    >>> min_weight(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    >>> min_weight(weights)
     tensor([[0.2500]])
     """
+    rows = prepare_rows(weights, key_mask)
     weights = rows.weights if rows.visible is None else rows.weights.masked_fill(~rows.visible, torch.inf)
     return _mean_of_rows(weights.amin(-1), rows.valid)
 
 
-def sparsity(rows: Rows) -> Tensor:
+def sparsity(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """Percentage of valid keys below ``SPARSITY_THRESHOLD``, ``(batch, heads)`` in [0, 100].
 
     With more than ``1 / SPARSITY_THRESHOLD`` keys even uniform attention scores 100.
@@ -213,52 +257,43 @@ def sparsity(rows: Rows) -> Tensor:
     Examples
     --------
     >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
-    >>> sparsity(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    >>> sparsity(weights)
     tensor([[25.]])
     """
+    rows = prepare_rows(weights, key_mask)
     return _percent_below(rows, SPARSITY_THRESHOLD)
 
 
-def relative_sparsity(rows: Rows) -> Tensor:
-    """Percentage of valid keys below ``SPARSITY_THRESHOLD / K_q``, ``(batch, heads)`` in [0, 100].
-
-    Examples
-    --------
-    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
-    >>> relative_sparsity(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
-    tensor([[25.]])
-    """
-    return _percent_below(rows, SPARSITY_THRESHOLD / rows.keys[..., None])
-
-
-def std(rows: Rows) -> Tensor:
+def std(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """Population standard deviation of a row over its valid keys, ``(batch, heads)``.
 
     Examples
     --------
     >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
-    >>> std(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    >>> std(weights)
     tensor([[0.2500]])
     """
+    rows = prepare_rows(weights, key_mask)
     centred = rows.weights - 1 / rows.keys[..., None]
     if rows.visible is not None:
         centred = centred.masked_fill(~rows.visible, 0)
     return _mean_of_rows(torch.linalg.vector_norm(centred, dim=-1) / rows.keys.sqrt(), rows.valid)
 
 
-def mean(rows: Rows) -> Tensor:
+def mean(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """Mean weight of a row, ``(batch, heads)``: always ``1 / K_q``, so it says nothing about the model.
 
     Examples
     --------
     >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
-    >>> mean(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    >>> mean(weights)
     tensor([[0.5000]])
     """
+    rows = prepare_rows(weights, key_mask)
     return _mean_of_rows((1 / rows.keys).expand(rows.valid.shape), rows.valid)
 
 
-def cross_modal_mass(rows: Rows) -> Tensor:
+def cross_modal_mass(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     """Share of a query's attention that crosses over to the other modality of a joint sequence, ``(batch, heads)``.
 
     In [0, 1], averaged over the queries that are real tokens. As in a joint sequence a query may attend to its own
@@ -275,6 +310,7 @@ def cross_modal_mass(rows: Rows) -> Tensor:
     >>> cross_modal_mass(prepare_rows(Attention(Direction("eeg", "spec"), weights, cross_modal_mass=before)))
     tensor([[0.3000]])
     """
+    rows = prepare_rows(weights, key_mask)
     if rows.cross_modal_mass is None:
         raise ShapeError(f"The attention {rows.direction} is no block of a joint sequence, so nothing crosses over.")
     return rows.cross_modal_mass.nanmean(-1)
@@ -287,23 +323,23 @@ ROW_STATISTICS = {
     "max": max_weight,
     "min": min_weight,
     "sparsity": sparsity,
-    "relative_sparsity": relative_sparsity,
     "std": std,
     "mean": mean,
 }
 """Every row statistic by name: each the mean over the valid rows of a head, NaN where no row defines it."""
 
 
-def row_statistics(rows: Rows) -> dict[str, Tensor]:
+def row_statistics(weights: Weights, key_mask: Tensor | None = None) -> dict[str, Tensor]:
     """All of ``ROW_STATISTICS``, each ``(batch, heads)``.
 
     Examples
     --------
     >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
-    >>> numbers = row_statistics(prepare_rows(Attention(Direction("eeg", "spec"), weights)))
+    >>> numbers = row_statistics(weights)
     >>> numbers["max"], numbers["min"]
     (tensor([[0.7500]]), tensor([[0.2500]]))
     """
+    rows = prepare_rows(weights, key_mask)
     return {name: statistic(rows) for name, statistic in ROW_STATISTICS.items()}
 
 

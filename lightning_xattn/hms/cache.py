@@ -1,79 +1,57 @@
-"""Features on disk: computed once, read as memory-mapped arrays.
-
-A folder of features is complete or absent. `hms.build` makes it, and goes on with one that was interrupted.
-"""
+"""Features on disk: one file for each recording, which a pool of processes computes and nobody computes again."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import multiprocessing
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+import threading
+from collections.abc import Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
-from lightning_xattn.core.notices import info
-from lightning_xattn.hms.build import BAD_ROWS, build
-from lightning_xattn.hms.features import FEATURE_VERSION, feature_shapes
+from lightning_xattn.core.errors import DataError
+from lightning_xattn.core.files import complete_or_absent
+from lightning_xattn.core.progress import track
+from lightning_xattn.hms.features import FEATURE_VERSION, eeg_features, feature_type, spectrogram_features
 from lightning_xattn.hms.recordings import EEGGeometry, Recordings
 from lightning_xattn.hms.table import BadRow, RowError
+
+_ROWS_PER_PROCESS = 500
+"""A new process imports torch for some seconds, in which this one computes as many features."""
 
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """Features of all usable rows of a folder, memory-mapped and read-only.
-
-    Parameters
-    ----------
-    recordings
-        The usable rows, in the order of the features; those whose recording could not be used are in ``skipped``.
-    geometry
-        How the EEG was cut.
-    folder
-        Where the arrays stand.
-    """
+    """Features of all usable rows of a folder."""
 
     recordings: Recordings
+    """The usable rows; those whose recording could not be used are in its ``skipped``."""
     geometry: EEGGeometry
-    folder: Path
-    _arrays: dict[str, NDArray[Any]]
-    _positions: NDArray[np.int64]
+    files: tuple[Path, ...]
+    """The file of each row's features."""
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self.files)
 
-    def __reduce__(self) -> tuple[Callable[..., StoredFeatures], tuple[Any, ...]]:
-        # A worker process maps the files itself; pickled, the arrays would be copied whole.
-        return _map_again, (self.recordings, self.geometry, self.folder, list(self._arrays), self._positions)
+    def read(self, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+        """Read ``eeg_x (n, 9, 19, 5)``, ``eeg_edge_attr (n, 9, 72, 1)`` and ``spec_x (n, 119, 4, 4)`` of n rows."""
+        kind = feature_type(self.geometry)
+        records = np.concatenate([np.fromfile(self.files[i], kind) for i in indices])
+        return {name: records[name] for name in ("eeg_x", "eeg_edge_attr", "spec_x")}
 
-    def take(self, indices: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
-        """Copy the features of some rows into memory.
-
-        Parameters
-        ----------
-        indices
-            ``(n,)`` positions in ``recordings``.
-
-        Returns
-        -------
-        ``eeg_x (n, 9, 19, 5)``, ``eeg_edge_attr (n, 9, 72, 1)`` and ``spec_x (n, 119, 4, 4)``, see
-        `features.eeg_features` and `features.spectrogram_features`.
-        """
-        at = self._positions[indices]
-        return {name: array[at] for name, array in self._arrays.items() if name != "filled"}
-
-    @property
-    def filled(self) -> NDArray[np.int64]:
-        """``(rows, 2)``: how many EEG samples and spectrogram bins were missing in a row and were filled."""
-        return np.asarray(self._arrays["filled"][self._positions])
+    def count_filled(self) -> NDArray[np.int64]:
+        """Count the missing EEG samples and spectrogram bins that were filled in each row, ``(rows, 2)``."""
+        return np.stack([np.fromfile(file, np.int64, 2) for file in self.files])
 
 
 def default_cache_dir() -> Path:
@@ -87,122 +65,151 @@ def stored_features(
     cache_dir: str | Path | None = None,
     num_workers: int | None = None,
 ) -> StoredFeatures:
-    """Open the features of a folder of recordings, and compute them first where that has not been done.
+    """Open the features of a folder of recordings, after computing those that are not there yet.
 
-    Features are found again by all that decides them: the rows of ``train.csv`` (but for votes and extra columns),
-    path, size and time of change of every file, the geometry, and `FEATURE_VERSION`. What is found damaged is
-    computed again. A process that was interrupted leaves what it has computed, and the next one goes on from there,
-    also when a bad file has been mended meanwhile. Where several want the same features, one computes them and the
-    others wait.
-
-    Nothing is ever deleted but damaged features, and unfinished ones of a folder that has changed; the cache may be
-    emptied at any time.
+    The name of the folder of features is a hash of `FEATURE_VERSION`, the recordings' folder and the geometry. The name
+    of a file is a hash of the row's offsets, and of the size and time of change of its two recordings. So features of
+    another state are never read, a file that is mended costs its own rows alone, and a computation that was interrupted
+    continues. Nothing is ever deleted; the cache may be emptied at any time.
 
     Parameters
     ----------
-    recordings
-        The rows; ``recordings.on_bad_row`` says what happens to those whose recording cannot be used.
-    geometry
-        How the EEG is cut.
+    recordings, geometry
+        The rows, and how their EEG is cut; ``recordings.on_bad_row`` applies to recordings that cannot be used.
     cache_dir
         Folder for the features of any number of data sets; None: `default_cache_dir`.
     num_workers
-        Processes that compute, at least 0; 0: this one alone; None: one for each core. It does not change a bit of
-        what is computed.
+        Processes that compute; 0: this one alone; None: one for each core and 500 rows. A script that starts processes
+        needs ``if __name__ == "__main__":``. The number does not change a bit of the features.
 
     Raises
     ------
     RowError
         If a recording cannot be used and ``recordings.on_bad_row`` is ``"raise"``.
+    DataError
+        If no recording can be used, or a process that computes features ends.
     """
     parent = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    stamps = _stamps(recordings)
-    about = FEATURE_VERSION, str(recordings.root.resolve()), astuple(geometry)
-    folder, shapes = parent / _digest(*about, *stamps), feature_shapes(len(recordings), geometry)
-    stored = _open(folder, shapes)
-    if stored is None:
-        # One for each data set, not for each state of it: what is done stays when a file is mended.
-        unfinished = parent / f".{_digest(*about)}"
-        parent.mkdir(parents=True, exist_ok=True)
-        # The lock's file stays: to remove it would take it from under those who wait for it.
-        with _locked(unfinished.with_suffix(".lock"), recordings.root):
-            stored = _open(folder, shapes)  # another process may have made it meanwhile
-            if stored is None:
-                _discard(folder)
-                build(unfinished, stamps, recordings, geometry, num_workers)
-                unfinished.rename(folder)
-                stored = _open(folder, shapes)
-                assert stored is not None
-    arrays, bad_rows = stored
-    if bad_rows and recordings.on_bad_row == "raise":
-        raise RowError(bad_rows[0])
+    folder = parent / _digest(FEATURE_VERSION, str(recordings.root.resolve()), geometry)
+    files = _name_files(recordings, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    size = feature_type(geometry).itemsize
+    complete = {file for file in folder.glob("*.features") if file.stat().st_size == size}
+    missing = [position for position, file in enumerate(files) if file not in complete]
+    bad_rows = _compute_files(recordings, geometry, files, missing, num_workers) if missing else []
     bad_lines = {bad_row.line for bad_row in bad_rows}
-    positions = np.asarray([i for i, row in enumerate(recordings) if row.line not in bad_lines], dtype=np.int64)
-    return StoredFeatures(recordings.without(bad_rows), geometry, folder, arrays, positions)
+    if len(bad_rows) == len(recordings):
+        raise DataError(f"No recording of {recordings.root} can be used. The first: {bad_rows[0]}")
+    usable = tuple(file for row, file in zip(recordings, files, strict=True) if row.line not in bad_lines)
+    return StoredFeatures(recordings.without(bad_rows), geometry, usable)
 
 
-@contextmanager
-def _locked(path: Path, root: Path) -> Iterator[None]:
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        info([f"Another process computes the features of {root}; waiting for it."])
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
+def _name_files(recordings: Recordings, folder: Path) -> list[Path]:
+    """Name each row's file after all that decides its features."""
+
+    @cache
+    def state(path: Path) -> tuple[int, int] | None:
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            return None
+        return stat.st_size, stat.st_mtime_ns
+
+    names = []
+    for row in recordings:
+        sources = [(path.name, state(path)) for path in (recordings.eeg_path(row), recordings.spectrogram_path(row))]
+        names.append(f"{row.label_id}-{_digest(sources, row.eeg_offset, row.spectrogram_offset)[:16]}.features")
+    return [folder / name for name in names]
 
 
-def _map_again(
-    recordings: Recordings, geometry: EEGGeometry, folder: Path, names: list[str], positions: NDArray[np.int64]
-) -> StoredFeatures:
-    arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
-    return StoredFeatures(recordings, geometry, folder, arrays, positions)
+def _compute_files(
+    recordings: Recordings,
+    geometry: EEGGeometry,
+    files: Sequence[Path],
+    missing: Sequence[int],
+    num_workers: int | None,
+) -> list[BadRow]:
+    """Write the features of the ``missing`` rows, spectrogram by spectrogram, so that each recording is read once.
 
-
-def _stamps(recordings: Recordings) -> list[str]:
-    """For each row all that decides its features: where they are cut, and size and time of change of its files."""
-    files: dict[Path, str] = {}
-
-    def stamp(path: Path) -> str:
-        if path not in files:
-            try:
-                stat = path.stat()
-                files[path] = f"{stat.st_size} {stat.st_mtime_ns}"
-            except FileNotFoundError:
-                files[path] = "missing"
-        return files[path]
-
-    return [
-        f"{row.line} {row.label_id} {row.eeg_id} {row.spectrogram_id} {row.eeg_offset} {row.spectrogram_offset} "
-        f"{stamp(recordings.eeg_path(row))} {stamp(recordings.spectrogram_path(row))}"
-        for row in recordings
+    Returns the rows that cannot be used, in the order of ``train.csv``.
+    """
+    by_spectrogram: dict[int, list[int]] = {}
+    for position in sorted(missing, key=lambda position: recordings.rows[position].eeg_id):
+        by_spectrogram.setdefault(recordings.rows[position].spectrogram_id, []).append(position)
+    tasks = [
+        (replace(recordings, rows=tuple(recordings.rows[i] for i in positions)), [files[i] for i in positions])
+        for positions in by_spectrogram.values()
     ]
+    workers = min(_count_cores(), len(missing) // _ROWS_PER_PROCESS) if num_workers is None else num_workers
+    bad_rows: list[BadRow] = []
+    title = f"Computing the features of {len(missing)} recordings"
+    with closing(_run_tasks(tasks, geometry, min(workers, len(tasks)))) as results:
+        for found in track(results, title, len(tasks)):
+            if found and recordings.on_bad_row == "raise":
+                raise RowError(found[0])
+            bad_rows += found
+    return sorted(bad_rows, key=lambda bad_row: bad_row.line)
 
 
-def _open(folder: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, NDArray[Any]], list[BadRow]] | None:
-    """The features of a folder and its bad rows; None if it is absent, or damaged in one of many ways."""
-    try:
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in shapes}
-        bad_rows = [BadRow(**fields) for fields in json.loads((folder / BAD_ROWS).read_text("utf-8"))]
-    except (OSError, EOFError, ValueError, TypeError):
-        return None
-    if {name: array.shape for name, array in arrays.items()} != shapes:
-        return None
-    return {name: np.asarray(array) for name, array in arrays.items()}, bad_rows
+_Task = tuple[Recordings, list[Path]]
 
 
-def _discard(folder: Path) -> None:
-    """Take damaged features away; renamed first, so that nobody sees them half deleted."""
-    rubbish = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    try:
-        folder.rename(rubbish)
-    except FileNotFoundError:
+def _run_tasks(tasks: Sequence[_Task], geometry: EEGGeometry, workers: int) -> Generator[list[BadRow]]:
+    """Yield each task's bad rows, in the order of the tasks."""
+    compute = partial(_compute_task, geometry=geometry)
+    if not workers:
+        with threadpool_limits(1, user_api="blas"):
+            yield from map(compute, tasks)
         return
-    shutil.rmtree(rubbish, ignore_errors=True)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    try:
+        yield from pool.map(compute, tasks)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "A process that computes features ended. A script that calls HMSDataModule needs "
+            "if __name__ == '__main__': around its work, or num_workers=0; else take fewer, as memory may be short."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    # The products are small: threads would wait for each other.
+    threadpool_limits(1, user_api="blas")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone: a parent that is killed ends no worker."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _compute_task(task: _Task, geometry: EEGGeometry) -> list[BadRow]:
+    """Write the features of some rows, each to its file; return the rows that cannot be used."""
+    recordings, files = task
+    bad_rows = []
+    for row, file in zip(recordings, files, strict=True):
+        try:
+            eeg, power = recordings.eeg(row, geometry), recordings.spectrogram(row)
+        except RowError as error:
+            bad_rows.append(error.bad_row)
+            continue
+        record: NDArray[Any] = np.zeros((), feature_type(geometry))
+        record["eeg_x"], record["eeg_edge_attr"], filled_samples = eeg_features(eeg, geometry)
+        record["spec_x"], filled_bins = spectrogram_features(power)
+        record["filled"] = filled_samples, filled_bins
+        with complete_or_absent(file) as part:
+            part.write_bytes(record.tobytes())
+    return bad_rows
+
+
+def _count_cores() -> int:
+    """Cores that this process may use, which on a shared machine are not all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

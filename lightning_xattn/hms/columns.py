@@ -1,4 +1,4 @@
-"""What the columns of the competition's files are called, and how to find them in a file."""
+"""Find the columns of the competition's files by their names."""
 
 from __future__ import annotations
 
@@ -34,25 +34,15 @@ SPECTROGRAM_COLUMNS = tuple(
 
 
 def find_eeg(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the columns of the 19 electrodes in the order of ``montage.ELECTRODES``.
-
-    Raises
-    ------
-    Problem
-        If one is missing, or occurs twice.
-    """
+    """Return the columns of the 19 electrodes in the order of ``montage.ELECTRODES``; each must occur once."""
     return _require_columns(ELECTRODES, names)
 
 
 def find_spectrogram(names: Sequence[str]) -> tuple[str, ...]:
     """Return ``time`` and the 400 columns ``<region>_<frequency>``, region by region, frequencies ascending.
 
-    The frequency is read as a number, so its spelling does not matter. Other columns do not matter either.
-
-    Raises
-    ------
-    Problem
-        If a region does not have one column for each of ``montage.SPEC_FREQUENCIES``.
+    The frequency is read as a number, so its spelling does not matter. Other columns do not matter either. Raises a
+    `Problem` if a region does not have one column for each of ``montage.SPEC_FREQUENCIES``.
     """
     by_place: dict[tuple[str, int], list[str]] = {}
     for name in names:

@@ -1,7 +1,8 @@
-"""The demonstration: simulate, train the reference model with the callback attached, test, and say what came out."""
+"""The demo: simulate, train the reference model with the callback attached, test it, and print a summary."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -16,7 +17,7 @@ from lightning_xattn.callback import AttentionExplainabilityCallback
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.files import complete_or_absent
 from lightning_xattn.core.names import clean
-from lightning_xattn.core.progress import Stage
+from lightning_xattn.core.progress import report_time, timed
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.explainer import ExplainabilityCapture, training_data
 from lightning_xattn.hms.datamodule import HMSDataModule
@@ -40,37 +41,26 @@ def run_demo(
     epochs: int = 10,
     seed: int = 0,
 ) -> Path:
-    """Train and test the reference model on recordings in the HMS layout, watched by the callback, and print a summary.
+    """Train and test the reference model with the callback attached, and print a summary.
 
     Parameters
     ----------
     out
-        Folder for everything that is written: simulated recordings, features, logs, figures.
+        Folder for simulated recordings, features, logs and figures.
     data
         Folder of recordings. None: only simulated ones.
     train_on
-        "simulated": train on simulated recordings, validate and test on all of ``data``, and test on held-out
-        simulated patients too; then say which number tells what on half as many other recordings, of which every other
-        one is simulated to show another class in the spectrogram than in the EEG. "data": train, validate and test on
-        patients of ``data``; nothing is simulated.
-    samples
-        How many recordings to simulate.
-    epochs
-        How long to train.
+        "simulated": train on simulated recordings; validate and test on all of ``data``, and test on held-out
+        simulated patients too; then compare the scores on half as many other recordings, half of which are simulated
+        to show another class in the spectrogram than in the EEG. "data": train, validate and test on patients of
+        ``data``; nothing is simulated.
+    samples, epochs
+        Number of recordings to simulate, and of epochs to train.
     seed
         Of the simulation, the folds and the weights.
 
-    Returns
-    -------
-    Path
-        The folder to give to ``tensorboard --logdir``.
-
-    Raises
-    ------
-    SettingError
-        If ``train_on`` is not one of ``TRAIN_ON``, or is "data" without any, or a number is out of range.
-    DataError
-        If ``data`` does not hold what it should.
+    Returns the folder to give to ``tensorboard --logdir``. Raises ``SettingError`` or ``DataError`` if a number is out
+    of range, or ``data`` is missing or no folder of recordings.
     """
     if train_on not in TRAIN_ON:
         raise SettingError(f"train_on must be one of {', '.join(TRAIN_ON)}; got {train_on!r}.")
@@ -87,27 +77,27 @@ def run_demo(
         source = Path(data)
     else:
         seconds = int(COMPETITION.seconds if data is None else Recordings.read(data).infer_geometry().seconds)
-        source, held_out = _simulated(out, samples, seconds, seed, disagreeing=0.2), data
+        source, held_out = _simulate(out, samples, seconds, seed, disagreeing=0.2), data
     datamodule = HMSDataModule(source, test_data=held_out, cache_dir=out / "features", seed=seed)
     module = HMSLightningModule()
     # A folder of its own for each run: two runs in one would be drawn as one zigzag curve.
     logs = next(folder for i in count() if not (folder := out / f"run_{i}").exists())
 
-    trainer, watch = _trainer(logs / f"train_on_{train_on}", epochs)
+    trainer, callback = _make_trainer(logs / f"train_on_{train_on}", epochs)
     trainer.fit(module, datamodule=datamodule)
     assert isinstance(trainer.checkpoint_callback, ModelCheckpoint)
     trained_on = training_data(trainer.checkpoint_callback.best_model_path)
-    sections = [_describe_test("Validation", datamodule.test_recordings, "val", trainer, watch)]
+    sections = [_describe_test("Validation", datamodule.test_recordings, "val", trainer, callback)]
     _test(trainer, module, datamodule.test_dataloader(), datamodule.test_recordings)
-    sections.append(_describe_test("Test", datamodule.test_recordings, "test", trainer, watch))
+    sections.append(_describe_test("Test", datamodule.test_recordings, "test", trainer, callback))
     if held_out is not None:
         # A trainer and logs of its own, so that two data sets do not share the names of their curves.
-        trainer, watch = _trainer(logs / "test_on_simulated", epochs)
+        trainer, callback = _make_trainer(logs / "test_on_simulated", epochs)
         _test(trainer, module, datamodule.source_test_dataloader(), datamodule.recordings)
-        sections.append(_describe_test("Test", datamodule.recordings, "test", trainer, watch))
+        sections.append(_describe_test("Test", datamodule.recordings, "test", trainer, callback))
     written = {"Pictures": f"{logs}/*/csv/xattn_*"}
     if train_on == "simulated":
-        folder, root = logs / "disagreeing", _simulated(out, samples // 2, seconds, seed + 1, disagreeing=0.5)
+        folder, root = logs / "disagreeing", _simulate(out, samples // 2, seconds, seed + 1, disagreeing=0.5)
         disagreeing = HMSDataModule(root, test_data=root, cache_dir=out / "features")
         opening, explained = _explain_disagreeing(module, disagreeing, folder)
         explained = replace(explained, trained_on=trained_on)
@@ -118,22 +108,22 @@ def run_demo(
 
     print()
     print_markdown(as_markdown(Document("What the demo found", sections)))
-    # As they are, however long: to be copied.
-    where_it_is = [f"{what}: {where}" for what, where in written.items()]
-    print("", *map(clean, [*where_it_is, f"tensorboard --logdir {logs}"]), sep="\n")
+    # Unwrapped, however long: to be copied.
+    print("", *(clean(f"{what}: {where}") for what, where in written.items()), sep="\n")
+    print(clean(f"tensorboard --logdir {logs}"))
     return logs
 
 
-def _simulated(out: Path, samples: int, eeg_seconds: int, seed: int, disagreeing: float) -> Path:
-    """Simulated recordings; those of an earlier demo with the same settings are taken again."""
+def _simulate(out: Path, samples: int, eeg_seconds: int, seed: int, disagreeing: float) -> Path:
+    """Simulate recordings, unless an earlier demo with the same settings has."""
     folder = out / f"simulated_{samples}_of_{eeg_seconds}s_seed_{seed}_disagreeing_{disagreeing}"
     if folder.exists():
         return folder
     return simulate(folder, samples, eeg_seconds=eeg_seconds, seed=seed, disagreeing=disagreeing)
 
 
-def _trainer(folder: Path, epochs: int) -> tuple[Trainer, AttentionExplainabilityCallback]:
-    watch = AttentionExplainabilityCallback()
+def _make_trainer(folder: Path, epochs: int) -> tuple[Trainer, AttentionExplainabilityCallback]:
+    callback = AttentionExplainabilityCallback()
     # TensorBoard gets the figures as images; the CSV logger has no place for images, so it gets them as files.
     loggers = [
         TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
@@ -142,50 +132,41 @@ def _trainer(folder: Path, epochs: int) -> tuple[Trainer, AttentionExplainabilit
     trainer = Trainer(
         max_epochs=epochs,
         logger=loggers,
-        callbacks=[watch, _Epochs()],
+        callbacks=[callback, _Epochs()],
         log_every_n_steps=1,
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    return trainer, watch
+    return trainer, callback
 
 
 class _Epochs(Callback):
     """A line for each epoch of a fit."""
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        title = f"Training, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
-        self._stage = Stage(title, int(trainer.num_training_batches))
-        self._stage.__enter__()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self._stage.advance()
+        self._started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         accuracy, loss = (float(trainer.callback_metrics[name]) for name in ("val_acc", "val_loss"))
-        self._stage.title += f" (validation: accuracy {accuracy:.2f}, loss {loss:.2f})"
-        self._stage.__exit__(None, None, None)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "_stage"):
-            self._stage.__exit__(type(exception), exception, None)
+        epoch = f"Training, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
+        report_time(f"{epoch} (validation: accuracy {accuracy:.2f}, loss {loss:.2f})", self._started)
 
 
 def _test(trainer: Trainer, module: LightningModule, loader: DataLoader[Any], recordings: Recordings) -> None:
-    with Stage(f"Testing on {recordings.root.name}"):
+    with timed(f"Testing on {recordings.root.name}"):
         trainer.test(module, loader, verbose=False)
 
 
 def _describe_test(
-    title: str, recordings: Recordings, stage: str, trainer: Trainer, watch: AttentionExplainabilityCallback
+    title: str, recordings: Recordings, stage: str, trainer: Trainer, callback: AttentionExplainabilityCallback
 ) -> Section:
-    metrics, layer = trainer.callback_metrics, watch.summaries[stage]
+    metrics, layer = trainer.callback_metrics, callback.summaries[stage]
     scores = Paragraph(
         f"Accuracy {metrics[f'{stage}_acc']:.2f} (chance {1 / len(CLASSES):.2f}), "
         f"macro F1 {metrics[f'{stage}_f1']:.2f}, loss {metrics[f'{stage}_loss']:.2f}."
     )
-    classes_by, fusion = watch.settings.classes_by, watch.fusion_summaries.get(stage)
+    classes_by, fusion = callback.settings.classes_by, callback.fusion_summaries.get(stage)
     result = DatasetResult({"": layer}, fusion, CLASSES, classes_by, {}, None)
     *sections, _ = describe_dataset(result).sections
     blocks = [block for section in sections for block in section.blocks]
@@ -195,18 +176,18 @@ def _describe_test(
 def _explain_disagreeing(
     module: HMSLightningModule, datamodule: HMSDataModule, folder: Path
 ) -> tuple[Section, DatasetResult]:
-    """Which number tells what on recordings whose truth is known, and what else is to be said of them."""
+    """Explain recordings whose truth is known; with a section that compares the scores."""
     samples = len(datamodule.test_recordings)
     explainer = ExplainabilityCapture(module, contribution_samples=samples, axes=datamodule.attention_axes)
     explained = explainer.explain_loader(datamodule.test_dataloader(), folder / "table")
     blocks = list(describe_scores(folder / "table", datamodule.test_recordings))
-    return Section("Which number tells what?", blocks), explained
+    return Section("Which score answers which question?", blocks), explained
 
 
 def _write_report(opening: Section, explained: DatasetResult, folder: Path) -> None:
-    with Stage("Drawing figures"):
+    with timed("Drawing figures"):
         save_dataset_figures(explained, folder / "figures")
-    with Stage("Writing the report"):
+    with timed("Writing the report"):
         create_explainability_report(explained, folder / "report.html")
         document = describe_dataset(explained)
         document = replace(document, sections=[opening, *document.sections])

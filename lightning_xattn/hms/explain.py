@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 
 from lightning_xattn.core.errors import DataError
 from lightning_xattn.core.names import clean
-from lightning_xattn.core.progress import Stage
+from lightning_xattn.core.progress import timed, track
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch
 from lightning_xattn.explainer import ExplainabilityCapture, load_checkpoint, training_data
-from lightning_xattn.hms.datamodule import HMSDataModule, HMSDataset
-from lightning_xattn.hms.derivations import Montage, require_montage
+from lightning_xattn.hms.datamodule import HMSDataModule
+from lightning_xattn.hms.dataset import HMSDataset
 from lightning_xattn.hms.module import HMSLightningModule
 from lightning_xattn.hms.montage import (
     EEG_RATE,
@@ -23,6 +23,8 @@ from lightning_xattn.hms.montage import (
     SPEC_FREQUENCIES,
     SPEC_ROW_SECONDS,
     SPEC_SECONDS,
+    Montage,
+    require_montage,
 )
 from lightning_xattn.hms.recording_plots import Spectrograms, Traces
 from lightning_xattn.hms.signal_plots import plot_attention_over_signals
@@ -43,35 +45,22 @@ def run_explain(
 ) -> Path:
     """Explain every recording of a folder, and draw one correct and one incorrect prediction of each class.
 
-    A run that was cut off goes on where it was when it is called again with the same checkpoint, data and folder.
-
     Parameters
     ----------
     checkpoint
         Of ``HMSLightningModule``.
     data
-        Folder in the layout of the HMS competition. Rows that cannot be used are left out, and said.
+        Folder in the layout of the HMS competition. Rows that cannot be used are left out, with a warning.
     out
         Gets ``report.html``, ``.md`` and ``.json``, ``figures/`` of all recordings, ``samples/<label_id>/``
         and ``samples.md`` of those that are drawn, ``table/`` with one row per recording, and ``features/``.
     montage
-        How the EEG is drawn, see ``plot_attention_over_signals``. Bipolar by default, as the clinic reads EEG: the
-        reference cancels, so that the side and the region of a pattern stand out.
+        How the EEG is drawn, see ``plot_attention_over_signals``. Bipolar by default, as the clinic reads EEG.
     trust_checkpoint
         Whether code in the checkpoint may run, see ``load_checkpoint``.
 
-    Returns
-    -------
-    Path
-        ``out``.
-
-    Raises
-    ------
-    DataError
-        If the checkpoint is none or of another architecture, or needs ``trust_checkpoint``, or the data do not hold
-        what they should.
-    SettingError
-        If ``out`` was begun with another checkpoint or other recordings or votes, or ``montage`` is not one.
+    Returns ``out``. Raises ``DataError`` or ``SettingError`` if the checkpoint is none, of another architecture, or
+    needs ``trust_checkpoint``, if ``data`` has no usable recording, or if there is no such montage.
     """
     require_montage(montage)
     out = Path(out)
@@ -79,59 +68,50 @@ def run_explain(
         raise DataError(f"{out} is a file; expected a folder, or a name for a new one.")
     module = load_checkpoint(HMSLightningModule, checkpoint, trust_checkpoint)
     datamodule = HMSDataModule(data, test_data=data, cache_dir=out / "features", on_bad_row="skip")
-    explainer = ExplainabilityCapture(module, axes=module.attention_axes or datamodule.attention_axes)
+    explainer = ExplainabilityCapture(module, axes=datamodule.attention_axes)
     loader = datamodule.test_dataloader()
     explained = replace(explainer.explain_loader(loader, table=out / "table"), trained_on=training_data(checkpoint))
     for suffix in (".md", ".json"):
         create_explainability_report(explained, out / f"report{suffix}")
-    with Stage("Drawing figures"):
+    with timed("Drawing figures"):
         save_dataset_figures(explained, out / "figures")
 
     dataset = loader.dataset
     assert isinstance(dataset, HMSDataset)
-    chosen = _choose(explained, out / "table")
+    chosen = _choose_samples(explained, out / "table/attention")
     results = explainer.explain_batch(dataset.__getitems__(chosen), among=explained)
     for sample, place in zip(results["per_sample_explanations"], chosen, strict=True):
         sample["sample_idx"] = place  # in the data, as in the table
     create_explainability_report(results, out / "samples.md")
-    pictures = {}
-    with Stage(f"Drawing {len(chosen)} recordings", len(chosen)) as stage:
-        for i, sample in enumerate(results["per_sample_explanations"]):
-            _draw_sample(results, i, datamodule, out / "samples", montage)
-            signals = out / "samples" / str(sample["sample_id"]) / "signals.png"
-            pictures[str(sample["sample_id"])] = [signals] if signals.exists() else []  # the page has the maps already
-            stage.advance()
-    with Stage("Writing the report"):
+    pictures: dict[str, list[Path]] = {}
+    for i, sample in enumerate(track(results["per_sample_explanations"], f"Drawing {len(chosen)} recordings")):
+        _draw_sample(results, i, datamodule, out / "samples", montage)
+        # Only the signals: the page has the maps already.
+        pictures[str(sample["sample_id"])] = [out / "samples" / str(sample["sample_id"]) / "signals.png"]
+    with timed("Writing the report"):
         create_explainability_report(explained, out / "report.html", pictures=pictures)
     print()
     print_report(explained)
     print()
     print(clean(f"{len(chosen)} recordings are drawn in {out / 'samples'} and described in {out / 'samples.md'}."))
     print(clean(f"All of it, to open in a browser: {out / 'report.html'}"))
-    if not _has_times(results):
-        print("There is no attention over the signals: the tokens of this checkpoint's fusion are no windows in time.")
     return out
 
 
-def _choose(explained: DatasetResult, table: Path) -> list[int]:
-    """Places of the first correct and the first incorrect prediction of each class, in the order of the data.
+def _choose_samples(explained: DatasetResult, table: Path) -> list[int]:
+    """Positions of the first correct and the first incorrect prediction of each class, in the order of the data.
 
-    Of several the first of which it is known what its modalities contribute.
+    Samples whose contributions are known come first.
     """
     columns = pq.read_table(table, columns=["sample_idx", "target", "correct"]).to_pydict()
     known: set[int] = set()
-    if explained.fusion is not None and not explained.fusion.uncontributed:
+    if explained.fusion is not None and not explained.fusion.contribution_problem:
         known = set(explained.fusion.sample_numbers[explained.fusion.numbers["followed"].isfinite()].tolist())
     first: dict[tuple[int | None, bool | None], int] = {}
     rows = sorted(zip(*columns.values(), strict=True), key=lambda row: (row[0] not in known, row[0]))
     for place, target, correct in rows:
         first.setdefault((target, correct), place)
     return sorted(first.values())
-
-
-def _has_times(results: ExplainedBatch) -> bool:
-    """Whether the tokens of both modalities are windows in time."""
-    return len(results["axes"]) == 2 and all(axis.spans is not None for axis in results["axes"].values())
 
 
 def _draw_sample(results: ExplainedBatch, i: int, datamodule: HMSDataModule, folder: Path, montage: Montage) -> None:
@@ -145,17 +125,16 @@ def _draw_sample(results: ExplainedBatch, i: int, datamodule: HMSDataModule, fol
         f"true {sample['true_name']}"
     )
     regions = [REGION_NAMES[region] for region in REGIONS]
-    if _has_times(results):
-        plot_attention_over_signals(
-            Traces(recordings.eeg(row, geometry), EEG_RATE, ELECTRODES, -geometry.seconds / 2),
-            Spectrograms(recordings.spectrogram(row), SPEC_ROW_SECONDS, regions, SPEC_FREQUENCIES, -SPEC_SECONDS / 2),
-            pair,
-            i,
-            axes=axes,
-            montage=montage,
-            context=context,
-            save_path=folder / "signals.png",
-        )
+    plot_attention_over_signals(
+        Traces(recordings.eeg(row, geometry), EEG_RATE, ELECTRODES, -geometry.seconds / 2),
+        Spectrograms(recordings.spectrogram(row), SPEC_ROW_SECONDS, regions, SPEC_FREQUENCIES, -SPEC_SECONDS / 2),
+        pair,
+        i,
+        axes=axes,
+        montage=montage,
+        context=context,
+        save_path=folder / "signals.png",
+    )
     plot_cross_modal_attention(pair, i, axes=axes, context=context, save_path=folder / "attention.png")
     plot_modality_alignment(pair, i, axes=axes, context=context, save_path=folder / "alignment.png")
     plot_head_alignment_matrix(pair, i, context=context, save_path=folder / "heads.png")

@@ -1,6 +1,6 @@
-"""From microvolts and spectrogram power to node and edge features; numpy and scipy only.
+"""From microvolts and spectrogram power to node and edge features, vectorised over windows and channels.
 
-Everything is vectorised over windows and channels. `FEATURE_VERSION` changes with any number that comes out.
+`FEATURE_VERSION` changes with any number that comes out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import fft, signal
 
 from lightning_xattn.core.errors import DataError
-from lightning_xattn.hms.missing import FLAT, SPEC_BANDS, band_members, require_eeg, require_spectrogram
+from lightning_xattn.hms.missing import FLAT, SPEC_BANDS, band_members, fill_gaps, require_eeg, require_spectrogram
 from lightning_xattn.hms.montage import (
     EEG_EDGES,
     EEG_RATE,
@@ -27,15 +27,9 @@ from lightning_xattn.hms.montage import (
 from lightning_xattn.hms.recordings import EEGGeometry
 
 FEATURE_VERSION = 3
-"""Part of the key of every stored feature."""
+"""Decides the folder of stored features, see `hms.cache`."""
 
-EEG_BANDS = {
-    "delta": (0.5, 4.0),
-    "theta": (4.0, 8.0),
-    "alpha": (8.0, 13.0),
-    "beta": (13.0, 30.0),
-    "gamma": (30.0, 50.0),
-}
+EEG_BANDS = {"delta": (0.5, 4), "theta": (4, 8), "alpha": (8, 13), "beta": (13, 30), "gamma": (30, 50)}
 """EEG bands in Hz, lower end included, upper end not."""
 
 SPEC_WINDOW_SECONDS = 10
@@ -56,14 +50,16 @@ SPEC_WINDOWS = (SPEC_SECONDS - SPEC_WINDOW_SECONDS) // SPEC_STEP_SECONDS + 1
 Array = NDArray[np.floating[Any]]
 
 
-def feature_shapes(rows: int, geometry: EEGGeometry) -> dict[str, tuple[int, ...]]:
-    """What is stored of so many rows: features, float32, and how many values had to be filled, int64."""
-    return {
-        "eeg_x": (rows, geometry.n_windows, len(ELECTRODES), len(EEG_BANDS)),
-        "eeg_edge_attr": (rows, geometry.n_windows, len(EEG_EDGES), 1),
-        "spec_x": (rows, SPEC_WINDOWS, len(REGIONS), len(SPEC_BANDS)),
-        "filled": (rows, 2),
-    }
+def feature_type(geometry: EEGGeometry) -> np.dtype[np.void]:
+    """Layout of one recording's file: how many samples and bins were filled, then the float32 features."""
+    return np.dtype(
+        [
+            ("filled", np.int64, 2),
+            ("eeg_x", np.float32, (geometry.n_windows, len(ELECTRODES), len(EEG_BANDS))),
+            ("eeg_edge_attr", np.float32, (geometry.n_windows, len(EEG_EDGES), 1)),
+            ("spec_x", np.float32, (SPEC_WINDOWS, len(REGIONS), len(SPEC_BANDS))),
+        ]
+    )
 
 
 def spectrogram_spans() -> tuple[tuple[float, float], ...]:
@@ -72,55 +68,23 @@ def spectrogram_spans() -> tuple[tuple[float, float], ...]:
     return tuple((start, start + SPEC_WINDOW_SECONDS) for start in starts)
 
 
-def fill_gaps(values: Array) -> tuple[NDArray[np.float64], int]:
-    """Replace what is not finite by straight lines between its neighbours in time.
-
-    A gap at an end takes the nearest value, a channel without any finite value becomes 0. A long gap of EEG thus ends
-    up with no power in any band: it looks like what it is, no signal. Which recordings are whole enough to be filled,
-    `hms.missing` says.
-
-    Parameters
-    ----------
-    values
-        ``(time, channels)``.
-
-    Returns
-    -------
-    The filled values, and how many were filled.
-    """
-    filled = np.array(values, dtype=np.float64)
-    missing = ~np.isfinite(filled)
-    time = np.arange(len(filled))
-    for channel in np.flatnonzero(missing.any(axis=0)):
-        gap = missing[:, channel]
-        known = time[~gap]
-        filled[gap, channel] = np.interp(time[gap], known, filled[known, channel]) if known.size else 0.0
-    return filled, int(missing.sum())
-
-
 def filter_eeg(microvolts: Array) -> NDArray[np.complex64]:
-    """Keep 0.5 to 50 Hz, take out 60 Hz, and give the amplitude with it; nothing moves in time.
+    """Keep 0.5 to 50 Hz without 60 Hz, and return the envelope with it; nothing moves in time.
 
     The gain is that of a Butterworth band-pass and a notch that run forwards and backwards
     (``scipy.signal.sosfiltfilt``), applied to the spectrum: one pair of Fourier transforms gives the filtered signal
-    and its Hilbert transform. The line through the first and the last sample is taken off before: the gain at 0 Hz
-    is 0, so no line would pass, and what is left continues smoothly into its odd reflection at both ends.
+    and its Hilbert transform. The line through the first and the last sample is subtracted first: the gain at 0 Hz is 0
+    anyway, and the rest continues smoothly into its odd reflection at both ends.
 
-    Parameters
-    ----------
-    microvolts
-        ``(channels, samples)``, finite.
-
-    Returns
-    -------
-    ``(channels, samples)`` analytic signal: its real part is the filtered signal, its absolute value the envelope.
+    ``microvolts (channels, samples)`` is finite. Returns the analytic signal of the same shape: its real part is the
+    filtered signal, its absolute value the envelope.
     """
     samples = microvolts.shape[-1]
     padding = min(int(2 / _PASS_BAND[0] * EEG_RATE), samples - 1)
     line = microvolts[:, :1] + (microvolts[:, -1:] - microvolts[:, :1]) * np.linspace(0, 1, samples, dtype=np.float32)
     reflected = np.pad(microvolts - line, ((0, 0), (padding, padding)), "reflect", reflect_type="odd")
     points = fft.next_fast_len(reflected.shape[-1])
-    # Without the negative frequencies, and the others twice, what comes back is the analytic signal.
+    # Without negative frequencies, and with the others twice, the inverse transform is the analytic signal.
     spectrum = fft.rfft(reflected, points) * (2 * _filter_gain(points))
     analytic: NDArray[np.complex64] = fft.ifft(spectrum, points, overwrite_x=True)
     return analytic[:, padding : padding + samples]
@@ -128,7 +92,7 @@ def filter_eeg(microvolts: Array) -> NDArray[np.complex64]:
 
 @lru_cache(maxsize=2)
 def _filter_gain(points: int) -> NDArray[np.float32]:
-    """Gain at each frequency of an ``rfft`` of so many points, for both ways together."""
+    """Gain at each frequency of an ``rfft`` of ``points``, for both ways together."""
     band_pass = signal.butter(4, _PASS_BAND, "bandpass", fs=EEG_RATE, output="sos")
     notch = signal.tf2sos(*signal.iirnotch(_MAINS, 30, fs=EEG_RATE))
     sections = np.concatenate([band_pass, notch])
@@ -147,16 +111,8 @@ def _samples(geometry: EEGGeometry) -> tuple[int, int, int]:
 def band_powers(filtered: Array, geometry: EEGGeometry) -> NDArray[np.float32]:
     """Log power of each of `EEG_BANDS` in each window, by Welch's method (Hann segments of 2 s that overlap by half).
 
-    Windows overlap too, so segments that they share are transformed once, for all of the stretch.
-
-    Parameters
-    ----------
-    filtered
-        ``(channels, samples)`` microvolts.
-
-    Returns
-    -------
-    ``(windows, channels, 5)`` log10 of the µV² in the band, at least log10 of `POWER_FLOOR`.
+    Windows overlap too, so a segment that they share is transformed once. Takes ``(channels, samples)`` microvolts;
+    returns ``(windows, channels, 5)`` log10 of the µV² in the band, at least log10 of `POWER_FLOOR`.
     """
     _, window, step = _samples(geometry)
     length = min(round(_SEGMENT_SECONDS * EEG_RATE), window)
@@ -172,17 +128,10 @@ def band_powers(filtered: Array, geometry: EEGGeometry) -> NDArray[np.float32]:
 
 
 def envelope_correlations(envelopes: Array, geometry: EEGGeometry) -> NDArray[np.float32]:
-    """How neighbouring electrodes' amplitudes rise and fall together, the weight of an edge.
+    """Pearson correlation of neighbouring electrodes' amplitudes over each window, the weight of an edge.
 
-    Parameters
-    ----------
-    envelopes
-        ``(19, samples)`` amplitudes in microvolts.
-
-    Returns
-    -------
-    ``(windows, 72)`` Pearson correlation of the envelopes over each window for each of ``montage.EEG_EDGES``, -1 to 1;
-    0 where an electrode is flat.
+    Takes envelopes ``(19, samples)`` in microvolts; returns ``(windows, 72)`` for ``montage.EEG_EDGES``, -1 to 1, and 0
+    where an electrode is flat.
     """
     _, window, step = _samples(geometry)
     windows = np.lib.stride_tricks.sliding_window_view(envelopes, window, axis=-1)[:, ::step].swapaxes(0, 1)
@@ -190,7 +139,7 @@ def envelope_correlations(envelopes: Array, geometry: EEGGeometry) -> NDArray[np
     # All 19 x 19 pairs by matrix product are faster than the 72 picked out first.
     covariance = centred @ centred.swapaxes(-1, -2) / window
     deviation = np.sqrt(np.diagonal(covariance, axis1=-2, axis2=-1))
-    # An envelope that varies less, such as rounding, says nothing about its neighbour's.
+    # An envelope that varies less is rounding.
     scale = np.where(deviation > FLAT, 1 / np.maximum(deviation, FLAT), 0.0)
     sources, targets = np.asarray(EEG_EDGES).T
     correlations = covariance[:, sources, targets] * (scale[:, sources] * scale[:, targets])
@@ -198,28 +147,15 @@ def envelope_correlations(envelopes: Array, geometry: EEGGeometry) -> NDArray[np
 
 
 def eeg_features(microvolts: Array, geometry: EEGGeometry) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
-    """Node and edge features of one labelled stretch of EEG.
+    """Node features, edge features and number of filled samples of one labelled stretch of EEG.
 
-    Parameters
-    ----------
-    microvolts
-        ``(samples, 19)`` as `Recordings.eeg` gives it; NaN allowed.
-    geometry
-        How it is cut.
-
-    Returns
-    -------
-    x
-        ``(windows, 19, 5)``, see `band_powers`.
-    edge_attr
-        ``(windows, 72, 1)``, see `envelope_correlations`.
-    filled
-        How many samples were missing, see `fill_gaps`.
+    Takes ``(samples, 19)`` microvolts as `Recordings.eeg` returns them, NaN allowed. Returns ``x (windows, 19, 5)``,
+    see `band_powers`, ``edge_attr (windows, 72, 1)``, see `envelope_correlations`, and the number, see `fill_gaps`.
 
     Raises
     ------
     DataError
-        If the array is not ``(samples of the geometry, 19)``, or too little of it is there, see `require_eeg`.
+        If the array is not ``(samples of the geometry, 19)``, or too much of it is missing, see `require_eeg`.
     """
     expected = (_samples(geometry)[0], len(ELECTRODES))
     if microvolts.shape != expected:
@@ -233,30 +169,20 @@ def eeg_features(microvolts: Array, geometry: EEGGeometry) -> tuple[NDArray[np.f
 
 
 def spectrogram_features(power: Array) -> tuple[NDArray[np.float32], int]:
-    """Node features of one labelled stretch of spectrogram.
+    """Node features and number of filled bins of one labelled stretch of spectrogram.
 
     Power is clipped to `SPEC_POWER_RANGE`, its logarithm standardised over all of the recording's bins (so that loud
-    and quiet recordings look alike and what remains is where, when and in which band power is), averaged over each
-    of `SPEC_BANDS`, and over windows of 10 s each 5 s. A row of the file covers 2 s, so a window's ends fall within
-    rows: a row counts by the share of it that lies in the window.
+    and quiet recordings look alike), averaged over each of `SPEC_BANDS`, and over windows of 10 s each 5 s. A row of
+    the file covers 2 s, so a window's ends fall within rows: a row counts by the share of it that lies in the window.
 
-    Parameters
-    ----------
-    power
-        ``(300, 4, 100)`` as `Recordings.spectrogram` gives it; NaN allowed.
-
-    Returns
-    -------
-    x
-        ``(119, 4, 4)``: windows, regions, bands.
-    filled
-        How many bins were not finite, see `fill_gaps`; a frequency that a region lacks throughout is no part of its
-        band's average.
+    Takes ``(300, 4, 100)`` as `Recordings.spectrogram` returns it, NaN allowed. Returns ``x (119, 4, 4)``: windows,
+    regions, bands; and the number, see `fill_gaps`. A frequency that a region lacks throughout is left out of its
+    band's average.
 
     Raises
     ------
     DataError
-        If the array is not ``(300, 4, 100)``, or too little of it is there, see `require_spectrogram`.
+        If the array is not ``(300, 4, 100)``, or too much of it is missing, see `require_spectrogram`.
     """
     expected = (SPEC_SECONDS // SPEC_ROW_SECONDS, len(REGIONS), len(SPEC_FREQUENCIES))
     if power.shape != expected:

@@ -1,18 +1,17 @@
-"""What has to be there of a recording, so that filling its gaps is no invention.
+"""Missing data: recordings that lack too much are refused, gaps of all others are filled and counted.
 
-The rule, for all that is used of a recording (10 s or 50 s of EEG, 600 s of spectrogram) and once more for the 10 s
-around the labelled moment, which the experts' votes are about:
+A recording must fulfil this rule in all that is used of it (10 s or 50 s of EEG, 600 s of spectrogram) and in the 10 s
+around the labelled moment, which the experts voted on:
 
-- EEG: at least half of the electrodes have a signal. One has if at least half of its samples are numbers, and they are
-  not all one value. A gap of any electrode is filled by a line, without power in any band: it looks like what it is.
-- Spectrogram: at least half of the bins of each band in each region are numbers, since a band that is missing would
-  look like one of average power. Not all regions may be constant.
-
-A recording that has less is refused. Of any other one gaps are filled, and counted.
+- EEG: at least half of the electrodes have a signal: at least half of their samples are numbers, and not all one value.
+  A long gap is filled by a line, which has no power in any band, like no signal.
+- Spectrogram: at least half of the bins of each band in each region are numbers, since a filled band would look like
+  one of average power. Not all regions are constant.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ SPEC_BANDS = {"delta": (0.5, 4.0), "theta": (4.0, 8.0), "alpha": (8.0, 13.0), "b
 """Spectrogram bands in Hz, lower end included, upper end not; its data go from 0.59 to 19.92 Hz."""
 
 FLAT = 1e-3
-"""µV: what varies less has no signal but rounding."""
+"""µV: a signal that varies less is rounding."""
 
 _LEAST_SHARE = 0.5
 _LABELLED_SECONDS = 10.0
@@ -34,18 +33,7 @@ Array = NDArray[np.floating[Any]]
 
 
 def require_eeg(microvolts: Array) -> None:
-    """Refuse a stretch of EEG in which too few electrodes have a signal.
-
-    Parameters
-    ----------
-    microvolts
-        ``(samples, 19)`` with the labelled moment in the middle; what is missing is not finite.
-
-    Raises
-    ------
-    Problem
-        Saying how many electrodes there are.
-    """
+    """Raise a `Problem` if too few electrodes of ``(samples, 19)`` have a signal; the labelled moment is the middle."""
     middle = _middle(len(microvolts), _LABELLED_SECONDS * EEG_RATE)
     for values, where in ((microvolts, "that are used"), (microvolts[middle], "around the labelled moment")):
         known = np.isfinite(values)
@@ -64,18 +52,7 @@ def require_eeg(microvolts: Array) -> None:
 
 
 def require_spectrogram(power: Array) -> None:
-    """Refuse a stretch of spectrogram that lacks a band of a region, or that is constant.
-
-    Parameters
-    ----------
-    power
-        ``(rows, 4, 100)`` with the labelled moment in the middle; what is missing is not finite.
-
-    Raises
-    ------
-    Problem
-        Saying what is missing.
-    """
+    """Raise a `Problem` if ``(rows, 4, 100)`` lacks a band of a region, or is constant."""
     middle = _middle(len(power), _LABELLED_SECONDS / SPEC_ROW_SECONDS)
     for values, where in ((power, "that are used"), (power[middle], "around the labelled moment")):
         members = band_members(np.asarray(SPEC_FREQUENCIES), SPEC_BANDS)
@@ -93,14 +70,30 @@ def require_spectrogram(power: Array) -> None:
         raise Problem("no spectrogram", "every region is constant, which no recording of a brain is")
 
 
-def band_members(frequencies: Array, bands: dict[str, tuple[float, float]]) -> NDArray[np.float32]:
-    """``(frequencies, bands)``, 1 where the frequency is in the band."""
+def fill_gaps(values: Array) -> tuple[NDArray[np.float64], int]:
+    """Fill what is not finite of ``(time, channels)`` by straight lines between neighbours in time.
+
+    A gap at an end takes the nearest value; a channel without any finite value becomes 0. Returns the filled values,
+    and the number of those that were filled.
+    """
+    filled = np.array(values, dtype=np.float64)
+    missing = ~np.isfinite(filled)
+    time = np.arange(len(filled))
+    for channel in np.flatnonzero(missing.any(axis=0)):
+        gap = missing[:, channel]
+        known = time[~gap]
+        filled[gap, channel] = np.interp(time[gap], known, filled[known, channel]) if known.size else 0.0
+    return filled, int(missing.sum())
+
+
+def band_members(frequencies: Array, bands: Mapping[str, tuple[float, float]]) -> NDArray[np.float32]:
+    """Return ``(frequencies, bands)``, 1 where the frequency is in the band."""
     edges = np.asarray(list(bands.values()))
     inside = (frequencies[:, None] >= edges[:, 0]) & (frequencies[:, None] < edges[:, 1])
     return inside.astype(np.float32)
 
 
 def _middle(length: int, wanted: float) -> slice:
-    """The middle of so many rows; all of them where there are fewer."""
+    """Select the middle ``wanted`` of ``length`` rows; all of them where there are fewer."""
     margin = max(0, int((length - wanted) / 2))
     return slice(margin, length - margin)

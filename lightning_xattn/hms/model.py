@@ -1,7 +1,6 @@
 """The reference network: a graph and time encoder per modality, bidirectional cross-attention, a classifier.
 
-Sizes in the docstrings: ``B`` samples, ``W`` windows of a modality (9 of EEG, 119 of the spectrogram),
-``T`` tokens that a modality brings to the fusion (``W``, the regions, or 1).
+Sizes in the docstrings: ``B`` samples, ``W`` windows of a modality (9 of EEG, 119 of the spectrogram).
 """
 
 from __future__ import annotations
@@ -17,15 +16,9 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.nn import GATv2Conv, global_mean_pool
 
 from lightning_xattn.core.errors import DataError, SettingError, ShapeError
-from lightning_xattn.hms.montage import CLASSES, ELECTRODES, REGION_ELECTRODES, REGIONS
-
-FUSIONS = ("temporal", "regional", "pooled")
-"""What the tokens of the fusion are: windows, regions, or one vector for the whole modality."""
+from lightning_xattn.hms.montage import CLASSES
 
 TOKEN_DIM = 256
-
-_EEG_REGIONS = tuple(tuple(ELECTRODES.index(name) for name in REGION_ELECTRODES[region]) for region in REGIONS)
-_SPEC_REGIONS = tuple((node,) for node in range(len(REGIONS)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,20 +37,14 @@ class JoinedWindows:
     def from_windows(cls, windows: Sequence[Any], modality: str, edge_attr: bool) -> JoinedWindows:
         """Join the windows of a modality, so that they are encoded at once instead of one after the other.
 
-        Parameters
-        ----------
-        windows
-            For each window a PyG ``Batch`` with one graph per sample, or such a list of ``Data``
-            (which is what ``batch[[0]]`` gives). Graphs may differ in their number of nodes.
-        modality
-            Its name, for messages.
-        edge_attr
-            Whether the edges' attributes, ``(edges, 1)``, are wanted.
+        Each window is a PyG ``Batch`` with one graph per sample, or such a list of ``Data`` (which ``batch[[0]]``
+        gives). Graphs may differ in their number of nodes.
 
         Raises
         ------
         DataError
-            If there are no windows, one is no batch of graphs, or one lacks what is wanted.
+            If there are no windows, one is no batch of graphs, or one lacks node features, edges or, with
+            ``edge_attr``, attributes ``(edges, 1)`` of the edges.
         ShapeError
             If the windows have different numbers of graphs.
         """
@@ -109,24 +96,13 @@ def _collect(batches: Sequence[Batch], key: str, modality: str) -> list[Tensor]:
 
 
 class GraphEncoder(nn.Module):
-    """Two layers of graph attention over the nodes of each graph.
+    """Two layers of graph attention over the nodes of each graph; ``edge_dim=None``: edges without attributes."""
 
-    Parameters
-    ----------
-    in_features
-        Features of a node.
-    edge_dim
-        Attributes of an edge; None: the edges have none.
-    hidden
-        Features of a node afterwards.
-    heads
-        Heads of the graph attention; divides ``hidden``.
-    """
-
-    def __init__(self, in_features: int, edge_dim: int | None, hidden: int = 64, heads: int = 4) -> None:
+    def __init__(self, in_features: int, edge_dim: int | None, hidden: int) -> None:
         super().__init__()
-        # Raw log powers lie far from zero. The inputs do not drift while the model learns, so a plain average
-        # over all batches (momentum=None) is the right running statistic, and good after a few steps already.
+        heads = 4
+        # Raw log powers lie far from zero. They do not drift while the model learns, so a plain average over all
+        # batches (momentum=None) is the right running statistic.
         self.norm = nn.BatchNorm1d(in_features, momentum=None)
         self.conv1 = GATv2Conv(in_features, hidden // heads, heads=heads, edge_dim=edge_dim)
         self.conv2 = GATv2Conv(hidden, hidden // heads, heads=heads, edge_dim=edge_dim)
@@ -141,64 +117,21 @@ class GraphEncoder(nn.Module):
 class ModalityEncoder(nn.Module):
     """Graphs of one modality to its tokens: graph attention in each window, then a BiLSTM over the windows.
 
-    Parameters
-    ----------
-    modality
-        Its name, for messages.
-    in_features, edge_dim
-        Features of a node and attributes of an edge (None: edges without attributes).
-    fusion
-        One of ``FUSIONS``. ``"temporal"``: a token is a window (mean over its nodes). ``"regional"``: a token
-        is a region (mean over its nodes, then over time); two rounds of messages have passed before, so a
-        region also knows its neighbourhood. ``"pooled"``: the one token is the mean over windows.
-    regions
-        For each region the indices of its nodes, for graphs of ``nodes`` nodes; used by ``"regional"`` only.
-    nodes
-        Nodes of each graph; only ``"regional"`` holds graphs to it.
+    ``modality`` is its name, for messages; ``edge_dim=None``: edges without attributes.
     """
 
-    region_weights: Tensor
-
-    def __init__(
-        self,
-        modality: str,
-        in_features: int,
-        edge_dim: int | None,
-        fusion: str,
-        regions: Sequence[Sequence[int]],
-        nodes: int,
-    ) -> None:
+    def __init__(self, modality: str, in_features: int, edge_dim: int | None) -> None:
         super().__init__()
-        self.modality = modality
-        self.in_features = in_features
-        self.edge_dim = edge_dim
-        self.fusion = fusion
+        self.modality, self.in_features, self.edge_dim = modality, in_features, edge_dim
         hidden = 64
         self.graphs = GraphEncoder(in_features, edge_dim, hidden)
         self.time = nn.LSTM(hidden, TOKEN_DIM // 2, batch_first=True, bidirectional=True)
-        weights = torch.zeros(len(regions), nodes)
-        for row, members in zip(weights, regions, strict=True):
-            row[list(members)] = 1 / len(members)
-        self.register_buffer("region_weights", weights, persistent=False)
 
     def forward(self, windows: Sequence[Any]) -> Tensor:
-        """Encode windows to tokens.
+        """Encode ``W`` PyG batches of ``B`` graphs to a token for each window, ``(B, W, 256)``.
 
-        Parameters
-        ----------
-        windows
-            ``W`` PyG batches of ``B`` graphs.
-
-        Returns
-        -------
-        Tensor
-            Tokens ``(B, T, 256)``.
-
-        Raises
-        ------
-        DataError, ShapeError
-            If the windows do not belong together (see ``JoinedWindows``), have nodes with another number of
-            features, or with ``"regional"`` another number of nodes.
+        Raises ``DataError`` or ``ShapeError`` if the windows do not belong together (see ``JoinedWindows``), or have
+        nodes with another number of features.
         """
         joined = JoinedWindows.from_windows(windows, self.modality, edge_attr=self.edge_dim is not None)
         if joined.x.dim() != 2 or joined.x.shape[1] != self.in_features:
@@ -207,42 +140,17 @@ class ModalityEncoder(nn.Module):
                 f"got x of shape {tuple(joined.x.shape)}."
             )
         x = self.graphs(joined.x, joined.edge_index, joined.edge_attr)
-        if self.fusion == "regional":
-            return self._region_tokens(x, joined)
         x = global_mean_pool(x, joined.graph, joined.windows * joined.samples)
         tokens: Tensor = self.time(x.view(joined.windows, joined.samples, -1).transpose(0, 1))[0]
-        # "pooled" leaves one token, and attention to it is 1 whatever is learned: see CrossModalFusion.
-        return tokens.mean(1, keepdim=True) if self.fusion == "pooled" else tokens
-
-    def _region_tokens(self, x: Tensor, joined: JoinedWindows) -> Tensor:
-        regions, nodes = self.region_weights.shape
-        counts = torch.bincount(joined.graph, minlength=joined.windows * joined.samples)
-        if bool((counts != nodes).any()):
-            raise ShapeError(
-                f"fusion='regional' needs {nodes} nodes in each {self.modality} graph, in the montage's order; "
-                f"got graphs of {int(counts.min())} to {int(counts.max())} nodes."
-            )
-        x = x.view(joined.windows, joined.samples, nodes, -1)
-        series = torch.einsum("rn,wbnd->brwd", self.region_weights, x).flatten(0, 1)
-        tokens: Tensor = self.time(series)[0].mean(1)
-        return tokens.view(joined.samples, regions, -1)
+        return tokens
 
 
 class CrossModalFusion(nn.Module):
     """Cross-attention in both directions between two token sequences, pooled afterwards.
 
-    Pooling *after* the fusion is what gives attention something to choose from. With one token on a side
-    (``"pooled"``), softmax over a single key is exactly 1 whatever the model learned: that attention explains
-    nothing, and its entropy and alignment are undefined.
-
-    Parameters
-    ----------
-    dim
-        Width of a token.
-    heads
-        Heads of each direction; divides ``dim``.
-    dropout
-        On what attention adds to the tokens.
+    Pooling comes *after* the fusion, so that attention has keys to choose from: with one token on a side, as in many
+    published models, softmax over a single key is 1 whatever the model learned. ``dropout`` acts on what attention adds
+    to the tokens.
     """
 
     def __init__(self, dim: int = TOKEN_DIM, heads: int = 8, dropout: float = 0.1) -> None:
@@ -257,17 +165,13 @@ class CrossModalFusion(nn.Module):
     def forward(
         self, eeg: Tensor, spec: Tensor, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Fuse EEG tokens ``(B, Q, dim)`` with spectrogram tokens ``(B, K, dim)``.
+        """Fuse EEG tokens ``(B, Q, dim)`` with spectrogram tokens ``(B, K, dim)`` to a vector ``(B, 2 * dim)``.
 
-        Returns
-        -------
-        Tensor or (Tensor, dict)
-            The fused vector ``(B, 2 * dim)``; with ``return_attention`` also the weights per head,
-            ``{'eeg_to_spec': (B, heads, Q, K), 'spec_to_eeg': (B, heads, K, Q)}``, rows sum to 1.
+        With ``return_attention`` also the weights per head, ``{'eeg_to_spec': (B, heads, Q, K), 'spec_to_eeg':
+        (B, heads, K, Q)}``, whose rows sum to 1.
         """
         queries, keys = self.eeg_norm(eeg), self.spec_norm(spec)
-        # Weights are always computed: without them another kernel would run, and asking for the attention
-        # would change the output in its last bits. At 9 x 119 tokens it costs next to nothing.
+        # Always with weights: without them another kernel runs, whose output differs in its last bits.
         want = {"need_weights": True, "average_attn_weights": False}
         from_spec, eeg_to_spec = self.eeg_to_spec_attn(queries, keys, keys, **want)
         from_eeg, spec_to_eeg = self.spec_to_eeg_attn(keys, queries, queries, **want)
@@ -283,10 +187,6 @@ class HMSNetwork(nn.Module):
 
     Parameters
     ----------
-    fusion
-        What the tokens are, one of ``FUSIONS``: ``"temporal"`` windows (9 x 119), ``"regional"`` regions
-        (4 x 4), ``"pooled"`` one vector per modality. The last is how many published models do it, and is
-        degenerate: attention to a single key is 1 by construction (see ``CrossModalFusion``).
     heads
         Heads of the cross-attention; divides 256.
     dropout
@@ -298,17 +198,15 @@ class HMSNetwork(nn.Module):
         If a setting is not allowed.
     """
 
-    def __init__(self, fusion: str = "temporal", heads: int = 8, dropout: float = 0.1) -> None:
+    def __init__(self, heads: int = 8, dropout: float = 0.1) -> None:
         super().__init__()
-        if fusion not in FUSIONS:
-            raise SettingError(f"fusion must be one of {', '.join(map(repr, FUSIONS))}; got {fusion!r}.")
         if heads < 1 or TOKEN_DIM % heads:
             allowed = [n for n in range(1, TOKEN_DIM + 1) if TOKEN_DIM % n == 0]
             raise SettingError(f"The number of heads must be one of {allowed}; got {heads}.")
         if not 0 <= dropout < 1:
             raise SettingError(f"dropout must lie in [0, 1); got {dropout}.")
-        self.eeg_encoder = ModalityEncoder("EEG", 5, 1, fusion, _EEG_REGIONS, len(ELECTRODES))
-        self.spec_encoder = ModalityEncoder("spectrogram", 4, None, fusion, _SPEC_REGIONS, len(REGIONS))
+        self.eeg_encoder = ModalityEncoder("EEG", 5, 1)
+        self.spec_encoder = ModalityEncoder("spectrogram", 4, None)
         self.fusion = CrossModalFusion(TOKEN_DIM, heads, dropout)
         self.classifier = nn.Sequential(
             nn.Linear(2 * TOKEN_DIM, TOKEN_DIM),
@@ -318,23 +216,10 @@ class HMSNetwork(nn.Module):
         )
 
     def forward(self, eeg_graphs: Sequence[Any], spec_graphs: Sequence[Any]) -> Tensor:
-        """Classify ``B`` samples.
+        """Return logits ``(B, 6)`` for a PyG ``Batch`` of ``B`` graphs, or a list of ``B`` ``Data``, of each window.
 
-        Parameters
-        ----------
-        eeg_graphs, spec_graphs
-            For each window a PyG ``Batch`` of ``B`` graphs, or a list of ``B`` ``Data``. EEG nodes have
-            5 features and edges one attribute, spectrogram nodes have 4 and edges none.
-
-        Returns
-        -------
-        Tensor
-            Logits ``(B, 6)``.
-
-        Raises
-        ------
-        DataError, ShapeError
-            If the graphs are not what the encoders expect, or the modalities hold different numbers of samples.
+        EEG nodes have 5 features and edges one attribute, spectrogram nodes have 4 and edges none. Raises ``DataError``
+        or ``ShapeError`` if they have not, or if the modalities hold different numbers of samples.
         """
         eeg, spec = self.eeg_encoder(eeg_graphs), self.spec_encoder(spec_graphs)
         if eeg.shape[0] != spec.shape[0]:

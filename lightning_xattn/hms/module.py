@@ -14,10 +14,9 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.core.errors import DataError, SettingError, ShapeError
 from lightning_xattn.hms.model import HMSNetwork
-from lightning_xattn.hms.montage import CLASSES, REGIONS
+from lightning_xattn.hms.montage import CLASSES
 
 
 class HMSLightningModule(pl.LightningModule):
@@ -29,10 +28,6 @@ class HMSLightningModule(pl.LightningModule):
 
     Parameters
     ----------
-    fusion
-        What attends to what: ``"temporal"`` (EEG windows x spectrogram windows), ``"regional"`` (regions x
-        regions) or ``"pooled"`` (one vector each, as in many published models: attention to a single key is 1
-        by construction and explains nothing).
     num_heads
         Heads of each direction of the cross-attention; divides 256.
     lr
@@ -46,8 +41,6 @@ class HMSLightningModule(pl.LightningModule):
     ----------
     class_names : tuple of str
         Names of the classes, in the order of the logits.
-    attention_axes : dict of str to TokenAxis, or None
-        What the tokens of ``"eeg"`` and ``"spec"`` are; None where only the data know (the windows' times).
 
     Raises
     ------
@@ -65,7 +58,6 @@ class HMSLightningModule(pl.LightningModule):
 
     def __init__(
         self,
-        fusion: str = "temporal",
         num_heads: int = 8,
         lr: float = 1e-3,
         weight_decay: float = 1e-2,
@@ -77,14 +69,8 @@ class HMSLightningModule(pl.LightningModule):
         self.save_hyperparameters()
         self.lr = lr
         self.weight_decay = weight_decay
-        self.model = HMSNetwork(fusion, num_heads, dropout)
+        self.model = HMSNetwork(num_heads, dropout)
         self.class_names = CLASSES
-        self.attention_axes: dict[str, TokenAxis] | None = None
-        if fusion == "regional":
-            self.attention_axes = {
-                "eeg": TokenAxis("EEG region", names=REGIONS),
-                "spec": TokenAxis("Spectrogram region", names=REGIONS),
-            }
         scores = MetricCollection(
             {
                 "acc": MulticlassAccuracy(len(CLASSES), average="micro"),
@@ -95,7 +81,7 @@ class HMSLightningModule(pl.LightningModule):
         self.test_scores = scores.clone(prefix="test_")
 
     def forward(self, eeg_graphs: list[Any], spec_graphs: list[Any]) -> Tensor:
-        """Logits ``(B, 6)``; see ``HMSNetwork.forward``."""
+        """Return logits ``(B, 6)``, see ``HMSNetwork.forward``."""
         logits: Tensor = self.model(eeg_graphs, spec_graphs)
         return logits
 
@@ -118,29 +104,6 @@ class HMSLightningModule(pl.LightningModule):
         """Class probabilities ``(B, 6)``; the batch needs no targets."""
         _require_keys(batch, "eeg_graphs", "spec_graphs")
         return torch.softmax(self(batch["eeg_graphs"], batch["spec_graphs"]), dim=-1)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights; as of a checkpoint.
-
-        Raises
-        ------
-        DataError
-            If they are those of another architecture.
-        """
-        try:
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        except RuntimeError as error:
-            own, others = (
-                {name: tuple(getattr(values, "shape", ())) for name, values in weights.items()}
-                for weights in (self.state_dict(), state_dict)
-            )
-            odd = [f"{name} {others.get(name, 'missing')}" for name in own if own[name] != others.get(name)]
-            odd += [f"{name} unknown" for name in others if name not in own]
-            raise DataError(
-                f"These weights are not those of HMSLightningModule(fusion={self.hparams['fusion']!r}, "
-                f"num_heads={self.hparams['num_heads']}): {len(odd)} tensors are missing, unknown, or of "
-                f"another shape, such as {', '.join(odd[:3])}. Load a checkpoint that this class has saved."
-            ) from error
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with ``learning_rate_factor`` over the steps of the fit; constant where the fit has no end."""
@@ -173,7 +136,7 @@ class HMSLightningModule(pl.LightningModule):
 def learning_rate_factor(step: int, total: int) -> float:
     """Share of the highest learning rate at a step: linear over the first tenth, then half a cosine to 1 %.
 
-    Stays at its last value after ``total`` steps, so that a fit which is resumed for longer goes on.
+    It keeps its last value after ``total`` steps, so that a fit can be resumed for longer.
     """
     warmup = max(1, total // 10)
     if step < warmup:

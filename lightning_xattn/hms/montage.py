@@ -1,6 +1,16 @@
-"""Names and geometry that every HMS recording shares: classes, electrodes, regions and who neighbours whom."""
+"""What all HMS recordings share: classes, electrodes, regions and their neighbours; and the montages of an EEG."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_xattn.core.errors import SettingError
 
 CLASSES = ("Seizure", "LPD", "GPD", "LRDA", "GRDA", "Other")
 """The six patterns in the competition's order; the index is the class id."""
@@ -28,12 +38,7 @@ _NEIGHBOURS = (
 REGIONS = ("LL", "RL", "LP", "RP")
 """The spectrogram's four regions."""
 
-REGION_NAMES = {
-    "LL": "left lateral",
-    "RL": "right lateral",
-    "LP": "left parasagittal",
-    "RP": "right parasagittal",
-}
+REGION_NAMES = {"LL": "left lateral", "RL": "right lateral", "LP": "left parasagittal", "RP": "right parasagittal"}
 
 REGION_ELECTRODES = {
     "LL": ("Fp1", "F7", "T3", "T5", "O1"),
@@ -41,7 +46,9 @@ REGION_ELECTRODES = {
     "LP": ("Fp1", "F3", "C3", "P3", "O1"),
     "RP": ("Fp2", "F4", "C4", "P4", "O2"),
 }
-"""The electrode chain along which each region's spectrogram is computed."""
+"""The chain of electrodes, from front to back, along which each region's spectrogram is computed."""
+
+MIDLINE = ("Fz", "Cz", "Pz")
 
 _REGION_RING = (("LL", "LP"), ("LP", "RP"), ("RP", "RL"), ("RL", "LL"))
 
@@ -67,4 +74,60 @@ SPEC_SECONDS = 600
 """What one labelled spectrogram window covers."""
 
 SPEC_FREQUENCIES = tuple((k + 3) * 50 / 256 for k in range(100))
-"""The 100 frequencies in Hz, 0.59 to 19.92; `hms.columns` says what their columns are called."""
+"""The 100 frequencies in Hz, 0.59 to 19.92; `hms.columns` names their columns."""
+
+Montage = Literal["referential", "bipolar"]
+MONTAGES: tuple[Montage, ...] = ("bipolar", "referential")
+
+_CHAINS = (*REGION_ELECTRODES.values(), MIDLINE)
+_GAP = 0.6  # rows between two chains
+
+
+@dataclass(frozen=True, eq=False)
+class Derivations:
+    """Traces in the order in which a montage shows them."""
+
+    microvolts: NDArray[Any]
+    """``(samples, traces)``, NaN in gaps."""
+    names: Sequence[str]
+    rows: NDArray[Any]
+    """``(traces,)`` position of each, in rows downwards from 0; chains have a gap between them."""
+    description: str
+    """Name of the montage."""
+
+
+def require_montage(montage: str) -> None:
+    """Refuse an unknown montage."""
+    if montage not in MONTAGES:
+        raise SettingError(f"montage must be one of {', '.join(map(repr, MONTAGES))}; got {montage!r}.")
+
+
+def derive(microvolts: NDArray[Any], electrodes: Sequence[str], montage: Montage) -> Derivations:
+    """Derive a montage's traces from ``(samples, electrodes)`` against one reference.
+
+    ``"referential"``: the electrodes as they are. ``"bipolar"``, the longitudinal montage ("double banana"): each
+    electrode less the next one of its chain, so that the reference cancels. It needs the 19 electrodes of the 10-20
+    system by their names (T3, not T7).
+
+    Raises
+    ------
+    SettingError
+        If the montage is neither of the two, or electrodes of it are missing.
+    """
+    require_montage(montage)
+    if montage == "referential":
+        return Derivations(microvolts, electrodes, np.arange(len(electrodes), dtype=float), "referential montage")
+    missing = sorted(set(ELECTRODES) - set(electrodes))
+    if missing:
+        raise SettingError(
+            f"montage='bipolar' takes the 19 electrodes of the 10-20 system; {', '.join(missing)} are not among "
+            f"{', '.join(electrodes)}. montage='referential' draws any electrodes."
+        )
+    place = {name: i for i, name in enumerate(electrodes)}
+    pairs = [(chain, pair) for chain, names in enumerate(_CHAINS) for pair in pairwise(names)]
+    return Derivations(
+        np.stack([microvolts[:, place[first]] - microvolts[:, place[second]] for _, (first, second) in pairs], axis=1),
+        [f"{first}-{second}" for _, (first, second) in pairs],
+        np.array([row + _GAP * chain for row, (chain, _) in enumerate(pairs)]),
+        "longitudinal bipolar montage",
+    )

@@ -1,4 +1,4 @@
-"""A recording as a reader of EEG expects it: stacked traces, and spectrograms of regions, on real time axes."""
+"""Draw a recording as readers of EEG expect it: stacked traces, and spectrograms of regions, over time."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.names import shown
-from lightning_xattn.hms.derivations import Derivations
+from lightning_xattn.hms.montage import Derivations
 from lightning_xattn.visualizations.drawing import UNDEFINED, as_array, draw_colour_bar, draw_mesh, wrap
 
 STRETCH: dict[str, Any] = {"color": "#C04A00", "linewidth": 1.2}
-"""How the stretch that the EEG covers is marked on the spectrograms' time axis."""
+"""Style of the marks of the EEG's stretch on the spectrograms' time axis."""
 
 PAGE_SECONDS = 10
-"""Of an EEG, as many as a page has that a reader can read."""
+"""Seconds of EEG on a page that can be read."""
 SPECTROGRAM_INCHES = 0.95
-"""Height of a panel that its region's name fits beside."""
+"""Height of a panel beside which its region's name fits."""
 
-# Signals are grey and attention is in colour, so that neither is taken for the other.
+# Signals are grey, attention is in colour.
 _POWER = colormaps["Greys"]
 _BEYOND: dict[str, Any] = {"color": "#D55E00", "linewidth": 1.5}
 _STEPS = [step * 10.0**power for power in range(-3, 7) for step in (1, 2, 5)]  # µV that a scale bar may stand for
 _REACH = 3  # rows that a trace may reach beyond the outer ones
-_SHOWN_POWER = (2, 98)  # percentiles: single artefacts do not take the scale
+_SHOWN_POWER = (2, 98)  # percentiles: single artefacts do not set the scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class Traces:
     Parameters
     ----------
     microvolts
-        ``(samples, electrodes)``, as it should be seen (filtered or not); what is not finite is a gap.
+        ``(samples, electrodes)``, filtered or not; what is not finite is a gap.
     rate
         Samples a second.
     names
@@ -50,14 +50,12 @@ class Traces:
     start
         Seconds from the labelled moment to the first sample, usually negative.
     modality
-        What the attention calls it.
+        Its name in the attention.
 
     Raises
     ------
-    ShapeError
-        If the names do not fit the values.
-    SettingError
-        If the rate is not positive.
+    ShapeError, SettingError
+        If the names do not fit the values, or the rate is not positive.
 
     Examples
     --------
@@ -72,7 +70,8 @@ class Traces:
     modality: str = "eeg"
 
     def __post_init__(self) -> None:
-        _require_positive(rate=self.rate)
+        if not self.rate > 0:
+            raise SettingError(f"rate must be > 0; got {self.rate}.")
         as_array("microvolts", self.microvolts, samples=None, electrodes=len(self.names))
 
     @property
@@ -85,11 +84,6 @@ class Traces:
         """Seconds from the labelled moment at which the signal starts and stops."""
         return self.start, self.start + len(self.values) / self.rate
 
-    @property
-    def has_gaps(self) -> bool:
-        """Whether anything is missing."""
-        return bool(np.isnan(self.values).any())
-
 
 @dataclass(frozen=True, eq=False)
 class Spectrograms:
@@ -100,7 +94,7 @@ class Spectrograms:
     power
         ``(rows, regions, frequencies)``; what is not finite is a gap.
     row_seconds
-        What one row covers.
+        Seconds that a row covers.
     regions
         A name for each region.
     frequencies
@@ -108,14 +102,12 @@ class Spectrograms:
     start
         Seconds from the labelled moment to the start of the first row, usually negative.
     modality
-        What the attention calls it.
+        Its name in the attention.
 
     Raises
     ------
-    ShapeError
-        If the regions or frequencies do not fit the values.
-    SettingError
-        If ``row_seconds`` is not positive or the frequencies do not ascend.
+    ShapeError, SettingError
+        If regions or frequencies do not fit the values, ``row_seconds`` is not positive, or frequencies do not ascend.
 
     Examples
     --------
@@ -131,7 +123,8 @@ class Spectrograms:
     modality: str = "spec"
 
     def __post_init__(self) -> None:
-        _require_positive(row_seconds=self.row_seconds)
+        if not self.row_seconds > 0:
+            raise SettingError(f"row_seconds must be > 0; got {self.row_seconds}.")
         as_array("power", self.power, rows=None, regions=len(self.regions), frequencies=len(self.frequencies))
         if len(self.frequencies) < 2 or (np.diff(self.frequencies) <= 0).any():
             raise SettingError(f"At least two ascending frequencies are needed; got {list(self.frequencies)}.")
@@ -147,24 +140,16 @@ class Spectrograms:
         """Seconds from the labelled moment at which the signal starts and stops."""
         return self.start, self.start + len(np.asarray(self.power)) * self.row_seconds
 
-    @property
-    def has_gaps(self) -> bool:
-        """Whether anything is missing."""
-        return bool(np.isnan(self.decibels).any())
 
-
-def page_of(extent: tuple[float, float]) -> tuple[float, float]:
-    """The seconds of a recording that are drawn to be read: 10 around the labelled moment, which is what was labelled.
-
-    Where it does not reach so far, the nearest 10; a shorter one is drawn as a whole.
-    """
+def find_page(extent: tuple[float, float]) -> tuple[float, float]:
+    """Find the 10 s of a recording that are drawn large: those around the labelled moment, or the nearest ones."""
     start, stop = extent
     first = max(min(-PAGE_SECONDS / 2, stop - PAGE_SECONDS), start)
     return first, min(first + PAGE_SECONDS, stop)
 
 
 def page_height(derivations: Derivations) -> float:
-    """Inches for a panel whose traces can be told apart."""
+    """Inches for a panel with legible traces."""
     return max(1.2, 0.2 * float(derivations.rows[-1] + 1))
 
 
@@ -257,7 +242,7 @@ def runs(where: NDArray[np.bool_]) -> list[tuple[int, int]]:
 
 
 def _spacing(values: NDArray[Any]) -> float:
-    """Microvolts from one trace to the next: the usual swing fits in, a large one reaches over its neighbours."""
+    """Microvolts from one trace to the next: the usual swing fits, a large one reaches over its neighbours."""
     swings = np.abs(values[np.isfinite(values)])
     usual = 1.5 * float(np.percentile(swings, 95)) if swings.size else 0.0
     return max(usual, _STEPS[0])
@@ -265,9 +250,3 @@ def _spacing(values: NDArray[Any]) -> float:
 
 def _finite(values: NDArray[Any]) -> NDArray[Any]:
     return np.where(np.isfinite(values), values, np.nan)
-
-
-def _require_positive(**settings: float) -> None:
-    for name, value in settings.items():
-        if not value > 0:
-            raise SettingError(f"{name} must be > 0; got {value}.")

@@ -1,8 +1,7 @@
 """Read recordings in the layout of the competition "HMS - Harmful Brain Activity Classification".
 
 A folder holds ``train.csv`` (one row a labelled sample), ``train_eegs/<eeg_id>.parquet`` and
-``train_spectrograms/<spectrogram_id>.parquet``. The table is read and checked at once; a recording is opened
-when a row's window is asked for.
+``train_spectrograms/<spectrogram_id>.parquet``. The table is checked at once, a recording when it is read.
 """
 
 from __future__ import annotations
@@ -57,24 +56,21 @@ class EEGGeometry:
     step_seconds: float
 
     def __post_init__(self) -> None:
-        positive = min(self._values) > 0
+        values = self.seconds, self.window_seconds, self.step_seconds
+        positive = min(values) > 0
         whole = [(self.seconds - self.window_seconds) / self.step_seconds] if positive else []
-        whole += [value * EEG_RATE for value in self._values]
+        whole += [value * EEG_RATE for value in values]
         fits = self.window_seconds <= self.seconds <= _LABEL_SECONDS
         if not (positive and fits and all(float(value).is_integer() for value in whole)):
             raise SettingError(
                 "EEGGeometry needs window_seconds <= seconds <= 50, step_seconds > 0 and seconds = window_seconds + a "
                 f"whole number of step_seconds, all multiples of 1/{EEG_RATE} s, e.g. EEGGeometry(50, 10, 5); "
-                f"got {self._values}."
+                f"got {values}."
             )
 
     @property
-    def _values(self) -> tuple[float, float, float]:
-        return self.seconds, self.window_seconds, self.step_seconds
-
-    @property
     def n_windows(self) -> int:
-        """How many windows fill the stretch."""
+        """Number of windows that fill the stretch."""
         return round((self.seconds - self.window_seconds) / self.step_seconds) + 1
 
     @property
@@ -93,18 +89,9 @@ IIIC = EEGGeometry(10, 2, 1)
 
 @dataclass(frozen=True)
 class Recordings:
-    """The usable rows of a folder, and access to their recordings.
+    """The usable rows of a folder in the order of ``train.csv``, and access to their recordings.
 
-    Parameters
-    ----------
-    root
-        The folder.
-    rows
-        The usable rows in the order of ``train.csv``.
-    skipped
-        The rows that were left out, with the reasons.
-    on_bad_row
-        What to do with a row whose recording turns out not to be usable, see `read`.
+    ``skipped`` holds the rows that were left out, with the reasons; ``on_bad_row`` as for `read`.
 
     Examples
     --------
@@ -132,8 +119,7 @@ class Recordings:
         root
             A folder in the competition's layout.
         on_bad_row
-            What to do with a row that cannot be used. ``"raise"``: it is an error. ``"skip"``: it is left out
-            and kept in ``skipped``.
+            ``"raise"``: a row that cannot be used is an error. ``"skip"``: it is left out and kept in ``skipped``.
 
         Raises
         ------
@@ -172,30 +158,24 @@ class Recordings:
         return replace(self, rows=rows, skipped=(*self.skipped, *bad_rows))
 
     def eeg_path(self, row: Recording) -> Path:
-        """Where the row's EEG stands."""
+        """Return the path of the row's EEG."""
         return self.root / "train_eegs" / f"{row.eeg_id}.parquet"
 
     def spectrogram_path(self, row: Recording) -> Path:
-        """Where the row's spectrogram stands."""
+        """Return the path of the row's spectrogram."""
         return self.root / "train_spectrograms" / f"{row.spectrogram_id}.parquet"
 
     def eeg(self, row: Recording, geometry: EEGGeometry) -> NDArray[np.float32]:
-        """Read the EEG around the row's labelled moment.
+        """Read the EEG around the row's labelled moment: ``(samples, 19)`` microvolts, electrodes as in the montage.
 
-        In a file of 50 s and more the offset points, as in the competition, to 50 s with the labelled moment
-        in the middle, of which the middle ``geometry.seconds`` are taken. In a shorter file it points to these
-        seconds themselves.
-
-        Returns
-        -------
-        ``(samples, 19)`` microvolts at 200 Hz, electrodes as in ``montage.ELECTRODES``, NaN where the file
-        has NaN. Not writeable.
+        In a file of 50 s and more the offset points, as in the competition, to 50 s with the labelled moment in the
+        middle, and the middle ``geometry.seconds`` are read. In a shorter file it points to these seconds themselves.
 
         Raises
         ------
         RowError
-            If the file or a column is missing or not numeric, the window runs past the recording, or too little of it
-            is there, see `hms.missing`.
+            If the file or a column is missing or not numeric, the window runs past the recording, or too much of it is
+            missing, see `hms.missing`.
         """
         path = self.eeg_path(row)
         try:
@@ -216,17 +196,9 @@ class Recordings:
             raise RowError(self._bad_row(row, path, problem)) from None
 
     def spectrogram(self, row: Recording) -> NDArray[np.float32]:
-        """Read the 600 s of spectrogram that start at the row's offset.
+        """Read the 600 s of spectrogram that start at the row's offset: power ``(300, 4, 100)``, a row each 2 s.
 
-        Returns
-        -------
-        ``(300, 4, 100)`` power, one row each 2 s, regions and frequencies as in ``montage.REGIONS`` and
-        ``montage.SPEC_FREQUENCIES``, NaN where the file has NaN.
-
-        Raises
-        ------
-        RowError
-            As for `eeg`.
+        Regions and frequencies are those of ``montage.REGIONS`` and ``montage.SPEC_FREQUENCIES``. Raises as `eeg` does.
         """
         path = self.spectrogram_path(row)
         try:
@@ -252,11 +224,9 @@ class Recordings:
             raise RowError(self._bad_row(row, path, problem)) from None
 
     def infer_geometry(self) -> EEGGeometry:
-        """Tell the EEG geometry from the length of the recordings; only the files' footers are read.
+        """Infer the EEG geometry from the length of the recordings; only the files' footers are read.
 
-        Returns
-        -------
-        `COMPETITION` if every recording has 50 s or more, `IIIC` if every one has 10 s.
+        It is `COMPETITION` if every recording has 50 s or more, `IIIC` if every one has 10 s.
 
         Raises
         ------
@@ -268,7 +238,7 @@ class Recordings:
             try:
                 lengths[path] = pq.read_metadata(path).num_rows / EEG_RATE
             except (OSError, pa.ArrowException):
-                continue  # told, or skipped, with its row when the recording itself is read
+                continue  # an error, or left out, with its row when the recording itself is read
             if not lengths[path]:
                 del lengths[path]  # so is an empty one
         if not lengths:
@@ -281,7 +251,7 @@ class Recordings:
         if lengths[shortest] == lengths[longest] == IIIC.seconds:
             return IIIC
         raise DataError(
-            f"Cannot tell the EEG geometry of {self.root}: expected recordings that all have "
+            f"Cannot infer the EEG geometry of {self.root}: expected recordings that all have "
             f"{COMPETITION.seconds:g} s or more, or all have {IIIC.seconds:g} s; got {lengths[shortest]:g} s "
             f"({shortest.name}) to {lengths[longest]:g} s ({longest.name}). "
             "Pass eeg_geometry=EEGGeometry(seconds, window_seconds, step_seconds)."
@@ -304,11 +274,11 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _read_parquet(
     path: Path, size: int, modified: int, find: Callable[[Sequence[str]], tuple[str, ...]]
 ) -> NDArray[np.float32]:
-    """Read the columns that ``find`` picks, as ``(rows, columns)``; ``size`` and ``modified`` keep the cache honest."""
+    """Read the columns that ``find`` picks, as ``(rows, columns)``; ``size`` and ``modified`` change with the file."""
     try:
         with pq.ParquetFile(path) as file:
             columns = find(file.schema_arrow.names)
-            # One thread: those who read many files do so in as many processes as there are cores.
+            # One thread: many files are read by one process on each core.
             table = file.read(list(columns), use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise Problem("unreadable file", f"not a readable parquet file: {error}") from None
@@ -316,7 +286,7 @@ def _read_parquet(
     if text:
         raise Problem("column not numeric", f"expected numbers in {text[0]}, got {table.schema.field(text[0]).type}")
     values = np.stack([table[name].to_numpy() for name in columns], axis=1, dtype=np.float32, casting="same_kind")
-    values.flags.writeable = False  # it is handed out more than once
+    values.flags.writeable = False  # the cache returns it again
     return values
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lightning_xattn.core.attention import Direction, TokenAxis
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.functional import Rows, lift_map, received_lift
-from lightning_xattn.hms.derivations import Montage, derive
+from lightning_xattn.hms.montage import Montage, derive
 from lightning_xattn.hms.recording_plots import (
     SPECTROGRAM_INCHES,
     STRETCH,
@@ -27,8 +27,8 @@ from lightning_xattn.hms.recording_plots import (
     draw_spectrograms,
     draw_strip,
     draw_traces,
+    find_page,
     page_height,
-    page_of,
 )
 from lightning_xattn.visualizations.drawing import (
     UNDEFINED,
@@ -76,15 +76,14 @@ def plot_attention_over_signals(
 ) -> Figure:
     """Draw one sample's recording and, on the same time axes, which of its windows attend to which.
 
-    From top to bottom: 10 s of EEG around the labelled moment, as these are what was labelled; the whole EEG, where it
-    is longer; how much attention each of its windows receives; the strongest pairs of both directions as lines from the
-    EEG's seconds to the spectrogram's; the spectrograms, with the EEG's stretch marked; how much attention each of
-    their windows receives; and the maps of both directions, EEG windows by spectrogram windows.
+    From top to bottom: the labelled 10 s of EEG; the whole EEG, where it is longer; the attention that each of its
+    windows receives; the strongest pairs of both directions as lines from the EEG's seconds to the spectrogram's; the
+    spectrograms, with the EEG's stretch marked; the attention that each of their windows receives; and the maps of both
+    directions, EEG windows by spectrogram windows.
 
     Attention is the lift over uniform (weight times keys), averaged over heads, and over queries where it is received;
-    1 is what uniform attention gives. Each direction has its own scale, so that the stronger one does not blank the
-    other. Windows overlap: a strip shows each at its full extent, a map shows a cell from midpoint to midpoint between
-    the windows' centres.
+    uniform attention has 1. Each direction has its own scale. Windows overlap: a strip shows each at its full extent,
+    a map shows a cell from midpoint to midpoint between the windows' centres.
 
     Parameters
     ----------
@@ -102,7 +101,7 @@ def plot_attention_over_signals(
         ``"referential"``: the traces as they are given. ``"bipolar"``: the longitudinal bipolar montage ("double
         banana"), derived from the 19 electrodes of the 10-20 system.
     context
-        What to know of the sample, for the title, e.g. ``"sample 3001, predicted LPD (0.82), true GPD"``.
+        About the sample, for the title, e.g. ``"sample 3001, predicted LPD (0.82), true GPD"``.
     save_path
         Also write the figure there (PNG, PDF, SVG and others, by suffix).
 
@@ -138,7 +137,7 @@ def plot_attention_over_signals(
     to_spec = Direction(traces.modality, spectrograms.modality)
 
     derivations = derive(traces.values, traces.names, montage)
-    page, regions = page_of(traces.extent), len(spectrograms.regions)
+    page, regions = find_page(traces.extent), len(spectrograms.regions)
     strip = [] if page == traces.extent else [1.1]
     spectrogram_heights = [SPECTROGRAM_INCHES] * regions
     heights = [page_height(derivations), *strip, 0.7, 0.7, *spectrogram_heights, 0.7, *[1.1] * len(pair)]
@@ -179,7 +178,7 @@ def plot_attention_over_signals(
     eeg_strip.set_xlabel(_TIME)
     spec_strip.set_xlabel(_TIME)
     maps[-1].set_xlabel(f"{_TIME} (windows overlap: a cell lies around its window's centre)")
-    if traces.has_gaps or spectrograms.has_gaps or any(np.isnan(values).any() for values in lifts.values()):
+    if any(np.isnan(values).any() for values in (traces.values, spectrograms.decibels, *lifts.values())):
         show_key(fig, undefined_key("no signal, or no attention"))
     set_title(fig, "Attention over the signals", context)
     return save(fig, save_path)

@@ -1,10 +1,9 @@
 """Simulate recordings in the layout of the competition "HMS - Harmful Brain Activity Classification".
 
 Every sample starts as the activity of five sources over the 600 s around the labelled moment: the four regions
-(background, plus the class's pattern in bouts) and a posterior alpha rhythm. One fixed mixing leads from the
-sources to the electrodes; the EEG is the middle of that, and a region's spectrogram is computed from the mean of
-the region's electrodes over all 600 s. The two modalities therefore agree by construction, unless a sample is
-made to disagree.
+(background, plus the class's pattern in bouts) and a posterior alpha rhythm. One fixed mixing leads from the sources to
+the electrodes. The EEG is the middle of these 600 s; a region's spectrogram is that of the mean of its electrodes, all
+600 s long. So the two modalities agree, unless a sample is made to disagree.
 """
 
 from __future__ import annotations
@@ -25,12 +24,13 @@ from numpy.typing import NDArray
 from scipy import fft, signal
 
 from lightning_xattn.core.errors import DataError, SettingError
-from lightning_xattn.core.progress import Stage
+from lightning_xattn.core.progress import track
 from lightning_xattn.hms.columns import SPECTROGRAM_COLUMNS, TIME
 from lightning_xattn.hms.montage import (
     CLASSES,
     EEG_RATE,
     ELECTRODES,
+    MIDLINE,
     REGION_ELECTRODES,
     REGIONS,
     SPEC_FREQUENCIES,
@@ -40,17 +40,13 @@ from lightning_xattn.hms.montage import (
 )
 from lightning_xattn.hms.waveforms import Array, Patient, falling, noise, source_signals, train
 
-EEG_SECONDS = (10, 50)
-"""The supported lengths: the labelled centre alone, or the competition's window around it."""
-
 NAN_SHARE = 0.05
 """The probability that an EEG has a gap: 0.2 to 1 s of NaN in every channel, as in the competition's files."""
 
 _WORKERS = 2
-"""Threads; nearly all of the time goes into calls that let the other run, and each holds one sample."""
+"""Threads; nearly all of the time goes into calls that release the interpreter's lock."""
 
 _ALPHA_AT = {"O1": 1.0, "O2": 1.0, "P3": 0.7, "Pz": 0.7, "P4": 0.7, "T5": 0.6, "T6": 0.6}
-_MIDLINE = ("Fz", "Cz", "Pz")
 
 
 def _mixing() -> tuple[Array, Array]:
@@ -58,7 +54,7 @@ def _mixing() -> tuple[Array, Array]:
     members = np.array([[e in REGION_ELECTRODES[region] for region in REGIONS] for e in ELECTRODES])
     chains = members.T / members.sum(axis=0)[:, None]
     parasagittal = np.array([region.endswith("P") for region in REGIONS])
-    members[[ELECTRODES.index(name) for name in _MIDLINE]] = parasagittal
+    members[[ELECTRODES.index(name) for name in MIDLINE]] = parasagittal
     alpha = np.array([[_ALPHA_AT.get(name, 0.15)] for name in ELECTRODES])
     to_electrodes = np.hstack([members / members.sum(axis=1, keepdims=True), alpha])
     return to_electrodes.astype(np.float32), (chains @ to_electrodes).astype(np.float32)
@@ -86,11 +82,11 @@ def simulate(
 ) -> Path:
     """Write a folder of simulated recordings: ``train.csv``, ``train_eegs/`` and ``train_spectrograms/``.
 
-    The classes are balanced (each six successive samples hold each class once) and a patient has one to three
-    samples, of any class. In a disagreeing sample the spectrogram shows another class than the EEG, each of the
-    five others being as likely; the votes, and so the label, follow the **EEG**. The truth is written to three
-    columns beside the competition's: ``eeg_class``, ``spectrogram_class`` and ``agrees`` (``true`` or ``false``).
-    ``expert_consensus`` is the class with most votes: nearly always, not always, that of the EEG.
+    The classes are balanced (each six successive samples hold each class once), and a patient has one to three
+    samples of any class. In a disagreeing sample the spectrogram shows one of the five other classes; the votes, and so
+    the label, follow the **EEG**. The truth is in three columns beside the competition's: ``eeg_class``,
+    ``spectrogram_class`` and ``agrees`` (``true`` or ``false``). ``expert_consensus`` is the class with most votes:
+    nearly always, not always, that of the EEG.
 
     The pattern comes in bouts of 15 to 100 s, of which one always covers the labelled 10 s in the middle.
 
@@ -109,7 +105,7 @@ def simulate(
     root
         The folder to make, with its parents; it must not exist or be empty. It appears when it is complete.
     n_samples
-        How many samples, at least 1. The first n do not depend on how many follow.
+        Number of samples, at least 1. The first n do not depend on how many follow.
     eeg_seconds
         Length of the EEGs: 50 (the competition) or 10 (the labelled centre alone).
     disagreeing
@@ -137,8 +133,8 @@ def simulate(
     """
     if n_samples < 1:
         raise SettingError(f"n_samples must be at least 1, got {n_samples}")
-    if eeg_seconds not in EEG_SECONDS:
-        raise SettingError(f"eeg_seconds must be one of {EEG_SECONDS}, got {eeg_seconds}")
+    if eeg_seconds not in (10, 50):
+        raise SettingError(f"eeg_seconds must be 10 or 50, got {eeg_seconds}")
     if not 0 <= disagreeing <= 1:
         raise SettingError(f"disagreeing must lie in [0, 1], got {disagreeing}")
     if seed < 0:
@@ -153,11 +149,8 @@ def simulate(
         (folder / "train_spectrograms").mkdir()
         write = partial(_write_sample, folder, eeg_seconds)
         with ThreadPoolExecutor(_WORKERS) as pool:
-            rows = []
-            with Stage(f"Simulating {n_samples} recordings", n_samples) as stage:
-                for row in pool.map(write, _plan(n_samples, disagreeing, seed)):
-                    rows.append(row)
-                    stage.advance()
+            written = pool.map(write, _plan(n_samples, disagreeing, seed))
+            rows = list(track(written, f"Simulating {n_samples} recordings", n_samples))
         with (folder / "train.csv").open("w", newline="") as file:
             table = csv.DictWriter(file, rows[0], lineterminator="\n")
             table.writeheader()
@@ -189,7 +182,7 @@ def _rng(seed: int, purpose: int, index: int) -> np.random.Generator:
 
 
 def _plan(n_samples: int, disagreeing: float, seed: int) -> Iterator[_Sample]:
-    """Yield who is recorded, and showing what."""
+    """Yield each sample's patient and classes."""
     patients, samples_left = 0, 0
     for i in range(n_samples):
         if samples_left == 0:
@@ -244,10 +237,10 @@ def _write_parquet(path: Path, columns: dict[str, NDArray[Any]]) -> None:
 
 
 def _votes(shown: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Votes ``(6,)`` of 10 to 20 experts, who are of one mind about most samples and divided about some."""
+    """Draw the votes ``(6,)`` of 10 to 20 experts, who agree about most samples and are divided about some."""
     divided = rng.random() < 0.15
     agreement = rng.uniform(0.45, 0.65) if divided else rng.uniform(0.75, 1.0)
-    # Half a pseudo-count a class: who disagrees tends to have one or two other classes in mind, not all.
+    # Half a pseudo-count a class: those who disagree tend to vote for one or two other classes, not for all.
     shares = rng.dirichlet(np.full(len(CLASSES), 0.5)) * (1 - agreement)
     shares[shown] += agreement
     return rng.multinomial(rng.integers(10, 21), shares)

@@ -1,17 +1,16 @@
-"""The table of labelled samples, ``train.csv``: what a row says, and what can be wrong with it."""
+"""The table of labelled samples, ``train.csv``: its rows, and what can be wrong with one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 from numpy.typing import NDArray
 
@@ -27,31 +26,22 @@ _REQUIRED: dict[str, type[int] | type[float]] = {
 
 @dataclass(frozen=True)
 class Recording:
-    """One row of ``train.csv``.
-
-    Parameters
-    ----------
-    line
-        Line of ``train.csv``, where the header is line 1.
-    eeg_id, spectrogram_id, label_id, patient_id
-        Identifiers; ``label_id`` is unique in a folder.
-    eeg_offset, spectrogram_offset
-        Seconds from the start of the file to the start of the labelled window.
-    votes
-        The experts' votes for each of ``montage.CLASSES``.
-    extra
-        The row's other columns by name, e.g. ``expert_consensus``.
-    """
+    """One row of ``train.csv``."""
 
     line: int
+    """Where the header is line 1."""
     eeg_id: int
     spectrogram_id: int
     label_id: int
+    """Unique in a folder."""
     patient_id: int
     eeg_offset: float
+    """Seconds from the start of the file to the start of the labelled window."""
     spectrogram_offset: float
     votes: tuple[float, ...]
+    """The experts' votes for each of ``montage.CLASSES``."""
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The row's other columns by name, e.g. ``expert_consensus``."""
 
     @property
     def soft_label(self) -> NDArray[np.float32]:
@@ -63,33 +53,20 @@ class Recording:
         """Index of the class with the most votes; of the first one, where it is tied."""
         return self.votes.index(max(self.votes))
 
-    @property
-    def tied(self) -> bool:
-        """Whether the most votes went to more than one class."""
-        return self.votes.count(max(self.votes)) > 1
-
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used.
-
-    Parameters
-    ----------
-    line, label_id
-        Where it stands in ``train.csv``; ``label_id`` as written there.
-    file
-        The file that is at fault.
-    reason
-        What is wrong in two or three words, the same for all rows with this fault.
-    detail
-        What was expected and what came.
-    """
+    """A row that cannot be used."""
 
     line: int
     label_id: str
+    """As written in ``train.csv``."""
     file: str
+    """The file that is at fault."""
     reason: str
+    """The fault in two or three words, the same for all rows with this fault."""
     detail: str
+    """What was expected and what came."""
 
     def __str__(self) -> str:
         return (
@@ -108,7 +85,7 @@ class RowError(DataError):
         return bad_row
 
 
-class Problem(DataError):  # noqa: N818 - told as a BadRow, where the row is known
+class Problem(DataError):  # noqa: N818 - becomes a BadRow where the row is known
     """Reason and detail of a `BadRow`, raised where file and row are not known."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -117,24 +94,20 @@ class Problem(DataError):  # noqa: N818 - told as a BadRow, where the row is kno
 
 
 def read_table(path: Path) -> tuple[list[Recording], list[BadRow]]:
-    """Read ``train.csv``.
-
-    Returns
-    -------
-    The usable rows and the others, each in the file's order.
+    """Read ``train.csv``: the usable rows and the others, each in the file's order.
 
     Raises
     ------
     DataError
-        If the file or a needed column is missing or it is no table.
+        If the file or a needed column is missing, or it is no table.
     """
     table = _read_text(path)
-    numbers = zip(*(_parse_column(table[name], kind) for name, kind in _REQUIRED.items()), strict=True)
+    columns = [[_parse(cell, kind) for cell in table[name].to_pylist()] for name, kind in _REQUIRED.items()]
     extra_columns = [i for i, name in enumerate(table.column_names) if name not in _REQUIRED]
     extras = table.select(extra_columns).to_pylist() if extra_columns else [{}] * len(table)
     rows: dict[int, Recording] = {}
     bad_rows: list[BadRow] = []
-    for i, (cells, extra) in enumerate(zip(numbers, extras, strict=True)):
+    for i, (cells, extra) in enumerate(zip(zip(*columns, strict=True), extras, strict=True)):
         try:
             if None in cells:
                 name = list(_REQUIRED)[cells.index(None)]
@@ -151,7 +124,7 @@ def read_table(path: Path) -> tuple[list[Recording], list[BadRow]]:
 
 
 def _read_text(path: Path) -> pa.Table:
-    """The table, with the needed columns as text, so that a bad cell is one bad row and not a column of that type."""
+    """Read the table with the needed columns as text, so that a bad cell costs its row and not its whole column."""
     if not path.is_file():
         raise DataError(
             f"{path} does not exist: expected a folder with train.csv, train_eegs/ and train_spectrograms/."
@@ -173,27 +146,19 @@ def _read_text(path: Path) -> pa.Table:
     return table
 
 
-def _parse_column(column: pa.ChunkedArray, kind: type[int] | type[float]) -> list[Any]:
-    """The numbers of a column of text, None for what is not a finite one."""
-    # Plain decimals at once; if a cell is anything else, such as hexadecimal or empty, each is looked at.
-    plain = r"^[+-]?\d{1,18}$" if kind is int else r"^[+-]?\d{1,18}(\.\d*)?$"
-    if not pc.all(pc.match_substring_regex(column, plain), min_count=0).as_py():
-        return [_parse(cell, kind) for cell in column.to_pylist()]
-    numbers: list[Any] = column.cast(pa.int64() if kind is int else pa.float64()).to_pylist()
-    return numbers
-
-
 def _parse(cell: str, kind: type[int] | type[float]) -> float | None:
+    """Return the number in a cell of text, None where it is no finite one."""
     try:
-        value = math.nan if "_" in cell else float(cell)  # Python takes 1_0 for 10
-    except ValueError:
+        exact = Decimal(cell)
+    except InvalidOperation:
+        return None
+    if "_" in cell or not exact.is_finite():  # Python reads 1_0 as 10
         return None
     if kind is float:
-        return value if math.isfinite(value) else None
-    with suppress(ValueError):
-        return int(cell) if abs(int(cell)) < 2**63 and "_" not in cell else None
+        return float(exact) if math.isfinite(float(exact)) else None
     # An id that went through a column of floats has a decimal point; one beyond 2**53 would be another one then.
-    return int(value) if value.is_integer() and abs(value) <= 2**53 else None
+    limit = 2**63 if exact.as_tuple().exponent == 0 else 2**53
+    return int(exact) if abs(exact) < limit and exact == exact.to_integral_value() else None
 
 
 def _as_recording(line: int, cells: Sequence[Any], extra: Mapping[str, Any]) -> Recording:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_xattn.core.names import shown_tag
 from lightning_xattn.core.notices import warn
-from lightning_xattn.loggers.aim import AimWriter
 from lightning_xattn.loggers.comet import CometWriter
 from lightning_xattn.loggers.folder import FolderWriter
 from lightning_xattn.loggers.mlflow import MLFlowWriter
@@ -28,7 +27,6 @@ WRITERS: dict[str, Callable[[Any], LoggerWriter] | None] = {
     "WandbLogger": WandbWriter,
     "MLFlowLogger": MLFlowWriter,
     "CometLogger": CometWriter,
-    "AimLogger": AimWriter,
     # Of Lightning's trial runs, which leave nothing behind.
     "DummyLogger": None,
 }
@@ -59,12 +57,12 @@ class LoggerWriters:
         self._working: list[LoggerWriter] = [] if loggers else [FolderWriter(None, root)]
         for logger in loggers:
             try:
-                sink = _writer_of(logger, root)
-            except Exception as error:  # whatever asking a logger for its folder, or making a sink of users', may raise
+                writer = _writer_of(logger, root)
+            except Exception as error:  # whatever asking a logger for its folder, or making a user's writer, may raise
                 warn([f"{type(logger).__name__} gets no pictures and reports: {error!r}."])
                 continue
-            self._working += [] if sink is None else [sink]
-        self.folders = [sink.folder for sink in self._working if isinstance(sink, FolderWriter)]
+            self._working += [] if writer is None else [writer]
+        self.folders = [writer.folder for writer in self._working if isinstance(writer, FolderWriter)]
 
     def __bool__(self) -> bool:
         return bool(self._working)
@@ -89,7 +87,7 @@ class LoggerWriters:
                 images[shown_tag(tag)] = render(figure)
         except Exception as error:  # whatever drawing may raise
             warn([f"The figures of {scope} could not all be drawn: {error!r}."])
-        self.log("pictures", lambda: images, lambda sink, made: sink.log_images(made, step))
+        self.log("pictures", lambda: images, lambda writer, made: writer.log_images(made, step))
 
     def log(self, what: str, make: Callable[[], Content], log: Callable[[LoggerWriter, Content], None]) -> None:
         """Make something, and hand it over to each that still works."""
@@ -98,13 +96,13 @@ class LoggerWriters:
         except Exception as error:  # whatever is wrong in it: a training run does not end of it
             warn([f"There are no {what} of this evaluation: {error!r}."])
             return
-        for sink in list(self._working):
+        for writer in list(self._working):
             try:
-                log(sink, content)
+                log(writer, content)
             except Exception as error:  # whatever a logger's backend, network or disk may raise
-                name = "Writing files" if sink.logger is None else type(sink.logger).__name__
+                name = "Writing files" if writer.logger is None else type(writer.logger).__name__
                 warn([f"{name} failed with {what}, and gets nothing more of this evaluation: {error!r}."])
-                self._working.remove(sink)
+                self._working.remove(writer)
 
 
 def _writer_of(logger: Any, root: Path) -> LoggerWriter | None:

@@ -10,7 +10,7 @@ from lightning_xattn.loggers.writer import LoggerWriter, Picture
 
 
 class TensorBoardWriter(LoggerWriter):
-    """Lightning's ``TensorBoardLogger``: images, text and custom scalars; pages lie in its folder."""
+    """Lightning's ``TensorBoardLogger``: images and text; pages lie in its folder."""
 
     def log_images(self, images: Mapping[str, Picture], step: int) -> None:
         """In the images tab."""
@@ -25,21 +25,3 @@ class TensorBoardWriter(LoggerWriter):
         """A file beside the event file: TensorBoard shows no pages."""
         with complete_or_absent(Path(self.logger.log_dir) / path_of(f"{name}.html")) as part:
             part.write_text(html, encoding="utf-8")
-
-    def log_best(self, values: Mapping[str, float], step: int) -> None:
-        """In the hparams tab, beside the hyperparameters.
-
-        A run names the columns of that tab once. Lightning names ``hp_metric`` alone, unless the logger is made with
-        ``default_hp_metric=False``; only then is there room for these values. Without hyperparameters the tab shows
-        nothing.
-        """
-        if self.logger.hparams and not self.logger._default_hp_metric:
-            self.logger.log_hyperparams(self.logger.hparams, dict(values), step)
-
-    def arrange(self, charts: Mapping[str, Mapping[str, str]]) -> None:
-        """In the custom scalars tab, of which TensorBoard takes what a run says first."""
-        layout = {
-            section: {title: ["Multiline", [pattern]] for title, pattern in of_section.items()}
-            for section, of_section in charts.items()
-        }
-        self.logger.experiment.add_custom_scalars(layout)

@@ -60,9 +60,3 @@ class LoggerWriter(ABC):
 
     def log_table(self, name: str, path: Path, step: int) -> None:  # noqa: B027
         """Take a table that is in a Parquet file already."""
-
-    def log_best(self, values: Mapping[str, float], step: int) -> None:  # noqa: B027
-        """Take at the end of a fit what its run is compared by with others, of its best epoch, by name."""
-
-    def arrange(self, charts: Mapping[str, Mapping[str, str]]) -> None:  # noqa: B027
-        """Show curves together: by section and title, a pattern (regular expression) of their names."""

@@ -8,7 +8,7 @@ from dataclasses import is_dataclass
 from typing import Any, cast
 
 from lightning_xattn.core.names import valid
-from lightning_xattn.evaluation.fusion_samples import most_conflicting, of_sample
+from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch, Results
@@ -83,8 +83,8 @@ def _collect_dataset(result: DatasetResult) -> dict[str, Any]:
 
 
 def _collect_fusion(fusion: FusionSummary, class_names: Sequence[str]) -> dict[str, Any]:
-    has_contributions = not fusion.uncontributed
-    has_shares = has_contributions and not fusion.of_value
+    has_contributions = not fusion.contribution_problem
+    has_shares = has_contributions and not fusion.is_regression
 
     def subset_facts(subset: Subset) -> dict[str, Any]:
         chosen = subset.chosen
@@ -101,22 +101,22 @@ def _collect_fusion(fusion: FusionSummary, class_names: Sequence[str]) -> dict[s
         "samples": fusion.samples,
         "groups": fusion.known_groups,
         "group_noun": fusion.group_noun,
-        "left_out": fusion.left_out,
+        "nonfinite": fusion.nonfinite,
         "largest_class": fusion.largest_class,
         "modalities": [
             {
                 "name": name,
                 "probe_accuracy": fusion.estimate(f"right/{name}"),
-                "unreadable": fusion.unreadable.get(name, ""),
+                "probe_problem": fusion.probe_problems.get(name, ""),
                 "contribution": fusion.estimate(f"phi/{name}") if has_shares else None,
                 "share": fusion.share(name) if has_shares else None,
-                "size": fusion.size(name) if has_contributions and fusion.of_value else None,
+                "size": fusion.size(name) if has_contributions and fusion.is_regression else None,
             }
             for name in fusion.modalities
         ],
         "subsets": [*map(subset_facts, list_subsets(class_names))],
         "probe_right": fusion.estimate("probe_right"),
-        "uncontributed": fusion.uncontributed,
+        "contribution_problem": fusion.contribution_problem,
         "interactions": {name: fusion.estimate(name) for name in fusion.interactions},
         "emap_accuracy": fusion.estimate("additive_right") if has_shares else None,
         "model_accuracy": fusion.estimate("model_right") if has_shares else None,
@@ -127,14 +127,14 @@ def _collect_fusion(fusion: FusionSummary, class_names: Sequence[str]) -> dict[s
                 "faithfulness": fusion.faithfulness(direction),
                 "reference": fusion.faithfulness(direction, "reference"),
                 "cost": fusion.estimate(f"cost/{direction}"),
-                "unfaithful": fusion.unfaithful(direction),
+                "faithfulness_problem": fusion.faithfulness_problem(direction),
                 "without_reference": one.without_reference,
                 "at_attention": one.at_attention,
             }
             for direction, one in fusion.replaced.items()
         ],
         "conflicting": [
-            {"sample_idx": int(fusion.sample_numbers[i]), "modalities": of_sample(fusion, i, class_names)}
+            {"sample_idx": int(fusion.sample_numbers[i]), "modalities": describe_modalities(fusion, i, class_names)}
             for i in most_conflicting(fusion)
         ],
     }

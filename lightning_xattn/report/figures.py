@@ -15,7 +15,7 @@ from lightning_xattn.core.attention import Direction, TokenAxis, fitting_axes
 from lightning_xattn.core.files import path_of
 from lightning_xattn.core.names import shown
 from lightning_xattn.core.wording import decimal, describe_size
-from lightning_xattn.evaluation.fusion_samples import most_conflicting, of_sample
+from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult
@@ -49,7 +49,7 @@ def limit_classes(result: DatasetResult, kept: Sequence[int] | None = None) -> D
     """The same with the largest ``SHOWN_CLASSES`` classes, or with these, and the others as one."""
     if len(result.class_names) <= SHOWN_CLASSES + 1:
         return result
-    return result.with_classes(result.largest_classes(SHOWN_CLASSES) if kept is None else kept)
+    return result.merge_classes(result.largest_classes(SHOWN_CLASSES) if kept is None else kept)
 
 
 def epoch_figures(
@@ -165,7 +165,7 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
         panels.append(Panel("alignment", by_outcome("alignment"), (-1, 1), null))
     if any(name.startswith("entropy/") for name in known):
         panels.append(Panel("entropy", by_outcome("entropy"), (0, 1)))
-    if "read_samples" in known:
+    if "probed_samples" in known:
         largest = "largest class", over("largest_class")
         panels.append(Panel("conflict of the probes", by_outcome("conflict"), (0, 1)))
         panels.append(Panel("accuracy of each probe", of_each("probe/"), (0, 1), largest))
@@ -224,7 +224,7 @@ def fusion_figures(
             context=context,
         )
         yield f"xattn_conflict/{scope}/confidence", figure
-    if not summary.uncontributed and not summary.of_value:
+    if not summary.contribution_problem and not summary.is_regression:
         shares = {
             modality: (
                 [share(modality, class_id, None) for class_id in range(len(class_names))],
@@ -244,10 +244,10 @@ def fusion_figures(
         )
     rows = []
     for i in most_conflicting(summary):
-        one = of_sample(summary, i, all_names)
+        one = describe_modalities(summary, i, all_names)
         true = "" if one.true is None else f"\ntrue: {one.true}"
         title = f"{int(summary.sample_numbers[i])}: {one.predicted} ({decimal(one.confidence)}){true}"
-        rows.append(SampleRow(title, one.says, one.contributions))
+        rows.append(SampleRow(title, one.probes, one.contributions))
     if rows:
         yield f"xattn_conflict/{scope}/samples", plot_conflicting_samples(rows, context=context)
 

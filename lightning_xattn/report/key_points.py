@@ -98,8 +98,8 @@ def describe_probes(fusion: FusionSummary) -> str:
     found = []
     for name in fusion.modalities:
         probe, accuracy = f"the probe on {name_modality(name)}", fusion.estimate(f"right/{name}")
-        if name in fusion.unreadable:
-            found.append(f"{probe} is not used: {fusion.unreadable[name]}")
+        if name in fusion.probe_problems:
+            found.append(f"{probe} is not used: {fusion.probe_problems[name]}")
         else:
             found.append(f"{probe} is right in {format_percent(accuracy, '95 % CI ')} of the samples")
     if not math.isnan(fusion.largest_class):
@@ -118,9 +118,9 @@ def _describe_conflict(fusion: FusionSummary) -> str:
 
 def describe_contributions(fusion: FusionSummary) -> str:
     """How much each modality contributes, and which one the model mostly uses."""
-    if fusion.uncontributed:
-        return f"not computed: {fusion.uncontributed}."
-    if fusion.of_value:
+    if fusion.contribution_problem:
+        return f"not computed: {fusion.contribution_problem}."
+    if fusion.is_regression:
         sizes = (
             f"{name_modality(one)} moves the output by {decimal(fusion.size(one).mean, 3)}" for one in fusion.modalities
         )
@@ -149,14 +149,14 @@ def describe_faithfulness(result: DatasetResult) -> str:
     fusion, earlier = result.fusion, result.earlier_test
     if fusion is not None and fusion.replaced:
         found = [
-            describe_ranking(direction, fusion.faithfulness(direction), fusion.unfaithful(direction))
+            describe_ranking(direction, fusion.faithfulness(direction), fusion.faithfulness_problem(direction))
             for direction in fusion.replaced
         ]
         return f"{'; '.join(found)}."
     if earlier is None:
         return "not tested." if result.summaries else "the model has no cross-attention."
     found = [
-        describe_ranking(Direction.parse(name), Estimate(*values, 0, None), earlier.unfaithful[name])
+        describe_ranking(Direction.parse(name), Estimate(*values, 0, None), earlier.problems[name])
         for name, values in earlier.faithfulness.items()
     ]
     return f"not tested in this epoch; in epoch {earlier.epoch}, the last one with a test: {'; '.join(found)}."

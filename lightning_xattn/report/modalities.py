@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.wording import by_reason, name_modality
-from lightning_xattn.evaluation.fusion_samples import most_conflicting, of_sample
+from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.report.document import Block, Item, Items, Paragraph, Table
 from lightning_xattn.report.estimates import (
@@ -44,24 +44,25 @@ def describe_fusion(fusion: FusionSummary, class_names: Sequence[str], classes_b
     noun = fusion.group_noun
     size = f"{fusion.samples} of {fusion.known_groups} {noun}" if noun else str(fusion.samples)
     counts: list[Item] = [("Samples", size, ())]
-    if fusion.left_out:
-        counts.append(("Samples left out, as their fusion inputs are not finite", str(fusion.left_out), ()))
+    if fusion.nonfinite:
+        counts.append(("Samples left out, as their fusion inputs are not finite", str(fusion.nonfinite), ()))
     yield Items(counts)
     yield _tabulate_modalities(fusion)
     yield explain_brackets(noun)
-    for reason, names in by_reason(fusion.unreadable).items():
+    for reason, names in by_reason(fusion.probe_problems).items():
         yield Paragraph(f"No probe on {' and '.join(map(name_modality, names))}: {reason}.")
-    if fusion.uncontributed:
-        yield Paragraph(f"Contributions not computed: {fusion.uncontributed}.")
+    if fusion.contribution_problem:
+        yield Paragraph(f"Contributions not computed: {fusion.contribution_problem}.")
     yield from _tabulate_subsets(fusion, class_names, classes_by)
     if whole := list(_describe_whole(fusion)):
         yield Items(whole, "Over all samples")
     if fusion.replaced:
         yield Items([_describe_direction(fusion, one) for one in fusion.replaced], "Faithfulness of the attention")
     if conflicting := most_conflicting(fusion):
-        among = "" if fusion.uncontributed else ", among those that were permuted"
+        among = "" if fusion.contribution_problem else ", among those that were permuted"
         found = [
-            (f"Sample {int(fusion.sample_numbers[i])}", str(of_sample(fusion, i, class_names)), ()) for i in conflicting
+            (f"Sample {int(fusion.sample_numbers[i])}", str(describe_modalities(fusion, i, class_names)), ())
+            for i in conflicting
         ]
         yield Items(found, f"Samples of largest conflict{among}")
     compared = [describe_comparison(one, one, fusion.compare(one), noun) for one in shown_scores(fusion)]
@@ -73,19 +74,21 @@ def _tabulate_modalities(fusion: FusionSummary) -> Table:
     directions = {direction.key: direction for direction in fusion.replaced}
 
     def probe(name: str) -> str:
-        return format_percent(fusion.estimate(f"right/{name}")) + (" (not used)" if name in fusion.unreadable else "")
+        return format_percent(fusion.estimate(f"right/{name}")) + (
+            " (not used)" if name in fusion.probe_problems else ""
+        )
 
     def faithfulness(name: str) -> str:
         direction = directions.get(name)
-        reason = "undefined" if direction is None else fusion.unfaithful(direction)
+        reason = "undefined" if direction is None else fusion.faithfulness_problem(direction)
         if direction is None or reason:
             return "bypassed" if reason.startswith("bypassed") else "undefined"
         return format_estimate(fusion.faithfulness(direction), signed=True)
 
     columns = {"probe accuracy": probe}
-    if fusion.uncontributed:
+    if fusion.contribution_problem:
         pass
-    elif fusion.of_value:
+    elif fusion.is_regression:
         columns["mean size of the contribution"] = lambda name: format_estimate(fusion.size(name))
     else:
         columns["contribution"] = lambda name: format_estimate(fusion.estimate(f"phi/{name}"), signed=True)
@@ -99,12 +102,12 @@ def _tabulate_modalities(fusion: FusionSummary) -> Table:
 def _tabulate_subsets(fusion: FusionSummary, class_names: Sequence[str], classes_by: str | None) -> Iterator[Table]:
     subsets, names = list_subsets(class_names), fusion.modalities
     columns: dict[str, list[str]] = {}
-    if not fusion.unreadable:
+    if not fusion.probe_problems:
         columns["conflict"] = [format_estimate(fusion.estimate("conflict", *one.chosen)) for one in subsets]
         if len(names) == 2:
             supports = [fusion.estimate("supports_first", *one.chosen) for one in subsets]
             columns[f"supported more by {name_modality(names[0])}"] = [*map(format_percent, supports)]
-    if not fusion.uncontributed and not fusion.of_value:
+    if not fusion.contribution_problem and not fusion.is_regression:
         for name in names:
             shares = [fusion.share(name, *one.chosen) for one in subsets]
             columns[f"share of {name_modality(name)}"] = [*map(format_percent, shares)]
@@ -118,12 +121,12 @@ def _describe_whole(fusion: FusionSummary) -> Iterator[Item]:
     right = fusion.estimate("probe_right")
     if right.count:
         yield "Wrong predictions for which the probe on a modality is right", format_percent(right), ()
-    unit = "of the output" if fusion.of_value else "centred logits"
+    unit = "of the output" if fusion.is_regression else "centred logits"
     for name in fusion.interactions:
         pair = name.partition("/")[2]
         label = f"Interaction{f' of {pair}' if pair else ''} ({unit})"
         yield label, format_estimate(fusion.estimate(name), signed=True), ()
-    if not fusion.uncontributed and not fusion.of_value:
+    if not fusion.contribution_problem and not fusion.is_regression:
         additive, model = (fusion.estimate(name) for name in ("additive_right", "model_right"))
         if additive.count:
             accuracies = f"{format_percent(additive)}, the model's {format_percent(model)}"
@@ -132,7 +135,7 @@ def _describe_whole(fusion: FusionSummary) -> Iterator[Item]:
 
 def _describe_direction(fusion: FusionSummary, direction: Direction) -> Item:
     label = f"{name_modality(direction.query)} → {name_modality(direction.key)}"
-    reason, replaced = fusion.unfaithful(direction), fusion.replaced[direction]
+    reason, replaced = fusion.faithfulness_problem(direction), fusion.replaced[direction]
     if reason:
         return label, f"not computed: {reason}", ()
     ranking = describe_ranking(direction, fusion.faithfulness(direction), "")

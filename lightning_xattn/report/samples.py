@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_xattn.core.attention import Direction, TokenAxis, fitting_axes
 from lightning_xattn.core.names import shown
 from lightning_xattn.core.wording import decimal, name_modality
-from lightning_xattn.evaluation.fusion_samples import SampleModalities, of_sample
+from lightning_xattn.evaluation.fusion_samples import SampleModalities, describe_modalities
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch
 from lightning_xattn.functional import lift_map, prepare_rows
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
@@ -48,7 +48,7 @@ def list_dataset(result: DatasetResult, pictures: Pictures) -> Iterator[SampleEn
         rows = read_rows(result.table, next(iter(result.summaries), None))
         for row in _choose_listed(rows, lambda row: (0, row["sample_idx"]) in result.maps):
             i = place_in_fusion.get(row["sample_idx"])
-            known = _read_row(row, names) if fusion is None or i is None else of_sample(fusion, i, names)
+            known = _read_row(row, names) if fusion is None or i is None else describe_modalities(fusion, i, names)
             yield _entry_of_row(row, known, result, pictures)
     elif fusion is not None:
         process = fusion.rows["process"]
@@ -58,7 +58,7 @@ def list_dataset(result: DatasetResult, pictures: Pictures) -> Iterator[SampleEn
             outcome = {CORRECT: True, INCORRECT: False}.get(int(fusion.outcomes[i]))
             name = f"{number} of process {rank}" if several else str(number)
             more = [*_maps_of(result, (rank, number)), *_shrink(pictures, name)]
-            yield _entry(place, name, of_sample(fusion, i, names), outcome, {}, more)
+            yield _entry(place, name, describe_modalities(fusion, i, names), outcome, {}, more)
 
 
 def _choose_listed(samples: Iterable[Item], has_maps: Callable[[Item], bool]) -> list[Item]:
@@ -109,7 +109,7 @@ def _entry(
         known.true or "",
         _OUTCOMES[correct],
         {"confidence": known.confidence, "conflict": known.conflict, "share": share, **numbers},
-        [Paragraph(str(known))] if known.says or known.contributions else [],
+        [Paragraph(str(known))] if known.probes or known.contributions else [],
         pictures,
         training,
     )

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.attribution.kept_samples import Collected
+from lightning_xattn.attribution.bottom_k import BottomKSample
+from lightning_xattn.attribution.kept_samples import KeptSamples
 from lightning_xattn.attribution.recorder import FusionRecord
 from lightning_xattn.attribution.replay import ModelOutput
 from lightning_xattn.core.errors import XAttnWarning
@@ -56,7 +57,7 @@ def test_positions_types_and_times_are_no_mask(name):
 
 @pytest.mark.parametrize("has_attention", [True, False])
 @pytest.mark.parametrize("label", ["left_mask", "left_padding_mask"])
-def test_attention_tells_which_of_a_masks_values_is_padding_and_else_its_name_does(label, has_attention, infos):
+def test_a_masks_padding_is_found_by_the_attention_or_else_by_its_name(label, has_attention, infos):
     """With attention the mask is hidden-is-True whatever its name; without, its name is believed, and that is said."""
 
     class Masked(Fusion if has_attention else Concatenation):
@@ -83,7 +84,7 @@ def test_attention_tells_which_of_a_masks_values_is_padding_and_else_its_name_do
     said = f"as left (its mask '{label}', True for {'padding' if hidden else 'a real token'}) and right"
     assert any(said in one for one in infos.messages)
     assert summary.estimate("right/left").mean > 0.85
-    assert summary.left_out == 0
+    assert summary.nonfinite == 0
 
 
 @pytest.mark.parametrize("targets", [True, False])
@@ -99,8 +100,8 @@ def test_a_model_that_diverges_to_nan_still_ends_its_validation(targets):
             one.weight.fill_(math.nan)
     with pytest.warns(XAttnWarning):
         summary = summary_of(module, DATA, fusion="fusion", modalities={"left": 0, "right": 1})
-    assert (summary.samples, summary.left_out) == (0, 160)
-    assert summary.unreadable["left"] == "what enters the fusion is not finite in any sample"
+    assert (summary.samples, summary.nonfinite) == (0, 160)
+    assert summary.probe_problems["left"] == "what enters the fusion is not finite in any sample"
 
 
 def test_replays_leave_metrics_tensors_and_containers_as_they_were():
@@ -172,7 +173,7 @@ def test_contributions_to_a_value_have_a_size_and_no_share():
     assert math.isnan(summary.share("left").mean)
 
 
-def test_shares_of_what_is_not_clearly_there_are_not_told():
+def test_shares_of_an_unclear_total_are_not_computed():
     summary = summary_of(trained(Sum(), DATA, epochs=5), DATA, **NAMED)
     summary.numbers["phi/left"] = torch.randn(160).double() * 0.3
     summary.numbers["phi/right"] = -summary.numbers["phi/left"] + 1e-4
@@ -185,7 +186,7 @@ def test_too_few_groups_are_the_reason_where_they_are():
         return batch[3] % 4
 
     summary = summary_of(trained(Sum(), DATA), DATA, groups=patients, **NAMED)
-    assert summary.unreadable["left"] == "there are 4 groups, and it takes 5 to claim anything"
+    assert summary.probe_problems["left"] == "it needs 5 groups, this run had 4"
 
 
 def test_faithfulness_takes_as_many_samples_as_have_a_partner():
@@ -202,9 +203,9 @@ def test_faithfulness_takes_as_many_samples_as_have_a_partner():
     torch.manual_seed(0)
     with pytest.warns(XAttnWarning, match="the number of tokens changes from batch to batch"):
         summary = summary_of(Shortened(), DATA, groups=groups)
-    reasons = [summary.unfaithful(direction) for direction in summary.replaced]
+    reasons = [summary.faithfulness_problem(direction) for direction in summary.replaced]
     assert reasons
-    assert all("it takes 128 samples, and 0 have several keys and a partner" in reason for reason in reasons)
+    assert all("it needs 128 samples, and 0 have several keys and a partner" in reason for reason in reasons)
 
 
 def test_each_two_of_three_modalities_have_an_interaction():
@@ -243,7 +244,7 @@ def test_a_class_that_the_model_rules_out_does_not_end_contributions():
     module, plain = RulesOut(Concatenation()), TwoStreams(Concatenation())
     plain.load_state_dict(module.state_dict())
     ours, theirs = (summary_of(one, DATA, **NAMED) for one in (module, plain))
-    assert not ours.uncontributed
+    assert not ours.contribution_problem
     for name in ("phi/left", "interaction", "additive_right"):
         torch.testing.assert_close(ours.numbers[name], theirs.numbers[name], atol=1e-5, rtol=1e-5, equal_nan=True)
 
@@ -264,15 +265,14 @@ def test_confidence_stands_beside_conflict_where_a_step_gives_class_ids_alone():
 
 
 def test_tokens_of_many_lengths_are_kept_of_no_more_samples_than_are_exchanged():
-    collected = Collected(8192, 8)
+    kept = KeptSamples(BottomKSample(8192), BottomKSample(8))
     generator = torch.Generator().manual_seed(0)
     for i in range(200):
         tokens = torch.zeros(4, 2 + i % 20, 3)
         inputs = FusionRecord({"a": (tokens, None)}, {"a": [tokens]}, ModelOutput(torch.zeros(4, 2), torch.zeros(4, 2)))
         keys = torch.randint(2**40, (4,), generator=generator)
         facts = {name: torch.arange(4) for name in ("process", "sample_idx")}
-        collected.add(inputs, keys, None, None, facts, {})
-        assert sum(map(len, collected._permuted.values())) <= 4 * 8 + 4
-    part = collected.part()
-    kept = torch.cat([rows["hash"] for rows in part.token_shapes]).sort().values
-    assert kept[:8].tolist() == part.rows["hash"][:8].tolist()
+        kept.add(inputs, keys, None, None, facts, {})
+        assert len(kept.permuted) < 2 * 8
+    (probed,), hashes = kept.probed.blocks(), torch.cat([rows["hash"] for rows in kept.permuted.blocks()])
+    assert hashes.sort().values.tolist() == probed["hash"][:8].tolist()

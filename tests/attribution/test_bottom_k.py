@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_xattn.attribution.bottom_k import NOT_KEPT, BottomKSample, hashed, smallest
+from lightning_xattn.attribution.bottom_k import NOT_KEPT, BottomKSample, hashed
 
 KEYS = torch.arange(500) * 7 - 1000
 
@@ -40,31 +40,47 @@ def test_hashes_are_even_and_differ_by_salt():
 def test_any_order_and_any_batches_keep_the_same(batch_size):
     expected = KEYS[hashed(KEYS, 0).argsort()[:60]]
     shuffled = KEYS[torch.randperm(500, generator=torch.Generator().manual_seed(batch_size))]
-    pool = BottomKSample(60)
-    for batch in shuffled.split(batch_size):
-        pool.add(rows_of(batch))
-    assert torch.equal(pool.settled()["key"], expected)
-    parts = [BottomKSample(60), BottomKSample(60)]
+    whole, parts = BottomKSample(60), [BottomKSample(60), BottomKSample(60)]
     for i, batch in enumerate(shuffled.split(batch_size)):
+        whole.add(rows_of(batch))
         parts[i % 2].add(rows_of(batch))
-    settled = [one.settled() for one in parts if one.settled() is not None]
-    assert torch.equal(smallest(settled, 60)["key"], expected)
+    for sample in (whole, parts[0] + parts[1]):
+        (rows,) = sample.blocks()
+        assert torch.equal(rows["key"], expected)
 
 
-def test_memory_is_bounded_and_a_snapshot_stays():
-    pool = BottomKSample(20)
-    for batch in KEYS.split(5):
-        pool.add(rows_of(batch))
-        assert sum(len(part["hash"]) for part in pool._parts) < 45
-    before = pool.snapshot()
-    kept = before.settled()["key"]
-    pool.add({"hash": torch.zeros(20, dtype=torch.int64), "key": torch.zeros(20, dtype=torch.int64)})
-    assert torch.equal(before.settled()["key"], kept)
-    assert (pool.settled()["key"] == 0).all()
+@pytest.mark.parametrize("lengths", [1, 7])
+def test_memory_is_bounded_whatever_the_lengths_of_rows(lengths):
+    sample = BottomKSample(20)
+    for i, batch in enumerate(KEYS.split(5)):
+        sample.add(rows_of(batch) | {"tokens": torch.zeros(len(batch), 1 + i % lengths, 2)})
+        assert len(sample) < 45
+    kept = {int(key) for rows in sample.blocks() for key in rows["key"]}
+    assert kept == set(KEYS[hashed(KEYS, 0).argsort()[:20]].tolist())
+    assert len(sample.blocks()) == lengths
 
 
-def test_rows_that_are_not_to_be_kept_never_are():
-    pool = BottomKSample(20)
-    assert pool.settled() is None
-    pool.add({"hash": torch.tensor([NOT_KEPT, 3, NOT_KEPT]), "key": torch.arange(3)})
-    assert pool.settled()["key"].tolist() == [1]
+@pytest.mark.parametrize("cut", [0, 1, 100, 250])
+def test_a_size_that_shrinks_leaves_what_it_would_have_left_from_the_start(cut):
+    parts = [BottomKSample(60), BottomKSample(60)]
+    for sample, keys in zip(parts, (KEYS[:cut], KEYS[cut:]), strict=True):
+        for batch in keys.split(7):
+            sample.add(rows_of(batch))
+    parts[1].size = 20
+    (rows,) = (parts[0] + parts[1]).blocks()
+    assert torch.equal(rows["key"], KEYS[hashed(KEYS, 0).argsort()[:20]])
+
+
+def test_rows_that_must_not_be_kept_never_are():
+    sample = BottomKSample(20)
+    assert sample.blocks() == []
+    sample.add({"hash": torch.tensor([NOT_KEPT, 3, NOT_KEPT]), "key": torch.arange(3)})
+    assert [rows["key"].tolist() for rows in sample.blocks()] == [[1]]
+
+
+def test_a_change_of_columns_leaves_the_sample_as_it_is():
+    sample = BottomKSample(20)
+    sample.add(rows_of(KEYS))
+    (rows,), (changed,) = sample.blocks(), sample.map(lambda one: one | {"key": -one["key"]}).blocks()
+    assert torch.equal(changed["key"], -rows["key"])
+    assert torch.equal(sample.blocks()[0]["key"], rows["key"])

@@ -21,7 +21,7 @@ from tests.attribution.models import (
 )
 
 
-def test_the_explainer_says_what_the_callback_says():
+def test_the_explainer_and_the_callback_agree():
     data, _ = said_data(60)
     module = trained(None, data, epochs=5)
     expected = summary_of(module, data)
@@ -68,11 +68,12 @@ def test_an_explained_folder_is_gone_on_with(tmp_path):
             torch.testing.assert_close(ours.numbers[name], values, equal_nan=True, atol=0, rtol=0)
 
 
-def test_the_table_has_what_is_said_of_each_sample(tmp_path):
+def test_the_table_has_the_numbers_of_each_sample(tmp_path):
     data, _ = said_data(150)
     module = trained(None, data, epochs=5)
     callback = watch_of(module, data, table=tmp_path, contribution_samples=64)
-    frame = pd.read_parquet(tmp_path).set_index("sample_id")
+    frame = pd.read_parquet(tmp_path / "attention").merge(pd.read_parquet(tmp_path / "samples"), how="left")
+    frame = frame.set_index("sample_id")
     summary = callback.fusion_summaries["val"]
     ids = {int(one): str(int(sample)) for sample, one in zip(data.tensors[3], hashed(data.tensors[3], 0), strict=True)}
     rows = frame.loc[[ids[int(one)] for one in summary.rows["hash"]]]
@@ -87,17 +88,19 @@ def test_the_table_has_what_is_said_of_each_sample(tmp_path):
         np.testing.assert_allclose(rows[f"probe_{name}_probability"], probe.amax(1), rtol=1e-5)
     few = TensorDataset(*(one[:30] for one in data.tensors))
     watch_of(module, few, table=tmp_path / "few")
-    unread = pd.read_parquet(tmp_path / "few")
-    assert unread[["conflict", "support_difference", "reading_left", "reading_left_probability"]].isna().all(axis=None)
+    unread = pd.read_parquet(tmp_path / "few/samples")
+    assert unread[["conflict", "support_difference", "probe_left", "probe_left_probability"]].isna().all(axis=None)
     assert unread["contribution_left"].notna().all()
-    both = duckdb.sql(f"select count(conflict), count(*) from read_parquet('{tmp_path}/**/*.parquet')").fetchall()
+    both = duckdb.sql(
+        f"select count(conflict), count(*) from read_parquet('{tmp_path}/**/samples/*.parquet')"
+    ).fetchall()
     assert both == [(150, 180)]
 
 
 def test_a_table_of_a_model_without_attention(tmp_path):
     data, _ = said_data(60)
     watch_of(trained(Concatenation(), data), data, table=tmp_path, **NAMED)
-    frame = pd.read_parquet(tmp_path)
+    frame = pd.read_parquet(tmp_path / "attention")
     assert len(frame) == 60
     assert frame["layer"].isna().all()
-    assert frame["conflict"].notna().all()
+    assert pd.read_parquet(tmp_path / "samples")["conflict"].notna().all()

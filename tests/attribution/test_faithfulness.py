@@ -169,7 +169,7 @@ def test_every_number_is_the_references():
         assert summary.faithfulness(BACK, name).mean == pytest.approx(expected, abs=1e-4)
 
 
-def test_keys_that_are_not_seen_are_replaced_where_they_enter_the_fusion():
+def test_unseen_keys_are_replaced_where_they_enter_the_fusion():
     """Of a softmax by hand; the other direction asks with these tokens, too."""
     module, data = Gazer(way="softmax"), marked_data(130)
     summary = summary_of(module, data)
@@ -189,7 +189,7 @@ def test_keys_that_are_not_seen_are_replaced_where_they_enter_the_fusion():
         assert float(summary.numbers[f"cost/{THERE}"][i]) == pytest.approx(cost, abs=1e-6)
 
 
-def test_tokens_whose_samples_stand_second_are_replaced_alike():
+def test_tokens_with_samples_on_the_second_axis_are_replaced_too():
     class SequenceFirst(Gazing):
         def forward(self, left, right):
             return super().forward(left.transpose(0, 1), right.transpose(0, 1))
@@ -220,12 +220,14 @@ def test_uniform_attention_ranks_nothing():
     assert abs(found.mean) <= 0.05
 
 
-def test_what_is_bypassed_is_not_told(infos):
+def test_a_bypassed_attention_has_no_faithfulness(infos):
     summary = summary_of(Gazer(used=0.0))
     assert math.isnan(summary.faithfulness(THERE).mean)
     assert math.isnan(summary.faithfulness(THERE, "reference").mean)
-    assert summary.unfaithful(THERE).startswith("bypassed: it costs 0.000 (95 % CI ± less than 0.001) to replace")
-    assert not summary.unfaithful(BACK)
+    assert summary.faithfulness_problem(THERE).startswith(
+        "bypassed: it costs 0.000 (95 % CI ± less than 0.001) to replace"
+    )
+    assert not summary.faithfulness_problem(BACK)
 
 
 @pytest.mark.filterwarnings("ignore:.*did not run")
@@ -263,8 +265,8 @@ def test_zero_is_never(infos):
 def test_it_takes_128_samples(infos):
     summary = summary_of(Gazer(), marked_data(127))
     assert math.isnan(summary.faithfulness(THERE).mean)
-    assert summary.unfaithful(THERE) == "it takes 128 samples, and 127 were permuted"
-    told = f"The faithfulness of the attention {THERE} and {BACK} cannot be told: it takes 128 samples"
+    assert summary.faithfulness_problem(THERE) == "it needs 128 samples, and 127 were permuted"
+    told = f"Faithfulness of the attention {THERE} and {BACK} not computed: it needs 128 samples"
     assert infos.text.count(told) == 1
 
 
@@ -287,7 +289,7 @@ def test_it_takes_128_samples(infos):
     ],
     ids=["used", "bypassed", "uniform"],
 )
-def test_a_report_says_it_with_the_number(fusion, said, cell):
+def test_a_report_has_the_faithfulness_with_its_number(fusion, said, cell):
     result = DatasetResult({}, summary_of(Gazer(**fusion)), ("a", "b", "c"), "target", {}, None)
     text = create_explainability_report(result)
     assert f"- **Faithfulness:** {said}" in text
@@ -314,7 +316,7 @@ class StopAfter(pl.Callback):
         trainer.should_stop = trainer.current_epoch == 1
 
 
-def test_a_report_says_from_which_epoch_its_faithfulness_is(tmp_path, infos):
+def test_a_report_names_the_epoch_of_its_faithfulness(tmp_path, infos):
     """Where the fit ends before the last epoch that was planned, it is that of the last test."""
     watch = AttentionExplainabilityCallback(NAMED, sample_ids=sample_ids)
     loader = loader_of(marked_data(130))
@@ -324,8 +326,8 @@ def test_a_report_says_from_which_epoch_its_faithfulness_is(tmp_path, infos):
     trainer.fit(Fitted(), loader, loader)
     tested, last = watch.history
     assert (tested["epoch"], last["epoch"]) == (0, 1)
-    assert tested["unfaithful"] == {str(THERE): "", str(BACK): ""}
-    assert "unfaithful" not in last
+    assert tested["faithfulness_problems"] == {str(THERE): "", str(BACK): ""}
+    assert "faithfulness_problems" not in last
     name = f"faithfulness/{THERE}"
     low, value, high = (tested[f"{name}{end}"] for end in ("_low", "", "_high"))
     assert low < value < high
@@ -340,10 +342,10 @@ def test_a_report_says_from_which_epoch_its_faithfulness_is(tmp_path, infos):
     assert f"**Faithfulness:** not tested in this epoch; in epoch 0, the last one with a test: {said}" in second
 
 
-def test_an_earlier_test_that_told_nothing_is_said_to_have_told_nothing():
+def test_an_earlier_test_without_a_result_is_reported_as_such():
     history = [
-        {"epoch": 3, "unfaithful": {"left_to_right": ""}, "faithfulness/left_to_right": 0.5},
-        {"epoch": 7, "unfaithful": {"left_to_right": "bypassed: why"}},
+        {"epoch": 3, "faithfulness_problems": {"left_to_right": ""}, "faithfulness/left_to_right": 0.5},
+        {"epoch": 7, "faithfulness_problems": {"left_to_right": "bypassed: why"}},
         {"epoch": 8},
     ]
     assert EarlierTest.find(history[2:]) is None
@@ -404,4 +406,4 @@ def test_a_regression_has_no_class_to_lose(infos):
     data, _ = said_data(130)
     left, right, target, ids = data.tensors
     summary = summary_of(TwoStreams(outputs=1), TensorDataset(left, right, target.float(), ids), attention=None)
-    assert summary.unfaithful(THERE) == "the predictions are no classes"
+    assert summary.faithfulness_problem(THERE) == "the model predicts no classes"

@@ -87,12 +87,12 @@ def test_it_is_found(fusion, call, where, infos):
     assert f"what enters '{where}' as left and right" in said_of(infos)
     summary = watch.fusion_summaries["val"]
     assert summary.modalities == ("left", "right")
-    assert not summary.uncontributed
+    assert not summary.contribution_problem
     # The left tokens say the target; the features that are read are those of the left encoder.
     assert summary.estimate("right/left").mean > 0.9
 
 
-def test_equal_numbers_of_tokens_are_told_apart_by_name_alone(infos):
+def test_modalities_of_equal_length_are_found_by_name_alone(infos):
     class Alike(TwoStreams):
         def forward(self, one, other):
             return self.head(self.fusion(self.left(one), self.right(other)[:, :5]))
@@ -103,7 +103,7 @@ def test_equal_numbers_of_tokens_are_told_apart_by_name_alone(infos):
     paths = {"left_to_right": "fusion.left_to_right", "right_to_left": "fusion.right_to_left"}
     watch = look(Alike(ByNumbers()), attention=paths)
     assert not watch.fusion_summaries
-    unclear = next(said for said in infos.messages if "cannot be told" in said)
+    unclear = next(said for said in infos.messages if "not computed" in said)
     assert all(fact in unclear for fact in ("left and right", "'fusion'", "first (16, 5, 12)", "modalities="))
 
 
@@ -124,7 +124,7 @@ def test_a_model_without_attention_needs_a_name():
     watch = look(TwoStreams(Concatenation()), fusion="fusion", modalities={"left": 0, "right": 1})
     summary = watch.fusion_summaries["val"]
     assert summary.estimate("right/left").mean > 0.9
-    assert not summary.uncontributed
+    assert not summary.contribution_problem
     assert watch.summaries == {}
     assert watch.history[0]["probe/left"] == pytest.approx(summary.estimate("right/left").mean)
 
@@ -134,7 +134,7 @@ def test_a_named_fusion_whose_arguments_only_attention_would_tell():
         look(TwoStreams(Concatenation()), fusion="fusion")
 
 
-def test_a_named_fusion_that_does_not_run_is_said():
+def test_a_named_fusion_that_does_not_run_gives_a_message():
     class Beside(TwoStreams):
         def __init__(self):
             super().__init__()
@@ -237,7 +237,7 @@ def test_a_model_whose_steps_run_as_its_forward_is_its_own_fusion(infos):
         found.append(watch.history[0])
     assert sum("ran 2 times in a step, which is left out" in said for said in infos.messages) == 2
     plain, wrapped = found
-    assert wrapped["read_samples"] == 13  # of steps in which it runs once
+    assert wrapped["probed_samples"] == 13  # of steps in which it runs once
     assert wrapped["contribution/audio"] == plain["contribution/audio"] != 0
     assert repr(wrapped) == repr(plain)
 
@@ -258,7 +258,7 @@ def test_padding_is_not_read_and_masks_go_with_their_modality():
     quiet_trainer(callbacks=[watch]).validate(Padded(), loader_of(data), verbose=False)
     summary = watch.fusion_summaries["val"]
     assert summary.estimate("right/left").mean > 0.9
-    assert not summary.uncontributed
+    assert not summary.contribution_problem
 
 
 @pytest.mark.parametrize("form", ["added", "shares", "four axes", "hidden"])
@@ -288,8 +288,8 @@ def test_masks_in_any_form_go_with_their_tokens(form):
         quiet_trainer(callbacks=[watch]).validate(Padded(Masked()), loader_of(data), verbose=False)
         summary = watch.fusion_summaries["val"]
         assert summary.estimate("right/left").mean > 0.85
-        assert summary.left_out == 0
-        assert not summary.uncontributed
+        assert summary.nonfinite == 0
+        assert not summary.contribution_problem
 
 
 def batches(masks):
@@ -346,7 +346,7 @@ def test_a_mask_that_changes_between_batches_ends_no_run_and_nothing_is_read_wit
     model, watch = MaskedStreams(), AttentionExplainabilityCallback()
     quiet_trainer(callbacks=[watch]).validate(model, batches(masks), verbose=False)
     assert watch.history[0]["samples"] == 10 * len(masks)
-    assert watch.history[0]["read_samples"] == read
+    assert watch.history[0]["probed_samples"] == read
     said = [one for one in infos.messages if "in a step" in one]
     assert len(said) == bool(facts)
     for fact in facts:

@@ -1,85 +1,69 @@
-"""What is kept of the samples that enter a fusion: the same of several processes as of one."""
+"""The kept samples of several processes are those of one."""
+
+import pickle
+from functools import reduce
+from operator import add
 
 import pytest
 import torch
 
-from lightning_xattn.attribution.bottom_k import hashed
-from lightning_xattn.attribution.kept_samples import FusionPart, merge_parts
+from lightning_xattn.attribution.bottom_k import BottomKSample, hashed
+from lightning_xattn.attribution.kept_samples import KeptSamples
+from lightning_xattn.attribution.recorder import FusionRecord
+from lightning_xattn.attribution.replay import ModelOutput
 from lightning_xattn.functional.outcomes import UNKNOWN
 
 SHORT, LONG = 3, 5
 
-
-def rows_of(keys):
-    """What is read of samples: of each all its numbers say which one it is."""
-    columns = {"hash": hashed(keys, 0), "group": keys // 4, "class": keys % 3, "target": keys % 3, "correct": keys % 2}
-    columns |= {"prediction": keys % 3, "confidence": keys / 60}
-    return columns | {"features/a": keys[:, None] + torch.tensor([0.0, 0.5])}
-
-
-def geometry_of(keys, tokens):
-    return {
-        "hash": hashed(keys, 0),
-        "group": keys // 4,
-        "tokens/a/0": keys[:, None, None].expand(-1, tokens, 2).float(),
-    }
-
-
-def part_of(keys, is_partial=False, left_out=0):
-    """One process's part; odd samples have more tokens than even ones."""
-    by_tokens = [(keys[keys % 2 == odd], tokens) for odd, tokens in ((0, SHORT), (1, LONG))]
-    token_shapes = tuple(geometry_of(some, tokens) for some, tokens in by_tokens if len(some))
-    return FusionPart(("a", "b"), rows_of(keys), token_shapes, "patients", is_partial, left_out)
-
-
-def in_order(keys):
-    return keys[hashed(keys, 0).argsort()]
-
-
 KEYS = torch.arange(60)
 
 
-def assert_same(columns, expected):
-    assert set(columns) == set(expected)
-    for name, values in expected.items():
-        assert torch.equal(columns[name], values), name
+def kept_of(keys, sizes=(100, 100)):
+    """What one process keeps of samples, in one batch each; odd samples have more tokens than even ones."""
+    kept = KeptSamples(BottomKSample(sizes[0]), BottomKSample(sizes[1]))
+    for key in keys.tolist():
+        one = torch.tensor([key])
+        tokens = one[:, None, None].expand(-1, LONG if one % 2 else SHORT, 2).float()
+        tokens = tokens / (one % 30 != 29)  # two samples are not finite
+        output = ModelOutput(one[:, None] / 60 + torch.zeros(1, 2), torch.zeros(1, 2))
+        facts = {"class": one % 3, "target": one % 3, "prediction": one % 3, "correct": one % 2, "confidence": one / 60}
+        facts |= {"process": torch.zeros_like(one), "sample_idx": one}
+        kept.add(FusionRecord({"a": (tokens, None)}, {"a": [tokens]}, output), one, one // 4, "patients", facts, {})
+    return kept
+
+
+def in_order(keys):
+    finite = keys[keys % 30 != 29]
+    return finite[hashed(finite, 0).argsort()].tolist()
+
+
+def samples_of(sample):
+    return [rows["sample_idx"].tolist() for rows in sample.blocks()]
 
 
 @pytest.mark.parametrize("sizes", [(100, 100), (20, 7), (1, 1)])
-def test_parts_of_several_processes_are_that_of_one(sizes):
-    """The second has even samples alone, so that token_shapes do not stand in the same places."""
-    parts = [KEYS[:20], KEYS[20:40:2], torch.cat([KEYS[21:40:2], KEYS[40:]])]
-    merged = merge_parts([part_of(keys) for keys in parts], sizes)
-    assert_same(merged.rows, rows_of(in_order(KEYS)[: sizes[0]]))
-    assert len(merged.token_shapes) == 2
-    for found, odd, tokens in zip(merged.token_shapes, (0, 1), (SHORT, LONG), strict=True):
-        assert_same(found, geometry_of(in_order(KEYS[odd::2])[: sizes[1]], tokens))
-    assert (merged.modalities, merged.group_noun) == (("a", "b"), "patients")
-    assert (merged.is_partial, merged.left_out) == (False, 0)
+def test_those_of_several_processes_are_those_of_one(sizes):
+    """The second process has even samples alone, and the last one nothing."""
+    parts = [KEYS[:20], KEYS[20:40:2], torch.cat([KEYS[21:40:2], KEYS[40:]]), KEYS[:0]]
+    several = [pickle.loads(pickle.dumps(kept_of(keys, sizes).cpu())) for keys in parts]
+    merged, whole = reduce(add, several), kept_of(KEYS, sizes)
+    assert samples_of(merged.probed) == samples_of(whole.probed) == [in_order(KEYS)[: sizes[0]]]
+    permuted = in_order(KEYS)[: sizes[1]]
+    by_length = [[one for one in permuted if one % 2 == odd] for odd in (0, 1)]
+    assert samples_of(merged.permuted) == samples_of(whole.permuted) == by_length
+    for ours, theirs in zip(merged.permuted.blocks(), whole.permuted.blocks(), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (merged.modalities, merged.group_noun, int(merged.nonfinite)) == (("a",), "patients", 2)
 
 
-@pytest.mark.parametrize("partial", [(True, False), (False, True)])
-def test_what_one_process_left_out_is_left_out_of_all(partial):
-    parts = [
-        part_of(KEYS[places], is_partial=one, left_out=left_out)
-        for places, one, left_out in zip((slice(30), slice(30, None)), partial, (2, 3), strict=True)
-    ]
-    merged = merge_parts(parts, (100, 100))
-    assert (merged.is_partial, merged.left_out) == (True, 5)
-    assert merge_parts(parts[:1], (1, 1)) is parts[0]
-
-
-def test_a_part_without_labels_keeps_everything_else():
-    part = part_of(KEYS, left_out=4)
-    bare = part.without_labels()
-    labels = {"class": -1, "target": -1, "prediction": -1, "correct": UNKNOWN}
-    unknown = {name: torch.full_like(KEYS, value) for name, value in labels.items()}
-    confidence = bare.rows.pop("confidence")
-    assert confidence.isnan().all()
-    assert_same(bare.rows, {name: one for name, one in part.rows.items() if name != "confidence"} | unknown)
-    assert bare.token_shapes is part.token_shapes
-    assert (bare.left_out, bare.group_noun, bare.modalities) == (4, "patients", ("a", "b"))
-    moved = part.cpu()
-    assert_same(moved.rows, part.rows)
-    for ours, theirs in zip(moved.token_shapes, part.token_shapes, strict=True):
-        assert_same(ours, theirs)
+def test_without_labels_everything_else_stays():
+    kept = kept_of(KEYS)
+    (rows,), (bare,) = kept.probed.blocks(), kept.without_labels().probed.blocks()
+    for name, value in {"class": -1, "target": -1, "prediction": -1, "correct": UNKNOWN}.items():
+        assert (bare[name] == value).all()
+    assert bare["confidence"].isnan().all()
+    labels = {"class", "target", "prediction", "correct", "confidence"}
+    assert bare.keys() == rows.keys()
+    assert all(torch.equal(bare[name], rows[name]) for name in rows.keys() - labels)
+    assert kept.without_labels().permuted is kept.permuted

@@ -335,5 +335,5 @@ def test_nothing_changes_whatever_a_forward_changes_and_whether_replays_succeed(
         watched = run(habit, stage, fails, [watch])
         assert watched[1:] == plain_run[1:]
         assert str(watched[0]).replace("('fails', True)", "('fails', False)") == str(plain_run[0])
-        problem = watch.fusion_summaries["val"].uncontributed
+        problem = watch.fusion_summaries["val"].contribution_problem
         assert ("this forward runs in a step alone" in problem) == fails, problem

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.attribution.contribution import _Jobs, _replay_jobs
+from lightning_xattn.attribution.contribution import _Job, _replay_jobs
 from lightning_xattn.attribution.replay import ModelOutput, ReplayError
 from tests.attribution.models import WIDTH, Concatenation, TwoStreams, loader_of, said_data
 from tests.toy import count_global_hooks, count_hooks, quiet_trainer
@@ -61,7 +61,7 @@ def test_training_is_bit_for_bit_what_it_is_without(trainer):
     callback = AttentionExplainabilityCallback(faithfulness_every_n_epochs=1)
     watched, others, logged, after = run([callback])
     summary = callback.fusion_summaries["val"]
-    assert not summary.uncontributed
+    assert not summary.contribution_problem
     assert [(one.problem, one.without_reference) for one in summary.replaced.values()] == [("", "")] * 2
     assert len(notes) == len(others)
     assert all(map(torch.equal, notes, others))
@@ -93,7 +93,7 @@ def test_only_what_lies_behind_the_fusion_runs_again():
             self.left = Slow(3, WIDTH)
 
     summary = look(Counted())
-    assert not summary.uncontributed
+    assert not summary.contribution_problem
     assert summary.pairs == 4 * 40
     # Three steps, and the first batch once more, to look and for the evaluation's end.
     assert RUNS == [16, 16, 16, 8]
@@ -111,7 +111,7 @@ def test_without_contributions_nothing_runs_again():
     callback = AttentionExplainabilityCallback(contribution_samples=0)
     quiet_trainer(callbacks=[callback]).validate(Counted(), loader_of(DATA), verbose=False)
     assert RUNS == [16, 16, 8]
-    assert callback.fusion_summaries["val"].uncontributed == "contribution_samples is 0"
+    assert callback.fusion_summaries["val"].contribution_problem == "contribution_samples is 0"
 
 
 class Bypassed(TwoStreams):
@@ -121,15 +121,15 @@ class Bypassed(TwoStreams):
         return super().forward(left, right) + 3 * left.mean(1)[:, :1] * torch.arange(4)
 
 
-def test_a_fusion_that_is_passed_by_is_not_taken_where_there_is_one_around_it(infos):
+def test_a_fusion_that_is_bypassed_gives_way_to_one_around_it(infos):
     summary = look(Bypassed())
     assert any("what enters the model's own forward as left and right" in said for said in infos.messages)
-    assert not summary.uncontributed
+    assert not summary.contribution_problem
 
 
-def test_a_named_fusion_that_is_passed_by_says_so():
+def test_a_named_fusion_that_is_bypassed_has_no_contributions():
     summary = look(Bypassed(Concatenation()), fusion="fusion", modalities={"left": 0, "right": 1})
-    assert "something besides the fusion's tokens reaches the prediction" in summary.uncontributed
+    assert "something besides the fusion's tokens reaches the prediction" in summary.contribution_problem
     assert summary.estimate("right/left").mean > 0.9
 
 
@@ -149,10 +149,10 @@ class OfBatch(Concatenation):
 
 
 @pytest.mark.parametrize("fusion", [Dropping, OfBatch], ids=["dropout", "batch statistics"])
-def test_what_differs_from_run_to_run_is_not_told(fusion):
+def test_a_model_that_differs_from_run_to_run_has_no_contributions(fusion):
     torch.manual_seed(0)
     summary = look(TwoStreams(fusion()), fusion="fusion", modalities={"left": 0, "right": 1})
-    assert summary.uncontributed
+    assert summary.contribution_problem
     assert not [name for name in summary.numbers if name.startswith("phi")]
 
 
@@ -166,7 +166,7 @@ def test_a_model_that_wants_its_number_of_samples_is_run_with_as_many():
     expected = look(TwoStreams())
     torch.manual_seed(0)
     ours = look(Fixed())
-    assert not ours.uncontributed
+    assert not ours.contribution_problem
     torch.testing.assert_close(ours.numbers["phi/left"], expected.numbers["phi/left"])
 
 
@@ -194,7 +194,7 @@ def test_a_model_whose_encoders_cannot_be_skipped_is_run_as_a_whole(infos):
         return module
 
     ours, expected = look(made(Tied)), look(made(TwoStreams))
-    assert not ours.uncontributed
+    assert not ours.contribution_problem
     assert (ours.whole_runs, expected.whole_runs) == (True, False)
     assert sum("it costs as much as 160 samples" in said for said in infos.messages) == 1
     torch.testing.assert_close(ours.numbers["phi/left"], expected.numbers["phi/left"])
@@ -205,7 +205,7 @@ def test_half_precision_is_entered_again():
     module = TwoStreams()
     exact = look(copy.deepcopy(module))
     half = look(copy.deepcopy(module), trainer={"precision": "bf16-mixed"})
-    assert not half.uncontributed
+    assert not half.contribution_problem
     assert (half.numbers["phi/left"] - exact.numbers["phi/left"]).abs().max() < 0.02
     assert not torch.equal(half.numbers["phi/left"], exact.numbers["phi/left"])
 
@@ -224,7 +224,7 @@ def test_arguments_that_are_changed_in_place_are_kept_as_they_came():
     for kind in (InPlace, Copy):
         torch.manual_seed(0)
         found.append(look(TwoStreams(kind()), fusion="fusion", modalities={"left": 0, "right": 1}))
-    assert not found[0].uncontributed
+    assert not found[0].contribution_problem
     for name in ("phi/left", "right/left", "conflict"):
         assert found[0].numbers[name].equal(found[1].numbers[name]) or torch.equal(
             found[0].numbers[name].nan_to_num(), found[1].numbers[name].nan_to_num()
@@ -283,7 +283,7 @@ def test_intact_pairs_must_give_their_logits_back_within_rounding(precision, off
     replay = Replays()
     replay.precision = precision
     every = torch.arange(8)
-    jobs = [_Jobs(every, every, frozenset()), _Jobs(every, every.roll(1), frozenset({0}))]
+    jobs = [_Job(every, every, frozenset()), _Job(every, every.roll(1), frozenset({0}))]
     places = {"left": None, "right": None}
     if kept:
         found, whole = _replay_jobs(source, places, jobs, replay, torch.arange)

@@ -81,7 +81,7 @@ def test_what_cannot_be_used_names_the_way_out_and_is_set_aside(fusion, fact):
         assert "accuracy" in callback(**(ASIDE | {"attention": None})).history[0]
     (record,) = callback(**ASIDE).history
     assert record["layer"] is None
-    assert record["read_samples"] == len(DATA)
+    assert record["probed_samples"] == len(DATA)
     right = model(*DATA.tensors[:2]).argmax(1) == DATA.tensors[2]
     assert record["accuracy"] == pytest.approx(float(right.float().mean()))
     assert 0 <= record["contribution/share/left"] <= 1

@@ -6,16 +6,14 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from matplotlib.markers import CARETUP
-from pytorch_lightning.loggers import TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.callback import epoch_log as epoch_log_module
 from lightning_xattn.core.errors import XAttnWarning
-from lightning_xattn.evaluation.curves import best_epoch, mean_curves
-from lightning_xattn.evaluation.fusion_samples import most_conflicting, of_sample
+from lightning_xattn.evaluation.curves import mean_curves
+from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
 from lightning_xattn.evaluation.results import REST, DatasetResult
 from lightning_xattn.evaluation.statistics import ALIGNMENT
 from lightning_xattn.report.figures import dataset_figures, overview_figure
@@ -23,23 +21,6 @@ from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader, validate
 
 MANY = 14
-
-
-def test_the_best_epoch_is_that_of_the_most_correct_predictions():
-    def record(step, accuracy, stage="val", **numbers):
-        return {"stage": stage, "step": step, "accuracy": accuracy, "alignment/correct": 9.0, **numbers}
-
-    fit = [
-        record(5, 0.5, **{"alignment/all": 0.2}),
-        record(10, 0.75, **{"alignment/all": 0.3, "outcome/conflict_auroc": 0.6, "outcome/conflict_auroc_low": 0.5})
-        | {"probe/eeg": 0.8, "probe/eeg_low": 0.7, "contribution/share/eeg_high": 0.9},
-        record(15, 0.75, **{"alignment/all": 0.4}),
-        record(15, 1.0, "test", **{"alignment/all": 0.5}),
-    ]
-    expected = {"xattn_best/accuracy": 0.75, "xattn_best/alignment/all": 0.3, "xattn_best/outcome/conflict_auroc": 0.6}
-    expected["xattn_best/probe/eeg"] = 0.8
-    assert best_epoch(fit) == expected
-    assert best_epoch([{"stage": "val", "step": 5, "alignment/all": 0.2}]) == {}
 
 
 class ManyClasses(ToyModule):
@@ -53,27 +34,6 @@ def many_classes(samples=120):
     # Class i has 15 - i samples, 14 classes.
     target = torch.repeat_interleave(torch.arange(MANY), torch.arange(MANY + 1, 1, -1))[:samples]
     return DataLoader(TensorDataset(audio[: len(target)], text[: len(target)], target), 16)
-
-
-def test_each_fit_has_a_best_epoch_of_its_own(tmp_path):
-    """As in cross-validation, where the folds may take equally many steps; a validation before is no part of it."""
-    watch, found = AttentionExplainabilityCallback(), []
-    for fold in range(2):
-        torch.manual_seed(fold)
-        logger = TensorBoardLogger(tmp_path, name="", version=str(fold), default_hp_metric=False)
-        logger.log_hyperparams({"fold": fold})
-        trainer = quiet_trainer(logger=logger, callbacks=[watch])
-        module = ToyModule()
-        trainer.validate(module, toy_loader(seed=9), verbose=False)
-        begins = len(watch.history)
-        trainer.fit(module, toy_loader(seed=fold), toy_loader(seed=fold + 5))
-        logger.finalize("success")
-        events = EventAccumulator(str(tmp_path / str(fold)))
-        events.Reload()
-        found.append((events.Scalars("xattn_best/accuracy")[0].value, watch.history[begins]["accuracy"]))
-    for logged, own in found:
-        assert logged == pytest.approx(own)
-    assert found[0] != found[1]
 
 
 def test_of_many_classes_the_ten_largest_and_the_rest_are_shown():
@@ -112,7 +72,7 @@ def test_classes_together_are_what_their_samples_are(grouped):
     watch = AttentionExplainabilityCallback(groups=groups)
     validate(ManyClasses(), watch, many_classes())
     summary, fusion = watch.summaries["val"], watch.fusion_summaries["val"]
-    few, of_fusion = summary.with_classes([3, 0]), fusion.with_classes([3, 0])
+    few, of_fusion = summary.with_classes([3, 0]), fusion.merge_classes([3, 0])
     for i, old in enumerate((3, 0)):
         assert few.mean(ALIGNMENT, i) == summary.mean(ALIGNMENT, old)
         assert few.interval(ALIGNMENT, i) == pytest.approx(summary.interval(ALIGNMENT, old), nan_ok=True)
@@ -154,10 +114,10 @@ def test_of_many_layers_four_and_the_mean_are_shown(tmp_path):
     assert logged["xattn_alignment/val/all"] == pytest.approx(sum(whole) / 6, abs=1e-6)
     import pandas as pd
 
-    assert set(pd.read_parquet(tmp_path)["layer"]) == {f"layers.{i}" for i in range(6)}
+    assert set(pd.read_parquet(tmp_path / "attention")["layer"]) == {f"layers.{i}" for i in range(6)}
 
 
-@pytest.mark.parametrize("broken", ["create_explainability_report", "overview_figure", "charts"])
+@pytest.mark.parametrize("broken", ["create_explainability_report", "overview_figure"])
 def test_what_is_wrong_in_our_own_extras_ends_no_run(broken, tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise ZeroDivisionError("oh")
@@ -187,8 +147,8 @@ def test_the_overview_is_of_validations_and_has_the_null_and_the_intervals():
     assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(0.35)
 
 
-def test_where_an_interval_leaves_the_panel_an_arrow_says_so():
-    numbers = {"read_samples": 9, "conflict/correct": 0.9, "conflict/correct_low": 0.8}
+def test_an_arrow_marks_where_an_interval_leaves_the_panel():
+    numbers = {"probed_samples": 9, "conflict/correct": 0.9, "conflict/correct_low": 0.8}
     records = [
         record(epoch, **numbers, **{"conflict/correct_high": high}) for epoch, high in enumerate((0.95, 1.2, 1.4))
     ]
@@ -201,8 +161,8 @@ def test_where_an_interval_leaves_the_panel_an_arrow_says_so():
     assert said.count("goes on beyond the panel") == 1
 
 
-def test_several_validations_of_an_epoch_are_over_steps_and_what_cannot_be_told_says_so():
-    records = [{"stage": "val", "epoch": 0, "step": step, "read_samples": 9} for step in (3, 7)]
+def test_several_validations_of_an_epoch_are_drawn_over_steps():
+    records = [{"stage": "val", "epoch": 0, "step": step, "probed_samples": 9} for step in (3, 7)]
     figure = overview_figure(records, "val")
     assert {panel.get_xlabel() for panel in figure.axes if panel.get_xlabel()} == {"step"}
     panels = [panel for panel in figure.axes if panel.axison]
@@ -254,7 +214,7 @@ def test_single_samples_keep_their_classes_where_few_are_shown():
     figures = dict(dataset_figures(result))
     said = [text.get_text() for text in figures["conflict_samples"].axes[0].texts]
     drawn = [one for one in said if "true: " in one]
-    expected = [of_sample(summary, i, names) for i in most_conflicting(summary)]
+    expected = [describe_modalities(summary, i, names) for i in most_conflicting(summary)]
     assert [one.rpartition("true: ")[2] for one in drawn] == [one.true for one in expected]
 
 
@@ -268,8 +228,8 @@ def test_trial_runs_without_a_logger_leave_nothing(setting, tmp_path):
 
 
 def test_a_number_that_the_last_epoch_lacks_is_drawn_of_those_before():
-    records = [record(e, **{"read_samples": 9, "contribution/share/a": 0.6}) for e in range(3)]
-    figure = overview_figure([*records, record(3, read_samples=9)], "val")
+    records = [record(e, **{"probed_samples": 9, "contribution/share/a": 0.6}) for e in range(3)]
+    figure = overview_figure([*records, record(3, probed_samples=9)], "val")
     panel = next(panel for panel in figure.axes if panel.get_title() == "share of the contribution")
     assert panel.lines[0].get_ydata()[:3].tolist() == [0.6] * 3
 

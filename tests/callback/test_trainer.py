@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_xattn import AttentionExplainabilityCallback, JointSequence
-from lightning_xattn.callback.trainer import Schedule, processes_of
+from lightning_xattn.callback.processes import find_processes
+from lightning_xattn.callback.schedule import Schedule
 from lightning_xattn.evaluation.curves import main_names
 from lightning_xattn.evaluation.statistics import ALIGNMENT
 from tests.toy import ToyModule, count_hooks, quiet_trainer, toy_data, toy_loader
@@ -68,7 +69,7 @@ def test_history_survives_saving_resuming_and_a_second_fit(tmp_path):
     trainer.save_checkpoint(path)
     loaded = torch.load(path, weights_only=True)
     (state,) = (value for key, value in loaded["callbacks"].items() if "AttentionExplainability" in key)
-    assert [*state] == ["history", "fit_begins", "measured"]
+    assert [*state] == ["history", "fit_begins"]
 
     resumed = AttentionExplainabilityCallback()
     fit([resumed], ckpt_path=path, max_epochs=3)
@@ -84,18 +85,16 @@ def test_history_survives_saving_resuming_and_a_second_fit(tmp_path):
     assert [record["stage"] for record in watch.history] == ["val", "val", "val", "test"]
 
 
-def test_a_fit_goes_on_with_its_history_where_settings_have_changed(tmp_path):
-    """As a table that is wanted from now on, or another schedule; not with one of something else that was measured."""
+def test_a_fit_goes_on_with_its_history_where_its_schedule_or_table_has_changed(tmp_path):
+    """But not where something else was measured."""
     first, second = AttentionExplainabilityCallback(), AttentionExplainabilityCallback(classes_by="prediction")
     fit([first, second], max_epochs=2, enable_checkpointing=False).save_checkpoint(tmp_path / "last.ckpt")
-    table = AttentionExplainabilityCallback(table=tmp_path / "table", figures_every_n_epochs=0)
-    same = AttentionExplainabilityCallback(classes_by="prediction")
-    new = AttentionExplainabilityCallback(every_n_epochs=2, class_names=[*"wxyz"], classes_by="prediction")
+    other = AttentionExplainabilityCallback(table=tmp_path / "table", figures_every_n_epochs=0, every_n_batches=2)
+    new = AttentionExplainabilityCallback(class_names=[*"wxyz"], classes_by="prediction")
     with pytest.warns(UserWarning, match="callbacks used to create the checkpoint need to be provided"):
-        fit([table, same, new], ckpt_path=tmp_path / "last.ckpt", max_epochs=3)
-    assert_same_records(table.history[:2], first.history)
-    assert_same_records(same.history[:2], second.history)
-    assert [record["epoch"] for record in table.history] == [0, 1, 2]
+        fit([other, new], ckpt_path=tmp_path / "last.ckpt", max_epochs=3)
+    assert_same_records(other.history[:2], first.history)
+    assert [record["epoch"] for record in other.history] == [0, 1, 2]
     assert [record["epoch"] for record in new.history] == [2]
 
 
@@ -105,16 +104,28 @@ def test_a_state_without_a_history_is_an_empty_one():
     assert watch.history == []
 
 
-def test_callbacks_that_differ_in_a_lambda_alone_stand_beside_each_other():
-    def of_column(column):
-        return lambda outputs, batch: batch[2] + 0 * column
+def of_key(outputs, batch):
+    return batch[2]
 
-    makers = [lambda outputs, batch: batch[2], lambda outputs, batch: batch[2] * 1, of_column(1), of_column(2)]
-    callbacks = [AttentionExplainabilityCallback(targets=one) for one in makers]
+
+def of_column(outputs, batch):
+    return batch[2] + 0
+
+
+def test_callbacks_that_measure_something_else_stand_beside_each_other():
+    joint = [JointSequence("joint", {"audio": (0, 5), "text": (5, end)}) for end in (12, None)]
+    settings = [{}, {"targets": of_key}, {"targets": of_column}, {"max_samples": 500}, {"groups": "patient"}]
+    settings += [{"attention": one} for one in joint] + [{"attention": {"a_to_b": of_key}}]
+    callbacks = [AttentionExplainabilityCallback(**one) for one in settings]
     quiet_trainer(callbacks=callbacks)
-    assert len({one.state_key for one in callbacks}) == 4
-    again = AttentionExplainabilityCallback(targets=of_column(2))
-    assert again.state_key == callbacks[-1].state_key, "the same in another run"
+    assert len({one.state_key for one in callbacks}) == len(settings)
+    assert "0x" not in "".join(one.state_key for one in callbacks), "another one in another run"
+
+
+def test_callbacks_that_measure_the_same_are_refused_by_lightning(tmp_path):
+    callbacks = [AttentionExplainabilityCallback(), AttentionExplainabilityCallback(table=tmp_path)]
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):
+        quiet_trainer(callbacks=callbacks)
 
 
 def test_two_callbacks_log_under_names_of_their_own_and_save_both_histories(tmp_path):
@@ -185,12 +196,13 @@ FITS = {
     "every third recorded": ({"max_epochs": 6}, {"every_n_epochs": 3}, [(0, 5), (3, 20)]),
     "every other validated": ({"max_epochs": 7, "check_val_every_n_epoch": 2}, {}, [(1, 10), (5, 30)]),
     "both": ({"max_epochs": 9, "check_val_every_n_epoch": 2}, {"every_n_epochs": 3}, [(1, 10), (7, 40)]),
-    "several in an epoch": ({"max_epochs": 3, "val_check_interval": 2}, {}, [(0, 2), (0, 4), (2, 14)]),
+    # Each of the last epoch.
+    "several in an epoch": ({"max_epochs": 3, "val_check_interval": 2}, {}, [(0, 2), (0, 4), (2, 12), (2, 14)]),
     "by batches": ({"max_epochs": 4, "val_check_interval": 3} | BY_BATCHES, {}, [(0, 3), (3, 18)]),
     "by batches, every other": (
         {"max_epochs": 4, "val_check_interval": 3} | BY_BATCHES,
         {"every_n_epochs": 2},
-        [(0, 3), (2, 15)],
+        [(0, 3), (2, 12), (2, 15)],
     ),
     "steps": ({"max_steps": 12} | BY_STEPS, {}, [(0, 5), (1, 10)]),
     "steps before epochs": ({"max_steps": 12, "max_epochs": 30}, {}, [(0, 5), (1, 10)]),
@@ -203,7 +215,6 @@ FITS = {
 }
 OF_UNKNOWN_LENGTH = {
     "epochs": ({"max_epochs": 3}, {}, [(0, 5), (2, 15)]),
-    # Each of the last epoch may be the last.
     "several": ({"max_epochs": 3, "val_check_interval": 2}, {}, [(0, 2), (0, 4), (2, 12), (2, 14)]),
     "steps": ({"max_steps": 12} | BY_STEPS, {}, [(0, 5), (1, 10)]),
     "by batches": ({"max_steps": 12, "val_check_interval": 5} | BY_STEPS | BY_BATCHES, {}, [(0, 5), (1, 10)]),
@@ -215,7 +226,7 @@ OF_UNKNOWN_LENGTH = {
     [(False, *of) for of in FITS.values()] + [(True, *of) for of in OF_UNKNOWN_LENGTH.values()],
     ids=[*FITS, *(f"unknown length, {name}" for name in OF_UNKNOWN_LENGTH)],
 )
-def test_attention_is_tested_every_so_many_epochs_and_at_the_last_of_a_fit(unsized, settings, schedule, expected):
+def test_attention_is_tested_in_every_nth_epoch_and_in_the_last_of_a_fit(unsized, settings, schedule, expected):
     watch = SeesTests(**{"every_n_epochs": 1, "faithfulness_every_n_epochs": 10} | schedule)
     loader = DataLoader(Unsized(), 5) if unsized else toy_loader()
     settings = {"limit_val_batches": 1} | settings
@@ -262,16 +273,6 @@ def test_rehearsals(settings, tmp_path):
     fit([watch], **settings)
     assert len(watch.history) == (0 if "limit_val_batches" in settings else 1)
     assert (tmp_path / "table").exists() == ("num_sanity_val_steps" in settings)
-
-
-def test_callbacks_that_differ_in_anything_can_share_a_trainer(tmp_path):
-    others = [
-        AttentionExplainabilityCallback(targets=lambda outputs, batch: batch[2]),
-        AttentionExplainabilityCallback(table=tmp_path),
-        AttentionExplainabilityCallback(figures_every_n_epochs=0),
-    ]
-    fit([AttentionExplainabilityCallback(), *others])
-    assert all(len(watch.history) == 1 for watch in others)
 
 
 class CountSynchronisations(TorchDispatchMode):
@@ -396,7 +397,7 @@ def test_a_prediction_is_recorded_without_labels_and_logs_nothing(tmp_path):
     trainer = quiet_trainer(callbacks=[watch], default_root_dir=tmp_path, logger=False)
     module = Predicting()
     predictions = torch.cat(trainer.predict(module, loader)).argmax(1)
-    table = pd.read_parquet(tmp_path / "table")
+    table = pd.read_parquet(tmp_path / "table/attention")
     assert table["prediction"].tolist() == predictions.tolist()
     assert table["stage"].unique().tolist() == ["predict"]
     assert table["target"].isna().all()
@@ -414,12 +415,12 @@ class OwnStrategy(DDPStrategy):
 
 
 @pytest.mark.parametrize(
-    ("kind", "run_alone"),
+    ("kind", "holds_whole_model"),
     [(DDPStrategy, True), (OwnStrategy, True), (DeepSpeedStrategy, False), (FSDPStrategy, False)],
 )
-def test_whether_each_process_has_the_whole_model(kind, run_alone, monkeypatch):
+def test_whether_each_process_has_the_whole_model(kind, holds_whole_model, monkeypatch):
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     strategy = kind.__new__(kind)
     monkeypatch.setattr(kind, "distributed_sampler_kwargs", {"num_replicas": 2, "rank": 1})
-    processes = processes_of(SimpleNamespace(world_size=2, strategy=strategy))
-    assert (processes.rank, processes.count, processes.peers, processes.run_alone) == (1, 2, None, run_alone)
+    processes = find_processes(SimpleNamespace(world_size=2, strategy=strategy))
+    assert (processes.rank, processes.count, processes.hold_whole_model) == (1, 2, holds_whole_model)

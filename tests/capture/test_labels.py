@@ -444,7 +444,7 @@ def assert_no_classes(mode):
     """Nothing of a softmax: no prediction, confidence, accuracy, probe of classes or contribution."""
     (record,), summary, fusion = mode.history, mode.summaries["val"], mode.fusion_summaries["val"]
     assert not {"accuracy", "probe/audio", "contribution/share/audio", "outcome/confidence_auroc"} & set(record)
-    assert record["uncontributed"] == "the targets are several labels at once, so no one class is predicted"
+    assert record["contribution_problem"] == "the targets are several labels at once, so no one class is predicted"
     assert summary.count(CONFIDENCE) == 0
     assert summary.count(ALIGNMENT) == summary.samples
     assert summary.interval(CONFIDENCE) == pytest.approx((math.nan, math.nan), nan_ok=True)
@@ -482,7 +482,7 @@ def test_a_head_of_several_labels_is_not_taken_for_one_of_classes(how, tmp_path)
     with pytest.warns(XAttnWarning, match=tells("several labels", why)):
         quiet_trainer(callbacks=[mode]).validate(OfSeveral(how), loader, verbose=False)
     assert_no_classes(mode)
-    rows = pd.read_parquet(tmp_path)
+    rows = pd.read_parquet(tmp_path / "attention")
     assert rows[["target", "prediction", "confidence", "correct"]].isna().all(axis=None)
     assert rows["alignment"].notna().all()
 

@@ -12,8 +12,8 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Tenso
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.core.distributed import SINGLE_PROCESS, unique_sample_indices
 from lightning_xattn.core.errors import XAttnWarning
-from lightning_xattn.evaluation.checks import Checks
-from lightning_xattn.evaluation.evaluation import Evaluation, Settings
+from lightning_xattn.evaluation.evaluation import Evaluation
+from lightning_xattn.evaluation.settings import Settings
 from tests import ddp_run
 from tests.processes import run_processes
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
@@ -87,9 +87,9 @@ def test_few_collectives_and_no_repeats(processes, alone, scenario):
 def test_the_table_has_each_sample_once_in_a_shard_of_each_process(processes):
     ranks, folder = processes
     for scenario in ddp_run.SCENARIOS:
-        shards = list((folder / "table" / scenario).iterdir())
+        shards = list((folder / "table" / scenario / "attention").iterdir())
         assert sorted(int(path.name.split("rank=")[1][0]) for path in shards) == list(range(len(ranks)))
-        ids = pq.read_table(folder / "table" / scenario)["sample_id"].to_pylist()
+        ids = pq.read_table(folder / "table" / scenario / "attention")["sample_id"].to_pylist()
         assert sorted(map(int, ids)) == [100 + i for i in range(len(ddp_run.make_data(scenario, len(ranks))))]
 
 
@@ -140,10 +140,10 @@ def test_repeats_are_those_of_their_own_dataloader():
 def _evaluated(batch):
     """One process's evaluation of a batch, and what recorded it."""
     module, settings = ToyModule().eval(), Settings(contribution_samples=0)
-    recorder, evaluation = settings.recorder(module), Evaluation(settings, module, Checks(), expects_targets=False)
+    recorder, evaluation = settings.recorder(module), Evaluation(settings, module, expects_targets=False)
     with recorder:
         outputs = module(*batch[:2])
-    evaluation.add(evaluation.read(*recorder.take(outputs, batch), recorder))
+    evaluation.add(evaluation.read(*recorder.collect_step(outputs, batch), recorder))
     return evaluation, recorder
 
 
@@ -152,19 +152,19 @@ def test_processes_that_do_not_agree_on_the_classes_have_none():
     audio, text, target = toy_data(5)[:]
     evaluation, recorder = _evaluated((audio, text, target))
     other, _ = _evaluated((audio, text))
-    assert evaluation.part().classes
-    assert not other.part().classes
+    parts = [evaluation.own_totals(), other.own_totals()]
+    assert [bool(part.classes) for part in parts] == [True, False]
     with pytest.warns(XAttnWarning, match="Processes do not agree on how many classes there are"):
-        summary = evaluation.summary(recorder, tests_attention=False, parts=[evaluation.part(), other.part()])
-    (layer,) = summary.layers.values()
+        result = evaluation.summarise(recorder, tests_attention=False, parts=parts)
+    (layer,) = result.summaries.values()
     assert (layer.samples, layer.n_classes, evaluation.classes) == (10, 0, ())
 
 
 def test_a_process_that_records_nothing_is_named():
     evaluation, recorder = _evaluated(toy_data(5)[:])
     other, _ = _evaluated(toy_data(5)[:])
-    other.refusal = "No cross-attention ran."
-    other.left_out_batches = 3
+    other.totals.recording_problem, other.totals.left_out_batches = "No cross-attention ran.", 3
     with pytest.warns(XAttnWarning, match="One of several processes records nothing.*No cross-attention ran"):
-        evaluation.summary(recorder, tests_attention=False, parts=[evaluation.part(), other.part()])
-    assert evaluation.left_out_batches == 3
+        parts = [evaluation.own_totals(), other.own_totals()]
+        evaluation.summarise(recorder, tests_attention=False, parts=parts)
+    assert evaluation.totals.left_out_batches == 3

@@ -141,7 +141,7 @@ def test_a_run_ends_as_any_other(first, second, tmp_path):
     assert curves
     assert {*curves} <= {*events.Tags()["scalars"]}
     assert not any(OBEYED.search(str(path.relative_to(tmp_path))) for path in tmp_path.rglob("*"))
-    table = pd.read_parquet(tmp_path / "table")
+    table = pd.read_parquet(tmp_path / "table/attention")
     assert table["sample_id"].tolist() == [*map(id_text, HOSTILE)]
 
 

@@ -8,8 +8,9 @@ import torch
 from lightning_xattn import AttentionExplainabilityCallback, XAttnWarning
 from lightning_xattn import functional as F
 from lightning_xattn.core.attention import Attention, Direction
-from lightning_xattn.evaluation.accumulators import LayerAccumulator, Layout
-from lightning_xattn.evaluation.checks import Checks
+from lightning_xattn.core.notices import begin_run
+from lightning_xattn.evaluation.accumulators import LayerAccumulator
+from lightning_xattn.evaluation.checks import check_layer
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import sample_statistics
 from lightning_xattn.functional import prepare_rows
@@ -25,13 +26,15 @@ def ordinary():
     return (2 * torch.randn(BATCH, HEADS, QUERIES, KEYS, generator=generator)).softmax(-1)
 
 
-def ring(weights, checks=None, **masks):
+def ring(weights, is_new=True, **masks):
+    """The messages of a new run, or of the one that goes on."""
+    if is_new:
+        begin_run()
     rows = [prepare_rows(Attention(DIRECTION, weights, **masks))]
     statistics = sample_statistics(*rows)
-    accumulator = LayerAccumulator(Layout.of(rows, statistics, 0))
-    none = torch.full((BATCH,), -1)
-    accumulator.update(rows, statistics, none, torch.full((BATCH,), UNKNOWN), torch.zeros(BATCH))
-    return list((checks or Checks()).of_epoch("fusion.1", LayerSummary(accumulator.compute())))
+    labels = torch.full((BATCH,), -1), torch.full((BATCH,), UNKNOWN), torch.zeros(BATCH)
+    sums = LayerAccumulator.empty(rows, tuple(statistics), 0).add(rows, statistics, *labels)
+    return list(check_layer("fusion.1", LayerSummary(sums)))
 
 
 def test_ordinary_attention_rings_nothing():
@@ -83,20 +86,19 @@ def test_a_sink_is_judged_by_the_number_of_keys():
 
 
 def test_each_rings_once():
-    checks, weights = Checks(), ordinary()
+    weights = ordinary()
     weights[:, 0] = 1 / KEYS
-    assert len(ring(weights, checks)) == 1
-    assert ring(weights, checks) == []
+    assert len(ring(weights)) == 1
+    assert ring(weights, is_new=False) == []
     weights[:, 1] = 1 / KEYS
-    (message,) = ring(weights, checks)
+    (message,) = ring(weights, is_new=False)
     assert "head 1:" in message  # and not head 0 again
 
 
 def test_a_single_key():
-    checks = Checks()
-    (message,) = ring(torch.ones(BATCH, HEADS, QUERIES, 1), checks)
+    (message,) = ring(torch.ones(BATCH, HEADS, QUERIES, 1))
     assert message.startswith("Layer 'fusion.1': eeg_to_spec attend to a single key")
-    assert ring(torch.ones(BATCH, HEADS, QUERIES, 1), checks) == []
+    assert ring(torch.ones(BATCH, HEADS, QUERIES, 1), is_new=False) == []
     only_first = torch.eye(KEYS)[:1].expand(BATCH, HEADS, QUERIES, KEYS)
     mask = (torch.arange(KEYS) == 0).expand(BATCH, KEYS)
     (message,) = ring(only_first, key_mask=mask)
@@ -121,3 +123,21 @@ def test_a_trainer_warns_once_a_run_and_goes_on():
     assert len(messages) == 2
     assert "audio_to_text, head 0, 1, 2: uniform attention" in messages[1]
     assert "all 3 heads attend alike" in messages[0]
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_changing_token_counts_name_the_mask_of_padded_queries(directions):
+    """Two directions mask each other's queries, so only one alone needs it."""
+    begin_run()
+    sums, labels = None, (torch.full((BATCH,), -1), torch.full((BATCH,), UNKNOWN), torch.zeros(BATCH))
+    for queries in (QUERIES, QUERIES - 1):
+        there = ordinary()[:, :, :queries]
+        back = there.transpose(-1, -2).softmax(-1)
+        pair = Attention(DIRECTION, there), Attention(DIRECTION.opposite, back)
+        rows = [prepare_rows(attention) for attention in pair[:directions]]
+        statistics = sample_statistics(*rows)
+        sums = sums or LayerAccumulator.empty(rows, tuple(statistics), 0)
+        sums = sums.add(rows, statistics, *labels)
+    (message,) = check_layer("fusion.1", LayerSummary(sums))
+    assert message.startswith("Layer 'fusion.1': the number of tokens changes from batch to batch")
+    assert ("query_mask=<key or callable>" in message) == (directions == 1)

@@ -167,25 +167,7 @@ def test_the_explainer_waits_too(numbers, tmp_path):
     result = explain(numbers, tmp_path / "table")
     samples = sum(len(batch[2]) for number, batch in enumerate(toy_loader()) if number not in numbers)
     assert result.headline.samples == samples
-    assert len(pd.read_parquet(tmp_path / "table")) == samples
-    again = explain(numbers, tmp_path / "table")  # which is finished, and read back
-    assert again.headline.samples == samples
-
-
-def test_a_run_that_was_cut_off_goes_on_behind_batches_of_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_xattn.explainer.dataset.BATCHES_A_PART", 1)
-
-    def cut(count):
-        for number, batch in enumerate(toy_loader()):
-            if number == count:
-                raise KeyboardInterrupt
-            yield batch
-
-    for count in (1, 3):
-        with pytest.raises(KeyboardInterrupt):
-            explain((0,), tmp_path, cut(count))
-    assert explain((0,), tmp_path).headline.samples == 18
-    assert len(pd.read_parquet(tmp_path)) == 18
+    assert len(pd.read_parquet(tmp_path / "table/attention")) == samples
 
 
 def test_parts_of_a_batch():

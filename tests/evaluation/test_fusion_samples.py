@@ -1,4 +1,4 @@
-"""What is said of single samples, in results, sentences, reports and beside the guide's thresholds."""
+"""The modalities of single samples, in results, sentences, reports and beside the guide's thresholds."""
 
 import json
 import math
@@ -11,17 +11,25 @@ import torch
 
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
 from lightning_xattn.core.errors import SettingError
-from lightning_xattn.evaluation.fusion_samples import SampleModalities, _find_followed, most_conflicting, of_sample
+from lightning_xattn.evaluation.fusion_samples import (
+    SampleModalities,
+    _find_followed,
+    describe_modalities,
+    most_conflicting,
+)
 from lightning_xattn.report.criteria import interpret_sample
 from tests.attribution.models import Concatenation, Fusion, loader_of, said_data, sample_ids, trained
 
 NAMES = ["a", "b", "c", "d"]
 
 
+PROBES = "EEG's probe predicts GPD (0.71), Spec's probe predicts Seizure (0.64), the model predicts"
+
+
 def sample(**changed):
     known = {
         "conflict": 0.9,
-        "says": {"eeg": ("GPD", 0.71), "spec": ("Seizure", 0.64)},
+        "probes": {"eeg": ("GPD", 0.71), "spec": ("Seizure", 0.64)},
         "predicted": "GPD",
         "true": "Seizure",
         "confidence": 0.58,
@@ -36,39 +44,37 @@ def sample(**changed):
     [
         (
             {},
-            "EEG says GPD (0.71), Spec says Seizure (0.64), the model says GPD and follows EEG (share 82 %); "
-            "confidence 0.58, true class Seizure",
+            PROBES + " GPD and follows EEG (share 82 %); confidence 0.58, true class Seizure",
         ),
         (
             {"contributions": {"eeg": 0.5, "spec": -0.1}},
-            "EEG says GPD (0.71), Spec says Seizure (0.64), the model says GPD and follows EEG (contributions EEG "
-            "+0.50, Spec -0.10); confidence 0.58, true class Seizure",
+            PROBES + " GPD and follows EEG (contributions EEG +0.50, Spec -0.10); confidence 0.58, true class Seizure",
         ),
         (
             {"contributions": {"eeg": 0.25, "spec": 0.25}, "followed": None, "true": None},
-            "EEG says GPD (0.71), Spec says Seizure (0.64), the model says GPD, no modality clearly for more than two "
-            "thirds (shares EEG 50 %, Spec 50 %); confidence 0.58",
+            PROBES + " GPD, no modality clearly for more than two thirds (shares EEG 50 %, Spec 50 %); confidence 0.58",
         ),
         (
             {"predicted": "Seizure", "contributions": {"eeg": 0.4, "spec": -0.1}},
-            "EEG says GPD (0.71), Spec says Seizure (0.64), the model says Seizure, mostly because of EEG "
-            "(contributions EEG +0.40, Spec -0.10), though EEG by itself says GPD; confidence 0.58, true class Seizure",
+            PROBES + " Seizure, mostly because of EEG "
+            "(contributions EEG +0.40, Spec -0.10), though EEG's own probe predicts GPD; confidence 0.58, "
+            "true class Seizure",
         ),
         (
             {"contributions": {"eeg": -0.1, "spec": -0.3}, "followed": None},
-            "EEG says GPD (0.71), Spec says Seizure (0.64), the model says GPD, to which no modality contributes "
+            PROBES + " GPD, to which no modality contributes "
             "(contributions EEG -0.10, Spec -0.30); confidence 0.58, true class Seizure",
         ),
         (
-            {"says": {}},
-            "the model says GPD, mostly because of EEG (share 82 %); confidence 0.58, true class Seizure",
+            {"probes": {}},
+            "the model predicts GPD, mostly because of EEG (share 82 %); confidence 0.58, true class Seizure",
         ),
         (
-            {"says": {}, "contributions": {}, "followed": None, "confidence": math.nan, "true": None},
-            "the model says GPD",
+            {"probes": {}, "contributions": {}, "followed": None, "confidence": math.nan, "true": None},
+            "the model predicts GPD",
         ),
     ],
-    ids=["plain", "opposed", "even", "against itself", "against all", "unreadable", "little known"],
+    ids=["plain", "opposed", "even", "against itself", "against all", "probe problem", "little known"],
 )
 def test_a_sample_in_a_sentence(changed, sentence):
     assert str(sample(**changed)) == sentence
@@ -100,7 +106,7 @@ def test_a_batch_of_a_data_set_that_was_explained(explained):
         found = one["modalities"]
         assert found.predicted == one["predicted_name"]
         assert found.confidence == pytest.approx(one["confidence"], abs=1e-6)
-        assert found.says["left"] == (
+        assert found.probes["left"] == (
             NAMES[int(fusion.probes["left"][place].argmax())],
             float(fusion.probes["left"][place].max()),
         )
@@ -119,7 +125,7 @@ def test_a_batch_of_a_data_set_that_was_explained(explained):
     report = " ".join(create_explainability_report(results).split())
     assert f"**Modalities:** {results['per_sample_explanations'][0]['modalities']}" in report
     told = json.loads(create_explainability_report(results, format="json"))["per_sample_explanations"][0]["modalities"]
-    assert told["says"]["left"][0] in NAMES
+    assert told["probes"]["left"][0] in NAMES
     assert all(one["modalities"] is None for one in explainer.explain_batch(batch)["per_sample_explanations"])
 
 
@@ -152,7 +158,7 @@ def test_the_most_conflicting_samples_are_those_of_largest_conflict_whose_contri
     permuted = [i for i in range(140) if not math.isnan(float(fusion.numbers["phi/left"][i]))]
     assert len(permuted) == 128
     assert most_conflicting(fusion) == sorted(permuted, key=lambda i: -conflicts[i])[:10]
-    fusion.uncontributed = "no reason"
+    fusion.contribution_problem = "no reason"
     assert most_conflicting(fusion) == sorted(range(140), key=lambda i: -conflicts[i])[:10]
     fusion.numbers = fusion.numbers | {"conflict": torch.tensor([math.nan, 0.0, 1.0, 0.5, math.nan])}
     assert most_conflicting(fusion) == [2, 3, 1]
@@ -162,8 +168,9 @@ def test_numbers_of_some_samples_stand_in_their_places_and_those_of_others_nowhe
     fusion = explained[2].fusion
     places = [7, 139, 0]
     samples = torch.stack([fusion.rows["process"], fusion.sample_numbers], dim=1)[places]
-    others = torch.tensor([[0, 10_000], [9, 3]])  # of no sample that was read
-    spread = fusion._spreading(torch.cat([others[:1], samples, others[1:]]))(torch.tensor([5.0, 1.0, 2.0, 3.0, 6.0]))
+    others = torch.tensor([[0, 10_000], [9, 3]])  # of no kept sample
+    values = torch.tensor([5.0, 1.0, 2.0, 3.0, 6.0])
+    spread = fusion._spread(torch.cat([others[:1], samples, others[1:]]), values)
     assert spread[places].tolist() == [1, 2, 3]
     assert spread.isnan().sum() == 137
 
@@ -190,11 +197,11 @@ def test_the_modality_that_is_followed_has_clearly_more_than_two_thirds(explaine
         for name, phi in (("left", left), ("right", right))
         for kind, value in (("phi", phi), ("error", error))
     }
-    found = of_sample(fusion, 3, NAMES)
+    found = describe_modalities(fusion, 3, NAMES)
     assert found.followed == followed
     assert found.contributions == pytest.approx({"left": left, "right": right})
-    fusion.of_value = True  # of which a contribution below 0 is no objection
-    assert of_sample(fusion, 3, NAMES).followed is None
+    fusion.is_regression = True  # of which a contribution below 0 is no objection
+    assert describe_modalities(fusion, 3, NAMES).followed is None
 
 
 CLASSES_SAID = {"eeg": ("GPD", "LPD"), "spec": ("GPD", "LPD", "GRDA")}
@@ -208,7 +215,7 @@ def test_no_sentence_contradicts_the_prediction(confidence, true):
     followed = 0
     for eeg, spec, phi in product(CLASSES_SAID["eeg"], CLASSES_SAID["spec"], PHI):
         one = sample(
-            says={"eeg": (eeg, 0.7), "spec": (spec, 0.7)},
+            probes={"eeg": (eeg, 0.7), "spec": (spec, 0.7)},
             true=true,
             confidence=confidence,
             contributions=phi,
@@ -220,7 +227,7 @@ def test_no_sentence_contradicts_the_prediction(confidence, true):
             assert (f"follows {name}" in str(one)) == follows, str(one)
             against = share > 2 / 3 and said != "GPD"
             assert (f"mostly because of {name}" in str(one)) == against, str(one)
-            assert (f"though {name} by itself says {said}" in str(one)) == against, str(one)
+            assert (f"though {name}'s own probe predicts {said}" in str(one)) == against, str(one)
             followed += follows
         assert ("no modality contributes" in str(one)) == (max(phi.values()) <= 0)
     assert followed
@@ -229,9 +236,13 @@ def test_no_sentence_contradicts_the_prediction(confidence, true):
 def test_a_class_without_a_name_is_told_by_its_number(explained):
     fusion = explained[2].fusion
     first = int((fusion.predicted == 1).nonzero()[0])
-    assert of_sample(fusion, first, NAMES).predicted == of_sample(fusion, first, NAMES[:2]).predicted == "b"
+    assert (
+        describe_modalities(fusion, first, NAMES).predicted
+        == describe_modalities(fusion, first, NAMES[:2]).predicted
+        == "b"
+    )
     for names in (NAMES[:1], []):
-        assert of_sample(fusion, first, names).predicted == "class 1"
+        assert describe_modalities(fusion, first, names).predicted == "class 1"
 
 
 def test_all_partners():

@@ -107,7 +107,7 @@ def test_curves_are_the_means_of_the_samples_numbers():
     assert record["probe/left"] == pytest.approx(float(numbers["right/left"].mean()))
     assert record["conflict/correct"] == pytest.approx(float(numbers["conflict"][outcomes == CORRECT].mean()))
     assert record["conflict/b"] == pytest.approx(float(numbers["conflict"][classes == 1].mean()))
-    assert record["support_difference/incorrect"] == pytest.approx(
+    assert record["support/incorrect"] == pytest.approx(
         float((numbers["support_difference"][outcomes == INCORRECT] > 0).double().mean())
     )
     phi = torch.stack([numbers["phi/left"], numbers["phi/right"]], 1)
@@ -143,8 +143,8 @@ def test_a_modality_that_says_nothing_cannot_be_read_and_one_that_is_not_used_co
     with torch.no_grad():
         module.fusion.hidden.weight[:, WIDTH:] = 0
     summary = summary_of(module, data, **NAMED)
-    assert list(summary.unreadable) == ["right"]
-    assert "not clearly above the share of the largest class, 25.0 %" in summary.unreadable["right"]
+    assert list(summary.probe_problems) == ["right"]
+    assert "not clearly above the share of the largest class, 25.0 %" in summary.probe_problems["right"]
     for name in ("conflict", "support_difference", "probe_right"):
         assert summary.numbers[name].isnan().all()
     assert (
@@ -197,8 +197,8 @@ def test_groups_are_of_one_fold_and_no_partners_and_widen_intervals():
     widths = [one.estimate("right/right").high - one.estimate("right/right").low for one in (plain, grouped)]
     assert widths[0] != widths[1]
     alone = summary_of(module, data, groups=lambda outputs, batch: batch[3] * 0, **NAMED)
-    assert "all samples are of one group" in alone.uncontributed
-    assert set(alone.unreadable) == {"left", "right"}
+    assert "all samples are of one group" in alone.contribution_problem
+    assert set(alone.probe_problems) == {"left", "right"}
 
 
 PATIENTS = [None, lambda outputs, batch: (batch[3] * 7) % 17]
@@ -262,8 +262,8 @@ def test_a_regression_contributes_to_its_value_and_reads_nothing():
     regressed = TensorDataset(*data.tensors[:2], data.tensors[2] + 0.5, data.tensors[3])
     callback = watch_of(module, regressed, **NAMED)
     summary = callback.fusion_summaries["val"]
-    assert not summary.uncontributed
-    assert set(summary.unreadable.values()) == {"there are no targets"}
+    assert not summary.contribution_problem
+    assert set(summary.probe_problems.values()) == {"there are no targets"}
     with torch.no_grad():
         values = module(*data.tensors[:2])[:, 0].double()
     whole = summary.numbers["phi/left"] + summary.numbers["phi/right"]
@@ -299,7 +299,7 @@ def test_numbers_of_tokens_that_change_from_batch_to_batch(masked):
     with pytest.warns(UserWarning, match="number of tokens changes"):
         quiet_trainer(callbacks=[callback]).validate(module, loader, verbose=False)
     summary = callback.fusion_summaries["val"]
-    assert not summary.uncontributed
+    assert not summary.contribution_problem
     assert int(summary.numbers["phi/left"].isfinite().sum()) == 80
     assert summary.estimate("right/left").mean > 0.9
 
@@ -321,7 +321,7 @@ def test_three_modalities():
     torch.manual_seed(0)
     names = {"left": 0, "right": 1, "third": "third"}
     summary = summary_of(Three(), data, fusion="fusion", modalities=names)
-    assert not summary.uncontributed
+    assert not summary.contribution_problem
     assert summary.pairs == 3 * 4 * 40
     phi = torch.stack([summary.numbers[f"phi/{name}"] for name in names], dim=1)
     assert phi.isfinite().all()
@@ -335,17 +335,17 @@ def test_what_cannot_be_told_is_not_told():
     torch.manual_seed(0)
     module = TwoStreams(Concatenation())
     one = summary_of(module, TensorDataset(left[:1], right[:1], target[:1], ids[:1]), **NAMED)
-    assert one.uncontributed == "fewer than two samples have finite predictions"
+    assert one.contribution_problem == "fewer than two samples have finite predictions"
     with torch.no_grad():
         module.head.bias[0] = 100
     same = summary_of(module, data, **NAMED)
-    assert same.uncontributed.startswith("one class is predicted for all samples")
+    assert same.contribution_problem.startswith("one class is predicted for all samples")
     off = summary_of(module, data, contribution_samples=0, **NAMED)
-    assert off.uncontributed == "contribution_samples is 0"
+    assert off.contribution_problem == "contribution_samples is 0"
     few = TensorDataset(left, right, torch.where(target < 2, 0, target), ids)
-    assert not summary_of(TwoStreams(Concatenation()), few, **NAMED).unreadable.get("left")
+    assert not summary_of(TwoStreams(Concatenation()), few, **NAMED).probe_problems.get("left")
     rare = TensorDataset(left, right, (torch.arange(40) < 9).long(), ids)
-    assert "fewer than two classes have 10 samples" in summary_of(module, rare, **NAMED).unreadable["left"]
+    assert "fewer than two classes have 10 samples" in summary_of(module, rare, **NAMED).probe_problems["left"]
 
 
 def test_samples_that_are_not_finite_are_left_out(infos):
@@ -354,9 +354,9 @@ def test_samples_that_are_not_finite_are_left_out(infos):
     left[7] = math.nan
     torch.manual_seed(0)
     summary = summary_of(TwoStreams(Concatenation()), TensorDataset(left, right, target, ids), **NAMED)
-    assert (summary.samples, summary.left_out) == (59, 1)
+    assert (summary.samples, summary.nonfinite) == (59, 1)
     assert any("1 samples are left out" in said for said in infos.messages)
-    assert not summary.uncontributed
+    assert not summary.contribution_problem
     assert summary.numbers["phi/left"].isfinite().all()
 
 
@@ -381,7 +381,7 @@ def test_the_historys_confidence_is_of_all_samples_and_so_is_its_interval():
     data, _ = said_data(160, noise=1.5)
     module = trained(None, data, epochs=15)
     few, whole = (watch_of(module, data, max_samples=size).history[0] for size in (140, 8192))
-    assert few["read_samples"] == 140
+    assert few["probed_samples"] == 140
     for name in ("outcome/confidence_auroc", "outcome/confidence_auroc_low", "outcome/confidence_auroc_high"):
         assert few[name] == whole[name]
     assert few["outcome/conflict_auroc"] != whole["outcome/conflict_auroc"]

@@ -2,7 +2,9 @@
 
 import json
 import math
+import operator
 import re
+from functools import reduce
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
 from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError, XAttnError, XAttnWarning
 from lightning_xattn.core.group_keys import UNKNOWN_GROUP, group_keys
-from lightning_xattn.evaluation.groups import GroupSums
-from lightning_xattn.evaluation.statistics import ALIGNMENT, ENTROPY, Column
-from lightning_xattn.functional import score_bins
+from lightning_xattn.evaluation.accumulators import LayerAccumulator
+from lightning_xattn.evaluation.layer_summary import LayerSummary
+from lightning_xattn.evaluation.statistics import ALIGNMENT, ENTROPY, INVALID_ROWS, Column
+from lightning_xattn.functional import prepare_rows
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from tests import reference
 from tests.messages import tells
@@ -98,7 +101,7 @@ def test_where_groups_are_found_and_what_they_are_called(by_patient, columns, se
 def test_intervals_are_by_group(by_patient, tmp_path):
     summary, _ = watched({"patient_ids": PATIENTS}, table=tmp_path)
     assert summary.group_noun == "patients"
-    rows = pq.read_table(tmp_path).to_pylist()
+    rows = pq.read_table(tmp_path / "attention").to_pylist()
     assert sorted(int(row["group"]) for row in rows) == sorted(PATIENTS)
     values = [row["alignment"] for row in rows]
     groups = [row["group"] for row in rows]
@@ -231,40 +234,43 @@ def test_keys_tell_ids_apart_and_stay():
     assert group_keys(list(np.array([3, 9])), "cpu").tolist() == [3, 9]
 
 
-def batches_of(rng, samples, columns=3):
+def add(sums, groups, classes, outcomes, alignments):
+    """The sums with those of samples of these alignments; None: of no samples yet."""
+    numbers = {ALIGNMENT: alignments, INVALID_ROWS: torch.zeros_like(alignments)}
+    rows = [prepare_rows(torch.full((len(alignments), 1, 2, 2), 0.5))]
+    sums = sums or LayerAccumulator.empty(rows, tuple(numbers), 3, "patients")
+    return sums.add(rows, numbers, classes, outcomes, torch.zeros(len(alignments)), groups)
+
+
+def batches_of(rng, samples):
     groups, classes, outcomes = (torch.as_tensor(rng.integers(high, size=samples)) for high in (5, 3, 3))
-    values = torch.as_tensor(rng.normal(size=(samples, columns)))
-    defined = torch.as_tensor(rng.random((samples, columns)) < 0.9)
-    terms = torch.stack([defined.double(), torch.where(defined, values, 0)], dim=-1)
-    bins = torch.where(defined[:, :2], score_bins(values[:, :2] / 4, -1, 1), -1)
-    return groups, classes, outcomes, bins, terms
+    values = torch.as_tensor(rng.normal(scale=0.25, size=samples)).clamp(-1, 1)
+    return groups, classes, outcomes, values.masked_fill(torch.as_tensor(rng.random(samples) > 0.9), torch.nan)
 
 
 @pytest.mark.parametrize(("correct", "incorrect"), [(5, 5), (4, 5), (5, 4)])
-def test_the_unknown_group_is_none_that_a_claim_may_rest_on(correct, incorrect):
-    """Of each outcome so many known groups of one sample, and two samples of groups that are not known."""
+def test_no_claim_rests_on_the_unknown_group(correct, incorrect):
+    """Of each outcome this many known groups of one sample, and two samples whose groups are not known."""
     groups = torch.tensor([*range(correct), *range(10, 10 + incorrect), *[UNKNOWN_GROUP] * 4])
     outcomes = torch.tensor([CORRECT] * correct + [INCORRECT] * incorrect + [CORRECT] * 2 + [INCORRECT] * 2)
-    values = torch.linspace(-1, 1, len(groups), dtype=torch.float64)
-    terms = torch.stack([torch.ones_like(values), values], dim=1)[:, None]
-    bins = score_bins(values, -1, 1)[:, None]
-    sums = GroupSums.empty(1).add(groups, torch.zeros_like(groups), outcomes, bins, terms).settled()
-    found = sums.separation(0, CORRECT, INCORRECT)
+    values = torch.linspace(-0.2, 0.2, len(groups), dtype=torch.float64)
+    summary = LayerSummary(add(None, groups, torch.zeros_like(groups), outcomes, values))
+    found = summary.compare(ALIGNMENT)
     assert (found.correct, found.incorrect) == (correct + 2, incorrect + 2)
     assert (found.correct_groups, found.incorrect_groups) == (correct, incorrect)
-    assert (sums.count(0, 0, CORRECT), sums.count(0, outcome=INCORRECT)) == (correct, incorrect)
-    assert sums.size(0, UNKNOWN_GROUP) == 4
+    assert summary.groups(ALIGNMENT, 0, CORRECT) == correct
+    assert summary.groups(ALIGNMENT, outcome=INCORRECT) == incorrect
+    assert summary.ungrouped == 4
     share = reference.proportion_interval((outcomes == CORRECT).int().tolist(), groups.tolist())
-    assert sums.share_interval(0, CORRECT, INCORRECT) == pytest.approx(share, abs=1e-3)
-    told = min(correct, incorrect) >= 5
-    assert [math.isnan(one) for one in (found.auroc, found.low, found.high)] == [not told] * 3
+    assert summary.accuracy_interval() == pytest.approx(share, abs=1e-3)
+    is_claimed = min(correct, incorrect) >= 5
+    assert [math.isnan(one) for one in (found.auroc, found.low, found.high)] == [not is_claimed] * 3
     for outcome, known in ((CORRECT, correct), (INCORRECT, incorrect)):
         of_outcome = outcomes == outcome
         expected = reference.grouped_mean_interval(values[of_outcome].tolist(), groups[of_outcome].tolist())
-        assert sums.interval(0, 0, outcome) == pytest.approx(
-            expected if known >= 5 else (math.nan, math.nan), nan_ok=True, abs=1e-3
-        )
-    if told:
+        expected = expected if known >= 5 else (math.nan, math.nan)
+        assert summary.interval(ALIGNMENT, 0, outcome) == pytest.approx(expected, nan_ok=True, abs=1e-3)
+    if is_claimed:
         parts = [(reference.binned(values[outcomes == one], -1, 1), groups[outcomes == one].tolist()) for one in (1, 0)]
         (right, of_right), (wrong, of_wrong) = parts
         assert found.auroc == pytest.approx(reference.auroc(right, wrong))
@@ -276,64 +282,62 @@ def test_groups_are_counted_within_a_class_and_an_outcome():
     """Class 0 has four known groups and one that is not known, class 1 has six; two of its samples are wrong."""
     groups = torch.tensor([0, 1, 2, 3, UNKNOWN_GROUP, 10, 11, 12, 13, 14, 15])
     classes, outcomes = torch.tensor([0] * 5 + [1] * 6), torch.tensor([CORRECT] * 9 + [INCORRECT] * 2)
-    values = torch.linspace(-1, 1, len(groups), dtype=torch.float64)
-    terms = torch.stack([torch.ones_like(values), values], dim=1)[:, None]
-    sums = GroupSums.empty(1).add(groups, classes, outcomes, torch.zeros(11, 0).long(), terms).settled()
+    values = torch.linspace(-0.2, 0.2, len(groups), dtype=torch.float64)
+    summary = LayerSummary(add(None, groups, classes, outcomes, values))
     counts = {(None, None): 10, (0, None): 4, (1, None): 6, (None, CORRECT): 8, (1, CORRECT): 4, (1, INCORRECT): 2}
     for (class_id, outcome), count in counts.items():
-        assert sums.count(0, class_id, outcome) == count
+        assert summary.groups(ALIGNMENT, class_id, outcome) == count
         chosen = torch.ones(11, dtype=torch.bool) if class_id is None else classes == class_id
         chosen = chosen if outcome is None else chosen & (outcomes == outcome)
         expected = reference.grouped_mean_interval(values[chosen].tolist(), groups[chosen].tolist())
         expected = expected if count >= 5 else (math.nan, math.nan)
-        assert sums.interval(0, class_id, outcome) == pytest.approx(expected, abs=1e-3, nan_ok=True)
-    assert np.isnan(sums.share_interval(0, CORRECT, INCORRECT, class_id=0)).all(), "of four known groups"
+        assert summary.interval(ALIGNMENT, class_id, outcome) == pytest.approx(expected, abs=1e-3, nan_ok=True)
+    assert np.isnan(summary.accuracy_interval(0)).all(), "of four known groups"
     right = (outcomes[classes == 1] == CORRECT).int().tolist()
     expected = reference.proportion_interval(right, groups[classes == 1].tolist())
-    assert sums.share_interval(0, CORRECT, INCORRECT, class_id=1) == pytest.approx(expected, abs=1e-3)
+    assert summary.accuracy_interval(1) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("limit", [1, 7, 4096])
 def test_sums_do_not_depend_on_batches_or_processes(monkeypatch, limit):
-    monkeypatch.setattr("lightning_xattn.evaluation.groups.ROWS_IN_MEMORY", limit)
+    monkeypatch.setattr("lightning_xattn.evaluation.accumulators.ROWS_IN_MEMORY", limit)
     whole = batches_of(np.random.default_rng(0), 60)
-    at_once = GroupSums.empty(3).add(*whole).settled()
+    at_once = add(None, *whole).settled()
     processes = []
     for part in torch.randperm(60, generator=torch.Generator().manual_seed(1)).split(23):
-        sums = GroupSums.empty(3)
+        sums = None
         for batch in part.split(4):
-            before, cells = sums, len(sums.cells)
-            sums = sums.add(*(column[batch] for column in whole))
-            assert len(before.cells) == cells  # what was added to stays as it was
+            before, cells = sums, sums and len(sums.by_group.keys)
+            sums = add(sums, *(column[batch] for column in whole))
+            assert before is None or len(before.by_group.keys) == cells, "the sums before stay as they were"
         processes.append(sums)
-    merged = GroupSums.merged(processes)
-    for name in ("cells", "sums", "score_cells", "score_counts"):
-        torch.testing.assert_close(getattr(merged, name), getattr(at_once, name), msg=name)
-    assert len(at_once.cells) == len(torch.stack(whole[:3], dim=1).unique(dim=0))
+    merged = reduce(operator.add, processes)
+    for name in ("by_group", "scores_by_group"):
+        ours, expected = getattr(merged, name), getattr(at_once, name)
+        torch.testing.assert_close(ours.keys, expected.keys, msg=name)
+        torch.testing.assert_close(ours.sums, expected.sums, msg=name)
+    assert len(at_once.by_group.keys) == len(torch.stack(whole[:3], dim=1).unique(dim=0))
 
 
-def test_as_many_samples_as_may_wait_are_added_up(monkeypatch):
+def test_samples_wait_up_to_a_limit(monkeypatch):
     whole = batches_of(np.random.default_rng(0), 60)
     for limit, waiting in ((60, 0), (61, 1)):
-        monkeypatch.setattr("lightning_xattn.evaluation.groups.ROWS_IN_MEMORY", limit)
-        assert len(GroupSums.empty(3).add(*whole).waiting) == waiting
+        monkeypatch.setattr("lightning_xattn.evaluation.accumulators.ROWS_IN_MEMORY", limit)
+        assert len(add(None, *whole).waiting) == waiting
 
 
 def test_memory_is_of_groups_not_of_samples():
-    sums = GroupSums.empty(3)
-    rng = np.random.default_rng(0)
-    sizes = []
+    """20,000 samples of 45 groups, classes and outcomes; then of 101 different scores."""
+    rng, sums, sizes, coarse = np.random.default_rng(0), None, [], None
     for _ in range(40):
-        sums = sums.add(*batches_of(rng, 500))
-        sizes.append((len(sums.cells), sum(len(batch[0]) for batch in sums.waiting)))
+        sums = add(sums, *batches_of(rng, 500))
+        sizes.append((len(sums.by_group.keys), sum(len(keys) for keys, _, _ in sums.waiting)))
     assert max(cells for cells, _ in sizes) == 5 * 3 * 3
     assert max(waiting for _, waiting in sizes) < 4096
-    # Scores of 20,000 samples in 101 bins.
-    coarse = GroupSums.empty(3)
     for _ in range(40):
-        groups, classes, outcomes, bins, terms = batches_of(rng, 500)
-        coarse = coarse.add(groups, classes, outcomes, bins.clamp(8000, 8100), terms)
-    assert len(coarse.settled().score_cells) <= 5 * 3 * 2 * 101
+        groups, classes, outcomes, values = batches_of(rng, 500)
+        coarse = add(coarse, groups, classes, outcomes, (values * 50).round() / 50)
+    assert len(coarse.settled().scores_by_group.keys) <= 5 * 3 * 101
 
 
 def test_the_explainer_gives_the_callbacks_intervals(by_patient, tmp_path):
@@ -344,7 +348,7 @@ def test_the_explainer_gives_the_callbacks_intervals(by_patient, tmp_path):
         assert (summary.group_noun, summary.groups()) == ("patients", 7)
         assert summary.interval(ALIGNMENT) == pytest.approx(expected.interval(ALIGNMENT), abs=1e-6)
         assert summary.compare(ENTROPY).low == pytest.approx(expected.compare(ENTROPY).low, abs=1e-4)
-    assert set(pq.read_table(tmp_path)["group"].to_pylist()) == {str(i) for i in PATIENTS}
+    assert set(pq.read_table(tmp_path / "attention")["group"].to_pylist()) == {str(i) for i in PATIENTS}
 
 
 @pytest.mark.parametrize("begun", [{}, {"patient_ids": PATIENTS}], ids=["without", "with"])

@@ -1,6 +1,7 @@
 """The maps of single samples: whose are kept, and what is in them."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -14,10 +15,11 @@ from lightning_xattn import (
     XAttnWarning,
     create_explainability_report,
 )
-from lightning_xattn.evaluation import maps as sample_maps
-from lightning_xattn.evaluation.maps import SampleMaps, merge_maps
+from lightning_xattn.attribution.bottom_k import BottomKSample
+from lightning_xattn.evaluation import maps as maps_module
+from lightning_xattn.evaluation.maps import CELLS, add_maps, maps_by_sample
 from lightning_xattn.evaluation.results import TrainingData
-from lightning_xattn.explainer import dataset, training_data
+from lightning_xattn.explainer import training_data
 from tests.toy import (
     PaddedToyModule,
     ToyModule,
@@ -52,61 +54,42 @@ def test_each_samples_map_is_its_mean_weight_times_its_keys(kind):
     assert any(maps[DIRECTIONS[0]].isnan().any() for maps in explained.maps.values()) == (kind == "padded")
 
 
-def test_a_run_that_was_cut_off_has_the_same_maps(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "BATCHES_A_PART", 2)
+def kept(room, order, cut, monkeypatch):
+    """Of samples in an order, from a place on in a second process: those whose maps are kept.
 
-    class Broken:
-        def __len__(self):
-            return 5
-
-        def __iter__(self):
-            for i, batch in enumerate(toy_loader()):
-                if i == 3:
-                    raise KeyboardInterrupt
-                yield batch
-
-    whole = explainer().explain_loader(toy_loader(), progress=False)
-    with pytest.raises(KeyboardInterrupt):
-        explainer().explain_loader(Broken(), tmp_path, progress=False)
-    for _ in range(2):  # gone on with, then read back
-        again = explainer().explain_loader(toy_loader(), tmp_path, progress=False)
-        assert set(again.maps) == set(whole.maps)
-        for identity, maps in whole.maps.items():
-            for direction in DIRECTIONS:
-                assert torch.equal(again.maps[identity][direction], maps[direction])
-
-
-def kept(size, order, cut, monkeypatch):
-    """The numbers of the samples that are kept when they come in an order, in two processes from a place on."""
-    monkeypatch.setattr(sample_maps, "CELLS", 6 * size)
+    Odd ones have twice as many tokens, and there is room for so many of the smaller maps.
+    """
+    monkeypatch.setattr(maps_module, "CELLS", 6 * room)
+    monkeypatch.setattr(maps_module, "lift_map", lambda rows: rows.weights)
     parts = []
     for rank, chosen in enumerate((order[:cut], order[cut:])):
-        maps = SampleMaps()
+        sample = BottomKSample(CELLS)
         for number in chosen:
+            rows = SimpleNamespace(direction="a_to_b", weights=torch.full((1, 2, 3 + 3 * (number % 2)), number))
             one = torch.tensor([number])
-            columns = {"sample_idx": one, "process": torch.tensor([rank])}
-            columns["hash"] = sample_maps.hashed(one, sample_maps.CHOSEN)
-            maps.load(columns | {"map/a_to_b": torch.full((1, 2, 3), number)})
-        parts += [maps.part()] if chosen else []
-    merged = merge_maps(parts)
+            add_maps(sample, [rows], one, {"sample_idx": one, "process": torch.tensor([rank])})
+        parts.append(sample)
+    merged = maps_by_sample(parts[0] + parts[1])
     assert all((maps["a_to_b"] == number).all() for (_, number), maps in merged.items())
     return {number for _, number in merged}
 
 
-def test_so_many_are_kept_whatever_the_order_and_the_processes(monkeypatch):
-    once = kept(7, [*range(40)], 40, monkeypatch)
-    assert len(once) == 7
-    assert kept(7, [*reversed(range(40))], 40, monkeypatch) == once
-    assert kept(7, [*range(40)], 25, monkeypatch) == once
-    assert kept(50, [*range(40)], 25, monkeypatch) == set(range(40))
+@pytest.mark.parametrize("numbers", [range(40), range(0, 80, 2)], ids=["of two lengths", "of one length"])
+def test_the_same_samples_have_maps_whatever_the_order_and_the_processes(numbers, monkeypatch):
+    once = kept(14, [*numbers], 40, monkeypatch)
+    assert len(once) == (7 if 1 in numbers else 14)
+    assert kept(14, [*reversed(numbers)], 40, monkeypatch) == once
+    assert kept(14, [*numbers], 25, monkeypatch) == once
+    assert kept(100, [*numbers], 25, monkeypatch) == set(numbers)
 
 
-def test_samples_with_other_numbers_of_tokens_have_none():
+def test_samples_of_each_number_of_tokens_have_maps():
     batches = [(torch.randn(2, 5, 3), torch.randn(2, length, 2), torch.tensor([0, 1])) for length in (4, 4, 6)]
     with pytest.warns(XAttnWarning, match="the number of tokens changes from batch to batch"):
         explained = explainer().explain_loader(batches, progress=False)
-    assert {number for _, number in explained.maps} == {0, 1, 2, 3}
-    assert explained.headline.samples == 6
+    lengths = {number: maps[DIRECTIONS[0]].shape[1] for (_, number), maps in explained.maps.items()}
+    assert lengths == {0: 4, 1: 4, 2: 4, 3: 4, 4: 6, 5: 6}
+    assert 'class="map"' in create_explainability_report(explained, format="html")
 
 
 @pytest.mark.slow
@@ -131,7 +114,7 @@ class _Looking(pl.Callback):
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         if batch_idx == 0:
-            self.kept.append(self.watch._run.evaluations[0].maps.part() is not None)
+            self.kept.append(len(self.watch._run.evaluations[0].totals.maps) > 0)
 
     on_test_batch_end = on_validation_batch_end
 

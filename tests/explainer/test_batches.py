@@ -1,6 +1,6 @@
 """Batches are counted, cut and moved in the form that they have."""
 
-from collections import OrderedDict, defaultdict, namedtuple
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
 
 import numpy as np
 import pytest
@@ -105,14 +105,21 @@ def test_what_a_model_gave_for_parts_is_joined_as_far_as_it_is_by_sample():
     assert found["first"].shape == (2, 2, 4)  # of the first part: its samples are on another axis
     assert found["loss"].dim() == 0
     assert torch.equal(joined(lambda part: (logits[part], [None] * len(logits[part])))[0], logits)
-    odd = joined(lambda part: {"logits": logits[part]} | ({"extra": 1} if part.start else {}))
+    odd = joined(lambda part: {"logits": logits[part]} | ({"extra": logits[part]} if part.start else {}))
     assert list(odd) == ["logits"]
+    odd = joined(lambda part: {"logits": logits[part]} | ({} if part.start else {"extra": logits[part]}))
+    assert (len(odd["logits"]), len(odd["extra"])) == (5, 2)
     assert joined(lambda part: attention[part][:, :, : part.start + 1]).shape == (2, 2, 1)  # trimmed by each part
 
 
-def test_mappings_of_other_kinds_are_split():
-    batch = defaultdict(list, x=torch.arange(5), y=torch.arange(5))
+@pytest.mark.parametrize("kind", [lambda **parts: defaultdict(list, parts), UserDict], ids=["defaultdict", "UserDict"])
+def test_mappings_of_other_kinds_are_split(kind):
+    """A tokenizer of transformers gives a ``UserDict``."""
+    batch = kind(x=torch.arange(5), y=[torch.arange(5)])
+    assert count_samples(batch) == 5
     taken = take_samples(batch, [1, 3])
-    assert type(taken) is defaultdict
-    assert taken["x"].tolist() == [1, 3]
-    assert batch["x"].tolist() == [0, 1, 2, 3, 4]
+    assert type(taken) is type(batch)
+    assert (taken["x"].tolist(), taken["y"][0].tolist()) == ([1, 3], [1, 3])
+    assert (batch["x"].tolist(), len(batch["y"][0])) == ([0, 1, 2, 3, 4], 5)
+    with pytest.raises(DataError, match=r"batch\['x'\]: 5, batch\['y'\]: 7"):
+        count_samples(kind(x=torch.zeros(5), y=torch.zeros(7)))

@@ -76,7 +76,7 @@ def test_a_model_of_ones_own(mine, datamodule, capsys):
     assert (out / "report.html").read_text().count('<details class="sample') == 30
     assert json.loads((out / "report.json").read_text())["layers"][0]["samples"] == 30
     module, (audio, text, target) = ToyModule.load_from_checkpoint("toy.ckpt"), toy_data(30, seed=3).tensors
-    table = pd.read_parquet(out / "table").sort_values("sample_idx")
+    table = pd.read_parquet(out / "table/attention").sort_values("sample_idx")
     assert table["prediction"].tolist() == module(audio, text).argmax(1).tolist()
     assert table["target"].tolist() == target.tolist()
     assert list((out / "figures").glob("*.png"))
@@ -88,7 +88,7 @@ def test_a_model_of_ones_own(mine, datamodule, capsys):
         ({"--model": "mine:Absent"}, "import path such as 'package.module:Class'; got 'mine:Absent'"),
         ({"--model": "nowhere"}, "got 'nowhere'"),
         ({"--datamodule": "absent.module:Data"}, "got 'absent.module:Data'"),
-        ({"--datamodule": "tests.explainer.test_command:Two"}, "has 2 test dataloaders, and one can be explained"),
+        ({"--datamodule": "tests.explainer.test_command:Two"}, "has 2 test dataloaders; expected one"),
         (
             {"--datamodule": "tests.explainer.test_command:Asking"},
             "tests.explainer.test_command:Asking gives no test data: Asking.__init__()",

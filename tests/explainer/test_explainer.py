@@ -530,6 +530,6 @@ def test_what_is_no_probability_in_a_later_batch_is_no_confidence(tmp_path):
         predict=lambda model, data: (model(*data[:2]), {"preds": data[3]})[1], targets=lambda outputs, data: data[2]
     )
     watch.explain_loader(loader, table=tmp_path)
-    confidence = pd.read_parquet(tmp_path).sort_values("sample_idx")["confidence"]
+    confidence = pd.read_parquet(tmp_path / "attention").sort_values("sample_idx")["confidence"]
     assert confidence[0] == pytest.approx(0.4)
     assert confidence[1:].isna().all()

@@ -26,21 +26,18 @@ def back_rows_of(weights, **masks):
 
 RANGES = {
     "alignment": lambda queries, keys: (-1, 1),
-    "interaction": lambda queries, keys: (-1, 1),
     "entropy": lambda queries, keys: (0, 1),
     "effective_keys": lambda queries, keys: (1, keys),
     "effective_share": lambda queries, keys: (1 / keys, 1),
     "max": lambda queries, keys: (1 / keys, 1),
     "min": lambda queries, keys: (0, 1 / keys),
     "sparsity": lambda queries, keys: (0, 100),
-    "relative_sparsity": lambda queries, keys: (0, 100),
     "std": lambda queries, keys: (0, math.sqrt(keys - 1) / keys),  # of all attention to one key
     "mean": lambda queries, keys: (1 / keys, 1 / keys),
     "lift": lambda queries, keys: (0, keys),
     "query_selectivity": lambda queries, keys: (0, 1),
     "head_diversity": lambda queries, keys: (0, 1),
     "sink": lambda queries, keys: (0, 1),
-    "round_trip_lift": lambda queries, keys: (0, min(queries, keys)),
     "invalid_rows": lambda queries, keys: (0, 0),  # of sound attention
     "broken": lambda queries, keys: (0, 0),
     "wholly_masked": lambda queries, keys: (0, 0),
@@ -66,17 +63,15 @@ def test_uniform_attention():
         torch.testing.assert_close(statistics[name], torch.full((2, 3), expected).float(), atol=1e-6, rtol=1e-5)
 
 
-def test_many_keys_make_uniform_attention_look_sparse_unless_relative():
+def test_many_keys_make_uniform_attention_look_sparse():
     statistics = F.row_statistics(rows_of(torch.full((2, 3, 5, 119), 1 / 119)))
     assert (statistics["sparsity"] == 100).all()
-    assert (statistics["relative_sparsity"] == 0).all()
 
 
 def test_a_weight_at_the_threshold_is_not_below_it():
     weights = torch.tensor([[0.1, 0.9], [0.05, 0.95]], dtype=torch.float64).expand(1, 1, 2, 2)
     statistics = F.row_statistics(rows_of(weights))
     assert statistics["sparsity"].item() == 25, "of the second row one key of two"
-    assert statistics["relative_sparsity"].item() == 0
 
 
 @pytest.mark.parametrize(
@@ -148,7 +143,7 @@ def test_a_half_masked_uniform_row_is_as_diffuse_as_it_can_be():
 def test_a_single_key_says_nothing():
     one, back = rows_of(torch.ones(2, 3, 1, 1)), back_rows_of(torch.ones(2, 3, 1, 1))
     statistics = sample_statistics(one, back)
-    for name in ("alignment", "interaction", "entropy", "eeg_to_spec/query_selectivity", "eeg_to_spec/head_diversity"):
+    for name in ("alignment", "entropy", "eeg_to_spec/query_selectivity", "eeg_to_spec/head_diversity"):
         assert statistics[Column.parse(name)].isnan().all(), name
     assert (statistics[INVALID_ROWS] == 0).all()
 
@@ -219,20 +214,8 @@ def test_check_values_of_the_definition():
     logits, other = random_logits(*shape), random_logits(400, 3, 7, 5, seed=1)
     there, back = rows_of(logits.softmax(-1)), back_rows_of(logits.transpose(-1, -2).softmax(-1))
     assert F.head_alignment(there, back).mean() == pytest.approx(0.76, abs=0.01)
-    torch.testing.assert_close(F.alignment_interaction(there, back), torch.ones(400, 3))
-
     independent = back_rows_of(other.softmax(-1))
     assert F.head_alignment(there, independent).mean() == pytest.approx(0.0, abs=0.01)
-    assert F.alignment_interaction(there, independent).mean() == pytest.approx(0.0, abs=0.01)
-    assert F.round_trip_lift(there, independent).mean() == pytest.approx(1.0, abs=0.01)
-
-
-def test_a_popular_key_moves_the_correlation_and_leaves_the_interaction():
-    logits = random_logits(400, 3, 5, 7)
-    popular = torch.tensor([5.0] + [0.0] * 6)  # one key draws every query
-    there, back = rows_of((logits + popular).softmax(-1)), back_rows_of(logits.transpose(-1, -2).softmax(-1))
-    assert F.head_alignment(there, back).mean() < 0.2
-    torch.testing.assert_close(F.alignment_interaction(there, back), torch.ones(400, 3), atol=1e-3, rtol=0)
 
 
 def test_best_head_matching_finds_the_permutation():
@@ -259,19 +242,11 @@ def test_a_map_that_differs_by_rounding_only_has_no_alignment(swing, defined):
         assert (values.isfinite() if defined else values.isnan()).all(), function.__name__
 
 
-def test_round_trip_of_perfect_partners():
-    identity = torch.eye(5).expand(2, 3, 5, 5)
-    torch.testing.assert_close(F.round_trip_lift(rows_of(identity), back_rows_of(identity)), torch.full((2, 3), 5.0))
-
-
-def test_extra_keys_are_attended_to_but_are_no_tokens():
-    """add_bias_kv gives the rows a key more; alignment compares tokens with tokens."""
+def test_extra_keys_are_keys_of_a_row():
+    """add_bias_kv gives the rows a key more."""
     logits = random_logits(2, 3, 5, 8)
     there = F.prepare_rows(Attention(DIRECTION, logits.softmax(-1), extra_keys=1))
-    back = back_rows_of(random_logits(2, 3, 7, 5, seed=1).softmax(-1))
     assert F.row_statistics(there)["mean"].allclose(torch.tensor(1 / 8))
-    same_tokens = rows_of(logits[..., :7].softmax(-1))
-    torch.testing.assert_close(F.alignment_interaction(there, back), F.alignment_interaction(same_tokens, back))
 
 
 def test_slots_that_are_no_tokens_take_no_part_in_alignment():
@@ -283,9 +258,8 @@ def test_slots_that_are_no_tokens_take_no_part_in_alignment():
     there, back = random_logits(2, 3, 5, 7).softmax(-1), random_logits(2, 3, 7, 5, seed=1).softmax(-1)
     plain = rows_of(there), back_rows_of(back)
     slotted = rows_of(with_slot(there), extra_keys=1), back_rows_of(with_slot(back), extra_keys=1)
-    for function in (F.alignment, F.head_alignment, F.head_alignment_matrix, F.alignment_interaction):
+    for function in (F.alignment, F.head_alignment, F.head_alignment_matrix):
         torch.testing.assert_close(function(*slotted), function(*plain))
-    torch.testing.assert_close(F.round_trip_lift(*slotted), 0.75**2 * F.round_trip_lift(*plain))
 
 
 @settings(max_examples=25, deadline=None)
@@ -321,13 +295,12 @@ def test_every_number_stays_in_its_range_and_is_undefined_only_where_it_must_be(
         "query_selectivity": F.query_selectivity(forward),
         "head_diversity": F.head_diversity(forward),
         "sink": F.sink(forward),
-        "round_trip_lift": F.round_trip_lift(forward, backward),
         "lift": F.lift(forward)[..., :queries, :keys],
     }
     for name, values in numbers.items():
         assert_in(RANGES[name](queries, keys), values, name)
         assert values.isnan().all() if single.get(name, False) else values.isfinite().all(), name
-    for function in (F.alignment, F.head_alignment, F.head_alignment_matrix, F.alignment_interaction):
+    for function in (F.alignment, F.head_alignment, F.head_alignment_matrix):
         values = function(forward, backward)
         assert_in((-1, 1), values, function.__name__)
         # Of a single token either map is all ones.
@@ -354,8 +327,6 @@ def test_an_auroc_and_its_interval_stay_in_their_range(correct, incorrect, group
 
 def test_different_numbers_of_heads_are_refused_where_heads_are_matched():
     there, back = rows_of(random_logits(2, 3, 5, 7).softmax(-1)), back_rows_of(random_logits(2, 2, 7, 5).softmax(-1))
-    for function in (F.head_alignment, F.alignment_interaction, F.round_trip_lift):
-        with pytest.raises(ShapeError, match=tells("both directions", "got 3 and 2", "head_alignment_matrix")):
-            function(there, back)
+    with pytest.raises(ShapeError, match=tells("both directions", "got 3 and 2", "head_alignment_matrix")):
+        F.head_alignment(there, back)
     assert F.head_alignment_matrix(there, back).shape == (2, 3, 2)
-    assert Column("interaction") not in sample_statistics(there, back)

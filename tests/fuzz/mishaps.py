@@ -1,6 +1,6 @@
-"""Run a function in a process of its own that is killed, interrupted, or out of disk space, at a point that is told.
+"""Run a function in its own process, which is killed, interrupted, or out of disk space, at a given point.
 
-A point is a number of lines, of those that run in the files in which the package writes and says when.
+A point is a number of lines, counted in the modules of the package that write files or decide when to.
 """
 
 import logging
@@ -11,14 +11,23 @@ import signal
 import sys
 import traceback
 from contextlib import contextmanager
-from pathlib import Path
 
-import lightning_xattn
+import lightning_xattn.callback.history
+import lightning_xattn.evaluation.table
+import lightning_xattn.explainer.explainability_capture
+import lightning_xattn.explainer.table
 from lightning_xattn.core.errors import XAttnError
 
 WRITING = {
-    str(Path(lightning_xattn.__file__).parent / name)
-    for name in ("callback.py", "files.py", "history.py", "table.py", "explainer/dataset.py", "explainer/progress.py")
+    module.__file__
+    for module in (
+        lightning_xattn.callback.callback,
+        lightning_xattn.callback.history,
+        lightning_xattn.core.files,
+        lightning_xattn.evaluation.table,
+        lightning_xattn.explainer.explainability_capture,
+        lightning_xattn.explainer.table,
+    )
 }
 ENDED_BY_MISHAP = 3
 
@@ -29,7 +38,7 @@ PROCESSES.set_forkserver_preload(["tests.fuzz.test_interrupted"])
 
 @contextmanager
 def at_line(number, act):
-    """Act before the so-manyth line that runs; gives those that ran."""
+    """Act before the line of this number runs; yields the lines that ran."""
     ran, before = [], sys.gettrace()
 
     def trace(frame, event, _):
@@ -55,7 +64,7 @@ def interrupt():
 
 
 def _meet(mishap, at, function, *args):
-    """What the process does; an error that is no consequence of the mishap ends it with 1."""
+    """Run the function in the process; an error that the mishap does not cause ends it with 1."""
     logging.disable(logging.ERROR)
     if mishap == "full":  # no file may grow beyond a limit, which needs no rights
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -74,7 +83,7 @@ def _meet(mishap, at, function, *args):
 
 
 def run_into(mishap, at, function, *args):
-    """Run a function that is "killed", "interrupted" or "full" there, unless it has ended before."""
+    """Run a function until it is "killed", "interrupted" or "full" at this point, unless it ends before."""
     process = PROCESSES.Process(target=_meet, args=(mishap, at, function, *args), daemon=True)
     process.start()
     process.join(120)

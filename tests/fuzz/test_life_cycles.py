@@ -227,8 +227,8 @@ def stage_and_dataloader(scope):
 
 
 def check_table(case, folder, ledger):
-    assert not [path for path in folder.glob("*") if path.name.startswith(".")]
-    rows = pd.read_parquet(folder) if ledger.rows else []
+    assert not [path for path in folder.glob("*/*") if path.name.startswith(".")]
+    rows = pd.read_parquet(folder / "attention") if ledger.rows else []
     assert len(rows) == sum(ledger.rows) * layers_of(case)
     if ledger.rows:
         assert not rows.duplicated(["run", "stage", "epoch", "step", "dataloader", "layer", "sample_idx"]).any()

@@ -1,7 +1,9 @@
 """Samples in any batches, processes and order: sums, intervals and comparisons are those of a list of all samples."""
 
 import math
+from functools import reduce
 from itertools import product
+from operator import add
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lightning_xattn.core.attention import Attention, Direction
-from lightning_xattn.evaluation.accumulators import LayerAccumulator, Layout, merge_sums
+from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import CONFIDENCE, SCORES, STATISTICS, sample_statistics
 from lightning_xattn.functional import prepare_rows
@@ -78,11 +80,12 @@ def add_up(case, columns, parts):
         for batch in batches:
             taken = {name: values[batch] for name, values in columns.items()}
             rows, numbers = rows_and_numbers(case, taken)
-            layout = Layout.of(rows, numbers, CLASSES, case["groups"] and "patients")
-            accumulator = accumulator or LayerAccumulator(layout)
-            accumulator.update(rows, numbers, taken["class"], taken["outcome"], taken["tied"], taken.get("group"))
-        sums += [accumulator.compute()] if accumulator else []
-    return LayerSummary(merge_sums(sums))
+            noun = case["groups"] and "patients"
+            accumulator = accumulator or LayerAccumulator.empty(rows, tuple(numbers), CLASSES, noun)
+            labels = taken["class"], taken["outcome"], taken["tied"], taken.get("group")
+            accumulator = accumulator.add(rows, numbers, *labels)
+        sums += [accumulator] if accumulator else []
+    return LayerSummary(reduce(add, sums))
 
 
 def deal_out(case, generator):

@@ -1,45 +1,120 @@
+"""Features of many recordings: the same bits from any number of processes, each file read once, none computed twice."""
+
 import os
 import pickle
-import threading
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 
+from lightning_xattn.core.errors import DataError
 from lightning_xattn.hms import cache
-from lightning_xattn.hms.cache import default_cache_dir, stored_features
+from lightning_xattn.hms import recordings as recordings_module
+from lightning_xattn.hms.cache import StoredFeatures, default_cache_dir, stored_features
 from lightning_xattn.hms.features import eeg_features, spectrogram_features
-from lightning_xattn.hms.recordings import IIIC, EEGGeometry, Recordings
+from lightning_xattn.hms.recordings import COMPETITION, IIIC, EEGGeometry, Recordings
 from lightning_xattn.hms.table import RowError
-from tests.hms.conftest import table_rows, write_table
+from tests.hms.conftest import table_rows, write_eeg, write_spectrogram, write_table
+from tests.messages import tells
 
 
-def folders(cache_dir: Path) -> list[Path]:
-    """Features, complete and unfinished; a lock is an empty file that stays."""
-    return sorted(path for path in cache_dir.iterdir() if path.suffix != ".lock")
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """Eleven rows of five EEGs and three spectrograms, not in the order of either."""
+    rows = table_rows(11)
+    for i, row in enumerate(rows):
+        eeg = i * 7 % 5
+        row |= {"eeg_id": 100 + eeg, "spectrogram_id": 200 + eeg % 3, "patient_id": 400 + eeg % 3}
+        row |= {"eeg_label_offset_seconds": 2.0 * (i // 5), "spectrogram_label_offset_seconds": 2.0 * (i // 5)}
+    write_table(tmp_path / "data", rows)
+    for eeg in range(5):
+        write_eeg(tmp_path / f"data/train_eegs/{100 + eeg}.parquet", 60, seed=eeg)
+    for spectrogram in range(3):
+        write_spectrogram(tmp_path / f"data/train_spectrograms/{200 + spectrogram}.parquet", 310, seed=spectrogram)
+    return tmp_path / "data"
 
 
-def test_they_are_the_features_of_each_row(make_folder, tmp_path):
-    recordings = Recordings.read(make_folder())
-    features = stored_features(recordings, IIIC, tmp_path / "cache")
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """The label_id of each row whose features are computed from here on, in this process."""
+    ids: list[int] = []
+    compute = cache._compute_task
+
+    def noting(task, geometry):
+        ids.extend(row.label_id for row in task[0])
+        return compute(task, geometry)
+
+    monkeypatch.setattr(cache, "_compute_task", noting)
+    return ids
+
+
+def content(features: StoredFeatures) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in features.files}
+
+
+def assert_features(features: StoredFeatures, position: int) -> None:
+    """A row's features are those of its recording."""
+    row = features.recordings.rows[position]
+    found = features.read([position])
+    x, edge_attr, _ = eeg_features(features.recordings.eeg(row, features.geometry), features.geometry)
+    np.testing.assert_array_equal(found["eeg_x"][0], x)
+    np.testing.assert_array_equal(found["eeg_edge_attr"][0], edge_attr)
+    np.testing.assert_array_equal(found["spec_x"][0], spectrogram_features(features.recordings.spectrogram(row))[0])
+
+
+def test_features_are_those_of_each_row(make_folder, tmp_path):
+    features = stored_features(Recordings.read(make_folder()), IIIC, tmp_path / "cache")
     assert len(features) == 5
-    taken = features.take(np.array([3, 1]))
-    for i, row in enumerate((recordings.rows[3], recordings.rows[1])):
-        x, edge_attr, _ = eeg_features(recordings.eeg(row, IIIC), IIIC)
-        np.testing.assert_array_equal(taken["eeg_x"][i], x)
-        np.testing.assert_array_equal(taken["eeg_edge_attr"][i], edge_attr)
-        np.testing.assert_array_equal(taken["spec_x"][i], spectrogram_features(recordings.spectrogram(row))[0])
-    assert taken["spec_x"].shape == (2, 119, 4, 4)
-    assert (features.filled == 0).all()
+    for position in range(5):
+        assert_features(features, position)
+    both = features.read(np.array([3, 1]))
+    np.testing.assert_array_equal(both["spec_x"], features.read(range(5))["spec_x"][[3, 1]])
+    assert both["spec_x"].shape == (2, 119, 4, 4)
+    assert (features.count_filled() == 0).all()
 
 
-def test_the_second_time_nothing_is_computed(make_folder, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_any_number_of_processes_computes_the_same_bits(shared, tmp_path):
+    recordings = Recordings.read(shared)
+    alone, *others = (
+        stored_features(recordings, COMPETITION, tmp_path / f"cache_{workers}", workers) for workers in (0, 1, 2, 3)
+    )
+    assert [content(other) for other in others] == [content(alone)] * 3
+    assert len(list(alone.files[0].parent.iterdir())) == 11
+    for position in range(11):
+        assert_features(alone, position)
+
+
+def test_each_recording_is_read_once(shared, tmp_path, monkeypatch):
+    opened: Counter[str] = Counter()
+    real = pq.ParquetFile
+
+    def counting(path, *args, **kwargs):
+        opened[f"{path.parent.name}/{path.name}"] += 1
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(recordings_module.pq, "ParquetFile", counting)
+    recordings_module._read_parquet.cache_clear()
+    stored_features(Recordings.read(shared), COMPETITION, tmp_path / "cache", num_workers=0)
+    assert set(opened.values()) == {1}
+    assert len(opened) == 8
+
+
+def test_nothing_is_computed_twice(make_folder, tmp_path, computed):
     recordings = Recordings.read(make_folder())
     first = stored_features(recordings, IIIC, tmp_path / "cache")
-    monkeypatch.setattr(cache, "build", None)
+    assert computed == [300, 301, 302, 303, 304]
     second = stored_features(recordings, IIIC, tmp_path / "cache")
-    assert folders(tmp_path / "cache") == [first.folder] == [second.folder]
+    assert first == second
+    assert len(computed) == 5
 
 
 def test_the_data_folder_is_only_read(make_folder, tmp_path):
@@ -49,74 +124,176 @@ def test_the_data_folder_is_only_read(make_folder, tmp_path):
     assert before == sorted(path.stat().st_mtime_ns for path in root.rglob("*"))
 
 
-def test_what_decides_the_features_decides_the_folder(make_folder, tmp_path):
+def test_each_setting_has_a_folder_and_each_state_of_a_recording_a_file(make_folder, tmp_path, computed, monkeypatch):
     root = make_folder()
 
-    def folder(geometry: EEGGeometry = IIIC) -> Path:
-        return stored_features(Recordings.read(root), geometry, tmp_path / "cache").folder
+    def files(geometry: EEGGeometry = IIIC) -> tuple[Path, ...]:
+        computed.clear()
+        return stored_features(Recordings.read(root), geometry, tmp_path / "cache").files
 
-    first = folder()
-    assert folder(EEGGeometry(10, 4, 2)) != first
+    first = files()
+    assert files(EEGGeometry(10, 4, 2))[0].parent != first[0].parent
+    assert len(computed) == 5
     rows = table_rows(5)
     rows[0]["seizure_vote"] = 17
     write_table(root, rows)
-    assert folder() == first  # votes are no features
+    assert files() == first, "votes are no features"
     os.utime(root / "train_eegs/101.parquet", ns=(1, 1))
-    touched = folder()
-    assert touched != first
+    touched = files()
+    assert computed == [301]
+    assert [one == other for one, other in zip(first, touched, strict=True)] == [True, False, True, True, True]
+    rows[2]["spectrogram_id"] = 204
     write_table(root, rows[:4])
-    assert folder() not in (first, touched)
+    assert files()[3] == first[3]
+    assert computed == [302]
+    monkeypatch.setattr(cache, "FEATURE_VERSION", 99)
+    assert files()[0].parent != first[0].parent
+    assert len(computed) == 4
 
 
-@pytest.mark.parametrize("name", ["eeg_x.npy", "spec_x.npy", "filled.npy", "bad_rows.json"])
-@pytest.mark.parametrize("damage", ["missing", "short", "empty", "rubbish"])
-def test_damaged_features_are_computed_again(make_folder, tmp_path, name, damage):
-    recordings = Recordings.read(make_folder(rows=table_rows(2)))
+@pytest.mark.parametrize("damage", ["missing", "short", "empty"])
+def test_a_damaged_file_is_computed_again(make_folder, tmp_path, damage, computed):
+    recordings = Recordings.read(make_folder(rows=table_rows(3)))
     first = stored_features(recordings, IIIC, tmp_path / "cache")
-    expected = first.take(np.arange(2))
-    path = first.folder / name
-    content = path.read_bytes()
-    path.unlink()
-    if damage != "missing":
-        path.write_bytes({"short": content[:-1], "empty": b"", "rubbish": b"\x93rubbish" * 9}[damage])
-    again = stored_features(recordings, IIIC, tmp_path / "cache").take(np.arange(2))
-    for key, values in expected.items():
-        np.testing.assert_array_equal(again[key], values)
-    assert folders(tmp_path / "cache") == [first.folder]
+    expected, path = content(first), first.files[1]
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] if damage == "short" else b"")
+    computed.clear()
+    assert content(stored_features(recordings, IIIC, tmp_path / "cache")) == expected
+    assert computed == [301]
 
 
-def test_a_build_that_fails_is_not_taken_for_whole(make_folder, tmp_path):
-    root = make_folder()
-    path = root / "train_spectrograms/204.parquet"
-    content = path.read_bytes()
-    path.unlink()
-    with pytest.raises(RowError, match=r"204\.parquet: missing file: .*line 6, label_id 304"):
-        stored_features(Recordings.read(root), IIIC, tmp_path / "cache")
-    (unfinished,) = folders(tmp_path / "cache")
-    assert unfinished.name.startswith(".")
-    path.write_bytes(content)
-    features = stored_features(Recordings.read(root), IIIC, tmp_path / "cache")
-    assert folders(tmp_path / "cache") == [features.folder]
-    row = features.recordings.rows[4]
-    np.testing.assert_array_equal(
-        features.take(np.array([4]))["spec_x"][0], spectrogram_features(features.recordings.spectrogram(row))[0]
+def test_an_interrupted_computation_continues(make_folder, tmp_path, monkeypatch, computed):
+    recordings = Recordings.read(make_folder())
+    compute = cache.eeg_features
+
+    def interrupted(*args):
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        return compute(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "eeg_features", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stored_features(recordings, IIIC, tmp_path / "cache")
+    assert computed == [300, 301, 302]
+    features = stored_features(recordings, IIIC, tmp_path / "cache")
+    assert computed == [300, 301, 302, 302, 303, 304]
+    assert content(features) == content(stored_features(recordings, IIIC, tmp_path / "whole"))
+
+
+def test_a_mended_recording_costs_its_own_rows_alone(shared, tmp_path, computed):
+    path = shared / "train_eegs/104.parquet"
+    good = path.read_bytes()
+    path.write_bytes(b"no parquet")
+    with pytest.raises(RowError, match=tells("104.parquet", "unreadable file", "line 4", "label_id 302")):
+        stored_features(Recordings.read(shared), COMPETITION, tmp_path / "cache")
+    path.write_bytes(good)
+    computed.clear()
+    recordings = Recordings.read(shared)
+    features = stored_features(recordings, COMPETITION, tmp_path / "cache")
+    assert sorted(computed) == [row.label_id for row in recordings if row.eeg_id in (102, 104)], (
+        "102 had not been reached"
     )
+    assert content(features) == content(stored_features(recordings, COMPETITION, tmp_path / "whole"))
 
 
-def test_bad_recordings_are_skipped_and_counted_also_from_the_store(make_folder, tmp_path):
-    root = make_folder()
-    (root / "train_spectrograms/201.parquet").unlink()
-    (root / "train_eegs/103.parquet").write_bytes(b"no parquet")
+def test_a_full_disk_leaves_no_part_of_a_file(make_folder, tmp_path, monkeypatch):
+    recordings = Recordings.read(make_folder(rows=table_rows(3)))
+    write = Path.write_bytes
+
+    def full(path, data):
+        if path.name.startswith(".301"):
+            write(path, data[:99])
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        stored_features(recordings, IIIC, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert [path.name.partition("-")[0] for path in folder.iterdir()] == ["300"]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_bad_recordings_are_left_out_in_the_order_of_the_table(shared, tmp_path, workers):
+    (shared / "train_spectrograms/202.parquet").unlink()
+    (shared / "train_eegs/103.parquet").write_bytes(b"")
+    recordings = Recordings.read(shared, "skip")
+    bad = [i for i, row in enumerate(recordings) if row.spectrogram_id == 202 or row.eeg_id == 103]
     for _ in range(2):
-        features = stored_features(Recordings.read(root, "skip"), IIIC, tmp_path / "cache")
-        assert [row.label_id for row in features.recordings] == [300, 302, 304]
-        assert [bad.reason for bad in features.recordings.skipped] == ["missing file", "unreadable file"]
-        row = features.recordings.rows[1]
-        x, _, _ = eeg_features(features.recordings.eeg(row, IIIC), IIIC)
-        np.testing.assert_array_equal(features.take(np.array([1]))["eeg_x"][0], x)
-        assert features.filled.shape == (3, 2)
-    with pytest.raises(RowError, match=r"201\.parquet: missing file"):
-        stored_features(Recordings.read(root), IIIC, tmp_path / "cache")
+        features = stored_features(recordings, COMPETITION, tmp_path / "cache", workers)
+        assert [bad_row.line for bad_row in features.recordings.skipped] == [i + 2 for i in bad]
+        assert {bad_row.reason for bad_row in features.recordings.skipped} == {"missing file", "unreadable file"}
+        assert len(features) == len(features.recordings) == 11 - len(bad)
+        for position in range(len(features)):
+            assert_features(features, position)
+        assert features.count_filled().shape == (len(features), 2)
+    with pytest.raises(RowError, match=r"parquet: (missing|unreadable) file"):
+        stored_features(Recordings.read(shared), COMPETITION, tmp_path / "cache", workers)
+
+
+def test_a_folder_of_bad_recordings_alone_is_an_error(make_folder, tmp_path):
+    root = make_folder(rows=table_rows(2))
+    for path in root.glob("train_eegs/*"):
+        path.unlink()
+    with pytest.raises(DataError, match=tells("No recording", "can be used", "100.parquet: missing file")):
+        stored_features(Recordings.read(root, "skip"), IIIC, tmp_path / "cache")
+
+
+UNGUARDED = """
+import sys
+from lightning_xattn.hms.cache import stored_features
+from lightning_xattn.hms.recordings import COMPETITION, Recordings
+stored_features(Recordings.read(sys.argv[1]), COMPETITION, sys.argv[2], 2)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_is_told_what_it_needs(shared, tmp_path):
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    command = [sys.executable, "script.py", str(shared), str(tmp_path / "cache")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 1
+    assert "A script that calls HMSDataModule needs if __name__ == '__main__':" in ran.stderr
+
+
+KILLED = """
+import os, signal, sys
+from lightning_xattn.hms import cache
+from lightning_xattn.hms.recordings import COMPETITION, Recordings
+run = cache._run_tasks
+
+def run_and_die(*args):
+    results = run(*args)
+    yield next(results)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+cache._run_tasks = run_and_die
+cache.stored_features(Recordings.read(sys.argv[1]), COMPETITION, sys.argv[2], 2)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_none_behind(shared, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(shared), str(tmp_path / "cache")]
+    killed = subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True)
+    assert killed.wait(300) == -signal.SIGKILL
+    for _ in range(300):
+        try:
+            os.killpg(killed.pid, 0)  # the workers are in its group
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        os.killpg(killed.pid, signal.SIGKILL)
+        pytest.fail("a worker outlives the process that was killed")
+    recordings = Recordings.read(shared)
+    features = stored_features(recordings, COMPETITION, tmp_path / "cache", 0)
+    assert content(features) == content(stored_features(recordings, COMPETITION, tmp_path / "whole", 0))
 
 
 def test_where_features_are_kept(monkeypatch, tmp_path):
@@ -126,29 +303,64 @@ def test_where_features_are_kept(monkeypatch, tmp_path):
     assert default_cache_dir() == Path.home() / ".cache/lightning_xattn"
 
 
-def test_pickled_they_are_mapped_again_not_copied(make_folder, tmp_path):
+def test_pickled_features_hold_no_values(make_folder, tmp_path):
     features = stored_features(Recordings.read(make_folder()), IIIC, tmp_path / "cache")
     pickled = pickle.dumps(features)
     assert len(pickled) < 10_000
-    copy = pickle.loads(pickled)
-    np.testing.assert_array_equal(copy.take(np.array([4]))["spec_x"], features.take(np.array([4]))["spec_x"])
+    np.testing.assert_array_equal(pickle.loads(pickled).read([4])["spec_x"], features.read([4])["spec_x"])
 
 
-def test_several_at_once(make_folder, tmp_path):
+def test_several_at_once_compute_the_same(make_folder, tmp_path):
     recordings = Recordings.read(make_folder())
-    start = threading.Barrier(4)
-
-    def open_features() -> np.ndarray:
-        start.wait(60)
-        return stored_features(recordings, IIIC, tmp_path / "cache").take(np.arange(5))["spec_x"]
-
-    with ThreadPoolExecutor(4) as pool:
-        first, *others = [future.result() for future in [pool.submit(open_features) for _ in range(4)]]
-    for other in others:
-        np.testing.assert_array_equal(other, first)
-    assert len(folders(tmp_path / "cache")) == 1
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(
+            lambda name: content(stored_features(recordings, IIIC, tmp_path / name)), ["cache", "other"]
+        )
+    assert one == other == content(stored_features(recordings, IIIC, tmp_path / "cache"))
 
 
-def test_it_is_quiet_where_no_terminal_is(make_folder, tmp_path, capfd):
+def test_nothing_is_printed_where_no_terminal_is(make_folder, tmp_path, capfd):
     stored_features(Recordings.read(make_folder()), IIIC, tmp_path / "cache")
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_random_numbers_that_follow_do_not_depend_on_it(make_folder, tmp_path):
+    recordings = Recordings.read(make_folder())
+    state = torch.get_rng_state()
+    stored_features(recordings, IIIC, tmp_path / "cache")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_rows_with_a_region_that_is_missing_are_left_out(make_folder, tmp_path):
+    root = make_folder(rows=table_rows(2))
+    path = root / "train_spectrograms/200.parquet"
+    table = pq.read_table(path)
+    for i, name in enumerate(table.column_names):
+        if name.startswith("LP_"):
+            missing = np.full(len(table), np.nan, np.float32)
+            table = table.set_column(i, name, [missing])
+    pq.write_table(table, path)
+    with pytest.raises(RowError, match=tells("200.parquet", "no spectrogram", "left parasagittal", "label_id 300")):
+        stored_features(Recordings.read(root), IIIC, tmp_path / "cache", 0)
+    features = stored_features(Recordings.read(root, "skip"), IIIC, tmp_path / "cache", 0)
+    assert [row.label_id for row in features.recordings] == [301]
+    assert [bad.reason for bad in features.recordings.skipped] == ["no spectrogram"]
+    assert (features.count_filled() == 0).all()
+
+
+def test_an_hour_of_eeg(tmp_path):
+    write_table(
+        tmp_path,
+        [
+            {**row, "eeg_id": 100, "spectrogram_id": 200, "eeg_label_offset_seconds": 3550.0 * i}
+            | {"spectrogram_label_offset_seconds": 3000.0 * i}
+            for i, row in enumerate(table_rows(2))
+        ],
+    )
+    eeg = write_eeg(tmp_path / "train_eegs/100.parquet", 3600)
+    power = write_spectrogram(tmp_path / "train_spectrograms/200.parquet", 1800)
+    recordings = Recordings.read(tmp_path)
+    features = stored_features(recordings, recordings.infer_geometry(), tmp_path / "cache", 0)
+    np.testing.assert_array_equal(recordings.eeg(recordings.rows[1], COMPETITION), eeg[-10000:, :19])
+    np.testing.assert_array_equal(recordings.spectrogram(recordings.rows[1]).reshape(300, 400), power[-300:])
+    assert np.ptp(features.read([0, 1])["eeg_x"], axis=0).max() > 0

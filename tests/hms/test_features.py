@@ -11,11 +11,11 @@ from lightning_xattn.hms.features import (
     SPEC_BANDS,
     band_powers,
     eeg_features,
-    fill_gaps,
     filter_eeg,
     spectrogram_features,
     spectrogram_spans,
 )
+from lightning_xattn.hms.missing import fill_gaps
 from lightning_xattn.hms.montage import EEG_EDGES, EEG_RATE, ELECTRODES, SPEC_FREQUENCIES
 from lightning_xattn.hms.recordings import COMPETITION, IIIC, EEGGeometry
 
@@ -115,12 +115,12 @@ def test_a_silent_channel_has_the_floor_and_no_edges():
 
 def test_edges_weigh_common_envelopes():
     time = seconds(COMPETITION)
-    recorded_call = np.sin(2 * np.pi * 10 * time)
+    carrier = np.sin(2 * np.pi * 10 * time)
     envelope = 20 + 15 * np.sin(2 * np.pi * 0.4 * time)
     eeg = noise(COMPETITION)
     fp1, fp2, o1, o2 = (ELECTRODES.index(name) for name in ("Fp1", "Fp2", "O1", "O2"))
-    eeg[:, fp1], eeg[:, fp2] = envelope * recorded_call, 3 * envelope * np.sin(2 * np.pi * 11 * time)
-    eeg[:, o1], eeg[:, o2] = envelope * recorded_call, (40 - envelope) * recorded_call
+    eeg[:, fp1], eeg[:, fp2] = envelope * carrier, 3 * envelope * np.sin(2 * np.pi * 11 * time)
+    eeg[:, o1], eeg[:, o2] = envelope * carrier, (40 - envelope) * carrier
     _, edge_attr, _ = eeg_features(eeg, COMPETITION)
     assert edge_attr.shape == (9, 72, 1)
     weights = {edge: edge_attr[1:-1, i, 0] for i, edge in enumerate(EEG_EDGES)}

@@ -1,4 +1,4 @@
-"""What is not there of a recording is not invented: it is refused, or left out and said."""
+"""Recordings of which too much is missing are refused, or left out with a warning."""
 
 import numpy as np
 import pytest

@@ -7,12 +7,12 @@ import shutil
 import warnings
 
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 import torch
 from pytorch_lightning import Trainer, seed_everything
 
 from lightning_xattn import ExplainabilityCapture
+from lightning_xattn.evaluation.table import read_columns
 from lightning_xattn.hms import HMSDataModule, HMSLightningModule, simulate
 from tests import reference
 
@@ -57,7 +57,7 @@ def explained(trained, held_out, folder, epochs):
         data.setup("test")
         explainer = ExplainabilityCapture(module, contribution_samples=240)
         found = explainer.explain_loader(data.test_dataloader(), table=folder / "table", progress=False, partners=16)
-    columns = pq.read_table(folder / "table").to_pydict()
+    columns = read_columns(folder / "table")
     rows = [data.test_recordings.by_label_id[int(one)] for one in columns["sample_id"]]
     for column in ("eeg_class", "spectrogram_class"):
         columns[column] = [row.extra[column] for row in rows]
@@ -93,8 +93,8 @@ def test_planted_disagreement_is_found_and_which_modality_was_followed(simulated
 def test_a_modality_on_which_the_labels_do_not_depend_cannot_be_read_and_is_not_used(simulated, tmp_path):
     roots = [unrelated(tmp_path / name, simulated / name) for name in ("trained", "held_out")]
     fusion, columns = explained(*roots, tmp_path, epochs=6)
-    assert list(fusion.unreadable) == ["spec"]
-    assert "is not clearly above the share of the largest class" in fusion.unreadable["spec"]
+    assert list(fusion.probe_problems) == ["spec"]
+    assert "is not clearly above the share of the largest class" in fusion.probe_problems["spec"]
     assert torch.isnan(fusion.numbers["conflict"]).all()
     assert fusion.estimate("right/eeg").low > 0.4
     assert fusion.share("eeg").mean >= 0.97

@@ -11,30 +11,29 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.nn import global_mean_pool
 
 from lightning_xattn.core.errors import DataError, SettingError, ShapeError
-from lightning_xattn.hms.model import FUSIONS, CrossModalFusion, HMSNetwork, JoinedWindows
+from lightning_xattn.hms.model import CrossModalFusion, HMSNetwork, JoinedWindows
 from lightning_xattn.hms.module import HMSLightningModule, learning_rate_factor
-from lightning_xattn.hms.montage import CLASSES, EEG_EDGES, ELECTRODES, REGIONS, SPEC_EDGES
+from lightning_xattn.hms.montage import CLASSES, EEG_EDGES, SPEC_EDGES
 from tests.messages import tells
 
 WINDOWS = {"eeg": 5, "spec": 7}
-TOKENS = {"temporal": (5, 7), "regional": (4, 4), "pooled": (1, 1)}
 
 
-def graph(modality: str, generator: torch.Generator, edges: bool = True) -> Data:
+def graph(modality: str, generator: torch.Generator) -> Data:
     """One window of one sample, at the level of raw log powers."""
     nodes, features, pairs = (19, 5, EEG_EDGES) if modality == "eeg" else (4, 4, SPEC_EDGES)
-    edge_index = torch.tensor(pairs).T if edges else torch.zeros(2, 0, dtype=torch.long)
+    edge_index = torch.tensor(pairs).T
     data = Data(x=torch.randn(nodes, features, generator=generator) - 8, edge_index=edge_index)
     if modality == "eeg":
         data.edge_attr = torch.rand(edge_index.shape[1], 1, generator=generator)
     return data
 
 
-def recordings(samples: int, seed: int = 0, edges: bool = True) -> dict[str, list[list[Data]]]:
+def recordings(samples: int, seed: int = 0) -> dict[str, list[list[Data]]]:
     """For each modality, for each window, a graph per sample."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        modality: [[graph(modality, generator, edges) for _ in range(samples)] for _ in range(windows)]
+        modality: [[graph(modality, generator) for _ in range(samples)] for _ in range(windows)]
         for modality, windows in WINDOWS.items()
     }
 
@@ -48,15 +47,10 @@ def inputs(samples: int = 3, seed: int = 0) -> tuple[list[Batch], list[Batch]]:
     return batched(graphs["eeg"]), batched(graphs["spec"])
 
 
-@pytest.fixture(params=FUSIONS)
-def network(request: pytest.FixtureRequest) -> HMSNetwork:
+@pytest.fixture
+def network() -> HMSNetwork:
     torch.manual_seed(0)
-    return HMSNetwork(request.param).eval()
-
-
-def temporal() -> HMSNetwork:
-    torch.manual_seed(0)
-    return HMSNetwork("temporal").eval()
+    return HMSNetwork().eval()
 
 
 # --- attention and fusion
@@ -67,7 +61,7 @@ def test_attention_is_per_head_and_rows_sum_to_one(network: HMSNetwork, training
     network.train(training)
     eeg_graphs, spec_graphs = inputs()
     eeg, spec = network.eeg_encoder(eeg_graphs), network.spec_encoder(spec_graphs)
-    queries, keys = TOKENS[network.eeg_encoder.fusion]
+    queries, keys = 5, 7
     assert eeg.shape == (3, queries, 256)
     assert spec.shape == (3, keys, 256)
     fused, attention = network.fusion(eeg, spec, return_attention=True)
@@ -76,10 +70,7 @@ def test_attention_is_per_head_and_rows_sum_to_one(network: HMSNetwork, training
     assert attention["spec_to_eeg"].shape == (3, 8, keys, queries)
     for weights in attention.values():
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
-    if queries == 1:
-        assert all((weights == 1).all() for weights in attention.values())
-    else:
-        assert all(weights.std() > 0 for weights in attention.values())
+        assert weights.std() > 0
 
 
 def test_asking_for_attention_does_not_change_the_output() -> None:
@@ -113,8 +104,7 @@ def test_directions_are_not_swapped() -> None:
 
 
 @pytest.mark.parametrize("modality", ["eeg", "spec"])
-def test_one_big_graph_equals_window_by_window(modality: str) -> None:
-    network = temporal()
+def test_one_big_graph_equals_window_by_window(network: HMSNetwork, modality: str) -> None:
     encoder = network.eeg_encoder if modality == "eeg" else network.spec_encoder
     windows = batched(recordings(samples=3)[modality])
     slow = []
@@ -135,41 +125,12 @@ def test_joined_windows_keep_each_edge_in_its_own_graph() -> None:
     assert torch.equal(joined.x[joined.graph == 6 * 2 + 1], windows[6][1].x)
 
 
-def test_edges_and_their_weights_matter() -> None:
-    encoder = temporal().eeg_encoder
+def test_edges_and_their_weights_matter(network: HMSNetwork) -> None:
+    encoder = network.eeg_encoder
     windows = batched(recordings(samples=2)["eeg"])
     before = encoder(windows)
     windows[4].edge_attr = windows[4].edge_attr + 1
     assert not torch.allclose(encoder(windows), before)
-
-
-@pytest.mark.parametrize(
-    ("electrode", "expected"), [("T4", {"RL"}), ("P3", {"LP"}), ("Fp2", {"RL", "RP"}), ("Cz", set())]
-)
-def test_regional_tokens_hold_their_own_electrodes(electrode: str, expected: set[str]) -> None:
-    """On graphs without edges, where no message carries a change to another region."""
-    torch.manual_seed(0)
-    encoder = HMSNetwork("regional").eval().eeg_encoder
-    windows = batched(recordings(samples=2, edges=False)["eeg"])
-    before = encoder(windows)
-    for window in windows:
-        window.x = window.x.clone()
-        window.x[ELECTRODES.index(electrode) :: 19] += 2
-    difference = (encoder(windows) - before).abs().amax(dim=(0, 2))
-    changed = {region for region, amount in zip(REGIONS, difference.tolist(), strict=True) if amount > 1e-4}
-    assert changed == expected
-
-
-def test_regional_spectrogram_tokens_are_the_four_nodes() -> None:
-    torch.manual_seed(0)
-    encoder = HMSNetwork("regional").eval().spec_encoder
-    windows = batched(recordings(samples=2, edges=False)["spec"])
-    before = encoder(windows)
-    for window in windows:
-        window.x = window.x.clone()
-        window.x[REGIONS.index("LP") :: 4] += 2
-    changed = (encoder(windows) - before).abs().amax(dim=(0, 2)) > 1e-4
-    assert changed.tolist() == [region == "LP" for region in REGIONS]
 
 
 # --- what it accepts
@@ -193,10 +154,7 @@ def test_one_sample_as_in_the_guide(network: HMSNetwork) -> None:
     torch.testing.assert_close(logits, network(eeg, spec)[[1]])
 
 
-@pytest.mark.parametrize("fusion", ["temporal", "pooled"])
-def test_graphs_of_unequal_size(fusion: str) -> None:
-    torch.manual_seed(0)
-    network = HMSNetwork(fusion).eval()
+def test_graphs_of_unequal_size(network: HMSNetwork) -> None:
     graphs = recordings(samples=3)
     for windows in graphs.values():
         windows[1][2] = windows[1][2].subgraph(torch.arange(3))
@@ -288,13 +246,9 @@ def test_scores_are_those_of_the_soft_labels_arg_max() -> None:
 
 def test_the_default_is_the_published_configuration() -> None:
     module = HMSLightningModule()
-    assert dict(module.hparams)["fusion"] == "temporal"
     assert module.get_submodule("model.fusion.eeg_to_spec_attn").num_heads == 8
     assert module.get_submodule("model.fusion.spec_to_eeg_attn").embed_dim == 256
     assert module.class_names == CLASSES
-    assert module.attention_axes is None
-    axes = HMSLightningModule(fusion="regional").attention_axes
-    assert {name: axis.names for name, axis in axes.items()} == {"eeg": [*REGIONS], "spec": [*REGIONS]}
 
 
 def test_learning_rate_rises_then_falls_and_outlasts_its_end() -> None:
@@ -311,7 +265,6 @@ def test_learning_rate_rises_then_falls_and_outlasts_its_end() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fusion": "late"}, "'temporal', 'regional', 'pooled'; got 'late'"),
         ({"num_heads": 7}, r"\[1, 2, 4, 8, .*; got 7"),
         ({"num_heads": 0}, "got 0"),
         ({"dropout": 1.0}, r"\[0, 1\); got 1.0"),
@@ -333,8 +286,7 @@ def test_bad_batches() -> None:
         module.test_step({**batch, "targets": torch.tensor([0, 1])}, 0)
 
 
-def test_bad_graphs() -> None:
-    network = temporal()
+def test_bad_graphs(network: HMSNetwork) -> None:
     eeg, spec = inputs(samples=3)
     with pytest.raises(DataError, match=r"EEG graphs must be a list.*an empty list"):
         network([], spec)
@@ -350,6 +302,3 @@ def test_bad_graphs() -> None:
         network(eeg, eeg)
     with pytest.raises(DataError, match=r"EEG graphs need 'edge_attr', which window\(s\) \[0, 1, 2"):
         network(spec, spec)
-    small = [Batch.from_data_list([g[0], g[1].subgraph(torch.arange(3)), g[2]]) for g in eeg]
-    with pytest.raises(ShapeError, match=r"19 nodes in each EEG graph.*graphs of 3 to 19"):
-        HMSNetwork("regional")(small, spec)

@@ -11,18 +11,16 @@ from matplotlib.collections import LineCollection
 
 from lightning_xattn.core.attention import Attention, AttentionPair, Direction, TokenAxis
 from lightning_xattn.core.errors import SettingError, ShapeError
-from lightning_xattn.hms.derivations import CHAINS, derive
 from lightning_xattn.hms.features import spectrogram_spans
 from lightning_xattn.hms.montage import (
     EEG_RATE,
     ELECTRODES,
-    REGION_ELECTRODES,
-    REGION_NAMES,
     REGIONS,
     SPEC_FREQUENCIES,
     SPEC_ROW_SECONDS,
+    derive,
 )
-from lightning_xattn.hms.recording_plots import Spectrograms, Traces, page_of
+from lightning_xattn.hms.recording_plots import Spectrograms, Traces, find_page
 from lightning_xattn.hms.recordings import COMPETITION, IIIC, Recordings
 from lightning_xattn.hms.signal_plots import plot_attention_over_signals
 from lightning_xattn.visualizations import render
@@ -100,7 +98,7 @@ def test_ten_seconds_around_the_labelled_moment_are_drawn_to_be_read_and_marked_
     [((-25, 25), (-5, 5)), ((-5, 5), (-5, 5)), ((-3, 4), (-3, 4)), ((-2, 30), (-2, 8)), ((-40, -8), (-18, -8))],
 )
 def test_of_a_recording_that_ends_early_the_nearest_ten_seconds_are_drawn(extent, page) -> None:
-    assert page_of(extent) == page
+    assert find_page(extent) == page
 
 
 def test_the_bipolar_montage_is_each_electrode_less_the_next_one_of_its_chain() -> None:
@@ -124,11 +122,6 @@ def test_the_bipolar_montage_is_each_electrode_less_the_next_one_of_its_chain() 
     steps = np.diff(found.rows)
     assert {i for i, step in enumerate(steps) if step > 1} == {3, 7, 11, 15}, "a gap between two chains"
     assert set(np.delete(steps, [3, 7, 11, 15]).round(6)) == {1}
-
-
-def test_chains_are_those_along_which_spectrograms_are_computed() -> None:
-    for region, electrodes in REGION_ELECTRODES.items():
-        assert CHAINS[REGION_NAMES[region]] == electrodes
 
 
 def test_the_bipolar_montage_is_drawn_as_it_is_derived() -> None:

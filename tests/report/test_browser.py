@@ -113,7 +113,7 @@ def test_samples_are_filtered_sorted_and_opened_by_keyboard(browser, report, nam
 
 
 @pytest.mark.slow
-def test_tensorboard_shows_charts_and_pictures(browser, tmp_path):
+def test_tensorboard_shows_pictures(browser, tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=False)
     trainer = quiet_trainer(logger=logger, callbacks=[AttentionExplainabilityCallback()], max_epochs=2)
     trainer.fit(ToyModule(), toy_loader(), toy_loader(seed=1))
@@ -130,15 +130,7 @@ def test_tensorboard_shows_charts_and_pictures(browser, tmp_path):
             except OSError:
                 time.sleep(0.5)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.goto(f"{address}/#custom_scalars")
-        page.get_by_text("val: Do correct and incorrect predictions differ?").wait_for(timeout=60_000)
-        # Seen without scrolling.
-        for title in ("alignment: correct, incorrect, null", "conflict: correct, incorrect"):
-            box = page.get_by_text(title, exact=True).first.bounding_box()
-            assert box["y"] < 1000
-        assert page.get_by_text("Matches (3)").first.is_visible()
         page.goto(f"{address}/#images")
-        page.reload()
         overview = page.locator("text=xattn_about/val/overview >> visible=true").first
         overview.wait_for(timeout=60_000)
         assert overview.bounding_box()["y"] < 500, "it is the first"

@@ -41,7 +41,7 @@ def test_whatever_loggers_get_is_legible_at_the_size_that_tensorboard_shows(one)
     data, _ = said_data(60)
     fusion = summary_of(trained(None, data, epochs=5), data)
     records = [
-        {"stage": "val", "epoch": epoch, "step": epoch, "alignment/all": 0.1, "read_samples": 9} for epoch in (0, 1)
+        {"stage": "val", "epoch": epoch, "step": epoch, "alignment/all": 0.1, "probed_samples": 9} for epoch in (0, 1)
     ]
     drawn_figures = {"overview": overview_figure(records, "val"), **dict(dataset_figures(dataset(one, fusion=fusion)))}
     kinds = {"overview", "map", "entropy", "alignment", "conflict", "contribution", "class"}

@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch_geometric.data import Batch, Data
 
-from lightning_xattn.core.errors import DataError
-from lightning_xattn.hms.graphs import EEG_EDGE_INDEX, SPEC_EDGE_INDEX, graph_batches
+from lightning_xattn.hms.dataset import EEG_EDGE_INDEX, SPEC_EDGE_INDEX, graph_batches
 
 SAMPLES, WINDOWS, FEATURES = 3, 7, 5
 WITH_EDGES = pytest.mark.parametrize("with_edge_attr", [True, False], ids=["edge_attr", "no_edge_attr"])
@@ -110,12 +109,3 @@ def test_one_window_changed_leaves_the_others_and_the_next_batch_alone():
         assert_same(our, their)
     ours[1].edge_index.zero_()  # shared by this call's windows, as the docstring says, but by no other call's
     assert_same(both_ways(True)[0][1], theirs[1])
-
-
-def test_shapes_are_checked():
-    with pytest.raises(DataError, match=r"got shape \(2, 19, 5\)"):
-        graph_batches(random(2, 19, 5), EEG_EDGE_INDEX)
-    with pytest.raises(DataError, match="batch > 0"):
-        graph_batches(random(0, 9, 19, 5), EEG_EDGE_INDEX)
-    with pytest.raises(DataError, match=r"edge_attr must be \(batch=2, windows=9, edges=72, attributes\)"):
-        graph_batches(random(2, 9, 19, 5), EEG_EDGE_INDEX, random(2, 9, 71, 1))
