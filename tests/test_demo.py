@@ -33,9 +33,10 @@ def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
     accuracy = max(point.value for point in events.Scalars("val_acc"))
     assert accuracy > 0.4  # chance is 0.17
     assert re.search(
-        r"\nVALIDATION on simulated_150_.*\n-+\n\nAccuracy 0.*\n\n- Samples: 30 of \d+ patients\n", printed
+        r"\n## Validation on simulated\\_150\\_.*\n\nAccuracy 0.*\n\n- \*\*Samples:\*\* 30 samples of \d+ patients;",
+        printed,
     )
-    stages, summary = printed.split("\n\nWHAT THE DEMO FOUND\n")
+    stages, _ = printed.split("\n\n# What the demo found\n")
     assert [re.sub(r" \d+ s$", "", line) for line in stages.splitlines() if "Training" not in line] == [
         *("Simulating 150 recordings:", "Computing the features of 150 recordings:"),
         "Testing on simulated_150_of_50s_seed_0_disagreeing_0.2:",
@@ -44,16 +45,15 @@ def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
     ]
     epochs = r"Training, epoch (\d) of 6 \(validation: accuracy 0\.\d\d, loss \d\.\d\d\): \d+ s"
     assert re.findall(epochs, stages) == list("123456")
-    assert max(map(len, summary.split("\nPictures: ")[0].splitlines())) <= 100
-    table = printed[printed.index("score ") :].splitlines()
+    table = printed[printed.index("| score") :].splitlines()
     del table[1]  # the line under the header
     scores = ["confidence", "alignment", "entropy", "contribution", "probe: conflict, support"]
-    assert [line.split("  ")[0] for line in table[:6]] == ["score", *scores]
+    assert [line.split("|")[1].strip() for line in table[:6]] == ["score", *scores]
     assert all(re.search(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", line) for line in table[1:6])
-    assert printed.index("score ") < printed.index("Knows: EEG") < printed.index("VALIDATION on")
+    assert printed.index("| score") < printed.index("**Probe:** the probe on EEG") < printed.index("## Validation on")
     disagreeing = tmp_path / "run_0/disagreeing"
-    report = (disagreeing / "report.txt").read_text()
-    assert report.index("WHICH SCORE ANSWERS WHICH QUESTION?") < report.index("WHAT EACH MODALITY PREDICTS")
+    report = (disagreeing / "report.md").read_text()
+    assert report.index("## Which score answers which question?") < report.index("## Key points")
     assert "\n".join(table[1:6]) in report
     figures = {path.name for path in (disagreeing / "figures").iterdir()}
     assert {"conflict_confidence.png", "conflict_samples.png", "contribution_shares.png"} < figures

@@ -27,10 +27,8 @@ from lightning_xattn.hms.recordings import COMPETITION, Recordings
 from lightning_xattn.hms.simulator import simulate
 from lightning_xattn.hms.truth import describe_scores
 from lightning_xattn.report import create_explainability_report, save_dataset_figures
-from lightning_xattn.report.facts import collect_facts, collect_layer
-from lightning_xattn.report.modalities import collect_fusion, describe_fusion
-from lightning_xattn.report.rendering import Document, Paragraph, Section, as_markdown, as_text, print_document
-from lightning_xattn.report.wording import dataset_document, describe_layer
+from lightning_xattn.report.dataset import describe_dataset
+from lightning_xattn.report.document import Document, Paragraph, Section, as_markdown, print_markdown
 
 TRAIN_ON = ("simulated", "data")
 
@@ -104,12 +102,12 @@ def run_demo(
         opening, explained = _explain_disagreeing(module, disagreeing, folder)
         explained = replace(explained, trained_on=trained_on)
         _write_report(opening, explained, folder)
-        sections = [opening, *_describe_fusion(explained, root), *sections]
+        sections = [opening, *describe_dataset(explained).sections[:2], *sections]
         written["Pictures"] += f", {folder / 'figures'}"
-        written |= {"Report": f"{folder}/report.txt", "To open in a browser": f"{folder}/report.html"}
+        written |= {"Report": f"{folder}/report.md", "To open in a browser": f"{folder}/report.html"}
 
     print()
-    print_document(Document("What the demo found", sections))
+    print_markdown(as_markdown(Document("What the demo found", sections)))
     # Unwrapped, however long: to be copied.
     print("", *(clean(f"{what}: {where}") for what, where in written.items()), sep="\n")
     print(clean(f"tensorboard --logdir {logs}"))
@@ -163,22 +161,16 @@ def _test(trainer: Trainer, module: LightningModule, loader: DataLoader[Any], re
 def _describe_test(
     title: str, recordings: Recordings, stage: str, trainer: Trainer, callback: AttentionExplainabilityCallback
 ) -> Section:
-    metrics, classes_by = trainer.callback_metrics, callback.settings.classes_by
-    fusion = callback.fusion_summaries.get(stage)
+    metrics, layer = trainer.callback_metrics, callback.summaries[stage]
     scores = Paragraph(
         f"Accuracy {metrics[f'{stage}_acc']:.2f} (chance {1 / len(CLASSES):.2f}), "
         f"macro F1 {metrics[f'{stage}_f1']:.2f}, loss {metrics[f'{stage}_loss']:.2f}."
     )
-    of_fusion = [] if fusion is None else describe_fusion(collect_fusion(fusion, CLASSES), classes_by)
-    of_attention = describe_layer(collect_layer("", callback.summaries[stage], CLASSES), classes_by)
-    return Section(title, [scores, *of_fusion, *of_attention], f"on {recordings.root.name}")
-
-
-def _describe_fusion(explained: DatasetResult, root: Path) -> list[Section]:
-    if explained.fusion is None:
-        return []
-    blocks = [*describe_fusion(collect_fusion(explained.fusion, CLASSES), explained.classes_by)]
-    return [Section("What each modality predicts and contributes", blocks, f"on {root.name}")]
+    classes_by, fusion = callback.settings.classes_by, callback.fusion_summaries.get(stage)
+    result = DatasetResult({"": layer}, fusion, CLASSES, classes_by, {}, None)
+    *sections, _ = describe_dataset(result).sections
+    blocks = [block for section in sections for block in section.blocks]
+    return Section(f"{title} on {recordings.root.name}", [scores, *blocks])
 
 
 def _explain_disagreeing(
@@ -193,14 +185,11 @@ def _explain_disagreeing(
 
 
 def _write_report(opening: Section, explained: DatasetResult, folder: Path) -> None:
-    facts = collect_facts(explained)
-    assert facts["kind"] == "dataset"
     with timed("Drawing figures"):
         save_dataset_figures(explained, folder / "figures")
     with timed("Writing the report"):
         create_explainability_report(explained, folder / "report.html")
-        document = dataset_document(facts)
+        document = describe_dataset(explained)
         document = replace(document, sections=[opening, *document.sections])
-        for name, text in (("report.txt", as_text(document)), ("report.md", as_markdown(document))):
-            with complete_or_absent(folder / name) as part:
-                part.write_text(text, encoding="utf-8")
+        with complete_or_absent(folder / "report.md") as part:
+            part.write_text(as_markdown(document), encoding="utf-8")

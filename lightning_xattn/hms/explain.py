@@ -52,8 +52,8 @@ def run_explain(
     data
         Folder in the layout of the HMS competition. Rows that cannot be used are left out, with a warning.
     out
-        Gets ``report.html``, ``.txt``, ``.md`` and ``.json``, ``figures/`` of all recordings, ``samples/<label_id>/``
-        and ``samples.txt`` of those that are drawn, ``table/`` with one row per recording, and ``features/``.
+        Gets ``report.html``, ``.md`` and ``.json``, ``figures/`` of all recordings, ``samples/<label_id>/``
+        and ``samples.md`` of those that are drawn, ``table/`` with one row per recording, and ``features/``.
     montage
         How the EEG is drawn, see ``plot_attention_over_signals``. Bipolar by default, as the clinic reads EEG.
     trust_checkpoint
@@ -71,7 +71,7 @@ def run_explain(
     explainer = ExplainabilityCapture(module, axes=datamodule.attention_axes)
     loader = datamodule.test_dataloader()
     explained = replace(explainer.explain_loader(loader, table=out / "table"), trained_on=training_data(checkpoint))
-    for suffix in (".txt", ".md", ".json"):
+    for suffix in (".md", ".json"):
         create_explainability_report(explained, out / f"report{suffix}")
     with timed("Drawing figures"):
         save_dataset_figures(explained, out / "figures")
@@ -82,7 +82,7 @@ def run_explain(
     results = explainer.explain_batch(dataset.__getitems__(chosen), among=explained)
     for sample, place in zip(results["per_sample_explanations"], chosen, strict=True):
         sample["sample_idx"] = place  # in the data, as in the table
-    create_explainability_report(results, out / "samples.txt")
+    create_explainability_report(results, out / "samples.md")
     pictures: dict[str, list[Path]] = {}
     for i, sample in enumerate(track(results["per_sample_explanations"], f"Drawing {len(chosen)} recordings")):
         _draw_sample(results, i, datamodule, out / "samples", montage)
@@ -93,7 +93,7 @@ def run_explain(
     print()
     print_report(explained)
     print()
-    print(clean(f"{len(chosen)} recordings are drawn in {out / 'samples'} and described in {out / 'samples.txt'}."))
+    print(clean(f"{len(chosen)} recordings are drawn in {out / 'samples'} and described in {out / 'samples.md'}."))
     print(clean(f"All of it, to open in a browser: {out / 'report.html'}"))
     return out
 

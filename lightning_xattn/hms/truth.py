@@ -16,7 +16,7 @@ from lightning_xattn.evaluation.table import read_columns
 from lightning_xattn.functional import grouped_separation, score_bins
 from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import Recordings
-from lightning_xattn.report.rendering import Block, Paragraph, Table
+from lightning_xattn.report.document import Block, Paragraph, Table
 
 QUESTIONS = ("the modalities disagree", "which one the model followed", "the prediction is wrong")
 

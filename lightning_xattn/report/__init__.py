@@ -1,6 +1,6 @@
-"""Reports of explained samples and data sets: results to facts (JSON), facts to words, words to text or Markdown."""
+"""Reports of explained batches and data sets: sentences and tables as Markdown or a page, numbers as JSON."""
 
-import lightning_xattn.report.in_notebook  # noqa: F401  # tells notebooks how to show results
+import lightning_xattn.report.notebook  # noqa: F401  # registers the HTML of results in notebooks
 from lightning_xattn.report.create import create_explainability_report, print_report
 from lightning_xattn.report.figures import dataset_figures, save_dataset_figures
 

@@ -1,27 +1,26 @@
-"""The report: what was found, as text, Markdown, JSON or a page, into a file or just returned."""
+"""The report of a batch or a data set as Markdown, JSON or a page, into a file or just returned."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.files import complete_or_absent
-from lightning_xattn.core.names import escaped_in_json, valid
+from lightning_xattn.core.names import escaped_in_json
 from lightning_xattn.core.wording import name_modality
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch, Results
-from lightning_xattn.report.facts import BatchFacts, DatasetFacts, collect_facts
-from lightning_xattn.report.key_points import key_points, key_points_of_batch
-from lightning_xattn.report.listing import entries_of_batch, entries_of_dataset
+from lightning_xattn.report.batch import PER_SAMPLE, describe_batch
+from lightning_xattn.report.dataset import describe_dataset
+from lightning_xattn.report.document import as_markdown, print_markdown
+from lightning_xattn.report.facts import collect_facts
 from lightning_xattn.report.page import Picture, as_page
-from lightning_xattn.report.rendering import Document, as_markdown, as_text, print_document
-from lightning_xattn.report.wording import PER_SAMPLE, batch_document, dataset_document
+from lightning_xattn.report.samples import list_batch, list_dataset
 
-FORMATS = {".txt": "text", ".md": "markdown", ".json": "json", ".html": "html"}
+FORMATS = {".md": "markdown", ".json": "json", ".html": "html"}
 """The format of a file by its suffix."""
 
 NO_SAMPLES = (
@@ -36,26 +35,25 @@ def create_explainability_report(
     format: str | None = None,  # noqa: A002  # the public name; this function formats no string
     pictures: Mapping[str, Sequence[Path]] | None = None,
 ) -> str:
-    """Report what a batch or a data set shows.
+    """The report of a batch or a data set, also written to a file.
 
     A batch has its statistics, and for each sample the prediction, the outcome, the modality agreement, the top pairs
-    and the guide's patterns and checklists. A data set has counts and means with 95 % intervals by class and outcome,
-    and whether alignment or entropy tells correct from incorrect predictions.
+    and the guide's patterns and checklists. A data set has its key points, the probes, contributions and conflict of
+    its modalities, and counts and means with 95 % intervals by class and outcome.
 
     Parameters
     ----------
     results
         From ``explain_batch`` or ``explain_loader``.
     output_path
-        Where to write the report too, in UTF-8: the file is complete or absent, and its folder is made.
+        A file for the report, in UTF-8; it is complete or absent, and its folder is made.
     format
-        "text", "markdown", "json" or "html". None: as the suffix of ``output_path`` says (.txt, .md, .json, .html);
-        text without one. HTML is one page that needs nothing beside it: what is to be known first, figures, numbers,
-        and the samples (of a data set those of its table) to be filtered and sorted.
-        JSON has the keys of ``BatchFacts`` or ``DatasetFacts`` (``lightning_xattn.report.facts``), which one is said
-        under ``kind``; undefined numbers are null.
+        "markdown" (the report as text), "json" or "html". None: by the suffix of ``output_path`` (.md, .json, .html);
+        Markdown without a path. HTML is one page that needs nothing beside it: key points, figures, numbers, and
+        the samples (of a data set those of its table) to filter and sort. JSON has the keys that ``collect_facts``
+        (``lightning_xattn.report.facts``) describes; undefined numbers are null.
     pictures
-        By a sample's id, or its place where it has none, files with pictures of it, which a page shows.
+        Files with pictures of a sample, which a page shows, by the sample's id, or its place where it has none.
 
     Returns
     -------
@@ -65,7 +63,7 @@ def create_explainability_report(
     Raises
     ------
     SettingError
-        If the format is not one of these, or not told by the path's suffix, or the results are of another kind.
+        If the format is none of these, or does not follow from the path's suffix, or the results are of another kind.
 
     Examples
     --------
@@ -76,13 +74,18 @@ def create_explainability_report(
     """
     path = None if output_path is None else Path(output_path)
     chosen = _choose_format(path, format)
-    facts = collect_facts(results)
+    _require_results(results)
     if chosen == "json":
-        report = escaped_in_json(json.dumps(_as_json(facts), allow_nan=False, ensure_ascii=False, indent=2)) + "\n"
-    elif chosen == "html":
-        report = _page(results, facts, pictures or {})
+        text = json.dumps(collect_facts(results), allow_nan=False, ensure_ascii=False, indent=2)
+        report = escaped_in_json(text) + "\n"
+    elif chosen == "markdown":
+        report = as_markdown(
+            describe_dataset(results) if isinstance(results, DatasetResult) else describe_batch(results)
+        )
+    elif isinstance(results, DatasetResult):
+        report = _page_of_dataset(results, pictures or {})
     else:
-        report = as_text(_document(facts)) if chosen == "text" else as_markdown(_document(facts))
+        report = _page_of_batch(results, pictures or {})
     if path is not None:
         with complete_or_absent(path) as part:
             part.write_text(report, encoding="utf-8")
@@ -90,65 +93,58 @@ def create_explainability_report(
 
 
 def print_report(results: Results) -> None:
-    """Print the report as text; in a terminal within its width, with titles and labels in bold."""
-    print_document(_document(collect_facts(results)))
+    """Print the report: laid out in a terminal, as Markdown elsewhere."""
+    print_markdown(create_explainability_report(results))
 
 
-def _document(facts: BatchFacts | DatasetFacts) -> Document:
-    return batch_document(facts) if facts["kind"] == "batch" else dataset_document(facts)
+def _page_of_batch(results: ExplainedBatch | dict[str, Any], pictures: Mapping[str, Sequence[Path]]) -> str:
+    document = describe_batch(results)
+    # The samples stand in a list of their own.
+    whole = replace(document, sections=[one for one in document.sections if one.title != PER_SAMPLE])
+    samples = list(list_batch(results, pictures))
+    return as_page(whole, [], samples, "" if samples else "No samples.")
 
 
-def _page(results: Results, facts: BatchFacts | DatasetFacts, pictures: Mapping[str, Sequence[Path]]) -> str:
+def _page_of_dataset(result: DatasetResult, pictures: Mapping[str, Sequence[Path]]) -> str:
     # Imported here as they take matplotlib.
     from lightning_xattn.report.figures import dataset_figures
     from lightning_xattn.visualizations import svg_picture
 
-    if facts["kind"] == "batch":
-        whole = batch_document(facts)
-        # The samples stand in a list of their own.
-        document = replace(whole, sections=[one for one in whole.sections if one.title != PER_SAMPLE])
-        samples = list(entries_of_batch(cast(ExplainedBatch, results), facts, pictures))
-        return as_page(document, list(key_points_of_batch(facts)), [], samples, "No samples.")
-    assert isinstance(results, DatasetResult)
     figures = [
         Picture(" ".join(figure.get_suptitle().split()), svg_picture(figure), "svg+xml", is_captioned=False)
-        for _, figure in dataset_figures(results)
+        for _, figure in dataset_figures(result)
     ]
-    samples = list(entries_of_dataset(results, pictures))
-    known = max([0, *(one.samples for one in [results.fusion, *results.summaries.values()] if one is not None)])
-    missing = "" if samples else NO_SAMPLES
+    samples = list(list_dataset(result, pictures))
+    known = max([0, *(one.samples for one in [result.fusion, *result.summaries.values()] if one is not None)])
+    note = "" if samples else NO_SAMPLES
     if 0 < len(samples) < known:
-        missing = f"{len(samples)} of {known} samples, those with maps among them."
-        missing += "" if results.table is None else " The others are in the table."
-    first = "" if results.fusion is None else name_modality(results.fusion.modalities[0])
-    return as_page(dataset_document(facts), list(key_points(facts)), figures, samples, missing, first)
+        note = f"{len(samples)} of {known} samples, those with maps among them."
+        note += "" if result.table is None else " The others are in the table."
+    first = "" if result.fusion is None else name_modality(result.fusion.modalities[0])
+    return as_page(describe_dataset(result), figures, samples, note, first)
 
 
 def _choose_format(path: Path | None, given: str | None) -> str:
-    if given is None:
-        if path is None:
-            return "text"
+    if given is None and path is not None:
         given = FORMATS.get(path.suffix.lower())
         if given is None:
             raise SettingError(
-                f"The suffix of output_path tells the format, one of {', '.join(FORMATS)}; got '{path}'. Use one of "
-                f"them, or give format={' or '.join(repr(name) for name in FORMATS.values())}."
+                f"The format follows from the suffix of output_path, one of {', '.join(FORMATS)}; got '{path}'. Use "
+                f"one of them, or give format={' or '.join(map(repr, FORMATS.values()))}."
             )
-    if given not in FORMATS.values():
+    if given not in (None, *FORMATS.values()):
         raise SettingError(f"format must be one of {', '.join(FORMATS.values())}, or None; got {given!r}.")
-    return given
+    return given or "markdown"
 
 
-def _as_json(value: Any) -> Any:
-    """What JSON knows: dataclasses as dicts, tuples as lists, undefined numbers as None."""
-    if is_dataclass(value):
-        value = vars(value)
-    elif hasattr(value, "tolist"):  # numbers and arrays of numpy and torch
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {valid(str(key)): _as_json(item) for key, item in value.items()}
-    if isinstance(value, str):
-        return valid(value)  # as the sample table has it
-    if isinstance(value, (list, tuple)):
-        return [_as_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _require_results(results: Results) -> None:
+    if isinstance(results, DatasetResult):
+        return
+    needed = ("attention_stats", "modality_alignment", "per_sample_explanations", "class_names", "axes")
+    got = list(results) if isinstance(results, Mapping) else type(results).__name__
+    missing = [key for key in needed if key not in got]
+    if missing:
+        raise SettingError(
+            "A report needs the results of explain_batch or explain_loader, or a dict with the keys of the former; "
+            f"got {got}, without {', '.join(missing)}."
+        )

@@ -13,7 +13,6 @@ the thresholds here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ from lightning_xattn.evaluation.statistics import ALIGNMENT, STATISTICS, Column
 from lightning_xattn.functional import score_bins
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.functional.rows import SPARSITY_THRESHOLD
+from lightning_xattn.report.undefined import NO_ROW, first_layer
 
 HIGH_AGREEMENT, LOW_AGREEMENT = 0.7, 0.2
 """Modality agreement of patterns 3 and 4; the low one is in the checklist for an incorrect prediction too."""
@@ -168,12 +168,6 @@ def uniform_is_sparse(statistics: AttentionStatistics) -> bool:
     return not math.isnan(statistics.mean) and round(1 / statistics.mean) > 1 / SPARSITY_THRESHOLD
 
 
-def first_layer(statistics: Mapping[str, AttentionStatistics]) -> dict[str, AttentionStatistics]:
-    """Those of the layer that the modality agreement is of: further ones are called ``<layer>/<direction>``."""
-    layer = next(iter(statistics)).rpartition("/")[:2]
-    return {name: of_one for name, of_one in statistics.items() if name.rpartition("/")[:2] == layer}
-
-
 def _judge(rule: _Rule, explanation: SampleResult, summary: LayerSummary | None) -> Criterion:
     value, direction, caveat = explanation["modality_agreement"], None, None
     if rule.quantity != _AGREEMENT:
@@ -226,7 +220,7 @@ def _farthest(rule: _Rule, statistics: dict[str, AttentionStatistics]) -> tuple[
 
 def _caveat(quantity: str, statistics: AttentionStatistics) -> str | None:
     if math.isnan(statistics.mean):
-        return "no valid row"
+        return NO_ROW
     if math.isnan(statistics.entropy):
         return SINGLE_KEY
     keys = 1 / statistics.mean  # a row's mean weight is one over its number of keys

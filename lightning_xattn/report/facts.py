@@ -1,321 +1,196 @@
-"""What a report says, as numbers: the one structure that is written as JSON and put into words.
-
-Nothing in it is a tensor. Undefined numbers are NaN (null in JSON) and have a reason under ``undefined`` where there
-is one to give.
-"""
+"""The numbers of a report, as they are written to JSON."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, TypedDict, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import Any, cast
 
-from lightning_xattn.core.attention import TokenAxis
-from lightning_xattn.core.errors import SettingError
-from lightning_xattn.core.wording import SINGLE_KEY
-from lightning_xattn.evaluation.layer_summary import Comparison, LayerSummary
-from lightning_xattn.evaluation.results import AttentionStatistics, DatasetResult, ExplainedBatch, Results, SampleResult
-from lightning_xattn.evaluation.statistics import ALIGNMENT, INVALID_ROWS, SCORES, Column
-from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
-from lightning_xattn.report.criteria import Criterion, first_layer, interpret_sample
-from lightning_xattn.report.modalities import FusionFacts, collect_fusion
-
-NO_ROW = "no valid row (all are padding, fully masked or not finite)"
-ONE_DIRECTION = "only one direction of attention is recorded"
-NO_VARIATION = "a map that does not vary over the cells which both directions share, as uniform attention"
-
-
-class SampleFacts(SampleResult):
-    """A sample's explanation, and what follows from it."""
-
-    undefined: dict[str, str]
-    """Why ``modality_agreement`` or the statistics of a direction are undefined, by name."""
-    interpretation: list[Criterion]
-    """The guide's patterns and checklists, see ``interpret_sample``."""
+from lightning_xattn.core.names import valid
+from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
+from lightning_xattn.evaluation.fusion_summary import FusionSummary
+from lightning_xattn.evaluation.layer_summary import LayerSummary
+from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch, Results
+from lightning_xattn.evaluation.statistics import INVALID_ROWS
+from lightning_xattn.report.criteria import interpret_sample
+from lightning_xattn.report.estimates import (
+    Subset,
+    count_outcomes,
+    estimate_accuracy,
+    estimate_mean,
+    list_layer_subsets,
+    list_subsets,
+)
+from lightning_xattn.report.key_points import count_training, key_points, shown_layer_scores, shown_scores
+from lightning_xattn.report.undefined import undefined_in_batch, undefined_in_layer, undefined_in_sample
 
 
-class BatchFacts(TypedDict):
-    """A batch: the keys of ``ExplainedBatch`` but for its tensors, and what follows from them."""
+def collect_facts(results: Results) -> dict[str, Any]:
+    """Dicts, lists, strings and numbers of a batch or a data set; None where a number is undefined.
 
-    kind: Literal["batch"]
-    class_names: list[str]
-    axes: dict[str, TokenAxis]
-    samples: int
-    correct: int
-    """Samples predicted correctly, and incorrectly; those without a target are neither."""
-    incorrect: int
-    attention_stats: dict[str, AttentionStatistics]
-    modality_alignment: float
-    undefined: dict[str, str]
-    """Why ``modality_alignment`` or the statistics of a direction are undefined, by name."""
-    per_sample_explanations: list[SampleFacts]
+    A batch has the keys of ``ExplainedBatch`` but for its tensors, counts of ``samples``, ``correct`` and
+    ``incorrect`` predictions, and reasons why numbers are ``undefined``, by name. Each sample has its own, and its
+    ``interpretation``, see ``interpret_sample``.
 
-
-class Number(TypedDict):
-    """A group's mean."""
-
-    count: int
-    """Samples where the number is defined."""
-    groups: int | None
-    """How many groups (patients, recordings) they belong to; None where groups are not known."""
-    mean: float
-    std: float
-    """Standard deviation with n - 1."""
-    low: float
-    """Lower and upper end of the mean's 95 % CI; NaN with fewer than ``MINIMUM_GROUP`` groups, or samples."""
-    high: float
-
-
-class Subset(TypedDict):
-    """All samples, or those of one class or outcome."""
-
-    group: Literal["all", "class", "unclassified", "outcome"]
-    name: str
-    class_id: int | None
-    samples: int
-    groups: int | None
-    correct: int
-    incorrect: int
-    accuracy: float
-    """``correct / (correct + incorrect)``: of a true class its recall, of a predicted class its precision."""
-    accuracy_low: float
-    """Lower and upper end of its 95 % CI, see ``grouped_proportion_interval``; NaN as of a mean."""
-    accuracy_high: float
-    numbers: dict[str, Number]
-    """By name, see ``sample_statistics``; those of single heads are left out."""
-
-
-class LayerFacts(TypedDict):
-    """One layer's numbers over a data set."""
-
-    layer: str
-    directions: list[str]
-    samples: int
-    group_noun: str | None
-    """What groups are called, such as "patients"; None where they are not known: samples count as independent."""
-    unclassified: int
-    ties: int
-    other_lengths: int
-    """Samples that were left out because their joint sequence has another length than its spans are for."""
-    wholly_masked: int
-    """Samples of which one modality is wholly masked, so that they have no attention across."""
-    undefined_share: float
-    invalid_rows: int
-    alignment_null: float
-    """Mean alignment between different samples."""
-    undefined: dict[str, str]
-    """Why a direction says nothing for some samples, or why ``alignment_null`` is undefined, by name."""
-    groups: list[Subset]
-    outcomes: dict[str, Comparison]
-    """By score, ``alignment`` and ``entropy``; empty without predictions or targets."""
-
-
-class TrainingFacts(TypedDict):
-    """How many samples the model was trained on."""
-
-    samples: int
-    seen: int
-    """Those that it was trained on."""
-    related: int | None
-    """Those of whose group it was trained on others; None where groups are not known."""
-
-
-class DatasetFacts(TypedDict):
-    """A whole data set."""
-
-    kind: Literal["dataset"]
-    class_names: list[str]
-    classes_by: str
-    """What the classes of the groups are: "target" (true class) or "prediction" (predicted class)."""
-    axes: dict[str, TokenAxis]
-    table: str | None
-    training: TrainingFacts | None
-    """What the model was trained on; None where that, or the ids of the samples, is not known."""
-    fusion: FusionFacts | None
-    """The modalities; None where it is not known what enters the fusion."""
-    layers: list[LayerFacts]
-
-
-def collect_facts(results: Results) -> BatchFacts | DatasetFacts:
-    """Everything that a report says about the results.
-
-    Raises
-    ------
-    SettingError
-        If the results are neither a batch's nor a data set's.
+    A data set has its ``key_points`` in words. Its ``fusion`` has ``modalities``, ``subsets`` of samples, scores that
+    are compared between correct and incorrect predictions (``outcomes``), the faithfulness of the ``attention``, and
+    the most ``conflicting`` samples. Each of its ``layers`` has ``groups`` of samples and ``outcomes``.
     """
-    if isinstance(results, DatasetResult):
-        return {
-            "kind": "dataset",
-            "class_names": list(results.class_names),
-            "classes_by": results.classes_by,
-            "axes": results.axes,
-            "table": None if results.table is None else str(results.table),
-            "training": _collect_training(results),
-            "fusion": None
-            if results.fusion is None
-            else collect_fusion(results.fusion, results.class_names, results.earlier_test),
-            "layers": [
-                collect_layer(name, one, results.class_names, results.other_lengths.get(name, 0))
-                for name, one in results.summaries.items()
-            ],
-        }
-    needed = ("attention_stats", "modality_alignment", "per_sample_explanations", "class_names", "axes")
-    got = list(results) if isinstance(results, Mapping) else type(results).__name__
-    missing = [key for key in needed if key not in got]
-    if missing:
-        raise SettingError(
-            "A report needs the results of explain_batch or explain_loader, or a dict with the keys of the former; "
-            f"got {got}, without {', '.join(missing)}."
-        )
-    return _collect_batch(cast(ExplainedBatch, results))
+    facts = _collect_dataset(results) if isinstance(results, DatasetResult) else _collect_batch(results)
+    return cast(dict[str, Any], _as_json(facts))
 
 
-def _collect_training(results: DatasetResult) -> TrainingFacts | None:
-    if results.table is None or results.trained_on is None:
-        return None
-    from lightning_xattn.evaluation.table import read_rows  # pyarrow, only where a table is read
-
-    rows = list(read_rows(results.table, next(iter(results.summaries), None), ("sample_id", "group")))
-    told = [results.trained_on.info(row.get("sample_id"), row.get("group")) for row in rows]
-    if not any(told):
-        return None
-    has_groups = bool(results.trained_on.groups) and any(row.get("group") is not None for row in rows)
-    related = told.count("related") if has_groups else None
-    return {"samples": len(told), "seen": told.count("seen"), "related": related}
-
-
-def _collect_batch(results: ExplainedBatch) -> BatchFacts:
-    dataset = results.get("dataset")
-    samples = [_collect_sample(sample, dataset) for sample in results["per_sample_explanations"]]
+def _collect_batch(results: ExplainedBatch | dict[str, Any]) -> dict[str, Any]:
+    samples = results["per_sample_explanations"]
     outcomes = [sample["correct"] for sample in samples]
-    undefined = _undefined_directions(results["attention_stats"])
-    if math.isnan(results["modality_alignment"]):
-        reasons = {sample["undefined"].get("modality_agreement", "") for sample in samples}
-        undefined["modality_alignment"] = "; ".join(sorted(reasons)) or "no samples"
+    among = results.get("dataset")
     return {
         "kind": "batch",
-        "class_names": list(results["class_names"]),
+        "class_names": results["class_names"],
         "axes": results["axes"],
         "samples": len(samples),
-        "correct": sum(outcome is True for outcome in outcomes),
-        "incorrect": sum(outcome is False for outcome in outcomes),
+        "correct": outcomes.count(True),
+        "incorrect": outcomes.count(False),
         "attention_stats": results["attention_stats"],
         "modality_alignment": results["modality_alignment"],
-        "undefined": undefined,
-        "per_sample_explanations": samples,
+        "undefined": undefined_in_batch(results),
+        "per_sample_explanations": [
+            {**one, "undefined": undefined_in_sample(one), "interpretation": interpret_sample(one, among)}
+            for one in samples
+        ],
     }
 
 
-def _collect_sample(sample: SampleResult, dataset: DatasetResult | None) -> SampleFacts:
-    undefined = _undefined_directions(sample["attention_stats"])
-    if math.isnan(sample["modality_agreement"]):
-        undefined["modality_agreement"] = _undefined_agreement(sample["attention_stats"])
-    return {**sample, "undefined": undefined, "interpretation": interpret_sample(sample, dataset)}
-
-
-def _undefined_directions(statistics: Mapping[str, AttentionStatistics]) -> dict[str, str]:
-    # Each valid row has a mean, and each with two keys has an entropy.
+def _collect_dataset(result: DatasetResult) -> dict[str, Any]:
+    names = result.class_names
     return {
-        name: NO_ROW if math.isnan(of_one.mean) else SINGLE_KEY
-        for name, of_one in statistics.items()
-        if math.isnan(of_one.entropy)
+        "kind": "dataset",
+        "class_names": names,
+        "classes_by": result.classes_by,
+        "axes": result.axes,
+        "table": None if result.table is None else str(result.table),
+        "training": count_training(result),
+        "key_points": {label: sentence for label, sentence, _ in key_points(result).items},
+        "fusion": None
+        if result.fusion is None
+        else _collect_fusion(result.fusion, names) | {"earlier_test": result.earlier_test},
+        "layers": [
+            _collect_layer(one, names) | {"layer": name, "other_lengths": result.other_lengths.get(name, 0)}
+            for name, one in result.summaries.items()
+        ],
     }
 
 
-def _undefined_agreement(statistics: Mapping[str, AttentionStatistics]) -> str:
-    layer = first_layer(statistics)
-    if len(layer) < 2:
-        return ONE_DIRECTION
-    return next(iter(_undefined_directions(layer).values()), NO_VARIATION)
+def _collect_fusion(fusion: FusionSummary, class_names: Sequence[str]) -> dict[str, Any]:
+    has_contributions = not fusion.contribution_problem
+    has_shares = has_contributions and not fusion.is_regression
 
+    def subset_facts(subset: Subset) -> dict[str, Any]:
+        chosen = subset.chosen
+        return {
+            "group": subset.kind,
+            "name": subset.name,
+            "conflict": fusion.estimate("conflict", *chosen),
+            "supports_first": fusion.estimate("supports_first", *chosen),
+            "shares": {name: fusion.share(name, *chosen) for name in fusion.modalities} if has_shares else None,
+            "opposed": fusion.estimate("opposed", *chosen) if has_shares else None,
+        }
 
-def collect_layer(layer: str, summary: LayerSummary, class_names: Sequence[str], other_lengths: int = 0) -> LayerFacts:
-    """One layer's numbers, for a report on it alone; ``other_lengths`` is what `DatasetResult` says of the layer."""
-    undefined = dict(_undefined_samples(summary))
-    if ALIGNMENT not in summary.columns:
-        undefined["alignment"] = ONE_DIRECTION
-    elif math.isnan(summary.alignment_null):
-        undefined["alignment_null"] = "it needs two samples with an alignment, and all of the same tokens"
-    groups = list(_collect_subsets(summary, class_names))
-    known = groups[0]["correct"] + groups[0]["incorrect"]
-    scores = [score for score in SCORES if score in summary.columns and known]
     return {
-        "layer": layer,
-        "directions": [str(direction) for direction in summary.heads],
+        "samples": fusion.samples,
+        "groups": fusion.known_groups,
+        "group_noun": fusion.group_noun,
+        "nonfinite": fusion.nonfinite,
+        "largest_class": fusion.largest_class,
+        "modalities": [
+            {
+                "name": name,
+                "probe_accuracy": fusion.estimate(f"right/{name}"),
+                "probe_problem": fusion.probe_problems.get(name, ""),
+                "contribution": fusion.estimate(f"phi/{name}") if has_shares else None,
+                "share": fusion.share(name) if has_shares else None,
+                "size": fusion.size(name) if has_contributions and fusion.is_regression else None,
+            }
+            for name in fusion.modalities
+        ],
+        "subsets": [*map(subset_facts, list_subsets(class_names))],
+        "probe_right": fusion.estimate("probe_right"),
+        "contribution_problem": fusion.contribution_problem,
+        "interactions": {name: fusion.estimate(name) for name in fusion.interactions},
+        "emap_accuracy": fusion.estimate("additive_right") if has_shares else None,
+        "model_accuracy": fusion.estimate("model_right") if has_shares else None,
+        "outcomes": {score: fusion.compare(score) for score in shown_scores(fusion)},
+        "attention": [
+            {
+                "direction": str(direction),
+                "faithfulness": fusion.faithfulness(direction),
+                "reference": fusion.faithfulness(direction, "reference"),
+                "cost": fusion.estimate(f"cost/{direction}"),
+                "faithfulness_problem": fusion.faithfulness_problem(direction),
+                "without_reference": one.without_reference,
+                "at_attention": one.at_attention,
+            }
+            for direction, one in fusion.replaced.items()
+        ],
+        "conflicting": [
+            {"sample_idx": int(fusion.sample_numbers[i]), "modalities": describe_modalities(fusion, i, class_names)}
+            for i in most_conflicting(fusion)
+        ],
+    }
+
+
+def _collect_layer(summary: LayerSummary, class_names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "directions": [*map(str, summary.heads)],
         "samples": summary.samples,
         "group_noun": summary.group_noun,
         "unclassified": summary.unclassified,
         "ties": summary.ties,
-        "other_lengths": other_lengths,
         "wholly_masked": summary.wholly_masked,
         "undefined_share": summary.undefined_share(),
         "invalid_rows": int(summary.total(INVALID_ROWS)),
         "alignment_null": summary.alignment_null,
-        "undefined": undefined,
-        "groups": groups,
-        "outcomes": {str(score): summary.compare(score) for score in scores},
+        "undefined": undefined_in_layer(summary),
+        "groups": [_collect_subset(summary, subset) for subset in list_layer_subsets(summary, class_names)],
+        "outcomes": {str(score): summary.compare(score) for score in shown_layer_scores(summary)},
     }
 
 
-def _undefined_samples(summary: LayerSummary) -> Iterator[tuple[str, str]]:
-    for direction in summary.heads:
-        rows, entropies = (summary.count(Column(name, direction)) for name in ("max", "entropy"))
-        parts = [
-            f"{count} of {summary.samples} samples with {reason}"
-            for count, reason in ((rows - entropies, SINGLE_KEY), (summary.samples - rows, NO_ROW))
-            if count
-        ]
-        if parts:
-            yield str(direction), "; ".join(parts)
-
-
-def _collect_subsets(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[Subset]:
-    yield _collect_subset(summary, "all", "all")
-    for class_id, name in enumerate(class_names):
-        yield _collect_subset(summary, "class", name, class_id=class_id)
-    if summary.unclassified:
-        yield _collect_subset(summary, "unclassified", "no class", class_id=summary.n_classes)
-    if any(summary.size(outcome=outcome) for outcome in (CORRECT, INCORRECT)):
-        yield _collect_subset(summary, "outcome", "correct", outcome=CORRECT)
-        yield _collect_subset(summary, "outcome", "incorrect", outcome=INCORRECT)
-
-
-def _collect_subset(
-    summary: LayerSummary,
-    group: Literal["all", "class", "unclassified", "outcome"],
-    name: str,
-    class_id: int | None = None,
-    outcome: int | None = None,
-) -> Subset:
-    correct, incorrect = (
-        summary.size(class_id, which) if outcome in (None, which) else 0 for which in (CORRECT, INCORRECT)
-    )
-    # The accuracy within an outcome is 1 or 0 by construction.
-    has_accuracy = correct + incorrect > 0 and group != "outcome"
-    accuracy_low, accuracy_high = summary.accuracy_interval(class_id) if has_accuracy else (math.nan, math.nan)
-    numbers: dict[str, Number] = {}
-    for column in summary.columns:
-        if column.head is None:
-            low, high = summary.interval(column, class_id, outcome)
-            numbers[str(column)] = {
-                "count": summary.count(column, class_id, outcome),
-                "groups": summary.groups(column, class_id, outcome) if summary.group_noun else None,
-                "mean": summary.mean(column, class_id, outcome),
-                "std": summary.std(column, class_id, outcome),
-                "low": low,
-                "high": high,
-            }
+def _collect_subset(summary: LayerSummary, subset: Subset) -> dict[str, Any]:
+    accuracy, (correct, incorrect) = estimate_accuracy(summary, subset), count_outcomes(summary, subset)
     return {
-        "group": group,
-        "name": name,
-        "class_id": class_id if group == "class" else None,
-        "samples": summary.size(class_id, outcome),
-        "groups": summary.groups(INVALID_ROWS, class_id, outcome) if summary.group_noun else None,
+        "group": subset.kind,
+        "name": subset.name,
+        "class_id": subset.class_id if subset.kind == "class" else None,
+        "samples": summary.size(*subset.chosen),
+        "groups": summary.groups(INVALID_ROWS, *subset.chosen) if summary.group_noun else None,
         "correct": correct,
         "incorrect": incorrect,
-        "accuracy": correct / (correct + incorrect) if has_accuracy else math.nan,
-        "accuracy_low": accuracy_low,
-        "accuracy_high": accuracy_high,
-        "numbers": numbers,
+        "accuracy": accuracy.mean,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "numbers": {
+            str(column): {
+                **vars(estimate_mean(summary, column, subset)),
+                "std": summary.std(column, *subset.chosen),
+            }
+            for column in summary.columns
+            if column.head is None
+        },
     }
+
+
+def _as_json(value: Any) -> Any:
+    """A value of what JSON knows: dataclasses as dicts, tuples as lists, undefined numbers as None."""
+    if is_dataclass(value):
+        value = vars(value)
+    elif hasattr(value, "tolist"):  # numbers and arrays of numpy and torch
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {valid(str(key)): _as_json(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return valid(value)  # as the sample table has it
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,13 +14,15 @@ from torch import Tensor
 from lightning_xattn.core.attention import Direction, TokenAxis, fitting_axes
 from lightning_xattn.core.files import path_of
 from lightning_xattn.core.names import shown
-from lightning_xattn.core.wording import decimal, describe_size, say_interval
+from lightning_xattn.core.wording import decimal, describe_size
 from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.evaluation.statistics import ALIGNMENT, SCORES, STATISTICS, Column, shown_columns
 from lightning_xattn.functional.outcomes import BINS, CORRECT, INCORRECT
+from lightning_xattn.report.estimates import estimate_mean, list_subsets
+from lightning_xattn.report.key_points import format_auroc
 
 # matplotlib takes a while to import, and not every run asks for figures.
 if TYPE_CHECKING:
@@ -210,18 +212,10 @@ def fusion_figures(
     known = (summary.outcomes == CORRECT) | (summary.outcomes == INCORRECT)
     known &= numbers["conflict"].isfinite() & numbers["confidence"].isfinite()
     if known.any():
-        claims = {}
-        for score in ("confidence", "conflict"):
-            # Errors have low confidence and high conflict.
-            found = summary.compare(score)
-            auroc, low, high = 1 - found.auroc, 1 - found.high, 1 - found.low
-            if score == "confidence":
-                auroc, low, high = found.auroc, found.low, found.high
-            sign = {"confidence": "1 - confidence", "conflict": "conflict"}[score]
-            if math.isfinite(auroc):
-                what = "finds errors" if low > 0.5 else "is not seen to find errors"
-                what = "is lower in errors" if high < 0.5 else what
-                claims[score] = f"{sign} {what}: AUROC {decimal(auroc)} (95 % CI {say_interval(low, high, 2)})"
+        compared = {score: summary.compare(score) for score in ("confidence", "conflict")}
+        claims = {
+            score: f"{score}: AUROC {format_auroc(one)}" for score, one in compared.items() if math.isfinite(one.auroc)
+        }
         figure = plot_conflict(
             numbers["conflict"][known],
             numbers["confidence"][known],
@@ -314,13 +308,12 @@ def _means(summary: LayerSummary, column: Column) -> tuple[list[Mean], list[Mean
     """Of each class, and of each outcome."""
     from lightning_xattn.visualizations import Mean
 
-    def mean(class_id: int | None, outcome: int | None) -> Mean:
-        which = column, class_id, outcome
-        groups = summary.groups(*which) if summary.group_noun else None
-        return Mean(summary.count(*which), summary.mean(*which), *summary.interval(*which), groups)
-
-    classes = [mean(class_id, None) for class_id in range(summary.n_classes)]
-    return classes, [mean(None, outcome) for outcome in (CORRECT, INCORRECT)]
+    *classes, correct, incorrect = [
+        Mean(one.count, one.mean, one.low, one.high, one.groups)
+        for subset in list_subsets([""] * summary.n_classes)[1:]
+        for one in [estimate_mean(summary, column, subset)]
+    ]
+    return classes, [correct, incorrect]
 
 
 def _alignment_of(summary: LayerSummary, outcome: int) -> OutcomeSummary:

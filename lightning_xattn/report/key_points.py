@@ -1,132 +1,225 @@
-"""What a reader should know of a data set first, in plain sentences."""
+"""What a reader should know of a data set first, a labelled sentence each."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TypedDict
 
-from lightning_xattn.core.wording import decimal, describe_size, name_modality, percent, say_interval
-from lightning_xattn.evaluation.layer_summary import Comparison
+from lightning_xattn.core.attention import Direction
+from lightning_xattn.core.wording import decimal, describe_size, name_modality, say_interval
+from lightning_xattn.evaluation.fusion_summary import Estimate, FusionSummary
+from lightning_xattn.evaluation.layer_summary import Comparison, LayerSummary
+from lightning_xattn.evaluation.results import DatasetResult
+from lightning_xattn.evaluation.statistics import SCORES, Column
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.report.facts import BatchFacts, DatasetFacts, Subset, TrainingFacts
-from lightning_xattn.report.modalities import FusionFacts, ModalityFacts
+from lightning_xattn.functional.shapley import MOSTLY
+from lightning_xattn.report.document import Items
+from lightning_xattn.report.estimates import Subset, count_outcomes, estimate_accuracy, format_percent
 
 CONFIDENCE = "confidence"
+"""The baseline that any other score has to beat."""
 
 
-def key_points(facts: DatasetFacts) -> Iterator[str]:
-    """Can each modality be read, do they conflict, which is followed, what tells errors, is attention faithful?"""
-    fusion, layers = facts["fusion"], facts["layers"]
-    if layers:
-        whole = layers[0]["groups"][0]
-        known = whole["correct"] + whole["incorrect"]
-        size = describe_size(layers[0]["samples"], whole["groups"], layers[0]["group_noun"])
-        right = f"; {whole['correct']} of {known} are predicted correctly{_say_accuracy(whole)}" if known else ""
-        yield f"{size}{right}."
-    elif fusion is not None:
-        yield f"{describe_size(fusion['samples'], fusion['groups'], fusion['group_noun'])}."
-    if facts["table"]:
-        yield describe_training(facts["training"])
+class TrainingCounts(TypedDict):
+    """How many samples the model was trained on."""
+
+    samples: int
+    seen: int
+    """Samples that it was trained on."""
+    related: int | None
+    """Samples of whose group it was trained on others; None where groups are not known."""
+
+
+def key_points(result: DatasetResult) -> Items:
+    """Size and accuracy, then what the probes predict, what the model uses, and which scores predict errors."""
+    return Items([(label, sentence, ()) for label, sentence in _key_points(result)])
+
+
+def _key_points(result: DatasetResult) -> Iterator[tuple[str, str]]:
+    fusion = result.fusion
+    yield "Samples", _describe_samples(result)
+    if result.table is not None:
+        yield "Table", f"the numbers of each sample are in {result.table}."
+        yield "Training", describe_training(count_training(result))
     if fusion is not None:
-        yield from (_say_probe(one, fusion) for one in fusion["modalities"])
-        yield _say_conflict(fusion)
-        # The verdict's sentences on what is used and shown; what is known has just been said at greater length.
-        _, *others = fusion["verdict"]
-        for title, sentence in zip(("What the model uses", "What its attention shows"), others, strict=False):
-            yield f"{title}: {sentence.partition(': ')[2]}"
-        if not fusion["attention"] and fusion["earlier_test"] is None:
-            yield "What its attention shows was not tested." if layers else "It has no cross-attention."
-    yield _say_errors(facts)
+        yield "Probe", describe_probes(fusion)
+        yield "Conflict", _describe_conflict(fusion)
+        yield "Contribution", describe_contributions(fusion)
+        yield "Faithfulness", describe_faithfulness(result)
+    yield "Errors", describe_errors(_compare_scores(result))
 
 
-def key_points_of_batch(facts: BatchFacts) -> Iterator[str]:
-    """How many samples, and how many of them are predicted correctly."""
-    known = facts["correct"] + facts["incorrect"]
-    yield f"{facts['samples']} samples" + (f", {facts['correct']} of {known} predicted correctly." if known else ".")
-    if not math.isnan(facts["modality_alignment"]):
-        yield f"Mean alignment of the two directions of attention: {decimal(facts['modality_alignment'])} (-1 to 1)."
+def _describe_samples(result: DatasetResult) -> str:
+    if not result.summaries:
+        one = result.fusion
+        return "none." if one is None else f"{describe_size(one.samples, one.known_groups, one.group_noun)}."
+    summary, everyone = result.headline, Subset("all", "all")
+    size = describe_size(summary.samples, summary.groups(), summary.group_noun)
+    correct, incorrect = count_outcomes(summary, everyone)
+    if not correct + incorrect:
+        return f"{size}."
+    accuracy = format_percent(estimate_accuracy(summary, everyone), "95 % CI ")
+    return f"{size}; the model predicts {correct} of {correct + incorrect} correctly: {accuracy}."
 
 
-def describe_training(facts: TrainingFacts | None) -> str:
-    """Say how many of the samples the model knows from its training."""
-    if facts is None:
-        return "Which of these samples the model was trained on is not known."
-    seen = f"The model was trained on {facts['seen'] or 'none'} of these {facts['samples']} samples"
-    if facts["related"] is None:
-        also = "; whether it was trained on others of their groups is not known"
-    elif facts["related"]:
-        also = f", and on others of the groups of {facts['related']} more"
+def count_training(result: DatasetResult) -> TrainingCounts | None:
+    """How many samples of the table the model was trained on; None where that is not known."""
+    if result.table is None or result.trained_on is None:
+        return None
+    from lightning_xattn.evaluation.table import read_rows  # pyarrow, only where a table is read
+
+    rows = list(read_rows(result.table, next(iter(result.summaries), None), ("sample_id", "group")))
+    kinds = [result.trained_on.info(row.get("sample_id"), row.get("group")) for row in rows]
+    if not any(kinds):
+        return None
+    has_groups = bool(result.trained_on.groups) and any(row.get("group") is not None for row in rows)
+    related = kinds.count("related") if has_groups else None
+    return {"samples": len(kinds), "seen": kinds.count("seen"), "related": related}
+
+
+def describe_training(counts: TrainingCounts | None) -> str:
+    """How many of the samples the model was trained on, with a warning where there are any."""
+    if counts is None:
+        return "it is not known which of these samples the model was trained on."
+    said = f"the model was trained on {counts['seen'] or 'none'} of these {counts['samples']} samples"
+    if counts["related"] is None:
+        said += "; whether it was trained on others of their groups is not known"
+    elif counts["related"]:
+        said += f", and on others of the groups of {counts['related']} more"
     else:
-        also = "" if facts["seen"] else ", nor on others of their groups"
-    warning = (
-        " Such samples do not show how well the model does on new ones." if facts["seen"] or facts["related"] else ""
-    )
-    return f"{seen}{also}.{warning}"
+        said += "" if counts["seen"] else ", nor on others of their groups"
+    warning = " Such samples do not show how well the model does on new ones."
+    return f"{said}.{warning if counts['seen'] or counts['related'] else ''}"
 
 
-def _say_accuracy(whole: Subset) -> str:
-    if math.isnan(whole["accuracy_low"]):
-        return f" ({percent(whole['accuracy'])})"
-    interval = say_interval(whole["accuracy_low"], whole["accuracy_high"], 1, as_percent=True)
-    return f" ({percent(whole['accuracy'])}, 95 % CI {interval})"
+def describe_probes(fusion: FusionSummary) -> str:
+    """How often the probe on each modality is right, or why it is not used."""
+    found = []
+    for name in fusion.modalities:
+        probe, accuracy = f"the probe on {name_modality(name)}", fusion.estimate(f"right/{name}")
+        if name in fusion.probe_problems:
+            found.append(f"{probe} is not used: {fusion.probe_problems[name]}")
+        else:
+            found.append(f"{probe} is right in {format_percent(accuracy, '95 % CI ')} of the samples")
+    if not math.isnan(fusion.largest_class):
+        largest = Estimate(fusion.largest_class, math.nan, math.nan, 0, None)
+        found.append(f"the largest class has {format_percent(largest)}")
+    return f"{'; '.join(found)}."
 
 
-def _say_probe(one: ModalityFacts, fusion: FusionFacts) -> str:
-    name, found = name_modality(one["name"]), one["probe_accuracy"]
-    if one["unreadable"]:
-        return f"{name} cannot be read by itself: {one['unreadable']}."
-    return (
-        f"{name} can be read: by itself it is right in {percent(found.mean)} of the samples (95 % CI "
-        f"{say_interval(found.low, found.high, 1, as_percent=True)}; the largest class has "
-        f"{percent(fusion['largest_class'])})."
-    )
-
-
-def _say_conflict(fusion: FusionFacts) -> str:
-    found = fusion["subsets"][0]["conflict"]
+def _describe_conflict(fusion: FusionSummary) -> str:
+    found = fusion.estimate("conflict")
     if math.isnan(found.mean):
-        return "Whether the modalities conflict cannot be told."
-    return (
-        f"Their probes conflict by {decimal(found.mean)} on average (0: they agree, 1: they differ; "
-        f"95 % CI {say_interval(found.low, found.high, 2)})."
-    )
+        return "not computed, as it needs a probe on each modality."
+    interval = say_interval(found.low, found.high, 2)
+    return f"{decimal(found.mean)} on average (95 % CI {interval}; 0: the probes agree, 1: they differ)."
 
 
-def _say_errors(facts: DatasetFacts) -> str:
-    """Whether confidence tells errors, and whether any score tells them better."""
-    # Of all samples, rather than of those alone that were read.
-    found = {} if facts["fusion"] is None else dict(facts["fusion"]["outcomes"])
-    for layer in facts["layers"][:1]:
-        found |= layer["outcomes"]
-    if CONFIDENCE not in found:
-        return "Whether a score tells errors cannot be said: confidence, the baseline, is not known."
-    confidence = found.pop(CONFIDENCE)
-    if math.isnan(confidence.low):
-        return (
-            f"Whether a score tells errors cannot be said of {confidence.correct} correct and {confidence.incorrect} "
-            f"incorrect predictions: nothing is claimed of fewer than {MINIMUM_GROUP} groups, or samples, of either."
+def describe_contributions(fusion: FusionSummary) -> str:
+    """How much each modality contributes, and which one the model mostly uses."""
+    if fusion.contribution_problem:
+        return f"not computed: {fusion.contribution_problem}."
+    if fusion.is_regression:
+        sizes = (
+            f"{name_modality(one)} moves the output by {decimal(fusion.size(one).mean, 3)}" for one in fusion.modalities
         )
-    told = {name: one for name, one in found.items() if not math.isnan(one.low)}
-    better = [name for name, one in told.items() if _tells(one) and _turned(one)[1] > confidence.high]
-    which = " and ".join(better).capitalize() if better else "No score"
-    verb = "tell" if len(better) > 1 else "tells"
-    # Confidence is expected to be higher in correct predictions; another score may say either.
-    said = [_say_score(CONFIDENCE, confidence, (confidence.auroc, confidence.low, confidence.high))]
-    said += [_say_score(name, one, _turned(one)) for name, one in told.items()]
-    return f"{which} {verb} errors clearly better than confidence. AUROC: {'; '.join(said)}."
+        return f"{', '.join(sizes)}, on average over samples."
+    return describe_shares({name: fusion.share(name) for name in fusion.modalities}, fusion.group_noun)
 
 
-def _say_score(name: str, one: Comparison, auroc: tuple[float, float, float]) -> str:
-    which = "higher" if one.auroc >= 0.5 else "lower"
-    what = f"{which} in correct predictions" if _tells(one) else "no difference shown"
-    value, low, high = auroc
-    return f"{name} {decimal(value)} (95 % CI {say_interval(low, high, 2)}; {what})"
+def describe_shares(shares: Mapping[str, Estimate], noun: str | None) -> str:
+    """Which modality the model mostly uses, if the 95 % CI of its share lies above `MOSTLY`, and all shares."""
+    defined = {name: share for name, share in shares.items() if not math.isnan(share.mean)}
+    if not defined:
+        return "no shares, as the contributions do not add up to more than 0."
+    most = max(defined, key=lambda name: defined[name].mean)
+    if math.isnan(defined[most].low):
+        claim = f"no claim about a main modality with fewer than {MINIMUM_GROUP} {noun or 'samples'}"
+    elif defined[most].low > MOSTLY:
+        claim = f"the model mostly uses {name_modality(most)}"
+    else:
+        claim = "no modality contributes clearly more than two thirds"
+    listed = "; ".join(f"{name_modality(name)} {format_percent(one, '95 % CI ')}" for name, one in defined.items())
+    return f"{claim}. Shares: {listed}."
 
 
-def _tells(one: Comparison) -> bool:
-    return one.low > 0.5 or one.high < 0.5
+def describe_faithfulness(result: DatasetResult) -> str:
+    """Whether attention ranks the tokens that predictions depend on: in this evaluation, or in the last test before."""
+    fusion, earlier = result.fusion, result.earlier_test
+    if fusion is not None and fusion.replaced:
+        found = [
+            describe_ranking(direction, fusion.faithfulness(direction), fusion.faithfulness_problem(direction))
+            for direction in fusion.replaced
+        ]
+        return f"{'; '.join(found)}."
+    if earlier is None:
+        return "not tested." if result.summaries else "the model has no cross-attention."
+    found = [
+        describe_ranking(Direction.parse(name), Estimate(*values, 0, None), earlier.problems[name])
+        for name, values in earlier.faithfulness.items()
+    ]
+    return f"not tested in this epoch; in epoch {earlier.epoch}, the last one with a test: {'; '.join(found)}."
 
 
-def _turned(one: Comparison) -> tuple[float, float, float]:
-    """The AUROC for whichever side is higher, with its interval: unlike confidence a score may say either."""
-    return (one.auroc, one.low, one.high) if one.auroc >= 0.5 else (1 - one.auroc, 1 - one.high, 1 - one.low)
+def describe_ranking(direction: Direction, found: Estimate, unfaithful: str) -> str:
+    """Whether the attention of a direction ranks the keys that predictions depend on, or why that is not computed."""
+    key = name_modality(direction.key)
+    if unfaithful:
+        return f"not computed for {key} ({unfaithful})"
+    interval = f"({decimal(found.mean)}, 95 % CI {say_interval(found.low, found.high, 2)})"
+    ranks = f"the {key} tokens by how much predictions depend on them"
+    if found.low > 0:
+        return f"attention ranks {ranks} {interval}"
+    if found.high < 0:
+        return f"attention ranks {ranks} the wrong way round {interval}"
+    return f"attention is not shown to rank {ranks} {interval}"
+
+
+def shown_scores(fusion: FusionSummary) -> list[str]:
+    """The scores of the fusion that are compared between correct and incorrect predictions, confidence first."""
+    return [CONFIDENCE, "conflict"] if fusion.estimate(CONFIDENCE).count else []
+
+
+def shown_layer_scores(summary: LayerSummary) -> list[Column]:
+    """The same of a layer; none where no prediction is known to be correct or not."""
+    known = sum(count_outcomes(summary, Subset("all", "all")))
+    return [score for score in SCORES if score in summary.columns and known]
+
+
+def _compare_scores(result: DatasetResult) -> dict[str, Comparison]:
+    fusion = result.fusion
+    found = {} if fusion is None else {score: fusion.compare(score) for score in shown_scores(fusion)}
+    if result.summaries:  # of all samples, where the fusion has some of them
+        layer = result.headline
+        found |= {str(score): layer.compare(score) for score in shown_layer_scores(layer)}
+    return found
+
+
+def describe_errors(compared: Mapping[str, Comparison]) -> str:
+    """Which scores predict errors clearly better than confidence, and the AUROC of each."""
+    if CONFIDENCE not in compared:
+        return "no score is compared, as confidence, the baseline, is not known."
+    baseline = compared[CONFIDENCE]
+    if math.isnan(baseline.low):
+        return (
+            f"no claim with {baseline.correct} correct and {baseline.incorrect} incorrect predictions: it needs "
+            f"{MINIMUM_GROUP} groups, or samples, of either."
+        )
+    others = {name: one for name, one in compared.items() if name != CONFIDENCE and not math.isnan(one.low)}
+    better = [name for name, one in others.items() if _distance(one) > max(0.5, baseline.high)]
+    which, verb = " and ".join(better) or "no score", "predict" if len(better) > 1 else "predicts"
+    listed = "; ".join(f"{name} {format_auroc(one)}" for name, one in {CONFIDENCE: baseline, **others}.items())
+    return f"{which} {verb} errors clearly better than confidence. AUROC: {listed}."
+
+
+def format_auroc(one: Comparison) -> str:
+    """As ``0.76 (95 % CI 0.70 to 0.81; higher in correct predictions)``."""
+    way = "higher" if one.auroc >= 0.5 else "lower"
+    verdict = f"{way} in correct predictions" if _distance(one) > 0.5 else "no difference shown"
+    return f"{decimal(one.auroc)} (95 % CI {say_interval(one.low, one.high, 2)}; {verdict})"
+
+
+def _distance(one: Comparison) -> float:
+    """The end of the AUROC's interval that is nearer to 0.5, for a score that may be higher or lower in errors."""
+    return max(one.low, 1 - one.high)

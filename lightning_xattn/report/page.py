@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing beside it: what is to be known first, figures, then all samples."""
+"""A report as one HTML file that needs nothing beside it: key points, figures, numbers, then all samples."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 
 from lightning_xattn.core.names import clean
 from lightning_xattn.core.wording import decimal
-from lightning_xattn.report.rendering import Block, Document, Items, Paragraph, Table
+from lightning_xattn.report.document import Block, Document, Items, Paragraph, Table
 
 _HERE = Path(__file__).parent
 
@@ -20,10 +21,10 @@ TRAINING = {
     "related": "trained on others of its group",
     "new": "new to the model",
 }
-"""What `TrainingData.tell` says, in words."""
+"""The values of `TrainingData.info` in words."""
 
 NUMBERS = ("confidence", "conflict", "alignment", "share")
-"""What samples can be sorted by, beside their order."""
+"""The numbers by which samples can be sorted, beside their order."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Picture:
     title: str
     content: bytes
     kind: str
-    """Of the content: "svg+xml", "png", "webp"."""
+    """Format of the content: "svg+xml", "png" or "webp"."""
     axis: Sequence[str] = ()
-    """Of a map, whose pixels are its cells: what its left end is, its axis, and its right end."""
+    """Of a map, whose pixels are its cells: the left end, the axis, and the right end."""
     is_captioned: bool = True
-    """Whether the title stands below it; else the picture has it."""
+    """Whether the title stands above the picture, which else has it."""
 
 
 @dataclass(frozen=True)
@@ -46,99 +47,74 @@ class SampleEntry:
 
     place: int
     name: str
-    """Its id, or its place."""
+    """The sample's id, or its place."""
     predicted: str
     true: str
     """Empty where it is not known."""
     outcome: str
     """"correct", "incorrect", or empty."""
     numbers: Mapping[str, float]
-    """Those of ``NUMBERS`` that are known; NaN where undefined."""
-    says: str
-    """In words; may be empty."""
+    """The known ones of ``NUMBERS``; NaN where undefined."""
     blocks: Sequence[Block] = ()
     pictures: Sequence[Picture] = ()
     training: str = ""
-    """What the model was trained on, as `TrainingData.tell` says; empty where that is not known."""
+    """A value of `TrainingData.info`; empty where it is not known."""
 
 
 def as_page(
-    document: Document,
-    short: Sequence[str],
-    figures: Sequence[Picture],
-    samples: Sequence[SampleEntry],
-    missing: str,
-    first: str = "",
+    document: Document, figures: Sequence[Picture], samples: Sequence[SampleEntry], note: str, first: str = ""
 ) -> str:
-    """Lay out as HTML.
+    """The report as HTML.
 
     Parameters
     ----------
     document
-        The report. Its last section says how to read it, and stands after the samples.
-    short
-        What is to be known first, a sentence or two each.
+        The report. Figures come after its first section, samples before its last one.
     figures
-        Of all samples.
+        Figures of all samples.
     samples
-        To be filtered and sorted.
-    missing
+        The samples to filter and to sort.
+    note
         Why there is no list of samples, or not of all.
     first
         The modality whose share is one of the samples' numbers.
     """
-    title = escape(document.title)
-    *sections, last = document.sections
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        # Its own icon: a browser would ask for one.
-        '<link rel="icon" href="data:,">',
-        f"<title>{title}</title><style>{(_HERE / 'page.css').read_text(encoding='utf-8')}</style></head><body>",
-        f"<header><h1>{title}</h1>",
-        '<nav aria-label="Parts"><a href="#short">In short</a>',
-        '<a href="#figures">Figures</a>' if figures else "",
-        '<a href="#numbers">Numbers</a><a href="#samples">Samples</a><a href="#probe">How to read this</a>',
-        '</nav></header><main><section id="short"><h2>In short</h2><ul class="short">',
-        *(f"<li>{escape(sentence)}</li>" for sentence in short),
-        "</ul></section>",
-    ]
+    opening, *sections, last = [(one.title, "".join(map(block_as_html, one.blocks))) for one in document.sections]
+    parts = [opening]
     if figures:
-        parts += [
-            '<section id="figures"><h2>Figures</h2><div class="figures">',
-            *map(_figure, figures),
-            "</div></section>",
-        ]
-    parts.append('<section id="numbers">')
-    for section in sections:
-        parts.append(f"<h2>{escape(f'{section.title} {section.about}'.strip())}</h2>")
-        parts += map(block_as_html, section.blocks)
-    parts += ["</section>", '<section id="samples"><h2>Samples</h2>']
-    parts += [f"<p>{escape(missing)}</p>"] if missing else []
-    parts += _list(samples, first) if samples else []
-    parts += ["</section>", f'<section id="probe"><h2>{escape(last.title)}</h2>', *map(block_as_html, last.blocks)]
-    script = (_HERE / "page.js").read_text(encoding="utf-8")
-    parts += ["</section></main>", f"<script>{script}</script></body></html>"]
-    return "\n".join(filter(None, parts)) + "\n"
+        parts.append(("Figures", f'<div class="figures">{"".join(map(_figure, figures))}</div>'))
+    content = f"<p>{escape(note)}</p>" if note else ""
+    parts += [*sections, ("Samples", content + "".join(_list(samples, first) if samples else [])), last]
+    ids = [f"part-{i}" if title != "Samples" else "samples" for i, (title, _) in enumerate(parts)]
+    page = Template((_HERE / "page.html").read_text(encoding="utf-8"))
+    return page.substitute(
+        title=escape(document.title),
+        style=(_HERE / "page.css").read_text(encoding="utf-8"),
+        script=(_HERE / "page.js").read_text(encoding="utf-8"),
+        links="".join(f'<a href="#{one}">{escape(title)}</a>' for one, (title, _) in zip(ids, parts, strict=True)),
+        sections="\n".join(
+            f'<section id="{one}"><h2>{escape(title)}</h2>{content}</section>'
+            for one, (title, content) in zip(ids, parts, strict=True)
+        ),
+    )
 
 
 def escape(text: str) -> str:
-    """A text as HTML shows it, whatever it holds."""
+    """A text as HTML that shows it, whatever it holds."""
     return html.escape(clean(text))
 
 
 def block_as_html(block: Block) -> str:
-    """Lay out a block; markup in a name is escaped."""
+    """A block as HTML."""
     match block:
         case Paragraph(text):
             return f"<p>{escape(text)}</p>"
         case Items(items, title):
-            lines = [f"<h3>{escape(title)}</h3>"] if title else []
-            for label, value, below in items:
-                more = "".join(f"<br>{escape(text)}" for text in below)
-                lines.append(f"<dt>{escape(label)}</dt><dd>{escape(value)}{more}</dd>")
-            heading = lines.pop(0) if title else ""
+            heading = f"<h3>{escape(title)}</h3>" if title else ""
+            lines = [
+                f"<dt>{escape(label)}</dt><dd>{'<br>'.join(map(escape, (value, *below)))}</dd>"
+                for label, value, below in items
+            ]
             return f"{heading}<dl>{''.join(lines)}</dl>"
         case Table(header, rows):
             head = "".join(f'<th scope="col">{escape(title)}</th>' for title in header)
@@ -159,23 +135,24 @@ def _figure(picture: Picture) -> str:
 
 
 def _list(samples: Sequence[SampleEntry], first: str) -> Iterator[str]:
-    known = [name for name in NUMBERS if any(math.isfinite(one.numbers.get(name, math.nan)) for one in samples)]
-    orders = [("place up", "order of the data")]
-    for name in known:
-        words = f"share of {first}" if name == "share" else name
-        orders += [(f"{name} up", f"{words}, lowest first"), (f"{name} down", f"{words}, highest first")]
+    labels = {
+        name: f"share of {first}" if name == "share" else name
+        for name in NUMBERS
+        if any(math.isfinite(one.numbers.get(name, math.nan)) for one in samples)
+    }
+    orders = {"place up": "order of the data"}
+    for name, label in labels.items():
+        orders |= {f"{name} up": f"{label}, lowest first", f"{name} down": f"{label}, highest first"}
     yield '<form id="choose" hidden>'
-    yield _select("true", "true class", [("", "all"), *((name, name) for name in _each(one.true for one in samples))])
-    yield _select("outcome", "outcome", [("", "all"), *((name, name) for name in _each(o.outcome for o in samples))])
-    of_training = _each(one.training for one in samples)
-    if of_training:
-        yield _select("training", "training", [("", "all"), *((one, TRAINING[one]) for one in of_training)])
+    yield _select("true", "true class", {"": "all"} | {name: name for name in _each(one.true for one in samples)})
+    yield _select("outcome", "outcome", {"": "all"} | {name: name for name in _each(one.outcome for one in samples)})
+    if kinds := _each(one.training for one in samples):
+        yield _select("training", "training", {"": "all"} | {one: TRAINING[one] for one in kinds})
     yield _select("order", "sort by", orders)
     yield '<div><label for="words">id contains</label><input id="words" name="words" type="search"></div>'
     yield '<button type="reset">show all</button><output id="shown" aria-live="polite"></output></form>'
     yield '<div id="list">'
-    for one in samples:
-        yield _sample(one, known, first)
+    yield from (_sample(one, labels) for one in samples)
     yield "</div>"
 
 
@@ -183,28 +160,24 @@ def _each(values: Iterable[str]) -> list[str]:
     return [value for value in dict.fromkeys(values) if value]
 
 
-def _select(name: str, label: str, options: Sequence[tuple[str, str]]) -> str:
-    inside = "".join(f'<option value="{escape(value)}">{escape(text)}</option>' for value, text in options)
+def _select(name: str, label: str, options: Mapping[str, str]) -> str:
+    inside = "".join(f'<option value="{escape(value)}">{escape(text)}</option>' for value, text in options.items())
     return f'<div><label for="{name}">{label}</label><select id="{name}" name="{name}">{inside}</select></div>'
 
 
-def _sample(one: SampleEntry, known: Sequence[str], first: str) -> str:
-    numbers = {name: one.numbers.get(name, math.nan) for name in known}
+def _sample(one: SampleEntry, labels: Mapping[str, str]) -> str:
+    numbers = {name: one.numbers.get(name, math.nan) for name in labels}
     data = "".join(f' data-{name}="{value if math.isfinite(value) else ""}"' for name, value in numbers.items())
     data += f' data-place="{one.place}" data-name="{escape(one.name)}"'
     data += f' data-true="{escape(one.true)}" data-outcome="{one.outcome}" data-training="{one.training}"'
-    said = one.predicted + (f", true {one.true}" if one.true else "")
-    shown = "".join(
-        f'<span class="number">{f"share of {escape(first)}" if name == "share" else name} {decimal(value)}</span>'
-        for name, value in numbers.items()
-        if math.isfinite(value)
-    )
-    outcome = f'<span class="outcome">{one.outcome}</span>' if one.outcome else ""
-    outcome += f'<span class="number">{TRAINING[one.training]}</span>' if one.training else ""
-    content = f"<p>{escape(one.says)}</p>" if one.says else ""
-    content += "".join(map(_figure, one.pictures)) + "".join(map(block_as_html, one.blocks))
+    classes = one.predicted + (f", true {one.true}" if one.true else "")
+    more = f'<span class="outcome">{one.outcome}</span>' if one.outcome else ""
+    texts = [TRAINING[one.training]] if one.training else []
+    texts += [f"{labels[name]} {decimal(value)}" for name, value in numbers.items() if math.isfinite(value)]
+    more += "".join(f'<span class="number">{escape(text)}</span>' for text in texts)
+    content = "".join([*map(block_as_html, one.blocks), *map(_figure, one.pictures)])
     return (
         f'<details class="sample {one.outcome}"{data}><summary><strong>{escape(one.name)}</strong>'
-        f'<span class="says">{escape(said)}</span>{outcome}{shown}</summary>'
+        f'<span class="classes">{escape(classes)}</span>{more}</summary>'
         f'<div class="content">{content or "<p>Nothing more is known of it.</p>"}</div></details>'
     )

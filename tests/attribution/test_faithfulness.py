@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from dataclasses import replace
 
 import pytest
 import pytorch_lightning as pl
@@ -16,8 +15,7 @@ from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCaptu
 from lightning_xattn.attribution.bottom_k import hashed
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.evaluation.results import DatasetResult, EarlierTest
-from lightning_xattn.report.modalities import collect_fusion, describe_fusion
-from lightning_xattn.report.rendering import Document, Section, as_text
+from lightning_xattn.report.key_points import describe_faithfulness
 from tests import reference
 from tests.attribution.models import HEADS, LEFT, WIDTH, TwoStreams, loader_of, said_data, sample_ids, trained
 from tests.toy import quiet_trainer
@@ -276,26 +274,26 @@ def test_it_takes_128_samples(infos):
 @pytest.mark.parametrize(
     ("fusion", "said", "cell"),
     [
-        ({}, "attention ranks what the model uses of Right (0.", "+0."),
+        ({}, "attention ranks the Right tokens by how much predictions depend on them (0.", "+0."),
         (
             {"used": 0.0},
-            "of Right it cannot be told (bypassed: it costs 0.000 (95 % CI ± less than 0.001) to replace",
+            "not computed for Right (bypassed: it costs 0.000 (95 % CI ± less than 0.001) to replace",
             "bypassed",
         ),
         (
             {"sharpness": 0.0},
-            "attention is not seen to rank what the model uses of Right (0.00, 95 % CI ± less than 0.01)",
+            "attention is not shown to rank the Right tokens by how much predictions depend on them "
+            "(0.00, 95 % CI ± less than 0.01)",
             "+0.000",
         ),
     ],
     ids=["used", "bypassed", "uniform"],
 )
 def test_a_report_has_the_faithfulness_with_its_number(fusion, said, cell):
-    facts = collect_fusion(summary_of(Gazer(**fusion)), ["a", "b", "c"])
-    section = Section("Modalities", list(describe_fusion(facts, "target")))
-    text = " ".join(as_text(Document("Report", [section])).split())
-    assert f"Shows: {said}" in text
-    assert re.search(rf"Right \d+\.\d % .* {re.escape(cell)}", text)
+    result = DatasetResult({}, summary_of(Gazer(**fusion)), ("a", "b", "c"), "target", {}, None)
+    text = create_explainability_report(result)
+    assert f"- **Faithfulness:** {said}" in text
+    assert re.search(rf"\| Right +\| +\d+\.\d % .*\| +{re.escape(cell)}", text)
     assert "where the attention gets them" in text or fusion
 
 
@@ -337,10 +335,11 @@ def test_a_report_names_the_epoch_of_its_faithfulness(tmp_path, infos):
         " ".join(path.read_text().replace("\\", "").split())
         for path in sorted(tmp_path.rglob("*.md"), key=lambda path: path.stat().st_mtime_ns)
     )
-    said = f"attention ranks what the model uses of Right ({value:.2f}, 95 % CI {low:.2f} to {high:.2f})"
-    assert f"Shows: {said}" in first
+    ranks = "attention ranks the Right tokens by how much predictions depend on them"
+    said = f"{ranks} ({value:.2f}, 95 % CI {low:.2f} to {high:.2f})"
+    assert f"**Faithfulness:** {said}" in first
     assert "not tested" not in first
-    assert f"Shows: not tested in this epoch; of epoch 0, the last one that was: {said}" in second
+    assert f"**Faithfulness:** not tested in this epoch; in epoch 0, the last one with a test: {said}" in second
 
 
 def test_an_earlier_test_without_a_result_is_reported_as_such():
@@ -354,11 +353,11 @@ def test_an_earlier_test_without_a_result_is_reported_as_such():
     test = EarlierTest.find(history)
     assert test.epoch == 7
     assert math.isnan(test.faithfulness["left_to_right"][0])
-    facts = collect_fusion(summary_of(Gazer(), faithfulness_every_n_epochs=0), ["a", "b", "c"], test)
-    said = "of epoch 7, the last one that was: of Right it cannot be told (bypassed: why)."
-    assert facts["verdict"][-1] == f"Shows: not tested in this epoch; {said}"
-    result = DatasetResult({}, summary_of(Gazer(), faithfulness_every_n_epochs=0), (), "target", {}, None)
-    told = json.loads(create_explainability_report(replace(result, earlier_test=test), format="json"))["fusion"]
+    fusion = summary_of(Gazer(), faithfulness_every_n_epochs=0)
+    result = DatasetResult({}, fusion, (), "target", {}, None, earlier_test=test)
+    said = "in epoch 7, the last one with a test: not computed for Right (bypassed: why)."
+    assert describe_faithfulness(result) == f"not tested in this epoch; {said}"
+    told = json.loads(create_explainability_report(result, format="json"))["fusion"]
     assert told["earlier_test"]["faithfulness"]["left_to_right"] == [None, None, None]
 
 

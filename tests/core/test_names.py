@@ -159,7 +159,7 @@ def test_reports_show_names_and_obey_none(first, second, tmp_path, capsys):
     explained = explainer.explain_loader(toy_loader(12, 12), table=tmp_path / "table", progress=False)
     batch = explainer.explain_batch(next(iter(toy_loader(12, 12))), among=explained)
     # That of the data set is drawn, which takes a second.
-    reports = [(explained, ("text", "markdown", "json")), (batch, ("text", "markdown", "json", "html"))]
+    reports = [(explained, ("markdown", "json")), (batch, ("markdown", "json", "html"))]
     for results, formats in reports:
         for one in formats:
             report = create_explainability_report(results, tmp_path / "report", format=one)

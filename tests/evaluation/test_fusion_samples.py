@@ -123,7 +123,7 @@ def test_a_batch_of_a_data_set_that_was_explained(explained):
             assert found.followed == (leads[0] if leads else None)
     assert said > 8
     report = " ".join(create_explainability_report(results).split())
-    assert f"Modalities: {results['per_sample_explanations'][0]['modalities']}" in report
+    assert f"**Modalities:** {results['per_sample_explanations'][0]['modalities']}" in report
     told = json.loads(create_explainability_report(results, format="json"))["per_sample_explanations"][0]["modalities"]
     assert told["probes"]["left"][0] in NAMES
     assert all(one["modalities"] is None for one in explainer.explain_batch(batch)["per_sample_explanations"])
@@ -231,29 +231,6 @@ def test_no_sentence_contradicts_the_prediction(confidence, true):
             followed += follows
         assert ("no modality contributes" in str(one)) == (max(phi.values()) <= 0)
     assert followed
-
-
-@pytest.mark.parametrize(
-    ("agreement", "says", "remark"),
-    [
-        (
-            0.9,
-            ("GPD", "LPD"),
-            "high modality agreement (of their attention: by themselves the modalities say different",
-        ),
-        (0.1, ("GPD", "GPD"), "low modality agreement (of their attention: by themselves the modalities all say GPD)"),
-        (0.9, ("GPD", "GPD"), "high modality agreement\n"),
-        (0.1, ("GPD", "LPD"), "low modality agreement\n"),
-        (0.5, ("GPD", "LPD"), "none of the guide's four\n"),
-    ],
-)
-def test_agreement_of_attention_is_none_of_the_modalities(explained, agreement, says, remark):
-    explainer, loader, _ = explained
-    results = explainer.explain_batch(next(iter(loader)))
-    (one, *_) = results["per_sample_explanations"]
-    one["modality_agreement"] = agreement
-    one["modalities"] = sample(probes={"eeg": (says[0], 0.7), "spec": (says[1], 0.7)})
-    assert remark in create_explainability_report(results, format="markdown")
 
 
 def test_a_class_without_a_name_is_told_by_its_number(explained):

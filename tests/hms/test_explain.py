@@ -32,7 +32,7 @@ def without_pictures(monkeypatch):
 def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(hms_checkpoint, iiic_irr, tmp_path, capsys):
     arguments = ["explain", "--checkpoint", str(hms_checkpoint), "--data", str(iiic_irr), "--out", str(tmp_path)]
     assert main(arguments) == 0
-    report = (tmp_path / "report.txt").read_text()
+    report = (tmp_path / "report.md").read_text()
     assert report in capsys.readouterr().out
     facts = json.loads((tmp_path / "report.json").read_text())
     table = pd.read_parquet(tmp_path / "table/attention")
@@ -40,7 +40,6 @@ def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(hms_che
     layer = facts["layers"][0]
     (everyone,) = (group for group in layer["groups"] if group["name"] == "all")
     assert everyone["numbers"]["alignment"]["mean"] == pytest.approx(table["alignment"].mean(), abs=1e-6)
-    assert (tmp_path / "report.md").read_text().startswith("# ")
     assert len(list((tmp_path / "figures").glob("*.png"))) == 8
 
     first = table.sort_values("sample_idx").groupby(["target", "correct"])["sample_id"].first()
@@ -49,7 +48,7 @@ def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(hms_che
         files = {path.name for path in (tmp_path / "samples" / name).iterdir()}
         assert files == {"signals.png", "attention.png", "alignment.png", "heads.png"}
         place = int(table.set_index("sample_id")["sample_idx"][name])
-        assert f"Sample {place} (id {name})" in (tmp_path / "samples.txt").read_text()
+        assert f"Sample {place} (id {name})" in (tmp_path / "samples.md").read_text()
 
 
 @pytest.mark.parametrize(("arguments", "montage"), [([], "bipolar"), (["--montage", "referential"], "referential")])

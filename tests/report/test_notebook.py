@@ -43,13 +43,13 @@ def test_a_notebook_shows_the_reports_tables_and_no_markup_of_a_name(explained):
     shown = Reader(explained._repr_html_())
     assert {"script", "img"}.isdisjoint(shown.tags)
     assert {*HOSTILE, "d", "all", "correct", "incorrect"} <= {*shown.texts}
-    assert "What each modality says and contributes" in shown.texts
+    assert "Modalities" in shown.texts
     mean, (low, high) = explained.headline.mean(ALIGNMENT), explained.headline.interval(ALIGNMENT)
     assert f"{mean:.3f} ({low:.3f} to {high:.3f})" in shown.texts
     assert not any("How to read" in text for text in shown.texts)
 
 
-def test_so_do_the_callbacks_summaries():
+def test_a_notebook_shows_the_callbacks_summaries():
     callback = AttentionExplainabilityCallback()
     validate(ToyModule(), callback)
     layer, fusion = callback.summaries["val"], callback.fusion_summaries["val"]
@@ -70,7 +70,7 @@ def test_the_reports_escape_what_the_notebook_escapes():
     assert "script" not in shown.tags
 
 
-def test_reprs_say_in_a_line_what_it_is(explained, tmp_path):
+def test_reprs_are_one_line_each(explained, tmp_path):
     module, callback = ToyModule(), AttentionExplainabilityCallback()
     recorder = AttentionRecorder(module)
     with recorder:

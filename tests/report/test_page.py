@@ -1,4 +1,4 @@
-"""What a page says first, and whose samples it lists."""
+"""The key points of a data set, and the samples that its page lists."""
 
 import math
 from copy import copy
@@ -10,13 +10,12 @@ import torch
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
 from lightning_xattn.core.wording import say_interval
 from lightning_xattn.evaluation.fusion_samples import SampleModalities
+from lightning_xattn.evaluation.fusion_summary import Estimate
 from lightning_xattn.evaluation.layer_summary import Comparison
 from lightning_xattn.evaluation.results import DatasetResult
-from lightning_xattn.report import listing
-from lightning_xattn.report.facts import collect_facts
-from lightning_xattn.report.key_points import key_points
-from lightning_xattn.report.listing import _entry, entries_of_batch, entries_of_dataset
-from lightning_xattn.report.modalities import _verdict, collect_fusion
+from lightning_xattn.report import samples as samples_module
+from lightning_xattn.report.key_points import describe_errors, describe_shares, key_points
+from lightning_xattn.report.samples import _entry, list_batch, list_dataset
 from tests.attribution.models import NAMED, Concatenation, said_data, trained, watch_of
 from tests.toy import PaddedToyModule, padded_toy_data, run_toy
 
@@ -32,7 +31,7 @@ def compared(auroc, low, high):
     return Comparison(auroc, low, high, 50, 50, None, None, 2 * auroc - 1, 0.1, 0.1)
 
 
-NO_SCORE = "No score tells errors clearly better than confidence. AUROC:"
+NO_SCORE = "no score predicts errors clearly better than confidence. AUROC:"
 
 
 @pytest.mark.parametrize(
@@ -41,12 +40,12 @@ NO_SCORE = "No score tells errors clearly better than confidence. AUROC:"
         (
             {"confidence": compared(0.7, 0.6, 0.8), "conflict": compared(0.3, 0.2, 0.4)},
             f"{NO_SCORE} confidence 0.70 (95 % CI 0.60 to 0.80; higher in correct predictions); "
-            "conflict 0.70 (95 % CI 0.60 to 0.80; lower in correct predictions).",
+            "conflict 0.30 (95 % CI 0.20 to 0.40; lower in correct predictions).",
         ),
         (
             {"confidence": compared(0.25, 0.2, 0.3), "conflict": compared(0.1, 0.05, 0.15)},
-            "Conflict tells errors clearly better than confidence. AUROC: confidence 0.25 (95 % CI 0.20 to 0.30; lower "
-            "in correct predictions); conflict 0.90 (95 % CI 0.85 to 0.95; lower in correct predictions).",
+            "conflict predicts errors clearly better than confidence. AUROC: confidence 0.25 (95 % CI 0.20 to 0.30; "
+            "lower in correct predictions); conflict 0.10 (95 % CI 0.05 to 0.15; lower in correct predictions).",
         ),
         (
             {"confidence": compared(0.47, 0.23, 0.72), "alignment": compared(0.54, 0.29, 0.78)},
@@ -59,49 +58,42 @@ NO_SCORE = "No score tells errors clearly better than confidence. AUROC:"
         ),
         (
             {"confidence": compared(0.7, math.nan, math.nan)},
-            "Whether a score tells errors cannot be said of 50 correct and 50 incorrect predictions: nothing is "
-            "claimed of fewer than 5 groups, or samples, of either.",
+            "no claim with 50 correct and 50 incorrect predictions: it needs 5 groups, or samples, of either.",
         ),
-        ({}, "Whether a score tells errors cannot be said: confidence, the baseline, is not known."),
+        ({}, "no score is compared, as confidence, the baseline, is not known."),
     ],
 )
-def test_confidence_is_the_baseline_and_keeps_its_direction(result, outcomes, said):
-    facts = collect_facts(result)
-    facts["fusion"]["outcomes"] = outcomes
-    assert list(key_points(facts))[-1] == said
+def test_confidence_is_the_baseline(outcomes, said):
+    assert describe_errors(outcomes) == said
 
 
-def test_what_is_used_is_said_in_whole_sentences(result):
-    sentences = list(key_points(collect_facts(result)))
+def test_probes_and_contributions_have_a_sentence_each(result):
+    sentences = {label: sentence for label, sentence, _ in key_points(result).items}
     share = result.fusion.share("left")
     assert 0.5 < share.low < 2 / 3 < share.high
-    told = f"Left {100 * share.mean:.1f} %, 95 % CI {100 * share.low:.1f} to {100 * share.high:.1f} %; Right "
-    uses = f"What the model uses: no modality clearly for more than two thirds (shares: {told}"
-    assert any(sentence.startswith(uses) for sentence in sentences)
-    assert any(sentence.startswith("Left can be read: by itself it is right in ") for sentence in sentences)
+    left = f"Left {100 * share.mean:.1f} % (95 % CI {100 * share.low:.1f} to {100 * share.high:.1f} %); Right "
+    assert sentences["Contribution"].startswith(f"no modality contributes clearly more than two thirds. Shares: {left}")
+    accuracy = result.fusion.estimate("right/left")
+    assert sentences["Probe"].startswith(f"the probe on Left is right in {100 * accuracy.mean:.1f} % (95 % CI ")
 
 
 @pytest.mark.parametrize("others", [("x",), ("x", "y"), ("x", "y", "z")])
 @pytest.mark.parametrize(
     ("low", "noun", "said"),
     [
-        (0.67, "patients", "mostly Left"),
-        (0.66, "patients", "no modality clearly for more than two thirds"),
-        (0.55, None, "no modality clearly for more than two thirds"),
-        (math.nan, "patients", "which modality mostly is not claimed of fewer than 5 patients"),
-        (math.nan, None, "which modality mostly is not claimed of fewer than 5 samples"),
+        (0.67, "patients", "the model mostly uses Left"),
+        (0.66, "patients", "no modality contributes clearly more than two thirds"),
+        (0.55, None, "no modality contributes clearly more than two thirds"),
+        (math.nan, "patients", "no claim about a main modality with fewer than 5 patients"),
+        (math.nan, None, "no claim about a main modality with fewer than 5 samples"),
     ],
 )
-def test_a_model_uses_mostly_one_modality_if_its_share_is_clearly_above_two_thirds(result, others, low, noun, said):
-    fusion = collect_fusion(result.fusion, "abcd")
-    first = fusion["modalities"][0]
-    share = replace(first["share"], mean=0.8, low=low, high=0.9)
-    rest = replace(share, mean=0.2 / len(others), low=0.0, high=0.3)
-    others = [first | {"name": name, "share": rest} for name in others]
-    facts = {**fusion, "modalities": [first | {"share": share}, *others], "group_noun": noun}
-    _, sentence, *_ = _verdict(facts)
-    interval = "" if math.isnan(low) else f", 95 % CI {100 * low:.1f} to 90.0 %"
-    assert sentence.startswith(f"Uses: {said} (shares: Left 80.0 %{interval}; X ")
+def test_a_model_uses_mostly_one_modality_if_its_share_is_clearly_above_two_thirds(others, low, noun, said):
+    share = Estimate(0.8, low, 0.9, 50, None)
+    rest = Estimate(0.2 / len(others), 0.0, 0.3, 50, None)
+    sentence = describe_shares({"left": share, **dict.fromkeys(others, rest)}, noun)
+    interval = "" if math.isnan(low) else f" (95 % CI {100 * low:.1f} to 90.0 %)"
+    assert sentence.startswith(f"{said}. Shares: Left 80.0 %{interval}; X ")
 
 
 @pytest.mark.parametrize("noun", ["patients", None])
@@ -114,8 +106,9 @@ def test_a_modality_that_is_always_right_is_not_right_for_certain(result, noun):
     # 16 samples, or of two each 8 patients: n / (n + t(0.975, n - 1) ** 2).
     low = {"patients": 58.9, None: 77.9}[noun]
     with_it = replace(result, fusion=summary)
-    assert f"right in 100.0 % of the samples (95 % CI {low} to 100.0 %;" in " ".join(key_points(collect_facts(with_it)))
-    assert f"100.0 % ({low} to 100.0 %)" in create_explainability_report(with_it)
+    report = create_explainability_report(with_it)
+    assert f"right in 100.0 % (95 % CI {low} to 100.0 %) of the samples" in report
+    assert f"100.0 % ({low} to 100.0 %)" in report
     assert f"95 % CI {low} to 100.0 %" in with_it._repr_html_()
 
 
@@ -133,25 +126,25 @@ def test_a_value_has_no_shares_in_the_list(result):
 
 
 def test_those_with_maps_are_listed_before_others(monkeypatch):
-    monkeypatch.setattr(listing, "LISTED", 3)
-    assert listing._listed(range(10), lambda one: one in (4, 8)) == [0, 4, 8]
+    monkeypatch.setattr(samples_module, "LISTED", 3)
+    assert samples_module._choose_listed(range(10), lambda one: one in (4, 8)) == [0, 4, 8]
 
 
 def test_samples_of_two_processes_keep_what_is_theirs(result):
     """As of a DistributedSampler: each process numbers its own."""
     whole = result.fusion
-    single = list(entries_of_dataset(result, {}))
+    single = list(list_dataset(result, {}))
     rows = dict(whole.rows)
     numbers = whole.sample_numbers
     whole.rows = rows | {"process": numbers % 2}
     whole.sample_numbers = numbers // 2
     try:
-        entries = list(entries_of_dataset(result, {}))
+        entries = list(list_dataset(result, {}))
     finally:
         whole.rows, whole.sample_numbers = rows, numbers
     assert len({one.name for one in entries}) == len(entries) == 160
     assert all((one.predicted == one.true) == (one.outcome == "correct") for one in entries)
-    assert sorted(one.says for one in entries) == sorted(one.says for one in single)
+    assert sorted(one.blocks[0].text for one in entries) == sorted(one.blocks[0].text for one in single)
 
 
 def test_maps_leave_out_what_a_mask_hides(monkeypatch):
@@ -162,7 +155,7 @@ def test_maps_leave_out_what_a_mask_hides(monkeypatch):
     torch.manual_seed(0)
     explainer = ExplainabilityCapture(PaddedToyModule(), predict=run_toy)
     batch = explainer.explain_batch(padded_toy_data(6)[:])
-    list(entries_of_batch(batch, collect_facts(batch), {}))
+    list(list_batch(batch, {}))
     first = batch["attention_dict"]["audio_to_text"]
     for i in range(6):
         weights = first[i].mean(0)

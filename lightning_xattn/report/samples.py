@@ -1,4 +1,4 @@
-"""The samples of a page: what is known of each, and its pictures."""
+"""The samples of a page: classes, numbers and pictures of each."""
 
 from __future__ import annotations
 
@@ -15,132 +15,125 @@ from lightning_xattn.core.attention import Direction, TokenAxis, fitting_axes
 from lightning_xattn.core.names import shown
 from lightning_xattn.core.wording import decimal, name_modality
 from lightning_xattn.evaluation.fusion_samples import SampleModalities, describe_modalities
-from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch
 from lightning_xattn.functional import lift_map, prepare_rows
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
-from lightning_xattn.report.facts import BatchFacts
+from lightning_xattn.report.batch import describe_sample
+from lightning_xattn.report.document import Paragraph
 from lightning_xattn.report.page import Picture, SampleEntry
-from lightning_xattn.report.wording import describe_sample
 
 Item = TypeVar("Item")
 
 LISTED = 2000
-"""So many samples are listed, so that the page stays light."""
+"""How many samples are listed at most, so that the page stays light."""
 
 _WIDTH, _QUALITY = 800, 40
-"""Pixels of a picture, and what WebP makes of it: 150 kB of signals, and their labels can still be read."""
+"""Pixels of a picture, and its WebP quality: 150 kB of signals, with legible labels."""
 
 Pictures = Mapping[str, Sequence[Path]]
-"""By a sample's id, files with pictures of it."""
+"""Files with pictures of a sample, by its id."""
 
 _OUTCOMES = {True: "correct", False: "incorrect", None: ""}
 
 
-def entries_of_dataset(result: DatasetResult, pictures: Pictures) -> Iterator[SampleEntry]:
-    """Those of its table, or without one those that were read of its fusion; at most ``LISTED``, with maps first."""
-    fusion = result.fusion
+def list_dataset(result: DatasetResult, pictures: Pictures) -> Iterator[SampleEntry]:
+    """The samples of its table, or without one those of its fusion; at most ``LISTED``, preferring those with maps."""
+    fusion, names = result.fusion, result.class_names
     if result.table is not None:
         from lightning_xattn.evaluation.table import read_rows  # pyarrow, only where a table is read
 
         # Of the process that wrote it, the only one there is.
-        said = {} if fusion is None else dict(_sentences(fusion, result.class_names))
+        numbers = [] if fusion is None else fusion.sample_numbers.tolist()
+        place_in_fusion = {number: i for i, number in enumerate(numbers)}
         rows = read_rows(result.table, next(iter(result.summaries), None))
-        for row in _listed(rows, lambda row: (0, row["sample_idx"]) in result.maps):
-            yield _entry_of_row(row, result, said, pictures)
+        for row in _choose_listed(rows, lambda row: (0, row["sample_idx"]) in result.maps):
+            i = place_in_fusion.get(row["sample_idx"])
+            known = _read_row(row, names) if fusion is None or i is None else describe_modalities(fusion, i, names)
+            yield _entry_of_row(row, known, result, pictures)
     elif fusion is not None:
         process = fusion.rows["process"]
         several = len(process.unique()) > 1
         identities = sorted(zip(process.tolist(), fusion.sample_numbers.tolist(), range(fusion.samples), strict=True))
-        for place, (rank, number, i) in enumerate(_listed(identities, lambda one: one[:2] in result.maps)):
+        for place, (rank, number, i) in enumerate(_choose_listed(identities, lambda one: one[:2] in result.maps)):
             outcome = {CORRECT: True, INCORRECT: False}.get(int(fusion.outcomes[i]))
             name = f"{number} of process {rank}" if several else str(number)
-            more = [*_maps_of(result, (rank, number)), *_shrunk(pictures, name)]
-            yield _entry(place, name, describe_modalities(fusion, i, result.class_names), outcome, {}, more)
+            more = [*_maps_of(result, (rank, number)), *_shrink(pictures, name)]
+            yield _entry(place, name, describe_modalities(fusion, i, names), outcome, {}, more)
 
 
-def _listed(samples: Iterable[Item], has_maps: Callable[[Item], bool]) -> list[Item]:
-    """As many as are listed, in their order; of more those that have maps before others."""
+def _choose_listed(samples: Iterable[Item], has_maps: Callable[[Item], bool]) -> list[Item]:
+    """At most ``LISTED`` samples, in their order; of more those with maps before others."""
     whole = list(samples)
     chosen = sorted(range(len(whole)), key=lambda i: not has_maps(whole[i]))[:LISTED]
     return [whole[i] for i in sorted(chosen)]
 
 
-def _sentences(fusion: FusionSummary, class_names: Sequence[str]) -> Iterator[tuple[int, SampleModalities]]:
-    for i, number in enumerate(fusion.sample_numbers.tolist()):
-        yield number, describe_modalities(fusion, i, class_names)
-
-
 def _entry_of_row(
-    row: Mapping[str, Any], result: DatasetResult, said: Mapping[int, SampleModalities], pictures: Pictures
+    row: Mapping[str, Any], known: SampleModalities, result: DatasetResult, pictures: Pictures
 ) -> SampleEntry:
-    place, names = row["sample_idx"], result.class_names
-
-    def name(class_id: int | None) -> str | None:
-        if class_id is None:
-            return None
-        return names[class_id] if class_id < len(names) else str(class_id)
-
-    known = {key: math.nan if row.get(key) is None else row[key] for key in ("confidence", "alignment")}
-    one = said.get(place)
-    if one is None:
-        one = SampleModalities(
-            math.nan, {}, name(row["prediction"]), name(row["target"]), known["confidence"], {}, None
-        )
+    place = row["sample_idx"]
     label = str(place) if row.get("sample_id") is None else row["sample_id"]
+    numbers = {key: math.nan if row.get(key) is None else row[key] for key in ("confidence", "alignment")}
     training = "" if result.trained_on is None else result.trained_on.info(row.get("sample_id"), row.get("group"))
-    more = [*_maps_of(result, (0, place)), *_shrunk(pictures, label)]
-    return _entry(place, label, one, row["correct"], known, more, training)
+    more = [*_maps_of(result, (0, place)), *_shrink(pictures, label)]
+    return _entry(place, label, known, row["correct"], numbers, more, training)
+
+
+def _read_row(row: Mapping[str, Any], names: Sequence[str]) -> SampleModalities:
+    """The classes of a sample that the fusion has not."""
+    predicted, true = (
+        None if one is None else names[one] if one < len(names) else str(one)
+        for one in (row["prediction"], row["target"])
+    )
+    confidence = math.nan if row.get("confidence") is None else row["confidence"]
+    return SampleModalities(math.nan, {}, predicted, true, confidence, {}, None)
 
 
 def _entry(
     place: int,
     name: str,
-    said: SampleModalities,
+    known: SampleModalities,
     correct: bool | None,
     numbers: Mapping[str, float],
     pictures: Sequence[Picture],
     training: str = "",
 ) -> SampleEntry:
-    phi = list(said.contributions.values())
+    phi = list(known.contributions.values())
     # Contributions to a value rather than a class may add up to anything.
-    is_share = said.predicted is not None and bool(phi) and min(phi) >= 0 and sum(phi) > 0
+    is_share = known.predicted is not None and bool(phi) and min(phi) >= 0 and sum(phi) > 0
     share = phi[0] / sum(phi) if is_share else math.nan
     return SampleEntry(
         place,
         shown(name),
-        said.predicted or "no class",
-        said.true or "",
+        known.predicted or "no class",
+        known.true or "",
         _OUTCOMES[correct],
-        {"confidence": said.confidence, "conflict": said.conflict, "share": share, **numbers},
-        str(said) if said.probes or said.contributions else "",
-        pictures=pictures,
-        training=training,
+        {"confidence": known.confidence, "conflict": known.conflict, "share": share, **numbers},
+        [Paragraph(str(known))] if known.probes or known.contributions else [],
+        pictures,
+        training,
     )
 
 
-def entries_of_batch(results: ExplainedBatch, facts: BatchFacts, pictures: Pictures) -> Iterator[SampleEntry]:
+def list_batch(results: ExplainedBatch | dict[str, Any], pictures: Pictures) -> Iterator[SampleEntry]:
     """Each sample with the maps of its first layer's directions."""
     attention = results.get("attention") or ()
     maps = {str(one.direction): lift_map(prepare_rows(one)) for pair in attention[:1] for one in pair.directions}
-    for i, sample in enumerate(facts["per_sample_explanations"]):
+    for i, sample in enumerate(results["per_sample_explanations"]):
         name = str(sample["sample_idx"]) if sample["sample_id"] is None else str(sample["sample_id"])
         modalities = sample.get("modalities")
         numbers = {"confidence": sample["confidence"], "alignment": sample["modality_agreement"]}
         numbers |= {} if modalities is None else {"conflict": modalities.conflict}
+        drawn = [_map(direction, lifts[i], results["axes"]) for direction, lifts in maps.items()]
         yield SampleEntry(
             i,
             shown(name),
             sample["predicted_name"] or str(sample["predicted_class"]),
             sample["true_name"] or ("" if sample["true_class"] is None else str(sample["true_class"])),
             _OUTCOMES[sample["correct"]],
-            {key: math.nan if value is None else value for key, value in numbers.items()},
-            "",
-            [describe_sample(sample)],
-            [
-                *(_map(direction, of_direction[i], results["axes"]) for direction, of_direction in maps.items()),
-                *_shrunk(pictures, name),
-            ],
+            {key: math.nan if value is None else float(value) for key, value in numbers.items()},
+            [describe_sample(sample, results.get("dataset"))],
+            [*drawn, *_shrink(pictures, name)],
         )
 
 
@@ -157,7 +150,7 @@ def _map(name: str, lifts: Tensor, axes: Mapping[str, TokenAxis]) -> Picture:
     known = lifts[lifts.isfinite()]
     span = f"lift {decimal(float(known.min()))} to {decimal(float(known.max()))}" if len(known) else "undefined"
     queries, keys = lifts.shape
-    down, across = _say_axis(direction.query, queries, axes), _say_axis(direction.key, keys, axes)
+    down, across = _describe_axis(direction.query, queries, axes), _describe_axis(direction.key, keys, axes)
     if queries > keys:
         lifts, down, across = lifts.T, across, down
     title = (
@@ -167,15 +160,15 @@ def _map(name: str, lifts: Tensor, axes: Mapping[str, TokenAxis]) -> Picture:
     return Picture(title, map_picture(lifts.float().numpy()), "png", (across[0], f"{across[1]} →", across[2]))
 
 
-def _say_axis(modality: str, tokens: int, axes: Mapping[str, TokenAxis]) -> tuple[str, str, str]:
-    """Where an axis begins, what it is, and where it ends."""
+def _describe_axis(modality: str, tokens: int, axes: Mapping[str, TokenAxis]) -> tuple[str, str, str]:
+    """Where an axis begins, its title, and where it ends."""
     axis = fitting_axes(axes, {modality: tokens}).get(modality)
     if axis is None:
         return "0", f"{name_modality(modality)} token", str(tokens - 1)
     return axis.place(0), axis.title, axis.place(tokens - 1)
 
 
-def _shrunk(pictures: Pictures, name: str) -> Iterator[Picture]:
+def _shrink(pictures: Pictures, name: str) -> Iterator[Picture]:
     """The pictures of a sample, as small as a page has them."""
     for path in pictures.get(name, ()):
         with Image.open(path) as picture:

@@ -1,0 +1,137 @@
+"""The attention of one layer over a data set: counts, means by class and outcome, correct against incorrect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from lightning_xattn.core.attention import Direction
+from lightning_xattn.core.wording import SINGLE_KEY, SINGLE_KEY_REMEDY, decimal, name_modality, percent
+from lightning_xattn.evaluation.layer_summary import LayerSummary
+from lightning_xattn.evaluation.statistics import ALIGNMENT, INVALID_ROWS, STATISTICS, Column, shown_columns
+from lightning_xattn.report.document import Block, Item, Items, Paragraph, Table
+from lightning_xattn.report.estimates import (
+    GROUPED_BY,
+    Subset,
+    count_outcomes,
+    describe_comparison,
+    estimate_accuracy,
+    estimate_mean,
+    explain_brackets,
+    format_estimate,
+    format_percent,
+    list_layer_subsets,
+)
+from lightning_xattn.report.key_points import shown_layer_scores
+from lightning_xattn.report.undefined import undefined_in_layer
+
+HOW_TO_READ_ATTENTION = (
+    "Attention shows which tokens the model attends to, not why it predicts what it predicts. The two directions need "
+    "not agree in a good model: a low modality agreement alone is no sign of an error, and a high one no proof of a "
+    "right prediction. Agreement (alignment) is the correlation of the two directions' maps, averaged over heads, from "
+    "-1 to 1, with 0 for unrelated maps. Entropy is 0 where all attention is on one key and 1 where it is uniform."
+)
+HOW_TO_READ_LAYER = (
+    "The alignment between different samples correlates one direction of a sample with the other direction of another, "
+    "averaged over all such pairs. It is near 0 where the maps of two samples are unrelated, and well above 0 where "
+    "the model attends the same way in every sample. The mean alignment minus this is specific to the sample.",
+    "The AUROC is the chance that a correct prediction has a higher score than an incorrect one: 0.5 if the score "
+    "does not separate them. The class-adjusted gap is the gap within each class, averaged over the classes with both "
+    "outcomes: classes differ in accuracy and in attention, and that alone makes a gap.",
+)
+
+_ACCURACY = {"target": "accuracy (recall)", "prediction": "accuracy (precision)", None: "accuracy"}
+"""Of the samples of a true class the accuracy is the recall, of those of a predicted class the precision."""
+
+
+def describe_layer(
+    summary: LayerSummary, class_names: Sequence[str], classes_by: str | None, other_lengths: int = 0
+) -> Iterator[Block]:
+    """Counts, a table of means by class and outcome, and what differs between correct and incorrect predictions.
+
+    ``classes_by``: whether classes are those of the "target" or of the "prediction"; None: not known.
+    ``other_lengths``: as in ``DatasetResult``, of this layer.
+    """
+    undefined = undefined_in_layer(summary)
+    yield Items([*_list_counts(summary, undefined, other_lengths)])
+    columns = _table_columns(summary)
+    subsets = list_layer_subsets(summary, class_names)
+    has_classes = any(subset.kind == "class" for subset in subsets)
+    title, accuracy = (GROUPED_BY[classes_by], _ACCURACY[classes_by]) if has_classes else ("samples", "accuracy")
+    size = f"n ({summary.group_noun})" if summary.group_noun else "n"
+    rows = [_table_row(summary, subset, list(columns)) for subset in subsets]
+    yield Table((title, size, accuracy, *columns.values()), rows)
+    yield explain_brackets(summary.group_noun)
+    if any(SINGLE_KEY in reason for reason in undefined.values()):
+        yield Paragraph(SINGLE_KEY_REMEDY)
+    compared = [_compare(summary, score) for score in shown_layer_scores(summary)]
+    if compared:
+        yield Items(compared, "Correct against incorrect predictions")
+    else:
+        yield Paragraph("Correct and incorrect predictions are not compared: predictions or targets are not known.")
+
+
+def _list_counts(summary: LayerSummary, undefined: Mapping[str, str], other_lengths: int) -> Iterator[Item]:
+    noun = summary.group_noun
+    counts = {
+        "Samples": f"{summary.samples} of {summary.groups()} {noun}" if noun else str(summary.samples),
+        "Samples without a class": summary.unclassified,
+        "Samples left out": f"{other_lengths}: their joint sequence has another length than its spans are for"
+        if other_lengths
+        else 0,
+        "Samples in which one modality is wholly masked": summary.wholly_masked,
+        "Samples with a tied top vote": f"{summary.ties}; the first of the tied classes counts" if summary.ties else 0,
+    }
+    yield from ((label, str(value), ()) for label, value in counts.items() if value)
+    has_alignment = ALIGNMENT in summary.columns
+    share = f"{percent(summary.undefined_share())} of the samples"
+    yield f"{'Alignment' if has_alignment else 'Entropy'} undefined", share, ()
+    if not has_alignment:
+        yield "Alignment", f"undefined ({undefined['alignment']})", ()
+    elif reason := undefined.get("alignment_null"):
+        yield "Alignment between different samples", f"undefined ({reason})", ()
+    else:
+        null = summary.alignment_null
+        excess = decimal(summary.mean(ALIGNMENT) - null, 3)
+        yield "Alignment between different samples", f"{decimal(null, 3)} (the mean alignment minus this: {excess})", ()
+    for name in map(str, summary.heads):
+        if name in undefined:
+            yield name_direction(name), undefined[name], ()
+    if invalid := int(summary.total(INVALID_ROWS)):
+        yield "Rows left out", f"{invalid}: padding, fully masked or not finite", ()
+
+
+def _table_columns(summary: LayerSummary) -> dict[Column, str]:
+    """The numbers of the table, with their titles."""
+    per_sample = [column for column in summary.columns if column.head is None]
+    shown = [one for name, it in STATISTICS.items() if it.reported for one in shown_columns(name, per_sample)]
+    return {
+        one: f"{name_direction(str(one.direction))} {one.statistic}" if one.direction else one.statistic
+        for one in shown
+    }
+
+
+def _table_row(summary: LayerSummary, subset: Subset, columns: Sequence[Column]) -> list[str]:
+    """Name, size, accuracy and means of a subset."""
+    samples, (correct, incorrect) = summary.size(*subset.chosen), count_outcomes(summary, subset)
+    groups = f" ({summary.groups(INVALID_ROWS, *subset.chosen)})" if summary.group_noun else ""
+    accuracy = estimate_accuracy(summary, subset)
+    right = "" if math.isnan(accuracy.mean) else f"{format_percent(accuracy)} {correct}/{correct + incorrect}"
+    cells = [subset.name, f"{samples}{groups}", right]
+    for one in (estimate_mean(summary, column, subset) for column in columns):
+        partial = f" n={one.count}" if 0 < one.count < samples else ""
+        cells.append(format_estimate(one) + partial if samples else "")
+    return cells
+
+
+def _compare(summary: LayerSummary, score: Column) -> Item:
+    # The table has the score of each direction.
+    both = "direction" in STATISTICS[score.statistic].levels and len(summary.heads) > 1
+    label = f"{score} (mean of both directions)" if both else str(score)
+    return describe_comparison(str(score), label, summary.compare(score), summary.group_noun)
+
+
+def name_direction(name: str, arrow: str = " → ") -> str:
+    """``eeg_to_spec`` as ``EEG → Spec``, without the layer before it."""
+    direction = Direction.parse(name.rpartition("/")[2])
+    return f"{name_modality(direction.query)}{arrow}{name_modality(direction.key)}"
