@@ -11,7 +11,6 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.callback.history import unpack_history
 from tests.toy import ToyModule, quiet_trainer, toy_loader
 
 
@@ -31,7 +30,7 @@ def run(settings, folder):
                     logged[name].append(float(value))
     (checkpoint,) = (folder / "log" / "checkpoints").iterdir()
     saved = torch.load(checkpoint, weights_only=True)["callbacks"][callback.state_key]
-    return {"logged": logged, "saved": unpack_history(saved["history"]), "history": callback.history}
+    return {"logged": logged, "saved": saved["history"], "history": callback.history}
 
 
 if __name__ == "__main__":

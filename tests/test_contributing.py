@@ -112,12 +112,12 @@ class ByDistances(ToyModule):
 
 
 def test_a_way_of_capturing_is_one_reader(monkeypatch):
-    def read_softmin(function, args, kwargs, watch):
+    def read_softmin(function, args, kwargs, mode):
         (distances,) = args
         event = Event("softmin", tuple(distances.shape), distances.device)
-        watch.begin(event, distances)
+        mode.begin(event, distances)
         weights = function(*args, **kwargs)
-        watch.take(event, lambda: RecordedWeights(weights.detach().clone()), weights)
+        mode.record(event, lambda: RecordedWeights(weights.detach().clone()), weights)
         return weights
 
     module, attention = ByDistances().eval(), {name: name for name in ("audio_to_text", "text_to_audio")}

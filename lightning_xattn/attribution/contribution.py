@@ -1,4 +1,4 @@
-"""Permutation the modalities of an evaluation's samples, and say how much of the predictions each of them carries."""
+"""How much each modality contributes to the predictions: modalities are permuted between samples, and replayed."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor
 from lightning_xattn.attribution.inputs import ModalityPlace
 from lightning_xattn.attribution.kept_samples import KeptSamples
 from lightning_xattn.attribution.recorder import FusionRecorder
-from lightning_xattn.attribution.replay import ModelOutput, Replay, ReplayError, gives_back
+from lightning_xattn.attribution.replay import ModelOutput, Replay, ReplayError, are_same_outputs
 from lightning_xattn.attribution.token_source import Part, TokenSource, share_work
 from lightning_xattn.functional import Permutation, additive_projection, partner_shifts, permuted_subsets, play
 from lightning_xattn.functional.shapley import Subset
 
 CONTRIBUTION_SAMPLES = 128
-"""So many samples of an evaluation are permuted, at most."""
+"""How many samples of an evaluation are permuted, at most."""
 
 PARTNERS = 4
-"""So many partners of each sample, unless all are wanted."""
+"""How many partners each sample has by default."""
 
-NOT_BACK = (
+NOT_REPRODUCED = (
     "running the fusion again on intact samples gives other outputs, so something besides the fusion's tokens reaches "
     "the prediction, or the model differs from run to run"
 )
-"""Why nothing is said where the replay of what was not permuted says something else."""
+"""Why contributions are not computed where the replay of intact samples gives other outputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +47,13 @@ class Contributions:
         ``(samples,)`` of the two modalities, "interaction", or of each two of more, "interaction/<a>_<b>"; on centred
         logits, of a regression on its value.
     additive, predicted
-        ``(samples,)`` class that an additive projection predicts (-1: not known), and the model.
+        ``(samples,)`` the classes that an additive projection (-1: not known) and the model predict.
     pairs
         How many pairs were replayed.
     is_regression
-        Whether the model says a value, and no classes.
+        Whether the model predicts a value, and no classes.
     whole
-        Whether each replay ran all of the module around the fusion, as what comes before it could not be skipped.
+        Whether each replay ran the whole module around the fusion, as what comes before it could not be skipped.
     """
 
     samples: Tensor
@@ -68,7 +68,7 @@ class Contributions:
 
 
 @dataclass(frozen=True, eq=False)
-class _Jobs:
+class _Job:
     """Pairs to replay: modalities of ``subset`` from the samples ``rows``, the others from ``columns``."""
 
     rows: Tensor
@@ -76,8 +76,10 @@ class _Jobs:
     subset: Subset
 
 
-def contributions(kept: KeptSamples, fusion: FusionRecorder, partners: int | None = PARTNERS) -> Contributions | str:
-    """Permutation the modalities of samples with those of partners, and play the game; or say why not.
+def compute_contributions(
+    kept: KeptSamples, fusion: FusionRecorder, partners: int | None = PARTNERS
+) -> Contributions | str:
+    """The contributions of the modalities to the predictions of some samples; or why they are not computed.
 
     Several processes share the replays, see `share_work`: a few collectives, which each must reach.
 
@@ -95,18 +97,21 @@ def contributions(kept: KeptSamples, fusion: FusionRecorder, partners: int | Non
         return fusion.problem or "no sample could be kept"
     source = TokenSource(blocks)
     try:
-        return _play(source, fusion, kept.modalities, partners)
+        return _compute_shapley_values(source, fusion, kept.modalities, partners)
     except ReplayError as error:
         return str(error)
 
 
-def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], partners: int | None) -> Contributions:
+def _compute_shapley_values(
+    source: TokenSource, fusion: FusionRecorder, names: Sequence[str], partners: int | None
+) -> Contributions:
+    """Permute the modalities of samples with those of partners, and compute the game's values from the replays."""
     samples, modalities = len(source), len(names)
     predicted = source.model_output.values.argmax(1)
     if samples < 2:
         raise ReplayError("fewer than two samples have finite predictions")
     if source.model_output.values.shape[1] > 1 and len(predicted.unique()) < 2:
-        raise ReplayError("one class is predicted for all samples, so nothing shows what it depends on")
+        raise ReplayError("one class is predicted for all samples, so the predictions do not show what they depend on")
     shifts = torch.tensor(list(partner_shifts(samples, samples if partners is None else partners)))
     rows = torch.arange(samples).repeat_interleave(len(shifts))
     columns = (rows + shifts.repeat(samples)) % samples
@@ -114,19 +119,20 @@ def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], par
     if not apart.any():
         raise ReplayError("all samples are of one group")
     rows, columns, every = rows[apart], columns[apart], torch.arange(samples)
-    jobs = [_Jobs(every, every, frozenset())]
-    jobs += [_Jobs(rows, columns, subset) for subset in permuted_subsets(modalities)]
+    jobs = [_Job(every, every, frozenset())]
+    jobs += [_Job(rows, columns, subset) for subset in permuted_subsets(modalities)]
     shares = share_work(fusion, partial(_replay_jobs, source, fusion.places, jobs))
     permuted = [
-        ModelOutput.joined([said[number] for said, _ in shares if number in said]) for number in range(1, len(jobs))
+        ModelOutput.joined([outputs[number] for outputs, _ in shares if number in outputs])
+        for number in range(1, len(jobs))
     ]
     whole_runs = any(whole for _, whole in shares)
     by_value, by_logit = dict[Subset, Permutation](), dict[Subset, Permutation]()
-    for one, said in zip(jobs[1:], permuted, strict=True):
-        whole = said.values.isfinite().all(1) & said.logits.isfinite().all(1)
-        places = one.rows[whole], one.columns[whole]
-        by_value[one.subset] = Permutation(*places, said.values[whole])
-        by_logit[one.subset] = Permutation(*places, said.logits[whole])
+    for job, output in zip(jobs[1:], permuted, strict=True):
+        finite = output.values.isfinite().all(1) & output.logits.isfinite().all(1)
+        places = job.rows[finite], job.columns[finite]
+        by_value[job.subset] = Permutation(*places, output.values[finite])
+        by_logit[job.subset] = Permutation(*places, output.logits[finite])
     logits = source.model_output.logits
     game = play(source.model_output.values, by_value, source.groups, predicted, modalities)
     by_logits = play(logits, by_logit, source.groups, predicted, modalities)
@@ -143,11 +149,11 @@ def _play(source: TokenSource, fusion: FusionRecorder, names: Sequence[str], par
 
 
 def _replay_jobs(
-    source: TokenSource, places: Mapping[str, ModalityPlace], jobs: Sequence[_Jobs], replay: Replay, part: Part
+    source: TokenSource, places: Mapping[str, ModalityPlace], jobs: Sequence[_Job], replay: Replay, part: Part
 ) -> tuple[dict[int, ModelOutput], bool]:
-    """What the model says of a part of each job's pairs, by the job's number, and whether each was a whole run.
+    """The model's outputs for a part of each job's pairs, by the job's number, and whether each was a whole run.
 
-    The first job is the intact pairs, which must say what they said.
+    The first job is the intact samples, whose outputs must be those of the step.
     """
     results: dict[int, ModelOutput] = {}
     for number, job in enumerate(jobs):
@@ -159,6 +165,6 @@ def _replay_jobs(
                 *((chosen, replay(tokens)) for chosen, tokens in source.batches(places, sources)), strict=True
             )
             results[number] = ModelOutput.joined(parts)[torch.cat(chosen).argsort()]
-            if number == 0 and not gives_back(source.model_output[mine], results[0], replay.precision):
-                raise ReplayError(NOT_BACK)
+            if number == 0 and not are_same_outputs(source.model_output[mine], results[0], replay.precision):
+                raise ReplayError(NOT_REPRODUCED)
     return results, not replay.skips

@@ -1,4 +1,4 @@
-"""Replace the keys that an attention ranks, and say whether the predictions depend on them in that order."""
+"""Whether predictions depend on the keys in the order in which the attention ranks them: keys are replaced."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.arguments import Path
 from lightning_xattn.attribution.kept_samples import KeptSamples
 from lightning_xattn.attribution.recorder import FusionRecorder
 from lightning_xattn.attribution.replay import AttentionPlace, Replay, ReplayError
 from lightning_xattn.attribution.token_source import Part, TokenSource, share_work
+from lightning_xattn.capture.calls import Path
 from lightning_xattn.capture.readers import Edit
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.functional import partner_shifts, ranking_gain, replacements
 from lightning_xattn.functional.faithfulness import LEAST_SAMPLES, REPLACED_SHARES
 
 REPLACEMENTS = 2 * len(REPLACED_SHARES) + 1
-"""So many replacements are run of each order, see `replacements`."""
+"""How many replacements are run of each order, see `replacements`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Replaced:
     at_attention
         Whether they were replaced at the attention's own keys and values; else where they enter the fusion.
     problem
-        Why nothing is told; "" where it is.
+        Why it is not computed; "" where it is.
     without_reference
         Why there is no reference; "" where there is.
     """
@@ -52,15 +52,15 @@ class Replaced:
     without_reference: str = ""
 
 
-def replaced_keys(kept: KeptSamples, fusion: FusionRecorder) -> dict[Direction, Replaced]:
-    """Replace keys of each direction of the first layer by those of a partner, where there are enough samples.
+def replace_keys(kept: KeptSamples, fusion: FusionRecorder) -> dict[Direction, Replaced]:
+    """What replacing the keys of each direction of the first layer by those of a partner does, or why it is not run.
 
     Several processes share the replays, see `share_work`: a few collectives, which each must reach.
 
     Parameters
     ----------
     kept
-        The samples of all processes; their outputs come back in a replay of the intact samples.
+        The samples of all processes; a replay of the intact samples gives their outputs back.
     fusion
         Has what is needed to replay what lies behind the fusion.
     """
@@ -71,23 +71,23 @@ def replaced_keys(kept: KeptSamples, fusion: FusionRecorder) -> dict[Direction, 
     shares: Sequence[Mapping[Direction, _Share | str]] = []
     problem = ""
     if source.model_output.values.shape[1] == 1:
-        problem = "the predictions are no classes"
+        problem = "the model predicts no classes"
     elif len(source) < LEAST_SAMPLES:
-        problem = f"it takes {LEAST_SAMPLES} samples, and {len(source)} were permuted"
+        problem = f"it needs {LEAST_SAMPLES} samples, and {len(source)} were permuted"
     elif directions:
         try:
-            shares = share_work(fusion, partial(_replace_part, source, fusion, directions, _partners(source)))
+            shares = share_work(fusion, partial(_replace_part, source, fusion, directions, _choose_partners(source)))
         except ReplayError as error:
             problem = str(error)
     return {
-        direction: _joined(source, [problem] if problem else [share[direction] for share in shares])
+        direction: _join_shares(source, [problem] if problem else [share[direction] for share in shares])
         for direction in directions
     }
 
 
 @dataclass(frozen=True, eq=False)
 class _Share:
-    """What one process found of a direction."""
+    """The results of one process for a direction."""
 
     samples: Tensor
     values: Tensor
@@ -96,8 +96,8 @@ class _Share:
     without_reference: str = ""
 
 
-def _joined(source: TokenSource, shares: Sequence[_Share | str]) -> Replaced:
-    """What all processes found of a direction, or why one of them found nothing."""
+def _join_shares(source: TokenSource, shares: Sequence[_Share | str]) -> Replaced:
+    """The results of all processes for a direction, or why one of them has none."""
     problem = next((one for one in shares if isinstance(one, str)), "")
     found = [one for one in shares if not isinstance(one, str)]
     model_output = source.model_output.values
@@ -106,9 +106,9 @@ def _joined(source: TokenSource, shares: Sequence[_Share | str]) -> Replaced:
         table[one.samples] = one.values
     by_attention, by_slope = table.split(REPLACEMENTS, dim=1)
     gain = ranking_gain(by_attention)
-    told = int(gain.isfinite().sum())
-    if not problem and told < LEAST_SAMPLES:
-        problem = f"it takes {LEAST_SAMPLES} samples, and {told} have several keys and a partner of another group"
+    ranked = int(gain.isfinite().sum())
+    if not problem and ranked < LEAST_SAMPLES:
+        problem = f"it needs {LEAST_SAMPLES} samples, and {ranked} have several keys and a partner of another group"
     return Replaced(
         source.samples,
         gain,
@@ -120,7 +120,7 @@ def _joined(source: TokenSource, shares: Sequence[_Share | str]) -> Replaced:
     )
 
 
-def _partners(source: TokenSource) -> Tensor:
+def _choose_partners(source: TokenSource) -> Tensor:
     """Each sample's partner: another one with as many tokens, of another group; itself where there is none."""
     every = torch.arange(len(source))
     partners = every.clone()
@@ -139,7 +139,7 @@ def _replace_part(
     replay: Replay,
     part: Part,
 ) -> dict[Direction, _Share | str]:
-    """A process's part of each direction, or why there is none."""
+    """The results of one process for each direction, or why there are none."""
     found: dict[Direction, _Share | str] = {}
     for direction in directions:
         shares = [_Share(torch.empty(0, dtype=torch.long), torch.empty(0, 2 * REPLACEMENTS))]
@@ -151,7 +151,7 @@ def _replace_part(
                 samples = of_kind[part(len(of_kind))]
                 # Not all steps may have had this attention.
                 if len(samples) and source.has(f"received/{direction}", samples):
-                    shares.append(_replace_alike(source, fusion, direction, (samples, partners[samples]), replay))
+                    shares.append(_replace_keys(source, fusion, direction, (samples, partners[samples]), replay))
         except ReplayError as error:
             found[direction] = str(error)
             continue
@@ -164,16 +164,16 @@ def _replace_part(
     return found
 
 
-def _replace_alike(
+def _replace_keys(
     source: TokenSource, fusion: FusionRecorder, direction: Direction, pairs: tuple[Tensor, Tensor], replay: Replay
 ) -> _Share:
-    """Of samples with the same numbers of tokens, and their partners."""
+    """The results for samples with the same numbers of tokens, and their partners."""
     samples, partners = pairs
     received, theirs = (source.column(f"received/{direction}", one).cpu() for one in pairs)
     received = received.masked_fill(theirs.isnan() | (samples == partners)[:, None], torch.nan)
-    place = fusion.attention_of(direction, source.token_count(direction.opposite, samples), received.shape[1])
+    place = fusion.find_attention(direction, source.token_count(direction.opposite, samples), received.shape[1])
     tokens, others = (source.tokens(fusion.places, [one] * len(fusion.places)) for one in pairs)
-    keys = None if place is None else _keys_of(replay, place, others, len(samples))
+    keys = None if place is None else _find_keys(replay, place, others, len(samples))
     classes = source.model_output.values[samples].argmax(1)
     # Of all samples, so that it is the same whatever the processes.
     generator = torch.Generator().manual_seed(0)
@@ -185,10 +185,10 @@ def _replace_alike(
         *several, every = replacements(scores, shuffled).unbind(1)
         for chosen in several if last is not None else [*several, every]:
             if keys is None:
-                said = replay(_put_at_fusion_inputs(fusion, direction, tokens, others, chosen))
+                output = replay(_replace_at_fusion_inputs(fusion, direction, tokens, others, chosen))
             else:
-                said = replay(tokens, place, partial(_put_at_attention, keys, chosen))
-            columns.append(said.values.gather(1, classes[:, None])[:, 0])
+                output = replay(tokens, place, partial(_replace_at_attention, keys, chosen))
+            columns.append(output.values.gather(1, classes[:, None])[:, 0])
         values = torch.stack(columns if last is None else [*columns, last], dim=1)
         ranked = ((~scores.isnan()).sum(1) > 1) & values.isfinite().all(1)
         return values.masked_fill(~ranked[:, None], torch.nan)
@@ -197,34 +197,34 @@ def _replace_alike(
     try:
         if place is None:
             raise ReplayError("where it is computed is not known")
-        slopes = replay.key_slopes(tokens, place, classes).masked_fill(received.isnan(), torch.nan)
+        slopes = replay.compute_key_slopes(tokens, place, classes).masked_fill(received.isnan(), torch.nan)
         reference = run(slopes, values[:, -1])
     except ReplayError as error:
         reference, problem = torch.full_like(values, torch.nan), str(error)
     return _Share(samples, torch.cat([values, reference], dim=1), keys is not None, problem)
 
 
-def _keys_of(
+def _find_keys(
     replay: Replay, place: AttentionPlace, tokens: Mapping[Path, Tensor], samples: int
 ) -> tuple[Tensor, ...] | None:
     """The keys and values that an attention gets, ``(samples, ..., keys, width)``; None where they are not seen."""
-    seen: list[tuple[Tensor, Tensor]] = []
+    found: list[tuple[Tensor, Tensor]] = []
 
-    def look(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append((key.clone(), value.clone()))
+    def keep(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        found.append((key.clone(), value.clone()))
         return key, value
 
     try:
-        replay(tokens, place, lambda rows: Edit(tokens=look))
+        replay(tokens, place, lambda rows: Edit(tokens=keep))
     except ReplayError:
         return None
-    return tuple(torch.cat(parts)[:samples] for parts in zip(*seen, strict=True)) or None
+    return tuple(torch.cat(parts)[:samples] for parts in zip(*found, strict=True)) or None
 
 
-def _put_at_attention(keys: Sequence[Tensor], chosen: Tensor, rows: Tensor) -> Edit:
+def _replace_at_attention(keys: Sequence[Tensor], chosen: Tensor, rows: Tensor) -> Edit:
     """Put others' keys and values in the chosen places ``(samples, keys)`` of an attention."""
 
-    def put(*own: Tensor) -> tuple[Tensor, Tensor]:
+    def replace(*own: Tensor) -> tuple[Tensor, Tensor]:
         places = chosen[rows].to(own[0].device)
         places = places.reshape(len(rows), *(1,) * (own[0].dim() - 3), -1, 1)
         key, value = (
@@ -232,10 +232,10 @@ def _put_at_attention(keys: Sequence[Tensor], chosen: Tensor, rows: Tensor) -> E
         )
         return key, value
 
-    return Edit(tokens=put)
+    return Edit(tokens=replace)
 
 
-def _put_at_fusion_inputs(
+def _replace_at_fusion_inputs(
     fusion: FusionRecorder,
     direction: Direction,
     tokens: Mapping[Path, Tensor],

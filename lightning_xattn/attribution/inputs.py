@@ -1,4 +1,4 @@
-"""Where the modalities enter the fusion: which module, and which of its arguments are whose tokens."""
+"""Where the modalities enter the fusion: which module, and which of its arguments hold which modality."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.attribution.arguments import Call, Path, label_of
-from lightning_xattn.capture.kinds import is_plain
+from lightning_xattn.capture.calls import Call, Path, name_argument
+from lightning_xattn.capture.tensor_kinds import is_plain
 from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError
 
 Named = int | str
@@ -27,11 +27,11 @@ LOWEST_SHOWN = -1000.0
 """What is added to logits and lies below this hides a token."""
 
 MOST_MODALITIES = 4
-"""So many subsets of modalities are still few enough to be run exactly."""
+"""All subsets of this many modalities can be run."""
 
 
 def check_fusion(fusion: str | None, modalities: ModalitiesSetting | None) -> None:
-    """Refuse what does not say where the fusion is.
+    """Refuse settings that do not name a fusion and its arguments.
 
     Raises
     ------
@@ -42,7 +42,7 @@ def check_fusion(fusion: str | None, modalities: ModalitiesSetting | None) -> No
         raise SettingError(f"fusion must be a module's path such as 'model.fusion', or None; got {fusion!r}.")
     if modalities is None:
         return
-    entries = {name: as_places(value) for name, value in modalities.items()} if isinstance(modalities, Mapping) else {}
+    entries = {name: as_tuple(value) for name, value in modalities.items()} if isinstance(modalities, Mapping) else {}
     places = [place for several in entries.values() for place in several]
     usable = all(
         isinstance(name, str) and re.fullmatch(r"[^/\s]+", name) and name not in RESERVED_MODALITIES and several
@@ -61,19 +61,19 @@ def check_fusion(fusion: str | None, modalities: ModalitiesSetting | None) -> No
         )
 
 
-def as_places(named: Named | Sequence[Named]) -> tuple[Named, ...]:
+def as_tuple(named: Named | Sequence[Named]) -> tuple[Named, ...]:
     """One argument, or several, as a tuple."""
     return (named,) if isinstance(named, (int, str)) or not isinstance(named, Sequence) else tuple(named)
 
 
 @dataclass(frozen=True)
 class TokenMask:
-    """An argument that says which tokens are real."""
+    """An argument that tells real tokens from padding."""
 
     path: Path
     label: str
     hidden: bool
-    """Whether True says that a token is padding, as in torch's ``key_padding_mask``; else that it is real."""
+    """Whether True stands for padding, as in torch's ``key_padding_mask``; else for a real token."""
 
     def __str__(self) -> str:
         return f"'{self.label}', True for {'padding' if self.hidden else 'a real token'}"
@@ -82,9 +82,9 @@ class TokenMask:
         """``values`` as bool, True for real tokens."""
         if not values.is_floating_point():
             return ~values.bool() if self.hidden else values.bool()
-        # Added to the logits it is below 0 where a token is padding; else it is 1 for what True says.
-        said = values <= 0 if self.hidden else torch.where((values > 0).any(), values > 0, True)
-        return torch.where((values < 0).any(), values >= 0, said)
+        # Added to the logits it is below 0 where a token is padding; else it is 1 where a mask of bools is True.
+        real = values <= 0 if self.hidden else torch.where((values > 0).any(), values > 0, True)
+        return torch.where((values < 0).any(), values >= 0, real)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ModalityPlace:
     others: Mapping[Path, int]
     """What goes with them, such as their mask, each with the axis of the samples."""
     mask: TokenMask | None
-    """Which of these says what is padding; None: nothing does."""
+    """Which of these tells what is padding; None: none does."""
 
     @property
     def axes(self) -> dict[Path, int]:
@@ -113,7 +113,7 @@ class ModalityPlace:
 
 @dataclass(frozen=True)
 class FusionInputs:
-    """A fusion, and its modalities by name."""
+    """A fusion and the places of its modalities."""
 
     path: str
     places: Mapping[str, ModalityPlace]
@@ -150,17 +150,17 @@ class AbsentArgumentError(Exception):
     """An argument of the fusion is None in this call, and may not be in another."""
 
 
-def named_fusion_inputs(
+def find_named_inputs(
     module: nn.Module, path: str, modalities: ModalitiesSetting, call: Call, real: Mapping[str, Tensor]
 ) -> FusionInputs:
-    """The fusion_inputs that the settings name.
+    """The fusion and its modalities as the settings name them.
 
     Parameters
     ----------
     module, path, call
         The fusion, where it is, and what it was called with.
     modalities
-        Which of its arguments are whose tokens.
+        Which of its arguments hold which modality.
     real
         Of some modalities the tokens that the attention takes as real, ``(batch, tokens)``.
 
@@ -172,7 +172,7 @@ def named_fusion_inputs(
         If an argument is not there, is no float tensor, or holds another number of samples than the others.
     """
     tensors = dict(call.tensors())
-    labels = {where: label_of(module, where) for where in tensors}
+    labels = {where: name_argument(module, where) for where in tensors}
 
     def find(name: Named) -> Path:
         found = [
@@ -190,35 +190,43 @@ def named_fusion_inputs(
             )
         return found[0]
 
-    found = {name: [find(place) for place in as_places(several)] for name, several in modalities.items()}
+    found = {name: [find(place) for place in as_tuple(several)] for name, several in modalities.items()}
     shapes = {name: tensors[first].shape for name, (first, *_) in found.items()}
     if not all(tensors[first].is_floating_point() and tensors[first].dim() in (2, 3) for first, *_ in found.values()):
-        said = ", ".join(f"{name} {_shape(tensors[first])}" for name, (first, *_) in found.items())
+        got = ", ".join(f"{name} {_shape(tensors[first])}" for name, (first, *_) in found.items())
         raise DiscoveryError(
-            f"Expected tokens (batch, tokens, width) or (batch, width) of each modality in '{path}'; got {said}."
+            f"Expected tokens (batch, tokens, width) or (batch, width) of each modality in '{path}'; got {got}."
         )
     axis = _batch_axis(list(shapes.values()))
     if axis is None:
-        said = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
-        raise DiscoveryError(f"Expected as many samples of each modality in '{path}'; got {said}.")
+        got = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+        raise DiscoveryError(f"Expected the same number of samples of each modality in '{path}'; got {got}.")
     samples = next(iter(shapes.values()))[axis]
-    return FusionInputs(
-        path,
-        {
-            name: ModalityPlace(
-                _same(tensors, first),
-                axis,
-                {other: _axis_of(tensors[other], samples) for other in others},
-                _find_mask(
-                    {other: labels[other] for other in others},
-                    tensors,
-                    tensors[first].transpose(0, axis).shape[:2],
-                    real.get(name),
-                ),
-            )
-            for name, (first, *others) in found.items()
-        },
-    )
+    places = {}
+    for name, (first, *others) in found.items():
+        shape = tensors[first].transpose(0, axis).shape[:2]
+        places[name] = _make_place(
+            tensors, labels, (first, axis), others, torch.Size((samples, shape[1])), real.get(name)
+        )
+    return FusionInputs(path, places)
+
+
+def _make_place(
+    tensors: Mapping[Path, Tensor],
+    labels: Mapping[Path, str],
+    tokens: tuple[Path, int],
+    others: Sequence[Path],
+    shape: torch.Size,
+    real: Tensor | None,
+) -> ModalityPlace:
+    """The place of a modality whose tokens (and the axis of their samples) and other arguments are known."""
+    first, axis = tokens
+    same = [
+        other for other, tensor in tensors.items() if other != first and tensor is tensors[first]
+    ]  # keys and values
+    axes = {other: 0 if tensors[other].shape[:1] == shape[:1] else 1 for other in others}
+    mask = _find_mask({other: labels[other] for other in others}, tensors, shape, real)
+    return ModalityPlace((first, *same), axis, axes, mask)
 
 
 def _is_none(call: Call, name: Named) -> bool:
@@ -230,10 +238,10 @@ def _is_none(call: Call, name: Named) -> bool:
 def _find_mask(
     labels: Mapping[Path, str], tensors: Mapping[Path, Tensor], shape: torch.Size, real: Tensor | None
 ) -> TokenMask | None:
-    """Which of a modality's other arguments says which of its tokens are real. Looks at the values.
+    """The mask among a modality's other arguments; None without one. Looks at the values.
 
-    Positions, times and types of tokens have a mask's shape, too: a mask has its values, and says what the attention
-    does, or where nothing is hidden, or attention says nothing, is called one or is bool.
+    Positions, times and types of tokens have a mask's shape, too. A mask has a mask's values, and hides the tokens that
+    the attention hides. Where no attention is known, or nothing is hidden, it is named as a mask or is bool.
     """
     for path, label in labels.items():
         values = tensors[path]
@@ -258,10 +266,10 @@ def _may_be_mask(values: Tensor) -> bool:
     return bool(((values == 0) | (values == 1)).all() or ((values == 0) | (values < LOWEST_SHOWN)).all())
 
 
-def guessed_fusion_inputs(
+def guess_inputs(
     module: nn.Module, path: str, call: Call, counts: Mapping[str, int], samples: int, real: Mapping[str, Tensor]
 ) -> list[FusionInputs]:
-    """Which arguments of a module hold one token sequence for each modality, as names or numbers of tokens tell.
+    """Guesses which arguments of a module hold one token sequence for each modality, by names or numbers of tokens.
 
     Parameters
     ----------
@@ -277,17 +285,17 @@ def guessed_fusion_inputs(
     Returns
     -------
     list of FusionInputs
-        More than one where the axis of the samples cannot be told from that of the tokens; none where it is not clear.
+        Two where the axis of the samples may be that of the tokens; none where it is not clear.
     """
-    several_fusion_inputs: list[FusionInputs] = []
+    guesses: list[FusionInputs] = []
     for axis in (0, 1) if set(counts).isdisjoint(RESERVED_MODALITIES) else ():
-        found = _guess(module, call, counts, samples, axis, real)
+        found = _guess_places(module, call, counts, samples, axis, real)
         if found is not None:
-            several_fusion_inputs.append(FusionInputs(path, found))
-    return several_fusion_inputs
+            guesses.append(FusionInputs(path, found))
+    return guesses
 
 
-def _guess(
+def _guess_places(
     module: nn.Module, call: Call, counts: Mapping[str, int], samples: int, axis: int, real: Mapping[str, Tensor]
 ) -> dict[str, ModalityPlace] | None:
     tensors = {
@@ -302,10 +310,12 @@ def _guess(
             if not again:
                 sequences[where] = tensor.shape[1 - axis] if tensor.dim() == 3 else 1
     around = {where: tensor for where, tensor in call.tensors() if 2 <= tensor.dim() <= 4}
-    labels = {where: label_of(module, where) for where in around}
+    labels = {where: name_argument(module, where) for where in around}
     found: dict[str, Path] = {}
     for name, count in counts.items():
-        named = [where for where in sequences if _names(labels[where], name, counts) and tensors[where].dim() == 3]
+        named = [
+            where for where in sequences if _is_named_after(labels[where], name, counts) and tensors[where].dim() == 3
+        ]
         counted = [where for where, tokens in sequences.items() if tokens == count]
         several = sum(other == count for other in counts.values()) > 1
         choice = named if len(named) == 1 else [] if several else counted
@@ -316,7 +326,7 @@ def _guess(
         return None
     places = {}
     for name, where in found.items():
-        alike = [other for other in found.values() if sequences[other] == sequences[where]]
+        as_long = [other for other in found.values() if sequences[other] == sequences[where]]
         others = [
             other
             for other, tensor in around.items()
@@ -325,29 +335,17 @@ def _guess(
             and samples in tensor.shape[:2]
             and tensor.shape[-1] == sequences[where]
             and tensor.numel() == samples * sequences[where]
-            and (len(alike) == 1 or _names(labels[other], name, counts))
+            and (len(as_long) == 1 or _is_named_after(labels[other], name, counts))
         ]
         shape = torch.Size((samples, sequences[where]))
-        mask = _find_mask({other: labels[other] for other in others}, around, shape, real.get(name))
-        places[name] = ModalityPlace(
-            _same(tensors, where), axis, {other: _axis_of(around[other], samples) for other in others}, mask
-        )
+        places[name] = _make_place(around, labels, (where, axis), others, shape, real.get(name))
     return places
 
 
-def _names(label: str, modality: str, modalities: Mapping[str, int]) -> bool:
+def _is_named_after(label: str, modality: str, modalities: Mapping[str, int]) -> bool:
     """Whether an argument is called after a modality and after no other."""
     words = set(re.findall(r"[^\W_]+", label.lower()))
     return modality.lower() in words and not any(other.lower() in words for other in modalities if other != modality)
-
-
-def _same(tensors: Mapping[Path, Tensor], where: Path) -> tuple[Path, ...]:
-    """All places of the same tensor, as of keys and values, this one first."""
-    return (where, *(other for other, tensor in tensors.items() if other != where and tensor is tensors[where]))
-
-
-def _axis_of(tensor: Tensor, samples: int) -> int:
-    return 0 if tensor.shape[:1] == (samples,) else 1
 
 
 def _batch_axis(shapes: Sequence[torch.Size]) -> int | None:

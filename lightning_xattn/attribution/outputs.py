@@ -1,4 +1,4 @@
-"""What a module says of samples, found in what it returns."""
+"""The model's output for each sample, found in what a module returns."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.arguments import Call, Path
 from lightning_xattn.attribution.replay import ModelOutput, ReadOutput
+from lightning_xattn.capture.calls import Path, find_tensors
 from lightning_xattn.capture.labels import Labels
 from lightning_xattn.capture.labels.scores import CLOSE, Scores, are_clear, scores_by_class
 from lightning_xattn.capture.labels.tensors import are_probabilities, are_single_scores
@@ -19,27 +19,27 @@ LEAST_PROBABILITY = 1e-12
 """Its logarithm stands for those of smaller probabilities, unless these already are rounded in larger ones."""
 
 
-def find_output(output: Any, samples: int, labels: Labels) -> ReadOutput | None:
-    """How to read what a module says of samples in what it returns; None where it is not there. Looks at the values.
+def find_model_output(output: Any, samples: int, labels: Labels) -> ReadOutput | None:
+    """How to read the model's output from what a module returns; None where it has none. Looks at the values.
 
-    Gradients pass through what is read.
+    Gradients pass through it.
 
     Parameters
     ----------
     output
-        What it returned for a first batch.
+        What the module returned for a first batch.
     samples
-        How many samples that has.
+        How many samples the batch has.
     labels
         The class scores or predictions that it must agree with. Without any, a single number a sample is the value of
         a regression.
     """
-    for path, tensor in Call((output,), {}).tensors():
+    for path, tensor in find_tensors(output):
         for scores in scores_by_class(tensor, samples):
             if _agree(scores, labels, tensor, samples):
                 return partial(_read_scores, path, scores.are_probabilities, scores.values.shape[1])
     if labels.predicted is None and labels.scores is None:
-        for path, tensor in Call((output,), {}).tensors():
+        for path, tensor in find_tensors(output):
             if are_single_scores(tensor, samples):
                 return partial(_read_value, path)
     return None
@@ -54,7 +54,7 @@ def _agree(scores: Scores, labels: Labels, tensor: Tensor, samples: int) -> bool
         return same and torch.allclose(scores.probabilities, known, rtol=0, atol=CLOSE, equal_nan=True)
     fits = labels.predicted is not None and labels.n_classes in (None, scores.values.shape[1])
     clear = labels.confidence is not None or are_clear(tensor, samples)
-    return fits and clear and labels.predicted is not None and scores.info(labels.predicted, labels.confidence)
+    return fits and clear and labels.predicted is not None and scores.agree_with(labels.predicted, labels.confidence)
 
 
 def _read_scores(path: Path, are_probabilities: bool, n_classes: int, output: Any) -> ModelOutput | None:
@@ -67,7 +67,7 @@ def _read_scores(path: Path, are_probabilities: bool, n_classes: int, output: An
 
 
 def _least(probabilities: Tensor | None) -> float:
-    """What smaller probabilities count as: below it they are made of too few bits for a logarithm."""
+    """The least probability whose bits are enough for a logarithm; smaller ones count as this."""
     if probabilities is None:
         return LEAST_PROBABILITY
     limits = torch.finfo(probabilities.dtype)
@@ -86,7 +86,8 @@ def _read_value(path: Path, output: Any) -> ModelOutput | None:
 
 def _at(path: Path, output: Any) -> Tensor | None:
     try:
-        found = Call((output,), {})[path]
+        for key in path:
+            output = output[key]
     except (KeyError, IndexError, TypeError):
         return None
-    return found if isinstance(found, Tensor) and found.dim() else None
+    return output if isinstance(output, Tensor) and output.dim() else None

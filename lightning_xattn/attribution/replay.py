@@ -1,4 +1,4 @@
-"""Run what lies behind a fusion once more, with other tokens at its fusion_inputs; the model is left as it was."""
+"""Run what lies behind a fusion once more, with other tokens at its inputs; the model's state is restored."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.attribution.arguments import Call, Path
+from lightning_xattn.attribution.restoring import replacing_forward, restoring_state
 from lightning_xattn.attribution.state import ModelState
-from lightning_xattn.attribution.unchanged import left_as_it_was, with_forward
 from lightning_xattn.capture.attention_mode import AttentionMode
+from lightning_xattn.capture.calls import Call, Path
 from lightning_xattn.capture.readers import Edit, Event, RecordLevel
 from lightning_xattn.functional.shapley import RULED_OUT
 
 MAX_ROWS = 64
-"""So many pairs are replayed in a call: few enough that on a CPU what they take stays in its caches."""
+"""How many pairs are replayed in a call, at most: few enough for the caches of a CPU."""
 
 ROUNDED = {False: (1e-3, 1e-5), True: (3e-2, torch.finfo(torch.bfloat16).eps)}
 """By whether a model computes in half precision: by how much of their standard deviation between samples logits may
@@ -29,7 +29,7 @@ differ in a replay, and by how much of the largest logit they always may, as oth
 
 @dataclass(frozen=True, eq=False)
 class ModelOutput:
-    """What a model says of samples."""
+    """A model's output for some samples."""
 
     values: Tensor
     """``(samples, classes)`` probabilities, or ``(samples, 1)`` the output where it is no classes; float32."""
@@ -50,7 +50,7 @@ class ModelOutput:
 
 
 ReadOutput = Callable[[Any], ModelOutput | None]
-"""Finds it in what a module returned; None where it is not there."""
+"""Finds the model's output in what a module returned; None where it is not there."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ class Precision:
 
 @dataclass(frozen=True, eq=False)
 class RecordedCall:
-    """A run of a module around a fusion, or of the fusion, whose other inputs carry the tokens of any sample."""
+    """A call of a module around a fusion, or of the fusion, to be repeated with the tokens of other samples."""
 
     module: nn.Module
     call: Call
     precision: Precision
     model_output: ModelOutput
-    """What it said."""
+    """What the call gave."""
 
 
 class ReplayError(Exception):
@@ -92,11 +92,11 @@ class AttentionPlace:
     """The attention of a direction in what is replayed."""
 
     module: nn.Module
-    """It is computed while this runs,"""
+    """It is computed while this runs."""
     call: int | None
-    """as number so many of those that are, from 1 on; None: it is the only one of its shape."""
+    """Which of the attentions that are computed meanwhile, from 1 on; None: the only one of its shape."""
     queries: int | None
-    """None: any number."""
+    """Its number of queries; None: any number."""
     keys: int
 
     def picks(self, event: Event, number: int) -> bool:
@@ -106,14 +106,14 @@ class AttentionPlace:
 
 
 EditRows = Callable[[Tensor], Edit]
-"""Gets the numbers of samples that are replayed in one call, ``(rows,)``, and says what is to be changed of theirs."""
+"""Gets the indices ``(rows,)`` of the samples that are replayed in one call, and gives what to change of theirs."""
 
 
 class Replay:
     """What lies behind a fusion, as a function of the tokens that enter it.
 
-    The module of the recorded call runs, with other tokens at the fusion. What runs in it before the fusion is
-    skipped: its outputs are those of one run that is made first.
+    The recorded call is repeated, with other tokens at the fusion. What runs before the fusion is skipped: its outputs
+    are those of one run that is made first.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ class Replay:
     recorded_call
         A run of a module around it.
     read
-        Finds what the model says in what that module returns.
+        Finds the model's output in what that module returns.
 
     Attributes
     ----------
@@ -136,7 +136,7 @@ class Replay:
     Raises
     ------
     ReplayError
-        If the recorded_call's samples, in another order, do not give their outputs back in that order.
+        If the recorded call's samples, in another order, do not give their outputs in that order.
     """
 
     def __init__(
@@ -150,13 +150,13 @@ class Replay:
             self._check()
 
     def _check(self) -> None:
-        """Find how the recorded_call's samples, in another order, give their outputs back in that order."""
+        """Find how the recorded call's samples, in another order, give their outputs in that order."""
         axes = self._axes
-        entered, intact = self._look()
+        entered, intact = self._run_intact()
         self._tokens = {path: entered[path] for path in axes}
         path, axis = next(iter(axes.items()))
         samples = entered[path].shape[axis]
-        # Fewer rows than the recorded_call has; if that is not understood, as many; and at last nothing is skipped.
+        # Fewer rows than the recorded call has; if the model fails at that, as many; and at last nothing is skipped.
         for self.skips, self._exactly in ((True, False), (True, True), (False, True)):
             self.rows = samples if self._exactly else MAX_ROWS
             count = samples if self._exactly else (samples + 1) // 2
@@ -171,7 +171,7 @@ class Replay:
             except ReplayError as error:
                 failure = error
                 continue
-            if gives_back(intact[order], again, self.precision):
+            if are_same_outputs(intact[order], again, self.precision):
                 return
             failure = ReplayError(
                 "something besides the fusion's tokens reaches the prediction, or the model differs from run to run"
@@ -196,23 +196,23 @@ class Replay:
     def __call__(
         self, tokens: Mapping[Path, Tensor], place: AttentionPlace | None = None, edit: EditRows | None = None
     ) -> ModelOutput:
-        """What the model says of samples whose tokens these are.
+        """The model's output for samples with these tokens.
 
         Parameters
         ----------
         tokens
             What stands at each of the places, with any number of samples.
         place, edit
-            An attention behind the fusion's fusion_inputs, and what is to be changed of it.
+            An attention behind the fusion's inputs, and what to change of it.
 
         Raises
         ------
         ReplayError
-            If it does not run, or says nothing, or there is not one such attention.
+            If it does not run, or gives no output, or there is not one such attention.
         """
         path, axis = next(iter(self._axes.items()))
         samples, parts = tokens[path].shape[axis], []
-        with self._as_in_the_step():
+        with self._in_step_conditions():
             for start in range(0, samples, self.rows):
                 places = torch.arange(start, min(start + self.rows, samples))
                 count = len(places)
@@ -226,8 +226,8 @@ class Replay:
                     parts.append(self._run(chosen)[:count])
         return ModelOutput.joined(parts)
 
-    def key_slopes(self, tokens: Mapping[Path, Tensor], place: AttentionPlace, classes: Tensor) -> Tensor:
-        """How the probability of a class grows with the weights that go to each key: signed gradient x attention.
+    def compute_key_slopes(self, tokens: Mapping[Path, Tensor], place: AttentionPlace, classes: Tensor) -> Tensor:
+        """The signed gradient x attention of each key: how much its weights add to the probability of a class.
 
         Parameters
         ----------
@@ -257,7 +257,7 @@ class Replay:
                         path: one.index_select(self._axes[path], rows.to(one.device)) for path, one in tokens.items()
                     }
                     own = {path: one.clone() for path, one in chosen.items()}
-                    slopes.append(again._slope(own, place, classes[rows]))
+                    slopes.append(again._compute_slopes(own, place, classes[rows]))
         return torch.cat(slopes)
 
     @cached_property
@@ -267,7 +267,7 @@ class Replay:
         recorded_call = replace(self._recorded_call, call=call.copied({path for path, _ in call.tensors()}))
         return Replay(self._fusion, self._axes, recorded_call, self._read)
 
-    def _slope(self, tokens: Mapping[Path, Tensor], place: AttentionPlace, classes: Tensor) -> Tensor:
+    def _compute_slopes(self, tokens: Mapping[Path, Tensor], place: AttentionPlace, classes: Tensor) -> Tensor:
         scales: list[Tensor] = []
 
         def weigh(rows: Tensor) -> Edit:
@@ -275,11 +275,11 @@ class Replay:
             torch.set_grad_enabled(True)  # from here on, until the replay's end
             return Edit(weights=scales[0])
 
-        said = self(tokens, place, weigh).values.gather(1, classes[:, None]).sum()
-        if not said.requires_grad:
+        total = self(tokens, place, weigh).values.gather(1, classes[:, None]).sum()
+        if not total.requires_grad:
             raise ReplayError("no gradient reaches its weights")
         try:
-            (slope,) = torch.autograd.grad(said, scales)
+            (slope,) = torch.autograd.grad(total, scales)
         except RuntimeError as error:  # as of a model that changes in place what the gradient needs
             raise ReplayError(f"no gradient reaches its weights: {error}") from error
         return slope[: len(classes)].cpu()
@@ -293,22 +293,22 @@ class Replay:
                 permuted = Call(args, kwargs).replaced(tokens)
                 return forward(*permuted.args, **permuted.kwargs)
 
-            changes.enter_context(with_forward(self._fusion, fusion))
+            changes.enter_context(replacing_forward(self._fusion, fusion))
             for skipped, outputs in self._made.items() if self.skips else ():
-                changes.enter_context(with_forward(skipped, _given_first(outputs, skipped.forward)))
+                changes.enter_context(replacing_forward(skipped, _return_first(outputs, skipped.forward)))
             try:
-                said = self._read(module(*call.args, **call.kwargs))
+                output = self._read(module(*call.args, **call.kwargs))
             except ReplayError:
                 raise
             except Exception as error:  # whatever a user's module raises for other tokens or another number of them
                 raise ReplayError(f"it fails with other tokens: {error!r}") from error
-        if said is None:
+        if output is None:
             raise ReplayError("it gives no class scores with other tokens")
-        return said.cpu()
+        return output.cpu()
 
     @contextmanager
     def keeping_state(self) -> Iterator[None]:
-        """Keep the model's state once, for all replays in the block to put back: nothing else runs the model meanwhile.
+        """Keep the model's state once, for all replays in the block to restore: nothing else runs the model meanwhile.
 
         Raises
         ------
@@ -322,42 +322,41 @@ class Replay:
         try:
             self._state = ModelState(self._recorded_call.module, call.args, call.kwargs)
         except Exception as error:  # no memory for a copy, or an object of the user's that cannot be read
-            raise ReplayError(f"the model's state cannot be kept, to be put back afterwards: {error!r}") from error
+            raise ReplayError(f"the model's state cannot be kept, to be restored afterwards: {error!r}") from error
         try:
             yield
         finally:
             self._state = None
 
     @contextmanager
-    def _as_in_the_step(self) -> Iterator[None]:
+    def _in_step_conditions(self) -> Iterator[None]:
         with self.keeping_state():
             assert self._state is not None
             try:
-                # The same random numbers in every process: those that hold a model together must conclude the same.
-                with left_as_it_was(self._state, self._with_hooks), self._recorded_call.precision.entered():
+                with restoring_state(self._state, self._with_hooks), self._recorded_call.precision.entered():
                     yield
             except RuntimeError as error:
                 raise ReplayError(str(error)) from error
 
-    def _look(self) -> tuple[Call, ModelOutput]:
-        """What enters the fusion, and what the model says, when the recorded_call runs as it is."""
-        # Users' hooks note what a model does, and must not note this; but some change it, as those of FSDP.
+    def _run_intact(self) -> tuple[Call, ModelOutput]:
+        """What enters the fusion, and the model's output, when the recorded call is repeated as it is."""
+        # Users' hooks note what a model does, and must not note this; but some change what it does.
         for self._with_hooks in (False, True):
             try:
-                with self._as_in_the_step():
+                with self._in_step_conditions():
                     entered, intact = self._run_once()
             except ReplayError as error:
                 failure = error
                 continue
-            if gives_back(
+            if are_same_outputs(
                 self._recorded_call.model_output.cpu(), intact, self._coarsest(entered[path] for path in self._axes)
             ):
                 return entered, intact
-            failure = ReplayError("it does not say the same when it is run again")
+            failure = ReplayError("it gives other outputs when it is run again")
         raise failure
 
     def _run_once(self) -> tuple[Call, ModelOutput]:
-        """Run the recorded_call as it is, and keep what is made before the fusion."""
+        """Repeat the recorded call as it is, and keep what is made before the fusion."""
         module, call = self._recorded_call.module, self._recorded_call.call
         entered: list[Call] = []
         running: list[nn.Module] = []
@@ -381,19 +380,19 @@ class Replay:
                     hooks.callback(one.register_forward_pre_hook(begin, with_kwargs=True).remove)
                     hooks.callback(one.register_forward_hook(end).remove)
             try:
-                said = self._read(module(*call.args, **call.kwargs))
+                found = self._read(module(*call.args, **call.kwargs))
             except Exception as error:  # whatever a user's module raises
                 raise ReplayError(f"it fails when it is run again: {error!r}") from error
-        if said is None or len(entered) != 1:
-            raise ReplayError("it gives no class scores" if said is None else f"the fusion runs {len(entered)} times")
+        if found is None or len(entered) != 1:
+            raise ReplayError("it gives no class scores" if found is None else f"the fusion runs {len(entered)} times")
         by_module = defaultdict(list)
         for one, output, _ in done:
             by_module[one].append(output)
         self._made = dict(by_module)
-        return entered[0], said.cpu()
+        return entered[0], found.cpu()
 
 
-def gives_back(intact: ModelOutput, again: ModelOutput, precision: torch.dtype) -> bool:
+def are_same_outputs(intact: ModelOutput, again: ModelOutput, precision: torch.dtype) -> bool:
     """Whether a replay gave the same logits, within what rounding does to the differences between samples.
 
     Logits, as a model that is sure of itself gives the same probabilities whatever reaches it.
@@ -417,8 +416,8 @@ def gives_back(intact: ModelOutput, again: ModelOutput, precision: torch.dtype) 
     )
 
 
-def _given_first(outputs: list[Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that gives these outputs, one a run, and then runs."""
+def _return_first(outputs: list[Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that returns these outputs, one in each run, and then runs itself."""
     waiting = list(outputs)
 
     def skipped(*args: Any, **kwargs: Any) -> Any:
@@ -429,7 +428,7 @@ def _given_first(outputs: list[Any], forward: Callable[..., Any]) -> Callable[..
 
 @contextmanager
 def _editing(place: AttentionPlace | None, edit: EditRows | None, rows: Tensor) -> Iterator[None]:
-    """Change an attention of these samples.
+    """In the block an attention of these samples is changed.
 
     Raises
     ------
@@ -439,13 +438,13 @@ def _editing(place: AttentionPlace | None, edit: EditRows | None, rows: Tensor) 
     if place is None or edit is None:
         yield
         return
-    seen: list[Event] = []
+    events: list[Event] = []
     picked = 0
 
     def change(event: Event) -> Edit | None:
         nonlocal picked
-        seen.append(event)
-        if not place.picks(event, len(seen)):
+        events.append(event)
+        if not place.picks(event, len(events)):
             return None
         picked += 1
         if event.shape[0] != len(rows):

@@ -8,22 +8,22 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.arguments import Path
 from lightning_xattn.attribution.bottom_k import Columns
 from lightning_xattn.attribution.inputs import ModalityPlace
 from lightning_xattn.attribution.kept_samples import IDENTITY
 from lightning_xattn.attribution.recorder import FusionRecorder
 from lightning_xattn.attribution.replay import ModelOutput, Replay, ReplayError
+from lightning_xattn.capture.calls import Path
 from lightning_xattn.core.attention import Direction
 
 Result = TypeVar("Result")
 
 Part = Callable[[int], Tensor]
-"""Gives the numbers of those of so many that this process works on."""
+"""Gets a number of items, and gives the indices of those that this process works on."""
 
 
 class TokenSource:
-    """The kept samples, whatever the numbers of their tokens.
+    """The kept samples of an evaluation, whatever the numbers of their tokens.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class TokenSource:
     kinds
         ``(samples,)`` which of the token_shapes.
     model_output
-        What the model said of them.
+        The model's outputs for them.
     """
 
     def __init__(self, token_shapes: Sequence[Columns]) -> None:
@@ -107,9 +107,9 @@ class TokenSource:
 
 
 def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -> list[Result]:
-    """Let each process do its part of what takes replays: a few collectives, which each must reach.
+    """The results of all processes, each of which does its part of work that takes replays: two collectives.
 
-    One whose first step showed nothing, as of samples that are not finite, cannot replay, and has no part in it.
+    A process that cannot replay, as its first samples are not finite, has no part in it.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -
     Returns
     -------
     list
-        What each process found, in the order of their parts.
+        The result of each process, in the order of their parts.
 
     Raises
     ------
@@ -131,7 +131,7 @@ def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -
     processes = fusion.processes
     replay, result, problem = None, None, ""
     try:
-        replay = fusion.replay()
+        replay = fusion.make_replay()
     except ReplayError as error:
         problem = str(error)
     problems = processes.gather(problem)

@@ -271,7 +271,7 @@ class AttentionExplainabilityCallback(Callback):
         """Put the hooks on the model, if this batch is one to record."""
         if self._records(batch_idx):
             assert self._run.recorder is not None
-            with self._run.refusing(self.settings, *RECORDED):
+            with self._run.refusing(self.settings, *RECORDED, dataloader=dataloader_idx):
                 self._run.recorder.__enter__()
 
     def on_validation_batch_end(
@@ -396,7 +396,7 @@ class AttentionExplainabilityCallback(Callback):
         """What the recorder has of a step; None if the step may have ended before it ran what is looked for."""
         assert self._run.recorder is not None
         try:
-            return self._run.recorder.take(outputs, batch)
+            return self._run.recorder.collect_step(outputs, batch)
         except DiscoveryError as error:
             is_named = self.settings.attention is not None or self.settings.fusion is not None
             if outputs is not None or self._run.has_recorded or is_named:

@@ -1,4 +1,4 @@
-"""The one mode in which attention is seen, and the hooks that say which module is running."""
+"""The mode that records attention as it is computed, and the hooks that note which module is running."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
+from lightning_xattn.capture.calls import Call
 from lightning_xattn.capture.memory import Address, has_address
-from lightning_xattn.capture.readers import Edit, Event, Read, RecordLevel, reader_of
+from lightning_xattn.capture.readers import Edit, Event, Read, RecordLevel, find_reader
 from lightning_xattn.capture.wrappers import Hook, Shared, in_encoder_layers, runs_for_backward
 
 ToEdit = Callable[[Event], Edit | None]
@@ -36,14 +37,13 @@ Note = TypeVar("Note")
 
 @dataclass(eq=False)
 class Run:
-    """One run of a module that is watched."""
+    """One run of a module that the mode records."""
 
     module: nn.Module
     path: str
     outer: Run | None
     """The run that it is part of; None: it is the outermost."""
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    call: Call
     turn: int
     """How many times the module had run in this step before."""
     error: BaseException | None
@@ -53,11 +53,11 @@ class Run:
     events: list[Event] = field(default_factory=list)
     """The attention that is computed meanwhile, in this module or in others that it calls."""
     folded: dict[tuple[bool, int], int] = field(default_factory=dict)
-    """How many heads were folded into so many rows: True of heads before the samples, False behind them."""
+    """The number of heads by the number of rows into which they were folded, and by whether heads come first."""
 
     def origin(self, tensor: Any) -> Event | None:
         """The attention whose weights a tensor was made of, by other operations than products."""
-        return _noted(self.made, tensor)
+        return _look_up(self.made, tensor)
 
     def outwards(self) -> Iterator[Run]:
         """The run and those that it is part of, innermost first."""
@@ -68,14 +68,14 @@ class Run:
 
 
 class AttentionMode(TorchFunctionMode):
-    """Sees every attention that is computed while certain modules run; the results stay what they are bit for bit.
+    """Records every attention that is computed while certain modules run; the results stay what they are bit for bit.
 
-    The mode is on while one of ``modules`` (with their paths) runs; the operations of others are not looked at.
-    ``level`` says what is to be recorded of an attention that is about to be computed. ``leave`` is called when a run
-    ends without an error, with what the module returned. ``edit`` changes an attention before it is computed; torch's
-    fast paths are then off. A watch that ``follows`` notes which attention reaches which.
+    The mode is on while one of ``modules`` (with their paths) runs. ``level`` decides what is recorded of an attention
+    that is about to be computed. ``leave`` is called when a run ends without an error, with what the module returned.
+    ``edit`` changes an attention before it is computed; torch's fast paths are then off. A mode that ``follows`` notes
+    which attention reaches which.
 
-    What goes wrong here never reaches the modules that run: it is added to ``errors``. Only what ``edit`` raises does.
+    Errors in here never reach the modules that run: they are added to ``errors``. Only what ``edit`` raises does.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class AttentionMode(TorchFunctionMode):
         self._follows, self._reached = follows, dict[int, tuple[weakref.ref[Tensor], frozenset[Event]]]()
 
     def attach(self, root: nn.Module, hooks: ExitStack) -> None:
-        """AttentionMode the modules, which are ``root`` or in it, until ``hooks`` closes."""
+        """Record the modules, which are ``root`` or in it, until ``hooks`` closes."""
         hooks.callback(self.clear)
         hooks.enter_context(keep_fast_paths())
         unhookable = {module for module in in_encoder_layers(root) if module in self._modules}
@@ -123,7 +123,7 @@ class AttentionMode(TorchFunctionMode):
                 register_module_forward_pre_hook(Hook(enter_one, self.errors)),
                 register_module_forward_hook(Hook(end_one, self.errors), with_kwargs=True, always_call=True),
             )
-            # torch 2.13 forgets these entries when the hook is removed, and then takes every module for a watched one.
+            # torch 2.13 forgets these entries when the hook is removed, and then calls it for every module.
             for book in (_global_forward_hooks_with_kwargs, _global_forward_hooks_always_called):
                 hooks.callback(book.pop, handles[1].id, None)
             for handle in handles:
@@ -141,7 +141,7 @@ class AttentionMode(TorchFunctionMode):
         if runs_for_backward():
             return
         outer, turn, error = self._runs[-1] if self._runs else None, self._turns[module], sys.exc_info()[1]
-        self._runs.append(Run(module, self._modules[module], outer, args, kwargs or {}, turn, error, self._made))
+        self._runs.append(Run(module, self._modules[module], outer, Call(args, kwargs or {}), turn, error, self._made))
         self._turns[module] += 1
         self._switch()
 
@@ -153,7 +153,7 @@ class AttentionMode(TorchFunctionMode):
         self._switch()
         if sys.exc_info()[1] is not run.error:
             return
-        run.args, run.kwargs = args, kwargs
+        run.call = Call(args, kwargs)
         try:
             with torch.no_grad():
                 self._leave(run, output)
@@ -170,7 +170,7 @@ class AttentionMode(TorchFunctionMode):
         if on and not self._on:
             _push([self])
         elif self._on and not on:
-            # Not by ``__exit__``: where watches overlap this one need not be the innermost mode.
+            # Not by ``__exit__``: where modes overlap this one need not be the innermost.
             _push([mode for mode in _pop_all() if mode is not self])
         self._on = on
 
@@ -180,7 +180,7 @@ class AttentionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._runs:
             return function(*args, **kwargs)
-        reader, before = reader_of(function), len(self._runs[-1].events)
+        reader, before = find_reader(function), len(self._runs[-1].events)
         if reader is None:
             result = function(*args, **kwargs)
         else:
@@ -193,24 +193,24 @@ class AttentionMode(TorchFunctionMode):
                 self.errors.append(error)
         try:
             if reader is None:
-                self._follow(getattr(function, "__name__", ""), args, kwargs, result)
+                self._note_use(getattr(function, "__name__", ""), args, kwargs, result)
             if self._follows:
-                self._pass_on((*args, *kwargs.values()), self._runs[-1].events[before:], result)
+                self._note_reached((*args, *kwargs.values()), self._runs[-1].events[before:], result)
         except Exception as error:  # which the model's run must not see
             self.errors.append(error)
         return result
 
-    def _pass_on(self, args: Sequence[Any], events: Sequence[Event], result: Any) -> None:
+    def _note_reached(self, args: Sequence[Any], events: Sequence[Event], result: Any) -> None:
         """Note what reaches the tensors of a result: what reached those it was made of, and what was computed."""
         made_of = [one for arg in args for one in (arg if isinstance(arg, (tuple, list)) else (arg,))]
-        reached = frozenset(events).union(*(_noted(self._reached, one) or () for one in made_of))
+        reached = frozenset(events).union(*(_look_up(self._reached, one) or () for one in made_of))
         for one in result if isinstance(result, (tuple, list)) else (result,):
             if reached and isinstance(one, Tensor):
                 self._reached[id(one)] = weakref.ref(one), reached
 
     def begin(self, event: Event, asks: Tensor) -> Edit | None:
         """See ``ReaderContext``."""
-        event.reached_by = _noted(self._reached, asks) or frozenset()
+        event.reached_by = _look_up(self._reached, asks) or frozenset()
         for run in self._runs[-1].outwards() if len(event.shape) == 3 else ():
             for (heads_first, rows), heads in run.folded.items():
                 if rows == event.shape[0]:
@@ -222,7 +222,7 @@ class AttentionMode(TorchFunctionMode):
                 self.errors.append(error)
         return None if self._edit is None else self._edit(event)
 
-    def take(self, event: Event, read: Read | None = None, given: Tensor | None = None) -> None:
+    def record(self, event: Event, read: Read | None = None, given: Tensor | None = None) -> None:
         """See ``ReaderContext``."""
         self._runs[-1].events.append(event)
         if given is not None and has_address(given):
@@ -232,13 +232,13 @@ class AttentionMode(TorchFunctionMode):
             rounds = torch.is_autocast_enabled(event.device.type)
             precise = torch.autocast(event.device.type, enabled=False) if rounds else nullcontext()
             try:
-                with torch.no_grad(), precise, torch._C.DisableTorchFunction():  # unseen by watches around this one
+                with torch.no_grad(), precise, torch._C.DisableTorchFunction():  # hidden from modes around this one
                     event.recorded = read()
             except Exception as error:  # such as a mask of a form that is not understood, or no memory
                 why = (str(error).splitlines() or [""])[0]
                 event.problem = f"reading it failed ({type(error).__name__}: {why})"
 
-    def _follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    def _note_use(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note how heads are folded into the samples, and what is made of weights, and what these are used for."""
         first = args[0] if args else None
         if name in _FOLDS and isinstance(first, Tensor) and not first.is_nested:
@@ -260,8 +260,8 @@ class AttentionMode(TorchFunctionMode):
             self._made[id(result)] = weakref.ref(result), events[0][1]
 
 
-def _noted(book: Mapping[int, tuple[weakref.ref[Tensor], Note]], tensor: Any) -> Note | None:
-    """What a book by the ids of tensors says of one; nothing of one whose id was that of another one."""
+def _look_up(book: Mapping[int, tuple[weakref.ref[Tensor], Note]], tensor: Any) -> Note | None:
+    """What was noted of a tensor; None for one that has the id of an earlier tensor."""
     reference, note = book.get(id(tensor), (None, None))
     return note if reference is not None and reference() is tensor else None
 
@@ -269,8 +269,8 @@ def _noted(book: Mapping[int, tuple[weakref.ref[Tensor], Note]], tensor: Any) ->
 def _note_fold(tensor: Tensor, result: Tensor, run: Run) -> None:
     """Note how many heads are folded into the samples, and which of the two are inside.
 
-    Of four axes of which two were moved to the front, samples lie farther apart in memory than heads. What is the same
-    for all of them, as a mask for all heads or queries for all samples, does not tell. Of three axes the samples are
+    Of four axes of which two were moved to the front, samples lie farther apart in memory than heads. A tensor that
+    is the same for all of them, as a mask for all heads, is no evidence. Of three axes the samples are
     the second, as in ``(tokens, batch, width)``, and get more by being split.
     """
     if tensor.dim() == 4 and not tensor.is_contiguous():
@@ -288,8 +288,8 @@ def _note_fold(tensor: Tensor, result: Tensor, run: Run) -> None:
 def _keep_fast_paths() -> Iterator[None]:
     """Keep torch's fast paths of ``nn.MultiheadAttention`` and encoder layers on under an ``AttentionMode``.
 
-    They are off under any mode, and their outputs differ in the last bits from those of the slow path. While a watch is
-    attached, torch's modules that ask whether there is a mode are told of all but watches; everybody else of all.
+    They are off under any mode, and their outputs differ in the last bits from those of the slow path. While this
+    one is attached, torch's modules that ask whether there is a mode get to know of the others only.
     """
     original = torch.overrides.has_torch_function
 

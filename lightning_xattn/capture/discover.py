@@ -13,14 +13,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_xattn.capture.attention_mode import Run
-from lightning_xattn.capture.extractor import AttentionExtractor, key_of
-from lightning_xattn.capture.given import NAME_IT
-from lightning_xattn.capture.layout import Axes, Tokens, arguments_of, candidates_of, describe_event, token_inputs
-from lightning_xattn.capture.locate import common_parent, describe_idle, layers_by_name, with_unique_names
+from lightning_xattn.capture.extractor import AttentionExtractor, name_event
+from lightning_xattn.capture.layers import common_parent, describe_idle, layers_by_name, with_unique_names
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.memory import are_same
 from lightning_xattn.capture.readers import Event, RecordLevel
+from lightning_xattn.capture.returned import NAME_IT
 from lightning_xattn.capture.sources import SET_IT_ASIDE, Layer, Source
+from lightning_xattn.capture.tokens import (
+    Axes,
+    Tokens,
+    describe_event,
+    find_candidates,
+    find_token_inputs,
+    named_arguments,
+)
 from lightning_xattn.capture.wrappers import plain_path
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
@@ -47,7 +54,7 @@ class Found:
     padding: Tensor | None
     """``(batch, tokens)`` of self-attention whose masks tell it, True for a real token."""
     key: str
-    """What it is called from run to run, see ``key_of``."""
+    """What it is called from run to run, see ``name_event``."""
     axes: Axes | None
     """How its rows are split into samples and heads; None where that is known, or in doubt."""
     alone: bool
@@ -73,7 +80,7 @@ class Found:
 
     @property
     def sides(self) -> tuple[int, int] | None:
-        """What tells the tokens that ask from those that are asked: their number, or else where they stand."""
+        """What distinguishes queries from keys: their number, or else where they stand in memory."""
         if self.tokens[0] != self.tokens[1]:
             return self.tokens
         given = self.event.tokens
@@ -98,7 +105,7 @@ class Survey:
     _counts: Counter[str] = field(default_factory=Counter)
     _budget: int = field(default_factory=lambda: BUDGET)
 
-    def level(self, run: Run, event: Event) -> RecordLevel:
+    def choose_level(self, run: Run, event: Event) -> RecordLevel:
         """Weights of what may go across, as far as the budget reaches, and masks of the rest that is not larger."""
         size = 4 * prod(event.shape)
         crosses = not event.within and (Tokens.of(run, event.shape).kinds > 1 or event.shape[-2] != event.shape[-1])
@@ -107,9 +114,9 @@ class Survey:
             return RecordLevel.WEIGHTS
         return RecordLevel.MASKS if size <= BUDGET else RecordLevel.NOTHING
 
-    def note(self, run: Run, output: Any) -> None:
+    def note_run(self, run: Run, output: Any) -> None:
         """Note what a run computed that ends now."""
-        for name, tensor in arguments_of(run):
+        for name, tensor in named_arguments(run):
             if tensor.is_floating_point() and tensor.dim() == 3:
                 self.named[name.lower()].add(tensor.shape[1])
         before = self._counts[run.path]
@@ -117,19 +124,19 @@ class Survey:
         mine = [
             event
             for event in run.events
-            if event not in self._owned and (run.outer is None or token_inputs(run, event.shape))
+            if event not in self._owned and (run.outer is None or find_token_inputs(run, event.shape))
         ]
         self._owned |= set(mine)
-        mine = [event for event in candidates_of(run, across=False) if event in mine]
-        across = candidates_of(run, across=True)
+        mine = [event for event in find_candidates(run, across=False) if event in mine]
+        across = find_candidates(run, across=True)
         for event in mine:
             extractor, recorded, doubt = AttentionExtractor(None, Source(run.path)), None, None
             place = run.events.index(event)
-            key = key_of(event, place)
+            key = name_event(event, place)
             try:
-                recorded = extractor.unfolded(event.recorded, event, run)
+                recorded = extractor.unfold(event.recorded, event, run)
                 if event.level is RecordLevel.WEIGHTS and len(mine) == 1:
-                    recorded = extractor.find(run, output)
+                    recorded = extractor.find_weights(run, output)
             except (DiscoveryError, ShapeError) as error:
                 recorded, doubt = None, str(error).removesuffix(f". {NAME_IT}")
             mixed = not event.within if event.tokens is not None else Tokens.of(run, event.shape).kinds > 1
@@ -169,7 +176,7 @@ class Survey:
         call = found.number if source.call is None and source.turns > 1 else source.call
         return str(Source(plain_path(self.root, found.path), call))
 
-    def say(self, what: str) -> str:
+    def describe(self, what: str) -> str:
         """A message with all that ran, as it can be named, and how."""
         ran = "; ".join(f"'{self.name(found)}' {found.who}" for found in self.found)
         return (
@@ -192,21 +199,21 @@ def choose_layers(survey: Survey) -> tuple[tuple[Layer, ...], list[Found]]:
         If nothing attends across, or it is not clear what pairs up or what the axes are; the message lists all that
         ran, as it can be named.
     """
-    cross_modal_mass = [found for found in survey.found if found.may_cross]
-    layers = _by_name(survey, cross_modal_mass)
+    crossing = [found for found in survey.found if found.may_cross]
+    layers = _by_name(survey, crossing)
     if not layers:
-        across = [found for found in cross_modal_mass if found.mixed]
+        across = [found for found in crossing if found.mixed]
         # A single query, as of a head that pools, is nobody's token.
         clear = [found for found in across if found.doubt is None and found.tokens[0] > 1]
-        layers = _pair(survey, clear or across)
-    taken = {id(found) for layer in layers for _, source in layer.sources for found in _taken(survey, source)}
-    doubt = next((found.doubt for found in survey.found if id(found) in taken and found.doubt is not None), None)
+        layers = _make_pair(survey, clear or across)
+    chosen = {id(found) for layer in layers for _, source in layer.sources for found in _find_all_shown(survey, source)}
+    doubt = next((found.doubt for found in survey.found if id(found) in chosen and found.doubt is not None), None)
     if doubt is not None:
-        raise DiscoveryError(survey.say(doubt))
-    return tuple(layers), [found for found in cross_modal_mass if id(found) not in taken]
+        raise DiscoveryError(survey.describe(doubt))
+    return tuple(layers), [found for found in crossing if id(found) not in chosen]
 
 
-def _taken(survey: Survey, source: Source) -> list[Found]:
+def _find_all_shown(survey: Survey, source: Source) -> list[Found]:
     """What a step has shown of a source: of its module, of those in it, or of the one that got its tokens."""
     inside, around = f"{source.path}.".lstrip("."), [found for found in survey.found if found.path]
     of_module = (
@@ -218,16 +225,16 @@ def _taken(survey: Survey, source: Source) -> list[Found]:
     return [one for one in of_module if (one.turn == source.turn if by_turn else one.number == source.call)]
 
 
-def shown_of(survey: Survey, source: Source) -> Found | None:
+def find_shown(survey: Survey, source: Source) -> Found | None:
     """The one attention that a first step has shown of a source that it has shown; None if it did not run."""
-    return next(iter(_taken(survey, source)), None)
+    return next(iter(_find_all_shown(survey, source)), None)
 
 
-def _by_name(survey: Survey, cross_modal_mass: Sequence[Found]) -> list[Layer]:
-    layers = layers_by_name(survey.root, dict.fromkeys(found.path for found in cross_modal_mass))
+def _by_name(survey: Survey, crossing: Sequence[Found]) -> list[Layer]:
+    layers = layers_by_name(survey.root, dict.fromkeys(found.path for found in crossing))
 
     def numbered(source: Source) -> Source:
-        """Of a module that computes several, the one that surely goes from some tokens to others."""
+        """The source with the number of the attention that surely crosses, in a module that computes several."""
         of_module = [found for found in survey.found if found.path == source.path]
         in_a_run = [found for found in of_module if found.turn == of_module[0].turn]
         across = [one for one in in_a_run if one.may_cross and (one.event.tokens or one.tokens[0] != one.tokens[1])]
@@ -235,26 +242,26 @@ def _by_name(survey: Survey, cross_modal_mass: Sequence[Found]) -> list[Layer]:
             return source
         if len(across) == 1 and not any(found.doubt for found in in_a_run if found is not across[0]):
             return Source(source.path, across[0].number)
-        raise DiscoveryError(survey.say(f"It is ambiguous which attention of module '{source.path}' is meant"))
+        raise DiscoveryError(survey.describe(f"It is ambiguous which attention of module '{source.path}' is meant"))
 
     return [
         Layer(layer.name, *((direction, numbered(source)) for direction, source in layer.sources)) for layer in layers
     ]
 
 
-def _pair(survey: Survey, across: Sequence[Found]) -> list[Layer]:
+def _make_pair(survey: Survey, across: Sequence[Found]) -> list[Layer]:
     """Pair attention of opposite directions, in the order in which it ran."""
     if not across:
-        raise DiscoveryError(survey.say("No cross-attention ran"))
+        raise DiscoveryError(survey.describe("No cross-attention ran"))
     groups: dict[frozenset[int], list[Found]] = defaultdict(list)
     for found in across:
         if found.sides is not None:
             groups[frozenset(found.sides)].append(found)
     if not groups:
-        raise DiscoveryError(survey.say(f"It is ambiguous whether '{survey.name(across[0])}' goes across"))
+        raise DiscoveryError(survey.describe(f"It is ambiguous whether '{survey.name(across[0])}' goes across"))
     equal = [group for group in groups.values() if group[0].tokens[0] == group[0].tokens[1]]
     if len(equal) > 1:
-        raise DiscoveryError(survey.say("It is ambiguous which tokens belong to one modality"))
+        raise DiscoveryError(survey.describe("It is ambiguous which tokens belong to one modality"))
     # A letter for each number of tokens, in the order in which they ask.
     across = [found for group in groups.values() for found in group]
     asking = dict.fromkeys(count for found in across for count in found.tokens if found.sides == found.tokens)
@@ -265,9 +272,9 @@ def _pair(survey: Survey, across: Sequence[Found]) -> list[Layer]:
         back = [found for found in group if found.sides != group[0].sides]
         if group in equal and not back:
             # Other tensors are not yet other modalities: queries and keys may be made of the same tokens.
-            raise DiscoveryError(survey.say(f"It is ambiguous whether '{survey.name(group[0])}' goes across"))
-        if not _in_order(there, back):
-            raise DiscoveryError(survey.say("It is ambiguous which of these belong together"))
+            raise DiscoveryError(survey.describe(f"It is ambiguous whether '{survey.name(group[0])}' goes across"))
+        if not _run_in_order(there, back):
+            raise DiscoveryError(survey.describe("It is ambiguous which of these belong together"))
         queries, keys = there[0].tokens
         forward = Direction("a", "b") if queries == keys else Direction(letters[queries], letters[keys])
         for found, opposite in zip_longest(there, back):
@@ -277,7 +284,7 @@ def _pair(survey: Survey, across: Sequence[Found]) -> list[Layer]:
     return with_unique_names(layers)
 
 
-def _in_order(there: Sequence[Found], back: Sequence[Found]) -> bool:
+def _run_in_order(there: Sequence[Found], back: Sequence[Found]) -> bool:
     """Whether attention of one direction and of the other goes together in the order in which it ran."""
     pairs = list(zip(there, back, strict=False))
     if back and len(there) != len(back):
@@ -290,12 +297,12 @@ def _in_order(there: Sequence[Found], back: Sequence[Found]) -> bool:
         return True
     if len(set(numbers)) < len(there) or any(len(number) != len(numbers[0]) for number in numbers + opposites):
         return False
-    # A number is that of the layer; or it tells the directions apart, if it is one in each.
+    # A number is that of the layer; or of the direction, if it is the same in each layer.
     here, opposite = list(zip(*numbers, strict=True)), list(zip(*opposites, strict=True))
     return all(a == b or len(set(a)) == len(set(b)) == 1 for a, b in zip(here, opposite, strict=False))
 
 
-def turned_round(survey: Survey, layers: Iterable[Layer]) -> dict[str, str]:
+def find_reversed_names(survey: Survey, layers: Iterable[Layer]) -> dict[str, str]:
     """Directions whose names say that one modality asks where the tokens say the other; as they would be turned round.
 
     The tokens say so where the arguments of modules, and self-attention, that are called after a modality have as many
@@ -304,32 +311,32 @@ def turned_round(survey: Survey, layers: Iterable[Layer]) -> dict[str, str]:
     found: dict[str, str] = {}
     for layer in layers:
         for direction, source in layer.sources:
-            shown = _taken(survey, source)
+            shown = _find_all_shown(survey, source)
             if source.joint is not None or source.read is not None or source.item or len(shown) != 1:
                 continue
             queries, keys = shown[0].tokens
-            asking, asked = (_counts_of(survey, name) for name in (direction.query, direction.key))
+            asking, asked = (_find_token_counts(survey, name) for name in (direction.query, direction.key))
             against = asking == {keys} or asked == {queries}
             if queries != keys and against and asking in (set(), {keys}) and asked in (set(), {queries}):
                 found[str(direction.opposite)] = survey.name(shown[0])
     return found
 
 
-def _counts_of(survey: Survey, modality: str) -> set[int]:
+def _find_token_counts(survey: Survey, modality: str) -> set[int]:
     """How many tokens a modality has, by what is called after it and after no other."""
     word = re.compile(rf"(?:^|[._]){re.escape(modality.lower())}(?=$|[._\d])")
-    told = [counts for name, counts in survey.named.items() if word.search(name) and "_to_" not in name]
-    return set[int]().union(*told)
+    found = [counts for name, counts in survey.named.items() if word.search(name) and "_to_" not in name]
+    return set[int]().union(*found)
 
 
-def padding_source(survey: Survey, source: Source) -> Found | None:
+def find_padding_source(survey: Survey, source: Source) -> Found | None:
     """The self-attention whose masks say which queries of a source are padding.
 
     It attends within as many tokens as there are queries, which keys must not be, and what it gives reaches the
     queries; of several the one nearest in the module tree. None where there is none, or where several that are as near
     have different masks.
     """
-    shown = shown_of(survey, source)
+    shown = find_shown(survey, source)
     if shown is None or shown.tokens[0] == shown.tokens[1]:
         return None
     within = [
@@ -343,5 +350,5 @@ def padding_source(survey: Survey, source: Source) -> Found | None:
     near = [len(common_parent(one.path, shown.path)) for one in within]
     nearest = [one for one, distance in zip(within, near, strict=True) if distance == max(near)]
     masks = [one.padding for one in nearest if one.padding is not None]
-    alike = len(masks) in (0, len(nearest)) and all(mask.equal(masks[0]) for mask in masks)
-    return nearest[-1] if nearest and alike else None
+    have_one_mask = len(masks) in (0, len(nearest)) and all(mask.equal(masks[0]) for mask in masks)
+    return nearest[-1] if nearest and have_one_mask else None

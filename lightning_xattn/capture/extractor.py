@@ -1,4 +1,4 @@
-"""The attention of one direction, taken from its source in each step."""
+"""The attention of one direction, extracted from its source in each step."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.capture.attention_mode import Run
-from lightning_xattn.capture.given import (
-    NAME_IT,
-    check_weights,
-    from_weights,
-    looks_like_attention,
-    one_head,
-    tell_the_same,
-    zeros_hide,
-)
+from lightning_xattn.capture.calls import Path
 from lightning_xattn.capture.joint import JointSequence, cut_direction
-from lightning_xattn.capture.kinds import is_plain
-from lightning_xattn.capture.layout import (
-    Axes,
-    Item,
-    Tokens,
-    arguments_of,
-    axes_of,
-    candidates_of,
-    describe_event,
-    tensors_in,
-)
-from lightning_xattn.capture.masks import RecordedWeights, seen_by_both
+from lightning_xattn.capture.masks import RecordedWeights, intersect_masks
 from lightning_xattn.capture.memory import Address
 from lightning_xattn.capture.readers import Event
+from lightning_xattn.capture.returned import (
+    NAME_IT,
+    check_weights,
+    combine_masks,
+    describe_one_head,
+    find_whether_zeros_hide,
+    hold_same_weights,
+    looks_like_attention,
+)
 from lightning_xattn.capture.sources import Source
+from lightning_xattn.capture.tensor_kinds import is_plain
+from lightning_xattn.capture.tokens import (
+    Axes,
+    Tokens,
+    describe_event,
+    find_axes,
+    find_candidates,
+    find_readable_tensors,
+    named_arguments,
+)
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError
 
@@ -43,15 +43,15 @@ FOLLOW_IT = "give spans that count from the end, such as (-144, None), or a call
 
 
 class AttentionExtractor:
-    """Takes the attention of a direction out of the runs of its module, or out of what a callable gives.
+    """Extracts the attention of a direction from the runs of its module, or from what a callable returns.
 
     Where an item was named, or the module returns a mapping with the direction's name, that is read; where a number was
-    named, the attention with that number of those that are computed in the step. Else it is the one attention that is
-    computed in a run, or else the one tensor that the module returns whose rows sum to 1. What is not clear in a first
-    run is an error; a later run without what was found before, or that is not clear, gives none.
+    named, the attention with that number among those that are computed in the step. Else it is the one attention that
+    is computed in a run, or else the one tensor that the module returns whose rows sum to 1. A first run in which that
+    is ambiguous is an error; a later one gives no attention.
 
-    ``siblings`` are all directions that are taken from the module; of one ``alone`` no opposite direction says which
-    queries are padding.
+    ``siblings`` are all directions that are extracted from the module; one that is ``alone`` has no opposite direction
+    whose key mask would mask its queries.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class AttentionExtractor:
         self.direction, self.source, self.is_alone = direction, source, alone
         self._siblings = {str(sibling) for sibling in siblings}
         self.has_run = False
-        # What a user should be told, and has not been yet.
+        # New messages to the user.
         self.remarks: list[str] = []
         # The self-attention whose masks say which queries are padding: its module's path, and its number in a step.
         self.padding: tuple[str, int] | None = None
-        # How rows are split into samples and heads, by what was looked at.
-        self.axes: dict[Item | str, Axes] = {}
+        # How rows are split into samples and heads, by what was read.
+        self.axes: dict[Path | str, Axes] = {}
         # What a first step has kept, before it was known that it is meant.
         self.kept: RecordedWeights | None = None
         # How many samples were left out of this step, as their joint sequence does not fit its spans.
@@ -73,13 +73,13 @@ class AttentionExtractor:
         # Of this step: what the runs gave, and how many attentions they computed.
         self._found: list[RecordedWeights] = []
         self._count = self._runs = 0
-        # What has been looked at, in training and in eval mode, and whether zeros are a mask, as was seen then.
-        self._looked_at: set[tuple[Item | str, bool]] = set()
+        # What has been checked, in training and in eval mode, and whether its zeros were found to be a mask.
+        self._checked: set[tuple[Path | str, bool]] = set()
         self._zeros_hide = False
         # Where it was found: under the direction's name or elsewhere in what is returned, or which of those that are
         # computed, by these functions.
-        self._named: Item = ()
-        self._place: Item | None = None
+        self._named: Path = ()
+        self._place: Path | None = None
         self._chosen: tuple[int, list[str]] | None = None
         # The argument that is the mask of the queries; of a joint sequence its first length; of a callable where the
         # numbers are that it gave last.
@@ -92,11 +92,11 @@ class AttentionExtractor:
         """Begin a new step."""
         self._found, self._count, self._runs, self.kept, self.left_out = [], 0, 0, None, 0
 
-    def wants(self, number: int) -> bool:
-        """Whether the attention with this number, from 1 on, of those of a run that has begun may be taken."""
+    def may_extract(self, number: int) -> bool:
+        """Whether the attention with this number, from 1 on, of those of a run that has begun may be extracted."""
         return self.source.call is None or self.source.call == self._count + number
 
-    def take(self, run: Run, output: Any) -> None:
+    def extract(self, run: Run, output: Any) -> None:
         """Take the attention out of a run that ends.
 
         Raises
@@ -106,26 +106,26 @@ class AttentionExtractor:
         """
         found = None
         try:
-            found = self.find(run, output)
+            found = self.find_weights(run, output)
         except (DiscoveryError, ShapeError) as error:
             if not self.has_run:
                 raise
-            self._leave_out(error)
+            self._note_left_out(error)
         self._count += len(run.events)
         self._runs += 1
         if found is not None:
             self.has_run = True
-            self._found.append(replace(found, query_mask=self._own_query_mask(run, found)) if self.is_alone else found)
+            self._found.append(replace(found, query_mask=self._find_query_mask(run, found)) if self.is_alone else found)
 
-    def _leave_out(self, why: object) -> None:
+    def _note_left_out(self, why: object) -> None:
         self.remarks.append(f"In a later step: {why} Such steps are left out.")
 
-    def find(self, run: Run, output: Any) -> RecordedWeights | None:
+    def find_weights(self, run: Run, output: Any) -> RecordedWeights | None:
         """The attention of a run; None if it has none. It raises what ``take`` does, also of a later run."""
         if self.source.call is not None:
             place = self.source.call - 1 - self._count
-            return self._computed(run, place) if 0 <= place < len(run.events) else None
-        tensors = dict(tensors_in(output))
+            return self._extract_computed(run, place) if 0 <= place < len(run.events) else None
+        tensors = find_readable_tensors(output)
         if not self.source.item and not self._named:
             under = [item for item in tensors if item and item[-1] == str(self.direction)]
             called = [item for item in tensors if item and isinstance(item[-1], str) and "_to_" in item[-1]]
@@ -133,24 +133,24 @@ class AttentionExtractor:
             if others and not under and {str(item[-1]) for item in others} <= self._siblings:
                 return None
             if len(under) > 1 or (others and not under):
-                raise DiscoveryError(self._not_clear(run, tensors))
+                raise DiscoveryError(self._describe_ambiguity(run, tensors))
             self._named = under[0] if under else ()
         item = self.source.item or self._named
-        return self._returned(item, output, run) if item else self._only(run, output, tensors)
+        return self._extract_returned(item, output, run) if item else self._find_only(run, output, tensors)
 
-    def _only(self, run: Run, output: Any, tensors: Mapping[Item, Tensor]) -> RecordedWeights | None:
+    def _find_only(self, run: Run, output: Any, tensors: Mapping[Path, Tensor]) -> RecordedWeights | None:
         """The one attention that a run has; None if there is none, but was before."""
         kinds = [event.by for event in run.events]
         if self._chosen is not None and self._chosen[1] == kinds:
-            return self._computed(run, self._chosen[0])
-        candidates = candidates_of(run, across=self.source.joint is None)
+            return self._extract_computed(run, self._chosen[0])
+        candidates = find_candidates(run, across=self.source.joint is None)
         given = {item: event for item, tensor in tensors.items() for event in run.events if event.gave(tensor)}
         chosen = candidates if len(candidates) == 1 else list(dict.fromkeys(given.values()))
         if len(chosen) == 1:
             (one,) = chosen
             if one not in given.values() or one.by != "softmax":
                 place = run.events.index(one)
-                found = self._computed(run, place, beside=tensors)
+                found = self._extract_computed(run, place, beside=tensors)
                 self._chosen = place, kinds
                 return found
             self._place = next(item for item, event in given.items() if event is one)
@@ -159,19 +159,19 @@ class AttentionExtractor:
             if self.has_run and not candidates and not fitting:
                 return None
             if candidates or len(fitting) != 1:
-                raise DiscoveryError(self._not_clear(run, tensors))
+                raise DiscoveryError(self._describe_ambiguity(run, tensors))
             self._place = fitting[0]
-        return self._returned(self._place, output, run)
+        return self._extract_returned(self._place, output, run)
 
-    def _computed(self, run: Run, place: int, beside: Mapping[Item, Tensor] | None = None) -> RecordedWeights:
-        """One of the attentions of a run; ``beside``: what is returned beside it, if nothing said that it is meant."""
+    def _extract_computed(self, run: Run, place: int, beside: Mapping[Path, Tensor] | None = None) -> RecordedWeights:
+        """One of the attentions of a run; ``beside``: what the module returns, where no name chose this attention."""
         event, training = run.events[place], run.module.training
-        what, recorded, used = key_of(event, place), event.recorded, event.used
-        first = (what, training) not in self._looked_at
+        what, recorded, used = name_event(event, place), event.recorded, event.used
+        first = (what, training) not in self._checked
         as_given = event.result is not None and used is not None and event.result.holds_unchanged(used)
         if recorded is not None and used is not None and not training and not as_given:
-            recorded = self._as_used(recorded, used, run, first)
-        recorded = self.unfolded(recorded, event, run)
+            recorded = self._hide_unused_rows(recorded, used, run, first)
+        recorded = self.unfold(recorded, event, run)
         if recorded is None:
             raise _unreadable(event, run)
         if first and beside is not None:
@@ -179,14 +179,14 @@ class AttentionExtractor:
             for tensor in beside.values():
                 # What stands beside a kernel, which surely is attention, may be class probabilities.
                 may_be_meant = event.by == "softmax" or tokens.are_asked_by(tensor.shape)
-                if may_be_meant and looks_like_attention(tensor) and not tell_the_same(tensor, recorded.weights):
-                    raise DiscoveryError(self._not_clear(run, beside))
+                if may_be_meant and looks_like_attention(tensor) and not hold_same_weights(tensor, recorded.weights):
+                    raise DiscoveryError(self._describe_ambiguity(run, beside))
         if first and recorded.one_head:
-            self.remarks.append(one_head(run.path))
-        self._looked_at.add((what, training))
+            self.remarks.append(describe_one_head(run.path))
+        self._checked.add((what, training))
         return replace(recorded, within=event.within)
 
-    def _returned(self, item: Item, output: Any, run: Run) -> RecordedWeights | None:
+    def _extract_returned(self, item: Path, output: Any, run: Run) -> RecordedWeights | None:
         """What stands at a place in what is returned; None if there is nothing, but was before."""
         name = str(Source(run.path, item=item))
         weights = output
@@ -197,35 +197,35 @@ class AttentionExtractor:
         except (KeyError, IndexError, TypeError):
             weights = None
         if not isinstance(weights, Tensor):
-            if any(item == before for before, _ in self._looked_at):
+            if any(item == before for before, _ in self._checked):
                 return None
-            there = describe_returned(run.path, dict(tensors_in(output)))
+            there = describe_returned(run.path, find_readable_tensors(output))
             raise DiscoveryError(f"No tensor '{name}': the module returned {there}. {NAME_IT}")
         event = next((event for event in run.events if event.gave(weights)), None) or run.origin(weights)
-        return self._given(item, weights, name, run.module.training, run, event)
+        return self._check_given(item, weights, name, run.module.training, run, event)
 
-    def _given(
-        self, what: Item | str, weights: Any, name: str, training: bool, run: Run | None, event: Event | None
+    def _check_given(
+        self, what: Path | str, weights: Any, name: str, training: bool, run: Run | None, event: Event | None
     ) -> RecordedWeights:
         """Weights that a module returned in a run, or a callable gave, with the masks of the event that made them."""
         who = f"The {name} gives" if run is None else f"Module '{name}' returns"
-        first = (what, training) not in self._looked_at
+        first = (what, training) not in self._checked
         if first or not isinstance(weights, Tensor):
             check_weights(weights, who, training)
         shape = tuple(weights.shape)
         whole = event if event is not None and event.shape == shape else None
-        axes = Axes() if run is None else self._axes_of(what, shape, run, whole)
+        axes = Axes() if run is None else self._axes_for(what, shape, run, whole)
         # Copied, as the caller may change in place what it gets.
         recorded = axes.apply(RecordedWeights(weights.detach().clone()))
-        masks = None if run is None or event not in run.events else self._masks_for(recorded, event, run)
-        self._looked_at.add((what, training))
+        masks = None if run is None or event not in run.events else self._find_masks(recorded, event, run)
+        self._checked.add((what, training))
         if first:
             average = masks is None and bool((weights != 0).all())
-            self.remarks += [one_head(name, average)] if recorded.one_head else []
-            self._zeros_hide = masks is None and zeros_hide(recorded.weights, who, self.remarks.append)
-        return from_weights(recorded, masks, self._zeros_hide)
+            self.remarks += [describe_one_head(name, average)] if recorded.one_head else []
+            self._zeros_hide = masks is None and find_whether_zeros_hide(recorded.weights, who, self.remarks.append)
+        return combine_masks(recorded, masks, self._zeros_hide)
 
-    def give(self, model: nn.Module) -> None:
+    def call_reader(self, model: nn.Module) -> None:
         """Take what the callable gives in this step; the very numbers of an earlier step are none of this one.
 
         Raises
@@ -244,16 +244,16 @@ class AttentionExtractor:
         elif weights is not None:
             name = str(self.source)
             try:
-                self._found.append(self._given(name, weights, name, model.training, None, None))
+                self._found.append(self._check_given(name, weights, name, model.training, None, None))
             except ShapeError as error:
                 if not self.has_run:
                     raise
-                self._leave_out(error)
+                self._note_left_out(error)
                 return
             self._last, self.has_run = Address.of(weights), True
 
-    def recorded(self, batch: Any) -> RecordedWeights | None:
-        """What was taken in this step; None if there is nothing, but was before. Callables of spans get the batch.
+    def collect(self, batch: Any) -> RecordedWeights | None:
+        """The attention of this step; None if this step has none, but an earlier one had. Spans may need the batch.
 
         Raises
         ------
@@ -283,13 +283,13 @@ class AttentionExtractor:
                 )
             self.remarks.append(f"{message} in a step: such steps are left out.")
             return None
-        taken = found[source.turn if turns > 1 else 0]
+        chosen = found[source.turn if turns > 1 else 0]
         if source.joint is not None:
-            return self._cut(taken, batch)
-        if taken.within:
+            return self._cut(chosen, batch)
+        if chosen.within:
             message = f"'{source}' ({self.direction}) attends within one sequence: its query is its key."
             if self._has_given:
-                self._leave_out(message)
+                self._note_left_out(message)
                 return None
             raise DiscoveryError(
                 f"{message} Name the module that attends across: attention={{'<a>_to_<b>': 'path', ...}}; or, if both "
@@ -297,7 +297,7 @@ class AttentionExtractor:
                 "(start, stop)})."
             )
         self._has_given = True
-        return taken
+        return chosen
 
     def _cut(self, whole: RecordedWeights, batch: Any) -> RecordedWeights | None:
         """The direction within a joint sequence; None of one that does not fit its spans, if an earlier one did."""
@@ -315,7 +315,7 @@ class AttentionExtractor:
         if changed and not joint.counts_from_the_end and not any(map(callable, joint.spans.values())):
             self.remarks.append(
                 f"The sequence of '{self.source.path}' changes its length ({self._length}, {length}), and the last "
-                f"modality is taken to have more or fewer tokens. If another one has, {FOLLOW_IT}. The spans are "
+                f"modality is assumed to have more or fewer tokens. If another one has, {FOLLOW_IT}. The spans are "
                 f"{dict(joint.spans)}."
             )
         if not self._has_given:
@@ -332,7 +332,7 @@ class AttentionExtractor:
                 "spans that count from the start, or nn.TransformerEncoder(..., enable_nested_tensor=False)."
             )
         within = whole.weights.shape[3] - whole.extra_keys == length
-        # Of what torch has packed it is not known how much was cut off.
+        # How much torch has cut off of a packed sequence is not known.
         fits = expected is None or length == expected or (whole.cropped and length < expected)
         if within and not fits:
             hint = f" If the tokens in no span belong to no modality, say so: JointSequence(..., length={length})."
@@ -343,10 +343,10 @@ class AttentionExtractor:
             )
         return cut_direction(whole, places[self.direction.query], places[self.direction.key], name)
 
-    def _axes_of(self, what: Item | str, shape: tuple[int, ...], run: Run, event: Event | None) -> Axes:
-        """How the rows of an attention are split into samples and heads, as told from a first run."""
+    def _axes_for(self, what: Path | str, shape: tuple[int, ...], run: Run, event: Event | None) -> Axes:
+        """How the rows of an attention are split into samples and heads, as a first run has shown."""
         if what not in self.axes:
-            axes = axes_of(shape, run, event)
+            axes = find_axes(shape, run, event)
             if isinstance(axes, str):
                 raise (DiscoveryError if self.has_run else ShapeError)(
                     f"The attention of '{run.path}', {shape}, is in doubt: {axes}. Expected (batch, heads, queries, "
@@ -358,7 +358,7 @@ class AttentionExtractor:
             raise DiscoveryError(f"The attention of '{run.path}' had {heads} heads among its rows; now it has {shape}.")
         return self.axes[what]
 
-    def unfolded(self, recorded: RecordedWeights | None, event: Event, run: Run) -> RecordedWeights | None:
+    def unfold(self, recorded: RecordedWeights | None, event: Event, run: Run) -> RecordedWeights | None:
         """What was recorded of an attention, if anything was, as ``(batch, heads, queries, keys)``.
 
         Raises
@@ -370,13 +370,13 @@ class AttentionExtractor:
             raise _unreadable(event, run)
         if event.tokens is not None:
             return recorded
-        axes = self._axes_of(key_of(event, run.events.index(event)), event.shape, run, event)
+        axes = self._axes_for(name_event(event, run.events.index(event)), event.shape, run, event)
         return None if recorded is None else axes.apply(recorded)
 
-    def _masks_for(self, recorded: RecordedWeights, event: Event, run: Run) -> RecordedWeights | None:
+    def _find_masks(self, recorded: RecordedWeights, event: Event, run: Run) -> RecordedWeights | None:
         """What the softmax gave that weights, or their average over heads, were made of; None if that is not clear."""
         try:
-            made_of = self.unfolded(event.recorded, event, run)
+            made_of = self.unfold(event.recorded, event, run)
         except (DiscoveryError, ShapeError):
             made_of = None
         if made_of is None:
@@ -387,14 +387,14 @@ class AttentionExtractor:
             return replace(made_of, weights=made_of.weights.mean(1, keepdim=True), visible=visible)
         return made_of if made_of.weights.shape == shape else None
 
-    def _own_query_mask(self, run: Run, recorded: RecordedWeights) -> Tensor | None:
+    def _find_query_mask(self, run: Run, recorded: RecordedWeights) -> Tensor | None:
         """A mask among a module's arguments that can only be that of the queries, as there are not as many keys.
 
         Named ``...padding_mask`` it is True for padding, as in torch; of whole numbers it is 1 for a real token, as in
-        Hugging Face's models. What other masks mean cannot be told.
+        Hugging Face's models. What other masks mean is not known.
         """
         batch, _, queries, keys = recorded.weights.shape
-        for name, tensor in arguments_of(run) if queries != keys or self._mask_name else ():
+        for name, tensor in named_arguments(run) if queries != keys or self._mask_name else ():
             fits = tuple(tensor.shape) == (batch, queries) and is_plain(tensor)
             if fits and "mask" in name and self._mask_name in (None, name):
                 by_torch = tensor.dtype == torch.bool and name.endswith("padding_mask")
@@ -403,7 +403,7 @@ class AttentionExtractor:
                     return ~tensor if by_torch else tensor.bool()
         return None
 
-    def _as_used(self, recorded: RecordedWeights, used: Tensor, run: Run, first: bool) -> RecordedWeights:
+    def _hide_unused_rows(self, recorded: RecordedWeights, used: Tensor, run: Run, first: bool) -> RecordedWeights:
         """What was computed, without the rows that the module sets to 0 before it uses them."""
         used = used.detach().float()
         unused = (used == 0).all(-1, keepdim=True) & (recorded.weights != 0).any(-1, keepdim=True)
@@ -420,10 +420,10 @@ class AttentionExtractor:
                     f"'{run.path}' sets whole rows of its weights to 0 after the softmax: such queries are left out."
                 )
         shown = ~unused.expand(recorded.weights.shape)
-        return replace(recorded, visible=seen_by_both(shown, recorded.visible))
+        return replace(recorded, visible=intersect_masks(shown, recorded.visible))
 
-    def _not_clear(self, run: Run, tensors: Mapping[Item, Tensor]) -> str:
-        candidates = candidates_of(run, across=False)
+    def _describe_ambiguity(self, run: Run, tensors: Mapping[Path, Tensor]) -> str:
+        candidates = find_candidates(run, across=False)
         computed = [
             f"'{run.path}#{i}' {describe_event(event, run)}"
             for i, event in enumerate(run.events, start=self._count + 1)
@@ -432,12 +432,12 @@ class AttentionExtractor:
         none = tensors and not any(looks_like_attention(tensor) for tensor in tensors.values())
         return (
             f"It is ambiguous which attention of module '{run.path}' is meant. The module computes "
-            f"{', '.join(computed) or 'none that can be seen'}, and returns {describe_returned(run.path, tensors)}"
+            f"{', '.join(computed) or 'none that can be recorded'}, and returns {describe_returned(run.path, tensors)}"
             f"{'; none of these is weights whose rows sum to 1' if none else ''}. {NAME_IT}"
         )
 
 
-def key_of(event: Event, place: int) -> str:
+def name_event(event: Event, place: int) -> str:
     """What an attention is called from run to run: the function, and which of those of its run it is."""
     return f"{event.by}#{place}"
 
@@ -447,7 +447,7 @@ def _unreadable(event: Event, run: Run) -> DiscoveryError:
     return DiscoveryError(f"{by}, cannot be read: {event.problem}. {NAME_IT}")
 
 
-def describe_returned(path: str, tensors: Mapping[Item, Tensor]) -> str:
+def describe_returned(path: str, tensors: Mapping[Path, Tensor]) -> str:
     """What a module returned, as it can be named, with shapes."""
     names = {item: f"'{Source(path, item=item)}'" if item else "one tensor" for item in tensors}
     return ", ".join(f"{names[item]} {tuple(tensor.shape)}" for item, tensor in tensors.items()) or "no tensor"

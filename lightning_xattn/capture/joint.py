@@ -80,16 +80,16 @@ class JointSequence:
         for first, second in pairwise(names):
             Direction.parse(f"{first}_to_{second}")
         check_whole_number("length", self.length, optional=True)
-        told = {name: _check_span(name, span) for name, span in self.spans.items() if not callable(span)}
+        fixed = {name: _check_span(name, span) for name, span in self.spans.items() if not callable(span)}
         if self.length is not None:
-            _require_apart(_places_in(self.length, told))
+            _require_apart(_resolve_spans(self.length, fixed))
             return
         # Spans that count from one end can be compared before the length is known.
-        _require_apart({name: (start, stop) for name, (start, stop) in told.items() if start >= 0 <= (stop or 0)})
-        _require_apart({name: (start, stop) for name, (start, stop) in told.items() if start < 0})
-        for name, (start, stop) in told.items():
+        _require_apart({name: (start, stop) for name, (start, stop) in fixed.items() if start >= 0 <= (stop or 0)})
+        _require_apart({name: (start, stop) for name, (start, stop) in fixed.items() if start < 0})
+        for name, (start, stop) in fixed.items():
             if _takes_the_rest((start, stop)):
-                others = {other: span for other, span in told.items() if other != name}
+                others = {other: span for other, span in fixed.items() if other != name}
                 between = [other for other, span in others.items() if not _lies_outside(span, start, stop)]
                 if between:
                     raise SettingError(
@@ -154,8 +154,8 @@ def _lies_outside(span: Span, start: int, stop: int | None) -> bool:
     return last is not None and 0 <= last <= start
 
 
-def _places_in(length: int, spans: Mapping[str, Span]) -> dict[str, Span]:
-    """Spans in a sequence of so many tokens, from its start.
+def _resolve_spans(length: int, spans: Mapping[str, Span]) -> dict[str, Span]:
+    """Spans in a sequence of this length, counted from its start.
 
     Raises
     ------
@@ -183,7 +183,7 @@ def _require_apart(spans: Mapping[str, Span]) -> None:
             )
 
 
-def _from_the_start(slices: Mapping[str, slice], attention: RecordedWeights, name: str) -> dict[str, slice]:
+def _resolve_slices(slices: Mapping[str, slice], attention: RecordedWeights, name: str) -> dict[str, slice]:
     """The places in this sequence, all from its start."""
     _, _, queries, keys = attention.weights.shape
     reach = [max(place.stop or 0, place.start + 1, -place.start, -(place.stop or 0)) for place in slices.values()]
@@ -219,7 +219,7 @@ def cut_direction(joint: RecordedWeights, queries: slice, keys: slice, name: str
     ShapeError
         If the attention is no self-attention, has fewer tokens than the places, or the places overlap in it.
     """
-    places = _from_the_start({"queries": queries, "keys": keys}, joint, name)
+    places = _resolve_slices({"queries": queries, "keys": keys}, joint, name)
     queries, keys = places["queries"], places["keys"]
     if joint.cropped:
         joint = joint.padded_to(max(queries.stop, keys.stop))

@@ -46,10 +46,10 @@ class RecordedWeights:
 
     @property
     def padding_of_its_own(self) -> Tensor | None:
-        """Of a self-attention ``(batch, tokens)``, True for a real token; None if its masks do not tell.
+        """The real tokens of a self-attention, ``(batch, tokens)``; None if its masks do not show them.
 
         Under a mask that differs from query to query, such as a causal one, a token is padding that nobody sees, not
-        even itself; if every token is hidden from itself, that says nothing.
+        even itself; if every token is hidden from itself, that is no evidence.
         """
         if self.visible is None or self.visible.shape[-2] == 1:
             return self.token_mask
@@ -57,10 +57,10 @@ class RecordedWeights:
         visible = self.visible.expand(batch, -1, tokens, keys)[..., : keys - self.extra_keys]
         itself = visible.diagonal(dim1=-2, dim2=-1).any(1)
         real = visible.any(dim=1).any(dim=1) | ~itself.any(1, keepdim=True)
-        return seen_by_both(real, self.token_mask)
+        return intersect_masks(real, self.token_mask)
 
     def padded_to(self, tokens: int) -> RecordedWeights:
-        """The same self-attention over so many tokens, those that were cut off put back as padding."""
+        """The same self-attention over this number of tokens: those that were cut off are added as padding."""
         missing = tokens - self.weights.shape[-1]
         if missing <= 0:
             return self
@@ -71,13 +71,13 @@ class RecordedWeights:
         return replace(self, weights=weights, key_mask=F.pad(known, (0, missing)), visible=visible)
 
 
-def seen_by_both(mask: Tensor, other: Tensor | None) -> Tensor:
+def intersect_masks(mask: Tensor, other: Tensor | None) -> Tensor:
     """What a mask shows and another one, if there is one, shows as well."""
     return mask if other is None else mask & other
 
 
-def apart_from_padding(recorded: RecordedWeights) -> RecordedWeights:
-    """The same, with padding told apart from other masks.
+def separate_padding(recorded: RecordedWeights) -> RecordedWeights:
+    """The same, with a key mask for padding apart from other masks.
 
     Keys that no query sees are padding where all queries (but those that see nothing) see the same keys. Under any
     other mask, such as a causal one, a key that no query sees may be a real token.
@@ -87,18 +87,18 @@ def apart_from_padding(recorded: RecordedWeights) -> RecordedWeights:
     batch, _, _, keys = recorded.weights.shape
     visible = recorded.visible.expand(-1, -1, -1, keys)
     seen = visible.any(dim=1, keepdim=True).any(dim=2, keepdim=True)
-    alike = ((visible == seen) | ~visible.any(dim=3, keepdim=True)).all(dim=3).all(dim=2).all(dim=1)
-    key_mask = (seen[:, 0, 0] | ~alike[:, None]).expand(batch, keys)
+    only_padding_hides = ((visible == seen) | ~visible.any(dim=3, keepdim=True)).all(dim=3).all(dim=2).all(dim=1)
+    key_mask = (seen[:, 0, 0] | ~only_padding_hides[:, None]).expand(batch, keys)
     only_padding = visible.shape[1] == visible.shape[2] == 1
     return replace(recorded, key_mask=key_mask, visible=None if only_padding else visible)
 
 
-def seen_by_softmax(scores: Tensor, weights: Tensor) -> Tensor:
+def find_visible_keys(scores: Tensor, weights: Tensor) -> Tensor:
     """Which keys a softmax does not hide, from its scores alone, whatever hides some: a mask added or filled in.
 
     A hidden key gets no weight and lies far below the row's largest score; of a row all keys are hidden whose largest
-    score is about what a mask adds. A row with NaN or an infinite score is broken, not hidden. Its scores do not info
-    what it sees, so it sees what the other rows do.
+    score is about what a mask adds. A row with NaN or an infinite score is broken, not hidden: it counts as
+    seeing what the other rows see.
     """
     largest = scores.amax(-1, keepdim=True)
     hidden = (weights == 0) & (scores <= largest - _FAR_BELOW)
@@ -109,14 +109,14 @@ def seen_by_softmax(scores: Tensor, weights: Tensor) -> Tensor:
     return torch.where(broken, elsewhere, visible)
 
 
-def keys_with_weight(weights: Tensor) -> Tensor:
+def find_weighted_keys(weights: Tensor) -> Tensor:
     """Keys ``(batch, 1, 1, keys)`` to which a sample gives any weight; all in float16, which rounds small ones to 0."""
     if weights.dtype == torch.float16:
         return torch.ones_like(weights[:, :1, :1], dtype=torch.bool)
     return (weights != 0).any(dim=1, keepdim=True).any(dim=2, keepdim=True)
 
 
-def zeros_are_a_mask(weights: Tensor) -> bool:
+def are_zeros_a_mask(weights: Tensor) -> bool:
     """Whether the weights of exactly 0 are what a mask hides, as far as their pattern shows. Looks at the values.
 
     A softmax gives 0 to nothing else, but a sparse attention does. Zeros are a mask if all heads have the same; those
@@ -128,7 +128,7 @@ def zeros_are_a_mask(weights: Tensor) -> bool:
     if heads > 1:
         return bool((some == some.any(dim=1, keepdim=True)).all())
     if batch > 1:
-        return bool((some == (some.any(dim=0, keepdim=True) & keys_with_weight(weights))).all())
+        return bool((some == (some.any(dim=0, keepdim=True) & find_weighted_keys(weights))).all())
     rows = some[0, 0][some[0, 0].sum(1).argsort()]
     return bool((rows[1:] | ~rows[:-1]).all())
 
@@ -141,7 +141,7 @@ def is_visible(mask: Tensor) -> Tensor:
     return ~mask if mask.dtype == torch.bool else ~(mask <= MASKED)
 
 
-def additive(mask: Tensor) -> Tensor:
+def to_additive_mask(mask: Tensor) -> Tensor:
     """The same mask, to be added to the scores."""
     if mask.dtype != torch.bool:
         return mask.float()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_xattn.capture.kinds import unreadable_kind
+from lightning_xattn.capture.tensor_kinds import unreadable_kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ def has_address(tensor: Tensor) -> bool:
         return False
     try:
         tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # as of a device that does not info
+    except (NotImplementedError, RuntimeError):  # as on a device without storages
         return False
     return True
 

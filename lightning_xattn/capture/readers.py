@@ -1,7 +1,7 @@
 """How an attention is read at each function that computes one: a registry, one reader a function.
 
-A reader runs the function, so that the model gets what it asked for bit for bit, and hands the attention to the watch.
-If the watch edits the attention, the function runs with other keys and values, or weighs them differently.
+A reader runs the function, so that the model gets what it asked for bit for bit, and hands the attention to the mode.
+If the mode edits the attention, the function runs with other keys and values, or weighs them differently.
 """
 
 from __future__ import annotations
@@ -18,16 +18,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_xattn.capture.kinds import describe_kind, is_plain, plain, run_as_called, shape_of, unreadable_kind
 from lightning_xattn.capture.masks import (
     MASKED,
     RecordedWeights,
-    additive,
-    apart_from_padding,
+    find_visible_keys,
     is_visible,
-    seen_by_softmax,
+    separate_padding,
+    to_additive_mask,
 )
 from lightning_xattn.capture.memory import Address, are_same, has_address
+from lightning_xattn.capture.tensor_kinds import (
+    describe_kind,
+    is_plain,
+    run_as_called,
+    shape_of,
+    to_plain_tensor,
+    unreadable_kind,
+)
 
 
 class RecordLevel(Enum):
@@ -62,7 +69,7 @@ class Event:
     result: Address | None = None
     """Where the function put the weights; None if it put them nowhere."""
     folded: dict[bool, int] = field(default_factory=dict)
-    """How many heads were seen to be folded into its rows: True of heads before the samples, False behind them."""
+    """The number of heads that were folded into its rows, by whether heads come before the samples."""
     reached_by: frozenset[Event] = frozenset()
     """The attention whose output reaches what asks, if that is followed."""
     used: Tensor | None = None
@@ -90,7 +97,7 @@ class Edit:
 
 
 Read = Callable[[], RecordedWeights | None]
-"""Gives weights and masks; if only masks are wanted, weights without values. None: the event says why not."""
+"""Gives weights and masks; if only masks are wanted, weights without values. None: the event has a problem."""
 
 Call = dict[str, Any]
 """The arguments of a function by their names."""
@@ -102,7 +109,7 @@ class ReaderContext(Protocol):
     def begin(self, event: Event, asks: Tensor) -> Edit | None:
         """Called before it is computed, with what asks (queries or scores): what is to be changed; None: nothing."""
 
-    def take(self, event: Event, read: Read | None = None, given: Tensor | None = None) -> None:
+    def record(self, event: Event, read: Read | None = None, given: Tensor | None = None) -> None:
         """Called once it is computed; ``given`` is the tensor with its weights that the model gets."""
 
 
@@ -123,19 +130,19 @@ _PARAMETERS: dict[Any, Call] = {
 
 
 def _arguments(function: Any, args: Sequence[Any], kwargs: Call) -> Call:
-    """What a function is called with, by name, with what it takes where a caller says nothing."""
+    """The arguments of a call by name, with the function's defaults."""
     parameters = _PARAMETERS[function]
     return parameters | dict(zip(parameters, args, strict=False)) | kwargs
 
 
 def _find_problem(**tensors: Tensor | None) -> str | None:
-    """Why an attention cannot be read whose tensors hold no numbers; None: they hold some."""
+    """Why an attention cannot be read: a tensor that holds no numbers; None: all hold some."""
     kinds = {name: unreadable_kind(one) for name, one in tensors.items() if one is not None}
     return next((f"its {name} is {kind}" for name, kind in kinds.items() if kind is not None), None)
 
 
-def _ask(event: Event, ask: Read) -> RecordedWeights | None:
-    """What the attention's own function says of it; None where it says nothing, and why is then in the event."""
+def _ask_function(event: Event, ask: Read) -> RecordedWeights | None:
+    """The attention that its own function gives when it is asked; None and a problem in the event where it fails."""
     try:
         return ask()
     except Exception as error:  # whatever a class of the user's raises
@@ -165,7 +172,7 @@ def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, mode: Read
     event = Event("multi_head_attention_forward", shape, query.device, (query, key), extra, problem)
     edit = mode.begin(event, query)
     if edit is not None:
-        call |= _edited_tokens(call, edit)
+        call |= _edit_multihead(call, edit)
     dropped = call["training"] and call["dropout_p"] > 0
     wanted = event.level is RecordLevel.WEIGHTS
     takes_average = wanted and call["need_weights"] and call["average_attn_weights"] and not dropped
@@ -179,14 +186,14 @@ def _read_multihead(function: Any, args: Sequence[Any], kwargs: Call, mode: Read
             found = _no_values(event)
         elif dropped or weights is None or weights.dim() == query.dim():  # an average
             parts = [one for name, one in call.items() if name in _PROJECTED and isinstance(one, Tensor)]
-            found = _projected(call) if all(map(is_plain, parts)) else _weights_of(function, call)
+            found = _compute_weights(call) if all(map(is_plain, parts)) else _ask_for_weights(function, call)
         else:
             found = weights.detach() if batched else weights.detach()[None]
             # The caller may change in place what it gets; the average that it asked for is a tensor of its own.
             found = found if takes_average else found.clone()
         return _with_masks(found, call, extra)
 
-    mode.take(event, lambda: _ask(event, read), None if takes_average else weights)
+    mode.record(event, lambda: _ask_function(event, read), None if takes_average else weights)
     if takes_average:
         weights = weights.mean(dim=1 if batched else 0)
     return output, weights
@@ -223,11 +230,11 @@ def _read_packed(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderC
         projection = {"in_proj_weight": call["qkv_weight"], "in_proj_bias": call["qkv_bias"], "num_heads": heads}
         masks = {"key_padding_mask": padding, "attn_mask": attention_mask}
         wanted = event.level is RecordLevel.WEIGHTS
-        weights = _projected({"query": asks, "key": asks, **projection, **masks}) if wanted else _no_values(event)
+        weights = _compute_weights({"query": asks, "key": asks, **projection, **masks}) if wanted else _no_values(event)
         recorded = _with_masks(weights, masks, cropped=nested)
-        return recorded if padding is not None else apart_from_padding(recorded)
+        return recorded if padding is not None else separate_padding(recorded)
 
-    mode.take(event, read)
+    mode.record(event, read)
     return result
 
 
@@ -237,15 +244,15 @@ _PROJECTED = (
 """The arguments of ``F.multi_head_attention_forward`` that its weights are made of, beside its masks."""
 
 
-def _weights_of(function: Any, call: Call) -> Tensor:
+def _ask_for_weights(function: Any, call: Call) -> Tensor:
     """The weights ``(batch, heads, queries, keys)`` that ``F.multi_head_attention_forward`` gives when it is asked."""
     with run_as_called():
         _, given = function(**call | {"training": False, "need_weights": True, "average_attn_weights": False})
-    weights = plain(given)
+    weights = to_plain_tensor(given)
     return weights if weights.dim() == 4 else weights[None]
 
 
-def _projected(call: Call) -> Tensor:
+def _compute_weights(call: Call) -> Tensor:
     """``softmax(Q K^T / sqrt(d) + masks)`` ``(batch, heads, queries, keys)`` of tokens that are not projected yet.
 
     In float32 whatever the model's precision: a product of unscaled half-precision numbers can overflow where the
@@ -276,9 +283,9 @@ def _projected(call: Call) -> Tensor:
     scores = (query * query.shape[-1] ** -0.5) @ key.mT
     padding, attention_mask = call["key_padding_mask"], call["attn_mask"]
     if padding is not None:
-        scores = scores + F.pad(additive(padding.reshape(len(key), 1, 1, -1)), (0, extra))
+        scores = scores + F.pad(to_additive_mask(padding.reshape(len(key), 1, 1, -1)), (0, extra))
     if attention_mask is not None:
-        scores = scores + F.pad(additive(_per_head(attention_mask, heads)), (0, extra))
+        scores = scores + F.pad(to_additive_mask(_per_head(attention_mask, heads)), (0, extra))
     weights: Tensor = scores.softmax(-1)
     return weights
 
@@ -302,7 +309,7 @@ def _per_head(mask: Tensor, heads: int) -> Tensor:
     return mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, heads))
 
 
-def _edited_tokens(call: Call, edit: Edit) -> Call:
+def _edit_multihead(call: Call, edit: Edit) -> Call:
     """Other arguments of ``multi_head_attention_forward``, whose samples are the second axis."""
     key, value = call["key"], call["value"]
     if edit.tokens is not None:
@@ -338,7 +345,7 @@ def _read_kernel(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderC
         problem = "it has other axes than (batch, heads, queries, keys)"
     event = Event("scaled_dot_product_attention", shape, query.device, problem=problem, over_keys=len(shape) in (3, 4))
     edit = mode.begin(event, query)
-    call |= {} if edit is None else _edited_kernel(call, edit, event)
+    call |= {} if edit is None else _edit_kernel(call, edit, event)
     result = function(*args, **kwargs) if edit is None else function(**call)
 
     def ask(query: Tensor, values: Tensor) -> Any:
@@ -346,10 +353,10 @@ def _read_kernel(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderC
 
     def read() -> RecordedWeights | None:
         if all(is_plain(one) for one in (query, key, mask) if one is not None):
-            return _beside_kernel(event, call)
-        return _ask(event, lambda: _weigh_identity(event, ask, query, call["value"], torch.zeros_like))
+            return _compute_kernel_weights(event, call)
+        return _ask_function(event, lambda: _weigh_identity(event, ask, query, call["value"], torch.zeros_like))
 
-    mode.take(event, read)
+    mode.record(event, read)
     return result
 
 
@@ -360,7 +367,7 @@ def _shape_of_kernel(query: Tensor, key: Tensor) -> tuple[int, ...]:
     return *rows[::-1], queries, keys
 
 
-def _edited_kernel(call: Call, edit: Edit, event: Event) -> Call:
+def _edit_kernel(call: Call, edit: Edit, event: Event) -> Call:
     """Other keys and values, whose samples are the first axis; those that are the same for all have one of each."""
     key, value = (
         one.expand(event.shape[0], *one.shape[1:]) if len(one) == 1 else one for one in (call["key"], call["value"])
@@ -396,14 +403,14 @@ def _weigh_identity(
     """
     queries, keys = event.shape[-2:]
     whole = torch.eye(keys, dtype=value.dtype, device=value.device).expand(*value.shape[:-2], keys, keys)
-    # Of many keys and few queries no more at once than the weights, or the values, take.
+    # Where keys are many and queries few, no more at once than the weights, or the values, need.
     columns = whole.split(max(queries, value.shape[-1]), dim=-1)
 
     def weigh(make: Callable[[Tensor], Tensor]) -> Tensor:
         with run_as_called():
             asks = make(query)
             parts = [ask(asks, some) for some in columns]
-        weights = torch.cat([plain(part) for part in parts], dim=-1)
+        weights = torch.cat([to_plain_tensor(part) for part in parts], dim=-1)
         if weights.shape != event.shape:
             raise ValueError(f"it gives {tuple(weights.shape)}")
         return weights
@@ -422,7 +429,7 @@ def _causal(event: Event) -> Tensor:
     return torch.ones(event.shape[-2:], dtype=torch.bool, device=event.device).tril()
 
 
-def _beside_kernel(event: Event, call: Call) -> RecordedWeights:
+def _compute_kernel_weights(event: Event, call: Call) -> RecordedWeights:
     """``softmax(Q K^T scale + mask)`` in float32, as the kernel's documentation defines it."""
     mask, scale = call["attn_mask"], call["scale"]
     visible = _causal(event) if call["is_causal"] else None
@@ -465,15 +472,15 @@ def _read_softmax(function: Any, args: Sequence[Any], kwargs: Call, mode: Reader
 
     def read() -> RecordedWeights:
         given, weights = (scores.mT, result.mT) if turned else (scores, result)
-        visible = seen_by_softmax(given.detach(), weights.detach())
+        visible = find_visible_keys(given.detach(), weights.detach())
         # Copied, as the model may change it in place.
         wanted = event.level is RecordLevel.WEIGHTS
         return RecordedWeights(weights.detach().clone() if wanted else _no_values(event), visible=visible)
 
     if has_address(result):
-        mode.take(event, read, result)
+        mode.record(event, read, result)
     elif problem is not None:
-        mode.take(event)
+        mode.record(event)
     return result
 
 
@@ -489,7 +496,7 @@ def _read_flex(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderCon
         "flex_attention", _shape_of_kernel(query, key), query.device, problem=_find_problem(query=query, key=key)
     )
     edit = mode.begin(event, query)
-    call |= {} if edit is None else _edited_kernel(call, edit, event)
+    call |= {} if edit is None else _edit_kernel(call, edit, event)
     result = function(*args, **kwargs) if edit is None else function(**call)
 
     def read() -> RecordedWeights | None:
@@ -499,16 +506,16 @@ def _read_flex(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderCon
         )
 
         def ask(query: Tensor, values: Tensor) -> Any:
-            alike = {"query": query, "key": key.to(query.dtype), "value": values.to(query.dtype)}
-            return function(**call | alike)[0]
+            converted = {"query": query, "key": key.to(query.dtype), "value": values.to(query.dtype)}
+            return function(**call | converted)[0]
 
         def zeros(query: Tensor) -> Tensor:
             # A bias by distance, as of ALiBi, may add -500, of which exp is 0 in single precision.
             return torch.zeros_like(query, dtype=torch.float32 if query.device.type == "mps" else torch.float64)
 
-        return _ask(event, lambda: _weigh_identity(event, ask, query, value, zeros))
+        return _ask_function(event, lambda: _weigh_identity(event, ask, query, value, zeros))
 
-    mode.take(event, read)
+    mode.record(event, read)
     return result
 
 
@@ -523,7 +530,7 @@ READERS: dict[Any, Reader] = {
 }
 
 
-def reader_of(function: Any) -> Reader | None:
+def find_reader(function: Any) -> Reader | None:
     """How the attention is read that a function computes; None if it computes none."""
     reader = READERS.get(function)
     if reader is None and isinstance(function, torch._ops.HigherOrderOperator) and function.name() == "flex_attention":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_xattn.capture.attention_mode import AttentionMode, Run
-from lightning_xattn.capture.discover import Survey, choose_layers, padding_source, shown_of, turned_round
+from lightning_xattn.capture.discover import Survey, choose_layers, find_padding_source, find_reversed_names, find_shown
 from lightning_xattn.capture.extractor import AttentionExtractor
-from lightning_xattn.capture.layout import Axes
-from lightning_xattn.capture.locate import describe_attention, locate_attention
+from lightning_xattn.capture.layers import describe_attention, locate_attention
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import Event, RecordLevel
 from lightning_xattn.capture.sources import AttentionSetting, Layer, Source, is_set_aside
+from lightning_xattn.capture.tokens import Axes
 from lightning_xattn.capture.wrappers import (
     Hook,
     compiled_modules,
@@ -29,14 +28,15 @@ from lightning_xattn.capture.wrappers import (
     scripted_modules,
 )
 from lightning_xattn.core.attention import Attention, AttentionPair, Direction
-from lightning_xattn.core.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.core.errors import DiscoveryError, ShapeError
+from lightning_xattn.core.notices import warn
 
 
 class AttentionRecorder:
     """Record the cross-attention of a model while it runs; the model's outputs stay bit for bit the same.
 
-    What is compiled by ``torch.compile`` runs as it is written while it is recorded, since hooks are not seen by code
-    that has been compiled before: then the outputs are those of the model without compilation. A warning says so.
+    What is compiled by ``torch.compile`` runs as it is written while it is recorded, since code that has
+    been compiled before calls no hooks: then the outputs are those of the model without compilation. A warning says so.
 
     In its first step the recorder looks at all that the model computes; from then on only at what it records.
 
@@ -46,13 +46,13 @@ class AttentionRecorder:
         Any module; nothing is hooked yet.
     attention
         Where the attention is: module paths by direction, seen from ``model``, a ``JointSequence``, or callables (see
-        ``docs/own-model.md``). None: found by name (see ``locate_attention``) or, where no name tells, in the first
+        ``docs/own-model.md``). None: found by name (see ``locate_attention``) or, without such a name, in the first
         step. ``{}``: none is recorded.
 
     Attributes
     ----------
     layers
-        The layers that are recorded; empty until a first step has shown them, where no name tells.
+        The layers that are recorded; empty until a first step has shown them, if they are not found by name.
     is_waiting
         Whether the layers were found in this step, and its weights were too large to be kept until then.
     batch
@@ -76,19 +76,19 @@ class AttentionRecorder:
         self.layers: tuple[Layer, ...] = locate_attention(model, attention)
         self.batch: Any = None
         self._inputs: Any = None
-        self._hooks, self._hooked = ExitStack(), False
+        self._hooks, self._is_hooked = ExitStack(), False
         self._is_set_aside = is_set_aside(attention)
         self._survey: Survey | None = None if self._is_set_aside else Survey(model)
         self._mode: AttentionMode | None = None
         self._extractors: dict[tuple[str, Direction], AttentionExtractor] = {}
         self._of_module: dict[nn.Module, list[AttentionExtractor]] = {}
-        # The self-attention that says which queries are padding, by its module's path and its number in a step: its
-        # axes, and whether padding may be cut off; how many modules have computed in this step, and its masks.
+        # Self-attention whose masks show which queries are padding, by its module's path and its number in a step: its
+        # axes and whether padding may be cut off. Of this step, how many each module has computed, and these masks.
         self._suppliers: dict[tuple[str, int], tuple[Axes | None, bool]] = {}
         self._counts: Counter[str] = Counter()
         self._padding: dict[tuple[str, int], Tensor | None] = {}
         self.is_waiting = self._has_run = False
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         # What went wrong while the model ran.
         self._errors: list[Exception] = []
         # Layers whose directions have fitted each other.
@@ -118,7 +118,7 @@ class AttentionRecorder:
     def close(self) -> None:
         """Remove every hook. What was recorded stays until ``clear``; closing twice is harmless."""
         self._hooks.close()
-        self._hooked = False
+        self._is_hooked = False
 
     def clear(self) -> None:
         """Forget what was recorded."""
@@ -140,7 +140,7 @@ class AttentionRecorder:
         if self._survey is not None:  # later steps go through no more of the model than they record
             require_one_replica(self._model)
             if compiled := compiled_modules(self._model):
-                self._info(
+                self._warn_once(
                     f"{', '.join(compiled)} is compiled, and compiled code hides its attention. While it is recorded "
                     "it runs uncompiled, so its outputs may differ in the last bits and take longer. If that is too "
                     "slow, record fewer epochs or batches (every_n_epochs, every_n_batches)."
@@ -155,14 +155,14 @@ class AttentionRecorder:
                 everything = {module: path for path, module in self._model.named_modules()}
                 self._mode = AttentionMode(everything, self._level, self._leave, follows=True, errors=self._errors)
             else:
-                seen = {self._module(path): path for path, _ in self._suppliers}
-                seen |= {module: extractors[0].source.path for module, extractors in self._of_module.items()}
-                self._mode = AttentionMode(seen, self._level, self._leave, errors=self._errors)
+                recorded = {self._module(path): path for path, _ in self._suppliers}
+                recorded |= {module: extractors[0].source.path for module, extractors in self._of_module.items()}
+                self._mode = AttentionMode(recorded, self._level, self._leave, errors=self._errors)
             self._mode.attach(self._model, hooks)
             keep = Hook(self._keep_inputs, self._errors)
             hooks.callback(self._model.register_forward_pre_hook(keep, with_kwargs=True).remove)
             self._hooks = hooks.pop_all()
-            self._hooked = True
+            self._is_hooked = True
 
     def _make_extractors(self) -> dict[nn.Module, list[AttentionExtractor]]:
         """The extractors of each module, new ones where there are none yet."""
@@ -195,18 +195,18 @@ class AttentionRecorder:
         number = 1
         for outer in run.outwards():
             number += len(outer.events)
-            if any(extractor.wants(number) for extractor in self._of_module.get(outer.module, ())):
+            if any(extractor.may_extract(number) for extractor in self._of_module.get(outer.module, ())):
                 return RecordLevel.WEIGHTS
         if self._survey is None:
             return RecordLevel.MASKS
-        level = self._survey.level(run, event)
+        level = self._survey.choose_level(run, event)
         return RecordLevel.MASKS if self.layers and level is RecordLevel.WEIGHTS else level
 
     def _leave(self, run: Run, output: Any) -> None:
         # A step that Lightning runs as the model's own forward, as under DDP, may return before it runs anything.
         self._has_run |= run.module is not self._model or output is not None
         for extractor in self._of_module.get(run.module, ()):
-            extractor.take(run, output)
+            extractor.extract(run, output)
         for number, event in enumerate(run.events, start=self._counts[run.path] + 1):
             supplier = self._suppliers.get((run.path, number))
             if supplier is not None and event.recorded is not None:
@@ -215,7 +215,7 @@ class AttentionRecorder:
                 self._padding[run.path, number] = within.padding_of_its_own
         self._counts[run.path] += len(run.events)
         if self._survey is not None:
-            self._survey.note(run, output)
+            self._survey.note_run(run, output)
 
     def _keep_inputs(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._inputs is None:
@@ -224,20 +224,20 @@ class AttentionRecorder:
 
     @property
     def saw_attention(self) -> bool:
-        """Of a first step, whether there was any attention, also such as cannot be used."""
+        """Whether a first step had any attention, also such as cannot be used."""
         return self._survey is not None and bool(self._survey.found)
 
     @property
     def ran_nothing(self) -> bool:
-        """Of a first step, whether no module of the model ran, so that the next step is the first to look at."""
-        return not self._has_run and not any(scripted_modules(self._model))  # of which it is not seen what runs
+        """Whether no module of the model ran in a first step, so that the next step is the first."""
+        return not self._has_run and not any(scripted_modules(self._model))  # whose runs are hidden
 
     @property
     def attention(self) -> tuple[AttentionPair, ...]:
         """What was recorded since the last ``clear``, one pair a layer.
 
-        A layer that did not run, or of which one direction did not, is left out, if it has run before. Of a module
-        that ran more often than it should, as with test-time augmentation, it is the first run, and a warning says so.
+        A layer that did not run, or of which one direction did not, is left out, if it has run before. If a module
+        ran more often than it should, as with test-time augmentation, its first run counts, and a warning tells you.
 
         Raises
         ------
@@ -252,33 +252,33 @@ class AttentionRecorder:
         if self._is_set_aside:
             return ()
         if not self.layers and self._survey is not None and self._survey.found:
-            self._choose(self._survey)
+            self._choose_layers(self._survey)
         batch = self._inputs if self.batch is None else self.batch
-        taken: dict[tuple[str, Direction], RecordedWeights | None] = {}
+        collected: dict[tuple[str, Direction], RecordedWeights | None] = {}
         for key, extractor in self._extractors.items():
-            extractor.give(self._model)
-            taken[key] = extractor.recorded(batch)
-        if self._survey is not None and (self.is_waiting or any(one is not None for one in taken.values())):
-            self._settle(self._survey)
+            extractor.call_reader(self._model)
+            collected[key] = extractor.collect(batch)
+        if self._survey is not None and (self.is_waiting or any(one is not None for one in collected.values())):
+            self._end_survey(self._survey)
         pairs = []
         for layer in self.layers:
-            of_layer = [taken.get((layer.name, direction)) for direction, _ in layer.sources]
+            of_layer = [collected.get((layer.name, direction)) for direction, _ in layer.sources]
             recorded = [one for one in of_layer if one is not None]
             if len(recorded) == len(of_layer):
                 try:
-                    pairs.append(self._pair(layer, recorded))
+                    pairs.append(self._make_pair(layer, recorded))
                     self._paired.add(layer.name)
                 except ShapeError as error:
                     if layer.name not in self._paired:
                         raise
-                    self._info(f"In a later step: {error} Such steps are left out.")
+                    self._warn_once(f"In a later step: {error} Such steps are left out.")
             elif recorded:
-                self._tell_half(layer, *layer.sources[of_layer.index(None)])
+                self._report_missing_direction(layer, *layer.sources[of_layer.index(None)])
         for extractor in self._extractors.values():
             while extractor.remarks:
-                self._info(extractor.remarks.pop(0))
+                self._warn_once(extractor.remarks.pop(0))
         if not pairs and not self.is_waiting and not any(extractor.has_run for extractor in self._extractors.values()):
-            raise DiscoveryError(self._nothing_ran())
+            raise DiscoveryError(self._describe_idle_layers())
         return tuple(pairs)
 
     @property
@@ -289,7 +289,7 @@ class AttentionRecorder:
             found[layer] = max(found[layer], extractor.left_out)
         return {layer: samples for layer, samples in found.items() if samples}
 
-    def _choose(self, survey: Survey) -> None:
+    def _choose_layers(self, survey: Survey) -> None:
         """Take the layers that a first step has shown, and of what they computed what was kept."""
         self.layers, left_out = choose_layers(survey)
         self._make_extractors()
@@ -298,58 +298,58 @@ class AttentionRecorder:
             paths[str(direction)].append(str(source))
         found = {direction: names if len(names) > 1 else names[0] for direction, names in paths.items()}
         others = "; ".join(f"'{survey.name(one)}' {one.who}" for one in left_out)
-        self._info(
+        self._warn_once(
             f"Found in the first pass: {found}. The directions come from the modules' names, or from which tokens ask "
             "which. If a module or the name of a modality is wrong, name them: attention={'<a>_to_<b>': "
-            "'path.to.module', ...}." + (f" Left out, as no name tells their direction: {others}." if others else "")
+            "'path.to.module', ...}." + (f" Left out, as no name holds their direction: {others}." if others else "")
         )
-        shown = [shown_of(survey, source) for _, _, source in self._sources()]
+        shown = [find_shown(survey, source) for _, _, source in self._sources()]
         kept = [one.recorded for one in shown if one is not None and one.recorded is not None]
         if len(kept) == len(shown):
             for extractor, recorded in zip(self._extractors.values(), kept, strict=True):
                 extractor.kept = recorded
         else:
             self.is_waiting = True
-            self._info(
+            self._warn_once(
                 "The weights of the first step were too large to keep before it was known which of them are meant, so "
                 "that step is left out. To include it, name the attention."
             )
 
-    def _settle(self, survey: Survey) -> None:
-        """Learn from a first step what else to look at, and from then on look at nothing more."""
+    def _end_survey(self, survey: Survey) -> None:
+        """Learn from a first step what else to record, and record nothing more from then on."""
         for extractor in self._extractors.values():
-            shown = shown_of(survey, extractor.source)
+            shown = find_shown(survey, extractor.source)
             if shown is not None and shown.axes is not None and shown.path == extractor.source.path:
                 extractor.axes[shown.key] = shown.axes
-            supplier = padding_source(survey, extractor.source) if extractor.is_alone else None
+            supplier = find_padding_source(survey, extractor.source) if extractor.is_alone else None
             if supplier is not None:
                 extractor.padding = supplier.path, supplier.number
                 # Not the whole, which would keep the first step's attention.
                 self._suppliers[extractor.padding] = supplier.axes, supplier.cropped
                 self._padding[extractor.padding] = supplier.padding
-        turned = turned_round(survey, self.layers)
+        turned = find_reversed_names(survey, self.layers)
         if turned:
             paths = ", ".join(f"'{path}'" for path in turned.values())
-            self._info(
+            self._warn_once(
                 f"{paths} is recorded in the direction that its name "
-                "says, queries first, but the numbers of tokens show that the other modality asks. If the numbers are "
+                "has, queries first, but the numbers of tokens show that the other modality asks. If the numbers are "
                 f"right, swap the names: attention={turned}."
             )
         self._survey = None
-        if self._hooked:  # from now on only what is recorded
+        if self._is_hooked:  # from now on only what is recorded
             self._hooks.close()
             self._hook()
 
-    def _tell_half(self, layer: Layer, missing: Direction, source: Source) -> None:
+    def _report_missing_direction(self, layer: Layer, missing: Direction, source: Source) -> None:
         message = f"'{source}' ({missing} of layer '{layer.name}') did not run, but its opposite direction did."
         if not self._extractors[layer.name, missing].has_run:
             raise DiscoveryError(f"{message} Name the modules to record: attention={{'<a>_to_<b>': 'path', ...}}.")
-        self._info(f"{message} The layer is left out of such steps.")
+        self._warn_once(f"{message} The layer is left out of such steps.")
 
-    def _nothing_ran(self) -> str:
+    def _describe_idle_layers(self) -> str:
         if not self.layers:
             assert self._survey is not None
-            return self._survey.say("No cross-attention ran")
+            return self._survey.describe("No cross-attention ran")
         script = list(scripted_modules(self._model))
         return (
             f"None of {', '.join(dict.fromkeys(str(source) for _, _, source in self._sources()))} ran, so there is no "
@@ -358,16 +358,20 @@ class AttentionRecorder:
             + (f"; TorchScript hides what is in {', '.join(script)}." if script else ".")
         )
 
-    def _info(self, message: str) -> None:
-        """Say something once, of one thing whatever the numbers."""
+    def _warn_once(self, message: str) -> None:
+        """Warn once of the same thing, whatever the numbers in the message."""
         about = re.sub(r"\d+", "", message)
-        if about not in self._told:
-            self._told.add(about)
-            warnings.warn(message, XAttnWarning, stacklevel=4)
+        if about not in self._warned:
+            self._warned.add(about)
+            warn(message)
 
-    def _pair(self, layer: Layer, recorded: list[RecordedWeights]) -> AttentionPair:
+    def _make_pair(self, layer: Layer, recorded: list[RecordedWeights]) -> AttentionPair:
         """A token that is padding as a key of one direction is padding as a query of the other."""
-        masks = [one.token_mask for one in reversed(recorded)] if layer.backward else [self._padded(layer, recorded[0])]
+        masks = (
+            [one.token_mask for one in reversed(recorded)]
+            if layer.backward
+            else [self._find_query_padding(layer, recorded[0])]
+        )
         attentions = [
             Attention(
                 direction,
@@ -383,8 +387,8 @@ class AttentionRecorder:
         ]
         return AttentionPair(layer.name, *attentions)
 
-    def _padded(self, layer: Layer, recorded: RecordedWeights) -> Tensor | None:
-        """Which queries of a direction without an opposite are real, as far as anything says it."""
+    def _find_query_padding(self, layer: Layer, recorded: RecordedWeights) -> Tensor | None:
+        """The real queries of a direction without an opposite; None where no mask shows them."""
         supplier = self._extractors[layer.name, layer.forward[0]].padding
         if supplier is None or (mask := self._padding.get(supplier)) is None:
             return recorded.query_mask

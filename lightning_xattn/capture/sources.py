@@ -1,4 +1,4 @@
-"""Where the attention of a layer is taken from, and the settings that say so."""
+"""The source of a layer's attention, and the settings that name it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ of what it returns; or a callable."""
 
 @dataclass(frozen=True)
 class Source:
-    """Where one direction of a layer is taken from."""
+    """Where the attention of one direction of a layer comes from."""
 
     path: str = ""
     """The module's path; a callable has none."""
@@ -96,17 +96,17 @@ SET_IT_ASIDE = (
 
 
 def is_set_aside(attention: AttentionSetting | None) -> bool:
-    """Whether the setting says that no attention is to be recorded."""
+    """Whether the setting is that no attention is recorded."""
     return isinstance(attention, Mapping) and not attention
 
 
-def as_names(value: Any) -> tuple[Any, ...]:
+def as_tuple(value: Any) -> tuple[Any, ...]:
     """One name, or several, as a tuple."""
     return (value,) if isinstance(value, str) or not isinstance(value, Sequence) else tuple(value)
 
 
 def check_attention(attention: AttentionSetting) -> None:
-    """Refuse what does not say where the attention is.
+    """Refuse settings that do not name attention.
 
     Raises
     ------
@@ -120,7 +120,7 @@ def check_attention(attention: AttentionSetting) -> None:
     if is_set_aside(attention):
         return
     entries = attention if isinstance(attention, Mapping) else {}
-    named = {direction: as_names(value) for direction, value in entries.items()}
+    named = {direction: as_tuple(value) for direction, value in entries.items()}
     known = all(isinstance(name, str) or callable(name) for names in named.values() for name in names)
     if not named or not all(named.values()) or not known:
         raise SettingError(

@@ -119,7 +119,7 @@ def require_one_replica(root: nn.Module) -> None:
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             raise DiscoveryError(
                 f"'{path or type(root).__name__}' is an nn.DataParallel over {len(module.device_ids)} devices, whose "
-                "parts of a batch cannot be told apart. Record its .module, or use DistributedDataParallel."
+                "parts of a batch arrive in any order. Record its .module, or use DistributedDataParallel."
             )
 
 

@@ -58,7 +58,7 @@ class BatchResult:
     def scores(self) -> Scores | None:
         """The class scores, if the predictions are theirs. Waits for a GPU."""
         scores, predicted = self.labels.scores, self.labels.predicted
-        if scores is None or predicted is None or not scores.info(predicted, self.labels.confidence):
+        if scores is None or predicted is None or not scores.agree_with(predicted, self.labels.confidence):
             return None
         return scores
 
@@ -107,7 +107,7 @@ def read_batch(step: Step, attention: Attentions, finder: LabelFinder) -> BatchR
 
 def with_fusion(batch: BatchResult, recorder: StepRecorder) -> BatchResult:
     """Give a batch with what entered the fusion, and with confidences that a step of class ids alone lacks."""
-    labels, inputs = batch.labels, recorder.enter(batch.labels)
+    labels, inputs = batch.labels, recorder.collect_fusion(batch.labels)
     output = None if inputs is None else inputs.model_output
     if output is not None and output.values.shape[1] > 1 and labels.confidence is None and labels.predicted is not None:
         confidence, predicted = output.values.max(1)

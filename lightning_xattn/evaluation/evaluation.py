@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.attribution.bottom_k import BottomKSample
-from lightning_xattn.attribution.contribution import PARTNERS, Contributions, contributions
-from lightning_xattn.attribution.faithfulness import replaced_keys
+from lightning_xattn.attribution.contribution import PARTNERS, Contributions, compute_contributions
+from lightning_xattn.attribution.faithfulness import replace_keys
 from lightning_xattn.attribution.kept_samples import KeptSamples
 from lightning_xattn.attribution.recorder import FusionRecorder
 from lightning_xattn.capture.labels import SEVERAL_LABELS, Step
@@ -170,7 +170,7 @@ class Evaluation:
         Raises
         ------
         DiscoveryError, ShapeError, DataError
-            As ``read_batch``, ``StepRecorder.enter`` and ``name_classes``.
+            As ``read_batch``, ``StepRecorder.collect_fusion`` and ``name_classes``.
         """
         batch = with_fusion(read_batch(step, attention, self.finder), recorder)
         self._first_layer = recorder.layers[0].name if recorder.layers else ""
@@ -357,10 +357,10 @@ class Evaluation:
     def _summarise_fusion(self, fusion: FusionRecorder, tests_attention: bool, partners: int | None) -> FusionSummary:
         size, kept = self._settings.contribution_samples, self.totals.kept
         problem = self.totals.replay_problem if size else "contribution_samples is 0"
-        found = problem or contributions(kept, fusion, partners)
+        found = problem or compute_contributions(kept, fusion, partners)
         # Where the intact samples' outputs do not come back, there is nothing to compare with.
         tests_attention &= isinstance(found, Contributions)
-        replaced = replaced_keys(kept, fusion) if tests_attention else {}
+        replaced = replace_keys(kept, fusion) if tests_attention else {}
         return FusionSummary(kept, len(self.classes or ()), found, replaced)
 
 

@@ -1,4 +1,4 @@
-"""What a model does in a step: its attention, what enters its fusion, and where labels are."""
+"""What a model does in a step: its attention, what enters its fusion, and what it returns."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lightning_xattn.core.notices import info, warn
 
 Attentions = tuple[AttentionPair, ...]
 
-_OF_SEVERAL = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss)
+_MULTILABEL_LOSSES = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss)
 
 
-def find_loss_of_several(model: nn.Module) -> str:
+def find_multilabel_loss(model: nn.Module) -> str:
     """The path of a loss or metric in a model that is one for several labels at once; "" without."""
-    of_several = (
+    losses = (
         path
         for path, module in model.named_modules()
-        if isinstance(module, _OF_SEVERAL) or type(module).__name__.startswith(("Multilabel", "MultiLabel"))
+        if isinstance(module, _MULTILABEL_LOSSES) or type(module).__name__.startswith(("Multilabel", "MultiLabel"))
     )
-    return next(of_several, "")
+    return next(losses, "")
 
 
 class StepRecorder:
@@ -71,11 +71,11 @@ class StepRecorder:
         self.fusion = FusionRecorder(model, fusion, modalities, processes, replays)
         self._attention = AttentionRecorder(model, attention)
         self._model = model
-        self._loss_of_several = find_loss_of_several(model)
+        self._multilabel_loss = find_multilabel_loss(model)
         # A model whose fusion is named may have no cross-attention at all.
         self._may_lack_attention = attention is None and not self.fusion.needs_attention
         self._lacks_attention = is_set_aside(attention)
-        self._taken: Attentions = ()
+        self._pairs: Attentions = ()
         # What the model's own forward returned first in this step.
         self._output: Any = None
         self._hooks = ExitStack()
@@ -104,10 +104,10 @@ class StepRecorder:
         """Forget what was recorded."""
         self._attention.clear()
         self.fusion.clear()
-        self._taken, self._output = (), None
+        self._pairs, self._output = (), None
 
     def reset(self) -> None:
-        """Let go of what an evaluation's first step has shown of it."""
+        """Forget the call that an evaluation's replays repeat."""
         self.fusion.reset()
 
     @property
@@ -125,31 +125,29 @@ class StepRecorder:
         """See ``AttentionRecorder``."""
         return self._attention.left_out
 
-    def take(self, outputs: Any, batch: Any) -> tuple[Step, Attentions] | None:
-        """What the step gave and the attention in it; None if there is neither attention nor a fusion, or nothing ran.
+    def collect_step(self, outputs: Any, batch: Any) -> tuple[Step, Attentions] | None:
+        """What the step returned and its attention; None if it has neither attention nor a fusion, or ran nothing.
 
         Raises
         ------
         DiscoveryError, ShapeError
             As ``AttentionRecorder.attention``; a model whose fusion is named needs no attention.
         """
-        self._taken = self._read_attention(batch)
-        forward = self._output
-        if self._taken:
-            weights = self._taken[0].forward.weights
-            tokens = tuple(weights.shape[2:])
-            return Step(
-                outputs, batch, forward, len(weights), weights.device, tokens, self._loss_of_several
-            ), self._taken
-        if not self._lacks_attention:
+        self._pairs = self._collect_attention(batch)
+        if self._pairs:
+            first, tokens = self._pairs[0].forward.weights, tuple(self._pairs[0].forward.weights.shape[2:])
+        elif not self._lacks_attention:
             return None
-        first, messages = self.fusion.first_tokens()
-        warn(messages)
-        if first is None:
-            return None
-        return Step(outputs, batch, forward, len(first), first.device, loss_of_several=self._loss_of_several), ()
+        else:
+            found, messages = self.fusion.find_first_tokens()
+            warn(messages)
+            if found is None:
+                return None
+            first, tokens = found, ()
+        step = Step(outputs, batch, self._output, len(first), first.device, tokens, self._multilabel_loss)
+        return step, self._pairs
 
-    def enter(self, labels: Labels) -> FusionRecord | None:
+    def collect_fusion(self, labels: Labels) -> FusionRecord | None:
         """What entered the fusion in this step; of a first step the labels help to find it.
 
         Raises
@@ -157,18 +155,18 @@ class StepRecorder:
         DiscoveryError
             If a named argument is not there, or there is neither attention nor a fusion that is clear.
         """
-        inputs, messages = self.fusion.take(self._taken, self.layers, labels)
-        if inputs is None and not self._taken:
+        inputs, messages = self.fusion.collect_inputs(self._pairs, self.layers, labels)
+        if inputs is None and not self._pairs:
             raise DiscoveryError(" ".join(messages))
-        say = warn if self.fusion.is_named else info
-        say(messages)
+        notify = warn if self.fusion.is_named else info
+        notify(messages)
         return inputs
 
     def _keep_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._output is None:
             self._output = output
 
-    def _read_attention(self, batch: Any) -> Attentions:
+    def _collect_attention(self, batch: Any) -> Attentions:
         if self._lacks_attention:
             return ()
         self._attention.batch = batch

@@ -132,7 +132,7 @@ class ModelRunner:
         self.recorder.clear()
         moved = to_device(batch, self._model)
         outputs = self._call_model(moved)
-        recorded = self.recorder.take(outputs, moved)
+        recorded = self.recorder.collect_step(outputs, moved)
         if self.recorder.is_waiting:
             return self._run(batch)
         if recorded is None and (self.recorder.left_out or outputs is None):

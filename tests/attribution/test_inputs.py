@@ -92,7 +92,7 @@ def test_it_is_found(fusion, call, where, infos):
     assert summary.estimate("right/left").mean > 0.9
 
 
-def test_equal_numbers_of_tokens_are_told_apart_by_name_alone(infos):
+def test_modalities_of_equal_length_are_found_by_name_alone(infos):
     class Alike(TwoStreams):
         def forward(self, one, other):
             return self.head(self.fusion(self.left(one), self.right(other)[:, :5]))
@@ -103,7 +103,7 @@ def test_equal_numbers_of_tokens_are_told_apart_by_name_alone(infos):
     paths = {"left_to_right": "fusion.left_to_right", "right_to_left": "fusion.right_to_left"}
     watch = look(Alike(ByNumbers()), attention=paths)
     assert not watch.fusion_summaries
-    unclear = next(said for said in infos.messages if "cannot be told" in said)
+    unclear = next(said for said in infos.messages if "not computed" in said)
     assert all(fact in unclear for fact in ("left and right", "'fusion'", "first (16, 5, 12)", "modalities="))
 
 
@@ -134,7 +134,7 @@ def test_a_named_fusion_whose_arguments_only_attention_would_tell():
         look(TwoStreams(Concatenation()), fusion="fusion")
 
 
-def test_a_named_fusion_that_does_not_run_is_said():
+def test_a_named_fusion_that_does_not_run_gives_a_message():
     class Beside(TwoStreams):
         def __init__(self):
             super().__init__()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_xattn.attribution.restoring import restoring_state
 from lightning_xattn.attribution.state import ModelState
-from lightning_xattn.attribution.unchanged import left_as_it_was
 
 
 class Endless(tuple):
@@ -82,7 +82,7 @@ def test_an_interrupt_is_not_lost_behind_what_cannot_be_put_back():
     model.odd = Odd()
 
     def run(error):
-        with left_as_it_was(ModelState(model), with_hooks=False):
+        with restoring_state(ModelState(model), with_hooks=False):
             type.__setattr__(Odd, "count", Odd.count + 1)
             if error is not None:
                 raise error

@@ -1,4 +1,4 @@
-"""Real Trainers: what is logged, what stays untouched, and what a wrong setting is told."""
+"""Real Trainers: what is logged, what stays untouched, and how wrong settings are reported."""
 
 import numpy as np
 import pytest
@@ -177,7 +177,7 @@ def test_what_goes_wrong_at_an_evaluations_end_ends_no_run(what, monkeypatch):
     def fail(*args, **kwargs):
         raise ArithmeticError("a fault")
 
-    owner, name = {"summary": (Evaluation, "summary"), "curves": (EpochLog, "log")}[what]
+    owner, name = {"summary": (Evaluation, "summarise"), "curves": (EpochLog, "log")}[what]
     monkeypatch.setattr(owner, name, fail)
     watch, module = AttentionExplainabilityCallback(contribution_samples=0), ToyModule()
     trainer = quiet_trainer(callbacks=[watch], max_epochs=2)
@@ -292,7 +292,7 @@ class Pooled(ToyModule):
         return super().forward(audio.mean(1, keepdim=True), text.mean(1, keepdim=True))
 
 
-def test_one_key_attention_is_said_to_say_nothing():
+def test_attention_of_a_single_key_warns_and_has_no_curves():
     with pytest.warns(XAttnWarning, match="single key.*pool after the fusion") as caught:
         logged = validate(Pooled(), AttentionExplainabilityCallback())
     assert len([w for w in caught if w.category is XAttnWarning]) == 1
@@ -485,18 +485,17 @@ def test_both_namespaces_of_lightning(namespace, tmp_path):
     assert count_hooks(module) == 0
 
 
-def test_says_once_what_it_takes_for_what(infos):
-    watch = AttentionExplainabilityCallback()
-    for _ in range(2):
-        validate(ToyModule(), watch)
-    assert [said for said in infos.messages if said.startswith("AttentionExplainabilityCallback")] == [
+def test_the_first_message_names_what_was_detected_once(infos):
+    trainer = quiet_trainer(callbacks=[AttentionExplainabilityCallback()], max_epochs=2)
+    trainer.fit(ToyModule(), toy_loader(), toy_loader())
+    assert [message for message in infos.messages if message.startswith("AttentionExplainabilityCallback")] == [
         "AttentionExplainabilityCallback takes audio_to_text (5 queries ask 7 keys), text_to_audio (7 queries ask 5 "
         "keys), what enters the model's own forward as audio and text; predictions from forward, targets from "
         "batch[2], of 4 classes."
     ]
 
 
-def test_callbacks_of_one_kind_are_told_apart_and_others_do_not_count():
+def test_callbacks_of_one_kind_have_scopes_of_their_own():
     class Mine(AttentionExplainabilityCallback):
         """A subclass logs as the second one does."""
 
@@ -508,7 +507,7 @@ def test_callbacks_of_one_kind_are_told_apart_and_others_do_not_count():
 
 
 def test_a_second_dataloader_has_the_classes_of_the_first(infos):
-    """Samples of other classes are counted as without one, and what was taken for what is said once."""
+    """Samples of other classes count as without one; what was detected is reported once."""
 
     def targets(outputs, batch):
         return batch[2] + (CLASSES if len(batch[2]) == 4 else 0)

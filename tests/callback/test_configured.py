@@ -133,7 +133,7 @@ def test_a_joint_sequence_in_a_configuration(namespace, tmp_path):
 @pytest.mark.usefixtures("_no_arguments")
 @NAMESPACES
 @pytest.mark.parametrize("settings", [{"contribution_samples": 1}, {"table": ""}, {"curves": "some"}])
-def test_a_wrong_setting_in_a_configuration_is_told(namespace, settings, tmp_path, capsys):
+def test_a_wrong_setting_in_a_configuration_is_reported(namespace, settings, tmp_path, capsys):
     (name,) = settings
     with pytest.raises((SystemExit, ValueError)) as ended:
         configured(namespace, written(tmp_path, **settings))

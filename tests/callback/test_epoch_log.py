@@ -147,7 +147,7 @@ def test_the_overview_is_of_validations_and_has_the_null_and_the_intervals():
     assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(0.35)
 
 
-def test_where_an_interval_leaves_the_panel_an_arrow_says_so():
+def test_an_arrow_marks_where_an_interval_leaves_the_panel():
     numbers = {"probed_samples": 9, "conflict/correct": 0.9, "conflict/correct_low": 0.8}
     records = [
         record(epoch, **numbers, **{"conflict/correct_high": high}) for epoch, high in enumerate((0.95, 1.2, 1.4))
@@ -161,7 +161,7 @@ def test_where_an_interval_leaves_the_panel_an_arrow_says_so():
     assert said.count("goes on beyond the panel") == 1
 
 
-def test_several_validations_of_an_epoch_are_over_steps_and_what_cannot_be_told_says_so():
+def test_several_validations_of_an_epoch_are_drawn_over_steps():
     records = [{"stage": "val", "epoch": 0, "step": step, "probed_samples": 9} for step in (3, 7)]
     figure = overview_figure(records, "val")
     assert {panel.get_xlabel() for panel in figure.axes if panel.get_xlabel()} == {"step"}

@@ -1,4 +1,4 @@
-"""Callbacks and schedulers that act on curves: each finds its curve in every epoch, and is told what it should know."""
+"""Callbacks and schedulers that act on curves: each finds its curve in every epoch, and warnings name the risks."""
 
 import math
 
@@ -120,7 +120,7 @@ def tell_of(message, *facts):
     return all(fact in message for fact in facts)
 
 
-def test_a_name_that_no_curve_has_is_nan_and_told_with_those_that_there_are(tmp_path):
+def test_an_unknown_curve_is_nan_and_a_warning_lists_the_known_ones(tmp_path):
     wrong = "xattn_contribution/val/share/video"
     with pytest.warns(XAttnWarning, match=tells("ModelCheckpoint", wrong, "NaN", SHARE)):
         trainer, _, seen = fit(ToyModule(), ModelCheckpoint(tmp_path, monitor=wrong, mode="max"))
@@ -147,7 +147,7 @@ def test_a_fit_that_goes_on_between_two_recorded_epochs_has_the_monitored_name(t
     assert [math.isnan(one[ALIGNMENT]) for one in names.seen] == [True, False]
 
 
-def test_early_stopping_at_nan_is_told_with_the_line_that_goes_on():
+def test_early_stopping_at_nan_has_a_warning_with_the_line_to_paste():
     stop = EarlyStopping(SHARE, mode="max", patience=7, min_delta=0.5)
     with pytest.warns(XAttnWarning, match=tells("EarlyStopping", SHARE, "NaN")) as caught:
         trainer, _, _ = fit(Sure(), stop)
@@ -166,7 +166,7 @@ class Plateau(ToyModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": ALIGNMENT}}
 
 
-def test_what_acts_on_a_curve_that_is_not_recorded_in_every_epoch_is_told(tmp_path):
+def test_a_monitor_of_a_curve_that_some_epochs_lack_has_a_warning(tmp_path):
     best = ModelCheckpoint(monitor=ALIGNMENT, mode="max")
     stop = EarlyStopping(ALIGNMENT, mode="max", patience=9, check_finite=False)
     with pytest.warns(XAttnWarning) as caught:
@@ -183,7 +183,7 @@ def test_what_acts_on_a_curve_that_is_not_recorded_in_every_epoch_is_told(tmp_pa
 
 
 @pytest.mark.parametrize("every", [0, 10, 1])
-def test_a_monitor_of_faithfulness_that_is_seldom_tested_is_told(every, tmp_path, recwarn):
+def test_a_monitor_of_faithfulness_that_is_seldom_tested_has_a_warning(every, tmp_path, recwarn):
     best = ModelCheckpoint(tmp_path, monitor=FAITHFULNESS, mode="max")
     fit(ToyModule(), best, settings={"faithfulness_every_n_epochs": every})
     told = [str(one.message) for one in recwarn if one.category is XAttnWarning]

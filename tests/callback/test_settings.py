@@ -1,4 +1,4 @@
-"""Settings and inputs that do not fit, and what their users are told."""
+"""Settings and inputs that do not fit, and the messages about them."""
 
 import pytest
 import torch
@@ -67,6 +67,8 @@ def test_settings_are_checked_at_once():
             AttentionExplainabilityCallback(**settings)
     with pytest.raises(SettingError, match="'left/eeg_to_spec'"):
         JointSequence("fusion", {"left/eeg": (0, 3), "spec": (3, 7)})
+    with pytest.raises(TypeError, match="takes from 1 to 2 positional arguments"):
+        AttentionExplainabilityCallback(None, ["a", "b"])
     with pytest.raises(TypeError, match="unknown"):
         AttentionExplainabilityCallback(unknown=1)
     for spans in ({"a": (True, 3), "b": (3, 7)}, {"a": (0, 3), "b": (3, True)}):

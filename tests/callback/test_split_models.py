@@ -42,7 +42,7 @@ def test_attention_and_probes_are_exact_where_parameters_are_split(tmp_path):
     # A fit deals its samples out otherwise, so its weights are others; they are the same on each process.
     first, second = (json.dumps(rank["history"][2]) for rank in ranks)
     assert first == second
-    rows = pq.read_table(tmp_path / "table").to_pandas()
+    rows = pq.read_table(tmp_path / "table/attention").to_pandas()
     assert [len(of_one) for _, of_one in rows.groupby(["run", "stage"])] == [split_run.SAMPLES] * 3
 
 

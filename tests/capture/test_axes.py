@@ -120,11 +120,13 @@ def test_a_mask_that_is_the_same_for_all_heads_does_not_tell_which_rows_are_of_o
 
 def test_rows_that_do_not_go_with_the_heads_that_a_module_says_it_has():
     with pytest.raises(
-        ShapeError, match=tells("fusion", (6, 5, 7), "6 rows", "2 samples", "4 heads", "seen in which order")
+        ShapeError,
+        match=tells("fusion", (6, 5, 7), "6 rows", "2 samples", "4 heads", "order in which they are"),
     ):
         record_fusion(Folding(FOLDS["as fairseq"], said=4), WHOLE)
     unseen = Folding(lambda x: torch.stack(x.chunk(HEADS, dim=-1)).flatten(0, 1))
-    with pytest.raises(ShapeError, match=tells("fusion", (6, 5, 7), "6 rows", "2 samples", "3 heads", "not seen")):
+    said = tells("fusion", (6, 5, 7), "6 rows", "2 samples", "3 heads", "folded is not known")
+    with pytest.raises(ShapeError, match=said):
         record_fusion(unseen, WHOLE)
     (pair,) = record_fusion(Folding(FOLDS["as fairseq"], said=None), WHOLE)
     assert pair.forward.weights.shape == (BATCH, HEADS, AUDIO, TEXT)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention  # bound early, as some libraries do
 
 from lightning_xattn.capture import AttentionRecorder
-from lightning_xattn.capture.masks import seen_by_softmax
+from lightning_xattn.capture.masks import find_visible_keys
 from lightning_xattn.core.errors import DiscoveryError, XAttnWarning
 from lightning_xattn.functional import prepare_rows
 from tests.capture.models import BATCH, record, tokens
@@ -251,5 +251,5 @@ def test_a_row_that_is_not_finite_sees_what_the_other_rows_see(value):
     scores = torch.zeros(1, 1, 3, 4)
     scores[..., 3] = -torch.inf  # padding
     scores[0, 0, 1, 0] = value
-    visible = seen_by_softmax(scores, scores.softmax(-1))
+    visible = find_visible_keys(scores, scores.softmax(-1))
     assert visible.expand(scores.shape).tolist() == [[[[True, True, True, False]] * 3]]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_xattn.capture.masks import RecordedWeights, keys_with_weight, zeros_are_a_mask
+from lightning_xattn.capture.masks import RecordedWeights, are_zeros_a_mask, find_weighted_keys
 from lightning_xattn.functional import prepare_rows
 from tests.capture.models import BATCH, Runs, heads, mha, record_fusion, tokens
 from tests.toy import AUDIO, HEADS, TEXT
@@ -130,7 +130,7 @@ LATER = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1]])
         pytest.param(SPARSE[None, None], [3, 3, 3], id="a sample's queries see this and that"),
     ],
 )
-def test_zeros_are_a_mask_where_their_pattern_is_that_of_one(patterns, seen):
+def test_are_zeros_a_mask_where_their_pattern_is_that_of_one(patterns, seen):
     pair = returned(closed(patterns))
     assert keys_seen(pair)[0, 0].tolist() == seen
 
@@ -168,17 +168,17 @@ WHOLE = [[1, 1, 1]] * 3
         ([[BAND, BAND], [CAUSAL, CAUSAL]], True),  # heads info, whatever the samples
     ],
 )
-def test_which_zeros_are_a_mask(some, are):
+def test_which_are_zeros_a_mask(some, are):
     weights = torch.tensor(some, dtype=torch.float32)
-    assert zeros_are_a_mask(weights / weights.sum(-1, keepdim=True)) == are
+    assert are_zeros_a_mask(weights / weights.sum(-1, keepdim=True)) == are
 
 
 def test_a_key_has_weight_if_any_query_of_any_head_looks_at_it():
     weights = torch.zeros(2, 2, 2, 4)
     weights[0, 0, 0, 0] = weights[0, 1, 1, 2] = weights[1, 0, 1, 3] = 0.5
     seen = [[True, False, True, False], [False, False, False, True]]
-    assert keys_with_weight(weights).tolist() == [[[of_sample]] for of_sample in seen]
-    assert keys_with_weight(weights.half()).tolist() == [[[[True] * 4]]] * 2, "float16 rounds small weights to 0"
+    assert find_weighted_keys(weights).tolist() == [[[of_sample]] for of_sample in seen]
+    assert find_weighted_keys(weights.half()).tolist() == [[[[True] * 4]]] * 2, "float16 rounds small weights to 0"
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -37,15 +37,20 @@ def test_keeps_the_first_output_of_the_models_own_forward():
         first = model(*batch[:2])
         model(*batch[:2])
         with pytest.warns(XAttnWarning, match="ran more often"):
-            step, _ = recorder.take(None, batch)
+            step, _ = recorder.collect_step(None, batch)
         assert step.forward is first
         recorder.clear()
-        assert recorder.take(None, batch) is None
+        assert recorder.collect_step(None, batch) is None
 
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(AttentionMode, "_follow"), (AttentionExtractor, "take"), (AttentionMode, "take"), (AttentionRecorder, "_level")],
+    [
+        (AttentionMode, "_note_use"),
+        (AttentionExtractor, "extract"),
+        (AttentionMode, "record"),
+        (AttentionRecorder, "_level"),
+    ],
 )
 def test_what_goes_wrong_while_the_model_runs_waits_until_it_has_run(owner, name, monkeypatch):
     model, (audio, text) = Pair(), tokens()

@@ -172,7 +172,7 @@ def test_a_mask_of_queries_goes_to_the_modality_that_asks_alone():
     assert mask_queries([both, alone], None) == (both, alone)
 
 
-def test_an_axis_says_where_a_token_lies():
+def test_an_axis_gives_the_place_of_a_token():
     spans = TokenAxis("time (s)", spans=[(0, 10), (5.5, 15), (10, 20), (15, 25)])
     names = TokenAxis("region", names=["left", "right"])
     assert [spans.place(token) for token in range(len(spans))] == ["0 to 10", "5.5 to 15", "10 to 20", "15 to 25"]

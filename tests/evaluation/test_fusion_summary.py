@@ -107,7 +107,7 @@ def test_curves_are_the_means_of_the_samples_numbers():
     assert record["probe/left"] == pytest.approx(float(numbers["right/left"].mean()))
     assert record["conflict/correct"] == pytest.approx(float(numbers["conflict"][outcomes == CORRECT].mean()))
     assert record["conflict/b"] == pytest.approx(float(numbers["conflict"][classes == 1].mean()))
-    assert record["support_difference/incorrect"] == pytest.approx(
+    assert record["support/incorrect"] == pytest.approx(
         float((numbers["support_difference"][outcomes == INCORRECT] > 0).double().mean())
     )
     phi = torch.stack([numbers["phi/left"], numbers["phi/right"]], 1)

@@ -1,12 +1,11 @@
-"""Predictions, targets, sample ids and groups of a step: as told, or from where Lightning modules usually have them.
+"""Predictions, targets, sample ids and groups of a step: as set, or from where Lightning modules usually have them.
 
-Where they are is decided on a first batch, whose values may be looked at, and then read from there: what is taken for
-the target never changes from batch to batch, and no GPU is made to wait.
+A first batch, whose values may be looked at, decides where they are. Later batches are read at the same places, so the
+target never changes from batch to batch, and no device has to wait.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,13 +19,13 @@ from lightning_xattn.capture.labels.places import (
     Step,
     check_label_setting,
     describe,
+    describe_setting,
+    find_misfits,
+    find_several_labels,
     guess_ids,
     guess_predictions,
     guess_targets,
-    misfits,
-    say_setting,
-    several_labels,
-    told_place,
+    named_place,
 )
 from lightning_xattn.capture.labels.scores import ReadScores, Scores, find_scores
 from lightning_xattn.capture.labels.tensors import (
@@ -45,8 +44,9 @@ from lightning_xattn.capture.labels.tensors import (
     classes_of_scores,
     confidence_of,
 )
-from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
+from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError
 from lightning_xattn.core.group_keys import group_keys
+from lightning_xattn.core.notices import warn
 
 SEVERAL_LABELS = "the targets are several labels at once, so no one class is predicted"
 """Why nothing of a softmax is computed, as the end of a sentence."""
@@ -67,13 +67,13 @@ class Labels:
     confidence
         ``(batch,)`` probability of the predicted class, when the predictions are scores: the scores themselves where
         those of the first batch were probabilities, else their softmax (of a single score its sigmoid); None where
-        the first batch did not tell which of the two they are.
+        the first batch did not show which of the two they are.
     tied
         ``(batch,)`` bool: the soft target has more than one top class.
     n_classes
         Number of classes, when the predictions or the targets show it.
     doubts
-        Why "predictions", their "confidence" or "targets" were not taken though there is something that could be meant.
+        Why "predictions", their "confidence" or "targets" are missing though there is a candidate.
     groups
         ``(batch,)`` int64 key of each sample's group, see ``group_keys``.
     group_ids
@@ -103,11 +103,11 @@ class Labels:
 
     def __getitem__(self, samples: slice) -> Labels:
         """The labels of some of the samples."""
-        return self._changed(lambda values: values[samples])
+        return self._map(lambda values: values[samples])
 
     def cpu(self) -> Labels:
         """The same, on the CPU."""
-        return self._changed(lambda values: values.detach().cpu() if isinstance(values, Tensor) else values)
+        return self._map(lambda values: values.detach().cpu() if isinstance(values, Tensor) else values)
 
     @classmethod
     def joined(cls, parts: Sequence[Labels]) -> Labels:
@@ -116,9 +116,9 @@ class Labels:
         def join(*values: Any) -> Any:
             return torch.cat(values) if isinstance(values[0], Tensor) else [one for part in values for one in part]
 
-        return parts[0]._changed(join, *parts[1:])
+        return parts[0]._map(join, *parts[1:])
 
-    def _changed(self, change: Callable[..., Any], *others: Labels) -> Labels:
+    def _map(self, change: Callable[..., Any], *others: Labels) -> Labels:
         """The same with each field that has a value for each sample changed, along with that of the others."""
         labels = (self, *others)
         changed: dict[str, Any] = {}
@@ -134,12 +134,12 @@ class Labels:
 class LabelFinder:
     """Finds the predictions, targets, sample ids and groups of a step.
 
-    Unless told, **predictions** are looked for in the step's outputs (under a usual key, or the outputs themselves)
+    Unless set, **predictions** are looked for in the step's outputs (under a usual key, or the outputs themselves)
     and then in what the module's own ``forward`` returned; **targets** in the outputs and then in the batch (under a
     usual key, or the one item of a tuple that can be a target). Class scores ``(batch, classes)`` and class ids
     ``(batch,)`` are understood; for targets also soft labels, rows of shares that sum to 1. One score a sample,
     ``(batch,)`` or ``(batch, 1)``, is that of a binary head where the targets are 0 and 1. Where several things could
-    be meant, none is taken. A step that lacks what was found in the first one has no labels. **Sample ids** are looked
+    be meant, none is. A step that lacks what was found in the first one has no labels. **Sample ids** are looked
     for under ``sample_ids`` and **groups** under ``groups`` or ``patient_ids``, in the batch and then in the outputs.
 
     Parameters
@@ -183,8 +183,8 @@ class LabelFinder:
         # Whether rows of targets that were one-hot in the first batch have none or several positives; on their device.
         self._several: Tensor | None = None
         self._doubts: dict[str, str] = {}
-        self._seen: set[str] = set()
-        self._told: set[str] = set()
+        self._found: set[str] = set()
+        self._warned: set[str] = set()
 
     @property
     def places(self) -> dict[str, str]:
@@ -207,12 +207,12 @@ class LabelFinder:
 
     def decide(self, step: Step) -> None:
         """Look where everything is, which ``find`` else does in its first step."""
-        self._places = self._look(step)
+        self._places = self._find_places(step)
         place = self._places["predictions"]
         if place is not None and "confidence" not in self._doubts:
             found = self._fitting(place.read(step), step.samples)
             if found is not None:
-                predicted, confidence = self._predicted_by(found)
+                predicted, confidence = self._find_classes(found)
                 n_classes = predicted.n_classes or self._classes_of_targets(step)
                 self._scores_of = find_scores(step, found, predicted._replace(n_classes=n_classes), confidence)
 
@@ -230,7 +230,7 @@ class LabelFinder:
         if first:
             self.decide(step)
         scores, labels = (self._read(what, step, first) for what in ("predictions", "targets"))
-        predicted, confidence = (Classes(), None) if scores is None else self._predicted_by(scores)
+        predicted, confidence = (Classes(), None) if scores is None else self._find_classes(scores)
         target = Classes() if labels is None else classes_of_labels(labels) if self._binary else classes_of(labels)
         if self._one_hot and labels is not None and target.ids is not None and target.tied is not None:
             several = labels.float().sum(1) != 1
@@ -263,16 +263,16 @@ class LabelFinder:
         found = None if place is None or self._binary else self._fitting(place.read(step), step.samples)
         return None if found is None else classes_of(found).n_classes
 
-    def _predicted_by(self, scores: Tensor) -> tuple[Classes, Tensor | None]:
+    def _find_classes(self, scores: Tensor) -> tuple[Classes, Tensor | None]:
         """The classes that scores or ids predict, and how confidently."""
         predicted = (
             classes_of_scores(scores, 0.5 if self._probabilities else 0.0) if self._binary else classes_of(scores)
         )
-        tells = scores.is_floating_point() and "confidence" not in self._doubts
-        return predicted, confidence_of(scores, self._probabilities) if tells else None
+        has_confidence = scores.is_floating_point() and "confidence" not in self._doubts
+        return predicted, confidence_of(scores, self._probabilities) if has_confidence else None
 
     def _find_query_mask(self, step: Step) -> Tensor | None:
-        place = told_place(self._settings["query_mask"])
+        place = named_place(self._settings["query_mask"])
         if place is None:
             return None
         mask = place.read(step)
@@ -288,11 +288,11 @@ class LabelFinder:
 
     @property
     def has_several(self) -> bool:
-        """Whether targets that looked like classes turned out to be several labels at once. A GPU waits for it."""
+        """Whether targets that looked like classes turned out to be several labels at once. Waits for the device."""
         return self._several is not None and bool(self._several)
 
     def drop_targets(self) -> str:
-        """Stop using targets as classes that are none; says why."""
+        """Stop using targets that are no classes; gives the reason as a message."""
         place = (self._places or {}).get("targets")
         name = "targets" if place is None else place.name
         reason = (
@@ -316,18 +316,18 @@ class LabelFinder:
             found = found[None]
         count = _count(found)
         if found is not None and count == step.samples:
-            self._seen.add(what)
+            self._found.add(what)
             return found if isinstance(found, Tensor) else list(found)
         setting = self._settings[what]
-        if setting is None or what in self._seen:
+        if setting is None or what in self._found:
             return None
         if found is None:
-            raise DiscoveryError(f"No {_NAMES[what]}s: {say_setting(setting)} gave nothing. {step}")
+            raise DiscoveryError(f"No {_NAMES[what]}s: {describe_setting(setting)} gave nothing. {step}")
         got = describe(found) if count is None else count
         raise ShapeError(f"Expected a {_NAMES[what]} for each of {step.samples} samples; got {got}.")
 
-    def _look(self, step: Step) -> dict[str, Place | None]:
-        places = {what: told_place(setting) for what, setting in self._settings.items()}
+    def _find_places(self, step: Step) -> dict[str, Place | None]:
+        places = {what: named_place(setting) for what, setting in self._settings.items()}
         if self._settings["predictions"] is None:
             places["predictions"] = guess_predictions(step)
         scores = None if places["predictions"] is None else places["predictions"].read(step)
@@ -335,7 +335,7 @@ class LabelFinder:
         if self._settings["targets"] is None:
             places["targets"] = guess_targets(step, scores)
             if places["targets"] is None:
-                self._doubts |= misfits(step)
+                self._doubts |= find_misfits(step)
         labels = None if places["targets"] is None else places["targets"].read(step)
         if isinstance(labels, Tensor) and not self._binary:
             self._one_hot = are_rows(labels, step.samples) and are_one_hot(labels)
@@ -343,13 +343,13 @@ class LabelFinder:
             if self._settings[what] is None:
                 place = guess_ids(step, what)
                 places[what] = place if place is not None and _count(place.read(step)) == step.samples else None
-        several = self._say_several(scores, places["targets"], step)
+        several = self._describe_several_labels(scores, places["targets"], step)
         if several:
             self._doubts |= {"predictions": several, "targets": several}
             self.are_several, self._one_hot = True, False
             return places | dict.fromkeys(("predictions", "targets"))
         if places["predictions"] is not None and isinstance(scores, Tensor):
-            self._doubts |= self._decide(scores, places["predictions"], places["targets"], step)
+            self._doubts |= self._find_doubts(scores, places["predictions"], places["targets"], step)
         if "predictions" in self._doubts:
             if self._settings["predictions"] is not None:
                 raise ShapeError(f"{self._doubts['predictions']} {step}")
@@ -358,15 +358,15 @@ class LabelFinder:
             self._binary = are_binary_labels(labels, step.samples, self._settings["targets"] is None)
         return places
 
-    def _say_several(self, scores: Any, targets: Place | None, step: Step) -> str:
-        """Why a first batch is one of several labels at once; "" where nothing says so."""
+    def _describe_several_labels(self, scores: Any, targets: Place | None, step: Step) -> str:
+        """Why a first batch seems to have several labels at once; "" without evidence."""
         classes = scores.shape[1] if are_rows(scores, step.samples) and scores.is_floating_point() else None
         labels = None if targets is None else targets.read(step)
         rows = isinstance(labels, Tensor) and are_rows(labels, step.samples)
         if isinstance(labels, Tensor) and rows and classes in (None, labels.shape[1]) and are_several(labels):
             found = targets
         else:
-            found = several_labels(step, classes) if classes and targets is None else None
+            found = find_several_labels(step, classes) if classes and targets is None else None
         if found is not None:
             why = f"{found.name} has rows of numbers from 0 to 1 that do not sum to 1"
         elif classes and targets is None and self._settings["predictions"] is None and step.loss_of_several:
@@ -378,8 +378,8 @@ class LabelFinder:
             "there are no classes, confidences and outcomes."
         )
 
-    def _decide(self, scores: Tensor, place: Place, targets: Place | None, step: Step) -> dict[str, str]:
-        """Decide what the scores of a first batch are; what cannot be told is returned."""
+    def _find_doubts(self, scores: Tensor, place: Place, targets: Place | None, step: Step) -> dict[str, str]:
+        """Decide what the scores of a first batch are; gives what stays in doubt, and why."""
         if not self._binary:
             scale = scores.dim() == 2 and scores.is_floating_point()
             self._probabilities = scale and are_probabilities(scores)
@@ -429,13 +429,11 @@ class LabelFinder:
         found = self._at(place, what, step)
         fitting = self._fitting(found, step.samples)
         if not first and fitting is None and (found is None or self._settings[what] is None):
-            if what not in self._told:
-                self._told.add(what)
-                warnings.warn(
+            if what not in self._warned:
+                self._warned.add(what)
+                warn(
                     f"A step has no {what} in {place.name}, where the first step had them, so its samples have no "
-                    f"class or outcome. This is said once. {step}",
-                    XAttnWarning,
-                    stacklevel=4,
+                    f"class or outcome. {step}"
                 )
             return None
         if not isinstance(found, Tensor):
@@ -448,7 +446,7 @@ class LabelFinder:
         return fitting.detach().to(step.device, non_blocking=True)
 
     def _fitting(self, found: Any, samples: int) -> Tensor | None:
-        """Ids or scores of so many samples, in one of the forms that are understood; None of anything else."""
+        """Ids or scores of this number of samples, in one of the forms that are understood; None of anything else."""
         # A model that squeezes its output takes the axis of a single sample off.
         for values in (found, found[None]) if samples == 1 and isinstance(found, Tensor) else (found,):
             single = self._binary and are_single(values, samples)

@@ -78,24 +78,24 @@ class Place:
     key: str | int | None = None
 
 
-def told_place(setting: LabelSetting) -> Place | None:
-    """Where a setting says; None if it says nothing."""
+def named_place(setting: LabelSetting) -> Place | None:
+    """The place that a setting names; None without one."""
     if setting is None:
         return None
     if callable(setting):
         if _takes_forward(setting):
-            return Place(say_setting(setting), lambda step: setting(step.outputs, step.batch, step.forward))
-        return Place(say_setting(setting), lambda step: setting(step.outputs, step.batch))
+            return Place(describe_setting(setting), lambda step: setting(step.outputs, step.batch, step.forward))
+        return Place(describe_setting(setting), lambda step: setting(step.outputs, step.batch))
 
     def by_key(step: Step) -> Any:
         holders = (step.outputs, step.batch, step.forward)
         return next((held[setting] for held in holders if isinstance(held, Mapping) and setting in held), None)
 
-    return Place(say_setting(setting), by_key, setting)
+    return Place(describe_setting(setting), by_key, setting)
 
 
 def check_label_setting(name: str, setting: LabelSetting) -> None:
-    """Refuse what does not say where labels are.
+    """Refuse settings that name no place for labels.
 
     Raises
     ------
@@ -130,12 +130,12 @@ def _takes_forward(function: Callable[..., Any]) -> bool:
     return len(needed) == 3 or any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters)
 
 
-def say_setting(setting: LabelSetting) -> str:
+def describe_setting(setting: LabelSetting) -> str:
     """A setting in words."""
     return f"the key '{setting}'" if isinstance(setting, str) else "the callable"
 
 
-def _keyed(step: Step, sources: tuple[str, ...], keys: tuple[str, ...]) -> Iterator[Place]:
+def _find_usual_keys(step: Step, sources: tuple[str, ...], keys: tuple[str, ...]) -> Iterator[Place]:
     """The places under a usual key, in the order of sources and keys."""
     for source in sources:
         holder = getattr(step, source)
@@ -144,7 +144,7 @@ def _keyed(step: Step, sources: tuple[str, ...], keys: tuple[str, ...]) -> Itera
                 yield Place(f"{source}['{key}']", _reader(source, key), key)
 
 
-def _items(step: Step, source: str) -> list[Place]:
+def _list_items(step: Step, source: str) -> list[Place]:
     """The items of a tuple or list, or the thing itself."""
     holder = getattr(step, source)
     if isinstance(holder, (tuple, list)):
@@ -152,12 +152,12 @@ def _items(step: Step, source: str) -> list[Place]:
     return [Place(source, attrgetter(source))]
 
 
-def places_of(step: Step, source: str) -> list[Place]:
+def list_places(step: Step, source: str) -> list[Place]:
     """Every item of a mapping, tuple or list, or the thing itself."""
     holder = getattr(step, source)
     if isinstance(holder, Mapping):
         return [Place(f"{source}['{key}']", _reader(source, key), key) for key in holder]
-    return _items(step, source)
+    return _list_items(step, source)
 
 
 def _reader(source: str, key: str | int) -> Callable[[Step], Any]:
@@ -170,15 +170,15 @@ def _reader(source: str, key: str | int) -> Callable[[Step], Any]:
 
 def guess_predictions(step: Step) -> Place | None:
     """Where a step has predictions; None where nothing, or more than one thing, can be meant."""
-    keyed = next(_keyed(step, ("outputs",), PREDICTION_KEYS), None)
+    keyed = next(_find_usual_keys(step, ("outputs",), PREDICTION_KEYS), None)
     if keyed is not None:
         # Named as predictions: if these do not fit, nothing else is meant.
         value = keyed.read(step)
         return keyed if are_predictions(value, step.samples) or are_single_scores(value, step.samples) else None
     for candidates in (
-        _items(step, "outputs"),
-        list(_keyed(step, ("forward",), PREDICTION_KEYS))[:1],
-        _items(step, "forward"),
+        _list_items(step, "outputs"),
+        list(_find_usual_keys(step, ("forward",), PREDICTION_KEYS))[:1],
+        _list_items(step, "forward"),
     ):
         for fits in (are_predictions, are_single_scores):
             fitting = [place for place in candidates if fits(place.read(step), step.samples)]
@@ -200,39 +200,39 @@ def guess_targets(step: Step, scores: Any) -> Place | None:
             are_rows(value, step.samples) and value.shape[1] == (classes or value.shape[1]) and are_shares(value)
         )
 
-    keyed = next(_keyed(step, ("outputs", "batch"), TARGET_KEYS), None)
+    keyed = next(_find_usual_keys(step, ("outputs", "batch"), TARGET_KEYS), None)
     if keyed is not None:
         return keyed if fits(keyed.read(step)) else None
-    fitting = [place for place in _items(step, "batch") if fits(place.read(step))]
+    fitting = [place for place in _list_items(step, "batch") if fits(place.read(step))]
     return fitting[0] if len(fitting) == 1 else None
 
 
-def several_labels(step: Step, classes: int) -> Place | None:
-    """Where a step without targets has several labels at once for so many classes; None where it has none."""
+def find_several_labels(step: Step, classes: int) -> Place | None:
+    """Where a step without targets has several labels at once for this number of classes; None where it has none."""
 
     def fits(value: Any) -> bool:
         return are_rows(value, step.samples) and value.shape[1] == classes and are_several(value)
 
-    keyed = next(_keyed(step, ("outputs", "batch"), TARGET_KEYS), None)
-    places = [keyed] if keyed is not None else _items(step, "batch")
+    keyed = next(_find_usual_keys(step, ("outputs", "batch"), TARGET_KEYS), None)
+    places = [keyed] if keyed is not None else _list_items(step, "batch")
     return next((place for place in places if fits(place.read(step))), None)
 
 
 def guess_ids(step: Step, what: str) -> Place | None:
     """Where a step has "sample_ids" or "groups"."""
-    return next(_keyed(step, ("batch", "outputs"), ID_KEYS[what]), None)
+    return next(_find_usual_keys(step, ("batch", "outputs"), ID_KEYS[what]), None)
 
 
-def misfits(step: Step) -> dict[str, str]:
-    """What may have been meant as targets and has another length than there are samples.
+def find_misfits(step: Step) -> dict[str, str]:
+    """A doubt about targets that have another length than there are samples; empty without one.
 
     Raises
     ------
     DiscoveryError
         If there are as many as tokens: then the attention goes from sample to sample.
     """
-    keyed = list(_keyed(step, ("outputs", "batch"), TARGET_KEYS))
-    items = [place for place in _items(step, "batch") if _are_whole_numbers(place.read(step))]
+    keyed = list(_find_usual_keys(step, ("outputs", "batch"), TARGET_KEYS))
+    items = [place for place in _list_items(step, "batch") if _are_whole_numbers(place.read(step))]
     for place in keyed + items:
         value = place.read(step)
         if isinstance(value, Tensor) and value.dim() and len(value) != step.samples:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_xattn.capture.labels.places import Place, Step, places_of
+from lightning_xattn.capture.labels.places import Place, Step, list_places
 from lightning_xattn.capture.labels.tensors import (
     Classes,
     are_probabilities,
@@ -41,13 +41,13 @@ class Scores:
         """The probabilities."""
         return self.values if self.are_probabilities else self.values.softmax(1)
 
-    def info(self, predicted: Tensor, confidence: Tensor | None) -> bool:
+    def agree_with(self, predicted: Tensor, confidence: Tensor | None) -> bool:
         """Whether these classes were predicted, with this confidence where it is known. Looks at the values."""
         top, classes = self.probabilities.to(predicted.device).max(1)
-        told = (classes == predicted) | (predicted < 0)
+        agrees = (classes == predicted) | (predicted < 0)
         if confidence is not None:
-            told &= ((top - confidence).abs() < CLOSE) | confidence.isnan()
-        return bool(told.all())
+            agrees &= ((top - confidence).abs() < CLOSE) | confidence.isnan()
+        return bool(agrees.all())
 
 
 ReadScores = Callable[[Step, Tensor | None], Scores | None]
@@ -66,9 +66,9 @@ def find_scores(step: Step, predictions: Tensor, predicted: Classes, confidence:
     predictions
         Its predictions: scores or class ids.
     predicted, confidence
-        What they say; the scores must agree with it, and be clear by themselves where there is no confidence.
+        Their classes; the scores must agree with them, and be clear by themselves where there is no confidence.
     """
-    for place in (*places_of(step, "forward"), *places_of(step, "outputs"), None):
+    for place in (*list_places(step, "forward"), *list_places(step, "outputs"), None):
         found = predictions if place is None else place.read(step)
         if confidence is None and not are_clear(found, step.samples):
             continue
@@ -77,7 +77,7 @@ def find_scores(step: Step, predictions: Tensor, predicted: Classes, confidence:
             fits = predicted.n_classes in (None, classes) and (
                 not scores.are_probabilities or are_probabilities(scores.values)
             )
-            if fits and predicted.ids is not None and scores.info(predicted.ids, confidence):
+            if fits and predicted.ids is not None and scores.agree_with(predicted.ids, confidence):
                 return partial(_read, place, classes, scores.are_probabilities)
     return None
 

@@ -14,7 +14,7 @@ UNLABELLED = (-1, -100)
 
 
 class Classes(NamedTuple):
-    """What a tensor of scores or labels says of each sample.
+    """The classes of samples by a tensor of scores or labels.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ def are_single_scores(value: Any, samples: int) -> bool:
 def are_binary_labels(value: Any, samples: int, guessed: bool) -> bool:
     """Labels of two classes, 0 and 1, of any type; ``UNLABELLED`` ones too. Looks at the values.
 
-    Where -1 and 1 occur but no 0, -1 may be the other class: such labels are not taken. Floating numbers that are
+    Where -1 and 1 occur but no 0, -1 may be the other class: such labels are refused. Floating numbers that are
     merely guessed to be labels must show both classes, as those to regress may all be 0.
     """
     if not are_single(value, samples):
@@ -126,7 +126,7 @@ def classes_of_labels(values: Tensor) -> Classes:
 def confidence_of(scores: Tensor, probabilities: bool) -> Tensor:
     """Probability of the predicted class, of scores ``(batch, classes)``, or single ones of class 1.
 
-    NaN where scores that are said to be probabilities are none.
+    NaN where ``probabilities`` are none.
     """
     tolerance = row_sum_tolerance(scores.dtype)
     scores = scores.float()

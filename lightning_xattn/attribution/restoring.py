@@ -1,4 +1,4 @@
-"""Run a model once more, and leave it as it was."""
+"""Run a model once more, and restore its state."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lightning_xattn.capture.wrappers import run_uncompiled
 
 
 @contextmanager
-def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module run another forward."""
+def replacing_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """In the block a module runs another forward."""
     own = vars(module).get("forward")
     vars(module)["forward"] = forward
     try:
@@ -30,7 +30,7 @@ def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Non
 
 
 @contextmanager
-def left_as_it_was(state: ModelState, with_hooks: bool) -> Iterator[None]:
+def restoring_state(state: ModelState, with_hooks: bool) -> Iterator[None]:
     """Put a model's state back however the block ends. In the block nothing is logged, compiled or differentiated.
 
     Torch's random generators begin at the same seed in each such block.
@@ -61,17 +61,17 @@ def left_as_it_was(state: ModelState, with_hooks: bool) -> Iterator[None]:
                     vars(one)["log"] = vars(one)["log_dict"] = lambda *args, **kwargs: None
             yield
     except Exception:
-        _put_back(everywhere, state)
+        _restore_all(everywhere, state)
         raise
     except BaseException:  # an interrupt, which must not be lost behind what cannot be put back
         with suppress(RuntimeError):
-            _put_back(everywhere, state)
+            _restore_all(everywhere, state)
         raise
     else:
-        _put_back(everywhere, state)
+        _restore_all(everywhere, state)
 
 
-def _put_back(books: Sequence[tuple[dict[Any, Any], dict[Any, Any]]], state: ModelState) -> None:
+def _restore_all(books: Sequence[tuple[dict[Any, Any], dict[Any, Any]]], state: ModelState) -> None:
     for book, before in books:
         book.clear()
         book.update(before)

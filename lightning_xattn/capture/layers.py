@@ -1,4 +1,4 @@
-"""Which modules attend across modalities, and in which direction: as told, or from their names."""
+"""The layers whose modules attend across modalities, found by the setting or by the modules' names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_xattn.capture.joint import JointSequence
-from lightning_xattn.capture.sources import AttentionSetting, Layer, Source, as_names, check_attention
+from lightning_xattn.capture.sources import AttentionSetting, Layer, Source, as_tuple, check_attention
 from lightning_xattn.capture.wrappers import find_module, plain_path, scripted_modules
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import DiscoveryError, SettingError
@@ -28,7 +28,7 @@ def locate_attention(root: nn.Module, attention: AttentionSetting | None = None)
     Parameters
     ----------
     root
-        The model; paths are seen from here, with or without what wrappers add to them.
+        The model; paths start here, with or without what wrappers add to them.
     attention
         See ``AttentionSetting``; None: every ``nn.MultiheadAttention`` with a direction ``<a>_to_<b>`` in its path,
         paired with the one in whose path ``a`` and ``b`` change places.
@@ -36,13 +36,13 @@ def locate_attention(root: nn.Module, attention: AttentionSetting | None = None)
     Returns
     -------
     tuple of Layer
-        In the order of the modules; empty when nothing was told and no name tells a direction, so that only a pass
-        through the model can.
+        In the order of the modules; empty without a setting and without a name that holds a direction: then only
+        a pass through the model can show them.
 
     Raises
     ------
     DiscoveryError
-        If a path names no module, or one that cannot be watched, as TorchScript cannot; the message lists every
+        If a path names no module, or one that cannot be hooked, such as TorchScript; the message lists every
         attention module there is.
     SettingError
         If ``attention`` is malformed.
@@ -86,11 +86,11 @@ def _named_layers(root: nn.Module, attention: AttentionSetting) -> list[Layer]:
     assert not isinstance(attention, JointSequence)
     sources = {
         Direction.parse(name): [
-            source for named in as_names(value) for source in _expand(root, Source.parse(named), name)
+            source for named in as_tuple(value) for source in _expand(root, Source.parse(named), name)
         ]
         for name, value in attention.items()
     }
-    _take_turns(root, sources)
+    _number_turns(root, sources)
     layers = []
     while sources:
         direction = next(iter(sources))
@@ -152,7 +152,7 @@ def _attention_in(root: nn.Module, path: str, joint: bool) -> list[str]:
     return [parent if isinstance(root.get_submodule(parent), nn.TransformerEncoderLayer) else path]
 
 
-def _take_turns(root: nn.Module, sources: dict[Direction, list[Source]]) -> None:
+def _number_turns(root: nn.Module, sources: dict[Direction, list[Source]]) -> None:
     """A module that is named for several directions computes them in this order, one run after the other."""
     users: dict[nn.Module, list[tuple[Direction, int]]] = defaultdict(list)
     for direction, of_direction in sources.items():
@@ -163,7 +163,7 @@ def _take_turns(root: nn.Module, sources: dict[Direction, list[Source]]) -> None
         same = [sources[direction][i].path for direction, i in directions]
         if len({direction for direction, _ in directions}) < len(directions):
             raise DiscoveryError(
-                f"{' and '.join(same)} are one module, which several layers share; its runs cannot be told apart. Name "
+                f"{' and '.join(same)} are one module, which several layers share, so its runs are mixed up. Name "
                 "it once, for its first run, or give a callable for each layer."
             )
         for turn, (direction, i) in enumerate(directions):
@@ -222,7 +222,7 @@ class _Site:
 
     @property
     def direction(self) -> Direction | None:
-        """The direction that the name tells by itself, without what attention modules are usually called."""
+        """The direction in the name itself, without what attention modules are usually called."""
         try:
             return Direction.parse(_DECORATION.sub("", f"{self.left}_to_{self.right}").strip("_"))
         except SettingError:

@@ -55,7 +55,7 @@ def describe_kind(tensor: Tensor) -> str:
     return unreadable_kind(tensor) or f"a {type(tensor).__name__}"
 
 
-def plain(tensor: Tensor) -> Tensor:
+def to_plain_tensor(tensor: Tensor) -> Tensor:
     """The numbers of what a function has given, detached and without the class around them.
 
     Raises

@@ -1,4 +1,4 @@
-"""The tensors among a module's arguments: which there are, and how to put others in their places."""
+"""What a module was called with: the tensors among its arguments, their names, and other tensors in their places."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 Path = tuple[int | str, ...]
-"""An argument's position or keyword, and the keys that lead from there to a tensor in a dict, list or tuple."""
+"""The keys that lead to a tensor through dicts, lists and tuples; of a call an argument's position or keyword first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,17 +29,15 @@ class Call:
 
     def tensors(self) -> Iterator[tuple[Path, Tensor]]:
         """Every tensor among the arguments, and in their dicts, lists and tuples."""
-        for i, value in enumerate(self.args):
-            yield from _tensors((i,), value)
-        for name, value in self.kwargs.items():
-            yield from _tensors((name,), value)
+        yield from find_tensors(self.args)
+        yield from find_tensors(self.kwargs)
 
     def replaced(self, tensors: Mapping[Path, Tensor]) -> Call:
         """The same call with other tensors at some places; what holds them is copied."""
         args, kwargs = list(self.args), dict(self.kwargs)
         for (first, *keys), tensor in tensors.items():
             holder: Any = args if isinstance(first, int) else kwargs
-            holder[first] = _put(holder[first], keys, tensor)
+            holder[first] = _replace_tensor(holder[first], keys, tensor)
         return Call(tuple(args), kwargs)
 
     def copied(self, paths: Mapping[Path, Any] | set[Path]) -> Call:
@@ -47,8 +45,32 @@ class Call:
         return self.replaced({path: self[path].clone() for path in paths})
 
 
-def label_of(module: nn.Module, path: Path) -> str:
-    """What a tensor among a module's arguments is called: the parameter's name, and the last key where there is one."""
+def find_tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """Every tensor in a value and its dicts, lists and tuples, each with the keys that lead to it.
+
+    Not by ``torch.utils._pytree``: it raises at a class that is registered without its keys, as the outputs of Hugging
+    Face's models are, and passes by mappings that are not registered at all.
+    """
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from find_tensors(item, (*path, key))
+
+
+def _replace_tensor(value: Any, keys: list[int | str], tensor: Tensor) -> Any:
+    if not keys:
+        return tensor
+    key, *others = keys
+    if isinstance(value, Mapping):
+        return {**value, key: _replace_tensor(value[key], others, tensor)}
+    items = list(value)
+    items[key] = _replace_tensor(items[key], others, tensor)  # type: ignore[index]  # of a list or tuple it is a number
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def name_argument(module: nn.Module, path: Path) -> str:
+    """The name of a tensor among a module's arguments: the parameter's, and the keys that lead to it from there."""
     first, *keys = path
     if isinstance(first, int):
         # A functools.partial, a scripted module and the like may have no signature.
@@ -60,25 +82,3 @@ def label_of(module: nn.Module, path: Path) -> str:
     else:
         name = first
     return ".".join([name, *(str(key) for key in keys)])
-
-
-def _tensors(path: Path, value: Any) -> Iterator[tuple[Path, Tensor]]:
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _tensors((*path, key), item)
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from _tensors((*path, i), item)
-
-
-def _put(value: Any, keys: list[int | str], tensor: Tensor) -> Any:
-    if not keys:
-        return tensor
-    key, *others = keys
-    if isinstance(value, Mapping):
-        return {**value, key: _put(value[key], others, tensor)}
-    items = list(value)
-    items[key] = _put(items[key], others, tensor)  # type: ignore[index]  # of a list or tuple it is a number
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -1,10 +1,9 @@
-"""What is attention to tokens and what its axes are, as far as the tokens show that its module got."""
+"""Which softmaxes and kernels are attention to tokens, and what their axes are, by the tokens that a module got."""
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -12,26 +11,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_xattn.capture.attention_mode import Run
-from lightning_xattn.capture.masks import RecordedWeights, apart_from_padding
+from lightning_xattn.capture.calls import Path, find_tensors, name_argument
+from lightning_xattn.capture.masks import RecordedWeights, separate_padding
 from lightning_xattn.capture.memory import has_address
 from lightning_xattn.capture.readers import Event
-
-Item = tuple[str | int, ...]
 
 _HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "nhead", "nheads", "heads", "num_attention_heads", "head_num")
 
 
-def tensors_in(output: Any, item: Item = ()) -> Iterator[tuple[Item, Tensor]]:
-    """Every tensor of an output that has a place in memory, with the keys that lead to it."""
-    if isinstance(output, Tensor):
-        if has_address(output):
-            yield item, output
-    elif isinstance(output, (Mapping, tuple, list)):
-        for key, value in output.items() if isinstance(output, Mapping) else enumerate(output):
-            yield from tensors_in(value, (*item, key))
+def find_readable_tensors(value: Any) -> dict[Path, Tensor]:
+    """The tensors in a value that have numbers in memory, by the keys that lead to them."""
+    return {path: tensor for path, tensor in find_tensors(value) if has_address(tensor)}
 
 
-def token_inputs(run: Run, shape: Sequence[int]) -> list[Tensor]:
+def find_token_inputs(run: Run, shape: Sequence[int]) -> list[Tensor]:
     """Those of a module's inputs that may be tokens: floating, with three axes or more, and no scores or masks.
 
     ``shape`` is that of its attention, ``(..., queries, keys)``.
@@ -39,7 +32,7 @@ def token_inputs(run: Run, shape: Sequence[int]) -> list[Tensor]:
     scores = {tuple(shape), (shape[0], *shape[2:]) if shape[1] == 1 else None}
     tensors = [
         value
-        for _, value in tensors_in((run.args, run.kwargs))
+        for value in find_readable_tensors((run.call.args, run.call.kwargs)).values()
         if value.is_floating_point() and value.dim() > 2 and tuple(value.shape) not in scores
     ]
     masks = (tuple(shape[-2:]), (1, shape[-1]))
@@ -47,13 +40,9 @@ def token_inputs(run: Run, shape: Sequence[int]) -> list[Tensor]:
     return [one for one in tensors if one.shape[-2:] not in masks] or [one for one in tensors if one.dim() == 3]
 
 
-def arguments_of(run: Run) -> list[tuple[str, Tensor]]:
+def named_arguments(run: Run) -> list[tuple[str, Tensor]]:
     """The tensors that a module got, by the names that its ``forward`` gives them."""
-    try:
-        bound = inspect.signature(run.module.forward).bind_partial(*run.args, **run.kwargs).arguments
-    except (TypeError, ValueError):  # a forward without a signature
-        bound = dict(run.kwargs)
-    return [(f"{item[0]}" + "".join(f"[{key}]" for key in item[1:]), tensor) for item, tensor in tensors_in(bound)]
+    return [(name_argument(run.module, path), one) for path, one in run.call.tensors() if has_address(one)]
 
 
 @dataclass(frozen=True)
@@ -76,7 +65,7 @@ class Tokens:
     @classmethod
     def of(cls, run: Run, shape: Sequence[int]) -> Tokens:
         """The tokens of a module whose attention has this shape, ``(..., queries, keys)``."""
-        tokens = next((found for outer in run.outwards() if (found := token_inputs(outer, shape))), [])
+        tokens = next((found for outer in run.outwards() if (found := find_token_inputs(outer, shape))), [])
         sequences = list({value.data_ptr(): value for value in tokens if value.dim() == 3}.values())
         maps = [value.shape for value in tokens if value.dim() > 3]
         batches = {len(value) for value in tokens}
@@ -99,7 +88,7 @@ class Tokens:
         return {*shape[-2:]} <= {*self.counts, *self.elsewhere}
 
 
-def candidates_of(run: Run, across: bool) -> list[Event]:
+def find_candidates(run: Run, across: bool) -> list[Event]:
     """Those of the softmaxes and kernels in a run that may be attention to tokens.
 
     ``across``: attention from one sequence to another is meant, so what surely attends within one is left out, unless
@@ -119,13 +108,13 @@ def candidates_of(run: Run, across: bool) -> list[Event]:
 def describe_event(event: Event, run: Run) -> str:
     """The shape of an attention, and which tokens ask which, as far as numbers of tokens tell."""
     queries, keys = event.shape[-2], event.shape[-1] - event.extra_keys
-    who = f"{queries} queries{_whose(queries, run)} ask {keys} keys{_whose(keys, run)}"
+    who = f"{queries} queries{_name_tokens(queries, run)} ask {keys} keys{_name_tokens(keys, run)}"
     return f"{event.shape}: {who}" + (f" (cannot be read: {event.problem})" if event.problem else "")
 
 
-def _whose(count: int, run: Run) -> str:
-    """The argument with so many tokens, if it is one."""
-    found = {t.data_ptr(): name for name, t in reversed(arguments_of(run)) if t.dim() == 3 and t.shape[1] == count}
+def _name_tokens(count: int, run: Run) -> str:
+    """The argument with this number of tokens, if it is one."""
+    found = {t.data_ptr(): name for name, t in reversed(named_arguments(run)) if t.dim() == 3 and t.shape[1] == count}
     return f" ({found.popitem()[1]})" if len(found) == 1 else ""
 
 
@@ -139,12 +128,12 @@ class Axes:
     """Whether the samples lie within a head."""
 
     def apply(self, recorded: RecordedWeights) -> RecordedWeights:
-        """The attention as ``(batch, heads, queries, keys)``, with padding told apart from other masks.
+        """The attention as ``(batch, heads, queries, keys)``, with a key mask for padding apart from other masks.
 
         Those of ``F.multi_head_attention_forward`` are apart already.
         """
         if recorded.weights.dim() == 4:
-            return apart_from_padding(recorded)
+            return separate_padding(recorded)
 
         def unfold(tensor: Tensor) -> Tensor:
             if self.heads is None or len(tensor) == 1:
@@ -154,13 +143,13 @@ class Axes:
 
         visible = None if recorded.visible is None else unfold(recorded.visible)
         unfolded = replace(recorded, weights=unfold(recorded.weights), visible=visible, one_head=self.heads is None)
-        return apart_from_padding(unfolded)
+        return separate_padding(unfolded)
 
 
-def axes_of(shape: Sequence[int], run: Run, event: Event | None = None) -> Axes | str:
+def find_axes(shape: Sequence[int], run: Run, event: Event | None = None) -> Axes | str:
     """What the axes of an attention are, or why that is in doubt, as a clause.
 
-    Rows of three axes are samples and heads if both were seen to be folded into them, and nothing says otherwise.
+    Rows of three axes are samples and heads if both were folded into them, and no other evidence contradicts.
     ``event`` is what computed it; None of weights that are returned.
     """
     tokens = Tokens.of(run, shape)
@@ -168,25 +157,25 @@ def axes_of(shape: Sequence[int], run: Run, event: Event | None = None) -> Axes 
         return _doubt(shape, tokens, event is not None and event.by != "softmax") or Axes()
     rows = shape[0]
     known = [count for count in (tokens.batch, tokens.sequence_first) if count is not None]
-    own = head_count(run)
+    own = find_head_count(run)
     folded = {} if event is None else event.folded
     heads_first, heads = next(iter(folded.items())) if len(folded) == 1 else (False, None)
-    said_so = own == heads or (own is None and tokens.are_asked_by(shape))
-    if heads and said_so and rows % heads == 0 and rows // heads in known:
+    agrees = own == heads or (own is None and tokens.are_asked_by(shape))
+    if heads and agrees and rows % heads == 0 and rows // heads in known:
         return Axes(heads, heads_first)
     if not known or rows in known:
         return Axes()
-    said = "does not say how many heads it has" if own is None else f"says that it has {own} heads"
-    order = "it was seen in which order" if heads else "it was not seen in which order"
+    has = "no attribute for its number of heads" if own is None else f"{own} heads by its attribute"
+    order = "is known" if heads else "is not known"
     return (
         f"its first axis seems to hold more than the {known[0]} samples: heads, windows or frames. It has {rows} rows, "
-        f"the module got {' or '.join(str(count) for count in dict.fromkeys(known))} samples and {said}, and {order} "
-        "they are folded"
+        f"the module got {' or '.join(str(count) for count in dict.fromkeys(known))} samples and has {has}, and the "
+        f"order in which they are folded {order}"
     )
 
 
 def _doubt(shape: Sequence[int], tokens: Tokens, surely_keys: bool) -> str | None:
-    """Why axes seem not to be ``(batch, heads, queries, keys)``; None: nothing says so."""
+    """Why axes seem not to be ``(batch, heads, queries, keys)``; None: no evidence."""
     rows, heads, queries, keys = shape
     if tokens.batch not in (None, rows) and tokens.sequence_first != rows:
         if heads == tokens.batch:
@@ -201,16 +190,16 @@ def _doubt(shape: Sequence[int], tokens: Tokens, surely_keys: bool) -> str | Non
     return None
 
 
-def head_count(run: Run) -> int | None:
-    """How many heads a module says that it has, or the one number that modules in it or around it say."""
+def find_head_count(run: Run) -> int | None:
+    """The number of heads by a module's attributes, or by those of the modules in it or around it."""
     for outer in run.outwards():
         # A module's own word counts before that of those in it.
         for modules in ((outer.module,), outer.module.modules()):
-            if counts := {_said(module) for module in modules} - {None}:
+            if counts := {_own_head_count(module) for module in modules} - {None}:
                 return counts.pop() if len(counts) == 1 else None
     return None
 
 
-def _said(module: nn.Module) -> int | None:
+def _own_head_count(module: nn.Module) -> int | None:
     counts = (vars(module).get(name) for name in _HEAD_COUNTS)
     return next((count for count in counts if isinstance(count, int) and not isinstance(count, bool)), None)

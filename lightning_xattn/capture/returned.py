@@ -1,4 +1,4 @@
-"""Weights that a module returned or a callable gave: what is refused, what zeros mean, which masks go with them."""
+"""Weights that a module or a callable returns: which are refused, what zeros mean, which masks go with them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_xattn.capture.kinds import describe_kind, is_plain
 from lightning_xattn.capture.masks import (
     RecordedWeights,
-    apart_from_padding,
-    keys_with_weight,
-    seen_by_both,
-    zeros_are_a_mask,
+    are_zeros_a_mask,
+    find_weighted_keys,
+    intersect_masks,
+    separate_padding,
 )
 from lightning_xattn.capture.sources import SET_IT_ASIDE
+from lightning_xattn.capture.tensor_kinds import describe_kind, is_plain
 from lightning_xattn.core.attention import row_sum_tolerance
 from lightning_xattn.core.errors import ShapeError
 
@@ -70,40 +70,40 @@ def looks_like_attention(tensor: Tensor) -> bool:
     return bool(sound.all() and (sums > 0).any() and not (tensor < 0).any())
 
 
-def zeros_hide(weights: Tensor, who: str, info: Callable[[str], None]) -> bool:
+def find_whether_zeros_hide(weights: Tensor, who: str, notify: Callable[[str], None]) -> bool:
     """Whether weights of exactly 0 are hidden keys, of which the masks are not known. Looks at the values."""
-    if weights.dtype == torch.float16 or zeros_are_a_mask(weights):
+    if weights.dtype == torch.float16 or are_zeros_a_mask(weights):
         return weights.dtype != torch.float16
     if weights.shape[1] == 1:  # of several heads it shows that they leave out different keys
-        info(
+        notify(
             f"{who} one head, or an average, with weights of exactly 0 that differ from sample to sample and from "
-            "query to query. They are taken as weights, as of a sparse attention. If a mask hides these keys, name "
+            "query to query. They count as weights, as of a sparse attention. If a mask hides these keys, name "
             "the module whose softmax gives the weights."
         )
     return False
 
 
-def from_weights(recorded: RecordedWeights, masks: RecordedWeights | None, zeros_are_hidden: bool) -> RecordedWeights:
-    """Weights that were given, with ``masks``: what the softmax gave that they were made of; None if it was not seen.
+def combine_masks(recorded: RecordedWeights, masks: RecordedWeights | None, zeros_are_hidden: bool) -> RecordedWeights:
+    """Returned weights with ``masks``, those of the softmax that made them; None if it was not recorded.
 
-    Then keys to which a sample gives no weight at all are hidden (not so in float16, which rounds small weights to 0),
-    or, as ``zeros_hide`` says, all weights of exactly 0.
+    Without it those keys are hidden to which a sample gives no weight at all (not so in float16, which rounds small
+    weights to 0), or, where ``zeros_are_hidden``, all weights of exactly 0.
     """
     weights = recorded.weights
-    keys = keys_with_weight(weights)
+    keys = find_weighted_keys(weights)
     if masks is None:
         visible = (weights != 0).any(1, keepdim=True) if zeros_are_hidden else keys
-        return apart_from_padding(replace(recorded, visible=visible))
-    # A tensor, as a GPU would have to wait for a bool.
+        return separate_padding(replace(recorded, visible=visible))
+    # Kept as a tensor to avoid a device sync.
     kept = ((weights == masks.weights) | masks.weights.isnan()).all()
-    key_mask = seen_by_both(keys[:, 0, 0] | kept, masks.key_mask)
+    key_mask = intersect_masks(keys[:, 0, 0] | kept, masks.key_mask)
     # Rows that were set to 0 after the softmax.
     shown = (weights != 0).any(-1, keepdim=True) | (masks.weights == 0).all(-1, keepdim=True)
-    return replace(recorded, key_mask=key_mask, visible=seen_by_both(shown.expand_as(weights), masks.visible))
+    return replace(recorded, key_mask=key_mask, visible=intersect_masks(shown.expand_as(weights), masks.visible))
 
 
-def tell_the_same(tensor: Tensor, weights: Tensor) -> bool:
-    """Whether a tensor tells the same as weights, in another form, precision, or averaged over the heads."""
+def hold_same_weights(tensor: Tensor, weights: Tensor) -> bool:
+    """Whether a tensor holds these weights, in another form, precision, or averaged over the heads."""
     precision = max(1e-4, *(torch.finfo(kind.dtype).eps for kind in (tensor, weights)))
     return any(
         tensor.numel() == same.numel()
@@ -112,7 +112,7 @@ def tell_the_same(tensor: Tensor, weights: Tensor) -> bool:
     )
 
 
-def one_head(name: str, average: bool = False) -> str:
-    """What a user should know of attention without an axis for heads."""
+def describe_one_head(name: str, average: bool = False) -> str:
+    """The message about attention without an axis for heads."""
     remedy = " An average over heads has a larger entropy than the heads; record the heads if you can."
-    return f"'{name}' has no axis for heads: it is taken as one head, and its first axis as samples.{remedy * average}"
+    return f"'{name}' has no axis for heads: it counts as one head, and its first axis as samples.{remedy * average}"

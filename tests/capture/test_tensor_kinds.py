@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_xattn.capture import AttentionRecorder
-from lightning_xattn.capture.kinds import is_plain, unreadable_kind
 from lightning_xattn.capture.memory import has_address
-from lightning_xattn.capture.readers import Edit, reader_of
+from lightning_xattn.capture.readers import Edit, find_reader
+from lightning_xattn.capture.tensor_kinds import is_plain, unreadable_kind
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
 from lightning_xattn.functional import prepare_rows
 from tests import reference
@@ -198,7 +198,7 @@ class Edits(torch.overrides.TorchFunctionMode):
     scales = torch.rand(BATCH, TEXT)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        reader = reader_of(function)
+        reader = find_reader(function)
         return function(*args, **kwargs or {}) if reader is None else reader(function, args, kwargs or {}, self)
 
     def begin(self, event, asks):
