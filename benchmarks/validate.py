@@ -27,7 +27,7 @@ def one_batch(folder: Path) -> Any:
 
 
 def balanced(module: HMSLightningModule, batch: Any) -> HMSLightningModule:
-    """The same without a favourite class: of an untrained model else one class is all that is predicted."""
+    """The model without a favourite class; an untrained one would predict a single class for all."""
     last = module.model.classifier[-1]
     module.eval()
     with torch.no_grad():
@@ -36,7 +36,7 @@ def balanced(module: HMSLightningModule, batch: Any) -> HMSLightningModule:
 
 
 def validate(module: HMSLightningModule, batches: list[Any], contribution_samples: int | None) -> None:
-    """One validation epoch, with the callback (figures off) and as many contributions, or without it (None)."""
+    """Run a validation epoch with the callback, figures off; without it if ``contribution_samples`` is None."""
     settings = {"figures_every_n_epochs": 0, "contribution_samples": contribution_samples}
     callbacks = [] if contribution_samples is None else [AttentionExplainabilityCallback(**settings)]
     trainer = Trainer(
@@ -47,7 +47,7 @@ def validate(module: HMSLightningModule, batches: list[Any], contribution_sample
         accelerator="cpu",
         callbacks=callbacks,
     )
-    # Batches that exist already: what is measured is the model and the callback, not the loading.
+    # The batches exist already, so that the model and the callback are measured, not the loading.
     trainer.validate(module, DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch), verbose=False)
 
 

@@ -57,7 +57,7 @@ def test_positions_types_and_times_are_no_mask(name):
 
 @pytest.mark.parametrize("has_attention", [True, False])
 @pytest.mark.parametrize("label", ["left_mask", "left_padding_mask"])
-def test_attention_tells_which_of_a_masks_values_is_padding_and_else_its_name_does(label, has_attention, infos):
+def test_a_masks_padding_is_found_by_the_attention_or_else_by_its_name(label, has_attention, infos):
     """With attention the mask is hidden-is-True whatever its name; without, its name is believed, and that is said."""
 
     class Masked(Fusion if has_attention else Concatenation):
@@ -173,7 +173,7 @@ def test_contributions_to_a_value_have_a_size_and_no_share():
     assert math.isnan(summary.share("left").mean)
 
 
-def test_shares_of_what_is_not_clearly_there_are_not_told():
+def test_shares_of_an_unclear_total_are_not_computed():
     summary = summary_of(trained(Sum(), DATA, epochs=5), DATA, **NAMED)
     summary.numbers["phi/left"] = torch.randn(160).double() * 0.3
     summary.numbers["phi/right"] = -summary.numbers["phi/left"] + 1e-4

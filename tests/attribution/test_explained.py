@@ -21,7 +21,7 @@ from tests.attribution.models import (
 )
 
 
-def test_the_explainer_says_what_the_callback_says():
+def test_the_explainer_and_the_callback_agree():
     data, _ = said_data(60)
     module = trained(None, data, epochs=5)
     expected = summary_of(module, data)
@@ -68,7 +68,7 @@ def test_an_explained_folder_is_gone_on_with(tmp_path):
             torch.testing.assert_close(ours.numbers[name], values, equal_nan=True, atol=0, rtol=0)
 
 
-def test_the_table_has_what_is_said_of_each_sample(tmp_path):
+def test_the_table_has_the_numbers_of_each_sample(tmp_path):
     data, _ = said_data(150)
     module = trained(None, data, epochs=5)
     callback = watch_of(module, data, table=tmp_path, contribution_samples=64)

@@ -171,7 +171,7 @@ def test_every_number_is_the_references():
         assert summary.faithfulness(BACK, name).mean == pytest.approx(expected, abs=1e-4)
 
 
-def test_keys_that_are_not_seen_are_replaced_where_they_enter_the_fusion():
+def test_unseen_keys_are_replaced_where_they_enter_the_fusion():
     """Of a softmax by hand; the other direction asks with these tokens, too."""
     module, data = Gazer(way="softmax"), marked_data(130)
     summary = summary_of(module, data)
@@ -191,7 +191,7 @@ def test_keys_that_are_not_seen_are_replaced_where_they_enter_the_fusion():
         assert float(summary.numbers[f"cost/{THERE}"][i]) == pytest.approx(cost, abs=1e-6)
 
 
-def test_tokens_whose_samples_stand_second_are_replaced_alike():
+def test_tokens_with_samples_on_the_second_axis_are_replaced_too():
     class SequenceFirst(Gazing):
         def forward(self, left, right):
             return super().forward(left.transpose(0, 1), right.transpose(0, 1))
@@ -222,7 +222,7 @@ def test_uniform_attention_ranks_nothing():
     assert abs(found.mean) <= 0.05
 
 
-def test_what_is_bypassed_is_not_told(infos):
+def test_a_bypassed_attention_has_no_faithfulness(infos):
     summary = summary_of(Gazer(used=0.0))
     assert math.isnan(summary.faithfulness(THERE).mean)
     assert math.isnan(summary.faithfulness(THERE, "reference").mean)
@@ -290,7 +290,7 @@ def test_it_takes_128_samples(infos):
     ],
     ids=["used", "bypassed", "uniform"],
 )
-def test_a_report_says_it_with_the_number(fusion, said, cell):
+def test_a_report_has_the_faithfulness_with_its_number(fusion, said, cell):
     facts = collect_fusion(summary_of(Gazer(**fusion)), ["a", "b", "c"])
     section = Section("Modalities", list(describe_fusion(facts, "target")))
     text = " ".join(as_text(Document("Report", [section])).split())
@@ -318,7 +318,7 @@ class StopAfter(pl.Callback):
         trainer.should_stop = trainer.current_epoch == 1
 
 
-def test_a_report_says_from_which_epoch_its_faithfulness_is(tmp_path, infos):
+def test_a_report_names_the_epoch_of_its_faithfulness(tmp_path, infos):
     """Where the fit ends before the last epoch that was planned, it is that of the last test."""
     watch = AttentionExplainabilityCallback(NAMED, sample_ids=sample_ids)
     loader = loader_of(marked_data(130))
@@ -343,7 +343,7 @@ def test_a_report_says_from_which_epoch_its_faithfulness_is(tmp_path, infos):
     assert f"Shows: not tested in this epoch; of epoch 0, the last one that was: {said}" in second
 
 
-def test_an_earlier_test_that_told_nothing_is_said_to_have_told_nothing():
+def test_an_earlier_test_without_a_result_is_reported_as_such():
     history = [
         {"epoch": 3, "faithfulness_problems": {"left_to_right": ""}, "faithfulness/left_to_right": 0.5},
         {"epoch": 7, "faithfulness_problems": {"left_to_right": "bypassed: why"}},

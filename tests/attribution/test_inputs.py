@@ -92,7 +92,7 @@ def test_it_is_found(fusion, call, where, infos):
     assert summary.estimate("right/left").mean > 0.9
 
 
-def test_equal_numbers_of_tokens_are_told_apart_by_name_alone(infos):
+def test_modalities_of_equal_length_are_found_by_name_alone(infos):
     class Alike(TwoStreams):
         def forward(self, one, other):
             return self.head(self.fusion(self.left(one), self.right(other)[:, :5]))
@@ -134,7 +134,7 @@ def test_a_named_fusion_whose_arguments_only_attention_would_tell():
         look(TwoStreams(Concatenation()), fusion="fusion")
 
 
-def test_a_named_fusion_that_does_not_run_is_said():
+def test_a_named_fusion_that_does_not_run_gives_a_message():
     class Beside(TwoStreams):
         def __init__(self):
             super().__init__()

@@ -121,13 +121,13 @@ class Bypassed(TwoStreams):
         return super().forward(left, right) + 3 * left.mean(1)[:, :1] * torch.arange(4)
 
 
-def test_a_fusion_that_is_passed_by_is_not_taken_where_there_is_one_around_it(infos):
+def test_a_fusion_that_is_bypassed_gives_way_to_one_around_it(infos):
     summary = look(Bypassed())
     assert any("what enters the model's own forward as left and right" in said for said in infos.messages)
     assert not summary.contribution_problem
 
 
-def test_a_named_fusion_that_is_passed_by_says_so():
+def test_a_named_fusion_that_is_bypassed_has_no_contributions():
     summary = look(Bypassed(Concatenation()), fusion="fusion", modalities={"left": 0, "right": 1})
     assert "something besides the fusion's tokens reaches the prediction" in summary.contribution_problem
     assert summary.estimate("right/left").mean > 0.9
@@ -149,7 +149,7 @@ class OfBatch(Concatenation):
 
 
 @pytest.mark.parametrize("fusion", [Dropping, OfBatch], ids=["dropout", "batch statistics"])
-def test_what_differs_from_run_to_run_is_not_told(fusion):
+def test_a_model_that_differs_from_run_to_run_has_no_contributions(fusion):
     torch.manual_seed(0)
     summary = look(TwoStreams(fusion()), fusion="fusion", modalities={"left": 0, "right": 1})
     assert summary.contribution_problem

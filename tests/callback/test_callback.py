@@ -177,7 +177,7 @@ def test_what_goes_wrong_at_an_evaluations_end_ends_no_run(what, monkeypatch):
     def fail(*args, **kwargs):
         raise ArithmeticError("a fault")
 
-    owner, name = {"summary": (Evaluation, "summary"), "curves": (EpochLog, "log")}[what]
+    owner, name = {"summary": (Evaluation, "summarise"), "curves": (EpochLog, "log")}[what]
     monkeypatch.setattr(owner, name, fail)
     watch, module = AttentionExplainabilityCallback(contribution_samples=0), ToyModule()
     trainer = quiet_trainer(callbacks=[watch], max_epochs=2)

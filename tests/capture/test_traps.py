@@ -28,7 +28,7 @@ def test_recorders_that_overlap_put_torchs_stance_back():
     second.close()
     assert runs_compiled()
 
-    callbacks = [AttentionExplainabilityCallback(), AttentionExplainabilityCallback(figures_every_n_epochs=0)]
+    callbacks = [AttentionExplainabilityCallback(), AttentionExplainabilityCallback(classes_by="prediction")]
     module = torch.compile(ToyModule(), backend="aot_eager")
     quiet_trainer(callbacks=callbacks).fit(module, toy_loader(), toy_loader(seed=1))
     assert runs_compiled()

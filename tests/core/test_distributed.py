@@ -152,19 +152,19 @@ def test_processes_that_do_not_agree_on_the_classes_have_none():
     audio, text, target = toy_data(5)[:]
     evaluation, recorder = _evaluated((audio, text, target))
     other, _ = _evaluated((audio, text))
-    assert evaluation.part().classes
-    assert not other.part().classes
+    parts = [evaluation.own_totals(), other.own_totals()]
+    assert [bool(part.classes) for part in parts] == [True, False]
     with pytest.warns(XAttnWarning, match="Processes do not agree on how many classes there are"):
-        summary = evaluation.summary(recorder, tests_attention=False, parts=[evaluation.part(), other.part()])
-    (layer,) = summary.layers.values()
+        result = evaluation.summarise(recorder, tests_attention=False, parts=parts)
+    (layer,) = result.summaries.values()
     assert (layer.samples, layer.n_classes, evaluation.classes) == (10, 0, ())
 
 
 def test_a_process_that_records_nothing_is_named():
     evaluation, recorder = _evaluated(toy_data(5)[:])
     other, _ = _evaluated(toy_data(5)[:])
-    other.refusal = "No cross-attention ran."
-    other.left_out_batches = 3
+    other.totals.recording_problem, other.totals.left_out_batches = "No cross-attention ran.", 3
     with pytest.warns(XAttnWarning, match="One of several processes records nothing.*No cross-attention ran"):
-        evaluation.summary(recorder, tests_attention=False, parts=[evaluation.part(), other.part()])
-    assert evaluation.left_out_batches == 3
+        parts = [evaluation.own_totals(), other.own_totals()]
+        evaluation.summarise(recorder, tests_attention=False, parts=parts)
+    assert evaluation.totals.left_out_batches == 3
