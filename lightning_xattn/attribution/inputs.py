@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.capture.calls import Call, Path, name_argument
-from lightning_xattn.capture.tensor_kinds import is_plain
+from lightning_xattn.capture.tensors import is_plain
 from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError
 
 Named = int | str

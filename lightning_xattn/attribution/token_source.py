@@ -8,9 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.bottom_k import Columns
 from lightning_xattn.attribution.inputs import ModalityPlace
-from lightning_xattn.attribution.kept_samples import IDENTITY
+from lightning_xattn.attribution.kept_samples import IDENTITY, Columns
 from lightning_xattn.attribution.recorder import FusionRecorder
 from lightning_xattn.attribution.replay import ModelOutput, Replay, ReplayError
 from lightning_xattn.capture.calls import Path

@@ -22,8 +22,8 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from lightning_xattn.capture.calls import Call
-from lightning_xattn.capture.memory import Address, has_address
 from lightning_xattn.capture.readers import Edit, Event, Read, RecordLevel, find_reader
+from lightning_xattn.capture.tensors import Address, has_address
 from lightning_xattn.capture.wrappers import Hook, Shared, in_encoder_layers, runs_for_backward
 
 ToEdit = Callable[[Event], Edit | None]

@@ -16,10 +16,10 @@ from lightning_xattn.capture.attention_mode import Run
 from lightning_xattn.capture.extractor import AttentionExtractor, name_event
 from lightning_xattn.capture.layers import common_parent, describe_idle, layers_by_name, with_unique_names
 from lightning_xattn.capture.masks import RecordedWeights
-from lightning_xattn.capture.memory import are_same
 from lightning_xattn.capture.readers import Event, RecordLevel
 from lightning_xattn.capture.returned import NAME_IT
 from lightning_xattn.capture.sources import SET_IT_ASIDE, Layer, Source
+from lightning_xattn.capture.tensors import are_same
 from lightning_xattn.capture.tokens import (
     Axes,
     Tokens,

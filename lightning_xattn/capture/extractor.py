@@ -13,7 +13,6 @@ from lightning_xattn.capture.attention_mode import Run
 from lightning_xattn.capture.calls import Path
 from lightning_xattn.capture.joint import JointSequence, cut_direction
 from lightning_xattn.capture.masks import RecordedWeights, intersect_masks
-from lightning_xattn.capture.memory import Address
 from lightning_xattn.capture.readers import Event
 from lightning_xattn.capture.returned import (
     NAME_IT,
@@ -25,7 +24,7 @@ from lightning_xattn.capture.returned import (
     looks_like_attention,
 )
 from lightning_xattn.capture.sources import Source
-from lightning_xattn.capture.tensor_kinds import is_plain
+from lightning_xattn.capture.tensors import Address, is_plain
 from lightning_xattn.capture.tokens import (
     Axes,
     Tokens,

@@ -26,9 +26,11 @@ from lightning_xattn.capture.masks import (
     separate_padding,
     to_additive_mask,
 )
-from lightning_xattn.capture.memory import Address, are_same, has_address
-from lightning_xattn.capture.tensor_kinds import (
+from lightning_xattn.capture.tensors import (
+    Address,
+    are_same,
     describe_kind,
+    has_address,
     is_plain,
     run_as_called,
     shape_of,

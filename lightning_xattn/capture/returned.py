@@ -17,7 +17,7 @@ from lightning_xattn.capture.masks import (
     separate_padding,
 )
 from lightning_xattn.capture.sources import SET_IT_ASIDE
-from lightning_xattn.capture.tensor_kinds import describe_kind, is_plain
+from lightning_xattn.capture.tensors import describe_kind, is_plain
 from lightning_xattn.core.attention import row_sum_tolerance
 from lightning_xattn.core.errors import ShapeError
 

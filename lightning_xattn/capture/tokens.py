@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_xattn.capture.attention_mode import Run
 from lightning_xattn.capture.calls import Path, find_tensors, name_argument
 from lightning_xattn.capture.masks import RecordedWeights, separate_padding
-from lightning_xattn.capture.memory import has_address
 from lightning_xattn.capture.readers import Event
+from lightning_xattn.capture.tensors import has_address
 
 _HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "nhead", "nheads", "heads", "num_attention_heads", "head_num")
 

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.bottom_k import BottomKSample
 from lightning_xattn.attribution.contribution import PARTNERS, Contributions, compute_contributions
 from lightning_xattn.attribution.faithfulness import replace_keys
-from lightning_xattn.attribution.kept_samples import KeptSamples
+from lightning_xattn.attribution.kept_samples import BottomKSample, KeptSamples
 from lightning_xattn.attribution.recorder import FusionRecorder
 from lightning_xattn.capture.labels import SEVERAL_LABELS, Step
 from lightning_xattn.core.distributed import NUMBER, SINGLE_PROCESS, Processes
-from lightning_xattn.core.group_keys import group_keys
+from lightning_xattn.core.ids import group_keys
 from lightning_xattn.core.notices import warn
 from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.batch import BatchResult, read_batch, with_fusion

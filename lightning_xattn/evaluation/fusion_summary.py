@@ -19,7 +19,7 @@ from lightning_xattn.attribution.faithfulness import Replaced
 from lightning_xattn.attribution.kept_samples import IDENTITY, KeptSamples
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.distributed import NUMBER
-from lightning_xattn.core.group_keys import UNKNOWN_GROUP
+from lightning_xattn.core.ids import UNKNOWN_GROUP
 from lightning_xattn.core.notebook import ShownInNotebooks
 from lightning_xattn.core.wording import decimal, describe_size, percent, say_interval
 from lightning_xattn.evaluation.layer_summary import Comparison

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_xattn.core.group_keys import UNKNOWN_GROUP
+from lightning_xattn.core.ids import UNKNOWN_GROUP
 from lightning_xattn.core.notebook import ShownInNotebooks
 from lightning_xattn.core.wording import describe_size
 from lightning_xattn.evaluation.accumulators import KeyedSums, LayerAccumulator

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, float16
 
-from lightning_xattn.attribution.bottom_k import BottomKSample, hashed
-from lightning_xattn.attribution.kept_samples import CHOSEN, IDENTITY
+from lightning_xattn.attribution.kept_samples import CHOSEN, IDENTITY, BottomKSample, hashed
 from lightning_xattn.functional import Rows, lift_map
 
 CELLS = 2**20

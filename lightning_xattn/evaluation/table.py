@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_xattn.core.distributed import NUMBER
 from lightning_xattn.core.files import hidden_part, remove_dead_parts
-from lightning_xattn.core.names import id_text, valid
+from lightning_xattn.core.ids import id_text, valid
 from lightning_xattn.core.notices import warn
 from lightning_xattn.functional.outcomes import CORRECT, UNKNOWN
 

@@ -13,7 +13,7 @@ from typing import IO, Any, TypeVar
 import torch
 
 from lightning_xattn.core.errors import DataError, XAttnError
-from lightning_xattn.core.names import id_text, shown
+from lightning_xattn.core.ids import id_text, shown
 from lightning_xattn.core.notices import first_line
 from lightning_xattn.evaluation.results import TrainingData
 

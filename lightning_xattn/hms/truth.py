@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_xattn.core.group_keys import group_keys
+from lightning_xattn.core.ids import group_keys
 from lightning_xattn.core.wording import decimal, say_interval
 from lightning_xattn.evaluation.table import read_columns
 from lightning_xattn.functional import grouped_separation, score_bins

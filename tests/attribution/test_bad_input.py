@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.attribution.bottom_k import BottomKSample
-from lightning_xattn.attribution.kept_samples import KeptSamples
+from lightning_xattn.attribution.kept_samples import BottomKSample, KeptSamples
 from lightning_xattn.attribution.recorder import FusionRecord
 from lightning_xattn.attribution.replay import ModelOutput
 from lightning_xattn.core.errors import XAttnWarning

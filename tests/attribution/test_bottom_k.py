@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_xattn.attribution.bottom_k import NOT_KEPT, BottomKSample, hashed
+from lightning_xattn.attribution.kept_samples import NOT_KEPT, BottomKSample, hashed
 
 KEYS = torch.arange(500) * 7 - 1000
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lightning_xattn import ExplainabilityCapture
-from lightning_xattn.attribution.bottom_k import hashed
+from lightning_xattn.attribution.kept_samples import hashed
 from tests.attribution.models import (
     NAMED,
     Concatenation,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
-from lightning_xattn.attribution.bottom_k import hashed
+from lightning_xattn.attribution.kept_samples import hashed
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.evaluation.results import DatasetResult, EarlierTest
 from lightning_xattn.report.key_points import describe_faithfulness

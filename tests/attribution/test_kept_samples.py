@@ -7,8 +7,7 @@ from operator import add
 import pytest
 import torch
 
-from lightning_xattn.attribution.bottom_k import BottomKSample, hashed
-from lightning_xattn.attribution.kept_samples import KeptSamples
+from lightning_xattn.attribution.kept_samples import BottomKSample, KeptSamples, hashed
 from lightning_xattn.attribution.recorder import FusionRecord
 from lightning_xattn.attribution.replay import ModelOutput
 from lightning_xattn.functional.outcomes import UNKNOWN

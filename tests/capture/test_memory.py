@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from lightning_xattn.capture.memory import Address, are_same
+from lightning_xattn.capture.tensors import Address, are_same
 
 
 def test_views_of_all_of_a_tensor_are_the_same():

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_xattn.capture import AttentionRecorder
-from lightning_xattn.capture.memory import has_address
 from lightning_xattn.capture.readers import Edit, find_reader
-from lightning_xattn.capture.tensor_kinds import is_plain, unreadable_kind
+from lightning_xattn.capture.tensors import has_address, is_plain, unreadable_kind
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
 from lightning_xattn.functional import prepare_rows
 from tests import reference

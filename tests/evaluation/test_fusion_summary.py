@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.attribution.bottom_k import hashed
-from lightning_xattn.core.group_keys import UNKNOWN_GROUP
+from lightning_xattn.attribution.kept_samples import hashed
+from lightning_xattn.core.ids import UNKNOWN_GROUP
 from lightning_xattn.evaluation.fusion_summary import PROPORTIONS
 from lightning_xattn.functional import partner_shifts
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
 from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError, XAttnWarning
-from lightning_xattn.core.group_keys import UNKNOWN_GROUP, group_keys
+from lightning_xattn.core.ids import UNKNOWN_GROUP, group_keys
 from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import ALIGNMENT, ENTROPY, INVALID_ROWS, Column

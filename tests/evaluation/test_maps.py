@@ -15,7 +15,7 @@ from lightning_xattn import (
     XAttnWarning,
     create_explainability_report,
 )
-from lightning_xattn.attribution.bottom_k import BottomKSample
+from lightning_xattn.attribution.kept_samples import BottomKSample
 from lightning_xattn.evaluation import maps as maps_module
 from lightning_xattn.evaluation.maps import CELLS, add_maps, maps_by_sample
 from lightning_xattn.evaluation.results import TrainingData

@@ -27,9 +27,10 @@ from lightning_xattn.capture.labels.places import (
     guess_targets,
     named_place,
 )
-from lightning_xattn.capture.labels.scores import ReadScores, Scores, find_scores
-from lightning_xattn.capture.labels.tensors import (
+from lightning_xattn.capture.labels.scores import (
     Classes,
+    ReadScores,
+    Scores,
     are_binary_labels,
     are_ids,
     are_one_hot,
@@ -43,9 +44,10 @@ from lightning_xattn.capture.labels.tensors import (
     classes_of_labels,
     classes_of_scores,
     confidence_of,
+    find_scores,
 )
 from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError
-from lightning_xattn.core.group_keys import group_keys
+from lightning_xattn.core.ids import group_keys
 from lightning_xattn.core.notices import warn
 
 SEVERAL_LABELS = "the targets are several labels at once, so no one class is predicted"

@@ -1,16 +1,20 @@
-"""Ids and names from data: as text that identifies a sample, and as text that is safe to show.
-
-A name may hold anything: halves of surrogate pairs, which no UTF-8 file takes; escape sequences, which a terminal
-obeys; marks that turn the direction of text, so that it reads as something else; 100,000 letters.
-"""
+"""Ids and names that come from data: as numbers to compare, as text that identifies, and as text to show."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
+import struct
 import zlib
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.core.errors import ShapeError
 
 LONGEST = 120
 """The number of characters of a name that are shown."""
@@ -123,3 +127,55 @@ def shown_tag(tag: str) -> str:
 
 def _written_out(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode()
+
+
+UNKNOWN_GROUP = -(2**63)
+"""The key of samples whose group is not known. For intervals they are one group, as they may all be of one."""
+
+
+def group_keys(ids: Tensor | Sequence[Any], device: torch.device | str) -> Tensor:
+    """A number for each sample's group: the same for the same id, in every batch, process and run.
+
+    Parameters
+    ----------
+    ids
+        ``(batch,)`` or ``(batch, 1)`` numbers, or a sequence of numbers and strings; None and NaN: not known.
+    device
+        Where the numbers should be. A tensor that is there already is not copied, to avoid a device sync.
+
+    Returns
+    -------
+    Tensor
+        ``(batch,)`` int64: a whole number is its own key, any other id has a hash.
+
+    Raises
+    ------
+    ShapeError
+        If a tensor has more than one number a sample.
+    """
+    if not isinstance(ids, Tensor):
+        return torch.tensor([_key(one) for one in ids], dtype=torch.int64, device=device)
+    if ids.numel() != len(ids):
+        raise ShapeError(f"Expected one group a sample; got a tensor of shape {tuple(ids.shape)}.")
+    values = ids.detach().reshape(-1).to(device, non_blocking=True)
+    if not values.is_floating_point():
+        return values.long()
+    # Bits differ from number to number and are read without a device sync; -0.0 is 0.0.
+    bits = (values.double() + 0.0).view(torch.int64)
+    return torch.where(values.isnan(), UNKNOWN_GROUP, bits)
+
+
+def _key(one: Any) -> int:
+    try:
+        one = plain_id(one)
+    except (RuntimeError, ValueError):  # torch's and numpy's, for more than one number
+        raise ShapeError(f"Expected one group a sample; got {one!r}.") from None
+    if is_unknown(one):
+        return UNKNOWN_GROUP
+    if isinstance(one, float):
+        packed = struct.pack("<d", one + 0.0)
+    elif isinstance(one, int) and abs(one) < 2**63:
+        return int(one)
+    else:
+        packed = hashlib.blake2b(raw_text(one).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(packed, "little", signed=True)
