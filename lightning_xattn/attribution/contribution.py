@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lightning_xattn.attribution.inputs import ModalityPlace
 from lightning_xattn.attribution.kept_samples import KeptSamples
+from lightning_xattn.attribution.outputs import ModelOutput
 from lightning_xattn.attribution.recorder import FusionRecorder
-from lightning_xattn.attribution.replay import ModelOutput, Replay, ReplayError, are_same_outputs
+from lightning_xattn.attribution.replay import Replay, ReplayError, are_same_outputs
 from lightning_xattn.attribution.token_source import Part, TokenSource, share_work
 from lightning_xattn.functional import Permutation, additive_projection, partner_shifts, permuted_subsets, play
 from lightning_xattn.functional.shapley import Subset

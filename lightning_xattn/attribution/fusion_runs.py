@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from lightning_xattn.attribution.inputs import FusionInputs, ModalitiesSetting, find_named_inputs, guess_inputs
-from lightning_xattn.attribution.replay import Precision
 from lightning_xattn.capture import Layer
-from lightning_xattn.capture.calls import Call, Path, name_argument
+from lightning_xattn.capture.calls import Call, Path, Precision, name_argument
 from lightning_xattn.capture.wrappers import Hook, in_encoder_layers
 from lightning_xattn.core.attention import AttentionPair
 

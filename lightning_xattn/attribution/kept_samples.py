@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lightning_xattn.attribution.outputs import ModelOutput
 from lightning_xattn.attribution.recorder import FusionRecord
-from lightning_xattn.attribution.replay import ModelOutput
 from lightning_xattn.core.distributed import NUMBER
 from lightning_xattn.functional import pooled_tokens, project
 from lightning_xattn.functional.outcomes import UNKNOWN

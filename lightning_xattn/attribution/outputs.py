@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.replay import ModelOutput, ReadOutput
 from lightning_xattn.capture.calls import Path, find_tensors
 from lightning_xattn.capture.labels import Labels
 from lightning_xattn.capture.labels.scores import (
@@ -23,6 +24,32 @@ from lightning_xattn.functional import centred
 
 LEAST_PROBABILITY = 1e-12
 """Its logarithm stands for those of smaller probabilities, unless these already are rounded in larger ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelOutput:
+    """A model's output for some samples."""
+
+    values: Tensor
+    """``(samples, classes)`` probabilities, or ``(samples, 1)`` the output where it is no classes; float32."""
+    logits: Tensor
+    """``(samples, classes)`` centred logits, on which an additive model has no interaction; else as ``values``."""
+
+    def __getitem__(self, samples: slice | Tensor) -> ModelOutput:
+        return ModelOutput(self.values[samples], self.logits[samples])
+
+    def cpu(self) -> ModelOutput:
+        """The same on the CPU."""
+        return ModelOutput(self.values.cpu(), self.logits.cpu())
+
+    @classmethod
+    def joined(cls, parts: Sequence[ModelOutput]) -> ModelOutput:
+        """Several as one."""
+        return cls(torch.cat([part.values for part in parts]), torch.cat([part.logits for part in parts]))
+
+
+ReadOutput = Callable[[Any], ModelOutput | None]
+"""Finds the model's output in what a module returned; None where it is not there."""
 
 
 def find_model_output(output: Any, samples: int, labels: Labels) -> ReadOutput | None:

@@ -17,15 +17,8 @@ from lightning_xattn.attribution.inputs import (
     ModalityPlace,
     check_fusion,
 )
-from lightning_xattn.attribution.outputs import find_model_output
-from lightning_xattn.attribution.replay import (
-    AttentionPlace,
-    ModelOutput,
-    ReadOutput,
-    RecordedCall,
-    Replay,
-    ReplayError,
-)
+from lightning_xattn.attribution.outputs import ModelOutput, ReadOutput, find_model_output
+from lightning_xattn.attribution.replay import AttentionPlace, RecordedCall, Replay, ReplayError
 from lightning_xattn.capture import Layer
 from lightning_xattn.capture.calls import Path, name_argument
 from lightning_xattn.capture.labels import Labels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_xattn.attribution.outputs import ModelOutput, ReadOutput
 from lightning_xattn.attribution.restoring import replacing_forward, restoring_state
 from lightning_xattn.attribution.state import ModelState
 from lightning_xattn.capture.attention_mode import AttentionMode
-from lightning_xattn.capture.calls import Call, Path
+from lightning_xattn.capture.calls import Call, Path, Precision
 from lightning_xattn.capture.readers import Edit, Event, RecordLevel
 from lightning_xattn.functional.shapley import RULED_OUT
 
@@ -25,51 +26,6 @@ MAX_ROWS = 64
 ROUNDED = {False: (1e-3, 1e-5), True: (3e-2, torch.finfo(torch.bfloat16).eps)}
 """By whether a model computes in half precision: by how much of their standard deviation between samples logits may
 differ in a replay, and by how much of the largest logit they always may, as other numbers of rows round otherwise."""
-
-
-@dataclass(frozen=True, eq=False)
-class ModelOutput:
-    """A model's output for some samples."""
-
-    values: Tensor
-    """``(samples, classes)`` probabilities, or ``(samples, 1)`` the output where it is no classes; float32."""
-    logits: Tensor
-    """``(samples, classes)`` centred logits, on which an additive model has no interaction; else as ``values``."""
-
-    def __getitem__(self, samples: slice | Tensor) -> ModelOutput:
-        return ModelOutput(self.values[samples], self.logits[samples])
-
-    def cpu(self) -> ModelOutput:
-        """The same on the CPU."""
-        return ModelOutput(self.values.cpu(), self.logits.cpu())
-
-    @classmethod
-    def joined(cls, parts: Sequence[ModelOutput]) -> ModelOutput:
-        """Several as one."""
-        return cls(torch.cat([part.values for part in parts]), torch.cat([part.logits for part in parts]))
-
-
-ReadOutput = Callable[[Any], ModelOutput | None]
-"""Finds the model's output in what a module returned; None where it is not there."""
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The autocast in which a module ran."""
-
-    device: str
-    dtype: torch.dtype | None
-    """None: it was off."""
-
-    @classmethod
-    def of(cls, call: Call) -> Precision:
-        """The one that is in force, for a call that begins."""
-        device = next((tensor.device.type for _, tensor in call.tensors()), "cpu")
-        return cls(device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
-
-    def entered(self) -> torch.autocast:
-        """A context manager in which it is in force again."""
-        return torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype is not None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightning_xattn.attribution.inputs import ModalityPlace
 from lightning_xattn.attribution.kept_samples import IDENTITY, Columns
+from lightning_xattn.attribution.outputs import ModelOutput
 from lightning_xattn.attribution.recorder import FusionRecorder
-from lightning_xattn.attribution.replay import ModelOutput, Replay, ReplayError
+from lightning_xattn.attribution.replay import Replay, ReplayError
 from lightning_xattn.capture.calls import Path
 from lightning_xattn.core.attention import Direction
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Path = tuple[int | str, ...]
@@ -82,3 +83,22 @@ def name_argument(module: nn.Module, path: Path) -> str:
     else:
         name = first
     return ".".join([name, *(str(key) for key in keys)])
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The autocast in which a module ran."""
+
+    device: str
+    dtype: torch.dtype | None
+    """None: it was off."""
+
+    @classmethod
+    def of(cls, call: Call) -> Precision:
+        """The one that is in force, for a call that begins."""
+        device = next((tensor.device.type for _, tensor in call.tensors()), "cpu")
+        return cls(device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+
+    def entered(self) -> torch.autocast:
+        """A context manager in which it is in force again."""
+        return torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype is not None)

@@ -8,7 +8,7 @@ from lightning_xattn.functional.alignment import (
     head_alignment_matrix,
     standardised_maps,
 )
-from lightning_xattn.functional.faithfulness import ranking_gain, received_attention, replacements
+from lightning_xattn.functional.faithfulness import ranking_gain, replacements
 from lightning_xattn.functional.heads import head_diversity, query_selectivity, require_heads, sink
 from lightning_xattn.functional.intervals import (
     grouped_mean_interval,
@@ -47,6 +47,7 @@ from lightning_xattn.functional.rows import (
     mean,
     min_weight,
     prepare_rows,
+    received_attention,
     row_statistics,
     sparsity,
     std,

@@ -373,3 +373,26 @@ def _wholly_masked(attention: Attention) -> Tensor:
     if seen is not None:
         masked = masked | ~seen[..., : attention.tokens].flatten(1).any(1)
     return masked if attention.query_mask is None else masked | ~attention.query_mask.any(1)
+
+
+def received_attention(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
+    """How much attention a key receives: its weight, averaged over heads and queries.
+
+    Returns
+    -------
+    Tensor
+        ``(batch, keys)`` over the keys that are tokens, in [0, 1]; NaN for a key that no valid row can see.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])
+    >>> received_attention(weights)
+    tensor([[0.7500, 0.2500]])
+    """
+    rows = prepare_rows(weights, key_mask)
+    valid = rows.valid[..., None]
+    received = rows.weights.sum((1, 2)) / valid.sum((1, 2))
+    if rows.visible is not None:
+        seen = (valid & rows.visible).any(2).any(1)
+        received = received.masked_fill(~seen, torch.nan)
+    return received[:, : rows.tokens]

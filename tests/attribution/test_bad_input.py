@@ -11,8 +11,8 @@ from torchmetrics import MeanMetric
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.attribution.kept_samples import BottomKSample, KeptSamples
+from lightning_xattn.attribution.outputs import ModelOutput
 from lightning_xattn.attribution.recorder import FusionRecord
-from lightning_xattn.attribution.replay import ModelOutput
 from lightning_xattn.core.errors import XAttnWarning
 from tests.attribution.models import (
     NAMED,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lightning_xattn.attribution.kept_samples import BottomKSample, KeptSamples, hashed
+from lightning_xattn.attribution.outputs import ModelOutput
 from lightning_xattn.attribution.recorder import FusionRecord
-from lightning_xattn.attribution.replay import ModelOutput
 from lightning_xattn.functional.outcomes import UNKNOWN
 
 SHORT, LONG = 3, 5

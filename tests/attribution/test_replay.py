@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.attribution.contribution import _Job, _replay_jobs
-from lightning_xattn.attribution.replay import ModelOutput, ReplayError
+from lightning_xattn.attribution.outputs import ModelOutput
+from lightning_xattn.attribution.replay import ReplayError
 from tests.attribution.models import WIDTH, Concatenation, TwoStreams, loader_of, said_data
 from tests.toy import count_global_hooks, count_hooks, quiet_trainer
 
