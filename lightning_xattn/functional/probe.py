@@ -13,7 +13,7 @@ SHRINKAGE = 0.1
 """How far the covariance is drawn towards a multiple of the identity, in [0, 1]."""
 
 FOLDS = 5
-"""The number of folds, each predicted by a fit without it: no fit has seen the sample that it predicts, or its group."""
+"""How many folds, each predicted by a fit without it; no fit has seen the sample that it predicts, or its group."""
 
 READING_WIDTH = 64
 """So many numbers of a sample and modality are kept; wider tokens are projected, see `project`."""
