@@ -73,7 +73,7 @@ def test_a_statistic_is_one_entry(monkeypatch, tmp_path):
         return rows.weights.topk(2).values[..., 1].mean(-1)
 
     levels, curve = ("direction", "head"), "focus/{direction}/second"
-    entry = Statistic(second_weight, levels, (0.0, 0.5), "0: one key", "the second weight", curve)
+    entry = Statistic(second_weight, levels, "0: one key", "the second weight", (0.0, 0.5), curve)
     monkeypatch.setitem(STATISTICS, "second", entry)
     module = ToyModule()
     watch = AttentionExplainabilityCallback(table=tmp_path, curves="all")
