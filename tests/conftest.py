@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock
 
-from lightning_xattn.core.notices import begin_run
-
 IIIC_IRR = Path(__file__).parents[2] / "shared/data/iiic_irr"
 
 
@@ -67,6 +65,9 @@ def infos(monkeypatch, caplog) -> pytest.LogCaptureFixture:
 
 @pytest.fixture(autouse=True)
 def _no_notices_given():
+    # Imported here, when pytest has set up logging, in which the package then joins.
+    from lightning_xattn.core.notices import begin_run
+
     begin_run()
 
 

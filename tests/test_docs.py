@@ -139,3 +139,9 @@ def test_pictures_are_made(tmp_path):
         low, high = script["make_picture"](name, tmp_path)
         assert low < high, name
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+
+
+def test_contributing_names_files_that_are_there():
+    named = re.findall(r"`((?:lightning_xattn|tests)/[\w/.]*)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 15
+    assert [name for name in named if not (ROOT / name).exists()] == []

@@ -154,17 +154,17 @@ def test_processes_that_do_not_agree_on_the_classes_have_none():
     other, _ = _evaluated((audio, text))
     parts = [evaluation.own_totals(), other.own_totals()]
     assert [bool(part.classes) for part in parts] == [True, False]
-    with pytest.warns(XAttnWarning, match="Processes do not agree on how many classes there are"):
+    with pytest.warns(XAttnWarning, match="Processes found different numbers of classes"):
         result = evaluation.summarise(recorder, tests_attention=False, parts=parts)
     (layer,) = result.summaries.values()
     assert (layer.samples, layer.n_classes, evaluation.classes) == (10, 0, ())
 
 
-def test_a_process_that_records_nothing_is_named():
+def test_a_warning_names_a_process_that_records_nothing():
     evaluation, recorder = _evaluated(toy_data(5)[:])
     other, _ = _evaluated(toy_data(5)[:])
     other.totals.recording_problem, other.totals.left_out_batches = "No cross-attention ran.", 3
+    parts = [evaluation.own_totals(), other.own_totals()]
     with pytest.warns(XAttnWarning, match="One of several processes records nothing.*No cross-attention ran"):
-        parts = [evaluation.own_totals(), other.own_totals()]
         evaluation.summarise(recorder, tests_attention=False, parts=parts)
     assert evaluation.totals.left_out_batches == 3

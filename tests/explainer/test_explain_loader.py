@@ -108,7 +108,7 @@ def test_a_run_that_fails_leaves_the_folder_as_it_was_and_can_run_again(tmp_path
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*")}
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_table_replaces_the_one_of_an_earlier_call(tmp_path):
@@ -148,8 +148,8 @@ ExplainabilityCapture(ToyModule(), predict=run_toy).explain_loader(toy_loader(),
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 1
-    assert "OSError: [Errno 27] File too large" in ended.stderr or "File too large" in ended.stderr
-    assert list((tmp_path / "full").iterdir()) == []
+    assert "OSError: [Errno 27]" in ended.stderr
+    assert not contents(tmp_path / "full")
 
 
 def test_samples_that_are_not_finite_are_named_with_their_batch(tmp_path):
