@@ -68,7 +68,7 @@ def as_tuple(named: Named | Sequence[Named]) -> tuple[Named, ...]:
 
 @dataclass(frozen=True)
 class TokenMask:
-    """An argument that tells real tokens from padding."""
+    """An argument that marks which tokens are real and which are padding."""
 
     path: Path
     label: str
@@ -98,7 +98,7 @@ class ModalityPlace:
     others: Mapping[Path, int]
     """What goes with them, such as their mask, each with the axis of the samples."""
     mask: TokenMask | None
-    """Which of these tells what is padding; None: none does."""
+    """Which of these marks the padding; None: none does."""
 
     @property
     def axes(self) -> dict[Path, int]:

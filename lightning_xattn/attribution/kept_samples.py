@@ -122,7 +122,7 @@ MAX_SAMPLES = 8192
 """The linear probes are fitted and tested on at most this many samples of an evaluation."""
 
 IDENTITY = ("process", NUMBER)
-"""The columns that tell a sample from every other one of its evaluation."""
+"""The columns that identify a sample within its evaluation."""
 
 CHOSEN, _FOLDED = range(2)
 """Salts of the hashes that decide which samples are kept, and which fold each is in."""

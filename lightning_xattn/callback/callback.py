@@ -124,7 +124,7 @@ class AttentionExplainabilityCallback(Callback):
         of the recorded batches alone.
     table
         A folder for one row per sample, epoch and layer, as Parquet files (see ``SampleTable``). The column ``run``
-        tells one run of a Trainer from another; the latest sorts last. None: no table.
+        identifies a run of a Trainer; the latest sorts last. None: no table.
 
     Attributes
     ----------

@@ -68,7 +68,7 @@ class Schedule:
         return every > 0 and (not _is_fitting(trainer) or recorded_before % every == 0)
 
     def _is_last(self, trainer: Trainer) -> bool:
-        """Whether no later epoch of this fit is recorded, as far as ``max_epochs`` and ``max_steps`` tell."""
+        """Whether no later epoch of this fit is recorded, as far as ``max_epochs`` and ``max_steps`` show."""
         loop, epoch, steps = trainer.fit_loop.epoch_loop, trainer.current_epoch, trainer.global_step
         has_enough = epoch + 1 >= (trainer.min_epochs or 0) and steps >= (trainer.min_steps or 0)
         next_epoch = epoch + self.every_n_epochs * (trainer.check_val_every_n_epoch or 1)

@@ -52,7 +52,7 @@ class Found:
     recorded: RecordedWeights | None
     """Its weights ``(batch, heads, queries, keys)`` and masks; None if they were not kept."""
     padding: Tensor | None
-    """``(batch, tokens)`` of self-attention whose masks tell it, True for a real token."""
+    """``(batch, tokens)`` of self-attention whose masks show it, True for a real token."""
     key: str
     """What it is called from run to run, see ``name_event``."""
     axes: Axes | None
@@ -190,7 +190,7 @@ class Survey:
 def choose_layers(survey: Survey) -> tuple[tuple[Layer, ...], list[Found]]:
     """The layers that a first step has shown, and what may go across but was left out.
 
-    Where names tell directions, by the names; else by which tokens ask which. What is in doubt is left out, unless it
+    Where names give directions, by the names; else by which tokens ask which. What is in doubt is left out, unless it
     is all there is.
 
     Raises

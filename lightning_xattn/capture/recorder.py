@@ -147,7 +147,7 @@ class AttentionRecorder:
                 )
         # Hooks set before a failure half way leave with this stack; only a complete set is kept.
         with ExitStack() as hooks:
-            # Without it nothing is compiled. Of functions it cannot be told whether they are, and its import is slow.
+            # Without it nothing is compiled. Whether functions are compiled is unknown, and the import is slow.
             if "torch._dynamo" in sys.modules:
                 hooks.enter_context(run_uncompiled())
             self._of_module = self._make_extractors()
@@ -237,7 +237,7 @@ class AttentionRecorder:
         """What was recorded since the last ``clear``, one pair a layer.
 
         A layer that did not run, or of which one direction did not, is left out, if it has run before. If a module
-        ran more often than it should, as with test-time augmentation, its first run counts, and a warning tells you.
+        ran more often than it should, as with test-time augmentation, its first run counts, and a warning says so.
 
         Raises
         ------

@@ -106,7 +106,7 @@ def find_candidates(run: Run, across: bool) -> list[Event]:
 
 
 def describe_event(event: Event, run: Run) -> str:
-    """The shape of an attention, and which tokens ask which, as far as numbers of tokens tell."""
+    """The shape of an attention, and which tokens ask which, as far as numbers of tokens show."""
     queries, keys = event.shape[-2], event.shape[-1] - event.extra_keys
     who = f"{queries} queries{_name_tokens(queries, run)} ask {keys} keys{_name_tokens(keys, run)}"
     return f"{event.shape}: {who}" + (f" (cannot be read: {event.problem})" if event.problem else "")

@@ -39,7 +39,7 @@ def describe_size(samples: int, groups: int | None, group_noun: str | None) -> s
 
 
 def decimal(value: float, digits: int = 2, signed: bool = False) -> str:
-    """Write a number with so many digits after the point, never as -0.00.
+    """Write a number with ``digits`` digits after the point, never as -0.00.
 
     ``signed``: with a plus before what is not negative.
     """
@@ -47,12 +47,12 @@ def decimal(value: float, digits: int = 2, signed: bool = False) -> str:
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """Write a share of 1 in percent, with so many digits after the point: 0.975 as ``97.5 %``."""
+    """Write a share of 1 in percent, with ``digits`` digits after the point: 0.975 as ``97.5 %``."""
     return f"{decimal(100 * share, digits)} %"
 
 
 def say_interval(low: float, high: float, digits: int = 3, as_percent: bool = False) -> str:
-    """An interval in words; one that has no width in so many digits does not seem to be certain."""
+    """An interval in words; one without width in these digits is given as "± less than"."""
     scale, unit = (100, " %") if as_percent else (1, "")
     first, last = decimal(scale * low, digits), decimal(scale * high, digits)
     if first == last:

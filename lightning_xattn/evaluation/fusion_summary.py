@@ -159,7 +159,7 @@ class FusionSummary(ShownInNotebooks):
 
     def _add_probes(self, rows: Mapping[str, Tensor]) -> None:
         target, predicted, folds = self.target, self.predicted, rows["fold"]
-        # Class ids without names do not tell how many classes there are.
+        # Class ids without names do not show how many classes there are.
         n_classes = self.n_classes or 1 + max([0, *target.tolist()])
         logs = {
             name: functional.cross_fitted_probe(rows[f"features/{name}"], target, folds, n_classes)

@@ -29,7 +29,7 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Separation:
-    """How well a score tells correct predictions from incorrect ones.
+    """How well a score separates correct predictions from incorrect ones.
 
     Attributes
     ----------
@@ -167,7 +167,7 @@ def _beaten(histogram: Tensor) -> Tensor:
 
 
 def _interval(auroc: float, positives: int, negatives: int, half_width: float) -> tuple[float, float]:
-    """The AUROCs that so many of their own standard errors (Hanley & McNeil 1982) do not separate from the one seen.
+    """The AUROCs within this number of their own standard errors (Hanley & McNeil 1982) of the one seen.
 
     Solving for the true value (Newcombe 2006, method 5) instead of putting the seen one into the formula keeps the
     interval from shrinking to nothing where the outcomes are few and do not overlap.

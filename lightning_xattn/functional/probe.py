@@ -13,13 +13,13 @@ SHRINKAGE = 0.1
 """How far the covariance is drawn towards a multiple of the identity, in [0, 1]."""
 
 FOLDS = 5
-"""Nobody is read by a fit that has seen the sample or its group: so many fits, each without one fold."""
+"""How many folds, each predicted by a fit without it; no fit has seen the sample that it predicts, or its group."""
 
 READING_WIDTH = 64
 """So many numbers of a sample and modality are kept; wider tokens are projected, see `project`."""
 
 LEAST_OF_A_CLASS = 10
-"""A probe needs two classes with so many samples each."""
+"""A probe needs two classes with at least this number of samples each."""
 
 
 def pooled_tokens(tokens: Tensor, mask: Tensor | None = None) -> Tensor:

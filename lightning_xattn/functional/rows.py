@@ -45,7 +45,7 @@ class Rows:
     visible
         Bool, broadcastable to ``weights``, True where no mask hides the key; None: everywhere.
     tokens
-        The first so many keys are tokens; the rest are slots of ``add_bias_kv`` or ``add_zero_attn``.
+        How many keys are tokens, from the first on; the rest are slots of ``add_bias_kv`` or ``add_zero_attn``.
     cross_modal_mass
         ``(batch, heads, queries)``, see ``Attention``; NaN where the query is no real token.
     wholly_masked
@@ -297,7 +297,7 @@ def cross_modal_mass(weights: Weights, key_mask: Tensor | None = None) -> Tensor
     """Share of a query's attention that crosses over to the other modality of a joint sequence, ``(batch, heads)``.
 
     In [0, 1], averaged over the queries that are real tokens. As in a joint sequence a query may attend to its own
-    modality too, this tells how much the rest of the numbers, which are about the part that crosses, weigh.
+    modality too, this is the weight of all other numbers, which describe the cross-modal part alone.
 
     Raises
     ------

@@ -164,7 +164,7 @@ def interpret_sample(explanation: SampleResult, dataset: DatasetResult | None = 
 
 
 def uniform_is_sparse(statistics: AttentionStatistics) -> bool:
-    """Whether there are so many keys that uniform attention counts as sparse; the mean weight is one over them."""
+    """Whether uniform attention over this number of keys counts as sparse; the mean weight is one over it."""
     return not math.isnan(statistics.mean) and round(1 / statistics.mean) > 1 / SPARSITY_THRESHOLD
 
 

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 
 SHOWN_CLASSES = 10
-"""Of more classes the largest so many have curves and figures, and the others together."""
+"""How many classes have curves and figures of their own, the largest ones; the others have them together."""
 
 SHOWN_LAYERS = 4
-"""Of more layers so many have curves and figures, from the first to the last."""
+"""How many layers have curves and figures, spread from the first to the last."""
 
 
 def limit_layers(layers: Sequence[str]) -> list[str]:

@@ -388,7 +388,7 @@ def plot_outcome_alignment(
 
 @dataclass(frozen=True)
 class Look:
-    """What tells an outcome apart, in print as well: fill, line and marker, not colour alone."""
+    """How an outcome is drawn: fill, line and marker differ, not colour alone, so that print shows it."""
 
     colour: str
     filled: bool
@@ -419,11 +419,11 @@ def interval_by(group_noun: str | None) -> str:
 
 
 def _claim(auroc: float, low: float, high: float, group_noun: str | None) -> str:
-    """Say whether alignment tells correct from incorrect, or that there are too few samples to say."""
+    """The AUROC of alignment with its interval, or why it is not computed."""
     if math.isnan(auroc):
         return f"No AUROC (fewer than {MINIMUM_GROUP} {group_noun or 'samples'} of an outcome: nothing claimed)"
     ends = f"{interval_by(group_noun)} {low:.3f} to {high:.3f}"
-    return f"AUROC {auroc:.3f}, {ends} (0.5: alignment does not tell them apart)"
+    return f"AUROC {auroc:.3f}, {ends} (0.5: alignment does not separate them)"
 
 
 def _readable_bars(histograms: NDArray[Any], edges: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -49,7 +49,7 @@ def draw_lift_map(ax: Axes, lifts: NDArray[Any], across: MapAxis, down: MapAxis,
 
 
 def lift_range(lifts: NDArray[Any]) -> str:
-    """Say between what a map's values lie, as colours do not tell how little that may be."""
+    """The range of a map's values in words, as colours do not show how small it may be."""
     if np.isnan(lifts).all():
         return "undefined"
     return f"lift {np.nanmin(lifts):.2f} to {np.nanmax(lifts):.2f}"

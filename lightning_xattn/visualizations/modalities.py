@@ -46,7 +46,7 @@ def plot_conflict(
     correct
         ``(samples,)`` bool; whether the prediction is correct.
     claims
-        What is said of how each of the two tells errors, by "confidence" and "conflict", for the axes.
+        A sentence on how well each score detects errors, by "confidence" and "conflict".
     context, save_path
         As in ``plot_class_comparison``.
 
@@ -259,5 +259,5 @@ def plot_conflicting_samples(
 
 
 def _short(name: str, letters: int) -> str:
-    """A name of so many letters at most."""
+    """A name cut to this number of letters."""
     return name if len(name) <= letters else f"{name[: letters - 2].rstrip()} …"

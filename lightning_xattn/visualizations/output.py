@@ -68,7 +68,7 @@ def save(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     figure
         What to write.
     path
-        Its suffix tells the format, e.g. ``.png``, ``.pdf``, ``.svg``; parent folders are made. None: write nothing.
+        Its suffix sets the format, e.g. ``.png``, ``.pdf``, ``.svg``; parent folders are made. None: write nothing.
 
     Raises
     ------

@@ -135,7 +135,7 @@ def _draw(ax: Axes, panel: Panel) -> list[Artist]:
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     ax.grid(color="0.9")
     if not ends:
-        write_note(ax, "cannot be told", SMALL)
+        write_note(ax, "not computed", SMALL)
         ax.set(xticks=[], yticks=[])
         return []
     bottom, top = max(min(ends), panel.range[0]), min(max(ends), panel.range[1])

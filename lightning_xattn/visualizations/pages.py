@@ -87,7 +87,7 @@ class Page:
         self.used += LINE * size / SMALL * len(text.splitlines()) + 0.03
 
     def name_axes(self, across: str, down: str, since: float) -> None:
-        """Write what lies along both axes of the panels that were added since so many inches were filled."""
+        """Title both axes of the panels that were added since ``since`` inches were filled."""
         beside = self.figure.supylabel(down, fontsize=SMALL, x=MARGIN / PAGE_WIDTH, ha="left", va="center")
         middle = (since + self.used) / 2
         self._places.append(lambda height: beside.set_y(1 - middle / height))

@@ -76,7 +76,7 @@ def check_head(head: int | None, heads: int) -> None:
 
 
 def _is_place(index: object, count: int) -> bool:
-    """Whether it is an index of one of so many; True and False are integers only by name."""
+    """Whether it is an index below ``count``; True and False are none."""
     return isinstance(index, Integral) and not isinstance(index, bool) and 0 <= int(index) < count
 
 

@@ -532,7 +532,7 @@ def test_a_checkpoint_knows_the_callback_however_its_folder_is_given(tmp_path):
     assert len({AttentionExplainabilityCallback(classes_by=one).state_key for one in ("target", "prediction")}) == 2
 
 
-def test_after_a_run_the_module_is_let_go_of():
+def test_after_a_run_the_module_is_released():
     watch, module = AttentionExplainabilityCallback(), ToyModule()
     validate(module, watch)
     assert (watch._run.recorder, watch._run.evaluations) == (None, {})

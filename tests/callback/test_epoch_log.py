@@ -166,7 +166,7 @@ def test_several_validations_of_an_epoch_are_drawn_over_steps():
     figure = overview_figure(records, "val")
     assert {panel.get_xlabel() for panel in figure.axes if panel.get_xlabel()} == {"step"}
     panels = [panel for panel in figure.axes if panel.axison]
-    assert all(any("cannot be told" in text.get_text() for text in panel.texts) for panel in panels)
+    assert all(any("not computed" in text.get_text() for text in panel.texts) for panel in panels)
 
 
 def test_models_with_one_direction_have_curves_of_correct_and_incorrect():

@@ -72,7 +72,7 @@ def test_each_sample_is_read_by_a_fit_of_the_other_folds():
     assert (ours.argmax(1) == target).double().mean() > 0.7
 
 
-def test_a_label_of_its_own_fold_changes_no_reading_of_it():
+def test_a_label_of_its_own_fold_changes_no_probe_of_it():
     x, target, folds = made_up()
     before = functional.cross_fitted_probe(x, target, folds, CLASSES)
     changed = torch.where(folds == 2, (target + 1) % CLASSES, target)
@@ -136,13 +136,13 @@ def test_conflict_is_the_chance_that_two_draws_differ(modalities):
         assert ours[i] == pytest.approx(reference.conflict(probes[:, i].tolist()))
 
 
-def test_conflict_of_certain_readings():
+def test_conflict_of_certain_probes():
     agree, differ = torch.eye(3).double()[[0, 1]], torch.eye(3).double()[[0, 2]]
     assert functional.conflict(torch.stack([agree, agree])).tolist() == [0, 0]
     assert functional.conflict(torch.stack([agree, differ])).tolist() == [0, 1]
 
 
-def test_a_reading_far_from_the_data_still_leans_by_a_number():
+def test_a_probe_far_from_the_data_has_a_support_difference():
     x, target, folds = made_up()
     ours = functional.cross_fitted_probe(x * 1e-3 + target[:, None] * 10.0, target, folds, CLASSES)
     wrong = (target + 1) % CLASSES
@@ -150,7 +150,7 @@ def test_a_reading_far_from_the_data_still_leans_by_a_number():
     assert functional.support_difference(torch.stack([ours, -torch.ones_like(ours)]), wrong).isfinite().all()
 
 
-def test_lean():
+def test_support_difference():
     probes = torch.rand(2, 7, 4).double().softmax(2)
     predicted = torch.tensor([0, 1, 2, 3, 0, -1, 4])
     ours = functional.support_difference(probes.log(), predicted)
@@ -159,7 +159,7 @@ def test_lean():
         assert ours[i] == pytest.approx(reference.support_difference(*probes[:, i].tolist(), predicted[i]))
 
 
-def test_untapped_is_a_right_reading_of_a_wrong_prediction():
+def test_probe_right_is_a_right_probe_of_a_wrong_prediction():
     says = torch.eye(3).double()
     probes = torch.stack([says[[0, 0, 0, 0]], says[[1, 1, 2, 1]]])
     ours = functional.probe_right(probes, torch.tensor([0, 2, 1, 2]), torch.tensor([0, 1, 1, -1]))

@@ -25,7 +25,7 @@ def table_of(model, modalities, samples=SAMPLES):
     return inputs, says
 
 
-def exchanges_of(says, modalities, pairs, samples=SAMPLES):
+def permutations_of(says, modalities, pairs, samples=SAMPLES):
     rows, columns = (torch.tensor(places) for places in zip(*pairs, strict=True))
     found = {}
     for subset in functional.permuted_subsets(modalities):
@@ -52,7 +52,7 @@ def test_all_partners_give_the_exact_game(modalities):
     _, says = table_of(entangled, modalities)
     intact = torch.stack([says([i] * modalities) for i in range(SAMPLES)])
     chosen = intact.argmax(1)
-    game = functional.play(intact, exchanges_of(says, modalities, all_pairs(groups)), groups, chosen, modalities)
+    game = functional.play(intact, permutations_of(says, modalities, all_pairs(groups)), groups, chosen, modalities)
     partners = [[j for j in range(SAMPLES) if groups[j] != groups[i]] for i in range(SAMPLES)]
     values = reference.game_values(says, partners, chosen.tolist(), modalities)
     for i, of_sample in enumerate(values):
@@ -99,7 +99,7 @@ def test_an_additive_model_has_no_interaction_whatever_the_partners(partners, mo
     pairs = [(i, (i + s) % SAMPLES) for i in range(SAMPLES) for s in shifts]
     pairs = [(i, j) for i, j in pairs if groups[i] != groups[j]]
     intact = torch.stack([says([i] * modalities) for i in range(SAMPLES)])
-    permutes = exchanges_of(says, modalities, pairs)
+    permutes = permutations_of(says, modalities, pairs)
     game = functional.play(intact, permutes, groups, intact.argmax(1), modalities)
     assert game.interaction().abs().max() < 1e-12
     if modalities == 2:
@@ -137,7 +137,7 @@ def test_a_modality_that_is_ignored_contributes_nothing_and_a_symmetric_model_sh
     inputs, says = table_of(lambda x: torch.stack([x[0].exp(), -x[0]]).softmax(0), 2)
     intact = torch.stack([says([i, i]) for i in range(SAMPLES)])
     game = functional.play(
-        intact, exchanges_of(says, 2, all_pairs(range(SAMPLES))), torch.arange(SAMPLES), intact.argmax(1), 2
+        intact, permutations_of(says, 2, all_pairs(range(SAMPLES))), torch.arange(SAMPLES), intact.argmax(1), 2
     )
     assert game.phi[:, 1].abs().max() < 1e-12
     np.testing.assert_allclose(functional.contribution_shares(game.phi), [1, 0], atol=1e-12)
@@ -242,11 +242,11 @@ def test_how_far_contributions_are_from_those_with_all_partners():
     intact = torch.stack([says([i, i]) for i in range(SAMPLES)])
     chosen = intact.argmax(1)
     pairs = [(i, (i + s) % SAMPLES) for i in range(SAMPLES) for s in functional.partner_shifts(SAMPLES, 4)]
-    few = functional.play(intact, exchanges_of(says, 2, pairs), groups, chosen, 2)
+    few = functional.play(intact, permutations_of(says, 2, pairs), groups, chosen, 2)
     expected = reference.contribution_errors(pairs, [[float(x) for x in says(list(p))] for p in pairs], chosen.tolist())
     np.testing.assert_allclose(few.phi_error, np.stack([expected, expected], 1), rtol=1e-9)
     others = [(i, j) for i, j in all_pairs(range(SAMPLES)) if i != j]
-    assert (functional.play(intact, exchanges_of(says, 2, others), groups, chosen, 2).phi_error == 0).all()
+    assert (functional.play(intact, permutations_of(says, 2, others), groups, chosen, 2).phi_error == 0).all()
 
 
 def test_a_class_that_is_ruled_out_has_no_part_in_the_mean():
