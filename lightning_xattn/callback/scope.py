@@ -6,7 +6,7 @@ from typing import Any
 
 from pytorch_lightning import Callback, Trainer
 
-from lightning_xattn.core.ids import shown
+from lightning_xattn.core.names import shown
 
 
 def stage_of(trainer: Trainer) -> str:

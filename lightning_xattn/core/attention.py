@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.core.errors import SettingError, ShapeError
-from lightning_xattn.core.ids import shown
+from lightning_xattn.core.names import shown
 
 
 def row_sum_tolerance(dtype: torch.dtype) -> float:

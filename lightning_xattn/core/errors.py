@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_xattn.core.ids import clean
+from lightning_xattn.core.names import clean
 
 
 class XAttnError(Exception):

@@ -16,7 +16,7 @@ from typing import TextIO
 from lightning_utilities.core.rank_zero import WarningCache, rank_zero_only
 
 from lightning_xattn.core.errors import XAttnError, XAttnWarning
-from lightning_xattn.core.ids import clean, shown
+from lightning_xattn.core.names import clean, shown
 
 _given = WarningCache()
 """The notices of this run that are given once: their texts, or what they are about."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from lightning_xattn.core.ids import clean
+from lightning_xattn.core.names import clean
 
 _log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lightning_xattn.core.ids import shown
+from lightning_xattn.core.names import shown
 
 SINGLE_KEY = "a single key, so every weight is 1 whatever the model learned"
 """Why such attention says nothing; reads on from "attend to", "with", or by itself."""

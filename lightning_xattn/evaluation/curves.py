@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any, Literal
 
 from lightning_xattn.core.attention import Direction
-from lightning_xattn.core.ids import shown_tag
+from lightning_xattn.core.names import shown_tag
 from lightning_xattn.evaluation.fusion_summary import Estimate, FusionSummary, interaction_names
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import ALIGNMENT, CONFIDENCE, INVALID_ROWS, SCORES, STATISTICS, Column

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lightning_xattn.core.distributed import NUMBER
 from lightning_xattn.core.files import hidden_part, remove_dead_parts
-from lightning_xattn.core.ids import id_text, valid
+from lightning_xattn.core.ids import id_text
+from lightning_xattn.core.names import valid
 from lightning_xattn.core.notices import warn
 from lightning_xattn.functional.outcomes import CORRECT, UNKNOWN
 

@@ -13,7 +13,8 @@ from typing import IO, Any, TypeVar
 import torch
 
 from lightning_xattn.core.errors import DataError, XAttnError
-from lightning_xattn.core.ids import id_text, shown
+from lightning_xattn.core.ids import id_text
+from lightning_xattn.core.names import shown
 from lightning_xattn.core.notices import first_line
 from lightning_xattn.evaluation.results import TrainingData
 

@@ -14,7 +14,7 @@ from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_xattn.core.errors import SettingError
-from lightning_xattn.core.ids import clean, shown
+from lightning_xattn.core.names import clean, shown
 from lightning_xattn.core.notices import first_line
 from lightning_xattn.core.progress import timed
 from lightning_xattn.explainer import ExplainabilityCapture, load_checkpoint, training_data

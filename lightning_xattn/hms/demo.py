@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_xattn.callback import AttentionExplainabilityCallback
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.files import complete_or_absent
-from lightning_xattn.core.ids import clean
+from lightning_xattn.core.names import clean
 from lightning_xattn.core.progress import report_time, timed
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.explainer import ExplainabilityCapture, training_data

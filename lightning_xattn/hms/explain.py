@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from lightning_xattn.core.errors import DataError
-from lightning_xattn.core.ids import clean
+from lightning_xattn.core.names import clean
 from lightning_xattn.core.progress import timed, track
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch
 from lightning_xattn.explainer import ExplainabilityCapture, load_checkpoint, training_data

@@ -15,7 +15,7 @@ from matplotlib.ticker import MultipleLocator
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_xattn.core.errors import SettingError
-from lightning_xattn.core.ids import shown
+from lightning_xattn.core.names import shown
 from lightning_xattn.hms.montage import Derivations
 from lightning_xattn.visualizations.drawing import UNDEFINED, as_array, draw_colour_bar, draw_mesh, wrap
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning_xattn.core.ids import shown_tag
+from lightning_xattn.core.names import shown_tag
 from lightning_xattn.core.notices import warn
 from lightning_xattn.loggers.comet import CometWriter
 from lightning_xattn.loggers.folder import FolderWriter

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from lightning_xattn.core.ids import shown
+from lightning_xattn.core.names import shown
 from lightning_xattn.core.wording import SINGLE_KEY, SINGLE_KEY_REMEDY, decimal, name_modality
 from lightning_xattn.evaluation.results import AttentionStatistics, ExplainedBatch, PlacedPair, SampleResult
 from lightning_xattn.report.criteria import (

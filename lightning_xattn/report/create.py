@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.files import complete_or_absent
-from lightning_xattn.core.ids import escaped_in_json
+from lightning_xattn.core.names import escaped_in_json
 from lightning_xattn.core.wording import name_modality
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch, Results
 from lightning_xattn.report.batch import PER_SAMPLE, describe_batch

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.markdown import Markdown
 
-from lightning_xattn.core.ids import clean
+from lightning_xattn.core.names import clean
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, cast
 
-from lightning_xattn.core.ids import valid
+from lightning_xattn.core.names import valid
 from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary

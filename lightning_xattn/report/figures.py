@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_xattn.core.attention import Direction, TokenAxis, fitting_axes
 from lightning_xattn.core.files import path_of
-from lightning_xattn.core.ids import shown
+from lightning_xattn.core.names import shown
 from lightning_xattn.core.wording import decimal, describe_size
 from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
 from lightning_xattn.evaluation.fusion_summary import FusionSummary

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from lightning_xattn.core.ids import clean
+from lightning_xattn.core.names import clean
 from lightning_xattn.core.wording import decimal
 from lightning_xattn.report.document import Block, Document, Items, Paragraph, Table
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_xattn.core.attention import Direction, TokenAxis, fitting_axes
-from lightning_xattn.core.ids import shown
+from lightning_xattn.core.names import shown
 from lightning_xattn.core.wording import decimal, name_modality
 from lightning_xattn.evaluation.fusion_samples import SampleModalities, describe_modalities
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch

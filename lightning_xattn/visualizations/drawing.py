@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_xattn.core.attention import Direction, TokenAxis
 from lightning_xattn.core.errors import SettingError, ShapeError
-from lightning_xattn.core.ids import clean, shown
+from lightning_xattn.core.names import clean, shown
 from lightning_xattn.core.wording import decimal
 from lightning_xattn.visualizations.output import COLOURS, WindowFigure, with_boxes
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_xattn.core.attention import Direction, TokenAxis
 from lightning_xattn.core.errors import SettingError
-from lightning_xattn.core.ids import shown
+from lightning_xattn.core.names import shown
 from lightning_xattn.core.wording import SINGLE_KEY, decimal
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.visualizations.drawing import (

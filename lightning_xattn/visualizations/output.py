@@ -22,7 +22,7 @@ from PIL import Image
 
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.files import complete_or_absent
-from lightning_xattn.core.ids import clean
+from lightning_xattn.core.names import clean
 
 COLOURS = colormaps["viridis"]
 

@@ -24,7 +24,7 @@ from matplotlib.markers import CARETDOWN, CARETLEFT, CARETRIGHT, CARETUP
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from lightning_xattn.core.ids import shown
+from lightning_xattn.core.names import shown
 from lightning_xattn.visualizations.drawing import text_inches, wrap
 from lightning_xattn.visualizations.output import COLOURS, WindowFigure
 

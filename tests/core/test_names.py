@@ -18,16 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
 from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.core.errors import DataError
-from lightning_xattn.core.ids import (
-    LONGEST,
-    UNKNOWN_GROUP,
-    clean,
-    escaped_in_json,
-    group_keys,
-    id_text,
-    shown,
-    shown_tag,
-)
+from lightning_xattn.core.ids import UNKNOWN_GROUP, group_keys, id_text
+from lightning_xattn.core.names import LONGEST, clean, escaped_in_json, shown, shown_tag
 from lightning_xattn.core.notices import first_line, info
 from lightning_xattn.report import print_report
 from lightning_xattn.visualizations import plot_class_attention, plot_cross_modal_attention, render

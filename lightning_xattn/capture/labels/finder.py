@@ -27,10 +27,9 @@ from lightning_xattn.capture.labels.places import (
     guess_targets,
     named_place,
 )
-from lightning_xattn.capture.labels.scores import (
+from lightning_xattn.capture.labels.scores import ReadScores, Scores, find_scores
+from lightning_xattn.capture.labels.tensors import (
     Classes,
-    ReadScores,
-    Scores,
     are_binary_labels,
     are_ids,
     are_one_hot,
@@ -44,7 +43,6 @@ from lightning_xattn.capture.labels.scores import (
     classes_of_labels,
     classes_of_scores,
     confidence_of,
-    find_scores,
 )
 from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError
 from lightning_xattn.core.ids import group_keys

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_xattn.capture.labels.scores import (
+from lightning_xattn.capture.labels.tensors import (
     are_binary_labels,
     are_ids,
     are_predictions,
