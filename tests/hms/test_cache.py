@@ -83,14 +83,14 @@ def test_features_are_those_of_each_row(make_folder, tmp_path):
 
 @pytest.mark.slow
 def test_any_number_of_processes_computes_the_same_bits(shared, tmp_path):
-    recordings = Recordings.read(shared)
-    alone, *others = (
-        stored_features(recordings, COMPETITION, tmp_path / f"cache_{workers}", workers) for workers in (0, 1, 2, 3)
+    (shared / "train_eegs/103.parquet").unlink()
+    recordings = Recordings.read(shared, "skip")
+    alone, others = (
+        stored_features(recordings, COMPETITION, tmp_path / f"cache_{workers}", workers) for workers in (0, 2)
     )
-    assert [content(other) for other in others] == [content(alone)] * 3
-    assert len(list(alone.files[0].parent.iterdir())) == 11
-    for position in range(11):
-        assert_features(alone, position)
+    assert content(others) == content(alone)
+    assert others.recordings == alone.recordings
+    assert len(list(others.files[0].parent.iterdir())) == len(alone) == 9
 
 
 def test_each_recording_is_read_once(shared, tmp_path, monkeypatch):
@@ -217,14 +217,13 @@ def test_a_full_disk_leaves_no_part_of_a_file(make_folder, tmp_path, monkeypatch
     assert [path.name.partition("-")[0] for path in folder.iterdir()] == ["300"]
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_bad_recordings_are_left_out_in_the_order_of_the_table(shared, tmp_path, workers):
+def test_bad_recordings_are_left_out_in_the_order_of_the_table(shared, tmp_path):
     (shared / "train_spectrograms/202.parquet").unlink()
     (shared / "train_eegs/103.parquet").write_bytes(b"")
     recordings = Recordings.read(shared, "skip")
     bad = [i for i, row in enumerate(recordings) if row.spectrogram_id == 202 or row.eeg_id == 103]
     for _ in range(2):
-        features = stored_features(recordings, COMPETITION, tmp_path / "cache", workers)
+        features = stored_features(recordings, COMPETITION, tmp_path / "cache")
         assert [bad_row.line for bad_row in features.recordings.skipped] == [i + 2 for i in bad]
         assert {bad_row.reason for bad_row in features.recordings.skipped} == {"missing file", "unreadable file"}
         assert len(features) == len(features.recordings) == 11 - len(bad)
@@ -232,7 +231,7 @@ def test_bad_recordings_are_left_out_in_the_order_of_the_table(shared, tmp_path,
             assert_features(features, position)
         assert features.count_filled().shape == (len(features), 2)
     with pytest.raises(RowError, match=r"parquet: (missing|unreadable) file"):
-        stored_features(Recordings.read(shared), COMPETITION, tmp_path / "cache", workers)
+        stored_features(Recordings.read(shared), COMPETITION, tmp_path / "cache")
 
 
 def test_a_folder_of_bad_recordings_alone_is_an_error(make_folder, tmp_path):
