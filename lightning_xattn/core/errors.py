@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_xattn.core.ids import clean
-
 
 class XAttnError(Exception):
     """Base of every error raised on purpose: catch this one to catch them all.
@@ -20,6 +18,8 @@ class XAttnError(Exception):
     """
 
     def __str__(self) -> str:
+        from lightning_xattn.core.ids import clean  # here, as that file raises these errors
+
         # Names from data are in it, and it ends in a terminal.
         return clean(super().__str__())
 

@@ -16,11 +16,13 @@ from torch import Tensor
 from lightning_xattn.capture.labels.places import (
     LabelSetting,
     Place,
+    ReadScores,
     Step,
     check_label_setting,
     describe,
     describe_setting,
     find_misfits,
+    find_scores,
     find_several_labels,
     guess_ids,
     guess_predictions,
@@ -29,7 +31,6 @@ from lightning_xattn.capture.labels.places import (
 )
 from lightning_xattn.capture.labels.scores import (
     Classes,
-    ReadScores,
     Scores,
     are_binary_labels,
     are_ids,
@@ -44,7 +45,6 @@ from lightning_xattn.capture.labels.scores import (
     classes_of_labels,
     classes_of_scores,
     confidence_of,
-    find_scores,
 )
 from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError
 from lightning_xattn.core.ids import group_keys

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_xattn.capture.labels.places import Place, Step, list_places
 from lightning_xattn.core.attention import row_sum_tolerance
 
 UNLABELLED = (-1, -100)
@@ -172,51 +170,6 @@ class Scores:
         if confidence is not None:
             agrees &= ((top - confidence).abs() < CLOSE) | confidence.isnan()
         return bool(agrees.all())
-
-
-ReadScores = Callable[[Step, Tensor | None], Scores | None]
-"""Gives the scores of a step with these predictions; None where it has none like those of the first step."""
-
-
-def find_scores(step: Step, predictions: Tensor, predicted: Classes, confidence: Tensor | None) -> ReadScores | None:
-    """How to read the scores behind predictions, as a first step shows where they are. Looks at the values.
-
-    What ``forward`` returned comes first, as many a step makes probabilities or class ids of it.
-
-    Parameters
-    ----------
-    step
-        The step.
-    predictions
-        Its predictions: scores or class ids.
-    predicted, confidence
-        Their classes; the scores must agree with them, and be clear by themselves where there is no confidence.
-    """
-    for place in (*list_places(step, "forward"), *list_places(step, "outputs"), None):
-        found = predictions if place is None else place.read(step)
-        if confidence is None and not are_clear(found, step.samples):
-            continue
-        for scores in scores_by_class(found, step.samples):
-            classes = scores.values.shape[1]
-            fits = predicted.n_classes in (None, classes) and (
-                not scores.are_probabilities or are_probabilities(scores.values)
-            )
-            if fits and predicted.ids is not None and scores.agree_with(predicted.ids, confidence):
-                return partial(_read, place, classes, scores.are_probabilities)
-    return None
-
-
-def _read(
-    place: Place | None, n_classes: int, are_probabilities: bool, step: Step, predictions: Tensor | None
-) -> Scores | None:
-    try:
-        found = predictions if place is None else place.read(step)
-    except (KeyError, IndexError, TypeError):
-        return None
-    for scores in scores_by_class(found, step.samples):
-        if scores.are_probabilities == are_probabilities and scores.values.shape[1] == n_classes:
-            return Scores(scores.values.detach().to(step.device, non_blocking=True), are_probabilities)
-    return None
 
 
 def are_clear(found: Any, samples: int) -> bool:
