@@ -12,8 +12,14 @@ from torch import Tensor
 
 from lightning_xattn.capture.calls import Path, find_tensors
 from lightning_xattn.capture.labels import Labels
-from lightning_xattn.capture.labels.scores import CLOSE, Scores, are_clear, scores_by_class
-from lightning_xattn.capture.labels.tensors import are_probabilities, are_single_scores
+from lightning_xattn.capture.labels.scores import (
+    CLOSE,
+    Scores,
+    are_clear,
+    are_probabilities,
+    are_single_scores,
+    scores_by_class,
+)
 from lightning_xattn.functional import centred
 
 LEAST_PROBABILITY = 1e-12

@@ -56,8 +56,8 @@ class Schedule:
 
     def tests_attention(self, trainer: Trainer) -> bool:
         """Whether a recorded evaluation ends with a test of its attention's faithfulness."""
-        is_due = self._is_due(trainer, self.faithfulness_every_n_epochs)
-        return is_due or (self.ever_tests_attention(trainer) and self._is_last(trainer))
+        every = self.faithfulness_every_n_epochs
+        return self._is_due(trainer, every) or (every > 0 and self._is_last(trainer))
 
     def ever_tests_attention(self, trainer: Trainer) -> bool:
         """Whether any evaluation of this run ends with a test of its attention."""

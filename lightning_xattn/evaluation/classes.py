@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.capture.labels import Labels, Step
-from lightning_xattn.capture.labels.tensors import UNLABELLED
+from lightning_xattn.capture.labels.scores import UNLABELLED
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.core.names import shown
 from lightning_xattn.core.notices import warn

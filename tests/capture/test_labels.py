@@ -10,7 +10,7 @@ import torch
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture
 from lightning_xattn.capture.labels.finder import LabelFinder
 from lightning_xattn.capture.labels.places import Step
-from lightning_xattn.capture.labels.tensors import are_binary_labels, are_probabilities, confidence_of
+from lightning_xattn.capture.labels.scores import are_binary_labels, are_probabilities, confidence_of
 from lightning_xattn.core.errors import DiscoveryError, ShapeError, XAttnError, XAttnWarning
 from lightning_xattn.evaluation.statistics import ALIGNMENT, CONFIDENCE
 from lightning_xattn.functional.outcomes import UNKNOWN

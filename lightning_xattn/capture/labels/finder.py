@@ -16,20 +16,22 @@ from torch import Tensor
 from lightning_xattn.capture.labels.places import (
     LabelSetting,
     Place,
+    ReadScores,
     Step,
     check_label_setting,
     describe,
     describe_setting,
     find_misfits,
+    find_scores,
     find_several_labels,
     guess_ids,
     guess_predictions,
     guess_targets,
     named_place,
 )
-from lightning_xattn.capture.labels.scores import ReadScores, Scores, find_scores
-from lightning_xattn.capture.labels.tensors import (
+from lightning_xattn.capture.labels.scores import (
     Classes,
+    Scores,
     are_binary_labels,
     are_ids,
     are_one_hot,

@@ -6,20 +6,26 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_xattn.capture.labels.tensors import (
+from lightning_xattn.capture.labels.scores import (
+    Classes,
+    Scores,
     are_binary_labels,
+    are_clear,
     are_ids,
     are_predictions,
+    are_probabilities,
     are_rows,
     are_several,
     are_shares,
     are_single_scores,
+    scores_by_class,
 )
 from lightning_xattn.core.errors import DiscoveryError, SettingError
 
@@ -260,3 +266,48 @@ def describe(value: Any) -> str:
         items = [describe(item) for item in value[:4]] + (["..."] if len(value) > 4 else [])
         return f"[{', '.join(items)}]"
     return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+ReadScores = Callable[[Step, Tensor | None], Scores | None]
+"""Gives the scores of a step with these predictions; None where it has none like those of the first step."""
+
+
+def find_scores(step: Step, predictions: Tensor, predicted: Classes, confidence: Tensor | None) -> ReadScores | None:
+    """How to read the scores behind predictions, as a first step shows where they are. Looks at the values.
+
+    What ``forward`` returned comes first, as many a step makes probabilities or class ids of it.
+
+    Parameters
+    ----------
+    step
+        The step.
+    predictions
+        Its predictions: scores or class ids.
+    predicted, confidence
+        Their classes; the scores must agree with them, and be clear by themselves where there is no confidence.
+    """
+    for place in (*list_places(step, "forward"), *list_places(step, "outputs"), None):
+        found = predictions if place is None else place.read(step)
+        if confidence is None and not are_clear(found, step.samples):
+            continue
+        for scores in scores_by_class(found, step.samples):
+            classes = scores.values.shape[1]
+            fits = predicted.n_classes in (None, classes) and (
+                not scores.are_probabilities or are_probabilities(scores.values)
+            )
+            if fits and predicted.ids is not None and scores.agree_with(predicted.ids, confidence):
+                return partial(_read, place, classes, scores.are_probabilities)
+    return None
+
+
+def _read(
+    place: Place | None, n_classes: int, are_probabilities: bool, step: Step, predictions: Tensor | None
+) -> Scores | None:
+    try:
+        found = predictions if place is None else place.read(step)
+    except (KeyError, IndexError, TypeError):
+        return None
+    for scores in scores_by_class(found, step.samples):
+        if scores.are_probabilities == are_probabilities and scores.values.shape[1] == n_classes:
+            return Scores(scores.values.detach().to(step.device, non_blocking=True), are_probabilities)
+    return None

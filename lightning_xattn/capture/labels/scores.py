@@ -1,23 +1,145 @@
-"""The class scores behind a step's predictions, which may stand elsewhere in it: logits or probabilities by class."""
+"""Class scores, class ids and shares: what tensors of predictions hold, and the scores behind a prediction."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_xattn.capture.labels.places import Place, Step, list_places
-from lightning_xattn.capture.labels.tensors import (
-    Classes,
-    are_probabilities,
-    are_rows,
-    are_single_scores,
-    are_surely_logits,
-)
+from lightning_xattn.core.attention import row_sum_tolerance
+
+UNLABELLED = (-1, -100)
+"""Class ids that usually mean "no label"; -100 is what torch's losses ignore."""
+
+
+class Classes(NamedTuple):
+    """The classes of samples by a tensor of scores or labels.
+
+    Attributes
+    ----------
+    ids
+        ``(batch,)`` int64; -1 where the scores are NaN or infinite (but for classes that are ruled out, -inf).
+    tied
+        ``(batch,)`` bool, whether more than one class is on top; None of class ids.
+    n_classes
+        Number of classes, when the tensor shows it.
+    """
+
+    ids: Tensor | None = None
+    tied: Tensor | None = None
+    n_classes: int | None = None
+
+
+def are_ids(value: Any, samples: int) -> bool:
+    """Class ids ``(batch,)``."""
+    whole = isinstance(value, Tensor) and not (value.is_floating_point() or value.dtype == torch.bool)
+    return whole and tuple(value.shape) == (samples,)
+
+
+def are_rows(value: Any, samples: int) -> bool:
+    """One column a class, ``(batch, classes)``."""
+    rows = isinstance(value, Tensor) and value.dim() == 2 and value.dtype != torch.bool
+    return rows and len(value) == samples and value.shape[1] > 1
+
+
+def are_predictions(value: Any, samples: int) -> bool:
+    """Class scores or class ids."""
+    return (are_rows(value, samples) and value.is_floating_point()) or are_ids(value, samples)
+
+
+def are_single(value: Any, samples: int) -> bool:
+    """One number a sample, ``(batch,)`` or ``(batch, 1)``: the score of a binary head, or a regression."""
+    return isinstance(value, Tensor) and tuple(value.shape) in ((samples,), (samples, 1))
+
+
+def are_single_scores(value: Any, samples: int) -> bool:
+    """One floating number a sample."""
+    return are_single(value, samples) and value.is_floating_point()
+
+
+def are_binary_labels(value: Any, samples: int, guessed: bool) -> bool:
+    """Labels of two classes, 0 and 1, of any type; ``UNLABELLED`` ones too. Looks at the values.
+
+    Where -1 and 1 occur but no 0, -1 may be the other class: such labels are refused. Floating numbers that are
+    merely guessed to be labels must show both classes, as those to regress may all be 0.
+    """
+    if not are_single(value, samples):
+        return False
+    negative, positive = value == 0, value == 1
+    unlabelled = torch.stack([value == label for label in UNLABELLED]).any(0)
+    certain = negative.any() | ~(value == -1).any()
+    if guessed and value.is_floating_point():
+        certain &= negative.any() & positive.any()
+    return bool((negative | positive | unlabelled).all() & (negative | positive).any() & certain)
+
+
+def are_shares(rows: Tensor) -> bool:
+    """Soft or one-hot labels; several labels at once, or numbers to regress, are not. Looks at the values."""
+    return bool((rows >= 0).all() and ((rows.float().sum(1) - 1).abs() < 1e-3).all())
+
+
+def are_several(rows: Tensor) -> bool:
+    """Several labels at once: shares between 0 and 1 of which rows do not sum to 1. Looks at the values."""
+    return bool(((rows >= 0) & (rows <= 1)).all()) and not are_shares(rows)
+
+
+def are_one_hot(rows: Tensor) -> bool:
+    """Whether each row has a single 1 among 0s, as far as a first batch shows. Looks at the values."""
+    return bool(((rows == 0) | (rows == 1)).all() and (rows.float().sum(1) == 1).all())
+
+
+def are_probabilities(scores: Tensor) -> bool:
+    """Whether class scores ``(batch, classes)`` are probabilities already, and not logits. Looks at the values."""
+    finite = scores[scores.isfinite().all(1)].float()
+    sums_to_one = ((finite.sum(1) - 1).abs() <= row_sum_tolerance(scores.dtype)).all()
+    return len(finite) > 0 and bool((finite >= 0).all() and sums_to_one)
+
+
+def are_surely_logits(scores: Tensor) -> bool:
+    """Whether scores cannot be probabilities. Looks at the values."""
+    return bool(((scores < 0) | (scores > 1)).any())
+
+
+def classes_of(values: Tensor) -> Classes:
+    """Read class ids ``(batch,)``, or scores or shares ``(batch, classes)``."""
+    if values.dim() == 1:
+        return Classes(values.long())
+    top = values.amax(1, keepdim=True)
+    # A class with a score of minus infinity is one that the model rules out.
+    sound = (values < torch.inf).all(1) & (top[:, 0] > -torch.inf)
+    return Classes(torch.where(sound, values.argmax(1), -1), (values == top).sum(1) > 1, values.shape[1])
+
+
+def classes_of_scores(values: Tensor, threshold: float) -> Classes:
+    """Class 1 above the threshold, class 0 up to it, of single scores ``(batch,)`` or ``(batch, 1)``."""
+    values = values.reshape(-1)
+    return Classes(torch.where(values.isfinite(), (values > threshold).long(), -1), n_classes=2)
+
+
+def classes_of_labels(values: Tensor) -> Classes:
+    """Class ids of binary labels of any type; -1 where they are neither 0 nor 1."""
+    values = values.reshape(-1)
+    return Classes(torch.where(values == 1, 1, torch.where(values == 0, 0, -1)), n_classes=2)
+
+
+def confidence_of(scores: Tensor, probabilities: bool) -> Tensor:
+    """Probability of the predicted class, of scores ``(batch, classes)``, or single ones of class 1.
+
+    NaN where ``probabilities`` are none.
+    """
+    tolerance = row_sum_tolerance(scores.dtype)
+    scores = scores.float()
+    if scores.dim() == 2 and scores.shape[1] > 1:
+        shares = scores if probabilities else scores.softmax(1)
+    else:
+        positive = (scores if probabilities else scores.sigmoid()).reshape(-1)
+        shares = torch.stack([1 - positive, positive], dim=1)
+    sound = (shares >= 0).all(1) & ((shares.sum(1) - 1).abs() <= tolerance)
+    return torch.where(sound, shares.amax(1), torch.nan)
+
 
 CLOSE = 1e-3
 """Probabilities that agree within this are the same: half precision keeps no more."""
@@ -48,51 +170,6 @@ class Scores:
         if confidence is not None:
             agrees &= ((top - confidence).abs() < CLOSE) | confidence.isnan()
         return bool(agrees.all())
-
-
-ReadScores = Callable[[Step, Tensor | None], Scores | None]
-"""Gives the scores of a step with these predictions; None where it has none like those of the first step."""
-
-
-def find_scores(step: Step, predictions: Tensor, predicted: Classes, confidence: Tensor | None) -> ReadScores | None:
-    """How to read the scores behind predictions, as a first step shows where they are. Looks at the values.
-
-    What ``forward`` returned comes first, as many a step makes probabilities or class ids of it.
-
-    Parameters
-    ----------
-    step
-        The step.
-    predictions
-        Its predictions: scores or class ids.
-    predicted, confidence
-        Their classes; the scores must agree with them, and be clear by themselves where there is no confidence.
-    """
-    for place in (*list_places(step, "forward"), *list_places(step, "outputs"), None):
-        found = predictions if place is None else place.read(step)
-        if confidence is None and not are_clear(found, step.samples):
-            continue
-        for scores in scores_by_class(found, step.samples):
-            classes = scores.values.shape[1]
-            fits = predicted.n_classes in (None, classes) and (
-                not scores.are_probabilities or are_probabilities(scores.values)
-            )
-            if fits and predicted.ids is not None and scores.agree_with(predicted.ids, confidence):
-                return partial(_read, place, classes, scores.are_probabilities)
-    return None
-
-
-def _read(
-    place: Place | None, n_classes: int, are_probabilities: bool, step: Step, predictions: Tensor | None
-) -> Scores | None:
-    try:
-        found = predictions if place is None else place.read(step)
-    except (KeyError, IndexError, TypeError):
-        return None
-    for scores in scores_by_class(found, step.samples):
-        if scores.are_probabilities == are_probabilities and scores.values.shape[1] == n_classes:
-            return Scores(scores.values.detach().to(step.device, non_blocking=True), are_probabilities)
-    return None
 
 
 def are_clear(found: Any, samples: int) -> bool:
