@@ -203,7 +203,7 @@ class Edits(torch.overrides.TorchFunctionMode):
     def begin(self, event, asks):
         return Edit(lambda keys, values: (keys.flip(0), values.flip(0, -1)), self.scales)
 
-    def take(self, event, read=None, given=None):
+    def record(self, event, read=None, given=None):
         pass
 
 

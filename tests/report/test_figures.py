@@ -148,6 +148,6 @@ def test_a_score_has_its_auroc_and_claims_no_difference_that_is_not_shown(interv
     summary = copy(summary_of(trained(None, data, epochs=5), data))
     summary.compare = lambda score: found
     _, figure = next(fusion_figures(summary, "val", [], all_names=[], classes_by="target", context=""))
-    text = " ".join(" ".join(texts(figure)).split())
+    text = " ".join(texts(figure).split())
     for score in ("confidence", "conflict"):
         assert (f"{score}: {claim}" in text) if claim else "AUROC" not in text

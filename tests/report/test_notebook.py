@@ -11,7 +11,6 @@ from lightning_xattn.attention_analysis import AttentionAnalyzer
 from lightning_xattn.evaluation.statistics import ALIGNMENT
 from lightning_xattn.functional import Permutation, prepare_rows
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
-from lightning_xattn.hms import HMSDataModule
 from tests.explained import dataset, summary
 from tests.toy import ToyModule, run_toy, toy_data, toy_loader, validate
 
@@ -92,7 +91,6 @@ def test_reprs_are_one_line_each(explained, tmp_path):
         explained: "DatasetResult(23 samples, 4 classes; layers audio_to_text; modalities audio, text)",
         ExplainabilityCapture(module): "ExplainabilityCapture(ToyModule, classes_by='target')",
         AttentionAnalyzer(3): "AttentionAnalyzer(num_heads=3)",
-        HMSDataModule("x", fold=2): "HMSDataModule('x', batch_size=32, fold=2 of 5)",
     }
     assert {repr(one): said for one, said in expected.items()} == {said: said for said in expected.values()}
     axis = TokenAxis("time (s)", spans=[(i, i + 2) for i in range(300)])

@@ -258,7 +258,7 @@ def test_a_data_set_has_the_summarys_numbers():
         assert cells[1] == "13"
         assert cells[3] == f"{one.mean(ALIGNMENT, i):.3f} ({low:.3f} to {high:.3f})"
         low, high = one.interval(Column.parse("spec_to_eeg/entropy"), i)
-        assert cells[6] == f"{one.mean(Column.parse('spec_to_eeg/entropy'), i):.3f} ({low:.3f} to {high:.3f})"
+        assert cells[5] == f"{one.mean(Column.parse('spec_to_eeg/entropy'), i):.3f} ({low:.3f} to {high:.3f})"
     right, known = OUTCOMES.count(CORRECT), len(OUTCOMES) - OUTCOMES.count(UNKNOWN)
     low, high = (100 * end for end in one.accuracy_interval())
     assert row(report, "all")[2] == f"{100 * right / known:.1f} % ({low:.1f} to {high:.1f} %) {right}/{known}"
@@ -326,7 +326,7 @@ def test_predicted_classes_unclassified_samples_and_several_layers():
     assert "**Alignment undefined:** 100.0 % of the samples" in report
     assert "**Alignment between different samples:** undefined (it needs two samples with an alignment" in report
     second = report.partition("## Attention (layer fusion.1)")[2]
-    assert row(second, "LPD")[3:6] == ["undefined"] * 3
+    assert row(second, "LPD")[3:5] == ["undefined"] * 2
     assert row(second, "no class")[1] == "1"
 
 
@@ -409,7 +409,7 @@ def test_markdown_renders_whatever_the_names_hold():
         if before.type in ("th_open", "td_open")
     ]
     assert r"\$z\$" in report  # or GitHub sets it as a formula
-    width = 7
+    width = 6
     assert len(cells) == width * 7  # header, all, three classes, correct, incorrect
     assert cells[:3] == ["true class", "n", "accuracy (recall)"]
     assert cells[2 * width :: width][:3] == ["a|b", "*c* <b>_d_</b> `e`", "line break [x](y) & \\ $z$"]
