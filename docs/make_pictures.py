@@ -161,7 +161,7 @@ def draw_contribution(figure_axes: list[list[Axes]]) -> Drawn:
         figure_axes,
         "share of EEG",
         shares,
-        ("both contribute to the prediction", "EEG contributes, Spec opposes the prediction"),
+        ("both contribute to the prediction", "EEG contributes, Spec opposes it"),
     )
 
 
@@ -290,9 +290,9 @@ def draw_cross_modal_mass(figure_axes: list[list[Axes]]) -> Drawn:
             line(5.5, color="white", linewidth=2)
     return name_halves(
         figure_axes,
-        "cross-modal attention mass (EEG asks)",
+        "cross-modal attention mass",
         values,
-        ("each modality attends to itself", "EEG attends to the spectrogram"),
+        ("EEG attends to itself", "EEG attends to the spectrogram"),
     )
 
 
