@@ -1,6 +1,6 @@
 """Draw what a low and a high value of each number look like: ``python docs/make_pictures.py`` writes docs/images/*.svg.
 
-Whatever a picture shows is made up, and its number is computed from that by the package's own function.
+The pictures show made-up data; the package's own functions compute their numbers.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def draw_map(ax: Axes, weights: Tensor, x: str = "key", y: str = "query") -> Non
 
 
 def draw_bars(ax: Axes, probes: Tensor, chosen: int | None = None) -> None:
-    """What two probes say of each class, and which class the model predicts."""
+    """The probabilities of two probes, and which class the model predicts."""
     for shift, probe, colour, hatch, name in (
         (-0.2, probes[0], FIRST, "", "EEG's probe"),
         (0.2, probes[1], SECOND, "///", "Spec's probe"),
@@ -89,20 +89,20 @@ def draw_bars(ax: Axes, probes: Tensor, chosen: int | None = None) -> None:
 
 
 def halves(panels: int = 1, height: float = 2.4) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of two halves with so many panels each."""
+    """A figure of two halves, with ``panels`` panels each."""
     figure = Figure(figsize=(7.2, height), layout="constrained")
     return figure, [list(half.subplots(1, panels, squeeze=False)[0]) for half in figure.subfigures(1, 2, wspace=0.06)]
 
 
 def name_halves(half: Sequence[Sequence[Axes]], name: str, values: Sequence[float], what: Sequence[str]) -> Drawn:
     """Title the halves with their numbers."""
-    for axes, value, says in zip(half, values, what, strict=True):
-        axes[0].figure.suptitle(f"{name} {value:.2f}\n{says}", fontsize=11)
+    for axes, value, meaning in zip(half, values, what, strict=True):
+        axes[0].figure.suptitle(f"{name} {value:.2f}\n{meaning}", fontsize=11)
     low, high = values
     return low, high
 
 
-def draw_reading(figure_axes: list[list[Axes]]) -> Drawn:
+def draw_probe(figure_axes: list[list[Axes]]) -> Drawn:
     """What enters the fusion, in two dimensions, and how often a probe is right."""
     target = torch.arange(240) % 3
     angles = 2 * math.pi * target / 3
@@ -110,14 +110,14 @@ def draw_reading(figure_axes: list[list[Axes]]) -> Drawn:
     values = []
     for (ax,), spread in zip(figure_axes, (6.0, 0.45), strict=True):
         points = torch.stack([angles.cos(), angles.sin()], dim=1) + spread * random(240, 2)
-        read = cross_fitted_probe(points, target, folds, 3)
-        values.append(float((read.argmax(1) == target).double().mean()))
+        probabilities = cross_fitted_probe(points, target, folds, 3)
+        values.append(float((probabilities.argmax(1) == target).double().mean()))
         for one, (marker, colour) in enumerate(zip("o^s", (FIRST, SECOND, THIRD), strict=True)):
             x, y = points[target == one].T.numpy()
             ax.scatter(x, y, s=14, marker=marker, color=colour, label=f"class {NAMES[one]}")
         ax.set(xticks=[], yticks=[], xlabel="what the modality brings into the fusion")
     figure_axes[1][0].legend(fontsize=9, loc="lower right")
-    return name_halves(figure_axes, "probe", values, ("little above the largest class, 0.33", "it knows the class"))
+    return name_halves(figure_axes, "probe accuracy", values, ("little above the largest class, 0.33", "well above it"))
 
 
 def draw_conflict(figure_axes: list[list[Axes]]) -> Drawn:
@@ -128,10 +128,10 @@ def draw_conflict(figure_axes: list[list[Axes]]) -> Drawn:
     for (ax,), probes in zip(figure_axes, (agree, differ), strict=True):
         draw_bars(ax, probes)
     figure_axes[1][0].legend(fontsize=9, loc="upper center")
-    return name_halves(figure_axes, "conflict", values, ("both name class A", "EEG says A, Spec says C"))
+    return name_halves(figure_axes, "conflict", values, ("both probes predict A", "EEG's probe predicts A, Spec's C"))
 
 
-def draw_lean(figure_axes: list[list[Axes]]) -> Drawn:
+def draw_support_difference(figure_axes: list[list[Axes]]) -> Drawn:
     """A prediction that the second modality's probe supports, and one that the first one's does."""
     probes = torch.tensor([[0.80, 0.15, 0.05], [0.10, 0.10, 0.80]])
     values = []
@@ -140,7 +140,7 @@ def draw_lean(figure_axes: list[list[Axes]]) -> Drawn:
         draw_bars(ax, probes, predicted)
     figure_axes[1][0].legend(fontsize=9, loc="upper right")
     return name_halves(
-        figure_axes, "support_difference", values, ("Spec supports the prediction", "EEG supports the prediction")
+        figure_axes, "support difference", values, ("Spec supports the prediction", "EEG supports the prediction")
     )
 
 
@@ -158,12 +158,15 @@ def draw_contribution(figure_axes: list[list[Axes]]) -> Drawn:
         ax.set(ylim=(0, 1.25), yticks=(0, 0.5, 1), xlabel="modalities of the sample itself", ylabel="probability")
         ax.text(0.02, 0.97, f"φ(EEG) {phi[0, 0]:+.2f}, φ(Spec) {phi[0, 1]:+.2f}", transform=ax.transAxes, va="top")
     return name_halves(
-        figure_axes, "share of EEG", shares, ("both carry the prediction", "EEG carries it, Spec speaks against it")
+        figure_axes,
+        "share of EEG",
+        shares,
+        ("both contribute to the prediction", "EEG contributes, Spec opposes it"),
     )
 
 
 def draw_faithfulness(figure_axes: list[list[Axes]]) -> Drawn:
-    """How the prediction falls as keys are replaced, those of most attention first and those of least."""
+    """How the probability falls as keys are replaced, the most attended first and the least attended first."""
     cases = ((0.70, 0.50, 0.35, 0.69, 0.52, 0.34, 0.20), (0.45, 0.30, 0.24, 0.88, 0.82, 0.62, 0.20))
     values = []
     for (ax,), replaced in zip(figure_axes, cases, strict=True):
@@ -247,11 +250,11 @@ def draw_heads(figure_axes: list[list[Axes]]) -> Drawn:
         for head, ax in enumerate(axes):
             draw_map(ax, weights[head], "key", "" if head else "query")
             ax.set_title(f"head {head}", fontsize=9)
-    return name_halves(figure_axes, "head diversity", values, ("all heads do the same", "each head looks elsewhere"))
+    return name_halves(figure_axes, "head diversity", values, ("all heads do the same", "each head attends elsewhere"))
 
 
 def draw_selectivity(figure_axes: list[list[Axes]]) -> Drawn:
-    """A head that pools alike for all queries, and one in which each query looks elsewhere."""
+    """A head with the same attention for all queries, and one in which each query attends elsewhere."""
     bands = 2 * random(1, 14, seed=2).expand(9, 14) + 0.1 * random(9, 14)
     values = []
     for (ax,), scores in zip(figure_axes, (bands, 4 * diagonal(9, 14)), strict=True):
@@ -269,10 +272,10 @@ def draw_sink(figure_axes: list[list[Axes]]) -> Drawn:
         weights = scores.softmax(-1)
         values.append(float(sink(rows_of(weights[None]))))
         draw_map(ax, weights)
-    return name_halves(figure_axes, "sink strength", values, ("no key gets all queries", "the first key takes most"))
+    return name_halves(figure_axes, "sink", values, ("no key gets all queries", "the first key takes most"))
 
 
-def draw_crossing(figure_axes: list[list[Axes]]) -> Drawn:
+def draw_cross_modal_mass(figure_axes: list[list[Axes]]) -> Drawn:
     """A joint sequence of 6 EEG and 10 spectrogram tokens."""
     values = []
     own = torch.zeros(16, dtype=torch.bool)
@@ -287,9 +290,9 @@ def draw_crossing(figure_axes: list[list[Axes]]) -> Drawn:
             line(5.5, color="white", linewidth=2)
     return name_halves(
         figure_axes,
-        "cross_modal_mass (EEG asks)",
+        "cross-modal attention mass",
         values,
-        ("each modality looks at itself", "EEG looks at the spectrogram"),
+        ("EEG attends to itself", "EEG attends to the spectrogram"),
     )
 
 
@@ -305,13 +308,13 @@ def draw_auroc(figure_axes: list[list[Axes]]) -> Drawn:
             ax.hist(one.numpy(), bins=30, range=(low, high), density=True, histtype="step", color=colour, label=name)
         ax.set(yticks=[], xticks=[], xlabel="score", ylabel="samples")
     figure_axes[1][0].legend(fontsize=9, loc="upper right")
-    return name_halves(figure_axes, "AUROC", values, ("the score tells nothing", "correct ones score higher"))
+    return name_halves(figure_axes, "AUROC", values, ("no difference", "higher in correct predictions"))
 
 
 PICTURES: Mapping[str, tuple[Callable[[list[list[Axes]]], Drawn], int]] = {
-    "probe": (draw_reading, 1),
+    "probe": (draw_probe, 1),
     "conflict": (draw_conflict, 1),
-    "support_difference": (draw_lean, 1),
+    "support_difference": (draw_support_difference, 1),
     "contribution": (draw_contribution, 1),
     "faithfulness": (draw_faithfulness, 1),
     "alignment": (draw_alignment, 2),
@@ -320,10 +323,10 @@ PICTURES: Mapping[str, tuple[Callable[[list[list[Axes]]], Drawn], int]] = {
     "head_diversity": (draw_heads, 3),
     "query_selectivity": (draw_selectivity, 1),
     "sink": (draw_sink, 1),
-    "cross_modal_mass": (draw_crossing, 1),
+    "cross_modal_mass": (draw_cross_modal_mass, 1),
     "auroc": (draw_auroc, 1),
 }
-"""By the name of the file, what draws its two halves, and how many panels each half has."""
+"""By the name of the file, the function that draws its two halves, and the number of panels in each half."""
 
 
 def make_picture(name: str, folder: Path) -> Drawn:

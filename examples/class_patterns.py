@@ -1,4 +1,4 @@
-"""What does the model attend to when it predicts one class?
+"""Draw the mean attention of the samples that a model predicts as one class.
 
 python examples/class_patterns.py CHECKPOINT DATA CLASS OUT.png
 """

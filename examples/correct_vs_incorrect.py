@@ -1,4 +1,4 @@
-"""Do correct and incorrect predictions differ in alignment or entropy, also within classes?
+"""Compare alignment and entropy of correct and incorrect predictions, also within classes.
 
 python examples/correct_vs_incorrect.py CHECKPOINT DATA
 """

@@ -18,7 +18,7 @@ model = load_checkpoint(HMSLightningModule, checkpoint)
 datamodule = HMSDataModule(data, test_data=data, cache_dir=out / "features")
 loader = datamodule.test_dataloader()
 
-# The data know when their windows begin and end (a model may know its regions): so pairs and figures have places.
+# The data module has the times of the windows, so pairs and figures have places.
 explainer = ExplainabilityCapture(model, axes=datamodule.attention_axes)
 
 # The whole data set: one row per recording in the table, classes and outcomes in the report.

@@ -1,4 +1,4 @@
-"""What does each head attend to, and which head of one direction matches which of the other?
+"""Print the strongest pair of each head, and draw which heads of the two directions match.
 
 python examples/head_specialization.py CHECKPOINT DATA OUT.png
 """
