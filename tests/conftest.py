@@ -66,9 +66,10 @@ def infos(monkeypatch, caplog) -> pytest.LogCaptureFixture:
 @pytest.fixture(autouse=True)
 def _no_notices_given():
     # Imported here, when pytest has set up logging, in which the package then joins.
-    from lightning_xattn.core.notices import begin_run
+    from lightning_xattn.core import notices
 
-    begin_run()
+    notices._running.clear()  # of a run that another test did not end
+    notices.begin_run()
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,9 @@ from pytorch_lightning import Trainer
 
 import lightning_xattn
 from lightning_xattn import attention_analysis, functional, hms, visualizations
-from lightning_xattn.report import criteria as interpretation
 from tests.toy import ToyModule, toy_data, toy_loader
 
-PUBLIC = (lightning_xattn, functional, visualizations, attention_analysis, interpretation, hms)
+PUBLIC = (lightning_xattn, functional, visualizations, attention_analysis, hms)
 
 
 class AudioText(ToyModule):

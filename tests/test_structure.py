@@ -91,6 +91,24 @@ def test_imports_go_downwards():
     assert not wrong
 
 
+def test_no_import_goes_in_a_circle():
+    """Of single modules, as imports at their top run: a circle works or not by which of them is imported first."""
+    modules = {".".join(("lightning_xattn", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    imported = {}
+    for name, path in modules.items():
+        tops = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        found = [
+            f"{node.module}.{alias.name}" for node in tops if isinstance(node, ast.ImportFrom) for alias in node.names
+        ]
+        found += [node.module for node in tops if isinstance(node, ast.ImportFrom)]
+        imported[name] = {one for one in found if one in modules and one != name and room_of(modules[one])}
+    while leaves := [name for name, others in imported.items() if not others & set(imported)]:
+        for name in leaves:
+            del imported[name]
+    assert not imported
+
+
 def test_only_the_command_imports_the_reference_application():
     others = [path for path in FILES if room_of(path) != "hms"]
     importing = {path.name for path in others if any("lightning_xattn.hms" in name for name in imports_of(path))}

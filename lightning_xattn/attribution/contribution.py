@@ -32,6 +32,10 @@ NOT_REPRODUCED = (
 """Why contributions are not computed where the replay of intact samples gives other outputs."""
 
 
+MAX_TOKEN_SHAPES = 32
+"""Samples are replayed together only with the same numbers of tokens, so many different ones take many replays."""
+
+
 @dataclass(frozen=True, eq=False)
 class Contributions:
     """What each modality contributes to the predictions of some samples; NaN where it is not defined.
@@ -96,6 +100,8 @@ def compute_contributions(
     blocks = kept.permuted.blocks()
     if not blocks:
         return fusion.problem or "no sample could be kept"
+    if len(blocks) > MAX_TOKEN_SHAPES:
+        return f"the samples have {len(blocks)} different numbers of tokens, at most {MAX_TOKEN_SHAPES}: pad them"
     source = TokenSource(blocks)
     try:
         return _compute_shapley_values(source, fusion, kept.modalities, partners)

@@ -64,14 +64,16 @@ class BottomKSample:
     def __init__(self, size: int) -> None:
         self.size = size
         self._blocks: dict[tuple[tuple[str, torch.Size], ...], list[Columns]] = {}
+        self._count = 0
 
     def __len__(self) -> int:
-        return sum(len(rows["hash"]) for several in self._blocks.values() for rows in several)
+        return self._count
 
     def add(self, rows: Mapping[str, Tensor]) -> None:
         """Add rows; the shape of a row may differ from that of earlier ones."""
         shapes = tuple((name, values.shape[1:]) for name, values in rows.items())
         self._blocks.setdefault(shapes, []).append(dict(rows))
+        self._count += len(rows["hash"])
         if len(self) >= 2 * self.size:
             self._drop_largest_hashes()
 
@@ -115,7 +117,11 @@ class BottomKSample:
             # Only where there are several shapes, how many rows of one are kept depends on the hashes.
             count = self.size if len(joined) == 1 else int((of_block < self.size).sum())
             order = rows["hash"].argsort(stable=True)[:count]
-            self._blocks[shapes] = [{name: values[order] for name, values in rows.items()}]
+            if len(order):
+                self._blocks[shapes] = [{name: values[order] for name, values in rows.items()}]
+            else:
+                del self._blocks[shapes]
+        self._count = sum(len(rows["hash"]) for (rows,) in self._blocks.values())
 
 
 MAX_SAMPLES = 8192

@@ -12,9 +12,12 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
+from zlib import crc32
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch.utils._pytree import tree_map
 
 from lightning_xattn.attribution.contribution import CONTRIBUTION_SAMPLES
 from lightning_xattn.attribution.inputs import ModalitiesSetting
@@ -33,7 +36,7 @@ from lightning_xattn.capture.labels import LabelSetting, Step
 from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.core.distributed import SINGLE_PROCESS, unique_sample_indices
 from lightning_xattn.core.errors import DiscoveryError, SettingError, XAttnError
-from lightning_xattn.core.notices import begin_run, describe_error, info, warn
+from lightning_xattn.core.notices import begin_run, describe_error, end_run, info, warn
 from lightning_xattn.evaluation.checks import check_directions, explain_empty_evaluation
 from lightning_xattn.evaluation.evaluation import Evaluation, summarise_all
 from lightning_xattn.evaluation.fusion_samples import sample_columns
@@ -211,8 +214,9 @@ class AttentionExplainabilityCallback(Callback):
                 "This callback still records another Trainer, inside of which this one runs. Give the inner Trainer a "
                 "callback of its own: Trainer(callbacks=[AttentionExplainabilityCallback()])."
             )
-        begin_run()
+        end_run(self._run)
         self._run = run = Run(stage == "fit", weakref.ref(trainer), processes=find_processes(trainer))
+        begin_run(run)
         if run.is_fit:
             self._fit_begins = len(self.history)
         make = partial(
@@ -345,11 +349,13 @@ class AttentionExplainabilityCallback(Callback):
         """Take every hook off the model: after a crash Lightning does not call ``teardown``."""
         if self._run.trainer() in (None, trainer):
             self._run.stop()
+            end_run(self._run)
             self._run.trainer = lambda: None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take every hook off the model, and let go of it and of the Trainer."""
+        """Take every hook off the model, and forget it and the Trainer."""
         self._run.stop()
+        end_run(self._run)
         self._run = Run()
         if reason := describe_spawning(trainer):
             info(reason, once=True)
@@ -368,7 +374,8 @@ class AttentionExplainabilityCallback(Callback):
     def state_key(self) -> str:
         """The name of the state in a checkpoint: the same for the same measurements, whatever schedule and table."""
         measured = {name: value for name, value in vars(self.settings).items() if name != "table"}
-        return re.sub(" at 0x[0-9a-fA-F]+", "", self._generate_state_key(**measured))  # of callables the names
+        described = self._generate_state_key(**tree_map(_identify_function, measured))
+        return re.sub(" at 0x[0-9a-fA-F]+", "", described)  # of other callables the names
 
     def state_dict(self) -> dict[str, Any]:
         """The history, in plain types: a checkpoint with it loads with ``weights_only=True``.
@@ -461,6 +468,15 @@ class AttentionExplainabilityCallback(Callback):
         is_first = run.processes.rank == 0  # which knows the samples of all processes
         samples = [{"dataloader": number, **sample_columns(one)} for number, one in fusions.items() if is_first]
         return run.table.close(samples)
+
+
+def _identify_function(setting: Any) -> Any:
+    """A function's name and a number of its code, as lambdas of one place share a name; anything else as it is."""
+    if not isinstance(setting, FunctionType):
+        return setting
+    code = setting.__code__
+    constants = [one.co_code if isinstance(one, CodeType) else one for one in code.co_consts]
+    return f"{setting.__qualname__}#{crc32(repr((code.co_code, code.co_names, constants)).encode()):08x}"
 
 
 def _attention_axes(trainer: Trainer, module: LightningModule) -> dict[str, TokenAxis]:

@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 import warnings
+import weakref
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import TextIO
@@ -19,6 +20,7 @@ from lightning_xattn.core.errors import XAttnError, XAttnWarning
 from lightning_xattn.core.names import clean, shown
 
 _given = WarningCache()
+_running: weakref.WeakSet[object] = weakref.WeakSet()
 """The notices of this run that are given once: their texts, or what they are about."""
 
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
@@ -75,9 +77,20 @@ def describe_error(error: Exception) -> str:
     return f"{what} This is a fault of lightning_xattn; your run goes on as without it."
 
 
-def begin_run() -> None:
-    """Forget which notices were given: a new run may give them again."""
-    _given.clear()
+def begin_run(run: object | None = None) -> None:
+    """Forget which notices were given, as a new run may give them again; not while another run goes on.
+
+    ``run`` goes on until ``end_run``, or until nobody holds it.
+    """
+    if not _running:
+        _given.clear()
+    if run is not None:
+        _running.add(run)
+
+
+def end_run(run: object) -> None:
+    """Let the next run give its notices again."""
+    _running.discard(run)
 
 
 def is_new(about: Hashable) -> bool:

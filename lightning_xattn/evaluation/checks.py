@@ -75,9 +75,12 @@ def explain_refusal(problem: str) -> str:
     )
 
 
-def check_layer(layer: str, summary: LayerSummary) -> Iterator[str]:
-    """Messages about a layer in an evaluation, those that this run has not given yet."""
-    for about, message in _check_samples(layer, summary):
+def check_layer(layer: str, summary: LayerSummary, lacks_query_mask: bool = False) -> Iterator[str]:
+    """Messages about a layer in an evaluation, those that this run has not given yet.
+
+    ``lacks_query_mask``: whether one direction alone is recorded, and no mask marks its queries that are padding.
+    """
+    for about, message in _check_samples(layer, summary, lacks_query_mask):
         if is_new((layer, about)):
             yield message
     for direction, heads in summary.heads.items():
@@ -112,8 +115,8 @@ def check_rows(layer: str, rows: Sequence[Rows]) -> Iterator[str]:
 def check_fusion(summary: FusionSummary) -> Iterator[str]:
     """Messages about what was not computed of the modalities, those that this run has not given yet."""
     for reason, names in _new_by_reason("probe", summary.probe_problems):
-        who, alone = " and ".join(map(repr, names)), "itself" if len(names) == 1 else "themselves"
-        yield f"{who} cannot be read by {alone}: {reason}. So conflict and support_difference are not computed."
+        who = " and ".join(map(repr, names))
+        yield f"Linear probe of {who} not computed: {reason}. So conflict and support difference are not, either."
     if summary.nonfinite and is_new("left out"):
         yield (
             f"{summary.nonfinite} samples are left out of probes and contributions: what they bring into the fusion is "
@@ -135,7 +138,7 @@ def check_fusion(summary: FusionSummary) -> Iterator[str]:
         yield f"The faithfulness of the attention {' and '.join(names)} has no reference: {reason}."
 
 
-def _check_samples(layer: str, summary: LayerSummary) -> Iterator[tuple[str, str]]:
+def _check_samples(layer: str, summary: LayerSummary, lacks_query_mask: bool) -> Iterator[tuple[str, str]]:
     """What a message is about, and the message."""
     single = [
         str(direction)
@@ -145,16 +148,16 @@ def _check_samples(layer: str, summary: LayerSummary) -> Iterator[tuple[str, str
     ]
     yield from _check_keys(layer, single, summary.wholly_masked, summary.samples)
     if not summary.maps:
-        padding = ""
-        if len(summary.heads) == 1 and not any(column.statistic == "cross_modal_mass" for column in summary.columns):
-            padding = (
-                " Queries that are padding count unless a mask marks them: query_mask=<key or callable>, (batch, "
-                "queries), True for a real token."
-            )
+        hint = (
+            " Queries that are padding count unless a mask marks them: query_mask=<key or callable>, (batch, queries), "
+            "True for a real token."
+            if lacks_query_mask
+            else ""
+        )
         yield (
             "token counts",
             f"Layer '{layer}': the number of tokens changes from batch to batch, so there are no mean maps and no "
-            f"alignment between different samples. Pad all batches to one length to see them.{padding}",
+            f"alignment between different samples. Pad all batches to one length to see them.{hint}",
         )
     if summary.unclassified:
         yield (

@@ -135,6 +135,8 @@ class Evaluation:
         Samples of this process so far, with those that were left out.
     has_dropped : bool
         Whether samples of this evaluation had classes before their targets turned out to be several labels at once.
+    lacking_query_mask : set of str
+        Layers of which one direction alone is recorded, and no mask marks its queries that are padding.
     shown_classes : tuple of int or None
         Of many classes, those that have curves and figures; decided when the first evaluation is shown.
     """
@@ -154,6 +156,7 @@ class Evaluation:
         self.classes: tuple[str, ...] | None = None
         self.shown_classes: tuple[int, ...] | None = None
         self._first_layer = ""
+        self.lacking_query_mask: set[str] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -253,6 +256,9 @@ class Evaluation:
             self._keep_samples(batch, about | {"class": classes}, places, layers[0] if first_ran else ())
         table = [] if batch.attention else [about | {"layer": None} | ids]
         for pair, rows in zip(batch.attention, layers, strict=True):
+            one = pair.forward
+            if pair.backward is None and one.query_mask is None and one.cross_modal_mass is None:
+                self.lacking_query_mask.add(pair.layer)
             statistics = sample_statistics(*rows) | {CONFIDENCE: _or_default(labels.confidence, torch.nan, batch)}
             if pair.layer not in self._accumulators:
                 empty = LayerAccumulator.empty(rows, tuple(statistics), n_classes, labels.group_noun)

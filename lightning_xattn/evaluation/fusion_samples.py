@@ -160,7 +160,7 @@ def find_samples(summary: FusionSummary, keys: Tensor) -> list[int | None]:
 def sample_columns(summary: FusionSummary) -> dict[str, Tensor]:
     """Give the columns of the sample table that are known at the end: ``IDENTITY``, probes and contributions."""
     columns = {name: summary.rows[name] for name in IDENTITY}
-    columns |= {name: summary.numbers[name] for name in ("conflict", "support_difference", "probe_right")}
+    columns |= {name: summary.numbers[name] for name in ("conflict", "support_difference", "only_probe_right")}
     for name, probe in summary.probes.items():
         known = ~probe.isnan().any(1) & (name not in summary.probe_problems)
         columns[f"probe_{name}"] = torch.where(known, probe.argmax(1), -1)

@@ -41,7 +41,7 @@ class Estimate:
     """Groups of these samples; None where groups are not known."""
 
 
-PROPORTIONS = ("right", "probe_right", "supports_first", "opposed", "additive_right", "model_right")
+PROPORTIONS = ("right", "only_probe_right", "supports_first", "opposed", "additive_right", "model_right")
 """The numbers that are 0 or 1 in each sample, so that their means are proportions."""
 
 _LIMITS = {"confidence": (0.0, 1.0), "conflict": (0.0, 1.0), "cost": (-1.0, 1.0), "phi": (-1.0, 1.0)}
@@ -74,7 +74,7 @@ class FusionSummary(ShownInNotebooks):
         Their names.
     numbers
         By name ``(samples,)`` float64, NaN where undefined: "confidence", "conflict", "support_difference",
-        "supports_first" (whether the first modality's probe supports the prediction more), "probe_right",
+        "supports_first" (whether the first modality's probe supports the prediction more), "only_probe_right",
         "right/<modality>" (whether its probe is right), and of the samples that were permuted "phi/<modality>", its
         standard error "error/<modality>" (as not all partners were run), "opposed", "followed", those of
         ``interactions``, "additive_right" and "model_right", and by direction "gain/<direction>",
@@ -178,7 +178,9 @@ class FusionSummary(ShownInNotebooks):
         undefined = torch.full_like(self.numbers["confidence"], torch.nan)
         known = not self.probe_problems
         self.numbers["conflict"] = functional.conflict(several) if known else undefined
-        self.numbers["probe_right"] = functional.probe_right(several, predicted, target) if known else undefined
+        self.numbers["only_probe_right"] = (
+            functional.only_probe_right(several, predicted, target) if known else undefined
+        )
         two = known and len(self.modalities) == 2
         supports = functional.support_difference(torch.stack(list(logs.values())), predicted) if two else undefined
         self.numbers["support_difference"] = supports

@@ -113,7 +113,9 @@ class SampleTable:
         for writer, path in self._writers.values():
             with suppress(OSError):  # on a full disk closing fails too
                 writer.close()
-            hidden_part(path).unlink(missing_ok=True)
+            for one in (hidden_part(path), path):  # the file itself, where the next one could not appear
+                with suppress(OSError):
+                    one.unlink(missing_ok=True)
         self._writers = {}
 
     def _write_waiting(self) -> None:

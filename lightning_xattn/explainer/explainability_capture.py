@@ -127,7 +127,6 @@ class ExplainabilityCapture:
         self.top_k = top_k
         self.class_names = self.settings.class_names or own_class_names(model)
         self.axes = _check_axes(getattr(model, "attention_axes", None) if axes is None else axes)
-        begin_run()  # a new explainer gives its notices again
         self._recorder = self.settings.recorder(model)
         self._runner = ModelRunner(model, self._recorder, predict, max_batch_size, num_heads)
 
@@ -275,7 +274,7 @@ class ExplainabilityCapture:
                 close_table(rows, folder, explained.fusion)
         warn(check_directions(self._recorder.layers), once=True)
         for layer, summary in explained.summaries.items():
-            warn(check_layer(layer, summary))
+            warn(check_layer(layer, summary, layer in evaluation.lacking_query_mask))
         if explained.fusion is not None:
             info(check_fusion(explained.fusion))
         return replace(explained, axes=fitting_axes(self.axes, token_counts), table=folder)

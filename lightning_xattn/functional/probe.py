@@ -231,7 +231,7 @@ def support_difference(probes: Tensor, predicted: Tensor) -> Tensor:
     return torch.where(known, first - second, torch.nan)
 
 
-def probe_right(probes: Tensor, predicted: Tensor, target: Tensor) -> Tensor:
+def only_probe_right(probes: Tensor, predicted: Tensor, target: Tensor) -> Tensor:
     """Of a wrong prediction, whether a modality's own probe was right.
 
     Parameters
@@ -249,7 +249,7 @@ def probe_right(probes: Tensor, predicted: Tensor, target: Tensor) -> Tensor:
     Examples
     --------
     >>> probes = torch.tensor([[[0.9, 0.1]], [[0.2, 0.8]]])
-    >>> probe_right(probes, predicted=torch.tensor([1]), target=torch.tensor([0])).tolist()
+    >>> only_probe_right(probes, predicted=torch.tensor([1]), target=torch.tensor([0])).tolist()
     [1.0]
     """
     right = (probes.argmax(2) == target).any(0)

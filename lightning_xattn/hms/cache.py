@@ -98,7 +98,7 @@ def stored_features(
     missing = [position for position, file in enumerate(files) if file not in complete]
     bad_rows = _compute_files(recordings, geometry, files, missing, num_workers) if missing else []
     bad_lines = {bad_row.line for bad_row in bad_rows}
-    if len(bad_rows) == len(recordings):
+    if bad_rows and len(bad_rows) == len(recordings):
         raise DataError(f"No recording of {recordings.root} can be used. The first: {bad_rows[0]}")
     usable = tuple(file for row, file in zip(recordings, files, strict=True) if row.line not in bad_lines)
     return StoredFeatures(recordings.without(bad_rows), geometry, usable)
@@ -145,6 +145,7 @@ def _compute_files(
         for positions in by_spectrogram.values()
     ]
     workers = min(_count_cores(), len(missing) // _ROWS_PER_PROCESS) if num_workers is None else num_workers
+    workers = min(workers, 61)  # more processes in a pool are an error on Windows
     bad_rows: list[BadRow] = []
     title = f"Computing the features of {len(missing)} recordings"
     with closing(_run_tasks(tasks, geometry, min(workers, len(tasks)))) as results:

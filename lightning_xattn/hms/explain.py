@@ -87,7 +87,8 @@ def run_explain(
     for i, sample in enumerate(track(results["per_sample_explanations"], f"Drawing {len(chosen)} recordings")):
         _draw_sample(results, i, datamodule, out / "samples", montage)
         # Only the signals: the page has the maps already.
-        pictures[str(sample["sample_id"])] = [out / "samples" / str(sample["sample_id"]) / "signals.png"]
+        signals = out / "samples" / str(sample["sample_id"]) / "signals.png"
+        pictures[str(sample["sample_id"])] = [signals] if signals.exists() else []
     with timed("Writing the report"):
         create_explainability_report(explained, out / "report.html", pictures=pictures)
     print()

@@ -115,7 +115,7 @@ def _collect_fusion(fusion: FusionSummary, class_names: Sequence[str]) -> dict[s
             for name in fusion.modalities
         ],
         "subsets": [*map(subset_facts, list_subsets(class_names))],
-        "probe_right": fusion.estimate("probe_right"),
+        "only_probe_right": fusion.estimate("only_probe_right"),
         "contribution_problem": fusion.contribution_problem,
         "interactions": {name: fusion.estimate(name) for name in fusion.interactions},
         "emap_accuracy": fusion.estimate("additive_right") if has_shares else None,

@@ -118,7 +118,7 @@ def _tabulate_subsets(fusion: FusionSummary, class_names: Sequence[str], classes
 
 
 def _describe_whole(fusion: FusionSummary) -> Iterator[Item]:
-    right = fusion.estimate("probe_right")
+    right = fusion.estimate("only_probe_right")
     if right.count:
         yield "Wrong predictions for which the probe on a modality is right", format_percent(right), ()
     unit = "of the output" if fusion.is_regression else "centred logits"

@@ -77,7 +77,7 @@ def test_the_table_has_the_numbers_of_each_sample(tmp_path):
     summary = callback.fusion_summaries["val"]
     ids = {int(one): str(int(sample)) for sample, one in zip(data.tensors[3], hashed(data.tensors[3], 0), strict=True)}
     rows = frame.loc[[ids[int(one)] for one in summary.rows["hash"]]]
-    names = {"conflict": "conflict", "support_difference": "support_difference", "probe_right": "probe_right"}
+    names = {"conflict": "conflict", "support_difference": "support_difference", "only_probe_right": "only_probe_right"}
     names |= {f"contribution_{name}": f"phi/{name}" for name in ("left", "right")}
     names |= {f"contribution_{name}": name for name in ("interaction", "opposed", "followed")}
     for column, number in names.items():

@@ -340,8 +340,8 @@ def test_the_explainer_leaves_out_samples_of_another_length_and_goes_on(tmp_path
     assert places == [0, 1, 2, 6, 7, 8, *range(14, 19)]
     assert "8: their joint sequence has another length" in create_explainability_report(whole, format="markdown")
     again = explainer.explain_loader(of_lengths(9, 12, 9, 11, 9), table=tmp_path, progress=False)
-    assert again.other_lengths == whole.other_lengths, "read back"
-    with pytest.raises(DataError, match=tells("3 samples", "another length")):
+    assert again.other_lengths == whole.other_lengths
+    with pytest.raises(DataError, match=tells("3 samples", "do not have the length")):
         explainer.explain_batch(next(iter(of_lengths(12))))
     with pytest.raises(DataError, match=tells("first batch", "another length")):
         explainer.explain_loader(of_lengths(12, 9), progress=False)

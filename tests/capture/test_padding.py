@@ -451,7 +451,7 @@ def test_samples_of_which_one_modality_is_wholly_masked_are_named_and_counted():
     with pytest.warns(XAttnWarning, match="one modality is wholly masked in 5 of 23 samples"):
         result = explained.explain_loader(half_blank(), progress=False)
     text = create_explainability_report(result, format="markdown")
-    assert "Samples of which one modality is wholly masked" in text
+    assert "Samples in which one modality is wholly masked" in text
     assert json.loads(create_explainability_report(result, format="json"))["layers"][0]["wholly_masked"] == 5
 
 

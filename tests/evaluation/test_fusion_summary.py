@@ -145,13 +145,13 @@ def test_a_modality_that_says_nothing_cannot_be_read_and_one_that_is_not_used_co
     summary = summary_of(module, data, **NAMED)
     assert list(summary.probe_problems) == ["right"]
     assert "not clearly above the share of the largest class, 25.0 %" in summary.probe_problems["right"]
-    for name in ("conflict", "support_difference", "probe_right"):
+    for name in ("conflict", "support_difference", "only_probe_right"):
         assert summary.numbers[name].isnan().all()
     assert (
         summary.numbers["phi/right"].abs().max() < 1e-6 or summary.numbers["phi/right"].nan_to_num().abs().max() < 1e-6
     )
     assert summary.share("left").mean == pytest.approx(1, abs=1e-5)
-    assert any("'right' cannot be read by itself" in said for said in infos.messages)
+    assert any("Linear probe of 'right' not computed" in said for said in infos.messages)
 
 
 @pytest.mark.parametrize("samples", [40, 160])

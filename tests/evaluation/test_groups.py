@@ -354,7 +354,7 @@ def test_reports_say_how_many_patients_and_that_intervals_are_by_them():
     loader = DataLoader(Named(patient_ids=PATIENTS), batch_size=6)
     report = create_explainability_report(explain(loader))
     words = " ".join(report.split())
-    assert "- Samples: 40 of 7 patients" in report
+    assert "**Samples:** 40 samples of 7 patients" in report
     assert re.search(r"^ +n\ntrue class +\(patients\) +accuracy \(recall\)", report, re.MULTILINE)
     accuracy = r"\d+\.\d % \(\d+\.\d to \d+\.\d %\) \d+/40"
     assert re.search(rf"^all +40 \(7\) +{accuracy}", report, re.MULTILINE)

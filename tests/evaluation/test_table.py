@@ -76,7 +76,7 @@ def test_a_data_set_for_pandas_polars_and_duckdb_over_epochs_and_runs(tmp_path):
         assert latest["run"].nunique() == 1
         both = frame.merge(pd.read_parquet(tmp_path / "samples"), validate="one_to_one")  # on all that both have
         assert len(both) == len(frame)
-        assert both["probe_right"].isna().all()  # of 23 samples there are no probes
+        assert both["only_probe_right"].isna().all()  # of 23 samples there are no probes
     for kind in ("attention", "samples"):
         paths = list((tmp_path / kind).iterdir())
         assert len(paths) == 4

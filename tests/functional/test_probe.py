@@ -159,13 +159,13 @@ def test_support_difference():
         assert ours[i] == pytest.approx(reference.support_difference(*probes[:, i].tolist(), predicted[i]))
 
 
-def test_probe_right_is_a_right_probe_of_a_wrong_prediction():
+def test_only_probe_right_is_a_right_probe_of_a_wrong_prediction():
     says = torch.eye(3).double()
     probes = torch.stack([says[[0, 0, 0, 0]], says[[1, 1, 2, 1]]])
-    ours = functional.probe_right(probes, torch.tensor([0, 2, 1, 2]), torch.tensor([0, 1, 1, -1]))
+    ours = functional.only_probe_right(probes, torch.tensor([0, 2, 1, 2]), torch.tensor([0, 1, 1, -1]))
     assert ours[1] == 1  # the second one said 1
     assert ours[[0, 2, 3]].isnan().all()  # a right prediction, another one, and no target
-    assert functional.probe_right(probes, torch.tensor([2, 2, 2, 2]), torch.tensor([1, 1, 1, 0])).tolist() == [
+    assert functional.only_probe_right(probes, torch.tensor([2, 2, 2, 2]), torch.tensor([1, 1, 1, 0])).tolist() == [
         1,
         1,
         0,

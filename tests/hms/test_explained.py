@@ -134,7 +134,5 @@ def test_bad_input_is_named(model, batch, tmp_path):
     batch["eeg_graphs"][2].x[20] = torch.nan  # a node of the second graph
     with pytest.raises(DataError, match=rf"sample 1 \(id {int(batch['sample_ids'][1])}\) \(1 of 5\) are not finite"):
         callback.explain_batch(batch)
-    with pytest.raises(
-        DataError, match=r"Batch 1: .*lacks \['eeg_graphs', 'spec_graphs'\].*5 samples of the 1 batches"
-    ):
+    with pytest.raises(DataError, match=r"Batch 1: .*lacks \['eeg_graphs', 'spec_graphs'\]"):
         callback.explain_loader([{**batch, "eeg_graphs": batch["eeg_graphs"][:2]}, {}], tmp_path)
