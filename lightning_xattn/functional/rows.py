@@ -169,7 +169,7 @@ def _prepare(attention: Attention) -> Rows:
 
 
 def has_single_keys(rows: Rows, samples: int | slice = slice(None)) -> bool:
-    """Whether these samples have valid rows, all of them of a single valid key: their attention says nothing.
+    """Whether these samples have valid rows, all of them of a single valid key: their attention holds no information.
 
     Examples
     --------
@@ -281,7 +281,7 @@ def std(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
 
 
 def mean(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
-    """Mean weight of a row, ``(batch, heads)``: always ``1 / K_q``, so it says nothing about the model.
+    """Mean weight of a row, ``(batch, heads)``: always ``1 / K_q``, whatever the model learned.
 
     Examples
     --------

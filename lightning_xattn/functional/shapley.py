@@ -1,8 +1,8 @@
 """How much of a prediction does each modality carry? Exact Shapley values (Shapley 1953) at the fusion.
 
 The modalities that enter a fusion are permuted between samples: pair (i, j) has the modalities of a subset from sample
-i and the others from its partner j. A game's value ``v_i(S)`` is the mean over partners of what the model then says of
-the class that it predicts for the intact sample i.
+i and the others from its partner j. A game's value ``v_i(S)`` is the mean over partners of what the model then predicts
+for the class that it predicts for the intact sample i.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 OPPOSED = -0.02
-"""A modality whose contribution is below this speaks against the prediction."""
+"""A modality whose contribution is below this opposes the prediction."""
 
 MOSTLY = 2 / 3
 """A prediction is mostly one modality's if the lower end of its share is above this, of however many modalities: all
@@ -33,14 +33,14 @@ Subset = frozenset[int]
 
 @dataclass(frozen=True, eq=False)
 class Permutation:
-    """What a model says of pairs of samples whose modalities were permuted.
+    """A model's outputs for pairs of samples whose modalities were permuted.
 
     Attributes
     ----------
     rows, columns
         ``(pairs,)`` int64: pair (i, j) has the modalities of ``subset`` from sample i and the others from j.
     values
-        ``(pairs, classes)`` what it says of each class: probabilities, or centred logits.
+        ``(pairs, classes)`` its output for each class: probabilities, or centred logits.
 
     Examples
     --------
@@ -194,7 +194,7 @@ def play(
     Parameters
     ----------
     intact
-        ``(samples, classes)`` what the model says of the intact samples.
+        ``(samples, classes)`` the model's outputs for the intact samples.
     permutes
         Of each of `permuted_subsets`.
     groups
@@ -244,10 +244,10 @@ def play(
 def _left_over(
     permute: Permutation, fit: tuple[Tensor, Tensor], partners: Tensor, chosen: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Squared standard errors of what a fit says of each row and of each column, at the sample's class.
+    """Squared standard errors of a fit's values for each row and each column, at the sample's class.
 
     What the fit leaves over of a sample's pairs, spread over their number ``R``, and once more over ``R`` as what it
-    says of each partner has such an error too. The more of all partners the pairs cover, the smaller the error.
+    gives for each partner has such an error too. The more of all partners the pairs cover, the smaller the error.
     """
     samples, pairs = len(chosen), len(permute.rows)
     rest = permute.values.double() - fit[0][permute.rows] - fit[1][permute.columns]
@@ -333,7 +333,7 @@ def contribution_shares(phi: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        ``(modalities,)``, sum to 1; a modality that speaks against the predictions has a negative share. NaN where the
+        ``(modalities,)``, sum to 1; a modality that opposes the predictions has a negative share. NaN where the
         means do not sum to more than 0.
 
     Examples
@@ -346,7 +346,7 @@ def contribution_shares(phi: Tensor) -> Tensor:
 
 
 def opposed(phi: Tensor, error: Tensor | float = 0.0) -> Tensor:
-    """Whether a modality speaks against the prediction: a contribution that is clearly below `OPPOSED`.
+    """Whether a modality opposes the prediction: its contribution that is clearly below `OPPOSED`.
 
     Parameters
     ----------

@@ -151,7 +151,7 @@ def print_value(ax: Axes, x: float, y: float, value: float, scale: Normalize) ->
 
 
 def write_note(ax: Axes, text: str, size: float = 10) -> None:
-    """Write over a panel that says nothing."""
+    """Write over an empty panel."""
     box = {"facecolor": "white", "edgecolor": "0.7"}
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", bbox=box, fontsize=size)
 

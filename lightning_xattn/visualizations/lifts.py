@@ -1,4 +1,4 @@
-"""Maps of attention as lift over uniform: their one colour scale, its bar, a panel, and when a map says nothing."""
+"""Maps of attention as lift over uniform: colour scale, bar, panel, and when a map holds no information."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def lift_range(lifts: NDArray[Any]) -> str:
 
 
 def says_nothing(rows: Rows, lifts: NDArray[Any], sample: int) -> str:
-    """Say why a sample's map says nothing about the model; empty if it may say something."""
+    """Why a sample's map holds no information about the model; empty if it may."""
     if not rows.valid[sample].any():
         return "undefined: no valid row"
     if has_single_keys(rows, sample):
         return SINGLE_KEY
     defined = lifts[~np.isnan(lifts)]
     if defined.std() <= NO_VARIANCE * np.sqrt((defined**2).mean()):
-        return "uniform: every key gets the same, which says nothing"
+        return "uniform: every key gets the same weight"
     return ""
 
 

@@ -102,7 +102,7 @@ def plot_contribution_shares(
     context: str = "",
     save_path: str | PathLike[str] | None = None,
 ) -> Figure:
-    """Draw which share of the predictions each modality carries: bars with 95 % intervals, by class and by outcome.
+    """Draw each modality's share of the contributions, with 95 % intervals, by class and by outcome.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def plot_contribution_shares(
     ax.axhline(len(class_names) - 0.5, color="0.4", linewidth=0.8)
     ax.grid(axis="x", color="0.9")
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-    ax.set_xlabel(wrap("share of the mean contribution (below 0: speaks against the predictions)", 3.0, SMALL))
+    ax.set_xlabel(wrap("share of the mean contribution (below 0: opposes the predictions)", 3.0, SMALL))
     ax.xaxis.label.set_fontsize(SMALL)
     rows.label(ax)
     handles.append(Line2D([], [], color="black", linewidth=1, label=interval_by(group_noun)))
@@ -175,14 +175,14 @@ class SampleRow(NamedTuple):
 
     Examples
     --------
-    >>> SampleRow("sample 7", says={"eeg": ("LPD", 0.8)}, contributions={"eeg": 0.3}).says["eeg"]
+    >>> SampleRow("sample 7", probes={"eeg": ("LPD", 0.8)}, contributions={"eeg": 0.3}).probes["eeg"]
     ('LPD', 0.8)
     """
 
     title: str
     """Of one or two lines."""
-    says: Mapping[str, tuple[str, float]]
-    """By modality, the class that it says and the probability of it."""
+    probes: Mapping[str, tuple[str, float]]
+    """By modality, the class that its probe predicts, and its probability."""
     contributions: Mapping[str, float]
     """By modality, signed; empty: not known."""
 
@@ -193,7 +193,7 @@ def plot_conflicting_samples(
     context: str = "",
     save_path: str | PathLike[str] | None = None,
 ) -> Figure:
-    """Draw what each modality says of some samples, and what it contributes to the prediction.
+    """Draw what each probe predicts for some samples, and what each modality contributes to the prediction.
 
     Parameters
     ----------
@@ -209,17 +209,17 @@ def plot_conflicting_samples(
 
     Examples
     --------
-    >>> says = {"eeg": ("LPD", 0.8), "spec": ("GPD", 0.6)}
-    >>> row = SampleRow("sample 7", says, contributions={"eeg": 0.3, "spec": -0.1})
+    >>> probes = {"eeg": ("LPD", 0.8), "spec": ("GPD", 0.6)}
+    >>> row = SampleRow("sample 7", probes, contributions={"eeg": 0.3, "spec": -0.1})
     >>> figure = plot_conflicting_samples([row], save_path="samples.png")
     >>> Path("samples.png").is_file()
     True
     """
     if not samples:
         raise SettingError("At least one sample is needed; got none.")
-    modalities = list(samples[0].says)
-    page = Page("Samples of largest conflict: what each modality says, and what it carries", context)
-    page.write("Over the bars: sample, what the model says (confidence), and the true class.")
+    modalities = list(samples[0].probes)
+    page = Page("Samples of largest conflict: what each probe predicts, and what each modality contributes", context)
+    page.write("Over the bars: sample, the model's prediction (confidence), and the true class.")
     # Of each sample a line of text, and below it a bar for each modality.
     lines = 1.6 + len(modalities)
     left, right = page.row(
@@ -230,11 +230,11 @@ def plot_conflicting_samples(
     for i, modality in enumerate(modalities):
         look: dict[str, Any] = {"facecolor": HUES[i], "hatch": _HATCHES[i], "edgecolor": "white"}
         places = tops + 1.5 + i
-        left.barh(places, [one.says[modality][1] for one in samples], 0.9, **look)
+        left.barh(places, [one.probes[modality][1] for one in samples], 0.9, **look)
         right.barh(places, [one.contributions.get(modality, np.nan) for one in samples], 0.9, **look)
         for place, one in zip(places, samples, strict=True):
-            said, p = one.says[modality]
-            text = f"{_short(said, 11)} {decimal(p)}"
+            predicted, p = one.probes[modality]
+            text = f"{_short(predicted, 11)} {decimal(p)}"
             left.text(p + 0.02, place, text, va="center", fontsize=SMALL, parse_math=False)
         handles.append(Patch(**look, label=name_modality(modality)))
     for top, one in zip(tops, samples, strict=True):
@@ -245,8 +245,8 @@ def plot_conflicting_samples(
             right.text(0.01, top + 1 + len(modalities) / 2, "not permuted", va="center", fontsize=SMALL, color="0.35")
     right.patch.set_visible(False)
     left.set(xlim=(0, 1.75), xticks=[0, 0.5, 1])
-    left.set_xlabel("says: class and\nprobability of its probe", fontsize=SMALL, labelpad=1)
-    right.set_xlabel("carries: contribution\nto the probability", fontsize=SMALL, labelpad=1)
+    left.set_xlabel("probe: predicted class\nand its probability", fontsize=SMALL, labelpad=1)
+    right.set_xlabel("contribution to\nthe probability", fontsize=SMALL, labelpad=1)
     right.axvline(0, color="0.3", linewidth=0.8)
     right.xaxis.set_major_locator(MaxNLocator(3))
     for ax in (left, right):

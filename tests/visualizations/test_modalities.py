@@ -86,7 +86,7 @@ def test_each_sample_has_what_its_modalities_say_and_carry():
     figure = plot_conflicting_samples(ROWS, context="test")
     left, right = panels(figure)
     for i, name in enumerate(("eeg", "spec")):
-        assert [bar.get_width() for bar in left.containers[i]] == [one.says[name][1] for one in ROWS]
+        assert [bar.get_width() for bar in left.containers[i]] == [one.probes[name][1] for one in ROWS]
         carried = [bar.get_width() for bar in right.containers[i]]
         np.testing.assert_allclose(carried, [one.contributions.get(name, NAN) for one in ROWS])
     said = texts(figure)

@@ -138,7 +138,7 @@ def test_masks_of_a_pair_count() -> None:
         ({name: weights * NAN for name, weights in PAIR.items()}, "undefined: no valid row"),
     ],
 )
-def test_a_map_that_says_nothing_is_labelled(plot, pair, said: str) -> None:
+def test_a_map_without_information_is_labelled(plot, pair, said: str) -> None:
     figure = plot(pair)
     render(figure)
     assert said in texts(figure).replace("\n", " ")
@@ -149,14 +149,14 @@ def test_a_map_that_says_nothing_is_labelled(plot, pair, said: str) -> None:
 def test_a_map_is_uniform_whose_lifts_differ_by_rounding_only(swing: float, said: bool) -> None:
     signs = torch.tensor([1.0, -1.0] * 4, dtype=torch.float64)
     weights = ((1 + swing * signs) / 8).expand(1, 1, 5, 8)
-    assert ("says nothing" in texts(plot_cross_modal_attention({"eeg_to_spec": weights}))) == said
+    assert ("every key gets the same weight" in texts(plot_cross_modal_attention({"eeg_to_spec": weights}))) == said
 
 
 def test_nearly_uniform_attention_looks_flat_and_is_not_called_uniform() -> None:
     weights = (1e-3 * torch.randn(2, 3, 5, 7)).softmax(-1)
     figure = plot_cross_modal_attention({"eeg_to_spec": weights})
     assert mesh(panels(figure)[0]).get_clim() == pytest.approx((0.9, 1.1))
-    assert "says nothing" not in texts(figure)
+    assert "every key gets the same weight" not in texts(figure)
 
 
 def test_a_broken_row_is_hatched() -> None:
