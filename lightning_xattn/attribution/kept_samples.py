@@ -113,15 +113,16 @@ class BottomKSample:
             return
         lengths = [len(rows["hash"]) for rows in joined.values()]
         ranks = torch.cat([rows["hash"] for rows in joined.values()]).argsort(stable=True).argsort().split(lengths)
-        for (shapes, rows), of_block in zip(joined.items(), ranks, strict=True):
+        for (shapes, rows), of_block in zip(list(joined.items()), ranks, strict=True):
             # Only where there are several shapes, how many rows of one are kept depends on the hashes.
             count = self.size if len(joined) == 1 else int((of_block < self.size).sum())
             order = rows["hash"].argsort(stable=True)[:count]
-            if len(order):
-                self._blocks[shapes] = [{name: values[order] for name, values in rows.items()}]
-            else:
-                del self._blocks[shapes]
-        self._count = sum(len(rows["hash"]) for (rows,) in self._blocks.values())
+            joined[shapes] = {name: values[order] for name, values in rows.items()}
+        filled = {shapes: rows for shapes, rows in joined.items() if len(rows["hash"])}
+        # Without any row one block stays, which has the columns.
+        filled = filled or dict([next(iter(joined.items()))])
+        self._blocks = {shapes: [rows] for shapes, rows in filled.items()}
+        self._count = sum(len(rows["hash"]) for rows in filled.values())
 
 
 MAX_SAMPLES = 8192

@@ -138,7 +138,7 @@ def caption_entropy(**settings):
     return mode.history[0]["entropy/text_to_audio/all"]
 
 
-@pytest.mark.filterwarnings("ignore:Found 'text_to_audio_attn.*without")
+@pytest.mark.filterwarnings("ignore:Found 'text_to_audio_attn.*without", "ignore:.*number of tokens changes")
 def test_a_setting_says_which_queries_are_padding():
     with pytest.warns(
         XAttnWarning,
