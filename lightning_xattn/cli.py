@@ -83,6 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextmanager
 def _quiet(command: str) -> Iterator[None]:
     """Silence messages of Lightning and torch that are for programmers; of a demo also ours, which its report has."""
+    # Imported first, as they set the levels of their loggers.
+    import pytorch_lightning  # noqa: F401
+
+    import lightning_xattn.core.notices  # noqa: F401
+
     names = ["pytorch_lightning", *(["lightning_xattn"] if command == "demo" else [])]
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]

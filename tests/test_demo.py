@@ -76,11 +76,12 @@ def test_lightning_is_not_heard(iiic_irr, tmp_path):
 def test_real_recordings_are_validated_and_tested_on(iiic_irr, tmp_path, capsys):
     assert main(["demo", "--data", str(iiic_irr), "--samples", "36", "--epochs", "1", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    real, *others = re.split(r"\nTEST on simulated_36_of_10s_seed_0_disagreeing_0.2\n", printed)
-    assert re.search(r"- Samples: \d+ of \d+ patients\n", others[0])
-    for stage in ("VALIDATION", "TEST"):
-        section = real.split(f"\n{stage} on {iiic_irr.name}\n")[1]
-        assert "- Samples: 20 of 20 patients\n- Samples with a tied top vote: 12; the first" in section
+    real, *others = re.split(r"\n## Test on simulated_36_of_10s_seed_0_disagreeing_0.2\n", printed)
+    assert re.search(r"\d+ samples of \d+ patients", others[0])
+    for stage in ("Validation", "Test"):
+        section = real.split(f"\n## {stage} on {iiic_irr.name}\n")[1]
+        assert "20 samples of 20 patients" in section
+        assert "12; the first" in section  # samples with a tied top vote
     events = read_events(tmp_path / "run_0/train_on_simulated/tensorboard")
     for stage in ("val", "test"):
         assert events.Scalars(f"xattn_alignment/{stage}/all")

@@ -15,7 +15,7 @@ RUN = textwrap.dedent("""
     import torch
     from pytorch_lightning.loggers import CSVLogger
     from lightning_xattn import AttentionExplainabilityCallback
-    from lightning_xattn.errors import XAttnWarning
+    from lightning_xattn.core.errors import XAttnWarning
     from tests.toy import ToyModule, quiet_trainer, toy_loader
 
     folder, limit = Path(sys.argv[1]), int(sys.argv[2])
