@@ -20,10 +20,12 @@ from lightning_xattn.capture.labels.scores import (
     are_single_scores,
     scores_by_class,
 )
-from lightning_xattn.functional import centred
 
 LEAST_PROBABILITY = 1e-12
 """Its logarithm stands for those of smaller probabilities, unless these already are rounded in larger ones."""
+
+RULED_OUT = -100.0
+"""Centred logit of a class that cannot be predicted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,3 +126,22 @@ def _at(path: Path, output: Any) -> Tensor | None:
     except (KeyError, IndexError, TypeError):
         return None
     return output if isinstance(output, Tensor) and output.dim() else None
+
+
+def centred(logits: Tensor) -> Tensor:
+    """Logits ``(..., classes)`` less their mean over classes, on which probabilities do not depend; a value as it is.
+
+    On probabilities half of an interaction is the curvature of the softmax. A class that is ruled out, by minus
+    infinity, has no part in the mean and gets `RULED_OUT`.
+
+    Examples
+    --------
+    >>> centred(torch.tensor([1.0, 2.0, 6.0]))
+    tensor([-2., -1.,  3.])
+    """
+    if logits.shape[-1] == 1:
+        return logits
+    out = logits == -torch.inf
+    left = logits.masked_fill(out, 0)
+    mean = left.sum(-1, keepdim=True) / (~out).sum(-1, keepdim=True)
+    return (logits - mean).masked_fill(out, RULED_OUT)

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.attribution.outputs import ModelOutput, ReadOutput
+from lightning_xattn.attribution.outputs import RULED_OUT, ModelOutput, ReadOutput
 from lightning_xattn.attribution.restoring import replacing_forward, restoring_state
 from lightning_xattn.attribution.state import ModelState
 from lightning_xattn.capture.attention_mode import AttentionMode
 from lightning_xattn.capture.calls import Call, Path, Precision
 from lightning_xattn.capture.readers import Edit, Event, RecordLevel
-from lightning_xattn.functional.shapley import RULED_OUT
 
 MAX_ROWS = 64
 """How many pairs are replayed in a call, at most: few enough for the caches of a CPU."""

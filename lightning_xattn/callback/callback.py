@@ -37,6 +37,7 @@ from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.core.distributed import SINGLE_PROCESS, unique_sample_indices
 from lightning_xattn.core.errors import DiscoveryError, SettingError, XAttnError
 from lightning_xattn.core.notices import begin_run, describe_error, end_run, info, warn
+from lightning_xattn.evaluation.batch import Attentions
 from lightning_xattn.evaluation.checks import check_directions, explain_empty_evaluation
 from lightning_xattn.evaluation.evaluation import Evaluation, summarise_all
 from lightning_xattn.evaluation.fusion_samples import sample_columns
@@ -44,7 +45,6 @@ from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.evaluation.settings import Settings
-from lightning_xattn.evaluation.step_recorder import Attentions
 
 CURVES = ("main", "all")
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from lightning_xattn.callback.monitors import Monitor
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.notices import describe_error, warn
+from lightning_xattn.evaluation.batch import StepRecorder
 from lightning_xattn.evaluation.evaluation import Evaluation
 from lightning_xattn.evaluation.settings import Settings
-from lightning_xattn.evaluation.step_recorder import StepRecorder
 
 if TYPE_CHECKING:
     from lightning_xattn.evaluation.table import TrainingTable

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import ShapeError
-from lightning_xattn.evaluation.statistics import CONFIDENCE, SCORES, Column
-from lightning_xattn.functional import Rows, score_bins, standardised_maps
-from lightning_xattn.functional.outcomes import BINS, UNKNOWN
+from lightning_xattn.evaluation.statistics import CONFIDENCE, SCORES, Column, score_bins
+from lightning_xattn.functional import Rows, standardised_maps
+from lightning_xattn.functional.outcomes import UNKNOWN
 
 ROWS_IN_MEMORY = 4096
 """How many samples wait on their device before they are added to the sums by group, so that a GPU seldom waits."""
@@ -80,8 +80,6 @@ class LayerAccumulator:
         What groups of samples are called, such as "patients"; None where groups are not known.
     moments
         ``(classes + 1, outcomes, columns, 3)`` count, sum and sum of squares; the last class is "no class".
-    histograms
-        ``(scores, outcomes, bins)`` counts, in the order of ``SCORES``.
     ties
         Number of samples whose soft target has more than one top class.
     maps, outcome_maps
@@ -91,7 +89,8 @@ class LayerAccumulator:
         ``(2, queries, keys)`` sums of both directions' standardised maps; ``(3,)`` sum of their alignments, number of
         samples in these sums, and number of samples whose maps cannot be compared with others'.
     by_group
-        By group, class and outcome ``(columns, 2)`` count and sum of the numbers that are not of single heads.
+        By group (0 where groups are not known), class and outcome ``(columns, 2)`` count and sum of the numbers that
+        are not of single heads.
     scores_by_group
         Counts by group, outcome, score and bin: no more places than samples, and than bins for each group.
     waiting
@@ -104,7 +103,6 @@ class LayerAccumulator:
     heads: dict[Direction, int]
     group_noun: str | None
     moments: Tensor
-    histograms: Tensor
     ties: Tensor
     maps: dict[Direction, Tensor]
     outcome_maps: dict[Direction, Tensor]
@@ -134,7 +132,6 @@ class LayerAccumulator:
             heads={r.direction: r.weights.shape[1] for r in rows},
             group_noun=group_noun,
             moments=zeros(n_classes + 1, 3, len(columns), 3),
-            histograms=zeros(len(SCORES), 3, BINS),
             ties=zeros(),
             maps={direction: zeros(n_classes + 1, *shape, 2) for direction, shape in shapes.items()},
             outcome_maps={direction: zeros(3, *shape, 2) for direction, shape in shapes.items()},
@@ -167,7 +164,6 @@ class LayerAccumulator:
         return replace(
             both,
             moments=both.moments + other.moments,
-            histograms=both.histograms + other.histograms,
             ties=both.ties + other.ties,
             maps={key: sums + other.maps[key] for key, sums in both.maps.items()},
             outcome_maps={key: sums + other.outcome_maps[key] for key, sums in both.outcome_maps.items()},
@@ -217,23 +213,20 @@ class LayerAccumulator:
         terms = torch.stack([defined.to(values.dtype), values, values**2], dim=-1)
         terms = torch.where(defined[..., None], terms, 0)
         bins = torch.stack([self._bins(score, values) for score in SCORES], dim=1)
-        cells = (torch.arange(len(SCORES), device=bins.device) * 3 + outcomes[:, None]) * BINS + bins.clamp_min(0)
-        counts = (bins >= 0).to(values.dtype)
-        histograms = self.histograms.flatten().index_add(0, cells.flatten(), counts.flatten())
         added = replace(
             self,
             moments=self.moments.flatten(0, 1).index_add(0, classes * 3 + outcomes, terms).view_as(self.moments),
-            histograms=histograms.view_as(self.histograms),
             ties=self.ties + tied.sum(),
         )
-        if groups is not None and self.group_noun is not None:
-            # Columns are picked one by one, as a list of places would have to be copied to a GPU.
-            of_groups = [terms[:, i, :2] for i, column in enumerate(self.columns) if column.head is None]
-            batch = torch.stack([groups, classes, outcomes], dim=1), bins, torch.stack(of_groups, dim=1)
-            added = replace(added, waiting=(*self.waiting, batch))
-            # The more there is, the more waits until all of it is gone through.
-            enough = max(ROWS_IN_MEMORY, len(self.by_group.keys))
-            added = added.settled() if sum(len(keys) for keys, _, _ in added.waiting) >= enough else added
+        if groups is None or self.group_noun is None:
+            groups = torch.zeros_like(classes)
+        # Columns are picked one by one, as a list of places would have to be copied to a GPU.
+        of_groups = [terms[:, i, :2] for i, column in enumerate(self.columns) if column.head is None]
+        waiting = torch.stack([groups, classes, outcomes], dim=1), bins, torch.stack(of_groups, dim=1)
+        added = replace(added, waiting=(*self.waiting, waiting))
+        # The more there is, the more waits until all of it is gone through.
+        enough = max(ROWS_IN_MEMORY, len(self.by_group.keys))
+        added = added.settled() if sum(len(keys) for keys, _, _ in added.waiting) >= enough else added
         shapes = {r.direction: (r.weights.shape[2], r.tokens) for r in rows}
         if shapes != {direction: tuple(sums.shape[1:3]) for direction, sums in self.maps.items()}:
             return added._without_maps()
@@ -284,14 +277,11 @@ class LayerAccumulator:
 
         moments = whole.moments.new_zeros(1, *whole.moments.shape[1:])
         moments[0, UNKNOWN] = whole.moments.sum((0, 1)) * kept(self.columns, moments)
-        histograms = torch.zeros_like(whole.histograms)
-        histograms[:, UNKNOWN] = whole.histograms.sum(1) * kept(list(SCORES), histograms)
         by_group = whole.by_group.with_part(1, 0).with_part(2, UNKNOWN)
         return replace(
             whole,
             n_classes=0,
             moments=moments,
-            histograms=histograms,
             ties=torch.zeros_like(whole.ties),
             maps={direction: sums.sum(0, keepdim=True) for direction, sums in whole.maps.items()},
             outcome_maps={direction: torch.zeros_like(sums) for direction, sums in whole.outcome_maps.items()},

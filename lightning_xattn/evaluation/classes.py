@@ -1,19 +1,15 @@
-"""Which class and which outcome a sample belongs to, and what the classes are called."""
+"""What the classes of an evaluation are called, and messages about labels that are missing."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 
-import torch
-from torch import Tensor
-
 from lightning_xattn.capture.labels import Labels, Step
 from lightning_xattn.capture.labels.scores import UNLABELLED
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.core.names import shown
 from lightning_xattn.core.notices import warn
-from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
 
 GROUPINGS = ("target", "prediction")
 
@@ -127,24 +123,3 @@ def missing_labels(labels: Labels, names: Sequence[str], classes_by: str, step: 
                 f"The {what} are class ids alone, so the number of classes is not known and classes are not compared. "
                 "Name them: class_names=[...]."
             )
-
-
-def classify(
-    labels: Labels, classes_by: str, n_classes: int, samples: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each sample's class id (-1: none), outcome, and whether its target is tied.
-
-    A sample whose target or prediction is not one of the classes has no outcome.
-    """
-    classes = labels.target if classes_by == "target" else labels.predicted
-    if classes is None:
-        classes = torch.full((samples,), -1, device=device)
-    outcomes = torch.full((samples,), UNKNOWN, device=device)
-    if labels.predicted is not None and labels.target is not None:
-        # Ids below 0 are no labels, or scores that were not finite.
-        known = (labels.predicted >= 0) & (labels.target >= 0)
-        if n_classes:
-            known = known & (labels.predicted < n_classes) & (labels.target < n_classes)
-        outcomes = torch.where(known, torch.where(labels.predicted == labels.target, CORRECT, INCORRECT), UNKNOWN)
-    tied = torch.zeros(samples, dtype=torch.bool, device=device) if labels.tied is None else labels.tied
-    return classes, outcomes, tied

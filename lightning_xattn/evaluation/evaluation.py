@@ -25,16 +25,15 @@ from lightning_xattn.core.distributed import NUMBER, SINGLE_PROCESS, Processes
 from lightning_xattn.core.ids import group_keys
 from lightning_xattn.core.notices import warn
 from lightning_xattn.evaluation.accumulators import LayerAccumulator
-from lightning_xattn.evaluation.batch import BatchResult, read_batch, with_fusion
+from lightning_xattn.evaluation.batch import Attentions, BatchResult, StepRecorder, classify, read_batch, with_fusion
 from lightning_xattn.evaluation.checks import explain_refusal
-from lightning_xattn.evaluation.classes import classify, missing_labels, name_classes, own_class_names
+from lightning_xattn.evaluation.classes import missing_labels, name_classes, own_class_names
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.maps import CELLS, add_maps, maps_by_sample
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.evaluation.settings import Settings
 from lightning_xattn.evaluation.statistics import CONFIDENCE, headline, sample_statistics, table_columns
-from lightning_xattn.evaluation.step_recorder import Attentions, StepRecorder
 from lightning_xattn.functional import Rows, prepare_rows, received_attention
 
 DIFFERENT_CLASSES = (

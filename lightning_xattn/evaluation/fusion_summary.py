@@ -23,8 +23,9 @@ from lightning_xattn.core.ids import UNKNOWN_GROUP
 from lightning_xattn.core.notebook import ShownInNotebooks
 from lightning_xattn.core.wording import decimal, describe_size, percent, say_interval
 from lightning_xattn.evaluation.layer_summary import Comparison
+from lightning_xattn.evaluation.statistics import score_bins
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.functional.outcomes import BINS, CORRECT, INCORRECT
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.functional.probe import LEAST_OF_A_CLASS
 
 
@@ -309,39 +310,33 @@ class FusionSummary(ShownInNotebooks):
         chosen = chosen & values.isfinite()
         values, count = values[chosen], int(chosen.sum())
         mean = float(values.mean()) if count else math.nan
-        if self.group_noun is None:
-            deviation = float(values.std()) if count > 1 else math.nan
-            ends = functional.mean_interval(mean, deviation, count)
-            ends = functional.proportion_interval(int(values.sum()), count) if is_proportion else ends
-            return Estimate(mean, *ends, count, None)
-        ids, index = self.groups[chosen].unique(return_inverse=True)
-        known = int((ids != UNKNOWN_GROUP).sum())
-        counts = torch.zeros(len(ids), dtype=torch.float64).index_add(0, index, torch.ones_like(values))
-        sums = torch.zeros(len(ids), dtype=torch.float64).index_add(0, index, values)
+        index, known = torch.arange(count), count  # where groups are not known each sample is one
+        if self.group_noun is not None:
+            ids, index = self.groups[chosen].unique(return_inverse=True)
+            known = int((ids != UNKNOWN_GROUP).sum())
+        groups = None if self.group_noun is None else known
         # Samples of unknown groups widen the interval as one group, but do not count towards the minimum of groups.
         if known < MINIMUM_GROUP:
-            return Estimate(mean, math.nan, math.nan, count, known)
+            return Estimate(mean, math.nan, math.nan, count, groups)
+        counts = index.bincount().double()
+        sums = torch.zeros_like(counts).index_add(0, index, values)
         interval = functional.grouped_proportion_interval if is_proportion else functional.grouped_mean_interval
-        return Estimate(mean, *interval(counts, sums), count, known)
+        return Estimate(mean, *interval(counts, sums), count, groups)
 
     def compare(self, number: str) -> Comparison:
         """Compare a number in [0, 1], "conflict" or "confidence", between correct and incorrect predictions."""
         values = self.numbers[number]
         defined = values.isfinite()
-        bins, outcomes = functional.score_bins(values[defined], 0.0, 1.0), self.outcomes[defined]
-        counts = torch.stack([outcomes == CORRECT, outcomes == INCORRECT], dim=1).double()
-        if self.group_noun is None:
-            histograms = torch.zeros(BINS, 2, dtype=torch.float64).index_add(0, bins, counts)
-            found = functional.separation(*histograms.unbind(1))
-        else:
-            found = functional.grouped_separation(bins, self.groups[defined], counts, unknown=UNKNOWN_GROUP)
+        outcomes = torch.stack([self.outcomes == CORRECT, self.outcomes == INCORRECT], dim=1)
+        groups = None if self.group_noun is None else self.groups[defined]
+        found = functional.separation(score_bins(values[defined], 0.0, 1.0), outcomes[defined].double(), groups)
         correct, incorrect = (self.estimate(number, outcome=outcome).mean for outcome in (CORRECT, INCORRECT))
-        by_class = [
-            [self._estimate(values, self.chosen(class_id, outcome)) for outcome in (CORRECT, INCORRECT)]
-            for class_id in range(self.n_classes)
-        ]
-        within = torch.tensor([[[one.count, one.count * one.mean] for one in two] for two in by_class]).double()
-        adjusted = functional.class_adjusted_gap(within[..., 0], within[..., 1].nan_to_num()) if by_class else math.nan
-        return Comparison(
-            **vars(found), cliffs_delta=found.cliffs_delta, gap=correct - incorrect, class_adjusted_gap=adjusted
+        counted = (outcomes & defined[:, None]).double()
+        # Samples without a class (-1) come last.
+        classes = torch.where(self.classes < 0, self.n_classes, self.classes).clamp_max(self.n_classes)
+        counts, sums = (
+            torch.zeros(self.n_classes + 1, 2, dtype=torch.float64).index_add(0, classes, one)[:-1]
+            for one in (counted, counted * values.nan_to_num()[:, None])
         )
+        adjusted = functional.class_adjusted_gap(counts, sums)
+        return Comparison(**vars(found), gap=correct - incorrect, class_adjusted_gap=adjusted)

@@ -15,35 +15,26 @@ from lightning_xattn.core.wording import describe_size
 from lightning_xattn.evaluation.accumulators import KeyedSums, LayerAccumulator
 from lightning_xattn.evaluation.statistics import INVALID_ROWS, SCORES, STATISTICS, WHOLLY_MASKED, Column, headline
 from lightning_xattn.functional import (
+    Separation,
     alignment_null,
     class_adjusted_gap,
     grouped_mean_interval,
     grouped_proportion_interval,
-    grouped_separation,
     mean_interval,
-    proportion_interval,
     separation,
     within,
 )
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
+from lightning_xattn.functional.outcomes import BINS, CORRECT, INCORRECT
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A score of the correct predictions against that of the incorrect ones: its `Separation`, and its gaps."""
+class Comparison(Separation):
+    """A score of the correct predictions against that of the incorrect ones: its separation, and its gaps."""
 
-    auroc: float
-    low: float
-    high: float
-    correct: int
-    incorrect: int
-    correct_groups: int | None
-    incorrect_groups: int | None
-    cliffs_delta: float
-    gap: float
+    gap: float = math.nan
     """Mean over correct minus mean over incorrect predictions."""
-    class_adjusted_gap: float
+    class_adjusted_gap: float = math.nan
     """See `class_adjusted_gap`."""
 
 
@@ -69,8 +60,6 @@ class LayerSummary(ShownInNotebooks):
         What groups are called, such as "patients"; None where they are not known: samples count as independent.
     moments
         ``(classes + 1, outcomes, columns, 3)``: count, sum, sum of squares; the last class is "no class".
-    histograms
-        ``(scores, outcomes, bins)`` in the order of ``SCORES``.
     maps
         By direction ``(classes, queries, keys)``: attention averaged over heads and samples, NaN for an absent
         class; one map when there are no classes. Empty when the token counts changed between batches.
@@ -88,7 +77,7 @@ class LayerSummary(ShownInNotebooks):
         self._places = {column: place for place, column in enumerate(sums.columns)}
         self.columns, self.n_classes, self.heads = sums.columns, sums.n_classes, sums.heads
         self.group_noun = sums.group_noun
-        self.moments, self.histograms, self.ties = sums.moments, sums.histograms, int(sums.ties)
+        self.moments, self.ties = sums.moments, int(sums.ties)
         self.maps = {direction: _mean_maps(one)[: self.n_classes or 1] for direction, one in sums.maps.items()}
         self.outcome_maps = {
             direction: _mean_maps(one)[[INCORRECT, CORRECT]] for direction, one in sums.outcome_maps.items()
@@ -114,6 +103,8 @@ class LayerSummary(ShownInNotebooks):
 
     def groups(self, column: Column = INVALID_ROWS, class_id: int | None = None, outcome: int | None = None) -> int:
         """How many groups have samples of a class and an outcome with this number; 0 where groups are not known."""
+        if self.group_noun is None:
+            return 0
         by_group = self._by_group(column, class_id, outcome)
         return int(((by_group.sums[:, 0] > 0) & (by_group.keys[:, 0] != UNKNOWN_GROUP)).sum())
 
@@ -175,17 +166,16 @@ class LayerSummary(ShownInNotebooks):
     def accuracy_interval(self, class_id: int | None = None) -> tuple[float, float]:
         """95 % CI of the share of correct predictions, of those that are known to be correct or not.
 
-        By groups where they are known: `grouped_proportion_interval`, else `proportion_interval`. NaN with fewer than
-        ``MINIMUM_GROUP`` groups, or samples.
+        By groups where they are known. NaN with fewer than ``MINIMUM_GROUP`` groups, or samples.
         """
-        if self.group_noun is None:
-            correct, incorrect = (self.size(class_id, outcome) for outcome in (CORRECT, INCORRECT))
-            return proportion_interval(correct, correct + incorrect)
+        right, wrong = (self._by_group(INVALID_ROWS, class_id, outcome) for outcome in (CORRECT, INCORRECT))
+        if self.group_noun is None:  # each sample is a group
+            successes = torch.cat([torch.ones(int(right.sums[:, 0].sum())), torch.zeros(int(wrong.sums[:, 0].sum()))])
+            return grouped_proportion_interval(torch.ones_like(successes), successes)
         # Of each group its samples, and those that are correct.
-        terms = ((CORRECT, torch.tensor([1.0, 1.0])), (INCORRECT, torch.tensor([1.0, 0.0])))
-        parts = [(self._by_group(INVALID_ROWS, class_id, outcome), term) for outcome, term in terms]
-        right, wrong = (KeyedSums(part.keys, part.sums[:, :1] * term) for part, term in parts)
-        both = right + wrong
+        both = KeyedSums(right.keys, right.sums[:, :1].expand(-1, 2)) + KeyedSums(
+            wrong.keys, wrong.sums[:, :1] * torch.tensor([1.0, 0.0])
+        )
         if ((both.sums[:, 0] > 0) & (both.keys[:, 0] != UNKNOWN_GROUP)).sum() < MINIMUM_GROUP:
             return math.nan, math.nan
         return grouped_proportion_interval(*both.sums.unbind(1))
@@ -196,23 +186,26 @@ class LayerSummary(ShownInNotebooks):
 
     def histogram(self, score: Column, outcome: int) -> Tensor:
         """``(bins,)`` counts of a score of ``SCORES`` over its range."""
-        return self.histograms[list(SCORES).index(score), outcome]
+        bins, counts, _ = self._score_counts(score)
+        place = (CORRECT, INCORRECT).index(outcome)
+        return torch.zeros(BINS, dtype=counts.dtype).index_add(0, bins, counts[:, place])
 
     def compare(self, score: Column) -> Comparison:
-        """Does a score of ``SCORES`` predict errors? By groups where they are known: `grouped_separation`."""
-        if self.group_noun is None:
-            found = separation(self.histogram(score, CORRECT), self.histogram(score, INCORRECT))
-        else:
-            keys, counts = self._sums.scores_by_group.keys, self._sums.scores_by_group.sums
-            outcomes = torch.tensor([CORRECT, INCORRECT])
-            counts = counts[:, None] * (keys[:, 1:2] == outcomes)
-            chosen = (keys[:, 2] == list(SCORES).index(score)) & (counts.sum(1) > 0)
-            found = grouped_separation(keys[chosen, 3], keys[chosen, 0], counts[chosen], unknown=UNKNOWN_GROUP)
+        """Does a score of ``SCORES`` predict errors? By groups where they are known, see `separation`."""
+        bins, counts, groups = self._score_counts(score)
         by_class = self.moments[: self.n_classes, [CORRECT, INCORRECT], self._places[score]]
-        adjusted = class_adjusted_gap(by_class[..., 0], by_class[..., 1])
         return Comparison(
-            **vars(found), cliffs_delta=found.cliffs_delta, gap=self.gap(score), class_adjusted_gap=adjusted
+            **vars(separation(bins, counts, None if self.group_noun is None else groups)),
+            gap=self.gap(score),
+            class_adjusted_gap=class_adjusted_gap(by_class[..., 0], by_class[..., 1]),
         )
+
+    def _score_counts(self, score: Column) -> tuple[Tensor, Tensor, Tensor]:
+        """Bins of a score, ``(n, 2)`` numbers of correct and incorrect samples in each, and their groups."""
+        keys, counts = self._sums.scores_by_group.keys, self._sums.scores_by_group.sums
+        counts = counts[:, None] * (keys[:, 1:2] == torch.tensor([CORRECT, INCORRECT]))
+        chosen = (keys[:, 2] == list(SCORES).index(score)) & (counts.sum(1) > 0)
+        return keys[chosen, 3], counts[chosen], keys[chosen, 0]
 
     def undefined_share(self) -> float:
         """Share of samples without an alignment, or without an entropy where only one direction is recorded."""

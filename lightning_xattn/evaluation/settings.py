@@ -17,8 +17,8 @@ from lightning_xattn.capture import AttentionSetting, check_attention, is_set_as
 from lightning_xattn.capture.labels import LabelFinder, LabelSetting
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import SettingError, check_whole_number
+from lightning_xattn.evaluation.batch import StepRecorder
 from lightning_xattn.evaluation.classes import GROUPINGS, check_class_names
-from lightning_xattn.evaluation.step_recorder import StepRecorder
 
 
 @dataclass(frozen=True)

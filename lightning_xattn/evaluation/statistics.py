@@ -29,6 +29,7 @@ from lightning_xattn.functional import (
     sink,
     sparsity,
 )
+from lightning_xattn.functional.outcomes import BINS
 
 Level = Literal["layer", "direction", "head"]
 
@@ -271,3 +272,25 @@ def table_columns(statistics: Mapping[Column, Tensor]) -> dict[str, Tensor]:
         else:
             heads[f"{name}_heads"].append(values)
     return columns | {name: torch.stack(of_heads, dim=1) for name, of_heads in heads.items()}
+
+
+def score_bins(scores: Tensor, low: float, high: float) -> Tensor:
+    """Bin of each score in ``BINS`` equal bins over [low, high]; an undefined score has bin 0, so mask it out.
+
+    Parameters
+    ----------
+    scores
+        Any shape, float.
+
+    Returns
+    -------
+    Tensor
+        int64, same shape, in [0, BINS).
+
+    Examples
+    --------
+    >>> score_bins(torch.tensor([-1.0, 0.0, 1.0]), low=-1.0, high=1.0).tolist()  # of 2 ** 14
+    [0, 8192, 16383]
+    """
+    position = (scores.nan_to_num(nan=low) - low) * (BINS / (high - low))
+    return position.long().clamp(0, BINS - 1)

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_xattn.capture.labels import LabelFinder, Step
 from lightning_xattn.core.errors import DataError, DiscoveryError, SettingError
-from lightning_xattn.evaluation.step_recorder import Attentions, StepRecorder
+from lightning_xattn.evaluation.batch import Attentions, StepRecorder
 from lightning_xattn.explainer.batches import count_samples, join_samples, take_samples, to_device
 from lightning_xattn.functional import require_heads
 

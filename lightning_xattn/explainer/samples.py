@@ -10,8 +10,7 @@ from torch import Tensor
 from lightning_xattn.core.attention import Attention, TokenAxis, fitting_axes
 from lightning_xattn.core.errors import DataError
 from lightning_xattn.core.ids import group_keys, id_text
-from lightning_xattn.evaluation.batch import BatchResult
-from lightning_xattn.evaluation.classes import classify
+from lightning_xattn.evaluation.batch import BatchResult, classify
 from lightning_xattn.evaluation.fusion_samples import SampleModalities, describe_modalities, find_samples
 from lightning_xattn.evaluation.results import (
     AttentionStatistics,

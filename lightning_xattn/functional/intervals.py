@@ -15,8 +15,7 @@ and no comparison with others."""
 def mean_interval(mean: float, std: float, count: int) -> tuple[float, float]:
     """95 % CI of a mean: ``mean -+ t(0.975, n - 1) std / sqrt(n)`` (Student 1908).
 
-    It takes the samples as independent of each other, and is not cut off at the range of the number, see `within`. A
-    proportion has `proportion_interval`.
+    It takes the samples as independent of each other, and is not cut off at the range of the number, see `within`.
 
     Parameters
     ----------
@@ -69,31 +68,6 @@ def grouped_mean_interval(counts: Tensor, sums: Tensor) -> tuple[float, float]:
     mean = sums.sum() / counts.sum()
     variance = groups / (groups - 1) * (sums - counts * mean).square().sum() / counts.sum() ** 2
     return _around(float(mean), math.sqrt(variance), groups)
-
-
-def proportion_interval(successes: int, count: int) -> tuple[float, float]:
-    """95 % CI of a proportion of independent samples: Wilson's (1927), with ``t(0.975, n - 1)`` in the place of 1.96.
-
-    It is `grouped_proportion_interval` with one sample a group.
-
-    Parameters
-    ----------
-    successes, count
-        How many samples have it, and how many samples there are, n.
-
-    Returns
-    -------
-    low, high
-        In [0, 1], with ``low < high``; NaN with fewer than ``MINIMUM_GROUP`` samples.
-
-    Examples
-    --------
-    >>> [round(end, 3) for end in proportion_interval(successes=16, count=16)]  # not 1 to 1
-    [0.779, 1.0]
-    """
-    if count < MINIMUM_GROUP:
-        return math.nan, math.nan
-    return _wilson(successes / count, count, count)
 
 
 def grouped_proportion_interval(counts: Tensor, successes: Tensor) -> tuple[float, float]:

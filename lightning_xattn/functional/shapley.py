@@ -8,7 +8,7 @@ for the class that it predicts for the intact sample i.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -23,9 +23,6 @@ OPPOSED = -0.02
 MOSTLY = 2 / 3
 """A prediction is mostly one modality's if the lower end of its share is above this, of however many modalities: all
 others together then have less than a third, and it has more than twice as much as they."""
-
-RULED_OUT = -100.0
-"""Centred logit of a class that cannot be predicted."""
 
 Subset = frozenset[int]
 """Modalities by their numbers."""
@@ -142,23 +139,22 @@ class Game:
     @property
     def phi(self) -> Tensor:
         """``(samples, modalities)`` exact Shapley values; they sum to ``v(all) - v(none)``."""
-        of_each = [
-            sum(share * (self.values[before | {one}] - self.values[before]) for before, share in self._before(one))
-            for one in range(self.modalities)
-        ]
-        return torch.stack(list(map(torch.as_tensor, of_each)), dim=1)
+        return self._sum_over_orders(lambda share, after, before: share * (self.values[after] - self.values[before]))
 
     @property
     def phi_error(self) -> Tensor:
         """``(samples, modalities)`` standard error of ``phi``, as not all partners were run."""
-        of_each = [
-            sum(
-                share**2 * (self.variances[before | {one}] + self.variances[before])
-                for before, share in self._before(one)
-            )
+        return self._sum_over_orders(
+            lambda share, after, before: share**2 * (self.variances[after] + self.variances[before])
+        ).sqrt()
+
+    def _sum_over_orders(self, term: Callable[[float, Subset, Subset], Tensor]) -> Tensor:
+        """The terms of each modality, summed over the subsets that may come before it in an order of all."""
+        sums = [
+            torch.stack([term(share, before | {one}, before) for before, share in self._before(one)]).sum(0)
             for one in range(self.modalities)
         ]
-        return torch.stack(list(map(torch.as_tensor, of_each)), dim=1).sqrt()
+        return torch.stack(sums, dim=1)
 
     def _before(self, one: int) -> Iterator[tuple[Subset, float]]:
         """The modalities that may come before this one, and the share of all orders in which they do."""
@@ -301,25 +297,6 @@ def additive_projection(samples: int, permutes: Mapping[Subset, Permutation]) ->
     return fit[0] + fit[1]
 
 
-def centred(logits: Tensor) -> Tensor:
-    """Logits ``(..., classes)`` less their mean over classes, on which probabilities do not depend; a value as it is.
-
-    On probabilities half of an interaction is the curvature of the softmax. A class that is ruled out, by minus
-    infinity, has no part in the mean and gets `RULED_OUT`.
-
-    Examples
-    --------
-    >>> centred(torch.tensor([1.0, 2.0, 6.0]))
-    tensor([-2., -1.,  3.])
-    """
-    if logits.shape[-1] == 1:
-        return logits
-    out = logits == -torch.inf
-    left = logits.masked_fill(out, 0)
-    mean = left.sum(-1, keepdim=True) / (~out).sum(-1, keepdim=True)
-    return (logits - mean).masked_fill(out, RULED_OUT)
-
-
 def contribution_shares(phi: Tensor) -> Tensor:
     """Share of the mean contribution of a group of samples that each modality has.
 
@@ -396,10 +373,5 @@ def partner_shifts(samples: int, partners: int, seed: int = 0) -> Sequence[int]:
     while True:
         found = (torch.randperm(half, generator=generator)[: partners // 2] + 1).tolist()
         shifts = [*found, *(samples - shift for shift in found)]
-        if _steps_reach_all(samples, shifts):
+        if math.gcd(samples, *(shift - shifts[0] for shift in shifts)) == 1:
             return shifts
-
-
-def _steps_reach_all(samples: int, shifts: Iterable[int]) -> bool:
-    first, *others = shifts
-    return math.gcd(samples, *(shift - first for shift in others)) == 1

@@ -21,8 +21,7 @@ from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.wording import SINGLE_KEY, decimal, say_interval
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import AttentionStatistics, DatasetResult, SampleResult
-from lightning_xattn.evaluation.statistics import ALIGNMENT, STATISTICS, Column
-from lightning_xattn.functional import score_bins
+from lightning_xattn.evaluation.statistics import ALIGNMENT, STATISTICS, Column, score_bins
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.functional.rows import SPARSITY_THRESHOLD
 from lightning_xattn.report.undefined import NO_ROW, first_layer

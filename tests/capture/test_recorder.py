@@ -13,7 +13,7 @@ from lightning_xattn.capture import AttentionRecorder, readers
 from lightning_xattn.capture.attention_mode import AttentionMode
 from lightning_xattn.capture.extractor import AttentionExtractor
 from lightning_xattn.core.errors import DiscoveryError, ShapeError, XAttnWarning
-from lightning_xattn.evaluation.step_recorder import StepRecorder
+from lightning_xattn.evaluation.batch import StepRecorder
 from tests.capture.models import BATCH, Fusing, Pair, Runs, heads, recorded, tokens
 from tests.messages import tells
 from tests.toy import ToyModule, count_hooks, toy_data

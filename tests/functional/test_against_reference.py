@@ -8,6 +8,7 @@ from scipy.stats import norm
 from lightning_xattn import functional as F
 from lightning_xattn.core.attention import Attention, Direction
 from lightning_xattn.core.errors import SettingError, ShapeError
+from lightning_xattn.evaluation.statistics import score_bins
 from tests import reference
 from tests.messages import tells
 
@@ -304,7 +305,7 @@ def made_up_scores(n_correct, n_incorrect):
 
 def separation(correct, incorrect):
     def histogram(scores):
-        return torch.bincount(F.score_bins(torch.tensor(scores), -1, 1), minlength=2**14)
+        return torch.bincount(score_bins(torch.tensor(scores), -1, 1), minlength=2**14)
 
     return F.separation(histogram(correct), histogram(incorrect))
 
@@ -325,7 +326,7 @@ def test_separation_of_binned_scores(n_correct, n_incorrect):
 def test_a_score_on_an_edge_belongs_to_the_bin_above_it_and_the_highest_to_the_last():
     width, last = 2 / 2**14, 2**14 - 1
     scores = [-1, -1 + 0.75 * width, -1 + width, 0, 1 - 0.5 * width, 1, -1.1, 1.1, torch.nan]
-    bins = F.score_bins(torch.tensor(scores, dtype=torch.float64), -1, 1)
+    bins = score_bins(torch.tensor(scores, dtype=torch.float64), -1, 1)
     assert bins.tolist() == [0, 0, 1, 2**13, last, last, 0, last, 0]
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from lightning_xattn import functional as F
+from lightning_xattn.evaluation.statistics import score_bins
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from tests import reference
 
@@ -31,7 +32,7 @@ def mean_of(values, groups):
 
 def separation_of(scores, groups, correct):
     """Of scores in about [-5, 5], scaled into the range of an alignment."""
-    bins = F.score_bins(torch.as_tensor(scores / 8), -1, 1)
+    bins = score_bins(torch.as_tensor(scores / 8), -1, 1)
     return F.grouped_separation(bins, torch.as_tensor(groups), torch.as_tensor(np.stack([correct, ~correct], axis=1)))
 
 
@@ -159,7 +160,7 @@ def test_one_sample_a_group_is_no_group():
     variances = reference.auroc_variances(scores[correct], scores[~correct], groups[correct], groups[~correct])
     assert variances[0] == pytest.approx(variances[1])
     ours = separation_of(scores, groups, correct)
-    bins = F.score_bins(torch.as_tensor(scores / 8), -1, 1)
+    bins = score_bins(torch.as_tensor(scores / 8), -1, 1)
     independent = F.separation(*(torch.bincount(bins[which], minlength=2**14) for which in (correct, ~correct)))
     assert ours.auroc == independent.auroc
     # Student's quantile instead of the normal one: a little wider.
@@ -225,7 +226,7 @@ def test_an_auroc_by_groups_holds_the_truth_and_one_by_samples_does_not(shift):
         scores = scores + shift * correct
         found = separation_of(scores, ids, correct)
         by_group += found.low <= true <= found.high
-        bins = F.score_bins(torch.as_tensor(scores / 8), -1, 1)
+        bins = score_bins(torch.as_tensor(scores / 8), -1, 1)
         found = F.separation(*(torch.bincount(bins[which], minlength=2**14) for which in (correct, ~correct)))
         by_sample += found.low <= true <= found.high
     assert 0.93 <= by_group / RUNS <= 0.97

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lightning_xattn import functional as F
 from lightning_xattn.core.attention import Attention, Direction
 from lightning_xattn.core.errors import ShapeError
-from lightning_xattn.evaluation.statistics import INVALID_ROWS, STATISTICS, Column, sample_statistics
+from lightning_xattn.evaluation.statistics import INVALID_ROWS, STATISTICS, Column, sample_statistics, score_bins
 from tests.messages import tells
 
 DIRECTION = Direction("eeg", "spec")
@@ -315,7 +315,7 @@ SCORES = st.lists(st.floats(-1, 1), min_size=5, max_size=20)
 def test_an_auroc_and_its_interval_stay_in_their_range(correct, incorrect, groups):
     scores = torch.tensor(correct + incorrect)
     outcome = torch.arange(len(scores)) < len(correct)
-    bins, of_group = F.score_bins(scores, -1, 1), torch.arange(len(scores)) % groups
+    bins, of_group = score_bins(scores, -1, 1), torch.arange(len(scores)) % groups
     together = F.separation(*(torch.bincount(bins[which], minlength=2**14) for which in (outcome, ~outcome)))
     grouped = F.grouped_separation(bins, of_group, torch.stack([outcome, ~outcome], dim=1))
     for found in (together, grouped):

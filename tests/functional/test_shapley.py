@@ -8,8 +8,8 @@ import torch
 from captum.attr import ShapleyValues
 
 from lightning_xattn import functional
+from lightning_xattn.attribution.outputs import RULED_OUT, centred
 from lightning_xattn.functional import Permutation
-from lightning_xattn.functional.shapley import RULED_OUT
 from tests import reference
 
 SAMPLES, CLASSES = 11, 3
@@ -251,14 +251,14 @@ def test_how_far_contributions_are_from_those_with_all_partners():
 
 def test_a_class_that_is_ruled_out_has_no_part_in_the_mean():
     logits = torch.tensor([[1.0, 3.0, -math.inf], [2.0, 2.0, -math.inf]])
-    assert functional.centred(logits).tolist() == [[-1, 1, RULED_OUT], [0, 0, RULED_OUT]]
+    assert centred(logits).tolist() == [[-1, 1, RULED_OUT], [0, 0, RULED_OUT]]
 
 
 def test_centred_logits_say_the_same_and_a_value_stays():
     logits = torch.randn(5, CLASSES)
-    torch.testing.assert_close(functional.centred(logits).softmax(1), logits.softmax(1))
-    torch.testing.assert_close(functional.centred(logits).sum(1), torch.zeros(5))
-    assert functional.centred(logits[:, :1]).equal(logits[:, :1])
+    torch.testing.assert_close(centred(logits).softmax(1), logits.softmax(1))
+    torch.testing.assert_close(centred(logits).sum(1), torch.zeros(5))
+    assert centred(logits[:, :1]).equal(logits[:, :1])
 
 
 @pytest.mark.parametrize("samples", [2, 3, 5, 6, 7, 12, 128, 129])

@@ -109,7 +109,10 @@ def make_outcome(mean: float, classes: int, seed: int) -> OutcomeSummary:
 
 
 def make_alignment(correct: OutcomeSummary, incorrect: OutcomeSummary, names: list[str], context: str = "") -> Figure:
-    told = separation(torch.as_tensor(correct.histogram), torch.as_tensor(incorrect.histogram))
+    told = separation(
+        torch.arange(len(correct.histogram)),
+        torch.as_tensor(np.stack([correct.histogram, incorrect.histogram], axis=1)),
+    )
     auroc = (told.auroc, told.low, told.high)
     return plot_outcome_alignment(correct, incorrect, EDGES, auroc, names, context=context)
 
