@@ -93,7 +93,7 @@ def create_explainability_report(
 
 
 def print_report(results: Results) -> None:
-    """Print the report: laid out in a terminal, as Markdown elsewhere."""
+    """Print the report: laid out in a terminal or a notebook, as Markdown elsewhere."""
     print_markdown(create_explainability_report(results))
 
 

@@ -8,14 +8,20 @@ from typing import TypedDict
 
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.wording import decimal, describe_size, name_modality, say_interval
-from lightning_xattn.evaluation.fusion_summary import Estimate, FusionSummary
+from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import Comparison, LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.evaluation.statistics import SCORES, Column
-from lightning_xattn.functional.intervals import MINIMUM_GROUP
+from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
 from lightning_xattn.functional.shapley import MOSTLY
 from lightning_xattn.report.document import Items
-from lightning_xattn.report.estimates import Subset, count_outcomes, estimate_accuracy, format_percent
+from lightning_xattn.report.estimates import (
+    Subset,
+    count_outcomes,
+    describe_difference,
+    estimate_accuracy,
+    format_percent,
+)
 
 CONFIDENCE = "confidence"
 """The baseline that any other score has to beat."""
@@ -215,9 +221,7 @@ def describe_errors(compared: Mapping[str, Comparison]) -> str:
 
 def format_auroc(one: Comparison) -> str:
     """As ``0.76 (95 % CI 0.70 to 0.81; higher in correct predictions)``."""
-    way = "higher" if one.auroc >= 0.5 else "lower"
-    verdict = f"{way} in correct predictions" if _distance(one) > 0.5 else "no difference shown"
-    return f"{decimal(one.auroc)} (95 % CI {say_interval(one.low, one.high, 2)}; {verdict})"
+    return f"{decimal(one.auroc)} (95 % CI {say_interval(one.low, one.high, 2)}; {describe_difference(one)})"
 
 
 def _distance(one: Comparison) -> float:

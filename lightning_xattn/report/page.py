@@ -16,13 +16,6 @@ from lightning_xattn.report.document import Block, Document, Items, Paragraph, T
 
 _HERE = Path(__file__).parent
 
-TRAINING = {
-    "seen": "trained on",
-    "related": "trained on others of its group",
-    "new": "new to the model",
-}
-"""The values of `TrainingData.info` in words."""
-
 NUMBERS = ("confidence", "conflict", "alignment", "share")
 """The numbers by which samples can be sorted, beside their order."""
 
@@ -57,8 +50,6 @@ class SampleEntry:
     """The known ones of ``NUMBERS``; NaN where undefined."""
     blocks: Sequence[Block] = ()
     pictures: Sequence[Picture] = ()
-    training: str = ""
-    """A value of `TrainingData.info`; empty where it is not known."""
 
 
 def as_page(
@@ -146,8 +137,6 @@ def _list(samples: Sequence[SampleEntry], first: str) -> Iterator[str]:
     yield '<form id="choose" hidden>'
     yield _select("true", "true class", {"": "all"} | {name: name for name in _each(one.true for one in samples)})
     yield _select("outcome", "outcome", {"": "all"} | {name: name for name in _each(one.outcome for one in samples)})
-    if kinds := _each(one.training for one in samples):
-        yield _select("training", "training", {"": "all"} | {one: TRAINING[one] for one in kinds})
     yield _select("order", "sort by", orders)
     yield '<div><label for="words">id contains</label><input id="words" name="words" type="search"></div>'
     yield '<button type="reset">show all</button><output id="shown" aria-live="polite"></output></form>'
@@ -169,11 +158,10 @@ def _sample(one: SampleEntry, labels: Mapping[str, str]) -> str:
     numbers = {name: one.numbers.get(name, math.nan) for name in labels}
     data = "".join(f' data-{name}="{value if math.isfinite(value) else ""}"' for name, value in numbers.items())
     data += f' data-place="{one.place}" data-name="{escape(one.name)}"'
-    data += f' data-true="{escape(one.true)}" data-outcome="{one.outcome}" data-training="{one.training}"'
+    data += f' data-true="{escape(one.true)}" data-outcome="{one.outcome}"'
     classes = one.predicted + (f", true {one.true}" if one.true else "")
     more = f'<span class="outcome">{one.outcome}</span>' if one.outcome else ""
-    texts = [TRAINING[one.training]] if one.training else []
-    texts += [f"{labels[name]} {decimal(value)}" for name, value in numbers.items() if math.isfinite(value)]
+    texts = [f"{labels[name]} {decimal(value)}" for name, value in numbers.items() if math.isfinite(value)]
     more += "".join(f'<span class="number">{escape(text)}</span>' for text in texts)
     content = "".join([*map(block_as_html, one.blocks), *map(_figure, one.pictures)])
     return (

@@ -133,7 +133,7 @@ def test_the_accuracy_by_patients_holds_what_is_possible(by_patient):
         expected = reference.proportion_interval([right[i] for i in chosen], [PATIENTS[i] for i in chosen])
         assert summary.accuracy_interval(class_id) == pytest.approx(expected, abs=1e-3, nan_ok=True)
         told = facts[0 if class_id is None else 1 + class_id]
-        ends = [math.nan if told[end] is None else told[end] for end in ("accuracy_low", "accuracy_high")]
+        ends = [math.nan if told["accuracy"][end] is None else told["accuracy"][end] for end in ("low", "high")]
         assert ends == pytest.approx(expected, abs=1e-3, nan_ok=True)
 
 

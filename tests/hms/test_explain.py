@@ -46,7 +46,7 @@ def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(hms_che
     assert {path.name for path in (tmp_path / "samples").iterdir()} == set(first)
     for name in first:
         files = {path.name for path in (tmp_path / "samples" / name).iterdir()}
-        assert files == {"signals.png", "attention.png", "alignment.png", "heads.png"}
+        assert files == {"signals.png", "attention.png", "alignment.png"}
         place = int(table.set_index("sample_id")["sample_idx"][name])
         assert f"Sample {place} (id {name})" in (tmp_path / "samples.md").read_text()
 
