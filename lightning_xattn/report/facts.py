@@ -47,13 +47,10 @@ def _collect_batch(results: ExplainedBatch | dict[str, Any]) -> dict[str, Any]:
     outcomes = [sample["correct"] for sample in samples]
     return {
         "kind": "batch",
-        "class_names": results["class_names"],
-        "axes": results["axes"],
+        **{key: results[key] for key in ("class_names", "axes", "attention_stats", "modality_alignment")},
         "samples": len(samples),
         "correct": outcomes.count(True),
         "incorrect": outcomes.count(False),
-        "attention_stats": results["attention_stats"],
-        "modality_alignment": results["modality_alignment"],
         "undefined": undefined_in_batch(results),
         "per_sample_explanations": [
             {**one, "undefined": undefined_in_sample(one), "interpretation": interpret_sample(one)} for one in samples

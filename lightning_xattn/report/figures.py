@@ -163,8 +163,8 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
             panels.append(Panel("share of the contribution", draw_each("contribution/share/"), (-1, 2)))
     scores = [f"{name}_auroc" for name in ("confidence", "conflict", "alignment", "entropy")]
     if scores := [name for name in scores if f"outcome/{name}" in known]:
-        equal = "no difference", [0.5] * len(moments)
-        panels.append(Panel("higher in correct (AUROC)", draw_each("outcome/", scores), (0, 1), equal))
+        chance = "chance", [0.5] * len(moments)
+        panels.append(Panel("higher in correct (AUROC)", draw_each("outcome/", scores), (0, 1), chance))
     return plot_epochs(panels, unit=unit, context=context)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TypedDict
 
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.wording import decimal, describe_size, name_modality, say_interval
@@ -25,16 +24,6 @@ from lightning_xattn.report.estimates import (
 
 CONFIDENCE = "confidence"
 """The baseline that any other score has to beat."""
-
-
-class TrainingCounts(TypedDict):
-    """How many samples the model was trained on."""
-
-    samples: int
-    seen: int
-    """Samples that it was trained on."""
-    related: int | None
-    """Samples of whose group it was trained on others; None where groups are not known."""
 
 
 def key_points(result: DatasetResult) -> Items:
@@ -69,8 +58,11 @@ def _describe_samples(result: DatasetResult) -> str:
     return f"{size}; the model predicts {correct} of {correct + incorrect} correctly: {accuracy}."
 
 
-def count_training(result: DatasetResult) -> TrainingCounts | None:
-    """How many samples of the table the model was trained on; None where that is not known."""
+def count_training(result: DatasetResult) -> dict[str, int | None] | None:
+    """Numbers of ``samples`` of the table, ``seen`` by the model in training, and ``related``; None: not known.
+
+    Related samples are of groups of which the model was trained on others; None where groups are not known.
+    """
     if result.table is None or result.trained_on is None:
         return None
     from lightning_xattn.evaluation.table import read_rows  # pyarrow, only where a table is read
@@ -84,7 +76,7 @@ def count_training(result: DatasetResult) -> TrainingCounts | None:
     return {"samples": len(kinds), "seen": kinds.count("seen"), "related": related}
 
 
-def describe_training(counts: TrainingCounts | None) -> str:
+def describe_training(counts: dict[str, int | None] | None) -> str:
     """How many of the samples the model was trained on, with a warning where there are any."""
     if counts is None:
         return "it is not known which of these samples the model was trained on."

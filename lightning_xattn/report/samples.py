@@ -61,8 +61,15 @@ def list_dataset(result: DatasetResult, pictures: Pictures) -> Iterator[SampleEn
         name = str(row["sample_idx"]) if row.get("sample_id") is None else row["sample_id"]
         name += f" of process {identity[0]}" if several else ""
         alignment = math.nan if row.get("alignment") is None else row["alignment"]
-        yield _list_sample(
-            place, name, known, correct, alignment, [*_draw_maps(result, identity), *_shrink(pictures, name)]
+        yield SampleEntry(
+            place,
+            shown(name),
+            known.predicted or "no class",
+            known.true or "",
+            _OUTCOMES[correct],
+            {"confidence": known.confidence, "conflict": known.conflict, "alignment": alignment},
+            [Paragraph(str(known))] if known.probes or known.contributions else [],
+            [*_draw_maps(result, identity), *_shrink(pictures, name)],
         )
 
 
@@ -74,37 +81,13 @@ def _choose_listed(samples: Iterable[Item], has_maps: Callable[[Item], bool]) ->
 
 
 def _read_row(row: Mapping[str, Any], names: Sequence[str]) -> SampleModalities:
-    """The classes of a sample that the fusion has not."""
+    """The classes of a sample that the fusion lacks."""
     predicted, true = (
         None if one is None else names[one] if one < len(names) else str(one)
         for one in (row["prediction"], row["target"])
     )
     confidence = math.nan if row.get("confidence") is None else row["confidence"]
     return SampleModalities(math.nan, {}, predicted, true, confidence, {}, None)
-
-
-def _list_sample(
-    place: int,
-    name: str,
-    known: SampleModalities,
-    correct: bool | None,
-    alignment: float,
-    pictures: Sequence[Picture],
-) -> SampleEntry:
-    phi = list(known.contributions.values())
-    # Contributions to a value rather than a class may add up to anything.
-    is_share = known.predicted is not None and bool(phi) and min(phi) >= 0 and sum(phi) > 0
-    share = phi[0] / sum(phi) if is_share else math.nan
-    return SampleEntry(
-        place,
-        shown(name),
-        known.predicted or "no class",
-        known.true or "",
-        _OUTCOMES[correct],
-        {"confidence": known.confidence, "conflict": known.conflict, "alignment": alignment, "share": share},
-        [Paragraph(str(known))] if known.probes or known.contributions else [],
-        pictures,
-    )
 
 
 def list_batch(results: ExplainedBatch | dict[str, Any], pictures: Pictures) -> Iterator[SampleEntry]:
