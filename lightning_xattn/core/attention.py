@@ -158,21 +158,6 @@ class Attention:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     @classmethod
-    def joined(cls, parts: Sequence[Attention]) -> Attention:
-        """The attention of several batches as one; without a mask that one of them lacks."""
-        joined: dict[str, Any] = {}
-        for name in ("weights", "key_mask", "visible", "query_mask", "cross_modal_mass"):
-            tensors = [part._tensors.get(name) for part in parts]
-            known = [
-                # An attention mask may be one for all samples of its part.
-                tensor.expand(len(part.weights), *tensor.shape[1:])
-                for part, tensor in zip(parts, tensors, strict=True)
-                if tensor is not None
-            ]
-            joined[name] = torch.cat(known) if len(known) == len(parts) else None
-        return replace(parts[0], **joined)
-
-    @classmethod
     def of_weights(cls, direction: Direction, weights: Tensor) -> Attention:
         """Attention of weights alone, in which NaN marks what a mask hides (see ``marked_weights``)."""
         hidden = weights.isnan()
@@ -258,12 +243,6 @@ class AttentionPair:
     def cpu(self) -> AttentionPair:
         """The same, detached and on the CPU."""
         return AttentionPair(self.layer, *(attention.cpu() for attention in self.directions))
-
-    @classmethod
-    def joined(cls, parts: Sequence[AttentionPair]) -> AttentionPair:
-        """The attention of several batches as one."""
-        directions = zip(*(part.directions for part in parts), strict=True)
-        return cls(parts[0].layer, *map(Attention.joined, directions))
 
     @property
     def directions(self) -> tuple[Attention, ...]:
