@@ -59,5 +59,5 @@ def __getattr__(name: str) -> Any:
     module = import_module(f"{__name__}.{_MODULES[name]}")
     if name == "AttentionExplainabilityCallback":
         # Each time, as lightning.pytorch may be imported meanwhile, whose command line finds the callback by this name.
-        module.join_imported_namespaces()
+        module.join_namespaces()
     return getattr(module, name)
