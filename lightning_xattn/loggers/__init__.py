@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_xattn.core.names import shown_tag
 from lightning_xattn.core.notices import warn
-from lightning_xattn.loggers.comet import CometWriter
-from lightning_xattn.loggers.folder import FolderWriter
-from lightning_xattn.loggers.mlflow import MLFlowWriter
-from lightning_xattn.loggers.tensorboard import TensorBoardWriter
-from lightning_xattn.loggers.wandb import WandbWriter
-from lightning_xattn.loggers.writer import LoggerWriter, Picture
+from lightning_xattn.loggers.writers import (
+    CometWriter,
+    FolderWriter,
+    LoggerWriter,
+    MLFlowWriter,
+    Picture,
+    TensorBoardWriter,
+    WandbWriter,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

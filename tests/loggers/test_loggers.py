@@ -19,7 +19,7 @@ from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.core.errors import XAttnWarning
 from lightning_xattn.core.files import path_of
 from lightning_xattn.loggers import WRITERS, LoggerWriters
-from lightning_xattn.loggers.folder import FolderWriter
+from lightning_xattn.loggers.writers import FolderWriter
 from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_loader, validate
 
