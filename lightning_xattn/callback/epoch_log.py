@@ -217,7 +217,7 @@ class EpochLog:
         step, scope = logged_step(self.trainer), self.scope(number, "")
         name, title = f"xattn_about/{scope}/report", f"{scope}, epoch {self.trainer.current_epoch}"
         figures = self._figures(number, shown, whole.class_names, [*past, record], title)
-        writers.log_figures(figures, step, scope)
+        writers.log_figures(figures, step)
         text = partial(create_explainability_report, whole, format="markdown")
         writers.log("reports", text, lambda writer, made: writer.log_text(name, made, step))
         if stage_of(self.trainer) == "test":

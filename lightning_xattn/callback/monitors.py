@@ -55,18 +55,16 @@ def describe_risks(monitors: Iterable[Monitor], schedule: Schedule) -> Iterator[
                 "check_finite it counts as an epoch without improvement: choose a patience that outlasts those. "
                 f"So that it goes on: {one.who}({one.curve!r}, ..., check_finite=False)."
             )
-        if schedule.every_n_epochs > 1:
+        seldom = {
+            "every_n_epochs": schedule.every_n_epochs > 1,
+            "faithfulness_every_n_epochs": one.curve.startswith("xattn_faithfulness/")
+            and schedule.faithfulness_every_n_epochs != 1,
+        }
+        for setting in (name for name, is_seldom in seldom.items() if is_seldom):
             yield (
-                f"{begins}, which is recorded in one of {schedule.every_n_epochs} validated epochs, from the first on. "
-                f"In those between Lightning keeps the last value, so {one.who} judges other weights by it. "
-                "Record each: AttentionExplainabilityCallback(every_n_epochs=1)."
-            )
-        every = schedule.faithfulness_every_n_epochs
-        if one.curve.startswith("xattn_faithfulness/") and every != 1:
-            when = f"in one of {every} recorded epochs, from the first on" if every else "in none"
-            yield (
-                f"{begins}, which is measured {when}, and else NaN, the worst value. Measure it in each: "
-                "AttentionExplainabilityCallback(faithfulness_every_n_epochs=1)."
+                f"{begins}, which is measured with {setting}={getattr(schedule, setting)}. In other epochs it "
+                f"is NaN or keeps its last value, by which {one.who} judges other weights. Measure it in each: "
+                f"AttentionExplainabilityCallback({setting}=1)."
             )
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from lightning_xattn.core.names import clean
 
-_log = logging.getLogger(__name__)
+_prints = ContextVar("prints", default=False)
 
 Item = TypeVar("Item")
 
 
-def track(items: Iterable[Item], title: str, total: int | None = None) -> Iterator[Item]:
+def track(items: Iterable[Item], title: str) -> Iterator[Item]:
     """Yield the items while a bar in the terminal shows how many there were; elsewhere time them, see ``timed``.
 
     Parameters
@@ -25,8 +24,6 @@ def track(items: Iterable[Item], title: str, total: int | None = None) -> Iterat
         What is worked on, one after the other.
     title
         What is done, e.g. ``"Simulating 480 recordings"``.
-    total
-        How many items there are; None: their length, where they have one.
     """
     # Imported here as only long work needs it.
     from rich.console import Console
@@ -35,7 +32,7 @@ def track(items: Iterable[Item], title: str, total: int | None = None) -> Iterat
 
     console = Console()
     if console.is_terminal:
-        yield from track_in_terminal(items, escape(clean(title)), total, console=console)
+        yield from track_in_terminal(items, escape(clean(title)), console=console)
     else:
         with timed(title):
             yield from items
@@ -50,20 +47,16 @@ def timed(title: str) -> Iterator[None]:
 
 
 def report_time(title: str, started: float) -> None:
-    """Log a line at level DEBUG, which the commands print: what was done, and the seconds since ``started``."""
-    _log.debug("%s: %.0f s", clean(title), time.monotonic() - started)
+    """In a command, print what was done, and the seconds since ``started``."""
+    if _prints.get():
+        print(f"{clean(title)}: {time.monotonic() - started:.0f} s", flush=True)
 
 
 @contextmanager
 def printed_times() -> Iterator[None]:
-    """Print the lines of ``report_time``, as a command does."""
-    handler, level = logging.StreamHandler(sys.stdout), _log.level
-    _log.addHandler(handler)
-    _log.setLevel(logging.DEBUG)
-    _log.propagate = False
+    """Have ``report_time`` print, as a command does."""
+    before = _prints.set(True)
     try:
         yield
     finally:
-        _log.removeHandler(handler)
-        _log.setLevel(level)
-        _log.propagate = True
+        _prints.reset(before)

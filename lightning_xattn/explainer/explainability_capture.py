@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,15 +184,16 @@ class ExplainabilityCapture:
         DataError, DiscoveryError, ShapeError
             As ``explain_batch``.
         """
-        if isinstance(sample_idx, bool) or not hasattr(sample_idx, "__index__"):
-            raise SettingError(f"sample_idx must be a whole number; got {sample_idx!r}.")
         results = self.explain_batch(batch, among)
-        chosen, count = sample_idx.__index__(), len(results["per_sample_explanations"])
-        if not 0 <= chosen < count:
-            raise SettingError(f"sample_idx must be 0 to {count - 1} in this batch of {count} samples; got {chosen}.")
-        only = slice(chosen, chosen + 1)
+        count = len(results["per_sample_explanations"])
+        if not isinstance(sample_idx, Integral) or not 0 <= sample_idx < count:
+            raise SettingError(
+                f"sample_idx must be a whole number, 0 to {count - 1} in this batch of {count} samples; got "
+                f"{sample_idx!r}."
+            )
+        only = slice(sample_idx, sample_idx + 1)
         return {
-            **results["per_sample_explanations"][chosen],
+            **results["per_sample_explanations"][sample_idx],
             "attention_dict": {name: weights[only] for name, weights in results["attention_dict"].items()},
             "attention": tuple(pair[only] for pair in results["attention"]),
             "class_names": results["class_names"],

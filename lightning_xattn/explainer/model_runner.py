@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
-from pytorch_lightning.utilities import move_data_to_device
+from pytorch_lightning.core.hooks import DataHooks
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -40,7 +40,7 @@ class ModelRunner:
     Raises
     ------
     SettingError
-        If ``predict`` does not take a model and a batch.
+        If ``predict`` is not callable.
     """
 
     def __init__(
@@ -50,7 +50,8 @@ class ModelRunner:
         predict: Predict | None,
         num_heads: int | None,
     ) -> None:
-        _check_predict(predict)
+        if predict is not None and not callable(predict):
+            raise SettingError(f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r}.")
         self.recorder = recorder
         self._model, self._predict, self._num_heads = model, predict, num_heads
 
@@ -119,18 +120,6 @@ class ModelRunner:
         return self._model(batch) if step is None else step(batch, 0)
 
 
-def _check_predict(predict: Any) -> None:
-    fits = predict is None or callable(predict)
-    if predict is not None and fits:
-        with suppress(ValueError):  # built-in functions may have no signature
-            try:
-                inspect.signature(predict).bind("model", "batch")
-            except TypeError:
-                fits = False
-    if not fits:
-        raise SettingError(f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r}.")
-
-
 def to_device(batch: Any, model: nn.Module) -> Any:
     """A batch on the model's device, moved by the hooks that a Trainer would call; the given batch does not change.
 
@@ -147,14 +136,7 @@ def to_device(batch: Any, model: nn.Module) -> Any:
     if device.type != "cpu":
         # Graphs are moved in place: a list of batches would pile up on the GPU.
         batch = tree_map(lambda part: copy.copy(part) if hasattr(part, "num_nodes") else part, batch)
-    # Without an accelerator everything is on the CPU, and searching a batch of graphs takes milliseconds.
-    stays = device.type == "cpu" and not torch.accelerator.is_available()
-    if not hasattr(model, "transfer_batch_to_device"):
-        return batch if stays else move_data_to_device(batch, device)
-    hooks: Any = model
+    hooks: Any = model if hasattr(model, "transfer_batch_to_device") else DataHooks()
     batch = hooks.on_before_batch_transfer(batch, 0)
-    # Lightning's own hook, in either of its two namespaces, only moves.
-    is_lightnings = type(hooks).transfer_batch_to_device.__qualname__ == "DataHooks.transfer_batch_to_device"
-    if not (stays and is_lightnings):
-        batch = hooks.transfer_batch_to_device(batch, device, 0)
+    batch = hooks.transfer_batch_to_device(batch, device, 0)
     return hooks.on_after_batch_transfer(batch, 0)

@@ -135,7 +135,7 @@ def test_a_batch_runs_whole_for_one_sample():
     sample = watch.explain_single_sample(odd, 4)
     assert_same(sample["head_entropies"], watch.explain_batch(odd)["per_sample_explanations"][4]["head_entropies"])
     assert sample["sample_idx"] == 4
-    with pytest.raises(SettingError, match="sample_idx must be 0 to 4 in this batch of 5"):
+    with pytest.raises(SettingError, match="sample_idx must be a whole number, 0 to 4 in this batch of 5"):
         watch.explain_single_sample(odd, 5)
 
 

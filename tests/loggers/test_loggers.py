@@ -209,8 +209,8 @@ def test_figures_that_cannot_be_drawn_are_reported(tmp_path):
         raise ValueError("no ink")
         yield
 
-    with pytest.warns(XAttnWarning, match=tells("The figures of val", "no ink")):
-        LoggerWriters([], tmp_path).log_figures(figures(), 0, "val")
+    with pytest.warns(XAttnWarning, match=tells("no pictures of this evaluation", "no ink")):
+        LoggerWriters([], tmp_path).log_figures(figures(), 0)
 
 
 @pytest.mark.parametrize(
