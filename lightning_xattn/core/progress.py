@@ -15,7 +15,7 @@ _prints = ContextVar("prints", default=False)
 Item = TypeVar("Item")
 
 
-def track(items: Iterable[Item], title: str) -> Iterator[Item]:
+def track(items: Iterable[Item], title: str, total: int | None = None) -> Iterator[Item]:
     """Yield the items while a bar in the terminal shows how many there were; elsewhere time them, see ``timed``.
 
     Parameters
@@ -24,6 +24,8 @@ def track(items: Iterable[Item], title: str) -> Iterator[Item]:
         What is worked on, one after the other.
     title
         What is done, e.g. ``"Simulating 480 recordings"``.
+    total
+        How many items there are; None: their length, where they have one.
     """
     # Imported here as only long work needs it.
     from rich.console import Console
@@ -32,7 +34,7 @@ def track(items: Iterable[Item], title: str) -> Iterator[Item]:
 
     console = Console()
     if console.is_terminal:
-        yield from track_in_terminal(items, escape(clean(title)), console=console)
+        yield from track_in_terminal(items, escape(clean(title)), total, console=console)
     else:
         with timed(title):
             yield from items
