@@ -1,6 +1,6 @@
 """What it costs to see it: an epoch's figures, their memory over many epochs, and a report of 2,000 samples.
 
-As a script, print the peak memory after drawing so many epochs: ``python -m benchmarks.figures FOLDER EPOCHS``.
+As a script, print the peak memory after drawing ``EPOCHS`` epochs: ``python -m benchmarks.figures FOLDER EPOCHS``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EPOCHS = 10  # over which the overview goes
 
 
 def explained(folder: Path, table: Path, samples: int) -> DatasetResult:
-    """So many samples of the reference model: 6 classes, 8 heads, 9 x 119 windows."""
+    """Explain ``samples`` samples of the reference model: 6 classes, 8 heads, 9 x 119 windows."""
     batch: Any = one_batch(folder)
     explainer = ExplainabilityCapture(balanced(HMSLightningModule(), batch))
     loader = [batch] * (samples // BATCH)
@@ -36,7 +36,7 @@ def explained(folder: Path, table: Path, samples: int) -> DatasetResult:
 
 
 def history_of(result: DatasetResult) -> list[dict[str, Any]]:
-    """What the callback keeps of so many epochs, for the overview."""
+    """The history of ``EPOCHS`` epochs, for the overview."""
     names, summary, fusion = result.class_names, result.headline, result.fusion
     assert fusion is not None
     known = epoch_record(summary, "val", epoch_curves(summary, "val", names))
@@ -49,7 +49,7 @@ def logged_figures(result: DatasetResult, history: list[dict[str, Any]]) -> Iter
     names, summary, fusion = result.class_names, result.headline, result.fusion
     assert fusion is not None
     yield overview_figure(history, "val")
-    for _, figure in fusion_figures(fusion, "val", names, all_names=names, classes_by="target", context="val"):
+    for _, figure in fusion_figures(fusion, "val", names, classes_by="target", context="val"):
         yield figure
     for _, figure in epoch_figures(summary, "val", names, classes_by="target", axes=result.axes, context="val"):
         yield figure

@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def sample(seed: int, of_each_file: int) -> list[str]:
-    """So many mutants of each file, and twice as many of one in ``functional/``."""
+    """A sample of mutants: ``of_each_file``, and twice as many of a file in ``functional/``."""
     from mutmut.configuration import config
     from mutmut.mutation.file_mutation import mutate_file_contents
     from mutmut.utils.format_utils import get_mutant_name
@@ -70,7 +70,7 @@ def sample(seed: int, of_each_file: int) -> list[str]:
 
 
 def main() -> None:
-    """Draw a sample, run it, and say how many of each file were noticed and which were not."""
+    """Draw a sample, run it, and print how many of each file were noticed, and the others."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--of-each-file", type=int, default=12)

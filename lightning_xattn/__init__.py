@@ -36,28 +36,23 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "Attention": "core.attention",
-    "AttentionExplainabilityCallback": "callback.callback",
-    "AttentionPair": "core.attention",
-    "AttentionRecorder": "capture",
-    "Direction": "core.attention",
-    "ExplainabilityCapture": "explainer",
-    "JointSequence": "capture",
-    "TokenAxis": "core.attention",
-    "XAttnError": "core.errors",
-    "XAttnWarning": "core.errors",
-    "create_explainability_report": "report",
-    "interpret_sample": "report.criteria",
+_PUBLIC = {
+    "callback.callback": ["AttentionExplainabilityCallback"],
+    "capture": ["AttentionRecorder", "JointSequence"],
+    "core.attention": ["Attention", "AttentionPair", "Direction", "TokenAxis"],
+    "core.errors": ["XAttnError", "XAttnWarning"],
+    "explainer": ["ExplainabilityCapture"],
+    "report": ["create_explainability_report"],
+    "report.criteria": ["interpret_sample"],
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: torch and Lightning take seconds."""
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(f"{__name__}.{_MODULES[name]}")
+    module = import_module(f"{__name__}.{next(place for place, names in _PUBLIC.items() if name in names)}")
     if name == "AttentionExplainabilityCallback":
         # Each time, as lightning.pytorch may be imported meanwhile, whose command line finds the callback by this name.
-        module.join_imported_namespaces()
+        module.join_namespaces()
     return getattr(module, name)

@@ -33,8 +33,6 @@ __all__ = [
     "AttentionAnalyzer",
     "AttentionStatistics",
     "HeadAnalysis",
-    "compute_modality_alignment",
-    "extract_attention_statistics",
     "head_wise_attention_analysis",
 ]
 
@@ -117,15 +115,25 @@ class AttentionAnalyzer:
         return float(entropy.nanmean(1).cpu().double().nanmean())
 
     def compare_modality_agreement(self, eeg_to_spec: Weights, spec_to_eeg: Weights) -> float:
-        """The same as ``compute_modality_alignment``."""
-        for weights in (eeg_to_spec, spec_to_eeg):
-            self._rows(weights)
-        return compute_modality_alignment(eeg_to_spec, spec_to_eeg)
+        """Alignment of the two directions, in [-1, 1], averaged over the samples for which it is defined.
+
+        Pearson correlation of the head-averaged maps, one of them transposed; ``functional.alignment`` gives it by
+        sample. NaN if it is defined for no sample, as with a single key.
+
+        Raises
+        ------
+        ShapeError
+            If the queries of one direction are not the keys of the other.
+        """
+        forward = _as_attention(eeg_to_spec)
+        backward = _as_attention(spec_to_eeg, str(forward.direction.opposite))
+        pair = AttentionPair("the two directions", forward, backward)
+        rows = {str(attention.direction): self._rows(attention) for attention in pair.directions}
+        _warn_of(rows)
+        return float(alignment(*rows.values()).cpu().double().nanmean())
 
     def _rows(self, weights: Weights) -> Rows:
-        attention = _as_attention(weights)
-        require_heads(self.num_heads, attention.weights.shape[1], "These weights")
-        return prepare_rows(attention)
+        return _prepare(weights, self.num_heads, "These weights")
 
 
 def head_wise_attention_analysis(
@@ -163,61 +171,11 @@ def head_wise_attention_analysis(
     """
     check_whole_number("num_heads", num_heads, optional=True)
     check_whole_number("top_k", top_k)
-    prepared = {}
-    for name, weights in attention_dict.items():
-        attention = _as_attention(weights, name)
-        require_heads(num_heads, attention.weights.shape[1], name)
-        prepared[name] = prepare_rows(attention)
+    prepared = {
+        name: _prepare(_as_attention(weights, name), num_heads, name) for name, weights in attention_dict.items()
+    }
     _warn_of(prepared)
     return {name: _analyse_heads(rows, top_k) for name, rows in prepared.items()}
-
-
-def extract_attention_statistics(attention_dict: Mapping[str, Weights]) -> dict[str, AttentionStatistics]:
-    """Statistics of each direction over a batch; names as in ``head_wise_attention_analysis``.
-
-    Examples
-    --------
-    >>> weights = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]])  # one sample, one head, two queries, two keys
-    >>> extract_attention_statistics({"eeg_to_spec": weights})["eeg_to_spec"].max
-    0.75
-    """
-    prepared = {name: prepare_rows(_as_attention(weights, name)) for name, weights in attention_dict.items()}
-    _warn_of(prepared)
-    return {name: AttentionStatistics.of_batch(rows) for name, rows in prepared.items()}
-
-
-def compute_modality_alignment(eeg_to_spec: Weights, spec_to_eeg: Weights) -> float:
-    """Alignment of the two directions, averaged over the samples for which it is defined.
-
-    Pearson correlation of the head-averaged maps, one of them transposed; ``functional.alignment`` gives it by sample.
-
-    Parameters
-    ----------
-    eeg_to_spec, spec_to_eeg
-        The two directions, of any modalities.
-
-    Returns
-    -------
-    float
-        In [-1, 1]; NaN if it is defined for no sample, as with a single key.
-
-    Raises
-    ------
-    ShapeError
-        If the queries of one are not the keys of the other.
-
-    Examples
-    --------
-    >>> weights = torch.tensor([[[[0.75, 0.25], [0.25, 0.75]]]])
-    >>> [round(compute_modality_alignment(weights, other), 3) for other in (weights, weights.flip(-1))]
-    [1.0, -1.0]
-    """
-    forward = _as_attention(eeg_to_spec)
-    backward = _as_attention(spec_to_eeg, str(forward.direction.opposite))
-    pair = AttentionPair("the two directions", forward, backward)
-    rows = {str(attention.direction): prepare_rows(attention) for attention in pair.directions}
-    _warn_of(rows)
-    return float(alignment(*rows.values()).cpu().double().nanmean())
 
 
 _NAMES = tuple(AttentionStatistics.__dataclass_fields__)
@@ -237,6 +195,12 @@ def _analyse_heads(rows: Rows, top_k: int) -> dict[int, HeadAnalysis]:
         }
         for head, pairs in enumerate(head_top_pairs(rows, top_k))
     }
+
+
+def _prepare(weights: Weights, num_heads: int | None, name: str) -> Rows:
+    attention = _as_attention(weights)
+    require_heads(num_heads, attention.weights.shape[1], name)
+    return prepare_rows(attention)
 
 
 def _as_attention(weights: Weights, name: str = "query_to_key") -> Attention:

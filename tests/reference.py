@@ -300,7 +300,7 @@ def grouped_mean_interval(values, groups):
 
 
 def wilson(share, effective, quantile):
-    """The true proportions that so many of their own binomial standard errors do not part from the one seen."""
+    """The true proportions within ``quantile`` of their own binomial standard errors of the one seen."""
 
     def is_inside(true):
         return (share - true) ** 2 <= quantile**2 * true * (1 - true) / effective * (1 + 1e-9)

@@ -10,8 +10,6 @@ import torch
 from lightning_xattn.attention_analysis import (
     AttentionAnalyzer,
     AttentionStatistics,
-    compute_modality_alignment,
-    extract_attention_statistics,
     head_wise_attention_analysis,
 )
 from lightning_xattn.core.errors import SettingError, ShapeError, XAttnWarning
@@ -66,22 +64,19 @@ def test_agreement_is_the_mean_over_samples_of_their_alignments(name):
         there, eeg, there_sees = sample(forward, b)
         back, spec, back_sees = sample(backward, b)
         values.append(reference.alignment(there, back, eeg, spec, there_sees, back_sees))
-    ours = compute_modality_alignment(forward, backward)
+    ours = AttentionAnalyzer().compare_modality_agreement(forward, backward)
     assert ours == pytest.approx(reference.mean_defined(values), rel=1e-4, abs=1e-5, nan_ok=True)
-    assert AttentionAnalyzer().compare_modality_agreement(forward, backward) == pytest.approx(ours, nan_ok=True)
 
 
 def test_plain_tensors_by_direction():
     forward, backward = make_case("plain")
     weights = {"eeg_to_spec": forward.weights, "second/spec_to_eeg": backward.weights}
-    stats = extract_attention_statistics(weights)
-    assert list(stats) == list(weights)
     analyzer = AttentionAnalyzer(num_heads=HEADS)
+    stats = {name: analyzer.analyze_attention_weights(tensor) for name, tensor in weights.items()}
     assert stats["eeg_to_spec"] == analyzer.analyze_attention_weights(forward)
     assert analyzer.compute_attention_entropy(forward.weights) == pytest.approx(stats["eeg_to_spec"].entropy)
-    assert compute_modality_alignment(forward.weights, backward.weights) == compute_modality_alignment(
-        forward, backward
-    )
+    agreement = analyzer.compare_modality_agreement(forward, backward)
+    assert analyzer.compare_modality_agreement(forward.weights, backward.weights) == agreement
     heads = head_wise_attention_analysis(weights, num_heads=HEADS)
     assert np.mean([h["specialization_score"] for h in heads["second/spec_to_eeg"].values()]) == pytest.approx(
         stats["second/spec_to_eeg"].entropy
@@ -104,10 +99,10 @@ def test_top_pairs_of_planted_attention():
 def test_a_single_key_is_undefined_and_said_to_be():
     weights = {"eeg_to_spec": torch.ones(BATCH, HEADS, 1, 1), "spec_to_eeg": torch.ones(BATCH, HEADS, 1, 1)}
     with pytest.warns(XAttnWarning, match=tells("eeg_to_spec and spec_to_eeg", "single key", "pool after")) as caught:
-        stats = extract_attention_statistics(weights)
+        heads = head_wise_attention_analysis(weights)
     assert len(caught) == 1
-    assert math.isnan(stats["eeg_to_spec"].entropy)
-    assert stats["eeg_to_spec"].max == 1
+    assert math.isnan(heads["eeg_to_spec"][0]["attention_stats"].entropy)
+    assert heads["eeg_to_spec"][0]["attention_stats"].max == 1
     analyzer = AttentionAnalyzer()
     with pytest.warns(XAttnWarning, match=tells("These weights", "single key")):
         assert math.isnan(analyzer.compute_attention_entropy(weights["eeg_to_spec"]))
@@ -126,8 +121,7 @@ def test_weights_that_are_not_attention_are_said_to_be_once_a_call(spoil):
     undefined = {
         lambda: analyzer.analyze_attention_weights(forward).max: "These weights",
         lambda: analyzer.compute_attention_entropy(forward): "These weights",
-        lambda: compute_modality_alignment(forward, backward): "query_to_key and key_to_query",
-        lambda: extract_attention_statistics(pair)["spec_to_eeg"].max: "eeg_to_spec and spec_to_eeg",
+        lambda: analyzer.compare_modality_agreement(forward, backward): "query_to_key and key_to_query",
         lambda: head_wise_attention_analysis(pair)["eeg_to_spec"][0]["effective_keys"]: "eeg_to_spec and spec_to_eeg",
         lambda: len(analyzer.get_top_attention_pairs(forward)) or math.nan: "These weights",
     }
@@ -167,7 +161,7 @@ def test_statistics_are_read_as_attributes_and_by_name():
         (lambda w: head_wise_attention_analysis({"eeg": w}), SettingError, "named '<query>_to_<key>'.*got 'eeg'"),
         (lambda w: AttentionAnalyzer().get_top_attention_pairs(w, True), SettingError, "top_k must be a whole number"),
         (lambda w: AttentionAnalyzer().analyze_attention_weights(w.mean(1)), ShapeError, "batch, heads, queries, keys"),
-        (lambda w: compute_modality_alignment(w, w), ShapeError, "queries=7, keys=5"),
+        (lambda w: AttentionAnalyzer().compare_modality_agreement(w, w), ShapeError, "queries=7, keys=5"),
     ],
 )
 def test_what_does_not_fit_is_said(call, error, message):

@@ -36,12 +36,11 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 def test_example_analysis(run, hms_checkpoint, iiic_irr, tmp_path):
     printed = run("example_analysis.py", hms_checkpoint, iiic_irr, tmp_path)
-    assert "- Samples: 20" in printed
+    assert "- **Samples:** 20 samples of 20 patients" in printed
     assert (tmp_path / "report.md").read_text() in printed
     assert "# " in (tmp_path / "samples.md").read_text()
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        *("map_eeg_to_spec.png", "map_spec_to_eeg.png", "entropy_by_head.png", "alignment_by_outcome.png"),
-        *("map_eeg_to_spec_by_outcome.png", "map_spec_to_eeg_by_outcome.png"),
+        *("map_eeg_to_spec.png", "map_spec_to_eeg.png", "entropy_by_head.png"),
         *("class_comparison.png", "contribution_shares.png", "sample_0.pdf", "sample_0_alignment.png"),
     }
     assert list((tmp_path / "table/attention").glob("*.parquet"))
@@ -73,7 +72,7 @@ def test_class_patterns(run, hms_checkpoint, iiic_irr, tmp_path):
 
 def test_explain_own_model(run, tmp_path):
     printed = run("explain_own_model.py", tmp_path)
-    assert "- Samples: 300" in printed
+    assert "- **Samples:** 300 samples" in printed
     assert "rain" in printed
     assert (tmp_path / "report.md").exists()
     assert shades_of(read_picture(tmp_path / "alignment.png")) > 50

@@ -59,7 +59,7 @@ class FusionRuns:
     def __init__(self, model: nn.Module, named: str | None, modalities: ModalitiesSetting | None) -> None:
         self._model, self._named, self._modalities = model, named, modalities
         # The modules to look at by their paths, and what to copy of the fusion's call; None: everything.
-        self._watched: dict[str, nn.Module] | None = None
+        self._hooked: dict[str, nn.Module] | None = None
         self._copied: set[Path] | None = None
         self.clear()
 
@@ -71,17 +71,17 @@ class FusionRuns:
     def narrow(self, fusion: ModuleRun, paths: set[Path], around: nn.Module | None) -> None:
         """Look at nothing but the fusion, of whose call only these tensors are copied, and a module around it."""
         chosen = (fusion.module, around)
-        self._watched = {path: module for path, module in self._model.named_modules() if module in chosen}
+        self._hooked = {path: module for path, module in self._model.named_modules() if module in chosen}
         self._named, self._copied = fusion.path, paths
 
     def attach(self, hooks: ExitStack, errors: list[Exception]) -> None:
         """Record runs until ``hooks`` closes; ``errors`` gets what goes wrong."""
-        if self._watched is None:
+        if self._hooked is None:
             unhookable = in_encoder_layers(self._model)
-            watched = {path: one for path, one in self._model.named_modules() if one not in unhookable}
+            hooked = {path: one for path, one in self._model.named_modules() if one not in unhookable}
         else:
-            watched = self._watched
-        for path, module in watched.items():
+            hooked = self._hooked
+        for path, module in hooked.items():
             if not isinstance(module, torch.jit.ScriptModule):
                 enter, leave = Hook(partial(self._enter, path), errors), Hook(self._leave, errors)
                 hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)

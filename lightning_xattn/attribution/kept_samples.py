@@ -23,7 +23,7 @@ Columns = dict[str, Tensor]
 
 
 def hashed(keys: Tensor, salt: int) -> Tensor:
-    """Give hashes of whole numbers, evenly spread over [0, 2^63 - 1) (splitmix64).
+    """Hashes of whole numbers, evenly spread over [0, 2^63 - 1) (splitmix64).
 
     Parameters
     ----------
@@ -78,14 +78,14 @@ class BottomKSample:
             self._drop_largest_hashes()
 
     def __add__(self, other: BottomKSample) -> BottomKSample:
-        """Give the sample of the rows of both, as of two processes."""
+        """The sample of the rows of both, as of two processes."""
         both = BottomKSample(min(self.size, other.size))
         for rows in (*self.blocks(), *other.blocks()):
             both.add(rows)
         return both
 
     def blocks(self) -> list[Columns]:
-        """Give the kept rows in the order of their hashes, one block for each set of shapes. Waits for a GPU."""
+        """The kept rows in the order of their hashes, one block for each set of shapes. Waits for a GPU."""
         self._drop_largest_hashes()
         kept = []
         for (rows,) in self._blocks.values():
@@ -94,14 +94,14 @@ class BottomKSample:
         return kept
 
     def map(self, change: Callable[[Columns], Columns]) -> BottomKSample:
-        """Give a sample with other columns of the same rows."""
+        """A sample with other columns of the same rows."""
         changed = BottomKSample(self.size)
         for rows in self.blocks():
             changed.add(change(rows))
         return changed
 
     def cpu(self) -> BottomKSample:
-        """Give the same on the CPU."""
+        """The same on the CPU."""
         return self.map(lambda rows: {name: values.cpu() for name, values in rows.items()})
 
     def _drop_largest_hashes(self) -> None:
@@ -220,11 +220,11 @@ class KeptSamples:
         self.permuted.add(rows)
 
     def cpu(self) -> KeptSamples:
-        """Give the same on the CPU, to be sent to other processes."""
+        """The same on the CPU, to be sent to other processes."""
         return replace(self, probed=self.probed.cpu(), permuted=self.permuted.cpu(), nonfinite=self.nonfinite.cpu())
 
     def without_labels(self) -> KeptSamples:
-        """Give the same without classes, predictions, confidences and outcomes."""
+        """The same without classes, predictions, confidences and outcomes."""
 
         def drop_labels(rows: Columns) -> Columns:
             unknown = {name: torch.full_like(rows[name], -1) for name in ("class", "target", "prediction")}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 import uuid
 import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -22,14 +24,11 @@ from torch.utils._pytree import tree_map
 from lightning_xattn.attribution.contribution import CONTRIBUTION_SAMPLES
 from lightning_xattn.attribution.inputs import ModalitiesSetting
 from lightning_xattn.attribution.kept_samples import MAX_SAMPLES
-from lightning_xattn.callback.epoch_log import EpochLog
-from lightning_xattn.callback.history import main_history
+from lightning_xattn.callback.epoch_log import EpochLog, main_history
 from lightning_xattn.callback.monitors import describe_risks, find_monitors
-from lightning_xattn.callback.namespaces import join_namespaces
 from lightning_xattn.callback.processes import describe_spawning, describe_tensor_parallelism, find_processes
 from lightning_xattn.callback.run import Run
-from lightning_xattn.callback.schedule import Schedule
-from lightning_xattn.callback.scope import moment, scope_of, stage_of
+from lightning_xattn.callback.schedule import Schedule, moment, scope_of, stage_of
 from lightning_xattn.callback.weights import describe_averaging, describe_change, have_changed, sample_weights
 from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.capture.labels import LabelSetting, Step
@@ -55,10 +54,17 @@ READ = ("predictions", "targets", "sample_ids", "groups", "query_mask", "fusion"
 """The settings that say how a recorded step is read."""
 
 
-def join_imported_namespaces() -> type[AttentionExplainabilityCallback]:
-    """The callback, which is one of ``lightning.pytorch`` too once that is imported."""
-    join_namespaces(AttentionExplainabilityCallback)
-    return AttentionExplainabilityCallback
+def join_namespaces() -> None:
+    """Make the callback one of ``lightning.pytorch`` too, where that is imported.
+
+    Its Trainer and its command line take children of its own ``Callback`` alone, another class with the same hooks.
+    Nobody who imports ``pytorch_lightning`` alone imports the other for it.
+    """
+    ours = AttentionExplainabilityCallback
+    other = getattr(sys.modules.get("lightning.pytorch.callbacks.callback"), "Callback", None)
+    if other is not None and not issubclass(ours, other):
+        with suppress(TypeError):  # where a child of it is one of the other already, before this one
+            ours.__bases__ = (*ours.__bases__, other)
 
 
 class AttentionExplainabilityCallback(Callback):
@@ -182,7 +188,7 @@ class AttentionExplainabilityCallback(Callback):
         every_n_batches: int = 1,
         table: str | Path | None = None,
     ) -> None:
-        join_imported_namespaces()
+        join_namespaces()
         super().__init__()
         labels = predictions, targets, sample_ids, groups, query_mask
         fusion_inputs = fusion, modalities, contribution_samples, max_samples

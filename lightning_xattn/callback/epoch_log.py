@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,8 +15,7 @@ from pytorch_lightning import LightningModule, Trainer
 
 from lightning_xattn.callback.monitors import describe_unknown
 from lightning_xattn.callback.run import Run
-from lightning_xattn.callback.schedule import Schedule
-from lightning_xattn.callback.scope import logged_step, moment, stage_of
+from lightning_xattn.callback.schedule import Schedule, logged_step, moment, stage_of
 from lightning_xattn.core.notices import info, warn
 from lightning_xattn.evaluation.checks import check_fusion, check_layer
 from lightning_xattn.evaluation.classes import name_in_curves
@@ -24,6 +25,7 @@ from lightning_xattn.evaluation.curves import (
     fusion_curves,
     fusion_record,
     main_curves,
+    main_names,
     mean_curves,
 )
 from lightning_xattn.evaluation.evaluation import Evaluation
@@ -48,6 +50,8 @@ OUTPUT_FOLDER = "xattn_output"
 root may be its repository."""
 
 Record = dict[str, Any]
+
+_ENDS = re.compile("_(low|high)$")
 
 
 @dataclass(frozen=True)
@@ -212,8 +216,8 @@ class EpochLog:
             whole = replace(whole, earlier_test=EarlierTest.find(past))
         step, scope = logged_step(self.trainer), self.scope(number, "")
         name, title = f"xattn_about/{scope}/report", f"{scope}, epoch {self.trainer.current_epoch}"
-        figures = self._figures(number, shown, whole.class_names, [*past, record], title)
-        writers.log_figures(figures, step, scope)
+        figures = self._figures(number, shown, [*past, record], title)
+        writers.log_figures(figures, step)
         text = partial(create_explainability_report, whole, format="markdown")
         writers.log("reports", text, lambda writer, made: writer.log_text(name, made, step))
         if stage_of(self.trainer) == "test":
@@ -225,7 +229,7 @@ class EpochLog:
         writers.log("tables", lambda: path, lambda writer, made: writer.log_table(name, made, step))
 
     def _figures(
-        self, number: int, result: DatasetResult, all_names: Sequence[str], records: Sequence[Record], title: str
+        self, number: int, result: DatasetResult, records: Sequence[Record], title: str
     ) -> Iterator[tuple[str, Figure]]:
         scope, names = self.scope(number, ""), result.class_names
 
@@ -234,9 +238,7 @@ class EpochLog:
 
         yield f"xattn_about/{scope}/overview", overview_figure(records, of(records[-1]["layer"]))
         if result.fusion is not None:
-            yield from fusion_figures(
-                result.fusion, scope, names, all_names=all_names, classes_by=self.settings.classes_by, context=title
-            )
+            yield from fusion_figures(result.fusion, scope, names, classes_by=self.settings.classes_by, context=title)
         for layer in limit_layers(list(result.summaries)):
             yield from epoch_figures(
                 result.summaries[layer],
@@ -246,3 +248,15 @@ class EpochLog:
                 axes=result.axes,
                 context=of(layer),
             )
+
+
+def main_history(records: Sequence[Record]) -> list[Record]:
+    """The records without the curves that ``curves="main"`` does not log; the ends of intervals stay with the rest.
+
+    Most of a record are the curves of heads and of many classes.
+    """
+    curves = {name for one in records for name in one if "/" in name}
+    kept = main_names(_ENDS.sub("", name) for name in curves)
+    dropped = {name for name in curves if _ENDS.sub("", name) not in kept}
+    # A checkpoint stores each name once if it is one object.
+    return [{sys.intern(name): value for name, value in one.items() if name not in dropped} for one in records]

@@ -1,13 +1,15 @@
-"""Which evaluations of a fit are recorded, drawn and tested for faithfulness, and which of their batches."""
+"""Which evaluation of a Trainer runs, the name and step of its numbers, and whether it is recorded and drawn."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from pytorch_lightning import Trainer
+from pytorch_lightning import Callback, Trainer
 
 from lightning_xattn.core.errors import check_whole_number
+from lightning_xattn.core.names import shown
 
 
 @dataclass(frozen=True)
@@ -100,3 +102,32 @@ def _is_fitting(trainer: Trainer) -> bool:
 def _validations_before(trainer: Trainer) -> int:
     """How many epochs of this fit were due for validation before this one."""
     return (trainer.current_epoch + 1) // (trainer.check_val_every_n_epoch or 1) - 1
+
+
+def stage_of(trainer: Trainer) -> str:
+    """The stage of the evaluation that runs: "val", "test" or "predict"."""
+    return "predict" if trainer.predicting else "test" if trainer.testing else "val"
+
+
+def logged_step(trainer: Trainer) -> int:
+    """The step at which Lightning logs the scalars of an evaluation's end."""
+    # Lightning has no public name for it: global_step counts every optimiser's steps.
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def moment(trainer: Trainer) -> dict[str, Any]:
+    """The stage, epoch and step of the evaluation that runs."""
+    return {"stage": stage_of(trainer), "epoch": trainer.current_epoch, "step": logged_step(trainer)}
+
+
+def scope_of(trainer: Trainer, callback: Callback, kind: type[Callback], dataloader: int, layer: str) -> str:
+    """The part of a curve's name that says where it is from, as ``val/callback_1/dataloader_1/<layer>``.
+
+    The first callback of its kind, dataloader 0 and a layer "" are left out.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
+    ours = [one for one in callbacks if isinstance(one, kind)]
+    scope = stage_of(trainer)
+    scope += f"/callback_{ours.index(callback)}" if callback in ours[1:] else ""
+    scope += f"/dataloader_{dataloader}" if dataloader else ""
+    return scope + (f"/{shown(layer)}" if layer else "")

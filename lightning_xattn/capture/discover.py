@@ -293,7 +293,7 @@ def _run_in_order(there: Sequence[Found], back: Sequence[Found]) -> bool:
         return False
     numbers = [tuple(re.findall(r"\d+", found.path)) for found in there]
     opposites = [tuple(re.findall(r"\d+", found.path)) for found in back]
-    if len(there) == 1:  # whatever digits tell its two modules apart
+    if len(there) == 1:  # whatever digits distinguish its two modules
         return True
     if len(set(numbers)) < len(there) or any(len(number) != len(numbers[0]) for number in numbers + opposites):
         return False

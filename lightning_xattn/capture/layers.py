@@ -261,7 +261,7 @@ def common_parent(path: str, other: str) -> str:
 
 def with_unique_names(layers: list[Layer]) -> list[Layer]:
     """Add the direction to a name that is empty or shared, as with three modalities fused in one module."""
-    for what in (0, 1):  # of ``forward``: the direction and, where that does not tell them apart either, the source
+    for what in (0, 1):  # of ``forward``: the direction and, where that does not differ either, the source
         names = [layer.name for layer in layers]
         layers = [
             layer

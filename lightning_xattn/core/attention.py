@@ -158,21 +158,6 @@ class Attention:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     @classmethod
-    def joined(cls, parts: Sequence[Attention]) -> Attention:
-        """The attention of several batches as one; without a mask that one of them lacks."""
-        joined: dict[str, Any] = {}
-        for name in ("weights", "key_mask", "visible", "query_mask", "cross_modal_mass"):
-            tensors = [part._tensors.get(name) for part in parts]
-            known = [
-                # An attention mask may be one for all samples of its part.
-                tensor.expand(len(part.weights), *tensor.shape[1:])
-                for part, tensor in zip(parts, tensors, strict=True)
-                if tensor is not None
-            ]
-            joined[name] = torch.cat(known) if len(known) == len(parts) else None
-        return replace(parts[0], **joined)
-
-    @classmethod
     def of_weights(cls, direction: Direction, weights: Tensor) -> Attention:
         """Attention of weights alone, in which NaN marks what a mask hides (see ``marked_weights``)."""
         hidden = weights.isnan()
@@ -259,12 +244,6 @@ class AttentionPair:
         """The same, detached and on the CPU."""
         return AttentionPair(self.layer, *(attention.cpu() for attention in self.directions))
 
-    @classmethod
-    def joined(cls, parts: Sequence[AttentionPair]) -> AttentionPair:
-        """The attention of several batches as one."""
-        directions = zip(*(part.directions for part in parts), strict=True)
-        return cls(parts[0].layer, *map(Attention.joined, directions))
-
     @property
     def directions(self) -> tuple[Attention, ...]:
         """The recorded directions, forward first."""
@@ -318,39 +297,27 @@ class TokenAxis:
     names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if (self.spans is None) == (self.names is None):
-            raise SettingError(f"TokenAxis '{self.title}' takes either spans or names, and not both.")
-        if not isinstance(self.title, str):
-            raise SettingError(f"TokenAxis needs a title, as in TokenAxis('EEG window (s)', ...); got {self.title!r}.")
-        if self.spans is not None and not _ascend(self.spans):
+        given = self.spans if self.names is None else self.names
+        is_fitting = _ascend(given) if self.names is None else _are_names(given)
+        if (self.spans is None) == (self.names is None) or not isinstance(self.title, str) or not is_fitting:
             raise SettingError(
-                f"TokenAxis '{self.title}' needs (start, stop) of each token, start below stop and no token before its "
-                f"predecessor, as spans=[(0, 10), (5, 15)]; got {self.spans!r}."
-            )
-        if self.names is not None and not _are_names(self.names):
-            raise SettingError(
-                f"TokenAxis '{self.title}' needs a name for each token, as names=['left', 'right']; got {self.names!r}."
+                f"TokenAxis {self.title!r} needs a title, and either (start, stop) of each token, start below stop and "
+                "no token before its predecessor, as TokenAxis('EEG window (s)', spans=[(0, 10), (5, 15)]), or a name "
+                f"for each token, as names=['left', 'right']; got spans={self.spans!r}, names={self.names!r}."
             )
         # Both are there to be shown, and the names often come from data.
         object.__setattr__(self, "title", shown(self.title))
         if self.names is not None:
             object.__setattr__(self, "names", [*map(shown, self.names)])
 
-    def __repr__(self) -> str:
-        places = [self.place(token) for token in range(len(self))]
-        shown = places if len(places) <= 3 else [places[0], "...", places[-1]]
-        return f"TokenAxis('{self.title}', {len(self)} tokens: {', '.join(shown)})"
-
     def __len__(self) -> int:
-        tokens = self.names if self.spans is None else self.spans
-        assert tokens is not None
-        return len(tokens)
+        return len(self.spans or self.names or ())
 
     def place(self, token: int) -> str:
         """A token's name, or its span in words, such as ``"20 to 30"``."""
-        if self.spans is None:
-            assert self.names is not None
+        if self.names is not None:
             return self.names[token]
+        assert self.spans is not None
         start, stop = self.spans[token]
         return f"{start:g} to {stop:g}"
 

@@ -12,7 +12,6 @@ import warnings
 import weakref
 from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import TextIO
 
 from lightning_utilities.core.rank_zero import WarningCache, rank_zero_only
 
@@ -26,15 +25,11 @@ _running: weakref.WeakSet[object] = weakref.WeakSet()
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
-class _StandardError(logging.StreamHandler[TextIO]):
+class _StandardError(logging.Handler):
     """Writes to the present ``sys.stderr``, which a progress bar replaces for a while."""
 
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:  # type: ignore[override]  # an attribute of the base
-        return sys.stderr
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 _log = logging.getLogger("lightning_xattn")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from lightning_xattn.core.names import clean
 
-_log = logging.getLogger(__name__)
+_prints = ContextVar("prints", default=False)
 
 Item = TypeVar("Item")
 
@@ -50,20 +49,16 @@ def timed(title: str) -> Iterator[None]:
 
 
 def report_time(title: str, started: float) -> None:
-    """Log a line at level DEBUG, which the commands print: what was done, and the seconds since ``started``."""
-    _log.debug("%s: %.0f s", clean(title), time.monotonic() - started)
+    """In a command, print what was done, and the seconds since ``started``."""
+    if _prints.get():
+        print(f"{clean(title)}: {time.monotonic() - started:.0f} s", flush=True)
 
 
 @contextmanager
 def printed_times() -> Iterator[None]:
-    """Print the lines of ``report_time``, as a command does."""
-    handler, level = logging.StreamHandler(sys.stdout), _log.level
-    _log.addHandler(handler)
-    _log.setLevel(logging.DEBUG)
-    _log.propagate = False
+    """Have ``report_time`` print, as a command does."""
+    before = _prints.set(True)
     try:
         yield
     finally:
-        _log.removeHandler(handler)
-        _log.setLevel(level)
-        _log.propagate = True
+        _prints.reset(before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ from lightning_xattn.capture.labels.scores import Scores
 from lightning_xattn.capture.wrappers import Hook
 from lightning_xattn.core.attention import AttentionPair, mask_queries
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
-from lightning_xattn.core.errors import DataError, DiscoveryError, ShapeError
+from lightning_xattn.core.errors import DiscoveryError, ShapeError
 from lightning_xattn.core.notices import info, warn
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
 
@@ -242,26 +241,6 @@ class BatchResult:
     def cpu(self) -> BatchResult:
         """Give attention and labels on the CPU, without a graph."""
         return BatchResult(tuple(pair.cpu() for pair in self.attention), self.labels.cpu())
-
-    @classmethod
-    def joined(cls, parts: Sequence[BatchResult]) -> BatchResult:
-        """Give the parts of a batch as one.
-
-        Raises
-        ------
-        DataError
-            If the parts have other layers or other numbers of tokens.
-        """
-        if len(parts) == 1:
-            return parts[0]
-        shapes = {tuple(a.weights.shape[1:] for pair in part.attention for a in pair.directions) for part in parts}
-        if len(shapes) > 1:
-            raise DataError(
-                f"The parts of the batch have attention of different shapes, {sorted(shapes)}: this model's tokens "
-                "depend on the batch, so explain it without max_batch_size, in smaller batches."
-            )
-        layers = zip(*(part.attention for part in parts), strict=True)
-        return cls(tuple(map(AttentionPair.joined, layers)), Labels.joined([part.labels for part in parts]))
 
 
 def read_batch(step: Step, attention: Attentions, finder: LabelFinder) -> BatchResult:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,6 +21,9 @@ Model = TypeVar("Model")
 
 TRAINING_IDS, TRAINING_GROUPS = "training_ids", "training_groups"
 """Keys of the state that a data module saves."""
+
+_TENSORS = ("state_dict", "optimizer_states")
+"""Parts of a checkpoint from which Lightning reads no hyperparameters."""
 
 _NAMES_CODE = "_instantiator"
 """The hyperparameter that holds the name of a function that Lightning imports and calls to make the model."""
@@ -98,17 +100,12 @@ def _ids_as_text(ids: Iterable[Any]) -> frozenset[str]:
 
 
 def _open(checkpoint: str | Path) -> IO[bytes]:
-    if re.match(r"[A-Za-z][\w+.-]+:[/:]", str(checkpoint)):
-        raise DataError(
-            f"{shown(checkpoint)} is an address; expected a file on this machine. Download it from a source that you "
-            "trust, and name the file."
-        )
     try:
         return Path(checkpoint).open("rb")
-    except FileNotFoundError:
-        raise DataError(f"No checkpoint {shown(checkpoint)}.") from None
-    except (OSError, ValueError) as error:  # a folder, no permission, a name that no file can have
-        raise DataError(f"{shown(checkpoint)} cannot be read as a checkpoint: {first_line(error)}") from None
+    except (OSError, ValueError) as error:  # no file, a folder, no permission, a name that no file can have
+        raise DataError(
+            f"{shown(checkpoint)} cannot be read as a checkpoint: {first_line(error)}. Expected a file on this machine."
+        ) from None
 
 
 def _require_plain(file: IO[bytes], name: str) -> None:
@@ -116,29 +113,15 @@ def _require_plain(file: IO[bytes], name: str) -> None:
     try:
         saved: Any = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        objects = _objects_in(file, error)
-        if not objects:  # no pickle at all
+        classes = re.findall(r"GLOBAL ([^\s`]+)", str(error))
+        if not classes:  # no pickle at all
             raise
-        raise DataError(_needs_trust(name, f"objects of {objects}")) from None
+        raise DataError(_needs_trust(name, f"objects of {shown(classes[0], 60)}")) from None
     if not isinstance(saved, dict) or "state_dict" not in saved:
         raise DataError(f"{name} is no checkpoint of Lightning's: expected a dict with 'state_dict'.")
-    # LightningCLI writes it. It is refused at any place, as Lightning makes a dict of pairs, too.
-    if _NAMES_CODE in _strings_in(saved):
+    # LightningCLI writes it, into one of several places, as a dict or as pairs.
+    if _NAMES_CODE in repr([value for key, value in saved.items() if key not in _TENSORS]):
         raise DataError(_needs_trust(name, f"hyperparameters that name code to be called ('{_NAMES_CODE}')"))
-
-
-def _strings_in(saved: Any) -> set[str]:
-    """Every string in plain containers, as a key or a value."""
-    found, waiting = set[str](), [saved]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, str):
-            found.add(one)
-        elif isinstance(one, dict):
-            waiting += [*one.keys(), *one.values()]
-        elif isinstance(one, (list, tuple, set, frozenset)):
-            waiting += one
-    return found
 
 
 def _needs_trust(name: str, what: str) -> str:
@@ -147,14 +130,3 @@ def _needs_trust(name: str, what: str) -> str:
         "which can do all that you can do on this machine, so nothing of it was run. If you made the file, or would "
         "run any program of its maker, add --trust-checkpoint (in Python: trust_checkpoint=True)."
     )
-
-
-def _objects_in(file: IO[bytes], error: Exception) -> str:
-    """The classes and functions that a checkpoint would call, found without importing them; "" if it calls none."""
-    found: list[str] = []
-    with suppress(Exception):  # an older format, or one that cannot be searched
-        file.seek(0)
-        found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    found = found or re.findall(r"GLOBAL ([^\s`]+)", str(error))[:1]
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return ", ".join(shown(one, 60) for one in found[:3]) + more

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import sys
 import warnings
 from dataclasses import replace
@@ -97,12 +97,9 @@ def _run_step(module: Any, batch: Any) -> Any:
 
 
 def _import(path: str) -> Any:
-    place, _, name = path.partition(":")
     if str(Path.cwd()) not in sys.path:  # where users' own modules are
         sys.path.insert(0, str(Path.cwd()))
     try:
-        if not name:
-            raise ValueError("there is no ':'")
-        return getattr(importlib.import_module(place), name)
+        return pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise SettingError(f"Expected an import path such as 'package.module:Class'; got '{path}': {error}.") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from lightning_xattn.core.attention import TokenAxis, fitting_axes
 from lightning_xattn.core.errors import DataError, DiscoveryError, SettingError, XAttnError, check_whole_number
 from lightning_xattn.core.notices import begin_run, info, warn
 from lightning_xattn.core.progress import timed, track
-from lightning_xattn.evaluation.batch import BatchResult, read_batch
+from lightning_xattn.evaluation.batch import read_batch
 from lightning_xattn.evaluation.checks import check_directions, check_fusion, check_layer, check_rows
 from lightning_xattn.evaluation.classes import name_classes, own_class_names
 from lightning_xattn.evaluation.evaluation import Evaluation
@@ -59,8 +60,6 @@ class ExplainabilityCapture:
     predict
         How to run the model: ``(model, batch) -> outputs``. None: its ``predict_step(batch, 0)``, which unless
         overridden is ``model(batch)``; of other modules ``model(batch)``.
-    max_batch_size
-        The largest number of samples that the model runs at once: a larger batch is split. None: whole batches.
     top_k
         The number of pairs to name for each sample and direction.
 
@@ -100,35 +99,22 @@ class ExplainabilityCapture:
         num_heads: int | None = None,
         axes: Mapping[str, TokenAxis] | None = None,
         predict: Predict | None = None,
-        max_batch_size: int | None = None,
         top_k: int = 5,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise SettingError(f"model must be a torch module; got a {type(model).__name__}.")
-        self.settings = Settings(
-            attention=attention,
-            class_names=class_names,
-            classes_by=classes_by,
-            predictions=predictions,
-            targets=targets,
-            sample_ids=sample_ids,
-            groups=groups,
-            query_mask=query_mask,
-            fusion=fusion,
-            modalities=modalities,
-            contribution_samples=contribution_samples,
-            max_samples=max_samples,
-        )
+        labels = predictions, targets, sample_ids, groups, query_mask
+        fusion_inputs = fusion, modalities, contribution_samples, max_samples
+        self.settings = Settings(attention, class_names, classes_by, *labels, *fusion_inputs)
         check_whole_number("top_k", top_k)
         check_whole_number("num_heads", num_heads, optional=True)
-        check_whole_number("max_batch_size", max_batch_size, optional=True)
         begin_run()
         self.model = model
         self.top_k = top_k
         self.class_names = self.settings.class_names or own_class_names(model)
         self.axes = _check_axes(getattr(model, "attention_axes", None) if axes is None else axes)
         self._recorder = self.settings.recorder(model)
-        self._runner = ModelRunner(model, self._recorder, predict, max_batch_size, num_heads)
+        self._runner = ModelRunner(model, self._recorder, predict, num_heads)
 
     def __repr__(self) -> str:
         return f"ExplainabilityCapture({type(self.model).__name__}, classes_by='{self.settings.classes_by}')"
@@ -143,13 +129,12 @@ class ExplainabilityCapture:
             of graphs, as ``window[[0]]`` gives them.
         among
             The result of ``explain_loader`` for the data set that the samples are from. Then each sample that has an
-            id gets the probes and contributions of its modalities in that data set, and a report says what the data
-            set shows about the guide's thresholds. None: neither is known.
+            id gets the probes and contributions of its modalities in that data set. None: these are not known.
 
         Raises
         ------
         DataError
-            If a sample's scores are not finite, or ``max_batch_size`` is set and the batch cannot be split.
+            If a sample's scores are not finite, or the batch is None.
         SettingError
             If the attention has another number of heads than ``num_heads``.
         DiscoveryError, ShapeError
@@ -157,36 +142,33 @@ class ExplainabilityCapture:
         """
         if batch is None:
             raise DataError("The batch is None; expected one as the model's loader yields it.")
-        finder, steps, parts = self.settings.finder(), [], []
         with self._runner.recording():
-            for recorded in self._runner.run(batch, finder):
-                if self._recorder.left_out:
-                    raise DataError(
-                        f"The joint sequences of {max(self._recorder.left_out.values())} samples do not have the "
-                        "length that the spans of the JointSequence are for, so their attention cannot be split by "
-                        "modality."
-                    )
-                if recorded is None:
-                    continue
-                if not recorded[1]:
-                    raise DiscoveryError(
-                        "A batch is explained by its attention, and none is recorded: the model has none, or "
-                        "attention={} turns it off. explain_loader reports probes and contributions without attention."
-                    )
-                steps.append(recorded[0])
-                parts.append(require_finite(read_batch(*recorded, finder)).cpu())
-        if not parts:
-            raise DiscoveryError(
-                "Nothing ran for this batch: the model, or predict, returned None before it called any module. Give a "
-                "batch that the model runs on."
-            )
-        whole = BatchResult.joined(parts)
-        self._warn(whole)
-        labels, scores = whole.labels, whole.scores
+            recorded = self._runner.run(batch)
+            if left_out := self._recorder.left_out:
+                raise DataError(
+                    f"The joint sequences of {max(left_out.values())} samples do not have the length that the spans of "
+                    "the JointSequence are for, so their attention cannot be split by modality."
+                )
+            if recorded is None:
+                raise DiscoveryError(
+                    "Nothing ran for this batch: the model, or predict, returned None before it called any module. "
+                    "Give a batch that the model runs on."
+                )
+            step, attention = recorded
+            if not attention:
+                raise DiscoveryError(
+                    "A batch is explained by its attention, and none is recorded: the model has none, or attention={} "
+                    "turns it off. explain_loader reports probes and contributions without attention."
+                )
+            result = require_finite(read_batch(step, attention, self.settings.finder())).cpu()
+        for pair in result.attention:
+            warn(check_rows(pair.layer, [prepare_rows(one) for one in pair.directions]))
+        labels, scores = result.labels, result.scores
+        warn(labels.doubts.values(), once=True)
         if scores is not None:
             labels = replace(labels, n_classes=scores.values.shape[1])
-        names = name_classes(labels, self.class_names, "prediction" if labels.target is None else "target", steps[0])
-        return explain_samples(whole, names, self.axes, self.top_k, among)
+        names = name_classes(labels, self.class_names, "prediction" if labels.target is None else "target", step)
+        return explain_samples(result, names, self.axes, self.top_k, among)
 
     def explain_single_sample(self, batch: Any, sample_idx: int, among: DatasetResult | None = None) -> ExplainedSample:
         """Explain one sample of a batch, and return its attention, in which it is sample 0.
@@ -201,15 +183,16 @@ class ExplainabilityCapture:
         DataError, DiscoveryError, ShapeError
             As ``explain_batch``.
         """
-        if isinstance(sample_idx, bool) or not hasattr(sample_idx, "__index__"):
-            raise SettingError(f"sample_idx must be a whole number; got {sample_idx!r}.")
         results = self.explain_batch(batch, among)
-        chosen, count = sample_idx.__index__(), len(results["per_sample_explanations"])
-        if not 0 <= chosen < count:
-            raise SettingError(f"sample_idx must be 0 to {count - 1} in this batch of {count} samples; got {chosen}.")
-        only = slice(chosen, chosen + 1)
+        count = len(results["per_sample_explanations"])
+        if not isinstance(sample_idx, Integral) or not 0 <= sample_idx < count:
+            raise SettingError(
+                f"sample_idx must be a whole number, 0 to {count - 1} in this batch of {count} samples; got "
+                f"{sample_idx!r}."
+            )
+        only = slice(sample_idx, sample_idx + 1)
         return {
-            **results["per_sample_explanations"][chosen],
+            **results["per_sample_explanations"][sample_idx],
             "attention_dict": {name: weights[only] for name, weights in results["attention_dict"].items()},
             "attention": tuple(pair[only] for pair in results["attention"]),
             "class_names": results["class_names"],
@@ -270,7 +253,7 @@ class ExplainabilityCapture:
                 warn(["There is no table of this run, whose first rows took several labels at once for a class."])
                 rows.discard()
                 folder = None
-            if folder is not None and rows is not None:
+            elif folder is not None and rows is not None:
                 close_table(rows, folder, explained.fusion)
         warn(check_directions(self._recorder.layers), once=True)
         for layer, summary in explained.summaries.items():
@@ -284,16 +267,15 @@ class ExplainabilityCapture:
         number, token_counts = 0, None
         try:
             for batch in batches:
-                for recorded in self._runner.run(batch, evaluation.finder):
-                    if self._recorder.left_out and token_counts is None:
+                recorded = self._runner.run(batch)
+                if left_out := self._recorder.left_out:
+                    if token_counts is None:
                         raise DataError(
                             "The first batch has a joint sequence of another length than the spans of its "
                             "JointSequence are for."
                         )
-                    if self._recorder.left_out:
-                        evaluation.leave_out(self._recorder.left_out, recorded is None)
-                    if recorded is None:
-                        continue
+                    evaluation.leave_out(left_out, recorded is None)
+                if recorded is not None:
                     result = require_finite(evaluation.read(*recorded, recorder=self._recorder))
                     if token_counts is None:
                         token_counts = result.attention[0].forward.token_counts if result.attention else {}
@@ -313,11 +295,6 @@ class ExplainabilityCapture:
                 "it called any module, so there is nothing to explain."
             )
         return token_counts
-
-    def _warn(self, batch: BatchResult) -> None:
-        for pair in batch.attention:
-            warn(check_rows(pair.layer, [prepare_rows(attention) for attention in pair.directions]))
-        warn(batch.labels.doubts.values(), once=True)
 
 
 def _check_axes(axes: Any) -> dict[str, TokenAxis]:

@@ -1,26 +1,26 @@
-"""Run a trained model over a batch, whole or in parts, and record its steps."""
+"""Run a trained model over a batch, on its device, and record its step."""
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
+from pytorch_lightning.core.hooks import DataHooks
 from torch import nn
+from torch.utils._pytree import tree_map
 
-from lightning_xattn.capture.labels import LabelFinder, Step
-from lightning_xattn.core.errors import DataError, DiscoveryError, SettingError
+from lightning_xattn.capture.labels import Step
+from lightning_xattn.core.errors import DiscoveryError, SettingError
 from lightning_xattn.evaluation.batch import Attentions, StepRecorder
-from lightning_xattn.explainer.batches import count_samples, join_samples, take_samples, to_device
 from lightning_xattn.functional import require_heads
 
 Predict = Callable[[Any, Any], Any]
 """``(model, batch) -> outputs``."""
-
-RecordedStep = tuple[Step, Attentions]
 
 
 class ModelRunner:
@@ -34,15 +34,13 @@ class ModelRunner:
         Records the model.
     predict
         How to run the model; None: ``predict_step(batch, 0)`` if there is one, else ``model(batch)``.
-    max_batch_size
-        Larger batches are split into parts of this size; None: no batch is split.
     num_heads
         The number of heads that each attention must have; None: any number.
 
     Raises
     ------
     SettingError
-        If ``predict`` does not take a model and a batch.
+        If ``predict`` is not callable.
     """
 
     def __init__(
@@ -50,13 +48,12 @@ class ModelRunner:
         model: nn.Module,
         recorder: StepRecorder,
         predict: Predict | None,
-        max_batch_size: int | None,
         num_heads: int | None,
     ) -> None:
-        _check_predict(predict)
+        if predict is not None and not callable(predict):
+            raise SettingError(f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r}.")
         self.recorder = recorder
-        self._model, self._predict = model, predict
-        self._max_batch_size, self._num_heads = max_batch_size, num_heads
+        self._model, self._predict, self._num_heads = model, predict, num_heads
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -72,69 +69,27 @@ class ModelRunner:
             for module, training in modes.items():
                 module.training = training
 
-    def run(self, batch: Any, finder: LabelFinder) -> Iterator[RecordedStep | None]:
-        """Yield the step of a batch, or of each of its parts; None where nothing ran, or no sample can be recorded.
+    def run(self, batch: Any) -> tuple[Step, Attentions] | None:
+        """The recorded step of a batch; None where nothing ran, or no sample can be recorded.
 
-        At each yield ``recorder.left_out`` has the samples of the step that are not recorded.
+        Afterwards ``recorder.left_out`` has the samples of the step that are not recorded.
 
         Parameters
         ----------
         batch
             As the loader yields it.
-        finder
-            Decides where the labels are, in the first batch.
 
         Raises
         ------
-        DataError
-            If the batch has to be split and cannot be.
         DiscoveryError, ShapeError, SettingError
             If the attention is not there, or does not fit.
         """
-        parts = self._split(batch)
-        if len(parts) == 1:
-            yield self._run(batch)
-            return
-        # One part may not show where the labels are, so the parts of the first batch run twice.
-        if not finder.decided and not self._find_labels(batch, parts, finder):
-            return
-        for part in parts:
-            recorded = self._run(part)
-            if recorded is not None and recorded[0].samples != count_samples(part):
-                raise DataError(
-                    f"The batch was split into parts of {count_samples(part)} samples along its first axes, but the "
-                    f"attention of one has {recorded[0].samples}: make smaller batches in the loader instead of "
-                    "max_batch_size."
-                )
-            yield recorded
-
-    def _split(self, batch: Any) -> list[Any]:
-        if self._max_batch_size is None:
-            return [batch]
-        count, size = count_samples(batch), self._max_batch_size
-        if count <= size:
-            return [batch]
-        return [take_samples(batch, range(start, min(start + size, count))) for start in range(0, count, size)]
-
-    def _find_labels(self, batch: Any, parts: Sequence[Any], finder: LabelFinder) -> bool:
-        """Let the finder decide from the parts together where the labels are; False if nothing ran for any part."""
-        steps = [recorded[0] for recorded in map(self._run, parts) if recorded is not None]
-        if len(steps) == len(parts):
-            counts = [count_samples(part) for part in parts]
-            outputs = join_samples([step.outputs for step in steps], counts)
-            forward = join_samples([step.forward for step in steps], counts)
-            finder.decide(Step(outputs, to_device(batch, self._model), forward, sum(counts), steps[0].device))
-        elif steps:
-            finder.decide(steps[0])
-        return bool(steps or self.recorder.left_out)
-
-    def _run(self, batch: Any) -> RecordedStep | None:
         self.recorder.clear()
         moved = to_device(batch, self._model)
         outputs = self._call_model(moved)
         recorded = self.recorder.collect_step(outputs, moved)
         if self.recorder.is_waiting:
-            return self._run(batch)
+            return self.run(batch)
         if recorded is None and (self.recorder.left_out or outputs is None):
             return None
         if recorded is None:
@@ -165,13 +120,23 @@ class ModelRunner:
         return self._model(batch) if step is None else step(batch, 0)
 
 
-def _check_predict(predict: Any) -> None:
-    fits = predict is None or callable(predict)
-    if predict is not None and fits:
-        with suppress(ValueError):  # built-in functions may have no signature
-            try:
-                inspect.signature(predict).bind("model", "batch")
-            except TypeError:
-                fits = False
-    if not fits:
-        raise SettingError(f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r}.")
+def to_device(batch: Any, model: nn.Module) -> Any:
+    """A batch on the model's device, moved by the hooks that a Trainer would call; the given batch does not change.
+
+    Parameters
+    ----------
+    batch
+        Tensors and objects with a method ``to``, in dicts, lists and tuples.
+    model
+        A ``LightningModule`` (its ``on_before_batch_transfer``, ``transfer_batch_to_device`` and
+        ``on_after_batch_transfer`` are called) or another module.
+    """
+    first = next(iter(model.parameters()), next(iter(model.buffers()), None))
+    device = torch.device("cpu") if first is None else first.device
+    if device.type != "cpu":
+        # Graphs are moved in place: a list of batches would pile up on the GPU.
+        batch = tree_map(lambda part: copy.copy(part) if hasattr(part, "num_nodes") else part, batch)
+    hooks: Any = model if hasattr(model, "transfer_batch_to_device") else DataHooks()
+    batch = hooks.on_before_batch_transfer(batch, 0)
+    batch = hooks.transfer_batch_to_device(batch, device, 0)
+    return hooks.on_after_batch_transfer(batch, 0)

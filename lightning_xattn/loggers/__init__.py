@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_xattn.core.names import shown_tag
 from lightning_xattn.core.notices import warn
-from lightning_xattn.loggers.comet import CometWriter
-from lightning_xattn.loggers.folder import FolderWriter
-from lightning_xattn.loggers.mlflow import MLFlowWriter
-from lightning_xattn.loggers.tensorboard import TensorBoardWriter
-from lightning_xattn.loggers.wandb import WandbWriter
-from lightning_xattn.loggers.writer import LoggerWriter, Picture
+from lightning_xattn.loggers.writers import (
+    CometWriter,
+    FolderWriter,
+    LoggerWriter,
+    MLFlowWriter,
+    Picture,
+    TensorBoardWriter,
+    WandbWriter,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,27 +70,14 @@ class LoggerWriters:
     def __bool__(self) -> bool:
         return bool(self._working)
 
-    def log_figures(self, figures: Iterable[tuple[str, Figure]], step: int, scope: str) -> None:
-        """Draw figures, and hand over their pictures; of figures that cannot all be drawn, those that could.
-
-        Parameters
-        ----------
-        figures
-            Tags and figures; may be lazy.
-        step
-            The step of the scalars.
-        scope
-            What they are of, for a warning.
-        """
+    def log_figures(self, figures: Iterable[tuple[str, Figure]], step: int) -> None:
+        """Draw figures, by tag and maybe lazy, and hand over their pictures at the step of the scalars."""
         from lightning_xattn.visualizations import render  # matplotlib, only where figures are wanted
 
-        images: dict[str, Picture] = {}
-        try:
-            for tag, figure in figures:
-                images[shown_tag(tag)] = render(figure)
-        except Exception as error:  # whatever drawing may raise
-            warn([f"The figures of {scope} could not all be drawn: {error!r}."])
-        self.log("pictures", lambda: images, lambda writer, made: writer.log_images(made, step))
+        def draw() -> dict[str, Picture]:
+            return {shown_tag(tag): render(figure) for tag, figure in figures}
+
+        self.log("pictures", draw, lambda writer, made: writer.log_images(made, step))
 
     def log(self, what: str, make: Callable[[], Content], log: Callable[[LoggerWriter, Content], None]) -> None:
         """Make something, and hand it over to each that still works."""

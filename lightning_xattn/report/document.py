@@ -69,9 +69,9 @@ def as_markdown(document: Document) -> str:
 
 
 def print_markdown(text: str) -> None:
-    """Print Markdown: laid out in a terminal, as it is elsewhere."""
+    """Print Markdown: laid out in a terminal or a notebook, as it is elsewhere."""
     console = Console()
-    if console.is_terminal:
+    if console.is_terminal or console.is_jupyter:
         console.print(Markdown(text))
     else:
         print(text, end="")
@@ -105,6 +105,7 @@ def _table_row(cells: Sequence[str], widths: Sequence[int]) -> str:
 def _escape(text: str) -> str:
     """Markdown that shows a text in one line as it is, whatever characters it holds."""
     line = clean(" ".join(text.split()))
-    escaped = re.sub(r"([\\`*_|<\[\]~$&])", r"\\\1", line)
+    # An underscore inside of a word is one: names and paths stay as they are, to be copied.
+    escaped = re.sub(r"([\\`*|<\[\]~$&]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line)
     # Characters that begin a heading, a quote or a list where they begin a line.
     return re.sub(r"^(?:(?=>)|(\d{1,9}|[-+=#]*)(?=[-+=#.)](?:\s|$)))", r"\1\\", escaped)

@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from lightning_xattn.callback.history import main_history
+from lightning_xattn.callback.epoch_log import main_history
 
 FACTS = {"stage": "val", "layer": "blocks.3.a_to_b_attn", "epoch": 1, "step": 10, "samples": 23, "groups": None}
 MAIN = {"alignment/all": 0.25, "conflict/correct": 0.5, "conflict/correct_low": 0.125, "entropy/a_to_b/all": 1.0}

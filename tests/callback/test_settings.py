@@ -88,9 +88,7 @@ def test_settings_of_the_explainer_are_checked_at_once():
         ({"top_k": None}, "top_k must be a whole number >= 1; got None"),
         ({"top_k": True}, "top_k must be a whole number >= 1; got True"),
         ({"num_heads": 0}, "num_heads must be a whole number >= 1; got 0"),
-        ({"max_batch_size": 1.5}, "max_batch_size must be a whole number"),
         ({"predict": "forward"}, r"predict must be a callable \(model, batch\) -> outputs, or None; got 'forward'"),
-        ({"predict": lambda batch: batch}, "predict must be a callable"),
         ({"contribution_samples": 1}, "contribution_samples must be 0"),
         ({"axes": {"audio": "s"}}, "axes must map modalities to TokenAxis"),
     ):

@@ -345,8 +345,6 @@ def test_the_explainer_leaves_out_samples_of_another_length_and_goes_on(tmp_path
         explainer.explain_batch(next(iter(of_lengths(12))))
     with pytest.raises(DataError, match=tells("first batch", "another length")):
         explainer.explain_loader(of_lengths(12, 9), progress=False)
-    parts = ExplainabilityCapture(model, attention=joint, contribution_samples=0, max_batch_size=2)
-    assert parts.explain_loader(of_lengths(9, 12, 9, 11, 9), progress=False).other_lengths == whole.other_lengths
 
 
 def test_spans_of_the_batch_in_a_trainer():

@@ -1,4 +1,4 @@
-"""Attention with its masks: cut, joined, marked, paired, and refused where parts do not fit."""
+"""Attention with its masks: cut, marked, paired, and refused where parts do not fit."""
 
 import math
 import re
@@ -55,39 +55,15 @@ def test_some_of_the_samples_take_their_masks_along():
     assert len(alone[1:].weights) == len(alone[1:].visible) == 0
 
 
-def test_batches_that_are_joined_are_one():
-    parts = [attention(batch, seed, extra_keys=1) for batch, seed in ((2, 0), (1, 1), (3, 2))]
-    joined = Attention.joined(parts)
-    for i, part in zip(([0, 2], [2, 3], [3, 6]), parts, strict=True):
-        assert_same(joined[slice(*i)], part)
-
-
-def test_a_mask_for_all_samples_of_a_batch_is_joined_as_one_of_each():
-    shared, own = attention(2, 0), attention(3, 1)
-    shared = Attention(THERE, shared.weights, visible=shared.visible[:1])
-    joined = Attention.joined([shared, Attention(THERE, own.weights, visible=own.visible)])
-    assert torch.equal(joined.visible, torch.cat([shared.visible, shared.visible, own.visible]))
-    assert [joined.key_mask, joined.query_mask, joined.cross_modal_mass] == [None] * 3
-
-
-def test_a_mask_that_not_all_batches_have_is_none_of_the_whole():
-    joined = Attention.joined([attention(2, 0), attention(2, 1, **dict.fromkeys(TENSORS[1:]))])
-    assert [getattr(joined, name) for name in TENSORS[1:]] == [None] * 4
-    assert len(joined.weights) == 4
-
-
-def test_pairs_are_cut_and_joined_by_direction():
-    pairs = [AttentionPair("fusion", attention(batch, batch), attention(batch, 9, THERE.opposite)) for batch in (2, 3)]
-    joined = AttentionPair.joined(pairs)
-    assert joined.layer == "fusion"
-    for place, pair in ((slice(0, 2), pairs[0]), (slice(2, 5), pairs[1])):
-        cut = joined[place]
-        assert cut.layer == "fusion"
-        for ours, theirs in zip(cut.directions, pair.directions, strict=True):
-            assert_same(ours, theirs)
-    alone = AttentionPair.joined([AttentionPair("fusion", pair.forward) for pair in pairs])
+def test_pairs_are_cut_by_direction():
+    pair = AttentionPair("fusion", attention(3, 0), attention(3, 9, THERE.opposite))
+    cut = pair[1:3]
+    assert cut.layer == "fusion"
+    for ours, whole in zip(cut.directions, pair.directions, strict=True):
+        assert_same(ours, whole[1:3])
+    alone = AttentionPair("fusion", pair.forward)[1:3]
     assert alone.backward is None
-    assert_same(alone.cpu().forward, Attention.joined([pair.forward for pair in pairs]))
+    assert_same(alone.cpu().forward, pair.forward[1:3])
 
 
 def test_what_is_moved_is_the_same_without_its_gradient():
@@ -177,13 +153,11 @@ def test_an_axis_gives_the_place_of_a_token():
     names = TokenAxis("region", names=["left", "right"])
     assert [spans.place(token) for token in range(len(spans))] == ["0 to 10", "5.5 to 15", "10 to 20", "15 to 25"]
     assert [names.place(token) for token in range(len(names))] == ["left", "right"]
-    assert repr(spans) == "TokenAxis('time (s)', 4 tokens: 0 to 10, ..., 15 to 25)"
-    assert repr(names) == "TokenAxis('region', 2 tokens: left, right)"
     axes = {"eeg": spans, "spec": names}
     assert fitting_axes(axes, {"eeg": 4, "spec": 2, "ecg": 2}) == axes
     assert fitting_axes(axes, {"eeg": 3, "spec": 2}) == {"spec": names}
     for both in ({}, {"spans": [(0, 1)], "names": ["a"]}):
-        with pytest.raises(SettingError, match=tells("'time'", "either spans or names")):
+        with pytest.raises(SettingError, match=tells("'time'", "either (start, stop)", "or a name")):
             TokenAxis("time", **both)
     late, backwards = [(5, 8), (0, 3)], [(3, 0)]
     for wrong in ([], 3, "ab", [(0, 1, 2)], [(0, math.nan)], [(0, math.inf)], late, backwards, [("a", "b")]):
@@ -192,5 +166,5 @@ def test_an_axis_gives_the_place_of_a_token():
     for wrong in ([], 3, "ab", ["a", ""], ["a", 3], {"a", "b"}):
         with pytest.raises(SettingError, match=tells("'region'", "a name for each token", repr(wrong))):
             TokenAxis("region", names=wrong)
-    with pytest.raises(SettingError, match=tells("needs a title", "got 3")):
+    with pytest.raises(SettingError, match=tells("TokenAxis 3 needs a title")):
         TokenAxis(3, names=["a"])

@@ -75,7 +75,7 @@ def test_few_collectives_and_no_repeats(processes, alone, scenario):
     dealt = -(-record["samples"] // len(ranks)) * len(ranks)
     for rank in ranks:
         # The sums; who can replay, and what they have replayed: for contributions, and to test the attention.
-        is_tested = any(name.startswith("faithfulness") for name in record)
+        is_tested = any(name.startswith("faithfulness/") for name in record)
         assert is_tested == (scenario == "many")
         assert rank[scenario]["collectives"] == ["all_gather_object"] * (5 if is_tested else 3)
         (merged,) = rank[scenario]["history"]

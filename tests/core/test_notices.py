@@ -7,7 +7,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_xattn import XAttnWarning
-from lightning_xattn.attention_analysis import extract_attention_statistics
+from lightning_xattn.attention_analysis import AttentionAnalyzer
 from lightning_xattn.core.notices import begin_run, info, is_new, warn
 
 
@@ -51,5 +51,5 @@ def test_another_process_than_the_first_says_nothing(monkeypatch, infos):
 
 def test_a_warning_points_at_the_users_line():
     with pytest.warns(XAttnWarning, match="a single key") as caught:
-        extract_attention_statistics({"a_to_b": torch.ones(1, 1, 2, 1)})
+        AttentionAnalyzer().analyze_attention_weights(torch.ones(1, 1, 2, 1))
     assert [one.filename for one in caught] == [__file__]

@@ -170,11 +170,6 @@ def test_the_explainer_waits_too(numbers, tmp_path):
     assert len(pd.read_parquet(tmp_path / "table/attention")) == samples
 
 
-def test_parts_of_a_batch():
-    result = explain((0, 1), max_batch_size=3)  # the two parts of the first batch, where labels are looked for
-    assert result.headline.samples == 18
-
-
 def test_an_explainer_for_which_nothing_ever_runs_says_so():
     with pytest.raises(DataError, match="Nothing ran for any of the loader's 5 batches"):
         explain(range(10))

@@ -93,13 +93,13 @@ def test_a_model_of_ones_own(mine, datamodule, capsys):
             {"--datamodule": "tests.explainer.test_command:Asking"},
             "tests.explainer.test_command:Asking gives no test data: Asking.__init__()",
         ),
-        ({"--datamodule": "mine"}, "got 'mine': there is no ':'"),
+        ({"--datamodule": "mine"}, "mine gives no test data: module 'mine' has no attribute"),
         ({"--checkpoint": "absent.ckpt"}, "absent.ckpt"),
         ({"--checkpoint": "mine.py"}, "mine.py is no checkpoint of Logging"),
         ({"--model": "mine:ready"}, "Expected the import path of a LightningModule class; mine:ready is"),
         (
             {"--checkpoint": "https://a.org/b.ckpt"},
-            "https://a.org/b.ckpt is an address; expected a file on this machine",
+            "https://a.org/b.ckpt cannot be read as a checkpoint",
         ),
         ({"--data": "folder"}, "explain takes --model and --datamodule of your own model, or --data"),
     ],
@@ -207,7 +207,7 @@ def test_the_command_runs_no_code_of_a_checkpoint(mine, capsys):
     "address", ["http://127.0.0.1:9/x", "s3://a/b.ckpt", "gs://a/b", "file:///toy.ckpt", "hdfs:/a"]
 )
 def test_addresses_are_not_fetched(mine, address):
-    with pytest.raises(DataError, match=tells(address, "expected a file on this machine")):
+    with pytest.raises(DataError, match=tells(address, "Expected a file on this machine")):
         load_checkpoint(ToyModule, address)
 
 

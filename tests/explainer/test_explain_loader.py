@@ -60,11 +60,6 @@ def test_the_loader_has_the_numbers_of_its_batches():
     assert summary.mean(ALIGNMENT, outcome=1) == pytest.approx(float(agreements[correct].mean()), abs=1e-6)
 
 
-def test_batches_in_parts_give_the_same():
-    whole = explainer().explain_loader(toy_loader())
-    assert_same_summary(explainer(max_batch_size=2).explain_loader(toy_loader()).headline, whole.headline, atol=1e-4)
-
-
 def test_the_table_has_the_callbacks_rows(tmp_path):
     module = ToyModule()
     watch = AttentionExplainabilityCallback(table=tmp_path / "callback")

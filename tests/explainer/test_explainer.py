@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_xattn import ExplainabilityCapture, TokenAxis, XAttnWarning
-from lightning_xattn.attention_analysis import compute_modality_alignment, extract_attention_statistics
+from lightning_xattn.attention_analysis import AttentionAnalyzer
 from lightning_xattn.core.errors import DataError, DiscoveryError, SettingError
 from lightning_xattn.evaluation.statistics import ALIGNMENT
 from tests import reference
@@ -105,8 +105,10 @@ def test_numbers_are_the_references(padded):
     assert results["modality_alignment"] == pytest.approx(np.mean(agreements), abs=1e-5)
     # The analyser says the same of the attention with its masks.
     (pair,) = results["attention"]
-    assert results["modality_alignment"] == pytest.approx(compute_modality_alignment(*pair.directions), abs=1e-6)
-    analysed = extract_attention_statistics({str(attention.direction): attention for attention in pair.directions})
+    analyzer = AttentionAnalyzer()
+    agreement = analyzer.compare_modality_agreement(*pair.directions)
+    assert results["modality_alignment"] == pytest.approx(agreement, abs=1e-6)
+    analysed = {str(one.direction): analyzer.analyze_attention_weights(one) for one in pair.directions}
     assert_same(results["attention_stats"], analysed, rel=1e-6)
 
 
@@ -122,7 +124,7 @@ def test_a_sample_is_what_the_batch_says_of_it():
     )
 
 
-def test_a_batch_that_cannot_be_split_is_run_whole_for_one_sample():
+def test_a_batch_runs_whole_for_one_sample():
     class Odd:
         """Nothing that anybody can take samples of."""
 
@@ -133,35 +135,8 @@ def test_a_batch_that_cannot_be_split_is_run_whole_for_one_sample():
     sample = watch.explain_single_sample(odd, 4)
     assert_same(sample["head_entropies"], watch.explain_batch(odd)["per_sample_explanations"][4]["head_entropies"])
     assert sample["sample_idx"] == 4
-    with pytest.raises(SettingError, match="sample_idx must be 0 to 4 in this batch of 5"):
+    with pytest.raises(SettingError, match="sample_idx must be a whole number, 0 to 4 in this batch of 5"):
         watch.explain_single_sample(odd, 5)
-    with pytest.raises(DataError, match=r"cannot be split.*batch\['about'\] \(a Odd\): \?"):
-        explainer(max_batch_size=2).explain_batch(odd)
-
-
-class Masked(ToyModule):
-    """An attention mask that is one for all samples."""
-
-    def forward(self, audio, text):
-        audio, text = self.audio(audio), self.text(text)
-        hidden = torch.arange(TEXT) > torch.arange(AUDIO)[:, None] + 2
-        there, _ = self.audio_to_text_attn(audio, text, text, attn_mask=hidden)
-        back, _ = self.text_to_audio_attn(text, audio, audio, attn_mask=hidden.T & (torch.arange(TEXT) < 6)[:, None])
-        return self.head(torch.cat([there.mean(1), back.mean(1)], dim=1))
-
-
-@pytest.mark.parametrize(
-    ("module", "data"), [(ToyModule, toy_data), (PaddedToyModule, padded_toy_data), (Masked, toy_data)]
-)
-def test_a_batch_in_parts_is_the_whole_batch(module, data):
-    module = module()
-    whole = explainer(module).explain_batch(batch(data()))
-    parts = explainer(module, max_batch_size=2).explain_batch(batch(data()))
-    assert_same(whole, parts, abs=1e-5)
-    for ours, theirs in zip(whole["attention"][0].directions, parts["attention"][0].directions, strict=True):
-        for name in ("key_mask", "query_mask"):
-            masks = getattr(ours, name), getattr(theirs, name)
-            assert masks == (None, None) if masks[0] is None else torch.equal(*masks)
 
 
 def test_places_in_the_tokens_own_units():
@@ -409,7 +384,6 @@ def test_what_does_not_fit_the_model_is_said(settings, error, message):
     ("settings", "message"),
     [
         ({"num_heads": 0}, "num_heads must be a whole number >= 1; got 0"),
-        ({"max_batch_size": 1.5}, "max_batch_size must be a whole number"),
         ({"top_k": True}, "top_k must be a whole number"),
         ({"classes_by": "class"}, "classes_by must be one of target, prediction"),
         ({"axes": {"audio": "seconds"}}, "axes must map modalities to TokenAxis"),
@@ -441,10 +415,11 @@ def test_plain_weights_keep_the_masks_as_nan():
     """The guide hands ``attention_dict`` to analyser and figures: their numbers are those of the explainer."""
     padded = ExplainabilityCapture(PaddedToyModule(), predict=run_toy)
     results = padded.explain_batch(padded_toy_data(SAMPLES)[:])
-    found = extract_attention_statistics(results["attention_dict"])
+    analyzer = AttentionAnalyzer()
     for direction, statistics in results["attention_stats"].items():
-        assert vars(found[direction]) == pytest.approx(vars(statistics), abs=1e-6)
-    agreement = compute_modality_alignment(*results["attention_dict"].values())
+        found = analyzer.analyze_attention_weights(results["attention_dict"][direction])
+        assert vars(found) == pytest.approx(vars(statistics), abs=1e-6)
+    agreement = analyzer.compare_modality_agreement(*results["attention_dict"].values())
     assert agreement == pytest.approx(results["modality_alignment"], abs=1e-6)
     assert results["attention_dict"]["audio_to_text"].isnan().any()
 
@@ -490,20 +465,17 @@ class Small(ToyModule):
 
 
 @pytest.mark.parametrize("kind", [Binary, Small])
-@pytest.mark.parametrize("size", [1, 2])
-def test_labels_are_those_of_the_whole_batch_however_it_is_split(kind, size):
+def test_labels_of_one_sample_are_those_of_the_whole_batch(kind):
     torch.manual_seed(0)
     module = kind()
     audio, text, target = batch()
     data = audio, text, (target % 2).float() if isinstance(module, Binary) else target
     whole = explainer(module).explain_batch(data)["per_sample_explanations"]
-    parts = explainer(module, max_batch_size=size).explain_batch(data)["per_sample_explanations"]
     assert {one["true_class"] for one in whole} > {0}
     assert all(one["confidence"] is not None for one in whole)
-    for i, (one, of_part) in enumerate(zip(whole, parts, strict=True)):
-        assert_same(of_part, one, abs=1e-5)
+    for i, one in enumerate(whole):
         assert_same(explainer(module).explain_single_sample(data, i)["confidence"], one["confidence"], abs=1e-6)
-    table = explainer(module, max_batch_size=size).explain_loader([data])
+    table = explainer(module).explain_loader([data])
     assert table.headline.count(ALIGNMENT, None, 1) + table.headline.count(ALIGNMENT, None, 0) == SAMPLES
 
 

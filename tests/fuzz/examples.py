@@ -8,7 +8,7 @@ TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
 
 
 def examples(count):
-    """So many examples of a test; one that fails is made as small as it gets, and printed with how to run it again."""
+    """Set how many examples a test has; a failing one is made small, and printed with a way to run it again."""
     return settings(
         max_examples=count * TIMES,
         derandomize=TIMES == 1,

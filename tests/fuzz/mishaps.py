@@ -12,7 +12,6 @@ import sys
 import traceback
 from contextlib import contextmanager
 
-import lightning_xattn.callback.history
 import lightning_xattn.evaluation.table
 import lightning_xattn.explainer.explainability_capture
 import lightning_xattn.explainer.table
@@ -22,7 +21,6 @@ WRITING = {
     module.__file__
     for module in (
         lightning_xattn.callback.callback,
-        lightning_xattn.callback.history,
         lightning_xattn.core.files,
         lightning_xattn.evaluation.table,
         lightning_xattn.explainer.explainability_capture,

@@ -76,11 +76,9 @@ def test_one_sample_however_it_is_cut_out(model, batch):
         "targets": batch["targets"][[3]],
     }
     (alone,) = callback.explain_batch(guide)["per_sample_explanations"]
-    parts = ExplainabilityCapture(model, max_batch_size=2).explain_batch(batch)["per_sample_explanations"][3]
     for name, value in whole.items():
         if name not in ("top_attention_pairs", "top_attention_places"):  # nearly equal weights may change places
             assert_same(value, sample[name], abs=1e-4)
-            assert_same(value, parts[name], abs=1e-4)
             if name not in ("sample_idx", "sample_id"):
                 assert_same(value, alone[name], abs=1e-4)
     assert ExplainabilityCapture(model).explain_single_sample(guide, 0)["sample_id"] is None

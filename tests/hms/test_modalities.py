@@ -98,4 +98,4 @@ def test_a_modality_on_which_the_labels_do_not_depend_cannot_be_read_and_is_not_
     assert torch.isnan(fusion.numbers["conflict"]).all()
     assert fusion.estimate("right/eeg").low > 0.4
     assert fusion.share("eeg").mean >= 0.97
-    assert set(columns["reading_spec"]) == {None}
+    assert set(columns["probe_spec"]) == {None}

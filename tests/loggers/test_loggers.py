@@ -19,7 +19,7 @@ from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.core.errors import XAttnWarning
 from lightning_xattn.core.files import path_of
 from lightning_xattn.loggers import WRITERS, LoggerWriters
-from lightning_xattn.loggers.folder import FolderWriter
+from lightning_xattn.loggers.writers import FolderWriter
 from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_loader, validate
 
@@ -209,8 +209,8 @@ def test_figures_that_cannot_be_drawn_are_reported(tmp_path):
         raise ValueError("no ink")
         yield
 
-    with pytest.warns(XAttnWarning, match=tells("The figures of val", "no ink")):
-        LoggerWriters([], tmp_path).log_figures(figures(), 0, "val")
+    with pytest.warns(XAttnWarning, match=tells("no pictures of this evaluation", "no ink")):
+        LoggerWriters([], tmp_path).log_figures(figures(), 0)
 
 
 @pytest.mark.parametrize(

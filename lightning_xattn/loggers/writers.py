@@ -1,0 +1,197 @@
+"""What each kind of logger does with pictures, texts, pages and tables: one class a logger."""
+
+from __future__ import annotations
+
+import html as escaping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lightning_xattn.core.files import complete_or_absent, path_of
+
+Picture = NDArray[np.uint8]
+"""``(height, width, 3)``: red, green and blue."""
+
+
+class LoggerWriter(ABC):
+    """Hands pictures, texts, pages and tables to one of the Trainer's loggers; scalars go through Lightning.
+
+    A logger that `WRITERS` does not know gets files in its folder. To serve one in its own way, derive from this class
+    and enter it under the name of the logger's class:
+
+        class NeptuneWriter(LoggerWriter):
+            def log_images(self, images, step):
+                for name, picture in images.items():
+                    self.logger.experiment[name].append(File.as_image(picture / 255), step=step)
+
+            def log_text(self, name, text, step):
+                self.logger.experiment[name].append(text, step=step)
+
+            def log_page(self, name, html, step):
+                self.logger.experiment[name].upload(File.from_content(html, "html"))
+
+        WRITERS["NeptuneLogger"] = NeptuneWriter
+
+    Whatever a method raises becomes a warning, and the logger gets nothing more of that evaluation.
+
+    Parameters
+    ----------
+    logger
+        The logger.
+    """
+
+    def __init__(self, logger: Any) -> None:
+        self.logger = logger
+
+    @abstractmethod
+    def log_images(self, images: Mapping[str, Picture], step: int) -> None:
+        """Take all pictures of an evaluation, by name; ``step`` is that of its scalars."""
+
+    @abstractmethod
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Take a text in Markdown."""
+
+    @abstractmethod
+    def log_page(self, name: str, html: str, step: int) -> None:
+        """Take a page that needs nothing beside it."""
+
+    # A logger need not have these.
+
+    def log_table(self, name: str, path: Path, step: int) -> None:  # noqa: B027
+        """Take a table that is in a Parquet file already."""
+
+
+class TensorBoardWriter(LoggerWriter):
+    """Lightning's ``TensorBoardLogger``: images and text; pages lie in its folder."""
+
+    def log_images(self, images: Mapping[str, Picture], step: int) -> None:
+        """In the images tab."""
+        for name, picture in images.items():
+            self.logger.experiment.add_image(name, picture, global_step=step, dataformats="HWC")
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """In the text tab."""
+        self.logger.experiment.add_text(name, text, global_step=step)
+
+    def log_page(self, name: str, html: str, step: int) -> None:
+        """A file beside the event file: TensorBoard shows no pages."""
+        with complete_or_absent(Path(self.logger.log_dir) / path_of(f"{name}.html")) as part:
+            part.write_text(html, encoding="utf-8")
+
+
+class WandbWriter(LoggerWriter):
+    """Lightning's ``WandbLogger``, which sends each call as a step of its own: all pictures go in one."""
+
+    def log_images(self, images: Mapping[str, Picture], step: int) -> None:
+        """As media, in one call."""
+        import wandb  # only where there is its logger
+
+        self.logger.log_metrics({name: wandb.Image(picture) for name, picture in images.items()}, step)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """As a panel that keeps its lines."""
+        self.log_page(name, f"<pre>{escaping.escape(text)}</pre>", step)
+
+    def log_page(self, name: str, html: str, step: int) -> None:
+        """As a panel."""
+        import wandb
+
+        self.logger.log_metrics({name: wandb.Html(html)}, step)
+
+    def log_table(self, name: str, path: Path, step: int) -> None:
+        """As a table to filter and to sort."""
+        import pyarrow.parquet as pq
+        import wandb
+
+        columns = pq.read_table(path).to_pydict()
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        self.logger.log_metrics({name: wandb.Table(columns=list(columns), data=rows)}, step)
+
+
+class MLFlowWriter(LoggerWriter):
+    """Lightning's ``MLFlowLogger``: images by step, the rest as artifacts. Needs MLflow 2.11."""
+
+    def log_images(self, images: Mapping[str, Picture], step: int) -> None:
+        """In the tab of model metrics, with a slider for the step."""
+        for name, picture in images.items():
+            key = path_of(name).as_posix()  # MLflow takes letters, digits and a few signs
+            self.logger.experiment.log_image(self.logger.run_id, picture, key=key, step=step)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """As an artifact."""
+        self._write(name, text, step, "md")
+
+    def log_page(self, name: str, html: str, step: int) -> None:
+        """As an artifact, which MLflow shows as a page."""
+        self._write(name, html, step, "html")
+
+    def log_table(self, name: str, path: Path, step: int) -> None:
+        """As an artifact."""
+        self.logger.experiment.log_artifact(self.logger.run_id, str(path), path_of(name).as_posix())
+
+    def _write(self, name: str, content: str, step: int, suffix: str) -> None:
+        place = path_of(name) / f"step_{step:06d}.{suffix}"
+        self.logger.experiment.log_text(self.logger.run_id, content, place.as_posix())
+
+
+class CometWriter(LoggerWriter):
+    """Lightning's ``CometLogger``: images by step, the rest as assets."""
+
+    def log_images(self, images: Mapping[str, Picture], step: int) -> None:
+        """In the graphics tab."""
+        for name, picture in images.items():
+            # Of an array it computes -1 - x, which overflows, and says so in its log alone.
+            self.logger.experiment.log_image(Image.fromarray(picture), name=name, step=step)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """As an asset."""
+        self.logger.experiment.log_asset_data(text, name=f"{name}.md", step=step)
+
+    def log_page(self, name: str, html: str, step: int) -> None:
+        """As an asset."""
+        self.logger.experiment.log_asset_data(html, name=f"{name}.html", step=step)
+
+    def log_table(self, name: str, path: Path, step: int) -> None:
+        """As an asset."""
+        self.logger.experiment.log_asset(str(path), file_name=f"{name}/{path.name}", step=step)
+
+
+class FolderWriter(LoggerWriter):
+    """Writes ``<folder>/<name>/step_<step>.png``, ``.md`` and ``.html``, each complete or absent.
+
+    Parameters
+    ----------
+    logger
+        The logger; None without any.
+    folder
+        Where to write.
+    """
+
+    def __init__(self, logger: Any, folder: Path) -> None:
+        super().__init__(logger)
+        self.folder = folder
+
+    def log_images(self, images: Mapping[str, Picture], step: int) -> None:
+        """One file each."""
+        for name, picture in images.items():
+            self._write(name, step, "png", picture)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """One file."""
+        self._write(name, step, "md", text)
+
+    def log_page(self, name: str, html: str, step: int) -> None:
+        """One file."""
+        self._write(name, step, "html", html)
+
+    def _write(self, name: str, step: int, suffix: str, content: Picture | str) -> None:
+        with complete_or_absent(self.folder / path_of(name) / f"step_{step:06d}.{suffix}") as part:
+            if isinstance(content, str):
+                part.write_text(content, encoding="utf-8")
+            else:
+                Image.fromarray(content).save(part, format="png")
