@@ -272,12 +272,11 @@ class LayerAccumulator:
         """The same without classes and confidences, and with all outcomes unknown."""
         whole = self.settled()
 
-        def kept(columns: Sequence[Column], like: Tensor) -> Tensor:
-            return torch.tensor([[column != CONFIDENCE] for column in columns]).to(like)
-
         moments = whole.moments.new_zeros(1, *whole.moments.shape[1:])
-        moments[0, UNKNOWN] = whole.moments.sum((0, 1)) * kept(self.columns, moments)
+        moments[0, UNKNOWN] = whole.moments.sum((0, 1))
+        moments[0, UNKNOWN, [column == CONFIDENCE for column in self.columns]] = 0
         by_group = whole.by_group.with_part(1, 0).with_part(2, UNKNOWN)
+        by_group.sums[:, [column == CONFIDENCE for column in self.grouped_columns]] = 0
         return replace(
             whole,
             n_classes=0,
@@ -285,7 +284,7 @@ class LayerAccumulator:
             ties=torch.zeros_like(whole.ties),
             maps={direction: sums.sum(0, keepdim=True) for direction, sums in whole.maps.items()},
             outcome_maps={direction: torch.zeros_like(sums) for direction, sums in whole.outcome_maps.items()},
-            by_group=replace(by_group, sums=by_group.sums * kept(self.grouped_columns, by_group.sums)),
+            by_group=by_group,
             scores_by_group=whole.scores_by_group.with_part(1, UNKNOWN),
         )
 

@@ -230,7 +230,6 @@ def _contribution_numbers(
         yield f"contribution/share/{name}", shares.pop("all")
         yield from ((f"contribution/share/{name}/{which}", share) for which, share in shares.items())
         yield f"contribution/share/{name}/gap", shares["correct"] - shares["incorrect"]
-    yield "contribution/opposed", mean("opposed")
     yield "contribution/emap_accuracy", mean("additive_right")
     for direction in dict.fromkeys([*tested, *summary.replaced]):
         orders: dict[str, Literal["gain", "reference"]] = {"": "gain", "reference/": "reference"}

@@ -12,7 +12,10 @@ from torch import Tensor
 from lightning_xattn.attribution.kept_samples import CHOSEN, IDENTITY, hashed
 from lightning_xattn.core.wording import decimal, name_modality, percent
 from lightning_xattn.evaluation.fusion_summary import FusionSummary, interaction_names
-from lightning_xattn.functional.shapley import MOSTLY, OPPOSED
+from lightning_xattn.functional.shapley import MOSTLY
+
+LEAST_CONTRIBUTION = 0.02
+"""A smaller contribution to the prediction is none to follow."""
 
 CONFLICTING = 10
 """This many samples of largest conflict are shown."""
@@ -119,7 +122,7 @@ def describe_modalities(summary: FusionSummary, i: int, class_names: Sequence[st
 def _find_followed(phi: Mapping[str, float], errors: Mapping[str, float]) -> str | None:
     """Give the modality with clearly more than `MOSTLY` of all contributions to the prediction, if there is one.
 
-    A margin of two standard errors is left, as in `opposed`. The errors of a sample's modalities are of the same
+    A margin of two standard errors is left. The errors of a sample's modalities are of the same
     replays: too much for one is too little for another, so they add up.
     """
     for one in phi:
@@ -128,7 +131,7 @@ def _find_followed(phi: Mapping[str, float], errors: Mapping[str, float]) -> str
         times = MOSTLY / (1 - MOSTLY)
         least = phi[one] - 2 * errors[one]
         most = sum(max(phi[name], 0.0) + 2 * errors[name] for name in others)
-        if least > -OPPOSED and least > times * most:
+        if least > LEAST_CONTRIBUTION and least > times * most:
             return one
     return None
 
@@ -167,7 +170,7 @@ def sample_columns(summary: FusionSummary) -> dict[str, Tensor]:
         columns[f"probe_{name}_probability"] = torch.where(known, probe.amax(1), torch.nan)
     undefined = torch.full_like(summary.numbers["confidence"], torch.nan)
     interactions = interaction_names(summary.modalities)
-    for name in (*(f"phi/{one}" for one in summary.modalities), "followed", "opposed", *interactions):
+    for name in (*(f"phi/{one}" for one in summary.modalities), "followed", *interactions):
         column = f"contribution_{name.removeprefix('phi/').replace('/', '_')}"
         columns[column] = summary.numbers.get(name, undefined)
     return columns

@@ -27,7 +27,7 @@ from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.functional.probe import LEAST_OF_A_CLASS
 
-PROPORTIONS = ("right", "only_probe_right", "supports_first", "opposed", "additive_right", "model_right")
+PROPORTIONS = ("right", "only_probe_right", "supports_first", "additive_right", "model_right")
 """The numbers that are 0 or 1 in each sample, so that their means are proportions."""
 
 _LIMITS = {"confidence": (0.0, 1.0), "conflict": (0.0, 1.0), "cost": (-1.0, 1.0), "phi": (-1.0, 1.0)}
@@ -62,7 +62,7 @@ class FusionSummary:
         By name ``(samples,)`` float64, NaN where undefined: "confidence", "conflict", "support_difference",
         "supports_first" (whether the first modality's probe supports the prediction more), "only_probe_right",
         "right/<modality>" (whether its probe is right), and of the samples that were permuted "phi/<modality>", its
-        standard error "error/<modality>" (as not all partners were run), "opposed", "followed", those of
+        standard error "error/<modality>" (as not all partners were run), "followed", those of
         ``interactions``, "additive_right" and "model_right", and by direction "gain/<direction>",
         "reference/<direction>" and "cost/<direction>" of replaced keys.
     rows
@@ -81,7 +81,7 @@ class FusionSummary:
         "interaction/<a>_<b>" of each pair of more; empty where contributions are not computed.
     is_regression
         Whether contributions are to a value, and not to the probability of a class. Over all samples they add up to 0,
-        so there is no share of their mean, and none opposes the prediction.
+        so there is no share of their mean.
     pairs, whole_runs
         Number of pairs replayed, and whether each replay ran all of the module around the fusion.
     nonfinite
@@ -207,8 +207,6 @@ class FusionSummary:
         for i, name in enumerate(self.modalities):
             self.numbers[f"phi/{name}"] = spread(found.phi[:, i])
             self.numbers[f"error/{name}"] = spread(found.error[:, i])
-        if not found.is_regression:
-            self.numbers["opposed"] = spread(functional.opposed(found.phi, found.error))
         self.interactions = tuple(found.interactions)
         self.numbers |= {name: spread(one) for name, one in found.interactions.items()}
         if len(self.modalities) == 2:

@@ -24,7 +24,7 @@ from lightning_xattn.functional import (
     within,
 )
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
-from lightning_xattn.functional.outcomes import BINS, CORRECT, INCORRECT
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 
 
 @dataclass(frozen=True)
@@ -183,28 +183,18 @@ class LayerSummary:
         """Mean over correct minus mean over incorrect predictions."""
         return self.mean(column, outcome=CORRECT) - self.mean(column, outcome=INCORRECT)
 
-    def histogram(self, score: Column, outcome: int) -> Tensor:
-        """``(bins,)`` counts of a score of ``SCORES`` over its range."""
-        bins, counts, _ = self._score_counts(score)
-        place = (CORRECT, INCORRECT).index(outcome)
-        return torch.zeros(BINS, dtype=counts.dtype).index_add(0, bins, counts[:, place])
-
     def compare(self, score: Column) -> Comparison:
         """Does a score of ``SCORES`` predict errors? By groups where they are known, see `separation`."""
-        bins, counts, groups = self._score_counts(score)
-        by_class = self.moments[: self.n_classes, [CORRECT, INCORRECT], self._places[score]]
-        return Comparison(
-            **vars(separation(bins, counts, None if self.group_noun is None else groups)),
-            gap=self.gap(score),
-            class_adjusted_gap=class_adjusted_gap(by_class[..., 0], by_class[..., 1]),
-        )
-
-    def _score_counts(self, score: Column) -> tuple[Tensor, Tensor, Tensor]:
-        """Bins of a score, ``(n, 2)`` numbers of correct and incorrect samples in each, and their groups."""
         keys, counts = self._sums.scores_by_group.keys, self._sums.scores_by_group.sums
         counts = counts[:, None] * (keys[:, 1:2] == torch.tensor([CORRECT, INCORRECT]))
         chosen = (keys[:, 2] == list(SCORES).index(score)) & (counts.sum(1) > 0)
-        return keys[chosen, 3], counts[chosen], keys[chosen, 0]
+        groups = None if self.group_noun is None else keys[chosen, 0]
+        by_class = self.moments[: self.n_classes, [CORRECT, INCORRECT], self._places[score]]
+        return Comparison(
+            **vars(separation(keys[chosen, 3], counts[chosen], groups)),
+            gap=self.gap(score),
+            class_adjusted_gap=class_adjusted_gap(by_class[..., 0], by_class[..., 1]),
+        )
 
     def undefined_share(self) -> float:
         """Share of samples without an alignment, or without an entropy where only one direction is recorded."""

@@ -17,9 +17,6 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-OPPOSED = -0.02
-"""A modality whose contribution is below this opposes the prediction."""
-
 MOSTLY = 2 / 3
 """A prediction is mostly one modality's if the lower end of its share is above this, of however many modalities: all
 others together then have less than a third, and it has more than twice as much as they."""
@@ -320,29 +317,6 @@ def contribution_shares(phi: Tensor) -> Tensor:
     """
     means = phi[phi.isfinite().all(1)].mean(0)
     return torch.where(means.sum() > 0, means / means.sum(), torch.nan)
-
-
-def opposed(phi: Tensor, error: Tensor | float = 0.0) -> Tensor:
-    """Whether a modality opposes the prediction: its contribution that is clearly below `OPPOSED`.
-
-    Parameters
-    ----------
-    phi
-        ``(samples, modalities)`` contributions.
-    error
-        Their standard errors: twice as much is allowed for, else the noise of few partners would count.
-
-    Returns
-    -------
-    Tensor
-        ``(samples,)`` 1 or 0; NaN where ``phi`` is undefined.
-
-    Examples
-    --------
-    >>> opposed(torch.tensor([[0.4, -0.1], [0.2, 0.1]])).tolist()
-    [1.0, 0.0]
-    """
-    return torch.where(phi.isnan().any(1), torch.nan, (phi + 2 * error < OPPOSED).any(1).to(phi.dtype))
 
 
 def partner_shifts(samples: int, partners: int, seed: int = 0) -> Sequence[int]:

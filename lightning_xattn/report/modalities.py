@@ -27,7 +27,7 @@ HOW_TO_READ_MODALITIES = (
     "gives the predicted class a higher probability.",
     "Contribution: the part of the predicted class's probability that a modality contributes (Shapley value), which is "
     "what changes when the modality is permuted, that is, replaced by that of another sample. A contribution below 0 "
-    "opposes the prediction; opposed: below -0.02. A share below 0 or above 100 % means the same of many predictions. "
+    "opposes the prediction. A share below 0 or above 100 % means the same of many predictions. "
     "A main modality is named only where the 95 % CI of its share lies above two thirds.",
     "Faithfulness: how much more it costs to replace the most attended tokens than the least attended ones, divided "
     "by the cost of replacing all. 1: the prediction depends on the most attended tokens alone; 0: a random order. "
@@ -111,7 +111,6 @@ def _tabulate_subsets(fusion: FusionSummary, class_names: Sequence[str], classes
         for name in names:
             shares = [fusion.share(name, *one.chosen) for one in subsets]
             columns[f"share of {name_modality(name)}"] = [*map(format_percent, shares)]
-        columns["opposed"] = [format_percent(fusion.estimate("opposed", *one.chosen)) for one in subsets]
     if columns:
         rows = zip([one.name for one in subsets], *columns.values(), strict=True)
         yield Table((GROUPED_BY[classes_by], *columns), list(rows))

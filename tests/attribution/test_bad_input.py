@@ -168,7 +168,6 @@ def test_contributions_to_a_value_have_a_size_and_no_share():
     assert {name: record[f"contribution/size/{name}"] for name in size} == pytest.approx(size)
     told = [name for name in record if name.startswith("contribution/") and "size" not in name]
     assert told == ["contribution/interaction"]
-    assert "opposed" not in summary.numbers
     assert math.isnan(summary.share("left").mean)
 
 

@@ -79,7 +79,7 @@ def test_the_table_has_the_numbers_of_each_sample(tmp_path):
     rows = frame.loc[[ids[int(one)] for one in summary.rows["hash"]]]
     names = {"conflict": "conflict", "support_difference": "support_difference", "only_probe_right": "only_probe_right"}
     names |= {f"contribution_{name}": f"phi/{name}" for name in ("left", "right")}
-    names |= {f"contribution_{name}": name for name in ("interaction", "opposed", "followed")}
+    names |= {f"contribution_{name}": name for name in ("interaction", "followed")}
     for column, number in names.items():
         np.testing.assert_allclose(rows[column], summary.numbers[number], rtol=1e-5, atol=1e-6, err_msg=column)
     assert rows["contribution_left"].notna().sum() == 64

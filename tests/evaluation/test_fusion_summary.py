@@ -92,7 +92,7 @@ def test_every_number_is_the_references():
             "phi/left": phi[0],
             "phi/right": phi[1],
             "followed": phi[0] - phi[1],
-            "opposed": float(min(phi) + 2 * errors[i] < -0.02),
+            "error/left": errors[i],
             "interaction": interactions[i],
         }
         for name, value in expected.items():
