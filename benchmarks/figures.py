@@ -49,7 +49,7 @@ def logged_figures(result: DatasetResult, history: list[dict[str, Any]]) -> Iter
     names, summary, fusion = result.class_names, result.headline, result.fusion
     assert fusion is not None
     yield overview_figure(history, "val")
-    for _, figure in fusion_figures(fusion, "val", names, all_names=names, classes_by="target", context="val"):
+    for _, figure in fusion_figures(fusion, "val", names, classes_by="target", context="val"):
         yield figure
     for _, figure in epoch_figures(summary, "val", names, classes_by="target", axes=result.axes, context="val"):
         yield figure

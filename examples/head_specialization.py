@@ -1,4 +1,4 @@
-"""Print the strongest pair of each head, and draw which heads of the two directions match.
+"""Print the strongest pair of each head, and draw how focused each head is.
 
 python examples/head_specialization.py CHECKPOINT DATA OUT.png
 """
@@ -9,7 +9,7 @@ from lightning_xattn import ExplainabilityCapture
 from lightning_xattn.attention_analysis import head_wise_attention_analysis
 from lightning_xattn.explainer import load_checkpoint
 from lightning_xattn.hms import HMSDataModule, HMSLightningModule
-from lightning_xattn.visualizations import plot_head_alignment_matrix
+from lightning_xattn.visualizations import plot_head_contributions
 
 checkpoint, data, picture = sys.argv[1:]
 model = load_checkpoint(HMSLightningModule, checkpoint)
@@ -34,5 +34,4 @@ for direction, heads in head_wise_attention_analysis(results["attention_dict"]).
             f"{place(query, asks)} to {place(key, looked_at)}, weight {weight:.3f}"
         )
 
-# Heads of the two directions share no parameters, so their numbers do not pair them; the figure does.
-plot_head_alignment_matrix(results["attention"][0], save_path=picture)
+plot_head_contributions(results["attention"][0], save_path=picture)

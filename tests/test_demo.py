@@ -56,7 +56,7 @@ def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
     assert report.index("## Which score answers which question?") < report.index("## Key points")
     assert "\n".join(table[1:6]) in report
     figures = {path.name for path in (disagreeing / "figures").iterdir()}
-    assert {"conflict_confidence.png", "conflict_samples.png", "contribution_shares.png"} < figures
+    assert {"class_comparison.png", "contribution_shares.png"} < figures
     assert printed.rstrip().splitlines()[-1] == f"tensorboard --logdir {tmp_path / 'run_0'}"
 
 

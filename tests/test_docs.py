@@ -85,8 +85,7 @@ def test_offline(run, tmp_path):
     assert names["results"]["attention_dict"]["audio_to_text"].shape == (5, 3, 5, 7)
     assert "| all" in (tmp_path / "explained/report.md").read_text()
     assert {path.name for path in (tmp_path / "explained/figures").glob("*.png")} == {
-        *("map_audio_to_text.png", "map_text_to_audio.png", "entropy_by_head.png", "alignment_by_outcome.png"),
-        *("map_audio_to_text_by_outcome.png", "map_text_to_audio_by_outcome.png"),
+        *("map_audio_to_text.png", "map_text_to_audio.png", "entropy_by_head.png"),
         *("class_comparison.png", "contribution_shares.png"),
     }
 

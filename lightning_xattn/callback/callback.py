@@ -27,8 +27,9 @@ from lightning_xattn.attribution.kept_samples import MAX_SAMPLES
 from lightning_xattn.callback.epoch_log import EpochLog, main_history
 from lightning_xattn.callback.monitors import describe_risks, find_monitors
 from lightning_xattn.callback.processes import describe_spawning, describe_tensor_parallelism, find_processes
-from lightning_xattn.callback.run import CHANGED_WEIGHTS, Run
+from lightning_xattn.callback.run import Run
 from lightning_xattn.callback.schedule import Schedule, moment, scope_of, stage_of
+from lightning_xattn.callback.weights import describe_averaging, describe_change, have_changed, sample_weights
 from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.capture.labels import LabelSetting, Step
 from lightning_xattn.core.attention import TokenAxis
@@ -125,7 +126,7 @@ class AttentionExplainabilityCallback(Callback):
         ``trainer.test`` always do.
     faithfulness_every_n_epochs
         Test whether the attention ranks the keys that the model uses, in every n-th recorded epoch and in the last one
-        by ``max_epochs``; 0: never. It takes 128 ``contribution_samples``.
+        of a fit by ``max_epochs`` or ``max_steps``; 0: never. It takes 128 ``contribution_samples``.
         ``trainer.validate`` and ``trainer.test`` always do.
     every_n_batches
         Record every n-th batch of each evaluation, from the first on. All numbers, also the count of samples, are then
@@ -255,6 +256,7 @@ class AttentionExplainabilityCallback(Callback):
         self._make_recorder(pl_module)
         self._run.monitors = find_monitors(trainer, self._scope(trainer)(0, ""))
         warn(describe_risks(self._run.monitors, self.schedule))
+        warn(describe_averaging(trainer, self))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to record, if this epoch is one to record."""
@@ -308,7 +310,8 @@ class AttentionExplainabilityCallback(Callback):
                 evaluation.leave_out(left_out, taken is None, own_samples(max(left_out.values())))
         if taken is not None:
             with run.refusing(self.settings, *READ, dataloader=dataloader_idx):
-                run.sample_weights(pl_module)
+                if run.weights is None:
+                    run.weights = sample_weights(pl_module)
                 result = evaluation.read(*taken, recorder)
                 if not run.has_recorded:
                     run.has_recorded = True
@@ -443,7 +446,7 @@ class AttentionExplainabilityCallback(Callback):
         run, scope = self._run, self._scope(trainer)
         if run.recorder is None:  # the same on all processes
             return {}, {}
-        change = CHANGED_WEIGHTS if run.has_changed_weights() else ""
+        change = describe_change(trainer, self) if have_changed(run.weights or ()) else ""
         for evaluation in run.evaluations.values():
             evaluation.totals.recording_problem, evaluation.totals.replay_problem = run.refusal, change
         tests_attention = self.schedule.tests_attention(trainer)

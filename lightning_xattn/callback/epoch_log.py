@@ -216,7 +216,7 @@ class EpochLog:
             whole = replace(whole, earlier_test=EarlierTest.find(past))
         step, scope = logged_step(self.trainer), self.scope(number, "")
         name, title = f"xattn_about/{scope}/report", f"{scope}, epoch {self.trainer.current_epoch}"
-        figures = self._figures(number, shown, whole.class_names, [*past, record], title)
+        figures = self._figures(number, shown, [*past, record], title)
         writers.log_figures(figures, step)
         text = partial(create_explainability_report, whole, format="markdown")
         writers.log("reports", text, lambda writer, made: writer.log_text(name, made, step))
@@ -229,7 +229,7 @@ class EpochLog:
         writers.log("tables", lambda: path, lambda writer, made: writer.log_table(name, made, step))
 
     def _figures(
-        self, number: int, result: DatasetResult, all_names: Sequence[str], records: Sequence[Record], title: str
+        self, number: int, result: DatasetResult, records: Sequence[Record], title: str
     ) -> Iterator[tuple[str, Figure]]:
         scope, names = self.scope(number, ""), result.class_names
 
@@ -238,9 +238,7 @@ class EpochLog:
 
         yield f"xattn_about/{scope}/overview", overview_figure(records, of(records[-1]["layer"]))
         if result.fusion is not None:
-            yield from fusion_figures(
-                result.fusion, scope, names, all_names=all_names, classes_by=self.settings.classes_by, context=title
-            )
+            yield from fusion_figures(result.fusion, scope, names, classes_by=self.settings.classes_by, context=title)
         for layer in limit_layers(list(result.summaries)):
             yield from epoch_figures(
                 result.summaries[layer],

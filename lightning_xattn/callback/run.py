@@ -7,10 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Trainer
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from lightning_xattn.callback.monitors import Monitor
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
@@ -21,17 +19,6 @@ from lightning_xattn.evaluation.step_recorder import StepRecorder
 
 if TYPE_CHECKING:
     from lightning_xattn.evaluation.table import TrainingTable
-
-
-PARAMETERS, MOST_VALUES = 8, 2**20
-"""About how many parameters are compared, and the largest number of values of one."""
-
-CHANGED_WEIGHTS = (
-    "the model has other weights at the end of the evaluation than in its first batch: a callback that averages "
-    "weights has put others back, or the model's own forward changes them. Let such a callback come later: "
-    "callbacks=[AttentionExplainabilityCallback(...), WeightAveraging(...)]"
-)
-"""Why nothing is replayed at the end of such an evaluation, as the end of a sentence."""
 
 
 @dataclass(eq=False)
@@ -57,7 +44,7 @@ class Run:
     doubt: str = ""
     """Why the steps so far, which returned nothing, may have nothing to record."""
     weights: list[tuple[Tensor, Tensor]] | None = None
-    """Some parameters in the first recorded batch of this evaluation, each with the sum of its absolute values."""
+    """A sample of the model's weights in the first recorded batch of this evaluation."""
     monitors: list[Monitor] = field(default_factory=list)
     curves: dict[str, None] = field(default_factory=dict)
     """The names of the curves that were logged."""
@@ -86,23 +73,6 @@ class Run:
                 )
             else:
                 self.refuse(describe_error(error))
-
-    def sample_weights(self, module: LightningModule) -> None:
-        """Remember some of the trained parameters, unless this evaluation has done so."""
-        if self.weights is not None:
-            return
-        trained = [
-            one
-            for one in module.parameters()
-            if one.requires_grad and not is_lazy(one) and not hasattr(one, "to_local") and one.numel() <= MOST_VALUES
-        ]
-        with torch.no_grad():
-            self.weights = [(one, one.abs().sum()) for one in trained[:: max(1, len(trained) // PARAMETERS)]]
-
-    def has_changed_weights(self) -> bool:
-        """Whether parameters have other values than when they were sampled. A GPU waits for the answer."""
-        with torch.no_grad():
-            return any(not one.abs().sum().equal(before) for one, before in self.weights or ())
 
     def refuse(self, reason: str) -> None:
         """Record nothing of this run, and warn of it."""

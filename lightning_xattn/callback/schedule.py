@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ class Schedule:
     figures_every_n_epochs
         Draw every n-th recorded epoch; 0: none.
     faithfulness_every_n_epochs
-        Test the attention in every n-th recorded epoch and in the last one by ``max_epochs``; 0: never.
+        Test the attention in every n-th recorded epoch and in the last one of a fit; 0: never.
     every_n_batches
         Record every n-th batch of a recorded evaluation, from the first on, n at least 1.
 
@@ -58,7 +59,7 @@ class Schedule:
     def tests_attention(self, trainer: Trainer) -> bool:
         """Whether a recorded evaluation ends with a test of its attention's faithfulness."""
         every = self.faithfulness_every_n_epochs
-        return self._is_due(trainer, every) or (every > 0 and _is_last(trainer, self.every_n_epochs))
+        return self._is_due(trainer, every) or (every > 0 and self._is_last(trainer))
 
     def ever_tests_attention(self, trainer: Trainer) -> bool:
         """Whether any evaluation of this run ends with a test of its attention."""
@@ -68,6 +69,31 @@ class Schedule:
         recorded_before = _validations_before(trainer) // self.every_n_epochs
         return every > 0 and (not _is_fitting(trainer) or recorded_before % every == 0)
 
+    def _is_last(self, trainer: Trainer) -> bool:
+        """Whether no later epoch of this fit is recorded, as far as ``max_epochs`` and ``max_steps`` show."""
+        loop, epoch, steps = trainer.fit_loop.epoch_loop, trainer.current_epoch, trainer.global_step
+        has_enough = epoch + 1 >= (trainer.min_epochs or 0) and steps >= (trainer.min_steps or 0)
+        next_epoch = epoch + self.every_n_epochs * (trainer.check_val_every_n_epoch or 1)
+        by_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        if (trainer.should_stop and has_enough) or next_epoch >= by_epochs:
+            return True
+        # All in batches from here on; infinite is what has no end or is not known.
+        done, total = loop.batch_idx + 1, loop.total_batch_idx + 1
+        interval = trainer.val_check_batch or math.inf  # None: validations by the clock
+        per_epoch = float(trainer.num_training_batches)
+        if per_epoch == interval == math.inf:
+            per_epoch = float(done)  # the epoch has just ended
+        left = (by_epochs - epoch) * per_epoch - done
+        if trainer.max_steps not in (None, -1) and steps:
+            # A step takes more than one batch with accumulation, and less with several optimisers.
+            left = min(left, total * (trainer.max_steps - steps) / steps + 1e-6)
+        to_next = (next_epoch - epoch) * per_epoch - done + min(interval, per_epoch)
+        if trainer.check_val_every_n_epoch is None and interval < math.inf:  # validations by batches of the whole fit
+            to_next = max(to_next, interval - total % interval)
+        if per_epoch == math.inf:
+            to_next = interval - total % interval
+        return to_next > left
+
 
 def _is_fitting(trainer: Trainer) -> bool:
     return bool(trainer.state.fn == "fit")
@@ -76,12 +102,6 @@ def _is_fitting(trainer: Trainer) -> bool:
 def _validations_before(trainer: Trainer) -> int:
     """How many epochs of this fit were due for validation before this one."""
     return (trainer.current_epoch + 1) // (trainer.check_val_every_n_epoch or 1) - 1
-
-
-def _is_last(trainer: Trainer, every_n_epochs: int) -> bool:
-    """Whether ``max_epochs`` lets no later epoch of this fit be recorded."""
-    next_epoch = trainer.current_epoch + every_n_epochs * (trainer.check_val_every_n_epoch or 1)
-    return trainer.max_epochs not in (None, -1) and next_epoch >= trainer.max_epochs
 
 
 def stage_of(trainer: Trainer) -> str:

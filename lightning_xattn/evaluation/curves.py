@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.names import shown_tag
-from lightning_xattn.evaluation.fusion_summary import Estimate, FusionSummary, interaction_names
+from lightning_xattn.evaluation.fusion_summary import FusionSummary, interaction_names
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import ALIGNMENT, CONFIDENCE, INVALID_ROWS, SCORES, STATISTICS, Column
+from lightning_xattn.functional.intervals import Estimate
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 
 OUTCOMES = {"correct": CORRECT, "incorrect": INCORRECT}

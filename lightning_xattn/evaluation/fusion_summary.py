@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from typing import Literal
@@ -20,26 +20,11 @@ from lightning_xattn.attribution.kept_samples import IDENTITY, KeptSamples
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.distributed import NUMBER
 from lightning_xattn.core.ids import UNKNOWN_GROUP
-from lightning_xattn.core.notebook import ShownInNotebooks
 from lightning_xattn.core.wording import decimal, describe_size, percent, say_interval
 from lightning_xattn.evaluation.layer_summary import Comparison
-from lightning_xattn.functional.intervals import MINIMUM_GROUP
+from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
 from lightning_xattn.functional.outcomes import BINS, CORRECT, INCORRECT
 from lightning_xattn.functional.probe import LEAST_OF_A_CLASS
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean, a proportion or a ratio with its 95 % CI; NaN where undefined."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
-    """Samples where it is defined."""
-    groups: int | None
-    """Groups of these samples; None where groups are not known."""
-
 
 PROPORTIONS = ("right", "only_probe_right", "supports_first", "opposed", "additive_right", "model_right")
 """The numbers that are 0 or 1 in each sample, so that their means are proportions."""
@@ -54,7 +39,7 @@ def interaction_names(modalities: Sequence[str]) -> list[str]:
     return pairs if len(modalities) > 2 else ["interaction"]
 
 
-class FusionSummary(ShownInNotebooks):
+class FusionSummary:
     """An evaluation's modalities: probes, conflict, contributions, and the faithfulness of attention.
 
     Parameters

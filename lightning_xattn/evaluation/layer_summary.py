@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.core.ids import UNKNOWN_GROUP
-from lightning_xattn.core.notebook import ShownInNotebooks
 from lightning_xattn.core.wording import describe_size
 from lightning_xattn.evaluation.accumulators import KeyedSums, LayerAccumulator
 from lightning_xattn.evaluation.statistics import INVALID_ROWS, SCORES, STATISTICS, WHOLLY_MASKED, Column, headline
@@ -47,7 +46,7 @@ class Comparison:
     """See `class_adjusted_gap`."""
 
 
-class LayerSummary(ShownInNotebooks):
+class LayerSummary:
     """An epoch of one layer: count, mean and standard deviation of every number, by class and outcome.
 
     Count, mean and the rest of a number that the layer does not have raise a KeyError that lists those that it has.

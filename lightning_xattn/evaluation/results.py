@@ -11,7 +11,6 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from lightning_xattn.core.attention import AttentionPair, TokenAxis
-from lightning_xattn.core.notebook import ShownInNotebooks
 from lightning_xattn.evaluation.fusion_samples import SampleModalities
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
@@ -152,8 +151,6 @@ class ExplainedBatch(TypedDict):
     class_names: tuple[str, ...]
     axes: dict[str, TokenAxis]
     """What the tokens of each modality are, where that is known."""
-    dataset: DatasetResult | None
-    """The data set of the samples, where that was given."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +212,7 @@ class EarlierTest:
 
 
 @dataclass(frozen=True, eq=False)
-class DatasetResult(ShownInNotebooks):
+class DatasetResult:
     """A data set, from running sums.
 
     Attributes

@@ -129,8 +129,7 @@ class ExplainabilityCapture:
             of graphs, as ``window[[0]]`` gives them.
         among
             The result of ``explain_loader`` for the data set that the samples are from. Then each sample that has an
-            id gets the probes and contributions of its modalities in that data set, and a report says what the data
-            set shows about the guide's thresholds. None: neither is known.
+            id gets the probes and contributions of its modalities in that data set. None: these are not known.
 
         Raises
         ------

@@ -130,7 +130,6 @@ def explain_samples(
         "per_sample_explanations": samples,
         "class_names": class_names,
         "axes": fitting_axes(axes, batch.attention[0].forward.token_counts),
-        "dataset": among,
     }
 
 

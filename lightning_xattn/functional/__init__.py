@@ -11,6 +11,7 @@ from lightning_xattn.functional.alignment import (
 from lightning_xattn.functional.faithfulness import ranking_gain, replacements
 from lightning_xattn.functional.heads import head_diversity, query_selectivity, require_heads, sink
 from lightning_xattn.functional.intervals import (
+    Estimate,
     grouped_mean_interval,
     grouped_proportion_interval,
     mean_interval,
@@ -67,6 +68,7 @@ from lightning_xattn.functional.shapley import (
 
 __all__ = [
     "ROW_STATISTICS",
+    "Estimate",
     "Game",
     "Permutation",
     "Rows",

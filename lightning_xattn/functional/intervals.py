@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from scipy.stats import t
 from torch import Tensor
@@ -10,6 +11,25 @@ from torch import Tensor
 MINIMUM_GROUP = 5
 """With fewer samples than this nothing is claimed of them, nor with fewer groups where groups are known: no interval,
 and no comparison with others."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, a proportion or a ratio of samples with its 95 % CI; NaN where undefined.
+
+    Examples
+    --------
+    >>> Estimate(mean=0.5, low=0.4, high=0.6, count=40).groups is None
+    True
+    """
+
+    mean: float
+    low: float
+    high: float
+    count: int
+    """Samples where it is defined."""
+    groups: int | None = None
+    """Groups of these samples; None where groups are not known."""
 
 
 def mean_interval(mean: float, std: float, count: int) -> tuple[float, float]:

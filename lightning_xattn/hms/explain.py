@@ -31,7 +31,6 @@ from lightning_xattn.hms.signal_plots import plot_attention_over_signals
 from lightning_xattn.report import create_explainability_report, print_report, save_dataset_figures
 from lightning_xattn.visualizations import (
     plot_cross_modal_attention,
-    plot_head_alignment_matrix,
     plot_modality_alignment,
 )
 
@@ -138,4 +137,3 @@ def _draw_sample(results: ExplainedBatch, i: int, datamodule: HMSDataModule, fol
     )
     plot_cross_modal_attention(pair, i, axes=axes, context=context, save_path=folder / "attention.png")
     plot_modality_alignment(pair, i, axes=axes, context=context, save_path=folder / "alignment.png")
-    plot_head_alignment_matrix(pair, i, context=context, save_path=folder / "heads.png")

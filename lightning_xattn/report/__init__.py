@@ -1,6 +1,5 @@
 """Reports of explained batches and data sets: sentences and tables as Markdown or a page, numbers as JSON."""
 
-import lightning_xattn.report.notebook  # noqa: F401  # registers the HTML of results in notebooks
 from lightning_xattn.report.create import create_explainability_report, print_report
 from lightning_xattn.report.figures import dataset_figures, save_dataset_figures
 

@@ -37,7 +37,7 @@ _HOW_TO_READ = (
 
 def describe_batch(results: ExplainedBatch | dict[str, Any]) -> Document:
     """Statistics of the batch, then each sample, with the guide's titles."""
-    samples = [describe_sample(one, results.get("dataset")) for one in results["per_sample_explanations"]]
+    samples = [*map(describe_sample, results["per_sample_explanations"])]
     return Document(
         "Cross-modal attention report",
         [
@@ -89,7 +89,7 @@ def _list_statistics(statistics: AttentionStatistics, undefined: str | None) -> 
     return f"{values} ({undefined})" if undefined else values
 
 
-def describe_sample(sample: SampleResult, dataset: Any = None) -> Items:
+def describe_sample(sample: SampleResult) -> Items:
     """A sample's prediction, outcome, agreement, top pairs, patterns and checklists."""
     undefined, modalities = undefined_in_sample(sample), sample.get("modalities")
     items: list[Item] = [("Predicted", _describe_prediction(sample), ()), ("Ground Truth", _describe_truth(sample), ())]
@@ -102,7 +102,7 @@ def describe_sample(sample: SampleResult, dataset: Any = None) -> Items:
         else:
             first, *others = [*map(_describe_pair, pairs[:TOP_PAIRS])] or ["none"]
         items.append((f"Top {name_direction(name, '→')} attention{_name_layer(name)}", first, others))
-    items += _describe_criteria(interpret_sample(sample, dataset))
+    items += _describe_criteria(interpret_sample(sample))
     known_as = "" if sample["sample_id"] is None else f" (id {shown(sample['sample_id'])})"
     return Items(items, f"Sample {sample['sample_idx']}{known_as}")
 
@@ -149,7 +149,7 @@ def _describe_criterion(criterion: Criterion) -> str:
     is_percentage = criterion.criterion.endswith("%") and criterion.met is not None
     value = f"{_format(criterion.value, digits=1)} %" if is_percentage else _format(criterion.value)
     where = f"{name_direction(criterion.direction, '→')} " if criterion.direction else ""
-    remarks = "".join(f"; {one}" for one in (criterion.caveat, criterion.evidence) if one)
+    remarks = f"; {criterion.caveat}" if criterion.caveat else ""
     return f"{mark} {criterion.criterion} ({where}{value}{remarks})"
 
 

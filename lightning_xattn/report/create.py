@@ -11,7 +11,6 @@ from typing import Any
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.files import complete_or_absent
 from lightning_xattn.core.names import escaped_in_json
-from lightning_xattn.core.wording import name_modality
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch, Results
 from lightning_xattn.report.batch import PER_SAMPLE, describe_batch
 from lightning_xattn.report.dataset import describe_dataset
@@ -93,7 +92,7 @@ def create_explainability_report(
 
 
 def print_report(results: Results) -> None:
-    """Print the report: laid out in a terminal, as Markdown elsewhere."""
+    """Print the report: laid out in a terminal or a notebook, as Markdown elsewhere."""
     print_markdown(create_explainability_report(results))
 
 
@@ -120,8 +119,7 @@ def _page_of_dataset(result: DatasetResult, pictures: Mapping[str, Sequence[Path
     if 0 < len(samples) < known:
         note = f"{len(samples)} of {known} samples, those with maps among them."
         note += "" if result.table is None else " The others are in the table."
-    first = "" if result.fusion is None else name_modality(result.fusion.modalities[0])
-    return as_page(describe_dataset(result), figures, samples, note, first)
+    return as_page(describe_dataset(result), figures, samples, note)
 
 
 def _choose_format(path: Path | None, given: str | None) -> str:

@@ -69,9 +69,9 @@ def as_markdown(document: Document) -> str:
 
 
 def print_markdown(text: str) -> None:
-    """Print Markdown: laid out in a terminal, as it is elsewhere."""
+    """Print Markdown: laid out in a terminal or a notebook, as it is elsewhere."""
     console = Console()
-    if console.is_terminal:
+    if console.is_terminal or console.is_jupyter:
         console.print(Markdown(text))
     else:
         print(text, end="")

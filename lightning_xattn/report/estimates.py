@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lightning_xattn.core.wording import decimal, percent, say_interval
-from lightning_xattn.evaluation.fusion_summary import Estimate
 from lightning_xattn.evaluation.layer_summary import Comparison, LayerSummary
 from lightning_xattn.evaluation.statistics import Column
-from lightning_xattn.functional.intervals import MINIMUM_GROUP
+from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
-from lightning_xattn.report.document import Item, Paragraph
+from lightning_xattn.report.document import Paragraph, Table
 
 GROUPED_BY = {"target": "true class", "prediction": "predicted class", None: "class"}
 """Heading of the classes, by ``classes_by``; None: not known."""
+
+
+NO_DIFFERENCE = "no difference shown"
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,11 @@ def list_layer_subsets(summary: LayerSummary, class_names: Sequence[str]) -> lis
     return list_subsets(class_names, has_outcomes, summary.n_classes if summary.unclassified else None)
 
 
-def estimate_mean(summary: LayerSummary, column: Column, subset: Subset) -> Estimate:
-    """Mean of a layer's number over a subset, with its 95 % CI."""
-    chosen = column, *subset.chosen
+def estimate_mean(
+    summary: LayerSummary, column: Column, class_id: int | None = None, outcome: int | None = None
+) -> Estimate:
+    """Mean of a layer's number over the samples of a class and an outcome, with its 95 % CI."""
+    chosen = column, class_id, outcome
     groups = summary.groups(*chosen) if summary.group_noun else None
     return Estimate(summary.mean(*chosen), *summary.interval(*chosen), summary.count(*chosen), groups)
 
@@ -98,39 +102,32 @@ def explain_brackets(noun: str | None) -> Paragraph:
     return Paragraph(f"In brackets: 95 % CI, {by}; none with fewer than {MINIMUM_GROUP} {noun or 'samples'}.")
 
 
-def describe_comparison(score: str, label: str, found: Comparison, noun: str | None) -> Item:
-    """Whether a score differs between correct and incorrect predictions, as an item.
+def compare_outcomes(compared: Mapping[str, Comparison], noun: str | None) -> Table:
+    """A row for each score that is compared between correct and incorrect predictions; ``noun``: that of the groups."""
 
-    Parameters
-    ----------
-    score, label
-        The score's name, and the item's label.
-    found
-        The comparison.
-    noun
-        Name of the groups; None where groups are not known.
-    """
-    correct, incorrect = (
-        f"{count} {name}" + (f" of {groups} {noun}" if noun else "")
-        for name, count, groups in (
-            ("correct", found.correct, found.correct_groups),
-            ("incorrect", found.incorrect, found.incorrect_groups),
-        )
-    )
-    sizes = f"{correct} and {incorrect} with a defined {score}"
-    if math.isnan(found.auroc):
-        few = (
-            f"fewer than {MINIMUM_GROUP} {noun} of either outcome" if noun else f"fewer than {MINIMUM_GROUP} of either"
-        )
-        return label, f"no claim with {few} ({sizes})", ()
-    within = found.class_adjusted_gap
-    verdict = "no difference shown"
-    if found.low > 0.5 or found.high < 0.5:
-        verdict = f"{'higher' if found.low > 0.5 else 'lower'} in correct predictions"
-        if not within * found.gap > 0.5 * found.gap**2:
-            verdict += ", which may be a difference between classes"
-    adjusted = "undefined (no class has both outcomes)" if math.isnan(within) else decimal(within, 3, signed=True)
-    by = f" by {noun}" if noun else ""
-    auroc = f"AUROC {decimal(found.auroc, 3)}, 95 % CI{by} {say_interval(found.low, found.high)}"
-    gaps = f"gap {decimal(found.gap, 3, signed=True)}, class-adjusted gap {adjusted}"
-    return label, f"{verdict}: {auroc} ({sizes})", [gaps]
+    def size(samples: int, groups: int | None) -> str:
+        return str(samples) if groups is None else f"{samples} ({groups})"
+
+    rows = []
+    for score, one in compared.items():
+        claim = [f"no claim: fewer than {MINIMUM_GROUP} {noun or 'samples'} of an outcome", "", "", ""]
+        if not math.isnan(one.auroc):
+            within = one.class_adjusted_gap
+            adjusted = "undefined" if math.isnan(within) else decimal(within, 3, signed=True)
+            verdict = describe_difference(one)
+            if verdict != NO_DIFFERENCE and not within * one.gap > 0.5 * one.gap**2:
+                verdict += ", which may be a difference between classes"
+            auroc = format_estimate(Estimate(one.auroc, one.low, one.high, 0))
+            claim = [auroc, decimal(one.gap, 3, signed=True), adjusted, verdict]
+        sizes = size(one.correct, one.correct_groups), size(one.incorrect, one.incorrect_groups)
+        rows.append([score, *sizes, *claim])
+    count = f"({noun})" if noun else ""
+    sizes = f"correct {count}".strip(), f"incorrect {count}".strip()
+    return Table(("score", *sizes, "AUROC", "gap", "class-adjusted gap", "correct against incorrect"), rows)
+
+
+def describe_difference(one: Comparison) -> str:
+    """Whether a score is higher or lower in correct predictions, if its AUROC's 95 % CI excludes 0.5."""
+    if one.low > 0.5 or one.high < 0.5:
+        return f"{'higher' if one.low > 0.5 else 'lower'} in correct predictions"
+    return NO_DIFFERENCE

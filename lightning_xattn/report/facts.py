@@ -33,9 +33,10 @@ def collect_facts(results: Results) -> dict[str, Any]:
     ``incorrect`` predictions, and reasons why numbers are ``undefined``, by name. Each sample has its own, and its
     ``interpretation``, see ``interpret_sample``.
 
-    A data set has its ``key_points`` in words. Its ``fusion`` has ``modalities``, ``subsets`` of samples, scores that
-    are compared between correct and incorrect predictions (``outcomes``), the faithfulness of the ``attention``, and
-    the most ``conflicting`` samples. Each of its ``layers`` has ``groups`` of samples and ``outcomes``.
+    A data set has its ``key_points`` in words. Its ``fusion`` has ``subsets`` of samples, each with the means of all
+    ``numbers`` of a `FusionSummary` and the ``shares`` of the modalities; scores that are compared between correct and
+    incorrect predictions (``outcomes``); the faithfulness of the ``attention``; and the most ``conflicting`` samples.
+    Each of its ``layers`` has ``groups`` of samples and ``outcomes``.
     """
     facts = _collect_dataset(results) if isinstance(results, DatasetResult) else _collect_batch(results)
     return cast(dict[str, Any], _as_json(facts))
@@ -44,20 +45,15 @@ def collect_facts(results: Results) -> dict[str, Any]:
 def _collect_batch(results: ExplainedBatch | dict[str, Any]) -> dict[str, Any]:
     samples = results["per_sample_explanations"]
     outcomes = [sample["correct"] for sample in samples]
-    among = results.get("dataset")
     return {
         "kind": "batch",
-        "class_names": results["class_names"],
-        "axes": results["axes"],
+        **{key: results[key] for key in ("class_names", "axes", "attention_stats", "modality_alignment")},
         "samples": len(samples),
         "correct": outcomes.count(True),
         "incorrect": outcomes.count(False),
-        "attention_stats": results["attention_stats"],
-        "modality_alignment": results["modality_alignment"],
         "undefined": undefined_in_batch(results),
         "per_sample_explanations": [
-            {**one, "undefined": undefined_in_sample(one), "interpretation": interpret_sample(one, among)}
-            for one in samples
+            {**one, "undefined": undefined_in_sample(one), "interpretation": interpret_sample(one)} for one in samples
         ],
     }
 
@@ -83,50 +79,36 @@ def _collect_dataset(result: DatasetResult) -> dict[str, Any]:
 
 
 def _collect_fusion(fusion: FusionSummary, class_names: Sequence[str]) -> dict[str, Any]:
-    has_contributions = not fusion.contribution_problem
-    has_shares = has_contributions and not fusion.is_regression
+    has_shares = not fusion.contribution_problem and not fusion.is_regression
+    # Of one sample, a standard error and a code, whose means say nothing.
+    means = [name for name in fusion.numbers if name != "followed" and not name.startswith("error/")]
 
-    def subset_facts(subset: Subset) -> dict[str, Any]:
+    def collect_subset(subset: Subset) -> dict[str, Any]:
         chosen = subset.chosen
         return {
             "group": subset.kind,
             "name": subset.name,
-            "conflict": fusion.estimate("conflict", *chosen),
-            "supports_first": fusion.estimate("supports_first", *chosen),
+            "numbers": {name: fusion.estimate(name, *chosen) for name in means},
             "shares": {name: fusion.share(name, *chosen) for name in fusion.modalities} if has_shares else None,
-            "opposed": fusion.estimate("opposed", *chosen) if has_shares else None,
         }
 
     return {
+        "modalities": fusion.modalities,
         "samples": fusion.samples,
         "groups": fusion.known_groups,
         "group_noun": fusion.group_noun,
         "nonfinite": fusion.nonfinite,
         "largest_class": fusion.largest_class,
-        "modalities": [
-            {
-                "name": name,
-                "probe_accuracy": fusion.estimate(f"right/{name}"),
-                "probe_problem": fusion.probe_problems.get(name, ""),
-                "contribution": fusion.estimate(f"phi/{name}") if has_shares else None,
-                "share": fusion.share(name) if has_shares else None,
-                "size": fusion.size(name) if has_contributions and fusion.is_regression else None,
-            }
-            for name in fusion.modalities
-        ],
-        "subsets": [*map(subset_facts, list_subsets(class_names))],
-        "only_probe_right": fusion.estimate("only_probe_right"),
+        "probe_problems": fusion.probe_problems,
         "contribution_problem": fusion.contribution_problem,
-        "interactions": {name: fusion.estimate(name) for name in fusion.interactions},
-        "emap_accuracy": fusion.estimate("additive_right") if has_shares else None,
-        "model_accuracy": fusion.estimate("model_right") if has_shares else None,
+        "sizes": None if fusion.contribution_problem else {name: fusion.size(name) for name in fusion.modalities},
+        "subsets": [*map(collect_subset, list_subsets(class_names))],
         "outcomes": {score: fusion.compare(score) for score in shown_scores(fusion)},
         "attention": [
             {
                 "direction": str(direction),
                 "faithfulness": fusion.faithfulness(direction),
                 "reference": fusion.faithfulness(direction, "reference"),
-                "cost": fusion.estimate(f"cost/{direction}"),
                 "faithfulness_problem": fusion.faithfulness_problem(direction),
                 "without_reference": one.without_reference,
                 "at_attention": one.at_attention,
@@ -158,23 +140,18 @@ def _collect_layer(summary: LayerSummary, class_names: Sequence[str]) -> dict[st
 
 
 def _collect_subset(summary: LayerSummary, subset: Subset) -> dict[str, Any]:
-    accuracy, (correct, incorrect) = estimate_accuracy(summary, subset), count_outcomes(summary, subset)
+    chosen, (correct, incorrect) = subset.chosen, count_outcomes(summary, subset)
     return {
         "group": subset.kind,
         "name": subset.name,
         "class_id": subset.class_id if subset.kind == "class" else None,
-        "samples": summary.size(*subset.chosen),
-        "groups": summary.groups(INVALID_ROWS, *subset.chosen) if summary.group_noun else None,
+        "samples": summary.size(*chosen),
+        "groups": summary.groups(INVALID_ROWS, *chosen) if summary.group_noun else None,
         "correct": correct,
         "incorrect": incorrect,
-        "accuracy": accuracy.mean,
-        "accuracy_low": accuracy.low,
-        "accuracy_high": accuracy.high,
+        "accuracy": estimate_accuracy(summary, subset),
         "numbers": {
-            str(column): {
-                **vars(estimate_mean(summary, column, subset)),
-                "std": summary.std(column, *subset.chosen),
-            }
+            str(column): vars(estimate_mean(summary, column, *chosen)) | {"std": summary.std(column, *chosen)}
             for column in summary.columns
             if column.head is None
         },

@@ -1,34 +1,32 @@
-"""An epoch's figures, and those of a data set: what the summaries say, handed to what draws it."""
+"""The figures of an epoch and of a data set: the numbers of the summaries, drawn."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from lightning_xattn.core.attention import Direction, TokenAxis, fitting_axes
+from lightning_xattn.core.attention import TokenAxis, fitting_axes
 from lightning_xattn.core.files import path_of
 from lightning_xattn.core.names import shown
-from lightning_xattn.core.wording import decimal, describe_size
-from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
+from lightning_xattn.core.wording import describe_size, name_modality
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.evaluation.statistics import ALIGNMENT, SCORES, STATISTICS, Column, shown_columns
-from lightning_xattn.functional.outcomes import BINS, CORRECT, INCORRECT
-from lightning_xattn.report.estimates import estimate_mean, list_subsets
-from lightning_xattn.report.key_points import format_auroc
+from lightning_xattn.functional.intervals import Estimate
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
+from lightning_xattn.report.estimates import estimate_mean
 
 # matplotlib takes a while to import, and not every run asks for figures.
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from lightning_xattn.visualizations import Mean, OutcomeSummary
 
 
 SHOWN_CLASSES = 10
@@ -74,37 +72,29 @@ def epoch_figures(
     context
         Where the numbers come from, for the titles, e.g. ``"val, epoch 3"``.
     """
-    # Imported here because matplotlib takes a while, and not every run asks for figures.
-    from lightning_xattn.visualizations import plot_class_attention, plot_head_entropy, plot_outcome_alignment
+    from lightning_xattn.visualizations import plot_class_attention, plot_class_comparison, plot_head_entropy
 
     names = list(class_names) or ["all samples"]
     grouping = classes_by if class_names else None
     ids = range(len(names))
     counts = [summary.size(class_id=i) for i in ids]
 
-    def draw_maps(
-        direction: Direction, maps: Tensor, sizes: list[int], of: list[str], classes_by: str | None
-    ) -> Figure:
+    outcomes = [summary.size(outcome=outcome) for outcome in (CORRECT, INCORRECT)]
+    for direction, maps in summary.maps.items():
+        by_outcome = summary.outcome_maps[direction][[CORRECT, INCORRECT]] if sum(outcomes) else maps[:0]
         _, queries, keys = maps.shape
         known = fitting_axes(axes, {direction.query: queries, direction.key: keys})
-        return plot_class_attention(
-            maps,
-            sizes,
-            of,
+        figure = plot_class_attention(
+            torch.cat([maps, by_outcome]),
+            [*counts, *outcomes][: len(maps) + len(by_outcome)],
+            [*names, "correct", "incorrect"][: len(maps) + len(by_outcome)],
             direction=str(direction),
             query_axis=known.get(direction.query),
             key_axis=known.get(direction.key),
-            classes_by=classes_by,
+            classes_by=grouping,
             context=f"{context}; {queries} {shown(direction.query)} queries ask {keys} {shown(direction.key)} keys",
         )
-
-    outcomes = [summary.size(outcome=outcome) for outcome in (CORRECT, INCORRECT)]
-    for direction, maps in summary.maps.items():
-        yield f"xattn_map/{scope}/{direction}", draw_maps(direction, maps, counts, names, grouping)
-        if sum(outcomes):
-            by_outcome = summary.outcome_maps[direction][[CORRECT, INCORRECT]]
-            figure = draw_maps(direction, by_outcome, outcomes, ["correct", "incorrect"], None)
-            yield f"xattn_map/{scope}/{direction}_by_outcome", figure
+        yield f"xattn_map/{scope}/{direction}", figure
     entropy = {
         str(direction): [
             [summary.mean(Column("entropy", direction, head), class_id=i) for head in range(heads)] for i in ids
@@ -115,20 +105,20 @@ def epoch_figures(
         f"xattn_entropy/{scope}/by_head",
         plot_head_entropy(entropy, counts, names, classes_by=grouping, context=context),
     )
-    if class_names and ALIGNMENT in summary.columns:
-        compared = summary.compare(ALIGNMENT)
-        figure = plot_outcome_alignment(
-            _alignment_of(summary, CORRECT),
-            _alignment_of(summary, INCORRECT),
-            torch.linspace(*SCORES[ALIGNMENT], BINS + 1),
-            (compared.auroc, compared.low, compared.high),
+    if class_names:
+        compared = dict(_compared_columns(summary))
+        figure = plot_class_comparison(
+            {
+                title: _estimate_groups(len(names), partial(estimate_mean, summary, column))
+                for title, column in compared.items()
+            },
             names,
-            null=summary.alignment_null,
+            nulls={title: summary.alignment_null for title, column in compared.items() if column == ALIGNMENT},
             classes_by=grouping,
             group_noun=summary.group_noun,
             context=context,
         )
-        yield f"xattn_alignment/{scope}/by_outcome", figure
+        yield f"xattn_about/{scope}/class_comparison", figure
 
 
 def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figure:
@@ -140,135 +130,85 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
     # Several validations of one epoch differ in their steps alone.
     unit = "epoch" if len({one["epoch"] for one in shown}) == len(shown) else "step"
     moments = [one[unit] for one in shown]
-
     # What is undefined in an epoch is not in its record.
     known = dict.fromkeys(name for one in shown for name in one)
 
     def over(name: str) -> list[float]:
         return [one.get(name, math.nan) for one in shown]
 
-    def curve(name: str, label: str) -> Curve:
-        return Curve(label, moments, over(name), over(f"{name}_low"), over(f"{name}_high"))
+    def draw_each(topic: str, names: Sequence[str] = ()) -> list[Curve]:
+        """The curves of a topic: those of these names, or all of it but for ends of intervals and parts."""
+        found = [name.removeprefix(topic) for name in known if name.startswith(topic)]
+        names = names or [one for one in found if "/" not in one and not one.endswith(("_low", "_high"))]
+        curves = {one: f"{topic}{one}" for one in names}
+        return [
+            Curve(one.removesuffix("_auroc"), moments, *(over(curve + end) for end in ("", "_low", "_high")))
+            for one, curve in curves.items()
+        ]
 
-    def by_outcome(topic: str) -> list[Curve]:
-        return [curve(f"{topic}/{name}", name) for name in ("correct", "incorrect")]
-
-    def of_each(topic: str) -> list[Curve]:
-        names = [name.removeprefix(topic) for name in known if name.startswith(topic)]
-        wanted = [name for name in names if "/" not in name and not name.endswith(("_low", "_high"))]
-        return [curve(f"{topic}{name}", name) for name in wanted]
-
-    scores = [name for name in ("confidence", "conflict", "alignment", "entropy") if f"outcome/{name}_auroc" in known]
+    outcomes = ("correct", "incorrect")
     panels = []
     if "alignment/all" in known:
         null = "null", over("alignment/null")
-        panels.append(Panel("alignment", by_outcome("alignment"), (-1, 1), null))
+        panels.append(Panel("alignment", draw_each("alignment/", outcomes), (-1, 1), null))
     if any(name.startswith("entropy/") for name in known):
-        panels.append(Panel("entropy", by_outcome("entropy"), (0, 1)))
+        panels.append(Panel("entropy", draw_each("entropy/", outcomes), (0, 1)))
     if "probed_samples" in known:
+        panels.append(Panel("conflict of the probes", draw_each("conflict/", outcomes), (0, 1)))
         largest = "largest class", over("largest_class")
-        panels.append(Panel("conflict of the probes", by_outcome("conflict"), (0, 1)))
-        panels.append(Panel("accuracy of each probe", of_each("probe/"), (0, 1), largest))
+        panels.append(Panel("accuracy of each probe", draw_each("probe/"), (0, 1), largest))
         if any(name.startswith("contribution/size/") for name in known):
-            panels.append(Panel("size of the contribution", of_each("contribution/size/"), (0, math.inf)))
+            panels.append(Panel("size of the contribution", draw_each("contribution/size/"), (0, math.inf)))
         else:
-            panels.append(Panel("share of the contribution", of_each("contribution/share/"), (-1, 2)))
-    told = Panel(
-        "higher in correct (AUROC)",
-        [curve(f"outcome/{score}_auroc", score) for score in scores],
-        (0, 1),
-        ("nothing", [0.5] * len(moments)),
-    )
-    panels += [told] if scores else []
+            panels.append(Panel("share of the contribution", draw_each("contribution/share/"), (-1, 2)))
+    scores = [f"{name}_auroc" for name in ("confidence", "conflict", "alignment", "entropy")]
+    if scores := [name for name in scores if f"outcome/{name}" in known]:
+        chance = "chance", [0.5] * len(moments)
+        panels.append(Panel("higher in correct (AUROC)", draw_each("outcome/", scores), (0, 1), chance))
     return plot_epochs(panels, unit=unit, context=context)
 
 
 def fusion_figures(
-    summary: FusionSummary,
-    scope: str,
-    class_names: Sequence[str],
-    *,
-    all_names: Sequence[str],
-    classes_by: str,
-    context: str,
+    summary: FusionSummary, scope: str, class_names: Sequence[str], *, classes_by: str, context: str
 ) -> Iterator[tuple[str, Figure]]:
-    """Draw what the modalities of an epoch say and contribute, where it can be told.
+    """Draw the share of each modality in the contributions, where shares are defined; parameters as `epoch_figures`."""
+    from lightning_xattn.visualizations import plot_class_comparison  # matplotlib, only where figures are wanted
 
-    Parameters as `epoch_figures`; ``all_names`` are those of all classes, where ``class_names`` are a few of them.
-    """
-    from lightning_xattn.visualizations import (
-        Mean,
-        SampleRow,
-        plot_conflict,
-        plot_conflicting_samples,
-        plot_contribution_shares,
-    )
+    if summary.contribution_problem or summary.is_regression:
+        return
 
-    def share(modality: str, class_id: int | None, outcome: int | None) -> Mean:
-        found = summary.share(modality, class_id, outcome)
-        return Mean(found.count, found.mean, found.low, found.high, found.groups)
+    def share(modality: str, class_id: int | None, outcome: int | None) -> Estimate:
+        one = summary.share(modality, class_id, outcome)
+        return replace(one, mean=100 * one.mean, low=100 * one.low, high=100 * one.high)
 
-    numbers = summary.numbers
-    known = (summary.outcomes == CORRECT) | (summary.outcomes == INCORRECT)
-    known &= numbers["conflict"].isfinite() & numbers["confidence"].isfinite()
-    if known.any():
-        compared = {score: summary.compare(score) for score in ("confidence", "conflict")}
-        claims = {
-            score: f"{score}: AUROC {format_auroc(one)}" for score, one in compared.items() if math.isfinite(one.auroc)
-        }
-        figure = plot_conflict(
-            numbers["conflict"][known],
-            numbers["confidence"][known],
-            summary.outcomes[known] == CORRECT,
-            claims=claims,
-            context=context,
-        )
-        yield f"xattn_conflict/{scope}/confidence", figure
-    if not summary.contribution_problem and not summary.is_regression:
-        shares = {
-            modality: (
-                [share(modality, class_id, None) for class_id in range(len(class_names))],
-                [share(modality, None, outcome) for outcome in (CORRECT, INCORRECT)],
+    figure = plot_class_comparison(
+        {
+            f"share of {name_modality(one)} (% of the contributions)": _estimate_groups(
+                len(class_names), partial(share, one)
             )
-            for modality in summary.modalities
-        }
-        yield (
-            f"xattn_contribution/{scope}/shares",
-            plot_contribution_shares(
-                shares,
-                class_names,
-                classes_by=classes_by if class_names else None,
-                group_noun=summary.group_noun,
-                context=context,
-            ),
-        )
-    rows = []
-    for i in most_conflicting(summary):
-        one = describe_modalities(summary, i, all_names)
-        true = "" if one.true is None else f"\ntrue: {one.true}"
-        title = f"{int(summary.sample_numbers[i])}: {one.predicted} ({decimal(one.confidence)}){true}"
-        rows.append(SampleRow(title, one.probes, one.contributions))
-    if rows:
-        yield f"xattn_conflict/{scope}/samples", plot_conflicting_samples(rows, context=context)
+            for one in summary.modalities
+        },
+        class_names,
+        limits=(-60, 160),  # an interval of few samples may reach far beyond any share
+        classes_by=classes_by if class_names else None,
+        group_noun=summary.group_noun,
+        context=context,
+    )
+    yield f"xattn_contribution/{scope}/shares", figure
 
 
 def dataset_figures(explained: DatasetResult) -> Iterator[tuple[str, Figure]]:
     """Draw a data set: a name that can be a file's, and the figure, one at a time.
 
-    Conflict against confidence, contributions, and the samples of largest conflict; mean attention of each class,
-    entropy of each head, alignment of correct against incorrect predictions, and what is compared by class and outcome
-    with its 95 % intervals. A second layer's names end with the layer.
+    Shares of the modalities in the contributions; mean attention of each class, entropy of each head, and what is
+    compared by class and outcome with its 95 % intervals. A second layer's names end with the layer.
     """
-    from lightning_xattn.visualizations import plot_class_comparison  # matplotlib, only where figures are wanted
-
-    all_names, explained = explained.class_names, limit_classes(explained)
+    explained = limit_classes(explained)
     names, classes_by, fusion = explained.class_names, explained.classes_by, explained.fusion
     if fusion is not None:
         context = describe_size(fusion.samples, fusion.known_groups, fusion.group_noun)
-        for tag, figure in fusion_figures(
-            fusion, "all", names, all_names=all_names, classes_by=classes_by, context=context
-        ):
-            yield tag.removeprefix("xattn_").replace("/all/", "_"), figure
+        for tag, figure in fusion_figures(fusion, "all", names, classes_by=classes_by, context=context):
+            yield _name_file(tag), figure
     for layer in limit_layers(list(explained.summaries)):
         summary = explained.summaries[layer]
         context = f"layer {shown(layer)}, {describe_size(summary.samples, summary.groups(), summary.group_noun)}"
@@ -276,14 +216,7 @@ def dataset_figures(explained: DatasetResult) -> Iterator[tuple[str, Figure]]:
         for tag, figure in epoch_figures(
             summary, "all", names, classes_by=classes_by, axes=explained.axes, context=context
         ):
-            yield tag.removeprefix("xattn_").replace("/all/", "_") + end, figure
-        if names:
-            quantities = {title: _means(summary, column) for title, column in _compared(summary)}
-            nulls = {title: summary.alignment_null for title, column in _compared(summary) if column == ALIGNMENT}
-            figure = plot_class_comparison(
-                quantities, names, nulls=nulls, classes_by=classes_by, group_noun=summary.group_noun, context=context
-            )
-            yield f"class_comparison{end}", figure
+            yield _name_file(tag) + end, figure
 
 
 def save_dataset_figures(explained: DatasetResult, folder: str | PathLike[str]) -> None:
@@ -295,36 +228,22 @@ def save_dataset_figures(explained: DatasetResult, folder: str | PathLike[str]) 
         save(figure, path.with_name(f"{path.name}.png"))
 
 
-def _compared(summary: LayerSummary) -> Iterator[tuple[str, Column]]:
+def _name_file(tag: str) -> str:
+    return tag.removeprefix("xattn_").removeprefix("about/all/").replace("/all/", "_")
+
+
+def _compared_columns(summary: LayerSummary) -> Iterator[tuple[str, Column]]:
     """The numbers that are compared between outcomes, with titles."""
     for score in SCORES:
         for column in shown_columns(score.statistic, summary.columns):
-            way = column.direction
-            asks = "" if way is None else f" {shown(way.query)} → {shown(way.key)}"
-            yield f"{score}{asks} ({STATISTICS[score.statistic].scale})", column
+            way = (
+                "" if column.direction is None else f" {shown(column.direction.query)} → {shown(column.direction.key)}"
+            )
+            yield f"{score}{way} ({STATISTICS[score.statistic].scale})", column
 
 
-def _means(summary: LayerSummary, column: Column) -> tuple[list[Mean], list[Mean]]:
-    """Of each class, and of each outcome."""
-    from lightning_xattn.visualizations import Mean
-
-    *classes, correct, incorrect = [
-        Mean(one.count, one.mean, one.low, one.high, one.groups)
-        for subset in list_subsets([""] * summary.n_classes)[1:]
-        for one in [estimate_mean(summary, column, subset)]
-    ]
-    return classes, [correct, incorrect]
-
-
-def _alignment_of(summary: LayerSummary, outcome: int) -> OutcomeSummary:
-    from lightning_xattn.visualizations import OutcomeSummary
-
-    ids = range(summary.n_classes)
-    return OutcomeSummary(
-        histogram=summary.histogram(ALIGNMENT, outcome),
-        mean=summary.mean(ALIGNMENT, outcome=outcome),
-        class_means=[summary.mean(ALIGNMENT, class_id=i, outcome=outcome) for i in ids],
-        class_intervals=[summary.interval(ALIGNMENT, class_id=i, outcome=outcome) for i in ids],
-        class_counts=[summary.count(ALIGNMENT, class_id=i, outcome=outcome) for i in ids],
-        groups=summary.groups(ALIGNMENT, outcome=outcome) if summary.group_noun else None,
-    )
+def _estimate_groups(
+    classes: int, estimate: Callable[[int | None, int | None], Estimate]
+) -> tuple[list[Estimate], list[Estimate]]:
+    """The estimates of each class, and of correct and of incorrect predictions."""
+    return [estimate(i, None) for i in range(classes)], [estimate(None, one) for one in (CORRECT, INCORRECT)]

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TypedDict
 
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.wording import decimal, describe_size, name_modality, say_interval
-from lightning_xattn.evaluation.fusion_summary import Estimate, FusionSummary
+from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import Comparison, LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.evaluation.statistics import SCORES, Column
-from lightning_xattn.functional.intervals import MINIMUM_GROUP
+from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
 from lightning_xattn.functional.shapley import MOSTLY
 from lightning_xattn.report.document import Items
-from lightning_xattn.report.estimates import Subset, count_outcomes, estimate_accuracy, format_percent
+from lightning_xattn.report.estimates import (
+    Subset,
+    count_outcomes,
+    describe_difference,
+    estimate_accuracy,
+    format_percent,
+)
 
 CONFIDENCE = "confidence"
 """The baseline that any other score has to beat."""
-
-
-class TrainingCounts(TypedDict):
-    """How many samples the model was trained on."""
-
-    samples: int
-    seen: int
-    """Samples that it was trained on."""
-    related: int | None
-    """Samples of whose group it was trained on others; None where groups are not known."""
 
 
 def key_points(result: DatasetResult) -> Items:
@@ -63,8 +58,11 @@ def _describe_samples(result: DatasetResult) -> str:
     return f"{size}; the model predicts {correct} of {correct + incorrect} correctly: {accuracy}."
 
 
-def count_training(result: DatasetResult) -> TrainingCounts | None:
-    """How many samples of the table the model was trained on; None where that is not known."""
+def count_training(result: DatasetResult) -> dict[str, int | None] | None:
+    """Numbers of ``samples`` of the table, ``seen`` by the model in training, and ``related``; None: not known.
+
+    Related samples are of groups of which the model was trained on others; None where groups are not known.
+    """
     if result.table is None or result.trained_on is None:
         return None
     from lightning_xattn.evaluation.table import read_rows  # pyarrow, only where a table is read
@@ -78,7 +76,7 @@ def count_training(result: DatasetResult) -> TrainingCounts | None:
     return {"samples": len(kinds), "seen": kinds.count("seen"), "related": related}
 
 
-def describe_training(counts: TrainingCounts | None) -> str:
+def describe_training(counts: dict[str, int | None] | None) -> str:
     """How many of the samples the model was trained on, with a warning where there are any."""
     if counts is None:
         return "it is not known which of these samples the model was trained on."
@@ -215,9 +213,7 @@ def describe_errors(compared: Mapping[str, Comparison]) -> str:
 
 def format_auroc(one: Comparison) -> str:
     """As ``0.76 (95 % CI 0.70 to 0.81; higher in correct predictions)``."""
-    way = "higher" if one.auroc >= 0.5 else "lower"
-    verdict = f"{way} in correct predictions" if _distance(one) > 0.5 else "no difference shown"
-    return f"{decimal(one.auroc)} (95 % CI {say_interval(one.low, one.high, 2)}; {verdict})"
+    return f"{decimal(one.auroc)} (95 % CI {say_interval(one.low, one.high, 2)}; {describe_difference(one)})"
 
 
 def _distance(one: Comparison) -> float:

@@ -13,8 +13,8 @@ from lightning_xattn.report.document import Block, Item, Items, Paragraph, Table
 from lightning_xattn.report.estimates import (
     GROUPED_BY,
     Subset,
+    compare_outcomes,
     count_outcomes,
-    describe_comparison,
     estimate_accuracy,
     estimate_mean,
     explain_brackets,
@@ -37,7 +37,8 @@ HOW_TO_READ_LAYER = (
     "the model attends the same way in every sample. The mean alignment minus this is specific to the sample.",
     "The AUROC is the chance that a correct prediction has a higher score than an incorrect one: 0.5 if the score "
     "does not separate them. The class-adjusted gap is the gap within each class, averaged over the classes with both "
-    "outcomes: classes differ in accuracy and in attention, and that alone makes a gap.",
+    "outcomes: classes differ in accuracy and in attention, and that alone makes a gap. The compared entropy is the "
+    "mean of the directions.",
 )
 
 _ACCURACY = {"target": "accuracy (recall)", "prediction": "accuracy (precision)", None: "accuracy"}
@@ -64,9 +65,8 @@ def describe_layer(
     yield explain_brackets(summary.group_noun)
     if any(SINGLE_KEY in reason for reason in undefined.values()):
         yield Paragraph(SINGLE_KEY_REMEDY)
-    compared = [_compare(summary, score) for score in shown_layer_scores(summary)]
-    if compared:
-        yield Items(compared, "Correct against incorrect predictions")
+    if compared := {str(score): summary.compare(score) for score in shown_layer_scores(summary)}:
+        yield compare_outcomes(compared, summary.group_noun)
     else:
         yield Paragraph("Correct and incorrect predictions are not compared: predictions or targets are not known.")
 
@@ -118,17 +118,10 @@ def _table_row(summary: LayerSummary, subset: Subset, columns: Sequence[Column])
     accuracy = estimate_accuracy(summary, subset)
     right = "" if math.isnan(accuracy.mean) else f"{format_percent(accuracy)} {correct}/{correct + incorrect}"
     cells = [subset.name, f"{samples}{groups}", right]
-    for one in (estimate_mean(summary, column, subset) for column in columns):
+    for one in (estimate_mean(summary, column, *subset.chosen) for column in columns):
         partial = f" n={one.count}" if 0 < one.count < samples else ""
         cells.append(format_estimate(one) + partial if samples else "")
     return cells
-
-
-def _compare(summary: LayerSummary, score: Column) -> Item:
-    # The table has the score of each direction.
-    both = "direction" in STATISTICS[score.statistic].levels and len(summary.heads) > 1
-    label = f"{score} (mean of both directions)" if both else str(score)
-    return describe_comparison(str(score), label, summary.compare(score), summary.group_noun)
 
 
 def name_direction(name: str, arrow: str = " → ") -> str:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Literal
 
-from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.wording import by_reason, name_modality
 from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.report.document import Block, Item, Items, Paragraph, Table
 from lightning_xattn.report.estimates import (
     GROUPED_BY,
-    describe_comparison,
+    compare_outcomes,
     explain_brackets,
     format_estimate,
     format_percent,
     list_subsets,
 )
-from lightning_xattn.report.key_points import describe_ranking, shown_scores
+from lightning_xattn.report.key_points import shown_scores
 
 HOW_TO_READ_MODALITIES = (
     "Probe: a linear probe predicts the class from what one modality brings into the fusion. No probe has seen the "
@@ -56,8 +57,6 @@ def describe_fusion(fusion: FusionSummary, class_names: Sequence[str], classes_b
     yield from _tabulate_subsets(fusion, class_names, classes_by)
     if whole := list(_describe_whole(fusion)):
         yield Items(whole, "Over all samples")
-    if fusion.replaced:
-        yield Items([_describe_direction(fusion, one) for one in fusion.replaced], "Faithfulness of the attention")
     if conflicting := most_conflicting(fusion):
         among = "" if fusion.contribution_problem else ", among those that were permuted"
         found = [
@@ -65,27 +64,26 @@ def describe_fusion(fusion: FusionSummary, class_names: Sequence[str], classes_b
             for i in conflicting
         ]
         yield Items(found, f"Samples of largest conflict{among}")
-    compared = [describe_comparison(one, one, fusion.compare(one), noun) for one in shown_scores(fusion)]
-    if compared:
-        yield Items(compared, "Correct against incorrect predictions, confidence first")
+    if compared := {score: fusion.compare(score) for score in shown_scores(fusion)}:
+        yield compare_outcomes(compared, noun)
 
 
 def _tabulate_modalities(fusion: FusionSummary) -> Table:
     directions = {direction.key: direction for direction in fusion.replaced}
 
     def probe(name: str) -> str:
-        return format_percent(fusion.estimate(f"right/{name}")) + (
-            " (not used)" if name in fusion.probe_problems else ""
-        )
+        accuracy = format_percent(fusion.estimate(f"right/{name}"))
+        return f"{accuracy} (not used)" if name in fusion.probe_problems else accuracy
 
-    def faithfulness(name: str) -> str:
-        direction = directions.get(name)
-        reason = "undefined" if direction is None else fusion.faithfulness_problem(direction)
-        if direction is None or reason:
-            return "bypassed" if reason.startswith("bypassed") else "undefined"
-        return format_estimate(fusion.faithfulness(direction), signed=True)
+    def faithfulness(name: str, order: Literal["gain", "reference"]) -> str:
+        if name in directions and fusion.faithfulness_problem(directions[name]).startswith("bypassed"):
+            return "bypassed"
+        return format_estimate(fusion.faithfulness(directions[name], order), signed=True) if name in directions else ""
 
-    columns = {"probe accuracy": probe}
+    def cost(name: str) -> str:
+        return format_estimate(fusion.estimate(f"cost/{directions[name]}")) if name in directions else ""
+
+    columns: dict[str, Callable[[str], str]] = {"probe accuracy": probe}
     if fusion.contribution_problem:
         pass
     elif fusion.is_regression:
@@ -94,7 +92,9 @@ def _tabulate_modalities(fusion: FusionSummary) -> Table:
         columns["contribution"] = lambda name: format_estimate(fusion.estimate(f"phi/{name}"), signed=True)
         columns["share"] = lambda name: format_percent(fusion.share(name))
     if directions:
-        columns["faithfulness"] = faithfulness
+        columns["faithfulness"] = partial(faithfulness, order="gain")
+        columns["faithfulness of the reference"] = partial(faithfulness, order="reference")
+        columns["cost of replacing all tokens"] = cost
     rows = [(name_modality(name), *(cell(name) for cell in columns.values())) for name in fusion.modalities]
     return Table(("modality", *columns), rows)
 
@@ -131,22 +131,3 @@ def _describe_whole(fusion: FusionSummary) -> Iterator[Item]:
         if additive.count:
             accuracies = f"{format_percent(additive)}, the model's {format_percent(model)}"
             yield "Accuracy if the modalities only added up (EMAP)", accuracies, ()
-
-
-def _describe_direction(fusion: FusionSummary, direction: Direction) -> Item:
-    label = f"{name_modality(direction.query)} → {name_modality(direction.key)}"
-    reason, replaced = fusion.faithfulness_problem(direction), fusion.replaced[direction]
-    if reason:
-        return label, f"not computed: {reason}", ()
-    ranking = describe_ranking(direction, fusion.faithfulness(direction), "")
-    reference = format_estimate(fusion.faithfulness(direction, "reference"), signed=True)
-    reference = (
-        f"no reference: {replaced.without_reference}" if replaced.without_reference else f"reference {reference}"
-    )
-    cost = format_estimate(fusion.estimate(f"cost/{direction}"))
-    where = "where the attention gets them" if replaced.at_attention else "where they enter the fusion"
-    return (
-        label,
-        f"{ranking}; {reference}",
-        [f"it costs {cost} to replace all {name_modality(direction.key)} tokens, {where}"],
-    )

@@ -12,8 +12,8 @@
     let count = 0;
     for (const sample of samples) {
       const fits =
-        ["true", "outcome", "training"].every((name) => {
-          const wanted = form.elements[name]?.value;
+        ["true", "outcome"].every((name) => {
+          const wanted = form.elements[name].value;
           return !wanted || sample.dataset[name] === wanted;
         }) &&
         (!words || sample.dataset.name.toLowerCase().includes(words));

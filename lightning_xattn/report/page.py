@@ -16,14 +16,7 @@ from lightning_xattn.report.document import Block, Document, Items, Paragraph, T
 
 _HERE = Path(__file__).parent
 
-TRAINING = {
-    "seen": "trained on",
-    "related": "trained on others of its group",
-    "new": "new to the model",
-}
-"""The values of `TrainingData.info` in words."""
-
-NUMBERS = ("confidence", "conflict", "alignment", "share")
+NUMBERS = ("confidence", "conflict", "alignment")
 """The numbers by which samples can be sorted, beside their order."""
 
 
@@ -57,13 +50,9 @@ class SampleEntry:
     """The known ones of ``NUMBERS``; NaN where undefined."""
     blocks: Sequence[Block] = ()
     pictures: Sequence[Picture] = ()
-    training: str = ""
-    """A value of `TrainingData.info`; empty where it is not known."""
 
 
-def as_page(
-    document: Document, figures: Sequence[Picture], samples: Sequence[SampleEntry], note: str, first: str = ""
-) -> str:
+def as_page(document: Document, figures: Sequence[Picture], samples: Sequence[SampleEntry], note: str) -> str:
     """The report as HTML.
 
     Parameters
@@ -76,15 +65,13 @@ def as_page(
         The samples to filter and to sort.
     note
         Why there is no list of samples, or not of all.
-    first
-        The modality whose share is one of the samples' numbers.
     """
     opening, *sections, last = [(one.title, "".join(map(block_as_html, one.blocks))) for one in document.sections]
     parts = [opening]
     if figures:
         parts.append(("Figures", f'<div class="figures">{"".join(map(_figure, figures))}</div>'))
     content = f"<p>{escape(note)}</p>" if note else ""
-    parts += [*sections, ("Samples", content + "".join(_list(samples, first) if samples else [])), last]
+    parts += [*sections, ("Samples", content + "".join(_list(samples) if samples else [])), last]
     ids = [f"part-{i}" if title != "Samples" else "samples" for i, (title, _) in enumerate(parts)]
     page = Template((_HERE / "page.html").read_text(encoding="utf-8"))
     return page.substitute(
@@ -134,25 +121,19 @@ def _figure(picture: Picture) -> str:
     return f'<figure>{caption}<img{kind} src="{source}" alt="{title}">{axis}</figure>'
 
 
-def _list(samples: Sequence[SampleEntry], first: str) -> Iterator[str]:
-    labels = {
-        name: f"share of {first}" if name == "share" else name
-        for name in NUMBERS
-        if any(math.isfinite(one.numbers.get(name, math.nan)) for one in samples)
-    }
+def _list(samples: Sequence[SampleEntry]) -> Iterator[str]:
+    known = [name for name in NUMBERS if any(math.isfinite(one.numbers.get(name, math.nan)) for one in samples)]
     orders = {"place up": "order of the data"}
-    for name, label in labels.items():
-        orders |= {f"{name} up": f"{label}, lowest first", f"{name} down": f"{label}, highest first"}
+    for name in known:
+        orders |= {f"{name} up": f"{name}, lowest first", f"{name} down": f"{name}, highest first"}
     yield '<form id="choose" hidden>'
     yield _select("true", "true class", {"": "all"} | {name: name for name in _each(one.true for one in samples)})
     yield _select("outcome", "outcome", {"": "all"} | {name: name for name in _each(one.outcome for one in samples)})
-    if kinds := _each(one.training for one in samples):
-        yield _select("training", "training", {"": "all"} | {one: TRAINING[one] for one in kinds})
     yield _select("order", "sort by", orders)
     yield '<div><label for="words">id contains</label><input id="words" name="words" type="search"></div>'
     yield '<button type="reset">show all</button><output id="shown" aria-live="polite"></output></form>'
     yield '<div id="list">'
-    yield from (_sample(one, labels) for one in samples)
+    yield from (_sample(one, known) for one in samples)
     yield "</div>"
 
 
@@ -165,19 +146,18 @@ def _select(name: str, label: str, options: Mapping[str, str]) -> str:
     return f'<div><label for="{name}">{label}</label><select id="{name}" name="{name}">{inside}</select></div>'
 
 
-def _sample(one: SampleEntry, labels: Mapping[str, str]) -> str:
-    numbers = {name: one.numbers.get(name, math.nan) for name in labels}
+def _sample(one: SampleEntry, known: Sequence[str]) -> str:
+    numbers = {name: one.numbers.get(name, math.nan) for name in known}
     data = "".join(f' data-{name}="{value if math.isfinite(value) else ""}"' for name, value in numbers.items())
     data += f' data-place="{one.place}" data-name="{escape(one.name)}"'
-    data += f' data-true="{escape(one.true)}" data-outcome="{one.outcome}" data-training="{one.training}"'
+    data += f' data-true="{escape(one.true)}" data-outcome="{one.outcome}"'
     classes = one.predicted + (f", true {one.true}" if one.true else "")
     more = f'<span class="outcome">{one.outcome}</span>' if one.outcome else ""
-    texts = [TRAINING[one.training]] if one.training else []
-    texts += [f"{labels[name]} {decimal(value)}" for name, value in numbers.items() if math.isfinite(value)]
+    texts = [f"{name} {decimal(value)}" for name, value in numbers.items() if math.isfinite(value)]
     more += "".join(f'<span class="number">{escape(text)}</span>' for text in texts)
     content = "".join([*map(block_as_html, one.blocks), *map(_figure, one.pictures)])
     return (
         f'<details class="sample {one.outcome}"{data}><summary><strong>{escape(one.name)}</strong>'
         f'<span class="classes">{escape(classes)}</span>{more}</summary>'
-        f'<div class="content">{content or "<p>Nothing more is known of it.</p>"}</div></details>'
+        f'<div class="content">{content or "<p>Nothing more is known about this sample.</p>"}</div></details>'
     )

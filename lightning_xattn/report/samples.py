@@ -38,27 +38,39 @@ _OUTCOMES = {True: "correct", False: "incorrect", None: ""}
 
 def list_dataset(result: DatasetResult, pictures: Pictures) -> Iterator[SampleEntry]:
     """The samples of its table, or without one those of its fusion; at most ``LISTED``, preferring those with maps."""
-    fusion, names = result.fusion, result.class_names
+    fusion, identities = result.fusion, dict[tuple[int, int], int]()
+    if fusion is not None:
+        pairs = zip(fusion.rows["process"].tolist(), fusion.sample_numbers.tolist(), strict=True)
+        identities = {identity: i for i, identity in enumerate(pairs)}
+    rows: Iterable[Mapping[str, Any]] = ({"process": rank, "sample_idx": number} for rank, number in sorted(identities))
     if result.table is not None:
         from lightning_xattn.evaluation.table import read_rows  # pyarrow, only where a table is read
 
-        # Of the process that wrote it, the only one there is.
-        numbers = [] if fusion is None else fusion.sample_numbers.tolist()
-        place_in_fusion = {number: i for i, number in enumerate(numbers)}
         rows = read_rows(result.table, next(iter(result.summaries), None))
-        for row in _choose_listed(rows, lambda row: (0, row["sample_idx"]) in result.maps):
-            i = place_in_fusion.get(row["sample_idx"])
-            known = _read_row(row, names) if fusion is None or i is None else describe_modalities(fusion, i, names)
-            yield _entry_of_row(row, known, result, pictures)
-    elif fusion is not None:
-        process = fusion.rows["process"]
-        several = len(process.unique()) > 1
-        identities = sorted(zip(process.tolist(), fusion.sample_numbers.tolist(), range(fusion.samples), strict=True))
-        for place, (rank, number, i) in enumerate(_choose_listed(identities, lambda one: one[:2] in result.maps)):
-            outcome = {CORRECT: True, INCORRECT: False}.get(int(fusion.outcomes[i]))
-            name = f"{number} of process {rank}" if several else str(number)
-            more = [*_maps_of(result, (rank, number)), *_shrink(pictures, name)]
-            yield _entry(place, name, describe_modalities(fusion, i, names), outcome, {}, more)
+    several = len({rank for rank, _ in identities}) > 1
+    # A table is of one process, the only one there is.
+    listed = _choose_listed(rows, lambda row: (row.get("process", 0), row["sample_idx"]) in result.maps)
+    for place, row in enumerate(listed):
+        identity = row.get("process", 0), row["sample_idx"]
+        i = identities.get(identity)
+        if fusion is not None and i is not None:
+            known = describe_modalities(fusion, i, result.class_names)
+            correct = {CORRECT: True, INCORRECT: False}.get(int(fusion.outcomes[i]))
+        else:
+            known, correct = _read_row(row, result.class_names), row["correct"]
+        name = str(row["sample_idx"]) if row.get("sample_id") is None else row["sample_id"]
+        name += f" of process {identity[0]}" if several else ""
+        alignment = math.nan if row.get("alignment") is None else row["alignment"]
+        yield SampleEntry(
+            place,
+            shown(name),
+            known.predicted or "no class",
+            known.true or "",
+            _OUTCOMES[correct],
+            {"confidence": known.confidence, "conflict": known.conflict, "alignment": alignment},
+            [Paragraph(str(known))] if known.probes or known.contributions else [],
+            [*_draw_maps(result, identity), *_shrink(pictures, name)],
+        )
 
 
 def _choose_listed(samples: Iterable[Item], has_maps: Callable[[Item], bool]) -> list[Item]:
@@ -68,51 +80,14 @@ def _choose_listed(samples: Iterable[Item], has_maps: Callable[[Item], bool]) ->
     return [whole[i] for i in sorted(chosen)]
 
 
-def _entry_of_row(
-    row: Mapping[str, Any], known: SampleModalities, result: DatasetResult, pictures: Pictures
-) -> SampleEntry:
-    place = row["sample_idx"]
-    label = str(place) if row.get("sample_id") is None else row["sample_id"]
-    numbers = {key: math.nan if row.get(key) is None else row[key] for key in ("confidence", "alignment")}
-    training = "" if result.trained_on is None else result.trained_on.info(row.get("sample_id"), row.get("group"))
-    more = [*_maps_of(result, (0, place)), *_shrink(pictures, label)]
-    return _entry(place, label, known, row["correct"], numbers, more, training)
-
-
 def _read_row(row: Mapping[str, Any], names: Sequence[str]) -> SampleModalities:
-    """The classes of a sample that the fusion has not."""
+    """The classes of a sample that the fusion lacks."""
     predicted, true = (
         None if one is None else names[one] if one < len(names) else str(one)
         for one in (row["prediction"], row["target"])
     )
     confidence = math.nan if row.get("confidence") is None else row["confidence"]
     return SampleModalities(math.nan, {}, predicted, true, confidence, {}, None)
-
-
-def _entry(
-    place: int,
-    name: str,
-    known: SampleModalities,
-    correct: bool | None,
-    numbers: Mapping[str, float],
-    pictures: Sequence[Picture],
-    training: str = "",
-) -> SampleEntry:
-    phi = list(known.contributions.values())
-    # Contributions to a value rather than a class may add up to anything.
-    is_share = known.predicted is not None and bool(phi) and min(phi) >= 0 and sum(phi) > 0
-    share = phi[0] / sum(phi) if is_share else math.nan
-    return SampleEntry(
-        place,
-        shown(name),
-        known.predicted or "no class",
-        known.true or "",
-        _OUTCOMES[correct],
-        {"confidence": known.confidence, "conflict": known.conflict, "share": share, **numbers},
-        [Paragraph(str(known))] if known.probes or known.contributions else [],
-        pictures,
-        training,
-    )
 
 
 def list_batch(results: ExplainedBatch | dict[str, Any], pictures: Pictures) -> Iterator[SampleEntry]:
@@ -132,12 +107,12 @@ def list_batch(results: ExplainedBatch | dict[str, Any], pictures: Pictures) -> 
             sample["true_name"] or ("" if sample["true_class"] is None else str(sample["true_class"])),
             _OUTCOMES[sample["correct"]],
             {key: math.nan if value is None else float(value) for key, value in numbers.items()},
-            [describe_sample(sample, results.get("dataset"))],
+            [describe_sample(sample)],
             [*drawn, *_shrink(pictures, name)],
         )
 
 
-def _maps_of(result: DatasetResult, identity: tuple[int, int]) -> Iterator[Picture]:
+def _draw_maps(result: DatasetResult, identity: tuple[int, int]) -> Iterator[Picture]:
     for direction, values in result.maps.get(identity, {}).items():
         yield _map(direction, values, result.axes)
 

@@ -8,20 +8,10 @@ directions differ in shape, line or hatching as well as in colour. An undefined 
 the scale. Every figure is also written to ``save_path`` where that is given.
 """
 
-from lightning_xattn.visualizations.comparison import Mean, plot_class_comparison
-from lightning_xattn.visualizations.epoch import (
-    OutcomeSummary,
-    plot_class_attention,
-    plot_head_entropy,
-    plot_outcome_alignment,
-)
-from lightning_xattn.visualizations.heads import plot_head_alignment_matrix, plot_head_contributions
-from lightning_xattn.visualizations.modalities import (
-    SampleRow,
-    plot_conflict,
-    plot_conflicting_samples,
-    plot_contribution_shares,
-)
+from lightning_xattn.functional.intervals import Estimate
+from lightning_xattn.visualizations.comparison import plot_class_comparison
+from lightning_xattn.visualizations.epoch import plot_class_attention, plot_head_entropy
+from lightning_xattn.visualizations.heads import plot_head_contributions
 from lightning_xattn.visualizations.output import map_picture, render, svg_picture
 from lightning_xattn.visualizations.overview import Curve, Panel, plot_epochs
 from lightning_xattn.visualizations.sample import (
@@ -32,24 +22,17 @@ from lightning_xattn.visualizations.sample import (
 
 __all__ = [
     "Curve",
-    "Mean",
-    "OutcomeSummary",
+    "Estimate",
     "Panel",
-    "SampleRow",
     "map_picture",
     "plot_attention_heatmap",
     "plot_class_attention",
     "plot_class_comparison",
-    "plot_conflict",
-    "plot_conflicting_samples",
-    "plot_contribution_shares",
     "plot_cross_modal_attention",
     "plot_epochs",
-    "plot_head_alignment_matrix",
     "plot_head_contributions",
     "plot_head_entropy",
     "plot_modality_alignment",
-    "plot_outcome_alignment",
     "render",
     "svg_picture",
 ]

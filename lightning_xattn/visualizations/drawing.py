@@ -35,6 +35,26 @@ HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 UNDEFINED: dict[str, Any] = {"facecolor": "0.93", "edgecolor": "0.7", "hatch": "///", "linewidth": 0}
 
 
+NULL: dict[str, Any] = {"color": "0.25", "linestyle": ":", "linewidth": 1.6}
+"""Style of the line that a number is compared with."""
+
+_GROUPS = {"target": " per true class", "prediction": " per predicted class", None: ""}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How samples of one kind are drawn: fill, line and marker differ, not colour alone, so that print shows it."""
+
+    colour: str
+    is_filled: bool
+    line: Literal["-", "--"]
+    marker: str
+
+
+LOOKS = {"correct": Look("#0072B2", True, "-", "o"), "incorrect": Look("#C04A00", False, "--", "s")}
+"""By outcome."""
+
+
 @dataclass(frozen=True, eq=False)
 class MapAxis:
     """One axis of a map: its title, the ``(tokens + 1,)`` edges of its cells, the tokens' names if any."""
@@ -76,13 +96,12 @@ class MapAxis:
         return (max(text_inches(name, 9) for name in self.names) + 0.08) * len(self.names) > inches
 
 
-def place_tokens(role: str, modality: str | None, count: int, axis: TokenAxis | None) -> MapAxis:
-    """Place the tokens of a map's axis; ``role`` is ``"query"`` or ``"key"``, a modality may have no name."""
+def place_tokens(role: str, modality: str, count: int, axis: TokenAxis | None) -> MapAxis:
+    """Place the tokens of a map's axis; ``role`` is ``"query"`` or ``"key"``, a nameless modality too."""
     numbered = np.arange(count + 1) - 0.5
     if axis is None:
-        return MapAxis(
-            f"{role}: {shown(modality, LONGEST_NAME)} token" if modality else f"{role} token", numbered, whole=True
-        )
+        name = f"{role} token" if modality == role else f"{role}: {shown(modality, LONGEST_NAME)} token"
+        return MapAxis(name, numbered, whole=True)
     if len(axis) != count:
         raise ShapeError(f"The {role} axis '{axis.title}' has {len(axis)} tokens, the maps have {count}.")
     title = f"{role}: {axis.title}"
@@ -104,6 +123,13 @@ def count_classes(class_names: Sequence[str]) -> int:
     if not class_names:
         raise SettingError("The name of at least one class is needed; got none.")
     return len(class_names)
+
+
+def per_group(classes_by: str | None) -> str:
+    """The end of a title that names what the classes are."""
+    if classes_by not in _GROUPS:
+        raise SettingError(f"'classes_by' must be one of 'target', 'prediction', None; got '{classes_by}'.")
+    return _GROUPS[classes_by]
 
 
 def as_array(name: str, values: ArrayLike, **axes: int | None) -> NDArray[Any]:

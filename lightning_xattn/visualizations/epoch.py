@@ -1,31 +1,27 @@
-"""The figures of an epoch: mean maps per class, entropy of each head, alignment by outcome."""
+"""The figures of an epoch's attention: mean maps per class, and the entropy of each head."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Literal
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from lightning_xattn.core.attention import Direction, TokenAxis
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.names import shown
-from lightning_xattn.core.wording import SINGLE_KEY, decimal
-from lightning_xattn.functional.intervals import MINIMUM_GROUP
+from lightning_xattn.core.wording import SINGLE_KEY
 from lightning_xattn.visualizations.drawing import (
     LONGEST_NAME,
     arrow,
     as_array,
     count_classes,
     draw_mesh,
+    per_group,
     place_tokens,
     print_value,
     text_inches,
@@ -35,56 +31,7 @@ from lightning_xattn.visualizations.drawing import (
 )
 from lightning_xattn.visualizations.lifts import lift_scale
 from lightning_xattn.visualizations.output import save
-from lightning_xattn.visualizations.pages import (
-    LINE,
-    MARGIN,
-    NUMBERS,
-    PAGE_WIDTH,
-    RIGHT,
-    SMALL,
-    Page,
-    RowNames,
-    cut_key,
-    mark_cut,
-)
-
-_GROUPS = {"target": " per true class", "prediction": " per predicted class", None: ""}
-_HISTOGRAM_BARS = 40
-# Alignments closer together than this are drawn close together instead of being zoomed apart.
-_NARROWEST_ALIGNMENT_RANGE = 0.05
-
-
-@dataclass(frozen=True, eq=False)
-class OutcomeSummary:
-    """The alignment of the samples of one outcome (predicted correctly, or incorrectly).
-
-    Parameters
-    ----------
-    histogram
-        ``(bins,)`` number of samples in each bin of alignment.
-    mean
-        Mean alignment, in [-1, 1]; NaN without a sample.
-    class_means
-        ``(classes,)`` mean alignment within each class; NaN without a sample.
-    class_intervals
-        ``(classes, 2)`` ends of their 95 % intervals; NaN where there is none.
-    class_counts
-        ``(classes,)`` number of samples behind them.
-    groups
-        How many groups (patients, recordings) the samples belong to, where this is known.
-
-    Examples
-    --------
-    >>> OutcomeSummary([3, 1], mean=-0.25, class_means=[-0.25], class_intervals=[(-0.8, 0.3)], class_counts=[4]).mean
-    -0.25
-    """
-
-    histogram: ArrayLike
-    mean: float
-    class_means: ArrayLike
-    class_intervals: ArrayLike
-    class_counts: ArrayLike
-    groups: int | None = None
+from lightning_xattn.visualizations.pages import LINE, MARGIN, NUMBERS, PAGE_WIDTH, RIGHT, SMALL, Page, RowNames
 
 
 def plot_class_attention(
@@ -259,186 +206,3 @@ def plot_head_entropy(
     if any(np.isnan(values).any() for values in panels.values()):
         page.legend([undefined_key("no samples, or a single key to attend to")])
     return save(page.finish(), save_path)
-
-
-def plot_outcome_alignment(
-    correct: OutcomeSummary,
-    incorrect: OutcomeSummary,
-    edges: ArrayLike,
-    auroc: tuple[float, float, float],
-    class_names: Sequence[str],
-    *,
-    null: float = math.nan,
-    classes_by: str | None = "target",
-    group_noun: str | None = None,
-    context: str = "",
-    save_path: str | PathLike[str] | None = None,
-) -> Figure:
-    """Draw how the alignment of correctly predicted samples differs from that of the others.
-
-    Above, the density of each outcome (area 1) over the occupied range and the null, whole fine bins summed into about
-    40 bars, and lines at the means. Below, on the same axis, the mean of each class with its 95 % interval; an arrow at
-    the edge says that an interval goes on beyond it.
-
-    Parameters
-    ----------
-    correct, incorrect
-        The two outcomes.
-    edges
-        ``(bins + 1,)`` ascending edges of the histograms' bins, usually from -1 to 1.
-    auroc
-        Probability that a correct sample is the better aligned one, and the ends of its 95 % interval. NaN where too
-        few samples allow no claim, and the figure says so.
-    class_names
-        A name for each class.
-    null
-        Mean alignment between different samples, what habit alone gives; NaN: not known, and not drawn.
-    classes_by
-        What the classes are: ``"target"`` (true class), ``"prediction"`` (predicted class) or None (no classes).
-    group_noun
-        What the intervals are by, such as ``"patients"``; None: by sample.
-    context
-        Where the numbers come from, for the title, e.g. ``"val, epoch 3, layer fusion"``.
-    save_path
-        Also write the figure there (PNG, PDF, SVG and others, by suffix).
-
-    Raises
-    ------
-    ShapeError
-        If the arrays and the names do not fit each other.
-    SettingError
-        If there is no class, or ``classes_by`` or the suffix of ``save_path`` is not one.
-
-    Examples
-    --------
-    >>> correct = OutcomeSummary([10, 30], 0.25, [0.25], [(0.1, 0.4)], [40])
-    >>> incorrect = OutcomeSummary([15, 15], 0.0, [0.0], [(-0.2, 0.2)], [30])
-    >>> auroc = 0.625, 0.5, 0.74
-    >>> figure = plot_outcome_alignment(correct, incorrect, [-1, 0, 1], auroc, ["cat"], save_path="outcomes.png")
-    >>> Path("outcomes.png").is_file()
-    True
-    """
-    classes, bounds = count_classes(class_names), as_array("edges", edges, edges=None)
-    outcomes = {"correct": correct, "incorrect": incorrect}
-    histograms = np.stack(
-        [as_array(f"{name} histogram", outcome.histogram, bins=len(bounds) - 1) for name, outcome in outcomes.items()]
-    )
-    bars, bar_edges = _readable_bars(histograms, bounds)
-
-    samples = [as_array(f"{name} class_counts", one.class_counts, classes=classes) for name, one in outcomes.items()]
-    rows = RowNames.of(class_names, [f"{int(right)}/{int(wrong)}" for right, wrong in zip(*samples, strict=True)])
-    page = Page("Alignment of correct against incorrect predictions", context)
-    page.write(_claim(*auroc, group_noun))
-    (above,) = page.row(1.7, left=rows.left, above=0.08)
-    page.skip(0.12)
-    page.write(f"Mean{per_group(classes_by)}, with its {interval_by(group_noun)} (correct/incorrect samples)")
-    (below,) = page.row(1.2 * rows.height, left=rows.left, above=0.04, below=NUMBERS + LINE)
-    for ax in (above, below):
-        ax.grid(axis="x", color="0.9")
-    above.set_ylabel("density", fontsize=SMALL)
-    below.set_xlabel("alignment of the two directions (Pearson r)", fontsize=SMALL, labelpad=1)
-    rows.label(below)
-    handles: list[Artist] = []
-    if histograms.any():
-        seen = [end for end in (*bar_edges[[0, -1]], null) if math.isfinite(end)]
-        margin = 0.02 * (max(seen) - min(seen))
-        for ax in (above, below):
-            ax.set_xlim(min(seen) - margin, max(seen) + margin)
-    else:
-        write_note(above, "no sample with a defined alignment", SMALL)
-    few = is_cut = False
-    for (name, outcome), counts, of_class in zip(outcomes.items(), bars, samples, strict=True):
-        look, total = LOOKS[name], int(counts.sum())
-        face = look.colour if look.filled else "white"
-        label = f"{name} (no samples)"
-        if total:
-            size = f"{total}" if outcome.groups is None else f"{total} of {outcome.groups} {group_noun or 'groups'}"
-            label = f"{name} (n = {size}, mean {decimal(outcome.mean, 3)})"
-            density = counts / (total * np.diff(bar_edges))
-            alpha = 0.35 if look.filled else 1.0
-            above.stairs(density, bar_edges, color=look.colour, fill=look.filled, alpha=alpha, linewidth=1.2)
-            above.axvline(outcome.mean, color=look.colour, linestyle=look.line, linewidth=1.6)
-        means = as_array(f"{name} class_means", outcome.class_means, classes=classes)
-        ends = as_array(f"{name} class_intervals", outcome.class_intervals, classes=classes, ends=2)
-        few |= bool((np.isnan(ends).any(axis=1) & (of_class > 0)).any())
-        places = np.arange(classes) + look.offset
-        below.errorbar(
-            means,
-            places,
-            xerr=np.abs(np.transpose(ends) - means),
-            fmt=look.marker,
-            color=look.colour,
-            markerfacecolor=face,
-            markersize=4.5,
-            capsize=2.5,
-        )
-        is_cut |= mark_cut(below, "x", places, ends[:, 0], ends[:, 1], look.colour)
-        key = Line2D([], [], color=look.colour, linestyle=look.line, linewidth=1.6, label=label)
-        key.set(marker=look.marker, markerfacecolor=face, markersize=4.5)
-        handles.append(key)
-    if math.isfinite(null):
-        for ax in (above, below):
-            ax.axvline(null, **NULL)
-        handles.append(Line2D([], [], **NULL, label=f"null: different samples ({decimal(null, 3)})"))
-    page.legend([*handles, *([cut_key()] if is_cut else [])])
-    if few:
-        page.write(f"No interval: fewer than {MINIMUM_GROUP} {group_noun or 'samples'}.")
-    return save(page.finish(), save_path)
-
-
-@dataclass(frozen=True)
-class Look:
-    """How an outcome is drawn: fill, line and marker differ, not colour alone, so that print shows it."""
-
-    colour: str
-    filled: bool
-    line: Literal["-", "--"]
-    marker: str
-    offset: float
-
-
-NULL: dict[str, Any] = {"color": "0.25", "linestyle": ":", "linewidth": 1.6}
-"""What an alignment has to differ from to say anything."""
-
-LOOKS = {
-    "correct": Look("#0072B2", True, "-", "o", -0.15),
-    "incorrect": Look("#C04A00", False, "--", "s", 0.15),
-}
-
-
-def per_group(classes_by: str | None) -> str:
-    """End a title with what the classes are."""
-    if classes_by not in _GROUPS:
-        raise SettingError(f"'classes_by' must be one of 'target', 'prediction', None; got '{classes_by}'.")
-    return _GROUPS[classes_by]
-
-
-def interval_by(group_noun: str | None) -> str:
-    """Name the interval."""
-    return "95 % CI" + (f" by {group_noun}" if group_noun else "")
-
-
-def _claim(auroc: float, low: float, high: float, group_noun: str | None) -> str:
-    """The AUROC of alignment with its interval, or why it is not computed."""
-    if math.isnan(auroc):
-        return f"No AUROC (fewer than {MINIMUM_GROUP} {group_noun or 'samples'} of an outcome: nothing claimed)"
-    ends = f"{interval_by(group_noun)} {low:.3f} to {high:.3f}"
-    return f"AUROC {auroc:.3f}, {ends} (0.5: alignment does not separate them)"
-
-
-def _readable_bars(histograms: NDArray[Any], edges: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Sum whole fine bins over the occupied range into about 40 bars: ``(outcomes, bars)`` and edges."""
-    occupied = np.flatnonzero(histograms.any(axis=0))
-    if not occupied.size:
-        return np.zeros((len(histograms), 1)), edges[[0, -1]]
-    first, last = occupied[0], occupied[-1] + 1
-    spare = (_NARROWEST_ALIGNMENT_RANGE - (edges[last] - edges[first])) / 2
-    if spare > 0:
-        first = max(np.searchsorted(edges, edges[first] - spare, "right") - 1, 0)
-        last = min(np.searchsorted(edges, edges[last] + spare), len(edges) - 1)
-    # Bars of one width: a narrower last one would stand out by its density alone.
-    width = math.ceil((last - first) / _HISTOGRAM_BARS)
-    bars = math.ceil((last - first) / width)
-    last = min(first + bars * width, len(edges) - 1)
-    starts = np.arange(max(last - bars * width, 0), last, width)
-    return np.add.reduceat(histograms[:, :last], starts, axis=1), edges[np.r_[starts, last]]

@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lightning_xattn.core.errors import SettingError
-from lightning_xattn.visualizations.drawing import HUES, wrap, write_note
-from lightning_xattn.visualizations.epoch import LOOKS, NULL
+from lightning_xattn.visualizations.drawing import HUES, LOOKS, NULL, wrap, write_note
 from lightning_xattn.visualizations.output import save
 from lightning_xattn.visualizations.pages import BESIDE, LARGE, LINE, NUMBERS, SMALL, Page, cut_key, mark_cut
 
@@ -114,7 +113,7 @@ def _draw(ax: Axes, panel: Panel) -> list[Artist]:
         look = LOOKS.get(curve.name)
         colour = look.colour if look else HUES[place % len(HUES)]
         line, marker = (look.line, look.marker) if look else (_DASHES[place % len(_DASHES)], "o^sD"[place % 4])
-        face = "white" if look and not look.filled else colour
+        face = "white" if look and not look.is_filled else colour
         style: dict[str, Any] = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4.5}
         handles += ax.plot(x, y, label=curve.name, markerfacecolor=face, **style)
         ends += y[np.isfinite(y)].tolist()

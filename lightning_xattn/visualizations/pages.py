@@ -220,14 +220,9 @@ class RowNames:
         return max(text_inches(label, SMALL) for label in self.labels) + 0.15
 
     @property
-    def row_height(self) -> float:
-        """Inches of a row that holds any of them."""
-        return LINE * max(len(label.splitlines()) for label in self.labels) + 0.08
-
-    @property
     def height(self) -> float:
-        """Inches of all rows."""
-        return self.row_height * len(self.labels)
+        """Inches of all rows, which are equally high."""
+        return len(self.labels) * (LINE * max(len(label.splitlines()) for label in self.labels) + 0.08)
 
     def label(self, ax: Axes) -> None:
         """Name the rows of a panel, the first at the top."""

@@ -22,7 +22,6 @@ from lightning_xattn.functional import (
     best_head_matching,
     head_alignment,
     head_alignment_matrix,
-    lift,
     lift_map,
     prepare_rows,
 )
@@ -31,7 +30,6 @@ from lightning_xattn.visualizations.drawing import (
     WIDTH,
     arrow,
     new_figure,
-    place_tokens,
     set_title,
     show_key,
     undefined_key,
@@ -183,23 +181,16 @@ def plot_attention_heatmap(
     check_sample(sample_idx, len(weights))
     heads = weights.shape[1]
     check_head(head, heads)
-    sides = None if direction is None else Direction.parse(direction)
-    rows = prepare_rows(Attention(sides or Direction("query", "key"), weights))
+    sides = Direction("query", "key") if direction is None else Direction.parse(direction)
+    rows = prepare_rows(Attention(sides, weights if head is None else weights[:, head : head + 1]))
     warn_of_broken_rows(rows)
-    lifts = (lift_map(rows) if head is None else lift(rows)[:, head])[sample_idx].numpy()
-    queries = place_tokens("query", sides.query if sides else None, weights.shape[2], query_axis)
-    keys = place_tokens("key", sides.key if sides else None, weights.shape[3], key_axis)
-    values, across, down = lie_along(lifts, queries, keys)
-
-    fig = new_figure(WIDTH, down.height + 2.0)
-    ax = fig.subplots()
-    scale = lift_scale(values)
-    draw_lift_map(ax, values, across, down, scale, says_nothing(rows, lifts, sample_idx))
-    label_panel(ax, across, down, _PANELS_WIDTH, down.height)
-    shown = f"head {head}" if head is not None else "mean over heads" if heads > 1 else ""
-    ax.set_title(", ".join(filter(None, (shown, lift_range(lifts)))), fontsize=10)
-    draw_lift_bar(fig, np.array([ax]), scale, f"{LIFT}\n(line: 1, uniform)")
-    if np.isnan(lifts).any():
+    given = {sides.query: query_axis, sides.key: key_axis}
+    item = _SampleMap(rows, sample_idx, {side: axis for side, axis in given.items() if axis is not None})
+    which = f"head {head}" if head is not None else "mean over heads" if heads > 1 else ""
+    item.title = ", ".join(filter(None, (which, item.range)))
+    fig = new_figure(WIDTH, item.down.height + 2.0)
+    _draw_maps(fig, np.array([fig.subplots()]), [item], _PANELS_WIDTH, item.down.height)
+    if _has_gaps([item]):
         show_key(fig, undefined_key(NO_LIFT))
     set_title(fig, title, "")
     return save(fig, save_path)
@@ -270,13 +261,14 @@ def plot_modality_alignment(
 
 
 class _SampleMap:
-    """One sample's head-averaged map of one direction, laid along, with all that its panel says."""
+    """One sample's head-averaged map of one direction, laid along, with the texts of its panel."""
 
     def __init__(self, rows: Rows, sample: int, axes: Mapping[str, TokenAxis] | None) -> None:
         lifts = lift_map(rows)[sample].numpy()
         self.values, self.across, self.down = lie_along(lifts, *place_pair(rows, axes))
         self.note = says_nothing(rows, lifts, sample)
-        self.title = f"{arrow(rows.direction)} ({lift_range(lifts)})"
+        self.range = lift_range(lifts)
+        self.title = f"{arrow(rows.direction)} ({self.range})"
 
 
 def _draw_maps(fig: Figure, panels: NDArray[Any], maps: list[_SampleMap], width: float, height: float) -> None:
@@ -310,19 +302,17 @@ def _draw_bars(ax: Axes, values: NDArray[Any], names: list[str], matched: bool) 
             ax.text(place, 0, "undefined", rotation=90, fontsize=9, ha="center", va="center")
             continue
         level = "high (> 0.5)" if value > _HIGH else "disagree (< 0)" if value < 0 else "medium"
-        ax.bar(place, value, width=0.8, edgecolor="black", **_AGREEMENT[level])
-        above = value >= 0
-        text = ax.annotate(decimal(value), (place, value), (0, 3 if above else -3), textcoords="offset points")
-        text.set(fontsize=9, ha="center", va="bottom" if above else "top")
-        text.set_bbox({"facecolor": "white", "linewidth": 0, "pad": 0.5})
+        bar = ax.bar(place, value, width=0.8, edgecolor="black", **_AGREEMENT[level])
+        for text in ax.bar_label(bar, [decimal(value)], padding=3, fontsize=9):
+            text.set_bbox({"facecolor": "white", "linewidth": 0, "pad": 0.5})
     ax.axhline(0, color="black", linewidth=0.8)
     ax.axhline(_HIGH, color="0.4", linewidth=0.8, linestyle="--")
     ax.set(xlim=(-0.6, len(values) - 0.4), ylim=(-1.2, 1.2), yticks=[-1, -0.5, 0, 0.5, 1], ylabel="Pearson r")
     ax.set_xticks(range(len(values)), names)
     ax.set_xlabel("head of one direction, head of the other" if matched else "head")
-    ax.set_title(
+    title = (
         "The directions have different numbers of heads: the best one-to-one pairs"
         if matched
-        else "Each head with the head of the same number in the other direction",
-        fontsize=10,
+        else "Each head with the head of the same number in the other direction"
     )
+    ax.set_title(title, fontsize=10)

@@ -13,10 +13,9 @@ from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.callback import epoch_log as epoch_log_module
 from lightning_xattn.core.errors import XAttnWarning
 from lightning_xattn.evaluation.curves import mean_curves
-from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
-from lightning_xattn.evaluation.results import REST, DatasetResult
+from lightning_xattn.evaluation.results import REST
 from lightning_xattn.evaluation.statistics import ALIGNMENT
-from lightning_xattn.report.figures import dataset_figures, overview_figure
+from lightning_xattn.report.figures import overview_figure
 from tests.messages import tells
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader, validate
 
@@ -183,39 +182,6 @@ def test_models_with_one_direction_have_curves_of_correct_and_incorrect():
     with pytest.warns(XAttnWarning, match="without text_to_audio, so there is no alignment"):
         logged = validate(OneWay(), AttentionExplainabilityCallback(), toy_loader())
     assert all(math.isfinite(logged[f"xattn_entropy/val/{name}"]) for name in ("correct", "incorrect"))
-
-
-def test_single_samples_keep_their_classes_where_few_are_shown():
-    generator = torch.Generator().manual_seed(0)
-    target = torch.arange(280) % MANY
-    corners = 3 * torch.randn(MANY, 5, generator=generator)
-    noise = torch.randn(2, 280, 5, generator=generator)
-
-    class Sum(nn.Module):
-        def forward(self, left, right):
-            return torch.cat([left, right], dim=1)
-
-    class Two(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.fusion, self.head = Sum(), nn.Linear(10, MANY)
-
-        def validation_step(self, batch, batch_idx):
-            left, right, target = batch
-            return {"logits": self.head(self.fusion(left, right)), "targets": target}
-
-    shown = torch.where(torch.arange(280) < 200, target, (target + 1) % MANY)
-    data = TensorDataset(corners[target] + noise[0], corners[shown] + noise[1], target)
-    names = [f"c{i:02}" for i in range(MANY)]
-    watch = AttentionExplainabilityCallback(fusion="fusion", modalities={"left": 0, "right": 1}, class_names=names)
-    quiet_trainer(callbacks=[watch]).validate(Two(), DataLoader(data, 40), verbose=False)
-    summary = watch.fusion_summaries["val"]
-    result = DatasetResult({}, summary, tuple(names), "target", {}, None)
-    figures = dict(dataset_figures(result))
-    said = [text.get_text() for text in figures["conflict_samples"].axes[0].texts]
-    drawn = [one for one in said if "true: " in one]
-    expected = [describe_modalities(summary, i, names) for i in most_conflicting(summary)]
-    assert [one.rpartition("true: ")[2] for one in drawn] == [one.true for one in expected]
 
 
 @pytest.mark.parametrize("setting", ["fast_dev_run", "barebones"])

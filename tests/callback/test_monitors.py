@@ -153,8 +153,9 @@ def test_early_stopping_at_nan_has_a_warning_with_the_line_to_paste():
         trainer, _, _ = fit(Sure(), stop)
     assert trainer.current_epoch == 1, "it ended the fit"
     (told,) = [str(one.message) for one in caught if one.category is XAttnWarning]
-    assert f"EarlyStopping('{SHARE}', ..., check_finite=False)" in told
-    trainer, _, _ = fit(Sure(), EarlyStopping(SHARE, mode="max", patience=7, check_finite=False))  # without a warning
+    pasted = eval(told.rpartition("So that it goes on: ")[2].removesuffix("."))
+    assert (pasted.monitor, pasted.mode, pasted.patience, pasted.min_delta) == (SHARE, "max", 7, 0.5)
+    trainer, _, _ = fit(Sure(), pasted)  # without a warning
     assert trainer.current_epoch == 2
 
 
@@ -173,9 +174,10 @@ def test_a_monitor_of_a_curve_that_some_epochs_lack_has_a_warning(tmp_path):
     told = [str(one.message) for one in caught if one.category is XAttnWarning]
     line = "AttentionExplainabilityCallback(every_n_epochs=1)"
     assert len(told) == 3
-    for who in ("ModelCheckpoint", "EarlyStopping", "ReduceLROnPlateau"):
+    for who, counts in (("ModelCheckpoint", False), ("EarlyStopping", True), ("ReduceLROnPlateau", True)):
         (one,) = [one for one in told if one.startswith(who)]
-        assert tell_of(one, ALIGNMENT, "every_n_epochs=3", line)
+        assert tell_of(one, ALIGNMENT, "one of 3 validated epochs", line)
+        assert ("no improvement" in one) == counts
     best = ModelCheckpoint(monitor=ALIGNMENT, mode="max")
     fit(Plateau(), best, stop, settings={"every_n_epochs": 1}, default_root_dir=tmp_path / "each")  # without a warning
 
@@ -222,13 +224,15 @@ class Swaps(Callback):
 
 @pytest.mark.parametrize("make", [averaging, Swaps])
 @pytest.mark.parametrize("comes_first", [True, False])
-def test_averages_of_weights_come_after(make, comes_first, infos):
+def test_averages_of_weights_come_after(make, comes_first, recwarn, infos):
     other, callback = make(), AttentionExplainabilityCallback(figures_every_n_epochs=0)
     callbacks = [other, callback] if comes_first else [callback, other]
-    settings = {"max_epochs": 1, "num_sanity_val_steps": 0}
+    name, settings = type(other).__name__, {"max_epochs": 1, "num_sanity_val_steps": 0}
     quiet_trainer(callbacks=callbacks, **settings).fit(ToyModule(), toy_loader(), toy_loader(seed=1))
     (record,) = callback.history
-    order = "callbacks=[AttentionExplainabilityCallback(...), WeightAveraging(...)]"
+    order = f"callbacks=[AttentionExplainabilityCallback(...), {name}(...)]"
+    told = [str(one.message) for one in recwarn if one.category is XAttnWarning]
+    assert [tell_of(one, f"{name} comes before", order) for one in told] == [True] * (comes_first and make is averaging)
     assert ("contribution/share/audio" in record) != comes_first
     assert tell_of(record["contribution_problem"], "other weights", order) == comes_first
     assert (record["contribution_problem"] in infos.text) == comes_first or not comes_first

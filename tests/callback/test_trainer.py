@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_xattn import AttentionExplainabilityCallback, JointSequence
 from lightning_xattn.callback.processes import find_processes
@@ -154,6 +154,23 @@ def test_several_validations_in_an_epoch_and_fewer_batches():
     assert watch.history[0]["step"] < watch.history[1]["step"]
 
 
+class Unsized(IterableDataset):
+    """Samples of which nobody knows how many there are."""
+
+    def __iter__(self):
+        yield from zip(*toy_data(23).tensors, strict=True)
+
+
+class StopAt(Callback):
+    """Asks for the end in the midst of an epoch, as a timer does."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop |= trainer.global_step == self.batches
+
+
 class SeesTests(Callback):
     """The recorded validations of a fit, and whether their attention is tested."""
 
@@ -168,6 +185,7 @@ class SeesTests(Callback):
 
 
 BY_BATCHES = {"check_val_every_n_epoch": None}
+BY_STEPS = {"max_epochs": -1}
 FITS = {
     # The training has five batches. By setting: in which epochs, after how many batches.
     "one epoch": ({"max_epochs": 1}, {}, [(0, 5)]),
@@ -186,18 +204,37 @@ FITS = {
         {"every_n_epochs": 2},
         [(0, 3), (2, 12), (2, 15)],
     ),
-    "steps before epochs": ({"max_steps": 12, "max_epochs": 30}, {}, [(0, 5)]),
+    "steps": ({"max_steps": 12} | BY_STEPS, {}, [(0, 5), (1, 10)]),
+    "steps before epochs": ({"max_steps": 12, "max_epochs": 30}, {}, [(0, 5), (1, 10)]),
     "epochs before steps": ({"max_steps": 100, "max_epochs": 2}, {}, [(0, 5), (1, 10)]),
+    "steps of two batches": ({"max_steps": 7, "accumulate_grad_batches": 2} | BY_STEPS, {}, [(0, 5), (1, 10)]),
+    "steps, several": ({"max_steps": 8, "val_check_interval": 2} | BY_STEPS, {}, [(0, 2), (0, 4), (1, 7)]),
+    "stopped": ({"max_epochs": 9, "callbacks": [StopAt(8)]}, {}, [(0, 5), (1, 8)]),
+    "stopped early": ({"max_epochs": 9, "min_epochs": 3, "callbacks": [StopAt(8)]}, {}, [(0, 5), (2, 15)]),
     "fast_dev_run": ({"fast_dev_run": True}, {}, [(0, 1)]),
+}
+OF_UNKNOWN_LENGTH = {
+    "epochs": ({"max_epochs": 3}, {}, [(0, 5), (2, 15)]),
+    "several": ({"max_epochs": 3, "val_check_interval": 2}, {}, [(0, 2), (0, 4), (2, 12), (2, 14)]),
+    "steps": ({"max_steps": 12} | BY_STEPS, {}, [(0, 5), (1, 10)]),
+    "by batches": ({"max_steps": 12, "val_check_interval": 5} | BY_STEPS | BY_BATCHES, {}, [(0, 5), (1, 10)]),
 }
 
 
-@pytest.mark.parametrize(("settings", "schedule", "expected"), FITS.values(), ids=[*FITS])
-def test_attention_is_tested_in_every_nth_epoch_and_in_the_last_of_a_fit(settings, schedule, expected):
+@pytest.mark.parametrize(
+    ("unsized", "settings", "schedule", "expected"),
+    [(False, *of) for of in FITS.values()] + [(True, *of) for of in OF_UNKNOWN_LENGTH.values()],
+    ids=[*FITS, *(f"unknown length, {name}" for name in OF_UNKNOWN_LENGTH)],
+)
+def test_attention_is_tested_in_every_nth_epoch_and_in_the_last_of_a_fit(unsized, settings, schedule, expected):
     watch = SeesTests(**{"every_n_epochs": 1, "faithfulness_every_n_epochs": 10} | schedule)
-    trainer = quiet_trainer(**{"limit_val_batches": 1} | settings | {"callbacks": [watch]})
-    trainer.fit(ToyModule(), toy_loader(), toy_loader(seed=1))
+    loader = DataLoader(Unsized(), 5) if unsized else toy_loader()
+    settings = {"limit_val_batches": 1} | settings
+    trainer = quiet_trainer(**settings | {"callbacks": [*settings.get("callbacks", []), watch]})
+    trainer.fit(ToyModule(), loader, toy_loader(seed=1))
     assert [(epoch, batches) for epoch, batches, tested in watch.validations if tested] == expected
+    is_last_tested = watch.validations[-1][2]
+    assert is_last_tested == bool(expected)
 
 
 def test_attention_is_tested_at_the_last_epoch_of_a_fit_that_is_resumed(tmp_path):

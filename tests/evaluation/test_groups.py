@@ -133,7 +133,7 @@ def test_the_accuracy_by_patients_holds_what_is_possible(by_patient):
         expected = reference.proportion_interval([right[i] for i in chosen], [PATIENTS[i] for i in chosen])
         assert summary.accuracy_interval(class_id) == pytest.approx(expected, abs=1e-3, nan_ok=True)
         told = facts[0 if class_id is None else 1 + class_id]
-        ends = [math.nan if told[end] is None else told[end] for end in ("accuracy_low", "accuracy_high")]
+        ends = [math.nan if told["accuracy"][end] is None else told["accuracy"][end] for end in ("low", "high")]
         assert ends == pytest.approx(expected, abs=1e-3, nan_ok=True)
 
 
@@ -358,8 +358,9 @@ def test_reports_say_how_many_patients_and_that_intervals_are_by_them():
     assert re.search(r"^\| true class +\| n \(patients\) +\| +accuracy \(recall\)", report, re.MULTILINE)
     accuracy = r"\d+\.\d % \(\d+\.\d to \d+\.\d %\) \d+/40"
     assert re.search(rf"^\| all +\| +40 \(7\) \| +{accuracy}", report, re.MULTILINE)
-    claim = r"95 % CI by patients 0\.\d+ to 0\.\d+ \(\d+ correct of \d patients and \d+ incorrect of \d patients"
-    assert re.search(claim, words)
+    assert re.search(r"^\| score +\| +correct \(patients\) \| +incorrect \(patients\) \|", report, re.MULTILINE)
+    claim = r"^\| alignment +\| +\d+ \(\d\) \| +\d+ \(\d\) \| +0\.\d+ \(0\.\d+ to 0\.\d+\)"
+    assert re.search(claim, report, re.MULTILINE)
     assert "In brackets: 95 % CI, by patients; none with fewer than 5 patients." in words
     assert "Intervals are by patients" in words
     assert "independent" not in words

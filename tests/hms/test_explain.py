@@ -40,13 +40,13 @@ def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(hms_che
     layer = facts["layers"][0]
     (everyone,) = (group for group in layer["groups"] if group["name"] == "all")
     assert everyone["numbers"]["alignment"]["mean"] == pytest.approx(table["alignment"].mean(), abs=1e-6)
-    assert len(list((tmp_path / "figures").glob("*.png"))) == 8
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 5
 
     first = table.sort_values("sample_idx").groupby(["target", "correct"])["sample_id"].first()
     assert {path.name for path in (tmp_path / "samples").iterdir()} == set(first)
     for name in first:
         files = {path.name for path in (tmp_path / "samples" / name).iterdir()}
-        assert files == {"signals.png", "attention.png", "alignment.png", "heads.png"}
+        assert files == {"signals.png", "attention.png", "alignment.png"}
         place = int(table.set_index("sample_id")["sample_idx"][name])
         assert f"Sample {place} (id {name})" in (tmp_path / "samples.md").read_text()
 

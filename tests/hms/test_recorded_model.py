@@ -55,11 +55,9 @@ def test_figures_have_time_axes_in_seconds(datamodule, tmp_path, monkeypatch):
         "xattn_about/val/overview",
         "xattn_contribution/val/shares",
         "xattn_map/val/eeg_to_spec",
-        "xattn_map/val/eeg_to_spec_by_outcome",
         "xattn_map/val/spec_to_eeg",
-        "xattn_map/val/spec_to_eeg_by_outcome",
         "xattn_entropy/val/by_head",
-        "xattn_alignment/val/by_outcome",
+        "xattn_about/val/class_comparison",
     ]
     axes = {axis.title: axis.spans for *_, axis in drawn}
     assert axes["EEG window (s from the labelled moment)"][0] == (-5, -3)

@@ -1,12 +1,8 @@
 """What stands in an epoch's figures is what the summary says: each number at its class, head, direction and outcome."""
 
-import math
-from copy import copy
-
 import numpy as np
 import pytest
 
-from lightning_xattn.evaluation.layer_summary import Comparison
 from lightning_xattn.evaluation.statistics import ALIGNMENT, Column
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
 from lightning_xattn.report.figures import dataset_figures, epoch_figures, fusion_figures, overview_figure
@@ -31,9 +27,7 @@ def figures(one):
 
 
 def test_each_figure_has_its_tag_and_says_where_it_is_from(figures):
-    directions = ["map/eeg_to_spec", "map/spec_to_eeg"]
-    maps = [tag for direction in directions for tag in (direction, f"{direction}_by_outcome")]
-    assert list(figures) == [*maps, "entropy/by_head", "alignment/by_outcome"]
+    assert list(figures) == ["map/eeg_to_spec", "map/spec_to_eeg", "entropy/by_head", "about/class_comparison"]
     assert all("epoch 4" in texts(figure) for figure in figures.values())
 
 
@@ -44,7 +38,7 @@ def test_whatever_loggers_get_is_legible_at_the_size_that_tensorboard_shows(one)
         {"stage": "val", "epoch": epoch, "step": epoch, "alignment/all": 0.1, "probed_samples": 9} for epoch in (0, 1)
     ]
     drawn_figures = {"overview": overview_figure(records, "val"), **dict(dataset_figures(dataset(one, fusion=fusion)))}
-    kinds = {"overview", "map", "entropy", "alignment", "conflict", "contribution", "class"}
+    kinds = {"overview", "map", "entropy", "contribution", "class"}
     assert {name.partition("_")[0] for name in drawn_figures} == kinds
     assert {
         name: smallest_text(figure, 324) for name, figure in drawn_figures.items() if smallest_text(figure, 324) < 9
@@ -52,11 +46,15 @@ def test_whatever_loggers_get_is_legible_at_the_size_that_tensorboard_shows(one)
 
 
 @pytest.mark.parametrize("direction", ["eeg_to_spec", "spec_to_eeg"])
-def test_each_class_has_its_map_and_its_count(one, figures, direction):
-    maps = {str(name): of_direction.numpy() for name, of_direction in one.maps.items()}[direction]
-    keys = maps.shape[2]
+def test_each_class_and_outcome_has_its_map_and_its_count(one, figures, direction):
+    maps, by_outcome = (
+        {str(name): of_direction.numpy() for name, of_direction in them.items()}[direction]
+        for them in (one.maps, one.outcome_maps)
+    )
+    given = np.concatenate([maps, by_outcome[[CORRECT, INCORRECT]]])
+    names, keys = [*NAMES, "correct", "incorrect"], maps.shape[2]
     for panel, name, samples, weights in zip(
-        panels(figures[f"map/{direction}"]), NAMES, (19, 11, 7), maps, strict=True
+        panels(figures[f"map/{direction}"]), names, (19, 11, 7, 24, 12), given, strict=True
     ):
         assert panel.get_title() == f"{name} (n={samples})"
         expected = keys * weights
@@ -73,35 +71,6 @@ def test_each_head_of_each_class_has_its_entropy(one, figures):
         f"{name} (n={samples})" in texts(figures["entropy/by_head"])
         for name, samples in zip(NAMES, (19, 11, 7), strict=True)
     )
-
-
-def marked(panel):
-    """By marker, which tells an outcome from the other: the ends of the intervals, a row for each class."""
-    found = {}
-    for container in panel.containers:
-        line, _, (bars,) = container
-        ends = [segment[:, 0] if len(segment) else (np.nan, np.nan) for segment in bars.get_segments()]
-        found[line.get_marker()] = (line.get_xdata(), np.array(ends))
-    return found
-
-
-def test_each_outcome_has_its_means_intervals_and_counts(one, figures):
-    figure = figures["alignment/by_outcome"]
-    above, below = panels(figure)
-    shown = marked(below)
-    for outcome, marker, name in ((CORRECT, "o", "correct"), (INCORRECT, "s", "incorrect")):
-        means, ends = shown[marker]
-        np.testing.assert_allclose(means, [one.mean(ALIGNMENT, i, outcome) for i in range(3)], rtol=1e-6)
-        expected = np.array([one.interval(ALIGNMENT, i, outcome) for i in range(3)])
-        assert np.isfinite(expected).any()
-        np.testing.assert_allclose(ends, expected, rtol=1e-5)
-        total = one.count(ALIGNMENT, outcome=outcome)
-        assert f"{name} (n = {total}, mean {one.mean(ALIGNMENT, outcome=outcome):.3f})" in texts(figure)
-    assert [label.get_text() for label in below.get_yticklabels()] == ["Seizure (13/6)", "LPD (5/6)", "GPD (6/0)"]
-    found = one.compare(ALIGNMENT)
-    for number in (found.auroc, found.low, found.high):
-        assert f"{number:.3f}" in texts(figure)
-    assert [line.get_xdata()[0] for line in above.lines if line.get_linestyle() == ":"] == [one.alignment_null]
 
 
 def test_a_data_sets_classes_and_outcomes_have_their_means_intervals_and_counts(one):
@@ -132,22 +101,16 @@ def test_without_classes_all_samples_are_one(one):
     assert panel.get_title() == "all samples (n=5)"
 
 
-@pytest.mark.parametrize(
-    ("interval", "claim"),
-    [
-        ((0.6, 0.9), "AUROC 0.75 (95 % CI 0.60 to 0.90; higher in correct predictions)"),
-        ((0.4, 0.9), "AUROC 0.65 (95 % CI 0.40 to 0.90; no difference shown)"),
-        ((0.1, 0.4), "AUROC 0.25 (95 % CI 0.10 to 0.40; lower in correct predictions)"),
-        ((math.nan, math.nan), ""),
-    ],
-)
-def test_a_score_has_its_auroc_and_claims_no_difference_that_is_not_shown(interval, claim):
-    low, high = interval
-    found = Comparison((low + high) / 2, low, high, 50, 50, None, None, 0.0, 0.1, 0.1)
-    data, _ = said_data(60, noise=1.5)
-    summary = copy(summary_of(trained(None, data, epochs=5), data))
-    summary.compare = lambda score: found
-    _, figure = next(fusion_figures(summary, "val", [], all_names=[], classes_by="target", context=""))
-    text = " ".join(texts(figure).split())
-    for score in ("confidence", "conflict"):
-        assert (f"{score}: {claim}" in text) if claim else "AUROC" not in text
+def test_each_modality_has_its_share_of_each_class_and_outcome():
+    data, _ = said_data(60)
+    fusion = summary_of(trained(None, data, epochs=5), data)
+    names = [f"class {i}" for i in range(fusion.n_classes)]
+    ((tag, figure),) = fusion_figures(fusion, "val", names, classes_by="target", context="")
+    assert tag == "xattn_contribution/val/shares"
+    places = [*((i, None) for i in range(len(names))), (None, CORRECT), (None, INCORRECT)]
+    for panel, modality in zip(panels(figure), fusion.modalities, strict=True):
+        means = np.concatenate([container.lines[0].get_xdata() for container in panel.containers])
+        shares = [100 * fusion.share(modality, *place).mean for place in places]
+        assert np.isfinite(shares).any()
+        np.testing.assert_allclose(means, shares, rtol=1e-6)
+        assert f"share of {modality.capitalize()} (% of the contributions)" in texts(figure)

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lightning_xattn.core.attention import TokenAxis
-from lightning_xattn.functional import mean_interval, separation
 from lightning_xattn.hms.recording_plots import Spectrograms, Traces
-from lightning_xattn.visualizations import OutcomeSummary, plot_outcome_alignment, render
+from lightning_xattn.visualizations import render
 
 EEG = TokenAxis("EEG window (s from the labelled moment)", spans=[(5 * i - 25, 5 * i - 15) for i in range(9)])
 SPEC = TokenAxis("spectrogram window (s from the labelled moment)", spans=[(5 * i, 5 * i + 10) for i in range(119)])
@@ -26,7 +25,6 @@ REGIONS = TokenAxis("region", names=["LL", "RL", "LP", "RP"])
 LONG_REGIONS = TokenAxis(
     "EEG region", names=["left lateral", "right lateral", "left parasagittal", "right parasagittal"]
 )
-EDGES = np.linspace(-1, 1, 2**14 + 1)
 
 
 def panels(figure: Figure) -> list[Axes]:
@@ -89,29 +87,6 @@ def make_maps(*shape: int) -> NDArray[np.float64]:
     logits = np.random.default_rng(0).normal(size=shape)
     weights = np.exp(2 * logits)
     return weights / weights.sum(-1, keepdims=True)
-
-
-def summary(scores: list[NDArray[np.float64]]) -> OutcomeSummary:
-    """What the accumulators would say of these scores, given by class."""
-    together, none = np.concatenate(scores), (np.nan, np.nan)
-    return OutcomeSummary(
-        histogram=np.histogram(together, EDGES)[0],
-        mean=together.mean() if together.size else np.nan,
-        class_means=[s.mean() if s.size else np.nan for s in scores],
-        class_intervals=[mean_interval(s.mean(), s.std(ddof=1), s.size) if s.size > 1 else none for s in scores],
-        class_counts=[s.size for s in scores],
-    )
-
-
-def make_outcome(mean: float, classes: int, seed: int) -> OutcomeSummary:
-    rng = np.random.default_rng(seed)
-    return summary([rng.normal(mean, 0.1, 20 + i) for i in range(classes)])
-
-
-def make_alignment(correct: OutcomeSummary, incorrect: OutcomeSummary, names: list[str], context: str = "") -> Figure:
-    told = separation(torch.as_tensor(correct.histogram), torch.as_tensor(incorrect.histogram))
-    auroc = (told.auroc, told.low, told.high)
-    return plot_outcome_alignment(correct, incorrect, EDGES, auroc, names, context=context)
 
 
 def make_pair(batch=2, heads=3, queries=5, keys=7, heads_back=None):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
+from matplotlib.markers import CARETLEFT, CARETRIGHT
 
 from lightning_xattn.core.errors import SettingError, ShapeError
-from lightning_xattn.visualizations import Mean, plot_class_comparison
-from lightning_xattn.visualizations.epoch import LOOKS
+from lightning_xattn.visualizations import Estimate, plot_class_comparison
+from lightning_xattn.visualizations.drawing import LOOKS
 from tests.messages import tells
 from tests.visualizations.conftest import panels, texts
 
 NAN = float("nan")
-CLASSES = [Mean(23, 0.3, 0.26, 0.35), Mean(4, 0.5, NAN, NAN), Mean(0, NAN, NAN, NAN)]
-OUTCOMES = [Mean(19, 0.35, 0.25, 0.45), Mean(8, 0.2, 0.12, 0.28)]
+CLASSES = [Estimate(0.3, 0.26, 0.35, 23), Estimate(0.5, NAN, NAN, 4), Estimate(NAN, NAN, NAN, 0)]
+OUTCOMES = [Estimate(0.35, 0.25, 0.45, 19), Estimate(0.2, 0.12, 0.28, 8)]
 NAMES = ["a", "b", "c"]
 
 
@@ -31,7 +33,7 @@ def test_means_have_their_intervals() -> None:
     figure = plot_class_comparison({"alignment (Pearson r)": (CLASSES, OUTCOMES)}, NAMES)
     (ax,) = panels(figure)
     for group, (mean, low, high) in zip([*CLASSES, *OUTCOMES], drawn_groups(ax), strict=True):
-        assert (mean, low, high) == pytest.approx(group[1:4], nan_ok=True)
+        assert (mean, low, high) == pytest.approx((group.mean, group.low, group.high), nan_ok=True)
     assert "alignment (Pearson r)" in texts(figure)
 
 
@@ -45,7 +47,7 @@ def test_the_null_stands_in_the_panel_that_it_is_of_and_in_the_legend() -> None:
 
 
 def test_rows_are_named_and_counted_and_the_first_is_at_the_top() -> None:
-    fewer = [CLASSES[0]._replace(n=20), *CLASSES[1:]]
+    fewer = [replace(CLASSES[0], count=20), *CLASSES[1:]]
     figure = plot_class_comparison({"x": (CLASSES, OUTCOMES), "y": (fewer, OUTCOMES)}, NAMES, context="test")
     first, second = panels(figure)
     for ax, n in ((first, 23), (second, 20)):
@@ -58,8 +60,8 @@ def test_rows_are_named_and_counted_and_the_first_is_at_the_top() -> None:
 
 
 def test_numbers_of_one_range_have_one_scale() -> None:
-    narrow = [group._replace(low=group.mean - 0.01, high=group.mean + 0.01) for group in CLASSES]
-    moved = [Mean(group.n, *(value + 3 for value in group[1:4])) for group in CLASSES]
+    narrow = [replace(group, low=group.mean - 0.01, high=group.mean + 0.01) for group in CLASSES]
+    moved = [replace(group, mean=group.mean + 3, low=group.low + 3, high=group.high + 3) for group in CLASSES]
     quantities = {
         "alignment (Pearson r)": (CLASSES, OUTCOMES),
         "entropy a (0: one key)": (narrow, OUTCOMES),
@@ -87,7 +89,7 @@ def test_intervals_by_group_are_said() -> None:
     assert "95 % CI by patients" in said
     assert "fewer than 5 patients" in said
     assert "n: samples, and of how many patients" in said
-    counted = [group._replace(groups=3) for group in CLASSES]
+    counted = [replace(group, groups=3) for group in CLASSES]
     (ax,) = panels(plot_class_comparison({"x": (counted, OUTCOMES)}, NAMES, group_noun="patients"))
     assert ax.get_yticklabels()[0].get_text() == "a (n=23 of 3)"
 
@@ -101,11 +103,24 @@ def test_outcomes_differ_in_marker_and_from_the_classes_in_colour() -> None:
     (ax,) = panels(plot_class_comparison({"x": ([], OUTCOMES)}, [], classes_by=None))
     assert [points.get_marker() for points, _, _ in ax.containers] == ["o", "s"]
     (ax,) = panels(plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES))
-    classes, correct, incorrect = (points for points, _, _ in ax.containers)
+    classes, *_, correct, incorrect = (points for points, _, _ in ax.containers)
     assert (classes.get_color(), classes.get_markerfacecolor(), classes.get_marker()) == ("black", "black", "o")
     blue, orange = LOOKS["correct"].colour, LOOKS["incorrect"].colour
     assert (correct.get_color(), correct.get_markerfacecolor()) == (blue, blue)
     assert (incorrect.get_color(), incorrect.get_markerfacecolor()) == (orange, "white")
+
+
+def test_an_interval_that_reaches_beyond_the_limits_is_cut_off_with_an_arrow() -> None:
+    wide = [Estimate(0.5, -40.0, 41.0, 6), Estimate(0.5, 0.4, 41.0, 6)]
+    figure = plot_class_comparison({"x": (wide, OUTCOMES)}, ["a", "b"], limits=(-0.6, 1.6))
+    (ax,) = panels(figure)
+    assert ax.get_xlim() == (-0.6, 1.6)
+    arrows = {line.get_marker(): line for line in ax.lines if line.get_marker() in (CARETLEFT, CARETRIGHT)}
+    found = {marker: (line.get_xdata().tolist(), line.get_ydata().tolist()) for marker, line in arrows.items()}
+    assert found == {CARETLEFT: ([-0.6], [0]), CARETRIGHT: ([1.6, 1.6], [0, 1])}
+    assert "goes on beyond the panel" in texts(figure)
+    within = plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES, limits=(-0.6, 1.6))
+    assert "goes on beyond the panel" not in texts(within)
 
 
 @pytest.mark.parametrize(

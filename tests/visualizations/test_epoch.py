@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
-from matplotlib.markers import CARETLEFT, CARETRIGHT
-from matplotlib.patches import StepPatch
 from numpy.typing import NDArray
-from scipy import stats
 
 from lightning_xattn.core.attention import TokenAxis
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.visualizations import (
-    epoch,
     plot_class_attention,
     plot_head_entropy,
-    plot_outcome_alignment,
     render,
 )
 from tests.messages import tells
 from tests.visualizations.conftest import (
-    EDGES,
     EEG,
     LONG_REGIONS,
     REGIONS,
     SPEC,
     colour_bar,
     drawn,
-    make_alignment,
     make_maps,
-    make_outcome,
     mesh,
     panels,
     places,
-    summary,
     texts,
 )
 
@@ -264,169 +252,7 @@ def test_printed_values_contrast_with_their_cells() -> None:
         assert ratio >= 4.5, f"{value}: contrast {ratio:.1f} (WCAG asks for 4.5)"
 
 
-# Correct against incorrect
-
-
-def test_densities_have_area_one_and_put_samples_where_they_are() -> None:
-    correct, incorrect = make_outcome(0.4, 3, 0), make_outcome(0.2, 3, 1)
-    above, _ = panels(make_alignment(correct, incorrect, list("abc")))
-    steps = [patch.get_data() for patch in above.patches if isinstance(patch, StepPatch)]
-    for outcome, step in zip((correct, incorrect), steps, strict=True):
-        masses = step.values * np.diff(step.edges)
-        middles = (step.edges[1:] + step.edges[:-1]) / 2
-        assert 36 <= len(masses) <= 40
-        assert masses.sum() == pytest.approx(1)
-        assert masses @ middles == pytest.approx(outcome.mean, abs=0.01)
-        # Whole fine bins make up a bar, so no sample is split between two.
-        np.testing.assert_allclose(masses * np.sum(outcome.histogram), np.round(masses * np.sum(outcome.histogram)))
-    low, high = above.get_xlim()
-    occupied = EDGES[:-1][np.add(correct.histogram, incorrect.histogram) > 0]
-    assert low < occupied[0] < occupied[-1] < high
-    assert high - low < 1.1 * np.ptp(occupied), "zoomed to the occupied range"
-
-
-def test_means_are_marked_and_counted() -> None:
-    correct, incorrect = make_outcome(0.4, 3, 0), make_outcome(0.2, 3, 1)
-    figure = make_alignment(correct, incorrect, list("abc"))
-    above, _ = panels(figure)
-    assert [line.get_xdata()[0] for line in above.lines] == [correct.mean, incorrect.mean]
-    said = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert said == [f"correct (n = 63, mean {correct.mean:.3f})", f"incorrect (n = 63, mean {incorrect.mean:.3f})"]
-
-
-def test_outcomes_differ_in_fill_line_and_marker_as_the_legend_says() -> None:
-    figure = make_alignment(make_outcome(0.4, 3, 0), make_outcome(0.2, 3, 1), list("abc"))
-    above, below = panels(figure)
-    assert [patch.get_fill() for patch in above.patches if isinstance(patch, StepPatch)] == [True, False]
-    assert [line.get_linestyle() for line in above.lines] == ["-", "--"]
-    dots = [points for points, _, _ in below.containers]
-    assert [points.get_marker() for points in dots] == ["o", "s"]
-    assert [points.get_markerfacecolor() for points in dots] == [above.lines[0].get_color(), "white"]
-    # Correct a little above the row, incorrect a little below it; rows count downwards.
-    np.testing.assert_allclose([points.get_ydata() for points in dots], [np.arange(3) - 0.15, np.arange(3) + 0.15])
-    for key, line, points in zip(figure.legends[0].legend_handles, above.lines, dots, strict=True):
-        assert key.get_color() == line.get_color() == points.get_color()
-        assert key.get_linestyle() == line.get_linestyle()
-        assert (key.get_marker(), key.get_markerfacecolor()) == (points.get_marker(), points.get_markerfacecolor())
-
-
-def test_the_panels_say_what_they_measure() -> None:
-    above, below = panels(make_alignment(make_outcome(0.4, 1, 0), make_outcome(0.2, 1, 1), ["a"]))
-    assert above.get_ylabel() == "density"
-    assert "alignment" in below.get_xlabel()
-    assert "Pearson r" in below.get_xlabel()
-
-
-def test_an_interval_may_reach_further_on_one_side() -> None:
-    ends = [(0.2, 0.32), (0.1, 0.7)]
-    made = dataclasses.replace(make_outcome(0.4, 2, 0), class_means=[0.3, 0.4], class_intervals=ends)
-    _, below = panels(make_alignment(made, made, ["a", "b"]))
-    for _, _, (bars,) in below.containers:
-        np.testing.assert_allclose([segment[:, 0] for segment in bars.get_segments()], ends)
-
-
-def test_few_samples_of_either_outcome_are_said_and_a_class_without_any_needs_no_word() -> None:
-    rng = np.random.default_rng(0)
-    enough, few, none = (summary([rng.normal(0.3, 0.1, 20), rng.normal(0.3, 0.1, n)]) for n in (20, 4, 0))
-    for correct, incorrect, said in ((few, enough, True), (enough, few, True), (enough, none, False)):
-        assert ("No interval: fewer than 5 samples" in texts(make_alignment(correct, incorrect, ["a", "b"]))) == said
-
-
-def test_intervals_by_group_are_said_and_the_groups_are_counted() -> None:
-    correct, incorrect = (
-        dataclasses.replace(make_outcome(mean, 1, seed), groups=groups)
-        for mean, seed, groups in ((0.4, 0, 7), (0.2, 1, 6))
-    )
-
-    def plot(auroc: tuple[float, float, float], **settings: str) -> Figure:
-        return plot_outcome_alignment(correct, incorrect, EDGES, auroc, ["a"], **settings)
-
-    figure = plot((0.6342, 0.551, 0.7174), group_noun="patients")
-    said = texts(figure).replace("\n", " ")
-    assert "AUROC 0.634, 95 % CI by patients 0.551 to 0.717" in said
-    assert "Mean per true class, with its 95 % CI by patients" in said
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        f"correct (n = 20 of 7 patients, mean {correct.mean:.3f})",
-        f"incorrect (n = 20 of 6 patients, mean {incorrect.mean:.3f})",
-    ]
-    assert "fewer than 5 patients" in texts(plot(NOTHING, group_noun="patients")).replace("\n", " ")
-    assert "20 of 7 groups" in texts(plot(NOTHING))
-
-
-def test_class_means_have_their_intervals() -> None:
-    many = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
-    correct = summary([many, np.array([0.5]), np.array([])])
-    incorrect = summary([np.array([]), np.array([0.2, 0.4, 0.9]), np.array([])])
-    figure = make_alignment(correct, incorrect, list("abc"))
-    _, below = panels(figure)
-    dots, _, (bars,) = below.containers[0]
-    np.testing.assert_allclose(dots.get_xdata(), [0.3, 0.5, np.nan])
-    half = stats.t.ppf(0.975, 4) * many.std(ddof=1) / 5**0.5
-    np.testing.assert_allclose(bars.get_segments()[0][:, 0], [0.3 - half, 0.3 + half], rtol=1e-5)
-    assert [len(segment) for segment in bars.get_segments()] == [2, 0, 0]  # none with fewer than 5
-    assert "No interval: fewer than 5" in texts(figure)
-    np.testing.assert_allclose(below.containers[1][0].get_xdata(), [np.nan, 0.5, np.nan])
-    assert [label.get_text() for label in below.get_yticklabels()] == ["a (5/0)", "b (1/3)", "c (0/0)"]
-
-
-def test_few_samples_claim_nothing() -> None:
-    few = summary([np.array([0.1, 0.3])])
-    figure = make_alignment(make_outcome(0.4, 1, 0), few, ["a"])
-    assert "No AUROC (fewer than 5 samples of an outcome: nothing claimed)" in texts(figure).replace("\n", " ")
-
-
-def test_the_auroc_stands_with_its_interval() -> None:
-    outcome = make_outcome(0.4, 1, 0)
-    figure = plot_outcome_alignment(outcome, outcome, EDGES, (0.6342, 0.551, 0.7174), ["a"])
-    assert "AUROC 0.634, 95 % CI 0.551 to 0.717" in texts(figure)
-
-
-def test_the_null_is_a_line_in_both_panels_within_the_axis_and_in_the_legend() -> None:
-    outcome = make_outcome(0.4, 2, 0)
-    figure = plot_outcome_alignment(outcome, outcome, EDGES, NOTHING, ["a", "b"], null=-0.31)
-    for ax in panels(figure):
-        assert [line.get_linestyle() for line in ax.lines if line.get_xdata()[0] == -0.31] == [":"]
-        assert ax.get_xlim()[0] < -0.31
-    assert "null: different samples (-0.310)" in texts(figure)
-    assert "null" not in texts(make_alignment(outcome, outcome, ["a", "b"]))
-
-
-def test_an_interval_that_goes_on_beyond_the_panel_has_an_arrow_at_the_edge() -> None:
-    outcome = make_outcome(0.4, 3, 0)
-    ends = [(0.39, 0.41), (-0.9, 0.41), (0.39, 0.95)]
-    wide = dataclasses.replace(outcome, class_means=[0.4] * 3, class_intervals=ends)
-    figure = make_alignment(wide, outcome, list("abc"))
-    _, below = panels(figure)
-    arrows = [line for line in below.lines if line.get_marker() in (CARETLEFT, CARETRIGHT)]
-    low, high = below.get_xlim()
-    found = {line.get_marker(): (line.get_xdata().tolist(), line.get_ydata().tolist()) for line in arrows}
-    assert found == {CARETLEFT: ([low], [0.85]), CARETRIGHT: ([high], [1.85])}
-    assert {line.get_color() for line in arrows} == {below.containers[0][0].get_color()}
-    assert "goes on beyond the panel" in texts(figure)
-    assert "goes on beyond the panel" not in texts(make_alignment(outcome, outcome, list("abc")))
-
-
-def test_no_defined_alignment_says_so() -> None:
-    nothing = summary([np.array([])])
-    figure = make_alignment(nothing, nothing, ["a"])
-    above, _ = panels(figure)
-    assert above.texts[0].get_text() == "no sample with a defined alignment"
-    assert not above.patches
-    assert "correct (no samples)" in texts(figure)
-
-
-@pytest.mark.parametrize("score", [-1.0, 0.3, 1.0])
-def test_equal_scores_are_not_zoomed_apart(score: float) -> None:
-    above, _ = panels(make_alignment(summary([np.full(9, score)]), summary([np.full(7, score)]), ["a"]))
-    low, high = above.get_xlim()
-    assert 0.02 < high - low < 0.1
-    assert low < score < high
-
-
 # All of them
-
-OUTCOME = make_outcome(0.4, 2, 0)
-NOTHING = (np.nan, np.nan, np.nan)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +260,6 @@ NOTHING = (np.nan, np.nan, np.nan)
     [
         lambda **say: plot_class_attention(make_maps(1, 3, 7), [4], ["a"], direction="eeg_to_spec", **say),
         lambda **say: plot_head_entropy({"x_to_y": [[0.5, 0.7]]}, [4], ["a"], **say),
-        lambda **say: plot_outcome_alignment(OUTCOME, OUTCOME, EDGES, NOTHING, ["a", "b"], **say),
     ],
 )
 def test_every_figure_says_where_its_numbers_come_from_and_what_the_classes_are(plot) -> None:
@@ -508,29 +333,8 @@ def test_every_figure_says_where_its_numbers_come_from_and_what_the_classes_are(
             ShapeError,
             ["entropy['x_to_y']", "(classes=1, heads)", "got (2, 3)"],
         ),
-        (
-            lambda: plot_outcome_alignment(OUTCOME, OUTCOME, EDGES[1:], NOTHING, ["a", "b"]),
-            ShapeError,
-            ["'correct histogram'", "(bins=16383)", "got (16384,)"],
-        ),
-        (
-            lambda: plot_outcome_alignment(OUTCOME, OUTCOME, EDGES, NOTHING, ["a"]),
-            ShapeError,
-            ["'correct class_counts'", "(classes=1)", "got (2,)"],
-        ),
     ],
 )
 def test_what_does_not_fit_is_said(call, error: type[Exception], facts: list[object]) -> None:
     with pytest.raises(error, match=tells(*facts)):
         call()
-
-
-@pytest.mark.parametrize(("low", "high"), [(-0.0253, 0.0261), (0.97, 0.9999), (-1.0, -0.9), (0.2, 0.2)])
-def test_the_bars_of_the_histogram_have_one_width_and_lose_no_sample(low, high):
-    edges = np.linspace(-1, 1, 2**14 + 1)
-    scores = np.array([low, (low + high) / 2, high])
-    histograms = np.stack([np.histogram(scores, edges)[0], np.histogram(scores[:1], edges)[0]])
-    bars, bar_edges = epoch._readable_bars(histograms, edges)
-    np.testing.assert_allclose(np.diff(bar_edges), bar_edges[1] - bar_edges[0], rtol=1e-6)
-    assert bars.sum(axis=1).tolist() == [3, 1]
-    assert bar_edges[0] <= low <= high <= bar_edges[-1]

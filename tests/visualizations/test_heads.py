@@ -1,21 +1,18 @@
-"""The figures of heads: bars and cells as the reference has them, what uniform attention gives, the best matching."""
+"""The figure of heads: bars as the reference has them, and what uniform attention gives."""
 
 from __future__ import annotations
-
-from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.collections import LineCollection
 from matplotlib.container import BarContainer
-from matplotlib.patches import Rectangle
 
 from lightning_xattn.core.errors import SettingError
-from lightning_xattn.visualizations import plot_head_alignment_matrix, plot_head_contributions, render
+from lightning_xattn.visualizations import plot_head_contributions, render
 from tests import reference
 from tests.messages import tells
-from tests.visualizations.conftest import colour_bar, drawn, make_pair, mesh, panels, texts
+from tests.visualizations.conftest import make_pair, panels
 
 # Of rows that are left out figures warn, too.
 pytestmark = pytest.mark.filterwarnings("ignore:.*not finite or do not sum to 1:lightning_xattn.XAttnWarning")
@@ -75,7 +72,6 @@ def test_a_direction_alone_stands_over_its_head() -> None:
 def test_the_samples_are_counted(count: int, said: str) -> None:
     pair = {name: weights[:count] for name, weights in PAIR.items()}
     assert said in plot_head_contributions(pair).get_suptitle()
-    assert said in plot_head_alignment_matrix(pair).get_suptitle()
 
 
 def test_uniform_heads_have_bars_of_no_height() -> None:
@@ -108,68 +104,6 @@ def test_directions_may_differ_in_heads() -> None:
     assert [len(container) for container in bar_containers(above)] == [3, 2]
 
 
-@pytest.mark.parametrize("sample_idx", [None, 0, 1])
-def test_cells_are_the_alignment_of_every_pair_of_heads(sample_idx) -> None:
-    figure = plot_head_alignment_matrix(PAIR, sample_idx)
-    matrices = np.array(
-        [
-            reference.head_alignment_matrix(A, B)
-            for A, B in zip(samples("eeg_to_spec"), samples("spec_to_eeg"), strict=True)
-        ]
-    )
-    expected = matrices.mean(axis=0) if sample_idx is None else matrices[sample_idx]
-    (ax,) = panels(figure)
-    np.testing.assert_allclose(drawn(ax), expected, atol=1e-5)
-    assert mesh(ax).get_clim() == (-1, 1)
-    printed = {text.get_position()[::-1]: float(text.get_text()) for text in ax.texts}
-    assert printed == pytest.approx(dict(np.ndenumerate(expected)), abs=0.0051)
-    assert ax.yaxis_inverted(), "head 0 is at the top"
-    bar = colour_bar(figure)
-    assert {(line.get_ydata()[0], line.get_color()) for line in bar.lines} == {(0, "white"), (0, "black")}
-    assert "0, unrelated" in bar.get_ylabel()
-    assert (ax.get_ylabel(), ax.get_xlabel()) == ("head of eeg → spec", "head of spec → eeg")
-    assert ("mean of 2 samples" if sample_idx is None else f"sample {sample_idx}") in figure.get_suptitle()
-
-    best = max(permutations(range(3)), key=lambda order: sum(expected[i, j] for i, j in enumerate(order)))
-    outlined = {tuple(np.round(patch.get_center()[::-1], 6)) for patch in ax.patches if isinstance(patch, Rectangle)}
-    assert outlined == set(enumerate(best))
-    mean = np.mean([expected[i, j] for i, j in enumerate(best)])
-    assert f"mean r = {mean:.2f} (above 0 even by chance)" in figure.get_suptitle()
-
-
-def test_undefined_pairs_are_not_matched() -> None:
-    there = PAIR["eeg_to_spec"].clone()
-    there[:, 1] = NAN
-    figure = plot_head_alignment_matrix({**PAIR, "eeg_to_spec": there})
-    render(figure)
-    (ax,) = panels(figure)
-    assert np.isnan(drawn(ax)[1]).all()
-    assert {round(patch.get_center()[1], 6) for patch in ax.patches if isinstance(patch, Rectangle)} == {0, 2}
-    assert "undefined: a map has no variance, or no valid row" in texts(figure)
-
-
-def test_the_title_says_which_sample_or_its_context() -> None:
-    context = "recording 3001, true GPD"
-    title = plot_head_alignment_matrix(PAIR, 1, context=context).get_suptitle()
-    assert f"({context})" in title
-    assert "sample" not in title
-
-
-@pytest.mark.parametrize("sample_idx", [None, 1])
-def test_heads_of_single_keys_are_said(sample_idx) -> None:
-    pair = {"eeg_to_spec": torch.ones(2, 3, 5, 1), "spec_to_eeg": make_pair(keys=1)["spec_to_eeg"]}
-    title = plot_head_alignment_matrix(pair, sample_idx).get_suptitle()
-    assert "eeg → spec: a single key, so every weight is 1" in title
-    assert "spec → eeg: a single key" not in title
-    assert "Hatched" not in title
-    assert "single key" not in plot_head_alignment_matrix(PAIR, sample_idx).get_suptitle()
-
-
-def test_nothing_defined_claims_no_matching() -> None:
-    figure = plot_head_alignment_matrix({"x_to_y": torch.ones(2, 3, 1, 1), "y_to_x": torch.ones(2, 3, 1, 1)})
-    assert "matching" not in figure.get_suptitle()
-
-
 @pytest.mark.parametrize(
     ("call", "facts"),
     [
@@ -184,11 +118,6 @@ def test_nothing_defined_claims_no_matching() -> None:
         (
             lambda: plot_head_contributions(PAIR, num_heads=2),
             ["eeg_to_spec", "num_heads=2", "num_heads=3", "3 heads", "None"],
-        ),
-        (lambda: plot_head_alignment_matrix(PAIR, 2), ["sample_idx", "0 to 1", "2 samples", "got 2"]),
-        (
-            lambda: plot_head_alignment_matrix({"x_to_y": PAIR["eeg_to_spec"]}),
-            ["plot_head_alignment_matrix", "two directions", "got x_to_y"],
         ),
     ],
 )

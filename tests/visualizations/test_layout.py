@@ -19,18 +19,13 @@ from lightning_xattn.hms.recordings import COMPETITION, IIIC
 from lightning_xattn.hms.signal_plots import plot_attention_over_signals
 from lightning_xattn.visualizations import (
     Curve,
-    Mean,
+    Estimate,
     Panel,
-    SampleRow,
     plot_attention_heatmap,
     plot_class_attention,
     plot_class_comparison,
-    plot_conflict,
-    plot_conflicting_samples,
-    plot_contribution_shares,
     plot_cross_modal_attention,
     plot_epochs,
-    plot_head_alignment_matrix,
     plot_head_contributions,
     plot_head_entropy,
     plot_modality_alignment,
@@ -43,9 +38,7 @@ from tests.visualizations.conftest import (
     SPEC,
     assert_written,
     drawn,
-    make_alignment,
     make_maps,
-    make_outcome,
     make_pair,
     make_spectrograms,
     make_traces,
@@ -84,12 +77,6 @@ def entropy_figure(classes: list[str], heads: int, missing: int | None = None) -
     return plot_head_entropy(directions, np.full(len(classes), 120), classes, context=CONTEXT)
 
 
-def alignment_figure(classes: list[str]) -> Figure:
-    return make_alignment(
-        make_outcome(0.4, len(classes), 0), make_outcome(0.2, len(classes), 1), classes, context=CONTEXT
-    )
-
-
 def signals_figure(pair: dict[str, torch.Tensor], seconds: int = 50) -> Figure:
     token_shape = {50: COMPETITION, 10: IIIC}[seconds]
     axes = {"eeg": TokenAxis("w", spans=token_shape.spans), "spec": TokenAxis("w", spans=spectrogram_spans())}
@@ -102,41 +89,20 @@ def signals_figure(pair: dict[str, torch.Tensor], seconds: int = 50) -> Figure:
 def comparison_figure(classes: list[str], quantities: int) -> Figure:
     rng = np.random.default_rng(0)
     means = rng.uniform(size=len(classes) + 2)
-    groups = [Mean(3 + i, mean, mean - 0.1, mean + 0.1) for i, mean in enumerate(means)]
+    groups = [Estimate(mean, mean - 0.1, mean + 0.1, 3 + i) for i, mean in enumerate(means)]
     titles = ["alignment (Pearson r)", "entropy eeg → spec (0: one key, 1: diffuse)", "entropy spec → eeg (0: one key)"]
     parts = dict.fromkeys(titles[:quantities], (groups[:-2], groups[-2:]))
     return plot_class_comparison(parts, classes, context=CONTEXT)
-
-
-def conflict_figure() -> Figure:
-    rng = np.random.default_rng(0)
-    conflict, confidence, correct = rng.uniform(size=(3, 240))
-    claims = dict.fromkeys(
-        ("confidence", "conflict"), "1 - confidence is not seen to find errors: AUROC 0.83 (95 % CI 0.45 to 0.88)"
-    )
-    return plot_conflict(conflict, confidence, correct > 0.3, claims=claims, context=CONTEXT)
 
 
 def shares_figure(classes: list[str], modalities: list[str]) -> Figure:
     rng = np.random.default_rng(0)
     shares = {}
     for name in modalities:
-        means = rng.uniform(-0.1, 1, size=len(classes) + 2)
-        groups = [Mean(3 + i, mean, mean - 0.1, mean + 0.1, 2 + i) for i, mean in enumerate(means)]
-        shares[name] = groups[:-2], groups[-2:]
-    return plot_contribution_shares(shares, classes, group_noun="patients", context=CONTEXT)
-
-
-def samples_figure(classes: list[str], modalities: list[str]) -> Figure:
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(10):
-        names = [classes[j % len(classes)] for j in range(i, i + len(modalities))]
-        says = {one: (name, p) for one, name, p in zip(modalities, names, rng.uniform(size=4), strict=False)}
-        carried = dict(zip(modalities, rng.uniform(-0.2, 0.8, size=4), strict=False))
-        title = f"{17 * i}: {names[0]} ({rng.uniform():.2f})\ntrue: {names[-1]}"
-        rows.append(SampleRow(title, says, carried if i % 2 else {}))
-    return plot_conflicting_samples(rows, context=CONTEXT)
+        means = rng.uniform(-10, 100, size=len(classes) + 2)
+        groups = [Estimate(mean, mean - 80, mean + 80, 3 + i, 2 + i) for i, mean in enumerate(means)]
+        shares[f"share of {name} (% of the contributions)"] = groups[:-2], groups[-2:]
+    return plot_class_comparison(shares, classes, limits=(-60, 160), group_noun="patients", context=CONTEXT)
 
 
 def epochs_figure(panels: int) -> Figure:
@@ -181,18 +147,12 @@ LOGGED = {
     "entropy of two classes": lambda: entropy_figure(HMS[:2], 1),
     "entropy, twenty classes": lambda: entropy_figure(MANY, 8),
     "entropy, long class names": lambda: entropy_figure(LONG, 8),
-    "alignment": lambda: alignment_figure(HMS),
-    "alignment, twenty classes": lambda: alignment_figure(MANY),
-    "alignment, long class names": lambda: alignment_figure(LONG),
     "comparison": lambda: comparison_figure(HMS, 3),
     "comparison, twenty classes": lambda: comparison_figure(MANY, 2),
     "comparison, long class names": lambda: comparison_figure(LONG, 1),
-    "conflict": conflict_figure,
     "shares": lambda: shares_figure(HMS, ["eeg", "spec"]),
     "shares, twenty classes": lambda: shares_figure(MANY, ["eeg", "spec"]),
     "shares of four, long class names": lambda: shares_figure(LONG, ["eeg", "spec", "video", "questionnaire"]),
-    "samples of largest conflict": lambda: samples_figure(HMS, ["eeg", "spec"]),
-    "samples of three modalities, long class names": lambda: samples_figure(LONG, ["eeg", "spec", "video"]),
     "epochs": lambda: epochs_figure(3),
     "epochs, one panel": lambda: epochs_figure(1),
 }
@@ -220,13 +180,8 @@ OF_SAMPLES = {
     "16 heads": lambda: plot_head_contributions(MANY_HEADS),
     "heads, one key": lambda: plot_head_contributions(SINGLE),
     "heads, undefined": lambda: plot_head_contributions(undefined({n: w[:1] for n, w in SMALL.items()})),
-    "matrix": lambda: plot_head_alignment_matrix(SMALL),
-    "matrix of 16 heads": lambda: plot_head_alignment_matrix(MANY_HEADS),
-    "matrix, one key": lambda: plot_head_alignment_matrix(SINGLE),
-    "matrix, context": lambda: plot_head_alignment_matrix(SMALL, 1, context=CONTEXT),
     "sample, context": lambda: plot_cross_modal_attention(WINDOWS, axes=PLACES, context=CONTEXT),
     "sample's alignment, context": lambda: plot_modality_alignment(WINDOWS, axes=PLACES, context=CONTEXT),
-    "matrix, undefined": lambda: plot_head_alignment_matrix(undefined(SMALL), 0),
     "signals": lambda: signals_figure(WINDOWS),
     "signals of 10 s": lambda: signals_figure(WINDOWS, seconds=10),
     "signals, one direction": lambda: signals_figure({"eeg_to_spec": WINDOWS["eeg_to_spec"]}),
@@ -278,7 +233,7 @@ def test_every_text_is_legible_inside_the_canvas_and_by_itself(name: str) -> Non
 
 @pytest.mark.parametrize(
     "name",
-    ["six classes", "entropy", "alignment", "sample, windows", "sample's alignment", "heads", "matrix", "comparison"],
+    ["six classes", "entropy", "sample, windows", "sample's alignment", "heads", "comparison"],
 )
 @pytest.mark.parametrize("kind", ["pdf", "svg"])
 def test_vector_output_works_and_stays_small(name: str, kind: str, tmp_path: Path) -> None:
@@ -316,7 +271,7 @@ def test_text_is_comfortable_in_a_page(name: str) -> None:
     assert smallest_text(figure, shown_width=900) >= 11 or figure.get_figwidth() > 9  # of more than 16 heads
 
 
-@pytest.mark.parametrize("name", ["six classes", "entropy", "alignment", "epochs"])
+@pytest.mark.parametrize("name", ["six classes", "entropy", "comparison", "epochs"])
 def test_figures_of_loggers_have_two_pixels_for_each_one_that_tensorboard_shows(name: str) -> None:
     figure = LOGGED[name]()
     assert figure.get_figwidth() * figure.dpi == 2 * 324

@@ -17,39 +17,30 @@ from lightning_xattn.core.errors import SettingError
 from lightning_xattn.hms.signal_plots import plot_attention_over_signals
 from lightning_xattn.visualizations import (
     Curve,
-    Mean,
+    Estimate,
     Panel,
-    SampleRow,
     plot_attention_heatmap,
     plot_class_attention,
     plot_class_comparison,
-    plot_conflict,
-    plot_conflicting_samples,
-    plot_contribution_shares,
     plot_cross_modal_attention,
     plot_epochs,
-    plot_head_alignment_matrix,
     plot_head_contributions,
     plot_head_entropy,
     plot_modality_alignment,
-    plot_outcome_alignment,
 )
 from tests.hms.test_signal_plots import AXES
 from tests.messages import tells
 from tests.visualizations import window_backend
 from tests.visualizations.conftest import (
-    EDGES,
     assert_written,
     make_maps,
-    make_outcome,
     make_pair,
     make_spectrograms,
     make_traces,
 )
 
 PAIR = make_pair()
-GROUPS = [Mean(9, 0.3, 0.2, 0.4), Mean(7, 0.2, 0.1, 0.3)]
-ROW = SampleRow("3: GPD (0.58)", {"x": ("GPD", 0.71), "y": ("LPD", 0.64)}, {"x": 0.4, "y": -0.1})
+GROUPS = [Estimate(0.3, 0.2, 0.4, 9), Estimate(0.2, 0.1, 0.3, 7)]
 PLOTS = {
     "attention_heatmap": lambda **save: plot_attention_heatmap(PAIR["eeg_to_spec"], **save),
     "attention_over_signals": lambda **save: plot_attention_over_signals(
@@ -59,18 +50,11 @@ PLOTS = {
         make_maps(2, 3, 5), [4, 5], ["a", "b"], direction="x_to_y", **save
     ),
     "class_comparison": lambda **save: plot_class_comparison({"r": (GROUPS, GROUPS)}, ["a", "b"], **save),
-    "conflict": lambda **save: plot_conflict([0.2, 0.9], [0.8, 0.4], [True, False], **save),
-    "conflicting_samples": lambda **save: plot_conflicting_samples([ROW], **save),
-    "contribution_shares": lambda **save: plot_contribution_shares({"x": (GROUPS, GROUPS)}, ["a", "b"], **save),
     "cross_modal_attention": lambda **save: plot_cross_modal_attention(PAIR, **save),
     "epochs": lambda **save: plot_epochs([Panel("a", [Curve("correct", [0, 1], [0.1, 0.2])], (0, 1))], **save),
-    "head_alignment_matrix": lambda **save: plot_head_alignment_matrix(PAIR, **save),
     "head_contributions": lambda **save: plot_head_contributions(PAIR, **save),
     "head_entropy": lambda **save: plot_head_entropy({"x_to_y": [[0.5, 0.7]]}, [4], ["a"], **save),
     "modality_alignment": lambda **save: plot_modality_alignment(PAIR, **save),
-    "outcome_alignment": lambda **save: plot_outcome_alignment(
-        make_outcome(0.4, 2, 0), make_outcome(0.2, 2, 1), EDGES, (0.6, 0.5, 0.7), ["a", "b"], **save
-    ),
 }
 
 

@@ -15,7 +15,6 @@ from lightning_xattn.core.errors import SettingError, ShapeError, XAttnWarning
 from lightning_xattn.visualizations import (
     plot_attention_heatmap,
     plot_cross_modal_attention,
-    plot_head_alignment_matrix,
     plot_head_contributions,
     plot_modality_alignment,
     render,
@@ -188,7 +187,7 @@ def test_weights_that_are_not_attention_are_said_to_be_once(plot, names: str) ->
 @pytest.mark.parametrize(
     "plot",
     [
-        *(plot_cross_modal_attention, plot_head_contributions, plot_modality_alignment, plot_head_alignment_matrix),
+        *(plot_cross_modal_attention, plot_head_contributions, plot_modality_alignment),
         lambda weights: plot_attention_heatmap(weights["eeg_to_spec"]),
     ],
 )
