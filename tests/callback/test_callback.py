@@ -388,7 +388,7 @@ def test_a_figure_that_cannot_be_drawn_ends_nothing(tmp_path, monkeypatch):
         raise ValueError("no ink")
 
     monkeypatch.setattr("lightning_xattn.visualizations.render", fail)
-    with pytest.warns(XAttnWarning, match=tells("figures of val", "ValueError", "no ink")):
+    with pytest.warns(XAttnWarning, match=tells("no pictures of this evaluation", "ValueError", "no ink")):
         validate(ToyModule(), AttentionExplainabilityCallback(), logger=CSVLogger(tmp_path, name="", version="run"))
 
 
