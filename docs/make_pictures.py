@@ -302,8 +302,8 @@ def draw_auroc(figure_axes: list[list[Axes]]) -> Drawn:
     for (ax,), shift in zip(figure_axes, (0.0, 1.8), strict=True):
         correct, incorrect = random(2000, seed=1) + shift, random(600, seed=2)
         low, high = -4.0, 6.0
-        counts = [torch.histc(one, BINS, low, high) for one in (correct, incorrect)]
-        values.append(separation(*counts).auroc)
+        counts = torch.stack([torch.histc(one, BINS, low, high) for one in (correct, incorrect)], dim=1)
+        values.append(separation(torch.arange(BINS), counts).auroc)
         for one, colour, name in ((correct, FIRST, "correct"), (incorrect, "#D55E00", "incorrect")):
             ax.hist(one.numpy(), bins=30, range=(low, high), density=True, histtype="step", color=colour, label=name)
         ax.set(yticks=[], xticks=[], xlabel="score", ylabel="samples")

@@ -23,7 +23,7 @@ from lightning_xattn.core.ids import UNKNOWN_GROUP
 from lightning_xattn.core.wording import decimal, describe_size, percent, say_interval
 from lightning_xattn.evaluation.layer_summary import Comparison
 from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
-from lightning_xattn.functional.outcomes import BINS, CORRECT, INCORRECT
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.functional.probe import LEAST_OF_A_CLASS
 
 PROPORTIONS = ("right", "only_probe_right", "supports_first", "opposed", "additive_right", "model_right")
@@ -315,11 +315,7 @@ class FusionSummary:
         defined = values.isfinite()
         bins, outcomes = functional.score_bins(values[defined], 0.0, 1.0), self.outcomes[defined]
         counts = torch.stack([outcomes == CORRECT, outcomes == INCORRECT], dim=1).double()
-        if self.group_noun is None:
-            histograms = torch.zeros(BINS, 2, dtype=torch.float64).index_add(0, bins, counts)
-            found = functional.separation(*histograms.unbind(1))
-        else:
-            found = functional.grouped_separation(bins, self.groups[defined], counts, unknown=UNKNOWN_GROUP)
+        found = functional.separation(bins, counts, None if self.group_noun is None else self.groups[defined])
         correct, incorrect = (self.estimate(number, outcome=outcome).mean for outcome in (CORRECT, INCORRECT))
         by_class = [
             [self._estimate(values, self.chosen(class_id, outcome)) for outcome in (CORRECT, INCORRECT)]
@@ -327,6 +323,4 @@ class FusionSummary:
         ]
         within = torch.tensor([[[one.count, one.count * one.mean] for one in two] for two in by_class]).double()
         adjusted = functional.class_adjusted_gap(within[..., 0], within[..., 1].nan_to_num()) if by_class else math.nan
-        return Comparison(
-            **vars(found), cliffs_delta=found.cliffs_delta, gap=correct - incorrect, class_adjusted_gap=adjusted
-        )
+        return Comparison(**vars(found), gap=correct - incorrect, class_adjusted_gap=adjusted)

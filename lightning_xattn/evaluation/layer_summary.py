@@ -14,11 +14,11 @@ from lightning_xattn.core.wording import describe_size
 from lightning_xattn.evaluation.accumulators import KeyedSums, LayerAccumulator
 from lightning_xattn.evaluation.statistics import INVALID_ROWS, SCORES, STATISTICS, WHOLLY_MASKED, Column, headline
 from lightning_xattn.functional import (
+    Separation,
     alignment_null,
     class_adjusted_gap,
     grouped_mean_interval,
     grouped_proportion_interval,
-    grouped_separation,
     mean_interval,
     proportion_interval,
     separation,
@@ -28,18 +28,10 @@ from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Separation):
     """A score of the correct predictions against that of the incorrect ones: its `Separation`, and its gaps."""
 
-    auroc: float
-    low: float
-    high: float
-    correct: int
-    incorrect: int
-    correct_groups: int | None
-    incorrect_groups: int | None
-    cliffs_delta: float
     gap: float
     """Mean over correct minus mean over incorrect predictions."""
     class_adjusted_gap: float
@@ -198,20 +190,19 @@ class LayerSummary:
         return self.histograms[list(SCORES).index(score), outcome]
 
     def compare(self, score: Column) -> Comparison:
-        """Does a score of ``SCORES`` predict errors? By groups where they are known: `grouped_separation`."""
+        """Does a score of ``SCORES`` predict errors? By groups where they are known."""
         if self.group_noun is None:
-            found = separation(self.histogram(score, CORRECT), self.histogram(score, INCORRECT))
+            counts = torch.stack([self.histogram(score, outcome) for outcome in (CORRECT, INCORRECT)], dim=1)
+            found = separation(torch.arange(len(counts)), counts)
         else:
             keys, counts = self._sums.scores_by_group.keys, self._sums.scores_by_group.sums
             outcomes = torch.tensor([CORRECT, INCORRECT])
             counts = counts[:, None] * (keys[:, 1:2] == outcomes)
             chosen = (keys[:, 2] == list(SCORES).index(score)) & (counts.sum(1) > 0)
-            found = grouped_separation(keys[chosen, 3], keys[chosen, 0], counts[chosen], unknown=UNKNOWN_GROUP)
+            found = separation(keys[chosen, 3], counts[chosen], keys[chosen, 0])
         by_class = self.moments[: self.n_classes, [CORRECT, INCORRECT], self._places[score]]
         adjusted = class_adjusted_gap(by_class[..., 0], by_class[..., 1])
-        return Comparison(
-            **vars(found), cliffs_delta=found.cliffs_delta, gap=self.gap(score), class_adjusted_gap=adjusted
-        )
+        return Comparison(**vars(found), gap=self.gap(score), class_adjusted_gap=adjusted)
 
     def undefined_share(self) -> float:
         """Share of samples without an alignment, or without an entropy where only one direction is recorded."""

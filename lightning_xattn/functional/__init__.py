@@ -1,15 +1,17 @@
 """Every number's one definition, as pure functions of tensors (see their docstrings)."""
 
-from lightning_xattn.functional.alignment import (
+from lightning_xattn.functional.agreement import (
     alignment,
     alignment_null,
     best_head_matching,
-    head_alignment,
     head_alignment_matrix,
+    head_diversity,
+    query_selectivity,
+    require_heads,
+    sink,
     standardised_maps,
 )
 from lightning_xattn.functional.faithfulness import ranking_gain, replacements
-from lightning_xattn.functional.heads import head_diversity, query_selectivity, require_heads, sink
 from lightning_xattn.functional.intervals import (
     Estimate,
     grouped_mean_interval,
@@ -18,15 +20,16 @@ from lightning_xattn.functional.intervals import (
     proportion_interval,
     within,
 )
-from lightning_xattn.functional.lift import lift, lift_map, received_lift
-from lightning_xattn.functional.outcomes import (
-    Separation,
-    class_adjusted_gap,
-    grouped_separation,
-    score_bins,
-    separation,
+from lightning_xattn.functional.outcomes import Separation, class_adjusted_gap, score_bins, separation
+from lightning_xattn.functional.pairs import (
+    TopPair,
+    head_top_pairs,
+    lift,
+    lift_map,
+    received_lift,
+    sample_top_pairs,
+    top_pairs,
 )
-from lightning_xattn.functional.pairs import TopPair, head_top_pairs, sample_top_pairs, top_pairs
 from lightning_xattn.functional.probe import (
     conflict,
     cross_fitted_probe,
@@ -91,9 +94,7 @@ __all__ = [
     "entropy",
     "grouped_mean_interval",
     "grouped_proportion_interval",
-    "grouped_separation",
     "has_single_keys",
-    "head_alignment",
     "head_alignment_matrix",
     "head_diversity",
     "head_top_pairs",

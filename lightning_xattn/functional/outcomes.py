@@ -13,6 +13,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm, t
 from torch import Tensor
 
+from lightning_xattn.core.ids import UNKNOWN_GROUP
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 
 INCORRECT, CORRECT, UNKNOWN = range(3)
@@ -42,12 +43,6 @@ class Separation:
         Samples with a defined score of each outcome.
     correct_groups, incorrect_groups
         How many groups (patients, recordings) these belong to; None where groups are not known.
-
-    Examples
-    --------
-    >>> found = separation(correct=torch.tensor([2.0, 8.0]), incorrect=torch.tensor([8.0, 2.0]))
-    >>> round(found.auroc, 3), round(found.cliffs_delta, 3)
-    (0.8, 0.6)
     """
 
     auroc: float
@@ -57,11 +52,6 @@ class Separation:
     incorrect: int
     correct_groups: int | None = None
     incorrect_groups: int | None = None
-
-    @property
-    def cliffs_delta(self) -> float:
-        """``2 auroc - 1`` in [-1, 1]."""
-        return 2 * self.auroc - 1
 
 
 def score_bins(scores: Tensor, low: float, high: float) -> Tensor:
@@ -86,78 +76,60 @@ def score_bins(scores: Tensor, low: float, high: float) -> Tensor:
     return position.long().clamp(0, BINS - 1)
 
 
-def separation(correct: Tensor, incorrect: Tensor) -> Separation:
-    """AUROC of a score with its 95 % CI, from one histogram an outcome; samples are taken as independent.
-
-    Parameters
-    ----------
-    correct, incorrect
-        ``(bins,)`` counts over the same bins, ascending scores.
-
-    Examples
-    --------
-    >>> found = separation(correct=torch.tensor([2.0, 8.0]), incorrect=torch.tensor([8.0, 2.0]))
-    >>> round(found.auroc, 3)  # of 100 pairs 64 are in order, and 32 are ties
-    0.8
-    """
-    correct, incorrect = correct.double(), incorrect.double()
-    sizes = int(correct.sum()), int(incorrect.sum())
-    if min(sizes) < MINIMUM_GROUP:
-        return Separation(torch.nan, torch.nan, torch.nan, *sizes)
-    auroc = float((correct * _beaten(incorrect)).sum() / sizes[0])
-    return Separation(auroc, *_interval(auroc, *sizes, half_width=norm.ppf(0.975)), *sizes)
-
-
-def grouped_separation(bins: Tensor, groups: Tensor, counts: Tensor, unknown: int | None = None) -> Separation:
+def separation(bins: Tensor, counts: Tensor, groups: Tensor | None = None) -> Separation:
     """AUROC of a score with its 95 % CI, where samples of one group (patient, recording) may be alike.
 
-    The AUROC is that of `separation`. Its variance by groups (Obuchowski 1997) over that by samples (DeLong 1988) is
-    the design effect: by so much the variance in `separation`'s interval is multiplied, and 1.96 becomes Student's
-    quantile for the number of groups. With one sample a group the design effect is 1. Where a variance is not above 0
-    but for rounding, as that of outcomes whose scores do not overlap, a group counts as one sample.
+    Where groups are known, their variance (Obuchowski 1997) over that by samples (DeLong 1988) is the design effect: by
+    so much the variance of the interval is multiplied, and 1.96 becomes Student's quantile for the number of groups.
+    With one sample a group the design effect is 1. Where a variance is not above 0 but for rounding, as that of
+    outcomes whose scores do not overlap, a group counts as one sample.
 
     Parameters
     ----------
     bins
-        ``(n,)`` int64 in [0, BINS), see `score_bins`.
-    groups
-        ``(n,)`` int64, any numbers.
+        ``(n,)`` int64 in [0, BINS): bins of the score, ascending.
     counts
-        ``(n, 2)`` how many correct and incorrect samples of the group have a score in the bin.
-    unknown
-        The number of what is no group, but all samples whose group is not known. They widen the interval as one group
-        does, but no claim may rest on them: they are not among the groups that are counted. None: all are known.
+        ``(n, 2)`` numbers of correct and incorrect samples (of the group) with a score in the bin.
+    groups
+        ``(n,)`` int64, any numbers; None: samples are independent. Samples of ``UNKNOWN_GROUP`` widen the interval as
+        one group does, but no claim may rest on them: they are not among the groups that are counted.
 
     Examples
     --------
+    >>> found = separation(bins=torch.tensor([0, 1]), counts=torch.tensor([[2.0, 8.0], [8.0, 2.0]]))
+    >>> round(found.auroc, 3)  # of 100 pairs 64 are in order, and 32 are ties
+    0.8
     >>> bins, groups = torch.tensor([1] * 10 + [0] * 10), torch.arange(20)
     >>> counts = torch.tensor([[1.0, 0.0]] * 10 + [[0.0, 1.0]] * 10)  # all correct predictions have the higher score
-    >>> grouped_separation(bins, groups, counts).auroc
+    >>> separation(bins, counts, groups).auroc
     1.0
     """
-    ids, index = groups.unique(return_inverse=True)
     counts = counts.double()
     histograms = counts.new_zeros(BINS, 2).index_add(0, bins, counts)
-    by_group = counts.new_zeros(len(ids), 2).index_add(0, index, counts)
     sizes = int(counts[:, 0].sum()), int(counts[:, 1].sum())
-    is_known = torch.ones_like(ids, dtype=torch.bool) if unknown is None else ids != unknown
-    known = int((by_group[is_known, 0] > 0).sum()), int((by_group[is_known, 1] > 0).sum())
-    if min(known) < MINIMUM_GROUP:
+    known: tuple[int, ...] = ()
+    if groups is not None:
+        ids, index = groups.unique(return_inverse=True)
+        by_group = counts.new_zeros(len(ids), 2).index_add(0, index, counts)
+        known = tuple((by_group[ids != UNKNOWN_GROUP] > 0).sum(0).tolist())
+    if min(known or sizes) < MINIMUM_GROUP:
         return Separation(torch.nan, torch.nan, torch.nan, *sizes, *known)
     correct, incorrect = histograms.unbind(1)
     # The share of the other outcome that a sample in each bin is right about: its placement (DeLong 1988).
     placements = torch.stack([_beaten(incorrect), 1 - _beaten(correct)], dim=1)
     auroc = float(correct @ placements[:, 0] / sizes[0])
-    deviations = placements - auroc
-    by_sample = (histograms * deviations**2).sum(0) / (histograms.sum(0) - 1) / histograms.sum(0)
-    sums = counts.new_zeros(len(ids), 2).index_add(0, index, counts * deviations[bins]) / counts.sum(0)
-    each = (by_group > 0).sum(0).double()
-    both = len(by_group[by_group.sum(1) > 0])
-    variance = (each / (each - 1) * sums.square().sum(0)).sum() + 2 * both / (both - 1) * sums.prod(1).sum()
-    # A variance that is 0 comes out as a tiny number of either sign, and an interval of no width claims all.
-    told = float(variance) > ROUNDING * float(by_sample.sum()) > 0
-    effect = float(variance / by_sample.sum()) if told else sum(sizes) / both
-    half_width = float(t.ppf(0.975, both - 1)) * math.sqrt(effect)
+    half_width = float(norm.ppf(0.975))
+    if groups is not None:
+        deviations = placements - auroc
+        by_sample = (histograms * deviations**2).sum(0) / (histograms.sum(0) - 1) / histograms.sum(0)
+        sums = counts.new_zeros(len(ids), 2).index_add(0, index, counts * deviations[bins]) / counts.sum(0)
+        each = (by_group > 0).sum(0).double()
+        both = len(by_group[by_group.sum(1) > 0])
+        variance = (each / (each - 1) * sums.square().sum(0)).sum() + 2 * both / (both - 1) * sums.prod(1).sum()
+        # A variance that is 0 comes out as a tiny number of either sign, and an interval of no width claims all.
+        is_defined = float(variance) > ROUNDING * float(by_sample.sum()) > 0
+        effect = float(variance / by_sample.sum()) if is_defined else sum(sizes) / both
+        half_width = float(t.ppf(0.975, both - 1)) * math.sqrt(effect)
     return Separation(auroc, *_interval(auroc, *sizes, half_width), *sizes, *known)
 
 

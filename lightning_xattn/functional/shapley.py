@@ -8,7 +8,7 @@ for the class that it predicts for the intact sample i.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -142,23 +142,22 @@ class Game:
     @property
     def phi(self) -> Tensor:
         """``(samples, modalities)`` exact Shapley values; they sum to ``v(all) - v(none)``."""
-        of_each = [
-            sum(share * (self.values[before | {one}] - self.values[before]) for before, share in self._before(one))
-            for one in range(self.modalities)
-        ]
-        return torch.stack(list(map(torch.as_tensor, of_each)), dim=1)
+        return self._sum_over_orders(lambda share, after, before: share * (self.values[after] - self.values[before]))
 
     @property
     def phi_error(self) -> Tensor:
         """``(samples, modalities)`` standard error of ``phi``, as not all partners were run."""
-        of_each = [
-            sum(
-                share**2 * (self.variances[before | {one}] + self.variances[before])
-                for before, share in self._before(one)
-            )
+        return self._sum_over_orders(
+            lambda share, after, before: share**2 * (self.variances[after] + self.variances[before])
+        ).sqrt()
+
+    def _sum_over_orders(self, term: Callable[[float, Subset, Subset], Tensor]) -> Tensor:
+        """The terms of each modality, summed over the subsets that may come before it in an order of all."""
+        sums = [
+            torch.stack([term(share, before | {one}, before) for before, share in self._before(one)]).sum(0)
             for one in range(self.modalities)
         ]
-        return torch.stack(list(map(torch.as_tensor, of_each)), dim=1).sqrt()
+        return torch.stack(sums, dim=1)
 
     def _before(self, one: int) -> Iterator[tuple[Subset, float]]:
         """The modalities that may come before this one, and the share of all orders in which they do."""
@@ -396,10 +395,5 @@ def partner_shifts(samples: int, partners: int, seed: int = 0) -> Sequence[int]:
     while True:
         found = (torch.randperm(half, generator=generator)[: partners // 2] + 1).tolist()
         shifts = [*found, *(samples - shift for shift in found)]
-        if _steps_reach_all(samples, shifts):
+        if math.gcd(samples, *(shift - shifts[0] for shift in shifts)) == 1:
             return shifts
-
-
-def _steps_reach_all(samples: int, shifts: Iterable[int]) -> bool:
-    first, *others = shifts
-    return math.gcd(samples, *(shift - first for shift in others)) == 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_xattn.core.ids import group_keys
 from lightning_xattn.core.wording import decimal, say_interval
 from lightning_xattn.evaluation.table import read_columns
-from lightning_xattn.functional import grouped_separation, score_bins
+from lightning_xattn.functional import score_bins, separation
 from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import Recordings
 from lightning_xattn.report.document import Block, Paragraph, Table
@@ -79,7 +79,7 @@ def _describe_auroc(scores: Tensor, groups: Tensor, yes: Tensor, no: Tensor) -> 
     scores = scores[known]
     low, high = (float(scores.min()), float(scores.max())) if len(scores) else (0.0, 1.0)
     bins = score_bins(scores, low, high if high > low else low + 1)
-    found = grouped_separation(bins, groups[known], torch.stack([yes, no], dim=1)[known])
+    found = separation(bins, torch.stack([yes, no], dim=1)[known], groups[known])
     if math.isnan(found.auroc):
         return "too few samples"
     return f"{decimal(found.auroc)} ({say_interval(found.low, found.high, 2)})"

@@ -20,7 +20,6 @@ from lightning_xattn.functional import (
     Rows,
     alignment,
     best_head_matching,
-    head_alignment,
     head_alignment_matrix,
     lift_map,
     prepare_rows,
@@ -287,10 +286,10 @@ def _has_gaps(maps: list[_SampleMap]) -> bool:
 
 def _bars(forward: Rows, backward: Rows, sample: int) -> tuple[NDArray[Any], list[str], bool]:
     """Alignment of each head with the same, or the best matching, head; the names of the bars; whether matched."""
-    if forward.weights.shape[1] == backward.weights.shape[1]:
-        values = head_alignment(forward, backward)[sample].numpy()
-        return values, [str(head) for head in range(len(values))], False
     matrix = head_alignment_matrix(forward, backward)[sample]
+    heads, others = matrix.shape
+    if heads == others:
+        return matrix.diagonal().numpy(), [str(head) for head in range(heads)], False
     pairs = best_head_matching(matrix)
     return np.array([float(matrix[pair]) for pair in pairs]), [f"{i}, {j}" for i, j in pairs], True
 

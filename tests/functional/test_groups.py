@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from lightning_xattn import functional as F
+from lightning_xattn.core.ids import UNKNOWN_GROUP
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
 from tests import reference
 
@@ -32,7 +33,7 @@ def mean_of(values, groups):
 def separation_of(scores, groups, correct):
     """Of scores in about [-5, 5], scaled into the range of an alignment."""
     bins = F.score_bins(torch.as_tensor(scores / 8), -1, 1)
-    return F.grouped_separation(bins, torch.as_tensor(groups), torch.as_tensor(np.stack([correct, ~correct], axis=1)))
+    return F.separation(bins, torch.as_tensor(np.stack([correct, ~correct], axis=1)), torch.as_tensor(groups))
 
 
 @settings(max_examples=30, deadline=None)
@@ -160,7 +161,7 @@ def test_one_sample_a_group_is_no_group():
     assert variances[0] == pytest.approx(variances[1])
     ours = separation_of(scores, groups, correct)
     bins = F.score_bins(torch.as_tensor(scores / 8), -1, 1)
-    independent = F.separation(*(torch.bincount(bins[which], minlength=2**14) for which in (correct, ~correct)))
+    independent = F.separation(bins, torch.as_tensor(np.stack([correct, ~correct], axis=1)))
     assert ours.auroc == independent.auroc
     # Student's quantile instead of the normal one: a little wider.
     assert 0 < independent.low - ours.low < 0.01
@@ -172,7 +173,7 @@ def test_outcomes_that_do_not_overlap_are_not_certain():
     correct = groups < 5
     ours = separation_of(np.where(correct, 1.0, -1.0), groups, correct)
     assert (ours.auroc, ours.high) == (1, 1)
-    alone = F.separation(torch.tensor([0, 5]), torch.tensor([5, 0]))  # each group as one sample
+    alone = F.separation(torch.arange(2), torch.tensor([[0, 5], [5, 0]]))  # each group as one sample
     assert ours.low == pytest.approx(alone.low, abs=0.15)
 
 
@@ -181,7 +182,7 @@ def test_a_variance_that_is_rounding_is_none(groups):
     """Each group has a correct and an incorrect sample of one score: their variances and covariance cancel."""
     scores = torch.randperm(1000, generator=torch.Generator().manual_seed(groups))[:groups].repeat(2)
     counts = torch.tensor([[1.0, 0.0]] * groups + [[0.0, 1.0]] * groups)
-    found = F.grouped_separation(scores, torch.arange(groups).repeat(2), counts)
+    found = F.separation(scores, counts, torch.arange(groups).repeat(2))
     assert found.auroc == pytest.approx(0.5)
     assert found.high - found.low > 0.2
 
@@ -189,12 +190,13 @@ def test_a_variance_that_is_rounding_is_none(groups):
 def test_samples_of_unknown_groups_widen_an_auroc_and_are_none_that_a_claim_rests_on():
     scores, groups = torch.arange(18) * 100, torch.tensor([0, 1, 2, 3, 9, 9, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15])
     counts = torch.tensor([[1.0, 0.0]] * 6 + [[0.0, 1.0]] * 12)
-    assert F.grouped_separation(scores, groups, counts).correct_groups == 5
-    found = F.grouped_separation(scores, groups, counts, unknown=9)
+    assert F.separation(scores, counts, groups).correct_groups == 5
+    groups[groups == 9] = UNKNOWN_GROUP
+    found = F.separation(scores, counts, groups)
     assert (found.correct_groups, found.incorrect_groups) == (4, 11)
     assert np.isnan([found.auroc, found.low, found.high]).all()
     groups[5] = 20
-    found, known = (F.grouped_separation(scores, groups, counts, unknown=one) for one in (9, None))
+    found, known = (F.separation(scores, counts, torch.where(groups < 0, one, groups)) for one in (UNKNOWN_GROUP, 9))
     assert (found.correct_groups, known.correct_groups) == (5, 6)
     assert (found.auroc, found.low, found.high) == (known.auroc, known.low, known.high)
 
@@ -226,7 +228,7 @@ def test_an_auroc_by_groups_holds_the_truth_and_one_by_samples_does_not(shift):
         found = separation_of(scores, ids, correct)
         by_group += found.low <= true <= found.high
         bins = F.score_bins(torch.as_tensor(scores / 8), -1, 1)
-        found = F.separation(*(torch.bincount(bins[which], minlength=2**14) for which in (correct, ~correct)))
+        found = F.separation(bins, torch.as_tensor(np.stack([correct, ~correct], axis=1)))
         by_sample += found.low <= true <= found.high
     assert 0.93 <= by_group / RUNS <= 0.97
     assert by_sample / RUNS < 0.7
