@@ -310,6 +310,11 @@ class TokenAxis:
         if self.names is not None:
             object.__setattr__(self, "names", [*map(shown, self.names)])
 
+    def __repr__(self) -> str:
+        places = [self.place(token) for token in range(len(self))]
+        shown = places if len(places) <= 3 else [places[0], "...", places[-1]]
+        return f"TokenAxis('{self.title}', {len(self)} tokens: {', '.join(shown)})"
+
     def __len__(self) -> int:
         return len(self.spans or self.names or ())
 

@@ -32,19 +32,25 @@ def require_finite(batch: BatchResult) -> BatchResult:
         Otherwise; it names the samples.
     """
     labels, ids = batch.labels, _ids_as_text(batch)
+    rows = [prepare_rows(attention) for pair in batch.attention for attention in pair.directions]
     if labels.predicted is not None:
         what, also, broken = "class scores", " (or class ids below 0)", labels.predicted < 0
     else:
-        rows = [prepare_rows(attention) for pair in batch.attention for attention in pair.directions]
         what, also, broken = "attention", "", torch.stack([r.broken.flatten(1).any(1) for r in rows]).any(0)
     if not bool(broken.any()):
         return batch
     names = [f"{i} (id {ids[i]})" if ids else f"{i}" for i in broken.nonzero().flatten().tolist()]
-    raise DataError(
+    message = (
         f"The {what} of sample {', '.join(names[:8])}{', ...' if len(names) > 8 else ''} ({len(names)} of "
         f"{len(broken)}) are not finite{also}. Look for NaN or infinity in their input or, if all samples are "
-        "concerned, in the model's weights; a modality whose tokens are all masked gives NaN, too."
+        "concerned, in the model's weights."
     )
+    if masked := max((int((one.wholly_masked & broken).sum()) for one in rows), default=0):
+        message += (
+            f" In {masked} of them one modality is wholly masked: a softmax over no key gives NaN. Have the model "
+            "leave out the attention of such samples, or unmask one token."
+        )
+    raise DataError(message)
 
 
 def explain_samples(

@@ -118,7 +118,7 @@ def epoch_figures(
             group_noun=summary.group_noun,
             context=context,
         )
-        yield f"xattn_about/{scope}/class_comparison", figure
+        yield f"xattn_outcome/{scope}/class_comparison", figure
 
 
 def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figure:
@@ -229,7 +229,7 @@ def save_dataset_figures(explained: DatasetResult, folder: str | PathLike[str]) 
 
 
 def _name_file(tag: str) -> str:
-    return tag.removeprefix("xattn_").removeprefix("about/all/").replace("/all/", "_")
+    return tag.removeprefix("xattn_").removeprefix("outcome/all/").replace("/all/", "_")
 
 
 def _compared_columns(summary: LayerSummary) -> Iterator[tuple[str, Column]]:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning_xattn.callback.history import main_history
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
+from lightning_xattn.callback.epoch_log import main_history
 from lightning_xattn.evaluation import table as table_module
 from tests.explainer.test_explain_loader import assert_same_summary
 from tests.fuzz.examples import examples

@@ -57,7 +57,7 @@ def test_figures_have_time_axes_in_seconds(datamodule, tmp_path, monkeypatch):
         "xattn_map/val/eeg_to_spec",
         "xattn_map/val/spec_to_eeg",
         "xattn_entropy/val/by_head",
-        "xattn_about/val/class_comparison",
+        "xattn_outcome/val/class_comparison",
     ]
     axes = {axis.title: axis.spans for *_, axis in drawn}
     assert axes["EEG window (s from the labelled moment)"][0] == (-5, -3)

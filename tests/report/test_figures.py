@@ -27,7 +27,7 @@ def figures(one):
 
 
 def test_each_figure_has_its_tag_and_says_where_it_is_from(figures):
-    assert list(figures) == ["map/eeg_to_spec", "map/spec_to_eeg", "entropy/by_head", "about/class_comparison"]
+    assert list(figures) == ["map/eeg_to_spec", "map/spec_to_eeg", "entropy/by_head", "outcome/class_comparison"]
     assert all("epoch 4" in texts(figure) for figure in figures.values())
 
 
