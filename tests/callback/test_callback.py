@@ -110,13 +110,11 @@ def test_fit_leaves_curves_and_images_in_tensorboard_at_every_epoch(tmp_path):
             points = events.Scalars(f"xattn_alignment/{stage}/{name}")
             assert len(points) == times
             assert all(-1 <= point.value <= 1 for point in points)
-        for tag in (
-            "map/{}/audio_to_text",
-            "map/{}/text_to_audio",
-            "entropy/{}/by_head",
-            "outcome/{}/class_comparison",
+        for topic, figure in (
+            *(("map", "audio_to_text"), ("map", "text_to_audio")),
+            *(("entropy", "by_head"), ("outcome", "class_comparison")),
         ):
-            images = events.Images(f"xattn_{tag.format(stage)}")
+            images = events.Images(f"xattn_{topic}/{stage}/{figure}")
             assert len(images) == times
             assert images[0].width == 2 * 324  # twice as wide as TensorBoard shows it
     steps = [point.step for point in events.Scalars("xattn_alignment/val/all")]

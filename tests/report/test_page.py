@@ -27,7 +27,7 @@ def result():
 
 
 def compared(auroc, low, high):
-    return Comparison(auroc, low, high, 50, 50, None, None, 0.1, 0.1)
+    return Comparison(auroc, low, high, 50, 50, gap=0.1, class_adjusted_gap=0.1)
 
 
 NO_SCORE = "no score predicts errors clearly better than confidence. AUROC:"

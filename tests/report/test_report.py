@@ -294,7 +294,7 @@ def test_a_difference_between_outcomes_is_told_with_its_sign(favoured, verdict):
 )
 def test_a_gap_that_classes_do_not_have_is_said_to_be_theirs(gap, within, between):
     auroc, low, high = (0.7, 0.6, 0.8) if gap > 0 else (0.3, 0.2, 0.4)
-    outcome = Comparison(auroc, low, high, 30, 9, None, None, gap, within)
+    outcome = Comparison(auroc, low, high, 30, 9, gap=gap, class_adjusted_gap=within)
     ((*_, found),) = compare_outcomes({"alignment": outcome}, None).rows
     assert ("which may be a difference between classes" in found) == between
 
