@@ -12,7 +12,7 @@ from lightning_xattn.evaluation.layer_summary import Comparison, LayerSummary
 from lightning_xattn.evaluation.statistics import Column
 from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
-from lightning_xattn.report.document import Paragraph, Table
+from lightning_xattn.report.document import Item, Items, Paragraph, Table
 
 GROUPED_BY = {"target": "true class", "prediction": "predicted class", None: "class"}
 """Heading of the classes, by ``classes_by``; None: not known."""
@@ -102,28 +102,31 @@ def explain_brackets(noun: str | None) -> Paragraph:
     return Paragraph(f"In brackets: 95 % CI, {by}; none with fewer than {MINIMUM_GROUP} {noun or 'samples'}.")
 
 
-def compare_outcomes(compared: Mapping[str, Comparison], noun: str | None) -> Table:
-    """A row for each score that is compared between correct and incorrect predictions; ``noun``: that of the groups."""
+def compare_outcomes(compared: Mapping[str, Comparison], noun: str | None) -> tuple[Table, Items]:
+    """Scores of correct against incorrect predictions, and a verdict on each; ``noun``: the name of the groups."""
 
     def size(samples: int, groups: int | None) -> str:
         return str(samples) if groups is None else f"{samples} ({groups})"
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
+    verdicts: list[Item] = []
     for score, one in compared.items():
-        claim = [f"no claim: fewer than {MINIMUM_GROUP} {noun or 'samples'} of an outcome", "", "", ""]
-        if not math.isnan(one.auroc):
+        sizes = size(one.correct, one.correct_groups), size(one.incorrect, one.incorrect_groups)
+        if math.isnan(one.auroc):
+            verdict, claim = f"no claim, fewer than {MINIMUM_GROUP} {noun or 'samples'} of an outcome", ("", "", "")
+        else:
             within = one.class_adjusted_gap
-            adjusted = "undefined" if math.isnan(within) else decimal(within, 3, signed=True)
             verdict = describe_difference(one)
             if verdict != NO_DIFFERENCE and not within * one.gap > 0.5 * one.gap**2:
                 verdict += ", which may be a difference between classes"
+            adjusted = "undefined" if math.isnan(within) else decimal(within, 3, signed=True)
             auroc = format_estimate(Estimate(one.auroc, one.low, one.high, 0))
-            claim = [auroc, decimal(one.gap, 3, signed=True), adjusted, verdict]
-        sizes = size(one.correct, one.correct_groups), size(one.incorrect, one.incorrect_groups)
-        rows.append([score, *sizes, *claim])
+            claim = auroc, decimal(one.gap, 3, signed=True), adjusted
+        rows.append((score, *sizes, *claim))
+        verdicts.append((score, verdict, ()))
     count = f"({noun})" if noun else ""
-    sizes = f"correct {count}".strip(), f"incorrect {count}".strip()
-    return Table(("score", *sizes, "AUROC", "gap", "class-adjusted gap", "correct against incorrect"), rows)
+    header = "score", f"correct {count}".strip(), f"incorrect {count}".strip(), "AUROC", "gap", "gap within classes"
+    return Table(header, rows), Items(verdicts)
 
 
 def describe_difference(one: Comparison) -> str:

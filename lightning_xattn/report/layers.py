@@ -36,7 +36,7 @@ HOW_TO_READ_LAYER = (
     "averaged over all such pairs. It is near 0 where the maps of two samples are unrelated, and well above 0 where "
     "the model attends the same way in every sample. The mean alignment minus this is specific to the sample.",
     "The AUROC is the chance that a correct prediction has a higher score than an incorrect one: 0.5 if the score "
-    "does not separate them. The class-adjusted gap is the gap within each class, averaged over the classes with both "
+    "does not separate them. The gap within classes is averaged over the classes with both "
     "outcomes: classes differ in accuracy and in attention, and that alone makes a gap. The compared entropy is the "
     "mean of the directions.",
 )
@@ -66,7 +66,7 @@ def describe_layer(
     if any(SINGLE_KEY in reason for reason in undefined.values()):
         yield Paragraph(SINGLE_KEY_REMEDY)
     if compared := {str(score): summary.compare(score) for score in shown_layer_scores(summary)}:
-        yield compare_outcomes(compared, summary.group_noun)
+        yield from compare_outcomes(compared, summary.group_noun)
     else:
         yield Paragraph("Correct and incorrect predictions are not compared: predictions or targets are not known.")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Literal
 
 from lightning_xattn.core.wording import by_reason, name_modality
 from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
@@ -49,6 +47,8 @@ def describe_fusion(fusion: FusionSummary, class_names: Sequence[str], classes_b
         counts.append(("Samples left out, as their fusion inputs are not finite", str(fusion.nonfinite), ()))
     yield Items(counts)
     yield _tabulate_modalities(fusion)
+    if fusion.replaced:
+        yield _tabulate_faithfulness(fusion)
     yield explain_brackets(noun)
     for reason, names in by_reason(fusion.probe_problems).items():
         yield Paragraph(f"No probe on {' and '.join(map(name_modality, names))}: {reason}.")
@@ -65,23 +65,13 @@ def describe_fusion(fusion: FusionSummary, class_names: Sequence[str], classes_b
         ]
         yield Items(found, f"Samples of largest conflict{among}")
     if compared := {score: fusion.compare(score) for score in shown_scores(fusion)}:
-        yield compare_outcomes(compared, noun)
+        yield from compare_outcomes(compared, noun)
 
 
 def _tabulate_modalities(fusion: FusionSummary) -> Table:
-    directions = {direction.key: direction for direction in fusion.replaced}
-
     def probe(name: str) -> str:
         accuracy = format_percent(fusion.estimate(f"right/{name}"))
         return f"{accuracy} (not used)" if name in fusion.probe_problems else accuracy
-
-    def faithfulness(name: str, order: Literal["gain", "reference"]) -> str:
-        if name in directions and fusion.faithfulness_problem(directions[name]).startswith("bypassed"):
-            return "bypassed"
-        return format_estimate(fusion.faithfulness(directions[name], order), signed=True) if name in directions else ""
-
-    def cost(name: str) -> str:
-        return format_estimate(fusion.estimate(f"cost/{directions[name]}")) if name in directions else ""
 
     columns: dict[str, Callable[[str], str]] = {"probe accuracy": probe}
     if fusion.contribution_problem:
@@ -91,12 +81,18 @@ def _tabulate_modalities(fusion: FusionSummary) -> Table:
     else:
         columns["contribution"] = lambda name: format_estimate(fusion.estimate(f"phi/{name}"), signed=True)
         columns["share"] = lambda name: format_percent(fusion.share(name))
-    if directions:
-        columns["faithfulness"] = partial(faithfulness, order="gain")
-        columns["faithfulness of the reference"] = partial(faithfulness, order="reference")
-        columns["cost of replacing all tokens"] = cost
     rows = [(name_modality(name), *(cell(name) for cell in columns.values())) for name in fusion.modalities]
     return Table(("modality", *columns), rows)
+
+
+def _tabulate_faithfulness(fusion: FusionSummary) -> Table:
+    rows = []
+    for direction in fusion.replaced:
+        found = [format_estimate(fusion.faithfulness(direction, order), signed=True) for order in ("gain", "reference")]
+        if fusion.faithfulness_problem(direction).startswith("bypassed"):
+            found = ["bypassed", "bypassed"]
+        rows.append((name_modality(direction.key), *found, format_estimate(fusion.estimate(f"cost/{direction}"))))
+    return Table(("replaced tokens of", "faithfulness", "of the reference", "cost of replacing all"), rows)
 
 
 def _tabulate_subsets(fusion: FusionSummary, class_names: Sequence[str], classes_by: str | None) -> Iterator[Table]:

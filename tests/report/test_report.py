@@ -283,8 +283,8 @@ def test_a_data_set_has_the_summarys_numbers():
 def test_a_difference_between_outcomes_is_told_with_its_sign(favoured, verdict):
     outcomes = [CORRECT if of == favoured else INCORRECT for of in CLASSES]
     report = create_explainability_report(dataset(summary(CLASSES, outcomes)))
-    *_, adjusted, found = row(report, "alignment")
-    assert found == f"{verdict} predictions, which may be a difference between classes"
+    *_, adjusted = row(report, "alignment")
+    assert f"- **alignment:** {verdict} predictions, which may be a difference between classes" in report
     assert adjusted == "undefined"  # no class has both outcomes
 
 
@@ -295,14 +295,15 @@ def test_a_difference_between_outcomes_is_told_with_its_sign(favoured, verdict):
 def test_a_gap_that_classes_do_not_have_is_said_to_be_theirs(gap, within, between):
     auroc, low, high = (0.7, 0.6, 0.8) if gap > 0 else (0.3, 0.2, 0.4)
     outcome = Comparison(auroc, low, high, 30, 9, gap=gap, class_adjusted_gap=within)
-    ((*_, found),) = compare_outcomes({"alignment": outcome}, None).rows
+    _, verdicts = compare_outcomes({"alignment": outcome}, None)
+    ((_, found, _),) = verdicts.items
     assert ("which may be a difference between classes" in found) == between
 
 
 def test_fewer_than_five_of_an_outcome_support_no_claim():
     report = create_explainability_report(dataset(summary(CLASSES, [INCORRECT] * 4 + [CORRECT] * 35)))
-    assert row(report, "alignment")[1:4] == ["35", "4", "no claim: fewer than 5 samples of an outcome"]
-    assert row(report, "alignment")[4:] == ["", "", ""]
+    assert row(report, "alignment")[1:] == ["35", "4", "", "", ""]
+    assert "- **alignment:** no claim, fewer than 5 samples of an outcome" in report
     report = create_explainability_report(dataset(summary(CLASSES, [INCORRECT] * 5 + [CORRECT] * 34)))
     assert row(report, "alignment")[3].startswith("0.")
 
