@@ -20,7 +20,7 @@ ModalitiesSetting = Mapping[str, Named | Sequence[Named]]
 """The argument that holds each modality's tokens, e.g. ``{"eeg": 0, "spec": 1}``. Of several the first holds them, and
 the others, such as their mask, go with them."""
 
-RESERVED_MODALITIES = ("share", "size", "opposed", "followed", "interaction", "emap_accuracy")
+RESERVED_MODALITIES = ("share", "size", "followed", "interaction", "emap_accuracy")
 """What stands beside the modalities in curves and columns, which no modality may be called."""
 
 LOWEST_SHOWN = -1000.0

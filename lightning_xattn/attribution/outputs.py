@@ -136,6 +136,7 @@ def centred(logits: Tensor) -> Tensor:
 
     Examples
     --------
+    >>> from lightning_xattn.attribution.outputs import centred
     >>> centred(torch.tensor([1.0, 2.0, 6.0]))
     tensor([-2., -1.,  3.])
     """

@@ -289,6 +289,7 @@ def score_bins(scores: Tensor, low: float, high: float) -> Tensor:
 
     Examples
     --------
+    >>> from lightning_xattn.evaluation.statistics import score_bins
     >>> score_bins(torch.tensor([-1.0, 0.0, 1.0]), low=-1.0, high=1.0).tolist()  # of 2 ** 14
     [0, 8192, 16383]
     """

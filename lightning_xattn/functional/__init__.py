@@ -8,3 +8,7 @@ from lightning_xattn.functional.pairs import *
 from lightning_xattn.functional.probe import *
 from lightning_xattn.functional.rows import *
 from lightning_xattn.functional.shapley import *
+
+__all__ = ["ROW_STATISTICS"]
+# What the files define, without what they import.
+__all__ += sorted(name for name, one in globals().items() if getattr(one, "__module__", "").startswith(f"{__name__}."))

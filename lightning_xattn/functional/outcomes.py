@@ -43,6 +43,12 @@ class Separation:
         Samples with a defined score of each outcome.
     correct_groups, incorrect_groups
         How many groups (patients, recordings) these belong to; None where groups are not known.
+
+    Examples
+    --------
+    >>> found = separation(bins=torch.tensor([0, 1]), counts=torch.tensor([[2.0, 8.0], [8.0, 2.0]]))
+    >>> found.correct, found.incorrect, found.low < found.auroc < found.high
+    (10, 10, True)
     """
 
     auroc: float
