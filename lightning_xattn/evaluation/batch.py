@@ -234,17 +234,17 @@ class BatchResult:
         return scores
 
     def __getitem__(self, samples: slice) -> BatchResult:
-        """Give some of the samples."""
+        """Some of the samples."""
         inputs = None if self.inputs is None else self.inputs[samples]
         return BatchResult(tuple(pair[samples] for pair in self.attention), self.labels[samples], inputs)
 
     def cpu(self) -> BatchResult:
-        """Give attention and labels on the CPU, without a graph."""
+        """Attention and labels on the CPU, without a graph."""
         return BatchResult(tuple(pair.cpu() for pair in self.attention), self.labels.cpu())
 
 
 def read_batch(step: Step, attention: Attentions, finder: LabelFinder) -> BatchResult:
-    """Give a batch with its labels, and without those of its queries that are padding.
+    """A batch with its labels, and without those of its queries that are padding.
 
     Raises
     ------
@@ -257,7 +257,7 @@ def read_batch(step: Step, attention: Attentions, finder: LabelFinder) -> BatchR
 
 
 def with_fusion(batch: BatchResult, recorder: StepRecorder) -> BatchResult:
-    """Give a batch with what entered the fusion, and with confidences that a step of class ids alone lacks."""
+    """A batch with what entered the fusion, and with confidences that a step of class ids alone lacks."""
     labels, inputs = batch.labels, recorder.collect_fusion(batch.labels)
     output = None if inputs is None else inputs.model_output
     if output is not None and output.values.shape[1] > 1 and labels.confidence is None and labels.predicted is not None:

@@ -40,7 +40,7 @@ TOPICS = (
 
 
 def main_names(names: Iterable[str]) -> set[str]:
-    """Give the main curves among ``<topic>/<what>``: ``MAIN``, and those of up to ``MAX_CLASS_CURVES`` classes."""
+    """The main curves among ``<topic>/<what>``: ``MAIN``, and those of up to ``MAX_CLASS_CURVES`` classes."""
     names = list(names)
     of_class = {name: found["name"] for name in names if (found := _OF_CLASS.fullmatch(name))}
     few = len(set(of_class.values())) <= MAX_CLASS_CURVES
@@ -48,7 +48,7 @@ def main_names(names: Iterable[str]) -> set[str]:
 
 
 def main_curves(curves: Mapping[str, float], scope: str) -> dict[str, float]:
-    """Give the main curves of a scope, see `main_names`."""
+    """The main curves of a scope, see `main_names`."""
     chosen = main_names(_relative(name, scope) for name in curves)
     return {name: value for name, value in curves.items() if _relative(name, scope) in chosen}
 
@@ -56,7 +56,7 @@ def main_curves(curves: Mapping[str, float], scope: str) -> dict[str, float]:
 def mean_curves(
     of_layers: Sequence[Mapping[str, float]], scopes: Sequence[str], scope: str, layers: int
 ) -> dict[str, float]:
-    """Give the means over layers of alignment, entropy and focus; none of single heads.
+    """The means over layers of alignment, entropy and focus; none of single heads.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def mean_curves(
 
 
 def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) -> dict[str, float]:
-    """Give the curves of one layer's epoch; NaN where undefined.
+    """The curves of one layer's epoch; NaN where undefined.
 
     The names depend on the layer and the classes alone, so they are the same in every epoch.
 
@@ -96,7 +96,7 @@ def epoch_curves(summary: LayerSummary, scope: str, class_names: Sequence[str]) 
 
 
 def epoch_record(summary: LayerSummary, scope: str, curves: Mapping[str, float]) -> dict[str, Any]:
-    """Give the history's record of a layer's epoch: its curves, numbers of samples, and intervals."""
+    """The history's record of a layer's epoch: its curves, numbers of samples, and intervals."""
     record: dict[str, Any] = {"samples": summary.samples, "groups": summary.groups() if summary.group_noun else None}
     record |= {name: getattr(summary, name) for name in ("ties", "unclassified", "wholly_masked")}
     correct, incorrect = (summary.size(outcome=outcome) for outcome in (CORRECT, INCORRECT))
@@ -119,7 +119,7 @@ def fusion_curves(
     permutes: bool = True,
     tested: Sequence[Direction] = (),
 ) -> dict[str, float]:
-    """Give the curves of probes and contributions; NaN where undefined.
+    """The curves of probes and contributions; NaN where undefined.
 
     The names depend on the modalities, the classes and the parameters below, so they are the same in every epoch.
 
@@ -145,7 +145,7 @@ def fusion_curves(
 
 
 def fusion_record(summary: FusionSummary, scope: str, curves: Mapping[str, float]) -> dict[str, Any]:
-    """Give the history's record of the modalities: their curves and intervals, and why others are missing."""
+    """The history's record of the modalities: their curves and intervals, and why others are missing."""
     record: dict[str, Any] = {"probed_samples": summary.samples, "probe_problems": dict(summary.probe_problems)}
     record["contribution_problem"] = summary.contribution_problem
     if summary.replaced:  # faithfulness was tested
@@ -163,7 +163,7 @@ def fusion_record(summary: FusionSummary, scope: str, curves: Mapping[str, float
 
 
 def _defined(curves: Mapping[str, float], scope: str) -> dict[str, float]:
-    """Give the defined curves under their names in the history."""
+    """The defined curves under their names in the history."""
     return {_relative(name, scope): value for name, value in curves.items() if math.isfinite(value)}
 
 
@@ -172,7 +172,7 @@ def _or_nan(value: float) -> float:
 
 
 def _accuracy(correct: int, incorrect: int) -> dict[str, float]:
-    """Give the accuracy for the history; nothing where no outcome is known."""
+    """The accuracy for the history; nothing where no outcome is known."""
     return {"accuracy": correct / (correct + incorrect)} if correct + incorrect else {}
 
 
@@ -188,7 +188,7 @@ def _fusion_intervals(summary: FusionSummary) -> Iterator[tuple[str, Estimate]]:
 
 
 def _subsets(class_names: Sequence[str]) -> dict[str, tuple[int | None, int | None]]:
-    """Give the subsets of samples that have curves: class and outcome by name."""
+    """The subsets of samples that have curves: class and outcome by name."""
     outcomes = {name: (None, outcome) for name, outcome in OUTCOMES.items()}
     of_classes = {name: (class_id, None) for class_id, name in enumerate(class_names)}
     return {"all": (None, None), **outcomes, **of_classes}
@@ -240,7 +240,7 @@ def _contribution_numbers(
 
 
 def _numbers(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """Give ``<topic>/<what>`` and the value of each curve."""
+    """``<topic>/<what>`` and the value of each curve."""
     for column in summary.columns:
         curve = STATISTICS[column.statistic].curve
         if curve is not None and (column.direction is not None or "{direction}" not in curve):
@@ -260,7 +260,7 @@ def _numbers(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[tupl
 
 
 def _by_samples(summary: LayerSummary, column: Column, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """Give the means of a number over all samples and over each class; of a head over all samples."""
+    """The means of a number over all samples and over each class; of a head over all samples."""
     if column.head is not None:
         yield f"head_{column.head}", summary.mean(column)
         return
@@ -274,7 +274,7 @@ def _scores(summary: LayerSummary) -> list[Column]:
 
 
 def _ends(name: str, low: float, high: float) -> dict[str, float]:
-    """Give the ends of an interval for the history; nothing where it is undefined."""
+    """The ends of an interval for the history; nothing where it is undefined."""
     name = shown_tag(name)  # as its curve
     return {f"{name}_low": low, f"{name}_high": high} if math.isfinite(low) and math.isfinite(high) else {}
 

@@ -101,7 +101,7 @@ class Totals:
         )
 
     def without_labels(self) -> Totals:
-        """Give the same without classes, predictions and outcomes."""
+        """The same without classes, predictions and outcomes."""
         layers = {name: sums.without_labels() for name, sums in self.layers.items()}
         return replace(self, kept=self.kept.without_labels(), layers=layers, classes=())
 
@@ -166,7 +166,7 @@ class Evaluation:
         self.has_dropped, self.seen = False, 0
 
     def read(self, step: Step, attention: Attentions, recorder: StepRecorder) -> BatchResult:
-        """Give a batch; the first one decides what the classes are, and where the fusion is.
+        """The `BatchResult` of a step; the first one decides what the classes are, and where the fusion is.
 
         Raises
         ------
@@ -299,7 +299,7 @@ class Evaluation:
         self._accumulators = {layer: sums.without_labels() for layer, sums in self._accumulators.items()}
 
     def own_totals(self) -> Totals:
-        """Give the sums of this process, to be added to those of others. Waits for a GPU."""
+        """The sums of this process, to be added to those of others. Waits for a GPU."""
         totals, several = self.totals, self.finder.has_several
         refused = totals.replay_problem or (SEVERAL_LABELS if several or self.finder.are_several else "")
         return replace(
@@ -320,7 +320,7 @@ class Evaluation:
         parts: Sequence[Totals] | None = None,
         partners: int | None = PARTNERS,
     ) -> DatasetResult:
-        """Give the summaries of each layer and of the fusion.
+        """The summaries of each layer and of the fusion.
 
         Where there are several processes and samples are replayed, this has collectives that each must reach.
 
@@ -375,7 +375,7 @@ def _or_default(values: Tensor | None, default: float, batch: BatchResult) -> Te
 def summarise_all(
     evaluations: Mapping[int, Evaluation], recorder: StepRecorder, processes: Processes, tests_attention: bool
 ) -> Iterator[tuple[int, DatasetResult]]:
-    """Give each dataloader with its result over all processes, in the same order on each of them.
+    """Each dataloader with its result over all processes, in the same order on each of them.
 
     A collective, and for each dataloader those of `Evaluation.summarise`, which every process must reach.
 

@@ -85,7 +85,7 @@ class SampleModalities:
 
 
 def describe_modalities(summary: FusionSummary, i: int, class_names: Sequence[str]) -> SampleModalities:
-    """Give the probes and contributions of one sample.
+    """The probes and contributions of one sample.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ def describe_modalities(summary: FusionSummary, i: int, class_names: Sequence[st
 
 
 def _find_followed(phi: Mapping[str, float], errors: Mapping[str, float]) -> str | None:
-    """Give the modality with clearly more than `MOSTLY` of all contributions to the prediction, if there is one.
+    """The modality with clearly more than `MOSTLY` of all contributions to the prediction, if there is one.
 
     A margin of two standard errors is left. The errors of a sample's modalities are of the same
     replays: too much for one is too little for another, so they add up.
@@ -137,7 +137,7 @@ def _find_followed(phi: Mapping[str, float], errors: Mapping[str, float]) -> str
 
 
 def most_conflicting(summary: FusionSummary) -> list[int]:
-    """Give the places of the `CONFLICTING` samples of largest conflict, the largest first.
+    """The places of the `CONFLICTING` samples of largest conflict, the largest first.
 
     Where contributions are known, only samples with contributions count, as their followed modality is shown, too.
     """
@@ -149,7 +149,7 @@ def most_conflicting(summary: FusionSummary) -> list[int]:
 
 
 def find_samples(summary: FusionSummary, keys: Tensor) -> list[int | None]:
-    """Give the place in ``summary.numbers`` of the sample with each key ``(n,)`` (see ``group_keys``).
+    """The place in ``summary.numbers`` of the sample with each key ``(n,)`` (see ``group_keys``).
 
     None where there is none, or several.
     """
@@ -161,7 +161,7 @@ def find_samples(summary: FusionSummary, keys: Tensor) -> list[int | None]:
 
 
 def sample_columns(summary: FusionSummary) -> dict[str, Tensor]:
-    """Give the columns of the sample table that are known at the end: ``IDENTITY``, probes and contributions."""
+    """The columns of the sample table that are known at the end: ``IDENTITY``, probes and contributions."""
     columns = {name: summary.rows[name] for name in IDENTITY}
     columns |= {name: summary.numbers[name] for name in ("conflict", "support_difference", "only_probe_right")}
     for name, probe in summary.probes.items():

@@ -35,7 +35,7 @@ _LIMITS = {"confidence": (0.0, 1.0), "conflict": (0.0, 1.0), "cost": (-1.0, 1.0)
 
 
 def interaction_names(modalities: Sequence[str]) -> list[str]:
-    """Give the names of the numbers with the joint effect of two modalities."""
+    """The names of the numbers with the joint effect of two modalities."""
     pairs = [f"interaction/{a}_{b}" for a, b in combinations(modalities, 2)]
     return pairs if len(modalities) > 2 else ["interaction"]
 
@@ -123,7 +123,7 @@ class FusionSummary:
         return f"FusionSummary({' and '.join(self.modalities)}: {size}, {self.n_classes} classes{problem})"
 
     def merge_classes(self, kept: Sequence[int]) -> FusionSummary:
-        """Give the same with these classes, in this order, and a last one that is all others."""
+        """The same with these classes, in this order, and a last one that is all others."""
         of_class = torch.full((self.n_classes + 1,), len(kept))
         of_class[list(kept)] = torch.arange(len(kept))
         of_class[-1] = -1  # samples without a class
@@ -192,7 +192,7 @@ class FusionSummary:
         )
 
     def _spread(self, samples: Tensor, values: Tensor) -> Tensor:
-        """Give the values of some samples, ``(n, 2)`` of ``IDENTITY``, in the places of all; NaN elsewhere."""
+        """The values of some samples, ``(n, 2)`` of ``IDENTITY``, in the places of all; NaN elsewhere."""
         identities = torch.stack([self.rows[name] for name in IDENTITY], dim=1).tolist()
         place = {tuple(one): i for i, one in enumerate(identities)}
         places = torch.tensor([place.get(tuple(one), -1) for one in samples.tolist()], dtype=torch.long)
@@ -216,14 +216,14 @@ class FusionSummary:
             self.numbers[number] = torch.where(known, (predicted == self.target).double(), torch.nan)
 
     def chosen(self, class_id: int | None = None, outcome: int | None = None) -> Tensor:
-        """Give ``(samples,)`` bool: which samples are of a class and an outcome."""
+        """``(samples,)`` bool: which samples are of a class and an outcome."""
         everyone = torch.ones(self.samples, dtype=torch.bool)
         if class_id is not None:
             everyone &= self.classes == class_id
         return everyone if outcome is None else everyone & (self.outcomes == outcome)
 
     def estimate(self, number: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
-        """Give the mean of a number over the samples of a class and an outcome, with its 95 % CI.
+        """The mean of a number over the samples of a class and an outcome, with its 95 % CI.
 
         The interval of a number that is 0 or 1 is that of a proportion, see `grouped_proportion_interval`; any other
         interval is within the number's range.
@@ -238,7 +238,7 @@ class FusionSummary:
         return replace(found, low=low, high=high)
 
     def share(self, modality: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
-        """Give a modality's share of the mean contribution, see `contribution_shares`.
+        """A modality's share of the mean contribution, see `contribution_shares`.
 
         NaN where the sum of all contributions is not clearly above 0, and for a regression.
         """
@@ -251,12 +251,12 @@ class FusionSummary:
         return self._ratio(share, phi[:, self.modalities.index(modality)], phi.sum(1), chosen)
 
     def size(self, modality: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
-        """Give the mean absolute contribution of a modality: by how much it moves the output."""
+        """The mean absolute contribution of a modality: by how much it moves the output."""
         found = self._estimate(self.numbers[f"phi/{modality}"].abs(), self.chosen(class_id, outcome))
         return replace(found, low=functional.within((found.low, found.high), (0.0, math.inf))[0])
 
     def faithfulness(self, direction: Direction, order: Literal["gain", "reference"] = "gain") -> Estimate:
-        """Give how well an order of the keys ranks what the predictions depend on.
+        """How well an order of the keys ranks what the predictions depend on.
 
         1: the first keys hold all of it; 0: as a random order; NaN where replacing all keys does not clearly change the
         predictions.
@@ -275,7 +275,7 @@ class FusionSummary:
         return self._ratio(ratio, gain, cost, chosen)
 
     def faithfulness_problem(self, direction: Direction) -> str:
-        """Give the reason why the faithfulness of a direction is not defined; "" where it is."""
+        """The reason why the faithfulness of a direction is not defined; "" where it is."""
         cost = self.estimate(f"cost/{direction}")
         if self.replaced[direction].problem or cost.low > 0:
             return self.replaced[direction].problem
@@ -285,7 +285,7 @@ class FusionSummary:
         return f"bypassed: it costs {decimal(cost.mean, 3)} ({interval}) to replace all of its keys"
 
     def _ratio(self, ratio: float, part: Tensor, whole: Tensor, chosen: Tensor) -> Estimate:
-        """Give a ratio of two means, with the interval of its linearisation (delta method)."""
+        """A ratio of two means, with the interval of its linearisation (delta method)."""
         around = self._estimate((part - ratio * whole) / whole[chosen].mean(), chosen)
         return Estimate(ratio, ratio + around.low, ratio + around.high, around.count, around.groups)
 

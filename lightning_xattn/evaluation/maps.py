@@ -40,7 +40,7 @@ def add_maps(sample: BottomKSample, rows: Sequence[Rows], keys: Tensor, identity
 
 
 def maps_by_sample(sample: BottomKSample) -> MapsBySample:
-    """Give the maps that a sample holds."""
+    """The maps that a sample holds."""
     found: MapsBySample = {}
     for rows in sample.blocks():
         identities = zip(*(rows[name].tolist() for name in IDENTITY), strict=True)

@@ -53,7 +53,7 @@ class AttentionStatistics:
     sparsity: float
 
     def __getitem__(self, name: str) -> float:
-        """Give a statistic by its name, as a dict does."""
+        """A statistic by its name, as a dict does."""
         try:
             value: float = vars(self)[name]
         except KeyError:
@@ -62,13 +62,13 @@ class AttentionStatistics:
 
     @classmethod
     def of_batch(cls, rows: Rows) -> AttentionStatistics:
-        """Give the statistics of all samples, averaged over rows, then heads, then samples."""
+        """The statistics of all samples, averaged over rows, then heads, then samples."""
         means = (ROW_STATISTICS[name](rows).nanmean(1).cpu().double().nanmean() for name in cls.__dataclass_fields__)
         return cls(*map(float, means))
 
     @classmethod
     def of_samples(cls, rows: Rows) -> list[AttentionStatistics]:
-        """Give the statistics of each sample, averaged over rows, then heads."""
+        """The statistics of each sample, averaged over rows, then heads."""
         columns = [ROW_STATISTICS[name](rows).nanmean(1).tolist() for name in cls.__dataclass_fields__]
         return [cls(*values) for values in zip(*columns, strict=True)]
 
@@ -169,7 +169,7 @@ class TrainingData:
     groups: frozenset[str] = frozenset()
 
     def info(self, sample_id: str | None, group: str | None) -> str:
-        """Give "seen" for a sample of the training, "related" for one of a group of these, and "new" for others.
+        """Whether a sample is "seen" in training, "related" by its group to one that is, or "new".
 
         Empty for a sample without an id, for which this is not known.
         """
@@ -198,7 +198,7 @@ class EarlierTest:
 
     @classmethod
     def find(cls, history: Sequence[Mapping[str, Any]]) -> EarlierTest | None:
-        """Give the last one of a history; None where there is none."""
+        """The last one of a history; None where there is none."""
         record = next((one for one in reversed(history) if one.get("faithfulness_problems")), None)
         if record is None:
             return None
@@ -259,7 +259,7 @@ class DatasetResult:
         return f"DatasetResult({samples} samples, {len(self.class_names)} classes; {layers}{fusion})"
 
     def largest_classes(self, count: int) -> tuple[int, ...]:
-        """Give the ids of the classes with the most samples, in ascending order."""
+        """The ids of the classes with the most samples, in ascending order."""
         sizes = [0] * len(self.class_names)
         if self.summaries:
             sizes = [self.headline.size(class_id=class_id) for class_id in range(len(sizes))]
@@ -269,7 +269,7 @@ class DatasetResult:
         return tuple(sorted(largest))
 
     def merge_classes(self, kept: Sequence[int]) -> DatasetResult:
-        """Give the same with these classes, and a last one, ``REST``, that is all others."""
+        """The same with these classes, and a last one, ``REST``, that is all others."""
         return replace(
             self,
             summaries={layer: summary.with_classes(kept) for layer, summary in self.summaries.items()},

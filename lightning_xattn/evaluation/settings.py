@@ -83,11 +83,11 @@ class Settings:
         self.finder()  # checks the settings of the labels
 
     def finder(self) -> LabelFinder:
-        """Give what finds the labels of an evaluation's steps."""
+        """What finds the labels of an evaluation's steps."""
         return LabelFinder(self.predictions, self.targets, self.sample_ids, self.groups, self.query_mask)
 
     def recorder(self, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> StepRecorder:
-        """Give what records a model's steps."""
+        """What records a model's steps."""
         return StepRecorder(
             model, self.attention, self.fusion, self.modalities, processes, replays=self.contribution_samples > 0
         )

@@ -165,7 +165,7 @@ class TrainingTable(SampleTable):
 
 
 def read_rows(folder: Path, layer: str | None, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Give a layer's rows in the order of the samples, each by column; what is undefined is None.
+    """A layer's rows in the order of the samples, each by column; what is undefined is None.
 
     Parameters
     ----------
@@ -185,7 +185,7 @@ def read_rows(folder: Path, layer: str | None, columns: Sequence[str] | None = N
 
 
 def read_columns(folder: Path) -> dict[str, list[Any]]:
-    """Give all columns of an explained data set with one layer, those of the samples among them; missing is None."""
+    """All columns of an explained data set with one layer, those of the samples among them; missing is None."""
     rows: dict[str, list[Any]] = pq.read_table(folder / "attention").to_pydict()
     samples: dict[str, list[Any]] = pq.read_table(folder / "samples").to_pydict()
     place = {number: i for i, number in enumerate(samples[NUMBER])}

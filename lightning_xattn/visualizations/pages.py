@@ -179,7 +179,7 @@ class Page:
                 ax.axvline(mark, color=colour, linewidth=thickness)
 
     def finish(self) -> Figure:
-        """Give the page its height, and everything its place."""
+        """Set the page's height, and place everything."""
         height = self.used + MARGIN
         self.figure.set_figheight(height)
         for place in self._places:
