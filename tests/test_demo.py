@@ -28,7 +28,7 @@ def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
     assert len(events.Scalars("xattn_alignment/val/all")) == 6
     assert len(events.Images("xattn_map/val/eeg_to_spec")) == 6
     # 6 validation epochs and the test; of 30 samples no class has the ten that a probe takes.
-    assert len(list((logs / "csv").rglob("xattn_*/**/*.png"))) == 8 * 7
+    assert len(list((logs / "csv").rglob("xattn_*/**/*.png"))) == 6 * 7
 
     accuracy = max(point.value for point in events.Scalars("val_acc"))
     assert accuracy > 0.4  # chance is 0.17

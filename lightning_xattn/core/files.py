@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,26 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 def hidden_part(path: Path) -> Path:
     """The name of a file until it is whole: hidden, beside its own, with the process that writes it."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+
+
+def remove_dead_parts(folder: Path) -> None:
+    """Remove the parts that killed processes of this machine left behind."""
+    for part in folder.glob(f".*.{socket.gethostname()}.*.part"):
+        process = part.name.split(".")[-2]
+        if not _is_running(int(process)):
+            part.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if sys.platform == "win32":  # where os.kill would end the process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def path_of(name: str) -> Path:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from lightning_xattn.core.distributed import NUMBER
-from lightning_xattn.core.files import hidden_part
+from lightning_xattn.core.files import hidden_part, remove_dead_parts
 from lightning_xattn.core.ids import id_text
 from lightning_xattn.core.names import valid
 from lightning_xattn.core.notices import warn
@@ -50,7 +50,7 @@ class SampleTable:
     """Rows of one process and one evaluation, streamed into one Parquet file per layer.
 
     The files appear under names of their own when ``close`` is called. Until then, and after a crash, there are only
-    hidden parts, which readers ignore.
+    hidden parts, which readers ignore. The next table in the folder removes parts of processes that have ended.
 
     Parameters
     ----------
@@ -136,6 +136,7 @@ class SampleTable:
         if what not in self._writers:
             folder = self._folder / what.partition("/")[0]
             folder.mkdir(parents=True, exist_ok=True)
+            remove_dead_parts(folder)
             path = folder / f"{self._name}-{uuid.uuid4().hex[:8]}.parquet"
             self._writers[what] = _open_part(path, table.schema), path
         self._writers[what][0].write_table(table)

@@ -484,7 +484,7 @@ def test_both_namespaces_of_lightning(namespace, tmp_path):
     trainer.test(module, toy_loader(seed=2), verbose=False)
     assert "xattn_alignment/test/all" in trainer.callback_metrics
     assert [(entry["stage"], entry["samples"]) for entry in watch.history] == [("val", 23), ("val", 23), ("test", 23)]
-    assert len(list((tmp_path / "run").rglob("xattn_map/**/*.png"))) == 12
+    assert len(list((tmp_path / "run").rglob("xattn_map/**/*.png"))) == 6
     assert count_hooks(module) == 0
 
 

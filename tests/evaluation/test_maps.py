@@ -167,7 +167,6 @@ def test_a_report_says_of_how_many_samples_it_was_trained_on(tmp_path):
     ).explain_loader(toy_loader(), tmp_path, progress=False)
     unknown = create_explainability_report(explained, format="html")
     assert "it is not known which of these samples the model was trained on." in unknown
-    assert 'id="training"' not in unknown
     ids = [f"s{int(1000 * one)}" for one in toy_data().tensors[0][:, 0, 0]]
     groups = [f"p{int(one)}" for one in toy_data().tensors[2]]
     related = sum(group == groups[0] for group in groups) - 1
@@ -176,14 +175,10 @@ def test_a_report_says_of_how_many_samples_it_was_trained_on(tmp_path):
     said = f"the model was trained on 1 of these 23 samples, and on others of the groups of {related} more"
     assert said in page
     assert said in " ".join(create_explainability_report(explained).split())
-    assert page.count('data-training="seen"') == 1
-    assert page.count('data-training="related"') == related
-    assert page.count('data-training="new"') == 22 - related
     unnamed = explainer().explain_loader(toy_loader(), tmp_path / "unnamed", progress=False)
     unnamed = replace(unnamed, trained_on=TrainingData(frozenset(map(str, range(23)))))
     told = create_explainability_report(unnamed, format="html")
     assert "it is not known which of these samples the model was trained on." in told
-    assert "new to the model" not in told
     none = replace(explained, trained_on=TrainingData(frozenset({"another"})))
     page = create_explainability_report(none, format="html")
     assert "whether it was trained on others of their groups is not known" in page

@@ -1,5 +1,8 @@
 """The sample table: complete or absent, readable by everybody."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import duckdb
@@ -133,6 +136,14 @@ def test_a_killed_process_leaves_a_part_that_readers_pass_over(tmp_path, monkeyp
     assert len(pd.read_parquet(tmp_path / "attention")) == 23
     assert len(pl.read_parquet(tmp_path / "attention/*.parquet")) == 23
     assert duckdb.sql(f"select count(*) from '{tmp_path}/attention/*.parquet'").fetchall() == [(23,)]
+    # This process lives and may write on; of one that has ended the next run removes the part.
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead = hidden[0].with_name(hidden[0].name.replace(f".{os.getpid()}.", f".{ended.pid}."))
+    dead.write_bytes(b"half")
+    run(ToyModule(), tmp_path)
+    assert hidden[0].exists()
+    assert not dead.exists()
 
 
 def test_a_disk_that_is_full_from_the_start_leaves_no_empty_part(tmp_path, monkeypatch):

@@ -134,4 +134,4 @@ def test_the_command_as_a_module():
         check=False,
     )
     assert found.returncode == 1
-    assert "lightning-xattn explain: No checkpoint none.ckpt" in found.stderr
+    assert "lightning-xattn explain: none.ckpt cannot be read as a checkpoint" in found.stderr
