@@ -121,7 +121,7 @@ def moment(trainer: Trainer) -> dict[str, Any]:
 
 
 def scope_of(trainer: Trainer, callback: Callback, kind: type[Callback], dataloader: int, layer: str) -> str:
-    """The part of a curve's name that says where it is from, as ``val/callback_1/dataloader_1/<layer>``.
+    """The part of a curve's name that names its origin, as ``val/callback_1/dataloader_1/<layer>``.
 
     The first callback of its kind, dataloader 0 and a layer "" are left out.
     """

@@ -316,7 +316,9 @@ class TokenAxis:
         return f"TokenAxis('{self.title}', {len(self)} tokens: {', '.join(shown)})"
 
     def __len__(self) -> int:
-        return len(self.spans or self.names or ())
+        tokens = self.spans if self.names is None else self.names
+        assert tokens is not None
+        return len(tokens)
 
     def place(self, token: int) -> str:
         """A token's name, or its span in words, such as ``"20 to 30"``."""

@@ -29,7 +29,10 @@ class _StandardError(logging.Handler):
     """Writes to the present ``sys.stderr``, which a progress bar replaces for a while."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:  # a closed pipe or a full disk ends no run
+            self.handleError(record)
 
 
 _log = logging.getLogger("lightning_xattn")

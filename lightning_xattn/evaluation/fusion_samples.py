@@ -15,7 +15,7 @@ from lightning_xattn.evaluation.fusion_summary import FusionSummary, interaction
 from lightning_xattn.functional.shapley import MOSTLY
 
 LEAST_CONTRIBUTION = 0.02
-"""A smaller contribution to the prediction is none to follow."""
+"""The least contribution of a modality that a prediction follows."""
 
 CONFLICTING = 10
 """This many samples of largest conflict are shown."""

@@ -211,7 +211,7 @@ WHOLLY_MASKED = Column("wholly_masked")
 """Its total is the number of samples of which one modality is wholly masked."""
 
 SCORES = {Column(name): statistic.range for name, statistic in STATISTICS.items() if statistic.compared}
-"""What is compared between correct and incorrect predictions, with the ranges of the histograms."""
+"""What is compared between correct and incorrect predictions, with the ranges of their bins."""
 
 
 def sample_statistics(*rows: Rows) -> dict[Column, Tensor]:

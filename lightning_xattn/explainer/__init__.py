@@ -1,6 +1,5 @@
 """The offline explainer: one sample, one batch, or a whole loader of a trained model, with the callback's numbers."""
 
-import lightning_xattn.report  # noqa: F401  # it shows results in notebooks
 from lightning_xattn.explainer.checkpoint import load_checkpoint, training_data
 from lightning_xattn.explainer.explainability_capture import ExplainabilityCapture
 

@@ -100,6 +100,8 @@ def _import(path: str) -> Any:
     if str(Path.cwd()) not in sys.path:  # where users' own modules are
         sys.path.insert(0, str(Path.cwd()))
     try:
+        if not path.partition(":")[2]:
+            raise ValueError("there is no ':' with a name behind it")
         return pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise SettingError(f"Expected an import path such as 'package.module:Class'; got '{path}': {error}.") from error

@@ -185,7 +185,7 @@ class ExplainabilityCapture:
         """
         results = self.explain_batch(batch, among)
         count = len(results["per_sample_explanations"])
-        if not isinstance(sample_idx, Integral) or not 0 <= sample_idx < count:
+        if isinstance(sample_idx, bool) or not isinstance(sample_idx, Integral) or not 0 <= sample_idx < count:
             raise SettingError(
                 f"sample_idx must be a whole number, 0 to {count - 1} in this batch of {count} samples; got "
                 f"{sample_idx!r}."

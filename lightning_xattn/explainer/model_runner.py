@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class ModelRunner:
     Raises
     ------
     SettingError
-        If ``predict`` is not callable.
+        If ``predict`` cannot be called with a model and a batch.
     """
 
     def __init__(
@@ -50,8 +50,14 @@ class ModelRunner:
         predict: Predict | None,
         num_heads: int | None,
     ) -> None:
-        if predict is not None and not callable(predict):
-            raise SettingError(f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r}.")
+        if predict is not None:
+            try:
+                with suppress(ValueError):  # built-in functions may have no signature
+                    inspect.signature(predict).bind("model", "batch")
+            except TypeError as error:  # it is not callable, or takes other arguments
+                raise SettingError(
+                    f"predict must be a callable (model, batch) -> outputs, or None; got {predict!r} ({error})."
+                ) from error
         self.recorder = recorder
         self._model, self._predict, self._num_heads = model, predict, num_heads
 

@@ -20,7 +20,7 @@ NO_VARIANCE = 1e-6
 
 
 def require_heads(expected: int | None, heads: int, where: str) -> None:
-    """Refuse another number of heads than expected (None: any), with a SettingError that says where.
+    """Refuse another number of heads than expected (None: any), with a SettingError that names ``where``.
 
     Examples
     --------

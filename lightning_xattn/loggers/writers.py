@@ -145,7 +145,7 @@ class CometWriter(LoggerWriter):
     def log_images(self, images: Mapping[str, Picture], step: int) -> None:
         """In the graphics tab."""
         for name, picture in images.items():
-            # Of an array it computes -1 - x, which overflows, and says so in its log alone.
+            # Of an array it computes -1 - x, which overflows, and warns in its log alone.
             self.logger.experiment.log_image(Image.fromarray(picture), name=name, step=step)
 
     def log_text(self, name: str, text: str, step: int) -> None:

@@ -93,8 +93,8 @@ def interpret_sample(explanation: SampleResult) -> list[Criterion]:
     The checklist is the one for a correct or for an incorrect prediction; both where the outcome is not known. The
     thresholds are the guide's rules of thumb, not evidence (see the module's docstring).
 
-    Attention to a single key shows nothing: it has a largest weight of 1 and no weight below 0.1 whatever the model
-    learned, so criteria on it are undefined. Where the number of keys alone decides a criterion, its ``caveat`` says
+    Attention to a single key holds no information: whatever the model learned, its largest weight is 1 and no weight is
+    below 0.1, so criteria on it are undefined. Where the number of keys alone decides a criterion, its ``caveat`` says
     so: over more than ten keys even uniform attention is sparse, over two keys the largest weight is at least 0.5.
 
     Parameters
@@ -129,7 +129,7 @@ def _judge(
     value, direction, caveat = explanation["modality_agreement"], None, None
     if quantity != _AGREEMENT:
         statistics = first_layer(explanation["attention_stats"])
-        # Where the entropy is undefined each row has a single key or there is none: then no statistic says anything.
+        # Where the entropy is undefined each row has a single key or none, so no statistic holds information.
         values = {name: math.nan if math.isnan(one.entropy) else one[quantity] for name, one in statistics.items()}
         # The direction that is farthest from meeting the rule, an undefined one before all.
         farthest = min if relation == ">" else max

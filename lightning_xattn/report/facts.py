@@ -80,7 +80,7 @@ def _collect_dataset(result: DatasetResult) -> dict[str, Any]:
 
 def _collect_fusion(fusion: FusionSummary, class_names: Sequence[str]) -> dict[str, Any]:
     has_shares = not fusion.contribution_problem and not fusion.is_regression
-    # Of one sample, a standard error and a code, whose means say nothing.
+    # A mean of standard errors or of codes is no number to report.
     means = [name for name in fusion.numbers if name != "followed" and not name.startswith("error/")]
 
     def collect_subset(subset: Subset) -> dict[str, Any]:

@@ -174,7 +174,8 @@ def fusion_figures(
     """Draw the share of each modality in the contributions, where shares are defined; parameters as `epoch_figures`."""
     from lightning_xattn.visualizations import plot_class_comparison  # matplotlib, only where figures are wanted
 
-    if summary.contribution_problem or summary.is_regression:
+    has_outcomes = bool(((summary.outcomes == CORRECT) | (summary.outcomes == INCORRECT)).any())
+    if summary.contribution_problem or summary.is_regression or not (class_names or has_outcomes):
         return
 
     def share(modality: str, class_id: int | None, outcome: int | None) -> Estimate:

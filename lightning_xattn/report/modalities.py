@@ -49,6 +49,9 @@ def describe_fusion(fusion: FusionSummary, class_names: Sequence[str], classes_b
     yield _tabulate_modalities(fusion)
     if fusion.replaced:
         yield _tabulate_faithfulness(fusion)
+        reasons = {str(direction): one.without_reference for direction, one in fusion.replaced.items()}
+        for reason, names in by_reason({name: reason for name, reason in reasons.items() if reason}).items():
+            yield Paragraph(f"No reference of {' and '.join(names)}: {reason}.")
     yield explain_brackets(noun)
     for reason, names in by_reason(fusion.probe_problems).items():
         yield Paragraph(f"No probe on {' and '.join(map(name_modality, names))}: {reason}.")
@@ -91,8 +94,14 @@ def _tabulate_faithfulness(fusion: FusionSummary) -> Table:
         found = [format_estimate(fusion.faithfulness(direction, order), signed=True) for order in ("gain", "reference")]
         if fusion.faithfulness_problem(direction).startswith("bypassed"):
             found = ["bypassed", "bypassed"]
-        rows.append((name_modality(direction.key), *found, format_estimate(fusion.estimate(f"cost/{direction}"))))
-    return Table(("replaced tokens of", "faithfulness", "of the reference", "cost of replacing all"), rows)
+        rows.append(
+            (
+                f"{name_modality(direction.query)} → {name_modality(direction.key)}",
+                *found,
+                format_estimate(fusion.estimate(f"cost/{direction}")),
+            )
+        )
+    return Table(("replaced keys", "faithfulness", "of the reference", "cost of replacing all"), rows)
 
 
 def _tabulate_subsets(fusion: FusionSummary, class_names: Sequence[str], classes_by: str | None) -> Iterator[Table]:

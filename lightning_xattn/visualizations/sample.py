@@ -207,7 +207,7 @@ def plot_modality_alignment(
 
     A bar is the Pearson correlation of a head's forward map with the transposed backward map: over 0.5 high, below 0
     disagreement, medium between; what is undefined has a hatched place and no bar. Heads of the two directions share
-    no parameters, so equal indices are a convention (see ``plot_head_alignment_matrix``); where the directions have
+    no parameters, so equal indices are a convention (see `functional.head_alignment_matrix`); where the directions have
     different numbers of heads, the bars are the best one-to-one pairs instead. The title has the headline alignment,
     that of the head-averaged maps, which have a scale each.
 

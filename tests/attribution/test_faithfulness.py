@@ -293,7 +293,7 @@ def test_a_report_has_the_faithfulness_with_its_number(fusion, said, cell):
     result = DatasetResult({}, summary_of(Gazer(**fusion)), ("a", "b", "c"), "target", {}, None)
     text = create_explainability_report(result)
     assert f"- **Faithfulness:** {said}" in text
-    assert re.search(rf"\| Right +\| +{re.escape(cell)}", text)
+    assert re.search(rf"\| Left → Right +\| +{re.escape(cell)}", text)
 
 
 class Fitted(Gazer):

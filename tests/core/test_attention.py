@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -168,3 +169,10 @@ def test_an_axis_gives_the_place_of_a_token():
             TokenAxis("region", names=wrong)
     with pytest.raises(SettingError, match=tells("TokenAxis 3 needs a title")):
         TokenAxis(3, names=["a"])
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor])
+def test_spans_may_be_an_array(make):
+    axis = TokenAxis("time (s)", spans=make([[0.0, 1.0], [1.0, 2.0]]))
+    assert (len(axis), axis.place(1)) == (2, "1 to 2")
+    assert repr(axis) == "TokenAxis('time (s)', 2 tokens: 0 to 1, 1 to 2)"

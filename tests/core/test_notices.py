@@ -1,5 +1,7 @@
 """A notice is given once a run, by the first process, at the user's line."""
 
+import logging
+import sys
 import warnings
 
 import pytest
@@ -8,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_xattn import XAttnWarning
 from lightning_xattn.attention_analysis import AttentionAnalyzer
-from lightning_xattn.core.notices import begin_run, info, is_new, warn
+from lightning_xattn.core.notices import _StandardError, begin_run, info, is_new, warn
 
 
 def given(*notices, **settings):
@@ -53,3 +55,17 @@ def test_a_warning_points_at_the_users_line():
     with pytest.warns(XAttnWarning, match="a single key") as caught:
         AttentionAnalyzer().analyze_attention_weights(torch.ones(1, 1, 2, 1))
     assert [one.filename for one in caught] == [__file__]
+
+
+def test_a_standard_error_that_cannot_be_written_ends_nothing(monkeypatch):
+    """As behind ``python train.py 2>&1 | head``."""
+
+    class Broken:
+        def write(self, text):
+            raise BrokenPipeError("nobody reads")
+
+        flush = write
+
+    monkeypatch.setattr(sys, "stderr", Broken())
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    _StandardError().emit(logging.LogRecord("x", logging.INFO, __file__, 1, "found", (), None))

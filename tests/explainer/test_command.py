@@ -93,7 +93,7 @@ def test_a_model_of_ones_own(mine, datamodule, capsys):
             {"--datamodule": "tests.explainer.test_command:Asking"},
             "tests.explainer.test_command:Asking gives no test data: Asking.__init__()",
         ),
-        ({"--datamodule": "mine"}, "mine gives no test data: module 'mine' has no attribute"),
+        ({"--datamodule": "mine"}, "got 'mine': there is no ':'"),
         ({"--checkpoint": "absent.ckpt"}, "absent.ckpt"),
         ({"--checkpoint": "mine.py"}, "mine.py is no checkpoint of Logging"),
         ({"--model": "mine:ready"}, "Expected the import path of a LightningModule class; mine:ready is"),

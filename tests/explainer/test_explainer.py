@@ -505,3 +505,8 @@ def test_what_is_no_probability_in_a_later_batch_is_no_confidence(tmp_path):
     confidence = pd.read_parquet(tmp_path / "attention").sort_values("sample_idx")["confidence"]
     assert confidence[0] == pytest.approx(0.4)
     assert confidence[1:].isna().all()
+
+
+def test_a_predict_that_takes_no_model_is_refused_at_once():
+    with pytest.raises(SettingError, match=tells("predict", "(model, batch) -> outputs")):
+        ExplainabilityCapture(ToyModule(), predict=lambda batch: batch)

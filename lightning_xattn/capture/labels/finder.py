@@ -6,7 +6,7 @@ target never changes from batch to batch, and no device has to wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -111,26 +111,12 @@ class Labels:
         """The same, on the CPU."""
         return self._map(lambda values: values.detach().cpu() if isinstance(values, Tensor) else values)
 
-    @classmethod
-    def joined(cls, parts: Sequence[Labels]) -> Labels:
-        """Those of the parts of a batch as one; what one part lacks, all do."""
-
-        def join(*values: Any) -> Any:
-            return torch.cat(values) if isinstance(values[0], Tensor) else [one for part in values for one in part]
-
-        return parts[0]._map(join, *parts[1:])
-
-    def _map(self, change: Callable[..., Any], *others: Labels) -> Labels:
-        """The same with each field that has a value for each sample changed, along with that of the others."""
-        labels = (self, *others)
-        changed: dict[str, Any] = {}
-        for name in _BY_SAMPLE:
-            known = [getattr(one, name) for one in labels if getattr(one, name) is not None]
-            changed[name] = change(*known) if len(known) == len(labels) else None
-        scores = [one.scores for one in labels if one.scores is not None]
-        whole = len(scores) == len(labels)
-        changed["scores"] = replace(scores[0], values=change(*(one.values for one in scores))) if whole else None
-        return replace(self, **changed)
+    def _map(self, change: Callable[[Any], Any]) -> Labels:
+        """The same with each field changed that has a value for each sample."""
+        fields = {name: getattr(self, name) for name in _BY_SAMPLE}
+        changed: dict[str, Any] = {name: None if values is None else change(values) for name, values in fields.items()}
+        scores = None if self.scores is None else replace(self.scores, values=change(self.scores.values))
+        return replace(self, scores=scores, **changed)
 
 
 class LabelFinder:
