@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import time
 import zipfile
 from pathlib import Path
 
@@ -64,7 +65,12 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     run(WandbLogger(save_dir=tmp_path, offline=True, project="p"), table=tmp_path / "table")
     wandb.finish()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    records = list(_wandb_history(next(folder.glob("*.wandb"))))
+    # The client's process may still write when finish returns.
+    for _ in range(100):
+        records = list(_wandb_history(next(folder.glob("*.wandb"))))
+        if [one for one in records if one.get("trainer/global_step") == 9 and "xattn_alignment/val/all" in one]:
+            break
+        time.sleep(0.1)
     pictures = [record for record in records if f"{OVERVIEW}/path" in record]
     assert [record["trainer/global_step"] for record in pictures] == [4, 9]
     assert f"{MAP}/path" in pictures[0], "all pictures of an evaluation are one step of theirs"
