@@ -60,7 +60,7 @@ def restoring_state(state: ModelState, with_hooks: bool) -> Iterator[None]:
                 if hasattr(one, "log_dict") and hasattr(one, "log"):
                     vars(one)["log"] = vars(one)["log_dict"] = lambda *args, **kwargs: None
             yield
-    except Exception:
+    except Exception:  # raised again; an error of the restoring itself replaces it, as the state is then not whole
         _restore_all(everywhere, state)
         raise
     except BaseException:  # an interrupt, which must not be lost behind what cannot be put back

@@ -255,8 +255,8 @@ def main_history(records: Sequence[Record]) -> list[Record]:
 
     Most of a record are the curves of heads and of many classes.
     """
-    curves = {name for one in records for name in one if "/" in name}
+    curves = {name for record in records for name in record if "/" in name}
     kept = main_names(_ENDS.sub("", name) for name in curves)
     dropped = {name for name in curves if _ENDS.sub("", name) not in kept}
     # A checkpoint stores each name once if it is one object.
-    return [{sys.intern(name): value for name, value in one.items() if name not in dropped} for one in records]
+    return [{sys.intern(name): value for name, value in record.items() if name not in dropped} for record in records]

@@ -126,7 +126,7 @@ def scope_of(trainer: Trainer, callback: Callback, kind: type[Callback], dataloa
     The first callback of its kind, dataloader 0 and a layer "" are left out.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
-    ours = [one for one in callbacks if isinstance(one, kind)]
+    ours = [other for other in callbacks if isinstance(other, kind)]
     scope = stage_of(trainer)
     scope += f"/callback_{ours.index(callback)}" if callback in ours[1:] else ""
     scope += f"/dataloader_{dataloader}" if dataloader else ""

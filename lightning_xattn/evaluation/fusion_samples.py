@@ -170,7 +170,7 @@ def sample_columns(summary: FusionSummary) -> dict[str, Tensor]:
         columns[f"probe_{name}_probability"] = torch.where(known, probe.amax(1), torch.nan)
     undefined = torch.full_like(summary.numbers["confidence"], torch.nan)
     interactions = interaction_names(summary.modalities)
-    for name in (*(f"phi/{one}" for one in summary.modalities), "followed", *interactions):
+    for name in (*(f"phi/{modality}" for modality in summary.modalities), "followed", *interactions):
         column = f"contribution_{name.removeprefix('phi/').replace('/', '_')}"
         columns[column] = summary.numbers.get(name, undefined)
     return columns

@@ -318,8 +318,8 @@ class FusionSummary:
         # Samples without a class (-1) come last.
         classes = torch.where(self.classes < 0, self.n_classes, self.classes).clamp_max(self.n_classes)
         counts, sums = (
-            torch.zeros(self.n_classes + 1, 2, dtype=torch.float64).index_add(0, classes, one)[:-1]
-            for one in (counted, counted * values.nan_to_num()[:, None])
+            torch.zeros(self.n_classes + 1, 2, dtype=torch.float64).index_add(0, classes, terms)[:-1]
+            for terms in (counted, counted * values.nan_to_num()[:, None])
         )
         adjusted = functional.class_adjusted_gap(counts, sums)
         return Comparison(**vars(found), gap=correct - incorrect, class_adjusted_gap=adjusted)

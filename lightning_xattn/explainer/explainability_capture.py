@@ -162,7 +162,7 @@ class ExplainabilityCapture:
                 )
             result = require_finite(read_batch(step, attention, self.settings.finder())).cpu()
         for pair in result.attention:
-            warn(check_rows(pair.layer, [prepare_rows(one) for one in pair.directions]))
+            warn(check_rows(pair.layer, [prepare_rows(attention) for attention in pair.directions]))
         labels, scores = result.labels, result.scores
         warn(labels.doubts.values(), once=True)
         if scores is not None:

@@ -53,7 +53,8 @@ def _collect_batch(results: ExplainedBatch | dict[str, Any]) -> dict[str, Any]:
         "incorrect": outcomes.count(False),
         "undefined": undefined_in_batch(results),
         "per_sample_explanations": [
-            {**one, "undefined": undefined_in_sample(one), "interpretation": interpret_sample(one)} for one in samples
+            {**sample, "undefined": undefined_in_sample(sample), "interpretation": interpret_sample(sample)}
+            for sample in samples
         ],
     }
 

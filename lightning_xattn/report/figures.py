@@ -139,11 +139,10 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
     def draw_each(topic: str, names: Sequence[str] = ()) -> list[Curve]:
         """The curves of a topic: those of these names, or all of it but for ends of intervals and parts."""
         found = [name.removeprefix(topic) for name in known if name.startswith(topic)]
-        names = names or [one for one in found if "/" not in one and not one.endswith(("_low", "_high"))]
-        curves = {one: f"{topic}{one}" for one in names}
+        names = names or [name for name in found if "/" not in name and not name.endswith(("_low", "_high"))]
         return [
-            Curve(one.removesuffix("_auroc"), moments, *(over(curve + end) for end in ("", "_low", "_high")))
-            for one, curve in curves.items()
+            Curve(name.removesuffix("_auroc"), moments, *(over(topic + name + end) for end in ("", "_low", "_high")))
+            for name in names
         ]
 
     outcomes = ("correct", "incorrect")
@@ -179,15 +178,15 @@ def fusion_figures(
         return
 
     def share(modality: str, class_id: int | None, outcome: int | None) -> Estimate:
-        one = summary.share(modality, class_id, outcome)
-        return replace(one, mean=100 * one.mean, low=100 * one.low, high=100 * one.high)
+        found = summary.share(modality, class_id, outcome)
+        return replace(found, mean=100 * found.mean, low=100 * found.low, high=100 * found.high)
 
     figure = plot_class_comparison(
         {
-            f"share of {name_modality(one)} (% of the contributions)": _estimate_groups(
-                len(class_names), partial(share, one)
+            f"share of {name_modality(name)} (% of the contributions)": _estimate_groups(
+                len(class_names), partial(share, name)
             )
-            for one in summary.modalities
+            for name in summary.modalities
         },
         class_names,
         limits=(-60, 160),  # an interval of few samples may reach far beyond any share
@@ -247,4 +246,4 @@ def _estimate_groups(
     classes: int, estimate: Callable[[int | None, int | None], Estimate]
 ) -> tuple[list[Estimate], list[Estimate]]:
     """The estimates of each class, and of correct and of incorrect predictions."""
-    return [estimate(i, None) for i in range(classes)], [estimate(None, one) for one in (CORRECT, INCORRECT)]
+    return [estimate(i, None) for i in range(classes)], [estimate(None, outcome) for outcome in (CORRECT, INCORRECT)]
