@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -10,11 +10,12 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.inputs import ModalityPlace
 from lightning_xattn.attribution.kept_samples import KeptSamples
-from lightning_xattn.attribution.outputs import ModelOutput
-from lightning_xattn.attribution.recorder import FusionRecorder
-from lightning_xattn.attribution.replay import Replay, ReplayError, are_same_outputs
+from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
+from lightning_xattn.attribution.ports import Modality
+from lightning_xattn.attribution.recorder import ModalityRecorder
+from lightning_xattn.attribution.replay import Replay
+from lightning_xattn.attribution.root import ReplayError
 from lightning_xattn.attribution.token_source import Part, TokenSource, share_work
 from lightning_xattn.functional import Permutation, additive_projection, partner_shifts, permuted_subsets, play
 from lightning_xattn.functional.shapley import Subset
@@ -26,8 +27,8 @@ PARTNERS = 4
 """How many partners each sample has by default."""
 
 NOT_REPRODUCED = (
-    "running the fusion again on intact samples gives other outputs, so something besides the fusion's tokens reaches "
-    "the prediction, or the model differs from run to run"
+    "running the model again on intact samples gives other outputs, so something besides the modalities reaches the "
+    "prediction, or the model differs from run to run"
 )
 """Why contributions are not computed where the replay of intact samples gives other outputs."""
 
@@ -82,7 +83,7 @@ class _Job:
 
 
 def compute_contributions(
-    kept: KeptSamples, fusion: FusionRecorder, partners: int | None = PARTNERS
+    kept: KeptSamples, fusion: ModalityRecorder, partners: int | None = PARTNERS
 ) -> Contributions | str:
     """The contributions of the modalities to the predictions of some samples; or why they are not computed.
 
@@ -110,7 +111,7 @@ def compute_contributions(
 
 
 def _compute_shapley_values(
-    source: TokenSource, fusion: FusionRecorder, names: Sequence[str], partners: int | None
+    source: TokenSource, fusion: ModalityRecorder, names: Sequence[str], partners: int | None
 ) -> Contributions:
     """Permute the modalities of samples with those of partners, and compute the game's values from the replays."""
     samples, modalities = len(source), len(names)
@@ -127,8 +128,8 @@ def _compute_shapley_values(
         raise ReplayError("all samples are of one group")
     rows, columns, every = rows[apart], columns[apart], torch.arange(samples)
     jobs = [_Job(every, every, frozenset())]
-    jobs += [_Job(rows, columns, subset) for subset in permuted_subsets(modalities)]
-    shares = share_work(fusion, partial(_replay_jobs, source, fusion.places, jobs))
+    jobs += [_Job(rows, columns, subset) for subset in permuted_subsets(modalities, fusion.has_further)]
+    shares = share_work(fusion, partial(_replay_jobs, source, fusion.modalities, jobs))
     permuted = [
         ModelOutput.joined([outputs[number] for outputs, _ in shares if number in outputs])
         for number in range(1, len(jobs))
@@ -147,7 +148,8 @@ def _compute_shapley_values(
         f"interaction/{names[a]}_{names[b]}" if modalities > 2 else "interaction": by_logits.interaction(a, b)
         for a, b in combinations(range(modalities), 2)
     }
-    projected = additive_projection(samples, by_logit)
+    of_first = frozenset({0})
+    projected = additive_projection(samples, {of_first: by_logit[of_first]} if modalities == 2 else by_logit)
     additive = torch.where(projected.isnan().any(1), -1, projected.argmax(1))
     pairs, is_regression = len(rows) * len(permuted), logits.shape[1] == 1
     return Contributions(
@@ -156,7 +158,7 @@ def _compute_shapley_values(
 
 
 def _replay_jobs(
-    source: TokenSource, places: Mapping[str, ModalityPlace], jobs: Sequence[_Job], replay: Replay, part: Part
+    source: TokenSource, modalities: Sequence[Modality], jobs: Sequence[_Job], replay: Replay, part: Part
 ) -> tuple[dict[int, ModelOutput], bool]:
     """The model's outputs for a part of each job's pairs, by the job's number, and whether each was a whole run.
 
@@ -167,9 +169,9 @@ def _replay_jobs(
         mine = part(len(job.rows))
         if len(mine):
             rows, columns = job.rows[mine], job.columns[mine]
-            sources = [rows if place in job.subset else columns for place in range(len(places))]
+            sources = [rows if place in job.subset else columns for place in range(len(modalities))]
             chosen, parts = zip(
-                *((chosen, replay(tokens)) for chosen, tokens in source.batches(places, sources)), strict=True
+                *((chosen, replay(values)) for chosen, values in source.batches(modalities, sources, rows)), strict=True
             )
             results[number] = ModelOutput.joined(parts)[torch.cat(chosen).argsort()]
             if number == 0 and not are_same_outputs(source.model_output[mine], results[0], replay.precision):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.attribution.kept_samples import KeptSamples
-from lightning_xattn.attribution.recorder import FusionRecorder
-from lightning_xattn.attribution.replay import AttentionPlace, Replay, ReplayError
+from lightning_xattn.attribution.recorder import ModalityRecorder
+from lightning_xattn.attribution.replay import AttentionPlace, Replay, Values
+from lightning_xattn.attribution.root import ReplayError
 from lightning_xattn.attribution.token_source import Part, TokenSource, share_work
-from lightning_xattn.capture.calls import Path
 from lightning_xattn.capture.readers import Edit
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.functional import partner_shifts, ranking_gain, replacements
@@ -36,7 +36,7 @@ class Replaced:
     cost
         ``(samples,)`` by how much the probability of the prediction falls if all keys are replaced.
     at_attention
-        Whether they were replaced at the attention's own keys and values; else where they enter the fusion.
+        Whether they were replaced at the attention's own keys and values; else in what holds their modality.
     problem
         Why it is not computed; "" where it is.
     without_reference
@@ -52,7 +52,7 @@ class Replaced:
     without_reference: str = ""
 
 
-def replace_keys(kept: KeptSamples, fusion: FusionRecorder) -> dict[Direction, Replaced]:
+def replace_keys(kept: KeptSamples, fusion: ModalityRecorder) -> dict[Direction, Replaced]:
     """What replacing the keys of each direction of the first layer by those of a partner does, or why it is not run.
 
     Several processes share the replays, see `share_work`: a few collectives, which each must reach.
@@ -133,7 +133,7 @@ def _choose_partners(source: TokenSource) -> Tensor:
 
 def _replace_part(
     source: TokenSource,
-    fusion: FusionRecorder,
+    fusion: ModalityRecorder,
     directions: Sequence[Direction],
     partners: Tensor,
     replay: Replay,
@@ -144,8 +144,8 @@ def _replace_part(
     for direction in directions:
         shares = [_Share(torch.empty(0, dtype=torch.long), torch.empty(0, 2 * REPLACEMENTS))]
         try:
-            if direction.key not in fusion.places:
-                raise ReplayError(f"no modality that enters the fusion is called {direction.key}")
+            if not any(modality.name == direction.key for modality in fusion.modalities):
+                raise ReplayError(f"no modality is called {direction.key}")
             for kind in source.kinds.unique():
                 of_kind = (source.kinds == kind).nonzero()[:, 0]
                 samples = of_kind[part(len(of_kind))]
@@ -165,14 +165,15 @@ def _replace_part(
 
 
 def _replace_keys(
-    source: TokenSource, fusion: FusionRecorder, direction: Direction, pairs: tuple[Tensor, Tensor], replay: Replay
+    source: TokenSource, fusion: ModalityRecorder, direction: Direction, pairs: tuple[Tensor, Tensor], replay: Replay
 ) -> _Share:
     """The results for samples with the same numbers of tokens, and their partners."""
     samples, partners = pairs
     received, theirs = (source.column(f"received/{direction}", one).cpu() for one in pairs)
     received = received.masked_fill(theirs.isnan() | (samples == partners)[:, None], torch.nan)
     place = fusion.find_attention(direction, source.token_count(direction.opposite, samples), received.shape[1])
-    tokens, others = (source.tokens(fusion.places, [one] * len(fusion.places)) for one in pairs)
+    of_all = len(fusion.modalities)
+    tokens, others = (source.values(fusion.modalities, [one] * of_all, one) for one in pairs)
     keys = None if place is None else _find_keys(replay, place, others, len(samples))
     classes = source.model_output.values[samples].argmax(1)
     # Of all samples, so that it is the same whatever the processes.
@@ -185,7 +186,7 @@ def _replace_keys(
         *several, every = replacements(scores, shuffled).unbind(1)
         for chosen in several if last is not None else [*several, every]:
             if keys is None:
-                output = replay(_replace_at_fusion_inputs(fusion, direction, tokens, others, chosen))
+                output = replay(_replace_at_modality(fusion, direction, tokens, others, chosen))
             else:
                 output = replay(tokens, place, partial(_replace_at_attention, keys, chosen))
             columns.append(output.values.gather(1, classes[:, None])[:, 0])
@@ -205,7 +206,7 @@ def _replace_keys(
 
 
 def _find_keys(
-    replay: Replay, place: AttentionPlace, tokens: Mapping[Path, Tensor], samples: int
+    replay: Replay, place: AttentionPlace, tokens: Values, samples: int
 ) -> tuple[Tensor, ...] | None:
     """The keys and values that an attention gets, ``(samples, ..., keys, width)``; None where they are not seen."""
     found: list[tuple[Tensor, Tensor]] = []
@@ -235,23 +236,26 @@ def _replace_at_attention(keys: Sequence[Tensor], chosen: Tensor, rows: Tensor) 
     return Edit(tokens=replace)
 
 
-def _replace_at_fusion_inputs(
-    fusion: FusionRecorder,
+def _replace_at_modality(
+    fusion: ModalityRecorder,
     direction: Direction,
-    tokens: Mapping[Path, Tensor],
-    others: Mapping[Path, Tensor],
+    tokens: Values,
+    others: Values,
     chosen: Tensor,
-) -> dict[Path, Tensor]:
-    """Put others' tokens in the chosen places ``(samples, keys)`` where their modality enters the fusion.
+) -> dict[tuple[str, int], Tensor]:
+    """Put others' tokens in the chosen places ``(samples, keys)`` of what holds their modality.
 
     Raises
     ------
     ReplayError
         If it has not as many tokens there as the attention has keys.
     """
-    place = fusion.places[direction.key]
-    own, theirs = tokens[place.tokens[0]], others[place.tokens[0]]
-    if own.dim() != 3 or own.shape[1 - place.axis] != chosen.shape[1]:
-        raise ReplayError(f"its {chosen.shape[1]} keys are not the tokens of {direction.key} that enter the fusion")
-    places = (chosen if place.axis == 0 else chosen.T)[..., None].to(own.device)
-    return {**tokens, **dict.fromkeys(place.tokens, torch.where(places, theirs, own))}
+    name = str(direction.key)
+    changed = dict(tokens)
+    for (modality, number), own in tokens.items():
+        if modality == name and own.dim() == 3 and own.shape[1] == chosen.shape[1]:
+            places = chosen[..., None].to(own.device)
+            changed[modality, number] = torch.where(places, others[modality, number], own)
+    if all(changed[key] is tokens[key] for key in tokens):
+        raise ReplayError(f"its {chosen.shape[1]} keys are not the tokens of what holds {name}")
+    return changed

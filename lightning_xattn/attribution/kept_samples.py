@@ -145,7 +145,7 @@ class KeptSamples:
         Rows for the linear probes: "hash", "fold", "group", "features/<modality>", and further columns of each sample.
     permuted
         Rows to be permuted and replayed: "hash", "group", ``IDENTITY``, "values", "logits",
-        "tokens/<modality>/<number>" and "received/<direction>".
+        "tokens/<modality>/<number>", "further/<number>" and "received/<direction>".
 
     Attributes
     ----------
@@ -154,7 +154,7 @@ class KeptSamples:
     group_noun
         What groups are called; None where they are not known, so that each sample is its own group.
     nonfinite
-        How many samples were left out because their tokens at the fusion are not finite.
+        How many samples were left out because the features of a modality are not finite.
     """
 
     probed: BottomKSample
@@ -187,7 +187,7 @@ class KeptSamples:
         Parameters
         ----------
         inputs
-            What entered the fusion.
+            The modalities of the batch.
         keys
             ``(batch,)`` int64 key of each sample, the same in every run: of its id, or of its index.
         groups
@@ -217,6 +217,7 @@ class KeptSamples:
         rows["hash"] = torch.where(finite, rows["hash"], NOT_KEPT)
         rows |= {"values": output.values, "logits": output.logits}
         rows |= {f"tokens/{name}/{i}": one for name, kept in inputs.permuted.items() for i, one in enumerate(kept)}
+        rows |= {f"further/{i}": one for i, one in enumerate(inputs.further)}
         self.permuted.add(rows)
 
     def cpu(self) -> KeptSamples:

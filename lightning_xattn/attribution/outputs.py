@@ -28,6 +28,11 @@ RULED_OUT = -100.0
 """Centred logit of a class that cannot be predicted."""
 
 
+ROUNDED = {False: (1e-3, 1e-5), True: (3e-2, torch.finfo(torch.bfloat16).eps)}
+"""By whether a model computes in half precision: by how much of their standard deviation between samples logits may
+differ in a replay, and by how much of the largest logit they always may, as other numbers of rows round otherwise."""
+
+
 @dataclass(frozen=True, eq=False)
 class ModelOutput:
     """A model's output for some samples."""
@@ -146,3 +151,27 @@ def centred(logits: Tensor) -> Tensor:
     left = logits.masked_fill(out, 0)
     mean = left.sum(-1, keepdim=True) / (~out).sum(-1, keepdim=True)
     return (logits - mean).masked_fill(out, RULED_OUT)
+
+
+def are_same_outputs(intact: ModelOutput, again: ModelOutput, precision: torch.dtype) -> bool:
+    """Whether a replay gave the same logits, within what rounding does to the differences between samples.
+
+    Logits, as a model that is sure of itself gives the same probabilities whatever reaches it.
+
+    Parameters
+    ----------
+    intact, again
+        Of the same samples, in the step and in the replay.
+    precision
+        In which the model computes, see `Replay.precision`.
+    """
+    logits = intact.logits.double()
+    finite = logits[logits.isfinite().all(1)]
+    if not len(finite):
+        return True  # nothing is kept of such samples
+    part, rounding = ROUNDED[precision.itemsize < 4]
+    largest = float(torch.where(finite == RULED_OUT, 0, finite).abs().max())
+    spread = float(finite.std(0).max()) if len(finite) > 1 else largest
+    return torch.allclose(
+        again.logits.double(), logits, rtol=0, atol=max(part * spread, rounding * largest), equal_nan=True
+    )

@@ -1,29 +1,28 @@
-"""The tokens of each modality as they enter the fusion, while the model runs; its outputs stay what they are."""
+"""The modalities of each step as the model hands them on, and what is needed to replay the predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.attribution.fusion_runs import FusionRuns, ModuleRun
-from lightning_xattn.attribution.inputs import (
-    AbsentArgumentError,
-    FusionInputs,
-    ModalitiesSetting,
-    ModalityPlace,
-    check_fusion,
-)
+from lightning_xattn.attribution.discovery import LOOKS_ACROSS, Discovery, Found, find_modalities, name_arguments
+from lightning_xattn.attribution.names import are_alike
 from lightning_xattn.attribution.outputs import ModelOutput, ReadOutput, find_model_output
-from lightning_xattn.attribution.replay import AttentionPlace, RecordedCall, Replay, ReplayError
+from lightning_xattn.attribution.ports import AbsentArgumentError, ModalitiesSetting, Modality, Port, check_modalities
+from lightning_xattn.attribution.replay import AttentionPlace, Replay
+from lightning_xattn.attribution.root import PredictionPlace, ReplayError, Root
+from lightning_xattn.attribution.state import torch_generators
 from lightning_xattn.capture import Layer
-from lightning_xattn.capture.calls import Path, name_argument
+from lightning_xattn.capture.calls import Call, Path, Precision, find_tensors
+from lightning_xattn.capture.forwards import get_module
 from lightning_xattn.capture.labels import Labels
 from lightning_xattn.capture.sources import Source
-from lightning_xattn.capture.wrappers import find_module
+from lightning_xattn.capture.trace import Run, StepTrace, output_at, same_numbers
+from lightning_xattn.capture.wrappers import find_module, plain_path
 from lightning_xattn.core.attention import AttentionPair, Direction
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
@@ -33,15 +32,24 @@ SPLIT_MODEL = (
 )
 """Why nothing is replayed, as the end of a sentence."""
 
+NAME_THEM = (
+    "Name what holds each: modalities={'<a>': 'path.to.encoder', '<b>': 'path.to.encoder'} (paths of modules, items of "
+    "what they return such as 'encoder[0]', keys of the batch), or the arguments of a fusion: "
+    "fusion='path.to.module', modalities={'<a>': 0, '<b>': 1}."
+)
+"""The remedy where modalities are not clear."""
+
 
 @dataclass(frozen=True, eq=False)
 class FusionRecord:
-    """The modalities of a batch as they enter the fusion."""
+    """The modalities of a batch."""
 
     tokens: Mapping[str, tuple[Tensor, Tensor | None]]
-    """By modality ``(batch, tokens, width)`` or ``(batch, width)``, and a mask, True for real ones."""
+    """By modality ``(batch, tokens, width)`` or ``(batch, width)``, and a mask, True for real tokens."""
     permuted: Mapping[str, Sequence[Tensor]]
-    """By modality, what is permuted with it, see ``ModalityPlace.kept``; samples come first."""
+    """By modality the tensors that are permuted, samples first, see ``Modality.columns``."""
+    further: Sequence[Tensor]
+    """Further inputs that each sample keeps, samples first."""
     model_output: ModelOutput | None
     """What the model gave for these samples; None where that is not replayed."""
 
@@ -56,296 +64,524 @@ class FusionRecord:
                 for name, (tokens, mask) in self.tokens.items()
             },
             {name: [one[samples] for one in kept] for name, kept in self.permuted.items()},
+            [one[samples] for one in self.further],
             None if self.model_output is None else self.model_output[samples],
         )
 
 
-class FusionRecorder:
-    """Record what enters a model's fusion in each step, and what is needed to replay what lies behind it.
+@dataclass(frozen=True, eq=False)
+class StepCall:
+    """How the step was called, so that it can run again.
 
-    Unless named, the fusion is the nearest module that runs both directions of the first recorded layer, once in a
-    step, with arguments that hold one token sequence for each modality, and behind which the tokens alone decide the
-    prediction. It is looked for in the first step.
+    Attributes
+    ----------
+    function, args
+        The step and its arguments, the batch first.
+    outputs
+        What it returned.
+    generators
+        The states of torch's random generators when it began.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    outputs: Any = None
+    generators: Sequence[Tensor] = ()
+
+
+class ModalityRecorder:
+    """Finds the modalities in a model's first step, and records them in each.
 
     Parameters
     ----------
     model
-        Any module; nothing is hooked yet.
-    fusion
-        The fusion's path; None: to be found.
-    modalities
-        Which of its arguments hold which modality; None: by names and numbers of tokens.
+        Any module.
+    trace
+        Notes the calls of each step.
+    fusion, modalities
+        What holds the modalities; None: to be found.
     processes
         Those that run the model.
     replays
-        Whether the model may run again, to try which of several modules is the fusion. If not, the nearest is chosen.
+        Whether the model may run again. If not, only named modalities are recorded.
 
     Attributes
     ----------
-    fusion_inputs
-        The fusion and its modalities; None until they are found.
+    modalities
+        Empty until they are found.
     problem
-        Why contributions are not computed, or nothing of the fusion; "" where they are.
+        Why contributions are not computed, or nothing of the modalities; "" where they are.
+    renamed
+        Directions whose names contradict where their queries come from, with those that fit.
 
     Raises
     ------
     SettingError
-        If the settings do not name a fusion and its arguments.
+        If the settings name no modalities.
     DiscoveryError
-        If there is no such module.
+        If there is no such fusion.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        trace: StepTrace,
         fusion: str | None = None,
         modalities: ModalitiesSetting | None = None,
         processes: Processes = SINGLE_PROCESS,
         replays: bool = True,
     ) -> None:
-        check_fusion(fusion, modalities)
+        check_modalities(fusion, modalities)
         self.processes, self._replays = processes, replays
-        self._model, self._modalities = model, modalities
+        self._model, self._trace, self._setting, self._fusion = model, trace, modalities, fusion
         self._named = None if fusion is None else find_module(model, fusion)
         if fusion is not None and self._named is None:
             known = ", ".join(f"'{path}'" for path, _ in model.named_children())
             raise DiscoveryError(
                 f"No module '{fusion}' for fusion=. Found: {known or 'none'}, and the modules inside them."
             )
-        self.fusion_inputs: FusionInputs | None = None
+        self.modalities: tuple[Modality, ...] = ()
         self.problem = ""
-        self._has_given_up = False
-        self._fusion: nn.Module | None = None
-        self._around: nn.Module | None = None
+        self.renamed: dict[Direction, Direction] = {}
+        self.prediction_name = ""
+        self._found: Found | None = None
+        self._root: Root | None = None
         self._read: ReadOutput | None = None
-        self._recorded_call: RecordedCall | None = None
         self._replay: Replay | None = None
         self._sources: Mapping[Direction, Source] = {}
-        self._hooks, self._is_hooked = ExitStack(), False
-        self._runs = FusionRuns(model, self._named, modalities)
+        self._is_decided = False
         self._noticed: set[str] = set()
-        # What went wrong in this step's hooks.
-        self._errors: list[Exception] = []
-        # Places of the tensors that the fusion got in the first step.
-        self._arguments: set[Path] = set()
+        self._forms: set[Path] = set()
+        self.step: StepCall | None = None
 
     @property
     def is_named(self) -> bool:
-        """Whether the settings name the fusion."""
-        return self._named is not None
+        """Whether the settings name the modalities."""
+        return self._setting is not None
 
     @property
-    def needs_attention(self) -> bool:
-        """Whether the fusion's arguments are found with the help of the recorded attention."""
-        return self._named is None or self._modalities is None
+    def has_further(self) -> bool:
+        """Whether inputs that belong to no modality reach the predictions."""
+        return self._found is not None and bool(self._found.further)
 
     @property
-    def places(self) -> Mapping[str, ModalityPlace]:
-        """Where each modality stands among the fusion's arguments."""
-        return {} if self.fusion_inputs is None else self.fusion_inputs.places
+    def is_decided(self) -> bool:
+        """Whether it is known what the modalities are, or that they are not."""
+        return self._is_decided
 
-    def __enter__(self) -> FusionRecorder:
-        self.close()
-        self.clear()
-        self._attach()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _attach(self) -> None:
-        with ExitStack() as hooks:
-            if not self._has_given_up:
-                self._runs.attach(hooks, self._errors)
-            self._hooks = hooks.pop_all()
-            self._is_hooked = True
-
-    def close(self) -> None:
-        """Remove every hook. What was recorded of the step stays until ``clear``."""
-        self._hooks.close()
-        self._is_hooked = False
+    def begin(self, function: Callable[..., Any] | None, args: tuple[Any, ...]) -> None:
+        """Note how a step is called that begins now."""
+        needs_states = not self._is_decided or self._root is None
+        generators = [one.get_state() for one in torch_generators()] if needs_states and self._replays else []
+        self.step = None if function is None else StepCall(function, args, generators=generators)
+        self._generators = generators
 
     def clear(self) -> None:
         """Forget the step."""
-        self._runs.clear()
-        self._errors.clear()
+        self.step = None
 
     def reset(self) -> None:
         """Forget the call that an evaluation's replays repeat; the next evaluation has its own."""
-        self._recorded_call = self._replay = None
+        self._root = self._replay = None
 
-    def find_first_tokens(self) -> tuple[Tensor | None, list[str]]:
-        """The tokens of a named fusion's first modality in this step, and new messages; None if it did not run."""
-        if self._has_given_up:
-            return None, []
-        if self.fusion_inputs is not None:
-            inputs, messages = self._collect(self.fusion_inputs)
-            return (None if inputs is None else next(iter(inputs.tokens.values()))[0]), messages
-        try:
-            runs = self._runs.find_candidates((), ())
-        except AbsentArgumentError as error:
-            return None, self._left_out(f"'{self._named}' got {error}")
-        if not runs:
-            return None, []
-        run, fusion_inputs = runs[0]
-        return fusion_inputs.tokens(run.call, next(iter(fusion_inputs.places)))[0], []
-
-    def collect_inputs(
-        self, attention: Sequence[AttentionPair], layers: Sequence[Layer], labels: Labels
+    # ---------------------------------------------------------------- each step
+    def collect(
+        self, attention: Sequence[AttentionPair], layers: Sequence[Layer], labels: Labels, outputs: Any
     ) -> tuple[FusionRecord | None, list[str]]:
-        """What entered the fusion in this step, and new messages to the user.
+        """The modalities of this step, and new messages to the user.
 
         Parameters
         ----------
         attention, layers
-            What was recorded in the step, and where; empty of a model without cross-attention.
+            What was recorded in the step, and where.
         labels
             The predictions of the step. Of a first step their values are looked at.
+        outputs
+            What the step returned.
 
         Returns
         -------
         inputs, messages
-            None where the fusion is not known, or did not run once in this step.
-
-        Raises
-        ------
-        Exception
-            Whatever went wrong while the model ran, which has not ended its run.
+            None where the modalities are not known, or are not all in this step.
         """
-        if self._errors:
-            raise self._errors[0]
         messages: list[str] = []
-        if self.fusion_inputs is None and not self._has_given_up:
-            messages += self._find_fusion(attention, layers, labels)
-            if self._is_hooked:  # from now on only what is needed
-                self._hooks.close()
-                self._attach()
-        if self.fusion_inputs is None:
+        if self.step is not None:
+            self.step = replace(self.step, outputs=outputs)
+        real = {
+            str(one.direction.key): one.key_mask
+            for pair in attention[:1]
+            for one in pair.directions
+            if one.key_mask is not None
+        }
+        samples = len(attention[0].forward.weights) if attention else None
+        if not self._is_decided:
+            messages += self._decide(layers, labels, samples, real)
+            if self._found is not None and self.modalities:
+                record, others = self._of_first_step(self._found, real)
+                return record, [*messages, *others]
+        if not self.modalities:
             return None, messages
-        inputs, others = self._collect(self.fusion_inputs)
-        return inputs, [*messages, *others]
-
-    def _collect(self, fusion_inputs: FusionInputs) -> tuple[FusionRecord | None, list[str]]:
-        runs = self._runs.find_runs(self._fusion)
-        if len(runs) != 1:
-            return None, self._left_out(f"{fusion_inputs} {f'ran {len(runs)} times' if runs else 'did not run'}")
-        try:
-            return self._read_run(fusion_inputs, runs[0]), []
-        except (KeyError, IndexError, TypeError, AttributeError):
-            return None, self._left_out(f"{fusion_inputs} got other arguments")
-        except ShapeError as error:
-            return None, self._left_out(f"{fusion_inputs} got other arguments", f": {error}")
-
-    def _left_out(self, what: str, why: str = "") -> list[str]:
-        return self._once(f"The fusion {what} in a step, which is left out{why}.")
+        record, others = self._of_step(labels, real)
+        return record, [*messages, *others]
 
     def _once(self, message: str) -> list[str]:
         new = message not in self._noticed
         self._noticed.add(message)
         return [message] if new else []
 
-    def _read_run(self, fusion_inputs: FusionInputs, run: ModuleRun) -> FusionRecord:
-        """What entered the fusion in its run, and what the module around it returned."""
-        call = run.call
-        tokens = {name: fusion_inputs.tokens(call, name) for name in fusion_inputs.places}
+    def _left_out(self, why: str) -> list[str]:
+        return self._once(f"The modalities are left out of a step: {why}.")
+
+    def _of_step(self, labels: Labels, real: Mapping[str, Tensor]) -> tuple[FusionRecord | None, list[str]]:
+        """What this step handed on."""
+        assert self._found is not None
+        template = self._found.root
+        run = None if template.path is None else self._find_root_run(template)
+        if template.path is not None and run is None:
+            return None, self._left_out(f"{_name_root(template)} did not run")
+        call = Call(self.step.args, {}) if template.path is None and self.step else (run.entered if run else None)
+        if call is None:
+            return None, self._left_out("it was not called as the first one")
+        try:
+            values = {
+                modality.name: [self._value(port, path, run, call) for port, path, _ in modality.columns]
+                for modality in self.modalities
+            }
+            further = [call[path] for path in self._found.further]
+            output = self._read_predictions(template, run)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            return None, self._left_out(f"{_name_root(template)} got or gave something else ({error})")
+        if self._root is None and output is not None and self._replays:
+            precision = run.precision if run is not None and run.precision is not None else template.precision
+            self._root = replace(
+                template, call=call, samples=len(output.values), precision=precision, generators=self._generators
+            )
+        try:
+            return self._make_record(values, further, output, real), []
+        except ShapeError as error:
+            return None, self._left_out(str(error))
+
+    def _find_root_run(self, root: Root) -> Run | None:
+        return next((run for run in self._trace.runs if run.path == root.path and run.has_ended), None)
+
+    def _value(self, port: Port, path: Path, run: Run | None, call: Call) -> Tensor:
+        if port.kind == "input":
+            value = call[path]
+        else:
+            own = self._trace.find(port.path, port.turn, run)
+            if own is None or not own.has_ended:
+                raise KeyError(f"'{port.path}' did not run")
+            value = output_at(own, path) if port.kind == "output" else own.entered[path] if own.entered else None
+        if not isinstance(value, Tensor):
+            raise KeyError(f"no tensor in '{port.path}'")
+        return value
+
+    def _read_predictions(self, root: Root, run: Run | None) -> ModelOutput | None:
+        place = root.place
+        if place.kind == "call":
+            found = output_at(self._trace.find(place.path, place.turn, run), place.leaf)
+        elif place.kind == "loss":
+            losses = self._trace.losses
+            found = losses[place.turn].input if place.turn < len(losses) else None
+        else:
+            outputs = None if self.step is None else self.step.outputs
+            found = next((one for where, one in find_tensors(outputs) if where == place.leaf), None)
+        if found is None:
+            raise KeyError("no predictions")
+        with torch.no_grad():
+            return root.read(found.detach())
+
+    def _make_record(
+        self,
+        values: Mapping[str, Sequence[Tensor]],
+        further: Sequence[Any],
+        output: ModelOutput | None,
+        real: Mapping[str, Tensor],
+    ) -> FusionRecord:
+        assert self._found is not None
         permuted = {
-            name: [call[path].detach().movedim(axis, 0) for path, axis in place.kept.items()]
-            for name, place in fusion_inputs.places.items()
+            modality.name: [
+                one.detach().movedim(axis, 0)
+                for one, (_, _, axis) in zip(values[modality.name], modality.columns, strict=True)
+            ]
+            for modality in self.modalities
         }
-        # A mask that is given only where there is padding: which tokens are real is not known without it.
-        sizes = {one.shape[:2].numel() for one, mask in tokens.values() if mask is None}
-        new = {path: one for path, one in call.tensors() if path not in self._arguments and one.numel() in sizes}
-        if new:
-            which = " and ".join(f"'{name_argument(run.module, path)}'" for path in new)
-            raise ShapeError(f"{which} may be a mask, and the first step had none. Give it in every step")
-        samples = len(next(iter(tokens.values()))[0])
-        for name, kept in permuted.items():
+        tokens = {}
+        samples = len(next(iter(permuted.values()))[0])
+        for modality in self.modalities:
+            kept = permuted[modality.name]
             if any(len(one) != samples for one in kept):
                 shapes = ", ".join(str(tuple(one.shape)) for one in kept)
-                raise ShapeError(f"what goes with {name} does not hold {samples} samples: {shapes}")
-        return FusionRecord(tokens, permuted, self._read_output())
+                raise ShapeError(f"what holds {modality.name} does not have {samples} samples: {shapes}")
+            tokens[modality.name] = self._find_tokens(modality, kept, real)
+        own = [one for one in further if isinstance(one, Tensor)]
+        axes = [self._found.root.axes.get(path) for path in self._found.further]
+        moved = [one.detach().movedim(axis, 0) for one, axis in zip(own, axes, strict=False) if axis is not None]
+        return FusionRecord(tokens, permuted, moved, output if self._replays else None)
 
-    def _read_output(self) -> ModelOutput | None:
-        """The model's output in this step, whose call is recorded if it is an evaluation's first; None without it."""
-        if self._read is None:
-            return None
-        for run in self._runs.find_runs(self._around):
-            with torch.no_grad():
-                found = self._read(run.output)
-            if found is not None:
-                if self._recorded_call is None:
-                    self._recorded_call = RecordedCall(run.module, run.call, run.precision, found)
-                return found
-        return None
-
-    def _find_fusion(
-        self, attention: Sequence[AttentionPair], layers: Sequence[Layer], labels: Labels
-    ) -> Iterator[str]:
-        """Decide in a first step; gives messages to the user."""
-        try:
-            candidates = self._runs.find_candidates(attention, layers)
-        except AbsentArgumentError as error:
-            yield from self._left_out(f"'{self._named}' got {error}")
-            return
-        if candidates is None:
-            if self.is_named:
-                yield from self._once(
-                    f"The fusion '{self._named}' was not seen in a step: it did not run, or is inside of an "
-                    "nn.TransformerEncoderLayer."
+    def _find_tokens(
+        self, modality: Modality, kept: Sequence[Tensor], real: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What linear probes get of a modality: ``(batch, tokens, width)`` or ``(batch, width)``, and its mask."""
+        floating = [one for one in kept if one.is_floating_point() and one.dim() > 1] or [one for one in kept if one.dim()]
+        first = floating[0]
+        if modality.mask is not None:
+            number = [path for _, path, _ in modality.columns].index(modality.mask.path)
+            mask, expected = kept[number], first.shape[:2]
+            if mask.numel() != expected.numel():
+                raise ShapeError(
+                    f"'{modality.mask.label}' is {tuple(mask.shape)} and no mask of the {tuple(expected)} tokens of "
+                    f"{modality.name}"
                 )
-            return
-        if not candidates or self._runs.runs_of_named > 1:
-            self._has_given_up = True
-            yield self._runs.describe_unclear(attention, layers)
-            return
-        tries = len(candidates) > 1 and self._replays and self.processes.hold_whole_model
-        if len(candidates) > 1 and not self.processes.hold_whole_model:
-            yield self._runs.describe_several(candidates)
-        problems = []
-        for run, fusion_inputs in candidates:
-            try:
-                recorded_call, self._read = self._find_output_around(run, fusion_inputs, labels)
-                # A replay costs a forward. Where there is a choice, what can be replayed is chosen; where there is
-                # none, the forward waits until something is replayed.
-                if tries:
-                    self._replay = Replay(run.module, fusion_inputs.axes, recorded_call, self._read)
-            except ReplayError as error:
-                problems.append(str(error))
-                continue
-            self._around, self._recorded_call = recorded_call.module, recorded_call
-            break
-        else:
-            run, fusion_inputs = candidates[0]
-            self.problem, self._read = problems[0], None
-        self.fusion_inputs, self._fusion = fusion_inputs, run.module
-        self._arguments = {path for path, _ in run.call.tensors()}
+            return first, modality.mask.real(mask.reshape(expected))
+        if first.dim() == 1:
+            return first[:, None].float(), None
+        if first.dim() > 3:  # maps of features (batch, channels, ...): places are tokens
+            return first.flatten(2).transpose(1, 2), None
+        if not first.is_floating_point():
+            first = first.float()
+        mask = real.get(modality.name)
+        fits = mask is not None and first.dim() == 3 and tuple(mask.shape) == tuple(first.shape[:2])
+        return first, mask if fits else None
+
+    # --------------------------------------------------------------- first step
+    def _decide(
+        self, layers: Sequence[Layer], labels: Labels, samples: int | None, real: Mapping[str, Tensor]
+    ) -> list[str]:
+        """Find the modalities in a first step; gives messages to the user."""
+        if not self._replays:
+            return self._decide_without_runs(labels, real)
+        if not self.processes.hold_whole_model:
+            self.problem = SPLIT_MODEL
+            return self._decide_without_runs(labels, real)
+        self._is_decided = True
+        failure, messages = "", []
+        candidates: list[tuple[Discovery, Found]] = []
+        try:
+            roots = list(self._find_roots(labels, samples))
+        except ReplayError as error:
+            self.problem = str(error)
+            return self._refuse(self.problem)
+        for root, live in roots:
+            with root.keeping_state():
+                try:
+                    discovery = Discovery(root, live)
+                    found = self._look(discovery, real)
+                except AbsentArgumentError as error:
+                    self._is_decided = False
+                    return self._left_out(f"the fusion '{self._fusion}' got {error}")
+                except DiscoveryError:
+                    if root is roots[-1][0]:
+                        raise
+                    continue
+                except ReplayError as error:
+                    failure = failure or str(error)
+                    continue
+                candidates.append((discovery, found))
+                if found.modalities:
+                    messages += self._take(discovery, found, layers)
+                    return messages
+        described = candidates[0][0].candidates() if candidates else "none"
+        problem = next((found.problem for _, found in candidates if found.problem), "") or failure
+        if not problem:
+            problem = f"fewer than two inputs reach the predictions by modules of their own. There are {described}"
+        self.problem = problem
+        return self._refuse(problem)
+
+    def _refuse(self, problem: str) -> list[str]:
+        return self._once(f"Probes and contributions are not computed: {problem}. {NAME_THEM}")
+
+    def _look(self, discovery: Discovery, real: Mapping[str, Tensor]) -> Found:
+        if self._setting is None:
+            return find_modalities(discovery)
+        return Found(discovery.root, tuple(discovery.named(self._fusion, self._setting, real)))
+
+    def _take(self, discovery: Discovery, found: Found, layers: Sequence[Layer]) -> list[str]:
+        """Settle on what was found."""
+        messages: list[str] = []
+        sides = discovery.sides(found.modalities)
+        modalities, self.renamed = _reconcile(found.modalities, layers, sides, self._setting is not None)
+        found.modalities = modalities
+        further = discovery.further_inputs(modalities)
+        unkept = [path for path in further if not self._can_keep(discovery.root, path)]
+        found.further = tuple(path for path in further if path not in unkept)
+        if unkept:
+            found.problem = (
+                f"{', '.join(map(discovery.label_name, unkept))} also reaches the prediction and has no samples that "
+                "could be kept, as of a graph"
+            )
+        if discovery.looks_across():
+            found.problem = LOOKS_ACROSS
+        self.problem = found.problem
+        self.modalities, self._found, self._root = modalities, found, discovery.root
         self._sources = dict(layers[0].sources) if layers else {}
-        self._runs.narrow(run, set(fusion_inputs.axes), self._around)
+        self._sources = {self.renamed.get(direction, direction): source for direction, source in self._sources.items()}
+        self._follow(discovery)
+        if self.renamed:
+            turned = " and ".join(f"{old} is recorded as {new}" for old, new in self.renamed.items())
+            messages.append(
+                f"{turned}: the queries come from {modalities[0].source} and {modalities[1].source} in the other order "
+                "than the names of the attention modules say. If that is wrong, name the modalities: "
+                "modalities={'<a>': 'path.to.encoder', '<b>': 'path.to.encoder'}."
+            )
+        if found.further:
+            names = ", ".join(map(discovery.label_name, found.further))
+            messages.append(f"Further inputs reach the prediction, and stay each sample's own: {names}.")
+        return messages
 
-    def _find_output_around(
-        self, run: ModuleRun, fusion_inputs: FusionInputs, labels: Labels
-    ) -> tuple[RecordedCall, ReadOutput]:
-        """The call of the nearest module around a fusion that gives the class scores, and how to read them.
+    def _can_keep(self, root: Root, path: Path) -> bool:
+        return root.axes.get(path) is not None and isinstance(root.call[path], Tensor)
 
-        Raises
-        ------
-        ReplayError
-            If there is none.
-        """
-        path, axis = next(iter(fusion_inputs.axes.items()))
-        samples, around = run.call[path].shape[axis], run
-        while True:
-            read = find_model_output(around.output, samples, labels)
+    def _follow(self, discovery: Discovery) -> None:
+        """Trace from now on what is needed of each step."""
+        root, trace = discovery.root, self._trace
+        paths = {port.path for modality in self.modalities for port in modality.ports if port.kind != "input"}
+        for port in (port for modality in self.modalities for port in modality.ports):
+            if port.kind != "input" and discovery.changed_in_place(port):
+                trace.copied.add(get_module(self._model, port.path))
+        if root.path is not None:
+            paths.add(root.path)
+            if discovery.changes_inputs:
+                trace.copied.add(get_module(self._model, root.path))
+        if root.place.kind == "call":
+            paths.add(root.place.path)
+        trace.follow({get_module(self._model, path): path for path in paths}, root.place.kind == "loss")
+
+    def _of_first_step(self, found: Found, real: Mapping[str, Tensor]) -> tuple[FusionRecord | None, list[str]]:
+        """What the first step handed on, which is run once more, as it was not known then what to keep."""
+        root = found.root
+        ports = [port for modality in self.modalities for port in modality.ports]
+        try:
+            with root.restoring():
+                predictions, outputs, arguments = root.run(
+                    root.call.copied({path for path, _ in root.call.tensors()}),
+                    capture=[port.key for port in ports if port.kind != "input"],
+                )
+                output = root.read_output(predictions.detach())
+
+                def value(port: Port, path: Path) -> Tensor:
+                    if port.kind == "input":
+                        one: Tensor = root.call[path]
+                    elif port.kind == "argument":
+                        one = arguments[port.key][path]
+                    else:
+                        one = dict(find_tensors(outputs[port.key]))[path]
+                    return one.detach().clone()
+
+                values = {
+                    modality.name: [value(port, path) for port, path, _ in modality.columns]
+                    for modality in self.modalities
+                }
+            return self._make_record(values, [root.call[path] for path in found.further], output, real), []
+        except (ReplayError, ShapeError, KeyError) as error:
+            return None, self._left_out(str(error))
+
+    def _decide_without_runs(self, labels: Labels, real: Mapping[str, Tensor]) -> list[str]:
+        """Record what is named, as far as that needs no run."""
+        self._is_decided = True
+        if self._setting is None:
+            self.problem = self.problem or "contribution_samples is 0"
+            return []
+        try:
+            self.modalities, root = self._name_in_trace(labels, real)
+        except AbsentArgumentError as error:
+            self._is_decided = False
+            return self._left_out(f"the fusion '{self._fusion}' got {error}")
+        self._found = Found(root, self.modalities)
+        paths = {port.path for modality in self.modalities for port in modality.ports}
+        modules = {get_module(self._model, path): path for path in paths}
+        self._trace.follow(modules, False)
+        return []
+
+    def _name_in_trace(self, labels: Labels, real: Mapping[str, Tensor]) -> tuple[tuple[Modality, ...], Root]:
+        raise DiscoveryError("not yet")
+
+    # -------------------------------------------------------------------- roots
+    def _find_roots(self, labels: Labels, samples: int | None) -> list[tuple[Root, ModelOutput]]:
+        """The outermost call that gives the predictions, and the step, each with the predictions it gave."""
+        trace, found = self._trace, []
+        wanted, count = labels.raw, samples
+        if count is None and wanted is not None:
+            count = len(wanted) if wanted.dim() else 1
+        if count is None:
+            raise ReplayError("no predictions were found in the step")
+        run, leaf, read, live = self._find_call(labels, wanted, count)
+        self.prediction_name = self._name_call(run) if run is not None else labels.prediction_name
+        if run is not None and read is not None and live is not None:
+            outermost = list(run.outwards())[-1]
+            inside = [one for one in trace.inside(outermost) if one.path == run.path]
+            place = PredictionPlace("call", run.path, inside.index(run), leaf)
+            module = outermost.module
+            precision = outermost.precision or Precision("cpu", None)
+            call = outermost.entered
+            if call is not None:
+                root = Root(
+                    self._model, module, call, count, precision, self._generators, place, read, outermost.path
+                )
+                found.append((root, live))
+        if self.step is not None:
+            step_root = self._find_step_root(labels, wanted, count, run, leaf, read, live)
+            found += [] if step_root is None else [step_root]
+        if not found:
+            raise ReplayError("no call gives the predictions, and the step is not known")
+        return found
+
+    def _name_call(self, run: Run) -> str:
+        return plain_path(self._model, run.path) or "forward"
+
+    def _find_call(
+        self, labels: Labels, wanted: Tensor | None, samples: int
+    ) -> tuple[Run | None, Path, ReadOutput | None, ModelOutput | None]:
+        """The outermost call whose output has the predictions."""
+        depth = {id(run): sum(1 for _ in run.outwards()) for run in self._trace.runs}
+        for run in sorted(self._trace.runs, key=lambda run: depth[id(run)]):
+            for leaf, tensor in find_tensors(run.output) if run.has_ended else ():
+                if wanted is not None and not same_numbers(tensor.detach(), wanted) and not labels.are_ids:
+                    continue
+                read = find_model_output(tensor.detach(), samples, labels)
+                with torch.no_grad():
+                    live = None if read is None else read(tensor.detach())
+                if read is not None and live is not None:
+                    return run, leaf, read, live
+        return None, (), None, None
+
+    def _find_step_root(
+        self,
+        labels: Labels,
+        wanted: Tensor | None,
+        samples: int,
+        run: Run | None,
+        leaf: Path,
+        read: ReadOutput | None,
+        live: ModelOutput | None,
+    ) -> tuple[Root, ModelOutput] | None:
+        assert self.step is not None
+        precision = next((one.precision for one in self._trace.runs if one.precision), None) or Precision("cpu", None)
+        place = None
+        if run is not None:
+            turn = [one for one in self._trace.runs if one.path == run.path].index(run)
+            place = PredictionPlace("call", run.path, turn, leaf)
+        elif wanted is not None:
+            for number, loss in enumerate(self._trace.losses):
+                if same_numbers(loss.input, wanted):
+                    place = PredictionPlace("loss", turn=number)
+            for where, tensor in find_tensors(self.step.outputs):
+                if place is None and same_numbers(tensor.detach(), wanted):
+                    place = PredictionPlace("output", leaf=where)
+            read = find_model_output(wanted, samples, labels)
             with torch.no_grad():
-                model_output = None if read is None else read(around.output)
-            if read is not None and model_output is not None:
-                return RecordedCall(around.module, around.call, around.precision, model_output), read
-            if around.outer is None:
-                raise ReplayError("no module around it returns the class scores, as a forward would that calls both")
-            around = around.outer
+                live = None if read is None else read(wanted)
+        if place is None or read is None or live is None:
+            return None
+        call = Call(self.step.args, {})
+        root = Root(
+            self._model, self.step.function, call, samples, precision, self._generators, place, read, None
+        )
+        return root, live
 
+    # ------------------------------------------------------------------ replays
     def make_replay(self) -> Replay:
-        """What lies behind the fusion, as a function of the tokens; it repeats the call of an evaluation's first step.
+        """The predictions as a function of the modalities; it repeats the call of an evaluation's first step.
 
         Raises
         ------
@@ -354,25 +590,69 @@ class FusionRecorder:
         """
         if not self.processes.hold_whole_model:
             raise ReplayError(SPLIT_MODEL)
-        if self._recorded_call is None or self.fusion_inputs is None or self._fusion is None or self._read is None:
-            raise ReplayError(self.problem or "the fusion did not run")
+        if self.problem:
+            raise ReplayError(self.problem)
+        if self._root is None or self._found is None:
+            raise ReplayError("no step gave predictions")
         if self._replay is None:
-            self._replay = Replay(self._fusion, self.fusion_inputs.axes, self._recorded_call, self._read)
+            self._replay = Replay(self._root, self.modalities, self._found.further)
         return self._replay
 
     def find_attention(self, direction: Direction, queries: int | None, keys: int) -> AttentionPlace | None:
-        """Where a direction of the first layer is computed inside of the fusion; None where that is not known.
+        """Where a direction of the first layer is computed behind the modalities; None where that is not known.
 
         Raises
         ------
         ReplayError
-            If it is computed elsewhere, so that what enters the fusion does not reach it.
+            If it is computed where the modalities do not reach it.
         """
         source = self._sources.get(direction)
-        if source is None or self.fusion_inputs is None or source.read is not None:
+        if source is None or source.read is not None:
             return None
-        inside = self.fusion_inputs.path
-        if inside and source.path != inside and not source.path.startswith(f"{inside}."):
-            raise ReplayError(f"'{source.path}' is not in the fusion {self.fusion_inputs}")
-        module = self._model.get_submodule(source.path)
-        return AttentionPlace(module, source.call, queries, keys)
+        for port in (port for modality in self.modalities for port in modality.ports if port.kind == "output"):
+            if source.path == port.path or source.path.startswith(f"{port.path}."):
+                raise ReplayError(f"'{source.path}' is in '{port.path}', which holds a modality")
+        return AttentionPlace(get_module(self._model, source.path), source.call, queries, keys)
+
+    def describe(self) -> list[str]:
+        """Each modality and what holds it, as ``audio = audio_proj``."""
+        return [f"{modality.name} = {modality.source}" for modality in self.modalities]
+
+
+def _name_root(root: Root) -> str:
+    return "the step" if root.path is None else f"'{root.path}'" if root.path else "forward"
+
+
+def _reconcile(
+    modalities: tuple[Modality, ...],
+    layers: Sequence[Layer],
+    sides: Mapping[str, Sequence[tuple[str, str]]],
+    are_named: bool,
+) -> tuple[tuple[Modality, ...], dict[Direction, Direction]]:
+    """Modalities and directions with the same names, by where the queries and keys of each attention come from."""
+    names: dict[str, str] = {}
+    renamed: dict[Direction, Direction] = {}
+    pairs = []
+    for layer in layers:
+        for direction, source in layer.sources:
+            seen = sides.get(source.path, ())
+            number = source.call - 1 if source.call is not None else source.turn
+            if source.read is None and source.joint is None and number < len(seen) and all(seen[number]):
+                pairs.append((direction, seen[number]))
+    for direction, (queries, keys) in pairs:
+        if queries == keys:
+            continue
+        own = {queries: direction.query, keys: direction.key}
+        are_letters = all(len(one) == 1 for one in own.values())
+        fits = all(are_alike(found, name) for found, name in own.items())
+        turned = are_alike(queries, direction.key) and are_alike(keys, direction.query)
+        if fits or (not are_named and not are_letters and not turned):
+            for found, name in own.items():
+                if not are_named:
+                    names.setdefault(found, name)
+        else:
+            renamed[direction] = Direction(names.get(queries, queries), names.get(keys, keys))
+    if len(set(names.values())) < len(names) or set(names.values()) & {m.name for m in modalities if m.name not in names}:
+        names = {}
+    renamed = {old: new for old, new in renamed.items() if old != new}
+    return tuple(replace(one, name=names.get(one.name, one.name)) for one in modalities), renamed

@@ -1,45 +1,28 @@
-"""Run what lies behind a fusion once more, with other tokens at its inputs; the model's state is restored."""
+"""The predictions as a function of the modalities: activation patching of an evaluation's first call."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.attribution.outputs import RULED_OUT, ModelOutput, ReadOutput
-from lightning_xattn.attribution.restoring import replacing_forward, restoring_state
-from lightning_xattn.attribution.state import ModelState
+from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
+from lightning_xattn.attribution.ports import Modality
+from lightning_xattn.attribution.root import Key, Patch, ReplayError, Root
 from lightning_xattn.capture.attention_mode import AttentionMode
-from lightning_xattn.capture.calls import Call, Path, Precision
+from lightning_xattn.capture.calls import Path, find_tensors, replace_item, take_samples
 from lightning_xattn.capture.readers import Edit, Event, RecordLevel
 
 MAX_ROWS = 64
 """How many pairs are replayed in a call, at most: few enough for the caches of a CPU."""
 
-ROUNDED = {False: (1e-3, 1e-5), True: (3e-2, torch.finfo(torch.bfloat16).eps)}
-"""By whether a model computes in half precision: by how much of their standard deviation between samples logits may
-differ in a replay, and by how much of the largest logit they always may, as other numbers of rows round otherwise."""
-
-
-@dataclass(frozen=True, eq=False)
-class RecordedCall:
-    """A call of a module around a fusion, or of the fusion, to be repeated with the tokens of other samples."""
-
-    module: nn.Module
-    call: Call
-    precision: Precision
-    model_output: ModelOutput
-    """What the call gave."""
-
-
-class ReplayError(Exception):
-    """Why what lies behind a fusion cannot be replayed, as the end of a sentence."""
+Values = Mapping[tuple[str, int], Tensor]
+"""By modality and number of its column, see ``Modality.columns``, and by "" and number the further inputs; samples
+come first."""
 
 
 @dataclass(frozen=True)
@@ -65,129 +48,169 @@ EditRows = Callable[[Tensor], Edit]
 
 
 class Replay:
-    """What lies behind a fusion, as a function of the tokens that enter it.
+    """The predictions as a function of the modalities.
 
-    The recorded call is repeated, with other tokens at the fusion. What runs before the fusion is skipped: its outputs
-    are those of one run that is made first.
+    The root runs again, in which what holds a modality returns the values of other samples instead of running. Inputs
+    that reach the predictions otherwise are each sample's own.
 
     Parameters
     ----------
-    fusion
-        The fusion.
-    axes
-        Where its tokens are among its arguments, and what goes with them; and which axis is that of the samples.
-    recorded_call
-        A run of a module around it.
-    read
-        Finds the model's output in what that module returns.
+    root
+        The call of an evaluation's first step.
+    modalities
+        What is exchanged.
+    further
+        The inputs of the root that each sample keeps.
 
     Attributes
     ----------
     rows
         How many pairs are replayed in a call, at most.
     skips
-        Whether what runs before the fusion is skipped; if not, each replay costs a whole run of the module.
+        Whether what holds the modalities does not run; if it does, each replay costs a whole run of the root.
 
     Raises
     ------
     ReplayError
-        If the recorded call's samples, in another order, do not give their outputs in that order.
+        If the call's samples, in another order, do not give their outputs in that order.
     """
 
-    def __init__(
-        self, fusion: nn.Module, axes: Mapping[Path, int], recorded_call: RecordedCall, read: ReadOutput
-    ) -> None:
-        self._fusion, self._axes, self._recorded_call, self._read = fusion, axes, recorded_call, read
-        self._made: dict[nn.Module, list[Any]] = {}
-        self._state: ModelState | None = None
+    def __init__(self, root: Root, modalities: Sequence[Modality], further: Sequence[Path]) -> None:
+        self._root, self._modalities, self._further = root, modalities, further
+        self._templates: dict[Key, object] = {}
         self.rows, self.skips, self._exactly = MAX_ROWS, True, False
-        with self.keeping_state():
+        with self._root.keeping_state():
             self._check()
 
     def _check(self) -> None:
-        """Find how the recorded call's samples, in another order, give their outputs in that order."""
-        axes = self._axes
-        entered, intact = self._run_intact()
-        self._tokens = {path: entered[path] for path in axes}
-        path, axis = next(iter(axes.items()))
-        samples = entered[path].shape[axis]
-        # Fewer rows than the recorded call has; if the model fails at that, as many; and at last nothing is skipped.
+        """Find how the call's samples, in another order, give their outputs in that order."""
+        values, intact = self._run_intact()
+        self._kinds = list(values.values())
+        samples = self._root.samples
+        # Fewer rows than the call has; if the model fails at that, as many; and at last nothing is skipped.
+        failure = ReplayError("")
         for self.skips, self._exactly in ((True, False), (True, True), (False, True)):
             self.rows = samples if self._exactly else MAX_ROWS
             count = samples if self._exactly else (samples + 1) // 2
             order = torch.arange(samples - 1, samples - 1 - count, -1)
             try:
-                again = self(
-                    {
-                        path: entered[path].index_select(axis, order.to(entered[path].device))
-                        for path, axis in axes.items()
-                    }
-                )
+                again = self({key: one.index_select(0, order.to(one.device)) for key, one in values.items()})
             except ReplayError as error:
                 failure = error
                 continue
             if are_same_outputs(intact[order], again, self.precision):
                 return
             failure = ReplayError(
-                "something besides the fusion's tokens reaches the prediction, or the model differs from run to run"
+                "something besides the modalities reaches the prediction, or the model differs from run to run"
             )
         raise failure
 
     @property
     def device(self) -> torch.device:
         """Where it runs."""
-        first: Tensor = next(iter(self._tokens.values()))
-        return first.device
+        return self._kinds[0].device
 
     @property
     def precision(self) -> torch.dtype:
-        """The coarser one of the tokens' and of autocast's."""
-        return self._coarsest(self._tokens.values())
+        """The coarser one of the modalities' and of autocast's."""
+        return self._root.coarsest(self._kinds)
 
-    def _coarsest(self, tokens: Iterable[Tensor]) -> torch.dtype:
-        kinds = [self._recorded_call.precision.dtype or torch.float32, *(one.dtype for one in tokens)]
-        return max((kind for kind in kinds if kind.is_floating_point), key=lambda kind: torch.finfo(kind).eps)
+    def _run_intact(self) -> tuple[dict[tuple[str, int], Tensor], ModelOutput]:
+        """What holds the modalities in the call as it is, and its outputs."""
+        root = self._root
+        ports = [port for modality in self._modalities for port in modality.ports]
+        with root.restoring():
+            call = root.call.copied({path for path, _ in root.call.tensors()})
+            captured = [port.key for port in ports if port.kind != "input"]
+            predictions, self._templates, arguments = root.run(call, capture=captured)
+            intact = root.read_output(predictions).cpu()
+            values = {}
+            for modality in self._modalities:
+                for number, (port, path, axis) in enumerate(modality.columns):
+                    if port.kind == "input":
+                        one = root.call[path]
+                    elif port.kind == "argument":
+                        one = arguments[port.key][path]
+                    else:
+                        one = dict(find_tensors(self._templates[port.key]))[path]
+                    values[modality.name, number] = one.detach().movedim(axis, 0).clone()
+            for number, path in enumerate(self._further):
+                axis = root.axes[path]
+                assert axis is not None
+                values["", number] = root.call[path].movedim(axis, 0).clone()
+        return values, intact
 
-    def __call__(
-        self, tokens: Mapping[Path, Tensor], place: AttentionPlace | None = None, edit: EditRows | None = None
-    ) -> ModelOutput:
-        """The model's output for samples with these tokens.
+    def __call__(self, values: Values, place: AttentionPlace | None = None, edit: EditRows | None = None) -> ModelOutput:
+        """The model's output for samples with these values.
 
         Parameters
         ----------
-        tokens
-            What stands at each of the places, with any number of samples.
+        values
+            What holds each modality, with any number of samples.
         place, edit
-            An attention behind the fusion's inputs, and what to change of it.
+            An attention behind the modalities, and what to change of it.
 
         Raises
         ------
         ReplayError
             If it does not run, or gives no output, or there is not one such attention.
         """
-        path, axis = next(iter(self._axes.items()))
-        samples, parts = tokens[path].shape[axis], []
-        with self._in_step_conditions():
+        samples, parts = len(next(iter(values.values()))), []
+        with self._root.restoring():
             for start in range(0, samples, self.rows):
-                places = torch.arange(start, min(start + self.rows, samples))
-                count = len(places)
+                rows = torch.arange(start, min(start + self.rows, samples))
+                count = len(rows)
                 if self._exactly:  # repeats of the last
-                    places = torch.cat([places, places[-1:].expand(self.rows - count)])
-                chosen = {
-                    where: one.index_select(self._axes[where], places.to(one.device)).to(self._tokens[where].device)
-                    for where, one in tokens.items()
-                }
-                with _editing(place, edit, places):
-                    parts.append(self._run(chosen)[:count])
+                    rows = torch.cat([rows, rows[-1:].expand(self.rows - count)])
+                chosen = {key: one.index_select(0, rows.to(one.device)).to(self.device) for key, one in values.items()}
+                with _editing(place, edit, rows):
+                    parts.append(self._run(chosen, len(rows))[:count])
         return ModelOutput.joined(parts)
 
-    def compute_key_slopes(self, tokens: Mapping[Path, Tensor], place: AttentionPlace, classes: Tensor) -> Tensor:
+    def _run(self, chosen: Values, count: int) -> ModelOutput:
+        root = self._root
+        outputs: dict[Key, dict[Path, Tensor]] = {}
+        arguments: dict[Key, dict[Path, Tensor]] = {}
+        inputs: dict[Path, Tensor] = {}
+        for modality in self._modalities:
+            for number, (port, path, axis) in enumerate(modality.columns):
+                value = chosen[modality.name, number].movedim(0, axis).contiguous()
+                if port.kind == "input":
+                    inputs[path] = value
+                else:
+                    held = outputs if port.kind == "output" else arguments
+                    held.setdefault(port.key, {})[path] = value
+        for number, path in enumerate(self._further):
+            axis = root.axes[path]
+            assert axis is not None
+            inputs[path] = chosen["", number].movedim(0, axis)
+        template = torch.arange(count) % root.samples
+        call = root.call if self._exactly else root.part(template, inputs)
+        call = call.replaced(inputs) if self._exactly else call
+        templates = self._templates if self._exactly else self._cut_templates(outputs, template)
+        predictions, _, _ = root.run(call, Patch(outputs, templates, arguments, self.skips))
+        output = root.read_output(predictions)
+        if len(output.values) != count:
+            raise ReplayError(f"it gives {len(output.values)} predictions for {count} samples")
+        return output.cpu()
+
+    def _cut_templates(self, outputs: Mapping[Key, Mapping[Path, Tensor]], rows: Tensor) -> dict[Key, object]:
+        """What calls return besides the modalities, with as many samples."""
+        cut = dict(self._templates)
+        for key, held in outputs.items():
+            for path, tensor in find_tensors(self._templates[key]):
+                axis = next((a for a, length in enumerate(tensor.shape) if length == self._root.samples), None)
+                if path not in held and axis is not None:
+                    cut[key] = replace_item(cut[key], path, take_samples(tensor, axis, rows))
+        return cut
+
+    def compute_key_slopes(self, values: Values, place: AttentionPlace, classes: Tensor) -> Tensor:
         """The signed gradient x attention of each key: how much its weights add to the probability of a class.
 
         Parameters
         ----------
-        tokens
-            What stands at each of the places.
+        values
+            What holds each modality.
         place
             The attention.
         classes
@@ -206,23 +229,23 @@ class Replay:
         """
         with torch.inference_mode(False):
             again, slopes = self._passing_gradients, []
-            with again.keeping_state():
+            with again._root.keeping_state():
                 for rows in torch.arange(len(classes)).split(again.rows):
-                    chosen = {
-                        path: one.index_select(self._axes[path], rows.to(one.device)) for path, one in tokens.items()
-                    }
-                    own = {path: one.clone() for path, one in chosen.items()}
+                    own = {key: one.index_select(0, rows.to(one.device)).clone() for key, one in values.items()}
                     slopes.append(again._compute_slopes(own, place, classes[rows]))
         return torch.cat(slopes)
 
     @cached_property
     def _passing_gradients(self) -> Replay:
         """The same of copies, as what comes from the step may be inference tensors, which no gradient can pass."""
-        call = self._recorded_call.call
-        recorded_call = replace(self._recorded_call, call=call.copied({path for path, _ in call.tensors()}))
-        return Replay(self._fusion, self._axes, recorded_call, self._read)
+        call = self._root.call
+        return Replay(
+            replace(self._root, call=call.copied({path for path, _ in call.tensors()}), _state=None),
+            self._modalities,
+            self._further,
+        )
 
-    def _compute_slopes(self, tokens: Mapping[Path, Tensor], place: AttentionPlace, classes: Tensor) -> Tensor:
+    def _compute_slopes(self, values: Values, place: AttentionPlace, classes: Tensor) -> Tensor:
         scales: list[Tensor] = []
 
         def weigh(rows: Tensor) -> Edit:
@@ -230,7 +253,7 @@ class Replay:
             torch.set_grad_enabled(True)  # from here on, until the replay's end
             return Edit(weights=scales[0])
 
-        total = self(tokens, place, weigh).values.gather(1, classes[:, None]).sum()
+        total = self(values, place, weigh).values.gather(1, classes[:, None]).sum()
         if not total.requires_grad:
             raise ReplayError("no gradient reaches its weights")
         try:
@@ -239,146 +262,9 @@ class Replay:
             raise ReplayError(f"no gradient reaches its weights: {error}") from error
         return slope[: len(classes)].cpu()
 
-    def _run(self, tokens: Mapping[Path, Tensor]) -> ModelOutput:
-        module, call = self._recorded_call.module, self._recorded_call.call
-        with ExitStack() as changes:
-            forward = self._fusion.forward
-
-            def fusion(*args: Any, **kwargs: Any) -> Any:
-                permuted = Call(args, kwargs).replaced(tokens)
-                return forward(*permuted.args, **permuted.kwargs)
-
-            changes.enter_context(replacing_forward(self._fusion, fusion))
-            for skipped, outputs in self._made.items() if self.skips else ():
-                changes.enter_context(replacing_forward(skipped, _return_first(outputs, skipped.forward)))
-            try:
-                output = self._read(module(*call.args, **call.kwargs))
-            except ReplayError:
-                raise
-            except Exception as error:  # whatever a user's module raises for other tokens or another number of them
-                raise ReplayError(f"it fails with other tokens: {error!r}") from error
-        if output is None:
-            raise ReplayError("it gives no class scores with other tokens")
-        return output.cpu()
-
-    @contextmanager
-    def keeping_state(self) -> Iterator[None]:
-        """Keep the model's state once, for all replays in the block to restore: nothing else runs the model meanwhile.
-
-        Raises
-        ------
-        ReplayError
-            If the state cannot be kept.
-        """
-        if self._state is not None:
-            yield
-            return
-        call = self._recorded_call.call
-        try:
-            self._state = ModelState(self._recorded_call.module, call.args, call.kwargs)
-        except Exception as error:  # no memory for a copy, or an object of the user's that cannot be read
-            raise ReplayError(f"the model's state cannot be kept, to be restored afterwards: {error!r}") from error
-        try:
-            yield
-        finally:
-            self._state = None
-
-    @contextmanager
-    def _in_step_conditions(self) -> Iterator[None]:
-        with self.keeping_state():
-            assert self._state is not None
-            try:
-                with restoring_state(self._state, self._with_hooks), self._recorded_call.precision.entered():
-                    yield
-            except RuntimeError as error:
-                raise ReplayError(str(error)) from error
-
-    def _run_intact(self) -> tuple[Call, ModelOutput]:
-        """What enters the fusion, and the model's output, when the recorded call is repeated as it is."""
-        # Users' hooks note what a model does, and must not note this; but some change what it does.
-        for self._with_hooks in (False, True):
-            try:
-                with self._in_step_conditions():
-                    entered, intact = self._run_once()
-            except ReplayError as error:
-                failure = error
-                continue
-            if are_same_outputs(
-                self._recorded_call.model_output.cpu(), intact, self._coarsest(entered[path] for path in self._axes)
-            ):
-                return entered, intact
-            failure = ReplayError("it gives other outputs when it is run again")
-        raise failure
-
-    def _run_once(self) -> tuple[Call, ModelOutput]:
-        """Repeat the recorded call as it is, and keep what is made before the fusion."""
-        module, call = self._recorded_call.module, self._recorded_call.call
-        entered: list[Call] = []
-        running: list[nn.Module] = []
-        # What ended before the fusion began, each with the modules that it ran in.
-        done: list[tuple[nn.Module, Any, tuple[nn.Module, ...]]] = []
-
-        def begin(one: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            running.append(one)
-            if one is self._fusion:
-                entered.append(Call(args, kwargs).copied(self._axes))
-
-        def end(one: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            running.pop()
-            if not entered:
-                done[:] = [other for other in done if one not in other[2]]
-                done.append((one, output, tuple(running)))
-
-        with ExitStack() as hooks:
-            for one in module.modules():
-                if not isinstance(one, torch.jit.ScriptModule):
-                    hooks.callback(one.register_forward_pre_hook(begin, with_kwargs=True).remove)
-                    hooks.callback(one.register_forward_hook(end).remove)
-            try:
-                found = self._read(module(*call.args, **call.kwargs))
-            except Exception as error:  # whatever a user's module raises
-                raise ReplayError(f"it fails when it is run again: {error!r}") from error
-        if found is None or len(entered) != 1:
-            raise ReplayError("it gives no class scores" if found is None else f"the fusion runs {len(entered)} times")
-        by_module = defaultdict(list)
-        for one, output, _ in done:
-            by_module[one].append(output)
-        self._made = dict(by_module)
-        return entered[0], found.cpu()
-
-
-def are_same_outputs(intact: ModelOutput, again: ModelOutput, precision: torch.dtype) -> bool:
-    """Whether a replay gave the same logits, within what rounding does to the differences between samples.
-
-    Logits, as a model that is sure of itself gives the same probabilities whatever reaches it.
-
-    Parameters
-    ----------
-    intact, again
-        Of the same samples, in the step and in the replay.
-    precision
-        In which the model computes, see `Replay.precision`.
-    """
-    logits = intact.logits.double()
-    finite = logits[logits.isfinite().all(1)]
-    if not len(finite):
-        return True  # nothing is kept of such samples
-    part, rounding = ROUNDED[precision.itemsize < 4]
-    largest = float(torch.where(finite == RULED_OUT, 0, finite).abs().max())
-    spread = float(finite.std(0).max()) if len(finite) > 1 else largest
-    return torch.allclose(
-        again.logits.double(), logits, rtol=0, atol=max(part * spread, rounding * largest), equal_nan=True
-    )
-
-
-def _return_first(outputs: list[Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that returns these outputs, one in each run, and then runs itself."""
-    waiting = list(outputs)
-
-    def skipped(*args: Any, **kwargs: Any) -> Any:
-        return waiting.pop(0) if waiting else forward(*args, **kwargs)
-
-    return skipped
+    def keeping_state(self) -> object:
+        """See ``Root.keeping_state``."""
+        return self._root.keeping_state()
 
 
 @contextmanager
@@ -406,10 +292,8 @@ def _editing(place: AttentionPlace | None, edit: EditRows | None, rows: Tensor) 
             raise ReplayError(f"an attention has {event.shape[0]} rows for {len(rows)} samples")
         return edit(rows)
 
-    with ExitStack() as hooks:
-        AttentionMode({place.module: ""}, lambda *_: RecordLevel.NOTHING, lambda *_: None, change).attach(
-            place.module, hooks
-        )
+    with ExitStack() as changes:
+        AttentionMode({place.module: ""}, lambda *_: RecordLevel.NOTHING, lambda *_: None, change).attach(changes)
         yield
     if picked != 1:
         raise ReplayError(f"{picked or 'no'} attentions of its shape are computed")

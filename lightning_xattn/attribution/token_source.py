@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.inputs import ModalityPlace
 from lightning_xattn.attribution.kept_samples import IDENTITY, Columns
 from lightning_xattn.attribution.outputs import ModelOutput
-from lightning_xattn.attribution.recorder import FusionRecorder
-from lightning_xattn.attribution.replay import Replay, ReplayError
-from lightning_xattn.capture.calls import Path
+from lightning_xattn.attribution.ports import Modality
+from lightning_xattn.attribution.recorder import ModalityRecorder
+from lightning_xattn.attribution.replay import Replay
+from lightning_xattn.attribution.root import ReplayError
 from lightning_xattn.core.attention import Direction
 
 Result = TypeVar("Result")
+
+Column = tuple[str, int]
+"""A modality and the number of its column, see ``Modality.columns``; of further inputs the modality is ""."""
 
 Part = Callable[[int], Tensor]
 """Gets a number of items, and gives the indices of those that this process works on."""
@@ -73,40 +76,45 @@ class TokenSource:
         name = f"received/{direction}"
         return self.column(name, samples).shape[1] if self.has(name, samples) else None
 
-    def tokens(self, places: Mapping[str, ModalityPlace], samples: Sequence[Tensor]) -> dict[Path, Tensor]:
-        """What stands at each of the fusion's arguments.
+    def values(self, modalities: Sequence[Modality], samples: Sequence[Tensor], own: Tensor) -> dict[Column, Tensor]:
+        """What a replay takes, see ``Values``.
 
         Parameters
         ----------
-        places
-            Where each modality stands.
+        modalities
+            What is exchanged.
         samples
             For each modality which samples it is taken from, ``(pairs,)``, all of one token_shape.
+        own
+            The samples whose further inputs are taken.
         """
-        tokens: dict[Path, Tensor] = {}
-        for (name, place), of_modality in zip(places.items(), samples, strict=True):
-            for i, (path, axis) in enumerate(place.kept.items()):
-                tokens[path] = self.column(f"tokens/{name}/{i}", of_modality).movedim(0, axis)
-            tokens |= dict.fromkeys(place.tokens[1:], tokens[place.tokens[0]])
-        return tokens
+        found: dict[Column, Tensor] = {}
+        for modality, of_modality in zip(modalities, samples, strict=True):
+            for number, _ in enumerate(modality.columns):
+                found[modality.name, number] = self.column(f"tokens/{modality.name}/{number}", of_modality)
+        number = 0
+        while self.has(f"further/{number}", own):
+            found["", number] = self.column(f"further/{number}", own)
+            number += 1
+        return found
 
     def batches(
-        self, places: Mapping[str, ModalityPlace], samples: Sequence[Tensor]
-    ) -> Iterator[tuple[Tensor, dict[Path, Tensor]]]:
-        """Pairs with the same numbers of tokens of each modality, which fit into one batch: which ones, and `tokens`.
+        self, modalities: Sequence[Modality], samples: Sequence[Tensor], own: Tensor
+    ) -> Iterator[tuple[Tensor, dict[Column, Tensor]]]:
+        """Pairs with the same numbers of tokens of each modality, which fit into one batch: which ones, and `values`.
 
         Parameters
         ----------
-        places, samples
-            As `tokens` takes them, but of any token_shapes.
+        modalities, samples, own
+            As `values` takes them, but of any token_shapes.
         """
-        _, kind = torch.stack([self.kinds[one] for one in samples], dim=1).unique(dim=0, return_inverse=True)
+        _, kind = torch.stack([self.kinds[one] for one in (*samples, own)], dim=1).unique(dim=0, return_inverse=True)
         for one in range(int(kind.max()) + 1):
             chosen = (kind == one).nonzero()[:, 0]
-            yield chosen, self.tokens(places, [of_modality[chosen] for of_modality in samples])
+            yield chosen, self.values(modalities, [of_modality[chosen] for of_modality in samples], own[chosen])
 
 
-def share_work(fusion: FusionRecorder, work: Callable[[Replay, Part], Result]) -> list[Result]:
+def share_work(fusion: ModalityRecorder, work: Callable[[Replay, Part], Result]) -> list[Result]:
     """The results of all processes, each of which does its part of work that takes replays: two collectives.
 
     A process that cannot replay, as its first samples are not finite, has no part in it.

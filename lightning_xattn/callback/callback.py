@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import uuid
@@ -22,7 +23,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.utils._pytree import tree_map
 
 from lightning_xattn.attribution.contribution import CONTRIBUTION_SAMPLES
-from lightning_xattn.attribution.inputs import ModalitiesSetting
+from lightning_xattn.attribution.ports import ModalitiesSetting
 from lightning_xattn.attribution.kept_samples import MAX_SAMPLES
 from lightning_xattn.callback.epoch_log import EpochLog, main_history
 from lightning_xattn.callback.monitors import describe_risks, find_monitors
@@ -50,7 +51,10 @@ CURVES = ("main", "all")
 RECORDED = ("attention", "fusion")
 """The settings that say what of a step is recorded."""
 
-READ = ("predictions", "targets", "sample_ids", "groups", "query_mask", "fusion", "class_names")
+STEPS = {"val": "validation", "test": "test", "predict": "predict"}
+"""The name of a stage's step in a LightningModule."""
+
+READ = ("predictions", "targets", "sample_ids", "groups", "query_mask", "fusion", "modalities", "class_names")
 """The settings that say how a recorded step is read."""
 
 
@@ -282,7 +286,10 @@ class AttentionExplainabilityCallback(Callback):
         if self._records(batch_idx):
             assert self._run.recorder is not None
             with self._run.refusing(self.settings, *RECORDED, dataloader=dataloader_idx):
-                self._run.recorder.__enter__()
+                step = getattr(pl_module, f"{STEPS[stage_of(trainer)]}_step")
+                args = (batch, batch_idx, dataloader_idx)
+                finder = self._run.evaluations[dataloader_idx].finder
+                self._run.recorder.begin(step, _fitting_arguments(step, args), finder)
 
     def on_validation_batch_end(
         self,
@@ -317,7 +324,7 @@ class AttentionExplainabilityCallback(Callback):
                     run.has_recorded = True
                     warn(check_directions(recorder.layers), once=True)
                     described = evaluation.describe(result, recorder)
-                    info(f"AttentionExplainabilityCallback takes {described}.", once=True)
+                    info(f"AttentionExplainabilityCallback: recording {described}.", once=True)
                 for columns in evaluation.add(result, own_samples(len(result))):
                     if run.table is not None:
                         run.table.add(columns | {"dataloader": dataloader_idx})
@@ -474,6 +481,17 @@ class AttentionExplainabilityCallback(Callback):
         is_first = run.processes.rank == 0  # which knows the samples of all processes
         samples = [{"dataloader": number, **sample_columns(one)} for number, one in fusions.items() if is_first]
         return run.table.close(samples)
+
+
+def _fitting_arguments(step: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Those of a step's arguments that it takes, as Lightning passes them."""
+    try:
+        parameters = inspect.signature(step).parameters.values()
+    except (TypeError, ValueError):
+        return args[:2]
+    by_position = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    takes_any = any(one.kind is one.VAR_POSITIONAL for one in parameters)
+    return args[:2] if takes_any else args[: len(by_position)]
 
 
 def _identify_function(setting: Any) -> Any:

@@ -1,11 +1,11 @@
-"""The mode that records attention as it is computed, and the hooks that note which module is running."""
+"""The mode that records attention as it is computed, and which module computes it."""
 
 from __future__ import annotations
 
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
@@ -13,18 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    _global_forward_hooks_always_called,
-    _global_forward_hooks_with_kwargs,
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.overrides import TorchFunctionMode
 
 from lightning_xattn.capture.calls import Call
+from lightning_xattn.capture.forwards import wrap_forwards
 from lightning_xattn.capture.readers import Edit, Event, Read, RecordLevel, find_reader
 from lightning_xattn.capture.tensors import Address, has_address
-from lightning_xattn.capture.wrappers import Hook, Shared, in_encoder_layers, runs_for_backward
+from lightning_xattn.capture.trace import LOSSES, Run, StepTrace, look_up
+from lightning_xattn.capture.wrappers import Shared, runs_for_backward
 
 ToEdit = Callable[[Event], Edit | None]
 """Gets an attention that is about to be computed; gives what is to be changed of it; None: nothing."""
@@ -35,42 +31,11 @@ _FOLDS = frozenset({"reshape", "view", "flatten", "contiguous"})
 Note = TypeVar("Note")
 
 
-@dataclass(eq=False)
-class Run:
-    """One run of a module that the mode records."""
-
-    module: nn.Module
-    path: str
-    outer: Run | None
-    """The run that it is part of; None: it is the outermost."""
-    call: Call
-    turn: int
-    """How many times the module had run in this step before."""
-    error: BaseException | None
-    """What was being handled when it began; another one at its end is its own."""
-    made: Mapping[int, tuple[weakref.ref[Tensor], Event]]
-    """What was made of weights, by the id of the tensor."""
-    events: list[Event] = field(default_factory=list)
-    """The attention that is computed meanwhile, in this module or in others that it calls."""
-    folded: dict[tuple[bool, int], int] = field(default_factory=dict)
-    """The number of heads by the number of rows into which they were folded, and by whether heads come first."""
-
-    def origin(self, tensor: Any) -> Event | None:
-        """The attention whose weights a tensor was made of, by other operations than products."""
-        return _look_up(self.made, tensor)
-
-    def outwards(self) -> Iterator[Run]:
-        """The run and those that it is part of, innermost first."""
-        run: Run | None = self
-        while run is not None:
-            yield run
-            run = run.outer
-
-
 class AttentionMode(TorchFunctionMode):
     """Records every attention that is computed while certain modules run; the results stay what they are bit for bit.
 
-    The mode is on while one of ``modules`` (with their paths) runs. ``level`` decides what is recorded of an attention
+    The mode is on while one of ``modules`` (with their paths) runs, or of ``attending`` ones among them. ``trace`` notes
+    all their calls, and what losses read; then the mode is on outside of modules, too. ``level`` decides what is recorded of an attention
     that is about to be computed. ``leave`` is called when a run ends without an error, with what the module returned.
     ``edit`` changes an attention before it is computed; torch's fast paths are then off. A mode that ``follows`` notes
     which attention reaches which.
@@ -86,87 +51,94 @@ class AttentionMode(TorchFunctionMode):
         edit: ToEdit | None = None,
         follows: bool = False,
         errors: list[Exception] | None = None,
+        trace: StepTrace | None = None,
+        attending: Collection[nn.Module] | None = None,
     ) -> None:
         super().__init__()
+        self._trace, self._attending = trace, modules if attending is None else attending
         self._modules, self._level, self._leave, self._edit = modules, level, leave, edit
         self.errors: list[Exception] = [] if errors is None else errors
         self._runs: list[Run] = []
+        self._is_attached = False
         self._turns: Counter[nn.Module] = Counter()
         self._on = False
         self._made: dict[int, tuple[weakref.ref[Tensor], Event]] = {}
         # The attention that reaches a tensor, by its id.
         self._follows, self._reached = follows, dict[int, tuple[weakref.ref[Tensor], frozenset[Event]]]()
 
-    def attach(self, root: nn.Module, hooks: ExitStack) -> None:
-        """Record the modules, which are ``root`` or in it, until ``hooks`` closes."""
-        hooks.callback(self.clear)
-        hooks.enter_context(keep_fast_paths())
-        unhookable = {module for module in in_encoder_layers(root) if module in self._modules}
-        for module in self._modules:
-            if module not in unhookable and not isinstance(module, torch.jit.ScriptModule):
-                enter, end = Hook(self._enter, self.errors), Hook(self._end, self.errors)
-                hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                handle = module.register_forward_hook(end, with_kwargs=True, prepend=True, always_call=True)
-                hooks.callback(handle.remove)
-        if unhookable:
+    def attach(self, changes: ExitStack) -> None:
+        """Record the modules until ``changes`` closes."""
+        changes.callback(self._detach)
+        changes.enter_context(keep_fast_paths())
+        wrap_forwards(self._modules, self._run_forward, changes)
+        self._is_attached = True
+        self._switch()
 
-            def enter_one(module: nn.Module, args: tuple[Any, ...]) -> None:
-                if module in unhookable:
-                    self._enter(module, args)
-
-            def end_one(module: nn.Module, *call: Any) -> None:
-                if module in unhookable:  # after an error torch calls it without the keyword arguments
-                    self._end(module, call[0], call[1], call[-1])
-
-            # A hook on all modules does not turn their fast path off.
-            handles = (
-                register_module_forward_pre_hook(Hook(enter_one, self.errors)),
-                register_module_forward_hook(Hook(end_one, self.errors), with_kwargs=True, always_call=True),
-            )
-            # torch 2.13 forgets these entries when the hook is removed, and then calls it for every module.
-            for book in (_global_forward_hooks_with_kwargs, _global_forward_hooks_always_called):
-                hooks.callback(book.pop, handles[1].id, None)
-            for handle in handles:
-                hooks.callback(handle.remove)
+    def _detach(self) -> None:
+        self._is_attached = False
+        self.clear()
 
     def clear(self) -> None:
-        """Forget what runs, as after an interrupt from the keyboard, which passes hooks by, and count turns anew."""
+        """Forget what ran, and count turns anew."""
         self._runs.clear()
         self._turns.clear()
         self._made.clear()
         self._reached.clear()
         self._switch()
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+    def _run_forward(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if runs_for_backward():
-            return
-        outer, turn, error = self._runs[-1] if self._runs else None, self._turns[module], sys.exc_info()[1]
-        self._runs.append(Run(module, self._modules[module], outer, Call(args, kwargs or {}), turn, error, self._made))
+            return forward(*args, **kwargs)
+        outer, call = self._runs[-1] if self._runs else None, Call(args, kwargs)
+        run = Run(module, self._modules[module], outer, call, self._turns[module], self._made)
         self._turns[module] += 1
-        self._switch()
+        self._runs.append(run)
+        self._guard(self._begin, run)
+        has_ended = False
+        try:
+            output = forward(*args, **kwargs)
+            has_ended = True
+        finally:
+            if run in self._runs:
+                del self._runs[self._runs.index(run) :]
+            self._switch()
+            if has_ended:
+                self._guard(self._end, run, output)
+        return output
 
-    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        if runs_for_backward() or all(run.module is not module for run in self._runs):
-            return
-        while (run := self._runs.pop()).module is not module:
-            pass  # an interrupt passed its hook by
+    def _guard(self, action: Callable[..., None], *args: Any) -> None:
+        """Let no error of ours reach the model's run."""
+        try:
+            action(*args)
+        except Exception as error:
+            self.errors.append(error)
+
+    def _begin(self, run: Run) -> None:
         self._switch()
-        if sys.exc_info()[1] is not run.error:
-            return
-        run.call = Call(args, kwargs)
+        if self._trace is not None:
+            self._trace.begin(run)
+
+    def _end(self, run: Run, output: Any) -> None:
         try:
             with torch.no_grad():
+                if self._trace is not None:
+                    self._trace.end(run, output)
                 self._leave(run, output)
         finally:
+            run.call = Call((), {})
             # A forward that is called around itself is one run.
-            outer = next((outer for outer in reversed(self._runs) if outer.module is not module), None)
+            outer = next((outer for outer in reversed(self._runs) if outer.module is not run.module), None)
             if outer is not None:
                 outer.events += run.events
             if not self._runs:
                 self._made.clear()
 
     def _switch(self) -> None:
-        on = bool(self._runs)
+        on = any(run.module in self._attending for run in self._runs)
+        if self._trace is not None and self._is_attached:
+            on = on or self._trace.looks_for_losses(self._runs)
         if on and not self._on:
             _push([self])
         elif self._on and not on:
@@ -178,6 +150,8 @@ class AttentionMode(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._trace is not None and function in LOSSES:
+            self._guard(self._trace.note_loss, function, args, kwargs, self._runs)
         if not self._runs:
             return function(*args, **kwargs)
         reader, before = find_reader(function), len(self._runs[-1].events)
@@ -203,14 +177,14 @@ class AttentionMode(TorchFunctionMode):
     def _note_reached(self, args: Sequence[Any], events: Sequence[Event], result: Any) -> None:
         """Note what reaches the tensors of a result: what reached those it was made of, and what was computed."""
         made_of = [one for arg in args for one in (arg if isinstance(arg, (tuple, list)) else (arg,))]
-        reached = frozenset(events).union(*(_look_up(self._reached, one) or () for one in made_of))
+        reached = frozenset(events).union(*(look_up(self._reached, one) or () for one in made_of))
         for one in result if isinstance(result, (tuple, list)) else (result,):
             if reached and isinstance(one, Tensor):
                 self._reached[id(one)] = weakref.ref(one), reached
 
     def begin(self, event: Event, asks: Tensor) -> Edit | None:
         """See ``ReaderContext``."""
-        event.reached_by = _look_up(self._reached, asks) or frozenset()
+        event.reached_by = look_up(self._reached, asks) or frozenset()
         for run in self._runs[-1].outwards() if len(event.shape) == 3 else ():
             for (heads_first, rows), heads in run.folded.items():
                 if rows == event.shape[0]:
@@ -258,12 +232,6 @@ class AttentionMode(TorchFunctionMode):
                     event.used = arg.reshape(event.shape)
         elif events and isinstance(result, Tensor):
             self._made[id(result)] = weakref.ref(result), events[0][1]
-
-
-def _look_up(book: Mapping[int, tuple[weakref.ref[Tensor], Note]], tensor: Any) -> Note | None:
-    """What was noted of a tensor; None for one that has the id of an earlier tensor."""
-    reference, note = book.get(id(tensor), (None, None))
-    return note if reference is not None and reference() is tensor else None
 
 
 def _note_fold(tensor: Tensor, result: Tensor, run: Run) -> None:

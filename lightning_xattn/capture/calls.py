@@ -1,22 +1,26 @@
-"""What a module was called with: the tensors among its arguments, their names, and other tensors in their places."""
+"""What a function was called with: its tensors and other leaves, their names, and others in their places."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Path = tuple[int | str, ...]
-"""The keys that lead to a tensor through dicts, lists and tuples; of a call an argument's position or keyword first."""
+"""The keys that lead to a value through dicts, lists, tuples and dataclasses; of a call an argument's position or
+keyword first."""
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a module was called with."""
+    """What a function was called with."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -25,58 +29,146 @@ class Call:
         first, *keys = path
         value = self.args[first] if isinstance(first, int) else self.kwargs[first]
         for key in keys:
-            value = value[key]
+            value = get_item(value, key)
         return value
 
     def tensors(self) -> Iterator[tuple[Path, Tensor]]:
-        """Every tensor among the arguments, and in their dicts, lists and tuples."""
+        """Every tensor among the arguments, and in their dicts, lists, tuples and dataclasses."""
         yield from find_tensors(self.args)
         yield from find_tensors(self.kwargs)
 
-    def replaced(self, tensors: Mapping[Path, Tensor]) -> Call:
-        """The same call with other tensors at some places; what holds them is copied."""
+    def leaves(self) -> Iterator[tuple[Path, Any]]:
+        """Every tensor, array, list of plain values and other object among the arguments."""
+        yield from find_leaves(self.args)
+        yield from find_leaves(self.kwargs)
+
+    def replaced(self, values: Mapping[Path, Any]) -> Call:
+        """The same call with other values at some places; what holds them is copied."""
         args, kwargs = list(self.args), dict(self.kwargs)
-        for (first, *keys), tensor in tensors.items():
+        for (first, *keys), value in values.items():
             holder: Any = args if isinstance(first, int) else kwargs
-            holder[first] = _replace_tensor(holder[first], keys, tensor)
+            holder[first] = replace_item(holder[first], keys, value)
         return Call(tuple(args), kwargs)
 
     def copied(self, paths: Mapping[Path, Any] | set[Path]) -> Call:
         """The same call with copies of these tensors, which a module that changes them in place does not reach."""
-        return self.replaced({path: self[path].clone() for path in paths})
+        copies: dict[int, Tensor] = {}
+        for path in paths:
+            one = self[path]
+            if id(one) not in copies:
+                copies[id(one)] = one.clone()
+        return self.replaced({path: copies[id(self[path])] for path in paths})
+
+
+def get_item(value: Any, key: int | str) -> Any:
+    """What a container or a dataclass has under a key."""
+    if isinstance(value, Mapping) or not isinstance(key, str):
+        return value[key]
+    return getattr(value, key)
+
+
+def _items(value: Any) -> Iterator[tuple[int | str, Any]]:
+    """What a container holds, by keys; nothing of anything else."""
+    if isinstance(value, Mapping):
+        yield from value.items()
+    elif isinstance(value, (tuple, list)):
+        yield from enumerate(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
 
 
 def find_tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Every tensor in a value and its dicts, lists and tuples, each with the keys that lead to it.
+    """Every tensor in a value and its dicts, lists, tuples and dataclasses, each with the keys that lead to it.
 
     Not by ``torch.utils._pytree``: it raises at a class that is registered without its keys, as the outputs of Hugging
     Face's models are, and passes by mappings that are not registered at all.
     """
     if isinstance(value, Tensor):
         yield path, value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+    else:
+        for key, item in _items(value):
             yield from find_tensors(item, (*path, key))
 
 
-def _replace_tensor(value: Any, keys: list[int | str], tensor: Tensor) -> Any:
+def find_leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every tensor, array, list of plain values and other object in a value; no numbers, strings and None.
+
+    A list that holds no container and no tensor is one leaf, as are ragged lists of tensors of different lengths.
+    """
+    if value is None or isinstance(value, (str, bytes, bool, int, float)):
+        return
+    if isinstance(value, (list, tuple)) and value and _is_one_leaf(value):
+        yield path, value
+        return
+    items = list(_items(value))
+    if not items and not isinstance(value, (Mapping, list, tuple)):
+        yield path, value
+    for key, item in items:
+        yield from find_leaves(item, (*path, key))
+
+
+def _is_one_leaf(items: Any) -> bool:
+    plain = all(isinstance(item, (str, int, float, np.number)) for item in items)
+    lists = all(isinstance(item, list) and _is_plain(item) for item in items)
+    tensors = all(isinstance(item, Tensor) for item in items)
+    ragged = len(items) > 2 and tensors and len({tuple(item.shape) for item in items}) > 1
+    ragged = ragged and len({item.dim() for item in items}) == 1 and len({item.shape[1:] for item in items}) == 1
+    return plain or lists or ragged
+
+
+def _is_plain(items: Any) -> bool:
+    return all(isinstance(item, (str, int, float)) for item in items)
+
+
+def samples_axis(leaf: Any, samples: int) -> int | None:
+    """Which axis of a leaf is that of the samples: the first of that length; None if none is."""
+    if isinstance(leaf, (Tensor, np.ndarray)):
+        return next((axis for axis, length in enumerate(leaf.shape) if length == samples), None)
+    return 0 if isinstance(leaf, (list, tuple)) and len(leaf) == samples else None
+
+
+def take_samples(leaf: Any, axis: int, rows: Tensor) -> Any:
+    """Some of a leaf's samples, in any order."""
+    if isinstance(leaf, Tensor):
+        return leaf.index_select(axis, rows.to(leaf.device))
+    if isinstance(leaf, np.ndarray):
+        return leaf.take(rows.cpu().numpy(), axis)
+    return type(leaf)([leaf[int(row)] for row in rows])
+
+
+def replace_item(value: Any, keys: list[int | str] | Path, new: Any) -> Any:
+    """A copy of a container with another value under these keys."""
     if not keys:
-        return tensor
+        return new
     key, *others = keys
+    item = replace_item(get_item(value, key), others, new)
     if isinstance(value, Mapping):
-        return {**value, key: _replace_tensor(value[key], others, tensor)}
+        changed: Any = copy.copy(value) if isinstance(value, dict) else dict(value)
+        changed[key] = item
+        return changed
+    if dataclasses.is_dataclass(value):
+        changed = copy.copy(value)
+        object.__setattr__(changed, str(key), item)
+        return changed
     items = list(value)
-    items[key] = _replace_tensor(items[key], others, tensor)  # type: ignore[index]  # of a list or tuple it is a number
+    items[key] = item  # type: ignore[index]  # of a list or tuple it is a number
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
-def name_argument(module: nn.Module, path: Path) -> str:
-    """The name of a tensor among a module's arguments: the parameter's, and the keys that lead to it from there."""
+def name_argument(function: Any, path: Path) -> str:
+    """The name of a value among a function's arguments: the parameter's, and the keys that lead to it from there.
+
+    Parameters
+    ----------
+    function
+        A module, whose ``forward`` is meant, or a function.
+    """
     first, *keys = path
+    called: Callable[..., Any] = getattr(function, "forward", function)
     if isinstance(first, int):
         # A functools.partial, a scripted module and the like may have no signature.
         try:
-            names = list(inspect.signature(module.forward).parameters)
+            names = list(inspect.signature(called).parameters)
         except (TypeError, ValueError):
             names = []
         name = names[first] if first < len(names) else str(first)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_xattn.capture.attention_mode import Run
+from lightning_xattn.capture.trace import Run
 from lightning_xattn.capture.extractor import AttentionExtractor, name_event
 from lightning_xattn.capture.layers import common_parent, describe_idle, layers_by_name, with_unique_names
 from lightning_xattn.capture.masks import RecordedWeights

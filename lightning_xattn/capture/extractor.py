@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.capture.attention_mode import Run
+from lightning_xattn.capture.trace import Run
 from lightning_xattn.capture.calls import Path
 from lightning_xattn.capture.joint import JointSequence, cut_direction
 from lightning_xattn.capture.masks import RecordedWeights, intersect_masks

@@ -5,23 +5,25 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_xattn.capture.attention_mode import AttentionMode, Run
+from lightning_xattn.capture.attention_mode import AttentionMode
 from lightning_xattn.capture.discover import Survey, choose_layers, find_padding_source, find_reversed_names, find_shown
 from lightning_xattn.capture.extractor import AttentionExtractor
+from lightning_xattn.capture.forwards import get_module, walk_modules
 from lightning_xattn.capture.layers import describe_attention, locate_attention
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import Event, RecordLevel
 from lightning_xattn.capture.sources import AttentionSetting, Layer, Source, is_set_aside
 from lightning_xattn.capture.tokens import Axes
+from lightning_xattn.capture.trace import Run, StepTrace
 from lightning_xattn.capture.wrappers import (
-    Hook,
     compiled_modules,
     require_one_replica,
     run_uncompiled,
@@ -44,6 +46,8 @@ class AttentionRecorder:
     ----------
     model
         Any module; nothing is hooked yet.
+    trace
+        Notes the calls and losses of each step; None: they are not needed.
     attention
         Where the attention is: module paths by direction, seen from ``model``, a ``JointSequence``, or callables (see
         ``docs/own-model.md``). None: found by name (see ``locate_attention``) or, without such a name, in the first
@@ -71,8 +75,10 @@ class AttentionRecorder:
     Attention(audio_to_text: 5 samples, 3 heads, 5 queries, 7 keys)
     """
 
-    def __init__(self, model: nn.Module, attention: AttentionSetting | None = None) -> None:
-        self._model = model
+    def __init__(
+        self, model: nn.Module, attention: AttentionSetting | None = None, trace: StepTrace | None = None
+    ) -> None:
+        self._model, self._trace = model, trace
         self.layers: tuple[Layer, ...] = locate_attention(model, attention)
         self.batch: Any = None
         self._inputs: Any = None
@@ -108,9 +114,9 @@ class AttentionRecorder:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close()
         if kind is None:
-            self._raise_errors()
+            self.raise_errors()
 
-    def _raise_errors(self) -> None:
+    def raise_errors(self) -> None:
         """Raise what went wrong while the model ran, which has not ended its run."""
         if self._errors:
             raise self._errors[0]
@@ -135,7 +141,7 @@ class AttentionRecorder:
         self.batch = self._inputs = None
 
     def _hook(self) -> None:
-        if self._is_set_aside:
+        if self._is_set_aside and self._trace is None:
             return
         if self._survey is not None:  # later steps go through no more of the model than they record
             require_one_replica(self._model)
@@ -145,22 +151,31 @@ class AttentionRecorder:
                     "it runs uncompiled, so its outputs may differ in the last bits and take longer. If that is too "
                     "slow, record fewer epochs or batches (every_n_epochs, every_n_batches)."
                 )
-        # Hooks set before a failure half way leave with this stack; only a complete set is kept.
+        # What was wrapped before a failure half way is unwrapped with this stack; only a complete set is kept.
         with ExitStack() as hooks:
             # Without it nothing is compiled. Whether functions are compiled is unknown, and the import is slow.
-            if "torch._dynamo" in sys.modules:
+            if "torch._dynamo" in sys.modules and not self._is_set_aside:
                 hooks.enter_context(run_uncompiled())
             self._of_module = self._make_extractors()
-            if self._survey is not None:
-                everything = {module: path for path, module in self._model.named_modules()}
-                self._mode = AttentionMode(everything, self._level, self._leave, follows=True, errors=self._errors)
+            attending = {get_module(self._model, path): path for path, _ in self._suppliers}
+            attending |= {module: extractors[0].source.path for module, extractors in self._of_module.items()}
+            if self._survey is not None or (self._trace is not None and self._trace.is_complete):
+                walked = walk_modules(self._model, into_compiled=not self._is_set_aside)
+                modules = attending | {module: path for path, module in walked}
             else:
-                recorded = {self._module(path): path for path, _ in self._suppliers}
-                recorded |= {module: extractors[0].source.path for module, extractors in self._of_module.items()}
-                self._mode = AttentionMode(recorded, self._level, self._leave, errors=self._errors)
-            self._mode.attach(self._model, hooks)
-            keep = Hook(self._keep_inputs, self._errors)
-            hooks.callback(self._model.register_forward_pre_hook(keep, with_kwargs=True).remove)
+                modules = attending | {self._model: ""} | (self._trace.chosen if self._trace is not None else {})
+            if self._survey is not None:
+                attending = modules
+            self._mode = AttentionMode(
+                modules,
+                self._level,
+                self._leave,
+                follows=self._survey is not None,
+                errors=self._errors,
+                trace=self._trace,
+                attending=attending,
+            )
+            self._mode.attach(hooks)
             self._hooks = hooks.pop_all()
             self._is_hooked = True
 
@@ -184,7 +199,7 @@ class AttentionRecorder:
 
     def _module(self, path: str) -> nn.Module:
         try:
-            return self._model.get_submodule(path)
+            return get_module(self._model, path)
         except AttributeError:
             raise DiscoveryError(
                 f"Module '{path}' is no longer in the model. {describe_attention(self._model)} Make a new "
@@ -205,6 +220,9 @@ class AttentionRecorder:
     def _leave(self, run: Run, output: Any) -> None:
         # A step that Lightning runs as the model's own forward, as under DDP, may return before it runs anything.
         self._has_run |= run.module is not self._model or output is not None
+        if run.module is self._model and self._inputs is None:
+            inputs = (*run.call.args, *run.call.kwargs.values())
+            self._inputs = inputs[0] if len(inputs) == 1 else inputs
         for extractor in self._of_module.get(run.module, ()):
             extractor.extract(run, output)
         for number, event in enumerate(run.events, start=self._counts[run.path] + 1):
@@ -216,11 +234,6 @@ class AttentionRecorder:
         self._counts[run.path] += len(run.events)
         if self._survey is not None:
             self._survey.note_run(run, output)
-
-    def _keep_inputs(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._inputs is None:
-            inputs = (*args, *kwargs.values())
-            self._inputs = inputs[0] if len(inputs) == 1 else inputs
 
     @property
     def saw_attention(self) -> bool:
@@ -248,7 +261,7 @@ class AttentionRecorder:
         Exception
             Whatever else went wrong while the model ran, which has not ended its run.
         """
-        self._raise_errors()
+        self.raise_errors()
         if self._is_set_aside:
             return ()
         if not self.layers and self._survey is not None and self._survey.found:
@@ -288,6 +301,32 @@ class AttentionRecorder:
         for (layer, _), extractor in self._extractors.items():
             found[layer] = max(found[layer], extractor.left_out)
         return {layer: samples for layer, samples in found.items() if samples}
+
+    def rename(self, names: Mapping[Direction, Direction]) -> None:
+        """Call directions otherwise in all later steps."""
+
+        def renamed(pair: tuple[Direction, Source]) -> tuple[Direction, Source]:
+            return names.get(pair[0], pair[0]), pair[1]
+
+        self.layers = tuple(
+            replace(
+                layer,
+                forward=renamed(layer.forward),
+                backward=None if layer.backward is None else renamed(layer.backward),
+            )
+            for layer in self.layers
+        )
+        for extractor in self._extractors.values():
+            extractor.direction = names.get(extractor.direction, extractor.direction)
+        self._extractors = {
+            (layer, names.get(direction, direction)): extractor
+            for (layer, direction), extractor in self._extractors.items()
+        }
+
+    def set_aside(self) -> None:
+        """Record no attention from now on."""
+        self._is_set_aside, self._survey, self.layers = True, None, ()
+        self._extractors, self._of_module, self._suppliers = {}, {}, {}
 
     def _choose_layers(self, survey: Survey) -> None:
         """Take the layers that a first step has shown, and of what they computed what was kept."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_xattn.capture.attention_mode import Run
+from lightning_xattn.capture.trace import Run
 from lightning_xattn.capture.calls import Path, find_tensors, name_argument
 from lightning_xattn.capture.masks import RecordedWeights, separate_padding
 from lightning_xattn.capture.readers import Event

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_xattn.capture.forwards import step_into, walk_modules
 from lightning_xattn.core.errors import DiscoveryError
 
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -17,11 +18,13 @@ _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 def plain_path(root: nn.Module, path: str) -> str:
     """A module's path without the components that wrappers add, such as ``_orig_mod`` and DDP's ``module``."""
-    parent, kept = root, []
+    parent: Any = root
+    kept = []
     for part in path.split(".") if path else []:
-        if part not in _WRAPPED and not (part == "module" and list(parent._modules) == ["module"]):
+        is_wrapper = part == "module" and isinstance(parent, nn.Module) and list(parent._modules) == ["module"]
+        if part not in _WRAPPED and not is_wrapper:
             kept.append(part)
-        parent = getattr(parent, part)
+        parent = step_into(parent, part)
     return ".".join(kept)
 
 
@@ -30,6 +33,7 @@ def find_module(root: nn.Module, path: str) -> str | None:
     paths = [full for full, _ in root.named_modules(remove_duplicate=False)]
     if path in paths:
         return path
+    paths += [full for full, _ in walk_modules(root) if full not in paths]
     return next((full for full in paths if plain_path(root, full) == path), None)
 
 
@@ -42,33 +46,6 @@ def compiled_modules(root: nn.Module) -> list[str]:
     ]
     # Lightning takes a compiled LightningModule out of its wrapper and compiles its steps instead.
     return found or (["the model"] if getattr(root, "_compiler_ctx", None) is not None else [])
-
-
-class Hook:
-    """A hook of ours on a user's module: it never ends the module's run, and a copy of the module has none that acts.
-
-    Parameters
-    ----------
-    function
-        What the hook does; what it returns is ignored.
-    errors
-        Gets what the function raises, for later.
-    """
-
-    def __init__(self, function: Callable[..., Any], errors: list[Exception]) -> None:
-        self._function, self._errors = function, errors
-
-    def __call__(self, *args: Any) -> None:
-        """Act on what torch passes to a hook."""
-        try:
-            self._function(*args)
-        except Exception as error:  # the model's run goes on as without us
-            self._errors.append(error)
-
-    def __reduce__(self) -> Any:
-        # Copied and pickled with its module, by an EMA or snapshot callback, as a function that takes anything and does
-        # nothing; one of Python's own, so that the file can be read without this package.
-        return getattr, (nullcontext(), "__exit__")
 
 
 class Shared:
@@ -93,12 +70,6 @@ class Shared:
 
 run_uncompiled = Shared(lambda: torch.compiler.set_stance("force_eager"))
 """Gives a context manager in which nothing that is compiled runs compiled."""
-
-
-def in_encoder_layers(root: nn.Module) -> set[nn.Module]:
-    """Torch's encoder layers and what is in them: a hook on one of these would turn its fast path off."""
-    layers = (layer for layer in root.modules() if isinstance(layer, nn.TransformerEncoderLayer))
-    return {module for layer in layers for module in layer.modules()}
 
 
 def runs_for_backward() -> bool:

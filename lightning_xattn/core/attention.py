@@ -244,6 +244,11 @@ class AttentionPair:
         """The same, detached and on the CPU."""
         return AttentionPair(self.layer, *(attention.cpu() for attention in self.directions))
 
+    def renamed(self, names: Mapping[Direction, Direction]) -> AttentionPair:
+        """The same with other names of directions."""
+        directions = (replace(one, direction=names.get(one.direction, one.direction)) for one in self.directions)
+        return AttentionPair(self.layer, *directions)
+
     @property
     def directions(self) -> tuple[Attention, ...]:
         """The recorded directions, forward first."""

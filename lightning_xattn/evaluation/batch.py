@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.attribution.inputs import ModalitiesSetting
-from lightning_xattn.attribution.recorder import FusionRecord, FusionRecorder
+from lightning_xattn.attribution.ports import ModalitiesSetting
+from lightning_xattn.attribution.recorder import FusionRecord, ModalityRecorder
 from lightning_xattn.capture import AttentionRecorder, AttentionSetting, Layer, is_set_aside
+from lightning_xattn.capture.calls import find_tensors
+from lightning_xattn.capture.forwards import get_module
 from lightning_xattn.capture.labels import LabelFinder, Labels, Step
 from lightning_xattn.capture.labels.scores import Scores
-from lightning_xattn.capture.wrappers import Hook
-from lightning_xattn.core.attention import AttentionPair, mask_queries
+from lightning_xattn.capture.trace import StepTrace
+from lightning_xattn.capture.wrappers import find_module
+from lightning_xattn.core.attention import AttentionPair, Direction, mask_queries
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
 from lightning_xattn.core.notices import info, warn
@@ -37,16 +40,18 @@ def find_multilabel_loss(model: nn.Module) -> str:
 
 
 class StepRecorder:
-    """Record a model's attention and what enters its fusion while it runs; its outputs stay what they are.
+    """Record a model's attention, modalities and predictions while it runs; its outputs stay what they are.
 
     Parameters
     ----------
     model
-        Any module; nothing is hooked yet.
+        Any module; nothing is wrapped yet.
     attention
         As ``AttentionRecorder`` takes it.
     fusion, modalities
-        As ``FusionRecorder`` takes them.
+        As ``ModalityRecorder`` takes them.
+    labels
+        Settings of labels, some of which may be paths of modules.
     processes
         Those that run the model.
     replays
@@ -54,8 +59,10 @@ class StepRecorder:
 
     Attributes
     ----------
-    fusion : FusionRecorder
-        Of what enters the fusion, for replays.
+    fusion : ModalityRecorder
+        Of the modalities, for replays.
+    renamed : dict of Direction to Direction
+        Directions that this step's attention has by its names, with those that the modalities show.
 
     Raises
     ------
@@ -69,46 +76,61 @@ class StepRecorder:
         attention: AttentionSetting | None = None,
         fusion: str | None = None,
         modalities: ModalitiesSetting | None = None,
+        labels: Sequence[Any] = (),
         processes: Processes = SINGLE_PROCESS,
         replays: bool = True,
     ) -> None:
-        self.fusion = FusionRecorder(model, fusion, modalities, processes, replays)
-        self._attention = AttentionRecorder(model, attention)
+        self._trace = StepTrace()
+        self.fusion = ModalityRecorder(model, self._trace, fusion, modalities, processes, replays)
+        self._attention = AttentionRecorder(model, attention, self._trace)
         self._model = model
         self._multilabel_loss = find_multilabel_loss(model)
-        # A model whose fusion is named may have no cross-attention at all.
-        self._may_lack_attention = attention is None and not self.fusion.needs_attention
+        # A model of which no attention is named may have no cross-attention at all.
+        self._may_lack_attention = attention is None
         self._lacks_attention = is_set_aside(attention)
         self._pairs: Attentions = ()
-        # What the model's own forward returned first in this step.
-        self._output: Any = None
-        self._hooks = ExitStack()
+        self._outputs: Any = None
+        self.renamed: dict[Direction, Direction] = {}
+        named = {one: find_module(model, one) for one in labels if isinstance(one, str)}
+        paths = {"": "", **{name: path for name, path in named.items() if path}}
+        self._trace.follow({get_module(model, path): path for path in paths.values()}, False)
 
     def __enter__(self) -> StepRecorder:
+        return self.begin()
+
+    def begin(
+        self, function: Callable[..., Any] | None = None, args: tuple[Any, ...] = (), finder: LabelFinder | None = None
+    ) -> StepRecorder:
+        """Record the step that begins now.
+
+        Parameters
+        ----------
+        function, args
+            The step and its arguments, so that it can run again; None: it cannot.
+        finder
+            Finds the labels of the step; until it knows where they are, the whole step is traced.
+        """
         self.close()
         self.clear()
-        with ExitStack() as hooks:  # which leave again if one cannot be set
-            hooks.callback(self._model.register_forward_hook(Hook(self._keep_output, [])).remove)
-            if not self._lacks_attention:
-                hooks.callback(self._attention.close)
-                self._attention.__enter__()
-            hooks.callback(self.fusion.close)
-            self.fusion.__enter__()
-            self._hooks = hooks.pop_all()
+        is_known = finder is not None and finder.decided
+        self._trace.is_complete = not (is_known and self.fusion.is_decided)
+        self.fusion.begin(function, args)
+        self._attention.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Remove every hook. What was recorded stays until ``clear``."""
-        self._hooks.close()
+        """Unwrap the model. What was recorded stays until ``clear``."""
+        self._attention.close()
 
     def clear(self) -> None:
         """Forget what was recorded."""
         self._attention.clear()
+        self._trace.clear()
         self.fusion.clear()
-        self._pairs, self._output = (), None
+        self._pairs, self._outputs, self.renamed = (), None, {}
 
     def reset(self) -> None:
         """Forget the call that an evaluation's replays repeat."""
@@ -130,48 +152,68 @@ class StepRecorder:
         return self._attention.left_out
 
     def collect_step(self, outputs: Any, batch: Any) -> tuple[Step, Attentions] | None:
-        """What the step returned and its attention; None if it has neither attention nor a fusion, or ran nothing.
+        """What the step returned and its attention; None if it ran nothing, or left all its attention out.
 
         Raises
         ------
         DiscoveryError, ShapeError
-            As ``AttentionRecorder.attention``; a model whose fusion is named needs no attention.
+            As ``AttentionRecorder.attention``; a model of which no attention is named needs none.
         """
-        self._pairs = self._collect_attention(batch)
+        self._outputs, self._pairs = outputs, self._collect_attention(batch)
         if self._pairs:
             first, tokens = self._pairs[0].forward.weights, tuple(self._pairs[0].forward.weights.shape[2:])
-        elif not self._lacks_attention:
+            samples: int | None = len(first)
+            device = first.device
+        elif not self._lacks_attention or not self._trace.runs:
             return None
         else:
-            found, messages = self.fusion.find_first_tokens()
-            warn(messages)
-            if found is None:
+            samples, device, tokens = *self._count_samples(outputs, batch), ()
+            if samples is None:
                 return None
-            first, tokens = found, ()
-        step = Step(outputs, batch, self._output, len(first), first.device, tokens, self._multilabel_loss)
+        forward = self._trace.find("")
+        output = None if forward is None else forward.output
+        assert samples is not None
+        step = Step(
+            outputs, batch, output, samples, device, tokens, self._multilabel_loss, self._trace, self._model
+        )
         return step, self._pairs
 
+    def _count_samples(self, outputs: Any, batch: Any) -> tuple[int | None, torch.device]:
+        """How many samples a step without attention has: by what its loss reads, what it returns, or the batch."""
+        tensors = [loss.input for loss in self._trace.losses] + [one for _, one in find_tensors(outputs)]
+        tensors += [one for run in self._trace.outermost() for _, one in find_tensors(run.output)]
+        in_batch = [one for _, one in find_tensors(batch)]
+        for one in (*tensors, *in_batch):
+            fits = any(len(one) == len(other) for other in in_batch if other.dim()) if one.dim() else False
+            if one.dim() and (fits or not in_batch):
+                return len(one), one.device
+        return None, torch.device("cpu")
+
+    def follow(self, finder: LabelFinder) -> None:
+        """Trace in later steps what the finder reads."""
+        paths, reads_losses = finder.reads()
+        self._trace.follow({get_module(self._model, path): path for path in paths}, reads_losses)
+
     def collect_fusion(self, labels: Labels) -> FusionRecord | None:
-        """What entered the fusion in this step; of a first step the labels help to find it.
+        """The modalities of this step; of a first step the labels help to find them.
 
         Raises
         ------
         DiscoveryError
-            If a named argument is not there, or there is neither attention nor a fusion that is clear.
+            If what is named is not there, or there is neither attention nor a modality.
         """
-        inputs, messages = self.fusion.collect_inputs(self._pairs, self.layers, labels)
-        if inputs is None and not self._pairs:
-            raise DiscoveryError(" ".join(messages))
+        was_decided = self.fusion.is_decided
+        inputs, messages = self.fusion.collect(self._pairs, self.layers, labels, self._outputs)
+        if not was_decided:
+            self.renamed = self.fusion.renamed
+            self._attention.rename(self.renamed)
         notify = warn if self.fusion.is_named else info
         notify(messages)
         return inputs
 
-    def _keep_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._output is None:
-            self._output = output
-
     def _collect_attention(self, batch: Any) -> Attentions:
         if self._lacks_attention:
+            self._attention.raise_errors()
             return ()
         self._attention.batch = batch
         try:
@@ -181,9 +223,10 @@ class StepRecorder:
                 return ()
             if not self._may_lack_attention:
                 raise
-            if self._attention.saw_attention:
-                warn([f"The attention is left out, and the rest is recorded. {error}"])
+            notify = warn if self._attention.saw_attention else info
+            notify([f"The attention is left out, and the rest is recorded. {error}"])
             self._lacks_attention = True
+            self._attention.set_aside()
             return ()
 
 
@@ -259,6 +302,9 @@ def read_batch(step: Step, attention: Attentions, finder: LabelFinder) -> BatchR
 def with_fusion(batch: BatchResult, recorder: StepRecorder) -> BatchResult:
     """A batch with what entered the fusion, and with confidences that a step of class ids alone lacks."""
     labels, inputs = batch.labels, recorder.collect_fusion(batch.labels)
+    if recorder.renamed:
+        attention = tuple(pair.renamed(recorder.renamed) for pair in batch.attention)
+        batch = replace(batch, attention=attention)
     output = None if inputs is None else inputs.model_output
     if output is not None and output.values.shape[1] > 1 and labels.confidence is None and labels.predicted is not None:
         confidence, predicted = output.values.max(1)

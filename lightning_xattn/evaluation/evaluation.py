@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_xattn.attribution.contribution import PARTNERS, Contributions, compute_contributions
 from lightning_xattn.attribution.faithfulness import replace_keys
 from lightning_xattn.attribution.kept_samples import BottomKSample, KeptSamples
-from lightning_xattn.attribution.recorder import FusionRecorder
+from lightning_xattn.attribution.recorder import ModalityRecorder
 from lightning_xattn.capture.labels import SEVERAL_LABELS, Step
 from lightning_xattn.core.distributed import NUMBER, SINGLE_PROCESS, Processes
 from lightning_xattn.core.ids import group_keys
@@ -173,7 +173,10 @@ class Evaluation:
         DiscoveryError, ShapeError, DataError
             As ``read_batch``, ``StepRecorder.collect_fusion`` and ``name_classes``.
         """
+        was_decided = self.finder.decided
         batch = with_fusion(read_batch(step, attention, self.finder), recorder)
+        if not was_decided:
+            recorder.follow(self.finder)
         self._first_layer = recorder.layers[0].name if recorder.layers else ""
         if self.classes is None and self._first is not None:
             self.classes = self._first.classes
@@ -203,22 +206,27 @@ class Evaluation:
         self.seen += max(samples.values(), default=0) if is_all else 0
 
     def describe(self, batch: BatchResult, recorder: StepRecorder) -> str:
-        """Describe in a few words what was detected in a first batch, so that the user sees a wrong guess at once."""
-        parts = [
-            f"{one.direction} ({one.weights.shape[2]} queries ask {one.tokens} keys)"
+        """Describe in a line what was detected in a first batch, so that the user sees a wrong guess at once."""
+        attention = [
+            f"{one.direction} ({one.weights.shape[2]} {one.direction.query} queries -> {one.tokens} "
+            f"{one.direction.key} keys)"
             for pair in batch.attention[:1]
             for one in pair.directions
         ]
-        parts += [f"{len(batch.attention) - 1} more layer(s)"] if len(batch.attention) > 1 else []
-        if batch.inputs:
-            entering = [
-                name if place.mask is None else f"{name} (its mask {place.mask})"
-                for name, place in recorder.fusion.places.items()
+        attention += [f"{len(batch.attention) - 1} more layer(s)"] if len(batch.attention) > 1 else []
+        places, n_classes = self.finder.places, batch.labels.n_classes
+        predictions = places.get("predictions", "")
+        if predictions and n_classes:
+            predictions += f" ({n_classes} classes)"
+        return "; ".join(
+            [
+                ", ".join(attention) or "no attention",
+                f"modalities: {', '.join(recorder.fusion.describe()) or 'none'}",
+                f"predictions: {predictions or recorder.fusion.prediction_name or 'none'}",
+                *(f"{what}: {places.get(what, 'none')}" for what in ("targets",)),
+                *(f"{what}: {places[what]}" for what in ("groups", "query_mask") if what in places),
             ]
-            parts.append(f"what enters {recorder.fusion.fusion_inputs} as {' and '.join(entering)}")
-        labels = ", ".join(f"{what} from {place}" for what, place in self.finder.places.items()) or "no labels"
-        n_classes = batch.labels.n_classes
-        return f"{', '.join(parts)}; {labels}" + (f", of {n_classes} classes" if n_classes else "")
+        )
 
     def add(self, batch: BatchResult, places: range | None = None) -> list[dict[str, Any]]:
         """Add a batch to the sums, and give its rows of the sample table: the columns of each layer.
@@ -358,7 +366,7 @@ class Evaluation:
             other_lengths=dict(+totals.other_lengths),
         )
 
-    def _summarise_fusion(self, fusion: FusionRecorder, tests_attention: bool, partners: int | None) -> FusionSummary:
+    def _summarise_fusion(self, fusion: ModalityRecorder, tests_attention: bool, partners: int | None) -> FusionSummary:
         size, kept = self._settings.contribution_samples, self.totals.kept
         problem = self.totals.replay_problem if size else "contribution_samples is 0"
         found = problem or compute_contributions(kept, fusion, partners)

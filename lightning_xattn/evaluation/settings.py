@@ -11,9 +11,9 @@ from pathlib import Path
 from torch import nn
 
 from lightning_xattn.attribution.contribution import CONTRIBUTION_SAMPLES
-from lightning_xattn.attribution.inputs import ModalitiesSetting, check_fusion
+from lightning_xattn.attribution.ports import ModalitiesSetting, check_modalities
 from lightning_xattn.attribution.kept_samples import MAX_SAMPLES
-from lightning_xattn.capture import AttentionSetting, check_attention, is_set_aside
+from lightning_xattn.capture import AttentionSetting, check_attention
 from lightning_xattn.capture.labels import LabelFinder, LabelSetting
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import SettingError, check_whole_number
@@ -59,13 +59,7 @@ class Settings:
             )
         if self.table is not None and find_spec("pyarrow") is None:
             raise SettingError('table writes Parquet files with pyarrow: pip install "lightning-xattn[table]".')
-        check_fusion(self.fusion, self.modalities)
-        if is_set_aside(self.attention) and (self.fusion is None or self.modalities is None):
-            raise SettingError(
-                "With attention={} no attention is recorded, and without a named fusion nothing would be: name it too, "
-                "attention={}, fusion='path.to.module', modalities={'<a>': 0, '<b>': 1} (positions or names of the "
-                f"fusion's arguments). Got fusion={self.fusion!r}, modalities={self.modalities!r}."
-            )
+        check_modalities(self.fusion, self.modalities)
         check_whole_number("contribution_samples", self.contribution_samples, 0)
         check_whole_number("max_samples", self.max_samples)
         if self.contribution_samples == 1:
@@ -88,6 +82,13 @@ class Settings:
 
     def recorder(self, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> StepRecorder:
         """What records a model's steps."""
+        labels = self.predictions, self.targets
         return StepRecorder(
-            model, self.attention, self.fusion, self.modalities, processes, replays=self.contribution_samples > 0
+            model,
+            self.attention,
+            self.fusion,
+            self.modalities,
+            labels,
+            processes,
+            replays=self.contribution_samples > 0,
         )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_xattn.attribution.contribution import CONTRIBUTION_SAMPLES, PARTNERS
-from lightning_xattn.attribution.inputs import ModalitiesSetting
+from lightning_xattn.attribution.ports import ModalitiesSetting
 from lightning_xattn.attribution.kept_samples import MAX_SAMPLES
 from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.capture.labels import LabelSetting
@@ -143,7 +143,8 @@ class ExplainabilityCapture:
         if batch is None:
             raise DataError("The batch is None; expected one as the model's loader yields it.")
         with self._runner.recording():
-            recorded = self._runner.run(batch)
+            finder = self.settings.finder()
+            recorded = self._runner.run(batch, finder)
             if left_out := self._recorder.left_out:
                 raise DataError(
                     f"The joint sequences of {max(left_out.values())} samples do not have the length that the spans of "
@@ -160,7 +161,7 @@ class ExplainabilityCapture:
                     "A batch is explained by its attention, and none is recorded: the model has none, or attention={} "
                     "turns it off. explain_loader reports probes and contributions without attention."
                 )
-            result = require_finite(read_batch(step, attention, self.settings.finder())).cpu()
+            result = require_finite(read_batch(step, attention, finder)).cpu()
         for pair in result.attention:
             warn(check_rows(pair.layer, [prepare_rows(attention) for attention in pair.directions]))
         labels, scores = result.labels, result.scores
@@ -267,7 +268,7 @@ class ExplainabilityCapture:
         number, token_counts = 0, None
         try:
             for batch in batches:
-                recorded = self._runner.run(batch)
+                recorded = self._runner.run(batch, evaluation.finder)
                 if left_out := self._recorder.left_out:
                     if token_counts is None:
                         raise DataError(

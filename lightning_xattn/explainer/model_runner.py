@@ -14,7 +14,7 @@ from pytorch_lightning.core.hooks import DataHooks
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from lightning_xattn.capture.labels import Step
+from lightning_xattn.capture.labels import LabelFinder, Step
 from lightning_xattn.core.errors import DiscoveryError, SettingError
 from lightning_xattn.evaluation.batch import Attentions, StepRecorder
 from lightning_xattn.functional import require_heads
@@ -75,7 +75,7 @@ class ModelRunner:
             for module, training in modes.items():
                 module.training = training
 
-    def run(self, batch: Any) -> tuple[Step, Attentions] | None:
+    def run(self, batch: Any, finder: LabelFinder) -> tuple[Step, Attentions] | None:
         """The recorded step of a batch; None where nothing ran, or no sample can be recorded.
 
         Afterwards ``recorder.left_out`` has the samples of the step that are not recorded.
@@ -84,6 +84,8 @@ class ModelRunner:
         ----------
         batch
             As the loader yields it.
+        finder
+            Finds the labels of the step.
 
         Raises
         ------
@@ -92,10 +94,13 @@ class ModelRunner:
         """
         self.recorder.clear()
         moved = to_device(batch, self._model)
+        self.recorder.close()
+        self.recorder.begin(self._call_model, (moved,), finder)
         outputs = self._call_model(moved)
+        self.recorder.close()
         recorded = self.recorder.collect_step(outputs, moved)
         if self.recorder.is_waiting:
-            return self.run(batch)
+            return self.run(batch, finder)
         if recorded is None and (self.recorder.left_out or outputs is None):
             return None
         if recorded is None:

@@ -51,14 +51,20 @@ class Permutation:
         return f"Permutation({pairs} pairs, {classes} classes)"
 
 
-def permuted_subsets(modalities: int) -> list[Subset]:
+def permuted_subsets(modalities: int, has_further: bool = False) -> list[Subset]:
     """One subset of each pair of complements: pair (i, j) of the one is pair (j, i) of the other.
+
+    Not where further inputs stay each sample's own: then every subset but that of all has pairs of its own.
 
     Examples
     --------
     >>> [sorted(subset) for subset in permuted_subsets(3)]
     [[0], [0, 1], [0, 2]]
+    >>> [sorted(subset) for subset in permuted_subsets(2, has_further=True)]
+    [[], [0], [1]]
     """
+    if has_further:
+        return [frozenset(own) for size in range(modalities) for own in combinations(range(modalities), size)]
     return [
         frozenset({0, *others}) for size in range(modalities - 1) for others in combinations(range(1, modalities), size)
     ]
@@ -189,7 +195,7 @@ def play(
     intact
         ``(samples, classes)`` the model's outputs for the intact samples.
     permutes
-        Of each of `permuted_subsets`.
+        Of each of `permuted_subsets`. The value of none is the mean over partners' intact outputs, unless it has pairs.
     groups
         ``(samples,)`` int64: samples of one group are no partners of each other.
     chosen
@@ -220,17 +226,25 @@ def play(
     variances = dict.fromkeys((everything, frozenset[int]()), torch.zeros(samples, dtype=torch.float64))
     for subset, permute in permutes.items():
         fit, run = fits[subset], _run(permute, samples)
-        variances[subset] = variances[everything - subset] = variances[everything]
+        is_mirrored = everything - subset not in permutes and bool(subset)
+        mirrored, zeros = everything - subset, variances[everything]
+        variances[subset] = zeros
+        if is_mirrored:
+            variances[mirrored] = zeros
         if fit is not None and not run.equal(partners):
             a, b = fit
             of_rows, of_columns = a + weights @ b, weights @ a + b
-            variances[subset], variances[everything - subset] = _left_over(permute, fit, partners, chosen)
+            variances[subset], of_mirrored = _left_over(permute, fit, partners, chosen)
+            if is_mirrored:
+                variances[mirrored] = of_mirrored
         else:
             whole = permute.values.new_zeros(samples, samples, permute.values.shape[1], dtype=torch.float64)
             whole[permute.rows, permute.columns] = permute.values.double()
             of_rows = torch.einsum("ij,ijc->ic", weights, whole)
             of_columns = torch.einsum("ij,jic->ic", weights, whole)
-        values[subset], values[everything - subset] = at_class(of_rows), at_class(of_columns)
+        values[subset] = at_class(of_rows)
+        if is_mirrored:
+            values[mirrored] = at_class(of_columns)
     return Game(modalities, values, variances)
 
 

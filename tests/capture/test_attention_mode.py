@@ -73,7 +73,7 @@ def edited(model, edit, *call):
         {model: ""}, lambda run, event: RecordLevel.NOTHING, lambda run, output: None, lambda event: edit
     )
     with ExitStack() as hooks:
-        mode.attach(model, hooks)
+        mode.attach(hooks)
         output = model(*call)
     assert count_hooks(model) == 0
     assert torch._C._len_torch_function_stack() == 0

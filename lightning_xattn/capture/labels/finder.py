@@ -102,6 +102,14 @@ class Labels:
     sample_ids: Tensor | list[Any] | None = None
     query_mask: Tensor | None = None
     scores: Scores | None = None
+    raw: Tensor | None = None
+    """The predictions as the step has them; of a first step alone."""
+    prediction_name: str = ""
+
+    @property
+    def are_ids(self) -> bool:
+        """Whether the predictions are class ids, behind which there may be scores."""
+        return self.raw is None or not self.raw.is_floating_point()
 
     def __getitem__(self, samples: slice) -> Labels:
         """The labels of some of the samples."""
@@ -116,7 +124,7 @@ class Labels:
         fields = {name: getattr(self, name) for name in _BY_SAMPLE}
         changed: dict[str, Any] = {name: None if values is None else change(values) for name, values in fields.items()}
         scores = None if self.scores is None else replace(self.scores, values=change(self.scores.values))
-        return replace(self, scores=scores, **changed)
+        return replace(self, scores=scores, raw=None, **changed)
 
 
 class LabelFinder:
@@ -167,6 +175,8 @@ class LabelFinder:
             )
         self._places: dict[str, Place | None] | None = None
         self._scores_of: ReadScores | None = None
+        # Where the model's output is, also if it is no class.
+        self._output: Place | None = None
         self._binary = self._probabilities = self._one_hot = self.are_several = False
         # Whether rows of targets that were one-hot in the first batch have none or several positives; on their device.
         self._several: Tensor | None = None
@@ -187,6 +197,11 @@ class LabelFinder:
         if place is None:
             return None
         return "patients" if str(place.key).startswith("patient") else "groups"
+
+    def reads(self) -> tuple[set[str], bool]:
+        """The paths of the modules whose outputs are read in each step, and whether losses are."""
+        places = [place for place in (self._places or {}).values() if place is not None]
+        return {one.module for one in places if one.module is not None}, any(one.is_loss for one in places)
 
     @property
     def decided(self) -> bool:
@@ -243,7 +258,14 @@ class LabelFinder:
             self._find_ids("sample_ids", step),
             self._find_query_mask(step),
             None if self._scores_of is None else self._scores_of(step, scores),
+            scores if scores is not None else self._read_output(step) if first else None,
+            "" if self._output is None else self._output.name,
         )
+
+    def _read_output(self, step: Step) -> Tensor | None:
+        """The model's output where it is no classes."""
+        found = None if self._output is None else self._output.read(step)
+        return found.detach() if isinstance(found, Tensor) else None
 
     def _classes_of_targets(self, step: Step) -> int | None:
         """How many classes the targets show, as shares do and ids do not."""
@@ -317,7 +339,12 @@ class LabelFinder:
     def _find_places(self, step: Step) -> dict[str, Place | None]:
         places = {what: named_place(setting) for what, setting in self._settings.items()}
         if self._settings["predictions"] is None:
-            places["predictions"] = guess_predictions(step)
+            guessed = guess_predictions(step)
+            places["predictions"] = None if isinstance(guessed, str) else guessed
+        self._output = places["predictions"]
+        if self._settings["predictions"] is None:
+            if isinstance(guessed, str):
+                self._doubts |= {"predictions": guessed}
         scores = None if places["predictions"] is None else places["predictions"].read(step)
         self._binary = are_single_scores(scores, step.samples)
         if self._settings["targets"] is None:

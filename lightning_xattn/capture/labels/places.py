@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +11,10 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_xattn.capture.calls import Path as KeyPath
+from lightning_xattn.capture.calls import find_leaves, find_tensors, get_item
 from lightning_xattn.capture.labels.scores import (
     Classes,
     Scores,
@@ -24,14 +26,19 @@ from lightning_xattn.capture.labels.scores import (
     are_rows,
     are_several,
     are_shares,
+    are_single,
     are_single_scores,
     scores_by_class,
+    to_labels,
 )
+from lightning_xattn.capture.trace import Loss, StepTrace, output_at, same_numbers
+from lightning_xattn.capture.wrappers import find_module, plain_path
 from lightning_xattn.core.errors import DiscoveryError, SettingError
 
 LabelSetting = str | Callable[..., Any] | None
-"""None: look in the usual places; a key of the outputs, the batch or what ``forward`` returned; or a callable
-``(outputs, batch) -> tensor`` or ``(outputs, batch, forward) -> tensor``."""
+"""None: look in the usual places; a key of the outputs, the batch or what ``forward`` returned (also of a dict in them),
+a field of a dataclass or NamedTuple, an attribute of a graph's batch; a module's path, for what it returns; or a
+callable ``(outputs, batch) -> tensor`` or ``(outputs, batch, forward) -> tensor``."""
 
 PREDICTION_KEYS = ("logits", "probabilities", "probs", "predictions", "preds", "y_hat", "y_pred")
 TARGET_KEYS = ("targets", "target", "labels", "label", "y")
@@ -58,6 +65,10 @@ class Step:
         Number of queries and of keys of the attention.
     loss_of_several
         The path of a loss in the model that is one for several labels at once; "" without.
+    trace
+        The calls of modules and what losses read.
+    model
+        The model, whose modules may be named.
     """
 
     outputs: Any
@@ -67,10 +78,21 @@ class Step:
     device: torch.device | str = "cpu"
     tokens: tuple[int, ...] = ()
     loss_of_several: str = ""
+    trace: StepTrace | None = None
+    model: nn.Module | None = None
+
+    def output_of(self, path: str, turn: int, leaf: KeyPath) -> Any:
+        """A tensor that a module returned in this step."""
+        return None if self.trace is None else output_at(self.trace.find(path, turn), leaf)
+
+    def loss(self, number: int) -> Loss | None:
+        """One of the losses of this step."""
+        losses = () if self.trace is None else self.trace.losses
+        return losses[number] if number < len(losses) else None
 
     def __str__(self) -> str:
         return (
-            f"The attention has {self.samples} samples; the step returned {describe(self.outputs)}; the batch is "
+            f"The step has {self.samples} samples, and it returned {describe(self.outputs)}; the batch is "
             f"{describe(self.batch)}; forward returned {describe(self.forward)}."
         )
 
@@ -80,8 +102,16 @@ class Place:
     """Where something is found in a step: a name for people, how to read it, and the key that it stands under."""
 
     name: str
-    read: Callable[[Step], Any]
+    get: Callable[[Step], Any]
     key: str | int | None = None
+    module: str | None = None
+    """The path of the module that returns it."""
+    is_loss: bool = False
+    """Whether a loss reads it."""
+
+    def read(self, step: Step) -> Any:
+        """What stands there; class ids of any form as a tensor ``(batch,)``."""
+        return to_labels(self.get(step))
 
 
 def named_place(setting: LabelSetting) -> Place | None:
@@ -94,10 +124,35 @@ def named_place(setting: LabelSetting) -> Place | None:
         return Place(describe_setting(setting), lambda step: setting(step.outputs, step.batch))
 
     def by_key(step: Step) -> Any:
-        holders = (step.outputs, step.batch, step.forward)
-        return next((held[setting] for held in holders if isinstance(held, Mapping) and setting in held), None)
+        for holder in (step.outputs, step.batch, step.forward):
+            found = _look_up(holder, setting)
+            if found is not None:
+                return found
+        path = None if step.model is None else find_module(step.model, setting)
+        run = None if step.trace is None or path is None else step.trace.find(path)
+        tensors = [one for _, one in find_tensors(None if run is None else run.output)]
+        fitting = [one for one in tensors if are_predictions(one, step.samples) or are_single(one, step.samples)]
+        return next(iter(fitting), None)
 
     return Place(describe_setting(setting), by_key, setting)
+
+
+def _look_up(holder: Any, key: str) -> Any:
+    """What a mapping has under a key, or a dataclass, NamedTuple or graph as an attribute; also in what it holds."""
+    if isinstance(holder, Mapping):
+        if key in holder:
+            return holder[key]
+    elif not isinstance(holder, (Tensor, list, str, bytes, nn.Module)) and holder is not None:
+        found = None if key.startswith("_") or not key.isidentifier() else getattr(holder, key, None)
+        if found is not None and not callable(found):
+            return found
+    if isinstance(holder, (Mapping, list, tuple)):
+        items = holder.values() if isinstance(holder, Mapping) else holder
+        for item in items:
+            found = _look_up(item, key) if isinstance(item, Mapping) else None
+            if found is not None:
+                return found
+    return None
 
 
 def check_label_setting(name: str, setting: LabelSetting) -> None:
@@ -146,7 +201,7 @@ def _find_usual_keys(step: Step, sources: tuple[str, ...], keys: tuple[str, ...]
     for source in sources:
         holder = getattr(step, source)
         for key in keys:
-            if isinstance(holder, Mapping) and key in holder:
+            if _look_up(holder, key) is not None:
                 yield Place(f"{source}['{key}']", _reader(source, key), key)
 
 
@@ -169,20 +224,34 @@ def list_places(step: Step, source: str) -> list[Place]:
 def _reader(source: str, key: str | int) -> Callable[[Step], Any]:
     def read(step: Step) -> Any:
         holder = getattr(step, source)
-        return None if isinstance(holder, Tensor) else holder[key]  # an item of a tensor would be a sample
+        if isinstance(holder, Tensor):
+            return None  # an item of a tensor would be a sample
+        return _look_up(holder, key) if isinstance(key, str) else holder[key]
 
     return read
 
 
-def guess_predictions(step: Step) -> Place | None:
-    """Where a step has predictions; None where nothing, or more than one thing, can be meant."""
+def guess_predictions(step: Step) -> Place | str | None:
+    """Where a step has predictions: in what it returned, or else in what its loss reads.
+
+    Returns
+    -------
+    Place, str or None
+        A message where more than one thing can be meant; None where there is nothing.
+    """
     keyed = next(_find_usual_keys(step, ("outputs",), PREDICTION_KEYS), None)
     if keyed is not None:
         # Named as predictions: if these do not fit, nothing else is meant.
         value = keyed.read(step)
         return keyed if are_predictions(value, step.samples) or are_single_scores(value, step.samples) else None
+    for fits in (are_predictions, are_single_scores):
+        fitting = [place for place in _list_items(step, "outputs") if fits(place.read(step), step.samples)]
+        if fitting:
+            return fitting[0] if len(fitting) == 1 else None
+    read = find_read_by_losses(step)
+    if read or (step.trace is not None and step.trace.losses):
+        return read[0] if len(read) == 1 else _describe_several(read) if read else None
     for candidates in (
-        _list_items(step, "outputs"),
         list(_find_usual_keys(step, ("forward",), PREDICTION_KEYS))[:1],
         _list_items(step, "forward"),
     ):
@@ -191,6 +260,67 @@ def guess_predictions(step: Step) -> Place | None:
             if fitting:
                 return fitting[0] if len(fitting) == 1 else None
     return None
+
+
+_OF_VALUES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "gaussian_nll_loss", "poisson_nll_loss")
+"""Losses of numbers, which read no class scores."""
+
+
+def find_read_by_losses(step: Step) -> list[Place]:
+    """The places of the tensors that losses read as predictions, each once.
+
+    What a loss compares them with is one of these, too, where a module gave it, as of a teacher.
+    """
+    if step.trace is None:
+        return []
+    found: list[tuple[Tensor, Place]] = []
+    for number, loss in enumerate(step.trace.losses):
+        of_values = loss.name in _OF_VALUES
+        given = [(loss.input, False)]
+        if isinstance(loss.target, Tensor) and loss.target.is_floating_point():
+            given += [(loss.target, True)] if _find_call(step, loss.target) is not None else []
+        for tensor, is_target in given:
+            is_single = are_single_scores(tensor, step.samples)
+            fits = is_single or (not of_values and are_predictions(tensor, step.samples))
+            if not fits or any(same_numbers(tensor, other) for other, _ in found):
+                continue
+            made = _find_call(step, tensor)
+            if made is not None:
+                path, turn, leaf = made
+                name = path if step.model is None else plain_path(step.model, path)
+                place = Place(name or "forward", partial(_read_call, path, turn, leaf), module=path)
+            else:
+                name = f"what {loss.name} {'compares with' if is_target else 'reads'}"
+                place = Place(name, partial(_read_loss, number, is_target), is_loss=True)
+            found.append((tensor, place))
+    return [place for _, place in found]
+
+
+def _describe_several(places: Sequence[Place]) -> str:
+    settings = " or ".join(f"predictions='{place.name}'" for place in places if place.module)
+    return (
+        f"The losses read several tensors with scores of the samples: {', '.join(place.name for place in places)}. Say "
+        f"which are the predictions: {settings or 'return them from the step, or give predictions=<callable>'}."
+    )
+
+
+def _find_call(step: Step, tensor: Tensor) -> tuple[str, int, KeyPath] | None:
+    """The outermost call that returned a tensor."""
+    runs = [] if step.trace is None else step.trace.runs
+    for run in sorted(runs, key=lambda run: sum(1 for _ in run.outwards())):
+        for leaf, one in find_tensors(run.output):
+            if same_numbers(one, tensor):
+                return run.path, [other for other in runs if other.path == run.path].index(run), leaf
+    return None
+
+
+def _read_call(path: str, turn: int, leaf: KeyPath, step: Step) -> Any:
+    return step.output_of(path, turn, leaf)
+
+
+def _read_loss(number: int, is_target: bool, step: Step) -> Any:
+    loss = step.loss(number)
+    return None if loss is None else loss.target if is_target else loss.input
 
 
 def guess_targets(step: Step, scores: Any) -> Place | None:
@@ -206,11 +336,49 @@ def guess_targets(step: Step, scores: Any) -> Place | None:
             are_rows(value, step.samples) and value.shape[1] == (classes or value.shape[1]) and are_shares(value)
         )
 
+    compared = _find_compared(step, scores)
+    if compared is not None and not compared.is_loss and fits(compared.read(step)):
+        return compared
     keyed = next(_find_usual_keys(step, ("outputs", "batch"), TARGET_KEYS), None)
     if keyed is not None:
         return keyed if fits(keyed.read(step)) else None
     fitting = [place for place in _list_items(step, "batch") if fits(place.read(step))]
-    return fitting[0] if len(fitting) == 1 else None
+    if len(fitting) == 1 and compared is None:
+        return fitting[0]
+    # The samples themselves, each the only one of its class, are no targets.
+    is_contrastive = classes == step.samples and step.samples > 1
+    return compared if compared is not None and not is_contrastive and fits(compared.read(step)) else None
+
+
+def _find_compared(step: Step, scores: Any) -> Place | None:
+    """Where what a loss compares these scores with is: in the batch, or in the loss itself."""
+    for number, loss in enumerate(step.trace.losses if step.trace is not None else ()):
+        target = to_labels(loss.target)
+        if not isinstance(target, Tensor) or not isinstance(scores, Tensor):
+            continue
+        if not same_numbers(loss.input, scores) and _find_call(step, loss.input) is None:
+            continue
+        for path, leaf in find_leaves(step.batch):
+            value = to_labels(leaf)
+            if isinstance(value, Tensor) and _are_same_targets(value, target):
+                name = "batch" + "".join(f"[{key!r}]" for key in path)
+                return Place(name, partial(_read_batch, path), path[-1] if path else None)
+        if same_numbers(loss.input, scores):
+            return Place(f"what {loss.name} compares with", partial(_read_loss, number, True), is_loss=True)
+    return None
+
+
+def _are_same_targets(value: Tensor, target: Tensor) -> bool:
+    if value.numel() != target.numel() or value.device != target.device:
+        return False
+    return same_numbers(value.float(), target.float())
+
+
+def _read_batch(path: KeyPath, step: Step) -> Any:
+    value = step.batch
+    for key in path:
+        value = get_item(value, key)
+    return value
 
 
 def find_several_labels(step: Step, classes: int) -> Place | None:

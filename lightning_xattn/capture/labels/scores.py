@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,18 @@ class Classes(NamedTuple):
     ids: Tensor | None = None
     tied: Tensor | None = None
     n_classes: int | None = None
+
+
+def to_labels(value: Any) -> Any:
+    """Arrays and lists of numbers as tensors, and class ids ``(batch, 1)`` as ``(batch,)``; anything else as it is."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iufb":
+        value = torch.from_numpy(value)
+    elif isinstance(value, (list, tuple)) and value and all(isinstance(one, (bool, int, float)) for one in value):
+        value = torch.tensor(value)
+    elif isinstance(value, (list, tuple)) and value and all(isinstance(one, Tensor) and not one.dim() for one in value):
+        value = torch.stack(list(value))
+    is_column = isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == 1
+    return value[:, 0] if is_column and not value.is_floating_point() else value
 
 
 def are_ids(value: Any, samples: int) -> bool:

@@ -1,0 +1,191 @@
+"""Where a modality can be taken out of a run and another sample's put in: outputs of modules, arguments, inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.capture.calls import Call, Path
+from lightning_xattn.capture.tensors import is_plain
+from lightning_xattn.core.errors import SettingError
+
+Named = int | str
+"""A module's path, a key of the batch, or of a fusion that is named an argument's position or name."""
+
+ModalitiesSetting = Mapping[str, Named | Sequence[Named]]
+"""What holds each modality, e.g. ``{"audio": "audio_encoder", "text": ["tokens", "text_encoder"]}``: paths of modules,
+items of what they return (``"encoder[0]"``), their second call (``"encoder#2"``), keys of the batch. With a fusion that
+is named: positions or names of its arguments, of which the first holds the tokens and others, such as their mask, go
+with them."""
+
+RESERVED_MODALITIES = ("share", "size", "followed", "interaction", "emap_accuracy")
+"""What stands beside the modalities in curves and columns, which no modality may be called."""
+
+LOWEST_SHOWN = -1000.0
+"""What is added to logits and lies below this hides a token."""
+
+MOST_MODALITIES = 4
+"""All subsets of this many modalities can be run."""
+
+
+def check_modalities(fusion: str | None, modalities: ModalitiesSetting | None) -> None:
+    """Refuse settings that do not name modalities.
+
+    Raises
+    ------
+    SettingError
+        Saying what was expected.
+    """
+    if fusion is not None and not (isinstance(fusion, str) and fusion):
+        raise SettingError(f"fusion must be a module's path such as 'model.fusion', or None; got {fusion!r}.")
+    if modalities is None:
+        if fusion is not None:
+            raise SettingError(
+                f"fusion={fusion!r} needs the arguments that hold each modality: modalities={{'<a>': 0, '<b>': 1}} "
+                "(positions or names). Without fusion, modalities are found, or named by their encoders: "
+                "modalities={'<a>': 'path.to.encoder', '<b>': 'path.to.encoder'}."
+            )
+        return
+    entries = {name: as_tuple(value) for name, value in modalities.items()} if isinstance(modalities, Mapping) else {}
+    places = [place for several in entries.values() for place in several]
+    kinds = (str,) if fusion is None else (int, str)
+    usable = all(is_modality_name(name) and several for name, several in entries.items()) and all(
+        isinstance(place, kinds) and not isinstance(place, bool) and place != "" for place in places
+    )
+    if not 2 <= len(entries) <= MOST_MODALITIES or not usable or len(set(places)) < len(places):
+        forms = (
+            "paths of modules or keys of the batch, each once, e.g. {'audio': 'audio_encoder', 'text': ['tokens', "
+            "'text_encoder']}"
+            if fusion is None
+            else "positions or names of the fusion's arguments, each once, e.g. {'eeg': 0, 'spec': 1} or {'eeg': "
+            "('eeg', 'eeg_mask'), 'spec': 'spec'}"
+        )
+        positions = any(isinstance(place, int) and not isinstance(place, bool) for place in places)
+        hint = " Positions are those of a fusion's arguments: name it, fusion='path.to.module'." if positions else ""
+        raise SettingError(
+            f"modalities must map 2 to {MOST_MODALITIES} modalities to {forms}. A modality's name has no '/' and no "
+            f"space, and is none of {', '.join(RESERVED_MODALITIES)}. Got {modalities!r}.{hint if not fusion else ''}"
+        )
+
+
+def is_modality_name(name: Any) -> bool:
+    """Whether a modality may have this name in curves and columns."""
+    return isinstance(name, str) and bool(re.fullmatch(r"[^/\s]+", name)) and name not in RESERVED_MODALITIES
+
+
+def as_tuple(named: Named | Sequence[Named]) -> tuple[Named, ...]:
+    """One name, or several, as a tuple."""
+    return (named,) if isinstance(named, (int, str)) or not isinstance(named, Sequence) else tuple(named)
+
+
+@dataclass(frozen=True)
+class TokenMask:
+    """An argument that marks which tokens are real and which are padding."""
+
+    path: Path
+    label: str
+    hidden: bool
+    """Whether True stands for padding, as in torch's ``key_padding_mask``; else for a real token."""
+
+    def __str__(self) -> str:
+        return f"'{self.label}', True for {'padding' if self.hidden else 'a real token'}"
+
+    def real(self, values: Tensor) -> Tensor:
+        """``values`` as bool, True for real tokens."""
+        if not values.is_floating_point():
+            return ~values.bool() if self.hidden else values.bool()
+        # Added to the logits it is below 0 where a token is padding; else it is 1 where a mask of bools is True.
+        real = values <= 0 if self.hidden else torch.where((values > 0).any(), values > 0, True)
+        return torch.where((values < 0).any(), values >= 0, real)
+
+
+@dataclass(frozen=True, eq=False)
+class Port:
+    """Some tensors that a run hands on, in which other samples can be put."""
+
+    kind: str
+    """"output" of a module's call, "argument" of it, or "input" of the root."""
+    path: str
+    """The module's; "" of the root's inputs."""
+    turn: int
+    """The number of the module's call within the root, from 0 on."""
+    axes: Mapping[Path, int]
+    """Where the tensors are, each with the axis of the samples."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The module's path and the number of its call."""
+        return self.path, self.turn
+
+
+@dataclass(frozen=True, eq=False)
+class Modality:
+    """A modality in a run.
+
+    Attributes
+    ----------
+    ports
+        All that holds it and reaches the prediction; the first one's first tensor is what linear probes get.
+    source
+        What holds it, as a user would write it in ``modalities=``.
+    mask
+        An argument that marks its padding; None: the attention's mask does, or nothing.
+    """
+
+    name: str
+    ports: tuple[Port, ...]
+    source: str
+    mask: TokenMask | None = None
+
+    @property
+    def columns(self) -> list[tuple[Port, Path, int]]:
+        """Each tensor with its port and its axis of the samples."""
+        return [(port, path, axis) for port in self.ports for path, axis in port.axes.items()]
+
+
+class AbsentArgumentError(Exception):
+    """An argument of the fusion is None in this call, and may not be in another."""
+
+
+def find_mask(
+    labels: Mapping[Path, str], tensors: Mapping[Path, Tensor], shape: torch.Size, real: Tensor | None
+) -> TokenMask | None:
+    """The mask among a modality's other arguments; None without one. Looks at the values.
+
+    Positions, times and types of tokens have a mask's shape, too. A mask has a mask's values, and hides the tokens that
+    the attention hides. Where no attention is known, or nothing is hidden, it is named as a mask or is bool.
+    """
+    for path, label in labels.items():
+        values = tensors[path]
+        if values.numel() != shape.numel() or not is_plain(values) or not _may_be_mask(values):
+            continue
+        values = values.reshape(shape)
+        called = values.dtype == torch.bool or any(word in label.lower() for word in ("mask", "pad", "valid"))
+        by_name = "pad" in label.lower()
+        if real is None:
+            if called:
+                return TokenMask(path, label, by_name)
+            continue
+        for hidden in (by_name, not by_name):
+            mask = TokenMask(path, label, hidden)
+            if mask.real(values).equal(real) and (called or not real.all()):
+                return mask
+    return None
+
+
+def _may_be_mask(values: Tensor) -> bool:
+    """Whether all are 0 or 1, or 0 or so far below that a softmax hides them."""
+    return bool(((values == 0) | (values == 1)).all() or ((values == 0) | (values < LOWEST_SHOWN)).all())
+
+
+def is_absent(call: Call, name: Named) -> bool:
+    if isinstance(name, int):
+        return 0 <= name < len(call.args) and call.args[name] is None
+    return name in call.kwargs and call.kwargs[name] is None
+
+

@@ -1,0 +1,222 @@
+"""Which inputs of a run reach which modules and results: labels that every function of torch hands on.
+
+Labels are bits of a whole number. They belong to a storage, so that a view and what is written into it share them. A
+module whose result has no label, as of TorchScript or numpy, hands on those of what it got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_xattn.capture.calls import Path, find_tensors
+from lightning_xattn.capture.readers import find_reader
+
+_SHAPES_ONLY = frozenset(
+    ("new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "ones_like", "empty_like", "full_like")
+    + ("rand_like", "randn_like", "randint_like", "size", "dim", "numel")
+)
+"""What these give does not depend on the numbers of what they get."""
+
+_PRODUCTS = frozenset(("matmul", "__matmul__", "bmm", "baddbmm", "einsum"))
+_DEEPEST = 6
+
+
+@dataclass(eq=False)
+class LabelledCall:
+    """A call of a module in a labelled run."""
+
+    module: nn.Module
+    path: str
+    turn: int
+    outer: LabelledCall | None
+    got: int
+    """Labels of what it got."""
+    made: int = 0
+    """Labels of what it gave."""
+    own: dict[Path, int] = field(default_factory=dict)
+    """A label of its own for each tensor that it gave."""
+    output: Any = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The module's path and the number of the call, from 0 on."""
+        return self.path, self.turn
+
+    def outwards(self) -> Iterator[LabelledCall]:
+        """The call and those that it is part of, innermost first."""
+        call: LabelledCall | None = self
+        while call is not None:
+            yield call
+            call = call.outer
+
+
+class Dataflow(TorchFunctionMode):
+    """Hands labels on while it is active.
+
+    Attributes
+    ----------
+    calls : list of LabelledCall
+        In the order in which they began.
+    attention : list of (LabelledCall or None, int, int)
+        The innermost call around each attention, and the labels of its queries and keys.
+    changed : set of int
+        The labels of calls and inputs whose tensors were changed in place.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[LabelledCall] = []
+        self.attention: list[tuple[LabelledCall | None, int, int]] = []
+        self.changed = 0
+        self._running: list[LabelledCall] = []
+        # Labels by storage or object, which is kept alive so that no id is used twice.
+        self._labels: dict[int, tuple[Any, int]] = {}
+        self._own: dict[int, int] = {}
+        self._count = 0
+        self._product = (0, 0)
+
+    def new_label(self) -> int:
+        """A bit that nothing has."""
+        self._count += 1
+        return 1 << (self._count - 1)
+
+    def add(self, value: Any, labels: int, own: bool = False) -> None:
+        """Give labels to all that a value holds. ``own``: they name the very tensors, which may be changed in place."""
+        for one in _walk(value):
+            key, alive = _key(one)
+            _, before = self._labels.get(key, (None, 0))
+            self._labels[key] = alive, before | labels
+            if own:
+                self._own[key] = self._own.get(key, 0) | labels
+
+    def of(self, value: Any) -> int:
+        """The labels of all that a value holds."""
+        found = 0
+        for one in _walk(value):
+            key, _ = _key(one)
+            found |= self._labels.get(key, (None, 0))[1]
+        return found
+
+    def around(
+        self, path: str, turn: int, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """Run a module's forward and note its labels."""
+        outer = self._running[-1] if self._running else None
+        call = LabelledCall(module, path, turn, outer, self.of((args, kwargs)))
+        self.calls.append(call)
+        self._running.append(call)
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            self._running.pop()
+        call.output, call.made = output, self.of(output)
+        if not call.made and call.got:
+            self.add(output, call.got)
+            call.made = call.got
+        for where, tensor in find_tensors(output):
+            call.own[where] = self.new_label()
+            self.add(tensor, call.own[where], own=True)
+        return output
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if name in _SHAPES_ONLY:
+            return result
+        self._note_attention(function, name, args, kwargs)
+        is_in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name[:3] == "__i"
+        changes = "out" in kwargs or is_in_place
+        if not changes and not isinstance(result, (Tensor, tuple, list)):
+            return result
+        labels = self._of_arguments(args) | self._of_arguments(tuple(kwargs.values()))
+        if changes:
+            target = kwargs.get("out", args[0] if args else None)
+            for one in _walk(target):
+                self.changed |= self._own.get(_key(one)[0], 0)
+            if labels:
+                self.add(target, labels)
+        elif labels:
+            for one in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(one, Tensor):
+                    self.add(one, labels)
+                elif isinstance(one, (tuple, list)):
+                    self.add(one, labels)
+        return result
+
+    def _of_arguments(self, args: Sequence[Any]) -> int:
+        found = 0
+        for arg in args:
+            if isinstance(arg, Tensor):
+                found |= self._labels.get(_key(arg)[0], (None, 0))[1]
+            elif isinstance(arg, (list, tuple, dict, np.ndarray)):
+                found |= self.of(arg)
+        return found
+
+    def _note_attention(self, function: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        if name in _PRODUCTS and len(args) > 1:
+            self._product = self.of(args[-2]), self.of(args[-1])
+        if find_reader(function) is None:
+            return
+        given = [*args, *(kwargs[one] for one in ("query", "key") if one in kwargs)]
+        both = self._product if "softmax" in name else tuple(map(self.of, given[:2]))
+        if len(both) == 2:
+            self.attention.append((self._running[-1] if self._running else None, both[0], both[1]))
+
+
+def _key(one: Any) -> tuple[int, Any]:
+    """What labels belong to, and what keeps it alive."""
+    if isinstance(one, Tensor):
+        try:
+            storage = one.untyped_storage()
+            return storage._cdata, storage
+        except (NotImplementedError, RuntimeError):  # nested and sparse tensors, and those on no device
+            return id(one), one
+    return id(one), one
+
+
+def _walk(value: Any, depth: int = 0) -> Iterator[Any]:
+    """Tensors, arrays and lists of plain values in a value, also in objects such as graphs."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        yield value
+    elif depth > _DEEPEST or value is None or isinstance(value, (str, bytes, int, float, bool, type)):
+        return
+    elif isinstance(value, (nn.Module, FunctionType, ModuleType)):
+        return
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _walk(item, depth + 1)
+    elif isinstance(value, (tuple, list, set)):
+        if isinstance(value, list):
+            yield value
+        for item in value:
+            yield from _walk(item, depth + 1)
+    elif isinstance(getattr(value, "__dict__", None), dict):
+        for item in vars(value).values():
+            yield from _walk(item, depth + 1)
+
+
+def walk_tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a value, also in objects such as graphs."""
+    return (one for one in _walk(value) if isinstance(one, Tensor))
+
+
+def is_same_storage(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors look at the same memory."""
+    return tensor.device == other.device and _key(tensor)[0] == _key(other)[0]
+
+
+def detached(value: Tensor) -> Tensor:
+    """A copy of its own."""
+    with torch.no_grad():
+        return value.detach().clone()
