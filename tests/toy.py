@@ -7,6 +7,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_xattn.capture.forwards import WrappedForward
+
 AUDIO, TEXT, WIDTH, HEADS, CLASSES = 5, 7, 12, 3, 4
 NAMES = ["a", "b", "c", "d"]
 
@@ -107,9 +109,11 @@ def validate(module, callback, loader=None, **settings):
 
 
 def count_hooks(module):
-    """Hooks of any kind on the module and all below it."""
+    """Hooks of any kind on the module and all below it, and wrapped forwards."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(m, kind)) for m in module.modules() for kind in kinds)
+    hooks = sum(len(getattr(m, kind)) for m in module.modules() for kind in kinds)
+    wrapped = ("forward", "_compiled_call_impl")
+    return hooks + sum(isinstance(vars(m).get(name), WrappedForward) for m in module.modules() for name in wrapped)
 
 
 def count_global_hooks():

@@ -5,7 +5,7 @@ Labels of a run show the dataflow, and runs with other samples' inputs confirm i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,10 +80,10 @@ class Discovery:
     ----------
     root
         What gives the predictions.
-    samples
-        How many samples are run.
-    attention
-        By modality names of the attention, which modules attend from it: evidence for names alone.
+    live
+        The predictions of the step.
+    attending
+        The paths of the modules that attend across modalities, which encode none.
 
     Raises
     ------
@@ -91,14 +91,13 @@ class Discovery:
         If the root cannot be run again.
     """
 
-    def __init__(self, root: Root, live: ModelOutput) -> None:
-        self.root = root
+    def __init__(self, root: Root, live: ModelOutput, attending: Collection[str] = ()) -> None:
+        self.root, self._attending = root, attending
         self._rows = torch.arange(min(SAMPLES, root.samples))
         self._live = live
         self._flow = Dataflow()
         self._leaves: dict[Path, int] = {}
         self.intact, self._predicted = self._run_intact()
-        self._outputs = {call.key: call.output for call in self._flow.calls}
 
     # ------------------------------------------------------------------ runs
     def _run_intact(self) -> tuple[ModelOutput, int]:
@@ -113,7 +112,7 @@ class Discovery:
                 self._flow.add(leaf, self._leaves[path], own=True)
             try:
                 with self.root.restoring():
-                    predictions, _, self._arguments = self.root.run(call, flow=self._flow, capture=None)
+                    predictions, self._outputs, self._arguments = self.root.run(call, flow=self._flow, capture=None)
                     output = self.root.read_output(predictions).cpu()
                     reached = self._flow.of(predictions)
             except ReplayError as error:
@@ -158,12 +157,10 @@ class Discovery:
         """Inputs that reach the predictions by modules of their own, as the labels show."""
         reaching = self.reaching
         every = sum(reaching.values())
+        candidates = [call for call in self._flow.calls if self._may_encode(call, every)]
         pure: list[LabelledCall] = []
-        for call in self._flow.calls:
-            labels = call.made & every
-            reaches = any(own & self._predicted for own in call.own.values())
-            is_own = bool(labels) and labels != every and reaches
-            if is_own and not any(outer in pure for outer in call.outwards()):
+        for call in candidates:
+            if not any(outer in pure for outer in call.outwards()) and not self._fuses(call, candidates, every):
                 pure.append(call)
         sets = {call.made & every for call in pure}
         merged = _merge(sets)
@@ -178,6 +175,19 @@ class Discovery:
             calls = tuple(call for call in pure if call.made & labels)
             found.append(Group(tuple(path for path, label in reaching.items() if label & labels), calls))
         return found
+
+    def _may_encode(self, call: LabelledCall, every: int) -> bool:
+        """Whether only some of the inputs reach a call, and it the predictions, and no recorded attention is in it."""
+        labels = call.made & every
+        reaches = any(own & self._predicted for own in call.own.values())
+        attends = any(path == call.path or path.startswith(f"{call.path}.") for path in self._attending)
+        return bool(labels) and labels != every and reaches and not attends
+
+    def _fuses(self, call: LabelledCall, candidates: Sequence[LabelledCall], every: int) -> bool:
+        """Whether a call gets what calls outside of it have made of different inputs."""
+        outside = [one for one in candidates if call not in one.outwards()]
+        sets = [one.made & every for one in outside if any(own & call.got for own in one.own.values())]
+        return any(not one & other for one in sets for other in sets)
 
     def raw_inputs(self, groups: Sequence[Group]) -> list[Path]:
         """The inputs that reach the predictions and belong to no group."""
@@ -374,6 +384,26 @@ class Discovery:
                     found |= self._flow.of(self._arguments[port.key][path])
         return found
 
+    def bypassed(self, modalities: Sequence[Modality], further: Sequence[Path]) -> list[tuple[str, str]]:
+        """Inputs of a modality that also reach the predictions past it, each with the modality."""
+        found = []
+        for modality in modalities:
+            inputs = self._inputs_of(modality)
+            found += [(self.label_name(path), modality.name) for path in further if self._leaves[path] & inputs]
+        return found
+
+    def _inputs_of(self, modality: Modality) -> int:
+        """The labels of the inputs that reach a modality."""
+        found = 0
+        for port in modality.ports:
+            for call in self._flow.calls:
+                if port.kind == "output" and call.key == port.key:
+                    found |= call.made
+            if port.kind == "argument":
+                for path in port.axes:
+                    found |= self._flow.of(self._arguments[port.key][path])
+        return found
+
     def candidates(self) -> str:
         """Modules and inputs that may hold modalities, as a user would name them."""
         root = self.root.path
@@ -455,9 +485,9 @@ class Discovery:
                 f"the fusion '{fusion}' was not seen in what gives the predictions: it did not run, or is not a part of it"
             )
         if len(calls) > 1:
-            raise ReplayError(
-                f"the fusion '{fusion}' runs {len(calls)} times in a step, so it is ambiguous what enters it. Name a "
-                "module that runs once"
+            raise DiscoveryError(
+                f"The fusion '{fusion}' runs {len(calls)} times in a step, so it is ambiguous what enters it. Name a "
+                "module that runs once."
             )
         call = self._arguments[calls[0].key]
         return name_arguments(calls[0].module, fusion, calls[0].key, setting, call, len(self._rows), real)

@@ -17,6 +17,7 @@ from lightning_xattn.capture.labels.scores import (
     Scores,
     are_clear,
     are_probabilities,
+    are_rows,
     are_single_scores,
     scores_by_class,
 )
@@ -72,7 +73,7 @@ def find_model_output(output: Any, samples: int, labels: Labels) -> ReadOutput |
         How many samples the batch has.
     labels
         The class scores or predictions that it must agree with. Without any, a single number a sample is the value of
-        a regression.
+        a regression, and rows are values of something else.
     """
     for path, tensor in find_tensors(output):
         for scores in scores_by_class(tensor, samples):
@@ -82,7 +83,17 @@ def find_model_output(output: Any, samples: int, labels: Labels) -> ReadOutput |
         for path, tensor in find_tensors(output):
             if are_single_scores(tensor, samples):
                 return partial(_read_value, path)
+        rows = [path for path, tensor in find_tensors(output) if are_rows(tensor, samples)]
+        if rows:
+            return partial(_read_rows, rows[0])
     return None
+
+
+def _read_rows(path: Path, output: Any) -> ModelOutput | None:
+    tensor = _at(path, output)
+    if tensor is None or tensor.dim() != 2:
+        return None
+    return ModelOutput(tensor.float(), tensor.float())
 
 
 def _agree(scores: Scores, labels: Labels, tensor: Tensor, samples: int) -> bool:

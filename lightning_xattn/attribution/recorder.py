@@ -17,7 +17,7 @@ from lightning_xattn.attribution.replay import AttentionPlace, Replay
 from lightning_xattn.attribution.root import PredictionPlace, ReplayError, Root
 from lightning_xattn.attribution.state import torch_generators
 from lightning_xattn.capture import Layer
-from lightning_xattn.capture.calls import Call, Path, Precision, find_tensors
+from lightning_xattn.capture.calls import Call, Path, Precision, find_tensors, name_argument
 from lightning_xattn.capture.forwards import get_module
 from lightning_xattn.capture.labels import Labels
 from lightning_xattn.capture.sources import Source
@@ -26,6 +26,7 @@ from lightning_xattn.capture.wrappers import find_module, plain_path
 from lightning_xattn.core.attention import AttentionPair, Direction
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
+from lightning_xattn.core.notices import info, warn
 
 SPLIT_MODEL = (
     "the processes hold the model together, as under FSDP or DeepSpeed, so that none of them can run it again by itself"
@@ -103,7 +104,9 @@ class ModalityRecorder:
     processes
         Those that run the model.
     replays
-        Whether the model may run again. If not, only named modalities are recorded.
+        Whether the predictions are replayed at the end of an evaluation.
+    names_attention
+        Whether a setting names the directions of the attention, whose names are then right.
 
     Attributes
     ----------
@@ -130,8 +133,10 @@ class ModalityRecorder:
         modalities: ModalitiesSetting | None = None,
         processes: Processes = SINGLE_PROCESS,
         replays: bool = True,
+        names_attention: bool = False,
     ) -> None:
         check_modalities(fusion, modalities)
+        self._names_attention = names_attention
         self.processes, self._replays = processes, replays
         self._model, self._trace, self._setting, self._fusion = model, trace, modalities, fusion
         self._named = None if fusion is None else find_module(model, fusion)
@@ -140,6 +145,10 @@ class ModalityRecorder:
             raise DiscoveryError(
                 f"No module '{fusion}' for fusion=. Found: {known or 'none'}, and the modules inside them."
             )
+        if self._named is not None and not processes.hold_whole_model:
+            module = get_module(model, self._named)
+            trace.follow({module: self._named}, False)
+            trace.copied.add(module)
         self.modalities: tuple[Modality, ...] = ()
         self.problem = ""
         self.renamed: dict[Direction, Direction] = {}
@@ -151,7 +160,9 @@ class ModalityRecorder:
         self._sources: Mapping[Direction, Source] = {}
         self._is_decided = False
         self._noticed: set[str] = set()
-        self._forms: set[Path] = set()
+        self._leaf_paths: set[Path] = set()
+        # How many axes each tensor had in the first step.
+        self._axes: dict[tuple[str, int], int] = {}
         self.step: StepCall | None = None
 
     @property
@@ -171,8 +182,8 @@ class ModalityRecorder:
 
     def begin(self, function: Callable[..., Any] | None, args: tuple[Any, ...]) -> None:
         """Note how a step is called that begins now."""
-        needs_states = not self._is_decided or self._root is None
-        generators = [one.get_state() for one in torch_generators()] if needs_states and self._replays else []
+        needs_states = not self._is_decided or (self._root is None and self._replays)
+        generators = [one.get_state() for one in torch_generators()] if needs_states else []
         self.step = None if function is None else StepCall(function, args, generators=generators)
         self._generators = generators
 
@@ -216,7 +227,7 @@ class ModalityRecorder:
         samples = len(attention[0].forward.weights) if attention else None
         if not self._is_decided:
             messages += self._decide(layers, labels, samples, real)
-            if self._found is not None and self.modalities:
+            if self._found is not None and self.modalities and self.processes.hold_whole_model:
                 record, others = self._of_first_step(self._found, real)
                 return record, [*messages, *others]
         if not self.modalities:
@@ -242,6 +253,10 @@ class ModalityRecorder:
         call = Call(self.step.args, {}) if template.path is None and self.step else (run.entered if run else None)
         if call is None:
             return None, self._left_out("it was not called as the first one")
+        new = {path for path, _ in call.leaves()} - self._leaf_paths
+        if new:
+            names = " and ".join(f"'{name_argument(template.function, path)}'" for path in sorted(new, key=str))
+            return None, self._left_out(f"{_name_root(template)} got {names}, which the first step had not")
         try:
             values = {
                 modality.name: [self._value(port, path, run, call) for port, path, _ in modality.columns]
@@ -278,6 +293,8 @@ class ModalityRecorder:
 
     def _read_predictions(self, root: Root, run: Run | None) -> ModelOutput | None:
         place = root.place
+        if not self.processes.hold_whole_model:
+            return None
         if place.kind == "call":
             found = output_at(self._trace.find(place.path, place.turn, run), place.leaf)
         elif place.kind == "loss":
@@ -306,6 +323,10 @@ class ModalityRecorder:
             ]
             for modality in self.modalities
         }
+        for name, several in permuted.items():
+            for number, one in enumerate(several):
+                if self._axes.setdefault((name, number), one.dim()) != one.dim():
+                    raise ShapeError(f"a tensor of {name} is {tuple(one.shape)}, with another number of axes than before")
         tokens = {}
         samples = len(next(iter(permuted.values()))[0])
         for modality in self.modalities:
@@ -349,23 +370,22 @@ class ModalityRecorder:
         self, layers: Sequence[Layer], labels: Labels, samples: int | None, real: Mapping[str, Tensor]
     ) -> list[str]:
         """Find the modalities in a first step; gives messages to the user."""
-        if not self._replays:
-            return self._decide_without_runs(labels, real)
         if not self.processes.hold_whole_model:
             self.problem = SPLIT_MODEL
-            return self._decide_without_runs(labels, real)
+            return self._name_in_trace(real)
         self._is_decided = True
-        failure, messages = "", []
+        failure = ""
         candidates: list[tuple[Discovery, Found]] = []
         try:
             roots = list(self._find_roots(labels, samples))
         except ReplayError as error:
             self.problem = str(error)
             return self._refuse(self.problem)
+        attending = {source.path for layer in layers for _, source in layer.sources if source.joint is None}
         for root, live in roots:
             with root.keeping_state():
                 try:
-                    discovery = Discovery(root, live)
+                    discovery = Discovery(root, live, attending)
                     found = self._look(discovery, real)
                 except AbsentArgumentError as error:
                     self._is_decided = False
@@ -379,8 +399,10 @@ class ModalityRecorder:
                     continue
                 candidates.append((discovery, found))
                 if found.modalities:
-                    messages += self._take(discovery, found, layers)
-                    return messages
+                    self._take(discovery, found, layers)
+                    if labels.predicted is None and live.values.shape[1] > 1:
+                        self.problem = self.problem or "the predictions are neither classes nor a single value"
+                    return []
         described = candidates[0][0].candidates() if candidates else "none"
         problem = next((found.problem for _, found in candidates if found.problem), "") or failure
         if not problem:
@@ -396,11 +418,12 @@ class ModalityRecorder:
             return find_modalities(discovery)
         return Found(discovery.root, tuple(discovery.named(self._fusion, self._setting, real)))
 
-    def _take(self, discovery: Discovery, found: Found, layers: Sequence[Layer]) -> list[str]:
+    def _take(self, discovery: Discovery, found: Found, layers: Sequence[Layer]) -> None:
         """Settle on what was found."""
-        messages: list[str] = []
         sides = discovery.sides(found.modalities)
-        modalities, self.renamed = _reconcile(found.modalities, layers, sides, self._setting is not None)
+        modalities, self.renamed = _reconcile(
+            found.modalities, layers, sides, self._setting is not None, self._names_attention
+        )
         found.modalities = modalities
         further = discovery.further_inputs(modalities)
         unkept = [path for path in further if not self._can_keep(discovery.root, path)]
@@ -414,20 +437,37 @@ class ModalityRecorder:
             found.problem = LOOKS_ACROSS
         self.problem = found.problem
         self.modalities, self._found, self._root = modalities, found, discovery.root
+        self._leaf_paths = {path for path, _ in discovery.root.call.leaves()}
         self._sources = dict(layers[0].sources) if layers else {}
         self._sources = {self.renamed.get(direction, direction): source for direction, source in self._sources.items()}
         self._follow(discovery)
-        if self.renamed:
-            turned = " and ".join(f"{old} is recorded as {new}" for old, new in self.renamed.items())
-            messages.append(
-                f"{turned}: the queries come from {modalities[0].source} and {modalities[1].source} in the other order "
-                "than the names of the attention modules say. If that is wrong, name the modalities: "
-                "modalities={'<a>': 'path.to.encoder', '<b>': 'path.to.encoder'}."
+        self._say_what_was_found(discovery, found)
+
+    def _say_what_was_found(self, discovery: Discovery, found: Found) -> None:
+        old_names = {str(old): str(new) for old, new in self.renamed.items()}
+        if old_names and any(new in old_names for new in old_names.values()):
+            turned = " and ".join(f"{old} as {new}" for old, new in old_names.items())
+            sources = ", ".join(self.describe())
+            warn(
+                [
+                    f"{turned} is recorded: the names of the attention modules contradict where their queries come from "
+                    f"({sources}). If that is wrong, name the attention: attention={{'<a>_to_<b>': 'path', ...}}."
+                ]
             )
-        if found.further:
-            names = ", ".join(map(discovery.label_name, found.further))
-            messages.append(f"Further inputs reach the prediction, and stay each sample's own: {names}.")
-        return messages
+        elif old_names:
+            info([", ".join(f"{old} is recorded as {new}" for old, new in old_names.items()) + "."])
+        bypassed = discovery.bypassed(found.modalities, found.further)
+        for name, modality in bypassed:
+            info(
+                [
+                    f"{name} also reaches the prediction past {modality}, and stays each sample's own there: these are "
+                    f"contributions of the {modality} features."
+                ]
+            )
+        others = [discovery.label_name(path) for path in found.further]
+        others = [name for name in others if name not in dict(bypassed)]
+        if others:
+            info([f"Further inputs reach the prediction, and stay each sample's own: {', '.join(others)}."])
 
     def _can_keep(self, root: Root, path: Path) -> bool:
         return root.axes.get(path) is not None and isinstance(root.call[path], Tensor)
@@ -476,25 +516,25 @@ class ModalityRecorder:
         except (ReplayError, ShapeError, KeyError) as error:
             return None, self._left_out(str(error))
 
-    def _decide_without_runs(self, labels: Labels, real: Mapping[str, Tensor]) -> list[str]:
-        """Record what is named, as far as that needs no run."""
-        self._is_decided = True
-        if self._setting is None:
-            self.problem = self.problem or "contribution_samples is 0"
-            return []
+    def _name_in_trace(self, real: Mapping[str, Tensor]) -> list[str]:
+        """Record the arguments of a fusion that is named, where the model cannot run again."""
+        run = None if self._named is None else self._trace.find(self._named)
+        if self._setting is None or run is None or run.entered is None:
+            self._is_decided = self._setting is None
+            return self._refuse(f"{SPLIT_MODEL}, and no fusion is named that ran")
         try:
-            self.modalities, root = self._name_in_trace(labels, real)
+            key, samples = (run.path, 0), len(run.entered[next(iter(run.given))])
+            modalities = name_arguments(
+                run.module, str(self._fusion), key, self._setting, run.entered, samples, real
+            )
         except AbsentArgumentError as error:
-            self._is_decided = False
             return self._left_out(f"the fusion '{self._fusion}' got {error}")
-        self._found = Found(root, self.modalities)
-        paths = {port.path for modality in self.modalities for port in modality.ports}
-        modules = {get_module(self._model, path): path for path in paths}
-        self._trace.follow(modules, False)
+        self._is_decided, self.modalities = True, tuple(modalities)
+        precision = run.precision or Precision("cpu", None)
+        place = PredictionPlace("call")
+        root = Root(self._model, run.module, run.entered, samples, precision, (), place, lambda _: None, run.path)
+        self._found, self._leaf_paths = Found(root, self.modalities), {path for path, _ in run.entered.leaves()}
         return []
-
-    def _name_in_trace(self, labels: Labels, real: Mapping[str, Tensor]) -> tuple[tuple[Modality, ...], Root]:
-        raise DiscoveryError("not yet")
 
     # -------------------------------------------------------------------- roots
     def _find_roots(self, labels: Labels, samples: int | None) -> list[tuple[Root, ModelOutput]]:
@@ -628,31 +668,37 @@ def _reconcile(
     layers: Sequence[Layer],
     sides: Mapping[str, Sequence[tuple[str, str]]],
     are_named: bool,
+    is_attention_named: bool,
 ) -> tuple[tuple[Modality, ...], dict[Direction, Direction]]:
-    """Modalities and directions with the same names, by where the queries and keys of each attention come from."""
-    names: dict[str, str] = {}
-    renamed: dict[Direction, Direction] = {}
+    """Modalities and directions with the same names, by where the queries and keys of each attention come from.
+
+    Settings are right. Otherwise a modality gets the name that the attention has for it, unless what holds the
+    modalities is called the other way round: then the attention's names say where information flows.
+    """
     pairs = []
     for layer in layers:
         for direction, source in layer.sources:
             seen = sides.get(source.path, ())
             number = source.call - 1 if source.call is not None else source.turn
-            if source.read is None and source.joint is None and number < len(seen) and all(seen[number]):
-                pairs.append((direction, seen[number]))
-    for direction, (queries, keys) in pairs:
-        if queries == keys:
-            continue
-        own = {queries: direction.query, keys: direction.key}
-        are_letters = all(len(one) == 1 for one in own.values())
-        fits = all(are_alike(found, name) for found, name in own.items())
+            is_seen = source.read is None and source.joint is None and number < len(seen) and all(seen[number])
+            if is_seen and seen[number][0] != seen[number][1]:
+                pairs.append((direction, *seen[number]))
+    if are_named and is_attention_named:
+        return modalities, {}
+    names: dict[str, str] = {}
+    renamed: dict[Direction, Direction] = {}
+    for direction, queries, keys in pairs:
         turned = are_alike(queries, direction.key) and are_alike(keys, direction.query)
-        if fits or (not are_named and not are_letters and not turned):
-            for found, name in own.items():
-                if not are_named:
-                    names.setdefault(found, name)
+        turned = turned and not (are_alike(queries, direction.query) and are_alike(keys, direction.key))
+        are_letters = len(direction.query) == len(direction.key) == 1
+        if is_attention_named or not (are_named or are_letters or turned):
+            names.setdefault(queries, direction.query)
+            names.setdefault(keys, direction.key)
         else:
-            renamed[direction] = Direction(names.get(queries, queries), names.get(keys, keys))
-    if len(set(names.values())) < len(names) or set(names.values()) & {m.name for m in modalities if m.name not in names}:
+            renamed[direction] = Direction(queries, keys)
+            renamed.setdefault(direction.opposite, Direction(keys, queries))
+    others = {one.name for one in modalities if one.name not in names}
+    if len(set(names.values())) < len(names) or set(names.values()) & others:
         names = {}
-    renamed = {old: new for old, new in renamed.items() if old != new}
-    return tuple(replace(one, name=names.get(one.name, one.name)) for one in modalities), renamed
+    modalities = tuple(replace(one, name=names.get(one.name, one.name)) for one in modalities)
+    return modalities, {old: new for old, new in renamed.items() if str(old) != str(new)}

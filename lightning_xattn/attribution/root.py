@@ -15,7 +15,16 @@ from lightning_xattn.attribution.outputs import ModelOutput, ReadOutput
 from lightning_xattn.attribution.restoring import restoring_state
 from lightning_xattn.attribution.state import ModelState
 from lightning_xattn.capture.attention_mode import AttentionMode
-from lightning_xattn.capture.calls import Call, Path, Precision, find_tensors, replace_item, samples_axis, take_samples
+from lightning_xattn.capture.calls import (
+    Call,
+    Path,
+    Precision,
+    copy_tensors,
+    find_tensors,
+    replace_item,
+    samples_axis,
+    take_samples,
+)
 from lightning_xattn.capture.dataflow import Dataflow
 from lightning_xattn.capture.forwards import get_module, walk_modules, wrap_forwards
 from lightning_xattn.capture.readers import RecordLevel
@@ -169,7 +178,7 @@ class Root:
         Returns
         -------
         predictions, outputs, arguments
-            The tensor at ``place``, and what was captured.
+            The tensor at ``place``, and copies of what was captured.
 
         Raises
         ------
@@ -191,7 +200,7 @@ class Root:
             if key in patch.arguments:
                 own = own.replaced(patch.arguments[key])
             if capture is None or key in capture:
-                arguments[key] = own
+                arguments[key] = own.copied({where for where, _ in own.tensors()})
             if key in patch.outputs:
                 given = patch.templates.get(key) if patch.skips else forward(*own.args, **own.kwargs)
                 for where, tensor in patch.outputs[key].items():
@@ -202,7 +211,7 @@ class Root:
             else:
                 output = flow.around(path, key[1], module, forward, own.args, own.kwargs)
             if capture is None or key in capture:
-                outputs[key] = output
+                outputs[key] = copy_tensors(output)
             if place.kind == "call" and key == (place.path, place.turn):
                 found.extend(tensor for where, tensor in find_tensors(output) if where == place.leaf)
             return output

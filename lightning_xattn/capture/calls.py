@@ -155,6 +155,13 @@ def replace_item(value: Any, keys: list[int | str] | Path, new: Any) -> Any:
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
+def copy_tensors(value: Any) -> Any:
+    """The same with copies of all tensors, which what changes them in place does not reach."""
+    for path, tensor in list(find_tensors(value)):
+        value = replace_item(value, path, tensor.clone())
+    return value
+
+
 def name_argument(function: Any, path: Path) -> str:
     """The name of a value among a function's arguments: the parameter's, and the keys that lead to it from there.
 

@@ -32,7 +32,7 @@ class WrappedForward:
         self._name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
         self._module, self._around = module, around
         self._own, self._forward = vars(module).get(self._name), getattr(module, self._name)
-        update_wrapper(self, self._forward)
+        update_wrapper(self, self._forward, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward."""

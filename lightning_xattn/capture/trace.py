@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_xattn.capture.calls import Call, Path, Precision, find_tensors
+from lightning_xattn.capture.calls import Call, Path, Precision, copy_tensors, find_tensors
 
 if TYPE_CHECKING:
     from lightning_xattn.capture.readers import Event
@@ -148,7 +148,7 @@ class StepTrace:
         is_kept = run.module in self.chosen or run.outer is None
         if is_kept or size <= min(self._budget, BUDGET // 16):
             self._budget -= 0 if is_kept else size
-            run.output = output
+            run.output = copy_tensors(output) if run.module in self.copied else output
         if is_kept and run.entered is None:
             run.entered = run.call
 

@@ -81,7 +81,9 @@ class StepRecorder:
         replays: bool = True,
     ) -> None:
         self._trace = StepTrace()
-        self.fusion = ModalityRecorder(model, self._trace, fusion, modalities, processes, replays)
+        self.fusion = ModalityRecorder(
+            model, self._trace, fusion, modalities, processes, replays, names_attention=attention is not None
+        )
         self._attention = AttentionRecorder(model, attention, self._trace)
         self._model = model
         self._multilabel_loss = find_multilabel_loss(model)
@@ -223,8 +225,16 @@ class StepRecorder:
                 return ()
             if not self._may_lack_attention:
                 raise
-            notify = warn if self._attention.saw_attention else info
-            notify([f"The attention is left out, and the rest is recorded. {error}"])
+            is_partial = self._attention.saw_attention or bool(self._attention.layers)
+            if is_partial:
+                warn([f"The attention is left out, and the rest is recorded. {error}"])
+            else:
+                info(
+                    [
+                        "No attention is recorded, as the model computes none that is seen. If it has some, name it: "
+                        "attention={'<a>_to_<b>': 'path.to.module', '<b>_to_<a>': 'path.to.module'}."
+                    ]
+                )
             self._lacks_attention = True
             self._attention.set_aside()
             return ()

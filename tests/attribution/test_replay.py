@@ -272,7 +272,7 @@ def test_intact_pairs_must_give_their_logits_back_within_rounding(precision, off
     again = logits + off * torch.tensor([1.0, -1.0])
     assert float((again.softmax(1) - logits.softmax(1)).abs().max()) < 1e-6
     source = SimpleNamespace(
-        model_output=ModelOutput(logits.softmax(1), logits), batches=lambda places, sources: [(sources[0], sources)]
+        model_output=ModelOutput(logits.softmax(1), logits), batches=lambda modalities, sources, own: [(sources[0], sources)]
     )
 
     class Replays:

@@ -82,7 +82,7 @@ def test_an_interrupt_is_not_lost_behind_what_cannot_be_put_back():
     model.odd = Odd()
 
     def run(error):
-        with restoring_state(ModelState(model), with_hooks=False):
+        with restoring_state(ModelState(model), with_hooks=False, generators=(), model=model):
             type.__setattr__(Odd, "count", Odd.count + 1)
             if error is not None:
                 raise error
