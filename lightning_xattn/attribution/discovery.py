@@ -244,14 +244,19 @@ class Discovery:
             by_module.setdefault(call.path, []).append(call)
         heaviest = max(by_module.values(), key=lambda calls: _weight(calls[0].module))
         chosen: tuple[Port, ...] = ()
+        around: list[Path] = []
         for calls in (heaviest, list(group.calls)):
             ports = tuple(port for call in calls if (port := self._output_port(call)) is not None)
             if not ports:
                 continue
-            chosen = ports
-            if not self.reached_around(ports, group.inputs) and self._equals_exchange(ports, group.inputs):
+            chosen, around = ports, self.reached_around(ports, group.inputs)
+            if not around and self._equals_exchange(ports, group.inputs):
                 return ports
         # What goes around the modules is exchanged at the inputs, too.
+        if chosen and around:
+            both = (*chosen, *self._input_ports(around))
+            if self._equals_exchange(both, group.inputs):
+                return both
         return (*chosen, *inputs)
 
     def _output_port(self, call: LabelledCall) -> Port | None:
@@ -272,21 +277,22 @@ class Discovery:
 
     def reached_around(self, ports: Sequence[Port], inputs: Sequence[Path]) -> list[Path]:
         """Those of the inputs that reach the predictions otherwise than by these ports."""
-        flow = Dataflow()
-        call = self.root.part(self._rows)
-        labels = {}
         exchanged = {path for port in ports if port.kind == "input" for path in port.axes}
-        for path, leaf in call.leaves():
-            if path in inputs and path not in exchanged:
-                labels[path] = flow.new_label()
-                flow.add(leaf, labels[path])
-        try:
-            with self.root.restoring():
-                predictions, _, _ = self.root.run(call, self._patch_of(ports), flow=flow)
-                reached = flow.of(predictions)
-        except ReplayError:
-            return list(inputs)
-        return [path for path, label in labels.items() if label & reached]
+        for skips in (True, False):  # some models fail where a module does not run
+            flow, labels = Dataflow(), {}
+            call = self.root.part(self._rows)
+            for path, leaf in call.leaves():
+                if path in inputs and path not in exchanged:
+                    labels[path] = flow.new_label()
+                    flow.add(leaf, labels[path])
+            try:
+                with self.root.restoring():
+                    predictions, _, _ = self.root.run(call, self._patch_of(ports, skips=skips), flow=flow)
+                    reached = flow.of(predictions)
+            except ReplayError:
+                continue
+            return [path for path, label in labels.items() if label & reached]
+        return [path for path in inputs if path not in exchanged]
 
     def _patch_of(self, ports: Sequence[Port], outputs: Mapping[Key, Any] | None = None, skips: bool = True) -> Patch:
         """The intact outputs of these ports, or others, in their places."""
@@ -305,14 +311,16 @@ class Discovery:
 
     def _equals_exchange(self, ports: Sequence[Port], inputs: Sequence[Path]) -> bool:
         """Whether exchanging inputs does no more than what it does to these ports; True where that cannot be tried."""
-        order = self._rows.roll(max(1, len(self._rows) // 2))
+        order = _in_one_circle(len(self._rows))
         values = {path: self.root.axes.get(path) for path in inputs}
         if len(self._rows) < 2 or None in values.values():
             return True
         others = {path: take_samples(self.root.call[path], axis, order) for path, axis in values.items() if axis is not None}
         try:
-            exchanged, outputs = self._run(self.root.part(self._rows, others), capture=[port.key for port in ports])
-            patched, _ = self._run(self.root.part(self._rows), self._patch_of(ports, outputs, skips=False))
+            captured = [port.key for port in ports if port.kind != "input"]
+            exchanged, outputs = self._run(self.root.part(self._rows, others), capture=captured)
+            own = {path: others[path] for port in ports if port.kind == "input" for path in port.axes}
+            patched, _ = self._run(self.root.part(self._rows, own), self._patch_of(ports, outputs, skips=False))
         except ReplayError:
             return False
         return self._are_same(exchanged, patched)
@@ -580,6 +588,14 @@ def _describe(discovery: Discovery, group: Group, ports: Sequence[Port]) -> str:
     modules, inputs = _words(discovery, group, ports)
     is_input = any(port.kind == "input" for port in ports) or not ports
     return " and ".join([*modules, *(inputs if is_input else [])])
+
+
+def _in_one_circle(samples: int) -> Tensor:
+    """An order in which no sample keeps its place, and that has no period that data may have."""
+    shuffled = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
+    order = torch.empty_like(shuffled)
+    order[shuffled] = shuffled.roll(1)
+    return order
 
 
 def _merge(sets: set[int]) -> list[int]:

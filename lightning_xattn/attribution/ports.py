@@ -41,7 +41,7 @@ def check_modalities(fusion: str | None, modalities: ModalitiesSetting | None) -
     SettingError
         Saying what was expected.
     """
-    if fusion is not None and not (isinstance(fusion, str) and fusion):
+    if fusion is not None and not isinstance(fusion, str):
         raise SettingError(f"fusion must be a module's path such as 'model.fusion', or None; got {fusion!r}.")
     if modalities is None:
         if fusion is not None:

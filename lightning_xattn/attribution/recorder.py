@@ -158,7 +158,7 @@ class ModalityRecorder:
         self._read: ReadOutput | None = None
         self._replay: Replay | None = None
         self._sources: Mapping[Direction, Source] = {}
-        self._is_decided = False
+        self._is_decided = self._copies_batch = False
         self._noticed: set[str] = set()
         self._leaf_paths: set[Path] = set()
         # How many axes each tensor had in the first step.
@@ -184,6 +184,9 @@ class ModalityRecorder:
         """Note how a step is called that begins now."""
         needs_states = not self._is_decided or (self._root is None and self._replays)
         generators = [one.get_state() for one in torch_generators()] if needs_states else []
+        if not self._is_decided or self._copies_batch:  # which the step may change in place
+            call = Call(args, {})
+            args = call.copied({path for path, _ in call.tensors()}).args
         self.step = None if function is None else StepCall(function, args, generators=generators)
         self._generators = generators
 
@@ -288,7 +291,9 @@ class ModalityRecorder:
                 raise KeyError(f"'{port.path}' did not run")
             value = output_at(own, path) if port.kind == "output" else own.entered[path] if own.entered else None
         if not isinstance(value, Tensor):
-            raise KeyError(f"no tensor in '{port.path}'")
+            found = self._found
+            name = port.path if port.kind != "input" or found is None else name_argument(found.root.function, path)
+            raise KeyError(f"no tensor in '{name}'")
         return value
 
     def _read_predictions(self, root: Root, run: Run | None) -> ModelOutput | None:
@@ -479,6 +484,7 @@ class ModalityRecorder:
         for port in (port for modality in self.modalities for port in modality.ports):
             if port.kind != "input" and discovery.changed_in_place(port):
                 trace.copied.add(get_module(self._model, port.path))
+        self._copies_batch = root.path is None and discovery.changes_inputs
         if root.path is not None:
             paths.add(root.path)
             if discovery.changes_inputs:

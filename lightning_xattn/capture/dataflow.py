@@ -26,6 +26,10 @@ _SHAPES_ONLY = frozenset(
 """What these give does not depend on the numbers of what they get."""
 
 _PRODUCTS = frozenset(("matmul", "__matmul__", "bmm", "baddbmm", "einsum"))
+_IN_PLACE = frozenset(
+    ["__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow"))]
+    + [f"__i{name}__" for name in ("and", "or", "xor", "lshift", "rshift", "matmul")]
+)
 _DEEPEST = 6
 
 
@@ -135,8 +139,7 @@ class Dataflow(TorchFunctionMode):
         if name in _SHAPES_ONLY:
             return result
         self._note_attention(function, name, args, kwargs)
-        is_in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name[:3] == "__i"
-        changes = "out" in kwargs or is_in_place
+        changes = "out" in kwargs or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         if not changes and not isinstance(result, (Tensor, tuple, list)):
             return result
         labels = self._of_arguments(args) | self._of_arguments(tuple(kwargs.values()))

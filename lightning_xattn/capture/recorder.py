@@ -29,7 +29,7 @@ from lightning_xattn.capture.wrappers import (
     run_uncompiled,
     scripted_modules,
 )
-from lightning_xattn.core.attention import Attention, AttentionPair, Direction
+from lightning_xattn.core.attention import Attention, AttentionPair, Direction, rename_layer
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
 from lightning_xattn.core.notices import warn
 
@@ -311,6 +311,7 @@ class AttentionRecorder:
         self.layers = tuple(
             replace(
                 layer,
+                name=rename_layer(layer.name, names),
                 forward=renamed(layer.forward),
                 backward=None if layer.backward is None else renamed(layer.backward),
             )
@@ -318,8 +319,9 @@ class AttentionRecorder:
         )
         for extractor in self._extractors.values():
             extractor.direction = names.get(extractor.direction, extractor.direction)
+        self._paired = {rename_layer(layer, names) for layer in self._paired}
         self._extractors = {
-            (layer, names.get(direction, direction)): extractor
+            (rename_layer(layer, names), names.get(direction, direction)): extractor
             for (layer, direction), extractor in self._extractors.items()
         }
 

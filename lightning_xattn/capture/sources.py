@@ -88,10 +88,7 @@ class Layer:
 AttentionSetting = Mapping[str, Named | Sequence[Named]] | JointSequence
 """``{"eeg_to_spec": "model.fusion.eeg_to_spec_attn", ...}``; a sequence names several layers, ``{}`` none."""
 
-SET_IT_ASIDE = (
-    "Or set it aside: attention={}, fusion='path.to.module', modalities={'<a>': 0, '<b>': 1} (positions or names of "
-    "the fusion's arguments)."
-)
+SET_IT_ASIDE = "Or record no attention, but the rest: attention={}."
 """What to set where an attention cannot be used."""
 
 

@@ -201,4 +201,5 @@ def same_numbers(tensor: Tensor, other: Tensor) -> bool:
     if squeezed[0] != squeezed[1] or tensor.is_floating_point() != other.is_floating_point():
         return False
     with torch.no_grad():
-        return bool((tensor.reshape(-1).float() == other.reshape(-1).float()).all())
+        one, two = tensor.reshape(-1).float(), other.reshape(-1).float()
+        return bool(((one == two) | (one.isnan() & two.isnan())).all())

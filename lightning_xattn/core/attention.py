@@ -247,12 +247,19 @@ class AttentionPair:
     def renamed(self, names: Mapping[Direction, Direction]) -> AttentionPair:
         """The same with other names of directions."""
         directions = (replace(one, direction=names.get(one.direction, one.direction)) for one in self.directions)
-        return AttentionPair(self.layer, *directions)
+        return AttentionPair(rename_layer(self.layer, names), *directions)
 
     @property
     def directions(self) -> tuple[Attention, ...]:
         """The recorded directions, forward first."""
         return (self.forward,) if self.backward is None else (self.forward, self.backward)
+
+
+def rename_layer(layer: str, names: Mapping[Direction, Direction]) -> str:
+    """The name of a layer that is called after a direction, with another name of that."""
+    *before, last = layer.split(".")
+    new = next((str(new) for old, new in names.items() if str(old) == last), last)
+    return ".".join([*before, new])
 
 
 def mask_queries(pairs: Sequence[AttentionPair], mask: Tensor | None) -> tuple[AttentionPair, ...]:

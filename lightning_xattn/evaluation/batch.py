@@ -153,15 +153,25 @@ class StepRecorder:
         """See ``AttentionRecorder``."""
         return self._attention.left_out
 
-    def collect_step(self, outputs: Any, batch: Any) -> tuple[Step, Attentions] | None:
+    def collect_step(
+        self, outputs: Any, batch: Any, needs_attention: bool = False
+    ) -> tuple[Step, Attentions] | None:
         """What the step returned and its attention; None if it ran nothing, or left all its attention out.
+
+        Parameters
+        ----------
+        outputs, batch
+            What the step returned and got.
+        needs_attention
+            Whether attention that cannot be recorded is an error, also where none is named.
 
         Raises
         ------
         DiscoveryError, ShapeError
             As ``AttentionRecorder.attention``; a model of which no attention is named needs none.
         """
-        self._outputs, self._pairs = outputs, self._collect_attention(batch)
+        self._outputs = outputs
+        self._pairs = self._collect_attention(batch, needs_attention)
         if self._pairs:
             first, tokens = self._pairs[0].forward.weights, tuple(self._pairs[0].forward.weights.shape[2:])
             samples: int | None = len(first)
@@ -213,7 +223,7 @@ class StepRecorder:
         notify(messages)
         return inputs
 
-    def _collect_attention(self, batch: Any) -> Attentions:
+    def _collect_attention(self, batch: Any, needs_attention: bool) -> Attentions:
         if self._lacks_attention:
             self._attention.raise_errors()
             return ()
@@ -223,10 +233,11 @@ class StepRecorder:
         except (DiscoveryError, ShapeError) as error:
             if self._attention.ran_nothing:
                 return ()
-            if not self._may_lack_attention:
+            is_whole_step = self._outputs is not None or bool(self._trace.losses)
+            is_named = bool(self._attention.layers) or not self._may_lack_attention
+            if needs_attention or is_named or not (is_whole_step or self._attention.saw_attention):
                 raise
-            is_partial = self._attention.saw_attention or bool(self._attention.layers)
-            if is_partial:
+            if self._attention.saw_attention:
                 warn([f"The attention is left out, and the rest is recorded. {error}"])
             else:
                 info(
@@ -250,12 +261,16 @@ class BatchResult:
         Of each layer.
     labels
         Predictions, scores, targets, ids and groups.
+    samples, device
+        How many samples it has, and where its tensors are.
     inputs
-        What entered the fusion; None where that is not known.
+        The modalities; None where they are not known.
     """
 
     attention: tuple[AttentionPair, ...]
     labels: Labels
+    samples: int
+    device: torch.device
     inputs: FusionRecord | None = None
 
     def __repr__(self) -> str:
@@ -263,20 +278,7 @@ class BatchResult:
         return f"BatchResult({len(self)} samples; {f'layers {layers}' if layers else 'no cross-attention'})"
 
     def __len__(self) -> int:
-        return len(self._by_sample)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of its tensors."""
-        return self._by_sample.device
-
-    @property
-    def _by_sample(self) -> Tensor:
-        """Any tensor with one row per sample."""
-        if self.attention:
-            return self.attention[0].forward.weights
-        assert self.inputs is not None
-        return next(iter(self.inputs.tokens.values()))[0]
+        return self.samples
 
     @property
     def scores(self) -> Scores | None:
@@ -289,11 +291,14 @@ class BatchResult:
     def __getitem__(self, samples: slice) -> BatchResult:
         """Some of the samples."""
         inputs = None if self.inputs is None else self.inputs[samples]
-        return BatchResult(tuple(pair[samples] for pair in self.attention), self.labels[samples], inputs)
+        count = len(range(self.samples)[samples])
+        attention = tuple(pair[samples] for pair in self.attention)
+        return BatchResult(attention, self.labels[samples], count, self.device, inputs)
 
     def cpu(self) -> BatchResult:
         """Attention and labels on the CPU, without a graph."""
-        return BatchResult(tuple(pair.cpu() for pair in self.attention), self.labels.cpu())
+        attention = tuple(pair.cpu() for pair in self.attention)
+        return BatchResult(attention, self.labels.cpu(), self.samples, torch.device("cpu"))
 
 
 def read_batch(step: Step, attention: Attentions, finder: LabelFinder) -> BatchResult:
@@ -306,7 +311,7 @@ def read_batch(step: Step, attention: Attentions, finder: LabelFinder) -> BatchR
     """
     labels = finder.find(step)
     attention = mask_queries(attention, labels.query_mask)
-    return BatchResult(attention, labels)
+    return BatchResult(attention, labels, step.samples, torch.device(step.device))
 
 
 def with_fusion(batch: BatchResult, recorder: StepRecorder) -> BatchResult:

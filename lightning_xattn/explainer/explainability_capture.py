@@ -144,7 +144,7 @@ class ExplainabilityCapture:
             raise DataError("The batch is None; expected one as the model's loader yields it.")
         with self._runner.recording():
             finder = self.settings.finder()
-            recorded = self._runner.run(batch, finder)
+            recorded = self._runner.run(batch, finder, needs_attention=True)
             if left_out := self._recorder.left_out:
                 raise DataError(
                     f"The joint sequences of {max(left_out.values())} samples do not have the length that the spans of "

@@ -75,7 +75,7 @@ class ModelRunner:
             for module, training in modes.items():
                 module.training = training
 
-    def run(self, batch: Any, finder: LabelFinder) -> tuple[Step, Attentions] | None:
+    def run(self, batch: Any, finder: LabelFinder, needs_attention: bool = False) -> tuple[Step, Attentions] | None:
         """The recorded step of a batch; None where nothing ran, or no sample can be recorded.
 
         Afterwards ``recorder.left_out`` has the samples of the step that are not recorded.
@@ -86,6 +86,8 @@ class ModelRunner:
             As the loader yields it.
         finder
             Finds the labels of the step.
+        needs_attention
+            Whether attention that cannot be recorded is an error, also where none is named.
 
         Raises
         ------
@@ -98,9 +100,9 @@ class ModelRunner:
         self.recorder.begin(self._call_model, (moved,), finder)
         outputs = self._call_model(moved)
         self.recorder.close()
-        recorded = self.recorder.collect_step(outputs, moved)
+        recorded = self.recorder.collect_step(outputs, moved, needs_attention)
         if self.recorder.is_waiting:
-            return self.run(batch, finder)
+            return self.run(batch, finder, needs_attention)
         if recorded is None and (self.recorder.left_out or outputs is None):
             return None
         if recorded is None:

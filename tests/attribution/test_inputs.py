@@ -1,4 +1,4 @@
-"""Where the modalities enter the fusion: found where it is clear, named where it is not."""
+"""Modalities in a fusion whatever its arguments are, named ones, and masks that go with their tokens."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def look(module, **settings):
 
 
 def said_of(infos):
-    return next(said for said in infos.messages if said.startswith("AttentionExplainabilityCallback takes"))
+    return next(said for said in infos.messages if said.startswith("AttentionExplainabilityCallback: recording"))
 
 
 class Renamed(TwoStreams):
@@ -69,22 +69,22 @@ class Nested(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("fusion", "call", "where"),
+    ("fusion", "call"),
     [
-        (Fusion, lambda fusion, left, right: fusion(left, right), "fusion"),
-        (Fusion, lambda fusion, left, right: fusion(right=right, left=left), "fusion"),
-        (ByNumbers, lambda fusion, left, right: fusion(left, right), "fusion"),
-        (OfDict, lambda fusion, left, right: fusion({"left": left, "right": right}), "fusion"),
-        (OfPair, lambda fusion, left, right: fusion((left, right), scale=2.0), "fusion"),
-        (TokensFirst, lambda fusion, left, right: fusion(left.transpose(0, 1), right.transpose(0, 1)), "fusion"),
-        (Nested, lambda fusion, left, right: fusion(left, right), "fusion.inner"),
+        (Fusion, lambda fusion, left, right: fusion(left, right)),
+        (Fusion, lambda fusion, left, right: fusion(right=right, left=left)),
+        (ByNumbers, lambda fusion, left, right: fusion(left, right)),
+        (OfDict, lambda fusion, left, right: fusion({"left": left, "right": right})),
+        (OfPair, lambda fusion, left, right: fusion((left, right), scale=2.0)),
+        (TokensFirst, lambda fusion, left, right: fusion(left.transpose(0, 1), right.transpose(0, 1))),
+        (Nested, lambda fusion, left, right: fusion(left, right)),
     ],
     ids=["position", "keyword", "numbers", "dict", "tuple", "tokens first", "nested"],
 )
-def test_it_is_found(fusion, call, where, infos):
+def test_encoders_are_found_whatever_the_fusion_gets(fusion, call, infos):
     torch.manual_seed(0)
     watch = look(Renamed(fusion(), call))
-    assert f"what enters '{where}' as left and right" in said_of(infos)
+    assert "modalities: left = left, right = right; predictions: outputs['logits'] (4 classes)" in said_of(infos)
     summary = watch.fusion_summaries["val"]
     assert summary.modalities == ("left", "right")
     assert not summary.contribution_problem
@@ -92,46 +92,42 @@ def test_it_is_found(fusion, call, where, infos):
     assert summary.estimate("right/left").mean > 0.9
 
 
-def test_modalities_of_equal_length_are_found_by_name_alone(infos):
-    class Alike(TwoStreams):
-        def forward(self, one, other):
-            return self.head(self.fusion(self.left(one), self.right(other)[:, :5]))
+class Alike(TwoStreams):
+    """Both modalities have as many tokens."""
 
-    look(Alike())
-    assert "what enters 'fusion' as left and right" in said_of(infos)
-    infos.clear()
-    paths = {"left_to_right": "fusion.left_to_right", "right_to_left": "fusion.right_to_left"}
-    watch = look(Alike(ByNumbers()), attention=paths)
-    assert not watch.fusion_summaries
-    unclear = next(said for said in infos.messages if "not computed" in said)
-    assert all(fact in unclear for fact in ("left and right", "'fusion'", "first (16, 5, 12)", "modalities="))
+    def forward(self, one, other):
+        return self.head(self.fusion(self.left(one), self.right(other)[:, :5]))
 
 
-def test_what_is_not_clear_can_be_named(infos):
-    class Alike(TwoStreams):
-        def forward(self, left, right):
-            return self.head(self.fusion(self.left(left), self.right(right)[:, :5]))
+def test_modalities_of_equal_length_are_told_apart(infos):
+    for fusion in (Fusion(), ByNumbers()):
+        infos.clear()
+        watch = look(Alike(fusion))
+        assert "modalities: left = left, right = right" in said_of(infos)
+        assert watch.fusion_summaries["val"].estimate("right/left").mean > 0.9
 
+
+def test_modalities_get_the_names_that_the_settings_give(infos):
     watch = look(Alike(ByNumbers()), fusion="fusion", modalities={"sound": "first", "sight": 1})
     assert watch.fusion_summaries["val"].modalities == ("sound", "sight")
-    assert "what enters 'fusion' as sound and sight" in said_of(infos)
+    assert "modalities: sound = first of fusion, sight = second of fusion" in said_of(infos)
+    # One name a modality, also in the attention.
+    assert "entropy/sound_to_sight/all" in watch.history[0]
+    watch = look(Alike(), modalities={"sound": "left", "sight": "right"})
+    assert watch.fusion_summaries["val"].modalities == ("sound", "sight")
+    named = {"sound_to_sight": "fusion.left_to_right", "sight_to_sound": "fusion.right_to_left"}
+    watch = look(Alike(), attention=named)
+    assert watch.fusion_summaries["val"].modalities == ("sound", "sight")
 
 
-def test_a_model_without_attention_needs_a_name():
-    with pytest.warns(XAttnWarning, match="Nothing is recorded in this run. No cross-attention ran"):
-        watch = look(TwoStreams(Concatenation()))
-    assert watch.history == []
-    watch = look(TwoStreams(Concatenation()), fusion="fusion", modalities={"left": 0, "right": 1})
-    summary = watch.fusion_summaries["val"]
-    assert summary.estimate("right/left").mean > 0.9
-    assert not summary.contribution_problem
-    assert watch.summaries == {}
-    assert watch.history[0]["probe/left"] == pytest.approx(summary.estimate("right/left").mean)
-
-
-def test_a_named_fusion_whose_arguments_only_attention_would_tell():
-    with pytest.raises(DiscoveryError, match="No cross-attention ran"):
-        look(TwoStreams(Concatenation()), fusion="fusion")
+def test_a_model_without_attention_needs_no_name(infos):
+    for settings in ({}, {"fusion": "fusion", "modalities": {"left": 0, "right": 1}}):
+        watch = look(TwoStreams(Concatenation()), **settings)
+        summary = watch.fusion_summaries["val"]
+        assert summary.estimate("right/left").mean > 0.9
+        assert not summary.contribution_problem
+        assert watch.summaries == {}
+        assert watch.history[0]["probe/left"] == pytest.approx(summary.estimate("right/left").mean)
 
 
 def test_a_named_fusion_that_does_not_run_gives_a_message():
@@ -140,7 +136,7 @@ def test_a_named_fusion_that_does_not_run_gives_a_message():
             super().__init__()
             self.idle = Concatenation()
 
-    with pytest.warns(XAttnWarning, match="The fusion 'idle' was not seen in a step") as warned:
+    with pytest.warns(XAttnWarning, match="the fusion 'idle' was not seen in what gives the predictions") as warned:
         watch = look(Beside(), fusion="idle", modalities={"left": 0, "right": 1})
     assert sum("'idle'" in str(one.message) for one in warned) == 1
     assert not watch.fusion_summaries
@@ -150,7 +146,8 @@ def test_a_named_fusion_that_does_not_run_gives_a_message():
 @pytest.mark.parametrize(
     ("settings", "facts"),
     [
-        ({"fusion": "fusion.none"}, ["fusion.none", "'fusion'"]),
+        ({"fusion": "fusion.none", "modalities": {"left": 0, "right": 1}}, ["fusion.none", "'fusion'"]),
+        ({"modalities": {"left": "left", "right": "rigth"}}, ["'rigth'", "'left' (16, 5, 12)", "'right'"]),
         ({"fusion": "fusion", "modalities": {"left": 0, "right": "rigth"}}, ["'rigth'", "left", "(16, 7, 12)"]),
         ({"fusion": "fusion", "modalities": {"left": 0, "right": 5}}, ["5", "(16, 7, 12)"]),
     ],
@@ -164,8 +161,9 @@ def test_names_of_what_is_not_there(settings, facts):
     ("settings", "facts"),
     [
         ({"modalities": {"left": 0, "right": 1}}, ["fusion="]),
+        ({"fusion": "f"}, ["modalities={'<a>': 0, '<b>': 1}"]),
         ({"fusion": "f", "modalities": {"left": 0}}, ["2 to 4"]),
-        ({"fusion": "f", "modalities": {"left": 0, "right": 0}}, ["each argument once"]),
+        ({"fusion": "f", "modalities": {"left": 0, "right": 0}}, ["each once"]),
         ({"fusion": "f", "modalities": {"left/x": 0, "right": 1}}, ["no '/'"]),
         ({"fusion": "f", "modalities": {"left": 0.5, "right": 1}}, ["0.5"]),
         ({"fusion": "f", "modalities": {"interaction": 0, "right": 1}}, ["interaction", "emap_accuracy"]),
@@ -179,7 +177,7 @@ def test_settings_that_say_nothing(settings, facts):
         AttentionExplainabilityCallback(**settings)
 
 
-def test_a_fusion_that_runs_twice_in_a_step_is_none(infos):
+def test_a_named_fusion_that_runs_twice_in_a_step_is_refused():
     class Twice(TwoStreams):
         def forward(self, left, right):
             left, right = self.left(left), self.right(right)
@@ -188,21 +186,6 @@ def test_a_fusion_that_runs_twice_in_a_step_is_none(infos):
     settings = {"fusion": "fusion", "modalities": {"left": 0, "right": 1}}
     with pytest.raises(DiscoveryError, match="The fusion 'fusion' runs 2 times in a step"):
         look(Twice(Concatenation()), **settings)
-
-    class TwiceBeside(TwoStreams):
-        def __init__(self):
-            super().__init__()
-            self.beside = Concatenation()
-
-        def forward(self, left, right):
-            left, right = self.left(left), self.right(right)
-            beside = self.beside(left, right) + self.beside(left.flip(1), right)
-            return self.head(self.fusion(left, right) + beside)
-
-    with pytest.warns(XAttnWarning, match="The fusion 'beside' runs 2 times in a step"):
-        watch = look(TwiceBeside(), **settings | {"fusion": "beside"})
-    assert not watch.fusion_summaries
-    assert watch.summaries["val"].samples == 40
 
 
 class Twice(ToyModule):
@@ -218,26 +201,28 @@ class Wrapped(Twice):
     """Its steps are run as Lightning runs those of a model that it has wrapped: in the place of its ``forward``."""
 
     def validation_step(self, batch, batch_idx):
-        if "forward" in vars(self):
+        if self.is_wrapped:
             return super().validation_step(batch, batch_idx)
-        return _ForwardRedirection()(Fusing(self), self, "validation_step", batch, batch_idx)
+        self.is_wrapped = True
+        try:
+            return _ForwardRedirection()(Fusing(self), self, "validation_step", batch, batch_idx)
+        finally:
+            self.is_wrapped = False
 
-    def on_validation_batch_end(self, *_):
-        vars(self).pop("forward")
+    is_wrapped = False
 
 
 @pytest.mark.filterwarnings("ignore:Module 'audio_to_text_attn' ran more often")
 @pytest.mark.filterwarnings("ignore:Module 'text_to_audio_attn' ran more often")
-def test_a_model_whose_steps_run_as_its_forward_is_its_own_fusion(infos):
+def test_steps_that_run_as_the_models_forward():
     found = []
     for kind in (Twice, Wrapped):
         torch.manual_seed(0)
         watch = AttentionExplainabilityCallback()
         quiet_trainer(callbacks=[watch]).validate(kind(), toy_loader(), verbose=False)
         found.append(watch.history[0])
-    assert sum("ran 2 times in a step, which is left out" in said for said in infos.messages) == 2
     plain, wrapped = found
-    assert wrapped["probed_samples"] == 13  # of steps in which it runs once
+    assert wrapped["probed_samples"] == 23
     assert wrapped["contribution/audio"] == plain["contribution/audio"] != 0
     assert repr(wrapped) == repr(plain)
 
@@ -333,11 +318,11 @@ PADDING = torch.zeros(10, 5, dtype=torch.bool).index_fill_(1, torch.tensor([3, 4
         (
             [PADDING, PADDING[:, None].repeat(1, 3, 1), PADDING],
             20,
-            ("'left_padding_mask' is (10, 3, 5)", "(10, 5) tokens"),
+            ("a tensor of left is (10, 3, 5)", "another number of axes"),
         ),
-        ([PADDING, None, PADDING], 20, ("got other arguments in a step",)),
+        ([PADDING, None, PADDING], 20, ("no tensor in 'batch.mask'",)),
         # Given only where there is padding.
-        ([None, PADDING, None], 20, ("'left_padding_mask' may be a mask", "the first step had none", "in every step")),
+        ([None, PADDING, None], 20, ("'batch.mask'", "which the first step had not")),
         ([PADDING, torch.where(PADDING, -1e9, 0.0), PADDING.int()], 30, ()),
     ],
     ids=["of each head", "absent later", "absent first", "other types"],
@@ -347,7 +332,7 @@ def test_a_mask_that_changes_between_batches_ends_no_run_and_nothing_is_read_wit
     quiet_trainer(callbacks=[watch]).validate(model, batches(masks), verbose=False)
     assert watch.history[0]["samples"] == 10 * len(masks)
     assert watch.history[0]["probed_samples"] == read
-    said = [one for one in infos.messages if "in a step" in one]
+    said = [one for one in infos.messages if "left out of a step" in one]
     assert len(said) == bool(facts)
     for fact in facts:
         assert fact in said[0]

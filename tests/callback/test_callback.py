@@ -492,9 +492,9 @@ def test_the_first_message_names_what_was_detected_once(infos):
     trainer = quiet_trainer(callbacks=[AttentionExplainabilityCallback()], max_epochs=2)
     trainer.fit(ToyModule(), toy_loader(), toy_loader())
     assert [message for message in infos.messages if message.startswith("AttentionExplainabilityCallback")] == [
-        "AttentionExplainabilityCallback takes audio_to_text (5 queries ask 7 keys), text_to_audio (7 queries ask 5 "
-        "keys), what enters the model's own forward as audio and text; predictions from forward, targets from "
-        "batch[2], of 4 classes."
+        "AttentionExplainabilityCallback: recording audio_to_text (5 audio queries -> 7 text keys), text_to_audio (7 "
+        "text queries -> 5 audio keys); modalities: audio = audio, text = text; predictions: forward (4 classes); "
+        "targets: batch[2]."
     ]
 
 
@@ -521,7 +521,7 @@ def test_a_second_dataloader_has_the_classes_of_the_first(infos):
         quiet_trainer(callbacks=[watch]).validate(ToyModule(), loaders, verbose=False)
     assert [record["unclassified"] for record in watch.history] == [0, 12]
     assert [summary.n_classes for summary in watch.summaries.values()] == [CLASSES, CLASSES]
-    assert infos.text.count("AttentionExplainabilityCallback takes") == 1
+    assert infos.text.count("AttentionExplainabilityCallback: recording") == 1
 
 
 def test_sample_ids_that_are_named_must_be_there():

@@ -311,7 +311,7 @@ def test_three_modalities():
             self.third = nn.Linear(3, WIDTH)
 
         def forward(self, left, right):
-            return self.head(self.fusion(self.left(left), self.right(right), third=self.third(left.flip(0))))
+            return self.head(self.fusion(self.left(left), self.right(right), third=self.third(left.flip(1))))
 
     class Third(nn.Module):
         def forward(self, left, right, third):
