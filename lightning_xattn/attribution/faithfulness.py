@@ -205,9 +205,7 @@ def _replace_keys(
     return _Share(samples, torch.cat([values, reference], dim=1), keys is not None, problem)
 
 
-def _find_keys(
-    replay: Replay, place: AttentionPlace, tokens: Values, samples: int
-) -> tuple[Tensor, ...] | None:
+def _find_keys(replay: Replay, place: AttentionPlace, tokens: Values, samples: int) -> tuple[Tensor, ...] | None:
     """The keys and values that an attention gets, ``(samples, ..., keys, width)``; None where they are not seen."""
     found: list[tuple[Tensor, Tensor]] = []
 

@@ -8,11 +8,67 @@ from collections.abc import Sequence
 from lightning_xattn.attribution.ports import RESERVED_MODALITIES
 
 _DECORATION = frozenset(
-    ("encoder", "enc", "encode", "proj", "projection", "projector", "embed", "embedding", "embeddings", "embedder")
-    + ("net", "network", "backbone", "model", "module", "branch", "stream", "tower", "features", "feature", "feat")
-    + ("extractor", "layer", "layers", "block", "linear", "fc", "mlp", "cnn", "rnn", "lstm", "gru", "transformer")
-    + ("in", "input", "inputs", "x", "ids", "id", "tokens", "token", "raw", "data", "values", "batch", "mask", "masks")
-    + ("attention", "padding", "pad", "key", "lengths", "length", "norm", "conv", "head", "to", "pooler", "graphs")
+    [
+        "encoder",
+        "enc",
+        "encode",
+        "proj",
+        "projection",
+        "projector",
+        "embed",
+        "embedding",
+        "embeddings",
+        "embedder",
+        "net",
+        "network",
+        "backbone",
+        "model",
+        "module",
+        "branch",
+        "stream",
+        "tower",
+        "features",
+        "feature",
+        "feat",
+        "extractor",
+        "layer",
+        "layers",
+        "block",
+        "linear",
+        "fc",
+        "mlp",
+        "cnn",
+        "rnn",
+        "lstm",
+        "gru",
+        "transformer",
+        "in",
+        "input",
+        "inputs",
+        "x",
+        "ids",
+        "id",
+        "tokens",
+        "token",
+        "raw",
+        "data",
+        "values",
+        "batch",
+        "mask",
+        "masks",
+        "attention",
+        "padding",
+        "pad",
+        "key",
+        "lengths",
+        "length",
+        "norm",
+        "conv",
+        "head",
+        "to",
+        "pooler",
+        "graphs",
+    ]
 )
 """Words of paths and keys that name no modality."""
 

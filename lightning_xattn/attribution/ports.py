@@ -184,8 +184,7 @@ def _may_be_mask(values: Tensor) -> bool:
 
 
 def is_absent(call: Call, name: Named) -> bool:
+    """Whether an argument is None in this call."""
     if isinstance(name, int):
         return 0 <= name < len(call.args) and call.args[name] is None
     return name in call.kwargs and call.kwargs[name] is None
-
-

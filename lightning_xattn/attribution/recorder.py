@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.attribution.discovery import LOOKS_ACROSS, Discovery, Found, find_modalities, name_arguments
-from lightning_xattn.attribution.names import are_alike
-from lightning_xattn.attribution.outputs import ModelOutput, ReadOutput, find_model_output
+from lightning_xattn.attribution.directions import reconcile_names
+from lightning_xattn.attribution.discovery import LOOKS_ACROSS, Found, describe_candidates, find_modalities
+from lightning_xattn.attribution.evidence import Evidence
+from lightning_xattn.attribution.named import find_named_modalities, name_arguments
+from lightning_xattn.attribution.outputs import ModelOutput
 from lightning_xattn.attribution.ports import AbsentArgumentError, ModalitiesSetting, Modality, Port, check_modalities
 from lightning_xattn.attribution.replay import AttentionPlace, Replay
 from lightning_xattn.attribution.root import PredictionPlace, ReplayError, Root
+from lightning_xattn.attribution.roots import StepCall, find_roots
 from lightning_xattn.attribution.state import torch_generators
 from lightning_xattn.capture import Layer
 from lightning_xattn.capture.calls import Call, Path, Precision, find_tensors, name_argument
 from lightning_xattn.capture.forwards import get_module
 from lightning_xattn.capture.labels import Labels
 from lightning_xattn.capture.sources import Source
-from lightning_xattn.capture.trace import Run, StepTrace, output_at, same_numbers
-from lightning_xattn.capture.wrappers import find_module, plain_path
+from lightning_xattn.capture.trace import Run, StepTrace, output_at
+from lightning_xattn.capture.wrappers import find_module
 from lightning_xattn.core.attention import AttentionPair, Direction
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
@@ -68,26 +71,6 @@ class FusionRecord:
             [one[samples] for one in self.further],
             None if self.model_output is None else self.model_output[samples],
         )
-
-
-@dataclass(frozen=True, eq=False)
-class StepCall:
-    """How the step was called, so that it can run again.
-
-    Attributes
-    ----------
-    function, args
-        The step and its arguments, the batch first.
-    outputs
-        What it returned.
-    generators
-        The states of torch's random generators when it began.
-    """
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    outputs: Any = None
-    generators: Sequence[Tensor] = ()
 
 
 class ModalityRecorder:
@@ -155,7 +138,6 @@ class ModalityRecorder:
         self.prediction_name = ""
         self._found: Found | None = None
         self._root: Root | None = None
-        self._read: ReadOutput | None = None
         self._replay: Replay | None = None
         self._sources: Mapping[Direction, Source] = {}
         self._is_decided = self._copies_batch = False
@@ -331,7 +313,9 @@ class ModalityRecorder:
         for name, several in permuted.items():
             for number, one in enumerate(several):
                 if self._axes.setdefault((name, number), one.dim()) != one.dim():
-                    raise ShapeError(f"a tensor of {name} is {tuple(one.shape)}, with another number of axes than before")
+                    raise ShapeError(
+                        f"a tensor of {name} is {tuple(one.shape)}, with another number of axes than before"
+                    )
         tokens = {}
         samples = len(next(iter(permuted.values()))[0])
         for modality in self.modalities:
@@ -349,7 +333,9 @@ class ModalityRecorder:
         self, modality: Modality, kept: Sequence[Tensor], real: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         """What linear probes get of a modality: ``(batch, tokens, width)`` or ``(batch, width)``, and its mask."""
-        floating = [one for one in kept if one.is_floating_point() and one.dim() > 1] or [one for one in kept if one.dim()]
+        floating = [one for one in kept if one.is_floating_point() and one.dim() > 1] or [
+            one for one in kept if one.dim()
+        ]
         first = floating[0]
         if modality.mask is not None:
             number = [path for _, path, _ in modality.columns].index(modality.mask.path)
@@ -366,9 +352,9 @@ class ModalityRecorder:
             return first.flatten(2).transpose(1, 2), None
         if not first.is_floating_point():
             first = first.float()
-        mask = real.get(modality.name)
-        fits = mask is not None and first.dim() == 3 and tuple(mask.shape) == tuple(first.shape[:2])
-        return first, mask if fits else None
+        padding = real.get(modality.name)
+        fits = padding is not None and first.dim() == 3 and tuple(padding.shape) == tuple(first.shape[:2])
+        return first, padding if fits else None
 
     # --------------------------------------------------------------- first step
     def _decide(
@@ -380,35 +366,37 @@ class ModalityRecorder:
             return self._name_in_trace(real)
         self._is_decided = True
         failure = ""
-        candidates: list[tuple[Discovery, Found]] = []
+        candidates: list[tuple[Evidence, Found]] = []
         try:
-            roots = list(self._find_roots(labels, samples))
+            roots, live, self.prediction_name = find_roots(
+                self._model, self._trace, self.step, labels, samples, self._generators
+            )
         except ReplayError as error:
             self.problem = str(error)
             return self._refuse(self.problem)
         attending = {source.path for layer in layers for _, source in layer.sources if source.joint is None}
-        for root, live in roots:
+        for root in roots:
             with root.keeping_state():
                 try:
-                    discovery = Discovery(root, live, attending)
-                    found = self._look(discovery, real)
+                    evidence = Evidence(root, live)
+                    found = self._look(evidence, real, attending)
                 except AbsentArgumentError as error:
                     self._is_decided = False
                     return self._left_out(f"the fusion '{self._fusion}' got {error}")
                 except DiscoveryError:
-                    if root is roots[-1][0]:
+                    if root is roots[-1]:
                         raise
                     continue
                 except ReplayError as error:
                     failure = failure or str(error)
                     continue
-                candidates.append((discovery, found))
+                candidates.append((evidence, found))
                 if found.modalities:
-                    self._take(discovery, found, layers)
+                    self._take(evidence, found, layers)
                     if labels.predicted is None and live.values.shape[1] > 1:
                         self.problem = self.problem or "the predictions are neither classes nor a single value"
                     return []
-        described = candidates[0][0].candidates() if candidates else "none"
+        described = describe_candidates(candidates[0][0]) if candidates else "none"
         problem = next((found.problem for _, found in candidates if found.problem), "") or failure
         if not problem:
             problem = f"fewer than two inputs reach the predictions by modules of their own. There are {described}"
@@ -418,50 +406,50 @@ class ModalityRecorder:
     def _refuse(self, problem: str) -> list[str]:
         return self._once(f"Probes and contributions are not computed: {problem}. {NAME_THEM}")
 
-    def _look(self, discovery: Discovery, real: Mapping[str, Tensor]) -> Found:
+    def _look(self, evidence: Evidence, real: Mapping[str, Tensor], attending: Collection[str]) -> Found:
         if self._setting is None:
-            return find_modalities(discovery)
-        return Found(discovery.root, tuple(discovery.named(self._fusion, self._setting, real)))
+            return find_modalities(evidence, attending)
+        return Found(evidence.root, tuple(find_named_modalities(evidence, self._fusion, self._setting, real)))
 
-    def _take(self, discovery: Discovery, found: Found, layers: Sequence[Layer]) -> None:
+    def _take(self, evidence: Evidence, found: Found, layers: Sequence[Layer]) -> None:
         """Settle on what was found."""
-        sides = discovery.sides(found.modalities)
-        modalities, self.renamed = _reconcile(
+        sides = evidence.sides(found.modalities)
+        modalities, self.renamed = reconcile_names(
             found.modalities, layers, sides, self._setting is not None, self._names_attention
         )
         found.modalities = modalities
-        further = discovery.further_inputs(modalities)
-        unkept = [path for path in further if not self._can_keep(discovery.root, path)]
+        further = evidence.find_further_inputs(modalities)
+        unkept = [path for path in further if not self._can_keep(evidence.root, path)]
         found.further = tuple(path for path in further if path not in unkept)
         if unkept:
             found.problem = (
-                f"{', '.join(map(discovery.label_name, unkept))} also reaches the prediction and has no samples that "
+                f"{', '.join(map(evidence.name_input, unkept))} also reaches the prediction and has no samples that "
                 "could be kept, as of a graph"
             )
-        if discovery.looks_across():
+        if evidence.looks_across():
             found.problem = LOOKS_ACROSS
         self.problem = found.problem
-        self.modalities, self._found, self._root = modalities, found, discovery.root
-        self._leaf_paths = {path for path, _ in discovery.root.call.leaves()}
+        self.modalities, self._found, self._root = modalities, found, evidence.root
+        self._leaf_paths = {path for path, _ in evidence.root.call.leaves()}
         self._sources = dict(layers[0].sources) if layers else {}
         self._sources = {self.renamed.get(direction, direction): source for direction, source in self._sources.items()}
-        self._follow(discovery)
-        self._say_what_was_found(discovery, found)
+        self._follow(evidence)
+        self._say_what_was_found(evidence, found)
 
-    def _say_what_was_found(self, discovery: Discovery, found: Found) -> None:
+    def _say_what_was_found(self, evidence: Evidence, found: Found) -> None:
         old_names = {str(old): str(new) for old, new in self.renamed.items()}
         if old_names and any(new in old_names for new in old_names.values()):
             turned = " and ".join(f"{old} as {new}" for old, new in old_names.items())
             sources = ", ".join(self.describe())
             warn(
                 [
-                    f"{turned} is recorded: the names of the attention modules contradict where their queries come from "
+                    f"{turned} is recorded: the names of the attention modules contradict where queries come from "
                     f"({sources}). If that is wrong, name the attention: attention={{'<a>_to_<b>': 'path', ...}}."
                 ]
             )
         elif old_names:
             info([", ".join(f"{old} is recorded as {new}" for old, new in old_names.items()) + "."])
-        bypassed = discovery.bypassed(found.modalities, found.further)
+        bypassed = evidence.bypassed(found.modalities, found.further)
         for name, modality in bypassed:
             info(
                 [
@@ -469,7 +457,7 @@ class ModalityRecorder:
                     f"contributions of the {modality} features."
                 ]
             )
-        others = [discovery.label_name(path) for path in found.further]
+        others = [evidence.name_input(path) for path in found.further]
         others = [name for name in others if name not in dict(bypassed)]
         if others:
             info([f"Further inputs reach the prediction, and stay each sample's own: {', '.join(others)}."])
@@ -477,17 +465,17 @@ class ModalityRecorder:
     def _can_keep(self, root: Root, path: Path) -> bool:
         return root.axes.get(path) is not None and isinstance(root.call[path], Tensor)
 
-    def _follow(self, discovery: Discovery) -> None:
+    def _follow(self, evidence: Evidence) -> None:
         """Trace from now on what is needed of each step."""
-        root, trace = discovery.root, self._trace
+        root, trace = evidence.root, self._trace
         paths = {port.path for modality in self.modalities for port in modality.ports if port.kind != "input"}
         for port in (port for modality in self.modalities for port in modality.ports):
-            if port.kind != "input" and discovery.changed_in_place(port):
+            if port.kind != "input" and evidence.changed_in_place(port):
                 trace.copied.add(get_module(self._model, port.path))
-        self._copies_batch = root.path is None and discovery.changes_inputs
+        self._copies_batch = root.path is None and evidence.changes_inputs
         if root.path is not None:
             paths.add(root.path)
-            if discovery.changes_inputs:
+            if evidence.changes_inputs:
                 trace.copied.add(get_module(self._model, root.path))
         if root.place.kind == "call":
             paths.add(root.place.path)
@@ -530,9 +518,7 @@ class ModalityRecorder:
             return self._refuse(f"{SPLIT_MODEL}, and no fusion is named that ran")
         try:
             key, samples = (run.path, 0), len(run.entered[next(iter(run.given))])
-            modalities = name_arguments(
-                run.module, str(self._fusion), key, self._setting, run.entered, samples, real
-            )
+            modalities = name_arguments(run.module, str(self._fusion), key, self._setting, run.entered, samples, real)
         except AbsentArgumentError as error:
             return self._left_out(f"the fusion '{self._fusion}' got {error}")
         self._is_decided, self.modalities = True, tuple(modalities)
@@ -541,89 +527,6 @@ class ModalityRecorder:
         root = Root(self._model, run.module, run.entered, samples, precision, (), place, lambda _: None, run.path)
         self._found, self._leaf_paths = Found(root, self.modalities), {path for path, _ in run.entered.leaves()}
         return []
-
-    # -------------------------------------------------------------------- roots
-    def _find_roots(self, labels: Labels, samples: int | None) -> list[tuple[Root, ModelOutput]]:
-        """The outermost call that gives the predictions, and the step, each with the predictions it gave."""
-        trace, found = self._trace, []
-        wanted, count = labels.raw, samples
-        if count is None and wanted is not None:
-            count = len(wanted) if wanted.dim() else 1
-        if count is None:
-            raise ReplayError("no predictions were found in the step")
-        run, leaf, read, live = self._find_call(labels, wanted, count)
-        self.prediction_name = self._name_call(run) if run is not None else labels.prediction_name
-        if run is not None and read is not None and live is not None:
-            outermost = list(run.outwards())[-1]
-            inside = [one for one in trace.inside(outermost) if one.path == run.path]
-            place = PredictionPlace("call", run.path, inside.index(run), leaf)
-            module = outermost.module
-            precision = outermost.precision or Precision("cpu", None)
-            call = outermost.entered
-            if call is not None:
-                root = Root(
-                    self._model, module, call, count, precision, self._generators, place, read, outermost.path
-                )
-                found.append((root, live))
-        if self.step is not None:
-            step_root = self._find_step_root(labels, wanted, count, run, leaf, read, live)
-            found += [] if step_root is None else [step_root]
-        if not found:
-            raise ReplayError("no call gives the predictions, and the step is not known")
-        return found
-
-    def _name_call(self, run: Run) -> str:
-        return plain_path(self._model, run.path) or "forward"
-
-    def _find_call(
-        self, labels: Labels, wanted: Tensor | None, samples: int
-    ) -> tuple[Run | None, Path, ReadOutput | None, ModelOutput | None]:
-        """The outermost call whose output has the predictions."""
-        depth = {id(run): sum(1 for _ in run.outwards()) for run in self._trace.runs}
-        for run in sorted(self._trace.runs, key=lambda run: depth[id(run)]):
-            for leaf, tensor in find_tensors(run.output) if run.has_ended else ():
-                if wanted is not None and not same_numbers(tensor.detach(), wanted) and not labels.are_ids:
-                    continue
-                read = find_model_output(tensor.detach(), samples, labels)
-                with torch.no_grad():
-                    live = None if read is None else read(tensor.detach())
-                if read is not None and live is not None:
-                    return run, leaf, read, live
-        return None, (), None, None
-
-    def _find_step_root(
-        self,
-        labels: Labels,
-        wanted: Tensor | None,
-        samples: int,
-        run: Run | None,
-        leaf: Path,
-        read: ReadOutput | None,
-        live: ModelOutput | None,
-    ) -> tuple[Root, ModelOutput] | None:
-        assert self.step is not None
-        precision = next((one.precision for one in self._trace.runs if one.precision), None) or Precision("cpu", None)
-        place = None
-        if run is not None:
-            turn = [one for one in self._trace.runs if one.path == run.path].index(run)
-            place = PredictionPlace("call", run.path, turn, leaf)
-        elif wanted is not None:
-            for number, loss in enumerate(self._trace.losses):
-                if same_numbers(loss.input, wanted):
-                    place = PredictionPlace("loss", turn=number)
-            for where, tensor in find_tensors(self.step.outputs):
-                if place is None and same_numbers(tensor.detach(), wanted):
-                    place = PredictionPlace("output", leaf=where)
-            read = find_model_output(wanted, samples, labels)
-            with torch.no_grad():
-                live = None if read is None else read(wanted)
-        if place is None or read is None or live is None:
-            return None
-        call = Call(self.step.args, {})
-        root = Root(
-            self._model, self.step.function, call, samples, precision, self._generators, place, read, None
-        )
-        return root, live
 
     # ------------------------------------------------------------------ replays
     def make_replay(self) -> Replay:
@@ -667,44 +570,3 @@ class ModalityRecorder:
 
 def _name_root(root: Root) -> str:
     return "the step" if root.path is None else f"'{root.path}'" if root.path else "forward"
-
-
-def _reconcile(
-    modalities: tuple[Modality, ...],
-    layers: Sequence[Layer],
-    sides: Mapping[str, Sequence[tuple[str, str]]],
-    are_named: bool,
-    is_attention_named: bool,
-) -> tuple[tuple[Modality, ...], dict[Direction, Direction]]:
-    """Modalities and directions with the same names, by where the queries and keys of each attention come from.
-
-    Settings are right. Otherwise a modality gets the name that the attention has for it, unless what holds the
-    modalities is called the other way round: then the attention's names say where information flows.
-    """
-    pairs = []
-    for layer in layers:
-        for direction, source in layer.sources:
-            seen = sides.get(source.path, ())
-            number = source.call - 1 if source.call is not None else source.turn
-            is_seen = source.read is None and source.joint is None and number < len(seen) and all(seen[number])
-            if is_seen and seen[number][0] != seen[number][1]:
-                pairs.append((direction, *seen[number]))
-    if are_named and is_attention_named:
-        return modalities, {}
-    names: dict[str, str] = {}
-    renamed: dict[Direction, Direction] = {}
-    for direction, queries, keys in pairs:
-        turned = are_alike(queries, direction.key) and are_alike(keys, direction.query)
-        turned = turned and not (are_alike(queries, direction.query) and are_alike(keys, direction.key))
-        are_letters = len(direction.query) == len(direction.key) == 1
-        if is_attention_named or not (are_named or are_letters or turned):
-            names.setdefault(queries, direction.query)
-            names.setdefault(keys, direction.key)
-        else:
-            renamed[direction] = Direction(queries, keys)
-            renamed.setdefault(direction.opposite, Direction(keys, queries))
-    others = {one.name for one in modalities if one.name not in names}
-    if len(set(names.values())) < len(names) or set(names.values()) & others:
-        names = {}
-    modalities = tuple(replace(one, name=names.get(one.name, one.name)) for one in modalities)
-    return modalities, {old: new for old, new in renamed.items() if str(old) != str(new)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -135,12 +135,12 @@ class Replay:
                         one = dict(find_tensors(self._templates[port.key]))[path]
                     values[modality.name, number] = one.detach().movedim(axis, 0).clone()
             for number, path in enumerate(self._further):
-                axis = root.axes[path]
-                assert axis is not None
-                values["", number] = root.call[path].movedim(axis, 0).clone()
+                values["", number] = root.call[path].movedim(root.samples_axis(path), 0).clone()
         return values, intact
 
-    def __call__(self, values: Values, place: AttentionPlace | None = None, edit: EditRows | None = None) -> ModelOutput:
+    def __call__(
+        self, values: Values, place: AttentionPlace | None = None, edit: EditRows | None = None
+    ) -> ModelOutput:
         """The model's output for samples with these values.
 
         Parameters
@@ -181,9 +181,7 @@ class Replay:
                     held = outputs if port.kind == "output" else arguments
                     held.setdefault(port.key, {})[path] = value
         for number, path in enumerate(self._further):
-            axis = root.axes[path]
-            assert axis is not None
-            inputs[path] = chosen["", number].movedim(0, axis)
+            inputs[path] = chosen["", number].movedim(0, root.samples_axis(path))
         template = torch.arange(count) % root.samples
         call = root.call if self._exactly else root.part(template, inputs)
         call = call.replaced(inputs) if self._exactly else call
@@ -262,7 +260,7 @@ class Replay:
             raise ReplayError(f"no gradient reaches its weights: {error}") from error
         return slope[: len(classes)].cpu()
 
-    def keeping_state(self) -> object:
+    def keeping_state(self) -> AbstractContextManager[None]:
         """See ``Root.keeping_state``."""
         return self._root.keeping_state()
 

@@ -65,7 +65,7 @@ def restoring_state(
 @contextmanager
 def _mute_loggers(model: nn.Module) -> Iterator[None]:
     """In the block the Trainer's loggers, which a step may write to, do nothing."""
-    trainer = vars(model).get("_trainer")
+    trainer: Any = vars(model).get("_trainer")
     if not getattr(trainer, "loggers", None):
         yield
         return

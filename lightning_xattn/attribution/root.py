@@ -107,6 +107,12 @@ class Root:
     def __post_init__(self) -> None:
         self.axes = {path: samples_axis(leaf, self.samples) for path, leaf in self.call.leaves()}
 
+    def samples_axis(self, path: Path) -> int:
+        """The axis of the samples of an input that has one."""
+        axis = self.axes[path]
+        assert axis is not None
+        return axis
+
     def part(self, rows: Tensor, others: Mapping[Path, Any] | None = None) -> Call:
         """The call with some of its samples, and other values in some places. What has no samples stays as it is."""
         values = {

@@ -23,8 +23,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.utils._pytree import tree_map
 
 from lightning_xattn.attribution.contribution import CONTRIBUTION_SAMPLES
-from lightning_xattn.attribution.ports import ModalitiesSetting
 from lightning_xattn.attribution.kept_samples import MAX_SAMPLES
+from lightning_xattn.attribution.ports import ModalitiesSetting
 from lightning_xattn.callback.epoch_log import EpochLog, main_history
 from lightning_xattn.callback.monitors import describe_risks, find_monitors
 from lightning_xattn.callback.processes import describe_spawning, describe_tensor_parallelism, find_processes

@@ -7,7 +7,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from math import prod
 from typing import Any, TypeVar
 
@@ -34,11 +33,11 @@ Note = TypeVar("Note")
 class AttentionMode(TorchFunctionMode):
     """Records every attention that is computed while certain modules run; the results stay what they are bit for bit.
 
-    The mode is on while one of ``modules`` (with their paths) runs, or of ``attending`` ones among them. ``trace`` notes
-    all their calls, and what losses read; then the mode is on outside of modules, too. ``level`` decides what is recorded of an attention
-    that is about to be computed. ``leave`` is called when a run ends without an error, with what the module returned.
-    ``edit`` changes an attention before it is computed; torch's fast paths are then off. A mode that ``follows`` notes
-    which attention reaches which.
+    The mode is on while one of ``modules`` (with their paths) runs, or one of the ``attending`` ones among them.
+    ``trace`` notes all their calls, and what losses read; then the mode is on outside of modules, too. ``level``
+    decides what is recorded of an attention that is about to be computed. ``leave`` is called when a run ends without
+    an error, with what the module returned. ``edit`` changes an attention before it is computed; torch's fast paths
+    are then off. A mode that ``follows`` notes which attention reaches which.
 
     Errors in here never reach the modules that run: they are added to ``errors``. Only what ``edit`` raises does.
     """

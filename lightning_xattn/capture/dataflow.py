@@ -12,7 +12,6 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -20,8 +19,22 @@ from lightning_xattn.capture.calls import Path, find_tensors
 from lightning_xattn.capture.readers import find_reader
 
 _SHAPES_ONLY = frozenset(
-    ("new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "ones_like", "empty_like", "full_like")
-    + ("rand_like", "randn_like", "randint_like", "size", "dim", "numel")
+    [
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "size",
+        "dim",
+        "numel",
+    ]
 )
 """What these give does not depend on the numbers of what they get."""
 
@@ -31,6 +44,7 @@ _IN_PLACE = frozenset(
     + [f"__i{name}__" for name in ("and", "or", "xor", "lshift", "rshift", "matmul")]
 )
 _DEEPEST = 6
+_NO_HOLDERS = (str, bytes, int, float, bool, type, nn.Module, FunctionType, ModuleType)
 
 
 @dataclass(eq=False)
@@ -151,9 +165,7 @@ class Dataflow(TorchFunctionMode):
                 self.add(target, labels)
         elif labels:
             for one in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(one, Tensor):
-                    self.add(one, labels)
-                elif isinstance(one, (tuple, list)):
+                if isinstance(one, (Tensor, tuple, list)):
                     self.add(one, labels)
         return result
 
@@ -192,9 +204,7 @@ def _walk(value: Any, depth: int = 0) -> Iterator[Any]:
     """Tensors, arrays and lists of plain values in a value, also in objects such as graphs."""
     if isinstance(value, (Tensor, np.ndarray)):
         yield value
-    elif depth > _DEEPEST or value is None or isinstance(value, (str, bytes, int, float, bool, type)):
-        return
-    elif isinstance(value, (nn.Module, FunctionType, ModuleType)):
+    elif depth > _DEEPEST or value is None or isinstance(value, _NO_HOLDERS):
         return
     elif isinstance(value, Mapping):
         for item in value.values():
@@ -207,19 +217,3 @@ def _walk(value: Any, depth: int = 0) -> Iterator[Any]:
     elif isinstance(getattr(value, "__dict__", None), dict):
         for item in vars(value).values():
             yield from _walk(item, depth + 1)
-
-
-def walk_tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a value, also in objects such as graphs."""
-    return (one for one in _walk(value) if isinstance(one, Tensor))
-
-
-def is_same_storage(tensor: Tensor, other: Tensor) -> bool:
-    """Whether two tensors look at the same memory."""
-    return tensor.device == other.device and _key(tensor)[0] == _key(other)[0]
-
-
-def detached(value: Tensor) -> Tensor:
-    """A copy of its own."""
-    with torch.no_grad():
-        return value.detach().clone()

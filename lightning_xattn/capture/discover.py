@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_xattn.capture.trace import Run
 from lightning_xattn.capture.extractor import AttentionExtractor, name_event
 from lightning_xattn.capture.layers import common_parent, describe_idle, layers_by_name, with_unique_names
 from lightning_xattn.capture.masks import RecordedWeights
@@ -28,6 +27,7 @@ from lightning_xattn.capture.tokens import (
     find_token_inputs,
     named_arguments,
 )
+from lightning_xattn.capture.trace import Run
 from lightning_xattn.capture.wrappers import plain_path
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import DiscoveryError, ShapeError

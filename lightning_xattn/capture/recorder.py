@@ -318,7 +318,8 @@ class AttentionRecorder:
             for layer in self.layers
         )
         for extractor in self._extractors.values():
-            extractor.direction = names.get(extractor.direction, extractor.direction)
+            if extractor.direction is not None:
+                extractor.direction = names.get(extractor.direction, extractor.direction)
         self._paired = {rename_layer(layer, names) for layer in self._paired}
         self._extractors = {
             (rename_layer(layer, names), names.get(direction, direction)): extractor

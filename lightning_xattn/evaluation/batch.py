@@ -153,9 +153,7 @@ class StepRecorder:
         """See ``AttentionRecorder``."""
         return self._attention.left_out
 
-    def collect_step(
-        self, outputs: Any, batch: Any, needs_attention: bool = False
-    ) -> tuple[Step, Attentions] | None:
+    def collect_step(self, outputs: Any, batch: Any, needs_attention: bool = False) -> tuple[Step, Attentions] | None:
         """What the step returned and its attention; None if it ran nothing, or left all its attention out.
 
         Parameters
@@ -185,9 +183,7 @@ class StepRecorder:
         forward = self._trace.find("")
         output = None if forward is None else forward.output
         assert samples is not None
-        step = Step(
-            outputs, batch, output, samples, device, tokens, self._multilabel_loss, self._trace, self._model
-        )
+        step = Step(outputs, batch, output, samples, device, tokens, self._multilabel_loss, self._trace, self._model)
         return step, self._pairs
 
     def _count_samples(self, outputs: Any, batch: Any) -> tuple[int | None, torch.device]:
@@ -233,8 +229,8 @@ class StepRecorder:
         except (DiscoveryError, ShapeError) as error:
             if self._attention.ran_nothing:
                 return ()
-            is_whole_step = self._outputs is not None or bool(self._trace.losses)
-            is_named = bool(self._attention.layers) or not self._may_lack_attention
+            is_whole_step = self._outputs is not None or bool(self._trace.losses) or self.fusion.is_named
+            is_named = not self._may_lack_attention or (bool(self._attention.layers) and not self.fusion.is_named)
             if needs_attention or is_named or not (is_whole_step or self._attention.saw_attention):
                 raise
             if self._attention.saw_attention:

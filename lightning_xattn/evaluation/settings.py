@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import nn
 
 from lightning_xattn.attribution.contribution import CONTRIBUTION_SAMPLES
-from lightning_xattn.attribution.ports import ModalitiesSetting, check_modalities
 from lightning_xattn.attribution.kept_samples import MAX_SAMPLES
+from lightning_xattn.attribution.ports import ModalitiesSetting, check_modalities
 from lightning_xattn.capture import AttentionSetting, check_attention
 from lightning_xattn.capture.labels import LabelFinder, LabelSetting
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes

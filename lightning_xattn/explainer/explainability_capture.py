@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from lightning_xattn.attribution.contribution import CONTRIBUTION_SAMPLES, PARTNERS
-from lightning_xattn.attribution.ports import ModalitiesSetting
 from lightning_xattn.attribution.kept_samples import MAX_SAMPLES
+from lightning_xattn.attribution.ports import ModalitiesSetting
 from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.capture.labels import LabelSetting
 from lightning_xattn.core.attention import TokenAxis, fitting_axes

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_xattn import AttentionExplainabilityCallback
 from tests.toy import quiet_trainer
@@ -99,7 +99,7 @@ class InTheStep(Base):
         raise RuntimeError("not called")
 
     def validation_step(self, batch, batch_idx):
-        left, right, age, y = batch
+        left, right, _, y = batch
         logits = self.fuse(self.left_encoder(left), self.right_encoder(right))
         self.log("val_loss", F.cross_entropy(logits, y))
 
@@ -243,7 +243,7 @@ class Ids(Base):
 
     def __init__(self):
         super().__init__()
-        left, right, age, y = data_of()
+        left, right, _, y = data_of()
         for name, one in (("lefts", left), ("rights", right), ("ys", y)):
             self.register_buffer(name, one)
 
@@ -284,7 +284,9 @@ def test_contributions_are_those_of_brute_force(name, infos):
 
     expected = brute_force(copied, tensors[:2], further)
     loader = (
-        DataLoader(torch.arange(SAMPLES), 20) if collate is None else Batches([one.clone() for one in tensors], collate).loader()
+        DataLoader(torch.arange(SAMPLES), 20)
+        if collate is None
+        else Batches([one.clone() for one in tensors], collate).loader()
     )
     # All partners: with as few samples as these, four each would be an estimate.
     callback = AttentionExplainabilityCallback(contribution_samples=SAMPLES, figures_every_n_epochs=0, **settings)

@@ -98,7 +98,7 @@ def test_only_what_lies_behind_the_fusion_runs_again():
     assert summary.pairs == 4 * 40
     # Three steps, at most 20 runs of 16 samples to find the modalities, and the first batch for the evaluation's end.
     found = len(RUNS) - 4
-    assert RUNS == [16, *[16] * found, 16, 8, 16]
+    assert [16, *[16] * found, 16, 8, 16] == RUNS
     assert found <= 20
 
 
@@ -276,7 +276,8 @@ def test_intact_pairs_must_give_their_logits_back_within_rounding(precision, off
     again = logits + off * torch.tensor([1.0, -1.0])
     assert float((again.softmax(1) - logits.softmax(1)).abs().max()) < 1e-6
     source = SimpleNamespace(
-        model_output=ModelOutput(logits.softmax(1), logits), batches=lambda modalities, sources, own: [(sources[0], sources)]
+        model_output=ModelOutput(logits.softmax(1), logits),
+        batches=lambda modalities, sources, own: [(sources[0], sources)],
     )
 
     class Replays:

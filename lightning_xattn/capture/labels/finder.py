@@ -342,9 +342,8 @@ class LabelFinder:
             guessed = guess_predictions(step)
             places["predictions"] = None if isinstance(guessed, str) else guessed
         self._output = places["predictions"]
-        if self._settings["predictions"] is None:
-            if isinstance(guessed, str):
-                self._doubts |= {"predictions": guessed}
+        if self._settings["predictions"] is None and isinstance(guessed, str):
+            self._doubts |= {"predictions": guessed}
         scores = None if places["predictions"] is None else places["predictions"].read(step)
         self._binary = are_single_scores(scores, step.samples)
         if self._settings["targets"] is None:

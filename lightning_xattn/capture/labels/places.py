@@ -36,8 +36,8 @@ from lightning_xattn.capture.wrappers import find_module, plain_path
 from lightning_xattn.core.errors import DiscoveryError, SettingError
 
 LabelSetting = str | Callable[..., Any] | None
-"""None: look in the usual places; a key of the outputs, the batch or what ``forward`` returned (also of a dict in them),
-a field of a dataclass or NamedTuple, an attribute of a graph's batch; a module's path, for what it returns; or a
+"""None: look in the usual places; a key of the outputs, the batch or what ``forward`` returned, or of a dict in them; a
+field of a dataclass or NamedTuple, an attribute of a graph's batch; a module's path, for what it returns; or a
 callable ``(outputs, batch) -> tensor`` or ``(outputs, batch, forward) -> tensor``."""
 
 PREDICTION_KEYS = ("logits", "probabilities", "probs", "predictions", "preds", "y_hat", "y_pred")

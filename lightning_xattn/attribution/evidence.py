@@ -1,0 +1,283 @@
+"""Evidence of how inputs reach the predictions: labels of a run, and runs with other samples' inputs.
+
+At most 20 runs on 16 samples, once, in a model's first step; each leaves the model's state as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
+from lightning_xattn.attribution.ports import Modality, Port
+from lightning_xattn.attribution.root import Key, Patch, ReplayError, Root
+from lightning_xattn.capture.calls import Call, Path, find_tensors, name_argument, samples_axis, take_samples
+from lightning_xattn.capture.dataflow import Dataflow, LabelledCall
+
+SAMPLES = 16
+"""How many samples of a first batch are run again to find the modalities."""
+
+
+class Evidence:
+    """What a labelled run of a root shows, and further runs.
+
+    Parameters
+    ----------
+    root
+        What gives the predictions.
+    live
+        The predictions of the step.
+
+    Attributes
+    ----------
+    rows
+        The samples of the runs.
+    calls
+        The calls of the labelled run, in the order in which they began.
+    outputs, arguments
+        What they gave and got.
+    inputs
+        The labels of the root's inputs.
+    predicted
+        The labels that reach the predictions.
+
+    Raises
+    ------
+    ReplayError
+        If the root cannot be run again.
+    """
+
+    def __init__(self, root: Root, live: ModelOutput) -> None:
+        self.root = root
+        self.rows = torch.arange(min(SAMPLES, root.samples))
+        self._live = live
+        self._flow = Dataflow()
+        self.inputs: dict[Path, int] = {}
+        self.intact, self.predicted = self._run_intact()
+
+    @property
+    def calls(self) -> list[LabelledCall]:
+        """See the class."""
+        return self._flow.calls
+
+    def _run_intact(self) -> tuple[ModelOutput, int]:
+        """Run the root as it was, with labels on its inputs; then the labels that reach the predictions."""
+        failure = ReplayError("")
+        whole = torch.arange(self.root.samples)
+        for rows, with_hooks in ((self.rows, False), (self.rows, True), (whole, False), (whole, True)):
+            self.root.with_hooks = with_hooks
+            self.rows, self._flow, self.inputs = rows, Dataflow(), {}
+            call = self.root.part(rows)
+            for path, leaf in call.leaves():
+                self.inputs[path] = self._flow.new_label()
+                self._flow.add(leaf, self.inputs[path], own=True)
+            try:
+                with self.root.restoring():
+                    predictions, self.outputs, self.arguments = self.root.run(call, flow=self._flow, capture=None)
+                    output = self.root.read_output(predictions).cpu()
+                    reached = self._flow.of(predictions)
+            except ReplayError as error:
+                failure = error
+                continue
+            if len(output.values) != len(rows):
+                failure = ReplayError("it gives another number of predictions for fewer samples")
+                continue
+            precision = self.root.coarsest([one for _, one in call.tensors()])
+            if are_same_outputs(self._live[rows].cpu(), output, precision):
+                self._precision = precision
+                return output, reached
+            failure = ReplayError("it gives other outputs when it is run again")
+        raise failure
+
+    def _run(self, call: Call, patch: Patch | None = None, capture: Sequence[Key] = ()) -> tuple[ModelOutput, Any]:
+        with self.root.restoring():
+            predictions, outputs, _ = self.root.run(call, patch, capture)
+            return self.root.read_output(predictions).cpu(), outputs
+
+    def _are_same(self, one: ModelOutput, other: ModelOutput) -> bool:
+        """Whether two runs gave the same, measured by the spread of the intact predictions."""
+        first, second = (ModelOutput.joined([self.intact, output]) for output in (one, other))
+        return are_same_outputs(first, second, self._precision)
+
+    @property
+    def reaching(self) -> dict[Path, int]:
+        """The inputs that reach the predictions, with their labels."""
+        return {path: label for path, label in self.inputs.items() if label & self.predicted}
+
+    def reaches(self, call: LabelledCall) -> bool:
+        """Whether what a call gave reaches the predictions."""
+        return any(own & self.predicted for own in call.own.values())
+
+    def name_input(self, path: Path) -> str:
+        """An input as a user would name it."""
+        return name_argument(self.root.function, path)
+
+    def find_call(self, port: Port) -> LabelledCall:
+        """The call of a port."""
+        return next(call for call in self.calls if call.key == port.key)
+
+    def output_port(self, call: LabelledCall) -> Port | None:
+        """What a call returns that reaches the predictions; None of what has no axis of samples."""
+        axes = {}
+        for where, tensor in find_tensors(call.output):
+            if call.own.get(where, 0) & self.predicted:
+                axis = samples_axis(tensor, len(self.rows))
+                if axis is None:
+                    return None
+                axes[where] = axis
+        return Port("output", call.path, call.turn, axes) if axes else None
+
+    def input_ports(self, paths: Sequence[Path]) -> tuple[Port, ...]:
+        """The inputs that are tensors with an axis of samples."""
+        axes = {path: axis for path in paths if (axis := self.root.axes.get(path)) is not None}
+        tensors = {path: axis for path, axis in axes.items() if isinstance(self.root.call[path], Tensor)}
+        return (Port("input", "", 0, tensors),) if tensors else ()
+
+    def reached_around(self, ports: Sequence[Port], inputs: Sequence[Path]) -> list[Path]:
+        """Those of the inputs that reach the predictions otherwise than by these ports."""
+        exchanged = {path for port in ports if port.kind == "input" for path in port.axes}
+        for skips in (True, False):  # some models fail where a module does not run
+            flow, labels = Dataflow(), {}
+            call = self.root.part(self.rows)
+            for path, leaf in call.leaves():
+                if path in inputs and path not in exchanged:
+                    labels[path] = flow.new_label()
+                    flow.add(leaf, labels[path])
+            try:
+                with self.root.restoring():
+                    predictions, _, _ = self.root.run(call, self._patch_of(ports, skips=skips), flow=flow)
+                    reached = flow.of(predictions)
+            except ReplayError:
+                continue
+            return [path for path, label in labels.items() if label & reached]
+        return [path for path in inputs if path not in exchanged]
+
+    def _patch_of(self, ports: Sequence[Port], outputs: Mapping[Key, Any] | None = None, skips: bool = True) -> Patch:
+        """The intact outputs of these ports, or others, in their places."""
+        held = self.outputs if outputs is None else outputs
+        tensors: dict[Key, dict[Path, Tensor]] = {}
+        given: dict[Key, dict[Path, Tensor]] = {}
+        for port in ports:
+            if port.kind == "output":
+                made = {where: one.clone() for where, one in find_tensors(held[port.key]) if where in port.axes}
+                tensors.setdefault(port.key, {}).update(made)
+            elif port.kind == "argument":
+                got = {path: self.arguments[port.key][path].clone() for path in port.axes}
+                given.setdefault(port.key, {}).update(got)
+        return Patch(tensors, self.outputs, given, skips)
+
+    def equals_exchange(self, ports: Sequence[Port], inputs: Sequence[Path]) -> bool:
+        """Whether exchanging inputs does no more than what it does to these ports; True where that cannot be tried."""
+        order = _in_one_circle(len(self.rows))
+        values = {path: self.root.axes.get(path) for path in inputs}
+        if len(self.rows) < 2 or None in values.values():
+            return True
+        others = {
+            path: take_samples(self.root.call[path], axis, order) for path, axis in values.items() if axis is not None
+        }
+        try:
+            captured = [port.key for port in ports if port.kind != "input"]
+            exchanged, outputs = self._run(self.root.part(self.rows, others), capture=captured)
+            own = {path: others[path] for port in ports if port.kind == "input" for path in port.axes}
+            patched, _ = self._run(self.root.part(self.rows, own), self._patch_of(ports, outputs, skips=False))
+        except ReplayError:
+            return False
+        return self._are_same(exchanged, patched)
+
+    def looks_across(self) -> bool | None:
+        """Whether the predictions of some samples change with the others; None where that cannot be tried."""
+        count = len(self.rows)
+        if count < 3 or not self.reaching or any(self.root.axes.get(path) is None for path in self.reaching):
+            return None
+        half = (count + 1) // 2
+        others = self.rows[:half].flip(0)[: count - half]
+        try:
+            output, _ = self._run(self.root.part(torch.cat([self.rows[:half], others])))
+        except ReplayError:
+            return None
+        return not self._are_same(self.intact[:half], output[:half])
+
+    def find_further_inputs(self, modalities: Sequence[Modality]) -> tuple[Path, ...]:
+        """The inputs that reach the predictions otherwise than by the modalities."""
+        ports = [port for modality in modalities for port in modality.ports]
+        exchanged = {path for port in ports if port.kind == "input" for path in port.axes}
+        inputs = [path for path in self.inputs if path not in exchanged]
+        return tuple(self.reached_around(ports, inputs))
+
+    def changed_in_place(self, port: Port) -> bool:
+        """Whether the model changes what a port holds in place."""
+        if port.kind == "argument":
+            return True
+        if port.kind == "input":
+            labels = [self.inputs.get(path, 0) for path in port.axes]
+        else:
+            call = self.find_call(port)
+            labels = [call.own.get(path, 0) for path in port.axes]
+        return any(label & self._flow.changed for label in labels)
+
+    @property
+    def changes_inputs(self) -> bool:
+        """Whether the model changes its inputs in place."""
+        return any(label & self._flow.changed for label in self.inputs.values())
+
+    def sides(self, modalities: Sequence[Modality]) -> dict[str, list[tuple[str, str]]]:
+        """By a module's path, the modalities that the queries and the keys of each attention in it come from, or ""."""
+        labels = {}
+        for modality in modalities:
+            labels[modality.name] = self._labels_of(modality)
+        found: dict[str, list[tuple[str, str]]] = {}
+        for call, queries, keys in self._flow.attention:
+            both = tuple(_only(name for name, own in labels.items() if own & side) for side in (queries, keys))
+            for outer in call.outwards() if call is not None else ():
+                found.setdefault(outer.path, []).append((both[0], both[1]))
+        return found
+
+    def _labels_of(self, modality: Modality) -> int:
+        found = 0
+        for port in modality.ports:
+            if port.kind == "input":
+                found |= sum(self.inputs.get(path, 0) for path in port.axes)
+            elif port.kind == "output":
+                call = self.find_call(port)
+                found |= sum(call.own.get(path, 0) for path in port.axes)
+            else:
+                call = self.find_call(port)
+                for path in port.axes:
+                    found |= self._flow.of(self.arguments[port.key][path])
+        return found
+
+    def bypassed(self, modalities: Sequence[Modality], further: Sequence[Path]) -> list[tuple[str, str]]:
+        """Inputs of a modality that also reach the predictions past it, each with the modality."""
+        found = []
+        for modality in modalities:
+            inputs = self._inputs_of(modality)
+            found += [(self.name_input(path), modality.name) for path in further if self.inputs[path] & inputs]
+        return found
+
+    def _inputs_of(self, modality: Modality) -> int:
+        """The labels of the inputs that reach a modality."""
+        found = 0
+        for port in modality.ports:
+            for call in self.calls:
+                if port.kind == "output" and call.key == port.key:
+                    found |= call.made
+            if port.kind == "argument":
+                for path in port.axes:
+                    found |= self._flow.of(self.arguments[port.key][path])
+        return found
+
+
+def _in_one_circle(samples: int) -> Tensor:
+    """An order in which no sample keeps its place, and that has no period that data may have."""
+    shuffled = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
+    order = torch.empty_like(shuffled)
+    order[shuffled] = shuffled.roll(1)
+    return order
+
+
+def _only(names: Iterable[str]) -> str:
+    found = list(names)
+    return found[0] if len(found) == 1 else ""

@@ -1,0 +1,192 @@
+"""Modalities as settings name them: paths of modules, items, keys of the batch, or arguments of a fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from lightning_xattn.attribution.discovery import describe_candidates
+from lightning_xattn.attribution.evidence import Evidence
+from lightning_xattn.attribution.ports import (
+    AbsentArgumentError,
+    ModalitiesSetting,
+    Modality,
+    Port,
+    as_tuple,
+    find_mask,
+    is_absent,
+)
+from lightning_xattn.attribution.root import Key, ReplayError
+from lightning_xattn.capture.calls import Call, Path, find_tensors, name_argument, samples_axis
+from lightning_xattn.capture.dataflow import LabelledCall
+from lightning_xattn.capture.sources import Source
+from lightning_xattn.capture.wrappers import find_module
+from lightning_xattn.core.errors import DiscoveryError, SettingError
+
+
+def find_named_modalities(
+    evidence: Evidence, fusion: str | None, setting: ModalitiesSetting, real: Mapping[str, Tensor]
+) -> list[Modality]:
+    """The modalities as the settings name them.
+
+    Parameters
+    ----------
+    evidence
+        Of the root.
+    fusion, setting
+        The settings.
+    real
+        Of some modalities the tokens that the attention takes as real, ``(batch, tokens)``.
+
+    Raises
+    ------
+    DiscoveryError
+        If a name is not there; the message has what is.
+    AbsentArgumentError
+        If an argument of the fusion is None in this call.
+    ReplayError
+        If the fusion did not run.
+    """
+    if fusion is not None:
+        return _name_arguments(evidence, fusion, setting, real)
+    modalities = []
+    for name, several in setting.items():
+        ports = [port for one in as_tuple(several) for port in _resolve(evidence, str(one))]
+        ports.sort(key=lambda port: port.kind == "input")
+        modalities.append(Modality(name, tuple(ports), " and ".join(map(str, as_tuple(several)))))
+    return modalities
+
+
+def _resolve(evidence: Evidence, name: str) -> list[Port]:
+    """What a path of a module, an item of its output or a key names."""
+    inputs = [path for path in evidence.inputs if name in (evidence.name_input(path), str(path[-1]))]
+    source, path = None, None
+    try:
+        source = Source.parse(name)
+        path = find_module(evidence.root.model, source.path)
+    except SettingError:
+        pass
+    if path is None and source is not None and source.item and not inputs:
+        path = find_module(evidence.root.model, ".".join([source.path, *map(str, source.item)]))
+        source = replace(source, item=()) if path is not None else source
+    calls = [call for call in evidence.calls if path is not None and call.path == path]
+    if source is not None and source.call is not None:
+        calls = calls[source.call - 1 : source.call]
+    ports = []
+    for call in calls:
+        port = evidence.output_port(call) or _any_output(evidence, call)
+        if source is not None and source.item and port is not None:
+            axes = {
+                w: a
+                for w, a in port.axes.items()
+                if tuple(map(str, w[: len(source.item)])) == tuple(map(str, source.item))
+            }
+            port = replace(port, axes=axes) if axes else None
+        if port is not None:
+            ports.append(port)
+    if not ports and inputs:
+        ports = list(evidence.input_ports(inputs))
+    if not ports:
+        what = "did not run in this step" if path is not None and not calls else "is no module and no input"
+        raise DiscoveryError(
+            f"modalities names '{name}', which {what} of what gives the predictions "
+            f"({'the step' if evidence.root.path is None else repr(evidence.root.path or 'forward')}). There are "
+            f"{describe_candidates(evidence)}."
+        )
+    return ports
+
+
+def _any_output(evidence: Evidence, call: LabelledCall) -> Port | None:
+    """What a call returns, though it does not reach the predictions."""
+    axes = {where: samples_axis(tensor, len(evidence.rows)) for where, tensor in find_tensors(call.output)}
+    known = {where: axis for where, axis in axes.items() if axis is not None}
+    return Port("output", call.path, call.turn, known) if known else None
+
+
+def _name_arguments(
+    evidence: Evidence, fusion: str, setting: ModalitiesSetting, real: Mapping[str, Tensor]
+) -> list[Modality]:
+    path = find_module(evidence.root.model, fusion)
+    calls = [call for call in evidence.calls if call.path == path]
+    if not calls:
+        raise ReplayError(
+            f"the fusion '{fusion}' was not seen in what gives the predictions: it did not run, or is no part of it"
+        )
+    if len(calls) > 1:
+        raise DiscoveryError(
+            f"The fusion '{fusion}' runs {len(calls)} times in a step, so it is ambiguous what enters it. Name a "
+            "module that runs once."
+        )
+    call = evidence.arguments[calls[0].key]
+    return name_arguments(calls[0].module, fusion, calls[0].key, setting, call, len(evidence.rows), real)
+
+
+def name_arguments(
+    module: nn.Module,
+    fusion: str,
+    key: Key,
+    setting: ModalitiesSetting,
+    call: Call,
+    samples: int,
+    real: Mapping[str, Tensor],
+) -> list[Modality]:
+    """The modalities among a fusion's arguments.
+
+    Raises
+    ------
+    AbsentArgumentError
+        If an argument is None.
+    DiscoveryError
+        If an argument is not there, is no float tensor, or holds no axis of samples.
+    """
+    tensors = dict(call.tensors())
+    labels = {where: name_argument(module, where) for where in tensors}
+
+    def find(name: int | str) -> Path:
+        found = [
+            where
+            for where, label in labels.items()
+            if (where[0] == name and len(where) == 1 if isinstance(name, int) else name in (label, where[-1]))
+        ]
+        if not found and is_absent(call, name):
+            raise AbsentArgumentError(f"no {name!r}")
+        if len(found) != 1:
+            known = ", ".join(f"{where[0]!r} ({label}): {_shape(tensors[where])}" for where, label in labels.items())
+            raise DiscoveryError(
+                f"modalities names argument {name!r} of the fusion '{fusion}', which has "
+                f"{'no such tensor' if not found else f'{len(found)} of them'} in this call; it has {known or 'none'}."
+            )
+        return found[0]
+
+    modalities = []
+    named = {name: [find(place) for place in as_tuple(several)] for name, several in setting.items()}
+    firsts = [tensors[paths[0]] for paths in named.values()]
+    axis = next((one for one in (0, 1) if all(t.dim() > one and t.shape[one] == samples for t in firsts)), None)
+    if axis is None or not all(one.is_floating_point() for one in firsts):
+        got = ", ".join(f"{name} {_shape(tensors[paths[0]])}" for name, paths in named.items())
+        raise DiscoveryError(
+            f"Expected a floating tensor of each modality in '{fusion}', with the {samples} samples on its first axis, "
+            f"or on its second of all; got {got}."
+        )
+    for name, (first, *others) in named.items():
+        same = [one for one, tensor in tensors.items() if one != first and tensor is tensors[first]]
+        axes = dict.fromkeys([first, *same], axis)
+        for other in others:
+            own = samples_axis(tensors[other], samples)
+            if own is None:
+                raise DiscoveryError(
+                    f"'{labels[other]}' of '{fusion}' has no axis of {samples} samples: {_shape(tensors[other])}."
+                )
+            axes[other] = own
+        tokens = tensors[first].transpose(0, axis)
+        mask = find_mask({one: labels[one] for one in others}, tensors, tokens.shape[:2], real.get(name))
+        modalities.append(
+            Modality(name, (Port("argument", key[0], key[1], axes),), f"{labels[first]} of {fusion}", mask)
+        )
+    return modalities
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
