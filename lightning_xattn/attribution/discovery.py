@@ -11,7 +11,7 @@ from lightning_xattn.attribution.evidence import Evidence
 from lightning_xattn.attribution.names import name_groups, plain_name
 from lightning_xattn.attribution.ports import MOST_MODALITIES, Modality, Port
 from lightning_xattn.attribution.root import Root
-from lightning_xattn.capture.calls import Path, find_tensors
+from lightning_xattn.capture.calls import Path
 from lightning_xattn.capture.dataflow import LabelledCall
 from lightning_xattn.capture.wrappers import plain_path
 
@@ -69,7 +69,9 @@ def find_modalities(evidence: Evidence, attending: Collection[str]) -> Found:
     if len(found) > MOST_MODALITIES:
         described = ", ".join(_describe(evidence, group, ports) for group, ports in found)
         return Found(
-            root, problem=f"{len(found)} modalities were found, at most {MOST_MODALITIES} can be exchanged: {described}"
+            root,
+            problem=f"{len(found)} modalities were found, of which at most {MOST_MODALITIES} can be exchanged: "
+            f"{described}. Take several together, as in modalities={{'<a>': ['path', 'path'], '<b>': 'path'}}",
         )
     usable = [(group, ports) for group, ports in found if ports]
     if len(usable) < 2:
@@ -89,7 +91,7 @@ def describe_candidates(evidence: Evidence) -> str:
     for call in evidence.calls:
         depth = sum(1 for _ in call.outwards())
         if depth <= 2 and call.path not in ("", root) and evidence.reaches(call):
-            shape = next((tuple(one.shape) for _, one in find_tensors(call.output)), ())
+            shape = next((tuple(one.shape) for _, one in call.tensors.items()), ())
             found.setdefault(plain_path(evidence.root.model, call.path), shape)
     inputs = {
         evidence.name_input(path): tuple(getattr(evidence.root.call[path], "shape", ())) for path in evidence.reaching
@@ -98,13 +100,16 @@ def describe_candidates(evidence: Evidence) -> str:
     return ", ".join(parts) or "none"
 
 
-def _group_inputs(evidence: Evidence, attending: Collection[str]) -> list[Group]:
+def _group_inputs(evidence: Evidence, attending: Collection[str], is_deep: bool = False) -> list[Group]:
     """Inputs that reach the predictions by modules of their own, as the labels show."""
     reaching = evidence.reaching
     every = sum(reaching.values())
     candidates = [call for call in evidence.calls if _may_encode(evidence, call, every, attending)]
     pure: list[LabelledCall] = []
     for call in candidates:
+        inner = {one.made & every for one in candidates if one is not call and call in one.outwards()}
+        if is_deep and any(not one & other for one in inner for other in inner):
+            continue
         if not any(outer in pure for outer in call.outwards()) and not _fuses(call, candidates, every):
             pure.append(call)
     sets = {call.made & every for call in pure}
@@ -140,12 +145,31 @@ def _fuses(call: LabelledCall, candidates: Sequence[LabelledCall], every: int) -
 def _find_ports(evidence: Evidence, attending: Collection[str]) -> list[tuple[Group, tuple[Port, ...]]]:
     """The groups that are modalities, each with what holds it."""
     groups = _group_inputs(evidence, attending)
+    if len(groups) < 2:  # one module may embed several
+        deeper = _group_inputs(evidence, attending, is_deep=True)
+        groups = deeper if len(deeper) > 1 else groups
+    groups = [group for group in groups if any(_varies(evidence, path) for path in group.inputs)]
     grouped = {path for group in groups for path in group.inputs}
     groups, raw = _join_masks(evidence, groups, [path for path in evidence.reaching if path not in grouped])
-    if len(groups) < 2:
-        alone = [path for path in raw if evidence.root.axes.get(path) is not None and _is_large(evidence, path)]
+    alone = [path for path in raw if evidence.root.axes.get(path) is not None and _is_large(evidence, path)]
+    if len(groups) > 1:  # masks, lengths and single numbers are further inputs
+        alone = [path for path in alone if _is_floating(evidence, path)]
+    if len(groups) < 2 or len(groups) + len(alone) <= MOST_MODALITIES:
         groups += [Group((path,), ()) for path in alone]
     return [(group, _choose_ports(evidence, group)) for group in groups] if len(groups) > 1 else []
+
+
+def _is_floating(evidence: Evidence, path: Path) -> bool:
+    value = evidence.root.call[path]
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _varies(evidence: Evidence, path: Path) -> bool:
+    """Whether samples differ in an input: the same types of tokens for all are no modality."""
+    value, axis = evidence.root.call[path], evidence.root.axes.get(path)
+    if axis is None or not isinstance(value, Tensor) or value.is_nested or evidence.root.samples < 2:
+        return True
+    return bool((value != value.narrow(axis, 0, 1)).any())
 
 
 def _is_large(evidence: Evidence, path: Path) -> bool:
@@ -173,7 +197,7 @@ def _join_masks(evidence: Evidence, groups: list[Group], raw: list[Path]) -> tup
 def _token_shapes(evidence: Evidence, group: Group) -> set[tuple[int, ...]]:
     values = [evidence.root.call[path] for path in group.inputs]
     shapes = {tuple(one.shape[:2]) for one in values if isinstance(one, Tensor) and one.dim() > 1}
-    made = [tensor for call in group.calls for _, tensor in find_tensors(call.output)]
+    made = [tensor for call in group.calls for _, tensor in call.tensors.items()]
     return shapes | {(evidence.root.samples, *one.shape[1:2]) for one in made if one.dim() == 3}
 
 

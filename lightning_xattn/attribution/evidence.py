@@ -122,7 +122,7 @@ class Evidence:
     def output_port(self, call: LabelledCall) -> Port | None:
         """What a call returns that reaches the predictions; None of what has no axis of samples."""
         axes = {}
-        for where, tensor in find_tensors(call.output):
+        for where, tensor in call.tensors.items():
             if call.own.get(where, 0) & self.predicted:
                 axis = samples_axis(tensor, len(self.rows))
                 if axis is None:

@@ -19,7 +19,7 @@ from lightning_xattn.attribution.ports import (
     is_absent,
 )
 from lightning_xattn.attribution.root import Key, ReplayError
-from lightning_xattn.capture.calls import Call, Path, find_tensors, name_argument, samples_axis
+from lightning_xattn.capture.calls import Call, Path, name_argument, samples_axis
 from lightning_xattn.capture.dataflow import LabelledCall
 from lightning_xattn.capture.sources import Source
 from lightning_xattn.capture.wrappers import find_module
@@ -88,6 +88,12 @@ def _resolve(evidence: Evidence, name: str) -> list[Port]:
             ports.append(port)
     if not ports and inputs:
         ports = list(evidence.input_ports(inputs))
+    if not ports and calls:
+        shapes = ", ".join(str(tuple(one.shape)) for one in calls[0].tensors.values()) or "no tensor"
+        raise DiscoveryError(
+            f"modalities names '{name}', which returns nothing with the {len(evidence.rows)} samples on an axis of its "
+            f"own: {shapes}. There are {describe_candidates(evidence)}."
+        )
     if not ports:
         what = "did not run in this step" if path is not None and not calls else "is no module and no input"
         raise DiscoveryError(
@@ -100,7 +106,7 @@ def _resolve(evidence: Evidence, name: str) -> list[Port]:
 
 def _any_output(evidence: Evidence, call: LabelledCall) -> Port | None:
     """What a call returns, though it does not reach the predictions."""
-    axes = {where: samples_axis(tensor, len(evidence.rows)) for where, tensor in find_tensors(call.output)}
+    axes = {where: samples_axis(tensor, len(evidence.rows)) for where, tensor in call.tensors.items()}
     known = {where: axis for where, axis in axes.items() if axis is not None}
     return Port("output", call.path, call.turn, known) if known else None
 

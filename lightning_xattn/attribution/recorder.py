@@ -44,6 +44,13 @@ NAME_THEM = (
 """The remedy where modalities are not clear."""
 
 
+NAME_PREDICTIONS = (
+    "Return the predictions from the step as {'logits': ...}, or name them: predictions='path.to.module' (what it "
+    "returns), predictions='key' or predictions=lambda outputs, batch: ...."
+)
+"""The remedy where predictions are not clear."""
+
+
 @dataclass(frozen=True, eq=False)
 class FusionRecord:
     """The modalities of a batch."""
@@ -373,7 +380,7 @@ class ModalityRecorder:
             )
         except ReplayError as error:
             self.problem = str(error)
-            return self._refuse(self.problem)
+            return self._refuse(self.problem, NAME_PREDICTIONS)
         attending = {source.path for layer in layers for _, source in layer.sources if source.joint is None}
         for root in roots:
             with root.keeping_state():
@@ -396,15 +403,15 @@ class ModalityRecorder:
                     if labels.predicted is None and live.values.shape[1] > 1:
                         self.problem = self.problem or "the predictions are neither classes nor a single value"
                     return []
-        described = describe_candidates(candidates[0][0]) if candidates else "none"
+        described = describe_candidates(candidates[-1][0]) if candidates else "none"
         problem = next((found.problem for _, found in candidates if found.problem), "") or failure
         if not problem:
             problem = f"fewer than two inputs reach the predictions by modules of their own. There are {described}"
         self.problem = problem
         return self._refuse(problem)
 
-    def _refuse(self, problem: str) -> list[str]:
-        return self._once(f"Probes and contributions are not computed: {problem}. {NAME_THEM}")
+    def _refuse(self, problem: str, remedy: str = NAME_THEM) -> list[str]:
+        return self._once(f"Probes and contributions are not computed: {problem}. {remedy}")
 
     def _look(self, evidence: Evidence, real: Mapping[str, Tensor], attending: Collection[str]) -> Found:
         if self._setting is None:

@@ -120,7 +120,7 @@ def find_roots(
 def _find_call(trace: StepTrace, labels: Labels, wanted: Tensor | None, samples: int) -> Predictions | None:
     """The outermost call whose output has the predictions."""
     for run in sorted(trace.runs, key=lambda run: sum(1 for _ in run.outwards())):
-        for leaf, tensor in find_tensors(run.output) if run.has_ended else ():
+        for leaf, tensor in run.tensors.items() if run.has_ended else ():
             given = tensor.detach()
             may_be = wanted is None or labels.are_ids or labels.scores is not None
             if may_be or (wanted is not None and same_numbers(given, wanted)):

@@ -12,6 +12,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -61,7 +62,8 @@ class LabelledCall:
     """Labels of what it gave."""
     own: dict[Path, int] = field(default_factory=dict)
     """A label of its own for each tensor that it gave."""
-    output: Any = None
+    tensors: dict[Path, Tensor] = field(default_factory=dict)
+    """Copies of those that it gave."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -135,13 +137,15 @@ class Dataflow(TorchFunctionMode):
             output = forward(*args, **kwargs)
         finally:
             self._running.pop()
-        call.output, call.made = output, self.of(output)
+        call.made = self.of(output)
         if not call.made and call.got:
             self.add(output, call.got)
             call.made = call.got
         for where, tensor in find_tensors(output):
             call.own[where] = self.new_label()
             self.add(tensor, call.own[where], own=True)
+            with torch._C.DisableTorchFunction():
+                call.tensors[where] = tensor.detach().clone()
         return output
 
     def __torch_function__(
@@ -153,19 +157,22 @@ class Dataflow(TorchFunctionMode):
         if name in _SHAPES_ONLY:
             return result
         self._note_attention(function, name, args, kwargs)
-        changes = "out" in kwargs or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        changes = kwargs.get("out") is not None or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         if not changes and not isinstance(result, (Tensor, tuple, list)):
             return result
         labels = self._of_arguments(args) | self._of_arguments(tuple(kwargs.values()))
         if changes:
-            target = kwargs.get("out", args[0] if args else None)
+            target = kwargs["out"] if kwargs.get("out") is not None else args[0] if args else None
             for one in _walk(target):
                 self.changed |= self._own.get(_key(one)[0], 0)
             if labels:
                 self.add(target, labels)
         elif labels:
+            # What is another look at the numbers of an argument depends on no other one, as of expand_as.
+            own = {_key(one)[0] for one in _walk((args, kwargs)) if isinstance(one, Tensor)}
             for one in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(one, (Tensor, tuple, list)):
+                is_view = isinstance(one, Tensor) and _key(one)[0] in own
+                if isinstance(one, (Tensor, tuple, list)) and not is_view:
                     self.add(one, labels)
         return result
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_xattn.capture.calls import Call, Path, Precision, copy_tensors, find_tensors
+from lightning_xattn.capture.calls import Call, Path, Precision, find_tensors
+from lightning_xattn.capture.tensors import has_address
 
 if TYPE_CHECKING:
     from lightning_xattn.capture.readers import Event
@@ -62,8 +63,8 @@ class Run:
     has_ended: bool = False
     precision: Precision | None = None
     """The autocast in which it ran."""
-    shapes: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
-    """Of the tensors in what it returned."""
+    tensors: Mapping[Path, Tensor] = field(default_factory=dict)
+    """Those in what it returned, where they are kept."""
     entered: Call | None = None
     """What it got, unchanged by what the module does in place; None where that is not kept."""
     given: Mapping[Path, Tensor] = field(default_factory=dict)
@@ -142,13 +143,16 @@ class StepTrace:
         """Note what a call returned."""
         if not (self.is_complete or run.module in self.chosen):
             return
-        tensors = dict(find_tensors(output))
-        run.has_ended, run.shapes = True, {path: tuple(one.shape) for path, one in tensors.items()}
+        tensors = {path: one for path, one in find_tensors(output) if has_address(one)}
+        run.has_ended = True
         size = sum(one.element_size() * prod(one.shape) for one in tensors.values())
         is_kept = run.module in self.chosen or run.outer is None
         if is_kept or size <= min(self._budget, BUDGET // 16):
             self._budget -= 0 if is_kept else size
-            run.output = copy_tensors(output) if run.module in self.copied else output
+            is_copied = run.module in self.copied
+            # Not what holds them, which the model may give other tensors.
+            run.tensors = {path: one.clone() if is_copied else one for path, one in tensors.items()}
+            run.output = output
         if is_kept and run.entered is None:
             run.entered = run.call
 
@@ -182,13 +186,7 @@ def look_up(book: Mapping[int, tuple[weakref.ref[Tensor], Note]], tensor: Any) -
 
 def output_at(run: Run | None, path: Path) -> Tensor | None:
     """A tensor in what a call returned; None if it is not there."""
-    found: Any = None if run is None else run.output
-    try:
-        for key in path:
-            found = None if isinstance(found, Tensor) else found[key]
-    except (KeyError, IndexError, TypeError):
-        return None
-    return found if isinstance(found, Tensor) else None
+    return None if run is None else run.tensors.get(path)
 
 
 def same_numbers(tensor: Tensor, other: Tensor) -> bool:

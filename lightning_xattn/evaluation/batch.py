@@ -15,9 +15,9 @@ from lightning_xattn.capture import AttentionRecorder, AttentionSetting, Layer, 
 from lightning_xattn.capture.calls import find_tensors
 from lightning_xattn.capture.forwards import get_module
 from lightning_xattn.capture.labels import LabelFinder, Labels, Step
+from lightning_xattn.capture.labels.places import module_named
 from lightning_xattn.capture.labels.scores import Scores
 from lightning_xattn.capture.trace import StepTrace
-from lightning_xattn.capture.wrappers import find_module
 from lightning_xattn.core.attention import AttentionPair, Direction, mask_queries
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
@@ -93,9 +93,9 @@ class StepRecorder:
         self._pairs: Attentions = ()
         self._outputs: Any = None
         self.renamed: dict[Direction, Direction] = {}
-        named = {one: find_module(model, one) for one in labels if isinstance(one, str)}
-        paths = {"": "", **{name: path for name, path in named.items() if path}}
-        self._trace.follow({get_module(model, path): path for path in paths.values()}, False)
+        named = [module_named(model, one) for one in labels if isinstance(one, str)]
+        paths = ["", *(one[0] for one in named if one is not None)]
+        self._trace.follow({get_module(model, path): path for path in paths}, False)
 
     def __enter__(self) -> StepRecorder:
         return self.begin()
@@ -189,7 +189,7 @@ class StepRecorder:
     def _count_samples(self, outputs: Any, batch: Any) -> tuple[int | None, torch.device]:
         """How many samples a step without attention has: by what its loss reads, what it returns, or the batch."""
         tensors = [loss.input for loss in self._trace.losses] + [one for _, one in find_tensors(outputs)]
-        tensors += [one for run in self._trace.outermost() for _, one in find_tensors(run.output)]
+        tensors += [one for run in self._trace.outermost() for _, one in run.tensors.items()]
         in_batch = [one for _, one in find_tensors(batch)]
         for one in (*tensors, *in_batch):
             fits = any(len(one) == len(other) for other in in_batch if other.dim()) if one.dim() else False

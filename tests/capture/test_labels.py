@@ -224,9 +224,14 @@ def test_a_single_score_that_is_not_clear_is_not_taken_and_said_why(targets, sco
     labels = find(LOSS, (IMAGE, targets), scores)
     assert labels.predicted is None
     assert re.search(reason, labels.doubts["predictions"])
-    if targets is not None:
+    named = {"predictions": lambda o, b: scores, "targets": lambda o, b: b[1]}
+    if targets is BITS:
         with pytest.raises(ShapeError, match=reason):
-            find(LOSS, (IMAGE, targets), predictions=lambda o, b: scores, targets=lambda o, b: b[1])
+            find(LOSS, (IMAGE, targets), **named)
+    elif targets is not None:  # a regression, also where it is named
+        labels = find(LOSS, (IMAGE, targets), **named)
+        assert labels.predicted is labels.target is None
+        assert re.search(reason, labels.doubts["predictions"])
 
 
 def test_floating_targets_of_which_a_first_batch_shows_one_class_may_be_numbers_to_regress():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.capture.labels.places import (
+    BINARY_LOSSES,
     LabelSetting,
     Place,
     ReadScores,
@@ -21,6 +22,7 @@ from lightning_xattn.capture.labels.places import (
     check_label_setting,
     describe,
     describe_setting,
+    find_loss_of,
     find_misfits,
     find_scores,
     find_several_labels,
@@ -177,7 +179,7 @@ class LabelFinder:
         self._scores_of: ReadScores | None = None
         # Where the model's output is, also if it is no class.
         self._output: Place | None = None
-        self._binary = self._probabilities = self._one_hot = self.are_several = False
+        self._binary = self._probabilities = self._one_hot = self.are_several = self._is_regression = False
         # Whether rows of targets that were one-hot in the first batch have none or several positives; on their device.
         self._several: Tensor | None = None
         self._doubts: dict[str, str] = {}
@@ -365,9 +367,11 @@ class LabelFinder:
         if places["predictions"] is not None and isinstance(scores, Tensor):
             self._doubts |= self._find_doubts(scores, places["predictions"], places["targets"], step)
         if "predictions" in self._doubts:
-            if self._settings["predictions"] is not None:
+            if self._settings["predictions"] is not None and not self._is_regression:
                 raise ShapeError(f"{self._doubts['predictions']} {step}")
             places["predictions"] = None
+            if self._is_regression:
+                return places | {"targets": None}
             labels = None if places["targets"] is None else places["targets"].read(step)
             self._binary = are_binary_labels(labels, step.samples, self._settings["targets"] is None)
         return places
@@ -397,7 +401,8 @@ class LabelFinder:
         if not self._binary:
             scale = scores.dim() == 2 and scores.is_floating_point()
             self._probabilities = scale and are_probabilities(scores)
-            if not scale or self._probabilities or place.key == "logits" or are_surely_logits(scores):
+            is_clear = self._probabilities or place.key == "logits" or are_surely_logits(scores)
+            if not scale or is_clear or find_loss_of(step, scores) in ("cross_entropy", "multi_margin_loss"):
                 return {}
             text = (
                 f"{place.name} gives scores between 0 and 1 whose rows do not sum to 1: they may be logits, or a "
@@ -408,14 +413,18 @@ class LabelFinder:
             return {"confidence": text}
         labels = None if targets is None else targets.read(step)
         binary = are_binary_labels(labels, step.samples, self._settings["targets"] is None)
-        if not binary and (targets or self._settings["predictions"] is None):
+        loss = find_loss_of(step, scores)
+        is_named = self._settings["predictions"] is not None and place.key in ("probabilities", "probs", "logits")
+        if not binary and not (targets is None and (is_named or loss in BINARY_LOSSES)):
+            self._is_regression = True
             text = (
                 f"{place.name} gives one number for each sample, but the first batch has no targets of 0 and 1 to go "
                 "with it. So it is a regression, which has no classes, or a binary head whose targets must be named."
             )
             return {"predictions": text}
-        self._probabilities = place.key in ("probabilities", "probs")
-        if self._probabilities or place.key == "logits" or are_surely_logits(scores):
+        self._probabilities = place.key in ("probabilities", "probs") or loss == "binary_cross_entropy"
+        is_clear = self._probabilities or place.key == "logits" or are_surely_logits(scores)
+        if is_clear or loss in BINARY_LOSSES:
             return {}
         text = (
             f"{place.name} gives one score for each sample, all between 0 and 1: they may be logits or probabilities. "

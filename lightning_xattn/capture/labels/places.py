@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.capture.calls import Path as KeyPath
-from lightning_xattn.capture.calls import find_leaves, find_tensors, get_item
+from lightning_xattn.capture.calls import find_leaves, get_item
 from lightning_xattn.capture.labels.scores import (
     Classes,
     Scores,
@@ -31,6 +31,7 @@ from lightning_xattn.capture.labels.scores import (
     scores_by_class,
     to_labels,
 )
+from lightning_xattn.capture.sources import Source
 from lightning_xattn.capture.trace import Loss, StepTrace, output_at, same_numbers
 from lightning_xattn.capture.wrappers import find_module, plain_path
 from lightning_xattn.core.errors import DiscoveryError, SettingError
@@ -128,13 +129,44 @@ def named_place(setting: LabelSetting) -> Place | None:
             found = _look_up(holder, setting)
             if found is not None:
                 return found
-        path = None if step.model is None else find_module(step.model, setting)
-        run = None if step.trace is None or path is None else step.trace.find(path)
-        tensors = [one for _, one in find_tensors(None if run is None else run.output)]
-        fitting = [one for one in tensors if are_predictions(one, step.samples) or are_single(one, step.samples)]
-        return next(iter(fitting), None)
+        return _output_named(step, setting)
 
     return Place(describe_setting(setting), by_key, setting)
+
+
+def module_named(model: nn.Module, setting: str) -> tuple[str, tuple[int | str, ...], int] | None:
+    """The module that a setting names, the item of what it returns, and the number of its call; None if it is none.
+
+    ``"path"``, ``"path[item]"``, ``"path#2"``; "forward" is the model's own.
+    """
+    try:
+        source = Source.parse(setting)
+    except SettingError:
+        return None
+    path = find_module(model, source.path)
+    if path is None and source.path == "forward":
+        path = ""
+    return None if path is None else (path, source.item, (source.call or 1) - 1)
+
+
+def _output_named(step: Step, setting: str) -> Tensor | None:
+    named = None if step.model is None else module_named(step.model, setting)
+    if named is None or step.trace is None:
+        return None
+    path, item, turn = named
+    run = step.trace.find(path, turn)
+    tensors = {} if run is None else {leaf: one for leaf, one in run.tensors.items() if leaf[: len(item)] == item}
+    fitting = [one for one in tensors.values() if are_predictions(one, step.samples) or are_single(one, step.samples)]
+    if len(fitting) > 1:
+        items = " or ".join(f"'{name_call(step.model, path, 0, leaf)}'" for leaf in tensors)
+        raise DiscoveryError(f"'{setting}' returns several tensors with a value for each sample: name one, {items}.")
+    return fitting[0] if fitting else None
+
+
+def name_call(model: nn.Module | None, path: str, turn: int, leaf: KeyPath) -> str:
+    """A tensor that a module returns, as a setting names it."""
+    name = (path if model is None else plain_path(model, path)) or "forward"
+    return name + (f"#{turn + 1}" if turn else "") + "".join(f"[{key}]" for key in leaf)
 
 
 def _look_up(holder: Any, key: str) -> Any:
@@ -266,6 +298,16 @@ _OF_VALUES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "gaussian_n
 """Losses of numbers, which read no class scores."""
 
 
+BINARY_LOSSES = ("binary_cross_entropy", "binary_cross_entropy_with_logits", "soft_margin_loss")
+"""Losses of a single score for two classes; the first reads probabilities, the others logits."""
+
+
+def find_loss_of(step: Step, scores: Tensor) -> str:
+    """The name of the first loss that reads these scores; "" without one."""
+    losses = () if step.trace is None else step.trace.losses
+    return next((loss.name for loss in losses if same_numbers(loss.input, scores)), "")
+
+
 def find_read_by_losses(step: Step) -> list[Place]:
     """The places of the tensors that losses read as predictions, each once.
 
@@ -287,8 +329,8 @@ def find_read_by_losses(step: Step) -> list[Place]:
             made = _find_call(step, tensor)
             if made is not None:
                 path, turn, leaf = made
-                name = path if step.model is None else plain_path(step.model, path)
-                place = Place(name or "forward", partial(_read_call, path, turn, leaf), module=path)
+                name = name_call(step.model, path, turn, leaf)
+                place = Place(name, partial(_read_call, path, turn, leaf), module=path)
             else:
                 name = f"what {loss.name} {'compares with' if is_target else 'reads'}"
                 place = Place(name, partial(_read_loss, number, is_target), is_loss=True)
@@ -308,7 +350,7 @@ def _find_call(step: Step, tensor: Tensor) -> tuple[str, int, KeyPath] | None:
     """The outermost call that returned a tensor."""
     runs = [] if step.trace is None else step.trace.runs
     for run in sorted(runs, key=lambda run: sum(1 for _ in run.outwards())):
-        for leaf, one in find_tensors(run.output):
+        for leaf, one in run.tensors.items():
             if same_numbers(one, tensor):
                 return run.path, [other for other in runs if other.path == run.path].index(run), leaf
     return None
