@@ -13,8 +13,16 @@ from lightning_xattn.attribution.directions import reconcile_names
 from lightning_xattn.attribution.discovery import LOOKS_ACROSS, Found, describe_candidates, find_modalities
 from lightning_xattn.attribution.evidence import Evidence
 from lightning_xattn.attribution.named import find_named_modalities, name_arguments
+from lightning_xattn.attribution.names import plain_name
 from lightning_xattn.attribution.outputs import ModelOutput
-from lightning_xattn.attribution.ports import AbsentArgumentError, ModalitiesSetting, Modality, Port, check_modalities
+from lightning_xattn.attribution.ports import (
+    AbsentArgumentError,
+    ModalitiesSetting,
+    Modality,
+    Port,
+    as_tuple,
+    check_modalities,
+)
 from lightning_xattn.attribution.replay import AttentionPlace, Replay
 from lightning_xattn.attribution.root import PredictionPlace, ReplayError, Root
 from lightning_xattn.attribution.roots import StepCall, find_roots
@@ -239,10 +247,12 @@ class ModalityRecorder:
         """What this step handed on."""
         assert self._found is not None
         template = self._found.root
-        run = None if template.path is None else self._find_root_run(template)
-        if template.path is not None and run is None:
+        is_whole = self.processes.hold_whole_model
+        run = None if template.path is None or not is_whole else self._find_root_run(template)
+        if template.path is not None and run is None and is_whole:
             return None, self._left_out(f"{_name_root(template)} did not run")
         call = Call(self.step.args, {}) if template.path is None and self.step else (run.entered if run else None)
+        call = call if is_whole else Call((), {})
         if call is None:
             return None, self._left_out("it was not called as the first one")
         new = {path for path, _ in call.leaves()} - self._leaf_paths
@@ -370,7 +380,7 @@ class ModalityRecorder:
         """Find the modalities in a first step; gives messages to the user."""
         if not self.processes.hold_whole_model:
             self.problem = SPLIT_MODEL
-            return self._name_in_trace(real)
+            return self._name_in_trace(layers, real)
         self._is_decided = True
         failure = ""
         candidates: list[tuple[Evidence, Found]] = []
@@ -517,23 +527,47 @@ class ModalityRecorder:
         except (ReplayError, ShapeError, KeyError) as error:
             return None, self._left_out(str(error))
 
-    def _name_in_trace(self, real: Mapping[str, Tensor]) -> list[str]:
-        """Record the arguments of a fusion that is named, where the model cannot run again."""
-        run = None if self._named is None else self._trace.find(self._named)
-        if self._setting is None or run is None or run.entered is None:
-            self._is_decided = self._setting is None
-            return self._refuse(f"{SPLIT_MODEL}, and no fusion is named that ran")
+    def _name_in_trace(self, layers: Sequence[Layer], real: Mapping[str, Tensor]) -> list[str]:
+        """Record what is named, where the model cannot run again: a fusion's arguments, or modules of these names."""
         try:
-            key, samples = (run.path, 0), len(run.entered[next(iter(run.given))])
-            modalities = name_arguments(run.module, str(self._fusion), key, self._setting, run.entered, samples, real)
+            modalities = self._arguments_in_trace(real) if self._fusion is not None else self._modules_in_trace(layers)
         except AbsentArgumentError as error:
             return self._left_out(f"the fusion '{self._fusion}' got {error}")
-        self._is_decided, self.modalities = True, tuple(modalities)
-        precision = run.precision or Precision("cpu", None)
-        place = PredictionPlace("call")
-        root = Root(self._model, run.module, run.entered, samples, precision, (), place, lambda _: None, run.path)
-        self._found, self._leaf_paths = Found(root, self.modalities), {path for path, _ in run.entered.leaves()}
+        self._is_decided = True
+        if len(modalities) < 2:
+            return self._refuse(f"{SPLIT_MODEL}, and what holds the modalities is not named")
+        self.modalities = tuple(modalities)
+        precision, place = Precision("cpu", None), PredictionPlace("call")
+        root = Root(self._model, self._model, Call((), {}), 0, precision, (), place, lambda _: None, "")
+        self._found = Found(root, self.modalities)
+        paths = {port.path for modality in modalities for port in modality.ports}
+        self._trace.follow({get_module(self._model, path): path for path in paths}, False)
         return []
+
+    def _arguments_in_trace(self, real: Mapping[str, Tensor]) -> list[Modality]:
+        run = None if self._named is None else self._trace.find(self._named)
+        if run is None or run.entered is None or self._setting is None:
+            return []
+        samples = next(len(one) for one in run.given.values())
+        key = run.path, 0
+        return name_arguments(run.module, str(self._fusion), key, self._setting, run.entered, samples, real)
+
+    def _modules_in_trace(self, layers: Sequence[Layer]) -> list[Modality]:
+        """The outermost modules that are named, or called as the modalities of the first layer."""
+        found = []
+        directions = [direction for layer in layers[:1] for direction, _ in layer.sources]
+        names = dict.fromkeys(str(name) for one in directions for name in (one.query, one.key))
+        wanted = self._setting or {name: name for name in names}
+        for name, several in wanted.items():
+            first = str(as_tuple(several)[0])
+            path = find_module(self._model, first)
+            runs = [run for run in self._trace.runs if path in (None, run.path) and run.tensors]
+            runs = [run for run in runs if path is not None or plain_name(run.path) == first]
+            if runs:
+                leaf, tensor = next(iter(runs[0].tensors.items()))
+                port = Port("output", runs[0].path, 0, {leaf: 0} if tensor.dim() else {})
+                found.append(Modality(name, (port,), runs[0].path))
+        return found
 
     # ------------------------------------------------------------------ replays
     def make_replay(self) -> Replay:

@@ -18,7 +18,7 @@ from lightning_xattn.capture.calls import Call
 from lightning_xattn.capture.forwards import wrap_forwards
 from lightning_xattn.capture.readers import Edit, Event, Read, RecordLevel, find_reader
 from lightning_xattn.capture.tensors import Address, has_address
-from lightning_xattn.capture.trace import LOSSES, Run, StepTrace, look_up
+from lightning_xattn.capture.trace import LOSSES, SCORE_FUNCTIONS, Run, StepTrace, look_up
 from lightning_xattn.capture.wrappers import Shared, runs_for_backward
 
 ToEdit = Callable[[Event], Edit | None]
@@ -151,6 +151,8 @@ class AttentionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._trace is not None and function in LOSSES:
             self._guard(self._trace.note_loss, function, args, kwargs, self._runs)
+        if self._trace is not None and self._trace.is_complete and function in SCORE_FUNCTIONS:
+            self._guard(self._trace.note_scores, args, self._runs)
         if not self._runs:
             return function(*args, **kwargs)
         reader, before = find_reader(function), len(self._runs[-1].events)

@@ -30,6 +30,15 @@ LOSSES: dict[Any, tuple[str, str]] = {
 }
 """The functions that compare predictions with targets, and the names of the two arguments."""
 
+SCORE_FUNCTIONS = frozenset(
+    (
+        *(torch.argmax, Tensor.argmax, torch.softmax, F.softmax, Tensor.softmax, torch.log_softmax, F.log_softmax),
+        *(Tensor.log_softmax, torch.sigmoid, Tensor.sigmoid, F.logsigmoid, torch.topk, Tensor.topk),
+        *(torch.max, Tensor.max),
+    )
+)
+"""What steps and metrics do to class scores; only outside of modules that are no metrics."""
+
 BUDGET = 64 * 2**20
 """Bytes of outputs of inner modules that a first step keeps until its end: predictions are small."""
 
@@ -99,6 +108,8 @@ class StepTrace:
         The calls in the order in which they began.
     losses
         In the order in which they were computed; empty where they are not read.
+    read
+        What the step or a metric takes for class scores.
     """
 
     def __init__(self) -> None:
@@ -113,6 +124,7 @@ class StepTrace:
         """Forget the step."""
         self.runs: list[Run] = []
         self.losses: list[Loss] = []
+        self.read: list[Tensor] = []
         self._budget = BUDGET
 
     def follow(self, modules: Mapping[nn.Module, str], reads_losses: bool) -> None:
@@ -163,6 +175,12 @@ class StepTrace:
         if isinstance(given.get("input"), Tensor):
             modules = tuple(run.module for run in inside)
             self.losses.append(Loss(function.__name__, given["input"].detach(), given.get("target"), modules))
+
+    def note_scores(self, args: Sequence[Any], running: Sequence[Run]) -> None:
+        """Note what the step, or a metric in it, takes for class scores."""
+        is_metric = all(hasattr(run.module, "update") and hasattr(run.module, "compute") for run in running)
+        if is_metric and args and isinstance(args[0], Tensor) and args[0].dim() in (1, 2):
+            self.read.append(args[0].detach())
 
     def outermost(self) -> list[Run]:
         """The calls that are in no other one."""

@@ -229,7 +229,9 @@ class StepRecorder:
         except (DiscoveryError, ShapeError) as error:
             if self._attention.ran_nothing:
                 return ()
-            is_whole_step = self._outputs is not None or bool(self._trace.losses) or self.fusion.is_named
+            forward = self._trace.find("")
+            has_forward = forward is not None and forward.has_ended
+            is_whole_step = self._outputs is not None or has_forward or bool(self._trace.losses) or self.fusion.is_named
             is_named = not self._may_lack_attention or (bool(self._attention.layers) and not self.fusion.is_named)
             if needs_attention or is_named or not (is_whole_step or self._attention.saw_attention):
                 raise

@@ -305,7 +305,7 @@ def test_attention_of_a_single_key_warns_and_has_no_curves():
 
 class Unlabelled(ToyModule):
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        self(*batch[:2])
+        self.log("confidence", self(*batch[:2]).softmax(1).amax())
 
 
 def test_without_labels_the_class_and_outcome_parts_switch_off_and_say_so():
@@ -361,7 +361,7 @@ def test_samples_without_a_label_have_no_class_and_no_outcome():
     audio, text, target = toy_data().tensors
     target[12:] = -1
     module, callback = ToyModule(), AttentionExplainabilityCallback(targets=lambda outputs, batch: batch[2])
-    module._loss = lambda batch: module(*batch[:2]).sum()
+    module._loss = lambda batch: module(*batch[:2]).softmax(1).sum()
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(audio, text, target), batch_size=5)
     with pytest.warns(XAttnWarning, match="11 of 23 samples have no class"):
         validate(module, callback, loader)

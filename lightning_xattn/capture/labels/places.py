@@ -131,7 +131,7 @@ def named_place(setting: LabelSetting) -> Place | None:
                 return found
         return _output_named(step, setting)
 
-    return Place(describe_setting(setting), by_key, setting)
+    return Place(setting, by_key, setting)
 
 
 def module_named(model: nn.Module, setting: str) -> tuple[str, tuple[int | str, ...], int] | None:
@@ -277,7 +277,8 @@ def guess_predictions(step: Step) -> Place | str | None:
         value = keyed.read(step)
         return keyed if are_predictions(value, step.samples) or are_single_scores(value, step.samples) else None
     for fits in (are_predictions, are_single_scores):
-        fitting = [place for place in _list_items(step, "outputs") if fits(place.read(step), step.samples)]
+        returned = [place for place in list_places(step, "outputs") if place.key not in TARGET_KEYS]
+        fitting = [place for place in returned if fits(place.read(step), step.samples)]
         if fitting:
             return fitting[0] if len(fitting) == 1 else None
     read = find_read_by_losses(step)
@@ -289,9 +290,21 @@ def guess_predictions(step: Step) -> Place | str | None:
     ):
         for fits in (are_predictions, are_single_scores):
             fitting = [place for place in candidates if fits(place.read(step), step.samples)]
+            taken = [place for place in fitting if _is_read(step, place.read(step))]
+            if len(taken) == 1:
+                return taken[0]
             if fitting:
-                return fitting[0] if len(fitting) == 1 else None
+                names = " or ".join(f"predictions='{place.key or 'forward'}'" for place in fitting)
+                return (
+                    f"{' and '.join(place.name for place in fitting)} may be predictions, but no loss and no metric of "
+                    f"the step reads them, and it does not return them: {names} says that they are."
+                )
     return None
+
+
+def _is_read(step: Step, value: Any) -> bool:
+    """Whether the step takes a tensor for class scores; True where that is not known."""
+    return step.trace is None or any(same_numbers(value, one) for one in step.trace.read)
 
 
 _OF_VALUES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "gaussian_nll_loss", "poisson_nll_loss")
@@ -316,14 +329,17 @@ def find_read_by_losses(step: Step) -> list[Place]:
     if step.trace is None:
         return []
     found: list[tuple[Tensor, Place]] = []
+    of_classes = {tuple(loss.input.shape) for loss in step.trace.losses if loss.name not in _OF_VALUES}
     for number, loss in enumerate(step.trace.losses):
-        of_values = loss.name in _OF_VALUES
         given = [(loss.input, False)]
-        if isinstance(loss.target, Tensor) and loss.target.is_floating_point():
-            given += [(loss.target, True)] if _find_call(step, loss.target) is not None else []
+        is_taught = isinstance(loss.target, Tensor) and loss.target.is_floating_point()
+        is_taught = is_taught and _find_call(step, loss.target) is not None
+        given += [(loss.target, True)] if is_taught else []
         for tensor, is_target in given:
             is_single = are_single_scores(tensor, step.samples)
-            fits = is_single or (not of_values and are_predictions(tensor, step.samples))
+            is_score = loss.name not in _OF_VALUES or is_single
+            is_score |= is_taught and (not of_classes or tuple(tensor.shape) in of_classes)
+            fits = is_score and (is_single or are_predictions(tensor, step.samples))
             if not fits or any(same_numbers(tensor, other) for other, _ in found):
                 continue
             made = _find_call(step, tensor)
