@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from benchmarks.timing import quartiles_of_ratios, times_in_turns
 from lightning_xattn import AttentionRecorder
+from lightning_xattn.capture.labels import LabelFinder
+from lightning_xattn.evaluation.batch import StepRecorder, read_batch
 
 BATCH, EEG, SPEC, WIDTH, HEADS = 32, 9, 119, 256, 8
 
@@ -64,6 +66,65 @@ class Around(nn.Module):
     def forward(self, eeg: Tensor, spec: Tensor) -> tuple[Tensor, Tensor]:
         out: tuple[Tensor, Tensor] = self.fusion(self.encoder(eeg), spec)
         return out
+
+
+class Classifier(nn.Module):
+    """Two encoders, one of many small operations, a fusion, and a step that computes a loss."""
+
+    def __init__(self, operations: int) -> None:
+        super().__init__()
+        small = [nn.Identity() if i % 2 else nn.ReLU() for i in range(operations)]
+        self.eeg_encoder = nn.Sequential(nn.Linear(WIDTH, WIDTH), *small)
+        self.spec_encoder = nn.Linear(WIDTH, WIDTH)
+        self.fusion, self.head = Fusion(need_weights=True), nn.Linear(2 * WIDTH, 6)
+
+    def forward(self, eeg: Tensor, spec: Tensor) -> Tensor:
+        there, back = self.fusion(self.eeg_encoder(eeg), self.spec_encoder(spec))
+        scores: Tensor = self.head(torch.cat([there.mean(1), back.mean(1)], 1))
+        return scores
+
+    def step(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(self(batch[0], batch[1]), batch[2])
+
+
+@torch.no_grad()
+def tracing() -> None:
+    """What a first step's trace costs, and what later steps cost, from a step's begin to its end."""
+    torch.manual_seed(0)
+    batch = torch.randn(BATCH, EEG, WIDTH), torch.randn(BATCH, SPEC, WIDTH), torch.arange(BATCH) % 6
+    print("a whole step, from its begin to its end; without recording = 1")
+    for operations, repeats in ((20, 100), (5000, 30)):
+        model = Classifier(operations).eval()
+        later, finder = StepRecorder(model), LabelFinder()
+        run(later, model, batch, finder)
+        found = later.collect_step(None, batch)
+        assert found is not None
+        read_batch(*found, finder)
+        later.follow(finder)
+        labels = finder.find(found[0])
+        later.collect_fusion(labels)
+        first = StepRecorder(model)
+
+        def first_step(model: Classifier = model, first: StepRecorder = first) -> None:
+            run(first, model, batch, LabelFinder())
+            first.clear()
+
+        def later_step(model: Classifier = model, later: StepRecorder = later, known: LabelFinder = finder) -> None:
+            run(later, model, batch, known)
+            later.clear()
+
+        plain, one, other = times_in_turns(
+            lambda model=model: model.step(batch), first_step, later_step, repeats=repeats
+        )
+        _print(f"{operations} small operations: first step", quartiles_of_ratios(one, plain), "aim: at most 1.5")
+        _print(f"{operations} small operations: later step", quartiles_of_ratios(other, plain), "aim: at most 1.02")
+
+
+def run(recorder: StepRecorder, model: Classifier, batch: tuple[Tensor, Tensor, Tensor], finder: LabelFinder) -> None:
+    """A recorded step."""
+    recorder.begin(model.step, (batch,), finder)
+    model.step(batch)
+    recorder.close()
 
 
 @torch.no_grad()
@@ -125,3 +186,4 @@ def _print(what: str, quartiles: tuple[float, float, float], aim: str) -> None:
 
 if __name__ == "__main__":
     recording()
+    tracing()

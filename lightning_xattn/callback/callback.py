@@ -438,7 +438,8 @@ class AttentionExplainabilityCallback(Callback):
                 raise
             warn(f"An evaluation ('{stage_of(trainer)}') could not be {action}. {describe_error(error)}", once=True)
             return
-        if not run.refusal and not any(one.summaries or one.fusion for one in results.values()):
+        is_known = run.recorder is not None and run.recorder.has_nothing  # which was said in the first step
+        if not run.refusal and not is_known and not any(one.summaries or one.fusion for one in results.values()):
             ever = any(one.classes is not None for one in run.evaluations.values())
             warn(explain_empty_evaluation(stage_of(trainer), ever), once=f"empty evaluation {ever}")
 

@@ -94,7 +94,9 @@ class AttentionMode(TorchFunctionMode):
         run = Run(module, self._modules[module], outer, call, self._turns[module], self._made)
         self._turns[module] += 1
         self._runs.append(run)
-        self._guard(self._begin, run)
+        self._switch()
+        if self._trace is not None:
+            self._guard(self._trace.begin, run)
         has_ended = False
         try:
             output = forward(*args, **kwargs)
@@ -108,16 +110,14 @@ class AttentionMode(TorchFunctionMode):
         return output
 
     def _guard(self, action: Callable[..., None], *args: Any) -> None:
-        """Let no error of ours reach the model's run."""
+        """Let no error of ours reach the model's run, and no mode see what we do."""
+        modes = _pop_all()
         try:
             action(*args)
         except Exception as error:
             self.errors.append(error)
-
-    def _begin(self, run: Run) -> None:
-        self._switch()
-        if self._trace is not None:
-            self._trace.begin(run)
+        finally:
+            _push(modes)
 
     def _end(self, run: Run, output: Any) -> None:
         try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -171,17 +173,29 @@ def name_argument(function: Any, path: Path) -> str:
         A module, whose ``forward`` is meant, or a function.
     """
     first, *keys = path
-    called: Callable[..., Any] = getattr(function, "forward", function)
     if isinstance(first, int):
-        # A functools.partial, a scripted module and the like may have no signature.
-        try:
-            names = list(inspect.signature(called).parameters)
-        except (TypeError, ValueError):
-            names = []
+        names = _parameter_names(getattr(function, "forward", function))
         name = names[first] if first < len(names) else str(first)
     else:
         name = first
     return ".".join([name, *(str(key) for key in keys)])
+
+
+def _parameter_names(called: Callable[..., Any]) -> Sequence[str]:
+    bound = getattr(called, "__wrapped__", called)
+    written = getattr(bound, "__func__", None)
+    if isinstance(written, FunctionType):
+        return _names_in(written)[1:]  # without self
+    # A functools.partial, a scripted module and the like may have no signature.
+    try:
+        return list(inspect.signature(called).parameters)
+    except (TypeError, ValueError):
+        return []
+
+
+@cache
+def _names_in(function: FunctionType) -> Sequence[str]:
+    return list(inspect.signature(function).parameters)
 
 
 @dataclass(frozen=True)

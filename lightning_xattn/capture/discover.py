@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from math import prod
@@ -25,7 +25,6 @@ from lightning_xattn.capture.tokens import (
     describe_event,
     find_candidates,
     find_token_inputs,
-    named_arguments,
 )
 from lightning_xattn.capture.trace import Run
 from lightning_xattn.capture.wrappers import plain_path
@@ -99,8 +98,6 @@ class Survey:
     root: nn.Module
     found: list[Found] = field(default_factory=list)
     """All attention to tokens."""
-    named: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
-    """Numbers of tokens by what they are called: arguments of modules, and modules that attend within a sequence."""
     _owned: set[Event] = field(default_factory=set)
     _counts: Counter[str] = field(default_factory=Counter)
     _budget: int = field(default_factory=lambda: BUDGET)
@@ -116,9 +113,6 @@ class Survey:
 
     def note_run(self, run: Run, output: Any) -> None:
         """Note what a run computed that ends now."""
-        for name, tensor in named_arguments(run):
-            if tensor.is_floating_point() and tensor.dim() == 3:
-                self.named[name.lower()].add(tensor.shape[1])
         before = self._counts[run.path]
         self._counts[run.path] += len(run.events)
         mine = [
@@ -160,8 +154,6 @@ class Survey:
             if event.level is RecordLevel.MASKS:
                 event.recorded = None
             event.used, event.tokens = None, event.tokens if mixed else None
-            if event.within or not mixed:
-                self.named[run.path.lower()].add(event.shape[-2])
 
     def source(self, found: Found) -> Source:
         """What to name to get this attention."""
@@ -300,33 +292,6 @@ def _run_in_order(there: Sequence[Found], back: Sequence[Found]) -> bool:
     # A number is that of the layer; or of the direction, if it is the same in each layer.
     here, opposite = list(zip(*numbers, strict=True)), list(zip(*opposites, strict=True))
     return all(a == b or len(set(a)) == len(set(b)) == 1 for a, b in zip(here, opposite, strict=False))
-
-
-def find_reversed_names(survey: Survey, layers: Iterable[Layer]) -> dict[str, str]:
-    """Directions whose names say that one modality asks where the tokens say the other; as they would be turned round.
-
-    The tokens say so where the arguments of modules, and self-attention, that are called after a modality have as many
-    tokens as the other side of the attention.
-    """
-    found: dict[str, str] = {}
-    for layer in layers:
-        for direction, source in layer.sources:
-            shown = _find_all_shown(survey, source)
-            if source.joint is not None or source.read is not None or source.item or len(shown) != 1:
-                continue
-            queries, keys = shown[0].tokens
-            asking, asked = (_find_token_counts(survey, name) for name in (direction.query, direction.key))
-            against = asking == {keys} or asked == {queries}
-            if queries != keys and against and asking in (set(), {keys}) and asked in (set(), {queries}):
-                found[str(direction.opposite)] = survey.name(shown[0])
-    return found
-
-
-def _find_token_counts(survey: Survey, modality: str) -> set[int]:
-    """How many tokens a modality has, by what is called after it and after no other."""
-    word = re.compile(rf"(?:^|[._]){re.escape(modality.lower())}(?=$|[._\d])")
-    found = [counts for name, counts in survey.named.items() if word.search(name) and "_to_" not in name]
-    return set[int]().union(*found)
 
 
 def find_padding_source(survey: Survey, source: Source) -> Found | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from functools import update_wrapper
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +31,8 @@ class WrappedForward:
         self._name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
         self._module, self._around = module, around
         self._own, self._forward = vars(module).get(self._name), getattr(module, self._name)
-        update_wrapper(self, self._forward, updated=())
+        # What inspect.signature follows.
+        self.__wrapped__ = self._forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward."""
@@ -63,10 +63,17 @@ class WrappedForward:
 
 def wrap_forwards(modules: Mapping[nn.Module, str], around: Around, changes: ExitStack) -> None:
     """Wrap the forward of each module until ``changes`` closes."""
+    wrappers: list[WrappedForward] = []
+
+    def remove() -> None:
+        for wrapper in wrappers:
+            wrapper.remove()
+
+    changes.callback(remove)
     for module in modules:
         wrapper = WrappedForward(module, around)
-        changes.callback(wrapper.remove)
         wrapper.put()
+        wrappers.append(wrapper)
 
 
 def walk_modules(root: nn.Module, into_compiled: bool = True) -> Iterator[tuple[str, nn.Module]]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_xattn.capture.attention_mode import AttentionMode
-from lightning_xattn.capture.discover import Survey, choose_layers, find_padding_source, find_reversed_names, find_shown
+from lightning_xattn.capture.discover import Survey, choose_layers, find_padding_source, find_shown
 from lightning_xattn.capture.extractor import AttentionExtractor
 from lightning_xattn.capture.forwards import get_module, walk_modules
 from lightning_xattn.capture.layers import describe_attention, locate_attention
@@ -369,14 +369,6 @@ class AttentionRecorder:
                 # Not the whole, which would keep the first step's attention.
                 self._suppliers[extractor.padding] = supplier.axes, supplier.cropped
                 self._padding[extractor.padding] = supplier.padding
-        turned = find_reversed_names(survey, self.layers)
-        if turned:
-            paths = ", ".join(f"'{path}'" for path in turned.values())
-            self._warn_once(
-                f"{paths} is recorded in the direction that its name "
-                "has, queries first, but the numbers of tokens show that the other modality asks. If the numbers are "
-                f"right, swap the names: attention={turned}."
-            )
         self._survey = None
         if self._is_hooked:  # from now on only what is recorded
             self._hooks.close()

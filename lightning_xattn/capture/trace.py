@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_xattn.capture.calls import Call, Path, Precision, find_tensors
-from lightning_xattn.capture.tensors import has_address
 
 if TYPE_CHECKING:
     from lightning_xattn.capture.readers import Event
@@ -146,7 +145,8 @@ class StepTrace:
         """Note a call that begins."""
         if self.is_complete or run.module in self.chosen:
             self.runs.append(run)
-            run.precision = Precision.of(run.call)
+            if run.outer is None or not self.is_complete:
+                run.precision = Precision.of(run.call)
             if run.module in self.copied or (self.is_complete and run.outer is None):
                 run.given = dict(run.call.tensors())
                 run.entered = run.call.copied(run.given)
@@ -155,7 +155,7 @@ class StepTrace:
         """Note what a call returned."""
         if not (self.is_complete or run.module in self.chosen):
             return
-        tensors = {path: one for path, one in find_tensors(output) if has_address(one)}
+        tensors = {path: one for path, one in find_tensors(output) if one.layout == torch.strided and not one.is_nested}
         run.has_ended = True
         size = sum(one.element_size() * prod(one.shape) for one in tensors.values())
         is_kept = run.module in self.chosen or run.outer is None

@@ -197,6 +197,11 @@ class StepRecorder:
                 return len(one), one.device
         return None, torch.device("cpu")
 
+    @property
+    def has_nothing(self) -> bool:
+        """Whether a first step has shown neither attention nor modalities."""
+        return self._lacks_attention and self.fusion.is_decided and not self.fusion.modalities
+
     def follow(self, finder: LabelFinder) -> None:
         """Trace in later steps what the finder reads."""
         paths, reads_losses = finder.reads()

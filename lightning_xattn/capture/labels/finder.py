@@ -190,7 +190,8 @@ class LabelFinder:
     def places(self) -> dict[str, str]:
         """Where predictions, targets and groups come from, in words; those that were not found are left out."""
         shown = ("predictions", "targets", "groups", "query_mask")
-        return {what: place.name for what, place in (self._places or {}).items() if place and what in shown}
+        known = {what: place.name for what, place in (self._places or {}).items() if place and what in shown}
+        return {what: name.removeprefix("the key ") for what, name in known.items()}
 
     @property
     def group_noun(self) -> str | None:

@@ -131,7 +131,7 @@ def named_place(setting: LabelSetting) -> Place | None:
                 return found
         return _output_named(step, setting)
 
-    return Place(setting, by_key, setting)
+    return Place(describe_setting(setting), by_key, setting)
 
 
 def module_named(model: nn.Module, setting: str) -> tuple[str, tuple[int | str, ...], int] | None:
