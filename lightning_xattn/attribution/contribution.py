@@ -99,8 +99,10 @@ def compute_contributions(
         How many partners each sample has; None: all others. None of them is of the sample's own group.
     """
     blocks = kept.permuted.blocks()
+    if fusion.problem:
+        return fusion.problem
     if not blocks:
-        return fusion.problem or "no sample could be kept"
+        return "no sample could be kept"
     if len(blocks) > MAX_TOKEN_SHAPES:
         return f"the samples have {len(blocks)} different numbers of tokens, at most {MAX_TOKEN_SHAPES}: pad them"
     source = TokenSource(blocks)

@@ -178,39 +178,3 @@ def test_direct_calls_of_multi_head_attention_forward():
         assert_same(model(audio, text), expected)
     weights = attention(audio, text, text, average_attn_weights=False)[1]
     assert torch.equal(recorder.attention[0].forward.weights, weights)
-
-
-@pytest.mark.filterwarnings("ignore:Found in the first pass")
-@pytest.mark.parametrize("names", [("audio_to_video", "video_to_audio"), ("video_to_audio", "audio_to_video")])
-def test_names_that_mean_the_flow_from_keys_to_queries_are_said(names, recwarn):
-    """As in the LTX family, where video asks in ``audio_to_video_attn``."""
-
-    def block(module, video, audio_states):
-        there = getattr(module, f"{names[0]}_attn")(video, audio_states, audio_states)[0]
-        return there, getattr(module, f"{names[1]}_attn")(audio_states, video, video)[0]
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.video_to_audio_attn, self.audio_to_video_attn = mha(), mha()
-
-        def forward(self, video, audio_states):
-            return block(self, video, audio_states)
-
-    model = nn.ModuleDict({"block": Block()})
-    with AttentionRecorder(model) as recorder:
-        model["block"](tokens()[0], tokens()[1])
-        _ = recorder.attention
-    told = [str(warning.message) for warning in recwarn]
-    if names[0] == "video_to_audio":
-        assert told == []
-        return
-    (message,) = told
-    assert "'block.audio_to_video_attn'" in message
-    setting = {"video_to_audio": "block.audio_to_video_attn", "audio_to_video": "block.video_to_audio_attn"}
-    assert str(setting) in message or str(dict(reversed(setting.items()))) in message
-    with AttentionRecorder(model, setting) as recorder:
-        model["block"](tokens()[0], tokens()[1])
-    assert str(recorder.attention[0].forward.direction) == "video_to_audio"
-    assert recorder.attention[0].forward.weights.shape[2:] == (AUDIO, TEXT)
-    assert len(recwarn) == 1
