@@ -127,7 +127,7 @@ def test_a_prediction_that_is_not_clear_is_named_as_the_message_says():
             self(*batch[:3])
 
     with pytest.warns(XAttnWarning, match="says that they are") as caught:
-        look(Silent())
+        look(Silent(), class_names=list("abc"))
     message = next(str(one.message) for one in caught if "says that they are" in str(one.message))
     setting = paste(message, "predictions").strip("'")
     record = look(Silent(), predictions=setting, class_names=list("abc")).history[0]
