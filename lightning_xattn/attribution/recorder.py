@@ -102,7 +102,7 @@ class ModalityRecorder:
     processes
         Those that run the model.
     replays
-        Whether the predictions are replayed at the end of an evaluation.
+        Whether the model may run again. If not, only what is named, or called as the attention's modalities, is found.
     names_attention
         Whether a setting names the directions of the attention, whose names are then right.
 
@@ -135,7 +135,7 @@ class ModalityRecorder:
     ) -> None:
         check_modalities(fusion, modalities)
         self._names_attention = names_attention
-        self.processes, self._replays = processes, replays
+        self.processes = processes
         self._model, self._trace, self._setting, self._fusion = model, trace, modalities, fusion
         self._named = None if fusion is None else find_module(model, fusion)
         if fusion is not None and self._named is None:
@@ -143,7 +143,8 @@ class ModalityRecorder:
             raise DiscoveryError(
                 f"No module '{fusion}' for fusion=. Found: {known or 'none'}, and the modules inside them."
             )
-        if self._named is not None and not processes.hold_whole_model:
+        self._may_run = replays and processes.hold_whole_model
+        if self._named is not None and not self._may_run:
             module = get_module(model, self._named)
             trace.follow({module: self._named}, False)
             trace.copied.add(module)
@@ -179,7 +180,7 @@ class ModalityRecorder:
 
     def begin(self, function: Callable[..., Any] | None, args: tuple[Any, ...]) -> None:
         """Note how a step is called that begins now."""
-        needs_states = not self._is_decided or (self._root is None and self._replays)
+        needs_states = self._may_run and (not self._is_decided or self._root is None)
         generators = [one.get_state() for one in torch_generators()] if needs_states else []
         if not self._is_decided or self._copies_batch:  # which the step may change in place
             call = Call(args, {})
@@ -227,7 +228,7 @@ class ModalityRecorder:
         samples = len(attention[0].forward.weights) if attention else None
         if not self._is_decided:
             messages += self._decide(layers, labels, samples, real)
-            if self._found is not None and self.modalities and self.processes.hold_whole_model:
+            if self._found is not None and self.modalities and self._may_run:
                 record, others = self._of_first_step(self._found, real)
                 return record, [*messages, *others]
         if not self.modalities:
@@ -247,7 +248,7 @@ class ModalityRecorder:
         """What this step handed on."""
         assert self._found is not None
         template = self._found.root
-        is_whole = self.processes.hold_whole_model
+        is_whole = self._may_run
         run = None if template.path is None or not is_whole else self._find_root_run(template)
         if template.path is not None and run is None and is_whole:
             return None, self._left_out(f"{_name_root(template)} did not run")
@@ -268,7 +269,7 @@ class ModalityRecorder:
             output = self._read_predictions(template, run)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             return None, self._left_out(f"{_name_root(template)} got or gave something else ({error})")
-        if self._root is None and output is not None and self._replays:
+        if self._root is None and output is not None:
             precision = run.precision if run is not None and run.precision is not None else template.precision
             self._root = replace(
                 template, call=call, samples=len(output.values), precision=precision, generators=self._generators
@@ -297,7 +298,7 @@ class ModalityRecorder:
 
     def _read_predictions(self, root: Root, run: Run | None) -> ModelOutput | None:
         place = root.place
-        if not self.processes.hold_whole_model:
+        if not self._may_run:
             return None
         if place.kind == "call":
             found = output_at(self._trace.find(place.path, place.turn, run), place.leaf)
@@ -344,7 +345,7 @@ class ModalityRecorder:
         own = [one for one in further if isinstance(one, Tensor)]
         axes = [self._found.root.axes.get(path) for path in self._found.further]
         moved = [one.detach().movedim(axis, 0) for one, axis in zip(own, axes, strict=False) if axis is not None]
-        return FusionRecord(tokens, permuted, moved, output if self._replays else None)
+        return FusionRecord(tokens, permuted, moved, output if self._may_run else None)
 
     def _find_tokens(
         self, modality: Modality, kept: Sequence[Tensor], real: Mapping[str, Tensor]
@@ -378,8 +379,8 @@ class ModalityRecorder:
         self, layers: Sequence[Layer], labels: Labels, samples: int | None, real: Mapping[str, Tensor]
     ) -> list[str]:
         """Find the modalities in a first step; gives messages to the user."""
-        if not self.processes.hold_whole_model:
-            self.problem = SPLIT_MODEL
+        if not self._may_run:
+            self.problem = "" if self.processes.hold_whole_model else SPLIT_MODEL
             return self._name_in_trace(layers, real)
         self._is_decided = True
         failure = ""
@@ -535,7 +536,8 @@ class ModalityRecorder:
             return self._left_out(f"the fusion '{self._fusion}' got {error}")
         self._is_decided = True
         if len(modalities) < 2:
-            return self._refuse(f"{SPLIT_MODEL}, and what holds the modalities is not named")
+            why = self.problem or "with contribution_samples=0 the model does not run again to find the modalities"
+            return self._refuse(f"{why}, and what holds them is not named")
         self.modalities = tuple(modalities)
         precision, place = Precision("cpu", None), PredictionPlace("call")
         root = Root(self._model, self._model, Call((), {}), 0, precision, (), place, lambda _: None, "")
