@@ -88,14 +88,15 @@ class AttentionExplainabilityCallback(Callback):
         Module paths by direction, seen from the LightningModule, e.g.
         ``{"eeg_to_spec": "model.fusion.eeg_to_spec_attn", "spec_to_eeg": "model.fusion.spec_to_eeg_attn"}``, or a
         ``JointSequence``, or callables (see ``docs/own-model.md``). None: found by name or, where no name says it, in
-        the first batch. ``{}``: none is recorded; ``fusion`` and ``modalities`` must then be named.
+        the first batch. ``{}``: none is recorded.
     class_names
         A name for each class. None: the LightningModule's attribute ``class_names``, or ``class_0``, ``class_1``, ...
     classes_by
         "target" groups samples by their true class, "prediction" by the predicted one.
     predictions, targets
-        Where a step's predictions (class scores or ids) and targets (class ids or soft labels) are. None: found in
-        the step's outputs, the module's own ``forward``, the batch. A string: a key of one of these.
+        Where a step's predictions (class scores or ids) and targets (class ids or soft labels) are. None: what the
+        step returns, or else what its loss reads. A string: a key, field or attribute of the step's outputs, the batch
+        or what ``forward`` returned; or a module's path, ``"model"`` or ``"model[logits]"``, for what it returns.
         A callable: ``(outputs, batch) -> tensor``, or ``(outputs, batch, forward) -> tensor`` with what ``forward``
         returned.
     sample_ids
@@ -110,9 +111,10 @@ class AttentionExplainabilityCallback(Callback):
         padding; of a single one it is taken from a self-attention of the same tokens or from an argument of the module,
         where there is one. Else padding counts as any query does, and a warning says so.
     fusion, modalities
-        The module that fuses the modalities, ``"model.fusion"``, and which of its arguments, by position or name, hold
-        whose tokens, ``{"eeg": 0, "spec": "spec_tokens"}``. None: found from the attention. A model whose fusion is
-        named needs no cross-attention.
+        What holds each of two to four modalities: paths of modules, items of what they return and keys of the batch,
+        ``modalities={"audio": "audio_encoder", "text": ["tokens", "text_encoder"]}``; or arguments of a fusion, by
+        position or name, ``fusion="model.fusion", modalities={"eeg": 0, "spec": "spec_tokens"}``. None: the inputs
+        that reach the predictions by modules of their own. Cross-attention is not needed.
     contribution_samples
         How many samples of an evaluation have their modalities permuted at its end, to measure how much each modality
         contributes; 0: none.
@@ -282,7 +284,7 @@ class AttentionExplainabilityCallback(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Put the hooks on the model, if this batch is one to record."""
+        """Wrap the model's modules, if this batch is one to record."""
         if self._records(batch_idx):
             assert self._run.recorder is not None
             with self._run.refusing(self.settings, *RECORDED, dataloader=dataloader_idx):
@@ -300,7 +302,7 @@ class AttentionExplainabilityCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take the hooks off the model, read what they recorded, and add it to the running sums."""
+        """Unwrap the model's modules, read what was recorded, and add it to the running sums."""
         run, evaluation, taken = self._run, self._run.evaluations[dataloader_idx], None
         if not self._records(batch_idx):
             is_due = run.is_recording and self.schedule.records_batch(batch_idx)
@@ -359,14 +361,14 @@ class AttentionExplainabilityCallback(Callback):
         self._run.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take every hook off the model: after a crash Lightning does not call ``teardown``."""
+        """Unwrap the model: after a crash Lightning does not call ``teardown``."""
         if self._run.trainer() in (None, trainer):
             self._run.stop()
             end_run(self._run)
             self._run.trainer = lambda: None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take every hook off the model, and forget it and the Trainer."""
+        """Unwrap the model, and forget it and the Trainer."""
         self._run.stop()
         end_run(self._run)
         self._run = Run()

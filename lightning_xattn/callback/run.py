@@ -89,7 +89,7 @@ class Run:
             self.refuse(self.doubt)
 
     def stop(self) -> None:
-        """Take every hook off the model and let go of what was recorded; closing twice is harmless."""
+        """Unwrap the model and let go of what was recorded; closing twice is harmless."""
         if self.recorder is not None:
             self.recorder.close()
             self.recorder.clear()

@@ -42,7 +42,7 @@ def locate_attention(root: nn.Module, attention: AttentionSetting | None = None)
     Raises
     ------
     DiscoveryError
-        If a path names no module, or one that cannot be hooked, such as TorchScript; the message lists every
+        If a path names no module, or one whose calls Python does not see, such as TorchScript; the message lists every
         attention module there is.
     SettingError
         If ``attention`` is malformed.
@@ -59,7 +59,7 @@ def locate_attention(root: nn.Module, attention: AttentionSetting | None = None)
 
 def _is_script(what: str) -> DiscoveryError:
     return DiscoveryError(
-        f"{what} is TorchScript, and hooks cannot see into it. Record the module that was scripted, before "
+        f"{what} is TorchScript, whose calls Python does not see. Record the module that was scripted, before "
         "torch.jit.script or torch.jit.trace."
     )
 

@@ -1,4 +1,4 @@
-"""The context manager that owns every hook on a model and holds the current step's attention."""
+"""The context manager that owns every wrapper on a model and holds the current step's attention."""
 
 from __future__ import annotations
 

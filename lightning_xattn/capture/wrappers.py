@@ -38,7 +38,7 @@ def find_module(root: nn.Module, path: str) -> str | None:
 
 
 def compiled_modules(root: nn.Module) -> list[str]:
-    """Paths of what is compiled; hooks set after a first compiled call never fire in there."""
+    """Paths of what is compiled; calls in there are not seen."""
     found = [
         plain_path(root, path) or "the model"
         for path, module in root.named_modules()
@@ -79,7 +79,7 @@ def runs_for_backward() -> bool:
 
 
 def require_one_replica(root: nn.Module) -> None:
-    """Refuse what runs on several devices at once, where hooks see parts of a batch in any order.
+    """Refuse what runs on several devices at once, whose calls see parts of a batch in any order.
 
     Raises
     ------
@@ -95,7 +95,7 @@ def require_one_replica(root: nn.Module) -> None:
 
 
 def scripted_modules(root: nn.Module) -> Iterator[str]:
-    """Paths of TorchScript modules that are in no other one; hooks cannot see into them."""
+    """Paths of TorchScript modules that are in no other one; whose calls Python does not see."""
     inside: list[str] = []
     for path, module in root.named_modules():
         if isinstance(module, torch.jit.ScriptModule) and not any(path.startswith(outer) for outer in inside):
