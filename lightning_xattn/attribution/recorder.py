@@ -195,6 +195,8 @@ class ModalityRecorder:
     def reset(self) -> None:
         """Forget the call that an evaluation's replays repeat; the next evaluation has its own."""
         self._root = self._replay = None
+        if self._found is not None:  # the batch of the first step, and what stands in for it
+            self._found.root.call = Call((), {})
 
     # ---------------------------------------------------------------- each step
     def collect(

@@ -1,6 +1,8 @@
 """What lies behind a fusion, run again with other tokens: nothing of the model or of the run changes."""
 
 import copy
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -300,3 +302,23 @@ def test_intact_pairs_must_give_their_logits_back_within_rounding(precision, off
     else:
         with pytest.raises(ReplayError, match="other outputs"):
             _replay_jobs(source, places, jobs, replay, torch.arange)
+
+
+def test_no_batch_is_kept_after_a_run():
+    """Neither by the trace of a first step nor for replays."""
+    kept = []
+
+    class Noting(TwoStreams):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            kept.extend(weakref.ref(one) for one in batch)
+            return super().validation_step(batch, batch_idx)
+
+    module = Noting()
+    callback = AttentionExplainabilityCallback(figures_every_n_epochs=0)
+    trainer = quiet_trainer(callbacks=[callback], max_epochs=1)
+    batches = [[one.clone() for one in batch] for batch in loader_of(DATA)]
+    trainer.validate(module, torch.utils.data.DataLoader(batches, batch_size=None), verbose=False)
+    del batches, trainer
+    gc.collect()
+    assert len(kept) == 12
+    assert not [one for one in kept if one() is not None]
