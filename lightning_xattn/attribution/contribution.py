@@ -98,9 +98,10 @@ def compute_contributions(
     partners
         How many partners each sample has; None: all others. None of them is of the sample's own group.
     """
+    problem = fusion.find_disagreement()
+    if problem:
+        return problem
     blocks = kept.permuted.blocks()
-    if fusion.problem:
-        return fusion.problem
     if not blocks:
         return "no sample could be kept"
     if len(blocks) > MAX_TOKEN_SHAPES:

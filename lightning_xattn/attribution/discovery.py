@@ -156,7 +156,8 @@ def _find_ports(evidence: Evidence, attending: Collection[str]) -> list[tuple[Gr
         alone = [path for path in alone if _is_floating(evidence, path)]
     if len(groups) < 2 or len(groups) + len(alone) <= MOST_MODALITIES:
         groups += [Group((path,), ()) for path in alone]
-    return [(group, _choose_ports(evidence, group)) for group in groups] if len(groups) > 1 else []
+    are_usable = 2 <= len(groups) <= MOST_MODALITIES  # choosing takes runs
+    return [(group, _choose_ports(evidence, group) if are_usable else ()) for group in groups]
 
 
 def _is_floating(evidence: Evidence, path: Path) -> bool:

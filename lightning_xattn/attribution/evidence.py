@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
 from lightning_xattn.attribution.ports import Modality, Port
 from lightning_xattn.attribution.root import Key, Patch, ReplayError, Root
-from lightning_xattn.capture.calls import Call, Path, find_tensors, name_argument, samples_axis, take_samples
+from lightning_xattn.capture.calls import Call, Path, find_tensors, name_argument, take_samples
 from lightning_xattn.capture.dataflow import Dataflow, LabelledCall
 
 SAMPLES = 16
@@ -56,6 +56,7 @@ class Evidence:
         self._live = live
         self._flow = Dataflow()
         self.inputs: dict[Path, int] = {}
+        self._shorter: dict[Key, Any] | None = None
         self.intact, self.predicted = self._run_intact()
 
     @property
@@ -124,11 +125,27 @@ class Evidence:
         axes = {}
         for where, tensor in call.tensors.items():
             if call.own.get(where, 0) & self.predicted:
-                axis = samples_axis(tensor, len(self.rows))
+                axis = self.find_axis(call, where, tensor)
                 if axis is None:
                     return None
                 axes[where] = axis
         return Port("output", call.path, call.turn, axes) if axes else None
+
+    def find_axis(self, call: LabelledCall, where: Path, tensor: Tensor) -> int | None:
+        """The axis of the samples; where several have their number, the one that is shorter with a sample less."""
+        count = len(self.rows)
+        fitting = [axis for axis, length in enumerate(tensor.shape) if length == count]
+        if len(fitting) > 1 and count > 1:
+            if self._shorter is None:
+                try:
+                    with self.root.restoring():
+                        _, self._shorter, _ = self.root.run(self.root.part(self.rows[:-1]), capture=None)
+                except ReplayError:
+                    self._shorter = {}
+            other = dict(find_tensors(self._shorter.get(call.key))).get(where)
+            if other is not None and other.dim() == tensor.dim():
+                fitting = [axis for axis in fitting if other.shape[axis] == count - 1] or fitting
+        return fitting[0] if fitting else None
 
     def input_ports(self, paths: Sequence[Path]) -> tuple[Port, ...]:
         """The inputs that are tensors with an axis of samples."""

@@ -106,7 +106,7 @@ def _resolve(evidence: Evidence, name: str) -> list[Port]:
 
 def _any_output(evidence: Evidence, call: LabelledCall) -> Port | None:
     """What a call returns, though it does not reach the predictions."""
-    axes = {where: samples_axis(tensor, len(evidence.rows)) for where, tensor in call.tensors.items()}
+    axes = {where: evidence.find_axis(call, where, tensor) for where, tensor in call.tensors.items()}
     known = {where: axis for where, axis in axes.items() if axis is not None}
     return Port("output", call.path, call.turn, known) if known else None
 

@@ -282,7 +282,8 @@ class ModalityRecorder:
             return None, self._left_out(str(error))
 
     def _find_root_run(self, root: Root) -> Run | None:
-        return next((run for run in self._trace.runs if run.path == root.path and run.has_ended), None)
+        runs = [run for run in self._trace.runs if run.path == root.path]
+        return runs[root.turn] if root.turn < len(runs) and runs[root.turn].has_ended else None
 
     def _value(self, port: Port, path: Path, run: Run | None, call: Call) -> Tensor:
         if port.kind == "input":
@@ -337,7 +338,7 @@ class ModalityRecorder:
                         f"a tensor of {name} is {tuple(one.shape)}, with another number of axes than before"
                     )
         tokens = {}
-        samples = len(next(iter(permuted.values()))[0])
+        samples = len(next(iter(permuted.values()))[0]) if output is None else len(output.values)
         for modality in self.modalities:
             kept = permuted[modality.name]
             if any(len(one) != samples for one in kept):
@@ -396,26 +397,24 @@ class ModalityRecorder:
             return self._refuse(self.problem, NAME_PREDICTIONS)
         attending = {source.path for layer in layers for _, source in layer.sources if source.joint is None}
         for root in roots:
-            with root.keeping_state():
-                try:
+            try:
+                with root.keeping_state():
                     evidence = Evidence(root, live)
                     found = self._look(evidence, real, attending)
-                except AbsentArgumentError as error:
-                    self._is_decided = False
-                    return self._left_out(f"the fusion '{self._fusion}' got {error}")
-                except DiscoveryError:
-                    if root is roots[-1]:
-                        raise
-                    continue
-                except ReplayError as error:
-                    failure = failure or str(error)
-                    continue
-                candidates.append((evidence, found))
-                if found.modalities:
-                    self._take(evidence, found, layers)
-                    if labels.predicted is None and live.values.shape[1] > 1:
-                        self.problem = self.problem or "the predictions are neither classes nor a single value"
-                    return []
+                    candidates.append((evidence, found))
+                    if found.modalities:
+                        self._take(evidence, found, layers)
+                        if labels.predicted is None and live.values.shape[1] > 1:
+                            self.problem = self.problem or "the predictions are neither classes nor a single value"
+                        return []
+            except AbsentArgumentError as error:
+                self._is_decided = False
+                return self._left_out(f"the fusion '{self._fusion}' got {error}")
+            except DiscoveryError:
+                if root is roots[-1]:
+                    raise
+            except ReplayError as error:
+                failure = failure or str(error)
         described = describe_candidates(candidates[-1][0]) if candidates else "none"
         problem = next((found.problem for _, found in candidates if found.problem), "") or failure
         if not problem:
@@ -492,10 +491,13 @@ class ModalityRecorder:
         for port in (port for modality in self.modalities for port in modality.ports):
             if port.kind != "input" and evidence.changed_in_place(port):
                 trace.copied.add(get_module(self._model, port.path))
-        self._copies_batch = root.path is None and evidence.changes_inputs
+        # A step may also change its batch after the call.
+        takes_inputs = evidence.changes_inputs or bool(self._found and self._found.further)
+        takes_inputs |= any(port.kind == "input" for modality in self.modalities for port in modality.ports)
+        self._copies_batch = root.path is None and takes_inputs
         if root.path is not None:
             paths.add(root.path)
-            if evidence.changes_inputs:
+            if takes_inputs:
                 trace.copied.add(get_module(self._model, root.path))
         if root.place.kind == "call":
             paths.add(root.place.path)
@@ -574,6 +576,19 @@ class ModalityRecorder:
         return found
 
     # ------------------------------------------------------------------ replays
+    def find_disagreement(self) -> str:
+        """Why no process replays: a problem of one of them, or different modalities. A collective."""
+        columns = tuple(
+            (one.name, one.source, tuple((port.kind, port.key, path) for port, path, _ in one.columns))
+            for one in self.modalities
+        )
+        own = self.problem, columns and (columns, () if self._found is None else self._found.further)
+        found = self.processes.gather(own)
+        problem = next((problem for problem, _ in found if problem), "")
+        if not problem and len({described for _, described in found if described}) > 1:
+            problem = "the processes found different modalities in their first batches: name them, modalities={...}"
+        return problem
+
     def make_replay(self) -> Replay:
         """The predictions as a function of the modalities; it repeats the call of an evaluation's first step.
 

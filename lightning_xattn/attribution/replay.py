@@ -92,7 +92,7 @@ class Replay:
         for self.skips, self._exactly in ((True, False), (True, True), (False, True)):
             self.rows = samples if self._exactly else MAX_ROWS
             count = samples if self._exactly else (samples + 1) // 2
-            order = torch.arange(samples - 1, samples - 1 - count, -1)
+            order = torch.arange(samples - 1, samples - 1 - count, -1) if samples > 1 else torch.zeros(2).long()
             try:
                 again = self({key: one.index_select(0, order.to(one.device)) for key, one in values.items()})
             except ReplayError as error:

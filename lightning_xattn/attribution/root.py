@@ -88,8 +88,8 @@ class Root:
         The autocast of the step, and the states of torch's random generators when it began.
     place, read
         Where the predictions are, and what their tensor means.
-    path
-        The path of the module that is called; None: the step is.
+    path, turn
+        The path of the module that is called, and the number of the call in the step, from 0 on; None: the step is.
     """
 
     model: nn.Module
@@ -101,6 +101,7 @@ class Root:
     place: PredictionPlace
     read: ReadOutput
     path: str | None
+    turn: int = 0
     with_hooks: bool = False
     _state: ModelState | None = None
 

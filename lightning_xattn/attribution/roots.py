@@ -13,6 +13,7 @@ from lightning_xattn.attribution.outputs import ModelOutput, ReadOutput, find_mo
 from lightning_xattn.attribution.root import PredictionPlace, ReplayError, Root
 from lightning_xattn.capture.calls import Call, Path, Precision, find_tensors
 from lightning_xattn.capture.labels import Labels
+from lightning_xattn.capture.tensors import are_same
 from lightning_xattn.capture.trace import Run, StepTrace, same_numbers
 from lightning_xattn.capture.wrappers import plain_path
 
@@ -89,10 +90,10 @@ def find_roots(
         If there is none.
     """
     wanted = labels.raw
-    if samples is None and wanted is not None:
-        samples = len(wanted) if wanted.dim() else 1
+    if wanted is None:
+        raise ReplayError("the predictions are not clear" if labels.doubts else "no predictions were found in the step")
     if samples is None:
-        raise ReplayError("no predictions were found in the step")
+        samples = len(wanted) if wanted.dim() else 1
     found = _find_call(trace, labels, wanted, samples) or _read_made(labels, wanted, samples)
     if found is None:
         raise ReplayError("no call gives the predictions, and the step does not return them")
@@ -105,8 +106,8 @@ def find_roots(
         place = PredictionPlace("call", run.path, inside.index(run), found.leaf)
         if outermost.entered is not None:
             call, own = outermost.entered, outermost.precision or precision
-            root = Root(model, outermost.module, call, samples, own, generators, place, found.read, outermost.path)
-            roots.append(root)
+            path, turn = outermost.path, [one for one in trace.runs if one.path == outermost.path].index(outermost)
+            roots.append(Root(model, outermost.module, call, samples, own, generators, place, found.read, path, turn))
     if step is not None:
         in_step = _find_in_step(trace, step, found, wanted)
         if in_step is not None:
@@ -117,22 +118,24 @@ def find_roots(
     return roots, found.live, name
 
 
-def _find_call(trace: StepTrace, labels: Labels, wanted: Tensor | None, samples: int) -> Predictions | None:
-    """The outermost call whose output has the predictions."""
-    for run in sorted(trace.runs, key=lambda run: sum(1 for _ in run.outwards())):
-        for leaf, tensor in run.tensors.items() if run.has_ended else ():
-            given = tensor.detach()
-            may_be = wanted is None or labels.are_ids or labels.scores is not None
-            if may_be or (wanted is not None and same_numbers(given, wanted)):
-                found = _read(given, samples, labels)
-                if found is not None:
-                    return Predictions(*found, run, leaf)
+def _find_call(trace: StepTrace, labels: Labels, wanted: Tensor, samples: int) -> Predictions | None:
+    """The outermost call whose output has the predictions: the very tensor, or the same numbers, or their scores."""
+    outermost_first = sorted(trace.runs, key=lambda run: sum(1 for _ in run.outwards()))
+    given = [(run, leaf, one.detach()) for run in outermost_first for leaf, one in run.tensors.items()]
+    ways: list[Callable[[Tensor], bool]] = [lambda one: are_same(one, wanted), lambda one: same_numbers(one, wanted)]
+    if labels.are_ids or labels.scores is not None:
+        ways.append(lambda one: True)
+    for fits in ways:
+        for run, leaf, one in given:
+            found = _read(one, samples, labels) if fits(one) else None
+            if found is not None:
+                return Predictions(*found, run, leaf)
     return None
 
 
-def _read_made(labels: Labels, wanted: Tensor | None, samples: int) -> Predictions | None:
+def _read_made(labels: Labels, wanted: Tensor, samples: int) -> Predictions | None:
     """Predictions that the step made itself."""
-    found = None if wanted is None else _read(wanted, samples, labels)
+    found = _read(wanted, samples, labels)
     return None if found is None else Predictions(*found)
 
 
@@ -143,15 +146,11 @@ def _read(tensor: Tensor, samples: int, labels: Labels) -> tuple[ModelOutput, Re
     return None if read is None or live is None else (live, read)
 
 
-def _find_in_step(
-    trace: StepTrace, step: StepCall, found: Predictions, wanted: Tensor | None
-) -> PredictionPlace | None:
+def _find_in_step(trace: StepTrace, step: StepCall, found: Predictions, wanted: Tensor) -> PredictionPlace | None:
     """Where the predictions are when the whole step runs."""
     if found.run is not None:
         turn = [one for one in trace.runs if one.path == found.run.path].index(found.run)
         return PredictionPlace("call", found.run.path, turn, found.leaf)
-    if wanted is None:
-        return None
     losses = [number for number, loss in enumerate(trace.losses) if same_numbers(loss.input, wanted)]
     returned = [where for where, one in find_tensors(step.outputs) if same_numbers(one.detach(), wanted)]
     if returned:

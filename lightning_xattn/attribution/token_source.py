@@ -156,6 +156,8 @@ def share_work(fusion: ModalityRecorder, work: Callable[[Replay, Part], Result])
                 result = work(replay, part)
         except ReplayError as error:
             problem = str(error)
+        except Exception as error:  # which the other processes must hear of
+            problem = f"it fails: {error!r}"
     results = processes.gather(("" if replay is None else problem, result))
     for found, _ in results:
         if found:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
@@ -145,7 +146,7 @@ def replace_item(value: Any, keys: list[int | str] | Path, new: Any) -> Any:
     key, *others = keys
     item = replace_item(get_item(value, key), others, new)
     if isinstance(value, Mapping):
-        changed: Any = copy.copy(value) if isinstance(value, dict) else dict(value)
+        changed: Any = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
         changed[key] = item
         return changed
     if dataclasses.is_dataclass(value):
@@ -200,18 +201,27 @@ def _names_in(function: FunctionType) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class Precision:
-    """The autocast in which a module ran."""
+    """The autocast in which a module ran, and the type of new tensors."""
 
     device: str
     dtype: torch.dtype | None
     """None: it was off."""
+    default: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, call: Call) -> Precision:
         """The one that is in force, for a call that begins."""
         device = next((tensor.device.type for _, tensor in call.tensors()), "cpu")
-        return cls(device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return cls(device, dtype, torch.get_default_dtype())
 
-    def entered(self) -> torch.autocast:
-        """A context manager in which it is in force again."""
-        return torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype is not None)
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """In the block it is in force again."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.default)
+        try:
+            with torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype is not None):
+                yield
+        finally:
+            torch.set_default_dtype(before)

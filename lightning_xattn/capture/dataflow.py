@@ -157,7 +157,13 @@ class Dataflow(TorchFunctionMode):
         if name in _SHAPES_ONLY:
             return result
         self._note_attention(function, name, args, kwargs)
-        changes = kwargs.get("out") is not None or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        is_named_so = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        changes = kwargs.get("out") is not None or is_named_so
+        if (
+            not changes and isinstance(result, Tensor) and args and isinstance(args[0], Tensor)
+        ):  # F.silu(x, inplace=True)
+            is_asked = kwargs.get("inplace") is True or any(one is True for one in args[1:])
+            changes = is_asked and _key(result)[0] == _key(args[0])[0]
         if not changes and not isinstance(result, (Tensor, tuple, list)):
             return result
         labels = self._of_arguments(args) | self._of_arguments(tuple(kwargs.values()))

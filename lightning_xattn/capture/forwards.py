@@ -31,11 +31,14 @@ class WrappedForward:
         self._name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
         self._module, self._around = module, around
         self._own, self._forward = vars(module).get(self._name), getattr(module, self._name)
+        self._is_on = False
         # What inspect.signature follows.
         self.__wrapped__ = self._forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward."""
+        if not self._is_on:  # somebody has kept it
+            return self._forward(*args, **kwargs)
         return self._around(self._module, self._forward, args, kwargs)
 
     def __reduce__(self) -> Any:
@@ -44,10 +47,12 @@ class WrappedForward:
 
     def put(self) -> None:
         """Wrap the module's forward."""
+        self._is_on = True
         vars(self._module)[self._name] = self
 
     def remove(self) -> None:
         """Take the wrapper off, also where others have wrapped it since."""
+        self._is_on = False
         held = vars(self._module)
         if held.get(self._name) is not self:
             outer = held.get(self._name)

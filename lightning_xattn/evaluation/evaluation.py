@@ -41,6 +41,11 @@ DIFFERENT_CLASSES = (
     "nothing is compared by class. Name them: predictions=<key or callable>, targets=<key or callable>."
 )
 
+DIFFERENT_MODALITIES = (
+    "Processes found different modalities, so the samples of some are in no probe. Name them: modalities={'<a>': "
+    "'path.to.encoder', '<b>': 'path.to.encoder'}."
+)
+
 INDICES_PER_PROCESS = 2**40
 """Where no sampler says which samples a process has, its own ones are counted from its rank times this number."""
 
@@ -352,6 +357,11 @@ class Evaluation:
             warn([DIFFERENT_CLASSES])
         if several or disagree:
             parts = [part.without_labels() for part in parts]
+        names = {part.kept.modalities for part in parts if part.kept.modalities}
+        if len(names) > 1:
+            warn([DIFFERENT_MODALITIES])
+            chosen, empty = max(names), KeptSamples(BottomKSample(1), BottomKSample(1))
+            parts = [part if part.kept.modalities == chosen else replace(part, kept=empty) for part in parts]
         self.totals = totals = reduce(add, parts)
         self.classes = totals.classes
         if not totals.recording_problem:

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -305,20 +304,15 @@ def test_intact_pairs_must_give_their_logits_back_within_rounding(precision, off
 
 
 def test_no_batch_is_kept_after_a_run():
-    """Neither by the trace of a first step nor for replays."""
-    kept = []
+    """Neither by the trace of a first step nor for replays: as many tensors of its shape are alive as without."""
 
-    class Noting(TwoStreams):
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            kept.extend(weakref.ref(one) for one in batch)
-            return super().validation_step(batch, batch_idx)
+    def alive(callbacks):
+        module = TwoStreams()
+        quiet_trainer(callbacks=callbacks).validate(module, loader_of(DATA), verbose=False)
+        gc.collect()
+        return sum(type(one) is torch.Tensor and one.shape == (16, 5, 3) for one in gc.get_objects())
 
-    module = Noting()
     callback = AttentionExplainabilityCallback(figures_every_n_epochs=0)
-    trainer = quiet_trainer(callbacks=[callback], max_epochs=1)
-    batches = [[one.clone() for one in batch] for batch in loader_of(DATA)]
-    trainer.validate(module, torch.utils.data.DataLoader(batches, batch_size=None), verbose=False)
-    del batches, trainer
-    gc.collect()
-    assert len(kept) == 12
-    assert not [one for one in kept if one() is not None]
+    plain = alive([])
+    assert alive([callback]) == plain
+    assert not callback.fusion_summaries["val"].contribution_problem

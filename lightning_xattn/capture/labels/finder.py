@@ -261,7 +261,7 @@ class LabelFinder:
             self._find_ids("sample_ids", step),
             self._find_query_mask(step),
             None if self._scores_of is None else self._scores_of(step, scores),
-            scores if scores is not None else self._read_output(step) if first else None,
+            scores if scores is not None else self._read_output(step),
             "" if self._output is None else self._output.name,
         )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.capture.calls import Path as KeyPath
-from lightning_xattn.capture.calls import find_leaves, get_item
+from lightning_xattn.capture.calls import find_leaves, find_tensors, get_item
 from lightning_xattn.capture.labels.scores import (
     Classes,
     Scores,
@@ -32,7 +32,8 @@ from lightning_xattn.capture.labels.scores import (
     to_labels,
 )
 from lightning_xattn.capture.sources import Source
-from lightning_xattn.capture.trace import Loss, StepTrace, output_at, same_numbers
+from lightning_xattn.capture.tensors import are_same
+from lightning_xattn.capture.trace import StepTrace, output_at, same_numbers
 from lightning_xattn.capture.wrappers import find_module, plain_path
 from lightning_xattn.core.errors import DiscoveryError, SettingError
 
@@ -85,11 +86,6 @@ class Step:
     def output_of(self, path: str, turn: int, leaf: KeyPath) -> Any:
         """A tensor that a module returned in this step."""
         return None if self.trace is None else output_at(self.trace.find(path, turn), leaf)
-
-    def loss(self, number: int) -> Loss | None:
-        """One of the losses of this step."""
-        losses = () if self.trace is None else self.trace.losses
-        return losses[number] if number < len(losses) else None
 
     def __str__(self) -> str:
         return (
@@ -276,12 +272,12 @@ def guess_predictions(step: Step) -> Place | str | None:
         # Named as predictions: if these do not fit, nothing else is meant.
         value = keyed.read(step)
         return keyed if are_predictions(value, step.samples) or are_single_scores(value, step.samples) else None
+    read = find_read_by_losses(step)
     for fits in (are_predictions, are_single_scores):
-        returned = [place for place in list_places(step, "outputs") if place.key not in TARGET_KEYS]
-        fitting = [place for place in returned if fits(place.read(step), step.samples)]
+        fitting = [place for place in list_places(step, "outputs") if fits(place.read(step), step.samples)]
+        fitting = [place for place in fitting if place.key not in TARGET_KEYS and _is_given(step, place, read)]
         if fitting:
             return fitting[0] if len(fitting) == 1 else None
-    read = find_read_by_losses(step)
     if read or (step.trace is not None and step.trace.losses):
         return read[0] if len(read) == 1 else _describe_several(read) if read else None
     for candidates in (
@@ -300,6 +296,26 @@ def guess_predictions(step: Step) -> Place | str | None:
                     f"the step reads them, and it does not return them: {names} says that they are."
                 )
     return None
+
+
+def _is_given(step: Step, place: Place, read: Sequence[Place]) -> bool:
+    """Whether what a step returns under no usual key is what its loss reads, or follows from it.
+
+    Without a loss it is what a step returns by itself, or in a dict what the model's own forward gave.
+    """
+    value = place.read(step)
+    if not read and not isinstance(step.outputs, Mapping):
+        return True
+    others = [one.read(step) for one in read] or [one for _, one in find_tensors(step.forward)]
+    for scores in (one for one in others if isinstance(one, Tensor)):
+        made = [scores]
+        if scores.dim() == 2 and scores.shape[1] > 1 and scores.is_floating_point():
+            made += [scores.softmax(1), scores.argmax(1)]
+        if scores.is_floating_point():
+            made += [scores.sigmoid(), (scores > 0).long(), (scores > 0.5).long()]
+        if any(same_numbers(value, one) for one in made):
+            return True
+    return False
 
 
 def _is_read(step: Step, value: Any) -> bool:
@@ -348,8 +364,7 @@ def find_read_by_losses(step: Step) -> list[Place]:
                 name = name_call(step.model, path, turn, leaf)
                 place = Place(name, partial(_read_call, path, turn, leaf), module=path)
             else:
-                name = f"what {loss.name} {'compares with' if is_target else 'reads'}"
-                place = Place(name, partial(_read_loss, number, is_target), is_loss=True)
+                place = _place_of_loss(step, number, is_target)
             found.append((tensor, place))
     return [place for _, place in found]
 
@@ -363,22 +378,27 @@ def _describe_several(places: Sequence[Place]) -> str:
 
 
 def _find_call(step: Step, tensor: Tensor) -> tuple[str, int, KeyPath] | None:
-    """The outermost call that returned a tensor."""
+    """The outermost call that returned a tensor, the very one or the same numbers."""
     runs = [] if step.trace is None else step.trace.runs
-    for run in sorted(runs, key=lambda run: sum(1 for _ in run.outwards())):
-        for leaf, one in run.tensors.items():
-            if same_numbers(one, tensor):
-                return run.path, [other for other in runs if other.path == run.path].index(run), leaf
-    return None
+    outermost_first = sorted(runs, key=lambda run: sum(1 for _ in run.outwards()))
+    given = [(run, leaf, one) for run in outermost_first for leaf, one in run.tensors.items()]
+    found = [(run, leaf) for run, leaf, one in given if are_same(one.detach(), tensor)]
+    found = found or [(run, leaf) for run, leaf, one in given if same_numbers(one, tensor)]
+    if not found:
+        return None
+    run, leaf = found[0]
+    return run.path, [other for other in runs if other.path == run.path].index(run), leaf
 
 
 def _read_call(path: str, turn: int, leaf: KeyPath, step: Step) -> Any:
     return step.output_of(path, turn, leaf)
 
 
-def _read_loss(number: int, is_target: bool, step: Step) -> Any:
-    loss = step.loss(number)
-    return None if loss is None else loss.target if is_target else loss.input
+def _read_loss(number: int, is_target: bool, names: tuple[str, ...], step: Step) -> Any:
+    losses = () if step.trace is None else step.trace.losses
+    if tuple(loss.name for loss in losses) != names:
+        return None
+    return losses[number].target if is_target else losses[number].input
 
 
 def guess_targets(step: Step, scores: Any) -> Place | None:
@@ -410,20 +430,30 @@ def guess_targets(step: Step, scores: Any) -> Place | None:
 
 def _find_compared(step: Step, scores: Any) -> Place | None:
     """Where what a loss compares these scores with is: in the batch, or in the loss itself."""
-    for number, loss in enumerate(step.trace.losses if step.trace is not None else ()):
-        target = to_labels(loss.target)
-        if not isinstance(target, Tensor) or not isinstance(scores, Tensor):
-            continue
-        if not same_numbers(loss.input, scores) and _find_call(step, loss.input) is None:
-            continue
-        for path, leaf in find_leaves(step.batch):
-            value = to_labels(leaf)
-            if isinstance(value, Tensor) and _are_same_targets(value, target):
-                name = "batch" + "".join(f"[{key!r}]" for key in path)
-                return Place(name, partial(_read_batch, path), path[-1] if path else None)
-        if same_numbers(loss.input, scores):
-            return Place(f"what {loss.name} compares with", partial(_read_loss, number, True), is_loss=True)
-    return None
+    losses = step.trace.losses if step.trace is not None else []
+    of_scores = [loss for loss in losses if isinstance(scores, Tensor) and same_numbers(loss.input, scores)]
+    chosen = of_scores[0] if of_scores else losses[0] if len(losses) == 1 else None
+    target = None if chosen is None else to_labels(chosen.target)
+    if chosen is None or not isinstance(target, Tensor) or _find_call(step, target) is not None:
+        return None
+    leaves = {path: to_labels(leaf) for path, leaf in find_leaves(step.batch)}
+    tensors = {path: one for path, one in leaves.items() if isinstance(one, Tensor)}
+    found = [path for path, one in tensors.items() if are_same(one, target)]
+    found = found or [path for path, one in tensors.items() if _are_same_targets(one, target)]
+    named = [path for path in found if path and path[-1] in TARGET_KEYS]
+    if len(named) == 1 or len(found) == 1:
+        path = named[0] if len(named) == 1 else found[0]
+        name = "batch" + "".join(f"[{key!r}]" for key in path)
+        return Place(name, partial(_read_batch, path), path[-1] if path else None)
+    return _place_of_loss(step, losses.index(chosen), True) if of_scores else None
+
+
+def _place_of_loss(step: Step, number: int, is_target: bool) -> Place:
+    """What a loss reads, in steps that compute the same losses in the same order."""
+    losses = () if step.trace is None else step.trace.losses
+    name = f"what {losses[number].name} {'compares with' if is_target else 'reads'}"
+    names = tuple(loss.name for loss in losses)
+    return Place(name, partial(_read_loss, number, is_target, names), is_loss=True)
 
 
 def _are_same_targets(value: Tensor, target: Tensor) -> bool:
