@@ -54,6 +54,15 @@ def test_a_copy_runs_its_own_weights_and_is_not_seen(copied):
     torch.save(module, io.BytesIO())
 
 
+def test_a_shallow_copy_runs_its_own_weights():
+    module, seen = Doubled(2, 2), []
+    with wrapped(module, seen):
+        other = copy.copy(module)
+        other._parameters = {"weight": nn.Parameter(torch.zeros(2, 2)), "bias": nn.Parameter(torch.full((2,), 3.0))}
+        assert torch.equal(other(torch.ones(1, 2)), torch.full((1, 2), 6.0))
+        assert seen == []
+
+
 def test_a_forward_of_the_modules_own_comes_back():
     module = nn.Linear(2, 2)
     own = module.forward = lambda x: x + 1
