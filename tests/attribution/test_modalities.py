@@ -306,3 +306,28 @@ def of_all_partners(kept, fusion, partners):
     from lightning_xattn.attribution.contribution import compute_contributions
 
     return compute_contributions(kept, fusion, None)
+
+
+def test_patches_that_are_drawn_at_random_in_each_batch():
+    """Samples keep what was drawn for them: as by hand from what the encoder gave in the steps."""
+    model, given = RandomPatches().eval(), []
+    model.left_encoder.register_forward_hook(lambda module, args, output: given.append(output.clone()))
+    loader = Batches([one.clone() for one in data_of()], by_position).loader()
+    callback = AttentionExplainabilityCallback(contribution_samples=SAMPLES, figures_every_n_epochs=0)
+    torch.manual_seed(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_xattn.evaluation.evaluation.compute_contributions", of_all_partners)
+        quiet_trainer(callbacks=[callback]).validate(model, loader, verbose=False)
+    state = torch.get_rng_state()
+    assert [len(one) for one in given] == [20, 17]
+    summary = callback.fusion_summaries["val"]
+    assert not summary.contribution_problem
+    right = data_of()[1]
+    expected = brute_force(lambda left, other: model.fuse(left, model.right_encoder(other)), (torch.cat(given), right))
+    found = torch.stack([summary.numbers[f"phi/{modality}"] for modality in ("left", "right")], 1)
+    torch.testing.assert_close(found.mean(0), expected.mean(0).double(), atol=1e-5, rtol=1e-4)
+    # The run's random numbers are those of a run without the callback.
+    torch.manual_seed(1)
+    loader = Batches([one.clone() for one in data_of()], by_position).loader()
+    quiet_trainer().validate(model, loader, verbose=False)
+    assert torch.equal(torch.get_rng_state(), state)
