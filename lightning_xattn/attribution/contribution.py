@@ -17,6 +17,7 @@ from lightning_xattn.attribution.recorder import ModalityRecorder
 from lightning_xattn.attribution.replay import Replay
 from lightning_xattn.attribution.root import ReplayError
 from lightning_xattn.attribution.token_source import Part, TokenSource, share_work
+from lightning_xattn.core.distributed import SINGLE_PROCESS
 from lightning_xattn.functional import Permutation, additive_projection, partner_shifts, permuted_subsets, play
 from lightning_xattn.functional.shapley import Subset
 
@@ -98,9 +99,8 @@ def compute_contributions(
     partners
         How many partners each sample has; None: all others. None of them is of the sample's own group.
     """
-    problem = fusion.find_disagreement()
-    if problem:
-        return problem
+    if fusion.problem and fusion.processes is SINGLE_PROCESS:  # several compare theirs in share_work
+        return fusion.problem
     blocks = kept.permuted.blocks()
     if not blocks:
         return "no sample could be kept"

@@ -576,18 +576,12 @@ class ModalityRecorder:
         return found
 
     # ------------------------------------------------------------------ replays
-    def find_disagreement(self) -> str:
-        """Why no process replays: a problem of one of them, or different modalities. A collective."""
+    def identify_modalities(self) -> tuple[object, ...]:
+        """What is exchanged and kept of each sample, to be compared between processes; empty where nothing is."""
         columns = tuple(
-            (one.name, one.source, tuple((port.kind, port.key, path) for port, path, _ in one.columns))
-            for one in self.modalities
+            (one.name, port.kind, port.key, path) for one in self.modalities for port, path, _ in one.columns
         )
-        own = self.problem, columns and (columns, () if self._found is None else self._found.further)
-        found = self.processes.gather(own)
-        problem = next((problem for problem, _ in found if problem), "")
-        if not problem and len({described for _, described in found if described}) > 1:
-            problem = "the processes found different modalities in their first batches: name them, modalities={...}"
-        return problem
+        return (columns, () if self._found is None else self._found.further) if columns else ()
 
     def make_replay(self) -> Replay:
         """The predictions as a function of the modalities; it repeats the call of an evaluation's first step.

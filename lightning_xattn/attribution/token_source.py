@@ -18,6 +18,9 @@ from lightning_xattn.core.attention import Direction
 
 Result = TypeVar("Result")
 
+DISAGREE = "the processes found different modalities in their first batches: name them, modalities={...}"
+"""Why nothing is replayed, as the end of a sentence."""
+
 Column = tuple[str, int]
 """A modality and the number of its column, see ``Modality.columns``; of further inputs the modality is ""."""
 
@@ -142,7 +145,10 @@ def share_work(fusion: ModalityRecorder, work: Callable[[Replay, Part], Result])
         replay = fusion.make_replay()
     except ReplayError as error:
         problem = str(error)
-    problems = processes.gather(problem)
+    gathered = processes.gather((problem, fusion.identify_modalities()))
+    problems = [found for found, _ in gathered]
+    if len({described for _, described in gathered if described}) > 1:
+        raise ReplayError(DISAGREE)
     able = [one for one, found in enumerate(problems) if not found]
     if not able:
         raise ReplayError(problems[0])
