@@ -114,7 +114,7 @@ class AttentionMode(TorchFunctionMode):
         modes = _pop_all()
         try:
             action(*args)
-        except Exception as error:
+        except Exception as error:  # which the model's run must not see
             self.errors.append(error)
         finally:
             _push(modes)
