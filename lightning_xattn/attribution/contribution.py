@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_xattn.attribution.kept_samples import KeptSamples
 from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
 from lightning_xattn.attribution.ports import Modality
-from lightning_xattn.attribution.recorder import ModalityRecorder
+from lightning_xattn.attribution.recorder import SPLIT_MODEL, ModalityRecorder
 from lightning_xattn.attribution.replay import Replay
 from lightning_xattn.attribution.root import ReplayError
 from lightning_xattn.attribution.token_source import Part, TokenSource, share_work
@@ -101,6 +101,8 @@ def compute_contributions(
     """
     if fusion.problem and fusion.processes is SINGLE_PROCESS:  # several compare theirs in share_work
         return fusion.problem
+    if not fusion.processes.hold_whole_model:
+        return SPLIT_MODEL
     blocks = kept.permuted.blocks()
     if not blocks:
         return "no sample could be kept"
