@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_xattn.capture.calls import Run
 from lightning_xattn.capture.extractor import AttentionExtractor, name_event
 from lightning_xattn.capture.layers import common_parent, describe_idle, layers_by_name, with_unique_names
 from lightning_xattn.capture.masks import RecordedWeights
@@ -26,7 +27,6 @@ from lightning_xattn.capture.tokens import (
     find_candidates,
     find_token_inputs,
 )
-from lightning_xattn.capture.trace import Run
 from lightning_xattn.capture.wrappers import plain_path
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import DiscoveryError, ShapeError

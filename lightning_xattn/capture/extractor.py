@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.capture.calls import Path
+from lightning_xattn.capture.calls import Path, Run
 from lightning_xattn.capture.joint import JointSequence, cut_direction
 from lightning_xattn.capture.masks import RecordedWeights, intersect_masks
 from lightning_xattn.capture.readers import Event
@@ -33,7 +33,6 @@ from lightning_xattn.capture.tokens import (
     find_readable_tensors,
     named_arguments,
 )
-from lightning_xattn.capture.trace import Run
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError
 

@@ -13,20 +13,18 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_xattn.capture.attention_mode import AttentionMode
+from lightning_xattn.capture.attention_mode import AttentionMode, get_module, run_uncompiled, walk_modules
+from lightning_xattn.capture.calls import Run, StepTrace
 from lightning_xattn.capture.discover import Survey, choose_layers, find_padding_source, find_shown
 from lightning_xattn.capture.extractor import AttentionExtractor
-from lightning_xattn.capture.forwards import get_module, walk_modules
 from lightning_xattn.capture.layers import describe_attention, locate_attention
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import Event, RecordLevel
 from lightning_xattn.capture.sources import AttentionSetting, Layer, Source, is_set_aside
 from lightning_xattn.capture.tokens import Axes
-from lightning_xattn.capture.trace import Run, StepTrace
 from lightning_xattn.capture.wrappers import (
     compiled_modules,
     require_one_replica,
-    run_uncompiled,
     scripted_modules,
 )
 from lightning_xattn.core.attention import Attention, AttentionPair, Direction, rename_layer

@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_xattn.capture.calls import Path, find_tensors, name_argument
+from lightning_xattn.capture.calls import Path, Run, find_tensors, name_argument
 from lightning_xattn.capture.masks import RecordedWeights, separate_padding
 from lightning_xattn.capture.readers import Event
 from lightning_xattn.capture.tensors import has_address
-from lightning_xattn.capture.trace import Run
 
 _HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "nhead", "nheads", "heads", "num_attention_heads", "head_num")
 
