@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_xattn.capture.tensors import has_address
+
 if TYPE_CHECKING:
     from lightning_xattn.capture.readers import Event
 
@@ -119,6 +121,11 @@ def find_tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     else:
         for key, item in _items(value):
             yield from find_tensors(item, (*path, key))
+
+
+def find_readable_tensors(value: Any) -> dict[Path, Tensor]:
+    """The tensors in a value that have numbers in memory, by the keys that lead to them."""
+    return {path: tensor for path, tensor in find_tensors(value) if has_address(tensor)}
 
 
 def find_leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

@@ -13,15 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_xattn.capture.calls import Run
-from lightning_xattn.capture.extractor import AttentionExtractor, name_event
+from lightning_xattn.capture.extractor import NAME_IT, AttentionExtractor
 from lightning_xattn.capture.layers import common_parent, describe_idle, layers_by_name, with_unique_names
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import Event, RecordLevel
-from lightning_xattn.capture.returned import NAME_IT
 from lightning_xattn.capture.sources import SET_IT_ASIDE, Layer, Source
 from lightning_xattn.capture.tensors import are_same
 from lightning_xattn.capture.tokens import (
-    Axes,
     Tokens,
     describe_event,
     find_candidates,
@@ -52,10 +50,8 @@ class Found:
     """Its weights ``(batch, heads, queries, keys)`` and masks; None if they were not kept."""
     padding: Tensor | None
     """``(batch, tokens)`` of self-attention whose masks show it, True for a real token."""
-    key: str
-    """What it is called from run to run, see ``name_event``."""
-    axes: Axes | None
-    """How its rows are split into samples and heads; None where that is known, or in doubt."""
+    extractor: AttentionExtractor
+    """What has read it, and knows how its rows are split into samples and heads."""
     alone: bool
     """Whether the module's path names it, as there is no other in its run."""
     cropped: bool
@@ -125,8 +121,7 @@ class Survey:
         across = find_candidates(run, across=True)
         for event in mine:
             extractor, recorded, doubt = AttentionExtractor(None, Source(run.path)), None, None
-            place = run.events.index(event)
-            key = name_event(event, place)
+            number = before + run.events.index(event) + 1
             try:
                 recorded = extractor.unfold(event.recorded, event, run)
                 if event.level is RecordLevel.WEIGHTS and len(mine) == 1:
@@ -136,14 +131,13 @@ class Survey:
             mixed = not event.within if event.tokens is not None else Tokens.of(run, event.shape).kinds > 1
             found = Found(
                 path=run.path,
-                number=before + place + 1,
+                number=number,
                 turn=run.turn,
                 event=event,
                 # A first step of a large model holds little.
                 recorded=recorded if event.level is RecordLevel.WEIGHTS else None,
                 padding=None if recorded is None or mixed else recorded.padding_of_its_own,
-                key=key,
-                axes=extractor.axes.get(key),
+                extractor=extractor,
                 alone=across == [event],
                 cropped=event.recorded is not None and event.recorded.cropped,
                 mixed=mixed,
@@ -237,7 +231,8 @@ def _by_name(survey: Survey, crossing: Sequence[Found]) -> list[Layer]:
         raise DiscoveryError(survey.describe(f"It is ambiguous which attention of module '{source.path}' is meant"))
 
     return [
-        Layer(layer.name, *((direction, numbered(source)) for direction, source in layer.sources)) for layer in layers
+        Layer(layer.name, tuple((direction, numbered(source)) for direction, source in layer.sources))
+        for layer in layers
     ]
 
 
@@ -271,8 +266,8 @@ def _make_pair(survey: Survey, across: Sequence[Found]) -> list[Layer]:
         forward = Direction("a", "b") if queries == keys else Direction(letters[queries], letters[keys])
         for found, opposite in zip_longest(there, back):
             path = common_parent(found.path, (opposite or found).path)
-            backward = None if opposite is None else (forward.opposite, survey.source(opposite))
-            layers.append(Layer(plain_path(survey.root, path), (forward, survey.source(found)), backward))
+            pair = ((forward, survey.source(found)), (forward.opposite, survey.source(opposite or found)))
+            layers.append(Layer(plain_path(survey.root, path), pair if opposite else pair[:1]))
     return with_unique_names(layers)
 
 
@@ -316,4 +311,11 @@ def find_padding_source(survey: Survey, source: Source) -> Found | None:
     nearest = [one for one, distance in zip(within, near, strict=True) if distance == max(near)]
     masks = [one.padding for one in nearest if one.padding is not None]
     have_one_mask = len(masks) in (0, len(nearest)) and all(mask.equal(masks[0]) for mask in masks)
-    return nearest[-1] if nearest and have_one_mask else None
+    if not nearest or not have_one_mask:
+        return None
+    # From the next step on it is this attention that is read, and of this step its mask alone.
+    (*_, supplier), extractor = nearest, nearest[-1].extractor
+    extractor.source, extractor.has_run = Source(supplier.path, supplier.number), True
+    if supplier.padding is not None:
+        extractor.kept = RecordedWeights(supplier.padding, supplier.padding, cropped=supplier.cropped)
+    return supplier

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch.nn.functional as F
@@ -21,7 +22,6 @@ from lightning_xattn.capture.layers import describe_attention, locate_attention
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import Event, RecordLevel
 from lightning_xattn.capture.sources import AttentionSetting, Layer, Source, is_set_aside
-from lightning_xattn.capture.tokens import Axes
 from lightning_xattn.capture.wrappers import (
     compiled_modules,
     require_one_replica,
@@ -86,11 +86,8 @@ class AttentionRecorder:
         self._mode: AttentionMode | None = None
         self._extractors: dict[tuple[str, Direction], AttentionExtractor] = {}
         self._of_module: dict[nn.Module, list[AttentionExtractor]] = {}
-        # Self-attention whose masks show which queries are padding, by its module's path and its number in a step: its
-        # axes and whether padding may be cut off. Of this step, how many each module has computed, and these masks.
-        self._suppliers: dict[tuple[str, int], tuple[Axes | None, bool]] = {}
-        self._counts: Counter[str] = Counter()
-        self._padding: dict[tuple[str, int], Tensor | None] = {}
+        # Of self-attention whose masks show which queries are padding.
+        self._suppliers: dict[nn.Module, list[AttentionExtractor]] = {}
         self.is_waiting = self._has_run = False
         self._warned: set[str] = set()
         # What went wrong while the model ran.
@@ -126,14 +123,12 @@ class AttentionRecorder:
 
     def clear(self) -> None:
         """Forget what was recorded."""
-        for extractor in self._extractors.values():
+        for extractor in [*self._extractors.values(), *chain.from_iterable(self._suppliers.values())]:
             extractor.clear()
         if self._survey is not None:
             self._survey = Survey(self._model)
         if self._mode is not None:
             self._mode.clear()
-        self._padding.clear()
-        self._counts.clear()
         self._errors.clear()
         self.is_waiting = self._has_run = False
         self.batch = self._inputs = None
@@ -155,8 +150,8 @@ class AttentionRecorder:
             if "torch._dynamo" in sys.modules and not self._is_set_aside:
                 hooks.enter_context(run_uncompiled())
             self._of_module = self._make_extractors()
-            attending = {get_module(self._model, path): path for path, _ in self._suppliers}
-            attending |= {module: extractors[0].source.path for module, extractors in self._of_module.items()}
+            extractors = [*self._suppliers.items(), *self._of_module.items()]
+            attending = {module: of_module[0].source.path for module, of_module in extractors}
             if self._survey is not None or (self._trace is not None and self._trace.is_complete):
                 walked = walk_modules(self._model, into_compiled=not self._is_set_aside)
                 modules = attending | {module: path for path, module in walked}
@@ -183,9 +178,7 @@ class AttentionRecorder:
         for layer, direction, source in self._sources():
             key = layer.name, direction
             if key not in self._extractors:
-                siblings = [sibling for _, sibling, other in self._sources() if other.path == source.path]
-                alone = layer.backward is None and source.joint is None
-                self._extractors[key] = AttentionExtractor(direction, source, siblings, alone)
+                self._extractors[key] = AttentionExtractor(direction, source)
             if source.read is None:
                 of_module[self._module(source.path)].append(self._extractors[key])
         return of_module
@@ -221,15 +214,8 @@ class AttentionRecorder:
         if run.module is self._model and self._inputs is None:
             inputs = (*run.call.args, *run.call.kwargs.values())
             self._inputs = inputs[0] if len(inputs) == 1 else inputs
-        for extractor in self._of_module.get(run.module, ()):
+        for extractor in (*self._of_module.get(run.module, ()), *self._suppliers.get(run.module, ())):
             extractor.extract(run, output)
-        for number, event in enumerate(run.events, start=self._counts[run.path] + 1):
-            supplier = self._suppliers.get((run.path, number))
-            if supplier is not None and event.recorded is not None:
-                axes, _ = supplier
-                within = event.recorded if axes is None else axes.apply(event.recorded)
-                self._padding[run.path, number] = within.padding_of_its_own
-        self._counts[run.path] += len(run.events)
         if self._survey is not None:
             self._survey.note_run(run, output)
 
@@ -302,16 +288,11 @@ class AttentionRecorder:
 
     def rename(self, names: Mapping[Direction, Direction]) -> None:
         """Call directions otherwise in all later steps."""
-
-        def renamed(pair: tuple[Direction, Source]) -> tuple[Direction, Source]:
-            return names.get(pair[0], pair[0]), pair[1]
-
         self.layers = tuple(
             replace(
                 layer,
                 name=rename_layer(layer.name, names),
-                forward=renamed(layer.forward),
-                backward=None if layer.backward is None else renamed(layer.backward),
+                sources=tuple((names.get(direction, direction), source) for direction, source in layer.sources),
             )
             for layer in self.layers
         )
@@ -357,16 +338,18 @@ class AttentionRecorder:
 
     def _end_survey(self, survey: Survey) -> None:
         """Learn from a first step what else to record, and record nothing more from then on."""
-        for extractor in self._extractors.values():
-            shown = find_shown(survey, extractor.source)
-            if shown is not None and shown.axes is not None and shown.path == extractor.source.path:
-                extractor.axes[shown.key] = shown.axes
-            supplier = find_padding_source(survey, extractor.source) if extractor.is_alone else None
+        suppliers: dict[AttentionExtractor, None] = {}
+        for layer, direction, source in self._sources():
+            extractor, shown = self._extractors[layer.name, direction], find_shown(survey, source)
+            if shown is not None and shown.path == source.path:
+                extractor.axes |= shown.extractor.axes
+            is_alone = len(layer.sources) == 1 and source.joint is None
+            supplier = find_padding_source(survey, source) if is_alone else None
             if supplier is not None:
-                extractor.padding = supplier.path, supplier.number
-                # Not the whole, which would keep the first step's attention.
-                self._suppliers[extractor.padding] = supplier.axes, supplier.cropped
-                self._padding[extractor.padding] = supplier.padding
+                extractor.supplier = supplier.extractor
+                suppliers[supplier.extractor] = None
+        for one in suppliers:
+            self._suppliers.setdefault(self._module(one.source.path), []).append(one)
         self._survey = None
         if self._is_hooked:  # from now on only what is recorded
             self._hooks.close()
@@ -401,7 +384,7 @@ class AttentionRecorder:
         """A token that is padding as a key of one direction is padding as a query of the other."""
         masks = (
             [one.token_mask for one in reversed(recorded)]
-            if layer.backward
+            if len(layer.sources) > 1
             else [self._find_query_padding(layer, recorded[0])]
         )
         attentions = [
@@ -421,10 +404,11 @@ class AttentionRecorder:
 
     def _find_query_padding(self, layer: Layer, recorded: RecordedWeights) -> Tensor | None:
         """The real queries of a direction without an opposite; None where no mask shows them."""
-        supplier = self._extractors[layer.name, layer.forward[0]].padding
-        if supplier is None or (mask := self._padding.get(supplier)) is None:
-            return recorded.query_mask
+        supplier = self._extractors[layer.name, layer.sources[0][0]].supplier
+        within = None if supplier is None else supplier.first
+        mask = None if within is None else within.padding_of_its_own
+        if mask is None or within is None:
+            return None
         missing = recorded.weights.shape[2] - mask.shape[1]
         # torch packs sequences, and cuts off what is padding in all of them.
-        _, cropped = self._suppliers[supplier]
-        return F.pad(mask, (0, missing)) if missing > 0 and cropped else mask
+        return F.pad(mask, (0, missing)) if missing > 0 and within.cropped else mask

@@ -75,14 +75,8 @@ class Layer:
 
     name: str
     """The module path that its directions share."""
-    forward: tuple[Direction, Source]
-    backward: tuple[Direction, Source] | None = None
-    """None: there is only one direction."""
-
-    @property
-    def sources(self) -> tuple[tuple[Direction, Source], ...]:
-        """The directions that exist, forward first."""
-        return (self.forward,) if self.backward is None else (self.forward, self.backward)
+    sources: tuple[tuple[Direction, Source], ...]
+    """One direction, or forward and backward."""
 
 
 AttentionSetting = Mapping[str, Named | Sequence[Named]] | JointSequence

@@ -322,14 +322,6 @@ def test_returned_weights_and_masks_that_are_not_what_their_numbers_say_are_not_
             with AttentionRecorder(model, attention) as recorder:
                 model(*tokens())
             _ = recorder.attention
-    # A mask of the queries among the module's arguments.
-    model = Runs(lambda m, x, y, query_mask: F.scaled_dot_product_attention(heads(x), heads(y), heads(y)))
-    model.forward = lambda x, y, query_mask: model.run(model, x, y, query_mask)
-    for mask, known in ((torch.arange(AUDIO) < 3, True), ((torch.arange(AUDIO) < 3).as_subclass(Own), False)):
-        mask = mask.expand(BATCH, -1).int()
-        with AttentionRecorder(nn.ModuleDict({"fusion": model}), {"a_to_b": "fusion"}) as recorder:
-            model(*tokens(), mask)
-        assert (recorder.attention[0].forward.query_mask is not None) == known
 
 
 def test_a_mask_of_an_unknown_class_for_multihead_attention_is_refused_and_its_tokens_are_asked():
