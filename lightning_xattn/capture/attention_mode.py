@@ -290,13 +290,20 @@ class AttentionMode(TorchFunctionMode):
                 self._guard(self._end, run, output)
         return output
 
+    @contextmanager
+    def _keeping_errors(self) -> Iterator[None]:
+        """Inside of it no error of ours reaches the model's run."""
+        try:
+            yield
+        except Exception as error:
+            self.errors.append(error)
+
     def _guard(self, action: Callable[..., None], *args: Any) -> None:
         """Let no error of ours reach the model's run, and no mode see what we do."""
         modes = _pop_all()
         try:
-            action(*args)
-        except Exception as error:  # which the model's run must not see
-            self.errors.append(error)
+            with self._keeping_errors():
+                action(*args)
         finally:
             _push(modes)
 
@@ -347,13 +354,11 @@ class AttentionMode(TorchFunctionMode):
                     raise
                 result = function(*args, **kwargs)  # raises what the model is to see if it was the function's
                 self.errors.append(error)
-        try:
+        with self._keeping_errors():
             if reader is None:
                 self._note_use(getattr(function, "__name__", ""), args, kwargs, result)
             if self._follows:
                 self._note_reached((*args, *kwargs.values()), self._runs[-1].events[before:], result)
-        except Exception as error:  # which the model's run must not see
-            self.errors.append(error)
         return result
 
     def _note_reached(self, args: Sequence[Any], events: Sequence[Event], result: Any) -> None:
@@ -372,10 +377,8 @@ class AttentionMode(TorchFunctionMode):
                 if rows == event.shape[0]:
                     event.folded.setdefault(heads_first, heads)
         if event.problem is None:
-            try:
+            with self._keeping_errors():
                 event.level = self._level(self._runs[-1], event)
-            except Exception as error:  # which the model's run must not see
-                self.errors.append(error)
         return None if self._edit is None else self._edit(event)
 
     def record(self, event: Event, read: Read | None = None, given: Tensor | None = None) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import combinations, takewhile, zip_longest
 
-import torch
 from torch import nn
 
 from lightning_xattn.capture.joint import JointSequence
@@ -42,13 +41,10 @@ def locate_attention(root: nn.Module, attention: AttentionSetting | None = None)
     Raises
     ------
     DiscoveryError
-        If a path names no module, or one whose calls Python does not see, such as TorchScript; the message lists every
-        attention module there is.
+        If a path names no module; the message lists every attention module there is.
     SettingError
         If ``attention`` is malformed.
     """
-    if isinstance(root, torch.jit.ScriptModule):
-        raise _is_script(type(root).__name__)
     if attention is None:
         return tuple(layers_by_name(root, _multihead_paths(root)))
     check_attention(attention)
@@ -57,29 +53,14 @@ def locate_attention(root: nn.Module, attention: AttentionSetting | None = None)
     return tuple(_named_layers(root, attention))
 
 
-def _is_script(what: str) -> DiscoveryError:
-    return DiscoveryError(
-        f"{what} is TorchScript, whose calls Python does not see. Record the module that was scripted, before "
-        "torch.jit.script or torch.jit.trace."
-    )
-
-
 def describe_attention(root: nn.Module) -> str:
     """What attention modules there are, and what hides some, as sentences."""
     found = [plain_path(root, path) for path in _multihead_paths(root)]
     text = f"Found: {', '.join(found)}." if found else f"{type(root).__name__} has no nn.MultiheadAttention at all."
     scripted = list(scripted_modules(root))
     if scripted:
-        text += f" TorchScript hides what is in {', '.join(scripted)}: record the module that was scripted instead."
+        text += f" TorchScript hides what is in {', '.join(scripted)}: record what was scripted, before torch.jit."
     return text
-
-
-def describe_idle(root: nn.Module) -> str:
-    """What attention modules there are in a model of which none ran, as sentences."""
-    found = ", ".join(plain_path(root, path) for path in _multihead_paths(root))
-    if found:
-        return f"No attention ran. The model holds {found}, which did not run."
-    return f"No attention was seen at all. {describe_attention(root)}"
 
 
 def _named_layers(root: nn.Module, attention: AttentionSetting) -> list[Layer]:
@@ -127,8 +108,6 @@ def _expand(root: nn.Module, source: Source, what: str, *, joint: bool = False) 
         near = get_close_matches(source.path, paths, n=3, cutoff=0.5)
         near_ones = f" Did you mean {' or '.join(repr(path) for path in near)}?" if near else ""
         raise DiscoveryError(f"No module '{source.path}' for {what}.{near_ones} {describe_attention(root)}")
-    if any(path == script or path.startswith(f"{script}.") for script in scripted_modules(root)):
-        raise _is_script(f"Module '{source.path}' for {what}")
     inner = [path] if source.item or source.call else _attention_in(root, path, joint)
     return [replace(source, path=path) for path in inner]
 

@@ -16,17 +16,13 @@ from torch import Tensor, nn
 
 from lightning_xattn.capture.attention_mode import AttentionMode, get_module, run_uncompiled, walk_modules
 from lightning_xattn.capture.calls import Run, StepTrace
-from lightning_xattn.capture.discover import Survey, choose_layers, find_padding_source, find_shown
+from lightning_xattn.capture.discover import NAME_THEM, Survey, choose_layers, find_padding_source, find_shown
 from lightning_xattn.capture.extractor import AttentionExtractor
 from lightning_xattn.capture.layers import describe_attention, locate_attention
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import Event, RecordLevel
 from lightning_xattn.capture.sources import AttentionSetting, Layer, Source, is_set_aside
-from lightning_xattn.capture.wrappers import (
-    compiled_modules,
-    require_one_replica,
-    scripted_modules,
-)
+from lightning_xattn.capture.wrappers import compiled_modules, scripted_modules
 from lightning_xattn.core.attention import Attention, AttentionPair, Direction, rename_layer
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
 from lightning_xattn.core.notices import warn
@@ -136,14 +132,12 @@ class AttentionRecorder:
     def _hook(self) -> None:
         if self._is_set_aside and self._trace is None:
             return
-        if self._survey is not None:  # later steps go through no more of the model than they record
-            require_one_replica(self._model)
-            if compiled := compiled_modules(self._model):
-                self._warn_once(
-                    f"{', '.join(compiled)} is compiled, and compiled code hides its attention. While it is recorded "
-                    "it runs uncompiled, so its outputs may differ in the last bits and take longer. If that is too "
-                    "slow, record fewer epochs or batches (every_n_epochs, every_n_batches)."
-                )
+        if self._survey is not None and (compiled := compiled_modules(self._model)):
+            self._warn_once(
+                f"{', '.join(compiled)} is compiled, and compiled code hides its attention. While it is recorded it "
+                "runs uncompiled, so its outputs may differ in the last bits and take longer. If that is too slow, "
+                "record fewer epochs or batches (every_n_epochs, every_n_batches)."
+            )
         # What was wrapped before a failure half way is unwrapped with this stack; only a complete set is kept.
         with ExitStack() as hooks:
             # Without it nothing is compiled. Whether functions are compiled is unknown, and the import is slow.
@@ -281,10 +275,7 @@ class AttentionRecorder:
     @property
     def left_out(self) -> dict[str, int]:
         """By layer, how many samples were left out of this step, as their joint sequence does not fit its spans."""
-        found = {layer: 0 for layer, _ in self._extractors}
-        for (layer, _), extractor in self._extractors.items():
-            found[layer] = max(found[layer], extractor.left_out)
-        return {layer: samples for layer, samples in found.items() if samples}
+        return {layer: one.left_out for (layer, _), one in self._extractors.items() if one.left_out}
 
     def rename(self, names: Mapping[Direction, Direction]) -> None:
         """Call directions otherwise in all later steps."""
@@ -318,7 +309,7 @@ class AttentionRecorder:
         for _, direction, source in self._sources():
             paths[str(direction)].append(str(source))
         found = {direction: names if len(names) > 1 else names[0] for direction, names in paths.items()}
-        others = "; ".join(f"'{survey.name(one)}' {one.who}" for one in left_out)
+        others = survey.list(left_out)
         self._warn_once(
             f"Found in the first pass: {found}. The directions come from the modules' names, or from which tokens ask "
             "which. If a module or the name of a modality is wrong, name them: attention={'<a>_to_<b>': "
@@ -356,21 +347,18 @@ class AttentionRecorder:
             self._hook()
 
     def _report_missing_direction(self, layer: Layer, missing: Direction, source: Source) -> None:
-        message = f"'{source}' ({missing} of layer '{layer.name}') did not run, but its opposite direction did."
+        message = f"'{source}' ({missing} of layer '{layer.name}') did not run, but its opposite direction did. "
         if not self._extractors[layer.name, missing].has_run:
-            raise DiscoveryError(f"{message} Name the modules to record: attention={{'<a>_to_<b>': 'path', ...}}.")
-        self._warn_once(f"{message} The layer is left out of such steps.")
+            raise DiscoveryError(message + NAME_THEM)
+        self._warn_once(message + "The layer is left out of such steps.")
 
     def _describe_idle_layers(self) -> str:
-        if not self.layers:
-            assert self._survey is not None
+        if self._survey is not None and not self.layers:
             return self._survey.describe("No cross-attention ran")
-        script = list(scripted_modules(self._model))
         return (
             f"None of {', '.join(dict.fromkeys(str(source) for _, _, source in self._sources()))} ran, so there is no "
-            "attention to show. If the model computes it elsewhere, name that module: attention={'<a>_to_<b>': 'path', "
-            "...}. If they run inside a function that torch.compile made, call that function uncompiled"
-            + (f"; TorchScript hides what is in {', '.join(script)}." if script else ".")
+            f"attention to show. {describe_attention(self._model)} {NAME_THEM} If they run inside a function that "
+            "torch.compile made, call that function uncompiled."
         )
 
     def _warn_once(self, message: str) -> None:

@@ -50,8 +50,8 @@ class Source:
         """
         if callable(named):
             return cls(read=named)
-        matched = re.fullmatch(r"([^\[\]#]*)(?:#([1-9]\d*)|((?:\[[^\[\]]+\])*))", named)
-        if matched is None or not named:
+        matched = re.fullmatch(r"([^\[\]#]*)(?:#([1-9]\d*)|((?:\[[^\[\]]+\])*))", named) if named else None
+        if matched is None:
             raise SettingError(
                 "Expected a module path such as 'model.fusion', with 'model.fusion#2' for the second attention that it "
                 "computes, or with an item of what it returns as in 'model.fusion[1]' or 'model.fusion[eeg_to_spec]'; "

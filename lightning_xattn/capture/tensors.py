@@ -38,10 +38,8 @@ def _unreadable_kind(tensor: Tensor) -> str | None:
         return f"a nested tensor ({tensor.layout})"
     if tensor.layout != torch.strided:
         return f"a tensor of layout {tensor.layout}"
-    if tensor.is_quantized:
-        return f"a quantized tensor ({tensor.dtype})"
-    if tensor.is_meta:
-        return "a tensor without numbers (device meta)"
+    if tensor.is_quantized or tensor.is_meta:
+        return f"a tensor of {tensor.dtype} on device {tensor.device}"
     kind = type(tensor)
     # What processes share is read as its dispatch gives it.
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not kind.__module__.startswith("torch.distributed"):

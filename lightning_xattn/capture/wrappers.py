@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from lightning_xattn.capture.attention_mode import step_into, walk_modules
-from lightning_xattn.core.errors import DiscoveryError
 
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Where ``torch.compile``, FSDP and activation checkpointing keep the module that they wrap."""
@@ -45,22 +44,6 @@ def compiled_modules(root: nn.Module) -> list[str]:
     ]
     # Lightning takes a compiled LightningModule out of its wrapper and compiles its steps instead.
     return found or (["the model"] if getattr(root, "_compiler_ctx", None) is not None else [])
-
-
-def require_one_replica(root: nn.Module) -> None:
-    """Refuse what runs on several devices at once, whose calls see parts of a batch in any order.
-
-    Raises
-    ------
-    DiscoveryError
-        If there is an ``nn.DataParallel`` over several devices.
-    """
-    for path, module in root.named_modules():
-        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-            raise DiscoveryError(
-                f"'{path or type(root).__name__}' is an nn.DataParallel over {len(module.device_ids)} devices, whose "
-                "parts of a batch arrive in any order. Record its .module, or use DistributedDataParallel."
-            )
 
 
 def scripted_modules(root: nn.Module) -> Iterator[str]:

@@ -235,9 +235,9 @@ def test_kinds_that_hold_no_numbers_of_their_own():
         True,
     ]
     for tensor, kind in (
-        (torch.quantize_per_tensor(whole, 0.1, 0, torch.qint8), "a quantized tensor (torch.qint8)"),
+        (torch.quantize_per_tensor(whole, 0.1, 0, torch.qint8), "a tensor of torch.qint8 on device cpu"),
         (whole.to_sparse(), "a tensor of layout torch.sparse_coo"),
-        (whole.to("meta"), "a tensor without numbers (device meta)"),
+        (whole.to("meta"), "a tensor of torch.float32 on device meta"),
     ):
         assert unreadable_kind(tensor) == kind
         assert not is_plain(tensor)
@@ -286,7 +286,7 @@ def by_class(q, k):
         (jagged, ((2, 3, 4, 4), "scaled_dot_product_attention", "its query is a nested tensor (torch.jagged)")),
         (masked, ("softmax", "its scores are a MaskedTensor")),
         (fake, ("its query is a FakeTensor",)),
-        (lambda q, k: (q @ k.mT).to("meta").softmax(-1), ("without numbers (device meta)",)),
+        (lambda q, k: (q @ k.mT).to("meta").softmax(-1), ("device meta",)),
         (lambda q, k: torch.vmap(F.scaled_dot_product_attention)(q, k, k), ("inside of torch.vmap",)),
         (
             lambda q, k: F.scaled_dot_product_attention(*(x[:, None] for x in (q, k, k))),

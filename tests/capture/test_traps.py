@@ -262,17 +262,6 @@ def test_a_kernel_call_of_another_form_ends_nothing():
     assert pair.forward.weights.shape == (BATCH, HEADS, AUDIO, TEXT)
 
 
-def test_data_parallel_over_several_devices_is_refused():
-    model = nn.DataParallel(Pair())
-    model.device_ids = [0, 1]
-    with pytest.raises(
-        DiscoveryError,
-        match=tells("'DataParallel'", "nn.DataParallel", "2 devices", ".module", "DistributedDataParallel"),
-    ):
-        AttentionRecorder(model).__enter__()
-    assert count_hooks(model) == 0
-
-
 def test_attention_inside_of_vmap_is_named_as_such():
     model = Fusing(Runs(lambda m, x, y: torch.vmap(lambda q, k: (heads(q) @ heads(k).mT).softmax(-1) @ heads(k))(x, y)))
     x, y = (t[None] for t in tokens())
