@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_xattn.capture.calls import LOSSES, SCORE_FUNCTIONS, Call, Run, StepTrace, look_up
 from lightning_xattn.capture.readers import Edit, Event, Read, RecordLevel, find_reader
-from lightning_xattn.capture.tensors import Address, has_address
+from lightning_xattn.capture.tensors import Address, has_address, only_modes, pop_modes, push_modes
 
 ToEdit = Callable[[Event], Edit | None]
 """Gets an attention that is about to be computed; gives what is to be changed of it; None: nothing."""
@@ -277,7 +277,8 @@ class AttentionMode(TorchFunctionMode):
         self._runs.append(run)
         self._switch()
         if self._trace is not None:
-            self._guard(self._trace.begin, run)
+            with self._aside():
+                self._trace.begin(run)
         has_ended = False
         try:
             output = forward(*args, **kwargs)
@@ -287,25 +288,18 @@ class AttentionMode(TorchFunctionMode):
                 del self._runs[self._runs.index(run) :]
             self._switch()
             if has_ended:
-                self._guard(self._end, run, output)
+                with self._aside():
+                    self._end(run, output)
         return output
 
     @contextmanager
-    def _keeping_errors(self) -> Iterator[None]:
-        """Inside of it no error of ours reaches the model's run."""
-        try:
-            yield
-        except Exception as error:
-            self.errors.append(error)
-
-    def _guard(self, action: Callable[..., None], *args: Any) -> None:
-        """Let no error of ours reach the model's run, and no mode see what we do."""
-        modes = _pop_all()
-        try:
-            with self._keeping_errors():
-                action(*args)
-        finally:
-            _push(modes)
+    def _aside(self) -> Iterator[None]:
+        """Inside of it no mode sees what we do, and no error of ours reaches the model's run."""
+        with only_modes():
+            try:
+                yield
+            except Exception as error:
+                self.errors.append(error)
 
     def _end(self, run: Run, output: Any) -> None:
         try:
@@ -327,10 +321,10 @@ class AttentionMode(TorchFunctionMode):
         if self._trace is not None and self._is_attached:
             on = on or self._trace.looks_for_losses(self._runs)
         if on and not self._on:
-            _push([self])
+            push_modes([self])
         elif self._on and not on:
             # Not by ``__exit__``: where modes overlap this one need not be the innermost.
-            _push([mode for mode in _pop_all() if mode is not self])
+            push_modes([mode for mode in pop_modes() if mode is not self])
         self._on = on
 
     def __torch_function__(
@@ -338,9 +332,11 @@ class AttentionMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self._trace is not None and function in LOSSES:
-            self._guard(self._trace.note_loss, function, args, kwargs, self._runs)
+            with self._aside():
+                self._trace.note_loss(function, args, kwargs, self._runs)
         if self._trace is not None and self._trace.is_complete and function in SCORE_FUNCTIONS:
-            self._guard(self._trace.note_scores, args, self._runs)
+            with self._aside():
+                self._trace.note_scores(args, self._runs)
         if not self._runs:
             return function(*args, **kwargs)
         reader, before = find_reader(function), len(self._runs[-1].events)
@@ -354,9 +350,9 @@ class AttentionMode(TorchFunctionMode):
                     raise
                 result = function(*args, **kwargs)  # raises what the model is to see if it was the function's
                 self.errors.append(error)
-        with self._keeping_errors():
+        with self._aside():
             if reader is None:
-                self._note_use(getattr(function, "__name__", ""), args, kwargs, result)
+                self._note_use(getattr(function, "__name__", ""), args, result)
             if self._follows:
                 self._note_reached((*args, *kwargs.values()), self._runs[-1].events[before:], result)
         return result
@@ -377,7 +373,7 @@ class AttentionMode(TorchFunctionMode):
                 if rows == event.shape[0]:
                     event.folded.setdefault(heads_first, heads)
         if event.problem is None:
-            with self._keeping_errors():
+            with self._aside():
                 event.level = self._level(self._runs[-1], event)
         return None if self._edit is None else self._edit(event)
 
@@ -397,15 +393,11 @@ class AttentionMode(TorchFunctionMode):
                 why = (str(error).splitlines() or [""])[0]
                 event.problem = f"reading it failed ({type(error).__name__}: {why})"
 
-    def _note_use(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    def _note_use(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         """Note how heads are folded into the samples, and what is made of weights, and what these are used for."""
         first = args[0] if args else None
         if name in _FOLDS and isinstance(first, Tensor) and not first.is_nested:
             _note_fold(first, result, self._runs[-1])
-        elif name in ("cat", "concat", "concatenate") and not kwargs.get("dim", args[1] if len(args) > 1 else 0):
-            parts = [part for part in first or () if isinstance(part, Tensor) and part.dim() == 3]
-            if len(parts) > 1 and len(parts) == len(first or ()) and len({part.shape for part in parts}) == 1:
-                self._runs[-1].folded[True, len(parts) * len(parts[0])] = len(parts)
         if not self._made:
             return
         events = [(arg, event) for arg in args if (event := self._runs[-1].origin(arg)) is not None]
@@ -450,13 +442,8 @@ def _keep_fast_paths() -> Iterator[None]:
         asks = sys._getframe(1).f_globals.get("__name__")
         if asks not in ("torch.nn.modules.activation", "torch.nn.modules.transformer"):
             return original(args)
-        stack = _pop_all()
-        try:
-            _push([mode for mode in stack if not isinstance(mode, AttentionMode) or mode._edit is not None])
+        with only_modes(lambda mode: not isinstance(mode, AttentionMode) or mode._edit is not None):
             return original(args)
-        finally:
-            _pop_all()
-            _push(stack)
 
     torch.overrides.has_torch_function = has_torch_function
     try:
@@ -467,13 +454,3 @@ def _keep_fast_paths() -> Iterator[None]:
 
 keep_fast_paths = Shared(_keep_fast_paths)
 """Gives a context manager in which ``AttentionMode`` leaves torch's fast paths on."""
-
-
-def _pop_all() -> list[Any]:
-    """The modes that are on, innermost last; they are off afterwards."""
-    return [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())][::-1]
-
-
-def _push(modes: list[Any]) -> None:
-    for mode in modes:
-        torch._C._push_on_torch_function_stack(mode)

@@ -19,12 +19,7 @@ from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import Event, RecordLevel
 from lightning_xattn.capture.sources import SET_IT_ASIDE, Layer, Source
 from lightning_xattn.capture.tensors import are_same
-from lightning_xattn.capture.tokens import (
-    Tokens,
-    describe_event,
-    find_candidates,
-    find_token_inputs,
-)
+from lightning_xattn.capture.tokens import Tokens, describe_event, find_candidates, find_token_inputs
 from lightning_xattn.capture.wrappers import plain_path
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import DiscoveryError, ShapeError

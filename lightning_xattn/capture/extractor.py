@@ -11,13 +11,7 @@ from torch import Tensor, nn
 
 from lightning_xattn.capture.calls import Path, Run, find_readable_tensors
 from lightning_xattn.capture.joint import JointSequence, cut_direction
-from lightning_xattn.capture.masks import (
-    Axes,
-    RecordedWeights,
-    find_weighted_keys,
-    intersect_masks,
-    separate_padding,
-)
+from lightning_xattn.capture.masks import Axes, RecordedWeights, find_weighted_keys, intersect_masks, separate_padding
 from lightning_xattn.capture.readers import Event, RecordLevel
 from lightning_xattn.capture.sources import SET_IT_ASIDE, Source
 from lightning_xattn.capture.tensors import Address, describe_kind, is_plain
