@@ -413,29 +413,25 @@ def _check_weights(weights: Any, who: str, training: bool) -> None:
         If the weights are not ``(batch, heads, queries, keys)`` or ``(batch, queries, keys)``, a row that is not fully
         masked does not sum to 1, or their numbers need not be their values.
     """
-    if isinstance(weights, Tensor) and not is_plain(weights):
-        raise ShapeError(
-            f"{who} {describe_kind(weights)}, whose numbers need not be its values; expected a plain tensor. If they "
-            "are, give weights.as_subclass(torch.Tensor)."
-        )
-    shape = tuple(weights.shape) if isinstance(weights, Tensor) else None
-    if shape is None or len(shape) not in (3, 4) or not weights.is_floating_point():
-        found = f"a {type(weights).__name__}" if shape is None else f"{weights.dtype} of shape {shape}"
-        raise ShapeError(
-            f"{who} {found}; expected weights (batch, heads, queries, keys), or (batch, queries, keys) of one head."
-        )
-    if not _looks_like_attention(weights):
-        values, sums = weights.float().nan_to_num(), weights.float().sum(-1).nan_to_num()
-        found = (
-            f"values from {values.min():.3g} to {values.max():.3g}: scores before the softmax are no weights"
-            if values.min() < 0
-            else f"rows that sum to {sums.min():.3g} ... {sums.max():.3g}"
-            + (": weights after dropout are not attention, put the model in eval mode" if training else "")
-        )
-        raise ShapeError(
-            f"{who} shape {shape} with {found}. Expected weights after the softmax and before dropout, whose rows sum "
-            f"to 1. {NAME_IT}"
-        )
+    if not isinstance(weights, Tensor):
+        found = f"a {type(weights).__name__}"
+    elif not is_plain(weights):
+        found = f"{describe_kind(weights)}, whose values may be others: give weights.as_subclass(torch.Tensor)"
+    elif weights.dim() not in (3, 4) or not weights.is_floating_point():
+        found = f"{weights.dtype} of shape {tuple(weights.shape)}"
+    elif _looks_like_attention(weights):
+        return
+    elif (weights < 0).any():
+        values = weights.float().nan_to_num()
+        found = f"shape {tuple(weights.shape)} with values from {values.min():.3g} to {values.max():.3g}: scores?"
+    else:
+        sums = weights.float().sum(-1).nan_to_num()
+        found = f"shape {tuple(weights.shape)} with rows that sum to {sums.min():.3g} ... {sums.max():.3g}"
+        found += ": the model is in training mode, so that there may be dropout, use eval mode" * training
+    raise ShapeError(
+        f"{who} {found}. Expected weights after the softmax (scores before the softmax are no weights) and before "
+        "dropout, (batch, heads, queries, keys), or (batch, queries, keys) of one head, whose rows sum to 1. " + NAME_IT
+    )
 
 
 def _looks_like_attention(tensor: Tensor) -> bool:
