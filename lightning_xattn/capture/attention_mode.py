@@ -279,17 +279,14 @@ class AttentionMode(TorchFunctionMode):
         if self._trace is not None:
             with self._aside():
                 self._trace.begin(run)
-        has_ended = False
         try:
             output = forward(*args, **kwargs)
-            has_ended = True
         finally:
             if run in self._runs:
                 del self._runs[self._runs.index(run) :]
             self._switch()
-            if has_ended:
-                with self._aside():
-                    self._end(run, output)
+        with self._aside():
+            self._end(run, output)
         return output
 
     @contextmanager

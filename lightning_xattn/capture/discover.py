@@ -289,8 +289,8 @@ def _number_layers(found: Sequence[Found]) -> list[tuple[str, ...]]:
     return list(zip(*(of_all for of_all in numbers if len(set(of_all)) > 1), strict=True))
 
 
-def find_padding_source(survey: Survey, source: Source) -> Found | None:
-    """The self-attention whose masks say which queries of a source are padding.
+def find_padding_source(survey: Survey, source: Source) -> AttentionExtractor | None:
+    """Extracts the self-attention whose masks say which queries of a source are padding.
 
     It attends within as many tokens as there are queries, which keys must not be, and what it gives reaches the
     queries; of several the one nearest in the module tree. None where there is none, or where several that are as near
@@ -314,7 +314,7 @@ def find_padding_source(survey: Survey, source: Source) -> Found | None:
     if not nearest or not have_one_mask:
         return None
     # From the next step on it is this attention that is read, and of this step its mask alone.
-    (*_, supplier), extractor = nearest, nearest[-1].extractor
-    extractor.source, extractor.has_run = Source(supplier.path, supplier.number), True
-    extractor.kept = supplier.masks
+    supplier = nearest[-1].extractor
+    supplier.source, supplier.has_run = Source(nearest[-1].path, nearest[-1].number), True
+    supplier.kept = nearest[-1].masks
     return supplier

@@ -329,18 +329,14 @@ class AttentionRecorder:
 
     def _end_survey(self, survey: Survey) -> None:
         """Learn from a first step what else to record, and record nothing more from then on."""
-        suppliers: dict[AttentionExtractor, None] = {}
         for layer, direction, source in self._sources():
             extractor, shown = self._extractors[layer.name, direction], find_shown(survey, source)
             if shown is not None and shown.path == source.path:
                 extractor.axes |= shown.extractor.axes
-            is_alone = len(layer.sources) == 1 and source.joint is None
-            supplier = find_padding_source(survey, source) if is_alone else None
-            if supplier is not None:
-                extractor.supplier = supplier.extractor
-                suppliers[supplier.extractor] = None
-        for one in suppliers:
-            self._suppliers.setdefault(self._module(one.source.path), []).append(one)
+            if len(layer.sources) == 1 and source.joint is None:
+                extractor.supplier = find_padding_source(survey, source)
+        for supplier in dict.fromkeys(one.supplier for one in self._extractors.values() if one.supplier is not None):
+            self._suppliers.setdefault(self._module(supplier.source.path), []).append(supplier)
         self._survey = None
         if self._is_hooked:  # from now on only what is recorded
             self._hooks.close()
