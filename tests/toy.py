@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_xattn.capture.forwards import WrappedForward
+from lightning_xattn.capture.attention_mode import WrappedForward
 
 AUDIO, TEXT, WIDTH, HEADS, CLASSES = 5, 7, 12, 3, 4
 NAMES = ["a", "b", "c", "d"]

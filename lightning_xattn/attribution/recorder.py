@@ -28,11 +28,10 @@ from lightning_xattn.attribution.root import PredictionPlace, ReplayError, Root
 from lightning_xattn.attribution.roots import StepCall, find_roots
 from lightning_xattn.attribution.state import torch_generators
 from lightning_xattn.capture import Layer
-from lightning_xattn.capture.calls import Call, Path, Precision, find_tensors, name_argument
-from lightning_xattn.capture.forwards import get_module
+from lightning_xattn.capture.attention_mode import get_module
+from lightning_xattn.capture.calls import Call, Path, Precision, Run, StepTrace, find_tensors, name_argument, output_at
 from lightning_xattn.capture.labels import Labels
 from lightning_xattn.capture.sources import Source
-from lightning_xattn.capture.trace import Run, StepTrace, output_at
 from lightning_xattn.capture.wrappers import find_module
 from lightning_xattn.core.attention import AttentionPair, Direction
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attribution.state import HOOKS, ModelState, torch_generators
-from lightning_xattn.capture.wrappers import run_uncompiled
+from lightning_xattn.capture.attention_mode import run_uncompiled
 
 
 @contextmanager

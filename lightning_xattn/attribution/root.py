@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from lightning_xattn.attribution.outputs import ModelOutput, ReadOutput
 from lightning_xattn.attribution.restoring import restoring_state
 from lightning_xattn.attribution.state import ModelState
-from lightning_xattn.capture.attention_mode import AttentionMode
+from lightning_xattn.capture.attention_mode import AttentionMode, get_module, walk_modules, wrap_forwards
 from lightning_xattn.capture.calls import (
     Call,
     Path,
     Precision,
+    StepTrace,
     copy_tensors,
     find_tensors,
     replace_item,
@@ -26,9 +27,7 @@ from lightning_xattn.capture.calls import (
     take_samples,
 )
 from lightning_xattn.capture.dataflow import Dataflow
-from lightning_xattn.capture.forwards import get_module, walk_modules, wrap_forwards
 from lightning_xattn.capture.readers import RecordLevel
-from lightning_xattn.capture.trace import StepTrace
 
 Key = tuple[str, int]
 """A module's path and the number of its call within the root, from 0 on."""

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from lightning_xattn.attribution.outputs import ModelOutput, ReadOutput, find_model_output
 from lightning_xattn.attribution.root import PredictionPlace, ReplayError, Root
-from lightning_xattn.capture.calls import Call, Path, Precision, find_tensors
+from lightning_xattn.capture.calls import Call, Path, Precision, Run, StepTrace, find_tensors, same_numbers
 from lightning_xattn.capture.labels import Labels
 from lightning_xattn.capture.tensors import are_same
-from lightning_xattn.capture.trace import Run, StepTrace, same_numbers
 from lightning_xattn.capture.wrappers import plain_path
 
 

@@ -1,4 +1,4 @@
-"""The mode that records attention as it is computed, and which module computes it."""
+"""Which modules run, and which attention they compute: wrapped forwards, and the mode that is on while one runs."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from math import prod
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_xattn.capture.calls import Call
-from lightning_xattn.capture.forwards import wrap_forwards
+from lightning_xattn.capture.calls import LOSSES, SCORE_FUNCTIONS, Call, Run, StepTrace, look_up
 from lightning_xattn.capture.readers import Edit, Event, Read, RecordLevel, find_reader
-from lightning_xattn.capture.tensors import Address, has_address
-from lightning_xattn.capture.trace import LOSSES, SCORE_FUNCTIONS, Run, StepTrace, look_up
-from lightning_xattn.capture.wrappers import Shared, runs_for_backward
+from lightning_xattn.capture.tensors import Address, has_address, only_modes, pop_modes, push_modes
 
 ToEdit = Callable[[Event], Edit | None]
 """Gets an attention that is about to be computed; gives what is to be changed of it; None: nothing."""
@@ -27,7 +25,190 @@ ToEdit = Callable[[Event], Edit | None]
 _PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "mm", "baddbmm", "einsum"})
 _FOLDS = frozenset({"reshape", "view", "flatten", "contiguous"})
 
-Note = TypeVar("Note")
+Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Gets a module, its forward and the arguments of a call; runs the forward and gives what it returns."""
+
+
+class WrappedForward:
+    """Stands in a module's ``__dict__`` for its forward, until it is removed.
+
+    An object and not a closure: in a copy or a pickle of the module there is the copy's own forward in its place.
+
+    Parameters
+    ----------
+    module
+        The module; nothing is wrapped yet.
+    around
+        Runs its forward.
+    """
+
+    def __init__(self, module: nn.Module, around: Around) -> None:
+        # What is compiled in place is called past its ``forward``.
+        self._name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+        self._module, self._around = module, around
+        self._own, self._forward = vars(module).get(self._name), getattr(module, self._name)
+        self._is_on = False
+        # What inspect.signature follows.
+        self.__wrapped__ = self._forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's forward."""
+        if not self._is_on:  # somebody has kept it
+            return self._forward(*args, **kwargs)
+        other = _find_caller(self._module) if self._own is None else None
+        if other is not None:
+            return type(other).forward(other, *args, **kwargs)
+        return self._around(self._module, self._forward, args, kwargs)
+
+    def __reduce__(self) -> Any:
+        # With Python's own functions, so that a file can be read without this package.
+        return getattr, (self._module if self._own is None else SimpleNamespace(forward=self._own), "forward")
+
+    def put(self) -> None:
+        """Wrap the module's forward."""
+        self._is_on = True
+        vars(self._module)[self._name] = self
+
+    def remove(self) -> None:
+        """Take the wrapper off, also where others have wrapped it since."""
+        self._is_on = False
+        held = vars(self._module)
+        if held.get(self._name) is not self:
+            outer = held.get(self._name)
+            while isinstance(outer, WrappedForward):
+                if outer._own is self:
+                    outer._own, outer._forward = self._own, self._forward
+                outer = outer._own
+        elif self._own is None:
+            del held[self._name]
+        else:
+            held[self._name] = self._own
+
+
+_CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
+
+
+def _find_caller(module: nn.Module) -> nn.Module | None:
+    """A shallow copy that runs what it has from the module's ``__dict__``; None if the module itself does."""
+    frame = sys._getframe(2)
+    caller = frame.f_locals.get("self") if frame.f_code in _CALLS else module
+    return caller if caller is not module and isinstance(caller, nn.Module) else None
+
+
+def wrap_forwards(modules: Mapping[nn.Module, str], around: Around, changes: ExitStack) -> None:
+    """Wrap the forward of each module until ``changes`` closes."""
+    wrappers: list[WrappedForward] = []
+
+    def remove() -> None:
+        for wrapper in wrappers:
+            wrapper.remove()
+
+    changes.callback(remove)
+    for module in modules:
+        wrapper = WrappedForward(module, around)
+        wrapper.put()
+        wrappers.append(wrapper)
+
+
+def walk_modules(root: nn.Module, into_compiled: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """Each module in a model once, with its path, also those that plain lists, tuples and dicts hold.
+
+    Nothing in a TorchScript module, whose calls Python does not see.
+
+    Parameters
+    ----------
+    root
+        The model.
+    into_compiled
+        Whether also what is in modules that ``torch.compile`` has compiled.
+    """
+    seen: set[nn.Module] = set()
+    waiting: list[tuple[str, Any]] = [("", root)]
+    while waiting:
+        path, one = waiting.pop()
+        if isinstance(one, nn.Module):
+            if one in seen:
+                continue
+            seen.add(one)
+            yield path, one
+            is_compiled = "_orig_mod" in one._modules or one._compiled_call_impl is not None
+            if _is_script(one) or (is_compiled and not into_compiled):
+                continue
+            held = {name: child for name, child in one._modules.items() if child is not None}
+            plain = {name: value for name, value in vars(one).items() if type(value) in (list, tuple, dict)}
+            inside = {**held, **{name: value for name, value in plain.items() if not name.startswith("_")}}
+        else:
+            items = one.items() if isinstance(one, dict) else enumerate(one)
+            inside = {str(key): item for key, item in items if isinstance(item, nn.Module)}
+        waiting += [(f"{path}.{name}".lstrip("."), child) for name, child in reversed(inside.items())]
+
+
+def _is_script(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.jit")
+
+
+def get_module(root: nn.Module, path: str) -> nn.Module:
+    """The module at a path that ``walk_modules`` gives.
+
+    Raises
+    ------
+    AttributeError
+        If there is none.
+    """
+    found: Any = root
+    for part in path.split(".") if path else ():
+        found = step_into(found, part)
+    if not isinstance(found, nn.Module):
+        raise AttributeError(path)
+    return found
+
+
+def step_into(holder: Any, part: str) -> Any:
+    """What a module, list, tuple or dict has under one component of a path.
+
+    Raises
+    ------
+    AttributeError
+        If it has nothing there.
+    """
+    try:
+        if isinstance(holder, (list, tuple)):
+            return holder[int(part)]
+        if isinstance(holder, dict):
+            return next(item for key, item in holder.items() if str(key) == part)
+    except (IndexError, ValueError, StopIteration):
+        raise AttributeError(part) from None
+    return getattr(holder, part)
+
+
+def runs_for_backward() -> bool:
+    """Whether a module runs again, for gradient checkpointing, during a backward pass."""
+    # There is no public way to ask.
+    return torch._C._current_graph_task_id() != -1
+
+
+class Shared:
+    """A change to the whole process: recorders that overlap share it, and the last one that leaves takes it back."""
+
+    def __init__(self, change: Callable[[], AbstractContextManager[None]]) -> None:
+        self._change, self._users, self._changed = change, 0, ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """The change is in force inside of it."""
+        if self._users == 0:
+            self._changed.enter_context(self._change())
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if self._users == 0:
+                self._changed.close()
+
+
+run_uncompiled = Shared(lambda: torch.compiler.set_stance("force_eager"))
+"""Gives a context manager in which nothing that is compiled runs compiled."""
 
 
 class AttentionMode(TorchFunctionMode):
@@ -96,28 +277,26 @@ class AttentionMode(TorchFunctionMode):
         self._runs.append(run)
         self._switch()
         if self._trace is not None:
-            self._guard(self._trace.begin, run)
-        has_ended = False
+            with self._aside():
+                self._trace.begin(run)
         try:
             output = forward(*args, **kwargs)
-            has_ended = True
         finally:
             if run in self._runs:
                 del self._runs[self._runs.index(run) :]
             self._switch()
-            if has_ended:
-                self._guard(self._end, run, output)
+        with self._aside():
+            self._end(run, output)
         return output
 
-    def _guard(self, action: Callable[..., None], *args: Any) -> None:
-        """Let no error of ours reach the model's run, and no mode see what we do."""
-        modes = _pop_all()
-        try:
-            action(*args)
-        except Exception as error:  # which the model's run must not see
-            self.errors.append(error)
-        finally:
-            _push(modes)
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Inside of it no mode sees what we do, and no error of ours reaches the model's run."""
+        with only_modes():
+            try:
+                yield
+            except Exception as error:
+                self.errors.append(error)
 
     def _end(self, run: Run, output: Any) -> None:
         try:
@@ -139,10 +318,10 @@ class AttentionMode(TorchFunctionMode):
         if self._trace is not None and self._is_attached:
             on = on or self._trace.looks_for_losses(self._runs)
         if on and not self._on:
-            _push([self])
+            push_modes([self])
         elif self._on and not on:
             # Not by ``__exit__``: where modes overlap this one need not be the innermost.
-            _push([mode for mode in _pop_all() if mode is not self])
+            push_modes([mode for mode in pop_modes() if mode is not self])
         self._on = on
 
     def __torch_function__(
@@ -150,9 +329,11 @@ class AttentionMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self._trace is not None and function in LOSSES:
-            self._guard(self._trace.note_loss, function, args, kwargs, self._runs)
+            with self._aside():
+                self._trace.note_loss(function, args, kwargs, self._runs)
         if self._trace is not None and self._trace.is_complete and function in SCORE_FUNCTIONS:
-            self._guard(self._trace.note_scores, args, self._runs)
+            with self._aside():
+                self._trace.note_scores(args, self._runs)
         if not self._runs:
             return function(*args, **kwargs)
         reader, before = find_reader(function), len(self._runs[-1].events)
@@ -166,13 +347,11 @@ class AttentionMode(TorchFunctionMode):
                     raise
                 result = function(*args, **kwargs)  # raises what the model is to see if it was the function's
                 self.errors.append(error)
-        try:
+        with self._aside():
             if reader is None:
-                self._note_use(getattr(function, "__name__", ""), args, kwargs, result)
+                self._note_use(getattr(function, "__name__", ""), args, result)
             if self._follows:
                 self._note_reached((*args, *kwargs.values()), self._runs[-1].events[before:], result)
-        except Exception as error:  # which the model's run must not see
-            self.errors.append(error)
         return result
 
     def _note_reached(self, args: Sequence[Any], events: Sequence[Event], result: Any) -> None:
@@ -191,10 +370,8 @@ class AttentionMode(TorchFunctionMode):
                 if rows == event.shape[0]:
                     event.folded.setdefault(heads_first, heads)
         if event.problem is None:
-            try:
+            with self._aside():
                 event.level = self._level(self._runs[-1], event)
-            except Exception as error:  # which the model's run must not see
-                self.errors.append(error)
         return None if self._edit is None else self._edit(event)
 
     def record(self, event: Event, read: Read | None = None, given: Tensor | None = None) -> None:
@@ -213,15 +390,11 @@ class AttentionMode(TorchFunctionMode):
                 why = (str(error).splitlines() or [""])[0]
                 event.problem = f"reading it failed ({type(error).__name__}: {why})"
 
-    def _note_use(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    def _note_use(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         """Note how heads are folded into the samples, and what is made of weights, and what these are used for."""
         first = args[0] if args else None
         if name in _FOLDS and isinstance(first, Tensor) and not first.is_nested:
             _note_fold(first, result, self._runs[-1])
-        elif name in ("cat", "concat", "concatenate") and not kwargs.get("dim", args[1] if len(args) > 1 else 0):
-            parts = [part for part in first or () if isinstance(part, Tensor) and part.dim() == 3]
-            if len(parts) > 1 and len(parts) == len(first or ()) and len({part.shape for part in parts}) == 1:
-                self._runs[-1].folded[True, len(parts) * len(parts[0])] = len(parts)
         if not self._made:
             return
         events = [(arg, event) for arg in args if (event := self._runs[-1].origin(arg)) is not None]
@@ -266,13 +439,8 @@ def _keep_fast_paths() -> Iterator[None]:
         asks = sys._getframe(1).f_globals.get("__name__")
         if asks not in ("torch.nn.modules.activation", "torch.nn.modules.transformer"):
             return original(args)
-        stack = _pop_all()
-        try:
-            _push([mode for mode in stack if not isinstance(mode, AttentionMode) or mode._edit is not None])
+        with only_modes(lambda mode: not isinstance(mode, AttentionMode) or mode._edit is not None):
             return original(args)
-        finally:
-            _pop_all()
-            _push(stack)
 
     torch.overrides.has_torch_function = has_torch_function
     try:
@@ -283,13 +451,3 @@ def _keep_fast_paths() -> Iterator[None]:
 
 keep_fast_paths = Shared(_keep_fast_paths)
 """Gives a context manager in which ``AttentionMode`` leaves torch's fast paths on."""
-
-
-def _pop_all() -> list[Any]:
-    """The modes that are on, innermost last; they are off afterwards."""
-    return [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())][::-1]
-
-
-def _push(modes: list[Any]) -> None:
-    for mode in modes:
-        torch._C._push_on_torch_function_stack(mode)

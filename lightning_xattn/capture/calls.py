@@ -1,24 +1,54 @@
-"""What a function was called with: its tensors and other leaves, their names, and others in their places."""
+"""Calls of functions and modules: what they got and gave, and which ones a step ran."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from types import FunctionType
-from typing import Any
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_xattn.capture.tensors import has_address
+
+if TYPE_CHECKING:
+    from lightning_xattn.capture.readers import Event
+
+Note = TypeVar("Note")
 
 Path = tuple[int | str, ...]
 """The keys that lead to a value through dicts, lists, tuples and dataclasses; of a call an argument's position or
 keyword first."""
+
+LOSSES = frozenset(
+    (
+        *(F.cross_entropy, F.nll_loss, F.multi_margin_loss, F.multilabel_soft_margin_loss, F.multilabel_margin_loss),
+        *(F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.kl_div, F.mse_loss, F.l1_loss),
+        *(F.smooth_l1_loss, F.huber_loss, F.soft_margin_loss, F.hinge_embedding_loss),
+        *(F.gaussian_nll_loss, F.poisson_nll_loss),
+    )
+)
+"""The functions that compare predictions, their ``input``, with targets, their ``target``."""
+
+SCORE_FUNCTIONS = frozenset(
+    (
+        *(torch.argmax, Tensor.argmax, torch.softmax, F.softmax, Tensor.softmax, torch.log_softmax, F.log_softmax),
+        *(Tensor.log_softmax, torch.sigmoid, Tensor.sigmoid, F.logsigmoid, torch.topk, Tensor.topk),
+        *(torch.max, Tensor.max),
+    )
+)
+"""What steps and metrics do to class scores; only outside of modules that are no metrics."""
+
+BUDGET = 64 * 2**20
+"""Bytes of outputs of inner modules that a first step keeps until its end: predictions are small."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +123,11 @@ def find_tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
             yield from find_tensors(item, (*path, key))
 
 
+def find_readable_tensors(value: Any) -> dict[Path, Tensor]:
+    """The tensors in a value that have numbers in memory, by the keys that lead to them."""
+    return {path: tensor for path, tensor in find_tensors(value) if has_address(tensor)}
+
+
 def find_leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Every tensor, array, list of plain values and other object in a value; no numbers, strings and None.
 
@@ -111,16 +146,13 @@ def find_leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def _is_one_leaf(items: Any) -> bool:
-    plain = all(isinstance(item, (str, int, float, np.number)) for item in items)
-    lists = all(isinstance(item, list) and _is_plain(item) for item in items)
-    tensors = all(isinstance(item, Tensor) for item in items)
-    ragged = len(items) > 2 and tensors and len({tuple(item.shape) for item in items}) > 1
-    ragged = ragged and len({item.dim() for item in items}) == 1 and len({item.shape[1:] for item in items}) == 1
-    return plain or lists or ragged
-
-
-def _is_plain(items: Any) -> bool:
-    return all(isinstance(item, (str, int, float)) for item in items)
+    if any(isinstance(item, Tensor) for item in items):
+        shapes = {tuple(item.shape) if isinstance(item, Tensor) else () for item in items}
+        ragged = len(items) > 2 and len(shapes) > 1 and () not in shapes
+        return ragged and len({(len(shape), shape[1:]) for shape in shapes}) == 1
+    plain = (str, int, float, np.number)
+    lists = all(isinstance(item, list) and all(isinstance(one, plain) for one in item) for item in items)
+    return lists or all(isinstance(item, plain) for item in items)
 
 
 def samples_axis(leaf: Any, samples: int) -> int | None:
@@ -183,20 +215,11 @@ def name_argument(function: Any, path: Path) -> str:
 
 
 def _parameter_names(called: Callable[..., Any]) -> Sequence[str]:
-    bound = getattr(called, "__wrapped__", called)
-    written = getattr(bound, "__func__", None)
-    if isinstance(written, FunctionType):
-        return _names_in(written)[1:]  # without self
     # A functools.partial, a scripted module and the like may have no signature.
     try:
         return list(inspect.signature(called).parameters)
     except (TypeError, ValueError):
         return []
-
-
-@cache
-def _names_in(function: FunctionType) -> Sequence[str]:
-    return list(inspect.signature(function).parameters)
 
 
 @dataclass(frozen=True)
@@ -225,3 +248,179 @@ class Precision:
                 yield
         finally:
             torch.set_default_dtype(before)
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """What one loss of a step read."""
+
+    name: str
+    input: Tensor
+    target: Any
+    inside: tuple[nn.Module, ...] = ()
+    """The modules that ran meanwhile, outermost first."""
+
+
+@dataclass(eq=False)
+class Run:
+    """One run of a module that the mode records."""
+
+    module: nn.Module
+    path: str
+    outer: Run | None
+    """The run that it is part of; None: it is the outermost."""
+    call: Call
+    turn: int
+    """How many times the module had run in this step before."""
+    made: Mapping[int, tuple[weakref.ref[Tensor], Event]]
+    """What was made of weights, by the id of the tensor."""
+    output: Any = None
+    """What it returned, where that is kept."""
+    has_ended: bool = False
+    precision: Precision | None = None
+    """The autocast in which it ran."""
+    tensors: Mapping[Path, Tensor] = field(default_factory=dict)
+    """Those in what it returned, where they are kept."""
+    entered: Call | None = None
+    """What it got, unchanged by what the module does in place; None where that is not kept."""
+    given: Mapping[Path, Tensor] = field(default_factory=dict)
+    """Of an outermost call the very tensors that it got."""
+    events: list[Event] = field(default_factory=list)
+    """The attention that is computed meanwhile, in this module or in others that it calls."""
+    folded: dict[tuple[bool, int], int] = field(default_factory=dict)
+    """The number of heads by the number of rows into which they were folded, and by whether heads come first."""
+
+    def origin(self, tensor: Any) -> Event | None:
+        """The attention whose weights a tensor was made of, by other operations than products."""
+        return look_up(self.made, tensor)
+
+    def outwards(self) -> Iterator[Run]:
+        """The run and those that it is part of, innermost first."""
+        run: Run | None = self
+        while run is not None:
+            yield run
+            run = run.outer
+
+
+class StepTrace:
+    """The calls and losses of a step, all of a first one, and later on those of chosen modules.
+
+    Nothing is copied but the arguments of outermost calls in a first step, which a model may change in place.
+
+    Attributes
+    ----------
+    is_complete
+        Whether all calls and losses of this step are noted.
+    runs
+        The calls in the order in which they began.
+    losses
+        In the order in which they were computed; empty where they are not read.
+    read
+        What the step or a metric takes for class scores.
+    """
+
+    def __init__(self) -> None:
+        self.is_complete = True
+        self.chosen: dict[nn.Module, str] = {}
+        self.copied: set[nn.Module] = set()
+        self.reads_losses = False
+        self.has_losses_inside: set[nn.Module] = set()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the step."""
+        self.runs: list[Run] = []
+        self.losses: list[Loss] = []
+        self.read: list[Tensor] = []
+        self._budget = BUDGET
+
+    def follow(self, modules: Mapping[nn.Module, str], reads_losses: bool) -> None:
+        """Note the calls of these modules in later steps, and what losses read."""
+        self.chosen |= modules
+        if reads_losses:  # outside of the modules that compute none
+            self.reads_losses = True
+            self.has_losses_inside |= {module for loss in self.losses for module in loss.inside}
+            self.chosen |= {run.module: run.path for run in self.outermost()}
+
+    def looks_for_losses(self, running: Sequence[Run]) -> bool:
+        """Whether a loss may be computed where these modules run."""
+        may_be_inside = not running or running[0].module in self.has_losses_inside
+        return self.is_complete or (self.reads_losses and may_be_inside)
+
+    def begin(self, run: Run) -> None:
+        """Note a call that begins."""
+        if self.is_complete or run.module in self.chosen:
+            self.runs.append(run)
+            if run.outer is None or not self.is_complete:
+                run.precision = Precision.of(run.call)
+            if run.module in self.copied or (self.is_complete and run.outer is None):
+                run.given = dict(run.call.tensors())
+                run.entered = run.call.copied(run.given)
+
+    def end(self, run: Run, output: Any) -> None:
+        """Note what a call returned."""
+        if not (self.is_complete or run.module in self.chosen):
+            return
+        tensors = {path: one for path, one in find_tensors(output) if one.layout == torch.strided and not one.is_nested}
+        run.has_ended = True
+        size = sum(one.element_size() * prod(one.shape) for one in tensors.values())
+        is_kept = run.module in self.chosen or run.outer is None
+        if is_kept or size <= min(self._budget, BUDGET // 16):
+            self._budget -= 0 if is_kept else size
+            is_copied = run.module in self.copied
+            # Not what holds them, which the model may give other tensors.
+            run.tensors = {path: one.clone() if is_copied else one for path, one in tensors.items()}
+            run.output = output
+        if is_kept and run.entered is None:
+            run.entered = run.call
+
+    def note_loss(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], inside: Sequence[Run]) -> None:
+        """Note what a loss is about to read."""
+        given = dict(zip(("input", "target"), args, strict=False), **kwargs)
+        if isinstance(given.get("input"), Tensor):
+            modules = tuple(run.module for run in inside)
+            self.losses.append(Loss(function.__name__, given["input"].detach(), given.get("target"), modules))
+
+    def note_scores(self, args: Sequence[Any], running: Sequence[Run]) -> None:
+        """Note what the step, or a metric in it, takes for class scores."""
+        is_metric = all(hasattr(run.module, "update") and hasattr(run.module, "compute") for run in running)
+        if is_metric and args and isinstance(args[0], Tensor) and args[0].dim() in (1, 2):
+            self.read.append(args[0].detach())
+
+    def outermost(self) -> list[Run]:
+        """The calls that are in no other one."""
+        return [run for run in self.runs if run.outer is None]
+
+    def inside(self, root: Run | None) -> list[Run]:
+        """The calls in another one, and that one itself; None: all."""
+        return [run for run in self.runs if root is None or any(one is root for one in run.outwards())]
+
+    def find(self, path: str, turn: int = 0, root: Run | None = None) -> Run | None:
+        """The call of a module with this number, from 0 on, among those in another call."""
+        found = [run for run in self.inside(root) if run.path == path]
+        return found[turn] if turn < len(found) else None
+
+
+def look_up(book: Mapping[int, tuple[weakref.ref[Tensor], Note]], tensor: Any) -> Note | None:
+    """What was noted of a tensor; None for one that has the id of an earlier tensor."""
+    reference, note = book.get(id(tensor), (None, None))
+    return note if reference is not None and reference() is tensor else None
+
+
+def output_at(run: Run | None, path: Path) -> Tensor | None:
+    """A tensor in what a call returned; None if it is not there."""
+    return None if run is None else run.tensors.get(path)
+
+
+def same_numbers(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, whatever their axes of length 1 and their precision. Looks at them."""
+    if tensor is other:
+        return True
+    if tensor.numel() != other.numel() or tensor.device != other.device or not tensor.numel():
+        return False
+    squeezed = [one for one in tensor.shape if one != 1], [one for one in other.shape if one != 1]
+    if squeezed[0] != squeezed[1] or tensor.is_floating_point() != other.is_floating_point():
+        return False
+    with torch.no_grad():
+        one, two = tensor.reshape(-1).float(), other.reshape(-1).float()
+        return bool(((one == two) | (one.isnan() & two.isnan())).all())

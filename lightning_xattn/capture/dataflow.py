@@ -6,6 +6,7 @@ module whose result has no label, as of TorchScript or numpy, hands on those of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
@@ -20,30 +21,20 @@ from lightning_xattn.capture.calls import Path, find_tensors
 from lightning_xattn.capture.readers import find_reader
 
 _SHAPES_ONLY = frozenset(
-    [
-        "new_zeros",
-        "new_ones",
-        "new_empty",
-        "new_full",
-        "zeros_like",
-        "ones_like",
-        "empty_like",
-        "full_like",
-        "rand_like",
-        "randn_like",
-        "randint_like",
-        "size",
-        "dim",
-        "numel",
-    ]
+    (
+        *(f"new_{name}" for name in ("zeros", "ones", "empty", "full")),
+        *(f"{name}_like" for name in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")),
+        *("size", "dim", "numel"),
+    )
 )
 """What these give does not depend on the numbers of what they get."""
 
 _PRODUCTS = frozenset(("matmul", "__matmul__", "bmm", "baddbmm", "einsum"))
-_IN_PLACE = frozenset(
-    ["__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow"))]
-    + [f"__i{name}__" for name in ("and", "or", "xor", "lshift", "rshift", "matmul")]
+_IN_PLACE = re.compile(
+    r"__(setitem|i(add|sub|mul|div|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift|matmul))__|\w*[^_]_"
 )
+"""The names of functions that change their first argument, such as ``add_``."""
+
 _DEEPEST = 6
 _NO_HOLDERS = (str, bytes, int, float, bool, type, nn.Module, FunctionType, ModuleType)
 
@@ -157,22 +148,15 @@ class Dataflow(TorchFunctionMode):
         if name in _SHAPES_ONLY:
             return result
         self._note_attention(function, name, args, kwargs)
-        is_named_so = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        changes = kwargs.get("out") is not None or is_named_so
-        if (
-            not changes and isinstance(result, Tensor) and args and isinstance(args[0], Tensor)
-        ):  # F.silu(x, inplace=True)
-            is_asked = kwargs.get("inplace") is True or any(one is True for one in args[1:])
-            changes = is_asked and _key(result)[0] == _key(args[0])[0]
-        if not changes and not isinstance(result, (Tensor, tuple, list)):
+        changed = _find_changed(name, args, kwargs, result)
+        if changed is None and not isinstance(result, (Tensor, tuple, list)):
             return result
-        labels = self._of_arguments(args) | self._of_arguments(tuple(kwargs.values()))
-        if changes:
-            target = kwargs["out"] if kwargs.get("out") is not None else args[0] if args else None
-            for one in _walk(target):
+        labels = self._of_arguments((*args, *kwargs.values()))
+        if changed is not None:
+            for one in _walk(changed):
                 self.changed |= self._own.get(_key(one)[0], 0)
             if labels:
-                self.add(target, labels)
+                self.add(changed, labels)
         elif labels:
             # What is another look at the numbers of an argument depends on no other one, as of expand_as.
             own = {_key(one)[0] for one in _walk((args, kwargs)) if isinstance(one, Tensor)}
@@ -183,13 +167,8 @@ class Dataflow(TorchFunctionMode):
         return result
 
     def _of_arguments(self, args: Sequence[Any]) -> int:
-        found = 0
-        for arg in args:
-            if isinstance(arg, Tensor):
-                found |= self._labels.get(_key(arg)[0], (None, 0))[1]
-            elif isinstance(arg, (list, tuple, dict, np.ndarray)):
-                found |= self.of(arg)
-        return found
+        """As ``of``, but not of objects such as generators and shapes, which are many."""
+        return self.of([arg for arg in args if isinstance(arg, (Tensor, list, tuple, dict, np.ndarray))])
 
     def _note_attention(self, function: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if name in _PRODUCTS and len(args) > 1:
@@ -200,6 +179,19 @@ class Dataflow(TorchFunctionMode):
         both = self._product if "softmax" in name else tuple(map(self.of, given[:2]))
         if len(both) == 2:
             self.attention.append((self._running[-1] if self._running else None, both[0], both[1]))
+
+
+def _find_changed(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Any:
+    """What a function changes in place; None: nothing."""
+    if kwargs.get("out") is not None:
+        return kwargs["out"]
+    first = args[0] if args else None
+    if _IN_PLACE.fullmatch(name):
+        return first
+    # F.silu(x, inplace=True)
+    is_asked = kwargs.get("inplace") is True or any(one is True for one in args[1:])
+    tensors = isinstance(result, Tensor) and isinstance(first, Tensor)
+    return first if is_asked and tensors and _key(result)[0] == _key(first)[0] else None
 
 
 def _key(one: Any) -> tuple[int, Any]:

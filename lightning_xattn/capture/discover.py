@@ -10,23 +10,16 @@ from itertools import zip_longest
 from math import prod
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_xattn.capture.extractor import AttentionExtractor, name_event
-from lightning_xattn.capture.layers import common_parent, describe_idle, layers_by_name, with_unique_names
+from lightning_xattn.capture.calls import Run
+from lightning_xattn.capture.extractor import NAME_IT, AttentionExtractor
+from lightning_xattn.capture.layers import common_parent, describe_attention, layers_by_name, with_unique_names
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import Event, RecordLevel
-from lightning_xattn.capture.returned import NAME_IT
 from lightning_xattn.capture.sources import SET_IT_ASIDE, Layer, Source
 from lightning_xattn.capture.tensors import are_same
-from lightning_xattn.capture.tokens import (
-    Axes,
-    Tokens,
-    describe_event,
-    find_candidates,
-    find_token_inputs,
-)
-from lightning_xattn.capture.trace import Run
+from lightning_xattn.capture.tokens import Tokens, describe_event, find_candidates, find_token_inputs
 from lightning_xattn.capture.wrappers import plain_path
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
@@ -50,16 +43,12 @@ class Found:
     event: Event
     recorded: RecordedWeights | None
     """Its weights ``(batch, heads, queries, keys)`` and masks; None if they were not kept."""
-    padding: Tensor | None
-    """``(batch, tokens)`` of self-attention whose masks show it, True for a real token."""
-    key: str
-    """What it is called from run to run, see ``name_event``."""
-    axes: Axes | None
-    """How its rows are split into samples and heads; None where that is known, or in doubt."""
+    masks: RecordedWeights | None
+    """Of self-attention whose masks show which of its tokens are real, with these in place of weights."""
+    extractor: AttentionExtractor
+    """What has read it, and knows how its rows are split into samples and heads."""
     alone: bool
     """Whether the module's path names it, as there is no other in its run."""
-    cropped: bool
-    """Whether padding may have been cut off."""
     mixed: bool
     """Whether the module got tokens of two kinds."""
     who: str
@@ -125,8 +114,7 @@ class Survey:
         across = find_candidates(run, across=True)
         for event in mine:
             extractor, recorded, doubt = AttentionExtractor(None, Source(run.path)), None, None
-            place = run.events.index(event)
-            key = name_event(event, place)
+            number = before + run.events.index(event) + 1
             try:
                 recorded = extractor.unfold(event.recorded, event, run)
                 if event.level is RecordLevel.WEIGHTS and len(mine) == 1:
@@ -136,16 +124,14 @@ class Survey:
             mixed = not event.within if event.tokens is not None else Tokens.of(run, event.shape).kinds > 1
             found = Found(
                 path=run.path,
-                number=before + place + 1,
+                number=number,
                 turn=run.turn,
                 event=event,
                 # A first step of a large model holds little.
                 recorded=recorded if event.level is RecordLevel.WEIGHTS else None,
-                padding=None if recorded is None or mixed else recorded.padding_of_its_own,
-                key=key,
-                axes=extractor.axes.get(key),
+                masks=None if mixed else _keep_padding(recorded),
+                extractor=extractor,
                 alone=across == [event],
-                cropped=event.recorded is not None and event.recorded.cropped,
                 mixed=mixed,
                 who=describe_event(event, run),
                 doubt=doubt,
@@ -168,15 +154,24 @@ class Survey:
         call = found.number if source.call is None and source.turns > 1 else source.call
         return str(Source(plain_path(self.root, found.path), call))
 
+    def list(self, found: Sequence[Found]) -> str:
+        """Attention as a user would name it, with its shape and tokens."""
+        return "; ".join(f"'{self.name(one)}' {one.who}" for one in found)
+
     def describe(self, what: str) -> str:
         """A message with all that ran, as it can be named, and how."""
-        ran = "; ".join(f"'{self.name(found)}' {found.who}" for found in self.found)
+        ran = self.list(self.found)
+        ran = f"What ran: {ran}." if ran else f"No attention ran. {describe_attention(self.root)}"
         return (
-            f"{what}. "
-            + (f"What ran: {ran}. " if ran else f"{describe_idle(self.root)} ")
-            + f"{NAME_THEM} For modalities that share one sequence: attention=JointSequence('path.to.module', "
-            f"spans={{'<a>': (start, stop), '<b>': (start, stop)}}). {SET_IT_ASIDE}"
+            f"{what}. {ran} {NAME_THEM} For modalities that share one sequence: "
+            "attention=JointSequence('path.to.module', spans={'<a>': (start, stop), '<b>': (start, stop)}). "
+            + SET_IT_ASIDE
         )
+
+
+def _keep_padding(recorded: RecordedWeights | None) -> RecordedWeights | None:
+    real = None if recorded is None else recorded.padding_of_its_own
+    return None if recorded is None or real is None else RecordedWeights(real, real, cropped=recorded.cropped)
 
 
 def choose_layers(survey: Survey) -> tuple[tuple[Layer, ...], list[Found]]:
@@ -237,7 +232,8 @@ def _by_name(survey: Survey, crossing: Sequence[Found]) -> list[Layer]:
         raise DiscoveryError(survey.describe(f"It is ambiguous which attention of module '{source.path}' is meant"))
 
     return [
-        Layer(layer.name, *((direction, numbered(source)) for direction, source in layer.sources)) for layer in layers
+        Layer(layer.name, tuple((direction, numbered(source)) for direction, source in layer.sources))
+        for layer in layers
     ]
 
 
@@ -271,31 +267,30 @@ def _make_pair(survey: Survey, across: Sequence[Found]) -> list[Layer]:
         forward = Direction("a", "b") if queries == keys else Direction(letters[queries], letters[keys])
         for found, opposite in zip_longest(there, back):
             path = common_parent(found.path, (opposite or found).path)
-            backward = None if opposite is None else (forward.opposite, survey.source(opposite))
-            layers.append(Layer(plain_path(survey.root, path), (forward, survey.source(found)), backward))
+            pair = ((forward, survey.source(found)), (forward.opposite, survey.source(opposite or found)))
+            layers.append(Layer(plain_path(survey.root, path), pair if opposite else pair[:1]))
     return with_unique_names(layers)
 
 
 def _run_in_order(there: Sequence[Found], back: Sequence[Found]) -> bool:
     """Whether attention of one direction and of the other goes together in the order in which it ran."""
-    pairs = list(zip(there, back, strict=False))
     if back and len(there) != len(back):
         return False
+    pairs = list(zip(there, back, strict=False))
     if any(found.mirrors(other) and not found.mirrors(opposite) for found, opposite in pairs for other in back):
         return False
-    numbers = [tuple(re.findall(r"\d+", found.path)) for found in there]
-    opposites = [tuple(re.findall(r"\d+", found.path)) for found in back]
-    if len(there) == 1:  # whatever digits distinguish its two modules
-        return True
-    if len(set(numbers)) < len(there) or any(len(number) != len(numbers[0]) for number in numbers + opposites):
-        return False
-    # A number is that of the layer; or of the direction, if it is the same in each layer.
-    here, opposite = list(zip(*numbers, strict=True)), list(zip(*opposites, strict=True))
-    return all(a == b or len(set(a)) == len(set(b)) == 1 for a, b in zip(here, opposite, strict=False))
+    layers = _number_layers(there)
+    return len(there) == 1 or (len(set(layers)) == len(there) and _number_layers(back or there) == layers)
 
 
-def find_padding_source(survey: Survey, source: Source) -> Found | None:
-    """The self-attention whose masks say which queries of a source are padding.
+def _number_layers(found: Sequence[Found]) -> list[tuple[str, ...]]:
+    """Of the numbers in each path those that differ from layer to layer."""
+    numbers = zip(*(re.findall(r"\d+", one.path) for one in found), strict=False)
+    return list(zip(*(of_all for of_all in numbers if len(set(of_all)) > 1), strict=True))
+
+
+def find_padding_source(survey: Survey, source: Source) -> AttentionExtractor | None:
+    """Extracts the self-attention whose masks say which queries of a source are padding.
 
     It attends within as many tokens as there are queries, which keys must not be, and what it gives reaches the
     queries; of several the one nearest in the module tree. None where there is none, or where several that are as near
@@ -314,6 +309,12 @@ def find_padding_source(survey: Survey, source: Source) -> Found | None:
     ]
     near = [len(common_parent(one.path, shown.path)) for one in within]
     nearest = [one for one, distance in zip(within, near, strict=True) if distance == max(near)]
-    masks = [one.padding for one in nearest if one.padding is not None]
+    masks = [one.masks.weights for one in nearest if one.masks is not None]
     have_one_mask = len(masks) in (0, len(nearest)) and all(mask.equal(masks[0]) for mask in masks)
-    return nearest[-1] if nearest and have_one_mask else None
+    if not nearest or not have_one_mask:
+        return None
+    # From the next step on it is this attention that is read, and of this step its mask alone.
+    supplier = nearest[-1].extractor
+    supplier.source, supplier.has_run = Source(nearest[-1].path, nearest[-1].number), True
+    supplier.kept = nearest[-1].masks
+    return supplier

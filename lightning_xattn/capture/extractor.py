@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.capture.calls import Path
+from lightning_xattn.capture.calls import Path, Run, find_readable_tensors
 from lightning_xattn.capture.joint import JointSequence, cut_direction
-from lightning_xattn.capture.masks import RecordedWeights, intersect_masks
-from lightning_xattn.capture.readers import Event
-from lightning_xattn.capture.returned import (
-    NAME_IT,
-    check_weights,
-    combine_masks,
-    describe_one_head,
-    find_whether_zeros_hide,
-    hold_same_weights,
-    looks_like_attention,
-)
-from lightning_xattn.capture.sources import Source
-from lightning_xattn.capture.tensors import Address, is_plain
-from lightning_xattn.capture.tokens import (
-    Axes,
-    Tokens,
-    describe_event,
-    find_axes,
-    find_candidates,
-    find_readable_tensors,
-    named_arguments,
-)
-from lightning_xattn.capture.trace import Run
-from lightning_xattn.core.attention import Direction
+from lightning_xattn.capture.masks import Axes, RecordedWeights, find_weighted_keys, intersect_masks, separate_padding
+from lightning_xattn.capture.readers import Event, RecordLevel
+from lightning_xattn.capture.sources import SET_IT_ASIDE, Source
+from lightning_xattn.capture.tensors import Address, describe_kind, is_plain
+from lightning_xattn.capture.tokens import Tokens, describe_event, find_axes, find_candidates
+from lightning_xattn.core.attention import Direction, row_sum_tolerance
 from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError
+
+NAME_IT = (
+    "Name the attention that you mean: 'path#2' is the second that a module computes, 'path[item]' an item of what it "
+    "returns. Or give a callable: attention={'<a>_to_<b>': lambda model: weights}. " + SET_IT_ASIDE
+)
 
 FOLLOW_IT = "give spans that count from the end, such as (-144, None), or a callable that makes them of the batch"
 """What to do where a modality of a joint sequence has as many tokens as each batch has."""
@@ -48,21 +35,15 @@ class AttentionExtractor:
     named, the attention with that number among those that are computed in the step. Else it is the one attention that
     is computed in a run, or else the one tensor that the module returns whose rows sum to 1. A first run in which that
     is ambiguous is an error; a later one gives no attention.
-
-    ``siblings`` are all directions that are extracted from the module; one that is ``alone`` has no opposite direction
-    whose key mask would mask its queries.
     """
 
-    def __init__(
-        self, direction: Direction | None, source: Source, siblings: Sequence[Direction] = (), alone: bool = False
-    ) -> None:
-        self.direction, self.source, self.is_alone = direction, source, alone
-        self._siblings = {str(sibling) for sibling in siblings}
+    def __init__(self, direction: Direction | None, source: Source) -> None:
+        self.direction, self.source = direction, source
         self.has_run = False
         # New messages to the user.
         self.remarks: list[str] = []
-        # The self-attention whose masks say which queries are padding: its module's path, and its number in a step.
-        self.padding: tuple[str, int] | None = None
+        # Extracts the self-attention whose masks say which queries are padding.
+        self.supplier: AttentionExtractor | None = None
         # How rows are split into samples and heads, by what was read.
         self.axes: dict[Path | str, Axes] = {}
         # What a first step has kept, before it was known that it is meant.
@@ -72,20 +53,17 @@ class AttentionExtractor:
         # Of this step: what the runs gave, and how many attentions they computed.
         self._found: list[RecordedWeights] = []
         self._count = self._runs = 0
-        # What has been checked, in training and in eval mode, and whether its zeros were found to be a mask.
+        # What has been checked, in training and in eval mode.
         self._checked: set[tuple[Path | str, bool]] = set()
-        self._zeros_hide = False
-        # Where it was found: under the direction's name or elsewhere in what is returned, or which of those that are
-        # computed, by these functions.
+        # Where it was found: in what is returned, or which of those that are computed, by these functions.
         self._named: Path = ()
         self._place: Path | None = None
         self._chosen: tuple[int, list[str]] | None = None
-        # The argument that is the mask of the queries; of a joint sequence its first length; of a callable where the
-        # numbers are that it gave last.
-        self._mask_name: str | None = None
-        self._length: int | None = None
+        # Whether a step had this attention; of a callable where the numbers are that it gave last.
         self._has_given = False
         self._last: Address | None = None
+        # The length that a joint sequence had first.
+        self._length = 0
 
     def clear(self) -> None:
         """Begin a new step."""
@@ -103,36 +81,61 @@ class AttentionExtractor:
         DiscoveryError, ShapeError
             If it is not clear in a first run what is meant, or what is read is no attention.
         """
-        found = None
+        self._take(lambda: self.find_weights(run, output))
+        self._count += len(run.events)
+
+    def call_reader(self, model: nn.Module) -> None:
+        """Take what the callable gives in this step; the very numbers of an earlier step are none of this one.
+
+        Raises
+        ------
+        ShapeError
+            If it is no attention in a first step; a later one of which it is none is left out.
+        """
+        if self._runs or self.source.read is None:
+            return
+        weights, name = self.source.read(model), str(self.source)
+        if weights is not None and self._last is not None and self._last.holds(weights):
+            self.remarks.append(
+                f"The {name} gave the same tensor as in an earlier step: such steps are left out. If the model "
+                "fills it anew in each step, give a clone of it."
+            )
+        elif weights is not None:
+            self._take(lambda: self._check_given(name, weights, name, model.training, None, None))
+            self._last = Address.of(weights) if isinstance(weights, Tensor) else None
+
+    def _take(self, find: Callable[[], RecordedWeights | None]) -> None:
+        self._runs += 1
         try:
-            found = self.find_weights(run, output)
+            found = find()
         except (DiscoveryError, ShapeError) as error:
             if not self.has_run:
                 raise
             self._note_left_out(error)
-        self._count += len(run.events)
-        self._runs += 1
+            return
         if found is not None:
             self.has_run = True
-            self._found.append(replace(found, query_mask=self._find_query_mask(run, found)) if self.is_alone else found)
+            self._found.append(found)
 
     def _note_left_out(self, why: object) -> None:
         self.remarks.append(f"In a later step: {why} Such steps are left out.")
 
+    @property
+    def first(self) -> RecordedWeights | None:
+        """What the first run of this step gave; None: there was none."""
+        return next(iter(self._found), self.kept)
+
     def find_weights(self, run: Run, output: Any) -> RecordedWeights | None:
-        """The attention of a run; None if it has none. It raises what ``take`` does, also of a later run."""
+        """The attention of a run; None if it has none. It raises what ``extract`` does, also of a later run."""
         if self.source.call is not None:
             place = self.source.call - 1 - self._count
             return self._extract_computed(run, place) if 0 <= place < len(run.events) else None
         tensors = find_readable_tensors(output)
         if not self.source.item and not self._named:
             under = [item for item in tensors if item and item[-1] == str(self.direction)]
-            called = [item for item in tensors if item and isinstance(item[-1], str) and "_to_" in item[-1]]
-            others = [item for item in called if not self.has_run and looks_like_attention(tensors[item])]
-            if others and not under and {str(item[-1]) for item in others} <= self._siblings:
-                return None
-            if len(under) > 1 or (others and not under):
-                raise DiscoveryError(self._describe_ambiguity(run, tensors))
+            others = [item for item in tensors if item and "_to_" in str(item[-1]) and not self.has_run]
+            if len(under) > 1 or (not under and any(_looks_like_attention(tensors[item]) for item in others)):
+                raise self._ambiguity(run, tensors)
             self._named = under[0] if under else ()
         item = self.source.item or self._named
         return self._extract_returned(item, output, run) if item else self._find_only(run, output, tensors)
@@ -143,22 +146,22 @@ class AttentionExtractor:
         if self._chosen is not None and self._chosen[1] == kinds:
             return self._extract_computed(run, self._chosen[0])
         candidates = find_candidates(run, across=self.source.joint is None)
-        given = {item: event for item, tensor in tensors.items() for event in run.events if event.gave(tensor)}
-        chosen = candidates if len(candidates) == 1 else list(dict.fromkeys(given.values()))
+        given = {event: item for item, tensor in tensors.items() for event in run.events if event.gave(tensor)}
+        chosen = candidates if len(candidates) == 1 else list(given)
         if len(chosen) == 1:
             (one,) = chosen
-            if one not in given.values() or one.by != "softmax":
+            if one not in given or one.by != "softmax":
                 place = run.events.index(one)
                 found = self._extract_computed(run, place, beside=tensors)
                 self._chosen = place, kinds
                 return found
-            self._place = next(item for item, event in given.items() if event is one)
+            self._place = given[one]
         if self._place is None:
-            fitting = [item for item, tensor in tensors.items() if looks_like_attention(tensor)]
+            fitting = [item for item, tensor in tensors.items() if _looks_like_attention(tensor)]
             if self.has_run and not candidates and not fitting:
                 return None
             if candidates or len(fitting) != 1:
-                raise DiscoveryError(self._describe_ambiguity(run, tensors))
+                raise self._ambiguity(run, tensors)
             self._place = fitting[0]
         return self._extract_returned(self._place, output, run)
 
@@ -168,7 +171,8 @@ class AttentionExtractor:
         what, recorded, used = name_event(event, place), event.recorded, event.used
         first = (what, training) not in self._checked
         as_given = event.result is not None and used is not None and event.result.holds_unchanged(used)
-        if recorded is not None and used is not None and not training and not as_given:
+        is_whole = event.level is RecordLevel.WEIGHTS and not training and not as_given
+        if recorded is not None and used is not None and is_whole:
             recorded = self._hide_unused_rows(recorded, used, run, first)
         recorded = self.unfold(recorded, event, run)
         if recorded is None:
@@ -178,10 +182,10 @@ class AttentionExtractor:
             for tensor in beside.values():
                 # What stands beside a kernel, which surely is attention, may be class probabilities.
                 may_be_meant = event.by == "softmax" or tokens.are_asked_by(tensor.shape)
-                if may_be_meant and looks_like_attention(tensor) and not hold_same_weights(tensor, recorded.weights):
-                    raise DiscoveryError(self._describe_ambiguity(run, beside))
+                if may_be_meant and _looks_like_attention(tensor) and not _hold_same_weights(tensor, recorded.weights):
+                    raise self._ambiguity(run, beside)
         if first and recorded.one_head:
-            self.remarks.append(describe_one_head(run.path))
+            self.remarks.append(_describe_one_head(run.path))
         self._checked.add((what, training))
         return replace(recorded, within=event.within)
 
@@ -198,7 +202,7 @@ class AttentionExtractor:
         if not isinstance(weights, Tensor):
             if any(item == before for before, _ in self._checked):
                 return None
-            there = describe_returned(run.path, find_readable_tensors(output))
+            there = _describe_returned(run.path, find_readable_tensors(output))
             raise DiscoveryError(f"No tensor '{name}': the module returned {there}. {NAME_IT}")
         event = next((event for event in run.events if event.gave(weights)), None) or run.origin(weights)
         return self._check_given(item, weights, name, run.module.training, run, event)
@@ -210,7 +214,7 @@ class AttentionExtractor:
         who = f"The {name} gives" if run is None else f"Module '{name}' returns"
         first = (what, training) not in self._checked
         if first or not isinstance(weights, Tensor):
-            check_weights(weights, who, training)
+            _check_weights(weights, who, training)
         shape = tuple(weights.shape)
         whole = event if event is not None and event.shape == shape else None
         axes = Axes() if run is None else self._axes_for(what, shape, run, whole)
@@ -220,36 +224,15 @@ class AttentionExtractor:
         self._checked.add((what, training))
         if first:
             average = masks is None and bool((weights != 0).all())
-            self.remarks += [describe_one_head(name, average)] if recorded.one_head else []
-            self._zeros_hide = masks is None and find_whether_zeros_hide(recorded.weights, who, self.remarks.append)
-        return combine_masks(recorded, masks, self._zeros_hide)
-
-    def call_reader(self, model: nn.Module) -> None:
-        """Take what the callable gives in this step; the very numbers of an earlier step are none of this one.
-
-        Raises
-        ------
-        ShapeError
-            If it is no attention in a first step; a later one of which it is none is left out.
-        """
-        if self._runs or self.source.read is None:
-            return
-        self._runs, weights = 1, self.source.read(model)
-        if weights is not None and self._last is not None and self._last.holds(weights):
-            self.remarks.append(
-                f"The {self.source} gave the same tensor as in an earlier step: such steps are left out. If the model "
-                "fills it anew in each step, give a clone of it."
-            )
-        elif weights is not None:
-            name = str(self.source)
-            try:
-                self._found.append(self._check_given(name, weights, name, model.training, None, None))
-            except ShapeError as error:
-                if not self.has_run:
-                    raise
-                self._note_left_out(error)
-                return
-            self._last, self.has_run = Address.of(weights), True
+            self.remarks += [_describe_one_head(name, average)] if recorded.one_head else []
+            given = recorded.weights
+            shown = find_weighted_keys(given) & (given != 0).any(-1, keepdim=True)
+            if masks is None and given.dtype != torch.float16 and bool(((given == 0) & shown).any()):
+                self.remarks.append(
+                    f"{who} weights of exactly 0 at keys that other queries look at. They count as weights, as of a "
+                    "sparse attention. If a mask hides these keys, name the module whose softmax gives the weights."
+                )
+        return _combine_masks(recorded, masks)
 
     def collect(self, batch: Any) -> RecordedWeights | None:
         """The attention of this step; None if this step has none, but an earlier one had. Spans may need the batch.
@@ -273,34 +256,36 @@ class AttentionExtractor:
             self.remarks.append(
                 f"Module '{source.path}' ran more often in one step than it is named; its first run is shown."
             )
-        if len(found) < turns:
-            message = f"Module '{source.path}' is named for {turns} directions, but ran {len(found)} time(s)"
-            if not self._has_given:
-                raise DiscoveryError(
-                    f"{message} and returned no mapping with their names. Name an item of what it returns for each, as "
-                    f"in '{source.path}[1]', or the modules inside of it."
-                )
-            self.remarks.append(f"{message} in a step: such steps are left out.")
+        elif len(found) < turns:
+            self._refuse(
+                f"Module '{source.path}' is named for {turns} directions, but ran {len(found)} time(s) in a step.",
+                f"It returned no mapping with their names. Name an item of what it returns for each, as in "
+                f"'{source.path}[1]', or the modules inside of it.",
+            )
             return None
         chosen = found[source.turn if turns > 1 else 0]
         if source.joint is not None:
             return self._cut(chosen, batch)
         if chosen.within:
-            message = f"'{source}' ({self.direction}) attends within one sequence: its query is its key."
-            if self._has_given:
-                self._note_left_out(message)
-                return None
-            raise DiscoveryError(
-                f"{message} Name the module that attends across: attention={{'<a>_to_<b>': 'path', ...}}; or, if both "
-                "modalities share the sequence, attention=JointSequence('path', spans={'<a>': (start, stop), '<b>': "
-                "(start, stop)})."
+            self._refuse(
+                f"'{source}' ({self.direction}) attends within one sequence: its query is its key.",
+                "Name the module that attends across: attention={'<a>_to_<b>': 'path', ...}; or, if both modalities "
+                "share the sequence, attention=JointSequence('path', spans={'<a>': (start, stop), '<b>': (start, "
+                "stop)}).",
             )
+            return None
         self._has_given = True
         return chosen
 
+    def _refuse(self, what: str, remedy: str) -> None:
+        """Raise, or leave this step out if an earlier one had the attention."""
+        if not self._has_given:
+            raise DiscoveryError(f"{what} {remedy}")
+        self._note_left_out(what)
+
     def _cut(self, whole: RecordedWeights, batch: Any) -> RecordedWeights | None:
         """The direction within a joint sequence; None of one that does not fit its spans, if an earlier one did."""
-        joint, length = self.source.joint, whole.weights.shape[2]
+        joint = self.source.joint
         assert joint is not None
         try:
             cut = self._block(joint, whole, joint.slices(batch))
@@ -310,15 +295,14 @@ class AttentionExtractor:
             self.left_out = len(whole.weights)
             self.remarks.append(f"{error} Such steps are left out and counted.")
             return None
-        changed = joint.expected_length is None and length != (self._length or length) and not whole.cropped
-        if changed and not joint.counts_from_the_end and not any(map(callable, joint.spans.values())):
+        length, self._has_given = whole.weights.shape[2], True
+        self._length = self._length or length
+        if joint.last_takes_the_rest and not whole.cropped and length != self._length:
             self.remarks.append(
                 f"The sequence of '{self.source.path}' changes its length ({self._length}, {length}), and the last "
                 f"modality is assumed to have more or fewer tokens. If another one has, {FOLLOW_IT}. The spans are "
                 f"{dict(joint.spans)}."
             )
-        if not self._has_given:
-            self._length, self._has_given = length, True
         return cut
 
     def _block(self, joint: JointSequence, whole: RecordedWeights, places: Mapping[str, slice]) -> RecordedWeights:
@@ -333,12 +317,12 @@ class AttentionExtractor:
         within = whole.weights.shape[3] - whole.extra_keys == length
         # How much torch has cut off of a packed sequence is not known.
         fits = expected is None or length == expected or (whole.cropped and length < expected)
-        if within and not fits:
-            hint = f" If the tokens in no span belong to no modality, say so: JointSequence(..., length={length})."
-            may_be_meant = joint.length is None and length > (expected or 0) and not self._has_given
+        if within and not fits and expected is not None:
             raise ShapeError(
                 f"The sequence of '{name}' has {length} tokens, but the spans of the JointSequence are for {expected}: "
-                f"{dict(joint.spans)}. If a modality changes its length, {FOLLOW_IT}." + hint * may_be_meant
+                f"{dict(joint.spans)}. If a modality changes its length, {FOLLOW_IT}."
+                + f" If the tokens in no span belong to no modality, say so: JointSequence(..., length={length})."
+                * (length > expected and not self._has_given)
             )
         return cut_direction(whole, places[self.direction.query], places[self.direction.key], name)
 
@@ -386,22 +370,6 @@ class AttentionExtractor:
             return replace(made_of, weights=made_of.weights.mean(1, keepdim=True), visible=visible)
         return made_of if made_of.weights.shape == shape else None
 
-    def _find_query_mask(self, run: Run, recorded: RecordedWeights) -> Tensor | None:
-        """A mask among a module's arguments that can only be that of the queries, as there are not as many keys.
-
-        Named ``...padding_mask`` it is True for padding, as in torch; of whole numbers it is 1 for a real token, as in
-        Hugging Face's models. What other masks mean is not known.
-        """
-        batch, _, queries, keys = recorded.weights.shape
-        for name, tensor in named_arguments(run) if queries != keys or self._mask_name else ():
-            fits = tuple(tensor.shape) == (batch, queries) and is_plain(tensor)
-            if fits and "mask" in name and self._mask_name in (None, name):
-                by_torch = tensor.dtype == torch.bool and name.endswith("padding_mask")
-                if by_torch or not (tensor.is_floating_point() or tensor.dtype == torch.bool):
-                    self._mask_name = name
-                    return ~tensor if by_torch else tensor.bool()
-        return None
-
     def _hide_unused_rows(self, recorded: RecordedWeights, used: Tensor, run: Run, first: bool) -> RecordedWeights:
         """What was computed, without the rows that the module sets to 0 before it uses them."""
         used = used.detach().float()
@@ -421,19 +389,92 @@ class AttentionExtractor:
         shown = ~unused.expand(recorded.weights.shape)
         return replace(recorded, visible=intersect_masks(shown, recorded.visible))
 
-    def _describe_ambiguity(self, run: Run, tensors: Mapping[Path, Tensor]) -> str:
+    def _ambiguity(self, run: Run, tensors: Mapping[Path, Tensor]) -> DiscoveryError:
         candidates = find_candidates(run, across=False)
         computed = [
             f"'{run.path}#{i}' {describe_event(event, run)}"
             for i, event in enumerate(run.events, start=self._count + 1)
             if event in candidates
         ]
-        none = tensors and not any(looks_like_attention(tensor) for tensor in tensors.values())
-        return (
+        none = tensors and not any(_looks_like_attention(tensor) for tensor in tensors.values())
+        return DiscoveryError(
             f"It is ambiguous which attention of module '{run.path}' is meant. The module computes "
-            f"{', '.join(computed) or 'none that can be recorded'}, and returns {describe_returned(run.path, tensors)}"
+            f"{', '.join(computed) or 'none that can be recorded'}, and returns {_describe_returned(run.path, tensors)}"
             f"{'; none of these is weights whose rows sum to 1' if none else ''}. {NAME_IT}"
         )
+
+
+def _check_weights(weights: Any, who: str, training: bool) -> None:
+    """Refuse what is no attention. Looks at the values.
+
+    Raises
+    ------
+    ShapeError
+        If the weights are not ``(batch, heads, queries, keys)`` or ``(batch, queries, keys)``, a row that is not fully
+        masked does not sum to 1, or their numbers need not be their values.
+    """
+    if not isinstance(weights, Tensor):
+        found = f"a {type(weights).__name__}"
+    elif not is_plain(weights):
+        found = f"{describe_kind(weights)}, whose values may be others: give weights.as_subclass(torch.Tensor)"
+    elif weights.dim() not in (3, 4) or not weights.is_floating_point():
+        found = f"{weights.dtype} of shape {tuple(weights.shape)}"
+    elif _looks_like_attention(weights):
+        return
+    elif (weights < 0).any():
+        values = weights.float().nan_to_num()
+        found = f"shape {tuple(weights.shape)} with values from {values.min():.3g} to {values.max():.3g}: scores?"
+    else:
+        sums = weights.float().sum(-1).nan_to_num()
+        found = f"shape {tuple(weights.shape)} with rows that sum to {sums.min():.3g} ... {sums.max():.3g}"
+        found += ": the model is in training mode, so that there may be dropout, use eval mode" * training
+    raise ShapeError(
+        f"{who} {found}. Expected weights after the softmax (scores before the softmax are no weights) and before "
+        "dropout, (batch, heads, queries, keys), or (batch, queries, keys) of one head, whose rows sum to 1. " + NAME_IT
+    )
+
+
+def _looks_like_attention(tensor: Tensor) -> bool:
+    """Whether all rows of a plain tensor sum to 1, but for fully masked ones (0 or NaN), and none is negative."""
+    if not is_plain(tensor) or tensor.dim() not in (3, 4) or not tensor.is_floating_point() or not tensor.numel():
+        return False
+    sums = tensor.float().sum(-1)
+    sound = ((sums - 1).abs() <= row_sum_tolerance(tensor.dtype)) | (sums == 0) | sums.isnan()
+    return bool(sound.all() and (sums > 0).any() and not (tensor < 0).any())
+
+
+def _combine_masks(recorded: RecordedWeights, masks: RecordedWeights | None) -> RecordedWeights:
+    """Returned weights with ``masks``, those of the softmax that made them; None if it was not recorded.
+
+    Without it those keys are hidden to which a sample gives no weight at all (not so in float16, which rounds small
+    weights to 0).
+    """
+    weights = recorded.weights
+    keys = find_weighted_keys(weights)
+    if masks is None:
+        return separate_padding(replace(recorded, visible=keys))
+    # Kept as a tensor to avoid a device sync.
+    kept = ((weights == masks.weights) | masks.weights.isnan()).all()
+    key_mask = intersect_masks(keys[:, 0, 0] | kept, masks.key_mask)
+    # Rows that were set to 0 after the softmax.
+    shown = (weights != 0).any(-1, keepdim=True) | (masks.weights == 0).all(-1, keepdim=True)
+    return replace(recorded, key_mask=key_mask, visible=intersect_masks(shown.expand_as(weights), masks.visible))
+
+
+def _hold_same_weights(tensor: Tensor, weights: Tensor) -> bool:
+    """Whether a tensor holds these weights, in another form, precision, or averaged over the heads."""
+    precision = max(1e-4, *(torch.finfo(kind.dtype).eps for kind in (tensor, weights)))
+    return any(
+        tensor.numel() == same.numel()
+        and torch.allclose(tensor.flatten().float(), same.flatten().float(), 2 * precision, 1e-5, equal_nan=True)
+        for same in (weights, weights.mean(1))
+    )
+
+
+def _describe_one_head(name: str, average: bool = False) -> str:
+    """The message about attention without an axis for heads."""
+    remedy = " An average over heads has a larger entropy than the heads; record the heads if you can."
+    return f"'{name}' has no axis for heads: it counts as one head, and its first axis as samples.{remedy * average}"
 
 
 def name_event(event: Event, place: int) -> str:
@@ -446,7 +487,7 @@ def _unreadable(event: Event, run: Run) -> DiscoveryError:
     return DiscoveryError(f"{by}, cannot be read: {event.problem}. {NAME_IT}")
 
 
-def describe_returned(path: str, tensors: Mapping[Path, Tensor]) -> str:
+def _describe_returned(path: str, tensors: Mapping[Path, Tensor]) -> str:
     """What a module returned, as it can be named, with shapes."""
     names = {item: f"'{Source(path, item=item)}'" if item else "one tensor" for item in tensors}
     return ", ".join(f"{names[item]} {tuple(tensor.shape)}" for item, tensor in tensors.items()) or "no tensor"

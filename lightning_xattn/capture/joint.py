@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import inf
 from typing import Any
 
 import torch
@@ -81,22 +80,7 @@ class JointSequence:
             Direction.parse(f"{first}_to_{second}")
         check_whole_number("length", self.length, optional=True)
         fixed = {name: _check_span(name, span) for name, span in self.spans.items() if not callable(span)}
-        if self.length is not None:
-            _require_apart(_resolve_spans(self.length, fixed))
-            return
-        # Spans that count from one end can be compared before the length is known.
-        _require_apart({name: (start, stop) for name, (start, stop) in fixed.items() if start >= 0 <= (stop or 0)})
-        _require_apart({name: (start, stop) for name, (start, stop) in fixed.items() if start < 0})
-        for name, (start, stop) in fixed.items():
-            if _takes_the_rest((start, stop)):
-                others = {other: span for other, span in fixed.items() if other != name}
-                between = [other for other, span in others.items() if not _lies_outside(span, start, stop)]
-                if between:
-                    raise SettingError(
-                        f"Whether the spans of '{name}' and '{between[0]}' overlap depends on how long the sequence "
-                        f"is: {dict(self.spans)}. Count what lies between them from one end, or give the length: "
-                        "JointSequence(..., length=128)."
-                    )
+        _place_spans(fixed, self.length)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -107,6 +91,11 @@ class JointSequence:
     def counts_from_the_end(self) -> bool:
         """Whether a span starts or stops a number of tokens before the end."""
         return any(not callable(span) and (span[0] < 0 or (span[1] or 0) < 0) for span in self.spans.values())
+
+    @property
+    def last_takes_the_rest(self) -> bool:
+        """Whether the last modality has as many tokens as are left, and nothing else is said of the length."""
+        return not (self.expected_length or self.counts_from_the_end or any(map(callable, self.spans.values())))
 
     @property
     def expected_length(self) -> int | None:
@@ -146,59 +135,36 @@ def _takes_the_rest(span: Span) -> bool:
     return start >= 0 and (stop is None or stop < 0)
 
 
-def _lies_outside(span: Span, start: int, stop: int | None) -> bool:
-    """Whether a span ends before a start, or begins behind a stop that counts from the end, in every sequence."""
-    first, last = span
-    if first < 0:
-        return stop is not None and first >= stop
-    return last is not None and 0 <= last <= start
-
-
-def _resolve_spans(length: int, spans: Mapping[str, Span]) -> dict[str, Span]:
-    """Spans in a sequence of this length, counted from its start.
-
-    Raises
-    ------
-    SettingError
-        If one reaches beyond it.
-    """
-    for name, (start, stop) in spans.items():
-        if max(start, -start - 1, (stop or 1) - 1, -(stop or 0) - 1) >= length:
-            raise SettingError(f"The span of '{name}', {(start, stop)}, is not in a sequence of length={length}.")
-    return {name: slice(*span).indices(length)[:2] for name, span in spans.items()}
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _require_apart(spans: Mapping[str, Span]) -> None:
-    end: float = -inf
-    for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1][0]):
-        before, end = end, inf if stop is None else stop
-        if start < before or end <= start:
+def _place_spans(spans: Mapping[str, Span], length: int | None) -> dict[str, slice]:
+    """Spans in a sequence of this length, counted from its start; None: it is longer than all of them.
+
+    Raises
+    ------
+    SettingError
+        If one reaches beyond it, holds no token or overlaps with another.
+    """
+    tokens = sum(_find_reach(span) for span in spans.values()) + 1 if length is None else length
+    places = {name: slice(*slice(*span).indices(tokens)) for name, span in spans.items()}
+    end = 0
+    for name, place in sorted(places.items(), key=lambda item: item[1].start):
+        if _find_reach(spans[name]) > tokens or not end <= place.start < place.stop:
+            of_length = f"of length={length}" if length else "whatever its length, unless it is given (length=128)"
             raise SettingError(
-                f"The spans of a JointSequence must hold tokens and not overlap; that of '{name}' does not: "
-                f"{dict(spans)}."
+                f"The spans of a JointSequence must hold tokens and not overlap in a sequence {of_length}; that of "
+                f"'{name}' does not: {dict(spans)}."
             )
-
-
-def _resolve_slices(slices: Mapping[str, slice], attention: RecordedWeights, name: str) -> dict[str, slice]:
-    """The places in this sequence, all from its start."""
-    _, _, queries, keys = attention.weights.shape
-    reach = [max(place.stop or 0, place.start + 1, -place.start, -(place.stop or 0)) for place in slices.values()]
-    tokens = max(queries, max(reach)) if attention.cropped else queries
-    if queries != keys - attention.extra_keys or tokens < max(reach):
-        raise ShapeError(
-            f"Expected '{name}' to attend within one sequence of at least {max(reach)} tokens, which the spans of the "
-            f"JointSequence need; its attention has {queries} queries and {keys} keys."
-        )
-    places = {modality: slice(*place.indices(tokens)) for modality, place in slices.items()}
-    try:
-        _require_apart({modality: (place.start, place.stop) for modality, place in places.items()})
-    except SettingError as error:
-        raise ShapeError(f"'{name}' has a sequence of {tokens} tokens. {error}") from None
+        end = place.stop
     return places
+
+
+def _find_reach(span: Span) -> int:
+    """How many tokens a sequence must have to hold a span."""
+    start, stop = span[0], span[1] or 0
+    return max(start + 1, -start, stop, -stop)
 
 
 def cut_direction(joint: RecordedWeights, queries: slice, keys: slice, name: str) -> RecordedWeights:
@@ -219,7 +185,18 @@ def cut_direction(joint: RecordedWeights, queries: slice, keys: slice, name: str
     ShapeError
         If the attention is no self-attention, has fewer tokens than the places, or the places overlap in it.
     """
-    places = _resolve_slices({"queries": queries, "keys": keys}, joint, name)
+    spans = {"queries": (queries.start, queries.stop), "keys": (keys.start, keys.stop)}
+    reach, (_, _, length, n_keys) = max(map(_find_reach, spans.values())), joint.weights.shape
+    tokens = max(length, reach) if joint.cropped else length
+    if length != n_keys - joint.extra_keys or tokens < reach:
+        raise ShapeError(
+            f"Expected '{name}' to attend within one sequence of at least {reach} tokens, which the spans of the "
+            f"JointSequence need; its attention has {length} queries and {n_keys} keys."
+        )
+    try:
+        places = _place_spans(spans, tokens)
+    except SettingError as error:
+        raise ShapeError(f"'{name}' has a sequence of {tokens} tokens. {error}") from None
     queries, keys = places["queries"], places["keys"]
     if joint.cropped:
         joint = joint.padded_to(max(queries.stop, keys.stop))

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import combinations, takewhile, zip_longest
 
-import torch
 from torch import nn
 
 from lightning_xattn.capture.joint import JointSequence
@@ -42,13 +41,10 @@ def locate_attention(root: nn.Module, attention: AttentionSetting | None = None)
     Raises
     ------
     DiscoveryError
-        If a path names no module, or one whose calls Python does not see, such as TorchScript; the message lists every
-        attention module there is.
+        If a path names no module; the message lists every attention module there is.
     SettingError
         If ``attention`` is malformed.
     """
-    if isinstance(root, torch.jit.ScriptModule):
-        raise _is_script(type(root).__name__)
     if attention is None:
         return tuple(layers_by_name(root, _multihead_paths(root)))
     check_attention(attention)
@@ -57,29 +53,14 @@ def locate_attention(root: nn.Module, attention: AttentionSetting | None = None)
     return tuple(_named_layers(root, attention))
 
 
-def _is_script(what: str) -> DiscoveryError:
-    return DiscoveryError(
-        f"{what} is TorchScript, whose calls Python does not see. Record the module that was scripted, before "
-        "torch.jit.script or torch.jit.trace."
-    )
-
-
 def describe_attention(root: nn.Module) -> str:
     """What attention modules there are, and what hides some, as sentences."""
     found = [plain_path(root, path) for path in _multihead_paths(root)]
     text = f"Found: {', '.join(found)}." if found else f"{type(root).__name__} has no nn.MultiheadAttention at all."
     scripted = list(scripted_modules(root))
     if scripted:
-        text += f" TorchScript hides what is in {', '.join(scripted)}: record the module that was scripted instead."
+        text += f" TorchScript hides what is in {', '.join(scripted)}: record what was scripted, before torch.jit."
     return text
-
-
-def describe_idle(root: nn.Module) -> str:
-    """What attention modules there are in a model of which none ran, as sentences."""
-    found = ", ".join(plain_path(root, path) for path in _multihead_paths(root))
-    if found:
-        return f"No attention ran. The model holds {found}, which did not run."
-    return f"No attention was seen at all. {describe_attention(root)}"
 
 
 def _named_layers(root: nn.Module, attention: AttentionSetting) -> list[Layer]:
@@ -101,9 +82,9 @@ def _named_layers(root: nn.Module, attention: AttentionSetting) -> list[Layer]:
                 f"{', '.join(map(str, back))}; the two must pair up one by one."
             )
         for source, opposite in zip_longest(there, back or ()):
-            backward = None if opposite is None else (direction.opposite, opposite)
             name = common_parent(source.path, (opposite or source).path)
-            layers.append(Layer(plain_path(root, name), (direction, source), backward))
+            pair = ((direction, source), (direction.opposite, opposite or source))
+            layers.append(Layer(plain_path(root, name), pair if opposite else pair[:1]))
     return with_unique_names(layers)
 
 
@@ -113,7 +94,7 @@ def _joint_layers(root: nn.Module, joint: JointSequence) -> list[Layer]:
         for source in _expand(root, Source.parse(path), "the joint sequence", joint=True):
             whole, name = replace(source, joint=joint), plain_path(root, source.path)
             for direction in (Direction(*modalities) for modalities in combinations(joint.spans, 2)):
-                layers.append(Layer(name, (direction, whole), (direction.opposite, whole)))
+                layers.append(Layer(name, ((direction, whole), (direction.opposite, whole))))
     return with_unique_names(layers)
 
 
@@ -127,13 +108,6 @@ def _expand(root: nn.Module, source: Source, what: str, *, joint: bool = False) 
         near = get_close_matches(source.path, paths, n=3, cutoff=0.5)
         near_ones = f" Did you mean {' or '.join(repr(path) for path in near)}?" if near else ""
         raise DiscoveryError(f"No module '{source.path}' for {what}.{near_ones} {describe_attention(root)}")
-    if any(path == script or path.startswith(f"{script}.") for script in scripted_modules(root)):
-        raise _is_script(f"Module '{source.path}' for {what}")
-    if source.item and type(root.get_submodule(path)).forward is nn.MultiheadAttention.forward:
-        raise DiscoveryError(
-            f"'{source}' for {what} is an item of an nn.MultiheadAttention, whose weights are recorded by themselves: "
-            f"name '{source.path}' alone."
-        )
     inner = [path] if source.item or source.call else _attention_in(root, path, joint)
     return [replace(source, path=path) for path in inner]
 
@@ -192,10 +166,9 @@ def layers_by_name(root: nn.Module, paths: Iterable[str]) -> list[Layer]:
         if (found := next(pairs, None)) is not None:
             other, (direction, layer) = found
             sites.remove(other)
-            back = direction.opposite, Source(other.path)
-            layers.append(Layer(layer, (direction, Source(site.path)), back))
+            layers.append(Layer(layer, ((direction, Source(site.path)), (direction.opposite, Source(other.path)))))
         elif (direction_alone := site.direction) is not None:
-            layers.append(Layer(site.layer(""), (direction_alone, Source(site.path))))
+            layers.append(Layer(site.layer(""), ((direction_alone, Source(site.path)),)))
     return with_unique_names(layers)
 
 
@@ -261,12 +234,12 @@ def common_parent(path: str, other: str) -> str:
 
 def with_unique_names(layers: list[Layer]) -> list[Layer]:
     """Add the direction to a name that is empty or shared, as with three modalities fused in one module."""
-    for what in (0, 1):  # of ``forward``: the direction and, where that does not differ either, the source
+    for what in (0, 1):  # of the first: the direction and, where that does not differ either, the source
         names = [layer.name for layer in layers]
         layers = [
             layer
             if layer.name and names.count(layer.name) == 1
-            else replace(layer, name=f"{layer.name}.{layer.forward[what]}".lstrip("."))
+            else replace(layer, name=f"{layer.name}.{layer.sources[0][what]}".lstrip("."))
             for layer in layers
         ]
     return layers

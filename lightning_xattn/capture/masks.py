@@ -31,7 +31,6 @@ class RecordedWeights:
     visible: Tensor | None = None
     extra_keys: int = 0
     cross_modal_mass: Tensor | None = None
-    query_mask: Tensor | None = None
     cropped: bool = False
     """Whether tokens that are padding in every sample may have been cut off at the end."""
     within: bool = False
@@ -93,6 +92,34 @@ def separate_padding(recorded: RecordedWeights) -> RecordedWeights:
     return replace(recorded, key_mask=key_mask, visible=None if only_padding else visible)
 
 
+@dataclass(frozen=True)
+class Axes:
+    """How the rows of an attention with three axes are split into samples and heads."""
+
+    heads: int | None = None
+    """How many heads are folded into the samples; None: there is no axis for heads, and rows are samples."""
+    heads_first: bool = False
+    """Whether the samples lie within a head."""
+
+    def apply(self, recorded: RecordedWeights) -> RecordedWeights:
+        """The attention as ``(batch, heads, queries, keys)``, with a key mask for padding apart from other masks.
+
+        Those of ``F.multi_head_attention_forward`` are apart already.
+        """
+        if recorded.weights.dim() == 4:
+            return separate_padding(recorded)
+
+        def unfold(tensor: Tensor) -> Tensor:
+            if self.heads is None or len(tensor) == 1:
+                return tensor[:, None]
+            split: Tensor = tensor.unflatten(0, (self.heads, -1) if self.heads_first else (-1, self.heads))
+            return split.transpose(0, 1) if self.heads_first else split
+
+        visible = None if recorded.visible is None else unfold(recorded.visible)
+        unfolded = replace(recorded, weights=unfold(recorded.weights), visible=visible, one_head=self.heads is None)
+        return separate_padding(unfolded)
+
+
 def find_visible_keys(scores: Tensor, weights: Tensor) -> Tensor:
     """Which keys a softmax does not hide, from its scores alone, whatever hides some: a mask added or filled in.
 
@@ -114,23 +141,6 @@ def find_weighted_keys(weights: Tensor) -> Tensor:
     if weights.dtype == torch.float16:
         return torch.ones_like(weights[:, :1, :1], dtype=torch.bool)
     return (weights != 0).any(dim=1, keepdim=True).any(dim=2, keepdim=True)
-
-
-def are_zeros_a_mask(weights: Tensor) -> bool:
-    """Whether the weights of exactly 0 are what a mask hides, as far as their pattern shows. Looks at the values.
-
-    A softmax gives 0 to nothing else, but a sparse attention does. Zeros are a mask if all heads have the same; those
-    of one head, or of an average over heads, if all samples have the same, but for keys that are padding in some; those
-    of one sample if what its queries see grows from one to the next, as under a causal mask.
-    """
-    batch, heads, _, _ = weights.shape
-    some = weights != 0
-    if heads > 1:
-        return bool((some == some.any(dim=1, keepdim=True)).all())
-    if batch > 1:
-        return bool((some == (some.any(dim=0, keepdim=True) & find_weighted_keys(weights))).all())
-    rows = some[0, 0][some[0, 0].sum(1).argsort()]
-    return bool((rows[1:] | ~rows[:-1]).all())
 
 
 def is_visible(mask: Tensor) -> Tensor:

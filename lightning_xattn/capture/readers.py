@@ -131,9 +131,16 @@ _PARAMETERS: dict[Any, Call] = {
 }
 
 
+_FLEX: Call = {
+    **dict.fromkeys(("query", "key", "value", "score_mod", "block_mask", "scale", "kernel_options")),
+    **dict.fromkeys(("score_mod_other_buffers", "mask_mod_other_buffers"), ()),
+}
+"""Of ``flex_attention``, whose operator is not there before it is imported."""
+
+
 def _arguments(function: Any, args: Sequence[Any], kwargs: Call) -> Call:
     """The arguments of a call by name, with the function's defaults."""
-    parameters = _PARAMETERS[function]
+    parameters = _PARAMETERS.get(function, _FLEX)
     return parameters | dict(zip(parameters, args, strict=False)) | kwargs
 
 
@@ -261,10 +268,7 @@ def _compute_weights(call: Call) -> Tensor:
     fused kernel, which scales first, does not.
     """
     heads = call["num_heads"]
-    if call.get("use_separate_proj_weight"):
-        query_weight, key_weight = call["q_proj_weight"], call["k_proj_weight"]
-    else:
-        query_weight, key_weight, _ = call["in_proj_weight"].chunk(3)
+    query_weight, key_weight, _ = _split_projection(call)
     bias = call["in_proj_bias"]
     query_bias, key_bias, _ = (None, None, None) if bias is None else bias.float().chunk(3)
 
@@ -290,6 +294,12 @@ def _compute_weights(call: Call) -> Tensor:
         scores = scores + F.pad(to_additive_mask(_per_head(attention_mask, heads)), (0, extra))
     weights: Tensor = scores.softmax(-1)
     return weights
+
+
+def _split_projection(call: Call) -> list[Any]:
+    if call.get("use_separate_proj_weight"):
+        return [call.get(f"{name}_proj_weight") for name in "qkv"]
+    return list(call["in_proj_weight"].chunk(3))
 
 
 def _with_masks(weights: Tensor, call: Call, extra: int = 0, cropped: bool = False) -> RecordedWeights:
@@ -320,10 +330,7 @@ def _edit_multihead(call: Call, edit: Edit) -> Call:
         return {"key": key, "value": value}
     # To weigh what the values are projected to, their bias must be weighed, too: it is one more weight of each value,
     # to which a 1 is added.
-    if call["use_separate_proj_weight"]:
-        separate = [call[f"{name}_proj_weight"] for name in "qkv"]
-    else:
-        separate = list(call["in_proj_weight"].chunk(3))
+    separate = _split_projection(call)
     bias = call["in_proj_bias"]
     if bias is not None:
         of_values = bias.chunk(3)[2]
@@ -336,27 +343,29 @@ def _edit_multihead(call: Call, edit: Edit) -> Call:
 
 
 def _read_kernel(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderContext) -> Any:
-    """``F.scaled_dot_product_attention``: its weights are computed once more, beside the fused kernel."""
-    call = _arguments(function, args, kwargs)
-    query, key, mask = call["query"], call["key"], call["attn_mask"]
+    """``F.scaled_dot_product_attention``, whose weights are computed once more, and ``flex_attention``.
+
+    The scores and masks of the latter are functions of the user's: it is asked for its weights, as are kernels that get
+    tensors of a class of their own.
+    """
+    call, is_flex = _arguments(function, args, kwargs), function not in READERS
+    query, key, mask = call["query"], call["key"], call.get("attn_mask")
     if query.dim() < 2 or key.dim() < 2:
         return function(*args, **kwargs)
     shape = _shape_of_kernel(query, key)
     problem = _find_problem(query=query, key=key, attn_mask=mask)
     if problem is None and len(shape) not in (3, 4):
         problem = "it has other axes than (batch, heads, queries, keys)"
-    event = Event("scaled_dot_product_attention", shape, query.device, problem=problem, over_keys=len(shape) in (3, 4))
+    by = "flex_attention" if is_flex else "scaled_dot_product_attention"
+    event = Event(by, shape, query.device, problem=problem, over_keys=len(shape) in (3, 4))
     edit = mode.begin(event, query)
     call |= {} if edit is None else _edit_kernel(call, edit, event)
     result = function(*args, **kwargs) if edit is None else function(**call)
 
-    def ask(query: Tensor, values: Tensor) -> Any:
-        return function(**call | {"query": query, "value": values, "dropout_p": 0.0})
-
     def read() -> RecordedWeights | None:
-        if all(is_plain(one) for one in (query, key, mask) if one is not None):
+        if not is_flex and all(is_plain(one) for one in (query, key, mask) if one is not None):
             return _compute_kernel_weights(event, call)
-        return _ask_function(event, lambda: _weigh_identity(event, ask, query, call["value"], torch.zeros_like))
+        return _ask_function(event, lambda: _weigh_identity(event, function, call, is_flex))
 
     mode.record(event, read)
     return result
@@ -381,45 +390,33 @@ def _edit_kernel(call: Call, edit: Edit, event: Event) -> Call:
     return {"key": key, "value": value}
 
 
-def _weigh_identity(
-    event: Event,
-    ask: Callable[[Tensor, Tensor], Any],
-    query: Tensor,
-    value: Tensor,
-    zeros: Callable[[Tensor], Tensor],
-) -> RecordedWeights:
+def _weigh_identity(event: Event, function: Any, call: Call, is_flex: bool) -> RecordedWeights:
     """How a function weighs an identity matrix as values: with its weights, whatever its masks are.
 
     A key is hidden to which a query of 0 gives no weight.
-
-    Parameters
-    ----------
-    event
-        What is read.
-    ask
-        Runs the function on other queries and values.
-    query, value
-        Those that the model gave it.
-    zeros
-        Makes the queries of 0.
     """
-    queries, keys = event.shape[-2:]
+    query, value, (queries, keys) = call["query"], call["value"], event.shape[-2:]
     whole = torch.eye(keys, dtype=value.dtype, device=value.device).expand(*value.shape[:-2], keys, keys)
     # Where keys are many and queries few, no more at once than the weights, or the values, need.
     columns = whole.split(max(queries, value.shape[-1]), dim=-1)
 
-    def weigh(make: Callable[[Tensor], Tensor]) -> Tensor:
-        with run_as_called():
-            asks = make(query)
-            parts = [ask(asks, some) for some in columns]
-        weights = torch.cat([to_plain_tensor(part) for part in parts], dim=-1)
+    def weigh(query: Tensor) -> Tensor:
+        # What flex_attention gives is rounded as its queries are, while its scores are not.
+        changed = {"key": call["key"].to(query.dtype)} if is_flex else {"dropout_p": 0.0}
+        given = [function(**call | changed | {"query": query, "value": some.to(query.dtype)}) for some in columns]
+        weights = torch.cat([to_plain_tensor(one[0] if is_flex else one) for one in given], dim=-1)
         if weights.shape != event.shape:
             raise ValueError(f"it gives {tuple(weights.shape)}")
         return weights
 
-    visible = weigh(zeros) > 0
-    wanted = event.level is RecordLevel.WEIGHTS
-    return RecordedWeights(weigh(lambda query: query) if wanted else _no_values(event), visible=visible)
+    with run_as_called():
+        # A bias by distance, as of ALiBi, may add -500, of which exp is 0 in single precision.
+        finest = torch.float32 if query.device.type == "mps" else torch.float64
+        visible = weigh(torch.zeros_like(query, dtype=finest if is_flex else None)) > 0
+        if event.level is not RecordLevel.WEIGHTS:
+            return RecordedWeights(_no_values(event), visible=visible)
+        asks = query.to(torch.promote_types(query.dtype, torch.float32)) if is_flex else query
+        return RecordedWeights(weigh(asks), visible=visible)
 
 
 def _over_heads(weights: Tensor, axes: int) -> Tensor:
@@ -486,41 +483,6 @@ def _read_softmax(function: Any, args: Sequence[Any], kwargs: Call, mode: Reader
     return result
 
 
-_FLEX = ("query", "key", "value", "score_mod", "block_mask", "scale", "kernel_options")
-_FLEX_BUFFERS = ("score_mod_other_buffers", "mask_mod_other_buffers")
-
-
-def _read_flex(function: Any, args: Sequence[Any], kwargs: Call, mode: ReaderContext) -> Any:
-    """``flex_attention``, whose scores and masks are functions of the user's: it is asked for its weights."""
-    call = dict(zip((*_FLEX, *_FLEX_BUFFERS), args, strict=False)) | kwargs
-    query, key = call["query"], call["key"]
-    event = Event(
-        "flex_attention", _shape_of_kernel(query, key), query.device, problem=_find_problem(query=query, key=key)
-    )
-    edit = mode.begin(event, query)
-    call |= {} if edit is None else _edit_kernel(call, edit, event)
-    result = function(*args, **kwargs) if edit is None else function(**call)
-
-    def read() -> RecordedWeights | None:
-        # What it gives is rounded as its queries are, while its scores are not.
-        query, key, value = (
-            one.to(torch.promote_types(one.dtype, torch.float32)) for one in (call["query"], call["key"], call["value"])
-        )
-
-        def ask(query: Tensor, values: Tensor) -> Any:
-            converted = {"query": query, "key": key.to(query.dtype), "value": values.to(query.dtype)}
-            return function(**call | converted)[0]
-
-        def zeros(query: Tensor) -> Tensor:
-            # A bias by distance, as of ALiBi, may add -500, of which exp is 0 in single precision.
-            return torch.zeros_like(query, dtype=torch.float32 if query.device.type == "mps" else torch.float64)
-
-        return _ask_function(event, lambda: _weigh_identity(event, ask, query, value, zeros))
-
-    mode.record(event, read)
-    return result
-
-
 Reader = Callable[[Any, Sequence[Any], Call, ReaderContext], Any]
 
 READERS: dict[Any, Reader] = {
@@ -536,5 +498,5 @@ def find_reader(function: Any) -> Reader | None:
     """How the attention is read that a function computes; None if it computes none."""
     reader = READERS.get(function)
     if reader is None and isinstance(function, torch._ops.HigherOrderOperator) and function.name() == "flex_attention":
-        return _read_flex
+        return _read_kernel
     return reader

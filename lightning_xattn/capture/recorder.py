@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_xattn.capture.attention_mode import AttentionMode
-from lightning_xattn.capture.discover import Survey, choose_layers, find_padding_source, find_shown
+from lightning_xattn.capture.attention_mode import AttentionMode, get_module, run_uncompiled, walk_modules
+from lightning_xattn.capture.calls import Run, StepTrace
+from lightning_xattn.capture.discover import NAME_THEM, Survey, choose_layers, find_padding_source, find_shown
 from lightning_xattn.capture.extractor import AttentionExtractor
-from lightning_xattn.capture.forwards import get_module, walk_modules
 from lightning_xattn.capture.layers import describe_attention, locate_attention
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.capture.readers import Event, RecordLevel
 from lightning_xattn.capture.sources import AttentionSetting, Layer, Source, is_set_aside
-from lightning_xattn.capture.tokens import Axes
-from lightning_xattn.capture.trace import Run, StepTrace
-from lightning_xattn.capture.wrappers import (
-    compiled_modules,
-    require_one_replica,
-    run_uncompiled,
-    scripted_modules,
-)
+from lightning_xattn.capture.wrappers import compiled_modules, scripted_modules
 from lightning_xattn.core.attention import Attention, AttentionPair, Direction, rename_layer
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
 from lightning_xattn.core.notices import warn
@@ -88,11 +82,8 @@ class AttentionRecorder:
         self._mode: AttentionMode | None = None
         self._extractors: dict[tuple[str, Direction], AttentionExtractor] = {}
         self._of_module: dict[nn.Module, list[AttentionExtractor]] = {}
-        # Self-attention whose masks show which queries are padding, by its module's path and its number in a step: its
-        # axes and whether padding may be cut off. Of this step, how many each module has computed, and these masks.
-        self._suppliers: dict[tuple[str, int], tuple[Axes | None, bool]] = {}
-        self._counts: Counter[str] = Counter()
-        self._padding: dict[tuple[str, int], Tensor | None] = {}
+        # Of self-attention whose masks show which queries are padding.
+        self._suppliers: dict[nn.Module, list[AttentionExtractor]] = {}
         self.is_waiting = self._has_run = False
         self._warned: set[str] = set()
         # What went wrong while the model ran.
@@ -128,14 +119,12 @@ class AttentionRecorder:
 
     def clear(self) -> None:
         """Forget what was recorded."""
-        for extractor in self._extractors.values():
+        for extractor in [*self._extractors.values(), *chain.from_iterable(self._suppliers.values())]:
             extractor.clear()
         if self._survey is not None:
             self._survey = Survey(self._model)
         if self._mode is not None:
             self._mode.clear()
-        self._padding.clear()
-        self._counts.clear()
         self._errors.clear()
         self.is_waiting = self._has_run = False
         self.batch = self._inputs = None
@@ -143,22 +132,20 @@ class AttentionRecorder:
     def _hook(self) -> None:
         if self._is_set_aside and self._trace is None:
             return
-        if self._survey is not None:  # later steps go through no more of the model than they record
-            require_one_replica(self._model)
-            if compiled := compiled_modules(self._model):
-                self._warn_once(
-                    f"{', '.join(compiled)} is compiled, and compiled code hides its attention. While it is recorded "
-                    "it runs uncompiled, so its outputs may differ in the last bits and take longer. If that is too "
-                    "slow, record fewer epochs or batches (every_n_epochs, every_n_batches)."
-                )
+        if self._survey is not None and (compiled := compiled_modules(self._model)):
+            self._warn_once(
+                f"{', '.join(compiled)} is compiled, and compiled code hides its attention. While it is recorded it "
+                "runs uncompiled, so its outputs may differ in the last bits and take longer. If that is too slow, "
+                "record fewer epochs or batches (every_n_epochs, every_n_batches)."
+            )
         # What was wrapped before a failure half way is unwrapped with this stack; only a complete set is kept.
         with ExitStack() as hooks:
             # Without it nothing is compiled. Whether functions are compiled is unknown, and the import is slow.
             if "torch._dynamo" in sys.modules and not self._is_set_aside:
                 hooks.enter_context(run_uncompiled())
             self._of_module = self._make_extractors()
-            attending = {get_module(self._model, path): path for path, _ in self._suppliers}
-            attending |= {module: extractors[0].source.path for module, extractors in self._of_module.items()}
+            extractors = [*self._suppliers.items(), *self._of_module.items()]
+            attending = {module: of_module[0].source.path for module, of_module in extractors}
             if self._survey is not None or (self._trace is not None and self._trace.is_complete):
                 walked = walk_modules(self._model, into_compiled=not self._is_set_aside)
                 modules = attending | {module: path for path, module in walked}
@@ -185,9 +172,7 @@ class AttentionRecorder:
         for layer, direction, source in self._sources():
             key = layer.name, direction
             if key not in self._extractors:
-                siblings = [sibling for _, sibling, other in self._sources() if other.path == source.path]
-                alone = layer.backward is None and source.joint is None
-                self._extractors[key] = AttentionExtractor(direction, source, siblings, alone)
+                self._extractors[key] = AttentionExtractor(direction, source)
             if source.read is None:
                 of_module[self._module(source.path)].append(self._extractors[key])
         return of_module
@@ -223,15 +208,8 @@ class AttentionRecorder:
         if run.module is self._model and self._inputs is None:
             inputs = (*run.call.args, *run.call.kwargs.values())
             self._inputs = inputs[0] if len(inputs) == 1 else inputs
-        for extractor in self._of_module.get(run.module, ()):
+        for extractor in (*self._of_module.get(run.module, ()), *self._suppliers.get(run.module, ())):
             extractor.extract(run, output)
-        for number, event in enumerate(run.events, start=self._counts[run.path] + 1):
-            supplier = self._suppliers.get((run.path, number))
-            if supplier is not None and event.recorded is not None:
-                axes, _ = supplier
-                within = event.recorded if axes is None else axes.apply(event.recorded)
-                self._padding[run.path, number] = within.padding_of_its_own
-        self._counts[run.path] += len(run.events)
         if self._survey is not None:
             self._survey.note_run(run, output)
 
@@ -297,23 +275,15 @@ class AttentionRecorder:
     @property
     def left_out(self) -> dict[str, int]:
         """By layer, how many samples were left out of this step, as their joint sequence does not fit its spans."""
-        found = {layer: 0 for layer, _ in self._extractors}
-        for (layer, _), extractor in self._extractors.items():
-            found[layer] = max(found[layer], extractor.left_out)
-        return {layer: samples for layer, samples in found.items() if samples}
+        return {layer: one.left_out for (layer, _), one in self._extractors.items() if one.left_out}
 
     def rename(self, names: Mapping[Direction, Direction]) -> None:
         """Call directions otherwise in all later steps."""
-
-        def renamed(pair: tuple[Direction, Source]) -> tuple[Direction, Source]:
-            return names.get(pair[0], pair[0]), pair[1]
-
         self.layers = tuple(
             replace(
                 layer,
                 name=rename_layer(layer.name, names),
-                forward=renamed(layer.forward),
-                backward=None if layer.backward is None else renamed(layer.backward),
+                sources=tuple((names.get(direction, direction), source) for direction, source in layer.sources),
             )
             for layer in self.layers
         )
@@ -339,7 +309,7 @@ class AttentionRecorder:
         for _, direction, source in self._sources():
             paths[str(direction)].append(str(source))
         found = {direction: names if len(names) > 1 else names[0] for direction, names in paths.items()}
-        others = "; ".join(f"'{survey.name(one)}' {one.who}" for one in left_out)
+        others = survey.list(left_out)
         self._warn_once(
             f"Found in the first pass: {found}. The directions come from the modules' names, or from which tokens ask "
             "which. If a module or the name of a modality is wrong, name them: attention={'<a>_to_<b>': "
@@ -359,37 +329,32 @@ class AttentionRecorder:
 
     def _end_survey(self, survey: Survey) -> None:
         """Learn from a first step what else to record, and record nothing more from then on."""
-        for extractor in self._extractors.values():
-            shown = find_shown(survey, extractor.source)
-            if shown is not None and shown.axes is not None and shown.path == extractor.source.path:
-                extractor.axes[shown.key] = shown.axes
-            supplier = find_padding_source(survey, extractor.source) if extractor.is_alone else None
-            if supplier is not None:
-                extractor.padding = supplier.path, supplier.number
-                # Not the whole, which would keep the first step's attention.
-                self._suppliers[extractor.padding] = supplier.axes, supplier.cropped
-                self._padding[extractor.padding] = supplier.padding
+        for layer, direction, source in self._sources():
+            extractor, shown = self._extractors[layer.name, direction], find_shown(survey, source)
+            if shown is not None and shown.path == source.path:
+                extractor.axes |= shown.extractor.axes
+            if len(layer.sources) == 1 and source.joint is None:
+                extractor.supplier = find_padding_source(survey, source)
+        for supplier in dict.fromkeys(one.supplier for one in self._extractors.values() if one.supplier is not None):
+            self._suppliers.setdefault(self._module(supplier.source.path), []).append(supplier)
         self._survey = None
         if self._is_hooked:  # from now on only what is recorded
             self._hooks.close()
             self._hook()
 
     def _report_missing_direction(self, layer: Layer, missing: Direction, source: Source) -> None:
-        message = f"'{source}' ({missing} of layer '{layer.name}') did not run, but its opposite direction did."
+        message = f"'{source}' ({missing} of layer '{layer.name}') did not run, but its opposite direction did. "
         if not self._extractors[layer.name, missing].has_run:
-            raise DiscoveryError(f"{message} Name the modules to record: attention={{'<a>_to_<b>': 'path', ...}}.")
-        self._warn_once(f"{message} The layer is left out of such steps.")
+            raise DiscoveryError(message + NAME_THEM)
+        self._warn_once(message + "The layer is left out of such steps.")
 
     def _describe_idle_layers(self) -> str:
-        if not self.layers:
-            assert self._survey is not None
+        if self._survey is not None and not self.layers:
             return self._survey.describe("No cross-attention ran")
-        script = list(scripted_modules(self._model))
         return (
             f"None of {', '.join(dict.fromkeys(str(source) for _, _, source in self._sources()))} ran, so there is no "
-            "attention to show. If the model computes it elsewhere, name that module: attention={'<a>_to_<b>': 'path', "
-            "...}. If they run inside a function that torch.compile made, call that function uncompiled"
-            + (f"; TorchScript hides what is in {', '.join(script)}." if script else ".")
+            f"attention to show. {describe_attention(self._model)} {NAME_THEM} If they run inside a function that "
+            "torch.compile made, call that function uncompiled."
         )
 
     def _warn_once(self, message: str) -> None:
@@ -403,7 +368,7 @@ class AttentionRecorder:
         """A token that is padding as a key of one direction is padding as a query of the other."""
         masks = (
             [one.token_mask for one in reversed(recorded)]
-            if layer.backward
+            if len(layer.sources) > 1
             else [self._find_query_padding(layer, recorded[0])]
         )
         attentions = [
@@ -423,10 +388,11 @@ class AttentionRecorder:
 
     def _find_query_padding(self, layer: Layer, recorded: RecordedWeights) -> Tensor | None:
         """The real queries of a direction without an opposite; None where no mask shows them."""
-        supplier = self._extractors[layer.name, layer.forward[0]].padding
-        if supplier is None or (mask := self._padding.get(supplier)) is None:
-            return recorded.query_mask
+        supplier = self._extractors[layer.name, layer.sources[0][0]].supplier
+        within = None if supplier is None else supplier.first
+        mask = None if within is None else within.padding_of_its_own
+        if mask is None or within is None:
+            return None
         missing = recorded.weights.shape[2] - mask.shape[1]
         # torch packs sequences, and cuts off what is padding in all of them.
-        _, cropped = self._suppliers[supplier]
-        return F.pad(mask, (0, missing)) if missing > 0 and cropped else mask
+        return F.pad(mask, (0, missing)) if missing > 0 and within.cropped else mask

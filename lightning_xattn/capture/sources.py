@@ -50,8 +50,8 @@ class Source:
         """
         if callable(named):
             return cls(read=named)
-        matched = re.fullmatch(r"([^\[\]#]*)(?:#([1-9]\d*)|((?:\[[^\[\]]+\])*))", named)
-        if matched is None or not named:
+        matched = re.fullmatch(r"([^\[\]#]*)(?:#([1-9]\d*)|((?:\[[^\[\]]+\])*))", named) if named else None
+        if matched is None:
             raise SettingError(
                 "Expected a module path such as 'model.fusion', with 'model.fusion#2' for the second attention that it "
                 "computes, or with an item of what it returns as in 'model.fusion[1]' or 'model.fusion[eeg_to_spec]'; "
@@ -75,14 +75,8 @@ class Layer:
 
     name: str
     """The module path that its directions share."""
-    forward: tuple[Direction, Source]
-    backward: tuple[Direction, Source] | None = None
-    """None: there is only one direction."""
-
-    @property
-    def sources(self) -> tuple[tuple[Direction, Source], ...]:
-        """The directions that exist, forward first."""
-        return (self.forward,) if self.backward is None else (self.forward, self.backward)
+    sources: tuple[tuple[Direction, Source], ...]
+    """One direction, or forward and backward."""
 
 
 AttentionSetting = Mapping[str, Named | Sequence[Named]] | JointSequence

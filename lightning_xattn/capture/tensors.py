@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +38,8 @@ def _unreadable_kind(tensor: Tensor) -> str | None:
         return f"a nested tensor ({tensor.layout})"
     if tensor.layout != torch.strided:
         return f"a tensor of layout {tensor.layout}"
-    if tensor.is_quantized:
-        return f"a quantized tensor ({tensor.dtype})"
-    if tensor.is_meta:
-        return "a tensor without numbers (device meta)"
+    if tensor.is_quantized or tensor.is_meta:
+        return f"a tensor of {tensor.dtype} on device {tensor.device}"
     kind = type(tensor)
     # What processes share is read as its dispatch gives it.
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not kind.__module__.startswith("torch.distributed"):
@@ -76,16 +74,34 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return len(parts), *(max(sizes) for sizes in zip(*parts, strict=True))
 
 
+def pop_modes() -> list[Any]:
+    """The modes that are on, innermost last; they are off afterwards."""
+    return [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())][::-1]
+
+
+def push_modes(modes: Iterable[Any]) -> None:
+    """Turn modes on, innermost last."""
+    for mode in modes:
+        torch._C._push_on_torch_function_stack(mode)
+
+
+@contextmanager
+def only_modes(keep: Callable[[Any], bool] = lambda mode: False) -> Iterator[None]:
+    """Inside of it these modes alone are on; none by default."""
+    modes = pop_modes()
+    push_modes(filter(keep, modes))
+    try:
+        yield
+    finally:
+        pop_modes()
+        push_modes(modes)
+
+
 @contextmanager
 def run_as_called() -> Iterator[None]:
     """Inside of it the functions of subclasses are in force, and no mode is on."""
-    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
-    try:
-        with torch._C._EnableTorchFunction():
-            yield
-    finally:
-        for mode in reversed(modes):
-            torch._C._push_on_torch_function_stack(mode)
+    with only_modes(), torch._C._EnableTorchFunction():
+        yield
 
 
 @dataclass(frozen=True, eq=False)

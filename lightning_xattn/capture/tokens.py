@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_xattn.capture.calls import Path, find_tensors, name_argument
-from lightning_xattn.capture.masks import RecordedWeights, separate_padding
+from lightning_xattn.capture.calls import Run, find_readable_tensors, name_argument
+from lightning_xattn.capture.masks import Axes
 from lightning_xattn.capture.readers import Event
 from lightning_xattn.capture.tensors import has_address
-from lightning_xattn.capture.trace import Run
 
 _HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "nhead", "nheads", "heads", "num_attention_heads", "head_num")
-
-
-def find_readable_tensors(value: Any) -> dict[Path, Tensor]:
-    """The tensors in a value that have numbers in memory, by the keys that lead to them."""
-    return {path: tensor for path, tensor in find_tensors(value) if has_address(tensor)}
 
 
 def find_token_inputs(run: Run, shape: Sequence[int]) -> list[Tensor]:
@@ -38,11 +31,6 @@ def find_token_inputs(run: Run, shape: Sequence[int]) -> list[Tensor]:
     masks = (tuple(shape[-2:]), (1, shape[-1]))
     # Sequences as long and wide as there are queries and keys look like masks, too.
     return [one for one in tensors if one.shape[-2:] not in masks] or [one for one in tensors if one.dim() == 3]
-
-
-def named_arguments(run: Run) -> list[tuple[str, Tensor]]:
-    """The tensors that a module got, by the names that its ``forward`` gives them."""
-    return [(name_argument(run.module, path), one) for path, one in run.call.tensors() if has_address(one)]
 
 
 @dataclass(frozen=True)
@@ -114,36 +102,9 @@ def describe_event(event: Event, run: Run) -> str:
 
 def _name_tokens(count: int, run: Run) -> str:
     """The argument with this number of tokens, if it is one."""
-    found = {t.data_ptr(): name for name, t in reversed(named_arguments(run)) if t.dim() == 3 and t.shape[1] == count}
+    named = [(name_argument(run.module, path), one) for path, one in run.call.tensors() if has_address(one)]
+    found = {t.data_ptr(): name for name, t in reversed(named) if t.dim() == 3 and t.shape[1] == count}
     return f" ({found.popitem()[1]})" if len(found) == 1 else ""
-
-
-@dataclass(frozen=True)
-class Axes:
-    """How the rows of an attention with three axes are split into samples and heads."""
-
-    heads: int | None = None
-    """How many heads are folded into the samples; None: there is no axis for heads, and rows are samples."""
-    heads_first: bool = False
-    """Whether the samples lie within a head."""
-
-    def apply(self, recorded: RecordedWeights) -> RecordedWeights:
-        """The attention as ``(batch, heads, queries, keys)``, with a key mask for padding apart from other masks.
-
-        Those of ``F.multi_head_attention_forward`` are apart already.
-        """
-        if recorded.weights.dim() == 4:
-            return separate_padding(recorded)
-
-        def unfold(tensor: Tensor) -> Tensor:
-            if self.heads is None or len(tensor) == 1:
-                return tensor[:, None]
-            split: Tensor = tensor.unflatten(0, (self.heads, -1) if self.heads_first else (-1, self.heads))
-            return split.transpose(0, 1) if self.heads_first else split
-
-        visible = None if recorded.visible is None else unfold(recorded.visible)
-        unfolded = replace(recorded, weights=unfold(recorded.weights), visible=visible, one_head=self.heads is None)
-        return separate_padding(unfolded)
 
 
 def find_axes(shape: Sequence[int], run: Run, event: Event | None = None) -> Axes | str:

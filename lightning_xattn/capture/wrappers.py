@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_xattn.capture.forwards import step_into, walk_modules
-from lightning_xattn.core.errors import DiscoveryError
+from lightning_xattn.capture.attention_mode import step_into, walk_modules
 
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Where ``torch.compile``, FSDP and activation checkpointing keep the module that they wrap."""
@@ -46,52 +44,6 @@ def compiled_modules(root: nn.Module) -> list[str]:
     ]
     # Lightning takes a compiled LightningModule out of its wrapper and compiles its steps instead.
     return found or (["the model"] if getattr(root, "_compiler_ctx", None) is not None else [])
-
-
-class Shared:
-    """A change to the whole process: recorders that overlap share it, and the last one that leaves takes it back."""
-
-    def __init__(self, change: Callable[[], AbstractContextManager[None]]) -> None:
-        self._change, self._users, self._changed = change, 0, ExitStack()
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """The change is in force inside of it."""
-        if self._users == 0:
-            self._changed.enter_context(self._change())
-        self._users += 1
-        try:
-            yield
-        finally:
-            self._users -= 1
-            if self._users == 0:
-                self._changed.close()
-
-
-run_uncompiled = Shared(lambda: torch.compiler.set_stance("force_eager"))
-"""Gives a context manager in which nothing that is compiled runs compiled."""
-
-
-def runs_for_backward() -> bool:
-    """Whether a module runs again, for gradient checkpointing, during a backward pass."""
-    # There is no public way to ask.
-    return torch._C._current_graph_task_id() != -1
-
-
-def require_one_replica(root: nn.Module) -> None:
-    """Refuse what runs on several devices at once, whose calls see parts of a batch in any order.
-
-    Raises
-    ------
-    DiscoveryError
-        If there is an ``nn.DataParallel`` over several devices.
-    """
-    for path, module in root.named_modules():
-        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-            raise DiscoveryError(
-                f"'{path or type(root).__name__}' is an nn.DataParallel over {len(module.device_ids)} devices, whose "
-                "parts of a batch arrive in any order. Record its .module, or use DistributedDataParallel."
-            )
 
 
 def scripted_modules(root: nn.Module) -> Iterator[str]:

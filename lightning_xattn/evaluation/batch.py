@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from lightning_xattn.attribution.ports import ModalitiesSetting
 from lightning_xattn.attribution.recorder import FusionRecord, ModalityRecorder
 from lightning_xattn.capture import AttentionRecorder, AttentionSetting, Layer, is_set_aside
-from lightning_xattn.capture.calls import find_tensors
-from lightning_xattn.capture.forwards import get_module
+from lightning_xattn.capture.attention_mode import get_module
+from lightning_xattn.capture.calls import StepTrace, find_tensors
 from lightning_xattn.capture.labels import LabelFinder, Labels, Step
 from lightning_xattn.capture.labels.places import module_named
 from lightning_xattn.capture.labels.scores import Scores
-from lightning_xattn.capture.trace import StepTrace
 from lightning_xattn.core.attention import AttentionPair, Direction, mask_queries
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import DiscoveryError, ShapeError

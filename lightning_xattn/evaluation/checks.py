@@ -43,10 +43,10 @@ MEANINGS = {
 
 def check_directions(layers: Iterable[Layer]) -> Iterator[str]:
     """A message if layers have one direction alone."""
-    alone = [layer for layer in layers if layer.backward is None]
+    alone = [layer for layer in layers if len(layer.sources) == 1]
     if alone:
-        direction, source = alone[0].forward
-        sites = ", ".join(f"'{source}' ({direction})" for direction, source in (layer.forward for layer in alone))
+        direction, source = alone[0].sources[0]
+        sites = ", ".join(f"'{source}' ({direction})" for layer in alone for direction, source in layer.sources)
         yield (
             f"Found {sites} without {direction.opposite}, so there is no alignment. If the model has both directions, "
             f"name both: attention={{'{direction}': '{source}', '{direction.opposite}': ...}}."

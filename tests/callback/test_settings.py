@@ -118,7 +118,5 @@ class Idle(ToyModule):
 
 def test_attention_that_never_runs_is_an_error():
     named = {"audio_to_text": "audio_to_text_attn", "text_to_audio": "text_to_audio_attn"}
-    with pytest.raises(
-        DiscoveryError, match="None of audio_to_text_attn, text_to_audio_attn ran, so .* name that module"
-    ):
+    with pytest.raises(DiscoveryError, match="None of audio_to_text_attn, text_to_audio_attn ran, so .* Name them"):
         validate(Idle(), AttentionExplainabilityCallback(named))

@@ -85,7 +85,6 @@ FOLDS = {
     "as fairseq": lambda x: x.transpose(0, 1).contiguous().view(x.shape[1], -1, WIDTH // HEADS).transpose(0, 1),
     "batch first": lambda x: x.unflatten(-1, (HEADS, -1)).transpose(1, 2).contiguous().view(-1, x.shape[1], 4),
     "heads first": lambda x: x.unflatten(-1, (HEADS, -1)).permute(2, 0, 1, 3).contiguous().view(-1, x.shape[1], 4),
-    "heads first, by chunks": lambda x: torch.cat(x.chunk(HEADS, dim=-1), dim=0),
 }
 
 
@@ -133,25 +132,18 @@ def test_rows_that_do_not_go_with_the_heads_that_a_module_says_it_has():
 
 
 @pytest.mark.parametrize("said", [4, None])
-@pytest.mark.parametrize("fold", ["heads first", "heads first, by chunks"])
-def test_what_is_folded_after_the_softmax_says_nothing_of_it(fold, said):
+def test_what_is_folded_after_the_softmax_says_nothing_of_it(said):
     """As many queries as heads; the heads are put together again behind the attention."""
     x, y = torch.randn(2, 4, 16), torch.randn(2, TEXT, 16)
 
     def split(t):
-        return (
-            t.unflatten(-1, (4, 4)).permute(2, 0, 1, 3).contiguous().view(-1, t.shape[1], 4)
-            if fold == "heads first"
-            else torch.cat(t.chunk(4, dim=-1), dim=0)
-        )
+        return t.unflatten(-1, (4, 4)).permute(2, 0, 1, 3).contiguous().view(-1, t.shape[1], 4)
 
     class Whole(Folding):
         def forward(self, x, y):
             out = super().forward(x, y)
             return out.view(4, 2, -1, 4).permute(1, 2, 0, 3).reshape(2, -1, 16)
 
-    if said is None and fold == "heads first, by chunks":
-        said = 4
     recorder = AttentionRecorder(Fusing(Whole(split, said)), WHOLE)
     for _ in range(2):
         with recorder:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback, AttentionRecorder
-from lightning_xattn.capture.forwards import WrappedForward, get_module, walk_modules, wrap_forwards
+from lightning_xattn.capture.attention_mode import WrappedForward, get_module, walk_modules, wrap_forwards
 from tests.toy import ToyModule, count_hooks, quiet_trainer, toy_data, toy_loader
 
 

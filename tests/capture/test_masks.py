@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_xattn.capture.masks import RecordedWeights, are_zeros_a_mask, find_weighted_keys
+from lightning_xattn.capture.masks import RecordedWeights, find_weighted_keys
 from lightning_xattn.functional import prepare_rows
 from tests.capture.models import BATCH, Runs, heads, mha, record_fusion, tokens
 from tests.toy import AUDIO, HEADS, TEXT
@@ -112,65 +112,13 @@ def closed(pattern):
 
 GROWING = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]])
 SPARSE = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 1]])
-LATER = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1]])
 
 
-@pytest.mark.filterwarnings("ignore:.*weights of exactly 0 that differ")
-@pytest.mark.parametrize(
-    ("patterns", "seen"),
-    [
-        # (batch, heads, queries, keys) of 0 and 1, and the keys that the rows of the first sample and head see.
-        pytest.param(SPARSE.expand(1, 2, 3, 3), [1, 1, 3], id="all heads have the same"),
-        pytest.param(torch.stack([GROWING, SPARSE])[None], [3, 3, 3], id="two heads differ"),
-        pytest.param(SPARSE.expand(2, 1, 3, 3), [1, 1, 3], id="all samples have the same"),
-        pytest.param(torch.stack([GROWING, SPARSE])[:, None], [3, 3, 3], id="two samples differ"),
-        pytest.param(GROWING[None, None], [1, 2, 3], id="a sample's queries see more and more"),
-        pytest.param(GROWING.flip(0)[None, None], [3, 2, 1], id="or less and less"),
-        pytest.param(LATER[None, None], [2, 3, 3], id="some see as much as others"),
-        pytest.param(SPARSE[None, None], [3, 3, 3], id="a sample's queries see this and that"),
-    ],
-)
-def test_are_zeros_a_mask_where_their_pattern_is_that_of_one(patterns, seen):
-    pair = returned(closed(patterns))
-    assert keys_seen(pair)[0, 0].tolist() == seen
-
-
+@pytest.mark.filterwarnings("ignore:.*weights of exactly 0")
 @pytest.mark.parametrize(("dtype", "seen"), [(torch.float32, 3), (torch.bfloat16, 3), (torch.float16, 4)])
 def test_a_key_that_nobody_sees_is_padding_also_where_other_zeros_are_weights(dtype, seen):
     patterns = F.pad(torch.stack([GROWING, SPARSE])[None], (0, 1))
     assert (keys_seen(returned(closed(patterns).to(dtype))) == seen).all()
-
-
-CAUSAL = [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
-BAND = [[1, 1, 0], [0, 1, 1], [0, 0, 1]]
-PADDED = [[1, 1, 0], [1, 1, 0], [1, 1, 0]]
-WHOLE = [[1, 1, 1]] * 3
-
-
-@pytest.mark.parametrize(
-    ("some", "are"),
-    [
-        # Of each sample and head, where weights are not 0.
-        ([[WHOLE]], True),
-        ([[PADDED]], True),
-        ([[CAUSAL]], True),
-        ([[CAUSAL[::-1]]], True),
-        ([[BAND]], False),  # of one head and sample a sparse attention may look like that
-        ([[BAND, BAND]], True),
-        ([[BAND, CAUSAL]], False),
-        ([[PADDED, WHOLE]], False),
-        ([[BAND], [BAND]], True),
-        ([[BAND], [CAUSAL]], False),
-        ([[WHOLE], [PADDED]], True),
-        ([[PADDED], [WHOLE]], True),
-        ([[CAUSAL], [[[1, 0, 0], [1, 1, 0], [1, 1, 0]]]], True),  # the last token of one is padding
-        ([[CAUSAL], [[[1, 0, 0], [0, 1, 0], [1, 1, 1]]]], False),
-        ([[BAND, BAND], [CAUSAL, CAUSAL]], True),  # heads info, whatever the samples
-    ],
-)
-def test_which_are_zeros_a_mask(some, are):
-    weights = torch.tensor(some, dtype=torch.float32)
-    assert are_zeros_a_mask(weights / weights.sum(-1, keepdim=True)) == are
 
 
 def test_a_key_has_weight_if_any_query_of_any_head_looks_at_it():

@@ -235,9 +235,9 @@ def test_kinds_that_hold_no_numbers_of_their_own():
         True,
     ]
     for tensor, kind in (
-        (torch.quantize_per_tensor(whole, 0.1, 0, torch.qint8), "a quantized tensor (torch.qint8)"),
+        (torch.quantize_per_tensor(whole, 0.1, 0, torch.qint8), "a tensor of torch.qint8 on device cpu"),
         (whole.to_sparse(), "a tensor of layout torch.sparse_coo"),
-        (whole.to("meta"), "a tensor without numbers (device meta)"),
+        (whole.to("meta"), "a tensor of torch.float32 on device meta"),
     ):
         assert unreadable_kind(tensor) == kind
         assert not is_plain(tensor)
@@ -286,7 +286,7 @@ def by_class(q, k):
         (jagged, ((2, 3, 4, 4), "scaled_dot_product_attention", "its query is a nested tensor (torch.jagged)")),
         (masked, ("softmax", "its scores are a MaskedTensor")),
         (fake, ("its query is a FakeTensor",)),
-        (lambda q, k: (q @ k.mT).to("meta").softmax(-1), ("without numbers (device meta)",)),
+        (lambda q, k: (q @ k.mT).to("meta").softmax(-1), ("device meta",)),
         (lambda q, k: torch.vmap(F.scaled_dot_product_attention)(q, k, k), ("inside of torch.vmap",)),
         (
             lambda q, k: F.scaled_dot_product_attention(*(x[:, None] for x in (q, k, k))),
@@ -322,14 +322,6 @@ def test_returned_weights_and_masks_that_are_not_what_their_numbers_say_are_not_
             with AttentionRecorder(model, attention) as recorder:
                 model(*tokens())
             _ = recorder.attention
-    # A mask of the queries among the module's arguments.
-    model = Runs(lambda m, x, y, query_mask: F.scaled_dot_product_attention(heads(x), heads(y), heads(y)))
-    model.forward = lambda x, y, query_mask: model.run(model, x, y, query_mask)
-    for mask, known in ((torch.arange(AUDIO) < 3, True), ((torch.arange(AUDIO) < 3).as_subclass(Own), False)):
-        mask = mask.expand(BATCH, -1).int()
-        with AttentionRecorder(nn.ModuleDict({"fusion": model}), {"a_to_b": "fusion"}) as recorder:
-            model(*tokens(), mask)
-        assert (recorder.attention[0].forward.query_mask is not None) == known
 
 
 def test_a_mask_of_an_unknown_class_for_multihead_attention_is_refused_and_its_tokens_are_asked():

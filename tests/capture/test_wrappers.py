@@ -139,16 +139,12 @@ def test_gradient_checkpointing(reentrant, recwarn):
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 def test_torchscript_is_refused():
     scripted = torch.jit.trace(nn.Linear(3, 3), torch.zeros(2, 3))
-    with pytest.raises(DiscoveryError, match=tells("TopLevelTracedModule", "TorchScript", "torch.jit.script")):
-        AttentionRecorder(scripted)
-    model = nn.Module()
-    model.fusion = scripted
-    with pytest.raises(DiscoveryError, match=tells("fusion", "a_to_b", "TorchScript", "before torch.jit.script")):
-        AttentionRecorder(model, {"a_to_b": "fusion"})
-    with AttentionRecorder(model) as recorder:
-        model.fusion(torch.zeros(2, 3))
-    with pytest.raises(DiscoveryError, match=tells("No attention", "TorchScript", "fusion", "attention={'<a>_to_<b>'")):
-        _ = recorder.attention
+    model = nn.ModuleDict({"fusion": scripted, "inside": nn.ModuleDict({"linear": scripted})})
+    for root, attention in ((scripted, None), (model, None), (model, {"a_to_b": "inside"})):
+        with AttentionRecorder(root, attention) as recorder:
+            scripted(torch.zeros(2, 3))
+        with pytest.raises(DiscoveryError, match=tells("TorchScript", "before torch.jit", "attention={'<a>_to_<b>'")):
+            _ = recorder.attention
 
 
 class Sometimes(ToyModule):

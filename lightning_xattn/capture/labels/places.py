@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.capture.calls import Path as KeyPath
-from lightning_xattn.capture.calls import find_leaves, find_tensors, get_item
+from lightning_xattn.capture.calls import StepTrace, find_leaves, find_tensors, get_item, output_at, same_numbers
 from lightning_xattn.capture.labels.scores import (
     Classes,
     Scores,
@@ -33,7 +33,6 @@ from lightning_xattn.capture.labels.scores import (
 )
 from lightning_xattn.capture.sources import Source
 from lightning_xattn.capture.tensors import are_same
-from lightning_xattn.capture.trace import StepTrace, output_at, same_numbers
 from lightning_xattn.capture.wrappers import find_module, plain_path
 from lightning_xattn.core.errors import DiscoveryError, SettingError
 
