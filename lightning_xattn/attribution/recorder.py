@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.attribution.directions import reconcile_names
 from lightning_xattn.attribution.discovery import LOOKS_ACROSS, Found, describe_candidates, find_modalities
 from lightning_xattn.attribution.evidence import Evidence
 from lightning_xattn.attribution.named import find_named_modalities, name_arguments
-from lightning_xattn.attribution.names import plain_name
+from lightning_xattn.attribution.names import plain_name, reconcile_names
 from lightning_xattn.attribution.outputs import ModelOutput
 from lightning_xattn.attribution.ports import (
     AbsentArgumentError,
