@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_xattn.attribution.kept_samples import KeptSamples
 from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
-from lightning_xattn.attribution.ports import Modality
 from lightning_xattn.attribution.recorder import SPLIT_MODEL, ModalityRecorder
 from lightning_xattn.attribution.replay import Replay
 from lightning_xattn.attribution.root import ReplayError
@@ -133,8 +132,8 @@ def _compute_shapley_values(
         raise ReplayError("all samples are of one group")
     rows, columns, every = rows[apart], columns[apart], torch.arange(samples)
     jobs = [_Job(every, every, frozenset())]
-    jobs += [_Job(rows, columns, subset) for subset in permuted_subsets(modalities, fusion.has_further)]
-    shares = share_work(fusion, partial(_replay_jobs, source, fusion.modalities, jobs))
+    jobs += [_Job(rows, columns, subset) for subset in permuted_subsets(modalities, fusion.found.further is not None)]
+    shares = share_work(fusion, partial(_replay_jobs, source, names, jobs))
     permuted = [
         ModelOutput.joined([outputs[number] for outputs, _ in shares if number in outputs])
         for number in range(1, len(jobs))
@@ -163,7 +162,7 @@ def _compute_shapley_values(
 
 
 def _replay_jobs(
-    source: TokenSource, modalities: Sequence[Modality], jobs: Sequence[_Job], replay: Replay, part: Part
+    source: TokenSource, names: Sequence[str], jobs: Sequence[_Job], replay: Replay, part: Part
 ) -> tuple[dict[int, ModelOutput], bool]:
     """The model's outputs for a part of each job's pairs, by the job's number, and whether each was a whole run.
 
@@ -174,10 +173,9 @@ def _replay_jobs(
         mine = part(len(job.rows))
         if len(mine):
             rows, columns = job.rows[mine], job.columns[mine]
-            sources = [rows if place in job.subset else columns for place in range(len(modalities))]
-            chosen, parts = zip(
-                *((chosen, replay(values)) for chosen, values in source.batches(modalities, sources, rows)), strict=True
-            )
+            sources = {name: rows if place in job.subset else columns for place, name in enumerate(names)}
+            replayed = [(chosen, replay(values)) for chosen, values in source.batches(sources, rows)]
+            chosen, parts = zip(*replayed, strict=True)
             results[number] = ModelOutput.joined(parts)[torch.cat(chosen).argsort()]
             if number == 0 and not are_same_outputs(source.model_output[mine], results[0], replay.precision):
                 raise ReplayError(NOT_REPRODUCED)

@@ -10,17 +10,10 @@ from torch import Tensor, nn
 from lightning_xattn.attribution.evidence import Evidence
 from lightning_xattn.attribution.names import name_groups, plain_name
 from lightning_xattn.attribution.ports import MOST_MODALITIES, Modality, Port
-from lightning_xattn.attribution.root import Root
+from lightning_xattn.attribution.root import ReplayError
 from lightning_xattn.capture.calls import Path
 from lightning_xattn.capture.dataflow import LabelledCall
 from lightning_xattn.capture.wrappers import plain_path
-
-LOOKS_ACROSS = (
-    "the model looks across samples: with other samples in the second half of a batch, the predictions of the first "
-    "half change (contrastive logits, BatchNorm in train mode, attention over the batch). Contributions of such a "
-    "model are not those of its samples"
-)
-"""Why nothing is replayed, as the end of a sentence."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,30 +25,8 @@ class Group:
     """The outermost calls that only these inputs reach; empty of raw inputs."""
 
 
-@dataclass(eq=False)
-class Found:
-    """What a first step shows of a root.
-
-    Attributes
-    ----------
-    root
-        What runs again.
-    modalities
-        Empty where fewer than two were found.
-    further
-        The inputs that reach the prediction besides, which each sample keeps.
-    problem
-        Why nothing can be replayed, as the end of a sentence; "" where it can.
-    """
-
-    root: Root
-    modalities: tuple[Modality, ...] = ()
-    further: tuple[Path, ...] = ()
-    problem: str = ""
-
-
-def find_modalities(evidence: Evidence, attending: Collection[str]) -> Found:
-    """The modalities that a root shows by itself.
+def find_modalities(evidence: Evidence, attending: Collection[str]) -> list[Modality]:
+    """The modalities that a root shows by itself; empty where there are fewer than two.
 
     Parameters
     ----------
@@ -63,25 +34,27 @@ def find_modalities(evidence: Evidence, attending: Collection[str]) -> Found:
         Of the root.
     attending
         The paths of the modules that attend across modalities, which encode none.
+
+    Raises
+    ------
+    ReplayError
+        If there are too many.
     """
     found = _find_ports(evidence, attending)
-    root = evidence.root
     if len(found) > MOST_MODALITIES:
         described = ", ".join(_describe(evidence, group, ports) for group, ports in found)
-        return Found(
-            root,
-            problem=f"{len(found)} modalities were found, of which at most {MOST_MODALITIES} can be exchanged: "
-            f"{described}. Take several together, as in modalities={{'<a>': ['path', 'path'], '<b>': 'path'}}",
+        raise ReplayError(
+            f"{len(found)} modalities were found, of which at most {MOST_MODALITIES} can be exchanged: "
+            f"{described}. Take several together, as in modalities={{'<a>': ['path', 'path'], '<b>': 'path'}}"
         )
     usable = [(group, ports) for group, ports in found if ports]
     if len(usable) < 2:
-        return Found(root)
+        return []
     words = [_words(evidence, group, ports) for group, ports in usable]
-    modalities = (
+    return [
         Modality(name, ports, _describe(evidence, group, ports))
         for name, (group, ports) in zip(name_groups(words), usable, strict=True)
-    )
-    return Found(root, tuple(modalities))
+    ]
 
 
 def describe_candidates(evidence: Evidence) -> str:

@@ -5,16 +5,18 @@ At most 20 runs on 16 samples, once, in a model's first step; each leaves the mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
-from lightning_xattn.attribution.ports import Modality, Port
-from lightning_xattn.attribution.root import Key, Patch, ReplayError, Root
-from lightning_xattn.capture.calls import Call, Path, find_tensors, name_argument, take_samples
+from lightning_xattn.attribution.ports import Key, Modality, Place, Port
+from lightning_xattn.attribution.root import ReplayError, Root
+from lightning_xattn.capture.calls import Path, find_tensors, name_argument, take_samples
 from lightning_xattn.capture.dataflow import Dataflow, LabelledCall
 
 SAMPLES = 16
@@ -93,11 +95,6 @@ class Evidence:
             failure = ReplayError("it gives other outputs when it is run again")
         raise failure
 
-    def _run(self, call: Call, patch: Patch | None = None, capture: Sequence[Key] = ()) -> tuple[ModelOutput, Any]:
-        with self.root.restoring():
-            predictions, outputs, _ = self.root.run(call, patch, capture)
-            return self.root.read_output(predictions).cpu(), outputs
-
     def _are_same(self, one: ModelOutput, other: ModelOutput) -> bool:
         """Whether two runs gave the same, measured by the spread of the intact predictions."""
         first, second = (ModelOutput.joined([self.intact, output]) for output in (one, other))
@@ -165,56 +162,60 @@ class Evidence:
                     flow.add(leaf, labels[path])
             try:
                 with self.root.restoring():
-                    predictions, _, _ = self.root.run(call, self._patch_of(ports, skips=skips), flow=flow)
+                    patch = self._patch_of(ports, self.outputs)
+                    templates = self.outputs if skips else None
+                    predictions, _, _ = self.root.run(call, patch, templates, flow=flow)
                     reached = flow.of(predictions)
             except ReplayError:
                 continue
             return [path for path, label in labels.items() if label & reached]
         return [path for path in inputs if path not in exchanged]
 
-    def _patch_of(self, ports: Sequence[Port], outputs: Mapping[Key, Any] | None = None, skips: bool = True) -> Patch:
-        """The intact outputs of these ports, or others, in their places."""
-        held = self.outputs if outputs is None else outputs
-        tensors: dict[Key, dict[Path, Tensor]] = {}
-        given: dict[Key, dict[Path, Tensor]] = {}
-        for port in ports:
-            if port.kind == "output":
-                made = {where: one.clone() for where, one in find_tensors(held[port.key]) if where in port.axes}
-                tensors.setdefault(port.key, {}).update(made)
-            elif port.kind == "argument":
-                got = {path: self.arguments[port.key][path].clone() for path in port.axes}
-                given.setdefault(port.key, {}).update(got)
-        return Patch(tensors, self.outputs, given, skips)
+    def _patch_of(self, ports: Sequence[Port], outputs: Mapping[Key, Any]) -> dict[Place, Tensor]:
+        """What calls gave or got, at the places of these ports that are no inputs."""
+        places = [place for port in ports if port.kind != "input" for place in port.places]
+        return {
+            place: (
+                dict(find_tensors(outputs[place.port.key]))[place.path]
+                if place.port.kind == "output"
+                else self.arguments[place.port.key][place.path]
+            ).clone()
+            for place in places
+        }
 
     def equals_exchange(self, ports: Sequence[Port], inputs: Sequence[Path]) -> bool:
         """Whether exchanging inputs does no more than what it does to these ports; True where that cannot be tried."""
         order = _in_one_circle(len(self.rows))
-        values = {path: self.root.axes.get(path) for path in inputs}
-        if len(self.rows) < 2 or None in values.values():
+        axes = {path: axis for path in inputs if (axis := self.root.axes.get(path)) is not None}
+        if len(self.rows) < 2 or len(axes) < len(inputs):
             return True
-        others = {
-            path: take_samples(self.root.call[path], axis, order) for path, axis in values.items() if axis is not None
-        }
+        others = {path: take_samples(self.root.call[path], axis, order) for path, axis in axes.items()}
+        own = {path: others[path] for port in ports if port.kind == "input" for path in port.axes}
         try:
-            captured = [port.key for port in ports if port.kind != "input"]
-            exchanged, outputs = self._run(self.root.part(self.rows, others), capture=captured)
-            own = {path: others[path] for port in ports if port.kind == "input" for path in port.axes}
-            patched, _ = self._run(self.root.part(self.rows, own), self._patch_of(ports, outputs, skips=False))
+            with self.root.restoring():
+                captured = [port.key for port in ports if port.kind != "input"]
+                predictions, outputs, _ = self.root.run(self.root.part(self.rows, others), capture=captured)
+                exchanged = self.root.read_output(predictions).cpu()
+            with self.root.restoring():
+                predictions, _, _ = self.root.run(self.root.part(self.rows, own), self._patch_of(ports, outputs))
+                patched = self.root.read_output(predictions).cpu()
         except ReplayError:
             return False
         return self._are_same(exchanged, patched)
 
-    def looks_across(self) -> bool | None:
-        """Whether the predictions of some samples change with the others; None where that cannot be tried."""
+    def looks_across(self) -> bool:
+        """Whether the predictions of some samples change with the others; False where that cannot be tried."""
         count = len(self.rows)
         if count < 3 or not self.reaching or any(self.root.axes.get(path) is None for path in self.reaching):
-            return None
+            return False
         half = (count + 1) // 2
-        others = self.rows[:half].flip(0)[: count - half]
+        rows = torch.cat([self.rows[:half], self.rows[:half].flip(0)[: count - half]])
         try:
-            output, _ = self._run(self.root.part(torch.cat([self.rows[:half], others])))
+            with self.root.restoring():
+                predictions, _, _ = self.root.run(self.root.part(rows))
+                output = self.root.read_output(predictions).cpu()
         except ReplayError:
-            return None
+            return False
         return not self._are_same(self.intact[:half], output[:half])
 
     def find_further_inputs(self, modalities: Sequence[Modality]) -> tuple[Path, ...]:
@@ -225,15 +226,8 @@ class Evidence:
         return tuple(self.reached_around(ports, inputs))
 
     def changed_in_place(self, port: Port) -> bool:
-        """Whether the model changes what a port holds in place."""
-        if port.kind == "argument":
-            return True
-        if port.kind == "input":
-            labels = [self.inputs.get(path, 0) for path in port.axes]
-        else:
-            call = self.find_call(port)
-            labels = [call.own.get(path, 0) for path in port.axes]
-        return any(label & self._flow.changed for label in labels)
+        """Whether the model changes what a call gave in place; of arguments that is not known, and may be."""
+        return port.kind == "argument" or bool(self._labels_of(port) & self._flow.changed)
 
     @property
     def changes_inputs(self) -> bool:
@@ -242,49 +236,39 @@ class Evidence:
 
     def sides(self, modalities: Sequence[Modality]) -> dict[str, list[tuple[str, str]]]:
         """By a module's path, the modalities that the queries and the keys of each attention in it come from, or ""."""
-        labels = {}
-        for modality in modalities:
-            labels[modality.name] = self._labels_of(modality)
+
+        def find(side: int) -> str:
+            names = [one.name for one in modalities if any(self._labels_of(port) & side for port in one.ports)]
+            return names[0] if len(names) == 1 else ""
+
         found: dict[str, list[tuple[str, str]]] = {}
         for call, queries, keys in self._flow.attention:
-            both = tuple(_only(name for name, own in labels.items() if own & side) for side in (queries, keys))
             for outer in call.outwards() if call is not None else ():
-                found.setdefault(outer.path, []).append((both[0], both[1]))
-        return found
-
-    def _labels_of(self, modality: Modality) -> int:
-        found = 0
-        for port in modality.ports:
-            if port.kind == "input":
-                found |= sum(self.inputs.get(path, 0) for path in port.axes)
-            elif port.kind == "output":
-                call = self.find_call(port)
-                found |= sum(call.own.get(path, 0) for path in port.axes)
-            else:
-                call = self.find_call(port)
-                for path in port.axes:
-                    found |= self._flow.of(self.arguments[port.key][path])
+                found.setdefault(outer.path, []).append((find(queries), find(keys)))
         return found
 
     def bypassed(self, modalities: Sequence[Modality], further: Sequence[Path]) -> list[tuple[str, str]]:
         """Inputs of a modality that also reach the predictions past it, each with the modality."""
         found = []
-        for modality in modalities:
-            inputs = self._inputs_of(modality)
-            found += [(self.name_input(path), modality.name) for path in further if self.inputs[path] & inputs]
+        for one in modalities:
+            made = [self.find_call(port).made for port in one.ports if port.kind == "output"]
+            got = [self._labels_of(port) for port in one.ports if port.kind == "argument"]
+            found += [
+                (self.name_input(path), one.name)
+                for path in further
+                if any(self.inputs[path] & labels for labels in (*made, *got))
+            ]
         return found
 
-    def _inputs_of(self, modality: Modality) -> int:
-        """The labels of the inputs that reach a modality."""
-        found = 0
-        for port in modality.ports:
-            for call in self.calls:
-                if port.kind == "output" and call.key == port.key:
-                    found |= call.made
-            if port.kind == "argument":
-                for path in port.axes:
-                    found |= self._flow.of(self.arguments[port.key][path])
-        return found
+    def _labels_of(self, port: Port) -> int:
+        """The labels of the very tensors at a port."""
+        if port.kind == "input":
+            labels = [self.inputs.get(path, 0) for path in port.axes]
+        elif port.kind == "output":
+            labels = [self.find_call(port).own.get(path, 0) for path in port.axes]
+        else:
+            labels = [self._flow.of(self.arguments[port.key][path]) for path in port.axes]
+        return reduce(or_, labels, 0)
 
 
 def _in_one_circle(samples: int) -> Tensor:
@@ -293,8 +277,3 @@ def _in_one_circle(samples: int) -> Tensor:
     order = torch.empty_like(shuffled)
     order[shuffled] = shuffled.roll(1)
     return order
-
-
-def _only(names: Iterable[str]) -> str:
-    found = list(names)
-    return found[0] if len(found) == 1 else ""

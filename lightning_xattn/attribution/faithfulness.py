@@ -172,8 +172,7 @@ def _replace_keys(
     received, theirs = (source.column(f"received/{direction}", one).cpu() for one in pairs)
     received = received.masked_fill(theirs.isnan() | (samples == partners)[:, None], torch.nan)
     place = fusion.find_attention(direction, source.token_count(direction.opposite, samples), received.shape[1])
-    of_all = len(fusion.modalities)
-    tokens, others = (source.values(fusion.modalities, [one] * of_all, one) for one in pairs)
+    tokens, others = (source.values({}, one) for one in pairs)
     keys = None if place is None else _find_keys(replay, place, others, len(samples))
     classes = source.model_output.values[samples].argmax(1)
     # Of all samples, so that it is the same whatever the processes.

@@ -145,7 +145,7 @@ class KeptSamples:
         Rows for the linear probes: "hash", "fold", "group", "features/<modality>", and further columns of each sample.
     permuted
         Rows to be permuted and replayed: "hash", "group", ``IDENTITY``, "values", "logits",
-        "tokens/<modality>/<number>", "further/<number>" and "received/<direction>".
+        "value/<modality>/<number>" (of further inputs without a modality) and "received/<direction>".
 
     Attributes
     ----------
@@ -216,8 +216,7 @@ class KeptSamples:
         finite = (output.values.isfinite() & output.logits.isfinite()).all(1)
         rows["hash"] = torch.where(finite, rows["hash"], NOT_KEPT)
         rows |= {"values": output.values, "logits": output.logits}
-        rows |= {f"tokens/{name}/{i}": one for name, kept in inputs.permuted.items() for i, one in enumerate(kept)}
-        rows |= {f"further/{i}": one for i, one in enumerate(inputs.further)}
+        rows |= {f"value/{name}/{number}": one for (name, number), one in inputs.values.items()}
         self.permuted.add(rows)
 
     def cpu(self) -> KeptSamples:

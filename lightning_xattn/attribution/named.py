@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lightning_xattn.attribution.discovery import describe_candidates
 from lightning_xattn.attribution.evidence import Evidence
 from lightning_xattn.attribution.ports import (
-    AbsentArgumentError,
+    Key,
+    LeftOutError,
     ModalitiesSetting,
     Modality,
     Port,
@@ -18,7 +19,7 @@ from lightning_xattn.attribution.ports import (
     find_mask,
     is_absent,
 )
-from lightning_xattn.attribution.root import Key, ReplayError
+from lightning_xattn.attribution.root import ReplayError
 from lightning_xattn.capture.calls import Call, Path, name_argument, samples_axis
 from lightning_xattn.capture.dataflow import LabelledCall
 from lightning_xattn.capture.sources import Source
@@ -44,7 +45,7 @@ def find_named_modalities(
     ------
     DiscoveryError
         If a name is not there; the message has what is.
-    AbsentArgumentError
+    LeftOutError
         If an argument of the fusion is None in this call.
     ReplayError
         If the fusion did not run.
@@ -142,7 +143,7 @@ def name_arguments(
 
     Raises
     ------
-    AbsentArgumentError
+    LeftOutError
         If an argument is None.
     DiscoveryError
         If an argument is not there, is no float tensor, or holds no axis of samples.
@@ -157,7 +158,7 @@ def name_arguments(
             if (where[0] == name and len(where) == 1 if isinstance(name, int) else name in (label, where[-1]))
         ]
         if not found and is_absent(call, name):
-            raise AbsentArgumentError(f"no {name!r}")
+            raise LeftOutError(f"the fusion '{fusion}' got no {name!r}")
         if len(found) != 1:
             known = ", ".join(f"{where[0]!r} ({label}): {_shape(tensors[where])}" for where, label in labels.items())
             raise DiscoveryError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,12 @@ ModalitiesSetting = Mapping[str, Named | Sequence[Named]]
 items of what they return (``"encoder[0]"``), their second call (``"encoder#2"``), keys of the batch. With a fusion that
 is named: positions or names of its arguments, of which the first holds the tokens and others, such as their mask, go
 with them."""
+
+Key = tuple[str, int]
+"""A module's path and the number of its call within what runs again, from 0 on."""
+
+Column = tuple[str, int]
+"""A modality and the number of its tensor, see ``Modality.columns``; of further inputs the modality is ""."""
 
 RESERVED_MODALITIES = ("share", "size", "followed", "interaction", "emap_accuracy")
 """What stands beside the modalities in curves and columns, which no modality may be called."""
@@ -118,9 +124,23 @@ class Port:
     """Where the tensors are, each with the axis of the samples."""
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
         """The module's path and the number of its call."""
         return self.path, self.turn
+
+    @property
+    def places(self) -> list[Place]:
+        """Each tensor."""
+        return [Place(self, path, axis) for path, axis in self.axes.items()]
+
+
+class Place(NamedTuple):
+    """Where a tensor is in a run."""
+
+    port: Port
+    path: Path
+    axis: int
+    """That of the samples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,14 +162,17 @@ class Modality:
     source: str
     mask: TokenMask | None = None
 
+    def __str__(self) -> str:
+        return f"{self.name} = {self.source}"
+
     @property
-    def columns(self) -> list[tuple[Port, Path, int]]:
-        """Each tensor with its port and its axis of the samples."""
-        return [(port, path, axis) for port in self.ports for path, axis in port.axes.items()]
+    def columns(self) -> list[Place]:
+        """Each tensor that holds it."""
+        return [place for port in self.ports for place in port.places]
 
 
-class AbsentArgumentError(Exception):
-    """An argument of the fusion is None in this call, and may not be in another."""
+class LeftOutError(Exception):
+    """Why the modalities of a step are not recorded, as the end of a sentence; those of another one may be."""
 
 
 def find_mask(

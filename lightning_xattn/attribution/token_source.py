@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_xattn.attribution.kept_samples import IDENTITY, Columns
 from lightning_xattn.attribution.outputs import ModelOutput
-from lightning_xattn.attribution.ports import Modality
+from lightning_xattn.attribution.ports import Column
 from lightning_xattn.attribution.recorder import ModalityRecorder
 from lightning_xattn.attribution.replay import Replay
 from lightning_xattn.attribution.root import ReplayError
@@ -20,9 +20,6 @@ Result = TypeVar("Result")
 
 DISAGREE = "the processes found different modalities in their first batches: name them, modalities={...}"
 """Why nothing is replayed, as the end of a sentence."""
-
-Column = tuple[str, int]
-"""A modality and the number of its column, see ``Modality.columns``; of further inputs the modality is ""."""
 
 Part = Callable[[int], Tensor]
 """Gets a number of items, and gives the indices of those that this process works on."""
@@ -79,42 +76,33 @@ class TokenSource:
         name = f"received/{direction}"
         return self.column(name, samples).shape[1] if self.has(name, samples) else None
 
-    def values(self, modalities: Sequence[Modality], samples: Sequence[Tensor], own: Tensor) -> dict[Column, Tensor]:
+    def values(self, samples: Mapping[str, Tensor], own: Tensor) -> dict[Column, Tensor]:
         """What a replay takes, see ``Values``.
 
         Parameters
         ----------
-        modalities
-            What is exchanged.
         samples
-            For each modality which samples it is taken from, ``(pairs,)``, all of one token_shape.
+            By modality which samples it is taken from, ``(pairs,)``, all of one token_shape.
         own
-            The samples whose further inputs are taken.
+            The samples from which everything else is taken.
         """
-        found: dict[Column, Tensor] = {}
-        for modality, of_modality in zip(modalities, samples, strict=True):
-            for number, _ in enumerate(modality.columns):
-                found[modality.name, number] = self.column(f"tokens/{modality.name}/{number}", of_modality)
-        number = 0
-        while self.has(f"further/{number}", own):
-            found["", number] = self.column(f"further/{number}", own)
-            number += 1
-        return found
+        names = [name for name in self._token_shapes[int(self.kinds[own[0]])] if name.startswith("value/")]
+        columns = [(modality, int(number), name) for name in names for _, modality, number in [name.split("/")]]
+        return {(one, number): self.column(name, samples.get(one, own)) for one, number, name in columns}
 
-    def batches(
-        self, modalities: Sequence[Modality], samples: Sequence[Tensor], own: Tensor
-    ) -> Iterator[tuple[Tensor, dict[Column, Tensor]]]:
+    def batches(self, samples: Mapping[str, Tensor], own: Tensor) -> Iterator[tuple[Tensor, dict[Column, Tensor]]]:
         """Pairs with the same numbers of tokens of each modality, which fit into one batch: which ones, and `values`.
 
         Parameters
         ----------
-        modalities, samples, own
+        samples, own
             As `values` takes them, but of any token_shapes.
         """
-        _, kind = torch.stack([self.kinds[one] for one in (*samples, own)], dim=1).unique(dim=0, return_inverse=True)
+        kinds = torch.stack([self.kinds[one] for one in (*samples.values(), own)], dim=1)
+        _, kind = kinds.unique(dim=0, return_inverse=True)
         for one in range(int(kind.max()) + 1):
             chosen = (kind == one).nonzero()[:, 0]
-            yield chosen, self.values(modalities, [of_modality[chosen] for of_modality in samples], own[chosen])
+            yield chosen, self.values({name: several[chosen] for name, several in samples.items()}, own[chosen])
 
 
 def share_work(fusion: ModalityRecorder, work: Callable[[Replay, Part], Result]) -> list[Result]:
