@@ -10,12 +10,11 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.kept_samples import KeptSamples
+from lightning_xattn.attribution.kept_samples import KeptSamples, Part, TokenSource, share_work
 from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
 from lightning_xattn.attribution.recorder import SPLIT_MODEL, ModalityRecorder
 from lightning_xattn.attribution.replay import Replay
 from lightning_xattn.attribution.root import ReplayError
-from lightning_xattn.attribution.token_source import Part, TokenSource, share_work
 from lightning_xattn.core.distributed import SINGLE_PROCESS
 from lightning_xattn.functional import Permutation, additive_projection, partner_shifts, permuted_subsets, play
 from lightning_xattn.functional.shapley import Subset
