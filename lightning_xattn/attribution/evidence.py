@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
 from lightning_xattn.attribution.ports import Key, Modality, Place, Port
 from lightning_xattn.attribution.root import ReplayError, Root
-from lightning_xattn.capture.calls import Path, find_tensors, name_argument, take_samples
+from lightning_xattn.capture.calls import Call, Path, find_tensors, name_argument, take_samples
 from lightning_xattn.capture.dataflow import Dataflow, LabelledCall
 
 SAMPLES = 16
@@ -95,6 +95,13 @@ class Evidence:
             failure = ReplayError("it gives other outputs when it is run again")
         raise failure
 
+    def _run(
+        self, call: Call, patch: Mapping[Place, Tensor] | None = None, capture: Sequence[Key] | None = ()
+    ) -> tuple[ModelOutput, dict[Key, Any]]:
+        with self.root.restoring():
+            predictions, outputs, _ = self.root.run(call, patch, capture=capture)
+            return self.root.read_output(predictions).cpu(), outputs
+
     def _are_same(self, one: ModelOutput, other: ModelOutput) -> bool:
         """Whether two runs gave the same, measured by the spread of the intact predictions."""
         first, second = (ModelOutput.joined([self.intact, output]) for output in (one, other))
@@ -118,15 +125,12 @@ class Evidence:
         return next(call for call in self.calls if call.key == port.key)
 
     def output_port(self, call: LabelledCall) -> Port | None:
-        """What a call returns that reaches the predictions; None of what has no axis of samples."""
-        axes = {}
-        for where, tensor in call.tensors.items():
-            if call.own.get(where, 0) & self.predicted:
-                axis = self.find_axis(call, where, tensor)
-                if axis is None:
-                    return None
-                axes[where] = axis
-        return Port("output", call.path, call.turn, axes) if axes else None
+        """What a call returns that reaches the predictions, or if nothing does, all; None without axes of samples."""
+        reaching = [where for where in call.tensors if call.own.get(where, 0) & self.predicted]
+        axes = {where: self.find_axis(call, where, call.tensors[where]) for where in reaching or call.tensors}
+        known = {where: axis for where, axis in axes.items() if axis is not None}
+        is_whole = len(known) == len(reaching) or not reaching
+        return Port("output", call.path, call.turn, known) if known and is_whole else None
 
     def find_axis(self, call: LabelledCall, where: Path, tensor: Tensor) -> int | None:
         """The axis of the samples; where several have their number, the one that is shorter with a sample less."""
@@ -135,8 +139,7 @@ class Evidence:
         if len(fitting) > 1 and count > 1:
             if self._shorter is None:
                 try:
-                    with self.root.restoring():
-                        _, self._shorter, _ = self.root.run(self.root.part(self.rows[:-1]), capture=None)
+                    _, self._shorter = self._run(self.root.part(self.rows[:-1]), capture=None)
                 except ReplayError:
                     self._shorter = {}
             other = dict(find_tensors(self._shorter.get(call.key))).get(where)
@@ -191,14 +194,10 @@ class Evidence:
             return True
         others = {path: take_samples(self.root.call[path], axis, order) for path, axis in axes.items()}
         own = {path: others[path] for port in ports if port.kind == "input" for path in port.axes}
+        captured = [port.key for port in ports if port.kind != "input"]
         try:
-            with self.root.restoring():
-                captured = [port.key for port in ports if port.kind != "input"]
-                predictions, outputs, _ = self.root.run(self.root.part(self.rows, others), capture=captured)
-                exchanged = self.root.read_output(predictions).cpu()
-            with self.root.restoring():
-                predictions, _, _ = self.root.run(self.root.part(self.rows, own), self._patch_of(ports, outputs))
-                patched = self.root.read_output(predictions).cpu()
+            exchanged, outputs = self._run(self.root.part(self.rows, others), capture=captured)
+            patched, _ = self._run(self.root.part(self.rows, own), self._patch_of(ports, outputs))
         except ReplayError:
             return False
         return self._are_same(exchanged, patched)
@@ -211,9 +210,7 @@ class Evidence:
         half = (count + 1) // 2
         rows = torch.cat([self.rows[:half], self.rows[:half].flip(0)[: count - half]])
         try:
-            with self.root.restoring():
-                predictions, _, _ = self.root.run(self.root.part(rows))
-                output = self.root.read_output(predictions).cpu()
+            output, _ = self._run(self.root.part(rows))
         except ReplayError:
             return False
         return not self._are_same(self.intact[:half], output[:half])

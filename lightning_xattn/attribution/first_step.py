@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attribution.discovery import describe_candidates, find_modalities
 from lightning_xattn.attribution.evidence import Evidence
 from lightning_xattn.attribution.named import find_named_modalities, name_arguments
 from lightning_xattn.attribution.names import plain_name, reconcile_names
+from lightning_xattn.attribution.outputs import ModelOutput, ReadOutput, find_model_output
 from lightning_xattn.attribution.ports import Column, ModalitiesSetting, Modality, Place, Port, as_tuple
-from lightning_xattn.attribution.root import ReplayError, Root
-from lightning_xattn.attribution.roots import StepCall, find_roots
+from lightning_xattn.attribution.root import PredictionPlace, ReplayError, Root
 from lightning_xattn.capture import Layer
+from lightning_xattn.capture.calls import Call, Path, Precision, find_tensors
 from lightning_xattn.capture.forwards import get_module
 from lightning_xattn.capture.labels import Labels
-from lightning_xattn.capture.trace import StepTrace
-from lightning_xattn.capture.wrappers import find_module
+from lightning_xattn.capture.tensors import are_same
+from lightning_xattn.capture.trace import Run, StepTrace, same_numbers
+from lightning_xattn.capture.wrappers import find_module, plain_path
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import DiscoveryError
 from lightning_xattn.core.notices import info, warn
@@ -42,6 +47,26 @@ LOOKS_ACROSS = (
     "model are not those of its samples"
 )
 """Why nothing is replayed, as the end of a sentence."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepCall:
+    """How the step was called, so that it can run again.
+
+    Attributes
+    ----------
+    function, args
+        The step, None where it cannot run again, and its arguments, the batch first.
+    outputs
+        What it returned.
+    generators
+        The states of torch's random generators when it began.
+    """
+
+    function: Callable[..., Any] | None
+    args: tuple[Any, ...]
+    outputs: Any = None
+    generators: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +147,7 @@ class FirstStep:
             If another step may show it.
         """
         try:
-            roots, live, name = find_roots(self.model, self.trace, self.step, self.labels, self.samples)
+            roots, live, name = self._find_roots()
         except ReplayError as error:
             return Found((), str(error), f"{error}. {NAME_PREDICTIONS}")
         attending = {source.path for layer in self.layers for _, source in layer.sources if source.joint is None}
@@ -145,6 +170,73 @@ class FirstStep:
                 failure = failure or str(error)
         none = f"fewer than two inputs reach the predictions by modules of their own. There are {described}"
         return Found((), failure or none, f"{failure or none}. {NAME_THEM}", prediction_name=name)
+
+    def _find_roots(self) -> tuple[list[Root], ModelOutput, str]:
+        """What gives the predictions, the outermost call first, then the step; what they are, and what gave them.
+
+        Raises
+        ------
+        ReplayError
+            If there is none.
+        """
+        wanted, step, trace = self.labels.raw, self.step, self.trace
+        if wanted is None:
+            unclear = "the predictions are not clear"
+            raise ReplayError(unclear if self.labels.doubts else "no predictions were found in the step")
+        samples = self.samples or (len(wanted) if wanted.dim() else 1)
+        found = self._find_predictions(wanted, samples)
+        if found is None or step is None:
+            raise ReplayError("no call gives the predictions, and the step does not return them")
+        live, read, run, leaf = found
+        roots, outermost = [], None if run is None else list(run.outwards())[-1]
+        name = self.labels.prediction_name if run is None else plain_path(self.model, run.path) or "forward"
+        precision = next((one.precision for one in trace.runs if one.precision), None) or Precision("cpu", None)
+        if run is not None and outermost is not None and outermost.entered is not None:
+            inside = [one for one in trace.inside(outermost) if one.path == run.path]
+            place = PredictionPlace("call", run.path, inside.index(run), leaf)
+            call, own = outermost.entered, outermost.precision or precision
+            where = outermost.path, outermost.turn
+            roots.append(Root(self.model, outermost.module, call, samples, own, step.generators, place, read, *where))
+        in_step = None if step.function is None else self._find_in_step(step, run, leaf, wanted)
+        if in_step is not None and step.function is not None:
+            call = Call(step.args, {})
+            roots.append(
+                Root(self.model, step.function, call, samples, precision, step.generators, in_step, read, None)
+            )
+        if not roots:
+            raise ReplayError("no call gives the predictions, and the step is not known")
+        return roots, live, name
+
+    def _find_predictions(
+        self, wanted: Tensor, samples: int
+    ) -> tuple[ModelOutput, ReadOutput, Run | None, Path] | None:
+        """The outermost call whose output has the very tensor, or the same numbers, or their scores; else the step."""
+        outermost_first = sorted(self.trace.runs, key=lambda run: sum(1 for _ in run.outwards()))
+        given = [(run, leaf, one.detach()) for run in outermost_first for leaf, one in run.tensors.items()]
+        ways: list[Callable[[Tensor], bool]] = [
+            lambda one: are_same(one, wanted),
+            lambda one: same_numbers(one, wanted),
+        ]
+        if self.labels.are_ids or self.labels.scores is not None:
+            ways.append(lambda one: True)
+        candidates = (one for fits in ways for one in given if fits(one[2]))
+        for run, leaf, tensor in chain(candidates, [(None, (), wanted)]):
+            read = find_model_output(tensor, samples, self.labels)
+            with torch.no_grad():
+                live = None if read is None else read(tensor)
+            if read is not None and live is not None:
+                return live, read, run, leaf
+        return None
+
+    def _find_in_step(self, step: StepCall, run: Run | None, leaf: Path, wanted: Tensor) -> PredictionPlace | None:
+        """Where the predictions are when the whole step runs."""
+        if run is not None:
+            return PredictionPlace("call", run.path, run.turn, leaf)
+        for where, one in find_tensors(step.outputs):
+            if same_numbers(one.detach(), wanted):
+                return PredictionPlace("output", leaf=where)
+        losses = [number for number, loss in enumerate(self.trace.losses) if same_numbers(loss.input, wanted)]
+        return PredictionPlace("loss", turn=losses[0]) if losses else None
 
     def _settle(self, evidence: Evidence, modalities: Sequence[Modality], width: int, name: str) -> Found:
         are_named = self.modalities is not None
@@ -201,13 +293,13 @@ class FirstStep:
         elif old_names:
             info(", ".join(f"{old} is recorded as {new}" for old, new in old_names.items()) + ".")
         further = found.further.axes if found.further else {}
-        bypassed = evidence.bypassed(found.modalities, tuple(further))
-        for name, modality in bypassed:
-            info(
-                f"{name} also reaches the prediction past {modality}, and stays each sample's own there: these are "
-                f"contributions of the {modality} features."
-            )
-        others = [name for name in map(evidence.name_input, further) if name not in dict(bypassed)]
+        bypassed = dict(evidence.bypassed(found.modalities, tuple(further)))
+        info(
+            f"{name} also reaches the prediction past {modality}, and stays each sample's own there: these are "
+            f"contributions of the {modality} features."
+            for name, modality in bypassed.items()
+        )
+        others = [name for name in map(evidence.name_input, further) if name not in bypassed]
         if others:
             info(f"Further inputs reach the prediction, and stay each sample's own: {', '.join(others)}.")
 

@@ -47,35 +47,21 @@ def check_modalities(fusion: str | None, modalities: ModalitiesSetting | None) -
     SettingError
         Saying what was expected.
     """
-    if fusion is not None and not isinstance(fusion, str):
-        raise SettingError(f"fusion must be a module's path such as 'model.fusion', or None; got {fusion!r}.")
-    if modalities is None:
-        if fusion is not None:
-            raise SettingError(
-                f"fusion={fusion!r} needs the arguments that hold each modality: modalities={{'<a>': 0, '<b>': 1}} "
-                "(positions or names). Without fusion, modalities are found, or named by their encoders: "
-                "modalities={'<a>': 'path.to.encoder', '<b>': 'path.to.encoder'}."
-            )
+    if fusion is None and modalities is None:
         return
     entries = {name: as_tuple(value) for name, value in modalities.items()} if isinstance(modalities, Mapping) else {}
     places = [place for several in entries.values() for place in several]
     kinds = (str,) if fusion is None else (int, str)
-    usable = all(is_modality_name(name) and several for name, several in entries.items()) and all(
-        isinstance(place, kinds) and not isinstance(place, bool) and place != "" for place in places
-    )
-    if not 2 <= len(entries) <= MOST_MODALITIES or not usable or len(set(places)) < len(places):
-        forms = (
-            "paths of modules or keys of the batch, each once, e.g. {'audio': 'audio_encoder', 'text': ['tokens', "
-            "'text_encoder']}"
-            if fusion is None
-            else "positions or names of the fusion's arguments, each once, e.g. {'eeg': 0, 'spec': 1} or {'eeg': "
-            "('eeg', 'eeg_mask'), 'spec': 'spec'}"
-        )
-        positions = any(isinstance(place, int) and not isinstance(place, bool) for place in places)
-        hint = " Positions are those of a fusion's arguments: name it, fusion='path.to.module'." if positions else ""
+    are_names = all(isinstance(place, kinds) and not isinstance(place, bool) and place != "" for place in places)
+    is_usable = fusion is None or isinstance(fusion, str)
+    is_usable &= 2 <= len(entries) <= MOST_MODALITIES and are_names and len(set(places)) == len(places)
+    if not is_usable or not all(is_modality_name(name) and several for name, several in entries.items()):
         raise SettingError(
-            f"modalities must map 2 to {MOST_MODALITIES} modalities to {forms}. A modality's name has no '/' and no "
-            f"space, and is none of {', '.join(RESERVED_MODALITIES)}. Got {modalities!r}.{hint if not fusion else ''}"
+            f"modalities must map 2 to {MOST_MODALITIES} modalities to paths of modules or keys of the batch, each "
+            "once, e.g. modalities={'audio': 'audio_encoder', 'text': ['tokens', 'text_encoder']}; or to positions or "
+            "names of the arguments of a fusion, each once, e.g. fusion='path.to.module', modalities={'<a>': 0, '<b>': "
+            "1} or {'<a>': ('x', 'x_mask'), '<b>': 'y'}. A modality's name has no '/' and no space, and is none of "
+            f"{', '.join(RESERVED_MODALITIES)}. Got fusion={fusion!r}, modalities={modalities!r}."
         )
 
 

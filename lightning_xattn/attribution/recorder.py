@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.attribution.first_step import FirstStep, Found
+from lightning_xattn.attribution.first_step import FirstStep, Found, StepCall
 from lightning_xattn.attribution.outputs import ModelOutput
 from lightning_xattn.attribution.ports import (
     Column,
@@ -21,7 +21,6 @@ from lightning_xattn.attribution.ports import (
 )
 from lightning_xattn.attribution.replay import AttentionPlace, Replay
 from lightning_xattn.attribution.root import ReplayError, Root
-from lightning_xattn.attribution.roots import StepCall
 from lightning_xattn.attribution.state import torch_generators
 from lightning_xattn.capture import Layer
 from lightning_xattn.capture.calls import Call, find_tensors, name_argument
