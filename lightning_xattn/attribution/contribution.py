@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,8 +73,7 @@ class Contributions:
     whole: bool
 
 
-@dataclass(frozen=True, eq=False)
-class _Job:
+class _Job(NamedTuple):
     """Pairs to replay: modalities of ``subset`` from the samples ``rows``, the others from ``columns``."""
 
     rows: Tensor
@@ -131,7 +131,7 @@ def _compute_shapley_values(
         raise ReplayError("all samples are of one group")
     rows, columns, every = rows[apart], columns[apart], torch.arange(samples)
     jobs = [_Job(every, every, frozenset())]
-    jobs += [_Job(rows, columns, subset) for subset in permuted_subsets(modalities, fusion.found.further is not None)]
+    jobs += [_Job(rows, columns, subset) for subset in permuted_subsets(modalities, bool(fusion.found.further))]
     shares = share_work(fusion, partial(_replay_jobs, source, names, jobs))
     permuted = [
         ModelOutput.joined([outputs[number] for outputs, _ in shares if number in outputs])

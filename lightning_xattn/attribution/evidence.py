@@ -5,16 +5,14 @@ At most 20 runs on 16 samples, once, in a model's first step; each leaves the mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import reduce
-from operator import or_
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
-from lightning_xattn.attribution.ports import Key, Modality, Place, Port
+from lightning_xattn.attribution.ports import Key, Modality, Place
 from lightning_xattn.attribution.root import ReplayError, Root
 from lightning_xattn.capture.calls import Call, Path, find_tensors, name_argument, take_samples
 from lightning_xattn.capture.dataflow import Dataflow, LabelledCall
@@ -120,17 +118,12 @@ class Evidence:
         """An input as a user would name it."""
         return name_argument(self.root.function, path)
 
-    def find_call(self, port: Port) -> LabelledCall:
-        """The call of a port."""
-        return next(call for call in self.calls if call.key == port.key)
-
-    def output_port(self, call: LabelledCall) -> Port | None:
-        """What a call returns that reaches the predictions, or if nothing does, all; None without axes of samples."""
+    def output_places(self, call: LabelledCall) -> tuple[Place, ...]:
+        """What a call returns that reaches the predictions, or if nothing does, all; empty without axes of samples."""
         reaching = [where for where in call.tensors if call.own.get(where, 0) & self.predicted]
         axes = {where: self.find_axis(call, where, call.tensors[where]) for where in reaching or call.tensors}
-        known = {where: axis for where, axis in axes.items() if axis is not None}
-        is_whole = len(known) == len(reaching) or not reaching
-        return Port("output", call.path, call.turn, known) if known and is_whole else None
+        known = [Place("output", *call.key, where, axis) for where, axis in axes.items() if axis is not None]
+        return tuple(known) if len(known) == len(axes) or not reaching else ()
 
     def find_axis(self, call: LabelledCall, where: Path, tensor: Tensor) -> int | None:
         """The axis of the samples; where several have their number, the one that is shorter with a sample less."""
@@ -147,15 +140,14 @@ class Evidence:
                 fitting = [axis for axis in fitting if other.shape[axis] == count - 1] or fitting
         return fitting[0] if fitting else None
 
-    def input_ports(self, paths: Sequence[Path]) -> tuple[Port, ...]:
+    def input_places(self, paths: Sequence[Path]) -> tuple[Place, ...]:
         """The inputs that are tensors with an axis of samples."""
-        axes = {path: axis for path in paths if (axis := self.root.axes.get(path)) is not None}
-        tensors = {path: axis for path, axis in axes.items() if isinstance(self.root.call[path], Tensor)}
-        return (Port("input", "", 0, tensors),) if tensors else ()
+        axes = {path: self.root.axes.get(path) for path in paths if isinstance(self.root.call[path], Tensor)}
+        return tuple(Place("input", "", 0, path, axis) for path, axis in axes.items() if axis is not None)
 
-    def reached_around(self, ports: Sequence[Port], inputs: Sequence[Path]) -> list[Path]:
-        """Those of the inputs that reach the predictions otherwise than by these ports."""
-        exchanged = {path for port in ports if port.kind == "input" for path in port.axes}
+    def reached_around(self, places: Sequence[Place], inputs: Collection[Path]) -> list[Path]:
+        """Those of the inputs that reach the predictions otherwise than by these places."""
+        exchanged = {place.where for place in places if place.kind == "input"}
         for skips in (True, False):  # some models fail where a module does not run
             flow, labels = Dataflow(), {}
             call = self.root.part(self.rows)
@@ -165,7 +157,7 @@ class Evidence:
                     flow.add(leaf, labels[path])
             try:
                 with self.root.restoring():
-                    patch = self._patch_of(ports, self.outputs)
+                    patch = self._patch_of(places, self.outputs)
                     templates = self.outputs if skips else None
                     predictions, _, _ = self.root.run(call, patch, templates, flow=flow)
                     reached = flow.of(predictions)
@@ -174,30 +166,26 @@ class Evidence:
             return [path for path, label in labels.items() if label & reached]
         return [path for path in inputs if path not in exchanged]
 
-    def _patch_of(self, ports: Sequence[Port], outputs: Mapping[Key, Any]) -> dict[Place, Tensor]:
-        """What calls gave or got, at the places of these ports that are no inputs."""
-        places = [place for port in ports if port.kind != "input" for place in port.places]
-        return {
-            place: (
-                dict(find_tensors(outputs[place.port.key]))[place.path]
-                if place.port.kind == "output"
-                else self.arguments[place.port.key][place.path]
-            ).clone()
-            for place in places
+    def _patch_of(self, places: Sequence[Place], outputs: Mapping[Key, Any]) -> dict[Place, Tensor]:
+        """What calls gave or got, at those of these places that are no inputs."""
+        given = {
+            place: dict(find_tensors(outputs[place.key]))[place.where] for place in places if place.kind == "output"
         }
+        got = {place: self.arguments[place.key][place.where] for place in places if place.kind == "argument"}
+        return {place: tensor.clone() for place, tensor in (given | got).items()}
 
-    def equals_exchange(self, ports: Sequence[Port], inputs: Sequence[Path]) -> bool:
-        """Whether exchanging inputs does no more than what it does to these ports; True where that cannot be tried."""
+    def equals_exchange(self, places: Sequence[Place], inputs: Sequence[Path]) -> bool:
+        """Whether exchanging inputs does no more than it does at these places; True where that cannot be tried."""
         order = _in_one_circle(len(self.rows))
         axes = {path: axis for path in inputs if (axis := self.root.axes.get(path)) is not None}
         if len(self.rows) < 2 or len(axes) < len(inputs):
             return True
         others = {path: take_samples(self.root.call[path], axis, order) for path, axis in axes.items()}
-        own = {path: others[path] for port in ports if port.kind == "input" for path in port.axes}
-        captured = [port.key for port in ports if port.kind != "input"]
+        own = {place.where: others[place.where] for place in places if place.kind == "input"}
+        captured = [place.key for place in places if place.kind != "input"]
         try:
             exchanged, outputs = self._run(self.root.part(self.rows, others), capture=captured)
-            patched, _ = self._run(self.root.part(self.rows, own), self._patch_of(ports, outputs))
+            patched, _ = self._run(self.root.part(self.rows, own), self._patch_of(places, outputs))
         except ReplayError:
             return False
         return self._are_same(exchanged, patched)
@@ -217,14 +205,11 @@ class Evidence:
 
     def find_further_inputs(self, modalities: Sequence[Modality]) -> tuple[Path, ...]:
         """The inputs that reach the predictions otherwise than by the modalities."""
-        ports = [port for modality in modalities for port in modality.ports]
-        exchanged = {path for port in ports if port.kind == "input" for path in port.axes}
-        inputs = [path for path in self.inputs if path not in exchanged]
-        return tuple(self.reached_around(ports, inputs))
+        return tuple(self.reached_around([place for one in modalities for place in one.places], self.inputs))
 
-    def changed_in_place(self, port: Port) -> bool:
+    def changed_in_place(self, place: Place) -> bool:
         """Whether the model changes what a call gave in place; of arguments that is not known, and may be."""
-        return port.kind == "argument" or bool(self._labels_of(port) & self._flow.changed)
+        return place.kind == "argument" or bool(self._labels_of(place) & self._flow.changed)
 
     @property
     def changes_inputs(self) -> bool:
@@ -235,7 +220,7 @@ class Evidence:
         """By a module's path, the modalities that the queries and the keys of each attention in it come from, or ""."""
 
         def find(side: int) -> str:
-            names = [one.name for one in modalities if any(self._labels_of(port) & side for port in one.ports)]
+            names = [one.name for one in modalities if any(self._labels_of(place) & side for place in one.places)]
             return names[0] if len(names) == 1 else ""
 
         found: dict[str, list[tuple[str, str]]] = {}
@@ -244,28 +229,24 @@ class Evidence:
                 found.setdefault(outer.path, []).append((find(queries), find(keys)))
         return found
 
-    def bypassed(self, modalities: Sequence[Modality], further: Sequence[Path]) -> list[tuple[str, str]]:
+    def bypassed(self, modalities: Sequence[Modality], further: Sequence[Path]) -> dict[str, str]:
         """Inputs of a modality that also reach the predictions past it, each with the modality."""
-        found = []
-        for one in modalities:
-            made = [self.find_call(port).made for port in one.ports if port.kind == "output"]
-            got = [self._labels_of(port) for port in one.ports if port.kind == "argument"]
-            found += [
-                (self.name_input(path), one.name)
-                for path in further
-                if any(self.inputs[path] & labels for labels in (*made, *got))
-            ]
-        return found
+        made = {call.key: call.made for call in self.calls}
+        return {
+            self.name_input(path): one.name
+            for one in modalities
+            for place in one.places
+            for path in further
+            if self.inputs[path] & (made[place.key] if place.kind == "output" else self._labels_of(place))
+        }
 
-    def _labels_of(self, port: Port) -> int:
-        """The labels of the very tensors at a port."""
-        if port.kind == "input":
-            labels = [self.inputs.get(path, 0) for path in port.axes]
-        elif port.kind == "output":
-            labels = [self.find_call(port).own.get(path, 0) for path in port.axes]
-        else:
-            labels = [self._flow.of(self.arguments[port.key][path]) for path in port.axes]
-        return reduce(or_, labels, 0)
+    def _labels_of(self, place: Place) -> int:
+        """The labels of the very tensor at a place."""
+        if place.kind == "input":
+            return self.inputs.get(place.where, 0)
+        if place.kind == "argument":
+            return self._flow.of(self.arguments[place.key][place.where])
+        return next(call for call in self.calls if call.key == place.key).own.get(place.where, 0)
 
 
 def _in_one_circle(samples: int) -> Tensor:

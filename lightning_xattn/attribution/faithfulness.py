@@ -88,10 +88,13 @@ def replace_keys(kept: KeptSamples, fusion: ModalityRecorder) -> dict[Direction,
 
 @dataclass(frozen=True, eq=False)
 class _Share:
-    """The results of one process for a direction, or with ``+`` of several."""
+    """The results of one process for a direction, or with ``+`` of several.
+
+    ``table`` ``(samples, 2 * REPLACEMENTS)`` has the probability of the intact prediction's class; NaN of the other
+    samples.
+    """
 
     table: Tensor
-    """``(samples, 2 * REPLACEMENTS)`` probability of the intact prediction's class; NaN of the other samples."""
     at_attention: bool = True
     problem: str = ""
     without_reference: str = ""
@@ -181,7 +184,7 @@ def _replace_keys(
         *several, every = replacements(scores, shuffled).unbind(1)
         for chosen in several if last is not None else [*several, every]:
             if keys is None:
-                output = replay(_replace_at_modality(fusion, direction, tokens, others, chosen))
+                output = replay(_replace_at_modality(direction, tokens, others, chosen))
             else:
                 output = replay(tokens, place, partial(_replace_at_attention, keys, chosen))
             columns.append(output.values.gather(1, classes[:, None])[:, 0])
@@ -231,11 +234,7 @@ def _replace_at_attention(keys: Sequence[Tensor], chosen: Tensor, rows: Tensor) 
 
 
 def _replace_at_modality(
-    fusion: ModalityRecorder,
-    direction: Direction,
-    tokens: Values,
-    others: Values,
-    chosen: Tensor,
+    direction: Direction, tokens: Values, others: Values, chosen: Tensor
 ) -> dict[tuple[str, int], Tensor]:
     """Put others' tokens in the chosen places ``(samples, keys)`` of what holds their modality.
 

@@ -15,7 +15,7 @@ from lightning_xattn.attribution.evidence import Evidence
 from lightning_xattn.attribution.named import find_named_modalities, name_arguments
 from lightning_xattn.attribution.names import plain_name, reconcile_names
 from lightning_xattn.attribution.outputs import ModelOutput, ReadOutput, find_model_output
-from lightning_xattn.attribution.ports import Column, ModalitiesSetting, Modality, Place, Port, as_tuple
+from lightning_xattn.attribution.ports import Column, ModalitiesSetting, Modality, Place, as_tuple
 from lightning_xattn.attribution.root import PredictionPlace, ReplayError, Root
 from lightning_xattn.capture import Layer
 from lightning_xattn.capture.calls import Call, Path, Precision, find_tensors
@@ -97,7 +97,7 @@ class Found:
     problem: str = ""
     refusal: str = ""
     root: Root | None = None
-    further: Port | None = None
+    further: tuple[Place, ...] = ()
     copies_batch: bool = False
     renamed: Mapping[Direction, Direction] = field(default_factory=dict)
     prediction_name: str = ""
@@ -105,8 +105,8 @@ class Found:
     @property
     def columns(self) -> dict[Column, Place]:
         """Every tensor that is kept of each sample, and where it is."""
-        found = {(one.name, number): place for one in self.modalities for number, place in enumerate(one.columns)}
-        return found | {("", number): place for number, place in enumerate(self.further.places if self.further else ())}
+        several = [*((one.name, one.places) for one in self.modalities), ("", self.further)]
+        return {(name, number): place for name, places in several for number, place in enumerate(places)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,8 +243,8 @@ class FirstStep:
         sides = evidence.sides(modalities)
         modalities, renamed = reconcile_names(tuple(modalities), self.layers, sides, are_named, self.names_attention)
         paths = evidence.find_further_inputs(modalities)
-        further = next(iter(evidence.input_ports(paths)), None)
-        unkept = [path for path in paths if further is None or path not in further.axes]
+        further = evidence.input_places(paths)
+        unkept = set(paths) - {place.where for place in further}
         problem = ""
         if evidence.looks_across():
             problem = LOOKS_ACROSS
@@ -255,21 +255,21 @@ class FirstStep:
             )
         elif self.labels.predicted is None and width > 1:
             problem = "the predictions are neither classes nor a single value"
-        copies_batch = self._follow(evidence, [port for one in modalities for port in one.ports], further)
+        copies_batch = self._follow(evidence, [*(place for one in modalities for place in one.places), *further])
         found = Found(modalities, problem, "", evidence.root, further, copies_batch, renamed, name)
         self._describe(evidence, found)
         return found
 
-    def _follow(self, evidence: Evidence, ports: Sequence[Port], further: Port | None) -> bool:
+    def _follow(self, evidence: Evidence, places: Sequence[Place]) -> bool:
         """Trace from now on what is needed of each step; gives whether it may change the batch that is read."""
         root, paths, copied = evidence.root, set[str](), set[str]()
-        for port in ports:
-            if port.kind != "input":
-                paths.add(port.path)
-                if evidence.changed_in_place(port):
-                    copied.add(port.path)
+        for place in places:
+            if place.kind != "input":
+                paths.add(place.path)
+                if evidence.changed_in_place(place):
+                    copied.add(place.path)
         # A step may also change its batch after the call.
-        takes_inputs = evidence.changes_inputs or further is not None or any(port.kind == "input" for port in ports)
+        takes_inputs = evidence.changes_inputs or any(place.kind == "input" for place in places)
         if root.path is not None:
             paths.add(root.path)
             if takes_inputs:
@@ -292,8 +292,8 @@ class FirstStep:
             )
         elif old_names:
             info(", ".join(f"{old} is recorded as {new}" for old, new in old_names.items()) + ".")
-        further = found.further.axes if found.further else {}
-        bypassed = dict(evidence.bypassed(found.modalities, tuple(further)))
+        further = [place.where for place in found.further]
+        bypassed = evidence.bypassed(found.modalities, further)
         info(
             f"{name} also reaches the prediction past {modality}, and stays each sample's own there: these are "
             f"contributions of the {modality} features."
@@ -320,7 +320,7 @@ class FirstStep:
         if len(modalities) < 2:
             why = problem or "with contribution_samples=0 the model does not run again to find the modalities"
             return Found((), problem, f"{why}, and what holds them is not named. {NAME_THEM}")
-        paths = {port.path for modality in modalities for port in modality.ports}
+        paths = {place.path for modality in modalities for place in modality.places}
         self.trace.follow({get_module(self.model, path): path for path in paths}, False)
         return Found(tuple(modalities), problem)
 
@@ -340,9 +340,8 @@ class FirstStep:
             first = str(as_tuple(several)[0])
             path = find_module(self.model, first)
             for run in self.trace.runs:
-                if run.tensors and (run.path == path if path is not None else plain_name(run.path) == first):
-                    leaf, tensor = next(iter(run.tensors.items()))
-                    port = Port("output", run.path, 0, {leaf: 0} if tensor.dim() else {})
-                    found.append(Modality(name, (port,), run.path))
+                where = next((one for one, tensor in run.tensors.items() if tensor.dim()), None)
+                if where is not None and (run.path == path if path is not None else plain_name(run.path) == first):
+                    found.append(Modality(name, (Place("output", run.path, 0, where, 0),), run.path))
                     break
         return found

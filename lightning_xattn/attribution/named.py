@@ -15,7 +15,7 @@ from lightning_xattn.attribution.ports import (
     LeftOutError,
     ModalitiesSetting,
     Modality,
-    Port,
+    Place,
     as_tuple,
     find_mask,
     is_absent,
@@ -54,13 +54,13 @@ def find_named_modalities(
         return _name_arguments(evidence, fusion, setting, real)
     modalities = []
     for name, several in setting.items():
-        ports = [port for one in as_tuple(several) for port in _resolve(evidence, str(one))]
-        ports.sort(key=lambda port: port.kind == "input")
-        modalities.append(Modality(name, tuple(ports), " and ".join(map(str, as_tuple(several)))))
+        places = [place for one in as_tuple(several) for place in _resolve(evidence, str(one))]
+        places.sort(key=lambda place: place.kind == "input")
+        modalities.append(Modality(name, tuple(places), " and ".join(map(str, as_tuple(several)))))
     return modalities
 
 
-def _resolve(evidence: Evidence, name: str) -> list[Port]:
+def _resolve(evidence: Evidence, name: str) -> list[Place]:
     """What a path of a module, an item of its output or a key names."""
     inputs = [path for path in evidence.inputs if name in (evidence.name_input(path), str(path[-1]))]
     model, source, path = evidence.root.model, Source(), None
@@ -73,13 +73,12 @@ def _resolve(evidence: Evidence, name: str) -> list[Port]:
     calls = [call for call in evidence.calls if path is not None and call.path == path]
     if source.call is not None:
         calls = calls[source.call - 1 : source.call]
-    item, ports = tuple(map(str, source.item)), []
-    for port in filter(None, map(evidence.output_port, calls)):
-        axes = {where: axis for where, axis in port.axes.items() if tuple(map(str, where[: len(item)])) == item}
-        ports += [replace(port, axes=axes)] if axes else []
-    ports = ports or list(evidence.input_ports(inputs))
-    if ports:
-        return ports
+    item = tuple(map(str, source.item))
+    given = [place for call in calls for place in evidence.output_places(call)]
+    places = [place for place in given if tuple(map(str, place.where[: len(item)])) == item]
+    places = places or list(evidence.input_places(inputs))
+    if places:
+        return places
     if calls:
         shapes = ", ".join(str(tuple(one.shape)) for one in calls[0].tensors.values()) or "no tensor"
         what = f"returns nothing with the {len(evidence.rows)} samples on an axis of its own: {shapes}"
@@ -165,9 +164,8 @@ def name_arguments(
             axes[other] = own
         tokens = tensors[first].transpose(0, axis)
         mask = find_mask({one: labels[one] for one in others}, tensors, tokens.shape[:2], real.get(name))
-        modalities.append(
-            Modality(name, (Port("argument", key[0], key[1], axes),), f"{labels[first]} of {fusion}", mask)
-        )
+        places = tuple(Place("argument", *key, where, own) for where, own in axes.items())
+        modalities.append(Modality(name, places, f"{labels[first]} of {fusion}", mask))
     return modalities
 
 

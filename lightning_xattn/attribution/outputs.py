@@ -34,12 +34,18 @@ differ in a replay, and by how much of the largest logit they always may, as oth
 
 @dataclass(frozen=True, eq=False)
 class ModelOutput:
-    """A model's output for some samples."""
+    """A model's output for some samples.
+
+    Attributes
+    ----------
+    values
+        ``(samples, classes)`` probabilities, or ``(samples, 1)`` the output where it is no classes; float32.
+    logits
+        ``(samples, classes)`` centred logits, on which an additive model has no interaction; else as ``values``.
+    """
 
     values: Tensor
-    """``(samples, classes)`` probabilities, or ``(samples, 1)`` the output where it is no classes; float32."""
     logits: Tensor
-    """``(samples, classes)`` centred logits, on which an additive model has no interaction; else as ``values``."""
 
     def __getitem__(self, samples: slice | Tensor) -> ModelOutput:
         return ModelOutput(self.values[samples], self.logits[samples])

@@ -27,7 +27,7 @@ Key = tuple[str, int]
 """A module's path and the number of its call within what runs again, from 0 on."""
 
 Column = tuple[str, int]
-"""A modality and the number of its tensor, see ``Modality.columns``; of further inputs the modality is ""."""
+"""A modality and the number of its tensor, see ``Modality.places``; of further inputs the modality is ""."""
 
 RESERVED_MODALITIES = ("share", "size", "followed", "interaction", "emap_accuracy")
 """What stands beside the modalities in curves and columns, which no modality may be called."""
@@ -77,15 +77,19 @@ def as_tuple(named: Named | Sequence[Named]) -> tuple[Named, ...]:
 
 @dataclass(frozen=True)
 class TokenMask:
-    """An argument that marks which tokens are real and which are padding."""
+    """An argument that marks which tokens are real and which are padding.
 
-    path: Path
+    Attributes
+    ----------
+    where, label
+        Where it is in the call, and its name.
+    hidden
+        Whether True stands for padding, as in torch's ``key_padding_mask``; else for a real token.
+    """
+
+    where: Path
     label: str
     hidden: bool
-    """Whether True stands for padding, as in torch's ``key_padding_mask``; else for a real token."""
-
-    def __str__(self) -> str:
-        return f"'{self.label}', True for {'padding' if self.hidden else 'a real token'}"
 
     def real(self, values: Tensor) -> Tensor:
         """``values`` as bool, True for real tokens."""
@@ -96,37 +100,29 @@ class TokenMask:
         return torch.where((values < 0).any(), values >= 0, real)
 
 
-@dataclass(frozen=True, eq=False)
-class Port:
-    """Some tensors that a run hands on, in which other samples can be put."""
+class Place(NamedTuple):
+    """A tensor that a run hands on, in whose place that of other samples can be put.
+
+    Attributes
+    ----------
+    kind
+        "output" of a module's call, "argument" of it, or "input" of what runs.
+    path, turn
+        The module's path, and the number of its call within what runs, from 0 on; "" and 0 of an input.
+    where, axis
+        Where the tensor is, and its axis of the samples.
+    """
 
     kind: str
-    """"output" of a module's call, "argument" of it, or "input" of the root."""
     path: str
-    """The module's; "" of the root's inputs."""
     turn: int
-    """The number of the module's call within the root, from 0 on."""
-    axes: Mapping[Path, int]
-    """Where the tensors are, each with the axis of the samples."""
+    where: Path
+    axis: int
 
     @property
     def key(self) -> Key:
         """The module's path and the number of its call."""
         return self.path, self.turn
-
-    @property
-    def places(self) -> list[Place]:
-        """Each tensor."""
-        return [Place(self, path, axis) for path, axis in self.axes.items()]
-
-
-class Place(NamedTuple):
-    """Where a tensor is in a run."""
-
-    port: Port
-    path: Path
-    axis: int
-    """That of the samples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +131,8 @@ class Modality:
 
     Attributes
     ----------
-    ports
-        All that holds it and reaches the prediction; the first one's first tensor is what linear probes get.
+    places
+        All that holds it and reaches the prediction; the first one is what linear probes get.
     source
         What holds it, as a user would write it in ``modalities=``.
     mask
@@ -144,17 +140,12 @@ class Modality:
     """
 
     name: str
-    ports: tuple[Port, ...]
+    places: tuple[Place, ...]
     source: str
     mask: TokenMask | None = None
 
     def __str__(self) -> str:
         return f"{self.name} = {self.source}"
-
-    @property
-    def columns(self) -> list[Place]:
-        """Each tensor that holds it."""
-        return [place for port in self.ports for place in port.places]
 
 
 class LeftOutError(Exception):
@@ -169,8 +160,8 @@ def find_mask(
     Positions, times and types of tokens have a mask's shape, too. A mask has a mask's values, and hides the tokens that
     the attention hides. Where no attention is known, or nothing is hidden, it is named as a mask or is bool.
     """
-    for path, label in labels.items():
-        values = tensors[path]
+    for where, label in labels.items():
+        values = tensors[where]
         if values.numel() != shape.numel() or not is_plain(values) or not _may_be_mask(values):
             continue
         values = values.reshape(shape)
@@ -178,10 +169,10 @@ def find_mask(
         by_name = "pad" in label.lower()
         if real is None:
             if called:
-                return TokenMask(path, label, by_name)
+                return TokenMask(where, label, by_name)
             continue
         for hidden in (by_name, not by_name):
-            mask = TokenMask(path, label, hidden)
+            mask = TokenMask(where, label, hidden)
             if mask.real(values).equal(real) and (called or not real.all()):
                 return mask
     return None

@@ -11,14 +11,7 @@ from torch import Tensor, nn
 
 from lightning_xattn.attribution.first_step import FirstStep, Found, StepCall
 from lightning_xattn.attribution.outputs import ModelOutput
-from lightning_xattn.attribution.ports import (
-    Column,
-    LeftOutError,
-    ModalitiesSetting,
-    Modality,
-    Place,
-    check_modalities,
-)
+from lightning_xattn.attribution.ports import Column, LeftOutError, ModalitiesSetting, Modality, Place, check_modalities
 from lightning_xattn.attribution.replay import AttentionPlace, Replay
 from lightning_xattn.attribution.root import ReplayError, Root
 from lightning_xattn.attribution.state import torch_generators
@@ -42,14 +35,21 @@ SPLIT_MODEL = (
 
 @dataclass(frozen=True, eq=False)
 class FusionRecord:
-    """The modalities of a batch."""
+    """The modalities of a batch.
+
+    Attributes
+    ----------
+    tokens
+        By modality ``(batch, tokens, width)`` or ``(batch, width)``, and a mask, True for real tokens.
+    values
+        What is permuted of each modality, and further inputs that each sample keeps, samples first.
+    model_output
+        What the model gave for these samples; None where that is not replayed.
+    """
 
     tokens: Mapping[str, tuple[Tensor, Tensor | None]]
-    """By modality ``(batch, tokens, width)`` or ``(batch, width)``, and a mask, True for real tokens."""
     values: Mapping[Column, Tensor]
-    """What is permuted of each modality, and further inputs that each sample keeps, samples first."""
     model_output: ModelOutput | None
-    """What the model gave for these samples; None where that is not replayed."""
 
     def __len__(self) -> int:
         return len(next(iter(self.tokens.values()))[0])
@@ -266,16 +266,16 @@ class ModalityRecorder:
         return run, call
 
     def _find_value(self, place: Place, root_run: Run | None, call: Call) -> Tensor:
-        port, path, _ = place
-        value, name = None, f"'{port.path}'"
+        value, name = None, f"'{place.path}'"
         try:
-            if port.kind == "input":
-                name = f"'{name_argument(self.found.root.function, path)}'" if self.found.root else name
-                value = call[path]
+            if place.kind == "input":
+                name = f"'{name_argument(self.found.root.function, place.where)}'" if self.found.root else name
+                value = call[place.where]
             else:
-                run = self._trace.find(port.path, port.turn, root_run)
+                run = self._trace.find(place.path, place.turn, root_run)
                 if run is not None and run.has_ended:
-                    value = output_at(run, path) if port.kind == "output" else run.entered and run.entered[path]
+                    is_output = place.kind == "output"
+                    value = output_at(run, place.where) if is_output else run.entered and run.entered[place.where]
         except (KeyError, IndexError, TypeError, AttributeError):
             pass
         if not isinstance(value, Tensor):
@@ -317,7 +317,7 @@ class ModalityRecorder:
     # ------------------------------------------------------------------ replays
     def identify_modalities(self) -> tuple[object, ...]:
         """What is exchanged and kept of each sample, to be compared between processes; empty where nothing is."""
-        return tuple((column, port.kind, port.key, path) for column, (port, path, _) in self._columns.items())
+        return tuple(self._columns.items())
 
     def make_replay(self) -> Replay:
         """The predictions as a function of the modalities; it repeats the call of an evaluation's first step.
@@ -344,9 +344,9 @@ class ModalityRecorder:
         source = self._sources.get(direction)
         if source is None or source.read is not None:
             return None
-        for port in (port for modality in self.modalities for port in modality.ports if port.kind == "output"):
-            if source.path == port.path or source.path.startswith(f"{port.path}."):
-                raise ReplayError(f"'{source.path}' is in '{port.path}', which holds a modality")
+        for place in self._columns.values():
+            if place.kind == "output" and f"{source.path}.".startswith(f"{place.path}."):
+                raise ReplayError(f"'{source.path}' is in '{place.path}', which holds a modality")
         return AttentionPlace(get_module(self._model, source.path), source.call, queries, keys)
 
 
@@ -354,7 +354,7 @@ def _find_tokens(modality: Modality, kept: Sequence[Tensor], real: Tensor | None
     """What linear probes get of a modality: ``(batch, tokens, width)`` or ``(batch, width)``, and its mask."""
     first = next((one for one in kept if one.is_floating_point() and one.dim() > 1), kept[0])
     if modality.mask is not None:
-        mask = kept[[path for _, path, _ in modality.columns].index(modality.mask.path)]
+        mask = kept[[place.where for place in modality.places].index(modality.mask.where)]
         if mask.numel() != first.shape[:2].numel():
             raise ShapeError(
                 f"'{modality.mask.label}' is {tuple(mask.shape)} and no mask of the {tuple(first.shape[:2])} tokens of "

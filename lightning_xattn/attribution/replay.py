@@ -26,14 +26,21 @@ Values = Mapping[Column, Tensor]
 
 @dataclass(frozen=True)
 class AttentionPlace:
-    """The attention of a direction in what is replayed."""
+    """The attention of a direction in what is replayed.
+
+    Attributes
+    ----------
+    module
+        It is computed while this runs.
+    call
+        Which of the attentions that are computed meanwhile, from 1 on; None: the only one of its shape.
+    queries, keys
+        Their numbers; None: any number.
+    """
 
     module: nn.Module
-    """It is computed while this runs."""
     call: int | None
-    """Which of the attentions that are computed meanwhile, from 1 on; None: the only one of its shape."""
     queries: int | None
-    """Its number of queries; None: any number."""
     keys: int
 
     def picks(self, event: Event, number: int) -> bool:
@@ -147,7 +154,7 @@ class Replay:
         templates, call = self._templates, root.call
         if not self._exactly:
             rows = torch.arange(count) % root.samples
-            call = root.part(rows, {path: one for (port, path, _), one in patch.items() if port.kind == "input"})
+            call = root.part(rows, {place.where: one for place, one in patch.items() if place.kind == "input"})
             templates = self._cut_templates(rows)
         predictions, _, _ = root.run(call, patch, templates if self.skips else None)
         output = root.read_output(predictions)

@@ -39,13 +39,19 @@ class ReplayError(Exception):
 
 @dataclass(frozen=True)
 class PredictionPlace:
-    """Where in a run the tensor with the predictions is."""
+    """Where in a run the tensor with the predictions is.
+
+    Attributes
+    ----------
+    kind
+        "call": a module returns it; "output": the step returns it; "loss": a loss reads it.
+    turn
+        The number of the module's call within the root, or of the loss in the step, from 0 on.
+    """
 
     kind: str
-    """"call": a module returns it; "output": the step returns it; "loss": a loss reads it."""
     path: str = ""
     turn: int = 0
-    """The number of the module's call within the root, or of the loss in the step, from 0 on."""
     leaf: Path = ()
 
 
@@ -170,8 +176,8 @@ class Root:
             If it fails, or gives no predictions.
         """
         held: dict[str, dict[Key, dict[Path, Tensor]]] = {"input": {}, "argument": {}, "output": {}}
-        for (port, path, _), tensor in (patch or {}).items():
-            held[port.kind].setdefault(port.key, {})[path] = tensor
+        for spot, tensor in (patch or {}).items():
+            held[spot.kind].setdefault(spot.key, {})[spot.where] = tensor
         for inputs in held["input"].values():
             call = call.replaced(inputs)
         counts: Counter[str] = Counter()
@@ -244,17 +250,17 @@ class Root:
         """
         with self.restoring():
             call = self.call.copied(dict(self.call.tensors()))
-            captured = [port.key for port, _, _ in columns.values() if port.kind != "input"]
+            captured = [place.key for place in columns.values() if place.kind != "input"]
             predictions, outputs, arguments = self.run(call, capture=captured)
             values = {}
-            for column, (port, path, axis) in columns.items():
-                if port.kind == "output":
-                    value = dict(find_tensors(outputs.get(port.key))).get(path)
+            for column, place in columns.items():
+                if place.kind == "output":
+                    value = dict(find_tensors(outputs.get(place.key))).get(place.where)
                 else:
-                    value = (self.call if port.kind == "input" else arguments[port.key])[path]
+                    value = (self.call if place.kind == "input" else arguments[place.key])[place.where]
                 if value is None:
-                    raise ReplayError(f"'{port.path}' gives something else when it is run again")
-                values[column] = value.detach().movedim(axis, 0).clone()
+                    raise ReplayError(f"'{place.path}' gives something else when it is run again")
+                values[column] = value.detach().movedim(place.axis, 0).clone()
             return values, outputs, self.read_output(predictions.detach())
 
     def read_output(self, predictions: Tensor) -> ModelOutput:

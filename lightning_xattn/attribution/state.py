@@ -11,12 +11,10 @@ import operator
 import queue
 import random
 import socket
-import subprocess
 import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
 from enum import Enum
 from types import BuiltinFunctionType, CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
@@ -38,11 +36,10 @@ HOOKS = (
 """Where a module keeps the hooks of its forward; torch keeps those of all modules alike."""
 
 _SERVICES = (
-    *(threading.Thread, type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event),
-    *(threading.Semaphore, queue.SimpleQueue, Executor, multiprocessing.process.BaseProcess),
-    *(io.IOBase, socket.socket, subprocess.Popen),
+    *(type(threading.Lock()), type(threading.RLock()), queue.SimpleQueue),
+    *(multiprocessing.process.BaseProcess, io.IOBase, socket.socket),
 )
-"""What holds one of these, such as a logger's client, is used by other threads or by the outside world."""
+"""What holds one of these, such as a thread or a logger's client, is used by others or by the outside world."""
 
 _LEAVES = (
     *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), Enum, torch.dtype, torch.device, torch.Size),
