@@ -133,13 +133,10 @@ def _compute_shapley_values(
     jobs = [_Job(every, every, frozenset())]
     jobs += [_Job(rows, columns, subset) for subset in permuted_subsets(modalities, bool(fusion.found.further))]
     shares = share_work(fusion, partial(_replay_jobs, source, names, jobs))
-    permuted = [
-        ModelOutput.joined([outputs[number] for outputs, _ in shares if number in outputs])
-        for number in range(1, len(jobs))
-    ]
     whole_runs = any(whole for _, whole in shares)
     by_value, by_logit = dict[Subset, Permutation](), dict[Subset, Permutation]()
-    for job, output in zip(jobs[1:], permuted, strict=True):
+    for number, job in enumerate(jobs[1:], start=1):
+        output = ModelOutput.joined([outputs[number] for outputs, _ in shares if number in outputs])
         finite = output.values.isfinite().all(1) & output.logits.isfinite().all(1)
         places = job.rows[finite], job.columns[finite]
         by_value[job.subset] = Permutation(*places, output.values[finite])
@@ -154,7 +151,7 @@ def _compute_shapley_values(
     of_first = frozenset({0})
     projected = additive_projection(samples, {of_first: by_logit[of_first]} if modalities == 2 else by_logit)
     additive = torch.where(projected.isnan().any(1), -1, projected.argmax(1))
-    pairs, is_regression = len(rows) * len(permuted), logits.shape[1] == 1
+    pairs, is_regression = len(rows) * len(by_value), logits.shape[1] == 1
     return Contributions(
         source.samples, game.phi, game.phi_error, interactions, additive, predicted, pairs, is_regression, whole_runs
     )

@@ -203,10 +203,6 @@ class Evidence:
             return False
         return not self._are_same(self.intact[:half], output[:half])
 
-    def find_further_inputs(self, modalities: Sequence[Modality]) -> tuple[Path, ...]:
-        """The inputs that reach the predictions otherwise than by the modalities."""
-        return tuple(self.reached_around([place for one in modalities for place in one.places], self.inputs))
-
     def changed_in_place(self, place: Place) -> bool:
         """Whether the model changes what a call gave in place; of arguments that is not known, and may be."""
         return place.kind == "argument" or bool(self._labels_of(place) & self._flow.changed)

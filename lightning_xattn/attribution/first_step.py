@@ -242,7 +242,8 @@ class FirstStep:
         are_named = self.modalities is not None
         sides = evidence.sides(modalities)
         modalities, renamed = reconcile_names(tuple(modalities), self.layers, sides, are_named, self.names_attention)
-        paths = evidence.find_further_inputs(modalities)
+        places = [place for one in modalities for place in one.places]
+        paths = evidence.reached_around(places, evidence.inputs)
         further = evidence.input_places(paths)
         unkept = set(paths) - {place.where for place in further}
         problem = ""
@@ -255,7 +256,7 @@ class FirstStep:
             )
         elif self.labels.predicted is None and width > 1:
             problem = "the predictions are neither classes nor a single value"
-        copies_batch = self._follow(evidence, [*(place for one in modalities for place in one.places), *further])
+        copies_batch = self._follow(evidence, [*places, *further])
         found = Found(modalities, problem, "", evidence.root, further, copies_batch, renamed, name)
         self._describe(evidence, found)
         return found

@@ -220,17 +220,14 @@ class KeptSamples:
         rows = {"hash": hashes, "fold": hashed(groups, _FOLDED) % FOLDS, "group": groups, **facts}
         self.nonfinite = self.nonfinite.to(keys.device) + (~finite).sum()
         self.probed.add(rows | {f"features/{name}": one for name, one in features.items()})
-        if inputs.model_output is not None and self.permuted.size:
-            kept = {name: rows[name] for name in ("hash", "group", *IDENTITY)}
+        output = inputs.model_output
+        if output is not None and self.permuted.size:
+            finite = (output.values.isfinite() & output.logits.isfinite()).all(1)
+            kept = {name: rows[name] for name in ("group", *IDENTITY)}
+            kept |= {"hash": torch.where(finite, hashes, NOT_KEPT), "values": output.values, "logits": output.logits}
+            kept |= {f"value/{name}/{number}": one for (name, number), one in inputs.values.items()}
             kept |= {f"received/{direction}": one for direction, one in received.items()}
-            self._add_permuted(inputs, inputs.model_output, kept)
-
-    def _add_permuted(self, inputs: FusionRecord, output: ModelOutput, rows: Columns) -> None:
-        finite = (output.values.isfinite() & output.logits.isfinite()).all(1)
-        rows["hash"] = torch.where(finite, rows["hash"], NOT_KEPT)
-        rows |= {"values": output.values, "logits": output.logits}
-        rows |= {f"value/{name}/{number}": one for (name, number), one in inputs.values.items()}
-        self.permuted.add(rows)
+            self.permuted.add(kept)
 
     def cpu(self) -> KeptSamples:
         """The same on the CPU, to be sent to other processes."""
@@ -308,9 +305,12 @@ class TokenSource:
         own
             The samples from which everything else is taken.
         """
-        names = [name for name in self._token_shapes[int(self.kinds[own[0]])] if name.startswith("value/")]
-        columns = [(modality, int(number), name) for name in names for _, modality, number in [name.split("/")]]
-        return {(one, number): self.column(name, samples.get(one, own)) for one, number, name in columns}
+        found = {}
+        for name in self._token_shapes[int(self.kinds[own[0]])]:
+            if name.startswith("value/"):
+                _, modality, number = name.split("/")
+                found[modality, int(number)] = self.column(name, samples.get(modality, own))
+        return found
 
     def batches(self, samples: Mapping[str, Tensor], own: Tensor) -> Iterator[tuple[Tensor, dict[Column, Tensor]]]:
         """Pairs with the same numbers of tokens of each modality, which fit into one batch: which ones, and `values`.

@@ -278,7 +278,7 @@ class ModalityRecorder:
                     value = output_at(run, place.where) if is_output else run.entered and run.entered[place.where]
         except (KeyError, IndexError, TypeError, AttributeError):
             pass
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.dim() <= place.axis:
             raise LeftOutError(f"there was no tensor in {name}")
         return value
 
@@ -298,19 +298,16 @@ class ModalityRecorder:
     def _make_record(
         self, values: Mapping[Column, Tensor], output: ModelOutput | None, real: Mapping[str, Tensor]
     ) -> FusionRecord:
-        for column, one in values.items():
-            if self._axes.setdefault(column, one.dim()) != one.dim():
-                raise ShapeError(
-                    f"a tensor of {column[0] or 'a further input'} is {tuple(one.shape)}, with another number of axes "
-                    "than before"
-                )
         samples = len(next(iter(values.values()))) if output is None else len(output.values)
+        for (name, number), one in values.items():
+            what = f"a tensor of {name or 'a further input'} is {tuple(one.shape)}"
+            if self._axes.setdefault((name, number), one.dim()) != one.dim():
+                raise ShapeError(f"{what}, with another number of axes than before")
+            if len(one) != samples:
+                raise ShapeError(f"{what}, and not of {samples} samples")
         tokens = {}
         for modality in self.modalities:
             kept = [one for (name, _), one in values.items() if name == modality.name]
-            if any(len(one) != samples for one in kept):
-                shapes = ", ".join(str(tuple(one.shape)) for one in kept)
-                raise ShapeError(f"what holds {modality.name} does not have {samples} samples: {shapes}")
             tokens[modality.name] = _find_tokens(modality, kept, real.get(modality.name))
         return FusionRecord(tokens, values, output)
 
