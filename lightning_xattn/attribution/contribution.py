@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.kept_samples import KeptSamples
+from lightning_xattn.attribution.kept_samples import KeptSamples, Part, TokenSource, share_work
 from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
-from lightning_xattn.attribution.ports import Modality
 from lightning_xattn.attribution.recorder import SPLIT_MODEL, ModalityRecorder
 from lightning_xattn.attribution.replay import Replay
 from lightning_xattn.attribution.root import ReplayError
-from lightning_xattn.attribution.token_source import Part, TokenSource, share_work
 from lightning_xattn.core.distributed import SINGLE_PROCESS
 from lightning_xattn.functional import Permutation, additive_projection, partner_shifts, permuted_subsets, play
 from lightning_xattn.functional.shapley import Subset
@@ -74,8 +73,7 @@ class Contributions:
     whole: bool
 
 
-@dataclass(frozen=True, eq=False)
-class _Job:
+class _Job(NamedTuple):
     """Pairs to replay: modalities of ``subset`` from the samples ``rows``, the others from ``columns``."""
 
     rows: Tensor
@@ -133,15 +131,12 @@ def _compute_shapley_values(
         raise ReplayError("all samples are of one group")
     rows, columns, every = rows[apart], columns[apart], torch.arange(samples)
     jobs = [_Job(every, every, frozenset())]
-    jobs += [_Job(rows, columns, subset) for subset in permuted_subsets(modalities, fusion.has_further)]
-    shares = share_work(fusion, partial(_replay_jobs, source, fusion.modalities, jobs))
-    permuted = [
-        ModelOutput.joined([outputs[number] for outputs, _ in shares if number in outputs])
-        for number in range(1, len(jobs))
-    ]
+    jobs += [_Job(rows, columns, subset) for subset in permuted_subsets(modalities, bool(fusion.found.further))]
+    shares = share_work(fusion, partial(_replay_jobs, source, names, jobs))
     whole_runs = any(whole for _, whole in shares)
     by_value, by_logit = dict[Subset, Permutation](), dict[Subset, Permutation]()
-    for job, output in zip(jobs[1:], permuted, strict=True):
+    for number, job in enumerate(jobs[1:], start=1):
+        output = ModelOutput.joined([outputs[number] for outputs, _ in shares if number in outputs])
         finite = output.values.isfinite().all(1) & output.logits.isfinite().all(1)
         places = job.rows[finite], job.columns[finite]
         by_value[job.subset] = Permutation(*places, output.values[finite])
@@ -156,14 +151,14 @@ def _compute_shapley_values(
     of_first = frozenset({0})
     projected = additive_projection(samples, {of_first: by_logit[of_first]} if modalities == 2 else by_logit)
     additive = torch.where(projected.isnan().any(1), -1, projected.argmax(1))
-    pairs, is_regression = len(rows) * len(permuted), logits.shape[1] == 1
+    pairs, is_regression = len(rows) * len(by_value), logits.shape[1] == 1
     return Contributions(
         source.samples, game.phi, game.phi_error, interactions, additive, predicted, pairs, is_regression, whole_runs
     )
 
 
 def _replay_jobs(
-    source: TokenSource, modalities: Sequence[Modality], jobs: Sequence[_Job], replay: Replay, part: Part
+    source: TokenSource, names: Sequence[str], jobs: Sequence[_Job], replay: Replay, part: Part
 ) -> tuple[dict[int, ModelOutput], bool]:
     """The model's outputs for a part of each job's pairs, by the job's number, and whether each was a whole run.
 
@@ -174,10 +169,9 @@ def _replay_jobs(
         mine = part(len(job.rows))
         if len(mine):
             rows, columns = job.rows[mine], job.columns[mine]
-            sources = [rows if place in job.subset else columns for place in range(len(modalities))]
-            chosen, parts = zip(
-                *((chosen, replay(values)) for chosen, values in source.batches(modalities, sources, rows)), strict=True
-            )
+            sources = {name: rows if place in job.subset else columns for place, name in enumerate(names)}
+            replayed = [(chosen, replay(values)) for chosen, values in source.batches(sources, rows)]
+            chosen, parts = zip(*replayed, strict=True)
             results[number] = ModelOutput.joined(parts)[torch.cat(chosen).argsort()]
             if number == 0 and not are_same_outputs(source.model_output[mine], results[0], replay.precision):
                 raise ReplayError(NOT_REPRODUCED)

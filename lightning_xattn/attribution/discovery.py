@@ -9,53 +9,23 @@ from torch import Tensor, nn
 
 from lightning_xattn.attribution.evidence import Evidence
 from lightning_xattn.attribution.names import name_groups, plain_name
-from lightning_xattn.attribution.ports import MOST_MODALITIES, Modality, Port
-from lightning_xattn.attribution.root import Root
+from lightning_xattn.attribution.ports import MOST_MODALITIES, Modality, Place
+from lightning_xattn.attribution.root import ReplayError
 from lightning_xattn.capture.calls import Path
 from lightning_xattn.capture.dataflow import LabelledCall
 from lightning_xattn.capture.wrappers import plain_path
 
-LOOKS_ACROSS = (
-    "the model looks across samples: with other samples in the second half of a batch, the predictions of the first "
-    "half change (contrastive logits, BatchNorm in train mode, attention over the batch). Contributions of such a "
-    "model are not those of its samples"
-)
-"""Why nothing is replayed, as the end of a sentence."""
-
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Inputs that reach the prediction together, and the calls by which they do."""
+    """Inputs that reach the prediction together, and the outermost calls that only these reach; none of raw inputs."""
 
     inputs: tuple[Path, ...]
     calls: tuple[LabelledCall, ...]
-    """The outermost calls that only these inputs reach; empty of raw inputs."""
 
 
-@dataclass(eq=False)
-class Found:
-    """What a first step shows of a root.
-
-    Attributes
-    ----------
-    root
-        What runs again.
-    modalities
-        Empty where fewer than two were found.
-    further
-        The inputs that reach the prediction besides, which each sample keeps.
-    problem
-        Why nothing can be replayed, as the end of a sentence; "" where it can.
-    """
-
-    root: Root
-    modalities: tuple[Modality, ...] = ()
-    further: tuple[Path, ...] = ()
-    problem: str = ""
-
-
-def find_modalities(evidence: Evidence, attending: Collection[str]) -> Found:
-    """The modalities that a root shows by itself.
+def find_modalities(evidence: Evidence, attending: Collection[str]) -> list[Modality]:
+    """The modalities that a root shows by itself; empty where there are fewer than two.
 
     Parameters
     ----------
@@ -63,25 +33,27 @@ def find_modalities(evidence: Evidence, attending: Collection[str]) -> Found:
         Of the root.
     attending
         The paths of the modules that attend across modalities, which encode none.
+
+    Raises
+    ------
+    ReplayError
+        If there are too many.
     """
-    found = _find_ports(evidence, attending)
-    root = evidence.root
+    found = _find_groups(evidence, attending)
     if len(found) > MOST_MODALITIES:
-        described = ", ".join(_describe(evidence, group, ports) for group, ports in found)
-        return Found(
-            root,
-            problem=f"{len(found)} modalities were found, of which at most {MOST_MODALITIES} can be exchanged: "
-            f"{described}. Take several together, as in modalities={{'<a>': ['path', 'path'], '<b>': 'path'}}",
+        described = ", ".join(_describe(evidence, group, places) for group, places in found)
+        raise ReplayError(
+            f"{len(found)} modalities were found, of which at most {MOST_MODALITIES} can be exchanged: "
+            f"{described}. Take several together, as in modalities={{'<a>': ['path', 'path'], '<b>': 'path'}}"
         )
-    usable = [(group, ports) for group, ports in found if ports]
+    usable = [(group, places) for group, places in found if places]
     if len(usable) < 2:
-        return Found(root)
-    words = [_words(evidence, group, ports) for group, ports in usable]
-    modalities = (
-        Modality(name, ports, _describe(evidence, group, ports))
-        for name, (group, ports) in zip(name_groups(words), usable, strict=True)
-    )
-    return Found(root, tuple(modalities))
+        return []
+    words = [_words(evidence, group, places) for group, places in usable]
+    return [
+        Modality(name, places, _describe(evidence, group, places))
+        for name, (group, places) in zip(name_groups(words), usable, strict=True)
+    ]
 
 
 def describe_candidates(evidence: Evidence) -> str:
@@ -142,7 +114,7 @@ def _fuses(call: LabelledCall, candidates: Sequence[LabelledCall], every: int) -
     return any(not one & other for one in sets for other in sets)
 
 
-def _find_ports(evidence: Evidence, attending: Collection[str]) -> list[tuple[Group, tuple[Port, ...]]]:
+def _find_groups(evidence: Evidence, attending: Collection[str]) -> list[tuple[Group, tuple[Place, ...]]]:
     """The groups that are modalities, each with what holds it."""
     groups = _group_inputs(evidence, attending)
     if len(groups) < 2:  # one module may embed several
@@ -151,18 +123,12 @@ def _find_ports(evidence: Evidence, attending: Collection[str]) -> list[tuple[Gr
     groups = [group for group in groups if any(_varies(evidence, path) for path in group.inputs)]
     grouped = {path for group in groups for path in group.inputs}
     groups, raw = _join_masks(evidence, groups, [path for path in evidence.reaching if path not in grouped])
-    alone = [path for path in raw if evidence.root.axes.get(path) is not None and _is_large(evidence, path)]
-    if len(groups) > 1:  # masks, lengths and single numbers are further inputs
-        alone = [path for path in alone if _is_floating(evidence, path)]
+    # Beside groups, masks, lengths and single numbers are further inputs.
+    alone = [path for path in raw if _may_be_alone(evidence, path, len(groups) > 1)]
     if len(groups) < 2 or len(groups) + len(alone) <= MOST_MODALITIES:
         groups += [Group((path,), ()) for path in alone]
     are_usable = 2 <= len(groups) <= MOST_MODALITIES  # choosing takes runs
-    return [(group, _choose_ports(evidence, group) if are_usable else ()) for group in groups]
-
-
-def _is_floating(evidence: Evidence, path: Path) -> bool:
-    value = evidence.root.call[path]
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return [(group, _choose_places(evidence, group) if are_usable else ()) for group in groups]
 
 
 def _varies(evidence: Evidence, path: Path) -> bool:
@@ -173,9 +139,12 @@ def _varies(evidence: Evidence, path: Path) -> bool:
     return bool((value != value.narrow(axis, 0, 1)).any())
 
 
-def _is_large(evidence: Evidence, path: Path) -> bool:
+def _may_be_alone(evidence: Evidence, path: Path, has_to_float: bool) -> bool:
+    """Whether an input may be a modality that no module encodes."""
     value = evidence.root.call[path]
-    return not isinstance(value, Tensor) or value.numel() > evidence.root.samples
+    is_large = not isinstance(value, Tensor) or value.numel() > evidence.root.samples
+    floats = isinstance(value, Tensor) and value.is_floating_point()
+    return evidence.root.axes[path] is not None and is_large and (floats or not has_to_float)
 
 
 def _join_masks(evidence: Evidence, groups: list[Group], raw: list[Path]) -> tuple[list[Group], list[Path]]:
@@ -202,27 +171,27 @@ def _token_shapes(evidence: Evidence, group: Group) -> set[tuple[int, ...]]:
     return shapes | {(evidence.root.samples, *one.shape[1:2]) for one in made if one.dim() == 3}
 
 
-def _choose_ports(evidence: Evidence, group: Group) -> tuple[Port, ...]:
+def _choose_places(evidence: Evidence, group: Group) -> tuple[Place, ...]:
     """The heaviest outermost module whose patching equals exchanging its inputs, or more of them, or the inputs."""
-    inputs = evidence.input_ports(group.inputs)
+    inputs = evidence.input_places(group.inputs)
     if not group.calls:
         return inputs
     by_module: dict[str, list[LabelledCall]] = {}
     for call in group.calls:
         by_module.setdefault(call.path, []).append(call)
     heaviest = max(by_module.values(), key=lambda calls: _weight(calls[0].module))
-    chosen: tuple[Port, ...] = ()
+    chosen: tuple[Place, ...] = ()
     around: list[Path] = []
     for calls in (heaviest, list(group.calls)):
-        ports = tuple(port for call in calls if (port := evidence.output_port(call)) is not None)
-        if not ports:
+        places = tuple(place for call in calls for place in evidence.output_places(call))
+        if not places:
             continue
-        chosen, around = ports, evidence.reached_around(ports, group.inputs)
-        if not around and evidence.equals_exchange(ports, group.inputs):
-            return ports
+        chosen, around = places, evidence.reached_around(places, group.inputs)
+        if not around and evidence.equals_exchange(places, group.inputs):
+            return places
     # What goes around the modules is exchanged at the inputs, too.
     if chosen and around:
-        both = (*chosen, *evidence.input_ports(around))
+        both = (*chosen, *evidence.input_places(around))
         if evidence.equals_exchange(both, group.inputs):
             return both
     return (*chosen, *inputs)
@@ -232,14 +201,14 @@ def _label_words(evidence: Evidence, group: Group) -> list[str]:
     return [evidence.name_input(path) for path in group.inputs] + [call.path for call in group.calls]
 
 
-def _words(evidence: Evidence, group: Group, ports: Sequence[Port]) -> tuple[list[str], list[str]]:
-    modules = [plain_path(evidence.root.model, port.path) for port in ports if port.kind == "output"]
+def _words(evidence: Evidence, group: Group, places: Sequence[Place]) -> tuple[list[str], list[str]]:
+    modules = [plain_path(evidence.root.model, place.path) for place in places if place.kind == "output"]
     return list(dict.fromkeys(modules)), [evidence.name_input(path) for path in group.inputs]
 
 
-def _describe(evidence: Evidence, group: Group, ports: Sequence[Port]) -> str:
-    modules, inputs = _words(evidence, group, ports)
-    is_input = any(port.kind == "input" for port in ports) or not ports
+def _describe(evidence: Evidence, group: Group, places: Sequence[Place]) -> str:
+    modules, inputs = _words(evidence, group, places)
+    is_input = any(place.kind == "input" for place in places) or not places
     return " and ".join([*modules, *(inputs if is_input else [])])
 
 

@@ -5,15 +5,15 @@ At most 20 runs on 16 samples, once, in a model's first step; each leaves the mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
-from lightning_xattn.attribution.ports import Modality, Port
-from lightning_xattn.attribution.root import Key, Patch, ReplayError, Root
+from lightning_xattn.attribution.ports import Key, Modality, Place
+from lightning_xattn.attribution.root import ReplayError, Root
 from lightning_xattn.capture.calls import Call, Path, find_tensors, name_argument, take_samples
 from lightning_xattn.capture.dataflow import Dataflow, LabelledCall
 
@@ -93,9 +93,11 @@ class Evidence:
             failure = ReplayError("it gives other outputs when it is run again")
         raise failure
 
-    def _run(self, call: Call, patch: Patch | None = None, capture: Sequence[Key] = ()) -> tuple[ModelOutput, Any]:
+    def _run(
+        self, call: Call, patch: Mapping[Place, Tensor] | None = None, capture: Sequence[Key] | None = ()
+    ) -> tuple[ModelOutput, dict[Key, Any]]:
         with self.root.restoring():
-            predictions, outputs, _ = self.root.run(call, patch, capture)
+            predictions, outputs, _ = self.root.run(call, patch, capture=capture)
             return self.root.read_output(predictions).cpu(), outputs
 
     def _are_same(self, one: ModelOutput, other: ModelOutput) -> bool:
@@ -116,20 +118,12 @@ class Evidence:
         """An input as a user would name it."""
         return name_argument(self.root.function, path)
 
-    def find_call(self, port: Port) -> LabelledCall:
-        """The call of a port."""
-        return next(call for call in self.calls if call.key == port.key)
-
-    def output_port(self, call: LabelledCall) -> Port | None:
-        """What a call returns that reaches the predictions; None of what has no axis of samples."""
-        axes = {}
-        for where, tensor in call.tensors.items():
-            if call.own.get(where, 0) & self.predicted:
-                axis = self.find_axis(call, where, tensor)
-                if axis is None:
-                    return None
-                axes[where] = axis
-        return Port("output", call.path, call.turn, axes) if axes else None
+    def output_places(self, call: LabelledCall) -> tuple[Place, ...]:
+        """What a call returns that reaches the predictions, or if nothing does, all; empty without axes of samples."""
+        reaching = [where for where in call.tensors if call.own.get(where, 0) & self.predicted]
+        axes = {where: self.find_axis(call, where, call.tensors[where]) for where in reaching or call.tensors}
+        known = [Place("output", *call.key, where, axis) for where, axis in axes.items() if axis is not None]
+        return tuple(known) if len(known) == len(axes) or not reaching else ()
 
     def find_axis(self, call: LabelledCall, where: Path, tensor: Tensor) -> int | None:
         """The axis of the samples; where several have their number, the one that is shorter with a sample less."""
@@ -138,8 +132,7 @@ class Evidence:
         if len(fitting) > 1 and count > 1:
             if self._shorter is None:
                 try:
-                    with self.root.restoring():
-                        _, self._shorter, _ = self.root.run(self.root.part(self.rows[:-1]), capture=None)
+                    _, self._shorter = self._run(self.root.part(self.rows[:-1]), capture=None)
                 except ReplayError:
                     self._shorter = {}
             other = dict(find_tensors(self._shorter.get(call.key))).get(where)
@@ -147,15 +140,14 @@ class Evidence:
                 fitting = [axis for axis in fitting if other.shape[axis] == count - 1] or fitting
         return fitting[0] if fitting else None
 
-    def input_ports(self, paths: Sequence[Path]) -> tuple[Port, ...]:
+    def input_places(self, paths: Sequence[Path]) -> tuple[Place, ...]:
         """The inputs that are tensors with an axis of samples."""
-        axes = {path: axis for path in paths if (axis := self.root.axes.get(path)) is not None}
-        tensors = {path: axis for path, axis in axes.items() if isinstance(self.root.call[path], Tensor)}
-        return (Port("input", "", 0, tensors),) if tensors else ()
+        axes = {path: self.root.axes.get(path) for path in paths if isinstance(self.root.call[path], Tensor)}
+        return tuple(Place("input", "", 0, path, axis) for path, axis in axes.items() if axis is not None)
 
-    def reached_around(self, ports: Sequence[Port], inputs: Sequence[Path]) -> list[Path]:
-        """Those of the inputs that reach the predictions otherwise than by these ports."""
-        exchanged = {path for port in ports if port.kind == "input" for path in port.axes}
+    def reached_around(self, places: Sequence[Place], inputs: Collection[Path]) -> list[Path]:
+        """Those of the inputs that reach the predictions otherwise than by these places."""
+        exchanged = {place.where for place in places if place.kind == "input"}
         for skips in (True, False):  # some models fail where a module does not run
             flow, labels = Dataflow(), {}
             call = self.root.part(self.rows)
@@ -165,75 +157,55 @@ class Evidence:
                     flow.add(leaf, labels[path])
             try:
                 with self.root.restoring():
-                    predictions, _, _ = self.root.run(call, self._patch_of(ports, skips=skips), flow=flow)
+                    patch = self._patch_of(places, self.outputs)
+                    templates = self.outputs if skips else None
+                    predictions, _, _ = self.root.run(call, patch, templates, flow=flow)
                     reached = flow.of(predictions)
             except ReplayError:
                 continue
             return [path for path, label in labels.items() if label & reached]
         return [path for path in inputs if path not in exchanged]
 
-    def _patch_of(self, ports: Sequence[Port], outputs: Mapping[Key, Any] | None = None, skips: bool = True) -> Patch:
-        """The intact outputs of these ports, or others, in their places."""
-        held = self.outputs if outputs is None else outputs
-        tensors: dict[Key, dict[Path, Tensor]] = {}
-        given: dict[Key, dict[Path, Tensor]] = {}
-        for port in ports:
-            if port.kind == "output":
-                made = {where: one.clone() for where, one in find_tensors(held[port.key]) if where in port.axes}
-                tensors.setdefault(port.key, {}).update(made)
-            elif port.kind == "argument":
-                got = {path: self.arguments[port.key][path].clone() for path in port.axes}
-                given.setdefault(port.key, {}).update(got)
-        return Patch(tensors, self.outputs, given, skips)
-
-    def equals_exchange(self, ports: Sequence[Port], inputs: Sequence[Path]) -> bool:
-        """Whether exchanging inputs does no more than what it does to these ports; True where that cannot be tried."""
-        order = _in_one_circle(len(self.rows))
-        values = {path: self.root.axes.get(path) for path in inputs}
-        if len(self.rows) < 2 or None in values.values():
-            return True
-        others = {
-            path: take_samples(self.root.call[path], axis, order) for path, axis in values.items() if axis is not None
+    def _patch_of(self, places: Sequence[Place], outputs: Mapping[Key, Any]) -> dict[Place, Tensor]:
+        """What calls gave or got, at those of these places that are no inputs."""
+        given = {
+            place: dict(find_tensors(outputs[place.key]))[place.where] for place in places if place.kind == "output"
         }
+        got = {place: self.arguments[place.key][place.where] for place in places if place.kind == "argument"}
+        return {place: tensor.clone() for place, tensor in (given | got).items()}
+
+    def equals_exchange(self, places: Sequence[Place], inputs: Sequence[Path]) -> bool:
+        """Whether exchanging inputs does no more than it does at these places; True where that cannot be tried."""
+        order = _in_one_circle(len(self.rows))
+        axes = {path: axis for path in inputs if (axis := self.root.axes.get(path)) is not None}
+        if len(self.rows) < 2 or len(axes) < len(inputs):
+            return True
+        others = {path: take_samples(self.root.call[path], axis, order) for path, axis in axes.items()}
+        own = {place.where: others[place.where] for place in places if place.kind == "input"}
+        captured = [place.key for place in places if place.kind != "input"]
         try:
-            captured = [port.key for port in ports if port.kind != "input"]
             exchanged, outputs = self._run(self.root.part(self.rows, others), capture=captured)
-            own = {path: others[path] for port in ports if port.kind == "input" for path in port.axes}
-            patched, _ = self._run(self.root.part(self.rows, own), self._patch_of(ports, outputs, skips=False))
+            patched, _ = self._run(self.root.part(self.rows, own), self._patch_of(places, outputs))
         except ReplayError:
             return False
         return self._are_same(exchanged, patched)
 
-    def looks_across(self) -> bool | None:
-        """Whether the predictions of some samples change with the others; None where that cannot be tried."""
+    def looks_across(self) -> bool:
+        """Whether the predictions of some samples change with the others; False where that cannot be tried."""
         count = len(self.rows)
         if count < 3 or not self.reaching or any(self.root.axes.get(path) is None for path in self.reaching):
-            return None
+            return False
         half = (count + 1) // 2
-        others = self.rows[:half].flip(0)[: count - half]
+        rows = torch.cat([self.rows[:half], self.rows[:half].flip(0)[: count - half]])
         try:
-            output, _ = self._run(self.root.part(torch.cat([self.rows[:half], others])))
+            output, _ = self._run(self.root.part(rows))
         except ReplayError:
-            return None
+            return False
         return not self._are_same(self.intact[:half], output[:half])
 
-    def find_further_inputs(self, modalities: Sequence[Modality]) -> tuple[Path, ...]:
-        """The inputs that reach the predictions otherwise than by the modalities."""
-        ports = [port for modality in modalities for port in modality.ports]
-        exchanged = {path for port in ports if port.kind == "input" for path in port.axes}
-        inputs = [path for path in self.inputs if path not in exchanged]
-        return tuple(self.reached_around(ports, inputs))
-
-    def changed_in_place(self, port: Port) -> bool:
-        """Whether the model changes what a port holds in place."""
-        if port.kind == "argument":
-            return True
-        if port.kind == "input":
-            labels = [self.inputs.get(path, 0) for path in port.axes]
-        else:
-            call = self.find_call(port)
-            labels = [call.own.get(path, 0) for path in port.axes]
-        return any(label & self._flow.changed for label in labels)
+    def changed_in_place(self, place: Place) -> bool:
+        """Whether the model changes what a call gave in place; of arguments that is not known, and may be."""
+        return place.kind == "argument" or bool(self._labels_of(place) & self._flow.changed)
 
     @property
     def changes_inputs(self) -> bool:
@@ -242,49 +214,35 @@ class Evidence:
 
     def sides(self, modalities: Sequence[Modality]) -> dict[str, list[tuple[str, str]]]:
         """By a module's path, the modalities that the queries and the keys of each attention in it come from, or ""."""
-        labels = {}
-        for modality in modalities:
-            labels[modality.name] = self._labels_of(modality)
+
+        def find(side: int) -> str:
+            names = [one.name for one in modalities if any(self._labels_of(place) & side for place in one.places)]
+            return names[0] if len(names) == 1 else ""
+
         found: dict[str, list[tuple[str, str]]] = {}
         for call, queries, keys in self._flow.attention:
-            both = tuple(_only(name for name, own in labels.items() if own & side) for side in (queries, keys))
             for outer in call.outwards() if call is not None else ():
-                found.setdefault(outer.path, []).append((both[0], both[1]))
+                found.setdefault(outer.path, []).append((find(queries), find(keys)))
         return found
 
-    def _labels_of(self, modality: Modality) -> int:
-        found = 0
-        for port in modality.ports:
-            if port.kind == "input":
-                found |= sum(self.inputs.get(path, 0) for path in port.axes)
-            elif port.kind == "output":
-                call = self.find_call(port)
-                found |= sum(call.own.get(path, 0) for path in port.axes)
-            else:
-                call = self.find_call(port)
-                for path in port.axes:
-                    found |= self._flow.of(self.arguments[port.key][path])
-        return found
-
-    def bypassed(self, modalities: Sequence[Modality], further: Sequence[Path]) -> list[tuple[str, str]]:
+    def bypassed(self, modalities: Sequence[Modality], further: Sequence[Path]) -> dict[str, str]:
         """Inputs of a modality that also reach the predictions past it, each with the modality."""
-        found = []
-        for modality in modalities:
-            inputs = self._inputs_of(modality)
-            found += [(self.name_input(path), modality.name) for path in further if self.inputs[path] & inputs]
-        return found
+        made = {call.key: call.made for call in self.calls}
+        return {
+            self.name_input(path): one.name
+            for one in modalities
+            for place in one.places
+            for path in further
+            if self.inputs[path] & (made[place.key] if place.kind == "output" else self._labels_of(place))
+        }
 
-    def _inputs_of(self, modality: Modality) -> int:
-        """The labels of the inputs that reach a modality."""
-        found = 0
-        for port in modality.ports:
-            for call in self.calls:
-                if port.kind == "output" and call.key == port.key:
-                    found |= call.made
-            if port.kind == "argument":
-                for path in port.axes:
-                    found |= self._flow.of(self.arguments[port.key][path])
-        return found
+    def _labels_of(self, place: Place) -> int:
+        """The labels of the very tensor at a place."""
+        if place.kind == "input":
+            return self.inputs.get(place.where, 0)
+        if place.kind == "argument":
+            return self._flow.of(self.arguments[place.key][place.where])
+        return next(call for call in self.calls if call.key == place.key).own.get(place.where, 0)
 
 
 def _in_one_circle(samples: int) -> Tensor:
@@ -293,8 +251,3 @@ def _in_one_circle(samples: int) -> Tensor:
     order = torch.empty_like(shuffled)
     order[shuffled] = shuffled.roll(1)
     return order
-
-
-def _only(names: Iterable[str]) -> str:
-    found = list(names)
-    return found[0] if len(found) == 1 else ""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from operator import add
 
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.kept_samples import KeptSamples
+from lightning_xattn.attribution.kept_samples import KeptSamples, Part, TokenSource, share_work
 from lightning_xattn.attribution.recorder import ModalityRecorder
 from lightning_xattn.attribution.replay import AttentionPlace, Replay, Values
 from lightning_xattn.attribution.root import ReplayError
-from lightning_xattn.attribution.token_source import Part, TokenSource, share_work
 from lightning_xattn.capture.readers import Edit
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.functional import partner_shifts, ranking_gain, replacements
@@ -68,7 +68,7 @@ def replace_keys(kept: KeptSamples, fusion: ModalityRecorder) -> dict[Direction,
     source = TokenSource(blocks)
     names = [name for rows in blocks for name in rows if name.startswith("received/")]
     directions = [Direction.parse(name.removeprefix("received/")) for name in dict.fromkeys(names)]
-    shares: Sequence[Mapping[Direction, _Share | str]] = []
+    shares: Sequence[Mapping[Direction, _Share]] = []
     problem = ""
     if source.model_output.values.shape[1] == 1:
         problem = "the model predicts no classes"
@@ -79,45 +79,50 @@ def replace_keys(kept: KeptSamples, fusion: ModalityRecorder) -> dict[Direction,
             shares = share_work(fusion, partial(_replace_part, source, fusion, directions, _choose_partners(source)))
         except ReplayError as error:
             problem = str(error)
+    nothing = replace(_Share.empty(source), problem=problem)
     return {
-        direction: _join_shares(source, [problem] if problem else [share[direction] for share in shares])
+        direction: _describe_share(source, reduce(add, (share[direction] for share in shares), nothing))
         for direction in directions
     }
 
 
 @dataclass(frozen=True, eq=False)
 class _Share:
-    """The results of one process for a direction."""
+    """The results of one process for a direction, or with ``+`` of several.
 
-    samples: Tensor
-    values: Tensor
-    """``(samples, 2 * REPLACEMENTS)`` probability of the intact prediction's class."""
+    ``table`` ``(samples, 2 * REPLACEMENTS)`` has the probability of the intact prediction's class; NaN of the other
+    samples.
+    """
+
+    table: Tensor
     at_attention: bool = True
+    problem: str = ""
     without_reference: str = ""
 
+    @classmethod
+    def empty(cls, source: TokenSource) -> _Share:
+        """The results for no sample."""
+        return cls(source.model_output.values.new_full((len(source), 2 * REPLACEMENTS), torch.nan))
 
-def _join_shares(source: TokenSource, shares: Sequence[_Share | str]) -> Replaced:
-    """The results of all processes for a direction, or why one of them has none."""
-    problem = next((one for one in shares if isinstance(one, str)), "")
-    found = [one for one in shares if not isinstance(one, str)]
-    model_output = source.model_output.values
-    table = model_output.new_full((len(source), 2 * REPLACEMENTS), torch.nan)
-    for one in found if not problem else ():
-        table[one.samples] = one.values
+    def __add__(self, other: _Share) -> _Share:
+        return _Share(
+            torch.where(self.table.isnan(), other.table, self.table),
+            self.at_attention and other.at_attention,
+            self.problem or other.problem,
+            self.without_reference or other.without_reference,
+        )
+
+
+def _describe_share(source: TokenSource, share: _Share) -> Replaced:
+    table = _Share.empty(source).table if share.problem else share.table
     by_attention, by_slope = table.split(REPLACEMENTS, dim=1)
-    gain = ranking_gain(by_attention)
+    gain, problem = ranking_gain(by_attention), share.problem
     ranked = int(gain.isfinite().sum())
     if not problem and ranked < LEAST_SAMPLES:
         problem = f"it needs {LEAST_SAMPLES} samples, and {ranked} have several keys and a partner of another group"
-    return Replaced(
-        source.samples,
-        gain,
-        ranking_gain(by_slope),
-        model_output.amax(1) - by_attention[:, -1],
-        all(one.at_attention for one in found),
-        problem,
-        next((one.without_reference for one in found if one.without_reference), ""),
-    )
+    cost = source.model_output.values.amax(1) - by_attention[:, -1]
+    reference = ranking_gain(by_slope)
+    return Replaced(source.samples, gain, reference, cost, share.at_attention, problem, share.without_reference)
 
 
 def _choose_partners(source: TokenSource) -> Tensor:
@@ -138,11 +143,11 @@ def _replace_part(
     partners: Tensor,
     replay: Replay,
     part: Part,
-) -> dict[Direction, _Share | str]:
-    """The results of one process for each direction, or why there are none."""
-    found: dict[Direction, _Share | str] = {}
+) -> dict[Direction, _Share]:
+    """The results of one process for each direction."""
+    found = {}
     for direction in directions:
-        shares = [_Share(torch.empty(0, dtype=torch.long), torch.empty(0, 2 * REPLACEMENTS))]
+        share = _Share.empty(source)
         try:
             if not any(modality.name == direction.key for modality in fusion.modalities):
                 raise ReplayError(f"no modality is called {direction.key}")
@@ -151,16 +156,10 @@ def _replace_part(
                 samples = of_kind[part(len(of_kind))]
                 # Not all steps may have had this attention.
                 if len(samples) and source.has(f"received/{direction}", samples):
-                    shares.append(_replace_keys(source, fusion, direction, (samples, partners[samples]), replay))
+                    share += _replace_keys(source, fusion, direction, (samples, partners[samples]), replay)
         except ReplayError as error:
-            found[direction] = str(error)
-            continue
-        found[direction] = _Share(
-            torch.cat([one.samples for one in shares]),
-            torch.cat([one.values for one in shares]),
-            all(one.at_attention for one in shares),
-            next((one.without_reference for one in shares if one.without_reference), ""),
-        )
+            share = replace(share, problem=str(error))
+        found[direction] = share
     return found
 
 
@@ -172,8 +171,7 @@ def _replace_keys(
     received, theirs = (source.column(f"received/{direction}", one).cpu() for one in pairs)
     received = received.masked_fill(theirs.isnan() | (samples == partners)[:, None], torch.nan)
     place = fusion.find_attention(direction, source.token_count(direction.opposite, samples), received.shape[1])
-    of_all = len(fusion.modalities)
-    tokens, others = (source.values(fusion.modalities, [one] * of_all, one) for one in pairs)
+    tokens, others = (source.values({}, one) for one in pairs)
     keys = None if place is None else _find_keys(replay, place, others, len(samples))
     classes = source.model_output.values[samples].argmax(1)
     # Of all samples, so that it is the same whatever the processes.
@@ -186,7 +184,7 @@ def _replace_keys(
         *several, every = replacements(scores, shuffled).unbind(1)
         for chosen in several if last is not None else [*several, every]:
             if keys is None:
-                output = replay(_replace_at_modality(fusion, direction, tokens, others, chosen))
+                output = replay(_replace_at_modality(direction, tokens, others, chosen))
             else:
                 output = replay(tokens, place, partial(_replace_at_attention, keys, chosen))
             columns.append(output.values.gather(1, classes[:, None])[:, 0])
@@ -202,7 +200,8 @@ def _replace_keys(
         reference = run(slopes, values[:, -1])
     except ReplayError as error:
         reference, problem = torch.full_like(values, torch.nan), str(error)
-    return _Share(samples, torch.cat([values, reference], dim=1), keys is not None, problem)
+    table = _Share.empty(source).table.index_copy(0, samples, torch.cat([values, reference], dim=1))
+    return _Share(table, keys is not None, without_reference=problem)
 
 
 def _find_keys(replay: Replay, place: AttentionPlace, tokens: Values, samples: int) -> tuple[Tensor, ...] | None:
@@ -235,11 +234,7 @@ def _replace_at_attention(keys: Sequence[Tensor], chosen: Tensor, rows: Tensor) 
 
 
 def _replace_at_modality(
-    fusion: ModalityRecorder,
-    direction: Direction,
-    tokens: Values,
-    others: Values,
-    chosen: Tensor,
+    direction: Direction, tokens: Values, others: Values, chosen: Tensor
 ) -> dict[tuple[str, int], Tensor]:
     """Put others' tokens in the chosen places ``(samples, keys)`` of what holds their modality.
 
@@ -248,12 +243,12 @@ def _replace_at_modality(
     ReplayError
         If it has not as many tokens there as the attention has keys.
     """
-    name = str(direction.key)
-    changed = dict(tokens)
-    for (modality, number), own in tokens.items():
-        if modality == name and own.dim() == 3 and own.shape[1] == chosen.shape[1]:
-            places = chosen[..., None].to(own.device)
-            changed[modality, number] = torch.where(places, others[modality, number], own)
-    if all(changed[key] is tokens[key] for key in tokens):
-        raise ReplayError(f"its {chosen.shape[1]} keys are not the tokens of what holds {name}")
-    return changed
+    places = chosen[..., None].to(next(iter(tokens.values())).device)
+    changed = {
+        column: torch.where(places, others[column], own)
+        for column, own in tokens.items()
+        if column[0] == direction.key and own.dim() == 3 and own.shape[1] == chosen.shape[1]
+    }
+    if not changed:
+        raise ReplayError(f"its {chosen.shape[1]} keys are not the tokens of what holds {direction.key}")
+    return {**tokens, **changed}

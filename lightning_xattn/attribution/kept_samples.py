@@ -1,19 +1,32 @@
-"""The samples of an evaluation that are kept until its end, chosen by the smallest stable hashes."""
+"""The samples of an evaluation that are kept until its end, chosen by stable hashes; and the work on them, shared."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_xattn.attribution.outputs import ModelOutput
-from lightning_xattn.attribution.recorder import FusionRecord
+from lightning_xattn.attribution.ports import Column
+from lightning_xattn.attribution.recorder import FusionRecord, ModalityRecorder
+from lightning_xattn.attribution.replay import Replay
+from lightning_xattn.attribution.root import ReplayError
+from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.distributed import NUMBER
 from lightning_xattn.functional import pooled_tokens, project
 from lightning_xattn.functional.outcomes import UNKNOWN
 from lightning_xattn.functional.probe import FOLDS
+
+Result = TypeVar("Result")
+
+DISAGREE = "the processes found different modalities in their first batches: name them, modalities={...}"
+"""Why nothing is replayed, as the end of a sentence."""
+
+Part = Callable[[int], Tensor]
+"""Gets a number of items, and gives the indices of those that this process works on."""
 
 NOT_KEPT = 2**63 - 1
 """The hash of rows that must not be kept."""
@@ -145,7 +158,7 @@ class KeptSamples:
         Rows for the linear probes: "hash", "fold", "group", "features/<modality>", and further columns of each sample.
     permuted
         Rows to be permuted and replayed: "hash", "group", ``IDENTITY``, "values", "logits",
-        "tokens/<modality>/<number>", "further/<number>" and "received/<direction>".
+        "value/<modality>/<number>" (of further inputs without a modality) and "received/<direction>".
 
     Attributes
     ----------
@@ -207,18 +220,14 @@ class KeptSamples:
         rows = {"hash": hashes, "fold": hashed(groups, _FOLDED) % FOLDS, "group": groups, **facts}
         self.nonfinite = self.nonfinite.to(keys.device) + (~finite).sum()
         self.probed.add(rows | {f"features/{name}": one for name, one in features.items()})
-        if inputs.model_output is not None and self.permuted.size:
-            kept = {name: rows[name] for name in ("hash", "group", *IDENTITY)}
+        output = inputs.model_output
+        if output is not None and self.permuted.size:
+            finite = (output.values.isfinite() & output.logits.isfinite()).all(1)
+            kept = {name: rows[name] for name in ("group", *IDENTITY)}
+            kept |= {"hash": torch.where(finite, hashes, NOT_KEPT), "values": output.values, "logits": output.logits}
+            kept |= {f"value/{name}/{number}": one for (name, number), one in inputs.values.items()}
             kept |= {f"received/{direction}": one for direction, one in received.items()}
-            self._add_permuted(inputs, inputs.model_output, kept)
-
-    def _add_permuted(self, inputs: FusionRecord, output: ModelOutput, rows: Columns) -> None:
-        finite = (output.values.isfinite() & output.logits.isfinite()).all(1)
-        rows["hash"] = torch.where(finite, rows["hash"], NOT_KEPT)
-        rows |= {"values": output.values, "logits": output.logits}
-        rows |= {f"tokens/{name}/{i}": one for name, kept in inputs.permuted.items() for i, one in enumerate(kept)}
-        rows |= {f"further/{i}": one for i, one in enumerate(inputs.further)}
-        self.permuted.add(rows)
+            self.permuted.add(kept)
 
     def cpu(self) -> KeptSamples:
         """The same on the CPU, to be sent to other processes."""
@@ -233,3 +242,140 @@ class KeptSamples:
             return rows | unknown | {"confidence": torch.full_like(rows["confidence"], torch.nan)}
 
         return replace(self, probed=self.probed.map(drop_labels))
+
+
+class TokenSource:
+    """The kept samples of an evaluation, whatever the numbers of their tokens.
+
+    Parameters
+    ----------
+    token_shapes
+        Samples with the same numbers of tokens together, see ``KeptSamples.permuted``.
+
+    Attributes
+    ----------
+    samples
+        ``(samples, 2)`` their ``IDENTITY``. Not their hashes: the same id may occur twice.
+    groups
+        ``(samples,)`` int64 key of the group.
+    kinds
+        ``(samples,)`` which of the token_shapes.
+    model_output
+        The model's outputs for them.
+    """
+
+    def __init__(self, token_shapes: Sequence[Columns]) -> None:
+        self._token_shapes = token_shapes
+        whole = {
+            name: torch.cat([rows[name].cpu() for rows in token_shapes])
+            for name in ("hash", "group", *IDENTITY, "values", "logits")
+        }
+        order = whole["hash"].argsort(stable=True)
+        self.samples = torch.stack([whole[name] for name in IDENTITY], dim=1)[order]
+        self.groups = whole["group"][order]
+        self.model_output = ModelOutput(whole["values"][order], whole["logits"][order])
+        counts = torch.tensor([len(rows["hash"]) for rows in token_shapes])
+        self.kinds = torch.arange(len(token_shapes)).repeat_interleave(counts)[order]
+        self._row = torch.cat([torch.arange(int(count)) for count in counts])[order]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def column(self, name: str, samples: Tensor) -> Tensor:
+        """One of the columns that are kept of samples of one token_shape."""
+        values = self._token_shapes[int(self.kinds[samples[0]])][name]
+        return values[self._row[samples].to(values.device)]
+
+    def has(self, name: str, samples: Tensor) -> bool:
+        """Whether a column is kept of samples of one token_shape."""
+        return name in self._token_shapes[int(self.kinds[samples[0]])]
+
+    def token_count(self, direction: Direction, samples: Tensor) -> int | None:
+        """How many keys a direction has in samples of one token_shape; None where it was not recorded."""
+        name = f"received/{direction}"
+        return self.column(name, samples).shape[1] if self.has(name, samples) else None
+
+    def values(self, samples: Mapping[str, Tensor], own: Tensor) -> dict[Column, Tensor]:
+        """What a replay takes, see ``Values``.
+
+        Parameters
+        ----------
+        samples
+            By modality which samples it is taken from, ``(pairs,)``, all of one token_shape.
+        own
+            The samples from which everything else is taken.
+        """
+        found = {}
+        for name in self._token_shapes[int(self.kinds[own[0]])]:
+            if name.startswith("value/"):
+                _, modality, number = name.split("/")
+                found[modality, int(number)] = self.column(name, samples.get(modality, own))
+        return found
+
+    def batches(self, samples: Mapping[str, Tensor], own: Tensor) -> Iterator[tuple[Tensor, dict[Column, Tensor]]]:
+        """Pairs with the same numbers of tokens of each modality, which fit into one batch: which ones, and `values`.
+
+        Parameters
+        ----------
+        samples, own
+            As `values` takes them, but of any token_shapes.
+        """
+        kinds = torch.stack([self.kinds[one] for one in (*samples.values(), own)], dim=1)
+        _, kind = kinds.unique(dim=0, return_inverse=True)
+        for one in range(int(kind.max()) + 1):
+            chosen = (kind == one).nonzero()[:, 0]
+            yield chosen, self.values({name: several[chosen] for name, several in samples.items()}, own[chosen])
+
+
+def share_work(fusion: ModalityRecorder, work: Callable[[Replay, Part], Result]) -> list[Result]:
+    """The results of all processes, each of which does its part of work that takes replays: two collectives.
+
+    A process that cannot replay, as its first samples are not finite, has no part in it.
+
+    Parameters
+    ----------
+    fusion
+        Has what is needed to replay what lies behind the fusion.
+    work
+        Does a process's part.
+
+    Returns
+    -------
+    list
+        The result of each process, in the order of their parts.
+
+    Raises
+    ------
+    ReplayError
+        If none can replay, or the work of one fails.
+    """
+    processes = fusion.processes
+    replay, result, problem = None, None, ""
+    try:
+        replay = fusion.make_replay()
+    except ReplayError as error:
+        problem = str(error)
+    gathered = processes.gather((problem, fusion.identify_modalities()))
+    problems = [found for found, _ in gathered]
+    if len({described for _, described in gathered if described}) > 1:
+        raise ReplayError(DISAGREE)
+    able = [one for one, found in enumerate(problems) if not found]
+    if not able:
+        raise ReplayError(problems[0])
+
+    def part(count: int) -> Tensor:
+        return torch.arange(count).tensor_split(len(able))[able.index(processes.rank)]
+
+    if replay is not None:
+        try:
+            with replay.keeping_state():
+                result = work(replay, part)
+        except ReplayError as error:
+            problem = str(error)
+        except Exception as error:  # which the other processes must hear of
+            problem = f"it fails: {error!r}"
+    results = processes.gather(("" if replay is None else problem, result))
+    for found, _ in results:
+        if found:
+            raise ReplayError(found)
+    return [one for _, one in results if one is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -10,17 +11,17 @@ from torch import Tensor, nn
 from lightning_xattn.attribution.discovery import describe_candidates
 from lightning_xattn.attribution.evidence import Evidence
 from lightning_xattn.attribution.ports import (
-    AbsentArgumentError,
+    Key,
+    LeftOutError,
     ModalitiesSetting,
     Modality,
-    Port,
+    Place,
     as_tuple,
     find_mask,
     is_absent,
 )
-from lightning_xattn.attribution.root import Key, ReplayError
+from lightning_xattn.attribution.root import ReplayError
 from lightning_xattn.capture.calls import Call, Path, name_argument, samples_axis
-from lightning_xattn.capture.dataflow import LabelledCall
 from lightning_xattn.capture.sources import Source
 from lightning_xattn.capture.wrappers import find_module
 from lightning_xattn.core.errors import DiscoveryError, SettingError
@@ -44,7 +45,7 @@ def find_named_modalities(
     ------
     DiscoveryError
         If a name is not there; the message has what is.
-    AbsentArgumentError
+    LeftOutError
         If an argument of the fusion is None in this call.
     ReplayError
         If the fusion did not run.
@@ -53,62 +54,37 @@ def find_named_modalities(
         return _name_arguments(evidence, fusion, setting, real)
     modalities = []
     for name, several in setting.items():
-        ports = [port for one in as_tuple(several) for port in _resolve(evidence, str(one))]
-        ports.sort(key=lambda port: port.kind == "input")
-        modalities.append(Modality(name, tuple(ports), " and ".join(map(str, as_tuple(several)))))
+        places = [place for one in as_tuple(several) for place in _resolve(evidence, str(one))]
+        places.sort(key=lambda place: place.kind == "input")
+        modalities.append(Modality(name, tuple(places), " and ".join(map(str, as_tuple(several)))))
     return modalities
 
 
-def _resolve(evidence: Evidence, name: str) -> list[Port]:
+def _resolve(evidence: Evidence, name: str) -> list[Place]:
     """What a path of a module, an item of its output or a key names."""
     inputs = [path for path in evidence.inputs if name in (evidence.name_input(path), str(path[-1]))]
-    source, path = None, None
-    try:
+    model, source, path = evidence.root.model, Source(), None
+    with suppress(SettingError):  # a key of the batch may have any name
         source = Source.parse(name)
-        path = find_module(evidence.root.model, source.path)
-    except SettingError:
-        pass
-    if path is None and source is not None and source.item and not inputs:
-        path = find_module(evidence.root.model, ".".join([source.path, *map(str, source.item)]))
-        source = replace(source, item=()) if path is not None else source
+        path = find_module(model, source.path)
+    if path is None and source.item and not inputs:  # an item of a list of modules
+        path = find_module(model, ".".join([source.path, *map(str, source.item)]))
+        source = replace(source, item=())
     calls = [call for call in evidence.calls if path is not None and call.path == path]
-    if source is not None and source.call is not None:
+    if source.call is not None:
         calls = calls[source.call - 1 : source.call]
-    ports = []
-    for call in calls:
-        port = evidence.output_port(call) or _any_output(evidence, call)
-        if source is not None and source.item and port is not None:
-            axes = {
-                w: a
-                for w, a in port.axes.items()
-                if tuple(map(str, w[: len(source.item)])) == tuple(map(str, source.item))
-            }
-            port = replace(port, axes=axes) if axes else None
-        if port is not None:
-            ports.append(port)
-    if not ports and inputs:
-        ports = list(evidence.input_ports(inputs))
-    if not ports and calls:
+    item = tuple(map(str, source.item))
+    given = [place for call in calls for place in evidence.output_places(call)]
+    places = [place for place in given if tuple(map(str, place.where[: len(item)])) == item]
+    places = places or list(evidence.input_places(inputs))
+    if places:
+        return places
+    if calls:
         shapes = ", ".join(str(tuple(one.shape)) for one in calls[0].tensors.values()) or "no tensor"
-        raise DiscoveryError(
-            f"modalities names '{name}', which returns nothing with the {len(evidence.rows)} samples on an axis of its "
-            f"own: {shapes}. There are {describe_candidates(evidence)}."
-        )
-    if not ports:
-        what = "did not run in this step" if path is not None and not calls else "is no module and no input"
-        raise DiscoveryError(
-            f"modalities names '{name}', which {what} of what gives the predictions "
-            f"({'the step' if evidence.root.path is None else repr(evidence.root.path or 'forward')}). There are "
-            f"{describe_candidates(evidence)}."
-        )
-    return ports
-
-
-def _any_output(evidence: Evidence, call: LabelledCall) -> Port | None:
-    """What a call returns, though it does not reach the predictions."""
-    axes = {where: evidence.find_axis(call, where, tensor) for where, tensor in call.tensors.items()}
-    known = {where: axis for where, axis in axes.items() if axis is not None}
-    return Port("output", call.path, call.turn, known) if known else None
+        what = f"returns nothing with the {len(evidence.rows)} samples on an axis of its own: {shapes}"
+    else:
+        what = f"{'is no module and no input' if path is None else 'did not run in this step'} of {evidence.root}"
+    raise DiscoveryError(f"modalities names '{name}', which {what}. There are {describe_candidates(evidence)}.")
 
 
 def _name_arguments(
@@ -142,7 +118,7 @@ def name_arguments(
 
     Raises
     ------
-    AbsentArgumentError
+    LeftOutError
         If an argument is None.
     DiscoveryError
         If an argument is not there, is no float tensor, or holds no axis of samples.
@@ -157,7 +133,7 @@ def name_arguments(
             if (where[0] == name and len(where) == 1 if isinstance(name, int) else name in (label, where[-1]))
         ]
         if not found and is_absent(call, name):
-            raise AbsentArgumentError(f"no {name!r}")
+            raise LeftOutError(f"the fusion '{fusion}' got no {name!r}")
         if len(found) != 1:
             known = ", ".join(f"{where[0]!r} ({label}): {_shape(tensors[where])}" for where, label in labels.items())
             raise DiscoveryError(
@@ -188,9 +164,8 @@ def name_arguments(
             axes[other] = own
         tokens = tensors[first].transpose(0, axis)
         mask = find_mask({one: labels[one] for one in others}, tensors, tokens.shape[:2], real.get(name))
-        modalities.append(
-            Modality(name, (Port("argument", key[0], key[1], axes),), f"{labels[first]} of {fusion}", mask)
-        )
+        places = tuple(Place("argument", *key, where, own) for where, own in axes.items())
+        modalities.append(Modality(name, places, f"{labels[first]} of {fusion}", mask))
     return modalities
 
 

@@ -1,16 +1,14 @@
-"""The model's output for each sample, found in what a module returns."""
+"""The model's output for each sample, read from the tensor with the predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_xattn.capture.calls import Path, find_tensors
 from lightning_xattn.capture.labels import Labels
 from lightning_xattn.capture.labels.scores import (
     CLOSE,
@@ -36,12 +34,18 @@ differ in a replay, and by how much of the largest logit they always may, as oth
 
 @dataclass(frozen=True, eq=False)
 class ModelOutput:
-    """A model's output for some samples."""
+    """A model's output for some samples.
+
+    Attributes
+    ----------
+    values
+        ``(samples, classes)`` probabilities, or ``(samples, 1)`` the output where it is no classes; float32.
+    logits
+        ``(samples, classes)`` centred logits, on which an additive model has no interaction; else as ``values``.
+    """
 
     values: Tensor
-    """``(samples, classes)`` probabilities, or ``(samples, 1)`` the output where it is no classes; float32."""
     logits: Tensor
-    """``(samples, classes)`` centred logits, on which an additive model has no interaction; else as ``values``."""
 
     def __getitem__(self, samples: slice | Tensor) -> ModelOutput:
         return ModelOutput(self.values[samples], self.logits[samples])
@@ -56,44 +60,32 @@ class ModelOutput:
         return cls(torch.cat([part.values for part in parts]), torch.cat([part.logits for part in parts]))
 
 
-ReadOutput = Callable[[Any], ModelOutput | None]
-"""Finds the model's output in what a module returned; None where it is not there."""
+ReadOutput = Callable[[Tensor], ModelOutput | None]
+"""Reads the model's output from the tensor with the predictions; None where it is none."""
 
 
-def find_model_output(output: Any, samples: int, labels: Labels) -> ReadOutput | None:
-    """How to read the model's output from what a module returns; None where it has none. Looks at the values.
+def find_model_output(tensor: Tensor, samples: int, labels: Labels) -> ReadOutput | None:
+    """How to read the model's output from a tensor; None where it is none. Looks at the values.
 
     Gradients pass through it.
 
     Parameters
     ----------
-    output
-        What the module returned for a first batch.
+    tensor
+        What was found in a first batch.
     samples
         How many samples the batch has.
     labels
         The class scores or predictions that it must agree with. Without any, a single number a sample is the value of
         a regression, and rows are values of something else.
     """
-    for path, tensor in find_tensors(output):
-        for scores in scores_by_class(tensor, samples):
-            if _agree(scores, labels, tensor, samples):
-                return partial(_read_scores, path, scores.are_probabilities, scores.values.shape[1])
-    if labels.predicted is None and labels.scores is None:
-        for path, tensor in find_tensors(output):
-            if are_single_scores(tensor, samples):
-                return partial(_read_value, path)
-        rows = [path for path, tensor in find_tensors(output) if are_rows(tensor, samples)]
-        if rows:
-            return partial(_read_rows, rows[0])
+    for scores in scores_by_class(tensor, samples):
+        if _agree(scores, labels, tensor, samples):
+            return partial(_read_scores, scores.are_probabilities, scores.values.shape[1])
+    are_values = are_single_scores(tensor, samples) or are_rows(tensor, samples)
+    if are_values and labels.predicted is None and labels.scores is None:
+        return partial(_read_values, tensor.shape[1:].numel())
     return None
-
-
-def _read_rows(path: Path, output: Any) -> ModelOutput | None:
-    tensor = _at(path, output)
-    if tensor is None or tensor.dim() != 2:
-        return None
-    return ModelOutput(tensor.float(), tensor.float())
 
 
 def _agree(scores: Scores, labels: Labels, tensor: Tensor, samples: int) -> bool:
@@ -108,40 +100,27 @@ def _agree(scores: Scores, labels: Labels, tensor: Tensor, samples: int) -> bool
     return fits and clear and labels.predicted is not None and scores.agree_with(labels.predicted, labels.confidence)
 
 
-def _read_scores(path: Path, are_probabilities: bool, n_classes: int, output: Any) -> ModelOutput | None:
-    tensor = _at(path, output)
-    for scores in scores_by_class(tensor, 0 if tensor is None else len(tensor)):
+def _read_scores(are_probabilities: bool, n_classes: int, tensor: Tensor) -> ModelOutput | None:
+    for scores in scores_by_class(tensor, len(tensor) if tensor.dim() else 0):
         if scores.are_probabilities == are_probabilities and scores.values.shape[1] == n_classes:
             values = scores.values.clamp_min(_least(tensor)) if are_probabilities else scores.values
             return ModelOutput(scores.probabilities, centred(Scores(values, are_probabilities).logits))
     return None
 
 
-def _least(probabilities: Tensor | None) -> float:
+def _read_values(width: int, tensor: Tensor) -> ModelOutput | None:
+    if tensor.dim() not in (1, 2) or tensor.numel() != len(tensor) * width:
+        return None
+    values = tensor.float().reshape(-1, width)
+    return ModelOutput(values, values)
+
+
+def _least(probabilities: Tensor) -> float:
     """The least probability whose bits are enough for a logarithm; smaller ones count as this."""
-    if probabilities is None:
-        return LEAST_PROBABILITY
     limits = torch.finfo(probabilities.dtype)
     # Of a single probability the other class's is what is missing to 1.
     is_single = probabilities.dim() < 2 or probabilities.shape[1] < 2
     return max(LEAST_PROBABILITY, 8 * limits.eps if is_single else 8 * limits.smallest_normal)
-
-
-def _read_value(path: Path, output: Any) -> ModelOutput | None:
-    tensor = _at(path, output)
-    if tensor is None or not are_single_scores(tensor, len(tensor)):
-        return None
-    value = tensor.float().reshape(-1, 1)
-    return ModelOutput(value, value)
-
-
-def _at(path: Path, output: Any) -> Tensor | None:
-    try:
-        for key in path:
-            output = output[key]
-    except (KeyError, IndexError, TypeError):
-        return None
-    return output if isinstance(output, Tensor) and output.dim() else None
 
 
 def centred(logits: Tensor) -> Tensor:

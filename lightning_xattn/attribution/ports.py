@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,12 @@ ModalitiesSetting = Mapping[str, Named | Sequence[Named]]
 items of what they return (``"encoder[0]"``), their second call (``"encoder#2"``), keys of the batch. With a fusion that
 is named: positions or names of its arguments, of which the first holds the tokens and others, such as their mask, go
 with them."""
+
+Key = tuple[str, int]
+"""A module's path and the number of its call within what runs again, from 0 on."""
+
+Column = tuple[str, int]
+"""A modality and the number of its tensor, see ``Modality.places``; of further inputs the modality is ""."""
 
 RESERVED_MODALITIES = ("share", "size", "followed", "interaction", "emap_accuracy")
 """What stands beside the modalities in curves and columns, which no modality may be called."""
@@ -41,35 +47,21 @@ def check_modalities(fusion: str | None, modalities: ModalitiesSetting | None) -
     SettingError
         Saying what was expected.
     """
-    if fusion is not None and not isinstance(fusion, str):
-        raise SettingError(f"fusion must be a module's path such as 'model.fusion', or None; got {fusion!r}.")
-    if modalities is None:
-        if fusion is not None:
-            raise SettingError(
-                f"fusion={fusion!r} needs the arguments that hold each modality: modalities={{'<a>': 0, '<b>': 1}} "
-                "(positions or names). Without fusion, modalities are found, or named by their encoders: "
-                "modalities={'<a>': 'path.to.encoder', '<b>': 'path.to.encoder'}."
-            )
+    if fusion is None and modalities is None:
         return
     entries = {name: as_tuple(value) for name, value in modalities.items()} if isinstance(modalities, Mapping) else {}
     places = [place for several in entries.values() for place in several]
     kinds = (str,) if fusion is None else (int, str)
-    usable = all(is_modality_name(name) and several for name, several in entries.items()) and all(
-        isinstance(place, kinds) and not isinstance(place, bool) and place != "" for place in places
-    )
-    if not 2 <= len(entries) <= MOST_MODALITIES or not usable or len(set(places)) < len(places):
-        forms = (
-            "paths of modules or keys of the batch, each once, e.g. {'audio': 'audio_encoder', 'text': ['tokens', "
-            "'text_encoder']}"
-            if fusion is None
-            else "positions or names of the fusion's arguments, each once, e.g. {'eeg': 0, 'spec': 1} or {'eeg': "
-            "('eeg', 'eeg_mask'), 'spec': 'spec'}"
-        )
-        positions = any(isinstance(place, int) and not isinstance(place, bool) for place in places)
-        hint = " Positions are those of a fusion's arguments: name it, fusion='path.to.module'." if positions else ""
+    are_names = all(isinstance(place, kinds) and not isinstance(place, bool) and place != "" for place in places)
+    is_usable = fusion is None or isinstance(fusion, str)
+    is_usable &= 2 <= len(entries) <= MOST_MODALITIES and are_names and len(set(places)) == len(places)
+    if not is_usable or not all(is_modality_name(name) and several for name, several in entries.items()):
         raise SettingError(
-            f"modalities must map 2 to {MOST_MODALITIES} modalities to {forms}. A modality's name has no '/' and no "
-            f"space, and is none of {', '.join(RESERVED_MODALITIES)}. Got {modalities!r}.{hint if not fusion else ''}"
+            f"modalities must map 2 to {MOST_MODALITIES} modalities to paths of modules or keys of the batch, each "
+            "once, e.g. modalities={'audio': 'audio_encoder', 'text': ['tokens', 'text_encoder']}; or to positions or "
+            "names of the arguments of a fusion, each once, e.g. fusion='path.to.module', modalities={'<a>': 0, '<b>': "
+            "1} or {'<a>': ('x', 'x_mask'), '<b>': 'y'}. A modality's name has no '/' and no space, and is none of "
+            f"{', '.join(RESERVED_MODALITIES)}. Got fusion={fusion!r}, modalities={modalities!r}."
         )
 
 
@@ -85,15 +77,19 @@ def as_tuple(named: Named | Sequence[Named]) -> tuple[Named, ...]:
 
 @dataclass(frozen=True)
 class TokenMask:
-    """An argument that marks which tokens are real and which are padding."""
+    """An argument that marks which tokens are real and which are padding.
 
-    path: Path
+    Attributes
+    ----------
+    where, label
+        Where it is in the call, and its name.
+    hidden
+        Whether True stands for padding, as in torch's ``key_padding_mask``; else for a real token.
+    """
+
+    where: Path
     label: str
     hidden: bool
-    """Whether True stands for padding, as in torch's ``key_padding_mask``; else for a real token."""
-
-    def __str__(self) -> str:
-        return f"'{self.label}', True for {'padding' if self.hidden else 'a real token'}"
 
     def real(self, values: Tensor) -> Tensor:
         """``values`` as bool, True for real tokens."""
@@ -104,21 +100,27 @@ class TokenMask:
         return torch.where((values < 0).any(), values >= 0, real)
 
 
-@dataclass(frozen=True, eq=False)
-class Port:
-    """Some tensors that a run hands on, in which other samples can be put."""
+class Place(NamedTuple):
+    """A tensor that a run hands on, in whose place that of other samples can be put.
+
+    Attributes
+    ----------
+    kind
+        "output" of a module's call, "argument" of it, or "input" of what runs.
+    path, turn
+        The module's path, and the number of its call within what runs, from 0 on; "" and 0 of an input.
+    where, axis
+        Where the tensor is, and its axis of the samples.
+    """
 
     kind: str
-    """"output" of a module's call, "argument" of it, or "input" of the root."""
     path: str
-    """The module's; "" of the root's inputs."""
     turn: int
-    """The number of the module's call within the root, from 0 on."""
-    axes: Mapping[Path, int]
-    """Where the tensors are, each with the axis of the samples."""
+    where: Path
+    axis: int
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
         """The module's path and the number of its call."""
         return self.path, self.turn
 
@@ -129,8 +131,8 @@ class Modality:
 
     Attributes
     ----------
-    ports
-        All that holds it and reaches the prediction; the first one's first tensor is what linear probes get.
+    places
+        All that holds it and reaches the prediction; the first one is what linear probes get.
     source
         What holds it, as a user would write it in ``modalities=``.
     mask
@@ -138,18 +140,16 @@ class Modality:
     """
 
     name: str
-    ports: tuple[Port, ...]
+    places: tuple[Place, ...]
     source: str
     mask: TokenMask | None = None
 
-    @property
-    def columns(self) -> list[tuple[Port, Path, int]]:
-        """Each tensor with its port and its axis of the samples."""
-        return [(port, path, axis) for port in self.ports for path, axis in port.axes.items()]
+    def __str__(self) -> str:
+        return f"{self.name} = {self.source}"
 
 
-class AbsentArgumentError(Exception):
-    """An argument of the fusion is None in this call, and may not be in another."""
+class LeftOutError(Exception):
+    """Why the modalities of a step are not recorded, as the end of a sentence; those of another one may be."""
 
 
 def find_mask(
@@ -160,8 +160,8 @@ def find_mask(
     Positions, times and types of tokens have a mask's shape, too. A mask has a mask's values, and hides the tokens that
     the attention hides. Where no attention is known, or nothing is hidden, it is named as a mask or is bool.
     """
-    for path, label in labels.items():
-        values = tensors[path]
+    for where, label in labels.items():
+        values = tensors[where]
         if values.numel() != shape.numel() or not is_plain(values) or not _may_be_mask(values):
             continue
         values = values.reshape(shape)
@@ -169,10 +169,10 @@ def find_mask(
         by_name = "pad" in label.lower()
         if real is None:
             if called:
-                return TokenMask(path, label, by_name)
+                return TokenMask(where, label, by_name)
             continue
         for hidden in (by_name, not by_name):
-            mask = TokenMask(path, label, hidden)
+            mask = TokenMask(where, label, hidden)
             if mask.real(values).equal(real) and (called or not real.all()):
                 return mask
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,30 +11,36 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attribution.outputs import ModelOutput, are_same_outputs
-from lightning_xattn.attribution.ports import Modality
-from lightning_xattn.attribution.root import Key, Patch, ReplayError, Root
+from lightning_xattn.attribution.ports import Column, Key, Place
+from lightning_xattn.attribution.root import ReplayError, Root
 from lightning_xattn.capture.attention_mode import AttentionMode
-from lightning_xattn.capture.calls import Path, find_tensors, replace_item, take_samples
+from lightning_xattn.capture.calls import find_tensors, replace_item, samples_axis, take_samples
 from lightning_xattn.capture.readers import Edit, Event, RecordLevel
 
 MAX_ROWS = 64
 """How many pairs are replayed in a call, at most: few enough for the caches of a CPU."""
 
-Values = Mapping[tuple[str, int], Tensor]
-"""By modality and number of its column, see ``Modality.columns``, and by "" and number the further inputs; samples
-come first."""
+Values = Mapping[Column, Tensor]
+"""What holds the modalities, and the further inputs; samples come first."""
 
 
 @dataclass(frozen=True)
 class AttentionPlace:
-    """The attention of a direction in what is replayed."""
+    """The attention of a direction in what is replayed.
+
+    Attributes
+    ----------
+    module
+        It is computed while this runs.
+    call
+        Which of the attentions that are computed meanwhile, from 1 on; None: the only one of its shape.
+    queries, keys
+        Their numbers; None: any number.
+    """
 
     module: nn.Module
-    """It is computed while this runs."""
     call: int | None
-    """Which of the attentions that are computed meanwhile, from 1 on; None: the only one of its shape."""
     queries: int | None
-    """Its number of queries; None: any number."""
     keys: int
 
     def picks(self, event: Event, number: int) -> bool:
@@ -57,10 +63,8 @@ class Replay:
     ----------
     root
         The call of an evaluation's first step.
-    modalities
-        What is exchanged.
-    further
-        The inputs of the root that each sample keeps.
+    columns
+        Where what is exchanged is in the root, and the further inputs that each sample keeps.
 
     Attributes
     ----------
@@ -75,16 +79,16 @@ class Replay:
         If the call's samples, in another order, do not give their outputs in that order.
     """
 
-    def __init__(self, root: Root, modalities: Sequence[Modality], further: Sequence[Path]) -> None:
-        self._root, self._modalities, self._further = root, modalities, further
-        self._templates: dict[Key, object] = {}
+    def __init__(self, root: Root, columns: Mapping[Column, Place]) -> None:
+        self._root, self._columns = root, columns
         self.rows, self.skips, self._exactly = MAX_ROWS, True, False
         with self._root.keeping_state():
             self._check()
 
     def _check(self) -> None:
         """Find how the call's samples, in another order, give their outputs in that order."""
-        values, intact = self._run_intact()
+        values, self._templates, output = self._root.run_intact(self._columns)
+        intact = output.cpu()
         self._kinds = list(values.values())
         samples = self._root.samples
         # Fewer rows than the call has; if the model fails at that, as many; and at last nothing is skipped.
@@ -114,29 +118,6 @@ class Replay:
     def precision(self) -> torch.dtype:
         """The coarser one of the modalities' and of autocast's."""
         return self._root.coarsest(self._kinds)
-
-    def _run_intact(self) -> tuple[dict[tuple[str, int], Tensor], ModelOutput]:
-        """What holds the modalities in the call as it is, and its outputs."""
-        root = self._root
-        ports = [port for modality in self._modalities for port in modality.ports]
-        with root.restoring():
-            call = root.call.copied({path for path, _ in root.call.tensors()})
-            captured = [port.key for port in ports if port.kind != "input"]
-            predictions, self._templates, arguments = root.run(call, capture=captured)
-            intact = root.read_output(predictions).cpu()
-            values = {}
-            for modality in self._modalities:
-                for number, (port, path, axis) in enumerate(modality.columns):
-                    if port.kind == "input":
-                        one = root.call[path]
-                    elif port.kind == "argument":
-                        one = arguments[port.key][path]
-                    else:
-                        one = dict(find_tensors(self._templates[port.key]))[path]
-                    values[modality.name, number] = one.detach().movedim(axis, 0).clone()
-            for number, path in enumerate(self._further):
-                values["", number] = root.call[path].movedim(root.samples_axis(path), 0).clone()
-        return values, intact
 
     def __call__(
         self, values: Values, place: AttentionPlace | None = None, edit: EditRows | None = None
@@ -169,36 +150,25 @@ class Replay:
 
     def _run(self, chosen: Values, count: int) -> ModelOutput:
         root = self._root
-        outputs: dict[Key, dict[Path, Tensor]] = {}
-        arguments: dict[Key, dict[Path, Tensor]] = {}
-        inputs: dict[Path, Tensor] = {}
-        for modality in self._modalities:
-            for number, (port, path, axis) in enumerate(modality.columns):
-                value = chosen[modality.name, number].movedim(0, axis).contiguous()
-                if port.kind == "input":
-                    inputs[path] = value
-                else:
-                    held = outputs if port.kind == "output" else arguments
-                    held.setdefault(port.key, {})[path] = value
-        for number, path in enumerate(self._further):
-            inputs[path] = chosen["", number].movedim(0, root.samples_axis(path))
-        template = torch.arange(count) % root.samples
-        call = root.call if self._exactly else root.part(template, inputs)
-        call = call.replaced(inputs) if self._exactly else call
-        templates = self._templates if self._exactly else self._cut_templates(outputs, template)
-        predictions, _, _ = root.run(call, Patch(outputs, templates, arguments, self.skips))
+        patch = {place: chosen[column].movedim(0, place.axis).contiguous() for column, place in self._columns.items()}
+        templates, call = self._templates, root.call
+        if not self._exactly:
+            rows = torch.arange(count) % root.samples
+            call = root.part(rows, {place.where: one for place, one in patch.items() if place.kind == "input"})
+            templates = self._cut_templates(rows)
+        predictions, _, _ = root.run(call, patch, templates if self.skips else None)
         output = root.read_output(predictions)
         if len(output.values) != count:
             raise ReplayError(f"it gives {len(output.values)} predictions for {count} samples")
         return output.cpu()
 
-    def _cut_templates(self, outputs: Mapping[Key, Mapping[Path, Tensor]], rows: Tensor) -> dict[Key, object]:
-        """What calls return besides the modalities, with as many samples."""
+    def _cut_templates(self, rows: Tensor) -> dict[Key, object]:
+        """What calls return, with as many samples."""
         cut = dict(self._templates)
-        for key, held in outputs.items():
-            for path, tensor in find_tensors(self._templates[key]):
-                axis = next((a for a, length in enumerate(tensor.shape) if length == self._root.samples), None)
-                if path not in held and axis is not None:
+        for key, output in self._templates.items():
+            for path, tensor in find_tensors(output):
+                axis = samples_axis(tensor, self._root.samples)
+                if axis is not None:
                     cut[key] = replace_item(cut[key], path, take_samples(tensor, axis, rows))
         return cut
 
@@ -237,11 +207,7 @@ class Replay:
     def _passing_gradients(self) -> Replay:
         """The same of copies, as what comes from the step may be inference tensors, which no gradient can pass."""
         call = self._root.call
-        return Replay(
-            replace(self._root, call=call.copied({path for path, _ in call.tensors()}), _state=None),
-            self._modalities,
-            self._further,
-        )
+        return Replay(replace(self._root, call=call.copied(dict(call.tensors())), _state=None), self._columns)
 
     def _compute_slopes(self, values: Values, place: AttentionPlace, classes: Tensor) -> Tensor:
         scales: list[Tensor] = []

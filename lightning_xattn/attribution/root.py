@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import sys
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_xattn.attribution.outputs import ModelOutput, ReadOutput
-from lightning_xattn.attribution.restoring import restoring_state
-from lightning_xattn.attribution.state import ModelState
-from lightning_xattn.capture.attention_mode import AttentionMode, get_module, walk_modules, wrap_forwards
+from lightning_xattn.attribution.ports import Column, Key, Place
+from lightning_xattn.attribution.state import HOOKS, ModelState, torch_generators
+from lightning_xattn.capture.attention_mode import (
+    AttentionMode,
+    get_module,
+    run_uncompiled,
+    walk_modules,
+    wrap_forwards,
+)
 from lightning_xattn.capture.calls import (
     Call,
     Path,
@@ -29,9 +36,6 @@ from lightning_xattn.capture.calls import (
 from lightning_xattn.capture.dataflow import Dataflow
 from lightning_xattn.capture.readers import RecordLevel
 
-Key = tuple[str, int]
-"""A module's path and the number of its call within the root, from 0 on."""
-
 
 class ReplayError(Exception):
     """Why the predictions cannot be replayed, as the end of a sentence."""
@@ -39,36 +43,20 @@ class ReplayError(Exception):
 
 @dataclass(frozen=True)
 class PredictionPlace:
-    """Where in a run the tensor with the predictions is."""
-
-    kind: str
-    """"call": a module returns it; "output": the step returns it; "loss": a loss reads it."""
-    path: str = ""
-    turn: int = 0
-    """The number of the module's call within the root, or of the loss in the step, from 0 on."""
-    leaf: Path = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Patch:
-    """What a run does differently.
+    """Where in a run the tensor with the predictions is.
 
     Attributes
     ----------
-    outputs
-        By call the tensors that it returns instead of its own.
-    templates
-        By call what it returns besides.
-    arguments
-        By call the tensors that it gets instead.
-    skips
-        Whether calls whose output is replaced do not run at all.
+    kind
+        "call": a module returns it; "output": the step returns it; "loss": a loss reads it.
+    turn
+        The number of the module's call within the root, or of the loss in the step, from 0 on.
     """
 
-    outputs: Mapping[Key, Mapping[Path, Tensor]] = field(default_factory=dict)
-    templates: Mapping[Key, Any] = field(default_factory=dict)
-    arguments: Mapping[Key, Mapping[Path, Tensor]] = field(default_factory=dict)
-    skips: bool = True
+    kind: str
+    path: str = ""
+    turn: int = 0
+    leaf: Path = ()
 
 
 @dataclass(eq=False)
@@ -107,11 +95,8 @@ class Root:
     def __post_init__(self) -> None:
         self.axes = {path: samples_axis(leaf, self.samples) for path, leaf in self.call.leaves()}
 
-    def samples_axis(self, path: Path) -> int:
-        """The axis of the samples of an input that has one."""
-        axis = self.axes[path]
-        assert axis is not None
-        return axis
+    def __str__(self) -> str:
+        return "the step" if self.path is None else f"'{self.path}'" if self.path else "forward"
 
     def part(self, rows: Tensor, others: Mapping[Path, Any] | None = None) -> Call:
         """The call with some of its samples, and other values in some places. What has no samples stays as it is."""
@@ -164,7 +149,8 @@ class Root:
     def run(
         self,
         call: Call,
-        patch: Patch | None = None,
+        patch: Mapping[Place, Tensor] | None = None,
+        templates: Mapping[Key, Any] | None = None,
         capture: Collection[Key] | None = (),
         flow: Dataflow | None = None,
     ) -> tuple[Tensor, dict[Key, Any], dict[Key, Call]]:
@@ -175,7 +161,9 @@ class Root:
         call
             With what, see ``part``.
         patch
-            What is different.
+            Other tensors at some places.
+        templates
+            By call what it returns besides the tensors at its places, and instead of running; None: all calls run.
         capture
             The calls whose outputs and arguments are kept; None: all.
         flow
@@ -191,7 +179,11 @@ class Root:
         ReplayError
             If it fails, or gives no predictions.
         """
-        patch = patch or Patch()
+        held: dict[str, dict[Key, dict[Path, Tensor]]] = {"input": {}, "argument": {}, "output": {}}
+        for spot, tensor in (patch or {}).items():
+            held[spot.kind].setdefault(spot.key, {})[spot.where] = tensor
+        for inputs in held["input"].values():
+            call = call.replaced(inputs)
         counts: Counter[str] = Counter()
         outputs: dict[Key, Any] = {}
         arguments: dict[Key, Call] = {}
@@ -202,20 +194,18 @@ class Root:
             path = paths[module]
             key = path, counts[path]
             counts[path] += 1
-            own = Call(args, kwargs)
-            if key in patch.arguments:
-                own = own.replaced(patch.arguments[key])
+            own = Call(args, kwargs).replaced(held["argument"].get(key, {}))
             if capture is None or key in capture:
-                arguments[key] = own.copied({where for where, _ in own.tensors()})
-            if key in patch.outputs:
-                given = patch.templates.get(key) if patch.skips else forward(*own.args, **own.kwargs)
-                for where, tensor in patch.outputs[key].items():
-                    given = replace_item(given, where, tensor)
-                output = given
-            elif flow is None:
+                arguments[key] = own.copied(dict(own.tensors()))
+            given = held["output"].get(key, {})
+            if given and templates is not None:
+                output = templates.get(key)
+            elif given or flow is None:
                 output = forward(*own.args, **own.kwargs)
             else:
                 output = flow.around(path, key[1], module, forward, own.args, own.kwargs)
+            for where, tensor in given.items():
+                output = replace_item(output, where, tensor)
             if capture is None or key in capture:
                 outputs[key] = copy_tensors(output)
             if place.kind == "call" and key == (place.path, place.turn):
@@ -223,7 +213,7 @@ class Root:
             return output
 
         if flow is None and capture is not None:
-            needed = {path for path, _ in (*patch.outputs, *patch.arguments, *capture)}
+            needed = {path for path, _ in (*held["argument"], *held["output"], *capture)}
             needed |= {place.path} if place.kind == "call" else set()
             paths = {get_module(self.model, path): path for path in needed}
         else:
@@ -242,12 +232,40 @@ class Root:
             except Exception as error:  # whatever a user's module raises for other tensors or another number of them
                 raise ReplayError(f"it fails when it is run again: {error!r}") from error
         if place.kind == "loss":
-            found = [losses.losses[place.turn].input] if place.turn < len(losses.losses) else []
+            found = [one.input for one in losses.losses[place.turn : place.turn + 1]]
         elif place.kind == "output":
             found = [tensor for where, tensor in find_tensors(output) if where == place.leaf]
         if not found:
             raise ReplayError("it gives no predictions when it is run again")
         return found[-1], outputs, arguments
+
+    def run_intact(self, columns: Mapping[Column, Place]) -> tuple[dict[Column, Tensor], dict[Key, Any], ModelOutput]:
+        """Run the call as it is.
+
+        Returns
+        -------
+        values, outputs, model_output
+            What is at the places, samples first; what the calls there return; and what the predictions mean.
+
+        Raises
+        ------
+        ReplayError
+            If that is not possible.
+        """
+        with self.restoring():
+            call = self.call.copied(dict(self.call.tensors()))
+            captured = [place.key for place in columns.values() if place.kind != "input"]
+            predictions, outputs, arguments = self.run(call, capture=captured)
+            values = {}
+            for column, place in columns.items():
+                if place.kind == "output":
+                    value = dict(find_tensors(outputs.get(place.key))).get(place.where)
+                else:
+                    value = (self.call if place.kind == "input" else arguments[place.key])[place.where]
+                if value is None:
+                    raise ReplayError(f"'{place.path}' gives something else when it is run again")
+                values[column] = value.detach().movedim(place.axis, 0).clone()
+            return values, outputs, self.read_output(predictions.detach())
 
     def read_output(self, predictions: Tensor) -> ModelOutput:
         """What the predictions mean.
@@ -266,3 +284,70 @@ class Root:
         """The coarsest precision among these and autocast's."""
         kinds = [self.precision.dtype or torch.float32, *(one.dtype for one in tensors)]
         return max((kind for kind in kinds if kind.is_floating_point), key=lambda kind: torch.finfo(kind).eps)
+
+
+@contextmanager
+def restoring_state(
+    state: ModelState, with_hooks: bool, generators: Sequence[Tensor], model: nn.Module
+) -> Iterator[None]:
+    """Put a model's state back however the block ends. In the block nothing is logged, compiled or differentiated.
+
+    Parameters
+    ----------
+    state
+        The model's, as it is now.
+    with_hooks
+        Whether what has been hooked on the model's modules, and on all modules, is called.
+    generators
+        The states in which torch's random generators begin.
+    model
+        The model, whose Trainer's loggers get nothing meanwhile.
+    """
+    kept = vars(torch.nn.modules.module)
+    everywhere = [(kept[f"_global{name}"], dict(kept[f"_global{name}"])) for name in HOOKS if f"_global{name}" in kept]
+    is_interrupted = False
+    try:
+        with ExitStack() as contexts:
+            contexts.enter_context(torch.no_grad())
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import is slow
+                contexts.enter_context(run_uncompiled())
+            state.set_gradients_aside()
+            for generator, begin in zip(torch_generators(), generators, strict=False):
+                generator.set_state(begin)
+            contexts.enter_context(_mute_loggers(model))
+            for book, _ in () if with_hooks else everywhere:
+                book.clear()
+            for one in state.modules:
+                if not with_hooks:
+                    vars(one).update({name: OrderedDict() for name in HOOKS})
+                if hasattr(one, "log_dict") and hasattr(one, "log"):
+                    vars(one)["log"] = vars(one)["log_dict"] = lambda *args, **kwargs: None
+            yield
+    except Exception:  # an error of the restoring replaces it, as the state is then not whole
+        raise
+    except BaseException:  # an interrupt, which must not be lost behind what cannot be put back
+        is_interrupted = True
+        raise
+    finally:
+        for book, before in everywhere:
+            book.clear()
+            book.update(before)
+        with suppress(*[RuntimeError] * is_interrupted):
+            state.restore()
+
+
+@contextmanager
+def _mute_loggers(model: nn.Module) -> Iterator[None]:
+    """In the block the Trainer's loggers, which a step may write to, do nothing."""
+    trainer: Any = vars(model).get("_trainer")
+    if not getattr(trainer, "loggers", None):
+        yield
+        return
+    from pytorch_lightning.loggers.logger import DummyLogger  # here, as without a Trainer nobody has imported it
+
+    before = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in before]
+    try:
+        yield
+    finally:
+        trainer.loggers = before

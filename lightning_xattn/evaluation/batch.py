@@ -215,12 +215,10 @@ class StepRecorder:
             If what is named is not there, or there is neither attention nor a modality.
         """
         was_decided = self.fusion.is_decided
-        inputs, messages = self.fusion.collect(self._pairs, self.layers, labels, self._outputs)
+        inputs = self.fusion.collect(self._pairs, self.layers, labels, self._outputs)
         if not was_decided:
-            self.renamed = self.fusion.renamed
+            self.renamed = dict(self.fusion.found.renamed)
             self._attention.rename(self.renamed)
-        notify = warn if self.fusion.is_named else info
-        notify(messages)
         return inputs
 
     def _collect_attention(self, batch: Any, needs_attention: bool) -> Attentions:

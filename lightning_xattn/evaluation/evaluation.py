@@ -226,8 +226,8 @@ class Evaluation:
         return "; ".join(
             [
                 ", ".join(attention) or "no attention",
-                f"modalities: {', '.join(recorder.fusion.describe()) or 'none'}",
-                f"predictions: {predictions or recorder.fusion.prediction_name or 'none'}",
+                f"modalities: {', '.join(map(str, recorder.fusion.modalities)) or 'none'}",
+                f"predictions: {predictions or recorder.fusion.found.prediction_name or 'none'}",
                 *(f"{what}: {places.get(what, 'none')}" for what in ("targets",)),
                 *(f"{what}: {places[what]}" for what in ("groups", "query_mask") if what in places),
             ]

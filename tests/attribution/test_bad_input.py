@@ -265,7 +265,7 @@ def test_tokens_of_many_lengths_are_kept_of_no_more_samples_than_are_exchanged()
     for i in range(200):
         tokens = torch.zeros(4, 2 + i % 20, 3)
         inputs = FusionRecord(
-            {"a": (tokens, None)}, {"a": [tokens]}, [], ModelOutput(torch.zeros(4, 2), torch.zeros(4, 2))
+            {"a": (tokens, None)}, {("a", 0): tokens}, ModelOutput(torch.zeros(4, 2), torch.zeros(4, 2))
         )
         keys = torch.randint(2**40, (4,), generator=generator)
         facts = {name: torch.arange(4) for name in ("process", "sample_idx")}

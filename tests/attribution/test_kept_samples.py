@@ -27,7 +27,7 @@ def kept_of(keys, sizes=(100, 100)):
         output = ModelOutput(one[:, None] / 60 + torch.zeros(1, 2), torch.zeros(1, 2))
         facts = {"class": one % 3, "target": one % 3, "prediction": one % 3, "correct": one % 2, "confidence": one / 60}
         facts |= {"process": torch.zeros_like(one), "sample_idx": one}
-        kept.add(FusionRecord({"a": (tokens, None)}, {"a": [tokens]}, [], output), one, one // 4, "patients", facts, {})
+        kept.add(FusionRecord({"a": (tokens, None)}, {("a", 0): tokens}, output), one, one // 4, "patients", facts, {})
     return kept
 
 

@@ -279,14 +279,14 @@ def test_intact_pairs_must_give_their_logits_back_within_rounding(precision, off
     assert float((again.softmax(1) - logits.softmax(1)).abs().max()) < 1e-6
     source = SimpleNamespace(
         model_output=ModelOutput(logits.softmax(1), logits),
-        batches=lambda modalities, sources, own: [(sources[0], sources)],
+        batches=lambda sources, own: [(sources["left"], sources)],
     )
 
     class Replays:
         skips = True
 
         def __call__(self, sources):
-            return ModelOutput(again[sources[0]].softmax(1), again[sources[0]])
+            return ModelOutput(again[sources["left"]].softmax(1), again[sources["left"]])
 
     replay = Replays()
     replay.precision = precision

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_xattn.attribution.restoring import restoring_state
+from lightning_xattn.attribution.root import restoring_state
 from lightning_xattn.attribution.state import ModelState
 
 

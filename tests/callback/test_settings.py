@@ -38,8 +38,11 @@ def test_settings_are_checked_at_once():
         ({"attention": {"a_to_b": 3}}, "must map directions to module paths"),
         ({"attention": {"left/eeg_to_spec": "fusion"}}, "'left/eeg_to_spec'"),
         ({"every_n_epochs": True}, "whole number"),
-        ({"fusion": "fusion"}, r"needs the arguments that hold each modality: modalities=\{'<a>': 0, '<b>': 1\}"),
-        ({"modalities": {"a": 0, "b": 1}}, r"Positions are those of a fusion's arguments: name it, fusion="),
+        ({"fusion": "fusion"}, r"positions or names of the arguments of a fusion.*modalities=\{'<a>': 0, '<b>': 1\}"),
+        (
+            {"modalities": {"a": 0, "b": 1}},
+            "positions or names of the arguments of a fusion, each once, e.g. fusion='path.to.module'",
+        ),
         ({"predictions": 3}, "predictions must be None, a key or a callable; got 3"),
         ({"targets": ""}, "targets must be None, a key or a callable; got ''"),
         ({"groups": True}, "groups must be None, a key or a callable; got True"),
@@ -61,7 +64,7 @@ def test_settings_are_checked_at_once():
         ({"every_n_batches": 2.0}, "every_n_batches must be a whole number >= 1; got 2.0"),
         ({"faithfulness_every_n_epochs": False}, "faithfulness_every_n_epochs must be a whole number >= 0; got False"),
         ({"curves": True}, "curves must be one of main, all; got True"),
-        ({"fusion": True}, "fusion must be a module's path"),
+        ({"fusion": True}, "fusion='path.to.module'.*Got fusion=True"),
     ):
         with pytest.raises(SettingError, match=message):
             AttentionExplainabilityCallback(**settings)
