@@ -268,6 +268,7 @@ class AttentionExplainabilityCallback(Callback):
         """Start to record, if this epoch is one to record."""
         run = self._run
         run.stop()
+        run.stage = stage_of(trainer)
         if not self.schedule.records(trainer):
             return
         run.is_recording = True
@@ -288,7 +289,7 @@ class AttentionExplainabilityCallback(Callback):
         if self._records(batch_idx):
             assert self._run.recorder is not None
             with self._run.refusing(self.settings, *RECORDED, dataloader=dataloader_idx):
-                step = getattr(pl_module, f"{STEPS[stage_of(trainer)]}_step")
+                step = getattr(pl_module, f"{STEPS[self._run.stage]}_step")
                 args = (batch, batch_idx, dataloader_idx)
                 finder = self._run.evaluations[dataloader_idx].finder
                 self._run.recorder.begin(step, _fitting_arguments(step, args), finder)
@@ -305,14 +306,17 @@ class AttentionExplainabilityCallback(Callback):
         """Unwrap the model's modules, read what was recorded, and add it to the running sums."""
         run, evaluation, taken = self._run, self._run.evaluations[dataloader_idx], None
         if not self._records(batch_idx):
-            is_due = run.is_recording and self.schedule.records_batch(batch_idx)
-            evaluation.totals.left_out_batches += int(is_due and bool(run.refusal))
+            evaluation.totals.left_out_batches += int(self._is_due(batch_idx) and bool(run.refusal))
             return
         recorder = run.recorder
         assert recorder is not None
         recorder.close()
-        loaders = getattr(trainer, f"{stage_of(trainer)}_dataloaders")
-        own_samples = partial(unique_sample_indices, loaders, dataloader_idx, batch_idx)
+        loaders = getattr(trainer, f"{run.stage}_dataloaders")
+
+        def own_samples(count: int) -> range | None:
+            is_alone = run.processes is SINGLE_PROCESS
+            return None if is_alone else unique_sample_indices(loaders, dataloader_idx, batch_idx, count)
+
         with run.refusing(self.settings, *RECORDED, dataloader=dataloader_idx):
             taken = self._take(outputs, batch)
             if left_out := recorder.left_out:
@@ -411,8 +415,11 @@ class AttentionExplainabilityCallback(Callback):
             with run.refusing(self.settings, *RECORDED):
                 run.recorder = self.settings.recorder(module, run.processes)
 
+    def _is_due(self, batch_idx: int) -> bool:
+        return self._run.is_recording and batch_idx % self.schedule.every_n_batches == 0
+
     def _records(self, batch_idx: int) -> bool:
-        return self._run.is_recording and not self._run.refusal and self.schedule.records_batch(batch_idx)
+        return self._is_due(batch_idx) and not self._run.refusal
 
     def _take(self, outputs: Any, batch: Any) -> tuple[Step, Attentions] | None:
         """What the recorder has of a step; None if the step may have ended before it ran what is looked for."""

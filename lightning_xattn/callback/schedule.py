@@ -48,10 +48,6 @@ class Schedule:
         """Whether the evaluation that begins is recorded."""
         return not _is_fitting(trainer) or _validations_before(trainer) % self.every_n_epochs == 0
 
-    def records_batch(self, batch_idx: int) -> bool:
-        """Whether a batch of a recorded evaluation is recorded."""
-        return batch_idx % self.every_n_batches == 0
-
     def draws(self, trainer: Trainer) -> bool:
         """Whether a recorded evaluation is drawn."""
         return self._is_due(trainer, self.figures_every_n_epochs)

@@ -220,8 +220,8 @@ class StepRecorder:
         if not was_decided:
             self.renamed = self.fusion.renamed
             self._attention.rename(self.renamed)
-        notify = warn if self.fusion.is_named else info
-        notify(messages)
+        if messages:
+            (warn if self.fusion.is_named else info)(messages)
         return inputs
 
     def _collect_attention(self, batch: Any, needs_attention: bool) -> Attentions:
