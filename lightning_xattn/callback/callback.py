@@ -30,7 +30,7 @@ from lightning_xattn.callback.monitors import describe_risks, find_monitors
 from lightning_xattn.callback.processes import describe_spawning, describe_tensor_parallelism, find_processes
 from lightning_xattn.callback.run import Run
 from lightning_xattn.callback.schedule import Schedule, moment, scope_of, stage_of
-from lightning_xattn.callback.weights import describe_averaging, describe_change, have_changed, sample_weights
+from lightning_xattn.callback.weights import describe_change, have_changed, sample_weights
 from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.capture.labels import LabelSetting, Step
 from lightning_xattn.core.attention import TokenAxis
@@ -132,7 +132,7 @@ class AttentionExplainabilityCallback(Callback):
         ``trainer.test`` always do.
     faithfulness_every_n_epochs
         Test whether the attention ranks the keys that the model uses, in every n-th recorded epoch and in the last one
-        of a fit by ``max_epochs`` or ``max_steps``; 0: never. It takes 128 ``contribution_samples``.
+        of a fit by ``max_epochs``; 0: never. It takes 128 ``contribution_samples``.
         ``trainer.validate`` and ``trainer.test`` always do.
     every_n_batches
         Record every n-th batch of each evaluation, from the first on. All numbers, also the count of samples, are then
@@ -262,7 +262,6 @@ class AttentionExplainabilityCallback(Callback):
         self._make_recorder(pl_module)
         self._run.monitors = find_monitors(trainer, self._scope(trainer)(0, ""))
         warn(describe_risks(self._run.monitors, self.schedule))
-        warn(describe_averaging(trainer, self))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to record, if this epoch is one to record."""
