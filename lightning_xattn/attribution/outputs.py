@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_xattn.capture.labels import Labels
-from lightning_xattn.capture.labels.scores import (
-    CLOSE,
-    Scores,
-    are_clear,
-    are_probabilities,
-    are_rows,
-    are_single_scores,
-    scores_by_class,
-)
+from lightning_xattn.capture.labels.finder import CLOSE, Scores, are_clear, are_probabilities, scores_by_class
+from lightning_xattn.capture.labels.places import are_rows, are_single_scores
 
 LEAST_PROBABILITY = 1e-12
 """Its logarithm stands for those of smaller probabilities, unless these already are rounded in larger ones."""

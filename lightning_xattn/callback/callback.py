@@ -30,7 +30,7 @@ from lightning_xattn.callback.monitors import describe_risks, find_monitors
 from lightning_xattn.callback.processes import describe_spawning, describe_tensor_parallelism, find_processes
 from lightning_xattn.callback.run import Run
 from lightning_xattn.callback.schedule import Schedule, moment, scope_of, stage_of
-from lightning_xattn.callback.weights import describe_averaging, describe_change, have_changed, sample_weights
+from lightning_xattn.callback.weights import describe_change, have_changed, sample_weights
 from lightning_xattn.capture import AttentionSetting
 from lightning_xattn.capture.labels import LabelSetting, Step
 from lightning_xattn.core.attention import TokenAxis
@@ -132,7 +132,7 @@ class AttentionExplainabilityCallback(Callback):
         ``trainer.test`` always do.
     faithfulness_every_n_epochs
         Test whether the attention ranks the keys that the model uses, in every n-th recorded epoch and in the last one
-        of a fit by ``max_epochs`` or ``max_steps``; 0: never. It takes 128 ``contribution_samples``.
+        of a fit by ``max_epochs``; 0: never. It takes 128 ``contribution_samples``.
         ``trainer.validate`` and ``trainer.test`` always do.
     every_n_batches
         Record every n-th batch of each evaluation, from the first on. All numbers, also the count of samples, are then
@@ -262,12 +262,12 @@ class AttentionExplainabilityCallback(Callback):
         self._make_recorder(pl_module)
         self._run.monitors = find_monitors(trainer, self._scope(trainer)(0, ""))
         warn(describe_risks(self._run.monitors, self.schedule))
-        warn(describe_averaging(trainer, self))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to record, if this epoch is one to record."""
         run = self._run
         run.stop()
+        run.stage = stage_of(trainer)
         if not self.schedule.records(trainer):
             return
         run.is_recording = True
@@ -288,7 +288,7 @@ class AttentionExplainabilityCallback(Callback):
         if self._records(batch_idx):
             assert self._run.recorder is not None
             with self._run.refusing(self.settings, *RECORDED, dataloader=dataloader_idx):
-                step = getattr(pl_module, f"{STEPS[stage_of(trainer)]}_step")
+                step = getattr(pl_module, f"{STEPS[self._run.stage]}_step")
                 args = (batch, batch_idx, dataloader_idx)
                 finder = self._run.evaluations[dataloader_idx].finder
                 self._run.recorder.begin(step, _fitting_arguments(step, args), finder)
@@ -305,14 +305,17 @@ class AttentionExplainabilityCallback(Callback):
         """Unwrap the model's modules, read what was recorded, and add it to the running sums."""
         run, evaluation, taken = self._run, self._run.evaluations[dataloader_idx], None
         if not self._records(batch_idx):
-            is_due = run.is_recording and self.schedule.records_batch(batch_idx)
-            evaluation.totals.left_out_batches += int(is_due and bool(run.refusal))
+            evaluation.totals.left_out_batches += int(self._is_due(batch_idx) and bool(run.refusal))
             return
         recorder = run.recorder
         assert recorder is not None
         recorder.close()
-        loaders = getattr(trainer, f"{stage_of(trainer)}_dataloaders")
-        own_samples = partial(unique_sample_indices, loaders, dataloader_idx, batch_idx)
+        loaders = getattr(trainer, f"{run.stage}_dataloaders")
+
+        def own_samples(count: int) -> range | None:
+            is_alone = run.processes is SINGLE_PROCESS
+            return None if is_alone else unique_sample_indices(loaders, dataloader_idx, batch_idx, count)
+
         with run.refusing(self.settings, *RECORDED, dataloader=dataloader_idx):
             taken = self._take(outputs, batch)
             if left_out := recorder.left_out:
@@ -411,8 +414,11 @@ class AttentionExplainabilityCallback(Callback):
             with run.refusing(self.settings, *RECORDED):
                 run.recorder = self.settings.recorder(module, run.processes)
 
+    def _is_due(self, batch_idx: int) -> bool:
+        return self._run.is_recording and batch_idx % self.schedule.every_n_batches == 0
+
     def _records(self, batch_idx: int) -> bool:
-        return self._run.is_recording and not self._run.refusal and self.schedule.records_batch(batch_idx)
+        return self._is_due(batch_idx) and not self._run.refusal
 
     def _take(self, outputs: Any, batch: Any) -> tuple[Step, Attentions] | None:
         """What the recorder has of a step; None if the step may have ended before it ran what is looked for."""

@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from lightning_xattn.evaluation.curves import (
     mean_curves,
 )
 from lightning_xattn.evaluation.evaluation import Evaluation
-from lightning_xattn.evaluation.results import DatasetResult, EarlierTest
+from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.evaluation.settings import Settings
 from lightning_xattn.loggers import LoggerWriters
 from lightning_xattn.report import create_explainability_report
@@ -212,8 +212,6 @@ class EpochLog:
         record: Record,
     ) -> None:
         """Hand the loggers figures and a report; after a test a page, too."""
-        if whole.fusion is not None and not whole.fusion.replaced:
-            whole = replace(whole, earlier_test=EarlierTest.find(past))
         step, scope = logged_step(self.trainer), self.scope(number, "")
         name, title = f"xattn_about/{scope}/report", f"{scope}, epoch {self.trainer.current_epoch}"
         figures = self._figures(number, shown, [*past, record], title)

@@ -35,6 +35,8 @@ class Run:
     """By dataloader."""
     recorder: StepRecorder | None = None
     table: TrainingTable | None = None
+    stage: str = "val"
+    """The stage of the evaluation that runs: "val", "test" or "predict"."""
     is_recording: bool = False
     """Whether the evaluation that runs is recorded."""
     has_recorded: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +47,6 @@ class Schedule:
         """Whether the evaluation that begins is recorded."""
         return not _is_fitting(trainer) or _validations_before(trainer) % self.every_n_epochs == 0
 
-    def records_batch(self, batch_idx: int) -> bool:
-        """Whether a batch of a recorded evaluation is recorded."""
-        return batch_idx % self.every_n_batches == 0
-
     def draws(self, trainer: Trainer) -> bool:
         """Whether a recorded evaluation is drawn."""
         return self._is_due(trainer, self.figures_every_n_epochs)
@@ -70,29 +65,11 @@ class Schedule:
         return every > 0 and (not _is_fitting(trainer) or recorded_before % every == 0)
 
     def _is_last(self, trainer: Trainer) -> bool:
-        """Whether no later epoch of this fit is recorded, as far as ``max_epochs`` and ``max_steps`` show."""
-        loop, epoch, steps = trainer.fit_loop.epoch_loop, trainer.current_epoch, trainer.global_step
-        has_enough = epoch + 1 >= (trainer.min_epochs or 0) and steps >= (trainer.min_steps or 0)
+        """Whether no later epoch of this fit is recorded, as ``max_epochs`` or a stop that was asked for shows."""
+        epoch, most = trainer.current_epoch, trainer.max_epochs
+        has_enough = epoch + 1 >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
         next_epoch = epoch + self.every_n_epochs * (trainer.check_val_every_n_epoch or 1)
-        by_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-        if (trainer.should_stop and has_enough) or next_epoch >= by_epochs:
-            return True
-        # All in batches from here on; infinite is what has no end or is not known.
-        done, total = loop.batch_idx + 1, loop.total_batch_idx + 1
-        interval = trainer.val_check_batch or math.inf  # None: validations by the clock
-        per_epoch = float(trainer.num_training_batches)
-        if per_epoch == interval == math.inf:
-            per_epoch = float(done)  # the epoch has just ended
-        left = (by_epochs - epoch) * per_epoch - done
-        if trainer.max_steps not in (None, -1) and steps:
-            # A step takes more than one batch with accumulation, and less with several optimisers.
-            left = min(left, total * (trainer.max_steps - steps) / steps + 1e-6)
-        to_next = (next_epoch - epoch) * per_epoch - done + min(interval, per_epoch)
-        if trainer.check_val_every_n_epoch is None and interval < math.inf:  # validations by batches of the whole fit
-            to_next = max(to_next, interval - total % interval)
-        if per_epoch == math.inf:
-            to_next = interval - total % interval
-        return to_next > left
+        return (trainer.should_stop and has_enough) or (most not in (None, -1) and next_epoch >= most)
 
 
 def _is_fitting(trainer: Trainer) -> bool:

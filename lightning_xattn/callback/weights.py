@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -45,19 +45,6 @@ def describe_change(trainer: Trainer, callback: Callback) -> str:
         "the model has other weights at the end of the evaluation than in its first batch: a callback that averages "
         f"weights has put others back, or the model's own forward changes them{remedy}"
     )
-
-
-def describe_averaging(trainer: Trainer, callback: Callback) -> Iterator[str]:
-    """The warning that a callback before this one averages weights."""
-    for one in _callbacks_before(trainer, callback):
-        # By name, as Lightning has two namespaces.
-        if any(kind.__name__ == "WeightAveraging" for kind in type(one).__mro__):
-            name = type(one).__name__
-            yield (
-                f"{name} comes before AttentionExplainabilityCallback, so it puts the current weights back before the "
-                "end of the epoch, where modalities are permuted, and there are no contributions. Let it come after: "
-                f"callbacks=[AttentionExplainabilityCallback(...), {name}(...)]."
-            )
 
 
 def _callbacks_before(trainer: Trainer, callback: Callback) -> list[Callback]:

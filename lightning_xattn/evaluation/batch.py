@@ -15,8 +15,8 @@ from lightning_xattn.capture import AttentionRecorder, AttentionSetting, Layer, 
 from lightning_xattn.capture.attention_mode import get_module
 from lightning_xattn.capture.calls import StepTrace, find_tensors
 from lightning_xattn.capture.labels import LabelFinder, Labels, Step
+from lightning_xattn.capture.labels.finder import Scores
 from lightning_xattn.capture.labels.places import module_named
-from lightning_xattn.capture.labels.scores import Scores
 from lightning_xattn.core.attention import AttentionPair, Direction, mask_queries
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import DiscoveryError, ShapeError

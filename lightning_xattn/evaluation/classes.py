@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from lightning_xattn.capture.labels import Labels, Step
-from lightning_xattn.capture.labels.scores import UNLABELLED
+from lightning_xattn.capture.labels.places import UNLABELLED
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.core.names import shown
 from lightning_xattn.core.notices import warn

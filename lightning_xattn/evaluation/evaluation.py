@@ -289,7 +289,10 @@ class Evaluation:
         if batch.inputs is None and not needs_maps:
             return
         labels = batch.labels
-        keys = group_keys(places if labels.sample_ids is None else labels.sample_ids, batch.device)
+        if labels.sample_ids is None:
+            keys = torch.tensor(places, dtype=torch.int64, device=batch.device)
+        else:
+            keys = group_keys(labels.sample_ids, batch.device)
         identity = {NUMBER: about[NUMBER], "process": torch.full_like(about["class"], self._processes.rank)}
         if needs_maps:
             add_maps(self.totals.maps, first_layer, keys, identity)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -178,39 +177,6 @@ class TrainingData:
         return "seen" if sample_id in self.ids else "related" if group in self.groups else "new"
 
 
-@dataclass(frozen=True)
-class EarlierTest:
-    """The faithfulness of attention in an earlier epoch of a fit, for an evaluation that does not test it.
-
-    Attributes
-    ----------
-    epoch
-        The epoch of the test.
-    faithfulness
-        By direction, the value and the ends of its 95 % CI; NaN where undefined.
-    problems
-        By direction, why it is undefined; "" where it is defined.
-    """
-
-    epoch: int
-    faithfulness: dict[str, tuple[float, float, float]]
-    problems: dict[str, str]
-
-    @classmethod
-    def find(cls, history: Sequence[Mapping[str, Any]]) -> EarlierTest | None:
-        """The last one of a history; None where there is none."""
-        record = next((one for one in reversed(history) if one.get("faithfulness_problems")), None)
-        if record is None:
-            return None
-
-        def read(direction: str, end: str = "") -> float:
-            return float(record.get(f"faithfulness/{direction}{end}", math.nan))  # undefined numbers are not there
-
-        problems = dict(record["faithfulness_problems"])
-        found = {one: (read(one), read(one, "_low"), read(one, "_high")) for one in problems}
-        return cls(record["epoch"], found, problems)
-
-
 @dataclass(frozen=True, eq=False)
 class DatasetResult:
     """A data set, from running sums.
@@ -236,8 +202,6 @@ class DatasetResult:
         The samples that the model was trained on; None where these are not known.
     other_lengths
         By layer name, samples that were left out because their joint sequence does not fit the spans.
-    earlier_test
-        The fit's last test of faithfulness, if this evaluation has none of its own; else None.
     """
 
     summaries: dict[str, LayerSummary]
@@ -249,7 +213,6 @@ class DatasetResult:
     maps: MapsBySample = field(default_factory=dict)
     trained_on: TrainingData | None = None
     other_lengths: dict[str, int] = field(default_factory=dict)
-    earlier_test: EarlierTest | None = None
 
     def __repr__(self) -> str:
         one = self.headline if self.summaries else self.fusion

@@ -1,12 +1,11 @@
 """Every number's one definition, as pure functions of tensors (see their docstrings)."""
 
-from lightning_xattn.functional.agreement import *
+from lightning_xattn.functional.attention import *
 from lightning_xattn.functional.faithfulness import *
 from lightning_xattn.functional.intervals import *
 from lightning_xattn.functional.outcomes import *
 from lightning_xattn.functional.pairs import *
 from lightning_xattn.functional.probe import *
-from lightning_xattn.functional.rows import *
 from lightning_xattn.functional.shapley import *
 
 __all__ = [

@@ -69,9 +69,7 @@ def _collect_dataset(result: DatasetResult) -> dict[str, Any]:
         "table": None if result.table is None else str(result.table),
         "training": count_training(result),
         "key_points": {label: sentence for label, sentence, _ in key_points(result).items},
-        "fusion": None
-        if result.fusion is None
-        else _collect_fusion(result.fusion, names) | {"earlier_test": result.earlier_test},
+        "fusion": None if result.fusion is None else _collect_fusion(result.fusion, names),
         "layers": [
             _collect_layer(one, names) | {"layer": name, "other_lengths": result.other_lengths.get(name, 0)}
             for name, one in result.summaries.items()

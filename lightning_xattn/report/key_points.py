@@ -143,21 +143,15 @@ def describe_shares(shares: Mapping[str, Estimate], noun: str | None) -> str:
 
 
 def describe_faithfulness(result: DatasetResult) -> str:
-    """Whether attention ranks the tokens that predictions depend on: in this evaluation, or in the last test before."""
-    fusion, earlier = result.fusion, result.earlier_test
-    if fusion is not None and fusion.replaced:
-        found = [
-            describe_ranking(direction, fusion.faithfulness(direction), fusion.faithfulness_problem(direction))
-            for direction in fusion.replaced
-        ]
-        return f"{'; '.join(found)}."
-    if earlier is None:
-        return "not tested." if result.summaries else "the model has no cross-attention."
+    """Whether attention ranks the tokens that predictions depend on."""
+    fusion = result.fusion
+    if fusion is None or not fusion.replaced:
+        return "not tested in this epoch." if result.summaries else "the model has no cross-attention."
     found = [
-        describe_ranking(Direction.parse(name), Estimate(*values, 0, None), earlier.problems[name])
-        for name, values in earlier.faithfulness.items()
+        describe_ranking(direction, fusion.faithfulness(direction), fusion.faithfulness_problem(direction))
+        for direction in fusion.replaced
     ]
-    return f"not tested in this epoch; in epoch {earlier.epoch}, the last one with a test: {'; '.join(found)}."
+    return f"{'; '.join(found)}."
 
 
 def describe_ranking(direction: Direction, found: Estimate, unfaithful: str) -> str:

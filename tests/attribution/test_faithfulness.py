@@ -1,6 +1,5 @@
 """Does attention rank what the model uses? Models of which it is known that it does, does not, or that nothing is."""
 
-import json
 import math
 import re
 
@@ -14,8 +13,7 @@ from torch.utils.data import TensorDataset
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
 from lightning_xattn.attribution.kept_samples import hashed
 from lightning_xattn.core.attention import Direction
-from lightning_xattn.evaluation.results import DatasetResult, EarlierTest
-from lightning_xattn.report.key_points import describe_faithfulness
+from lightning_xattn.evaluation.results import DatasetResult
 from tests import reference
 from tests.attribution.models import HEADS, LEFT, WIDTH, TwoStreams, loader_of, said_data, sample_ids, trained
 from tests.toy import quiet_trainer
@@ -338,26 +336,7 @@ def test_a_report_names_the_epoch_of_its_faithfulness(tmp_path, infos):
     said = f"{ranks} ({value:.2f}, 95 % CI {low:.2f} to {high:.2f})"
     assert f"**Faithfulness:** {said}" in first
     assert "not tested" not in first
-    assert f"**Faithfulness:** not tested in this epoch; in epoch 0, the last one with a test: {said}" in second
-
-
-def test_an_earlier_test_without_a_result_is_reported_as_such():
-    history = [
-        {"epoch": 3, "faithfulness_problems": {"left_to_right": ""}, "faithfulness/left_to_right": 0.5},
-        {"epoch": 7, "faithfulness_problems": {"left_to_right": "bypassed: why"}},
-        {"epoch": 8},
-    ]
-    assert EarlierTest.find(history[2:]) is None
-    assert EarlierTest.find(history[:1]).faithfulness["left_to_right"][0] == 0.5
-    test = EarlierTest.find(history)
-    assert test.epoch == 7
-    assert math.isnan(test.faithfulness["left_to_right"][0])
-    fusion = summary_of(Gazer(), faithfulness_every_n_epochs=0)
-    result = DatasetResult({}, fusion, (), "target", {}, None, earlier_test=test)
-    said = "in epoch 7, the last one with a test: not computed for Right (bypassed: why)."
-    assert describe_faithfulness(result) == f"not tested in this epoch; {said}"
-    told = json.loads(create_explainability_report(result, format="json"))["fusion"]
-    assert told["earlier_test"]["faithfulness"]["left_to_right"] == [None, None, None]
+    assert "**Faithfulness:** not tested in this epoch." in second
 
 
 def test_curves_and_how_often(infos):

@@ -185,7 +185,6 @@ class SeesTests(Callback):
 
 
 BY_BATCHES = {"check_val_every_n_epoch": None}
-BY_STEPS = {"max_epochs": -1}
 FITS = {
     # The training has five batches. By setting: in which epochs, after how many batches.
     "one epoch": ({"max_epochs": 1}, {}, [(0, 5)]),
@@ -204,11 +203,7 @@ FITS = {
         {"every_n_epochs": 2},
         [(0, 3), (2, 12), (2, 15)],
     ),
-    "steps": ({"max_steps": 12} | BY_STEPS, {}, [(0, 5), (1, 10)]),
-    "steps before epochs": ({"max_steps": 12, "max_epochs": 30}, {}, [(0, 5), (1, 10)]),
     "epochs before steps": ({"max_steps": 100, "max_epochs": 2}, {}, [(0, 5), (1, 10)]),
-    "steps of two batches": ({"max_steps": 7, "accumulate_grad_batches": 2} | BY_STEPS, {}, [(0, 5), (1, 10)]),
-    "steps, several": ({"max_steps": 8, "val_check_interval": 2} | BY_STEPS, {}, [(0, 2), (0, 4), (1, 7)]),
     "stopped": ({"max_epochs": 9, "callbacks": [StopAt(8)]}, {}, [(0, 5), (1, 8)]),
     "stopped early": ({"max_epochs": 9, "min_epochs": 3, "callbacks": [StopAt(8)]}, {}, [(0, 5), (2, 15)]),
     "fast_dev_run": ({"fast_dev_run": True}, {}, [(0, 1)]),
@@ -216,8 +211,6 @@ FITS = {
 OF_UNKNOWN_LENGTH = {
     "epochs": ({"max_epochs": 3}, {}, [(0, 5), (2, 15)]),
     "several": ({"max_epochs": 3, "val_check_interval": 2}, {}, [(0, 2), (0, 4), (2, 12), (2, 14)]),
-    "steps": ({"max_steps": 12} | BY_STEPS, {}, [(0, 5), (1, 10)]),
-    "by batches": ({"max_steps": 12, "val_check_interval": 5} | BY_STEPS | BY_BATCHES, {}, [(0, 5), (1, 10)]),
 }
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture
-from lightning_xattn.capture.labels.finder import LabelFinder
-from lightning_xattn.capture.labels.places import Step
-from lightning_xattn.capture.labels.scores import are_binary_labels, are_probabilities, confidence_of
+from lightning_xattn.capture.labels.finder import LabelFinder, are_probabilities, confidence_of
+from lightning_xattn.capture.labels.places import Step, are_binary_labels
 from lightning_xattn.core.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.core.notices import begin_run
 from lightning_xattn.evaluation.statistics import ALIGNMENT, CONFIDENCE
 from tests.messages import tells
 from tests.toy import AUDIO, TEXT, ToyModule, quiet_trainer
@@ -268,6 +268,7 @@ def test_a_later_step_without_labels():
             assert finder.find(step(outputs, later)).sample_ids is None
     finder = LabelFinder()
     finder.find(step({"logits": SCORES}, (IMAGE, IDS)))
+    begin_run()
     with pytest.warns(XAttnWarning, match=tells("no predictions", "outputs['logits']")):
         finder.find(step(None, (IMAGE, IDS)))
     named = LabelFinder("mine", lambda outputs, batch: batch["t"])
@@ -344,8 +345,8 @@ def test_sample_ids():
         named.find(step(batch={"x": 1}))
     assert named.find(step(batch={"file": ("a", "b", "c", "d", "e")})).sample_ids == ["a", "b", "c", "d", "e"]
     assert named.find(step(batch={"x": 1})).sample_ids is None  # in a later step
-    for wrong, got in ((IDS[:4], "4"), ("abcde", "a str")):
-        with pytest.raises(ShapeError, match=f"each of 5 samples; got {got}"):
+    for wrong, got in ((IDS[:4], "int64"), ("abcde", "a str")):
+        with pytest.raises(ShapeError, match=f"each of 5 samples; the callable gave {got}"):
             LabelFinder(sample_ids=lambda outputs, batch, wrong=wrong: wrong).find(step(batch=IDS))
 
 

@@ -194,11 +194,11 @@ def test_groups_that_are_missing_count_as_one(by_patient):
 def test_what_is_named_and_wrong_is_an_error():
     with pytest.raises(SettingError, match=tells("groups", "None, a key or a callable", "got 3")):
         AttentionExplainabilityCallback(groups=3)
-    with pytest.raises(DiscoveryError, match="No groups: the key 'site' gave nothing"):
+    with pytest.raises(DiscoveryError, match="Expected groups.*the key 'site' gave nothing"):
         watched({}, groups="site")
-    with pytest.raises(ShapeError, match=tells("group", "6 samples", "got 2")):
+    with pytest.raises(ShapeError, match=tells("groups", "6 samples", "int64 (2,)")):
         watched({}, groups=lambda outputs, batch: [1, 2])
-    with pytest.raises(ShapeError, match=tells("group", "6 samples", "float32 (6, 7, 2)")):
+    with pytest.raises(ShapeError, match=tells("groups", "6 samples", "float32 (6, 7, 2)")):
         watched({}, groups=lambda outputs, batch: batch["text"])
     for value in ("x", [1, 2], torch.zeros(6, 3), {"a": 1}):  # nothing that can be meant
         guessed = {"groups": value}

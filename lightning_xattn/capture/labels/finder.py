@@ -1,53 +1,41 @@
-"""Predictions, targets, sample ids and groups of a step: as set, or from where Lightning modules usually have them.
+"""What the labels of a step are: class ids, scores of classes, one score of two, several labels at once, or numbers.
 
-A first batch, whose values may be looked at, decides where they are. Later batches are read at the same places, so the
-target never changes from batch to batch, and no device has to wait.
+A first batch, whose values may be looked at, decides it, and where they are. Later batches are read at the same places,
+so the target never changes from batch to batch, and no device has to wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_xattn.capture.calls import same_numbers
 from lightning_xattn.capture.labels.places import (
-    BINARY_LOSSES,
+    ID_KEYS,
     LabelSetting,
     Place,
-    ReadScores,
     Step,
-    check_label_setting,
+    are_binary_labels,
+    are_ids,
+    are_rows,
+    are_single,
+    are_single_scores,
+    count_samples,
     describe,
-    describe_setting,
-    find_loss_of,
     find_misfits,
-    find_scores,
     find_several_labels,
     guess_ids,
     guess_predictions,
     guess_targets,
+    list_items,
     named_place,
 )
-from lightning_xattn.capture.labels.scores import (
-    Classes,
-    Scores,
-    are_binary_labels,
-    are_ids,
-    are_one_hot,
-    are_probabilities,
-    are_rows,
-    are_several,
-    are_single,
-    are_single_scores,
-    are_surely_logits,
-    classes_of,
-    classes_of_labels,
-    classes_of_scores,
-    confidence_of,
-)
+from lightning_xattn.core.attention import row_sum_tolerance
 from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError
 from lightning_xattn.core.ids import group_keys
 from lightning_xattn.core.notices import warn
@@ -55,9 +43,168 @@ from lightning_xattn.core.notices import warn
 SEVERAL_LABELS = "the targets are several labels at once, so no one class is predicted"
 """Why nothing of a softmax is computed, as the end of a sentence."""
 
-_NAMES = {"sample_ids": "sample id", "groups": "group"}
+
+SCALES = {"logits": "logits", "probabilities": "probabilities", "probs": "probabilities"}
+"""The keys that say what scores are."""
+
+
+LOSSES_OF_TWO_CLASSES = ("binary_cross_entropy", "binary_cross_entropy_with_logits", "soft_margin_loss")
+"""Losses of a single score for two classes; the first reads probabilities, the others logits."""
+
+
+CLOSE = 1e-3
+"""Probabilities that agree within this are the same: half precision keeps no more."""
+
+
 _BY_SAMPLE = ("predicted", "confidence", "target", "tied", "groups", "group_ids", "sample_ids", "query_mask")
 """What ``Labels`` have for each sample, beside the scores."""
+
+
+class Classes(NamedTuple):
+    """The classes of samples by a tensor of scores or labels.
+
+    Attributes
+    ----------
+    ids
+        ``(batch,)`` int64; -1 where the scores are NaN or infinite (but for classes that are ruled out, -inf).
+    tied
+        ``(batch,)`` bool, whether more than one class is on top; None of class ids.
+    n_classes
+        Number of classes, when the tensor shows it.
+    """
+
+    ids: Tensor | None = None
+    tied: Tensor | None = None
+    n_classes: int | None = None
+
+
+def are_one_hot(rows: Any, samples: int) -> bool:
+    """Whether each row has a single 1 among 0s, as far as a first batch shows. Looks at the values."""
+    return are_rows(rows, samples) and bool(((rows == 0) | (rows == 1)).all() and (rows.float().sum(1) == 1).all())
+
+
+def are_probabilities(scores: Tensor) -> bool:
+    """Whether class scores ``(batch, classes)`` are probabilities already, and not logits. Looks at the values."""
+    finite = scores[scores.isfinite().all(1)].float()
+    sums_to_one = ((finite.sum(1) - 1).abs() <= row_sum_tolerance(scores.dtype)).all()
+    return len(finite) > 0 and bool((finite >= 0).all() and sums_to_one)
+
+
+def are_clear(scores: Any, samples: int) -> bool:
+    """Whether scores show by themselves whether they are logits or probabilities. Looks at the values."""
+    if are_rows(scores, samples) and scores.is_floating_point() and are_probabilities(scores):
+        return True
+    is_score = are_single(scores, samples) or are_rows(scores, samples)
+    return is_score and scores.is_floating_point() and bool(((scores < 0) | (scores > 1)).any())
+
+
+def classes_of(values: Tensor) -> Classes:
+    """Read class ids ``(batch,)``, or scores or shares ``(batch, classes)``."""
+    if values.dim() == 1:
+        return Classes(values.long())
+    top = values.amax(1, keepdim=True)
+    # A class with a score of minus infinity is one that the model rules out.
+    sound = (values < torch.inf).all(1) & (top[:, 0] > -torch.inf)
+    return Classes(torch.where(sound, values.argmax(1), -1), (values == top).sum(1) > 1, values.shape[1])
+
+
+def classes_of_scores(values: Tensor, threshold: float) -> Classes:
+    """Class 1 above the threshold, class 0 up to it, of single scores ``(batch,)`` or ``(batch, 1)``."""
+    values = values.reshape(-1)
+    return Classes(torch.where(values.isfinite(), (values > threshold).long(), -1), n_classes=2)
+
+
+def classes_of_labels(values: Tensor) -> Classes:
+    """Class ids of binary labels of any type; -1 where they are neither 0 nor 1."""
+    values = values.reshape(-1)
+    return Classes(torch.where(values == 1, 1, torch.where(values == 0, 0, -1)), n_classes=2)
+
+
+def confidence_of(scores: Tensor, probabilities: bool) -> Tensor:
+    """Probability of the predicted class, of scores ``(batch, classes)``, or single ones of class 1.
+
+    NaN where ``probabilities`` are none.
+    """
+    tolerance = row_sum_tolerance(scores.dtype)
+    columns = columns_of(scores, probabilities)
+    shares = columns if probabilities else columns.softmax(1)
+    sound = (shares >= 0).all(1) & ((shares.sum(1) - 1).abs() <= tolerance)
+    return torch.where(sound, shares.amax(1), torch.nan)
+
+
+def find_scale(scores: Tensor, samples: int, key: str | int | None, loss: str) -> tuple[bool, str]:
+    """Whether scores of a first batch are probabilities; and why that stays in doubt, "" if it does not.
+
+    Parameters
+    ----------
+    scores
+        The predictions: rows, one score a sample, or class ids, which have no scale.
+    samples
+        How many samples there are.
+    key
+        What they stand under in what the step returns.
+    loss
+        The name of the loss that reads them; "" without.
+    """
+    scale = SCALES.get(str(key), "")
+    if are_single_scores(scores, samples):
+        probabilities = scale == "probabilities" or loss == "binary_cross_entropy"
+        is_said = loss in LOSSES_OF_TWO_CLASSES
+        doubt = "one score for each sample, all between 0 and 1: they may be logits or probabilities."
+    elif are_rows(scores, samples) and scores.is_floating_point():
+        probabilities, is_said = are_probabilities(scores), loss in ("cross_entropy", "multi_margin_loss")
+        doubt = (
+            "scores between 0 and 1 whose rows do not sum to 1: they may be logits, or a probability for each class by "
+            "itself. The class with the highest score counts as predicted, and there is no confidence."
+        )
+    else:
+        return False, ""
+    if probabilities or is_said or scale == "logits" or are_clear(scores, samples):
+        return probabilities, ""
+    return False, f"{doubt} Return them from the step as {{'logits': ...}}, or {{'probabilities': ...}} that sum to 1."
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores with a column for each class: logits or probabilities."""
+
+    values: Tensor
+    """``(batch, classes)``, float32."""
+    are_probabilities: bool
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits; where only probabilities are known, their logarithms."""
+        return self.values.log() if self.are_probabilities else self.values
+
+    @property
+    def probabilities(self) -> Tensor:
+        """The probabilities."""
+        return self.values if self.are_probabilities else self.values.softmax(1)
+
+    def agree_with(self, predicted: Tensor, confidence: Tensor | None) -> bool:
+        """Whether these classes were predicted, with this confidence where it is known. Looks at the values."""
+        top, classes = self.probabilities.to(predicted.device).max(1)
+        agrees = (classes == predicted) | (predicted < 0)
+        if confidence is not None:
+            agrees &= ((top - confidence).abs() < CLOSE) | confidence.isnan()
+        return bool(agrees.all())
+
+
+def columns_of(scores: Tensor, probabilities: bool) -> Tensor:
+    """Scores with a column a class, in float32; a single one is the probability of class 1, or a logit beside 0."""
+    scores = scores.float()
+    if scores.dim() == 2 and scores.shape[1] > 1:
+        return scores
+    scores = scores.reshape(-1)
+    return torch.stack([1 - scores if probabilities else torch.zeros_like(scores), scores], dim=1)
+
+
+def scores_by_class(found: Any, samples: int) -> Iterator[Scores]:
+    """Both ways to read scores, as probabilities and as logits. Gradients pass."""
+    if (are_rows(found, samples) or are_single(found, samples)) and found.is_floating_point():
+        for probabilities in (True, False):
+            yield Scores(columns_of(found, probabilities), probabilities)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,9 +280,9 @@ class LabelFinder:
     """Finds the predictions, targets, sample ids and groups of a step.
 
     Unless set, **predictions** are looked for in the step's outputs (under a usual key, or the outputs themselves)
-    and then in what the module's own ``forward`` returned; **targets** in the outputs and then in the batch (under a
-    usual key, or the one item of a tuple that can be a target). Class scores ``(batch, classes)`` and class ids
-    ``(batch,)`` are understood; for targets also soft labels, rows of shares that sum to 1. One score a sample,
+    and then in what its losses read; **targets** in what its losses compare with, in the outputs and in the batch
+    (under a usual key, or the one item of a tuple that can be a target). Class scores ``(batch, classes)`` and class
+    ids ``(batch,)`` are understood; for targets also soft labels, rows of shares that sum to 1. One score a sample,
     ``(batch,)`` or ``(batch, 1)``, is that of a binary head where the targets are 0 and 1. Where several things could
     be meant, none is. A step that lacks what was found in the first one has no labels. **Sample ids** are looked
     for under ``sample_ids`` and **groups** under ``groups`` or ``patient_ids``, in the batch and then in the outputs.
@@ -166,64 +313,50 @@ class LabelFinder:
         groups: LabelSetting = None,
         query_mask: LabelSetting = None,
     ) -> None:
-        self._settings = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids, "groups": groups}
-        self._settings["query_mask"] = query_mask
-        for name, setting in self._settings.items():
-            check_label_setting(name, setting)
+        settings = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids, "groups": groups}
+        settings["query_mask"] = query_mask
+        self._named = {what: named_place(what, setting) for what, setting in settings.items()}
         if isinstance(predictions, str) and predictions == targets:
             raise SettingError(
                 f"predictions and targets are both the key {predictions!r}, so every prediction would be correct. Name "
                 "two keys."
             )
-        self._places: dict[str, Place | None] | None = None
-        self._scores_of: ReadScores | None = None
+        self._places: dict[str, Place | None] = {}
+        self._read_scores: ReadScores | None = None
         # Where the model's output is, also if it is no class.
         self._output: Place | None = None
-        self._binary = self._probabilities = self._one_hot = self.are_several = self._is_regression = False
+        self._binary = self._probabilities = self._one_hot = self.are_several = False
         # Whether rows of targets that were one-hot in the first batch have none or several positives; on their device.
         self._several: Tensor | None = None
         self._doubts: dict[str, str] = {}
-        self._found: set[str] = set()
-        self._warned: set[str] = set()
+
+    @property
+    def decided(self) -> bool:
+        """Whether it is known where everything is."""
+        return bool(self._places)
 
     @property
     def places(self) -> dict[str, str]:
         """Where predictions, targets and groups come from, in words; those that were not found are left out."""
         shown = ("predictions", "targets", "groups", "query_mask")
-        known = {what: place.name for what, place in (self._places or {}).items() if place and what in shown}
+        known = {what: place.name for what, place in self._places.items() if place and what in shown}
         return {what: name.removeprefix("the key ") for what, name in known.items()}
 
     @property
     def group_noun(self) -> str | None:
         """What groups are called; None where there are none."""
-        place = (self._places or {}).get("groups")
+        place = self._places.get("groups")
         if place is None:
             return None
         return "patients" if str(place.key).startswith("patient") else "groups"
 
     def reads(self) -> tuple[set[str], bool]:
         """The paths of the modules whose outputs are read in each step, and whether losses are."""
-        places = [place for place in (self._places or {}).values() if place is not None]
+        places = [place for place in self._places.values() if place is not None]
         return {one.module for one in places if one.module is not None}, any(one.is_loss for one in places)
 
-    @property
-    def decided(self) -> bool:
-        """Whether it is known where everything is."""
-        return self._places is not None
-
-    def decide(self, step: Step) -> None:
-        """Look where everything is, which ``find`` else does in its first step."""
-        self._places = self._find_places(step)
-        place = self._places["predictions"]
-        if place is not None and "confidence" not in self._doubts:
-            found = self._fitting(place.read(step), step.samples)
-            if found is not None:
-                predicted, confidence = self._find_classes(found)
-                n_classes = predicted.n_classes or self._classes_of_targets(step)
-                self._scores_of = find_scores(step, found, predicted._replace(n_classes=n_classes), confidence)
-
     def find(self, step: Step) -> Labels:
-        """What is known of a batch's samples.
+        """What is known of a batch's samples; the first step decides where everything is.
 
         Raises
         ------
@@ -234,70 +367,46 @@ class LabelFinder:
         """
         first = not self.decided
         if first:
-            self.decide(step)
+            self._places = self._find_places(step)
         scores, labels = (self._read(what, step, first) for what in ("predictions", "targets"))
-        predicted, confidence = (Classes(), None) if scores is None else self._find_classes(scores)
-        target = Classes() if labels is None else classes_of_labels(labels) if self._binary else classes_of(labels)
-        if self._one_hot and labels is not None and target.ids is not None and target.tied is not None:
-            several = labels.float().sum(1) != 1
-            target = target._replace(ids=torch.where(several, -1, target.ids), tied=target.tied & ~several)
-            self._several = several.any() if self._several is None else self._several | several.any()
+        predicted, confidence, target = Classes(), None, Classes()
+        if scores is not None:
+            binary_at = 0.5 if self._probabilities else 0.0
+            predicted = classes_of_scores(scores, binary_at) if self._binary else classes_of(scores)
+            if scores.is_floating_point() and "confidence" not in self._doubts:
+                confidence = confidence_of(scores, self._probabilities)
+        if labels is not None:
+            target = classes_of_labels(labels) if self._binary else classes_of(labels)
+            if self._one_hot and target.ids is not None and target.tied is not None:
+                several = labels.float().sum(1) != 1
+                target = target._replace(ids=torch.where(several, -1, target.ids), tied=target.tied & ~several)
+                self._several = several.any() if self._several is None else self._several | several.any()
         if predicted.n_classes and target.n_classes and predicted.n_classes != target.n_classes:
             raise ShapeError(
                 f"Predictions have {predicted.n_classes} classes and targets {target.n_classes}; expected the same. "
                 f"{step} Name the right ones with predictions=... and targets=...."
             )
-        ids = self._find_ids("groups", step)
+        n_classes = predicted.n_classes or target.n_classes
+        if first and scores is not None and "confidence" not in self._doubts:
+            self._read_scores = _find_scores(step, scores, predicted._replace(n_classes=n_classes), confidence)
+        raw = scores if scores is not None or self._output is None else self._output.read(step)
+        ids = self._find_ids("groups", step, first)
         return Labels(
             predicted.ids,
             confidence,
             target.ids,
             target.tied,
-            predicted.n_classes or target.n_classes,
+            n_classes,
             self._doubts,
             None if self.group_noun is None else group_keys([None] * step.samples if ids is None else ids, step.device),
             ids,
             self.group_noun,
-            self._find_ids("sample_ids", step),
+            self._find_ids("sample_ids", step, first),
             self._find_query_mask(step),
-            None if self._scores_of is None else self._scores_of(step, scores),
-            scores if scores is not None else self._read_output(step),
+            None if self._read_scores is None else self._read_scores(step, scores),
+            raw.detach() if isinstance(raw, Tensor) else None,
             "" if self._output is None else self._output.name,
         )
-
-    def _read_output(self, step: Step) -> Tensor | None:
-        """The model's output where it is no classes."""
-        found = None if self._output is None else self._output.read(step)
-        return found.detach() if isinstance(found, Tensor) else None
-
-    def _classes_of_targets(self, step: Step) -> int | None:
-        """How many classes the targets show, as shares do and ids do not."""
-        place = (self._places or {}).get("targets")
-        found = None if place is None or self._binary else self._fitting(place.read(step), step.samples)
-        return None if found is None else classes_of(found).n_classes
-
-    def _find_classes(self, scores: Tensor) -> tuple[Classes, Tensor | None]:
-        """The classes that scores or ids predict, and how confidently."""
-        predicted = (
-            classes_of_scores(scores, 0.5 if self._probabilities else 0.0) if self._binary else classes_of(scores)
-        )
-        has_confidence = scores.is_floating_point() and "confidence" not in self._doubts
-        return predicted, confidence_of(scores, self._probabilities) if has_confidence else None
-
-    def _find_query_mask(self, step: Step) -> Tensor | None:
-        place = named_place(self._settings["query_mask"])
-        if place is None:
-            return None
-        mask = place.read(step)
-        if mask is None:
-            raise DiscoveryError(f"No query mask: {place.name} gave nothing. {step}")
-        expected = step.samples, step.tokens[0]
-        if not isinstance(mask, Tensor) or tuple(mask.shape) != expected:
-            raise ShapeError(
-                f"Expected query_mask (batch, queries) {expected}, True or 1 for a real token; {place.name} gave "
-                f"{describe(mask)}. {step}"
-            )
-        return mask.bool().to(step.device, non_blocking=True)
 
     @property
     def has_several(self) -> bool:
@@ -306,181 +415,155 @@ class LabelFinder:
 
     def drop_targets(self) -> str:
         """Stop using targets that are no classes; gives the reason as a message."""
-        place = (self._places or {}).get("targets")
-        name = "targets" if place is None else place.name
+        place = self._places.get("targets")
         reason = (
-            f"{name} has one positive in each row of the first batch, but later rows have none or several. So they are "
-            "several labels at once, and the evaluation has no classes, predictions, confidences and outcomes. If "
-            "there are classes, name them: targets=<key or callable>."
+            f"{'targets' if place is None else place.name} has one positive in each row of the first batch, but later "
+            "rows have none or several. So they are several labels at once, and the evaluation has no classes, "
+            "predictions, confidences and outcomes. If there are classes, name them: targets=<key or callable>."
         )
-        if self._places is not None:
-            self._places |= dict.fromkeys(("targets", "predictions"))
-        self._several, self._one_hot, self._scores_of, self.are_several = None, False, None, True
-        self._doubts = self._doubts | {
-            "targets": reason,
-            "predictions": f"{SEVERAL_LABELS[0].upper()}{SEVERAL_LABELS[1:]}.",
-        }
+        self._places |= dict.fromkeys(("targets", "predictions"))
+        self._several, self._one_hot, self._read_scores, self.are_several = None, False, None, True
+        self._doubts |= {"targets": reason, "predictions": f"{SEVERAL_LABELS[0].upper()}{SEVERAL_LABELS[1:]}."}
         return reason
-
-    def _find_ids(self, what: str, step: Step) -> list[Any] | Tensor | None:
-        place = (self._places or {}).get(what)
-        found = None if place is None else self._at(place, what, step)
-        if isinstance(found, Tensor) and found.dim() == 0:
-            found = found[None]
-        count = _count(found)
-        if found is not None and count == step.samples:
-            self._found.add(what)
-            return found if isinstance(found, Tensor) else list(found)
-        setting = self._settings[what]
-        if setting is None or what in self._found:
-            return None
-        if found is None:
-            raise DiscoveryError(f"No {_NAMES[what]}s: {describe_setting(setting)} gave nothing. {step}")
-        got = describe(found) if count is None else count
-        raise ShapeError(f"Expected a {_NAMES[what]} for each of {step.samples} samples; got {got}.")
-
-    def _find_places(self, step: Step) -> dict[str, Place | None]:
-        places = {what: named_place(setting) for what, setting in self._settings.items()}
-        if self._settings["predictions"] is None:
-            guessed = guess_predictions(step)
-            places["predictions"] = None if isinstance(guessed, str) else guessed
-        self._output = places["predictions"]
-        if self._settings["predictions"] is None and isinstance(guessed, str):
-            self._doubts |= {"predictions": guessed}
-        scores = None if places["predictions"] is None else places["predictions"].read(step)
-        self._binary = are_single_scores(scores, step.samples)
-        if self._settings["targets"] is None:
-            places["targets"] = guess_targets(step, scores)
-            if places["targets"] is None:
-                self._doubts |= find_misfits(step)
-        labels = None if places["targets"] is None else places["targets"].read(step)
-        if isinstance(labels, Tensor) and not self._binary:
-            self._one_hot = are_rows(labels, step.samples) and are_one_hot(labels)
-        for what in ("sample_ids", "groups"):
-            if self._settings[what] is None:
-                place = guess_ids(step, what)
-                places[what] = place if place is not None and _count(place.read(step)) == step.samples else None
-        several = self._describe_several_labels(scores, places["targets"], step)
-        if several:
-            self._doubts |= {"predictions": several, "targets": several}
-            self.are_several, self._one_hot = True, False
-            return places | dict.fromkeys(("predictions", "targets"))
-        if places["predictions"] is not None and isinstance(scores, Tensor):
-            self._doubts |= self._find_doubts(scores, places["predictions"], places["targets"], step)
-        if "predictions" in self._doubts:
-            if self._settings["predictions"] is not None and not self._is_regression:
-                raise ShapeError(f"{self._doubts['predictions']} {step}")
-            places["predictions"] = None
-            if self._is_regression:
-                return places | {"targets": None}
-            labels = None if places["targets"] is None else places["targets"].read(step)
-            self._binary = are_binary_labels(labels, step.samples, self._settings["targets"] is None)
-        return places
-
-    def _describe_several_labels(self, scores: Any, targets: Place | None, step: Step) -> str:
-        """Why a first batch seems to have several labels at once; "" without evidence."""
-        classes = scores.shape[1] if are_rows(scores, step.samples) and scores.is_floating_point() else None
-        labels = None if targets is None else targets.read(step)
-        rows = isinstance(labels, Tensor) and are_rows(labels, step.samples)
-        if isinstance(labels, Tensor) and rows and classes in (None, labels.shape[1]) and are_several(labels):
-            found = targets
-        else:
-            found = find_several_labels(step, classes) if classes and targets is None else None
-        if found is not None:
-            why = f"{found.name} has rows of numbers from 0 to 1 that do not sum to 1"
-        elif classes and targets is None and self._settings["predictions"] is None and step.loss_of_several:
-            why = f"the step has no targets, and the model's loss '{step.loss_of_several}' is one for several labels"
-        else:
-            return ""
-        return (
-            f"{why[0].upper()}{why[1:]}. So the scores are of several labels at once: no one class is predicted, and "
-            "there are no classes, confidences and outcomes."
-        )
-
-    def _find_doubts(self, scores: Tensor, place: Place, targets: Place | None, step: Step) -> dict[str, str]:
-        """Decide what the scores of a first batch are; gives what stays in doubt, and why."""
-        if not self._binary:
-            scale = scores.dim() == 2 and scores.is_floating_point()
-            self._probabilities = scale and are_probabilities(scores)
-            is_clear = self._probabilities or place.key == "logits" or are_surely_logits(scores)
-            if not scale or is_clear or find_loss_of(step, scores) in ("cross_entropy", "multi_margin_loss"):
-                return {}
-            text = (
-                f"{place.name} gives scores between 0 and 1 whose rows do not sum to 1: they may be logits, or a "
-                "probability for each class by itself. The class with the highest score counts as predicted, and there "
-                "is no confidence. Return the scores from the step as {'logits': ...}, or as {'probabilities': ...} "
-                "whose rows sum to 1."
-            )
-            return {"confidence": text}
-        labels = None if targets is None else targets.read(step)
-        binary = are_binary_labels(labels, step.samples, self._settings["targets"] is None)
-        loss = find_loss_of(step, scores)
-        is_named = self._settings["predictions"] is not None and place.key in ("probabilities", "probs", "logits")
-        if not binary and not (targets is None and (is_named or loss in BINARY_LOSSES)):
-            self._is_regression = True
-            text = (
-                f"{place.name} gives one number for each sample, but the first batch has no targets of 0 and 1 to go "
-                "with it. So it is a regression, which has no classes, or a binary head whose targets must be named."
-            )
-            return {"predictions": text}
-        self._probabilities = place.key in ("probabilities", "probs") or loss == "binary_cross_entropy"
-        is_clear = self._probabilities or place.key == "logits" or are_surely_logits(scores)
-        if is_clear or loss in BINARY_LOSSES:
-            return {}
-        text = (
-            f"{place.name} gives one score for each sample, all between 0 and 1: they may be logits or probabilities. "
-            "Return them from the step as {'logits': ...} or {'probabilities': ...}."
-        )
-        return {"predictions": text}
-
-    def _at(self, place: Place, what: str, step: Step) -> Any:
-        """What stands at a place; None where a step lacks what an earlier one had."""
-        try:
-            return place.read(step)
-        except (KeyError, IndexError, TypeError):
-            if self._settings[what] is None:
-                return None
-            raise  # from a callable of the user's
 
     def _read(self, what: str, step: Step, first: bool) -> Tensor | None:
         """Predictions or targets of a step; None where there are none.
 
         What is not as in the first step is none, but for what was named and is something else.
         """
-        place = (self._places or {}).get(what)
+        place = self._places[what]
         if place is None:
             return None
-        found = self._at(place, what, step)
-        fitting = self._fitting(found, step.samples)
-        if not first and fitting is None and (found is None or self._settings[what] is None):
-            if what not in self._warned:
-                self._warned.add(what)
-                warn(
-                    f"A step has no {what} in {place.name}, where the first step had them, so its samples have no "
-                    f"class or outcome. {step}"
-                )
+        found = place.read(step)
+        # A model that squeezes its output takes the axis of a single sample off.
+        ways = (found, found[None]) if step.samples == 1 and isinstance(found, Tensor) else (found,)
+        for one in ways:
+            is_single = self._binary and are_single(one, step.samples)
+            if is_single or are_ids(one, step.samples) or are_rows(one, step.samples):
+                return one.detach().to(step.device, non_blocking=True)
+        if not first and (found is None or self._named[what] is None):
+            warn(
+                f"A step has no {what} in {place.name}, where the first step had them, so its samples have no class or "
+                f"outcome. {step}",
+                once=f"no {what} in {place.name}",
+            )
             return None
         if not isinstance(found, Tensor):
             raise DiscoveryError(f"No {what}: {place.name} gave {type(found).__name__}, expected a tensor. {step}")
-        if fitting is None:
-            raise ShapeError(
-                f"Expected {what} as class ids ({step.samples},) or one column a class ({step.samples}, classes); "
-                f"{place.name} gave {found.dtype} of shape {tuple(found.shape)}. {step}"
+        raise ShapeError(
+            f"Expected {what} as class ids ({step.samples},) or one column a class ({step.samples}, classes); "
+            f"{place.name} gave {found.dtype} of shape {tuple(found.shape)}. {step}"
+        )
+
+    def _find_ids(self, what: str, step: Step, first: bool) -> list[Any] | Tensor | None:
+        place = self._places[what]
+        found = None if place is None else place.read(step)
+        if isinstance(found, Tensor) and found.dim() == 0:
+            found = found[None]
+        if found is not None and count_samples(found) == step.samples:
+            return found if isinstance(found, Tensor) else list(found)
+        if place is None or not first or self._named[what] is None:
+            return None
+        kind = DiscoveryError if found is None else ShapeError
+        noun = what.replace("_", " ")
+        raise kind(
+            f"Expected {noun}, one for each of {step.samples} samples; {place.name} gave {describe(found)}. {step}"
+        )
+
+    def _find_query_mask(self, step: Step) -> Tensor | None:
+        place = self._places["query_mask"]
+        if place is None:
+            return None
+        mask, expected = place.read(step), (step.samples, step.tokens[0])
+        if not isinstance(mask, Tensor) or tuple(mask.shape) != expected:
+            kind = DiscoveryError if mask is None else ShapeError
+            raise kind(
+                f"Expected query_mask (batch, queries) {expected}, True or 1 for a real token; {place.name} gave "
+                f"{describe(mask)}. {step}"
             )
-        return fitting.detach().to(step.device, non_blocking=True)
+        return mask.bool().to(step.device, non_blocking=True)
 
-    def _fitting(self, found: Any, samples: int) -> Tensor | None:
-        """Ids or scores of this number of samples, in one of the forms that are understood; None of anything else."""
-        # A model that squeezes its output takes the axis of a single sample off.
-        for values in (found, found[None]) if samples == 1 and isinstance(found, Tensor) else (found,):
-            single = self._binary and are_single(values, samples)
-            if single or are_ids(values, samples) or are_rows(values, samples):
-                return values
-        return None
+    def _find_places(self, step: Step) -> dict[str, Place | None]:
+        """Decide in a first batch where everything is, and what the predictions and targets are."""
+        places = dict(self._named)
+        for what in ID_KEYS:
+            places[what] = places[what] or guess_ids(step, what)
+        guessed = places["predictions"] or guess_predictions(step)
+        if isinstance(guessed, str):
+            self._doubts["predictions"], guessed = guessed, None
+        places["predictions"] = self._output = guessed
+        scores = None if guessed is None else guessed.read(step)
+        self._binary = are_single_scores(scores, step.samples)
+        targets = places["targets"] = places["targets"] or guess_targets(step, scores)
+        self._doubts |= find_misfits(step) if targets is None else {}
+        labels = None if targets is None else targets.read(step)
+        self._one_hot = not self._binary and are_one_hot(labels, step.samples)
+        is_named = self._named["predictions"] is not None
+        several = find_several_labels(step, scores, targets, is_named)
+        if several:
+            why = (
+                f"{several[0].upper()}{several[1:]}. So the scores are of several labels at once: no one class is "
+                "predicted, and there are no classes, confidences and outcomes."
+            )
+            self._doubts |= {"predictions": why, "targets": why}
+            self.are_several, self._one_hot = True, False
+            return places | dict.fromkeys(("predictions", "targets"))
+        is_binary = are_binary_labels(labels, step.samples, self._named["targets"] is None)
+        if guessed is not None and isinstance(scores, Tensor):
+            loss = next((one.name for one in step.losses if same_numbers(one.input, scores)), "")
+            is_said = targets is None and (loss in LOSSES_OF_TWO_CLASSES or (is_named and guessed.key in SCALES))
+            if self._binary and not is_binary and not is_said:
+                self._doubts["predictions"] = (
+                    f"{guessed.name} gives one number for each sample, but the first batch has no targets of 0 and 1 "
+                    "to go with it. So it is a regression, which has no classes, or a binary head whose targets must "
+                    "be named."
+                )
+                return places | dict.fromkeys(("predictions", "targets"))
+            self._probabilities, doubt = find_scale(scores, step.samples, guessed.key, loss)
+            if doubt:
+                self._doubts["predictions" if self._binary else "confidence"] = f"{guessed.name} gives {doubt}"
+        if "predictions" in self._doubts:
+            if is_named:
+                raise ShapeError(f"{self._doubts['predictions']} {step}")
+            places["predictions"], self._binary = None, is_binary
+        return places
 
 
-def _count(found: Any) -> int | None:
-    """For how many samples there are ids; None for what is no sequence of ids."""
-    if isinstance(found, Tensor):
-        return found.numel() if found.numel() == (len(found) if found.dim() else 1) else None
-    return len(found) if hasattr(found, "__len__") and not isinstance(found, (str, bytes, Mapping)) else None
+ReadScores = Callable[[Step, Tensor | None], Scores | None]
+"""Gives the scores of a step with these predictions; None where it has none like those of the first step."""
+
+
+def _find_scores(step: Step, predictions: Tensor, predicted: Classes, confidence: Tensor | None) -> ReadScores | None:
+    """How to read the scores behind predictions, as a first step shows where they are. Looks at the values.
+
+    What ``forward`` returned comes first, as many a step makes probabilities or class ids of it.
+
+    Parameters
+    ----------
+    step
+        The step.
+    predictions
+        Its predictions: scores or class ids.
+    predicted, confidence
+        Their classes; the scores must agree with them, and be clear by themselves where there is no confidence.
+    """
+    for place in (*list_items(step, "forward"), *list_items(step, "outputs"), None):
+        found = predictions if place is None else place.read(step)
+        if confidence is None and not are_clear(found, step.samples):
+            continue
+        for scores in scores_by_class(found, step.samples):
+            classes, is_share = scores.values.shape[1], scores.are_probabilities
+            fits = predicted.n_classes in (None, classes) and (not is_share or are_probabilities(scores.values))
+            if fits and predicted.ids is not None and scores.agree_with(predicted.ids, confidence):
+                return partial(_read_scores, place, classes, is_share)
+    return None
+
+
+def _read_scores(
+    place: Place | None, n_classes: int, are_probabilities: bool, step: Step, predictions: Tensor | None
+) -> Scores | None:
+    found = predictions if place is None else place.read(step)
+    for scores in scores_by_class(found, step.samples):
+        if scores.are_probabilities == are_probabilities and scores.values.shape[1] == n_classes:
+            return Scores(scores.values.detach().to(step.device, non_blocking=True), are_probabilities)
+    return None

@@ -1,36 +1,29 @@
-"""What a step gives, and where in it predictions, targets and sample ids may stand."""
+"""Where labels stand in a step, as a setting names it or as a first batch shows it by form and by what losses read."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.capture.calls import Path as KeyPath
-from lightning_xattn.capture.calls import StepTrace, find_leaves, find_tensors, get_item, output_at, same_numbers
-from lightning_xattn.capture.labels.scores import (
-    Classes,
-    Scores,
-    are_binary_labels,
-    are_clear,
-    are_ids,
-    are_predictions,
-    are_probabilities,
-    are_rows,
-    are_several,
-    are_shares,
-    are_single,
-    are_single_scores,
-    scores_by_class,
-    to_labels,
+from lightning_xattn.capture.calls import (
+    Loss,
+    StepTrace,
+    find_leaves,
+    find_tensors,
+    get_item,
+    output_at,
+    same_numbers,
 )
+from lightning_xattn.capture.calls import Path as KeyPath
 from lightning_xattn.capture.sources import Source
 from lightning_xattn.capture.tensors import are_same
 from lightning_xattn.capture.wrappers import find_module, plain_path
@@ -41,9 +34,22 @@ LabelSetting = str | Callable[..., Any] | None
 field of a dataclass or NamedTuple, an attribute of a graph's batch; a module's path, for what it returns; or a
 callable ``(outputs, batch) -> tensor`` or ``(outputs, batch, forward) -> tensor``."""
 
+
 PREDICTION_KEYS = ("logits", "probabilities", "probs", "predictions", "preds", "y_hat", "y_pred")
+
+
 TARGET_KEYS = ("targets", "target", "labels", "label", "y")
+
+
 ID_KEYS = {"sample_ids": ("sample_ids", "sample_id"), "groups": ("groups", "patient_ids")}
+
+
+_OF_VALUES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "gaussian_nll_loss", "poisson_nll_loss")
+"""Losses of numbers, which read no class scores."""
+
+
+UNLABELLED = (-1, -100)
+"""Class ids that usually mean "no label"; -100 is what torch's losses ignore."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,10 @@ class Step:
     trace: StepTrace | None = None
     model: nn.Module | None = None
 
-    def output_of(self, path: str, turn: int, leaf: KeyPath) -> Any:
-        """A tensor that a module returned in this step."""
-        return None if self.trace is None else output_at(self.trace.find(path, turn), leaf)
+    @property
+    def losses(self) -> Sequence[Loss]:
+        """What losses of the step read, as far as that is traced."""
+        return () if self.trace is None else self.trace.losses
 
     def __str__(self) -> str:
         return (
@@ -104,29 +111,145 @@ class Place:
     """The path of the module that returns it."""
     is_loss: bool = False
     """Whether a loss reads it."""
+    is_callable: bool = False
+    """Whether it is a function of the user's, whose errors are theirs."""
 
     def read(self, step: Step) -> Any:
-        """What stands there; class ids of any form as a tensor ``(batch,)``."""
-        return to_labels(self.get(step))
+        """What stands there, class ids of any form as a tensor ``(batch,)``; None in a step of another form."""
+        try:
+            return to_labels(self.get(step))
+        except (KeyError, IndexError, TypeError, AttributeError):
+            if self.is_callable:
+                raise
+            return None
 
 
-def named_place(setting: LabelSetting) -> Place | None:
-    """The place that a setting names; None without one."""
+def to_labels(value: Any) -> Any:
+    """Arrays and lists of numbers as tensors, and class ids ``(batch, 1)`` as ``(batch,)``; anything else as it is."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iufb":
+        value = torch.from_numpy(value)
+    elif isinstance(value, (list, tuple)) and value and all(isinstance(one, (bool, int, float)) for one in value):
+        value = torch.tensor(value)
+    elif isinstance(value, (list, tuple)) and value and all(isinstance(one, Tensor) and not one.dim() for one in value):
+        value = torch.stack(list(value))
+    is_column = isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == 1
+    return value[:, 0] if is_column and not value.is_floating_point() else value
+
+
+def are_ids(value: Any, samples: int) -> bool:
+    """Class ids ``(batch,)``."""
+    whole = isinstance(value, Tensor) and not (value.is_floating_point() or value.dtype == torch.bool)
+    return whole and tuple(value.shape) == (samples,)
+
+
+def are_rows(value: Any, samples: int) -> bool:
+    """One column a class, ``(batch, classes)``."""
+    rows = isinstance(value, Tensor) and value.dim() == 2 and value.dtype != torch.bool
+    return rows and len(value) == samples and value.shape[1] > 1
+
+
+def are_predictions(value: Any, samples: int) -> bool:
+    """Class scores or class ids."""
+    return (are_rows(value, samples) and value.is_floating_point()) or are_ids(value, samples)
+
+
+def are_single(value: Any, samples: int) -> bool:
+    """One number a sample, ``(batch,)`` or ``(batch, 1)``: the score of a binary head, or a regression."""
+    return isinstance(value, Tensor) and tuple(value.shape) in ((samples,), (samples, 1))
+
+
+def are_single_scores(value: Any, samples: int) -> bool:
+    """One floating number a sample."""
+    return are_single(value, samples) and value.is_floating_point()
+
+
+def are_binary_labels(value: Any, samples: int, guessed: bool) -> bool:
+    """Labels of two classes, 0 and 1, of any type; ``UNLABELLED`` ones too. Looks at the values.
+
+    Where -1 and 1 occur but no 0, -1 may be the other class: such labels are refused. Floating numbers that are
+    merely guessed to be labels must show both classes, as those to regress may all be 0.
+    """
+    if not are_single(value, samples):
+        return False
+    negative, positive = value == 0, value == 1
+    unlabelled = torch.stack([value == label for label in UNLABELLED]).any(0)
+    certain = negative.any() | ~(value == -1).any()
+    if guessed and value.is_floating_point():
+        certain &= negative.any() & positive.any()
+    return bool((negative | positive | unlabelled).all() & (negative | positive).any() & certain)
+
+
+def are_shares(rows: Tensor) -> bool:
+    """Soft or one-hot labels; several labels at once, or numbers to regress, are not. Looks at the values."""
+    return bool((rows >= 0).all() and ((rows.float().sum(1) - 1).abs() < 1e-3).all())
+
+
+def are_several(rows: Tensor) -> bool:
+    """Several labels at once: shares between 0 and 1 of which rows do not sum to 1. Looks at the values."""
+    return bool(((rows >= 0) & (rows <= 1)).all()) and not are_shares(rows)
+
+
+def count_samples(found: Any) -> int | None:
+    """For how many samples there are ids; None for what is no sequence of ids."""
+    if isinstance(found, Tensor):
+        return len(found) if found.dim() and found.numel() == len(found) else None
+    return len(found) if hasattr(found, "__len__") and not isinstance(found, (str, bytes, Mapping)) else None
+
+
+def named_place(name: str, setting: LabelSetting) -> Place | None:
+    """The place that a setting names; None without one.
+
+    Raises
+    ------
+    SettingError
+        If it names no place for labels.
+    """
     if setting is None:
         return None
-    if callable(setting):
-        if _takes_forward(setting):
-            return Place(describe_setting(setting), lambda step: setting(step.outputs, step.batch, step.forward))
-        return Place(describe_setting(setting), lambda step: setting(step.outputs, step.batch))
+    if isinstance(setting, str) and setting:
+        return Place(f"the key '{setting}'", partial(_read_named, setting), setting)
+    if not callable(setting):
+        raise SettingError(f"{name} must be None, a key or a callable; got {setting!r}.")
+    return Place("the callable", partial(_call, setting, _takes_forward(name, setting)), is_callable=True)
 
-    def by_key(step: Step) -> Any:
-        for holder in (step.outputs, step.batch, step.forward):
-            found = _look_up(holder, setting)
-            if found is not None:
-                return found
-        return _output_named(step, setting)
 
-    return Place(describe_setting(setting), by_key, setting)
+def _takes_forward(name: str, function: Callable[..., Any]) -> bool:
+    """Whether a setting's function asks for a third argument, or takes any number."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # as of some built-in ones
+        return False
+    takes_any = any(one.kind is one.VAR_POSITIONAL for one in signature.parameters.values())
+    for count in (3, 2) if takes_any else (2, 3):
+        with suppress(TypeError):
+            signature.bind(*range(count))
+            return count == 3
+    raise SettingError(
+        f"{name} must take (outputs, batch) or (outputs, batch, forward); its callable takes {signature}."
+    )
+
+
+def _call(function: Callable[..., Any], takes_forward: bool, step: Step) -> Any:
+    return function(step.outputs, step.batch, *([step.forward] if takes_forward else []))
+
+
+def _read_named(setting: str, step: Step) -> Any:
+    """What stands under a key, or is what a module returned."""
+    for holder in (step.outputs, step.batch, step.forward):
+        found = _look_up(holder, setting)
+        if found is not None:
+            return found
+    named = None if step.model is None else module_named(step.model, setting)
+    if named is None or step.trace is None:
+        return None
+    path, item, turn = named
+    run = step.trace.find(path, turn)
+    tensors = {} if run is None else {leaf: one for leaf, one in run.tensors.items() if leaf[: len(item)] == item}
+    fitting = [one for one in tensors.values() if are_predictions(one, step.samples) or are_single(one, step.samples)]
+    if len(fitting) > 1:
+        items = " or ".join(f"'{_name_output(step.model, path, 0, leaf)}'" for leaf in tensors)
+        raise DiscoveryError(f"'{setting}' returns several tensors with a value for each sample: name one, {items}.")
+    return fitting[0] if fitting else None
 
 
 def module_named(model: nn.Module, setting: str) -> tuple[str, tuple[int | str, ...], int] | None:
@@ -144,21 +267,7 @@ def module_named(model: nn.Module, setting: str) -> tuple[str, tuple[int | str, 
     return None if path is None else (path, source.item, (source.call or 1) - 1)
 
 
-def _output_named(step: Step, setting: str) -> Tensor | None:
-    named = None if step.model is None else module_named(step.model, setting)
-    if named is None or step.trace is None:
-        return None
-    path, item, turn = named
-    run = step.trace.find(path, turn)
-    tensors = {} if run is None else {leaf: one for leaf, one in run.tensors.items() if leaf[: len(item)] == item}
-    fitting = [one for one in tensors.values() if are_predictions(one, step.samples) or are_single(one, step.samples)]
-    if len(fitting) > 1:
-        items = " or ".join(f"'{name_call(step.model, path, 0, leaf)}'" for leaf in tensors)
-        raise DiscoveryError(f"'{setting}' returns several tensors with a value for each sample: name one, {items}.")
-    return fitting[0] if fitting else None
-
-
-def name_call(model: nn.Module | None, path: str, turn: int, leaf: KeyPath) -> str:
+def _name_output(model: nn.Module | None, path: str, turn: int, leaf: KeyPath) -> str:
     """A tensor that a module returns, as a setting names it."""
     name = (path if model is None else plain_path(model, path)) or "forward"
     return name + (f"#{turn + 1}" if turn else "") + "".join(f"[{key}]" for key in leaf)
@@ -182,80 +291,39 @@ def _look_up(holder: Any, key: str) -> Any:
     return None
 
 
-def check_label_setting(name: str, setting: LabelSetting) -> None:
-    """Refuse settings that name no place for labels.
-
-    Raises
-    ------
-    SettingError
-        Saying what was expected.
-    """
-    if setting is None or (isinstance(setting, str) and setting):
-        return
-    if not callable(setting):
-        raise SettingError(f"{name} must be None, a key or a callable; got {setting!r}.")
-    try:
-        signature = inspect.signature(setting)
-    except (TypeError, ValueError):  # as of some built-in ones
-        return
-    for count in (2, 3):
-        with suppress(TypeError):
-            signature.bind(*range(count))
-            return
-    raise SettingError(
-        f"{name} must take (outputs, batch) or (outputs, batch, forward); its callable takes {signature}."
+def _find_usual_key(step: Step, sources: tuple[str, ...], keys: tuple[str, ...]) -> Place | None:
+    """The place under a usual key, the first in the order of sources and keys."""
+    found = (
+        Place(f"{source}['{key}']", partial(_read_item, source, key), key)
+        for source in sources
+        for key in keys
+        if _look_up(getattr(step, source), key) is not None
     )
+    return next(found, None)
 
 
-def _takes_forward(function: Callable[..., Any]) -> bool:
-    """Whether a function asks for a third argument, or takes any number."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # as of some built-in ones
-        return False
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [one for one in parameters if one.kind in by_position and one.default is inspect.Parameter.empty]
-    return len(needed) == 3 or any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters)
-
-
-def describe_setting(setting: LabelSetting) -> str:
-    """A setting in words."""
-    return f"the key '{setting}'" if isinstance(setting, str) else "the callable"
-
-
-def _find_usual_keys(step: Step, sources: tuple[str, ...], keys: tuple[str, ...]) -> Iterator[Place]:
-    """The places under a usual key, in the order of sources and keys."""
-    for source in sources:
-        holder = getattr(step, source)
-        for key in keys:
-            if _look_up(holder, key) is not None:
-                yield Place(f"{source}['{key}']", _reader(source, key), key)
-
-
-def _list_items(step: Step, source: str) -> list[Place]:
-    """The items of a tuple or list, or the thing itself."""
+def list_items(step: Step, source: str) -> list[Place]:
+    """The items of a mapping, tuple or list, or the thing itself."""
     holder = getattr(step, source)
+    if isinstance(holder, Mapping):
+        keys = () if source == "batch" else holder  # those of a batch name inputs, too
+        return [Place(f"{source}['{key}']", partial(_read_item, source, key), key) for key in keys]
     if isinstance(holder, (tuple, list)):
-        return [Place(f"{source}[{i}]", _reader(source, i)) for i in range(len(holder))]
+        return [Place(f"{source}[{i}]", partial(_read_item, source, i)) for i in range(len(holder))]
     return [Place(source, attrgetter(source))]
 
 
-def list_places(step: Step, source: str) -> list[Place]:
-    """Every item of a mapping, tuple or list, or the thing itself."""
+def _read_item(source: str, key: str | int, step: Step) -> Any:
     holder = getattr(step, source)
-    if isinstance(holder, Mapping):
-        return [Place(f"{source}['{key}']", _reader(source, key), key) for key in holder]
-    return _list_items(step, source)
+    if isinstance(holder, Tensor):
+        return None  # an item of a tensor would be a sample
+    return _look_up(holder, key) if isinstance(key, str) else holder[key]
 
 
-def _reader(source: str, key: str | int) -> Callable[[Step], Any]:
-    def read(step: Step) -> Any:
-        holder = getattr(step, source)
-        if isinstance(holder, Tensor):
-            return None  # an item of a tensor would be a sample
-        return _look_up(holder, key) if isinstance(key, str) else holder[key]
-
-    return read
+def guess_ids(step: Step, what: str) -> Place | None:
+    """Where a step has "sample_ids" or "groups", one for each sample."""
+    place = _find_usual_key(step, ("batch", "outputs"), ID_KEYS[what])
+    return place if place is not None and count_samples(place.read(step)) == step.samples else None
 
 
 def guess_predictions(step: Step) -> Place | str | None:
@@ -266,117 +334,91 @@ def guess_predictions(step: Step) -> Place | str | None:
     Place, str or None
         A message where more than one thing can be meant; None where there is nothing.
     """
-    keyed = next(_find_usual_keys(step, ("outputs",), PREDICTION_KEYS), None)
+
+    def fitting(places: Sequence[Place]) -> list[Place]:
+        """Those of class scores or ids; where there are none, those of one number a sample."""
+        for fits in (are_predictions, are_single_scores):
+            found = [place for place in places if fits(place.read(step), step.samples)]
+            if found:
+                return found
+        return []
+
+    keyed = _find_usual_key(step, ("outputs",), PREDICTION_KEYS)
     if keyed is not None:
         # Named as predictions: if these do not fit, nothing else is meant.
-        value = keyed.read(step)
-        return keyed if are_predictions(value, step.samples) or are_single_scores(value, step.samples) else None
-    read = find_read_by_losses(step)
-    for fits in (are_predictions, are_single_scores):
-        fitting = [place for place in list_places(step, "outputs") if fits(place.read(step), step.samples)]
-        fitting = [place for place in fitting if place.key not in TARGET_KEYS and _is_given(step, place, read)]
-        if fitting:
-            return fitting[0] if len(fitting) == 1 else None
-    if read or (step.trace is not None and step.trace.losses):
-        return read[0] if len(read) == 1 else _describe_several(read) if read else None
-    for candidates in (
-        list(_find_usual_keys(step, ("forward",), PREDICTION_KEYS))[:1],
-        _list_items(step, "forward"),
-    ):
-        for fits in (are_predictions, are_single_scores):
-            fitting = [place for place in candidates if fits(place.read(step), step.samples)]
-            taken = [place for place in fitting if _is_read(step, place.read(step))]
-            if len(taken) == 1:
-                return taken[0]
-            if fitting:
-                names = " or ".join(f"predictions='{place.key or 'forward'}'" for place in fitting)
-                return (
-                    f"{' and '.join(place.name for place in fitting)} may be predictions, but no loss and no metric of "
-                    f"the step reads them, and it does not return them: {names} says that they are."
-                )
-    return None
+        return next(iter(fitting([keyed])), None)
+    read = _find_read_by_losses(step)
+    given = [place for place in list_items(step, "outputs") if place.key not in TARGET_KEYS]
+    given = fitting([place for place in given if _is_given(step, place.read(step), read)])
+    if given:
+        return given[0] if len(given) == 1 else None
+    if len(read) > 1:
+        settings = " or ".join(f"predictions='{place.name}'" for place in read if place.module)
+        return (
+            f"The losses read several tensors with scores of the samples: {', '.join(place.name for place in read)}. "
+            f"Say which are the predictions: {settings or 'return them from the step, or give predictions=<callable>'}."
+        )
+    if step.losses:
+        return next(iter(read), None)
+    keyed = _find_usual_key(step, ("forward",), PREDICTION_KEYS)
+    found = fitting([] if keyed is None else [keyed]) or fitting(list_items(step, "forward"))
+    taken = [place for place in found if step.trace is None or _is_among(place.read(step), step.trace.read)]
+    if found and len(taken) != 1:
+        names = " or ".join(f"predictions='{place.key or 'forward'}'" for place in found)
+        return (
+            f"{' and '.join(place.name for place in found)} may be predictions, but no loss and no metric of the step "
+            f"reads them, and it does not return them: {names} says that they are."
+        )
+    return next(iter(taken), None)
 
 
-def _is_given(step: Step, place: Place, read: Sequence[Place]) -> bool:
+def _is_among(value: Tensor, others: Iterable[Tensor]) -> bool:
+    return any(same_numbers(value, one) for one in others)
+
+
+def _is_given(step: Step, value: Any, read: Sequence[Place]) -> bool:
     """Whether what a step returns under no usual key is what its loss reads, or follows from it.
 
     Without a loss it is what a step returns by itself, or in a dict what the model's own forward gave.
     """
-    value = place.read(step)
+    if not isinstance(value, Tensor):
+        return False
     if not read and not isinstance(step.outputs, Mapping):
         return True
     others = [one.read(step) for one in read] or [one for _, one in find_tensors(step.forward)]
     for scores in (one for one in others if isinstance(one, Tensor)):
         made = [scores]
-        if scores.dim() == 2 and scores.shape[1] > 1 and scores.is_floating_point():
-            made += [scores.softmax(1), scores.argmax(1)]
         if scores.is_floating_point():
             made += [scores.sigmoid(), (scores > 0).long(), (scores > 0.5).long()]
-        if any(same_numbers(value, one) for one in made):
+            made += [scores.softmax(1), scores.argmax(1)] if scores.dim() == 2 and scores.shape[1] > 1 else []
+        if _is_among(value, made):
             return True
     return False
 
 
-def _is_read(step: Step, value: Any) -> bool:
-    """Whether the step takes a tensor for class scores; True where that is not known."""
-    return step.trace is None or any(same_numbers(value, one) for one in step.trace.read)
-
-
-_OF_VALUES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "gaussian_nll_loss", "poisson_nll_loss")
-"""Losses of numbers, which read no class scores."""
-
-
-BINARY_LOSSES = ("binary_cross_entropy", "binary_cross_entropy_with_logits", "soft_margin_loss")
-"""Losses of a single score for two classes; the first reads probabilities, the others logits."""
-
-
-def find_loss_of(step: Step, scores: Tensor) -> str:
-    """The name of the first loss that reads these scores; "" without one."""
-    losses = () if step.trace is None else step.trace.losses
-    return next((loss.name for loss in losses if same_numbers(loss.input, scores)), "")
-
-
-def find_read_by_losses(step: Step) -> list[Place]:
+def _find_read_by_losses(step: Step) -> list[Place]:
     """The places of the tensors that losses read as predictions, each once.
 
     What a loss compares them with is one of these, too, where a module gave it, as of a teacher.
     """
-    if step.trace is None:
-        return []
     found: list[tuple[Tensor, Place]] = []
-    of_classes = {tuple(loss.input.shape) for loss in step.trace.losses if loss.name not in _OF_VALUES}
-    for number, loss in enumerate(step.trace.losses):
-        given = [(loss.input, False)]
+    of_classes = {tuple(loss.input.shape) for loss in step.losses if loss.name not in _OF_VALUES}
+    for number, loss in enumerate(step.losses):
+        given = [(loss.input, loss.name not in _OF_VALUES)]
         is_taught = isinstance(loss.target, Tensor) and loss.target.is_floating_point()
-        is_taught = is_taught and _find_call(step, loss.target) is not None
-        given += [(loss.target, True)] if is_taught else []
-        for tensor, is_target in given:
+        if is_taught and _find_output(step, loss.target) is not None:
+            given = [(one, not of_classes or tuple(one.shape) in of_classes) for one in (loss.input, loss.target)]
+        for tensor, is_score in given:
             is_single = are_single_scores(tensor, step.samples)
-            is_score = loss.name not in _OF_VALUES or is_single
-            is_score |= is_taught and (not of_classes or tuple(tensor.shape) in of_classes)
-            fits = is_score and (is_single or are_predictions(tensor, step.samples))
-            if not fits or any(same_numbers(tensor, other) for other, _ in found):
-                continue
-            made = _find_call(step, tensor)
-            if made is not None:
-                path, turn, leaf = made
-                name = name_call(step.model, path, turn, leaf)
-                place = Place(name, partial(_read_call, path, turn, leaf), module=path)
-            else:
-                place = _place_of_loss(step, number, is_target)
-            found.append((tensor, place))
+            fits = is_single or (is_score and are_predictions(tensor, step.samples))
+            if fits and not _is_among(tensor, (other for other, _ in found)):
+                found.append(
+                    (tensor, _find_output(step, tensor) or _place_of_loss(step, number, tensor is not loss.input))
+                )
     return [place for _, place in found]
 
 
-def _describe_several(places: Sequence[Place]) -> str:
-    settings = " or ".join(f"predictions='{place.name}'" for place in places if place.module)
-    return (
-        f"The losses read several tensors with scores of the samples: {', '.join(place.name for place in places)}. Say "
-        f"which are the predictions: {settings or 'return them from the step, or give predictions=<callable>'}."
-    )
-
-
-def _find_call(step: Step, tensor: Tensor) -> tuple[str, int, KeyPath] | None:
+def _find_output(step: Step, tensor: Tensor) -> Place | None:
     """The outermost call that returned a tensor, the very one or the same numbers."""
     runs = [] if step.trace is None else step.trace.runs
     outermost_first = sorted(runs, key=lambda run: sum(1 for _ in run.outwards()))
@@ -386,102 +428,96 @@ def _find_call(step: Step, tensor: Tensor) -> tuple[str, int, KeyPath] | None:
     if not found:
         return None
     run, leaf = found[0]
-    return run.path, [other for other in runs if other.path == run.path].index(run), leaf
+    turn = [other for other in runs if other.path == run.path].index(run)
+    return Place(
+        _name_output(step.model, run.path, turn, leaf), partial(_read_output, run.path, turn, leaf), module=run.path
+    )
 
 
-def _read_call(path: str, turn: int, leaf: KeyPath, step: Step) -> Any:
-    return step.output_of(path, turn, leaf)
+def _read_output(path: str, turn: int, leaf: KeyPath, step: Step) -> Tensor | None:
+    return None if step.trace is None else output_at(step.trace.find(path, turn), leaf)
+
+
+def _place_of_loss(step: Step, number: int, is_target: bool) -> Place:
+    """What a loss reads, in steps that compute the same losses in the same order."""
+    names = tuple(loss.name for loss in step.losses)
+    name = f"what {names[number]} {'compares with' if is_target else 'reads'}"
+    return Place(name, partial(_read_loss, number, is_target, names), is_loss=True)
 
 
 def _read_loss(number: int, is_target: bool, names: tuple[str, ...], step: Step) -> Any:
-    losses = () if step.trace is None else step.trace.losses
-    if tuple(loss.name for loss in losses) != names:
+    if tuple(loss.name for loss in step.losses) != names:
         return None
-    return losses[number].target if is_target else losses[number].input
+    return step.losses[number].target if is_target else step.losses[number].input
 
 
 def guess_targets(step: Step, scores: Any) -> Place | None:
     """Where a step has targets that go with its scores; None where nothing, or more than one thing, can be meant."""
     classes = scores.shape[1] if are_rows(scores, step.samples) else None
 
-    def fits(value: Any) -> bool:
+    def fits(place: Place) -> bool:
+        value = place.read(step)
         if are_single_scores(scores, step.samples):
             return are_binary_labels(value, step.samples, guessed=True)
+        if are_rows(value, step.samples):
+            return classes in (None, value.shape[1]) and are_shares(value)
         # Numbers beyond the classes, such as lengths, are no class ids.
-        ids = are_ids(value, step.samples) and bool(value.max() < (classes or torch.inf))
-        return ids or (
-            are_rows(value, step.samples) and value.shape[1] == (classes or value.shape[1]) and are_shares(value)
-        )
+        return are_ids(value, step.samples) and bool(value.max() < (classes or torch.inf))
 
     compared = _find_compared(step, scores)
-    if compared is not None and not compared.is_loss and fits(compared.read(step)):
+    if compared is not None and not compared.is_loss and fits(compared):
         return compared
-    keyed = next(_find_usual_keys(step, ("outputs", "batch"), TARGET_KEYS), None)
+    keyed = _find_usual_key(step, ("outputs", "batch"), TARGET_KEYS)
     if keyed is not None:
-        return keyed if fits(keyed.read(step)) else None
-    fitting = [place for place in _list_items(step, "batch") if fits(place.read(step))]
+        return keyed if fits(keyed) else None
+    fitting = list(filter(fits, list_items(step, "batch")))
     if len(fitting) == 1 and compared is None:
         return fitting[0]
     # The samples themselves, each the only one of its class, are no targets.
     is_contrastive = classes == step.samples and step.samples > 1
-    return compared if compared is not None and not is_contrastive and fits(compared.read(step)) else None
+    return compared if compared is not None and not is_contrastive and fits(compared) else None
 
 
 def _find_compared(step: Step, scores: Any) -> Place | None:
     """Where what a loss compares these scores with is: in the batch, or in the loss itself."""
-    losses = step.trace.losses if step.trace is not None else []
-    of_scores = [loss for loss in losses if isinstance(scores, Tensor) and same_numbers(loss.input, scores)]
-    chosen = of_scores[0] if of_scores else losses[0] if len(losses) == 1 else None
+    of_scores = [loss for loss in step.losses if isinstance(scores, Tensor) and same_numbers(loss.input, scores)]
+    chosen = of_scores[0] if of_scores else step.losses[0] if len(step.losses) == 1 else None
     target = None if chosen is None else to_labels(chosen.target)
-    if chosen is None or not isinstance(target, Tensor) or _find_call(step, target) is not None:
+    if chosen is None or not isinstance(target, Tensor) or _find_output(step, target) is not None:
         return None
     leaves = {path: to_labels(leaf) for path, leaf in find_leaves(step.batch)}
     tensors = {path: one for path, one in leaves.items() if isinstance(one, Tensor)}
     found = [path for path, one in tensors.items() if are_same(one, target)]
-    found = found or [path for path, one in tensors.items() if _are_same_targets(one, target)]
+    found = found or [path for path, one in tensors.items() if same_numbers(one.float(), target.float())]
     named = [path for path in found if path and path[-1] in TARGET_KEYS]
-    if len(named) == 1 or len(found) == 1:
-        path = named[0] if len(named) == 1 else found[0]
-        name = "batch" + "".join(f"[{key!r}]" for key in path)
-        return Place(name, partial(_read_batch, path), path[-1] if path else None)
-    return _place_of_loss(step, losses.index(chosen), True) if of_scores else None
-
-
-def _place_of_loss(step: Step, number: int, is_target: bool) -> Place:
-    """What a loss reads, in steps that compute the same losses in the same order."""
-    losses = () if step.trace is None else step.trace.losses
-    name = f"what {losses[number].name} {'compares with' if is_target else 'reads'}"
-    names = tuple(loss.name for loss in losses)
-    return Place(name, partial(_read_loss, number, is_target, names), is_loss=True)
-
-
-def _are_same_targets(value: Tensor, target: Tensor) -> bool:
-    if value.numel() != target.numel() or value.device != target.device:
-        return False
-    return same_numbers(value.float(), target.float())
+    for paths in (named, found):
+        if len(paths) == 1:
+            name = "batch" + "".join(f"[{key!r}]" for key in paths[0])
+            return Place(name, partial(_read_batch, paths[0]), paths[0][-1] if paths[0] else None)
+    return _place_of_loss(step, list(step.losses).index(chosen), True) if of_scores else None
 
 
 def _read_batch(path: KeyPath, step: Step) -> Any:
-    value = step.batch
-    for key in path:
-        value = get_item(value, key)
-    return value
+    return reduce(get_item, path, step.batch)
 
 
-def find_several_labels(step: Step, classes: int) -> Place | None:
-    """Where a step without targets has several labels at once for this number of classes; None where it has none."""
-
-    def fits(value: Any) -> bool:
-        return are_rows(value, step.samples) and value.shape[1] == classes and are_several(value)
-
-    keyed = next(_find_usual_keys(step, ("outputs", "batch"), TARGET_KEYS), None)
-    places = [keyed] if keyed is not None else _list_items(step, "batch")
-    return next((place for place in places if fits(place.read(step))), None)
-
-
-def guess_ids(step: Step, what: str) -> Place | None:
-    """Where a step has "sample_ids" or "groups"."""
-    return next(_find_usual_keys(step, ("batch", "outputs"), ID_KEYS[what]), None)
+def find_several_labels(step: Step, scores: Any, targets: Place | None, is_named: bool) -> str:
+    """Why a first batch seems to have several labels at once, as a clause; "" without evidence."""
+    classes = scores.shape[1] if are_rows(scores, step.samples) and scores.is_floating_point() else None
+    if targets is not None:
+        candidates = [targets]
+    elif classes:
+        keyed = _find_usual_key(step, ("outputs", "batch"), TARGET_KEYS)
+        candidates = list_items(step, "batch") if keyed is None else [keyed]
+    else:
+        return ""
+    for place in candidates:
+        value = place.read(step)
+        if are_rows(value, step.samples) and classes in (None, value.shape[1]) and are_several(value):
+            return f"{place.name} has rows of numbers from 0 to 1 that do not sum to 1"
+    if targets is None and not is_named and step.loss_of_several:
+        return f"the step has no targets, and the model's loss '{step.loss_of_several}' is one for several labels"
+    return ""
 
 
 def find_misfits(step: Step) -> dict[str, str]:
@@ -492,11 +528,13 @@ def find_misfits(step: Step) -> dict[str, str]:
     DiscoveryError
         If there are as many as tokens: then the attention goes from sample to sample.
     """
-    keyed = list(_find_usual_keys(step, ("outputs", "batch"), TARGET_KEYS))
-    items = [place for place in _list_items(step, "batch") if _are_whole_numbers(place.read(step))]
-    for place in keyed + items:
+    keyed = _find_usual_key(step, ("outputs", "batch"), TARGET_KEYS)
+    for place in [keyed] if keyed is not None else list_items(step, "batch"):
         value = place.read(step)
-        if isinstance(value, Tensor) and value.dim() and len(value) != step.samples:
+        is_target = isinstance(value, Tensor) and (
+            place is keyed or (value.dim() == 1 and not value.is_floating_point())
+        )
+        if is_target and value.dim() and len(value) != step.samples:
             if len(value) in step.tokens:
                 raise DiscoveryError(
                     f"The attention has {step.samples} samples of {' and '.join(map(str, step.tokens))} tokens, but "
@@ -505,10 +543,6 @@ def find_misfits(step: Step) -> dict[str, str]:
                 )
             return {"targets": f"{place.name} is {describe(value)}: no targets for {step.samples} samples."}
     return {}
-
-
-def _are_whole_numbers(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point()
 
 
 def describe(value: Any) -> str:
@@ -521,48 +555,3 @@ def describe(value: Any) -> str:
         items = [describe(item) for item in value[:4]] + (["..."] if len(value) > 4 else [])
         return f"[{', '.join(items)}]"
     return "nothing" if value is None else f"a {type(value).__name__}"
-
-
-ReadScores = Callable[[Step, Tensor | None], Scores | None]
-"""Gives the scores of a step with these predictions; None where it has none like those of the first step."""
-
-
-def find_scores(step: Step, predictions: Tensor, predicted: Classes, confidence: Tensor | None) -> ReadScores | None:
-    """How to read the scores behind predictions, as a first step shows where they are. Looks at the values.
-
-    What ``forward`` returned comes first, as many a step makes probabilities or class ids of it.
-
-    Parameters
-    ----------
-    step
-        The step.
-    predictions
-        Its predictions: scores or class ids.
-    predicted, confidence
-        Their classes; the scores must agree with them, and be clear by themselves where there is no confidence.
-    """
-    for place in (*list_places(step, "forward"), *list_places(step, "outputs"), None):
-        found = predictions if place is None else place.read(step)
-        if confidence is None and not are_clear(found, step.samples):
-            continue
-        for scores in scores_by_class(found, step.samples):
-            classes = scores.values.shape[1]
-            fits = predicted.n_classes in (None, classes) and (
-                not scores.are_probabilities or are_probabilities(scores.values)
-            )
-            if fits and predicted.ids is not None and scores.agree_with(predicted.ids, confidence):
-                return partial(_read, place, classes, scores.are_probabilities)
-    return None
-
-
-def _read(
-    place: Place | None, n_classes: int, are_probabilities: bool, step: Step, predictions: Tensor | None
-) -> Scores | None:
-    try:
-        found = predictions if place is None else place.read(step)
-    except (KeyError, IndexError, TypeError):
-        return None
-    for scores in scores_by_class(found, step.samples):
-        if scores.are_probabilities == are_probabilities and scores.values.shape[1] == n_classes:
-            return Scores(scores.values.detach().to(step.device, non_blocking=True), are_probabilities)
-    return None
