@@ -6,6 +6,7 @@ At most 20 runs on 16 samples, once, in a model's first step; each leaves the mo
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,22 @@ from lightning_xattn.capture.dataflow import Dataflow, LabelledCall
 
 SAMPLES = 16
 """How many samples of a first batch are run again to find the modalities."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which inputs reach which modalities.
+
+    Attributes
+    ----------
+    owned
+        By modality, the inputs that belong to it.
+    ways
+        How inputs reach the predictions otherwise than by the features of their modality, as clauses.
+    """
+
+    owned: Mapping[str, Sequence[Path]]
+    ways: Sequence[str]
 
 
 class Evidence:
@@ -148,8 +165,8 @@ class Evidence:
     def reached_around(self, places: Sequence[Place], inputs: Collection[Path]) -> list[Path]:
         """Those of the inputs that reach the predictions otherwise than by these places."""
         exchanged = {place.where for place in places if place.kind == "input"}
-        for skips in (True, False):  # some models fail where a module does not run
-            flow, labels = Dataflow(), {}
+        for skips in (False, True):  # some models fail where what it returns is replaced
+            flow, labels = Dataflow(self._flow.opaque), {}
             call = self.root.part(self.rows)
             for path, leaf in call.leaves():
                 if path in inputs and path not in exchanged:
@@ -225,16 +242,37 @@ class Evidence:
                 found.setdefault(outer.path, []).append((find(queries), find(keys)))
         return found
 
-    def bypassed(self, modalities: Sequence[Modality], further: Sequence[Path]) -> dict[str, str]:
-        """Inputs of a modality that also reach the predictions past it, each with the modality."""
+    def find_reach(self, modalities: Sequence[Modality]) -> Reach:
+        """Which inputs belong to which modality, and by which other ways they reach the predictions.
+
+        An input belongs to the modality whose features alone it reaches; of several to the one whose inputs all reach
+        the others, too. An input that several share otherwise, such as a mask for both, belongs to none.
+        """
         made = {call.key: call.made for call in self.calls}
-        return {
-            self.name_input(path): one.name
-            for one in modalities
-            for place in one.places
-            for path in further
-            if self.inputs[path] & (made[place.key] if place.kind == "output" else self._labels_of(place))
-        }
+        inputs: dict[str, set[Path]] = {}
+        for one in modalities:
+            labels = 0
+            for place in one.features or one.places:
+                labels |= made[place.key] if place.kind == "output" else self._labels_of(place)
+            inputs[one.name] = {path for path, label in self.inputs.items() if label & labels}
+        owned: dict[str, list[Path]] = {name: [] for name in inputs}
+        ways: list[str] = []
+        for path in self.inputs:
+            reached = [name for name, paths in inputs.items() if path in paths]
+            for name in reached:
+                others = [other for other in reached if other != name]
+                if all(inputs[name] < inputs[other] for other in others):
+                    owned[name].append(path)
+                    ways += [f"{self.name_input(path)} also reaches {' and '.join(others)}"] if others else []
+        mixed = set.intersection(*inputs.values())
+        if len(mixed) > 1 and not any(owned.values()):  # one input that holds several modalities is no finding
+            names = " and ".join(self.name_input(path) for path in self.inputs if path in mixed)
+            ways.append(f"{names} all reach {' and '.join(inputs)}")
+        permuted = [place for one in modalities for place in one.places]
+        for path in self.reached_around(permuted, [path for paths in owned.values() for path in paths]):
+            name = next(name for name, paths in owned.items() if path in paths)
+            ways.append(f"{self.name_input(path)} also reaches the prediction past {name}")
+        return Reach(owned, ways)
 
     def _labels_of(self, place: Place) -> int:
         """The labels of the very tensor at a place."""

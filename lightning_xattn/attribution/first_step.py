@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -103,9 +103,14 @@ class Found:
 
     @property
     def columns(self) -> dict[Column, Place]:
-        """Every tensor that is kept of each sample, and where it is."""
+        """Every tensor that is kept of each sample to be permuted, and where it is."""
         several = [*((one.name, one.places) for one in self.modalities), ("", self.further)]
         return {(name, number): place for name, places in several for number, place in enumerate(places)}
+
+    @property
+    def features(self) -> dict[Column, Place]:
+        """What linear probes get, where that is not permuted itself."""
+        return {(one.name, -1 - number): place for one in self.modalities for number, place in enumerate(one.features)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,6 +246,8 @@ class FirstStep:
         are_named = self.modalities is not None
         sides = evidence.sides(modalities)
         modalities, renamed = reconcile_names(tuple(modalities), self.layers, sides, are_named, self.names_attention)
+        if are_named:
+            modalities = self._permute_at_inputs(evidence, modalities)
         places = [place for one in modalities for place in one.places]
         paths = evidence.reached_around(places, evidence.inputs)
         further = evidence.input_places(paths)
@@ -255,10 +262,31 @@ class FirstStep:
             )
         elif self.labels.predicted is None and width > 1:
             problem = "the predictions are neither classes nor a single value"
-        copies_batch = self._follow(evidence, [*places, *further])
+        features = [place for one in modalities for place in one.features]
+        copies_batch = self._follow(evidence, [*places, *features, *further])
         found = Found(modalities, problem, "", evidence.root, further, copies_batch, renamed, name)
         self._describe(evidence, found)
         return found
+
+    def _permute_at_inputs(self, evidence: Evidence, modalities: tuple[Modality, ...]) -> tuple[Modality, ...]:
+        """Permute the inputs of modalities that are named, where these also go other ways, if they are separate."""
+        reach = evidence.find_reach(modalities)
+        if not reach.ways:
+            return modalities
+        ways = " and ".join(reach.ways)
+        places = {name: evidence.input_places(paths) for name, paths in reach.owned.items()}
+        if not all(paths and len(places[name]) == len(paths) for name, paths in reach.owned.items()):
+            info(f"{ways}: these are contributions of the features that are named.")
+            return modalities
+        inputs = {name: ", ".join(map(evidence.name_input, paths)) for name, paths in reach.owned.items()}
+        described = ", ".join(f"{name} = {several}" for name, several in inputs.items())
+        info(f"{ways}, so modalities are permuted at the model's inputs: {described}.")
+        return tuple(
+            one
+            if set(places[one.name]) == set(one.places)
+            else replace(one, places=places[one.name], features=one.places, permuted=inputs[one.name])
+            for one in modalities
+        )
 
     def _follow(self, evidence: Evidence, places: Sequence[Place]) -> bool:
         """Trace from now on what is needed of each step; gives whether it may change the batch that is read."""
@@ -292,16 +320,9 @@ class FirstStep:
             )
         elif old_names:
             info(", ".join(f"{old} is recorded as {new}" for old, new in old_names.items()) + ".")
-        further = [place.where for place in found.further]
-        bypassed = evidence.bypassed(found.modalities, further)
-        info(
-            f"{name} also reaches the prediction past {modality}, and stays each sample's own there: these are "
-            f"contributions of the {modality} features."
-            for name, modality in bypassed.items()
-        )
-        others = [name for name in map(evidence.name_input, further) if name not in bypassed]
-        if others:
-            info(f"Further inputs reach the prediction, and stay each sample's own: {', '.join(others)}.")
+        if found.further:
+            names = ", ".join(evidence.name_input(place.where) for place in found.further)
+            info(f"Further inputs reach the prediction, and stay each sample's own: {names}.")
 
     def find_without_runs(self, problem: str) -> Found:
         """What is named, where the model cannot run again: a fusion's arguments, or modules of these names.

@@ -27,7 +27,8 @@ Key = tuple[str, int]
 """A module's path and the number of its call within what runs again, from 0 on."""
 
 Column = tuple[str, int]
-"""A modality and the number of its tensor, see ``Modality.places``; of further inputs the modality is ""."""
+"""A modality and the number of its tensor in ``Modality.places``, or from -1 downwards in ``Modality.features``; of
+further inputs the modality is ""."""
 
 RESERVED_MODALITIES = ("share", "size", "followed", "interaction", "emap_accuracy")
 """What stands beside the modalities in curves and columns, which no modality may be called."""
@@ -132,20 +133,26 @@ class Modality:
     Attributes
     ----------
     places
-        All that holds it and reaches the prediction; the first one is what linear probes get.
+        All that is permuted between samples.
     source
         What holds it, as a user would write it in ``modalities=``.
     mask
         An argument that marks its padding; None: the attention's mask does, or nothing.
+    features
+        What linear probes get, with its mask; empty: ``places``, of which they get the first.
+    permuted
+        The inputs that are permuted instead of what holds it, as a user would name them; "" if none are.
     """
 
     name: str
     places: tuple[Place, ...]
     source: str
     mask: TokenMask | None = None
+    features: tuple[Place, ...] = ()
+    permuted: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name} = {self.source}"
+        return f"{self.name} = {self.source}" + (f" (permuted: {self.permuted})" if self.permuted else "")
 
 
 class LeftOutError(Exception):

@@ -124,7 +124,8 @@ class ModalityRecorder:
                 trace.follow({get_module(model, path): path}, False)
                 trace.copied.add(get_module(model, path))
         self.found, self.is_decided = Found(), False
-        self._columns: Mapping[Column, Place] = {}
+        self._columns: dict[Column, Place] = {}
+        self._features: dict[Column, Place] = {}
         self._sources: Mapping[Direction, Source] = {}
         self._root: Root | None = None
         self._replay: Replay | None = None
@@ -199,7 +200,7 @@ class ModalityRecorder:
                 return None
             if is_first and self.found.root is not None:  # run once more, as it was not known then what to keep
                 self._root = self.found.root
-                values, _, output = self._root.run_intact(self._columns)
+                values, _, output = self._root.run_intact(self._columns | self._features)
                 return self._make_record(values, output, real)
             return self._make_record(*self._read_step(), real)
         except (LeftOutError, ReplayError, ShapeError) as error:
@@ -224,7 +225,7 @@ class ModalityRecorder:
             raise
         if self.found.refusal:
             self._notify(f"Probes and contributions are not computed: {self.found.refusal}")
-        self._columns = self.found.columns
+        self._columns, self._features = self.found.columns, self.found.features
         sources = dict(layers[0].sources) if layers else {}
         self._sources = {self.found.renamed.get(direction, direction): source for direction, source in sources.items()}
 
@@ -235,7 +236,7 @@ class ModalityRecorder:
             run, call = self._find_root(root)
         values = {
             column: self._find_value(place, run, call).detach().movedim(place.axis, 0)
-            for column, place in self._columns.items()
+            for column, place in (self._columns | self._features).items()
         }
         if root is None:
             return values, None
@@ -306,9 +307,10 @@ class ModalityRecorder:
                 raise ShapeError(f"{what}, and not of {samples} samples")
         tokens = {}
         for modality in self.modalities:
-            kept = [one for (name, _), one in values.items() if name == modality.name]
+            own = {number: one for (name, number), one in values.items() if name == modality.name}
+            kept = [one for number, one in own.items() if (number < 0) == bool(modality.features)]
             tokens[modality.name] = _find_tokens(modality, kept, real.get(modality.name))
-        return FusionRecord(tokens, values, output)
+        return FusionRecord(tokens, {column: values[column] for column in self._columns}, output)
 
     # ------------------------------------------------------------------ replays
     def identify_modalities(self) -> tuple[object, ...]:
@@ -350,7 +352,8 @@ def _find_tokens(modality: Modality, kept: Sequence[Tensor], real: Tensor | None
     """What linear probes get of a modality: ``(batch, tokens, width)`` or ``(batch, width)``, and its mask."""
     first = next((one for one in kept if one.is_floating_point() and one.dim() > 1), kept[0])
     if modality.mask is not None:
-        mask = kept[[place.where for place in modality.places].index(modality.mask.where)]
+        places = modality.features or modality.places
+        mask = kept[[place.where for place in places].index(modality.mask.where)]
         if mask.numel() != first.shape[:2].numel():
             raise ShapeError(
                 f"'{modality.mask.label}' is {tuple(mask.shape)} and no mask of the {tuple(first.shape[:2])} tokens of "

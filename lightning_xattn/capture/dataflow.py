@@ -7,7 +7,7 @@ module whose result has no label, as of TorchScript or numpy, hands on those of 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any
@@ -80,10 +80,19 @@ class Dataflow(TorchFunctionMode):
         The innermost call around each attention, and the labels of its queries and keys.
     changed : set of int
         The labels of calls and inputs whose tensors were changed in place.
+    opaque : set of (str, int)
+        The calls whose results had no labels, so that they handed on those of what they got.
+
+    Parameters
+    ----------
+    opaque
+        The only calls that may be so; None: any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, opaque: Collection[tuple[str, int]] | None = None) -> None:
         super().__init__()
+        self.opaque: set[tuple[str, int]] = set()
+        self._may_be_opaque = opaque
         self.calls: list[LabelledCall] = []
         self.attention: list[tuple[LabelledCall | None, int, int]] = []
         self.changed = 0
@@ -129,7 +138,8 @@ class Dataflow(TorchFunctionMode):
         finally:
             self._running.pop()
         call.made = self.of(output)
-        if not call.made and call.got:
+        if not call.made and call.got and (self._may_be_opaque is None or call.key in self._may_be_opaque):
+            self.opaque.add(call.key)
             self.add(output, call.got)
             call.made = call.got
         for where, tensor in find_tensors(output):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.capture.calls import Path, Run, find_readable_tensors
+from lightning_xattn.capture.calls import Path, Run, find_readable_tensors, name_argument
 from lightning_xattn.capture.joint import JointSequence, cut_direction
 from lightning_xattn.capture.masks import Axes, RecordedWeights, find_weighted_keys, intersect_masks, separate_padding
 from lightning_xattn.capture.readers import Event, RecordLevel
@@ -35,10 +35,12 @@ class AttentionExtractor:
     named, the attention with that number among those that are computed in the step. Else it is the one attention that
     is computed in a run, or else the one tensor that the module returns whose rows sum to 1. A first run in which that
     is ambiguous is an error; a later one gives no attention.
+
+    Of one ``alone`` no opposite direction has a key mask that would mask its queries.
     """
 
-    def __init__(self, direction: Direction | None, source: Source) -> None:
-        self.direction, self.source = direction, source
+    def __init__(self, direction: Direction | None, source: Source, alone: bool = False) -> None:
+        self.direction, self.source, self.is_alone = direction, source, alone
         self.has_run = False
         # New messages to the user.
         self.remarks: list[str] = []
@@ -52,6 +54,7 @@ class AttentionExtractor:
         self.left_out = 0
         # Of this step: what the runs gave, and how many attentions they computed.
         self._found: list[RecordedWeights] = []
+        self._query_masks: list[Tensor | None] = []
         self._count = self._runs = 0
         # What has been checked, in training and in eval mode.
         self._checked: set[tuple[Path | str, bool]] = set()
@@ -62,12 +65,13 @@ class AttentionExtractor:
         # Whether a step had this attention; of a callable where the numbers are that it gave last.
         self._has_given = False
         self._last: Address | None = None
-        # The length that a joint sequence had first.
-        self._length = 0
+        # The length that a joint sequence had first, and the argument that is the mask of the queries.
+        self._length, self._mask_name = 0, ""
 
     def clear(self) -> None:
         """Begin a new step."""
         self._found, self._count, self._runs, self.kept, self.left_out = [], 0, 0, None, 0
+        self._query_masks.clear()
 
     def may_extract(self, number: int) -> bool:
         """Whether the attention with this number, from 1 on, of those of a run that has begun may be extracted."""
@@ -81,7 +85,10 @@ class AttentionExtractor:
         DiscoveryError, ShapeError
             If it is not clear in a first run what is meant, or what is read is no attention.
         """
+        before = len(self._found)
         self._take(lambda: self.find_weights(run, output))
+        if self.is_alone and len(self._found) > before:
+            self._query_masks.append(self._find_query_mask(run, self._found[-1]))
         self._count += len(run.events)
 
     def call_reader(self, model: nn.Module) -> None:
@@ -124,6 +131,12 @@ class AttentionExtractor:
     def first(self) -> RecordedWeights | None:
         """What the first run of this step gave; None: there was none."""
         return next(iter(self._found), self.kept)
+
+    @property
+    def query_mask(self) -> Tensor | None:
+        """A mask of the queries among the arguments of the module, ``(batch, queries)``; None without one."""
+        turn = self.source.turn if self.source.turns > 1 and not self._named else 0
+        return self._query_masks[turn] if turn < len(self._query_masks) else None
 
     def find_weights(self, run: Run, output: Any) -> RecordedWeights | None:
         """The attention of a run; None if it has none. It raises what ``extract`` does, also of a later run."""
@@ -369,6 +382,23 @@ class AttentionExtractor:
             visible = None if made_of.visible is None else made_of.visible.any(1, keepdim=True)
             return replace(made_of, weights=made_of.weights.mean(1, keepdim=True), visible=visible)
         return made_of if made_of.weights.shape == shape else None
+
+    def _find_query_mask(self, run: Run, recorded: RecordedWeights) -> Tensor | None:
+        """A mask among a module's arguments that can only be that of the queries, as there are not as many keys.
+
+        Named ``...padding_mask`` it is True for padding, as in torch; of whole numbers it is 1 for a real token, as in
+        Hugging Face's models. What other masks mean is not known.
+        """
+        batch, _, queries, keys = recorded.weights.shape
+        for path, tensor in run.call.tensors() if queries != keys or self._mask_name else ():
+            name = name_argument(run.module, path)
+            fits = tuple(tensor.shape) == (batch, queries) and is_plain(tensor)
+            if fits and "mask" in name and self._mask_name in ("", name):
+                by_torch = tensor.dtype == torch.bool and name.endswith("padding_mask")
+                if by_torch or not (tensor.is_floating_point() or tensor.dtype == torch.bool):
+                    self._mask_name = name
+                    return ~tensor if by_torch else tensor.bool()
+        return None
 
     def _hide_unused_rows(self, recorded: RecordedWeights, used: Tensor, run: Run, first: bool) -> RecordedWeights:
         """What was computed, without the rows that the module sets to 0 before it uses them."""

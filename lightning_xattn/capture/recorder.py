@@ -172,7 +172,8 @@ class AttentionRecorder:
         for layer, direction, source in self._sources():
             key = layer.name, direction
             if key not in self._extractors:
-                self._extractors[key] = AttentionExtractor(direction, source)
+                alone = len(layer.sources) == 1 and source.joint is None
+                self._extractors[key] = AttentionExtractor(direction, source, alone)
             if source.read is None:
                 of_module[self._module(source.path)].append(self._extractors[key])
         return of_module
@@ -388,11 +389,12 @@ class AttentionRecorder:
 
     def _find_query_padding(self, layer: Layer, recorded: RecordedWeights) -> Tensor | None:
         """The real queries of a direction without an opposite; None where no mask shows them."""
-        supplier = self._extractors[layer.name, layer.sources[0][0]].supplier
+        extractor = self._extractors[layer.name, layer.sources[0][0]]
+        supplier = extractor.supplier
         within = None if supplier is None else supplier.first
         mask = None if within is None else within.padding_of_its_own
         if mask is None or within is None:
-            return None
+            return extractor.query_mask
         missing = recorded.weights.shape[2] - mask.shape[1]
         # torch packs sequences, and cuts off what is padding in all of them.
         return F.pad(mask, (0, missing)) if missing > 0 and within.cropped else mask

@@ -132,14 +132,6 @@ def test_an_encoder_that_is_bypassed_is_exchanged_with_its_input(infos):
     assert not summary.contribution_problem
 
 
-def test_a_named_fusion_that_is_bypassed_has_contributions_of_its_features_and_says_so(infos):
-    summary = look(Bypassed(Concatenation()), fusion="fusion", modalities={"left": 0, "right": 1})
-    said = "left also reaches the prediction past left, and stays each sample's own there: these are contributions of"
-    assert any(said in one for one in infos.messages)
-    assert not summary.contribution_problem
-    assert summary.estimate("right/left").mean > 0.9
-
-
 class Dropping(Concatenation):
     """Dropout that stays on."""
 

@@ -89,6 +89,19 @@ def test_a_decoders_own_mask_of_its_queries():
             assert [torch.equal(pair.forward.query_mask, REAL) for pair in recorder.attention] == [True, True]
 
 
+@pytest.mark.parametrize("mask", [REAL.long(), ~REAL], ids=["attention_mask", "query_padding_mask"])
+def test_an_argument_of_the_module_that_can_only_be_the_mask_of_the_queries(mask):
+    class Cross(nn.Module):
+        def forward(self, text, image, attention_mask=None, query_padding_mask=None):
+            return F.scaled_dot_product_attention(heads(text), heads(image), heads(image))
+
+    name = "attention_mask" if mask.dtype == torch.long else "query_padding_mask"
+    model = nn.ModuleDict({"cross": Cross()})
+    with AttentionRecorder(model, {"text_to_image": "cross"}) as recorder:
+        model["cross"](tokens()[1], IMAGES, **{name: mask})
+    assert torch.equal(recorder.attention[0].forward.query_mask, REAL)
+
+
 class Captions(ToyModule):
     """Text asks audio; batches are padded to their longest text, which only the batch says."""
 
@@ -139,7 +152,7 @@ def test_a_setting_says_which_queries_are_padding():
     assert real != counted
     with pytest.raises(ShapeError, match=tells("query_mask", "(batch, queries)", (3, 7), "'audio'", (3, 5, 3))):
         caption_entropy(query_mask="audio")
-    with pytest.raises(DiscoveryError, match=tells("query mask", "'nothing'", "'audio'", "'text'", "'real'")):
+    with pytest.raises(DiscoveryError, match=tells("query_mask", "'nothing'", "'audio'", "'text'", "'real'")):
         caption_entropy(query_mask="nothing")
 
 
@@ -260,7 +273,7 @@ def test_attention_that_goes_from_sample_to_sample_is_refused():
 class Masked(nn.Module):
     """Cross-attention, or self-attention, under the masks that the test says."""
 
-    def forward(self, x, y, mask=None):
+    def forward(self, x, y, query_padding_mask=None, mask=None):
         seen = None if mask is None else mask[:, None, None]
         attended = F.scaled_dot_product_attention(heads(x), heads(y), heads(y), seen)
         return x + attended.transpose(1, 2).flatten(2)
@@ -277,6 +290,22 @@ def query_masks(model, attention, *batches):
             model(*batch)
             found.append([pair.forward.query_mask for pair in recorder.attention])
     return found
+
+
+def test_the_mask_of_the_run_that_is_shown():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.m = Masked()
+
+        def forward(self, text, image, audio, of_text, of_audio):
+            return self.m(text, image, ~of_text), self.m(audio, image, ~of_audio)
+
+    text, image, audio = (torch.randn(3, n, WIDTH) for n in (5, TEXT, 5))
+    of_text, of_audio = padded(5, 5, 3, 2), padded(5, 1, 4, 5)
+    batch = text, image, audio, of_text, of_audio
+    for masks in query_masks(Two(), {"text_to_image": "m", "audio_to_image": "m"}, batch, batch):
+        assert [torch.equal(*pair) for pair in zip(masks, (of_text, of_audio), strict=True)] == [True, True]
 
 
 def test_self_attention_of_other_tokens_tells_nothing():
@@ -341,6 +370,16 @@ def test_padding_that_torch_packs_away():
     batches = [(torch.randn(3, 5, WIDTH), image, padded(5, *n)) for n in ((5, 4, 2), (4, 4, 2), (3, 1, 2))]
     for batch, (mask,) in zip(batches, query_masks(Packed().eval(), {"t_to_i": "cross"}, *batches), strict=True):
         assert torch.equal(mask, batch[2])
+
+
+def test_an_argument_is_remembered_where_queries_are_as_many_as_keys():
+    image = torch.randn(3, TEXT, WIDTH)
+    batches = [(torch.randn(3, n, WIDTH), image, ~padded(n, n, 3, 2)) for n in (5, TEXT, 6)]
+
+    model = nn.ModuleDict({"cross": Masked()})
+    model.forward = lambda *batch: model["cross"](*batch)
+    for batch, (mask,) in zip(batches, query_masks(model, {"t_to_i": "cross"}, *batches), strict=True):
+        assert torch.equal(mask, ~batch[2])
 
 
 BEFORE = torch.zeros(BATCH, 1, AUDIO, 1, dtype=torch.bool)
