@@ -386,7 +386,7 @@ class Evaluation:
         # Where the intact samples' outputs do not come back, there is nothing to compare with.
         tests_attention &= isinstance(found, Contributions)
         replaced = replace_keys(kept, fusion) if tests_attention else {}
-        return FusionSummary(kept, len(self.classes or ()), found, replaced)
+        return FusionSummary(kept, tuple(map(str, fusion.modalities)), len(self.classes or ()), found, replaced)
 
 
 def _or_default(values: Tensor | None, default: float, batch: BatchResult) -> Tensor:

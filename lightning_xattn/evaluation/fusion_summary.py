@@ -47,6 +47,8 @@ class FusionSummary:
     ----------
     kept
         The samples of all processes.
+    sources
+        What holds each modality, and what is permuted instead, as ``audio = audio_encoder (permuted: x)``.
     n_classes
         Number of classes; 0 when there are none.
     contributions
@@ -58,6 +60,8 @@ class FusionSummary:
     ----------
     modalities
         Their names.
+    sources
+        As the parameter.
     numbers
         By name ``(samples,)`` float64, NaN where undefined: "confidence", "conflict", "support_difference",
         "supports_first" (whether the first modality's probe supports the prediction more), "only_probe_right",
@@ -93,11 +97,12 @@ class FusionSummary:
     def __init__(
         self,
         kept: KeptSamples,
+        sources: Sequence[str],
         n_classes: int,
         contributions: Contributions | str,
         replaced: Mapping[Direction, Replaced],
     ) -> None:
-        self.modalities, self.group_noun = kept.modalities, kept.group_noun
+        self.modalities, self.group_noun, self.sources = kept.modalities, kept.group_noun, sources
         self.nonfinite = int(kept.nonfinite)
         self.n_classes = n_classes
         (rows,) = kept.probed.cpu().blocks()

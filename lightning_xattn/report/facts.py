@@ -93,6 +93,7 @@ def _collect_fusion(fusion: FusionSummary, class_names: Sequence[str]) -> dict[s
 
     return {
         "modalities": fusion.modalities,
+        "sources": fusion.sources,
         "samples": fusion.samples,
         "groups": fusion.known_groups,
         "group_noun": fusion.group_noun,

@@ -38,7 +38,7 @@ def test_attention_and_probes_are_exact_where_parameters_are_split(tmp_path):
             assert "the processes hold the model together" in found["contribution_problem"]
             assert found["samples"] == split_run.SAMPLES
             assert found["repeats"] == -split_run.SAMPLES % 2
-            for name in whole - {"repeats"}:
+            for name in whole - {"repeats", "modalities"}:
                 assert found[name] == pytest.approx(expected[name], abs=1e-5, nan_ok=True), name
         assert all("the processes hold the model together" in said for said in rank["fusion"].values())
     # A fit deals its samples out otherwise, so its weights are others; they are the same on each process.
