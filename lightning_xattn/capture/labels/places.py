@@ -358,7 +358,7 @@ def guess_predictions(step: Step) -> Place | str | None:
             f"The losses read several tensors with scores of the samples: {', '.join(place.name for place in read)}. "
             f"Say which are the predictions: {settings or 'return them from the step, or give predictions=<callable>'}."
         )
-    if step.losses:
+    if _list_losses(step):
         return next(iter(read), None)
     keyed = _find_usual_key(step, ("forward",), PREDICTION_KEYS)
     found = fitting([] if keyed is None else [keyed]) or fitting(list_items(step, "forward"))
@@ -386,14 +386,33 @@ def _is_given(step: Step, value: Any, read: Sequence[Place]) -> bool:
     if not read and not isinstance(step.outputs, Mapping):
         return True
     others = [one.read(step) for one in read] or [one for _, one in find_tensors(step.forward)]
-    for scores in (one for one in others if isinstance(one, Tensor)):
-        made = [scores]
-        if scores.is_floating_point():
-            made += [scores.sigmoid(), (scores > 0).long(), (scores > 0.5).long()]
-            made += [scores.softmax(1), scores.argmax(1)] if scores.dim() == 2 and scores.shape[1] > 1 else []
-        if _is_among(value, made):
-            return True
-    return False
+    return any(_follows_from(value, one) for one in others if isinstance(one, Tensor))
+
+
+def _follows_from(value: Tensor, scores: Tensor) -> bool:
+    """Whether a tensor is these scores, their probabilities, or the classes that they predict."""
+    made = [scores]
+    if scores.is_floating_point():
+        made += [scores.sigmoid(), (scores > 0).long(), (scores > 0.5).long()]
+        made += [scores.softmax(1), scores.argmax(1)] if scores.dim() == 2 and scores.shape[1] > 1 else []
+    return _is_among(value, made)
+
+
+def _list_losses(step: Step) -> list[tuple[int, Loss]]:
+    """The losses of a step with their numbers, without those that compare samples with each other.
+
+    The target of a contrastive loss is each sample's own number, which the batch does not hold.
+    """
+
+    def is_contrastive(loss: Loss) -> bool:
+        scores, target = loss.input, loss.target
+        if not isinstance(target, Tensor) or target.dim() != 1 or tuple(scores.shape) != (len(target),) * 2:
+            return False
+        own = torch.arange(len(target), device=target.device)
+        leaves = (to_labels(leaf) for _, leaf in find_leaves(step.batch))
+        return target.equal(own) and not _is_among(target, (leaf for leaf in leaves if isinstance(leaf, Tensor)))
+
+    return [(number, loss) for number, loss in enumerate(step.losses) if not is_contrastive(loss)]
 
 
 def _find_read_by_losses(step: Step) -> list[Place]:
@@ -403,7 +422,7 @@ def _find_read_by_losses(step: Step) -> list[Place]:
     """
     found: list[tuple[Tensor, Place]] = []
     of_classes = {tuple(loss.input.shape) for loss in step.losses if loss.name not in _OF_VALUES}
-    for number, loss in enumerate(step.losses):
+    for number, loss in _list_losses(step):
         given = [(loss.input, loss.name not in _OF_VALUES)]
         is_taught = isinstance(loss.target, Tensor) and loss.target.is_floating_point()
         if is_taught and _find_output(step, loss.target) is not None:
@@ -464,24 +483,22 @@ def guess_targets(step: Step, scores: Any) -> Place | None:
         # Numbers beyond the classes, such as lengths, are no class ids.
         return are_ids(value, step.samples) and bool(value.max() < (classes or torch.inf))
 
+    # A step may change the labels of its batch before its loss compares them, as from 1, 2, ... to 0, 1, ....
     compared = _find_compared(step, scores)
-    if compared is not None and not compared.is_loss and fits(compared):
+    if compared is not None and fits(compared):
         return compared
     keyed = _find_usual_key(step, ("outputs", "batch"), TARGET_KEYS)
     if keyed is not None:
         return keyed if fits(keyed) else None
     fitting = list(filter(fits, list_items(step, "batch")))
-    if len(fitting) == 1 and compared is None:
-        return fitting[0]
-    # The samples themselves, each the only one of its class, are no targets.
-    is_contrastive = classes == step.samples and step.samples > 1
-    return compared if compared is not None and not is_contrastive and fits(compared) else None
+    return fitting[0] if len(fitting) == 1 and compared is None else None
 
 
 def _find_compared(step: Step, scores: Any) -> Place | None:
     """Where what a loss compares these scores with is: in the batch, or in the loss itself."""
-    of_scores = [loss for loss in step.losses if isinstance(scores, Tensor) and same_numbers(loss.input, scores)]
-    chosen = of_scores[0] if of_scores else step.losses[0] if len(step.losses) == 1 else None
+    losses = _list_losses(step)
+    of_scores = [pair for pair in losses if isinstance(scores, Tensor) and _follows_from(scores, pair[1].input)]
+    number, chosen = of_scores[0] if of_scores else losses[0] if len(losses) == 1 else (0, None)
     target = None if chosen is None else to_labels(chosen.target)
     if chosen is None or not isinstance(target, Tensor) or _find_output(step, target) is not None:
         return None
@@ -494,7 +511,7 @@ def _find_compared(step: Step, scores: Any) -> Place | None:
         if len(paths) == 1:
             name = "batch" + "".join(f"[{key!r}]" for key in paths[0])
             return Place(name, partial(_read_batch, paths[0]), paths[0][-1] if paths[0] else None)
-    return _place_of_loss(step, list(step.losses).index(chosen), True) if of_scores else None
+    return _place_of_loss(step, number, True) if of_scores else None
 
 
 def _read_batch(path: KeyPath, step: Step) -> Any:
