@@ -232,14 +232,20 @@ class Evidence:
     def sides(self, modalities: Sequence[Modality]) -> dict[str, list[tuple[str, str]]]:
         """By a module's path, the modalities that the queries and the keys of each attention in it come from, or ""."""
 
-        def find(side: int) -> str:
-            names = [one.name for one in modalities if any(self._labels_of(place) & side for place in one.places)]
-            return names[0] if len(names) == 1 else ""
+        def find(side: int) -> set[str]:
+            return {one.name for one in modalities if any(self._labels_of(place) & side for place in one.places)}
 
         found: dict[str, list[tuple[str, str]]] = {}
         for call, queries, keys in self._flow.attention:
-            for outer in call.outwards() if call is not None else ():
-                found.setdefault(outer.path, []).append((find(queries), find(keys)))
+            of_queries, of_keys = find(queries), find(keys)
+            # Behind a first attention one side holds what the other one does, and something of its own.
+            if of_keys < of_queries:
+                of_queries -= of_keys
+            elif of_queries < of_keys:
+                of_keys -= of_queries
+            pair = tuple(names.pop() if len(names) == 1 else "" for names in (of_queries, of_keys))
+            for path in [""] if call is None else [outer.path for outer in call.outwards()]:
+                found.setdefault(path, []).append((pair[0], pair[1]))
         return found
 
     def find_reach(self, modalities: Sequence[Modality]) -> Reach:

@@ -90,6 +90,8 @@ class Found:
         Directions whose names contradict where their queries come from, with those that fit.
     prediction_name
         What gave the predictions.
+    sides
+        By a module's path, the modalities that the queries and the keys of each attention in it come from, or "".
     """
 
     modalities: tuple[Modality, ...] = ()
@@ -100,6 +102,7 @@ class Found:
     copies_batch: bool = False
     renamed: Mapping[Direction, Direction] = field(default_factory=dict)
     prediction_name: str = ""
+    sides: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
 
     @property
     def columns(self) -> dict[Column, Place]:
@@ -264,7 +267,7 @@ class FirstStep:
             problem = "the predictions are neither classes nor a single value"
         features = [place for one in modalities for place in one.features]
         copies_batch = self._follow(evidence, [*places, *features, *further])
-        found = Found(modalities, problem, "", evidence.root, further, copies_batch, renamed, name)
+        found = Found(modalities, problem, "", evidence.root, further, copies_batch, renamed, name, sides)
         self._describe(evidence, found)
         return found
 

@@ -123,7 +123,7 @@ class ModalityRecorder:
             if not self._may_run:
                 trace.follow({get_module(model, path): path}, False)
                 trace.copied.add(get_module(model, path))
-        self.found, self.is_decided = Found(), False
+        self.found, self.is_decided, self._is_first = Found(), False, False
         self._columns: dict[Column, Place] = {}
         self._features: dict[Column, Place] = {}
         self._sources: Mapping[Direction, Source] = {}
@@ -187,15 +187,15 @@ class ModalityRecorder:
         DiscoveryError
             If what is named is not there.
         """
-        if self._step is not None:
-            self._step = replace(self._step, outputs=outputs)
-        directions = [one for pair in attention[:1] for one in pair.directions]
-        real = {str(one.direction.key): one.key_mask for one in directions if one.key_mask is not None}
         try:
-            is_first = not self.is_decided
-            if is_first:
-                samples = len(attention[0].forward.weights) if attention else None
-                self._decide(layers, labels, samples, real)
+            self.decide(attention, layers, labels, outputs)
+            if self._step is not None:
+                self._step = replace(self._step, outputs=outputs)
+            if layers and not self._sources:
+                names = self.found.renamed
+                self._sources = {names.get(direction, direction): one for direction, one in layers[0].sources}
+            real = _find_real_tokens(attention)
+            is_first, self._is_first = self._is_first, False
             if not self.modalities:
                 return None
             if is_first and self.found.root is not None:  # run once more, as it was not known then what to keep
@@ -206,6 +206,22 @@ class ModalityRecorder:
         except (LeftOutError, ReplayError, ShapeError) as error:
             self._notify(f"The modalities are left out of a step: {error}.")
             return None
+
+    def decide(self, attention: Sequence[AttentionPair], layers: Sequence[Layer], labels: Labels, outputs: Any) -> None:
+        """Find the modalities, if this is the first step; it takes and raises what ``collect`` does, and
+
+        Raises
+        ------
+        LeftOutError
+            If another step may show them.
+        """
+        if self.is_decided:
+            return
+        if self._step is not None:
+            self._step = replace(self._step, outputs=outputs)
+        samples = len(attention[0].forward.weights) if attention else None
+        self._decide(layers, labels, samples, _find_real_tokens(attention))
+        self._is_first = True
 
     def _notify(self, message: str) -> None:
         (warn if self.is_named else info)(message, once=True)
@@ -226,8 +242,6 @@ class ModalityRecorder:
         if self.found.refusal:
             self._notify(f"Probes and contributions are not computed: {self.found.refusal}")
         self._columns, self._features = self.found.columns, self.found.features
-        sources = dict(layers[0].sources) if layers else {}
-        self._sources = {self.found.renamed.get(direction, direction): source for direction, source in sources.items()}
 
     def _read_step(self) -> tuple[dict[Column, Tensor], ModelOutput | None]:
         """What this step handed on, and the model's output."""
@@ -346,6 +360,12 @@ class ModalityRecorder:
             if place.kind == "output" and f"{source.path}.".startswith(f"{place.path}."):
                 raise ReplayError(f"'{source.path}' is in '{place.path}', which holds a modality")
         return AttentionPlace(get_module(self._model, source.path), source.call, queries, keys)
+
+
+def _find_real_tokens(attention: Sequence[AttentionPair]) -> dict[str, Tensor]:
+    """By modality, the tokens that the first layer takes as real, ``(batch, tokens)``."""
+    directions = [one for pair in attention[:1] for one in pair.directions]
+    return {str(one.direction.key): one.key_mask for one in directions if one.key_mask is not None}
 
 
 def _find_tokens(modality: Modality, kept: Sequence[Tensor], real: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from math import prod
@@ -95,7 +95,8 @@ class Survey:
         """Weights of what may go across, as far as the budget reaches, and masks of the rest that is not larger."""
         size = 4 * prod(event.shape)
         crosses = not event.within and (Tokens.of(run, event.shape).kinds > 1 or event.shape[-2] != event.shape[-1])
-        if crosses and size <= self._budget:
+        may_cross = not event.within and 4 * size <= self._budget  # as the flow of data may show afterwards
+        if (crosses and size <= self._budget) or may_cross:
             self._budget -= size
             return RecordLevel.WEIGHTS
         return RecordLevel.MASKS if size <= BUDGET else RecordLevel.NOTHING
@@ -270,6 +271,44 @@ def _make_pair(survey: Survey, across: Sequence[Found]) -> list[Layer]:
             pair = ((forward, survey.source(found)), (forward.opposite, survey.source(opposite or found)))
             layers.append(Layer(plain_path(survey.root, path), pair if opposite else pair[:1]))
     return with_unique_names(layers)
+
+
+def choose_layers_by_flow(survey: Survey, sides: Mapping[str, Sequence[tuple[str, str]]]) -> tuple[Layer, ...]:
+    """The layers whose queries come from one modality and whose keys from another, as a labelled run has shown.
+
+    Parameters
+    ----------
+    survey
+        Of the same step.
+    sides
+        By a module's path, the modalities of the queries and the keys of each attention that is computed in it, or "".
+
+    Raises
+    ------
+    DiscoveryError
+        If there are none, or it is not clear what pairs up.
+    """
+    groups: dict[frozenset[str], list[tuple[Direction, Found]]] = defaultdict(list)
+    for found in survey.found:
+        of_module = sides.get(found.path, ())
+        query, key = of_module[found.number - 1] if found.number <= len(of_module) else ("", "")
+        if query and key and query != key and found.doubt is None:
+            groups[frozenset((query, key))].append((Direction(query, key), found))
+    if not groups:
+        raise DiscoveryError(survey.describe("No cross-attention ran"))
+    layers = []
+    for group in groups.values():
+        forward = group[0][0]
+        there = [found for direction, found in group if direction == forward]
+        back = [found for direction, found in group if direction != forward]
+        if back and len(there) != len(back):
+            raise DiscoveryError(survey.describe("It is ambiguous which of these belong together"))
+        for one, opposite in zip_longest(there, back):
+            path = common_parent(one.path, (opposite or one).path)
+            sources = [(forward, survey.source(one))]
+            sources += [] if opposite is None else [(forward.opposite, survey.source(opposite))]
+            layers.append(Layer(plain_path(survey.root, path), tuple(sources)))
+    return tuple(with_unique_names(layers))
 
 
 def _run_in_order(there: Sequence[Found], back: Sequence[Found]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from lightning_xattn.capture.attention_mode import AttentionMode, get_module, run_uncompiled, walk_modules
 from lightning_xattn.capture.calls import Run, StepTrace
-from lightning_xattn.capture.discover import NAME_THEM, Survey, choose_layers, find_padding_source, find_shown
+from lightning_xattn.capture.discover import (
+    NAME_THEM,
+    Found,
+    Survey,
+    choose_layers,
+    choose_layers_by_flow,
+    find_padding_source,
+    find_shown,
+)
 from lightning_xattn.capture.extractor import AttentionExtractor
 from lightning_xattn.capture.layers import describe_attention, locate_attention
 from lightning_xattn.capture.masks import RecordedWeights
@@ -244,7 +252,7 @@ class AttentionRecorder:
         if self._is_set_aside:
             return ()
         if not self.layers and self._survey is not None and self._survey.found:
-            self._choose_layers(self._survey)
+            self._take_layers(self._survey, *choose_layers(self._survey))
         batch = self._inputs if self.batch is None else self.batch
         collected: dict[tuple[str, Direction], RecordedWeights | None] = {}
         for key, extractor in self._extractors.items():
@@ -302,9 +310,20 @@ class AttentionRecorder:
         self._is_set_aside, self._survey, self.layers = True, None, ()
         self._extractors, self._of_module, self._suppliers = {}, {}, {}
 
-    def _choose_layers(self, survey: Survey) -> None:
-        """Take the layers that a first step has shown, and of what they computed what was kept."""
-        self.layers, left_out = choose_layers(survey)
+    def choose_by_flow(self, sides: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+        """Take the layers of a first step that the flow of data shows, see ``choose_layers_by_flow``.
+
+        Raises
+        ------
+        DiscoveryError
+            If it shows none, or it is not clear what pairs up.
+        """
+        if self._survey is not None:
+            self._take_layers(self._survey, choose_layers_by_flow(self._survey, sides), ())
+
+    def _take_layers(self, survey: Survey, layers: tuple[Layer, ...], left_out: Sequence[Found]) -> None:
+        """Record these layers, and take of what they computed in a first step what was kept."""
+        self.layers = layers
         self._make_extractors()
         paths: dict[str, list[str]] = defaultdict(list)
         for _, direction, source in self._sources():
@@ -312,8 +331,8 @@ class AttentionRecorder:
         found = {direction: names if len(names) > 1 else names[0] for direction, names in paths.items()}
         others = survey.list(left_out)
         self._warn_once(
-            f"Found in the first pass: {found}. The directions come from the modules' names, or from which tokens ask "
-            "which. If a module or the name of a modality is wrong, name them: attention={'<a>_to_<b>': "
+            f"Found in the first pass: {found}. The directions come from the modules' names, or from which tokens "
+            "attend to which. If a module or the name of a modality is wrong, name them: attention={'<a>_to_<b>': "
             "'path.to.module', ...}." + (f" Left out, as no name holds their direction: {others}." if others else "")
         )
         shown = [find_shown(survey, source) for _, _, source in self._sources()]

@@ -22,7 +22,8 @@ def find_token_inputs(run: Run, shape: Sequence[int]) -> list[Tensor]:
 
     ``shape`` is that of its attention, ``(..., queries, keys)``.
     """
-    scores = {tuple(shape), (shape[0], *shape[2:]) if shape[1] == 1 else None}
+    has_weights = next(run.module.parameters(), None) is not None  # what has none, such as nn.Softmax, may get scores
+    scores = set() if has_weights else {tuple(shape), (shape[0], *shape[2:]) if shape[1] == 1 else None}
     tensors = [
         value
         for value in find_readable_tensors((run.call.args, run.call.kwargs)).values()
@@ -62,13 +63,16 @@ class Tokens:
         sequence_first = second.pop() if len(second) == 1 else None
         batch, axis = (batches.pop(), 1) if len(batches) == 1 else (sequence_first, 0)
         counts = tuple(value.shape[axis] for value in sequences)
+        others = tuple(value.shape[0] for value in sequences)
+        if sequence_first is not None and not {*shape[-2:]} <= {*counts} and {*shape[-2:]} <= {*others}:
+            batch, axis, counts = sequence_first, 0, others  # (tokens, batch, width)
         return cls(
             batch,
             counts,
             frozenset(n for one in maps for n in (prod(one[2:]), prod(one[1:-1]))) | {n + 1 for n in counts},
             frozenset(value.shape[2] for value in sequences),
             sequence_first,
-            sum(len(value) in (batch, shape[0]) for value in sequences) + len(set(maps)),
+            sum(value.shape[1 - axis] in (batch, shape[0]) for value in sequences) + len(set(maps)),
         )
 
     def are_asked_by(self, shape: Sequence[int]) -> bool:

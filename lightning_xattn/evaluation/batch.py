@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_xattn.attribution.ports import ModalitiesSetting
+from lightning_xattn.attribution.ports import LeftOutError, ModalitiesSetting
 from lightning_xattn.attribution.recorder import FusionRecord, ModalityRecorder
 from lightning_xattn.capture import AttentionRecorder, AttentionSetting, Layer, is_set_aside
 from lightning_xattn.capture.attention_mode import get_module
@@ -90,6 +90,8 @@ class StepRecorder:
         self._may_lack_attention = attention is None
         self._lacks_attention = is_set_aside(attention)
         self._pairs: Attentions = ()
+        # Why it is not clear in a first step which attention goes across.
+        self._doubt: DiscoveryError | None = None
         self._outputs: Any = None
         self.renamed: dict[Direction, Direction] = {}
         named = [module_named(model, one) for one in labels if isinstance(one, str)]
@@ -141,6 +143,11 @@ class StepRecorder:
     def layers(self) -> tuple[Layer, ...]:
         """The layers that are recorded."""
         return self._attention.layers
+
+    @property
+    def pairs(self) -> Attentions:
+        """The attention of the step, of each layer."""
+        return self._pairs
 
     @property
     def is_waiting(self) -> bool:
@@ -214,12 +221,25 @@ class StepRecorder:
         DiscoveryError
             If what is named is not there, or there is neither attention nor a modality.
         """
-        was_decided = self.fusion.is_decided
+        was_decided, doubt = self.fusion.is_decided, self._doubt
+        if doubt is not None:
+            self._choose_by_flow(labels, doubt)
         inputs = self.fusion.collect(self._pairs, self.layers, labels, self._outputs)
         if not was_decided:
             self.renamed = dict(self.fusion.found.renamed)
             self._attention.rename(self.renamed)
         return inputs
+
+    def _choose_by_flow(self, labels: Labels, doubt: DiscoveryError) -> None:
+        """Let the flow of data show which attention goes across, where what ran in a first step does not."""
+        self._doubt = None
+        try:
+            self.fusion.decide((), (), labels, self._outputs)
+            self._attention.choose_by_flow(self.fusion.found.sides)
+            self._pairs, self._lacks_attention = self._attention.attention, False
+        except (DiscoveryError, ShapeError, LeftOutError):
+            warn([f"The attention is left out, and the rest is recorded. {doubt}"])
+            self._attention.set_aside()
 
     def _collect_attention(self, batch: Any, needs_attention: bool) -> Attentions:
         if self._lacks_attention:
@@ -237,16 +257,14 @@ class StepRecorder:
             is_named = not self._may_lack_attention or (bool(self._attention.layers) and not self.fusion.is_named)
             if needs_attention or is_named or not (is_whole_step or self._attention.saw_attention):
                 raise
-            if self._attention.saw_attention:
-                warn([f"The attention is left out, and the rest is recorded. {error}"])
-            else:
-                info(
-                    [
-                        "No attention is recorded, as the model computes none that is seen. If it has some, name it: "
-                        "attention={'<a>_to_<b>': 'path.to.module', '<b>_to_<a>': 'path.to.module'}."
-                    ]
-                )
             self._lacks_attention = True
+            if self._attention.saw_attention and isinstance(error, DiscoveryError):
+                self._doubt = error
+                return ()
+            info(
+                "No attention is recorded, as the model computes none that is seen. If it has some, name it: "
+                "attention={'<a>_to_<b>': 'path.to.module', '<b>_to_<a>': 'path.to.module'}."
+            )
             self._attention.set_aside()
             return ()
 
@@ -317,6 +335,7 @@ def read_batch(step: Step, attention: Attentions, finder: LabelFinder) -> BatchR
 def with_fusion(batch: BatchResult, recorder: StepRecorder) -> BatchResult:
     """A batch with what entered the fusion, and with confidences that a step of class ids alone lacks."""
     labels, inputs = batch.labels, recorder.collect_fusion(batch.labels)
+    batch = replace(batch, attention=batch.attention or mask_queries(recorder.pairs, labels.query_mask))
     if recorder.renamed:
         attention = tuple(pair.renamed(recorder.renamed) for pair in batch.attention)
         batch = replace(batch, attention=attention)

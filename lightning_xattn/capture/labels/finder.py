@@ -472,7 +472,7 @@ class LabelFinder:
 
     def _find_query_mask(self, step: Step) -> Tensor | None:
         place = self._places["query_mask"]
-        if place is None:
+        if place is None or not step.tokens:
             return None
         mask, expected = place.read(step), (step.samples, step.tokens[0])
         if not isinstance(mask, Tensor) or tuple(mask.shape) != expected:
