@@ -180,9 +180,11 @@ def _choose_places(evidence: Evidence, group: Group) -> tuple[Place, ...]:
     for call in group.calls:
         by_module.setdefault(call.path, []).append(call)
     heaviest = max(by_module.values(), key=lambda calls: _weight(calls[0].module))
+    made = [(call, own) for call in group.calls for own in call.own.values()]
+    first = [call for call in group.calls if not any(own & call.got for other, own in made if other is not call)]
     chosen: tuple[Place, ...] = ()
     around: list[Path] = []
-    for calls in (heaviest, list(group.calls)):
+    for calls in (heaviest, first, list(group.calls)):
         places = tuple(place for call in calls for place in evidence.output_places(call))
         if not places:
             continue

@@ -213,12 +213,43 @@ class Evidence:
         if count < 3 or not self.reaching or any(self.root.axes.get(path) is None for path in self.reaching):
             return False
         half = (count + 1) // 2
-        rows = torch.cat([self.rows[:half], self.rows[:half].flip(0)[: count - half]])
         try:
-            output, _ = self._run(self.root.part(rows))
+            output, _ = self._run(self._with_other_half())
         except ReplayError:
             return False
         return not self._are_same(self.intact[:half], output[:half])
+
+    def _with_other_half(self) -> Call:
+        """The call with the first half of its samples, and in place of the second one some of the first."""
+        half = (len(self.rows) + 1) // 2
+        return self.root.part(torch.cat([self.rows[:half], self.rows[:half].flip(0)[: len(self.rows) - half]]))
+
+    def find_mixing(self, paths: Collection[str]) -> list[str]:
+        """Of these modules, those whose results for some samples change with the other samples alone."""
+        half, found = (len(self.rows) + 1) // 2, dict[str, None]()
+        try:
+            with self.root.restoring():
+                _, outputs, arguments = self.root.run(self._with_other_half(), capture=None)
+        except ReplayError:
+            return []
+
+        def are_close(before: Tensor, now: Tensor, axis: int) -> bool:
+            first, other = (one.narrow(axis, 0, half).float() for one in (before, now))
+            return bool((first - other).abs().max() <= 1e-3 * before.float().std().clamp_min(1e-6))
+
+        def keeps_own(before: Tensor, now: Tensor | None) -> bool:
+            axes = [axis for axis, length in enumerate(before.shape) if length == len(self.rows)]
+            return now is not None and any(are_close(before, now, axis) for axis in axes)
+
+        for call in (one for one in self.calls if one.path in paths and one.key in arguments):
+            given, got = dict(self.arguments[call.key].tensors()), dict(arguments[call.key].tensors())
+            own = all(keeps_own(one, got.get(where)) for where, one in given.items() if one.is_floating_point())
+            now = dict(find_tensors(outputs[call.key]))
+            for where, tensor in call.tensors.items():
+                axis = self.find_axis(call, where, tensor)
+                if own and axis is not None and where in now and not are_close(tensor, now[where], axis):
+                    found[call.path] = None
+        return list(found)
 
     def changed_in_place(self, place: Place) -> bool:
         """Whether the model changes what a call gave in place; of arguments that is not known, and may be."""

@@ -92,6 +92,8 @@ class Found:
         What gave the predictions.
     sides
         By a module's path, the modalities that the queries and the keys of each attention in it come from, or "".
+    mixing
+        The recorded modules that attend from sample to sample.
     """
 
     modalities: tuple[Modality, ...] = ()
@@ -103,6 +105,7 @@ class Found:
     renamed: Mapping[Direction, Direction] = field(default_factory=dict)
     prediction_name: str = ""
     sides: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    mixing: Sequence[str] = ()
 
     @property
     def columns(self) -> dict[Column, Place]:
@@ -256,8 +259,10 @@ class FirstStep:
         further = evidence.input_places(paths)
         unkept = set(paths) - {place.where for place in further}
         problem = ""
+        mixing: Sequence[str] = ()
         if evidence.looks_across():
             problem = LOOKS_ACROSS
+            mixing = evidence.find_mixing({source.path for layer in self.layers for _, source in layer.sources})
         elif unkept:
             problem = (
                 f"{', '.join(map(evidence.name_input, unkept))} also reaches the prediction and has no samples that "
@@ -267,7 +272,7 @@ class FirstStep:
             problem = "the predictions are neither classes nor a single value"
         features = [place for one in modalities for place in one.features]
         copies_batch = self._follow(evidence, [*places, *features, *further])
-        found = Found(modalities, problem, "", evidence.root, further, copies_batch, renamed, name, sides)
+        found = Found(modalities, problem, "", evidence.root, further, copies_batch, renamed, name, sides, mixing)
         self._describe(evidence, found)
         return found
 

@@ -43,7 +43,7 @@ def name_groups(groups: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[s
     by_input = [next(filter(None, map(plain_name, inputs)), "") for _, inputs in groups]
     whole = [next(iter([*modules, *inputs]), "modality").replace(".", "_") for modules, inputs in groups]
     whole = [re.sub(r"[/\s\[\]']+", "_", one).strip("_") for one in whole]
-    for names, least in ((by_module, 2), (by_input, 2), (whole, 1)):
+    for names, least in ((by_module, 2), (by_input, 2), (by_module, 1), (whole, 1)):
         usable = all(len(name) >= least and name not in RESERVED_MODALITIES for name in names)
         if usable and len(set(names)) == len(names):
             return list(names)

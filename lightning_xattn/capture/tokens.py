@@ -31,7 +31,9 @@ def find_token_inputs(run: Run, shape: Sequence[int]) -> list[Tensor]:
     ]
     masks = (tuple(shape[-2:]), (1, shape[-1]))
     # Sequences as long and wide as there are queries and keys look like masks, too.
-    return [one for one in tensors if one.shape[-2:] not in masks] or [one for one in tensors if one.dim() == 3]
+    widths = {one.shape[-1] for one in tensors if one.shape[-2:] not in masks}
+    sequences = [one for one in tensors if one.dim() == 3]
+    return [one for one in tensors if one.shape[-1] in widths] or sequences
 
 
 @dataclass(frozen=True)

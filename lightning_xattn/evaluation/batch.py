@@ -228,6 +228,14 @@ class StepRecorder:
         if not was_decided:
             self.renamed = dict(self.fusion.found.renamed)
             self._attention.rename(self.renamed)
+            if self.fusion.found.mixing:
+                names = " and ".join(f"'{path}'" for path in self.fusion.found.mixing)
+                warn(
+                    f"The attention is left out, and the rest is recorded: {names} attends from sample to sample, as "
+                    "an nn.MultiheadAttention that gets (batch, tokens, width) without batch_first=True."
+                )
+                self._pairs, self._lacks_attention = (), True
+                self._attention.set_aside()
         return inputs
 
     def _choose_by_flow(self, labels: Labels, doubt: DiscoveryError) -> None:
@@ -335,7 +343,7 @@ def read_batch(step: Step, attention: Attentions, finder: LabelFinder) -> BatchR
 def with_fusion(batch: BatchResult, recorder: StepRecorder) -> BatchResult:
     """A batch with what entered the fusion, and with confidences that a step of class ids alone lacks."""
     labels, inputs = batch.labels, recorder.collect_fusion(batch.labels)
-    batch = replace(batch, attention=batch.attention or mask_queries(recorder.pairs, labels.query_mask))
+    batch = replace(batch, attention=mask_queries(recorder.pairs, labels.query_mask))
     if recorder.renamed:
         attention = tuple(pair.renamed(recorder.renamed) for pair in batch.attention)
         batch = replace(batch, attention=attention)

@@ -236,3 +236,53 @@ def test_a_module_of_several_scores_is_named_with_its_item():
     assert watch.history[0]["accuracy"] == accuracy(scores["main"], y)
     with pytest.raises(DiscoveryError, match=r"'net\[aux\]' or 'net\[main\]'"):
         look(step, net=Two, predictions="net")
+
+
+STEPS_THAT_CHANGE_LABELS = {
+    "from 1": (lambda y: y + 1, lambda label: label - 1),
+    "another order": (lambda y: (y + 1) % CLASSES, lambda label: torch.tensor([2, 0, 1])[label]),
+}
+
+
+@pytest.mark.parametrize("returns", [True, False], ids=["predictions", "nothing"])
+@pytest.mark.parametrize("name", STEPS_THAT_CHANGE_LABELS)
+def test_targets_are_what_the_loss_compares_where_a_step_changes_the_labels_of_its_batch(name, returns):
+    change, back = STEPS_THAT_CHANGE_LABELS[name]
+
+    def step(module, batch):
+        scores = module(batch["a"], batch["b"])
+        module.log("val_loss", F.cross_entropy(scores, back(batch["label"])))
+        return {"preds": scores.argmax(1)} if returns else None
+
+    left, right, y = tensors()
+    batches = [
+        {"a": left[i : i + 10], "b": right[i : i + 10], "label": change(y[i : i + 10])} for i in range(0, SAMPLES, 10)
+    ]
+    watch, scores, _ = look(step, batches)
+    assert watch.history[0]["accuracy"] == accuracy(scores, y)
+
+
+def test_a_contrastive_loss_reads_no_predictions():
+    class Contrasting(Net):
+        def forward(self, left, right):
+            first, second = self.left(left), self.right(right)
+            self.contrast = F.cross_entropy(first @ second.T, torch.arange(len(left)))
+            return super().forward(left, right)
+
+    def step(module, batch):
+        left, right, y = batch
+        module.log("val_loss", F.cross_entropy(module(left, right), y) + module.net.contrast)
+
+    watch, scores, y = look(step, net=Contrasting)
+    assert watch.history[0]["accuracy"] == accuracy(scores, y)
+
+
+def test_scores_of_samples_for_each_other_alone_are_no_predictions():
+    def step(module, batch):
+        left, right, y = batch
+        scores = module.net.left(left) @ module.net.right(right).T
+        module.log("val_loss", F.cross_entropy(scores, torch.arange(len(y))))
+
+    with pytest.warns(XAttnWarning, match="No predictions found"):
+        watch, _, _ = look(step)
+    assert "accuracy" not in (watch.history[0] if watch.history else {})
