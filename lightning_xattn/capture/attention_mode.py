@@ -395,6 +395,11 @@ class AttentionMode(TorchFunctionMode):
         first = args[0] if args else None
         if name in _FOLDS and isinstance(first, Tensor) and not first.is_nested:
             _note_fold(first, result, self._runs[-1])
+        elif name in ("cat", "concat") and isinstance(first, (tuple, list)) and isinstance(result, Tensor):
+            parts = {part.shape for part in first if isinstance(part, Tensor) and part.dim() == result.dim() == 3}
+            rows = next(iter(parts))[0] * len(first) if len(parts) == 1 else 0
+            if len(first) > 1 and rows == len(result):  # torch.cat(tokens.chunk(heads, dim=-1), dim=0)
+                self._runs[-1].folded[True, rows] = len(first)
         if not self._made:
             return
         events = [(arg, event) for arg in args if (event := self._runs[-1].origin(arg)) is not None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xattn.capture.calls import Path, Run, find_readable_tensors, name_argument
-from lightning_xattn.capture.joint import JointSequence, cut_direction
+from lightning_xattn.capture.joint import JointSequence, Places, cut_direction
 from lightning_xattn.capture.masks import Axes, RecordedWeights, find_weighted_keys, intersect_masks, separate_padding
 from lightning_xattn.capture.readers import Event, RecordLevel
 from lightning_xattn.capture.sources import SET_IT_ASIDE, Source
@@ -318,7 +318,7 @@ class AttentionExtractor:
             )
         return cut
 
-    def _block(self, joint: JointSequence, whole: RecordedWeights, places: Mapping[str, slice]) -> RecordedWeights:
+    def _block(self, joint: JointSequence, whole: RecordedWeights, places: Mapping[str, Places]) -> RecordedWeights:
         """The direction within a joint sequence that its spans fit."""
         name, length, expected = self.source.path, whole.weights.shape[2], joint.expected_length
         assert self.direction is not None

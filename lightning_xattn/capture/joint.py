@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_xattn.capture.masks import RecordedWeights
 from lightning_xattn.core.attention import Direction, row_sum_tolerance
@@ -15,6 +16,9 @@ from lightning_xattn.core.errors import SettingError, ShapeError, check_whole_nu
 
 Span = tuple[int, int | None]
 """``(start, stop)`` as in a slice: below 0 from the end, a stop of None is the end."""
+
+Places = slice | Tensor
+"""Where a modality's tokens are: the same places in each sample, or a mask ``(batch, tokens)``, True for its tokens."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,9 @@ class JointSequence:
     spans
         For each modality the place of its tokens in the sequence, as in a slice: ``(0, 9)``, ``(9, None)`` to the end,
         ``(-144, None)`` for the last 144. A callable gets the batch and returns such a pair, for sequences that are
-        only as long as the longest of each batch. Tokens in no span, such as a class token, belong to no modality.
+        only as long as the longest of each batch; or a mask ``(batch, tokens)``, True for the modality's tokens, which
+        may be at other places in each sample, as of images between words. Tokens in no span, such as a class token,
+        belong to no modality.
     length
         How many tokens the sequence has. None: as many as the spans reach over, where each holds a fixed number of
         tokens; else any number, of which the span that reaches from one end to the other takes up the rest, as
@@ -58,10 +64,13 @@ class JointSequence:
     >>> tokens = {"text": lambda batch: (0, batch["input_ids"].shape[1]), "image": (-144, None)}
     >>> JointSequence("encoder", tokens).slices({"input_ids": torch.zeros(2, 12)})
     {'text': slice(0, 12, None), 'image': slice(-144, None, None)}
+    >>> tokens = {"image": lambda batch: batch["input_ids"] == 7, "text": lambda batch: batch["input_ids"] != 7}
+    >>> JointSequence("decoder", tokens).slices({"input_ids": torch.tensor([[1, 7, 7, 2]])})["image"]
+    tensor([[False,  True,  True, False]])
     """
 
     attention: str | Sequence[str]
-    spans: Mapping[str, Span | Callable[[Any], Span]]
+    spans: Mapping[str, Span | Callable[[Any], Span | Tensor]]
     length: int | None = None
 
     def __post_init__(self) -> None:
@@ -106,16 +115,19 @@ class JointSequence:
         from_the_start = max((stop or 0 for start, stop in spans if start >= 0), default=0)
         return from_the_start + max((-start for start, _ in spans if start < 0), default=0)
 
-    def slices(self, batch: Any) -> dict[str, slice]:
+    def slices(self, batch: Any) -> dict[str, Places]:
         """The place of each modality's tokens.
 
         Raises
         ------
         SettingError
-            If a callable returns no span.
+            If a callable returns neither a span nor a mask.
         """
         spans = {name: span(batch) if callable(span) else span for name, span in self.spans.items()}
-        return {name: slice(*_check_span(name, span)) for name, span in spans.items()}
+        return {
+            name: span.bool() if isinstance(span, Tensor) and span.dim() == 2 else slice(*_check_span(name, span))
+            for name, span in spans.items()
+        }
 
 
 def _check_span(name: str, span: Any) -> Span:
@@ -124,7 +136,8 @@ def _check_span(name: str, span: Any) -> Span:
     if not numbers or (span[0] < 0 and span[1] is not None and span[1] >= 0):
         raise SettingError(
             f"The span of '{name}' must be (start, stop) as in a slice, such as (0, 9), (9, None) or (-144, None), or "
-            f"a callable that makes one of the batch; got {span!r}."
+            "a callable that makes one of the batch, or a mask (batch, tokens) that is True for the modality's tokens; "
+            f"got {span!r}."
         )
     return span[0], span[1]
 
@@ -167,7 +180,7 @@ def _find_reach(span: Span) -> int:
     return max(start + 1, -start, stop, -stop)
 
 
-def cut_direction(joint: RecordedWeights, queries: slice, keys: slice, name: str) -> RecordedWeights:
+def cut_direction(joint: RecordedWeights, queries: Places, keys: Places, name: str) -> RecordedWeights:
     """One direction out of a joint self-attention: a block of it, whose rows are scaled to sum to 1.
 
     ``cross_modal_mass`` keeps what a row's weights summed to in the block, the share of its attention on the other
@@ -178,43 +191,103 @@ def cut_direction(joint: RecordedWeights, queries: slice, keys: slice, name: str
     joint
         Self-attention ``(batch, heads, tokens, tokens)`` of the module ``name``.
     queries, keys
-        The places of the two modalities.
+        The places of the two modalities. Where a mask says that samples have different numbers of tokens, those that a
+        sample lacks count as padding.
 
     Raises
     ------
     ShapeError
         If the attention is no self-attention, has fewer tokens than the places, or the places overlap in it.
     """
-    spans = {"queries": (queries.start, queries.stop), "keys": (keys.start, keys.stop)}
-    reach, (_, _, length, n_keys) = max(map(_find_reach, spans.values())), joint.weights.shape
-    tokens = max(length, reach) if joint.cropped else length
-    if length != n_keys - joint.extra_keys or tokens < reach:
+    length, n_keys = joint.weights.shape[2:]
+    every: tuple[Any, ...]
+    own: tuple[Any, ...]
+    spans = [(one.start, one.stop) for one in (queries, keys) if isinstance(one, slice)]
+    reach = max(map(_find_reach, spans), default=1)
+    if length != n_keys - joint.extra_keys or (length < reach and not joint.cropped):
         raise ShapeError(
             f"Expected '{name}' to attend within one sequence of at least {reach} tokens, which the spans of the "
             f"JointSequence need; its attention has {length} queries and {n_keys} keys."
         )
-    try:
-        places = _place_spans(spans, tokens)
-    except SettingError as error:
-        raise ShapeError(f"'{name}' has a sequence of {tokens} tokens. {error}") from None
-    queries, keys = places["queries"], places["keys"]
-    if joint.cropped:
-        joint = joint.padded_to(max(queries.stop, keys.stop))
+    if isinstance(queries, slice) and isinstance(keys, slice):
+        queries, keys, tokens = _place_both(joint, queries, keys, name)
+        joint = joint.padded_to(tokens) if joint.cropped else joint
+        every, own = (slice(None), slice(None), queries), (..., keys)
+        real_queries = real_keys = None
+    else:
+        rows, real_queries = _find_tokens(queries, joint, name)
+        columns, real_keys = _find_tokens(keys, joint, name)
+        if bool((_as_mask(queries, joint) & _as_mask(keys, joint)).any()):
+            raise ShapeError(f"The modalities of a JointSequence must not share tokens; two of '{name}' do.")
+        batch, heads = (torch.arange(n, device=rows.device).view(shape) for n, shape in _axes(joint.weights))
+        every = (batch, heads, rows[:, None, :, None], torch.arange(n_keys, device=rows.device))
+        own = (batch, heads, torch.arange(rows.shape[1], device=rows.device)[:, None], columns[:, None, None])
     dtype = joint.weights.dtype
-    weights = joint.weights[:, :, queries].to(torch.promote_types(dtype, torch.float32))
-    block = weights[..., keys]
+    weights = joint.weights[every].to(torch.promote_types(dtype, torch.float32))
+    block = weights[own]
+    if real_keys is not None:
+        block = block * real_keys[:, None, None]
     cross_modal_mass = block.sum(-1)
     # Below this a sum is made of numbers with no precision left.
     crosses = cross_modal_mass > joint.weights.shape[3] * torch.finfo(dtype).smallest_normal
     key_mask, sound = joint.padding_of_its_own, (weights.sum(-1) - 1).abs() <= row_sum_tolerance(dtype)
     if key_mask is not None:
-        key_mask, sound = key_mask[:, keys], sound & key_mask[:, None, queries]
+        of_queries, key_mask = (_take_tokens(key_mask, one, joint) for one in (queries, keys))
+        sound = sound & of_queries[:, None]
+    if real_queries is not None and real_keys is not None:
+        sound = sound & real_queries[:, None]
+        key_mask = real_keys if key_mask is None else real_keys & key_mask
     visible = crosses[..., None].expand(block.shape)
     if joint.visible is not None:
-        visible = visible & joint.visible.expand(joint.weights.shape)[:, :, queries, keys]
+        visible = visible & joint.visible.expand(joint.weights.shape)[every][own]
     return RecordedWeights(
         block / torch.where(crosses, cross_modal_mass, 1)[..., None],
         key_mask,
         visible,
         cross_modal_mass=torch.where(sound, cross_modal_mass, torch.nan),
     )
+
+
+def _place_both(joint: RecordedWeights, queries: slice, keys: slice, name: str) -> tuple[slice, slice, int]:
+    """Two spans, counted from the start of a sequence, and the number of tokens that they reach over."""
+    spans = {"queries": (queries.start, queries.stop), "keys": (keys.start, keys.stop)}
+    tokens = max(joint.weights.shape[2], *map(_find_reach, spans.values()))
+    try:
+        places = _place_spans(spans, tokens)
+    except SettingError as error:
+        raise ShapeError(f"'{name}' has a sequence of {tokens} tokens. {error}") from None
+    return places["queries"], places["keys"], max(places["queries"].stop, places["keys"].stop)
+
+
+def _as_mask(tokens: Places, joint: RecordedWeights) -> Tensor:
+    """Which tokens of each sample ``(batch, tokens)`` are at these places."""
+    if isinstance(tokens, Tensor):
+        return tokens.to(joint.weights.device)
+    mask = torch.zeros(joint.weights.shape[::2], dtype=torch.bool, device=joint.weights.device)
+    mask[:, tokens] = True
+    return mask
+
+
+def _find_tokens(tokens: Places, joint: RecordedWeights, name: str) -> tuple[Tensor, Tensor]:
+    """The places ``(batch, tokens)`` of each sample's tokens, and which of them are real."""
+    mask = _as_mask(tokens, joint)
+    if mask.shape != joint.weights.shape[::2]:
+        raise ShapeError(
+            f"Expected a mask (batch, tokens) {tuple(joint.weights.shape[::2])} of the sequence of '{name}' from the "
+            f"callable of a JointSequence; got {tuple(mask.shape)}."
+        )
+    counts = mask.sum(1)
+    most = int(counts.max())
+    if not most:
+        raise ShapeError(f"A modality of the JointSequence has no token in any sample of the sequence of '{name}'.")
+    real = torch.arange(most, device=mask.device) < counts[:, None]
+    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :most], real
+
+
+def _take_tokens(values: Tensor, tokens: Places, joint: RecordedWeights) -> Tensor:
+    """Of ``(batch, tokens)`` those at these places."""
+    return values[:, tokens] if isinstance(tokens, slice) else values.gather(1, _find_tokens(tokens, joint, "")[0])
+
+
+def _axes(weights: Tensor) -> list[tuple[int, tuple[int, ...]]]:
+    return [(len(weights), (-1, 1, 1, 1)), (weights.shape[1], (1, -1, 1, 1))]

@@ -248,6 +248,8 @@ def _numbers(summary: LayerSummary, class_names: Sequence[str]) -> Iterator[tupl
             for which, value in _by_samples(summary, column, class_names):
                 if which == "all" or "{which}" in curve:
                     yield curve.format(direction=column.direction, which=which), value
+                elif column.head is not None:
+                    yield f"{curve.format(direction=column.direction)}/{which}", value
         if curve is not None and column in SCORES:
             for name, outcome in OUTCOMES.items():
                 yield f"{column}/{name}", summary.mean(column, outcome=outcome)

@@ -168,7 +168,7 @@ STATISTICS = {
     ),
     "cross_modal_mass": Statistic(
         _cross_modal_mass,
-        ("direction",),
+        ("direction", "head"),
         "1: all of it",
         "of a joint sequence: the share of attention that goes to the other modality",
         curve="focus/{direction}/cross_modal_mass",

@@ -395,3 +395,63 @@ def test_a_sequence_that_changes_its_length_under_a_span_that_takes_up_the_rest(
     with pytest.warns(XAttnWarning, match=tells("'attend'", 9, 12, "last modality", spans, "(-144, None)", "callable")):
         assert take(12)[0].forward.weights.shape[2:] == (5, 7)
     assert recorder.left_out == {}
+
+
+IMAGE_TOKEN, PAD = 7, 0
+IDS = torch.tensor([[0, 0, 3, 7, 7, 7, 4, 5], [1, 7, 7, 2, 3, 7, 4, 9], [0, 0, 0, 0, 7, 7, 1, 2]])
+
+
+class Decoder(nn.Module):
+    """Causal self-attention over words and image tokens, padded on the left."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.attn = nn.Embedding(20, 12), nn.MultiheadAttention(12, 3, batch_first=True)
+        nn.init.normal_(self.attn.in_proj_weight)
+
+    def forward(self, batch):
+        ids = batch["input_ids"]
+        x, causal = self.embed(ids), torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+        return self.attn(x, x, x, attn_mask=causal, key_padding_mask=ids == PAD, average_attn_weights=False)
+
+
+def test_masks_of_tokens_that_stand_elsewhere_in_each_sample():
+    masks = {
+        "image": lambda batch: batch["input_ids"] == IMAGE_TOKEN,
+        "text": lambda batch: (batch["input_ids"] != IMAGE_TOKEN) & (batch["input_ids"] != PAD),
+    }
+    model = Decoder().eval()
+    with torch.no_grad(), AttentionRecorder(model, JointSequence("attn", masks)) as recorder:
+        _, weights = model({"input_ids": IDS})
+    (pair,) = recorder.attention
+    for direction in pair.directions:
+        for b, ids in enumerate(IDS):
+            places = {
+                "image": (ids == IMAGE_TOKEN).nonzero()[:, 0],
+                "text": ((ids != IMAGE_TOKEN) & (ids != PAD)).nonzero()[:, 0],
+            }
+            queries, keys = places[str(direction.direction.query)], places[str(direction.direction.key)]
+            block = weights[b][:, queries][:, :, keys]
+            mass = block.sum(-1)
+            seen = mass > 0
+            shape = slice(None), slice(len(queries))
+            torch.testing.assert_close(direction.cross_modal_mass[b][shape], mass)
+            found = direction.weights[b][(*shape, slice(len(keys)))]
+            torch.testing.assert_close(found[seen], (block / mass[..., None])[seen])
+            assert direction.key_mask[b].tolist() == [k < len(keys) for k in range(direction.weights.shape[-1])]
+            assert direction.query_mask[b].tolist() == [q < len(queries) for q in range(direction.weights.shape[-2])]
+            assert not direction.visible[b][shape][~seen].any()
+
+
+def test_masks_that_do_not_fit():
+    model = Decoder().eval()
+    for masks, facts in (
+        ({"a": lambda batch: IDS == IMAGE_TOKEN, "b": lambda batch: IDS > 3}, ("must not share tokens", "'attn'")),
+        ({"a": lambda batch: IDS[:, 1:] == IMAGE_TOKEN, "b": (0, 1)}, ("(3, 8)", "(3, 7)", "'attn'")),
+        ({"a": lambda batch: IDS == 19, "b": lambda batch: IDS == IMAGE_TOKEN}, ("no token in any sample", "'attn'")),
+    ):
+        with torch.no_grad(), AttentionRecorder(model, JointSequence("attn", masks)) as recorder:
+            model({"input_ids": IDS})
+        with pytest.raises(ShapeError, match=tells(*facts)):
+            _ = recorder.attention
