@@ -13,7 +13,7 @@ from lightning_xattn.core.attention import Direction
 _DECORATION = frozenset(
     (
         *("encoder", "enc", "encode", "proj", "projection", "projector", "extractor", "pooler", "head"),
-        *("embed", "embedding", "embeddings", "embedder", "features", "feature", "feat", "graphs"),
+        *("emb", "embed", "embedding", "embeddings", "embedder", "features", "feature", "feat", "graphs"),
         *("net", "network", "backbone", "model", "module", "branch", "stream", "tower"),
         *("layer", "layers", "block", "linear", "fc", "mlp", "cnn", "rnn", "lstm", "gru"),
         *("transformer", "norm", "conv", "attention", "key", "to", "in", "input", "inputs", "x"),
