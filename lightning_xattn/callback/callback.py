@@ -311,11 +311,7 @@ class AttentionExplainabilityCallback(Callback):
         assert recorder is not None
         recorder.close()
         loaders = getattr(trainer, f"{run.stage}_dataloaders")
-
-        def own_samples(count: int) -> range | None:
-            is_alone = run.processes is SINGLE_PROCESS
-            return None if is_alone else unique_sample_indices(loaders, dataloader_idx, batch_idx, count)
-
+        own_samples = partial(unique_sample_indices, loaders, dataloader_idx, batch_idx)
         with run.refusing(self.settings, *RECORDED, dataloader=dataloader_idx):
             taken = self._take(outputs, batch)
             if left_out := recorder.left_out:
