@@ -295,7 +295,7 @@ class AttentionMode(TorchFunctionMode):
         with only_modes():
             try:
                 yield
-            except Exception as error:
+            except Exception as error:  # whatever is wrong in ours, the model runs on
                 self.errors.append(error)
 
     def _end(self, run: Run, output: Any) -> None:

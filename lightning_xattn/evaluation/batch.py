@@ -231,8 +231,8 @@ class StepRecorder:
             if self.fusion.found.mixing:
                 names = " and ".join(f"'{path}'" for path in self.fusion.found.mixing)
                 warn(
-                    f"The attention is left out, and the rest is recorded: {names} attends from sample to sample, as "
-                    "an nn.MultiheadAttention that gets (batch, tokens, width) without batch_first=True."
+                    f"The attention is left out, and the rest is recorded. Attention from sample to sample: {names}. "
+                    "An nn.MultiheadAttention does so if it gets (batch, tokens, width) without batch_first=True."
                 )
                 self._pairs, self._lacks_attention = (), True
                 self._attention.set_aside()

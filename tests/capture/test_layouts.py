@@ -171,7 +171,7 @@ def test_tokens_as_wide_as_there_are_keys():
 
 
 def test_attention_from_sample_to_sample_is_left_out_also_of_as_many_samples_as_tokens():
-    with pytest.warns(match="'right_to_left' attends from sample to sample, as an nn.MultiheadAttention that gets"):
+    with pytest.warns(match="Attention from sample to sample: 'right_to_left'. An nn.MultiheadAttention does so"):
         callback = validate(AcrossSamples(), BATCH, BATCH)
     assert not any(name.startswith("entropy") for name in callback.history[0])
     assert "looks across samples" in callback.fusion_summaries["val"].contribution_problem
