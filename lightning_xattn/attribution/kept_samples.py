@@ -168,6 +168,8 @@ class KeptSamples:
         What groups are called; None where they are not known, so that each sample is its own group.
     nonfinite
         How many samples were left out because the features of a modality are not finite.
+    missing
+        By modality, how many samples were left out because they lack it.
     """
 
     probed: BottomKSample
@@ -175,6 +177,7 @@ class KeptSamples:
     modalities: tuple[str, ...] = ()
     group_noun: str | None = None
     nonfinite: Tensor = field(default_factory=lambda: torch.tensor(0))
+    missing: dict[str, Tensor] = field(default_factory=dict)
 
     def __add__(self, other: KeptSamples) -> KeptSamples:
         if not (self.modalities and other.modalities):
@@ -184,6 +187,7 @@ class KeptSamples:
             probed=self.probed + other.probed,
             permuted=self.permuted + other.permuted,
             nonfinite=self.nonfinite + other.nonfinite,
+            missing={name: count + other.missing[name] for name, count in self.missing.items()},
         )
 
     def add(
@@ -194,6 +198,7 @@ class KeptSamples:
         noun: str | None,
         facts: Columns,
         received: Mapping[str, Tensor],
+        present: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add a batch.
 
@@ -211,14 +216,23 @@ class KeptSamples:
             Further columns ``(batch,)`` that are kept of each sample, ``IDENTITY`` among them.
         received
             By direction ``(batch, keys)`` the attention that each key receives, see `received_attention`.
+        present
+            By modality ``(batch,)`` bool, which samples have it; a sample of which a mask hides all tokens of a
+            modality lacks it, too.
         """
         self.modalities, self.group_noun = tuple(inputs.tokens), noun
         groups = keys if groups is None else groups
         features = {name: project(pooled_tokens(*tokens)) for name, tokens in inputs.tokens.items()}
+        lacking = {}
+        for name, (_, mask) in inputs.tokens.items():
+            has_any = torch.ones_like(keys, dtype=torch.bool) if mask is None else mask.any(1)
+            lacking[name] = ~(has_any & present[name] if present and name in present else has_any)
+        complete = ~torch.stack([*lacking.values()]).any(0)
         finite = torch.stack([one.isfinite().all(1) for one in features.values()]).all(0)
-        hashes = torch.where(finite, hashed(keys, CHOSEN), NOT_KEPT)
+        hashes = torch.where(finite & complete, hashed(keys, CHOSEN), NOT_KEPT)
         rows = {"hash": hashes, "fold": hashed(groups, _FOLDED) % FOLDS, "group": groups, **facts}
-        self.nonfinite = self.nonfinite.to(keys.device) + (~finite).sum()
+        self.nonfinite = self.nonfinite.to(keys.device) + (complete & ~finite).sum()
+        self.missing = {name: self.missing.get(name, 0) + one.sum() for name, one in lacking.items()}
         self.probed.add(rows | {f"features/{name}": one for name, one in features.items()})
         output = inputs.model_output
         if output is not None and self.permuted.size:
@@ -231,7 +245,9 @@ class KeptSamples:
 
     def cpu(self) -> KeptSamples:
         """The same on the CPU, to be sent to other processes."""
-        return replace(self, probed=self.probed.cpu(), permuted=self.permuted.cpu(), nonfinite=self.nonfinite.cpu())
+        missing = {name: count.cpu() for name, count in self.missing.items()}
+        kept = {"probed": self.probed.cpu(), "permuted": self.permuted.cpu()}
+        return replace(self, **kept, nonfinite=self.nonfinite.cpu(), missing=missing)
 
     def without_labels(self) -> KeptSamples:
         """The same without classes, predictions, confidences and outcomes."""

@@ -54,7 +54,17 @@ RECORDED = ("attention", "fusion")
 STEPS = {"val": "validation", "test": "test", "predict": "predict"}
 """The name of a stage's step in a LightningModule."""
 
-READ = ("predictions", "targets", "sample_ids", "groups", "query_mask", "fusion", "modalities", "class_names")
+READ = (
+    "predictions",
+    "targets",
+    "sample_ids",
+    "groups",
+    "query_mask",
+    "present",
+    "fusion",
+    "modalities",
+    "class_names",
+)
 """The settings that say how a recorded step is read."""
 
 
@@ -110,6 +120,10 @@ class AttentionExplainabilityCallback(Callback):
         queries of the first layer that is recorded in one direction only. Two directions that pair up give each other's
         padding; of a single one it is taken from a self-attention of the same tokens or from an argument of the module,
         where there is one. Else padding counts as any query does, and a warning says so.
+    present
+        Which samples have a modality that others lack, by modality, ``{"xray": "has_xray"}``: ``(batch,)``, True or 1,
+        given as ``predictions`` is. Samples that lack one are left out of probes and contributions and counted; in the
+        attention its tokens are masked. A sample lacks a modality, too, if a mask hides all of its tokens.
     fusion, modalities
         What holds each of two to four modalities: paths of modules, items of what they return and keys of the batch,
         ``modalities={"audio": "audio_encoder", "text": ["tokens", "text_encoder"]}``; or arguments of a fusion, by
@@ -183,6 +197,7 @@ class AttentionExplainabilityCallback(Callback):
         sample_ids: LabelSetting = None,
         groups: LabelSetting = None,
         query_mask: LabelSetting = None,
+        present: Mapping[str, LabelSetting] | None = None,
         fusion: str | None = None,
         modalities: ModalitiesSetting | None = None,
         contribution_samples: int = CONTRIBUTION_SAMPLES,
@@ -196,7 +211,7 @@ class AttentionExplainabilityCallback(Callback):
     ) -> None:
         join_namespaces()
         super().__init__()
-        labels = predictions, targets, sample_ids, groups, query_mask
+        labels = predictions, targets, sample_ids, groups, query_mask, present
         fusion_inputs = fusion, modalities, contribution_samples, max_samples
         self.settings = Settings(attention, class_names, classes_by, *labels, *fusion_inputs, table)
         if curves not in CURVES:

@@ -110,7 +110,8 @@ class EpochLog:
         for number, whole in ended.items():
             evaluation = evaluations[number]
             for layer, summary in whole.summaries.items():
-                warn(check_layer(layer, summary, layer in evaluations[number].lacking_query_mask))
+                may_lack = bool(self.settings.present)
+                warn(check_layer(layer, summary, layer in evaluations[number].lacking_query_mask, may_lack))
             if whole.fusion is not None:
                 info(check_fusion(whole.fusion))
             if evaluation.shown_classes is None:  # the same ones in every epoch

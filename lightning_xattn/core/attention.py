@@ -279,6 +279,35 @@ def mask_queries(pairs: Sequence[AttentionPair], mask: Tensor | None) -> tuple[A
     )
 
 
+def mask_absent(pairs: Sequence[AttentionPair], present: Mapping[str, Tensor]) -> tuple[AttentionPair, ...]:
+    """The same, where all tokens of a modality are masked in the samples that lack it.
+
+    Parameters
+    ----------
+    pairs
+        Of each layer.
+    present
+        By modality ``(batch,)`` bool, True for a sample that has it.
+    """
+
+    def mask(one: Attention) -> Attention:
+        asks, asked = present.get(one.direction.query), present.get(one.direction.key)
+        if asks is None and asked is None:
+            return one
+        batch, _, queries, keys = one.weights.shape
+        masks: dict[str, Tensor | None] = {"query_mask": one.query_mask, "key_mask": one.key_mask}
+        for name, there, tokens in (("query_mask", asks, queries), ("key_mask", asked, keys)):
+            if there is not None:
+                whole, old = there[:, None].expand(batch, tokens), masks[name]
+                masks[name] = whole if old is None else old & whole
+        mass = one.cross_modal_mass
+        if mass is not None and asked is not None:
+            mass = mass.masked_fill(~asked[:, None, None], torch.nan)
+        return replace(one, cross_modal_mass=mass, query_mask=masks["query_mask"], key_mask=masks["key_mask"])
+
+    return tuple(AttentionPair(pair.layer, *map(mask, pair.directions)) for pair in pairs)
+
+
 @dataclass(frozen=True)
 class TokenAxis:
     """The names or places of one modality's tokens, with which a figure labels them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from lightning_xattn.capture.calls import StepTrace, find_tensors
 from lightning_xattn.capture.labels import LabelFinder, Labels, Step
 from lightning_xattn.capture.labels.finder import Scores
 from lightning_xattn.capture.labels.places import module_named
-from lightning_xattn.core.attention import AttentionPair, Direction, mask_queries
+from lightning_xattn.core.attention import AttentionPair, Direction, mask_absent, mask_queries
 from lightning_xattn.core.distributed import SINGLE_PROCESS, Processes
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
 from lightning_xattn.core.notices import info, warn
@@ -336,22 +336,46 @@ def read_batch(step: Step, attention: Attentions, finder: LabelFinder) -> BatchR
         As ``LabelFinder.find``, or if a mask does not fit the attention.
     """
     labels = finder.find(step)
-    attention = mask_queries(attention, labels.query_mask)
+    attention = mask_absent(mask_queries(attention, labels.query_mask), labels.present)
     return BatchResult(attention, labels, step.samples, torch.device(step.device))
 
 
 def with_fusion(batch: BatchResult, recorder: StepRecorder) -> BatchResult:
-    """A batch with what entered the fusion, and with confidences that a step of class ids alone lacks."""
+    """A batch with what entered the fusion, and with confidences that a step of class ids alone lacks.
+
+    Raises
+    ------
+    DiscoveryError
+        As ``StepRecorder.collect_fusion``, or if ``present`` names another modality.
+    """
     labels, inputs = batch.labels, recorder.collect_fusion(batch.labels)
-    batch = replace(batch, attention=mask_queries(recorder.pairs, labels.query_mask))
-    if recorder.renamed:
-        attention = tuple(pair.renamed(recorder.renamed) for pair in batch.attention)
-        batch = replace(batch, attention=attention)
+    attention = mask_queries(recorder.pairs, labels.query_mask)
+    attention = tuple(pair.renamed(recorder.renamed) for pair in attention) if recorder.renamed else attention
+    check_present(labels.present, attention, [one.name for one in recorder.fusion.modalities])
+    batch = replace(batch, attention=mask_absent(attention, labels.present))
     output = None if inputs is None else inputs.model_output
     if output is not None and output.values.shape[1] > 1 and labels.confidence is None and labels.predicted is not None:
         confidence, predicted = output.values.max(1)
         labels = replace(labels, confidence=torch.where(predicted == labels.predicted, confidence, torch.nan))
     return replace(batch, labels=labels, inputs=inputs)
+
+
+def check_present(present: Mapping[str, Tensor], attention: Attentions, modalities: Sequence[str] = ()) -> None:
+    """Refuse a setting of what samples lack that names other modalities than these, or those of the attention.
+
+    Raises
+    ------
+    DiscoveryError
+        Saying which there are.
+    """
+    known = dict.fromkeys(modalities)
+    known |= dict.fromkeys(name for pair in attention for one in pair.directions for name in one.token_counts)
+    unknown = [name for name in present if known and name not in known]
+    if unknown:
+        raise DiscoveryError(
+            f"present names {', '.join(map(repr, unknown))}, but the modalities are {', '.join(map(repr, known))}. Use "
+            "their names, or name the modalities: modalities={'<a>': 'path.to.encoder', '<b>': 'path.to.encoder'}."
+        )
 
 
 def classify(

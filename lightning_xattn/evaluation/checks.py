@@ -75,12 +75,21 @@ def explain_refusal(problem: str) -> str:
     )
 
 
-def check_layer(layer: str, summary: LayerSummary, lacks_query_mask: bool = False) -> Iterator[str]:
+def check_layer(
+    layer: str, summary: LayerSummary, lacks_query_mask: bool = False, may_lack: bool = False
+) -> Iterator[str]:
     """Messages about a layer in an evaluation, those that this run has not given yet.
 
-    ``lacks_query_mask``: whether one direction alone is recorded, and no mask marks its queries that are padding.
+    Parameters
+    ----------
+    layer, summary
+        Its name, and its evaluation.
+    lacks_query_mask
+        Whether one direction alone is recorded, and no mask marks its queries that are padding.
+    may_lack
+        Whether a setting says which samples lack a modality, so that nobody need be told.
     """
-    for about, message in _check_samples(layer, summary, lacks_query_mask):
+    for about, message in _check_samples(layer, summary, lacks_query_mask, may_lack):
         if is_new((layer, about)):
             yield message
     for direction, heads in summary.heads.items():
@@ -103,11 +112,14 @@ def check_layer(layer: str, summary: LayerSummary, lacks_query_mask: bool = Fals
                 yield f"{where}, head {', '.join(map(str, new))}: {meaning}"
 
 
-def check_rows(layer: str, rows: Sequence[Rows]) -> Iterator[str]:
-    """Messages about the directions of a layer in one batch, those that this run has not given yet."""
+def check_rows(layer: str, rows: Sequence[Rows], may_lack: bool = False) -> Iterator[str]:
+    """Messages about the directions of a layer in one batch, those that this run has not given yet.
+
+    ``may_lack`` as ``check_layer`` takes it.
+    """
     single = [str(one.direction) for one in rows if has_single_keys(one)]
     masked = torch.stack([one.wholly_masked for one in rows]).any(0)
-    for about, message in _check_keys(layer, single, int(masked.sum()), len(masked)):
+    for about, message in _check_keys(layer, single, 0 if may_lack else int(masked.sum()), len(masked)):
         if is_new((layer, about)):
             yield message
 
@@ -117,6 +129,9 @@ def check_fusion(summary: FusionSummary) -> Iterator[str]:
     for reason, names in _new_by_reason("probe", summary.probe_problems):
         who = " and ".join(map(repr, names))
         yield f"Linear probe of {who} not computed: {reason}. So conflict and support difference are not, either."
+    for name, count in summary.missing.items():
+        if is_new(("missing", name)):
+            yield f"{count} samples lack {name}: they are left out of probes and contributions."
     if summary.nonfinite and is_new("left out"):
         yield (
             f"{summary.nonfinite} samples are left out of probes and contributions: what they bring into the fusion is "
@@ -138,7 +153,9 @@ def check_fusion(summary: FusionSummary) -> Iterator[str]:
         yield f"The faithfulness of the attention {' and '.join(names)} has no reference: {reason}."
 
 
-def _check_samples(layer: str, summary: LayerSummary, lacks_query_mask: bool) -> Iterator[tuple[str, str]]:
+def _check_samples(
+    layer: str, summary: LayerSummary, lacks_query_mask: bool, may_lack: bool
+) -> Iterator[tuple[str, str]]:
     """What a message is about, and the message."""
     single = [
         str(direction)
@@ -146,7 +163,7 @@ def _check_samples(layer: str, summary: LayerSummary, lacks_query_mask: bool) ->
         # Valid rows without an entropy are rows of a single key, whether the others are masked or do not exist.
         if summary.count(Column("max", direction)) and not summary.count(Column("entropy", direction))
     ]
-    yield from _check_keys(layer, single, summary.wholly_masked, summary.samples)
+    yield from _check_keys(layer, single, 0 if may_lack else summary.wholly_masked, summary.samples)
     if not summary.maps:
         hint = (
             " Queries that are padding count unless a mask marks them: query_mask=<key or callable>, (batch, queries), "

@@ -306,7 +306,7 @@ class Evaluation:
             "confidence": _or_default(labels.confidence, torch.nan, batch),
         }
         received = {str(rows.direction): received_attention(rows) for rows in first_layer}
-        self.totals.kept.add(batch.inputs, keys, labels.groups, labels.group_noun, facts, received)
+        self.totals.kept.add(batch.inputs, keys, labels.groups, labels.group_noun, facts, received, labels.present)
 
     def drop_targets(self) -> None:
         """Drop classes, predictions and outcomes, as the targets are several labels at once."""

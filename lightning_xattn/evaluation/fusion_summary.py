@@ -90,6 +90,8 @@ class FusionSummary:
         Number of pairs replayed, and whether each replay ran all of the module around the fusion.
     nonfinite
         Samples left out because what enters the fusion is not finite.
+    missing
+        By modality, samples left out because they lack it; only modalities that some lack.
     replaced
         As the parameter.
     """
@@ -104,6 +106,7 @@ class FusionSummary:
     ) -> None:
         self.modalities, self.group_noun, self.sources = kept.modalities, kept.group_noun, sources
         self.nonfinite = int(kept.nonfinite)
+        self.missing = {name: int(count) for name, count in kept.missing.items() if count}
         self.n_classes = n_classes
         (rows,) = kept.probed.cpu().blocks()
         self.rows = {name: values for name, values in rows.items() if not name.startswith("features/")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from os import PathLike
@@ -39,6 +39,7 @@ class Settings:
     sample_ids: LabelSetting = None
     groups: LabelSetting = None
     query_mask: LabelSetting = None
+    present: Mapping[str, LabelSetting] | None = None
     fusion: str | None = None
     modalities: ModalitiesSetting | None = None
     contribution_samples: int = CONTRIBUTION_SAMPLES
@@ -78,7 +79,7 @@ class Settings:
 
     def finder(self) -> LabelFinder:
         """What finds the labels of an evaluation's steps."""
-        return LabelFinder(self.predictions, self.targets, self.sample_ids, self.groups, self.query_mask)
+        return LabelFinder(self.predictions, self.targets, self.sample_ids, self.groups, self.query_mask, self.present)
 
     def recorder(self, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> StepRecorder:
         """What records a model's steps."""

@@ -21,7 +21,7 @@ from lightning_xattn.core.attention import TokenAxis, fitting_axes
 from lightning_xattn.core.errors import DataError, DiscoveryError, SettingError, XAttnError, check_whole_number
 from lightning_xattn.core.notices import begin_run, info, warn
 from lightning_xattn.core.progress import timed, track
-from lightning_xattn.evaluation.batch import read_batch
+from lightning_xattn.evaluation.batch import check_present, read_batch
 from lightning_xattn.evaluation.checks import check_directions, check_fusion, check_layer, check_rows
 from lightning_xattn.evaluation.classes import name_classes, own_class_names
 from lightning_xattn.evaluation.evaluation import Evaluation
@@ -47,7 +47,7 @@ class ExplainabilityCapture:
     ----------
     model
         Any module whose attention ``AttentionRecorder`` finds.
-    attention, class_names, classes_by, predictions, targets, sample_ids, groups, query_mask
+    attention, class_names, classes_by, predictions, targets, sample_ids, groups, query_mask, present
         As in ``AttentionExplainabilityCallback``; ``outputs`` are those of ``predict``, and ``classes_by`` is for
         ``explain_loader``.
     fusion, modalities, contribution_samples, max_samples
@@ -92,6 +92,7 @@ class ExplainabilityCapture:
         sample_ids: LabelSetting = None,
         groups: LabelSetting = None,
         query_mask: LabelSetting = None,
+        present: Mapping[str, LabelSetting] | None = None,
         fusion: str | None = None,
         modalities: ModalitiesSetting | None = None,
         contribution_samples: int = CONTRIBUTION_SAMPLES,
@@ -103,7 +104,7 @@ class ExplainabilityCapture:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise SettingError(f"model must be a torch module; got a {type(model).__name__}.")
-        labels = predictions, targets, sample_ids, groups, query_mask
+        labels = predictions, targets, sample_ids, groups, query_mask, present
         fusion_inputs = fusion, modalities, contribution_samples, max_samples
         self.settings = Settings(attention, class_names, classes_by, *labels, *fusion_inputs)
         check_whole_number("top_k", top_k)
@@ -162,8 +163,10 @@ class ExplainabilityCapture:
                     "turns it off. explain_loader reports probes and contributions without attention."
                 )
             result = require_finite(read_batch(step, attention, finder)).cpu()
+        check_present(result.labels.present, result.attention)
         for pair in result.attention:
-            warn(check_rows(pair.layer, [prepare_rows(attention) for attention in pair.directions]))
+            rows = [prepare_rows(attention) for attention in pair.directions]
+            warn(check_rows(pair.layer, rows, bool(self.settings.present)))
         labels, scores = result.labels, result.scores
         warn(labels.doubts.values(), once=True)
         if scores is not None:
@@ -258,7 +261,7 @@ class ExplainabilityCapture:
                 close_table(rows, folder, explained.fusion)
         warn(check_directions(self._recorder.layers), once=True)
         for layer, summary in explained.summaries.items():
-            warn(check_layer(layer, summary, layer in evaluation.lacking_query_mask))
+            warn(check_layer(layer, summary, layer in evaluation.lacking_query_mask, bool(self.settings.present)))
         if explained.fusion is not None:
             info(check_fusion(explained.fusion))
         return replace(explained, axes=fitting_axes(self.axes, token_counts), table=folder)

@@ -235,6 +235,8 @@ class Labels:
         The samples' ids, a tensor or a list.
     query_mask
         ``(batch, queries)`` bool, which queries are real tokens; None unless it was named.
+    present
+        By modality ``(batch,)`` bool, which samples have it; of those that were named.
     scores
         The class scores that the predictions were made of, wherever in the step they are.
     """
@@ -250,6 +252,7 @@ class Labels:
     group_noun: str | None = None
     sample_ids: Tensor | list[Any] | None = None
     query_mask: Tensor | None = None
+    present: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Scores | None = None
     raw: Tensor | None = None
     """The predictions as the step has them; of a first step alone."""
@@ -273,7 +276,8 @@ class Labels:
         fields = {name: getattr(self, name) for name in _BY_SAMPLE}
         changed: dict[str, Any] = {name: None if values is None else change(values) for name, values in fields.items()}
         scores = None if self.scores is None else replace(self.scores, values=change(self.scores.values))
-        return replace(self, scores=scores, raw=None, **changed)
+        present = {name: change(values) for name, values in self.present.items()}
+        return replace(self, scores=scores, present=present, raw=None, **changed)
 
 
 class LabelFinder:
@@ -293,6 +297,8 @@ class LabelFinder:
         See ``LabelSetting``. Sample ids and groups may also be lists of numbers or strings.
     query_mask
         See ``LabelSetting``: which queries are real tokens, for models of one direction.
+    present
+        By modality a ``LabelSetting``: which samples have it.
 
     Attributes
     ----------
@@ -312,10 +318,19 @@ class LabelFinder:
         sample_ids: LabelSetting = None,
         groups: LabelSetting = None,
         query_mask: LabelSetting = None,
+        present: Mapping[str, LabelSetting] | None = None,
     ) -> None:
         settings = {"predictions": predictions, "targets": targets, "sample_ids": sample_ids, "groups": groups}
         settings["query_mask"] = query_mask
         self._named = {what: named_place(what, setting) for what, setting in settings.items()}
+        if present is not None and not (isinstance(present, Mapping) and None not in present.values()):
+            raise SettingError(
+                "present must map modalities to keys or callables that say which samples have them, e.g. "
+                f"present={{'xray': 'has_xray'}}; got {present!r}."
+            )
+        self._present = {
+            name: place for name, one in (present or {}).items() if (place := named_place(f"present[{name!r}]", one))
+        }
         if isinstance(predictions, str) and predictions == targets:
             raise SettingError(
                 f"predictions and targets are both the key {predictions!r}, so every prediction would be correct. Name "
@@ -403,6 +418,7 @@ class LabelFinder:
             self.group_noun,
             self._find_ids("sample_ids", step, first),
             self._find_query_mask(step),
+            {name: _find_present(name, place, step) for name, place in self._present.items()},
             None if self._read_scores is None else self._read_scores(step, scores),
             raw.detach() if isinstance(raw, Tensor) else None,
             "" if self._output is None else self._output.name,
@@ -527,6 +543,20 @@ class LabelFinder:
                 raise ShapeError(f"{self._doubts['predictions']} {step}")
             places["predictions"], self._binary = None, is_binary
         return places
+
+
+def _find_present(name: str, place: Place, step: Step) -> Tensor:
+    """Which samples of a step have a modality."""
+    found = place.read(step)
+    if isinstance(found, (list, tuple)) and all(isinstance(one, (bool, int)) for one in found):
+        found = torch.tensor(found)
+    if isinstance(found, Tensor) and tuple(found.shape) in ((step.samples,), (step.samples, 1)):
+        return found.reshape(-1).bool().to(step.device, non_blocking=True)
+    kind = DiscoveryError if found is None else ShapeError
+    raise kind(
+        f"Expected present[{name!r}] (batch,) ({step.samples},), True or 1 for a sample that has the modality; "
+        f"{place.name} gave {describe(found)}. {step}"
+    )
 
 
 ReadScores = Callable[[Step, Tensor | None], Scores | None]
