@@ -36,7 +36,7 @@ NAME_THEM = (
 
 NAME_PREDICTIONS = (
     "Return the predictions from the step as {'logits': ...}, or name them: predictions='path.to.module' (what it "
-    "returns), predictions='key' or predictions=lambda outputs, batch: ...."
+    "returns), predictions='key' or predictions=lambda outputs, batch, forward: forward.mean(-1)."
 )
 """The remedy where predictions are not clear."""
 
@@ -192,7 +192,11 @@ class FirstStep:
         wanted, step, trace = self.labels.raw, self.step, self.trace
         if wanted is None:
             unclear = "the predictions are not clear"
-            raise ReplayError(unclear if self.labels.doubts else "no predictions were found in the step")
+            raise ReplayError(
+                unclear
+                if self.labels.doubts
+                else "no predictions were found in the step, which are one class or one score a class of each sample"
+            )
         samples = self.samples or (len(wanted) if wanted.dim() else 1)
         found = self._find_predictions(wanted, samples)
         if found is None or step is None:
@@ -246,7 +250,9 @@ class FirstStep:
             if same_numbers(one.detach(), wanted):
                 return PredictionPlace("output", leaf=where)
         losses = [number for number, loss in enumerate(self.trace.losses) if same_numbers(loss.input, wanted)]
-        return PredictionPlace("loss", turn=losses[0]) if losses else None
+        if losses:
+            return PredictionPlace("loss", turn=losses[0])
+        return PredictionPlace("callable", select=self.labels.select) if self.labels.select and step.args else None
 
     def _settle(self, evidence: Evidence, modalities: Sequence[Modality], width: int, name: str) -> Found:
         are_named = self.modalities is not None

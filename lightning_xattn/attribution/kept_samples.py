@@ -246,8 +246,13 @@ class KeptSamples:
     def cpu(self) -> KeptSamples:
         """The same on the CPU, to be sent to other processes."""
         missing = {name: count.cpu() for name, count in self.missing.items()}
-        kept = {"probed": self.probed.cpu(), "permuted": self.permuted.cpu()}
-        return replace(self, **kept, nonfinite=self.nonfinite.cpu(), missing=missing)
+        return replace(
+            self,
+            probed=self.probed.cpu(),
+            permuted=self.permuted.cpu(),
+            nonfinite=self.nonfinite.cpu(),
+            missing=missing,
+        )
 
     def without_labels(self) -> KeptSamples:
         """The same without classes, predictions, confidences and outcomes."""

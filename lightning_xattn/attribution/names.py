@@ -28,10 +28,14 @@ def plain_name(label: str) -> str:
     """The words of a path or key that may name a modality, ``"audio"`` of ``"model.audio_encoder.proj"``."""
     for part in reversed(re.split(r"[.\[\]]+", label)):
         words = [word for word in re.split(r"_|(?<=[a-z])(?=[A-Z])", part.strip("_'\"")) if word]
-        kept = [word.lower() for word in words if word.lower() not in _DECORATION and not word.isdigit()]
+        kept = [word.lower() for word in words if not (_is_decoration(word.lower()) or word.isdigit())]
         if kept and re.search("[a-z]", kept[0]):
             return "_".join(kept)
     return ""
+
+
+def _is_decoration(word: str) -> bool:
+    return word in _DECORATION or word.removesuffix("s") in _DECORATION
 
 
 def name_groups(groups: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[str]:

@@ -302,6 +302,9 @@ class ModalityRecorder:
             found = output_at(self._trace.find(place.path, place.turn, run), place.leaf)
         elif place.kind == "output" and self._step is not None:
             found = dict(find_tensors(self._step.outputs)).get(place.leaf)
+        elif place.select is not None and self._step is not None:
+            forward = self._trace.find("")
+            found = place.select(self._step.outputs, self._step.args[0], None if forward is None else forward.output)
         elif place.turn < len(self._trace.losses):
             found = self._trace.losses[place.turn].input
         if found is None:

@@ -48,15 +48,19 @@ class PredictionPlace:
     Attributes
     ----------
     kind
-        "call": a module returns it; "output": the step returns it; "loss": a loss reads it.
+        "call": a module returns it; "output": the step returns it; "loss": a loss reads it; "callable": ``select``
+        gives it.
     turn
         The number of the module's call within the root, or of the loss in the step, from 0 on.
+    select
+        Takes what the step returned, its batch and what ``forward`` returned.
     """
 
     kind: str
     path: str = ""
     turn: int = 0
     leaf: Path = ()
+    select: Callable[[Any, Any, Any], Any] | None = None
 
 
 @dataclass(eq=False)
@@ -188,9 +192,11 @@ class Root:
         outputs: dict[Key, Any] = {}
         arguments: dict[Key, Call] = {}
         found: list[Tensor] = []
+        forward_output: Any = None
         place, losses = self.place, StepTrace()
 
         def around(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+            nonlocal forward_output
             path = paths[module]
             key = path, counts[path]
             counts[path] += 1
@@ -208,13 +214,15 @@ class Root:
                 output = replace_item(output, where, tensor)
             if capture is None or key in capture:
                 outputs[key] = copy_tensors(output)
+            if key == ("", 0):
+                forward_output = output
             if place.kind == "call" and key == (place.path, place.turn):
                 found.extend(tensor for where, tensor in find_tensors(output) if where == place.leaf)
             return output
 
         if flow is None and capture is not None:
             needed = {path for path, _ in (*held["argument"], *held["output"], *capture)}
-            needed |= {place.path} if place.kind == "call" else set()
+            needed |= {place.path} if place.kind in ("call", "callable") else set()
             paths = {get_module(self.model, path): path for path in needed}
         else:
             paths = {module: path for path, module in walk_modules(self.model)}
@@ -227,6 +235,8 @@ class Root:
                 changes.enter_context(flow)
             try:
                 output = self.function(*call.args, **call.kwargs)
+                if place.select is not None:
+                    found = [place.select(output, call.args[0], forward_output)]
             except ReplayError:
                 raise
             except Exception as error:  # whatever a user's module raises for other tensors or another number of them

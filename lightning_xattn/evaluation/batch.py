@@ -263,8 +263,13 @@ class StepRecorder:
             has_forward = forward is not None and forward.has_ended
             is_whole_step = self._outputs is not None or has_forward or bool(self._trace.losses) or self.fusion.is_named
             is_named = not self._may_lack_attention or (bool(self._attention.layers) and not self.fusion.is_named)
-            if needs_attention or is_named or not (is_whole_step or self._attention.saw_attention):
+            if needs_attention or is_named:
                 raise
+            if not (is_whole_step or self._attention.saw_attention):
+                raise type(error)(
+                    f"{error} Without attention there are probes and contributions if the step returns its predictions "
+                    "as {'logits': ...}."
+                ) from error
             self._lacks_attention = True
             if self._attention.saw_attention and isinstance(error, DiscoveryError):
                 self._doubt = error

@@ -272,7 +272,7 @@ def test_a_later_step_without_labels():
     with pytest.warns(XAttnWarning, match=tells("no predictions", "outputs['logits']")):
         finder.find(step(None, (IMAGE, IDS)))
     named = LabelFinder("mine", lambda outputs, batch: batch["t"])
-    with pytest.raises(DiscoveryError, match="the key 'mine' gave NoneType"):
+    with pytest.raises(DiscoveryError, match="the key 'mine' is in neither what the step returned"):
         named.find(step({}, {"t": IDS}))
     named = LabelFinder("mine", lambda outputs, batch: batch["t"])
     assert named.find(step({"mine": SCORES}, {"t": IDS})).predicted.tolist() == PREDICTED
@@ -351,7 +351,10 @@ def test_sample_ids():
 
 
 def test_errors():
-    with pytest.raises(DiscoveryError, match=r"the key 'mine' gave NoneType.*returned float32 \(\).*{'a': a int}"):
+    with pytest.raises(
+        DiscoveryError,
+        match=r"the key 'mine' is in neither what the step returned.*returned float32 \(\).*{'a': a int}",
+    ):
         find(LOSS, {"a": 1}, predictions="mine")
     with pytest.raises(DiscoveryError, match="the callable gave float"):
         find(targets=lambda o, b: 1.0)

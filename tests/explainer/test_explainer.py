@@ -371,7 +371,7 @@ def test_samples_that_are_not_finite_are_named():
             r"forward of ToyModule cannot be called with a batch alone.*predict=lambda model, batch",
         ),
         ({"predict": lambda module, batch: None}, DiscoveryError, "Nothing ran for this batch.*returned None"),
-        ({"targets": "labels"}, DiscoveryError, "No targets: the key 'labels' gave NoneType"),
+        ({"targets": "labels"}, DiscoveryError, "No targets: the key 'labels' is in neither"),
         ({"class_names": ["a", "b"]}, ValueError, "There are 2 class_names"),
     ],
 )

@@ -257,6 +257,8 @@ class Labels:
     raw: Tensor | None = None
     """The predictions as the step has them; of a first step alone."""
     prediction_name: str = ""
+    select: Callable[[Any, Any, Any], Any] | None = None
+    """Gives the predictions of what a step returned, its batch and what ``forward`` returned, if a setting does."""
 
     @property
     def are_ids(self) -> bool:
@@ -422,6 +424,7 @@ class LabelFinder:
             None if self._read_scores is None else self._read_scores(step, scores),
             raw.detach() if isinstance(raw, Tensor) else None,
             "" if self._output is None else self._output.name,
+            None if self._output is None else self._output.select,
         )
 
     @property
@@ -465,6 +468,11 @@ class LabelFinder:
             )
             return None
         if not isinstance(found, Tensor):
+            if found is None and place.select is None:
+                raise DiscoveryError(
+                    f"No {what}: {place.name} is in neither what the step returned, nor the batch, nor what forward "
+                    f"returned, and names no module that ran. {step}"
+                )
             raise DiscoveryError(f"No {what}: {place.name} gave {type(found).__name__}, expected a tensor. {step}")
         raise ShapeError(
             f"Expected {what} as class ids ({step.samples},) or one column a class ({step.samples}, classes); "
@@ -518,8 +526,8 @@ class LabelFinder:
         several = find_several_labels(step, scores, targets, is_named)
         if several:
             why = (
-                f"{several[0].upper()}{several[1:]}. So the scores are of several labels at once: no one class is "
-                "predicted, and there are no classes, confidences and outcomes."
+                f"The scores are of several labels at once, as {several}: no one class is predicted, and there are no "
+                "classes, confidences and outcomes."
             )
             self._doubts |= {"predictions": why, "targets": why}
             self.are_several, self._one_hot = True, False

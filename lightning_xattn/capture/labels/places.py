@@ -111,15 +111,15 @@ class Place:
     """The path of the module that returns it."""
     is_loss: bool = False
     """Whether a loss reads it."""
-    is_callable: bool = False
-    """Whether it is a function of the user's, whose errors are theirs."""
+    select: Callable[[Any, Any, Any], Any] | None = None
+    """The user's function of (outputs, batch, forward), if it is one; its errors are theirs."""
 
     def read(self, step: Step) -> Any:
         """What stands there, class ids of any form as a tensor ``(batch,)``; None in a step of another form."""
         try:
             return to_labels(self.get(step))
         except (KeyError, IndexError, TypeError, AttributeError):
-            if self.is_callable:
+            if self.select is not None:
                 raise
             return None
 
@@ -210,7 +210,8 @@ def named_place(name: str, setting: LabelSetting) -> Place | None:
         return Place(f"the key '{setting}'", partial(_read_named, setting), setting)
     if not callable(setting):
         raise SettingError(f"{name} must be None, a key or a callable; got {setting!r}.")
-    return Place("the callable", partial(_call, setting, _takes_forward(name, setting)), is_callable=True)
+    select = setting if _takes_forward(name, setting) else _without_forward(setting)
+    return Place("the callable", lambda step: select(step.outputs, step.batch, step.forward), select=select)
 
 
 def _takes_forward(name: str, function: Callable[..., Any]) -> bool:
@@ -229,8 +230,8 @@ def _takes_forward(name: str, function: Callable[..., Any]) -> bool:
     )
 
 
-def _call(function: Callable[..., Any], takes_forward: bool, step: Step) -> Any:
-    return function(step.outputs, step.batch, *([step.forward] if takes_forward else []))
+def _without_forward(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    return lambda outputs, batch, forward: function(outputs, batch)
 
 
 def _read_named(setting: str, step: Step) -> Any:
