@@ -304,7 +304,7 @@ class Evidence:
         mixed = set.intersection(*inputs.values())
         if len(mixed) > 1 and not any(owned.values()):  # one input that holds several modalities is no finding
             names = " and ".join(self.name_input(path) for path in self.inputs if path in mixed)
-            ways.append(f"{names} all reach {' and '.join(inputs)}")
+            ways.append(f"{names} each reach {' and '.join(inputs)}")
         permuted = [place for one in modalities for place in one.places]
         for path in self.reached_around(permuted, [path for paths in owned.values() for path in paths]):
             name = next(name for name, paths in owned.items() if path in paths)

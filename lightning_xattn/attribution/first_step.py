@@ -200,6 +200,8 @@ class FirstStep:
         samples = self.samples or (len(wanted) if wanted.dim() else 1)
         found = self._find_predictions(wanted, samples)
         if found is None or step is None:
+            if self.labels.select is not None and self.labels.are_ids:
+                raise ReplayError("the callable gives class ids, and contributions need scores of all classes")
             raise ReplayError("no call gives the predictions, and the step does not return them")
         live, read, run, leaf = found
         roots, outermost = [], None if run is None else list(run.outwards())[-1]
@@ -327,9 +329,9 @@ class FirstStep:
         old_names = {str(old): str(new) for old, new in found.renamed.items()}
         if any(new in old_names for new in old_names.values()):
             turned = " and ".join(f"{old} as {new}" for old, new in old_names.items())
-            sources = ", ".join(map(str, found.modalities))
+            sources, verb = ", ".join(map(str, found.modalities)), "are" if len(old_names) > 1 else "is"
             warn(
-                f"{turned} is recorded: the names of the attention modules contradict where queries come from "
+                f"{turned} {verb} recorded: the names of the attention modules contradict where queries come from "
                 f"({sources}). If that is wrong, name the attention: attention={{'<a>_to_<b>': 'path', ...}}."
             )
         elif old_names:

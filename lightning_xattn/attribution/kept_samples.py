@@ -170,6 +170,8 @@ class KeptSamples:
         How many samples were left out because the features of a modality are not finite.
     missing
         By modality, how many samples were left out because they lack it.
+    unrecorded
+        How many samples were in steps whose modalities could not be recorded.
     """
 
     probed: BottomKSample
@@ -178,12 +180,15 @@ class KeptSamples:
     group_noun: str | None = None
     nonfinite: Tensor = field(default_factory=lambda: torch.tensor(0))
     missing: dict[str, Tensor] = field(default_factory=dict)
+    unrecorded: int = 0
 
     def __add__(self, other: KeptSamples) -> KeptSamples:
+        unrecorded = self.unrecorded + other.unrecorded
         if not (self.modalities and other.modalities):
-            return self if self.modalities else other
+            return replace(self if self.modalities else other, unrecorded=unrecorded)
         return replace(
             self,
+            unrecorded=unrecorded,
             probed=self.probed + other.probed,
             permuted=self.permuted + other.permuted,
             nonfinite=self.nonfinite + other.nonfinite,

@@ -201,8 +201,8 @@ class ModalityRecorder:
             if is_first and self.found.root is not None:  # run once more, as it was not known then what to keep
                 self._root = self.found.root
                 values, _, output = self._root.run_intact(self._columns | self._features)
-                return self._make_record(values, output, real)
-            return self._make_record(*self._read_step(), real)
+                return self._make_record(values, output, real, labels)
+            return self._make_record(*self._read_step(labels), real, labels)
         except (LeftOutError, ReplayError, ShapeError) as error:
             self._notify(f"The modalities are left out of a step: {error}.")
             return None
@@ -217,6 +217,9 @@ class ModalityRecorder:
         """
         if self.is_decided:
             return
+        absent = [name for name, one in labels.present.items() if not bool(one.any())]
+        if absent:
+            raise LeftOutError(f"no sample of it has {' or '.join(absent)}, so that another one must show them")
         if self._step is not None:
             self._step = replace(self._step, outputs=outputs)
         samples = len(attention[0].forward.weights) if attention else None
@@ -243,7 +246,7 @@ class ModalityRecorder:
             self._notify(f"Probes and contributions are not computed: {self.found.refusal}")
         self._columns, self._features = self.found.columns, self.found.features
 
-    def _read_step(self) -> tuple[dict[Column, Tensor], ModelOutput | None]:
+    def _read_step(self, labels: Labels) -> tuple[dict[Column, Tensor], ModelOutput | None]:
         """What this step handed on, and the model's output."""
         root, run, call = self.found.root, None, Call((), {})
         if root is not None:
@@ -254,7 +257,7 @@ class ModalityRecorder:
         }
         if root is None:
             return values, None
-        output = self._read_predictions(root, run)
+        output = self._read_predictions(root, run, labels)
         if self._root is None and self._step is not None and output is not None:
             precision = root.precision if run is None or run.precision is None else run.precision
             self._root = replace(
@@ -296,15 +299,14 @@ class ModalityRecorder:
             raise LeftOutError(f"there was no tensor in {name}")
         return value
 
-    def _read_predictions(self, root: Root, run: Run | None) -> ModelOutput | None:
+    def _read_predictions(self, root: Root, run: Run | None, labels: Labels) -> ModelOutput | None:
         place, found = root.place, None
         if place.kind == "call":
             found = output_at(self._trace.find(place.path, place.turn, run), place.leaf)
         elif place.kind == "output" and self._step is not None:
             found = dict(find_tensors(self._step.outputs)).get(place.leaf)
-        elif place.select is not None and self._step is not None:
-            forward = self._trace.find("")
-            found = place.select(self._step.outputs, self._step.args[0], None if forward is None else forward.output)
+        elif place.kind == "callable":
+            found = labels.raw
         elif place.turn < len(self._trace.losses):
             found = self._trace.losses[place.turn].input
         if found is None:
@@ -313,15 +315,24 @@ class ModalityRecorder:
             return root.read(found.detach())
 
     def _make_record(
-        self, values: Mapping[Column, Tensor], output: ModelOutput | None, real: Mapping[str, Tensor]
+        self,
+        given: Mapping[Column, Tensor],
+        output: ModelOutput | None,
+        real: Mapping[str, Tensor],
+        labels: Labels,
     ) -> FusionRecord:
-        samples = len(next(iter(values.values()))) if output is None else len(output.values)
-        for (name, number), one in values.items():
+        samples, values = len(next(iter(given.values()))) if output is None else len(output.values), dict(given)
+        for (name, number), one in given.items():
             what = f"a tensor of {name or 'a further input'} is {tuple(one.shape)}"
             if self._axes.setdefault((name, number), one.dim()) != one.dim():
                 raise ShapeError(f"{what}, with another number of axes than before")
-            if len(one) != samples:
-                raise ShapeError(f"{what}, and not of {samples} samples")
+            if len(one) != samples and name in labels.present and len(one) == int(labels.present[name].sum()):
+                # An encoder that runs only on the samples that have its modality; nothing of the others is used.
+                values[name, number] = one.new_zeros(samples, *one.shape[1:])
+                values[name, number][labels.present[name]] = one
+            elif len(one) != samples:
+                hint = f". If some samples lack {name}, say which have it: present={{'{name}': ...}}" if name else ""
+                raise ShapeError(f"{what}, and not of {samples} samples{hint}")
         tokens = {}
         for modality in self.modalities:
             own = {number: one for (name, number), one in values.items() if name == modality.name}
@@ -367,8 +378,13 @@ class ModalityRecorder:
 
 def _find_real_tokens(attention: Sequence[AttentionPair]) -> dict[str, Tensor]:
     """By modality, the tokens that the first layer takes as real, ``(batch, tokens)``."""
-    directions = [one for pair in attention[:1] for one in pair.directions]
-    return {str(one.direction.key): one.key_mask for one in directions if one.key_mask is not None}
+    found = {}
+    for one in (one for pair in attention[:1] for one in pair.directions):
+        if one.key_mask is not None:
+            # Packed keys stand in another order than the modality's tokens: only whether there is any is known.
+            mask = one.key_mask.any(1, keepdim=True).expand_as(one.key_mask) if one.is_packed else one.key_mask
+            found[str(one.direction.key)] = mask
+    return found
 
 
 def _find_tokens(modality: Modality, kept: Sequence[Tensor], real: Tensor | None) -> tuple[Tensor, Tensor | None]:

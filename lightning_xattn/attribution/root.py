@@ -34,6 +34,7 @@ from lightning_xattn.capture.calls import (
     take_samples,
 )
 from lightning_xattn.capture.dataflow import Dataflow
+from lightning_xattn.capture.labels.places import to_labels
 from lightning_xattn.capture.readers import RecordLevel
 
 
@@ -236,7 +237,8 @@ class Root:
             try:
                 output = self.function(*call.args, **call.kwargs)
                 if place.select is not None:
-                    found = [place.select(output, call.args[0], forward_output)]
+                    selected = to_labels(place.select(output, call.args[0], forward_output))
+                    found = [selected] if isinstance(selected, Tensor) else []
             except ReplayError:
                 raise
             except Exception as error:  # whatever a user's module raises for other tensors or another number of them

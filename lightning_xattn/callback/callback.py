@@ -122,8 +122,9 @@ class AttentionExplainabilityCallback(Callback):
         where there is one. Else padding counts as any query does, and a warning says so.
     present
         Which samples have a modality that others lack, by modality, ``{"xray": "has_xray"}``: ``(batch,)``, True or 1,
-        given as ``predictions`` is. Samples that lack one are left out of probes and contributions and counted; in the
-        attention its tokens are masked. A sample lacks a modality, too, if a mask hides all of its tokens.
+        a key or a callable as for ``predictions``. Samples that lack one are left out of probes and contributions and
+        counted; in the attention its tokens are masked. A sample lacks a modality, too, if a mask of the attention or
+        of a named ``fusion`` hides all of its tokens.
     fusion, modalities
         What holds each of two to four modalities: paths of modules, items of what they return and keys of the batch,
         ``modalities={"audio": "audio_encoder", "text": ["tokens", "text_encoder"]}``; or arguments of a fusion, by

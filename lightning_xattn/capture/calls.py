@@ -208,7 +208,7 @@ def name_argument(function: Any, path: Path) -> str:
     first, *keys = path
     if isinstance(first, int):
         names = _parameter_names(getattr(function, "forward", function))
-        name = names[first] if first < len(names) else str(first)
+        name = names[first] if first < len(names) else f"argument {first}"
     else:
         name = first
     return ".".join([name, *(str(key) for key in keys)])

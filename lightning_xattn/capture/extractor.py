@@ -18,6 +18,7 @@ from lightning_xattn.capture.tensors import Address, describe_kind, is_plain
 from lightning_xattn.capture.tokens import Tokens, describe_event, find_axes, find_candidates
 from lightning_xattn.core.attention import Direction, row_sum_tolerance
 from lightning_xattn.core.errors import DiscoveryError, SettingError, ShapeError
+from lightning_xattn.core.notices import info
 
 NAME_IT = (
     "Name the attention that you mean: 'path#2' is the second that a module computes, 'path[item]' an item of what it "
@@ -386,18 +387,19 @@ class AttentionExtractor:
     def _find_query_mask(self, run: Run, recorded: RecordedWeights) -> Tensor | None:
         """A mask among a module's arguments that can only be that of the queries, as there are not as many keys.
 
-        Named ``...padding_mask`` it is True for padding, as in torch; of whole numbers it is 1 for a real token, as in
-        Hugging Face's models. What other masks mean is not known.
+        Named ``...padding_mask`` it is True for padding, as in torch; an ``attention_mask`` of whole numbers is 1 for a
+        real token, as in Hugging Face's models. What other masks mean is not known.
         """
         batch, _, queries, keys = recorded.weights.shape
         for path, tensor in run.call.tensors() if queries != keys or self._mask_name else ():
             name = name_argument(run.module, path)
             fits = tuple(tensor.shape) == (batch, queries) and is_plain(tensor)
-            if fits and "mask" in name and self._mask_name in ("", name):
-                by_torch = tensor.dtype == torch.bool and name.endswith("padding_mask")
-                if by_torch or not (tensor.is_floating_point() or tensor.dtype == torch.bool):
+            if fits and not tensor.is_floating_point() and self._mask_name in ("", name):
+                by_torch = name.endswith("padding_mask")
+                if by_torch or (tensor.dtype != torch.bool and name in ("mask", "attention_mask", "query_mask")):
                     self._mask_name = name
-                    return ~tensor if by_torch else tensor.bool()
+                    info(f"The argument '{name}' of '{run.path}' marks its queries that are padding.", once=True)
+                    return ~tensor.bool() if by_torch else tensor.bool()
         return None
 
     def _hide_unused_rows(self, recorded: RecordedWeights, used: Tensor, run: Run, first: bool) -> RecordedWeights:

@@ -200,6 +200,9 @@ def cut_direction(joint: RecordedWeights, queries: Places, keys: Places, name: s
         If the attention is no self-attention, has fewer tokens than the places, or the places overlap in it.
     """
     length, n_keys = joint.weights.shape[2:]
+    for mask in (queries, keys):
+        if isinstance(mask, Tensor) and joint.cropped:
+            joint = joint.padded_to(mask.shape[1])
     every: tuple[Any, ...]
     own: tuple[Any, ...]
     spans = [(one.start, one.stop) for one in (queries, keys) if isinstance(one, slice)]
@@ -220,7 +223,7 @@ def cut_direction(joint: RecordedWeights, queries: Places, keys: Places, name: s
         if bool((_as_mask(queries, joint) & _as_mask(keys, joint)).any()):
             raise ShapeError(f"The modalities of a JointSequence must not share tokens; two of '{name}' do.")
         batch, heads = (torch.arange(n, device=rows.device).view(shape) for n, shape in _axes(joint.weights))
-        every = (batch, heads, rows[:, None, :, None], torch.arange(n_keys, device=rows.device))
+        every = (batch, heads, rows[:, None, :, None], torch.arange(joint.weights.shape[3], device=rows.device))
         own = (batch, heads, torch.arange(rows.shape[1], device=rows.device)[:, None], columns[:, None, None])
     dtype = joint.weights.dtype
     weights = joint.weights[every].to(torch.promote_types(dtype, torch.float32))
@@ -237,6 +240,8 @@ def cut_direction(joint: RecordedWeights, queries: Places, keys: Places, name: s
     if real_queries is not None and real_keys is not None:
         sound = sound & real_queries[:, None]
         key_mask = real_keys if key_mask is None else real_keys & key_mask
+    if key_mask is not None:  # a sample without the other modality has no share of attention on it
+        sound = sound & key_mask.any(1)[:, None, None]
     visible = crosses[..., None].expand(block.shape)
     if joint.visible is not None:
         visible = visible & joint.visible.expand(joint.weights.shape)[every][own]
@@ -245,6 +250,7 @@ def cut_direction(joint: RecordedWeights, queries: Places, keys: Places, name: s
         key_mask,
         visible,
         cross_modal_mass=torch.where(sound, cross_modal_mass, torch.nan),
+        is_packed=real_keys is not None,
     )
 
 
@@ -277,9 +283,7 @@ def _find_tokens(tokens: Places, joint: RecordedWeights, name: str) -> tuple[Ten
             f"callable of a JointSequence; got {tuple(mask.shape)}."
         )
     counts = mask.sum(1)
-    most = int(counts.max())
-    if not most:
-        raise ShapeError(f"A modality of the JointSequence has no token in any sample of the sequence of '{name}'.")
+    most = max(1, int(counts.max()))  # where no sample has a token, one of them stands in as padding
     real = torch.arange(most, device=mask.device) < counts[:, None]
     return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :most], real
 

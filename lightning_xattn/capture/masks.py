@@ -37,6 +37,8 @@ class RecordedWeights:
     """Whether the query is the key, so that it attends within one sequence."""
     one_head: bool = False
     """Whether the weights came without an axis for heads."""
+    is_packed: bool = False
+    """Whether the keys of each sample stand before its padding, wherever they are in its sequence."""
 
     @property
     def token_mask(self) -> Tensor | None:

@@ -401,6 +401,7 @@ class AttentionRecorder:
                 query_mask=mask if mask is not None and mask.shape == call.weights[:, 0, :, 0].shape else None,
                 extra_keys=call.extra_keys,
                 cross_modal_mass=call.cross_modal_mass,
+                is_packed=call.is_packed,
             )
             for (direction, _), call, mask in zip(layer.sources, recorded, masks, strict=True)
         ]

@@ -92,6 +92,8 @@ class Attention:
     cross_modal_mass
         ``(batch, heads, queries)`` in [0, 1]: where the weights are a block of a joint self-attention, scaled to sum to
         1, what they summed to before, NaN for a row that is no attention; None: they are no such block.
+    is_packed
+        Whether the keys of each sample stand before its padding, wherever they are in its sequence.
 
     Raises
     ------
@@ -114,6 +116,7 @@ class Attention:
     query_mask: Tensor | None = None
     extra_keys: int = 0
     cross_modal_mass: Tensor | None = None
+    is_packed: bool = False
 
     def __post_init__(self) -> None:
         if self.weights.dim() != 4:

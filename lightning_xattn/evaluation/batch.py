@@ -345,8 +345,15 @@ def read_batch(step: Step, attention: Attentions, finder: LabelFinder) -> BatchR
     return BatchResult(attention, labels, step.samples, torch.device(step.device))
 
 
-def with_fusion(batch: BatchResult, recorder: StepRecorder) -> BatchResult:
+def with_fusion(batch: BatchResult, recorder: StepRecorder, step: Step, finder: LabelFinder) -> BatchResult:
     """A batch with what entered the fusion, and with confidences that a step of class ids alone lacks.
+
+    Parameters
+    ----------
+    batch, step, finder
+        As ``read_batch`` gives and takes them.
+    recorder
+        Has recorded the step.
 
     Raises
     ------
@@ -354,6 +361,9 @@ def with_fusion(batch: BatchResult, recorder: StepRecorder) -> BatchResult:
         As ``StepRecorder.collect_fusion``, or if ``present`` names another modality.
     """
     labels, inputs = batch.labels, recorder.collect_fusion(batch.labels)
+    if recorder.pairs and not batch.attention:  # the flow of data has just shown which attention goes across
+        tokens = tuple(recorder.pairs[0].forward.weights.shape[2:])
+        labels = replace(labels, query_mask=finder.find_query_mask(replace(step, tokens=tokens)))
     attention = mask_queries(recorder.pairs, labels.query_mask)
     attention = tuple(pair.renamed(recorder.renamed) for pair in attention) if recorder.renamed else attention
     check_present(labels.present, attention, [one.name for one in recorder.fusion.modalities])
@@ -373,13 +383,16 @@ def check_present(present: Mapping[str, Tensor], attention: Attentions, modaliti
     DiscoveryError
         Saying which there are.
     """
-    known = dict.fromkeys(modalities)
-    known |= dict.fromkeys(name for pair in attention for one in pair.directions for name in one.token_counts)
+    attending = dict.fromkeys(name for pair in attention for one in pair.directions for name in one.token_counts)
+    known = modalities or list(attending)
     unknown = [name for name in present if known and name not in known]
-    if unknown:
+    apart = [name for name in attending if modalities and name not in modalities]
+    if unknown or (present and apart):
+        called = f" The attention calls some of them {', '.join(map(repr, apart))}." if apart else ""
         raise DiscoveryError(
-            f"present names {', '.join(map(repr, unknown))}, but the modalities are {', '.join(map(repr, known))}. Use "
-            "their names, or name the modalities: modalities={'<a>': 'path.to.encoder', '<b>': 'path.to.encoder'}."
+            f"present names {', '.join(map(repr, present))}, but the modalities are {', '.join(map(repr, known))}."
+            f"{called} Give each one name in present, modalities={{'<a>': 'path.to.encoder', '<b>': "
+            "'path.to.encoder'} and attention={'<a>_to_<b>': 'path.to.module'}."
         )
 
 

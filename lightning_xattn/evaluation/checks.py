@@ -129,8 +129,13 @@ def check_fusion(summary: FusionSummary) -> Iterator[str]:
     for reason, names in _new_by_reason("probe", summary.probe_problems):
         who = " and ".join(map(repr, names))
         yield f"Linear probe of {who} not computed: {reason}. So conflict and support difference are not, either."
+    if summary.unrecorded and is_new(("unrecorded", summary.unrecorded)):
+        yield (
+            f"{summary.unrecorded} samples are left out of probes and contributions: the modalities of their steps "
+            "could not be recorded."
+        )
     for name, count in summary.missing.items():
-        if is_new(("missing", name)):
+        if is_new(("missing", name, count)):
             yield f"{count} samples lack {name}: they are left out of probes and contributions."
     if summary.nonfinite and is_new("left out"):
         yield (
@@ -174,7 +179,7 @@ def _check_samples(
         yield (
             "token counts",
             f"Layer '{layer}': the number of tokens changes from batch to batch, so there are no mean maps and no "
-            f"alignment between different samples. Pad all batches to one length to see them.{hint}",
+            f"alignment between different samples. Pad each modality to one length in all batches to see them.{hint}",
         )
     if summary.unclassified:
         yield (

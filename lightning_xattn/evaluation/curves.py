@@ -148,7 +148,7 @@ def fusion_record(summary: FusionSummary, scope: str, curves: Mapping[str, float
     """The history's record of the modalities: their curves and intervals, and why others are missing."""
     record: dict[str, Any] = {"probed_samples": summary.samples, "probe_problems": dict(summary.probe_problems)}
     record["modalities"] = ", ".join(summary.sources)
-    record["missing"] = dict(summary.missing)
+    record |= {"missing": dict(summary.missing), "unrecorded": summary.unrecorded}
     record["contribution_problem"] = summary.contribution_problem
     if summary.replaced:  # faithfulness was tested
         problems = {str(direction): summary.faithfulness_problem(direction) for direction in summary.replaced}

@@ -179,7 +179,7 @@ class Evaluation:
             As ``read_batch``, ``StepRecorder.collect_fusion`` and ``name_classes``.
         """
         was_decided = self.finder.decided
-        batch = with_fusion(read_batch(step, attention, self.finder), recorder)
+        batch = with_fusion(read_batch(step, attention, self.finder), recorder, step, self.finder)
         if not was_decided:
             recorder.follow(self.finder)
         self._first_layer = recorder.layers[0].name if recorder.layers else ""
@@ -286,6 +286,7 @@ class Evaluation:
         self, batch: BatchResult, about: Mapping[str, Any], places: Sequence[int], first_layer: Sequence[Rows]
     ) -> None:
         needs_maps = self._keeps_maps and bool(first_layer)
+        self.totals.kept.unrecorded += len(batch) if batch.inputs is None else 0
         if batch.inputs is None and not needs_maps:
             return
         labels = batch.labels

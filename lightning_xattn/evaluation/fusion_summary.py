@@ -34,6 +34,11 @@ _LIMITS = {"confidence": (0.0, 1.0), "conflict": (0.0, 1.0), "cost": (-1.0, 1.0)
 """The ranges of other numbers; contributions are to a probability."""
 
 
+def say_missing(missing: Mapping[str, int]) -> str:
+    """How many samples lack each modality, in words."""
+    return " and ".join(f"{count} lack {name}" for name, count in missing.items())
+
+
 def interaction_names(modalities: Sequence[str]) -> list[str]:
     """The names of the numbers with the joint effect of two modalities."""
     pairs = [f"interaction/{a}_{b}" for a, b in combinations(modalities, 2)]
@@ -92,6 +97,8 @@ class FusionSummary:
         Samples left out because what enters the fusion is not finite.
     missing
         By modality, samples left out because they lack it; only modalities that some lack.
+    unrecorded
+        Samples left out because the modalities of their steps could not be recorded.
     replaced
         As the parameter.
     """
@@ -106,6 +113,7 @@ class FusionSummary:
     ) -> None:
         self.modalities, self.group_noun, self.sources = kept.modalities, kept.group_noun, sources
         self.nonfinite = int(kept.nonfinite)
+        self.unrecorded = kept.unrecorded
         self.missing = {name: int(count) for name, count in kept.missing.items() if count}
         self.n_classes = n_classes
         (rows,) = kept.probed.cpu().blocks()
@@ -116,6 +124,8 @@ class FusionSummary:
         self.probe_problems: dict[str, str] = {}
         self._add_probes(rows)
         self.contribution_problem = contributions if isinstance(contributions, str) else ""
+        if self.contribution_problem and self.missing and not self.samples:
+            self.contribution_problem = self._explain_no_samples()
         self.pairs, self.whole_runs, self.is_regression = 0, False, False
         self.interactions: tuple[str, ...] = ()
         if isinstance(contributions, Contributions):
@@ -182,7 +192,7 @@ class FusionSummary:
 
     def _find_probe_problem(self, accuracy: Estimate, class_counts: Tensor) -> str:
         if not self.samples:
-            return "what enters the fusion is not finite in any sample"
+            return self._explain_no_samples()
         if not class_counts.any():
             return "there are no targets"
         if (class_counts >= LEAST_OF_A_CLASS).sum() < 2:
@@ -198,6 +208,11 @@ class FusionSummary:
             f"its probe is right for {percent(accuracy.mean)} of the samples, which is not clearly above the share of "
             f"the largest class, {percent(self.largest_class)}"
         )
+
+    def _explain_no_samples(self) -> str:
+        if self.missing:
+            return f"no sample has all modalities: {say_missing(self.missing)}"
+        return "what enters the fusion is not finite in any sample"
 
     def _spread(self, samples: Tensor, values: Tensor) -> Tensor:
         """The values of some samples, ``(n, 2)`` of ``IDENTITY``, in the places of all; NaN elsewhere."""

@@ -99,6 +99,7 @@ def _collect_fusion(fusion: FusionSummary, class_names: Sequence[str]) -> dict[s
         "group_noun": fusion.group_noun,
         "nonfinite": fusion.nonfinite,
         "missing": fusion.missing,
+        "unrecorded": fusion.unrecorded,
         "largest_class": fusion.largest_class,
         "probe_problems": fusion.probe_problems,
         "contribution_problem": fusion.contribution_problem,

@@ -45,6 +45,8 @@ def describe_fusion(fusion: FusionSummary, class_names: Sequence[str], classes_b
     counts: list[Item] = [("Samples", size, ()), ("Modalities", ", ".join(fusion.sources), ())]
     for name, count in fusion.missing.items():
         counts.append((f"Samples left out, as they lack {name_modality(name)}", str(count), ()))
+    if fusion.unrecorded:
+        counts.append(("Samples left out, as their modalities could not be recorded", str(fusion.unrecorded), ()))
     if fusion.nonfinite:
         counts.append(("Samples left out, as their fusion inputs are not finite", str(fusion.nonfinite), ()))
     yield Items(counts)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture
-from lightning_xattn.core.errors import SettingError, XAttnWarning
+from lightning_xattn.core.errors import DiscoveryError, SettingError, XAttnWarning
 from tests.toy import quiet_trainer
 
 WIDTH, CLASSES, SAMPLES, VISITS, PATCHES = 8, 3, 90, 4, 6
@@ -151,11 +151,45 @@ class ByRow(Hospital):
         return self.head(torch.cat([there.mean(1), back.mean(1)], 1))
 
 
-def test_an_encoder_that_runs_on_the_samples_that_have_an_xray():
-    callback, _ = observe(ByRow(), DATA, present={"xray": has_xray_of})
+@pytest.mark.parametrize("first", ["mixed", "complete", "lacking"])
+def test_an_encoder_that_runs_on_the_samples_that_have_an_xray(first):
+    """Whatever the first batch has, all samples that have an X-ray are in the numbers."""
+    has_xray = DATA.tensors[2]
+    order = {"mixed": torch.arange(SAMPLES), "complete": (~has_xray).long().argsort(stable=True)}
+    order["lacking"] = order["complete"].flip(0)
+    data = TensorDataset(*(one[order[first]] for one in DATA.tensors))
+    lacking = int((~has_xray).sum())
+    assert has_xray[order[first]][:10].sum().item() in {"complete": {10}, "lacking": {0}}.get(first, range(1, 10))
+    callback, _ = observe(ByRow(), data, present={"xray": has_xray_of}, contribution_samples=SAMPLES)
     fusion = callback.fusion_summaries["val"]
-    assert fusion.missing["xray"] == int((~DATA.tensors[2]).sum())
     assert not fusion.contribution_problem
+    # A first step in which nobody has an X-ray shows no modalities: its samples are counted.
+    unrecorded = 10 if first == "lacking" else 0
+    while first == "lacking" and not bool(data.tensors[2][unrecorded : unrecorded + 10].any()):
+        unrecorded += 10
+    assert (fusion.missing["xray"], fusion.unrecorded) == (lacking - unrecorded, unrecorded)
+    assert fusion.samples == SAMPLES - lacking
+
+
+def test_without_the_setting_steps_of_such_an_encoder_are_left_out_and_counted(infos):
+    order = (~DATA.tensors[2]).long().argsort(stable=True)
+    data = TensorDataset(*(one[order] for one in DATA.tensors))
+    callback, _ = observe(ByRow(), data)
+    fusion = callback.fusion_summaries["val"]
+    assert fusion.samples + fusion.unrecorded == SAMPLES
+    assert fusion.unrecorded == callback.history[-1]["unrecorded"] > 0
+    assert f"{fusion.unrecorded} samples are left out of probes and contributions" in infos.text
+    assert "say which have it: present={'xray': ...}" in infos.text
+
+
+def test_no_sample_has_an_xray():
+    data = TensorDataset(*DATA.tensors[:2], torch.zeros(SAMPLES, dtype=torch.bool), DATA.tensors[3])
+    callback, _ = observe(
+        Hospital(hides_absent=False),
+        data,
+        present={"ehr": lambda _, batch: batch[3] >= 0, "xray": lambda _, batch: torch.arange(len(batch[2])) < 0},
+    )
+    assert not callback.fusion_summaries
 
 
 @pytest.mark.parametrize("setting", ["has_xray", {"xray": None}, {"xray": 3}])
@@ -169,9 +203,17 @@ def test_a_wrong_setting_fails_at_once(setting):
     [
         ({"scan": has_xray_of}, r"present names 'scan', but the modalities are 'ehr', 'xray'"),
         ({"xray": "has_scan"}, r"Expected present\['xray'\] \(batch,\) \(10,\), True or 1"),
+        ({"xray": lambda outputs, batch: batch[2] * torch.nan}, r"False or 0 for one that lacks it.* with nan"),
+        ({"xray": lambda outputs, batch: batch[2] * 0.2}, r"with 0.2"),
         ({"xray": lambda outputs, batch: batch[1]}, r"Expected present\['xray'\].*gave .*\(10, 6, 4\)"),
     ],
 )
 def test_what_does_not_fit_the_batch_is_an_error(present, message):
     with pytest.raises(Exception, match=message):
         observe(Hospital(), DATA, present=present)
+
+
+def test_a_modality_that_the_attention_calls_otherwise_is_refused():
+    names = {"attention": {"visit_to_img": "ehr_to_xray_attn", "img_to_visit": "xray_to_ehr_attn"}}
+    with pytest.raises(DiscoveryError, match=r"The attention calls some of them 'visit', 'img'. Give each one name"):
+        observe(Hospital(), DATA, present={"X": has_xray_of}, modalities={"E": "ehr", "X": "xray"}, **names)

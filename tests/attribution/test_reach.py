@@ -201,6 +201,6 @@ class MixedFirst(Fused):
 def test_the_user_is_told_of_features_that_mix_all_inputs(infos):
     torch.manual_seed(0)
     summary = look(MixedFirst().eval(), fusion="fusion", modalities=ARGUMENTS)
-    said = "left and right all reach left and right: these are contributions of the features that are named."
+    said = "left and right each reach left and right: these are contributions of the features that are named."
     assert said in infos.messages
     assert summary.modalities == ("left", "right")

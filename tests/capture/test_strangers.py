@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import LightningModule
+from pytorch_lightning import Callback, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -137,3 +137,62 @@ def test_a_step_that_shows_nothing_is_told_to_return_predictions():
 
     with pytest.warns(XAttnWarning, match=r"No attention ran.*if the step returns its predictions as {'logits'"):
         observe(Silent())
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_callable_that_gives_arrays_or_lists_ends_no_run(as_list, infos):
+    """Where it computes something, no torch function shows what that comes from."""
+    callback = observe(
+        Stranger(),
+        predictions=lambda _, batch, forward: forward[:, 0].tolist() if as_list else forward.detach().numpy(),
+        targets=lambda _, batch: batch["labels"][:, 0],
+    )
+    if as_list:
+        assert "Probes and contributions are not computed: fewer than two inputs reach the predictions" in infos.text
+    else:
+        assert not callback.fusion_summaries["val"].contribution_problem
+
+
+def test_a_callable_that_gives_nothing_in_replays_is_why_there_are_no_contributions():
+    ended = []
+
+    def select(outputs, batch, forward):
+        return None if ended else 2 * forward
+
+    callback = AttentionExplainabilityCallback(
+        predictions=select, targets=lambda _, batch: batch["labels"][:, 0], contribution_samples=SAMPLES
+    )
+
+    class Last(Callback):
+        def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+            ended.extend([1] if batch_idx == 2 else [])
+
+    trainer = quiet_trainer(callbacks=[callback, Last()])
+    trainer.validate(Stranger(), DataLoader(make_batches(), 16), verbose=False)
+    assert "it gives no predictions when it is run again" in callback.fusion_summaries["val"].contribution_problem
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_targets_are_those_of_the_head_whose_predictions_are_returned(is_trained):
+    """Heads that are not trained yet predict the same class everywhere, so class ids do not show whose they are."""
+
+    class TwoHeads(Stranger):
+        def __init__(self):
+            super().__init__()
+            self.site = nn.Linear(8, 2)
+            with torch.no_grad():
+                for head, bias in ((self.head, 9.0), (self.site, -9.0 if is_trained else 9.0)):
+                    head.weight.zero_()
+                    head.bias.copy_(torch.tensor([bias, 0.0]))
+
+        def validation_step(self, batch, batch_idx):
+            features = torch.cat([self.left(batch["image"]), self.right(batch["omics"])], 1)
+            main, site = self.head(features), self.site(features)
+            y = batch["labels"]
+            loss = F.cross_entropy(site, y[:, 1]) + F.cross_entropy(main, y[:, 0])
+            return {"loss": loss, "preds": main.argmax(1), "targets": y[:, 0]}
+
+    batch = torch.utils.data.default_collate(make_batches())
+    assert observe(TwoHeads(), class_names=["a", "b"]).history[-1]["accuracy"] == pytest.approx(
+        float((batch["labels"][:, 0] == 0).float().mean())
+    )

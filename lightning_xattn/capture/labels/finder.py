@@ -419,8 +419,8 @@ class LabelFinder:
             ids,
             self.group_noun,
             self._find_ids("sample_ids", step, first),
-            self._find_query_mask(step),
-            {name: _find_present(name, place, step) for name, place in self._present.items()},
+            self.find_query_mask(step),
+            {name: _find_present(name, place, step, first) for name, place in self._present.items()},
             None if self._read_scores is None else self._read_scores(step, scores),
             raw.detach() if isinstance(raw, Tensor) else None,
             "" if self._output is None else self._output.name,
@@ -494,7 +494,8 @@ class LabelFinder:
             f"Expected {noun}, one for each of {step.samples} samples; {place.name} gave {describe(found)}. {step}"
         )
 
-    def _find_query_mask(self, step: Step) -> Tensor | None:
+    def find_query_mask(self, step: Step) -> Tensor | None:
+        """The named mask of a step's queries; None without one, or without attention."""
         place = self._places["query_mask"]
         if place is None or not step.tokens:
             return None
@@ -553,17 +554,20 @@ class LabelFinder:
         return places
 
 
-def _find_present(name: str, place: Place, step: Step) -> Tensor:
+def _find_present(name: str, place: Place, step: Step, first: bool) -> Tensor:
     """Which samples of a step have a modality."""
-    found = place.read(step)
-    if isinstance(found, (list, tuple)) and all(isinstance(one, (bool, int)) for one in found):
-        found = torch.tensor(found)
+    found, given = place.read(step), ""
     if isinstance(found, Tensor) and tuple(found.shape) in ((step.samples,), (step.samples, 1)):
-        return found.reshape(-1).bool().to(step.device, non_blocking=True)
+        found = found.reshape(-1)
+        # Only a first step may make a device wait.
+        is_checked = found.dtype != torch.bool and (first or not found.is_cuda)
+        if not is_checked or bool(((found == 0) | (found == 1)).all()):
+            return found.bool().to(step.device, non_blocking=True)
+        given = f" with {found[(found != 0) & (found != 1)][0].item()}"
     kind = DiscoveryError if found is None else ShapeError
     raise kind(
-        f"Expected present[{name!r}] (batch,) ({step.samples},), True or 1 for a sample that has the modality; "
-        f"{place.name} gave {describe(found)}. {step}"
+        f"Expected present[{name!r}] (batch,) ({step.samples},), True or 1 for a sample that has the modality, False "
+        f"or 0 for one that lacks it; {place.name} gave {describe(found)}{given}. {step}"
     )
 
 

@@ -392,11 +392,24 @@ def _is_given(step: Step, value: Any, read: Sequence[Place]) -> bool:
 
 def _follows_from(value: Tensor, scores: Tensor) -> bool:
     """Whether a tensor is these scores, their probabilities, or the classes that they predict."""
+    return _is_same_scores(value, scores) or _is_among(value, _predict(scores))
+
+
+def _is_same_scores(value: Tensor, scores: Tensor) -> bool:
+    """Whether a tensor is these scores or their probabilities."""
     made = [scores]
     if scores.is_floating_point():
-        made += [scores.sigmoid(), (scores > 0).long(), (scores > 0.5).long()]
-        made += [scores.softmax(1), scores.argmax(1)] if scores.dim() == 2 and scores.shape[1] > 1 else []
+        made += [scores.sigmoid()]
+        made += [scores.softmax(1)] if scores.dim() == 2 and scores.shape[1] > 1 else []
     return _is_among(value, made)
+
+
+def _predict(scores: Tensor) -> list[Tensor]:
+    """The classes that scores may predict."""
+    if not scores.is_floating_point():
+        return []
+    has_classes = scores.dim() == 2 and scores.shape[1] > 1
+    return [(scores > 0).long(), (scores > 0.5).long(), *([scores.argmax(1)] if has_classes else [])]
 
 
 def _list_losses(step: Step) -> list[tuple[int, Loss]]:
@@ -498,7 +511,12 @@ def guess_targets(step: Step, scores: Any) -> Place | None:
 def _find_compared(step: Step, scores: Any) -> Place | None:
     """Where what a loss compares these scores with is: in the batch, or in the loss itself."""
     losses = _list_losses(step)
-    of_scores = [pair for pair in losses if isinstance(scores, Tensor) and _follows_from(scores, pair[1].input)]
+    of_scores = [] if not isinstance(scores, Tensor) else [p for p in losses if _is_same_scores(scores, p[1].input)]
+    if not of_scores and isinstance(scores, Tensor):
+        # Two heads that are not trained yet may predict the same classes: then class ids do not show whose they are.
+        of_scores = [pair for pair in losses if _is_among(scores, _predict(pair[1].input))]
+        if any(not same_numbers(pair[1].target, of_scores[0][1].target) for pair in of_scores[1:]):
+            return None
     number, chosen = of_scores[0] if of_scores else losses[0] if len(losses) == 1 else (0, None)
     target = None if chosen is None else to_labels(chosen.target)
     if chosen is None or not isinstance(target, Tensor) or _find_output(step, target) is not None:
