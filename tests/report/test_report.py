@@ -3,7 +3,6 @@
 import json
 import re
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from lightning_xattn import create_explainability_report, interpret_sample
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.wording import decimal
 from lightning_xattn.evaluation.layer_summary import Comparison
-from lightning_xattn.evaluation.statistics import ALIGNMENT, ENTROPY, INVALID_ROWS, Column
+from lightning_xattn.evaluation.statistics import ALIGNMENT, Column
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
 from lightning_xattn.report import print_report
 from lightning_xattn.report.estimates import compare_outcomes
@@ -203,41 +202,6 @@ def test_json_has_null_for_what_is_undefined_and_numbers_for_tensors():
     assert written["attention_stats"]["eeg_to_spec"]["entropy"] is None
     assert written["confidence"] == 0.5
     assert {each["met"] for each in written["interpretation"]} == {None}
-
-
-def test_json_of_a_data_set_holds_the_summarys_numbers():
-    one = summary(CLASSES, OUTCOMES, tied=(1, 2), broken=(4,))
-    got = json_of(dataset(one, table=Path("rows")))
-    assert (got["kind"], got["classes_by"], got["table"]) == ("dataset", "target", "rows")
-    (layer,) = got["layers"]
-    assert (layer["layer"], layer["samples"], layer["ties"], layer["invalid_rows"]) == ("fusion.0", 39, 2, 15)
-    assert layer["undefined_share"] == pytest.approx(1 / 39)
-    assert layer["alignment_null"] == one.alignment_null
-    assert layer["undefined"]["eeg_to_spec"].startswith("1 of 39 samples with no valid row")
-
-    places = [(None, None), *((i, None) for i in range(3)), (None, CORRECT), (None, INCORRECT)]
-    names = ["all", *NAMES, "correct", "incorrect"]
-    assert [group["name"] for group in layer["groups"]] == names
-    per_sample = {str(column) for column in one.columns if column.head is None}
-    assert "eeg_to_spec/head_diversity" in per_sample
-    for group, place in zip(layer["groups"], places, strict=True):
-        assert group["samples"] == one.count(INVALID_ROWS, *place)
-        assert set(group["numbers"]) == per_sample
-        for name, number in group["numbers"].items():
-            column = Column.parse(name)
-            low, high = one.interval(column, *place)
-            expected = {"count": one.count(column, *place), "groups": None, "mean": one.mean(column, *place)}
-            assert number == expected | {"std": one.std(column, *place), "low": low, "high": high}
-    right, wrong = OUTCOMES.count(CORRECT), OUTCOMES.count(INCORRECT)
-    assert layer["groups"][0]["accuracy"]["mean"] == pytest.approx(right / (right + wrong))
-    of_class = [outcome for of, outcome in zip(CLASSES, OUTCOMES, strict=True) if of == 1]
-    assert layer["groups"][2]["correct"] == of_class.count(CORRECT)
-    assert layer["groups"][-1]["accuracy"]["mean"] is None
-
-    for score in (ALIGNMENT, ENTROPY):
-        found, written = one.compare(score), layer["outcomes"][str(score)]
-        assert written == vars(found)
-        assert (found.correct_groups, found.incorrect_groups) == (None, None)
 
 
 # Markdown of a data set

@@ -12,21 +12,12 @@ from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.visualizations import Estimate, plot_class_comparison
 from lightning_xattn.visualizations.drawing import LOOKS
 from tests.messages import tells
-from tests.visualizations.conftest import panels, texts
+from tests.visualizations.conftest import drawn_groups, panels, texts
 
 NAN = float("nan")
 CLASSES = [Estimate(0.3, 0.26, 0.35, 23), Estimate(0.5, NAN, NAN, 4), Estimate(NAN, NAN, NAN, 0)]
 OUTCOMES = [Estimate(0.35, 0.25, 0.45, 19), Estimate(0.2, 0.12, 0.28, 8)]
 NAMES = ["a", "b", "c"]
-
-
-def drawn_groups(ax):
-    """Mean and ends of the interval of each row, from the top."""
-    result = {}
-    for points, _, (bars,) in ax.containers:
-        for row, mean, segment in zip(points.get_ydata(), points.get_xdata(), bars.get_segments(), strict=True):
-            result[row] = (mean, *(segment[:, 0] if len(segment) else (NAN, NAN)))
-    return [result[row] for row in range(len(result))]
 
 
 def test_means_have_their_intervals() -> None:

@@ -1,0 +1,135 @@
+"""The page of a data set: every sample has its own classes, numbers and maps, and figures come in their order."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lightning_xattn import create_explainability_report
+from lightning_xattn.evaluation.fusion_samples import describe_modalities
+from lightning_xattn.report.document import Document, Items, Paragraph, Section, Table
+from lightning_xattn.report.page import Picture, SampleEntry, as_page
+from lightning_xattn.report.samples import list_dataset
+from tests.report.conftest import CLASSES
+
+
+@pytest.fixture(scope="module")
+def entries(result):
+    return list(list_dataset(result, {}))
+
+
+def test_each_sample_has_its_classes_and_numbers(result, entries):
+    fusion = result.fusion
+    rows = pd.read_parquet(result.table / "attention").sort_values("sample_idx")
+    conflicts = dict(zip(fusion.sample_numbers.tolist(), fusion.numbers["conflict"].tolist(), strict=True))
+    assert [one.place for one in entries] == list(range(130))
+    outcomes = {True: "correct", False: "incorrect"}
+    for one, (_, row) in zip(entries, rows.iterrows(), strict=True):
+        assert one.name == row["sample_id"]
+        has_class = row["target"] is not None and row["target"] >= 0
+        assert (one.predicted, one.true) == (
+            CLASSES[int(row["prediction"])],
+            CLASSES[int(row["target"])] if has_class else "",
+        )
+        assert one.outcome == (outcomes[one.predicted == one.true] if has_class else "")
+        expected = {name: row[name] for name in ("confidence", "alignment")}
+        assert one.numbers == pytest.approx(expected | {"conflict": conflicts[row["sample_idx"]]}, rel=1e-5)
+        place = fusion.sample_numbers.tolist().index(row["sample_idx"])
+        assert one.blocks == [Paragraph(str(describe_modalities(fusion, place, CLASSES)))]
+
+
+def test_each_sample_has_its_maps(result, entries):
+    for number, one in enumerate(entries[:9]):
+        there, back = result.maps[0, number].values()
+        for picture, lifts, names in zip(
+            one.pictures, (there, back), (("Left", "Right"), ("Right", "Left")), strict=True
+        ):
+            span = f"lift {float(lifts.min()):.2f} to {float(lifts.max()):.2f}"
+            assert picture.title.startswith(f"{names[0]} asks {names[1]}: {span} ")
+            assert picture.axis == ("0", "Right token →", "6")
+            assert picture.title.endswith("From top to bottom: Left token, 0 … 4")
+            with Image.open(io.BytesIO(picture.content)) as image:
+                pixels = np.asarray(image.convert("RGB")).astype(int)
+            lying = lifts.numpy() if lifts.shape == (5, 7) else lifts.numpy().T
+            # The largest value is yellow, the smallest one dark.
+            brightness = pixels.sum(-1)
+            assert brightness.argmax() == lying.argmax()
+            assert pixels.reshape(-1, 3)[lying.argmin()].tolist() == [68, 1, 84]
+
+
+def entry(place, **changed):
+    known = {
+        **{"name": f"id{place}", "predicted": "a", "true": "b", "outcome": "incorrect"},
+        "numbers": {"confidence": 0.625, "conflict": 0.25, "alignment": -0.5},
+    }
+    return SampleEntry(place, **known | changed)
+
+
+def test_what_a_page_sorts_and_filters_by_is_the_samples():
+    given = [
+        entry(0),
+        entry(1, predicted="b", outcome="correct", numbers={"confidence": 0.75, "alignment": math.nan}),
+        entry(2, true="", outcome="", numbers={"alignment": 0.125}),
+    ]
+    document = Document("T", [Section("Key points", []), Section("Rest", [])])
+    page = as_page(document, [], given, "3 of 4 samples")
+    samples = re.findall(r'<details class="sample ?(\w*)"(.*?)</details>', page, re.DOTALL)
+    found = [dict(re.findall(r'data-(\w+)="([^"]*)"', one)) for _, one in samples]
+    names = ("confidence", "conflict", "alignment", "place", "name", "true", "outcome")
+    assert [[one[name] for name in names] for one in found] == [
+        ["0.625", "0.25", "-0.5", "0", "id0", "b", "incorrect"],
+        ["0.75", "", "", "1", "id1", "b", "correct"],
+        ["", "", "0.125", "2", "id2", "", ""],
+    ]
+    assert [kind for kind, _ in samples] == ["incorrect", "correct", ""]
+    classes = [re.findall(r'<span class="(\w+)">([^<]*)</span>', one) for _, one in samples]
+    assert classes[0] == [
+        *(("classes", "a, true b"), ("outcome", "incorrect")),
+        *(("number", "confidence 0.62"), ("number", "conflict 0.25"), ("number", "alignment -0.50")),
+    ]
+    assert classes[1:] == [
+        [("classes", "b, true b"), ("outcome", "correct"), ("number", "confidence 0.75")],
+        [("classes", "a"), ("number", "alignment 0.12")],
+    ]
+    options = re.findall(r'<option value="([^"]*)">([^<]*)', page)
+    assert options[:5] == [("", "all"), ("b", "b"), ("", "all"), ("incorrect", "incorrect"), ("correct", "correct")]
+    assert ("conflict down", "conflict, highest first") in options
+    assert ("alignment up", "alignment, lowest first") in options
+    assert "<p>3 of 4 samples</p>" in page
+
+
+def test_blocks_are_lists_and_tables():
+    blocks = [Items([("label", "value", ("below",))], "title"), Table(("h0", "h1"), [("r0", "1"), ("r1", "2")])]
+    document = Document("T", [Section("first", blocks), Section("second", [Paragraph("<p>")]), Section("last", [])])
+    page = as_page(document, [Picture("figure", b"1", "png")], [], "none")
+    assert "<h3>title</h3><dl><dt>label</dt><dd>value<br>below</dd></dl>" in page
+    assert '<tr><th scope="col">h0</th><th scope="col">h1</th></tr>' in page
+    assert "<tr><td>r0</td><td>1</td></tr><tr><td>r1</td><td>2</td></tr>" in page
+    assert "<p>&lt;p&gt;</p>" in page
+    assert re.findall("<h2>(.*?)</h2>", page) == ["first", "Figures", "second", "Samples", "last"]
+
+
+def test_a_page_has_the_figures_with_their_titles_and_says_how_many_samples_it_lists(result, monkeypatch):
+    figures = {}
+    for name in ("first", "second"):
+        figures[name] = Figure(figsize=(1, 1))
+        figures[name].suptitle(f"the {name}\nfigure")
+    monkeypatch.setattr("lightning_xattn.report.figures.dataset_figures", lambda explained: figures.items())
+    monkeypatch.setattr("lightning_xattn.report.samples.LISTED", 40)
+    page = create_explainability_report(replace(result, maps={}), format="html")
+    shown = re.findall(r'<figure><img src="data:image/svg\+xml;base64,([^"]*)" alt="([^"]*)"', page)
+    assert [html.unescape(title) for _, title in shown] == ["the first figure", "the second figure"]
+    for name, (content, _) in zip(figures, shown, strict=True):
+        assert f"<!-- the {name} -->" in base64.b64decode(content).decode()
+    assert "40 of 130 samples, those with maps among them. The others are in the table." in page
+    assert page.count('<details class="sample') == 40
