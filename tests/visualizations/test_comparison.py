@@ -10,7 +10,6 @@ from matplotlib.markers import CARETLEFT, CARETRIGHT
 
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.visualizations import Estimate, plot_class_comparison
-from lightning_xattn.visualizations.drawing import LOOKS
 from tests.messages import tells
 from tests.visualizations.conftest import drawn_groups, panels, texts
 
@@ -96,7 +95,7 @@ def test_outcomes_differ_in_marker_and_from_the_classes_in_colour() -> None:
     (ax,) = panels(plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES))
     classes, *_, correct, incorrect = (points for points, _, _ in ax.containers)
     assert (classes.get_color(), classes.get_markerfacecolor(), classes.get_marker()) == ("black", "black", "o")
-    blue, orange = LOOKS["correct"].colour, LOOKS["incorrect"].colour
+    blue, orange = "#0072B2", "#C04A00"
     assert (correct.get_color(), correct.get_markerfacecolor()) == (blue, blue)
     assert (incorrect.get_color(), incorrect.get_markerfacecolor()) == (orange, "white")
 
