@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from copy import copy
 
 import pytest
 
@@ -12,8 +11,6 @@ from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_
 from lightning_xattn.evaluation.statistics import ALIGNMENT, Column
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.report.estimates import estimate_mean
-from lightning_xattn.report.key_points import key_points
-from tests.explained import dataset
 from tests.report.conftest import CLASSES, SUBSETS
 
 
@@ -151,56 +148,3 @@ def test_lists_say_what_is_of_all_samples(result, report):
         (str(int(fusion.sample_numbers[i])), str(one)) for i, one in zip(most_conflicting(fusion), told, strict=True)
     ]
     assert len(listed) == 10
-
-
-def test_key_points_say_the_summarys_numbers(result, members):
-    fusion, sentences = result.fusion, {label: sentence for label, sentence, _ in key_points(result).items}
-    low, high = (decimals(100 * end, 1) for end in result.headline.accuracy_interval())
-    right, wrong = (int(members[name].sum()) for name in ("correct", "incorrect"))
-    assert sentences["Samples"] == (
-        f"130 samples of 23 groups; the model predicts {right} of {right + wrong} correctly: "
-        f"{decimals(100 * right / (right + wrong), 1)} % (95 % CI {low} to {high} %)."
-    )
-    assert sentences["Table"] == f"the numbers of each sample are in {result.table}."
-    probes = [in_percent(fusion.estimate(f"right/{name}"), "95 % CI ") for name in ("left", "right")]
-    assert sentences["Probe"] == (
-        f"the probe on Left is right in {probes[0]} of the samples; the probe on Right is right in {probes[1]} of the "
-        f"samples; the largest class has {decimals(100 * 45 / 123, 1)} %."
-    )
-    conflict = fusion.estimate("conflict")
-    mean, low, high = (decimals(number, 2) for number in (conflict.mean, conflict.low, conflict.high))
-    assert sentences["Conflict"].startswith(f"{mean} on average (95 % CI {low} to {high}; ")
-    shares = [in_percent(fusion.share(name), "95 % CI ") for name in ("left", "right")]
-    assert sentences["Contribution"] == f"the model mostly uses Left. Shares: Left {shares[0]}; Right {shares[1]}."
-    ranked = []
-    for name, direction in zip(("Right", "Left"), fusion.replaced, strict=True):
-        found = fusion.faithfulness(direction)
-        mean, low, high = (decimals(number, 2) for number in (found.mean, found.low, found.high))
-        ranks = "attention ranks" if found.low > 0 else "attention is not shown to rank"
-        tokens = f"the {name} tokens by how much predictions depend on them"
-        ranked.append(f"{ranks} {tokens} ({mean}, 95 % CI {low} to {high})")
-    assert sentences["Faithfulness"] == f"{'; '.join(ranked)}."
-    scores = {name: fusion.compare(name) for name in ("confidence", "conflict")}
-    # The layer's confidence is that of all samples, where the fusion's may be of some.
-    scores |= {name: result.headline.compare(Column(name)) for name in ("confidence", "alignment", "entropy")}
-    for name, one in scores.items():
-        auroc, low, high = (decimals(number, 2) for number in (one.auroc, one.low, one.high))
-        assert f"{name} {auroc} (95 % CI {low} to {high}; " in sentences["Errors"]
-
-
-def test_key_points_of_a_regression_and_of_layers_alone(result):
-    fusion = copy(result.fusion)
-    fusion.is_regression = True
-    said = {label: text for label, text, _ in key_points(dataset(fusion=fusion, class_names=CLASSES)).items}
-    sizes = [decimals(fusion.size(name).mean) for name in ("left", "right")]
-    assert said["Contribution"] == (
-        f"Left moves the output by {sizes[0]}, Right moves the output by {sizes[1]}, on average over samples."
-    )
-    assert said["Samples"] == "130 samples of 23 groups."
-    assert {label for label, _, _ in key_points(dataset(result.headline)).items} == {"Samples", "Errors"}
-    report = create_explainability_report(dataset(fusion=fusion, class_names=CLASSES))
-    (header, rows), *_ = tables_of(report)
-    assert header == ["modality", "probe accuracy", "mean size of the contribution"]
-    assert rows["Right"][1] == in_brackets(fusion.size("right"))
-    assert f"**Interaction (of the output):** {in_brackets(fusion.estimate('interaction'), signed=True)}" in report
-    assert "EMAP" not in report

@@ -124,7 +124,7 @@ def backend():
 
 def test_show_opens_a_window_without_registering_the_figure(backend) -> None:
     backend("module://tests.visualizations.window_backend")
-    figure = plot_cross_modal_attention(PAIR)
+    figure = PLOTS["head_entropy"]()
     window_backend.shown.clear()
     figure.show()
     assert window_backend.shown == [figure]
@@ -136,13 +136,14 @@ def test_show_opens_a_window_without_registering_the_figure(backend) -> None:
 def test_show_is_silent_where_there_are_no_windows(backend, display: str, monkeypatch) -> None:
     backend("agg")
     monkeypatch.setenv("DISPLAY", display)
-    figure = plot_cross_modal_attention(PAIR)
+    figure = PLOTS["head_entropy"]()
     figure.show()
     assert not pyplot.get_fignums()
     figure.draw_without_rendering()
 
 
-@pytest.mark.parametrize("name", [pytest.param("TkAgg", marks=pytest.mark.slow), ""])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TkAgg", ""])
 def test_a_plain_script_may_show_on_a_machine_without_a_screen(name: str, tmp_path: Path) -> None:
     code = (
         "import torch; from lightning_xattn.visualizations import plot_attention_heatmap\n"
