@@ -48,9 +48,9 @@ def run(module, how, callback=None, loaders=None, **settings):
 
 
 @pytest.mark.parametrize(
-    ("how", "scope"), [("fit", "val"), ("validate", "val"), ("test", "test"), ("predict", "predict")]
+    ("how", "scope", "named"),
+    [("fit", "val", True), ("fit", "val", False), ("test", "test", True), ("predict", "predict", False)],
 )
-@pytest.mark.parametrize("named", [True, False])
 def test_the_first_step_in_which_something_ran_is_looked_at(how, scope, named):
     """Also in the sanity check, of which all batches may run nothing."""
     attention = {"audio_to_text": "audio_to_text_attn", "text_to_audio": "text_to_audio_attn"} if named else None
@@ -82,7 +82,7 @@ def test_all_dataloaders_have_the_classes_of_the_first_that_ran():
     assert {summary.n_classes for summary in callback.summaries.values()} == {4}
 
 
-@pytest.mark.parametrize("how", ["validate", "test", "predict"])
+@pytest.mark.parametrize("how", ["validate", "predict"])
 def test_where_nothing_ever_runs_it_is_said_at_the_end(how):
     with pytest.warns(XAttnWarning, match=tells("No recorded step", "every_n_batches=1")) as caught:
         callback = run(Skipping((ALL,)), how)

@@ -16,6 +16,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
 from tests.toy import ToyModule, quiet_trainer, run_toy, toy_loader
 
+pytestmark = pytest.mark.slow
+
 EVIL = ["<script>document.title='broken'</script>", '"><img src=x onerror=alert(1)>', "a & b", "</title>"]
 
 # Nothing outside of this machine is asked for.
@@ -38,10 +40,10 @@ def browser():
 
 
 @contextmanager
-def page_of(browser, address, **settings):
+def page_of(browser, address):
     """A page, in whose console nothing may be said."""
     said = []
-    page = browser.new_page(**settings)
+    page = browser.new_page()
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.goto(address)
@@ -68,19 +70,18 @@ def report(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["report", "batch"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [320, 1600])
-def test_a_page_fits_and_whatever_a_name_holds_is_text(browser, report, name, scheme, width):
-    address = (report / f"{name}.html").as_uri()
-    with page_of(browser, address, viewport={"width": width, "height": 900}, color_scheme=scheme) as page:
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+def test_a_page_fits_and_whatever_a_name_holds_is_text(browser, report, name):
+    with page_of(browser, (report / f"{name}.html").as_uri()) as page:
         assert page.title() == "Cross-modal attention report"
         assert page.locator("script").count() == 1
         assert page.locator("#samples b").count() == 0
         assert EVIL[0] in page.locator("#samples").inner_text()
-        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert background == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(14, 17, 22)")
         assert "http" not in json.dumps(page.evaluate("performance.getEntriesByType('resource').map(r => r.name)"))
+        for scheme, width, expected in (("light", 320, "rgb(255, 255, 255)"), ("dark", 1600, "rgb(14, 17, 22)")):
+            page.emulate_media(color_scheme=scheme)
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate("getComputedStyle(document.body).backgroundColor") == expected
 
 
 @pytest.mark.parametrize("name", ["report", "batch"])
@@ -112,7 +113,6 @@ def test_samples_are_filtered_sorted_and_opened_by_keyboard(browser, report, nam
         assert page.eval_on_selector_all("img", "all => all.filter(one => !one.alt).length") == 0
 
 
-@pytest.mark.slow
 def test_tensorboard_shows_pictures(browser, tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=False)
     trainer = quiet_trainer(logger=logger, callbacks=[AttentionExplainabilityCallback()], max_epochs=2)

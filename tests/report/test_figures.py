@@ -1,116 +1,293 @@
-"""What stands in an epoch's figures is what the summary says: each number at its class, head, direction and outcome."""
+"""Every number of a figure is the summary's: of its class and outcome, direction and head, with both ends."""
+
+from __future__ import annotations
+
+import math
+from copy import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
+from lightning_xattn.core.attention import TokenAxis
+from lightning_xattn.evaluation.curves import epoch_curves, epoch_record, fusion_curves, fusion_record
+from lightning_xattn.evaluation.results import REST
 from lightning_xattn.evaluation.statistics import ALIGNMENT, Column
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
-from lightning_xattn.report.figures import dataset_figures, epoch_figures, fusion_figures, overview_figure
-from tests.attribution.models import said_data, summary_of, trained
-from tests.explained import NAMES, dataset, summary
-from tests.visualizations.conftest import drawn, panels, smallest_text, texts
-
-# Classes of 19, 11 and 7 samples, of which unequally many are predicted correctly.
-CLASSES = [0] * 19 + [1] * 11 + [2] * 7
-OUTCOMES = [CORRECT] * 13 + [INCORRECT] * 6 + [CORRECT] * 5 + [INCORRECT] * 6 + [CORRECT] * 6 + [UNKNOWN]
+from lightning_xattn.report.figures import (
+    dataset_figures,
+    epoch_figures,
+    fusion_figures,
+    limit_classes,
+    limit_layers,
+    overview_figure,
+    save_dataset_figures,
+)
+from lightning_xattn.visualizations.drawing import LOOKS
+from tests.explained import dataset, summary
+from tests.report.conftest import CLASSES, SUBSETS
+from tests.visualizations.conftest import drawn, drawn_groups, panels, row_names, texts
 
 
 @pytest.fixture(scope="module")
-def one():
-    return summary(CLASSES, OUTCOMES)
-
-
-@pytest.fixture(scope="module")
-def figures(one):
-    drawn_figures = epoch_figures(one, "val", NAMES, classes_by="target", axes={}, context="epoch 4")
-    return {tag.replace("/val", "").removeprefix("xattn_"): figure for tag, figure in drawn_figures}
+def figures(result):
+    """By tag without "xattn_" and stage."""
+    one, said = result.headline, {"classes_by": "target", "context": "epoch 4"}
+    axes = {"left": TokenAxis("second", names=list("stuvw")), "right": TokenAxis("region", names=["too", "few"])}
+    found = [
+        *epoch_figures(one, "val", CLASSES, axes=axes, **said),
+        *fusion_figures(result.fusion, "val", CLASSES, **said),
+    ]
+    return {tag.removeprefix("xattn_").replace("/val", ""): figure for tag, figure in found}
 
 
 def test_each_figure_has_its_tag_and_says_where_it_is_from(figures):
-    assert list(figures) == ["map/eeg_to_spec", "map/spec_to_eeg", "entropy/by_head", "outcome/class_comparison"]
-    assert all("epoch 4" in texts(figure) for figure in figures.values())
-
-
-def test_whatever_loggers_get_is_legible_at_the_size_that_tensorboard_shows(one):
-    data, _ = said_data(60)
-    fusion = summary_of(trained(None, data, epochs=5), data)
-    records = [
-        {"stage": "val", "epoch": epoch, "step": epoch, "alignment/all": 0.1, "probed_samples": 9} for epoch in (0, 1)
+    assert list(figures) == [
+        *("map/left_to_right", "map/right_to_left", "entropy/by_head", "outcome/class_comparison"),
+        "contribution/shares",
     ]
-    drawn_figures = {"overview": overview_figure(records, "val"), **dict(dataset_figures(dataset(one, fusion=fusion)))}
-    kinds = {"overview", "map", "entropy", "contribution", "class"}
-    assert {name.partition("_")[0] for name in drawn_figures} == kinds
-    assert {
-        name: smallest_text(figure, 324) for name, figure in drawn_figures.items() if smallest_text(figure, 324) < 9
-    } == {}
+    for figure in figures.values():
+        assert "epoch 4" in texts(figure)
+        assert "per true class" in texts(figure).replace("\n", " ")
 
 
-@pytest.mark.parametrize("direction", ["eeg_to_spec", "spec_to_eeg"])
-def test_each_class_and_outcome_has_its_map_and_its_count(one, figures, direction):
-    maps, by_outcome = (
-        {str(name): of_direction.numpy() for name, of_direction in them.items()}[direction]
-        for them in (one.maps, one.outcome_maps)
+@pytest.mark.parametrize("direction", ["left_to_right", "right_to_left"])
+def test_each_class_and_outcome_has_its_map_and_its_count(result, members, figures, direction):
+    figure = figures[f"map/{direction}"]
+    maps, outcome_maps = (
+        {str(name): of_one.numpy() for name, of_one in them.items()}[direction]
+        for them in (result.headline.maps, result.headline.outcome_maps)
     )
-    given = np.concatenate([maps, by_outcome[[CORRECT, INCORRECT]]])
-    names, keys = [*NAMES, "correct", "incorrect"], maps.shape[2]
-    for panel, name, samples, weights in zip(
-        panels(figures[f"map/{direction}"]), names, (19, 11, 7, 24, 12), given, strict=True
-    ):
-        assert panel.get_title() == f"{name} (n={samples})"
-        expected = keys * weights
-        # The longer axis lies horizontally.
+    for panel, (name, (class_id, outcome)) in zip(panels(figure), SUBSETS.items(), strict=True):
+        assert panel.get_title() == f"{name} (n={int(members[name].sum())})"
+        expected = maps[class_id] if outcome is None else outcome_maps[outcome]
+        expected = expected * expected.shape[1]
+        # The longer axis lies horizontally: that of the 7 right tokens.
         np.testing.assert_allclose(drawn(panel), expected if expected.shape == (5, 7) else expected.T, rtol=1e-6)
+    numbers = {"left_to_right": "5 left queries ask 7 right keys", "right_to_left": "7 right queries ask 5 left keys"}
+    assert numbers[direction] in texts(figure).replace("\n", " ")
+    # An axis of another length is not used.
+    role, other = ("query", "key") if direction == "left_to_right" else ("key", "query")
+    assert figure.get_supylabel().replace("\n", " ") == f"{role}: second"
+    assert figure.get_supxlabel() == f"{other}: right token"
 
 
-def test_each_head_of_each_class_has_its_entropy(one, figures):
-    for panel, direction in zip(panels(figures["entropy/by_head"]), one.heads, strict=True):
-        expected = [[one.mean(Column("entropy", direction, head), i) for head in range(3)] for i in range(3)]
-        assert len(np.unique(expected)) == 9
+def test_each_head_of_each_class_has_its_entropy(result, members, figures):
+    shown = panels(figures["entropy/by_head"])
+    assert [panel.get_title() for panel in shown] == ["left → right", "right → left"]
+    for panel, direction in zip(shown, result.headline.heads, strict=True):
+        expected = [
+            [result.headline.mean(Column("entropy", direction, head), i) for head in range(3)]
+            for i in range(len(CLASSES))
+        ]
+        assert len(np.unique(expected)) == 12
         np.testing.assert_allclose(drawn(panel), expected, rtol=1e-6)
-    assert all(
-        f"{name} (n={samples})" in texts(figures["entropy/by_head"])
-        for name, samples in zip(NAMES, (19, 11, 7), strict=True)
-    )
+        assert row_names(panel) == [f"{name} (n={int(members[name].sum())})" for name in CLASSES]
 
 
-def test_a_data_sets_classes_and_outcomes_have_their_means_intervals_and_counts(one):
-    figure = dict(dataset_figures(dataset(one)))["class_comparison"]
-    directions = [Column("entropy", direction) for direction in one.heads]
-    places = [(0, None), (1, None), (2, None), (None, CORRECT), (None, INCORRECT)]
-    for panel, column in zip(panels(figure), [ALIGNMENT, *directions], strict=True):
-        means = np.concatenate([container.lines[0].get_xdata() for container in panel.containers])
-        np.testing.assert_allclose(means, [one.mean(column, *place) for place in places], rtol=1e-6)
-        segments = [segment for container in panel.containers for segment in container.lines[2][0].get_segments()]
-        ends = [segment[:, 0] for segment in segments]
-        np.testing.assert_allclose(ends, [one.interval(column, *place) for place in places], rtol=1e-5)
-    labels = [label.get_text() for label in panels(figure)[0].get_yticklabels()]
-    assert labels == ["Seizure (n=19)", "LPD (n=11)", "GPD (n=7)", "correct (n=24)", "incorrect (n=12)"]
-    titles = [text.get_text().partition(" (")[0] for text in figure.texts]
-    assert [one for one in titles if one.startswith(("alignment", "entropy"))] == [
-        *("alignment", "entropy eeg → spec", "entropy spec → eeg"),
+def sizes_of(result, members, known=None):
+    """What stands beside the rows: of how many samples and groups they are, of those that are known."""
+    names = []
+    for name in SUBSETS:
+        chosen = members[name] if known is None else members[name] & known
+        names.append(f"{name} (n={int(chosen.sum())} of {len(result.fusion.groups[chosen].unique())})")
+    return names
+
+
+def test_classes_and_outcomes_have_their_means_intervals_and_counts(result, members, figures):
+    one, figure = result.headline, figures["outcome/class_comparison"]
+    there, back = one.heads
+    expected = {
+        "probability of the predicted class": Column("confidence"),
+        "Pearson r": ALIGNMENT,
+        "0: one key, 1: uniform": Column("entropy", there),
+        "0: one key, 1: uniform ": Column("entropy", back),
+    }
+    for panel, column in zip(panels(figure), expected.values(), strict=True):
+        means = [(one.mean(column, *subset), *one.interval(column, *subset)) for subset in SUBSETS.values()]
+        assert np.isfinite(means).all()
+        np.testing.assert_allclose(drawn_groups(panel), means, rtol=1e-5)
+        assert row_names(panel) == sizes_of(result, members)
+    titles = [text.get_text().replace("\n", " ") for text in figure.texts]
+    assert [title for title in titles if title.endswith(")")] == [
+        "confidence (probability of the predicted class)",
+        "alignment (Pearson r)",
+        *("entropy left → right (0: one key, 1: uniform)", "entropy right → left (0: one key, 1: uniform)"),
     ]
     nulls = [[line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"] for ax in panels(figure)]
-    assert nulls == [[one.alignment_null], [], []]
+    assert nulls == [[], [one.alignment_null], [], []]
+    assert "95 % CI by groups" in texts(figure).replace("\n", " ")
 
 
-def test_without_classes_all_samples_are_one(one):
+def test_each_modality_has_its_share_of_each_class_and_outcome(result, members, figures):
+    figure, fusion = figures["contribution/shares"], result.fusion
+    for panel, modality in zip(panels(figure), ("left", "right"), strict=True):
+        shares = [fusion.share(modality, *subset) for subset in SUBSETS.values()]
+        expected = [(100 * one.mean, 100 * one.low, 100 * one.high) for one in shares]
+        assert np.isfinite(expected).all()
+        np.testing.assert_allclose(drawn_groups(panel), expected, rtol=1e-5)
+        assert row_names(panel) == sizes_of(result, members, fusion.numbers["phi/left"].isfinite())
+        low, high = panel.get_xlim()
+        assert -60 <= low < high <= 160
+    titles = [text.get_text() for text in figure.texts if text.get_text().startswith("share")]
+    assert titles == [f"share of {name} (% of the contributions)" for name in ("Left", "Right")]
+    assert "95 % CI by groups" in texts(figure).replace("\n", " ")
+
+
+def test_where_shares_are_not_defined_there_is_no_figure_of_them(result):
+    def draws(class_names=CLASSES, **changed):
+        fusion = result.fusion.merge_classes(range(4))  # a copy
+        vars(fusion).update(changed)
+        return len([*fusion_figures(fusion, "val", class_names, classes_by="target", context="")])
+
+    nothing = result.fusion.outcomes * 0 + UNKNOWN
+    assert (draws((), outcomes=nothing), draws((), outcomes=nothing + INCORRECT - UNKNOWN)) == (0, 1)
+    assert (draws(contribution_problem="none"), draws(is_regression=True)) == (0, 0)
+
+
+# Over epochs
+
+
+@pytest.fixture(scope="module")
+def records(result):
+    """Of three epochs, which differ: the numbers of the data set, and what is a little above and below."""
+    curves = epoch_curves(result.headline, "val", CLASSES)
+    of_fusion = fusion_curves(result.fusion, "val", CLASSES, has_attention=True)
+    whole = epoch_record(result.headline, "val", curves) | fusion_record(result.fusion, "val", of_fusion)
+
+    def moved(epoch):
+        numbers = {name: value + 0.01 * epoch for name, value in whole.items() if isinstance(value, float)}
+        return whole | numbers | {"stage": "val", "epoch": epoch, "step": 10 * epoch}
+
+    return [moved(0) | {"stage": "test", "epoch": 9}, *map(moved, (0, 2, 3))]
+
+
+SHOWN = {
+    "alignment": ("alignment/", ["correct", "incorrect"]),
+    "entropy": ("entropy/", ["correct", "incorrect"]),
+    "conflict of the probes": ("conflict/", ["correct", "incorrect"]),
+    "accuracy of each probe": ("probe/", ["left", "right"]),
+    "share of the contribution": ("contribution/share/", ["left", "right"]),
+    "higher in correct (AUROC)": ("outcome/", ["confidence", "conflict", "alignment", "entropy"]),
+}
+"""By panel: the topic, and its curves."""
+
+
+def test_each_curve_of_the_overview_is_what_the_records_say(records):
+    figure = overview_figure(records, "val, epoch 3")
+    assert "val, epoch 3" in texts(figure)
+    shown, said = {panel.get_title().replace("\n", " "): panel for panel in panels(figure)}, records[1:]
+    assert list(shown) == list(SHOWN)
+    references = {
+        "alignment": ("null", [one["alignment/null"] for one in said]),
+        "accuracy of each probe": ("largest class", [one["largest_class"] for one in said]),
+        "higher in correct (AUROC)": ("chance", [0.5] * 3),
+    }
+    for title, (topic, names) in SHOWN.items():
+        lines = {line.get_label(): line for line in shown[title].lines if not line.get_label().startswith("_")}
+        name, values = references.get(title, ("", []))
+        assert list(lines) == [*names, name][: len(names) + bool(name)]
+        bands = [band for band in shown[title].collections if isinstance(band, PolyCollection)]
+        for band, curve in zip(bands, names, strict=True):
+            key = topic + curve + ("_auroc" if topic == "outcome/" else "")
+            assert lines[curve].get_xdata().tolist() == [0, 2, 3]
+            np.testing.assert_allclose(lines[curve].get_ydata(), [one[key] for one in said])
+            # The edge goes along the lower ends and back along the upper ones.
+            low, high = ([one[f"{key}_{end}"] for one in said] for end in ("low", "high"))
+            assert low[0] < lines[curve].get_ydata()[0] < high[0]
+            edge = {tuple(point) for point in band.get_paths()[0].vertices.round(9)}
+            ends = {(x, round(y, 9)) for x, y in zip([0, 2, 3] * 2, [*low, *high], strict=True)}
+            assert edge == ends
+            if curve in LOOKS:
+                assert lines[curve].get_color() == LOOKS[curve].colour
+            np.testing.assert_allclose(band.get_facecolor()[0][:3], to_rgb(lines[curve].get_color()))
+        if name:
+            assert lines[name].get_ydata() == pytest.approx(values)
+
+
+def test_a_single_evaluation_has_points_with_bars(records):
+    (test, *_), figure = records, overview_figure(records[:1], "test")
+    conflict = next(panel for panel in panels(figure) if panel.get_title() == "conflict of the probes")
+    for name, bars in zip(("correct", "incorrect"), conflict.containers, strict=True):
+        (line,) = (line for line in conflict.lines if line.get_label() == name)
+        assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([9], [test[f"conflict/{name}"]])
+        ends = bars.lines[2][0].get_segments()[0][:, 1]
+        assert ends == pytest.approx([test[f"conflict/{name}_low"], test[f"conflict/{name}_high"]])
+
+
+def test_what_is_no_share_has_its_size(records):
+    numbers = {f"contribution/size/{name}{end}": 7.0 for name in ("left", "right") for end in ("", "_low", "_high")}
+    regression = {name: value for name, value in records[1].items() if not name.startswith("contribution")} | numbers
+    shown = {panel.get_title().replace("\n", " "): panel for panel in panels(overview_figure([regression], "val"))}
+    assert "share of the contribution" not in shown
+    lines = {line.get_label(): line.get_ydata().tolist() for line in shown["size of the contribution"].lines}
+    assert (lines["left"], lines["right"]) == ([7], [7])
+
+
+# Of a data set
+
+
+def test_a_data_sets_figures_are_named_for_files(result, monkeypatch):
+    def tell(kind):
+        return lambda one, scope, names, context, **_: [(f"xattn_{tag}".format(scope), context) for tag in kind]
+
+    of_layer = ["map/{}/a_to_b", "entropy/{}/by_head", "outcome/{}/class_comparison"]
+    monkeypatch.setattr("lightning_xattn.report.figures.epoch_figures", tell(of_layer))
+    monkeypatch.setattr("lightning_xattn.report.figures.fusion_figures", tell(["contribution/{}/shares"]))
+    layers = {"first": result.headline, "block/2": copy(result.headline)}
+    found = dict(dataset_figures(replace(result, summaries=layers)))
+    names = ["map_a_to_b", "entropy_by_head", "class_comparison"]
+    size = "130 samples of 23 groups"
+    assert found == {
+        "contribution_shares": size,
+        **dict.fromkeys(names, f"layer first, {size}"),
+        **{f"{name}_block/2": f"layer block/2, {size}" for name in names},
+    }
+
+
+def test_they_are_saved_under_their_names(tmp_path, monkeypatch):
+    given = [("map_a_to_b", Figure()), ("class_comparison_block/2", Figure())]
+    monkeypatch.setattr("lightning_xattn.report.figures.dataset_figures", lambda explained: given)
+    save_dataset_figures(None, tmp_path)
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    assert found == ["class_comparison_block/2.png", "map_a_to_b.png"]
+
+
+def test_without_classes_all_samples_are_one():
     whole = summary([-1] * 5, [UNKNOWN] * 5, n_classes=0)
-    drawn_figures = dict(epoch_figures(whole, "test", (), classes_by="target", axes={}, context=""))
-    assert list(drawn_figures) == [f"xattn_map/test/{d}" for d in one.heads] + ["xattn_entropy/test/by_head"]
-    (panel,) = panels(drawn_figures["xattn_map/test/eeg_to_spec"])
+    found = dict(epoch_figures(whole, "test", (), classes_by="target", axes={}, context=""))
+    assert list(found) == [*(f"xattn_map/test/{one}" for one in whole.heads), "xattn_entropy/test/by_head"]
+    (panel,) = panels(found["xattn_map/test/eeg_to_spec"])
     assert panel.get_title() == "all samples (n=5)"
+    assert " class" not in texts(found["xattn_map/test/eeg_to_spec"])
 
 
-def test_each_modality_has_its_share_of_each_class_and_outcome():
-    data, _ = said_data(60)
-    fusion = summary_of(trained(None, data, epochs=5), data)
-    names = [f"class {i}" for i in range(fusion.n_classes)]
-    ((tag, figure),) = fusion_figures(fusion, "val", names, classes_by="target", context="")
-    assert tag == "xattn_contribution/val/shares"
-    places = [*((i, None) for i in range(len(names))), (None, CORRECT), (None, INCORRECT)]
-    for panel, modality in zip(panels(figure), fusion.modalities, strict=True):
-        means = np.concatenate([container.lines[0].get_xdata() for container in panel.containers])
-        shares = [100 * fusion.share(modality, *place).mean for place in places]
-        assert np.isfinite(shares).any()
-        np.testing.assert_allclose(means, shares, rtol=1e-6)
-        assert f"share of {modality.capitalize()} (% of the contributions)" in texts(figure)
+def test_of_many_classes_the_largest_have_panels_and_the_others_one():
+    """13 classes of 2 to 14 samples, the largest in the middle; four more samples have none."""
+    sizes = [2, 4, 6, 8, 10, 12, 14, 13, 11, 9, 7, 5, 3]
+    classes = [c for c, size in enumerate(sizes) for _ in range(size)] + [-1] * 4
+    names = tuple(f"class {c}" for c in range(13))
+    one = dataset(summary(classes, [CORRECT, INCORRECT] * 54, n_classes=13), class_names=names)
+    limited = limit_classes(one)
+    kept = [c for c, size in enumerate(sizes) if size > 4]
+    assert limited.class_names == (*(names[c] for c in kept), REST)
+    titles = [panel.get_title() for panel in panels(next(dataset_figures(one))[1])]
+    assert titles[:-2] == [*(f"class {c} (n={sizes[c]})" for c in kept), f"{REST} (n=9)"]
+    assert limited.headline.unclassified == 4
+    assert limit_classes(one, kept=[1, 0]).class_names == ("class 1", "class 0", REST)
+    assert limit_classes(limited) is limited, "with one more class there is nothing to gain"
+
+
+def test_of_many_layers_four_are_shown_from_the_first_to_the_last():
+    assert limit_layers(list("abcdefghij")) == ["a", "d", "g", "j"]
+    assert limit_layers(list("abcd")) == ["a", "b", "c", "d"]
+
+
+def test_an_undefined_number_is_drawn_nowhere(records):
+    gone = records[2] | {"conflict/correct": math.nan}
+    figure = overview_figure([records[1], gone, records[3]], "val")
+    conflict = next(panel for panel in panels(figure) if panel.get_title() == "conflict of the probes")
+    assert np.isnan(conflict.lines[0].get_ydata()).tolist() == [False, True, False]

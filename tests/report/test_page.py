@@ -1,120 +1,149 @@
-"""The key points of a data set, and the samples that its page lists."""
+"""The page of a data set: every sample has its own classes, numbers and maps, and figures come in their order."""
 
+from __future__ import annotations
+
+import base64
+import html
+import io
 import math
+import re
 from copy import copy
 from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
-from lightning_xattn.core.wording import say_interval
-from lightning_xattn.evaluation.layer_summary import Comparison
-from lightning_xattn.evaluation.results import DatasetResult
-from lightning_xattn.functional.intervals import Estimate
+from lightning_xattn.evaluation.fusion_samples import describe_modalities
 from lightning_xattn.report import samples as samples_module
-from lightning_xattn.report.key_points import describe_errors, describe_shares, key_points
+from lightning_xattn.report.document import Document, Items, Paragraph, Section, Table
+from lightning_xattn.report.page import Picture, SampleEntry, as_page
 from lightning_xattn.report.samples import list_batch, list_dataset
-from tests.attribution.models import NAMED, Concatenation, said_data, trained, watch_of
+from tests.report.conftest import CLASSES
 from tests.toy import PaddedToyModule, padded_toy_data, run_toy
 
 
 @pytest.fixture(scope="module")
-def result():
-    data, _ = said_data(160, noise=1.5)
-    callback = watch_of(trained(Concatenation(), data, epochs=15), data, class_names=list("abcd"), **NAMED)
-    return DatasetResult({}, callback.fusion_summaries["val"], tuple("abcd"), "target", {}, None)
+def entries(result):
+    return list(list_dataset(result, {}))
 
 
-def compared(auroc, low, high):
-    return Comparison(auroc, low, high, 50, 50, gap=0.1, class_adjusted_gap=0.1)
+def test_each_sample_has_its_classes_and_numbers(result, entries):
+    fusion = result.fusion
+    rows = pd.read_parquet(result.table / "attention").sort_values("sample_idx")
+    conflicts = dict(zip(fusion.sample_numbers.tolist(), fusion.numbers["conflict"].tolist(), strict=True))
+    assert [one.place for one in entries] == list(range(130))
+    outcomes = {True: "correct", False: "incorrect"}
+    for one, (_, row) in zip(entries, rows.iterrows(), strict=True):
+        assert one.name == row["sample_id"]
+        has_class = row["target"] is not None and row["target"] >= 0
+        assert (one.predicted, one.true) == (
+            CLASSES[int(row["prediction"])],
+            CLASSES[int(row["target"])] if has_class else "",
+        )
+        assert one.outcome == (outcomes[one.predicted == one.true] if has_class else "")
+        expected = {name: row[name] for name in ("confidence", "alignment")}
+        assert one.numbers == pytest.approx(expected | {"conflict": conflicts[row["sample_idx"]]}, rel=1e-5)
+        place = fusion.sample_numbers.tolist().index(row["sample_idx"])
+        assert one.blocks == [Paragraph(str(describe_modalities(fusion, place, CLASSES)))]
 
 
-NO_SCORE = "no score predicts errors clearly better than confidence. AUROC:"
+def test_each_sample_has_its_maps(result, entries):
+    for number, one in enumerate(entries[:9]):
+        there, back = result.maps[0, number].values()
+        for picture, lifts, names in zip(
+            one.pictures, (there, back), (("Left", "Right"), ("Right", "Left")), strict=True
+        ):
+            span = f"lift {float(lifts.min()):.2f} to {float(lifts.max()):.2f}"
+            assert picture.title.startswith(f"{names[0]} asks {names[1]}: {span} ")
+            assert picture.axis == ("0", "Right token →", "6")
+            assert picture.title.endswith("From top to bottom: Left token, 0 … 4")
+            with Image.open(io.BytesIO(picture.content)) as image:
+                pixels = np.asarray(image.convert("RGB")).astype(int)
+            lying = lifts.numpy() if lifts.shape == (5, 7) else lifts.numpy().T
+            # The largest value is yellow, the smallest one dark.
+            brightness = pixels.sum(-1)
+            assert brightness.argmax() == lying.argmax()
+            assert pixels.reshape(-1, 3)[lying.argmin()].tolist() == [68, 1, 84]
 
 
-@pytest.mark.parametrize(
-    ("outcomes", "said"),
-    [
-        (
-            {"confidence": compared(0.7, 0.6, 0.8), "conflict": compared(0.3, 0.2, 0.4)},
-            f"{NO_SCORE} confidence 0.70 (95 % CI 0.60 to 0.80; higher in correct predictions); "
-            "conflict 0.30 (95 % CI 0.20 to 0.40; lower in correct predictions).",
-        ),
-        (
-            {"confidence": compared(0.25, 0.2, 0.3), "conflict": compared(0.1, 0.05, 0.15)},
-            "conflict predicts errors clearly better than confidence. AUROC: confidence 0.25 (95 % CI 0.20 to 0.30; "
-            "lower in correct predictions); conflict 0.10 (95 % CI 0.05 to 0.15; lower in correct predictions).",
-        ),
-        (
-            {"confidence": compared(0.47, 0.23, 0.72), "alignment": compared(0.54, 0.29, 0.78)},
-            f"{NO_SCORE} confidence 0.47 (95 % CI 0.23 to 0.72; no difference shown); "
-            "alignment 0.54 (95 % CI 0.29 to 0.78; no difference shown).",
-        ),
-        (
-            {"confidence": compared(0.7, 0.6, 0.8)},
-            f"{NO_SCORE} confidence 0.70 (95 % CI 0.60 to 0.80; higher in correct predictions).",
-        ),
-        (
-            {"confidence": compared(0.7, math.nan, math.nan)},
-            "no claim with 50 correct and 50 incorrect predictions: it needs 5 groups, or samples, of either.",
-        ),
-        ({}, "no score is compared, as confidence, the baseline, is not known."),
-    ],
-)
-def test_confidence_is_the_baseline(outcomes, said):
-    assert describe_errors(outcomes) == said
+def entry(place, **changed):
+    known = {
+        **{"name": f"id{place}", "predicted": "a", "true": "b", "outcome": "incorrect"},
+        "numbers": {"confidence": 0.625, "conflict": 0.25, "alignment": -0.5},
+    }
+    return SampleEntry(place, **known | changed)
 
 
-def test_probes_and_contributions_have_a_sentence_each(result):
-    sentences = {label: sentence for label, sentence, _ in key_points(result).items}
-    share = result.fusion.share("left")
-    assert 0.5 < share.low < 2 / 3 < share.high
-    left = f"Left {100 * share.mean:.1f} % (95 % CI {100 * share.low:.1f} to {100 * share.high:.1f} %); Right "
-    assert sentences["Contribution"].startswith(f"no modality contributes clearly more than two thirds. Shares: {left}")
-    accuracy = result.fusion.estimate("right/left")
-    assert sentences["Probe"].startswith(f"the probe on Left is right in {100 * accuracy.mean:.1f} % (95 % CI ")
+def test_what_a_page_sorts_and_filters_by_is_the_samples():
+    given = [
+        entry(0),
+        entry(1, predicted="b", outcome="correct", numbers={"confidence": 0.75, "alignment": math.nan}),
+        entry(2, true="", outcome="", numbers={"alignment": 0.125}),
+    ]
+    document = Document("T", [Section("Key points", []), Section("Rest", [])])
+    page = as_page(document, [], given, "3 of 4 samples")
+    samples = re.findall(r'<details class="sample ?(\w*)"(.*?)</details>', page, re.DOTALL)
+    found = [dict(re.findall(r'data-(\w+)="([^"]*)"', one)) for _, one in samples]
+    names = ("confidence", "conflict", "alignment", "place", "name", "true", "outcome")
+    assert [[one[name] for name in names] for one in found] == [
+        ["0.625", "0.25", "-0.5", "0", "id0", "b", "incorrect"],
+        ["0.75", "", "", "1", "id1", "b", "correct"],
+        ["", "", "0.125", "2", "id2", "", ""],
+    ]
+    assert [kind for kind, _ in samples] == ["incorrect", "correct", ""]
+    classes = [re.findall(r'<span class="(\w+)">([^<]*)</span>', one) for _, one in samples]
+    assert classes[0] == [
+        *(("classes", "a, true b"), ("outcome", "incorrect")),
+        *(("number", "confidence 0.62"), ("number", "conflict 0.25"), ("number", "alignment -0.50")),
+    ]
+    assert classes[1:] == [
+        [("classes", "b, true b"), ("outcome", "correct"), ("number", "confidence 0.75")],
+        [("classes", "a"), ("number", "alignment 0.12")],
+    ]
+    options = re.findall(r'<option value="([^"]*)">([^<]*)', page)
+    assert options[:5] == [("", "all"), ("b", "b"), ("", "all"), ("incorrect", "incorrect"), ("correct", "correct")]
+    assert ("conflict down", "conflict, highest first") in options
+    assert ("alignment up", "alignment, lowest first") in options
+    assert "<p>3 of 4 samples</p>" in page
 
 
-@pytest.mark.parametrize("others", [("x",), ("x", "y"), ("x", "y", "z")])
-@pytest.mark.parametrize(
-    ("low", "noun", "said"),
-    [
-        (0.67, "patients", "the model mostly uses Left"),
-        (0.66, "patients", "no modality contributes clearly more than two thirds"),
-        (0.55, None, "no modality contributes clearly more than two thirds"),
-        (math.nan, "patients", "no claim about a main modality with fewer than 5 patients"),
-        (math.nan, None, "no claim about a main modality with fewer than 5 samples"),
-    ],
-)
-def test_a_model_uses_mostly_one_modality_if_its_share_is_clearly_above_two_thirds(others, low, noun, said):
-    share = Estimate(0.8, low, 0.9, 50, None)
-    rest = Estimate(0.2 / len(others), 0.0, 0.3, 50, None)
-    sentence = describe_shares({"left": share, **dict.fromkeys(others, rest)}, noun)
-    interval = "" if math.isnan(low) else f" (95 % CI {100 * low:.1f} to 90.0 %)"
-    assert sentence.startswith(f"{said}. Shares: Left 80.0 %{interval}; X ")
+def test_blocks_are_lists_and_tables():
+    blocks = [Items([("label", "value", ("below",))], "title"), Table(("h0", "h1"), [("r0", "1"), ("r1", "2")])]
+    document = Document("T", [Section("first", blocks), Section("second", [Paragraph("<p>")]), Section("last", [])])
+    page = as_page(document, [Picture("figure", b"1", "png")], [], "none")
+    assert "<h3>title</h3><dl><dt>label</dt><dd>value<br>below</dd></dl>" in page
+    assert '<tr><th scope="col">h0</th><th scope="col">h1</th></tr>' in page
+    assert "<tr><td>r0</td><td>1</td></tr><tr><td>r1</td><td>2</td></tr>" in page
+    assert "<p>&lt;p&gt;</p>" in page
+    assert re.findall("<h2>(.*?)</h2>", page) == ["first", "Figures", "second", "Samples", "last"]
 
 
-@pytest.mark.parametrize("noun", ["patients", None])
-def test_a_modality_that_is_always_right_is_not_right_for_certain(result, noun):
-    """As 16 of 16 samples: the key points and the table."""
-    summary = copy(result.fusion)
-    summary.numbers = summary.numbers | {"right/left": torch.ones(160, dtype=torch.float64)}
-    summary.numbers["right/left"][16:] = math.nan
-    summary.group_noun, summary.groups = noun, torch.arange(160) // 2
-    # 16 samples, or of two each 8 patients: n / (n + t(0.975, n - 1) ** 2).
-    low = {"patients": 58.9, None: 77.9}[noun]
-    with_it = replace(result, fusion=summary)
-    report = create_explainability_report(with_it)
-    assert f"right in 100.0 % (95 % CI {low} to 100.0 %) of the samples" in report
-    assert f"100.0 % ({low} to 100.0 %)" in report
+def test_a_page_has_the_figures_with_their_titles_and_says_how_many_samples_it_lists(result, monkeypatch, tmp_path):
+    figures = {}
+    for name in ("first", "second"):
+        figures[name] = Figure(figsize=(1, 1))
+        figures[name].suptitle(f"the {name}\nfigure")
+    monkeypatch.setattr("lightning_xattn.report.figures.dataset_figures", lambda explained: figures.items())
+    monkeypatch.setattr("lightning_xattn.report.samples.LISTED", 40)
+    page = create_explainability_report(replace(result, maps={}), tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text() == page
+    shown = re.findall(r'<figure><img src="data:image/svg\+xml;base64,([^"]*)" alt="([^"]*)"', page)
+    assert [html.unescape(title) for _, title in shown] == ["the first figure", "the second figure"]
+    for name, (content, _) in zip(figures, shown, strict=True):
+        assert f"<!-- the {name} -->" in base64.b64decode(content).decode()
+    assert "40 of 130 samples, those with maps among them. The others are in the table." in page
+    assert page.count('<details class="sample') == 40
 
 
-def test_an_interval_that_rounds_to_nothing_is_not_certain():
-    assert say_interval(0.12, 0.3) == "0.120 to 0.300"
-    assert say_interval(1, 1) == say_interval(0.9997, 1.0003) == "± less than 0.001"
-    assert say_interval(0.12, 0.3, 1, as_percent=True) == "12.0 to 30.0 %"
-    assert say_interval(0.5, 0.5002, 1, as_percent=True) == "± less than 0.1 %"
+@pytest.fixture
+def alone(result):
+    """The modalities without a layer, a table and maps."""
+    return replace(result, summaries={}, table=None, maps={})
 
 
 def test_those_with_maps_are_listed_before_others(monkeypatch):
@@ -122,20 +151,15 @@ def test_those_with_maps_are_listed_before_others(monkeypatch):
     assert samples_module._choose_listed(range(10), lambda one: one in (4, 8)) == [0, 4, 8]
 
 
-def test_samples_of_two_processes_keep_what_is_theirs(result):
+def test_samples_of_two_processes_keep_what_is_theirs(alone):
     """As of a DistributedSampler: each process numbers its own."""
-    whole = result.fusion
-    single = list(list_dataset(result, {}))
-    rows = dict(whole.rows)
-    numbers = whole.sample_numbers
-    whole.rows = rows | {"process": numbers % 2}
-    whole.sample_numbers = numbers // 2
-    try:
-        entries = list(list_dataset(result, {}))
-    finally:
-        whole.rows, whole.sample_numbers = rows, numbers
-    assert len({one.name for one in entries}) == len(entries) == 160
-    assert all((one.predicted == one.true) == (one.outcome == "correct") for one in entries)
+    single = list(list_dataset(alone, {}))
+    split = copy(alone.fusion)
+    split.rows = split.rows | {"process": split.sample_numbers % 2}
+    split.sample_numbers = split.sample_numbers // 2
+    entries = list(list_dataset(replace(alone, fusion=split), {}))
+    assert len({one.name for one in entries}) == len(entries) == 130
+    assert all((one.predicted == one.true) == (one.outcome == "correct") for one in entries if one.true)
     assert sorted(one.blocks[0].text for one in entries) == sorted(one.blocks[0].text for one in single)
 
 
@@ -154,9 +178,3 @@ def test_maps_leave_out_what_a_mask_hides(monkeypatch):
         visible = weights.isfinite().sum(1, keepdim=True)
         torch.testing.assert_close(torch.as_tensor(drawn[2 * i]), weights * visible, equal_nan=True)
     assert torch.as_tensor(drawn[2]).isnan().any()
-
-
-def test_a_page_is_a_format(result, tmp_path):
-    report = create_explainability_report(result, tmp_path / "report.html")
-    assert (tmp_path / "report.html").read_text() == report
-    assert report.count('<details class="sample') == 160

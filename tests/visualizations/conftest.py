@@ -53,6 +53,20 @@ def drawn(ax: Axes) -> NDArray[np.float64]:
     return np.ma.filled(mesh(ax).get_array(), np.nan)
 
 
+def drawn_groups(ax: Axes) -> list[tuple[float, float, float]]:
+    """Mean and ends of the interval of each row, from the top; NaN where there is none."""
+    result = {}
+    for points, _, (bars,) in ax.containers:
+        for row, mean, segment in zip(points.get_ydata(), points.get_xdata(), bars.get_segments(), strict=True):
+            result[row] = (mean, *(segment[:, 0] if len(segment) else (np.nan, np.nan)))
+    return [result[row] for row in range(len(result))]
+
+
+def row_names(ax: Axes) -> list[str]:
+    """What stands beside the rows of a panel, from the top, each in one line."""
+    return [label.get_text().replace("\n", " ") for label in ax.get_yticklabels()]
+
+
 def assert_written(path: Path, figure: Figure) -> None:
     """The file is this figure, of which no picture was made yet: every pixel of it, or its page and its title."""
     # The layout moves a little whenever a figure is drawn again, so one that was saved is not compared with itself.

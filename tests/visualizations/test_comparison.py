@@ -10,31 +10,13 @@ from matplotlib.markers import CARETLEFT, CARETRIGHT
 
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.visualizations import Estimate, plot_class_comparison
-from lightning_xattn.visualizations.drawing import LOOKS
 from tests.messages import tells
-from tests.visualizations.conftest import panels, texts
+from tests.visualizations.conftest import drawn_groups, panels, texts
 
 NAN = float("nan")
 CLASSES = [Estimate(0.3, 0.26, 0.35, 23), Estimate(0.5, NAN, NAN, 4), Estimate(NAN, NAN, NAN, 0)]
 OUTCOMES = [Estimate(0.35, 0.25, 0.45, 19), Estimate(0.2, 0.12, 0.28, 8)]
 NAMES = ["a", "b", "c"]
-
-
-def drawn_groups(ax):
-    """Mean and ends of the interval of each row, from the top."""
-    result = {}
-    for points, _, (bars,) in ax.containers:
-        for row, mean, segment in zip(points.get_ydata(), points.get_xdata(), bars.get_segments(), strict=True):
-            result[row] = (mean, *(segment[:, 0] if len(segment) else (NAN, NAN)))
-    return [result[row] for row in range(len(result))]
-
-
-def test_means_have_their_intervals() -> None:
-    figure = plot_class_comparison({"alignment (Pearson r)": (CLASSES, OUTCOMES)}, NAMES)
-    (ax,) = panels(figure)
-    for group, (mean, low, high) in zip([*CLASSES, *OUTCOMES], drawn_groups(ax), strict=True):
-        assert (mean, low, high) == pytest.approx((group.mean, group.low, group.high), nan_ok=True)
-    assert "alignment (Pearson r)" in texts(figure)
 
 
 def test_the_null_stands_in_the_panel_that_it_is_of_and_in_the_legend() -> None:
@@ -51,6 +33,10 @@ def test_rows_are_named_and_counted_and_the_first_is_at_the_top() -> None:
     figure = plot_class_comparison({"x": (CLASSES, OUTCOMES), "y": (fewer, OUTCOMES)}, NAMES, context="test")
     first, second = panels(figure)
     for ax, n in ((first, 23), (second, 20)):
+        for group, (mean, low, high) in zip([*CLASSES, *OUTCOMES], drawn_groups(ax), strict=True):
+            assert (mean, low, high) == pytest.approx((group.mean, group.low, group.high), nan_ok=True)
+        # A line parts the outcomes from the classes.
+        assert [line.get_ydata()[0] for line in ax.lines if len(set(line.get_xdata())) == 2] == [2.5]
         said = [label.get_text() for label in ax.get_yticklabels()]
         assert said == [f"a (n={n})", "b (n=4)", "c (n=0)", "correct (n=19)", "incorrect (n=8)"]
         assert ax.yaxis_inverted()
@@ -94,18 +80,13 @@ def test_intervals_by_group_are_said() -> None:
     assert ax.get_yticklabels()[0].get_text() == "a (n=23 of 3)"
 
 
-def test_a_line_parts_the_outcomes_from_the_classes() -> None:
-    (ax,) = panels(plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES))
-    assert [line.get_ydata()[0] for line in ax.lines if len(set(line.get_xdata())) == 2] == [2.5]
-
-
 def test_outcomes_differ_in_marker_and_from_the_classes_in_colour() -> None:
     (ax,) = panels(plot_class_comparison({"x": ([], OUTCOMES)}, [], classes_by=None))
     assert [points.get_marker() for points, _, _ in ax.containers] == ["o", "s"]
     (ax,) = panels(plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES))
     classes, *_, correct, incorrect = (points for points, _, _ in ax.containers)
     assert (classes.get_color(), classes.get_markerfacecolor(), classes.get_marker()) == ("black", "black", "o")
-    blue, orange = LOOKS["correct"].colour, LOOKS["incorrect"].colour
+    blue, orange = "#0072B2", "#C04A00"
     assert (correct.get_color(), correct.get_markerfacecolor()) == (blue, blue)
     assert (incorrect.get_color(), incorrect.get_markerfacecolor()) == (orange, "white")
 
@@ -124,26 +105,14 @@ def test_an_interval_that_reaches_beyond_the_limits_is_cut_off_with_an_arrow() -
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "facts"),
+    ("quantities", "settings", "error", "facts"),
     [
-        (lambda: plot_class_comparison({}, NAMES), SettingError, ["quantity", "got none"]),
-        (
-            lambda: plot_class_comparison({"x": (CLASSES, OUTCOMES)}, ["a"]),
-            ShapeError,
-            ["'x'", "1 classes", "2 outcomes", "got 3 and 2"],
-        ),
-        (
-            lambda: plot_class_comparison({"x": (CLASSES, OUTCOMES[:1])}, NAMES),
-            ShapeError,
-            ["'x'", "3 classes", "2 outcomes", "got 3 and 1"],
-        ),
-        (
-            lambda: plot_class_comparison({"x": (CLASSES, OUTCOMES)}, NAMES, classes_by="x"),
-            SettingError,
-            ["'classes_by'", "'target', 'prediction', None", "got 'x'"],
-        ),
+        ({}, {}, SettingError, ["quantity", "got none"]),
+        ({"x": (CLASSES[:1], OUTCOMES)}, {}, ShapeError, ["'x'", "3 classes", "2 outcomes", "got 1 and 2"]),
+        ({"x": (CLASSES, OUTCOMES[:1])}, {}, ShapeError, ["'x'", "3 classes", "2 outcomes", "got 3 and 1"]),
+        ({"x": (CLASSES, OUTCOMES)}, {"classes_by": "x"}, SettingError, ["'target', 'prediction', None", "got 'x'"]),
     ],
 )
-def test_what_does_not_fit_is_said(call, error: type[Exception], facts: list[object]) -> None:
+def test_what_does_not_fit_is_said(quantities, settings, error: type[Exception], facts: list[object]) -> None:
     with pytest.raises(error, match=tells(*facts)):
-        call()
+        plot_class_comparison(quantities, NAMES, **settings)

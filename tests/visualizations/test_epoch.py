@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from lightning_xattn.core.attention import TokenAxis
@@ -32,20 +31,6 @@ from tests.visualizations.conftest import (
 # Mean attention maps
 
 
-def test_one_panel_per_class_shows_weight_times_keys() -> None:
-    maps = make_maps(5, 3, 7)
-    figure = plot_class_attention(maps, [2, 3, 5, 7, 11], list("abcde"), direction="eeg_to_spec")
-    assert [ax.get_title() for ax in panels(figure)] == ["a (n=2)", "b (n=3)", "c (n=5)", "d (n=7)", "e (n=11)"]
-    for ax, weights in zip(panels(figure), maps, strict=True):
-        np.testing.assert_allclose(drawn(ax), weights * 7)
-
-
-def test_tensors_are_taken() -> None:
-    maps = make_maps(1, 3, 7)
-    figure = plot_class_attention(torch.tensor(maps), torch.tensor([2]), ["a"], direction="eeg_to_spec")
-    np.testing.assert_allclose(drawn(panels(figure)[0]), maps[0] * 7)
-
-
 def test_all_panels_and_the_colour_bar_share_one_scale() -> None:
     maps = make_maps(3, 3, 7)
     figure = plot_class_attention(maps, [1, 1, 1], list("abc"), direction="eeg_to_spec")
@@ -53,22 +38,14 @@ def test_all_panels_and_the_colour_bar_share_one_scale() -> None:
     assert limits == {(maps.min() * 7, maps.max() * 7)}
     bar = colour_bar(figure)
     assert {bar.get_xlim()} == limits
-    assert bar.get_xlabel().startswith("lift over uniform: mean weight / (1/7)")
+    assert bar.get_xlabel() == "lift over uniform: mean weight / (1/7) (line: 1)"
+    assert {(line.get_xdata()[0], line.get_color()) for line in bar.lines} == {(1, "black"), (1, "white")}
 
 
 def test_uniform_maps_are_not_zoomed_into_noise() -> None:
     maps = np.full((2, 3, 7), 1 / 7) + 1e-9 * make_maps(2, 3, 7)
     figure = plot_class_attention(maps, [1, 1], ["a", "b"], direction="eeg_to_spec")
     assert mesh(panels(figure)[0]).get_clim() == pytest.approx((0.9, 1.1))
-
-
-def test_the_longer_axis_lies_horizontally_and_says_who_asks() -> None:
-    maps = make_maps(2, 7, 3)
-    figure = plot_class_attention(maps, [1, 1], ["a", "b"], direction="spec_to_eeg")
-    np.testing.assert_allclose(drawn(panels(figure)[1]), maps[1].T * 3)
-    assert figure.get_supxlabel() == "query: spec token"
-    assert figure.get_supylabel() == "key: eeg token"
-    assert "spec → eeg per true class" in figure.get_suptitle()
 
 
 def test_cells_lie_at_the_centres_of_overlapping_windows() -> None:
@@ -171,14 +148,6 @@ def test_one_key_is_labelled(queries: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("classes_by", "said"), [("target", "per true class"), ("prediction", "per predicted class"), (None, "spec")]
-)
-def test_the_title_says_what_the_classes_are(classes_by: str | None, said: str) -> None:
-    figure = plot_class_attention(make_maps(1, 3, 7), [4], ["a"], direction="eeg_to_spec", classes_by=classes_by)
-    assert figure.get_suptitle().endswith(said)
-
-
-@pytest.mark.parametrize(
     ("classes", "columns", "lowest"),
     [(1, 1, {0}), (2, 2, {0, 1}), (3, 2, {1, 2}), (4, 2, {2, 3}), (5, 2, {3, 4}), (7, 2, {5, 6})],
 )
@@ -190,41 +159,15 @@ def test_only_the_outer_panels_have_labels_and_above_a_gap_is_an_outer_one(class
     assert {i for i, ax in enumerate(shown) if ax.yaxis.get_visible()} == set(range(0, classes, columns))
 
 
-def test_uniform_attention_is_a_line_in_the_colour_bar() -> None:
-    bar = colour_bar(plot_class_attention(make_maps(1, 3, 7), [4], ["a"], direction="eeg_to_spec"))
-    assert {(line.get_xdata()[0], line.get_color()) for line in bar.lines} == {(1, "black"), (1, "white")}
-    assert "uniform" in bar.get_xlabel()
-    assert "line: 1" in bar.get_xlabel()
-
-
 # Entropy per head
-
-
-def test_directions_stand_below_each_other_with_a_cell_for_each_head() -> None:
-    values = np.full((2, 9), 0.5)
-    shown = panels(plot_head_entropy({"x_to_y": values, "y_to_x": values}, [3, 5], ["a", "b"]))
-    assert places(shown) == [(0, 0), (1, 0)]
-    for ax in shown:
-        assert (ax.get_xlabel(), ax.get_xlim()) == ("head", (-0.5, 8.5))
-
-
-@pytest.mark.parametrize(("heads", "printed"), [(8, True), (32, False)])
-def test_values_are_printed_where_cells_have_room(heads: int, printed: bool) -> None:
-    (ax,) = panels(plot_head_entropy({"x_to_y": np.full((1, heads), 0.5)}, [3], ["a"]))
-    assert [text.get_text() for text in ax.texts] == ["0.50"] * heads * printed
-    assert mesh(ax).get_clim() == (0, 1)
-
-
-def test_the_colour_bar_of_entropy_says_which_end_is_diffuse() -> None:
-    bar = colour_bar(plot_head_entropy({"x_to_y": [[0.4, 0.5]]}, [3], ["a"]))
-    assert bar.get_xlim() == (0, 1)
-    assert "0: one key, 1: diffuse" in bar.get_xlabel()
 
 
 def test_entropy_cells_show_their_values() -> None:
     values = np.array([[0.0, 0.25, 1.0], [0.5, np.nan, 0.75]])
     figure = plot_head_entropy({"eeg_to_spec": values, "spec_to_eeg": 1 - values}, [3, 5], ["a", "b"])
     there, back = panels(figure)
+    assert places([there, back]) == [(0, 0), (1, 0)]
+    assert (there.get_xlabel(), there.get_xlim()) == ("head", (-0.5, 2.5))
     assert (there.get_title(), back.get_title()) == ("eeg → spec", "spec → eeg")
     np.testing.assert_array_equal(drawn(there), values)
     np.testing.assert_array_equal(drawn(back), 1 - values)
@@ -234,6 +177,10 @@ def test_entropy_cells_show_their_values() -> None:
     assert [label.get_text() for label in there.get_yticklabels()] == ["a (n=3)", "b (n=5)"]
     assert there.yaxis_inverted()
     assert "undefined: no samples" in texts(figure)
+    bar = colour_bar(figure)
+    assert (bar.get_xlim(), bar.get_xlabel()) == ((0, 1), "normalised entropy (0: one key, 1: diffuse)")
+    (narrow,) = panels(plot_head_entropy({"x_to_y": np.full((1, 32), 0.5)}, [3], ["a"]))
+    assert not narrow.texts, "cells have no room for their numbers"
 
 
 def test_printed_values_contrast_with_their_cells() -> None:
@@ -274,67 +221,31 @@ def test_every_figure_says_where_its_numbers_come_from_and_what_the_classes_are(
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "facts"),
+    ("shape", "settings", "error", "facts"),
     [
-        (
-            lambda: plot_class_attention(make_maps(3, 5), [1, 1, 1], list("abc"), direction="x_to_y"),
-            ShapeError,
-            ["'maps'", "(classes=3, queries, keys)", "got (3, 5)"],
-        ),
-        (
-            lambda: plot_class_attention(make_maps(2, 3, 5), [1, 1, 1], list("abc"), direction="x_to_y"),
-            ShapeError,
-            ["'maps'", "(classes=3, queries, keys)", "got (2, 3, 5)"],
-        ),
-        (
-            lambda: plot_class_attention(make_maps(2, 3, 5), [1], ["a", "b"], direction="x_to_y"),
-            ShapeError,
-            ["'counts'", "(classes=2)", "got (1,)"],
-        ),
-        (
-            lambda: plot_class_attention(make_maps(1, 3, 5), [1], ["a"], direction="x_to_y", key_axis=REGIONS),
-            ShapeError,
-            ["key axis 'region'", 4, 5],
-        ),
-        (
-            lambda: plot_class_attention(make_maps(1, 3, 4), [1], ["a"], direction="x_to_y", query_axis=REGIONS),
-            ShapeError,
-            ["query axis 'region'", 4, 3],
-        ),
-        (
-            lambda: plot_class_attention(
-                make_maps(1, 2, 2),
-                [1],
-                ["a"],
-                direction="x_to_y",
-                key_axis=TokenAxis("time (s)", spans=[(5, 6), (0, 1)]),
-            ),
-            SettingError,
-            ["TokenAxis 'time (s)'", "start below stop", "[(5, 6), (0, 1)]"],
-        ),
-        (
-            lambda: plot_class_attention(make_maps(1, 2, 2), [1], ["a"], direction="x"),
-            SettingError,
-            ["'<query>_to_<key>'", "got 'x'"],
-        ),
-        (
-            lambda: plot_class_attention(make_maps(0, 2, 2), [], [], direction="x_to_y"),
-            SettingError,
-            ["class", "got none"],
-        ),
-        (
-            lambda: plot_class_attention(make_maps(1, 2, 2), [1], ["a"], direction="x_to_y", classes_by="class"),
-            SettingError,
-            ["'classes_by'", "'target', 'prediction', None", "got 'class'"],
-        ),
-        (lambda: plot_head_entropy({}, [1], ["a"]), SettingError, ["direction", "got none"]),
-        (
-            lambda: plot_head_entropy({"x_to_y": np.ones((2, 3))}, [1], ["a"]),
-            ShapeError,
-            ["entropy['x_to_y']", "(classes=1, heads)", "got (2, 3)"],
-        ),
+        ((3, 5), {}, ShapeError, ["'maps'", "(classes=2, queries, keys)", "got (3, 5)"]),
+        ((3, 3, 5), {}, ShapeError, ["'maps'", "(classes=2, queries, keys)", "got (3, 3, 5)"]),
+        ((2, 3, 5), {"counts": [1]}, ShapeError, ["'counts'", "(classes=2)", "got (1,)"]),
+        ((2, 3, 5), {"key_axis": REGIONS}, ShapeError, ["key axis 'region'", 4, 5]),
+        ((2, 3, 4), {"query_axis": REGIONS}, ShapeError, ["query axis 'region'", 4, 3]),
+        ((2, 2, 2), {"direction": "x"}, SettingError, ["'<query>_to_<key>'", "got 'x'"]),
+        ((0, 2, 2), {"counts": [], "class_names": []}, SettingError, ["class", "got none"]),
+        ((2, 2, 2), {"classes_by": "class"}, SettingError, ["'target', 'prediction', None", "got 'class'"]),
     ],
 )
-def test_what_does_not_fit_is_said(call, error: type[Exception], facts: list[object]) -> None:
+def test_maps_that_do_not_fit_are_refused(shape, settings, error, facts: list[object]) -> None:
+    known = {"counts": [1, 1], "class_names": ["a", "b"], "direction": "x_to_y"} | settings
     with pytest.raises(error, match=tells(*facts)):
-        call()
+        plot_class_attention(make_maps(*shape), **known)
+
+
+def test_entropies_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(SettingError, match=tells("direction", "got none")):
+        plot_head_entropy({}, [1], ["a"])
+    with pytest.raises(ShapeError, match=tells("entropy['x_to_y']", "(classes=1, heads)", "got (2, 3)")):
+        plot_head_entropy({"x_to_y": np.ones((2, 3))}, [1], ["a"])
+
+
+def test_spans_that_do_not_ascend_are_refused() -> None:
+    with pytest.raises(SettingError, match=tells("TokenAxis 'time (s)'", "start below stop", "[(5, 6), (0, 1)]")):
+        TokenAxis("time (s)", spans=[(5, 6), (0, 1)])

@@ -1,0 +1,150 @@
+"""Tables, lists and key points of a data set: each number is the summary's, in the row and column that names it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lightning_xattn import create_explainability_report
+from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
+from lightning_xattn.evaluation.statistics import ALIGNMENT, Column
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
+from lightning_xattn.report.estimates import estimate_mean
+from tests.report.conftest import CLASSES, SUBSETS
+
+
+def decimals(value, digits=3):
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def in_brackets(one, signed=False):
+    plus = "+" if signed and one.mean >= 0 else ""
+    return f"{plus}{decimals(one.mean)} ({decimals(one.low)} to {decimals(one.high)})"
+
+
+def in_percent(one, ci=""):
+    mean, low, high = (decimals(100 * number, 1) for number in (one.mean, one.low, one.high))
+    return f"{mean} % ({ci}{low} to {high} %)"
+
+
+def tables_of(report):
+    """Each table: its header, and its rows by their first cell."""
+    found = []
+    for part in report.split("\n\n"):
+        if part.startswith("|"):
+            header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines())
+            found.append((header, {name: cells for name, *cells in rows}))
+    return found
+
+
+@pytest.fixture(scope="module")
+def report(result):
+    return create_explainability_report(result)
+
+
+@pytest.fixture(scope="module")
+def tables(report):
+    names = "modalities", "faithfulness", "subsets", "scores of the fusion", "layer", "scores of the layer"
+    return dict(zip(names, tables_of(report), strict=True))
+
+
+def test_modalities_have_their_probes_contributions_and_shares(result, tables):
+    header, rows = tables["modalities"]
+    assert header == ["modality", "probe accuracy", "contribution", "share"]
+    for name in ("left", "right"):
+        found = [result.fusion.estimate(f"{number}/{name}") for number in ("right", "phi")]
+        assert rows[name.capitalize()] == [
+            *(in_percent(found[0]), in_brackets(found[1], signed=True)),
+            in_percent(result.fusion.share(name)),
+        ]
+
+
+def test_directions_have_their_faithfulness_that_of_the_reference_and_the_cost(result, tables):
+    header, rows = tables["faithfulness"]
+    assert header == ["replaced keys", "faithfulness", "of the reference", "cost of replacing all"]
+    for name, direction in zip(("Left → Right", "Right → Left"), result.fusion.replaced, strict=True):
+        found = [result.fusion.faithfulness(direction, order) for order in ("gain", "reference")]
+        expected = [in_brackets(one, signed=True) for one in found]
+        assert rows[name] == [*expected, in_brackets(result.fusion.estimate(f"cost/{direction}"))]
+    assert list(rows) == ["Left → Right", "Right → Left"]
+
+
+def test_classes_and_outcomes_have_their_conflict_support_and_shares(result, tables):
+    header, rows = tables["subsets"]
+    assert header == ["true class", "conflict", "supported more by Left", "share of Left", "share of Right"]
+    assert list(rows) == ["all", *SUBSETS]
+    for name, subset in {"all": (None, None), **SUBSETS}.items():
+        conflict, supports = (result.fusion.estimate(one, *subset) for one in ("conflict", "supports_first"))
+        shares = [in_percent(result.fusion.share(one, *subset)) for one in ("left", "right")]
+        assert rows[name] == [in_brackets(conflict), in_percent(supports), *shares]
+
+
+def test_classes_and_outcomes_have_their_samples_accuracy_and_attention(result, members, tables):
+    header, rows = tables["layer"]
+    one, fusion = result.headline, result.fusion
+    assert header == [
+        *("true class", "n (groups)", "accuracy (recall)"),
+        *("alignment", "Left → Right entropy", "Right → Left entropy"),
+    ]
+    assert list(rows) == ["all", *CLASSES, "no class", "correct", "incorrect"]
+    for name, (size, accuracy, *means) in rows.items():
+        chosen = members[name]
+        assert size == f"{int(chosen.sum())} ({len(fusion.groups[chosen].unique())})"
+        right, wrong = (int((chosen & (fusion.outcomes == outcome)).sum()) for outcome in (CORRECT, INCORRECT))
+        subset = {"all": (None, None), "no class": (len(CLASSES), None), **SUBSETS}[name]
+        if right and wrong:
+            low, high = (decimals(100 * end, 1) for end in one.accuracy_interval(subset[0]))
+            share = decimals(100 * right / (right + wrong), 1)
+            assert accuracy == f"{share} % ({low} to {high} %) {right}/{right + wrong}"
+        else:
+            assert accuracy == ""
+        columns = [ALIGNMENT, *(Column("entropy", direction) for direction in one.heads)]
+        assert means == [in_brackets(estimate_mean(one, column, *subset)) for column in columns]
+
+
+@pytest.mark.parametrize("where", ["fusion", "layer"])
+def test_scores_have_their_sizes_and_what_they_separate(result, members, tables, where):
+    header, rows = tables[f"scores of the {where}"]
+    assert header == [
+        *("score", "correct (groups)", "incorrect (groups)"),
+        *("AUROC", "gap", "gap within classes"),
+    ]
+    names = ["confidence", "conflict"] if where == "fusion" else ["confidence", "alignment", "entropy"]
+    assert list(rows) == names
+    sizes = [
+        f"{int(members[name].sum())} ({len(result.fusion.groups[members[name]].unique())})"
+        for name in ("correct", "incorrect")
+    ]
+    for name in names:
+        found = result.fusion.compare(name) if where == "fusion" else result.headline.compare(Column(name))
+        auroc = f"{decimals(found.auroc)} ({decimals(found.low)} to {decimals(found.high)})"
+        gaps = [f"{'+' * (gap >= 0)}{decimals(gap)}" for gap in (found.gap, found.class_adjusted_gap)]
+        assert rows[name] == [*sizes, auroc, *gaps]
+        assert gaps[0] != gaps[1]
+
+
+def test_lists_say_what_is_of_all_samples(result, report):
+    fusion = result.fusion
+    numbers = {name: fusion.estimate(name) for name in ("only_probe_right", "additive_right", "model_right")}
+    said = {name: in_percent(one) for name, one in numbers.items()}
+    lines = [
+        "- **Samples:** 130 of 23 groups",
+        f"- **Modalities:** {', '.join(fusion.sources)}",
+        f"- **Wrong predictions for which the probe on a modality is right:** {said['only_probe_right']}",
+        f"- **Interaction (centred logits):** {in_brackets(fusion.estimate('interaction'), signed=True)}",
+        f"- **Accuracy if the modalities only added up (EMAP):** {said['additive_right']}, the model's "
+        f"{said['model_right']}",
+        "- **Samples without a class:** 7",
+        "- **Alignment undefined:** 0.0 % of the samples",
+        f"- **Alignment between different samples:** {decimals(result.headline.alignment_null)} (the mean alignment "
+        f"minus this: {decimals(result.headline.mean(ALIGNMENT) - result.headline.alignment_null)})",
+        "In brackets: 95 % CI, by groups; none with fewer than 5 groups.",
+    ]
+    assert [line for line in lines if line not in report.splitlines()] == []
+    told = [describe_modalities(fusion, i, CLASSES) for i in most_conflicting(fusion)]
+    listed = re.findall(r"^- \*\*Sample (\d+):\*\* (.*)", report, re.MULTILINE)
+    assert listed == [
+        (str(int(fusion.sample_numbers[i])), str(one)) for i, one in zip(most_conflicting(fusion), told, strict=True)
+    ]
+    assert len(listed) == 10
