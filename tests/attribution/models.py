@@ -111,7 +111,7 @@ def trained(fusion, data, epochs=60):
 
 
 def watch_of(module, data, batch_size=16, order=None, **settings):
-    callback = AttentionExplainabilityCallback(**{"sample_ids": sample_ids} | settings)
+    callback = AttentionExplainabilityCallback(**{"sample_ids": sample_ids, "figures_every_n_epochs": 0} | settings)
     quiet_trainer(callbacks=[callback]).validate(module, loader_of(data, batch_size, order), verbose=False)
     return callback
 

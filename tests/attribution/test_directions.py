@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.core.errors import XAttnWarning
-from tests.toy import AUDIO, HEADS, TEXT, WIDTH, ToyModule, quiet_trainer, toy_data, toy_loader
+from tests.toy import AUDIO, HEADS, TEXT, ToyModule, quiet_trainer, toy_data, toy_loader
 
 
 class Flow(ToyModule):
@@ -66,21 +66,3 @@ def test_features_are_those_of_the_modality_that_has_the_name():
         watch = look(Flow(), loader)
     assert watch.history[0]["probe/audio"] > 0.9
     assert watch.history[0]["probe/text"] < 0.6
-
-
-def test_letters_give_way_to_the_names_of_what_holds_the_tokens():
-    class Nameless(ToyModule):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = self.audio_to_text_attn, self.text_to_audio_attn
-            del self.audio_to_text_attn, self.text_to_audio_attn
-
-        def forward(self, audio, text):
-            audio, text = self.audio(audio), self.text(text)
-            there, back = self.one(audio, text, text)[0], self.two(text, audio, audio)[0]
-            return self.head(torch.cat([there.mean(1), back.mean(1)], dim=1))
-
-    assert WIDTH
-    with pytest.warns(XAttnWarning, match="Found in the first pass"):
-        watch = look(Nameless())
-    assert {"entropy/audio_to_text/all", "alignment/all"} <= set(watch.history[0])

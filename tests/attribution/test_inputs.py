@@ -17,7 +17,7 @@ DATA, _ = said_data(40)
 
 def look(module, **settings):
     """The callback after a validation."""
-    watch = AttentionExplainabilityCallback(**settings)
+    watch = AttentionExplainabilityCallback(figures_every_n_epochs=0, **settings)
     quiet_trainer(callbacks=[watch]).validate(module, loader_of(DATA), verbose=False)
     return watch
 
@@ -218,121 +218,10 @@ def test_steps_that_run_as_the_models_forward():
     found = []
     for kind in (Twice, Wrapped):
         torch.manual_seed(0)
-        watch = AttentionExplainabilityCallback()
+        watch = AttentionExplainabilityCallback(figures_every_n_epochs=0)
         quiet_trainer(callbacks=[watch]).validate(kind(), toy_loader(), verbose=False)
         found.append(watch.history[0])
     plain, wrapped = found
     assert wrapped["probed_samples"] == 23
     assert wrapped["contribution/audio"] == plain["contribution/audio"] != 0
     assert repr(wrapped) == repr(plain)
-
-
-def test_padding_is_not_read_and_masks_go_with_their_modality():
-    """The hidden tokens hold numbers that would drown the others; a mask of another sample would change the outputs."""
-
-    class Padded(TwoStreams):
-        def forward(self, left, right):
-            real = left[..., 2] > -50
-            return self.head(self.fusion(self.left(left), self.right(right), left_mask=real))
-
-    left, right, target, ids = (one.clone() for one in DATA.tensors)
-    for i in range(len(left)):
-        left[i, 5 - i % 4 :] = torch.tensor([37.0 * (i % 7), -20.0 * (i % 3), -100.0])
-    watch = AttentionExplainabilityCallback()
-    data = torch.utils.data.TensorDataset(left, right, target, ids)
-    quiet_trainer(callbacks=[watch]).validate(Padded(), loader_of(data), verbose=False)
-    summary = watch.fusion_summaries["val"]
-    assert summary.estimate("right/left").mean > 0.9
-    assert not summary.contribution_problem
-
-
-@pytest.mark.parametrize("form", ["added", "shares", "four axes", "hidden"])
-def test_masks_in_any_form_go_with_their_tokens(form):
-    class Masked(Fusion):
-        def forward(self, left, right, left_padding_mask=None, left_mask=None):
-            given = left_padding_mask if left_mask is None else left_mask
-            given = given.reshape(left.shape[:2])
-            real = {"added": given >= 0, "shares": given > 0, "four axes": given >= 0, "hidden": ~given.bool()}[form]
-            return super().forward(left, right, left_mask=real)
-
-    class Padded(TwoStreams):
-        def forward(self, left, right):
-            real = left[..., 2] > -50
-            added = torch.where(real, 0.0, -1e4)
-            masks = {"added": added, "shares": real.float(), "four axes": added[:, None, None], "hidden": ~real}
-            name = "left_padding_mask" if form == "hidden" else "left_mask"
-            return self.head(self.fusion(self.left(left), self.right(right), **{name: masks[form]}))
-
-    left, right, target, ids = (one.clone() for one in DATA.tensors)
-    whole = left.clone()
-    for i in range(len(left)):
-        left[i, 5 - i % 4 :] = torch.tensor([37.0 * (i % 7), -20.0 * (i % 3), -100.0])
-    for tokens in (left, whole):  # a batch without padding, too
-        watch = AttentionExplainabilityCallback()
-        data = torch.utils.data.TensorDataset(tokens, right, target, ids)
-        quiet_trainer(callbacks=[watch]).validate(Padded(Masked()), loader_of(data), verbose=False)
-        summary = watch.fusion_summaries["val"]
-        assert summary.estimate("right/left").mean > 0.85
-        assert summary.nonfinite == 0
-        assert not summary.contribution_problem
-
-
-def batches(masks):
-    """Batches of ten samples, each with a mask for the left tokens or None."""
-    left, right, target, _ = DATA.tensors
-    cut = [slice(10 * i, 10 * i + 10) for i in range(len(masks))]
-    made = [
-        {"x": (left[one], right[one]), "y": target[one], "mask": mask} for one, mask in zip(cut, masks, strict=True)
-    ]
-    return torch.utils.data.DataLoader(made, batch_size=None)
-
-
-class MaskedStreams(TwoStreams):
-    """Gets the left mask as the batch has it, True for padding, also one for each head."""
-
-    def __init__(self):
-        super().__init__(Masked())
-
-    def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        left, right = batch["x"]
-        scores = self.head(self.fusion(self.left(left), self.right(right), left_padding_mask=batch["mask"]))
-        return {"logits": scores, "targets": batch["y"]}
-
-
-class Masked(Fusion):
-    def forward(self, left, right, left_padding_mask=None):
-        mask = left_padding_mask
-        if mask is not None:
-            mask = mask < 0 if mask.is_floating_point() else mask.bool()
-            mask = ~mask.reshape(len(left), -1, left.shape[1]).all(1)
-        return super().forward(left, right, left_mask=mask)
-
-
-PADDING = torch.zeros(10, 5, dtype=torch.bool).index_fill_(1, torch.tensor([3, 4]), True)
-
-
-@pytest.mark.parametrize(
-    ("masks", "read", "facts"),
-    [
-        # One for each head from the second batch on.
-        (
-            [PADDING, PADDING[:, None].repeat(1, 3, 1), PADDING],
-            20,
-            ("a tensor of left is (10, 3, 5)", "another number of axes"),
-        ),
-        ([PADDING, None, PADDING], 20, ("no tensor in 'batch.mask'",)),
-        # Given only where there is padding.
-        ([None, PADDING, None], 20, ("'batch.mask'", "which the first step had not")),
-        ([PADDING, torch.where(PADDING, -1e9, 0.0), PADDING.int()], 30, ()),
-    ],
-    ids=["of each head", "absent later", "absent first", "other types"],
-)
-def test_a_mask_that_changes_between_batches_ends_no_run_and_nothing_is_read_without_it(masks, read, facts, infos):
-    model, watch = MaskedStreams(), AttentionExplainabilityCallback()
-    quiet_trainer(callbacks=[watch]).validate(model, batches(masks), verbose=False)
-    assert watch.history[0]["samples"] == 10 * len(masks)
-    assert watch.history[0]["probed_samples"] == read
-    said = [one for one in infos.messages if "left out of a step" in one]
-    assert len(said) == bool(facts)
-    for fact in facts:
-        assert fact in said[0]

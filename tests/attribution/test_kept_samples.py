@@ -1,4 +1,4 @@
-"""The kept samples of several processes are those of one."""
+"""Which samples are kept: the same whatever the order, the batches and the processes."""
 
 import pickle
 from functools import reduce
@@ -7,7 +7,7 @@ from operator import add
 import pytest
 import torch
 
-from lightning_xattn.attribution.kept_samples import BottomKSample, KeptSamples, hashed
+from lightning_xattn.attribution.kept_samples import NOT_KEPT, BottomKSample, KeptSamples, hashed
 from lightning_xattn.attribution.outputs import ModelOutput
 from lightning_xattn.attribution.recorder import FusionRecord
 from lightning_xattn.functional.outcomes import UNKNOWN
@@ -66,3 +66,100 @@ def test_without_labels_everything_else_stays():
     assert bare.keys() == rows.keys()
     assert all(torch.equal(bare[name], rows[name]) for name in rows.keys() - labels)
     assert kept.without_labels().permuted is kept.permuted
+
+
+MANY = torch.arange(500) * 7 - 1000
+
+
+def rows_of(keys):
+    return {"hash": hashed(keys, 0), "key": keys}
+
+
+def splitmix(number):
+    """Steele, Lea and Flood 2014, in Python's whole numbers."""
+    whole = 2**64
+    x = (number + 0x9E3779B97F4A7C15) % whole
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % whole
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % whole
+    return x ^ x >> 31
+
+
+def test_the_hash_is_splitmix64():
+    keys = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 12345])
+    assert hashed(keys, 0).tolist() == [splitmix(key % 2**64) % 2**63 for key in keys.tolist()]
+
+
+def test_hashes_are_even_and_differ_by_salt():
+    first, second = hashed(MANY, 0), hashed(MANY, 1)
+    assert len(first.unique()) == len(MANY)
+    assert first.min() >= 0
+    assert first.max() < NOT_KEPT
+    assert (first / 2**63).mean() == pytest.approx(0.5, abs=0.05)
+    assert torch.corrcoef(torch.stack([first, second]).double())[0, 1].abs() < 0.1
+    assert (hashed(MANY, 1) % 5).bincount().tolist() == pytest.approx([100] * 5, abs=25)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 500])
+def test_any_order_and_any_batches_keep_the_same(batch_size):
+    expected = MANY[hashed(MANY, 0).argsort()[:60]]
+    shuffled = MANY[torch.randperm(500, generator=torch.Generator().manual_seed(batch_size))]
+    whole, parts = BottomKSample(60), [BottomKSample(60), BottomKSample(60)]
+    for i, batch in enumerate(shuffled.split(batch_size)):
+        whole.add(rows_of(batch))
+        parts[i % 2].add(rows_of(batch))
+    for sample in (whole, parts[0] + parts[1]):
+        (rows,) = sample.blocks()
+        assert torch.equal(rows["key"], expected)
+
+
+@pytest.mark.parametrize("lengths", [1, 7])
+def test_memory_is_bounded_whatever_the_lengths_of_rows(lengths):
+    sample = BottomKSample(20)
+    for i, batch in enumerate(MANY.split(5)):
+        sample.add(rows_of(batch) | {"tokens": torch.zeros(len(batch), 1 + i % lengths, 2)})
+        assert len(sample) < 45
+    kept = {int(key) for rows in sample.blocks() for key in rows["key"]}
+    assert kept == set(MANY[hashed(MANY, 0).argsort()[:20]].tolist())
+    assert len(sample.blocks()) == lengths
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, 250])
+def test_a_size_that_shrinks_leaves_what_it_would_have_left_from_the_start(cut):
+    parts = [BottomKSample(60), BottomKSample(60)]
+    for sample, keys in zip(parts, (MANY[:cut], MANY[cut:]), strict=True):
+        for batch in keys.split(7):
+            sample.add(rows_of(batch))
+    parts[1].size = 20
+    (rows,) = (parts[0] + parts[1]).blocks()
+    assert torch.equal(rows["key"], MANY[hashed(MANY, 0).argsort()[:20]])
+
+
+def test_rows_that_must_not_be_kept_never_are():
+    sample = BottomKSample(20)
+    assert sample.blocks() == []
+    sample.add({"hash": torch.tensor([NOT_KEPT, 3, NOT_KEPT]), "key": torch.arange(3)})
+    assert [rows["key"].tolist() for rows in sample.blocks()] == [[1]]
+
+
+def test_a_change_of_columns_leaves_the_sample_as_it_is():
+    sample = BottomKSample(20)
+    sample.add(rows_of(MANY))
+    (rows,), (changed,) = sample.blocks(), sample.map(lambda one: one | {"key": -one["key"]}).blocks()
+    assert torch.equal(changed["key"], -rows["key"])
+    assert torch.equal(sample.blocks()[0]["key"], rows["key"])
+
+
+def test_tokens_of_many_lengths_are_kept_of_no_more_samples_than_are_exchanged():
+    kept = KeptSamples(BottomKSample(8192), BottomKSample(8))
+    generator = torch.Generator().manual_seed(0)
+    for i in range(200):
+        tokens = torch.zeros(4, 2 + i % 20, 3)
+        inputs = FusionRecord(
+            {"a": (tokens, None)}, {("a", 0): tokens}, ModelOutput(torch.zeros(4, 2), torch.zeros(4, 2))
+        )
+        keys = torch.randint(2**40, (4,), generator=generator)
+        facts = {name: torch.arange(4) for name in ("process", "sample_idx")}
+        kept.add(inputs, keys, None, None, facts, {})
+        assert len(kept.permuted) < 2 * 8
+    (probed,), hashes = kept.probed.blocks(), torch.cat([rows["hash"] for rows in kept.permuted.blocks()])
+    assert hashes.sort().values.tolist() == probed["hash"][:8].tolist()

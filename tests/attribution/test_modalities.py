@@ -223,6 +223,33 @@ class FeatureMaps(Base):
         return self.fuse(self.left_encoder(left.view(-1, 1, 2, 2)).tanh().mean((2, 3)), self.right_encoder(right))
 
 
+class MoreScores(Base):
+    """Gives more numbers than scores of classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(WIDTH, CLASSES + 2)
+
+    def scores(self, left, right, age):
+        return self(left, right, age)[:, :CLASSES]
+
+
+def first_scores(outputs, batch, forward):
+    return forward[:, :CLASSES]
+
+
+class ListEntries(Base):
+    """Encoders that are entries of a list, whose names are no names of modalities."""
+
+    def __init__(self):
+        super().__init__()
+        self.projectors = nn.ModuleList([self.left_encoder, self.right_encoder])
+        del self.left_encoder, self.right_encoder
+
+    def forward(self, left, right, age):
+        return self.fuse(self.projectors[0](left), self.projectors[1](right))
+
+
 @dataclass
 class Fields:
     left: torch.Tensor
@@ -262,6 +289,8 @@ CASES = {
     "an LSTM's states": (Recurrent, by_position, {}),
     "in-place operations": (InPlace, by_position, {}),
     "encoders in a plain list": (PlainList, by_position, {}),
+    "entries of a list": (ListEntries, by_position, {}),
+    "selected scores": (MoreScores, by_position, {"predictions": first_scores, "targets": lambda _, batch: batch[3]}),
     "feature maps": (FeatureMaps, by_position, {}),
     "a dataclass": (OfFields, Fields, {}),
     "ids alone": (Ids, None, {"modalities": {"left": "left_encoder", "right": "right_encoder"}}),
@@ -296,6 +325,7 @@ def test_contributions_are_those_of_brute_force(name, infos):
     summary = callback.fusion_summaries["val"]
     assert not summary.contribution_problem, infos.messages
     assert len(summary.modalities) == 2
+    assert not any("." in modality or modality.isdigit() for modality in summary.modalities)
     found = torch.stack([summary.numbers[f"phi/{modality}"] for modality in summary.modalities], 1)
     torch.testing.assert_close(found.mean(0), expected.mean(0).double(), atol=1e-5, rtol=1e-4)
     right = scores(*(one.clone() for one in tensors[:3])).argmax(1) == tensors[3]

@@ -1,6 +1,7 @@
 """Training is bit for bit what it is without the callback, whatever a forward changes, and whether replays succeed.
 
-Each habit of a forward runs in a fit and in a validation, with replays that succeed and with replays that raise.
+Habits of a forward, several of a kind at once, run in a fit and in a validation, with replays that succeed and that
+raise.
 """
 
 import array
@@ -58,24 +59,26 @@ class Running(pl.Callback):
 
 
 class Model(pl.LightningModule):
-    """``change(model)`` is what its forward does besides; ``fails``: a forward that the Trainer does not run raises."""
+    """``changes`` are what its forward does besides; ``fails``: a forward that the Trainer does not run raises."""
 
     calls = 0
 
-    def __init__(self, setup, change, fails):
+    def __init__(self, setups, changes, fails):
         super().__init__()
         self.left, self.right = nn.Linear(3, WIDTH), nn.Linear(2, WIDTH)
         self.left_to_right = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
         self.right_to_left = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
         self.head = nn.Linear(2 * WIDTH, 3)
         self.spare = nn.Linear(2, 2)
-        self.orders, self.change, self.fails = [], change, fails
-        setup(self)
+        self.orders, self.changes, self.fails = [], changes, fails
+        for setup in setups:
+            setup(self)
 
     def forward(self, left, right):
         if self.fails and not Running.is_now:
             raise ValueError("this forward runs in a step alone")
-        self.change(self)
+        for change in self.changes:
+            change(self)
         left, right = self.left(left), self.right(right)
         there = self.left_to_right(left, right, right)[0]
         back = self.right_to_left(right, left, left)[0]
@@ -131,10 +134,6 @@ def _of_class(model):
     Model.calls += 1
 
 
-def _grows(model):
-    model.grown.resize_(model.grown.numel() + 1).fill_(1)
-
-
 def _sets(**attributes):
     """Attributes, made anew for each model."""
 
@@ -160,109 +159,126 @@ def _change_parameter(model):
 
 
 HABITS = {
-    "a buffer in place": (
-        lambda m: m.register_buffer("runs", torch.zeros(3)),
-        lambda m: m.runs.add_(1),
-    ),
-    "a buffer that is replaced": (
-        lambda m: m.register_buffer("runs", torch.zeros(3)),
-        lambda m: setattr(m, "runs", m.runs + 1),
-    ),
-    "a parameter under no_grad": (_nothing, _change_parameter),
-    "a parameter's data in place": (_nothing, lambda m: m.spare.weight.data.mul_(1.5)),
-    "a parameter's data": (_nothing, lambda m: setattr(m.spare.weight, "data", m.spare.weight.detach() * 1.5)),
-    "a parameter that is replaced": (
-        _nothing,
-        lambda m: setattr(m.spare, "bias", nn.Parameter(m.spare.bias.detach() + 1)),
-    ),
-    "a gradient": (_nothing, lambda m: setattr(m.spare.weight, "grad", torch.full((2, 2), float(len(m.orders))))),
-    "whether a parameter takes gradients": (
-        _sets(flips=int),
-        lambda m: (setattr(m, "flips", m.flips + 1), m.spare.bias.requires_grad_(m.flips % 2 == 0)),
-    ),
-    "the size of a tensor": (_sets(grown=lambda: torch.ones(2)), _grows),
-    "a list": (_sets(seen=list), lambda m: m.seen.append(len(m.seen))),
-    "a number": (_sets(count=int), lambda m: setattr(m, "count", m.count + 1)),
-    "an attribute that is new": (_nothing, lambda m: setattr(m, "newest", getattr(m, "newest", 0) + 1)),
-    "a nested dict": (
-        _sets(memory=lambda: {"deep": {"count": 0}}),
-        lambda m: m.memory["deep"].update(count=m.memory["deep"]["count"] + 1),
-    ),
-    "a helper object": (
-        _sets(helper=lambda: SimpleNamespace(count=0, inner=SimpleNamespace(seen=[]))),
-        lambda m: (m.helper.inner.seen.append(m.helper.count), setattr(m.helper, "count", m.helper.count + 1)),
-    ),
-    "a helper with slots": (
-        _sets(helper=Slots),
-        lambda m: (m.helper.seen.append(1), setattr(m.helper, "count", m.helper.count + 1)),
-    ),
-    "tensors in containers": (
-        _sets(deep=lambda: {"list": [torch.ones(2)]}, pair=lambda: (torch.ones(2), 1)),
-        _in_place,
-    ),
-    "a numpy array": (_sets(counts=lambda: np.zeros(3)), lambda m: m.counts.__iadd__(1)),
-    "a numpy array of objects": (
-        _sets(objects=lambda: np.array([[1], None], dtype=object)),
-        lambda m: (m.objects[0].append(2), m.objects.__setitem__(1, len(m.objects[0]))),
-    ),
-    "other containers": (
-        _sets(
-            queue=lambda: deque([1, 2]),
-            keys=set,
-            order=lambda: OrderedDict(a=1, b=2, c=3),
-            counts=Counter,
-            lists=lambda: defaultdict(list),
+    "tensors": {
+        "in place": (lambda m: m.register_buffer("runs", torch.zeros(3)), lambda m: m.runs.add_(1)),
+        "replaced": (
+            lambda m: m.register_buffer("steps", torch.zeros(3)),
+            lambda m: setattr(m, "steps", m.steps + 1),
         ),
-        _containers,
-    ),
-    "a masked array and an array's shape": (
-        _sets(masked=lambda: np.ma.array(np.zeros(4), mask=[False] * 4), wide=lambda: np.zeros((2, 3))),
-        lambda m: (m.masked.__setitem__(0, np.ma.masked), setattr(m.wide, "shape", m.wide.shape[::-1])),
-    ),
-    "an object that is held weakly, and the whole of another one's attributes": (
-        _weakly,
-        lambda m: (m.weakly().seen.append(1), m.whole.replace()),
-    ),
-    "bytes": (
-        _sets(raw=lambda: bytearray(2), numbers=lambda: array.array("i", [0, 0])),
-        lambda m: (m.raw.append(1), m.numbers.append(2)),
-    ),
-    "a torch generator": (
-        _sets(generator=lambda: torch.Generator().manual_seed(0)),
-        lambda m: torch.rand(1, generator=m.generator),
-    ),
-    "a numpy generator": (
-        _sets(generator=lambda: np.random.default_rng(0), old=lambda: np.random.RandomState(0)),
-        lambda m: (m.generator.random(), m.old.rand()),
-    ),
-    "a generator of Python": (_sets(helper=lambda: [random.Random(0)]), lambda m: m.helper[0].random()),
-    "the process's generators": (_nothing, lambda m: (torch.rand(1), np.random.rand(), random.random())),
-    "a metric": (
-        lambda m: setattr(m, "mean", torchmetrics.MeanMetric()),
-        lambda m: m.mean.update(torch.ones(2)),
-    ),
-    "a metric in a helper": (
-        _sets(helper=lambda: SimpleNamespace(metrics=[torchmetrics.CatMetric()])),
-        lambda m: m.helper.metrics[0].update(torch.ones(2)),
-    ),
-    "an attribute of its class": (_nothing, _of_class),
-    "what a function encloses": (lambda m: setattr(m, "change", _closure()), None),
-    "an argument's default": (_nothing, _default),
-    "the mode, a submodule and a hook": (
-        _nothing,
-        lambda m: (
-            m.spare.train(not m.spare.training),
-            setattr(m, "extra", nn.Identity()),
-            m.spare.register_forward_hook(lambda *_: None),
+        "the size of a tensor": (
+            _sets(grown=lambda: torch.ones(2)),
+            lambda m: m.grown.resize_(m.grown.numel() + 1).fill_(1),
         ),
-    ),
-    "a method that is kept, and a partial": (
-        _sets(kept=lambda: partial([].append, 1), method=lambda: SimpleNamespace(seen=[])),
-        lambda m: (m.kept(), m.kept.func.__self__.append(2), m.method.seen.append(1)),
-    ),
-    "its batch": (_nothing, lambda m: m.batch_now["left"].add_(0.25)),
+        "tensors in containers": (
+            _sets(deep=lambda: {"list": [torch.ones(2)]}, pair=lambda: (torch.ones(2), 1)),
+            _in_place,
+        ),
+        "whether a parameter takes gradients": (
+            _sets(flips=int),
+            lambda m: (setattr(m, "flips", m.flips + 1), m.spare.bias.requires_grad_(m.flips % 2 == 0)),
+        ),
+        "its batch": (_nothing, lambda m: m.batch_now["left"].add_(0.25)),
+    },
+    "a parameter": {
+        "under no_grad": (_nothing, _change_parameter),
+        "a gradient": (
+            _nothing,
+            lambda m: setattr(m.spare.weight, "grad", torch.full((2, 2), float(len(m.orders)))),
+        ),
+        "its data in place": (_nothing, lambda m: m.spare.weight.data.mul_(1.5)),
+        "its data replaced": (_nothing, lambda m: setattr(m.spare.weight, "data", m.spare.weight.detach() * 1.5)),
+    },
+    "the module": {
+        "a parameter that is replaced": (
+            _nothing,
+            lambda m: setattr(m.spare, "bias", nn.Parameter(m.spare.bias.detach() + 1)),
+        ),
+        "the mode, a submodule and a hook": (
+            _nothing,
+            lambda m: (
+                m.spare.train(not m.spare.training),
+                setattr(m, "extra", nn.Identity()),
+                m.spare.register_forward_hook(lambda *_: None),
+            ),
+        ),
+        "a metric": (
+            lambda m: setattr(m, "mean", torchmetrics.MeanMetric()),
+            lambda m: m.mean.update(torch.ones(2)),
+        ),
+        "a metric in a helper": (
+            _sets(metrics=lambda: SimpleNamespace(inner=[torchmetrics.CatMetric()])),
+            lambda m: m.metrics.inner[0].update(torch.ones(2)),
+        ),
+        "a number": (_sets(count=int), lambda m: setattr(m, "count", m.count + 1)),
+        "an attribute that is new": (_nothing, lambda m: setattr(m, "newest", getattr(m, "newest", 0) + 1)),
+    },
+    "objects": {
+        "a list": (_sets(seen=list), lambda m: m.seen.append(len(m.seen))),
+        "a nested dict": (
+            _sets(memory=lambda: {"deep": {"count": 0}}),
+            lambda m: m.memory["deep"].update(count=m.memory["deep"]["count"] + 1),
+        ),
+        "a helper object": (
+            _sets(helper=lambda: SimpleNamespace(count=0, inner=SimpleNamespace(seen=[]))),
+            lambda m: (m.helper.inner.seen.append(m.helper.count), setattr(m.helper, "count", m.helper.count + 1)),
+        ),
+        "a helper with slots": (
+            _sets(slots=Slots),
+            lambda m: (m.slots.seen.append(1), setattr(m.slots, "count", m.slots.count + 1)),
+        ),
+        "an object that is held weakly, and the whole of another one's attributes": (
+            _weakly,
+            lambda m: (m.weakly().seen.append(1), m.whole.replace()),
+        ),
+        "a method that is kept, and a partial": (
+            _sets(kept=lambda: partial([].append, 1), method=lambda: SimpleNamespace(seen=[])),
+            lambda m: (m.kept(), m.kept.func.__self__.append(2), m.method.seen.append(1)),
+        ),
+    },
+    "containers": {
+        "of Python": (
+            _sets(
+                queue=lambda: deque([1, 2]),
+                keys=set,
+                order=lambda: OrderedDict(a=1, b=2, c=3),
+                counts=Counter,
+                lists=lambda: defaultdict(list),
+            ),
+            _containers,
+        ),
+        "bytes": (
+            _sets(raw=lambda: bytearray(2), numbers=lambda: array.array("i", [0, 0])),
+            lambda m: (m.raw.append(1), m.numbers.append(2)),
+        ),
+        "a numpy array": (_sets(array=lambda: np.zeros(3)), lambda m: m.array.__iadd__(1)),
+        "a numpy array of objects": (
+            _sets(objects=lambda: np.array([[1], None], dtype=object)),
+            lambda m: (m.objects[0].append(2), m.objects.__setitem__(1, len(m.objects[0]))),
+        ),
+        "a masked array and an array's shape": (
+            _sets(masked=lambda: np.ma.array(np.zeros(4), mask=[False] * 4), wide=lambda: np.zeros((2, 3))),
+            lambda m: (m.masked.__setitem__(0, np.ma.masked), setattr(m.wide, "shape", m.wide.shape[::-1])),
+        ),
+    },
+    "random numbers": {
+        "of torch": (
+            _sets(generator=lambda: torch.Generator().manual_seed(0)),
+            lambda m: torch.rand(1, generator=m.generator),
+        ),
+        "of numpy": (
+            _sets(of_numpy=lambda: np.random.default_rng(0), old=lambda: np.random.RandomState(0)),
+            lambda m: (m.of_numpy.random(), m.old.rand()),
+        ),
+        "of Python": (_sets(dice=lambda: [random.Random(0)]), lambda m: m.dice[0].random()),
+        "of the process": (_nothing, lambda m: (torch.rand(1), np.random.rand(), random.random())),
+    },
+    "outside of the model": {
+        "an attribute of its class": (_nothing, _of_class),
+        "what a function encloses": (_sets(closure=_closure), lambda m: m.closure(m)),
+        "an argument's default": (_nothing, _default),
+    },
 }
-"""By name, what prepares a model, and what its forward changes; None: what was prepared."""
+"""By what they change and by name: what prepares a model, and what its forward changes."""
 
 
 def plain(value):
@@ -293,7 +309,7 @@ def plain(value):
     if isinstance(value, (list, tuple, deque, array.array, bytearray)):
         return [plain(one) for one in value]
     if isinstance(value, nn.Module):
-        others = "_trainer", "_fabric", "change", "method"
+        others = "_trainer", "_fabric", "changes", "method"
         own = {name: one for name, one in vars(value).items() if name not in others}
         return [type(value).__name__, plain(own)]
     if isinstance(value, partial):
@@ -313,15 +329,13 @@ def batches():
     return [{name: one[start : start + BATCH] for name, one in whole.items()} for start in range(0, SAMPLES, BATCH)]
 
 
-def run(habit, stage, fails, callbacks):
+def run(habits, stage, fails, callbacks):
     """All that is left after a run: the model, the random numbers, the data."""
-    setup, change = HABITS[habit]
+    setups, changes = zip(*HABITS[habits].values(), strict=True)
     Model.calls = 0
     _default.__defaults__[0].clear()
     torch.manual_seed(3), np.random.seed(3), random.seed(3)
-    model = Model(setup, _nothing if change is None else change, fails)
-    if change is None:
-        setup(model)
+    model = Model(setups, changes, fails)
     data = batches()
     trainer = quiet_trainer(callbacks=[Running(), *callbacks], max_epochs=2, num_sanity_val_steps=1)
     loader = DataLoader(data, batch_size=None)
@@ -336,14 +350,14 @@ def run(habit, stage, fails, callbacks):
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate"])
-@pytest.mark.parametrize("habit", HABITS)
-def test_nothing_changes_whatever_a_forward_changes_and_whether_replays_succeed(habit, stage):
-    plain_run = run(habit, stage, fails=False, callbacks=[])
+@pytest.mark.parametrize("habits", HABITS)
+def test_nothing_changes_whatever_a_forward_changes_and_whether_replays_succeed(habits, stage):
+    plain_run = run(habits, stage, fails=False, callbacks=[])
     for fails in (False, True):
         watch = AttentionExplainabilityCallback(
             figures_every_n_epochs=0, contribution_samples=20, faithfulness_every_n_epochs=0
         )
-        watched = run(habit, stage, fails, [watch])
+        watched = run(habits, stage, fails, [watch])
         assert watched[1:] == plain_run[1:]
         assert str(watched[0]).replace("('fails', True)", "('fails', False)") == str(plain_run[0])
         found = "val" in watch.fusion_summaries and not watch.fusion_summaries["val"].contribution_problem

@@ -63,7 +63,7 @@ def test_what_cannot_be_used_names_the_way_out_and_is_set_aside(fusion, fact):
     model = TwoStreams(fusion()).eval()
 
     def callback(**settings):
-        watch = AttentionExplainabilityCallback(**settings)
+        watch = AttentionExplainabilityCallback(figures_every_n_epochs=0, **settings)
         quiet_trainer(callbacks=[watch]).validate(model, loader_of(DATA), verbose=False)
         return watch
 

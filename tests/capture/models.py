@@ -40,6 +40,16 @@ def mha():
     return nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
 
 
+def per_head(module, query, key, **call):
+    """The weights as the module itself returns them on request, per head and without dropout."""
+    training = module.training
+    module.eval()
+    with torch.no_grad():
+        weights = module(query, key, key, **(call | {"need_weights": True, "average_attn_weights": False}))[1]
+    module.train(training)
+    return weights
+
+
 def heads(x):
     return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 

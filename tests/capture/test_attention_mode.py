@@ -7,12 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.capture.attention_mode import AttentionMode
 from lightning_xattn.capture.readers import Edit, RecordLevel
-from lightning_xattn.core.errors import DiscoveryError
-from tests.capture.models import BATCH, Fusing, Runs, assert_same, heads, mha, tokens
-from tests.messages import tells
+from tests.capture.models import BATCH, Runs, assert_same, heads, mha, tokens
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH, count_hooks
 
 PLACES = (torch.arange(TEXT) >= 4)[:, None]
@@ -120,61 +117,3 @@ def test_an_encoder_layer_that_would_take_a_fast_path_is_changed_too():
         attended = layer.norm1(x + layer.self_attn(x, swapped(x), swapped(x))[0])
         expected = layer.norm2(attended + layer.linear2(layer.linear1(attended).relu()))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_the_fast_path_of_a_subclass_stays_on():
-    """Of an nn.MultiheadAttention whose own forward calls torch's with one sequence for queries, keys and values."""
-
-    class Own(nn.MultiheadAttention):
-        def forward(self, x):
-            return super().forward(x, x, x)
-
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"joint": Own(24, 2, batch_first=True)}).eval()
-    x = torch.randn(BATCH, 9, 24)
-    with torch.no_grad():
-        expected = model["joint"](x)
-        fast = torch.overrides.has_torch_function
-        with AttentionRecorder(model, {"a_to_b": "joint"}) as recorder:
-            assert_same(model["joint"](x), expected)
-        assert torch.overrides.has_torch_function is fast
-    with pytest.raises(
-        DiscoveryError,
-        match=tells(
-            "'joint'", "a_to_b", "within one sequence", "JointSequence('path', spans=", "attention={'<a>_to_<b>'"
-        ),
-    ):
-        _ = recorder.attention
-
-
-def test_other_modes_still_turn_the_fast_path_off():
-    class Mode(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            return function(*args, **(kwargs or {}))
-
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"joint": nn.MultiheadAttention(24, 2, batch_first=True)}).eval()
-    x = torch.randn(BATCH, 9, 24)
-    with torch.no_grad(), Mode():
-        expected = model["joint"](x, x, x)
-        with AttentionRecorder(model, {"a_to_b": "joint"}):
-            assert_same(model["joint"](x, x, x), expected)
-        assert torch._C._len_torch_function_stack() == 1
-
-
-def test_direct_calls_of_multi_head_attention_forward():
-    audio, text = tokens()
-    attention = mha()
-
-    def run(module, x, y):
-        p = attention
-        x, y = x.transpose(0, 1), y.transpose(0, 1)
-        settings = (WIDTH, HEADS, p.in_proj_weight, p.in_proj_bias, None, None, False, 0.0, p.out_proj.weight)
-        return F.multi_head_attention_forward(x, y, y, *settings, p.out_proj.bias, training=False)
-
-    model = Fusing(Runs(run))
-    expected = model(audio, text)
-    with AttentionRecorder(model, {"a_to_b": "fusion"}) as recorder:
-        assert_same(model(audio, text), expected)
-    weights = attention(audio, text, text, average_attn_weights=False)[1]
-    assert torch.equal(recorder.attention[0].forward.weights, weights)

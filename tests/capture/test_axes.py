@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_xattn.capture import AttentionRecorder
-from lightning_xattn.core.errors import ShapeError, XAttnWarning
+from lightning_xattn.core.errors import DiscoveryError, ShapeError, XAttnWarning
 from tests.capture.models import BATCH, Fusing, Runs, folded, heads, record_fusion, softmax, tokens
 from tests.messages import tells
 from tests.toy import AUDIO, HEADS, TEXT, WIDTH
@@ -44,29 +44,23 @@ def expected(queries, keys, scaled):
         (by_hand, tokens(), ITEM),
         (fused, tokens(), WHOLE),
         (fused, [x[:1] for x in tokens()], WHOLE),
+        # 4 samples of 3 heads make 12, as many as there are tokens.
+        (fused, [torch.randn(4, 12, WIDTH), torch.randn(4, TEXT, WIDTH)], WHOLE),
         (of_images, IMAGES, WHOLE),
         (lambda m, latents, y: fused(m, latents.expand(len(y), -1, -1), y), [tokens()[0][:1], tokens()[1]], WHOLE),
         (lambda m, pair: fused(m, *pair.values()), ({"x": tokens()[0], "y": tokens()[1]},), WHOLE),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Found in the first pass")
 def test_heads_among_the_samples(run, inputs, attention):
     """The folding itself shows how many heads there are, whatever the batch size, and that samples come first."""
     (pair,) = record_fusion(Runs(run), attention, inputs)
+    if run in (fused, of_images):  # also where the module is not named
+        (found,) = record_fusion(Runs(run), None, inputs)
+        assert torch.equal(found.forward.weights, pair.forward.weights)
     x, y = (t.flatten(2).mT if t.dim() == 4 else t for t in (inputs[0].values() if len(inputs) == 1 else inputs))
     weights = expected(x.expand(len(y), -1, -1), y, scaled=run is not by_hand)
     torch.testing.assert_close(pair.forward.weights, weights, atol=2e-6, rtol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:Found in the first pass")
-def test_heads_among_the_samples_in_a_first_pass():
-    model = Runs(lambda m, x, y: (m.f(x, y), m.g(y, x)), f=Runs(fused), g=Runs(fused))
-    audio, text = tokens()
-    for _ in range(2):
-        with AttentionRecorder(model) as recorder:
-            model(audio, text)
-            (pair,) = recorder.attention
-            torch.testing.assert_close(pair.forward.weights, expected(audio, text, True), atol=2e-6, rtol=1e-5)
-            torch.testing.assert_close(pair.backward.weights, expected(text, audio, True), atol=2e-6, rtol=1e-5)
 
 
 class Folding(nn.Module):
@@ -118,10 +112,7 @@ def test_a_mask_that_is_the_same_for_all_heads_does_not_tell_which_rows_are_of_o
 
 
 def test_rows_that_do_not_go_with_the_heads_that_a_module_says_it_has():
-    with pytest.raises(
-        ShapeError,
-        match=tells("fusion", (6, 5, 7), "6 rows", "2 samples", "4 heads", "order in which they are"),
-    ):
+    with pytest.raises(ShapeError, match=tells("fusion", (6, 5, 7), "6 rows", "2 samples", "order in which they are")):
         record_fusion(Folding(FOLDS["as fairseq"], said=4), WHOLE)
     unseen = Folding(lambda x: torch.stack(x.chunk(HEADS, dim=-1)).flatten(0, 1))
     said = tells("fusion", (6, 5, 7), "6 rows", "2 samples", "3 heads", "folded is not known")
@@ -212,60 +203,77 @@ def test_one_head_of_tokens_whose_first_axis_is_not_that_of_the_samples():
     assert pair.forward.weights.shape == (BATCH, 1, AUDIO, TEXT)
 
 
-def test_a_softmax_over_features_is_no_attention_to_tokens():
-    def linear(module, x, y):
-        return heads(x).softmax(-1) @ (heads(y).softmax(-2).mT @ heads(y))
-
-    with pytest.raises(ShapeError, match=tells("fusion", (2, 3, 5, 4), "last axis", "width of a head", AXES)):
-        record_fusion(Runs(linear), WHOLE)
+def split(x):
+    return x.unflatten(-1, (HEADS, -1))
 
 
-def windows(module, x, y):
-    q, k = (heads(t[:, :4]).unflatten(2, (2, 2)).transpose(1, 2).flatten(0, 1) for t in (x, y))
+def by_softmax(q, k):
     return (q @ k.mT).softmax(-1) @ k
 
 
-def frames(module, x, y):
-    q, k = (heads(t.flatten(0, 1)) for t in (x, y))
-    return (q @ k.mT).softmax(-1) @ k
+def windows(x):
+    return heads(x[:, :4]).unflatten(2, (2, 2)).transpose(1, 2).flatten(0, 1)
 
 
-@pytest.mark.parametrize(
-    ("run", "inputs", "shape"),
-    [
-        (windows, tokens(), (4, 3, 2, 2)),
-        (frames, [torch.randn(BATCH, 4, n, WIDTH) for n in (AUDIO, TEXT)], (8, 3, 5, 7)),
-    ],
-)
-def test_windows_and_frames_are_no_samples(run, inputs, shape):
-    with pytest.raises(
-        ShapeError, match=tells("fusion", shape, "first axis", "2 samples", "heads, windows or frames", AXES)
-    ):
-        record_fusion(Runs(run), WHOLE, inputs)
+TURNED = [x.transpose(0, 1) for x in tokens()]
+FRAMES = [torch.randn(BATCH, 4, n, WIDTH) for n in (AUDIO, TEXT)]
+REFUSED = {
+    "heads first": (
+        lambda m, x, y: by_softmax(heads(x).transpose(0, 1), heads(y).transpose(0, 1)),
+        tokens(),
+        ((3, 2, 5, 7), "(heads, batch, queries, keys)"),
+    ),
+    "heads first, by the kernel": (
+        lambda m, x, y: F.scaled_dot_product_attention(*(heads(t).transpose(0, 1) for t in (x, y, y))),
+        tokens(),
+        ((3, 2, 5, 7), "(heads, batch, queries, keys)"),
+    ),
+    "heads behind the queries": (
+        lambda m, x, y: torch.einsum("bqhd,bkhd->bqhk", split(x), split(y)).softmax(-1),
+        tokens(),
+        ((2, 5, 3, 7), "(batch, queries, heads, keys)"),
+    ),
+    "heads behind the queries, in a module": (
+        lambda m, x, y: m.soft(torch.einsum("bqhd,bkhd->bqhk", split(x), split(y))),
+        tokens(),
+        ((2, 5, 3, 7), "(batch, queries, heads, keys)"),
+    ),
+    "sequences first, heads before them": (
+        lambda m, x, y: by_softmax(*(split(t).permute(2, 1, 0, 3) for t in (x, y))),
+        TURNED,
+        ("(heads, batch, queries, keys)",),
+    ),
+    "sequences first, heads behind them": (
+        lambda m, x, y: torch.einsum("qbhd,kbhd->bqhk", split(x), split(y)).softmax(-1),
+        TURNED,
+        ("(batch, queries, heads, keys)",),
+    ),
+    "features": (
+        lambda m, x, y: heads(x).softmax(-1) @ (heads(y).softmax(-2).mT @ heads(y)),
+        tokens(),
+        ((2, 3, 5, 4), "last axis", "width of a head"),
+    ),
+    "windows": (
+        lambda m, x, y: by_softmax(windows(x), windows(y)),
+        tokens(),
+        ((4, 3, 2, 2), "first axis", "2 samples", "heads, windows or frames"),
+    ),
+    "frames": (
+        lambda m, x, y: by_softmax(heads(x.flatten(0, 1)), heads(y.flatten(0, 1))),
+        FRAMES,
+        ((8, 3, 5, 7), "first axis", "2 samples", "heads, windows or frames"),
+    ),
+}
 
 
-def test_axes_of_sequences_first():
-    def heads_first(module, x, y):
-        q, k = (t.unflatten(-1, (HEADS, -1)).permute(2, 1, 0, 3) for t in (x, y))
-        return (q @ k.mT).softmax(-1) @ k
-
-    def queries_first(module, x, y):
-        q, k = (t.transpose(0, 1).unflatten(-1, (HEADS, -1)) for t in (x, y))
-        return torch.einsum("bqhd,bkhd->bqhk", q, k).softmax(-1)
-
-    for run, axes in ((heads_first, "heads, batch, queries"), (queries_first, "batch, queries, heads")):
-        with pytest.raises(ShapeError, match=tells("fusion", f"({axes}, keys)", AXES)):
-            record_fusion(Runs(run), WHOLE, [t.transpose(0, 1) for t in tokens()])
-
-
-@pytest.mark.parametrize("by_kernel", [False, True])
-def test_heads_before_the_samples(by_kernel):
-    def run(module, x, y):
-        q, k = (heads(t).transpose(0, 1) for t in (x, y))
-        return F.scaled_dot_product_attention(q, k, k) if by_kernel else (q @ k.mT).softmax(-1) @ k
-
-    with pytest.raises(ShapeError, match=tells("fusion", (3, 2, 5, 7), "(heads, batch, queries, keys)", AXES)):
-        record_fusion(Runs(run), WHOLE)
+@pytest.mark.parametrize(("run", "inputs", "facts"), REFUSED.values(), ids=REFUSED)
+def test_other_axes_are_refused_and_named(run, inputs, facts):
+    name = "fusion.soft" if run is REFUSED["heads behind the queries, in a module"][0] else "fusion"
+    with pytest.raises(ShapeError, match=tells(name, *facts, AXES)):
+        record_fusion(Runs(run, soft=nn.Softmax(dim=-1)), {"a_to_b": name}, inputs)
+    if facts[-1] == "(batch, queries, heads, keys)" and name == "fusion":
+        with pytest.raises((DiscoveryError, ShapeError), match=tells(name, facts[-1], AXES)):
+            record_fusion(Runs(run), None, inputs)
 
 
 def test_tokens_that_do_not_show_the_axes():
@@ -280,26 +288,13 @@ def test_tokens_that_do_not_show_the_axes():
         (pair,) = record_fusion(Runs(sequence_first), WHOLE, inputs)
         assert pair.forward.weights.shape == (samples, HEADS, *lengths)
 
-    latents = torch.randn(1, 4, WIDTH)
-    (pair,) = record_fusion(Runs(lambda m, y: softmax(latents, y) @ heads(y)), WHOLE, [torch.randn(2, HEADS, WIDTH)])
-    assert pair.forward.weights.shape == (2, HEADS, 4, HEADS)
-
-
-def test_heads_behind_the_queries():
-    def run(module, x, y):
-        q, k = (t.unflatten(-1, (HEADS, -1)) for t in (x, y))
-        weights = torch.einsum("bqhd,bkhd->bqhk", q, k).softmax(-1)
-        return torch.einsum("bqhk,bkhd->bqhd", weights, k), weights
-
-    for attention in (WHOLE, ITEM):
-        with pytest.raises(ShapeError, match=tells("fusion", (2, 5, 3, 7), "(batch, queries, heads, keys)", AXES)):
-            record_fusion(Runs(run), attention)
-
-
-def test_as_many_heads_as_tokens_are_heads_before_the_queries():
     audio, text = tokens()
     (pair,) = record_fusion(Runs(lambda m, x, y: softmax(x, y).mean()), WHOLE, (audio, text[:, :HEADS]))
     assert pair.forward.weights.shape == (BATCH, HEADS, AUDIO, HEADS)
+
+    latents = torch.randn(1, 4, WIDTH)
+    (pair,) = record_fusion(Runs(lambda m, y: softmax(latents, y) @ heads(y)), WHOLE, [torch.randn(2, HEADS, WIDTH)])
+    assert pair.forward.weights.shape == (2, HEADS, 4, HEADS)
 
 
 def test_one_head_is_said_once_for_each_module():
@@ -334,12 +329,3 @@ def test_one_head_whose_softmax_is_a_module_can_be_named():
     with pytest.warns(XAttnWarning, match=tells("{'a_to_b': 'fusion'}", "attention={'<a>_to_<b>'")):
         (found,) = recorder.attention
     assert torch.equal(found.forward.weights, pair.forward.weights)
-
-
-def test_the_axes_of_a_softmax_that_is_a_module_are_told_from_what_holds_it():
-    def behind(module, x, y):
-        q, k = (t.unflatten(-1, (HEADS, -1)) for t in (x, y))
-        return module.soft(torch.einsum("bqhd,bkhd->bqhk", q, k))
-
-    with pytest.raises(ShapeError, match=tells("fusion.soft", (2, 5, 3, 7), "(batch, queries, heads, keys)", AXES)):
-        record_fusion(Runs(behind, soft=nn.Softmax(dim=-1)), {"a_to_b": "fusion.soft"})

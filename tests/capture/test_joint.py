@@ -160,11 +160,17 @@ class JointModule(ToyModule):
 
 def test_what_crosses_is_a_curve():
     joint = JointSequence("joint.attend", SPANS)
-    logged = validate(JointModule(), AttentionExplainabilityCallback(joint, curves="all"))
+    module = JointModule()
+    logged = validate(module, AttentionExplainabilityCallback(joint, curves="all", figures_every_n_epochs=0))
     for name in ("audio_to_text", "text_to_audio"):
         assert 0 < logged[f"xattn_focus/val/{name}/cross_modal_mass"] < 1
     assert -1 <= logged["xattn_alignment/val/all"] <= 1
-    logged = validate(ToyModule(), AttentionExplainabilityCallback(curves="all"))
+    spans = {"audio": lambda batch: (0, batch[0].shape[1]), "text": lambda batch: (AUDIO, None)}
+    of_the_batch = AttentionExplainabilityCallback(
+        JointSequence("joint.attend", spans), curves="all", figures_every_n_epochs=0
+    )
+    assert validate(module, of_the_batch) == logged
+    logged = validate(ToyModule(), AttentionExplainabilityCallback(curves="all", figures_every_n_epochs=0))
     assert "xattn_focus/val/audio_to_text/cross_modal_mass" not in logged
 
 
@@ -260,22 +266,31 @@ def test_how_long_the_sequence_must_be(spans, length, expected):
     assert JointSequence("x", spans, length).expected_length == expected
 
 
-@pytest.mark.parametrize(
-    ("spans", "length", "facts"),
-    [
-        ({"a": (0, -8), "b": (5, None)}, None, ("overlap", "whatever its length", "length=128")),
-        ({"a": (9, 20), "b": (0, -144)}, None, ("overlap", "whatever its length", "length=128")),
-        ({"a": (9, None), "b": (-4, None)}, None, ("overlap", "whatever its length", "length=128")),
-        ({"a": (0, -8), "b": (5, None)}, 14, ("overlap", "that of 'b'")),
-        ({"a": (0, 5), "b": (5, 9)}, 8, ("'b'", (5, 9), "length=8")),
-        ({"a": (0, 5), "b": (-4, None)}, 3, ("'a'", (0, 5), "length=3")),
-        ({"a": (0, 5), "b": (5, 9)}, 0, ("length", "whole number >= 1", "got 0")),
-        ({"a": (0, 5), "b": (5, 9)}, 9.0, ("length", "whole number", "got 9.0")),
-    ],
-)
-def test_spans_that_do_not_go_with_each_other_or_a_length(spans, length, facts):
+REFUSED = [
+    ({"a": (0, 5)}, {}, ("two modalities", {"a": (0, 5)})),
+    ({"a": (0, 5), "b": (4, 9)}, {}, ("overlap", "that of 'b'")),
+    ({"a": (0, None), "b": (4, 9)}, {}, ("overlap", "that of 'b'")),
+    ({"a": (-4, -2), "b": (-3, None)}, {}, ("overlap", "that of 'b'")),
+    ({"a": (0, 5), "b": (5, 5)}, {}, ("hold tokens", "that of 'b'")),
+    ({"a": (0, 5), "b": 5}, {}, ("span of 'b'", "(start, stop)", "callable", "got 5")),
+    ({"a": (-2, 5), "b": (5, 7)}, {}, ("span of 'a'", "(start, stop)", "got (-2, 5)")),
+    ({"a": (0, 5), "b": (5, 7)}, {"path": []}, ("module path", "got []")),
+    ({"a_to_c": (0, 5), "b": (5, 7)}, {}, ("'<query>_to_<key>'", "got 'a_to_c_to_b'")),
+    ({"a": (0, -8), "b": (5, None)}, {}, ("overlap", "whatever its length", "length=128")),
+    ({"a": (9, 20), "b": (0, -144)}, {}, ("overlap", "whatever its length", "length=128")),
+    ({"a": (9, None), "b": (-4, None)}, {}, ("overlap", "whatever its length", "length=128")),
+    ({"a": (0, -8), "b": (5, None)}, {"length": 14}, ("overlap", "that of 'b'")),
+    ({"a": (0, 5), "b": (5, 9)}, {"length": 8}, ("'b'", (5, 9), "length=8")),
+    ({"a": (0, 5), "b": (-4, None)}, {"length": 3}, ("'a'", (0, 5), "length=3")),
+    ({"a": (0, 5), "b": (5, 9)}, {"length": 0}, ("length", "whole number >= 1", "got 0")),
+    ({"a": (0, 5), "b": (5, 9)}, {"length": 9.0}, ("length", "whole number", "got 9.0")),
+]
+
+
+@pytest.mark.parametrize(("spans", "settings", "facts"), REFUSED)
+def test_spans_that_do_not_go_with_each_other_or_a_length(spans, settings, facts):
     with pytest.raises(SettingError, match=tells(*facts)):
-        JointSequence("x", spans, length)
+        JointSequence(settings.get("path", "x"), spans, settings.get("length"))
 
 
 class Lengths(JointModule):
@@ -348,17 +363,6 @@ def test_the_explainer_leaves_out_samples_of_another_length_and_goes_on(tmp_path
         explainer.explain_loader(of_lengths(12, 9), progress=False)
 
 
-def test_spans_of_the_batch_in_a_trainer():
-    module = JointModule()
-    fixed, of_the_batch = (
-        AttentionExplainabilityCallback(JointSequence("joint.attend", spans))
-        for spans in (SPANS, {"audio": lambda batch: (0, batch[0].shape[1]), "text": lambda batch: (AUDIO, None)})
-    )
-    logged = validate(module, fixed)
-    assert {"xattn_alignment/val/all", "xattn_entropy/val/audio_to_text/all"} <= set(logged)
-    assert validate(module, of_the_batch) == logged
-
-
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_spans_from_the_end_of_a_sequence_that_torch_has_packed_are_refused():
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True)
@@ -366,12 +370,7 @@ def test_spans_from_the_end_of_a_sequence_that_torch_has_packed_are_refused():
     hidden = torch.arange(9) >= torch.tensor([[8], [6]])
     with torch.no_grad(), AttentionRecorder(model, JointSequence("encoder", FROM_THE_END)) as recorder:
         model["encoder"](torch.randn(BATCH, 9, WIDTH), src_key_padding_mask=hidden)
-        with pytest.raises(
-            DiscoveryError,
-            match=tells(
-                "'encoder.layers.0'", "from the start", "nn.TransformerEncoder(..., enable_nested_tensor=False)"
-            ),
-        ):
+        with pytest.raises(DiscoveryError, match=tells("'encoder.layers.0'", "enable_nested_tensor=False")):
             _ = recorder.attention
 
 
@@ -395,6 +394,8 @@ def test_a_sequence_that_changes_its_length_under_a_span_that_takes_up_the_rest(
     with pytest.warns(XAttnWarning, match=tells("'attend'", 9, 12, "last modality", spans, "(-144, None)", "callable")):
         assert take(12)[0].forward.weights.shape[2:] == (5, 7)
     assert recorder.left_out == {}
+    with pytest.warns(XAttnWarning, match=tells("'attend'", "6 tokens", "5 queries", "5 keys", "left out")):
+        assert take(5) == ()
 
 
 IMAGE_TOKEN, PAD = 7, 0

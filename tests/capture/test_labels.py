@@ -87,9 +87,10 @@ SINGLE = torch.tensor([-1.2, 0.7, 0.2, -0.1, 3.0])
 BITS = torch.tensor([0, 1, 1, 0, 1])
 
 
-@pytest.mark.parametrize("column", [False, True], ids=["(batch,)", "(batch, 1)"])
-@pytest.mark.parametrize("kind", [torch.long, torch.bool, torch.float32])
-@pytest.mark.parametrize("where", ["forward", "logits", "probabilities"])
+@pytest.mark.parametrize(
+    ("where", "kind", "column"),
+    [("forward", torch.long, False), ("logits", torch.bool, True), ("probabilities", torch.float32, True)],
+)
 def test_a_binary_head_gives_one_score_a_sample(where, kind, column):
     scores, bits = (SINGLE[:, None], BITS[:, None].to(kind)) if column else (SINGLE, BITS.to(kind))
     scores = scores.sigmoid() if where == "probabilities" else scores
@@ -102,13 +103,15 @@ def test_a_binary_head_gives_one_score_a_sample(where, kind, column):
     torch.testing.assert_close(labels.confidence, torch.maximum(positive, 1 - positive))
 
 
-def test_a_class_that_the_model_rules_out():
+def test_classes_that_the_model_rules_out_and_scores_that_are_not_finite():
     scores = SCORES.clone()
     scores[:, 2] = -torch.inf
     labels = find({"logits": scores}, (IMAGE, IDS))
     assert labels.predicted.tolist() == [1, 0, 0, 1, 0]
     torch.testing.assert_close(labels.confidence, scores.softmax(1).amax(1))
     assert find({"logits": torch.full((BATCH, 2), -torch.inf)}).predicted.tolist() == [-1] * BATCH
+    scores[1, 2], scores[3] = torch.inf, torch.nan
+    assert find({"logits": scores}, (IMAGE, IDS)).predicted.tolist() == [1, -1, 0, -1, 0]
 
 
 def test_scores_of_each_class_by_itself_tell_the_class_but_no_confidence():
@@ -120,14 +123,7 @@ def test_scores_of_each_class_by_itself_tell_the_class_but_no_confidence():
     named = find({"logits": scores})
     torch.testing.assert_close(named.confidence, scores.softmax(1).amax(1))
     assert not named.doubts
-
-
-def test_an_unclear_score_leaves_its_binary_targets():
-    for bits in (BITS, BITS.float()):
-        labels = find(LOSS, (IMAGE, bits), SINGLE.sigmoid())
-        assert labels.predicted is None
-        assert labels.target.tolist() == BITS.tolist()
-        assert labels.n_classes == 2
+    assert find({"preds": torch.tensor(PREDICTED)}).confidence is None
 
 
 @pytest.mark.parametrize("batch", [{"targets": VOTES[:4]}, {"label": IDS[:4]}, (IMAGE, IDS[:4])])
@@ -303,35 +299,9 @@ def test_the_place_is_kept_from_the_first_batch_on():
     assert LabelFinder().find(step(LOSS, (IDS * 0, IDS), SCORES)).target is None
 
 
-def test_named():
-    batch = {"strange": VOTES}
-    labels = find({"mine": SCORES}, batch, torch.zeros(BATCH, 9), predictions="mine", targets="strange")
-    assert labels.predicted.tolist() == PREDICTED
-    assert labels.target.tolist() == [1, 2, 2, 0, 0]
-    assert labels.tied.tolist() == [True, False, False, False, False]
-    assert labels.n_classes == CLASSES
-    called = find("out", "batch", predictions=lambda o, b: SCORES, targets=lambda o, b: {"out": IDS}[o])
-    assert called.target.tolist() == IDS.tolist()
-
-
 def test_nothing_found_is_nothing():
     labels = find(LOSS, IMAGE, torch.zeros(BATCH))
     assert (labels.predicted, labels.confidence, labels.target, labels.tied, labels.n_classes) == (None,) * 5
-
-
-def test_scores_that_are_not_finite_predict_nothing():
-    scores = SCORES.clone()
-    scores[1, 2], scores[3] = torch.inf, torch.nan
-    assert find(None, (IMAGE, IDS), scores).predicted.tolist() == [1, -1, 2, -1, 0]
-
-
-def test_confidence_is_a_probability():
-    softmax = SCORES.softmax(1)
-    for scores in (SCORES, softmax, softmax.bfloat16()):
-        torch.testing.assert_close(find({"logits": scores}).confidence, softmax.amax(1), rtol=1e-2, atol=0)
-    softmax[0] = torch.nan  # one diverged sample changes no other
-    torch.testing.assert_close(find({"logits": softmax}).confidence[1:], softmax.amax(1)[1:])
-    assert find({"preds": torch.tensor(PREDICTED)}).confidence is None
 
 
 def test_sample_ids():
@@ -397,13 +367,16 @@ def test_the_scores_behind_the_predictions_are_those_that_agree_with_them(output
     torch.testing.assert_close(again.scores.logits, logits.flip(0))
 
 
-def test_a_key_of_what_forward_returned():
-    labels = find(LOSS, {"y": IDS}, {"snli_logits": SCORES, "features": IMAGE}, predictions="snli_logits")
+def test_what_is_named():
+    named = {"predictions": "mine", "targets": "strange"}
+    labels = find({"mine": SCORES}, {"strange": VOTES}, torch.zeros(BATCH, 9), **named)
     assert labels.predicted.tolist() == PREDICTED
+    assert labels.target.tolist() == [1, 2, 2, 0, 0]
+    assert labels.tied.tolist() == [True, False, False, False, False]
+    assert labels.n_classes == CLASSES
+    labels = find(LOSS, {"y": IDS}, {"snli_logits": SCORES, "features": IMAGE}, predictions="snli_logits")
     assert torch.equal(labels.scores.logits, SCORES)
 
-
-def test_callables_may_take_what_forward_returned():
     def third(outputs, batch, forward):
         return forward["x"]
 
@@ -424,6 +397,10 @@ def test_one_positive_a_row_in_the_first_batch_is_no_proof_of_classes():
         assert finder.has_several
         assert "none or several. So they are several labels" in finder.drop_targets()
         assert finder.find(step({"logits": SCORES}, {"labels": one_hot})).target is None
+    for labels in (IDS, torch.nn.functional.one_hot(IDS), VOTES):  # beside which a loss of several is no evidence
+        found = LabelFinder().find(Step({"logits": SCORES}, {"y": labels}, None, BATCH, loss_of_several="aux"))
+        assert found.predicted.tolist() == PREDICTED
+        assert found.target.tolist() == (labels if labels.dim() == 1 else labels.argmax(1)).tolist()
     soft = LabelFinder()
     soft.find(step({"logits": SCORES}, {"labels": VOTES}))
     assert not soft.has_several
@@ -495,42 +472,24 @@ def test_a_head_of_several_labels_is_not_taken_for_one_of_classes(how, tmp_path)
     assert rows["alignment"].notna().all()
 
 
-def test_a_table_of_samples_that_had_classes_which_turn_out_to_be_none_is_left_out(tmp_path):
-    loader = torch.utils.data.DataLoader(list(several_labels(False)), batch_size=None)
-    mode = AttentionExplainabilityCallback(table=tmp_path, figures_every_n_epochs=0)
-    trainer = quiet_trainer(callbacks=[mode])
-    with pytest.warns(XAttnWarning) as caught:
-        trainer.validate(Several(), loader, verbose=False)
-    assert any("The sample table lacks this evaluation" in str(one.message) for one in caught)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("labels", [IDS, torch.nn.functional.one_hot(IDS), VOTES])
-def test_a_loss_of_several_labels_is_no_evidence_beside_targets(labels):
-    found = LabelFinder().find(Step({"logits": SCORES}, {"y": labels}, None, BATCH, loss_of_several="aux"))
-    assert found.predicted.tolist() == PREDICTED
-    expected = labels if labels.dim() == 1 else labels.argmax(1)
-    assert found.target.tolist() == expected.tolist()
-
-
 @pytest.mark.parametrize("grouped", [False, True])
-def test_an_evaluation_whose_labels_turn_out_to_be_several_has_no_classes(grouped):
-    mode = AttentionExplainabilityCallback()
+def test_an_evaluation_whose_labels_turn_out_to_be_several_has_no_classes(grouped, tmp_path):
+    mode = AttentionExplainabilityCallback(table=tmp_path, figures_every_n_epochs=0)
     loader = torch.utils.data.DataLoader(list(several_labels(grouped)), batch_size=None)
     module, trainer = Several(), quiet_trainer(callbacks=[mode])
-    with pytest.warns(
-        XAttnWarning, match=tells("batch['labels']", "several labels at once", "targets=<key or callable>")
-    ):
+    with pytest.warns(XAttnWarning) as caught:
         trainer.validate(module, loader, verbose=False)
+    told = "\n".join(str(one.message) for one in caught)
+    assert re.search(tells("batch['labels']", "several labels at once", "targets=<key or callable>"), told)
+    assert "The sample table lacks this evaluation" in told
+    assert list(tmp_path.iterdir()) == []
     record = mode.history[0]
-    assert record["samples"] == 15
-    assert record["ties"] == 0
-    assert "alignment/all" in record
+    assert (record["samples"], record["ties"]) == (15, 0)
     assert not [name for name in record if name.endswith(("class_0", "/correct", "/incorrect"))]
     assert_no_classes(mode)
-    explainer = ExplainabilityCapture(module)
+    if grouped:
+        return
     with pytest.warns(XAttnWarning, match=tells("several labels at once")):
-        summary = explainer.explain_loader(loader, progress=False).headline
-    assert summary.samples == 15
-    assert summary.n_classes == 0
+        summary = ExplainabilityCapture(module).explain_loader(loader, progress=False).headline
+    assert (summary.samples, summary.n_classes) == (15, 0)
     assert summary.mean(ALIGNMENT) == pytest.approx(record["alignment/all"], abs=1e-6)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder, JointSequence
-from lightning_xattn.core.errors import DiscoveryError, ShapeError, XAttnWarning
+from lightning_xattn.core.errors import DiscoveryError, XAttnWarning
 from tests.capture.models import Fusing, Runs, heads, mha, tokens
 from tests.messages import tells
 from tests.toy import AUDIO, TEXT, WIDTH, ToyModule, quiet_trainer, toy_loader
@@ -25,30 +25,6 @@ def steps(model, recorder, *changes):
         counts.append(len(recorder.attention))
         recorder.clear()
     return counts
-
-
-def test_a_module_that_attends_within_in_one_step_and_across_in_the_next():
-    audio, text = tokens()
-    model = Runs(lambda m, x, y: m.p(x, y, y), p=mha())
-    recorder = AttentionRecorder(model, {"a_to_b": "p"})
-    with recorder:
-        model(audio, audio)
-        with pytest.raises(
-            DiscoveryError,
-            match=tells(
-                "'p'", "a_to_b", "within one sequence", "JointSequence('path', spans=", "attention={'<a>_to_<b>'"
-            ),
-        ):
-            _ = recorder.attention
-        recorder.clear()
-        model(audio, text)
-        assert recorder.attention[0].forward.weights.shape[2:] == (AUDIO, TEXT)
-
-
-@pytest.mark.filterwarnings("ignore:Found in the first pass")
-def test_one_module_that_attends_within_and_across_in_every_step():
-    model = Runs(lambda m, x, y: (m.p(x, x, x), m.p(y, y, y), m.p(x, y, y), m.p(y, x, x)), p=mha())
-    assert steps(model, AttentionRecorder(model), lambda: None, lambda: None) == [1, 1, 1]
 
 
 def attend(module, x, y):
@@ -89,20 +65,17 @@ def test_a_module_that_returns_attention_in_some_steps(give, attention, in_the_o
     assert steps(model, recorder, off, on) == [1, int(seen), 1]
 
 
-def test_attention_that_is_computed_in_some_steps(monkeypatch):
-    model = Fusing(Runs(lambda m, x, y: attend(m, x, y) if Flag.on else x))
-    recorder = AttentionRecorder(model, {"a_to_b": "fusion"})
-    off, on = (lambda value=value: monkeypatch.setattr(Flag, "on", value) for value in (False, True))
-    assert steps(model, recorder, off, on) == [1, 0, 1]
-
-
 @pytest.mark.parametrize("read", [lambda m: m.last, lambda m: m.last.detach(), lambda m: m.last[:, :, :3]])
 def test_another_object_of_the_same_stale_numbers(read):
-    model = Fusing(Runs(lambda m, x, y: setattr(model, "last", torch.rand(2, 3, AUDIO, TEXT).softmax(-1))))
+    def give(module, x, y):
+        model.last = torch.rand(2, 3, AUDIO, TEXT).softmax(-1)
+
+    model = Fusing(Runs(give))
     recorder = AttentionRecorder(model, {"a_to_b": read})
     assert steps(model, recorder, lambda: None) == [1, 1]
     with pytest.warns(XAttnWarning, match=tells("callable", "same tensor", "left out", "clone")):
         assert steps(model, recorder, lambda: setattr(model.fusion, "run", lambda m, x, y: None)) == [1, 0]
+    assert steps(model, recorder, lambda: setattr(model.fusion, "run", give)) == [0, 1]
 
 
 class Fickle(ToyModule):
@@ -124,16 +97,15 @@ class Fickle(ToyModule):
 
 @pytest.mark.filterwarnings("ignore:Found 'fusion.*without")
 def test_an_epoch_without_attention_is_said_and_ends_nothing():
-    mode = AttentionExplainabilityCallback({"audio_to_text": "fusion[1]"})
+    mode = AttentionExplainabilityCallback({"audio_to_text": "fusion[1]"}, figures_every_n_epochs=0)
     with pytest.warns(XAttnWarning, match=tells("had no attention", "'val'", "no curves")) as told:
         quiet_trainer(callbacks=[mode], max_epochs=3).fit(Fickle(), toy_loader(), toy_loader(seed=1))
     assert [record["epoch"] for record in mode.history] == [0]
     assert len([one for one in told if "had no attention" in str(one.message)]) == 1
 
 
-@pytest.mark.parametrize("attention", [{"audio_to_text": "look"}, None])
-@pytest.mark.filterwarnings("ignore:Found 'look", "ignore:Found in the first pass")
-def test_two_callbacks_on_attention_by_hand(attention):
+@pytest.mark.filterwarnings("ignore:Found in the first pass")
+def test_two_callbacks_on_attention_by_hand():
     class Hand(Fickle):
         def __init__(self):
             super().__init__()
@@ -147,8 +119,11 @@ def test_two_callbacks_on_attention_by_hand(attention):
 
     torch.manual_seed(0)
     module = Hand()
-    alone, first = AttentionExplainabilityCallback(attention), AttentionExplainabilityCallback(attention)
-    watches = [first, AttentionExplainabilityCallback(attention, classes_by="prediction")]
+    alone = AttentionExplainabilityCallback(figures_every_n_epochs=0)
+    watches = [
+        AttentionExplainabilityCallback(figures_every_n_epochs=0),
+        AttentionExplainabilityCallback(classes_by="prediction", figures_every_n_epochs=0),
+    ]
     for callbacks in ([alone], watches):
         quiet_trainer(callbacks=callbacks).validate(module, toy_loader(), verbose=False)
     assert len(alone.history) == 1
@@ -251,28 +226,6 @@ def test_a_later_step_that_is_not_clear_is_left_out():
         assert len(recorder.attention) == 1
 
 
-@pytest.mark.parametrize(("spans", "length"), [({"a": (0, 4), "b": (4, 12)}, 8), ({"a": (0, 4), "b": (4, None)}, 4)])
-def test_a_later_sequence_that_is_too_short_for_its_spans(spans, length):
-    model, joint = Fusing(Runs(lambda m, x: m.p(x, x, x), p=mha())), torch.cat(tokens(), dim=1)
-    rest = "5 tokens", f"{length} queries", f"{length} keys"
-    short = "'fusion.p'", *((f"{length} tokens", "for 12") if spans["b"][1] else rest)
-    recorder = AttentionRecorder(model, JointSequence("fusion.p", spans))
-    with recorder:
-        model(joint)
-        assert len(recorder.attention) == 1
-        recorder.clear()
-        model(joint[:, :length])
-        with pytest.warns(XAttnWarning, match=tells(*short, "left out")):
-            assert recorder.attention == ()
-        recorder.clear()
-        model(joint)
-        assert len(recorder.attention) == 1
-    with AttentionRecorder(model, JointSequence("fusion.p", spans)) as recorder:
-        model(joint[:, :length])
-        with pytest.raises(ShapeError, match=tells(*short)):
-            _ = recorder.attention
-
-
 def test_later_steps_that_attend_within_or_whose_directions_do_not_fit_are_left_out():
     model, (audio, text) = Runs(lambda m, x, y, z: (m.p(x, y, y), m.q(y, z, z)), p=mha(), q=mha()), tokens()
     recorder = AttentionRecorder(model, {"a_to_b": "p", "b_to_a": "q"})
@@ -309,3 +262,16 @@ def test_spans_of_a_later_sequence_that_cannot_be_told_are_left_out_and_counted(
                     model["encoder"](x, src_key_padding_mask=mask)
                     found.append((len(recorder.attention), recorder.left_out))
         assert found == [(1, {}), (0, {"encoder.layers.0": 2}), (1, {})]
+
+
+def test_a_shared_module_that_runs_once_in_a_later_step_is_left_out():
+    model = Runs(lambda m, x, y: (m.p(x, y, y), m.p(y, x, x)), p=mha())
+    x, y = tokens()
+    recorder = AttentionRecorder(model, {"a_to_b": "p", "b_to_a": "p"})
+    with recorder:
+        model(x, y)
+        assert len(recorder.attention) == 1
+        recorder.clear()
+        model.p(x, y, y)
+        with pytest.warns(XAttnWarning, match=tells("'p'", "2 directions", "1 time(s)", "left out")):
+            assert recorder.attention == ()

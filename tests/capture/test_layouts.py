@@ -1,4 +1,4 @@
-"""Layouts of attention: time first, as many queries as keys, several in a module, samples on the wrong axis."""
+"""Layouts of attention in a whole validation: time first, as many queries as keys, samples on the wrong axis."""
 
 import pytest
 import pytorch_lightning as pl
@@ -8,7 +8,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback
+from lightning_xattn.core.errors import XAttnWarning
 from tests import reference
+from tests.capture.models import Runs
+from tests.messages import tells
 from tests.toy import quiet_trainer
 
 WIDTH, HEADS, CLASSES, SAMPLES, BATCH = 12, 3, 3, 30, 6
@@ -79,23 +82,16 @@ class Twice(Base):
 
     def __init__(self):
         super().__init__()
-        self.fusion = Both()
+        self.fusion = Runs(self.attend, first=nn.Linear(WIDTH, WIDTH), second=nn.Linear(WIDTH, WIDTH))
+        self.given = []
+
+    def attend(self, fusion, x, y):
+        there, back = (fusion.first(x) @ y.mT).softmax(-1), (fusion.second(y) @ x.mT).softmax(-1)
+        self.given.append(there.detach().clone()[:, None])
+        return torch.cat([(there @ y).mean(1), (back @ x).mean(1)], 1)
 
     def forward(self, left, right):
         return self.out(self.fusion(self.proj_l(left), self.proj_a(right)))
-
-
-class Both(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.given = []
-
-    def forward(self, x, y):
-        there = (self.first(x) @ y.transpose(1, 2)).softmax(-1)
-        back = (self.second(y) @ x.transpose(1, 2)).softmax(-1)
-        self.given.append(there.detach().clone()[:, None])
-        return torch.cat([(there @ y).mean(1), (back @ x).mean(1)], 1)
 
 
 class AcrossSamples(Base):
@@ -129,9 +125,7 @@ def held_against(weights, found):
 
 
 @pytest.mark.filterwarnings("ignore:Found in the first pass")
-@pytest.mark.parametrize(
-    ("tokens", "name"), [((11, 11), "num_heads"), ((11, 11), "h"), ((11, 7), "h"), ((BATCH, BATCH), "num_heads")]
-)
+@pytest.mark.parametrize(("tokens", "name"), [((11, 11), "h"), ((BATCH, BATCH), "num_heads")])
 def test_attention_of_time_first_tokens_with_heads_folded_into_the_samples(tokens, name):
     module = MulT(name)
     callback = validate(module, *tokens)
@@ -154,24 +148,26 @@ def test_one_direction_between_as_many_tokens():
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*has no axis for heads|Found in the first pass")
-def test_a_module_that_attends_twice_between_as_many_tokens(recwarn):
+@pytest.mark.parametrize("right", [7, WIDTH], ids=["as many tokens", "as many as a token is wide"])
+def test_a_module_that_attends_twice(right):
     module = Twice()
-    callback = validate(module, 7, 7)
-    record = callback.history[0]
+    record = validate(module, 7, right).history[0]
+    assert record["samples"] == SAMPLES
     assert {"entropy/left_to_right/all", "entropy/right_to_left/all"} <= record.keys()
-    steps = [one for one in module.fusion.given if len(one) == BATCH]
-    held_against(torch.cat(steps[:1] + module.fusion.given[-4:]), record["entropy/left_to_right/all"])
+    steps = [one for one in module.given if len(one) == BATCH]
+    held_against(torch.cat(steps[:1] + module.given[-4:]), record["entropy/left_to_right/all"])
 
 
-@pytest.mark.filterwarnings("ignore:(?s).*has no axis for heads|Found in the first pass")
-def test_tokens_as_wide_as_there_are_keys():
-    callback = validate(Twice(), 7, WIDTH)
-    assert callback.history[0]["samples"] == SAMPLES
-    assert {"entropy/left_to_right/all", "entropy/right_to_left/all"} <= callback.history[0].keys()
-
-
-def test_attention_from_sample_to_sample_is_left_out_also_of_as_many_samples_as_tokens():
-    with pytest.warns(match="Attention from sample to sample: 'right_to_left'. An nn.MultiheadAttention does so"):
-        callback = validate(AcrossSamples(), BATCH, BATCH)
-    assert not any(name.startswith("entropy") for name in callback.history[0])
-    assert "looks across samples" in callback.fusion_summaries["val"].contribution_problem
+@pytest.mark.parametrize(
+    ("samples", "tokens", "facts"),
+    [
+        (BATCH, BATCH, ("Attention from sample to sample", "'right_to_left'", "batch_first=True")),
+        (BATCH, 5, ("Nothing is recorded", "5 samples", "6 and 6 tokens", "6 targets", "batch_first=True")),
+    ],
+)
+def test_attention_from_sample_to_sample_is_left_out_and_said(samples, tokens, facts):
+    with pytest.warns(XAttnWarning, match=tells(*facts)):
+        callback = validate(AcrossSamples(), tokens, tokens)
+    assert not any(name.startswith("entropy") for record in callback.history for name in record)
+    if callback.history:
+        assert "looks across samples" in callback.fusion_summaries["val"].contribution_problem

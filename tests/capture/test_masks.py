@@ -1,16 +1,23 @@
-"""Where a mask begins: on either side of every boundary, how many keys each row is said to see.
+"""Which keys are hidden: on either side of every boundary, how many keys each row is said to see.
 
 What counts is ``K_q``: entropy is a share of its logarithm, and a lift a multiple of its inverse.
 """
 
+import math
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from lightning_xattn import AttentionRecorder
 from lightning_xattn.capture.masks import RecordedWeights, find_weighted_keys
+from lightning_xattn.core.errors import XAttnWarning
 from lightning_xattn.functional import prepare_rows
-from tests.capture.models import BATCH, Runs, heads, mha, record_fusion, tokens
-from tests.toy import AUDIO, HEADS, TEXT
+from tests.capture.models import BATCH, Fusing, Runs, heads, mha, record_fusion, softmax, tokens
+from tests.messages import tells
+from tests.toy import AUDIO, HEADS, TEXT, WIDTH
 
 HIDDEN = torch.arange(TEXT) >= 4  # the last three keys
 
@@ -129,25 +136,158 @@ def test_a_key_has_weight_if_any_query_of_any_head_looks_at_it():
     assert find_weighted_keys(weights.half()).tolist() == [[[[True] * 4]]] * 2, "float16 rounds small weights to 0"
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_tokens_that_were_cut_off_are_put_back_as_padding(masked):
+def test_tokens_that_were_cut_off_are_put_back_as_padding():
     """Attention over three tokens of five; a mask that is one for all samples and heads goes along."""
     weights = torch.rand(2, 2, 3, 3).softmax(-1)
     known = torch.tensor([[True, True, False], [True, True, True]])
     causal = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
-    recorded = RecordedWeights(weights, *((known, causal) if masked else ()))
+    recorded = RecordedWeights(weights, known, causal)
     whole = recorded.padded_to(5)
-    assert torch.equal(whole.weights[:, :, :3, :3], weights)
-    assert not whole.weights[:, :, 3:].any()
-    assert not whole.weights[..., 3:].any()
-    real = known.tolist() if masked else [[True] * 3] * 2
-    assert whole.key_mask.dtype == torch.bool
-    assert whole.key_mask.tolist() == [[*of_sample, False, False] for of_sample in real]
-    if masked:
-        assert whole.visible.shape == (2, 2, 5, 5)
-        assert torch.equal(whole.visible[..., :3, :3], causal.expand(2, 2, 3, 3))
-        assert not whole.visible[..., 3:].any()
-        assert not whole.visible[..., 3:, :].any()
-    else:
-        assert whole.visible is None
+    assert torch.equal(whole.weights, F.pad(weights, (0, 2, 0, 2)))
+    assert torch.equal(whole.key_mask, F.pad(known, (0, 2)))
+    assert torch.equal(whole.visible, F.pad(causal.expand(2, 2, 3, 3), (0, 2, 0, 2)))
     assert recorded.padded_to(3) is recorded
+    plain = RecordedWeights(weights).padded_to(5)
+    assert plain.key_mask.tolist() == [[True] * 3 + [False] * 2] * 2
+    assert plain.visible is None
+
+
+MASKS = {
+    "filled with -10,000 and then scaled": (lambda s, m: s.masked_fill(m, -1e4) / math.sqrt(192), True),
+    "added, lowest float": (lambda s, m: s + torch.zeros_like(s).masked_fill(m, torch.finfo(s.dtype).min), True),
+    "added, lowest half": (lambda s, m: s + torch.zeros_like(s).masked_fill(m, -65504), True),
+    "squared distances": (lambda s, m: -((torch.arange(TEXT) - 3.0) ** 2) * 20 - 1500 + 0 * s, False),
+}
+
+
+@pytest.mark.parametrize(("scores", "hides"), MASKS.values(), ids=MASKS)
+def test_which_keys_a_softmax_hides_is_told_from_the_scores_whatever_hides_them(scores, hides):
+    def attend(module, audio, text):
+        return scores(heads(audio) @ heads(text).mT, HIDDEN.expand(AUDIO, TEXT)).softmax(-1) @ heads(text)
+
+    (pair,) = record_fusion(Runs(attend), {"a_to_b": "fusion"})
+    expected = ~HIDDEN | (not hides)
+    assert torch.equal(pair.forward.key_mask, expected.expand(BATCH, TEXT))
+
+
+def test_a_mask_that_is_changed_later_is_not_what_was_in_force():
+    def attend(module, audio, text):
+        mask = (~HIDDEN).repeat(AUDIO, 1)
+        out = F.scaled_dot_product_attention(heads(audio), heads(text), heads(text), mask)
+        mask.zero_()
+        return out
+
+    (pair,) = record_fusion(Runs(attend), {"a_to_b": "fusion"})
+    assert torch.equal(pair.forward.key_mask, (~HIDDEN).expand(BATCH, TEXT))
+
+
+def test_keys_without_weight_of_a_softmax_are_seen_beside_a_sample_that_is_all_hidden():
+    def run(module, x, y):
+        scores = heads(x) @ heads(y).mT
+        scores[0, ..., 6] = -200.0  # so low that the weight is 0, and no mask
+        scores[1] = -torch.inf
+        return x, scores.softmax(-1)
+
+    (pair,) = record_fusion(Runs(run), {"a_to_b": "fusion[1]"})
+    assert (pair.forward.weights[0, ..., 6] == 0).all()
+    assert pair.forward.key_mask[0].all()
+
+
+def test_zeros_of_a_causal_mask_in_returned_weights_are_hidden():
+    """A sequence asks another one as long as it is, and sees no later token; the softmax is seen."""
+    x, y, causal = tokens()[1], tokens()[1].flip(1), torch.ones(TEXT, TEXT, dtype=torch.bool).tril()
+
+    def attend(module, x, y):
+        scores = (heads(x) @ heads(y).mT).masked_fill(~causal, -torch.inf)
+        return x, scores.softmax(-1).mean(1)
+
+    with AttentionRecorder(Fusing(Runs(attend)), {"a_to_b": "fusion[1]"}) as recorder:
+        recorder._model(x, y)
+        with pytest.warns(XAttnWarning) as told:
+            (pair,) = recorder.attention
+    assert not any("larger entropy" in str(warning.message) for warning in told)
+    visible = pair.forward.visible.expand(pair.forward.weights.shape)
+    assert torch.equal(visible, causal.expand(visible.shape))
+
+
+@pytest.mark.filterwarnings("ignore:.*no axis for heads")
+def test_zeros_that_may_be_weights_are_left_to_be_weights_and_said():
+    def closed(module, x, y):
+        powers = torch.relu(x @ y.mT) + 1e-30
+        powers = torch.where(powers < 0.5, 0.0, powers) + torch.eye(TEXT)[:AUDIO]
+        return x, powers / powers.sum(-1, keepdim=True)
+
+    with AttentionRecorder(Fusing(Runs(closed)), {"a_to_b": "fusion[1]"}) as recorder:
+        recorder._model(*tokens())
+        with pytest.warns(XAttnWarning, match=tells("'fusion[1]'", "weights of exactly 0", "softmax")):
+            (pair,) = recorder.attention
+    assert (pair.forward.weights == 0).any()
+    assert pair.forward.visible is None or pair.forward.visible.any(-2).all()
+
+
+def test_weights_that_are_changed_before_they_are_used_are_said():
+    def attend(module, x, y):
+        return (softmax(x, y) ** 2) @ heads(y)
+
+    with AttentionRecorder(Fusing(Runs(attend)).eval(), {"a_to_b": "fusion"}) as recorder:
+        recorder._model(*tokens())
+        with pytest.warns(XAttnWarning, match=tells("'fusion'", "between the softmax and their use", "'path[item]'")):
+            (pair,) = recorder.attention
+    assert torch.equal(pair.forward.weights, softmax(*tokens()))
+
+
+@pytest.mark.parametrize("drop", [nn.Dropout(0.5), nn.Identity()])
+def test_dropout_and_scaling_of_rows_change_no_attention(drop):
+    def attend(module, x, y):
+        return module.drop(0.5 * softmax(x, y)) @ heads(y)
+
+    fusion = Runs(attend, drop=drop)
+    for training in (True, False):
+        (pair,) = record_fusion(fusion.train(training), {"a_to_b": "fusion"})
+        assert torch.equal(pair.forward.weights, softmax(*tokens()))
+        assert pair.forward.visible is None or pair.forward.visible.all()
+
+
+def test_weights_that_are_used_for_both_sides():
+    def attend(module, x, y):
+        scores = (heads(x) @ heads(y).mT).masked_fill(HIDDEN, -torch.inf)
+        weights = scores.softmax(-1)
+        return weights @ heads(y), weights.transpose(-1, -2) @ heads(x)
+
+    x = torch.randn(BATCH, TEXT, WIDTH)
+    (pair,) = record_fusion(Runs(attend).eval(), {"a_to_b": "fusion"}, (x, x + 1))
+    assert prepare_rows(pair.forward).valid.all()
+
+
+def fusing(module, x, y, weights):
+    return torch.einsum("bhij,bhjd->bhid", weights, heads(y))
+
+
+def folding(module, x, y, weights):
+    return torch.bmm(weights.flatten(0, 1), heads(y).flatten(0, 1))
+
+
+def returning(module, x, y, weights):
+    return folding(module, x, y, weights), weights
+
+
+@pytest.mark.parametrize(("use", "name"), [(fusing, "fusion"), (folding, "fusion"), (returning, "fusion[1]")])
+def test_rows_that_are_set_to_zero_after_the_softmax_are_left_out(use, name):
+    """As in Flamingo: text before any image looks at none."""
+    before = (torch.arange(AUDIO) < torch.tensor([[2], [3]]))[:, None, :, None]
+
+    def attend(module, x, y):
+        scores = (heads(x) @ heads(y).mT).masked_fill(before, -torch.finfo(x.dtype).max)
+        weights = (scores - scores.amax(-1, keepdim=True)).softmax(-1)
+        return use(module, x, y, weights.masked_fill(before, 0.0))
+
+    with AttentionRecorder(Fusing(Runs(attend)).eval(), {"a_to_b": name}) as recorder:
+        for is_told in (use is not returning, False):
+            recorder._model(*tokens())
+            said = pytest.warns(XAttnWarning, match=tells("'fusion'", "whole rows", "after the softmax", "left out"))
+            with said if is_told else nullcontext():
+                (pair,) = recorder.attention
+            recorder.clear()
+            rows = prepare_rows(pair.forward)
+            assert torch.equal(rows.valid, ~before[..., 0].expand(-1, HEADS, -1))
+            assert not rows.broken.any()

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 import torchmetrics
 from torch import nn
 from torch.utils.data import DataLoader
-from torch_geometric.data import Batch, Data
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.core.errors import DiscoveryError, XAttnWarning
@@ -150,35 +149,21 @@ class Output:
 Named = namedtuple("Named", "loss scores")
 
 
-@pytest.mark.parametrize(
-    ("returned", "settings"),
-    [
-        (lambda loss, scores: {"loss": loss, "logits": scores}, {}),
-        (lambda loss, scores: {"loss": loss, "mine": scores}, {"predictions": "mine"}),
-        (lambda loss, scores: {"loss": loss, "deep": {"mine": scores}}, {"predictions": "mine"}),
-        (Output, {"predictions": "scores"}),
-        (Named, {"predictions": "scores"}),
-        (lambda loss, scores: {"preds": scores.argmax(1).numpy()}, {}),
-        (lambda loss, scores: {"preds": scores.argmax(1).tolist()}, {}),
-        (lambda loss, scores: {"preds": scores.argmax(1)[:, None]}, {}),
-        (lambda loss, scores: loss, {"predictions": "net"}),
-        (lambda loss, scores: loss, {"predictions": "net.head"}),
-        (lambda loss, scores: loss, {"predictions": lambda outputs, batch, forward: forward}),
-    ],
-    ids=[
-        "key",
-        "own key",
-        "nested",
-        "dataclass",
-        "namedtuple",
-        "numpy",
-        "list",
-        "column",
-        "module",
-        "part",
-        "callable",
-    ],
-)
+FORMS_OF_PREDICTIONS = {
+    "a key": (lambda loss, scores: {"loss": loss, "logits": scores}, {}),
+    "nested": (lambda loss, scores: {"loss": loss, "deep": {"mine": scores}}, {"predictions": "mine"}),
+    "a dataclass": (Output, {"predictions": "scores"}),
+    "a namedtuple": (Named, {"predictions": "scores"}),
+    "an array": (lambda loss, scores: {"preds": scores.argmax(1).numpy()}, {}),
+    "a list": (lambda loss, scores: {"preds": scores.argmax(1).tolist()}, {}),
+    "a column": (lambda loss, scores: {"preds": scores.argmax(1)[:, None]}, {}),
+    "a module": (lambda loss, scores: loss, {"predictions": "net"}),
+    "a part of it": (lambda loss, scores: loss, {"predictions": "net.head"}),
+    "a callable": (lambda loss, scores: loss, {"predictions": lambda outputs, batch, forward: forward}),
+}
+
+
+@pytest.mark.parametrize(("returned", "settings"), FORMS_OF_PREDICTIONS.values(), ids=FORMS_OF_PREDICTIONS)
 def test_forms_of_predictions(returned, settings):
     def step(module, batch):
         scores = module(*batch[:2])
@@ -210,6 +195,8 @@ def test_forms_of_targets(form, settings):
 
 
 def test_an_attribute_of_a_graphs_batch():
+    from torch_geometric.data import Batch, Data
+
     left, right, y = tensors()
     graphs = [Data(x=torch.cat([left[i], right[i]])[None], kind=y[i]) for i in range(SAMPLES)]
 
@@ -286,3 +273,33 @@ def test_scores_of_samples_for_each_other_alone_are_no_predictions():
     with pytest.warns(XAttnWarning, match="No predictions found"):
         watch, _, _ = look(step)
     assert "accuracy" not in (watch.history[0] if watch.history else {})
+
+
+def test_a_module_that_is_not_there_is_named_in_the_error():
+    with pytest.raises(DiscoveryError, match=r"'model.classifier' is in neither .* and names no module that ran"):
+        look(lambda module, batch: module(*batch[:2]).mean(), predictions="model.classifier")
+
+
+def test_a_step_that_shows_nothing_is_told_to_return_predictions():
+    def step(module, batch):
+        module.log("mean", (module.net.left(batch[0]) @ module.net.right(batch[1]).T).mean())
+
+    with pytest.warns(XAttnWarning, match=r"No attention ran.*if the step returns its predictions as {'logits'"):
+        look(step)
+
+
+def test_predictions_of_each_place_are_reduced_to_classes_by_a_callable():
+    class Dense(Net):
+        def forward(self, left, right):
+            scores = super().forward(left, right)
+            return torch.stack([scores, 2 * scores], 2)
+
+    def step(module, batch):
+        module.log("loss", F.cross_entropy(module(*batch[:2]), torch.zeros(len(batch[2]), 2, dtype=torch.long)))
+
+    with pytest.warns(XAttnWarning, match="No predictions found"):
+        assert not look(step, net=Dense)[0].fusion_summaries
+    named = {"predictions": lambda outputs, batch, forward: forward.mean(2), "targets": lambda outputs, batch: batch[2]}
+    watch, scores, y = look(step, net=Dense, **named)
+    assert watch.history[0]["accuracy"] == accuracy(scores.mean(2), y)
+    assert not watch.fusion_summaries["val"].contribution_problem

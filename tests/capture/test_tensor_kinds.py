@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.capture.readers import Edit, find_reader
-from lightning_xattn.capture.tensors import has_address, is_plain, unreadable_kind
+from lightning_xattn.capture.tensors import Address, are_same, has_address, is_plain, unreadable_kind
 from lightning_xattn.core.errors import DiscoveryError, ShapeError
 from lightning_xattn.functional import prepare_rows
 from tests import reference
@@ -19,11 +20,15 @@ from tests.messages import tells
 from tests.toy import AUDIO, HEADS, TEXT
 
 bias = pytest.importorskip("torch.nn.attention.bias")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    flex = pytest.importorskip("torch.nn.attention.flex_attention")
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+
+
+@pytest.fixture(scope="module")
+def flex():
+    """Imported here, as it imports the compiler."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("torch.nn.attention.flex_attention")
 
 
 class Own(Tensor):
@@ -73,15 +78,14 @@ def assert_is(attention, **computed):
     assert not prepare_rows(attention).broken.any()
 
 
-@pytest.mark.parametrize("runs", [1, 2], ids=["first step", "later step"])
-def test_the_causal_bias_of_torch_is_what_the_kernel_makes_of_it(runs):
+def test_the_causal_bias_of_torch_is_what_the_kernel_makes_of_it():
     """Its numbers are whatever was in memory."""
     shift = TEXT - AUDIO
     for make, mask in (
         (bias.causal_upper_left, lambda b, h, m, n: n <= m),
         (bias.causal_lower_right, lambda b, h, m, n: n <= m + shift),
     ):
-        found = watched(lambda q, k, make=make: F.scaled_dot_product_attention(q, k, k, make(AUDIO, TEXT)), runs)
+        found = watched(lambda q, k, make=make: F.scaled_dot_product_attention(q, k, k, make(AUDIO, TEXT)), runs=2)
         assert_is(found, mask=mask)
 
 
@@ -140,9 +144,11 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("score", SCORES)
-def test_flex_attention_is_asked_for_its_weights(score, mask):
+@pytest.mark.parametrize(
+    ("score", "mask"),
+    [(score, "by sample") for score in SCORES] + [("none", mask) for mask in MASKS] + [("hides", "hides a row")],
+)
+def test_flex_attention_is_asked_for_its_weights(flex, score, mask):
     mask_mod, batch = MASKS[mask]
     of_heads = HEADS if mask == "by head" else None
     blocks = mask_mod and flex.create_block_mask(mask_mod, batch, of_heads, AUDIO, TEXT, device="cpu")
@@ -153,7 +159,7 @@ def test_flex_attention_is_asked_for_its_weights(score, mask):
     assert_is(found, score=None if score == "hides" else SCORES[score], mask=seen)
 
 
-def test_flex_attention_in_its_other_forms():
+def test_flex_attention_in_its_other_forms(flex):
     """Groups of heads, a scale, more outputs, other precisions, one sample of keys for all."""
     attend = flex.flex_attention
     found = watched(
@@ -175,7 +181,7 @@ def test_flex_attention_in_its_other_forms():
     )
 
 
-def test_few_queries_of_many_keys_are_asked_for_in_parts():
+def test_few_queries_of_many_keys_are_asked_for_in_parts(flex):
     wide = torch.randn(BATCH, HEADS, 23, 4)
     found = watched(lambda q, k: flex.flex_attention(q[:, :, :2], wide, wide))
     torch.testing.assert_close(found.weights, (heads(tokens()[0])[:, :, :2] @ wide.mT / 2).softmax(-1))
@@ -208,7 +214,7 @@ class Edits(torch.overrides.TorchFunctionMode):
 
 
 @pytest.mark.parametrize("samples", [BATCH, 1])
-def test_keys_and_weights_of_flex_attention_are_edited_as_those_of_the_kernel(samples):
+def test_keys_and_weights_of_flex_attention_are_edited_as_those_of_the_kernel(flex, samples):
     """Also where all samples share their keys: each has its own then."""
     query, key = (heads(x) for x in tokens())
     shared, spread = key[:samples], key[:samples].expand(BATCH, -1, -1, -1)
@@ -225,15 +231,9 @@ def test_keys_and_weights_of_flex_attention_are_edited_as_those_of_the_kernel(sa
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_kinds_that_hold_no_numbers_of_their_own():
     whole = torch.rand(2, 3)
-    assert [*map(unreadable_kind, (whole, whole.as_subclass(Tagged), whole.as_subclass(Own), nn.Parameter(whole)))] == [
-        None
-    ] * 4
-    assert [*map(is_plain, (whole, whole.as_subclass(Tagged), whole.as_subclass(Own), nn.Parameter(whole)))] == [
-        True,
-        True,
-        False,
-        True,
-    ]
+    for tensor in (whole, whole.as_subclass(Tagged), whole.as_subclass(Own), nn.Parameter(whole)):
+        assert unreadable_kind(tensor) is None
+        assert is_plain(tensor) == (type(tensor) is not Own)
     for tensor, kind in (
         (torch.quantize_per_tensor(whole, 0.1, 0, torch.qint8), "a tensor of torch.qint8 on device cpu"),
         (whole.to_sparse(), "a tensor of layout torch.sparse_coo"),
@@ -288,6 +288,7 @@ def by_class(q, k):
         (fake, ("its query is a FakeTensor",)),
         (lambda q, k: (q @ k.mT).to("meta").softmax(-1), ("device meta",)),
         (lambda q, k: torch.vmap(F.scaled_dot_product_attention)(q, k, k), ("inside of torch.vmap",)),
+        (lambda q, k: torch.vmap(lambda one, other: (one @ other.mT).softmax(-1))(q, k), ("inside of torch.vmap",)),
         (
             lambda q, k: F.scaled_dot_product_attention(*(x[:, None] for x in (q, k, k))),
             ("has other axes than (batch,",),
@@ -295,7 +296,7 @@ def by_class(q, k):
         (by_class, ("asked for its weights, it fails (not like this)",)),
         (lambda q, k: (q @ k.mT).as_subclass(Own).softmax(-1), ("its scores are a Own",)),
     ],
-    ids=["jagged", "masked", "fake", "meta", "vmap", "five axes", "a class", "scores"],
+    ids=["jagged", "masked", "fake", "meta", "vmap", "vmap of a softmax", "five axes", "a class", "scores"],
 )
 # torch 2.14 warns of kernels inside of vmap.
 @pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
@@ -337,3 +338,33 @@ def test_a_mask_of_an_unknown_class_for_multihead_attention_is_refused_and_its_t
         with AttentionRecorder(model, {"a_to_b": "fusion"}) as recorder:
             model(*tokens())
         torch.testing.assert_close(recorder.attention[0].forward.weights, truth)
+
+
+def test_views_of_all_of_a_tensor_are_the_same():
+    tensor = torch.rand(5, 7)
+    place = Address.of(tensor)
+    for same in (tensor, tensor.detach(), tensor[:], tensor.view(5, 7)):
+        assert place.holds(same)
+        assert are_same(tensor, same)
+    for other in (tensor.clone(), tensor[:3], tensor.mT, tensor.view(torch.int32), tensor.view(7, 5)):
+        assert not place.holds(other)
+        assert not are_same(tensor, other)
+
+
+def test_what_stands_later_at_the_same_address_is_another_tensor():
+    memory = np.zeros((5, 7), dtype=np.float32)
+    first = torch.from_numpy(memory)
+    place, address = Address.of(first), first.data_ptr()
+    view = first.detach()
+    del first
+    assert place.holds(view)  # as long as any tensor has these numbers
+    del view
+    second = torch.from_numpy(memory)
+    assert second.data_ptr() == address
+    assert not place.holds(second)
+
+
+def test_nested_tensors_are_the_same_as_themselves_only():
+    nested = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=torch.jagged)
+    assert are_same(nested, nested)
+    assert not are_same(nested, nested.detach())

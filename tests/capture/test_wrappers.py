@@ -1,10 +1,10 @@
-"""What stands around a user's modules: compilation, wrappers, checkpointing, TorchScript, steps of all kinds."""
+"""What stands around a user's modules: DataParallel, checkpointing, TorchScript, steps that call them or do not."""
 
 import re
+import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -12,128 +12,56 @@ from torch.utils.data import DataLoader
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder
 from lightning_xattn.core.errors import DiscoveryError, XAttnWarning
-from tests.capture.models import Fusing, Pair, Runs, assert_same, heads, record, recorded, tokens
+from tests.capture.models import Fusing, Pair, Runs, assert_same, mha, per_head, tokens
 from tests.messages import tells
 from tests.toy import (
-    AUDIO,
-    TEXT,
     ToyModule,
     count_hooks,
     quiet_trainer,
-    runs_compiled,
     toy_data,
     toy_loader,
     validate,
 )
 
-COMPILED = tells("compiled", "every_n_epochs", "every_n_batches")
-
-
-class Around(nn.Module):
-    """Something to put into wrappers."""
-
-    def __init__(self):
-        super().__init__()
-        self.fusion = Pair()
-
-    def forward(self, audio, text):
-        return self.fusion(audio, text)
-
-
-def compile_part(model):
-    model.fusion = torch.compile(model.fusion, backend="aot_eager")
-    return model
-
-
-def compile_in_place(model):
-    model.fusion.compile(backend="aot_eager")
-    return model
-
-
-WRAPPERS = {
-    "compiled whole": lambda model: torch.compile(model, backend="aot_eager"),
-    "compiled part": compile_part,
-    "compiled in place": compile_in_place,
-    "data parallel": nn.DataParallel,
-    "both": lambda model: nn.DataParallel(compile_part(model)),
-}
 PATHS = {"audio_to_text": "fusion.audio_to_text_attn", "text_to_audio": "fusion.text_to_audio_attn"}
 
 
-@pytest.mark.parametrize("attention", [None, PATHS], ids=["found", "named"])
-@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_wrapped(wrap, attention):
-    audio, text = tokens()
-    plain = Around().eval()
-    model = wrap(Around()).eval()
+def checkpointed(attention, queries, keys, **how):
+    return checkpoint(lambda q, k: attention(q, k, k)[0], queries, keys, **how)
+
+
+@pytest.mark.filterwarnings("ignore:Found in the first pass")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    """The attention runs again during the backward pass, while it is recorded; found, and then known."""
+
+    def run(module, x, y):
+        how = {"use_reentrant": reentrant}
+        return checkpointed(module.p, x, y, **how) + checkpointed(module.q, y, x, **how).mean()
+
+    model = Runs(run, p=mha(), q=mha())
+    x, y = (x.requires_grad_() for x in tokens())
+    recorder = AttentionRecorder(model)
+    for _ in range(2):
+        with recorder, warnings.catch_warnings():
+            warnings.simplefilter("error", XAttnWarning)
+            warnings.filterwarnings("ignore", "Found in the first pass")
+            model(x, y).sum().backward()
+            (pair,) = recorder.attention
+        assert torch.equal(pair.forward.weights, per_head(model.p, x, y))
+        assert torch.equal(pair.backward.weights, per_head(model.q, y, x))
+
+
+@pytest.mark.parametrize("attention", [None, PATHS])
+def test_data_parallel(attention):
+    plain, (audio, text) = Fusing(Pair()).eval(), tokens()
     with torch.no_grad():
         expected = plain(audio, text)
-        model(audio, text)  # hooks that come after a first compiled call are never called
-        compiled = model(audio, text)
-        recorder = AttentionRecorder(model, attention)
-        if wrap is nn.DataParallel:
-            with recorder:
-                got = model(audio, text)
-        else:
-            with pytest.warns(XAttnWarning, match=COMPILED), recorder:
-                got = model(audio, text)
-        (pair,) = recorder.attention
-        assert_same(got, expected)
-        assert count_hooks(model) == 0
-        assert_same(model(audio, text), compiled)
-        with AttentionRecorder(plain) as of_plain:
-            plain(audio, text)
-    assert pair.layer == of_plain.attention[0].layer == "fusion"
-    assert torch.equal(pair.forward.weights, of_plain.attention[0].forward.weights)
-
-
-def test_recording_first_leaves_nothing_in_what_is_compiled_later():
-    model, (audio, text) = compile_part(Around().eval()), tokens()
-    calls = []
-    with torch.no_grad():
-        with pytest.warns(XAttnWarning, match=COMPILED), AttentionRecorder(model) as recorder:
-            model(audio, text)
-        recorder.clear()
-        recorder._mode._leave = lambda *call: calls.append(call)
-        model(audio, text)
-        model(audio, text)
-    assert calls == []
-
-
-def test_a_compiled_lightning_module_in_a_trainer():
-    mode = AttentionExplainabilityCallback()
-    module = torch.compile(ToyModule(), backend="aot_eager")
-    with pytest.warns(XAttnWarning, match=COMPILED):
-        quiet_trainer(callbacks=[mode], max_epochs=2).fit(module, toy_loader(), toy_loader(seed=1))
-    assert [entry["samples"] for entry in mode.history] == [23, 23]
-
-
-class Checkpointed(Around):
-    """Saves memory: its fusion runs once more during the backward pass."""
-
-    def __init__(self, reentrant):
-        super().__init__()
-        self.reentrant = reentrant
-
-    def forward(self, audio, text):
-        audio = audio.clone().requires_grad_()
-        return checkpoint(self._fused, audio, text, use_reentrant=self.reentrant)
-
-    def _fused(self, audio, text):
-        return tuple(fused for fused, _ in self.fusion(audio, text))
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(reentrant, recwarn):
-    audio, text = tokens()
-    (pair,) = record(Checkpointed(reentrant), lambda m: m(audio, text))
-    model = Checkpointed(reentrant)
-    with AttentionRecorder(model) as recorder:
-        there, back = model(audio, text)
-        (there.sum() + back.sum()).backward()  # runs the fusion again, while it is recorded
-    (while_it_ran,) = recorder.attention
-    torch.testing.assert_close(while_it_ran.forward.weights, pair.forward.weights)
-    assert not [warning for warning in recwarn if warning.category is XAttnWarning]
+        with AttentionRecorder(nn.DataParallel(plain), attention) as recorder:
+            assert_same(nn.DataParallel(plain)(audio, text), expected)
+    (pair,) = recorder.attention
+    assert pair.layer == "fusion"
+    assert torch.equal(pair.forward.weights, per_head(plain.fusion.audio_to_text_attn, audio, text))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace")
@@ -168,21 +96,21 @@ class Sometimes(ToyModule):
 
 
 def test_a_module_that_is_not_called_in_some_steps():
-    mode = AttentionExplainabilityCallback()
+    mode = AttentionExplainabilityCallback(figures_every_n_epochs=0)
     validate(Sometimes(skipped=2), mode)
     assert mode.summaries["val"].samples == 23 - 5
 
-    mode = AttentionExplainabilityCallback()
+    mode = AttentionExplainabilityCallback(figures_every_n_epochs=0)
     with pytest.warns(XAttnWarning, match=tells("text_to_audio_attn", "text_to_audio", "did not run", "left out")):
         validate(Sometimes(skipped=2, half=True), mode)
     assert mode.summaries["val"].samples == 23 - 5
 
     said = tells("text_to_audio_attn", "text_to_audio", "did not run", "attention={'<a>_to_<b>'")
     with pytest.warns(XAttnWarning, match=said):
-        validate(Sometimes(skipped=0, half=True), AttentionExplainabilityCallback())
+        validate(Sometimes(skipped=0, half=True), AttentionExplainabilityCallback(figures_every_n_epochs=0))
     named = {"audio_to_text": "audio_to_text_attn", "text_to_audio": "text_to_audio_attn"}
     with pytest.raises(DiscoveryError, match=said):
-        validate(Sometimes(skipped=0, half=True), AttentionExplainabilityCallback(named))
+        validate(Sometimes(skipped=0, half=True), AttentionExplainabilityCallback(named, figures_every_n_epochs=0))
 
 
 class Twice(ToyModule):
@@ -194,7 +122,11 @@ class Twice(ToyModule):
 
 
 def test_a_module_called_twice_in_a_step_shows_its_first_run():
-    module, once, twice = ToyModule(), AttentionExplainabilityCallback(), AttentionExplainabilityCallback()
+    module, once, twice = (
+        ToyModule(),
+        AttentionExplainabilityCallback(figures_every_n_epochs=0),
+        AttentionExplainabilityCallback(figures_every_n_epochs=0),
+    )
     validate(module, once)
     augmented = Twice()
     augmented.load_state_dict(module.state_dict())
@@ -216,28 +148,13 @@ def test_batches_that_are_not_sampled_have_no_hooks():
             hooks.append(count_hooks(self) > 0)
             return super().validation_step(batch, batch_idx)
 
-    mode = AttentionExplainabilityCallback(every_n_batches=2)
+    mode = AttentionExplainabilityCallback(every_n_batches=2, figures_every_n_epochs=0)
     trainer = quiet_trainer(callbacks=[mode], num_sanity_val_steps=0)
     trainer.fit(Count(), toy_loader(), toy_loader(seed=1))
     assert hooks == [True, False, True, False, True]
     assert mode.history[0]["samples"] == 5 + 5 + 3
     sampled = [toy_data(seed=1)[start : start + 5] for start in (0, 10, 20)]
-    alone = AttentionExplainabilityCallback()
+    alone = AttentionExplainabilityCallback(figures_every_n_epochs=0)
     validate(trainer.model, alone, DataLoader(sampled, batch_size=None))
     for name in ("alignment/all", "alignment/correct", "alignment/null", "entropy/text_to_audio/head_1"):
         assert mode.history[0][name] == pytest.approx(alone.history[0][name], abs=1e-7)
-
-
-def test_a_compiled_function_runs_as_it_is_written_while_it_is_recorded():
-    runs = []
-
-    def attend(x, y):
-        runs.append(torch.compiler.is_compiling())
-        return F.scaled_dot_product_attention(heads(x), heads(y), heads(y))
-
-    compiled = torch.compile(attend, backend="eager")
-    model = Fusing(Runs(lambda m, x, y: compiled(x, y)))
-    (pair,) = recorded(model, {"a_to_b": "fusion"})
-    assert runs == [False]
-    assert pair.forward.weights.shape[2:] == (AUDIO, TEXT)
-    assert runs_compiled()

@@ -5,36 +5,12 @@ import torch
 
 from lightning_xattn import functional as F
 from tests import reference
-from tests.functional.test_against_reference import CASES, make_case
 
 SAMPLES, KEYS = 11, 7
 
 
 def shuffled(samples=SAMPLES, keys=KEYS, seed=0):
     return torch.rand(samples, keys, generator=torch.Generator().manual_seed(seed)).argsort(1)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_attention_that_a_key_receives(name):
-    for attention in make_case(name):
-        received = F.received_attention(F.prepare_rows(attention))
-        for b, of_sample in enumerate(received):
-            expected = reference.received_attention(*reference_rows(attention, b))
-            assert of_sample.tolist() == pytest.approx(expected, abs=1e-6, nan_ok=True)
-
-
-def reference_rows(attention, b):
-    """Weights of a sample, which queries are real, and which keys each row can see, as the reference takes them."""
-    weights = attention.weights[b].double()
-    if attention.weights.dtype == torch.bfloat16:  # whose rows are scaled back to sum to 1
-        weights = weights / weights.sum(-1, keepdim=True)
-    queries = None if attention.query_mask is None else attention.query_mask[b].numpy()
-    visible = torch.ones(attention.weights.shape[1:], dtype=torch.bool)
-    if attention.key_mask is not None:
-        visible &= attention.key_mask[b]
-    if attention.visible is not None:
-        visible &= attention.visible.expand(attention.weights.shape)[b]
-    return weights.numpy(), queries, visible.numpy()
 
 
 @pytest.mark.parametrize("keys", [2, 3, 4, 7, 10])

@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_xattn.capture import AttentionRecorder
 from tests.capture.models import Fusing, Runs, assert_same, gradients
-from tests.fuzz.examples import examples
+from tests.fuzz.examples import fuzz
 from tests.toy import count_global_hooks, count_hooks
 
 pytestmark = [
@@ -154,8 +153,7 @@ def build(case):
     return Fusing(module).train(case["training"]), (x, y), seen
 
 
-@examples(400)
-@given(cases())
+@fuzz(cases(), some=30, many=300)
 def test_any_attention(case):
     model, (x, y), seen = build(case)
     attention = {"a_to_b": "fusion"} if case["named"] or x.shape[1] == y.shape[1] else None

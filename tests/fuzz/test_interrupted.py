@@ -7,7 +7,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_lightning.callbacks import ModelCheckpoint
 
@@ -15,7 +14,7 @@ from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCaptu
 from lightning_xattn.callback.epoch_log import main_history
 from lightning_xattn.evaluation import table as table_module
 from tests.explainer.test_explain_loader import assert_same_summary
-from tests.fuzz.examples import examples
+from tests.fuzz.examples import fuzz
 from tests.fuzz.mishaps import at_line, interrupt, run_into
 from tests.toy import NAMES, ToyModule, quiet_trainer, run_toy, toy_loader
 
@@ -71,8 +70,7 @@ def report_of(result):
     return create_explainability_report(result, format="json").replace(str(result.table), "")
 
 
-@examples(25)
-@given(chain=mishaps("killed", "interrupted", "full"))
+@fuzz(mishaps("killed", "interrupted", "full"), some=None, many=12)
 def test_the_table_of_a_data_set_is_complete_or_absent(chain):
     expected, whole, lines = undisturbed(explain)
     largest = max(path.stat().st_size for path in Path(whole.name).iterdir())
@@ -91,8 +89,7 @@ def test_the_table_of_a_data_set_is_complete_or_absent(chain):
         assert all(path.match("explained-*.parquet") for path in folder.glob("*/*"))
 
 
-@examples(12)
-@given(chain=mishaps("killed"))
+@fuzz(mishaps("killed"), some=None, many=6)
 def test_a_training_run_goes_on_from_its_last_checkpoint(chain):
     expected, whole, lines = undisturbed(train)
     with tempfile.TemporaryDirectory() as folder:

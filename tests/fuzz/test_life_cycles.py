@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_lightning.callbacks import Callback
 from torch import nn
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_xattn import AttentionExplainabilityCallback
 from tests.callback.test_trainer import assert_same_records
 from tests.capture.models import assert_same
-from tests.fuzz.examples import examples
+from tests.fuzz.examples import fuzz
 from tests.toy import CLASSES, ToyModule, count_global_hooks, count_hooks, quiet_trainer, toy_data
 
 # Advice of Lightning's about small data, and ours about labels and numbers that are not there.
@@ -234,8 +233,7 @@ def check_table(case, folder, ledger):
         assert not rows.duplicated(["run", "stage", "epoch", "step", "dataloader", "layer", "sample_idx"]).any()
 
 
-@examples(40)
-@given(cases())
+@fuzz(cases(), some=None, many=25)
 def test_any_life(case):
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         assert_same(live(case, Path(first), watched=True), live(case, Path(second), watched=False))

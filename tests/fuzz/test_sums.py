@@ -8,7 +8,6 @@ from operator import add
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -19,7 +18,7 @@ from lightning_xattn.evaluation.statistics import CONFIDENCE, SCORES, STATISTICS
 from lightning_xattn.functional import prepare_rows
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
 from tests import reference
-from tests.fuzz.examples import examples
+from tests.fuzz.examples import fuzz
 
 DIRECTION, CLASSES = Direction("eeg", "spec"), 3
 
@@ -102,11 +101,11 @@ def close(ours, theirs, **tolerance):
     np.testing.assert_allclose(ours, theirs, **{"rtol": 1e-6, "atol": 1e-8} | tolerance)
 
 
-@examples(60)
-@given(cases())
-def test_sums_are_those_of_all_samples(case):
+@fuzz(cases(), some=6, many=60)
+def test_sums_and_maps_are_those_of_all_samples(case):
     columns, generator = make(case)
     summary = add_up(case, columns, deal_out(case, generator))
+    check_maps(case, columns, summary)
     _, numbers = rows_and_numbers(case, columns)
     classes, outcomes = columns["class"].numpy(), columns["outcome"].numpy()
     assert summary.samples == case["samples"]
@@ -134,11 +133,7 @@ def test_sums_are_those_of_all_samples(case):
         close(summary.interval(column, class_id, outcome), interval, atol=1e-4 * width + 1e-5)
 
 
-@examples(40)
-@given(cases())
-def test_maps_and_the_null_are_those_of_all_samples(case):
-    columns, generator = make(case)
-    summary = add_up(case, columns, deal_out(case, generator))
+def check_maps(case, columns, summary):
     there = columns["there"].double()
     for c in range(CLASSES):
         close(summary.maps[DIRECTION][c], there[columns["class"] == c].nanmean((0, 1)), rtol=1e-5)
@@ -150,8 +145,7 @@ def test_maps_and_the_null_are_those_of_all_samples(case):
         close(summary.alignment_null, reference.alignment_null(defined) if whole else np.nan, rtol=1e-4, atol=1e-6)
 
 
-@examples(15)
-@given(cases(fewest=20))
+@fuzz(cases(fewest=20), some=4, many=20)
 def test_comparisons_of_outcomes(case):
     columns, generator = make(case)
     summary = add_up(case, columns, deal_out(case, generator))

@@ -1,4 +1,4 @@
-"""Several attentions in one module: each has a number, and what a refusal lists can be named as it stands."""
+"""Several attentions in one module, or runs of it: each has a number, and what a refusal lists can be named."""
 
 import re
 
@@ -7,12 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.capture import AttentionRecorder, discover
 from lightning_xattn.core.errors import DiscoveryError, XAttnWarning
-from tests.capture.models import BATCH, Fusing, Runs, heads, mha, record, record_fusion, softmax, tokens
+from tests.capture.models import (
+    BATCH,
+    Fusing,
+    Runs,
+    heads,
+    mha,
+    per_head,
+    record,
+    record_fusion,
+    recorded,
+    softmax,
+    tokens,
+)
 from tests.messages import tells
-from tests.toy import AUDIO, TEXT, WIDTH, ToyModule, quiet_trainer, toy_loader
+from tests.toy import AUDIO, TEXT, WIDTH
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found in the first pass")
 
@@ -56,7 +67,17 @@ def test_two_streams_in_one_function_are_found():
     assert [str(source) for layer in recorder.layers for _, source in layer.sources] == ["fusion#1", "fusion#2"]
 
 
-def test_a_number_that_does_not_exist():
+class Named(nn.Module):
+    """The tokens are called as the arguments are."""
+
+    def forward(self, audio, text):
+        return two_streams(self, audio, text)
+
+
+def test_several_are_not_guessed_and_a_number_must_exist():
+    facts = "'fusion#1' (2, 3, 5, 7)", "5 queries (audio)", "7 keys (text)", "'fusion#2' (2, 3, 7, 5)", "'path[item]'"
+    with pytest.raises(DiscoveryError, match=tells(*facts)):
+        record_fusion(Named(), {"a_to_b": "fusion"})
     with pytest.raises(DiscoveryError, match=tells("'fusion#3'", "'fusion'", "2 attention(s)", "'path#2'")):
         record_fusion(Runs(two_streams), {"a_to_b": "fusion#3"})
 
@@ -148,8 +169,10 @@ def test_attention_of_the_model_itself_can_be_named():
     assert torch.equal(recorder.attention[0].forward.weights, softmax(audio, text))
 
 
-@pytest.mark.parametrize("names", [("cross_attn_1", "cross_attn_2"), ("layers.0", "layers.1")])
-@pytest.mark.parametrize("lengths", [(AUDIO, TEXT), (AUDIO, AUDIO)])
+@pytest.mark.parametrize(
+    ("names", "lengths"),
+    [(("cross_attn_1", "cross_attn_2"), (AUDIO, TEXT)), (("layers.0", "layers.1"), (AUDIO, AUDIO))],
+)
 def test_two_modules_whose_names_differ_in_a_digit_are_a_pair(names, lengths):
     class Cross(nn.Module):
         def __init__(self):
@@ -168,22 +191,6 @@ def test_two_modules_whose_names_differ_in_a_digit_are_a_pair(names, lengths):
     for got, name, (queries, keys) in zip(pair.directions, names, ((x, y), (y, x)), strict=True):
         weights = model.get_submodule(name)(queries, keys, keys, average_attn_weights=False)[1]
         assert torch.equal(got.weights, weights)
-
-
-def test_layers_of_two_modules_whose_names_differ_in_a_digit():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attn1, self.attn2 = mha(), mha()
-
-        def forward(self, x, y):
-            return x + self.attn1(x, y, y)[0], y + self.attn2(y, x, x)[0]
-
-    model = nn.Sequential(*[Block() for _ in range(2)])
-    model.forward = lambda x, y: model[1](*model[0](x, y))
-    with AttentionRecorder(model) as recorder:
-        model(*tokens())
-    assert [pair.layer for pair in recorder.attention] == ["0", "1"]
 
 
 def test_no_message_contradicts_itself():
@@ -210,9 +217,7 @@ def test_doubtful_bystanders_are_listed_and_left_out():
     model = Runs(run, points=Runs(deformable), p=mha(), q=mha(), pool=mha())
     with AttentionRecorder(model) as recorder:
         model(*tokens())
-        with pytest.warns(
-            XAttnWarning, match=tells("{'a_to_b': 'p', 'b_to_a': 'q'}", "Left out", "'pool'", "1 queries")
-        ):
+        with pytest.warns(XAttnWarning, match=tells("{'a_to_b': 'p', 'b_to_a': 'q'}", "Left out", "1 queries")):
             (pair,) = recorder.attention
     assert pair.forward.weights.shape[2:] == (AUDIO, TEXT)
 
@@ -225,19 +230,6 @@ def test_a_list_of_modules_with_none_in_it():
         with AttentionRecorder(model, attention) as recorder:
             model(*tokens())
         assert recorder.attention[0].forward.weights.shape[2:] == (AUDIO, TEXT)
-
-
-def test_keys_as_many_as_a_token_is_wide():
-    audio, text = tokens()[0], torch.randn(BATCH, WIDTH, WIDTH)
-    for run in (lambda m, x, y: softmax(x, y) @ heads(y), lambda m, x, y: F.scaled_dot_product_attention(x, y, y)):
-        with AttentionRecorder(Fusing(Runs(run)), {"a_to_b": "fusion"}) as recorder:
-            recorder._model(audio, text)
-        if run.__code__.co_names[0] == "softmax":
-            (pair,) = recorder.attention
-        else:
-            with pytest.warns(XAttnWarning, match=tells("'fusion'", "one head")):
-                (pair,) = recorder.attention
-        assert pair.forward.weights.shape[2:] == (AUDIO, WIDTH)
 
 
 def test_a_first_step_of_a_large_model_is_left_out_and_said(monkeypatch):
@@ -253,27 +245,48 @@ def test_a_first_step_of_a_large_model_is_left_out_and_said(monkeypatch):
         assert_two_streams(recorder.attention[0])
 
 
-class OneDirection(ToyModule):
-    """The toy with one function that attends in both directions."""
+@pytest.mark.filterwarnings("ignore:'block' has no axis for heads")
+@pytest.mark.parametrize("inner", ["self_attn", "encoder"])
+def test_a_block_with_self_attention_is_not_taken_for_it(inner):
+    child = mha() if inner == "self_attn" else nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True)
 
-    def __init__(self):
-        super().__init__()
-        del self.audio_to_text_attn, self.text_to_audio_attn
-        self.fusion = Runs(two_streams)
+    def block(module, audio, text):
+        getattr(module, inner)(audio, *((audio, audio) if inner == "self_attn" else ()))
+        return F.scaled_dot_product_attention(audio, text, text)
 
-    def forward(self, audio, text):
-        fused = self.fusion(self.audio(audio), self.text(text))
-        return self.head(torch.cat([x.transpose(1, 2).flatten(2).mean(1) for x in fused], dim=1))
+    model = nn.Module()
+    model.block = Runs(block, **{inner: child})
+    model.forward = lambda audio, text: model.block(audio, text)
+    (pair,) = recorded(model, {"audio_to_text": "block"})
+    audio, text = tokens()
+    expected = (audio @ text.mT / WIDTH**0.5).softmax(-1)
+    torch.testing.assert_close(pair.forward.weights[:, 0], expected, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("budget", [64 * 2**20, 1000])
-def test_a_trainer_with_a_large_model(budget, monkeypatch):
-    monkeypatch.setattr(discover, "BUDGET", budget)
-    mode = AttentionExplainabilityCallback()
-    trainer = quiet_trainer(callbacks=[mode], num_sanity_val_steps=0)
-    if budget == 1000:
-        with pytest.warns(XAttnWarning, match=tells("too large", "left out")):
-            trainer.validate(OneDirection(), toy_loader(), verbose=False)
-    else:
-        trainer.validate(OneDirection(), toy_loader(), verbose=False)
-    assert mode.history[0]["samples"] == (23 if budget > 1000 else 18)
+def test_one_module_under_two_names_takes_turns_or_is_refused():
+    shared = mha()
+    model = Runs(lambda m, x, y: (m.p(x, y, y), m.q(y, x, x)), p=shared, q=shared)
+    x, y = tokens()[0], tokens()[0].flip(1)
+    (pair,) = recorded(model, {"a_to_b": "p", "b_to_a": "q"}, (x, y))
+    for attention, (query, key) in zip(pair.directions, ((x, y), (y, x)), strict=True):
+        assert torch.equal(attention.weights, per_head(shared, query, key))
+    model = Runs(None, a_to_b=shared, b_to_a=shared)
+    with pytest.raises(DiscoveryError, match=tells("a_to_b", "b_to_a", "one module", "attention=")):
+        AttentionRecorder(model)
+
+
+@pytest.mark.filterwarnings("ignore:Found in the first pass")
+def test_one_module_that_attends_within_and_across():
+    shared = mha()
+
+    def run(module, x, y):
+        return module.p(x, x, x), module.p(y, y, y), module.p(x, y, y), module.p(y, x, x)
+
+    model, (x, y) = Runs(run, p=shared), tokens()
+    recorder = AttentionRecorder(model)
+    for _ in range(3):
+        with torch.no_grad(), recorder:
+            model(x, y)
+            (pair,) = recorder.attention
+        assert torch.equal(pair.forward.weights, per_head(shared, x, y))
+        assert torch.equal(pair.backward.weights, per_head(shared, y, x))

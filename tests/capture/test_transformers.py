@@ -2,19 +2,23 @@
 
 import pytest
 import torch
-from torch import nn
 
 from lightning_xattn.capture import AttentionRecorder
-from tests.capture.models import record
+from lightning_xattn.core.errors import DiscoveryError
+from tests.capture.models import Runs, record
 from tests.messages import tells
-
-transformers = pytest.importorskip("transformers")
 
 LANGUAGE, VISION, BATCH, HEADS, LAYERS = 5, 7, 2, 3, 2
 
 
 @pytest.fixture(scope="module")
-def lxmert():
+def transformers():
+    """Imported here, as it takes seconds."""
+    return pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def lxmert(transformers):
     torch.manual_seed(0)
     sizes = {"hidden_size": 12, "intermediate_size": 8, "num_attention_heads": HEADS, "vocab_size": 31}
     layers = {"l_layers": 1, "r_layers": 1, "x_layers": LAYERS}
@@ -58,7 +62,7 @@ def test_lxmert_attends_in_both_directions_with_one_module(lxmert, named):
         assert (pair.backward.weights[1, :, :, 3:] == 0).all()
 
 
-def bart(implementation):
+def bart(transformers, implementation):
     torch.manual_seed(0)
     sizes = {"d_model": 12, "vocab_size": 31, "max_position_embeddings": 16, "pad_token_id": 1}
     sizes |= {f"{part}_{what}": 8 for part in ("encoder", "decoder") for what in ("ffn_dim",)}
@@ -82,13 +86,13 @@ def bart_inputs():
 
 @pytest.mark.filterwarnings("ignore:Found in the first pass")
 @pytest.mark.parametrize("named", [True, False])
-def test_an_encoder_decoder_shows_the_same_with_sdpa_and_eager(named):
+def test_an_encoder_decoder_shows_the_same_with_sdpa_and_eager(transformers, named):
     inputs = bart_inputs()
     paths = [f"decoder.layers.{i}.encoder_attn" for i in range(LAYERS)]
     attention = {"target_to_source": paths} if named else None
-    recorded = {kind: record(bart(kind), lambda m: m(**inputs), attention) for kind in ("sdpa", "eager")}
+    recorded = {kind: record(bart(transformers, kind), lambda m: m(**inputs), attention) for kind in ("sdpa", "eager")}
     with torch.no_grad():
-        returned = bart("eager")(**inputs, output_attentions=True).cross_attentions
+        returned = bart(transformers, "eager")(**inputs, output_attentions=True).cross_attentions
     assert [pair.layer for pair in recorded["sdpa"]] == paths
     for fused, eager, truth in zip(recorded["sdpa"], recorded["eager"], returned, strict=True):
         torch.testing.assert_close(eager.forward.weights, truth)
@@ -97,18 +101,9 @@ def test_an_encoder_decoder_shows_the_same_with_sdpa_and_eager(named):
             assert torch.equal(pair.forward.key_mask, inputs["attention_mask"].bool())
 
 
-def test_one_item_of_what_the_whole_model_returns():
-    inputs = bart_inputs()
-
-    class Wrapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bart = bart("eager")
-
-        def forward(self):
-            return self.bart(**inputs, output_attentions=True)
-
-    model = Wrapped()
+def test_one_item_of_what_the_whole_model_returns(transformers):
+    model, inputs = Runs(None, bart=bart(transformers, "eager")), bart_inputs()
+    model.run = lambda m: m.bart(**inputs, output_attentions=True)
     (pair,) = record(model, lambda m: m(), {"target_to_source": "bart[cross_attentions][1]"})
     with torch.no_grad():
         assert torch.equal(pair.forward.weights, model().cross_attentions[1])
@@ -117,8 +112,6 @@ def test_one_item_of_what_the_whole_model_returns():
 def test_equal_lengths_do_not_tell_a_direction(lxmert):
     inputs = lxmert_inputs()
     inputs |= {name: inputs[name][:, :LANGUAGE] for name in ("visual_feats", "visual_pos")}
-    from lightning_xattn.core.errors import DiscoveryError
-
     with AttentionRecorder(lxmert) as recorder, torch.no_grad():
         lxmert(**inputs)
         with pytest.raises(
@@ -128,7 +121,7 @@ def test_equal_lengths_do_not_tell_a_direction(lxmert):
             _ = recorder.attention
 
 
-def trocr():
+def trocr(transformers):
     from transformers.models.trocr.modeling_trocr import TrOCRForCausalLM
 
     sizes = {"d_model": 12, "decoder_ffn_dim": 8, "cross_attention_hidden_size": 12, "max_position_embeddings": 16}
@@ -136,7 +129,7 @@ def trocr():
     return TrOCRForCausalLM(transformers.TrOCRConfig(**sizes, **layers, vocab_size=31, pad_token_id=1))
 
 
-def speecht5():
+def speecht5(transformers):
     from transformers.models.speecht5 import modeling_speecht5
 
     sizes = {"hidden_size": 12, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": 31}
@@ -158,9 +151,9 @@ def call(model, **inputs):
 
 @pytest.mark.filterwarnings("ignore:Found in the first pass")
 @pytest.mark.parametrize("make", [trocr, speecht5])
-def test_heads_among_the_samples_and_padded_queries_as_in_fairseq(make):
+def test_heads_among_the_samples_and_padded_queries_as_in_fairseq(transformers, make):
     torch.manual_seed(0)
-    model, generator = make().eval(), torch.Generator().manual_seed(1)
+    model, generator = make(transformers).eval(), torch.Generator().manual_seed(1)
     inputs = {"input_ids": torch.randint(2, 31, (BATCH, LANGUAGE), generator=generator)}
     inputs["attention_mask"] = torch.arange(LANGUAGE) < torch.tensor([[LANGUAGE], [3]])
     inputs["attention_mask"] = inputs["attention_mask"].long()
