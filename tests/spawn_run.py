@@ -13,6 +13,8 @@ from pytorch_lightning.loggers import CSVLogger
 from lightning_xattn import AttentionExplainabilityCallback
 from tests.toy import ToyModule, quiet_trainer, toy_loader
 
+STRATEGIES = ("ddp_spawn", "ddp_notebook")
+
 
 def run(settings, folder):
     """What the logger, a checkpoint and the callback in this process have after a fit."""
@@ -34,6 +36,5 @@ def run(settings, folder):
 
 
 if __name__ == "__main__":
-    strategy, folder = sys.argv[1], Path(sys.argv[2])
-    results = run({"strategy": strategy, "devices": 2}, folder)
-    (folder / "found.json").write_text(json.dumps(results))
+    found = {one: run({"strategy": one, "devices": 2}, Path(sys.argv[1]) / one) for one in STRATEGIES}
+    (Path(sys.argv[1]) / "found.json").write_text(json.dumps(found))

@@ -98,12 +98,10 @@ def run(split, settings, folder, **of_callback):
 
 
 if __name__ == "__main__":
-    folder, split = Path(sys.argv[1]), sys.argv[2]
-    # A path that is wrong ends a run only where something could be recorded.
-    of_callback = {"attention": {"audio_to_text": "no.such.module"}} if split == "heads" else {}
-    sizes = {"data_parallel_size": 1, "tensor_parallel_size": 2}
-    if split == "parameters":
-        sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
-    strategy = ModelParallelStrategy(**sizes, process_group_backend="gloo")
-    found = run(split, {"strategy": strategy, "devices": 2}, folder, **of_callback)
-    (folder / f"rank_{dist.get_rank()}.json").write_text(json.dumps(found))
+    found = {}
+    for split, sizes in (("parameters", (2, 1)), ("heads", (1, 2))):
+        # A path that is wrong ends a run only where something could be recorded.
+        of_callback = {"attention": {"audio_to_text": "no.such.module"}} if split == "heads" else {}
+        strategy = ModelParallelStrategy(*sizes, process_group_backend="gloo")
+        found[split] = run(split, {"strategy": strategy, "devices": 2}, Path(sys.argv[1]) / split, **of_callback)
+    (Path(sys.argv[1]) / f"rank_{dist.get_rank()}.json").write_text(json.dumps(found))

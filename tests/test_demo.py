@@ -13,70 +13,62 @@ from lightning_xattn.cli import main
 pytestmark = pytest.mark.filterwarnings("ignore:.*(uniform attention|attend alike):lightning_xattn.XAttnWarning")
 
 
+PICTURES = 6
+"""Of an evaluation of few samples."""
+
+
 def read_events(folder):
     return EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
 
 
 @pytest.mark.slow
-def test_the_model_learns_and_the_logs_hold_what_was_promised(tmp_path, capsys):
-    assert main(["demo", "--samples", "150", "--epochs", "6", "--out", str(tmp_path)]) == 0
+def test_the_logs_and_the_report_hold_what_was_promised(tmp_path, capsys):
+    """Of simulated recordings alone. That the model learns from them is in tests/hms/test_modalities.py."""
+    assert main(["demo", "--samples", "60", "--epochs", "2", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     logs = tmp_path / "run_0/train_on_simulated"
     events = read_events(logs / "tensorboard")
     for name in ("all", "correct", "incorrect"):
         assert events.Scalars(f"xattn_alignment/val/{name}"), name
-    assert len(events.Scalars("xattn_alignment/val/all")) == 6
-    assert len(events.Images("xattn_map/val/eeg_to_spec")) == 6
-    # 6 validation epochs and the test; of 30 samples no class has the ten that a probe takes.
-    assert len(list((logs / "csv").rglob("xattn_*/**/*.png"))) == 6 * 7
+    assert len(events.Scalars("xattn_alignment/val/all")) == 2
+    assert len(events.Images("xattn_map/val/eeg_to_spec")) == 2
+    # 2 validation epochs and the test; of 12 samples too few for a probe, and for contributions.
+    assert len(list((logs / "csv").rglob("xattn_*/**/*.png"))) == PICTURES * 3
 
-    accuracy = max(point.value for point in events.Scalars("val_acc"))
-    assert accuracy > 0.4  # chance is 0.17
     assert re.search(
-        r"\n## Validation on simulated_150_.*\n\nAccuracy 0.*\n\n- \*\*Samples:\*\* 30 samples of \d+ patients;",
+        r"\n## Validation on simulated_60_.*\n\nAccuracy 0.*\n\n- \*\*Samples:\*\* 12 samples of \d+ patients;",
         printed,
     )
     stages, _ = printed.split("\n\n# What the demo found\n")
     assert [re.sub(r" \d+ s$", "", line) for line in stages.splitlines() if "Training" not in line] == [
-        *("Simulating 150 recordings:", "Computing the features of 150 recordings:"),
-        "Testing on simulated_150_of_50s_seed_0_disagreeing_0.2:",
-        *("Simulating 75 recordings:", "Computing the features of 75 recordings:", "Explaining the data set:"),
+        *("Simulating 60 recordings:", "Computing the features of 60 recordings:"),
+        "Testing on simulated_60_of_50s_seed_0_disagreeing_0.2:",
+        *("Simulating 30 recordings:", "Computing the features of 30 recordings:", "Explaining the data set:"),
         *("Computing contributions and summaries:", "Drawing figures:", "Writing the report:"),
     ]
-    epochs = r"Training, epoch (\d) of 6 \(validation: accuracy 0\.\d\d, loss \d\.\d\d\): \d+ s"
-    assert re.findall(epochs, stages) == list("123456")
+    epochs = r"Training, epoch (\d) of 2 \(validation: accuracy 0\.\d\d, loss \d\.\d\d\): \d+ s"
+    assert re.findall(epochs, stages) == ["1", "2"]
     table = printed[printed.index("| score") :].splitlines()
     del table[1]  # the line under the header
-    scores = ["confidence", "alignment", "entropy", "contribution", "probe: conflict, support"]
-    assert [line.split("|")[1].strip() for line in table[:6]] == ["score", *scores]
-    assert all(re.search(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", line) for line in table[1:6])
-    assert printed.index("| score") < printed.index("**Probe:** the probe on EEG") < printed.index("## Validation on")
+    scores = ["confidence", "alignment", "entropy"]
+    assert [line.split("|")[1].strip() for line in table[:4]] == ["score", *scores]
+    assert all(re.search(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", line) for line in table[1:4])
+    assert printed.index("| score") < printed.index("**Probe:**") < printed.index("## Validation on")
     disagreeing = tmp_path / "run_0/disagreeing"
     report = (disagreeing / "report.md").read_text()
     assert report.index("## Which score answers which question?") < report.index("## Key points")
-    assert "\n".join(table[1:6]) in report
-    figures = {path.name for path in (disagreeing / "figures").iterdir()}
-    assert {"class_comparison.png", "contribution_shares.png"} < figures
+    assert "\n".join(table[1:4]) in report
+    assert "class_comparison.png" in {path.name for path in (disagreeing / "figures").iterdir()}
     assert printed.rstrip().splitlines()[-1] == f"tensorboard --logdir {tmp_path / 'run_0'}"
 
 
 @pytest.mark.slow
-def test_lightning_is_not_heard(iiic_irr, tmp_path):
-    """In a process of its own: pytest has its own ways with logging and warnings."""
-    command = [sys.executable, "-m", "lightning_xattn.cli", "demo", "--data", str(iiic_irr), "--train-on", "data"]
-    ran = subprocess.run(
-        [*command, "--epochs", "1", "--out", str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    assert ran.stderr == "" or all("XAttnWarning" in line for line in ran.stderr.splitlines()[::2])
-    assert ran.stdout.splitlines()[0].startswith("Computing the features of 20 recordings: ")
-    assert "\r" not in ran.stdout + ran.stderr
-
-
-@pytest.mark.slow
-def test_real_recordings_are_validated_and_tested_on(iiic_irr, tmp_path, capsys):
-    assert main(["demo", "--data", str(iiic_irr), "--samples", "36", "--epochs", "1", "--out", str(tmp_path)]) == 0
+def test_real_recordings_are_validated_and_tested_on(iiic_irr, tmp_path, capsys, monkeypatch):
+    # What follows the tests is the same as of simulated recordings alone.
+    monkeypatch.setattr("lightning_xattn.hms.demo._write_report", lambda *args: None)
+    assert main(["demo", "--data", str(iiic_irr), "--samples", "30", "--epochs", "1", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    real, *others = printed.split("\n## Test on simulated_36_of_10s_seed_0_disagreeing_0.2\n")
+    real, *others = printed.split("\n## Test on simulated_30_of_10s_seed_0_disagreeing_0.2\n")
     assert re.search(r"\d+ samples of \d+ patients", others[0])
     for stage in ("Validation", "Test"):
         section = real.split(f"\n## {stage} on {iiic_irr.name}\n")[1]
@@ -90,12 +82,18 @@ def test_real_recordings_are_validated_and_tested_on(iiic_irr, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_training_on_data_alone_in_a_second_run(iiic_irr, tmp_path, capsys):
+def test_training_on_data_alone_in_a_second_run_in_which_lightning_is_not_heard(iiic_irr, tmp_path):
+    """In a process of its own: pytest has its own ways with logging and warnings."""
     (tmp_path / "run_0").mkdir()
-    assert main(["demo", "--data", str(iiic_irr), "--train-on", "data", "--epochs", "1", "--out", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert "simulated" not in printed
-    assert f"tensorboard --logdir {tmp_path / 'run_1'}" in printed
+    command = [sys.executable, "-m", "lightning_xattn.cli", "demo", "--data", str(iiic_irr), "--train-on", "data"]
+    ran = subprocess.run(
+        [*command, "--epochs", "1", "--out", str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert ran.stderr == "" or all("XAttnWarning" in line for line in ran.stderr.splitlines()[::2])
+    assert ran.stdout.splitlines()[0].startswith("Computing the features of 20 recordings: ")
+    assert "\r" not in ran.stdout + ran.stderr
+    assert "simulated" not in ran.stdout
+    assert f"tensorboard --logdir {tmp_path / 'run_1'}" in ran.stdout
 
 
 @pytest.mark.parametrize(

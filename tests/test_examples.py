@@ -61,7 +61,7 @@ def test_head_specialization(run, hms_checkpoint, iiic_irr, tmp_path):
 
 
 def test_class_patterns(run, hms_checkpoint, iiic_irr, tmp_path):
-    datamodule = HMSDataModule(iiic_irr, test_data=iiic_irr, cache_dir=tmp_path)
+    datamodule = HMSDataModule(iiic_irr, test_data=iiic_irr)
     explainer = ExplainabilityCapture(HMSLightningModule.load_from_checkpoint(hms_checkpoint))
     (batch,) = datamodule.test_dataloader()
     predicted = explainer.explain_batch(batch)["predictions"].bincount(minlength=6)

@@ -26,6 +26,8 @@ def blocks(iiic_irr):
     return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
 
 
+# In the quick round tests/hms/test_explained.py computes what the guide computes.
+@pytest.mark.slow
 # The guide averages over the samples that are predicted as seizures, and there may be none.
 @pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value encountered")
 def test_the_guide_runs(blocks, hms_checkpoint, iiic_irr, tmp_path, monkeypatch, capsys):

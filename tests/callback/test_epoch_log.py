@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.callback import epoch_log as epoch_log_module
+from lightning_xattn.callback.epoch_log import EpochLog
 from lightning_xattn.core.errors import XAttnWarning
 from lightning_xattn.evaluation.curves import mean_curves
 from lightning_xattn.evaluation.results import REST
@@ -122,6 +123,8 @@ def test_what_is_wrong_in_our_own_extras_ends_no_run(broken, tmp_path, monkeypat
         raise ZeroDivisionError("oh")
 
     monkeypatch.setattr(epoch_log_module, broken, fails)
+    for figures in ("fusion_figures", "epoch_figures"):  # drawing takes most of the time
+        monkeypatch.setattr(epoch_log_module, figures, lambda *args, **kwargs: ())
     with pytest.warns(XAttnWarning, match=tells("oh")):
         logged = validate(ToyModule(), AttentionExplainabilityCallback(), logger=False, default_root_dir=tmp_path)
     assert "xattn_alignment/val/all" in logged
@@ -200,7 +203,8 @@ def test_a_number_that_the_last_epoch_lacks_is_drawn_of_those_before():
     assert panel.lines[0].get_ydata()[:3].tolist() == [0.6] * 3
 
 
-def test_the_epochs_report_names_every_class(tmp_path):
+def test_the_epochs_report_names_every_class(tmp_path, monkeypatch):
+    monkeypatch.setattr(EpochLog, "_figures", lambda *args: iter(()))  # drawing takes most of the time
     torch.manual_seed(0)
     watch = AttentionExplainabilityCallback()
     validate(ManyClasses(), watch, many_classes(), logger=False, default_root_dir=tmp_path)

@@ -9,21 +9,27 @@ import pytest
 from tests import split_run
 from tests.processes import run_processes
 
-# A test makes much of each start of its processes, as starting them takes longer than what they do.
+# One start for both, as starting processes takes longer than what they do.
 pytestmark = pytest.mark.slow
 
 REPLAYED = ("contribution", "conflict", "support", "faithfulness", "unfaithful")
 """Topics of numbers that take replays."""
 
 
-def run_together(folder, split):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("split")
+    run_processes("tests.split_run", folder)
+    return folder
+
+
+def found_by_each(folder, split):
     """What each of two processes found."""
-    run_processes("tests.split_run", folder, split)
-    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((folder / f"rank_{rank}.json").read_text())[split] for rank in range(2)]
 
 
-def test_attention_and_probes_are_exact_where_parameters_are_split(tmp_path):
-    ranks = run_together(tmp_path, "parameters")
+def test_attention_and_probes_are_exact_where_parameters_are_split(folder, tmp_path):
+    ranks = found_by_each(folder, "parameters")
     (here := tmp_path / "alone").mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is tested below what is warned of
@@ -44,12 +50,12 @@ def test_attention_and_probes_are_exact_where_parameters_are_split(tmp_path):
     # A fit deals its samples out otherwise, so its weights are others; they are the same on each process.
     first, second = (json.dumps(rank["history"][2]) for rank in ranks)
     assert first == second
-    rows = pq.read_table(tmp_path / "table/attention").to_pandas()
+    rows = pq.read_table(folder / "parameters/table/attention").to_pandas()
     assert [len(of_one) for _, of_one in rows.groupby(["run", "stage"])] == [split_run.SAMPLES] * 3
 
 
-def test_nothing_is_recorded_where_heads_are_split(tmp_path):
-    ranks = run_together(tmp_path, "heads")
+def test_nothing_is_recorded_where_heads_are_split(folder):
+    ranks = found_by_each(folder, "heads")
     for rank in ranks:
         assert rank["losses"] == ranks[0]["losses"]
         assert (rank["history"], rank["fusion"], rank["heads"]) == ([], {}, [])
@@ -57,4 +63,4 @@ def test_nothing_is_recorded_where_heads_are_split(tmp_path):
     assert not ranks[1]["warnings"]
     assert len(ranks[0]["warnings"]) == 3
     assert all("Nothing is recorded in this run" in one and "tensor parallelism" in one for one in ranks[0]["warnings"])
-    assert not (tmp_path / "table").exists()
+    assert not (folder / "heads/table").exists()

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
@@ -24,16 +24,6 @@ def fit(callbacks, module=None, ckpt_path=None, loaders=None, **settings):
     trainer = quiet_trainer(callbacks=callbacks, **settings)
     trainer.fit(module or ToyModule(), toy_loader(), loaders or toy_loader(seed=1), ckpt_path=ckpt_path)
     return trainer
-
-
-def test_checkpoints_and_early_stopping_can_monitor_alignment(tmp_path):
-    name = "xattn_alignment/val/all"
-    watch = AttentionExplainabilityCallback()
-    best = ModelCheckpoint(tmp_path, monitor=name, mode="max", filename="best")
-    stop = EarlyStopping(name, mode="max", patience=0, min_delta=10.0, check_finite=False)  # nothing improves by 10
-    trainer = fit([watch, best, stop], max_epochs=5, enable_checkpointing=True, default_root_dir=tmp_path)
-    assert trainer.current_epoch == 2  # stopped
-    assert best.best_model_score.item() == pytest.approx(max(r["alignment/all"] for r in watch.history), abs=1e-6)
 
 
 def test_history_is_a_table_with_a_record_for_each_epoch():
@@ -129,9 +119,12 @@ def test_callbacks_that_measure_the_same_are_refused_by_lightning(tmp_path):
 
 
 def test_two_callbacks_log_under_names_of_their_own_and_save_both_histories(tmp_path):
+    class Mine(AttentionExplainabilityCallback):
+        """A subclass logs as the second one does."""
+
     by_target, by_prediction = (
-        AttentionExplainabilityCallback(classes_by=group, class_names=["a", "b", "c", "d"], curves="all")
-        for group in ("target", "prediction")
+        kind(classes_by=group, class_names=["a", "b", "c", "d"], curves="all")
+        for kind, group in ((AttentionExplainabilityCallback, "target"), (Mine, "prediction"))
     )
     trainer = fit([by_target, by_prediction])
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -144,7 +137,7 @@ def test_two_callbacks_log_under_names_of_their_own_and_save_both_histories(tmp_
                 assert logged[f"xattn_alignment/{scope}/{prefix}{name}"] == pytest.approx(expected, abs=1e-6)
     trainer.save_checkpoint(tmp_path / "both.ckpt")
     saved = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
-    assert len([key for key in saved if "AttentionExplainability" in key]) == 2
+    assert {by_target.state_key, by_prediction.state_key} <= set(saved)
 
 
 def test_several_validations_in_an_epoch_and_fewer_batches():
@@ -187,13 +180,9 @@ class SeesTests(Callback):
 BY_BATCHES = {"check_val_every_n_epoch": None}
 FITS = {
     # The training has five batches. By setting: in which epochs, after how many batches.
-    "one epoch": ({"max_epochs": 1}, {}, [(0, 5)]),
     "four epochs": ({"max_epochs": 4}, {}, [(0, 5), (3, 20)]),
     "eleven epochs": ({"max_epochs": 11}, {"faithfulness_every_n_epochs": 4}, [(0, 5), (4, 25), (8, 45), (10, 55)]),
-    "the last one is due": ({"max_epochs": 5}, {"faithfulness_every_n_epochs": 4}, [(0, 5), (4, 25)]),
     "never": ({"max_epochs": 3}, {"faithfulness_every_n_epochs": 0}, []),
-    "every third recorded": ({"max_epochs": 6}, {"every_n_epochs": 3}, [(0, 5), (3, 20)]),
-    "every other validated": ({"max_epochs": 7, "check_val_every_n_epoch": 2}, {}, [(1, 10), (5, 30)]),
     "both": ({"max_epochs": 9, "check_val_every_n_epoch": 2}, {"every_n_epochs": 3}, [(1, 10), (7, 40)]),
     # Each of the last epoch.
     "several in an epoch": ({"max_epochs": 3, "val_check_interval": 2}, {}, [(0, 2), (0, 4), (2, 12), (2, 14)]),
@@ -203,7 +192,6 @@ FITS = {
         {"every_n_epochs": 2},
         [(0, 3), (2, 12), (2, 15)],
     ),
-    "epochs before steps": ({"max_steps": 100, "max_epochs": 2}, {}, [(0, 5), (1, 10)]),
     "stopped": ({"max_epochs": 9, "callbacks": [StopAt(8)]}, {}, [(0, 5), (1, 8)]),
     "stopped early": ({"max_epochs": 9, "min_epochs": 3, "callbacks": [StopAt(8)]}, {}, [(0, 5), (2, 15)]),
     "fast_dev_run": ({"fast_dev_run": True}, {}, [(0, 1)]),
@@ -240,12 +228,6 @@ def test_attention_is_tested_at_the_last_epoch_of_a_fit_that_is_resumed(tmp_path
     assert [(epoch, tested) for epoch, _, tested in second.validations] == [(2, False), (3, False), (4, True)]
 
 
-def test_several_dataloaders_have_records_of_their_own():
-    watch = AttentionExplainabilityCallback()
-    fit([watch], loaders=[toy_loader(), toy_loader(samples=8, seed=1)])
-    assert [(record["dataloader"], record["samples"]) for record in watch.history] == [(0, 23), (1, 8)]
-
-
 def test_dataloaders_with_batches_of_two_kinds():
     class Either(ToyModule):
         def _loss(self, batch):
@@ -255,6 +237,7 @@ def test_dataloaders_with_batches_of_two_kinds():
     rows = [{"audio": audio, "text": text, "label": label} for audio, text, label in parts]
     watch = AttentionExplainabilityCallback()
     fit([watch], Either(), loaders=[toy_loader(), DataLoader(rows, batch_size=3)])
+    assert [(record["dataloader"], record["samples"]) for record in watch.history] == [(0, 23), (1, 8)]
     for scope, samples in (("val", 23), ("val/dataloader_1", 8)):
         summary = watch.summaries[scope]
         assert sum(summary.count(ALIGNMENT, outcome=outcome) for outcome in (0, 1)) == samples
@@ -351,9 +334,11 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(("make", "attention"), KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("with_table", [True, False])
-def test_nothing_waits_for_the_device_while_batches_run(make, attention, with_table, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "with_table"), [*((kind, False) for kind in KINDS), ("weights asked for", True), ("joint", True)]
+)
+def test_nothing_waits_for_the_device_while_batches_run(kind, with_table, tmp_path, monkeypatch):
+    make, attention = KINDS[kind]
     watch = AttentionExplainabilityCallback(attention, table=tmp_path if with_table else None)
     trainer = quiet_trainer(callbacks=[watch])
     count = CountSynchronisations(monkeypatch)

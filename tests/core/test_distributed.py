@@ -19,85 +19,44 @@ from tests.processes import run_processes
 from tests.toy import ToyModule, quiet_trainer, toy_data, toy_loader
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["two processes", "three processes"])
-def processes(request, tmp_path_factory):
-    """What each rank wrote, and the folder."""
-    folder = tmp_path_factory.mktemp(f"ranks_{request.param}")
-    run_processes("tests.ddp_run", request.param, folder)
-    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(request.param)], folder
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_every_process_finds_what_one_process_finds(ranks, tmp_path):
+    """All of it after one start of the processes, which takes longer than what they do."""
+    run_processes("tests.ddp_run", ranks, tmp_path)
+    found = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
+    for scenario in ddp_run.SCENARIOS[ranks]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one scenario has NaN in its attention, and is warned of it
+            alone = ddp_run.validate(scenario, ranks, {}, tmp_path / "alone")
+        for one in found:
+            assert_same_evaluation(one[scenario], alone, ranks, is_tested=scenario == "many")
+        assert_table(tmp_path / "table" / scenario / "attention", ranks, len(ddp_run.make_data(scenario, ranks)))
+    assert all(one["fit"] == found[0]["fit"] for one in found)
+    assert found[0]["fit"]["epochs"] == [0, 1]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """One process over the same samples, for as many ranks as the data were made for."""
-    made = {}
-
-    def run(ranks, scenario):
-        if (ranks, scenario) not in made:
-            folder = tmp_path_factory.mktemp("alone")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # one scenario has NaN in its attention, and is warned of it
-                made[ranks, scenario] = ddp_run.validate(scenario, ranks, {}, folder)
-        return made[ranks, scenario]
-
-    return run
-
-
-@pytest.mark.parametrize("scenario", ddp_run.SCENARIOS)
-@pytest.mark.slow
-def test_every_process_logs_what_one_process_logs(processes, alone, scenario):
-    ranks, _ = processes
-    expected = alone(len(ranks), scenario)["logged"]
-    for rank in ranks:
-        assert list(rank[scenario]["logged"]) == list(expected)
-        for name, value in expected.items():
-            # Faithfulness is a ratio to a small cost, whose rounding depends on how many samples run at once.
-            tolerance = 1e-5 if name.startswith("xattn_faithfulness") else 1e-6
-            assert rank[scenario]["logged"][name] == pytest.approx(value, abs=tolerance, nan_ok=True), name
+def assert_same_evaluation(found, alone, ranks, is_tested):
+    """Curves and intervals by group of one process, by few collectives; no sample is counted twice."""
+    assert list(found["logged"]) == list(alone["logged"])
+    for name, value in alone["logged"].items():
+        # Faithfulness is a ratio to a small cost, whose rounding depends on how many samples run at once.
+        tolerance = 1e-5 if name.startswith("xattn_faithfulness") else 1e-6
+        assert found["logged"][name] == pytest.approx(value, abs=tolerance, nan_ok=True), name
+    assert alone["by_group"][0] == (47 if is_tested else 8)
+    assert np.isfinite(alone["by_group"]).all()
+    assert found["by_group"] == pytest.approx(alone["by_group"], abs=1e-6)
+    (record,), (merged,) = alone["history"], found["history"]
+    assert any(name.startswith("faithfulness/") for name in record) == is_tested
+    # The sums; who can replay, and what they have replayed: for contributions, and to test the attention.
+    assert found["collectives"] == ["all_gather_object"] * (5 if is_tested else 3)
+    assert merged["samples"] == record["samples"]
+    assert merged["repeats"] == -record["samples"] % ranks
 
 
-@pytest.mark.parametrize("scenario", ddp_run.SCENARIOS)
-@pytest.mark.slow
-def test_intervals_by_group_are_those_of_one_process(processes, alone, scenario):
-    ranks, _ = processes
-    expected = alone(len(ranks), scenario)["by_group"]
-    assert expected[0] == (47 if scenario == "many" else 8)
-    assert np.isfinite(expected).all()
-    for rank in ranks:
-        assert rank[scenario]["by_group"] == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("scenario", ddp_run.SCENARIOS)
-@pytest.mark.slow
-def test_few_collectives_and_no_repeats(processes, alone, scenario):
-    ranks, _ = processes
-    (record,) = alone(len(ranks), scenario)["history"]
-    dealt = -(-record["samples"] // len(ranks)) * len(ranks)
-    for rank in ranks:
-        # The sums; who can replay, and what they have replayed: for contributions, and to test the attention.
-        is_tested = any(name.startswith("faithfulness/") for name in record)
-        assert is_tested == (scenario == "many")
-        assert rank[scenario]["collectives"] == ["all_gather_object"] * (5 if is_tested else 3)
-        (merged,) = rank[scenario]["history"]
-        assert merged["samples"] == record["samples"]
-        assert merged["repeats"] == dealt - record["samples"]
-
-
-@pytest.mark.slow
-def test_the_table_has_each_sample_once_in_a_shard_of_each_process(processes):
-    ranks, folder = processes
-    for scenario in ddp_run.SCENARIOS:
-        shards = list((folder / "table" / scenario / "attention").iterdir())
-        assert sorted(int(path.name.split("rank=")[1][0]) for path in shards) == list(range(len(ranks)))
-        ids = pq.read_table(folder / "table" / scenario / "attention")["sample_id"].to_pylist()
-        assert sorted(map(int, ids)) == [100 + i for i in range(len(ddp_run.make_data(scenario, len(ranks))))]
-
-
-@pytest.mark.slow
-def test_fitting_with_monitors(processes):
-    ranks, _ = processes
-    assert all(rank["fit"] == ranks[0]["fit"] for rank in ranks)
-    assert ranks[0]["fit"]["epochs"] == [0, 1]
+def assert_table(folder, ranks, samples):
+    """Each sample stands in it once, in a shard of each process."""
+    assert sorted(int(path.name.split("rank=")[1][0]) for path in folder.iterdir()) == list(range(ranks))
+    assert sorted(map(int, pq.read_table(folder)["sample_id"].to_pylist())) == [100 + i for i in range(samples)]
 
 
 def test_repeats_are_counted_as_the_sampler_deals():

@@ -1,7 +1,5 @@
 """A whole loader explained: the callback's numbers, and a table that is complete or absent."""
 
-import subprocess
-import sys
 import warnings
 
 import pandas as pd
@@ -128,24 +126,6 @@ def test_a_folder_that_cannot_be_made_is_named_before_anything_runs(tmp_path):
     assert not runs
 
 
-@pytest.mark.slow
-def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path):
-    """No file may grow beyond 5 kB."""
-    code = f"""
-import resource, signal, torch
-from lightning_xattn import ExplainabilityCapture
-from tests.toy import ToyModule, run_toy, toy_loader
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
-torch.manual_seed(0)
-ExplainabilityCapture(ToyModule(), predict=run_toy).explain_loader(toy_loader(), {str(tmp_path / "full")!r})
-"""
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.returncode == 1
-    assert "OSError: [Errno 27]" in ended.stderr
-    assert not contents(tmp_path / "full")
-
-
 def test_samples_that_are_not_finite_are_named_with_their_batch(tmp_path):
     audio, text, target = toy_data().tensors
     audio[17] = torch.nan
@@ -187,8 +167,3 @@ def test_warnings_are_those_of_the_callback():
     messages = [str(w.message) for w in caught if w.category is XAttnWarning]
     assert len(messages) == 2
     assert "audio_to_text, head 0, 1, 2: uniform attention" in messages[1]
-
-
-def test_a_progress_bar_only_where_there_is_a_terminal(capsys):
-    explainer().explain_loader(toy_loader())
-    assert capsys.readouterr().out == ""

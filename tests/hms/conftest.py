@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lightning_xattn.hms import HMSDataModule, simulate
 from lightning_xattn.hms.columns import SPECTROGRAM_COLUMNS
 from lightning_xattn.hms.montage import EEG_RATE, ELECTRODES, VOTE_COLUMNS
 
@@ -55,19 +56,28 @@ def write_table(root: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def write_folder(root: Path, rows: list[dict[str, Any]], seconds: float = 10) -> Path:
+    """A folder in the competition's layout, filled with noise."""
+    write_table(root, rows)
+    for row in rows:
+        write_eeg(root / f"train_eegs/{row['eeg_id']}.parquet", seconds, row["eeg_id"])
+        write_spectrogram(root / f"train_spectrograms/{row['spectrogram_id']}.parquet", 300)
+    return root
+
+
 @pytest.fixture
 def make_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Write a folder in the competition's layout, filled with noise; `rows` edits what the table says."""
+    """Write a folder of noise; `rows` edits what the table says."""
 
-    def make(
-        name: str = "data", rows: list[dict[str, Any]] | None = None, seconds: float = 10, spec_rows: int = 300
-    ) -> Path:
-        rows = table_rows(5) if rows is None else rows
-        root = tmp_path / name
-        write_table(root, rows)
-        for row in rows:
-            write_eeg(root / f"train_eegs/{row['eeg_id']}.parquet", seconds, row["eeg_id"])
-            write_spectrogram(root / f"train_spectrograms/{row['spectrogram_id']}.parquet", spec_rows)
-        return root
+    def make(name: str = "data", rows: list[dict[str, Any]] | None = None, seconds: float = 10) -> Path:
+        return write_folder(tmp_path / name, table_rows(5) if rows is None else rows, seconds)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory) -> HMSDataModule:
+    """Twelve simulated recordings, which are validated and tested on."""
+    folder = tmp_path_factory.mktemp("simulated") / "hms"
+    simulate(folder, 12, eeg_seconds=10)
+    return HMSDataModule(folder, test_data=folder, batch_size=5, cache_dir=folder.parent / "features")

@@ -55,23 +55,15 @@ def write_competition(root: Path, columns: list[str] = SPECTROGRAM, rows: int = 
     return eeg
 
 
-def test_the_competitions_names_are_found_in_their_order():
+def test_neither_spelling_nor_order_nor_other_columns_matter():
     assert find_spectrogram(SPECTROGRAM) == tuple(SPECTROGRAM)
-    assert find_eeg(EEG) == tuple(EEG[:19])
-
-
-def test_the_spelling_does_not_matter():
+    assert find_eeg(["note", *EEG[::-1]]) == tuple(EEG[:19])
     python = ["time"] + [f"{region}_{rounded_by_python(n)}" for region in ("LL", "RL", "LP", "RP") for n in FREQUENCIES]
-    assert "LL_3.12" in python
-    assert "RP_4.10" in python
+    assert {"LL_3.12", "RP_4.10"} <= set(python)
     assert find_spectrogram(python) == tuple(python)
-
-
-def test_neither_the_order_of_columns_nor_other_columns_matter(tmp_path):
     shuffled = [*SPECTROGRAM[1:], "LL_25.0", "LL", "note_4.1", "LL_4.10", "RP_8", "__index_level_0__"]
     random.Random(0).shuffle(shuffled)
     assert find_spectrogram(["time", *shuffled]) == tuple(SPECTROGRAM)
-    assert find_eeg(["note", *EEG[::-1]]) == tuple(EEG[:19])
 
 
 @pytest.mark.parametrize(
@@ -92,7 +84,7 @@ def test_a_region_needs_one_column_for_each_frequency(names, reason):
     assert error.match(reason)
 
 
-@pytest.mark.parametrize(("offset", "first"), [(0, 0), (6.0, 3), (7, 3), (7.5, 4), (40.0, 20)])
+@pytest.mark.parametrize(("offset", "first"), [(0, 0), (7, 3), (7.5, 4)])
 def test_a_file_of_the_competition(tmp_path, offset, first):
     eeg = write_competition(
         tmp_path, eeg_label_offset_seconds=12.0, spectrogram_label_offset_seconds=offset, seizure_vote=2.0

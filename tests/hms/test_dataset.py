@@ -48,49 +48,25 @@ def assert_same(ours, theirs) -> None:
 
 @WITH_EDGES
 def test_they_are_what_pyg_makes_of_the_same_graphs(with_edge_attr):
+    """As a whole, by index, as lists, and after what a loader does with them."""
     ours, theirs = both_ways(with_edge_attr)
     assert len(ours) == WINDOWS
     for our, their in zip(ours, theirs, strict=True):
         assert_same(our, their)
         assert ("edge_attr" in our) == with_edge_attr
-        assert (our.num_nodes, our.num_edges, our.num_features) == (
-            their.num_nodes,
-            their.num_edges,
-            their.num_features,
-        )
+        for name in ("num_nodes", "num_edges", "num_features"):
+            assert getattr(our, name) == getattr(their, name)
         our.validate()
-
-
-@WITH_EDGES
-def test_indexing_and_lists(with_edge_attr):
-    for our, their in zip(*both_ways(with_edge_attr), strict=True):
         for i in range(SAMPLES):
             assert_same(our[i], their[i])
         for chosen in ([0], [2, 0], slice(1, 3), torch.tensor([True, False, True])):
-            assert len(our[chosen]) == len(their[chosen])
-            for ours, theirs in zip(our[chosen], their[chosen], strict=True):
-                assert_same(ours, theirs)
+            for one, other in zip(our[chosen], their[chosen], strict=True):
+                assert_same(one, other)
             assert_same(Batch.from_data_list(our[chosen]), Batch.from_data_list(their[chosen]))
         assert_same(Batch.from_data_list(our.to_data_list()), their)
-
-
-@WITH_EDGES
-@pytest.mark.parametrize(
-    "move",
-    [
-        lambda batch: batch.to("cpu"),
-        lambda batch: batch.clone(),
-        lambda batch: batch.contiguous(),
-        lambda batch: pickle.loads(pickle.dumps(batch)),
-        lambda batch: batch.pin_memory() if torch.cuda.is_available() else batch,
-    ],
-    ids=["to", "clone", "contiguous", "pickle", "pin_memory"],
-)
-def test_they_survive_what_a_loader_does(with_edge_attr, move):
-    for our, their in zip(*both_ways(with_edge_attr), strict=True):
-        moved = move(our)
-        assert_same(moved, their)
-        assert_same(moved[1], their[1])
+        for moved in (our.to("cpu"), our.clone(), our.contiguous(), pickle.loads(pickle.dumps(our))):
+            assert_same(moved, their)
+            assert_same(moved[1], their[1])
 
 
 def test_moving_to_another_device_leaves_the_other_windows_where_they_are():

@@ -1,8 +1,7 @@
 """``lightning-xattn explain``: from a checkpoint and a folder of recordings to report, figures and table."""
 
 import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,10 +10,9 @@ import torch
 from lightning_xattn.cli import main
 from lightning_xattn.core.errors import DataError, SettingError
 from lightning_xattn.explainer import load_checkpoint
-from lightning_xattn.hms import HMSLightningModule
+from lightning_xattn.hms import HMSLightningModule, explain
 from lightning_xattn.hms.explain import run_explain
 from lightning_xattn.hms.montage import ELECTRODES
-from tests.hms.conftest import table_rows
 from tests.toy import ToyModule
 
 # Of a model that has hardly been trained, or not at all, the heads are alike or uniform, and alarms say so.
@@ -24,12 +22,37 @@ pytestmark = pytest.mark.filterwarnings("ignore:Layer 'model.fusion'")
 @pytest.fixture
 def without_pictures(monkeypatch):
     """Most of the time goes into drawing."""
-    monkeypatch.setattr("lightning_xattn.hms.explain._draw_sample", lambda *args: None)
-    monkeypatch.setattr("lightning_xattn.hms.explain.save_dataset_figures", lambda explained, folder: None)
+    write = explain.create_explainability_report
+    monkeypatch.setattr(explain, "_draw_sample", lambda *args: None)
+    monkeypatch.setattr(explain, "save_dataset_figures", lambda explained, folder: None)
+    monkeypatch.setattr(
+        explain, "create_explainability_report", lambda *args, **more: write(*args) if "pictures" not in more else None
+    )
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The sample ids, names of traces, regions and montages that are drawn; the first sample truly is."""
+    drawn, draw_sample, plot = [], explain._draw_sample, explain.plot_attention_over_signals
+
+    def note(results, i, *args):
+        name = results["per_sample_explanations"][i]["sample_id"]
+        draw_sample(results, i, *args) if not drawn else drawn.append((name, None))
+
+    def plot_and_note(traces, spectrograms, pair, i, **settings):
+        name = Path(settings["save_path"]).parent.name
+        drawn.append((name, (traces.names, spectrograms.regions, settings["montage"])))
+        plot(traces, spectrograms, pair, i, **settings)
+
+    monkeypatch.setattr(explain, "_draw_sample", note)
+    monkeypatch.setattr(explain, "plot_attention_over_signals", plot_and_note)
+    return drawn
 
 
 @pytest.mark.slow
-def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(hms_checkpoint, iiic_irr, tmp_path, capsys):
+def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(
+    hms_checkpoint, iiic_irr, tmp_path, capsys, drawn
+):
     arguments = ["explain", "--checkpoint", str(hms_checkpoint), "--data", str(iiic_irr), "--out", str(tmp_path)]
     assert main(arguments) == 0
     report = (tmp_path / "report.md").read_text()
@@ -43,10 +66,13 @@ def test_from_checkpoint_and_real_recordings_to_report_figures_and_table(hms_che
     assert len(list((tmp_path / "figures").glob("*.png"))) == 5
 
     first = table.sort_values("sample_idx").groupby(["target", "correct"])["sample_id"].first()
-    assert {path.name for path in (tmp_path / "samples").iterdir()} == set(first)
+    assert sorted(name for name, _ in drawn) == sorted(first)
+    name, what = drawn[0]
+    regions = ["left lateral", "right lateral", "left parasagittal", "right parasagittal"]
+    assert what == (ELECTRODES, regions, "bipolar")
+    files = {path.name for path in (tmp_path / "samples" / name).iterdir()}
+    assert files == {"signals.png", "attention.png", "alignment.png"}
     for name in first:
-        files = {path.name for path in (tmp_path / "samples" / name).iterdir()}
-        assert files == {"signals.png", "attention.png", "alignment.png"}
         place = int(table.set_index("sample_id")["sample_idx"][name])
         assert f"Sample {place} (id {name})" in (tmp_path / "samples.md").read_text()
 
@@ -57,23 +83,6 @@ def test_the_montage_is_bipolar_unless_another_is_asked_for(arguments, montage, 
     monkeypatch.setattr("lightning_xattn.hms.explain.run_explain", lambda *args: called.append(args))
     assert main(["explain", "--checkpoint", "c", "--data", "d", "--out", "o", *arguments]) == 0
     assert called == [("c", "d", "o", montage, False)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("montage", ["bipolar", "referential"])
-def test_recordings_are_drawn_in_their_montage_with_regions_spelled_out(
-    montage, hms_checkpoint, make_folder, tmp_path, monkeypatch
-):
-    drawn = []
-
-    def draw(traces, spectrograms, *args, **settings):
-        drawn.append((traces.names, spectrograms.regions, settings["montage"]))
-
-    monkeypatch.setattr("lightning_xattn.hms.explain.plot_attention_over_signals", draw)
-    run_explain(hms_checkpoint, make_folder(rows=table_rows(2)), tmp_path / "out", montage)
-    regions = ["left lateral", "right lateral", "left parasagittal", "right parasagittal"]
-    assert drawn
-    assert all(one == (ELECTRODES, regions, montage) for one in drawn)
 
 
 def test_what_is_no_montage_is_said_before_anything_is_read(tmp_path):
@@ -112,26 +121,3 @@ def test_out_that_is_a_file_is_said(hms_checkpoint, make_folder, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(DataError, match="out is a file; expected a folder"):
         run_explain(hms_checkpoint, make_folder(), tmp_path / "out")
-
-
-@pytest.mark.slow
-def test_the_command_as_a_module():
-    found = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "lightning_xattn.cli",
-            "explain",
-            "--checkpoint",
-            "none.ckpt",
-            "--data",
-            "x",
-            "--out",
-            "y",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 1
-    assert "lightning-xattn explain: none.ckpt cannot be read as a checkpoint" in found.stderr

@@ -1,13 +1,16 @@
-"""The reference model explained offline, as the guide does it."""
+"""The reference model under the callback and explained offline, as the guide does it."""
 
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning.loggers import CSVLogger
 
-from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture
+from lightning_xattn import AttentionExplainabilityCallback, AttentionRecorder, ExplainabilityCapture
 from lightning_xattn.attention_analysis import AttentionAnalyzer, head_wise_attention_analysis
 from lightning_xattn.core.errors import DataError, SettingError
-from lightning_xattn.hms import CLASSES, HMSDataModule, HMSLightningModule, simulate
+from lightning_xattn.hms import CLASSES, HMSLightningModule
+from lightning_xattn.visualizations import epoch
+from lightning_xattn.visualizations.drawing import place_tokens
 from tests.explainer.test_explain_loader import assert_same_summary
 from tests.explainer.test_explainer import assert_same
 from tests.toy import quiet_trainer
@@ -16,16 +19,9 @@ from tests.toy import quiet_trainer
 pytestmark = pytest.mark.filterwarnings("ignore:.*(uniform attention|attend alike):lightning_xattn.XAttnWarning")
 
 
-@pytest.fixture(scope="module")
-def datamodule(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("simulated") / "hms"
-    simulate(folder, 12, eeg_seconds=10)
-    return HMSDataModule(folder, test_data=folder, batch_size=5, cache_dir=folder.parent / "features")
-
-
 @pytest.fixture
-def batch(datamodule):
-    return next(iter(datamodule.test_dataloader()))
+def batch(simulated):
+    return next(iter(simulated.test_dataloader()))
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +34,49 @@ def model():
     return module
 
 
-def test_callback_and_explainer_agree(model, datamodule):
-    callback = AttentionExplainabilityCallback()
-    quiet_trainer(callbacks=[callback]).validate(model, datamodule=datamodule, verbose=False)
-    explained = ExplainabilityCapture(model, num_heads=8).explain_loader(datamodule.val_dataloader())
+def test_callback_and_explainer_agree(model, simulated):
+    callback = AttentionExplainabilityCallback(curves="all")
+    trainer = quiet_trainer(callbacks=[callback])
+    trainer.validate(model, datamodule=simulated, verbose=False)
+    assert {str(direction): tuple(maps.shape[1:]) for direction, maps in callback.summaries["val"].maps.items()} == {
+        "eeg_to_spec": (9, 119),
+        "spec_to_eeg": (119, 9),
+    }
+    logged = {f"xattn_alignment/val/{name}" for name in ("all", *CLASSES)}
+    assert logged | {f"xattn_entropy/val/spec_to_eeg/head_{i}" for i in range(8)} <= set(trainer.callback_metrics)
+    explained = ExplainabilityCapture(model, num_heads=8).explain_loader(simulated.val_dataloader())
     assert_same_summary(explained.headline, callback.summaries["val"])
+    assert explained.headline.samples == 12
     assert explained.class_names == CLASSES
     assert list(explained.summaries) == ["model.fusion"]
 
 
-def test_a_batch_with_ids_probabilities_and_places_in_seconds(model, datamodule, batch):
-    results = ExplainabilityCapture(model, axes=datamodule.attention_axes).explain_batch(batch)
+def test_logits_are_bit_for_bit_those_without_recording(model, batch):
+    with torch.no_grad():
+        expected = model.eval()(batch["eeg_graphs"], batch["spec_graphs"])
+        with AttentionRecorder(model) as recorder:
+            assert torch.equal(model(batch["eeg_graphs"], batch["spec_graphs"]), expected)
+    assert [layer.name for layer in recorder.layers] == ["model.fusion"]
+
+
+@pytest.mark.slow
+def test_figures_have_time_axes_in_seconds(model, simulated, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(epoch, "place_tokens", lambda *args: drawn.append(args) or place_tokens(*args))
+    trainer = quiet_trainer(callbacks=[AttentionExplainabilityCallback()], logger=CSVLogger(tmp_path))
+    trainer.validate(model, datamodule=simulated, verbose=False)
+    axes = {axis.title: axis.spans for *_, axis in drawn}
+    assert axes["EEG window (s from the labelled moment)"][0] == (-5, -3)
+    assert axes["Spectrogram window (s from the labelled moment)"][-1] == (290, 300)
+
+
+def test_a_batch_with_ids_probabilities_and_places_in_seconds(model, simulated, batch):
+    results = ExplainabilityCapture(model, axes=simulated.attention_axes).explain_batch(batch)
     with torch.no_grad():
         logits = model.eval()(batch["eeg_graphs"], batch["spec_graphs"])
     assert torch.equal(results["logits"], logits)
     assert results["targets"].tolist() == batch["targets"].argmax(1).tolist()
-    axes = datamodule.attention_axes
+    axes = simulated.attention_axes
     for i, sample in enumerate(results["per_sample_explanations"]):
         assert sample["sample_id"] == str(int(batch["sample_ids"][i]))
         assert sample["confidence"] == pytest.approx(float(logits[i].softmax(0).max()), abs=1e-6)
@@ -85,40 +108,23 @@ def test_one_sample_however_it_is_cut_out(model, batch):
 
 
 def test_the_guides_examples(model, batch):
-    """Example 3, 4, 5 and the advanced usage of the guide, word by word where they compute something."""
-    explainer = ExplainabilityCapture(model, num_heads=8)
-    all_results = []
-    for _ in range(2):
-        with torch.no_grad():
-            results = explainer.explain_batch(batch)
-        all_results.append(results)
-    correct_samples, all_explanations = [], []
-    for results in all_results:
-        for expl in results["per_sample_explanations"]:
-            all_explanations.append(expl)
-            if expl["correct"]:
-                correct_samples.append(expl)
-    assert len(all_explanations) == 10
-    assert np.isfinite(np.mean([s["modality_agreement"] for s in all_explanations]))
-    entropy = [np.mean(list(s["head_entropies"].values())) for s in all_explanations]
-    assert all(0 <= value <= 1 for value in entropy)
-
-    attention_dict = results["attention_dict"]
-    head_analysis = head_wise_attention_analysis(results["attention_dict"], num_heads=8)
-    for stats in head_analysis["eeg_to_spec"].values():
-        assert f"{stats['specialization_score']:.4f}"
-        assert len(stats["top_pairs"]) == 5
+    """What the guide computes of an explained batch with the analyser; test_guide.py runs all of it."""
+    results = ExplainabilityCapture(model, num_heads=8).explain_batch(batch)
+    weights = results["attention_dict"]
+    assert weights["eeg_to_spec"].cpu().numpy()[:, 0].shape == (5, 9, 119)
+    samples = results["per_sample_explanations"]
+    assert np.isfinite([sample["modality_agreement"] for sample in samples]).all()
+    assert all(0 <= np.mean(list(sample["head_entropies"].values())) <= 1 for sample in samples)
+    heads = head_wise_attention_analysis(weights, num_heads=8)["eeg_to_spec"]
+    assert all(f"{head['specialization_score']:.4f}" and len(head["top_pairs"]) == 5 for head in heads.values())
     analyzer = AttentionAnalyzer(num_heads=8)
-    eeg_to_spec_weights = attention_dict["eeg_to_spec"]
-    assert len(analyzer.get_top_attention_pairs(eeg_to_spec_weights, top_k=10)) == 10
-    assert list(analyzer.compute_attention_entropy(eeg_to_spec_weights, per_head=True)) == list(range(8))
-    stats = analyzer.analyze_attention_weights(eeg_to_spec_weights)
-    assert f"{stats.mean:.4f} {stats.entropy:.4f} {stats.sparsity:.2f}%"
+    assert len(analyzer.get_top_attention_pairs(weights["eeg_to_spec"], top_k=10)) == 10
+    assert list(analyzer.compute_attention_entropy(weights["eeg_to_spec"], per_head=True)) == list(range(8))
+    stats = analyzer.analyze_attention_weights(weights["eeg_to_spec"])
     assert stats["mean"] == stats.mean
     assert results["attention_stats"]["eeg_to_spec"] == stats
-    agreement = analyzer.compare_modality_agreement(attention_dict["eeg_to_spec"], attention_dict["spec_to_eeg"])
+    agreement = analyzer.compare_modality_agreement(weights["eeg_to_spec"], weights["spec_to_eeg"])
     assert agreement == pytest.approx(results["modality_alignment"], abs=1e-6)
-    assert attention_dict["eeg_to_spec"].cpu().numpy()[:, 0].shape == (5, 9, 119)
 
 
 def test_bad_input_is_named(model, batch, tmp_path):

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import signal
 
@@ -35,14 +35,14 @@ def noise(geometry, seed=0) -> np.ndarray:
 
 
 @GEOMETRIES
-@pytest.mark.parametrize(("frequency", "band"), [(2, 0), (6, 1), (10, 2), (20, 3), (35, 4)])
-def test_a_sine_lands_in_its_band_with_its_power(geometry, frequency, band):
-    eeg = np.repeat(30 * np.sin(2 * np.pi * frequency * seconds(geometry))[:, None], 19, axis=1)
+def test_a_sine_lands_in_its_band_with_its_power(geometry):
+    frequencies, bands = np.array([2, 6, 10, 20, 35] * 4)[:19], np.array([0, 1, 2, 3, 4] * 4)[:19]
+    eeg = 30 * np.sin(2 * np.pi * frequencies * seconds(geometry)[:, None])
     x, _, _ = eeg_features(eeg, geometry)
     assert x.shape == (9, 19, 5)
-    assert (x.argmax(axis=-1) == band).all()
+    assert (x.argmax(axis=-1) == bands).all()
     # A sine of amplitude 30 µV has 450 µV². The first and last window feel the filter's ends.
-    np.testing.assert_allclose(x[2:-2, :, band], np.log10(450), atol=0.02)
+    np.testing.assert_allclose(x[2:-2].max(axis=-1), np.log10(450), atol=0.02)
 
 
 def test_mains_are_removed():
@@ -139,6 +139,7 @@ def test_gaps_are_filled_with_lines_and_counted():
     assert np.isnan(values[0, 0])  # the input is left as it was
 
 
+@settings(max_examples=30, deadline=None)
 @given(
     stretches=st.lists(st.tuples(st.integers(0, 18), st.integers(0, 1999), st.integers(1, 2000)), max_size=6),
     value=st.sampled_from([np.nan, np.inf, -np.inf]),
@@ -151,13 +152,6 @@ def test_what_is_missing_is_counted_and_never_passed_on(stretches, value):
     assert filled == (~np.isfinite(eeg)).sum()
     assert np.isfinite(x).all()
     assert np.isfinite(edge_attr).all()
-
-
-def test_a_short_gap_hardly_changes_the_features():
-    eeg = filtered(noise(COMPETITION).T).T
-    broken = eeg.copy()
-    broken[4000:4004, 5] = np.nan
-    np.testing.assert_allclose(eeg_features(broken, COMPETITION)[0], eeg_features(eeg, COMPETITION)[0], atol=0.05)
 
 
 @pytest.mark.parametrize("geometry", [EEGGeometry(20, 7, 0.5), EEGGeometry(6, 1.5, 0.75), EEGGeometry(5, 0.5, 0.5)])
@@ -174,10 +168,12 @@ def test_windows_of_any_length_have_the_power_that_welch_finds(geometry):
             np.testing.assert_allclose(powers[i, :, band], np.log10(np.maximum(power, POWER_FLOOR)), atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(2000,), (2000, 20), (1999, 19)])
-def test_an_eeg_of_another_shape_is_refused(shape):
-    with pytest.raises(DataError, match="got"):
-        eeg_features(np.zeros(shape), IIIC)
+def test_signals_of_another_shape_are_refused():
+    for shape in ((2000,), (2000, 20), (1999, 19)):
+        with pytest.raises(DataError, match="got"):
+            eeg_features(np.zeros(shape), IIIC)
+    with pytest.raises(DataError, match=r"\(300, 4, 100\); got shape \(299, 4, 100\)"):
+        spectrogram_features(np.ones((299, 4, 100)))
 
 
 def test_a_spectrogram_step_is_in_the_right_windows():
@@ -206,12 +202,12 @@ def test_rows_count_by_their_share_of_the_window():
     np.testing.assert_allclose(rise[2:], 0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("frequency", "band"), [(0.6, 0), (5, 1), (10, 2), (19.9, 3)])
-def test_a_line_in_the_spectrogram_is_in_its_band(frequency, band):
+def test_a_line_in_the_spectrogram_is_in_its_band():
     power = np.ones((300, 4, 100))
-    power[:, :, np.abs(np.array(SPEC_FREQUENCIES) - frequency).argmin()] = 1000
+    for region, frequency in enumerate((0.6, 5, 10, 19.9)):
+        power[:, region, np.abs(np.array(SPEC_FREQUENCIES) - frequency).argmin()] = 1000
     x, _ = spectrogram_features(power)
-    assert (x.argmax(axis=-1) == band).all()
+    assert (x.argmax(axis=-1) == [0, 1, 2, 3]).all()
 
 
 def test_a_spectrogram_is_standardised_and_its_extremes_are_clipped():
@@ -220,15 +216,6 @@ def test_a_spectrogram_is_standardised_and_its_extremes_are_clipped():
     np.testing.assert_allclose(spectrogram_features(power * 3)[0], x, atol=1e-5)  # loudness does not matter
     power[0, 0, 0], power[0, 0, 1] = 1e30, 0
     assert np.abs(spectrogram_features(power)[0] - x).max() < 0.1
-
-
-def test_missing_power_is_counted_and_never_passed_on():
-    power = np.random.default_rng(0).lognormal(0, 1, (300, 4, 100))
-    power[10:20] = np.nan
-    power[:, 1, 7] = np.inf
-    x, filled = spectrogram_features(power)
-    assert filled == 10 * 400 + 290
-    assert np.isfinite(x).all()
 
 
 def test_a_frequency_that_is_missing_throughout_is_no_part_of_its_bands_average():
@@ -242,11 +229,6 @@ def test_a_frequency_that_is_missing_throughout_is_no_part_of_its_bands_average(
     assert filled == 300
     rows = np.nanmean(standard[:, :, delta], axis=2)
     np.testing.assert_allclose(x[0, :, 0], rows[:5].mean(axis=0), rtol=1e-5)  # the first 10 s
-
-
-def test_a_spectrogram_of_another_shape_is_refused():
-    with pytest.raises(DataError, match=r"\(300, 4, 100\); got shape \(299, 4, 100\)"):
-        spectrogram_features(np.ones((299, 4, 100)))
 
 
 def test_bands_cover_what_they_should():

@@ -1,13 +1,15 @@
 """Recordings of which too much is missing are refused, or left out with a warning."""
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lightning_xattn.core.errors import DataError
 from lightning_xattn.hms import HMSDataModule
-from lightning_xattn.hms.columns import SPECTROGRAM_COLUMNS
 from lightning_xattn.hms.features import eeg_features, spectrogram_features
-from lightning_xattn.hms.montage import ELECTRODES
 from lightning_xattn.hms.recordings import COMPETITION, IIIC, Recordings
 from lightning_xattn.hms.table import RowError
 from tests.hms.conftest import table_rows, write_eeg, write_parquet, write_spectrogram
@@ -102,59 +104,77 @@ def test_of_enough_of_a_spectrogram_gaps_are_filled(power):
     assert np.isfinite(x).all()
 
 
-def without_eeg(root):
-    write_parquet(root / "train_eegs/100.parquet", [*ELECTRODES, "EKG"], np.full((2000, 20), np.nan, np.float32))
+EEG, SPECTROGRAM = "train_eegs/100.parquet", "train_spectrograms/200.parquet"
 
 
-def with_one_electrode(root):
-    whole = write_eeg(root / "train_eegs/100.parquet", 10)
-    write_parquet(root / "train_eegs/100.parquet", [*ELECTRODES, "EKG"], np.where(np.arange(20) < 1, whole, np.nan))
+def rewritten(edit):
+    """A file whose table is edited."""
+    return lambda path: pq.write_table(edit(pq.read_table(path)), path)
 
 
-def with_eeg_of_no_length(root):
-    write_eeg(root / "train_eegs/100.parquet", 0)
+def of_missing_values(*, but=0):
+    """All columns but the first ones without a number."""
+
+    def edit(table):
+        missing = pa.nulls(len(table), pa.float32())
+        return pa.table({name: table[name] if i < but else missing for i, name in enumerate(table.column_names)})
+
+    return rewritten(edit)
 
 
-def with_eeg_of_no_columns(root):
-    write_parquet(root / "train_eegs/100.parquet", [], np.empty((2000, 0)))
+def with_later_rows(table):
+    """A step in the spectrogram's time."""
+    time = table["time"].to_numpy()
+    return table.set_column(0, "time", pa.array(time + 2 * (np.arange(len(time)) >= 100)))
 
 
-def without_spectrogram(root):
-    values = np.hstack([np.arange(1, 600, 2)[:, None], np.full((300, 400), np.nan)])
-    write_parquet(root / "train_spectrograms/200.parquet", ["time", *SPECTROGRAM_COLUMNS], values)
+def without_a_region(table):
+    columns = {name: table[name] for name in table.column_names}
+    return pa.table({n: pa.nulls(300, pa.float32()) if n.startswith("LP_") else c for n, c in columns.items()})
 
 
-def with_a_spectrogram_of_no_length(root):
-    write_spectrogram(root / "train_spectrograms/200.parquet", 0)
+DAMAGES = {
+    "missing file": (EEG, Path.unlink, "missing file"),
+    "cut off": (EEG, lambda path: path.write_bytes(path.read_bytes()[:1000]), "unreadable file"),
+    "no electrode T3": (EEG, rewritten(lambda table: table.drop_columns(["T3"])), "missing column: T3"),
+    "text": (
+        EEG,
+        rewritten(lambda table: table.set_column(0, "Fp1", pa.array(["a"] * len(table)))),
+        "column not numeric: expected numbers in Fp1",
+    ),
+    "short": (EEG, lambda path: write_eeg(path, 9), "needs 0 to 10 s, the recording has 9 s"),
+    "no length": (EEG, lambda path: write_eeg(path, 0), "offset past the recording"),
+    "no columns": (EEG, lambda path: write_parquet(path, [], np.empty((2000, 0))), "missing column"),
+    "no values": (EEG, of_missing_values(), "no EEG"),
+    "one electrode": (EEG, of_missing_values(but=1), "no EEG"),
+    "short spectrogram": (
+        SPECTROGRAM,
+        lambda path: write_spectrogram(path, 299),
+        "needs 0 to 600 s, the recording has 0 to 598 s",
+    ),
+    "uneven spectrogram": (SPECTROGRAM, rewritten(with_later_rows), "uneven time"),
+    "no power": (SPECTROGRAM, of_missing_values(but=1), "no spectrogram"),
+    "a region": (SPECTROGRAM, rewritten(without_a_region), "no spectrogram: .* of the left parasagittal region"),
+}
 
 
-def with_a_spectrogram_of_no_columns(root):
-    write_parquet(root / "train_spectrograms/200.parquet", [], np.empty((300, 0)))
-
-
-@pytest.mark.parametrize(
-    ("damage", "file", "reason"),
-    [
-        (without_eeg, "100.parquet", "no EEG"),
-        (with_one_electrode, "100.parquet", "no EEG"),
-        (with_eeg_of_no_length, "100.parquet", "offset past the recording"),
-        (with_eeg_of_no_columns, "100.parquet", "missing column"),
-        (without_spectrogram, "200.parquet", "no spectrogram"),
-        (with_a_spectrogram_of_no_length, "200.parquet", "offset past the recording"),
-        (with_a_spectrogram_of_no_columns, "200.parquet", "missing column"),
-    ],
-)
-def test_a_recording_that_is_not_there_is_named_or_left_out(damage, file, reason, make_folder, tmp_path):
-    root = make_folder(rows=table_rows(3))
-    damage(root)
-    data = HMSDataModule(root, test_data=root, cache_dir=tmp_path / "cache", num_workers=0)
-    with pytest.raises(RowError, match=tells(file, reason, "label_id 300", "on_bad_row='skip'")):
+@pytest.mark.parametrize(("file", "damage", "reason"), DAMAGES.values(), ids=DAMAGES)
+def test_a_recording_that_cannot_be_used_is_named_or_left_out(file, damage, reason, make_folder, tmp_path):
+    root = make_folder(rows=table_rows(2))
+    damage(root / file)
+    settings = {"test_data": root, "cache_dir": tmp_path / "cache", "num_workers": 0, "eeg_geometry": IIIC}
+    data = HMSDataModule(root, **settings)
+    with pytest.raises(RowError, match=tells(root / file, "label_id 300", "line 2", "on_bad_row='skip'")) as error:
         data.setup()
-    data = HMSDataModule(root, test_data=root, cache_dir=tmp_path / "cache", num_workers=0, on_bad_row="skip")
-    with pytest.warns(UserWarning, match=tells("Left out 1 of 3 rows", f"1 x {reason}")):
+    assert error.match(reason)
+    data = HMSDataModule(root, **settings, on_bad_row="skip")
+    kind = reason.partition(":")[0]
+    with pytest.warns(UserWarning, match="Left out 1 of 2 rows"):
         data.setup()
-    assert [row.label_id for row in data.test_recordings] == [301, 302]
-    assert (data.test_recordings.skipped[0].label_id, data.test_recordings.skipped[0].reason) == ("300", reason)
+    assert [row.label_id for row in data.test_recordings] == [301]
+    (skipped,) = data.test_recordings.skipped
+    assert skipped.label_id == "300"
+    assert skipped.reason in (kind, "offset past the recording")
 
 
 def test_nothing_of_the_real_recordings_is_refused(iiic_irr):

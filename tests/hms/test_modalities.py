@@ -26,17 +26,17 @@ def simulated(tmp_path_factory):
     """Recordings to train on, and others of which half show another class in the spectrogram."""
     folder = tmp_path_factory.mktemp("simulated")
     with contextlib.redirect_stderr(io.StringIO()):  # of two progress bars
-        simulate(folder / "trained", 480, eeg_seconds=10, seed=1)
-        simulate(folder / "held_out", 240, eeg_seconds=10, seed=2, disagreeing=0.5)
+        simulate(folder / "trained", 220, eeg_seconds=10, seed=1)
+        simulate(folder / "held_out", 144, eeg_seconds=10, seed=2, disagreeing=0.5)
     return folder
 
 
-def unrelated(folder, root):
-    """The same recordings, each with the spectrogram of any other one."""
+def unrelated(folder, root, samples):
+    """The first recordings, each with the spectrogram of any other one."""
     shutil.copytree(root, folder, copy_function=os.link)
-    table = pd.read_csv(root / "train.csv")
+    table = pd.read_csv(root / "train.csv").head(samples)
     columns = [name for name in table if name.startswith("spectrogram")]
-    table[columns] = table[columns].sample(frac=1, random_state=0).to_numpy()
+    table[columns] = table[columns].sample(frac=1, random_state=1).to_numpy()
     (folder / "train.csv").unlink()
     table.to_csv(folder / "train.csv", index=False)
     return folder
@@ -45,7 +45,7 @@ def unrelated(folder, root):
 def explained(trained, held_out, folder, epochs):
     """Of recordings that the model was not trained on: what is said, and by column each of them and its truth."""
     seed_everything(0, verbose=False)
-    data = HMSDataModule(trained, test_data=held_out, cache_dir=folder / "features", seed=0)
+    data = HMSDataModule(trained, test_data=held_out, cache_dir=folder / "features", seed=0, batch_size=16)
     module = HMSLightningModule()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -55,8 +55,8 @@ def explained(trained, held_out, folder, epochs):
         )
         trainer.fit(module, datamodule=data)
         data.setup("test")
-        explainer = ExplainabilityCapture(module, contribution_samples=240)
-        found = explainer.explain_loader(data.test_dataloader(), table=folder / "table", progress=False, partners=16)
+        explainer = ExplainabilityCapture(module, contribution_samples=144)
+        found = explainer.explain_loader(data.test_dataloader(), table=folder / "table", progress=False, partners=8)
     columns = read_columns(folder / "table")
     rows = [data.test_recordings.by_label_id[int(one)] for one in columns["sample_id"]]
     for column in ("eeg_class", "spectrogram_class"):
@@ -71,11 +71,11 @@ def auroc(scores, positive):
 
 
 def test_planted_disagreement_is_found_and_which_modality_was_followed(simulated, tmp_path):
-    fusion, columns = explained(simulated / "trained", simulated / "held_out", tmp_path, epochs=12)
+    fusion, columns = explained(simulated / "trained", simulated / "held_out", tmp_path, epochs=8)
     said = [NAMES[one] for one in columns["prediction"]]
     truth = list(zip(said, columns["eeg_class"], columns["spectrogram_class"], strict=True))
     disagree = [eeg != spec for _, eeg, spec in truth]
-    assert sum(disagree) == 120
+    assert sum(disagree) == 72
     found = auroc(columns["conflict"], disagree)
     assert found >= 0.9
     assert found > auroc([-one for one in columns["confidence"]], disagree) + 0.1
@@ -91,11 +91,11 @@ def test_planted_disagreement_is_found_and_which_modality_was_followed(simulated
 
 
 def test_a_modality_on_which_the_labels_do_not_depend_cannot_be_read_and_is_not_used(simulated, tmp_path):
-    roots = [unrelated(tmp_path / name, simulated / name) for name in ("trained", "held_out")]
+    roots = [unrelated(tmp_path / name, simulated / name, 120) for name in ("trained", "held_out")]
     fusion, columns = explained(*roots, tmp_path, epochs=6)
     assert list(fusion.probe_problems) == ["spec"]
     assert "is not clearly above the share of the largest class" in fusion.probe_problems["spec"]
     assert torch.isnan(fusion.numbers["conflict"]).all()
     assert fusion.estimate("right/eeg").low > 0.4
-    assert fusion.share("eeg").mean >= 0.97
+    assert fusion.share("eeg").low >= 0.9
     assert set(columns["probe_spec"]) == {None}

@@ -15,6 +15,7 @@ from lightning_xattn.hms.model import CrossModalFusion, HMSNetwork, JoinedWindow
 from lightning_xattn.hms.module import HMSLightningModule, learning_rate_factor
 from lightning_xattn.hms.montage import CLASSES, EEG_EDGES, SPEC_EDGES
 from tests.messages import tells
+from tests.toy import quiet_trainer
 
 WINDOWS = {"eeg": 5, "spec": 7}
 
@@ -53,37 +54,26 @@ def network() -> HMSNetwork:
     return HMSNetwork().eval()
 
 
-# --- attention and fusion
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_attention_is_per_head_and_rows_sum_to_one(network: HMSNetwork, training: bool) -> None:
-    network.train(training)
+def test_attention_is_per_head_and_rows_sum_to_one(network: HMSNetwork) -> None:
+    """Asking for it changes nothing."""
+    network.train()
     eeg_graphs, spec_graphs = inputs()
     eeg, spec = network.eeg_encoder(eeg_graphs), network.spec_encoder(spec_graphs)
     queries, keys = 5, 7
     assert eeg.shape == (3, queries, 256)
     assert spec.shape == (3, keys, 256)
+    torch.manual_seed(1)
+    alone = network.fusion(eeg, spec)
+    torch.manual_seed(1)
     fused, attention = network.fusion(eeg, spec, return_attention=True)
+    assert torch.equal(alone, fused)
     assert fused.shape == (3, 512)
+    assert network.fusion.eeg_to_spec_attn.num_heads == 8, "as published"
     assert attention["eeg_to_spec"].shape == (3, 8, queries, keys)
     assert attention["spec_to_eeg"].shape == (3, 8, keys, queries)
     for weights in attention.values():
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
         assert weights.std() > 0
-
-
-def test_asking_for_attention_does_not_change_the_output() -> None:
-    torch.manual_seed(0)
-    fusion = CrossModalFusion(32, heads=4, dropout=0.3)
-    eeg, spec = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
-    for training in (False, True):
-        fusion.train(training)
-        torch.manual_seed(1)
-        alone = fusion(eeg, spec)
-        torch.manual_seed(1)
-        fused, _ = fusion(eeg, spec, return_attention=True)
-        assert torch.equal(alone, fused)
 
 
 def test_directions_are_not_swapped() -> None:
@@ -98,9 +88,6 @@ def test_directions_are_not_swapped() -> None:
     torch.testing.assert_close(ratio[..., :6], ratio[..., :1].expand(2, 4, 5, 6))
     assert torch.equal(after["spec_to_eeg"][:, :, :6], before["spec_to_eeg"][:, :, :6])
     assert not torch.allclose(after["spec_to_eeg"][:, :, 6], before["spec_to_eeg"][:, :, 6])
-
-
-# --- encoders
 
 
 @pytest.mark.parametrize("modality", ["eeg", "spec"])
@@ -133,9 +120,6 @@ def test_edges_and_their_weights_matter(network: HMSNetwork) -> None:
     assert not torch.allclose(encoder(windows), before)
 
 
-# --- what it accepts
-
-
 def test_eval_is_reproducible_and_samples_do_not_mix(network: HMSNetwork) -> None:
     graphs = recordings(samples=4)
     order = [2, 0, 3, 1]
@@ -147,13 +131,6 @@ def test_eval_is_reproducible_and_samples_do_not_mix(network: HMSNetwork) -> Non
     assert not torch.allclose(logits[order], logits)
 
 
-def test_one_sample_as_in_the_guide(network: HMSNetwork) -> None:
-    """``g[[0]]`` of a Batch is a list of Data."""
-    eeg, spec = inputs()
-    logits = network([g[[1]] for g in eeg], [g[[1]] for g in spec])
-    torch.testing.assert_close(logits, network(eeg, spec)[[1]])
-
-
 def test_graphs_of_unequal_size(network: HMSNetwork) -> None:
     graphs = recordings(samples=3)
     for windows in graphs.values():
@@ -162,20 +139,6 @@ def test_graphs_of_unequal_size(network: HMSNetwork) -> None:
     for i in range(3):
         alone = network([[w[i]] for w in graphs["eeg"]], [[w[i]] for w in graphs["spec"]])
         torch.testing.assert_close(logits[[i]], alone)
-
-
-# --- learning, logging, checkpoints
-
-
-def trainer(epochs: int = 1) -> pl.Trainer:
-    return pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
 
 
 def planted(samples: int) -> dict[str, object]:
@@ -199,15 +162,17 @@ def loader(batches: list[dict[str, object]]) -> DataLoader:
 
 
 def fit(module: HMSLightningModule, batches: list[dict[str, object]], epochs: int) -> pl.Trainer:
-    running = trainer(epochs)
+    running = quiet_trainer(max_epochs=epochs)
     running.fit(module, loader(batches), loader(batches))
     running.test(module, loader(batches), verbose=False)
     return running
 
 
+@pytest.mark.slow
 def test_learns_logs_and_comes_back_from_a_checkpoint(tmp_path) -> None:
     torch.manual_seed(0)
     module = HMSLightningModule(num_heads=4, lr=3e-3)
+    assert module.class_names == CLASSES
     batch = planted(samples=12)
     running = fit(module, [batch] * 4, epochs=8)
     assert set(running.callback_metrics) == {"test_loss", "test_acc", "test_f1"}
@@ -231,7 +196,7 @@ def test_scores_are_those_of_the_soft_labels_arg_max() -> None:
     torch.manual_seed(0)
     module = HMSLightningModule()
     batches = [planted(5), planted(7)]
-    running = trainer()
+    running = quiet_trainer()
     running.validate(module, loader(batches), verbose=False)
     module.eval()
     with torch.no_grad():
@@ -244,22 +209,12 @@ def test_scores_are_those_of_the_soft_labels_arg_max() -> None:
     torch.testing.assert_close(running.callback_metrics["val_acc"], accuracy)
 
 
-def test_the_default_is_the_published_configuration() -> None:
-    module = HMSLightningModule()
-    assert module.get_submodule("model.fusion.eeg_to_spec_attn").num_heads == 8
-    assert module.get_submodule("model.fusion.spec_to_eeg_attn").embed_dim == 256
-    assert module.class_names == CLASSES
-
-
 def test_learning_rate_rises_then_falls_and_outlasts_its_end() -> None:
     factors = [learning_rate_factor(step, 40) for step in range(60)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert all(a >= b for a, b in pairwise(factors[4:]))
     assert factors[39:] == pytest.approx([factors[39]] + [0.01] * 20)
     assert 0 < learning_rate_factor(0, 1) <= 1
-
-
-# --- complaints
 
 
 @pytest.mark.parametrize(

@@ -1,32 +1,26 @@
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_xattn.core.errors import DataError, SettingError
 from lightning_xattn.hms.datamodule import assign_folds
-from lightning_xattn.hms.montage import ELECTRODES
 from lightning_xattn.hms.recordings import COMPETITION, IIIC, EEGGeometry, Recordings
 from lightning_xattn.hms.table import Recording, RowError
-from tests.hms.conftest import table_rows, write_eeg, write_parquet, write_spectrogram, write_table
+from tests.hms.conftest import table_rows, write_eeg, write_spectrogram, write_table
 from tests.messages import tells
 
 
-def test_both_geometries_give_nine_windows_around_the_labelled_moment():
+def test_geometries_give_windows_around_the_labelled_moment():
     assert COMPETITION.n_windows == IIIC.n_windows == 9
     assert COMPETITION.spans[0] == (-25, -15)
     assert COMPETITION.spans[4] == (-5, 5)
     assert IIIC.spans[-1] == (3, 5)
-
-
-@pytest.mark.parametrize("values", [(10, 3, 2), (10, 12, 1), (10, 2, 0), (60, 10, 5), (10, 2.001, 1), (10, 0, 1)])
-def test_a_geometry_that_does_not_fit_is_refused(values):
-    with pytest.raises(SettingError, match="multiples of 1/200 s"):
-        EEGGeometry(*values)
+    for values in ((10, 3, 2), (10, 12, 1), (10, 2, 0), (60, 10, 5), (10, 2.001, 1), (10, 0, 1)):
+        with pytest.raises(SettingError, match="multiples of 1/200 s"):
+            EEGGeometry(*values)
 
 
 def test_the_real_recordings(iiic_irr: Path):
@@ -46,11 +40,6 @@ def test_the_real_recordings(iiic_irr: Path):
     np.testing.assert_array_equal(recordings.by_label_id[3011].soft_label, np.float32([0, 0, 0.5, 0.5, 0, 0]))
 
 
-def test_extra_columns_keep_their_type(make_folder):
-    recordings = Recordings.read(make_folder())
-    assert [recordings.by_label_id[300 + i].extra["agrees"] for i in range(5)] == [True, False, True, False, True]
-
-
 def test_offsets_cut_the_labelled_window(tmp_path):
     write_table(
         tmp_path,
@@ -60,6 +49,7 @@ def test_offsets_cut_the_labelled_window(tmp_path):
     power = write_spectrogram(tmp_path / "train_spectrograms/200.parquet", 320)
     recordings = Recordings.read(tmp_path)
     (row,) = recordings
+    assert row.extra["agrees"] is True, "other columns keep their type"
     assert recordings.infer_geometry() == COMPETITION
     np.testing.assert_array_equal(recordings.eeg(row, COMPETITION), eeg[1300:11300, :19])
     # 10 s of a competition recording: the middle of its 50 s.
@@ -67,32 +57,11 @@ def test_offsets_cut_the_labelled_window(tmp_path):
     np.testing.assert_array_equal(recordings.spectrogram(row), power[7:307].reshape(300, 4, 100))
 
 
-def test_an_odd_spectrogram_offset_takes_the_rows_whose_middle_is_inside(tmp_path):
-    write_table(tmp_path, [{**row, "spectrogram_label_offset_seconds": 3.5} for row in table_rows(1)])
-    write_eeg(tmp_path / "train_eegs/100.parquet", 10)
-    power = write_spectrogram(tmp_path / "train_spectrograms/200.parquet", 310)
-    recordings = Recordings.read(tmp_path)
-    np.testing.assert_array_equal(recordings.spectrogram(recordings.rows[0]).reshape(300, 400), power[2:302])
-
-
-def test_columns_are_taken_by_name_not_by_place(make_folder):
-    root = make_folder()
-    path = root / "train_eegs/100.parquet"
-    table = pq.read_table(path)
-    pq.write_table(table.select(table.column_names[::-1]), path)
-    recordings = Recordings.read(root)
-    np.testing.assert_array_equal(
-        recordings.eeg(recordings.rows[0], IIIC)[:, ELECTRODES.index("Cz")], table["Cz"].to_numpy()
-    )
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"gpd_vote": 0, "seizure_vote": 0, "lpd_vote": 0}, "no votes"),
         ({"lrda_vote": "many"}, "not a number: lrda_vote must be a finite float, got 'many'"),
-        ({"lrda_vote": "nan"}, "not a number: lrda_vote"),
-        ({"lrda_vote": ""}, "not a number: lrda_vote"),
         ({"lrda_vote": -1}, "negative votes"),
         ({"eeg_label_offset_seconds": "inf"}, "not a number: eeg_label_offset_seconds"),
         ({"patient_id": "x7"}, "not a number: patient_id must be a finite int"),
@@ -131,7 +100,7 @@ def test_votes_and_ids_that_went_through_floats(tmp_path):
     assert len(Recordings.read(tmp_path, "skip")) == 1
 
 
-@pytest.mark.parametrize("cell", ["0x1F", "1_0", str(2**63), "", " ", "1e400"])
+@pytest.mark.parametrize("cell", ["0x1F", "1_0", str(2**63), ""])
 def test_what_is_no_plain_number_is_a_bad_row_whatever_stands_beside_it(tmp_path, cell):
     for other, usable in (("7", [3]), ("401.0", [3]), ("x", [])):
         rows = [{**row, "patient_id": value} for row, value in zip(table_rows(2), (cell, other), strict=True)]
@@ -151,66 +120,6 @@ def test_repeated_columns_of_the_table(tmp_path):
         Recordings.read(tmp_path)
 
 
-def damage_missing(root: Path) -> None:
-    (root / "train_eegs/102.parquet").unlink()
-
-
-def damage_truncated(root: Path) -> None:
-    path = root / "train_eegs/102.parquet"
-    path.write_bytes(path.read_bytes()[:1000])
-
-
-def damage_column(root: Path) -> None:
-    path = root / "train_eegs/102.parquet"
-    pq.write_table(pq.read_table(path).drop_columns(["T3"]), path)
-
-
-def damage_text(root: Path) -> None:
-    path = root / "train_eegs/102.parquet"
-    table = pq.read_table(path)
-    pq.write_table(table.set_column(0, "Fp1", pa.array(["a"] * len(table))), path)
-
-
-def damage_short(root: Path) -> None:
-    write_eeg(root / "train_eegs/102.parquet", 9)
-
-
-def damage_spectrogram_short(root: Path) -> None:
-    write_spectrogram(root / "train_spectrograms/202.parquet", 299)
-
-
-def damage_spectrogram_time(root: Path) -> None:
-    table = pq.read_table(root / "train_spectrograms/202.parquet")
-    values = np.stack([column.to_numpy() for column in table.columns], axis=1)
-    values[100:, 0] += 2
-    write_parquet(root / "train_spectrograms/202.parquet", table.column_names, values)
-
-
-@pytest.mark.parametrize(
-    ("damage", "file", "reason"),
-    [
-        (damage_missing, "train_eegs/102.parquet", "missing file"),
-        (damage_truncated, "train_eegs/102.parquet", "unreadable file"),
-        (damage_column, "train_eegs/102.parquet", "missing column: T3"),
-        (damage_text, "train_eegs/102.parquet", "column not numeric: expected numbers in Fp1"),
-        (damage_short, "train_eegs/102.parquet", "needs 0 to 10 s, the recording has 9 s"),
-        (damage_spectrogram_short, "train_spectrograms/202.parquet", "needs 0 to 600 s, the recording has 0 to 598 s"),
-        (damage_spectrogram_time, "train_spectrograms/202.parquet", "uneven time"),
-    ],
-)
-def test_a_bad_recording(make_folder, damage, file, reason):
-    root = make_folder()
-    damage(root)
-    recordings = Recordings.read(root)
-    row = recordings.by_label_id[302]
-    with pytest.raises(RowError) as error:  # noqa: PT012 - either of the two is damaged
-        recordings.eeg(row, IIIC)
-        recordings.spectrogram(row)
-    assert str(root / file) in str(error.value)
-    assert reason in str(error.value)
-    assert "train.csv line 4, label_id 302" in str(error.value)
-
-
 def test_a_file_that_changes_is_read_again(make_folder):
     root = make_folder()
     recordings = Recordings.read(root)
@@ -219,29 +128,17 @@ def test_a_file_that_changes_is_read_again(make_folder):
     np.testing.assert_array_equal(recordings.eeg(recordings.rows[0], IIIC), damage[:2000, :19])
 
 
-def test_a_folder_without_a_table(tmp_path):
+def test_what_is_no_folder_of_recordings_is_said(tmp_path):
     with pytest.raises(DataError, match=r"train\.csv does not exist: expected a folder with"):
         Recordings.read(tmp_path)
-
-
-def test_a_table_without_a_column(tmp_path):
-    rows = table_rows(2)
-    for row in rows:
-        del row["patient_id"]
-    write_table(tmp_path, rows)
-    with pytest.raises(DataError, match=r"train\.csv: missing column\(s\) patient_id; it has eeg_id"):
-        Recordings.read(tmp_path)
-
-
-def test_no_usable_row_is_an_error_even_when_skipping(tmp_path):
+    with pytest.raises(SettingError, match="'raise' or 'skip'; got 'ignore'"):
+        Recordings.read(tmp_path, on_bad_row="ignore")
     write_table(tmp_path, [{**row, "patient_id": "?"} for row in table_rows(2)])
     with pytest.raises(DataError, match="All 2 rows were left out"):
         Recordings.read(tmp_path, on_bad_row="skip")
-
-
-def test_on_bad_row_is_checked(tmp_path):
-    with pytest.raises(SettingError, match="'raise' or 'skip'; got 'ignore'"):
-        Recordings.read(tmp_path, on_bad_row="ignore")
+    write_table(tmp_path, [{name: value for name, value in table_rows(1)[0].items() if name != "patient_id"}])
+    with pytest.raises(DataError, match=r"train\.csv: missing column\(s\) patient_id; it has eeg_id"):
+        Recordings.read(tmp_path)
 
 
 @pytest.mark.parametrize("lengths", [(10, 50), (30, 30), (10, 11)])
@@ -258,6 +155,7 @@ def row_of(patient: int, label: int, consensus: int) -> Recording:
     return Recording(label + 2, label, label, label, patient, 0.0, 0.0, votes)
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5)), min_size=3, max_size=120),
     n_folds=st.integers(2, 7),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import numpy as np
 import pytest
@@ -13,20 +14,16 @@ from lightning_xattn.core.attention import Attention, AttentionPair, Direction, 
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.hms.features import spectrogram_spans
 from lightning_xattn.hms.montage import (
-    EEG_RATE,
     ELECTRODES,
     REGIONS,
-    SPEC_FREQUENCIES,
-    SPEC_ROW_SECONDS,
     derive,
 )
 from lightning_xattn.hms.recording_plots import Spectrograms, Traces, find_page
-from lightning_xattn.hms.recordings import COMPETITION, IIIC, Recordings
+from lightning_xattn.hms.recordings import COMPETITION, IIIC
 from lightning_xattn.hms.signal_plots import plot_attention_over_signals
-from lightning_xattn.visualizations import render
 from tests import reference
 from tests.messages import tells
-from tests.visualizations.conftest import assert_written, drawn, make_pair, make_spectrograms, make_traces, mesh, texts
+from tests.visualizations.conftest import drawn, make_pair, make_spectrograms, make_traces, mesh, texts
 
 AXES = {"eeg": TokenAxis("EEG window", spans=COMPETITION.spans), "spec": TokenAxis("window", spans=spectrogram_spans())}
 # Of rows that are left out figures warn, too.
@@ -34,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*not finite or do not sum to 1:
 
 PAIR = make_pair(queries=9, keys=119)
 TRACES, SPECTROGRAMS = make_traces(), make_spectrograms()
-NAN = float("nan")
+NAN, CONTEXT = float("nan"), "sample 3001, predicted LPD (0.82), true GPD"
 
 
 def plot(traces=TRACES, spectrograms=SPECTROGRAMS, pair=PAIR, sample_idx=1, axes=AXES, **settings):
@@ -45,11 +42,18 @@ class Parts:
     """The panels by what they show."""
 
     def __init__(self, figure):
+        self.figure = figure
         self.eeg, *axes = (ax for ax in figure.axes if ax.get_label() != "<colorbar>")
         is_longer = axes[0].get_title(loc="left").startswith("The whole")
         self.whole = axes.pop(0) if is_longer else None
         self.eeg_strip, self.links, *spectrograms = axes[:6]
         self.spectrograms, self.spec_strip, self.maps = spectrograms, axes[6], axes[7:]
+
+
+@cache
+def default() -> Parts:
+    """What most tests look at: drawn once, and changed by none."""
+    return Parts(plot(context=CONTEXT))
 
 
 def segments(ax):
@@ -80,7 +84,7 @@ def test_traces_stand_at_their_seconds_negative_up_and_to_scale() -> None:
 
 
 def test_ten_seconds_around_the_labelled_moment_are_drawn_to_be_read_and_marked_in_the_whole() -> None:
-    parts = Parts(plot())
+    parts = default()
     assert parts.eeg.get_xlim() == (-5, 5)
     assert "10 s around the labelled moment, referential montage" in parts.eeg.get_title(loc="left")
     np.testing.assert_allclose(parts.eeg.lines[3].get_xdata(), np.arange(-5, 5, 1 / 200), atol=1e-9)
@@ -140,16 +144,20 @@ def test_the_bipolar_montage_is_drawn_as_it_is_derived() -> None:
     )
 
 
-@pytest.mark.parametrize("huge", [-1e5, 1e5])
-def test_the_outer_traces_are_whole_unless_an_artefact_is_huge(huge: float) -> None:
+def test_the_outer_traces_are_whole() -> None:
     values = np.random.default_rng(0).normal(0, 20, (10_000, 5))
     values[5000, 0], values[5400, 4] = -120, 110  # up, and down
     ax = Parts(plot(Traces(values, 200, list("abcde"), -25))).eeg
     bottom, top = ax.get_ylim()
     assert top < ax.lines[0].get_ydata().min() < -1.5
     assert bottom > ax.lines[4].get_ydata().max() > 5.5
-    values[5000, 0] = huge
     assert "leaves the panel" not in ax.get_title(loc="left")
+
+
+@pytest.mark.parametrize("huge", [-1e5, 1e5])
+def test_a_huge_artefact_leaves_the_panel_and_is_marked(huge: float) -> None:
+    values = np.random.default_rng(0).normal(0, 20, (10_000, 5))
+    values[5000, 0] = huge
     ax = Parts(plot(Traces(values, 200, list("abcde"), -25))).eeg
     bottom, top = ax.get_ylim()
     assert -4 < top < bottom < 8, "the other traces can still be read"
@@ -167,7 +175,6 @@ def test_gaps_are_hatched_and_said() -> None:
     power[10:20, 1] = NAN
     power[:, 2, 3] = 0
     figure = plot(dataclasses.replace(TRACES, microvolts=values), dataclasses.replace(SPECTROGRAMS, power=power))
-    render(figure)
     parts = Parts(figure)
     assert np.isnan(parts.eeg.lines[2].get_ydata()[:500]).all()
     assert np.isfinite(parts.eeg.lines[2].get_ydata()[500:]).all()
@@ -179,11 +186,38 @@ def test_gaps_are_hatched_and_said() -> None:
     assert np.isnan(drawn(parts.spectrograms[1])[:, 10:20]).all()
     assert np.isnan(drawn(parts.spectrograms[2])[3]).all(), "no power has no logarithm"
     assert "undefined: no signal, or no attention" in texts(figure)
-    assert "undefined" not in texts(plot())
+    assert "undefined" not in texts(default().figure)
+
+
+def test_titles_and_colours_say_what_is_shown() -> None:
+    """Signals are grey, attention is in colour, and each map says who attends to whom."""
+    parts = default()
+    assert parts.figure.get_suptitle() == f"Attention over the signals ({CONTEXT})"
+    assert "s from the labelled moment" in texts(parts.figure)
+    said = [ax.get_title(loc="left").replace("\n", " ") for ax in (parts.eeg_strip, parts.spec_strip, *parts.maps)]
+    for text, start in zip(
+        said,
+        (
+            "Attention that each eeg window receives (spec → eeg)",
+            "Attention that each spec window receives (eeg → spec)",
+            "eeg → spec: which spec window each eeg window attends to (lift ",
+            "spec → eeg: which eeg window each spec window attends to (lift ",
+        ),
+        strict=True,
+    ):
+        assert text.startswith(start)
+    assert [ax.get_ylabel() for ax in parts.maps] == ["eeg (s)", "eeg (s)"], "in both maps the EEG's windows go down"
+    assert {mesh(ax).get_cmap().name for ax in parts.spectrograms} == {"Greys"}
+    bars = [ax for ax in parts.figure.axes if ax.get_label() == "<colorbar>"]
+    assert [(ax.get_ylabel().partition("\n")[0], mesh(ax).get_cmap().name) for ax in bars] == [
+        ("power (dB)", "Greys"),
+        ("lift (line: 1)", "viridis"),
+        ("lift (line: 1)", "viridis"),
+    ]
 
 
 def test_spectrograms_are_log_power_on_one_scale_at_their_time_and_frequency() -> None:
-    parts = Parts(plot())
+    parts = default()
     for index, ax in enumerate(parts.spectrograms):
         np.testing.assert_allclose(drawn(ax), 10 * np.log10(np.asarray(SPECTROGRAMS.power)[:, index].T))
         corners = mesh(ax).get_coordinates()
@@ -200,7 +234,7 @@ def test_spectrograms_are_log_power_on_one_scale_at_their_time_and_frequency() -
 
 
 def test_strips_show_what_each_window_receives_at_its_full_extent() -> None:
-    parts = Parts(plot())
+    parts = default()
     for ax, name, spans in (
         (parts.eeg_strip, "spec_to_eeg", COMPETITION.spans),
         (parts.spec_strip, "eeg_to_spec", spectrogram_spans()),
@@ -215,11 +249,11 @@ def test_strips_show_what_each_window_receives_at_its_full_extent() -> None:
 
 
 def test_maps_share_the_time_axis_of_the_spectrograms_and_have_a_scale_each() -> None:
-    parts = Parts(plot())
+    parts = default()
     there, back = parts.maps
     np.testing.assert_allclose(drawn(there), reference.lift_map(PAIR["eeg_to_spec"][1].double().numpy()), rtol=1e-5)
     np.testing.assert_allclose(drawn(back), reference.lift_map(PAIR["spec_to_eeg"][1].double().numpy()).T, rtol=1e-5)
-    bars = [ax for ax in parts.eeg.figure.axes if ax.get_label() == "<colorbar>"][1:]
+    bars = [ax for ax in parts.figure.axes if ax.get_label() == "<colorbar>"][1:]
     for ax, bar in zip(parts.maps, bars, strict=True):
         assert mesh(ax).get_clim() == bar.get_ylim() == (drawn(ax).min(), drawn(ax).max())
     for ax in parts.maps:
@@ -230,8 +264,7 @@ def test_maps_share_the_time_axis_of_the_spectrograms_and_have_a_scale_each() ->
         assert ax.yaxis_inverted()
     aligned = [*parts.spectrograms, parts.spec_strip, *parts.maps]
     assert {ax.get_xlim() for ax in aligned} == {(-300, 300)}
-    figure = parts.eeg.figure
-    figure.draw_without_rendering()
+    parts.figure.draw_without_rendering()
     assert len({tuple(np.round(ax.get_position().intervalx, 6)) for ax in aligned}) == 1
     assert parts.whole.get_xlim() == parts.eeg_strip.get_xlim() == (-25, 25)
 
@@ -271,31 +304,13 @@ def test_links_tell_their_direction_as_the_legend_does() -> None:
 
 
 def test_the_eegs_stretch_leads_from_above_to_its_seconds_below() -> None:
-    ax = Parts(plot()).links
+    ax = default().links
     left, right = (-25 + 300) / 600, (25 + 300) / 600
     stretch = [line for line in ax.lines if line.get_linewidth() < 1.5]
     np.testing.assert_allclose([line.get_xdata() for line in stretch], [(0, left), (1, right)])
     np.testing.assert_allclose([line.get_ydata() for line in stretch], [(1, 0), (1, 0)])
     (area,) = ax.patches
     np.testing.assert_allclose(area.get_xy(), [(0, 1), (1, 1), (right, 0), (left, 0), (0, 1)])
-
-
-def test_panels_say_who_attends_to_whom() -> None:
-    parts = Parts(plot())
-    said = [ax.get_title(loc="left").replace("\n", " ") for ax in (parts.eeg_strip, parts.spec_strip, *parts.maps)]
-    for text, start in zip(
-        said,
-        (
-            "Attention that each eeg window receives (spec → eeg)",
-            "Attention that each spec window receives (eeg → spec)",
-            "eeg → spec: which spec window each eeg window attends to (lift ",
-            "spec → eeg: which eeg window each spec window attends to (lift ",
-        ),
-        strict=True,
-    ):
-        assert text.startswith(start)
-    assert [ax.get_ylabel() for ax in parts.maps] == ["eeg (s)", "eeg (s)"], "in both maps the EEG's windows go down"
-    assert [ax.get_ylabel() for ax in (parts.eeg_strip, parts.spec_strip)] == ["lift", "lift"]
 
 
 def test_a_window_that_is_padding_receives_nothing_and_is_hatched_in_its_strip() -> None:
@@ -308,19 +323,6 @@ def test_a_window_that_is_padding_receives_nothing_and_is_hatched_in_its_strip()
     hatched = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in strip.patches if patch.get_hatch()]
     np.testing.assert_allclose(hatched, spectrogram_spans()[116:])
     np.testing.assert_allclose(segments(strip)[:, :, 0], spectrogram_spans()[:116])
-
-
-def test_signals_are_grey_and_attention_is_in_colour() -> None:
-    figure = plot()
-    parts = Parts(figure)
-    assert {mesh(ax).get_cmap().name for ax in parts.spectrograms} == {"Greys"}
-    assert {mesh(ax).get_cmap().name for ax in parts.maps} == {"viridis"}
-    bars = [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
-    assert [(ax.get_ylabel().partition("\n")[0], mesh(ax).get_cmap().name) for ax in bars] == [
-        ("power (dB)", "Greys"),
-        ("lift (line: 1)", "viridis"),
-        ("lift (line: 1)", "viridis"),
-    ]
 
 
 def test_one_direction_alone_is_drawn_and_the_other_missed() -> None:
@@ -349,93 +351,39 @@ def test_a_window_that_nobody_can_see_is_hatched() -> None:
     ],
 )
 def test_attention_that_says_nothing_is_labelled_and_not_linked(pair, axes, said: str) -> None:
-    figure = plot(pair=pair, axes=axes, sample_idx=0)
-    render(figure)
-    parts = Parts(figure)
+    parts = Parts(plot(pair=pair, axes=axes, sample_idx=0))
     for ax in (parts.eeg_strip, parts.spec_strip, *parts.maps):
         assert said in ax.texts[0].get_text()
     assert not [line for line in parts.links.lines if line.get_linewidth() > 1.5]
 
 
-def test_the_title_tells_of_the_sample() -> None:
-    figure = plot(context="sample 3001, predicted LPD (0.82), true GPD")
-    assert figure.get_suptitle() == "Attention over the signals (sample 3001, predicted LPD (0.82), true GPD)"
-    assert "s from the labelled moment" in texts(figure)
-
-
-def test_real_recordings_are_drawn(iiic_irr, tmp_path) -> None:
-    recordings = Recordings.read(iiic_irr)
-    row = recordings.rows[0]
-    eeg, power = recordings.eeg(row, IIIC), recordings.spectrogram(row)
-    traces = Traces(eeg, EEG_RATE, ELECTRODES, start=-IIIC.seconds / 2)
-    spectrograms = Spectrograms(power, SPEC_ROW_SECONDS, REGIONS, SPEC_FREQUENCIES, start=-300)
-    axes = {"eeg": TokenAxis("EEG window", spans=IIIC.spans), "spec": AXES["spec"]}
-    path = tmp_path / "figures/sample.png"
-    figure = plot(traces, spectrograms, axes=axes)
-    plot(traces, spectrograms, axes=axes, save_path=path)
-    assert Parts(figure).eeg.get_xlim() == (-5, 5)
-    assert_written(path, figure)
+SPANS = "axes['eeg'] = TokenAxis(title, spans=[(start, stop), ...])"
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "facts"),
+    ("settings", "error", "facts"),
     [
-        (lambda: plot(montage="transverse"), SettingError, ["montage", "'bipolar', 'referential'", "got 'transverse'"]),
-        (
-            lambda: plot(montage="bipolar"),
-            SettingError,
-            ["19 electrodes of the 10-20 system", "C3, C4, Cz", "E0, E1", "montage='referential'"],
-        ),
-        (
-            lambda: plot(axes={"spec": AXES["spec"]}),
-            SettingError,
-            [
-                "'eeg'",
-                "axes['eeg'] = TokenAxis(title, spans=[(start, stop), ...])",
-                "no axis",
-                "plot_cross_modal_attention",
-            ],
-        ),
-        (
-            lambda: plot(axes={**AXES, "eeg": TokenAxis("region", names=list("abcdefghi"))}),
-            SettingError,
-            ["'eeg'", "axes['eeg'] = TokenAxis(title, spans=[(start, stop), ...])", "names, no times"],
-        ),
-        (
-            lambda: plot(make_traces(seconds=10)),
-            ShapeError,
-            ["'eeg'", "-25 to 25 s", "-5 to 5 s"],
-        ),
-        (lambda: plot(make_traces(seconds=49)), ShapeError, ["'eeg'", "-25 to 25 s", "-24.5 to 24.5 s"]),
-        (
-            lambda: plot(axes={**AXES, "eeg": TokenAxis("w", spans=COMPETITION.spans[:8])}),
-            ShapeError,
-            ["axis 'w'", 8, 9],
-        ),
-        (
-            lambda: plot(pair={"audio_to_text": PAIR["eeg_to_spec"]}),
-            SettingError,
-            ["eeg and spec", "audio_to_text"],
-        ),
-        (lambda: plot(sample_idx=2), SettingError, ["sample_idx", "0 to 1", "got 2"]),
-        (
-            lambda: Traces(np.zeros((10, 3)), 200, ["a"], 0),
-            ShapeError,
-            ["'microvolts'", "(samples, electrodes=1)", "got (10, 3)"],
-        ),
-        (lambda: Traces(np.zeros((10, 1)), 0, ["a"], 0), SettingError, ["rate", "> 0", "got 0"]),
-        (
-            lambda: Spectrograms(np.zeros((10, 4, 3)), 2, REGIONS, [1, 2], 0),
-            ShapeError,
-            ["'power'", "(rows, regions=4, frequencies=2)", "got (10, 4, 3)"],
-        ),
-        (
-            lambda: Spectrograms(np.zeros((10, 4, 2)), 2, REGIONS, [2, 1], 0),
-            SettingError,
-            ["ascending frequencies", "got [2, 1]"],
-        ),
+        ({"montage": "transverse"}, SettingError, ["montage", "'bipolar', 'referential'", "got 'transverse'"]),
+        ({"montage": "bipolar"}, SettingError, ["19 electrodes of the 10-20 system", "C3, C4, Cz", "E0, E1"]),
+        ({"axes": {"spec": AXES["spec"]}}, SettingError, ["'eeg'", SPANS, "no axis", "plot_cross_modal_attention"]),
+        ({"axes": {**AXES, "eeg": TokenAxis("region", names=list("abcdefghi"))}}, SettingError, [SPANS, "no times"]),
+        ({"traces": make_traces(seconds=10)}, ShapeError, ["'eeg'", "-25 to 25 s", "-5 to 5 s"]),
+        ({"axes": {**AXES, "eeg": TokenAxis("w", spans=COMPETITION.spans[:8])}}, ShapeError, ["axis 'w'", 8, 9]),
+        ({"pair": {"audio_to_text": PAIR["eeg_to_spec"]}}, SettingError, ["eeg and spec", "audio_to_text"]),
+        ({"sample_idx": 2}, SettingError, ["sample_idx", "0 to 1", "got 2"]),
     ],
 )
-def test_what_does_not_fit_is_said(call, error: type[Exception], facts: list[object]) -> None:
+def test_what_does_not_fit_is_said(settings, error: type[Exception], facts: list[object]) -> None:
     with pytest.raises(error, match=tells(*facts)):
-        call()
+        plot(**settings)
+
+
+def test_signals_of_another_shape_are_refused() -> None:
+    with pytest.raises(ShapeError, match=tells("'microvolts'", "(samples, electrodes=1)", "got (10, 3)")):
+        Traces(np.zeros((10, 3)), 200, ["a"], 0)
+    with pytest.raises(SettingError, match=tells("rate", "> 0", "got 0")):
+        Traces(np.zeros((10, 1)), 0, ["a"], 0)
+    with pytest.raises(ShapeError, match=tells("'power'", "(rows, regions=4, frequencies=2)", "got (10, 4, 3)")):
+        Spectrograms(np.zeros((10, 4, 3)), 2, REGIONS, [1, 2], 0)
+    with pytest.raises(SettingError, match=tells("ascending frequencies", "got [2, 1]")):
+        Spectrograms(np.zeros((10, 4, 2)), 2, REGIONS, [2, 1], 0)

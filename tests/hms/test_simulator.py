@@ -5,7 +5,6 @@ from collections import Counter, defaultdict
 from functools import cache
 
 import numpy as np
-import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from scipy import signal
@@ -22,7 +21,7 @@ FREQUENCIES = np.linspace(0.5859375, 19.921875, 100)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """48 samples of 50 s, 8 a class, a sixth of them disagreeing."""
+    """48 samples of 50 s, 8 a class, a sixth of them disagreeing: 8 is what the medians by class need."""
     return simulate(tmp_path_factory.mktemp("simulated") / "hms", 48, disagreeing=1 / 6, seed=7)
 
 
@@ -65,9 +64,6 @@ def band_power(values, low, high):
     return density[..., (frequencies >= low) & (frequencies < high)].sum(-1)
 
 
-# --- layout ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("seconds", [10, 50])
 def test_files_are_those_of_the_competition(seconds, tmp_path, iiic_irr):
     root = simulate(tmp_path / "new" / "folder", 1, eeg_seconds=seconds)
@@ -87,19 +83,6 @@ def test_files_are_those_of_the_competition(seconds, tmp_path, iiic_irr):
     assert {path.name for path in root.iterdir()} == {"train.csv", "train_eegs", "train_spectrograms"}
 
 
-def test_amplitudes_are_on_the_real_scale(folder, iiic_irr):
-    def levels(root):
-        rows = table(root)
-        recordings = np.log10([np.std(middle(root, row)) for row in rows])
-        powers = [spectrogram(root, row["spectrogram_id"]) for row in rows]
-        low, high = FREQUENCIES < 4, FREQUENCIES > 13
-        return [np.median(recordings)] + [
-            np.median([np.log10(np.median(p[..., band])) for p in powers]) for band in (low, high)
-        ]
-
-    assert levels(folder) == pytest.approx(levels(iiic_irr), abs=0.6)  # decades
-
-
 def test_spectrograms_are_whole_and_few_eegs_have_gaps(folder):
     gaps = 0
     for row in table(folder):
@@ -114,11 +97,11 @@ def test_spectrograms_are_whole_and_few_eegs_have_gaps(folder):
     assert 1 <= gaps <= 8
 
 
-# --- the table ------------------------------------------------------------------------------------------------------
-
-
 def test_classes_are_balanced_and_votes_follow_the_eeg(folder):
     rows = table(folder)
+    assert set(Counter(row["patient_id"] for row in rows).values()) == {1, 2, 3}
+    for column in ("eeg_id", "spectrogram_id", "label_id"):
+        assert len({row[column] for row in rows}) == len(rows)
     assert Counter(row["eeg_class"] for row in rows) == dict.fromkeys(CLASSES, 8)
     votes = np.array([[int(row[column]) for column in VOTE_COLUMNS] for row in rows])
     shown = np.array([CLASSES.index(row["eeg_class"]) for row in rows])
@@ -131,35 +114,23 @@ def test_classes_are_balanced_and_votes_follow_the_eeg(folder):
     assert 0.02 < (agreement < 0.7).mean() < 0.4
 
 
-def test_patients_have_one_to_three_samples(folder):
-    rows = table(folder)
-    assert set(Counter(row["patient_id"] for row in rows).values()) == {1, 2, 3}
-    for column in ("eeg_id", "spectrogram_id", "label_id"):
-        assert len({row[column] for row in rows}) == len(rows)
-
-
-@pytest.mark.parametrize(("share", "expected"), [(0, 0), (0.2, 1), (0.5, 4), (1, 7)])
-def test_as_many_disagree_as_asked(share, expected, tmp_path):
-    rows = table(simulate(tmp_path / "hms", 7, eeg_seconds=10, disagreeing=share))
-    assert sum(row["agrees"] == "false" for row in rows) == expected
-    assert all((row["agrees"] == "true") == (row["eeg_class"] == row["spectrogram_class"]) for row in rows)
-
-
-def test_the_other_class_is_any_of_the_five():
+def test_as_many_disagree_as_asked_and_with_any_of_the_five():
+    for share, expected in ((0, 0), (0.2, 1), (0.5, 4), (1, 7)):
+        samples = list(simulator._plan(7, share, seed=0))
+        assert sum(sample.eeg_class != sample.spectrogram_class for sample in samples) == expected
     samples = list(simulator._plan(3000, 1.0, seed=0))
     pairs = Counter((sample.eeg_class, sample.spectrogram_class) for sample in samples)
     assert len(pairs) == 30
     assert all(60 <= count <= 140 for count in pairs.values())  # 100 expected
 
 
-# --- reproducible, complete or absent -------------------------------------------------------------------------------
-
-
 def test_a_seed_gives_the_same_files_however_many_follow(tmp_path):
     few, many, other = (
         simulate(tmp_path / name, n, eeg_seconds=10, disagreeing=0.5, seed=seed)
-        for name, n, seed in (("few", 2, 3), ("many", 5, 3), ("other", 2, 4))
+        for name, n, seed in (("few", 2, 3), ("many", 4, 3), ("other", 2, 4))
     )
+    for column in ("eeg_id", "spectrogram_id", "label_id", "patient_id"):
+        assert not {row[column] for row in table(many)} & {row[column] for row in table(other)}
     assert table(few) == table(many)[:2]
     names = sorted(path.relative_to(few) for path in few.rglob("*.parquet"))
     assert len(names) == 4
@@ -169,19 +140,16 @@ def test_a_seed_gives_the_same_files_however_many_follow(tmp_path):
         assert (few / name).read_bytes() != (other / of_other).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_bad_settings_are_refused(tmp_path):
+    for settings, message in (
         ({"n_samples": 0}, "at least 1, got 0"),
         ({"eeg_seconds": 30}, "must be 10 or 50, got 30"),
         ({"disagreeing": 1.1}, r"\[0, 1\], got 1.1"),
         ({"disagreeing": float("nan")}, r"\[0, 1\], got nan"),
         ({"seed": -1}, "at least 0, got -1"),
-    ],
-)
-def test_bad_settings_are_refused(settings, message, tmp_path):
-    with pytest.raises(SettingError, match=message):
-        simulate(tmp_path / "hms", **settings)
+    ):
+        with pytest.raises(SettingError, match=message):
+            simulate(tmp_path / "hms", **settings)
     assert not list(tmp_path.iterdir())
 
 
@@ -203,9 +171,6 @@ def test_nothing_is_left_of_an_unfinished_folder(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         simulate(tmp_path / "hms", 3)
     assert not list(tmp_path.iterdir())
-
-
-# --- what defines a class -------------------------------------------------------------------------------------------
 
 
 def test_each_class_has_its_rhythm(folder):
@@ -244,17 +209,6 @@ def test_periodic_discharges_recur(folder):
     measured = by_eeg_class(folder, periodicity)
     others = max(value for name, value in measured.items() if not name.endswith("PD"))
     assert min(measured["LPD"], measured["GPD"]) > others + 0.1
-
-
-def test_seizures_slow_down_as_they_grow(folder):
-    """In the spectrograms: the frequency that stands out falls within a bout, so that it mostly falls."""
-    falls = []
-    for row in table(folder):
-        if row["spectrogram_class"] == "Seizure":
-            power = spectrogram(folder, row["spectrogram_id"])[140:161].sum(axis=1) * FREQUENCIES**2
-            peaks = FREQUENCIES[np.argmax(power[:, FREQUENCIES < 9], axis=1)][5:16]
-            falls.append(np.polyfit(np.arange(len(peaks)), peaks, 1)[0])
-    assert np.median(falls) < 0
 
 
 def test_the_pattern_comes_in_bouts_and_covers_the_labelled_moment(folder):
@@ -301,11 +255,3 @@ def test_a_disagreeing_spectrogram_shows_the_class_of_its_column(folder):
     looks = [CLASSES[np.argmin(((describe(row) / seen.std(axis=0) - centres) ** 2).sum(axis=1))] for row in disagreeing]
     assert sum(a == row["spectrogram_class"] for a, row in zip(looks, disagreeing, strict=True)) >= 6
     assert sum(a == row["eeg_class"] for a, row in zip(looks, disagreeing, strict=True)) <= 1
-
-
-def test_another_seed_is_other_recordings_of_other_patients(tmp_path):
-    ids = []
-    for seed in range(2):
-        table = pd.read_csv(simulate(tmp_path / str(seed), n_samples=12, seed=seed) / "train.csv")
-        ids.append([set(table[name]) for name in ("eeg_id", "spectrogram_id", "label_id", "patient_id")])
-    assert not any(one & other for one, other in zip(*ids, strict=True))

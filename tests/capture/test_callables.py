@@ -1,4 +1,4 @@
-"""Shapes that models by others had, and that failed when they were first tried."""
+"""Predictions that a callable computes, and targets where several heads say the same."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.core.errors import DiscoveryError, XAttnWarning
 from tests.toy import quiet_trainer
 
 SAMPLES = 48
@@ -83,60 +82,6 @@ def test_a_callable_may_select_the_predictions_from_what_forward_returns(select)
     expected = exchange(predict, module)[fusion.sample_numbers]
     # Four partners each, and the two-way fit: close to all partners, not the same.
     assert torch.corrcoef(torch.stack([fusion.numbers["phi/left"], expected]))[0, 1] > 0.98
-
-
-def test_predictions_of_each_place_are_reduced_to_classes_by_a_callable():
-    class Dense(Stranger):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Conv1d(2, 3, 5, padding=2)
-
-        def forward(self, first, second):
-            return self.net(torch.stack([first, second], 1))
-
-        def validation_step(self, batch, batch_idx):
-            scores = self(batch["image"], batch["omics"][:, :3])
-            self.log("loss", F.cross_entropy(scores, torch.zeros(len(scores), 3, dtype=torch.long)))
-
-    with pytest.warns(XAttnWarning, match="No targets found"), pytest.warns(XAttnWarning, match="No predictions found"):
-        assert not observe(Dense()).fusion_summaries
-    callback = observe(
-        Dense(),
-        predictions=lambda outputs, batch, forward: forward.mean(2),
-        targets=lambda outputs, batch: batch["labels"][:, 0],
-    )
-    assert callback.fusion_summaries["val"].modalities == ("image", "omics")
-    assert not callback.fusion_summaries["val"].contribution_problem
-
-
-def test_an_entry_of_a_list_is_no_name_of_a_modality():
-    class Lists(Stranger):
-        def __init__(self):
-            super().__init__()
-            self.hubert, self.projectors = nn.Linear(3, 3), nn.ModuleList([nn.Linear(3, 4), nn.Linear(5, 4)])
-
-        def forward(self, image, omics):
-            return self.head(torch.cat([self.projectors[0](self.hubert(image)), self.projectors[1](omics)], 1))
-
-    classes = {
-        "predictions": lambda outputs, batch, forward: forward,
-        "targets": lambda _, batch: batch["labels"][:, 0],
-    }
-    assert observe(Lists(), **classes).fusion_summaries["val"].modalities == ("image", "omics")
-
-
-def test_a_module_that_is_not_there_is_named_in_the_error():
-    with pytest.raises(DiscoveryError, match=r"'model.classifier' is in neither .* and names no module that ran"):
-        observe(Stranger(), predictions="model.classifier")
-
-
-def test_a_step_that_shows_nothing_is_told_to_return_predictions():
-    class Silent(Stranger):
-        def validation_step(self, batch, batch_idx):
-            self.log("mean", (self.left(batch["image"]) @ self.right(batch["omics"]).T).mean())
-
-    with pytest.warns(XAttnWarning, match=r"No attention ran.*if the step returns its predictions as {'logits'"):
-        observe(Silent())
 
 
 @pytest.mark.parametrize("as_list", [False, True])
