@@ -34,7 +34,7 @@ def require_recordings(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def hms_checkpoint(tmp_path_factory) -> Path:
-    """A checkpoint of the reference model after a step on simulated recordings; one for all processes."""
+    """A checkpoint of the reference model after an epoch on simulated recordings; one for all processes."""
     root = tmp_path_factory.getbasetemp()
     # The parent of each process's folder is that of the whole run.
     folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "trained"
@@ -50,8 +50,9 @@ def _train(folder: Path, checkpoint: Path) -> None:
     from lightning_xattn.hms import HMSDataModule, HMSLightningModule, simulate
     from tests.toy import quiet_trainer
 
-    datamodule = HMSDataModule(simulate(folder / "simulated", n_samples=10, eeg_seconds=10), cache_dir=folder / "cache")
-    trainer = quiet_trainer(limit_train_batches=1, limit_val_batches=0)
+    datamodule = HMSDataModule(simulate(folder / "simulated", n_samples=30, eeg_seconds=10), cache_dir=folder / "cache")
+    trainer = quiet_trainer(limit_val_batches=0)
+    torch.manual_seed(0)  # whichever test needs it first
     trainer.fit(HMSLightningModule(), datamodule=datamodule)
     trainer.save_checkpoint(checkpoint)
 
