@@ -99,7 +99,8 @@ def test_training_is_shuffled_anew_each_epoch_repeatable_and_whole(make):
         return [ids(loader), ids(loader)]
 
     first, second = epochs(0)
-    assert len(first) == len(make().train_dataloader().dataset) == 11, "with the last short batch"
+    assert len(first) == len(make().train_dataloader().dataset)
+    assert len(first) % 4, "or no batch is short"
     assert first != second
     assert sorted(first) == sorted(second)
     assert epochs(0) == [first, second]
