@@ -36,12 +36,13 @@ def given():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default::lightning_xattn.XAttnWarning")
 def test_examples_are_true(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     finder = doctest.DocTestFinder(exclude_empty=True)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     said = []
     for found in pkgutil.walk_packages(lightning_xattn.__path__, "lightning_xattn."):
         for example in finder.find(importlib.import_module(found.name), found.name):
+            (tmp_path / example.name).mkdir()
+            monkeypatch.chdir(tmp_path / example.name)
             torch.manual_seed(0)
             notices.begin_run()
             example.globs = given() if example.examples else {}
