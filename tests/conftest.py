@@ -17,6 +17,11 @@ from filelock import FileLock
 IIIC_IRR = Path(__file__).parents[2] / "shared/data/iiic_irr"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests: at the end one of them would keep a single process busy."""
+    items.sort(key=lambda item: item.path.name not in ("test_demo.py", "test_modalities.py"))
+
+
 @pytest.fixture(scope="session")
 def iiic_irr() -> Path:
     """The folder of 20 real recordings, which is not in the repository."""
