@@ -192,11 +192,8 @@ class FirstStep:
         wanted, step, trace = self.labels.raw, self.step, self.trace
         if wanted is None:
             unclear = "the predictions are not clear"
-            raise ReplayError(
-                unclear
-                if self.labels.doubts
-                else "no predictions were found in the step, which are one class or one score a class of each sample"
-            )
+            none = "the step has no tensor with one prediction, or one score a class, for each sample"
+            raise ReplayError(unclear if self.labels.doubts else none)
         samples = self.samples or (len(wanted) if wanted.dim() else 1)
         found = self._find_predictions(wanted, samples)
         if found is None or step is None:

@@ -121,10 +121,11 @@ class AttentionExplainabilityCallback(Callback):
         padding; of a single one it is taken from a self-attention of the same tokens or from an argument of the module,
         where there is one. Else padding counts as any query does, and a warning says so.
     present
-        Which samples have a modality that others lack, by modality, ``{"xray": "has_xray"}``: ``(batch,)``, True or 1,
-        a key or a callable as for ``predictions``. Samples that lack one are left out of probes and contributions and
-        counted; in the attention its tokens are masked. A sample lacks a modality, too, if a mask of the attention or
-        of a named ``fusion`` hides all of its tokens.
+        Which samples have a modality that others lack, by modality, ``{"xray": "has_xray"}``: keys or callables, as for
+        ``predictions``, that give ``(batch,)``, True or 1 for a sample that has it, False or 0 for one that lacks it.
+        Samples that lack one are left out of probes and contributions, and are counted; in the attention their tokens
+        of it are masked. A sample lacks a modality, too, if a mask of the attention or of a named ``fusion`` hides all
+        of its tokens.
     fusion, modalities
         What holds each of two to four modalities: paths of modules, items of what they return and keys of the batch,
         ``modalities={"audio": "audio_encoder", "text": ["tokens", "text_encoder"]}``; or arguments of a fusion, by

@@ -87,7 +87,7 @@ def check_layer(
     lacks_query_mask
         Whether one direction alone is recorded, and no mask marks its queries that are padding.
     may_lack
-        Whether a setting says which samples lack a modality, so that nobody need be told.
+        Whether a setting says which samples lack a modality; then a wholly masked one needs no warning.
     """
     for about, message in _check_samples(layer, summary, lacks_query_mask, may_lack):
         if is_new((layer, about)):

@@ -163,7 +163,9 @@ class ExplainabilityCapture:
                     "turns it off. explain_loader reports probes and contributions without attention."
                 )
             result = require_finite(read_batch(step, attention, finder)).cpu()
-        check_present(result.labels.present, result.attention)
+        found = [one.name for one in self._recorder.fusion.modalities]
+        # A modality that is in no attention is known if it is named, or explain_loader has found it.
+        check_present(result.labels.present, result.attention, found or list(self.settings.modalities or ()))
         for pair in result.attention:
             rows = [prepare_rows(attention) for attention in pair.directions]
             warn(check_rows(pair.layer, rows, bool(self.settings.present)))

@@ -217,3 +217,12 @@ def test_a_modality_that_the_attention_calls_otherwise_is_refused():
     names = {"attention": {"visit_to_img": "ehr_to_xray_attn", "img_to_visit": "xray_to_ehr_attn"}}
     with pytest.raises(DiscoveryError, match=r"The attention calls some of them 'visit', 'img'. Give each one name"):
         observe(Hospital(), DATA, present={"X": has_xray_of}, modalities={"E": "ehr", "X": "xray"}, **names)
+
+
+def test_a_batch_is_explained_though_no_attention_has_the_modality_that_is_missing():
+    notes = {"notes": lambda _, batch: batch[2]}
+    named = {"modalities": {"ehr": "ehr", "xray": "xray", "notes": "head"}}
+    explainer = ExplainabilityCapture(
+        Hospital(), present=notes, predict=lambda model, batch: model(*batch[:3]), **named
+    )
+    assert len(explainer.explain_batch(DATA[:10])["per_sample_explanations"]) == 10
