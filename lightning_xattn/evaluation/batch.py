@@ -245,7 +245,9 @@ class StepRecorder:
             self.fusion.decide((), (), labels, self._outputs)
             self._attention.choose_by_flow(self.fusion.found.sides)
             self._pairs, self._lacks_attention = self._attention.attention, False
-        except (DiscoveryError, ShapeError, LeftOutError):
+        except LeftOutError:  # another step may show it
+            self._doubt = doubt
+        except (DiscoveryError, ShapeError):
             warn([f"The attention is left out, and the rest is recorded. {doubt}"])
             self._attention.set_aside()
 

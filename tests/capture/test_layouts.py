@@ -171,3 +171,24 @@ def test_attention_from_sample_to_sample_is_left_out_and_said(samples, tokens, f
     assert not any(name.startswith("entropy") for record in callback.history for name in record)
     if callback.history:
         assert "looks across samples" in callback.fusion_summaries["val"].contribution_problem
+
+
+def test_attention_that_the_flow_of_data_shows_waits_for_a_batch_that_has_all_modalities():
+    """Nobody in the first batch has the left one, so nothing shows yet which attention goes across."""
+
+    class Lacking(MulT):
+        def validation_step(self, batch, batch_idx):
+            left, right, target, _ = batch
+            logits = self(left, right)
+            self.log("val_loss", F.cross_entropy(logits, target))
+            return {"logits": logits}
+
+    torch.manual_seed(0)
+    tokens = torch.randn(SAMPLES, 6, 5), torch.randn(SAMPLES, 6, 4)
+    has_left = torch.arange(SAMPLES) >= BATCH
+    data = TensorDataset(*tokens, torch.randint(0, CLASSES, (SAMPLES,)), has_left)
+    callback = AttentionExplainabilityCallback(present={"left": lambda _, batch: batch[3]}, figures_every_n_epochs=0)
+    with pytest.warns(XAttnWarning, match="Found in the first pass"):
+        quiet_trainer(callbacks=[callback]).validate(Lacking(), DataLoader(data, BATCH), verbose=False)
+    assert [one.samples for one in callback.summaries.values()] == [SAMPLES - BATCH] * 2
+    assert callback.fusion_summaries["val"].unrecorded == BATCH
