@@ -9,6 +9,8 @@ import itertools
 import math
 
 import numpy as np
+import scipy.optimize
+import scipy.special
 
 NAN = float("nan")
 
@@ -373,7 +375,19 @@ def class_adjusted_gap(scores, classes, correct):
     return float(np.mean(gaps)) if gaps else NAN
 
 
-# Reading: what each modality says on its own.
+# Probes: what each modality says on its own.
+
+
+def pooled(tokens, real):
+    """Mean, maximum and standard deviation of a sample's real tokens, one after the other."""
+    kept = np.array([token for token, is_real in zip(tokens, real, strict=True) if is_real])
+    return np.concatenate([kept.mean(0), kept.max(0), kept.std(0)])
+
+
+def round_robin(keys, hash_of, folds=5):
+    """Groups in the order of their hashes, one fold after the other."""
+    order = sorted(set(keys), key=hash_of)
+    return [order.index(key) % folds for key in keys]
 
 
 def discriminant_scores(X, y, n_classes, shrinkage=0.1):
@@ -385,8 +399,9 @@ def discriminant_scores(X, y, n_classes, shrinkage=0.1):
     for x, label in zip(X, y, strict=True):
         S += np.outer(x - means[label], x - means[label])
     S /= len(X) - len(present)
-    shrunk = (1 - shrinkage) * S + shrinkage * np.trace(S) / d * np.eye(d)
-    inverse = np.linalg.inv(shrunk)
+    D = np.diag(np.sqrt(np.diag(S)))
+    correlations = np.linalg.inv(D) @ S @ np.linalg.inv(D)
+    inverse = np.linalg.inv(D @ ((1 - shrinkage) * correlations + shrinkage * np.eye(d)) @ D)
 
     def scores(x):
         found = []
@@ -401,15 +416,75 @@ def discriminant_scores(X, y, n_classes, shrinkage=0.1):
     return scores
 
 
+def inverse_temperature(scores, y):
+    """The factor with the smallest mean log loss, by scipy's search."""
+    known = [(row, label) for row, label in zip(scores, y, strict=True) if row[label] > -math.inf]
+
+    def loss(log_factor):
+        rows = [(math.exp(log_factor) * row, label) for row, label in known]
+        return float(np.mean([scipy.special.logsumexp(row) - row[label] for row, label in rows]))
+
+    bounds = math.log(0.01), 0
+    return math.exp(scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-9}).x)
+
+
 def cross_fitted_probe(X, y, folds, n_classes):
-    """(samples, classes) probabilities, each sample by a fit of the other folds' labelled samples."""
-    result = []
-    for x, fold in zip(X, folds, strict=True):
-        others = [i for i in range(len(X)) if folds[i] != fold and 0 <= y[i] < n_classes]
-        scores = discriminant_scores([X[i] for i in others], [y[i] for i in others], n_classes)(x)
-        exponents = np.exp(scores - scores.max())
-        result.append(exponents / exponents.sum())
+    """(samples, classes) probabilities, each sample by a fit of the other folds' labelled samples.
+
+    The fit's temperature is that of fits which leave out one more fold, on the labelled samples of that.
+    """
+
+    def fit_without(*left_out):
+        others = [i for i in range(len(X)) if folds[i] not in left_out and 0 <= y[i] < n_classes]
+        return discriminant_scores([X[i] for i in others], [y[i] for i in others], n_classes)
+
+    result = [None] * len(X)
+    for fold in sorted(set(folds)):
+        scores, labels = [], []
+        for other in sorted(set(folds) - {fold}):
+            inner = fit_without(fold, other)
+            for i in range(len(X)):
+                if folds[i] == other and 0 <= y[i] < n_classes:
+                    scores.append(inner(X[i]))
+                    labels.append(y[i])
+        factor, whole = inverse_temperature(scores, labels), fit_without(fold)
+        for i in range(len(X)):
+            if folds[i] == fold:
+                given = factor * whole(X[i])
+                exponents = np.exp(given - given.max())
+                result[i] = exponents / exponents.sum()
     return np.array(result)
+
+
+def macro_auroc(probabilities, y, groups):
+    """Mean over classes of the share of pairs in order, and its standard error by group (DeLong's placements)."""
+    n_classes = len(probabilities[0])
+    aurocs, influence = [], np.zeros(len(y))
+    for c in range(n_classes):
+        positive = [i for i, label in enumerate(y) if label == c]
+        negative = [i for i, label in enumerate(y) if label != c]
+        ordered = {
+            (i, j): (probabilities[i][c] > probabilities[j][c]) + (probabilities[i][c] == probabilities[j][c]) / 2
+            for i in positive
+            for j in negative
+        }
+        value = np.mean([*ordered.values()])
+        aurocs.append(value)
+        for i in positive:
+            influence[i] += (np.mean([ordered[i, j] for j in negative]) - value) / len(positive) / n_classes
+        for j in negative:
+            influence[j] += (np.mean([ordered[i, j] for i in positive]) - value) / len(negative) / n_classes
+    sums = [sum(influence[i] for i in range(len(y)) if groups[i] == g) for g in sorted(set(groups))]
+    error = math.sqrt(len(sums) / (len(sums) - 1) * sum(one**2 for one in sums))
+    return float(np.mean(aurocs)), error
+
+
+def calibration_error(confidence, right, bins):
+    """Mean over samples of how far confidence and accuracy are apart in bins of equal size."""
+    order = sorted(range(len(right)), key=lambda i: confidence[i])
+    return sum(abs(sum(confidence[i] - right[i] for i in one)) for one in np.array_split(np.array(order), bins)) / len(
+        right
+    )
 
 
 def conflict(probes):

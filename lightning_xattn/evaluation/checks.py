@@ -128,7 +128,7 @@ def check_fusion(summary: FusionSummary) -> Iterator[str]:
     """Messages about what was not computed of the modalities, those that this run has not given yet."""
     for reason, names in _new_by_reason("probe", summary.probe_problems):
         who = " and ".join(map(repr, names))
-        yield f"Linear probe of {who} not computed: {reason}. So conflict and support difference are not, either."
+        yield f"Linear probe of {who} not used: {reason}. So conflict and support difference are not computed."
     if summary.unrecorded and is_new(("unrecorded", summary.unrecorded)):
         yield (
             f"{summary.unrecorded} samples are left out of probes and contributions: the modalities of their steps "

@@ -16,6 +16,7 @@ from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import ALIGNMENT, CONFIDENCE, INVALID_ROWS, SCORES, STATISTICS, Column
 from lightning_xattn.functional.intervals import Estimate
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
+from lightning_xattn.functional.probe import JOINT
 
 OUTCOMES = {"correct": CORRECT, "incorrect": INCORRECT}
 
@@ -149,6 +150,8 @@ def fusion_record(summary: FusionSummary, scope: str, curves: Mapping[str, float
     record: dict[str, Any] = {"probed_samples": summary.samples, "probe_problems": dict(summary.probe_problems)}
     record["modalities"] = ", ".join(summary.sources)
     record |= {"missing": dict(summary.missing), "unrecorded": summary.unrecorded}
+    record["probe_macro_auroc"] = {name: one.mean for name, one in summary.probe_aurocs.items()}
+    record["probe_calibration_error"] = dict(summary.calibration_errors)
     record["contribution_problem"] = summary.contribution_problem
     if summary.replaced:  # faithfulness was tested
         problems = {str(direction): summary.faithfulness_problem(direction) for direction in summary.replaced}
@@ -181,8 +184,9 @@ def _accuracy(correct: int, incorrect: int) -> dict[str, float]:
 def _fusion_intervals(summary: FusionSummary) -> Iterator[tuple[str, Estimate]]:
     for name, outcome in OUTCOMES.items():
         yield f"conflict/{name}", summary.estimate("conflict", outcome=outcome)
-    for name in summary.modalities:
+    for name in (*summary.modalities, JOINT):
         yield f"probe/{name}", summary.estimate(f"right/{name}")
+    for name in summary.modalities:
         if not summary.contribution_problem:
             yield f"contribution/share/{name}", summary.share(name)
     for direction in () if summary.contribution_problem else summary.replaced:
@@ -197,7 +201,7 @@ def _subsets(class_names: Sequence[str]) -> dict[str, tuple[int | None, int | No
 
 
 def _fusion_numbers(summary: FusionSummary, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:
-    for name in summary.modalities:
+    for name in (*summary.modalities, JOINT):
         yield f"probe/{name}", summary.estimate(f"right/{name}").mean
     subsets = _subsets(class_names)
     for topic, number in (("conflict", "conflict"), ("support", "supports_first")):

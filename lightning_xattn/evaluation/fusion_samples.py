@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.kept_samples import CHOSEN, IDENTITY, hashed
+from lightning_xattn.attribution.kept_samples import CHOSEN, IDENTITY
+from lightning_xattn.core.ids import hashed
 from lightning_xattn.core.wording import decimal, name_modality, percent
 from lightning_xattn.evaluation.fusion_summary import FusionSummary, interaction_names
 from lightning_xattn.functional.shapley import MOSTLY

@@ -25,7 +25,7 @@ from lightning_xattn.evaluation.layer_summary import Comparison
 from lightning_xattn.evaluation.statistics import score_bins
 from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
-from lightning_xattn.functional.probe import LEAST_OF_A_CLASS
+from lightning_xattn.functional.probe import JOINT, LEAST_OF_A_CLASS
 
 PROPORTIONS = ("right", "only_probe_right", "supports_first", "additive_right", "model_right")
 """The numbers that are 0 or 1 in each sample, so that their means are proportions."""
@@ -43,6 +43,12 @@ def interaction_names(modalities: Sequence[str]) -> list[str]:
     """The names of the numbers with the joint effect of two modalities."""
     pairs = [f"interaction/{a}_{b}" for a, b in combinations(modalities, 2)]
     return pairs if len(modalities) > 2 else ["interaction"]
+
+
+def _flatten_pooled(features: Tensor) -> Tensor:
+    """Pooled features ``(samples, blocks, width)`` in a row; of single tokens the mean alone says it all."""
+    is_single = features.shape[1] > 1 and not bool(features[:, -1].any())
+    return features[:, 0] if is_single else features.flatten(1)
 
 
 class FusionSummary:
@@ -70,14 +76,16 @@ class FusionSummary:
     numbers
         By name ``(samples,)`` float64, NaN where undefined: "confidence", "conflict", "support_difference",
         "supports_first" (whether the first modality's probe supports the prediction more), "only_probe_right",
-        "right/<modality>" (whether its probe is right), and of the samples that were permuted "phi/<modality>", its
-        standard error "error/<modality>" (as not all partners were run), "followed", those of
-        ``interactions``, "additive_right" and "model_right", and by direction "gain/<direction>",
-        "reference/<direction>" and "cost/<direction>" of replaced keys.
+        "right/<modality>" (whether its probe is right) and "right/joint" (the probe on all modalities), and of the
+        samples that were permuted "phi/<modality>", its standard error "error/<modality>" (as not all partners were
+        run), "followed", those of ``interactions``, "additive_right" and "model_right", and by direction
+        "gain/<direction>", "reference/<direction>" and "cost/<direction>" of replaced keys.
     rows
         By name ``(samples,)``: what is kept of each sample, with "hash" and ``IDENTITY``.
     probes
         By modality ``(samples, classes)`` probabilities.
+    probe_aurocs, calibration_errors
+        By modality, and of "joint", the macro AUROC of the probe, and how far its confidences are from its accuracies.
     classes, outcomes, groups, predicted, target, sample_numbers
         ``(samples,)`` int64: class by which samples are grouped, outcome, key of the group, class ids (-1: none), and
         index of each sample in its process.
@@ -122,6 +130,8 @@ class FusionSummary:
         self.predicted, self.target, self.sample_numbers = rows["prediction"], rows["target"], rows[NUMBER]
         self.numbers: dict[str, Tensor] = {"confidence": rows["confidence"].double()}
         self.probe_problems: dict[str, str] = {}
+        self.probe_aurocs: dict[str, Estimate] = {}
+        self.calibration_errors: dict[str, float] = {}
         self._add_probes(rows)
         self.contribution_problem = contributions if isinstance(contributions, str) else ""
         if self.contribution_problem and self.missing and not self.samples:
@@ -162,22 +172,26 @@ class FusionSummary:
         return None if self.group_noun is None else int((self.groups.unique() != UNKNOWN_GROUP).sum())
 
     def _add_probes(self, rows: Mapping[str, Tensor]) -> None:
-        target, predicted, folds = self.target, self.predicted, rows["fold"]
+        target, predicted, folds = self.target, self.predicted, functional.assign_folds(self.groups)
         # Class ids without names do not show how many classes there are.
         n_classes = self.n_classes or 1 + max([0, *target.tolist()])
-        logs = {
-            name: functional.cross_fitted_probe(rows[f"features/{name}"], target, folds, n_classes)
-            for name in self.modalities
-        }
+        features = {name: _flatten_pooled(rows[f"features/{name}"]) for name in self.modalities}
+        found = functional.cross_fitted_probes(features, target, folds, n_classes, [self.modalities])
+        logs = {name: found[name,] for name in self.modalities}
         self.probes = {name: one.exp() for name, one in logs.items()}
         labelled = (target >= 0) & (target < n_classes)
         counts = target[labelled].bincount(minlength=n_classes)
         self.largest_class = float(counts.max() / counts.sum()) if labelled.any() else math.nan
-        for name, probe in self.probes.items():
-            right = (probe.argmax(1) == target).double()
-            self.numbers[f"right/{name}"] = torch.where(labelled & ~probe.isnan().any(1), right, torch.nan)
-            problem = self._find_probe_problem(self.estimate(f"right/{name}"), counts)
-            self.probe_problems |= {name: problem} if problem else {}
+        groups = None if self.group_noun is None else self.groups
+        for name, probe in (self.probes | {JOINT: found[self.modalities].exp()}).items():
+            right, read = (probe.argmax(1) == target).double(), labelled & ~probe.isnan().any(1)
+            self.numbers[f"right/{name}"] = torch.where(read, right, torch.nan)
+            self.probe_aurocs[name] = functional.macro_auroc(
+                probe[read], target[read], groups if groups is None else groups[read]
+            )
+            self.calibration_errors[name] = functional.calibration_error(probe[read].amax(1), right[read])
+            problem = self._find_probe_problem(self.estimate(f"right/{name}"), counts, self.probe_aurocs[name])
+            self.probe_problems |= {name: problem} if problem and name != JOINT else {}
         several = torch.stack(list(self.probes.values()))
         undefined = torch.full_like(self.numbers["confidence"], torch.nan)
         known = not self.probe_problems
@@ -190,7 +204,7 @@ class FusionSummary:
         self.numbers["support_difference"] = supports
         self.numbers["supports_first"] = torch.where(supports.isnan(), torch.nan, (supports > 0).double())
 
-    def _find_probe_problem(self, accuracy: Estimate, class_counts: Tensor) -> str:
+    def _find_probe_problem(self, accuracy: Estimate, class_counts: Tensor, auroc: Estimate) -> str:
         if not self.samples:
             return self._explain_no_samples()
         if not class_counts.any():
@@ -202,11 +216,12 @@ class FusionSummary:
         if math.isnan(accuracy.low):
             count = accuracy.count if accuracy.groups is None else accuracy.groups
             return f"it needs {MINIMUM_GROUP} {self.group_noun or 'samples'}, this run had {count}"
-        if accuracy.low > self.largest_class:
+        if accuracy.low > self.largest_class or auroc.low > 0.5:
             return ""
         return (
-            f"its probe is right for {percent(accuracy.mean)} of the samples, which is not clearly above the share of "
-            f"the largest class, {percent(self.largest_class)}"
+            f"a linear probe of its pooled features is right for {percent(accuracy.mean)} of the samples, not clearly "
+            f"better than the largest class ({percent(self.largest_class)}), and does not clearly rank the classes "
+            f"(macro AUROC {decimal(auroc.mean)})"
         )
 
     def _explain_no_samples(self) -> str:

@@ -6,6 +6,7 @@ from lightning_xattn.functional.intervals import *
 from lightning_xattn.functional.outcomes import *
 from lightning_xattn.functional.pairs import *
 from lightning_xattn.functional.probe import *
+from lightning_xattn.functional.ranking import *
 from lightning_xattn.functional.shapley import *
 
 __all__ = [
@@ -20,11 +21,15 @@ __all__ = [
     "additive_projection",
     "alignment",
     "alignment_null",
+    "assign_folds",
+    "auroc_influence",
     "best_head_matching",
+    "calibration_error",
     "class_adjusted_gap",
     "conflict",
     "contribution_shares",
     "cross_fitted_probe",
+    "cross_fitted_probes",
     "cross_modal_mass",
     "discriminant",
     "effective_keys",
@@ -36,8 +41,11 @@ __all__ = [
     "head_alignment_matrix",
     "head_diversity",
     "head_top_pairs",
+    "influence_interval",
+    "inverse_temperature",
     "lift",
     "lift_map",
+    "macro_auroc",
     "max_weight",
     "mean",
     "mean_interval",

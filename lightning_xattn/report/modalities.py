@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from lightning_xattn.core.wording import by_reason, name_modality
+from lightning_xattn.core.wording import by_reason, decimal, name_modality
 from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
+from lightning_xattn.functional.probe import JOINT
 from lightning_xattn.report.document import Block, Item, Items, Paragraph, Table
 from lightning_xattn.report.estimates import (
     GROUPED_BY,
@@ -80,7 +81,12 @@ def _tabulate_modalities(fusion: FusionSummary) -> Table:
         accuracy = format_percent(fusion.estimate(f"right/{name}"))
         return f"{accuracy} (not used)" if name in fusion.probe_problems else accuracy
 
-    columns: dict[str, Callable[[str], str]] = {"probe accuracy": probe}
+    columns: dict[str, Callable[[str], str]] = {
+        "probe accuracy": probe,
+        "macro AUROC": lambda name: format_estimate(fusion.probe_aurocs[name]),
+        "calibration error": lambda name: decimal(fusion.calibration_errors[name]),
+    }
+    of_probes = [*columns]
     if fusion.contribution_problem:
         pass
     elif fusion.is_regression:
@@ -89,7 +95,8 @@ def _tabulate_modalities(fusion: FusionSummary) -> Table:
         columns["contribution"] = lambda name: format_estimate(fusion.estimate(f"phi/{name}"), signed=True)
         columns["share"] = lambda name: format_percent(fusion.share(name))
     rows = [(name_modality(name), *(cell(name) for cell in columns.values())) for name in fusion.modalities]
-    return Table(("modality", *columns), rows)
+    joint = [columns[one](JOINT) if one in of_probes else "" for one in columns]
+    return Table(("modality", *columns), [*rows, ("all together", *joint)])
 
 
 def _tabulate_faithfulness(fusion: FusionSummary) -> Table:

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lightning_xattn import ExplainabilityCapture
-from lightning_xattn.attribution.kept_samples import hashed
+from lightning_xattn.core.ids import hashed
 from tests.attribution.models import (
     NAMED,
     Concatenation,

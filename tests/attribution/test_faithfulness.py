@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
-from lightning_xattn.attribution.kept_samples import hashed
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import XAttnWarning
+from lightning_xattn.core.ids import hashed
 from lightning_xattn.evaluation.results import DatasetResult
 from tests import reference
 from tests.attribution.models import HEADS, LEFT, WIDTH, TwoStreams, loader_of, said_data, sample_ids, trained

@@ -7,9 +7,10 @@ from operator import add
 import pytest
 import torch
 
-from lightning_xattn.attribution.kept_samples import NOT_KEPT, BottomKSample, KeptSamples, hashed
+from lightning_xattn.attribution.kept_samples import NOT_KEPT, BottomKSample, KeptSamples
 from lightning_xattn.attribution.outputs import ModelOutput
 from lightning_xattn.attribution.recorder import FusionRecord
+from lightning_xattn.core.ids import hashed
 from lightning_xattn.functional.outcomes import UNKNOWN
 
 SHORT, LONG = 3, 5

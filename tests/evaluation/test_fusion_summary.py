@@ -8,12 +8,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.attribution.kept_samples import hashed
-from lightning_xattn.core.ids import UNKNOWN_GROUP
+from lightning_xattn import AttentionExplainabilityCallback, functional
+from lightning_xattn.core.ids import UNKNOWN_GROUP, hashed
 from lightning_xattn.evaluation.fusion_summary import PROPORTIONS
 from lightning_xattn.functional import partner_shifts
-from lightning_xattn.functional.outcomes import INCORRECT
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.functional.probe import FOLDS
 from tests import reference
 from tests.attribution.models import (
@@ -41,7 +40,7 @@ def test_every_number_is_the_references():
     order = hashed(ids, 0).argsort()
     with torch.no_grad():
         features = [
-            encoder(tokens)[order].mean(1).double().numpy()
+            np.array([reference.pooled(one, [True] * len(one)) for one in encoder(tokens)[order].double().numpy()])
             for encoder, tokens in ((module.left, left), (module.right, right))
         ]
         tokens = module.left(left)[order], module.right(right)[order]
@@ -50,7 +49,7 @@ def test_every_number_is_the_references():
             for i in range(61)
         ]
     target, n = target[order].tolist(), 61
-    folds = (hashed(ids[order], 1) % FOLDS).tolist()
+    folds = reference.round_robin(ids[order].tolist(), lambda key: int(hashed(torch.tensor([key]), 1)))
     probes = [reference.cross_fitted_probe(x, target, folds, CLASSES) for x in features]
     probabilities = [[row.softmax(0) for row in rows] for rows in table]
     predicted = [int(table[i][i].argmax()) for i in range(n)]
@@ -123,14 +122,14 @@ def test_a_modality_that_says_nothing_cannot_be_read_and_one_that_is_not_used_co
         module.fusion.hidden.weight[:, WIDTH:] = 0
     summary = summary_of(module, data, **NAMED)
     assert list(summary.probe_problems) == ["right"]
-    assert "not clearly above the share of the largest class, 25.0 %" in summary.probe_problems["right"]
+    assert "not clearly better than the largest class (25.0 %)" in summary.probe_problems["right"]
     for name in ("conflict", "support_difference", "only_probe_right"):
         assert summary.numbers[name].isnan().all()
     assert (
         summary.numbers["phi/right"].abs().max() < 1e-6 or summary.numbers["phi/right"].nan_to_num().abs().max() < 1e-6
     )
     assert summary.share("left").mean == pytest.approx(1, abs=1e-5)
-    assert any("Linear probe of 'right' not computed" in said for said in infos.messages)
+    assert any("Linear probe of 'right' not used" in said for said in infos.messages)
 
 
 def test_an_additive_model_does_not_interact():
@@ -171,7 +170,7 @@ def test_groups_are_of_one_fold_and_no_partners_and_widen_intervals():
     grouped = summary_of(module, data, groups=lambda outputs, batch: batch[3] // 6, **NAMED)
     assert (plain.estimate("confidence").groups, grouped.estimate("confidence").groups) == (None, 21)
     for group in grouped.groups.unique():
-        assert len(grouped.rows["fold"][grouped.groups == group].unique()) == 1
+        assert len(functional.assign_folds(grouped.groups)[grouped.groups == group].unique()) == 1
     widths = [one.estimate("right/right").high - one.estimate("right/right").low for one in (plain, grouped)]
     assert widths[0] != widths[1]
     alone = summary_of(module, data, groups=lambda outputs, batch: batch[3] * 0, **NAMED)

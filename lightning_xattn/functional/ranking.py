@@ -1,0 +1,165 @@
+"""How well do scores rank samples? AUROCs with the influence of each sample, from which intervals by group follow."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from scipy.stats import t
+from torch import Tensor
+
+from lightning_xattn.core.ids import UNKNOWN_GROUP
+from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
+
+
+def auroc_influence(scores: Tensor, positive: Tensor) -> tuple[float, Tensor]:
+    """AUROC of a score, and the influence of each sample on it (DeLong et al. 1988).
+
+    Parameters
+    ----------
+    scores
+        ``(samples,)``, finite or infinite.
+    positive
+        ``(samples,)`` bool.
+
+    Returns
+    -------
+    auroc
+        P(score of a positive > score of a negative sample) + half the ties; NaN where one kind is absent.
+    influence
+        ``(samples,)`` float64 ``(V - AUROC) / n``, with V the share of the other kind that a sample is on the right
+        side of, ties counting half, and n the number of its kind. The sum of squares is the variance of the AUROC, but
+        for n in the place of n - 1.
+
+    Examples
+    --------
+    >>> auroc, influence = auroc_influence(torch.tensor([0.9, 0.4, 0.5, 0.1]), torch.tensor([True, True, False, False]))
+    >>> auroc, influence.tolist()
+    (0.75, [0.125, -0.125, -0.125, 0.125])
+    """
+    scores = scores.double()
+    above, below = scores[positive].sort().values, scores[~positive].sort().values
+    influence = torch.zeros_like(scores)
+    if not (len(above) and len(below)):
+        return math.nan, torch.full_like(scores, torch.nan)
+    beaten = _share_below(below, scores[positive])
+    beats = 1 - _share_below(above, scores[~positive])
+    auroc = float(beaten.mean())
+    influence[positive] = (beaten - auroc) / len(above)
+    influence[~positive] = (beats - auroc) / len(below)
+    return auroc, influence
+
+
+def _share_below(ascending: Tensor, scores: Tensor) -> Tensor:
+    """The share of some numbers that each score is above, ties counting half."""
+    below = torch.searchsorted(ascending, scores) + torch.searchsorted(ascending, scores, right=True)
+    return below.double() / (2 * len(ascending))
+
+
+def influence_interval(value: float, influence: Tensor, groups: Tensor | None = None) -> tuple[float, float]:
+    """95 % CI of a number of which the influence of each sample is known.
+
+    ``value -+ t(0.975, G - 1) s`` with ``s^2 = G / (G - 1) sum_g (sum of the influences of group g)^2``.
+
+    Parameters
+    ----------
+    value
+        The number.
+    influence
+        ``(samples,)``; its sum is 0.
+    groups
+        ``(samples,)`` int64 keys; None: each sample is its own group. Samples of `UNKNOWN_GROUP` widen the interval as
+        one group does, and do not count as one.
+
+    Returns
+    -------
+    low, high
+        NaN with fewer than `MINIMUM_GROUP` groups, and where no sample has an influence, so that nothing varies.
+
+    Examples
+    --------
+    >>> low, high = influence_interval(0.75, torch.tensor([0.125, -0.125, -0.125, 0.125, 0.0]))
+    >>> round(low, 3), round(high, 3)  # t(0.975, 4) is 2.776
+    (-0.026, 1.526)
+    """
+    sums, known = influence.double(), len(influence)
+    if groups is not None:
+        ids, index = groups.unique(return_inverse=True)
+        sums = torch.zeros(len(ids), dtype=torch.float64).index_add(0, index, sums)
+        known = int((ids != UNKNOWN_GROUP).sum())
+    count = len(sums)
+    if known < MINIMUM_GROUP or not bool((sums != 0).any()):
+        return math.nan, math.nan
+    half = float(t.ppf(0.975, count - 1)) * math.sqrt(count / (count - 1) * float(sums.square().sum()))
+    return value - half, value + half
+
+
+def macro_auroc(probabilities: Tensor, target: Tensor, groups: Tensor | None = None) -> Estimate:
+    """How well the probabilities of each class rank its samples above the others': the mean AUROC of the classes.
+
+    Unlike the accuracy it does not depend on how frequent the classes are.
+
+    Parameters
+    ----------
+    probabilities
+        ``(samples, classes)``, or their logarithms; samples with NaN do not count.
+    target
+        ``(samples,)`` int64 class ids; samples outside of the classes do not count.
+    groups
+        As `influence_interval` takes them.
+
+    Returns
+    -------
+    Estimate
+        Of the classes with `MINIMUM_GROUP` samples and as many of other classes; NaN without one.
+
+    Examples
+    --------
+    >>> probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).repeat(5, 1)
+    >>> macro_auroc(probabilities, target=torch.tensor([0, 1]).repeat(5)).mean
+    1.0
+    """
+    classes = probabilities.shape[1]
+    counted = ~probabilities.isnan().any(1) & (target >= 0) & (target < classes)
+    probabilities, target = probabilities[counted], target[counted]
+    groups = None if groups is None else groups[counted]
+    counts = target.bincount(minlength=classes)
+    chosen = (counts >= MINIMUM_GROUP) & (len(target) - counts >= MINIMUM_GROUP)
+    found = [auroc_influence(probabilities[:, c], target == c) for c in chosen.nonzero()[:, 0].tolist()]
+    known = None if groups is None else int((groups.unique() != UNKNOWN_GROUP).sum())
+    if not found:
+        return Estimate(math.nan, math.nan, math.nan, len(target), known)
+    mean = sum(auroc for auroc, _ in found) / len(found)
+    low, high = influence_interval(mean, torch.stack([one for _, one in found]).mean(0), groups)
+    return Estimate(
+        mean, max(0.0, low) if low == low else low, min(1.0, high) if high == high else high, len(target), known
+    )
+
+
+def calibration_error(confidence: Tensor, right: Tensor, bins: int = 10) -> float:
+    """How far confidences are from accuracies: the mean over samples of their difference in bins of equal size.
+
+    Parameters
+    ----------
+    confidence
+        ``(samples,)`` probability of the predicted class.
+    right
+        ``(samples,)`` 1 where the prediction is right, else 0.
+    bins
+        How many bins, by the order of the confidences.
+
+    Returns
+    -------
+    float
+        In [0, 1], 0 is best; NaN with fewer samples than bins.
+
+    Examples
+    --------
+    >>> calibration_error(torch.tensor([0.5, 0.5, 1.0, 1.0]), torch.tensor([1.0, 0.0, 1.0, 0.0]), bins=2)
+    0.25
+    """
+    if len(confidence) < bins:
+        return math.nan
+    order = confidence.argsort(stable=True)
+    differences = (confidence - right)[order].double().tensor_split(bins)
+    return float(sum(one.sum().abs() for one in differences)) / len(confidence)
