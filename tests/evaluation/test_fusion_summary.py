@@ -12,8 +12,7 @@ from lightning_xattn import AttentionExplainabilityCallback, functional
 from lightning_xattn.core.ids import UNKNOWN_GROUP, hashed
 from lightning_xattn.evaluation.fusion_summary import PROPORTIONS
 from lightning_xattn.functional import partner_shifts
-from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
-from lightning_xattn.functional.probe import FOLDS
+from lightning_xattn.functional.outcomes import INCORRECT
 from tests import reference
 from tests.attribution.models import (
     CLASSES,
