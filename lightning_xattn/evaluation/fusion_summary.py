@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import combinations
 from typing import Literal
 
@@ -23,14 +23,19 @@ from lightning_xattn.core.ids import UNKNOWN_GROUP
 from lightning_xattn.core.wording import decimal, describe_size, percent, say_interval
 from lightning_xattn.evaluation.layer_summary import Comparison
 from lightning_xattn.evaluation.statistics import score_bins
+from lightning_xattn.evaluation.support import Cell, describe_right, describe_support, measure_added_value
 from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.functional.probe import JOINT, LEAST_OF_A_CLASS
 
-PROPORTIONS = ("right", "only_probe_right", "supports_first", "additive_right", "model_right")
+PROPORTIONS = ("right", "correct", "supports", "additive_right", "model_right")
 """The numbers that are 0 or 1 in each sample, so that their means are proportions."""
 
-_LIMITS = {"confidence": (0.0, 1.0), "conflict": (0.0, 1.0), "cost": (-1.0, 1.0), "phi": (-1.0, 1.0)}
+_LIMITS = {
+    **dict.fromkeys(("confidence", "conflict"), (0.0, 1.0)),
+    **dict.fromkeys(("cost", "phi", "calibration_gap", "joint_gain"), (-1.0, 1.0)),
+    "support": (-math.inf, 0.0),
+}
 """The ranges of other numbers; contributions are to a probability."""
 
 
@@ -74,12 +79,23 @@ class FusionSummary:
     sources
         As the parameter.
     numbers
-        By name ``(samples,)`` float64, NaN where undefined: "confidence", "conflict", "support_difference",
-        "supports_first" (whether the first modality's probe supports the prediction more), "only_probe_right",
-        "right/<modality>" (whether its probe is right) and "right/joint" (the probe on all modalities), and of the
-        samples that were permuted "phi/<modality>", its standard error "error/<modality>" (as not all partners were
-        run), "followed", those of ``interactions``, "additive_right" and "model_right", and by direction
+        By name ``(samples,)`` float64, NaN where undefined: "confidence", "correct" (whether the prediction is),
+        "calibration_gap" (correct minus confidence), "conflict", "support" (in nats), "supports/<modality>" (whether
+        its probe predicts what the model predicts), "right/<modality>" (whether its probe is right), "right/joint"
+        (the probe on all modalities) and "joint_gain/<modality>" (that minus whether the probe on all others is
+        right); of the samples that were permuted "phi/<modality>", its standard error "error/<modality>" (as not all
+        partners were run), those of ``interactions``, "additive_right" and "model_right"; and by direction
         "gain/<direction>", "reference/<direction>" and "cost/<direction>" of replaced keys.
+    support_cell, right_cell
+        ``(samples,)`` int64, see `functional.support_cells` and `functional.right_cells`; -1 where undefined.
+    support_problem
+        Why support is not computed; "" where it is.
+    added_value
+        What support adds to confidence in detecting errors, or why that is not computed.
+    auroc_gains
+        By modality, by how much the joint probe's macro AUROC is above that of the joint probe without it.
+    folds
+        ``(samples,)`` int64, those of the probes.
     rows
         By name ``(samples,)``: what is kept of each sample, with "hash" and ``IDENTITY``.
     probes
@@ -129,10 +145,14 @@ class FusionSummary:
         self.classes, self.outcomes, self.groups = rows["class"], rows["correct"], rows["group"]
         self.predicted, self.target, self.sample_numbers = rows["prediction"], rows["target"], rows[NUMBER]
         self.numbers: dict[str, Tensor] = {"confidence": rows["confidence"].double()}
+        self.folds = functional.assign_folds(self.groups)
         self.probe_problems: dict[str, str] = {}
+        self.support_problem = ""
         self.probe_aurocs: dict[str, Estimate] = {}
+        self.auroc_gains: dict[str, Estimate] = {}
         self.calibration_errors: dict[str, float] = {}
         self._add_probes(rows)
+        self.added_value = measure_added_value(self)
         self.contribution_problem = contributions if isinstance(contributions, str) else ""
         if self.contribution_problem and self.missing and not self.samples:
             self.contribution_problem = self._explain_no_samples()
@@ -171,38 +191,67 @@ class FusionSummary:
         """Number of groups of these samples; None where groups are not known."""
         return None if self.group_noun is None else int((self.groups.unique() != UNKNOWN_GROUP).sum())
 
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """The cells of support, in the order of their numbers; empty where support is not computed."""
+        return describe_support(self)
+
+    @cached_property
+    def right_cells(self) -> list[Cell]:
+        """The cells of whose probe is right; empty where a probe has a problem."""
+        return describe_right(self)
+
     def _add_probes(self, rows: Mapping[str, Tensor]) -> None:
-        target, predicted, folds = self.target, self.predicted, functional.assign_folds(self.groups)
+        target, names, groups = self.target, self.modalities, None if self.group_noun is None else self.groups
         # Class ids without names do not show how many classes there are.
         n_classes = self.n_classes or 1 + max([0, *target.tolist()])
-        features = {name: _flatten_pooled(rows[f"features/{name}"]) for name in self.modalities}
-        found = functional.cross_fitted_probes(features, target, folds, n_classes, [self.modalities])
-        logs = {name: found[name,] for name in self.modalities}
-        self.probes = {name: one.exp() for name, one in logs.items()}
+        features = {name: _flatten_pooled(rows[f"features/{name}"]) for name in names}
+        without = {name: tuple(one for one in names if one != name) for name in names}
+        found = functional.cross_fitted_probes(features, target, self.folds, n_classes, [names, *without.values()])
+        logs = torch.stack([found[name,] for name in names])
+        self.probes = {name: found[name,].exp() for name in names}
         labelled = (target >= 0) & (target < n_classes)
         counts = target[labelled].bincount(minlength=n_classes)
         self.largest_class = float(counts.max() / counts.sum()) if labelled.any() else math.nan
-        groups = None if self.group_noun is None else self.groups
-        for name, probe in (self.probes | {JOINT: found[self.modalities].exp()}).items():
-            right, read = (probe.argmax(1) == target).double(), labelled & ~probe.isnan().any(1)
+        self._joint = found[names].exp()
+        read = labelled & ~self._joint.isnan().any(1)
+        of_read = None if groups is None else groups[read]
+        aurocs = {}
+        for several, log_probabilities in found.items():
+            aurocs[several] = functional.macro_auroc_influence(log_probabilities[read], target[read])
+        for name, probe in (self.probes | {JOINT: self._joint}).items():
+            right = (probe.argmax(1) == target).double()
             self.numbers[f"right/{name}"] = torch.where(read, right, torch.nan)
-            self.probe_aurocs[name] = functional.macro_auroc(
-                probe[read], target[read], groups if groups is None else groups[read]
-            )
+            one = aurocs[names if name == JOINT else (name,)]
+            self.probe_aurocs[name] = functional.estimate_by_influence(*one, of_read, (0.0, 1.0))
             self.calibration_errors[name] = functional.calibration_error(probe[read].amax(1), right[read])
             problem = self._find_probe_problem(self.estimate(f"right/{name}"), counts, self.probe_aurocs[name])
             self.probe_problems |= {name: problem} if problem and name != JOINT else {}
-        several = torch.stack(list(self.probes.values()))
+        for name, others in without.items():
+            right = torch.where(read, (found[others].argmax(1) == target).double(), torch.nan)
+            self.numbers[f"joint_gain/{name}"] = self.numbers[f"right/{JOINT}"] - right
+            (auroc, influence), (less, of_less) = aurocs[names], aurocs[others]
+            gain = auroc - less, influence - of_less
+            self.auroc_gains[name] = functional.estimate_by_influence(*gain, of_read, (-1.0, 1.0))
+        self._add_support(logs)
+
+    def _add_support(self, logs: Tensor) -> None:
         undefined = torch.full_like(self.numbers["confidence"], torch.nan)
-        known = not self.probe_problems
-        self.numbers["conflict"] = functional.conflict(several) if known else undefined
-        self.numbers["only_probe_right"] = (
-            functional.only_probe_right(several, predicted, target) if known else undefined
-        )
-        two = known and len(self.modalities) == 2
-        supports = functional.support_difference(torch.stack(list(logs.values())), predicted) if two else undefined
-        self.numbers["support_difference"] = supports
-        self.numbers["supports_first"] = torch.where(supports.isnan(), torch.nan, (supports > 0).double())
+        for name, supports in zip(self.modalities, functional.supports(logs, self.predicted), strict=True):
+            self.numbers[f"supports/{name}"] = undefined if name in self.probe_problems else supports
+        if self.probe_problems:
+            self.support_problem = "it needs a linear probe of each modality that predicts better than chance"
+        elif not (self.predicted >= 0).any():
+            self.support_problem = "no sample has one predicted class"
+        none = torch.full_like(self.predicted, -1)
+        several = logs.exp()
+        self.numbers["conflict"] = undefined if self.probe_problems else functional.conflict(several)
+        self.right_cell = none if self.probe_problems else functional.right_cells(several, self._joint, self.target)
+        self.numbers["support"] = undefined if self.support_problem else functional.support(logs, self.predicted)
+        self.support_cell = none if self.support_problem else functional.support_cells(several, self.predicted)
+        known = (self.outcomes == CORRECT) | (self.outcomes == INCORRECT)
+        correct = torch.where(known, (self.outcomes == CORRECT).double(), torch.nan)
+        self.numbers |= {"correct": correct, "calibration_gap": correct - self.numbers["confidence"]}
 
     def _find_probe_problem(self, accuracy: Estimate, class_counts: Tensor, auroc: Estimate) -> str:
         if not self.samples:
@@ -247,8 +296,6 @@ class FusionSummary:
             self.numbers[f"error/{name}"] = spread(found.error[:, i])
         self.interactions = tuple(found.interactions)
         self.numbers |= {name: spread(one) for name, one in found.interactions.items()}
-        if len(self.modalities) == 2:
-            self.numbers["followed"] = spread(found.phi[:, 0] - found.phi[:, 1])
         for number, predicted in (("additive_right", spread(found.additive)), ("model_right", spread(found.predicted))):
             known = (self.target >= 0) & (predicted >= 0)
             self.numbers[number] = torch.where(known, (predicted == self.target).double(), torch.nan)
@@ -260,13 +307,16 @@ class FusionSummary:
             everyone &= self.classes == class_id
         return everyone if outcome is None else everyone & (self.outcomes == outcome)
 
-    def estimate(self, number: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
-        """The mean of a number over the samples of a class and an outcome, with its 95 % CI.
+    def estimate(
+        self, number: str, class_id: int | None = None, outcome: int | None = None, among: Tensor | None = None
+    ) -> Estimate:
+        """The mean of a number over the samples of a class and an outcome ``among`` some of all, with its 95 % CI.
 
         The interval of a number that is 0 or 1 is that of a proportion, see `grouped_proportion_interval`; any other
         interval is within the number's range.
         """
         kind, values, chosen = number.partition("/")[0], self.numbers[number], self.chosen(class_id, outcome)
+        chosen = chosen if among is None else chosen & among
         if kind in PROPORTIONS:
             return self._estimate(values, chosen, is_proportion=True)
         found = self._estimate(values, chosen)
@@ -274,6 +324,10 @@ class FusionSummary:
             return found
         low, high = functional.within((found.low, found.high), _LIMITS[kind])
         return replace(found, low=low, high=high)
+
+    def proportion(self, holds: Tensor, among: Tensor) -> Estimate:
+        """The share of those among some samples for which something holds, both ``(samples,)`` bool."""
+        return self._estimate(holds.double(), among, is_proportion=True)
 
     def share(self, modality: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
         """A modality's share of the mean contribution, see `contribution_shares`.
@@ -345,12 +399,14 @@ class FusionSummary:
         return Estimate(mean, *interval(counts, sums), count, groups)
 
     def compare(self, number: str) -> Comparison:
-        """Compare a number in [0, 1], "conflict" or "confidence", between correct and incorrect predictions."""
+        """Compare "confidence" or "support" between correct and incorrect predictions."""
         values = self.numbers[number]
+        # Bins are of [0, 1]: the geometric mean of the probes' probabilities is in the order of support.
+        scores = (values / len(self.modalities)).exp() if number == "support" else values
         defined = values.isfinite()
         outcomes = torch.stack([self.outcomes == CORRECT, self.outcomes == INCORRECT], dim=1)
         groups = None if self.group_noun is None else self.groups[defined]
-        found = functional.separation(score_bins(values[defined], 0.0, 1.0), outcomes[defined].double(), groups)
+        found = functional.separation(score_bins(scores[defined], 0.0, 1.0), outcomes[defined].double(), groups)
         correct, incorrect = (self.estimate(number, outcome=outcome).mean for outcome in (CORRECT, INCORRECT))
         counted = (outcomes & defined[:, None]).double()
         # Samples without a class (-1) come last.

@@ -1,6 +1,7 @@
 """Every number's one definition, as pure functions of tensors (see their docstrings)."""
 
 from lightning_xattn.functional.attention import *
+from lightning_xattn.functional.error_detection import *
 from lightning_xattn.functional.faithfulness import *
 from lightning_xattn.functional.intervals import *
 from lightning_xattn.functional.outcomes import *
@@ -8,15 +9,18 @@ from lightning_xattn.functional.pairs import *
 from lightning_xattn.functional.probe import *
 from lightning_xattn.functional.ranking import *
 from lightning_xattn.functional.shapley import *
+from lightning_xattn.functional.support import *
 
 __all__ = [
     "ROW_STATISTICS",
+    "AddedValue",
     "Estimate",
     "Game",
     "Permutation",
     "Rows",
     "Separation",
     "TopPair",
+    "added_value",
     "additive_fit",
     "additive_projection",
     "alignment",
@@ -28,6 +32,7 @@ __all__ = [
     "class_adjusted_gap",
     "conflict",
     "contribution_shares",
+    "count_groups",
     "cross_fitted_probe",
     "cross_fitted_probes",
     "cross_modal_mass",
@@ -35,6 +40,8 @@ __all__ = [
     "effective_keys",
     "effective_share",
     "entropy",
+    "error_probabilities",
+    "estimate_by_influence",
     "grouped_mean_interval",
     "grouped_proportion_interval",
     "has_single_keys",
@@ -45,12 +52,11 @@ __all__ = [
     "inverse_temperature",
     "lift",
     "lift_map",
-    "macro_auroc",
+    "macro_auroc_influence",
     "max_weight",
     "mean",
     "mean_interval",
     "min_weight",
-    "only_probe_right",
     "partner_shifts",
     "permuted_subsets",
     "play",
@@ -63,6 +69,8 @@ __all__ = [
     "received_lift",
     "replacements",
     "require_heads",
+    "right_cells",
+    "risk_coverage",
     "row_statistics",
     "sample_top_pairs",
     "separation",
@@ -70,7 +78,9 @@ __all__ = [
     "sparsity",
     "standardised_maps",
     "std",
-    "support_difference",
+    "support",
+    "support_cells",
+    "supports",
     "top_pairs",
     "within",
 ]

@@ -277,10 +277,10 @@ class _CrossFit:
 
 
 def _fit_without(total: _Sums, parts: Sequence[_Sums]) -> tuple[Tensor, Tensor]:
-    left: Sequence[Tensor] = total
+    counts, sums, products = total
     for part in parts:
-        left = [whole - one for whole, one in zip(left, part, strict=True)]
-    return discriminant(*left)
+        counts, sums, products = counts - part.counts, sums - part.sums, products - part.products
+    return discriminant(counts, sums, products)
 
 
 def cross_fitted_probes(
@@ -353,80 +353,3 @@ def cross_fitted_probe(features: Tensor, target: Tensor, folds: Tensor, n_classe
     True
     """
     return cross_fitted_probes({"": features}, target, folds, n_classes)["",]
-
-
-def conflict(probes: Tensor) -> Tensor:
-    """The chance that two modalities, each drawing a class from its probe, draw different ones: ``1 - sum p_a p_b``.
-
-    Parameters
-    ----------
-    probes
-        ``(modalities, samples, classes)`` probabilities of at least two modalities.
-
-    Returns
-    -------
-    Tensor
-        ``(samples,)`` in [0, 1], the mean over all pairs of modalities; NaN where a probe is undefined.
-
-    Examples
-    --------
-    >>> conflict(torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]]))  # two samples
-    tensor([1.0000, 0.5000])
-    """
-    modalities = len(probes)
-    # The squared sum has each pair twice, and each modality with itself.
-    same = (probes.sum(0).square() - probes.square().sum(0)).sum(1) / (modalities * (modalities - 1))
-    return (1 - same).clamp(0, 1)
-
-
-def support_difference(probes: Tensor, predicted: Tensor) -> Tensor:
-    """Whose probe supports the model's prediction: ``ln p_a(y) - ln p_b(y)``, in nats.
-
-    Parameters
-    ----------
-    probes
-        ``(2, samples, classes)`` log probabilities of two modalities.
-    predicted
-        ``(samples,)`` int64 predicted classes; those outside of the classes have no support_difference.
-
-    Returns
-    -------
-    Tensor
-        ``(samples,)``; above 0: the first modality's. NaN where a probe is undefined or no fit knew the class.
-
-    Examples
-    --------
-    >>> probes = torch.tensor([[[0.8, 0.2]], [[0.4, 0.6]]]).log()
-    >>> support_difference(probes, predicted=torch.tensor([0]))  # ln 0.8 / 0.4
-    tensor([0.6931])
-    """
-    known = (predicted >= 0) & (predicted < probes.shape[2])
-    place = torch.where(known, predicted, 0)[:, None]
-    first, second = (one.gather(1, place)[:, 0] for one in probes)
-    return torch.where(known, first - second, torch.nan)
-
-
-def only_probe_right(probes: Tensor, predicted: Tensor, target: Tensor) -> Tensor:
-    """Of a wrong prediction, whether a modality's own probe was right.
-
-    Parameters
-    ----------
-    probes
-        ``(modalities, samples, classes)``.
-    predicted, target
-        ``(samples,)`` int64 class ids.
-
-    Returns
-    -------
-    Tensor
-        ``(samples,)`` 1 or 0; NaN where the prediction is right or not known, or a probe is undefined.
-
-    Examples
-    --------
-    >>> probes = torch.tensor([[[0.9, 0.1]], [[0.2, 0.8]]])
-    >>> only_probe_right(probes, predicted=torch.tensor([1]), target=torch.tensor([0])).tolist()
-    [1.0]
-    """
-    right = (probes.argmax(2) == target).any(0)
-    wrong = (predicted != target) & (predicted >= 0) & (target >= 0) & ~probes.isnan().any(2).any(0)
-    return torch.where(wrong, right.to(probes.dtype), torch.nan)

@@ -9,7 +9,7 @@ from scipy.stats import t
 from torch import Tensor
 
 from lightning_xattn.core.ids import UNKNOWN_GROUP
-from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
+from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate, within
 
 
 def auroc_influence(scores: Tensor, positive: Tensor) -> tuple[float, Tensor]:
@@ -86,7 +86,7 @@ def influence_interval(value: float, influence: Tensor, groups: Tensor | None = 
     if groups is not None:
         ids, index = groups.unique(return_inverse=True)
         sums = torch.zeros(len(ids), dtype=torch.float64).index_add(0, index, sums)
-        known = int((ids != UNKNOWN_GROUP).sum())
+        known = count_groups(groups)
     count = len(sums)
     if known < MINIMUM_GROUP or not bool((sums != 0).any()):
         return math.nan, math.nan
@@ -94,46 +94,63 @@ def influence_interval(value: float, influence: Tensor, groups: Tensor | None = 
     return value - half, value + half
 
 
-def macro_auroc(probabilities: Tensor, target: Tensor, groups: Tensor | None = None) -> Estimate:
-    """How well the probabilities of each class rank its samples above the others': the mean AUROC of the classes.
+def estimate_by_influence(
+    value: float, influence: Tensor, groups: Tensor | None, limits: tuple[float, float]
+) -> Estimate:
+    """The number with `influence_interval`, within what it can be.
+
+    Examples
+    --------
+    >>> auroc, influence = auroc_influence(torch.arange(20), torch.arange(20) % 3 > 0)
+    >>> estimate_by_influence(auroc, influence, groups=None, limits=(0.0, 1.0)).count
+    20
+    """
+    low, high = within(influence_interval(value, influence, groups), limits)
+    return Estimate(value, low, high, len(influence), None if groups is None else count_groups(groups))
+
+
+def count_groups(groups: Tensor) -> int:
+    """The number of groups whose key is known, of ``(samples,)`` keys.
+
+    Examples
+    --------
+    >>> count_groups(torch.tensor([3, 3, 8]))
+    2
+    """
+    return int((groups.unique() != UNKNOWN_GROUP).sum())
+
+
+def macro_auroc_influence(probabilities: Tensor, target: Tensor) -> tuple[float, Tensor]:
+    """The mean AUROC of the classes, each of its samples against all others, and the influence of each sample.
 
     Unlike the accuracy it does not depend on how frequent the classes are.
 
     Parameters
     ----------
     probabilities
-        ``(samples, classes)``, or their logarithms; samples with NaN do not count.
+        ``(samples, classes)``, or their logarithms, without NaN.
     target
-        ``(samples,)`` int64 class ids; samples outside of the classes do not count.
-    groups
-        As `influence_interval` takes them.
+        ``(samples,)`` int64 class ids.
 
     Returns
     -------
-    Estimate
+    auroc
         Of the classes with `MINIMUM_GROUP` samples and as many of other classes; NaN without one.
+    influence
+        ``(samples,)`` float64, as `auroc_influence` gives it.
 
     Examples
     --------
     >>> probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).repeat(5, 1)
-    >>> macro_auroc(probabilities, target=torch.tensor([0, 1]).repeat(5)).mean
+    >>> macro_auroc_influence(probabilities, target=torch.tensor([0, 1]).repeat(5))[0]
     1.0
     """
-    classes = probabilities.shape[1]
-    counted = ~probabilities.isnan().any(1) & (target >= 0) & (target < classes)
-    probabilities, target = probabilities[counted], target[counted]
-    groups = None if groups is None else groups[counted]
-    counts = target.bincount(minlength=classes)
+    counts = target.bincount(minlength=probabilities.shape[1])
     chosen = (counts >= MINIMUM_GROUP) & (len(target) - counts >= MINIMUM_GROUP)
     found = [auroc_influence(probabilities[:, c], target == c) for c in chosen.nonzero()[:, 0].tolist()]
-    known = None if groups is None else int((groups.unique() != UNKNOWN_GROUP).sum())
     if not found:
-        return Estimate(math.nan, math.nan, math.nan, len(target), known)
-    mean = sum(auroc for auroc, _ in found) / len(found)
-    low, high = influence_interval(mean, torch.stack([one for _, one in found]).mean(0), groups)
-    return Estimate(
-        mean, max(0.0, low) if low == low else low, min(1.0, high) if high == high else high, len(target), known
-    )
+        return math.nan, torch.full((len(target),), torch.nan, dtype=torch.float64)
+    return sum(auroc for auroc, _ in found) / len(found), torch.stack([one for _, one in found]).mean(0)
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = 10) -> float:

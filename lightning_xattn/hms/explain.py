@@ -106,7 +106,7 @@ def _choose_samples(explained: DatasetResult, table: Path) -> list[int]:
     columns = pq.read_table(table, columns=["sample_idx", "target", "correct"]).to_pydict()
     known: set[int] = set()
     if explained.fusion is not None and not explained.fusion.contribution_problem:
-        known = set(explained.fusion.sample_numbers[explained.fusion.numbers["followed"].isfinite()].tolist())
+        known = set(explained.fusion.sample_numbers[explained.fusion.numbers["phi/eeg"].isfinite()].tolist())
     first: dict[tuple[int | None, bool | None], int] = {}
     rows = sorted(zip(*columns.values(), strict=True), key=lambda row: (row[0] not in known, row[0]))
     for place, target, correct in rows:

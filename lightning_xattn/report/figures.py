@@ -153,14 +153,17 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
     if any(name.startswith("entropy/") for name in known):
         panels.append(Panel("entropy", draw_each("entropy/", outcomes), (0, 1)))
     if "probed_samples" in known:
-        panels.append(Panel("conflict of the probes", draw_each("conflict/", outcomes), (0, 1)))
+        cells = [name.removeprefix("support/") for name in known if name.startswith("support/")]
+        shown_cells = [name for name in cells if f"support/{name}_low" in known and name != "delta_auroc"]
+        shown_cells = [name for name in shown_cells if "/" not in name]
+        panels.append(Panel("predictions supported by", draw_each("support/", shown_cells), (0, 1)))
         largest = "largest class", over("largest_class")
         panels.append(Panel("accuracy of each probe", draw_each("probe/"), (0, 1), largest))
         if any(name.startswith("contribution/size/") for name in known):
             panels.append(Panel("size of the contribution", draw_each("contribution/size/"), (0, math.inf)))
         else:
             panels.append(Panel("share of the contribution", draw_each("contribution/share/"), (-1, 2)))
-    scores = [f"{name}_auroc" for name in ("confidence", "conflict", "alignment", "entropy")]
+    scores = [f"{name}_auroc" for name in ("confidence", "support", "alignment", "entropy")]
     if scores := [name for name in scores if f"outcome/{name}" in known]:
         chance = "chance", [0.5] * len(moments)
         panels.append(Panel("higher in correct (AUROC)", draw_each("outcome/", scores), (0, 1), chance))
@@ -170,9 +173,15 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
 def fusion_figures(
     summary: FusionSummary, scope: str, class_names: Sequence[str], *, classes_by: str, context: str
 ) -> Iterator[tuple[str, Figure]]:
-    """Draw the share of each modality in the contributions, where shares are defined; parameters as `epoch_figures`."""
-    from lightning_xattn.visualizations import plot_class_comparison  # matplotlib, only where figures are wanted
+    """Draw who supports the predictions, and each modality's share of the contributions, where these are defined.
 
+    Parameters as `epoch_figures` takes them.
+    """
+    from lightning_xattn.visualizations import plot_class_comparison, plot_support  # only where figures are wanted
+
+    if summary.cells:
+        cells = [(one.name, one.samples, one.share, one.accuracy, one.confidence) for one in summary.cells]
+        yield f"xattn_support/{scope}/cells", plot_support(cells, group_noun=summary.group_noun, context=context)
     has_outcomes = bool(((summary.outcomes == CORRECT) | (summary.outcomes == INCORRECT)).any())
     if summary.contribution_problem or summary.is_regression or not (class_names or has_outcomes):
         return

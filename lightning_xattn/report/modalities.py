@@ -1,12 +1,14 @@
-"""The modalities of a data set: their probes, conflict, contributions and faithfulness, as tables and lists."""
+"""The modalities of a data set: their probes, support, contributions and faithfulness, as tables and lists."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from lightning_xattn.core.wording import by_reason, decimal, name_modality
-from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
+from lightning_xattn.core.wording import by_reason, decimal, name_modality, percent
+from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_confident_unsupported
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
+from lightning_xattn.evaluation.support import Cell, overrules
+from lightning_xattn.functional.error_detection import COVERAGE
 from lightning_xattn.functional.probe import JOINT
 from lightning_xattn.report.document import Block, Item, Items, Paragraph, Table
 from lightning_xattn.report.estimates import (
@@ -17,13 +19,14 @@ from lightning_xattn.report.estimates import (
     format_percent,
     list_subsets,
 )
-from lightning_xattn.report.key_points import shown_scores
+from lightning_xattn.report.key_points import describe_limits, shown_scores
 
 HOW_TO_READ_MODALITIES = (
-    "Probe: a linear probe predicts the class from what one modality brings into the fusion. No probe has seen the "
-    "sample that it predicts, nor any other of its group. Conflict is the chance that the probes, each drawing a class "
-    "from its probabilities, draw different ones. A modality supports the prediction more than another if its probe "
-    "gives the predicted class a higher probability.",
+    "Probe: a linear probe predicts the class from the pooled output of one modality's encoder, the joint probe from "
+    "those of all modalities. No probe has seen the sample that it predicts, nor any other of its group. What a linear "
+    "probe of pooled features cannot see, the model may still use.",
+    "Support: a modality supports a prediction if its probe predicts the same class. The calibration gap is the "
+    "accuracy minus the mean confidence: below 0, the model is too confident.",
     "Contribution: the part of the predicted class's probability that a modality contributes (Shapley value), which is "
     "what changes when the modality is permuted, that is, replaced by that of another sample. A contribution below 0 "
     "opposes the prediction. A share below 0 or above 100 % means the same of many predictions. "
@@ -31,8 +34,6 @@ HOW_TO_READ_MODALITIES = (
     "Faithfulness: how much more it costs to replace the most attended tokens than the least attended ones, divided "
     "by the cost of replacing all. 1: the prediction depends on the most attended tokens alone; 0: a random order. "
     "The reference is the order by signed gradient x attention.",
-    "None of these numbers shows that a prediction is right. Confidence is the baseline that any other score has to "
-    "beat.",
 )
 
 
@@ -62,16 +63,18 @@ def describe_fusion(fusion: FusionSummary, class_names: Sequence[str], classes_b
         yield Paragraph(f"No probe on {' and '.join(map(name_modality, names))}: {reason}.")
     if fusion.contribution_problem:
         yield Paragraph(f"Contributions not computed: {fusion.contribution_problem}.")
+    if fusion.support_problem:
+        yield Paragraph(f"Support not computed: {fusion.support_problem}.")
+    yield from _tabulate_cells(fusion)
     yield from _tabulate_subsets(fusion, class_names, classes_by)
     if whole := list(_describe_whole(fusion)):
         yield Items(whole, "Over all samples")
-    if conflicting := most_conflicting(fusion):
-        among = "" if fusion.contribution_problem else ", among those that were permuted"
+    if unsupported := most_confident_unsupported(fusion):
         found = [
             (f"Sample {int(fusion.sample_numbers[i])}", str(describe_modalities(fusion, i, class_names)), ())
-            for i in conflicting
+            for i in unsupported
         ]
-        yield Items(found, f"Samples of largest conflict{among}")
+        yield Items(found, "The most confident predictions that no modality supports")
     if compared := {score: fusion.compare(score) for score in shown_scores(fusion)}:
         yield from compare_outcomes(compared, noun)
 
@@ -96,7 +99,34 @@ def _tabulate_modalities(fusion: FusionSummary) -> Table:
         columns["share"] = lambda name: format_percent(fusion.share(name))
     rows = [(name_modality(name), *(cell(name) for cell in columns.values())) for name in fusion.modalities]
     joint = [columns[one](JOINT) if one in of_probes else "" for one in columns]
-    return Table(("modality", *columns), [*rows, ("all together", *joint)])
+    model = [format_percent(fusion.estimate("correct")), *[""] * (len(columns) - 1)]
+    return Table(("modality", *columns), [*rows, ("joint probe", *joint), ("the model itself", *model)])
+
+
+def _tabulate_cells(fusion: FusionSummary) -> Iterator[Block]:
+    noun = f" ({fusion.group_noun})" if fusion.group_noun else ""
+    columns: dict[str, Callable[[Cell], str]] = {
+        f"samples{noun}": lambda cell: f"{cell.samples}" if cell.groups is None else f"{cell.samples} ({cell.groups})",
+        "share": lambda cell: format_percent(cell.share),
+        "accuracy": lambda cell: format_percent(cell.accuracy),
+        "mean confidence": lambda cell: format_percent(cell.confidence),
+        "calibration gap": lambda cell: format_estimate(cell.calibration_gap, signed=True),
+    }
+    of_right = [*columns][:3]
+    for title, cells, wanted in (
+        ("supported by", fusion.cells, list(columns)),
+        ("whose probe is right", fusion.right_cells, of_right),
+    ):
+        if cells:
+            rows = [(cell.name, *(columns[one](cell) for one in wanted)) for cell in cells]
+            heads = [f"the model's {one}" if one == "accuracy" else one for one in wanted]
+            yield Table((title, *heads), rows)
+    for cell in filter(overrules, fusion.cells):
+        yield Paragraph(
+            f"The model overrules its modalities in {cell.samples} predictions, where their probes agree with each "
+            f"other on another class: accuracy {format_percent(cell.accuracy, '95 % CI ')} at a mean confidence of "
+            f"{percent(cell.confidence.mean)}."
+        )
 
 
 def _tabulate_faithfulness(fusion: FusionSummary) -> Table:
@@ -118,11 +148,10 @@ def _tabulate_faithfulness(fusion: FusionSummary) -> Table:
 def _tabulate_subsets(fusion: FusionSummary, class_names: Sequence[str], classes_by: str | None) -> Iterator[Table]:
     subsets, names = list_subsets(class_names), fusion.modalities
     columns: dict[str, list[str]] = {}
-    if not fusion.probe_problems:
-        columns["conflict"] = [format_estimate(fusion.estimate("conflict", *one.chosen)) for one in subsets]
-        if len(names) == 2:
-            supports = [fusion.estimate("supports_first", *one.chosen) for one in subsets]
-            columns[f"supported more by {name_modality(names[0])}"] = [*map(format_percent, supports)]
+    if not fusion.support_problem:
+        for name in names:
+            supports = [fusion.estimate(f"supports/{name}", *one.chosen) for one in subsets]
+            columns[f"supported by {name_modality(name)}"] = [*map(format_percent, supports)]
     if not fusion.contribution_problem and not fusion.is_regression:
         for name in names:
             shares = [fusion.share(name, *one.chosen) for one in subsets]
@@ -133,9 +162,17 @@ def _tabulate_subsets(fusion: FusionSummary, class_names: Sequence[str], classes
 
 
 def _describe_whole(fusion: FusionSummary) -> Iterator[Item]:
-    right = fusion.estimate("only_probe_right")
-    if right.count:
-        yield "Wrong predictions for which the probe on a modality is right", format_percent(right), ()
+    added = fusion.added_value
+    if not isinstance(added, str):
+        risks = f"{percent(added.baseline_risk)} → {percent(added.risk)}"
+        areas = f"{decimal(added.baseline_area, 3)} → {decimal(added.area, 3)}"
+        yield (
+            "Confidence → confidence and support",
+            f"errors among the {percent(COVERAGE, 0)} of predictions that look most reliable {risks}; area under "
+            f"the risk-coverage curve {areas}; log loss of the error model "
+            f"{format_estimate(added.delta_log_loss, signed=True)} nats",
+            (),
+        )
     unit = "of the output" if fusion.is_regression else "centred logits"
     for name in fusion.interactions:
         pair = name.partition("/")[2]
@@ -146,3 +183,4 @@ def _describe_whole(fusion: FusionSummary) -> Iterator[Item]:
         if additive.count:
             accuracies = f"{format_percent(additive)}, the model's {format_percent(model)}"
             yield "Accuracy if the modalities only added up (EMAP)", accuracies, ()
+    yield from ((label, sentence, ()) for label, sentence in describe_limits(fusion))
