@@ -51,9 +51,9 @@ def describe_scores(table: Path, recordings: Recordings) -> Iterator[Block]:
         f"0.5 is chance. {int(disagree.sum())} of them show another class in the spectrogram than in the EEG; "
         f"of these the model predicts the EEG's class {int(by_eeg.sum())} times and the spectrogram's "
         f"{int(by_spec.sum())} times; {int((predicted != target).sum())} predictions are wrong. "
-        "Signs of disagreement and of errors are a low confidence, alignment and support, a high entropy and conflict, and contributions that differ little. The "
-        "sign that the prediction agrees with the EEG is a large value; for contribution and support, the EEG's minus "
-        "the spectrogram's."
+        "Signs of disagreement and of errors are a low confidence, alignment and support, a high entropy and conflict, "
+        "and contributions that differ little. The sign that the prediction agrees with the EEG is a large value; for "
+        "contribution and support, the EEG's minus the spectrogram's."
     )
 
 
