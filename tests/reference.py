@@ -11,6 +11,7 @@ import math
 import numpy as np
 import scipy.optimize
 import scipy.special
+import scipy.stats
 
 NAN = float("nan")
 
@@ -496,8 +497,100 @@ def conflict(probes):
     return sum(chances) / len(chances)
 
 
-def support_difference(first, second, predicted):
-    return math.log(first[predicted]) - math.log(second[predicted])
+def supporters(probes, predicted):
+    """The modalities whose most probable class is this one, of (modalities, classes) of one sample."""
+    return [m for m, probe in enumerate(probes) if max(range(len(probe)), key=lambda c: probe[c]) == predicted]
+
+
+def support(probes, predicted):
+    """The sum of log probabilities of the predicted class, each at least -15."""
+    return sum(max(math.log(probe[predicted]), -15.0) if probe[predicted] > 0 else -15.0 for probe in probes)
+
+
+def support_cell(probes, predicted):
+    """Who supports a prediction, in words."""
+    who = supporters(probes, predicted)
+    if not who:
+        first = [max(range(len(probe)), key=lambda c: probe[c]) for probe in probes]
+        return "agree" if len(set(first)) == 1 else "differ"
+    return tuple(who) if len(probes) == 2 else len(who)
+
+
+def right_cell(probes, joint, target):
+    """Whose probe is right, in words."""
+    who = supporters(probes, target)
+    if not who:
+        return "joint only" if supporters([joint], target) else "none"
+    return tuple(who) if len(probes) == 2 else len(who)
+
+
+# Does a score detect errors that confidence does not?
+
+
+def error_probabilities(scores, wrong, folds):
+    """Logistic regression with a ridge of 1 on z-scores, by a general optimiser, without the sample's own fold."""
+    scores, wrong = np.asarray(scores, float), np.asarray(wrong, float)
+    found = np.zeros(len(wrong))
+    for fold in sorted(set(folds)):
+        out = np.array([one == fold for one in folds])
+        mean, deviation = scores[~out].mean(0), scores[~out].std(0)
+        z, labels = (scores - mean) / deviation, wrong[~out]
+
+        def loss(w, z=z[~out], labels=labels):
+            logits = w[0] + z @ w[1:]
+            return np.sum(np.logaddexp(0, logits) - labels * logits) + np.sum(w[1:] ** 2) / 2
+
+        w = scipy.optimize.minimize(loss, np.zeros(scores.shape[1] + 1), tol=1e-12).x
+        found[out] = 1 / (1 + np.exp(-(w[0] + z[out] @ w[1:])))
+    return found
+
+
+def placements(scores, positive):
+    """AUROC by all pairs, and of each sample how far its own share of pairs in order is from it, over its kind's n."""
+    kinds = [i for i, one in enumerate(positive) if one], [i for i, one in enumerate(positive) if not one]
+    ordered = {(i, j): (scores[i] > scores[j]) + (scores[i] == scores[j]) / 2 for i in kinds[0] for j in kinds[1]}
+    value = sum(ordered.values()) / len(ordered)
+    influence = [0.0] * len(scores)
+    for i in kinds[0]:
+        influence[i] = (sum(ordered[i, j] for j in kinds[1]) / len(kinds[1]) - value) / len(kinds[0])
+    for j in kinds[1]:
+        influence[j] = (sum(ordered[i, j] for i in kinds[0]) / len(kinds[0]) - value) / len(kinds[1])
+    return value, influence
+
+
+def added_value(confidence, score, wrong, groups, folds):
+    """Differences of AUROC and log loss between error models with and without a score, each with its 95 % CI."""
+    logit = [math.log(p / (1 - p)) for p in (min(max(one, 1e-6), 1 - 1e-6) for one in confidence)]
+    base = error_probabilities([[one] for one in logit], wrong, folds)
+    model = error_probabilities([*zip(logit, score, strict=True)], wrong, folds)
+    (auroc, influence), (baseline, of_base) = placements(model, wrong), placements(base, wrong)
+    losses = [
+        math.log(b if w else 1 - b) - math.log(m if w else 1 - m) for b, m, w in zip(base, model, wrong, strict=True)
+    ]
+    names, n = sorted(set(groups)), len(wrong)
+    q = scipy.stats.t.ppf(0.975, len(names) - 1)
+
+    def interval(value, terms):
+        sums = [sum(one for one, g in zip(terms, groups, strict=True) if g == name) for name in names]
+        half = q * math.sqrt(len(names) / (len(names) - 1) * sum(one**2 for one in sums))
+        return value, value - half, value + half
+
+    mean = sum(losses) / n
+    return (
+        interval(auroc - baseline, [a - b for a, b in zip(influence, of_base, strict=True)]),
+        interval(mean, [(one - mean) / n for one in losses]),
+    )
+
+
+def risk_coverage(error, wrong, coverage):
+    """Area under the risk-coverage curve, and the risk at a coverage; tied samples in every order alike."""
+    n, risks = len(error), []
+    for kept in range(1, n + 1):
+        limit = sorted(error)[kept - 1]
+        below = [w for e, w in zip(error, wrong, strict=True) if e < limit]
+        tied = [w for e, w in zip(error, wrong, strict=True) if e == limit]
+        risks.append((sum(below) + (kept - len(below)) * sum(tied) / len(tied)) / kept)
+    return sum(risks) / n, risks[math.ceil(coverage * n - 1e-9) - 1]
 
 
 # Contribution: what the model uses.

@@ -137,60 +137,15 @@ def test_a_class_that_a_fit_has_not_seen_has_no_probability():
     ours = functional.cross_fitted_probe(x, target, folds, CLASSES)
     assert (ours[folds == 0, 2] == -math.inf).all()
     assert ours.exp().isfinite().all()
-    unseen = functional.support_difference(torch.stack([ours, ours]), torch.full((len(x),), 2))
-    assert unseen[folds == 0].isnan().all()
-    assert (unseen[folds != 0] == 0).all()
+    unseen = functional.support(torch.stack([ours, ours]), torch.full((len(x),), 2))
+    assert (unseen[folds == 0] == -30).all()
+    assert (unseen[folds != 0] > -30).any()
 
 
 def test_features_that_do_not_vary_or_are_of_one_fold_cannot_be_read():
     x, target, folds = made_up()
     assert functional.cross_fitted_probe(torch.ones_like(x), target, folds, CLASSES).isnan().all()
     assert functional.cross_fitted_probe(x, target, torch.full_like(folds, 4), CLASSES).isnan().all()
-
-
-@pytest.mark.parametrize("modalities", [2, 3])
-def test_conflict_is_the_chance_that_two_draws_differ(modalities):
-    probes = torch.rand(modalities, 11, 4).double().softmax(2)
-    ours = functional.conflict(probes)
-    for i in range(11):
-        assert ours[i] == pytest.approx(reference.conflict(probes[:, i].tolist()))
-
-
-def test_conflict_of_certain_probes():
-    agree, differ = torch.eye(3).double()[[0, 1]], torch.eye(3).double()[[0, 2]]
-    assert functional.conflict(torch.stack([agree, agree])).tolist() == [0, 0]
-    assert functional.conflict(torch.stack([agree, differ])).tolist() == [0, 1]
-
-
-def test_a_probe_far_from_the_data_has_a_support_difference():
-    x, target, folds = made_up()
-    ours = functional.cross_fitted_probe(x * 1e-3 + target[:, None] * 10.0, target, folds, CLASSES)
-    wrong = (target + 1) % CLASSES
-    assert (ours.exp().gather(1, wrong[:, None]) == 0).any()
-    assert functional.support_difference(torch.stack([ours, -torch.ones_like(ours)]), wrong).isfinite().all()
-
-
-def test_support_difference():
-    probes = torch.rand(2, 7, 4).double().softmax(2)
-    predicted = torch.tensor([0, 1, 2, 3, 0, -1, 4])
-    ours = functional.support_difference(probes.log(), predicted)
-    assert ours[5:].isnan().all()
-    for i in range(5):
-        assert ours[i] == pytest.approx(reference.support_difference(*probes[:, i].tolist(), predicted[i]))
-
-
-def test_only_probe_right_is_a_right_probe_of_a_wrong_prediction():
-    says = torch.eye(3).double()
-    probes = torch.stack([says[[0, 0, 0, 0]], says[[1, 1, 2, 1]]])
-    ours = functional.only_probe_right(probes, torch.tensor([0, 2, 1, 2]), torch.tensor([0, 1, 1, -1]))
-    assert ours[1] == 1  # the second one said 1
-    assert ours[[0, 2, 3]].isnan().all()  # a right prediction, another one, and no target
-    assert functional.only_probe_right(probes, torch.tensor([2, 2, 2, 2]), torch.tensor([1, 1, 1, 0])).tolist() == [
-        1,
-        1,
-        0,
-        1,
-    ]
 
 
 def test_tokens_are_pooled_where_they_are_real():
