@@ -1,4 +1,4 @@
-"""Readings, conflict and contributions of models whose truth is known, through a Trainer."""
+"""Probes, support and contributions of models whose truth is known, through a Trainer."""
 
 import math
 
@@ -50,6 +50,7 @@ def test_every_number_is_the_references():
     target, n = target[order].tolist(), 61
     folds = reference.round_robin(ids[order].tolist(), lambda key: int(hashed(torch.tensor([key]), 1)))
     probes = [reference.cross_fitted_probe(x, target, folds, CLASSES) for x in features]
+    joint = reference.cross_fitted_probe(np.concatenate(features, 1), target, folds, CLASSES)
     probabilities = [[row.softmax(0) for row in rows] for rows in table]
     predicted = [int(table[i][i].argmax()) for i in range(n)]
     pairs = [(i, (i + s) % n) for i in range(n) for s in partner_shifts(n, 4)]
@@ -84,20 +85,29 @@ def test_every_number_is_the_references():
         expected = {
             "confidence": float(probabilities[i][i].max()),
             "conflict": reference.conflict(both),
-            "support_difference": reference.support_difference(*both, predicted[i]),
+            "support": reference.support(both, predicted[i]),
+            "supports/left": float(0 in reference.supporters(both, predicted[i])),
+            "supports/right": float(1 in reference.supporters(both, predicted[i])),
+            "correct": float(predicted[i] == target[i]),
+            "calibration_gap": float(predicted[i] == target[i]) - float(probabilities[i][i].max()),
+            "right/joint": float(joint[i].argmax() == target[i]),
+            "joint_gain/left": float(joint[i].argmax() == target[i]) - float(both[1].argmax() == target[i]),
             "right/left": float(both[0].argmax() == target[i]),
             "right/right": float(both[1].argmax() == target[i]),
             "phi/left": phi[0],
             "phi/right": phi[1],
-            "followed": phi[0] - phi[1],
             "error/left": errors[i],
             "interaction": interactions[i],
         }
         for name, value in expected.items():
             assert float(summary.numbers[name][i]) == pytest.approx(value, abs=2e-5), (name, i)
+        cells = [(0, 1), (0,), (1,), "agree", "differ"]
+        assert cells[summary.support_cell[i]] == reference.support_cell(both, predicted[i])
+        cells[3:] = ["joint only", "none"]
+        assert cells[summary.right_cell[i]] == reference.right_cell(both, joint[i], target[i])
 
 
-def test_disagreement_is_found_and_which_one_was_followed():
+def test_disagreement_is_found_and_which_one_supports_the_prediction():
     data, agrees = said_data(240)
     module = trained(Concatenation(), data)
     summary = summary_of(module, data, **NAMED)
@@ -105,9 +115,11 @@ def test_disagreement_is_found_and_which_one_was_followed():
     place = {int(one): i for i, one in enumerate(hashed(data.tensors[3], 0))}
     agree = torch.tensor([bool(agrees[place[int(one)]]) for one in summary.rows["hash"]])
     assert reference.auroc(conflict[~agree].numpy(), conflict[agree].numpy()) > 0.95
-    assert summary.numbers["supports_first"][~agree].nanmean() > 0.9
-    followed = summary.numbers["followed"]
-    assert (followed[~agree & followed.isfinite()] > 0).double().mean() > 0.9
+    assert (
+        summary.numbers["supports/left"][~agree].mean() > 0.9 > 0.1 > summary.numbers["supports/right"][~agree].mean()
+    )
+    difference = summary.numbers["phi/left"] - summary.numbers["phi/right"]
+    assert (difference[~agree & difference.isfinite()] > 0).double().mean() > 0.9
     assert summary.share("left").mean > summary.share("right").mean
 
 
@@ -122,8 +134,11 @@ def test_a_modality_that_says_nothing_cannot_be_read_and_one_that_is_not_used_co
     summary = summary_of(module, data, **NAMED)
     assert list(summary.probe_problems) == ["right"]
     assert "not clearly better than the largest class (25.0 %)" in summary.probe_problems["right"]
-    for name in ("conflict", "support_difference", "only_probe_right"):
+    for name in ("conflict", "support", "supports/right"):
         assert summary.numbers[name].isnan().all()
+    assert summary.numbers["supports/left"].mean() > 0.5  # its own probe is one
+    assert summary.cells == summary.right_cells == []
+    assert summary.added_value == summary.support_problem
     assert (
         summary.numbers["phi/right"].abs().max() < 1e-6 or summary.numbers["phi/right"].nan_to_num().abs().max() < 1e-6
     )
@@ -302,7 +317,7 @@ def test_three_modalities():
     phi = torch.stack([summary.numbers[f"phi/{name}"] for name in names], dim=1)
     assert phi.isfinite().all()
     assert sum(summary.share(name).mean for name in names) == pytest.approx(1)
-    assert summary.numbers["support_difference"].isnan().all()
+    assert summary.numbers["support"].isfinite().any()
 
 
 def test_what_cannot_be_told_is_not_told():
