@@ -53,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain.add_argument("--data", metavar="DIR", help="recordings in the layout of the HMS competition")
     explain.add_argument("--out", metavar="DIR", required=True, help="folder for all results")
     explain.add_argument(
+        "--probes",
+        metavar="FILE",
+        help="probes.pt of an earlier run on labelled data: says who supports each prediction of data without labels",
+    )
+    explain.add_argument(
         "--trust-checkpoint",
         action="store_true",
         help="load a checkpoint that holds objects, which runs code that the file's maker chose: only for files of "
@@ -111,15 +116,16 @@ def _explain(
     datamodule: str | None,
     montage: Literal["bipolar", "referential"],
     trust_checkpoint: bool,
+    probes: str | None,
 ) -> None:
     if data is not None and model is None and datamodule is None:
         from lightning_xattn.hms.explain import run_explain
 
-        run_explain(checkpoint, data, out, montage, trust_checkpoint)
+        run_explain(checkpoint, data, out, montage, trust_checkpoint, probes)
     elif data is None and model is not None and datamodule is not None:
         from lightning_xattn.explainer.command import explain_model
 
-        explain_model(model, checkpoint, datamodule, out, trust_checkpoint)
+        explain_model(model, checkpoint, datamodule, out, trust_checkpoint, probes)
     else:
         raise SettingError(
             "explain takes --model and --datamodule of your own model, or --data for the reference model."

@@ -98,9 +98,9 @@ class SampleModalities:
         return f", supported by {' and '.join(map(name_modality, self.supporters))} only"
 
     def _describe_similar(self) -> str:
-        if self.similar is None or not self.similar.count:
-            return ""
         one = self.similar
+        if one is None or not one.count:
+            return "" if one is None else f" There were no {self.similar_noun}."
         interval = "" if math.isnan(one.low) else f" (95 % CI {say_interval(one.low, one.high, 0, as_percent=True)})"
         return f" Of {one.count} {self.similar_noun} {percent(one.mean, 0)} were right{interval}."
 
@@ -138,7 +138,8 @@ def describe_modalities(summary: FusionSummary, i: int, class_names: Sequence[st
         for one, p in probes.items()
         if not p.isnan().any()
     }
-    cell = int(summary.support_cell[i])
+    cell, saved = int(summary.support_cell[i]), summary.saved
+    accuracies = [one.accuracy for one in summary.cells] if saved is None else saved.accuracies
     phi = {one: float(numbers[f"phi/{one}"][i]) for one in summary.modalities if f"phi/{one}" in numbers}
     phi = {} if any(map(math.isnan, phi.values())) else phi
     errors = {one: float(numbers[f"error/{one}"][i]) for one in phi}
@@ -146,12 +147,13 @@ def describe_modalities(summary: FusionSummary, i: int, class_names: Sequence[st
         float(numbers["support"][i]),
         predicted,
         None if cell < 0 else tuple(one for one in summary.modalities if numbers[f"supports/{one}"][i] == 1),
-        None if cell < 0 else summary.cells[cell].accuracy,
+        None if cell < 0 else accuracies[cell],
         name_class(int(summary.predicted[i]), class_names),
         name_class(int(summary.target[i]), class_names),
         float(numbers["confidence"][i]),
         phi,
         None if summary.is_regression else _find_main(phi, errors),
+        "such samples" if saved is None else "such samples of the labelled evaluation",
     )
 
 

@@ -22,6 +22,7 @@ from lightning_xattn.core.distributed import NUMBER
 from lightning_xattn.core.ids import UNKNOWN_GROUP
 from lightning_xattn.core.wording import decimal, describe_size, percent, say_interval
 from lightning_xattn.evaluation.layer_summary import Comparison
+from lightning_xattn.evaluation.saved_probes import SavedProbes
 from lightning_xattn.evaluation.statistics import score_bins
 from lightning_xattn.evaluation.support import Cell, describe_right, describe_support, measure_added_value
 from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
@@ -71,6 +72,8 @@ class FusionSummary:
         Of some of the samples; or why there are none.
     replaced
         By direction, the effect of replacing keys; empty where that was not measured.
+    saved
+        Probes of an earlier evaluation, which read these samples; None: probes are cross-fitted on them.
 
     Attributes
     ----------
@@ -123,8 +126,8 @@ class FusionSummary:
         By modality, samples left out because they lack it; only modalities that some lack.
     unrecorded
         Samples left out because the modalities of their steps could not be recorded.
-    replaced
-        As the parameter.
+    replaced, saved
+        As the parameters.
     """
 
     def __init__(
@@ -134,6 +137,7 @@ class FusionSummary:
         n_classes: int,
         contributions: Contributions | str,
         replaced: Mapping[Direction, Replaced],
+        saved: SavedProbes | None = None,
     ) -> None:
         self.modalities, self.group_noun, self.sources = kept.modalities, kept.group_noun, sources
         self.nonfinite = int(kept.nonfinite)
@@ -142,6 +146,8 @@ class FusionSummary:
         self.n_classes = n_classes
         (rows,) = kept.probed.cpu().blocks()
         self.rows = {name: values for name, values in rows.items() if not name.startswith("features/")}
+        self._features = {name: _flatten_pooled(rows[f"features/{name}"]) for name in self.modalities}
+        self.saved = saved
         self.classes, self.outcomes, self.groups = rows["class"], rows["correct"], rows["group"]
         self.predicted, self.target, self.sample_numbers = rows["prediction"], rows["target"], rows[NUMBER]
         self.numbers: dict[str, Tensor] = {"confidence": rows["confidence"].double()}
@@ -151,7 +157,7 @@ class FusionSummary:
         self.probe_aurocs: dict[str, Estimate] = {}
         self.auroc_gains: dict[str, Estimate] = {}
         self.calibration_errors: dict[str, float] = {}
-        self._add_probes(rows)
+        self._add_probes()
         self.added_value = measure_added_value(self)
         self.contribution_problem = contributions if isinstance(contributions, str) else ""
         if self.contribution_problem and self.missing and not self.samples:
@@ -201,13 +207,30 @@ class FusionSummary:
         """The cells of whose probe is right; empty where a probe has a problem."""
         return describe_right(self)
 
-    def _add_probes(self, rows: Mapping[str, Tensor]) -> None:
-        target, names, groups = self.target, self.modalities, None if self.group_noun is None else self.groups
+    def fit_probes(self) -> dict[tuple[str, ...], tuple[Tensor, Tensor]]:
+        """Probes for samples of other evaluations, see `functional.fit_probes`."""
+        return functional.fit_probes(self._features, self.target, self.folds, self._n_probed, self._joints)
+
+    @property
+    def _joints(self) -> list[tuple[str, ...]]:
+        """The modalities of joint probes: all, and all but one."""
+        names = self.modalities
+        return [names, *(tuple(one for one in names if one != name) for name in names)]
+
+    @property
+    def _n_probed(self) -> int:
         # Class ids without names do not show how many classes there are.
-        n_classes = self.n_classes or 1 + max([0, *target.tolist()])
-        features = {name: _flatten_pooled(rows[f"features/{name}"]) for name in names}
-        without = {name: tuple(one for one in names if one != name) for name in names}
-        found = functional.cross_fitted_probes(features, target, self.folds, n_classes, [names, *without.values()])
+        return self.n_classes or 1 + max([0, *self.target.tolist()])
+
+    def _add_probes(self) -> None:
+        target, names, groups = self.target, self.modalities, None if self.group_noun is None else self.groups
+        if self.saved is None:
+            n_classes, joints = self._n_probed, self._joints
+            found = functional.cross_fitted_probes(self._features, target, self.folds, n_classes, joints)
+        else:
+            found = self.saved.log_probabilities(self._features)
+            n_classes = found[names].shape[1]
+        without = dict(zip(names, self._joints[1:], strict=True))
         logs = torch.stack([found[name,] for name in names])
         self.probes = {name: found[name,].exp() for name in names}
         labelled = (target >= 0) & (target < n_classes)
@@ -225,6 +248,8 @@ class FusionSummary:
             one = aurocs[names if name == JOINT else (name,)]
             self.probe_aurocs[name] = functional.estimate_by_influence(*one, of_read, (0.0, 1.0))
             self.calibration_errors[name] = functional.calibration_error(probe[read].amax(1), right[read])
+            if self.saved is not None:  # their own evaluation showed that they can be used
+                continue
             problem = self._find_probe_problem(self.estimate(f"right/{name}"), counts, self.probe_aurocs[name])
             self.probe_problems |= {name: problem} if problem and name != JOINT else {}
         for name, others in without.items():

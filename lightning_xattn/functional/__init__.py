@@ -42,6 +42,7 @@ __all__ = [
     "entropy",
     "error_probabilities",
     "estimate_by_influence",
+    "fit_probes",
     "grouped_mean_interval",
     "grouped_proportion_interval",
     "has_single_keys",

@@ -270,6 +270,20 @@ class _CrossFit:
             probe[rows] = (factor * (x[rows] @ weights.T + bias)).log_softmax(1)
         return probe
 
+    def fit(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and bias of a fit on all samples, with the temperature of fits that leave a fold out."""
+        x, parts = self._features[:, columns], [self._select(part, columns) for part in self._parts]
+        total = _Sums(*(torch.stack(terms).sum(0) for terms in zip(*parts, strict=True)))
+        scores, targets = [], []
+        for fold, rows in enumerate(self._of_fold):
+            seen = rows[self._fitted[rows]]
+            weights, bias = _fit_without(total, [parts[fold]])
+            scores.append(x[seen] @ weights.T + bias)
+            targets.append(self._target[seen])
+        factor = inverse_temperature(torch.cat(scores), torch.cat(targets))
+        weights, bias = discriminant(*total)
+        return factor * weights, factor * bias
+
     def _select(self, part: _Sums, columns: Tensor) -> _Sums:
         if len(columns) == len(part.products):
             return part
@@ -323,22 +337,72 @@ def cross_fitted_probes(
     True
     """
     wanted = dict.fromkeys([*((name,) for name in features), *map(tuple, joints)])
-    order = list(features)
     joined = torch.cat([one.double() for one in features.values()], dim=1)
-    columns = dict(
-        zip(order, torch.arange(joined.shape[1]).split([one.shape[1] for one in features.values()]), strict=True)
-    )
-    finite = joined.isfinite().all(1)
-    fitted = finite & (target >= 0) & (target < n_classes)
     probes = {names: joined.new_full((len(joined), n_classes), torch.nan) for names in wanted}
-    if (target[fitted].bincount() >= LEAST_OF_A_CLASS).sum() < 2:
+    prepared = _prepare(features, target, folds, n_classes)
+    if prepared is None:
         return probes
-    # Around their mean, large features that differ little keep their digits.
-    joined = joined[finite] - joined[fitted].mean(0)
-    fit = _CrossFit(joined, target[finite], folds[finite], n_classes, fitted[finite])
+    finite, fit, columns, _ = prepared
     for names in wanted:
         probes[names][finite] = fit.log_probabilities(torch.cat([columns[name] for name in names]))
     return probes
+
+
+def fit_probes(
+    features: Mapping[str, Tensor],
+    target: Tensor,
+    folds: Tensor,
+    n_classes: int,
+    joints: Sequence[Collection[str]] = (),
+) -> dict[tuple[str, ...], tuple[Tensor, Tensor]]:
+    """Probes for samples of other evaluations, fitted on all samples of this one.
+
+    Parameters
+    ----------
+    features, target, folds, n_classes, joints
+        As `cross_fitted_probes` takes them; the folds are for the temperature alone.
+
+    Returns
+    -------
+    dict
+        By modalities, of each alone and of ``joints``: weights ``(classes, width)`` and bias ``(classes,)`` float64,
+        so that ``(features @ weights.T + bias).log_softmax(1)`` are log probabilities. Empty where fewer than two
+        classes have `LEAST_OF_A_CLASS` samples.
+
+    Examples
+    --------
+    >>> target = torch.arange(100) % 2
+    >>> features = {"eeg": target[:, None] + 0.1 * torch.randn(100, 3)}
+    >>> weights, bias = fit_probes(features, target, assign_folds(torch.arange(100)), n_classes=2)["eeg",]
+    >>> (torch.ones(1, 3).double() @ weights.T + bias).argmax(1).tolist()
+    [1]
+    """
+    prepared = _prepare(features, target, folds, n_classes)
+    if prepared is None:
+        return {}
+    _, fit, columns, mean = prepared
+    found = {}
+    for names in dict.fromkeys([*((name,) for name in features), *map(tuple, joints)]):
+        chosen = torch.cat([columns[name] for name in names])
+        weights, bias = fit.fit(chosen)
+        found[names] = weights, bias - weights @ mean[chosen]
+    return found
+
+
+def _prepare(
+    features: Mapping[str, Tensor], target: Tensor, folds: Tensor, n_classes: int
+) -> tuple[Tensor, _CrossFit, dict[str, Tensor], Tensor] | None:
+    """Which samples are finite, the fits of these, the columns of each modality, and the mean of the features."""
+    joined = torch.cat([one.double() for one in features.values()], dim=1)
+    split = torch.arange(joined.shape[1]).split([one.shape[1] for one in features.values()])
+    finite = joined.isfinite().all(1)
+    fitted = finite & (target >= 0) & (target < n_classes)
+    if (target[fitted].bincount() >= LEAST_OF_A_CLASS).sum() < 2:
+        return None
+    # Around their mean, large features that differ little keep their digits.
+    mean = joined[fitted].mean(0)
+    fit = _CrossFit(joined[finite] - mean, target[finite], folds[finite], n_classes, fitted[finite])
+    return finite, fit, dict(zip(features, split, strict=True)), mean
 
 
 def cross_fitted_probe(features: Tensor, target: Tensor, folds: Tensor, n_classes: int) -> Tensor:

@@ -12,6 +12,7 @@ from lightning_xattn.core.names import clean
 from lightning_xattn.core.progress import timed, track
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch
 from lightning_xattn.explainer import ExplainabilityCapture, load_checkpoint, training_data
+from lightning_xattn.explainer.command import save_found_probes
 from lightning_xattn.hms.datamodule import HMSDataModule
 from lightning_xattn.hms.dataset import HMSDataset
 from lightning_xattn.hms.module import HMSLightningModule
@@ -41,6 +42,7 @@ def run_explain(
     out: str | Path,
     montage: Montage = "bipolar",
     trust_checkpoint: bool = False,
+    probes: str | Path | None = None,
 ) -> Path:
     """Explain every recording of a folder, and draw one correct and one incorrect prediction of each class.
 
@@ -57,6 +59,8 @@ def run_explain(
         How the EEG is drawn, see ``plot_attention_over_signals``. Bipolar by default, as the clinic reads EEG.
     trust_checkpoint
         Whether code in the checkpoint may run, see ``load_checkpoint``.
+    probes
+        ``probes.pt`` of an earlier run on labelled recordings, for recordings without labels.
 
     Returns ``out``. Raises ``DataError`` or ``SettingError`` if the checkpoint is none, of another architecture, or
     needs ``trust_checkpoint``, if ``data`` has no usable recording, or if there is no such montage.
@@ -69,7 +73,10 @@ def run_explain(
     datamodule = HMSDataModule(data, test_data=data, cache_dir=out / "features", on_bad_row="skip")
     explainer = ExplainabilityCapture(module, axes=datamodule.attention_axes)
     loader = datamodule.test_dataloader()
-    explained = replace(explainer.explain_loader(loader, table=out / "table"), trained_on=training_data(checkpoint))
+    explained = explainer.explain_loader(loader, table=out / "table", probes=probes)
+    explained = replace(explained, trained_on=training_data(checkpoint))
+    if probes is None:
+        save_found_probes(explainer, explained, out)
     for suffix in (".md", ".json"):
         create_explainability_report(explained, out / f"report{suffix}")
     with timed("Drawing figures"):

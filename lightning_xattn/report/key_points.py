@@ -95,6 +95,8 @@ def describe_training(counts: dict[str, int | None] | None) -> str:
 
 def describe_probes(fusion: FusionSummary) -> str:
     """How often the probe on each modality is right, or why it is not used."""
+    if fusion.saved is not None and not fusion.estimate(f"right/{JOINT}").count:
+        return "fitted on another, labelled evaluation; these samples have no labels."
     found = []
     for name in fusion.modalities:
         probe, accuracy = f"the probe on {name_modality(name)}", fusion.estimate(f"right/{name}")
@@ -197,7 +199,7 @@ def describe_faithfulness(result: DatasetResult) -> str:
     """Whether attention ranks the tokens that predictions depend on."""
     fusion = result.fusion
     if fusion is None or not fusion.replaced:
-        return "not tested in this epoch." if result.summaries else "the model has no cross-attention."
+        return "not tested in this epoch." if result.summaries else "not tested: there is no attention."
     found = [
         describe_ranking(direction, fusion.faithfulness(direction), fusion.faithfulness_problem(direction))
         for direction in fusion.replaced

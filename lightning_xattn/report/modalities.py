@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lightning_xattn.core.wording import by_reason, decimal, name_modality, percent
 from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_confident_unsupported
@@ -87,7 +88,7 @@ def _tabulate_modalities(fusion: FusionSummary) -> Table:
     columns: dict[str, Callable[[str], str]] = {
         "probe accuracy": probe,
         "macro AUROC": lambda name: format_estimate(fusion.probe_aurocs[name]),
-        "calibration error": lambda name: decimal(fusion.calibration_errors[name]),
+        "calibration error": lambda name: _say(decimal, fusion.calibration_errors[name]),
     }
     of_probes = [*columns]
     if fusion.contribution_problem:
@@ -103,6 +104,10 @@ def _tabulate_modalities(fusion: FusionSummary) -> Table:
     return Table(("modality", *columns), [*rows, ("joint probe", *joint), ("the model itself", *model)])
 
 
+def _say(words: Callable[[float], str], value: float) -> str:
+    return "undefined" if math.isnan(value) else words(value)
+
+
 def _tabulate_cells(fusion: FusionSummary) -> Iterator[Block]:
     noun = f" ({fusion.group_noun})" if fusion.group_noun else ""
     columns: dict[str, Callable[[Cell], str]] = {
@@ -110,7 +115,7 @@ def _tabulate_cells(fusion: FusionSummary) -> Iterator[Block]:
         "share": lambda cell: format_percent(cell.share),
         "accuracy": lambda cell: format_percent(cell.accuracy),
         "mean confidence": lambda cell: format_percent(cell.confidence),
-        "calibration gap": lambda cell: format_estimate(cell.calibration_gap, signed=True),
+        "calibration gap": lambda cell: format_percent(cell.calibration_gap),
     }
     of_right = [*columns][:3]
     for title, cells, wanted in (
@@ -121,7 +126,11 @@ def _tabulate_cells(fusion: FusionSummary) -> Iterator[Block]:
             rows = [(cell.name, *(columns[one](cell) for one in wanted)) for cell in cells]
             heads = [f"the model's {one}" if one == "accuracy" else one for one in wanted]
             yield Table((title, *heads), rows)
-    for cell in filter(overrules, fusion.cells):
+            yield from _describe_overruled(filter(overrules, cells))
+
+
+def _describe_overruled(cells: Iterable[Cell]) -> Iterator[Paragraph]:
+    for cell in cells:
         yield Paragraph(
             f"The model overrules its modalities in {cell.samples} predictions, where their probes agree with each "
             f"other on another class: accuracy {format_percent(cell.accuracy, '95 % CI ')} at a mean confidence of "
