@@ -39,7 +39,7 @@ class Criterion:
     Attributes
     ----------
     group
-        The pattern or checklist that it belongs to: one of ``PATTERNS``, ``IF_CORRECT``, ``IF_INCORRECT``, or ``SUPPORT``.
+        What it belongs to: one of ``PATTERNS``, ``IF_CORRECT``, ``IF_INCORRECT``, or ``SUPPORT``.
     criterion
         In words, e.g. ``"entropy < 0.5"``.
     value
