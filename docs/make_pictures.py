@@ -272,7 +272,7 @@ def draw_sink(figure_axes: list[list[Axes]]) -> Drawn:
         weights = scores.softmax(-1)
         values.append(float(sink(rows_of(weights[None]))))
         draw_map(ax, weights)
-    return name_halves(figure_axes, "sink", values, ("no key gets all queries", "the first key takes most"))
+    return name_halves(figure_axes, "sink", values, ("no key gets much", "the first key takes most"))
 
 
 def draw_cross_modal_mass(figure_axes: list[list[Axes]]) -> Drawn:

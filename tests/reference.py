@@ -141,12 +141,8 @@ def received_lift(A, queries=None, keys=None):
 
 
 def query_selectivity(A, queries=None, keys=None):
-    valid = valid_rows(A, queries, keys)
-    _, keys = masks_of(A, queries, keys)
     result = []
-    for h in range(A.shape[0]):
-        rows = [np.where(keys[h, q], A[h, q], 0) for q in range(A.shape[1]) if valid[h, q]]
-        seen = sum(any(keys[h, q, k] for q in range(A.shape[1]) if valid[h, q]) for k in range(A.shape[2]))
+    for rows, seen in rows_by_head(A, queries, keys):
         if len(rows) < 2 or seen < 2:
             result.append(NAN)
             continue
@@ -171,16 +167,30 @@ def head_diversity(A, queries=None, keys=None):
 
 
 def sink(A, queries=None, keys=None):
-    """The share of every query's attention that the same key takes, 0 where uniform attention is and 1 at most."""
+    """The largest mean weight of a key over the valid rows of a head; a key that is hidden from a row has 0 there."""
+    result = []
+    for rows, _ in rows_by_head(A, queries, keys):
+        means = [sum(row[key] for row in rows) / len(rows) for key in range(A.shape[2])] if rows else [NAN]
+        result.append(max(means))
+    return np.array(result)
+
+
+def sink_excess(A, queries=None, keys=None):
+    """How far the sink is above 1 / K; NaN with one key, or fewer than four valid rows."""
+    result = []
+    for s, (rows, k) in zip(sink(A, queries, keys), rows_by_head(A, queries, keys), strict=True):
+        result.append((s - 1 / k) / (1 - 1 / k) if k > 1 and len(rows) >= 4 else NAN)
+    return np.array(result)
+
+
+def rows_by_head(A, queries, keys):
+    """Of each head its valid rows, with 0 where a key is hidden, and how many keys any of them sees."""
     valid = valid_rows(A, queries, keys)
     _, keys = masks_of(A, queries, keys)
-    result = []
     for h in range(A.shape[0]):
-        rows = [np.where(keys[h, q], A[h, q], 0) for q in range(A.shape[1]) if valid[h, q]]
-        k = max([keys[h, q].sum() for q in range(A.shape[1]) if valid[h, q]], default=0)
-        least = [min(row[key] for row in rows) for key in range(A.shape[2])] if rows else [0]
-        result.append(max(0, (max(least) - 1 / k) / (1 - 1 / k)) if k > 1 and len(rows) > 1 else NAN)
-    return np.array(result)
+        chosen = [q for q in range(A.shape[1]) if valid[h, q]]
+        seen = sum(any(keys[h, q, k] for q in chosen) for k in range(A.shape[2]))
+        yield [np.where(keys[h, q], A[h, q], 0) for q in chosen], seen
 
 
 def top_pairs(samples, top_k):

@@ -27,6 +27,7 @@ from lightning_xattn.functional import (
     max_weight,
     query_selectivity,
     sink,
+    sink_excess,
     sparsity,
 )
 from lightning_xattn.functional.outcomes import BINS
@@ -177,7 +178,13 @@ STATISTICS = {
         sink,
         ("head",),
         "1: all of it",
-        "the share of every query's attention that goes to one and the same key",
+        "the largest mean weight that one key receives, over the queries",
+    ),
+    "sink_excess": Statistic(
+        sink_excess,
+        ("head",),
+        "0: uniform, 1: all of it",
+        "how far the sink is above uniform attention; undefined with fewer than four queries",
     ),
     "broken": Statistic(
         lambda rows: rows.broken.sum(2),

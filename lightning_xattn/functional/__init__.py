@@ -67,6 +67,7 @@ __all__ = [
     "sample_top_pairs",
     "separation",
     "sink",
+    "sink_excess",
     "sparsity",
     "standardised_maps",
     "std",

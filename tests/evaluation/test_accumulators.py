@@ -155,7 +155,9 @@ def expected_numbers(samples):
             numbers[f"{name}/entropy/head_{head}"] = [s["entropy"][head] for s in by_head]
             broken = [(~reference.valid_rows(maps[b]))[head].sum() for b in range(SAMPLES)]
             numbers[f"{name}/broken/head_{head}"] = broken
-            numbers[f"{name}/sink/head_{head}"] = [reference.sink(maps[b])[head] for b in range(SAMPLES)]
+            for column in ("sink", "sink_excess"):
+                of_samples = [getattr(reference, column)(maps[b])[head] for b in range(SAMPLES)]
+                numbers[f"{name}/{column}/head_{head}"] = of_samples
         selectivity = [reference.mean_defined(reference.query_selectivity(maps[b])) for b in range(SAMPLES)]
         numbers[f"{name}/query_selectivity"] = selectivity
         numbers[f"{name}/head_diversity"] = [reference.head_diversity(maps[b]) for b in range(SAMPLES)]

@@ -54,9 +54,8 @@ def test_what_is_no_name_is_refused(name):
 def test_a_modality_may_be_called_like_a_head(modality):
     columns = table_columns(numbers(Direction(modality, "y")))
     lists = [name for name, values in columns.items() if values.dim() == 2]
-    assert lists == [
-        f"{d}_{s}_heads" for s in ("entropy", "sink", "broken") for d in (f"{modality}_to_y", f"y_to_{modality}")
-    ]
+    statistics, directions = ("entropy", "sink", "sink_excess", "broken"), (f"{modality}_to_y", f"y_to_{modality}")
+    assert lists == [f"{d}_{s}_heads" for s in statistics for d in directions]
     assert all(columns[name].shape == (2, 3) for name in lists)
     assert f"{modality}_to_y_entropy" in columns
 

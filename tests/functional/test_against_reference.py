@@ -135,6 +135,7 @@ PLAIN = {
     "query_selectivity": F.query_selectivity,
     "head_diversity": F.head_diversity,
     "sink": F.sink,
+    "sink_excess": F.sink_excess,
     "lift": F.lift,
     "lift_map": F.lift_map,
     "received_lift": F.received_lift,
@@ -213,6 +214,7 @@ def test_heads(case):
         compare(F.query_selectivity(rows), [reference.query_selectivity(*s) for s in samples])
         compare(F.head_diversity(rows), [reference.head_diversity(*s) for s in samples])
         compare(F.sink(rows), [reference.sink(*s) for s in samples])
+        compare(F.sink_excess(rows), [reference.sink_excess(*s) for s in samples])
 
 
 def test_top_pairs(case):

@@ -114,6 +114,7 @@ def of_direction(attention, b):
         "query_selectivity": reference.query_selectivity(*of_sample),
         "head_diversity": [reference.head_diversity(*of_sample)],
         "sink": reference.sink(*of_sample),
+        "sink_excess": reference.sink_excess(*of_sample),
         "broken": (real & keys.any(-1) & ~reference.valid_rows(*of_sample)).sum(1),
     }
     if attention.cross_modal_mass is not None:
