@@ -266,6 +266,12 @@ def auroc(correct, incorrect):
     return wins / (len(correct) * len(incorrect))
 
 
+def error_auroc(score, correct, incorrect):
+    """How well a score detects errors, in the direction that METRICS.md states for it."""
+    side = {"confidence": "low", "alignment": "low", "support": "low", "conflict": "high", "entropy": "high"}[score]
+    return auroc(correct, incorrect) if side == "low" else auroc(incorrect, correct)
+
+
 def auroc_interval(value, n, m, half_width=1.959963984540054):
     """True AUROCs that are within 1.96 Hanley-McNeil standard errors of the one seen, by trying them all."""
     inside = []

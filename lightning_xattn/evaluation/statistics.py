@@ -30,7 +30,7 @@ from lightning_xattn.functional import (
     sink_excess,
     sparsity,
 )
-from lightning_xattn.functional.outcomes import BINS
+from lightning_xattn.functional.outcomes import BINS, Side
 
 Level = Literal["layer", "direction", "head"]
 
@@ -88,8 +88,8 @@ class Statistic:
     curve: str | None = None
     """Its curves, ``<topic>/<name>``: of each ``{direction}``, and of ``{which}`` samples (all, each class) or which
     head. None: no curve."""
-    compared: bool = False
-    """Whether the layer's column is compared between correct and incorrect predictions."""
+    error_side: Side | None = None
+    """Which values of the layer's column are a sign of an error; None: it is not compared between outcomes."""
     reported: bool = False
     """Whether a report's table has it, see ``shown_columns``."""
 
@@ -108,7 +108,7 @@ STATISTICS = {
         ("layer",),
         "probability of the predicted class",
         "how sure is the model? The baseline that every other number has to beat",
-        compared=True,
+        error_side="low",
     ),
     "alignment": Statistic(
         _alignment,
@@ -118,7 +118,7 @@ STATISTICS = {
         "transposed",
         range=(-1.0, 1.0),
         curve="alignment/{which}",
-        compared=True,
+        error_side="low",
         reported=True,
     ),
     "entropy": Statistic(
@@ -127,7 +127,7 @@ STATISTICS = {
         "0: one key, 1: uniform",
         "how spread out is a query's attention? Shannon entropy over that of uniform attention, row by row",
         curve="entropy/{direction}/{which}",
-        compared=True,
+        error_side="high",
         reported=True,
     ),
     "max": Statistic(
@@ -217,8 +217,14 @@ INVALID_ROWS = Column("invalid_rows")
 WHOLLY_MASKED = Column("wholly_masked")
 """Its total is the number of samples of which one modality is wholly masked."""
 
-SCORES = {Column(name): statistic.range for name, statistic in STATISTICS.items() if statistic.compared}
+SCORES = {Column(name): statistic.range for name, statistic in STATISTICS.items() if statistic.error_side}
 """What is compared between correct and incorrect predictions, with the ranges of their bins."""
+
+ERROR_SIDES: dict[str, Side] = {
+    **{name: statistic.error_side for name, statistic in STATISTICS.items() if statistic.error_side},
+    "conflict": "high",
+}
+"""Which values are a sign of an error, of every score that is compared: those of layers, and that of the probes."""
 
 
 def sample_statistics(*rows: Rows) -> dict[Column, Tensor]:

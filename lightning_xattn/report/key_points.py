@@ -17,7 +17,7 @@ from lightning_xattn.report.document import Items
 from lightning_xattn.report.estimates import (
     Subset,
     count_outcomes,
-    describe_difference,
+    describe_detection,
     estimate_accuracy,
     format_percent,
 )
@@ -27,7 +27,7 @@ CONFIDENCE = "confidence"
 
 
 def key_points(result: DatasetResult) -> Items:
-    """Size and accuracy, then what the probes predict, what the model uses, and which scores predict errors."""
+    """Size and accuracy, then what the probes predict, what the model uses, and which scores detect errors."""
     return Items([(label, sentence, ()) for label, sentence in _key_points(result)])
 
 
@@ -189,7 +189,7 @@ def _compare_scores(result: DatasetResult) -> dict[str, Comparison]:
 
 
 def describe_errors(compared: Mapping[str, Comparison]) -> str:
-    """Which scores predict errors clearly better than confidence, and the AUROC of each."""
+    """Which scores detect errors clearly better than confidence, and the AUROC of each."""
     if CONFIDENCE not in compared:
         return "no score is compared, as confidence, the baseline, is not known."
     baseline = compared[CONFIDENCE]
@@ -199,17 +199,14 @@ def describe_errors(compared: Mapping[str, Comparison]) -> str:
             f"{MINIMUM_GROUP} groups, or samples, of either."
         )
     others = {name: one for name, one in compared.items() if name != CONFIDENCE and not math.isnan(one.low)}
-    better = [name for name, one in others.items() if _distance(one) > max(0.5, baseline.high)]
-    which, verb = " and ".join(better) or "no score", "predict" if len(better) > 1 else "predicts"
-    listed = "; ".join(f"{name} {format_auroc(one)}" for name, one in {CONFIDENCE: baseline, **others}.items())
+    better = [name for name, one in others.items() if one.low > max(0.5, baseline.high)]
+    which, verb = " and ".join(better) or "no score", "detect" if len(better) > 1 else "detects"
+    listed = "; ".join(
+        f"{one.error_side} {name} {format_auroc(one)}" for name, one in {CONFIDENCE: baseline, **others}.items()
+    )
     return f"{which} {verb} errors clearly better than confidence. AUROC: {listed}."
 
 
 def format_auroc(one: Comparison) -> str:
-    """As ``0.76 (95 % CI 0.70 to 0.81; higher in correct predictions)``."""
-    return f"{decimal(one.auroc)} (95 % CI {say_interval(one.low, one.high, 2)}; {describe_difference(one)})"
-
-
-def _distance(one: Comparison) -> float:
-    """The end of the AUROC's interval that is nearer to 0.5, for a score that may be higher or lower in errors."""
-    return max(one.low, 1 - one.high)
+    """As ``0.76 (95 % CI 0.70 to 0.81; detects errors)``."""
+    return f"{decimal(one.auroc)} (95 % CI {say_interval(one.low, one.high, 2)}; {describe_detection(one)})"

@@ -35,10 +35,11 @@ HOW_TO_READ_LAYER = (
     "The alignment between different samples correlates one direction of a sample with the other direction of another, "
     "averaged over all such pairs. It is near 0 where the maps of two samples are unrelated, and well above 0 where "
     "the model attends the same way in every sample. The mean alignment minus this is specific to the sample.",
-    "The AUROC is the chance that a correct prediction has a higher score than an incorrect one: 0.5 if the score "
-    "does not separate them. The gap within classes is averaged over the classes with both "
-    "outcomes: classes differ in accuracy and in attention, and that alone makes a gap. The compared entropy is the "
-    "mean of the directions.",
+    "The AUROC is how well a score detects errors: the chance that of an incorrect and a correct prediction the "
+    "incorrect one has the lower score, or the higher one where a high score is the sign of an error. 0.5 is chance; "
+    "below 0.5 the score points the other way. The gap is the mean over correct minus that over incorrect predictions. "
+    "The gap within classes is averaged over the classes with both outcomes: classes differ in accuracy and in "
+    "attention, and that alone makes a gap. The compared entropy is the mean of the directions.",
 )
 
 _ACCURACY = {"target": "accuracy (recall)", "prediction": "accuracy (precision)", None: "accuracy"}

@@ -214,7 +214,7 @@ def test_outcome_statistics(samples):
         separation = summary.compare(score)
         low = -1 if score == ALIGNMENT else 0
         binned = reference.binned(correct, low, 1), reference.binned(incorrect, low, 1)
-        assert separation.auroc == pytest.approx(reference.auroc(*binned), abs=1e-9)
+        assert separation.auroc == pytest.approx(reference.error_auroc(str(score), *binned), abs=1e-9)
         assert (separation.correct, separation.incorrect) == (len(correct), len(incorrect))
         assert summary.gap(score) == pytest.approx(correct.mean() - incorrect.mean(), abs=1e-5)
         known = ((outcomes != UNKNOWN) & (classes < CLASSES)).numpy()

@@ -104,7 +104,7 @@ def documented(statistic):
     topic, _, what = statistic.curve.partition("/")
     first = f"`xattn_{topic}/val/" + what.format(which="all", direction="<direction>") + "`"
     more = ["<class>"] if "{which}" in what else []
-    more += ["correct", "incorrect", "gap"] if statistic.compared and "{direction}" not in what else []
+    more += ["correct", "incorrect", "gap"] if statistic.error_side and "{direction}" not in what else []
     more += ["head_<i>"] if "head" in statistic.levels else []
     low, high = statistic.range
     ends = f"{low:g} to {high:g}" if math.isfinite(high) else f"{low:g} or more"

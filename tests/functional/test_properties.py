@@ -321,3 +321,16 @@ def test_an_auroc_and_its_interval_stay_in_their_range(correct, incorrect, group
         if found is together or min(found.correct_groups, found.incorrect_groups) >= 5:
             assert 0 <= found.low <= found.auroc <= found.high <= 1
             assert found.low < found.high, "nothing is certain"
+
+
+@settings(max_examples=40, deadline=None)
+@given(correct=SCORES, incorrect=SCORES, groups=st.integers(5, 8))
+def test_high_scores_detect_errors_as_well_as_low_ones_do_not(correct, incorrect, groups):
+    scores = torch.tensor(correct + incorrect)
+    outcome = torch.arange(len(scores)) < len(correct)
+    of_scores = score_bins(scores, -1, 1), torch.stack([outcome, ~outcome], dim=1)
+    for of_group in (None, torch.arange(len(scores)) % groups):
+        low, high = (F.separation(*of_scores, of_group, error_side=side) for side in ("low", "high"))
+        mirrored = 1 - high.auroc, 1 - high.high, 1 - high.low
+        assert (low.auroc, low.low, low.high) == pytest.approx(mirrored, abs=1e-6, nan_ok=True)
+        assert (low.error_side, high.error_side) == ("low", "high")

@@ -107,20 +107,22 @@ def test_classes_and_outcomes_have_their_samples_accuracy_and_attention(result, 
 def test_scores_have_their_sizes_and_what_they_separate(result, members, tables, where):
     header, rows = tables[f"scores of the {where}"]
     assert header == [
-        *("score", "correct (groups)", "incorrect (groups)"),
+        *("sign of an error", "correct (groups)", "incorrect (groups)"),
         *("AUROC", "gap", "gap within classes"),
     ]
-    names = ["confidence", "conflict"] if where == "fusion" else ["confidence", "alignment", "entropy"]
-    assert list(rows) == names
+    names = {"low confidence": "confidence", "high conflict": "conflict"}
+    if where == "layer":
+        names = {"low confidence": "confidence", "low alignment": "alignment", "high entropy": "entropy"}
+    assert list(rows) == list(names)
     sizes = [
         f"{int(members[name].sum())} ({len(result.fusion.groups[members[name]].unique())})"
         for name in ("correct", "incorrect")
     ]
-    for name in names:
+    for sign, name in names.items():
         found = result.fusion.compare(name) if where == "fusion" else result.headline.compare(Column(name))
         auroc = f"{decimals(found.auroc)} ({decimals(found.low)} to {decimals(found.high)})"
         gaps = [f"{'+' * (gap >= 0)}{decimals(gap)}" for gap in (found.gap, found.class_adjusted_gap)]
-        assert rows[name] == [*sizes, auroc, *gaps]
+        assert rows[sign] == [*sizes, auroc, *gaps]
         assert gaps[0] != gaps[1]
 
 
