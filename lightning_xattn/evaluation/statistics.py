@@ -75,8 +75,8 @@ class Statistic:
 
     function: Callable[..., Tensor | None] | None
     """For the layer alone: of its one or two directions, ``(batch,)``, or None where they do not have it. Else of the
-    ``Rows`` of a direction, ``(batch, heads)`` or ``(batch,)``; the layer's is then the mean of its directions'. None:
-    it is not of the attention but of the labels."""
+    ``Rows`` of a direction, ``(batch, heads)`` or ``(batch,)``; the layer's is then the mean of its defined directions.
+    None: it is not of the attention but of the labels."""
     levels: tuple[Level, ...]
     """Of what there is a column: the layer, each direction, each head. A direction's is the mean of its heads'."""
     scale: str
@@ -256,7 +256,7 @@ def sample_statistics(*rows: Rows) -> dict[Column, Tensor]:
                 means.append(values if values.dim() == 1 else values.nanmean(1))
                 by_level["direction"][Column(name, direction.direction)] = means[-1]
         if "layer" in statistic.levels:
-            by_level["layer"][Column(name)] = torch.stack(means).mean(0)
+            by_level["layer"][Column(name)] = torch.stack(means).nanmean(0)
     return by_level["layer"] | by_level["direction"] | by_level["head"]
 
 

@@ -71,6 +71,7 @@ __all__ = [
     "sparsity",
     "standardised_maps",
     "std",
+    "sum_heads",
     "support_difference",
     "top_pairs",
     "within",

@@ -1,7 +1,8 @@
 """How is a query's attention spread over its keys, and do queries, heads and directions attend to the same things?
 
 The two directions are compared over the cells whose query and key are valid rows of their own direction and visible to
-each other: the forward map ``X`` is (queries, keys), and the backward map is transposed to the same shape, ``Y``.
+each other: the forward map ``X`` is (queries, keys), and the backward map is transposed to the same shape, ``Y``. Where
+masks differ by head, a cell of the head-averaged map counts if a head may attend to it; the others contribute 0.
 
 Every function of attention takes weights ``(batch, heads, queries, keys)`` with a ``key_mask`` where some keys are
 padding, or an ``Attention`` with all of its masks, or what `prepare_rows` makes of either.
@@ -516,6 +517,30 @@ def sink_excess(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
     return torch.where((keys > 1) & (rows.valid.sum(-1) >= SINK_QUERIES), excess, torch.nan)
 
 
+def sum_heads(rows: Rows) -> tuple[Tensor, Tensor]:
+    """The weights of all heads together, and how many heads they are from; the quotient is the head-averaged map.
+
+    A head that may not attend to a key counts, with weight 0, where another head may. A broken row does not count.
+
+    Returns
+    -------
+    weights, heads
+        ``(batch, queries, keys)`` over the keys that are tokens; 0 heads where no valid row sees the key.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5]], [[1.0, 0.0]]]])  # two heads
+    >>> visible = torch.tensor([[[[True, True]], [[True, False]]]])
+    >>> total, heads = sum_heads(prepare_rows(Attention(Direction("eeg", "spec"), weights, visible=visible)))
+    >>> total / heads
+    tensor([[[0.7500, 0.2500]]])
+    """
+    weights = rows.weights[..., : rows.tokens].sum(1)
+    seen = rows.valid[..., None] if rows.token_visible is None else rows.valid[..., None] & rows.token_visible
+    heads = (~rows.broken).sum(1)[..., None]
+    return weights, torch.where(seen.any(1), heads, 0).expand(weights.shape)
+
+
 def alignment(forward: Weights, backward: Weights) -> Tensor:
     """Pearson correlation of the two head-averaged maps: the headline number (``modality_agreement``).
 
@@ -551,14 +576,13 @@ def standardised_maps(forward: Weights, backward: Weights) -> tuple[Tensor, Tens
     >>> x.tolist(), whole
     ([[[0.5, -0.5], [-0.5, 0.5]]], tensor([True]))
     """
-    forward, backward = prepare_rows(forward), prepare_rows(backward)
-    x = forward.weights[..., : forward.tokens].mean(1)
-    y = backward.weights[..., : backward.tokens].mean(1).transpose(-1, -2)
-    # A head average needs the row in every head.
-    there, back = (mask if mask is None else mask.all(1) for mask in (forward.token_visible, backward.token_visible))
-    cells = _shared_cells(forward.valid.all(1), backward.valid.all(1), there, back)
-    (x, x_norm), (y, y_norm) = (_centre(maps, cells) for maps in (x, y))
-    whole = cells.bool().all((1, 2))
+    sides = [prepare_rows(forward), prepare_rows(backward)]
+    (x, there), (y, back) = map(sum_heads, sides)
+    heads, opposite_heads = (rows.weights.shape[1] for rows in sides)
+    # A head whose row is broken leaves the row out.
+    counted = (there == heads) & (back == opposite_heads).transpose(-1, -2)
+    cells, whole = counted.float(), counted.all((1, 2))
+    (x, x_norm), (y, y_norm) = (_centre(maps, cells) for maps in (x, y.transpose(-1, -2)))
     return x / x_norm[:, None, None], y / y_norm[:, None, None], whole
 
 

@@ -76,6 +76,20 @@ def test_each_level_is_the_mean_of_the_one_below():
     torch.testing.assert_close(found[Column("entropy")], both.mean(0))
 
 
+def test_a_layer_has_the_mean_of_its_defined_directions():
+    """Of the second sample a single spectrogram token is real, so EEG's entropy is undefined; of the third, none is."""
+    generator = torch.Generator().manual_seed(1)
+    real = torch.tensor([[True] * 7, [True] + [False] * 6, [False] * 7])
+    there = torch.randn(3, 2, 5, 7, generator=generator).masked_fill(~real[:, None, None], -torch.inf).softmax(-1)
+    back = torch.randn(3, 2, 7, 5, generator=generator).softmax(-1)
+    pair = Attention(EEG_TO_SPEC, there, key_mask=real), Attention(EEG_TO_SPEC.opposite, back, query_mask=real)
+    found = sample_statistics(*map(prepare_rows, pair))
+    of_eeg, of_spec = (found[Column("entropy", one.direction)] for one in pair)
+    assert of_eeg.isnan().tolist() == [False, True, True]
+    expected = torch.stack([(of_eeg[0] + of_spec[0]) / 2, of_spec[1], torch.tensor(torch.nan)])
+    torch.testing.assert_close(found[Column("entropy")], expected, equal_nan=True)
+
+
 def test_reports_show_directions_where_there_are_any():
     columns = list(numbers())
     assert shown_columns("alignment", columns) == [Column("alignment")]

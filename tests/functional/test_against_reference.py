@@ -281,6 +281,20 @@ def test_the_null_is_the_mean_over_all_pairs_of_different_samples():
     assert F.alignment_null(x[0], y[0], aligned[0], torch.tensor(1)).isnan(), "there is no other sample"
 
 
+def test_a_head_that_may_not_attend_counts_with_weight_0():
+    """Each head sees half of the keys: the mean of both is uniform, and varies only where the first head does."""
+    visible = torch.eye(2, dtype=torch.bool).repeat_interleave(2, 1)[None, :, None].expand(1, 2, 2, 4)
+    there = torch.tensor([[[[0.75, 0.25, 0, 0], [0.25, 0.75, 0, 0]], [[0, 0, 0.5, 0.5], [0, 0, 0.5, 0.5]]]])
+    back = (4 * there.mean(1, keepdim=True)).transpose(-1, -2).softmax(-1)
+    rows = F.prepare_rows(Attention(EEG_TO_SPEC, there, visible=visible))
+    opposite = F.prepare_rows(Attention(EEG_TO_SPEC.opposite, back))
+    x = torch.tensor([[0.375, 0.125, 0.25, 0.25], [0.125, 0.375, 0.25, 0.25]])
+    expected = np.corrcoef(x.flatten(), back[0, 0].T.flatten())[0, 1]
+    assert F.alignment(rows, opposite).item() == pytest.approx(expected, abs=1e-6)
+    first, *_ = F.top_pairs(rows, 1)
+    assert first == (0, 0, 0.375, 1.5)
+
+
 def test_maps_with_padding_are_not_whole():
     """So they are not compared from sample to sample, whose tokens are not the same."""
     *_, whole = F.standardised_maps(*(F.prepare_rows(attention) for attention in make_case("padded")))

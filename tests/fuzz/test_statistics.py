@@ -134,7 +134,7 @@ def expected(made, b):
                 numbers |= {f"{column}/head_{head}": of_head for head, of_head in enumerate(values)}
             if "direction" in levels:
                 numbers[column] = reference.mean_defined(values)
-    numbers["entropy"] = np.mean([numbers[f"{attention.direction}/entropy"] for attention in made])
+    numbers["entropy"] = reference.mean_defined([numbers[f"{attention.direction}/entropy"] for attention in made])
     numbers["wholly_masked"] = float(
         any(
             reference.wholly_masked(weights, queries, real_keys(one, b))
