@@ -101,6 +101,14 @@ def explain_brackets(noun: str | None) -> Paragraph:
     return Paragraph(f"In brackets: 95 % CI, {by}; none with fewer than {MINIMUM_GROUP} {noun or 'samples'}.")
 
 
+def expect_misses(intervals: int) -> Paragraph:
+    """How many of so many 95 % CIs miss by chance."""
+    return Paragraph(
+        f"Each of these {intervals} intervals misses the truth once in 20 times: expect about "
+        f"{decimal(intervals / 20, 1)} of them to miss by chance."
+    )
+
+
 def compare_outcomes(compared: Mapping[str, Comparison], noun: str | None) -> tuple[Table, Items]:
     """How well scores detect errors, and a verdict on each; ``noun``: the name of the groups."""
 

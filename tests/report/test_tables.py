@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -101,6 +102,19 @@ def test_classes_and_outcomes_have_their_samples_accuracy_and_attention(result, 
             assert accuracy == ""
         columns = [ALIGNMENT, *(Column("entropy", direction) for direction in one.heads)]
         assert means == [in_brackets(estimate_mean(one, column, *subset)) for column in columns]
+
+
+def test_the_table_of_classes_says_how_many_intervals_miss_by_chance(result, report, tables):
+    _, rows = tables["layer"]
+    intervals = sum(bool(re.search(r"\(.* to .*\)", cell)) for cells in rows.values() for cell in cells)
+    assert intervals > 20
+    sentence = (
+        f"Each of these {intervals} intervals misses the truth once in 20 times: expect about "
+        f"{decimals(intervals / 20, 1)} of them to miss by chance."
+    )
+    assert sentence in report.splitlines()
+    whole = replace(result, class_names=[], fusion=None)
+    assert "by chance" not in create_explainability_report(whole)
 
 
 @pytest.mark.parametrize("where", ["fusion", "layer"])
