@@ -84,7 +84,7 @@ def reference_loop(there: NDArray[np.float32], back: NDArray[np.float32]) -> Non
             reference.row_statistics(weights)
             reference.query_selectivity(weights)
             reference.head_diversity(weights)
-            reference.sink(weights)
+            reference.sink_excess(weights)
 
 
 def data_loader(folder: Path) -> None:

@@ -272,7 +272,7 @@ def draw_sink(figure_axes: list[list[Axes]]) -> Drawn:
         weights = scores.softmax(-1)
         values.append(float(sink(rows_of(weights[None]))))
         draw_map(ax, weights)
-    return name_halves(figure_axes, "sink", values, ("no key gets all queries", "the first key takes most"))
+    return name_halves(figure_axes, "sink", values, ("no key gets much", "the first key takes most"))
 
 
 def draw_cross_modal_mass(figure_axes: list[list[Axes]]) -> Drawn:
@@ -297,7 +297,7 @@ def draw_cross_modal_mass(figure_axes: list[list[Axes]]) -> Drawn:
 
 
 def draw_auroc(figure_axes: list[list[Axes]]) -> Drawn:
-    """A score that is the same whatever the outcome, and one that is higher in correct predictions."""
+    """A score that is the same whatever the outcome, and one whose low values detect errors."""
     values = []
     for (ax,), shift in zip(figure_axes, (0.0, 1.8), strict=True):
         correct, incorrect = random(2000, seed=1) + shift, random(600, seed=2)
@@ -308,7 +308,7 @@ def draw_auroc(figure_axes: list[list[Axes]]) -> Drawn:
             ax.hist(one.numpy(), bins=30, range=(low, high), density=True, histtype="step", color=colour, label=name)
         ax.set(yticks=[], xticks=[], xlabel="score", ylabel="samples")
     figure_axes[1][0].legend(fontsize=9, loc="upper right")
-    return name_halves(figure_axes, "AUROC", values, ("no difference", "higher in correct predictions"))
+    return name_halves(figure_axes, "AUROC", values, ("chance", "low values detect errors"))
 
 
 PICTURES: Mapping[str, tuple[Callable[[list[list[Axes]]], Drawn], int]] = {

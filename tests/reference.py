@@ -142,12 +142,8 @@ def received_lift(A, queries=None, keys=None):
 
 
 def query_selectivity(A, queries=None, keys=None):
-    valid = valid_rows(A, queries, keys)
-    _, keys = masks_of(A, queries, keys)
     result = []
-    for h in range(A.shape[0]):
-        rows = [np.where(keys[h, q], A[h, q], 0) for q in range(A.shape[1]) if valid[h, q]]
-        seen = sum(any(keys[h, q, k] for q in range(A.shape[1]) if valid[h, q]) for k in range(A.shape[2]))
+    for rows, seen in rows_by_head(A, queries, keys):
         if len(rows) < 2 or seen < 2:
             result.append(NAN)
             continue
@@ -172,28 +168,66 @@ def head_diversity(A, queries=None, keys=None):
 
 
 def sink(A, queries=None, keys=None):
-    """The share of every query's attention that the same key takes, 0 where uniform attention is and 1 at most."""
-    valid = valid_rows(A, queries, keys)
-    _, keys = masks_of(A, queries, keys)
+    """The largest mean weight of a key over the valid rows of a head; a key that is hidden from a row has 0 there."""
     result = []
-    for h in range(A.shape[0]):
-        rows = [np.where(keys[h, q], A[h, q], 0) for q in range(A.shape[1]) if valid[h, q]]
-        k = max([keys[h, q].sum() for q in range(A.shape[1]) if valid[h, q]], default=0)
-        least = [min(row[key] for row in rows) for key in range(A.shape[2])] if rows else [0]
-        result.append(max(0, (max(least) - 1 / k) / (1 - 1 / k)) if k > 1 and len(rows) > 1 else NAN)
+    for rows, _ in rows_by_head(A, queries, keys):
+        means = [sum(row[key] for row in rows) / len(rows) for key in range(A.shape[2])] if rows else [NAN]
+        result.append(max(means))
     return np.array(result)
 
 
-def top_pairs(samples, top_k):
-    """``(query, key, weight, lift)`` of the mean map of samples and heads; ``samples`` are (A, queries, keys)."""
+def sink_excess(A, queries=None, keys=None):
+    """How far the sink is above 1 / K; NaN with one key, or fewer than four valid rows."""
+    result = []
+    for s, (rows, k) in zip(sink(A, queries, keys), rows_by_head(A, queries, keys), strict=True):
+        result.append((s - 1 / k) / (1 - 1 / k) if k > 1 and len(rows) >= 4 else NAN)
+    return np.array(result)
+
+
+def rows_by_head(A, queries, keys):
+    """Of each head its valid rows, with 0 where a key is hidden, and how many keys any of them sees."""
+    valid = valid_rows(A, queries, keys)
+    _, keys = masks_of(A, queries, keys)
+    for h in range(A.shape[0]):
+        chosen = [q for q in range(A.shape[1]) if valid[h, q]]
+        seen = sum(any(keys[h, q, k] for q in chosen) for k in range(A.shape[2]))
+        yield [np.where(keys[h, q], A[h, q], 0) for q in chosen], seen
+
+
+def broken_rows(A, queries=None, keys=None):
+    """(heads, queries) bool: the query is real and has a key, yet its row is no attention."""
+    valid = valid_rows(A, queries, keys)
+    queries, keys = masks_of(A, queries, keys)
+    return queries & keys.any(-1) & ~valid
+
+
+def head_weights(A, queries=None, keys=None):
+    """By cell (query, key) that some head may attend to: the weight of each head, 0 of one that may not.
+
+    A head whose row is broken has none.
+    """
+    valid, broken = valid_rows(A, queries, keys), broken_rows(A, queries, keys)
+    _, keys = masks_of(A, queries, keys)
     cells = {}
-    for A, queries, keys in samples:
-        valid = valid_rows(A, queries, keys)
-        _, keys = masks_of(A, queries, keys)
-        for h, q, k in np.ndindex(*A.shape):
-            if valid[h, q] and keys[h, q, k]:
-                cells.setdefault((q, k), []).append((A[h, q, k], A[h, q, k] * keys[h, q].sum()))
-    means = [(q, k, *np.mean(found, axis=0)) for (q, k), found in cells.items()]
+    for q, k in np.ndindex(*A.shape[1:]):
+        may = [valid[h, q] and keys[h, q, k] for h in range(A.shape[0])]
+        if any(may):
+            cells[q, k] = [A[h, q, k] if may[h] else 0.0 for h in range(A.shape[0]) if not broken[h, q]]
+    return cells
+
+
+def top_pairs(samples, top_k):
+    """``(query, key, weight, lift)`` of the mean map of samples and heads; ``samples`` are (A, queries, keys).
+
+    The lift is the mean over the heads that may attend to the key.
+    """
+    weights, lifts = {}, {}
+    for of_sample in samples:
+        for cell, found in head_weights(*of_sample).items():
+            weights.setdefault(cell, []).extend(found)
+        for (_, q, k), value in np.ndenumerate(lift(*of_sample)):
+            lifts.setdefault((q, k), []).append(value)
+    means = [(*cell, sum(found) / len(found), mean_defined(lifts[cell])) for cell, found in weights.items()]
     return sorted(means, key=lambda pair: -pair[2])[:top_k]
 
 
@@ -209,8 +243,8 @@ def pearson(x, y):
     return float((dx * dy).sum() / math.sqrt((dx**2).sum() * (dy**2).sum()))
 
 
-def cells(A, B, eeg, spec, there, back, heads_there, heads_back):
-    """(queries, keys) pairs whose two rows are valid in the heads asked for and which see each other."""
+def cells(A, B, eeg, spec, there, back, i, j):
+    """(queries, keys) pairs whose two rows are valid in head i of A and head j of B and which see each other."""
     valid_a, valid_b = valid_rows(A, eeg, there), valid_rows(B, spec, back)
     _, there = masks_of(A, eeg, there)
     _, back = masks_of(B, spec, back)
@@ -218,18 +252,19 @@ def cells(A, B, eeg, spec, there, back, heads_there, heads_back):
         (q, k)
         for q in range(A.shape[1])
         for k in range(B.shape[1])
-        if all(valid_a[h, q] and there[h, q, k] for h in heads_there)
-        and all(valid_b[h, k] and back[h, k, q] for h in heads_back)
+        if valid_a[i, q] and there[i, q, k] and valid_b[j, k] and back[j, k, q]
     ]
 
 
 def alignment(A, B, eeg=None, spec=None, there=None, back=None):
-    """``eeg`` / ``spec``: valid tokens; ``there`` / ``back``: valid keys of A / of B."""
-    everywhere = range(A.shape[0]), range(B.shape[0])
-    both = cells(A, B, eeg, spec, there, back, *everywhere)
-    x = [sum(A[h, q, k] for h in everywhere[0]) / A.shape[0] for q, k in both]
-    y = [sum(B[h, k, q] for h in everywhere[1]) / B.shape[0] for q, k in both]
-    return pearson(x, y)
+    """``eeg`` / ``spec``: valid tokens; ``there`` / ``back``: valid keys of A / of B.
+
+    Over the cells that count in both head-averaged maps, but for those of rows that are broken in some head.
+    """
+    x, y = head_weights(A, eeg, there), head_weights(B, spec, back)
+    bad_queries, bad_keys = broken_rows(A, eeg, there).any(0), broken_rows(B, spec, back).any(0)
+    both = [(q, k) for q, k in x if (k, q) in y and not bad_queries[q] and not bad_keys[k]]
+    return pearson([np.mean(x[q, k]) for q, k in both], [np.mean(y[k, q]) for q, k in both])
 
 
 def alignment_null(samples):
@@ -242,7 +277,7 @@ def head_alignment_matrix(A, B, eeg=None, spec=None, there=None, back=None):
     matrix = np.zeros((A.shape[0], B.shape[0]))
     for i in range(A.shape[0]):
         for j in range(B.shape[0]):
-            both = cells(A, B, eeg, spec, there, back, [i], [j])
+            both = cells(A, B, eeg, spec, there, back, i, j)
             matrix[i, j] = pearson([A[i, q, k] for q, k in both], [B[j, k, q] for q, k in both])
     return matrix
 
@@ -255,6 +290,12 @@ def binned(scores, low, high):
 def auroc(correct, incorrect):
     wins = sum((c > i) + 0.5 * (c == i) for c in correct for i in incorrect)
     return wins / (len(correct) * len(incorrect))
+
+
+def error_auroc(score, correct, incorrect):
+    """How well a score detects errors, in the direction that METRICS.md states for it."""
+    side = {"confidence": "low", "alignment": "low", "support": "low", "conflict": "high", "entropy": "high"}[score]
+    return auroc(correct, incorrect) if side == "low" else auroc(incorrect, correct)
 
 
 def auroc_interval(value, n, m, half_width=1.959963984540054):

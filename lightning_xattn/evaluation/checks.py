@@ -27,7 +27,7 @@ ALIKE = 0.001
 """Heads whose mean diversity is below this attend alike."""
 
 SINK = 0.5
-"""A head whose mean ``sink`` is above this gives most of every query's attention to one key."""
+"""A head whose mean ``sink_excess`` is above this gives most of its attention to one key."""
 
 MEANINGS = {
     "broken": (
@@ -39,7 +39,7 @@ MEANINGS = {
         "attention to a single key for all samples (entropy ~0): a collapsed head. Look at the learning rate and at "
         "the scale of queries and keys."
     ),
-    "sink": "most of every query's attention goes to one key: an attention sink, the same for all queries.",
+    "sink": "most of the attention goes to one key: an attention sink.",
 }
 """What a check of single heads found, and what to do."""
 
@@ -99,8 +99,10 @@ def check_layer(
         where = f"Layer '{layer}', {direction}"
         if summary.mean(Column("head_diversity", direction)) < ALIKE and is_new((where, "alike")):
             yield f"{where}: all {heads} heads attend alike. Fewer heads would do the same."
-        columns = {name: [Column(name, direction, head) for head in range(heads)] for name in ("entropy", "sink")}
-        entropy, sink = (list(map(summary.mean, of_heads)) for of_heads in columns.values())
+        entropy, sink = (
+            [summary.mean(Column(name, direction, head)) for head in range(heads)]
+            for name in ("entropy", "sink_excess")
+        )
         broken = [summary.total(Column("broken", direction, head)) for head in range(heads)]
         found = {
             "broken": [rows > 0 for rows in broken],

@@ -108,7 +108,7 @@ def epoch_record(summary: LayerSummary, scope: str, curves: Mapping[str, float])
     for score in _scores(summary):
         compared = dict(vars(summary.compare(score)))
         ends = {"auroc_low": compared.pop("low"), "auroc_high": compared.pop("high")}
-        del compared["auroc"]  # a curve
+        del compared["auroc"], compared["error_side"]  # a curve, and what never changes
         record |= {f"outcome/{score}_{name}": value for name, value in (compared | ends).items()}
         for name, outcome in OUTCOMES.items():
             record |= _ends(f"{score}/{name}", *summary.interval(score, outcome=outcome))

@@ -23,7 +23,7 @@ from lightning_xattn.core.ids import UNKNOWN_GROUP
 from lightning_xattn.core.wording import decimal, describe_size, percent, say_interval
 from lightning_xattn.evaluation.layer_summary import Comparison
 from lightning_xattn.evaluation.saved_probes import SavedProbes
-from lightning_xattn.evaluation.statistics import score_bins
+from lightning_xattn.evaluation.statistics import ERROR_SIDES, score_bins
 from lightning_xattn.evaluation.support import Cell, describe_right, describe_support, measure_added_value
 from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
@@ -431,7 +431,8 @@ class FusionSummary:
         defined = values.isfinite()
         outcomes = torch.stack([self.outcomes == CORRECT, self.outcomes == INCORRECT], dim=1)
         groups = None if self.group_noun is None else self.groups[defined]
-        found = functional.separation(score_bins(scores[defined], 0.0, 1.0), outcomes[defined].double(), groups)
+        bins = score_bins(scores[defined], 0.0, 1.0)
+        found = functional.separation(bins, outcomes[defined].double(), groups, ERROR_SIDES[number])
         correct, incorrect = (self.estimate(number, outcome=outcome).mean for outcome in (CORRECT, INCORRECT))
         counted = (outcomes & defined[:, None]).double()
         # Samples without a class (-1) come last.

@@ -19,7 +19,7 @@ from lightning_xattn.core.wording import describe_size, name_modality
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult
-from lightning_xattn.evaluation.statistics import ALIGNMENT, SCORES, STATISTICS, Column, shown_columns
+from lightning_xattn.evaluation.statistics import ALIGNMENT, ERROR_SIDES, SCORES, STATISTICS, Column, shown_columns
 from lightning_xattn.functional.intervals import Estimate
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.report.estimates import estimate_mean
@@ -136,14 +136,14 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
     def over(name: str) -> list[float]:
         return [one.get(name, math.nan) for one in shown]
 
+    def draw(title: str, name: str) -> Curve:
+        return Curve(title, moments, *(over(name + end) for end in ("", "_low", "_high")))
+
     def draw_each(topic: str, names: Sequence[str] = ()) -> list[Curve]:
         """The curves of a topic: those of these names, or all of it but for ends of intervals and parts."""
         found = [name.removeprefix(topic) for name in known if name.startswith(topic)]
         names = names or [name for name in found if "/" not in name and not name.endswith(("_low", "_high"))]
-        return [
-            Curve(name.removesuffix("_auroc"), moments, *(over(topic + name + end) for end in ("", "_low", "_high")))
-            for name in names
-        ]
+        return [draw(name, topic + name) for name in names]
 
     outcomes = ("correct", "incorrect")
     panels = []
@@ -163,10 +163,10 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
             panels.append(Panel("size of the contribution", draw_each("contribution/size/"), (0, math.inf)))
         else:
             panels.append(Panel("share of the contribution", draw_each("contribution/share/"), (-1, 2)))
-    scores = [f"{name}_auroc" for name in ("confidence", "support", "alignment", "entropy")]
-    if scores := [name for name in scores if f"outcome/{name}" in known]:
-        chance = "chance", [0.5] * len(moments)
-        panels.append(Panel("higher in correct (AUROC)", draw_each("outcome/", scores), (0, 1), chance))
+    scores = [name for name in ("confidence", "support", "alignment", "entropy") if f"outcome/{name}_auroc" in known]
+    if scores:
+        curves = [draw(f"{ERROR_SIDES[name]} {name}", f"outcome/{name}_auroc") for name in scores]
+        panels.append(Panel("detects errors (AUROC)", curves, (0, 1), ("chance", [0.5] * len(moments))))
     return plot_epochs(panels, unit=unit, context=context)
 
 

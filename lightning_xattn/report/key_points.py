@@ -28,7 +28,7 @@ CONFIDENCE = "confidence"
 
 
 def key_points(result: DatasetResult) -> Items:
-    """Size and accuracy, then what the probes predict, what the model uses, and which scores predict errors."""
+    """Size and accuracy, then what the probes predict, what the model uses, and which scores detect errors."""
     return Items([(label, sentence, ()) for label, sentence in _key_points(result)])
 
 

@@ -10,11 +10,13 @@ from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.support import Cell, overrules
 from lightning_xattn.functional.error_detection import COVERAGE
+from lightning_xattn.functional.intervals import Estimate
 from lightning_xattn.functional.probe import JOINT
 from lightning_xattn.report.document import Block, Item, Items, Paragraph, Table
 from lightning_xattn.report.estimates import (
     GROUPED_BY,
     compare_outcomes,
+    expect_misses,
     explain_brackets,
     format_estimate,
     format_percent,
@@ -154,20 +156,21 @@ def _tabulate_faithfulness(fusion: FusionSummary) -> Table:
     return Table(("replaced keys", "faithfulness", "of the reference", "cost of replacing all"), rows)
 
 
-def _tabulate_subsets(fusion: FusionSummary, class_names: Sequence[str], classes_by: str | None) -> Iterator[Table]:
+def _tabulate_subsets(fusion: FusionSummary, class_names: Sequence[str], classes_by: str | None) -> Iterator[Block]:
     subsets, names = list_subsets(class_names), fusion.modalities
-    columns: dict[str, list[str]] = {}
+    columns: dict[str, list[Estimate]] = {}
     if not fusion.support_problem:
         for name in names:
             supports = [fusion.estimate(f"supports/{name}", *one.chosen) for one in subsets]
-            columns[f"supported by {name_modality(name)}"] = [*map(format_percent, supports)]
+            columns[f"supported by {name_modality(name)}"] = supports
     if not fusion.contribution_problem and not fusion.is_regression:
         for name in names:
-            shares = [fusion.share(name, *one.chosen) for one in subsets]
-            columns[f"share of {name_modality(name)}"] = [*map(format_percent, shares)]
+            columns[f"share of {name_modality(name)}"] = [fusion.share(name, *one.chosen) for one in subsets]
     if columns:
-        rows = zip([one.name for one in subsets], *columns.values(), strict=True)
-        yield Table((GROUPED_BY[classes_by], *columns), list(rows))
+        cells = [[*map(format_percent, column)] for column in columns.values()]
+        yield Table((GROUPED_BY[classes_by], *columns), list(zip([one.name for one in subsets], *cells, strict=True)))
+        if intervals := sum(not math.isnan(one.low) for column in columns.values() for one in column):
+            yield expect_misses(intervals)
 
 
 def _describe_whole(fusion: FusionSummary) -> Iterator[Item]:

@@ -130,6 +130,7 @@ def attend(attention, query, keys, scales=None):
     return attention.out_proj((weights @ v).transpose(1, 2).flatten(2)), weights
 
 
+@pytest.mark.filterwarnings("ignore:.*attention sink:lightning_xattn.XAttnWarning")
 def test_every_number_is_the_references():
     """Of a model with multi-head attention, whose keys are replaced where it gets them, sample by sample."""
     data, _ = said_data(130)

@@ -155,13 +155,15 @@ def expected_numbers(samples):
             numbers[f"{name}/entropy/head_{head}"] = [s["entropy"][head] for s in by_head]
             broken = [(~reference.valid_rows(maps[b]))[head].sum() for b in range(SAMPLES)]
             numbers[f"{name}/broken/head_{head}"] = broken
-            numbers[f"{name}/sink/head_{head}"] = [reference.sink(maps[b])[head] for b in range(SAMPLES)]
+            for column in ("sink", "sink_excess"):
+                of_samples = [getattr(reference, column)(maps[b])[head] for b in range(SAMPLES)]
+                numbers[f"{name}/{column}/head_{head}"] = of_samples
         selectivity = [reference.mean_defined(reference.query_selectivity(maps[b])) for b in range(SAMPLES)]
         numbers[f"{name}/query_selectivity"] = selectivity
         numbers[f"{name}/head_diversity"] = [reference.head_diversity(maps[b]) for b in range(SAMPLES)]
         invalid = [n + (~reference.valid_rows(maps[b])).sum() for b, n in enumerate(invalid)]
-    entropies = zip(numbers["eeg_to_spec/entropy"], numbers["spec_to_eeg/entropy"], strict=True)
-    numbers["entropy"] = [(a + b) / 2 for a, b in entropies]
+    directions = zip(numbers["eeg_to_spec/entropy"], numbers["spec_to_eeg/entropy"], strict=True)
+    numbers["entropy"] = [reference.mean_defined(both) for both in directions]
     numbers["invalid_rows"] = invalid
     numbers["wholly_masked"] = [0] * SAMPLES
     return numbers
@@ -212,7 +214,7 @@ def test_outcome_statistics(samples):
         separation = summary.compare(score)
         low = -1 if score == ALIGNMENT else 0
         binned = reference.binned(correct, low, 1), reference.binned(incorrect, low, 1)
-        assert separation.auroc == pytest.approx(reference.auroc(*binned), abs=1e-9)
+        assert separation.auroc == pytest.approx(reference.error_auroc(str(score), *binned), abs=1e-9)
         assert (separation.correct, separation.incorrect) == (len(correct), len(incorrect))
         assert summary.gap(score) == pytest.approx(correct.mean() - incorrect.mean(), abs=1e-5)
         known = ((outcomes != UNKNOWN) & (classes < CLASSES)).numpy()
@@ -230,6 +232,26 @@ def test_mean_maps(samples):
         for outcome in (INCORRECT, CORRECT):
             expected = weights[outcomes == outcome].nanmean((0, 1))
             torch.testing.assert_close(summary.outcome_maps[direction][outcome].float(), expected)
+
+
+def test_mean_maps_of_masks_that_differ_by_head():
+    """A head that may not attend counts with weight 0, one whose row is broken does not count."""
+    generator = torch.Generator().manual_seed(2)
+    visible = torch.rand(SAMPLES, HEADS, QUERIES, KEYS, generator=generator) > 0.5
+    visible[:, :, 1, 2], visible[:2, 0, 3] = False, False
+    scores = torch.randn(visible.shape, generator=generator)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    weights[5, 1, 4] *= 1.1
+    rows = [prepare_rows(Attention(DIRECTION, weights, visible=visible))]
+    labels = torch.zeros(SAMPLES, dtype=torch.long), torch.full((SAMPLES,), UNKNOWN), torch.zeros(SAMPLES)
+    (found,) = LayerSummary(add(new_accumulator(rows, 1), rows, *labels)).maps[DIRECTION]
+    cells = {}
+    for b in range(SAMPLES):
+        for cell, of_heads in reference.head_weights(weights[b].double().numpy(), keys=visible[b].numpy()).items():
+            cells.setdefault(cell, []).extend(of_heads)
+    expected = [[np.mean(cells.get((q, k), np.nan)) for k in range(KEYS)] for q in range(QUERIES)]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
+    assert np.isnan(expected).sum() == 1
 
 
 def test_alignment_between_different_samples(samples):

@@ -157,7 +157,8 @@ def test_the_fusions_numbers_are_the_means_of_the_samples(evaluated):
     assert record["contribution/share/left"] == pytest.approx(float(known[:, 0].mean() / known.sum(1).mean()))
     bins = reference.binned(numbers["conflict"].numpy(), 0, 1)
     correct, incorrect = (outcomes == CORRECT).numpy(), (outcomes == INCORRECT).numpy()
-    assert record["outcome/conflict_auroc"] == pytest.approx(reference.auroc(bins[correct], bins[incorrect]))
+    expected = reference.error_auroc("conflict", bins[correct], bins[incorrect])
+    assert record["outcome/conflict_auroc"] == pytest.approx(expected)
 
 
 def test_samples_without_a_class_are_in_no_gap_within_classes(evaluated):

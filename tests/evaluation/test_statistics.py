@@ -54,9 +54,8 @@ def test_what_is_no_name_is_refused(name):
 def test_a_modality_may_be_called_like_a_head(modality):
     columns = table_columns(numbers(Direction(modality, "y")))
     lists = [name for name, values in columns.items() if values.dim() == 2]
-    assert lists == [
-        f"{d}_{s}_heads" for s in ("entropy", "sink", "broken") for d in (f"{modality}_to_y", f"y_to_{modality}")
-    ]
+    statistics, directions = ("entropy", "sink", "sink_excess", "broken"), (f"{modality}_to_y", f"y_to_{modality}")
+    assert lists == [f"{d}_{s}_heads" for s in statistics for d in directions]
     assert all(columns[name].shape == (2, 3) for name in lists)
     assert f"{modality}_to_y_entropy" in columns
 
@@ -75,6 +74,20 @@ def test_each_level_is_the_mean_of_the_one_below():
         torch.testing.assert_close(found[Column("entropy", of)], heads.mean(0))
     both = torch.stack([found[Column("entropy", of)] for of in (direction, direction.opposite)])
     torch.testing.assert_close(found[Column("entropy")], both.mean(0))
+
+
+def test_a_layer_has_the_mean_of_its_defined_directions():
+    """Of the second sample a single spectrogram token is real, so EEG's entropy is undefined; of the third, none is."""
+    generator = torch.Generator().manual_seed(1)
+    real = torch.tensor([[True] * 7, [True] + [False] * 6, [False] * 7])
+    there = torch.randn(3, 2, 5, 7, generator=generator).masked_fill(~real[:, None, None], -torch.inf).softmax(-1)
+    back = torch.randn(3, 2, 7, 5, generator=generator).softmax(-1)
+    pair = Attention(EEG_TO_SPEC, there, key_mask=real), Attention(EEG_TO_SPEC.opposite, back, query_mask=real)
+    found = sample_statistics(*map(prepare_rows, pair))
+    of_eeg, of_spec = (found[Column("entropy", one.direction)] for one in pair)
+    assert of_eeg.isnan().tolist() == [False, True, True]
+    expected = torch.stack([(of_eeg[0] + of_spec[0]) / 2, of_spec[1], torch.tensor(torch.nan)])
+    torch.testing.assert_close(found[Column("entropy")], expected, equal_nan=True)
 
 
 def test_reports_show_directions_where_there_are_any():
@@ -105,7 +118,7 @@ def documented(statistic):
     topic, _, what = statistic.curve.partition("/")
     first = f"`xattn_{topic}/val/" + what.format(which="all", direction="<direction>") + "`"
     more = ["<class>"] if "{which}" in what else []
-    more += ["correct", "incorrect", "gap"] if statistic.compared and "{direction}" not in what else []
+    more += ["correct", "incorrect", "gap"] if statistic.error_side and "{direction}" not in what else []
     more += ["head_<i>"] if "head" in statistic.levels else []
     low, high = statistic.range
     ends = f"{low:g} to {high:g}" if math.isfinite(high) else f"{low:g} or more"

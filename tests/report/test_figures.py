@@ -171,7 +171,7 @@ SHOWN = {
     "conflict of the probes": ("conflict/", ["correct", "incorrect"]),
     "accuracy of each probe": ("probe/", ["left", "right"]),
     "share of the contribution": ("contribution/share/", ["left", "right"]),
-    "higher in correct (AUROC)": ("outcome/", ["confidence", "conflict", "alignment", "entropy"]),
+    "detects errors (AUROC)": ("outcome/", ["low confidence", "high conflict", "low alignment", "high entropy"]),
 }
 """By panel: the topic, and its curves."""
 
@@ -184,7 +184,7 @@ def test_each_curve_of_the_overview_is_what_the_records_say(records):
     references = {
         "alignment": ("null", [one["alignment/null"] for one in said]),
         "accuracy of each probe": ("largest class", [one["largest_class"] for one in said]),
-        "higher in correct (AUROC)": ("chance", [0.5] * 3),
+        "detects errors (AUROC)": ("chance", [0.5] * 3),
     }
     for title, (topic, names) in SHOWN.items():
         lines = {line.get_label(): line for line in shown[title].lines if not line.get_label().startswith("_")}
@@ -192,7 +192,7 @@ def test_each_curve_of_the_overview_is_what_the_records_say(records):
         assert list(lines) == [*names, name][: len(names) + bool(name)]
         bands = [band for band in shown[title].collections if isinstance(band, PolyCollection)]
         for band, curve in zip(bands, names, strict=True):
-            key = topic + curve + ("_auroc" if topic == "outcome/" else "")
+            key = f"{topic}{curve.split()[-1]}_auroc" if topic == "outcome/" else topic + curve
             assert lines[curve].get_xdata().tolist() == [0, 2, 3]
             np.testing.assert_allclose(lines[curve].get_ydata(), [one[key] for one in said])
             # The edge goes along the lower ends and back along the upper ones.

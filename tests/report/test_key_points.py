@@ -26,11 +26,11 @@ def alone(result):
     return replace(result, summaries={}, table=None, maps={})
 
 
-def compared(auroc, low, high):
-    return Comparison(auroc, low, high, 50, 50, gap=0.1, class_adjusted_gap=0.1)
+def compared(auroc, low, high, error_side="low"):
+    return Comparison(auroc, low, high, 50, 50, error_side=error_side, gap=0.1, class_adjusted_gap=0.1)
 
 
-NO_SCORE = "no score predicts errors clearly better than confidence. AUROC:"
+NO_SCORE = "no score detects errors clearly better than confidence. AUROC:"
 
 
 def test_key_points_say_the_summarys_numbers(result, members):
@@ -65,7 +65,8 @@ def test_key_points_say_the_summarys_numbers(result, members):
     scores |= {name: result.headline.compare(Column(name)) for name in ("confidence", "alignment", "entropy")}
     for name, one in scores.items():
         auroc, low, high = (decimals(number, 2) for number in (one.auroc, one.low, one.high))
-        assert f"{name} {auroc} (95 % CI {low} to {high}; " in sentences["Errors"]
+        side = "high" if name in ("conflict", "entropy") else "low"
+        assert f"{side} {name} {auroc} (95 % CI {low} to {high}; " in sentences["Errors"]
 
 
 def test_key_points_of_a_regression_and_of_layers_alone(result):
@@ -90,23 +91,33 @@ def test_key_points_of_a_regression_and_of_layers_alone(result):
     ("outcomes", "said"),
     [
         (
-            {"confidence": compared(0.7, 0.6, 0.8), "conflict": compared(0.3, 0.2, 0.4)},
-            f"{NO_SCORE} confidence 0.70 (95 % CI 0.60 to 0.80; higher in correct predictions); "
-            "conflict 0.30 (95 % CI 0.20 to 0.40; lower in correct predictions).",
+            {"confidence": compared(0.7, 0.6, 0.8), "conflict": compared(0.3, 0.2, 0.4, "high")},
+            f"{NO_SCORE} low confidence 0.70 (95 % CI 0.60 to 0.80; detects errors); "
+            "high conflict 0.30 (95 % CI 0.20 to 0.40; points the other way).",
         ),
         (
-            {"confidence": compared(0.25, 0.2, 0.3), "conflict": compared(0.1, 0.05, 0.15)},
-            "conflict predicts errors clearly better than confidence. AUROC: confidence 0.25 (95 % CI 0.20 to 0.30; "
-            "lower in correct predictions); conflict 0.10 (95 % CI 0.05 to 0.15; lower in correct predictions).",
+            {"confidence": compared(0.25, 0.2, 0.3), "conflict": compared(0.1, 0.05, 0.15, "high")},
+            f"{NO_SCORE} low confidence 0.25 (95 % CI 0.20 to 0.30; points the other way); "
+            "high conflict 0.10 (95 % CI 0.05 to 0.15; points the other way).",
+        ),
+        (
+            {"confidence": compared(0.6, 0.5, 0.7), "conflict": compared(0.9, 0.85, 0.95, "high")},
+            "conflict detects errors clearly better than confidence. AUROC: low confidence 0.60 (95 % CI 0.50 to 0.70; "
+            "not shown to detect errors); high conflict 0.90 (95 % CI 0.85 to 0.95; detects errors).",
+        ),
+        (
+            {"confidence": compared(0.25, 0.2, 0.3), "alignment": compared(0.45, 0.4, 0.5)},
+            f"{NO_SCORE} low confidence 0.25 (95 % CI 0.20 to 0.30; points the other way); "
+            "low alignment 0.45 (95 % CI 0.40 to 0.50; not shown to detect errors).",
         ),
         (
             {"confidence": compared(0.47, 0.23, 0.72), "alignment": compared(0.54, 0.29, 0.78)},
-            f"{NO_SCORE} confidence 0.47 (95 % CI 0.23 to 0.72; no difference shown); "
-            "alignment 0.54 (95 % CI 0.29 to 0.78; no difference shown).",
+            f"{NO_SCORE} low confidence 0.47 (95 % CI 0.23 to 0.72; not shown to detect errors); "
+            "low alignment 0.54 (95 % CI 0.29 to 0.78; not shown to detect errors).",
         ),
         (
             {"confidence": compared(0.7, 0.6, 0.8)},
-            f"{NO_SCORE} confidence 0.70 (95 % CI 0.60 to 0.80; higher in correct predictions).",
+            f"{NO_SCORE} low confidence 0.70 (95 % CI 0.60 to 0.80; detects errors).",
         ),
         (
             {"confidence": compared(0.7, math.nan, math.nan)},

@@ -225,17 +225,17 @@ def test_a_data_set_without_groups_has_the_summarys_numbers():
     assert row(report, "all")[2] == f"{100 * right / known:.1f} % ({low:.1f} to {high:.1f} %) {right}/{known}"
     assert "In brackets: 95 % CI, samples taken as independent; none with fewer than 5 samples.\n" in report
     assert "**Samples with a tied top vote:** 2; the first of the tied classes counts" in report
-    assert row(report, "alignment")[1:3] == [str(right), str(known - right)]
-    assert "- **alignment:** no difference shown\n" in report
+    assert row(report, "low alignment")[1:3] == [str(right), str(known - right)]
+    assert "- **low alignment:** not shown to detect errors\n" in report
     assert "nan" not in report.lower()
 
 
-@pytest.mark.parametrize(("favoured", "verdict"), [(2, "higher in correct"), (0, "lower in correct")])
-def test_a_difference_between_outcomes_is_told_with_its_sign(favoured, verdict):
+@pytest.mark.parametrize(("favoured", "verdict"), [(2, "detects errors"), (0, "points the other way")])
+def test_a_score_detects_errors_or_points_the_other_way(favoured, verdict):
     outcomes = [CORRECT if of == favoured else INCORRECT for of in CLASSES]
     report = create_explainability_report(dataset(summary(CLASSES, outcomes)))
-    *_, adjusted = row(report, "alignment")
-    assert f"- **alignment:** {verdict} predictions, which may be a difference between classes" in report
+    *_, adjusted = row(report, "low alignment")
+    assert f"- **low alignment:** {verdict}, which may be a difference between classes" in report
     assert adjusted == "undefined"  # no class has both outcomes
 
 
@@ -253,10 +253,10 @@ def test_a_gap_that_classes_do_not_have_is_said_to_be_theirs(gap, within, betwee
 
 def test_fewer_than_five_of_an_outcome_support_no_claim():
     report = create_explainability_report(dataset(summary(CLASSES, [INCORRECT] * 4 + [CORRECT] * 35)))
-    assert row(report, "alignment")[1:] == ["35", "4", "", "", ""]
-    assert "- **alignment:** no claim, fewer than 5 samples of an outcome" in report
+    assert row(report, "low alignment")[1:] == ["35", "4", "", "", ""]
+    assert "- **low alignment:** no claim, fewer than 5 samples of an outcome" in report
     report = create_explainability_report(dataset(summary(CLASSES, [INCORRECT] * 5 + [CORRECT] * 34)))
-    assert row(report, "alignment")[3].startswith("0.")
+    assert row(report, "low alignment")[3].startswith("0.")
 
 
 def test_predicted_classes_unclassified_samples_and_several_layers():

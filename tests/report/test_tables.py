@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -103,24 +104,39 @@ def test_classes_and_outcomes_have_their_samples_accuracy_and_attention(result, 
         assert means == [in_brackets(estimate_mean(one, column, *subset)) for column in columns]
 
 
+def test_the_table_of_classes_says_how_many_intervals_miss_by_chance(result, report, tables):
+    _, rows = tables["layer"]
+    intervals = sum(bool(re.search(r"\(.* to .*\)", cell)) for cells in rows.values() for cell in cells)
+    assert intervals > 20
+    sentence = (
+        f"Each of these {intervals} intervals misses the truth once in 20 times: expect about "
+        f"{decimals(intervals / 20, 1)} of them to miss by chance."
+    )
+    assert sentence in report.splitlines()
+    whole = replace(result, class_names=[], fusion=None)
+    assert "by chance" not in create_explainability_report(whole)
+
+
 @pytest.mark.parametrize("where", ["fusion", "layer"])
 def test_scores_have_their_sizes_and_what_they_separate(result, members, tables, where):
     header, rows = tables[f"scores of the {where}"]
     assert header == [
-        *("score", "correct (groups)", "incorrect (groups)"),
+        *("sign of an error", "correct (groups)", "incorrect (groups)"),
         *("AUROC", "gap", "gap within classes"),
     ]
-    names = ["confidence", "conflict"] if where == "fusion" else ["confidence", "alignment", "entropy"]
-    assert list(rows) == names
+    names = {"low confidence": "confidence", "high conflict": "conflict"}
+    if where == "layer":
+        names = {"low confidence": "confidence", "low alignment": "alignment", "high entropy": "entropy"}
+    assert list(rows) == list(names)
     sizes = [
         f"{int(members[name].sum())} ({len(result.fusion.groups[members[name]].unique())})"
         for name in ("correct", "incorrect")
     ]
-    for name in names:
+    for sign, name in names.items():
         found = result.fusion.compare(name) if where == "fusion" else result.headline.compare(Column(name))
         auroc = f"{decimals(found.auroc)} ({decimals(found.low)} to {decimals(found.high)})"
         gaps = [f"{'+' * (gap >= 0)}{decimals(gap)}" for gap in (found.gap, found.class_adjusted_gap)]
-        assert rows[name] == [*sizes, auroc, *gaps]
+        assert rows[sign] == [*sizes, auroc, *gaps]
         assert gaps[0] != gaps[1]
 
 
