@@ -150,12 +150,10 @@ def test_the_overview_is_of_validations_and_has_the_null_and_the_intervals():
 
 
 def test_an_arrow_marks_where_an_interval_leaves_the_panel():
-    numbers = {"probed_samples": 9, "conflict/correct": 0.9, "conflict/correct_low": 0.8}
-    records = [
-        record(epoch, **numbers, **{"conflict/correct_high": high}) for epoch, high in enumerate((0.95, 1.2, 1.4))
-    ]
+    numbers = {"probed_samples": 9, "probe/left": 0.9, "probe/left_low": 0.8}
+    records = [record(epoch, **numbers, **{"probe/left_high": high}) for epoch, high in enumerate((0.95, 1.2, 1.4))]
     figure = overview_figure(records, "val")
-    panel = next(panel for panel in figure.axes if panel.get_title() == "conflict of the probes")
+    panel = next(panel for panel in figure.axes if panel.get_title() == "accuracy of each probe")
     (arrow,) = [line for line in panel.lines if line.get_marker() == CARETUP]
     top = panel.get_ylim()[1]
     assert (arrow.get_xdata().tolist(), arrow.get_ydata().tolist()) == ([1, 2], [top, top])

@@ -12,7 +12,7 @@ from tests.processes import run_processes
 # One start for both, as starting processes takes longer than what they do.
 pytestmark = pytest.mark.slow
 
-REPLAYED = ("contribution", "conflict", "support", "faithfulness", "unfaithful")
+REPLAYED = ("contribution", "support", "faithfulness", "unfaithful")
 """Topics of numbers that take replays."""
 
 

@@ -376,4 +376,4 @@ def test_the_historys_confidence_is_of_all_samples_and_so_is_its_interval():
     assert few["probed_samples"] == 140
     for name in ("outcome/confidence_auroc", "outcome/confidence_auroc_low", "outcome/confidence_auroc_high"):
         assert few[name] == whole[name]
-    assert few["outcome/conflict_auroc"] != whole["outcome/conflict_auroc"]
+    assert few["outcome/support_auroc"] != whole["outcome/support_auroc"]

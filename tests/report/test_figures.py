@@ -47,11 +47,11 @@ def figures(result):
 def test_each_figure_has_its_tag_and_says_where_it_is_from(figures):
     assert list(figures) == [
         *("map/left_to_right", "map/right_to_left", "entropy/by_head", "outcome/class_comparison"),
-        "contribution/shares",
+        *("support/cells", "contribution/shares"),
     ]
-    for figure in figures.values():
+    for name, figure in figures.items():
         assert "epoch 4" in texts(figure)
-        assert "per true class" in texts(figure).replace("\n", " ")
+        assert name == "support/cells" or "per true class" in texts(figure).replace("\n", " ")
 
 
 @pytest.mark.parametrize("direction", ["left_to_right", "right_to_left"])
@@ -137,11 +137,32 @@ def test_each_modality_has_its_share_of_each_class_and_outcome(result, members, 
     assert "95 % CI by groups" in texts(figure).replace("\n", " ")
 
 
+def test_cells_of_support_have_their_accuracy_and_confidence(result, figures):
+    figure = figures["support/cells"]
+    (panel,) = panels(figure)
+    cells = result.fusion.cells
+    accuracy, confidence = [*panel.containers][::2], [*panel.containers][1::2]
+    for bars, name in ((accuracy, "accuracy"), (confidence, "confidence")):
+        for place, (one, cell) in enumerate(zip(bars, cells, strict=True)):
+            expected = getattr(cell, name)
+            (x,), (y,) = one.lines[0].get_data()
+            assert (x, round(y)) == (pytest.approx(100 * expected.mean), place)
+            ends = one.lines[2][0].get_segments()[0][:, 0]
+            np.testing.assert_allclose(ends, [100 * expected.low, 100 * expected.high])
+    told = texts(figure).replace("\n", " ")
+    for cell in cells:
+        assert f"{100 * cell.share.mean:.0f} %, n={cell.samples}" in told
+    assert "by groups" in told
+    legend = [one.get_text() for one in figure.legends[0].get_texts()]
+    assert legend == ["accuracy", "mean confidence"]
+
+
 def test_where_shares_are_not_defined_there_is_no_figure_of_them(result):
     def draws(class_names=CLASSES, **changed):
         fusion = result.fusion.merge_classes(range(4))  # a copy
         vars(fusion).update(changed)
-        return len([*fusion_figures(fusion, "val", class_names, classes_by="target", context="")])
+        figures = fusion_figures(fusion, "val", class_names, classes_by="target", context="")
+        return [tag for tag, _ in figures].count("xattn_contribution/val/shares")
 
     nothing = result.fusion.outcomes * 0 + UNKNOWN
     assert (draws((), outcomes=nothing), draws((), outcomes=nothing + INCORRECT - UNKNOWN)) == (0, 1)
@@ -168,10 +189,10 @@ def records(result):
 SHOWN = {
     "alignment": ("alignment/", ["correct", "incorrect"]),
     "entropy": ("entropy/", ["correct", "incorrect"]),
-    "conflict of the probes": ("conflict/", ["correct", "incorrect"]),
-    "accuracy of each probe": ("probe/", ["left", "right"]),
+    "predictions supported by": ("support/", ["both", "only_left", "only_right", "neither_agree", "neither_differ"]),
+    "accuracy of each probe": ("probe/", ["left", "right", "joint"]),
     "share of the contribution": ("contribution/share/", ["left", "right"]),
-    "detects errors (AUROC)": ("outcome/", ["low confidence", "high conflict", "low alignment", "high entropy"]),
+    "detects errors (AUROC)": ("outcome/", ["low confidence", "low support", "low alignment", "high entropy"]),
 }
 """By panel: the topic, and its curves."""
 
@@ -210,12 +231,12 @@ def test_each_curve_of_the_overview_is_what_the_records_say(records):
 
 def test_a_single_evaluation_has_points_with_bars(records):
     (test, *_), figure = records, overview_figure(records[:1], "test")
-    conflict = next(panel for panel in panels(figure) if panel.get_title() == "conflict of the probes")
-    for name, bars in zip(("correct", "incorrect"), conflict.containers, strict=True):
-        (line,) = (line for line in conflict.lines if line.get_label() == name)
-        assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([9], [test[f"conflict/{name}"]])
+    probes = next(panel for panel in panels(figure) if panel.get_title() == "accuracy of each probe")
+    for name, bars in zip(("left", "right", "joint"), probes.containers, strict=True):
+        (line,) = (line for line in probes.lines if line.get_label() == name)
+        assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([9], [test[f"probe/{name}"]])
         ends = bars.lines[2][0].get_segments()[0][:, 1]
-        assert ends == pytest.approx([test[f"conflict/{name}_low"], test[f"conflict/{name}_high"]])
+        assert ends == pytest.approx([test[f"probe/{name}_low"], test[f"probe/{name}_high"]])
 
 
 def test_what_is_no_share_has_its_size(records):
@@ -287,7 +308,7 @@ def test_of_many_layers_four_are_shown_from_the_first_to_the_last():
 
 
 def test_an_undefined_number_is_drawn_nowhere(records):
-    gone = records[2] | {"conflict/correct": math.nan}
+    gone = records[2] | {"probe/left": math.nan}
     figure = overview_figure([records[1], gone, records[3]], "val")
-    conflict = next(panel for panel in panels(figure) if panel.get_title() == "conflict of the probes")
-    assert np.isnan(conflict.lines[0].get_ydata()).tolist() == [False, True, False]
+    probes = next(panel for panel in panels(figure) if panel.get_title() == "accuracy of each probe")
+    assert np.isnan(probes.lines[0].get_ydata()).tolist() == [False, True, False]

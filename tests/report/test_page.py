@@ -35,7 +35,7 @@ def entries(result):
 def test_each_sample_has_its_classes_and_numbers(result, entries):
     fusion = result.fusion
     rows = pd.read_parquet(result.table / "attention").sort_values("sample_idx")
-    conflicts = dict(zip(fusion.sample_numbers.tolist(), fusion.numbers["conflict"].tolist(), strict=True))
+    supports = dict(zip(fusion.sample_numbers.tolist(), fusion.numbers["support"].tolist(), strict=True))
     assert [one.place for one in entries] == list(range(130))
     outcomes = {True: "correct", False: "incorrect"}
     for one, (_, row) in zip(entries, rows.iterrows(), strict=True):
@@ -47,7 +47,7 @@ def test_each_sample_has_its_classes_and_numbers(result, entries):
         )
         assert one.outcome == (outcomes[one.predicted == one.true] if has_class else "")
         expected = {name: row[name] for name in ("confidence", "alignment")}
-        assert one.numbers == pytest.approx(expected | {"conflict": conflicts[row["sample_idx"]]}, rel=1e-5)
+        assert one.numbers == pytest.approx(expected | {"support": supports[row["sample_idx"]]}, rel=1e-5)
         place = fusion.sample_numbers.tolist().index(row["sample_idx"])
         assert one.blocks == [Paragraph(str(describe_modalities(fusion, place, CLASSES)))]
 
@@ -74,7 +74,7 @@ def test_each_sample_has_its_maps(result, entries):
 def entry(place, **changed):
     known = {
         **{"name": f"id{place}", "predicted": "a", "true": "b", "outcome": "incorrect"},
-        "numbers": {"confidence": 0.625, "conflict": 0.25, "alignment": -0.5},
+        "numbers": {"confidence": 0.625, "support": -0.25, "alignment": -0.5},
     }
     return SampleEntry(place, **known | changed)
 
@@ -89,9 +89,9 @@ def test_what_a_page_sorts_and_filters_by_is_the_samples():
     page = as_page(document, [], given, "3 of 4 samples")
     samples = re.findall(r'<details class="sample ?(\w*)"(.*?)</details>', page, re.DOTALL)
     found = [dict(re.findall(r'data-(\w+)="([^"]*)"', one)) for _, one in samples]
-    names = ("confidence", "conflict", "alignment", "place", "name", "true", "outcome")
+    names = ("confidence", "support", "alignment", "place", "name", "true", "outcome")
     assert [[one[name] for name in names] for one in found] == [
-        ["0.625", "0.25", "-0.5", "0", "id0", "b", "incorrect"],
+        ["0.625", "-0.25", "-0.5", "0", "id0", "b", "incorrect"],
         ["0.75", "", "", "1", "id1", "b", "correct"],
         ["", "", "0.125", "2", "id2", "", ""],
     ]
@@ -99,7 +99,7 @@ def test_what_a_page_sorts_and_filters_by_is_the_samples():
     classes = [re.findall(r'<span class="(\w+)">([^<]*)</span>', one) for _, one in samples]
     assert classes[0] == [
         *(("classes", "a, true b"), ("outcome", "incorrect")),
-        *(("number", "confidence 0.62"), ("number", "conflict 0.25"), ("number", "alignment -0.50")),
+        *(("number", "confidence 0.62"), ("number", "support -0.25"), ("number", "alignment -0.50")),
     ]
     assert classes[1:] == [
         [("classes", "b, true b"), ("outcome", "correct"), ("number", "confidence 0.75")],
@@ -107,7 +107,7 @@ def test_what_a_page_sorts_and_filters_by_is_the_samples():
     ]
     options = re.findall(r'<option value="([^"]*)">([^<]*)', page)
     assert options[:5] == [("", "all"), ("b", "b"), ("", "all"), ("incorrect", "incorrect"), ("correct", "correct")]
-    assert ("conflict down", "conflict, highest first") in options
+    assert ("support down", "support, highest first") in options
     assert ("alignment up", "alignment, lowest first") in options
     assert "<p>3 of 4 samples</p>" in page
 
