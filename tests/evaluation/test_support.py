@@ -260,6 +260,21 @@ def test_an_unused_modality_is_found_though_nine_of_ten_are_of_one_class():
     assert [unused(summary, name) for name in ("left", "right")] == [0, 1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["noise", "copy"])
+def test_a_modality_that_adds_nothing_rarely_seems_to_add(kind):
+    alarms, runs = 0, 100
+    for seed in range(runs):
+        generator = torch.Generator().manual_seed(seed)
+        target = torch.randint(CLASSES, (200,), generator=generator)
+        first = one_hot(target, CLASSES) + torch.randn(200, CLASSES, generator=generator)
+        other = torch.randn(200, 8, generator=generator)
+        second = other if kind == "noise" else first @ other[:CLASSES]
+        fusion = explain_features({"eeg": first, "spec": second}, logits_of(target), target).fusion
+        alarms += fusion.estimate("joint_gain/spec").low > 0 or fusion.auroc_gains["spec"].low > 0
+    assert alarms <= 0.05 * runs
+
+
 def test_xor_is_beyond_the_probes_and_the_report_says_so():
     generator = torch.Generator().manual_seed(4)
     samples = 400
