@@ -128,7 +128,8 @@ def draw_conflict(figure_axes: list[list[Axes]]) -> Drawn:
     for (ax,), probes in zip(figure_axes, (agree, differ), strict=True):
         draw_bars(ax, probes)
     figure_axes[1][0].legend(fontsize=9, loc="upper center")
-    return name_halves(figure_axes, "conflict", values, ("both probes predict A", "the probe on EEG predicts A, that on Spec C"))
+    what = "both probes predict A", "the probe on EEG predicts A, that on Spec C"
+    return name_halves(figure_axes, "conflict", values, what)
 
 
 def draw_support(figure_axes: list[list[Axes]]) -> Drawn:

@@ -153,8 +153,9 @@ def fusion_record(summary: FusionSummary, scope: str, curves: Mapping[str, float
     record: dict[str, Any] = {"probed_samples": summary.samples, "probe_problems": dict(summary.probe_problems)}
     record["modalities"] = ", ".join(summary.sources)
     record |= {"missing": dict(summary.missing), "unrecorded": summary.unrecorded}
-    record["probe_macro_auroc"] = {name: one.mean for name, one in summary.probe_aurocs.items()}
-    record["probe_calibration_error"] = dict(summary.calibration_errors)
+    aurocs = {name: one.mean for name, one in summary.probe_aurocs.items()}
+    for name, found in (("probe_macro_auroc", aurocs), ("probe_calibration_error", summary.calibration_errors)):
+        record[name] = {modality: one for modality, one in found.items() if math.isfinite(one)}
     record["contribution_problem"] = summary.contribution_problem
     if summary.replaced:  # faithfulness was tested
         problems = {str(direction): summary.faithfulness_problem(direction) for direction in summary.replaced}

@@ -154,6 +154,14 @@ def added_value(
     -------
     AddedValue
         With intervals by DeLong's influence values, summed by group.
+
+    Examples
+    --------
+    >>> wrong = torch.arange(400) % 4 == 0
+    >>> score = torch.rand(400) - 2.0 * wrong  # detects errors
+    >>> found = added_value(confidence=torch.rand(400), score=score, wrong=wrong, folds=torch.arange(400) % 5)
+    >>> found.delta_auroc.low > 0
+    True
     """
     certain = confidence.double().clamp(_CERTAIN, 1 - _CERTAIN).logit()
     base = error_probabilities(certain[:, None], wrong, folds)

@@ -161,7 +161,7 @@ def discriminant(counts: Tensor, sums: Tensor, products: Tensor, shrinkage: floa
     >>> features = torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64)  # two of each class
     >>> counts, sums = torch.tensor([2.0, 2.0]).double(), torch.tensor([[-2.0], [2.0]]).double()
     >>> coefficients, constants = discriminant(counts, sums, products=(features @ features)[None, None])
-    >>> coefficients.tolist()  # the means, -1 and 1, over the variance within classes, 0.5
+    >>> coefficients.round(decimals=6).tolist()  # the means, -1 and 1, over the variance within classes, 0.5
     [[-2.0], [2.0]]
     """
     present = counts > 0

@@ -130,7 +130,6 @@ def attend(attention, query, keys, scales=None):
     return attention.out_proj((weights @ v).transpose(1, 2).flatten(2)), weights
 
 
-@pytest.mark.filterwarnings("ignore:.*attention sink:lightning_xattn.XAttnWarning")
 def test_every_number_is_the_references():
     """Of a model with multi-head attention, whose keys are replaced where it gets them, sample by sample."""
     data, _ = said_data(130)
@@ -255,7 +254,7 @@ def test_samples_without_the_first_layer_are_left_out(infos):
     summary = summary_of(module, data, attention=layers, contribution_samples=192)
     known = torch.isfinite(summary.numbers[f"gain/{THERE}"])
     assert sorted(summary.sample_numbers[~known].tolist()) == list(range(32, 48))
-    assert torch.isfinite(summary.numbers["followed"]).all()
+    assert torch.isfinite(summary.numbers["phi/left"]).all()
     assert summary.faithfulness(THERE).mean > 0.45
 
 

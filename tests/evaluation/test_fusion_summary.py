@@ -368,7 +368,6 @@ def test_ids_that_occur_twice_are_still_different_samples():
         assert float(summary.numbers["phi/left"][i] + summary.numbers["phi/right"][i]) == pytest.approx(whole, abs=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*attention sink:lightning_xattn.XAttnWarning")
 def test_the_historys_confidence_is_of_all_samples_and_so_is_its_interval():
     data, _ = said_data(160, noise=1.5)
     module = trained(None, data, epochs=15)

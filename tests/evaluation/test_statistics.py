@@ -132,7 +132,6 @@ def test_the_page_of_curves_has_the_table_of_statistics():
         assert statistic.curve is None or documented(statistic) in CURVES.splitlines()
 
 
-@pytest.mark.filterwarnings("ignore:.*attention sink:lightning_xattn.XAttnWarning")
 @pytest.mark.slow
 def test_every_curve_that_is_logged_is_on_the_page_of_curves():
     rows = [re.findall("`([^`]*)`", line.split("|")[1]) for line in CURVES.splitlines() if line.startswith("| `xattn_")]

@@ -82,7 +82,7 @@ def test_the_montage_is_bipolar_unless_another_is_asked_for(arguments, montage, 
     called = []
     monkeypatch.setattr("lightning_xattn.hms.explain.run_explain", lambda *args: called.append(args))
     assert main(["explain", "--checkpoint", "c", "--data", "d", "--out", "o", *arguments]) == 0
-    assert called == [("c", "d", "o", montage, False)]
+    assert called == [("c", "d", "o", montage, False, None)]
 
 
 def test_what_is_no_montage_is_said_before_anything_is_read(tmp_path):
