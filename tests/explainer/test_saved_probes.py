@@ -15,7 +15,6 @@ from lightning_xattn.functional.probe import assign_folds
 from tests import reference
 from tests.attribution.models import NAMED, loader_of, said_data, sample_ids, trained
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*samples have no class:lightning_xattn.XAttnWarning")
 
 
