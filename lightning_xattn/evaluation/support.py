@@ -79,15 +79,14 @@ def describe_right(fusion: FusionSummary) -> list[Cell]:
 def name_cells(modalities: Sequence[str], right: bool = False) -> list[tuple[str, str]]:
     """The key and the name of each cell of support, or of whose probe is ``right``, in the order of their numbers."""
     count = len(modalities)
-    none, their = ("neither", "their") if count == 2 else ("none", "all")
+    none = "neither" if count == 2 else "none"
     if count == 2:
         found = [("both", "both"), *((f"only_{one}", f"only {name_modality(one)}") for one in modalities)]
     else:
         found = [("all", f"all {count}"), *((f"{n}_of_{count}", f"{n} of {count}") for n in range(count - 1, 0, -1))]
     if right:
         return [*found, ("joint_only", "only the joint probe"), (none, none)]
-    agree, differ = f"{none}, and {their} probes agree with each other", f"{none}, and {their} probes differ"
-    return [*found, (f"{none}_agree", agree), (f"{none}_differ", differ)]
+    return [*found, (f"{none}_agree", f"{none} (probes agree)"), (f"{none}_differ", f"{none} (probes differ)")]
 
 
 def _describe_cells(fusion: FusionSummary, cells: Tensor, names: Sequence[tuple[str, str]]) -> Iterator[Cell]:

@@ -153,10 +153,9 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
     if any(name.startswith("entropy/") for name in known):
         panels.append(Panel("entropy", draw_each("entropy/", outcomes), (0, 1)))
     if "probed_samples" in known:
-        cells = [name.removeprefix("support/") for name in known if name.startswith("support/")]
-        shown_cells = [name for name in cells if f"support/{name}_low" in known and name != "delta_auroc"]
-        shown_cells = [name for name in shown_cells if "/" not in name]
-        panels.append(Panel("predictions supported by", draw_each("support/", shown_cells), (0, 1)))
+        cells = [one.name for one in draw_each("support/") if one.name != "delta"]
+        supported = [draw(name.replace("_", " "), f"support/{name}") for name in cells]
+        panels.append(Panel("predictions supported by", supported, (0, 1)))
         largest = "largest class", over("largest_class")
         panels.append(Panel("accuracy of each probe", draw_each("probe/"), (0, 1), largest))
         if any(name.startswith("contribution/size/") for name in known):

@@ -28,8 +28,9 @@ HOW_TO_READ_MODALITIES = (
     "Probe: a linear probe predicts the class from the pooled output of one modality's encoder, the joint probe from "
     "those of all modalities. No probe has seen the sample that it predicts, nor any other of its group. What a linear "
     "probe of pooled features cannot see, the model may still use.",
-    "Support: a modality supports a prediction if its probe predicts the same class. The calibration gap is the "
-    "accuracy minus the mean confidence: below 0, the model is too confident.",
+    "Support: a modality supports a prediction if its probe predicts the same class. Where none does, the probes may "
+    "agree with each other or differ. The calibration gap is the accuracy minus the mean confidence: below 0, the model "
+    "is too confident.",
     "Contribution: the part of the predicted class's probability that a modality contributes (Shapley value), which is "
     "what changes when the modality is permuted, that is, replaced by that of another sample. A contribution below 0 "
     "opposes the prediction. A share below 0 or above 100 % means the same of many predictions. "

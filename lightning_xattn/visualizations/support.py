@@ -77,7 +77,7 @@ def plot_support(
     ax.set_xlim(-2, 102)
     ax.xaxis.set_major_locator(MultipleLocator(25))
     rows.label(ax)
-    page.write("Percent. Below each name: its share of the predictions, and samples.")
+    page.write("Percent. In brackets: share of the predictions, and samples.")
     handles = [
         Line2D([], [], color=look.colour, marker=look.marker, markerfacecolor=_fill(look), linestyle="", label=name)
         for name, look in _LOOKS.items()

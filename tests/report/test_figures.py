@@ -189,7 +189,7 @@ def records(result):
 SHOWN = {
     "alignment": ("alignment/", ["correct", "incorrect"]),
     "entropy": ("entropy/", ["correct", "incorrect"]),
-    "predictions supported by": ("support/", ["both", "only_left", "only_right", "neither_agree", "neither_differ"]),
+    "predictions supported by": ("support/", ["both", "only left", "only right", "neither agree", "neither differ"]),
     "accuracy of each probe": ("probe/", ["left", "right", "joint"]),
     "share of the contribution": ("contribution/share/", ["left", "right"]),
     "detects errors (AUROC)": ("outcome/", ["low confidence", "low support", "low alignment", "high entropy"]),
@@ -213,7 +213,7 @@ def test_each_curve_of_the_overview_is_what_the_records_say(records):
         assert list(lines) == [*names, name][: len(names) + bool(name)]
         bands = [band for band in shown[title].collections if isinstance(band, PolyCollection)]
         for band, curve in zip(bands, names, strict=True):
-            key = f"{topic}{curve.split()[-1]}_auroc" if topic == "outcome/" else topic + curve
+            key = f"{topic}{curve.split()[-1]}_auroc" if topic == "outcome/" else topic + curve.replace(" ", "_")
             assert lines[curve].get_xdata().tolist() == [0, 2, 3]
             np.testing.assert_allclose(lines[curve].get_ydata(), [one[key] for one in said])
             # The edge goes along the lower ends and back along the upper ones.
