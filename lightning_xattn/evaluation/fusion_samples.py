@@ -102,7 +102,8 @@ class SampleModalities:
         if one is None or not one.count:
             return "" if one is None else f" There were no {self.similar_noun}."
         interval = "" if math.isnan(one.low) else f" (95 % CI {say_interval(one.low, one.high, 0, as_percent=True)})"
-        return f" Of {one.count} {self.similar_noun} {percent(one.mean, 0)} were right{interval}."
+        noun = self.similar_noun if one.count > 1 else self.similar_noun.replace("samples", "sample")
+        return f" Of {one.count} {noun} {percent(one.mean, 0)} were right{interval}."
 
     def _describe_contributions(self) -> str:
         whole = sum(self.contributions.values())
@@ -131,6 +132,8 @@ def describe_modalities(summary: FusionSummary, i: int, class_names: Sequence[st
     class_names
         One for each class, or none.
     """
+    cell, saved = int(summary.support_cell[i]), summary.saved
+    class_names = class_names or (saved.class_names if saved else ())
     numbers = summary.numbers
     probes = {} if summary.probe_problems else {one: probe[i] for one, probe in summary.probes.items()}
     predicted = {
@@ -138,7 +141,6 @@ def describe_modalities(summary: FusionSummary, i: int, class_names: Sequence[st
         for one, p in probes.items()
         if not p.isnan().any()
     }
-    cell, saved = int(summary.support_cell[i]), summary.saved
     accuracies = [one.accuracy for one in summary.cells] if saved is None else saved.accuracies
     phi = {one: float(numbers[f"phi/{one}"][i]) for one in summary.modalities if f"phi/{one}" in numbers}
     phi = {} if any(map(math.isnan, phi.values())) else phi

@@ -193,6 +193,11 @@ class FusionSummary:
         return len(self.rows["hash"])
 
     @property
+    def has_outcomes(self) -> bool:
+        """Whether any prediction is known to be correct or not."""
+        return bool(self.numbers["correct"].isfinite().any())
+
+    @property
     def known_groups(self) -> int | None:
         """Number of groups of these samples; None where groups are not known."""
         return None if self.group_noun is None else int((self.groups.unique() != UNKNOWN_GROUP).sum())
@@ -204,7 +209,7 @@ class FusionSummary:
 
     @cached_property
     def right_cells(self) -> list[Cell]:
-        """The cells of whose probe is right; empty where a probe has a problem."""
+        """The cells of whose probe is right; empty where a probe has a problem, or there are no targets."""
         return describe_right(self)
 
     def fit_probes(self) -> dict[tuple[str, ...], tuple[Tensor, Tensor]]:

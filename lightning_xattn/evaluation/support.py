@@ -60,20 +60,14 @@ class Cell:
 
 def describe_support(fusion: FusionSummary) -> list[Cell]:
     """The cells of support: which modalities' probes predict what the model predicts; none where not computed."""
-    return (
-        []
-        if fusion.support_problem
-        else list(_describe_cells(fusion, fusion.support_cell, name_cells(fusion.modalities)))
-    )
+    names = [] if fusion.support_problem else name_cells(fusion.modalities)
+    return list(_describe_cells(fusion, fusion.support_cell, names))
 
 
 def describe_right(fusion: FusionSummary) -> list[Cell]:
-    """The same for whose probe is right; none where a probe has a problem."""
-    return (
-        []
-        if fusion.probe_problems
-        else list(_describe_cells(fusion, fusion.right_cell, name_cells(fusion.modalities, right=True)))
-    )
+    """The same for whose probe is right; none where a probe has a problem, or without targets."""
+    names = name_cells(fusion.modalities, right=True) if (fusion.right_cell >= 0).any() else []
+    return list(_describe_cells(fusion, fusion.right_cell, names))
 
 
 def name_cells(modalities: Sequence[str], right: bool = False) -> list[tuple[str, str]]:

@@ -130,6 +130,8 @@ def describe_support(fusion: FusionSummary) -> str:
 def describe_added_value(fusion: FusionSummary) -> str:
     """Whether support detects errors that confidence misses."""
     added = fusion.added_value
+    if not fusion.has_outcomes:
+        return "no prediction is known to be correct or not."
     if isinstance(added, str):
         return f"whether support detects errors that confidence misses is not computed: {added}."
     interval = say_interval(added.delta_auroc.low, added.delta_auroc.high, 2)
@@ -223,7 +225,7 @@ def describe_ranking(direction: Direction, found: Estimate, unfaithful: str) -> 
 
 def shown_scores(fusion: FusionSummary) -> list[str]:
     """The scores of the fusion that are compared between correct and incorrect predictions, confidence first."""
-    return [CONFIDENCE, "support"] if fusion.estimate(CONFIDENCE).count else []
+    return [CONFIDENCE, "support"] if fusion.estimate(CONFIDENCE).count and fusion.has_outcomes else []
 
 
 def shown_layer_scores(summary: LayerSummary) -> list[Column]:

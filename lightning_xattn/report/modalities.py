@@ -29,8 +29,8 @@ HOW_TO_READ_MODALITIES = (
     "those of all modalities. No probe has seen the sample that it predicts, nor any other of its group. What a linear "
     "probe of pooled features cannot see, the model may still use.",
     "Support: a modality supports a prediction if its probe predicts the same class. Where none does, the probes may "
-    "agree with each other or differ. The calibration gap is the accuracy minus the mean confidence: below 0, the model "
-    "is too confident.",
+    "agree with each other or differ. The calibration gap is the accuracy minus the mean confidence: below 0, the "
+    "model is too confident.",
     "Contribution: the part of the predicted class's probability that a modality contributes (Shapley value), which is "
     "what changes when the modality is permuted, that is, replaced by that of another sample. A contribution below 0 "
     "opposes the prediction. A share below 0 or above 100 % means the same of many predictions. "
@@ -120,9 +120,13 @@ def _tabulate_cells(fusion: FusionSummary) -> Iterator[Block]:
         "mean confidence": lambda cell: format_percent(cell.confidence),
         "calibration gap": lambda cell: format_percent(cell.calibration_gap),
     }
-    of_right = [*columns][:3]
+    of_support, of_right = [*columns], [*columns][:3]
+    if fusion.saved is not None and not fusion.has_outcomes:
+        there = {cell.key: one for cell, one in zip(fusion.cells, fusion.saved.accuracies, strict=True)}
+        columns["accuracy in the labelled evaluation"] = lambda cell: format_percent(there[cell.key])
+        of_support = [*of_right[:2], "mean confidence", "accuracy in the labelled evaluation"]
     for title, cells, wanted in (
-        ("supported by", fusion.cells, list(columns)),
+        ("supported by", fusion.cells, of_support),
         ("whose probe is right", fusion.right_cells, of_right),
     ):
         if cells:
@@ -158,7 +162,7 @@ def _tabulate_faithfulness(fusion: FusionSummary) -> Table:
 
 
 def _tabulate_subsets(fusion: FusionSummary, class_names: Sequence[str], classes_by: str | None) -> Iterator[Block]:
-    subsets, names = list_subsets(class_names), fusion.modalities
+    subsets, names = list_subsets(class_names, fusion.has_outcomes), fusion.modalities
     columns: dict[str, list[Estimate]] = {}
     if not fusion.support_problem:
         for name in names:
