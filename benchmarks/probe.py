@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import real_data, simulated
+from benchmarks.support import REAL
 from benchmarks.timing import median_seconds
 from lightning_xattn import functional
 from lightning_xattn.functional import probe
@@ -59,7 +60,7 @@ class Score(NamedTuple):
 
 def encode_real(name: str) -> Iterator[Encoded]:
     """Both modalities of the test samples, by models of each seed."""
-    data = real_data.LOADERS[name]()
+    data = REAL[name]()
     *streams, mask, target, group = data.test.tensors
     for seed in SEEDS:
         model = real_data.train(data, seed, width=MODEL_WIDTH).eval()
@@ -153,7 +154,7 @@ def measure(several: list[Encoded], blocks: int, width: int, shrinkage: float | 
 
 def encode_all() -> dict[str, list[Encoded]]:
     """All data sets, with both modalities by models of each seed."""
-    found = {name: list(encode_real(name)) for name in real_data.LOADERS}
+    found = {name: list(encode_real(name)) for name in REAL}
     models = [simulated.train(seed) for seed in SEEDS]
     return found | {f"HMS {test}": list(encode_simulated(models, test)) for test in simulated.TESTS}
 
