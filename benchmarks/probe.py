@@ -1,7 +1,7 @@
 """Which pooling, width and shrinkage suit the linear probes, and what they cost: ``python -m benchmarks.probe``.
 
 The features are what trained encoders give: those of ``benchmarks.real_data``, 128 wide, and of the reference model on
-simulated recordings, 256 wide (``benchmarks.simulated``). The first run takes ten minutes, most of it to simulate.
+simulated recordings, 256 wide (``benchmarks.simulated``). The first run takes about eight minutes, later ones five.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -106,33 +105,37 @@ def ledoit_wolf(features: Tensor, target: Tensor, group: Tensor) -> float:
 
 def cross_fit(features: Tensor, encoded: Encoded, shrinkage: float | str, tempered: bool = True) -> Tensor:
     """``cross_fitted_probe`` with another shrinkage, or without a temperature."""
-    target, group = encoded.target, encoded.group
-    folds, n_classes = functional.assign_folds(group), int(target.max()) + 1
-    if not isinstance(shrinkage, str):
-        with ExitStack() as patched:
-            plain = probe.discriminant
-            patched.enter_context(patch.object(probe, "discriminant", lambda n, x, xx, *_: plain(n, x, xx, shrinkage)))
-            if not tempered:
-                patched.enter_context(patch.object(probe, "inverse_temperature", lambda *_: 1.0))
-            return functional.cross_fitted_probe(features, target, folds, n_classes)
+    target, folds = encoded.target, functional.assign_folds(encoded.group)
+    if isinstance(shrinkage, str):
+        return cross_fit_ledoit_wolf(features, encoded, folds)
+    plain, temperature = probe.discriminant, probe.inverse_temperature if tempered else lambda *_: 1.0
+    with (
+        patch.object(probe, "discriminant", lambda n, x, xx, *_: plain(n, x, xx, shrinkage)),
+        patch.object(probe, "inverse_temperature", temperature),
+    ):
+        return functional.cross_fitted_probe(features, target, folds, int(target.max()) + 1)
+
+
+def cross_fit_ledoit_wolf(features: Tensor, encoded: Encoded, folds: Tensor) -> Tensor:
+    """The same with `ledoit_wolf` in each fit, which needs the samples and not only their sums."""
+    target, n_classes, every = encoded.target, int(encoded.target.max()) + 1, range(probe.FOLDS)
+    features = features - features.mean(0)
 
     def fit(seen: Tensor) -> tuple[Tensor, Tensor]:
         x, member = features[seen], nn.functional.one_hot(target[seen], n_classes).double()
-        found = ledoit_wolf(x, target[seen], group[seen])
-        return functional.discriminant(member.sum(0), member.T @ x, x.T @ x, found)
+        shrinkage = ledoit_wolf(x, target[seen], encoded.group[seen])
+        return functional.discriminant(member.sum(0), member.T @ x, x.T @ x, shrinkage)
 
-    features, every = features - features.mean(0), range(probe.FOLDS)
     inner = {(i, j): fit((folds != i) & (folds != j)) for i in every for j in range(i)}
     found = torch.empty(len(features), n_classes, dtype=torch.float64)
     for fold in every:
-        others = [other for other in every if other != fold and (folds == other).any()]
-        scores = []
-        for other in others:
-            weights, bias = inner[max(fold, other), min(fold, other)]
-            scores.append(features[folds == other] @ weights.T + bias)
-        factor = functional.inverse_temperature(
-            torch.cat(scores), torch.cat([target[folds == other] for other in others])
-        )
+        scores, targets = [], []
+        for other in every:
+            if other != fold:
+                weights, bias = inner[max(fold, other), min(fold, other)]
+                scores.append(features[folds == other] @ weights.T + bias)
+                targets.append(target[folds == other])
+        factor = functional.inverse_temperature(torch.cat(scores), torch.cat(targets))
         weights, bias = fit(folds != fold)
         found[folds == fold] = (factor * (features[folds == fold] @ weights.T + bias)).log_softmax(1)
     return found

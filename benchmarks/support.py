@@ -1,7 +1,8 @@
 """Who supports a prediction, and what that adds to confidence, against earlier measurements.
 
 ``python -m benchmarks.support``: models of three seeds on real data (``benchmarks.real_data``) and on simulated
-recordings (``benchmarks.simulated``), evaluated by ``explain_loader``. About ten minutes on two cores.
+recordings (``benchmarks.simulated``), evaluated by ``explain_loader``. The first run takes about eight minutes on two
+cores, later ones five.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ Runs = dict[str, list[FusionSummary]]
 """By data set, an evaluation for each seed."""
 
 NATURAL, SHIFT = (f"HMS {test}" for test in simulated.TESTS)
-
 
 PROBES = (
     ("digits", "upper", 0.89),
