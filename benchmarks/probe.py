@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -197,17 +198,24 @@ def print_cost(samples: int = 8192, width: int = 768, classes: int = 6) -> None:
         for name, mean in zip("ab", means, strict=True)
     }
     folds, before = functional.assign_folds(torch.arange(samples)), torch.get_num_threads()
+
+    def fit_all() -> None:
+        functional.cross_fitted_probes(features, target, folds, classes, [("a", "b")])
+
     torch.set_num_threads(2)
     single, joint = median_seconds(
-        lambda: functional.cross_fitted_probes(features, target, folds, classes),
-        lambda: functional.cross_fitted_probes(features, target, folds, classes, [("a", "b")]),
-        repeats=3,
+        lambda: functional.cross_fitted_probes(features, target, folds, classes), fit_all, repeats=3
     )
+    torch.set_num_threads(1)
+    start = time.process_time()
+    fit_all()
+    alone = time.process_time() - start
     torch.set_num_threads(before)
     print(f"\n{samples} samples, two modalities of {width} features, {classes} classes, two threads, median of three")
     print(f"  both probes                       {single:.2f} s")
     print(f"  with the joint probe              {joint:.2f} s     (aim: 2.5 s)")
-    print(f"  busy processes meanwhile          {os.getloadavg()[0]:.1f}     on {os.cpu_count()} cores")
+    print(f"  the same in one thread            {alone:.2f} s     of the processor")
+    print(f"  busy processes meanwhile          {os.getloadavg()[0]:.1f}     on {os.cpu_count()} cores\n")
 
 
 def main() -> None:
