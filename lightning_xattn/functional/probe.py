@@ -28,6 +28,9 @@ POOLED_WIDTH = 256
 LEAST_OF_A_CLASS = 10
 """A probe needs two classes with at least this number of samples each."""
 
+LEAST_FACTOR, PRECISION = 0.01, 1e-7
+"""The smallest factor of `inverse_temperature`, and how precise it is."""
+
 JOINT = "joint"
 """The name of the probe on the features of all modalities."""
 
@@ -212,12 +215,19 @@ def inverse_temperature(scores: Tensor, target: Tensor) -> float:
         return 1.0
     scores, of_class = scores[counts], of_class[counts]
     finite = scores.masked_fill(scores.isinf(), 0)  # times a probability of 0
-    low, high = math.log(0.01), 0.0
-    for _ in range(24):  # the log loss is convex: halve the interval by the sign of its derivative, to 1e-6
-        middle = (low + high) / 2
-        expected = ((math.exp(middle) * scores).softmax(1) * finite).sum(1)
-        low, high = (low, middle) if float((expected - of_class).mean()) > 0 else (middle, high)
-    return math.exp((low + high) / 2)
+    low, high, factor = LEAST_FACTOR, 1.0, 1.0
+    for _ in range(50):  # the log loss is convex: Newton's method, or half the interval where that leaves it
+        p = (factor * scores).softmax(1)
+        expected = (p * finite).sum(1)
+        slope = float((expected - of_class).mean())
+        low, high = (low, factor) if slope > 0 else (factor, high)
+        curvature = float(((p * finite.square()).sum(1) - expected.square()).mean())
+        step = factor - slope / curvature if curvature > 0 else math.inf
+        following = step if low < step < high else (low + high) / 2
+        if high - low < PRECISION or abs(following - factor) < PRECISION:
+            return following
+        factor = following
+    return factor
 
 
 class _Sums(NamedTuple):

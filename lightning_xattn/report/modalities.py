@@ -30,7 +30,8 @@ HOW_TO_READ_MODALITIES = (
     "probe of pooled features cannot see, the model may still use.",
     "Support: a modality supports a prediction if its probe predicts the same class. Where none does, the probes may "
     "agree with each other or differ. The calibration gap is the accuracy minus the mean confidence: below 0, the "
-    "model is too confident.",
+    "model is too confident. Probes are fitted on labels of this evaluation: part of what support adds is what a "
+    "better classifier would add.",
     "Contribution: the part of the predicted class's probability that a modality contributes (Shapley value), which is "
     "what changes when the modality is permuted, that is, replaced by that of another sample. A contribution below 0 "
     "opposes the prediction. A share below 0 or above 100 % means the same of many predictions. "

@@ -93,7 +93,7 @@ def test_the_montage_is_bipolar_unless_another_is_asked_for(arguments, montage, 
 def test_recordings_without_votes_are_read_by_saved_probes(hms_checkpoint, make_folder, tmp_path, capsys):
     model = load_checkpoint(HMSLightningModule, hms_checkpoint)
     generator = torch.Generator().manual_seed(0)
-    width = 3 * model.hparams.get("embed_dim", 128)
+    width = 3 * 256
     fits = {
         names: (torch.randn(6, len(names) * width, generator=generator).double(), torch.zeros(6).double())
         for names in (("eeg",), ("spec",), ("eeg", "spec"))
