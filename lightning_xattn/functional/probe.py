@@ -170,8 +170,9 @@ def discriminant(counts: Tensor, sums: Tensor, products: Tensor, shrinkage: floa
     present = counts > 0
     freedom = counts.sum() - present.sum()
     means = torch.where(present[:, None], sums / counts.clamp_min(1)[:, None], 0)
-    within = (products - means.T @ (counts[:, None] * means)) / freedom
-    variances = within.diagonal()
+    # Large matrices, of which there are dozens, are changed in place.
+    within = torch.addmm(products, means.T, counts[:, None] * means, alpha=-1).div_(freedom)
+    variances = within.diagonal().clone()
     kept = variances * freedom > _CONSTANT * products.diagonal()
     if present.sum() < 2 or freedom < 1 or not bool(kept.any()):
         return torch.full_like(means, torch.nan), torch.full_like(counts, torch.nan)
@@ -180,7 +181,7 @@ def discriminant(counts: Tensor, sums: Tensor, products: Tensor, shrinkage: floa
         weights[:, kept], bias = discriminant(counts, sums[:, kept], products[kept][:, kept], shrinkage)
         return weights, bias
     deviations = variances.sqrt()
-    shrunk = (1 - shrinkage) * within / deviations / deviations[:, None]
+    shrunk = within.div_(deviations).mul_((1 - shrinkage) / deviations[:, None])
     shrunk.diagonal().add_(shrinkage)
     scaled = (means / deviations).T
     weights = torch.cholesky_solve(scaled, torch.linalg.cholesky(shrunk)).T / deviations
@@ -260,11 +261,12 @@ class _CrossFit:
             chosen = rows[fitted[rows]]
             x, member = features[chosen], torch.nn.functional.one_hot(target[chosen], n_classes).double()
             self._parts.append(_Sums(member.sum(0), member.T @ x, x.T @ x))
+        self._total = _Sums(*(sum(terms[1:], terms[0]) for terms in zip(*self._parts, strict=True)))
 
     def log_probabilities(self, columns: Tensor) -> Tensor:
         """``(samples, classes)`` by the probe of these features, as ``cross_fitted_probes`` gives them."""
-        x, parts = self._features[:, columns], [self._select(part, columns) for part in self._parts]
-        total = _Sums(*(torch.stack(terms).sum(0) for terms in zip(*parts, strict=True)))
+        x = self._features if len(columns) == self._features.shape[1] else self._features[:, columns]
+        total, *parts = (self._select(part, columns) for part in (self._total, *self._parts))
         probe = x.new_full((len(x), self._n_classes), torch.nan)
         inner = {pair: _fit_without(total, [parts[fold] for fold in pair]) for pair in combinations(range(FOLDS), 2)}
         for fold, rows in enumerate(self._of_fold):
@@ -282,8 +284,8 @@ class _CrossFit:
 
     def fit(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and bias of a fit on all samples, with the temperature of fits that leave a fold out."""
-        x, parts = self._features[:, columns], [self._select(part, columns) for part in self._parts]
-        total = _Sums(*(torch.stack(terms).sum(0) for terms in zip(*parts, strict=True)))
+        x = self._features if len(columns) == self._features.shape[1] else self._features[:, columns]
+        total, *parts = (self._select(part, columns) for part in (self._total, *self._parts))
         scores, targets = [], []
         for fold, rows in enumerate(self._of_fold):
             seen = rows[self._fitted[rows]]
@@ -301,9 +303,11 @@ class _CrossFit:
 
 
 def _fit_without(total: _Sums, parts: Sequence[_Sums]) -> tuple[Tensor, Tensor]:
-    counts, sums, products = total
+    counts, sums, products = (one.clone() for one in total)
     for part in parts:
-        counts, sums, products = counts - part.counts, sums - part.sums, products - part.products
+        counts -= part.counts
+        sums -= part.sums
+        products -= part.products
     return discriminant(counts, sums, products)
 
 
