@@ -153,7 +153,7 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
     if any(name.startswith("entropy/") for name in known):
         panels.append(Panel("entropy", draw_each("entropy/", outcomes), (0, 1)))
     if "probed_samples" in known:
-        cells = [one.name for one in draw_each("support/") if one.name != "delta"]
+        cells = [one.name for one in draw_each("support/") if one.name != "delta_auroc"]
         supported = [draw(name.replace("_", " "), f"support/{name}") for name in cells]
         panels.append(Panel("predictions supported by", supported, (0, 1)))
         largest = "largest class", over("largest_class")
