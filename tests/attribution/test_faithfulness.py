@@ -373,6 +373,35 @@ def test_the_explainer_always_tests_the_attention():
         assert found.faithfulness(direction) == expected.faithfulness(direction)
 
 
+@pytest.fixture
+def of_few_samples(monkeypatch):
+    monkeypatch.setattr("lightning_xattn.attribution.faithfulness.LEAST_SAMPLES", 20)
+
+
+@pytest.mark.filterwarnings("ignore:.*dead head")
+def test_faithfulness_is_the_same_in_every_run(of_few_samples):
+    """Keys with the same attention are replaced in a random order, which does not depend on what else was drawn."""
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(summary_of(Gazer(sharpness=0.0), marked_data(24)).replaced[THERE])
+    for name in ("gain", "reference", "cost"):
+        first, second = (getattr(one, name) for one in found)
+        assert first.isfinite().all()
+        assert torch.equal(first, second)
+
+
+def test_only_the_keys_of_a_modality_are_replaced(of_few_samples, infos):
+    modalities = {"left": "batch.0", "other": "batch.1"}
+    summary = summary_of(Gazer(), marked_data(24), modalities=modalities)
+    assert {direction: one.problem for direction, one in summary.replaced.items()} == {
+        THERE: "no modality is called right",
+        BACK: "",
+    }
+    assert summary.replaced[THERE].gain.isnan().all()
+    assert summary.replaced[BACK].gain.isfinite().all()
+
+
 def test_what_has_no_gradient_has_no_reference(infos):
     class Cut(Gazing):
         def forward(self, left, right):

@@ -15,6 +15,7 @@ from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import (
     ALIGNMENT,
+    CONFIDENCE,
     ENTROPY,
     INVALID_ROWS,
     SCORES,
@@ -315,8 +316,11 @@ def test_merging_parts_with_other_token_counts_ends_the_maps(samples):
         assert merged.maps == {}
         for column in summary.columns:
             assert merged.mean(column) == pytest.approx(summary.mean(column))
-    with pytest.raises(ShapeError, match="3 classes and 3 heads eeg_to_spec.*7 classes"):
-        first + new_accumulator(rows, 7)
+    grouped = LayerAccumulator.empty(rows, tuple(sample_statistics(*rows)), CLASSES, "patients")
+    ours = "3 classes and 3 heads eeg_to_spec, 3 heads spec_to_eeg"
+    for other, theirs in ((new_accumulator(rows, 7), ours.replace("3", "7", 1)), (grouped, f"{ours}, in patients")):
+        with pytest.raises(ShapeError, match=f"recorded: {ours} in one place, {theirs} in another[.]"):
+            first + other
 
 
 def test_maps_end_when_token_counts_change_and_numbers_go_on(samples):
@@ -353,6 +357,21 @@ def histograms_of(accumulator):
     sums = accumulator.settled().scores_by_group
     counts = torch.zeros(3, len(SCORES), BINS, dtype=torch.float64)
     return counts.index_put(tuple(sums.keys[:, 1:].T), sums.sums, accumulate=True)
+
+
+def test_the_smallest_and_the_largest_score_are_counted():
+    """Seven samples, of which one has no confidence."""
+    rows = rows_of(*(x[5:12] for x in make_samples()[:2]))
+    scores = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0, 1.0, torch.nan])
+    outcomes = torch.tensor([INCORRECT, INCORRECT, INCORRECT, CORRECT, CORRECT, UNKNOWN, CORRECT])
+    statistics = sample_statistics(*rows) | {CONFIDENCE: scores}
+    empty = LayerAccumulator.empty(rows, tuple(statistics), CLASSES)
+    found = empty.add(rows, statistics, torch.zeros(7).long(), outcomes, torch.zeros(7))
+    counts = histograms_of(found)[:, list(SCORES).index(CONFIDENCE)]
+    expected = torch.zeros(3, BINS, dtype=torch.float64)
+    for outcome, (lowest, highest) in {INCORRECT: (2, 1), CORRECT: (1, 1), UNKNOWN: (0, 1)}.items():
+        expected[outcome, 0], expected[outcome, -1] = lowest, highest
+    assert torch.equal(counts, expected)
 
 
 def grouped_sums(samples):

@@ -339,6 +339,24 @@ def test_what_cannot_be_told_is_not_told():
     assert "fewer than two classes have 10 samples" in summary_of(module, rare, **NAMED).probe_problems["left"]
 
 
+def test_two_samples_are_enough_to_permute():
+    """Of each, the contributions add up to its probability minus the other's."""
+    data, _ = said_data(16)
+    module = trained(Concatenation(), data, epochs=12).eval()
+    with torch.no_grad():
+        probabilities = module(*data.tensors[:2]).softmax(1)
+    classes = probabilities.argmax(1)
+    two = [0, int((classes != classes[0]).nonzero()[0])]
+    summary = summary_of(module, TensorDataset(*(one[two] for one in data.tensors)), **NAMED)
+    assert summary.contribution_problem == ""
+    for own, number in zip(two, (0, 1), strict=True):
+        other = two[1 - number]
+        place = summary.sample_numbers.tolist().index(number)
+        added = sum(float(summary.numbers[f"phi/{name}"][place]) for name in ("left", "right"))
+        expected = probabilities[own, classes[own]] - probabilities[other, classes[own]]
+        assert added == pytest.approx(float(expected), abs=1e-5)
+
+
 def test_samples_that_are_not_finite_are_left_out(infos):
     data, _ = said_data(60)
     left, right, target, ids = (one.clone() for one in data.tensors)

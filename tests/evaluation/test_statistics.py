@@ -15,6 +15,7 @@ from lightning_xattn.evaluation.statistics import (
     SCORES,
     STATISTICS,
     Column,
+    headline,
     sample_statistics,
     shown_columns,
     table_columns,
@@ -95,6 +96,12 @@ def test_reports_show_directions_where_there_are_any():
     assert shown_columns("alignment", columns) == [Column("alignment")]
     assert list(map(str, shown_columns("entropy", columns))) == ["eeg_to_spec/entropy", "spec_to_eeg/entropy"]
     assert shown_columns("cross_modal_mass", columns) == []
+
+
+def test_a_layer_is_judged_by_its_alignment_or_its_entropy():
+    columns = list(numbers())
+    assert headline(columns) == headline(columns[::-1]) == Column("alignment")
+    assert headline([column for column in columns if column.statistic != "alignment"]) == Column("entropy")
 
 
 def test_what_is_compared_has_a_number_of_the_layer_and_a_range_for_its_histogram():

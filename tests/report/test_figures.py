@@ -17,6 +17,7 @@ from lightning_xattn.evaluation.curves import epoch_curves, epoch_record, fusion
 from lightning_xattn.evaluation.results import REST
 from lightning_xattn.evaluation.statistics import ALIGNMENT, Column
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
+from lightning_xattn.report.estimates import estimate_mean
 from lightning_xattn.report.figures import (
     dataset_figures,
     epoch_figures,
@@ -26,8 +27,9 @@ from lightning_xattn.report.figures import (
     overview_figure,
     save_dataset_figures,
 )
+from lightning_xattn.visualizations import Curve, Panel
 from lightning_xattn.visualizations.drawing import LOOKS
-from tests.explained import dataset, summary
+from tests.explained import NAMES, dataset, summary
 from tests.report.conftest import CLASSES, SUBSETS
 from tests.visualizations.conftest import drawn, drawn_groups, panels, row_names, texts
 
@@ -171,6 +173,8 @@ def test_where_shares_are_not_defined_there_is_no_figure_of_them(result):
 
 # Over epochs
 
+OUTCOME_NAMES = "correct", "incorrect"
+
 
 @pytest.fixture(scope="module")
 def records(result):
@@ -246,6 +250,109 @@ def test_what_is_no_share_has_its_size(records):
     assert "share of the contribution" not in shown
     lines = {line.get_label(): line.get_ydata().tolist() for line in shown["size of the contribution"].lines}
     assert (lines["left"], lines["right"]) == ([7], [7])
+
+
+def kept_calls(monkeypatch, *names):
+    """What the functions of `visualizations` that draw are called with, in the place of drawing."""
+    calls = []
+    for name in names:
+        keep = lambda *args, name=name, **settings: calls.append((name, args, settings))  # noqa: E731
+        monkeypatch.setattr(f"lightning_xattn.visualizations.{name}", keep)
+    return calls
+
+
+def test_the_panels_of_the_overview(monkeypatch):
+    """Of two validations, each number of which is its place in the list, and 100 more in the second."""
+    calls = kept_calls(monkeypatch, "plot_epochs")
+    ends = ("", "_low", "_high")
+    names = [f"{topic}/{name}{end}" for topic in ("alignment", "entropy") for name in OUTCOME_NAMES for end in ends]
+    names += [f"support/{name}{end}" for name in ("both", "only_left", "accuracy/unsupported") for end in ends]
+    names += [f"{topic}/left{end}" for topic in ("probe", "contribution/share", "contribution/size") for end in ends]
+    names += [
+        f"outcome/{name}_auroc{end}" for name in ("confidence", "support", "alignment", "entropy") for end in ends
+    ]
+    names += ["alignment/all", "alignment/null", "entropy/a_to_b/all", "largest_class", "probed_samples"]
+    names += ["contribution/share/left/correct"]
+    first = {name: float(i) for i, name in enumerate(names)}
+    second = {name: value + 100 for name, value in first.items() if name != "probe/left_low"}
+    at = [{"stage": "val", "epoch": epoch, "step": 10 * epoch} for epoch in (3, 5)]
+    given = [first | at[0], first | at[0] | {"stage": "test"}, second | at[1]]
+
+    def over(name):
+        return [one.get(name, math.nan) for one in (first, second)]
+
+    def curve(title, name):
+        return Curve(title, [3, 5], *(over(name + end) for end in ends))
+
+    of_topics = {
+        topic: [curve(name, f"{topic}/{name}") for name in OUTCOME_NAMES] for topic in ("alignment", "entropy")
+    }
+    sides = {"confidence": "low", "support": "low", "alignment": "low", "entropy": "high"}
+    cells = [curve("both", "support/both"), curve("only left", "support/only_left")]
+    of_scores = [curve(f"{side} {name}", f"outcome/{name}_auroc") for name, side in sides.items()]
+    start = [
+        Panel("alignment", of_topics["alignment"], (-1, 1), ("null", over("alignment/null"))),
+        Panel("entropy", of_topics["entropy"], (0, 1)),
+        Panel("predictions supported by", cells, (0, 1)),
+        Panel(
+            "accuracy of each probe", [curve("left", "probe/left")], (0, 1), ("largest class", over("largest_class"))
+        ),
+    ]
+    size = Panel("size of the contribution", [curve("left", "contribution/size/left")], (0, math.inf))
+    share = Panel("share of the contribution", [curve("left", "contribution/share/left")], (-1, 2))
+    errors = Panel("detects errors (AUROC)", of_scores, (0, 1), ("chance", [0.5, 0.5]))
+    overview_figure(given, "here")
+    for one in (first, second):
+        for end in ends:
+            del one[f"contribution/size/left{end}"]
+    overview_figure([first | at[0], second | at[1]], "here")
+    overview_figure([one | {"epoch": 3} for one in given], "here")
+    said = {"unit": "epoch", "context": "here"}
+    assert repr(calls[0]) == repr(("plot_epochs", ([*start, size, errors],), said))
+    assert repr(calls[1]) == repr(("plot_epochs", ([*start, share, errors],), said))
+    _, ((shown, *_),), said = calls[2]
+    assert (said["unit"], shown.curves[0].moments) == ("step", [30, 50])
+    overview_figure([{"stage": "val", "epoch": 3, "step": 9}], "here")
+    assert calls[3] == ("plot_epochs", ([],), said | {"unit": "epoch"})
+
+
+def test_what_the_figures_of_a_layer_are_drawn_of(monkeypatch):
+    calls = kept_calls(monkeypatch, "plot_class_attention", "plot_head_entropy", "plot_class_comparison")
+    one = summary([0, 0, 0, 1, 1, -1], [CORRECT, CORRECT, INCORRECT, INCORRECT, UNKNOWN, CORRECT])
+    axes = {"eeg": TokenAxis("region", names=list("abcde")), "spec": TokenAxis("second", names=list("tuvwxyz"))}
+    tags = [tag for tag, _ in epoch_figures(one, "val", NAMES, classes_by="prediction", axes=axes, context="here")]
+    assert tags == [
+        *("xattn_map/val/eeg_to_spec", "xattn_map/val/spec_to_eeg"),
+        *("xattn_entropy/val/by_head", "xattn_outcome/val/class_comparison"),
+    ]
+    said, counts = {"classes_by": "prediction", "context": "here"}, [3, 2, 0]
+    for (name, (maps, sizes, names), settings), direction in zip(calls[:2], one.heads, strict=True):
+        assert (name, sizes, names) == ("plot_class_attention", [*counts, 3, 2], [*NAMES, "correct", "incorrect"])
+        queries, keys = (5, 7) if direction.query == "eeg" else (7, 5)
+        asked = f"here; {queries} {direction.query} queries ask {keys} {direction.key} keys"
+        of_axes = {"query_axis": axes[direction.query], "key_axis": axes[direction.key]}
+        assert settings == said | of_axes | {"direction": str(direction), "context": asked}
+        of_outcomes = one.outcome_maps[direction]
+        expected = [*one.maps[direction], of_outcomes[CORRECT], of_outcomes[INCORRECT]]
+        np.testing.assert_array_equal(maps, np.stack(expected))
+    entropies = {
+        str(direction): [[one.mean(Column("entropy", direction, head), i) for head in range(3)] for i in range(3)]
+        for direction in one.heads
+    }
+    assert repr(calls[2]) == repr(("plot_head_entropy", (entropies, counts, list(NAMES)), said))
+    name, (numbers, names), settings = calls[3]
+    assert (name, names) == ("plot_class_comparison", list(NAMES))
+    titles = {"alignment (Pearson r)": ALIGNMENT}
+    for direction, way in zip(one.heads, ("eeg → spec", "spec → eeg"), strict=True):
+        titles[f"entropy {way} (0: one key, 1: uniform)"] = Column("entropy", direction)
+    of_subsets = [(i, None) for i in range(3)], [(None, CORRECT), (None, INCORRECT)]
+    assert repr(numbers) == repr(
+        {
+            title: tuple([estimate_mean(one, column, *subset) for subset in subsets] for subsets in of_subsets)
+            for title, column in titles.items()
+        }
+    )
+    assert settings == said | {"nulls": {"alignment (Pearson r)": one.alignment_null}, "group_noun": None}
 
 
 # Of a data set

@@ -21,7 +21,7 @@ from lightning_xattn import ExplainabilityCapture, create_explainability_report
 from lightning_xattn.evaluation.fusion_samples import describe_modalities
 from lightning_xattn.report import samples as samples_module
 from lightning_xattn.report.document import Document, Items, Paragraph, Section, Table
-from lightning_xattn.report.page import Picture, SampleEntry, as_page
+from lightning_xattn.report.page import NUMBERS, Picture, SampleEntry, as_page
 from lightning_xattn.report.samples import list_batch, list_dataset
 from tests.report.conftest import CLASSES
 from tests.toy import PaddedToyModule, padded_toy_data, run_toy
@@ -121,6 +121,41 @@ def test_blocks_are_lists_and_tables():
     assert "<tr><td>r0</td><td>1</td></tr><tr><td>r1</td><td>2</td></tr>" in page
     assert "<p>&lt;p&gt;</p>" in page
     assert re.findall("<h2>(.*?)</h2>", page) == ["first", "Figures", "second", "Samples", "last"]
+
+
+def test_nothing_else_stands_on_a_page():
+    """The whole of a small page without its style and its script, and where each text stands."""
+    blocks = [Items([("a", "b", ("c",)), ("d", "e", ())]), Paragraph("f"), Table(("g", "h"), [("i", "j")])]
+    document = Document("T", [Section("One", blocks[:1]), Section("Two", blocks[1:2]), Section("Three", blocks[2:])])
+    pictures = [Picture("map", b"1", "png", ("0", "x →", "9")), Picture("plot", b"2", "webp", is_captioned=False)]
+    numbers = dict(zip(NUMBERS, (0.625, -0.25, -0.5), strict=True))
+    first = entry(0, numbers=numbers, blocks=blocks[1:2], pictures=pictures[:1])
+    page = as_page(document, pictures, [first, entry(1, true="", outcome="", numbers={})], "note")
+    body = re.sub(r"<(style|script)>.*?</\1>", "", page[page.index("<body") :], flags=re.DOTALL)
+    assert [one.strip() for one in re.split("<[^>]*>", body) if one.strip()] == [
+        *("T", "One", "Figures", "Two", "Samples", "Three"),
+        *("One", "a", "b", "c", "d", "e"),
+        *("Figures", "map", "0", "x →", "9"),
+        *("Two", "f"),
+        *("Samples", "note", "true class", "all", "b", "outcome", "all", "incorrect"),
+        *("sort by", "order of the data", "confidence, lowest first", "confidence, highest first"),
+        *(f"{name}, {end} first" for name in NUMBERS[1:] for end in ("lowest", "highest")),
+        *("id contains", "show all"),
+        *("id0", "a, true b", "incorrect", "confidence 0.62", "support -0.25", "alignment -0.50"),
+        *("f", "map", "0", "x →", "9"),
+        *("id1", "a", "Nothing more is known about this sample."),
+        *("Three", "g", "h", "i", "j"),
+    ]
+    links = re.findall('<a href="#([^"]*)">([^<]*)', body)
+    assert links == re.findall('<section id="([^"]*)"><h2>([^<]*)', body)
+    assert [one for one, _ in links] == ["part-0", "part-1", "part-2", "samples", "part-4"]
+    # What the script and the labels ask for.
+    chosen = re.findall('<label for="([^"]*)">[^<]*</label><(?:select|input) id="([^"]*)" name="([^"]*)"', body)
+    assert chosen == [(one, one, one) for one in ("true", "outcome", "order", "words")]
+    assert all(f'id="{one}"' in body for one in ("choose", "list", "shown"))
+    images = re.findall('<img( class="map")? src="data:image/([^;]*);base64,([^"]*)" alt="([^"]*)"', body)
+    of_map, of_plot = (' class="map"', "png", "MQ==", "map"), ("", "webp", "Mg==", "plot")
+    assert images == [of_map, of_plot, of_map]
 
 
 def test_a_page_has_the_figures_with_their_titles_and_says_how_many_samples_it_lists(result, monkeypatch, tmp_path):

@@ -176,13 +176,13 @@ def test_an_empty_batch():
 
 
 def test_json_of_a_batch_holds_what_went_in():
-    samples = [sample(), sample(**WRONG, sample_idx=1), sample(**UNLABELLED, sample_idx=2)]
+    samples = [sample(), sample(**WRONG, sample_idx=1), sample(**UNLABELLED, sample_idx=2), sample(**WRONG)]
     got = json_of(batch(*samples))
     assert set(got) == {
         *("kind", "class_names", "axes", "samples", "correct", "incorrect"),
         *("attention_stats", "modality_alignment", "undefined", "per_sample_explanations"),
     }
-    assert (got["kind"], got["samples"], got["correct"], got["incorrect"]) == ("batch", 3, 1, 1)
+    assert (got["kind"], got["samples"], got["correct"], got["incorrect"]) == ("batch", 4, 1, 2)
     assert got["class_names"] == list(NAMES)
     assert got["axes"] == {"eeg": {"title": "EEG region", "spans": None, "names": ["LL", "RL", "LP", "RP", "Z"]}}
     assert got["modality_alignment"] == 0.7234
@@ -193,6 +193,23 @@ def test_json_of_a_batch_holds_what_went_in():
             assert written[key] == given[key], key
         assert written["top_attention_places"] == given["top_attention_places"]
         assert written["interpretation"] == [vars(one) for one in interpret_sample(given)]
+
+
+def test_json_of_a_layer_counts_the_samples_of_each_subset():
+    classes, outcomes = [0, 0, 0, 1, 1, -1], [CORRECT, CORRECT, INCORRECT, INCORRECT, UNKNOWN, CORRECT]
+    (layer,) = json_of(dataset(summary(classes, outcomes)))["layers"]
+    told = ("group", "name", "class_id", "samples", "groups", "correct", "incorrect")
+    assert [tuple(one[name] for name in told) for one in layer["groups"]] == [
+        ("all", "all", None, 6, None, 3, 2),
+        ("class", "Seizure", 0, 3, None, 2, 1),
+        ("class", "LPD", 1, 2, None, 0, 1),
+        ("class", "GPD", 2, 0, None, 0, 0),
+        ("unclassified", "no class", None, 1, None, 1, 0),
+        ("outcome", "correct", None, 3, None, 3, 0),
+        ("outcome", "incorrect", None, 2, None, 0, 2),
+    ]
+    assert [one["accuracy"]["mean"] for one in layer["groups"]] == pytest.approx([0.6, 2 / 3, 0, None, 1, None, None])
+    assert all(set(one) == {*told, "accuracy", "numbers"} for one in layer["groups"])
 
 
 def test_json_has_null_for_what_is_undefined_and_numbers_for_tensors():
