@@ -5,7 +5,7 @@ model and ``create_explainability_report`` reports what it found; ``explain_feat
 predictions; ``AttentionRecorder`` records any model.
 
 Examples in docstrings take ``torch``, ``pathlib.Path``, Lightning's ``Trainer`` and the package's public names.
-``model`` is one of audio and text, ``batch`` has 5 samples for it, and ``loader`` 23.
+``model`` is one of audio and text, ``batch`` has 5 samples for it, ``loader`` 23, and ``labelled_loader`` 120.
 """
 
 from importlib import import_module

@@ -148,7 +148,7 @@ def test_every_curve_that_is_logged_is_on_the_page_of_curves():
     readable = DataLoader(TensorDataset(audio, text, target), batch_size=32)
     logged = validate(ToyModule(), AttentionExplainabilityCallback(curves="all"), readable)
     topics = {name.partition("/")[0] for name in logged}
-    assert {"xattn_conflict", "xattn_support", "xattn_contribution", "xattn_faithfulness", "xattn_alignment"} <= topics
+    assert {"xattn_probe", "xattn_support", "xattn_contribution", "xattn_faithfulness", "xattn_alignment"} <= topics
     for curve in logged:
         name = re.sub(r"(audio|text)_to_(audio|text)", "<direction>", re.sub(r"/head_\d$", "/head_<i>", curve))
         name = re.sub(r"/(audio|text)(/|$)", r"/<modality>\2", re.sub(r"/class_\d$", "/<class>", name))
