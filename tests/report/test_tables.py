@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -183,3 +184,17 @@ def test_lists_say_what_is_of_all_samples(result, report):
     listed = re.findall(r"^- \*\*Sample (\d+):\*\* (.*)", report, re.MULTILINE)
     assert listed == [(str(int(fusion.sample_numbers[i])), str(one)) for i, one in zip(places, told, strict=True)]
     assert len(listed) == 10
+
+
+def test_interactions_are_signed_and_named_and_problems_are_listed_together(result):
+    fusion = copy(result.fusion)
+    one = fusion.numbers["interaction"]
+    pairs = {"interaction/left_right": one.abs(), "interaction/left_third": one}
+    fusion.interactions, fusion.numbers = tuple(pairs), fusion.numbers | pairs
+    fusion.probe_problems = {"left": "no targets", "right": "no targets"}
+    lines = create_explainability_report(replace(result, fusion=fusion)).splitlines()
+    for pair in ("left_right", "left_third"):
+        estimate = in_brackets(fusion.estimate(f"interaction/{pair}"), signed=True)
+        assert f"- **Interaction of {pair} (centred logits):** {estimate}" in lines
+    assert fusion.estimate("interaction/left_right").mean > 0
+    assert "No probe on Left and Right: no targets." in lines
