@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_xattn.attribution.kept_samples import CHOSEN, MAX_SAMPLES, BottomKSample, KeptSamples
+from lightning_xattn.attribution.kept_samples import CHOSEN, MAX_SAMPLES, NOT_KEPT, BottomKSample, KeptSamples
+from lightning_xattn.attribution.ports import RESERVED_MODALITIES, is_modality_name
 from lightning_xattn.core.distributed import NUMBER
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.core.ids import group_keys, hashed
+from lightning_xattn.core.names import shown
+from lightning_xattn.core.notices import begin_run, info
+from lightning_xattn.evaluation.checks import check_fusion
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.functional import pooled_tokens, project
@@ -36,7 +40,8 @@ def explain_features(
     ----------
     features
         By modality, the output of its encoder: ``(samples, width)``, or ``(samples, tokens, width)``, which is pooled
-        to mean, maximum and standard deviation. Arrays or tensors; at least two modalities.
+        to mean, maximum and standard deviation. Arrays or tensors without padding; at least two modalities. Samples
+        with a number that is not finite are left out and counted.
     logits
         ``(samples, classes)``, of the whole model.
     targets
@@ -69,23 +74,30 @@ def explain_features(
     >>> [cell.name for cell in result.fusion.cells][:3]
     ['both', 'only EEG', 'only Spec']
     """
+    begin_run()
     scores, target = _tensor(logits), _tensor(targets)
-    if scores.dim() != 2 or not scores.is_floating_point():
-        raise ShapeError(f"logits must be (samples, classes), floats; got {_describe(scores)}.")
+    if scores.dim() != 2 or scores.shape[1] < 2 or not scores.is_floating_point():
+        raise ShapeError(
+            f"logits must be (samples, classes), floats, of two classes or more; got {_describe(scores)}. Of a single "
+            "logit make two: np.stack([0 * logit, logit], axis=1)."
+        )
     samples, n_classes = scores.shape
     if target.shape != (samples,) or target.is_floating_point():
         raise ShapeError(f"targets must be ({samples},) whole numbers, as logits are; got {_describe(target)}.")
     target = target.long()
     if bool((target >= n_classes).any()):
         raise SettingError(f"targets must be below {n_classes}, the number of classes; the largest is {target.max()}.")
-    if len(features) < 2:
-        raise SettingError(f"features needs at least two modalities, {{'eeg': ..., 'spec': ...}}; got {len(features)}.")
+    if not isinstance(features, Mapping) or len(features) < 2 or not all(map(is_modality_name, features)):
+        raise SettingError(
+            "features must map at least two modalities to arrays, {'eeg': ..., 'spec': ...}. A name has no '/' and no "
+            f"space, and is none of {', '.join(RESERVED_MODALITIES)}; got {shown(list(features))}."
+        )
     if class_names is not None and len(class_names) != n_classes:
         raise SettingError(f"class_names must have {n_classes} names, one for each class; got {len(class_names)}.")
     keys = torch.arange(samples)
+    if groups is not None and not (hasattr(groups, "__len__") and len(groups) == samples):
+        raise ShapeError(f"groups must have {samples} ids, one for each sample; got {shown(groups)}.")
     ids = keys if groups is None else group_keys(groups, "cpu")
-    if len(ids) != samples:
-        raise ShapeError(f"groups must have {samples} ids, one for each sample; got {len(ids)}.")
     pooled = {}
     for name, given in features.items():
         one = _tensor(given)
@@ -98,10 +110,13 @@ def explain_features(
     confidence, predicted = scores.double().softmax(1).max(1)
     predicted = torch.where(confidence.isnan(), -1, predicted)
     outcome = torch.where(predicted == target, CORRECT, INCORRECT)
+    finite = torch.stack([one.isfinite().flatten(1).all(1) for one in pooled.values()]).all(0)
+    if samples > MAX_SAMPLES:
+        info([f"Probes read {MAX_SAMPLES} of {samples} samples, chosen by a hash of their places."])
     kept = BottomKSample(MAX_SAMPLES)
     kept.add(
         {
-            "hash": hashed(keys, CHOSEN),
+            "hash": torch.where(finite, hashed(keys, CHOSEN), NOT_KEPT),
             "group": ids,
             "process": torch.zeros_like(keys),
             NUMBER: keys,
@@ -113,9 +128,11 @@ def explain_features(
             **pooled,
         }
     )
-    whole = KeptSamples(kept, BottomKSample(1), tuple(features), None if groups is None else group_noun)
+    noun = None if groups is None else group_noun
+    whole = KeptSamples(kept, BottomKSample(1), tuple(features), noun, nonfinite=(~finite).sum())
     sources = tuple(f"{name} (features)" for name in features)
     fusion = FusionSummary(whole, sources, n_classes, "features alone do not show what the model uses", {})
+    info(check_fusion(fusion))
     names = tuple(class_names) if class_names is not None else tuple(f"class_{i}" for i in range(n_classes))
     return DatasetResult({}, fusion, names, "target")
 

@@ -165,7 +165,9 @@ def check_fusion(summary: FusionSummary) -> Iterator[str]:
 
 def check_unused(records: Sequence[Mapping[str, Any]], modalities: Sequence[str]) -> Iterator[str]:
     """A message about each modality that the model has not used in the last `UNUSED_EPOCHS` records of validations."""
-    last = [one for one in records if one["stage"] == "val" and "probed_samples" in one][-UNUSED_EPOCHS:]
+    probed = [one for one in records if one["stage"] == "val" and "probed_samples" in one]
+    # Of several validations of the same weights the last one counts.
+    last = [*{(one["epoch"], one["step"]): one for one in probed}.values()][-UNUSED_EPOCHS:]
     for name in modalities:
         found = [one.get(f"health/unused/{shown_tag(name)}") for one in last]
         if found == [1.0] * UNUSED_EPOCHS and is_new(("unused", name)):

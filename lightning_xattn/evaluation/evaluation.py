@@ -396,6 +396,8 @@ class Evaluation:
         tests_attention &= isinstance(found, Contributions)
         replaced = replace_keys(kept, fusion) if tests_attention else {}
         sources = tuple(map(str, fusion.modalities))
+        if saved is not None:
+            saved.require_sources(sources)
         return FusionSummary(kept, sources, len(self.classes or ()), found, replaced, saved)
 
 

@@ -155,8 +155,16 @@ def describe_modalities(summary: FusionSummary, i: int, class_names: Sequence[st
         float(numbers["confidence"][i]),
         phi,
         None if summary.is_regression else _find_main(phi, errors),
-        "such samples" if saved is None else "such samples of the labelled evaluation",
+        _name_similar(summary, cell),
     )
+
+
+def _name_similar(summary: FusionSummary, cell: int) -> str:
+    """What the samples of a cell are called."""
+    # Of more than two modalities a cell has all samples with as many supporters.
+    are_counted = len(summary.modalities) > 2 and 0 < cell < len(summary.modalities)
+    noun = "samples that as many modalities support" if are_counted else "such samples"
+    return noun if summary.saved is None else f"{noun} of the labelled evaluation"
 
 
 def name_class(class_id: int, class_names: Sequence[str]) -> str | None:

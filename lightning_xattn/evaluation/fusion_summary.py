@@ -26,7 +26,7 @@ from lightning_xattn.evaluation.saved_probes import SavedProbes
 from lightning_xattn.evaluation.statistics import ERROR_SIDES, score_bins
 from lightning_xattn.evaluation.support import Cell, describe_right, describe_support, measure_added_value
 from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
-from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
 from lightning_xattn.functional.probe import JOINT, LEAST_OF_A_CLASS
 
 PROPORTIONS = ("right", "correct", "supports", "additive_right", "model_right")
@@ -51,9 +51,14 @@ def interaction_names(modalities: Sequence[str]) -> list[str]:
     return pairs if len(modalities) > 2 else ["interaction"]
 
 
-def _flatten_pooled(features: Tensor) -> Tensor:
-    """Pooled features ``(samples, blocks, width)`` in a row; of single tokens the mean alone says it all."""
+def _flatten_pooled(features: Tensor, width: int | None) -> Tensor:
+    """Pooled features ``(samples, blocks, width)`` in a row; of single tokens the mean alone says it all.
+
+    ``width``: that of saved probes, which tells the two apart; None: not known.
+    """
     is_single = features.shape[1] > 1 and not bool(features[:, -1].any())
+    if width in (features.shape[2], features.shape[1] * features.shape[2]):
+        is_single = width == features.shape[2]
     return features[:, 0] if is_single else features.flatten(1)
 
 
@@ -146,8 +151,12 @@ class FusionSummary:
         self.n_classes = n_classes
         (rows,) = kept.probed.cpu().blocks()
         self.rows = {name: values for name, values in rows.items() if not name.startswith("features/")}
-        self._features = {name: _flatten_pooled(rows[f"features/{name}"]) for name in self.modalities}
+        widths = {} if saved is None else saved.widths
+        self._features = {name: _flatten_pooled(rows[f"features/{name}"], widths.get(name)) for name in self.modalities}
         self.saved = saved
+        if saved is not None:  # which may have been fitted on these very samples
+            rows["target"] = torch.full_like(rows["target"], -1)
+            rows["correct"] = torch.full_like(rows["correct"], UNKNOWN)
         self.classes, self.outcomes, self.groups = rows["class"], rows["correct"], rows["group"]
         self.predicted, self.target, self.sample_numbers = rows["prediction"], rows["target"], rows[NUMBER]
         self.numbers: dict[str, Tensor] = {"confidence": rows["confidence"].double()}
@@ -242,56 +251,62 @@ class FusionSummary:
         counts = target[labelled].bincount(minlength=n_classes)
         self.largest_class = float(counts.max() / counts.sum()) if labelled.any() else math.nan
         self._joint = found[names].exp()
-        read = labelled & ~self._joint.isnan().any(1)
-        of_read = None if groups is None else groups[read]
-        aurocs = {}
-        for several, log_probabilities in found.items():
-            aurocs[several] = functional.macro_auroc_influence(log_probabilities[read], target[read])
+        read = {several: labelled & ~one.isnan().any(1) for several, one in found.items()}
         for name, probe in (self.probes | {JOINT: self._joint}).items():
-            right = (probe.argmax(1) == target).double()
-            self.numbers[f"right/{name}"] = torch.where(read, right, torch.nan)
-            one = aurocs[names if name == JOINT else (name,)]
-            self.probe_aurocs[name] = functional.estimate_by_influence(*one, of_read, (0.0, 1.0))
-            self.calibration_errors[name] = functional.calibration_error(probe[read].amax(1), right[read])
-            if self.saved is not None:  # their own evaluation showed that they can be used
-                continue
-            problem = self._find_probe_problem(self.estimate(f"right/{name}"), counts, self.probe_aurocs[name])
-            self.probe_problems |= {name: problem} if problem and name != JOINT else {}
+            several = names if name == JOINT else (name,)
+            chosen, right = read[several], (probe.argmax(1) == target).double()
+            self.numbers[f"right/{name}"] = torch.where(chosen, right, torch.nan)
+            auroc = functional.macro_auroc_influence(found[several][chosen], target[chosen])
+            of_read = None if groups is None else groups[chosen]
+            self.probe_aurocs[name] = functional.estimate_by_influence(*auroc, of_read, (0.0, 1.0))
+            self.calibration_errors[name] = functional.calibration_error(probe[chosen].amax(1), right[chosen])
+            if (
+                self.saved is None and name != JOINT
+            ):  # of saved probes their own evaluation showed that they can be used
+                problem = self._find_probe_problem(name, counts, int((labelled & ~chosen).sum()))
+                self.probe_problems |= {name: problem} if problem else {}
         for name, others in without.items():
-            right = torch.where(read, (found[others].argmax(1) == target).double(), torch.nan)
+            both = read[names] & read[others]
+            right = torch.where(both, (found[others].argmax(1) == target).double(), torch.nan)
             self.numbers[f"joint_gain/{name}"] = self.numbers[f"right/{JOINT}"] - right
-            (auroc, influence), (less, of_less) = aurocs[names], aurocs[others]
-            gain = auroc - less, influence - of_less
-            self.auroc_gains[name] = functional.estimate_by_influence(*gain, of_read, (-1.0, 1.0))
+            whole, influence = functional.macro_auroc_influence(found[names][both], target[both])
+            less, of_less = functional.macro_auroc_influence(found[others][both], target[both])
+            of_both, gain = None if groups is None else groups[both], (whole - less, influence - of_less)
+            self.auroc_gains[name] = functional.estimate_by_influence(*gain, of_both, (-1.0, 1.0))
         self._add_support(logs)
 
     def _add_support(self, logs: Tensor) -> None:
         undefined = torch.full_like(self.numbers["confidence"], torch.nan)
         for name, supports in zip(self.modalities, functional.supports(logs, self.predicted), strict=True):
             self.numbers[f"supports/{name}"] = undefined if name in self.probe_problems else supports
-        if self.probe_problems:
+        if self.samples and not (self.predicted >= 0).any():
+            self.support_problem = "the model predicts no single class, as in a regression or with several labels"
+        elif self.probe_problems:
             self.support_problem = "it needs a linear probe of each modality that predicts better than chance"
-        elif not (self.predicted >= 0).any():
-            self.support_problem = "no sample has one predicted class"
         none = torch.full_like(self.predicted, -1)
-        several = logs.exp()
-        self.numbers["conflict"] = undefined if self.probe_problems else functional.conflict(several)
-        self.right_cell = none if self.probe_problems else functional.right_cells(several, self._joint, self.target)
+        self.numbers["conflict"] = undefined if self.probe_problems else functional.conflict(logs.exp())
+        self.right_cell = none if self.probe_problems else functional.right_cells(logs, self._joint.log(), self.target)
         self.numbers["support"] = undefined if self.support_problem else functional.support(logs, self.predicted)
-        self.support_cell = none if self.support_problem else functional.support_cells(several, self.predicted)
+        self.support_cell = none if self.support_problem else functional.support_cells(logs, self.predicted)
         known = (self.outcomes == CORRECT) | (self.outcomes == INCORRECT)
         correct = torch.where(known, (self.outcomes == CORRECT).double(), torch.nan)
         self.numbers |= {"correct": correct, "calibration_gap": correct - self.numbers["confidence"]}
 
-    def _find_probe_problem(self, accuracy: Estimate, class_counts: Tensor, auroc: Estimate) -> str:
+    def _find_probe_problem(self, name: str, class_counts: Tensor, unread: int) -> str:
+        accuracy, auroc = self.estimate(f"right/{name}"), self.probe_aurocs[name]
         if not self.samples:
             return self._explain_no_samples()
         if not class_counts.any():
-            return "there are no targets"
+            return "there are no targets that are single classes"
         if (class_counts >= LEAST_OF_A_CLASS).sum() < 2:
             return f"fewer than two classes have {LEAST_OF_A_CLASS} samples"
         if not accuracy.count:
-            return "what it brings into the fusion does not vary, or is all of one group"
+            return "what it brings into the fusion does not vary within classes, or is all of one group"
+        if unread:
+            return (
+                f"{unread} of {int(class_counts.sum())} samples cannot be read, as the others, without their fold, are "
+                "of a single class or do not vary: there are too few groups of each class"
+            )
         if math.isnan(accuracy.low):
             count = accuracy.count if accuracy.groups is None else accuracy.groups
             return f"it needs {MINIMUM_GROUP} {self.group_noun or 'samples'}, this run had {count}"

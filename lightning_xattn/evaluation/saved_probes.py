@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +30,8 @@ class SavedProbes:
 
     Attributes
     ----------
-    modalities, class_names
-        Of the evaluation.
+    modalities, sources, class_names
+        Of the evaluation: names, what holds each modality, and the names of the classes.
     fits
         By modalities, of each alone and of several together: weights ``(classes, features)`` and bias ``(classes,)``,
         so that ``(features @ weights.T + bias).log_softmax(1)`` are log probabilities.
@@ -42,14 +42,15 @@ class SavedProbes:
     """
 
     modalities: tuple[str, ...]
+    sources: tuple[str, ...]
     class_names: tuple[str, ...]
     fits: dict[tuple[str, ...], tuple[Tensor, Tensor]]
     accuracies: tuple[Estimate, ...]
     fingerprint: str
 
     @classmethod
-    def of(cls, fusion: FusionSummary | None, class_names: tuple[str, ...], model: nn.Module) -> SavedProbes:
-        """The probes of a labelled evaluation of a model.
+    def of(cls, fusion: FusionSummary | None, class_names: tuple[str, ...], made_by: str) -> SavedProbes:
+        """The probes of a labelled evaluation of a model with a fingerprint.
 
         Raises
         ------
@@ -63,10 +64,24 @@ class SavedProbes:
         if fusion.saved is not None:
             raise DataError("The probes of this evaluation come from a file. Save those of a labelled evaluation.")
         accuracies = tuple(cell.accuracy for cell in fusion.cells)
-        return cls(fusion.modalities, class_names, fusion.fit_probes(), accuracies, fingerprint(model))
+        sources = tuple(map(_place, fusion.sources))
+        return cls(fusion.modalities, sources, class_names, fusion.fit_probes(), accuracies, made_by)
 
     def __repr__(self) -> str:
         return f"SavedProbes({' and '.join(self.modalities)}, {len(self.fits[self.modalities][1])} classes)"
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """By modality the number of its features."""
+        return {name: self.fits[name,][0].shape[1] for name in self.modalities}
+
+    def require_sources(self, sources: Sequence[str]) -> None:
+        """Raise a DataError if the modalities are held by other modules than those of the probes."""
+        if tuple(map(_place, sources)) != self.sources:
+            raise DataError(
+                f"The saved probes read {', '.join(self.sources)}; this run has {', '.join(map(_place, sources))}. "
+                "Name the modalities as in the labelled evaluation: modalities={...}."
+            )
 
     def log_probabilities(self, features: Mapping[str, Tensor]) -> dict[tuple[str, ...], Tensor]:
         """By modalities ``(samples, classes)`` float64; NaN for samples whose features are not finite.
@@ -94,6 +109,7 @@ class SavedProbes:
         content = {
             "format": FORMAT,
             "modalities": list(self.modalities),
+            "sources": list(self.sources),
             "class_names": list(self.class_names),
             "fits": [(list(names), weights, bias) for names, (weights, bias) in self.fits.items()],
             "accuracies": [vars(one) for one in self.accuracies],
@@ -120,6 +136,7 @@ class SavedProbes:
                 )
             return cls(
                 tuple(content["modalities"]),
+                tuple(content["sources"]),
                 tuple(content["class_names"]),
                 {tuple(names): (weights, bias) for names, weights, bias in content["fits"]},
                 tuple(Estimate(**one) for one in content["accuracies"]),
@@ -142,6 +159,11 @@ class SavedProbes:
             )
 
 
+def _place(source: str) -> str:
+    """What holds a modality, without what is permuted in its place."""
+    return source.partition(" (")[0]
+
+
 def fingerprint(model: nn.Module) -> str:
     """A hash of the names, shapes and values of a model's parameters and persistent buffers."""
     found = hashlib.blake2b(digest_size=16)
@@ -150,5 +172,6 @@ def fingerprint(model: nn.Module) -> str:
     for name, value in sorted(state.items()):
         if isinstance(value, Tensor):
             found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            dense = value.detach() if value.layout is torch.strided else value.detach().to_dense()
+            found.update(dense.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_xattn import functional
 from lightning_xattn.core.wording import name_modality
 from lightning_xattn.functional.error_detection import LEAST_GROUPS, LEAST_OF_OUTCOME, AddedValue
-from lightning_xattn.functional.intervals import Estimate
+from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Cell:
         In words.
     samples, groups
         Number of samples, and of their groups (None: not known).
+    agrees_otherwise
+        Whether no modality supports the predictions, and their probes agree with each other on another class.
     share
         Of all samples that have a cell.
     accuracy, confidence
@@ -52,6 +54,7 @@ class Cell:
     name: str
     samples: int
     groups: int | None
+    agrees_otherwise: bool
     share: Estimate
     accuracy: Estimate
     confidence: Estimate
@@ -61,7 +64,7 @@ class Cell:
 def describe_support(fusion: FusionSummary) -> list[Cell]:
     """The cells of support: which modalities' probes predict what the model predicts; none where not computed."""
     names = [] if fusion.support_problem else name_cells(fusion.modalities)
-    return list(_describe_cells(fusion, fusion.support_cell, names))
+    return list(_describe_cells(fusion, fusion.support_cell, names, agreeing=len(names) - 2))
 
 
 def describe_right(fusion: FusionSummary) -> list[Cell]:
@@ -83,14 +86,16 @@ def name_cells(modalities: Sequence[str], right: bool = False) -> list[tuple[str
     return [*found, (f"{none}_agree", f"{none} (probes agree)"), (f"{none}_differ", f"{none} (probes differ)")]
 
 
-def _describe_cells(fusion: FusionSummary, cells: Tensor, names: Sequence[tuple[str, str]]) -> Iterator[Cell]:
+def _describe_cells(
+    fusion: FusionSummary, cells: Tensor, names: Sequence[tuple[str, str]], agreeing: int = -1
+) -> Iterator[Cell]:
     known = cells >= 0
     for number, (key, name) in enumerate(names):
         chosen = cells == number
         share = fusion.proportion(chosen, known)
         numbers = (fusion.estimate(one, among=chosen) for one in ("correct", "confidence", "calibration_gap"))
         groups = None if fusion.group_noun is None else functional.count_groups(fusion.groups[chosen])
-        yield Cell(key, name, int(chosen.sum()), groups, share, *numbers)
+        yield Cell(key, name, int(chosen.sum()), groups, number == agreeing, share, *numbers)
 
 
 def estimate_unsupported(fusion: FusionSummary) -> Estimate:
@@ -100,7 +105,7 @@ def estimate_unsupported(fusion: FusionSummary) -> Estimate:
 
 def overrules(cell: Cell) -> bool:
     """Whether the model clearly overrules its modalities: they agree with each other, and it is overconfident."""
-    return cell.key.endswith("_agree") and cell.calibration_gap.high < 0
+    return cell.agrees_otherwise and cell.calibration_gap.high < 0
 
 
 def measure_added_value(fusion: FusionSummary) -> AddedValue | str:
@@ -118,6 +123,12 @@ def measure_added_value(fusion: FusionSummary) -> AddedValue | str:
     groups, has_groups = fusion.groups[chosen], fusion.group_noun is not None
     if has_groups and functional.count_groups(groups) < LEAST_GROUPS:
         return f"it needs {LEAST_GROUPS} {fusion.group_noun}, this run had {functional.count_groups(groups)}"
+    with_each = [functional.count_groups(groups[one]) for one in (wrong, ~wrong)]
+    if has_groups and min(with_each) < MINIMUM_GROUP:
+        return (
+            f"it needs wrong and correct predictions of {MINIMUM_GROUP} {fusion.group_noun} each, this run had wrong "
+            f"ones of {with_each[0]} and correct ones of {with_each[1]}"
+        )
     labelled = fusion.target[fusion.target >= 0].bincount(minlength=int(fusion.predicted.max()) + 1)
     few = int((labelled[fusion.predicted[chosen].unique()] < LEAST_LABELLED).sum())
     if few:

@@ -79,11 +79,8 @@ def explain_model(
 
 def save_found_probes(explainer: ExplainabilityCapture, explained: DatasetResult, out: Path) -> None:
     """Write ``probes.pt``, if the data have labels and each modality has a probe."""
-    fusion, path = explained.fusion, out / "probes.pt"
-    if path.exists():  # of an earlier run, maybe of other weights
-        path.unlink()
-    if fusion is not None and not fusion.support_problem:
-        explainer.save_probes(explained, path)
+    if explained.fusion is not None and not explained.fusion.support_problem:
+        explainer.save_probes(explained, out / "probes.pt")
 
 
 def _test_loader(data: Any, name: str) -> tuple[Any, Any]:

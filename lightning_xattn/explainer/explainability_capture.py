@@ -27,7 +27,7 @@ from lightning_xattn.evaluation.classes import name_classes, own_class_names
 from lightning_xattn.evaluation.evaluation import Evaluation
 from lightning_xattn.evaluation.fusion_samples import SampleModalities, describe_modalities
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch, ExplainedSample
-from lightning_xattn.evaluation.saved_probes import SavedProbes
+from lightning_xattn.evaluation.saved_probes import SavedProbes, fingerprint
 from lightning_xattn.evaluation.settings import Settings
 from lightning_xattn.explainer.model_runner import ModelRunner, Predict
 from lightning_xattn.explainer.samples import explain_samples, find_modalities, require_finite
@@ -151,7 +151,8 @@ class ExplainabilityCapture:
         if batch is None:
             raise DataError("The batch is None; expected one as the model's loader yields it.")
         with self._runner.recording():
-            finder = self.settings.finder()
+            settings = self.settings if probes is None else replace(self.settings, targets=None)
+            finder = settings.finder()
             recorded = self._runner.run(batch, finder, needs_attention=True)
             if left_out := self._recorder.left_out:
                 raise DataError(
@@ -214,7 +215,7 @@ class ExplainabilityCapture:
         Raises
         ------
         DataError
-            If the result has no linear probe of each modality; the message says why.
+            If the result has no linear probe of each modality, or is of other weights; the message says why.
 
         Examples
         --------
@@ -225,7 +226,11 @@ class ExplainabilityCapture:
         >>> print(explained["per_sample_explanations"][0]["modalities"])
         The probe on Audio predicts ...
         """
-        SavedProbes.of(result.fusion, result.class_names, self.model).save(path)
+        if result.fingerprint != fingerprint(self.model):
+            raise DataError(
+                "The result is of other weights than the explainer's model has now. Explain the labelled samples again."
+            )
+        SavedProbes.of(result.fusion, result.class_names, result.fingerprint).save(path)
 
     def explain_single_sample(
         self,
@@ -320,8 +325,14 @@ class ExplainabilityCapture:
         permutes: bool = True,
     ) -> DatasetResult:
         names = self.class_names or (saved.class_names if saved else ())
+        if saved is not None and saved.class_names and tuple(names) != saved.class_names:
+            raise DataError(
+                f"The saved probes are of the classes {', '.join(saved.class_names)}; the explainer's class_names are "
+                f"{', '.join(names)}."
+            )
         settings = replace(self.settings, class_names=names or None, table=table)
         settings = settings if permutes else replace(settings, contribution_samples=0)
+        settings = settings if saved is None else replace(settings, targets=None)
         folder = None if table is None else Path(table)
         evaluation = Evaluation(settings, None, keeps_maps=True)
         with nullcontext() if folder is None else open_table(folder) as rows, self._runner.recording():
@@ -338,7 +349,8 @@ class ExplainabilityCapture:
                 close_table(rows, folder, explained.fusion)
         if permutes:
             self._check(explained, evaluation)
-        return replace(explained, axes=fitting_axes(self.axes, token_counts), table=folder)
+        made_by = "" if explained.fusion is None else fingerprint(self.model)
+        return replace(explained, axes=fitting_axes(self.axes, token_counts), table=folder, fingerprint=made_by)
 
     def _check(self, explained: DatasetResult, evaluation: Evaluation) -> None:
         warn(check_directions(self._recorder.layers), once=True)

@@ -187,6 +187,7 @@ def added_value(
 
 
 def _log_losses(probabilities: Tensor, happened: Tensor) -> Tensor:
+    probabilities = probabilities.clamp(_CERTAIN, 1 - _CERTAIN)
     return -torch.where(happened, probabilities, 1 - probabilities).log()
 
 

@@ -9,7 +9,7 @@ from scipy.stats import t
 from torch import Tensor
 
 from lightning_xattn.core.ids import UNKNOWN_GROUP
-from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate, within
+from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate, grouped_proportion_interval, within
 
 
 def auroc_influence(scores: Tensor, positive: Tensor) -> tuple[float, Tensor]:
@@ -99,6 +99,9 @@ def estimate_by_influence(
 ) -> Estimate:
     """The number with `influence_interval`, within what it can be.
 
+    A proportion of 0 or 1 without any variation, such as the AUROC of a probe that is never wrong, has Wilson's
+    interval with the number of groups, as of a proportion in which groups count as one sample each.
+
     Examples
     --------
     >>> auroc, influence = auroc_influence(torch.arange(20), torch.arange(20) % 3 > 0)
@@ -106,7 +109,11 @@ def estimate_by_influence(
     20
     """
     low, high = within(influence_interval(value, influence, groups), limits)
-    return Estimate(value, low, high, len(influence), None if groups is None else count_groups(groups))
+    known = None if groups is None else count_groups(groups)
+    if limits == (0.0, 1.0) and value in limits and not bool(influence.any()):
+        each = torch.ones(len(influence) if known is None else known)
+        low, high = grouped_proportion_interval(each, each * value)
+    return Estimate(value, low, high, len(influence), known)
 
 
 def count_groups(groups: Tensor) -> int:
@@ -135,7 +142,8 @@ def macro_auroc_influence(probabilities: Tensor, target: Tensor) -> tuple[float,
     Returns
     -------
     auroc
-        Of the classes with `MINIMUM_GROUP` samples and as many of other classes; NaN without one.
+        Of the classes with `MINIMUM_GROUP` samples and as many of other classes, but for those of which a sample has
+        the log probability minus infinity, as its fit has not seen the class; NaN without one.
     influence
         ``(samples,)`` float64, as `auroc_influence` gives it.
 
@@ -147,6 +155,9 @@ def macro_auroc_influence(probabilities: Tensor, target: Tensor) -> tuple[float,
     """
     counts = target.bincount(minlength=probabilities.shape[1])
     chosen = (counts >= MINIMUM_GROUP) & (len(target) - counts >= MINIMUM_GROUP)
+    # Samples whose class their fit has not seen, as it is all in one fold, would come last whatever the probe knows.
+    unseen = target[probabilities.gather(1, target[:, None])[:, 0] == -math.inf]
+    chosen[unseen] = False
     found = [auroc_influence(probabilities[:, c], target == c) for c in chosen.nonzero()[:, 0].tolist()]
     if not found:
         return math.nan, torch.full((len(target),), torch.nan, dtype=torch.float64)

@@ -15,14 +15,16 @@ def supports(probes: Tensor, predicted: Tensor) -> Tensor:
     Parameters
     ----------
     probes
-        ``(modalities, samples, classes)`` probabilities, or their logarithms.
+        ``(modalities, samples, classes)`` log probabilities, or probabilities, which do not show what a fit has not
+        seen.
     predicted
         ``(samples,)`` int64 class ids; a class outside of the probes' classes is not known.
 
     Returns
     -------
     Tensor
-        ``(modalities, samples)`` 1 or 0; NaN where the prediction is not known or the probe is undefined.
+        ``(modalities, samples)`` 1 or 0; NaN where the prediction is not known, the probe is undefined, or its fit has
+        not seen the predicted class.
 
     Examples
     --------
@@ -31,6 +33,8 @@ def supports(probes: Tensor, predicted: Tensor) -> Tensor:
     [[1.0], [0.0]]
     """
     known = ~probes.isnan().any(2) & (predicted >= 0) & (predicted < probes.shape[2])
+    # A fit that has not seen the class cannot tell.
+    known &= _of_class(probes, predicted) > -torch.inf
     return torch.where(known, (probes.argmax(2) == predicted).to(probes.dtype), torch.nan)
 
 
@@ -40,15 +44,14 @@ def support(probes: Tensor, predicted: Tensor) -> Tensor:
     Parameters
     ----------
     probes
-        ``(modalities, samples, classes)`` log probabilities; minus infinity for a class that a fit does not know.
+        ``(modalities, samples, classes)`` log probabilities; minus infinity for a class that a fit has not seen.
     predicted
         As `supports` takes it.
 
     Returns
     -------
     Tensor
-        ``(samples,)`` at most 0: all probes are certain of the prediction. NaN where the prediction is not known or a
-        probe is undefined.
+        ``(samples,)`` at most 0: all probes are certain of the prediction. NaN where `supports` is for a modality.
 
     Examples
     --------
@@ -57,9 +60,15 @@ def support(probes: Tensor, predicted: Tensor) -> Tensor:
     tensor([-2.3026])
     """
     known = ~probes.isnan().any(2).any(0) & (predicted >= 0) & (predicted < probes.shape[2])
-    place = torch.where(known, predicted, 0).expand(len(probes), -1)[..., None]
-    of_class = probes.gather(2, place)[..., 0].clamp_min(LEAST_LOG_PROBABILITY)
-    return torch.where(known, of_class.sum(0), torch.nan)
+    of_class = _of_class(probes, predicted)
+    known &= (of_class > -torch.inf).all(0)
+    return torch.where(known, of_class.clamp_min(LEAST_LOG_PROBABILITY).sum(0), torch.nan)
+
+
+def _of_class(probes: Tensor, class_ids: Tensor) -> Tensor:
+    """``(modalities, samples)`` what the probes give these classes; of an unknown class, anything."""
+    place = torch.where((class_ids >= 0) & (class_ids < probes.shape[2]), class_ids, 0)
+    return probes.gather(2, place.expand(len(probes), -1)[..., None])[..., 0]
 
 
 def support_cells(probes: Tensor, predicted: Tensor) -> Tensor:

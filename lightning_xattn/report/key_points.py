@@ -20,6 +20,7 @@ from lightning_xattn.report.estimates import (
     Subset,
     count_outcomes,
     estimate_accuracy,
+    format_estimate,
     format_percent,
 )
 
@@ -50,7 +51,15 @@ def _key_points(result: DatasetResult) -> Iterator[tuple[str, str]]:
 def _describe_samples(result: DatasetResult) -> str:
     if not result.summaries:
         one = result.fusion
-        return "none." if one is None else f"{describe_size(one.samples, one.known_groups, one.group_noun)}."
+        if one is None:
+            return "none."
+        size = describe_size(one.samples, one.known_groups, one.group_noun)
+        right = (
+            f"; the model is right for {format_percent(one.estimate('correct'), '95 % CI ')}"
+            if one.has_outcomes
+            else ""
+        )
+        return f"{size}{right}."
     summary, everyone = result.headline, Subset("all", "all")
     size = describe_size(summary.samples, summary.groups(), summary.group_noun)
     correct, incorrect = count_outcomes(summary, everyone)
@@ -114,6 +123,8 @@ def describe_support(fusion: FusionSummary) -> str:
     """How many predictions the modalities support, and how often the model is right about those and the others."""
     if fusion.support_problem:
         return f"not computed: {fusion.support_problem}."
+    if not (fusion.support_cell >= 0).any():
+        return "not computed: no sample has a prediction that the probes know."
     first, both = fusion.cells[0], len(fusion.modalities) == 2
     none = fusion.support_cell >= len(fusion.cells) - 2
     share = fusion.proportion(none, fusion.support_cell >= 0)
@@ -134,11 +145,15 @@ def describe_added_value(fusion: FusionSummary) -> str:
         return "no prediction is known to be correct or not."
     if isinstance(added, str):
         return f"whether support detects errors that confidence misses is not computed: {added}."
-    interval = say_interval(added.delta_auroc.low, added.delta_auroc.high, 2)
+    delta, loss = added.delta_auroc, added.delta_log_loss
+    interval = "" if math.isnan(delta.low) else f", 95 % CI {say_interval(delta.low, delta.high, 2)}"
+    but = ""
+    if delta.low > 0 and not added.adds:
+        but = f"; the log loss is not clearly better ({format_estimate(loss, signed=True)} nats)"
     claim = "support detects" if added.adds else "support is not shown to detect"
     return (
         f"in this evaluation {claim} errors that confidence misses: AUROC {decimal(added.baseline_auroc)} → "
-        f"{decimal(added.auroc)} ({decimal(added.delta_auroc.mean, signed=True)}, 95 % CI {interval})."
+        f"{decimal(added.auroc)} ({decimal(delta.mean, signed=True)}{interval}){but}."
     )
 
 
@@ -149,10 +164,12 @@ def describe_limits(fusion: FusionSummary) -> Iterator[tuple[str, str]]:
         if unused(fusion, name) == 1:
             who, share = name_modality(name), format_percent(fusion.share(name), "95 % CI ")
             without = joint.mean - fusion.estimate(f"joint_gain/{name}").mean
+            gain = fusion.auroc_gains[name]
             yield (
                 "Unused",
                 f"the model does not use {who} (share {share}), though a linear probe of all modalities is right for "
-                f"{percent(joint.mean)} with {who} and for {percent(without)} without it.",
+                f"{percent(joint.mean)} with {who} and for {percent(without)} without it (macro AUROC "
+                f"{decimal(gain.mean, 3, signed=True)} with it).",
             )
     if model.low > joint.high:
         said = (

@@ -24,6 +24,9 @@ from lightning_xattn.report.estimates import (
 )
 from lightning_xattn.report.key_points import describe_limits, shown_scores
 
+LISTED = 20
+"""How many samples that saved probes read are listed at most."""
+
 HOW_TO_READ_MODALITIES = (
     "Probe: a linear probe predicts the class from the pooled output of one modality's encoder, the joint probe from "
     "those of all modalities. No probe has seen the sample that it predicts, nor any other of its group. What a linear "
@@ -74,7 +77,14 @@ def describe_fusion(fusion: FusionSummary, class_names: Sequence[str], classes_b
     yield from _tabulate_subsets(fusion, class_names, classes_by)
     if whole := list(_describe_whole(fusion)):
         yield Items(whole, "Over all samples")
-    if unsupported := most_confident_unsupported(fusion):
+    if fusion.saved is not None:
+        listed = range(min(fusion.samples, LISTED))
+        found = [
+            (f"Sample {int(fusion.sample_numbers[i])}", str(describe_modalities(fusion, i, class_names)), ())
+            for i in sorted(listed, key=lambda i: int(fusion.sample_numbers[i]))
+        ]
+        yield Items(found, "Samples" if fusion.samples <= LISTED else f"{LISTED} of {fusion.samples} samples")
+    elif unsupported := most_confident_unsupported(fusion):
         found = [
             (f"Sample {int(fusion.sample_numbers[i])}", str(describe_modalities(fusion, i, class_names)), ())
             for i in unsupported

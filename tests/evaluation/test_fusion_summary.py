@@ -254,7 +254,7 @@ def test_a_regression_contributes_to_its_value_and_reads_nothing():
     callback = watch_of(module, regressed, **NAMED)
     summary = callback.fusion_summaries["val"]
     assert not summary.contribution_problem
-    assert set(summary.probe_problems.values()) == {"there are no targets"}
+    assert set(summary.probe_problems.values()) == {"there are no targets that are single classes"}
     with torch.no_grad():
         values = module(*data.tensors[:2])[:, 0].double()
     whole = summary.numbers["phi/left"] + summary.numbers["phi/right"]

@@ -171,6 +171,55 @@ def test_rare_classes_are_readable_by_their_macro_auroc():
     assert not fusion.probe_problems
 
 
+def test_an_encoder_that_is_dead_has_no_probe():
+    features, first, _ = planted()
+    result = explain_features(features | {"spec": torch.ones(SAMPLES, 4)}, logits_of(first), first)
+    fusion = result.fusion
+    assert list(fusion.probe_problems) == ["spec"]
+    assert "does not vary within classes" in fusion.probe_problems["spec"]
+    assert fusion.numbers["right/spec"].isnan().all()
+    assert math.isnan(fusion.probe_aurocs["spec"].mean)
+    assert math.isnan(fusion.auroc_gains["eeg"].mean)
+    assert math.isnan(fusion.estimate("joint_gain/eeg").mean)
+    assert "nan" not in create_explainability_report(result)
+
+
+def test_a_class_of_one_large_group_is_refused():
+    """Without that group's fold there is one class alone, and the others' accuracy would be that of its share."""
+    target = (torch.arange(SAMPLES) < 180).long()
+    groups = torch.where(target == 1, 0, 1 + torch.arange(SAMPLES) % 30)
+    features = {name: torch.randn(SAMPLES, 5) for name in ("eeg", "spec")}
+    fusion = explain_features(features, torch.randn(SAMPLES, 2), target, groups).fusion
+    assert set(fusion.probe_problems) == {"eeg", "spec"}
+    assert "samples cannot be read" in fusion.probe_problems["eeg"]
+
+
+def test_samples_that_are_not_finite_are_left_out_and_counted():
+    features, first, _ = planted()
+    features["eeg"][:7] = math.nan
+    result = explain_features(features, logits_of(first), first)
+    assert (result.fusion.nonfinite, result.fusion.samples) == (7, SAMPLES - 7)
+    assert "Samples left out, as their fusion inputs are not finite:** 7" in create_explainability_report(result)
+
+
+def test_no_name_of_a_modality_makes_a_model_overrule():
+    features, first, second = planted(noise=0.15)
+    features = {"agree": features["eeg"], "spec": features["spec"]}
+    predicted = torch.where(torch.arange(SAMPLES) % 2 == 0, first, second)
+    fusion = explain_features(features, logits_of(predicted), second).fusion
+    cells = {cell.key: cell for cell in fusion.cells}
+    assert cells["only_agree"].calibration_gap.high < 0
+    assert not any(map(overrules, fusion.cells))
+
+
+def test_errors_of_few_groups_show_nothing_of_support():
+    features, first, _ = planted()
+    groups = torch.arange(SAMPLES) % 20
+    predicted = torch.where(groups < 4, (first + 1) % CLASSES, first)
+    fusion = explain_features(features, logits_of(predicted), first, groups).fusion
+    assert "of 5 groups each, this run had wrong ones of 4 and correct ones of 16" in fusion.added_value
+
+
 def test_noise_has_no_support():
     features = {"eeg": torch.randn(SAMPLES, 5), "spec": torch.randn(SAMPLES, 5)}
     target = torch.arange(SAMPLES) % CLASSES
@@ -183,10 +232,14 @@ def test_noise_has_no_support():
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"logits": torch.zeros(SAMPLES)}, ShapeError, r"logits must be \(samples, classes\), floats; got \(600,\)"),
+        ({"logits": torch.zeros(SAMPLES)}, ShapeError, r"logits must be \(samples, classes\), floats.*got \(600,\)"),
         ({"targets": torch.zeros(3).long()}, ShapeError, r"targets must be \(600,\) whole numbers"),
         ({"targets": torch.full((SAMPLES,), 4)}, SettingError, "targets must be below 4"),
         ({"features": {"eeg": torch.zeros(SAMPLES, 2)}}, SettingError, "at least two modalities"),
+        ({"features": [torch.zeros(SAMPLES, 2)] * 2}, SettingError, "must map at least two modalities to arrays"),
+        ({"features": dict.fromkeys(("joint", "spec"), torch.zeros(SAMPLES, 2))}, SettingError, "is none of .*joint"),
+        ({"logits": torch.zeros(SAMPLES, 1)}, ShapeError, "of two classes or more.*Of a single logit make two"),
+        ({"groups": 5}, ShapeError, "groups must have 600 ids, one for each sample; got 5"),
         ({"features": {"eeg": torch.zeros(5, 2), "spec": torch.zeros(SAMPLES, 2)}}, ShapeError, r"features\['eeg'\]"),
         ({"class_names": ["a"]}, SettingError, "class_names must have 4 names"),
         ({"groups": ["p1"]}, ShapeError, "groups must have 600 ids"),
@@ -312,13 +365,18 @@ def test_xor_is_beyond_the_probes_and_the_report_says_so():
 
 def test_the_alarm_is_raised_after_three_validations_in_a_row():
     def records(*values):
-        return [{"stage": "val", "probed_samples": 9, "health/unused/spec": one} for one in values]
+        return [
+            {"stage": "val", "epoch": epoch, "step": 9 * epoch, "probed_samples": 9, "health/unused/spec": one}
+            for epoch, one in enumerate(values)
+        ]
 
     begin_run()
     assert not [*check_unused(records(1.0, 1.0), ["eeg", "spec"])]
     assert not [*check_unused(records(1.0, 1.0, 0.0, 1.0), ["spec"])]
     tested = [one | {"stage": "test"} for one in records(1.0)]
     assert not [*check_unused([*records(1.0, 1.0), *tested], ["spec"])]
+    same = [*records(0.0, 1.0), *records(0.0, 1.0)[1:] * 3]  # validated again and again
+    assert not [*check_unused(same, ["spec"])]
     (said,) = check_unused(records(0.0, 1.0, 1.0, 1.0), ["eeg", "spec"])
     assert "does not use 'spec'" in said
     assert not [*check_unused(records(1.0, 1.0, 1.0, 1.0), ["spec"])]  # once

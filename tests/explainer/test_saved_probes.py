@@ -18,10 +18,12 @@ from tests.attribution.models import NAMED, loader_of, said_data, sample_ids, tr
 pytestmark = pytest.mark.filterwarnings("ignore:.*samples have no class:lightning_xattn.XAttnWarning")
 
 
+SETTINGS = {"predict": lambda model, batch: model(*batch[:2]), "sample_ids": sample_ids, **NAMED}
+
+
 def explainer_of(model, **settings):
     """Without targets, unless these are given."""
-    settings = {"predict": lambda model, batch: model(*batch[:2]), "sample_ids": sample_ids, **NAMED} | settings
-    return ExplainabilityCapture(model, class_names=list("abcd"), **settings)
+    return ExplainabilityCapture(model, class_names=list("abcd"), **SETTINGS | settings)
 
 
 def targets(outputs, batch):
@@ -137,8 +139,45 @@ def test_probes_of_other_weights_are_refused(labelled, new, tmp_path):
 
 def test_probes_of_other_modalities_are_refused(labelled, new):
     model, _, _, path = labelled
-    with pytest.raises(DataError, match="The saved probes are of left and right, .* this run has west and east"):
+    with pytest.raises(
+        DataError, match="The saved probes read left = left of fusion, .* this run has west = left of fusion"
+    ):
         explainer_of(model, modalities={"west": 0, "east": 1}).explain_batch(new, probes=path)
+
+
+def test_probes_of_other_modules_or_class_names_are_refused(labelled, new):
+    model, _, _, path = labelled
+    swapped = explainer_of(model, modalities={"left": 1, "right": 0}, attention={})
+    with pytest.raises(DataError, match="The saved probes read left = left of fusion, .* this run has left = right of"):
+        swapped.explain_loader([new], progress=False, probes=path)
+    explainer = ExplainabilityCapture(model, class_names=list("dcba"), **SETTINGS)
+    with pytest.raises(
+        DataError, match="saved probes are of the classes a, b, c, d; the explainer's class_names are d"
+    ):
+        explainer.explain_batch(new, probes=path)
+
+
+def test_a_result_of_earlier_weights_is_not_saved(labelled, tmp_path):
+    _, data, _, _ = labelled
+    model = trained(None, data, epochs=15)
+    explainer = explainer_of(model, targets=targets, contribution_samples=0)
+    result = explainer.explain_loader(loader_of(data), progress=False)
+    with torch.no_grad():
+        model.head.bias += 1
+    with pytest.raises(DataError, match="The result is of other weights than the explainer's model has now"):
+        explainer.save_probes(result, tmp_path / "none.pt")
+
+
+def test_labels_are_not_looked_at(labelled):
+    """The probes may have been fitted on these very samples: their accuracy would mean nothing."""
+    model, data, _, path = labelled
+    result = explainer_of(model, targets=targets).explain_loader(loader_of(data), progress=False, probes=path)
+    assert not result.fusion.has_outcomes
+    assert result.fusion.numbers["right/left"].isnan().all()
+    assert isinstance(result.fusion.added_value, str)
+    report = create_explainability_report(result)
+    assert "no prediction is known to be correct or not" in report
+    assert report.count("such samples of the labelled evaluation") == 20  # the first ones
 
 
 def test_what_has_no_probes_saves_none(labelled, new, tmp_path):

@@ -103,3 +103,10 @@ def test_risk_and_coverage_are_the_references():
         )
     assert functional.risk_coverage(error, wrong)[0] < functional.risk_coverage(-error, wrong)[0]
     assert all(map(math.isnan, functional.risk_coverage(error[:0], wrong[:0])))
+
+
+def test_a_model_that_is_certain_and_wrong_has_a_finite_log_loss():
+    wrong, folds = torch.arange(200) % 4 == 0, torch.arange(200) % 5
+    score = torch.where(folds == 0, -1e6, 0.0) * torch.arange(200) % 3
+    found = functional.added_value(torch.full((200,), 0.7), score, wrong, folds)
+    assert math.isfinite(found.delta_log_loss.mean)

@@ -87,3 +87,24 @@ def test_the_calibration_error_is_the_references():
     expected = reference.calibration_error(confidence.tolist(), right.tolist(), 10)
     assert functional.calibration_error(confidence, right) == pytest.approx(expected)
     assert math.isnan(functional.calibration_error(confidence[:9], right[:9]))
+
+
+def test_a_class_that_fits_have_not_seen_is_in_no_macro_auroc():
+    probabilities, target, _ = made_up()
+    logs = probabilities.log()
+    logs[target == 2, 2] = -math.inf
+    both = torch.stack([functional.auroc_influence(logs[:, c], target == c)[1] for c in range(2)]).mean(0)
+    value, influence = functional.macro_auroc_influence(logs, target)
+    assert value == pytest.approx(np.mean([roc_auc_score(target == c, probabilities[:, c]) for c in range(2)]))
+    torch.testing.assert_close(influence, both)
+
+
+@pytest.mark.parametrize("groups", [None, torch.arange(60) // 5])
+def test_a_probe_that_is_never_wrong_has_an_interval(groups):
+    target = torch.arange(60) % CLASSES
+    found = macro(torch.nn.functional.one_hot(target, CLASSES).double(), target, groups)
+    n = 60 if groups is None else 12
+    assert (found.mean, found.high) == (1, 1)
+    assert found.low == pytest.approx(n / (n + t.ppf(0.975, n - 1) ** 2))
+    none = functional.estimate_by_influence(0.0, torch.zeros(60), groups, limits=(-1.0, 1.0))
+    assert math.isnan(none.low)

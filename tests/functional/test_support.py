@@ -55,10 +55,12 @@ def test_what_is_not_known_has_no_support():
     assert (functional.right_cells(probes, joint, predicted) < 0).all()
 
 
-def test_a_class_that_no_fit_knows_takes_15_nats():
-    probes = torch.tensor([[[0.5, 0.5, 0.0]], [[1.0, 0.0, 0.0]]]).double().log()
-    assert functional.support(probes, torch.tensor([1])).tolist() == [math.log(0.5) - 15]
-    assert functional.support(probes, torch.tensor([2])).tolist() == [-30]
+def test_a_class_that_a_fit_has_not_seen_has_no_support():
+    probes = torch.tensor([[[-0.5, -0.5, -math.inf]], [[0.0, -400.0, -50.0]]]).double()
+    assert functional.support(probes, torch.tensor([1])).tolist() == [-0.5 - 15]
+    assert functional.support(probes, torch.tensor([2])).isnan().all()
+    assert functional.supports(probes, torch.tensor([2])).isnan().tolist() == [[True], [False]]
+    assert functional.support_cells(probes, torch.tensor([2])).tolist() == [-1]
 
 
 @pytest.mark.parametrize("modalities", [2, 3])

@@ -22,6 +22,9 @@ from tests.toy import ToyModule
 pytestmark = pytest.mark.filterwarnings("ignore:Layer 'model.fusion'")
 
 
+SOURCES = "eeg = model.eeg_encoder", "spec = model.spec_encoder"
+
+
 @pytest.fixture
 def without_pictures(monkeypatch):
     """Most of the time goes into drawing."""
@@ -99,7 +102,7 @@ def test_recordings_without_votes_are_read_by_saved_probes(hms_checkpoint, make_
         for names in (("eeg",), ("spec",), ("eeg", "spec"))
     }
     accuracies = tuple(Estimate(0.8, 0.7, 0.9, count) for count in (50, 40, 30, 20, 10))
-    probes = SavedProbes(("eeg", "spec"), tuple(CLASSES), fits, accuracies, fingerprint(model))
+    probes = SavedProbes(("eeg", "spec"), SOURCES, tuple(CLASSES), fits, accuracies, fingerprint(model))
     probes.save(tmp_path / "probes.pt")
     rows = [{name: cell for name, cell in row.items() if name not in VOTE_COLUMNS} for row in table_rows(5)]
     arguments = ["--checkpoint", str(hms_checkpoint), "--data", str(make_folder(rows=rows)), "--out", str(tmp_path)]

@@ -69,9 +69,10 @@ def test_key_points_say_the_summarys_numbers(result, members):
 @pytest.mark.parametrize(
     ("delta", "loss", "said"),
     [
-        ((0.21, 0.17, 0.25), (-0.3, -0.4, -0.2), "support detects errors that confidence misses"),
-        ((0.21, 0.17, 0.25), (-0.3, -0.4, 0.2), "support is not shown to detect errors that confidence misses"),
-        ((0.21, -0.17, 0.25), (-0.3, -0.4, -0.2), "support is not shown to detect errors that confidence misses"),
+        ((0.21, 0.17, 0.25), (-0.3, -0.4, -0.2), "support detects"),
+        ((0.21, 0.17, 0.25), (-0.3, -0.4, 0.2), "support is not shown to detect"),
+        ((0.21, -0.17, 0.25), (-0.3, -0.4, -0.2), "support is not shown to detect"),
+        ((0.21, math.nan, math.nan), (-0.3, -0.4, -0.2), "support is not shown to detect"),
     ],
 )
 def test_what_support_adds_is_said_in_one_sentence(result, delta, loss, said):
@@ -79,9 +80,10 @@ def test_what_support_adds_is_said_in_one_sentence(result, delta, loss, said):
     fusion.added_value = AddedValue(
         0.91, 0.7, Estimate(*delta, 400), Estimate(*loss, 400), *(0.1, 0.2), *(0.034, 0.051), 55
     )
-    interval = f"{decimals(delta[1], 2)} to {decimals(delta[2], 2)}"
+    interval = "" if math.isnan(delta[1]) else f", 95 % CI {decimals(delta[1], 2)} to {decimals(delta[2], 2)}"
+    but = "; the log loss is not clearly better (-0.300 (-0.400 to 0.200) nats)" if loss[2] > 0 else ""
     assert describe_added_value(fusion) == (
-        f"in this evaluation {said}: AUROC 0.70 → 0.91 (+{decimals(delta[0], 2)}, 95 % CI {interval})."
+        f"in this evaluation {said} errors that confidence misses: AUROC 0.70 → 0.91 (+0.21{interval}){but}."
     )
     report = create_explainability_report(replace(result, fusion=fusion))
     assert f"**Errors:** {describe_added_value(fusion)}" in report
@@ -99,10 +101,11 @@ def test_an_unused_modality_is_named(result):
     fusion.numbers["phi/right"] = torch.linspace(-0.05, 0.05, 130).double()
     fusion.numbers["right/joint"] = (torch.arange(130) % 10 > 0).double()
     fusion.numbers["joint_gain/right"] = (torch.arange(130) % 4 == 1).double()
-    share = in_percent(fusion.share("right"), "95 % CI ")
+    share, gain = in_percent(fusion.share("right"), "95 % CI "), fusion.auroc_gains["right"].mean
     assert dict(describe_limits(fusion))["Unused"] == (
         f"the model does not use Right (share {share}), though a linear probe of all modalities is right for 90.0 % "
-        f"with Right and for {decimals(100 * (117 - 33) / 130, 1)} % without it."
+        f"with Right and for {decimals(100 * (117 - 33) / 130, 1)} % without it (macro AUROC "
+        f"{gain:+.3f} with it)."
     )
 
 
@@ -114,7 +117,8 @@ def test_key_points_of_a_regression_and_of_layers_alone(result):
     assert said["Contribution"] == (
         f"Left moves the output by {sizes[0]}, Right moves the output by {sizes[1]}, on average over samples."
     )
-    assert said["Samples"] == "130 samples of 23 groups."
+    right = in_percent(fusion.estimate("correct"), "95 % CI ")
+    assert said["Samples"] == f"130 samples of 23 groups; the model is right for {right}."
     assert {label for label, _, _ in key_points(dataset(result.headline)).items} == {"Samples"}
     report = create_explainability_report(dataset(fusion=fusion, class_names=CLASSES))
     (header, rows), *_ = tables_of(report)
