@@ -1,4 +1,4 @@
-"""Explain multi-modal models: what each modality knows and contributes, and how the modalities attend to each other.
+"""Explain multi-modal models: what each modality predicts and contributes, and how they attend to each other.
 
 ``AttentionExplainabilityCallback`` goes into a Lightning ``Trainer``; ``ExplainabilityCapture`` explains a trained
 model and ``create_explainability_report`` reports what it found; ``explain_features`` needs only arrays of features and

@@ -17,7 +17,7 @@ from lightning_xattn.core.progress import printed_times
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status of the command; 1 after bad input or a full disk, which one line reports."""
-    about = "Report what each modality knows, contributes and attends to."
+    about = "Report what each modality predicts, contributes and attends to."
     parser = argparse.ArgumentParser(prog="lightning-xattn", description=about)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)

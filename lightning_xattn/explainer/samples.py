@@ -35,6 +35,8 @@ def require_finite(batch: BatchResult) -> BatchResult:
     rows = [prepare_rows(attention) for pair in batch.attention for attention in pair.directions]
     if labels.predicted is not None:
         what, also, broken = "class scores", " (or class ids below 0)", labels.predicted < 0
+    elif not rows:
+        return batch
     else:
         what, also, broken = "attention", "", torch.stack([r.broken.flatten(1).any(1) for r in rows]).any(0)
     if not bool(broken.any()):
