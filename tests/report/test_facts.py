@@ -13,6 +13,8 @@ from lightning_xattn import create_explainability_report
 from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_confident_unsupported
 from lightning_xattn.evaluation.statistics import Column
 from lightning_xattn.evaluation.support import unused
+from lightning_xattn.functional.error_detection import AddedValue
+from lightning_xattn.functional.intervals import Estimate
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.report.key_points import key_points
 from tests.explained import dataset, summary
@@ -147,6 +149,13 @@ def test_support_is_described(result, facts):
     assert found["probe_macro_auroc"] == {name: plain(one) for name, one in fusion.probe_aurocs.items()}
     assert found["probe_calibration_error"] == fusion.calibration_errors
     assert found["joint_auroc_gain"] == {name: plain(one) for name, one in fusion.auroc_gains.items()}
+    added = AddedValue(0.9, 0.7, *[Estimate(0.2, 0.1, 0.3, 99)] * 2, *(0.1, 0.2, 0.03, 0.05), 40)
+    fusion = copy(fusion)
+    fusion.added_value = added
+    shown = json.loads(create_explainability_report(dataset(fusion=fusion, class_names=CLASSES), format="json"))
+    expected = vars(added) | {name: plain(getattr(added, name)) for name in ("delta_auroc", "delta_log_loss")}
+    assert shown["fusion"]["added_value"] == expected
+    assert shown["fusion"]["added_value_problem"] == ""
     assert found["unused"] == {name: unused(fusion, name) for name in ("left", "right")}
 
 

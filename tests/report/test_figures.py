@@ -419,3 +419,10 @@ def test_an_undefined_number_is_drawn_nowhere(records):
     figure = overview_figure([records[1], gone, records[3]], "val")
     probes = next(panel for panel in panels(figure) if panel.get_title() == "accuracy of each probe")
     assert np.isnan(probes.lines[0].get_ydata()).tolist() == [False, True, False]
+
+
+def test_a_data_set_has_the_figures_of_its_modalities_and_of_its_first_layer(result):
+    assert [name for name, _ in dataset_figures(result)] == [
+        *("support_cells", "contribution_shares", "map_left_to_right", "map_right_to_left"),
+        *("entropy_by_head", "class_comparison"),
+    ]
