@@ -27,7 +27,7 @@ from benchmarks.validate import BATCH, balanced, one_batch, validate
 from lightning_xattn import Attention, Direction
 from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.statistics import sample_statistics
-from lightning_xattn.functional import cross_fitted_probe, prepare_rows
+from lightning_xattn.functional import prepare_rows
 from lightning_xattn.hms import HMSDataModule, HMSLightningModule
 from tests import reference
 
@@ -84,7 +84,7 @@ def reference_loop(there: NDArray[np.float32], back: NDArray[np.float32]) -> Non
             reference.row_statistics(weights)
             reference.query_selectivity(weights)
             reference.head_diversity(weights)
-            reference.sink(weights)
+            reference.sink_excess(weights)
 
 
 def data_loader(folder: Path) -> None:
@@ -120,21 +120,6 @@ def validation_epoch(folder: Path) -> None:
         print(f"    testing the attention takes {more:.1f} s more")
 
 
-def probe() -> None:
-    """Reading two modalities at an epoch's end."""
-    generator = torch.Generator().manual_seed(0)
-    target = torch.randint(6, (8192,), generator=generator)
-    features = [torch.randn(8192, 64, generator=generator) for _ in range(2)]
-    folds = torch.randint(5, (8192,), generator=generator)
-
-    def read() -> None:
-        for one in features:
-            cross_fitted_probe(one, target, folds, 6)
-
-    (seconds,) = median_seconds(read, repeats=10)
-    print(f"probe 8,192 samples of two modalities: {seconds:.2f} s (aim: at most 1)")
-
-
 def peak_memory() -> None:
     """Peak memory over 2,000 and 20,000 samples; a process each, as the peak of one never falls."""
     print("peak memory of validating with the callback (aim: the same for both, but for what is kept to be read)")
@@ -162,7 +147,6 @@ def main() -> None:
         features()
         data_loader(folder)
         validation_epoch(folder)
-        probe()
         explain_loader(folder)
         figures_and_report(folder)
     peak_memory()

@@ -11,17 +11,22 @@ import os
 import random
 import subprocess
 from collections import Counter
+from collections.abc import Generator
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    import pytest
+import pytest
 
 DURATIONS = Path("mutmut-stats.json")
 """Where mutmut writes how long each test takes, in the folder that the tests of a mutant run in."""
 
-QUICK = 0.5
-"""Seconds. Slower tests run only where no quick one reaches a mutant: with them one that survives takes minutes."""
+QUICK, SLOW = 0.5, 10.0
+"""Seconds. Of tests that take longer than the first, only the fastest run, which together take no longer than the
+second: with all of them a mutant that survives takes minutes. All run where no quick one reaches a mutant."""
+
+MADE_BY: dict[tuple[str, str], set[str]] = {}
+"""The functions that ran while a fixture was made, by where it is from and its name."""
 
 NOTICED = ("killed", "timeout")
 
@@ -32,6 +37,31 @@ def pytest_configure() -> None:
 
     settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], database=None)
     settings.load_profile("mutants")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Any, Any]:
+    """Remember what runs while a fixture is made: mutmut counts it for the first test alone that asks for it."""
+    from mutmut.state import state
+
+    reached = state()._stats
+    before = set(reached)
+    reached.clear()
+    try:
+        return (yield)
+    finally:
+        MADE_BY[fixturedef.baseid, fixturedef.argname] = set(reached)
+        reached.update(before)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Count for each test what ran while its fixtures were made, just before mutmut takes down what it has reached."""
+    from mutmut.state import state
+
+    for (place, name), functions in MADE_BY.items():
+        if name in getattr(item, "fixturenames", ()) and item.nodeid.startswith(place):
+            state()._stats.update(functions)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,7 +81,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return of_file[file], file, seconds.get(item.nodeid, 0)
 
     items.sort(key=place)
-    items[:] = [item for item in items if seconds.get(item.nodeid, 0) < QUICK] or items
+    slow = sorted(
+        (item for item in items if seconds.get(item.nodeid, 0) >= QUICK), key=lambda item: seconds[item.nodeid]
+    )
+    quick = [item for item in items if item not in slow]
+    if quick:
+        together = accumulate(seconds[item.nodeid] for item in slow)
+        items[:] = quick + [item for item, until in zip(slow, together, strict=True) if until <= SLOW]
 
 
 def sample(seed: int, of_each_file: int) -> list[str]:

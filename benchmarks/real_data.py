@@ -117,8 +117,11 @@ def load_digits() -> RealData:
     return _split(("upper", "lower"), (upper, lower), mask, target, every, every % 3 == 0)
 
 
-def load_watch() -> RealData:
-    """Windows of 2 s of 140 sets of an exercise, in tokens of 0.2 s. Each third subject tests."""
+def load_watch(by_set: bool = False) -> RealData:
+    """Windows of 2 s of 140 sets of an exercise, in tokens of 0.2 s. Each third subject tests.
+
+    The ten subjects are the groups, or ``by_set`` the sets: of the seven exercises, by each subject and with each arm.
+    """
     with np.load(fetch() / "watch.npz") as saved:
         signals, target, subject = (torch.tensor(saved[name]) for name in ("signals", "target", "subject"))
         lengths = saved["lengths"].tolist()
@@ -129,10 +132,11 @@ def load_watch() -> RealData:
         rows += [number] * len(parts)
     tokens, of_set = torch.cat(windows), torch.tensor(rows)
     streams = tokens[..., :3].flatten(2), tokens[..., 3:].flatten(2)
-    group = subject.long()[of_set]
+    subjects = subject.long()[of_set]
+    group = of_set if by_set else subjects
     mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
-    order = {one: i for i, one in enumerate(group.unique().tolist())}
-    is_test = torch.tensor([order[one] % 3 == 0 for one in group.tolist()])
+    order = {one: i for i, one in enumerate(subjects.unique().tolist())}
+    is_test = torch.tensor([order[one] % 3 == 0 for one in subjects.tolist()])
     return _split(("acceleration", "rotation"), streams, mask, target.long()[of_set], group, is_test)
 
 
@@ -204,10 +208,10 @@ def make_trainer(**settings: Any) -> Trainer:
     return Trainer(**quiet, enable_checkpointing=False, accelerator="cpu", **settings)
 
 
-def train(data: RealData, seed: int = 0, epochs: int = 15) -> TwoStreams:
+def train(data: RealData, seed: int = 0, epochs: int = 15, width: int = 32) -> TwoStreams:
     """A trained model."""
     torch.manual_seed(seed)
-    model = TwoStreams(data)
+    model = TwoStreams(data, width)
     loader = DataLoader(data.train, batch_size=64, shuffle=True)
     make_trainer(max_epochs=epochs).fit(model, loader)
     return model

@@ -37,7 +37,7 @@ from lightning_xattn.functional import (
     separation,
     sink,
     standardised_maps,
-    support_difference,
+    support,
 )
 from lightning_xattn.functional.outcomes import BINS
 from lightning_xattn.visualizations.drawing import HUES
@@ -76,8 +76,8 @@ def draw_map(ax: Axes, weights: Tensor, x: str = "key", y: str = "query") -> Non
 def draw_bars(ax: Axes, probes: Tensor, chosen: int | None = None) -> None:
     """The probabilities of two probes, and which class the model predicts."""
     for shift, probe, colour, hatch, name in (
-        (-0.2, probes[0], FIRST, "", "EEG's probe"),
-        (0.2, probes[1], SECOND, "///", "Spec's probe"),
+        (-0.2, probes[0], FIRST, "", "probe on EEG"),
+        (0.2, probes[1], SECOND, "///", "probe on Spec"),
     ):
         places = np.arange(len(probe)) + shift
         ax.bar(places, probe.numpy(), 0.4, color=colour, hatch=hatch, edgecolor="white", label=name)
@@ -128,20 +128,19 @@ def draw_conflict(figure_axes: list[list[Axes]]) -> Drawn:
     for (ax,), probes in zip(figure_axes, (agree, differ), strict=True):
         draw_bars(ax, probes)
     figure_axes[1][0].legend(fontsize=9, loc="upper center")
-    return name_halves(figure_axes, "conflict", values, ("both probes predict A", "EEG's probe predicts A, Spec's C"))
+    what = "both probes predict A", "the probe on EEG predicts A, that on Spec C"
+    return name_halves(figure_axes, "conflict", values, what)
 
 
-def draw_support_difference(figure_axes: list[list[Axes]]) -> Drawn:
-    """A prediction that the second modality's probe supports, and one that the first one's does."""
-    probes = torch.tensor([[0.80, 0.15, 0.05], [0.10, 0.10, 0.80]])
+def draw_support(figure_axes: list[list[Axes]]) -> Drawn:
+    """A prediction that both probes agree with, and one that neither does."""
+    probes = torch.tensor([[0.80, 0.15, 0.05], [0.70, 0.20, 0.10]])
     values = []
     for (ax,), predicted in zip(figure_axes, (2, 0), strict=True):
-        values.append(float(support_difference(probes[:, None].log(), torch.tensor([predicted]))))
+        values.append(float(support(probes[:, None].log(), torch.tensor([predicted]))))
         draw_bars(ax, probes, predicted)
-    figure_axes[1][0].legend(fontsize=9, loc="upper right")
-    return name_halves(
-        figure_axes, "support difference", values, ("Spec supports the prediction", "EEG supports the prediction")
-    )
+    figure_axes[0][0].legend(fontsize=9, loc="upper right")
+    return name_halves(figure_axes, "support", values, ("neither supports the prediction", "both support it"))
 
 
 def draw_contribution(figure_axes: list[list[Axes]]) -> Drawn:
@@ -272,7 +271,7 @@ def draw_sink(figure_axes: list[list[Axes]]) -> Drawn:
         weights = scores.softmax(-1)
         values.append(float(sink(rows_of(weights[None]))))
         draw_map(ax, weights)
-    return name_halves(figure_axes, "sink", values, ("no key gets all queries", "the first key takes most"))
+    return name_halves(figure_axes, "sink", values, ("no key gets much", "the first key takes most"))
 
 
 def draw_cross_modal_mass(figure_axes: list[list[Axes]]) -> Drawn:
@@ -297,7 +296,7 @@ def draw_cross_modal_mass(figure_axes: list[list[Axes]]) -> Drawn:
 
 
 def draw_auroc(figure_axes: list[list[Axes]]) -> Drawn:
-    """A score that is the same whatever the outcome, and one that is higher in correct predictions."""
+    """A score that is the same whatever the outcome, and one whose low values detect errors."""
     values = []
     for (ax,), shift in zip(figure_axes, (0.0, 1.8), strict=True):
         correct, incorrect = random(2000, seed=1) + shift, random(600, seed=2)
@@ -308,13 +307,13 @@ def draw_auroc(figure_axes: list[list[Axes]]) -> Drawn:
             ax.hist(one.numpy(), bins=30, range=(low, high), density=True, histtype="step", color=colour, label=name)
         ax.set(yticks=[], xticks=[], xlabel="score", ylabel="samples")
     figure_axes[1][0].legend(fontsize=9, loc="upper right")
-    return name_halves(figure_axes, "AUROC", values, ("no difference", "higher in correct predictions"))
+    return name_halves(figure_axes, "AUROC", values, ("chance", "low values detect errors"))
 
 
 PICTURES: Mapping[str, tuple[Callable[[list[list[Axes]]], Drawn], int]] = {
     "probe": (draw_probe, 1),
     "conflict": (draw_conflict, 1),
-    "support_difference": (draw_support_difference, 1),
+    "support": (draw_support, 1),
     "contribution": (draw_contribution, 1),
     "faithfulness": (draw_faithfulness, 1),
     "alignment": (draw_alignment, 2),

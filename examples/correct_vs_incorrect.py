@@ -31,4 +31,5 @@ for score in (ALIGNMENT, ENTROPY):
         groups = f"{found.correct_groups} and {found.incorrect_groups} {summary.group_noun}"
         print(f"  {found.correct} correct and {found.incorrect} incorrect, of {groups}, are too few for an AUROC")
     else:
-        print(f"  AUROC {found.auroc:.2f} ({found.low:.2f} to {found.high:.2f}); 0.5: it does not separate them")
+        auroc = f"{found.auroc:.2f} (95 % CI {found.low:.2f} to {found.high:.2f}; 0.5 is chance)"
+        print(f"  AUROC of {found.error_side} {score} for errors {auroc}")

@@ -1,8 +1,8 @@
 """A quick start: images and captions that mostly name the same thing, and errors where they differ.
 
 The data are simulated: an image shows one of four things, a caption names one, and in three of ten samples they differ.
-The label is then that of either one, at random, so no model can predict it. Watch how alignment and conflict of correct
-and incorrect predictions separate::
+The label is then that of either one, at random, so no model can predict it. Watch the accuracy
+where both modalities support the prediction, and where only one does::
 
     python examples/quick_start.py && tensorboard --logdir quick_start
 """

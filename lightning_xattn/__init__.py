@@ -1,10 +1,11 @@
-"""Explain multi-modal models: what each modality knows and contributes, and how the modalities attend to each other.
+"""Explain multi-modal models: what each modality predicts and contributes, and how they attend to each other.
 
 ``AttentionExplainabilityCallback`` goes into a Lightning ``Trainer``; ``ExplainabilityCapture`` explains a trained
-model and ``create_explainability_report`` reports what it found; ``AttentionRecorder`` records any model.
+model and ``create_explainability_report`` reports what it found; ``explain_features`` needs only arrays of features and
+predictions; ``AttentionRecorder`` records any model.
 
 Examples in docstrings take ``torch``, ``pathlib.Path``, Lightning's ``Trainer`` and the package's public names.
-``model`` is one of audio and text, ``batch`` has 5 samples for it, and ``loader`` 23.
+``model`` is one of audio and text, ``batch`` has 5 samples for it, ``loader`` 23, and ``labelled_loader`` 120.
 """
 
 from importlib import import_module
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_xattn.capture import AttentionRecorder, JointSequence
     from lightning_xattn.core.attention import Attention, AttentionPair, Direction, TokenAxis
     from lightning_xattn.core.errors import XAttnError, XAttnWarning
+    from lightning_xattn.evaluation.arrays import explain_features
     from lightning_xattn.explainer import ExplainabilityCapture
     from lightning_xattn.report import create_explainability_report
     from lightning_xattn.report.criteria import interpret_sample
@@ -31,6 +33,7 @@ __all__ = [
     "XAttnError",
     "XAttnWarning",
     "create_explainability_report",
+    "explain_features",
     "interpret_sample",
 ]
 
@@ -41,6 +44,7 @@ _PUBLIC = {
     "capture": ["AttentionRecorder", "JointSequence"],
     "core.attention": ["Attention", "AttentionPair", "Direction", "TokenAxis"],
     "core.errors": ["XAttnError", "XAttnWarning"],
+    "evaluation.arrays": ["explain_features"],
     "explainer": ["ExplainabilityCapture"],
     "report": ["create_explainability_report"],
     "report.criteria": ["interpret_sample"],

@@ -17,7 +17,7 @@ from lightning_xattn.core.progress import printed_times
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status of the command; 1 after bad input or a full disk, which one line reports."""
-    about = "Report what each modality knows, contributes and attends to."
+    about = "Report what each modality predicts, contributes and attends to."
     parser = argparse.ArgumentParser(prog="lightning-xattn", description=about)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -52,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain.add_argument("--datamodule", metavar="PATH", help="import path of its LightningDataModule, for test data")
     explain.add_argument("--data", metavar="DIR", help="recordings in the layout of the HMS competition")
     explain.add_argument("--out", metavar="DIR", required=True, help="folder for all results")
+    explain.add_argument(
+        "--probes",
+        metavar="FILE",
+        help="probes.pt of an earlier run on labelled data: says who supports each prediction of data without labels",
+    )
     explain.add_argument(
         "--trust-checkpoint",
         action="store_true",
@@ -111,15 +116,16 @@ def _explain(
     datamodule: str | None,
     montage: Literal["bipolar", "referential"],
     trust_checkpoint: bool,
+    probes: str | None,
 ) -> None:
     if data is not None and model is None and datamodule is None:
         from lightning_xattn.hms.explain import run_explain
 
-        run_explain(checkpoint, data, out, montage, trust_checkpoint)
+        run_explain(checkpoint, data, out, montage, trust_checkpoint, probes)
     elif data is None and model is not None and datamodule is not None:
         from lightning_xattn.explainer.command import explain_model
 
-        explain_model(model, checkpoint, datamodule, out, trust_checkpoint)
+        explain_model(model, checkpoint, datamodule, out, trust_checkpoint, probes)
     else:
         raise SettingError(
             "explain takes --model and --datamodule of your own model, or --data for the reference model."

@@ -9,6 +9,9 @@ import itertools
 import math
 
 import numpy as np
+import scipy.optimize
+import scipy.special
+import scipy.stats
 
 NAN = float("nan")
 
@@ -139,12 +142,8 @@ def received_lift(A, queries=None, keys=None):
 
 
 def query_selectivity(A, queries=None, keys=None):
-    valid = valid_rows(A, queries, keys)
-    _, keys = masks_of(A, queries, keys)
     result = []
-    for h in range(A.shape[0]):
-        rows = [np.where(keys[h, q], A[h, q], 0) for q in range(A.shape[1]) if valid[h, q]]
-        seen = sum(any(keys[h, q, k] for q in range(A.shape[1]) if valid[h, q]) for k in range(A.shape[2]))
+    for rows, seen in rows_by_head(A, queries, keys):
         if len(rows) < 2 or seen < 2:
             result.append(NAN)
             continue
@@ -169,28 +168,66 @@ def head_diversity(A, queries=None, keys=None):
 
 
 def sink(A, queries=None, keys=None):
-    """The share of every query's attention that the same key takes, 0 where uniform attention is and 1 at most."""
-    valid = valid_rows(A, queries, keys)
-    _, keys = masks_of(A, queries, keys)
+    """The largest mean weight of a key over the valid rows of a head; a key that is hidden from a row has 0 there."""
     result = []
-    for h in range(A.shape[0]):
-        rows = [np.where(keys[h, q], A[h, q], 0) for q in range(A.shape[1]) if valid[h, q]]
-        k = max([keys[h, q].sum() for q in range(A.shape[1]) if valid[h, q]], default=0)
-        least = [min(row[key] for row in rows) for key in range(A.shape[2])] if rows else [0]
-        result.append(max(0, (max(least) - 1 / k) / (1 - 1 / k)) if k > 1 and len(rows) > 1 else NAN)
+    for rows, _ in rows_by_head(A, queries, keys):
+        means = [sum(row[key] for row in rows) / len(rows) for key in range(A.shape[2])] if rows else [NAN]
+        result.append(max(means))
     return np.array(result)
 
 
-def top_pairs(samples, top_k):
-    """``(query, key, weight, lift)`` of the mean map of samples and heads; ``samples`` are (A, queries, keys)."""
+def sink_excess(A, queries=None, keys=None):
+    """How far the sink is above 1 / K; NaN with one key, or fewer than four valid rows."""
+    result = []
+    for s, (rows, k) in zip(sink(A, queries, keys), rows_by_head(A, queries, keys), strict=True):
+        result.append((s - 1 / k) / (1 - 1 / k) if k > 1 and len(rows) >= 4 else NAN)
+    return np.array(result)
+
+
+def rows_by_head(A, queries, keys):
+    """Of each head its valid rows, with 0 where a key is hidden, and how many keys any of them sees."""
+    valid = valid_rows(A, queries, keys)
+    _, keys = masks_of(A, queries, keys)
+    for h in range(A.shape[0]):
+        chosen = [q for q in range(A.shape[1]) if valid[h, q]]
+        seen = sum(any(keys[h, q, k] for q in chosen) for k in range(A.shape[2]))
+        yield [np.where(keys[h, q], A[h, q], 0) for q in chosen], seen
+
+
+def broken_rows(A, queries=None, keys=None):
+    """(heads, queries) bool: the query is real and has a key, yet its row is no attention."""
+    valid = valid_rows(A, queries, keys)
+    queries, keys = masks_of(A, queries, keys)
+    return queries & keys.any(-1) & ~valid
+
+
+def head_weights(A, queries=None, keys=None):
+    """By cell (query, key) that some head may attend to: the weight of each head, 0 of one that may not.
+
+    A head whose row is broken has none.
+    """
+    valid, broken = valid_rows(A, queries, keys), broken_rows(A, queries, keys)
+    _, keys = masks_of(A, queries, keys)
     cells = {}
-    for A, queries, keys in samples:
-        valid = valid_rows(A, queries, keys)
-        _, keys = masks_of(A, queries, keys)
-        for h, q, k in np.ndindex(*A.shape):
-            if valid[h, q] and keys[h, q, k]:
-                cells.setdefault((q, k), []).append((A[h, q, k], A[h, q, k] * keys[h, q].sum()))
-    means = [(q, k, *np.mean(found, axis=0)) for (q, k), found in cells.items()]
+    for q, k in np.ndindex(*A.shape[1:]):
+        may = [valid[h, q] and keys[h, q, k] for h in range(A.shape[0])]
+        if any(may):
+            cells[q, k] = [A[h, q, k] if may[h] else 0.0 for h in range(A.shape[0]) if not broken[h, q]]
+    return cells
+
+
+def top_pairs(samples, top_k):
+    """``(query, key, weight, lift)`` of the mean map of samples and heads; ``samples`` are (A, queries, keys).
+
+    The lift is the mean over the heads that may attend to the key.
+    """
+    weights, lifts = {}, {}
+    for of_sample in samples:
+        for cell, found in head_weights(*of_sample).items():
+            weights.setdefault(cell, []).extend(found)
+        for (_, q, k), value in np.ndenumerate(lift(*of_sample)):
+            lifts.setdefault((q, k), []).append(value)
+    means = [(*cell, sum(found) / len(found), mean_defined(lifts[cell])) for cell, found in weights.items()]
     return sorted(means, key=lambda pair: -pair[2])[:top_k]
 
 
@@ -206,8 +243,8 @@ def pearson(x, y):
     return float((dx * dy).sum() / math.sqrt((dx**2).sum() * (dy**2).sum()))
 
 
-def cells(A, B, eeg, spec, there, back, heads_there, heads_back):
-    """(queries, keys) pairs whose two rows are valid in the heads asked for and which see each other."""
+def cells(A, B, eeg, spec, there, back, i, j):
+    """(queries, keys) pairs whose two rows are valid in head i of A and head j of B and which see each other."""
     valid_a, valid_b = valid_rows(A, eeg, there), valid_rows(B, spec, back)
     _, there = masks_of(A, eeg, there)
     _, back = masks_of(B, spec, back)
@@ -215,18 +252,19 @@ def cells(A, B, eeg, spec, there, back, heads_there, heads_back):
         (q, k)
         for q in range(A.shape[1])
         for k in range(B.shape[1])
-        if all(valid_a[h, q] and there[h, q, k] for h in heads_there)
-        and all(valid_b[h, k] and back[h, k, q] for h in heads_back)
+        if valid_a[i, q] and there[i, q, k] and valid_b[j, k] and back[j, k, q]
     ]
 
 
 def alignment(A, B, eeg=None, spec=None, there=None, back=None):
-    """``eeg`` / ``spec``: valid tokens; ``there`` / ``back``: valid keys of A / of B."""
-    everywhere = range(A.shape[0]), range(B.shape[0])
-    both = cells(A, B, eeg, spec, there, back, *everywhere)
-    x = [sum(A[h, q, k] for h in everywhere[0]) / A.shape[0] for q, k in both]
-    y = [sum(B[h, k, q] for h in everywhere[1]) / B.shape[0] for q, k in both]
-    return pearson(x, y)
+    """``eeg`` / ``spec``: valid tokens; ``there`` / ``back``: valid keys of A / of B.
+
+    Over the cells that count in both head-averaged maps, but for those of rows that are broken in some head.
+    """
+    x, y = head_weights(A, eeg, there), head_weights(B, spec, back)
+    bad_queries, bad_keys = broken_rows(A, eeg, there).any(0), broken_rows(B, spec, back).any(0)
+    both = [(q, k) for q, k in x if (k, q) in y and not bad_queries[q] and not bad_keys[k]]
+    return pearson([np.mean(x[q, k]) for q, k in both], [np.mean(y[k, q]) for q, k in both])
 
 
 def alignment_null(samples):
@@ -239,7 +277,7 @@ def head_alignment_matrix(A, B, eeg=None, spec=None, there=None, back=None):
     matrix = np.zeros((A.shape[0], B.shape[0]))
     for i in range(A.shape[0]):
         for j in range(B.shape[0]):
-            both = cells(A, B, eeg, spec, there, back, [i], [j])
+            both = cells(A, B, eeg, spec, there, back, i, j)
             matrix[i, j] = pearson([A[i, q, k] for q, k in both], [B[j, k, q] for q, k in both])
     return matrix
 
@@ -252,6 +290,12 @@ def binned(scores, low, high):
 def auroc(correct, incorrect):
     wins = sum((c > i) + 0.5 * (c == i) for c in correct for i in incorrect)
     return wins / (len(correct) * len(incorrect))
+
+
+def error_auroc(score, correct, incorrect):
+    """How well a score detects errors, in the direction that METRICS.md states for it."""
+    side = {"confidence": "low", "alignment": "low", "support": "low", "conflict": "high", "entropy": "high"}[score]
+    return auroc(correct, incorrect) if side == "low" else auroc(incorrect, correct)
 
 
 def auroc_interval(value, n, m, half_width=1.959963984540054):
@@ -373,7 +417,19 @@ def class_adjusted_gap(scores, classes, correct):
     return float(np.mean(gaps)) if gaps else NAN
 
 
-# Reading: what each modality says on its own.
+# Probes: what each modality says on its own.
+
+
+def pooled(tokens, real):
+    """Mean, maximum and standard deviation of a sample's real tokens, one after the other."""
+    kept = np.array([token for token, is_real in zip(tokens, real, strict=True) if is_real])
+    return np.concatenate([kept.mean(0), kept.max(0), kept.std(0)])
+
+
+def round_robin(keys, hash_of, folds=5):
+    """Groups in the order of their hashes, one fold after the other."""
+    order = sorted(set(keys), key=hash_of)
+    return [order.index(key) % folds for key in keys]
 
 
 def discriminant_scores(X, y, n_classes, shrinkage=0.1):
@@ -385,8 +441,9 @@ def discriminant_scores(X, y, n_classes, shrinkage=0.1):
     for x, label in zip(X, y, strict=True):
         S += np.outer(x - means[label], x - means[label])
     S /= len(X) - len(present)
-    shrunk = (1 - shrinkage) * S + shrinkage * np.trace(S) / d * np.eye(d)
-    inverse = np.linalg.inv(shrunk)
+    D = np.diag(np.sqrt(np.diag(S)))
+    correlations = np.linalg.inv(D) @ S @ np.linalg.inv(D)
+    inverse = np.linalg.inv(D @ ((1 - shrinkage) * correlations + shrinkage * np.eye(d)) @ D)
 
     def scores(x):
         found = []
@@ -401,15 +458,75 @@ def discriminant_scores(X, y, n_classes, shrinkage=0.1):
     return scores
 
 
+def inverse_temperature(scores, y):
+    """The factor with the smallest mean log loss, by scipy's search."""
+    known = [(row, label) for row, label in zip(scores, y, strict=True) if row[label] > -math.inf]
+
+    def loss(log_factor):
+        rows = [(math.exp(log_factor) * row, label) for row, label in known]
+        return float(np.mean([scipy.special.logsumexp(row) - row[label] for row, label in rows]))
+
+    bounds = math.log(0.01), 0
+    return math.exp(scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-9}).x)
+
+
 def cross_fitted_probe(X, y, folds, n_classes):
-    """(samples, classes) probabilities, each sample by a fit of the other folds' labelled samples."""
-    result = []
-    for x, fold in zip(X, folds, strict=True):
-        others = [i for i in range(len(X)) if folds[i] != fold and 0 <= y[i] < n_classes]
-        scores = discriminant_scores([X[i] for i in others], [y[i] for i in others], n_classes)(x)
-        exponents = np.exp(scores - scores.max())
-        result.append(exponents / exponents.sum())
+    """(samples, classes) probabilities, each sample by a fit of the other folds' labelled samples.
+
+    The fit's temperature is that of fits which leave out one more fold, on the labelled samples of that.
+    """
+
+    def fit_without(*left_out):
+        others = [i for i in range(len(X)) if folds[i] not in left_out and 0 <= y[i] < n_classes]
+        return discriminant_scores([X[i] for i in others], [y[i] for i in others], n_classes)
+
+    result = [None] * len(X)
+    for fold in sorted(set(folds)):
+        scores, labels = [], []
+        for other in sorted(set(folds) - {fold}):
+            inner = fit_without(fold, other)
+            for i in range(len(X)):
+                if folds[i] == other and 0 <= y[i] < n_classes:
+                    scores.append(inner(X[i]))
+                    labels.append(y[i])
+        factor, whole = inverse_temperature(scores, labels), fit_without(fold)
+        for i in range(len(X)):
+            if folds[i] == fold:
+                given = factor * whole(X[i])
+                exponents = np.exp(given - given.max())
+                result[i] = exponents / exponents.sum()
     return np.array(result)
+
+
+def macro_auroc(probabilities, y, groups):
+    """Mean over classes of the share of pairs in order, and its standard error by group (DeLong's placements)."""
+    n_classes = len(probabilities[0])
+    aurocs, influence = [], np.zeros(len(y))
+    for c in range(n_classes):
+        positive = [i for i, label in enumerate(y) if label == c]
+        negative = [i for i, label in enumerate(y) if label != c]
+        ordered = {
+            (i, j): (probabilities[i][c] > probabilities[j][c]) + (probabilities[i][c] == probabilities[j][c]) / 2
+            for i in positive
+            for j in negative
+        }
+        value = np.mean([*ordered.values()])
+        aurocs.append(value)
+        for i in positive:
+            influence[i] += (np.mean([ordered[i, j] for j in negative]) - value) / len(positive) / n_classes
+        for j in negative:
+            influence[j] += (np.mean([ordered[i, j] for i in positive]) - value) / len(negative) / n_classes
+    sums = [sum(influence[i] for i in range(len(y)) if groups[i] == g) for g in sorted(set(groups))]
+    error = math.sqrt(len(sums) / (len(sums) - 1) * sum(one**2 for one in sums))
+    return float(np.mean(aurocs)), error
+
+
+def calibration_error(confidence, right, bins):
+    """Mean over samples of how far confidence and accuracy are apart in bins of equal size."""
+    order = sorted(range(len(right)), key=lambda i: confidence[i])
+    return sum(abs(sum(confidence[i] - right[i] for i in one)) for one in np.array_split(np.array(order), bins)) / len(
+        right
+    )
 
 
 def conflict(probes):
@@ -421,8 +538,100 @@ def conflict(probes):
     return sum(chances) / len(chances)
 
 
-def support_difference(first, second, predicted):
-    return math.log(first[predicted]) - math.log(second[predicted])
+def supporters(probes, predicted):
+    """The modalities whose most probable class is this one, of (modalities, classes) of one sample."""
+    return [m for m, probe in enumerate(probes) if max(range(len(probe)), key=lambda c: probe[c]) == predicted]
+
+
+def support(probes, predicted):
+    """The sum of log probabilities of the predicted class, each at least -15."""
+    return sum(max(math.log(probe[predicted]), -15.0) if probe[predicted] > 0 else -15.0 for probe in probes)
+
+
+def support_cell(probes, predicted):
+    """Who supports a prediction, in words."""
+    who = supporters(probes, predicted)
+    if not who:
+        first = [max(range(len(probe)), key=lambda c: probe[c]) for probe in probes]
+        return "agree" if len(set(first)) == 1 else "differ"
+    return tuple(who) if len(probes) == 2 else len(who)
+
+
+def right_cell(probes, joint, target):
+    """Whose probe is right, in words."""
+    who = supporters(probes, target)
+    if not who:
+        return "joint only" if supporters([joint], target) else "none"
+    return tuple(who) if len(probes) == 2 else len(who)
+
+
+# Does a score detect errors that confidence does not?
+
+
+def error_probabilities(scores, wrong, folds):
+    """Logistic regression with a ridge of 1 on z-scores, by a general optimiser, without the sample's own fold."""
+    scores, wrong = np.asarray(scores, float), np.asarray(wrong, float)
+    found = np.zeros(len(wrong))
+    for fold in sorted(set(folds)):
+        out = np.array([one == fold for one in folds])
+        mean, deviation = scores[~out].mean(0), scores[~out].std(0)
+        z, labels = (scores - mean) / deviation, wrong[~out]
+
+        def loss(w, z=z[~out], labels=labels):
+            logits = w[0] + z @ w[1:]
+            return np.sum(np.logaddexp(0, logits) - labels * logits) + np.sum(w[1:] ** 2) / 2
+
+        w = scipy.optimize.minimize(loss, np.zeros(scores.shape[1] + 1), tol=1e-12).x
+        found[out] = 1 / (1 + np.exp(-(w[0] + z[out] @ w[1:])))
+    return found
+
+
+def placements(scores, positive):
+    """AUROC by all pairs, and of each sample how far its own share of pairs in order is from it, over its kind's n."""
+    kinds = [i for i, one in enumerate(positive) if one], [i for i, one in enumerate(positive) if not one]
+    ordered = {(i, j): (scores[i] > scores[j]) + (scores[i] == scores[j]) / 2 for i in kinds[0] for j in kinds[1]}
+    value = sum(ordered.values()) / len(ordered)
+    influence = [0.0] * len(scores)
+    for i in kinds[0]:
+        influence[i] = (sum(ordered[i, j] for j in kinds[1]) / len(kinds[1]) - value) / len(kinds[0])
+    for j in kinds[1]:
+        influence[j] = (sum(ordered[i, j] for i in kinds[0]) / len(kinds[0]) - value) / len(kinds[1])
+    return value, influence
+
+
+def added_value(confidence, score, wrong, groups, folds):
+    """Differences of AUROC and log loss between error models with and without a score, each with its 95 % CI."""
+    logit = [math.log(p / (1 - p)) for p in (min(max(one, 1e-6), 1 - 1e-6) for one in confidence)]
+    base = error_probabilities([[one] for one in logit], wrong, folds)
+    model = error_probabilities([*zip(logit, score, strict=True)], wrong, folds)
+    (auroc, influence), (baseline, of_base) = placements(model, wrong), placements(base, wrong)
+    losses = [
+        math.log(b if w else 1 - b) - math.log(m if w else 1 - m) for b, m, w in zip(base, model, wrong, strict=True)
+    ]
+    names, n = sorted(set(groups)), len(wrong)
+    q = scipy.stats.t.ppf(0.975, len(names) - 1)
+
+    def interval(value, terms):
+        sums = [sum(one for one, g in zip(terms, groups, strict=True) if g == name) for name in names]
+        half = q * math.sqrt(len(names) / (len(names) - 1) * sum(one**2 for one in sums))
+        return value, value - half, value + half
+
+    mean = sum(losses) / n
+    return (
+        interval(auroc - baseline, [a - b for a, b in zip(influence, of_base, strict=True)]),
+        interval(mean, [(one - mean) / n for one in losses]),
+    )
+
+
+def risk_coverage(error, wrong, coverage):
+    """Area under the risk-coverage curve, and the risk at a coverage; tied samples in every order alike."""
+    n, risks = len(error), []
+    for kept in range(1, n + 1):
+        limit = sorted(error)[kept - 1]
+        below = [w for e, w in zip(error, wrong, strict=True) if e < limit]
+        tied = [w for e, w in zip(error, wrong, strict=True) if e == limit]
+        risks.append((sum(below) + (kept - len(below)) * sum(tied) / len(tied)) / kept)
+    return sum(risks) / n, risks[math.ceil(coverage * n - 1e-9) - 1]
 
 
 # Contribution: what the model uses.

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 import lightning_xattn
 from lightning_xattn.callback.epoch_log import EpochLog
 from lightning_xattn.loggers import WRITERS
-from tests.toy import ToyModule, toy_data, toy_loader
+from tests.toy import ToyModule, labelled_loader, toy_data, toy_loader
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
@@ -29,6 +29,7 @@ def presupposed():
         "model": ToyModule(),
         "batch": toy_data(5)[:],
         "loader": toy_loader(),
+        "labelled_loader": labelled_loader(),
         "train_loader": toy_loader(),
         "val_loader": DataLoader(toy_data(40), batch_size=8),
     }

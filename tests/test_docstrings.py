@@ -13,7 +13,7 @@ from pytorch_lightning import Trainer
 import lightning_xattn
 from lightning_xattn import attention_analysis, functional, hms, visualizations
 from lightning_xattn.core import notices
-from tests.toy import ToyModule, toy_data, toy_loader
+from tests.toy import ToyModule, labelled_loader, toy_data, toy_loader
 
 PUBLIC = (lightning_xattn, functional, visualizations, attention_analysis, hms)
 
@@ -30,6 +30,7 @@ def given():
     """What an example may use, as the package's docstring says."""
     names = {name: getattr(home, name) for home in PUBLIC for name in home.__all__}
     data = {"model": AudioText().eval(), "loader": toy_loader(), "batch": toy_data(5)[:]}
+    data["labelled_loader"] = labelled_loader()
     return names | {"torch": torch, "Path": Path, "Trainer": Trainer} | data
 
 

@@ -95,15 +95,18 @@ def test_what_is_not_in_the_repository_is_needed_in_its_own_ci_alone(variable, t
 
 def test_mutants_meet_the_fastest_tests_first(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    names = ("b.py::slow", "b.py::middle", "a.py::middle", "b.py::fast", "a.py::new")
+    names = ("b.py::slow", "a.py::slow", "a.py::slower", "b.py::middle", "a.py::middle", "b.py::fast", "a.py::new")
     items = [SimpleNamespace(nodeid=name) for name in names]
     before = list(items)
     pytest_collection_modifyitems(items)
     assert items == before, "nothing is known yet"
-    seconds = {"b.py::slow": 3.0, "b.py::fast": 0.1, "b.py::middle": 0.4, "a.py::middle": 0.4}
+    seconds = {"b.py::fast": 0.1, "b.py::middle": 0.4, "a.py::middle": 0.4}
+    seconds |= {"b.py::slow": 3.0, "a.py::slow": 6.5, "a.py::slower": 7.0}
     DURATIONS.write_text(json.dumps({"duration_by_test": seconds}))
     pytest_collection_modifyitems(items)
-    assert [item.nodeid for item in items] == ["a.py::new", "a.py::middle", "b.py::fast", "b.py::middle"]
-    alone = before[:1]
+    quick = ["b.py::fast", "b.py::middle", "a.py::new", "a.py::middle"]
+    # Of the slow ones those that together take ten seconds.
+    assert [item.nodeid for item in items] == [*quick, "b.py::slow", "a.py::slow"]
+    alone = before[:3]
     pytest_collection_modifyitems(alone)
-    assert alone == before[:1], "where no quick test reaches a mutant"
+    assert sorted(item.nodeid for item in alone) == sorted(names[:3]), "where no quick test reaches a mutant"

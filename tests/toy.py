@@ -79,6 +79,14 @@ def toy_loader(samples=23, batch_size=5, seed=0):
     return DataLoader(toy_data(samples, seed), batch_size=batch_size)
 
 
+def labelled_loader(samples=120):
+    """Of samples whose tokens show their class in both modalities."""
+    audio, text, target = toy_data(samples).tensors
+    steps = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])[target][:, None]
+    shown = audio[..., :2] + steps, text + steps
+    return DataLoader(TensorDataset(torch.cat([shown[0], audio[..., 2:]], 2), shown[1], target), batch_size=20)
+
+
 def padded_toy_data(samples=23):
     audio, text, target = toy_data(samples).tensors
     for i in range(samples):

@@ -16,9 +16,9 @@ from lightning_xattn.attribution.replay import Replay
 from lightning_xattn.attribution.root import ReplayError
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.distributed import NUMBER
+from lightning_xattn.core.ids import LARGEST, hashed
 from lightning_xattn.functional import pooled_tokens, project
 from lightning_xattn.functional.outcomes import UNKNOWN
-from lightning_xattn.functional.probe import FOLDS
 
 Result = TypeVar("Result")
 
@@ -28,38 +28,11 @@ DISAGREE = "the processes found different modalities in their first batches: nam
 Part = Callable[[int], Tensor]
 """Gets a number of items, and gives the indices of those that this process works on."""
 
-NOT_KEPT = 2**63 - 1
+NOT_KEPT = LARGEST
 """The hash of rows that must not be kept."""
 
 Columns = dict[str, Tensor]
 """Columns by name, each with one row per sample; one of them is "hash"."""
-
-
-def hashed(keys: Tensor, salt: int) -> Tensor:
-    """Hashes of whole numbers, evenly spread over [0, 2^63 - 1) (splitmix64).
-
-    Parameters
-    ----------
-    keys
-        Any shape, int64.
-    salt
-        Another salt gives unrelated hashes.
-    """
-    x = keys + _signed((salt + 1) * 0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ _shifted(x, shift)) * _signed(factor)
-    x = x ^ _shifted(x, 31)
-    return (x & NOT_KEPT).clamp_max(NOT_KEPT - 1)
-
-
-def _signed(number: int) -> int:
-    """The int64 with the same last 64 bits."""
-    return (number + 2**63) % 2**64 - 2**63
-
-
-def _shifted(x: Tensor, places: int) -> Tensor:
-    """To the right, with zeros from the left."""
-    return (x >> places) & ((1 << (64 - places)) - 1)
 
 
 class BottomKSample:
@@ -144,8 +117,8 @@ MAX_SAMPLES = 8192
 IDENTITY = ("process", NUMBER)
 """The columns that identify a sample within its evaluation."""
 
-CHOSEN, _FOLDED = range(2)
-"""Salts of the hashes that decide which samples are kept, and which fold each is in."""
+CHOSEN = 0
+"""The salt of the hashes that decide which samples are kept."""
 
 
 @dataclass(eq=False)
@@ -155,7 +128,7 @@ class KeptSamples:
     Parameters
     ----------
     probed
-        Rows for the linear probes: "hash", "fold", "group", "features/<modality>", and further columns of each sample.
+        Rows for the linear probes: "hash", "group", "features/<modality>", and further columns of each sample.
     permuted
         Rows to be permuted and replayed: "hash", "group", ``IDENTITY``, "values", "logits",
         "value/<modality>/<number>" (of further inputs without a modality) and "received/<direction>".
@@ -233,9 +206,9 @@ class KeptSamples:
             has_any = torch.ones_like(keys, dtype=torch.bool) if mask is None else mask.any(1)
             lacking[name] = ~(has_any & present[name] if present and name in present else has_any)
         complete = ~torch.stack([*lacking.values()]).any(0)
-        finite = torch.stack([one.isfinite().all(1) for one in features.values()]).all(0)
+        finite = torch.stack([one.isfinite().flatten(1).all(1) for one in features.values()]).all(0)
         hashes = torch.where(finite & complete, hashed(keys, CHOSEN), NOT_KEPT)
-        rows = {"hash": hashes, "fold": hashed(groups, _FOLDED) % FOLDS, "group": groups, **facts}
+        rows = {"hash": hashes, "group": groups, **facts}
         self.nonfinite = self.nonfinite.to(keys.device) + (complete & ~finite).sum()
         self.missing = {name: self.missing.get(name, 0) + one.sum() for name, one in lacking.items()}
         self.probed.add(rows | {f"features/{name}": one for name, one in features.items()})

@@ -30,7 +30,7 @@ Column = tuple[str, int]
 """A modality and the number of its tensor in ``Modality.places``, or from -1 downwards in ``Modality.features``; of
 further inputs the modality is ""."""
 
-RESERVED_MODALITIES = ("share", "size", "followed", "interaction", "emap_accuracy")
+RESERVED_MODALITIES = ("share", "size", "interaction", "emap_accuracy", "joint")
 """What stands beside the modalities in curves and columns, which no modality may be called."""
 
 LOWEST_SHOWN = -1000.0

@@ -82,7 +82,7 @@ def join_namespaces() -> None:
 
 
 class AttentionExplainabilityCallback(Callback):
-    """Log how a model's modalities attend to each other, and what each of them knows and contributes.
+    """Log how a model's modalities attend to each other, and what each of them predicts and contributes.
 
     Every validated and tested epoch it logs head entropy and modality alignment, per class and for correct against
     incorrect predictions: as scalars with ``LightningModule.log`` (so ``ModelCheckpoint`` and ``EarlyStopping`` can
@@ -170,7 +170,7 @@ class AttentionExplainabilityCallback(Callback):
     summaries : dict of str to LayerSummary
         The last epoch of each scope, such as ``val``, ``test`` or ``val/dataloader_1``.
     fusion_summaries : dict of str to FusionSummary
-        What each modality knows and contributes in the last epoch of each scope.
+        What each modality predicts and contributes in the last epoch of each scope.
 
     Raises
     ------

@@ -17,7 +17,7 @@ from lightning_xattn.callback.monitors import describe_unknown
 from lightning_xattn.callback.run import Run
 from lightning_xattn.callback.schedule import Schedule, logged_step, moment, stage_of
 from lightning_xattn.core.notices import info, warn
-from lightning_xattn.evaluation.checks import check_fusion, check_layer
+from lightning_xattn.evaluation.checks import check_fusion, check_layer, check_unused
 from lightning_xattn.evaluation.classes import name_in_curves
 from lightning_xattn.evaluation.curves import (
     epoch_curves,
@@ -119,6 +119,9 @@ class EpochLog:
             shown[number] = limit_classes(whole, evaluation.shown_classes)
             counts = {name: getattr(evaluation.totals, name) for name in ("repeats", "left_out_batches")}
             by_scope, records[number] = self._collect(number, shown[number], whole, counts)
+            if whole.fusion is not None:
+                past = [one for one in history if one["dataloader"] == number]
+                warn(check_unused([*past, *records[number]], whole.fusion.modalities))
             for scope, of_scope in by_scope:
                 curves |= of_scope if self.all_curves else main_curves(of_scope, scope)
                 others |= of_scope

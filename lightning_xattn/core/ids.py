@@ -18,6 +18,10 @@ UNKNOWN_GROUP = -(2**63)
 """The key of samples whose group is not known. For intervals they are one group, as they may all be of one."""
 
 
+LARGEST = 2**63 - 1
+"""The largest int64, above every hash of `hashed`."""
+
+
 def is_unknown(one: Any) -> bool:
     """Whether an id stands for no id: None, NaN, and what pandas writes for them."""
     if one is None or type(one).__name__ in ("NAType", "NaTType"):
@@ -89,3 +93,30 @@ def _key(one: Any) -> int:
     else:
         packed = hashlib.blake2b(raw_text(one).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(packed, "little", signed=True)
+
+
+def hashed(keys: Tensor, salt: int) -> Tensor:
+    """Hashes of whole numbers, evenly spread over [0, 2^63 - 1) (splitmix64).
+
+    Parameters
+    ----------
+    keys
+        Any shape, int64.
+    salt
+        Another salt gives unrelated hashes.
+    """
+    x = keys + _signed((salt + 1) * 0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ _shifted(x, shift)) * _signed(factor)
+    x = x ^ _shifted(x, 31)
+    return (x & LARGEST).clamp_max(LARGEST - 1)
+
+
+def _signed(number: int) -> int:
+    """The int64 with the same last 64 bits."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _shifted(x: Tensor, places: int) -> Tensor:
+    """To the right, with zeros from the left."""
+    return (x >> places) & ((1 << (64 - places)) - 1)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import ShapeError
 from lightning_xattn.evaluation.statistics import CONFIDENCE, SCORES, Column, score_bins
-from lightning_xattn.functional import Rows, standardised_maps
+from lightning_xattn.functional import Rows, standardised_maps, sum_heads
 from lightning_xattn.functional.outcomes import UNKNOWN
 
 ROWS_IN_MEMORY = 4096
@@ -84,7 +84,7 @@ class LayerAccumulator:
         Number of samples whose soft target has more than one top class.
     maps, outcome_maps
         By direction ``(classes + 1, queries, keys, 2)`` and ``(outcomes, queries, keys, 2)``: sum of the weights and
-        number of rows. Empty once token counts have changed between batches.
+        number of heads. Empty once token counts have changed between batches.
     null_maps, null_terms
         ``(2, queries, keys)`` sums of both directions' standardised maps; ``(3,)`` sum of their alignments, number of
         samples in these sums, and number of samples whose maps cannot be compared with others'.
@@ -298,9 +298,7 @@ class LayerAccumulator:
     def _add_maps(self, rows: Sequence[Rows], classes: Tensor, outcomes: Tensor) -> LayerAccumulator:
         maps, outcome_maps = dict[Direction, Tensor](), dict[Direction, Tensor]()
         for r in rows:
-            weights = r.weights[..., : r.tokens].sum(1)
-            seen = r.valid[..., None] if r.token_visible is None else r.valid[..., None] & r.token_visible
-            cells = torch.stack([weights, seen.sum(1).expand(weights.shape)], dim=-1).to(self.moments.dtype)
+            cells = torch.stack(sum_heads(r), dim=-1).to(self.moments.dtype)
             maps[r.direction] = self.maps[r.direction].index_add(0, classes, cells)
             outcome_maps[r.direction] = self.outcome_maps[r.direction].index_add(0, outcomes, cells)
         added = replace(self, maps=maps, outcome_maps=outcome_maps)

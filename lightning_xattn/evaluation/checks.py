@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from lightning_xattn.capture import Layer
+from lightning_xattn.core.names import shown_tag
 from lightning_xattn.core.notices import is_new
-from lightning_xattn.core.wording import SINGLE_KEYS, by_reason, say_wholly_masked
+from lightning_xattn.core.wording import SINGLE_KEYS, by_reason, percent, say_wholly_masked
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import Column
+from lightning_xattn.evaluation.support import UNUSED_EPOCHS, UNUSED_SHARE
 from lightning_xattn.functional import Rows, has_single_keys
 
 UNIFORM = 0.999
@@ -24,7 +27,7 @@ ALIKE = 0.001
 """Heads whose mean diversity is below this attend alike."""
 
 SINK = 0.5
-"""A head whose mean ``sink`` is above this gives most of every query's attention to one key."""
+"""A head whose mean ``sink_excess`` is above this gives most of its attention to one key."""
 
 MEANINGS = {
     "broken": (
@@ -36,7 +39,7 @@ MEANINGS = {
         "attention to a single key for all samples (entropy ~0): a collapsed head. Look at the learning rate and at "
         "the scale of queries and keys."
     ),
-    "sink": "most of every query's attention goes to one key: an attention sink, the same for all queries.",
+    "sink": "most of the attention goes to one key: an attention sink.",
 }
 """What a check of single heads found, and what to do."""
 
@@ -96,8 +99,10 @@ def check_layer(
         where = f"Layer '{layer}', {direction}"
         if summary.mean(Column("head_diversity", direction)) < ALIKE and is_new((where, "alike")):
             yield f"{where}: all {heads} heads attend alike. Fewer heads would do the same."
-        columns = {name: [Column(name, direction, head) for head in range(heads)] for name in ("entropy", "sink")}
-        entropy, sink = (list(map(summary.mean, of_heads)) for of_heads in columns.values())
+        entropy, sink = (
+            [summary.mean(Column(name, direction, head)) for head in range(heads)]
+            for name in ("entropy", "sink_excess")
+        )
         broken = [summary.total(Column("broken", direction, head)) for head in range(heads)]
         found = {
             "broken": [rows > 0 for rows in broken],
@@ -128,7 +133,7 @@ def check_fusion(summary: FusionSummary) -> Iterator[str]:
     """Messages about what was not computed of the modalities, those that this run has not given yet."""
     for reason, names in _new_by_reason("probe", summary.probe_problems):
         who = " and ".join(map(repr, names))
-        yield f"Linear probe of {who} not computed: {reason}. So conflict and support difference are not, either."
+        yield f"Linear probe of {who} not used: {reason}. So support is not computed."
     if summary.unrecorded and is_new(("unrecorded", summary.unrecorded)):
         yield (
             f"{summary.unrecorded} samples are left out of probes and contributions: the modalities of their steps "
@@ -156,6 +161,23 @@ def check_fusion(summary: FusionSummary) -> Iterator[str]:
     computed = {name: one.without_reference for name, one in replaced.items() if not one.problem}
     for reason, names in _new_by_reason("reference", computed):
         yield f"The faithfulness of the attention {' and '.join(names)} has no reference: {reason}."
+
+
+def check_unused(records: Sequence[Mapping[str, Any]], modalities: Sequence[str]) -> Iterator[str]:
+    """A message about each modality that the model has not used in the last `UNUSED_EPOCHS` records of validations."""
+    probed = [one for one in records if one["stage"] == "val" and "probed_samples" in one]
+    # Of several validations of the same weights the last one counts.
+    last = [*{(one["epoch"], one["step"]): one for one in probed}.values()][-UNUSED_EPOCHS:]
+    for name in modalities:
+        found = [one.get(f"health/unused/{shown_tag(name)}") for one in last]
+        if found == [1.0] * UNUSED_EPOCHS and is_new(("unused", name)):
+            yield (
+                f"The model does not use '{name}': in the last {UNUSED_EPOCHS} recorded validations a linear probe of "
+                f"all modalities is clearly better with it than without it, yet its share of the contributions is "
+                f"below {percent(UNUSED_SHARE, 0)}. Training may have stopped at the modality that is learned first: "
+                "try a loss on each modality's own features, dropout of whole modalities, or a smaller learning rate "
+                "for the others' encoders."
+            )
 
 
 def _check_samples(

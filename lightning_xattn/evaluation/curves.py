@@ -14,15 +14,19 @@ from lightning_xattn.core.names import shown_tag
 from lightning_xattn.evaluation.fusion_summary import FusionSummary, interaction_names
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import ALIGNMENT, CONFIDENCE, INVALID_ROWS, SCORES, STATISTICS, Column
+from lightning_xattn.evaluation.support import estimate_unsupported, name_cells, unused
 from lightning_xattn.functional.intervals import Estimate
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
+from lightning_xattn.functional.probe import JOINT
+
+UNDEFINED = Estimate(math.nan, math.nan, math.nan, 0)
 
 OUTCOMES = {"correct": CORRECT, "incorrect": INCORRECT}
 
 MAIN = re.compile(
     r"alignment/(all|correct|incorrect|null)|entropy/(correct|incorrect|[^/]+_to_[^/]+/all)"
-    r"|conflict/(all|correct|incorrect)|probe/[^/]+|contribution/(share|size)/[^/]+|faithfulness/[^/]+"
-    r"|outcome/\w+_auroc|health/undefined_share"
+    r"|probe/[^/]+|support/.+|contribution/(share|size)/[^/]+|faithfulness/[^/]+"
+    r"|outcome/\w+_auroc|health/(undefined_share|unused/[^/]+)"
 )
 """``<topic>/<what>`` of the main curves: those that are logged unless all are asked for."""
 
@@ -33,7 +37,7 @@ MAX_CLASS_CURVES = 10
 """With more classes than this, those of single classes are no main curves."""
 
 TOPICS = (
-    *("alignment", "entropy", "focus", "conflict", "support", "probe", "contribution", "faithfulness", "outcome"),
+    *("alignment", "entropy", "focus", "support", "probe", "contribution", "faithfulness", "outcome"),
     "health",
 )
 """The topics of all curves."""
@@ -104,7 +108,7 @@ def epoch_record(summary: LayerSummary, scope: str, curves: Mapping[str, float])
     for score in _scores(summary):
         compared = dict(vars(summary.compare(score)))
         ends = {"auroc_low": compared.pop("low"), "auroc_high": compared.pop("high")}
-        del compared["auroc"]  # a curve
+        del compared["auroc"], compared["error_side"]  # a curve, and what never changes
         record |= {f"outcome/{score}_{name}": value for name, value in (compared | ends).items()}
         for name, outcome in OUTCOMES.items():
             record |= _ends(f"{score}/{name}", *summary.interval(score, outcome=outcome))
@@ -134,7 +138,7 @@ def fusion_curves(
     tested
         The directions whose faithfulness is tested, in this or another epoch.
     """
-    numbers = _fusion_numbers(summary, class_names)
+    numbers = _fusion_numbers(summary)
     if permutes:
         numbers = chain(numbers, _contribution_numbers(summary, class_names, tested))
     return {
@@ -149,13 +153,18 @@ def fusion_record(summary: FusionSummary, scope: str, curves: Mapping[str, float
     record: dict[str, Any] = {"probed_samples": summary.samples, "probe_problems": dict(summary.probe_problems)}
     record["modalities"] = ", ".join(summary.sources)
     record |= {"missing": dict(summary.missing), "unrecorded": summary.unrecorded}
+    aurocs = {name: one.mean for name, one in summary.probe_aurocs.items()}
+    for name, found in (("probe_macro_auroc", aurocs), ("probe_calibration_error", summary.calibration_errors)):
+        record[name] = {modality: one for modality, one in found.items() if math.isfinite(one)}
     record["contribution_problem"] = summary.contribution_problem
     if summary.replaced:  # faithfulness was tested
         problems = {str(direction): summary.faithfulness_problem(direction) for direction in summary.replaced}
         record["faithfulness_problems"] = problems
     record |= _accuracy(*(int((summary.outcomes == outcome).sum()) for outcome in (CORRECT, INCORRECT)))
     record |= {"largest_class": summary.largest_class} if math.isfinite(summary.largest_class) else {}
-    for score in ("conflict", "confidence"):
+    record["support_problem"] = summary.support_problem
+    record["added_value_problem"] = summary.added_value if isinstance(summary.added_value, str) else ""
+    for score in ("support", "confidence"):
         compared = summary.compare(score)
         if math.isfinite(curves.get(_full(f"outcome/{score}_auroc", scope), math.nan)):
             record |= {f"outcome/{score}_auroc_low": compared.low, f"outcome/{score}_auroc_high": compared.high}
@@ -179,10 +188,10 @@ def _accuracy(correct: int, incorrect: int) -> dict[str, float]:
 
 
 def _fusion_intervals(summary: FusionSummary) -> Iterator[tuple[str, Estimate]]:
-    for name, outcome in OUTCOMES.items():
-        yield f"conflict/{name}", summary.estimate("conflict", outcome=outcome)
-    for name in summary.modalities:
+    for name in (*summary.modalities, JOINT):
         yield f"probe/{name}", summary.estimate(f"right/{name}")
+    yield from _support_numbers(summary)
+    for name in summary.modalities:
         if not summary.contribution_problem:
             yield f"contribution/share/{name}", summary.share(name)
     for direction in () if summary.contribution_problem else summary.replaced:
@@ -196,18 +205,23 @@ def _subsets(class_names: Sequence[str]) -> dict[str, tuple[int | None, int | No
     return {"all": (None, None), **outcomes, **of_classes}
 
 
-def _fusion_numbers(summary: FusionSummary, class_names: Sequence[str]) -> Iterator[tuple[str, float]]:
-    for name in summary.modalities:
+def _fusion_numbers(summary: FusionSummary) -> Iterator[tuple[str, float]]:
+    for name in (*summary.modalities, JOINT):
         yield f"probe/{name}", summary.estimate(f"right/{name}").mean
-    subsets = _subsets(class_names)
-    for topic, number in (("conflict", "conflict"), ("support", "supports_first")):
-        if topic == "support" and len(summary.modalities) != 2:
-            continue
-        means = {which: summary.estimate(number, *subset).mean for which, subset in subsets.items()}
-        yield from ((f"{topic}/{which}", mean) for which, mean in means.items())
-        yield f"{topic}/gap", means["correct"] - means["incorrect"]
-    for score in ("conflict", "confidence"):
+    for name, estimate in _support_numbers(summary):
+        yield name, estimate.mean
+    for score in ("support", "confidence"):
         yield f"outcome/{score}_auroc", summary.compare(score).auroc
+
+
+def _support_numbers(summary: FusionSummary) -> Iterator[tuple[str, Estimate]]:
+    """The share of each cell of support, the accuracy where no modality supports, and what support adds."""
+    shares = [cell.share for cell in summary.cells] or [UNDEFINED] * (len(summary.modalities) + 3)
+    for (key, _), share in zip(name_cells(summary.modalities), shares, strict=False):
+        yield f"support/{key}", share
+    yield "support/accuracy/unsupported", estimate_unsupported(summary)
+    added = summary.added_value
+    yield "support/delta_auroc", UNDEFINED if isinstance(added, str) else added.delta_auroc
 
 
 def _contribution_numbers(
@@ -218,6 +232,8 @@ def _contribution_numbers(
     def mean(number: str) -> float:
         return summary.estimate(number).mean if number in summary.numbers else math.nan
 
+    for name in names:
+        yield f"health/unused/{name}", unused(summary, name)
     for name in interaction_names(names):
         yield f"contribution/{name}", mean(name)
     # Where nothing was permuted, a model that has predictions or classes is no regression.

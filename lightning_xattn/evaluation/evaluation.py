@@ -32,6 +32,7 @@ from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.maps import CELLS, add_maps, maps_by_sample
 from lightning_xattn.evaluation.results import DatasetResult
+from lightning_xattn.evaluation.saved_probes import SavedProbes
 from lightning_xattn.evaluation.settings import Settings
 from lightning_xattn.evaluation.statistics import CONFIDENCE, headline, sample_statistics, table_columns
 from lightning_xattn.functional import Rows, prepare_rows, received_attention
@@ -336,6 +337,7 @@ class Evaluation:
         tests_attention: bool,
         parts: Sequence[Totals] | None = None,
         partners: int | None = PARTNERS,
+        saved: SavedProbes | None = None,
     ) -> DatasetResult:
         """The summaries of each layer and of the fusion.
 
@@ -351,6 +353,8 @@ class Evaluation:
             The totals of all processes, in the same order on each of them. None: of this one alone.
         partners
             With how many others each sample is permuted; None: with all.
+        saved
+            Probes of an earlier evaluation that read the samples; None: probes are fitted on them.
         """
         parts = [self.own_totals()] if parts is None else parts
         several = any(part.has_several_labels for part in parts)
@@ -373,21 +377,28 @@ class Evaluation:
             warn(map(explain_refusal, problems[:1]), once="process")
         return DatasetResult(
             {layer: LayerSummary(sums) for layer, sums in totals.layers.items()},
-            self._summarise_fusion(recorder.fusion, tests_attention, partners) if totals.kept.modalities else None,
+            self._summarise_fusion(recorder.fusion, tests_attention, partners, saved)
+            if totals.kept.modalities
+            else None,
             self.classes or (),
             self._settings.classes_by,
             maps=maps_by_sample(totals.maps),
             other_lengths=dict(+totals.other_lengths),
         )
 
-    def _summarise_fusion(self, fusion: ModalityRecorder, tests_attention: bool, partners: int | None) -> FusionSummary:
+    def _summarise_fusion(
+        self, fusion: ModalityRecorder, tests_attention: bool, partners: int | None, saved: SavedProbes | None
+    ) -> FusionSummary:
         size, kept = self._settings.contribution_samples, self.totals.kept
         problem = self.totals.replay_problem if size else "contribution_samples is 0"
         found = problem or compute_contributions(kept, fusion, partners)
         # Where the intact samples' outputs do not come back, there is nothing to compare with.
         tests_attention &= isinstance(found, Contributions)
         replaced = replace_keys(kept, fusion) if tests_attention else {}
-        return FusionSummary(kept, tuple(map(str, fusion.modalities)), len(self.classes or ()), found, replaced)
+        sources = tuple(map(str, fusion.modalities))
+        if saved is not None:
+            saved.require_sources(sources)
+        return FusionSummary(kept, sources, len(self.classes or ()), found, replaced, saved)
 
 
 def _or_default(values: Tensor | None, default: float, batch: BatchResult) -> Tensor:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import combinations
 from typing import Literal
 
@@ -22,15 +22,21 @@ from lightning_xattn.core.distributed import NUMBER
 from lightning_xattn.core.ids import UNKNOWN_GROUP
 from lightning_xattn.core.wording import decimal, describe_size, percent, say_interval
 from lightning_xattn.evaluation.layer_summary import Comparison
-from lightning_xattn.evaluation.statistics import score_bins
+from lightning_xattn.evaluation.saved_probes import SavedProbes
+from lightning_xattn.evaluation.statistics import ERROR_SIDES, score_bins
+from lightning_xattn.evaluation.support import Cell, describe_right, describe_support, measure_added_value
 from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
-from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
-from lightning_xattn.functional.probe import LEAST_OF_A_CLASS
+from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
+from lightning_xattn.functional.probe import JOINT, LEAST_OF_A_CLASS
 
-PROPORTIONS = ("right", "only_probe_right", "supports_first", "additive_right", "model_right")
+PROPORTIONS = ("right", "correct", "supports", "additive_right", "model_right")
 """The numbers that are 0 or 1 in each sample, so that their means are proportions."""
 
-_LIMITS = {"confidence": (0.0, 1.0), "conflict": (0.0, 1.0), "cost": (-1.0, 1.0), "phi": (-1.0, 1.0)}
+_LIMITS = {
+    **dict.fromkeys(("confidence", "conflict"), (0.0, 1.0)),
+    **dict.fromkeys(("cost", "phi", "calibration_gap", "joint_gain"), (-1.0, 1.0)),
+    "support": (-math.inf, 0.0),
+}
 """The ranges of other numbers; contributions are to a probability."""
 
 
@@ -43,6 +49,17 @@ def interaction_names(modalities: Sequence[str]) -> list[str]:
     """The names of the numbers with the joint effect of two modalities."""
     pairs = [f"interaction/{a}_{b}" for a, b in combinations(modalities, 2)]
     return pairs if len(modalities) > 2 else ["interaction"]
+
+
+def _flatten_pooled(features: Tensor, width: int | None) -> Tensor:
+    """Pooled features ``(samples, blocks, width)`` in a row; of single tokens the mean alone says it all.
+
+    ``width``: that of saved probes, which tells the two apart; None: not known.
+    """
+    is_single = features.shape[1] > 1 and not bool(features[:, -1].any())
+    if width in (features.shape[2], features.shape[1] * features.shape[2]):
+        is_single = width == features.shape[2]
+    return features[:, 0] if is_single else features.flatten(1)
 
 
 class FusionSummary:
@@ -60,6 +77,8 @@ class FusionSummary:
         Of some of the samples; or why there are none.
     replaced
         By direction, the effect of replacing keys; empty where that was not measured.
+    saved
+        Probes of an earlier evaluation, which read these samples; None: probes are cross-fitted on them.
 
     Attributes
     ----------
@@ -68,16 +87,29 @@ class FusionSummary:
     sources
         As the parameter.
     numbers
-        By name ``(samples,)`` float64, NaN where undefined: "confidence", "conflict", "support_difference",
-        "supports_first" (whether the first modality's probe supports the prediction more), "only_probe_right",
-        "right/<modality>" (whether its probe is right), and of the samples that were permuted "phi/<modality>", its
-        standard error "error/<modality>" (as not all partners were run), "followed", those of
-        ``interactions``, "additive_right" and "model_right", and by direction "gain/<direction>",
-        "reference/<direction>" and "cost/<direction>" of replaced keys.
+        By name ``(samples,)`` float64, NaN where undefined: "confidence", "correct" (whether the prediction is),
+        "calibration_gap" (correct minus confidence), "conflict", "support" (in nats), "supports/<modality>" (whether
+        its probe predicts what the model predicts), "right/<modality>" (whether its probe is right), "right/joint"
+        (the probe on all modalities) and "joint_gain/<modality>" (that minus whether the probe on all others is
+        right); of the samples that were permuted "phi/<modality>", its standard error "error/<modality>" (as not all
+        partners were run), those of ``interactions``, "additive_right" and "model_right"; and by direction
+        "gain/<direction>", "reference/<direction>" and "cost/<direction>" of replaced keys.
+    support_cell, right_cell
+        ``(samples,)`` int64, see `functional.support_cells` and `functional.right_cells`; -1 where undefined.
+    support_problem
+        Why support is not computed; "" where it is.
+    added_value
+        What support adds to confidence in detecting errors, or why that is not computed.
+    auroc_gains
+        By modality, by how much the joint probe's macro AUROC is above that of the joint probe without it.
+    folds
+        ``(samples,)`` int64, those of the probes.
     rows
         By name ``(samples,)``: what is kept of each sample, with "hash" and ``IDENTITY``.
     probes
         By modality ``(samples, classes)`` probabilities.
+    probe_aurocs, calibration_errors
+        By modality, and of "joint", the macro AUROC of the probe, and how far its confidences are from its accuracies.
     classes, outcomes, groups, predicted, target, sample_numbers
         ``(samples,)`` int64: class by which samples are grouped, outcome, key of the group, class ids (-1: none), and
         index of each sample in its process.
@@ -99,8 +131,8 @@ class FusionSummary:
         By modality, samples left out because they lack it; only modalities that some lack.
     unrecorded
         Samples left out because the modalities of their steps could not be recorded.
-    replaced
-        As the parameter.
+    replaced, saved
+        As the parameters.
     """
 
     def __init__(
@@ -110,6 +142,7 @@ class FusionSummary:
         n_classes: int,
         contributions: Contributions | str,
         replaced: Mapping[Direction, Replaced],
+        saved: SavedProbes | None = None,
     ) -> None:
         self.modalities, self.group_noun, self.sources = kept.modalities, kept.group_noun, sources
         self.nonfinite = int(kept.nonfinite)
@@ -118,11 +151,23 @@ class FusionSummary:
         self.n_classes = n_classes
         (rows,) = kept.probed.cpu().blocks()
         self.rows = {name: values for name, values in rows.items() if not name.startswith("features/")}
+        widths = {} if saved is None else saved.widths
+        self._features = {name: _flatten_pooled(rows[f"features/{name}"], widths.get(name)) for name in self.modalities}
+        self.saved = saved
+        if saved is not None:  # which may have been fitted on these very samples
+            rows["target"] = torch.full_like(rows["target"], -1)
+            rows["correct"] = torch.full_like(rows["correct"], UNKNOWN)
         self.classes, self.outcomes, self.groups = rows["class"], rows["correct"], rows["group"]
         self.predicted, self.target, self.sample_numbers = rows["prediction"], rows["target"], rows[NUMBER]
         self.numbers: dict[str, Tensor] = {"confidence": rows["confidence"].double()}
+        self.folds = functional.assign_folds(self.groups)
         self.probe_problems: dict[str, str] = {}
-        self._add_probes(rows)
+        self.support_problem = ""
+        self.probe_aurocs: dict[str, Estimate] = {}
+        self.auroc_gains: dict[str, Estimate] = {}
+        self.calibration_errors: dict[str, float] = {}
+        self._add_probes()
+        self.added_value = measure_added_value(self)
         self.contribution_problem = contributions if isinstance(contributions, str) else ""
         if self.contribution_problem and self.missing and not self.samples:
             self.contribution_problem = self._explain_no_samples()
@@ -157,56 +202,120 @@ class FusionSummary:
         return len(self.rows["hash"])
 
     @property
+    def has_outcomes(self) -> bool:
+        """Whether any prediction is known to be correct or not."""
+        return bool(self.numbers["correct"].isfinite().any())
+
+    @property
     def known_groups(self) -> int | None:
         """Number of groups of these samples; None where groups are not known."""
         return None if self.group_noun is None else int((self.groups.unique() != UNKNOWN_GROUP).sum())
 
-    def _add_probes(self, rows: Mapping[str, Tensor]) -> None:
-        target, predicted, folds = self.target, self.predicted, rows["fold"]
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """The cells of support, in the order of their numbers; empty where support is not computed."""
+        return describe_support(self)
+
+    @cached_property
+    def right_cells(self) -> list[Cell]:
+        """The cells of whose probe is right; empty where a probe has a problem, or there are no targets."""
+        return describe_right(self)
+
+    def fit_probes(self) -> dict[tuple[str, ...], tuple[Tensor, Tensor]]:
+        """Probes for samples of other evaluations, see `functional.fit_probes`."""
+        return functional.fit_probes(self._features, self.target, self.folds, self._n_probed, self._joints)
+
+    @property
+    def _joints(self) -> list[tuple[str, ...]]:
+        """The modalities of joint probes: all, and all but one."""
+        names = self.modalities
+        return [names, *(tuple(one for one in names if one != name) for name in names)]
+
+    @property
+    def _n_probed(self) -> int:
         # Class ids without names do not show how many classes there are.
-        n_classes = self.n_classes or 1 + max([0, *target.tolist()])
-        logs = {
-            name: functional.cross_fitted_probe(rows[f"features/{name}"], target, folds, n_classes)
-            for name in self.modalities
-        }
-        self.probes = {name: one.exp() for name, one in logs.items()}
+        return self.n_classes or 1 + max([0, *self.target.tolist()])
+
+    def _add_probes(self) -> None:
+        target, names, groups = self.target, self.modalities, None if self.group_noun is None else self.groups
+        if self.saved is None:
+            n_classes, joints = self._n_probed, self._joints
+            found = functional.cross_fitted_probes(self._features, target, self.folds, n_classes, joints)
+        else:
+            found = self.saved.log_probabilities(self._features)
+            n_classes = found[names].shape[1]
+        without = dict(zip(names, self._joints[1:], strict=True))
+        logs = torch.stack([found[name,] for name in names])
+        self.probes = {name: found[name,].exp() for name in names}
         labelled = (target >= 0) & (target < n_classes)
         counts = target[labelled].bincount(minlength=n_classes)
         self.largest_class = float(counts.max() / counts.sum()) if labelled.any() else math.nan
-        for name, probe in self.probes.items():
-            right = (probe.argmax(1) == target).double()
-            self.numbers[f"right/{name}"] = torch.where(labelled & ~probe.isnan().any(1), right, torch.nan)
-            problem = self._find_probe_problem(self.estimate(f"right/{name}"), counts)
-            self.probe_problems |= {name: problem} if problem else {}
-        several = torch.stack(list(self.probes.values()))
-        undefined = torch.full_like(self.numbers["confidence"], torch.nan)
-        known = not self.probe_problems
-        self.numbers["conflict"] = functional.conflict(several) if known else undefined
-        self.numbers["only_probe_right"] = (
-            functional.only_probe_right(several, predicted, target) if known else undefined
-        )
-        two = known and len(self.modalities) == 2
-        supports = functional.support_difference(torch.stack(list(logs.values())), predicted) if two else undefined
-        self.numbers["support_difference"] = supports
-        self.numbers["supports_first"] = torch.where(supports.isnan(), torch.nan, (supports > 0).double())
+        self._joint = found[names].exp()
+        read = {several: labelled & ~one.isnan().any(1) for several, one in found.items()}
+        for name, probe in (self.probes | {JOINT: self._joint}).items():
+            several = names if name == JOINT else (name,)
+            chosen, right = read[several], (probe.argmax(1) == target).double()
+            self.numbers[f"right/{name}"] = torch.where(chosen, right, torch.nan)
+            auroc = functional.macro_auroc_influence(found[several][chosen], target[chosen])
+            of_read = None if groups is None else groups[chosen]
+            self.probe_aurocs[name] = functional.estimate_by_influence(*auroc, of_read, (0.0, 1.0))
+            self.calibration_errors[name] = functional.calibration_error(probe[chosen].amax(1), right[chosen])
+            if (
+                self.saved is None and name != JOINT
+            ):  # of saved probes their own evaluation showed that they can be used
+                problem = self._find_probe_problem(name, counts, int((labelled & ~chosen).sum()))
+                self.probe_problems |= {name: problem} if problem else {}
+        for name, others in without.items():
+            both = read[names] & read[others]
+            right = torch.where(both, (found[others].argmax(1) == target).double(), torch.nan)
+            self.numbers[f"joint_gain/{name}"] = self.numbers[f"right/{JOINT}"] - right
+            whole, influence = functional.macro_auroc_influence(found[names][both], target[both])
+            less, of_less = functional.macro_auroc_influence(found[others][both], target[both])
+            of_both, gain = None if groups is None else groups[both], (whole - less, influence - of_less)
+            self.auroc_gains[name] = functional.estimate_by_influence(*gain, of_both, (-1.0, 1.0))
+        self._add_support(logs)
 
-    def _find_probe_problem(self, accuracy: Estimate, class_counts: Tensor) -> str:
+    def _add_support(self, logs: Tensor) -> None:
+        undefined = torch.full_like(self.numbers["confidence"], torch.nan)
+        for name, supports in zip(self.modalities, functional.supports(logs, self.predicted), strict=True):
+            self.numbers[f"supports/{name}"] = undefined if name in self.probe_problems else supports
+        if self.samples and not (self.predicted >= 0).any():
+            self.support_problem = "the model predicts no single class, as in a regression or with several labels"
+        elif self.probe_problems:
+            self.support_problem = "it needs a linear probe of each modality that predicts better than chance"
+        none = torch.full_like(self.predicted, -1)
+        self.numbers["conflict"] = undefined if self.probe_problems else functional.conflict(logs.exp())
+        self.right_cell = none if self.probe_problems else functional.right_cells(logs, self._joint.log(), self.target)
+        self.numbers["support"] = undefined if self.support_problem else functional.support(logs, self.predicted)
+        self.support_cell = none if self.support_problem else functional.support_cells(logs, self.predicted)
+        known = (self.outcomes == CORRECT) | (self.outcomes == INCORRECT)
+        correct = torch.where(known, (self.outcomes == CORRECT).double(), torch.nan)
+        self.numbers |= {"correct": correct, "calibration_gap": correct - self.numbers["confidence"]}
+
+    def _find_probe_problem(self, name: str, class_counts: Tensor, unread: int) -> str:
+        accuracy, auroc = self.estimate(f"right/{name}"), self.probe_aurocs[name]
         if not self.samples:
             return self._explain_no_samples()
         if not class_counts.any():
-            return "there are no targets"
+            return "there are no targets that are single classes"
         if (class_counts >= LEAST_OF_A_CLASS).sum() < 2:
             return f"fewer than two classes have {LEAST_OF_A_CLASS} samples"
         if not accuracy.count:
-            return "what it brings into the fusion does not vary, or is all of one group"
+            return "what it brings into the fusion does not vary within classes, or is all of one group"
+        if unread:
+            return (
+                f"{unread} of {int(class_counts.sum())} samples cannot be read, as the others, without their fold, are "
+                "of a single class or do not vary: there are too few groups of each class"
+            )
         if math.isnan(accuracy.low):
             count = accuracy.count if accuracy.groups is None else accuracy.groups
             return f"it needs {MINIMUM_GROUP} {self.group_noun or 'samples'}, this run had {count}"
-        if accuracy.low > self.largest_class:
+        if accuracy.low > self.largest_class or auroc.low > 0.5:
             return ""
         return (
-            f"its probe is right for {percent(accuracy.mean)} of the samples, which is not clearly above the share of "
-            f"the largest class, {percent(self.largest_class)}"
+            f"a linear probe of its pooled features is right for {percent(accuracy.mean)} of the samples, not clearly "
+            f"better than the largest class ({percent(self.largest_class)}), and does not clearly rank the classes "
+            f"(macro AUROC {decimal(auroc.mean)})"
         )
 
     def _explain_no_samples(self) -> str:
@@ -232,8 +341,6 @@ class FusionSummary:
             self.numbers[f"error/{name}"] = spread(found.error[:, i])
         self.interactions = tuple(found.interactions)
         self.numbers |= {name: spread(one) for name, one in found.interactions.items()}
-        if len(self.modalities) == 2:
-            self.numbers["followed"] = spread(found.phi[:, 0] - found.phi[:, 1])
         for number, predicted in (("additive_right", spread(found.additive)), ("model_right", spread(found.predicted))):
             known = (self.target >= 0) & (predicted >= 0)
             self.numbers[number] = torch.where(known, (predicted == self.target).double(), torch.nan)
@@ -245,13 +352,16 @@ class FusionSummary:
             everyone &= self.classes == class_id
         return everyone if outcome is None else everyone & (self.outcomes == outcome)
 
-    def estimate(self, number: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
-        """The mean of a number over the samples of a class and an outcome, with its 95 % CI.
+    def estimate(
+        self, number: str, class_id: int | None = None, outcome: int | None = None, among: Tensor | None = None
+    ) -> Estimate:
+        """The mean of a number over the samples of a class and an outcome ``among`` some of all, with its 95 % CI.
 
         The interval of a number that is 0 or 1 is that of a proportion, see `grouped_proportion_interval`; any other
         interval is within the number's range.
         """
         kind, values, chosen = number.partition("/")[0], self.numbers[number], self.chosen(class_id, outcome)
+        chosen = chosen if among is None else chosen & among
         if kind in PROPORTIONS:
             return self._estimate(values, chosen, is_proportion=True)
         found = self._estimate(values, chosen)
@@ -259,6 +369,10 @@ class FusionSummary:
             return found
         low, high = functional.within((found.low, found.high), _LIMITS[kind])
         return replace(found, low=low, high=high)
+
+    def proportion(self, holds: Tensor, among: Tensor) -> Estimate:
+        """The share of those among some samples for which something holds, both ``(samples,)`` bool."""
+        return self._estimate(holds.double(), among, is_proportion=True)
 
     def share(self, modality: str, class_id: int | None = None, outcome: int | None = None) -> Estimate:
         """A modality's share of the mean contribution, see `contribution_shares`.
@@ -330,12 +444,15 @@ class FusionSummary:
         return Estimate(mean, *interval(counts, sums), count, groups)
 
     def compare(self, number: str) -> Comparison:
-        """Compare a number in [0, 1], "conflict" or "confidence", between correct and incorrect predictions."""
+        """Compare "confidence" or "support" between correct and incorrect predictions."""
         values = self.numbers[number]
+        # Bins are of [0, 1]: the geometric mean of the probes' probabilities is in the order of support.
+        scores = (values / len(self.modalities)).exp() if number == "support" else values
         defined = values.isfinite()
         outcomes = torch.stack([self.outcomes == CORRECT, self.outcomes == INCORRECT], dim=1)
         groups = None if self.group_noun is None else self.groups[defined]
-        found = functional.separation(score_bins(values[defined], 0.0, 1.0), outcomes[defined].double(), groups)
+        bins = score_bins(scores[defined], 0.0, 1.0)
+        found = functional.separation(bins, outcomes[defined].double(), groups, ERROR_SIDES[number])
         correct, incorrect = (self.estimate(number, outcome=outcome).mean for outcome in (CORRECT, INCORRECT))
         counted = (outcomes & defined[:, None]).double()
         # Samples without a class (-1) come last.

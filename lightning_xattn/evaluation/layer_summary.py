@@ -12,7 +12,15 @@ from torch import Tensor
 from lightning_xattn.core.ids import UNKNOWN_GROUP
 from lightning_xattn.core.wording import describe_size
 from lightning_xattn.evaluation.accumulators import KeyedSums, LayerAccumulator
-from lightning_xattn.evaluation.statistics import INVALID_ROWS, SCORES, STATISTICS, WHOLLY_MASKED, Column, headline
+from lightning_xattn.evaluation.statistics import (
+    ERROR_SIDES,
+    INVALID_ROWS,
+    SCORES,
+    STATISTICS,
+    WHOLLY_MASKED,
+    Column,
+    headline,
+)
 from lightning_xattn.functional import (
     Separation,
     alignment_null,
@@ -29,7 +37,7 @@ from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 
 @dataclass(frozen=True)
 class Comparison(Separation):
-    """A score of the correct predictions against that of the incorrect ones: its separation, and its gaps."""
+    """A score of the correct predictions against that of the incorrect ones: how well it detects errors, its gaps."""
 
     gap: float = math.nan
     """Mean over correct minus mean over incorrect predictions."""
@@ -184,14 +192,14 @@ class LayerSummary:
         return self.mean(column, outcome=CORRECT) - self.mean(column, outcome=INCORRECT)
 
     def compare(self, score: Column) -> Comparison:
-        """Does a score of ``SCORES`` predict errors? By groups where they are known, see `separation`."""
+        """Does a score of ``SCORES`` detect errors? By groups where they are known, see `separation`."""
         keys, counts = self._sums.scores_by_group.keys, self._sums.scores_by_group.sums
         counts = counts[:, None] * (keys[:, 1:2] == torch.tensor([CORRECT, INCORRECT]))
         chosen = (keys[:, 2] == list(SCORES).index(score)) & (counts.sum(1) > 0)
         groups = None if self.group_noun is None else keys[chosen, 0]
         by_class = self.moments[: self.n_classes, [CORRECT, INCORRECT], self._places[score]]
         return Comparison(
-            **vars(separation(keys[chosen, 3], counts[chosen], groups)),
+            **vars(separation(keys[chosen, 3], counts[chosen], groups, ERROR_SIDES[score.statistic])),
             gap=self.gap(score),
             class_adjusted_gap=class_adjusted_gap(by_class[..., 0], by_class[..., 1]),
         )

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, float16
 
-from lightning_xattn.attribution.kept_samples import CHOSEN, IDENTITY, BottomKSample, hashed
+from lightning_xattn.attribution.kept_samples import CHOSEN, IDENTITY, BottomKSample
+from lightning_xattn.core.ids import hashed
 from lightning_xattn.functional import Rows, lift_map
 
 CELLS = 2**20

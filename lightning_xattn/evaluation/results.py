@@ -200,6 +200,8 @@ class DatasetResult:
         Of single samples, in the first layer; of some 500 of a large data set, of none where no page is made.
     trained_on
         The samples that the model was trained on; None where these are not known.
+    fingerprint
+        Of the explained model's weights; "" where the evaluation is no explainer's.
     other_lengths
         By layer name, samples that were left out because their joint sequence does not fit the spans.
     """
@@ -213,6 +215,7 @@ class DatasetResult:
     maps: MapsBySample = field(default_factory=dict)
     trained_on: TrainingData | None = None
     other_lengths: dict[str, int] = field(default_factory=dict)
+    fingerprint: str = ""
 
     def __repr__(self) -> str:
         one = self.headline if self.summaries else self.fusion

@@ -27,9 +27,10 @@ from lightning_xattn.functional import (
     max_weight,
     query_selectivity,
     sink,
+    sink_excess,
     sparsity,
 )
-from lightning_xattn.functional.outcomes import BINS
+from lightning_xattn.functional.outcomes import BINS, Side
 
 Level = Literal["layer", "direction", "head"]
 
@@ -74,8 +75,8 @@ class Statistic:
 
     function: Callable[..., Tensor | None] | None
     """For the layer alone: of its one or two directions, ``(batch,)``, or None where they do not have it. Else of the
-    ``Rows`` of a direction, ``(batch, heads)`` or ``(batch,)``; the layer's is then the mean of its directions'. None:
-    it is not of the attention but of the labels."""
+    ``Rows`` of a direction, ``(batch, heads)`` or ``(batch,)``; the layer's is then the mean of its defined directions.
+    None: it is not of the attention but of the labels."""
     levels: tuple[Level, ...]
     """Of what there is a column: the layer, each direction, each head. A direction's is the mean of its heads'."""
     scale: str
@@ -87,8 +88,8 @@ class Statistic:
     curve: str | None = None
     """Its curves, ``<topic>/<name>``: of each ``{direction}``, and of ``{which}`` samples (all, each class) or which
     head. None: no curve."""
-    compared: bool = False
-    """Whether the layer's column is compared between correct and incorrect predictions."""
+    error_side: Side | None = None
+    """Which values of the layer's column are a sign of an error; None: it is not compared between outcomes."""
     reported: bool = False
     """Whether a report's table has it, see ``shown_columns``."""
 
@@ -107,7 +108,7 @@ STATISTICS = {
         ("layer",),
         "probability of the predicted class",
         "how sure is the model? The baseline that every other number has to beat",
-        compared=True,
+        error_side="low",
     ),
     "alignment": Statistic(
         _alignment,
@@ -117,7 +118,7 @@ STATISTICS = {
         "transposed",
         range=(-1.0, 1.0),
         curve="alignment/{which}",
-        compared=True,
+        error_side="low",
         reported=True,
     ),
     "entropy": Statistic(
@@ -126,7 +127,7 @@ STATISTICS = {
         "0: one key, 1: uniform",
         "how spread out is a query's attention? Shannon entropy over that of uniform attention, row by row",
         curve="entropy/{direction}/{which}",
-        compared=True,
+        error_side="high",
         reported=True,
     ),
     "max": Statistic(
@@ -177,7 +178,13 @@ STATISTICS = {
         sink,
         ("head",),
         "1: all of it",
-        "the share of every query's attention that goes to one and the same key",
+        "the largest mean weight that one key receives, over the queries",
+    ),
+    "sink_excess": Statistic(
+        sink_excess,
+        ("head",),
+        "0: uniform, 1: all of it",
+        "how far the sink is above uniform attention; undefined with fewer than four queries",
     ),
     "broken": Statistic(
         lambda rows: rows.broken.sum(2),
@@ -210,8 +217,14 @@ INVALID_ROWS = Column("invalid_rows")
 WHOLLY_MASKED = Column("wholly_masked")
 """Its total is the number of samples of which one modality is wholly masked."""
 
-SCORES = {Column(name): statistic.range for name, statistic in STATISTICS.items() if statistic.compared}
+SCORES = {Column(name): statistic.range for name, statistic in STATISTICS.items() if statistic.error_side}
 """What is compared between correct and incorrect predictions, with the ranges of their bins."""
+
+ERROR_SIDES: dict[str, Side] = {
+    **{name: statistic.error_side for name, statistic in STATISTICS.items() if statistic.error_side},
+    "support": "low",
+}
+"""Which values are a sign of an error, of every score that is compared: those of layers, and that of the probes."""
 
 
 def sample_statistics(*rows: Rows) -> dict[Column, Tensor]:
@@ -243,7 +256,7 @@ def sample_statistics(*rows: Rows) -> dict[Column, Tensor]:
                 means.append(values if values.dim() == 1 else values.nanmean(1))
                 by_level["direction"][Column(name, direction.direction)] = means[-1]
         if "layer" in statistic.levels:
-            by_level["layer"][Column(name)] = torch.stack(means).mean(0)
+            by_level["layer"][Column(name)] = torch.stack(means).nanmean(0)
     return by_level["layer"] | by_level["direction"] | by_level["head"]
 
 

@@ -17,12 +17,18 @@ from lightning_xattn.core.errors import SettingError
 from lightning_xattn.core.names import clean, shown
 from lightning_xattn.core.notices import first_line
 from lightning_xattn.core.progress import timed
+from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.explainer import ExplainabilityCapture, load_checkpoint, training_data
 from lightning_xattn.report import create_explainability_report, save_dataset_figures
 
 
 def explain_model(
-    model: str, checkpoint: str | Path, datamodule: str, out: str | Path, trust_checkpoint: bool = False
+    model: str,
+    checkpoint: str | Path,
+    datamodule: str,
+    out: str | Path,
+    trust_checkpoint: bool = False,
+    probes: str | Path | None = None,
 ) -> Path:
     """Explain every sample of a data module's test data; returns the folder with the report.
 
@@ -37,9 +43,11 @@ def explain_model(
         ``package.module:Class`` of a LightningDataModule that takes no arguments, or ``package.module:name`` of an
         instance.
     out
-        Gets ``report.html``, ``.md`` and ``.json``, ``figures/`` and ``table/``.
+        Gets ``report.html``, ``.md`` and ``.json``, ``figures/`` and ``table/``, and of labelled data ``probes.pt``.
     trust_checkpoint
         Whether code in the checkpoint may run, see ``load_checkpoint``.
+    probes
+        ``probes.pt`` of labelled data, for data without labels.
 
     Raises
     ------
@@ -55,7 +63,9 @@ def explain_model(
     loader, data = _test_loader(data, datamodule)
     out = Path(out)
     explainer = ExplainabilityCapture(module, predict=_run_step, axes=getattr(data, "attention_axes", None))
-    explained = explainer.explain_loader(loader, table=out / "table")
+    explained = explainer.explain_loader(loader, table=out / "table", probes=probes)
+    if probes is None:
+        save_found_probes(explainer, explained, out)
     explained = replace(explained, trained_on=training_data(checkpoint))
     with timed("Drawing figures"):
         save_dataset_figures(explained, out / "figures")
@@ -65,6 +75,12 @@ def explain_model(
     print(f"\n{create_explainability_report(explained, out / 'report.md')}")
     print(clean(f"Report with figures and samples, for a browser: {out / 'report.html'}"))
     return out
+
+
+def save_found_probes(explainer: ExplainabilityCapture, explained: DatasetResult, out: Path) -> None:
+    """Write ``probes.pt``, if the data have labels and each modality has a probe."""
+    if explained.fusion is not None and not explained.fusion.support_problem:
+        explainer.save_probes(explained, out / "probes.pt")
 
 
 def _test_loader(data: Any, name: str) -> tuple[Any, Any]:

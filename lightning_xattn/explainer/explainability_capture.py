@@ -25,10 +25,12 @@ from lightning_xattn.evaluation.batch import check_present, read_batch
 from lightning_xattn.evaluation.checks import check_directions, check_fusion, check_layer, check_rows
 from lightning_xattn.evaluation.classes import name_classes, own_class_names
 from lightning_xattn.evaluation.evaluation import Evaluation
+from lightning_xattn.evaluation.fusion_samples import SampleModalities, describe_modalities
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch, ExplainedSample
+from lightning_xattn.evaluation.saved_probes import SavedProbes, fingerprint
 from lightning_xattn.evaluation.settings import Settings
 from lightning_xattn.explainer.model_runner import ModelRunner, Predict
-from lightning_xattn.explainer.samples import explain_samples, require_finite
+from lightning_xattn.explainer.samples import explain_samples, find_modalities, require_finite
 from lightning_xattn.explainer.table import close_table, open_table
 from lightning_xattn.functional import prepare_rows
 
@@ -120,7 +122,9 @@ class ExplainabilityCapture:
     def __repr__(self) -> str:
         return f"ExplainabilityCapture({type(self.model).__name__}, classes_by='{self.settings.classes_by}')"
 
-    def explain_batch(self, batch: Any, among: DatasetResult | None = None) -> ExplainedBatch:
+    def explain_batch(
+        self, batch: Any, among: DatasetResult | None = None, probes: str | Path | None = None
+    ) -> ExplainedBatch:
         """Explain every sample of a batch.
 
         Parameters
@@ -131,11 +135,14 @@ class ExplainabilityCapture:
         among
             The result of ``explain_loader`` for the data set that the samples are from. Then each sample that has an
             id gets the probes and contributions of its modalities in that data set. None: these are not known.
+        probes
+            A file of ``save_probes``, for samples that have no label yet: which modalities support the prediction, and
+            how often the model was right for such samples of the labelled evaluation.
 
         Raises
         ------
         DataError
-            If a sample's scores are not finite, or the batch is None.
+            If a sample's scores are not finite, the batch is None, or the probes are of other weights or modalities.
         SettingError
             If the attention has another number of heads than ``num_heads``.
         DiscoveryError, ShapeError
@@ -144,7 +151,8 @@ class ExplainabilityCapture:
         if batch is None:
             raise DataError("The batch is None; expected one as the model's loader yields it.")
         with self._runner.recording():
-            finder = self.settings.finder()
+            settings = self.settings if probes is None else replace(self.settings, targets=None)
+            finder = settings.finder()
             recorded = self._runner.run(batch, finder, needs_attention=True)
             if left_out := self._recorder.left_out:
                 raise DataError(
@@ -174,9 +182,63 @@ class ExplainabilityCapture:
         if scores is not None:
             labels = replace(labels, n_classes=scores.values.shape[1])
         names = name_classes(labels, self.class_names, "prediction" if labels.target is None else "target", step)
-        return explain_samples(result, names, self.axes, self.top_k, among)
+        if probes is None:
+            modalities = find_modalities(result, among)
+        else:
+            modalities = self._read_modalities(batch, len(result), probes)
+        return explain_samples(result, names, self.axes, self.top_k, modalities)
 
-    def explain_single_sample(self, batch: Any, sample_idx: int, among: DatasetResult | None = None) -> ExplainedSample:
+    def _read_modalities(self, batch: Any, samples: int, probes: str | Path) -> list[SampleModalities | None]:
+        """What saved probes say of each sample of a batch."""
+        found: list[SampleModalities | None] = [None] * samples
+        known = self._explain_batches([batch], None, PARTNERS, self._load_probes(probes), permutes=False)
+        if known.fusion is not None:
+            for place, number in enumerate(known.fusion.sample_numbers.tolist()):
+                found[number] = describe_modalities(known.fusion, place, known.class_names)
+        return found
+
+    def _load_probes(self, path: str | Path) -> SavedProbes:
+        saved = SavedProbes.load(path)
+        saved.require_model(self.model)
+        return saved
+
+    def save_probes(self, result: DatasetResult, path: str | Path) -> None:
+        """Save the probes of a labelled evaluation, to explain samples that have no label yet.
+
+        Parameters
+        ----------
+        result
+            What this explainer's ``explain_loader`` gave for the labelled samples.
+        path
+            The file, such as ``probes.pt``: fits of a few hundred kB, and a fingerprint of the model's weights.
+
+        Raises
+        ------
+        DataError
+            If the result has no linear probe of each modality, or is of other weights; the message says why.
+
+        Examples
+        --------
+        >>> explainer = ExplainabilityCapture(model)
+        >>> result = explainer.explain_loader(labelled_loader)
+        >>> explainer.save_probes(result, "probes.pt")
+        >>> explained = explainer.explain_batch(batch, probes="probes.pt")
+        >>> print(explained["per_sample_explanations"][0]["modalities"])
+        The probe on Audio predicts ...
+        """
+        if result.fingerprint != fingerprint(self.model):
+            raise DataError(
+                "The result is of other weights than the explainer's model has now. Explain the labelled samples again."
+            )
+        SavedProbes.of(result.fusion, result.class_names, result.fingerprint).save(path)
+
+    def explain_single_sample(
+        self,
+        batch: Any,
+        sample_idx: int,
+        among: DatasetResult | None = None,
+        probes: str | Path | None = None,
+    ) -> ExplainedSample:
         """Explain one sample of a batch, and return its attention, in which it is sample 0.
 
         The whole batch runs, so the numbers and the labels that are found are those of ``explain_batch``. For several
@@ -189,7 +251,7 @@ class ExplainabilityCapture:
         DataError, DiscoveryError, ShapeError
             As ``explain_batch``.
         """
-        results = self.explain_batch(batch, among)
+        results = self.explain_batch(batch, among, probes)
         count = len(results["per_sample_explanations"])
         if isinstance(sample_idx, bool) or not isinstance(sample_idx, Integral) or not 0 <= sample_idx < count:
             raise SettingError(
@@ -211,6 +273,7 @@ class ExplainabilityCapture:
         table: str | Path | None = None,
         progress: bool = True,
         partners: int | str = PARTNERS,
+        probes: str | Path | None = None,
     ) -> DatasetResult:
         """Explain a whole data set in running sums: memory does not grow with its length.
 
@@ -227,11 +290,15 @@ class ExplainabilityCapture:
         partners
             The number of other samples that the modalities of each sample are permuted with: an even number from 4 on,
             or "all" of the ``contribution_samples``, which takes as many replays as these have pairs.
+        probes
+            A file of ``save_probes``. Its probes read the samples, which then need no labels; None: probes are fitted
+            on these samples.
 
         Raises
         ------
         DataError
-            If the loader is empty or a sample's scores are not finite; the message says in which batch.
+            If the loader is empty or a sample's scores are not finite (the message says in which batch), or the probes
+            are of other weights or modalities.
         SettingError
             If the loader is none, the folder holds another table than an earlier call's, or ``partners`` is neither an
             even number from 4 on nor "all".
@@ -245,15 +312,34 @@ class ExplainabilityCapture:
             )
         if partners != "all" and not (isinstance(partners, int) and partners >= PARTNERS and partners % 2 == 0):
             raise SettingError(f"partners must be an even number from {PARTNERS} on, or 'all'; got {partners!r}.")
-        settings = replace(self.settings, class_names=self.class_names, table=table)
+        saved = None if probes is None else self._load_probes(probes)
+        batches = track(loader, "Explaining the data set") if progress else loader
+        return self._explain_batches(batches, table, None if isinstance(partners, str) else partners, saved)
+
+    def _explain_batches(
+        self,
+        batches: Iterable[Any],
+        table: str | Path | None,
+        partners: int | None,
+        saved: SavedProbes | None,
+        permutes: bool = True,
+    ) -> DatasetResult:
+        names = self.class_names or (saved.class_names if saved else ())
+        if saved is not None and saved.class_names and tuple(names) != saved.class_names:
+            raise DataError(
+                f"The saved probes are of the classes {', '.join(saved.class_names)}; the explainer's class_names are "
+                f"{', '.join(names)}."
+            )
+        settings = replace(self.settings, class_names=names or None, table=table)
+        settings = settings if permutes else replace(settings, contribution_samples=0)
+        settings = settings if saved is None else replace(settings, targets=None)
         folder = None if table is None else Path(table)
         evaluation = Evaluation(settings, None, keeps_maps=True)
         with nullcontext() if folder is None else open_table(folder) as rows, self._runner.recording():
-            batches = track(loader, "Explaining the data set") if progress else loader
             token_counts = self._add_batches(batches, evaluation, rows)
             with timed("Computing contributions and summaries"):
                 explained = evaluation.summarise(
-                    self._recorder, tests_attention=True, partners=None if isinstance(partners, str) else partners
+                    self._recorder, tests_attention=permutes, partners=partners, saved=saved
                 )
             if evaluation.has_dropped and rows is not None:
                 warn(["There is no table of this run, whose first rows took several labels at once for a class."])
@@ -261,12 +347,17 @@ class ExplainabilityCapture:
                 folder = None
             elif folder is not None and rows is not None:
                 close_table(rows, folder, explained.fusion)
+        if permutes:
+            self._check(explained, evaluation)
+        made_by = "" if explained.fusion is None else fingerprint(self.model)
+        return replace(explained, axes=fitting_axes(self.axes, token_counts), table=folder, fingerprint=made_by)
+
+    def _check(self, explained: DatasetResult, evaluation: Evaluation) -> None:
         warn(check_directions(self._recorder.layers), once=True)
         for layer, summary in explained.summaries.items():
             warn(check_layer(layer, summary, layer in evaluation.lacking_query_mask, bool(self.settings.present)))
         if explained.fusion is not None:
             info(check_fusion(explained.fusion))
-        return replace(explained, axes=fitting_axes(self.axes, token_counts), table=folder)
 
     def _add_batches(self, batches: Iterable[Any], evaluation: Evaluation, table: SampleTable | None) -> dict[str, int]:
         """Add every batch to the evaluation and the table; returns the token counts of the first recorded step."""

@@ -35,6 +35,8 @@ def require_finite(batch: BatchResult) -> BatchResult:
     rows = [prepare_rows(attention) for pair in batch.attention for attention in pair.directions]
     if labels.predicted is not None:
         what, also, broken = "class scores", " (or class ids below 0)", labels.predicted < 0
+    elif not rows:
+        return batch
     else:
         what, also, broken = "attention", "", torch.stack([r.broken.flatten(1).any(1) for r in rows]).any(0)
     if not bool(broken.any()):
@@ -58,7 +60,7 @@ def explain_samples(
     class_names: tuple[str, ...],
     axes: Mapping[str, TokenAxis],
     top_k: int,
-    among: DatasetResult | None,
+    modalities: Sequence[SampleModalities | None],
 ) -> ExplainedBatch:
     """The explanation of a batch on the CPU.
 
@@ -72,8 +74,8 @@ def explain_samples(
         What the tokens of each modality are; an axis whose length does not fit gives no places.
     top_k
         The number of pairs to name for each sample and direction.
-    among
-        The data set that the samples are from; None: not known.
+    modalities
+        The probes and contributions of each sample, where these are known.
     """
     # The directions of a second layer are named after the layer, too.
     attention = {
@@ -88,7 +90,6 @@ def explain_samples(
     _, outcomes, tied = classify(labels, "target", len(class_names), len(batch))
     predicted, target = (_class_ids(one, len(batch)) for one in (labels.predicted, labels.target))
     ids = _ids_as_text(batch) or [None] * len(batch)
-    modalities = _find_modalities(batch, among)
     probabilities = None if scores is None else scores.probabilities
     confidence = labels.confidence
     if confidence is None and probabilities is not None:
@@ -138,7 +139,7 @@ def explain_samples(
     }
 
 
-def _find_modalities(batch: BatchResult, among: DatasetResult | None) -> list[SampleModalities | None]:
+def find_modalities(batch: BatchResult, among: DatasetResult | None) -> list[SampleModalities | None]:
     """The probes and contributions of each sample in the data set, where its id is found."""
     if among is None or among.fusion is None or batch.labels.sample_ids is None:
         return [None] * len(batch)

@@ -1,48 +1,63 @@
 """Every number's one definition, as pure functions of tensors (see their docstrings)."""
 
 from lightning_xattn.functional.attention import *
+from lightning_xattn.functional.error_detection import *
 from lightning_xattn.functional.faithfulness import *
 from lightning_xattn.functional.intervals import *
 from lightning_xattn.functional.outcomes import *
 from lightning_xattn.functional.pairs import *
 from lightning_xattn.functional.probe import *
+from lightning_xattn.functional.ranking import *
 from lightning_xattn.functional.shapley import *
+from lightning_xattn.functional.support import *
 
 __all__ = [
     "ROW_STATISTICS",
+    "AddedValue",
     "Estimate",
     "Game",
     "Permutation",
     "Rows",
     "Separation",
     "TopPair",
+    "added_value",
     "additive_fit",
     "additive_projection",
     "alignment",
     "alignment_null",
+    "assign_folds",
+    "auroc_influence",
     "best_head_matching",
+    "calibration_error",
     "class_adjusted_gap",
     "conflict",
     "contribution_shares",
+    "count_groups",
     "cross_fitted_probe",
+    "cross_fitted_probes",
     "cross_modal_mass",
     "discriminant",
     "effective_keys",
     "effective_share",
     "entropy",
+    "error_probabilities",
+    "estimate_by_influence",
+    "fit_probes",
     "grouped_mean_interval",
     "grouped_proportion_interval",
     "has_single_keys",
     "head_alignment_matrix",
     "head_diversity",
     "head_top_pairs",
+    "influence_interval",
+    "inverse_temperature",
     "lift",
     "lift_map",
+    "macro_auroc_influence",
     "max_weight",
     "mean",
     "mean_interval",
     "min_weight",
-    "only_probe_right",
     "partner_shifts",
     "permuted_subsets",
     "play",
@@ -55,14 +70,20 @@ __all__ = [
     "received_lift",
     "replacements",
     "require_heads",
+    "right_cells",
+    "risk_coverage",
     "row_statistics",
     "sample_top_pairs",
     "separation",
     "sink",
+    "sink_excess",
     "sparsity",
     "standardised_maps",
     "std",
-    "support_difference",
+    "sum_heads",
+    "support",
+    "support_cells",
+    "supports",
     "top_pairs",
     "within",
 ]

@@ -1,7 +1,8 @@
 """How is a query's attention spread over its keys, and do queries, heads and directions attend to the same things?
 
 The two directions are compared over the cells whose query and key are valid rows of their own direction and visible to
-each other: the forward map ``X`` is (queries, keys), and the backward map is transposed to the same shape, ``Y``.
+each other: the forward map ``X`` is (queries, keys), and the backward map is transposed to the same shape, ``Y``. Where
+masks differ by head, a cell of the head-averaged map counts if a head may attend to it; the others contribute 0.
 
 Every function of attention takes weights ``(batch, heads, queries, keys)`` with a ``key_mask`` where some keys are
 padding, or an ``Attention`` with all of its masks, or what `prepare_rows` makes of either.
@@ -25,6 +26,8 @@ WEIGHT_FLOOR = 1e-12
 SPARSITY_THRESHOLD = 0.1
 """A weight below this counts as sparse."""
 
+SINK_QUERIES = 4
+"""With fewer valid queries than this no head has a sink."""
 
 NO_VARIANCE = 1e-6
 """A map whose standard deviation is within this share of its root mean square varies by float32 rounding only."""
@@ -443,8 +446,7 @@ def query_selectivity(weights: Weights, key_mask: Tensor | None = None) -> Tenso
     queries = rows.valid.sum(-1)
     pooled = rows.weights.sum(2) / queries[..., None]
     excess = _entropy(pooled) - rows.entropy.sum(-1) / queries
-    # K counts the keys that some valid query can see.
-    seen = rows.keys[..., 0] if rows.visible is None else _keys_seen(rows)
+    seen = _keys_seen(rows)
     return torch.where((queries > 1) & (seen > 1), (excess / seen.log()).clamp(0, 1), torch.nan)
 
 
@@ -477,27 +479,66 @@ def head_diversity(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
 
 
 def sink(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
-    """How much of every query's attention goes to one and the same key, from 0 (what uniform attention gives) to 1.
+    """Largest mean weight that one key receives: ``max_k mean_q a[q, k]``, ``(batch, heads)`` in [1 / K, 1].
 
-    With ``s = max_k min_q a[q, k]`` over the valid queries it is ``(s - 1 / K) / (1 - 1 / K)``, floored at 0, so that
-    one threshold suits few keys and many.
+    The mean is over the valid queries. A key that is masked for a query has weight 0 there. A single query that looks
+    elsewhere hides no sink.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.9, 0.1], [0.7, 0.3]]]])
+    >>> sink(weights)
+    tensor([[0.8000]])
+    """
+    rows = prepare_rows(weights, key_mask)
+    return rows.weights.sum(2).amax(-1) / rows.valid.sum(-1)
+
+
+def sink_excess(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
+    """How far a ``sink`` is above uniform attention: ``(sink - 1 / K) / (1 - 1 / K)``, ``(batch, heads)`` in [0, 1].
+
+    K counts the keys that some valid query can see. One threshold suits few keys and many.
 
     Returns
     -------
     Tensor
-        ``(batch, heads)`` in [0, 1]. NaN with a single valid key or fewer than two valid queries.
+        ``(batch, heads)``; NaN with a single valid key or fewer than ``SINK_QUERIES`` valid queries, which may all look
+        at one key by chance.
 
     Examples
     --------
-    >>> weights = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])  # all queries have the same key
-    >>> sink(weights)
-    tensor([[1.]])
+    >>> weights = torch.tensor([[[[0.9, 0.1], [0.7, 0.3], [0.9, 0.1], [0.7, 0.3]]]])
+    >>> sink_excess(weights)
+    tensor([[0.6000]])
     """
     rows = prepare_rows(weights, key_mask)
-    least = torch.where(rows.valid[..., None], rows.weights, 1).amin(2).amax(-1)
-    keys = rows.keys.masked_fill(~rows.valid, 0).amax(-1)
-    strength = ((least - 1 / keys) / (1 - 1 / keys)).clamp(0, 1)
-    return torch.where((keys > 1) & (rows.valid.sum(-1) > 1), strength, torch.nan)
+    keys = _keys_seen(rows)
+    excess = ((sink(rows) - 1 / keys) / (1 - 1 / keys)).clamp(0, 1)
+    return torch.where((keys > 1) & (rows.valid.sum(-1) >= SINK_QUERIES), excess, torch.nan)
+
+
+def sum_heads(rows: Rows) -> tuple[Tensor, Tensor]:
+    """The weights of all heads together, and how many heads they are from; the quotient is the head-averaged map.
+
+    A head that may not attend to a key counts, with weight 0, where another head may. A broken row does not count.
+
+    Returns
+    -------
+    weights, heads
+        ``(batch, queries, keys)`` over the keys that are tokens; 0 heads where no valid row sees the key.
+
+    Examples
+    --------
+    >>> weights = torch.tensor([[[[0.5, 0.5]], [[1.0, 0.0]]]])  # two heads
+    >>> visible = torch.tensor([[[[True, True]], [[True, False]]]])
+    >>> total, heads = sum_heads(prepare_rows(Attention(Direction("eeg", "spec"), weights, visible=visible)))
+    >>> total / heads
+    tensor([[[0.7500, 0.2500]]])
+    """
+    weights = rows.weights[..., : rows.tokens].sum(1)
+    seen = rows.valid[..., None] if rows.token_visible is None else rows.valid[..., None] & rows.token_visible
+    heads = (~rows.broken).sum(1)[..., None]
+    return weights, torch.where(seen.any(1), heads, 0).expand(weights.shape)
 
 
 def alignment(forward: Weights, backward: Weights) -> Tensor:
@@ -535,14 +576,13 @@ def standardised_maps(forward: Weights, backward: Weights) -> tuple[Tensor, Tens
     >>> x.tolist(), whole
     ([[[0.5, -0.5], [-0.5, 0.5]]], tensor([True]))
     """
-    forward, backward = prepare_rows(forward), prepare_rows(backward)
-    x = forward.weights[..., : forward.tokens].mean(1)
-    y = backward.weights[..., : backward.tokens].mean(1).transpose(-1, -2)
-    # A head average needs the row in every head.
-    there, back = (mask if mask is None else mask.all(1) for mask in (forward.token_visible, backward.token_visible))
-    cells = _shared_cells(forward.valid.all(1), backward.valid.all(1), there, back)
-    (x, x_norm), (y, y_norm) = (_centre(maps, cells) for maps in (x, y))
-    whole = cells.bool().all((1, 2))
+    sides = [prepare_rows(forward), prepare_rows(backward)]
+    (x, there), (y, back) = map(sum_heads, sides)
+    heads, opposite_heads = (rows.weights.shape[1] for rows in sides)
+    # A head whose row is broken leaves the row out.
+    counted = (there == heads) & (back == opposite_heads).transpose(-1, -2)
+    cells, whole = counted.float(), counted.all((1, 2))
+    (x, x_norm), (y, y_norm) = (_centre(maps, cells) for maps in (x, y.transpose(-1, -2)))
     return x / x_norm[:, None, None], y / y_norm[:, None, None], whole
 
 
@@ -635,7 +675,9 @@ def _entropy(weights: Tensor) -> Tensor:
 
 
 def _keys_seen(rows: Rows) -> Tensor:
-    assert rows.visible is not None
+    """K: how many keys some valid query can see, broadcastable to ``(batch, heads)``."""
+    if rows.visible is None:
+        return rows.keys[..., 0]
     return (rows.visible & rows.valid[..., None]).any(2).sum(-1).to(rows.weights.dtype)
 
 

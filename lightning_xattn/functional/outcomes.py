@@ -1,4 +1,4 @@
-"""Does a score differ between correct and incorrect predictions, and how sure is a group's mean?
+"""Does a score detect errors, and how sure is a group's mean?
 
 From histograms and sums, so nothing is stored.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from scipy.optimize import brentq
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from lightning_xattn.core.ids import UNKNOWN_GROUP
 from lightning_xattn.functional.intervals import MINIMUM_GROUP
+
+Side = Literal["low", "high"]
+"""Which values of a score are a sign of an error."""
 
 INCORRECT, CORRECT, UNKNOWN = range(3)
 """Outcome of a sample; unknown without a prediction or a target."""
@@ -30,19 +34,22 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Separation:
-    """How well a score separates correct predictions from incorrect ones.
+    """How well a score detects errors.
 
     Attributes
     ----------
     auroc
-        P(score of a correct sample > score of an incorrect one) + half the ties, in [0, 1]; 0.5: not at all.
-        NaN with fewer than ``MINIMUM_GROUP`` samples of either outcome, or groups where they are known.
+        P(score of an incorrect sample is nearer to ``error_side`` than that of a correct one) + half the ties, in
+        [0, 1]; 0.5: chance, below: the score points the other way. NaN with fewer than ``MINIMUM_GROUP`` samples of
+        either outcome, or groups where they are known.
     low, high
         95 % CI of the AUROC (Hanley & McNeil 1982, solved as Newcombe 2006), in [0, 1]; NaN where ``auroc`` is.
     correct, incorrect
         Samples with a defined score of each outcome.
     correct_groups, incorrect_groups
         How many groups (patients, recordings) these belong to; None where groups are not known.
+    error_side
+        Which values are a sign of an error.
 
     Examples
     --------
@@ -58,10 +65,11 @@ class Separation:
     incorrect: int
     correct_groups: int | None = None
     incorrect_groups: int | None = None
+    error_side: Side = "low"
 
 
-def separation(bins: Tensor, counts: Tensor, groups: Tensor | None = None) -> Separation:
-    """AUROC of a score with its 95 % CI, where samples of one group (patient, recording) may be alike.
+def separation(bins: Tensor, counts: Tensor, groups: Tensor | None = None, error_side: Side = "low") -> Separation:
+    """How well a score detects errors, where samples of one group (patient, recording) may be alike.
 
     Where groups are known, their variance (Obuchowski 1997) over that by samples (DeLong 1988) is the design effect: by
     so much the variance of the interval is multiplied, and 1.96 becomes Student's quantile for the number of groups.
@@ -77,6 +85,8 @@ def separation(bins: Tensor, counts: Tensor, groups: Tensor | None = None) -> Se
     groups
         ``(n,)`` int64, any numbers; None: samples are independent. Samples of ``UNKNOWN_GROUP`` widen the interval as
         one group does, but no claim may rest on them: they are not among the groups that are counted.
+    error_side
+        Which values are a sign of an error: "low" ones, as of confidence, or "high" ones, as of entropy.
 
     Examples
     --------
@@ -87,17 +97,22 @@ def separation(bins: Tensor, counts: Tensor, groups: Tensor | None = None) -> Se
     >>> counts = torch.tensor([[1.0, 0.0]] * 10 + [[0.0, 1.0]] * 10)  # all correct predictions have the higher score
     >>> separation(bins, counts, groups).auroc
     1.0
+    >>> separation(bins, counts, groups, error_side="high").auroc
+    0.0
     """
     counts = counts.double()
+    bins = bins if error_side == "low" else BINS - 1 - bins
     histograms = counts.new_zeros(BINS, 2).index_add(0, bins, counts)
     sizes = int(counts[:, 0].sum()), int(counts[:, 1].sum())
-    known: tuple[int, ...] = ()
+    known: tuple[int | None, int | None] = None, None
+    fewest = min(sizes)
     if groups is not None:
         ids, index = groups.unique(return_inverse=True)
         by_group = counts.new_zeros(len(ids), 2).index_add(0, index, counts)
-        known = tuple((by_group[ids != UNKNOWN_GROUP] > 0).sum(0).tolist())
-    if min(known or sizes) < MINIMUM_GROUP:
-        return Separation(torch.nan, torch.nan, torch.nan, *sizes, *known)
+        of_correct, of_incorrect = (by_group[ids != UNKNOWN_GROUP] > 0).sum(0).tolist()
+        known, fewest = (of_correct, of_incorrect), min(of_correct, of_incorrect)
+    if fewest < MINIMUM_GROUP:
+        return Separation(torch.nan, torch.nan, torch.nan, *sizes, *known, error_side)
     correct, incorrect = histograms.unbind(1)
     # The share of the other outcome that a sample in each bin is right about: its placement (DeLong 1988).
     placements = torch.stack([_beaten(incorrect), 1 - _beaten(correct)], dim=1)
@@ -114,7 +129,7 @@ def separation(bins: Tensor, counts: Tensor, groups: Tensor | None = None) -> Se
         is_defined = float(variance) > ROUNDING * float(by_sample.sum()) > 0
         effect = float(variance / by_sample.sum()) if is_defined else sum(sizes) / both
         half_width = float(t.ppf(0.975, both - 1)) * math.sqrt(effect)
-    return Separation(auroc, *_interval(auroc, *sizes, half_width), *sizes, *known)
+    return Separation(auroc, *_interval(auroc, *sizes, half_width), *sizes, *known, error_side)
 
 
 def _beaten(histogram: Tensor) -> Tensor:

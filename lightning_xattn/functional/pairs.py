@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_xattn.functional.attention import Rows, Weights, prepare_rows
+from lightning_xattn.functional.attention import Rows, Weights, prepare_rows, sum_heads
 
 
 def lift(weights: Weights, key_mask: Tensor | None = None) -> Tensor:
@@ -94,8 +94,9 @@ class TopPair(NamedTuple):
 def top_pairs(weights: Weights, top_k: int, key_mask: Tensor | None = None) -> list[TopPair]:
     """Largest weights of the map that is averaged over batch and heads, the largest first.
 
-    A cell's mean runs over the valid rows that see its key; cells that none sees, and keys that are no tokens, are
-    left out, so there may be fewer than ``top_k``. Equal weights stand in the order of queries, then of keys.
+    Cells that no valid row sees, and keys that are no tokens, are left out, so there may be fewer than ``top_k``. A
+    head that may not attend to a key contributes weight 0 where another head may; the lift is the mean of the others.
+    Equal weights stand in the order of queries, then of keys.
 
     Examples
     --------
@@ -136,11 +137,15 @@ def head_top_pairs(weights: Weights, top_k: int, key_mask: Tensor | None = None)
 
 
 def _mean_maps(rows: Rows, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean weight and mean lift of each cell; NaN where no valid row sees the key."""
-    weights = rows.weights[..., : rows.tokens]
-    seen = rows.valid[..., None] if rows.token_visible is None else rows.valid[..., None] & rows.token_visible
-    count = seen.expand(weights.shape).sum(over)
-    return weights.sum(over) / count, (weights * rows.keys[..., None]).sum(over) / count
+    """Mean weight and mean lift of each cell over the batch (axis 0), the heads (1) or both; NaN where none sees it."""
+    lifts = lift(rows)
+    seen = (~lifts.isnan()).sum(over)
+    if 1 in over:
+        weights, count = sum_heads(rows)
+        weights, count = (weights.sum(0), count.sum(0)) if 0 in over else (weights, count)
+    else:
+        weights, count = rows.weights[..., : rows.tokens].sum(0), seen
+    return weights / count, lifts.nansum(over) / seen
 
 
 def _largest(weights: Tensor, lifts: Tensor, top_k: int) -> list[list[TopPair]]:

@@ -51,6 +51,8 @@ class HMSDataModule(LightningDataModule):
     on_bad_row
         ``"raise"``: a row that cannot be used is an error. ``"skip"``: it is left out, counted in
         ``recordings.skipped``, and one warning names their number and the reasons.
+    labelled
+        Whether rows need votes. False: votes are not read, targets are NaN, and the data can only be tested on.
     num_workers
         Processes that compute features and that load batches, at least 0. None: features in one process for each core
         and 500 rows, see `hms.cache`; batches in the main process, as loading one takes a few milliseconds.
@@ -84,6 +86,7 @@ class HMSDataModule(LightningDataModule):
         eeg_geometry: EEGGeometry | None = None,
         cache_dir: str | Path | None = None,
         on_bad_row: OnBadRow = "raise",
+        labelled: bool = True,
         num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -103,6 +106,7 @@ class HMSDataModule(LightningDataModule):
         self.batch_size, self.fold, self.n_folds, self.seed = batch_size, fold, n_folds, seed
         self.cache_dir, self.num_workers = cache_dir, num_workers
         self.on_bad_row: OnBadRow = on_bad_row
+        self.labelled = labelled
         self._eeg_geometry = eeg_geometry
         self._features: dict[Path, StoredFeatures] = {}
 
@@ -127,7 +131,9 @@ class HMSDataModule(LightningDataModule):
         """
         if self._eeg_geometry is None:
             folders = [self.data] if self.test_data is None else [self.data, self.test_data]
-            geometries = [Recordings.read(folder, self.on_bad_row).infer_geometry() for folder in folders]
+            geometries = [
+                Recordings.read(folder, self.on_bad_row, self.labelled).infer_geometry() for folder in folders
+            ]
             if geometries[0] != geometries[-1]:
                 raise DataError(
                     f"{folders[0]} and {folders[-1]} have recordings of different lengths, so their EEG is cut "
@@ -196,6 +202,8 @@ class HMSDataModule(LightningDataModule):
         )
 
     def _find_training_rows(self) -> NDArray[np.int64]:
+        if not self.labelled:
+            raise SettingError("labelled=False: the data have no targets to train on. Test, or set labelled=True.")
         held_out = (self.fold, (self.fold + 1) % self.n_folds)
         return np.flatnonzero(~np.isin(self._fold_of_row, held_out))
 
@@ -205,7 +213,7 @@ class HMSDataModule(LightningDataModule):
 
     def _open(self, folder: Path) -> StoredFeatures:
         if folder not in self._features:
-            recordings = Recordings.read(folder, self.on_bad_row)
+            recordings = Recordings.read(folder, self.on_bad_row, self.labelled)
             self._features[folder] = stored_features(recordings, self.eeg_geometry, self.cache_dir, self.num_workers)
             _report_missing(self._features[folder])
         return self._features[folder]

@@ -12,6 +12,7 @@ from lightning_xattn.core.names import clean
 from lightning_xattn.core.progress import timed, track
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch
 from lightning_xattn.explainer import ExplainabilityCapture, load_checkpoint, training_data
+from lightning_xattn.explainer.command import save_found_probes
 from lightning_xattn.hms.datamodule import HMSDataModule
 from lightning_xattn.hms.dataset import HMSDataset
 from lightning_xattn.hms.module import HMSLightningModule
@@ -34,6 +35,9 @@ from lightning_xattn.visualizations import (
     plot_modality_alignment,
 )
 
+DRAWN = 12
+"""How many recordings without labels are drawn."""
+
 
 def run_explain(
     checkpoint: str | Path,
@@ -41,6 +45,7 @@ def run_explain(
     out: str | Path,
     montage: Montage = "bipolar",
     trust_checkpoint: bool = False,
+    probes: str | Path | None = None,
 ) -> Path:
     """Explain every recording of a folder, and draw one correct and one incorrect prediction of each class.
 
@@ -57,6 +62,8 @@ def run_explain(
         How the EEG is drawn, see ``plot_attention_over_signals``. Bipolar by default, as the clinic reads EEG.
     trust_checkpoint
         Whether code in the checkpoint may run, see ``load_checkpoint``.
+    probes
+        ``probes.pt`` of an earlier run on labelled recordings, for recordings without labels: votes are not read.
 
     Returns ``out``. Raises ``DataError`` or ``SettingError`` if the checkpoint is none, of another architecture, or
     needs ``trust_checkpoint``, if ``data`` has no usable recording, or if there is no such montage.
@@ -66,10 +73,15 @@ def run_explain(
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; expected a folder, or a name for a new one.")
     module = load_checkpoint(HMSLightningModule, checkpoint, trust_checkpoint)
-    datamodule = HMSDataModule(data, test_data=data, cache_dir=out / "features", on_bad_row="skip")
+    datamodule = HMSDataModule(
+        data, test_data=data, cache_dir=out / "features", on_bad_row="skip", labelled=probes is None
+    )
     explainer = ExplainabilityCapture(module, axes=datamodule.attention_axes)
     loader = datamodule.test_dataloader()
-    explained = replace(explainer.explain_loader(loader, table=out / "table"), trained_on=training_data(checkpoint))
+    explained = explainer.explain_loader(loader, table=out / "table", probes=probes)
+    explained = replace(explained, trained_on=training_data(checkpoint))
+    if probes is None:
+        save_found_probes(explainer, explained, out)
     for suffix in (".md", ".json"):
         create_explainability_report(explained, out / f"report{suffix}")
     with timed("Drawing figures"):
@@ -101,12 +113,14 @@ def run_explain(
 def _choose_samples(explained: DatasetResult, table: Path) -> list[int]:
     """Positions of the first correct and the first incorrect prediction of each class, in the order of the data.
 
-    Samples whose contributions are known come first.
+    Samples whose contributions are known come first. Without labels the first `DRAWN` recordings are chosen.
     """
     columns = pq.read_table(table, columns=["sample_idx", "target", "correct"]).to_pydict()
     known: set[int] = set()
     if explained.fusion is not None and not explained.fusion.contribution_problem:
-        known = set(explained.fusion.sample_numbers[explained.fusion.numbers["followed"].isfinite()].tolist())
+        known = set(explained.fusion.sample_numbers[explained.fusion.numbers["phi/eeg"].isfinite()].tolist())
+    if not any(one is not None for one in columns["correct"]):
+        return sorted(columns["sample_idx"])[:DRAWN]
     first: dict[tuple[int | None, bool | None], int] = {}
     rows = sorted(zip(*columns.values(), strict=True), key=lambda row: (row[0] not in known, row[0]))
     for place, target, correct in rows:

@@ -111,7 +111,7 @@ class Recordings:
         return f"Recordings('{self.root}': {len(self.rows)} rows of {patients} patients{skipped})"
 
     @classmethod
-    def read(cls, root: str | Path, on_bad_row: OnBadRow = "raise") -> Recordings:
+    def read(cls, root: str | Path, on_bad_row: OnBadRow = "raise", labelled: bool = True) -> Recordings:
         """Read and check ``train.csv``; recordings are checked when they are opened.
 
         Parameters
@@ -120,6 +120,8 @@ class Recordings:
             A folder in the competition's layout.
         on_bad_row
             ``"raise"``: a row that cannot be used is an error. ``"skip"``: it is left out and kept in ``skipped``.
+        labelled
+            Whether rows need votes. False: votes are not read, and the table needs no columns of them.
 
         Raises
         ------
@@ -132,7 +134,7 @@ class Recordings:
             raise SettingError(f"on_bad_row must be 'raise' or 'skip'; got {on_bad_row!r}.")
         root = Path(root)
         path = root / "train.csv"
-        rows, skipped = read_table(path)
+        rows, skipped = read_table(path, labelled)
         if on_bad_row == "raise" and skipped:
             raise RowError(skipped[0])
         if not rows:

@@ -39,13 +39,15 @@ class Recording:
     """Seconds from the start of the file to the start of the labelled window."""
     spectrogram_offset: float
     votes: tuple[float, ...]
-    """The experts' votes for each of ``montage.CLASSES``."""
+    """The experts' votes for each of ``montage.CLASSES``; empty where they were not read."""
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The row's other columns by name, e.g. ``expert_consensus``."""
 
     @property
     def soft_label(self) -> NDArray[np.float32]:
-        """The votes as shares, ``(6,)``, sum 1."""
+        """The votes as shares, ``(6,)``, sum 1; NaN without votes."""
+        if not self.votes:
+            return np.full(len(VOTE_COLUMNS), np.nan, np.float32)
         return (np.asarray(self.votes) / sum(self.votes)).astype(np.float32)
 
     @property
@@ -93,16 +95,17 @@ class Problem(DataError):  # noqa: N818 - becomes a BadRow where the row is know
         self.reason, self.detail = reason, detail
 
 
-def read_table(path: Path) -> tuple[list[Recording], list[BadRow]]:
-    """Read ``train.csv``: the usable rows and the others, each in the file's order.
+def read_table(path: Path, labelled: bool = True) -> tuple[list[Recording], list[BadRow]]:
+    """Read ``train.csv``: the usable rows and the others, each in the file's order; ``labelled``: with their votes.
 
     Raises
     ------
     DataError
         If the file or a needed column is missing, or it is no table.
     """
-    table = _read_text(path)
-    columns = [[_parse(cell, kind) for cell in table[name].to_pylist()] for name, kind in _REQUIRED.items()]
+    required = {name: kind for name, kind in _REQUIRED.items() if labelled or name not in VOTE_COLUMNS}
+    table = _read_text(path, list(required))
+    columns = [[_parse(cell, kind) for cell in table[name].to_pylist()] for name, kind in required.items()]
     extra_columns = [i for i, name in enumerate(table.column_names) if name not in _REQUIRED]
     extras = table.select(extra_columns).to_pylist() if extra_columns else [{}] * len(table)
     rows: dict[int, Recording] = {}
@@ -110,7 +113,7 @@ def read_table(path: Path) -> tuple[list[Recording], list[BadRow]]:
     for i, (cells, extra) in enumerate(zip(zip(*columns, strict=True), extras, strict=True)):
         try:
             if None in cells:
-                name = list(_REQUIRED)[cells.index(None)]
+                name = list(required)[cells.index(None)]
                 expected, got = _REQUIRED[name].__name__, table[name][i].as_py()
                 raise Problem("not a number", f"{name} must be a finite {expected}, got {got!r}")
             row = _as_recording(i + 2, cells, extra)
@@ -123,21 +126,21 @@ def read_table(path: Path) -> tuple[list[Recording], list[BadRow]]:
     return list(rows.values()), bad_rows
 
 
-def _read_text(path: Path) -> pa.Table:
+def _read_text(path: Path, required: Sequence[str]) -> pa.Table:
     """Read the table with the needed columns as text, so that a bad cell costs its row and not its whole column."""
     if not path.is_file():
         raise DataError(
             f"{path} does not exist: expected a folder with train.csv, train_eegs/ and train_spectrograms/."
         )
     try:
-        options = pa_csv.ConvertOptions(column_types=dict.fromkeys(_REQUIRED, pa.string()))
+        options = pa_csv.ConvertOptions(column_types=dict.fromkeys(required, pa.string()))
         table = pa_csv.read_csv(path, convert_options=options)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} is not a comma-separated table with a header: {error}") from error
-    repeated = [name for name in _REQUIRED if table.column_names.count(name) > 1]
+    repeated = [name for name in required if table.column_names.count(name) > 1]
     if repeated:
         raise DataError(f"{path}: the column {repeated[0]} occurs more than once, expected once.")
-    missing = [name for name in _REQUIRED if name not in table.column_names]
+    missing = [name for name in required if name not in table.column_names]
     if missing:
         raise DataError(
             f"{path}: missing column(s) {', '.join(missing)}; it has {', '.join(table.column_names)}. "
@@ -163,9 +166,9 @@ def _parse(cell: str, kind: type[int] | type[float]) -> float | None:
 
 def _as_recording(line: int, cells: Sequence[Any], extra: Mapping[str, Any]) -> Recording:
     eeg_id, spectrogram_id, label_id, patient_id, eeg_offset, spectrogram_offset, *votes = cells
-    if min(votes) < 0:
+    if votes and min(votes) < 0:
         raise Problem("negative votes", f"expected counts, got {dict(zip(VOTE_COLUMNS, votes, strict=True))}")
-    if sum(votes) == 0:
+    if votes and sum(votes) == 0:
         raise Problem("no votes", f"{', '.join(VOTE_COLUMNS)} are all 0, so there is no label")
     return Recording(
         line, eeg_id, spectrogram_id, label_id, patient_id, eeg_offset, spectrogram_offset, tuple(votes), extra

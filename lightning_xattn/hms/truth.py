@@ -19,7 +19,7 @@ from lightning_xattn.hms.montage import CLASSES
 from lightning_xattn.hms.recordings import Recordings
 from lightning_xattn.report.document import Block, Paragraph, Table
 
-QUESTIONS = ("the modalities disagree", "which one the model followed", "the prediction is wrong")
+QUESTIONS = ("the modalities disagree", "which one the prediction agrees with", "the prediction is wrong")
 
 
 def describe_scores(table: Path, recordings: Recordings) -> Iterator[Block]:
@@ -49,11 +49,11 @@ def describe_scores(table: Path, recordings: Recordings) -> Iterator[Block]:
     yield Paragraph(
         f"AUROC with its 95 % CI by patients, on {len(rows)} simulated recordings that the model was not trained on; "
         f"0.5 is chance. {int(disagree.sum())} of them show another class in the spectrogram than in the EEG; "
-        f"of these the model followed the EEG {int(by_eeg.sum())} times and the spectrogram {int(by_spec.sum())} "
-        f"times; {int((predicted != target).sum())} predictions are wrong. Signs of disagreement and of errors are a "
-        "low confidence and alignment, a high entropy and conflict, and contributions that differ little. The sign "
-        "that the model followed the EEG is a large value; for contribution and support, the EEG's minus the "
-        "spectrogram's."
+        f"of these the model predicts the EEG's class {int(by_eeg.sum())} times and the spectrogram's "
+        f"{int(by_spec.sum())} times; {int((predicted != target).sum())} predictions are wrong. "
+        "Signs of disagreement and of errors are a low confidence, alignment and support, a high entropy and conflict, "
+        "and contributions that differ little. The sign that the prediction agrees with the EEG is a large value; for "
+        "contribution and support, the EEG's minus the spectrogram's."
     )
 
 
@@ -67,11 +67,12 @@ def _find_signs(columns: Mapping[str, list[Any]]) -> dict[str, tuple[Tensor, Ten
     for name, sign in (("confidence", -1), ("alignment", -1), ("entropy", 1)):
         if name in columns:
             found[name] = (sign * column(name), column(name), sign * column(name))
-    if "contribution_followed" in columns:
-        difference = column("contribution_followed")
+    if "contribution/eeg" in columns:
+        difference = column("contribution/eeg") - column("contribution/spec")
         found["contribution"] = (-difference.abs(), difference, -difference.abs())
-    if "conflict" in columns:
-        found["probe: conflict, support"] = (column("conflict"), column("support_difference"), column("conflict"))
+    if "support" in columns:
+        difference = column("supports/eeg") - column("supports/spec")
+        found["probe: conflict, support"] = (column("conflict"), difference, -column("support"))
     return found
 
 

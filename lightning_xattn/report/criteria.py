@@ -13,6 +13,7 @@ the thresholds here.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,7 @@ DIFFUSE = "Pattern 2: diffuse attention"
 AGREEING = "Pattern 3: high modality agreement"
 DISAGREEING = "Pattern 4: low modality agreement"
 PATTERNS = (FOCUSED, DIFFUSE, AGREEING, DISAGREEING)
+SUPPORT = "Support of the prediction"
 IF_CORRECT = "Checklist for a correct prediction"
 IF_INCORRECT = "Checklist for an incorrect prediction"
 
@@ -37,7 +39,7 @@ class Criterion:
     Attributes
     ----------
     group
-        The pattern or checklist that it belongs to: one of ``PATTERNS``, ``IF_CORRECT``, ``IF_INCORRECT``.
+        What it belongs to: one of ``PATTERNS``, ``IF_CORRECT``, ``IF_INCORRECT``, or ``SUPPORT``.
     criterion
         In words, e.g. ``"entropy < 0.5"``.
     value
@@ -105,7 +107,8 @@ def interpret_sample(explanation: SampleResult) -> list[Criterion]:
     Returns
     -------
     list of Criterion
-        In the guide's order: patterns first.
+        First, where the sample's probes are known, which modalities support the prediction, as a sentence; then in the
+        guide's order, patterns first.
 
     Examples
     --------
@@ -115,7 +118,16 @@ def interpret_sample(explanation: SampleResult) -> list[Criterion]:
     12
     """
     applies = {True: (IF_CORRECT,), False: (IF_INCORRECT,), None: (IF_CORRECT, IF_INCORRECT)}[explanation["correct"]]
-    return [_judge(explanation, group, *rule) for group in (*PATTERNS, *applies) for rule in _RULES[group]]
+    criteria = [_judge(explanation, group, *rule) for group in (*PATTERNS, *applies) for rule in _RULES[group]]
+    return [*_judge_support(explanation), *criteria]
+
+
+def _judge_support(explanation: SampleResult) -> Iterator[Criterion]:
+    """Who supports the prediction, where it is known: the number of modalities that do, and all of them."""
+    modalities = explanation.get("modalities")
+    if modalities is not None and modalities.supporters is not None:
+        supporters, count = len(modalities.supporters), len(modalities.probes)
+        yield Criterion(SUPPORT, str(modalities), supporters, count, supporters == count, None, None)
 
 
 def uniform_is_sparse(statistics: AttentionStatistics) -> bool:

@@ -17,8 +17,7 @@ from lightning_xattn.report.document import Item, Items, Paragraph, Table
 GROUPED_BY = {"target": "true class", "prediction": "predicted class", None: "class"}
 """Heading of the classes, by ``classes_by``; None: not known."""
 
-
-NO_DIFFERENCE = "no difference shown"
+NOT_SHOWN = "not shown to detect errors"
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,16 @@ def explain_brackets(noun: str | None) -> Paragraph:
     return Paragraph(f"In brackets: 95 % CI, {by}; none with fewer than {MINIMUM_GROUP} {noun or 'samples'}.")
 
 
+def expect_misses(intervals: int) -> Paragraph:
+    """How many of so many 95 % CIs miss by chance."""
+    return Paragraph(
+        f"Each of these {intervals} intervals misses the truth once in 20 times: expect about "
+        f"{decimal(intervals / 20, 1)} of them to miss by chance."
+    )
+
+
 def compare_outcomes(compared: Mapping[str, Comparison], noun: str | None) -> tuple[Table, Items]:
-    """Scores of correct against incorrect predictions, and a verdict on each; ``noun``: the name of the groups."""
+    """How well scores detect errors, and a verdict on each; ``noun``: the name of the groups."""
 
     def size(samples: int, groups: int | None) -> str:
         return str(samples) if groups is None else f"{samples} ({groups})"
@@ -116,21 +123,23 @@ def compare_outcomes(compared: Mapping[str, Comparison], noun: str | None) -> tu
             verdict, claim = f"no claim, fewer than {MINIMUM_GROUP} {noun or 'samples'} of an outcome", ("", "", "")
         else:
             within = one.class_adjusted_gap
-            verdict = describe_difference(one)
-            if verdict != NO_DIFFERENCE and not within * one.gap > 0.5 * one.gap**2:
+            verdict = describe_detection(one)
+            if verdict != NOT_SHOWN and not within * one.gap > 0.5 * one.gap**2:
                 verdict += ", which may be a difference between classes"
             adjusted = "undefined" if math.isnan(within) else decimal(within, 3, signed=True)
             auroc = format_estimate(Estimate(one.auroc, one.low, one.high, 0))
             claim = auroc, decimal(one.gap, 3, signed=True), adjusted
-        rows.append((score, *sizes, *claim))
-        verdicts.append((score, verdict, ()))
+        name = f"{one.error_side} {score}"
+        rows.append((name, *sizes, *claim))
+        verdicts.append((name, verdict, ()))
     count = f"({noun})" if noun else ""
-    header = "score", f"correct {count}".strip(), f"incorrect {count}".strip(), "AUROC", "gap", "gap within classes"
+    sizes = f"correct {count}".strip(), f"incorrect {count}".strip()
+    header = "sign of an error", *sizes, "AUROC", "gap", "gap within classes"
     return Table(header, rows), Items(verdicts)
 
 
-def describe_difference(one: Comparison) -> str:
-    """Whether a score is higher or lower in correct predictions, if its AUROC's 95 % CI excludes 0.5."""
-    if one.low > 0.5 or one.high < 0.5:
-        return f"{'higher' if one.low > 0.5 else 'lower'} in correct predictions"
-    return NO_DIFFERENCE
+def describe_detection(one: Comparison) -> str:
+    """Whether a score detects errors, or points the other way, if its AUROC's 95 % CI excludes 0.5."""
+    if one.low > 0.5:
+        return "detects errors"
+    return "points the other way" if one.high < 0.5 else NOT_SHOWN

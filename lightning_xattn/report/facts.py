@@ -8,11 +8,12 @@ from dataclasses import is_dataclass
 from typing import Any, cast
 
 from lightning_xattn.core.names import valid
-from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
+from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_confident_unsupported
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult, ExplainedBatch, Results
 from lightning_xattn.evaluation.statistics import INVALID_ROWS
+from lightning_xattn.evaluation.support import unused
 from lightning_xattn.report.criteria import interpret_sample
 from lightning_xattn.report.estimates import (
     Subset,
@@ -35,7 +36,8 @@ def collect_facts(results: Results) -> dict[str, Any]:
 
     A data set has its ``key_points`` in words. Its ``fusion`` has ``subsets`` of samples, each with the means of all
     ``numbers`` of a `FusionSummary` and the ``shares`` of the modalities; scores that are compared between correct and
-    incorrect predictions (``outcomes``); the faithfulness of the ``attention``; and the most ``conflicting`` samples.
+    incorrect predictions (``outcomes``); the faithfulness of the ``attention``; and the most confident
+    predictions that no modality supports (``unsupported``).
     Each of its ``layers`` has ``groups`` of samples and ``outcomes``.
     """
     facts = _collect_dataset(results) if isinstance(results, DatasetResult) else _collect_batch(results)
@@ -79,8 +81,8 @@ def _collect_dataset(result: DatasetResult) -> dict[str, Any]:
 
 def _collect_fusion(fusion: FusionSummary, class_names: Sequence[str]) -> dict[str, Any]:
     has_shares = not fusion.contribution_problem and not fusion.is_regression
-    # A mean of standard errors or of codes is no number to report.
-    means = [name for name in fusion.numbers if name != "followed" and not name.startswith("error/")]
+    # A mean of standard errors is no number to report.
+    means = [name for name in fusion.numbers if not name.startswith("error/")]
 
     def collect_subset(subset: Subset) -> dict[str, Any]:
         chosen = subset.chosen
@@ -102,6 +104,15 @@ def _collect_fusion(fusion: FusionSummary, class_names: Sequence[str]) -> dict[s
         "unrecorded": fusion.unrecorded,
         "largest_class": fusion.largest_class,
         "probe_problems": fusion.probe_problems,
+        "probe_macro_auroc": fusion.probe_aurocs,
+        "probe_calibration_error": fusion.calibration_errors,
+        "joint_auroc_gain": fusion.auroc_gains,
+        "support_problem": fusion.support_problem,
+        "support": fusion.cells,
+        "right": fusion.right_cells,
+        "added_value_problem": fusion.added_value if isinstance(fusion.added_value, str) else "",
+        "added_value": None if isinstance(fusion.added_value, str) else fusion.added_value,
+        "unused": {name: unused(fusion, name) for name in fusion.modalities},
         "contribution_problem": fusion.contribution_problem,
         "sizes": None if fusion.contribution_problem else {name: fusion.size(name) for name in fusion.modalities},
         "subsets": [*map(collect_subset, list_subsets(class_names))],
@@ -117,9 +128,9 @@ def _collect_fusion(fusion: FusionSummary, class_names: Sequence[str]) -> dict[s
             }
             for direction, one in fusion.replaced.items()
         ],
-        "conflicting": [
+        "unsupported": [
             {"sample_idx": int(fusion.sample_numbers[i]), "modalities": describe_modalities(fusion, i, class_names)}
-            for i in most_conflicting(fusion)
+            for i in most_confident_unsupported(fusion)
         ],
     }
 

@@ -19,7 +19,7 @@ from lightning_xattn.core.wording import describe_size, name_modality
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult
-from lightning_xattn.evaluation.statistics import ALIGNMENT, SCORES, STATISTICS, Column, shown_columns
+from lightning_xattn.evaluation.statistics import ALIGNMENT, ERROR_SIDES, SCORES, STATISTICS, Column, shown_columns
 from lightning_xattn.functional.intervals import Estimate
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.report.estimates import estimate_mean
@@ -136,14 +136,14 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
     def over(name: str) -> list[float]:
         return [one.get(name, math.nan) for one in shown]
 
+    def draw(title: str, name: str) -> Curve:
+        return Curve(title, moments, *(over(name + end) for end in ("", "_low", "_high")))
+
     def draw_each(topic: str, names: Sequence[str] = ()) -> list[Curve]:
         """The curves of a topic: those of these names, or all of it but for ends of intervals and parts."""
         found = [name.removeprefix(topic) for name in known if name.startswith(topic)]
         names = names or [name for name in found if "/" not in name and not name.endswith(("_low", "_high"))]
-        return [
-            Curve(name.removesuffix("_auroc"), moments, *(over(topic + name + end) for end in ("", "_low", "_high")))
-            for name in names
-        ]
+        return [draw(name, topic + name) for name in names]
 
     outcomes = ("correct", "incorrect")
     panels = []
@@ -153,26 +153,34 @@ def overview_figure(records: Sequence[Mapping[str, Any]], context: str) -> Figur
     if any(name.startswith("entropy/") for name in known):
         panels.append(Panel("entropy", draw_each("entropy/", outcomes), (0, 1)))
     if "probed_samples" in known:
-        panels.append(Panel("conflict of the probes", draw_each("conflict/", outcomes), (0, 1)))
+        cells = [one.name for one in draw_each("support/") if one.name != "delta_auroc"]
+        supported = [draw(name.replace("_", " "), f"support/{name}") for name in cells]
+        panels.append(Panel("predictions supported by", supported, (0, 1)))
         largest = "largest class", over("largest_class")
         panels.append(Panel("accuracy of each probe", draw_each("probe/"), (0, 1), largest))
         if any(name.startswith("contribution/size/") for name in known):
             panels.append(Panel("size of the contribution", draw_each("contribution/size/"), (0, math.inf)))
         else:
             panels.append(Panel("share of the contribution", draw_each("contribution/share/"), (-1, 2)))
-    scores = [f"{name}_auroc" for name in ("confidence", "conflict", "alignment", "entropy")]
-    if scores := [name for name in scores if f"outcome/{name}" in known]:
-        chance = "chance", [0.5] * len(moments)
-        panels.append(Panel("higher in correct (AUROC)", draw_each("outcome/", scores), (0, 1), chance))
+    scores = [name for name in ("confidence", "support", "alignment", "entropy") if f"outcome/{name}_auroc" in known]
+    if scores:
+        curves = [draw(f"{ERROR_SIDES[name]} {name}", f"outcome/{name}_auroc") for name in scores]
+        panels.append(Panel("detects errors (AUROC)", curves, (0, 1), ("chance", [0.5] * len(moments))))
     return plot_epochs(panels, unit=unit, context=context)
 
 
 def fusion_figures(
     summary: FusionSummary, scope: str, class_names: Sequence[str], *, classes_by: str, context: str
 ) -> Iterator[tuple[str, Figure]]:
-    """Draw the share of each modality in the contributions, where shares are defined; parameters as `epoch_figures`."""
-    from lightning_xattn.visualizations import plot_class_comparison  # matplotlib, only where figures are wanted
+    """Draw who supports the predictions, and each modality's share of the contributions, where these are defined.
 
+    Parameters as `epoch_figures` takes them.
+    """
+    from lightning_xattn.visualizations import plot_class_comparison, plot_support  # only where figures are wanted
+
+    if summary.cells:
+        cells = [(one.name, one.samples, one.share, one.accuracy, one.confidence) for one in summary.cells]
+        yield f"xattn_support/{scope}/cells", plot_support(cells, group_noun=summary.group_noun, context=context)
     has_outcomes = bool(((summary.outcomes == CORRECT) | (summary.outcomes == INCORRECT)).any())
     if summary.contribution_problem or summary.is_regression or not (class_names or has_outcomes):
         return

@@ -6,19 +6,21 @@ import math
 from collections.abc import Iterator, Mapping
 
 from lightning_xattn.core.attention import Direction
-from lightning_xattn.core.wording import decimal, describe_size, name_modality, say_interval
+from lightning_xattn.core.wording import decimal, describe_size, name_modality, percent, say_interval
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
-from lightning_xattn.evaluation.layer_summary import Comparison, LayerSummary
+from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.results import DatasetResult
 from lightning_xattn.evaluation.statistics import SCORES, Column
+from lightning_xattn.evaluation.support import estimate_unsupported, unused
 from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate
+from lightning_xattn.functional.probe import JOINT
 from lightning_xattn.functional.shapley import MOSTLY
 from lightning_xattn.report.document import Items
 from lightning_xattn.report.estimates import (
     Subset,
     count_outcomes,
-    describe_difference,
     estimate_accuracy,
+    format_estimate,
     format_percent,
 )
 
@@ -27,7 +29,7 @@ CONFIDENCE = "confidence"
 
 
 def key_points(result: DatasetResult) -> Items:
-    """Size and accuracy, then what the probes predict, what the model uses, and which scores predict errors."""
+    """Size and accuracy, then what the probes predict, what the model uses, and which scores detect errors."""
     return Items([(label, sentence, ()) for label, sentence in _key_points(result)])
 
 
@@ -39,16 +41,25 @@ def _key_points(result: DatasetResult) -> Iterator[tuple[str, str]]:
         yield "Training", describe_training(count_training(result))
     if fusion is not None:
         yield "Probe", describe_probes(fusion)
-        yield "Conflict", _describe_conflict(fusion)
+        yield "Support", describe_support(fusion)
         yield "Contribution", describe_contributions(fusion)
         yield "Faithfulness", describe_faithfulness(result)
-    yield "Errors", describe_errors(_compare_scores(result))
+        yield "Errors", describe_added_value(fusion)
+        yield from describe_limits(fusion)
 
 
 def _describe_samples(result: DatasetResult) -> str:
     if not result.summaries:
         one = result.fusion
-        return "none." if one is None else f"{describe_size(one.samples, one.known_groups, one.group_noun)}."
+        if one is None:
+            return "none."
+        size = describe_size(one.samples, one.known_groups, one.group_noun)
+        right = (
+            f"; the model is right for {format_percent(one.estimate('correct'), '95 % CI ')}"
+            if one.has_outcomes
+            else ""
+        )
+        return f"{size}{right}."
     summary, everyone = result.headline, Subset("all", "all")
     size = describe_size(summary.samples, summary.groups(), summary.group_noun)
     correct, incorrect = count_outcomes(summary, everyone)
@@ -93,6 +104,8 @@ def describe_training(counts: dict[str, int | None] | None) -> str:
 
 def describe_probes(fusion: FusionSummary) -> str:
     """How often the probe on each modality is right, or why it is not used."""
+    if fusion.saved is not None and not fusion.estimate(f"right/{JOINT}").count:
+        return "fitted on another, labelled evaluation; these samples have no labels."
     found = []
     for name in fusion.modalities:
         probe, accuracy = f"the probe on {name_modality(name)}", fusion.estimate(f"right/{name}")
@@ -106,12 +119,71 @@ def describe_probes(fusion: FusionSummary) -> str:
     return f"{'; '.join(found)}."
 
 
-def _describe_conflict(fusion: FusionSummary) -> str:
-    found = fusion.estimate("conflict")
-    if math.isnan(found.mean):
-        return "not computed, as it needs a probe on each modality."
-    interval = say_interval(found.low, found.high, 2)
-    return f"{decimal(found.mean)} on average (95 % CI {interval}; 0: the probes agree, 1: they differ)."
+def describe_support(fusion: FusionSummary) -> str:
+    """How many predictions the modalities support, and how often the model is right about those and the others."""
+    if fusion.support_problem:
+        return f"not computed: {fusion.support_problem}."
+    if not (fusion.support_cell >= 0).any():
+        return "not computed: no sample has a prediction that the probes know."
+    first, both = fusion.cells[0], len(fusion.modalities) == 2
+    none = fusion.support_cell >= len(fusion.cells) - 2
+    share = fusion.proportion(none, fusion.support_cell >= 0)
+    said = f"{'both probes support' if both else 'all probes support'} {percent(first.share.mean)} of the predictions"
+    said += "" if math.isnan(first.accuracy.mean) else f", accuracy {format_percent(first.accuracy, '95 % CI ')}"
+    said += f"; {'neither supports' if both else 'none supports'} {percent(share.mean)}"
+    accuracy = estimate_unsupported(fusion)
+    if not math.isnan(accuracy.mean):
+        confidence = fusion.estimate("confidence", among=none).mean
+        said += f", accuracy {format_percent(accuracy, '95 % CI ')} at a mean confidence of {percent(confidence)}"
+    return f"{said}."
+
+
+def describe_added_value(fusion: FusionSummary) -> str:
+    """Whether support detects errors that confidence misses."""
+    added = fusion.added_value
+    if not fusion.has_outcomes:
+        return "no prediction is known to be correct or not."
+    if isinstance(added, str):
+        return f"whether support detects errors that confidence misses is not computed: {added}."
+    delta, loss = added.delta_auroc, added.delta_log_loss
+    interval = "" if math.isnan(delta.low) else f", 95 % CI {say_interval(delta.low, delta.high, 2)}"
+    but = ""
+    if delta.low > 0 and not added.adds:
+        but = f"; the log loss is not clearly better ({format_estimate(loss, signed=True)} nats)"
+    claim = "support detects" if added.adds else "support is not shown to detect"
+    return (
+        f"in this evaluation {claim} errors that confidence misses: AUROC {decimal(added.baseline_auroc)} → "
+        f"{decimal(added.auroc)} ({decimal(delta.mean, signed=True)}{interval}){but}."
+    )
+
+
+def describe_limits(fusion: FusionSummary) -> Iterator[tuple[str, str]]:
+    """What the model does not use, and what it uses that the probes do not see, with a label each."""
+    model, joint = fusion.estimate("correct"), fusion.estimate(f"right/{JOINT}")
+    for name in fusion.modalities:
+        if unused(fusion, name) == 1:
+            who, share = name_modality(name), format_percent(fusion.share(name), "95 % CI ")
+            without = joint.mean - fusion.estimate(f"joint_gain/{name}").mean
+            gain = fusion.auroc_gains[name]
+            yield (
+                "Unused",
+                f"the model does not use {who} (share {share}), though a linear probe of all modalities is right for "
+                f"{percent(joint.mean)} with {who} and for {percent(without)} without it (macro AUROC "
+                f"{decimal(gain.mean, 3, signed=True)} with it).",
+            )
+    if model.low > joint.high:
+        said = (
+            f"the model is right for {percent(model.mean)}, the joint probe for {percent(joint.mean)}: it uses what a "
+            "linear probe of pooled features does not see"
+        )
+        if not fusion.contribution_problem and not fusion.is_regression:
+            additive, whole = fusion.estimate("additive_right"), fusion.estimate("model_right")
+            if additive.high < whole.low:
+                said += (
+                    f", part of it in how the modalities combine (without interactions it would be right for "
+                    f"{percent(additive.mean)})"
+                )
+        yield "Beyond the probes", f"{said}."
 
 
 def describe_contributions(fusion: FusionSummary) -> str:
@@ -146,7 +218,7 @@ def describe_faithfulness(result: DatasetResult) -> str:
     """Whether attention ranks the tokens that predictions depend on."""
     fusion = result.fusion
     if fusion is None or not fusion.replaced:
-        return "not tested in this epoch." if result.summaries else "the model has no cross-attention."
+        return "not tested in this epoch." if result.summaries else "not tested: there is no attention."
     found = [
         describe_ranking(direction, fusion.faithfulness(direction), fusion.faithfulness_problem(direction))
         for direction in fusion.replaced
@@ -170,46 +242,10 @@ def describe_ranking(direction: Direction, found: Estimate, unfaithful: str) -> 
 
 def shown_scores(fusion: FusionSummary) -> list[str]:
     """The scores of the fusion that are compared between correct and incorrect predictions, confidence first."""
-    return [CONFIDENCE, "conflict"] if fusion.estimate(CONFIDENCE).count else []
+    return [CONFIDENCE, "support"] if fusion.estimate(CONFIDENCE).count and fusion.has_outcomes else []
 
 
 def shown_layer_scores(summary: LayerSummary) -> list[Column]:
     """The same of a layer; none where no prediction is known to be correct or not."""
     known = sum(count_outcomes(summary, Subset("all", "all")))
     return [score for score in SCORES if score in summary.columns and known]
-
-
-def _compare_scores(result: DatasetResult) -> dict[str, Comparison]:
-    fusion = result.fusion
-    found = {} if fusion is None else {score: fusion.compare(score) for score in shown_scores(fusion)}
-    if result.summaries:  # of all samples, where the fusion has some of them
-        layer = result.headline
-        found |= {str(score): layer.compare(score) for score in shown_layer_scores(layer)}
-    return found
-
-
-def describe_errors(compared: Mapping[str, Comparison]) -> str:
-    """Which scores predict errors clearly better than confidence, and the AUROC of each."""
-    if CONFIDENCE not in compared:
-        return "no score is compared, as confidence, the baseline, is not known."
-    baseline = compared[CONFIDENCE]
-    if math.isnan(baseline.low):
-        return (
-            f"no claim with {baseline.correct} correct and {baseline.incorrect} incorrect predictions: it needs "
-            f"{MINIMUM_GROUP} groups, or samples, of either."
-        )
-    others = {name: one for name, one in compared.items() if name != CONFIDENCE and not math.isnan(one.low)}
-    better = [name for name, one in others.items() if _distance(one) > max(0.5, baseline.high)]
-    which, verb = " and ".join(better) or "no score", "predict" if len(better) > 1 else "predicts"
-    listed = "; ".join(f"{name} {format_auroc(one)}" for name, one in {CONFIDENCE: baseline, **others}.items())
-    return f"{which} {verb} errors clearly better than confidence. AUROC: {listed}."
-
-
-def format_auroc(one: Comparison) -> str:
-    """As ``0.76 (95 % CI 0.70 to 0.81; higher in correct predictions)``."""
-    return f"{decimal(one.auroc)} (95 % CI {say_interval(one.low, one.high, 2)}; {describe_difference(one)})"
-
-
-def _distance(one: Comparison) -> float:
-    """The end of the AUROC's interval that is nearer to 0.5, for a score that may be higher or lower in errors."""
-    return max(one.low, 1 - one.high)

@@ -9,6 +9,7 @@ from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.wording import SINGLE_KEY, SINGLE_KEY_REMEDY, decimal, name_modality, percent
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import ALIGNMENT, INVALID_ROWS, STATISTICS, Column, shown_columns
+from lightning_xattn.functional.intervals import Estimate
 from lightning_xattn.report.document import Block, Item, Items, Paragraph, Table
 from lightning_xattn.report.estimates import (
     GROUPED_BY,
@@ -17,6 +18,7 @@ from lightning_xattn.report.estimates import (
     count_outcomes,
     estimate_accuracy,
     estimate_mean,
+    expect_misses,
     explain_brackets,
     format_estimate,
     format_percent,
@@ -35,10 +37,11 @@ HOW_TO_READ_LAYER = (
     "The alignment between different samples correlates one direction of a sample with the other direction of another, "
     "averaged over all such pairs. It is near 0 where the maps of two samples are unrelated, and well above 0 where "
     "the model attends the same way in every sample. The mean alignment minus this is specific to the sample.",
-    "The AUROC is the chance that a correct prediction has a higher score than an incorrect one: 0.5 if the score "
-    "does not separate them. The gap within classes is averaged over the classes with both "
-    "outcomes: classes differ in accuracy and in attention, and that alone makes a gap. The compared entropy is the "
-    "mean of the directions.",
+    "The AUROC is how well a score detects errors: the chance that of an incorrect and a correct prediction the "
+    "incorrect one has the lower score, or the higher one where a high score is the sign of an error. 0.5 is chance; "
+    "below 0.5 the score points the other way. The gap is the mean over correct minus that over incorrect predictions. "
+    "The gap within classes is averaged over the classes with both outcomes: classes differ in accuracy and in "
+    "attention, and that alone makes a gap. The compared entropy is the mean of the directions.",
 )
 
 _ACCURACY = {"target": "accuracy (recall)", "prediction": "accuracy (precision)", None: "accuracy"}
@@ -60,9 +63,16 @@ def describe_layer(
     has_classes = any(subset.kind == "class" for subset in subsets)
     title, accuracy = (GROUPED_BY[classes_by], _ACCURACY[classes_by]) if has_classes else ("samples", "accuracy")
     size = f"n ({summary.group_noun})" if summary.group_noun else "n"
-    rows = [_table_row(summary, subset, list(columns)) for subset in subsets]
+    estimates = [
+        (estimate_accuracy(summary, one), *(estimate_mean(summary, column, *one.chosen) for column in columns))
+        for one in subsets
+    ]
+    rows = [_table_row(summary, *row) for row in zip(subsets, estimates, strict=True)]
     yield Table((title, size, accuracy, *columns.values()), rows)
     yield explain_brackets(summary.group_noun)
+    intervals = sum(not math.isnan(one.low) for row in estimates for one in row)
+    if has_classes and intervals:
+        yield expect_misses(intervals)
     if any(SINGLE_KEY in reason for reason in undefined.values()):
         yield Paragraph(SINGLE_KEY_REMEDY)
     if compared := {str(score): summary.compare(score) for score in shown_layer_scores(summary)}:
@@ -111,14 +121,14 @@ def _table_columns(summary: LayerSummary) -> dict[Column, str]:
     }
 
 
-def _table_row(summary: LayerSummary, subset: Subset, columns: Sequence[Column]) -> list[str]:
-    """Name, size, accuracy and means of a subset."""
+def _table_row(summary: LayerSummary, subset: Subset, estimates: Sequence[Estimate]) -> list[str]:
+    """Name, size, accuracy and means of a subset, of which the estimates are."""
+    accuracy, *means = estimates
     samples, (correct, incorrect) = summary.size(*subset.chosen), count_outcomes(summary, subset)
     groups = f" ({summary.groups(INVALID_ROWS, *subset.chosen)})" if summary.group_noun else ""
-    accuracy = estimate_accuracy(summary, subset)
     right = "" if math.isnan(accuracy.mean) else f"{format_percent(accuracy)} {correct}/{correct + incorrect}"
     cells = [subset.name, f"{samples}{groups}", right]
-    for one in (estimate_mean(summary, column, *subset.chosen) for column in columns):
+    for one in means:
         partial = f" n={one.count}" if 0 < one.count < samples else ""
         cells.append(format_estimate(one) + partial if samples else "")
     return cells

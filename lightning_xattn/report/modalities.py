@@ -1,28 +1,40 @@
-"""The modalities of a data set: their probes, conflict, contributions and faithfulness, as tables and lists."""
+"""The modalities of a data set: their probes, support, contributions and faithfulness, as tables and lists."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from lightning_xattn.core.wording import by_reason, name_modality
-from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
+from lightning_xattn.core.wording import by_reason, decimal, name_modality, percent
+from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_confident_unsupported
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
+from lightning_xattn.evaluation.support import Cell, overrules
+from lightning_xattn.functional.error_detection import COVERAGE
+from lightning_xattn.functional.intervals import Estimate
+from lightning_xattn.functional.probe import JOINT
 from lightning_xattn.report.document import Block, Item, Items, Paragraph, Table
 from lightning_xattn.report.estimates import (
     GROUPED_BY,
     compare_outcomes,
+    expect_misses,
     explain_brackets,
     format_estimate,
     format_percent,
     list_subsets,
 )
-from lightning_xattn.report.key_points import shown_scores
+from lightning_xattn.report.key_points import describe_limits, shown_scores
+
+LISTED = 20
+"""How many samples that saved probes read are listed at most."""
 
 HOW_TO_READ_MODALITIES = (
-    "Probe: a linear probe predicts the class from what one modality brings into the fusion. No probe has seen the "
-    "sample that it predicts, nor any other of its group. Conflict is the chance that the probes, each drawing a class "
-    "from its probabilities, draw different ones. A modality supports the prediction more than another if its probe "
-    "gives the predicted class a higher probability.",
+    "Probe: a linear probe predicts the class from the pooled output of one modality's encoder, the joint probe from "
+    "those of all modalities. No probe has seen the sample that it predicts, nor any other of its group. What a linear "
+    "probe of pooled features cannot see, the model may still use.",
+    "Support: a modality supports a prediction if its probe predicts the same class. Where none does, the probes may "
+    "agree with each other or differ. The calibration gap is the accuracy minus the mean confidence: below 0, the "
+    "model is too confident. Probes are fitted on labels of this evaluation: part of what support adds is what a "
+    "better classifier would add.",
     "Contribution: the part of the predicted class's probability that a modality contributes (Shapley value), which is "
     "what changes when the modality is permuted, that is, replaced by that of another sample. A contribution below 0 "
     "opposes the prediction. A share below 0 or above 100 % means the same of many predictions. "
@@ -30,8 +42,6 @@ HOW_TO_READ_MODALITIES = (
     "Faithfulness: how much more it costs to replace the most attended tokens than the least attended ones, divided "
     "by the cost of replacing all. 1: the prediction depends on the most attended tokens alone; 0: a random order. "
     "The reference is the order by signed gradient x attention.",
-    "None of these numbers shows that a prediction is right. Confidence is the baseline that any other score has to "
-    "beat.",
 )
 
 
@@ -61,16 +71,25 @@ def describe_fusion(fusion: FusionSummary, class_names: Sequence[str], classes_b
         yield Paragraph(f"No probe on {' and '.join(map(name_modality, names))}: {reason}.")
     if fusion.contribution_problem:
         yield Paragraph(f"Contributions not computed: {fusion.contribution_problem}.")
+    if fusion.support_problem:
+        yield Paragraph(f"Support not computed: {fusion.support_problem}.")
+    yield from _tabulate_cells(fusion)
     yield from _tabulate_subsets(fusion, class_names, classes_by)
     if whole := list(_describe_whole(fusion)):
         yield Items(whole, "Over all samples")
-    if conflicting := most_conflicting(fusion):
-        among = "" if fusion.contribution_problem else ", among those that were permuted"
+    if fusion.saved is not None:
+        listed = range(min(fusion.samples, LISTED))
         found = [
             (f"Sample {int(fusion.sample_numbers[i])}", str(describe_modalities(fusion, i, class_names)), ())
-            for i in conflicting
+            for i in sorted(listed, key=lambda i: int(fusion.sample_numbers[i]))
         ]
-        yield Items(found, f"Samples of largest conflict{among}")
+        yield Items(found, "Samples" if fusion.samples <= LISTED else f"{LISTED} of {fusion.samples} samples")
+    elif unsupported := most_confident_unsupported(fusion):
+        found = [
+            (f"Sample {int(fusion.sample_numbers[i])}", str(describe_modalities(fusion, i, class_names)), ())
+            for i in unsupported
+        ]
+        yield Items(found, "The most confident predictions that no modality supports")
     if compared := {score: fusion.compare(score) for score in shown_scores(fusion)}:
         yield from compare_outcomes(compared, noun)
 
@@ -80,7 +99,12 @@ def _tabulate_modalities(fusion: FusionSummary) -> Table:
         accuracy = format_percent(fusion.estimate(f"right/{name}"))
         return f"{accuracy} (not used)" if name in fusion.probe_problems else accuracy
 
-    columns: dict[str, Callable[[str], str]] = {"probe accuracy": probe}
+    columns: dict[str, Callable[[str], str]] = {
+        "probe accuracy": probe,
+        "macro AUROC": lambda name: format_estimate(fusion.probe_aurocs[name]),
+        "calibration error": lambda name: _say(decimal, fusion.calibration_errors[name]),
+    }
+    of_probes = [*columns]
     if fusion.contribution_problem:
         pass
     elif fusion.is_regression:
@@ -89,7 +113,47 @@ def _tabulate_modalities(fusion: FusionSummary) -> Table:
         columns["contribution"] = lambda name: format_estimate(fusion.estimate(f"phi/{name}"), signed=True)
         columns["share"] = lambda name: format_percent(fusion.share(name))
     rows = [(name_modality(name), *(cell(name) for cell in columns.values())) for name in fusion.modalities]
-    return Table(("modality", *columns), rows)
+    joint = [columns[one](JOINT) if one in of_probes else "" for one in columns]
+    model = [format_percent(fusion.estimate("correct")), *[""] * (len(columns) - 1)]
+    return Table(("modality", *columns), [*rows, ("joint probe", *joint), ("the model itself", *model)])
+
+
+def _say(words: Callable[[float], str], value: float) -> str:
+    return "undefined" if math.isnan(value) else words(value)
+
+
+def _tabulate_cells(fusion: FusionSummary) -> Iterator[Block]:
+    noun = f" ({fusion.group_noun})" if fusion.group_noun else ""
+    columns: dict[str, Callable[[Cell], str]] = {
+        f"samples{noun}": lambda cell: f"{cell.samples}" if cell.groups is None else f"{cell.samples} ({cell.groups})",
+        "share": lambda cell: format_percent(cell.share),
+        "accuracy": lambda cell: format_percent(cell.accuracy),
+        "mean confidence": lambda cell: format_percent(cell.confidence),
+        "calibration gap": lambda cell: format_percent(cell.calibration_gap),
+    }
+    of_support, of_right = [*columns], [*columns][:3]
+    if fusion.saved is not None and not fusion.has_outcomes:
+        there = {cell.key: one for cell, one in zip(fusion.cells, fusion.saved.accuracies, strict=True)}
+        columns["accuracy in the labelled evaluation"] = lambda cell: format_percent(there[cell.key])
+        of_support = [*of_right[:2], "mean confidence", "accuracy in the labelled evaluation"]
+    for title, cells, wanted in (
+        ("supported by", fusion.cells, of_support),
+        ("whose probe is right", fusion.right_cells, of_right),
+    ):
+        if cells:
+            rows = [(cell.name, *(columns[one](cell) for one in wanted)) for cell in cells]
+            heads = [f"the model's {one}" if one == "accuracy" else one for one in wanted]
+            yield Table((title, *heads), rows)
+            yield from _describe_overruled(filter(overrules, cells))
+
+
+def _describe_overruled(cells: Iterable[Cell]) -> Iterator[Paragraph]:
+    for cell in cells:
+        yield Paragraph(
+            f"The model overrules its modalities in {cell.samples} predictions, where their probes agree with each "
+            f"other on another class: accuracy {format_percent(cell.accuracy, '95 % CI ')} at a mean confidence of "
+            f"{percent(cell.confidence.mean)}."
+        )
 
 
 def _tabulate_faithfulness(fusion: FusionSummary) -> Table:
@@ -108,27 +172,35 @@ def _tabulate_faithfulness(fusion: FusionSummary) -> Table:
     return Table(("replaced keys", "faithfulness", "of the reference", "cost of replacing all"), rows)
 
 
-def _tabulate_subsets(fusion: FusionSummary, class_names: Sequence[str], classes_by: str | None) -> Iterator[Table]:
-    subsets, names = list_subsets(class_names), fusion.modalities
-    columns: dict[str, list[str]] = {}
-    if not fusion.probe_problems:
-        columns["conflict"] = [format_estimate(fusion.estimate("conflict", *one.chosen)) for one in subsets]
-        if len(names) == 2:
-            supports = [fusion.estimate("supports_first", *one.chosen) for one in subsets]
-            columns[f"supported more by {name_modality(names[0])}"] = [*map(format_percent, supports)]
+def _tabulate_subsets(fusion: FusionSummary, class_names: Sequence[str], classes_by: str | None) -> Iterator[Block]:
+    subsets, names = list_subsets(class_names, fusion.has_outcomes), fusion.modalities
+    columns: dict[str, list[Estimate]] = {}
+    if not fusion.support_problem:
+        for name in names:
+            supports = [fusion.estimate(f"supports/{name}", *one.chosen) for one in subsets]
+            columns[f"supported by {name_modality(name)}"] = supports
     if not fusion.contribution_problem and not fusion.is_regression:
         for name in names:
-            shares = [fusion.share(name, *one.chosen) for one in subsets]
-            columns[f"share of {name_modality(name)}"] = [*map(format_percent, shares)]
+            columns[f"share of {name_modality(name)}"] = [fusion.share(name, *one.chosen) for one in subsets]
     if columns:
-        rows = zip([one.name for one in subsets], *columns.values(), strict=True)
-        yield Table((GROUPED_BY[classes_by], *columns), list(rows))
+        cells = [[*map(format_percent, column)] for column in columns.values()]
+        yield Table((GROUPED_BY[classes_by], *columns), list(zip([one.name for one in subsets], *cells, strict=True)))
+        if intervals := sum(not math.isnan(one.low) for column in columns.values() for one in column):
+            yield expect_misses(intervals)
 
 
 def _describe_whole(fusion: FusionSummary) -> Iterator[Item]:
-    right = fusion.estimate("only_probe_right")
-    if right.count:
-        yield "Wrong predictions for which the probe on a modality is right", format_percent(right), ()
+    added = fusion.added_value
+    if not isinstance(added, str):
+        risks = f"{percent(added.baseline_risk)} → {percent(added.risk)}"
+        areas = f"{decimal(added.baseline_area, 3)} → {decimal(added.area, 3)}"
+        yield (
+            "Confidence → confidence and support",
+            f"errors among the {percent(COVERAGE, 0)} of predictions that look most reliable {risks}; area under "
+            f"the risk-coverage curve {areas}; log loss of the error model "
+            f"{format_estimate(added.delta_log_loss, signed=True)} nats",
+            (),
+        )
     unit = "of the output" if fusion.is_regression else "centred logits"
     for name in fusion.interactions:
         pair = name.partition("/")[2]
@@ -139,3 +211,4 @@ def _describe_whole(fusion: FusionSummary) -> Iterator[Item]:
         if additive.count:
             accuracies = f"{format_percent(additive)}, the model's {format_percent(model)}"
             yield "Accuracy if the modalities only added up (EMAP)", accuracies, ()
+    yield from ((label, sentence, ()) for label, sentence in describe_limits(fusion))

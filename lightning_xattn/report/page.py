@@ -16,7 +16,7 @@ from lightning_xattn.report.document import Block, Document, Items, Paragraph, T
 
 _HERE = Path(__file__).parent
 
-NUMBERS = ("confidence", "conflict", "alignment")
+NUMBERS = ("confidence", "support", "alignment")
 """The numbers by which samples can be sorted, beside their order."""
 
 

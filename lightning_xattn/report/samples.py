@@ -67,7 +67,7 @@ def list_dataset(result: DatasetResult, pictures: Pictures) -> Iterator[SampleEn
             known.predicted or "no class",
             known.true or "",
             _OUTCOMES[correct],
-            {"confidence": known.confidence, "conflict": known.conflict, "alignment": alignment},
+            {"confidence": known.confidence, "support": known.support, "alignment": alignment},
             [Paragraph(str(known))] if known.probes or known.contributions else [],
             [*_draw_maps(result, identity), *_shrink(pictures, name)],
         )
@@ -87,7 +87,7 @@ def _read_row(row: Mapping[str, Any], names: Sequence[str]) -> SampleModalities:
         for one in (row["prediction"], row["target"])
     )
     confidence = math.nan if row.get("confidence") is None else row["confidence"]
-    return SampleModalities(math.nan, {}, predicted, true, confidence, {}, None)
+    return SampleModalities(math.nan, {}, None, None, predicted, true, confidence, {}, None)
 
 
 def list_batch(results: ExplainedBatch | dict[str, Any], pictures: Pictures) -> Iterator[SampleEntry]:
@@ -98,7 +98,7 @@ def list_batch(results: ExplainedBatch | dict[str, Any], pictures: Pictures) -> 
         name = str(sample["sample_idx"]) if sample["sample_id"] is None else str(sample["sample_id"])
         modalities = sample.get("modalities")
         numbers = {"confidence": sample["confidence"], "alignment": sample["modality_agreement"]}
-        numbers |= {} if modalities is None else {"conflict": modalities.conflict}
+        numbers |= {} if modalities is None else {"support": modalities.support}
         drawn = [_map(direction, lifts[i], results["axes"]) for direction, lifts in maps.items()]
         yield SampleEntry(
             i,

@@ -19,6 +19,7 @@ from lightning_xattn.visualizations.sample import (
     plot_cross_modal_attention,
     plot_modality_alignment,
 )
+from lightning_xattn.visualizations.support import plot_support
 
 __all__ = [
     "Curve",
@@ -33,6 +34,7 @@ __all__ = [
     "plot_head_contributions",
     "plot_head_entropy",
     "plot_modality_alignment",
+    "plot_support",
     "render",
     "svg_picture",
 ]

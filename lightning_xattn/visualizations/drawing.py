@@ -30,7 +30,7 @@ from lightning_xattn.visualizations.output import COLOURS, WindowFigure, with_bo
 WIDTH, _DPI = 9.0, 100  # inches, and dots in each, of a figure that is seen in its full width
 _LINE = 0.17  # inches that a line of 10 points takes
 LONGEST_NAME, LONGEST_CONTEXT = 40, 400  # characters
-HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 """Colours of Okabe and Ito, of as many modalities as can be told."""
 UNDEFINED: dict[str, Any] = {"facecolor": "0.93", "edgecolor": "0.7", "hatch": "///", "linewidth": 0}
 

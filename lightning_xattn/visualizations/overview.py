@@ -112,7 +112,7 @@ def _draw(ax: Axes, panel: Panel) -> list[Artist]:
         x, y = np.asarray(curve.moments, dtype=float), np.asarray(curve.values, dtype=float)
         look = LOOKS.get(curve.name)
         colour = look.colour if look else HUES[place % len(HUES)]
-        line, marker = (look.line, look.marker) if look else (_DASHES[place % len(_DASHES)], "o^sD"[place % 4])
+        line, marker = (look.line, look.marker) if look else (_DASHES[place % len(_DASHES)], "o^sDv"[place % 5])
         face = "white" if look and not look.is_filled else colour
         style: dict[str, Any] = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4.5}
         handles += ax.plot(x, y, label=curve.name, markerfacecolor=face, **style)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lightning_xattn import ExplainabilityCapture
-from lightning_xattn.attribution.kept_samples import hashed
+from lightning_xattn.core.ids import hashed
 from tests.attribution.models import (
     NAMED,
     Concatenation,
@@ -77,20 +77,21 @@ def test_the_table_has_the_numbers_of_each_sample(tmp_path):
     summary = callback.fusion_summaries["val"]
     ids = {int(one): str(int(sample)) for sample, one in zip(data.tensors[3], hashed(data.tensors[3], 0), strict=True)}
     rows = frame.loc[[ids[int(one)] for one in summary.rows["hash"]]]
-    names = {"conflict": "conflict", "support_difference": "support_difference", "only_probe_right": "only_probe_right"}
-    names |= {f"contribution_{name}": f"phi/{name}" for name in ("left", "right")}
-    names |= {f"contribution_{name}": name for name in ("interaction", "followed")}
+    names = {name: name for name in ("conflict", "support", "supports/left", "supports/right", "interaction")}
+    names |= {f"contribution/{name}": f"phi/{name}" for name in ("left", "right")}
     for column, number in names.items():
         np.testing.assert_allclose(rows[column], summary.numbers[number], rtol=1e-5, atol=1e-6, err_msg=column)
-    assert rows["contribution_left"].notna().sum() == 64
+    assert rows["contribution/left"].notna().sum() == 64
     for name, probe in summary.probes.items():
-        assert rows[f"probe_{name}"].tolist() == probe.argmax(1).tolist()
-        np.testing.assert_allclose(rows[f"probe_{name}_probability"], probe.amax(1), rtol=1e-5)
+        assert rows[f"probe/{name}"].tolist() == probe.argmax(1).tolist()
+        np.testing.assert_allclose(rows[f"probe_probability/{name}"], probe.amax(1), rtol=1e-5)
     few = TensorDataset(*(one[:30] for one in data.tensors))
     watch_of(module, few, table=tmp_path / "few")
     unread = pd.read_parquet(tmp_path / "few/samples")
-    assert unread[["conflict", "support_difference", "probe_left", "probe_left_probability"]].isna().all(axis=None)
-    assert unread["contribution_left"].notna().all()
+    assert (
+        unread[["conflict", "support", "supports/left", "probe/left", "probe_probability/left"]].isna().all(axis=None)
+    )
+    assert unread["contribution/left"].notna().all()
     both = duckdb.sql(
         f"select count(conflict), count(*) from read_parquet('{tmp_path}/**/samples/*.parquet')"
     ).fetchall()

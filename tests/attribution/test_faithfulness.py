@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_xattn import AttentionExplainabilityCallback, ExplainabilityCapture, create_explainability_report
-from lightning_xattn.attribution.kept_samples import hashed
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.errors import XAttnWarning
+from lightning_xattn.core.ids import hashed
 from lightning_xattn.evaluation.results import DatasetResult
 from tests import reference
 from tests.attribution.models import HEADS, LEFT, WIDTH, TwoStreams, loader_of, said_data, sample_ids, trained
@@ -254,7 +254,7 @@ def test_samples_without_the_first_layer_are_left_out(infos):
     summary = summary_of(module, data, attention=layers, contribution_samples=192)
     known = torch.isfinite(summary.numbers[f"gain/{THERE}"])
     assert sorted(summary.sample_numbers[~known].tolist()) == list(range(32, 48))
-    assert torch.isfinite(summary.numbers["followed"]).all()
+    assert torch.isfinite(summary.numbers["phi/left"]).all()
     assert summary.faithfulness(THERE).mean > 0.45
 
 
@@ -371,6 +371,35 @@ def test_the_explainer_always_tests_the_attention():
     expected = known()
     for direction in (THERE, BACK):
         assert found.faithfulness(direction) == expected.faithfulness(direction)
+
+
+@pytest.fixture
+def of_few_samples(monkeypatch):
+    monkeypatch.setattr("lightning_xattn.attribution.faithfulness.LEAST_SAMPLES", 20)
+
+
+@pytest.mark.filterwarnings("ignore:.*dead head")
+def test_faithfulness_is_the_same_in_every_run(of_few_samples):
+    """Keys with the same attention are replaced in a random order, which does not depend on what else was drawn."""
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(summary_of(Gazer(sharpness=0.0), marked_data(24)).replaced[THERE])
+    for name in ("gain", "reference", "cost"):
+        first, second = (getattr(one, name) for one in found)
+        assert first.isfinite().all()
+        assert torch.equal(first, second)
+
+
+def test_only_the_keys_of_a_modality_are_replaced(of_few_samples, infos):
+    modalities = {"left": "batch.0", "other": "batch.1"}
+    summary = summary_of(Gazer(), marked_data(24), modalities=modalities)
+    assert {direction: one.problem for direction, one in summary.replaced.items()} == {
+        THERE: "no modality is called right",
+        BACK: "",
+    }
+    assert summary.replaced[THERE].gain.isnan().all()
+    assert summary.replaced[BACK].gain.isfinite().all()
 
 
 def test_what_has_no_gradient_has_no_reference(infos):

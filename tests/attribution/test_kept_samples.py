@@ -7,9 +7,11 @@ from operator import add
 import pytest
 import torch
 
-from lightning_xattn.attribution.kept_samples import NOT_KEPT, BottomKSample, KeptSamples, hashed
+from lightning_xattn.attribution.kept_samples import NOT_KEPT, BottomKSample, KeptSamples, TokenSource
 from lightning_xattn.attribution.outputs import ModelOutput
 from lightning_xattn.attribution.recorder import FusionRecord
+from lightning_xattn.core.attention import Direction
+from lightning_xattn.core.ids import hashed
 from lightning_xattn.functional.outcomes import UNKNOWN
 
 SHORT, LONG = 3, 5
@@ -54,6 +56,45 @@ def test_those_of_several_processes_are_those_of_one(sizes):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert (merged.modalities, merged.group_noun, int(merged.nonfinite)) == (("a",), "patients", 2)
+
+
+def test_what_is_left_out_is_counted_over_processes():
+    """Each of four processes leaves some out; the first and the last have not found the modalities."""
+    parts = [KeptSamples(BottomKSample(9), BottomKSample(9), unrecorded=2), kept_of(KEYS[:30]), kept_of(KEYS[30:])]
+    parts += [KeptSamples(BottomKSample(9), BottomKSample(9), unrecorded=5)]
+    parts[1].unrecorded, parts[2].unrecorded = 7, 11
+    parts[1].missing, parts[2].missing = {"a": torch.tensor(3)}, {"a": torch.tensor(4)}
+    merged = reduce(add, [part.cpu() for part in parts])
+    assert (merged.unrecorded, int(merged.nonfinite), merged.missing) == (25, 2, {"a": torch.tensor(7)})
+    assert (parts[0] + parts[3]).unrecorded == 7
+    assert reduce(add, parts[::-1]).unrecorded == 25
+
+
+def test_samples_that_lack_a_modality_are_counted_for_each():
+    """Of six samples a mask hides the second modality of two; one of these and another lack the first."""
+    kept, keys = KeptSamples(BottomKSample(9), BottomKSample(9)), torch.arange(6)
+    mask = torch.tensor([[True, False]] * 4 + [[False, False]] * 2)
+    tokens = torch.ones(6, 2, 3)
+    facts = {"process": torch.zeros(6).long(), "sample_idx": keys}
+    present = {"a": keys % 4 != 0}
+    inputs = FusionRecord({"a": (tokens, None), "b": (tokens, mask)}, {}, None)
+    kept.add(inputs, keys, None, None, facts, {}, present)
+    kept.add(inputs, keys + 6, None, None, facts, {})
+    assert {name: int(count) for name, count in kept.missing.items()} == {"a": 2, "b": 4}
+    (rows,) = kept.probed.blocks()
+    assert sorted(rows["sample_idx"].tolist()) == [0, 1, 1, 2, 2, 3, 3]
+    assert (int(kept.nonfinite), len(kept.permuted)) == (0, 0)
+
+
+def test_a_direction_that_was_not_recorded_has_no_number_of_tokens():
+    kept, keys = KeptSamples(BottomKSample(9), BottomKSample(9)), torch.arange(4)
+    tokens = torch.ones(4, 2, 3)
+    facts = {"process": torch.zeros(4).long(), "sample_idx": keys}
+    inputs = FusionRecord({"a": (tokens, None)}, {}, ModelOutput(torch.zeros(4, 2), torch.zeros(4, 2)))
+    kept.add(inputs, keys, None, None, facts, {"a_to_b": torch.ones(4, 7)})
+    source, there = TokenSource(kept.permuted.blocks()), Direction("a", "b")
+    assert source.token_count(there, torch.tensor([1, 2])) == 7
+    assert source.token_count(there.opposite, torch.tensor([1, 2])) is None
 
 
 def test_without_labels_everything_else_stays():

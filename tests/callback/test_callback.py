@@ -68,7 +68,7 @@ def test_curves_are_the_references_numbers(need_weights):
         expected |= {f"xattn_{name}/val/{outcome}": mean for outcome, mean in means.items()}
         expected[f"xattn_{name}/val/gap"] = means["correct"] - means["incorrect"]
         bins = reference.binned(score, low, 1)
-        expected[f"xattn_outcome/val/{name}_auroc"] = reference.auroc(bins[correct], bins[~correct])
+        expected[f"xattn_outcome/val/{name}_auroc"] = reference.error_auroc(name, bins[correct], bins[~correct])
     # What the modalities say and contribute is compared in tests/evaluation.
     of_fusion = "xattn_contribution/", "xattn_outcome/val/confidence_auroc"
     assert {name for name in logged if not name.startswith(of_fusion)} == set(expected)

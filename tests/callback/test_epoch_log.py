@@ -65,6 +65,18 @@ def test_a_mean_of_all_layers_needs_all_layers():
     assert math.isnan(mean_curves(of_layers, ["val/a", "val/b"], "val", 3)["xattn_alignment/val/all"])
 
 
+def test_means_over_layers_are_of_alignment_entropy_and_focus_and_of_no_head():
+    """0.25 and 0.75 of each; one curve is of a single layer."""
+    names = ("alignment/{}/x", "entropy/{}/a_to_b/x", "focus/{}/a_to_b/max", "focus/{}/a_to_b/sink/head_0")
+    names += ("entropy/{}/a_to_b/head_0", "outcome/{}/alignment_auroc", "health/{}/invalid_rows", "support/{}/both")
+    scopes = {"test/a": 0.25, "test/b": 0.75}
+    of_layers = [{f"xattn_{name.format(scope)}": value for name in names} for scope, value in scopes.items()]
+    of_layers[1]["xattn_alignment/test/b/y"] = 1.0
+    shown = [f"xattn_{name.format('test')}" for name in names[:3]]
+    assert mean_curves(of_layers, [*scopes], "test", 2) == dict.fromkeys(shown, 0.5)
+    assert [*mean_curves(of_layers, [*scopes], "test", 3)] == shown
+
+
 @pytest.mark.parametrize("grouped", [True, False])
 def test_classes_together_are_what_their_samples_are(grouped):
     torch.manual_seed(0)
@@ -150,12 +162,10 @@ def test_the_overview_is_of_validations_and_has_the_null_and_the_intervals():
 
 
 def test_an_arrow_marks_where_an_interval_leaves_the_panel():
-    numbers = {"probed_samples": 9, "conflict/correct": 0.9, "conflict/correct_low": 0.8}
-    records = [
-        record(epoch, **numbers, **{"conflict/correct_high": high}) for epoch, high in enumerate((0.95, 1.2, 1.4))
-    ]
+    numbers = {"probed_samples": 9, "probe/left": 0.9, "probe/left_low": 0.8}
+    records = [record(epoch, **numbers, **{"probe/left_high": high}) for epoch, high in enumerate((0.95, 1.2, 1.4))]
     figure = overview_figure(records, "val")
-    panel = next(panel for panel in figure.axes if panel.get_title() == "conflict of the probes")
+    panel = next(panel for panel in figure.axes if panel.get_title() == "accuracy of each probe")
     (arrow,) = [line for line in panel.lines if line.get_marker() == CARETUP]
     top = panel.get_ylim()[1]
     assert (arrow.get_xdata().tolist(), arrow.get_ydata().tolist()) == ([1, 2], [top, top])

@@ -8,7 +8,7 @@ import torch
 from lightning_xattn.callback.epoch_log import main_history
 
 FACTS = {"stage": "val", "layer": "blocks.3.a_to_b_attn", "epoch": 1, "step": 10, "samples": 23, "groups": None}
-MAIN = {"alignment/all": 0.25, "conflict/correct": 0.5, "conflict/correct_low": 0.125, "entropy/a_to_b/all": 1.0}
+MAIN = {"alignment/all": 0.25, "probe/left": 0.5, "probe/left_low": 0.125, "entropy/a_to_b/all": 1.0}
 
 
 def test_main_curves_with_their_interval_ends_come_back():

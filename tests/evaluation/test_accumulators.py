@@ -15,6 +15,7 @@ from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.layer_summary import LayerSummary
 from lightning_xattn.evaluation.statistics import (
     ALIGNMENT,
+    CONFIDENCE,
     ENTROPY,
     INVALID_ROWS,
     SCORES,
@@ -155,13 +156,15 @@ def expected_numbers(samples):
             numbers[f"{name}/entropy/head_{head}"] = [s["entropy"][head] for s in by_head]
             broken = [(~reference.valid_rows(maps[b]))[head].sum() for b in range(SAMPLES)]
             numbers[f"{name}/broken/head_{head}"] = broken
-            numbers[f"{name}/sink/head_{head}"] = [reference.sink(maps[b])[head] for b in range(SAMPLES)]
+            for column in ("sink", "sink_excess"):
+                of_samples = [getattr(reference, column)(maps[b])[head] for b in range(SAMPLES)]
+                numbers[f"{name}/{column}/head_{head}"] = of_samples
         selectivity = [reference.mean_defined(reference.query_selectivity(maps[b])) for b in range(SAMPLES)]
         numbers[f"{name}/query_selectivity"] = selectivity
         numbers[f"{name}/head_diversity"] = [reference.head_diversity(maps[b]) for b in range(SAMPLES)]
         invalid = [n + (~reference.valid_rows(maps[b])).sum() for b, n in enumerate(invalid)]
-    entropies = zip(numbers["eeg_to_spec/entropy"], numbers["spec_to_eeg/entropy"], strict=True)
-    numbers["entropy"] = [(a + b) / 2 for a, b in entropies]
+    directions = zip(numbers["eeg_to_spec/entropy"], numbers["spec_to_eeg/entropy"], strict=True)
+    numbers["entropy"] = [reference.mean_defined(both) for both in directions]
     numbers["invalid_rows"] = invalid
     numbers["wholly_masked"] = [0] * SAMPLES
     return numbers
@@ -212,7 +215,7 @@ def test_outcome_statistics(samples):
         separation = summary.compare(score)
         low = -1 if score == ALIGNMENT else 0
         binned = reference.binned(correct, low, 1), reference.binned(incorrect, low, 1)
-        assert separation.auroc == pytest.approx(reference.auroc(*binned), abs=1e-9)
+        assert separation.auroc == pytest.approx(reference.error_auroc(str(score), *binned), abs=1e-9)
         assert (separation.correct, separation.incorrect) == (len(correct), len(incorrect))
         assert summary.gap(score) == pytest.approx(correct.mean() - incorrect.mean(), abs=1e-5)
         known = ((outcomes != UNKNOWN) & (classes < CLASSES)).numpy()
@@ -230,6 +233,26 @@ def test_mean_maps(samples):
         for outcome in (INCORRECT, CORRECT):
             expected = weights[outcomes == outcome].nanmean((0, 1))
             torch.testing.assert_close(summary.outcome_maps[direction][outcome].float(), expected)
+
+
+def test_mean_maps_of_masks_that_differ_by_head():
+    """A head that may not attend counts with weight 0, one whose row is broken does not count."""
+    generator = torch.Generator().manual_seed(2)
+    visible = torch.rand(SAMPLES, HEADS, QUERIES, KEYS, generator=generator) > 0.5
+    visible[:, :, 1, 2], visible[:2, 0, 3] = False, False
+    scores = torch.randn(visible.shape, generator=generator)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    weights[5, 1, 4] *= 1.1
+    rows = [prepare_rows(Attention(DIRECTION, weights, visible=visible))]
+    labels = torch.zeros(SAMPLES, dtype=torch.long), torch.full((SAMPLES,), UNKNOWN), torch.zeros(SAMPLES)
+    (found,) = LayerSummary(add(new_accumulator(rows, 1), rows, *labels)).maps[DIRECTION]
+    cells = {}
+    for b in range(SAMPLES):
+        for cell, of_heads in reference.head_weights(weights[b].double().numpy(), keys=visible[b].numpy()).items():
+            cells.setdefault(cell, []).extend(of_heads)
+    expected = [[np.mean(cells.get((q, k), np.nan)) for k in range(KEYS)] for q in range(QUERIES)]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
+    assert np.isnan(expected).sum() == 1
 
 
 def test_alignment_between_different_samples(samples):
@@ -293,8 +316,11 @@ def test_merging_parts_with_other_token_counts_ends_the_maps(samples):
         assert merged.maps == {}
         for column in summary.columns:
             assert merged.mean(column) == pytest.approx(summary.mean(column))
-    with pytest.raises(ShapeError, match="3 classes and 3 heads eeg_to_spec.*7 classes"):
-        first + new_accumulator(rows, 7)
+    grouped = LayerAccumulator.empty(rows, tuple(sample_statistics(*rows)), CLASSES, "patients")
+    ours = "3 classes and 3 heads eeg_to_spec, 3 heads spec_to_eeg"
+    for other, theirs in ((new_accumulator(rows, 7), ours.replace("3", "7", 1)), (grouped, f"{ours}, in patients")):
+        with pytest.raises(ShapeError, match=f"recorded: {ours} in one place, {theirs} in another[.]"):
+            first + other
 
 
 def test_maps_end_when_token_counts_change_and_numbers_go_on(samples):
@@ -331,6 +357,21 @@ def histograms_of(accumulator):
     sums = accumulator.settled().scores_by_group
     counts = torch.zeros(3, len(SCORES), BINS, dtype=torch.float64)
     return counts.index_put(tuple(sums.keys[:, 1:].T), sums.sums, accumulate=True)
+
+
+def test_the_smallest_and_the_largest_score_are_counted():
+    """Seven samples, of which one has no confidence."""
+    rows = rows_of(*(x[5:12] for x in make_samples()[:2]))
+    scores = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0, 1.0, torch.nan])
+    outcomes = torch.tensor([INCORRECT, INCORRECT, INCORRECT, CORRECT, CORRECT, UNKNOWN, CORRECT])
+    statistics = sample_statistics(*rows) | {CONFIDENCE: scores}
+    empty = LayerAccumulator.empty(rows, tuple(statistics), CLASSES)
+    found = empty.add(rows, statistics, torch.zeros(7).long(), outcomes, torch.zeros(7))
+    counts = histograms_of(found)[:, list(SCORES).index(CONFIDENCE)]
+    expected = torch.zeros(3, BINS, dtype=torch.float64)
+    for outcome, (lowest, highest) in {INCORRECT: (2, 1), CORRECT: (1, 1), UNKNOWN: (0, 1)}.items():
+        expected[outcome, 0], expected[outcome, -1] = lowest, highest
+    assert torch.equal(counts, expected)
 
 
 def grouped_sums(samples):

@@ -105,6 +105,16 @@ def test_a_single_key():
     assert "a single key" in message
 
 
+def test_one_query_that_looks_elsewhere_hides_no_sink():
+    weights = torch.full((BATCH, HEADS, 100, KEYS), 0.1 / (KEYS - 1))
+    weights[..., 0] = 0.9
+    weights[:, 1, 7] = torch.eye(KEYS)[5]
+    messages = [message for message in ring(weights) if "sink" in message]
+    assert messages == [
+        "Layer 'fusion.1', eeg_to_spec, head 0, 1, 2: most of the attention goes to one key: an attention sink."
+    ]
+
+
 def test_a_single_query_is_no_sink():
     sharp = torch.eye(KEYS)[:BATCH, None, None].expand(BATCH, HEADS, 1, KEYS) * 0.86 + 0.02
     assert not [message for message in ring(sharp) if "sink" in message]

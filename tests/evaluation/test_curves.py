@@ -14,6 +14,7 @@ from lightning_xattn import AttentionExplainabilityCallback
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.evaluation.curves import epoch_curves, fusion_curves, fusion_record
 from lightning_xattn.evaluation.statistics import ALIGNMENT, INVALID_ROWS, SCORES, Column
+from lightning_xattn.evaluation.support import unused
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from tests import reference
 from tests.attribution.models import loader_of, sample_ids
@@ -71,11 +72,12 @@ def expected_of_layer(one):
 
 def expected_of_fusion(fusion):
     """The same of the modalities; the AUROC of the confidence is the layer's."""
-    expected = {f"probe/{name}": fusion.estimate(f"right/{name}").mean for name in ("left", "right")}
-    for topic, number in (("conflict", "conflict"), ("support", "supports_first")):
-        means = {name: fusion.estimate(number, *subset).mean for name, subset in WHOLE.items()}
-        expected |= {f"{topic}/{name}": mean for name, mean in means.items()}
-        expected[f"{topic}/gap"] = means["correct"] - means["incorrect"]
+    expected = {f"probe/{name}": fusion.estimate(f"right/{name}").mean for name in ("left", "right", "joint")}
+    expected |= {f"support/{cell.key}": cell.share.mean for cell in fusion.cells}
+    unsupported = fusion.outcomes[(fusion.support_cell >= 3) & (fusion.target >= 0)]
+    expected["support/accuracy/unsupported"] = float((unsupported == CORRECT).double().mean())
+    expected["support/delta_auroc"] = math.nan
+    expected |= {f"health/unused/{name}": unused(fusion, name) for name in ("left", "right")}
     for name in ("left", "right"):
         expected[f"contribution/{name}"] = fusion.estimate(f"phi/{name}").mean
         shares = {which: fusion.share(name, *subset).mean for which, subset in WHOLE.items()}
@@ -84,7 +86,7 @@ def expected_of_fusion(fusion):
         expected[f"contribution/share/{name}/gap"] = shares["correct"] - shares["incorrect"]
     expected["contribution/interaction"] = fusion.estimate("interaction").mean
     expected["contribution/emap_accuracy"] = fusion.estimate("additive_right").mean
-    expected["outcome/conflict_auroc"] = fusion.compare("conflict").auroc
+    expected["outcome/support_auroc"] = fusion.compare("support").auroc
     for direction in (THERE, BACK):
         expected[f"faithfulness/{direction}"] = fusion.faithfulness(direction).mean
         expected[f"faithfulness/reference/{direction}"] = fusion.faithfulness(direction, "reference").mean
@@ -117,18 +119,22 @@ def test_the_record_has_counts_intervals_and_what_is_compared(evaluated):
     problems = {str(direction): fusion.faithfulness_problem(direction) for direction in (THERE, BACK)}
     assert (record["missing"], record["probe_problems"], record["contribution_problem"]) == ({}, {}, "")
     assert record["faithfulness_problems"] == problems
-    ends = {f"probe/{name}": fusion.estimate(f"right/{name}") for name in ("left", "right")}
+    assert (record["support_problem"], record["added_value_problem"]) == ("", fusion.added_value)
+    assert record["probe_macro_auroc"] == {name: one.mean for name, one in fusion.probe_aurocs.items()}
+    assert record["probe_calibration_error"] == fusion.calibration_errors
+    ends = {f"probe/{name}": fusion.estimate(f"right/{name}") for name in ("left", "right", "joint")}
     ends |= {f"contribution/share/{name}": fusion.share(name) for name in ("left", "right")}
     ends |= {f"faithfulness/{direction}": fusion.faithfulness(direction) for direction in (THERE, BACK)}
     ends = {name: found for name, found in ends.items() if math.isfinite(found.low)}
     ends = {name: (found.low, found.high) for name, found in ends.items()}
     for name, outcome in (("correct", CORRECT), ("incorrect", INCORRECT)):
-        found = fusion.estimate("conflict", outcome=outcome)
-        ends[f"conflict/{name}"] = found.low, found.high
         for score in SCORES:
             ends[f"{score}/{name}"] = one.interval(score, outcome=outcome)
-    found = fusion.compare("conflict")
-    ends["outcome/conflict_auroc"] = found.low, found.high
+    found = fusion.compare("support")
+    ends["outcome/support_auroc"] = found.low, found.high
+    ends |= {f"support/{cell.key}": (cell.share.low, cell.share.high) for cell in fusion.cells}
+    found = fusion.estimate("correct", among=fusion.support_cell >= 3)
+    ends["support/accuracy/unsupported"] = found.low, found.high
     for score in SCORES:
         found = one.compare(score)
         ends[f"outcome/{score}_auroc"] = found.low, found.high
@@ -144,20 +150,23 @@ def test_the_record_has_counts_intervals_and_what_is_compared(evaluated):
 def test_the_fusions_numbers_are_the_means_of_the_samples(evaluated):
     """From its rows, one by one, without its estimates."""
     _, record, _, fusion = evaluated
-    numbers, outcomes, classes = fusion.numbers, fusion.outcomes, fusion.classes
+    numbers, outcomes, _ = fusion.numbers, fusion.outcomes, fusion.classes
     assert record["probe/left"] == pytest.approx(float(numbers["right/left"].nanmean()))
-    assert record["conflict/correct"] == pytest.approx(float(numbers["conflict"][outcomes == CORRECT].mean()))
-    assert record["conflict/bruxism"] == pytest.approx(float(numbers["conflict"][classes == 1].mean()))
-    supports = numbers["support_difference"][outcomes == INCORRECT] > 0
-    assert record["support/incorrect"] == pytest.approx(float(supports.double().mean()))
+    left, right = (numbers[f"supports/{name}"] == 1 for name in ("left", "right"))
+    assert record["support/both"] == pytest.approx(float((left & right).double().mean()))
+    assert record["support/only_right"] == pytest.approx(float((right & ~left).double().mean()))
+    assert record["support/neither_agree"] + record["support/neither_differ"] == pytest.approx(
+        float((~left & ~right).double().mean())
+    )
     phi = torch.stack([numbers["phi/left"], numbers["phi/right"]], 1)
     known = phi[phi.isfinite().all(1)]
     assert len(known) == 128
     assert record["contribution/left"] == pytest.approx(float(known[:, 0].mean()))
     assert record["contribution/share/left"] == pytest.approx(float(known[:, 0].mean() / known.sum(1).mean()))
-    bins = reference.binned(numbers["conflict"].numpy(), 0, 1)
+    bins = reference.binned((numbers["support"] / 2).exp().numpy(), 0, 1)
     correct, incorrect = (outcomes == CORRECT).numpy(), (outcomes == INCORRECT).numpy()
-    assert record["outcome/conflict_auroc"] == pytest.approx(reference.auroc(bins[correct], bins[incorrect]))
+    expected = reference.error_auroc("support", bins[correct], bins[incorrect])
+    assert record["outcome/support_auroc"] == pytest.approx(expected)
 
 
 def test_samples_without_a_class_are_in_no_gap_within_classes(evaluated):
@@ -165,8 +174,8 @@ def test_samples_without_a_class_are_in_no_gap_within_classes(evaluated):
     fusion = copy(evaluated[-1])
     fusion.classes = torch.where(torch.arange(130) % 5 == 0, -1, fusion.classes)
     fusion.outcomes = torch.arange(130) % 3 % 2
-    found, known = fusion.compare("conflict"), (fusion.classes >= 0).numpy()
-    values = fusion.numbers["conflict"].numpy()
+    found, known = fusion.compare("support"), (fusion.classes >= 0).numpy()
+    values = fusion.numbers["support"].numpy()
     of_known = values[known], fusion.classes[known].tolist(), (fusion.outcomes == CORRECT)[known]
     assert found.class_adjusted_gap == pytest.approx(reference.class_adjusted_gap(*of_known))
     everyone = reference.class_adjusted_gap(values, fusion.classes.tolist(), fusion.outcomes == CORRECT)
@@ -182,7 +191,7 @@ def test_classes_that_are_put_together_leave_those_without_a_class_out(evaluated
     assert merged.classes.tolist() == [named[int(one)] for one in fusion.classes]
     assert (merged.n_classes, fusion.n_classes) == (3, 4)
     of_others = (fusion.classes == 1) | (fusion.classes == 2)
-    assert merged.estimate("conflict", 2).mean == pytest.approx(float(fusion.numbers["conflict"][of_others].mean()))
+    assert merged.estimate("support", 2).mean == pytest.approx(float(fusion.numbers["support"][of_others].mean()))
 
 
 def test_what_is_not_measured_has_its_curves_all_the_same(evaluated):
@@ -190,8 +199,10 @@ def test_what_is_not_measured_has_its_curves_all_the_same(evaluated):
     fusion = copy(evaluated[-1])
     permuted = {name for name in fusion_curves(fusion, "val", CLASSES, True) if "contribution" in name}
     fusion.contribution_problem, fusion.replaced = "too few samples", {}
-    left = {name: one for name, one in fusion.numbers.items() if name.partition("/")[0] in ("right", "confidence")}
-    fusion.numbers = left | {name: fusion.numbers[name] for name in ("conflict", "supports_first")}
+    of_contributions = ("phi", "error", "gain", "reference", "cost", "interaction", "additive_right", "model_right")
+    fusion.numbers = {
+        name: one for name, one in fusion.numbers.items() if name.partition("/")[0] not in of_contributions
+    }
     curves = fusion_curves(fusion, "val", CLASSES, True, tested=[THERE])
     assert {name for name in curves if "contribution" in name} == permuted
     assert {name for name in curves if "faithfulness" in name} == {

@@ -1,4 +1,4 @@
-"""Readings, conflict and contributions of models whose truth is known, through a Trainer."""
+"""Probes, support and contributions of models whose truth is known, through a Trainer."""
 
 import math
 
@@ -8,13 +8,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_xattn import AttentionExplainabilityCallback
-from lightning_xattn.attribution.kept_samples import hashed
-from lightning_xattn.core.ids import UNKNOWN_GROUP
+from lightning_xattn import AttentionExplainabilityCallback, functional
+from lightning_xattn.core.ids import UNKNOWN_GROUP, hashed
 from lightning_xattn.evaluation.fusion_summary import PROPORTIONS
 from lightning_xattn.functional import partner_shifts
 from lightning_xattn.functional.outcomes import INCORRECT
-from lightning_xattn.functional.probe import FOLDS
 from tests import reference
 from tests.attribution.models import (
     CLASSES,
@@ -41,7 +39,7 @@ def test_every_number_is_the_references():
     order = hashed(ids, 0).argsort()
     with torch.no_grad():
         features = [
-            encoder(tokens)[order].mean(1).double().numpy()
+            np.array([reference.pooled(one, [True] * len(one)) for one in encoder(tokens)[order].double().numpy()])
             for encoder, tokens in ((module.left, left), (module.right, right))
         ]
         tokens = module.left(left)[order], module.right(right)[order]
@@ -50,8 +48,9 @@ def test_every_number_is_the_references():
             for i in range(61)
         ]
     target, n = target[order].tolist(), 61
-    folds = (hashed(ids[order], 1) % FOLDS).tolist()
+    folds = reference.round_robin(ids[order].tolist(), lambda key: int(hashed(torch.tensor([key]), 1)))
     probes = [reference.cross_fitted_probe(x, target, folds, CLASSES) for x in features]
+    joint = reference.cross_fitted_probe(np.concatenate(features, 1), target, folds, CLASSES)
     probabilities = [[row.softmax(0) for row in rows] for rows in table]
     predicted = [int(table[i][i].argmax()) for i in range(n)]
     pairs = [(i, (i + s) % n) for i in range(n) for s in partner_shifts(n, 4)]
@@ -86,20 +85,29 @@ def test_every_number_is_the_references():
         expected = {
             "confidence": float(probabilities[i][i].max()),
             "conflict": reference.conflict(both),
-            "support_difference": reference.support_difference(*both, predicted[i]),
+            "support": reference.support(both, predicted[i]),
+            "supports/left": float(0 in reference.supporters(both, predicted[i])),
+            "supports/right": float(1 in reference.supporters(both, predicted[i])),
+            "correct": float(predicted[i] == target[i]),
+            "calibration_gap": float(predicted[i] == target[i]) - float(probabilities[i][i].max()),
+            "right/joint": float(joint[i].argmax() == target[i]),
+            "joint_gain/left": float(joint[i].argmax() == target[i]) - float(both[1].argmax() == target[i]),
             "right/left": float(both[0].argmax() == target[i]),
             "right/right": float(both[1].argmax() == target[i]),
             "phi/left": phi[0],
             "phi/right": phi[1],
-            "followed": phi[0] - phi[1],
             "error/left": errors[i],
             "interaction": interactions[i],
         }
         for name, value in expected.items():
             assert float(summary.numbers[name][i]) == pytest.approx(value, abs=2e-5), (name, i)
+        cells = [(0, 1), (0,), (1,), "agree", "differ"]
+        assert cells[summary.support_cell[i]] == reference.support_cell(both, predicted[i])
+        cells[3:] = ["joint only", "none"]
+        assert cells[summary.right_cell[i]] == reference.right_cell(both, joint[i], target[i])
 
 
-def test_disagreement_is_found_and_which_one_was_followed():
+def test_disagreement_is_found_and_which_one_supports_the_prediction():
     data, agrees = said_data(240)
     module = trained(Concatenation(), data)
     summary = summary_of(module, data, **NAMED)
@@ -107,9 +115,11 @@ def test_disagreement_is_found_and_which_one_was_followed():
     place = {int(one): i for i, one in enumerate(hashed(data.tensors[3], 0))}
     agree = torch.tensor([bool(agrees[place[int(one)]]) for one in summary.rows["hash"]])
     assert reference.auroc(conflict[~agree].numpy(), conflict[agree].numpy()) > 0.95
-    assert summary.numbers["supports_first"][~agree].nanmean() > 0.9
-    followed = summary.numbers["followed"]
-    assert (followed[~agree & followed.isfinite()] > 0).double().mean() > 0.9
+    assert (
+        summary.numbers["supports/left"][~agree].mean() > 0.9 > 0.1 > summary.numbers["supports/right"][~agree].mean()
+    )
+    difference = summary.numbers["phi/left"] - summary.numbers["phi/right"]
+    assert (difference[~agree & difference.isfinite()] > 0).double().mean() > 0.9
     assert summary.share("left").mean > summary.share("right").mean
 
 
@@ -123,14 +133,17 @@ def test_a_modality_that_says_nothing_cannot_be_read_and_one_that_is_not_used_co
         module.fusion.hidden.weight[:, WIDTH:] = 0
     summary = summary_of(module, data, **NAMED)
     assert list(summary.probe_problems) == ["right"]
-    assert "not clearly above the share of the largest class, 25.0 %" in summary.probe_problems["right"]
-    for name in ("conflict", "support_difference", "only_probe_right"):
+    assert "not clearly better than the largest class (25.0 %)" in summary.probe_problems["right"]
+    for name in ("conflict", "support", "supports/right"):
         assert summary.numbers[name].isnan().all()
+    assert summary.numbers["supports/left"].mean() > 0.5  # its own probe is one
+    assert summary.cells == summary.right_cells == []
+    assert summary.added_value == summary.support_problem
     assert (
         summary.numbers["phi/right"].abs().max() < 1e-6 or summary.numbers["phi/right"].nan_to_num().abs().max() < 1e-6
     )
     assert summary.share("left").mean == pytest.approx(1, abs=1e-5)
-    assert any("Linear probe of 'right' not computed" in said for said in infos.messages)
+    assert any("Linear probe of 'right' not used" in said for said in infos.messages)
 
 
 def test_an_additive_model_does_not_interact():
@@ -171,7 +184,7 @@ def test_groups_are_of_one_fold_and_no_partners_and_widen_intervals():
     grouped = summary_of(module, data, groups=lambda outputs, batch: batch[3] // 6, **NAMED)
     assert (plain.estimate("confidence").groups, grouped.estimate("confidence").groups) == (None, 21)
     for group in grouped.groups.unique():
-        assert len(grouped.rows["fold"][grouped.groups == group].unique()) == 1
+        assert len(functional.assign_folds(grouped.groups)[grouped.groups == group].unique()) == 1
     widths = [one.estimate("right/right").high - one.estimate("right/right").low for one in (plain, grouped)]
     assert widths[0] != widths[1]
     alone = summary_of(module, data, groups=lambda outputs, batch: batch[3] * 0, **NAMED)
@@ -241,7 +254,7 @@ def test_a_regression_contributes_to_its_value_and_reads_nothing():
     callback = watch_of(module, regressed, **NAMED)
     summary = callback.fusion_summaries["val"]
     assert not summary.contribution_problem
-    assert set(summary.probe_problems.values()) == {"there are no targets"}
+    assert set(summary.probe_problems.values()) == {"there are no targets that are single classes"}
     with torch.no_grad():
         values = module(*data.tensors[:2])[:, 0].double()
     whole = summary.numbers["phi/left"] + summary.numbers["phi/right"]
@@ -304,7 +317,7 @@ def test_three_modalities():
     phi = torch.stack([summary.numbers[f"phi/{name}"] for name in names], dim=1)
     assert phi.isfinite().all()
     assert sum(summary.share(name).mean for name in names) == pytest.approx(1)
-    assert summary.numbers["support_difference"].isnan().all()
+    assert summary.numbers["support"].isfinite().any()
 
 
 def test_what_cannot_be_told_is_not_told():
@@ -324,6 +337,24 @@ def test_what_cannot_be_told_is_not_told():
     assert not summary_of(TwoStreams(Concatenation()), few, **NAMED).probe_problems.get("left")
     rare = TensorDataset(left, right, (torch.arange(40) < 9).long(), ids)
     assert "fewer than two classes have 10 samples" in summary_of(module, rare, **NAMED).probe_problems["left"]
+
+
+def test_two_samples_are_enough_to_permute():
+    """Of each, the contributions add up to its probability minus the other's."""
+    data, _ = said_data(16)
+    module = trained(Concatenation(), data, epochs=12).eval()
+    with torch.no_grad():
+        probabilities = module(*data.tensors[:2]).softmax(1)
+    classes = probabilities.argmax(1)
+    two = [0, int((classes != classes[0]).nonzero()[0])]
+    summary = summary_of(module, TensorDataset(*(one[two] for one in data.tensors)), **NAMED)
+    assert summary.contribution_problem == ""
+    for own, number in zip(two, (0, 1), strict=True):
+        other = two[1 - number]
+        place = summary.sample_numbers.tolist().index(number)
+        added = sum(float(summary.numbers[f"phi/{name}"][place]) for name in ("left", "right"))
+        expected = probabilities[own, classes[own]] - probabilities[other, classes[own]]
+        assert added == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_samples_that_are_not_finite_are_left_out(infos):
@@ -362,4 +393,4 @@ def test_the_historys_confidence_is_of_all_samples_and_so_is_its_interval():
     assert few["probed_samples"] == 140
     for name in ("outcome/confidence_auroc", "outcome/confidence_auroc_low", "outcome/confidence_auroc_high"):
         assert few[name] == whole[name]
-    assert few["outcome/conflict_auroc"] != whole["outcome/conflict_auroc"]
+    assert few["outcome/support_auroc"] != whole["outcome/support_auroc"]

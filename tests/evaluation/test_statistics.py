@@ -15,6 +15,7 @@ from lightning_xattn.evaluation.statistics import (
     SCORES,
     STATISTICS,
     Column,
+    headline,
     sample_statistics,
     shown_columns,
     table_columns,
@@ -54,9 +55,8 @@ def test_what_is_no_name_is_refused(name):
 def test_a_modality_may_be_called_like_a_head(modality):
     columns = table_columns(numbers(Direction(modality, "y")))
     lists = [name for name, values in columns.items() if values.dim() == 2]
-    assert lists == [
-        f"{d}_{s}_heads" for s in ("entropy", "sink", "broken") for d in (f"{modality}_to_y", f"y_to_{modality}")
-    ]
+    statistics, directions = ("entropy", "sink", "sink_excess", "broken"), (f"{modality}_to_y", f"y_to_{modality}")
+    assert lists == [f"{d}_{s}_heads" for s in statistics for d in directions]
     assert all(columns[name].shape == (2, 3) for name in lists)
     assert f"{modality}_to_y_entropy" in columns
 
@@ -77,11 +77,31 @@ def test_each_level_is_the_mean_of_the_one_below():
     torch.testing.assert_close(found[Column("entropy")], both.mean(0))
 
 
+def test_a_layer_has_the_mean_of_its_defined_directions():
+    """Of the second sample a single spectrogram token is real, so EEG's entropy is undefined; of the third, none is."""
+    generator = torch.Generator().manual_seed(1)
+    real = torch.tensor([[True] * 7, [True] + [False] * 6, [False] * 7])
+    there = torch.randn(3, 2, 5, 7, generator=generator).masked_fill(~real[:, None, None], -torch.inf).softmax(-1)
+    back = torch.randn(3, 2, 7, 5, generator=generator).softmax(-1)
+    pair = Attention(EEG_TO_SPEC, there, key_mask=real), Attention(EEG_TO_SPEC.opposite, back, query_mask=real)
+    found = sample_statistics(*map(prepare_rows, pair))
+    of_eeg, of_spec = (found[Column("entropy", one.direction)] for one in pair)
+    assert of_eeg.isnan().tolist() == [False, True, True]
+    expected = torch.stack([(of_eeg[0] + of_spec[0]) / 2, of_spec[1], torch.tensor(torch.nan)])
+    torch.testing.assert_close(found[Column("entropy")], expected, equal_nan=True)
+
+
 def test_reports_show_directions_where_there_are_any():
     columns = list(numbers())
     assert shown_columns("alignment", columns) == [Column("alignment")]
     assert list(map(str, shown_columns("entropy", columns))) == ["eeg_to_spec/entropy", "spec_to_eeg/entropy"]
     assert shown_columns("cross_modal_mass", columns) == []
+
+
+def test_a_layer_is_judged_by_its_alignment_or_its_entropy():
+    columns = list(numbers())
+    assert headline(columns) == headline(columns[::-1]) == Column("alignment")
+    assert headline([column for column in columns if column.statistic != "alignment"]) == Column("entropy")
 
 
 def test_what_is_compared_has_a_number_of_the_layer_and_a_range_for_its_histogram():
@@ -105,7 +125,7 @@ def documented(statistic):
     topic, _, what = statistic.curve.partition("/")
     first = f"`xattn_{topic}/val/" + what.format(which="all", direction="<direction>") + "`"
     more = ["<class>"] if "{which}" in what else []
-    more += ["correct", "incorrect", "gap"] if statistic.compared and "{direction}" not in what else []
+    more += ["correct", "incorrect", "gap"] if statistic.error_side and "{direction}" not in what else []
     more += ["head_<i>"] if "head" in statistic.levels else []
     low, high = statistic.range
     ends = f"{low:g} to {high:g}" if math.isfinite(high) else f"{low:g} or more"
@@ -119,7 +139,6 @@ def test_the_page_of_curves_has_the_table_of_statistics():
         assert statistic.curve is None or documented(statistic) in CURVES.splitlines()
 
 
-@pytest.mark.filterwarnings("ignore:.*attention sink:lightning_xattn.XAttnWarning")
 @pytest.mark.slow
 def test_every_curve_that_is_logged_is_on_the_page_of_curves():
     rows = [re.findall("`([^`]*)`", line.split("|")[1]) for line in CURVES.splitlines() if line.startswith("| `xattn_")]
@@ -129,7 +148,7 @@ def test_every_curve_that_is_logged_is_on_the_page_of_curves():
     readable = DataLoader(TensorDataset(audio, text, target), batch_size=32)
     logged = validate(ToyModule(), AttentionExplainabilityCallback(curves="all"), readable)
     topics = {name.partition("/")[0] for name in logged}
-    assert {"xattn_conflict", "xattn_support", "xattn_contribution", "xattn_faithfulness", "xattn_alignment"} <= topics
+    assert {"xattn_probe", "xattn_support", "xattn_contribution", "xattn_faithfulness", "xattn_alignment"} <= topics
     for curve in logged:
         name = re.sub(r"(audio|text)_to_(audio|text)", "<direction>", re.sub(r"/head_\d$", "/head_<i>", curve))
         name = re.sub(r"/(audio|text)(/|$)", r"/<modality>\2", re.sub(r"/class_\d$", "/<class>", name))

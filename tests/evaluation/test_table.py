@@ -76,7 +76,7 @@ def test_a_data_set_for_pandas_polars_and_duckdb_over_epochs_and_runs(tmp_path):
         assert latest["run"].nunique() == 1
         both = frame.merge(pd.read_parquet(tmp_path / "samples"), validate="one_to_one")  # on all that both have
         assert len(both) == len(frame)
-        assert both["only_probe_right"].isna().all()  # of 23 samples there are no probes
+        assert both["support"].isna().all()  # of 23 samples there are no probes
     for kind in ("attention", "samples"):
         paths = list((tmp_path / kind).iterdir())
         assert len(paths) == 4
@@ -167,7 +167,7 @@ def test_files_of_one_evaluation_appear_together_or_not_at_all(tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(last, "close", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            table.close([{"conflict": torch.rand(3)}])
+            table.close([{"support": torch.rand(3)}])
         assert not list(tmp_path.rglob("*.parquet"))
     table.discard()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

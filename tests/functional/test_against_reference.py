@@ -135,6 +135,7 @@ PLAIN = {
     "query_selectivity": F.query_selectivity,
     "head_diversity": F.head_diversity,
     "sink": F.sink,
+    "sink_excess": F.sink_excess,
     "lift": F.lift,
     "lift_map": F.lift_map,
     "received_lift": F.received_lift,
@@ -213,6 +214,7 @@ def test_heads(case):
         compare(F.query_selectivity(rows), [reference.query_selectivity(*s) for s in samples])
         compare(F.head_diversity(rows), [reference.head_diversity(*s) for s in samples])
         compare(F.sink(rows), [reference.sink(*s) for s in samples])
+        compare(F.sink_excess(rows), [reference.sink_excess(*s) for s in samples])
 
 
 def test_top_pairs(case):
@@ -277,6 +279,20 @@ def test_the_null_is_the_mean_over_all_pairs_of_different_samples():
     expected = reference.alignment_null(list(zip(there.double().numpy(), back.double().numpy(), strict=True)))
     compare(null, expected, atol=1e-6)
     assert F.alignment_null(x[0], y[0], aligned[0], torch.tensor(1)).isnan(), "there is no other sample"
+
+
+def test_a_head_that_may_not_attend_counts_with_weight_0():
+    """Each head sees half of the keys: the mean of both is uniform, and varies only where the first head does."""
+    visible = torch.eye(2, dtype=torch.bool).repeat_interleave(2, 1)[None, :, None].expand(1, 2, 2, 4)
+    there = torch.tensor([[[[0.75, 0.25, 0, 0], [0.25, 0.75, 0, 0]], [[0, 0, 0.5, 0.5], [0, 0, 0.5, 0.5]]]])
+    back = (4 * there.mean(1, keepdim=True)).transpose(-1, -2).softmax(-1)
+    rows = F.prepare_rows(Attention(EEG_TO_SPEC, there, visible=visible))
+    opposite = F.prepare_rows(Attention(EEG_TO_SPEC.opposite, back))
+    x = torch.tensor([[0.375, 0.125, 0.25, 0.25], [0.125, 0.375, 0.25, 0.25]])
+    expected = np.corrcoef(x.flatten(), back[0, 0].T.flatten())[0, 1]
+    assert F.alignment(rows, opposite).item() == pytest.approx(expected, abs=1e-6)
+    first, *_ = F.top_pairs(rows, 1)
+    assert first == (0, 0, 0.375, 1.5)
 
 
 def test_maps_with_padding_are_not_whole():

@@ -8,7 +8,8 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from lightning_xattn import functional
-from lightning_xattn.functional.probe import LEAST_OF_A_CLASS, READING_WIDTH
+from lightning_xattn.core.ids import hashed
+from lightning_xattn.functional.probe import LEAST_OF_A_CLASS, POOLED_WIDTH
 from tests import reference
 
 CLASSES = 3
@@ -22,18 +23,26 @@ def made_up(samples=67, width=5, seed=0):
     return features * 3 + 100, target, torch.randint(5, (samples,), generator=generator)
 
 
-def test_the_fit_is_scikit_learns_but_for_the_covariances_denominator():
-    """scikit-learn divides the scatter within classes by n, the definition by n less the number of classes."""
+def test_the_fit_is_scikit_learns_of_standardised_features():
+    """scikit-learn shrinks towards the mean variance, which is 1 of features that are standardised within classes.
+
+    It divides the scatter within classes by n, the definition by n less the number of classes.
+    """
     x, target, _ = made_up()
-    x = x.double()
-    member = torch.nn.functional.one_hot(target, CLASSES).double()
-    weights, bias = functional.discriminant(member.sum(0), member.T @ x, x.T @ x)
-    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1).fit(x, target)
+    x = x.double() - 100
+    deviations = within_deviations(x, target)
+    weights, bias = functional.discriminant(*sums_of(x, target))
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1).fit(x / deviations, target)
     scale = (len(x) - CLASSES) / len(x)
     expected = theirs.coef_ * scale
-    np.testing.assert_allclose(weights, expected, rtol=1e-8)
+    np.testing.assert_allclose(weights * deviations, expected, rtol=1e-8)
     shift = -0.5 * np.diag(theirs.means_ @ expected.T) + np.log(theirs.priors_)
     np.testing.assert_allclose(bias, shift, rtol=1e-8)
+
+
+def within_deviations(x, target):
+    centred = torch.stack([one - x[target == c].mean(0) for one, c in zip(x, target, strict=True)])
+    return (centred.square().sum(0) / (len(x) - CLASSES)).sqrt()
 
 
 def sums_of(x, target):
@@ -42,13 +51,24 @@ def sums_of(x, target):
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
-def test_features_of_another_scale_are_read_alike(scale):
+def test_units_of_measurement_do_not_matter(scale):
+    x, target, _ = made_up()
+    x, scales = x.double() - 100, torch.tensor([1, scale, 1, 1, scale]).double()
+    weights, bias = functional.discriminant(*sums_of(x, target))
+    scaled, same = functional.discriminant(*sums_of(scales * x, target))
+    torch.testing.assert_close(scaled * scales, weights)
+    torch.testing.assert_close(same, bias)
+
+
+def test_features_that_are_constant_within_classes_are_left_out():
     x, target, _ = made_up()
     x = x.double() - 100
-    weights, bias = functional.discriminant(*sums_of(x, target))
-    scaled, same = functional.discriminant(*sums_of(scale * x, target))
-    torch.testing.assert_close(scaled * scale, weights)
-    torch.testing.assert_close(same, bias)
+    constant = torch.stack([target.double(), torch.ones(len(x)).double()], 1)
+    weights, bias = functional.discriminant(*sums_of(torch.cat([constant, x], 1), target))
+    expected, same = functional.discriminant(*sums_of(x, target))
+    assert (weights[:, :2] == 0).all()
+    torch.testing.assert_close(weights[:, 2:], expected)
+    torch.testing.assert_close(bias, same)
 
 
 def test_a_fit_takes_two_classes_and_one_sample_more_than_classes():
@@ -68,7 +88,7 @@ def test_each_sample_is_read_by_a_fit_of_the_other_folds():
     x, target, folds = made_up()
     ours = functional.cross_fitted_probe(x, target, folds, CLASSES)
     expected = reference.cross_fitted_probe(x.double().numpy(), target.tolist(), folds.tolist(), CLASSES)
-    np.testing.assert_allclose(ours.exp(), expected, atol=1e-9)
+    np.testing.assert_allclose(ours.exp(), expected, atol=1e-6)
     assert (ours.argmax(1) == target).double().mean() > 0.7
 
 
@@ -117,9 +137,9 @@ def test_a_class_that_a_fit_has_not_seen_has_no_probability():
     ours = functional.cross_fitted_probe(x, target, folds, CLASSES)
     assert (ours[folds == 0, 2] == -math.inf).all()
     assert ours.exp().isfinite().all()
-    unseen = functional.support_difference(torch.stack([ours, ours]), torch.full((len(x),), 2))
+    unseen = functional.support(torch.stack([ours, ours]), torch.full((len(x),), 2))
     assert unseen[folds == 0].isnan().all()
-    assert (unseen[folds != 0] == 0).all()
+    assert (unseen[folds != 0] <= 0).all()
 
 
 def test_features_that_do_not_vary_or_are_of_one_fold_cannot_be_read():
@@ -128,62 +148,90 @@ def test_features_that_do_not_vary_or_are_of_one_fold_cannot_be_read():
     assert functional.cross_fitted_probe(x, target, torch.full_like(folds, 4), CLASSES).isnan().all()
 
 
-@pytest.mark.parametrize("modalities", [2, 3])
-def test_conflict_is_the_chance_that_two_draws_differ(modalities):
-    probes = torch.rand(modalities, 11, 4).double().softmax(2)
-    ours = functional.conflict(probes)
-    for i in range(11):
-        assert ours[i] == pytest.approx(reference.conflict(probes[:, i].tolist()))
-
-
-def test_conflict_of_certain_probes():
-    agree, differ = torch.eye(3).double()[[0, 1]], torch.eye(3).double()[[0, 2]]
-    assert functional.conflict(torch.stack([agree, agree])).tolist() == [0, 0]
-    assert functional.conflict(torch.stack([agree, differ])).tolist() == [0, 1]
-
-
-def test_a_probe_far_from_the_data_has_a_support_difference():
-    x, target, folds = made_up()
-    ours = functional.cross_fitted_probe(x * 1e-3 + target[:, None] * 10.0, target, folds, CLASSES)
-    wrong = (target + 1) % CLASSES
-    assert (ours.exp().gather(1, wrong[:, None]) == 0).any()
-    assert functional.support_difference(torch.stack([ours, -torch.ones_like(ours)]), wrong).isfinite().all()
-
-
-def test_support_difference():
-    probes = torch.rand(2, 7, 4).double().softmax(2)
-    predicted = torch.tensor([0, 1, 2, 3, 0, -1, 4])
-    ours = functional.support_difference(probes.log(), predicted)
-    assert ours[5:].isnan().all()
-    for i in range(5):
-        assert ours[i] == pytest.approx(reference.support_difference(*probes[:, i].tolist(), predicted[i]))
-
-
-def test_only_probe_right_is_a_right_probe_of_a_wrong_prediction():
-    says = torch.eye(3).double()
-    probes = torch.stack([says[[0, 0, 0, 0]], says[[1, 1, 2, 1]]])
-    ours = functional.only_probe_right(probes, torch.tensor([0, 2, 1, 2]), torch.tensor([0, 1, 1, -1]))
-    assert ours[1] == 1  # the second one said 1
-    assert ours[[0, 2, 3]].isnan().all()  # a right prediction, another one, and no target
-    assert functional.only_probe_right(probes, torch.tensor([2, 2, 2, 2]), torch.tensor([1, 1, 1, 0])).tolist() == [
-        1,
-        1,
-        0,
-        1,
-    ]
-
-
-def test_tokens_are_averaged_where_they_are_real():
+def test_tokens_are_pooled_where_they_are_real():
     tokens, mask = torch.randn(3, 5, 4), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()
     ours = functional.pooled_tokens(tokens, mask)
-    torch.testing.assert_close(ours[0], tokens[0, :3].mean(0))
-    torch.testing.assert_close(ours[1], tokens[1].mean(0))
+    assert ours.shape == (3, 3, 4)
+    for i in range(2):
+        expected = reference.pooled(tokens[i].numpy(), mask[i].tolist())
+        np.testing.assert_allclose(ours[i].flatten(), expected, rtol=1e-5, atol=1e-6)
     assert ours[2].isnan().all()
     padded = torch.where(mask[..., None], tokens, math.nan)
     assert torch.equal(functional.pooled_tokens(padded, mask)[:2], ours[:2])
-    assert torch.equal(functional.pooled_tokens(tokens[:, 0]), tokens[:, 0])
+    torch.testing.assert_close(
+        functional.pooled_tokens(tokens), functional.pooled_tokens(tokens, torch.ones(3, 5).bool())
+    )
+    assert torch.equal(functional.pooled_tokens(tokens[:, 0]), tokens[:, :1])
     assert functional.pooled_tokens(tokens.half()).dtype == torch.float32
     assert functional.pooled_tokens(tokens.double()).dtype == torch.float64
+
+
+def test_large_numbers_that_differ_little_keep_their_deviation():
+    tokens = 1e4 + torch.randn(2, 50, 3)
+    torch.testing.assert_close(functional.pooled_tokens(tokens)[:, 2], tokens.double().std(1, correction=0).float())
+
+
+def test_groups_are_put_into_folds_in_turn():
+    keys = torch.randint(-(2**62), 2**62, (23,))
+    groups = keys[torch.randint(23, (200,))]
+    ours = functional.assign_folds(groups)
+    expected = reference.round_robin(groups.tolist(), lambda key: int(hashed(torch.tensor([key]), 1)))
+    assert ours.tolist() == expected
+    order = torch.randperm(200)
+    assert functional.assign_folds(groups[order]).tolist() == ours[order].tolist()
+
+
+def test_the_temperature_makes_the_log_loss_smallest():
+    target = torch.randint(CLASSES, (80,))
+    scores = (2 * torch.nn.functional.one_hot(target, CLASSES) + torch.randn(80, CLASSES)).double()
+    for scale in (1.5, 7.0):
+        expected = reference.inverse_temperature((scale * scores).numpy(), target.tolist())
+        assert functional.inverse_temperature(scale * scores, target) == pytest.approx(expected, rel=1e-4)
+    ruled_out = torch.where(torch.tensor([[False, False, True]]), -math.inf, 3 * scores)
+    known = target != 2
+    expected = reference.inverse_temperature(ruled_out[known].numpy(), target[known].tolist())
+    assert functional.inverse_temperature(ruled_out, target) == pytest.approx(expected, rel=1e-4)
+    assert functional.inverse_temperature(scores * math.nan, target) == 1
+    for never_sharper in (0.1 * scores, 10 * torch.nn.functional.one_hot(target, CLASSES).double()):
+        assert functional.inverse_temperature(never_sharper, target) == pytest.approx(1, abs=1e-5)
+
+
+def test_probabilities_far_from_the_data_are_tempered():
+    """Correlated samples make a fit too sure of itself: its temperature mends that."""
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.randn(40, 30, generator=generator)
+    group, of_group = torch.arange(400) % 40, torch.arange(40) % CLASSES
+    x = centre[group] + 0.3 * torch.randn(400, 30, generator=generator)
+    target = of_group[group]
+    probe = functional.cross_fitted_probe(x, target, functional.assign_folds(group), CLASSES)
+    assert -probe.gather(1, target[:, None]).mean() < 1.05 * math.log(CLASSES)
+
+
+def test_joint_probes_are_those_of_features_side_by_side():
+    x, target, folds = made_up()
+    parts = {"a": x[:, :2], "b": x[:, 2:3], "c": x[:, 3:]}
+    probes = functional.cross_fitted_probes(parts, target, folds, CLASSES, [("a", "c"), ("a", "b", "c")])
+    for names in [("a",), ("b",), ("c",), ("a", "c"), ("a", "b", "c")]:
+        alone = functional.cross_fitted_probe(torch.cat([parts[name] for name in names], 1), target, folds, CLASSES)
+        torch.testing.assert_close(probes[names], alone, atol=1e-6, rtol=1e-6)
+    assert probes.keys() == {("a",), ("b",), ("c",), ("a", "c"), ("a", "b", "c")}
+
+
+def test_one_token_of_many_and_a_spread_are_seen():
+    """What a mean over tokens hides: one token that says the class, and tokens that differ by the class."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(CLASSES, (300,), generator=generator)
+    one = torch.randn(300, 12, 6, generator=generator)
+    one[torch.arange(300), torch.randint(12, (300,), generator=generator)] += 5 * torch.eye(CLASSES, 6)[target]
+    spread = torch.randn(300, 12, 6, generator=generator) * (1 + target[:, None, None])
+    folds = functional.assign_folds(torch.arange(300))
+    for tokens in (one, spread):
+        pooled = functional.pooled_tokens(tokens)
+        right = [
+            (functional.cross_fitted_probe(some.flatten(1), target, folds, CLASSES).argmax(1) == target).double().mean()
+            for some in (pooled[:, 0], pooled)
+        ]
+        assert right[0] < 0.8 < 0.9 < right[1]
 
 
 def test_a_projection_is_the_same_in_every_process_and_draws_no_random_numbers(monkeypatch):
@@ -191,16 +239,16 @@ def test_a_projection_is_the_same_in_every_process_and_draws_no_random_numbers(m
     for seed in (1, 2):
         monkeypatch.setattr("lightning_xattn.functional.probe._PROJECTIONS", {})
         torch.manual_seed(seed)
-        found.append(functional.project(torch.eye(READING_WIDTH + 3)))
+        found.append(functional.project(torch.eye(POOLED_WIDTH + 3)))
         assert torch.get_rng_state().equal(torch.manual_seed(seed).get_state())
     assert torch.equal(*found)
 
 
 def test_wide_features_are_projected_always_the_same_way():
     x = torch.randn(200, 300)
-    assert torch.equal(functional.project(x[:, :READING_WIDTH]), x[:, :READING_WIDTH])
+    assert torch.equal(functional.project(x[:, :POOLED_WIDTH]), x[:, :POOLED_WIDTH])
     ours = functional.project(x)
-    assert ours.shape == (200, READING_WIDTH)
+    assert ours.shape == (200, POOLED_WIDTH)
     assert torch.equal(ours, functional.project(x.clone()))
     ratio = ours.square().sum(1).mean() / x.square().sum(1).mean()
     assert ratio == pytest.approx(1, abs=0.15)

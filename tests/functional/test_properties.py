@@ -37,7 +37,8 @@ RANGES = {
     "lift": lambda queries, keys: (0, keys),
     "query_selectivity": lambda queries, keys: (0, 1),
     "head_diversity": lambda queries, keys: (0, 1),
-    "sink": lambda queries, keys: (0, 1),
+    "sink": lambda queries, keys: (1 / keys, 1),
+    "sink_excess": lambda queries, keys: (0, 1),
     "invalid_rows": lambda queries, keys: (0, 0),  # of sound attention
     "broken": lambda queries, keys: (0, 0),
     "wholly_masked": lambda queries, keys: (0, 0),
@@ -155,37 +156,42 @@ def test_queries_that_differ_are_selective_and_heads_that_differ_are_diverse():
     torch.testing.assert_close(F.head_diversity(rows_of(by_head)), torch.ones(2))
 
 
-def test_a_sink_is_what_every_valid_query_gives_to_one_key_beyond_uniform_attention():
-    """Two of five queries are padding, and only they see the last two keys."""
-    weights = torch.tensor([0.4, 0.1, 0.2, 0.2, 0.1, 0, 0]).repeat(2, 3, 5, 1)
-    weights[:, :, 1] = weights[:, :, 1].flip(-1).roll(-2, -1)  # 0.1, 0.2, 0.2, 0.1, 0.4
-    weights[:, :, 3:] = 1 / 7
-    visible = torch.ones(5, 7, dtype=torch.bool)
-    visible[:3, 5:] = False
-    query_mask = (torch.arange(5) < 3).expand(2, 5)
-    rows = rows_of(weights, visible=visible.expand(2, 3, 5, 7), query_mask=query_mask)
-    # Keys 2 and 3 get at least 0.2 and 0.1 of each, key 0 of the second query 0.1: no more than 1 / 5.
-    torch.testing.assert_close(F.sink(rows), torch.zeros(2, 3))
-    weights[:, :, 1] = weights[:, :, 0]
-    rows = rows_of(weights, visible=visible.expand(2, 3, 5, 7), query_mask=query_mask)
-    torch.testing.assert_close(F.sink(rows), torch.full((2, 3), (0.4 - 1 / 5) / (1 - 1 / 5)))
+def test_one_query_that_looks_elsewhere_hides_no_sink():
+    weights = torch.full((1, 1, 100, 20), 0.1 / 19)
+    weights[..., 0] = 0.9
+    weights[0, 0, 7] = torch.eye(20)[5]
+    assert F.sink(weights).item() == pytest.approx(0.891)
+    assert F.sink_excess(weights).item() == pytest.approx((0.891 - 1 / 20) / (1 - 1 / 20))
 
 
-@pytest.mark.parametrize(("least", "strength"), [(0.5, 0.0), (0.7, 0.4), (1.0, 1.0), (0.25, 0.0)])
-def test_a_sink_of_two_queries_and_two_keys(least, strength):
-    """Both look at the first key; uniform attention gives it a half. A third query is padding."""
-    weights = torch.tensor([[1.0, 0.0], [least, 1 - least], [0.0, 1.0]]).expand(1, 1, 3, 2)
-    sink = F.sink(rows_of(weights, query_mask=torch.tensor([[True, True, False]])))
-    assert sink.item() == pytest.approx(strength)
-    alone = F.sink(rows_of(weights, query_mask=torch.tensor([[True, False, False]])))
-    assert alone.isnan(), "a single query cannot differ from itself"
+def test_a_sink_is_of_the_valid_queries_and_the_keys_that_they_see():
+    """Two of six queries are padding, and only they see the last two keys, which they attend to alone."""
+    weights = torch.tensor([0.4, 0.1, 0.2, 0.2, 0.1, 0, 0]).repeat(2, 3, 6, 1)
+    weights[:, :, 4:] = torch.eye(7)[6]
+    visible = torch.ones(6, 7, dtype=torch.bool)
+    visible[:4, 5:] = False
+    rows = rows_of(
+        weights, visible=visible.expand(2, 3, 6, 7), query_mask=torch.tensor([True] * 4 + [False] * 2).expand(2, 6)
+    )
+    torch.testing.assert_close(F.sink(rows), torch.full((2, 3), 0.4))
+    torch.testing.assert_close(F.sink_excess(rows), torch.full((2, 3), (0.4 - 1 / 5) / (1 - 1 / 5)))
 
 
-def test_a_sink_is_beyond_uniform_attention_over_the_row_that_sees_the_most_keys():
-    """Under a causal mask the first query sees one key, the others two and three."""
-    weights = torch.tensor([[1.0, 0.0, 0.0], [0.7, 0.3, 0.0], [0.5, 0.25, 0.25]]).expand(1, 1, 3, 3)
-    sink = F.sink(rows_of(weights, visible=torch.ones(3, 3, dtype=torch.bool).tril().expand(1, 1, 3, 3)))
-    assert sink.item() == pytest.approx((0.5 - 1 / 3) / (1 - 1 / 3))
+def test_a_key_that_a_query_cannot_see_gets_nothing_of_it():
+    """Under a causal mask the first query sees one key, the others two, three and four."""
+    weights = torch.ones(1, 1, 4, 4).tril()
+    rows = rows_of(weights / weights.sum(-1, keepdim=True), visible=weights.bool())
+    share = (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4
+    assert F.sink(rows).item() == pytest.approx(share)
+    assert F.sink_excess(rows).item() == pytest.approx((share - 1 / 4) / (1 - 1 / 4))
+
+
+@pytest.mark.parametrize("queries", [3, 4])
+def test_a_few_queries_may_look_at_one_key_by_chance(queries):
+    weights = torch.tensor([1.0, 0.0]).expand(1, 1, 5, 2)
+    rows = rows_of(weights, query_mask=(torch.arange(5) < queries)[None])
+    assert F.sink(rows).item() == 1
+    assert F.sink_excess(rows).isnan().item() == (queries < 4)
 
 
 def test_heads_differ_over_the_queries_that_see_several_keys():
@@ -282,11 +288,12 @@ def test_every_number_stays_in_its_range_and_is_undefined_only_where_it_must_be(
     forward = rows_of(there, key_mask=spec, query_mask=eeg)
     backward = back_rows_of(back, key_mask=eeg, query_mask=spec)
     single = {"entropy": keys == 1, "head_diversity": keys == 1}
-    single |= dict.fromkeys(("query_selectivity", "sink"), keys == 1 or queries == 1)
+    single |= {"query_selectivity": keys == 1 or queries == 1, "sink_excess": keys == 1 or queries < 4}
     numbers = F.row_statistics(forward) | {
         "query_selectivity": F.query_selectivity(forward),
         "head_diversity": F.head_diversity(forward),
         "sink": F.sink(forward),
+        "sink_excess": F.sink_excess(forward),
         "lift": F.lift(forward)[..., :queries, :keys],
     }
     for name, values in numbers.items():
@@ -314,3 +321,16 @@ def test_an_auroc_and_its_interval_stay_in_their_range(correct, incorrect, group
         if found is together or min(found.correct_groups, found.incorrect_groups) >= 5:
             assert 0 <= found.low <= found.auroc <= found.high <= 1
             assert found.low < found.high, "nothing is certain"
+
+
+@settings(max_examples=40, deadline=None)
+@given(correct=SCORES, incorrect=SCORES, groups=st.integers(5, 8))
+def test_high_scores_detect_errors_as_well_as_low_ones_do_not(correct, incorrect, groups):
+    scores = torch.tensor(correct + incorrect)
+    outcome = torch.arange(len(scores)) < len(correct)
+    of_scores = score_bins(scores, -1, 1), torch.stack([outcome, ~outcome], dim=1)
+    for of_group in (None, torch.arange(len(scores)) % groups):
+        low, high = (F.separation(*of_scores, of_group, error_side=side) for side in ("low", "high"))
+        mirrored = 1 - high.auroc, 1 - high.high, 1 - high.low
+        assert (low.auroc, low.low, low.high) == pytest.approx(mirrored, abs=1e-6, nan_ok=True)
+        assert (low.error_side, high.error_side) == ("low", "high")

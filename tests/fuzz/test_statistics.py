@@ -114,6 +114,7 @@ def of_direction(attention, b):
         "query_selectivity": reference.query_selectivity(*of_sample),
         "head_diversity": [reference.head_diversity(*of_sample)],
         "sink": reference.sink(*of_sample),
+        "sink_excess": reference.sink_excess(*of_sample),
         "broken": (real & keys.any(-1) & ~reference.valid_rows(*of_sample)).sum(1),
     }
     if attention.cross_modal_mass is not None:
@@ -133,7 +134,7 @@ def expected(made, b):
                 numbers |= {f"{column}/head_{head}": of_head for head, of_head in enumerate(values)}
             if "direction" in levels:
                 numbers[column] = reference.mean_defined(values)
-    numbers["entropy"] = np.mean([numbers[f"{attention.direction}/entropy"] for attention in made])
+    numbers["entropy"] = reference.mean_defined([numbers[f"{attention.direction}/entropy"] for attention in made])
     numbers["wholly_masked"] = float(
         any(
             reference.wholly_masked(weights, queries, real_keys(one, b))

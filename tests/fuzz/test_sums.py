@@ -14,7 +14,7 @@ from scipy import stats
 from lightning_xattn.core.attention import Attention, Direction
 from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.layer_summary import LayerSummary
-from lightning_xattn.evaluation.statistics import CONFIDENCE, SCORES, STATISTICS, sample_statistics
+from lightning_xattn.evaluation.statistics import CONFIDENCE, ENTROPY, SCORES, STATISTICS, sample_statistics
 from lightning_xattn.functional import prepare_rows
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
 from tests import reference
@@ -168,6 +168,9 @@ def test_comparisons_of_outcomes(case):
             assert np.isnan([found.auroc, found.low, found.high]).all()
             continue
         binned = [reference.binned(values[part], low, high) for part in parts]
+        # A high entropy is a sign of an error, and a low value of any other score.
+        sign = -1 if score == ENTROPY else 1
+        binned = [sign * one for one in binned]
         auroc = stats.mannwhitneyu(*binned).statistic / (len(binned[0]) * len(binned[1]))
         # A score within rounding of a bin's edge may change its bin with the batch.
         assert found.auroc == pytest.approx(auroc, abs=1e-3)

@@ -9,14 +9,20 @@ import torch
 
 from lightning_xattn.cli import main
 from lightning_xattn.core.errors import DataError, SettingError
+from lightning_xattn.evaluation.saved_probes import SavedProbes, fingerprint
 from lightning_xattn.explainer import load_checkpoint
-from lightning_xattn.hms import HMSLightningModule, explain
+from lightning_xattn.functional.intervals import Estimate
+from lightning_xattn.hms import CLASSES, HMSDataModule, HMSLightningModule, explain
 from lightning_xattn.hms.explain import run_explain
-from lightning_xattn.hms.montage import ELECTRODES
+from lightning_xattn.hms.montage import ELECTRODES, VOTE_COLUMNS
+from tests.hms.conftest import table_rows
 from tests.toy import ToyModule
 
 # Of a model that has hardly been trained, or not at all, the heads are alike or uniform, and alarms say so.
 pytestmark = pytest.mark.filterwarnings("ignore:Layer 'model.fusion'")
+
+
+SOURCES = "eeg = model.eeg_encoder", "spec = model.spec_encoder"
 
 
 @pytest.fixture
@@ -82,7 +88,43 @@ def test_the_montage_is_bipolar_unless_another_is_asked_for(arguments, montage, 
     called = []
     monkeypatch.setattr("lightning_xattn.hms.explain.run_explain", lambda *args: called.append(args))
     assert main(["explain", "--checkpoint", "c", "--data", "d", "--out", "o", *arguments]) == 0
-    assert called == [("c", "d", "o", montage, False)]
+    assert called == [("c", "d", "o", montage, False, None)]
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.filterwarnings("ignore:No targets found")
+def test_recordings_without_votes_are_read_by_saved_probes(hms_checkpoint, make_folder, tmp_path, capsys):
+    model = load_checkpoint(HMSLightningModule, hms_checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    width = 3 * 256
+    fits = {
+        names: (torch.randn(6, len(names) * width, generator=generator).double(), torch.zeros(6).double())
+        for names in (("eeg",), ("spec",), ("eeg", "spec"))
+    }
+    accuracies = tuple(Estimate(0.8, 0.7, 0.9, count) for count in (50, 40, 30, 20, 10))
+    probes = SavedProbes(("eeg", "spec"), SOURCES, tuple(CLASSES), fits, accuracies, fingerprint(model))
+    probes.save(tmp_path / "probes.pt")
+    rows = [{name: cell for name, cell in row.items() if name not in VOTE_COLUMNS} for row in table_rows(5)]
+    arguments = ["--checkpoint", str(hms_checkpoint), "--data", str(make_folder(rows=rows)), "--out", str(tmp_path)]
+    assert main(["explain", *arguments, "--probes", str(tmp_path / "probes.pt")]) == 0
+    assert "fitted on another, labelled evaluation" in capsys.readouterr().out
+    said = (tmp_path / "samples.md").read_text()
+    assert (
+        said.count("The probe on EEG predicts ")
+        == said.count(" such samples of the labelled evaluation 80 % were")
+        == 5
+    )
+    table = pd.read_parquet(tmp_path / "table/samples")
+    assert table["support"].notna().all()
+    assert main(["explain", *arguments]) == 1
+    assert "missing column(s) seizure_vote" in capsys.readouterr().err
+
+
+def test_recordings_without_votes_cannot_be_trained_on(make_folder, tmp_path):
+    data = HMSDataModule(make_folder(), cache_dir=tmp_path / "features", labelled=False)
+    with pytest.raises(SettingError, match="labelled=False: the data have no targets to train on"):
+        data.train_dataloader()
+    assert next(iter(HMSDataModule(make_folder("other"), labelled=False).recordings.rows)).votes == ()
 
 
 def test_what_is_no_montage_is_said_before_anything_is_read(tmp_path):

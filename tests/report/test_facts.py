@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from lightning_xattn import create_explainability_report
-from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
+from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_confident_unsupported
 from lightning_xattn.evaluation.statistics import Column
+from lightning_xattn.evaluation.support import unused
+from lightning_xattn.functional.error_detection import AddedValue
+from lightning_xattn.functional.intervals import Estimate
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.report.key_points import key_points
 from tests.explained import dataset, summary
@@ -98,14 +101,12 @@ def test_each_subset_of_the_modalities_has_its_own_numbers_and_shares(result, fa
     assert [one["group"] for one in found["subsets"]] == ["all", *["class"] * 4, "outcome", "outcome"]
     for one in found["subsets"]:
         subset = subsets[one["name"]]
-        assert set(one["numbers"]) == {
-            name for name in fusion.numbers if name.partition("/")[0] not in ("followed", "error")
-        }
+        assert set(one["numbers"]) == {name for name in fusion.numbers if not name.startswith("error/")}
         for name, number in one["numbers"].items():
             assert number == plain(fusion.estimate(name, *subset)), name
         assert one["shares"] == {name: plain(fusion.share(name, *subset)) for name in ("left", "right")}
     assert len({one["shares"]["left"]["mean"] for one in found["subsets"]}) == 7
-    assert found["outcomes"] == {score: plain(fusion.compare(score)) for score in ("confidence", "conflict")}
+    assert found["outcomes"] == {score: plain(fusion.compare(score)) for score in ("confidence", "support")}
     for score in found["outcomes"].values():
         assert score["low"] < score["auroc"] < score["high"]
 
@@ -124,13 +125,38 @@ def test_the_modalities_are_described(result, facts):
         assert one["faithfulness"]["mean"] != one["reference"]["mean"]
         assert (one["faithfulness_problem"], one["without_reference"]) == ("", replaced.without_reference)
         assert one["at_attention"] == replaced.at_attention
-    places = most_conflicting(fusion)
-    assert [one["sample_idx"] for one in found["conflicting"]] == [int(fusion.sample_numbers[i]) for i in places]
-    for one, i in zip(found["conflicting"], places, strict=True):
+    places = most_confident_unsupported(fusion)
+    assert [one["sample_idx"] for one in found["unsupported"]] == [int(fusion.sample_numbers[i]) for i in places]
+    for one, i in zip(found["unsupported"], places, strict=True):
         told = describe_modalities(fusion, i, CLASSES)
-        assert one["modalities"]["conflict"] == pytest.approx(told.conflict)
+        assert one["modalities"]["support"] == pytest.approx(told.support)
+        assert one["modalities"]["supporters"] == list(told.supporters) == []
         assert one["modalities"]["predicted"] == told.predicted
         assert one["modalities"]["contributions"] == pytest.approx(told.contributions)
+
+
+def test_support_is_described(result, facts):
+    found, fusion = facts["fusion"], result.fusion
+    for key, cells in (("support", fusion.cells), ("right", fusion.right_cells)):
+        assert [one["key"] for one in found[key]] == [one.key for one in cells]
+        for one, cell in zip(found[key], cells, strict=True):
+            assert (one["name"], one["samples"], one["groups"]) == (cell.name, cell.samples, cell.groups)
+            for name in ("share", "accuracy", "confidence", "calibration_gap"):
+                assert one[name] == plain(getattr(cell, name))
+    assert found["support_problem"] == ""
+    assert found["added_value"] is None
+    assert found["added_value_problem"] == fusion.added_value
+    assert found["probe_macro_auroc"] == {name: plain(one) for name, one in fusion.probe_aurocs.items()}
+    assert found["probe_calibration_error"] == fusion.calibration_errors
+    assert found["joint_auroc_gain"] == {name: plain(one) for name, one in fusion.auroc_gains.items()}
+    added = AddedValue(0.9, 0.7, *[Estimate(0.2, 0.1, 0.3, 99)] * 2, *(0.1, 0.2, 0.03, 0.05), 40)
+    fusion = copy(fusion)
+    fusion.added_value = added
+    shown = json.loads(create_explainability_report(dataset(fusion=fusion, class_names=CLASSES), format="json"))
+    expected = vars(added) | {name: plain(getattr(added, name)) for name in ("delta_auroc", "delta_log_loss")}
+    assert shown["fusion"]["added_value"] == expected
+    assert shown["fusion"]["added_value_problem"] == ""
+    assert found["unused"] == {name: unused(fusion, name) for name in ("left", "right")}
 
 
 def test_what_is_not_known_is_null(result):

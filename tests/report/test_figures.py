@@ -17,6 +17,7 @@ from lightning_xattn.evaluation.curves import epoch_curves, epoch_record, fusion
 from lightning_xattn.evaluation.results import REST
 from lightning_xattn.evaluation.statistics import ALIGNMENT, Column
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT, UNKNOWN
+from lightning_xattn.report.estimates import estimate_mean
 from lightning_xattn.report.figures import (
     dataset_figures,
     epoch_figures,
@@ -26,8 +27,9 @@ from lightning_xattn.report.figures import (
     overview_figure,
     save_dataset_figures,
 )
+from lightning_xattn.visualizations import Curve, Panel
 from lightning_xattn.visualizations.drawing import LOOKS
-from tests.explained import dataset, summary
+from tests.explained import NAMES, dataset, summary
 from tests.report.conftest import CLASSES, SUBSETS
 from tests.visualizations.conftest import drawn, drawn_groups, panels, row_names, texts
 
@@ -47,11 +49,11 @@ def figures(result):
 def test_each_figure_has_its_tag_and_says_where_it_is_from(figures):
     assert list(figures) == [
         *("map/left_to_right", "map/right_to_left", "entropy/by_head", "outcome/class_comparison"),
-        "contribution/shares",
+        *("support/cells", "contribution/shares"),
     ]
-    for figure in figures.values():
+    for name, figure in figures.items():
         assert "epoch 4" in texts(figure)
-        assert "per true class" in texts(figure).replace("\n", " ")
+        assert name == "support/cells" or "per true class" in texts(figure).replace("\n", " ")
 
 
 @pytest.mark.parametrize("direction", ["left_to_right", "right_to_left"])
@@ -137,11 +139,32 @@ def test_each_modality_has_its_share_of_each_class_and_outcome(result, members, 
     assert "95 % CI by groups" in texts(figure).replace("\n", " ")
 
 
+def test_cells_of_support_have_their_accuracy_and_confidence(result, figures):
+    figure = figures["support/cells"]
+    (panel,) = panels(figure)
+    cells = result.fusion.cells
+    accuracy, confidence = [*panel.containers][::2], [*panel.containers][1::2]
+    for bars, name in ((accuracy, "accuracy"), (confidence, "confidence")):
+        for place, (one, cell) in enumerate(zip(bars, cells, strict=True)):
+            expected = getattr(cell, name)
+            (x,), (y,) = one.lines[0].get_data()
+            assert (x, round(y)) == (pytest.approx(100 * expected.mean), place)
+            ends = one.lines[2][0].get_segments()[0][:, 0]
+            np.testing.assert_allclose(ends, [100 * expected.low, 100 * expected.high])
+    told = texts(figure).replace("\n", " ")
+    for cell in cells:
+        assert f"{100 * cell.share.mean:.0f} %, n={cell.samples}" in told
+    assert "by groups" in told
+    legend = [one.get_text() for one in figure.legends[0].get_texts()]
+    assert legend == ["accuracy", "mean confidence"]
+
+
 def test_where_shares_are_not_defined_there_is_no_figure_of_them(result):
     def draws(class_names=CLASSES, **changed):
         fusion = result.fusion.merge_classes(range(4))  # a copy
         vars(fusion).update(changed)
-        return len([*fusion_figures(fusion, "val", class_names, classes_by="target", context="")])
+        figures = fusion_figures(fusion, "val", class_names, classes_by="target", context="")
+        return [tag for tag, _ in figures].count("xattn_contribution/val/shares")
 
     nothing = result.fusion.outcomes * 0 + UNKNOWN
     assert (draws((), outcomes=nothing), draws((), outcomes=nothing + INCORRECT - UNKNOWN)) == (0, 1)
@@ -149,6 +172,8 @@ def test_where_shares_are_not_defined_there_is_no_figure_of_them(result):
 
 
 # Over epochs
+
+OUTCOME_NAMES = "correct", "incorrect"
 
 
 @pytest.fixture(scope="module")
@@ -168,23 +193,23 @@ def records(result):
 SHOWN = {
     "alignment": ("alignment/", ["correct", "incorrect"]),
     "entropy": ("entropy/", ["correct", "incorrect"]),
-    "conflict of the probes": ("conflict/", ["correct", "incorrect"]),
-    "accuracy of each probe": ("probe/", ["left", "right"]),
+    "predictions supported by": ("support/", ["both", "only left", "only right", "neither agree", "neither differ"]),
+    "accuracy of each probe": ("probe/", ["left", "right", "joint"]),
     "share of the contribution": ("contribution/share/", ["left", "right"]),
-    "higher in correct (AUROC)": ("outcome/", ["confidence", "conflict", "alignment", "entropy"]),
+    "detects errors (AUROC)": ("outcome/", ["low confidence", "low support", "low alignment", "high entropy"]),
 }
 """By panel: the topic, and its curves."""
 
 
 def test_each_curve_of_the_overview_is_what_the_records_say(records):
-    figure = overview_figure(records, "val, epoch 3")
+    figure = overview_figure([one | {"support/delta_auroc": 0.1} for one in records], "val, epoch 3")
     assert "val, epoch 3" in texts(figure)
     shown, said = {panel.get_title().replace("\n", " "): panel for panel in panels(figure)}, records[1:]
     assert list(shown) == list(SHOWN)
     references = {
         "alignment": ("null", [one["alignment/null"] for one in said]),
         "accuracy of each probe": ("largest class", [one["largest_class"] for one in said]),
-        "higher in correct (AUROC)": ("chance", [0.5] * 3),
+        "detects errors (AUROC)": ("chance", [0.5] * 3),
     }
     for title, (topic, names) in SHOWN.items():
         lines = {line.get_label(): line for line in shown[title].lines if not line.get_label().startswith("_")}
@@ -192,7 +217,7 @@ def test_each_curve_of_the_overview_is_what_the_records_say(records):
         assert list(lines) == [*names, name][: len(names) + bool(name)]
         bands = [band for band in shown[title].collections if isinstance(band, PolyCollection)]
         for band, curve in zip(bands, names, strict=True):
-            key = topic + curve + ("_auroc" if topic == "outcome/" else "")
+            key = f"{topic}{curve.split()[-1]}_auroc" if topic == "outcome/" else topic + curve.replace(" ", "_")
             assert lines[curve].get_xdata().tolist() == [0, 2, 3]
             np.testing.assert_allclose(lines[curve].get_ydata(), [one[key] for one in said])
             # The edge goes along the lower ends and back along the upper ones.
@@ -210,12 +235,12 @@ def test_each_curve_of_the_overview_is_what_the_records_say(records):
 
 def test_a_single_evaluation_has_points_with_bars(records):
     (test, *_), figure = records, overview_figure(records[:1], "test")
-    conflict = next(panel for panel in panels(figure) if panel.get_title() == "conflict of the probes")
-    for name, bars in zip(("correct", "incorrect"), conflict.containers, strict=True):
-        (line,) = (line for line in conflict.lines if line.get_label() == name)
-        assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([9], [test[f"conflict/{name}"]])
+    probes = next(panel for panel in panels(figure) if panel.get_title() == "accuracy of each probe")
+    for name, bars in zip(("left", "right", "joint"), probes.containers, strict=True):
+        (line,) = (line for line in probes.lines if line.get_label() == name)
+        assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([9], [test[f"probe/{name}"]])
         ends = bars.lines[2][0].get_segments()[0][:, 1]
-        assert ends == pytest.approx([test[f"conflict/{name}_low"], test[f"conflict/{name}_high"]])
+        assert ends == pytest.approx([test[f"probe/{name}_low"], test[f"probe/{name}_high"]])
 
 
 def test_what_is_no_share_has_its_size(records):
@@ -225,6 +250,109 @@ def test_what_is_no_share_has_its_size(records):
     assert "share of the contribution" not in shown
     lines = {line.get_label(): line.get_ydata().tolist() for line in shown["size of the contribution"].lines}
     assert (lines["left"], lines["right"]) == ([7], [7])
+
+
+def kept_calls(monkeypatch, *names):
+    """What the functions of `visualizations` that draw are called with, in the place of drawing."""
+    calls = []
+    for name in names:
+        keep = lambda *args, name=name, **settings: calls.append((name, args, settings))  # noqa: E731
+        monkeypatch.setattr(f"lightning_xattn.visualizations.{name}", keep)
+    return calls
+
+
+def test_the_panels_of_the_overview(monkeypatch):
+    """Of two validations, each number of which is its place in the list, and 100 more in the second."""
+    calls = kept_calls(monkeypatch, "plot_epochs")
+    ends = ("", "_low", "_high")
+    names = [f"{topic}/{name}{end}" for topic in ("alignment", "entropy") for name in OUTCOME_NAMES for end in ends]
+    names += [f"support/{name}{end}" for name in ("both", "only_left", "accuracy/unsupported") for end in ends]
+    names += [f"{topic}/left{end}" for topic in ("probe", "contribution/share", "contribution/size") for end in ends]
+    names += [
+        f"outcome/{name}_auroc{end}" for name in ("confidence", "support", "alignment", "entropy") for end in ends
+    ]
+    names += ["alignment/all", "alignment/null", "entropy/a_to_b/all", "largest_class", "probed_samples"]
+    names += ["contribution/share/left/correct"]
+    first = {name: float(i) for i, name in enumerate(names)}
+    second = {name: value + 100 for name, value in first.items() if name != "probe/left_low"}
+    at = [{"stage": "val", "epoch": epoch, "step": 10 * epoch} for epoch in (3, 5)]
+    given = [first | at[0], first | at[0] | {"stage": "test"}, second | at[1]]
+
+    def over(name):
+        return [one.get(name, math.nan) for one in (first, second)]
+
+    def curve(title, name):
+        return Curve(title, [3, 5], *(over(name + end) for end in ends))
+
+    of_topics = {
+        topic: [curve(name, f"{topic}/{name}") for name in OUTCOME_NAMES] for topic in ("alignment", "entropy")
+    }
+    sides = {"confidence": "low", "support": "low", "alignment": "low", "entropy": "high"}
+    cells = [curve("both", "support/both"), curve("only left", "support/only_left")]
+    of_scores = [curve(f"{side} {name}", f"outcome/{name}_auroc") for name, side in sides.items()]
+    start = [
+        Panel("alignment", of_topics["alignment"], (-1, 1), ("null", over("alignment/null"))),
+        Panel("entropy", of_topics["entropy"], (0, 1)),
+        Panel("predictions supported by", cells, (0, 1)),
+        Panel(
+            "accuracy of each probe", [curve("left", "probe/left")], (0, 1), ("largest class", over("largest_class"))
+        ),
+    ]
+    size = Panel("size of the contribution", [curve("left", "contribution/size/left")], (0, math.inf))
+    share = Panel("share of the contribution", [curve("left", "contribution/share/left")], (-1, 2))
+    errors = Panel("detects errors (AUROC)", of_scores, (0, 1), ("chance", [0.5, 0.5]))
+    overview_figure(given, "here")
+    for one in (first, second):
+        for end in ends:
+            del one[f"contribution/size/left{end}"]
+    overview_figure([first | at[0], second | at[1]], "here")
+    overview_figure([one | {"epoch": 3} for one in given], "here")
+    said = {"unit": "epoch", "context": "here"}
+    assert repr(calls[0]) == repr(("plot_epochs", ([*start, size, errors],), said))
+    assert repr(calls[1]) == repr(("plot_epochs", ([*start, share, errors],), said))
+    _, ((shown, *_),), said = calls[2]
+    assert (said["unit"], shown.curves[0].moments) == ("step", [30, 50])
+    overview_figure([{"stage": "val", "epoch": 3, "step": 9}], "here")
+    assert calls[3] == ("plot_epochs", ([],), said | {"unit": "epoch"})
+
+
+def test_what_the_figures_of_a_layer_are_drawn_of(monkeypatch):
+    calls = kept_calls(monkeypatch, "plot_class_attention", "plot_head_entropy", "plot_class_comparison")
+    one = summary([0, 0, 0, 1, 1, -1], [CORRECT, CORRECT, INCORRECT, INCORRECT, UNKNOWN, CORRECT])
+    axes = {"eeg": TokenAxis("region", names=list("abcde")), "spec": TokenAxis("second", names=list("tuvwxyz"))}
+    tags = [tag for tag, _ in epoch_figures(one, "val", NAMES, classes_by="prediction", axes=axes, context="here")]
+    assert tags == [
+        *("xattn_map/val/eeg_to_spec", "xattn_map/val/spec_to_eeg"),
+        *("xattn_entropy/val/by_head", "xattn_outcome/val/class_comparison"),
+    ]
+    said, counts = {"classes_by": "prediction", "context": "here"}, [3, 2, 0]
+    for (name, (maps, sizes, names), settings), direction in zip(calls[:2], one.heads, strict=True):
+        assert (name, sizes, names) == ("plot_class_attention", [*counts, 3, 2], [*NAMES, "correct", "incorrect"])
+        queries, keys = (5, 7) if direction.query == "eeg" else (7, 5)
+        asked = f"here; {queries} {direction.query} queries ask {keys} {direction.key} keys"
+        of_axes = {"query_axis": axes[direction.query], "key_axis": axes[direction.key]}
+        assert settings == said | of_axes | {"direction": str(direction), "context": asked}
+        of_outcomes = one.outcome_maps[direction]
+        expected = [*one.maps[direction], of_outcomes[CORRECT], of_outcomes[INCORRECT]]
+        np.testing.assert_array_equal(maps, np.stack(expected))
+    entropies = {
+        str(direction): [[one.mean(Column("entropy", direction, head), i) for head in range(3)] for i in range(3)]
+        for direction in one.heads
+    }
+    assert repr(calls[2]) == repr(("plot_head_entropy", (entropies, counts, list(NAMES)), said))
+    name, (numbers, names), settings = calls[3]
+    assert (name, names) == ("plot_class_comparison", list(NAMES))
+    titles = {"alignment (Pearson r)": ALIGNMENT}
+    for direction, way in zip(one.heads, ("eeg → spec", "spec → eeg"), strict=True):
+        titles[f"entropy {way} (0: one key, 1: uniform)"] = Column("entropy", direction)
+    of_subsets = [(i, None) for i in range(3)], [(None, CORRECT), (None, INCORRECT)]
+    assert repr(numbers) == repr(
+        {
+            title: tuple([estimate_mean(one, column, *subset) for subset in subsets] for subsets in of_subsets)
+            for title, column in titles.items()
+        }
+    )
+    assert settings == said | {"nulls": {"alignment (Pearson r)": one.alignment_null}, "group_noun": None}
 
 
 # Of a data set
@@ -287,7 +415,14 @@ def test_of_many_layers_four_are_shown_from_the_first_to_the_last():
 
 
 def test_an_undefined_number_is_drawn_nowhere(records):
-    gone = records[2] | {"conflict/correct": math.nan}
+    gone = records[2] | {"probe/left": math.nan}
     figure = overview_figure([records[1], gone, records[3]], "val")
-    conflict = next(panel for panel in panels(figure) if panel.get_title() == "conflict of the probes")
-    assert np.isnan(conflict.lines[0].get_ydata()).tolist() == [False, True, False]
+    probes = next(panel for panel in panels(figure) if panel.get_title() == "accuracy of each probe")
+    assert np.isnan(probes.lines[0].get_ydata()).tolist() == [False, True, False]
+
+
+def test_a_data_set_has_the_figures_of_its_modalities_and_of_its_first_layer(result):
+    assert [name for name, _ in dataset_figures(result)] == [
+        *("support_cells", "contribution_shares", "map_left_to_right", "map_right_to_left"),
+        *("entropy_by_head", "class_comparison"),
+    ]

@@ -11,10 +11,10 @@ import torch
 
 from lightning_xattn import create_explainability_report
 from lightning_xattn.core.wording import say_interval
-from lightning_xattn.evaluation.layer_summary import Comparison
-from lightning_xattn.evaluation.statistics import Column
+from lightning_xattn.functional.error_detection import AddedValue
 from lightning_xattn.functional.intervals import Estimate
-from lightning_xattn.report.key_points import describe_errors, describe_shares, key_points
+from lightning_xattn.functional.outcomes import CORRECT
+from lightning_xattn.report.key_points import describe_added_value, describe_limits, describe_shares, key_points
 from tests.explained import dataset
 from tests.report.conftest import CLASSES
 from tests.report.test_tables import decimals, in_brackets, in_percent, tables_of
@@ -24,13 +24,6 @@ from tests.report.test_tables import decimals, in_brackets, in_percent, tables_o
 def alone(result):
     """The modalities without a layer, a table and maps."""
     return replace(result, summaries={}, table=None, maps={})
-
-
-def compared(auroc, low, high):
-    return Comparison(auroc, low, high, 50, 50, gap=0.1, class_adjusted_gap=0.1)
-
-
-NO_SCORE = "no score predicts errors clearly better than confidence. AUROC:"
 
 
 def test_key_points_say_the_summarys_numbers(result, members):
@@ -47,9 +40,17 @@ def test_key_points_say_the_summarys_numbers(result, members):
         f"the probe on Left is right in {probes[0]} of the samples; the probe on Right is right in {probes[1]} of the "
         f"samples; the largest class has {decimals(100 * 45 / 123, 1)} %."
     )
-    conflict = fusion.estimate("conflict")
-    mean, low, high = (decimals(number, 2) for number in (conflict.mean, conflict.low, conflict.high))
-    assert sentences["Conflict"].startswith(f"{mean} on average (95 % CI {low} to {high}; ")
+    first, none = fusion.cells[0], fusion.support_cell >= 3
+    right = fusion.outcomes[none & (fusion.target >= 0)] == CORRECT
+    share = decimals(100 * float(none.double().mean()), 1)
+    sure = decimals(100 * float(fusion.numbers["confidence"][none].mean()), 1)
+    accuracy = in_percent(fusion.estimate("correct", among=none), "95 % CI ")
+    assert accuracy.startswith(f"{decimals(100 * float(right.double().mean()), 1)} % ")
+    assert sentences["Support"] == (
+        f"both probes support {decimals(100 * first.share.mean, 1)} % of the predictions, accuracy "
+        f"{in_percent(first.accuracy, '95 % CI ')}; neither supports {share} %, accuracy {accuracy} at a mean "
+        f"confidence of {sure} %."
+    )
     shares = [in_percent(fusion.share(name), "95 % CI ") for name in ("left", "right")]
     assert sentences["Contribution"] == f"the model mostly uses Left. Shares: Left {shares[0]}; Right {shares[1]}."
     ranked = []
@@ -60,12 +61,52 @@ def test_key_points_say_the_summarys_numbers(result, members):
         tokens = f"the {name} tokens by how much predictions depend on them"
         ranked.append(f"{ranks} {tokens} ({mean}, 95 % CI {low} to {high})")
     assert sentences["Faithfulness"] == f"{'; '.join(ranked)}."
-    scores = {name: fusion.compare(name) for name in ("confidence", "conflict")}
-    # The layer's confidence is that of all samples, where the fusion's may be of some.
-    scores |= {name: result.headline.compare(Column(name)) for name in ("confidence", "alignment", "entropy")}
-    for name, one in scores.items():
-        auroc, low, high = (decimals(number, 2) for number in (one.auroc, one.low, one.high))
-        assert f"{name} {auroc} (95 % CI {low} to {high}; " in sentences["Errors"]
+    assert sentences["Errors"] == (
+        f"whether support detects errors that confidence misses is not computed: {fusion.added_value}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("delta", "loss", "said"),
+    [
+        ((0.21, 0.17, 0.25), (-0.3, -0.4, -0.2), "support detects"),
+        ((0.21, 0.17, 0.25), (-0.3, -0.4, 0.2), "support is not shown to detect"),
+        ((0.21, -0.17, 0.25), (-0.3, -0.4, -0.2), "support is not shown to detect"),
+        ((0.21, math.nan, math.nan), (-0.3, -0.4, -0.2), "support is not shown to detect"),
+    ],
+)
+def test_what_support_adds_is_said_in_one_sentence(result, delta, loss, said):
+    fusion = copy(result.fusion)
+    fusion.added_value = AddedValue(
+        0.91, 0.7, Estimate(*delta, 400), Estimate(*loss, 400), *(0.1, 0.2), *(0.034, 0.051), 55
+    )
+    interval = "" if math.isnan(delta[1]) else f", 95 % CI {decimals(delta[1], 2)} to {decimals(delta[2], 2)}"
+    but = "; the log loss is not clearly better (-0.300 (-0.400 to 0.200) nats)" if loss[2] > 0 else ""
+    assert describe_added_value(fusion) == (
+        f"in this evaluation {said} errors that confidence misses: AUROC 0.70 → 0.91 (+0.21{interval}){but}."
+    )
+    report = create_explainability_report(replace(result, fusion=fusion))
+    assert f"**Errors:** {describe_added_value(fusion)}" in report
+    assert (
+        "**Confidence → confidence and support:** errors among the 80 % of predictions that look most reliable "
+        "5.1 % → 3.4 %; area under the risk-coverage curve 0.200 → 0.100; log loss of the error model "
+        f"{in_brackets(fusion.added_value.delta_log_loss, signed=True)} nats"
+    ) in report
+
+
+def test_an_unused_modality_is_named(result):
+    fusion = copy(result.fusion)
+    fusion.numbers = dict(fusion.numbers)
+    fusion.numbers["phi/left"], fusion.numbers["phi/right"] = torch.full((2, 130), 0.5).double()
+    fusion.numbers["phi/right"] = torch.linspace(-0.05, 0.05, 130).double()
+    fusion.numbers["right/joint"] = (torch.arange(130) % 10 > 0).double()
+    fusion.numbers["joint_gain/right"] = (torch.arange(130) % 4 == 1).double()
+    share, gain = in_percent(fusion.share("right"), "95 % CI "), fusion.auroc_gains["right"].mean
+    assert dict(describe_limits(fusion))["Unused"] == (
+        f"the model does not use Right (share {share}), though a linear probe of all modalities is right for 90.0 % "
+        f"with Right and for {decimals(100 * (117 - 33) / 130, 1)} % without it (macro AUROC "
+        f"{gain:+.3f} with it)."
+    )
 
 
 def test_key_points_of_a_regression_and_of_layers_alone(result):
@@ -76,47 +117,15 @@ def test_key_points_of_a_regression_and_of_layers_alone(result):
     assert said["Contribution"] == (
         f"Left moves the output by {sizes[0]}, Right moves the output by {sizes[1]}, on average over samples."
     )
-    assert said["Samples"] == "130 samples of 23 groups."
-    assert {label for label, _, _ in key_points(dataset(result.headline)).items} == {"Samples", "Errors"}
+    right = in_percent(fusion.estimate("correct"), "95 % CI ")
+    assert said["Samples"] == f"130 samples of 23 groups; the model is right for {right}."
+    assert {label for label, _, _ in key_points(dataset(result.headline)).items} == {"Samples"}
     report = create_explainability_report(dataset(fusion=fusion, class_names=CLASSES))
     (header, rows), *_ = tables_of(report)
-    assert header == ["modality", "probe accuracy", "mean size of the contribution"]
-    assert rows["Right"][1] == in_brackets(fusion.size("right"))
+    assert header == ["modality", "probe accuracy", "macro AUROC", "calibration error", "mean size of the contribution"]
+    assert rows["Right"][3] == in_brackets(fusion.size("right"))
     assert f"**Interaction (of the output):** {in_brackets(fusion.estimate('interaction'), signed=True)}" in report
     assert "EMAP" not in report
-
-
-@pytest.mark.parametrize(
-    ("outcomes", "said"),
-    [
-        (
-            {"confidence": compared(0.7, 0.6, 0.8), "conflict": compared(0.3, 0.2, 0.4)},
-            f"{NO_SCORE} confidence 0.70 (95 % CI 0.60 to 0.80; higher in correct predictions); "
-            "conflict 0.30 (95 % CI 0.20 to 0.40; lower in correct predictions).",
-        ),
-        (
-            {"confidence": compared(0.25, 0.2, 0.3), "conflict": compared(0.1, 0.05, 0.15)},
-            "conflict predicts errors clearly better than confidence. AUROC: confidence 0.25 (95 % CI 0.20 to 0.30; "
-            "lower in correct predictions); conflict 0.10 (95 % CI 0.05 to 0.15; lower in correct predictions).",
-        ),
-        (
-            {"confidence": compared(0.47, 0.23, 0.72), "alignment": compared(0.54, 0.29, 0.78)},
-            f"{NO_SCORE} confidence 0.47 (95 % CI 0.23 to 0.72; no difference shown); "
-            "alignment 0.54 (95 % CI 0.29 to 0.78; no difference shown).",
-        ),
-        (
-            {"confidence": compared(0.7, 0.6, 0.8)},
-            f"{NO_SCORE} confidence 0.70 (95 % CI 0.60 to 0.80; higher in correct predictions).",
-        ),
-        (
-            {"confidence": compared(0.7, math.nan, math.nan)},
-            "no claim with 50 correct and 50 incorrect predictions: it needs 5 groups, or samples, of either.",
-        ),
-        ({}, "no score is compared, as confidence, the baseline, is not known."),
-    ],
-)
-def test_confidence_is_the_baseline(outcomes, said):
-    assert describe_errors(outcomes) == said
 
 
 @pytest.mark.parametrize("others", [("x",), ("x", "y"), ("x", "y", "z")])

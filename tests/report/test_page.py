@@ -21,7 +21,7 @@ from lightning_xattn import ExplainabilityCapture, create_explainability_report
 from lightning_xattn.evaluation.fusion_samples import describe_modalities
 from lightning_xattn.report import samples as samples_module
 from lightning_xattn.report.document import Document, Items, Paragraph, Section, Table
-from lightning_xattn.report.page import Picture, SampleEntry, as_page
+from lightning_xattn.report.page import NUMBERS, Picture, SampleEntry, as_page
 from lightning_xattn.report.samples import list_batch, list_dataset
 from tests.report.conftest import CLASSES
 from tests.toy import PaddedToyModule, padded_toy_data, run_toy
@@ -35,7 +35,7 @@ def entries(result):
 def test_each_sample_has_its_classes_and_numbers(result, entries):
     fusion = result.fusion
     rows = pd.read_parquet(result.table / "attention").sort_values("sample_idx")
-    conflicts = dict(zip(fusion.sample_numbers.tolist(), fusion.numbers["conflict"].tolist(), strict=True))
+    supports = dict(zip(fusion.sample_numbers.tolist(), fusion.numbers["support"].tolist(), strict=True))
     assert [one.place for one in entries] == list(range(130))
     outcomes = {True: "correct", False: "incorrect"}
     for one, (_, row) in zip(entries, rows.iterrows(), strict=True):
@@ -47,7 +47,7 @@ def test_each_sample_has_its_classes_and_numbers(result, entries):
         )
         assert one.outcome == (outcomes[one.predicted == one.true] if has_class else "")
         expected = {name: row[name] for name in ("confidence", "alignment")}
-        assert one.numbers == pytest.approx(expected | {"conflict": conflicts[row["sample_idx"]]}, rel=1e-5)
+        assert one.numbers == pytest.approx(expected | {"support": supports[row["sample_idx"]]}, rel=1e-5)
         place = fusion.sample_numbers.tolist().index(row["sample_idx"])
         assert one.blocks == [Paragraph(str(describe_modalities(fusion, place, CLASSES)))]
 
@@ -74,7 +74,7 @@ def test_each_sample_has_its_maps(result, entries):
 def entry(place, **changed):
     known = {
         **{"name": f"id{place}", "predicted": "a", "true": "b", "outcome": "incorrect"},
-        "numbers": {"confidence": 0.625, "conflict": 0.25, "alignment": -0.5},
+        "numbers": {"confidence": 0.625, "support": -0.25, "alignment": -0.5},
     }
     return SampleEntry(place, **known | changed)
 
@@ -89,9 +89,9 @@ def test_what_a_page_sorts_and_filters_by_is_the_samples():
     page = as_page(document, [], given, "3 of 4 samples")
     samples = re.findall(r'<details class="sample ?(\w*)"(.*?)</details>', page, re.DOTALL)
     found = [dict(re.findall(r'data-(\w+)="([^"]*)"', one)) for _, one in samples]
-    names = ("confidence", "conflict", "alignment", "place", "name", "true", "outcome")
+    names = ("confidence", "support", "alignment", "place", "name", "true", "outcome")
     assert [[one[name] for name in names] for one in found] == [
-        ["0.625", "0.25", "-0.5", "0", "id0", "b", "incorrect"],
+        ["0.625", "-0.25", "-0.5", "0", "id0", "b", "incorrect"],
         ["0.75", "", "", "1", "id1", "b", "correct"],
         ["", "", "0.125", "2", "id2", "", ""],
     ]
@@ -99,7 +99,7 @@ def test_what_a_page_sorts_and_filters_by_is_the_samples():
     classes = [re.findall(r'<span class="(\w+)">([^<]*)</span>', one) for _, one in samples]
     assert classes[0] == [
         *(("classes", "a, true b"), ("outcome", "incorrect")),
-        *(("number", "confidence 0.62"), ("number", "conflict 0.25"), ("number", "alignment -0.50")),
+        *(("number", "confidence 0.62"), ("number", "support -0.25"), ("number", "alignment -0.50")),
     ]
     assert classes[1:] == [
         [("classes", "b, true b"), ("outcome", "correct"), ("number", "confidence 0.75")],
@@ -107,7 +107,7 @@ def test_what_a_page_sorts_and_filters_by_is_the_samples():
     ]
     options = re.findall(r'<option value="([^"]*)">([^<]*)', page)
     assert options[:5] == [("", "all"), ("b", "b"), ("", "all"), ("incorrect", "incorrect"), ("correct", "correct")]
-    assert ("conflict down", "conflict, highest first") in options
+    assert ("support down", "support, highest first") in options
     assert ("alignment up", "alignment, lowest first") in options
     assert "<p>3 of 4 samples</p>" in page
 
@@ -121,6 +121,41 @@ def test_blocks_are_lists_and_tables():
     assert "<tr><td>r0</td><td>1</td></tr><tr><td>r1</td><td>2</td></tr>" in page
     assert "<p>&lt;p&gt;</p>" in page
     assert re.findall("<h2>(.*?)</h2>", page) == ["first", "Figures", "second", "Samples", "last"]
+
+
+def test_nothing_else_stands_on_a_page():
+    """The whole of a small page without its style and its script, and where each text stands."""
+    blocks = [Items([("a", "b", ("c",)), ("d", "e", ())]), Paragraph("f"), Table(("g", "h"), [("i", "j")])]
+    document = Document("T", [Section("One", blocks[:1]), Section("Two", blocks[1:2]), Section("Three", blocks[2:])])
+    pictures = [Picture("map", b"1", "png", ("0", "x →", "9")), Picture("plot", b"2", "webp", is_captioned=False)]
+    numbers = dict(zip(NUMBERS, (0.625, -0.25, -0.5), strict=True))
+    first = entry(0, numbers=numbers, blocks=blocks[1:2], pictures=pictures[:1])
+    page = as_page(document, pictures, [first, entry(1, true="", outcome="", numbers={})], "note")
+    body = re.sub(r"<(style|script)>.*?</\1>", "", page[page.index("<body") :], flags=re.DOTALL)
+    assert [one.strip() for one in re.split("<[^>]*>", body) if one.strip()] == [
+        *("T", "One", "Figures", "Two", "Samples", "Three"),
+        *("One", "a", "b", "c", "d", "e"),
+        *("Figures", "map", "0", "x →", "9"),
+        *("Two", "f"),
+        *("Samples", "note", "true class", "all", "b", "outcome", "all", "incorrect"),
+        *("sort by", "order of the data", "confidence, lowest first", "confidence, highest first"),
+        *(f"{name}, {end} first" for name in NUMBERS[1:] for end in ("lowest", "highest")),
+        *("id contains", "show all"),
+        *("id0", "a, true b", "incorrect", "confidence 0.62", "support -0.25", "alignment -0.50"),
+        *("f", "map", "0", "x →", "9"),
+        *("id1", "a", "Nothing more is known about this sample."),
+        *("Three", "g", "h", "i", "j"),
+    ]
+    links = re.findall('<a href="#([^"]*)">([^<]*)', body)
+    assert links == re.findall('<section id="([^"]*)"><h2>([^<]*)', body)
+    assert [one for one, _ in links] == ["part-0", "part-1", "part-2", "samples", "part-4"]
+    # What the script and the labels ask for.
+    chosen = re.findall('<label for="([^"]*)">[^<]*</label><(?:select|input) id="([^"]*)" name="([^"]*)"', body)
+    assert chosen == [(one, one, one) for one in ("true", "outcome", "order", "words")]
+    assert all(f'id="{one}"' in body for one in ("choose", "list", "shown"))
+    images = re.findall('<img( class="map")? src="data:image/([^;]*);base64,([^"]*)" alt="([^"]*)"', body)
+    of_map, of_plot = (' class="map"', "png", "MQ==", "map"), ("", "webp", "Mg==", "plot")
+    assert images == [of_map, of_plot, of_map]
 
 
 def test_a_page_has_the_figures_with_their_titles_and_says_how_many_samples_it_lists(result, monkeypatch, tmp_path):

@@ -176,13 +176,13 @@ def test_an_empty_batch():
 
 
 def test_json_of_a_batch_holds_what_went_in():
-    samples = [sample(), sample(**WRONG, sample_idx=1), sample(**UNLABELLED, sample_idx=2)]
+    samples = [sample(), sample(**WRONG, sample_idx=1), sample(**UNLABELLED, sample_idx=2), sample(**WRONG)]
     got = json_of(batch(*samples))
     assert set(got) == {
         *("kind", "class_names", "axes", "samples", "correct", "incorrect"),
         *("attention_stats", "modality_alignment", "undefined", "per_sample_explanations"),
     }
-    assert (got["kind"], got["samples"], got["correct"], got["incorrect"]) == ("batch", 3, 1, 1)
+    assert (got["kind"], got["samples"], got["correct"], got["incorrect"]) == ("batch", 4, 1, 2)
     assert got["class_names"] == list(NAMES)
     assert got["axes"] == {"eeg": {"title": "EEG region", "spans": None, "names": ["LL", "RL", "LP", "RP", "Z"]}}
     assert got["modality_alignment"] == 0.7234
@@ -193,6 +193,23 @@ def test_json_of_a_batch_holds_what_went_in():
             assert written[key] == given[key], key
         assert written["top_attention_places"] == given["top_attention_places"]
         assert written["interpretation"] == [vars(one) for one in interpret_sample(given)]
+
+
+def test_json_of_a_layer_counts_the_samples_of_each_subset():
+    classes, outcomes = [0, 0, 0, 1, 1, -1], [CORRECT, CORRECT, INCORRECT, INCORRECT, UNKNOWN, CORRECT]
+    (layer,) = json_of(dataset(summary(classes, outcomes)))["layers"]
+    told = ("group", "name", "class_id", "samples", "groups", "correct", "incorrect")
+    assert [tuple(one[name] for name in told) for one in layer["groups"]] == [
+        ("all", "all", None, 6, None, 3, 2),
+        ("class", "Seizure", 0, 3, None, 2, 1),
+        ("class", "LPD", 1, 2, None, 0, 1),
+        ("class", "GPD", 2, 0, None, 0, 0),
+        ("unclassified", "no class", None, 1, None, 1, 0),
+        ("outcome", "correct", None, 3, None, 3, 0),
+        ("outcome", "incorrect", None, 2, None, 0, 2),
+    ]
+    assert [one["accuracy"]["mean"] for one in layer["groups"]] == pytest.approx([0.6, 2 / 3, 0, None, 1, None, None])
+    assert all(set(one) == {*told, "accuracy", "numbers"} for one in layer["groups"])
 
 
 def test_json_has_null_for_what_is_undefined_and_numbers_for_tensors():
@@ -225,17 +242,17 @@ def test_a_data_set_without_groups_has_the_summarys_numbers():
     assert row(report, "all")[2] == f"{100 * right / known:.1f} % ({low:.1f} to {high:.1f} %) {right}/{known}"
     assert "In brackets: 95 % CI, samples taken as independent; none with fewer than 5 samples.\n" in report
     assert "**Samples with a tied top vote:** 2; the first of the tied classes counts" in report
-    assert row(report, "alignment")[1:3] == [str(right), str(known - right)]
-    assert "- **alignment:** no difference shown\n" in report
+    assert row(report, "low alignment")[1:3] == [str(right), str(known - right)]
+    assert "- **low alignment:** not shown to detect errors\n" in report
     assert "nan" not in report.lower()
 
 
-@pytest.mark.parametrize(("favoured", "verdict"), [(2, "higher in correct"), (0, "lower in correct")])
-def test_a_difference_between_outcomes_is_told_with_its_sign(favoured, verdict):
+@pytest.mark.parametrize(("favoured", "verdict"), [(2, "detects errors"), (0, "points the other way")])
+def test_a_score_detects_errors_or_points_the_other_way(favoured, verdict):
     outcomes = [CORRECT if of == favoured else INCORRECT for of in CLASSES]
     report = create_explainability_report(dataset(summary(CLASSES, outcomes)))
-    *_, adjusted = row(report, "alignment")
-    assert f"- **alignment:** {verdict} predictions, which may be a difference between classes" in report
+    *_, adjusted = row(report, "low alignment")
+    assert f"- **low alignment:** {verdict}, which may be a difference between classes" in report
     assert adjusted == "undefined"  # no class has both outcomes
 
 
@@ -253,10 +270,10 @@ def test_a_gap_that_classes_do_not_have_is_said_to_be_theirs(gap, within, betwee
 
 def test_fewer_than_five_of_an_outcome_support_no_claim():
     report = create_explainability_report(dataset(summary(CLASSES, [INCORRECT] * 4 + [CORRECT] * 35)))
-    assert row(report, "alignment")[1:] == ["35", "4", "", "", ""]
-    assert "- **alignment:** no claim, fewer than 5 samples of an outcome" in report
+    assert row(report, "low alignment")[1:] == ["35", "4", "", "", ""]
+    assert "- **low alignment:** no claim, fewer than 5 samples of an outcome" in report
     report = create_explainability_report(dataset(summary(CLASSES, [INCORRECT] * 5 + [CORRECT] * 34)))
-    assert row(report, "alignment")[3].startswith("0.")
+    assert row(report, "low alignment")[3].startswith("0.")
 
 
 def test_predicted_classes_unclassified_samples_and_several_layers():

@@ -44,3 +44,9 @@ def test_reprs_are_one_line_each(explained, tmp_path):
     axis = TokenAxis("time (s)", spans=[(i, i + 2) for i in range(300)])
     assert repr(axis) == "TokenAxis('time (s)', 300 tokens: 0 to 2, ..., 299 to 301)"
     assert not re.search("tensor|0x", "".join(map(repr, expected)))
+
+
+def test_sizes_are_told_with_the_groups(result):
+    assert repr(result.fusion) == "FusionSummary(left and right: 130 samples of 23 groups, 4 classes)"
+    heads = "left_to_right of 3 heads, right_to_left of 3 heads"
+    assert repr(result.headline) == f"LayerSummary(130 samples of 23 groups, 4 classes; {heads})"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
+from copy import copy
+from dataclasses import replace
 
 import pytest
 
 from lightning_xattn import create_explainability_report
-from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_conflicting
+from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_confident_unsupported
 from lightning_xattn.evaluation.statistics import ALIGNMENT, Column
 from lightning_xattn.functional.outcomes import CORRECT, INCORRECT
 from lightning_xattn.report.estimates import estimate_mean
@@ -25,7 +28,7 @@ def in_brackets(one, signed=False):
 
 def in_percent(one, ci=""):
     mean, low, high = (decimals(100 * number, 1) for number in (one.mean, one.low, one.high))
-    return f"{mean} % ({ci}{low} to {high} %)"
+    return f"{mean} %" if math.isnan(one.low) else f"{mean} % ({ci}{low} to {high} %)"
 
 
 def tables_of(report):
@@ -45,19 +48,24 @@ def report(result):
 
 @pytest.fixture(scope="module")
 def tables(report):
-    names = "modalities", "faithfulness", "subsets", "scores of the fusion", "layer", "scores of the layer"
-    return dict(zip(names, tables_of(report), strict=True))
+    of_fusion = "modalities", "faithfulness", "cells", "right", "subsets", "scores of the fusion"
+    return dict(zip([*of_fusion, "layer", "scores of the layer"], tables_of(report), strict=True))
 
 
 def test_modalities_have_their_probes_contributions_and_shares(result, tables):
     header, rows = tables["modalities"]
-    assert header == ["modality", "probe accuracy", "contribution", "share"]
+    assert header == ["modality", "probe accuracy", "macro AUROC", "calibration error", "contribution", "share"]
+    fusion = result.fusion
+
+    def of_probe(name):
+        error = decimals(fusion.calibration_errors[name], 2)
+        return [in_percent(fusion.estimate(f"right/{name}")), in_brackets(fusion.probe_aurocs[name]), error]
+
     for name in ("left", "right"):
-        found = [result.fusion.estimate(f"{number}/{name}") for number in ("right", "phi")]
-        assert rows[name.capitalize()] == [
-            *(in_percent(found[0]), in_brackets(found[1], signed=True)),
-            in_percent(result.fusion.share(name)),
-        ]
+        contribution = in_brackets(fusion.estimate(f"phi/{name}"), signed=True)
+        assert rows[name.capitalize()] == [*of_probe(name), contribution, in_percent(fusion.share(name))]
+    assert rows["joint probe"] == [*of_probe("joint"), "", ""]
+    assert rows["the model itself"] == [in_percent(fusion.estimate("correct")), "", "", "", ""]
 
 
 def test_directions_have_their_faithfulness_that_of_the_reference_and_the_cost(result, tables):
@@ -70,14 +78,29 @@ def test_directions_have_their_faithfulness_that_of_the_reference_and_the_cost(r
     assert list(rows) == ["Left → Right", "Right → Left"]
 
 
-def test_classes_and_outcomes_have_their_conflict_support_and_shares(result, tables):
+def test_classes_and_outcomes_have_their_support_and_shares(result, tables):
     header, rows = tables["subsets"]
-    assert header == ["true class", "conflict", "supported more by Left", "share of Left", "share of Right"]
+    names = ("left", "right")
+    assert header == ["true class", "supported by Left", "supported by Right", "share of Left", "share of Right"]
     assert list(rows) == ["all", *SUBSETS]
     for name, subset in {"all": (None, None), **SUBSETS}.items():
-        conflict, supports = (result.fusion.estimate(one, *subset) for one in ("conflict", "supports_first"))
-        shares = [in_percent(result.fusion.share(one, *subset)) for one in ("left", "right")]
-        assert rows[name] == [in_brackets(conflict), in_percent(supports), *shares]
+        supports = [in_percent(result.fusion.estimate(f"supports/{one}", *subset)) for one in names]
+        assert rows[name] == [*supports, *(in_percent(result.fusion.share(one, *subset)) for one in names)]
+
+
+def test_cells_have_their_share_accuracy_and_confidence(result, tables):
+    header, rows = tables["cells"]
+    assert header == [
+        *("supported by", "samples (groups)", "share", "the model's accuracy", "mean confidence", "calibration gap"),
+    ]
+    for cell, (name, cells) in zip(result.fusion.cells, rows.items(), strict=True):
+        numbers = (cell.share, cell.accuracy, cell.confidence, cell.calibration_gap)
+        assert (name, cells) == (cell.name, [f"{cell.samples} ({cell.groups})", *map(in_percent, numbers)])
+    header, rows = tables["right"]
+    assert header == ["whose probe is right", "samples (groups)", "share", "the model's accuracy"]
+    for cell, (name, cells) in zip(result.fusion.right_cells, rows.items(), strict=True):
+        numbers = (cell.share, cell.accuracy)
+        assert (name, cells) == (cell.name, [f"{cell.samples} ({cell.groups})", *map(in_percent, numbers)])
 
 
 def test_classes_and_outcomes_have_their_samples_accuracy_and_attention(result, members, tables):
@@ -103,35 +126,49 @@ def test_classes_and_outcomes_have_their_samples_accuracy_and_attention(result, 
         assert means == [in_brackets(estimate_mean(one, column, *subset)) for column in columns]
 
 
+def test_the_table_of_classes_says_how_many_intervals_miss_by_chance(result, report, tables):
+    _, rows = tables["layer"]
+    intervals = sum(bool(re.search(r"\(.* to .*\)", cell)) for cells in rows.values() for cell in cells)
+    assert intervals > 20
+    sentence = (
+        f"Each of these {intervals} intervals misses the truth once in 20 times: expect about "
+        f"{decimals(intervals / 20, 1)} of them to miss by chance."
+    )
+    assert sentence in report.splitlines()
+    whole = replace(result, class_names=[], fusion=None)
+    assert "by chance" not in create_explainability_report(whole)
+
+
 @pytest.mark.parametrize("where", ["fusion", "layer"])
 def test_scores_have_their_sizes_and_what_they_separate(result, members, tables, where):
     header, rows = tables[f"scores of the {where}"]
     assert header == [
-        *("score", "correct (groups)", "incorrect (groups)"),
+        *("sign of an error", "correct (groups)", "incorrect (groups)"),
         *("AUROC", "gap", "gap within classes"),
     ]
-    names = ["confidence", "conflict"] if where == "fusion" else ["confidence", "alignment", "entropy"]
-    assert list(rows) == names
+    names = {"low confidence": "confidence", "low support": "support"}
+    if where == "layer":
+        names = {"low confidence": "confidence", "low alignment": "alignment", "high entropy": "entropy"}
+    assert list(rows) == list(names)
     sizes = [
         f"{int(members[name].sum())} ({len(result.fusion.groups[members[name]].unique())})"
         for name in ("correct", "incorrect")
     ]
-    for name in names:
+    for sign, name in names.items():
         found = result.fusion.compare(name) if where == "fusion" else result.headline.compare(Column(name))
         auroc = f"{decimals(found.auroc)} ({decimals(found.low)} to {decimals(found.high)})"
         gaps = [f"{'+' * (gap >= 0)}{decimals(gap)}" for gap in (found.gap, found.class_adjusted_gap)]
-        assert rows[name] == [*sizes, auroc, *gaps]
+        assert rows[sign] == [*sizes, auroc, *gaps]
         assert gaps[0] != gaps[1]
 
 
 def test_lists_say_what_is_of_all_samples(result, report):
     fusion = result.fusion
-    numbers = {name: fusion.estimate(name) for name in ("only_probe_right", "additive_right", "model_right")}
+    numbers = {name: fusion.estimate(name) for name in ("additive_right", "model_right")}
     said = {name: in_percent(one) for name, one in numbers.items()}
     lines = [
         "- **Samples:** 130 of 23 groups",
         f"- **Modalities:** {', '.join(fusion.sources)}",
-        f"- **Wrong predictions for which the probe on a modality is right:** {said['only_probe_right']}",
         f"- **Interaction (centred logits):** {in_brackets(fusion.estimate('interaction'), signed=True)}",
         f"- **Accuracy if the modalities only added up (EMAP):** {said['additive_right']}, the model's "
         f"{said['model_right']}",
@@ -142,9 +179,22 @@ def test_lists_say_what_is_of_all_samples(result, report):
         "In brackets: 95 % CI, by groups; none with fewer than 5 groups.",
     ]
     assert [line for line in lines if line not in report.splitlines()] == []
-    told = [describe_modalities(fusion, i, CLASSES) for i in most_conflicting(fusion)]
+    places = most_confident_unsupported(fusion)
+    told = [describe_modalities(fusion, i, CLASSES) for i in places]
     listed = re.findall(r"^- \*\*Sample (\d+):\*\* (.*)", report, re.MULTILINE)
-    assert listed == [
-        (str(int(fusion.sample_numbers[i])), str(one)) for i, one in zip(most_conflicting(fusion), told, strict=True)
-    ]
+    assert listed == [(str(int(fusion.sample_numbers[i])), str(one)) for i, one in zip(places, told, strict=True)]
     assert len(listed) == 10
+
+
+def test_interactions_are_signed_and_named_and_problems_are_listed_together(result):
+    fusion = copy(result.fusion)
+    one = fusion.numbers["interaction"]
+    pairs = {"interaction/left_right": one.abs(), "interaction/left_third": one}
+    fusion.interactions, fusion.numbers = tuple(pairs), fusion.numbers | pairs
+    fusion.probe_problems = {"left": "no targets", "right": "no targets"}
+    lines = create_explainability_report(replace(result, fusion=fusion)).splitlines()
+    for pair in ("left_right", "left_third"):
+        estimate = in_brackets(fusion.estimate(f"interaction/{pair}"), signed=True)
+        assert f"- **Interaction of {pair} (centred logits):** {estimate}" in lines
+    assert fusion.estimate("interaction/left_right").mean > 0
+    assert "No probe on Left and Right: no targets." in lines

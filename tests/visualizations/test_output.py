@@ -26,6 +26,7 @@ from lightning_xattn.visualizations import (
     plot_head_contributions,
     plot_head_entropy,
     plot_modality_alignment,
+    plot_support,
 )
 from tests.messages import tells
 from tests.visualizations import window_backend
@@ -60,6 +61,7 @@ PLOTS = {
     "head_contributions": lambda **save: plot_head_contributions(PAIR, **save),
     "head_entropy": lambda **save: plot_head_entropy({"x_to_y": [[0.5, 0.7]]}, [4], ["a"], **save),
     "modality_alignment": lambda **save: plot_modality_alignment(PAIR, **save),
+    "support": lambda **save: plot_support([("both", 9, *GROUPS, GROUPS[0])], **save),
 }
 
 
