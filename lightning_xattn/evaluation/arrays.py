@@ -15,7 +15,7 @@ from lightning_xattn.core.distributed import NUMBER
 from lightning_xattn.core.errors import SettingError, ShapeError
 from lightning_xattn.core.ids import group_keys, hashed
 from lightning_xattn.core.names import shown
-from lightning_xattn.core.notices import begin_run, info
+from lightning_xattn.core.notices import begin_run, first_line, info
 from lightning_xattn.evaluation.checks import check_fusion
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
 from lightning_xattn.evaluation.results import DatasetResult
@@ -64,7 +64,7 @@ def explain_features(
     ShapeError
         If a shape does not fit.
     SettingError
-        If there are fewer than two modalities, or a target is outside of the classes.
+        If there are fewer than two modalities, a target is outside of the classes, or the logits are probabilities.
 
     Examples
     --------
@@ -82,8 +82,14 @@ def explain_features(
             "logit make two: np.stack([0 * logit, logit], axis=1)."
         )
     samples, n_classes = scores.shape
+    if bool(((scores >= 0) & (scores <= 1)).all() & ((scores.sum(1) - 1).abs() < 1e-3).all()):
+        raise SettingError(
+            "logits are probabilities: their rows sum to 1. Take logarithms: logits=np.log(probabilities)."
+        )
     if target.shape != (samples,) or target.is_floating_point():
-        raise ShapeError(f"targets must be ({samples},) whole numbers, as logits are; got {_describe(target)}.")
+        raise ShapeError(
+            f"targets must be ({samples},) whole numbers, one class id for each row of logits; got {_describe(target)}."
+        )
     target = target.long()
     if bool((target >= n_classes).any()):
         raise SettingError(f"targets must be below {n_classes}, the number of classes; the largest is {target.max()}.")
@@ -97,7 +103,7 @@ def explain_features(
     keys = torch.arange(samples)
     if groups is not None and not (hasattr(groups, "__len__") and len(groups) == samples):
         raise ShapeError(f"groups must have {samples} ids, one for each sample; got {shown(groups)}.")
-    ids = keys if groups is None else group_keys(groups, "cpu")
+    ids = keys if groups is None else group_keys(groups if isinstance(groups, Tensor) else list(groups), "cpu")
     pooled = {}
     for name, given in features.items():
         one = _tensor(given)
@@ -138,7 +144,12 @@ def explain_features(
 
 
 def _tensor(given: Any) -> Tensor:
-    return given.detach().cpu() if isinstance(given, Tensor) else torch.from_numpy(np.asarray(given))
+    if isinstance(given, Tensor):
+        return given.detach().cpu()
+    try:
+        return torch.from_numpy(np.asarray(given))
+    except (TypeError, ValueError) as error:  # strings, objects, rows of different lengths
+        raise ShapeError(f"Expected an array of numbers; got {shown(repr(given))} ({first_line(error)}).") from None
 
 
 def _describe(one: Tensor) -> str:

@@ -226,6 +226,8 @@ class ExplainabilityCapture:
         >>> print(explained["per_sample_explanations"][0]["modalities"])
         The probe on Audio predicts ...
         """
+        if not isinstance(result, DatasetResult):
+            raise DataError(f"Expected the result of explain_loader; got a {type(result).__name__}.")
         if result.fingerprint != fingerprint(self.model):
             raise DataError(
                 "The result is of other weights than the explainer's model has now. Explain the labelled samples again."
@@ -334,7 +336,7 @@ class ExplainabilityCapture:
         settings = settings if permutes else replace(settings, contribution_samples=0)
         settings = settings if saved is None else replace(settings, targets=None)
         folder = None if table is None else Path(table)
-        evaluation = Evaluation(settings, None, keeps_maps=True)
+        evaluation = Evaluation(settings, None, expects_targets=saved is None, keeps_maps=True)
         with nullcontext() if folder is None else open_table(folder) as rows, self._runner.recording():
             token_counts = self._add_batches(batches, evaluation, rows)
             with timed("Computing contributions and summaries"):

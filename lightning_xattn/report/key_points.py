@@ -242,7 +242,8 @@ def describe_ranking(direction: Direction, found: Estimate, unfaithful: str) -> 
 
 def shown_scores(fusion: FusionSummary) -> list[str]:
     """The scores of the fusion that are compared between correct and incorrect predictions, confidence first."""
-    return [CONFIDENCE, "support"] if fusion.estimate(CONFIDENCE).count and fusion.has_outcomes else []
+    known = fusion.estimate(CONFIDENCE).count and fusion.has_outcomes
+    return [CONFIDENCE, *([] if fusion.support_problem else ["support"])] if known else []
 
 
 def shown_layer_scores(summary: LayerSummary) -> list[Column]:

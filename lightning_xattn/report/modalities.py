@@ -57,6 +57,9 @@ def describe_fusion(fusion: FusionSummary, class_names: Sequence[str], classes_b
         counts.append((f"Samples left out, as they lack {name_modality(name)}", str(count), ()))
     if fusion.unrecorded:
         counts.append(("Samples left out, as their modalities could not be recorded", str(fusion.unrecorded), ()))
+    if not fusion.contribution_problem:
+        permuted = int(fusion.numbers[f"phi/{fusion.modalities[0]}"].isfinite().sum())
+        counts.append(("Samples that were permuted, for contributions and faithfulness", str(permuted), ()))
     if fusion.nonfinite:
         counts.append(("Samples left out, as their fusion inputs are not finite", str(fusion.nonfinite), ()))
     yield Items(counts)

@@ -151,5 +151,5 @@ def test_every_curve_that_is_logged_is_on_the_page_of_curves():
     assert {"xattn_probe", "xattn_support", "xattn_contribution", "xattn_faithfulness", "xattn_alignment"} <= topics
     for curve in logged:
         name = re.sub(r"(audio|text)_to_(audio|text)", "<direction>", re.sub(r"/head_\d$", "/head_<i>", curve))
-        name = re.sub(r"/(audio|text)(/|$)", r"/<modality>\2", re.sub(r"/class_\d$", "/<class>", name))
+        name = re.sub(r"/(only_)?(audio|text)(/|$)", r"/\1<modality>\3", re.sub(r"/class_\d$", "/<class>", name))
         assert name in told, curve

@@ -239,6 +239,8 @@ def test_noise_has_no_support():
         ({"features": [torch.zeros(SAMPLES, 2)] * 2}, SettingError, "must map at least two modalities to arrays"),
         ({"features": dict.fromkeys(("joint", "spec"), torch.zeros(SAMPLES, 2))}, SettingError, "is none of .*joint"),
         ({"logits": torch.zeros(SAMPLES, 1)}, ShapeError, "of two classes or more.*Of a single logit make two"),
+        ({"logits": torch.full((SAMPLES, 4), 0.25)}, SettingError, "logits are probabilities.*np.log"),
+        ({"targets": ["cat"] * SAMPLES}, ShapeError, "Expected an array of numbers; got .*cat"),
         ({"groups": 5}, ShapeError, "groups must have 600 ids, one for each sample; got 5"),
         ({"features": {"eeg": torch.zeros(5, 2), "spec": torch.zeros(SAMPLES, 2)}}, ShapeError, r"features\['eeg'\]"),
         ({"class_names": ["a"]}, SettingError, "class_names must have 4 names"),

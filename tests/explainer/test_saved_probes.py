@@ -168,6 +168,12 @@ def test_a_result_of_earlier_weights_is_not_saved(labelled, tmp_path):
         explainer.save_probes(result, tmp_path / "none.pt")
 
 
+def test_a_batchs_result_has_no_probes_to_save(labelled, new, tmp_path):
+    explainer = explainer_of(labelled[0])
+    with pytest.raises(DataError, match="Expected the result of explain_loader; got a dict"):
+        explainer.save_probes(explainer.explain_batch(new), tmp_path / "none.pt")
+
+
 def test_labels_are_not_looked_at(labelled):
     """The probes may have been fitted on these very samples: their accuracy would mean nothing."""
     model, data, _, path = labelled

@@ -92,7 +92,6 @@ def test_the_montage_is_bipolar_unless_another_is_asked_for(arguments, montage, 
 
 
 @pytest.mark.usefixtures("without_pictures")
-@pytest.mark.filterwarnings("ignore:No targets found")
 def test_recordings_without_votes_are_read_by_saved_probes(hms_checkpoint, make_folder, tmp_path, capsys):
     model = load_checkpoint(HMSLightningModule, hms_checkpoint)
     generator = torch.Generator().manual_seed(0)

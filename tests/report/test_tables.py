@@ -169,6 +169,7 @@ def test_lists_say_what_is_of_all_samples(result, report):
     lines = [
         "- **Samples:** 130 of 23 groups",
         f"- **Modalities:** {', '.join(fusion.sources)}",
+        "- **Samples that were permuted, for contributions and faithfulness:** 128",
         f"- **Interaction (centred logits):** {in_brackets(fusion.estimate('interaction'), signed=True)}",
         f"- **Accuracy if the modalities only added up (EMAP):** {said['additive_right']}, the model's "
         f"{said['model_right']}",
