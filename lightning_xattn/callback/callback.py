@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -401,8 +401,8 @@ class AttentionExplainabilityCallback(Callback):
         vars(self).update(state)
         self._run = Run()
 
-    @property
-    def state_key(self) -> str:
+    @cached_property
+    def state_key(self) -> str:  # type: ignore[override]  # Lightning asks hundreds of times an epoch
         """The name of the state in a checkpoint: the same for the same measurements, whatever schedule and table."""
         measured = {name: value for name, value in vars(self.settings).items() if name != "table"}
         described = self._generate_state_key(**tree_map(_identify_function, measured))

@@ -80,6 +80,7 @@ __all__ = [
     "sparsity",
     "standardised_maps",
     "std",
+    "student_quantile",
     "sum_heads",
     "support",
     "support_cells",

@@ -11,11 +11,11 @@ from typing import Literal
 
 import torch
 from scipy.optimize import brentq
-from scipy.stats import norm, t
+from scipy.special import ndtri
 from torch import Tensor
 
 from lightning_xattn.core.ids import UNKNOWN_GROUP
-from lightning_xattn.functional.intervals import MINIMUM_GROUP
+from lightning_xattn.functional.intervals import MINIMUM_GROUP, student_quantile
 
 Side = Literal["low", "high"]
 """Which values of a score are a sign of an error."""
@@ -117,7 +117,7 @@ def separation(bins: Tensor, counts: Tensor, groups: Tensor | None = None, error
     # The share of the other outcome that a sample in each bin is right about: its placement (DeLong 1988).
     placements = torch.stack([_beaten(incorrect), 1 - _beaten(correct)], dim=1)
     auroc = float(correct @ placements[:, 0] / sizes[0])
-    half_width = float(norm.ppf(0.975))
+    half_width = float(ndtri(0.975))
     if groups is not None:
         deviations = placements - auroc
         by_sample = (histograms * deviations**2).sum(0) / (histograms.sum(0) - 1) / histograms.sum(0)
@@ -128,7 +128,7 @@ def separation(bins: Tensor, counts: Tensor, groups: Tensor | None = None, error
         # A variance that is 0 comes out as a tiny number of either sign, and an interval of no width claims all.
         is_defined = float(variance) > ROUNDING * float(by_sample.sum()) > 0
         effect = float(variance / by_sample.sum()) if is_defined else sum(sizes) / both
-        half_width = float(t.ppf(0.975, both - 1)) * math.sqrt(effect)
+        half_width = student_quantile(both) * math.sqrt(effect)
     return Separation(auroc, *_interval(auroc, *sizes, half_width), *sizes, *known, error_side)
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy.stats import t
 from torch import Tensor
 
 from lightning_xattn.core.ids import UNKNOWN_GROUP
-from lightning_xattn.functional.intervals import MINIMUM_GROUP, Estimate, grouped_proportion_interval, within
+from lightning_xattn.functional.intervals import (
+    MINIMUM_GROUP,
+    Estimate,
+    grouped_proportion_interval,
+    student_quantile,
+    within,
+)
 
 
 def auroc_influence(scores: Tensor, positive: Tensor) -> tuple[float, Tensor]:
@@ -90,7 +95,7 @@ def influence_interval(value: float, influence: Tensor, groups: Tensor | None = 
     count = len(sums)
     if known < MINIMUM_GROUP or not bool((sums != 0).any()):
         return math.nan, math.nan
-    half = float(t.ppf(0.975, count - 1)) * math.sqrt(count / (count - 1) * float(sums.square().sum()))
+    half = student_quantile(count) * math.sqrt(count / (count - 1) * float(sums.square().sum()))
     return value - half, value + half
 
 

@@ -17,6 +17,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from lightning_xattn.core.errors import SettingError
+
 MOSTLY = 2 / 3
 """A prediction is mostly one modality's if the lower end of its share is above this, of however many modalities: all
 others together then have less than a third, and it has more than twice as much as they."""
@@ -348,6 +350,11 @@ def partner_shifts(samples: int, partners: int, seed: int = 0) -> Sequence[int]:
     seed
         Of the choice.
 
+    Raises
+    ------
+    SettingError
+        If ``partners`` is odd or below 4, with which no fit is determined.
+
     Examples
     --------
     >>> shifts = partner_shifts(samples=100, partners=4)
@@ -356,6 +363,8 @@ def partner_shifts(samples: int, partners: int, seed: int = 0) -> Sequence[int]:
     """
     if samples - 1 <= partners:
         return range(1, samples)
+    if partners < 4 or partners % 2:  # no such choice is symmetric and connects all
+        raise SettingError(f"partners must be an even number from 4 on; got {partners}.")
     generator = torch.Generator().manual_seed(seed)
     half = (samples - 1) // 2
     while True:

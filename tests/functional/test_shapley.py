@@ -9,6 +9,7 @@ from captum.attr import ShapleyValues
 
 from lightning_xattn import functional
 from lightning_xattn.attribution.outputs import RULED_OUT, centred
+from lightning_xattn.core.errors import SettingError
 from lightning_xattn.functional import Permutation
 from tests import reference
 
@@ -250,6 +251,12 @@ def test_centred_logits_say_the_same_and_a_value_stays():
     torch.testing.assert_close(centred(logits).softmax(1), logits.softmax(1))
     torch.testing.assert_close(centred(logits).sum(1), torch.zeros(5))
     assert centred(logits[:, :1]).equal(logits[:, :1])
+
+
+@pytest.mark.parametrize("partners", [2, 3, 5, 0])
+def test_numbers_of_partners_that_no_fit_is_determined_by_are_refused(partners):
+    with pytest.raises(SettingError, match=f"partners must be an even number from 4 on; got {partners}"):
+        functional.partner_shifts(30, partners)
 
 
 @pytest.mark.parametrize("samples", [2, 3, 5, 6, 7, 12, 128, 129])
