@@ -402,7 +402,7 @@ class AttentionExplainabilityCallback(Callback):
         self._run = Run()
 
     @cached_property
-    def state_key(self) -> str:  # type: ignore[override]  # Lightning asks hundreds of times an epoch
+    def state_key(self) -> str:  # Lightning asks hundreds of times an epoch
         """The name of the state in a checkpoint: the same for the same measurements, whatever schedule and table."""
         measured = {name: value for name, value in vars(self.settings).items() if name != "table"}
         described = self._generate_state_key(**tree_map(_identify_function, measured))
