@@ -145,6 +145,8 @@ class KeptSamples:
         By modality, how many samples were left out because they lack it.
     unrecorded
         How many samples were in steps whose modalities could not be recorded.
+    names
+        By ``IDENTITY``, ids of samples that are no numbers; numbers are the column "id" of ``probed``.
     """
 
     probed: BottomKSample
@@ -154,14 +156,16 @@ class KeptSamples:
     nonfinite: Tensor = field(default_factory=lambda: torch.tensor(0))
     missing: dict[str, Tensor] = field(default_factory=dict)
     unrecorded: int = 0
+    names: dict[tuple[int, int], str] = field(default_factory=dict)
 
     def __add__(self, other: KeptSamples) -> KeptSamples:
-        unrecorded = self.unrecorded + other.unrecorded
+        unrecorded, names = self.unrecorded + other.unrecorded, self.names | other.names
         if not (self.modalities and other.modalities):
-            return replace(self if self.modalities else other, unrecorded=unrecorded)
+            return replace(self if self.modalities else other, unrecorded=unrecorded, names=names)
         return replace(
             self,
             unrecorded=unrecorded,
+            names=names,
             probed=self.probed + other.probed,
             permuted=self.permuted + other.permuted,
             nonfinite=self.nonfinite + other.nonfinite,
@@ -220,6 +224,15 @@ class KeptSamples:
             kept |= {f"value/{name}/{number}": one for (name, number), one in inputs.values.items()}
             kept |= {f"received/{direction}": one for direction, one in received.items()}
             self.permuted.add(kept)
+
+    def add_names(self, names: Mapping[tuple[int, int], str]) -> None:
+        """Add ids that are no numbers; those of samples that are not kept are dropped from time to time."""
+        self.names |= names
+        if len(self.names) >= 4 * self.probed.size:
+            kept = {
+                one for rows in self.probed.blocks() for one in zip(*(rows[n].tolist() for n in IDENTITY), strict=True)
+            }
+            self.names = {one: name for one, name in self.names.items() if one in kept}
 
     def cpu(self) -> KeptSamples:
         """The same on the CPU, to be sent to other processes."""

@@ -22,7 +22,7 @@ from lightning_xattn.attribution.kept_samples import BottomKSample, KeptSamples
 from lightning_xattn.attribution.recorder import ModalityRecorder
 from lightning_xattn.capture.labels import SEVERAL_LABELS, Step
 from lightning_xattn.core.distributed import NUMBER, SINGLE_PROCESS, Processes
-from lightning_xattn.core.ids import group_keys
+from lightning_xattn.core.ids import group_keys, id_text
 from lightning_xattn.core.notices import warn
 from lightning_xattn.evaluation.accumulators import LayerAccumulator
 from lightning_xattn.evaluation.batch import Attentions, BatchResult, StepRecorder, classify, read_batch, with_fusion
@@ -245,7 +245,7 @@ class Evaluation:
             The indices of its samples in the data set, see ``unique_sample_indices``. Samples beyond them are left out,
             as another process has them. None: all samples are added, and their indices follow those before.
         """
-        numbers = torch.arange(self.seen, self.seen + len(batch), device=batch.device)
+        seen, numbers = self.seen, torch.arange(self.seen, self.seen + len(batch), device=batch.device)
         first = self.seen + self._processes.rank * INDICES_PER_PROCESS
         places = range(first, first + len(batch)) if places is None else places
         self.seen += len(batch)
@@ -266,6 +266,7 @@ class Evaluation:
         layers = [[prepare_rows(attention) for attention in pair.directions] for pair in batch.attention]
         first_ran = bool(layers) and batch.attention[0].layer == self._first_layer
         if len(batch):
+            self._add_names(batch.labels.sample_ids, seen)
             self._keep_samples(batch, about | {"class": classes}, places, layers[0] if first_ran else ())
         table = [] if batch.attention else [about | {"layer": None} | ids]
         for pair, rows in zip(batch.attention, layers, strict=True):
@@ -282,6 +283,12 @@ class Evaluation:
             layer = {"undefined": undefined, "layer": pair.layer}
             table.append(about | table_columns(statistics) | layer | ids)
         return table
+
+    def _add_names(self, ids: Tensor | Sequence[Any] | None, first: int) -> None:
+        """Keep ids that are no numbers, of samples from the ``first`` on."""
+        if ids is not None and not isinstance(ids, Tensor):
+            texts = enumerate(map(id_text, ids), first)
+            self.totals.kept.add_names({(self._processes.rank, n): text for n, text in texts if text is not None})
 
     def _keep_samples(
         self, batch: BatchResult, about: Mapping[str, Any], places: Sequence[int], first_layer: Sequence[Rows]
@@ -307,6 +314,7 @@ class Evaluation:
             "prediction": _or_default(labels.predicted, -1, batch),
             "confidence": _or_default(labels.confidence, torch.nan, batch),
         }
+        facts |= number_ids(labels.sample_ids, batch)
         received = {str(rows.direction): received_attention(rows) for rows in first_layer}
         self.totals.kept.add(batch.inputs, keys, labels.groups, labels.group_noun, facts, received, labels.present)
 
@@ -399,6 +407,15 @@ class Evaluation:
         if saved is not None:
             saved.require_sources(sources)
         return FusionSummary(kept, sources, len(self.classes or ()), found, replaced, saved)
+
+
+def number_ids(ids: Tensor | Sequence[Any] | None, batch: BatchResult) -> dict[str, Tensor]:
+    """Ids of samples as columns: whole numbers ("id_kind" 1), the bits of others (2), and 0 where they are none (0)."""
+    kind, numbers = 0, torch.zeros(len(batch), dtype=torch.int64, device=batch.device)
+    if isinstance(ids, Tensor):
+        kind, values = (2 if ids.is_floating_point() else 1), ids.detach().reshape(-1).to(batch.device)
+        numbers = values.double().view(torch.int64) if kind == 2 else values.long()
+    return {"id": numbers, "id_kind": torch.full_like(numbers, kind)}
 
 
 def _or_default(values: Tensor | None, default: float, batch: BatchResult) -> Tensor:

@@ -19,7 +19,7 @@ from lightning_xattn.attribution.faithfulness import Replaced
 from lightning_xattn.attribution.kept_samples import IDENTITY, KeptSamples
 from lightning_xattn.core.attention import Direction
 from lightning_xattn.core.distributed import NUMBER
-from lightning_xattn.core.ids import UNKNOWN_GROUP
+from lightning_xattn.core.ids import UNKNOWN_GROUP, id_text
 from lightning_xattn.core.wording import decimal, describe_size, percent, say_interval
 from lightning_xattn.evaluation.layer_summary import Comparison
 from lightning_xattn.evaluation.saved_probes import SavedProbes
@@ -145,7 +145,7 @@ class FusionSummary:
         saved: SavedProbes | None = None,
     ) -> None:
         self.modalities, self.group_noun, self.sources = kept.modalities, kept.group_noun, sources
-        self.nonfinite = int(kept.nonfinite)
+        self.nonfinite, self._names = int(kept.nonfinite), kept.names
         self.unrecorded = kept.unrecorded
         self.missing = {name: int(count) for name, count in kept.missing.items() if count}
         self.n_classes = n_classes
@@ -200,6 +200,15 @@ class FusionSummary:
     def samples(self) -> int:
         """Number of samples that the probes read."""
         return len(self.rows["hash"])
+
+    def name_sample(self, i: int) -> str:
+        """The id of a sample as text, or where it has none its number."""
+        if "id" in self.rows and (kind := int(self.rows["id_kind"][i])):
+            number = self.rows["id"][i]
+            name = id_text((number if kind == 1 else number.view(torch.float64)).item())
+            return str(int(self.sample_numbers[i])) if name is None else name
+        identity = int(self.rows["process"][i]), int(self.sample_numbers[i])
+        return self._names.get(identity, str(identity[1]))
 
     @property
     def has_outcomes(self) -> bool:

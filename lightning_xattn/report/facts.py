@@ -129,7 +129,11 @@ def _collect_fusion(fusion: FusionSummary, class_names: Sequence[str]) -> dict[s
             for direction, one in fusion.replaced.items()
         ],
         "unsupported": [
-            {"sample_idx": int(fusion.sample_numbers[i]), "modalities": describe_modalities(fusion, i, class_names)}
+            {
+                "sample_idx": int(fusion.sample_numbers[i]),
+                "sample_id": fusion.name_sample(i),
+                "modalities": describe_modalities(fusion, i, class_names),
+            }
             for i in most_confident_unsupported(fusion)
         ],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from lightning_xattn.core.names import shown
 from lightning_xattn.core.wording import by_reason, decimal, name_modality, percent
 from lightning_xattn.evaluation.fusion_samples import describe_modalities, most_confident_unsupported
 from lightning_xattn.evaluation.fusion_summary import FusionSummary
@@ -83,13 +84,13 @@ def describe_fusion(fusion: FusionSummary, class_names: Sequence[str], classes_b
     if fusion.saved is not None:
         listed = range(min(fusion.samples, LISTED))
         found = [
-            (f"Sample {int(fusion.sample_numbers[i])}", str(describe_modalities(fusion, i, class_names)), ())
+            (f"Sample {shown(fusion.name_sample(i))}", str(describe_modalities(fusion, i, class_names)), ())
             for i in sorted(listed, key=lambda i: int(fusion.sample_numbers[i]))
         ]
         yield Items(found, "Samples" if fusion.samples <= LISTED else f"{LISTED} of {fusion.samples} samples")
     elif unsupported := most_confident_unsupported(fusion):
         found = [
-            (f"Sample {int(fusion.sample_numbers[i])}", str(describe_modalities(fusion, i, class_names)), ())
+            (f"Sample {shown(fusion.name_sample(i))}", str(describe_modalities(fusion, i, class_names)), ())
             for i in unsupported
         ]
         yield Items(found, "The most confident predictions that no modality supports")

@@ -59,6 +59,8 @@ def list_dataset(result: DatasetResult, pictures: Pictures) -> Iterator[SampleEn
         else:
             known, correct = _read_row(row, result.class_names), row["correct"]
         name = str(row["sample_idx"]) if row.get("sample_id") is None else row["sample_id"]
+        if row.get("sample_id") is None and fusion is not None and i is not None:
+            name = fusion.name_sample(i)
         name += f" of process {identity[0]}" if several else ""
         alignment = math.nan if row.get("alignment") is None else row["alignment"]
         yield SampleEntry(

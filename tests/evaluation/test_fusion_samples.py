@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_xattn import ExplainabilityCapture, create_explainability_report
+from lightning_xattn.attribution.kept_samples import BottomKSample, KeptSamples
 from lightning_xattn.core.errors import SettingError
 from lightning_xattn.evaluation.fusion_samples import (
     SampleModalities,
@@ -16,7 +17,16 @@ from lightning_xattn.evaluation.fusion_samples import (
     most_confident_unsupported,
 )
 from lightning_xattn.functional.intervals import Estimate
-from tests.attribution.models import Concatenation, Fusion, loader_of, said_data, sample_ids, trained
+from tests.attribution.models import (
+    NAMED,
+    Concatenation,
+    Fusion,
+    loader_of,
+    said_data,
+    sample_ids,
+    trained,
+    watch_of,
+)
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -243,3 +253,36 @@ def test_numbers_of_partners_that_are_none(explained, partners):
     explainer, loader, _ = explained
     with pytest.raises(SettingError, match=r"partners must be an even number from 4 on, or 'all'; got"):
         explainer.explain_loader(loader, progress=False, partners=partners)
+
+
+@pytest.mark.parametrize(
+    ("ids", "named"),
+    [
+        (lambda outputs, batch: batch[3], lambda i: str(1000 + i)),
+        (lambda outputs, batch: batch[3].double() / 2, lambda i: str(500 + i / 2)),
+        (lambda outputs, batch: [f"scan-{one:04d}x" for one in batch[3].tolist()], lambda i: f"scan-{1000 + i:04d}x"),
+        (
+            lambda outputs, batch: [None if i else "one" for i in range(len(batch[3]))],
+            lambda i: str(i) if i % 16 else "one",
+        ),
+        (None, str),
+    ],
+)
+def test_samples_have_the_names_that_the_callback_is_given(ids, named):
+    data, _ = said_data(40)
+    summary = watch_of(
+        trained(Concatenation(), data, epochs=1), data, sample_ids=ids, max_samples=24, contribution_samples=8, **NAMED
+    )
+    fusion = summary.fusion_summaries["val"]
+    assert fusion.samples == 24
+    assert [fusion.name_sample(i) for i in range(24)] == [named(int(n)) for n in fusion.sample_numbers]
+
+
+def test_names_of_samples_that_are_not_kept_do_not_pile_up():
+    kept = KeptSamples(BottomKSample(5), BottomKSample(1))
+    for first in range(0, 100, 10):
+        numbers = torch.arange(first, first + 10)
+        kept.probed.add({"hash": numbers, "process": torch.zeros(10).long(), "sample_idx": numbers})
+        kept.add_names({(0, n): f"n{n}" for n in numbers.tolist()})
+    assert len(kept.names) < 20
+    assert {(0, n): f"n{n}" for n in range(5)}.items() <= kept.names.items()

@@ -183,7 +183,7 @@ def test_lists_say_what_is_of_all_samples(result, report):
     places = most_confident_unsupported(fusion)
     told = [describe_modalities(fusion, i, CLASSES) for i in places]
     listed = re.findall(r"^- \*\*Sample (\d+):\*\* (.*)", report, re.MULTILINE)
-    assert listed == [(str(int(fusion.sample_numbers[i])), str(one)) for i, one in zip(places, told, strict=True)]
+    assert listed == [(str(int(fusion.rows["id"][i])), str(one)) for i, one in zip(places, told, strict=True)]
     assert len(listed) == 10
 
 
