@@ -97,7 +97,7 @@ def ledoit_wolf(features: Tensor, target: Tensor, group: Tensor) -> float:
     correlations = z.T @ z / len(z)
     size, spread = correlations.square().sum(), torch.tensor(0.0).double()
     # ||Z'Z||^2 = ||ZZ'||^2, and ZZ' of a group is small.
-    for rows in (group == one for one in group.unique()):
+    for rows in (group == key for key in group.unique()):
         own, n = z[rows], int(rows.sum())
         spread += (own @ own.T).square().sum() - 2 * n * ((own @ correlations) * own).sum() + n**2 * size
     distance = (correlations - torch.eye(len(correlations))).square().sum()
@@ -152,8 +152,8 @@ def score(log_probabilities: Tensor, target: Tensor) -> Score:
 
 def measure(several: list[Encoded], blocks: int, width: int, shrinkage: float | str, tempered: bool = True) -> Score:
     """The mean scores over modalities and seeds."""
-    scores = [score(cross_fit(pool(one, blocks, width), one, shrinkage, tempered), one.target) for one in several]
-    return Score(*(sum(one) / len(scores) for one in zip(*scores, strict=True)))
+    scores = [score(cross_fit(pool(data, blocks, width), data, shrinkage, tempered), data.target) for data in several]
+    return Score(*(sum(numbers) / len(scores) for numbers in zip(*scores, strict=True)))
 
 
 def encode_all() -> dict[str, list[Encoded]]:
@@ -172,8 +172,8 @@ def print_choice(encoded: dict[str, list[Encoded]]) -> None:
         for width in WIDTHS:
             for shrinkage in SHRINKAGES:
                 scores = [measure(several, blocks, width, shrinkage) for several in encoded.values()]
-                cells = [f"{one.loss:.3f} ({one.accuracy:.2f})" for one in scores]
-                mean = math.fsum(one.loss for one in scores) / len(scores)
+                cells = [f"{score.loss:.3f} ({score.accuracy:.2f})" for score in scores]
+                mean = math.fsum(score.loss for score in scores) / len(scores)
                 print(f"| {pooling} | {width} | {shrinkage} | {' | '.join(cells)} | {mean:.3f} |", flush=True)
 
 
@@ -184,7 +184,7 @@ def print_temperature(encoded: dict[str, list[Encoded]]) -> None:
     print("| --- " * (1 + len(encoded)) + "|")
     for tempered in (True, False):
         scores = [measure(several, 3, probe.POOLED_WIDTH, probe.SHRINKAGE, tempered) for several in encoded.values()]
-        cells = [f"{one.loss:.3f} ({one.overconfidence:+.2f})" for one in scores]
+        cells = [f"{score.loss:.3f} ({score.overconfidence:+.2f})" for score in scores]
         print(f"| {'with' if tempered else 'without'} | {' | '.join(cells)} |", flush=True)
 
 
@@ -220,6 +220,7 @@ def print_cost(samples: int = 8192, width: int = 768, classes: int = 6) -> None:
 
 def main() -> None:
     """Print all of it."""
+    # Of a dozen small models: advice on loaders, and alarms of heads. Only the tables are of interest here.
     warnings.filterwarnings("ignore")
     for name in ("pytorch_lightning", "lightning_xattn"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -136,7 +136,7 @@ def load_watch(by_set: bool = False) -> RealData:
     group = of_set if by_set else subjects
     mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
     order = {one: i for i, one in enumerate(subjects.unique().tolist())}
-    is_test = torch.tensor([order[one] % 3 == 0 for one in subjects.tolist()])
+    is_test = torch.tensor([order[subject] % 3 == 0 for subject in subjects.tolist()])
     return _split(("acceleration", "rotation"), streams, mask, target.long()[of_set], group, is_test)
 
 
@@ -231,6 +231,7 @@ def observe(data: RealData, model: TwoStreams, **settings: Any) -> dict[str, Any
 
 def main() -> None:
     """Train a model on each, and print what the callback finds in the test data."""
+    # Lightning's advice to load with more workers: the data are in memory.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     for name in ("pytorch_lightning", "lightning_xattn"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -111,9 +111,9 @@ def print_accuracies(runs: Runs) -> None:
     """Of the probes, of the joint one and of the model."""
     rows = []
     for name, several in runs.items():
-        for one in several:
-            numbers = [f"right/{probe}" for probe in (*one.modalities, "joint")]
-            rows.append((name, *(say(one.estimate(number)) for number in (*numbers, "correct"))))
+        for fusion in several:
+            numbers = [f"right/{probe}" for probe in (*fusion.modalities, "joint")]
+            rows.append((name, *(say(fusion.estimate(number)) for number in (*numbers, "correct"))))
     print_table("Accuracy", ("data", "first probe", "second probe", "joint probe", "model"), rows)
 
 
@@ -121,7 +121,7 @@ def print_cells(runs: Runs) -> None:
     """Share, accuracy, confidence and gap of each cell."""
     rows = []
     for name, several in runs.items():
-        for cells in zip(*(one.cells for one in several), strict=True):
+        for cells in zip(*(fusion.cells for fusion in several), strict=True):
             samples = " + ".join(str(cell.samples) for cell in cells)
             rows.append((name, cells[0].key, samples, *map(_say_cell, cells)))
     header = ("data", "cell", "samples", *(f"seed {seed}" for seed in SEEDS))
@@ -136,7 +136,7 @@ def _say_cell(cell: Cell) -> str:
 
 def print_added_value(runs: Runs) -> None:
     """What support adds to confidence."""
-    rows = [(name, *_say_added_value(one.added_value)) for name, several in runs.items() for one in several]
+    rows = [(name, *_say_added_value(fusion.added_value)) for name, several in runs.items() for fusion in several]
     header = ("data", "wrong", "AUROC", "its difference", "difference in log loss", "support")
     print_table("Error detection by confidence → with support", header, rows)
 
@@ -156,7 +156,7 @@ def print_transfer(models: list[HMSLightningModule], runs: Runs) -> None:
         scores, wrong, groups = _find_scores(shift)
         found = [-scores["confidence"], -scores["support"]]
         found += [_transfer_errors(natural, shift, names) for names in FITTED]
-        rows.append([_say_auroc(one, wrong, groups) for one in found] + [_transfer_probes(model)])
+        rows.append([_say_auroc(score, wrong, groups) for score in found] + [_transfer_probes(model)])
     header = ("confidence", "support", *(f"fitted: {', '.join(names)}" for names in FITTED), "support by other probes")
     print_table("AUROC of errors under shift", header, rows)
 
@@ -174,7 +174,7 @@ def _transfer_probes(model: HMSLightningModule) -> str:
     of_natural = 1 + functional.assign_folds(natural.group) % (FOLDS - 1)
     folds = torch.cat([torch.zeros_like(shift.target), of_natural])
     features = {
-        name: torch.cat([functional.pooled_tokens(one.tokens[name]).flatten(1) for one in (shift, natural)])
+        name: torch.cat([functional.pooled_tokens(test.tokens[name]).flatten(1) for test in (shift, natural)])
         for name in shift.tokens
     }
     probes = functional.cross_fitted_probes(features, target, folds, len(CLASSES))
@@ -232,6 +232,7 @@ def compare(runs: Runs) -> None:
 
 def main() -> None:
     """Print all of it."""
+    # Of a dozen small models: advice on loaders, and alarms of heads. Only the tables are of interest here.
     warnings.filterwarnings("ignore")
     for name in ("pytorch_lightning", "lightning_xattn"):
         logging.getLogger(name).setLevel(logging.ERROR)

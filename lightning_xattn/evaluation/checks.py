@@ -164,7 +164,12 @@ def check_fusion(summary: FusionSummary) -> Iterator[str]:
 
 
 def check_unused(records: Sequence[Mapping[str, Any]], modalities: Sequence[str]) -> Iterator[str]:
-    """A message about each modality that the model has not used in the last `UNUSED_EPOCHS` records of validations."""
+    """A message about each modality that the model has not used in the last `UNUSED_EPOCHS` records of validations.
+
+    None where the last record is not of a validation.
+    """
+    if not records or records[-1]["stage"] != "val":
+        return
     probed = [one for one in records if one["stage"] == "val" and "probed_samples" in one]
     # Of several validations of the same weights the last one counts.
     last = [*{(one["epoch"], one["step"]): one for one in probed}.values()][-UNUSED_EPOCHS:]

@@ -314,7 +314,7 @@ class Evaluation:
             "prediction": _or_default(labels.predicted, -1, batch),
             "confidence": _or_default(labels.confidence, torch.nan, batch),
         }
-        facts |= number_ids(labels.sample_ids, batch)
+        facts |= _number_ids(labels.sample_ids, batch)
         received = {str(rows.direction): received_attention(rows) for rows in first_layer}
         self.totals.kept.add(batch.inputs, keys, labels.groups, labels.group_noun, facts, received, labels.present)
 
@@ -409,7 +409,7 @@ class Evaluation:
         return FusionSummary(kept, sources, len(self.classes or ()), found, replaced, saved)
 
 
-def number_ids(ids: Tensor | Sequence[Any] | None, batch: BatchResult) -> dict[str, Tensor]:
+def _number_ids(ids: Tensor | Sequence[Any] | None, batch: BatchResult) -> dict[str, Tensor]:
     """Ids of samples as columns: whole numbers ("id_kind" 1), the bits of others (2), and 0 where they are none (0)."""
     kind, numbers = 0, torch.zeros(len(batch), dtype=torch.int64, device=batch.device)
     if isinstance(ids, Tensor):

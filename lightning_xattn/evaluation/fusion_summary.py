@@ -259,9 +259,9 @@ class FusionSummary:
         labelled = (target >= 0) & (target < n_classes)
         counts = target[labelled].bincount(minlength=n_classes)
         self.largest_class = float(counts.max() / counts.sum()) if labelled.any() else math.nan
-        self._joint = found[names].exp()
+        joint = found[names]
         read = {several: labelled & ~one.isnan().any(1) for several, one in found.items()}
-        for name, probe in (self.probes | {JOINT: self._joint}).items():
+        for name, probe in (self.probes | {JOINT: joint.exp()}).items():
             several = names if name == JOINT else (name,)
             chosen, right = read[several], (probe.argmax(1) == target).double()
             self.numbers[f"right/{name}"] = torch.where(chosen, right, torch.nan)
@@ -269,9 +269,7 @@ class FusionSummary:
             of_read = None if groups is None else groups[chosen]
             self.probe_aurocs[name] = functional.estimate_by_influence(*auroc, of_read, (0.0, 1.0))
             self.calibration_errors[name] = functional.calibration_error(probe[chosen].amax(1), right[chosen])
-            if (
-                self.saved is None and name != JOINT
-            ):  # of saved probes their own evaluation showed that they can be used
+            if self.saved is None and name != JOINT:  # saved probes were checked in their own evaluation
                 problem = self._find_probe_problem(name, counts, int((labelled & ~chosen).sum()))
                 self.probe_problems |= {name: problem} if problem else {}
         for name, others in without.items():
@@ -282,9 +280,10 @@ class FusionSummary:
             less, of_less = functional.macro_auroc_influence(found[others][both], target[both])
             of_both, gain = None if groups is None else groups[both], (whole - less, influence - of_less)
             self.auroc_gains[name] = functional.estimate_by_influence(*gain, of_both, (-1.0, 1.0))
-        self._add_support(logs)
+        self._add_support(logs, joint)
 
-    def _add_support(self, logs: Tensor) -> None:
+    def _add_support(self, logs: Tensor, joint: Tensor) -> None:
+        """What follows from log probabilities: of a probability that is too small for a number there is a logarithm."""
         undefined = torch.full_like(self.numbers["confidence"], torch.nan)
         for name, supports in zip(self.modalities, functional.supports(logs, self.predicted), strict=True):
             self.numbers[f"supports/{name}"] = undefined if name in self.probe_problems else supports
@@ -294,7 +293,7 @@ class FusionSummary:
             self.support_problem = "it needs a linear probe of each modality that predicts better than chance"
         none = torch.full_like(self.predicted, -1)
         self.numbers["conflict"] = undefined if self.probe_problems else functional.conflict(logs.exp())
-        self.right_cell = none if self.probe_problems else functional.right_cells(logs, self._joint.log(), self.target)
+        self.right_cell = none if self.probe_problems else functional.right_cells(logs, joint, self.target)
         self.numbers["support"] = undefined if self.support_problem else functional.support(logs, self.predicted)
         self.support_cell = none if self.support_problem else functional.support_cells(logs, self.predicted)
         known = (self.outcomes == CORRECT) | (self.outcomes == INCORRECT)

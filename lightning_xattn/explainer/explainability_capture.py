@@ -228,11 +228,9 @@ class ExplainabilityCapture:
         """
         if not isinstance(result, DatasetResult):
             raise DataError(f"Expected the result of explain_loader; got a {type(result).__name__}.")
-        if result.fingerprint != fingerprint(self.model):
-            raise DataError(
-                "The result is of other weights than the explainer's model has now. Explain the labelled samples again."
-            )
-        SavedProbes.of(result.fusion, result.class_names, result.fingerprint).save(path)
+        probes = SavedProbes.of(result.fusion, result.class_names, result.fingerprint)
+        probes.require_model(self.model)
+        probes.save(path)
 
     def explain_single_sample(
         self,
@@ -351,7 +349,8 @@ class ExplainabilityCapture:
                 close_table(rows, folder, explained.fusion)
         if permutes:
             self._check(explained, evaluation)
-        made_by = "" if explained.fusion is None else fingerprint(self.model)
+        # Probes of a file are not saved again, and of a large model a fingerprint takes seconds.
+        made_by = "" if explained.fusion is None or saved is not None else fingerprint(self.model)
         return replace(explained, axes=fitting_axes(self.axes, token_counts), table=folder, fingerprint=made_by)
 
     def _check(self, explained: DatasetResult, evaluation: Evaluation) -> None:

@@ -265,8 +265,7 @@ class _CrossFit:
 
     def log_probabilities(self, columns: Tensor) -> Tensor:
         """``(samples, classes)`` by the probe of these features, as ``cross_fitted_probes`` gives them."""
-        x = self._features if len(columns) == self._features.shape[1] else self._features[:, columns]
-        total, *parts = (self._select(part, columns) for part in (self._total, *self._parts))
+        x, total, parts = self._select(columns)
         probe = x.new_full((len(x), self._n_classes), torch.nan)
         inner = {pair: _fit_without(total, [parts[fold] for fold in pair]) for pair in combinations(range(FOLDS), 2)}
         for fold, rows in enumerate(self._of_fold):
@@ -284,8 +283,7 @@ class _CrossFit:
 
     def fit(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and bias of a fit on all samples, with the temperature of fits that leave a fold out."""
-        x = self._features if len(columns) == self._features.shape[1] else self._features[:, columns]
-        total, *parts = (self._select(part, columns) for part in (self._total, *self._parts))
+        x, total, parts = self._select(columns)
         scores, targets = [], []
         for fold, rows in enumerate(self._of_fold):
             seen = rows[self._fitted[rows]]
@@ -296,10 +294,15 @@ class _CrossFit:
         weights, bias = discriminant(*total)
         return factor * weights, factor * bias
 
-    def _select(self, part: _Sums, columns: Tensor) -> _Sums:
-        if len(columns) == len(part.products):
-            return part
-        return _Sums(part.counts, part.sums[:, columns], part.products[columns][:, columns])
+    def _select(self, columns: Tensor) -> tuple[Tensor, _Sums, list[_Sums]]:
+        """These features, their sums over all samples, and over each fold."""
+        if len(columns) == self._features.shape[1]:
+            return self._features, self._total, self._parts
+        total, *parts = (
+            _Sums(one.counts, one.sums[:, columns], one.products[columns][:, columns])
+            for one in (self._total, *self._parts)
+        )
+        return self._features[:, columns], total, parts
 
 
 def _fit_without(total: _Sums, parts: Sequence[_Sums]) -> tuple[Tensor, Tensor]:

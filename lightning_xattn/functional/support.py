@@ -106,7 +106,7 @@ def right_cells(probes: Tensor, joint: Tensor, target: Tensor) -> Tensor:
     probes
         As `supports` takes them, of at least two modalities.
     joint
-        ``(samples, classes)`` of the probe on the features of all modalities.
+        ``(samples, classes)`` of the probe on the features of all modalities, as ``probes`` are.
     target
         ``(samples,)`` int64 true classes; a class outside of the probes' classes is not known.
 

@@ -194,6 +194,17 @@ def test_a_class_of_one_large_group_is_refused():
     assert "samples cannot be read" in fusion.probe_problems["eeg"]
 
 
+def test_a_probability_that_is_too_small_for_a_number_is_no_class_that_a_fit_has_not_seen():
+    """Twenty samples of one group have another label than both modalities show, and are far from its class."""
+    features, first, _ = planted(disagreeing=0.0, noise=0.005)
+    groups = torch.arange(SAMPLES) // 20
+    target = torch.where(groups == 0, (first + 1) % CLASSES, first)
+    fusion = explain_features(features, logits_of(first), target, groups).fusion
+    assert fusion.samples == SAMPLES
+    cells = {int(n): int(cell) for n, cell in zip(fusion.sample_numbers, fusion.right_cell, strict=True)}
+    assert [cells[i] for i in range(SAMPLES)] == [4] * 20 + [0] * (SAMPLES - 20)
+
+
 def test_samples_that_are_not_finite_are_left_out_and_counted():
     features, first, _ = planted()
     features["eeg"][:7] = math.nan

@@ -164,7 +164,7 @@ def test_a_result_of_earlier_weights_is_not_saved(labelled, tmp_path):
     result = explainer.explain_loader(loader_of(data), progress=False)
     with torch.no_grad():
         model.head.bias += 1
-    with pytest.raises(DataError, match="The result is of other weights than the explainer's model has now"):
+    with pytest.raises(DataError, match="saved probes are of a model with other weights"):
         explainer.save_probes(result, tmp_path / "none.pt")
 
 
