@@ -1,6 +1,7 @@
 """Every number's one definition, as pure functions of tensors (see their docstrings)."""
 
 from lightning_xattn.functional.attention import *
+from lightning_xattn.functional.directions import *
 from lightning_xattn.functional.error_detection import *
 from lightning_xattn.functional.faithfulness import *
 from lightning_xattn.functional.intervals import *
